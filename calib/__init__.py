@@ -1,0 +1,1 @@
+"""Trajectories, recordings, ranges, policies, recipes."""

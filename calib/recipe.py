@@ -1,0 +1,140 @@
+"""A recipe: everything that decides what `trtq quantize` makes of a checkpoint.
+
+The recipes that ship with trtq lie as TOML files in `calib/recipes`, one per method; a user's file
+names a method and overrides what it likes. A key nobody knows is an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from trtq.calib.policy import explain, parse_bits, read_toml
+from trtq.errors import RecipeError
+
+__all__ = ["Calibration", "Recipe", "Training", "load_recipe", "methods"]
+
+_FOLDER = Path(__file__).parent / "recipes"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """How ranges are found before any training."""
+
+    images: int = Field(64, ge=1, le=65536)
+    """Images whose trajectories are recorded."""
+    samples_per_step: int = Field(4096, ge=16, le=1 << 20)
+    """Values kept of each layer's input at each step."""
+    weights: Literal["minmax", "search"] = "search"
+    activations: Literal["minmax", "search"] = "search"
+    batch: int = Field(64, ge=1, le=4096)
+
+
+class Training(_Strict):
+    """EfficientDM's fine-tuning (arXiv 2310.03270); defaults scaled to a small budget."""
+
+    iterations: int = Field(ge=1)
+    """Optimiser steps."""
+    batch: int = Field(ge=1)
+    """Images per process and accumulation step."""
+    accumulate: int = Field(1, ge=1)
+    """Gradient accumulation steps per optimiser step."""
+    rank: int = Field(32, ge=1)
+    base: Literal["fp", "int"] = "fp"
+    """What the adapters are added to: `fp` the float weight, `int` its codes, as released."""
+    zero_points: Literal["frozen", "rounded", "float"] = "frozen"
+    trajectory: Literal["staggered", "sequential"] = "staggered"
+    """`sequential`: the whole batch stands at one step, as released. `staggered`: the items of a
+    batch stand at different steps, so every iteration sees the whole trajectory."""
+    eta: float = Field(1.0, ge=0, le=1)
+    """Noise of the teacher's DDIM trajectory; 1 as released."""
+    lora_travel: float = Field(3.2, gt=0)
+    """How many weight levels an adapter entry can travel under a steady gradient. The learning rate
+    of a layer is `2 * lora_travel * mean(d_w) / iterations`: with linear decay the released
+    `mean(d_w) / 2500` over 16,000 iterations is a travel of 3.2."""
+    weight_scale_lr: float = Field(1e-6, ge=0)
+    activation_lr: float = Field(5e-4, ge=0)
+    """Learning rate of the activation scales and zero points."""
+    activation_lr_relative: bool = False
+    """Multiply `activation_lr` by the layer's mean scale, so that all layers move alike."""
+    split_step: bool = False
+    """Update the weight step twice per iteration, as released; needs base `int`."""
+    weight_decay: float = Field(0.01, ge=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    checkpoint_every: int = Field(200, ge=1)
+    """Iterations between checkpoints."""
+
+
+class Recipe(_Strict):
+    """What to make of a checkpoint."""
+
+    method: str
+    bits: str = "w4a4"
+    tables: Literal["per-step", "static"] = "per-step"
+    steps: int = Field(20, ge=1, le=1000)
+    """Calibrated denoising steps."""
+    guidance: float = Field(1.0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 31)
+    policy: str | None = None
+    """A policy file to use instead of the family's."""
+    calibration: Calibration = Calibration()
+    training: Training | None = None
+
+    @field_validator("bits")
+    @classmethod
+    def _known_bits(cls, value: str) -> str:
+        parse_bits(value)
+        return value.lower()
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in methods():
+            raise RecipeError(f"unknown method {value!r}; choose one of {', '.join(methods())}")
+        return value
+
+
+def methods() -> list[str]:
+    """The methods that a recipe can name."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def load_recipe(
+    path: Path | None = None, overrides: dict[str, Any] | None = None
+) -> Recipe:
+    """The method's own recipe, with the user's file over it, and the overrides over both.
+
+    Args:
+        path: the user's TOML file, or None.
+        overrides: values that win over both, e.g. from the command line; nested like the file.
+
+    Raises:
+        RecipeError: an unknown key, a value out of range, or a file that cannot be read.
+    """
+    given = _merge(read_toml(path, "recipe") if path else {}, overrides or {})
+    method = given.get("method", "efficientdm")
+    if method not in methods():
+        raise RecipeError(f"unknown method {method!r}; choose one of {', '.join(methods())}")
+    values = _merge(read_toml(_FOLDER / f"{method}.toml", "recipe"), given)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as err:
+        raise RecipeError(f"the recipe is not valid: {explain(err)}") from err
+    if recipe.training is not None and recipe.training.split_step and recipe.training.base != "int":
+        raise RecipeError('training.split_step=true needs training.base="int"')
+    return recipe

@@ -1,0 +1,115 @@
+"""A diffusers pipeline for `UNet2DModel` with class labels, which diffusers itself does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
+
+from trtq.diffusion.sampling import Conditions, predict
+from trtq.errors import UsageError
+
+__all__ = ["ClassConditionalPipeline"]
+
+
+class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
+    """Draws images of given classes with any diffusers scheduler.
+
+    Args:
+        unet: a class-conditional `UNet2DModel`, or anything that is called like one.
+        scheduler: a diffusers scheduler.
+        null_class: the label that stands for "no class"; needed for guidance.
+    """
+
+    def __init__(self, unet: Any, scheduler: Any, null_class: int | None = None) -> None:
+        # Not DDIMPipeline's: that one turns every scheduler into DDIM.
+        super(DDIMPipeline, self).__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(null_class=null_class)
+
+    @property
+    def classes(self) -> int:
+        """Number K of classes, "no class" left out."""
+        embeds = int(self.unet.config.num_class_embeds)
+        return embeds if self.config.null_class is None else embeds - 1
+
+    def conditions(self, labels: Tensor) -> Conditions:
+        """labels[B] -> what the denoiser needs to know.
+
+        Raises:
+            UsageError: a label is not one of the model's classes.
+        """
+        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < self.classes):
+            raise UsageError(
+                f"class labels must lie in 0 .. {self.classes - 1}, got "
+                f"{int(labels.min())} .. {int(labels.max())}"
+            )
+        unconditional = None
+        if self.config.null_class is not None:
+            unconditional = {"class_labels": torch.full_like(labels, self.config.null_class)}
+        return Conditions({"class_labels": labels}, unconditional)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | Tensor = 0,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Draw one image per label.
+
+        Args:
+            class_labels: one label or B of them.
+            num_inference_steps: number of denoising steps.
+            guidance_scale: classifier-free guidance; 1 is none.
+            eta: noise added per step, where the scheduler knows it.
+            generator: one for the batch, or one per image, so an image does not depend on its
+                neighbours.
+            output_type: `pil`, `np` (float32[B,H,W,C] in [0, 1]) or `pt` (float32[B,C,H,W] in
+                [-1, 1], not clipped).
+            return_dict: give an `ImagePipelineOutput` instead of a tuple.
+
+        Raises:
+            UsageError: a label, the guidance or the number of generators does not fit.
+        """
+        labels = torch.as_tensor(class_labels, dtype=torch.long).reshape(-1)
+        conditions = self.conditions(labels)
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise UsageError(f"got {len(generator)} generators for {len(labels)} images")
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (int(self.unet.config.in_channels), height, width)
+        if isinstance(generator, list):
+            x = torch.stack([torch.randn(shape, generator=g) for g in generator])
+        else:
+            x = torch.randn((len(labels), *shape), generator=generator)
+        x = x * self.scheduler.init_noise_sigma
+        self.scheduler.set_timesteps(num_inference_steps)
+        extra = self.prepare_extra_step_kwargs(generator, eta)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            scaled = self.scheduler.scale_model_input(x, t)
+            epsilon = predict(self.unet, scaled, t, conditions, guidance_scale)
+            x = self.scheduler.step(epsilon, t, x, **extra).prev_sample
+        if output_type == "pt":
+            images: Any = x
+        else:
+            images = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+            if output_type == "pil":
+                images = self.numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
+        """The arguments that this scheduler's `step` takes beyond the usual ones."""
+        import inspect
+
+        accepted = inspect.signature(self.scheduler.step).parameters
+        offered = {"eta": eta, "generator": generator}
+        return {name: value for name, value in offered.items() if name in accepted}

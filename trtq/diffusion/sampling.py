@@ -1,0 +1,142 @@
+"""Guidance, and walking a denoising trajectory. Letters: B images, C, H, W."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtq.diffusion.schedule import NoiseSchedule
+from trtq.errors import UsageError
+from trtq.seeds import seeded_generator
+
+__all__ = ["Conditions", "TrajectoryPoint", "predict", "seeded_noise", "walk"]
+
+Denoiser = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a denoiser needs to know beside the sample and the timestep.
+
+    Attributes:
+        conditional: keyword arguments, each a tensor `[B, ...]`.
+        unconditional: the same for "no condition"; None if the model has no such thing.
+    """
+
+    conditional: dict[str, Tensor]
+    unconditional: dict[str, Tensor] | None = None
+
+    def take(self, items: Tensor | slice) -> Conditions:
+        """The conditions of some of the images."""
+        unconditional = self.unconditional
+        return Conditions(
+            {name: value[items] for name, value in self.conditional.items()},
+            unconditional and {name: value[items] for name, value in unconditional.items()},
+        )
+
+    def replace(self, where: Tensor, other: Conditions) -> Conditions:
+        """These conditions, with those of `other` where `where[B]` is true."""
+
+        def pick(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name: torch.where(
+                    where.reshape(-1, *(1,) * (value.ndim - 1)), theirs[name], value
+                )
+                for name, value in mine.items()
+            }
+
+        unconditional = None
+        if self.unconditional is not None and other.unconditional is not None:
+            unconditional = pick(self.unconditional, other.unconditional)
+        return Conditions(pick(self.conditional, other.conditional), unconditional)
+
+
+def predict(
+    denoiser: Denoiser,
+    x: Tensor,
+    timestep: Tensor | float,
+    conditions: Conditions,
+    guidance: float = 1.0,
+) -> Tensor:
+    """The denoiser's prediction, with classifier-free guidance (arXiv 2207.12598) when asked for.
+
+    Both halves go through the denoiser as one batch, in the order unconditional, conditional.
+
+    Args:
+        denoiser: called as `denoiser(sample, timestep, **conditions, return_dict=False)`.
+        x: `[B,C,H,W]`.
+        timestep: one for all, or `[B]`.
+        conditions: of the B images.
+        guidance: 1 is none.
+
+    Returns:
+        `e_u + guidance * (e_c - e_u)`, `[B,C,H,W]`. A learned variance in further channels is cut.
+
+    Raises:
+        UsageError: guidance is asked of a model without an unconditional form.
+    """
+    channels = x.shape[1]
+    if guidance == 1.0:
+        out: Tensor = denoiser(x, timestep, **conditions.conditional, return_dict=False)[0]
+        return out[:, :channels]
+    if conditions.unconditional is None:
+        raise UsageError(f"guidance={guidance:g} needs a model with a class that means 'no class'")
+    both = {
+        name: torch.cat([conditions.unconditional[name], value])
+        for name, value in conditions.conditional.items()
+    }
+    timestep = torch.as_tensor(timestep, device=x.device)
+    if timestep.ndim == 1 and len(timestep) > 1:
+        timestep = torch.cat([timestep, timestep])
+    out = denoiser(torch.cat([x, x]), timestep, **both, return_dict=False)[0]
+    without, with_condition = out[:, :channels].chunk(2)
+    return without + guidance * (with_condition - without)
+
+
+def seeded_noise(shape: tuple[int, ...], seed: int, first: int, count: int) -> Tensor:
+    """Starting noise of images `first .. first + count - 1`, `[count, *shape]`.
+
+    Image i of a seed is the same in whatever batch it is drawn.
+    """
+    return torch.stack(
+        [
+            torch.randn(shape, generator=seeded_generator(seed, "image", first + i))
+            for i in range(count)
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class TrajectoryPoint:
+    """Where a trajectory stands.
+
+    Attributes:
+        position: 0 at the noisiest step.
+        timestep: the scheduler's timestep.
+        x: the denoiser's input, `[B,C,H,W]`.
+        predicted: its guided output, `[B,C,H,W]`.
+    """
+
+    position: int
+    timestep: float
+    x: Tensor
+    predicted: Tensor
+
+
+@torch.no_grad()
+def walk(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    conditions: Conditions,
+    guidance: float = 1.0,
+) -> Iterator[TrajectoryPoint]:
+    """Follow the denoiser's own deterministic trajectory from the noise `x[B,C,H,W]`."""
+    for position, timestep in enumerate(schedule.timesteps.tolist()):
+        predicted = predict(denoiser, x, timestep, conditions, guidance)
+        yield TrajectoryPoint(position, timestep, x, predicted)
+        x = schedule.step(x, predicted, torch.full((len(x),), position))

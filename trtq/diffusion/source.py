@@ -1,0 +1,160 @@
+"""Opening a diffusers checkpoint: a folder, a shipped model or a hub id."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trtq.diffusion.sampling import Conditions
+from trtq.diffusion.schedule import inference_timesteps
+from trtq.diffusion.shipped import shipped_model, shipped_models
+from trtq.errors import ArtefactError, QuantizationError, UsageError
+
+__all__ = ["DENOISERS", "Source", "load_source", "resolve_model", "wrap_pipeline"]
+
+INDEX_NAME = "model_index.json"
+DENOISERS = ("unet", "transformer")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded pipeline and where it came from.
+
+    Attributes:
+        name: as the user gave it.
+        folder: its files, or None for a hub id or a pipeline object.
+        pipeline: the diffusers pipeline, in float32.
+        denoiser_name: `unet` or `transformer`.
+    """
+
+    name: str
+    folder: Path | None
+    pipeline: Any
+    denoiser_name: str
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The model that predicts the noise."""
+        module: nn.Module = getattr(self.pipeline, self.denoiser_name)
+        return module
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one denoiser input, (C, H, W)."""
+        config: Any = self.denoiser.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(config.in_channels), int(height), int(width)
+
+    def timesteps(self, steps: int) -> list[float]:
+        """The timesteps of the pipeline's own scheduler, noisiest first."""
+        return inference_timesteps(self.pipeline.scheduler, steps)
+
+    def draw_conditions(self, count: int, generator: torch.Generator) -> Conditions:
+        """Conditions for `count` images: classes in equal numbers, shuffled; or none.
+
+        Raises:
+            UsageError: this kind of pipeline is not supported.
+        """
+        if hasattr(self.pipeline, "conditions"):
+            labels = torch.arange(count) % self.pipeline.classes
+            return self.conditions(labels[torch.randperm(count, generator=generator)])
+        if type(self.denoiser).__name__ == "UNet2DModel":
+            return Conditions({})
+        raise UsageError(
+            f"{type(self.pipeline).__name__} is not supported yet; supported are pipelines of a "
+            "UNet2DModel, with classes or without"
+        )
+
+    def conditions(self, labels: Tensor) -> Conditions:
+        """Conditions for images of these classes, labels[B]."""
+        result: Conditions = self.pipeline.conditions(labels)
+        return result
+
+
+def find_denoiser(pipeline: Any) -> str:
+    """The name of the component that predicts the noise.
+
+    Raises:
+        QuantizationError: there is none.
+    """
+    for name in DENOISERS:
+        if getattr(pipeline, name, None) is not None:
+            return name
+    components = ", ".join(sorted(getattr(pipeline, "components", {}))) or "none"
+    raise QuantizationError(
+        f"{type(pipeline).__name__} has no denoiser: looked for {' and '.join(DENOISERS)}, "
+        f"its components are {components}"
+    )
+
+
+def resolve_model(model: str | Path) -> Path | str:
+    """The folder that a model argument means, or the argument itself if it is a hub id.
+
+    Raises:
+        ArtefactError: neither a folder with a pipeline, nor a shipped name, nor shaped like an id.
+    """
+    shipped = shipped_model(str(model))
+    if shipped is not None and not Path(model).is_dir():
+        return shipped
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / INDEX_NAME).is_file():
+            raise ArtefactError(f"{folder} holds no {INDEX_NAME}; give the folder of a whole pipeline")
+        return folder
+    name = str(model)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
+        return name
+    raise ArtefactError(
+        f"there is no model {name!r}: not a folder, not a hub id (owner/name), and not one that "
+        f"ships with trtq ({', '.join(shipped_models()) or 'none'})"
+    )
+
+
+def wrap_pipeline(pipeline: Any) -> Any:
+    """Give a class-conditional `UNet2DModel` the pipeline that can call it; others stay."""
+    unet = getattr(pipeline, "unet", None)
+    if unet is None or getattr(unet.config, "num_class_embeds", None) is None:
+        return pipeline
+    if "encoder_hid_dim" in unet.config or hasattr(pipeline, "conditions"):
+        return pipeline
+    from trtq.diffusion.class_conditional import ClassConditionalPipeline
+
+    return ClassConditionalPipeline(unet, pipeline.scheduler)
+
+
+def load_source(model: str | Path | Any) -> Source:
+    """Load a pipeline in float32, from safetensors only.
+
+    Args:
+        model: a diffusers folder, the name of a shipped model, a hub id, or a pipeline object.
+
+    Raises:
+        ArtefactError: it cannot be found or read.
+        QuantizationError: it has no denoiser.
+    """
+    if not isinstance(model, str | Path):
+        pipeline = wrap_pipeline(model)
+        return Source(type(model).__name__, None, pipeline, find_denoiser(pipeline))
+    place = resolve_model(model)
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    folder = place if isinstance(place, Path) else None
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            place, torch_dtype=torch.float32, use_safetensors=True, local_files_only=folder is not None
+        )
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as err:
+        raise ArtefactError(f"cannot load the pipeline {str(model)!r}: {err}") from err
+    pipeline = wrap_pipeline(pipeline)
+    if folder is not None and hasattr(pipeline, "conditions"):
+        index = json.loads((folder / INDEX_NAME).read_text())
+        pipeline.register_to_config(null_class=index.get("null_class"))
+    pipeline.set_progress_bar_config(disable=True)
+    return Source(str(model), folder, pipeline, find_denoiser(pipeline))

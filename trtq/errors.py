@@ -1,0 +1,82 @@
+"""What can go wrong, as a tree of exceptions.
+
+```
+TrtqError                  anything trtq raises on purpose
+├── UsageError             the caller asked for something that cannot be: exit code 2
+│   ├── RecipeError        an unknown key, a value out of range, bits no one supports
+│   └── MissingDependencyError   an optional package is not installed
+├── ArtefactError          a file or folder is missing, damaged or not what it claims to be
+│   └── IntegrityError     a hash, a path or a format version in a manifest does not hold
+├── QuantizationError      a stage met a state it cannot quantise: zero layers, ...
+│   ├── NonFiniteError     NaN or infinity, with the name of the layer
+│   └── StepError          a quantised layer was called without its denoising step
+├── LegalityError          the graph would hold something the target does not accept
+└── GateError              a check or a gate was not met: parity after export, `--gate`
+```
+
+A message says what came, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArtefactError",
+    "GateError",
+    "IntegrityError",
+    "LegalityError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "QuantizationError",
+    "RecipeError",
+    "StepError",
+    "TrtqError",
+    "UsageError",
+]
+
+
+class TrtqError(Exception):
+    """Anything trtq raises on purpose; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(TrtqError, ValueError):
+    """The caller asked for something that cannot be."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe or policy holds an unknown key or a value out of range."""
+
+
+class MissingDependencyError(UsageError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
+class ArtefactError(TrtqError):
+    """A file or folder is missing, damaged or not what it claims to be."""
+
+
+class IntegrityError(ArtefactError):
+    """A hash, a path or a format version in a manifest does not hold."""
+
+
+class QuantizationError(TrtqError):
+    """A stage met a state it cannot quantise."""
+
+
+class NonFiniteError(QuantizationError):
+    """NaN or infinity where numbers are needed; the message names the layer."""
+
+
+class StepError(QuantizationError, RuntimeError):
+    """A quantised layer was called without its denoising step."""
+
+
+class LegalityError(TrtqError):
+    """The graph would hold something the target does not accept."""
+
+
+class GateError(TrtqError):
+    """A check or a gate was not met."""

@@ -1,0 +1,103 @@
+"""The small image classifier that ships beside a demo model, and how it is read from a folder.
+
+Letters: B images, C channels, H, W pixels, F features, K classes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trtq.errors import ArtefactError
+
+__all__ = ["ImageClassifier", "load_classifier", "save_classifier"]
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+class ImageClassifier(nn.Module):
+    """Three convolutions and two linears; the last hidden layer is the feature space of the metrics.
+
+    Args:
+        channels: image channels C.
+        size: image height and width H = W in pixels, a multiple of 4.
+        classes: number of classes K.
+        width: channels of the first convolution.
+        features: dimension F of the feature space.
+    """
+
+    def __init__(
+        self, channels: int = 1, size: int = 8, classes: int = 10, width: int = 24, features: int = 48
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "channels": channels,
+            "size": size,
+            "classes": classes,
+            "width": width,
+            "features": features,
+        }
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * (size // 4) ** 2, features),
+        )
+        self.head = nn.Linear(features, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """images[B,C,H,W] in [-1, 1] -> features[B,F], before the last ReLU."""
+        out: Tensor = self.body(images)
+        return out
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images[B,C,H,W] in [-1, 1] -> logits[B,K]."""
+        logits: Tensor = self.head(torch.relu(self.features(images)))
+        return logits
+
+
+def save_classifier(model: ImageClassifier, folder: Path, reference: dict[str, Tensor]) -> None:
+    """Write the classifier in half precision, with the real data's feature statistics.
+
+    Args:
+        model: the trained classifier.
+        folder: created if absent.
+        reference: `mean[F]` and `covariance[F,F]` (float64) of the features of real images.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).write_text(json.dumps(model.config, indent=2) + "\n")
+    tensors = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    tensors |= {f"reference.{name}": value.contiguous() for name, value in reference.items()}
+    save_file(tensors, folder / WEIGHTS_NAME)
+
+
+def load_classifier(folder: Path) -> tuple[ImageClassifier, dict[str, Tensor]]:
+    """Read what `save_classifier` wrote.
+
+    Returns:
+        The classifier in float32 evaluation mode, and `{"mean": [F], "covariance": [F,F]}` in float64.
+
+    Raises:
+        ArtefactError: a file is missing or is not what `save_classifier` writes.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text())
+        tensors = load_file(folder / WEIGHTS_NAME)
+        model = ImageClassifier(**config)
+        reference = {
+            name: tensors.pop(f"reference.{name}").double() for name in ("mean", "covariance")
+        }
+        model.load_state_dict({name: value.float() for name, value in tensors.items()})
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as err:
+        raise ArtefactError(f"{folder} does not hold a classifier: {err}") from err
+    return model.eval().requires_grad_(False), reference

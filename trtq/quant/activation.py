@@ -1,0 +1,150 @@
+"""One activation quantiser per layer, with one scale per denoising step (EfficientDM's TALSQ)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trtq.errors import QuantizationError, StepError
+from trtq.quant.fake_quant import fake_quant, round_ste
+from trtq.quant.ranges import check_bits
+from trtq.quant.timestep import Step, TimestepTable, current_step
+
+__all__ = ["ActivationQuantizer", "ZeroPointMode", "per_item", "select_step"]
+
+ZeroPointMode = Literal["frozen", "rounded", "float"]
+"""`frozen`: whole numbers that are not trained. `rounded`: trained, rounded in every forward pass.
+`float`: trained and not rounded, as released; it has to be rounded before it can be deployed."""
+
+_SCALE_FLOOR = 1e-8
+
+
+def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
+    """The entries of `table[T]` for this step: shape `[]`, or `[B]` with one entry per batch item.
+
+    Raises:
+        StepError: an index outside the table, or a number of indices that is neither 1 nor B.
+    """
+    if isinstance(step, int):
+        if not 0 <= step < len(table):
+            raise StepError(f"step {step} is outside the table; it has steps 0 .. {len(table) - 1}")
+        return table[step]
+    if step.ndim != 1 or len(step) not in (1, batch):
+        raise StepError(
+            f"got step indices of shape {tuple(step.shape)} for a batch of {batch}; "
+            f"give one index, or one per batch item (shape [{batch}])"
+        )
+    return table[step] if len(step) > 1 else table[step[0]]
+
+
+def per_item(values: Tensor, x: Tensor) -> Tensor:
+    """Shape `[B]` values so that they broadcast over `x[B, ...]`; a scalar stays as it is."""
+    return values.reshape(-1, *(1,) * (x.ndim - 1)) if values.ndim else values
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake-quantises `x` with the scale and zero point of its denoising step.
+
+    Code `k = clip(round(x / s[t]), -z[t], 2**bits - 1 - z[t])`, value `k * s[t]`: float zero is code
+    0, so the zeros that a convolution pads with are exact.
+
+    Args:
+        bits: width of the codes, 2 .. 8.
+        table: the calibrated timesteps; its length T is the number of entries. One entry makes the
+            quantiser static.
+        zero_point_mode: how the zero points behave, see `ZeroPointMode`.
+        symmetric: zero points stay at `2**(bits - 1)`; by default for 8 bits, because that is the
+            only form in which 8-bit codes fit int8.
+
+    Attributes:
+        scale: parameter `[T]`, the steps `s`.
+        zero_point: parameter `[T]`, the zero points `z` in codes.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        table: TimestepTable,
+        zero_point_mode: ZeroPointMode = "frozen",
+        symmetric: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.bits = check_bits(bits)
+        self.qmax = 2**bits - 1
+        self.symmetric = bits == 8 if symmetric is None else symmetric
+        self.zero_point_mode: ZeroPointMode = "frozen" if self.symmetric else zero_point_mode
+        middle = float(2 ** (bits - 1))
+        self.scale = nn.Parameter(torch.ones(len(table)))
+        self.zero_point = nn.Parameter(
+            torch.full((len(table),), middle), requires_grad=self.zero_point_mode != "frozen"
+        )
+
+    def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
+        """x[B, ...] -> the nearest representable values, same shape and dtype.
+
+        Args:
+            x: the activation, batch first.
+            step: index of the denoising step, one or one per batch item; by default that of the
+                enclosing `step_scope`.
+
+        Raises:
+            StepError: no step, or one outside the table.
+        """
+        if step is None:
+            step = current_step()
+            if step is None:
+                return x
+        zero_point = self.zero_point
+        if self.zero_point_mode == "rounded":
+            zero_point = round_ste(zero_point)
+        return fake_quant(
+            x,
+            per_item(select_step(self.scale, step, len(x)), x),
+            per_item(select_step(zero_point, step, len(x)), x),
+            0,
+            self.qmax,
+            reciprocal=True,
+        )
+
+    @torch.no_grad()
+    def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Take calibrated `scale[T]` and `zero_point[T]`."""
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Bring trained values back to what can be deployed: `s > 0` and `0 <= z <= 2**bits - 1`."""
+        self.scale.clamp_min_(_SCALE_FLOOR)
+        self.zero_point.clamp_(0, self.qmax)
+
+    def integer_bounds(self) -> tuple[Tensor, Tensor]:
+        """The whole-number clip limits `lo[T] <= 0 <= hi[T]`, int32.
+
+        Raises:
+            QuantizationError: a zero point outside the codes, which no integer kernel can hold.
+        """
+        zero_point = self.zero_point.detach().round()
+        if bool(((zero_point < 0) | (zero_point > self.qmax)).any()):
+            raise QuantizationError(
+                f"zero points must lie in 0 .. {self.qmax} to be deployed, got "
+                f"{zero_point.min().item():g} .. {zero_point.max().item():g}; "
+                "calibrate with ranges that contain zero"
+            )
+        return (-zero_point).int(), (self.qmax - zero_point).int()
+
+    def resample(self, source: TimestepTable, target: TimestepTable) -> ActivationQuantizer:
+        """A quantiser for other timesteps: each takes the entry of the nearest calibrated one.
+
+        With uniform spacing and `T` a multiple of `T'` this keeps every (T/T')-th entry.
+        """
+        keep = source.index(target.timesteps)
+        result = ActivationQuantizer(self.bits, target, self.zero_point_mode, self.symmetric)
+        result.set_range(self.scale.detach()[keep], self.zero_point.detach()[keep])
+        return result
+
+    def extra_repr(self) -> str:
+        """Bits and number of steps."""
+        return f"bits={self.bits}, steps={len(self.scale)}, zero_point={self.zero_point_mode}"

@@ -1,0 +1,111 @@
+"""Integer weights, and how they lie in a file.
+
+Codes are packed along the output channels, low bits first, as a bit stream. With 4 bits two output
+channels share a byte: the codes 1 (channel 0) and 15 (channel 1) make `0xF1`. With 3 bits eight
+channels share three bytes. A last, partial byte is filled with zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trtq.errors import ArtefactError, QuantizationError
+from trtq.quant.ranges import check_bits
+
+__all__ = ["PackedWeight", "pack_codes", "unpack_codes"]
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes[N, ...] in `0 .. 2**bits - 1` -> uint8[ceil(N * bits / 8), ...].
+
+    Raises:
+        QuantizationError: a code does not fit.
+    """
+    check_bits(bits)
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
+        raise QuantizationError(
+            f"codes must lie in 0 .. {2**bits - 1} to be packed into {bits} bits, got "
+            f"{int(codes.min())} .. {int(codes.max())}"
+        )
+    codes = codes.to(torch.uint8)
+    if bits == 8:
+        return codes.clone()
+    rest = codes.shape[1:]
+    shifts = torch.arange(bits, dtype=torch.uint8).reshape(1, -1, *(1,) * len(rest))
+    stream = ((codes.unsqueeze(1) >> shifts) & 1).reshape(len(codes) * bits, *rest)
+    padding = -len(stream) % 8
+    stream = torch.cat([stream, stream.new_zeros(padding, *rest)])
+    octets = stream.reshape(-1, 8, *rest)
+    places = torch.arange(8, dtype=torch.uint8).reshape(1, -1, *(1,) * len(rest))
+    return (octets << places).sum(1, dtype=torch.uint8)
+
+
+def unpack_codes(packed: Tensor, bits: int, channels: int) -> Tensor:
+    """uint8[ceil(channels * bits / 8), ...] -> uint8 codes[channels, ...]; inverse of `pack_codes`.
+
+    Raises:
+        ArtefactError: the number of bytes does not fit the number of channels.
+    """
+    check_bits(bits)
+    if packed.dtype != torch.uint8 or len(packed) != -(-channels * bits // 8):
+        raise ArtefactError(
+            f"{channels} channels of {bits} bits need {-(-channels * bits // 8)} bytes of uint8, "
+            f"got {len(packed)} of {packed.dtype}"
+        )
+    if bits == 8:
+        return packed.clone()
+    rest = packed.shape[1:]
+    places = torch.arange(8, dtype=torch.uint8).reshape(1, -1, *(1,) * len(rest))
+    stream = ((packed.unsqueeze(1) >> places) & 1).reshape(len(packed) * 8, *rest)
+    octets = stream[: channels * bits].reshape(channels, bits, *rest)
+    shifts = torch.arange(bits, dtype=torch.uint8).reshape(1, -1, *(1,) * len(rest))
+    return (octets << shifts).sum(1, dtype=torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight as integers: `w[o] ~ (codes[o] - zero_point[o]) * scale[o]`.
+
+    Attributes:
+        codes: uint8 `[N, ...]`, in `0 .. 2**bits - 1`.
+        scale: float32 `[N, 1, ...]`.
+        zero_point: float32 whole numbers `[N, 1, ...]`.
+        bits: width of the codes.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+
+    def pack(self) -> Tensor:
+        """The codes as a bit stream along the output channels, uint8[ceil(N * bits / 8), ...]."""
+        return pack_codes(self.codes, self.bits)
+
+    def unpack(self, packed: Tensor | None = None) -> Tensor:
+        """The codes in `packed` (by default in this weight's own `pack()`), uint8[N, ...]."""
+        return unpack_codes(
+            self.pack() if packed is None else packed, self.bits, self.codes.shape[0]
+        )
+
+    def integers(self) -> Tensor:
+        """`codes - zero_point` as int8[N, ...], the operand of an integer kernel.
+
+        Raises:
+            QuantizationError: a value does not fit int8.
+        """
+        # Through int16: an 8-bit code above 127 must not wrap on its way.
+        values = self.codes.to(torch.int16) - self.zero_point.to(torch.int16)
+        if values.numel() and (int(values.min()) < -128 or int(values.max()) > 127):
+            raise QuantizationError(
+                f"{self.bits}-bit weights minus their zero points span {int(values.min())} .. "
+                f"{int(values.max())}, which int8 cannot hold; quantise 8-bit weights symmetrically"
+            )
+        return values.to(torch.int8)
+
+    def dequantize(self) -> Tensor:
+        """float32[N, ...], the values that the integers stand for."""
+        return (self.codes.float() - self.zero_point) * self.scale

@@ -1,0 +1,211 @@
+"""Scale and zero point from data: min-max, and the search of EfficientDM and QuEST.
+
+All results use the affine form with codes `0 .. 2**bits - 1`. A symmetric quantiser is the one with
+`zero_point = 2**(bits - 1)`; it is what the int8 operand of an engine needs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trtq.errors import NonFiniteError, RecipeError
+
+__all__ = ["BITS", "Method", "activation_qparams", "affine_from_range", "check_bits", "row_qparams", "weight_qparams"]
+
+Method = Literal["minmax", "search"]
+METHODS: tuple[Method, ...] = ("minmax", "search")
+BITS = (2, 3, 4, 5, 6, 7, 8)
+
+_SCALE_FLOOR = 1e-8
+_CANDIDATES = 80
+_SHRINK = 0.01
+_NORM = 2.4
+
+
+def check_bits(bits: int) -> int:
+    """Returns `bits`.
+
+    Raises:
+        RecipeError: it is not one of 2 .. 8.
+    """
+    if bits not in BITS:
+        raise RecipeError(f"bits={bits} is not supported; choose one of {BITS[0]} .. {BITS[-1]}")
+    return bits
+
+
+def _check(x: Tensor, bits: int, method: str) -> None:
+    check_bits(bits)
+    if method not in METHODS:
+        raise RecipeError(f"unknown range method {method!r}; choose one of {', '.join(METHODS)}")
+    if x.numel() == 0:
+        raise RecipeError("cannot take a range from an empty tensor")
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError("the data to quantise holds NaN or infinity")
+
+
+def affine_from_range(
+    low: Tensor, high: Tensor, bits: int, *, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that spread `2**bits` codes over `[low, high]`.
+
+    `d = (high - low) / (2**bits - 1)`, `z = round(-low / d)`; computed in float64.
+
+    Args:
+        low: lower ends of the ranges, any shape.
+        high: upper ends, same shape.
+        bits: width of the codes.
+        symmetric: instead the smallest scale with `z = 2**(bits - 1)` that reaches both ends.
+
+    Returns:
+        `(scale, zero_point)`, float32, shaped like `low`.
+    """
+    low, high = low.double(), high.double()
+    levels = 2**bits - 1
+    if symmetric:
+        middle = 2 ** (bits - 1)
+        scale = torch.maximum(high / (middle - 1), -low / middle).clamp_min(_SCALE_FLOOR)
+        zero_point = torch.full_like(scale, middle)
+    else:
+        scale = ((high - low) / levels).clamp_min(_SCALE_FLOOR)
+        zero_point = (-low / scale).round()
+    return scale.float(), zero_point.float()
+
+
+def _search(
+    rows: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """The best of 80 ranges, both ends shrunk together; the first minimum wins.
+
+    For `i = 0 .. 79`, `c = 1 - 0.01 i`, the range is `[c low, c high]` and the score the mean of
+    `|x - Q(x)|**2.4` (EfficientDM's and QuEST's "mse" mode).
+
+    Args:
+        rows: data, `[R, n]`; one result per row.
+        low: lower ends, `[R]`.
+        high: upper ends, `[R]`.
+        bits: width of the codes.
+        symmetric: see `affine_from_range`.
+    """
+    best_score = torch.full_like(low, torch.inf, dtype=torch.float32)
+    best_scale, best_zero_point = affine_from_range(low, high, bits, symmetric=symmetric)
+    for candidate in range(_CANDIDATES):
+        c = 1.0 - _SHRINK * candidate
+        scale, zero_point = affine_from_range(low * c, high * c, bits, symmetric=symmetric)
+        d, z = scale[:, None], zero_point[:, None]
+        codes = ((rows / d).round() + z).clamp_(0, 2**bits - 1)
+        error = codes.sub_(z).mul_(d).sub_(rows).abs_().pow_(_NORM)
+        score = error.mean(dim=1)
+        better = score < best_score
+        best_score = torch.where(better, score, best_score)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero_point = torch.where(better, zero_point, best_zero_point)
+    return best_scale, best_zero_point
+
+
+def row_qparams(
+    rows: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    method: Method,
+    *,
+    symmetric: bool = False,
+    contain_zero: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One scale and zero point per row, `[R]`, of data `rows[R, n]` with extremes `low[R]`, `high[R]`.
+
+    The other arguments are those of `weight_qparams`.
+
+    Raises:
+        RecipeError: unsupported bits or method.
+        NonFiniteError: the data holds NaN or infinity.
+    """
+    _check(rows, bits, method)
+    if method == "minmax" or contain_zero:
+        low, high = low.clamp_max(0), high.clamp_min(0)
+    if method == "minmax":
+        return affine_from_range(low, high, bits, symmetric=symmetric)
+    return _search(rows, low, high, bits, symmetric=symmetric)
+
+
+def weight_qparams(
+    w: Tensor,
+    bits: int,
+    method: Method = "minmax",
+    *,
+    symmetric: bool = False,
+    contain_zero: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a weight, one per output channel.
+
+    Args:
+        w: `[N, ...]`, output channels first.
+        bits: 2 .. 8.
+        method: `minmax` spreads the codes over each channel's range extended to zero; `search`
+            tries 80 shrunken ranges and keeps the one with the least `|error|**2.4`. As released,
+            the searched range is not extended, so a one-sided channel may get a zero point outside
+            the codes.
+        symmetric: zero point `2**(bits - 1)`; what 8-bit weights need to fit int8.
+        contain_zero: extend the searched range to zero too, so the zero point is always a code.
+
+    Returns:
+        `(scale, zero_point)`, float32, shape `[N, 1, ...]`; the zero point is a whole number.
+
+    Raises:
+        RecipeError: unsupported bits or method.
+        NonFiniteError: the weight holds NaN or infinity.
+    """
+    if w.ndim < 2 or w.numel() == 0:
+        raise RecipeError(f"a weight has shape [N, ...] with at least 2 axes, got {tuple(w.shape)}")
+    rows = w.detach().flatten(1).float()
+    scale, zero_point = row_qparams(
+        rows,
+        rows.amin(1),
+        rows.amax(1),
+        bits,
+        method,
+        symmetric=symmetric,
+        contain_zero=contain_zero,
+    )
+    shape = (len(w), *(1,) * (w.ndim - 1))
+    return scale.reshape(shape), zero_point.reshape(shape)
+
+
+def activation_qparams(
+    x: Tensor,
+    bits: int,
+    method: Method = "search",
+    *,
+    symmetric: bool = False,
+    contain_zero: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of an activation, one for the whole tensor.
+
+    Args:
+        x: any shape.
+        bits: 2 .. 8.
+        method: as in `weight_qparams`.
+        symmetric: zero point `2**(bits - 1)`.
+        contain_zero: as in `weight_qparams`.
+
+    Returns:
+        `(scale, zero_point)`, float32 scalars (shape `[]`).
+
+    Raises:
+        RecipeError: unsupported bits or method.
+        NonFiniteError: the data holds NaN or infinity.
+    """
+    rows = x.detach().reshape(1, -1).float()
+    scale, zero_point = row_qparams(
+        rows,
+        rows.amin(1),
+        rows.amax(1),
+        bits,
+        method,
+        symmetric=symmetric,
+        contain_zero=contain_zero,
+    )
+    return scale[0], zero_point[0]
