@@ -138,6 +138,7 @@ def activation_tables(
     method: Method,
     *,
     static: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Scales and zero points of every quantised layer.
 
@@ -146,15 +147,19 @@ def activation_tables(
         plans: the layers and their bits.
         method: `minmax` or `search`.
         static: one entry for all steps instead of one per step.
+        progress: called with (layers done, layers in all).
 
     Returns:
         `(scale[T], zero_point[T])` by layer; T = 1 when static. Ranges contain zero, so that float
         zero is a code.
     """
     tables = {}
-    for plan in plans:
+    quantized = [plan for plan in plans if plan.quantized]
+    for done, plan in enumerate(quantized):
         if plan.activation_bits is None:
             continue
+        if progress is not None:
+            progress(done + 1, len(quantized))
         seen = recordings[plan.name]
         low, high, sample = seen.low, seen.high, seen.sample
         if static:

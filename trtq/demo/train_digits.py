@@ -176,6 +176,8 @@ def main() -> None:
     unet = train_denoiser(images, labels, arguments.seed, arguments.iterations, arguments.batch)
     pipeline = DDIMPipeline(unet.half(), DDIMScheduler(**SCHEDULER))
     pipeline.save_pretrained(arguments.output, safe_serialization=True)
+    classes = {"labels": [str(label) for label in range(CLASSES)], "null_class": NO_CLASS}
+    (arguments.output / "classes.json").write_text(json.dumps(classes, indent=2) + "\n")
     record = {
         "seed": arguments.seed,
         "iterations": arguments.iterations,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from trtq.errors import ArtefactError, QuantizationError, UsageError
 __all__ = ["DENOISERS", "Source", "load_source", "resolve_model", "wrap_pipeline"]
 
 INDEX_NAME = "model_index.json"
+CLASSES_NAME = "classes.json"
+_LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError)
 DENOISERS = ("unet", "transformer")
 
 
@@ -44,6 +48,11 @@ class Source:
         return module
 
     @property
+    def model(self) -> Any:
+        """diffusers' own model: the denoiser, or what is inside a quantised one."""
+        return getattr(self.denoiser, "denoiser", self.denoiser)
+
+    @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one denoiser input, (C, H, W)."""
         config: Any = self.denoiser.config
@@ -64,7 +73,7 @@ class Source:
         if hasattr(self.pipeline, "conditions"):
             labels = torch.arange(count) % self.pipeline.classes
             return self.conditions(labels[torch.randperm(count, generator=generator)])
-        if type(self.denoiser).__name__ == "UNet2DModel":
+        if type(self.model).__name__ == "UNet2DModel":
             return Conditions({})
         raise UsageError(
             f"{type(self.pipeline).__name__} is not supported yet; supported are pipelines of a "
@@ -75,6 +84,20 @@ class Source:
         """Conditions for images of these classes, labels[B]."""
         result: Conditions = self.pipeline.conditions(labels)
         return result
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Keep diffusers' and transformers' progress bars off standard error inside the block."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def find_denoiser(pipeline: Any) -> str:
@@ -116,7 +139,25 @@ def resolve_model(model: str | Path) -> Path | str:
     )
 
 
-def wrap_pipeline(pipeline: Any) -> Any:
+def read_null_class(folder: Path) -> int | None:
+    """The label that means "no class", from a folder's `classes.json`; None without one.
+
+    Raises:
+        ArtefactError: the file does not hold a label.
+    """
+    path = folder / CLASSES_NAME
+    if not path.is_file():
+        return None
+    try:
+        null_class = json.loads(path.read_text())["null_class"]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise ArtefactError(f"cannot read {path}: {err}") from err
+    if null_class is not None and not isinstance(null_class, int):
+        raise ArtefactError(f"{path}: null_class is a label or null, got {null_class!r}")
+    return null_class
+
+
+def wrap_pipeline(pipeline: Any, null_class: int | None = None) -> Any:
     """Give a class-conditional `UNet2DModel` the pipeline that can call it; others stay."""
     unet = getattr(pipeline, "unet", None)
     if unet is None or getattr(unet.config, "num_class_embeds", None) is None:
@@ -125,7 +166,7 @@ def wrap_pipeline(pipeline: Any) -> Any:
         return pipeline
     from trtq.diffusion.class_conditional import ClassConditionalPipeline
 
-    return ClassConditionalPipeline(unet, pipeline.scheduler)
+    return ClassConditionalPipeline(unet, pipeline.scheduler, null_class)
 
 
 def load_source(model: str | Path | Any) -> Source:
@@ -147,14 +188,15 @@ def load_source(model: str | Path | Any) -> Source:
 
     folder = place if isinstance(place, Path) else None
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            place, torch_dtype=torch.float32, use_safetensors=True, local_files_only=folder is not None
-        )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as err:
+        with quiet_diffusers():
+            pipeline = DiffusionPipeline.from_pretrained(
+                place,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=folder is not None,
+            )
+    except _LOADING_ERRORS + (SafetensorError,) as err:
         raise ArtefactError(f"cannot load the pipeline {str(model)!r}: {err}") from err
-    pipeline = wrap_pipeline(pipeline)
-    if folder is not None and hasattr(pipeline, "conditions"):
-        index = json.loads((folder / INDEX_NAME).read_text())
-        pipeline.register_to_config(null_class=index.get("null_class"))
+    pipeline = wrap_pipeline(pipeline, folder and read_null_class(folder))
     pipeline.set_progress_bar_config(disable=True)
     return Source(str(model), folder, pipeline, find_denoiser(pipeline))

@@ -157,6 +157,7 @@ def convert(
     weight_method: Method = "minmax",
     zero_point_mode: ZeroPointMode = "frozen",
     split_step: bool = False,
+    generator: torch.Generator | None = None,
 ) -> QuantizedDenoiser:
     """Replace the planned layers by `QuantLinear` and `QuantConv2d`, in place.
 
@@ -171,6 +172,7 @@ def convert(
         weight_method: how weight ranges are found.
         zero_point_mode: how activation zero points behave.
         split_step: the release's double update of the weight step.
+        generator: draws the first values of the adapters.
 
     Raises:
         QuantizationError: the plan quantises no layer, or names one that is not there.
@@ -201,6 +203,7 @@ def convert(
                 weight_method=weight_method,
                 zero_point_mode=zero_point_mode,
                 split_step=split_step,
+                generator=generator,
             )
         replace_module(denoiser, plan.name, layer)
     return QuantizedDenoiser(denoiser, table)

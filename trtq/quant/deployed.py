@@ -1,10 +1,13 @@
 """Layers as they ship: integer weights, integer activation codes, one table of scales per step.
 
     k = clip(round(x * inv_s[t]), lo[t], hi[t])
-    y = op(k, (q - z) * d) * s[t] + bias
+    y = op(k, q - z) * d * s[t] + bias
 
-This is the arithmetic of the exported graph, operation by operation, so torch and every engine see
-the same integers. Letters: N, K out / in features or channels, T steps, B images.
+This is the arithmetic of the exported graph, operation by operation. The product is taken of whole
+numbers and scaled afterwards: below 2^24 float32 adds them without rounding, in whatever order, so a
+runtime that computes it in float gets the same bits as one that computes it in integers. With the
+weight scaled first, sums differ in their last bits, values near a rounding tie fall on the other
+code, and a 4-bit network carries one such flip through to its output. Letters: N, K out / in features or channels, T steps, B images.
 """
 
 from __future__ import annotations
@@ -128,7 +131,8 @@ class DeployedLayer(nn.Module):
     low: Tensor
     high: Tensor
     bias: Tensor | None
-    dequantized: Tensor
+    weight_scale: Tensor
+    integers: Tensor
 
     def __init__(self, tensors: LayerTensors, geometry: ConvGeometry | None) -> None:
         super().__init__()
@@ -138,7 +142,8 @@ class DeployedLayer(nn.Module):
         self.register_buffer("low", tensors.low.float())
         self.register_buffer("high", tensors.high.float())
         self.register_buffer("bias", tensors.bias)
-        self.register_buffer("dequantized", tensors.weight.dequantize())
+        self.register_buffer("weight_scale", tensors.weight.scale.reshape(-1))
+        self.register_buffer("integers", tensors.weight.integers().float())
 
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
         """x[B, ...] -> the layer's output, same dtype.
@@ -160,10 +165,10 @@ class DeployedLayer(nn.Module):
         )
         codes = (x.float() * inv_scale).round().clamp(low, high)
         if self.geometry is None:
-            product = functional.linear(codes, self.dequantized)
+            product, channel = functional.linear(codes, self.integers), (-1,)
         else:
-            product = self.geometry.convolve(codes, self.dequantized, None)
-        out = product * scale
+            product, channel = self.geometry.convolve(codes, self.integers, None), (-1, 1, 1)
+        out = product * self.weight_scale.reshape(channel) * scale
         if self.bias is not None:
-            out = out + self.bias.reshape(-1, *(1,) * (0 if self.geometry is None else 2))
+            out = out + self.bias.reshape(channel)
         return out.to(x.dtype)

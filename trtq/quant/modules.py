@@ -99,6 +99,7 @@ class QuantLayer(nn.Module):
         weight_method: Method = "minmax",
         zero_point_mode: ZeroPointMode = "frozen",
         split_step: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Wrap a float layer.
 
@@ -113,6 +114,7 @@ class QuantLayer(nn.Module):
             zero_point_mode: see `trtq.quant.activation.ZeroPointMode`.
             split_step: with base "int", keep the step of the dequantiser as a second parameter on
                 the same memory, so that an optimiser moves it twice, as the release does.
+            generator: draws the first values of `lora_A`.
 
         Raises:
             NonFiniteError: the weight or bias holds NaN or infinity.
@@ -150,7 +152,7 @@ class QuantLayer(nn.Module):
         if rank:
             a, b = self._adapter_shapes(rank)
             bound = 1 / math.sqrt(math.prod(self.weight.shape[1:]))
-            self.lora_A = nn.Parameter(torch.empty(a).uniform_(-bound, bound))
+            self.lora_A = nn.Parameter(torch.empty(a).uniform_(-bound, bound, generator=generator))
             self.lora_B = nn.Parameter(torch.zeros(b))
         else:
             self.register_parameter("lora_A", None)

@@ -1,0 +1,32 @@
+"""Optional packages, named by the extra that brings them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from trtq.errors import MissingDependencyError
+
+__all__ = ["require"]
+
+_EXTRAS = {
+    "onnxruntime": "cpu",
+    "matplotlib": "eval",
+    "jinja2": "eval",
+    "sklearn": "dev",
+}
+
+
+def require(module: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        MissingDependencyError: it is not installed; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as err:
+        extra = _EXTRAS[module.partition(".")[0]]
+        raise MissingDependencyError(
+            f"{module} is needed here and not installed: pip install 'trtq[{extra}]'"
+        ) from err

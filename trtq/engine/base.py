@@ -1,0 +1,43 @@
+"""What every runtime looks like from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+__all__ = ["Engine", "TensorSpec"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph.
+
+    Attributes:
+        dtype: numpy's.
+        shape: sizes; a name where the size is free.
+    """
+
+    dtype: np.dtype[np.generic]
+    shape: tuple[int | str, ...]
+
+
+class Engine(Protocol):
+    """A graph that can be run."""
+
+    @property
+    def provider(self) -> str:
+        """Name of what runs it, as `--provider` takes it."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """The graph's inputs by name."""
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """The graph's outputs by name."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once; arrays by name, batch first."""

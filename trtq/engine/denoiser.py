@@ -1,0 +1,62 @@
+"""An engine that diffusers can call as if it were its own denoiser."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trtq.engine.base import Engine
+from trtq.errors import UsageError
+
+__all__ = ["EngineDenoiser"]
+
+
+class EngineDenoiser(nn.Module):
+    """Stands where a diffusers pipeline expects its UNet or transformer.
+
+    Args:
+        engine: runs the exported graph.
+        config: of the model that was exported.
+        model_class: the diffusers class, for the order of its arguments.
+    """
+
+    def __init__(self, engine: Engine, config: Any, model_class: type[nn.Module]) -> None:
+        super().__init__()
+        self.engine = engine
+        self.config = config
+        parameters = list(inspect.signature(model_class.forward).parameters)
+        self._positions = parameters[1:]
+        (self._output,) = engine.outputs
+        self._specs = dict(engine.inputs)
+        self.dtype = torch.float16 if self._specs["sample"].dtype == np.float16 else torch.float32
+        self.device = torch.device("cpu")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes what the diffusers model takes; gives `(prediction,)` or an output with `.sample`.
+
+        Raises:
+            UsageError: an input of the graph is missing, or one was given that the graph has not.
+        """
+        given = dict(zip(self._positions, args, strict=False)) | kwargs
+        return_dict = given.pop("return_dict", True)
+        sample: Tensor = given["sample"]
+        feeds = {}
+        for name, spec in self._specs.items():
+            value = given.pop(name, None)
+            if value is None:
+                raise UsageError(f"the graph needs the input {name!r}, which was not given")
+            array = torch.as_tensor(value).detach().cpu().numpy().astype(spec.dtype, copy=False)
+            feeds[name] = np.ascontiguousarray(array.reshape(array.shape or (1,)))
+        surplus = [name for name, value in given.items() if value is not None]
+        if surplus:
+            raise UsageError(f"the exported graph has no input {surplus[0]!r}")
+        prediction = torch.from_numpy(self.engine.run(feeds)[self._output]).to(sample.dtype)
+        if not return_dict:
+            return (prediction,)
+        from diffusers.models.unets.unet_2d import UNet2DOutput
+
+        return UNet2DOutput(sample=prediction)

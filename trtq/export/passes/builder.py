@@ -1,0 +1,56 @@
+"""Writing nodes and initialisers into an `onnx_ir` graph without repeating oneself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = ["GraphBuilder"]
+
+
+class GraphBuilder:
+    """Collects new nodes in order; the caller inserts them where they belong.
+
+    Args:
+        graph: the graph that gets the initialisers.
+        prefix: put in front of every node's and value's name.
+    """
+
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        self.graph = graph
+        self.prefix = prefix
+        self.nodes: list[ir.Node] = []
+
+    def constant(self, name: str, tensor: np.ndarray | ir.TensorProtocol) -> ir.Value:
+        """An initialiser; one that is already there under this name is used again."""
+        name = f"{self.prefix}/{name}"
+        found = self.graph.initializers.get(name)
+        if found is not None:
+            return found
+        data = ir.tensor(tensor, name=name) if isinstance(tensor, np.ndarray) else tensor
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(data.shape),
+            type=ir.TensorType(data.dtype),
+            const_value=data,
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def op(
+        self,
+        operator: str,
+        inputs: list[ir.Value],
+        name: str,
+        attributes: dict[str, Any] | None = None,
+        outputs: int = 1,
+    ) -> Any:
+        """Add a node of the ONNX domain; gives its output, or a list when there are several."""
+        full = f"{self.prefix}/{name}"
+        node = ir.node(operator, inputs, attributes or {}, num_outputs=outputs, name=full)
+        for index, value in enumerate(node.outputs):
+            value.name = f"{full}:{index}" if outputs > 1 else full
+        self.nodes.append(node)
+        return list(node.outputs) if outputs > 1 else node.outputs[0]

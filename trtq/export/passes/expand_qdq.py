@@ -1,0 +1,235 @@
+"""Low-bit nodes to quantise-dequantise form: the one that engines run in integers.
+
+Per layer, in a float16 or float32 graph:
+
+    Cast(float) -> Mul(inv_s[step]) -> Max(lo[step]) -> Min(hi[step]) -> QuantizeLinear(1, int8)
+      -> DequantizeLinear(1) -> Conv | MatMul with DequantizeLinear(int8 W, 1) -> Mul(d)
+      -> Mul(s[step]) -> Add(bias) -> Cast
+
+Both operands of the product are whole numbers and the weight's scale `d` follows it: see
+`trtq.quant.deployed` for why.
+
+The clip is left out where int8 saturates to the same codes. Weights of up to 4 bits lie in the file
+as INT4 (`q - 8`), with Cast and Sub (`z - 8`) in front of their DequantizeLinear.
+
+The step of each batch item is found once per graph from `timestep`, and one Gather fetches the
+values of all layers. With a single calibrated step the values are constants instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from trtq.errors import LegalityError
+from trtq.export.passes.builder import GraphBuilder
+from trtq.export.trace import DOMAIN
+from trtq.quant.deployed import LayerTensors
+from trtq.quant.timestep import TimestepTable
+
+__all__ = ["ExpandLowBitToQdq"]
+
+_INT8 = (-128, 127)
+_INT4_OFFSET = 8
+_PAIR_SAFE = 64
+"""Largest weight integer for which `255 w + 255 w` fits int16. onnxruntime rewrites a quantise pair
+with int8 zero points to uint8, and on x86 without VNNI its uint8 x int8 product adds two neighbours in
+int16, which saturates beyond this. A DequantizeLinear that leaves its zero point out (it means 0) is
+not rewritten, so such layers stay exact in every session."""
+
+
+@dataclass(frozen=True)
+class _StepValues:
+    """Values of one layer at the step of each batch item, shaped to broadcast over its input."""
+
+    inv_scale: ir.Value
+    scale: ir.Value
+    low: ir.Value | None
+    high: ir.Value | None
+
+
+def _columns(layer: LayerTensors) -> dict[str, np.ndarray]:
+    """The per-step values that the graph needs of a layer, float32 `[T]` each."""
+    columns = {
+        "inv_scale": layer.inv_scale.numpy(),
+        "scale": layer.scale.numpy(),
+    }
+    low, high = layer.low.numpy(), layer.high.numpy()
+    # Where both limits are int8's own, QuantizeLinear's saturation is the clip.
+    if not ((low == _INT8[0]).all() and (high == _INT8[1]).all()):
+        columns |= {"low": low.astype(np.float32), "high": high.astype(np.float32)}
+    return columns
+
+
+class ExpandLowBitToQdq(ir.passes.InPlacePass):
+    """Replace every `trtq::LowBit*` node by the form in the module docstring.
+
+    Args:
+        layers: the numbers of the layers, by the nodes' attribute `name`.
+        table: the calibrated timesteps.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerTensors], table: TimestepTable) -> None:
+        super().__init__()
+        self.layers = layers
+        self.table = table
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fires when there is a node of the domain `trtq`.
+
+        Raises:
+            LegalityError: a node names a layer that has no numbers.
+        """
+        graph = model.graph
+        nodes = [node for node in graph if node.domain == DOMAIN]
+        if not nodes:
+            return ir.passes.PassResult(model, modified=False)
+        ranks = {}
+        for node in nodes:
+            name = node.attributes["name"].as_string()
+            value = node.inputs[0]
+            if name not in self.layers or value is None or value.shape is None:
+                raise LegalityError(f"the graph has a low-bit node {name!r} without its numbers")
+            ranks[name] = len(value.shape)
+        values = self._step_values(graph, ranks)
+        for node in nodes:
+            name = node.attributes["name"].as_string()
+            self._expand(graph, node, name, self.layers[name], values[name])
+        model.opset_imports.pop(DOMAIN, None)
+        return ir.passes.PassResult(model, modified=True)
+
+    def _step_values(self, graph: ir.Graph, ranks: Mapping[str, int]) -> dict[str, _StepValues]:
+        """Look the step up once and hand every layer its values."""
+        columns = {name: _columns(self.layers[name]) for name in ranks}
+        found: dict[str, dict[str, ir.Value]] = {name: {} for name in ranks}
+        builder = GraphBuilder(graph, "steps")
+        if len(self.table) == 1:
+            for name, own in columns.items():
+                for key, column in own.items():
+                    shaped = column.reshape((1,) * ranks[name])
+                    found[name][key] = builder.constant(f"{name}/{key}", shaped)
+        else:
+            self._gather(builder, columns, ranks, found)
+        graph.insert_before(graph[0], builder.nodes)
+        return {
+            name: _StepValues(v["inv_scale"], v["scale"], v.get("low"), v.get("high"))
+            for name, v in found.items()
+        }
+
+    def _gather(
+        self,
+        builder: GraphBuilder,
+        columns: Mapping[str, dict[str, np.ndarray]],
+        ranks: Mapping[str, int],
+        found: dict[str, dict[str, ir.Value]],
+    ) -> None:
+        """`index = number of edges <= timestep`, then one Gather of `[T, values]`."""
+        graph = builder.graph
+        inputs = {value.name: value for value in graph.inputs}
+        edges = builder.constant("edges", self.table.edges.numpy()[None])
+        batch = builder.op("Shape", [inputs["sample"]], "batch", {"start": 0, "end": 1})
+        timestep = builder.op("Expand", [inputs["timestep"], batch], "timestep")
+        last = builder.constant("axis_1", np.array([1], np.int64))
+        column = builder.op("Unsqueeze", [timestep, last], "column")
+        passed = builder.op("GreaterOrEqual", [column, edges], "passed")
+        ones = builder.op("Cast", [passed], "ones", {"to": ir.DataType.FLOAT.value})
+        count = builder.op("ReduceSum", [ones, last], "count", {"keepdims": 0})
+        step = builder.op("Cast", [count], "step", {"to": ir.DataType.INT64.value})
+
+        by_rank = sorted(set(ranks.values()))
+        groups = {
+            rank: [(n, key) for n, own in columns.items() if ranks[n] == rank for key in own]
+            for rank in by_rank
+        }
+        ordered = [place for rank in by_rank for place in groups[rank]]
+        table = np.stack([columns[name][key] for name, key in ordered], axis=1)
+        rows = builder.op("Gather", [builder.constant("table", table), step], "values", {"axis": 0})
+        parts = [rows]
+        if len(by_rank) > 1:
+            sizes = builder.constant(
+                "group_sizes", np.array([len(groups[rank]) for rank in by_rank], np.int64)
+            )
+            parts = builder.op("Split", [rows, sizes], "groups", {"axis": 1}, len(by_rank))
+        for rank, part in zip(by_rank, parts, strict=True):
+            if rank > 2:
+                axes = builder.constant(f"axes_{rank}", np.arange(2, rank, dtype=np.int64))
+                part = builder.op("Unsqueeze", [part, axes], f"rank_{rank}")
+            count = len(groups[rank])
+            singles = builder.op(
+                "Split", [part], f"values_{rank}", {"axis": 1, "num_outputs": count}, count
+            )
+            for (name, key), value in zip(groups[rank], singles, strict=True):
+                found[name][key] = value
+
+    def _expand(
+        self, graph: ir.Graph, node: ir.Node, name: str, layer: LayerTensors, step: _StepValues
+    ) -> None:
+        builder = GraphBuilder(graph, name)
+        (x,) = node.inputs
+        (out,) = node.outputs
+        assert x is not None
+        dtype = x.dtype
+        if dtype != ir.DataType.FLOAT:
+            x = builder.op("Cast", [x], "float", {"to": ir.DataType.FLOAT.value})
+        y = builder.op("Mul", [x, step.inv_scale], "scaled")
+        if step.low is not None and step.high is not None:
+            y = builder.op("Max", [y, step.low], "clip_low")
+            y = builder.op("Min", [y, step.high], "clip_high")
+        one = builder.constant("one", np.array(1.0, np.float32))
+        zero = builder.constant("zero", np.array(0, np.int8))
+        codes = builder.op("QuantizeLinear", [y, one, zero], "codes")
+        largest = int(layer.weight.integers().short().abs().max())
+        pair = [codes, one, zero] if largest <= _PAIR_SAFE else [codes, one]
+        y = builder.op("DequantizeLinear", pair, "activation")
+        conv = node.op_type == "LowBitConv2d"
+        weight = self._weight(builder, layer, transposed=not conv)
+        if conv:
+            attributes = {
+                key: node.attributes[key].value
+                for key in ("strides", "pads", "dilations", "group")
+            }
+            y = builder.op("Conv", [y, weight], "conv", attributes)
+        else:
+            y = builder.op("MatMul", [y, weight], "matmul")
+        channel = (-1, 1, 1) if conv else (-1,)
+        weight_scale = builder.constant("weight_scale", layer.weight.scale.numpy().reshape(channel))
+        y = builder.op("Mul", [y, weight_scale], "scaled_by_weight")
+        y = builder.op("Mul", [y, step.scale], "rescaled")
+        if layer.bias is not None:
+            bias = layer.bias.numpy().reshape(channel)
+            y = builder.op("Add", [y, builder.constant("bias", bias)], "biased")
+        if dtype != ir.DataType.FLOAT:
+            y = builder.op("Cast", [y], "narrow", {"to": dtype.value})  # type: ignore[union-attr]
+        y.shape, y.type = out.shape, out.type
+        ir.convenience.replace_nodes_and_values(graph, node, [node], builder.nodes, [out], [y])
+
+    @staticmethod
+    def _weight(builder: GraphBuilder, layer: LayerTensors, *, transposed: bool) -> ir.Value:
+        """The integers as float; `[N, K, kh, kw]`, or `[K, N]` when transposed."""
+        packed = layer.weight
+        scale = builder.constant("ones", np.ones(len(packed.codes), np.float32))
+        axis = {"axis": 1 if transposed else 0}
+
+        def turned(array: np.ndarray) -> np.ndarray:
+            return np.ascontiguousarray(array.T) if transposed else array
+
+        if packed.bits > 4:
+            integers = builder.constant("weight", turned(packed.integers().numpy()))
+        else:
+            codes = turned(packed.codes.numpy().astype(np.int8) - _INT4_OFFSET)
+            stored = builder.constant(
+                "weight", ir.tensor(codes.astype(ml_dtypes.int4), dtype=ir.DataType.INT4)
+            )
+            offset = turned(packed.zero_point.numpy().astype(np.int8) - _INT4_OFFSET)
+            wide = builder.op("Cast", [stored], "weight_int8", {"to": ir.DataType.INT8.value})
+            integers = builder.op(
+                "Sub", [wide, builder.constant("weight_zero_point", offset)], "weight_integers"
+            )
+        weight: ir.Value = builder.op(
+            "DequantizeLinear", [integers, scale], "weight_float", axis
+        )
+        return weight

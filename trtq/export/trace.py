@@ -1,0 +1,170 @@
+"""From a torch denoiser to an ONNX graph in which each low-bit layer is one node.
+
+A layer that is to be low-bit is traced as a single node of the domain `trtq`, without its weights:
+
+    trtq::LowBitLinear(x) {name}        trtq::LowBitConv2d(x) {name, strides, pads, dilations, group}
+
+The rewrites in `trtq.export.passes` then give these nodes their numbers, in the form that the target
+wants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trtq.errors import UsageError
+from trtq.quant.convert import quantizable_layers, replace_module
+from trtq.quant.modules import ConvGeometry
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["DOMAIN", "OPSET", "OUTPUT_NAME", "example_inputs", "trace"]
+
+DOMAIN = "trtq"
+OPSET = 21
+IR_VERSION = 10
+OUTPUT_NAME = "out_sample"
+_EXAMPLE_BATCH = 2
+
+
+class _LowBitNode(nn.Module):
+    """Stands for a low-bit layer while tracing: one node, named after the layer."""
+
+    def __init__(self, name: str, source: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.name = name
+        self.out_features = int(source.weight.shape[0])
+        self.geometry: ConvGeometry | None = None
+        self.kernel: tuple[int, int] = (1, 1)
+        if isinstance(source, nn.Conv2d):
+            self.geometry = ConvGeometry.of(source)
+            self.kernel = (int(source.kernel_size[0]), int(source.kernel_size[1]))
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        attributes: dict[str, Any] = {"name": self.name}
+        if self.geometry is None:
+            operator, shape = "LowBitLinear", [*x.shape[:-1], self.out_features]
+        else:
+            g = self.geometry
+            operator = "LowBitConv2d"
+            size = [
+                (x.shape[2 + axis] + 2 * g.padding[axis] - g.dilation[axis] * (kernel - 1) - 1)
+                // g.stride[axis]
+                + 1
+                for axis, kernel in enumerate(self.kernel)
+            ]
+            shape = [x.shape[0], self.out_features, *size]
+            attributes |= {
+                "strides": list(g.stride),
+                "pads": [*g.padding, *g.padding],
+                "dilations": list(g.dilation),
+                "group": g.groups,
+            }
+        result: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{operator}", (x,), attributes, dtype=x.dtype, shape=shape, version=1
+        )
+        return result
+
+
+class _Positional(nn.Module):
+    """Calls a denoiser with positional tensors and gives back the bare prediction."""
+
+    def __init__(self, denoiser: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.names = names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        arguments = dict(zip(self.names, tensors, strict=True))
+        prediction: Tensor = self.denoiser(**arguments, return_dict=False)[0]
+        return prediction
+
+
+def example_inputs(denoiser: Any) -> dict[str, Tensor]:
+    """Inputs of a small batch, by diffusers' own argument names.
+
+    Raises:
+        UsageError: the class is not supported.
+    """
+    if type(denoiser).__name__ != "UNet2DModel":
+        raise UsageError(
+            f"exporting {type(denoiser).__name__} is not supported yet; supported is UNet2DModel"
+        )
+    config = denoiser.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    inputs = {
+        "sample": torch.zeros(_EXAMPLE_BATCH, config.in_channels, height, width),
+        "timestep": torch.zeros(_EXAMPLE_BATCH),
+    }
+    if config.num_class_embeds is not None:
+        inputs["class_labels"] = torch.zeros(_EXAMPLE_BATCH, dtype=torch.long)
+    return inputs
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter talks a lot; an error still carries what it has to say."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def trace(
+    denoiser: nn.Module, inputs: Mapping[str, Tensor], low_bit: set[str], *, half: bool = False
+) -> ir.Model:
+    """Export a denoiser with a dynamic batch; changes it in place.
+
+    Args:
+        denoiser: a float diffusers model.
+        inputs: see `example_inputs`.
+        low_bit: module paths that become nodes of the domain `trtq`.
+        half: compute in half precision; timesteps stay float32.
+
+    Returns:
+        The graph, inputs named as in diffusers, output `out_sample`.
+    """
+    for name, source in quantizable_layers(denoiser).items():
+        if name in low_bit:
+            replace_module(denoiser, name, _LowBitNode(name, source))
+    examples = dict(inputs)
+    if half:
+        denoiser.half()
+        examples["sample"] = examples["sample"].half()
+    accepted = inspect.signature(denoiser.forward).parameters
+    assert set(examples) <= set(accepted), "inputs are named as diffusers names them"
+    batch = torch.export.Dim("batch", min=1)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            _Positional(denoiser.eval(), list(examples)),
+            tuple(examples.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(examples),
+            output_names=[OUTPUT_NAME],
+            dynamic_shapes=(tuple({0: batch} for _ in examples),),
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    model: ir.Model = program.model
+    model.ir_version = IR_VERSION
+    return model

@@ -1,0 +1,284 @@
+"""The record that travels with every artefact, and the rules for writing and reading one.
+
+An artefact is a folder with a `manifest.json` that names the SHA-256 of every file beside it. It is
+written into `NAME.partial` and renamed when complete, so a folder that has a manifest is whole.
+Reading verifies the format version, that every path stays inside the folder, and every hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trtq.errors import ArtefactError, IntegrityError, UsageError
+
+__all__ = [
+    "CHECKPOINTS",
+    "MANIFEST_NAME",
+    "LayerRow",
+    "Manifest",
+    "SourceRow",
+    "artefact_kind",
+    "file_hashes",
+    "new_artefact",
+    "package_versions",
+    "partial_folder",
+    "read_manifest",
+    "sha256",
+    "write_manifest",
+]
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+CHECKPOINTS = "checkpoints"
+Kind = Literal["run", "onnx"]
+
+_PACKAGES = ("trtq", "torch", "diffusers", "accelerate", "onnx", "onnx-ir", "onnxruntime-openvino", "onnxruntime")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerRow(_Strict):
+    """What one linear or convolution became.
+
+    Attributes:
+        name: module path in the denoiser.
+        kind: `linear` or `conv2d`.
+        weight_bits: None: the layer runs in float.
+        activation_bits: None: the layer runs in float.
+        reason: why.
+    """
+
+    name: str
+    kind: Literal["linear", "conv2d"]
+    weight_bits: int | None
+    activation_bits: int | None
+    reason: str
+
+
+class SourceRow(_Strict):
+    """What an artefact was made from.
+
+    Attributes:
+        name: as the user gave it.
+        files: SHA-256 of the files that went in, by path inside the source.
+    """
+
+    name: str
+    files: dict[str, str]
+
+
+class Manifest(_Strict):
+    """Contents of `manifest.json`.
+
+    Attributes:
+        format_version: of this record.
+        kind: what the folder is.
+        files: SHA-256 of every file in the folder, by relative POSIX path.
+        source: what it was made from.
+        denoiser: name of the denoiser component, e.g. `unet`.
+        recipe: how it was quantised; None for a float model.
+        timesteps: the calibrated timesteps, cleanest first; None for a float model.
+        layers: one row per linear and convolution of the denoiser.
+        loras: LoRAs merged into the weights before quantising.
+        options: what the stage was asked for beyond the recipe.
+        metrics: what was measured while making it.
+        packages: versions of what made it.
+    """
+
+    format_version: int = FORMAT_VERSION
+    kind: Kind
+    files: dict[str, str] = {}
+    source: SourceRow
+    denoiser: str
+    recipe: dict[str, Any] | None = None
+    timesteps: list[float] | None = None
+    layers: list[LayerRow] = []
+    loras: list[dict[str, Any]] = []
+    options: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+    packages: dict[str, str] = {}
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that shape an artefact."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, the manifest and checkpoints left out."""
+    return {
+        path.relative_to(folder).as_posix(): sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.relative_to(folder).parts[0] not in (CHECKPOINTS, MANIFEST_NAME)
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash the files of a finished folder and write its manifest, last of all."""
+    complete = manifest.model_copy(
+        update={"files": file_hashes(folder), "packages": package_versions()}
+    )
+    (folder / MANIFEST_NAME).write_text(complete.model_dump_json(indent=2) + "\n")
+    return complete
+
+
+def artefact_kind(folder: Path) -> Kind | None:
+    """What kind of artefact a folder is; None if it is none of ours.
+
+    Raises:
+        ArtefactError: it has a manifest that cannot be read.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        return None
+    return _parse(folder).kind
+
+
+def _parse(folder: Path) -> Manifest:
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        hint = ""
+        if partial_folder(folder).is_dir():
+            hint = f"; {partial_folder(folder)} is an interrupted run, finish it with --resume"
+        raise ArtefactError(f"{folder} holds no readable {MANIFEST_NAME}{hint}") from err
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as err:
+        first = err.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise IntegrityError(f"{path} is not a manifest of trtq: {place}: {first['msg']}") from err
+
+
+def _checked_path(folder: Path, relative: str) -> Path:
+    """The file that a manifest names.
+
+    Raises:
+        IntegrityError: the path leaves the folder.
+    """
+    pure = PurePosixPath(relative)
+    path = folder / pure
+    if (
+        pure.is_absolute()
+        or ".." in pure.parts
+        or "\\" in relative
+        or ":" in relative
+        or not path.resolve().is_relative_to(folder.resolve())
+    ):
+        raise IntegrityError(
+            f"{folder / MANIFEST_NAME} names {relative!r}, which leaves the folder; do not use it"
+        )
+    return path
+
+
+def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
+    """Read and verify the manifest of an artefact.
+
+    Args:
+        folder: the artefact.
+        kinds: what it may be; any kind if none is given.
+
+    Raises:
+        ArtefactError: there is no such artefact, or it is of another kind.
+        IntegrityError: the version is unknown, a path leaves the folder, a file is missing or has
+            another content than the manifest says.
+    """
+    manifest = _parse(folder)
+    if manifest.format_version != FORMAT_VERSION:
+        raise IntegrityError(
+            f"{folder} has format version {manifest.format_version}, this trtq reads "
+            f"{FORMAT_VERSION}; make it again with this version"
+        )
+    if kinds and manifest.kind not in kinds:
+        raise ArtefactError(f"{folder} is of kind {manifest.kind!r}; needed is {' or '.join(kinds)}")
+    for relative, expected in manifest.files.items():
+        path = _checked_path(folder, relative)
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing, though the manifest lists it")
+        if sha256(path) != expected:
+            raise IntegrityError(
+                f"{path} is not what the manifest says (SHA-256 differs): it was changed or damaged"
+            )
+    return manifest
+
+
+def partial_folder(final: Path) -> Path:
+    """Where an artefact is written until it is complete."""
+    return final.with_name(final.name + ".partial")
+
+
+@contextmanager
+def new_artefact(final: Path, *, overwrite: bool = False, keep_partial: bool = False) -> Iterator[Path]:
+    """Write an artefact beside its place and move it there when the block ends well.
+
+    Args:
+        final: where it will lie.
+        overwrite: replace an artefact that is already there.
+        keep_partial: leave the partial folder on an error, and start from one that is there; for
+            stages that can be resumed.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        UsageError: something is there already that must not be replaced.
+    """
+    check_output(final, overwrite=overwrite)
+    partial = partial_folder(final)
+    if not keep_partial:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+    except BaseException:
+        if not keep_partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if final.exists():
+        old = final.with_name(final.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old)
+    else:
+        partial.rename(final)
+
+
+def check_output(final: Path, *, overwrite: bool) -> None:
+    """Refuse an output place before any long work.
+
+    Raises:
+        UsageError: something is there that must not be replaced.
+    """
+    if not final.exists():
+        return
+    if not (final / MANIFEST_NAME).is_file():
+        if final.is_dir() and not any(final.iterdir()):
+            final.rmdir()
+            return
+        raise UsageError(f"{final} exists and is not an artefact of trtq; choose another --output")
+    if not overwrite:
+        raise UsageError(f"{final} exists; choose another --output or pass --overwrite")

@@ -1,0 +1,70 @@
+"""How long work reports where it stands.
+
+Library functions take a `Reporter` and call it; the command line gives one that prints to standard
+error: a bar on a terminal, a line now and then elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Protocol, TextIO
+
+__all__ = ["LineReporter", "Reporter", "silent"]
+
+
+class Reporter(Protocol):
+    """Called with the stage's name, what is done and how much there is."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Take note."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A reporter that says nothing."""
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+class LineReporter:
+    """Prints `stage done/total, time left`: rewritten in place on a terminal, else every ten seconds.
+
+    Args:
+        stream: where to print, by default standard error.
+        interval_s: seconds between lines when the stream is no terminal.
+    """
+
+    def __init__(self, stream: TextIO | None = None, interval_s: float = 10.0) -> None:
+        self.stream = stream or sys.stderr
+        self.terminal = self.stream.isatty()
+        self.interval_s = 0.1 if self.terminal else interval_s
+        self._stage = ""
+        self._first = (0.0, 0)
+        self._last = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Print, if it is time to."""
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._first, self._last = stage, (now, done - 1), -1e9
+        finished = done >= total
+        if now - self._last < self.interval_s and not finished:
+            return
+        self._last = now
+        start, start_done = self._first
+        elapsed = now - start
+        if finished:
+            text = f"{stage}: {total}/{total} in {_duration(elapsed)}"
+        elif elapsed > 0 and done > start_done + 1:
+            left = elapsed / (done - start_done - 1) * (total - done)
+            text = f"{stage}: {done}/{total}, {_duration(left)} left"
+        else:
+            text = f"{stage}: {done}/{total}"
+        if self.terminal:
+            self.stream.write(f"\r\x1b[K{text}" + ("\n" if finished else ""))
+        else:
+            self.stream.write(text + "\n")
+        self.stream.flush()

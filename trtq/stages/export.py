@@ -1,0 +1,220 @@
+"""Run or checkpoint to ONNX, with the check that both say the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from trtq.diffusion.sampling import seeded_noise
+from trtq.diffusion.schedule import NoiseSchedule
+from trtq.diffusion.source import Source, load_source
+from trtq.engine.denoiser import EngineDenoiser
+from trtq.engine.ort import OrtEngine
+from trtq.errors import GateError, NonFiniteError, UsageError
+from trtq.export.parity import parity_db
+from trtq.export.passes import BroadcastTimestep, ExpandLowBitToQdq
+from trtq.export.trace import example_inputs, trace
+from trtq.manifest import (
+    LayerRow,
+    Manifest,
+    SourceRow,
+    artefact_kind,
+    check_output,
+    file_hashes,
+    new_artefact,
+    sha256,
+    write_manifest,
+)
+from trtq.manifest import MANIFEST_NAME
+from trtq.progress import Reporter, silent
+from trtq.quant import TimestepTable, quantizable_layers
+from trtq.resources import peak_rss_bytes
+from trtq.seeds import seeded_generator
+from trtq.stages.pipeline_folder import save_pipeline_parts
+from trtq.stages.run_folder import OpenRun, open_run
+
+__all__ = ["MODEL_NAME", "PARITY_DB", "export_onnx", "parse_batch"]
+
+Target = Literal["qdq"]
+Precision = Literal["fp32", "fp16"]
+
+MODEL_NAME = "model.onnx"
+DATA_NAME = "model.onnx_data"
+PARITY_DB: dict[str, float] = {"fp32": 40.0, "fp16": 20.0}
+"""Least SNR, in dB, of the exported noise prediction at any calibrated step. In a half-precision
+graph values near a rounding tie fall on the other code, so a 4-bit model cannot be held to more."""
+_PARITY_BATCH = 40
+
+
+def parse_batch(text: str) -> tuple[int, int]:
+    """`1:8` -> (1, 8), the batch sizes an engine is to take; `4` -> (4, 4).
+
+    Raises:
+        UsageError: not of that form.
+    """
+    low, _, high = text.partition(":")
+    try:
+        bounds = int(low), int(high or low)
+    except ValueError:
+        bounds = 0, 0
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise UsageError(f"--batch {text!r} is not understood; write MIN:MAX, e.g. 1:8")
+    return bounds
+
+
+def _check_finite(model: Any) -> None:
+    for name, value in model.graph.initializers.items():
+        data = value.const_value
+        if data is None or not np.issubdtype(data.dtype.numpy(), np.floating):
+            continue
+        if not np.isfinite(data.numpy()).all():
+            raise NonFiniteError(f"the exported graph holds NaN or infinity in {name!r}")
+
+
+def _rows(denoiser: nn.Module) -> list[LayerRow]:
+    return [
+        LayerRow(
+            name=name,
+            kind="linear" if isinstance(module, nn.Linear) else "conv2d",
+            weight_bits=None,
+            activation_bits=None,
+            reason="exported from a float checkpoint",
+        )
+        for name, module in quantizable_layers(denoiser).items()
+    ]
+
+
+def export_onnx(
+    path: str | Path,
+    out: str | Path,
+    *,
+    target: str = "qdq",
+    precision: str = "fp32",
+    batch: tuple[int, int] = (1, 8),
+    overwrite: bool = False,
+    report: Reporter = silent,
+) -> dict[str, Any]:
+    """Write the ONNX folder of a run, or of a plain checkpoint as the float baseline.
+
+    The denoiser keeps diffusers' inputs and takes one timestep per batch item, or one for all. After
+    writing, torch and onnxruntime are compared at every calibrated step.
+
+    Args:
+        path: a run, a diffusers folder, a shipped model's name or a hub id.
+        out: the ONNX folder, in the pipeline's own layout.
+        target: `qdq`.
+        precision: `fp32` or `fp16`, of everything that is not an integer.
+        batch: smallest and largest batch that engines built from it are to take.
+        overwrite: replace an ONNX folder that is already there.
+        report: called as work goes on.
+
+    Returns:
+        `parity_db_min`, `parity_db` (per step, cleanest first; last the mixed batch), `seconds`,
+        `peak_rss_bytes`, `bytes`.
+
+    Raises:
+        GateError: the graph is further from torch than `PARITY_DB` allows; nothing is left.
+        TrtqError: see `trtq.errors`.
+    """
+    start = time.monotonic()
+    if target != "qdq":
+        raise UsageError(f"unknown target {target!r}; choose qdq")
+    if precision not in PARITY_DB:
+        raise UsageError(f"unknown precision {precision!r}; choose one of {', '.join(PARITY_DB)}")
+    final = Path(out)
+    check_output(final, overwrite=overwrite)
+    run = open_run(Path(path)) if _is_run(path) else None
+    report("export", 1, 3)
+    if run is None:
+        source = load_source(path)
+        traced = load_source(path).denoiser
+        manifest = _float_manifest(source)
+    else:
+        source = run.source()
+        traced = run.float_skeleton()
+        manifest = _run_manifest(run)
+    name = source.denoiser_name
+    with new_artefact(final, overwrite=overwrite) as folder:
+        _write_graph(folder / name, traced, run, half=precision == "fp16")
+        save_pipeline_parts(source, folder)
+        report("export", 2, 3)
+        parity = _parity(source, folder / name / MODEL_NAME, run)
+        finite = [value for value in parity if math.isfinite(value)]
+        metrics: dict[str, Any] = {
+            "parity_db_min": min(finite, default=math.inf),
+            "parity_db": parity,
+            "bytes": sum(p.stat().st_size for p in (folder / name).iterdir()),
+        }
+        if metrics["parity_db_min"] < PARITY_DB[precision]:
+            raise GateError(
+                f"the exported graph is only {metrics['parity_db_min']:.1f} dB from torch, "
+                f"{PARITY_DB[precision]:g} dB are required; per step: "
+                + ", ".join(f"{value:.1f}" for value in parity)
+            )
+        metrics |= {
+            "seconds": round(time.monotonic() - start, 2),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        options = {"target": target, "precision": precision, "batch": list(batch)}
+        write_manifest(
+            folder, manifest.model_copy(update={"options": options, "metrics": metrics})
+        )
+    report("export", 3, 3)
+    return metrics
+
+
+def _is_run(path: str | Path) -> bool:
+    return Path(path).is_dir() and artefact_kind(Path(path)) is not None
+
+
+def _float_manifest(source: Source) -> Manifest:
+    files = file_hashes(source.folder) if source.folder is not None else {}
+    return Manifest(
+        kind="onnx",
+        source=SourceRow(name=source.name, files=files),
+        denoiser=source.denoiser_name,
+        layers=_rows(source.denoiser),
+    )
+
+
+def _run_manifest(run: OpenRun) -> Manifest:
+    source = SourceRow(
+        name=run.folder.name,
+        files={MANIFEST_NAME: sha256(run.folder / MANIFEST_NAME)} | run.manifest.files,
+    )
+    return run.manifest.model_copy(update={"kind": "onnx", "source": source})
+
+
+def _write_graph(folder: Path, denoiser: nn.Module, run: OpenRun | None, *, half: bool) -> None:
+    import onnx
+    import onnx_ir as ir
+
+    layers = run.stored.layers if run else {}
+    model = trace(denoiser, example_inputs(denoiser), set(layers), half=half)
+    BroadcastTimestep()(model)
+    if run is not None:
+        ExpandLowBitToQdq(layers, run.table)(model)
+        model.metadata_props["trtq.timesteps"] = json.dumps(run.table.timesteps.tolist())
+    _check_finite(model)
+    folder.mkdir(parents=True)
+    ir.save(model, folder / MODEL_NAME, external_data=DATA_NAME)
+    onnx.checker.check_model(str(folder / MODEL_NAME))
+
+
+def _parity(source: Source, model: Path, run: OpenRun | None) -> list[float]:
+    exported = EngineDenoiser(OrtEngine(model, "cpu"), source.model.config, type(source.model))
+    steps = len(run.table) if run is not None and len(run.table) > 1 else 20
+    recipe = (run.manifest.recipe or {}) if run is not None else {}
+    schedule = NoiseSchedule.of(source.pipeline.scheduler, int(recipe.get("steps", steps)))
+    generator = seeded_generator(0, "parity conditions")
+    conditions = source.draw_conditions(_PARITY_BATCH, generator)
+    noise = seeded_noise(source.sample_shape, 0, 0, _PARITY_BATCH)
+    return parity_db(source.denoiser, exported, schedule, noise, conditions)

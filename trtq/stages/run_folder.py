@@ -1,0 +1,70 @@
+"""Opening a run: its manifest, its numbers and the torch denoiser they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trtq.diffusion.source import Source
+from trtq.manifest import Manifest, read_manifest
+from trtq.quant import LayerPlan, QuantizedDenoiser, TimestepTable
+from trtq.quant.storage import FILE_NAME, StoredDenoiser, load_stored
+from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
+
+__all__ = ["OpenRun", "open_run"]
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A verified run.
+
+    Attributes:
+        folder: where it lies.
+        manifest: its record.
+        stored: its tensors.
+        table: the calibrated timesteps.
+    """
+
+    folder: Path
+    manifest: Manifest
+    stored: StoredDenoiser
+    table: TimestepTable
+
+    def float_skeleton(self) -> nn.Module:
+        """The denoiser with its float tensors; its quantised layers still hold fresh weights."""
+        model = skeleton(self.folder, self.manifest.denoiser)
+        self.stored.load_floats(model)
+        return model
+
+    def denoiser(self) -> QuantizedDenoiser:
+        """The low-bit denoiser in torch."""
+        return self.stored.build(skeleton(self.folder, self.manifest.denoiser), self.table)
+
+    def source(self) -> Source:
+        """A pipeline around the low-bit denoiser in torch."""
+        pipeline: Any = load_pipeline_parts(self.folder, self.manifest.denoiser, self.denoiser())
+        return Source(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
+
+
+def layer_plans(manifest: Manifest) -> list[LayerPlan]:
+    """The layers as the manifest lists them."""
+    return [
+        LayerPlan(row.name, row.kind, row.weight_bits, row.activation_bits, row.reason)
+        for row in manifest.layers
+    ]
+
+
+def open_run(folder: Path) -> OpenRun:
+    """Read and verify a run.
+
+    Raises:
+        ArtefactError: it is not a run, or damaged.
+        IntegrityError: its files are not what the manifest says.
+    """
+    manifest = read_manifest(folder, "run")
+    fresh = skeleton(folder, manifest.denoiser)
+    stored = load_stored(folder / FILE_NAME, fresh, layer_plans(manifest))
+    return OpenRun(folder, manifest, stored, TimestepTable(manifest.timesteps or []))
