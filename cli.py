@@ -1,0 +1,413 @@
+"""The command line: each verb parses, calls one library function and prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import trtq
+from trtq.errors import GateError, TrtqError
+from trtq.progress import LineReporter
+
+app = typer.Typer(
+    name="trtq",
+    help="Low-bit diffusion models: from a diffusers checkpoint to images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="Where the result goes.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")
+]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, on stderr.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Same seed, same result.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
+Provider = Annotated[
+    str | None,
+    typer.Option("--provider", help="What runs it: torch, cpu, openvino, cuda."),
+]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
+
+_err = Console(stderr=True, highlight=False)
+_out = Console(highlight=False)
+
+
+@contextmanager
+def _command(verbose: bool) -> Iterator[None]:
+    """Errors of the caller become one line and an exit code; -v adds the traceback."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING,
+        format="%(levelname)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    for noisy in ("matplotlib", "PIL", "asyncio", "onnx_ir", "onnxscript", "torch", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        yield
+    except TrtqError as err:
+        if verbose:
+            _err.print_exception()
+        _err.print(f"error: {err}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(err.exit_code) from err
+    except KeyboardInterrupt as err:
+        _err.print("interrupted")
+        raise typer.Exit(130) from err
+
+
+def _show(
+    result: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], None]
+) -> None:
+    if as_json:
+        # Infinity is no JSON: an exact match has no finite SNR.
+        print(json.dumps(_finite(result)))  # noqa: T201
+    else:
+        human(result)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+def _pairs(title: str, rows: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for key, value in rows.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    _out.print(table)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _out.print(trtq.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Low-bit diffusion models: from a diffusers checkpoint to images."""
+
+
+@app.command()
+def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Say what is installed and what can run here.
+
+    Example: trtq doctor
+    """
+    from trtq.stages.doctor import doctor as look
+
+    with _command(verbose):
+        result = look()
+
+        def human(found: dict[str, Any]) -> None:
+            rows = {k: found[k] for k in ("python", "machine", "cuda", "providers", "models")}
+            rows |= {k: v or "-" for k, v in found["packages"].items()}
+            _pairs("trtq doctor", rows)
+            for problem in found["problems"]:
+                _out.print(f"! {problem}", markup=False)
+            if found["ok"]:
+                _out.print("all well")
+
+        _show(result, as_json, human)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A diffusers folder, a hub id, or digits.")],
+    output: Output,
+    method: Annotated[
+        str | None, typer.Option("--method", help="minmax, search or efficientdm (default).")
+    ] = None,
+    bits: Annotated[str | None, typer.Option("--bits", help="E.g. w4a4, w4a8, w8a8.")] = None,
+    tables: Annotated[
+        str | None, typer.Option("--tables", help="per-step (default) or static.")
+    ] = None,
+    steps: Steps = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="A TOML file.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Same seed, same result.")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", min=1, help="Fine-tuning iterations.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from an interrupted run's checkpoint.")
+    ] = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a low-bit run of a checkpoint: calibrate, fine-tune without data, merge, pack.
+
+    Example: trtq quantize digits -o run --bits w4a4
+    """
+    from trtq.calib.recipe import load_recipe
+    from trtq.stages.quantize import describe_plan, plan_quantize
+    from trtq.stages.quantize import quantize as run_stage
+
+    with _command(verbose):
+        given: dict[str, Any] = {
+            "method": method,
+            "bits": bits,
+            "tables": tables,
+            "steps": steps,
+            "seed": seed,
+        }
+        overrides = {key: value for key, value in given.items() if value is not None}
+        if iterations is not None:
+            overrides["training"] = {"iterations": iterations}
+        chosen = load_recipe(recipe, overrides)
+        if dry_run:
+            result = describe_plan(plan_quantize(model, chosen))
+            _show(result, as_json, lambda r: _pairs("would quantize", r))
+            return
+        result = run_stage(
+            model, chosen, output, resume=resume, overwrite=overwrite, report=LineReporter()
+        )
+        _show(result, as_json, lambda r: _pairs(f"run: {output}", r))
+
+
+@app.command()
+def export(
+    path: Annotated[str, typer.Argument(help="A run, or a checkpoint for the float baseline.")],
+    output: Output,
+    target: Annotated[str, typer.Option("--target", help="qdq.")] = "qdq",
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or fp16.")] = "fp32",
+    batch: Annotated[
+        str, typer.Option("--batch", help="MIN:MAX batch that engines are to take.")
+    ] = "1:8",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write ONNX that carries the per-step scales, and check it against torch at every step.
+
+    Example: trtq export run -o onnx
+    """
+    from trtq.stages.export import export_onnx, parse_batch
+
+    with _command(verbose):
+        result = export_onnx(
+            path,
+            output,
+            target=target,
+            precision=precision,
+            batch=parse_batch(batch),
+            overwrite=overwrite,
+            report=LineReporter(),
+        )
+
+        def human(found: dict[str, Any]) -> None:
+            rows = {key: value for key, value in found.items() if key != "parity_db"}
+            _pairs(f"onnx: {output}", rows)
+
+        _show(result, as_json, human)
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],
+    output: Output,
+    images: Annotated[int, typer.Option("--images", min=1, help="How many.")] = 1,
+    class_label: Annotated[
+        int | None, typer.Option("--class-label", help="One class; by default all in turn.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="For text models.")] = None,
+    steps: Steps = None,
+    guidance: Annotated[float, typer.Option("--guidance", min=0, help="1 is none.")] = 1.0,
+    provider: Provider = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Draw images and write them on one PNG sheet.
+
+    Example: trtq generate onnx -o digits.png --images 20 --provider openvino
+    """
+    from trtq.stages.generate import generate as run_stage
+
+    with _command(verbose):
+        result = run_stage(
+            path,
+            output,
+            images=images,
+            class_label=class_label,
+            prompt=prompt,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            provider=provider,
+            report=LineReporter(),
+        )
+        _show(result, as_json, lambda r: _pairs("generated", r))
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],
+    reference: Annotated[str, typer.Option("--reference", help="The float model.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of the report.")
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=2, help="Drawn with each.")] = 1000,
+    steps: Steps = None,
+    guidance: Annotated[float, typer.Option("--guidance", min=0, help="1 is none.")] = 1.0,
+    provider: Provider = None,
+    gate: Annotated[
+        list[str] | None, typer.Option("--gate", help='E.g. "fd<=1.5"; exit 1 if not met.')
+    ] = None,
+    seed: Seed = 1,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare with the float model: Fréchet distance, class accuracy, error of every step.
+
+    Example: trtq eval onnx --reference digits -o report --gate "fd<=2"
+    """
+    from trtq.report.folder import check_report_folder, write_report
+    from trtq.stages.evaluate import evaluate as run_stage
+    from trtq.stages.evaluate import parse_gate
+
+    with _command(verbose):
+        gates = tuple(parse_gate(text) for text in gate or [])
+        if output is not None:
+            check_report_folder(output, overwrite=overwrite)
+        evaluation = run_stage(
+            path,
+            reference,
+            images=images,
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            provider=provider,
+            gates=gates,
+            report=LineReporter(),
+        )
+        result = evaluation.result
+        if output is not None:
+            from trtq.stages.show import evaluation_page
+
+            write_report(output, evaluation_page(path, evaluation), result, overwrite=overwrite)
+            result = result | {"report": str(output / "index.html")}
+
+        def human(found: dict[str, Any]) -> None:
+            rows = dict(found, snr_db=", ".join(f"{value:.1f}" for value in found["snr_db"]))
+            _pairs(f"eval: {path}", rows)
+
+        _show(result, as_json, human)
+        missed = [name for name, held in result["gates"].items() if not held]
+        if missed:
+            raise GateError(f"not met: {', '.join(missed)}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show layers, bits and tables; verifies the artefact first.
+
+    Example: trtq inspect run
+    """
+    from trtq.stages.inspect import inspect_artefact
+
+    with _command(verbose):
+
+        def human(found: dict[str, Any]) -> None:
+            rows = {
+                key: value
+                for key, value in found.items()
+                if key not in ("layers", "recipe", "packages", "metrics") and value
+            }
+            _pairs(str(path), rows)
+            table = Table(title="layers", title_justify="left")
+            for column in ("layer", "kind", "bits", "scale over steps", "zero points", "why"):
+                table.add_column(column)
+            for row in found["layers"]:
+                bits = "float"
+                if row.get("weight_bits") is not None:
+                    bits = f"w{row['weight_bits']}a{row['activation_bits']}"
+                scale = ""
+                if "scale_min" in row:
+                    scale = f"{row['scale_min']:.3g} .. {row['scale_max']:.3g}"
+                points = ", ".join(str(z) for z in row.get("zero_points", []))
+                cells = (row["name"], row.get("kind", ""), bits, scale, points)
+                table.add_row(*cells, row.get("reason", ""))
+            _out.print(table)
+
+        _show(inspect_artefact(path), as_json, human)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for everything it makes.")
+    ] = Path("trtq-demo"),
+    images: Annotated[int, typer.Option("--images", min=20, help="Drawn with each model.")] = 500,
+    iterations: Annotated[
+        int, typer.Option("--iterations", min=1, help="Fine-tuning iterations.")
+    ] = 350,
+    provider: Annotated[str, typer.Option("--provider", help="cpu or openvino.")] = "cpu",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole path on the digits model: quantise to W4A4, export, draw, evaluate, report.
+
+    Example: trtq demo -o trtq-demo
+    """
+    from trtq.demo.digits import demo as run_demo
+
+    with _command(verbose):
+        result = run_demo(
+            output,
+            images=images,
+            iterations=iterations,
+            provider=provider,
+            seed=seed,
+            overwrite=overwrite,
+            report=LineReporter(),
+        )
+
+        def human(found: dict[str, Any]) -> None:
+            table = Table(title="digits, 20 steps", title_justify="left")
+            for column in ("model", "FD", "class accuracy", "bytes"):
+                table.add_column(column)
+            for row in found["rows"]:
+                cells = (f"{row['fd']:.2f}", f"{row['class_accuracy']:.1%}", f"{row['bytes']:,}")
+                table.add_row(row["name"], *cells)
+            _out.print(table)
+            _out.print(f"{found['seconds']:.0f} s; open {found['report']}", soft_wrap=True)
+
+        _show(result, as_json, human)
+
+
+if __name__ == "__main__":
+    app()

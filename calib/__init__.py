@@ -1,1 +1,1 @@
-"""Trajectories, recordings, ranges, policies, recipes."""
+"""Trajectories, recordings, policies and recipes: what is calibrated, and how."""

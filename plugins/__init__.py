@@ -1,1 +1,1 @@
-"""Kernels."""
+"""Custom kernels, one folder each; none so far."""

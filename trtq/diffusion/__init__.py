@@ -1,1 +1,1 @@
-"""x."""
+"""Loading pipelines, schedules, guidance and sampling."""

@@ -53,6 +53,11 @@ class Source:
         return getattr(self.denoiser, "denoiser", self.denoiser)
 
     @property
+    def model_class(self) -> str:
+        """Name of diffusers' class of the denoiser, also where an engine stands in its place."""
+        return str(getattr(self.denoiser, "model_class", type(self.model)).__name__)
+
+    @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one denoiser input, (C, H, W)."""
         config: Any = self.denoiser.config
@@ -73,7 +78,7 @@ class Source:
         if hasattr(self.pipeline, "conditions"):
             labels = torch.arange(count) % self.pipeline.classes
             return self.conditions(labels[torch.randperm(count, generator=generator)])
-        if type(self.model).__name__ == "UNet2DModel":
+        if self.model_class == "UNet2DModel":
             return Conditions({})
         raise UsageError(
             f"{type(self.pipeline).__name__} is not supported yet; supported are pipelines of a "

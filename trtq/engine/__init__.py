@@ -1,1 +1,1 @@
-"""x."""
+"""One way to run a graph, whatever runs it."""

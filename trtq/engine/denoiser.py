@@ -28,6 +28,7 @@ class EngineDenoiser(nn.Module):
         super().__init__()
         self.engine = engine
         self.config = config
+        self.model_class = model_class
         parameters = list(inspect.signature(model_class.forward).parameters)
         self._positions = parameters[1:]
         (self._output,) = engine.outputs

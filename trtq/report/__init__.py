@@ -1,1 +1,1 @@
-"""x."""
+"""The HTML and the plots that show the numbers."""

@@ -1,1 +1,1 @@
-"""x."""
+"""One library function per verb of the command line."""

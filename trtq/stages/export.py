@@ -43,15 +43,15 @@ from trtq.progress import Reporter, silent
 from trtq.quant import TimestepTable, quantizable_layers
 from trtq.resources import peak_rss_bytes
 from trtq.seeds import seeded_generator
+from trtq.stages.load import MODEL_FILE
 from trtq.stages.pipeline_folder import save_pipeline_parts
 from trtq.stages.run_folder import OpenRun, open_run
 
-__all__ = ["MODEL_NAME", "PARITY_DB", "export_onnx", "parse_batch"]
+__all__ = ["PARITY_DB", "export_onnx", "parse_batch"]
 
 Target = Literal["qdq"]
 Precision = Literal["fp32", "fp16"]
 
-MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
 PARITY_DB: dict[str, float] = {"fp32": 40.0, "fp16": 20.0}
 """Least SNR, in dB, of the exported noise prediction at any calibrated step. In a half-precision
@@ -151,7 +151,7 @@ def export_onnx(
         _write_graph(folder / name, traced, run, half=precision == "fp16")
         save_pipeline_parts(source, folder)
         report("export", 2, 3)
-        parity = _parity(source, folder / name / MODEL_NAME, run)
+        parity = _parity(source, folder / name / MODEL_FILE, run)
         finite = [value for value in parity if math.isfinite(value)]
         metrics: dict[str, Any] = {
             "parity_db_min": min(finite, default=math.inf),
@@ -212,8 +212,8 @@ def _write_graph(folder: Path, denoiser: nn.Module, run: OpenRun | None, *, half
         model.metadata_props["trtq.timesteps"] = json.dumps(run.table.timesteps.tolist())
     _check_finite(model)
     folder.mkdir(parents=True)
-    ir.save(model, folder / MODEL_NAME, external_data=DATA_NAME)
-    onnx.checker.check_model(str(folder / MODEL_NAME))
+    ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME)
+    onnx.checker.check_model(str(folder / MODEL_FILE))
 
 
 def _parity(source: Source, model: Path, run: OpenRun | None) -> list[float]:

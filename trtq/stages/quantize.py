@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from trtq.stages.pipeline_folder import save_pipeline_parts
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["QuantizePlan", "plan_quantize", "quantize"]
+__all__ = ["QuantizePlan", "describe_plan", "plan_quantize", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,35 @@ def plan_quantize(model: str | Path | Any, recipe: Recipe) -> QuantizePlan:
     if recipe.tables == "static":
         timesteps = timesteps[len(timesteps) // 2 :][:1]
     return QuantizePlan(source, recipe, layers, TimestepTable(timesteps))
+
+
+def describe_plan(plan: QuantizePlan) -> dict[str, Any]:
+    """What `--dry-run` says: layers by precision, sizes, steps and tunable parameters."""
+    modules = dict(plan.source.denoiser.named_modules())
+    training = plan.recipe.training
+    adapters = 0
+    for layer in plan.layers:
+        if training is not None and layer.quantized and layer.adapters:
+            weight: Any = modules[layer.name].weight
+            adapters += training.rank * (len(weight) + weight[0].numel())
+    precisions = Counter(
+        f"w{layer.weight_bits}a{layer.activation_bits}" if layer.quantized else "float"
+        for layer in plan.layers
+    )
+    return {
+        "model": plan.source.name,
+        "denoiser": type(plan.source.denoiser).__name__,
+        "method": plan.recipe.method,
+        "layers_quantized": plan.quantized,
+        "layers_float": len(plan.layers) - plan.quantized,
+        "precisions": dict(precisions),
+        "float": [layer.name for layer in plan.layers if not layer.quantized],
+        "timesteps": len(plan.table),
+        "bytes_before": plan.bytes_before(),
+        "bytes_after": plan.bytes_after(),
+        "iterations": training.iterations if training else 0,
+        "adapter_parameters": adapters,
+    }
 
 
 def _as_recipe(recipe: Recipe | str | Path | dict[str, Any] | None) -> Recipe:

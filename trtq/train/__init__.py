@@ -1,1 +1,1 @@
-"""x."""
+"""Fine-tuning: one file per method, over one loop."""

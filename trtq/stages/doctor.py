@@ -1,0 +1,83 @@
+"""What is installed, and what can run here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+from trtq.diffusion.shipped import shipped_models
+from trtq.errors import MissingDependencyError
+
+__all__ = ["doctor"]
+
+_REQUIRED = ("torch", "diffusers", "accelerate", "onnx", "onnxscript", "safetensors", "numpy")
+_OPTIONAL = {
+    "onnxruntime-openvino": "cpu",
+    "onnxruntime-gpu": "gpu",
+    "onnxruntime": "rtx",
+    "tensorrt-rtx": "rtx",
+    "matplotlib": "eval",
+    "jinja2": "eval",
+}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _providers() -> list[str]:
+    from trtq.engine.ort import available_providers
+
+    try:
+        return available_providers()
+    except MissingDependencyError:
+        return []
+
+
+def doctor() -> dict[str, Any]:
+    """Look around; nothing is changed.
+
+    Returns:
+        `ok`, `problems` (what to do about each), `python`, `machine`, `packages`, `providers` (what
+        `--provider` can be here), `cuda`, `models` (that ship with trtq).
+    """
+    packages = {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
+    problems = [f"{name} is missing: pip install trtq" for name in _REQUIRED if not packages[name]]
+    providers = _providers()
+    if not providers:
+        problems.append("no onnxruntime: pip install 'trtq[cpu]' (or [gpu])")
+    runtimes = [
+        name
+        for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
+        if packages[name]
+    ]
+    if len(runtimes) > 1:
+        problems.append(
+            f"{' and '.join(runtimes)} install the same module over each other; keep one of them"
+        )
+    if any(not packages[name] for name in ("matplotlib", "jinja2")):
+        problems.append("reports need matplotlib and jinja2: pip install 'trtq[eval]'")
+    cuda = None
+    if packages["torch"]:
+        import torch
+
+        cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    models = shipped_models()
+    if not models:
+        problems.append("the models that ship with trtq are not installed: install it again")
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "python": sys.version.split()[0],
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "packages": packages,
+        "providers": ["torch", *providers] if packages["torch"] else providers,
+        "cuda": cuda,
+        "models": models,
+    }

@@ -1,0 +1,81 @@
+"""What is inside an artefact."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from trtq.diffusion.source import load_source
+from trtq.manifest import Manifest, artefact_kind, read_manifest
+from trtq.quant import quantizable_layers
+from trtq.stages.run_folder import open_run
+
+__all__ = ["inspect_artefact"]
+
+
+def inspect_artefact(path: str | Path) -> dict[str, Any]:
+    """Layers, bits, tables, sizes and origin.
+
+    Args:
+        path: a run, an ONNX folder or a float checkpoint; it is verified first.
+
+    Returns:
+        `kind`, `source`, `bytes`, `precisions` (count by precision), `timesteps`, `layers` (one row
+        each; for a run with `scale_min`, `scale_max` and `zero_points` of its table), `options`,
+        `metrics`.
+
+    Raises:
+        ArtefactError: it cannot be read, or is not what its manifest says.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or artefact_kind(folder) is None:
+        return _checkpoint(path)
+    manifest = read_manifest(folder)
+    result: dict[str, Any] = {
+        "kind": manifest.kind,
+        "source": manifest.source.name,
+        "bytes": sum((folder / name).stat().st_size for name in manifest.files),
+        "precisions": _precisions(manifest),
+        "recipe": manifest.recipe,
+        "timesteps": manifest.timesteps,
+        "layers": [row.model_dump() for row in manifest.layers],
+        "options": manifest.options,
+        "metrics": manifest.metrics,
+        "packages": manifest.packages,
+    }
+    if manifest.kind == "run":
+        stored = open_run(folder).stored
+        for row in result["layers"]:
+            tensors = stored.layers.get(row["name"])
+            if tensors is not None:
+                row["scale_min"] = float(tensors.scale.min())
+                row["scale_max"] = float(tensors.scale.max())
+                row["zero_points"] = sorted({-int(low) for low in tensors.low})
+                row["scale"] = tensors.scale.tolist()
+    return result
+
+
+def _precisions(manifest: Manifest) -> dict[str, int]:
+    return dict(
+        Counter(
+            "float" if row.weight_bits is None else f"w{row.weight_bits}a{row.activation_bits}"
+            for row in manifest.layers
+        )
+    )
+
+
+def _checkpoint(path: str | Path) -> dict[str, Any]:
+    source = load_source(path)
+    layers = quantizable_layers(source.denoiser)
+    return {
+        "kind": "checkpoint",
+        "source": source.name,
+        "denoiser": type(source.denoiser).__name__,
+        "parameters": sum(p.numel() for p in source.denoiser.parameters()),
+        "scheduler": type(source.pipeline.scheduler).__name__,
+        "precisions": {"float": len(layers)},
+        "layers": [
+            {"name": name, "shape": list(module.weight.shape)} for name, module in layers.items()
+        ],
+    }

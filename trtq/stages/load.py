@@ -1,0 +1,82 @@
+"""Any artefact or checkpoint as a diffusers pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trtq.diffusion.source import Source, load_source
+from trtq.engine.denoiser import EngineDenoiser
+from trtq.engine.ort import PROVIDERS, OrtEngine
+from trtq.errors import UsageError
+from trtq.manifest import artefact_kind, read_manifest
+from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
+from trtq.stages.run_folder import open_run
+
+__all__ = ["MODEL_FILE", "calibrated_steps", "load", "open_any"]
+
+MODEL_FILE = "model.onnx"
+TORCH = "torch"
+
+
+def open_any(
+    path: str | Path | Any, provider: str | None = None, threads: int | None = None
+) -> Source:
+    """Open a run, an ONNX folder or a float checkpoint.
+
+    Args:
+        path: the folder, a shipped model's name, a hub id or a pipeline object.
+        provider: `torch` for runs and checkpoints (their default), `cpu`, `openvino` or `cuda` for
+            ONNX folders (default `cpu`).
+        threads: threads of one operator, for ONNX folders.
+
+    Raises:
+        UsageError: the provider cannot run this kind of artefact.
+        ArtefactError: it cannot be read, or is not what its manifest says.
+    """
+    known = (TORCH, *PROVIDERS)
+    if provider is not None and provider not in known:
+        raise UsageError(f"unknown provider {provider!r}; choose one of {', '.join(known)}")
+    folder = Path(path) if isinstance(path, str | Path) else None
+    kind = artefact_kind(folder) if folder is not None and folder.is_dir() else None
+    if folder is None or kind != "onnx":
+        if provider not in (None, TORCH):
+            what = "a run" if kind == "run" else "a float checkpoint"
+            raise UsageError(
+                f"{path} is {what}, which only torch runs; make an ONNX folder of it first: "
+                f"trtq export {path} -o ONNX"
+            )
+        return load_source(path) if folder is None or kind is None else open_run(folder).source()
+    if provider == TORCH:
+        raise UsageError(f"{path} is an ONNX folder; run it with one of {', '.join(PROVIDERS)}")
+    manifest = read_manifest(folder, "onnx")
+    model: Any = skeleton(folder, manifest.denoiser)
+    engine = OrtEngine(folder / manifest.denoiser / MODEL_FILE, provider or "cpu", threads)
+    denoiser = EngineDenoiser(engine, model.config, type(model))
+    pipeline = load_pipeline_parts(folder, manifest.denoiser, denoiser)
+    return Source(str(path), folder, pipeline, manifest.denoiser)
+
+
+def load(folder: str | Path | Any, provider: str | None = None) -> Any:
+    """A diffusers pipeline whose denoiser is the low-bit one.
+
+    Args:
+        folder: a run, an ONNX folder, or a float checkpoint for comparison.
+        provider: see `open_any`.
+
+    Returns:
+        A `DiffusionPipeline`: call it as diffusers' own.
+
+    Raises:
+        TrtqError: see `trtq.errors`.
+    """
+    return open_any(folder, provider).pipeline
+
+
+def calibrated_steps(path: str | Path | Any) -> int | None:
+    """The number of denoising steps an artefact was calibrated for; None for a float checkpoint."""
+    folder = Path(path) if isinstance(path, str | Path) else None
+    if folder is None or not folder.is_dir() or artefact_kind(folder) is None:
+        return None
+    recipe = read_manifest(folder).recipe
+    return int(recipe["steps"]) if recipe else None
