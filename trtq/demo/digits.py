@@ -1,0 +1,152 @@
+"""The whole path on the digits model, and a report of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtq.evaluate.images import contact_sheet, save_png
+from trtq.progress import Reporter, silent
+from trtq.report.folder import check_report_folder, write_report
+from trtq.report.page import Page, Section, Table
+from trtq.stages.evaluate import Evaluation, ReferenceSet, draw_reference, evaluate
+from trtq.stages.export import export_onnx
+from trtq.stages.quantize import quantize
+from trtq.stages.show import grid_section, layer_sections, snr_section
+
+__all__ = ["demo"]
+
+MODEL = "digits"
+STEPS = 20
+REPORT = "report"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One low-bit model of the demonstration."""
+
+    name: str
+    folder: str
+    recipe: dict[str, Any]
+
+
+def _entries(iterations: int, seed: int) -> tuple[_Entry, ...]:
+    static = {"method": "search", "bits": "w4a4", "tables": "static", "seed": seed}
+    tuned = {"method": "efficientdm", "bits": "w4a4", "seed": seed}
+    return (
+        _Entry("W4A4 post-training, one scale", "static", static),
+        _Entry(
+            "W4A4 fine-tuned, a scale per step",
+            "efficientdm",
+            tuned | {"training": {"iterations": iterations}},
+        ),
+    )
+
+
+def demo(
+    out: str | Path,
+    *,
+    images: int = 500,
+    iterations: int = 350,
+    provider: str = "cpu",
+    seed: int = 0,
+    overwrite: bool = False,
+    report: Reporter = silent,
+) -> dict[str, Any]:
+    """Quantise to W4A4, export, draw, evaluate, and write an HTML report.
+
+    Args:
+        out: folder for runs, ONNX folders, `digits.png` and `report/index.html`.
+        images: drawn with each model.
+        iterations: of the fine-tuning.
+        provider: what runs the ONNX folders.
+        seed: of everything.
+        overwrite: replace what is there.
+        report: called as work goes on.
+
+    Returns:
+        `rows` (one per model: `name`, `fd`, `class_accuracy`, `snr_db`, `bytes`), `seconds`, `report`.
+
+    Raises:
+        TrtqError: see `trtq.errors`.
+    """
+    start = time.monotonic()
+    folder = Path(out)
+    check_report_folder(folder / REPORT, overwrite=overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = draw_reference(MODEL, images=images, steps=STEPS, seed=seed + 1, report=report)
+    results: dict[str, Evaluation] = {}
+    sizes: dict[str, dict[str, Any]] = {}
+    for entry in _entries(iterations, seed):
+        run, onnx = folder / entry.folder / "run", folder / entry.folder / "onnx"
+        sizes[entry.name] = quantize(MODEL, entry.recipe, run, overwrite=overwrite, report=report)
+        export_onnx(run, onnx, overwrite=overwrite, report=report)
+        results[entry.name] = evaluate(
+            onnx, reference, steps=STEPS, seed=seed + 1, provider=provider, report=report
+        )
+    last = results[entry.name]
+    sheet = contact_sheet(last.images[:100], 10, scale=6, gap=6)
+    save_png(sheet, folder / "digits.png")
+    rows = _rows(reference, results, sizes)
+    sections = (
+        _numbers(rows),
+        grid_section({"float": reference.images} | {n: e.images for n, e in results.items()}),
+        snr_section(
+            {name: e.result["snr_db"] for name, e in results.items()},
+            sorted(reference.source.timesteps(STEPS)),
+        ),
+        *layer_sections(folder / entry.folder / "run"),
+    )
+    seconds = round(time.monotonic() - start, 1)
+    tuned = sizes[entry.name]
+    lead = (
+        f"{images} images with each model, {STEPS} DDIM steps, the low-bit models on onnxruntime "
+        f"({provider}). Everything took {seconds:.0f} s, {tuned['fine_tune_seconds']:.0f} s of it "
+        f"fine-tuning ({tuned['fine_tune_iterations']} iterations, no training data)."
+    )
+    result = {"rows": rows, "seconds": seconds, "report": str(folder / REPORT / "index.html")}
+    page = Page("Handwritten digits in four bits", lead, sections)
+    write_report(folder / REPORT, page, result, overwrite=overwrite)
+    return result
+
+
+def _rows(
+    reference: ReferenceSet, results: dict[str, Evaluation], sizes: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    first = next(iter(sizes.values()))
+    rows: list[dict[str, Any]] = [
+        {
+            "name": "float",
+            "fd": reference.scores.fd,
+            "class_accuracy": reference.scores.class_accuracy,
+            "snr_db": None,
+            "bytes": first["bytes_before"],
+        }
+    ]
+    for name, evaluation in results.items():
+        result = evaluation.result
+        rows.append(
+            {"name": name, "bytes": sizes[name]["bytes_after"]}
+            | {key: result[key] for key in ("fd", "class_accuracy", "snr_db")}
+        )
+    return rows
+
+
+def _numbers(rows: list[dict[str, Any]]) -> Section:
+    shown = tuple(
+        (
+            row["name"],
+            f"{row['fd']:.2f}",
+            f"{row['class_accuracy']:.1%}",
+            f"{row['bytes'] / 1e6:.2f} MB",
+        )
+        for row in rows
+    )
+    header = ("model", "Fréchet distance", "class accuracy", "denoiser")
+    text = (
+        "Fréchet distance to the real digits in the features of the classifier that ships with the "
+        "model; lower is better."
+    )
+    return Section("Numbers", text, Table(header, shown, best=len(shown) - 1))

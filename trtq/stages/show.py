@@ -1,0 +1,100 @@
+"""What an evaluation looks like on a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trtq.evaluate.images import contact_sheet
+from trtq.manifest import artefact_kind, read_manifest
+from trtq.report.page import Page, Section, Table, picture
+from trtq.report.plots import scale_map, snr_curves
+from trtq.stages.evaluate import Evaluation
+from trtq.stages.inspect import inspect_artefact
+
+__all__ = ["evaluation_page", "grid_section", "layer_sections", "snr_section"]
+
+_SHOWN = 100
+_GRID_SCALE = 4
+
+
+def grid_section(sets: dict[str, Any]) -> Section:
+    """The first images of each model side by side; images[B,C,H,W] by name."""
+    pictures = tuple(
+        picture(contact_sheet(images[:_SHOWN], 10, _GRID_SCALE, gap=_GRID_SCALE), name)
+        for name, images in sets.items()
+    )
+    text = "Same starting noise and same classes in every grid; columns are classes."
+    return Section("Images", text, images=pictures, side_by_side=True)
+
+
+def snr_section(curves: dict[str, list[float]], timesteps: list[float]) -> Section:
+    """Error of the noise prediction at each step."""
+    plot = snr_curves(curves, timesteps)
+    text = (
+        "Signal-to-noise ratio of the predicted noise against the float model's, at the same points of "
+        "the float model's trajectory. At the last steps the noise to predict is smaller than one "
+        "quantisation step of the input, so the ratio falls, and so does its effect on the image."
+    )
+    caption = "Higher is better."
+    return Section("Every step against float", text, images=(picture(plot, caption),))
+
+
+def layer_sections(path: str | Path) -> tuple[Section, ...]:
+    """Layers and bits of a run or ONNX folder; for a run with tables also their map."""
+    found = inspect_artefact(path)
+    rows = tuple(
+        (
+            row["name"],
+            "float"
+            if row["weight_bits"] is None
+            else f"W{row['weight_bits']}A{row['activation_bits']}",
+            f"{row['scale_min']:.3g} .. {row['scale_max']:.3g}" if "scale_min" in row else "",
+            row["reason"],
+        )
+        for row in found["layers"]
+    )
+    header = ("layer", "bits", "scale over the steps", "why")
+    sections = [Section("Layers", table=Table(header, rows))]
+    tables = {row["name"]: row["scale"] for row in found["layers"] if len(row.get("scale", ())) > 1}
+    if tables:
+        plot = scale_map(tables, found["timesteps"])
+        text = (
+            "One activation scale per layer and step. A layer that is the same colour all along "
+            "would do with one scale."
+        )
+        caption = "Red: a larger range than on average, blue: a smaller one."
+        sections.insert(0, Section("Scale tables", text, images=(picture(plot, caption),)))
+    return tuple(sections)
+
+
+def evaluation_page(path: str, evaluation: Evaluation) -> Page:
+    """The report of `trtq eval`."""
+    result = evaluation.result
+    reference = evaluation.reference
+    rows = (
+        ("float", f"{result['fd_reference']:.3f}", f"{result['class_accuracy_reference']:.1%}"),
+        (path, f"{result['fd']:.3f}", f"{result['class_accuracy']:.1%}"),
+    )
+    table = Table(("model", "Fréchet distance", "class accuracy"), rows)
+    name = Path(path).name or path
+    timesteps = sorted(reference.source.timesteps(result["steps"]))
+    sections = [
+        Section("Numbers", _gates(result["gates"]), table),
+        grid_section({"float": reference.images, name: evaluation.images}),
+        snr_section({name: result["snr_db"]}, timesteps),
+    ]
+    if Path(path).is_dir() and artefact_kind(Path(path)) is not None:
+        read_manifest(Path(path))
+        sections += layer_sections(path)
+    lead = (
+        f"{result['images']} images with each model, {result['steps']} steps, seed {result['seed']}, "
+        f"provider {result['provider']}."
+    )
+    return Page(f"{name} against {reference.source.name}", lead, tuple(sections))
+
+
+def _gates(gates: dict[str, bool]) -> str:
+    if not gates:
+        return ""
+    return "; ".join(f"{gate}: {'met' if held else 'NOT met'}" for gate, held in gates.items())
