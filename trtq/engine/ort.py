@@ -34,6 +34,24 @@ def available_providers() -> list[str]:
     return [name for name, long in PROVIDERS.items() if long in present]
 
 
+def _without_doubles(path: Path) -> bytes:
+    """The graph with float32 where it has float64, which OpenVINO's provider cannot take.
+
+    Raises:
+        ArtefactError: the file cannot be read.
+    """
+    import onnx_ir as ir
+
+    from trtq.export.passes import NarrowDoubles
+
+    try:
+        model = ir.load(path)
+    except Exception as err:  # protobuf's DecodeError has no public base.
+        raise ArtefactError(f"cannot read {path}: {err}") from err
+    NarrowDoubles()(model)
+    return ir.to_proto(model).SerializeToString()
+
+
 class OrtEngine:
     """An ONNX file in an onnxruntime session.
 
@@ -65,15 +83,20 @@ class OrtEngine:
         # saturates on processors without VNNI.
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         settings: dict[str, str] = {}
+        model: str | bytes = str(path)
         if provider == "openvino":
             # OpenVINO does its own fusions, and finds fewer of them after onnxruntime's.
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             settings = {"device_type": "CPU", "precision": "FP32"}
             if threads is not None:
                 settings["num_of_threads"] = str(threads)
+            model = _without_doubles(path)
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(path.parent)
+            )
         try:
             self._session = ort.InferenceSession(
-                str(path), options, providers=[(PROVIDERS[provider], settings)]
+                model, options, providers=[(PROVIDERS[provider], settings)]
             )
         except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
             raise ArtefactError(f"onnxruntime cannot load {path}: {err}") from err

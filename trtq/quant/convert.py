@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trtq.errors import QuantizationError, StepError, TrtqError
 from trtq.quant.activation import ZeroPointMode
-from trtq.quant.deployed import DeployedLayer, LayerTensors
+from trtq.quant.deployed import DeployedGroupNorm, DeployedLayer, LayerTensors
 from trtq.quant.modules import Base, ConvGeometry, QuantConv2d, QuantLayer, QuantLinear
 from trtq.quant.ranges import Method
 from trtq.quant.timestep import TimestepTable, float_scope, step_scope
@@ -225,7 +225,7 @@ def merge(quantized: QuantizedDenoiser) -> dict[str, LayerTensors]:
 def deploy(
     denoiser: nn.Module, merged: Mapping[str, LayerTensors], table: TimestepTable
 ) -> QuantizedDenoiser:
-    """Replace layers by `DeployedLayer`, in place.
+    """Replace layers by `DeployedLayer` and group norms by `DeployedGroupNorm`, in place.
 
     Args:
         denoiser: a diffusers model, float or already converted.
@@ -240,4 +240,8 @@ def deploy(
         elif isinstance(source, QuantConv2d):
             geometry = source.geometry
         replace_module(denoiser, name, DeployedLayer(tensors, geometry))
+    norms = [(n, m) for n, m in denoiser.named_modules() if isinstance(m, nn.GroupNorm)]
+    for name, norm in norms:
+        if norm.affine:
+            replace_module(denoiser, name, DeployedGroupNorm(norm))
     return QuantizedDenoiser(denoiser, table)

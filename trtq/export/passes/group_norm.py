@@ -1,4 +1,4 @@
-"""GroupNormalization in terms of InstanceNormalization, which every runtime has a kernel for."""
+"""GroupNormalization spelled out, with statistics that every runtime rounds alike."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ __all__ = ["SpellOutGroupNorm"]
 
 
 class SpellOutGroupNorm(ir.passes.InPlacePass):
-    """Reshape to one instance per group, normalise, reshape back, scale and shift; in float32.
+    """Mean and deviation of each group in float64, the rest in float32; see `DeployedGroupNorm`.
 
-    onnxruntime has no kernel for GroupNormalization: it inlines the operator's definition, a dozen
-    nodes each, and its OpenVINO provider then splits the graph and fails.
+    onnxruntime has no kernel for GroupNormalization: it inlines the operator's definition, and its
+    OpenVINO provider then splits the graph and fails. Summed in float32, mean and deviation depend on
+    the order of the additions, which is each runtime's own; that was the largest source of values
+    landing on the other side of a rounding tie. A runtime without float64 may read it as float32.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -34,18 +36,27 @@ class SpellOutGroupNorm(ir.passes.InPlacePass):
         assert shift is not None and shift.const_value is not None
         groups = node.attributes["num_groups"].as_int()
         build = GraphBuilder(graph, name)
-        # Sums over a group overflow half precision.
+        to_float = {"to": ir.DataType.FLOAT.value}
         half = x.dtype != ir.DataType.FLOAT
-        wide = build.op("Cast", [x], "wide", {"to": ir.DataType.FLOAT.value}) if half else x
-        rows = build.constant("rows", np.array([0, groups, -1], np.int64))
-        operands = [
-            build.op("Reshape", [wide, rows], "grouped"),
-            build.constant("ones", np.ones(groups, np.float32)),
-            build.constant("zeros", np.zeros(groups, np.float32)),
-        ]
-        epsilon = {"epsilon": node.attributes["epsilon"].as_float()}
-        normal = build.op("InstanceNormalization", operands, "normalized", epsilon)
-        y = build.op("Reshape", [normal, build.op("Shape", [x], "shape")], "ungrouped")
+        wide = build.op("Cast", [x], "wide", to_float) if half else x
+        shape = build.constant("grouped_shape", np.array([0, groups, -1], np.int64))
+        rows = build.op("Reshape", [wide, shape], "grouped")
+        last = build.constant("axis", np.array([2], np.int64))
+        epsilon = np.array(node.attributes["epsilon"].as_float(), np.float64)
+
+        exact = build.op("Cast", [rows], "exact", {"to": ir.DataType.DOUBLE.value})
+        mean = build.op("ReduceMean", [exact, last], "mean", {"keepdims": 1})
+        centred = build.op("Sub", [exact, mean], "centred")
+        square = build.op("Mul", [centred, centred], "square")
+        variance = build.op("ReduceMean", [square, last], "variance", {"keepdims": 1})
+        guarded = build.op("Add", [variance, build.constant("epsilon", epsilon)], "guarded")
+        deviation = build.op("Sqrt", [guarded], "deviation")
+        mean = build.op("Cast", [mean], "mean_float", to_float)
+        inverse = build.op("Reciprocal", [deviation], "inverse")
+        inverse = build.op("Cast", [inverse], "inverse_float", to_float)
+
+        y = build.op("Mul", [build.op("Sub", [rows, mean], "moved"), inverse], "normalized")
+        y = build.op("Reshape", [y, build.op("Shape", [x], "shape")], "ungrouped")
         channel = (-1, *(1,) * (len(x.shape) - 2))
         for operator, key, value in (("Mul", "scale", scale), ("Add", "shift", shift)):
             data = value.const_value.numpy().astype(np.float32).reshape(channel)
