@@ -67,9 +67,7 @@ def _command(verbose: bool) -> Iterator[None]:
         raise typer.Exit(130) from err
 
 
-def _show(
-    result: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], None]
-) -> None:
+def _show(result: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], None]) -> None:
     if as_json:
         # Infinity is no JSON: an exact match has no finite SNR.
         print(json.dumps(_finite(result)))  # noqa: T201
@@ -100,7 +98,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[  # noqa: ARG001
+    version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:

@@ -114,9 +114,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def load_recipe(
-    path: Path | None = None, overrides: dict[str, Any] | None = None
-) -> Recipe:
+def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
     """The method's own recipe, with the user's file over it, and the overrides over both.
 
     Args:

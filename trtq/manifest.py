@@ -40,7 +40,16 @@ MANIFEST_NAME = "manifest.json"
 CHECKPOINTS = "checkpoints"
 Kind = Literal["run", "onnx"]
 
-_PACKAGES = ("trtq", "torch", "diffusers", "accelerate", "onnx", "onnx-ir", "onnxruntime-openvino", "onnxruntime")
+_PACKAGES = (
+    "trtq",
+    "torch",
+    "diffusers",
+    "accelerate",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime-openvino",
+    "onnxruntime",
+)
 
 
 class _Strict(BaseModel):
@@ -131,8 +140,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): sha256(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and path.relative_to(folder).parts[0] not in (CHECKPOINTS, MANIFEST_NAME)
+        if path.is_file() and path.relative_to(folder).parts[0] not in (CHECKPOINTS, MANIFEST_NAME)
     }
 
 
@@ -213,7 +221,9 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
             f"{FORMAT_VERSION}; make it again with this version"
         )
     if kinds and manifest.kind not in kinds:
-        raise ArtefactError(f"{folder} is of kind {manifest.kind!r}; needed is {' or '.join(kinds)}")
+        raise ArtefactError(
+            f"{folder} is of kind {manifest.kind!r}; needed is {' or '.join(kinds)}"
+        )
     for relative, expected in manifest.files.items():
         path = _checked_path(folder, relative)
         if not path.is_file():
@@ -231,7 +241,9 @@ def partial_folder(final: Path) -> Path:
 
 
 @contextmanager
-def new_artefact(final: Path, *, overwrite: bool = False, keep_partial: bool = False) -> Iterator[Path]:
+def new_artefact(
+    final: Path, *, overwrite: bool = False, keep_partial: bool = False
+) -> Iterator[Path]:
     """Write an artefact beside its place and move it there when the block ends well.
 
     Args:

@@ -16,6 +16,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +86,12 @@ def train_classifier(
     steps = epochs * math.ceil(len(train) / batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(epochs):
-        for chosen in train[torch.randperm(len(train), generator=generator)].split(batch):
+        for chosen in torch.split(train[torch.randperm(len(train), generator=generator)], batch):
             x = shift(images[chosen], generator)
             x = x + 0.1 * torch.randn(x.shape, generator=generator)
             loss = functional.cross_entropy(model(x), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
     model.eval()
@@ -99,9 +100,7 @@ def train_classifier(
     return model, accuracy
 
 
-def train_denoiser(
-    images: Tensor, labels: Tensor, seed: int, iterations: int, batch: int
-) -> nn.Module:
+def train_denoiser(images: Tensor, labels: Tensor, seed: int, iterations: int, batch: int) -> Any:
     """Minimise the error of the predicted noise; returns the moving average of the weights."""
     from diffusers import DDIMScheduler, UNet2DModel
 
@@ -129,7 +128,7 @@ def train_denoiser(
         ).sample
         loss = functional.mse_loss(predicted, noise)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -140,7 +139,9 @@ def train_denoiser(
         running += 0.02 * (loss.item() - running)
         if iteration % 100 == 99:
             left = (time.monotonic() - start) / (iteration + 1) * (iterations - iteration - 1)
-            print(f"{iteration + 1}/{iterations}  loss {running:.4f}  {left:.0f} s left", flush=True)  # noqa: T201
+            print(
+                f"{iteration + 1}/{iterations}  loss {running:.4f}  {left:.0f} s left", flush=True
+            )
     return average
 
 
@@ -167,7 +168,7 @@ def main() -> None:
     classifier, accuracy = train_classifier(
         images, labels, arguments.seed, arguments.classifier_epochs
     )
-    print(f"classifier: accuracy on held-out digits {accuracy:.4f}")  # noqa: T201
+    print(f"classifier: accuracy on held-out digits {accuracy:.4f}")
     # The statistics must come from the weights that ship, which are rounded to half precision.
     classifier.half().float()
     save_classifier(

@@ -43,7 +43,7 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
         Raises:
             UsageError: a label is not one of the model's classes.
         """
-        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < self.classes):
+        if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < self.classes):
             raise UsageError(
                 f"class labels must lie in 0 .. {self.classes - 1}, got "
                 f"{int(labels.min())} .. {int(labels.max())}"

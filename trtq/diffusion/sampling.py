@@ -43,9 +43,7 @@ class Conditions:
 
         def pick(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
             return {
-                name: torch.where(
-                    where.reshape(-1, *(1,) * (value.ndim - 1)), theirs[name], value
-                )
+                name: torch.where(where.reshape(-1, *(1,) * (value.ndim - 1)), theirs[name], value)
                 for name, value in mine.items()
             }
 

@@ -127,5 +127,7 @@ class NoiseSchedule:
         elif self.prediction == "sample":
             epsilon = (x - alpha.sqrt() * predicted) / sigma_t
         sigma = eta * ((1 - alpha_next) / (1 - alpha)).sqrt() * (1 - alpha / alpha_next).sqrt()
-        stepped = alpha_next.sqrt() * clean + (1 - alpha_next - sigma**2).clamp_min(0).sqrt() * epsilon
+        stepped = (
+            alpha_next.sqrt() * clean + (1 - alpha_next - sigma**2).clamp_min(0).sqrt() * epsilon
+        )
         return stepped if noise is None else stepped + sigma * noise

@@ -49,7 +49,7 @@ class Source:
 
     @property
     def model(self) -> Any:
-        """diffusers' own model: the denoiser, or what is inside a quantised one."""
+        """Diffusers' own model: the denoiser, or what is inside a quantised one."""
         return getattr(self.denoiser, "denoiser", self.denoiser)
 
     @property
@@ -133,7 +133,9 @@ def resolve_model(model: str | Path) -> Path | str:
     folder = Path(model)
     if folder.is_dir():
         if not (folder / INDEX_NAME).is_file():
-            raise ArtefactError(f"{folder} holds no {INDEX_NAME}; give the folder of a whole pipeline")
+            raise ArtefactError(
+                f"{folder} holds no {INDEX_NAME}; give the folder of a whole pipeline"
+            )
         return folder
     name = str(model)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
@@ -200,8 +202,8 @@ def load_source(model: str | Path | Any) -> Source:
                 use_safetensors=True,
                 local_files_only=folder is not None,
             )
-    except _LOADING_ERRORS + (SafetensorError,) as err:
+    except (*_LOADING_ERRORS, SafetensorError) as err:
         raise ArtefactError(f"cannot load the pipeline {str(model)!r}: {err}") from err
-    pipeline = wrap_pipeline(pipeline, folder and read_null_class(folder))
+    pipeline = wrap_pipeline(pipeline, read_null_class(folder) if folder is not None else None)
     pipeline.set_progress_bar_config(disable=True)
     return Source(str(model), folder, pipeline, find_denoiser(pipeline))

@@ -49,7 +49,8 @@ def _without_doubles(path: Path) -> bytes:
     except Exception as err:  # protobuf's DecodeError has no public base.
         raise ArtefactError(f"cannot read {path}: {err}") from err
     NarrowDoubles()(model)
-    return ir.to_proto(model).SerializeToString()
+    serialized: bytes = ir.to_proto(model).SerializeToString()
+    return serialized
 
 
 class OrtEngine:

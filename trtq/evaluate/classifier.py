@@ -33,7 +33,12 @@ class ImageClassifier(nn.Module):
     """
 
     def __init__(
-        self, channels: int = 1, size: int = 8, classes: int = 10, width: int = 24, features: int = 48
+        self,
+        channels: int = 1,
+        size: int = 8,
+        classes: int = 10,
+        width: int = 24,
+        features: int = 48,
     ) -> None:
         super().__init__()
         self.config = {

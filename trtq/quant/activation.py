@@ -96,7 +96,7 @@ class ActivationQuantizer(nn.Module):
             step = current_step()
             if step is None:
                 return x
-        zero_point = self.zero_point
+        zero_point: Tensor = self.zero_point
         if self.zero_point_mode == "rounded":
             zero_point = round_ste(zero_point)
         return fake_quant(

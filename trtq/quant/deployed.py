@@ -7,7 +7,9 @@ This is the arithmetic of the exported graph, operation by operation. The produc
 numbers and scaled afterwards: below 2^24 float32 adds them without rounding, in whatever order, so a
 runtime that computes it in float gets the same bits as one that computes it in integers. With the
 weight scaled first, sums differ in their last bits, values near a rounding tie fall on the other
-code, and a 4-bit network carries one such flip through to its output. Letters: N, K out / in features or channels, T steps, B images.
+code, and a 4-bit network carries one such flip through to its output.
+
+Letters: N, K out / in features or channels, T steps, B images.
 """
 
 from __future__ import annotations
@@ -158,16 +160,19 @@ class DeployedLayer(nn.Module):
         if step is None:
             step = current_step()
             if step is None:
-                raise QuantizationError("a deployed layer holds integers only; it has no float form")
+                raise QuantizationError(
+                    "a deployed layer holds integers only; it has no float form"
+                )
         scale, inv_scale, low, high = (
             per_item(select_step(values, step, len(x)), x)
             for values in (self.scale, self.inv_scale, self.low, self.high)
         )
         codes = (x.float() * inv_scale).round().clamp(low, high)
         if self.geometry is None:
-            product, channel = functional.linear(codes, self.integers), (-1,)
+            product = functional.linear(codes, self.integers)
         else:
-            product, channel = self.geometry.convolve(codes, self.integers, None), (-1, 1, 1)
+            product = self.geometry.convolve(codes, self.integers, None)
+        channel = (-1,) if self.geometry is None else (-1, 1, 1)
         out = product * self.weight_scale.reshape(channel) * scale
         if self.bias is not None:
             out = out + self.bias.reshape(channel)

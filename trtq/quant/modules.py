@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,8 +124,11 @@ class QuantLayer(nn.Module):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError("the weight or bias holds NaN or infinity")
         self._take_geometry(source)
-        self.weight = source.weight.requires_grad_(False)
-        self.bias = None if source.bias is None else source.bias.requires_grad_(False)
+        self.weight = cast(nn.Parameter, source.weight)
+        self.bias = cast("nn.Parameter | None", source.bias)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
         self.weight_bits = weight_bits
         self.weight_qmax = 2**weight_bits - 1
         self.base: Base = base

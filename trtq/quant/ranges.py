@@ -13,7 +13,15 @@ from torch import Tensor
 
 from trtq.errors import NonFiniteError, RecipeError
 
-__all__ = ["BITS", "Method", "activation_qparams", "affine_from_range", "check_bits", "row_qparams", "weight_qparams"]
+__all__ = [
+    "BITS",
+    "Method",
+    "activation_qparams",
+    "affine_from_range",
+    "check_bits",
+    "row_qparams",
+    "weight_qparams",
+]
 
 Method = Literal["minmax", "search"]
 METHODS: tuple[Method, ...] = ("minmax", "search")

@@ -99,9 +99,7 @@ class StoredDenoiser:
             missing, unexpected = skeleton.load_state_dict(self.floats, strict=False)
         except RuntimeError as err:
             raise ArtefactError(f"the tensors do not fit the denoiser: {err}") from err
-        expected = {
-            f"{name}.{leaf}" for name in self.layers for leaf in ("weight", "bias")
-        }
+        expected = {f"{name}.{leaf}" for name in self.layers for leaf in ("weight", "bias")}
         if unexpected or set(missing) - expected:
             raise ArtefactError(
                 "the tensors do not fit the denoiser: missing "
@@ -148,5 +146,7 @@ def load_stored(path: Path, skeleton: nn.Module, plans: Sequence[LayerPlan]) -> 
                 activation_bits=plan.activation_bits,
             )
     if grouped:
-        raise ArtefactError(f"{path} holds layers that its manifest does not: {sorted(grouped)[:3]}")
+        raise ArtefactError(
+            f"{path} holds layers that its manifest does not: {sorted(grouped)[:3]}"
+        )
     return StoredDenoiser(layers, floats)

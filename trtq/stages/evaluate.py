@@ -67,7 +67,9 @@ def parse_gate(text: str) -> Gate:
     if match is None or bound != bound:
         raise UsageError(f"gate {text!r} is not understood; write METRIC<=NUMBER, e.g. fd<=1.5")
     if match[1] not in _METRICS:
-        raise UsageError(f"unknown metric {match[1]!r} in a gate; choose one of {', '.join(_METRICS)}")
+        raise UsageError(
+            f"unknown metric {match[1]!r} in a gate; choose one of {', '.join(_METRICS)}"
+        )
     return Gate(match[1], match[2], bound)
 
 

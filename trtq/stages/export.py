@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import nn
 
 from trtq.diffusion.sampling import seeded_noise
@@ -28,6 +26,7 @@ from trtq.export.passes import (
 )
 from trtq.export.trace import example_inputs, trace
 from trtq.manifest import (
+    MANIFEST_NAME,
     LayerRow,
     Manifest,
     SourceRow,
@@ -38,9 +37,8 @@ from trtq.manifest import (
     sha256,
     write_manifest,
 )
-from trtq.manifest import MANIFEST_NAME
 from trtq.progress import Reporter, silent
-from trtq.quant import TimestepTable, quantizable_layers
+from trtq.quant import quantizable_layers
 from trtq.resources import peak_rss_bytes
 from trtq.seeds import seeded_generator
 from trtq.stages.load import MODEL_FILE
@@ -169,9 +167,7 @@ def export_onnx(
             "peak_rss_bytes": peak_rss_bytes(),
         }
         options = {"target": target, "precision": precision, "batch": list(batch)}
-        write_manifest(
-            folder, manifest.model_copy(update={"options": options, "metrics": metrics})
-        )
+        write_manifest(folder, manifest.model_copy(update={"options": options, "metrics": metrics}))
     report("export", 3, 3)
     return metrics
 

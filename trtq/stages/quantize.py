@@ -149,7 +149,9 @@ def _as_recipe(recipe: Recipe | str | Path | dict[str, Any] | None) -> Recipe:
     return load_recipe(None, {"method": str(recipe)})
 
 
-def _calibrate(plan: QuantizePlan, schedule: NoiseSchedule, report: Reporter) -> dict[str, tuple[Tensor, Tensor]]:
+def _calibrate(
+    plan: QuantizePlan, schedule: NoiseSchedule, report: Reporter
+) -> dict[str, tuple[Tensor, Tensor]]:
     recipe, source = plan.recipe, plan.source
     names = [layer.name for layer in plan.layers if layer.quantized]
     recordings = record(

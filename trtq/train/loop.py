@@ -227,9 +227,7 @@ def fit(
     first = 0
     checkpoint = latest_checkpoint(checkpoints) if resume and checkpoints else None
     if checkpoint is not None:
-        first = _load_checkpoint(
-            checkpoint, model, optimizer, objective, accelerator, fingerprint
-        )
+        first = _load_checkpoint(checkpoint, model, optimizer, objective, accelerator, fingerprint)
     rates = [float(group["lr"]) for group in objective.parameter_groups()]
     student, stepper = accelerator.prepare(model, optimizer)
     losses: list[float] = []

@@ -6,4 +6,10 @@ from trtq.export.passes.group_norm import SpellOutGroupNorm
 from trtq.export.passes.narrow_doubles import NarrowDoubles
 from trtq.export.passes.silu import SpellOutSilu
 
-__all__ = ["BroadcastTimestep", "SpellOutGroupNorm", "ExpandLowBitToQdq"]
+__all__ = [
+    "BroadcastTimestep",
+    "ExpandLowBitToQdq",
+    "NarrowDoubles",
+    "SpellOutGroupNorm",
+    "SpellOutSilu",
+]

@@ -32,5 +32,3 @@ class BroadcastTimestep(ir.passes.InPlacePass):
         graph.insert_before(graph[0], builder.nodes)
         timestep.shape = ir.Shape(["timesteps"])
         return ir.passes.PassResult(model, modified=True)
-
-

@@ -32,7 +32,7 @@ class GraphBuilder:
         data = ir.tensor(tensor, name=name) if isinstance(tensor, np.ndarray) else tensor
         value = ir.Value(
             name=name,
-            shape=ir.Shape(data.shape),
+            shape=ir.Shape([int(size) for size in data.numpy().shape]),
             type=ir.TensorType(data.dtype),
             const_value=data,
         )

@@ -189,8 +189,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         weight = self._weight(builder, layer, transposed=not conv)
         if conv:
             attributes = {
-                key: node.attributes[key].value
-                for key in ("strides", "pads", "dilations", "group")
+                key: node.attributes[key].value for key in ("strides", "pads", "dilations", "group")
             }
             y = builder.op("Conv", [y, weight], "conv", attributes)
         else:
@@ -229,7 +228,5 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             integers = builder.op(
                 "Sub", [wide, builder.constant("weight_zero_point", offset)], "weight_integers"
             )
-        weight: ir.Value = builder.op(
-            "DequantizeLinear", [integers, scale], "weight_float", axis
-        )
+        weight: ir.Value = builder.op("DequantizeLinear", [integers, scale], "weight_float", axis)
         return weight

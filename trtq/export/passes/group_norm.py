@@ -31,9 +31,13 @@ class SpellOutGroupNorm(ir.passes.InPlacePass):
     def _rewrite(graph: ir.Graph, node: ir.Node, name: str) -> None:
         x, scale, shift = node.inputs
         (out,) = node.outputs
-        assert x is not None and x.shape is not None and x.dtype is not None
-        assert scale is not None and scale.const_value is not None
-        assert shift is not None and shift.const_value is not None
+        assert x is not None
+        assert x.shape is not None
+        assert x.dtype is not None
+        assert scale is not None
+        assert scale.const_value is not None
+        assert shift is not None
+        assert shift.const_value is not None
         groups = node.attributes["num_groups"].as_int()
         build = GraphBuilder(graph, name)
         to_float = {"to": ir.DataType.FLOAT.value}
@@ -58,8 +62,11 @@ class SpellOutGroupNorm(ir.passes.InPlacePass):
         y = build.op("Mul", [build.op("Sub", [rows, mean], "moved"), inverse], "normalized")
         y = build.op("Reshape", [y, build.op("Shape", [x], "shape")], "ungrouped")
         channel = (-1, *(1,) * (len(x.shape) - 2))
-        for operator, key, value in (("Mul", "scale", scale), ("Add", "shift", shift)):
-            data = value.const_value.numpy().astype(np.float32).reshape(channel)
+        for operator, key, stored in (
+            ("Mul", "scale", scale.const_value),
+            ("Add", "shift", shift.const_value),
+        ):
+            data = stored.numpy().astype(np.float32).reshape(channel)
             y = build.op(operator, [y, build.constant(key, data)], f"{key}_applied")
         if half:
             y = build.op("Cast", [y], "narrow", {"to": x.dtype.value})

@@ -20,10 +20,9 @@ class NarrowDoubles(ir.passes.InPlacePass):
         modified = False
         for node in model.graph:
             target = node.attributes.get("to")
-            if node.op_type == "Cast" and target is not None:
-                if target.as_int() == ir.DataType.DOUBLE.value:
-                    node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
-                    modified = True
+            if target is not None and target.as_int() == ir.DataType.DOUBLE.value:
+                node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
+                modified = True
             for value in node.outputs:
                 if value.dtype == ir.DataType.DOUBLE:
                     value.dtype = ir.DataType.FLOAT

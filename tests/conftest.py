@@ -1,0 +1,52 @@
+"""Small models that several tests share."""
+
+import pytest
+import torch
+
+from trtq.diffusion.source import load_source
+from trtq.stages.export import export_onnx
+from trtq.stages.quantize import quantize
+
+
+def tiny_pipeline(seed=0):
+    """A class-conditional pipeline with 30-odd layers and 20 thousand parameters."""
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    from trtq.diffusion.class_conditional import ClassConditionalPipeline
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 12),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+            attention_head_dim=4,
+            num_class_embeds=4,
+        ).eval()
+    scheduler = DDIMScheduler(timestep_spacing="leading", steps_offset=1)
+    return ClassConditionalPipeline(unet, scheduler, null_class=3)
+
+
+@pytest.fixture
+def tiny():
+    return load_source(tiny_pipeline())
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """The digits at W4A4 without fine-tuning, four steps."""
+    out = tmp_path_factory.mktemp("digits") / "run"
+    quantize("digits", {"method": "search", "steps": 4, "calibration": {"images": 16}}, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def digits_onnx(digits_run):
+    out = digits_run.parent / "onnx"
+    export_onnx(digits_run, out)
+    return out

@@ -1,0 +1,125 @@
+"""Schedules, guidance, loading."""
+
+import pytest
+import torch
+
+from trtq.diffusion.sampling import Conditions, predict, seeded_noise
+from trtq.diffusion.schedule import NoiseSchedule, inference_timesteps
+from trtq.diffusion.source import load_source
+from trtq.errors import ArtefactError, QuantizationError, UsageError
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_step_is_diffusers_ddim_step(prediction, clip, eta):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        prediction_type=prediction, clip_sample=clip, timestep_spacing="leading", steps_offset=1
+    )
+    scheduler.set_timesteps(20)
+    schedule = NoiseSchedule.of(scheduler, 20)
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.arange(20)
+    x, predicted, noise = (torch.randn(20, 1, 4, 4, generator=generator) for _ in range(3))
+    # Every item at a step of its own, in one call.
+    ours = schedule.step(x, predicted, positions, eta, noise)
+    for position, t in enumerate(scheduler.timesteps):
+        item = slice(position, position + 1)
+        expected = scheduler.step(
+            predicted[item], t, x[item], eta=eta, variance_noise=noise[item] if eta else None
+        ).prev_sample
+        torch.testing.assert_close(ours[item], expected, rtol=1e-5, atol=2e-5)
+
+
+def test_timesteps_are_the_schedulers_own():
+    from diffusers import DDIMScheduler, HeunDiscreteScheduler
+
+    ddim = DDIMScheduler(timestep_spacing="leading", steps_offset=1)
+    assert inference_timesteps(ddim, 4) == [751, 501, 251, 1]
+    heun = inference_timesteps(HeunDiscreteScheduler(), 5)
+    assert len(heun) == len(set(heun)) == 5
+    with pytest.raises(UsageError, match=r"steps=0 .* 1 \.\. 1000"):
+        inference_timesteps(ddim, 0)
+
+
+def test_guidance_concatenates_unconditional_then_conditional():
+    seen = {}
+
+    def denoiser(x, t, class_labels, return_dict):
+        seen.update(labels=class_labels.tolist(), t=t.tolist())
+        return (x * 0 + class_labels.reshape(-1, 1, 1, 1),)
+
+    conditions = Conditions(
+        {"class_labels": torch.tensor([1, 2])}, {"class_labels": torch.tensor([9, 9])}
+    )
+    out = predict(denoiser, torch.zeros(2, 1, 1, 1), torch.tensor([5.0, 7.0]), conditions, 3.0)
+    assert seen == {"labels": [9, 9, 1, 2], "t": [5, 7, 5, 7]}
+    assert out.flatten().tolist() == [9 + 3 * (1 - 9), 9 + 3 * (2 - 9)]
+    with pytest.raises(UsageError, match="guidance=3"):
+        predict(denoiser, torch.zeros(2, 1, 1, 1), 1.0, Conditions({}), 3.0)
+
+
+def test_noise_does_not_depend_on_the_batch():
+    whole = seeded_noise((1, 4, 4), 3, 0, 6)
+    parts = torch.cat([seeded_noise((1, 4, 4), 3, 0, 2), seeded_noise((1, 4, 4), 3, 2, 4)])
+    assert torch.equal(whole, parts)
+
+
+def test_images_do_not_depend_on_the_batch(tiny):
+    from trtq.evaluate.images import draw
+
+    one, many = (draw(tiny, 5, steps=3, seed=0, batch=batch) for batch in (1, 5))
+    torch.testing.assert_close(one, many, rtol=0, atol=1e-5)
+
+
+def test_diffusers_itself_loads_the_shipped_model():
+    from diffusers import DDIMPipeline
+
+    from trtq.diffusion.shipped import shipped_model
+
+    pipeline = DDIMPipeline.from_pretrained(shipped_model("digits"))
+    assert type(pipeline.unet).__name__ == "UNet2DModel"
+
+
+def test_shipped_model_is_small():
+    from trtq.diffusion.shipped import shipped_model
+
+    files = [p for p in shipped_model("digits").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 3e6
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no-such-model", r"ships with trtq \(digits\)"),
+        ("./nowhere", "not a folder"),
+        (".", r"holds no model_index\.json"),
+    ],
+)
+def test_unknown_models(model, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtefactError, match=message):
+        load_source(model)
+
+
+def test_corrupt_weights(tmp_path):
+    import shutil
+
+    from trtq.diffusion.shipped import shipped_model
+
+    folder = tmp_path / "digits"
+    shutil.copytree(shipped_model("digits"), folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ArtefactError, match="cannot load the pipeline"):
+        load_source(folder)
+
+
+def test_a_pipeline_without_a_denoiser():
+    class Empty:
+        components = {"vae": None}
+
+    with pytest.raises(QuantizationError, match="no denoiser.*vae"):
+        load_source(Empty())
