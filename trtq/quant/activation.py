@@ -18,8 +18,6 @@ ZeroPointMode = Literal["frozen", "rounded", "float"]
 """`frozen`: whole numbers that are not trained. `rounded`: trained, rounded in every forward pass.
 `float`: trained and not rounded, as released; it has to be rounded before it can be deployed."""
 
-_SCALE_FLOOR = 1e-8
-
 
 def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
     """The entries of `table[T]` for this step: shape `[]`, or `[B]` with one entry per batch item.
@@ -115,9 +113,12 @@ class ActivationQuantizer(nn.Module):
         self.zero_point.copy_(zero_point)
 
     @torch.no_grad()
-    def clamp_(self) -> None:
-        """Bring trained values back to what can be deployed: `s > 0` and `0 <= z <= 2**bits - 1`."""
-        self.scale.clamp_min_(_SCALE_FLOOR)
+    def clamp_(self, lowest: Tensor, highest: Tensor) -> None:
+        """Bring trained values back to what can be deployed.
+
+        Scales to `lowest[T] .. highest[T]`, both positive; zero points to `0 .. 2**bits - 1`.
+        """
+        self.scale.clamp_(lowest, highest)
         self.zero_point.clamp_(0, self.qmax)
 
     def integer_bounds(self) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,8 @@ from trtq.seeds import seeded_generator
 
 __all__ = ["EfficientDM", "Rates", "guided_error"]
 
+_SCALE_RANGE = 4.0
+
 
 def guided_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum of squared differences of two guided predictions (EfficientDM, eq. 7, as released)."""
@@ -108,6 +110,9 @@ class EfficientDM:
         self.eta = eta
         self.staggered = staggered
         self._pools: list[_Pool] = []
+        self._calibrated = {
+            name: layer.activation.scale.detach().clone() for name, layer in model.layers()
+        }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Per layer: adapters at their own rate, then weight steps and activation entries."""
@@ -191,9 +196,14 @@ class EfficientDM:
         pool.x, pool.position = stepped, position
 
     def after_step(self) -> None:
-        """Keep activation scales positive and zero points inside the codes."""
-        for _, layer in self.model.layers():
-            layer.activation.clamp_()
+        """Keep zero points inside the codes and scales near their calibrated values.
+
+        An entry is visited once per trajectory, while Adam's momentum moves it all the time: without
+        a bound one layer whose scale hardly matters can run away to zero.
+        """
+        for name, layer in self.model.layers():
+            calibrated = self._calibrated[name]
+            layer.activation.clamp_(calibrated / _SCALE_RANGE, calibrated * _SCALE_RANGE)
 
     def state(self) -> dict[str, Tensor]:
         """The trajectories in flight."""

@@ -1,0 +1,150 @@
+"""The table of the README: the digits model at several bit-widths, in one run.
+
+    python benchmarks/digits.py [--images 1000] [--output benchmarks/results/digits.json]
+
+Every low-bit row is quantised, exported and drawn with onnxruntime; the float row is the same model in
+torch. Latencies of per-step and static tables are of graphs that differ in nothing else, taken in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtq.engine.ort import OrtEngine
+from trtq.manifest import package_versions
+from trtq.progress import LineReporter
+from trtq.stages.evaluate import draw_reference, evaluate
+from trtq.stages.export import export_onnx
+from trtq.stages.quantize import quantize
+
+STEPS = 20
+ROWS: dict[str, dict[str, Any]] = {
+    "W8A8 per-step, min-max": {"method": "minmax", "bits": "w8a8"},
+    "W4A8 per-step, search": {"method": "search", "bits": "w4a8"},
+    "W4A4 static, min-max": {"method": "minmax", "bits": "w4a4", "tables": "static"},
+    "W4A4 static, search": {"method": "search", "bits": "w4a4", "tables": "static"},
+    "W4A4 per-step, search": {"method": "search", "bits": "w4a4"},
+    "W4A4 per-step, EfficientDM": {"method": "efficientdm", "bits": "w4a4"},
+}
+PER_STEP, STATIC = "W4A4 per-step, search", "W4A4 static, search"
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def latencies(folders: dict[str, Path], provider: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Median and quartiles in ms of one denoiser call of each, measured in turns."""
+    engines = {
+        name: OrtEngine(folder / "unet" / "model.onnx", provider)
+        for name, folder in folders.items()
+    }
+    random = np.random.default_rng(0)
+    feeds = {
+        "sample": random.standard_normal((batch, 1, 8, 8)).astype(np.float32),
+        "timestep": np.full(batch, 451, np.float32),
+        "class_labels": np.arange(batch) % 10,
+    }
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(rounds + 10):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine.run(feeds)
+            if turn >= 10:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {
+        name: dict(zip(("q1", "median", "q3"), statistics.quantiles(values, n=4), strict=True))
+        for name, values in times.items()
+    }
+
+
+def main() -> None:
+    """Measure everything and write one JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--provider", default="cpu")
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/digits.json"))
+    arguments = parser.parse_args()
+    report = LineReporter()
+    reference = draw_reference(
+        "digits", images=arguments.images, steps=STEPS, seed=arguments.seed, report=report
+    )
+    rows: list[dict[str, Any]] = [
+        {
+            "name": "float",
+            "fd": reference.scores.fd,
+            "class_accuracy": reference.scores.class_accuracy,
+            "provider": "torch",
+        }
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {}
+        for index, (name, recipe) in enumerate(ROWS.items()):
+            print(f"== {name}", file=sys.stderr)
+            run, onnx = Path(scratch) / f"{index}-run", Path(scratch) / f"{index}-onnx"
+            made = quantize("digits", recipe, run, report=report)
+            exported = export_onnx(run, onnx, report=report)
+            result = evaluate(
+                onnx,
+                reference,
+                steps=STEPS,
+                seed=arguments.seed,
+                provider=arguments.provider,
+                report=report,
+            ).result
+            folders[name] = onnx
+            kept = ("fd", "fd_ratio", "class_accuracy", "snr_db", "provider")
+            rows.append(
+                {"name": name}
+                | {key: result[key] for key in kept}
+                | {key: made[key] for key in ("bytes_before", "bytes_after", "seconds")}
+                | {"fine_tune_seconds": made.get("fine_tune_seconds")}
+                | {key: exported[key] for key in ("parity_db_min", "parity_db")}
+            )
+        pair = {name: folders[name] for name in (PER_STEP, STATIC)}
+        speed = {
+            f"{provider}, batch {batch}": latencies(pair, provider, batch, arguments.rounds)
+            for provider in ("cpu", "openvino")
+            for batch in (1, 64)
+        }
+    record = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": f"{processor()}, {torch.get_num_threads()} threads",
+        "images": arguments.images,
+        "steps": STEPS,
+        "seed": arguments.seed,
+        "rows": rows,
+        "latency_ms": speed,
+        "packages": package_versions(),
+    }
+    text = json.dumps(record, indent=2)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(text.replace("Infinity", "null") + "\n")
+    for row in rows:
+        print(f"{row['name']:28s} FD {row['fd']:6.2f}  accuracy {row['class_accuracy']:.1%}")
+    for name, values in speed.items():
+        ratio = values[PER_STEP]["median"] / values[STATIC]["median"]
+        print(f"{name:20s} per-step against static tables: {ratio:.3f} x")
+
+
+if __name__ == "__main__":
+    main()
