@@ -121,5 +121,5 @@ def test_a_pipeline_without_a_denoiser():
     class Empty:
         components = {"vae": None}
 
-    with pytest.raises(QuantizationError, match="no denoiser.*vae"):
+    with pytest.raises(QuantizationError, match=r"no denoiser.*vae"):
         load_source(Empty())

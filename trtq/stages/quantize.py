@@ -341,7 +341,10 @@ def _accelerator(recipe: Recipe) -> Accelerator | None:
     if recipe.training is None:
         return None
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # accelerate keeps its settings for the life of the process; a second call may want others.
+    AcceleratorState._reset_state()
     return Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision=recipe.training.mixed_precision
     )

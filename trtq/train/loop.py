@@ -223,12 +223,13 @@ def fit(
         NonFiniteError: the loss is NaN or infinite; the message names the layer.
         ArtefactError: the checkpoint cannot be used.
     """
+    # Asked for once, before a checkpoint is loaded: rates follow the calibrated scales.
     optimizer = torch.optim.AdamW(objective.parameter_groups(), weight_decay=weight_decay)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     first = 0
     checkpoint = latest_checkpoint(checkpoints) if resume and checkpoints else None
     if checkpoint is not None:
         first = _load_checkpoint(checkpoint, model, optimizer, objective, accelerator, fingerprint)
-    rates = [float(group["lr"]) for group in objective.parameter_groups()]
     student, stepper = accelerator.prepare(model, optimizer)
     losses: list[float] = []
     start = time.monotonic()

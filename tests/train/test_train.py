@@ -1,0 +1,242 @@
+"""Fine-tuning: it learns, it can be interrupted, it is the same on one process or two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import tiny_pipeline
+from trtq.calib.policy import load_policy, plan_layers
+from trtq.diffusion.schedule import NoiseSchedule
+from trtq.diffusion.source import load_source
+from trtq.errors import ArtefactError, NonFiniteError
+from trtq.manifest import sha256
+from trtq.quant import TimestepTable, convert
+from trtq.stages.quantize import quantize
+from trtq.train.efficientdm import EfficientDM, Rates
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FILE = "quantized.safetensors"
+
+
+def recipe(**training):
+    return {
+        "method": "efficientdm",
+        "steps": 4,
+        "calibration": {"images": 8, "samples_per_step": 256},
+        "training": {"iterations": 6, "batch": 4, "rank": 4, "checkpoint_every": 3} | training,
+    }
+
+
+def objective(source, *, rank=4, eta=1.0, lora=0.01, **options):
+    schedule = NoiseSchedule.of(source.pipeline.scheduler, 4)
+    table = TimestepTable(schedule.timesteps.tolist())
+    plans = plan_layers(source.denoiser, load_policy("UNet2DModel"), "w4a4")
+    model = convert(source.denoiser, plans, table, rank=rank)
+    for _, layer in model.layers():
+        layer.activation.set_range(torch.full((4,), 0.2), layer.activation.zero_point.detach())
+    rates = Rates(lora=lora, weight_scale=1e-6, activation=5e-4)
+    shape, draw = source.sample_shape, source.draw_conditions
+    return model, EfficientDM(model, schedule, shape, draw, rates, batch=8, eta=eta, **options)
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupt_at(iteration):
+    def report(stage, done, total):
+        if stage == "fine-tune" and done == iteration:
+            raise Stop
+
+    return report
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    quantize(tiny_pipeline(), recipe(), whole)
+    with pytest.raises(Stop):
+        quantize(tiny_pipeline(), recipe(), cut, report=interrupt_at(5))
+    assert not cut.exists()
+    with pytest.raises(ArtefactError, match="another model or recipe"):
+        quantize(tiny_pipeline(), recipe(rank=5), cut, resume=True)
+    result = quantize(tiny_pipeline(), recipe(), cut, resume=True)
+    assert result["fine_tune_iterations"] == 3
+    assert sha256(cut / FILE) == sha256(whole / FILE)
+    assert not (tmp_path / "cut.partial").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Stop):
+        quantize(tiny_pipeline(), recipe(), out, report=interrupt_at(4))
+    (weights,) = (tmp_path / "run.partial").rglob("model.safetensors")
+    weights.write_bytes(b"nonsense")
+    with pytest.raises(ArtefactError, match="damaged"):
+        quantize(tiny_pipeline(), recipe(), out, resume=True)
+
+
+def test_the_seed_decides(tmp_path):
+    hashes = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        quantize(tiny_pipeline(), recipe() | {"seed": seed}, tmp_path / name)
+        hashes.append(sha256(tmp_path / name / FILE))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base": "int"},
+        {"base": "int", "split_step": True},
+        {"zero_points": "float"},
+        {"zero_points": "frozen"},
+        {"trajectory": "sequential"},
+        {"mixed_precision": "bf16"},
+        {"accumulate": 2},
+    ],
+    ids=str,
+)
+def test_every_variant_makes_a_run(options, tmp_path):
+    result = quantize(tiny_pipeline(), recipe(iterations=2, **options), tmp_path / "run")
+    assert result["fine_tune_iterations"] == 2
+    record = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert set(options.items()) <= set(record["recipe"]["training"].items())
+    rounded = result.get("zero_points_rounded_after_training", False)
+    assert rounded == (options.get("zero_points") == "float")
+
+
+def test_training_reduces_the_error_and_leaves_the_teacher_alone():
+    torch.manual_seed(0)
+    source = load_source(tiny_pipeline())
+    model, method = objective(source, lora=0.3)
+    before = {n: p.clone() for n, p in model.named_parameters() if n.endswith((".weight", ".bias"))}
+    optimizer = torch.optim.AdamW(method.parameter_groups())
+    losses = []
+    for iteration in range(60):
+        loss = method.loss(model, 0, iteration)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    after = dict(model.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_each_layer_has_its_own_adapter_rate_and_eight_bit_layers_none():
+    model, method = objective(load_source(tiny_pipeline()))
+    groups = method.parameter_groups()
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    expected = set()
+    for _, layer in model.layers():
+        if layer.lora_A is None:
+            assert not any(p.requires_grad for p in layer.parameters())
+            continue
+        rate = 0.01 * layer.weight_scale.mean().item()
+        assert rates[id(layer.lora_A)] == rates[id(layer.lora_B)] == pytest.approx(rate)
+        expected.add(rate)
+    assert len(expected) > 10
+
+
+def test_staggered_items_stand_at_different_steps_and_walk_on():
+    _, method = objective(load_source(tiny_pipeline()))
+    method.loss(method.model, 0, 0)
+    (pool,) = method._pools
+    # Eight items over four steps, one step further after the first loss.
+    assert pool.position.tolist() == [1, 1, 2, 2, 3, 3, 0, 0]
+
+
+def test_staggered_trajectories_are_the_teachers_own():
+    source = load_source(tiny_pipeline())
+    _, method = objective(source, eta=0.0)
+    pool = method._new_pool(0)
+    x = torch.randn((8, *source.sample_shape), generator=method._generator(0, -1))
+    for item, position in enumerate(pool.position.tolist()):
+        y, conditions = x[item : item + 1], pool.conditions.take(slice(item, item + 1))
+        for step in range(position):
+            place = torch.tensor([step])
+            y = method.schedule.step(y, method._teach(y, place, conditions), place)
+        torch.testing.assert_close(pool.x[item : item + 1], y, rtol=1e-4, atol=1e-4)
+
+
+def test_scales_stay_near_their_calibrated_values():
+    model, method = objective(load_source(tiny_pipeline()))
+    name, layer = next(iter(model.layers()))
+    with torch.no_grad():
+        layer.activation.scale[0] = -5.0
+        layer.activation.scale[1] = 99.0
+    method.after_step()
+    assert layer.activation.scale.tolist() == pytest.approx([0.05, 0.8, 0.2, 0.2]), name
+
+
+def test_nan_in_training_names_the_layer(tmp_path):
+    from accelerate import Accelerator
+
+    from trtq.train.loop import fit
+
+    model, method = objective(load_source(tiny_pipeline()))
+    name, layer = next((n, m) for n, m in model.layers() if "mid_block" in n and m.rank)
+    with torch.no_grad():
+        layer.lora_A.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=name):
+        fit(
+            model,
+            method,
+            iterations=1,
+            accumulate=1,
+            weight_decay=0.0,
+            accelerator=Accelerator(cpu=True),
+            checkpoints=None,
+            checkpoint_every=1,
+            fingerprint="",
+        )
+
+
+def test_two_processes_equal_one_with_two_accumulation_steps(tmp_path):
+    """Every micro-batch has a random stream of its own, so the same eight images are seen."""
+    from diffusers import DDIMPipeline
+
+    pipeline = tiny_pipeline()
+    DDIMPipeline(pipeline.unet, pipeline.scheduler).save_pretrained(tmp_path / "model")
+    text = """
+    method = "efficientdm"
+    steps = 4
+    calibration = {{ images = 8, samples_per_step = 256 }}
+
+    [training]
+    iterations = 4
+    batch = 4
+    rank = 4
+    accumulate = {}
+    checkpoint_every = 2
+    lora_travel = 0.01
+    activation_lr = 1e-4
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for processes, accumulate in ((1, 2), (2, 1)):
+        path = tmp_path / f"{processes}.toml"
+        path.write_text(text.format(accumulate))
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+        launch += ["--num_processes", str(processes), "--num_machines", "1"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += ["--main_process_port", "0", "-m", "trtq.cli", "quantize"]
+        arguments = [tmp_path / "model", "-o", tmp_path / f"run{processes}", "--recipe", path]
+        done = subprocess.run(
+            [*launch, *map(str, arguments)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / f"run{n}" / FILE) for n in (1, 2))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        if name.endswith("codes"):
+            assert (tensor != two[name]).float().mean() < 0.02, name
+        elif name.endswith("activation.scale"):
+            # Adam turns a gradient that is noise into a full step; four of them stay below this.
+            torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=0)
