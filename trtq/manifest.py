@@ -249,8 +249,8 @@ def new_artefact(
     Args:
         final: where it will lie.
         overwrite: replace an artefact that is already there.
-        keep_partial: leave the partial folder on an error, and start from one that is there; for
-            stages that can be resumed.
+        keep_partial: leave the partial folder on an error, if there is anything in it, and start
+            from one that is there; for stages that can be resumed.
 
     Yields:
         The folder to write into.
@@ -266,7 +266,7 @@ def new_artefact(
     try:
         yield partial
     except BaseException:
-        if not keep_partial:
+        if not keep_partial or not any(path.is_file() for path in partial.rglob("*")):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if final.exists():

@@ -305,7 +305,9 @@ def quantize(
     )
     for name, layer in quantized.layers():
         layer.activation.set_range(*tables[name])
-    writing = new_artefact(final, overwrite=overwrite, keep_partial=True) if main else None
+    writing = None
+    if main:
+        writing = new_artefact(final, overwrite=overwrite, keep_partial=training is not None)
     with writing or nullcontext(partial_folder(final)) as folder:
         metrics: dict[str, Any] = {}
         if accelerator is not None:

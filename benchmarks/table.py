@@ -1,0 +1,65 @@
+"""Write the README's table from benchmarks/results/digits.json.
+
+python benchmarks/table.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+PER_STEP, STATIC = "W4A4 per-step, search", "W4A4 static, search"
+
+
+def _row(row: dict[str, Any]) -> str:
+    parity = row.get("parity_db_min")
+    cells = [
+        row["name"],
+        f"{row['fd']:.2f}",
+        f"{row['fd_ratio']:.2f} ×" if "fd_ratio" in row else "",
+        f"{row['class_accuracy']:.1%}",
+        f"{row['fine_tune_seconds']:.0f} s" if row.get("fine_tune_seconds") else "",
+        f"{parity:.0f} dB" if parity else "",
+        f"{row['bytes_after'] / 1e6:.2f} MB" if "bytes_after" in row else "4.82 MB",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    lines = [
+        f"`python benchmarks/digits.py` on {record['device']}, {record['date']}, {record['images']:,} "
+        f"images, {record['steps']} DDIM steps, one run; low-bit rows on onnxruntime (CPU).",
+        "",
+        "| digits model | FD | to float | accuracy | fine-tuning | parity | denoiser |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(_row(row) for row in record["rows"]),
+        "",
+        "Per-step tables against one static table, same graph otherwise, median ms of a call "
+        "(quartiles), calls in turns:",
+        "",
+        "| | per-step | static | ratio |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, values in record["latency_ms"].items():
+        ours, base = values[PER_STEP], values[STATIC]
+        cells = [f"{v['median']:.2f} ({v['q1']:.2f}-{v['q3']:.2f})" for v in (ours, base)]
+        ratio = ours["median"] / base["median"]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {ratio:.3f} × |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Replace what stands between the two marks."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "digits.json").read_text())
+    readme = ROOT / "README.md"
+    head, _, rest = readme.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    readme.write_text(f"{head}{BEGIN}\n{table(record)}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

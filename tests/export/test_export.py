@@ -1,0 +1,174 @@
+"""The exported graph: its form, and that every runtime reads the same integers from it."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.conftest import tiny_pipeline
+from trtq.engine.ort import OrtEngine
+from trtq.errors import GateError, NonFiniteError, UsageError
+from trtq.export.parity import snr_db
+from trtq.stages import export as stage
+from trtq.stages.export import export_onnx, parse_batch
+from trtq.stages.load import open_any
+from trtq.stages.quantize import quantize
+
+
+def graph(folder):
+    return onnx.load(folder / "unet" / "model.onnx").graph
+
+
+def producers(g):
+    return {name: node for node in g.node for name in node.output}
+
+
+def test_every_quantised_layer_has_the_folded_form(digits_onnx):
+    g = graph(digits_onnx)
+    made, constants = producers(g), {t.name: t for t in g.initializer}
+    convolutions = [n for n in g.node if n.op_type == "Conv"]
+    linears = [n for n in g.node if n.op_type == "MatMul" and n.name.endswith("/matmul")]
+    assert (len(convolutions), len(linears)) == (25, 26)
+    for node in convolutions + linears:
+        activation, weight = (made[name] for name in node.input[:2])
+        assert activation.op_type == weight.op_type == "DequantizeLinear"
+        assert len(node.input) == 2, "no bias inside the integer operation"
+        quantize_node = made[activation.input[0]]
+        assert quantize_node.op_type == "QuantizeLinear"
+        one, zero = (numpy_helper.to_array(constants[n]) for n in quantize_node.input[1:])
+        assert (one, zero, zero.dtype) == (1.0, 0, np.int8)
+        assert set(numpy_helper.to_array(constants[weight.input[1]])) == {1.0}
+
+
+def test_the_step_is_looked_up_once(digits_onnx):
+    counts = Counter(node.op_type for node in graph(digits_onnx).node)
+    assert counts["GreaterOrEqual"] == 1
+    # One for the classes, one for all tables.
+    assert counts["Gather"] == 2
+
+
+def test_four_bit_weights_lie_in_the_file_as_int4(digits_onnx):
+    kinds = Counter(t.data_type for t in graph(digits_onnx).initializer)
+    assert kinds[TensorProto.INT4] == 41
+    # Widths of five bits and more stay int8, and nothing else is: the zero points of the pairs.
+    large = [t for t in graph(digits_onnx).initializer if t.name.endswith("/weight")]
+    assert Counter(t.data_type for t in large) == {TensorProto.INT4: 41, TensorProto.INT8: 10}
+
+
+def test_inputs_are_diffusers_own(digits_onnx):
+    g = graph(digits_onnx)
+    assert [i.name for i in g.input] == ["sample", "timestep", "class_labels"]
+    assert [o.name for o in g.output] == ["out_sample"]
+    assert (digits_onnx / "model_index.json").is_file()
+    assert (digits_onnx / "scheduler" / "scheduler_config.json").is_file()
+    assert (digits_onnx / "unet" / "config.json").is_file()
+    assert onnx.load(digits_onnx / "unet" / "model.onnx", load_external_data=False).ir_version == 10
+
+
+def feeds(batch=6):
+    generator = np.random.default_rng(0)
+    return {
+        "sample": generator.standard_normal((batch, 1, 8, 8)).astype(np.float32),
+        "timestep": np.array([751, 1, 501, 251, 630, 2], np.float32)[:batch],
+        "class_labels": np.arange(batch) % 10,
+    }
+
+
+def torch_prediction(folder, inputs):
+    denoiser = open_any(folder).denoiser
+    with torch.no_grad():
+        return denoiser(**{k: torch.from_numpy(v) for k, v in inputs.items()}, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"])
+def test_plain_onnxruntime_sessions_agree_with_torch(digits_run, digits_onnx, level):
+    """Also with the default optimisations, whose uint8 products saturate on older processors."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    path = str(digits_onnx / "unet" / "model.onnx")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    inputs = feeds()
+    expected = torch_prediction(digits_run, inputs)
+    # A single flipped code would cost more than this; none may flip on these inputs.
+    assert snr_db(expected, torch.from_numpy(session.run(None, inputs)[0])) > 60
+
+
+def test_each_item_has_a_step_of_its_own_and_one_timestep_serves_all(digits_onnx):
+    engine = OrtEngine(digits_onnx / "unet" / "model.onnx")
+    inputs = feeds()
+    together = engine.run(inputs)["out_sample"]
+    for item in range(6):
+        alone = engine.run({k: v[item : item + 1] for k, v in inputs.items()})["out_sample"]
+        assert snr_db(torch.from_numpy(together[item]), torch.from_numpy(alone[0])) > 60
+    one = engine.run(inputs | {"timestep": np.array([501], np.float32)})
+    many = engine.run(inputs | {"timestep": np.full(6, 501, np.float32)})
+    np.testing.assert_array_equal(one["out_sample"], many["out_sample"])
+
+
+def test_openvino_runs_it(digits_run, digits_onnx):
+    inputs = feeds()
+    out = OrtEngine(digits_onnx / "unet" / "model.onnx", "openvino", 1).run(inputs)["out_sample"]
+    assert snr_db(torch_prediction(digits_run, inputs), torch.from_numpy(out)) > 20
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("bits", ["w4a4", "w8a8", "w3a8"])
+def test_bits_and_precisions(bits, precision, tmp_path):
+    settings = {"method": "minmax", "steps": 3, "bits": bits, "calibration": {"images": 8}}
+    quantize(tiny_pipeline(), settings, tmp_path / "run")
+    result = export_onnx(tmp_path / "run", tmp_path / "onnx", precision=precision)
+    assert len(result["parity_db"]) == 4
+    kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
+    g = graph(tmp_path / "onnx")
+    types = {i.name: i.type.tensor_type.elem_type for i in g.input}
+    assert types["sample"] == kind
+    assert types["timestep"] == TensorProto.FLOAT
+    manifest = json.loads((tmp_path / "onnx" / "manifest.json").read_text())
+    assert manifest["metrics"]["parity_db_min"] == result["parity_db_min"]
+
+
+def test_static_tables_are_constants(tmp_path):
+    settings = {"method": "minmax", "steps": 3, "tables": "static", "calibration": {"images": 8}}
+    quantize(tiny_pipeline(), settings, tmp_path / "run")
+    export_onnx(tmp_path / "run", tmp_path / "onnx")
+    assert not [n for n in graph(tmp_path / "onnx").node if n.name.startswith("steps/")]
+
+
+def test_float_baseline(tmp_path):
+    result = export_onnx("digits", tmp_path / "onnx")
+    assert result["parity_db_min"] > 100
+
+
+def test_a_failed_parity_check_leaves_nothing(digits_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(stage.PARITY_DB, "fp32", 1000.0)
+    with pytest.raises(GateError, match="1000 dB are required"):
+        export_onnx(digits_run, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_in_the_graph_is_named():
+    import onnx_ir as ir
+
+    node = helper.make_node("Add", ["x", "bad"], ["y"])
+    value = helper.make_tensor_value_info
+    g = helper.make_graph(
+        [node],
+        "g",
+        [value("x", TensorProto.FLOAT, [1])],
+        [value("y", TensorProto.FLOAT, [1])],
+        [numpy_helper.from_array(np.array([np.nan], np.float32), "bad")],
+    )
+    with pytest.raises(NonFiniteError, match="'bad'"):
+        stage._check_finite(ir.from_proto(helper.make_model(g)))
+
+
+@pytest.mark.parametrize("text", ["8:1", "0:4", "a", "1:b", ""])
+def test_batches_that_are_not_understood(text):
+    with pytest.raises(UsageError, match="MIN:MAX"):
+        parse_batch(text)
