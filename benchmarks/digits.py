@@ -118,7 +118,10 @@ def main() -> None:
                 | {key: result[key] for key in kept}
                 | {key: made[key] for key in ("bytes_before", "bytes_after", "seconds")}
                 | {"fine_tune_seconds": made.get("fine_tune_seconds")}
-                | {key: exported[key] for key in ("parity_db_min", "parity_db")}
+                | {
+                    key: exported[key]
+                    for key in ("parity_db_min", "parity_db", "parity_db_pooled_min", "parity_ties")
+                }
             )
         pair = {name: folders[name] for name in (PER_STEP, STATIC)}
         speed = {

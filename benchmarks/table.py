@@ -15,14 +15,18 @@ PER_STEP, STATIC = "W4A4 per-step, search", "W4A4 static, search"
 
 
 def _row(row: dict[str, Any]) -> str:
-    parity = row.get("parity_db_min")
+    parity = ""
+    if "parity_ties" in row:
+        least = row["parity_db_min"]
+        parity = "exact" if least is None else f"{least:.0f} dB"
+        parity += f", {row['parity_ties']:.1%} ties"
     cells = [
         row["name"],
         f"{row['fd']:.2f}",
-        f"{row['fd_ratio']:.2f} ×" if "fd_ratio" in row else "",
+        f"{row['fd_ratio']:.2f} x" if "fd_ratio" in row else "",
         f"{row['class_accuracy']:.1%}",
         f"{row['fine_tune_seconds']:.0f} s" if row.get("fine_tune_seconds") else "",
-        f"{parity:.0f} dB" if parity else "",
+        parity,
         f"{row['bytes_after'] / 1e6:.2f} MB" if "bytes_after" in row else "4.82 MB",
     ]
     return "| " + " | ".join(cells) + " |"
@@ -48,7 +52,7 @@ def table(record: dict[str, Any]) -> str:
         ours, base = values[PER_STEP], values[STATIC]
         cells = [f"{v['median']:.2f} ({v['q1']:.2f}-{v['q3']:.2f})" for v in (ours, base)]
         ratio = ours["median"] / base["median"]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {ratio:.3f} × |")
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {ratio:.3f} x |")
     return "\n".join(lines)
 
 

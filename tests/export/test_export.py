@@ -114,7 +114,11 @@ def test_each_item_has_a_step_of_its_own_and_one_timestep_serves_all(digits_onnx
 def test_openvino_runs_it(digits_run, digits_onnx):
     inputs = feeds()
     out = OrtEngine(digits_onnx / "unet" / "model.onnx", "openvino", 1).run(inputs)["out_sample"]
-    assert snr_db(torch_prediction(digits_run, inputs), torch.from_numpy(out)) > 20
+    expected = torch_prediction(digits_run, inputs)
+    each = [snr_db(a, b) for a, b in zip(expected, torch.from_numpy(out), strict=True)]
+    # Its group norms are float32, so a code may flip in some items; arithmetic that is wrong (say,
+    # products that saturate) would touch all of them.
+    assert sorted(each)[3] > 60, each
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -34,21 +34,34 @@ def available_providers() -> list[str]:
     return [name for name, long in PROVIDERS.items() if long in present]
 
 
-def _without_doubles(path: Path) -> bytes:
-    """The graph with float32 where it has float64, which OpenVINO's provider cannot take.
+def _has_vnni() -> bool:
+    """Whether the processor adds int8 products in int32; assumed where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    return "flags" not in text or "vnni" in text
+
+
+def _for_openvino(path: Path) -> bytes:
+    """The graph without what OpenVINO's provider cannot take or would compute wrongly here.
+
+    It has no float64, and without VNNI its integer products saturate for 8-bit weights.
 
     Raises:
         ArtefactError: the file cannot be read.
     """
     import onnx_ir as ir
 
-    from trtq.export.passes import NarrowDoubles
+    from trtq.export.passes import FloatWideWeights, NarrowDoubles
 
     try:
         model = ir.load(path)
     except Exception as err:  # protobuf's DecodeError has no public base.
         raise ArtefactError(f"cannot read {path}: {err}") from err
     NarrowDoubles()(model)
+    if not _has_vnni():
+        FloatWideWeights()(model)
     serialized: bytes = ir.to_proto(model).SerializeToString()
     return serialized
 
@@ -91,7 +104,7 @@ class OrtEngine:
             settings = {"device_type": "CPU", "precision": "FP32"}
             if threads is not None:
                 settings["num_of_threads"] = str(threads)
-            model = _without_doubles(path)
+            model = _for_openvino(path)
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(path.parent)
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from trtq.diffusion.source import Source, load_source
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import OrtEngine
 from trtq.errors import GateError, NonFiniteError, UsageError
-from trtq.export.parity import parity_db
+from trtq.export.parity import StepParity, step_parity
 from trtq.export.passes import (
     BroadcastTimestep,
     ExpandLowBitToQdq,
@@ -120,7 +119,9 @@ def export_onnx(
         report: called as work goes on.
 
     Returns:
-        `parity_db_min`, `parity_db` (per step, cleanest first; last the mixed batch), `seconds`,
+        `parity_db_min`, `parity_db` (per step, cleanest first; last the mixed batch; images in which a
+        value fell on the other side of a rounding tie are set aside, see `StepParity`),
+        `parity_db_pooled_min` (nothing set aside), `parity_ties` (share of such images), `seconds`,
         `peak_rss_bytes`, `bytes`.
 
     Raises:
@@ -150,17 +151,18 @@ def export_onnx(
         save_pipeline_parts(source, folder)
         report("export", 2, 3)
         parity = _parity(source, folder / name / MODEL_FILE, run)
-        finite = [value for value in parity if math.isfinite(value)]
         metrics: dict[str, Any] = {
-            "parity_db_min": min(finite, default=math.inf),
-            "parity_db": parity,
+            "parity_db_min": min(row.db for row in parity),
+            "parity_db": [row.db for row in parity],
+            "parity_db_pooled_min": min(row.pooled_db for row in parity),
+            "parity_ties": sum(row.ties for row in parity) / len(parity),
             "bytes": sum(p.stat().st_size for p in (folder / name).iterdir()),
         }
         if metrics["parity_db_min"] < PARITY_DB[precision]:
             raise GateError(
                 f"the exported graph is only {metrics['parity_db_min']:.1f} dB from torch, "
                 f"{PARITY_DB[precision]:g} dB are required; per step: "
-                + ", ".join(f"{value:.1f}" for value in parity)
+                + ", ".join(f"{row.db:.1f}" for row in parity)
             )
         metrics |= {
             "seconds": round(time.monotonic() - start, 2),
@@ -212,7 +214,7 @@ def _write_graph(folder: Path, denoiser: nn.Module, run: OpenRun | None, *, half
     onnx.checker.check_model(str(folder / MODEL_FILE))
 
 
-def _parity(source: Source, model: Path, run: OpenRun | None) -> list[float]:
+def _parity(source: Source, model: Path, run: OpenRun | None) -> list[StepParity]:
     exported = EngineDenoiser(OrtEngine(model, "cpu"), source.model.config, type(source.model))
     steps = len(run.table) if run is not None and len(run.table) > 1 else 20
     recipe = (run.manifest.recipe or {}) if run is not None else {}
@@ -220,4 +222,4 @@ def _parity(source: Source, model: Path, run: OpenRun | None) -> list[float]:
     generator = seeded_generator(0, "parity conditions")
     conditions = source.draw_conditions(_PARITY_BATCH, generator)
     noise = seeded_noise(source.sample_shape, 0, 0, _PARITY_BATCH)
-    return parity_db(source.denoiser, exported, schedule, noise, conditions)
+    return step_parity(source.denoiser, exported, schedule, noise, conditions)

@@ -31,11 +31,11 @@ from trtq.export.trace import DOMAIN
 from trtq.quant.deployed import LayerTensors
 from trtq.quant.timestep import TimestepTable
 
-__all__ = ["ExpandLowBitToQdq"]
+__all__ = ["PAIR_SAFE", "ExpandLowBitToQdq"]
 
 _INT8 = (-128, 127)
 _INT4_OFFSET = 8
-_PAIR_SAFE = 64
+PAIR_SAFE = 64
 """Largest weight integer for which `255 w + 255 w` fits int16. onnxruntime rewrites a quantise pair
 with int8 zero points to uint8, and on x86 without VNNI its uint8 x int8 product adds two neighbours in
 int16, which saturates beyond this. A DequantizeLinear that leaves its zero point out (it means 0) is
@@ -183,7 +183,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         zero = builder.constant("zero", np.array(0, np.int8))
         codes = builder.op("QuantizeLinear", [y, one, zero], "codes")
         largest = int(layer.weight.integers().short().abs().max())
-        pair = [codes, one, zero] if largest <= _PAIR_SAFE else [codes, one]
+        pair = [codes, one, zero] if largest <= PAIR_SAFE else [codes, one]
         y = builder.op("DequantizeLinear", pair, "activation")
         conv = node.op_type == "LowBitConv2d"
         weight = self._weight(builder, layer, transposed=not conv)
