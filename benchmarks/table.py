@@ -18,7 +18,7 @@ def _row(row: dict[str, Any]) -> str:
     parity = ""
     if "parity_ties" in row:
         least = row["parity_db_min"]
-        parity = "exact" if least is None else f"{least:.0f} dB"
+        parity = "exact" if least is None or least >= 200 else f"{least:.0f} dB"
         parity += f", {row['parity_ties']:.1%} ties"
     cells = [
         row["name"],

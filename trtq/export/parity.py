@@ -14,20 +14,22 @@ from trtq.diffusion.sampling import Conditions, predict, walk
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError
 
-__all__ = ["MOST_TIES", "StepParity", "compare", "snr_db", "step_parity"]
+__all__ = ["EXACT_DB", "MOST_TIES", "StepParity", "compare", "snr_db", "step_parity"]
 
+EXACT_DB = 200.0
+"""Stands for "equal bit for bit"; float32 cannot come near it otherwise."""
 TIE_DB = 60.0
 """Images nearer than this hold no flipped code; without one they agree to 100 dB or more."""
 MOST_TIES = 0.05
 
 
 def snr_db(reference: Tensor, other: Tensor) -> float:
-    """Signal-to-noise ratio of `other` against `reference`, in dB; infinite when they are equal."""
+    """Signal-to-noise ratio of `other` against `reference`, in dB; `EXACT_DB` when they are equal."""
     noise = (other.double() - reference.double()).square().sum().item()
     signal = reference.double().square().sum().item()
     if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+        return EXACT_DB
+    return 10 * math.log10(signal / noise) if signal > 0 else -EXACT_DB
 
 
 @dataclass(frozen=True)
