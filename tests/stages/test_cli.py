@@ -63,7 +63,8 @@ def test_generate_writes_a_sheet(digits_onnx, tmp_path):
     result = run("generate", digits_onnx, "-o", out, "--images", 4, "--class-label", 7, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["labels"] == [7] * 4
-    assert Image.open(out).size == (2 * 96 + 12, 2 * 96 + 12)
+    with Image.open(out) as sheet:
+        assert sheet.size == (2 * 96 + 12, 2 * 96 + 12)
 
 
 def test_eval_reports_and_gates(digits_onnx, tmp_path):
@@ -107,6 +108,7 @@ def test_pipelines_of_every_form_draw_the_same(digits_run, digits_onnx):
     assert images[0].shape == (2, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_demo_makes_everything(tmp_path):
     result = demo(tmp_path / "demo", images=20, iterations=2)
     assert result["rows"][0]["name"] == "float"
