@@ -80,7 +80,7 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     held_out, train = order[: len(order) // 5], order[len(order) // 5 :]
-    model = ImageClassifier(channels=1, size=8, classes=CLASSES)
+    model = ImageClassifier(channels=1, size=8, heads={"class": CLASSES})
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     batch = 64
     steps = epochs * math.ceil(len(train) / batch)
@@ -89,14 +89,14 @@ def train_classifier(
         for chosen in torch.split(train[torch.randperm(len(train), generator=generator)], batch):
             x = shift(images[chosen], generator)
             x = x + 0.1 * torch.randn(x.shape, generator=generator)
-            loss = functional.cross_entropy(model(x), labels[chosen], label_smoothing=0.05)
+            loss = functional.cross_entropy(model(x)["class"], labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
     model.eval()
     with torch.no_grad():
-        accuracy = (model(images[held_out]).argmax(1) == labels[held_out]).float().mean().item()
+        accuracy = (model(images[held_out])["class"].argmax(1) == labels[held_out]).float().mean().item()
     return model, accuracy
 
 

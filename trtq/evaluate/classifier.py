@@ -1,11 +1,13 @@
 """The small image classifier that ships beside a demo model, and how it is read from a folder.
 
-Letters: B images, C channels, H, W pixels, F features, K classes.
+It answers one or several questions about an image: which digit, or which colour and which shape.
+Letters: B images, C channels, H, W pixels, F features, K values of a question.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,12 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 class ImageClassifier(nn.Module):
-    """Three convolutions and two linears; the last hidden layer is the feature space of the metrics.
+    """Three convolutions and a linear, whose output is the feature space of the metrics, and heads.
 
     Args:
         channels: image channels C.
         size: image height and width H = W in pixels, a multiple of 4.
-        classes: number of classes K.
+        heads: number of values K of each question.
         width: channels of the first convolution.
         features: dimension F of the feature space.
     """
@@ -36,15 +38,15 @@ class ImageClassifier(nn.Module):
         self,
         channels: int = 1,
         size: int = 8,
-        classes: int = 10,
+        heads: Mapping[str, int] | None = None,
         width: int = 24,
         features: int = 48,
     ) -> None:
         super().__init__()
-        self.config = {
+        self.config: dict[str, Any] = {
             "channels": channels,
             "size": size,
-            "classes": classes,
+            "heads": dict(heads or {"class": 10}),
             "width": width,
             "features": features,
         }
@@ -58,17 +60,23 @@ class ImageClassifier(nn.Module):
             nn.Flatten(),
             nn.Linear(2 * width * (size // 4) ** 2, features),
         )
-        self.head = nn.Linear(features, classes)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(features, values) for name, values in self.config["heads"].items()}
+        )
 
     def features(self, images: Tensor) -> Tensor:
         """images[B,C,H,W] in [-1, 1] -> features[B,F], before the last ReLU."""
         out: Tensor = self.body(images)
         return out
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images[B,C,H,W] in [-1, 1] -> logits[B,K]."""
-        logits: Tensor = self.head(torch.relu(self.features(images)))
-        return logits
+    def answers(self, features: Tensor) -> dict[str, Tensor]:
+        """features[B,F] -> logits[B,K] by question."""
+        hidden = torch.relu(features)
+        return {name: head(hidden) for name, head in self.heads.items()}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """images[B,C,H,W] in [-1, 1] -> logits[B,K] by question."""
+        return self.answers(self.features(images))
 
 
 def save_classifier(model: ImageClassifier, folder: Path, reference: dict[str, Tensor]) -> None:

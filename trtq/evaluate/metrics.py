@@ -45,7 +45,7 @@ def score_images(images: Tensor, labels: Tensor, classifier_folder: Path) -> Ima
     classifier, reference = load_classifier(classifier_folder)
     with torch.no_grad():
         features = classifier.features(images)
-        guessed = classifier.head(torch.relu(features)).argmax(1)
+        guessed = classifier.answers(features)["class"].argmax(1)
     mean, covariance = feature_statistics(features)
     return ImageScores(
         frechet_distance(mean, covariance, reference["mean"], reference["covariance"]),
