@@ -333,7 +333,9 @@ def inspect(
 
     Example: trtq inspect run
     """
+    from trtq.quant import precision_text
     from trtq.stages.inspect import inspect_artefact
+    from trtq.stages.show import scale_range
 
     with _command(verbose):
 
@@ -348,15 +350,10 @@ def inspect(
             for column in ("layer", "kind", "bits", "scale over steps", "zero points", "why"):
                 table.add_column(column)
             for row in found["layers"]:
-                bits = "float"
-                if row.get("weight_bits") is not None:
-                    bits = f"w{row['weight_bits']}a{row['activation_bits']}"
-                scale = ""
-                if "scale_min" in row:
-                    scale = f"{row['scale_min']:.3g} .. {row['scale_max']:.3g}"
+                widths = (row.get(f"{what}_bits") for what in ("weight", "activation", "right"))
                 points = ", ".join(str(z) for z in row.get("zero_points", []))
-                cells = (row["name"], row.get("kind", ""), bits, scale, points)
-                table.add_row(*cells, row.get("reason", ""))
+                cells = (row["name"], row.get("kind", ""), precision_text(*widths))
+                table.add_row(*cells, scale_range(row), points, row.get("reason", ""))
             _out.print(table)
 
         _show(inspect_artefact(path), as_json, human)

@@ -6,6 +6,7 @@ import logging
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from trtq.errors import RecipeError
-from trtq.quant.convert import LayerPlan, quantizable_layers
+from trtq.quant.convert import LayerPlan, layer_kind, quantizable_layers
 from trtq.quant.ranges import check_bits
 
 __all__ = ["Policy", "load_policy", "parse_bits", "plan_layers"]
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent / "policies"
 _BITS = re.compile(r"w([0-9]+)a([0-9]+)")
 GENERIC = "generic"
+PROBABILITIES = "probabilities"
 
 
 def parse_bits(text: str) -> tuple[int, int]:
@@ -50,12 +52,31 @@ class Rule(BaseModel):
 
 
 class Policy(BaseModel):
-    """The rules of one family of denoisers."""
+    """The rules of one family of denoisers.
+
+    Attributes:
+        family: diffusers' class.
+        rule: tried in order for every layer.
+        tune: named sets of layers that a method may tune, as shell patterns.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     family: str
     rule: list[Rule]
+    tune: dict[str, list[str]] = {}
+
+    def select(self, name: str, layers: Iterable[str]) -> list[str]:
+        """The layers in the set of this name.
+
+        Raises:
+            RecipeError: the policy has no such set.
+        """
+        if name not in self.tune:
+            known = ", ".join(sorted(self.tune)) or "none"
+            raise RecipeError(f"the policy for {self.family} has no set {name!r}, it has {known}")
+        patterns = self.tune[name]
+        return [layer for layer in layers if any(fnmatchcase(layer, p) for p in patterns)]
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -97,13 +118,16 @@ def load_policy(family: str, path: Path | None = None) -> Policy:
         raise RecipeError(f"{path} is not a policy: {explain(err)}") from err
 
 
-def plan_layers(denoiser: nn.Module, policy: Policy, bits: str) -> list[LayerPlan]:
-    """What becomes of every linear and convolution, in module order.
+def plan_layers(
+    denoiser: nn.Module, policy: Policy, bits: str, probability_bits: int | None = 8
+) -> list[LayerPlan]:
+    """What becomes of every linear, convolution and spelled-out product, in module order.
 
     Args:
         denoiser: the float model.
         policy: its rules.
         bits: what "target" means, e.g. `w4a4`.
+        probability_bits: of attention probabilities; None leaves their product in float.
 
     Raises:
         RecipeError: bits that are not supported.
@@ -122,20 +146,37 @@ def plan_layers(denoiser: nn.Module, policy: Policy, bits: str) -> list[LayerPla
             ),
             None,
         )
-        kind = "linear" if isinstance(module, nn.Linear) else "conv2d"
+        reason = rule.reason if rule else f"not named by the policy for {policy.family}"
+        kind = layer_kind(module)
+        assert kind is not None
+        if kind == "product":
+            left, right = _product_bits(rule.bits if rule else "float", target, probability_bits)
+            plans.append(LayerPlan(name, kind, None, left, reason, False, right))
+            continue
         widths: tuple[int | None, int | None] = (None, None)
         if rule is not None and rule.bits != "float":
             widths = target if rule.bits == "target" else parse_bits(rule.bits)
-        reason = rule.reason if rule else f"not named by the policy for {policy.family}"
         adapters = rule.adapters if rule else False
-        plans.append(LayerPlan(name, kind, *widths, reason, adapters))  # type: ignore[arg-type]
+        plans.append(LayerPlan(name, kind, *widths, reason, adapters))
     unnamed = [plan.name for plan in plans if not plan.quantized and "not named" in plan.reason]
     if unnamed:
         logger.warning("left in float, since no rule names them: %s", ", ".join(unnamed))
     if policy.family == GENERIC:
-        counts = Counter((plan.weight_bits, plan.activation_bits) for plan in plans)
+        counts = Counter(plan.precision for plan in plans)
         logger.warning(
-            "the generic policy quantises %s",
-            ", ".join(f"{count} layers to w{w}a{a}" for (w, a), count in sorted(counts.items())),
+            "the generic policy makes %s",
+            ", ".join(f"{count} layers {precision}" for precision, count in sorted(counts.items())),
         )
     return plans
+
+
+def _product_bits(
+    rule: str, target: tuple[int, int], probability_bits: int | None
+) -> tuple[int | None, int | None]:
+    """Bits of both inputs of a product."""
+    if rule == PROBABILITIES:
+        return (None, None) if probability_bits is None else (probability_bits, target[1])
+    if rule == "float":
+        return None, None
+    bits = target[1] if rule == "target" else parse_bits(rule)[1]
+    return bits, bits

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trtq.calib.policy import explain, parse_bits, read_toml
 from trtq.errors import RecipeError
 
-__all__ = ["Calibration", "Recipe", "Training", "load_recipe", "methods"]
+__all__ = ["Attention", "Calibration", "Recipe", "Training", "load_recipe", "methods"]
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -33,6 +33,14 @@ class Calibration(_Strict):
     weights: Literal["minmax", "search"] = "search"
     activations: Literal["minmax", "search"] = "search"
     batch: int = Field(64, ge=1, le=4096)
+
+
+class Attention(_Strict):
+    """Whether attention's products run on codes too, as in QuEST (arXiv 2402.03666)."""
+
+    quantize: bool = False
+    probability_bits: int | None = Field(8, ge=2, le=8)
+    """Of the softmax output; null leaves its product with the values in float."""
 
 
 class Training(_Strict):
@@ -82,6 +90,9 @@ class Recipe(_Strict):
     seed: int = Field(0, ge=0, lt=1 << 31)
     policy: str | None = None
     """A policy file to use instead of the family's."""
+    split_skips: bool = False
+    """Quantisers of their own for both sources of a decoder's skip convolutions (QuEST)."""
+    attention: Attention = Attention()
     calibration: Calibration = Calibration()
     training: Training | None = None
 

@@ -37,10 +37,15 @@ class Recording:
 
 
 def _hook(
-    name: str, recording: Recording, where: dict[str, int], share: int, generator: torch.Generator
+    name: str,
+    operand: int,
+    recording: Recording,
+    where: dict[str, int],
+    share: int,
+    generator: torch.Generator,
 ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0].detach().float().reshape(-1)
+        x = inputs[operand].detach().float().reshape(-1)
         low, high = torch.aminmax(x)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise NonFiniteError(
@@ -58,7 +63,7 @@ def _hook(
 
 def record(
     denoiser: nn.Module,
-    layers: Sequence[str],
+    layers: Sequence[LayerPlan],
     schedule: NoiseSchedule,
     table: TimestepTable,
     conditions: Conditions,
@@ -73,11 +78,12 @@ def record(
 ) -> dict[str, Recording]:
     """Walk the float model's trajectories and look at what enters each layer.
 
-    Every input is filed under its own timestep; with guidance both halves are seen.
+    Every input is filed under its own timestep; with guidance both halves are seen. The result goes by
+    the path of the input's quantiser, e.g. `mid_block.resnets.0.conv1.activation`.
 
     Args:
         denoiser: the float model; it is not changed.
-        layers: module paths to look at.
+        layers: those to look at; float ones are passed over.
         schedule: the trajectory.
         table: the calibrated timesteps; those of the schedule.
         conditions: of all images.
@@ -94,23 +100,20 @@ def record(
     """
     batches = -(-images // batch)
     share = -(-samples_per_step // batches)
-    recordings = {
-        name: Recording(
-            torch.full((len(table),), torch.inf),
-            torch.full((len(table),), -torch.inf),
-            torch.zeros(len(table), batches * share),
-        )
-        for name in layers
-    }
+    recordings: dict[str, Recording] = {}
     where = {"index": 0, "batch": 0}
     generator = seeded_generator(seed, "recorded values")
     modules = dict(denoiser.named_modules())
-    handles = [
-        modules[name].register_forward_pre_hook(
-            _hook(name, recordings[name], where, share, generator)
-        )
-        for name in layers
-    ]
+    handles = []
+    for plan in layers:
+        for position, operand in enumerate(plan.operands):
+            seen = recordings[f"{plan.name}.{operand}"] = Recording(
+                torch.full((len(table),), torch.inf),
+                torch.full((len(table),), -torch.inf),
+                torch.zeros(len(table), batches * share),
+            )
+            hook = _hook(plan.name, position, seen, where, share, generator)
+            handles.append(modules[plan.name].register_forward_pre_hook(hook))
 
     def located(x: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         where["index"] = int(table.index(timestep)[0])
@@ -140,7 +143,7 @@ def activation_tables(
     static: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Scales and zero points of every quantised layer.
+    """Scales and zero points of every activation quantiser.
 
     Args:
         recordings: what `record` saw.
@@ -150,28 +153,22 @@ def activation_tables(
         progress: called with (layers done, layers in all).
 
     Returns:
-        `(scale[T], zero_point[T])` by layer; T = 1 when static. Ranges contain zero, so that float
-        zero is a code.
+        `(scale[T], zero_point[T])` by path of the quantiser; T = 1 when static. Ranges contain zero, so
+        that float zero is a code.
     """
     tables = {}
     quantized = [plan for plan in plans if plan.quantized]
     for done, plan in enumerate(quantized):
-        if plan.activation_bits is None:
-            continue
         if progress is not None:
             progress(done + 1, len(quantized))
-        seen = recordings[plan.name]
-        low, high, sample = seen.low, seen.high, seen.sample
-        if static:
-            low, high, sample = low.amin()[None], high.amax()[None], sample.reshape(1, -1)
-        with named_errors(plan.name):
-            tables[plan.name] = row_qparams(
-                sample,
-                low,
-                high,
-                plan.activation_bits,
-                method,
-                symmetric=plan.activation_bits == 8,
-                contain_zero=True,
-            )
+        for operand, bits in plan.operands.items():
+            path = f"{plan.name}.{operand}"
+            seen = recordings[path]
+            low, high, sample = seen.low, seen.high, seen.sample
+            if static:
+                low, high, sample = low.amin()[None], high.amax()[None], sample.reshape(1, -1)
+            with named_errors(plan.name):
+                tables[path] = row_qparams(
+                    sample, low, high, bits, method, symmetric=bits == 8, contain_zero=True
+                )
     return tables

@@ -25,6 +25,7 @@ __all__ = [
     "LayerRow",
     "Manifest",
     "SourceRow",
+    "StructureRow",
     "artefact_kind",
     "file_hashes",
     "new_artefact",
@@ -57,21 +58,35 @@ class _Strict(BaseModel):
 
 
 class LayerRow(_Strict):
-    """What one linear or convolution became.
+    """What one linear, convolution or product of activations became.
 
     Attributes:
         name: module path in the denoiser.
-        kind: `linear` or `conv2d`.
-        weight_bits: None: the layer runs in float.
-        activation_bits: None: the layer runs in float.
+        kind: `linear`, `conv2d` or `product`.
+        weight_bits: None: there is no weight, or the layer runs in float.
+        activation_bits: of the (first) input; None: the layer runs in float.
+        right_bits: of a product's second input.
         reason: why.
     """
 
     name: str
-    kind: Literal["linear", "conv2d"]
+    kind: Literal["linear", "conv2d", "product"]
     weight_bits: int | None
     activation_bits: int | None
+    right_bits: int | None = None
     reason: str
+
+
+class StructureRow(_Strict):
+    """What was brought into another form before quantising.
+
+    Attributes:
+        attention: paths of attention modules that are spelled out.
+        splits: input channels of the first part, by path of a split convolution.
+    """
+
+    attention: list[str] = []
+    splits: dict[str, int] = {}
 
 
 class SourceRow(_Strict):
@@ -97,7 +112,8 @@ class Manifest(_Strict):
         denoiser: name of the denoiser component, e.g. `unet`.
         recipe: how it was quantised; None for a float model.
         timesteps: the calibrated timesteps, cleanest first; None for a float model.
-        layers: one row per linear and convolution of the denoiser.
+        layers: one row per linear, convolution and spelled-out product of the denoiser.
+        structure: modules that were brought into another form, see `trtq.quant.structure`.
         loras: LoRAs merged into the weights before quantising.
         options: what the stage was asked for beyond the recipe.
         metrics: what was measured while making it.
@@ -112,6 +128,7 @@ class Manifest(_Strict):
     recipe: dict[str, Any] | None = None
     timesteps: list[float] | None = None
     layers: list[LayerRow] = []
+    structure: StructureRow = StructureRow()
     loras: list[dict[str, Any]] = []
     options: dict[str, Any] = {}
     metrics: dict[str, Any] = {}

@@ -96,7 +96,9 @@ def train_classifier(
             schedule.step()
     model.eval()
     with torch.no_grad():
-        accuracy = (model(images[held_out])["class"].argmax(1) == labels[held_out]).float().mean().item()
+        accuracy = (
+            (model(images[held_out])["class"].argmax(1) == labels[held_out]).float().mean().item()
+        )
     return model, accuracy
 
 

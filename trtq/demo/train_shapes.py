@@ -23,18 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trtq.demo.shapes import ATTRIBUTES, SIZE, Scene, draw_scenes, random_scene
+from trtq.demo.shapes import ATTRIBUTES, COLOURS, SHAPES, SIZE, Scene, draw_scenes, random_scene
 from trtq.evaluate.classifier import ImageClassifier, load_classifier, save_classifier
 
 CAPTION_DROP = 0.1
 TIMESTEPS = 1000
 TOKENS = 12
-WORDS = (
-    "a red green blue yellow purple black circle square triangle cross above below left right of"
-).split()
+WORDS = ("a", *COLOURS, *SHAPES, "above", "below", "left", "right", "of")
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
-TEXT_ENCODER = {
+TEXT_ENCODER: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -97,8 +95,8 @@ def build_tokenizer() -> Any:
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = list(bytes_to_unicode().values())
-    pairs = merges()
+    letters = list(bytes_to_unicode().values())  # type: ignore[no-untyped-call]
+    pairs: Any = merges()
     entries = [*letters, *(letter + "</w>" for letter in letters), *map("".join, pairs), *SPECIAL]
     vocabulary = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
     return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=TOKENS)
@@ -108,10 +106,11 @@ def build_text_encoder(tokenizer: Any) -> Any:
     """A fresh CLIP text encoder for this tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    marks = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **marks, **TEXT_ENCODER
-    )
+    marks: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = CLIPTextConfig(vocab_size=len(tokenizer), **marks, **TEXT_ENCODER)
     return CLIPTextModel(config)
 
 
@@ -208,7 +207,9 @@ def train_vae(seed: int, iterations: int, batch: int) -> Any:
         pictures = draw_scenes(scenes(batch, generator), generator)
         posterior = model.encode(pictures).latent_dist
         decoded = model.decode(posterior.sample(generator)).sample
-        return functional.mse_loss(decoded, pictures) + 1e-5 * posterior.kl().mean() / 16
+        error = functional.mse_loss(decoded, pictures)
+        pull: Tensor = 1e-5 * posterior.kl().mean() / 16
+        return error + pull
 
     _train("vae", list(model.parameters()), iterations, 4e-3, loss_of)
     model = model.half().float().eval()
@@ -308,8 +309,9 @@ def main() -> None:
         print(f"classifier: every attribute right in {accuracy:.4f} of fresh pictures")
     load_classifier(folder / "classifier")
     if not (folder / "vae").is_dir():
-        train_vae(arguments.seed, arguments.vae_iterations, arguments.vae_batch).half(
-        ).save_pretrained(folder / "vae")
+        train_vae(
+            arguments.seed, arguments.vae_iterations, arguments.vae_batch
+        ).half().save_pretrained(folder / "vae")
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval()
     tokenizer = build_tokenizer()
     unet, text_encoder = train_denoiser(

@@ -3,6 +3,7 @@
 A layer that is to be low-bit is traced as a single node of the domain `trtq`, without its weights:
 
     trtq::LowBitLinear(x) {name}        trtq::LowBitConv2d(x) {name, strides, pads, dilations, group}
+    trtq::LowBitMatMul(a, b) {name}     a product of two activations
 
 The rewrites in `trtq.export.passes` then give these nodes their numbers, in the form that the target
 wants.
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import UsageError
-from trtq.quant.convert import quantizable_layers, replace_module
+from trtq.quant.convert import quantizable_layers
 from trtq.quant.modules import ConvGeometry
+from trtq.quant.structure import Product, replace_module
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -70,10 +72,28 @@ class _LowBitNode(nn.Module):
                 "dilations": list(g.dilation),
                 "group": g.groups,
             }
-        result: Tensor = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{operator}", (x,), attributes, dtype=x.dtype, shape=shape, version=1
-        )
-        return result
+        return _symbolic(operator, (x,), attributes, shape)
+
+
+class _LowBitProduct(nn.Module):
+    """Stands for a low-bit product while tracing: one node, named after the layer."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, a: Tensor, b: Tensor, *_: Any) -> Tensor:
+        shape = [*a.shape[:-1], b.shape[-1]]
+        return _symbolic("LowBitMatMul", (a, b), {"name": self.name}, shape)
+
+
+def _symbolic(
+    operator: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], shape: list[Any]
+) -> Tensor:
+    result: Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{operator}", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=1
+    )
+    return result
 
 
 class _Positional(nn.Module):
@@ -144,7 +164,9 @@ def trace(
     """
     for name, source in quantizable_layers(denoiser).items():
         if name in low_bit:
-            replace_module(denoiser, name, _LowBitNode(name, source))
+            product = isinstance(source, Product)
+            node = _LowBitProduct(name) if product else _LowBitNode(name, source)
+            replace_module(denoiser, name, node)
     examples = dict(inputs)
     if half:
         denoiser.half()

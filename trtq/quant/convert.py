@@ -12,37 +12,56 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import QuantizationError, StepError, TrtqError
-from trtq.quant.activation import ZeroPointMode
-from trtq.quant.deployed import DeployedGroupNorm, DeployedLayer, LayerTensors
-from trtq.quant.modules import Base, ConvGeometry, QuantConv2d, QuantLayer, QuantLinear
+from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
+from trtq.quant.deployed import (
+    DeployedGroupNorm,
+    DeployedLayer,
+    DeployedProduct,
+    LayerTensors,
+    ProductTensors,
+)
+from trtq.quant.modules import (
+    Base,
+    ConvGeometry,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    QuantProduct,
+)
 from trtq.quant.ranges import Method
+from trtq.quant.structure import Product, replace_module
 from trtq.quant.timestep import TimestepTable, float_scope, step_scope
 
 __all__ = [
     "LayerPlan",
+    "LowBitTensors",
     "QuantizedDenoiser",
     "convert",
     "deploy",
+    "layer_kind",
     "merge",
     "named_errors",
+    "precision_text",
     "quantizable_layers",
-    "replace_module",
 ]
 
-Kind = Literal["linear", "conv2d"]
+LowBitTensors = LayerTensors | ProductTensors
+
+Kind = Literal["linear", "conv2d", "product"]
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one linear or convolution.
+    """What becomes of one linear, convolution or product of activations.
 
     Attributes:
         name: its module path in the denoiser.
-        kind: `linear` or `conv2d`.
-        weight_bits: width of its weight codes; None: the layer stays float.
-        activation_bits: width of its input's codes; None: the layer stays float.
+        kind: `linear`, `conv2d` or `product`.
+        weight_bits: width of its weight codes; None: there is no weight, or the layer stays float.
+        activation_bits: width of its (first) input's codes; None: the layer stays float.
         reason: why it is treated so, in a few words.
         adapters: whether fine-tuning gives it QALoRA adapters.
+        right_bits: width of the codes of a product's second input.
     """
 
     name: str
@@ -51,30 +70,49 @@ class LayerPlan:
     activation_bits: int | None
     reason: str
     adapters: bool = True
+    right_bits: int | None = None
 
     @property
     def quantized(self) -> bool:
         """Whether the layer becomes low-bit."""
-        return self.weight_bits is not None
+        return self.activation_bits is not None
+
+    @property
+    def precision(self) -> str:
+        """Its bits as text: `w4a4`, for a product `a8a4`, or `float`."""
+        return precision_text(self.weight_bits, self.activation_bits, self.right_bits)
+
+    @property
+    def operands(self) -> dict[str, int]:
+        """Bits of every quantised input, by the name of its quantiser within the layer."""
+        if self.activation_bits is None:
+            return {}
+        if self.right_bits is None:
+            return {"activation": self.activation_bits}
+        return {"left": self.activation_bits, "right": self.right_bits}
 
 
-def quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every `nn.Linear` and `nn.Conv2d` by its module path, in module order."""
+def precision_text(weight: int | None, activation: int | None, right: int | None = None) -> str:
+    """Bits as text: `w4a4`, for a product `a8a4`, or `float`."""
+    if activation is None:
+        return "float"
+    return f"a{activation}a{right}" if weight is None else f"w{weight}a{activation}"
+
+
+def layer_kind(module: nn.Module) -> Kind | None:
+    """What kind of layer a float module is; None for one that cannot be low-bit."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Conv2d):
+        return "conv2d"
+    return "product" if isinstance(module, Product) else None
+
+
+def quantizable_layers(denoiser: nn.Module) -> dict[str, Any]:
+    """Every `nn.Linear`, `nn.Conv2d` and `Product` by its module path, in module order."""
     return {
-        name: module
-        for name, module in denoiser.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        name: module for name, module in denoiser.named_modules() if layer_kind(module) is not None
     }
-
-
-def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where the module path `name` points."""
-    parent, _, leaf = name.rpartition(".")
-    owner = root.get_submodule(parent)
-    if isinstance(owner, nn.Sequential | nn.ModuleList):
-        owner[int(leaf)] = new
-    else:
-        setattr(owner, leaf, new)
 
 
 @contextmanager
@@ -141,9 +179,21 @@ class QuantizedDenoiser(nn.Module):
             return self.denoiser(*args, **kwargs)
 
     def layers(self) -> Iterator[tuple[str, QuantLayer]]:
-        """The quantised layers by their path in the wrapped model."""
+        """The quantised linears and convolutions by their path in the wrapped model."""
         for name, module in self.denoiser.named_modules():
             if isinstance(module, QuantLayer):
+                yield name, module
+
+    def products(self) -> Iterator[tuple[str, QuantProduct]]:
+        """The quantised products by their path in the wrapped model."""
+        for name, module in self.denoiser.named_modules():
+            if isinstance(module, QuantProduct):
+                yield name, module
+
+    def activations(self) -> Iterator[tuple[str, ActivationQuantizer]]:
+        """Every activation quantiser by its path in the wrapped model."""
+        for name, module in self.denoiser.named_modules():
+            if isinstance(module, ActivationQuantizer):
                 yield name, module
 
 
@@ -186,11 +236,16 @@ def convert(
     denoiser.requires_grad_(False)
     sources = quantizable_layers(denoiser)
     for plan in plans:
-        if plan.weight_bits is None or plan.activation_bits is None:
+        if plan.activation_bits is None:
             continue
         source = sources.get(plan.name)
         if source is None:
             raise QuantizationError(f"the plan names {plan.name!r}, which this denoiser has not")
+        if plan.right_bits is not None:
+            product = QuantProduct(table, plan.activation_bits, plan.right_bits, zero_point_mode)
+            replace_module(denoiser, plan.name, product)
+            continue
+        assert plan.weight_bits is not None
         kind = QuantLinear if isinstance(source, nn.Linear) else QuantConv2d
         with named_errors(plan.name):
             layer = kind(
@@ -209,23 +264,26 @@ def convert(
     return QuantizedDenoiser(denoiser, table)
 
 
-def merge(quantized: QuantizedDenoiser) -> dict[str, LayerTensors]:
+def merge(quantized: QuantizedDenoiser) -> dict[str, LowBitTensors]:
     """The integers of every quantised layer, by its path; the adapters vanish into them.
 
     Raises:
         QuantizationError: a layer cannot be deployed; the message names it.
     """
-    merged = {}
+    merged: dict[str, LowBitTensors] = {}
     for name, layer in quantized.layers():
         with named_errors(name):
             merged[name] = LayerTensors.merge(layer)
+    for name, product in quantized.products():
+        with named_errors(name):
+            merged[name] = ProductTensors.merge(product)
     return merged
 
 
 def deploy(
-    denoiser: nn.Module, merged: Mapping[str, LayerTensors], table: TimestepTable
+    denoiser: nn.Module, merged: Mapping[str, LowBitTensors], table: TimestepTable
 ) -> QuantizedDenoiser:
-    """Replace layers by `DeployedLayer` and group norms by `DeployedGroupNorm`, in place.
+    """Replace layers and group norms by their deployed forms, in place.
 
     Args:
         denoiser: a diffusers model, float or already converted.
@@ -233,6 +291,9 @@ def deploy(
         table: the calibrated timesteps.
     """
     for name, tensors in merged.items():
+        if isinstance(tensors, ProductTensors):
+            replace_module(denoiser, name, DeployedProduct(tensors))
+            continue
         source = denoiser.get_submodule(name)
         geometry = None
         if isinstance(source, nn.Conv2d):

@@ -22,12 +22,13 @@ from torch.nn import functional
 
 from trtq.errors import NonFiniteError, QuantizationError
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
+from trtq.quant.adaround import directed_codes, hard_direction, soft_direction
 from trtq.quant.fake_quant import fake_quant, quantize_codes
 from trtq.quant.packing import PackedWeight
 from trtq.quant.ranges import Method, weight_qparams
 from trtq.quant.timestep import Step, TimestepTable, current_step
 
-__all__ = ["Base", "ConvGeometry", "QuantConv2d", "QuantLayer", "QuantLinear"]
+__all__ = ["Base", "ConvGeometry", "QuantConv2d", "QuantLayer", "QuantLinear", "QuantProduct"]
 
 Base = Literal["fp", "int"]
 
@@ -76,6 +77,10 @@ class QuantLayer(nn.Module):
         lora_B: `[N, R, ...]`, or None when the rank is 0.
         weight_scale: parameter `[N, 1, ...]`, the step `d`.
         weight_zero_point: buffer `[N, 1, ...]`, whole numbers.
+        tuned_weight: a trained weight that stands for `W0`, see `tune`; None: there is none.
+        tuned_bias: the same of the bias.
+        alpha: learned rounding like the weight, see `trtq.quant.adaround`; None: to nearest.
+        soft_rounding: whether `alpha` still rounds softly.
         activation: the quantiser of the input.
     """
 
@@ -86,6 +91,9 @@ class QuantLayer(nn.Module):
     base_codes: Tensor | None
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    tuned_weight: nn.Parameter | None
+    tuned_bias: nn.Parameter | None
+    alpha: nn.Parameter | None
 
     def __init__(
         self,
@@ -152,6 +160,10 @@ class QuantLayer(nn.Module):
             nn.Parameter(self.weight_scale.data) if split_step and base == "int" else None
         )
         self.activation = ActivationQuantizer(activation_bits, table, zero_point_mode)
+        self.register_parameter("tuned_weight", None)
+        self.register_parameter("tuned_bias", None)
+        self.register_parameter("alpha", None)
+        self.soft_rounding = False
         if rank:
             a, b = self._adapter_shapes(rank)
             bound = 1 / math.sqrt(math.prod(self.weight.shape[1:]))
@@ -169,8 +181,8 @@ class QuantLayer(nn.Module):
         """Shapes of `lora_A` and `lora_B`."""
 
     @abstractmethod
-    def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The float operation with this weight and the layer's bias."""
+    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The float operation."""
 
     def lora_delta(self) -> Tensor | None:
         """The update `B A`, shaped like the weight; None without adapters."""
@@ -179,9 +191,19 @@ class QuantLayer(nn.Module):
         product = self.lora_B.flatten(1) @ self.lora_A.flatten(1)
         return product.reshape(self.weight.shape)
 
+    def tune(self) -> None:
+        """Give the student a weight and bias of its own to train, starting at the float ones (QuEST)."""
+        self.tuned_weight = nn.Parameter(self.weight.detach().clone())
+        if self.bias is not None:
+            self.tuned_bias = nn.Parameter(self.bias.detach().clone())
+
+    def updated_bias(self) -> Tensor | None:
+        """The student's bias."""
+        return self.bias if self.tuned_bias is None else self.tuned_bias
+
     def updated_weight(self) -> Tensor:
         """What the weight quantiser sees: the base plus the adapters' update."""
-        base: Tensor = self.weight
+        base: Tensor = self.weight if self.tuned_weight is None else self.tuned_weight
         if self.base_codes is not None:
             scale = self.weight_scale
             if self.weight_scale_dequant is not None:
@@ -192,8 +214,21 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """`Q_w` of the updated weight, float32[N, K, ...], differentiable."""
-        return fake_quant(
-            self.updated_weight(), self.weight_scale, self.weight_zero_point, 0, self.weight_qmax
+        step, zero_point = self.weight_scale, self.weight_zero_point
+        if self.alpha is None:
+            return fake_quant(self.updated_weight(), step, zero_point, 0, self.weight_qmax)
+        return (self._rounded_codes() - zero_point) * step
+
+    def _rounded_codes(self) -> Tensor:
+        """Codes of the updated weight under learned rounding."""
+        assert self.alpha is not None
+        direction = soft_direction(self.alpha) if self.soft_rounding else hard_direction(self.alpha)
+        return directed_codes(
+            self.updated_weight(),
+            self.weight_scale,
+            self.weight_zero_point,
+            self.weight_qmax,
+            direction,
         )
 
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
@@ -206,15 +241,17 @@ class QuantLayer(nn.Module):
         if step is None:
             step = current_step()
             if step is None:
-                return self._operate(x, self.weight)
-        return self._operate(self.activation(x, step), self.quantized_weight())
+                return self._operate(x, self.weight, self.bias)
+        return self._operate(self.activation(x, step), self.quantized_weight(), self.updated_bias())
 
     @torch.no_grad()
     def merge(self) -> PackedWeight:
         """Fold the adapters into integer weights; what `forward` uses, as codes."""
-        codes = quantize_codes(
-            self.updated_weight(), self.weight_scale, self.weight_zero_point, 0, self.weight_qmax
-        )
+        if self.alpha is None:
+            weight, step = self.updated_weight(), self.weight_scale
+            codes = quantize_codes(weight, step, self.weight_zero_point, 0, self.weight_qmax)
+        else:
+            codes = self._rounded_codes()
         return PackedWeight(
             codes.to(torch.uint8),
             self.weight_scale.detach().clone(),
@@ -236,8 +273,8 @@ class QuantLinear(QuantLayer):
         out_features, in_features = self.weight.shape
         return (rank, in_features), (out_features, rank)
 
-    def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.linear(x, weight, self.bias)
+    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, weight, bias)
 
 
 class QuantConv2d(QuantLayer):
@@ -253,5 +290,36 @@ class QuantConv2d(QuantLayer):
         out_channels, *rest = self.weight.shape
         return (rank, *rest), (out_channels, rank, 1, 1)
 
-    def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.geometry.convolve(x, weight, self.bias)
+    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.geometry.convolve(x, weight, bias)
+
+
+class QuantProduct(nn.Module):
+    """`a @ b` of two quantised activations, e.g. queries and keys (QuEST, arXiv 2402.03666).
+
+    Args:
+        table: the calibrated timesteps.
+        left_bits: width of the codes of `a`.
+        right_bits: width of the codes of `b`.
+        zero_point_mode: see `trtq.quant.activation.ZeroPointMode`.
+    """
+
+    def __init__(
+        self,
+        table: TimestepTable,
+        left_bits: int,
+        right_bits: int,
+        zero_point_mode: ZeroPointMode = "frozen",
+    ) -> None:
+        super().__init__()
+        self.left = ActivationQuantizer(left_bits, table, zero_point_mode)
+        self.right = ActivationQuantizer(right_bits, table, zero_point_mode)
+
+    def forward(self, a: Tensor, b: Tensor, step: Step | None = None) -> Tensor:
+        """a[B, ..., M, K], b[B, ..., K, N] -> [B, ..., M, N]; in float inside `float_scope`."""
+        if step is None:
+            step = current_step()
+            if step is None:
+                return a @ b
+        product: Tensor = self.left(a, step) @ self.right(b, step)
+        return product

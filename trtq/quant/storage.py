@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from trtq.errors import ArtefactError
 from trtq.quant.convert import (
     LayerPlan,
+    LowBitTensors,
     QuantizedDenoiser,
     deploy,
     named_errors,
     quantizable_layers,
 )
-from trtq.quant.deployed import LayerTensors
-from trtq.quant.modules import QuantLayer
+from trtq.quant.deployed import LayerTensors, ProductTensors
+from trtq.quant.modules import QuantLayer, QuantProduct
 from trtq.quant.timestep import TimestepTable
 
 __all__ = ["FILE_NAME", "StoredDenoiser", "load_stored", "save_denoiser"]
@@ -42,7 +43,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 
 def save_denoiser(
-    path: Path, quantized: QuantizedDenoiser, merged: Mapping[str, LayerTensors]
+    path: Path, quantized: QuantizedDenoiser, merged: Mapping[str, LowBitTensors]
 ) -> None:
     """Write a converted denoiser.
 
@@ -54,7 +55,7 @@ def save_denoiser(
     inside = {
         f"{name}.{leaf}"
         for name, module in quantized.denoiser.named_modules()
-        if isinstance(module, QuantLayer)
+        if isinstance(module, QuantLayer | QuantProduct)
         for leaf in module.state_dict()
     }
     tensors = {
@@ -76,7 +77,7 @@ class StoredDenoiser:
         floats: every other tensor of the state dict, float32.
     """
 
-    def __init__(self, layers: dict[str, LayerTensors], floats: dict[str, Tensor]) -> None:
+    def __init__(self, layers: dict[str, LowBitTensors], floats: dict[str, Tensor]) -> None:
         self.layers = layers
         self.floats = floats
 
@@ -132,19 +133,27 @@ def load_stored(path: Path, skeleton: nn.Module, plans: Sequence[LayerPlan]) -> 
         else:
             floats[rest] = tensor.float() if tensor.is_floating_point() else tensor
     sources = quantizable_layers(skeleton)
-    layers = {}
+    layers: dict[str, LowBitTensors] = {}
     for plan in plans:
-        if plan.weight_bits is None or plan.activation_bits is None:
+        if plan.activation_bits is None:
             continue
         if plan.name not in grouped or plan.name not in sources:
             raise ArtefactError(f"{path} and its manifest disagree about the layer {plan.name!r}")
+        named = grouped.pop(plan.name)
         with named_errors(plan.name):
-            layers[plan.name] = LayerTensors.from_tensors(
-                grouped.pop(plan.name),
-                channels=sources[plan.name].weight.shape[0],
-                weight_bits=plan.weight_bits,
-                activation_bits=plan.activation_bits,
-            )
+            if plan.weight_bits is not None:
+                layers[plan.name] = LayerTensors.from_tensors(
+                    named,
+                    channels=len(sources[plan.name].weight),
+                    weight_bits=plan.weight_bits,
+                    activation_bits=plan.activation_bits,
+                )
+            elif plan.right_bits is not None:
+                layers[plan.name] = ProductTensors.from_tensors(
+                    named, left_bits=plan.activation_bits, right_bits=plan.right_bits
+                )
+            else:
+                raise ArtefactError("the manifest gives bits that fit no kind of layer")
     if grouped:
         raise ArtefactError(
             f"{path} holds layers that its manifest does not: {sorted(grouped)[:3]}"

@@ -37,7 +37,7 @@ from trtq.manifest import (
     write_manifest,
 )
 from trtq.progress import Reporter, silent
-from trtq.quant import quantizable_layers
+from trtq.quant import layer_kind, quantizable_layers
 from trtq.resources import peak_rss_bytes
 from trtq.seeds import seeded_generator
 from trtq.stages.load import MODEL_FILE
@@ -85,7 +85,7 @@ def _rows(denoiser: nn.Module) -> list[LayerRow]:
     return [
         LayerRow(
             name=name,
-            kind="linear" if isinstance(module, nn.Linear) else "conv2d",
+            kind=layer_kind(module) or "linear",
             weight_bits=None,
             activation_bits=None,
             reason="exported from a float checkpoint",

@@ -8,7 +8,7 @@ from typing import Any
 
 from trtq.diffusion.source import load_source
 from trtq.manifest import Manifest, artefact_kind, read_manifest
-from trtq.quant import quantizable_layers
+from trtq.quant import precision_text, quantizable_layers
 from trtq.stages.run_folder import open_run
 
 __all__ = ["inspect_artefact"]
@@ -22,7 +22,7 @@ def inspect_artefact(path: str | Path) -> dict[str, Any]:
 
     Returns:
         `kind`, `source`, `bytes`, `precisions` (count by precision), `timesteps`, `layers` (one row
-        each; for a run with `scale_min`, `scale_max` and `zero_points` of its table), `options`,
+        each; for a run with `scale` (per step, by input) and `zero_points`), `options`,
         `metrics`.
 
     Raises:
@@ -48,18 +48,18 @@ def inspect_artefact(path: str | Path) -> dict[str, Any]:
         stored = open_run(folder).stored
         for row in result["layers"]:
             tensors = stored.layers.get(row["name"])
-            if tensors is not None:
-                row["scale_min"] = float(tensors.scale.min())
-                row["scale_max"] = float(tensors.scale.max())
-                row["zero_points"] = sorted({-int(low) for low in tensors.low})
-                row["scale"] = tensors.scale.tolist()
+            if tensors is None:
+                continue
+            operands = tensors.operands
+            row["scale"] = {name: one.scale.tolist() for name, one in operands.items()}
+            row["zero_points"] = sorted({-int(z) for one in operands.values() for z in one.low})
     return result
 
 
 def _precisions(manifest: Manifest) -> dict[str, int]:
     return dict(
         Counter(
-            "float" if row.weight_bits is None else f"w{row.weight_bits}a{row.activation_bits}"
+            precision_text(row.weight_bits, row.activation_bits, row.right_bits)
             for row in manifest.layers
         )
     )

@@ -27,6 +27,7 @@ from trtq.manifest import (
     LayerRow,
     Manifest,
     SourceRow,
+    StructureRow,
     check_output,
     file_hashes,
     new_artefact,
@@ -34,7 +35,17 @@ from trtq.manifest import (
     write_manifest,
 )
 from trtq.progress import Reporter, silent
-from trtq.quant import LayerPlan, QuantizedDenoiser, TimestepTable, convert, merge
+from trtq.quant import (
+    LayerPlan,
+    QuantizedDenoiser,
+    Structure,
+    TimestepTable,
+    apply_structure,
+    attention_modules,
+    convert,
+    merge,
+    skip_splits,
+)
 from trtq.quant.storage import FILE_NAME, save_denoiser
 from trtq.resources import peak_rss_bytes
 from trtq.seeds import seeded_generator
@@ -53,14 +64,16 @@ class QuantizePlan:
     Attributes:
         source: the loaded checkpoint.
         recipe: what to make of it.
-        layers: one plan per linear and convolution.
+        layers: one plan per linear, convolution and spelled-out product.
         table: the calibrated timesteps.
+        structure: what was brought into another form; the source's denoiser is in it already.
     """
 
     source: Source
     recipe: Recipe
     layers: Sequence[LayerPlan]
     table: TimestepTable
+    structure: Structure
 
     @property
     def quantized(self) -> int:
@@ -76,13 +89,14 @@ class QuantizePlan:
         modules = dict(self.source.denoiser.named_modules())
         inside = total = 0
         for plan in self.layers:
+            total += len(plan.operands) * len(self.table) * 12
             if plan.weight_bits is None:
                 continue
             weight: Any = modules[plan.name].weight
             inside += weight.numel()
             channels = len(weight)
             total += -(-channels * plan.weight_bits // 8) * (weight.numel() // channels)
-            total += channels * 6 + len(self.table) * 12
+            total += channels * 6
         rest = sum(p.numel() for p in self.source.denoiser.parameters()) - inside
         return total + 2 * rest
 
@@ -98,7 +112,12 @@ def plan_quantize(model: str | Path | Any, recipe: Recipe) -> QuantizePlan:
     policy = load_policy(
         type(source.denoiser).__name__, Path(recipe.policy) if recipe.policy else None
     )
-    layers = plan_layers(source.denoiser, policy, recipe.bits)
+    structure = Structure(
+        tuple(attention_modules(source.denoiser)) if recipe.attention.quantize else (),
+        skip_splits(source.denoiser) if recipe.split_skips else {},
+    )
+    apply_structure(source.denoiser, structure)
+    layers = plan_layers(source.denoiser, policy, recipe.bits, recipe.attention.probability_bits)
     if not any(plan.quantized for plan in layers):
         raise QuantizationError(
             f"zero layers of {type(source.denoiser).__name__} would be quantised: the policy for "
@@ -107,7 +126,7 @@ def plan_quantize(model: str | Path | Any, recipe: Recipe) -> QuantizePlan:
     timesteps = source.timesteps(recipe.steps)
     if recipe.tables == "static":
         timesteps = timesteps[len(timesteps) // 2 :][:1]
-    return QuantizePlan(source, recipe, layers, TimestepTable(timesteps))
+    return QuantizePlan(source, recipe, layers, TimestepTable(timesteps), structure)
 
 
 def describe_plan(plan: QuantizePlan) -> dict[str, Any]:
@@ -116,13 +135,10 @@ def describe_plan(plan: QuantizePlan) -> dict[str, Any]:
     training = plan.recipe.training
     adapters = 0
     for layer in plan.layers:
-        if training is not None and layer.quantized and layer.adapters:
+        if training is not None and layer.weight_bits is not None and layer.adapters:
             weight: Any = modules[layer.name].weight
             adapters += training.rank * (len(weight) + weight[0].numel())
-    precisions = Counter(
-        f"w{layer.weight_bits}a{layer.activation_bits}" if layer.quantized else "float"
-        for layer in plan.layers
-    )
+    precisions = Counter(layer.precision for layer in plan.layers)
     return {
         "model": plan.source.name,
         "denoiser": type(plan.source.denoiser).__name__,
@@ -153,10 +169,9 @@ def _calibrate(
     plan: QuantizePlan, schedule: NoiseSchedule, report: Reporter
 ) -> dict[str, tuple[Tensor, Tensor]]:
     recipe, source = plan.recipe, plan.source
-    names = [layer.name for layer in plan.layers if layer.quantized]
     recordings = record(
         source.denoiser,
-        names,
+        plan.layers,
         schedule,
         TimestepTable(schedule.timesteps.tolist()),
         source.draw_conditions(
@@ -303,8 +318,8 @@ def quantize(
         split_step=training.split_step if training else False,
         generator=seeded_generator(chosen.seed, "adapters"),
     )
-    for name, layer in quantized.layers():
-        layer.activation.set_range(*tables[name])
+    for path, quantizer in quantized.activations():
+        quantizer.set_range(*tables[path])
     writing = None
     if main:
         writing = new_artefact(final, overwrite=overwrite, keep_partial=training is not None)
@@ -365,9 +380,13 @@ def _manifest(plan: QuantizePlan, files: dict[str, str], metrics: dict[str, Any]
                 kind=layer.kind,
                 weight_bits=layer.weight_bits,
                 activation_bits=layer.activation_bits,
+                right_bits=layer.right_bits,
                 reason=layer.reason,
             )
             for layer in plan.layers
         ],
+        structure=StructureRow(
+            attention=list(plan.structure.attention), splits=dict(plan.structure.splits)
+        ),
         metrics=metrics,
     )

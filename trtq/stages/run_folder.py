@@ -10,7 +10,7 @@ from torch import nn
 
 from trtq.diffusion.source import Source
 from trtq.manifest import Manifest, read_manifest
-from trtq.quant import LayerPlan, QuantizedDenoiser, TimestepTable
+from trtq.quant import LayerPlan, QuantizedDenoiser, Structure, TimestepTable, apply_structure
 from trtq.quant.storage import FILE_NAME, StoredDenoiser, load_stored
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
 
@@ -35,13 +35,13 @@ class OpenRun:
 
     def float_skeleton(self) -> nn.Module:
         """The denoiser with its float tensors; its quantised layers still hold fresh weights."""
-        model = skeleton(self.folder, self.manifest.denoiser)
+        model = _fresh(self.folder, self.manifest)
         self.stored.load_floats(model)
         return model
 
     def denoiser(self) -> QuantizedDenoiser:
         """The low-bit denoiser in torch."""
-        return self.stored.build(skeleton(self.folder, self.manifest.denoiser), self.table)
+        return self.stored.build(_fresh(self.folder, self.manifest), self.table)
 
     def source(self) -> Source:
         """A pipeline around the low-bit denoiser in torch."""
@@ -49,10 +49,25 @@ class OpenRun:
         return Source(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
 
 
+def _fresh(folder: Path, manifest: Manifest) -> nn.Module:
+    """A model of the denoiser's class in the run's structure, with fresh weights."""
+    model = skeleton(folder, manifest.denoiser)
+    structure = Structure(tuple(manifest.structure.attention), manifest.structure.splits)
+    apply_structure(model, structure)
+    return model
+
+
 def layer_plans(manifest: Manifest) -> list[LayerPlan]:
     """The layers as the manifest lists them."""
     return [
-        LayerPlan(row.name, row.kind, row.weight_bits, row.activation_bits, row.reason)
+        LayerPlan(
+            row.name,
+            row.kind,
+            row.weight_bits,
+            row.activation_bits,
+            row.reason,
+            right_bits=row.right_bits,
+        )
         for row in manifest.layers
     ]
 
@@ -65,6 +80,6 @@ def open_run(folder: Path) -> OpenRun:
         IntegrityError: its files are not what the manifest says.
     """
     manifest = read_manifest(folder, "run")
-    fresh = skeleton(folder, manifest.denoiser)
+    fresh = _fresh(folder, manifest)
     stored = load_stored(folder / FILE_NAME, fresh, layer_plans(manifest))
     return OpenRun(folder, manifest, stored, TimestepTable(manifest.timesteps or []))

@@ -7,12 +7,13 @@ from typing import Any
 
 from trtq.evaluate.images import contact_sheet
 from trtq.manifest import artefact_kind, read_manifest
+from trtq.quant import precision_text
 from trtq.report.page import Page, Section, Table, picture
 from trtq.report.plots import scale_map, snr_curves
 from trtq.stages.evaluate import Evaluation
 from trtq.stages.inspect import inspect_artefact
 
-__all__ = ["evaluation_page", "grid_section", "layer_sections", "snr_section"]
+__all__ = ["evaluation_page", "grid_section", "layer_sections", "scale_range", "snr_section"]
 
 _SHOWN = 100
 _GRID_SCALE = 4
@@ -40,23 +41,32 @@ def snr_section(curves: dict[str, list[float]], timesteps: list[float]) -> Secti
     return Section("Every step against float", text, images=(picture(plot, caption),))
 
 
+def scale_range(row: dict[str, Any]) -> str:
+    """Smallest and largest scale of a layer's inputs, from its row of `inspect_artefact`."""
+    ranges = [f"{min(s):.3g} .. {max(s):.3g}" for s in row.get("scale", {}).values()]
+    return "; ".join(ranges)
+
+
 def layer_sections(path: str | Path) -> tuple[Section, ...]:
     """Layers and bits of a run or ONNX folder; for a run with tables also their map."""
     found = inspect_artefact(path)
     rows = tuple(
         (
             row["name"],
-            "float"
-            if row["weight_bits"] is None
-            else f"W{row['weight_bits']}A{row['activation_bits']}",
-            f"{row['scale_min']:.3g} .. {row['scale_max']:.3g}" if "scale_min" in row else "",
+            precision_text(row["weight_bits"], row["activation_bits"], row["right_bits"]).upper(),
+            scale_range(row),
             row["reason"],
         )
         for row in found["layers"]
     )
     header = ("layer", "bits", "scale over the steps", "why")
     sections = [Section("Layers", table=Table(header, rows))]
-    tables = {row["name"]: row["scale"] for row in found["layers"] if len(row.get("scale", ())) > 1}
+    tables = {
+        row["name"] if len(row["scale"]) == 1 else f"{row['name']}.{operand}": scales
+        for row in found["layers"]
+        for operand, scales in row.get("scale", {}).items()
+        if len(scales) > 1
+    }
     if tables:
         plot = scale_map(tables, found["timesteps"])
         text = (

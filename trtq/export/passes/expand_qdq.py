@@ -9,6 +9,11 @@ Per layer, in a float16 or float32 graph:
 Both operands of the product are whole numbers and the weight's scale `d` follows it: see
 `trtq.quant.deployed` for why.
 
+A product of two activations has the same front on both inputs, no weight, and both steps' scales behind
+it:
+
+    (... -> DequantizeLinear(1)) MatMul (... -> DequantizeLinear(1)) -> Mul(s_a[step]) -> Mul(s_b[step])
+
 The clip is left out where int8 saturates to the same codes. Weights of up to 4 bits lie in the file
 as INT4 (`q - 8`), with Cast and Sub (`z - 8`) in front of their DequantizeLinear.
 
@@ -18,17 +23,19 @@ values of all layers. With a single calibrated step the values are constants ins
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from trtq.errors import LegalityError
 from trtq.export.passes.builder import GraphBuilder
 from trtq.export.trace import DOMAIN
-from trtq.quant.deployed import LayerTensors
+from trtq.quant.convert import LowBitTensors
+from trtq.quant.deployed import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
 
 __all__ = ["PAIR_SAFE", "ExpandLowBitToQdq"]
@@ -44,7 +51,7 @@ not rewritten, so such layers stay exact in every session."""
 
 @dataclass(frozen=True)
 class _StepValues:
-    """Values of one layer at the step of each batch item, shaped to broadcast over its input."""
+    """Values of one input at the step of each batch item, shaped to broadcast over it."""
 
     inv_scale: ir.Value
     scale: ir.Value
@@ -52,13 +59,13 @@ class _StepValues:
     high: ir.Value | None
 
 
-def _columns(layer: LayerTensors) -> dict[str, np.ndarray]:
-    """The per-step values that the graph needs of a layer, float32 `[T]` each."""
+def _columns(operand: ActivationTensors) -> dict[str, np.ndarray]:
+    """The per-step values that the graph needs of an input, float32 `[T]` each."""
     columns = {
-        "inv_scale": layer.inv_scale.numpy(),
-        "scale": layer.scale.numpy(),
+        "inv_scale": operand.inv_scale.numpy(),
+        "scale": operand.scale.numpy(),
     }
-    low, high = layer.low.numpy(), layer.high.numpy()
+    low, high = operand.low.numpy(), operand.high.numpy()
     # Where both limits are int8's own, QuantizeLinear's saturation is the clip.
     if not ((low == _INT8[0]).all() and (high == _INT8[1]).all()):
         columns |= {"low": low.astype(np.float32), "high": high.astype(np.float32)}
@@ -73,7 +80,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         table: the calibrated timesteps.
     """
 
-    def __init__(self, layers: Mapping[str, LayerTensors], table: TimestepTable) -> None:
+    def __init__(self, layers: Mapping[str, LowBitTensors], table: TimestepTable) -> None:
         super().__init__()
         self.layers = layers
         self.table = table
@@ -88,23 +95,37 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         nodes = [node for node in graph if node.domain == DOMAIN]
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
-        ranks = {}
+        ranks: dict[str, int] = {}
+        columns: dict[str, dict[str, np.ndarray]] = {}
         for node in nodes:
             name = node.attributes["name"].as_string()
-            value = node.inputs[0]
-            if name not in self.layers or value is None or value.shape is None:
+            layer = self.layers.get(name)
+            if layer is None or len(layer.operands) != len(node.inputs):
                 raise LegalityError(f"the graph has a low-bit node {name!r} without its numbers")
-            ranks[name] = len(value.shape)
-        values = self._step_values(graph, ranks)
+            for (operand, tensors), value in zip(layer.operands.items(), node.inputs, strict=True):
+                if value is None or value.shape is None:
+                    raise LegalityError(f"the shape of an input of {name!r} is not known")
+                ranks[f"{name}/{operand}"] = len(value.shape)
+                columns[f"{name}/{operand}"] = _columns(tensors)
+        values = self._step_values(graph, columns, ranks)
         for node in nodes:
             name = node.attributes["name"].as_string()
-            self._expand(graph, node, name, self.layers[name], values[name])
+            layer = self.layers[name]
+            steps = [values[f"{name}/{operand}"] for operand in layer.operands]
+            if isinstance(layer, ProductTensors):
+                self._expand_product(graph, node, name, layer, steps)
+            else:
+                self._expand_layer(graph, node, name, layer, steps[0])
         model.opset_imports.pop(DOMAIN, None)
         return ir.passes.PassResult(model, modified=True)
 
-    def _step_values(self, graph: ir.Graph, ranks: Mapping[str, int]) -> dict[str, _StepValues]:
-        """Look the step up once and hand every layer its values."""
-        columns = {name: _columns(self.layers[name]) for name in ranks}
+    def _step_values(
+        self,
+        graph: ir.Graph,
+        columns: Mapping[str, dict[str, np.ndarray]],
+        ranks: Mapping[str, int],
+    ) -> dict[str, _StepValues]:
+        """Look the step up once and hand every input its values."""
         found: dict[str, dict[str, ir.Value]] = {name: {} for name in ranks}
         builder = GraphBuilder(graph, "steps")
         if len(self.table) == 1:
@@ -165,26 +186,32 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             for (name, key), value in zip(groups[rank], singles, strict=True):
                 found[name][key] = value
 
-    def _expand(
+    @staticmethod
+    def _operand(
+        builder: GraphBuilder, x: ir.Value, step: _StepValues, prefix: str, *, paired: bool
+    ) -> ir.Value:
+        """Whole-number codes of an input, as float; `paired`: DequantizeLinear gets a zero point."""
+        if x.dtype != ir.DataType.FLOAT:
+            x = builder.op("Cast", [x], f"{prefix}float", {"to": ir.DataType.FLOAT.value})
+        y = builder.op("Mul", [x, step.inv_scale], f"{prefix}scaled")
+        if step.low is not None and step.high is not None:
+            y = builder.op("Max", [y, step.low], f"{prefix}clip_low")
+            y = builder.op("Min", [y, step.high], f"{prefix}clip_high")
+        one = builder.constant("one", np.array(1.0, np.float32))
+        zero = builder.constant("zero", np.array(0, np.int8))
+        codes = builder.op("QuantizeLinear", [y, one, zero], f"{prefix}codes")
+        pair = [codes, one, zero] if paired else [codes, one]
+        dequantized: ir.Value = builder.op("DequantizeLinear", pair, f"{prefix}activation")
+        return dequantized
+
+    def _expand_layer(
         self, graph: ir.Graph, node: ir.Node, name: str, layer: LayerTensors, step: _StepValues
     ) -> None:
         builder = GraphBuilder(graph, name)
         (x,) = node.inputs
-        (out,) = node.outputs
         assert x is not None
-        dtype = x.dtype
-        if dtype != ir.DataType.FLOAT:
-            x = builder.op("Cast", [x], "float", {"to": ir.DataType.FLOAT.value})
-        y = builder.op("Mul", [x, step.inv_scale], "scaled")
-        if step.low is not None and step.high is not None:
-            y = builder.op("Max", [y, step.low], "clip_low")
-            y = builder.op("Min", [y, step.high], "clip_high")
-        one = builder.constant("one", np.array(1.0, np.float32))
-        zero = builder.constant("zero", np.array(0, np.int8))
-        codes = builder.op("QuantizeLinear", [y, one, zero], "codes")
-        largest = int(layer.weight.integers().short().abs().max())
-        pair = [codes, one, zero] if largest <= PAIR_SAFE else [codes, one]
-        y = builder.op("DequantizeLinear", pair, "activation")
+        paired = int(layer.weight.integers().short().abs().max()) <= PAIR_SAFE
+        y = self._operand(builder, x, step, "", paired=paired)
         conv = node.op_type == "LowBitConv2d"
         weight = self._weight(builder, layer, transposed=not conv)
         if conv:
@@ -201,10 +228,38 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         if layer.bias is not None:
             bias = layer.bias.numpy().reshape(channel)
             y = builder.op("Add", [y, builder.constant("bias", bias)], "biased")
+        self._finish(builder, node, y)
+
+    def _expand_product(
+        self,
+        graph: ir.Graph,
+        node: ir.Node,
+        name: str,
+        layer: ProductTensors,
+        steps: Sequence[_StepValues],
+    ) -> None:
+        builder = GraphBuilder(graph, name)
+        paired = int(torch.maximum(-layer.right.low, layer.right.high).max()) <= PAIR_SAFE
+        left, right = (
+            self._operand(builder, x, step, f"{operand}_", paired=paired)  # type: ignore[arg-type]
+            for x, step, operand in zip(node.inputs, steps, layer.operands, strict=True)
+        )
+        y = builder.op("MatMul", [left, right], "matmul")
+        for step, operand in zip(steps, layer.operands, strict=True):
+            y = builder.op("Mul", [y, step.scale], f"{operand}_rescaled")
+        self._finish(builder, node, y)
+
+    @staticmethod
+    def _finish(builder: GraphBuilder, node: ir.Node, y: ir.Value) -> None:
+        """Back to the graph's own type, and into the node's place."""
+        (out,) = node.outputs
+        dtype = node.inputs[0].dtype  # type: ignore[union-attr]
         if dtype != ir.DataType.FLOAT:
             y = builder.op("Cast", [y], "narrow", {"to": dtype.value})  # type: ignore[union-attr]
         y.shape, y.type = out.shape, out.type
-        ir.convenience.replace_nodes_and_values(graph, node, [node], builder.nodes, [out], [y])
+        ir.convenience.replace_nodes_and_values(
+            builder.graph, node, [node], builder.nodes, [out], [y]
+        )
 
     @staticmethod
     def _weight(builder: GraphBuilder, layer: LayerTensors, *, transposed: bool) -> ir.Value:

@@ -1,0 +1,70 @@
+"""Learned rounding of weights (AdaRound, arXiv 2004.10568), and weights that move under it (QuEST).
+
+    code = clip(floor(w / d) + h + z, 0, 2**bits - 1)
+
+`h` says for each weight whether it is rounded up. While it is learned it is soft,
+`h = clip(1.2 sigmoid(alpha) - 0.1, 0, 1)`; afterwards it is frozen, `h = [alpha >= 0]`, and fine-tuning
+may still move `w`: the floor lets gradients straight through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["directed_codes", "hard_direction", "initial_alpha", "rounding_loss", "soft_direction"]
+
+_LOW, _HIGH = -0.1, 1.1
+
+
+class _FloorSte(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.floor()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def soft_direction(alpha: Tensor) -> Tensor:
+    """The rectified sigmoid of `alpha`, in [0, 1] (AdaRound, eq. 23)."""
+    return (torch.sigmoid(alpha) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+
+
+def hard_direction(alpha: Tensor) -> Tensor:
+    """1 where the weight is rounded up, else 0."""
+    return (alpha >= 0).to(alpha.dtype)
+
+
+def initial_alpha(w: Tensor, scale: Tensor) -> Tensor:
+    """The `alpha` whose soft direction is the fractional part of `w / scale`.
+
+    Its hard direction is then rounding to nearest.
+    """
+    ratio = w / scale
+    rest = ratio - ratio.floor()
+    return -torch.log((_HIGH - _LOW) / (rest - _LOW) - 1)
+
+
+def directed_codes(
+    w: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, direction: Tensor
+) -> Tensor:
+    """Codes under the given directions, float32; differentiable in `w` and `direction`.
+
+    Args:
+        w: the weight, `[N, ...]`.
+        scale: `d`, broadcastable to `w`.
+        zero_point: `z`, whole numbers, broadcastable to `w`.
+        qmax: largest code.
+        direction: `h`, shaped like `w`.
+    """
+    floor: Tensor = _FloorSte.apply(w / scale)  # type: ignore[no-untyped-call]
+    return (floor + direction + zero_point).clamp(0, qmax)
+
+
+def rounding_loss(alpha: Tensor, temperature: float) -> Tensor:
+    """`sum(1 - |2 h - 1|**temperature)`: zero when every soft direction is 0 or 1 (AdaRound, eq. 24)."""
+    return (1 - (2 * soft_direction(alpha) - 1).abs().pow(temperature)).sum()
