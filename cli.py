@@ -62,6 +62,11 @@ def _command(verbose: bool) -> Iterator[None]:
             _err.print_exception()
         _err.print(f"error: {err}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(err.exit_code) from err
+    except OSError as err:
+        if verbose:
+            _err.print_exception()
+        _err.print(f"error: {err}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from err
     except KeyboardInterrupt as err:
         _err.print("interrupted")
         raise typer.Exit(130) from err
@@ -186,7 +191,8 @@ def quantize(
         result = run_stage(
             model, chosen, output, resume=resume, overwrite=overwrite, report=LineReporter()
         )
-        _show(result, as_json, lambda r: _pairs(f"run: {output}", r))
+        if result:  # Empty in all processes of accelerate but the first.
+            _show(result, as_json, lambda r: _pairs(f"run: {output}", r))
 
 
 @app.command()

@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trtq.calib.policy import explain, parse_bits, read_toml
 from trtq.errors import RecipeError
+from trtq.quant.ranges import check_bits
 
-__all__ = ["Attention", "Calibration", "Recipe", "Training", "load_recipe", "methods"]
+__all__ = ["Attention", "Calibration", "Quest", "Recipe", "Training", "load_recipe", "methods"]
 
+POST_TRAINING = ("minmax", "search")
 _FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -39,20 +41,26 @@ class Attention(_Strict):
     """Whether attention's products run on codes too, as in QuEST (arXiv 2402.03666)."""
 
     quantize: bool = False
-    probability_bits: int | None = Field(8, ge=2, le=8)
-    """Of the softmax output; null leaves its product with the values in float."""
+    probability_bits: int | Literal["float"] = 8
+    """Of the softmax output, 2 .. 8; `float` leaves its product with the values in float."""
+
+    @field_validator("probability_bits")
+    @classmethod
+    def _known_bits(cls, value: int | Literal["float"]) -> int | Literal["float"]:
+        return value if value == "float" else check_bits(value)
 
 
 class Training(_Strict):
-    """EfficientDM's fine-tuning (arXiv 2310.03270); defaults scaled to a small budget."""
+    """Data-free fine-tuning; the defaults are those of EfficientDM's release (arXiv 2310.03270)."""
 
     iterations: int = Field(ge=1)
-    """Optimiser steps."""
+    """Optimiser steps, of all stages together."""
     batch: int = Field(ge=1)
     """Images per process and accumulation step."""
     accumulate: int = Field(1, ge=1)
     """Gradient accumulation steps per optimiser step."""
-    rank: int = Field(32, ge=1)
+    rank: int = Field(32, ge=0)
+    """Of the QALoRA adapters; 0 for none."""
     base: Literal["fp", "int"] = "fp"
     """What the adapters are added to: `fp` the float weight, `int` its codes, as released."""
     zero_points: Literal["frozen", "rounded", "float"] = "frozen"
@@ -74,8 +82,28 @@ class Training(_Strict):
     """Update the weight step twice per iteration, as released; needs base `int`."""
     weight_decay: float = Field(0.01, ge=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    table_state: Literal["dense", "persistent", "reset"] = "dense"
+    """How the optimiser treats the entries of a timestep table; see `trtq.train.table_adam`."""
     checkpoint_every: int = Field(200, ge=1)
     """Iterations between checkpoints."""
+
+
+class Quest(_Strict):
+    """Selective, progressive fine-tuning (QuEST, arXiv 2402.03666)."""
+
+    embedding: str = "time_embedding"
+    """The policy's set of layers tuned in stage 1."""
+    attention: str = "attention"
+    """The policy's set of layers tuned in stage 2."""
+    first_stage: float = Field(0.2, gt=0, lt=1)
+    """Share of the iterations that stage 1 gets."""
+    weighting: Literal["paper", "released", "global"] = "paper"
+    """See `trtq.train.quest.alignment_loss`."""
+    global_weight: float = Field(1.0, ge=0)
+    weight_travel: float = Field(1.0, gt=0)
+    """How many weight levels a tuned weight can travel, as `lora_travel` of the adapters."""
+    adaround: int = Field(0, ge=0)
+    """Iterations per layer of learned rounding before stage 1; 0 rounds to nearest."""
 
 
 class Recipe(_Strict):
@@ -95,6 +123,7 @@ class Recipe(_Strict):
     attention: Attention = Attention()
     calibration: Calibration = Calibration()
     training: Training | None = None
+    quest: Quest | None = None
 
     @field_validator("bits")
     @classmethod
@@ -146,4 +175,13 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
         raise RecipeError(f"the recipe is not valid: {explain(err)}") from err
     if recipe.training is not None and recipe.training.split_step and recipe.training.base != "int":
         raise RecipeError('training.split_step=true needs training.base="int"')
+    if recipe.method in POST_TRAINING and recipe.training is not None:
+        raise RecipeError(
+            f"the method {recipe.method!r} does not fine-tune, so it takes no [training] and no number "
+            "of iterations; choose another method"
+        )
+    if recipe.quest is not None and (recipe.training is None or recipe.training.iterations < 2):
+        raise RecipeError("a [quest] section needs a [training] section with 2 iterations or more")
+    if recipe.quest is None and recipe.training is not None and recipe.training.rank == 0:
+        raise RecipeError("training.rank=0 leaves nothing to train; a [quest] section would")
     return recipe

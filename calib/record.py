@@ -33,7 +33,6 @@ class Recording:
     low: Tensor
     high: Tensor
     sample: Tensor
-    filled: int = 0
 
 
 def _hook(
@@ -45,7 +44,7 @@ def _hook(
     generator: torch.Generator,
 ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[operand].detach().float().reshape(-1)
+        x = inputs[operand].detach().float().cpu().reshape(-1)
         low, high = torch.aminmax(x)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise NonFiniteError(
@@ -74,6 +73,7 @@ def record(
     samples_per_step: int,
     seed: int,
     guidance: float = 1.0,
+    device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Recording]:
     """Walk the float model's trajectories and look at what enters each layer.
@@ -93,6 +93,7 @@ def record(
         samples_per_step: values S kept per layer and step.
         seed: of the starting noise and of the choice of values.
         guidance: classifier-free guidance of the trajectory.
+        device: where the denoiser is.
         progress: called with (steps done, steps in all).
 
     Raises:
@@ -123,9 +124,9 @@ def record(
         for where["batch"] in range(batches):
             first = where["batch"] * batch
             count = min(batch, images - first)
-            noise = seeded_noise(shape, seed, first, count)
-            chosen = conditions.take(slice(first, first + count))
-            for point in walk(located, schedule, noise, chosen, guidance):
+            noise = seeded_noise(shape, seed, first, count).to(device)
+            chosen = conditions.take(slice(first, first + count)).to(device)
+            for point in walk(located, schedule.to(device), noise, chosen, guidance):
                 if progress is not None:
                     done = where["batch"] * len(schedule) + point.position + 1
                     progress(done, batches * len(schedule))

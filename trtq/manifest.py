@@ -1,13 +1,15 @@
 """The record that travels with every artefact, and the rules for writing and reading one.
 
-An artefact is a folder with a `manifest.json` that names the SHA-256 of every file beside it. It is
-written into `NAME.partial` and renamed when complete, so a folder that has a manifest is whole.
-Reading verifies the format version, that every path stays inside the folder, and every hash.
+An artefact is a folder with a `manifest.json` that names the SHA-256 of every file beside it, and of
+nothing else. It is written into a hidden folder beside its place and renamed when complete, so a folder
+that has a manifest is whole. Reading verifies the format version, that every path stays inside the
+folder, every hash, and that no other file is there.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,12 +33,13 @@ __all__ = [
     "new_artefact",
     "package_versions",
     "partial_folder",
+    "put_in_place",
     "read_manifest",
     "sha256",
     "write_manifest",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 CHECKPOINTS = "checkpoints"
 Kind = Literal["run", "onnx"]
@@ -45,10 +48,12 @@ _PACKAGES = (
     "trtq",
     "torch",
     "diffusers",
+    "transformers",
     "accelerate",
     "onnx",
     "onnx-ir",
     "onnxruntime-openvino",
+    "onnxruntime-gpu",
     "onnxruntime",
 )
 
@@ -154,11 +159,15 @@ def package_versions() -> dict[str, str]:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, the manifest and checkpoints left out."""
-    return {
-        path.relative_to(folder).as_posix(): sha256(path)
+    return {name: sha256(folder / name) for name in _artefact_files(folder)}
+
+
+def _artefact_files(folder: Path) -> list[str]:
+    return [
+        path.relative_to(folder).as_posix()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.relative_to(folder).parts[0] not in (CHECKPOINTS, MANIFEST_NAME)
-    }
+    ]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -166,7 +175,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     complete = manifest.model_copy(
         update={"files": file_hashes(folder), "packages": package_versions()}
     )
-    (folder / MANIFEST_NAME).write_text(complete.model_dump_json(indent=2) + "\n")
+    (folder / MANIFEST_NAME).write_text(complete.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return complete
 
 
@@ -186,10 +195,16 @@ def _parse(folder: Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
-        hint = ""
-        if partial_folder(folder).is_dir():
-            hint = f"; {partial_folder(folder)} is an interrupted run, finish it with --resume"
-        raise ArtefactError(f"{folder} holds no readable {MANIFEST_NAME}{hint}") from err
+        raise ArtefactError(f"{folder} holds no readable {MANIFEST_NAME}") from err
+    try:
+        version = json.loads(text)["format_version"]
+    except (ValueError, KeyError, TypeError) as err:
+        raise IntegrityError(f"{path} is not a manifest of trtq: {err!r}") from err
+    if version != FORMAT_VERSION:
+        raise IntegrityError(
+            f"{folder} has format version {version}, this trtq reads {FORMAT_VERSION}; make it again "
+            "with this version"
+        )
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as err:
@@ -232,11 +247,6 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
             another content than the manifest says.
     """
     manifest = _parse(folder)
-    if manifest.format_version != FORMAT_VERSION:
-        raise IntegrityError(
-            f"{folder} has format version {manifest.format_version}, this trtq reads "
-            f"{FORMAT_VERSION}; make it again with this version"
-        )
     if kinds and manifest.kind not in kinds:
         raise ArtefactError(
             f"{folder} is of kind {manifest.kind!r}; needed is {' or '.join(kinds)}"
@@ -249,12 +259,33 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
             raise IntegrityError(
                 f"{path} is not what the manifest says (SHA-256 differs): it was changed or damaged"
             )
+    surplus = sorted(set(_artefact_files(folder)) - set(manifest.files))
+    if surplus:
+        raise IntegrityError(
+            f"{folder / surplus[0]} is not in the manifest; an artefact holds nothing else, remove it"
+        )
     return manifest
 
 
 def partial_folder(final: Path) -> Path:
-    """Where an artefact is written until it is complete."""
-    return final.with_name(final.name + ".partial")
+    """Where an artefact is written until it is complete; hidden, and named so that it is ours."""
+    return final.with_name(f".{final.name}.trtq-partial")
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Move a complete folder to its place; what is there already comes back if that fails."""
+    old = final.with_name(f".{final.name}.trtq-old")
+    shutil.rmtree(old, ignore_errors=True)
+    replaced = final.exists()
+    if replaced:
+        final.rename(old)
+    try:
+        partial.rename(final)
+    except OSError:
+        if replaced:
+            old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -266,48 +297,45 @@ def new_artefact(
     Args:
         final: where it will lie.
         overwrite: replace an artefact that is already there.
-        keep_partial: leave the partial folder on an error, if there is anything in it, and start
+        keep_partial: leave the partial folder on an error, if there is a checkpoint in it, and start
             from one that is there; for stages that can be resumed.
 
     Yields:
         The folder to write into.
 
     Raises:
-        UsageError: something is there already that must not be replaced.
+        UsageError: something is there already that must not be replaced, or nothing can be written.
     """
-    check_output(final, overwrite=overwrite)
+    final = check_output(final, overwrite=overwrite)
     partial = partial_folder(final)
     if not keep_partial:
         shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise UsageError(f"cannot write to {final}: {err}") from err
     try:
         yield partial
+        put_in_place(partial, final)
     except BaseException:
-        if not keep_partial or not any(path.is_file() for path in partial.rglob("*")):
+        if not keep_partial or not (partial / CHECKPOINTS).is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if final.exists():
-        old = final.with_name(final.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old)
-    else:
-        partial.rename(final)
 
 
-def check_output(final: Path, *, overwrite: bool) -> None:
-    """Refuse an output place before any long work.
+def check_output(final: Path, *, overwrite: bool) -> Path:
+    """Refuse an output place before any long work; the place without links is given back.
 
     Raises:
         UsageError: something is there that must not be replaced.
     """
+    final = final.resolve()
     if not final.exists():
-        return
+        return final
     if not (final / MANIFEST_NAME).is_file():
         if final.is_dir() and not any(final.iterdir()):
-            final.rmdir()
-            return
+            return final
         raise UsageError(f"{final} exists and is not an artefact of trtq; choose another --output")
     if not overwrite:
         raise UsageError(f"{final} exists; choose another --output or pass --overwrite")
+    return final

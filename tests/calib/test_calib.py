@@ -40,7 +40,7 @@ def test_unknown_family_gets_the_generic_policy_and_says_so(caplog):
         plans = plan_layers(model, policy, "w4a4")
     assert [plan.weight_bits for plan in plans] == [8, 4, 8]
     assert "NewFancyTransformer" in caplog.text
-    assert "2 layers to w8a8" in caplog.text
+    assert "2 layers w8a8" in caplog.text
 
 
 def test_layers_no_rule_names_stay_float_with_a_warning(caplog, tmp_path):
@@ -58,12 +58,15 @@ def test_layers_no_rule_names_stay_float_with_a_warning(caplog, tmp_path):
     [
         ("bitz = 'w4a4'", "bitz: unknown key"),
         ("[training]\nrnk = 3", "training.rnk: unknown key"),
-        ("method = 'magic'", "unknown method 'magic'; choose one of efficientdm"),
+        ("method = 'magic'", "unknown method 'magic'; choose one of combined, efficientdm"),
         ("bits = 'w4a99'", "bits=99"),
         ("steps = 0", "steps: .*greater than or equal to 1"),
         ("tables = 'per-layer'", "tables: .*'per-step' or 'static'"),
         ("this is no toml", "cannot read the recipe"),
         ("[training]\nsplit_step = true", "split_step=true needs"),
+        ("[training]\nrank = 0", "leaves nothing to train"),
+        ("method = 'minmax'\n[quest]\nfirst_stage = 0.5", "needs a .training. section"),
+        ("[attention]\nprobability_bits = 9", "attention.probability_bits"),
     ],
 )
 def test_recipes_that_are_refused(text, message, tmp_path):
@@ -85,11 +88,10 @@ def recordings(source, guidance=1.0, seed=0):
     schedule = NoiseSchedule.of(source.pipeline.scheduler, 4)
     table = TimestepTable(schedule.timesteps.tolist())
     plans = plan_layers(source.denoiser, load_policy("UNet2DModel"), "w4a4")
-    names = [plan.name for plan in plans]
     conditions = source.draw_conditions(6, torch.Generator().manual_seed(0))
     found = record(
         source.denoiser,
-        names,
+        plans,
         schedule,
         table,
         conditions,
@@ -109,7 +111,7 @@ def test_each_input_is_filed_under_its_own_timestep(tiny):
     embed = tiny.denoiser.time_proj
     for index, t in enumerate(table.timesteps):
         expected[index] = embed(t[None])
-    seen = found["time_embedding.linear_1"]
+    seen = found["time_embedding.linear_1.activation"]
     for index in range(4):
         torch.testing.assert_close(seen.low[index], expected[index].min())
         torch.testing.assert_close(seen.high[index], expected[index].max())
@@ -120,7 +122,9 @@ def test_tables_contain_zero_and_have_one_entry_per_step(tiny):
     found, plans, _ = recordings(tiny)
     for static, length in ((False, 4), (True, 1)):
         for plan in plans:
-            scale, zero = activation_tables(found, plans, "search", static=static)[plan.name]
+            scale, zero = activation_tables(found, plans, "search", static=static)[
+                f"{plan.name}.activation"
+            ]
             assert scale.shape == zero.shape == (length,)
             assert bool((scale > 0).all())
             assert bool(((zero >= 0) & (zero <= 2**plan.activation_bits - 1)).all())
@@ -139,7 +143,7 @@ def test_recording_is_deterministic_and_leaves_no_hooks(tiny):
 def test_guidance_pairs_are_both_seen(tiny):
     found, _, _ = recordings(tiny, guidance=2.0)
     # "No class" has an embedding of its own, which only the unconditional half brings.
-    name = "down_blocks.0.resnets.0.time_emb_proj"
+    name = "down_blocks.0.resnets.0.time_emb_proj.activation"
     alone, _, _ = recordings(tiny)
     assert not torch.equal(found[name].low, alone[name].low)
 

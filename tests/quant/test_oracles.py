@@ -14,14 +14,20 @@ from trtq.quant import (
     activation_qparams,
     fake_quant,
     pack_codes,
+    step_scope,
     weight_qparams,
 )
+from trtq.quant.adaround import directed_codes, hard_direction, initial_alpha, soft_direction
 from trtq.quant.fake_quant import quantize_codes
+from trtq.quant.structure import SplitConv2d
 from trtq.train.efficientdm import guided_error
+from trtq.train.quest import alignment_loss
 
 
 def close(actual, expected, atol=1e-5, rtol=0.0):
-    torch.testing.assert_close(actual.detach(), tensor(expected), atol=atol, rtol=rtol)
+    if not isinstance(expected, torch.Tensor):
+        expected = tensor(expected)
+    torch.testing.assert_close(actual.detach(), expected.detach(), atol=atol, rtol=rtol)
 
 
 def close_gradient(actual, expected, bits):
@@ -227,3 +233,69 @@ def test_guided_loss():
     torch.testing.assert_close(
         guided_error(guided("q"), guided("fp")), data["effdm_loss"], rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("weighting", "key"), [("released", "quest_local_plus_task"), ("global", "quest_task_only")]
+)
+def test_quest_losses(weighting, key):
+    data = {key: tensor(value) for key, value in oracle("losses").items()}
+    student, teacher = (dict(enumerate(data[f"acts_{kind}"])) for kind in ("q", "fp"))
+    total = alignment_loss(student, teacher, data["out_q"], data["out_fp"], weighting)
+    # The release adds up the samples of a file, each divided by their number.
+    torch.testing.assert_close(total / data["batch"], data[key], rtol=1e-5, atol=1e-6)
+
+
+def test_quest_paper_weighting_has_one_global_term():
+    data = {key: tensor(value) for key, value in oracle("losses").items()}
+    student, teacher = (dict(enumerate(data[f"acts_{kind}"])) for kind in ("q", "fp"))
+    outputs = data["out_q"], data["out_fp"]
+    paper, released = (alignment_loss(student, teacher, *outputs, w) for w in ("paper", "released"))
+    task = (data["out_q"] - data["out_fp"]).square().mean()
+    torch.testing.assert_close(released - paper, (len(teacher) - 1) * task)
+
+
+def test_learned_rounding_keeps_its_direction():
+    data = {key: tensor(value) for key, value in oracle("quest_adaround").items()}
+    w, scale, zero = data["w"], data["delta"], data["zero_point"]
+    alpha = initial_alpha(w, scale)
+    close(alpha, data["alpha_init"], atol=1e-4, rtol=1e-4)
+    close(soft_direction(alpha), data["soft_init"])
+
+    def value(weight, step, direction):
+        return (directed_codes(weight, step, zero, 15, direction) - zero) * step
+
+    close(value(w, scale, soft_direction(data["alpha_init"])), data["y_soft_init"])
+    close(value(w, scale, hard_direction(data["alpha_init"])), data["y_hard_init"])
+    moved, step = data["w_finetuned"].requires_grad_(), scale.requires_grad_()
+    y = value(moved, step, hard_direction(data["alpha"]))
+    (y * data["upstream"]).sum().backward()
+    close(y, data["y_hard_finetuned"])
+    close_gradient(moved.grad, data["grad_w"], 4)
+    close_gradient(step.grad, data["grad_delta"], 4)
+
+
+def test_split_skip_convolution():
+    data = {key: tensor(value) for key, value in oracle("quest_split_conv1x1").items()}
+    source = nn.Conv2d(7, 6, 1)
+    with torch.no_grad():
+        source.weight.copy_(data["w"])
+        source.bias.copy_(data["bias"])
+    split = SplitConv2d(source, int(data["split"]))
+    table = TimestepTable(data["timesteps"].tolist())
+    for index, half in enumerate(("first", "second")):
+        part = split.parts[index]
+        scale, zero = weight_qparams(part.weight, 4, "search")
+        close(scale, data[f"{half}.w_delta"])
+        close(zero, data[f"{half}.w_zero_point"], atol=0)
+        layer = split.parts[index] = QuantConv2d(part, table, weight_method="search")
+        layer.weight_scale.data, layer.weight_zero_point = scale, zero
+        layer.activation = ActivationQuantizer(8, table, symmetric=False)
+        entries = [
+            torch.stack([data[f"t{int(t)}.{half}.act_{name}"] for t in table.timesteps])
+            for name in ("delta", "zero_point")
+        ]
+        layer.activation.set_range(*entries)
+    for timestep in (951, 451):
+        with step_scope(table.index(timestep)):
+            close(split(data[f"t{timestep}.x"]), data[f"t{timestep}.y"], atol=2e-5)

@@ -264,12 +264,15 @@ def test_an_output_that_is_there_is_not_lost(digits_run, tmp_path):
     assert run("quantize", "digits", "-o", digits_run, "--method", "minmax").exit_code == 2
 
 
-def test_an_interrupted_run_is_named_when_it_is_used(tmp_path):
-    (tmp_path / "run.partial" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run").mkdir()
-    result = run("generate", tmp_path / "run", "-o", tmp_path / "x.png")
+def test_checkpoints_of_an_interrupted_run_are_not_lost(tmp_path):
+    checkpoint = tmp_path / ".run.trtq-partial" / "checkpoints" / "fine-tune"
+    checkpoint.mkdir(parents=True)
+    result = run("quantize", "digits", "-o", tmp_path / "run", "--steps", 2)
+    assert result.exit_code == 2
+    assert "--resume" in result.stderr
+    result = run("quantize", "no-such-model", "-o", tmp_path / "run", "--overwrite")
     assert result.exit_code == 1
-    assert "model_index.json" in result.stderr
+    assert checkpoint.is_dir()
 
 
 def test_a_model_with_nan_weights_is_refused(tmp_path):

@@ -18,7 +18,9 @@ from trtq.errors import ArtefactError, NonFiniteError
 from trtq.manifest import sha256
 from trtq.quant import TimestepTable, convert
 from trtq.stages.quantize import quantize
-from trtq.train.efficientdm import EfficientDM, Rates
+from trtq.train.distill import Rates
+from trtq.train.efficientdm import EfficientDM
+from trtq.train.trajectories import Trajectories
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILE = "quantized.safetensors"
@@ -42,7 +44,8 @@ def objective(source, *, rank=4, eta=1.0, lora=0.01, **options):
         layer.activation.set_range(torch.full((4,), 0.2), layer.activation.zero_point.detach())
     rates = Rates(lora=lora, weight_scale=1e-6, activation=5e-4)
     shape, draw = source.sample_shape, source.draw_conditions
-    return model, EfficientDM(model, schedule, shape, draw, rates, batch=8, eta=eta, **options)
+    trajectories = Trajectories(model.teacher, schedule, shape, draw, batch=8, eta=eta, **options)
+    return model, EfficientDM(model, trajectories, rates)
 
 
 class Stop(Exception):
@@ -68,14 +71,14 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     result = quantize(tiny_pipeline(), recipe(), cut, resume=True)
     assert result["fine_tune_iterations"] == 3
     assert sha256(cut / FILE) == sha256(whole / FILE)
-    assert not (tmp_path / "cut.partial").exists()
+    assert not (tmp_path / ".cut.trtq-partial").exists()
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(Stop):
         quantize(tiny_pipeline(), recipe(), out, report=interrupt_at(4))
-    (weights,) = (tmp_path / "run.partial").rglob("model.safetensors")
+    (weights,) = (tmp_path / ".run.trtq-partial").rglob("model.safetensors")
     weights.write_bytes(b"nonsense")
     with pytest.raises(ArtefactError, match="damaged"):
         quantize(tiny_pipeline(), recipe(), out, resume=True)
@@ -137,7 +140,7 @@ def test_each_layer_has_its_own_adapter_rate_and_eight_bit_layers_none():
     expected = set()
     for _, layer in model.layers():
         if layer.lora_A is None:
-            assert not any(p.requires_grad for p in layer.parameters())
+            assert not any(id(p) in rates for p in layer.parameters())
             continue
         rate = 0.01 * layer.weight_scale.mean().item()
         assert rates[id(layer.lora_A)] == rates[id(layer.lora_B)] == pytest.approx(rate)
@@ -148,7 +151,7 @@ def test_each_layer_has_its_own_adapter_rate_and_eight_bit_layers_none():
 def test_staggered_items_stand_at_different_steps_and_walk_on():
     _, method = objective(load_source(tiny_pipeline()))
     method.loss(method.model, 0, 0)
-    (pool,) = method._pools
+    (pool,) = method.trajectories._pools
     # Eight items over four steps, one step further after the first loss.
     assert pool.position.tolist() == [1, 1, 2, 2, 3, 3, 0, 0]
 
@@ -156,13 +159,14 @@ def test_staggered_items_stand_at_different_steps_and_walk_on():
 def test_staggered_trajectories_are_the_teachers_own():
     source = load_source(tiny_pipeline())
     _, method = objective(source, eta=0.0)
-    pool = method._new_pool(0)
-    x = torch.randn((8, *source.sample_shape), generator=method._generator(0, -1))
+    walked = method.trajectories
+    pool = walked._new_pool(0)
+    x = torch.randn((8, *source.sample_shape), generator=walked._generator(0, -1))
     for item, position in enumerate(pool.position.tolist()):
         y, conditions = x[item : item + 1], pool.conditions.take(slice(item, item + 1))
         for step in range(position):
             place = torch.tensor([step])
-            y = method.schedule.step(y, method._teach(y, place, conditions), place)
+            y = walked.schedule.step(y, walked._teach(y, place, conditions), place)
         torch.testing.assert_close(pool.x[item : item + 1], y, rtol=1e-4, atol=1e-4)
 
 

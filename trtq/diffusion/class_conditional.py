@@ -91,6 +91,8 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
             x = torch.stack([torch.randn(shape, generator=g) for g in generator])
         else:
             x = torch.randn((len(labels), *shape), generator=generator)
+        device = self._execution_device
+        x, conditions = x.to(device), conditions.to(device)
         x = x * self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(num_inference_steps)
         extra = self.prepare_extra_step_kwargs(generator, eta)

@@ -38,6 +38,14 @@ class Conditions:
             unconditional and {name: value[items] for name, value in unconditional.items()},
         )
 
+    def to(self, device: torch.device | str) -> Conditions:
+        """The conditions on a device."""
+        unconditional = self.unconditional
+        return Conditions(
+            {name: value.to(device) for name, value in self.conditional.items()},
+            unconditional and {name: value.to(device) for name, value in unconditional.items()},
+        )
+
     def replace(self, where: Tensor, other: Conditions) -> Conditions:
         """These conditions, with those of `other` where `where[B]` is true."""
 

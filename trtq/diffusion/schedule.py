@@ -6,7 +6,7 @@ its own step, so it needs the update as a plain function. Letters: B images, C, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,14 @@ class NoiseSchedule:
     def __len__(self) -> int:
         """The number of steps."""
         return len(self.timesteps)
+
+    def to(self, device: torch.device | str) -> NoiseSchedule:
+        """The schedule with its tensors on a device."""
+        return replace(
+            self,
+            alphas_cumprod=self.alphas_cumprod.to(device),
+            timesteps=self.timesteps.to(device),
+        )
 
     def _alpha(self, position: Tensor) -> Tensor:
         """`abar` at a position along the trajectory; 1 behind its end."""

@@ -112,8 +112,15 @@ class OrtEngine:
             self._session = ort.InferenceSession(
                 model, options, providers=[(PROVIDERS[provider], settings)]
             )
+            # Otherwise a provider that fails goes over to the CPU's, and says so on standard output.
+            self._session.disable_fallback()
         except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
             raise ArtefactError(f"onnxruntime cannot load {path}: {err}") from err
+        if PROVIDERS[provider] not in self._session.get_providers():
+            raise UsageError(
+                f"the provider {provider!r} cannot start on this machine; onnxruntime fell back to "
+                f"{', '.join(self._session.get_providers())}"
+            )
         self._provider = provider
 
     @property

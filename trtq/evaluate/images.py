@@ -52,13 +52,14 @@ def draw(
         float32[B,C,H,W] in [-1, 1].
 
     Raises:
-        UsageError: the count, or a kind of pipeline that cannot be drawn from yet.
+        UsageError: the count, the number of steps, or a kind of pipeline that cannot be drawn from yet.
         NonFiniteError: an image holds NaN.
     """
     if count < 1:
         raise UsageError(f"the number of images must be at least 1, got {count}")
     if not hasattr(source.pipeline, "classes"):
         raise UsageError(f"drawing with {type(source.pipeline).__name__} is not supported yet")
+    source.timesteps(steps)
     chosen = labels_for(source, count) if labels is None else labels
     assert chosen is not None
     images = []

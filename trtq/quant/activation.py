@@ -34,6 +34,10 @@ def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
             f"got step indices of shape {tuple(step.shape)} for a batch of {batch}; "
             f"give one index, or one per batch item (shape [{batch}])"
         )
+    if not torch.compiler.is_compiling() and (int(step.min()) < 0 or int(step.max()) >= len(table)):
+        raise StepError(
+            f"step indices {step.tolist()} leave the table; it has steps 0 .. {len(table) - 1}"
+        )
     return table[step] if len(step) > 1 else table[step[0]]
 
 

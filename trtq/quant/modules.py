@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -176,6 +176,13 @@ class QuantLayer(nn.Module):
     def _take_geometry(self, source: nn.Linear | nn.Conv2d) -> None:
         """Keep what `_operate` needs beside the weight; a linear layer needs nothing."""
 
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLayer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_scale_dequant is not None:
+            # Both parameters are one memory, also after a move to another device.
+            self.weight_scale_dequant.data = self.weight_scale.data
+        return self
+
     @abstractmethod
     def _adapter_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of `lora_A` and `lora_B`."""
@@ -246,9 +253,15 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> PackedWeight:
-        """Fold the adapters into integer weights; what `forward` uses, as codes."""
+        """Fold the adapters into integer weights; what `forward` uses, as codes.
+
+        Raises:
+            NonFiniteError: the updated weight holds NaN or infinity.
+        """
+        weight, step = self.updated_weight(), self.weight_scale
+        if not bool(torch.isfinite(weight).all()):
+            raise NonFiniteError("the fine-tuned weight holds NaN or infinity")
         if self.alpha is None:
-            weight, step = self.updated_weight(), self.weight_scale
             codes = quantize_codes(weight, step, self.weight_zero_point, 0, self.weight_qmax)
         else:
             codes = self._rounded_codes()

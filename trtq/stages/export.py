@@ -158,7 +158,7 @@ def export_onnx(
             "parity_ties": sum(row.ties for row in parity) / len(parity),
             "bytes": sum(p.stat().st_size for p in (folder / name).iterdir()),
         }
-        if metrics["parity_db_min"] < PARITY_DB[precision]:
+        if not metrics["parity_db_min"] >= PARITY_DB[precision]:
             raise GateError(
                 f"the exported graph is only {metrics['parity_db_min']:.1f} dB from torch, "
                 f"{PARITY_DB[precision]:g} dB are required; per step: "

@@ -32,6 +32,9 @@ def save_pipeline_parts(source: Source, folder: Path) -> None:
     }
     if source.folder is not None and (source.folder / CLASSES_NAME).is_file():
         shutil.copyfile(source.folder / CLASSES_NAME, folder / CLASSES_NAME)
+    elif source.pipeline.config.get("null_class") is not None:
+        classes = {"null_class": source.pipeline.config.null_class}
+        (folder / CLASSES_NAME).write_text(json.dumps(classes) + "\n")
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
     scheduler.save_pretrained(folder / "scheduler")
     source.model.save_config(folder / name)

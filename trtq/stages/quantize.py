@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trtq.calib.policy import load_policy, plan_layers
+from trtq.calib.policy import Policy, load_policy, plan_layers
 from trtq.calib.recipe import Recipe, load_recipe
 from trtq.calib.record import activation_tables, record
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import Source, load_source
-from trtq.errors import QuantizationError
+from trtq.errors import QuantizationError, UsageError
 from trtq.manifest import (
     CHECKPOINTS,
     LayerRow,
@@ -49,10 +49,8 @@ from trtq.quant import (
 from trtq.quant.storage import FILE_NAME, save_denoiser
 from trtq.resources import peak_rss_bytes
 from trtq.seeds import seeded_generator
+from trtq.stages.fine_tune import FineTuning, accelerator_for, fine_tune
 from trtq.stages.pipeline_folder import save_pipeline_parts
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 __all__ = ["QuantizePlan", "describe_plan", "plan_quantize", "quantize"]
 
@@ -67,6 +65,7 @@ class QuantizePlan:
         layers: one plan per linear, convolution and spelled-out product.
         table: the calibrated timesteps.
         structure: what was brought into another form; the source's denoiser is in it already.
+        policy: the rules that decided about the layers.
     """
 
     source: Source
@@ -74,6 +73,7 @@ class QuantizePlan:
     layers: Sequence[LayerPlan]
     table: TimestepTable
     structure: Structure
+    policy: Policy
 
     @property
     def quantized(self) -> int:
@@ -109,6 +109,11 @@ def plan_quantize(model: str | Path | Any, recipe: Recipe) -> QuantizePlan:
         QuantizationError: no layer would be quantised.
     """
     source = load_source(model)
+    if not isinstance(model, str | Path):
+        # The caller's pipeline stays as it is.
+        pipeline = copy.copy(source.pipeline)
+        setattr(pipeline, source.denoiser_name, copy.deepcopy(source.denoiser))
+        source = replace(source, pipeline=pipeline)
     policy = load_policy(
         type(source.denoiser).__name__, Path(recipe.policy) if recipe.policy else None
     )
@@ -117,7 +122,13 @@ def plan_quantize(model: str | Path | Any, recipe: Recipe) -> QuantizePlan:
         skip_splits(source.denoiser) if recipe.split_skips else {},
     )
     apply_structure(source.denoiser, structure)
-    layers = plan_layers(source.denoiser, policy, recipe.bits, recipe.attention.probability_bits)
+    probability_bits = recipe.attention.probability_bits
+    layers = plan_layers(
+        source.denoiser,
+        policy,
+        recipe.bits,
+        None if probability_bits == "float" else probability_bits,
+    )
     if not any(plan.quantized for plan in layers):
         raise QuantizationError(
             f"zero layers of {type(source.denoiser).__name__} would be quantised: the policy for "
@@ -126,7 +137,7 @@ def plan_quantize(model: str | Path | Any, recipe: Recipe) -> QuantizePlan:
     timesteps = source.timesteps(recipe.steps)
     if recipe.tables == "static":
         timesteps = timesteps[len(timesteps) // 2 :][:1]
-    return QuantizePlan(source, recipe, layers, TimestepTable(timesteps), structure)
+    return QuantizePlan(source, recipe, layers, TimestepTable(timesteps), structure, policy)
 
 
 def describe_plan(plan: QuantizePlan) -> dict[str, Any]:
@@ -166,7 +177,7 @@ def _as_recipe(recipe: Recipe | str | Path | dict[str, Any] | None) -> Recipe:
 
 
 def _calibrate(
-    plan: QuantizePlan, schedule: NoiseSchedule, report: Reporter
+    plan: QuantizePlan, schedule: NoiseSchedule, device: torch.device, report: Reporter
 ) -> dict[str, tuple[Tensor, Tensor]]:
     recipe, source = plan.recipe, plan.source
     recordings = record(
@@ -183,6 +194,7 @@ def _calibrate(
         samples_per_step=recipe.calibration.samples_per_step,
         seed=recipe.seed,
         guidance=recipe.guidance,
+        device=device,
         progress=lambda done, total: report("calibrate", done, total),
     )
     return activation_tables(
@@ -200,67 +212,41 @@ def _fingerprint(plan: QuantizePlan, files: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _fine_tune(
-    plan: QuantizePlan,
-    quantized: QuantizedDenoiser,
-    schedule: NoiseSchedule,
-    accelerator: Accelerator,
-    checkpoints: Path,
-    fingerprint: str,
-    resume: bool,
-    report: Reporter,
-) -> dict[str, Any]:
-    from trtq.train.efficientdm import EfficientDM, Rates
-    from trtq.train.loop import fit
-
-    recipe = plan.recipe
-    training = recipe.training
-    assert training is not None
-    objective = EfficientDM(
-        quantized,
-        schedule,
-        plan.source.sample_shape,
-        plan.source.draw_conditions,
-        Rates(
-            lora=2 * training.lora_travel / training.iterations,
-            weight_scale=training.weight_scale_lr,
-            activation=training.activation_lr,
-            activation_relative=training.activation_lr_relative,
-        ),
-        batch=training.batch,
-        slots=training.accumulate,
-        stream=accelerator.process_index,
-        stride=accelerator.num_processes,
-        seed=recipe.seed,
-        guidance=recipe.guidance,
-        eta=training.eta,
-        staggered=training.trajectory == "staggered",
-    )
-    result = fit(
-        quantized,
-        objective,
-        iterations=training.iterations,
-        accumulate=training.accumulate,
-        weight_decay=training.weight_decay,
-        accelerator=accelerator,
-        checkpoints=checkpoints,
-        checkpoint_every=training.checkpoint_every,
-        fingerprint=fingerprint,
-        resume=resume,
-        progress=lambda done, total: report("fine-tune", done, total),
-    )
-    return {
-        "fine_tune_seconds": round(result.seconds, 2),
-        "fine_tune_iterations": result.iterations,
-        "loss_first": result.loss_first,
-        "loss_last": result.loss_last,
-    }
-
-
 def _zero_point_note(plan: QuantizePlan) -> dict[str, Any]:
     if plan.recipe.training is not None and plan.recipe.training.zero_points == "float":
         return {"zero_points_rounded_after_training": True}
     return {}
+
+
+def _source_files(source: Source) -> dict[str, str]:
+    """Hashes of the checkpoint's files; without files, of the denoiser's tensors."""
+    if source.folder is not None:
+        return file_hashes(source.folder)
+    digest = hashlib.sha256()
+    for name, tensor in source.denoiser.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return {f"{source.denoiser_name} (tensors)": digest.hexdigest()}
+
+
+def _clear_partial(final: Path, *, resume: bool, overwrite: bool) -> None:
+    """Remove what an interrupted run left, unless it is to be resumed.
+
+    Raises:
+        UsageError: there is a checkpoint, and neither `resume` nor `overwrite` was asked for.
+    """
+    partial = partial_folder(final)
+    if resume:
+        for path in partial.glob("*"):
+            if path.name != CHECKPOINTS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return
+    if (partial / CHECKPOINTS).is_dir() and not overwrite:
+        raise UsageError(
+            f"an interrupted run for {final} left checkpoints; pass --resume to go on from them, or "
+            "--overwrite to start again"
+        )
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def quantize(
@@ -287,84 +273,83 @@ def quantize(
 
     Returns:
         `seconds`, `peak_rss_bytes`, `layers_quantized`, `layers_float`, `bytes_before`,
-        `bytes_after`, and what fine-tuning measured.
+        `bytes_after`, and what fine-tuning measured. Empty in all processes but the first.
 
     Raises:
         TrtqError: see `trtq.errors`; nothing half-written is left under `out`.
     """
     start = time.monotonic()
-    final = Path(out)
+    final = check_output(Path(out), overwrite=overwrite)
     chosen = _as_recipe(recipe)
-    check_output(final, overwrite=overwrite)
-    if not resume:
-        shutil.rmtree(partial_folder(final) / CHECKPOINTS, ignore_errors=True)
     plan = plan_quantize(pipeline_or_path, chosen)
-    source = plan.source
-    files = file_hashes(source.folder) if source.folder is not None else {}
-    bytes_before = plan.bytes_before()
-    schedule = NoiseSchedule.of(source.pipeline.scheduler, chosen.steps)
-    accelerator = _accelerator(chosen)
-    main = accelerator is None or accelerator.is_main_process
-    tables = _calibrate(plan, schedule, report)
-    training = chosen.training
+    accelerator = accelerator_for(chosen)
+    if not accelerator.is_main_process:
+        _share(plan, accelerator, partial_folder(final), resume, silent)
+        return {}
+    _clear_partial(final, resume=resume, overwrite=overwrite)
+    keep = chosen.training is not None
+    with new_artefact(final, overwrite=overwrite, keep_partial=keep) as folder:
+        bytes_before, files = plan.bytes_before(), _source_files(plan.source)
+        quantized, tuning = _share(plan, accelerator, folder, resume, report)
+        save_denoiser(folder / FILE_NAME, quantized, merge(quantized))
+        save_pipeline_parts(plan.source, folder)
+        metrics = tuning | _zero_point_note(plan)
+        metrics |= {
+            "layers_quantized": plan.quantized,
+            "layers_float": len(plan.layers) - plan.quantized,
+            "bytes_before": bytes_before,
+            "bytes_after": (folder / FILE_NAME).stat().st_size,
+            "seconds": round(time.monotonic() - start, 2),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        write_manifest(folder, _manifest(plan, files, metrics))
+    return metrics
+
+
+def _share(
+    plan: QuantizePlan, accelerator: Any, folder: Path, resume: bool, report: Reporter
+) -> tuple[QuantizedDenoiser, dict[str, Any]]:
+    """The part that every process does: calibrate, convert, fine-tune.
+
+    Returns:
+        The quantised denoiser, on the CPU, and what fine-tuning measured.
+    """
+    recipe, source = plan.recipe, plan.source
+    schedule = NoiseSchedule.of(source.pipeline.scheduler, recipe.steps)
+    fingerprint = _fingerprint(plan, _source_files(source))
+    source.denoiser.to(accelerator.device)
+    tables = _calibrate(plan, schedule, accelerator.device, report)
+    training = recipe.training
     quantized = convert(
         source.denoiser,
         plan.layers,
         plan.table,
         rank=training.rank if training else 0,
         base=training.base if training else "fp",
-        weight_method=chosen.calibration.weights,
+        weight_method=recipe.calibration.weights,
         zero_point_mode=training.zero_points if training else "frozen",
         split_step=training.split_step if training else False,
-        generator=seeded_generator(chosen.seed, "adapters"),
+        generator=seeded_generator(recipe.seed, "adapters"),
     )
     for path, quantizer in quantized.activations():
         quantizer.set_range(*tables[path])
-    writing = None
-    if main:
-        writing = new_artefact(final, overwrite=overwrite, keep_partial=training is not None)
-    with writing or nullcontext(partial_folder(final)) as folder:
-        metrics: dict[str, Any] = {}
-        if accelerator is not None:
-            metrics = _fine_tune(
-                plan,
-                quantized,
-                schedule,
-                accelerator,
-                folder / CHECKPOINTS,
-                _fingerprint(plan, files),
-                resume,
-                report,
-            )
-        if main:
-            save_denoiser(folder / FILE_NAME, quantized, merge(quantized))
-            save_pipeline_parts(source, folder)
-            metrics |= _zero_point_note(plan) | {
-                "layers_quantized": plan.quantized,
-                "layers_float": len(plan.layers) - plan.quantized,
-                "bytes_before": bytes_before,
-                "bytes_after": (folder / FILE_NAME).stat().st_size,
-                "seconds": round(time.monotonic() - start, 2),
-                "peak_rss_bytes": peak_rss_bytes(),
-            }
-            write_manifest(folder, _manifest(plan, files, metrics))
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    return metrics
-
-
-def _accelerator(recipe: Recipe) -> Accelerator | None:
-    """Accelerate's, when there is something to train."""
-    if recipe.training is None:
-        return None
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    # accelerate keeps its settings for the life of the process; a second call may want others.
-    AcceleratorState._reset_state()
-    return Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision=recipe.training.mixed_precision
-    )
+    metrics: dict[str, Any] = {}
+    if training is not None:
+        quantized.to(accelerator.device)
+        setup = FineTuning(
+            quantized,
+            schedule,
+            source.sample_shape,
+            source.draw_conditions,
+            plan.policy,
+            accelerator,
+            folder / CHECKPOINTS,
+            fingerprint,
+            resume,
+            report,
+        )
+        metrics = fine_tune(setup, recipe)
+    return quantized.cpu(), metrics
 
 
 def _manifest(plan: QuantizePlan, files: dict[str, str], metrics: dict[str, Any]) -> Manifest:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError
 from trtq.quant.convert import QuantizedDenoiser
+from trtq.train.table_adam import TableAdamW, TableState
 
 __all__ = ["FitResult", "Objective", "fit", "latest_checkpoint"]
 
@@ -34,7 +35,7 @@ class Objective(Protocol):
     """What a method brings to the loop."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups for AdamW: `params`, `lr` and what else AdamW takes."""
+        """Groups for AdamW: `params`, `lr` and what else AdamW takes. All else is frozen."""
 
     def loss(self, student: Callable[..., Any], slot: int, iteration: int) -> Tensor:
         """The loss of accumulation step `slot`, a scalar."""
@@ -202,6 +203,8 @@ def fit(
     checkpoint_every: int,
     fingerprint: str,
     resume: bool = False,
+    keep_last: bool = False,
+    table_state: TableState = "dense",
     progress: Callable[[int, int], None] | None = None,
 ) -> FitResult:
     """Minimise the objective with AdamW and learning rates that fall linearly to zero.
@@ -217,6 +220,8 @@ def fit(
         checkpoint_every: iterations between two of them.
         fingerprint: of model and recipe; a checkpoint of another one is refused.
         resume: go on from the newest checkpoint, if there is one.
+        keep_last: write a checkpoint at the end too, for a stage that others follow.
+        table_state: how the optimiser treats the entries of timestep tables.
         progress: called with (iterations done, iterations in all).
 
     Raises:
@@ -224,7 +229,16 @@ def fit(
         ArtefactError: the checkpoint cannot be used.
     """
     # Asked for once, before a checkpoint is loaded: rates follow the calibrated scales.
-    optimizer = torch.optim.AdamW(objective.parameter_groups(), weight_decay=weight_decay)
+    groups = objective.parameter_groups()
+    model.requires_grad_(False)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(groups, weight_decay=weight_decay)
+        if table_state == "dense"
+        else TableAdamW(groups, weight_decay, table_state)
+    )
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     first = 0
     checkpoint = latest_checkpoint(checkpoints) if resume and checkpoints else None
@@ -253,7 +267,8 @@ def fit(
         done = iteration + 1
         if progress is not None:
             progress(done, iterations)
-        if checkpoints is not None and done < iterations and done % checkpoint_every == 0:
+        due = keep_last if done == iterations else done % checkpoint_every == 0
+        if checkpoints is not None and due:
             _save_checkpoint(
                 checkpoints, done, model, optimizer, objective, accelerator, fingerprint
             )

@@ -1,0 +1,101 @@
+"""QuEST: it tunes what it says, in stages, and each entry of a table for itself."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import tiny_pipeline
+from trtq.manifest import read_manifest, sha256
+from trtq.stages.load import load
+from trtq.stages.quantize import quantize
+from trtq.train.table_adam import TableAdamW
+
+
+def recipe(method="quest", **quest):
+    return {
+        "method": method,
+        "steps": 4,
+        "calibration": {"images": 8, "samples_per_step": 256},
+        "training": {"iterations": 6, "batch": 4, "checkpoint_every": 2},
+        "quest": quest,
+    }
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["quest", "combined"])
+def test_it_makes_a_run_that_can_be_loaded(method, tmp_path):
+    result = quantize(tiny_pipeline(), recipe(method, first_stage=0.5), tmp_path / "run")
+    assert [(row["name"], row["iterations"]) for row in result["stages"]] == [
+        ("time embedding", 3),
+        ("attention", 3),
+    ]
+    assert 0 < result["tuned_share"] < 0.35
+    manifest = read_manifest(tmp_path / "run")
+    products = [row for row in manifest.layers if row.kind == "product"]
+    assert bool(products) == (method == "quest")
+    assert {(row.activation_bits, row.right_bits) for row in products} <= {(4, 4), (8, 4)}
+    images = load(tmp_path / "run")([1, 2], num_inference_steps=2, output_type="pt").images
+    assert bool(torch.isfinite(images).all())
+
+
+@pytest.mark.parametrize("weighting", ["released", "global"])
+def test_variants_of_the_weighting(weighting, tmp_path):
+    result = quantize(tiny_pipeline(), recipe(weighting=weighting), tmp_path / "run")
+    assert result["fine_tune_iterations"] == 6
+
+
+def test_learned_rounding_comes_first(tmp_path):
+    result = quantize(tiny_pipeline(), recipe(adaround=20), tmp_path / "run")
+    assert result["stages"][0]["name"] == "learn rounding"
+    assert 0 < result["stages"][0]["rounded_up_share_changed"] < 0.5
+
+
+@pytest.mark.parametrize("where", [("time embedding", 2), ("attention", 1), ("attention", 3)])
+def test_an_interrupted_run_resumes_to_the_same_bits(where, tmp_path):
+    def report(stage, done, total):
+        if (stage, done) == where:
+            raise Stop
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    settings = recipe(first_stage=0.5)
+    quantize(tiny_pipeline(), settings, whole)
+    with pytest.raises(Stop):
+        quantize(tiny_pipeline(), settings, cut, report=report)
+    quantize(tiny_pipeline(), settings, cut, resume=where != ("time embedding", 2), overwrite=True)
+    file = "quantized.safetensors"
+    assert sha256(whole / file) == sha256(cut / file)
+
+
+def test_dense_gradients_make_it_adamw():
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    steps = [
+        TableAdamW([{"params": [ours], "lr": 0.1, "table": True}], weight_decay=0.01),
+        torch.optim.AdamW([{"params": [theirs], "lr": 0.1}], weight_decay=0.01),
+    ]
+    for _ in range(7):
+        gradient = torch.randn(5)
+        for parameter, optimizer in zip((ours, theirs), steps, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_an_entry_that_is_not_visited_does_not_move_and_reset_forgets():
+    moved = {}
+    for state in ("persistent", "reset"):
+        table = nn.Parameter(torch.ones(2))
+        optimizer = TableAdamW([{"params": [table], "lr": 0.1, "table": True}], 0.0, state)
+        for gradient in ([3.0, 0.0], [0.0, 1.0], [-1.0, 0.0]):
+            before = table.detach().clone()
+            table.grad = torch.tensor(gradient)
+            optimizer.step()
+            still = [index for index, g in enumerate(gradient) if g == 0]
+            assert torch.equal(table.detach()[still], before[still])
+        moved[state] = float((table - before)[0].detach())
+    # Afresh, the last gradient alone decides the direction; with its past it does not.
+    assert moved["reset"] == pytest.approx(0.1, rel=1e-4)
+    assert moved["persistent"] < 0

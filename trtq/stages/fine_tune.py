@@ -1,0 +1,259 @@
+"""The fine-tuning of a recipe, as one or several stages over the shared loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trtq.calib.policy import Policy
+from trtq.calib.recipe import Quest as QuestRecipe
+from trtq.calib.recipe import Recipe, Training
+from trtq.diffusion.sampling import Conditions
+from trtq.diffusion.schedule import NoiseSchedule
+from trtq.errors import QuantizationError, RecipeError
+from trtq.progress import Reporter
+from trtq.quant import QuantizedDenoiser
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from trtq.train.distill import Distillation, Rates
+    from trtq.train.trajectories import Trajectories
+
+__all__ = ["FineTuning", "accelerator_for", "fine_tune"]
+
+
+def accelerator_for(recipe: Recipe) -> Accelerator:
+    """Accelerate's view of the processes; on a GPU when there is one.
+
+    Raises:
+        RecipeError: the recipe's precision needs a GPU.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    precision = recipe.training.mixed_precision if recipe.training else "no"
+    gpu = torch.cuda.is_available()
+    if precision == "fp16" and not gpu:
+        raise RecipeError(
+            "training.mixed_precision='fp16' needs a GPU and there is none; use 'bf16' or 'no'"
+        )
+    # accelerate keeps its settings for the life of the process; a second call may want others.
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=not gpu, mixed_precision=precision)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What the stages of a fine-tuning share.
+
+    Attributes:
+        model: the quantised denoiser; changed in place.
+        schedule: the teacher's trajectory.
+        shape: of one sample, (C, H, W).
+        draw_conditions: `(count, generator) -> Conditions`.
+        policy: names the layers that QuEST tunes.
+        accelerator: accelerate's.
+        checkpoints: folder; each stage has its own below.
+        fingerprint: of model and recipe.
+        resume: go on from the newest checkpoint.
+        report: called as work goes on.
+    """
+
+    model: QuantizedDenoiser
+    schedule: NoiseSchedule
+    shape: tuple[int, ...]
+    draw_conditions: Callable[[int, torch.Generator], Conditions]
+    policy: Policy
+    accelerator: Accelerator
+    checkpoints: Path
+    fingerprint: str
+    resume: bool
+    report: Reporter
+
+
+def _trajectories(setup: FineTuning, recipe: Recipe, purpose: str) -> Trajectories:
+    from trtq.train.trajectories import Trajectories
+
+    training = recipe.training
+    assert training is not None
+    return Trajectories(
+        setup.model.teacher,
+        setup.schedule,
+        setup.shape,
+        setup.draw_conditions,
+        batch=training.batch,
+        slots=training.accumulate,
+        stream=setup.accelerator.process_index,
+        stride=setup.accelerator.num_processes,
+        seed=recipe.seed,
+        purpose=purpose,
+        guidance=recipe.guidance,
+        eta=training.eta,
+        staggered=training.trajectory == "staggered",
+        device=setup.accelerator.device,
+    )
+
+
+def _rates(training: Training, iterations: int, weight_travel: float) -> Rates:
+    """With linear decay an entry travels at most `rate * iterations / 2` under a steady gradient."""
+    from trtq.train.distill import Rates
+
+    return Rates(
+        lora=2 * training.lora_travel / iterations,
+        weight_scale=training.weight_scale_lr,
+        activation=training.activation_lr,
+        activation_relative=training.activation_lr_relative,
+        tuned=2 * weight_travel / iterations,
+    )
+
+
+def _run(
+    setup: FineTuning,
+    training: Training,
+    objective: Distillation,
+    name: str,
+    iterations: int,
+    *,
+    last: bool,
+) -> dict[str, Any]:
+    from trtq.train.loop import fit
+
+    result = fit(
+        setup.model,
+        objective,
+        iterations=iterations,
+        accumulate=training.accumulate,
+        weight_decay=training.weight_decay,
+        accelerator=setup.accelerator,
+        checkpoints=setup.checkpoints / name,
+        checkpoint_every=training.checkpoint_every,
+        fingerprint=setup.fingerprint,
+        resume=setup.resume,
+        keep_last=not last,
+        table_state=training.table_state,
+        progress=lambda done, total: setup.report(name, done, total),
+    )
+    return {
+        "name": name,
+        "seconds": round(result.seconds, 2),
+        "iterations": result.iterations,
+        "loss_first": result.loss_first,
+        "loss_last": result.loss_last,
+    }
+
+
+def fine_tune(setup: FineTuning, recipe: Recipe) -> dict[str, Any]:
+    """Run all stages of the recipe.
+
+    Returns:
+        `fine_tune_seconds`, `fine_tune_iterations`, `stages` (one row each), and for QuEST
+        `tuned_share`, the share of the denoiser's parameters whose float values are trained.
+
+    Raises:
+        RecipeError: the policy has no such set of layers.
+        QuantizationError: a set names no quantised layer.
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    training = recipe.training
+    assert training is not None
+    if recipe.quest is None:
+        from trtq.train.efficientdm import EfficientDM
+
+        rates = _rates(training, training.iterations, 1.0)
+        objective = EfficientDM(setup.model, _trajectories(setup, recipe, "efficientdm"), rates)
+        rows = [_run(setup, training, objective, "fine-tune", training.iterations, last=True)]
+        extra: dict[str, Any] = {}
+    else:
+        rows, extra = _quest(setup, recipe, training, recipe.quest)
+    return {
+        "fine_tune_seconds": round(sum(row["seconds"] for row in rows), 2),
+        "fine_tune_iterations": sum(row.get("iterations", 0) for row in rows),
+        "stages": rows,
+        **extra,
+    }
+
+
+def _quest(
+    setup: FineTuning, recipe: Recipe, training: Training, quest: QuestRecipe
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Learned rounding if asked for, then the time embedding, then the attention-related layers."""
+    from trtq.train.quest import Quest
+
+    layers = dict(setup.model.layers())
+    sets = {}
+    for name in (quest.embedding, quest.attention):
+        sets[name] = setup.policy.select(name, layers)
+        if not sets[name]:
+            raise QuantizationError(
+                f"the policy's set {name!r} for {setup.policy.family} names no quantised layer"
+            )
+    embedding, attention = sets[quest.embedding], sets[quest.attention]
+    adapters = training.rank > 0
+    # Where every layer has adapters, the attention-related ones need no weights of their own.
+    tuned = embedding if adapters else [*embedding, *attention]
+    for name in tuned:
+        layers[name].tune()
+    setup.model.to(setup.accelerator.device)
+    rows = []
+    if quest.adaround:
+        rows.append(_learn_rounding(setup, recipe, quest.adaround))
+    first = max(1, min(training.iterations - 1, round(quest.first_stage * training.iterations)))
+    embedding_paths = {f"{name}.activation" for name in embedding}
+    stages = (
+        ("time embedding", first, embedding, embedding, embedding_paths, False),
+        (
+            "attention",
+            training.iterations - first,
+            [] if adapters else attention,
+            attention,
+            {path for path, _ in setup.model.activations()} - embedding_paths,
+            adapters,
+        ),
+    )
+    for index, (name, iterations, weights, aligned, activations, with_adapters) in enumerate(
+        stages
+    ):
+        objective = Quest(
+            setup.model,
+            _trajectories(setup, recipe, name),
+            _rates(training, iterations, quest.weight_travel),
+            tuned=weights,
+            aligned=aligned,
+            activations=activations,
+            adapters=with_adapters,
+            weighting=quest.weighting,
+            global_weight=quest.global_weight,
+        )
+        last = index == len(stages) - 1
+        rows.append(_run(setup, training, objective, name, iterations, last=last))
+    count = sum(
+        p.numel() for n in tuned for p in (layers[n].weight, layers[n].bias) if p is not None
+    )
+    total = sum(
+        p.numel() for n, p in setup.model.named_parameters() if n.endswith((".weight", ".bias"))
+    )
+    return rows, {"tuned_share": count / total}
+
+
+def _learn_rounding(setup: FineTuning, recipe: Recipe, iterations: int) -> dict[str, Any]:
+    import time
+
+    from trtq.train.rounding import learn_rounding
+
+    # Not part of the checkpoints: a resumed run learns the same directions again.
+    start = time.monotonic()
+    names = [name for name, layer in setup.model.layers() if layer.weight_bits < 8]
+    found = learn_rounding(
+        setup.model,
+        _trajectories(setup, recipe, "rounding"),
+        names,
+        iterations=iterations,
+        seed=recipe.seed,
+        progress=lambda done, total: setup.report("learn rounding", done, total),
+    )
+    return {"name": "learn rounding", "seconds": round(time.monotonic() - start, 2), **found}

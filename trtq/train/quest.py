@@ -1,0 +1,121 @@
+"""QuEST (arXiv 2402.03666): selective, progressive fine-tuning of the quantised model, without data.
+
+Two stages tune a few of the original weights, and all activation scales:
+
+    1  the time-embedding projections           sum_l || O_l - O~_l ||^2 + L_G      (eq. 4 and 6)
+    2  the attention-related layers             sum_l || O_l - O~_l ||^2 + L_G      (eq. 5 and 6)
+
+`O_l` is the output of a tuned layer in the float model, on float inputs; `O~_l` in the quantised one, on
+its own inputs. `L_G` is the error of the final output. Weight steps and zero points stay fixed. Under
+learned rounding (`trtq.quant.adaround`) the direction stays frozen while the weight moves.
+
+Of the weighting of the two losses there are three forms: the paper's, with one global term; that of the
+release, which adds the global term once per tuned layer; and the one the release has for stage 2 of its
+unconditional and ImageNet models, with the global term alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn import functional
+
+from trtq.quant.convert import QuantizedDenoiser
+from trtq.train.distill import Distillation, Rates, tapped
+from trtq.train.trajectories import Trajectories
+
+__all__ = ["Quest", "Weighting", "alignment_loss"]
+
+Weighting = Literal["paper", "released", "global"]
+
+
+def alignment_loss(
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    predicted: Tensor,
+    target: Tensor,
+    weighting: Weighting = "paper",
+    global_weight: float = 1.0,
+) -> Tensor:
+    """Local terms of K layers and the global one; each is a mean of squares.
+
+    Args:
+        student: outputs of the layers in the quantised model, by name.
+        teacher: the same in the float model.
+        predicted: the quantised model's output.
+        target: the float model's.
+        weighting: `paper`: `local + w * global`; `released`: `local + K * w * global`; `global`:
+            `K * w * global`.
+        global_weight: `w`.
+    """
+    task = global_weight * functional.mse_loss(predicted, target)
+    if weighting == "global":
+        return len(teacher) * task
+    local = sum(
+        (functional.mse_loss(student[name].float(), output) for name, output in teacher.items()),
+        task.new_zeros(()),
+    )
+    return local + (len(teacher) if weighting == "released" else 1) * task
+
+
+class Quest(Distillation):
+    """One stage of the method as an `Objective` of `trtq.train.loop`.
+
+    Args:
+        model: the quantised denoiser, teacher and student at once; the tuned layers have been given
+            weights of their own (`QuantLayer.tune`).
+        trajectories: where both are compared.
+        rates: learning rates.
+        tuned: layers whose weights are trained.
+        aligned: layers whose outputs are compared; by default the tuned ones.
+        activations: paths of the activation quantisers that are trained.
+        adapters: train the QALoRA adapters of all layers that have them, too.
+        weighting: see `alignment_loss`.
+        global_weight: see `alignment_loss`.
+    """
+
+    def __init__(
+        self,
+        model: QuantizedDenoiser,
+        trajectories: Trajectories,
+        rates: Rates,
+        *,
+        tuned: Collection[str],
+        activations: Collection[str],
+        aligned: Collection[str] | None = None,
+        adapters: bool = False,
+        weighting: Weighting = "paper",
+        global_weight: float = 1.0,
+    ) -> None:
+        super().__init__(model, trajectories, rates)
+        self.tuned = set(tuned)
+        self.aligned = self.tuned if aligned is None else set(aligned)
+        self.activations = set(activations)
+        self.adapters = adapters
+        self.weighting: Weighting = weighting
+        self.global_weight = global_weight
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Tuned weights, adapters if asked for, and activation entries."""
+        layers = dict(self.model.layers())
+        groups = self.tuned_groups(layers[name] for name in sorted(self.tuned))
+        if self.adapters:
+            groups += self.adapter_groups(layers.values())
+        return groups + self.activation_groups(self.activations)
+
+    def loss(self, student: Callable[..., Any], slot: int, iteration: int) -> Tensor:
+        """Local and global error where the trajectories of this slot stand."""
+        with tapped(self.model.denoiser, self.aligned) as outputs:
+            batch = self.trajectories.next(slot, iteration)
+            teacher = dict(outputs)
+            predicted = self.trajectories.predict(student, batch)
+        return alignment_loss(
+            outputs,
+            teacher,
+            predicted.float(),
+            batch.target,
+            self.weighting,
+            self.global_weight,
+        )

@@ -1,0 +1,113 @@
+"""Learning the direction in which each weight is rounded (AdaRound, arXiv 2004.10568), layer by layer.
+
+    minimise over alpha   mean || op(x~, W(alpha)) - op(x, W) ||^2 + 0.01 / n * rounding_loss(alpha)
+
+with the layer's quantised inputs `x~` in the model quantised so far, and its float inputs `x`, both
+from the teacher's trajectories. The temperature of the rounding loss falls from 20 to 2 after the first
+fifth, in which the loss is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trtq.errors import NonFiniteError
+from trtq.quant.adaround import hard_direction, initial_alpha, rounding_loss
+from trtq.quant.convert import QuantizedDenoiser
+from trtq.quant.modules import QuantLayer
+from trtq.quant.timestep import step_scope
+from trtq.seeds import seeded_generator
+from trtq.train.trajectories import Batch, Trajectories
+
+__all__ = ["learn_rounding"]
+
+_WARM_UP = 0.2
+_HOT, _COLD = 20.0, 2.0
+_REGULARISER = 0.01
+_RATE = 1e-2
+_ITEMS = 16
+
+
+def _inputs_and_targets(
+    model: QuantizedDenoiser, layer: QuantLayer, trajectories: Trajectories, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """The layer's inputs in the quantised model, and its outputs in the float model."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen["input"], seen["output"] = inputs[0].detach(), output.detach()
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        trajectories.predict(model.teacher, batch)
+        target = seen["output"]
+        with torch.no_grad():
+            trajectories.predict(model, batch)
+    finally:
+        handle.remove()
+    return seen["input"], target
+
+
+def learn_rounding(
+    model: QuantizedDenoiser,
+    trajectories: Trajectories,
+    names: list[str],
+    *,
+    iterations: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Give layers learned rounding directions, in the order of `names`, in place.
+
+    Args:
+        model: the quantised denoiser.
+        trajectories: where inputs come from.
+        names: the layers.
+        iterations: steps of Adam per layer.
+        seed: of the choice of items.
+        progress: called with (layers done, layers in all).
+
+    Returns:
+        `rounded_up_share_changed`: share of weights that are no longer rounded to nearest.
+
+    Raises:
+        NonFiniteError: a layer's loss is NaN or infinite.
+    """
+    layers = dict(model.layers())
+    changed = total = 0
+    for done, name in enumerate(names):
+        layer = layers[name]
+        batch = trajectories.next(0, done)
+        x, target = _inputs_and_targets(model, layer, trajectories, batch)
+        timestep = batch.timestep.repeat(len(x) // len(batch.timestep))
+        index = model.table.index(timestep)
+        start = initial_alpha(layer.updated_weight().detach(), layer.weight_scale.detach())
+        alpha = layer.alpha = nn.Parameter(start.clone())
+        layer.soft_rounding = True
+        optimizer = torch.optim.Adam([alpha], lr=_RATE)
+        generator = seeded_generator(seed, "rounding", name)
+        for iteration in range(iterations):
+            items = torch.randint(len(x), (min(_ITEMS, len(x)),), generator=generator)
+            with step_scope(index[items]):
+                out = layer(x[items])
+            loss = (out - target[items]).square().mean()
+            if not bool(torch.isfinite(loss)):
+                raise NonFiniteError(f"layer {name!r}: the loss of its rounding is NaN or infinite")
+            rest = (iteration / iterations - _WARM_UP) / (1 - _WARM_UP)
+            if rest > 0:
+                temperature = _COLD + (_HOT - _COLD) * (1 - rest)
+                loss = loss + _REGULARISER * rounding_loss(alpha, temperature) / alpha.numel()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss, inputs=[alpha])
+            optimizer.step()
+        layer.soft_rounding = False
+        alpha.requires_grad_(False)
+        changed += int((hard_direction(alpha) != hard_direction(start)).sum())
+        total += alpha.numel()
+        if progress is not None:
+            progress(done + 1, len(names))
+    return {"rounded_up_share_changed": changed / max(total, 1)}

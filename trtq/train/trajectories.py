@@ -1,0 +1,187 @@
+"""Where the student learns: points along the float model's own sampling trajectories.
+
+They start at pure noise and are walked on with the teacher's predictions, so no image is needed
+(EfficientDM, arXiv 2310.03270, eq. 7). Letters: B images per micro-batch, C, H, W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtq.diffusion.sampling import Conditions, predict
+from trtq.diffusion.schedule import NoiseSchedule
+from trtq.seeds import seeded_generator
+
+__all__ = ["Batch", "Trajectories"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of the denoiser and what the teacher says to them.
+
+    Attributes:
+        x: `[B,C,H,W]`.
+        timestep: `[B]`.
+        conditions: of the B images.
+        target: the teacher's guided prediction, `[B,C,H,W]`.
+    """
+
+    x: Tensor
+    timestep: Tensor
+    conditions: Conditions
+    target: Tensor
+
+
+class _Pool:
+    """B trajectories of the teacher, each at a position of its own; LongTensor position[B]."""
+
+    def __init__(self, x: Tensor, position: Tensor, conditions: Conditions) -> None:
+        self.x = x
+        self.position = position
+        self.conditions = conditions
+
+
+class Trajectories:
+    """B trajectories per accumulation step, moved on by one denoising step with every batch.
+
+    Args:
+        teacher: the float denoiser.
+        schedule: its timesteps are those of the tables.
+        shape: of one sample, (C, H, W).
+        draw_conditions: `(count, generator) -> Conditions`.
+        batch: images B per micro-batch.
+        slots: accumulation steps of this process.
+        stream: first of the `slots` random streams of this process; they are `stream + slot * stride`.
+        stride: number of processes.
+        seed: of all randomness.
+        purpose: keeps the randomness of different stages apart.
+        guidance: classifier-free guidance of the teacher.
+        eta: noise of the teacher's DDIM steps.
+        staggered: each item of a batch stands at a step of its own; otherwise all stand at one step.
+        device: where the teacher is. All randomness is drawn on the CPU, so it is the same everywhere.
+    """
+
+    def __init__(
+        self,
+        teacher: Callable[..., Any],
+        schedule: NoiseSchedule,
+        shape: tuple[int, ...],
+        draw_conditions: Callable[[int, torch.Generator], Conditions],
+        *,
+        batch: int,
+        slots: int = 1,
+        stream: int = 0,
+        stride: int = 1,
+        seed: int = 0,
+        purpose: str = "efficientdm",
+        guidance: float = 1.0,
+        eta: float = 1.0,
+        staggered: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.teacher = teacher
+        self.schedule = schedule.to(device)
+        self.device = device
+        self.shape = shape
+        self.draw_conditions = draw_conditions
+        self.batch = batch
+        self.streams = [stream + slot * stride for slot in range(slots)]
+        self.seed = seed
+        self.purpose = purpose
+        self.guidance = guidance
+        self.eta = eta
+        self.staggered = staggered
+        self._pools: list[_Pool] = []
+
+    def next(self, slot: int, iteration: int) -> Batch:
+        """The points where the trajectories of this slot stand; the teacher then moves them on."""
+        if not self._pools:
+            self._pools = [self._new_pool(index) for index in range(len(self.streams))]
+        pool = self._pools[slot]
+        generator = self._generator(slot, iteration)
+        target = self._teach(pool.x, pool.position, pool.conditions)
+        timestep = self.schedule.timesteps[pool.position]
+        batch = Batch(pool.x, timestep, pool.conditions, target)
+        self._advance(pool, target, generator)
+        return batch
+
+    def predict(self, student: Callable[..., Any], batch: Batch) -> Tensor:
+        """The student's guided prediction at the batch's points."""
+        return predict(student, batch.x, batch.timestep, batch.conditions, self.guidance)
+
+    def _generator(self, slot: int, iteration: int) -> torch.Generator:
+        return seeded_generator(self.seed, self.purpose, self.streams[slot], iteration)
+
+    def _new_pool(self, slot: int) -> _Pool:
+        """Fresh noise; with staggered steps the teacher first walks each item to its place."""
+        generator = self._generator(slot, -1)
+        pool = _Pool(
+            self._noise(self.batch, generator),
+            torch.zeros(self.batch, dtype=torch.long, device=self.device),
+            self.draw_conditions(self.batch, generator).to(self.device),
+        )
+        if self.staggered:
+            places = torch.arange(self.batch, device=self.device) * len(self.schedule) // self.batch
+            for position in range(int(places.max())):
+                late = places > position
+                teacher = self._teach(pool.x[late], pool.position[late], pool.conditions.take(late))
+                noise = self._noise(int(late.sum()), generator)
+                pool.x[late] = self.schedule.step(
+                    pool.x[late], teacher, pool.position[late], self.eta, noise
+                )
+                pool.position[late] += 1
+        return pool
+
+    def _noise(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randn((count, *self.shape), generator=generator).to(self.device)
+
+    def _teach(self, x: Tensor, position: Tensor, conditions: Conditions) -> Tensor:
+        timestep = self.schedule.timesteps[position]
+        # The target is the float model's own, whatever the student is trained in.
+        with torch.autocast(x.device.type, enabled=False):
+            return predict(self.teacher, x, timestep, conditions, self.guidance)
+
+    def _advance(self, pool: _Pool, target: Tensor, generator: torch.Generator) -> None:
+        noise = self._noise(self.batch, generator)
+        stepped = self.schedule.step(pool.x, target, pool.position, self.eta, noise)
+        position = pool.position + 1
+        finished = position >= len(self.schedule)
+        if bool(finished.any()):
+            fresh = self._noise(self.batch, generator)
+            stepped = torch.where(finished.reshape(-1, *(1,) * len(self.shape)), fresh, stepped)
+            position = position.masked_fill(finished, 0)
+            conditions = self.draw_conditions(self.batch, generator).to(self.device)
+            pool.conditions = pool.conditions.replace(finished, conditions)
+        pool.x, pool.position = stepped, position
+
+    def state(self) -> dict[str, Tensor]:
+        """The trajectories in flight."""
+        tensors = {}
+        for slot, pool in enumerate(self._pools):
+            tensors[f"{slot}.x"] = pool.x
+            tensors[f"{slot}.position"] = pool.position
+            for half, values in (
+                ("conditional", pool.conditions.conditional),
+                ("unconditional", pool.conditions.unconditional or {}),
+            ):
+                for name, value in values.items():
+                    tensors[f"{slot}.{half}.{name}"] = value
+        return tensors
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take up the trajectories where `state` left them."""
+        self._pools = []
+        for slot in range(len(self.streams)):
+            halves: dict[str, dict[str, Tensor]] = {"conditional": {}, "unconditional": {}}
+            for key, value in state.items():
+                place, half, *name = key.split(".", 2)
+                if place == str(slot) and name:
+                    halves[half][name[0]] = value
+            conditions = Conditions(halves["conditional"], halves["unconditional"] or None)
+            x, position = state[f"{slot}.x"].to(self.device), state[f"{slot}.position"]
+            self._pools.append(_Pool(x, position.to(self.device), conditions.to(self.device)))
