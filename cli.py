@@ -38,6 +38,10 @@ Provider = Annotated[
     str | None,
     typer.Option("--provider", help="What runs it: torch, cpu, openvino, cuda."),
 ]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", min=0, help="1 is none; by default as calibrated."),
+]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
 
 _err = Console(stderr=True, highlight=False)
@@ -242,7 +246,7 @@ def generate(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="For text models.")] = None,
     steps: Steps = None,
-    guidance: Annotated[float, typer.Option("--guidance", min=0, help="1 is none.")] = 1.0,
+    guidance: Guidance = None,
     provider: Provider = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -279,8 +283,12 @@ def evaluate(
     ] = None,
     images: Annotated[int, typer.Option("--images", min=2, help="Drawn with each.")] = 1000,
     steps: Steps = None,
-    guidance: Annotated[float, typer.Option("--guidance", min=0, help="1 is none.")] = 1.0,
+    guidance: Guidance = None,
     provider: Provider = None,
+    features: Annotated[
+        Path | None,
+        typer.Option("--features", help="A CLIP vision model's folder to judge by instead."),
+    ] = None,
     gate: Annotated[
         list[str] | None, typer.Option("--gate", help='E.g. "fd<=1.5"; exit 1 if not met.')
     ] = None,
@@ -309,6 +317,7 @@ def evaluate(
             seed=seed,
             guidance=guidance,
             provider=provider,
+            features=features,
             gates=gates,
             report=LineReporter(),
         )

@@ -114,7 +114,10 @@ class Recipe(_Strict):
     tables: Literal["per-step", "static"] = "per-step"
     steps: int = Field(20, ge=1, le=1000)
     """Calibrated denoising steps."""
-    guidance: float = Field(1.0, ge=0)
+    guidance: float | None = Field(None, ge=0)
+    """Classifier-free guidance of the trajectories; by default what the model is meant for."""
+    prompts: str | None = None
+    """A text file with a prompt per line to calibrate and fine-tune with, for text models."""
     seed: int = Field(0, ge=0, lt=1 << 31)
     policy: str | None = None
     """A policy file to use instead of the family's."""

@@ -13,6 +13,7 @@ _EXTRAS = {
     "onnxruntime": "cpu",
     "matplotlib": "eval",
     "jinja2": "eval",
+    "torchmetrics": "eval",
     "sklearn": "dev",
 }
 

@@ -68,9 +68,11 @@ def test_noise_does_not_depend_on_the_batch():
 
 
 def test_images_do_not_depend_on_the_batch(tiny):
-    from trtq.evaluate.images import draw
+    from trtq.evaluate.images import draw, subjects_for
 
-    one, many = (draw(tiny, 5, steps=3, seed=0, batch=batch) for batch in (1, 5))
+    one, many = (
+        draw(tiny, subjects_for(tiny, 5), steps=3, seed=0, batch=batch) for batch in (1, 5)
+    )
     torch.testing.assert_close(one, many, rtol=0, atol=1e-5)
 
 

@@ -27,6 +27,7 @@ from trtq.demo.shapes import ATTRIBUTES, COLOURS, SHAPES, SIZE, Scene, draw_scen
 from trtq.evaluate.classifier import ImageClassifier, load_classifier, save_classifier
 
 CAPTION_DROP = 0.1
+GUIDANCE = 3.0
 TIMESTEPS = 1000
 TOKENS = 12
 WORDS = ("a", *COLOURS, *SHAPES, "above", "below", "left", "right", "of")
@@ -278,6 +279,7 @@ def write_prompts(path: Path, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed + 3)
     judged = scenes(1000, generator)
     prompts = {
+        "guidance": GUIDANCE,
         "calibration": [scene.caption for scene in scenes(256, generator)],
         "evaluation": [{"prompt": scene.caption, "labels": scene.labels} for scene in judged],
     }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trtq.diffusion.prompts import PromptSet, load_prompts
 from trtq.diffusion.sampling import Conditions
 from trtq.diffusion.schedule import inference_timesteps
 from trtq.diffusion.shipped import shipped_model, shipped_models
@@ -23,9 +24,9 @@ INDEX_NAME = "model_index.json"
 CLASSES_NAME = "classes.json"
 _LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError)
 DENOISERS = ("unet", "transformer")
+_ENCODE_BATCH = 64
 
 
-@dataclass(frozen=True)
 class Source:
     """A loaded pipeline and where it came from.
 
@@ -34,12 +35,24 @@ class Source:
         folder: its files, or None for a hub id or a pipeline object.
         pipeline: the diffusers pipeline, in float32.
         denoiser_name: `unet` or `transformer`.
+        prompts: of a text-to-image model; None for others.
     """
 
-    name: str
-    folder: Path | None
-    pipeline: Any
-    denoiser_name: str
+    def __init__(
+        self,
+        name: str,
+        folder: Path | None,
+        pipeline: Any,
+        denoiser_name: str,
+        prompts: PromptSet | None = None,
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.pipeline = pipeline
+        self.denoiser_name = denoiser_name
+        self.prompts = prompts
+        if prompts is None and hasattr(pipeline, "encode_prompt"):
+            self.prompts = load_prompts(folder)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -65,12 +78,47 @@ class Source:
         height, width = (size, size) if isinstance(size, int) else size
         return int(config.in_channels), int(height), int(width)
 
+    @property
+    def guidance(self) -> float:
+        """The classifier-free guidance that the model is meant for; 1 is none."""
+        return 1.0 if self.prompts is None else self.prompts.guidance
+
+    @property
+    def tokens(self) -> int | None:
+        """Length of the text conditions; None for a model without text."""
+        if self.prompts is None:
+            return None
+        return int(self.pipeline.tokenizer.model_max_length)
+
+    @cached_property
+    def _encoded(self) -> Tensor:
+        """Encoded calibration prompts, and last the empty one, `[P + 1, S, D]`."""
+        assert self.prompts is not None
+        return self.encode([*self.prompts.calibration, ""])
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Tensor:
+        """prompts[P] -> text conditions `[P, S, D]`, on the CPU.
+
+        Raises:
+            UsageError: the pipeline encodes text in a way that is not supported yet.
+        """
+        if not isinstance(prompts, list) or hasattr(self.pipeline, "text_encoder_2"):
+            raise UsageError(f"{type(self.pipeline).__name__} is not supported yet")
+        parts = [
+            self.pipeline.encode_prompt(
+                prompts[first : first + _ENCODE_BATCH], self.pipeline.text_encoder.device, 1, False
+            )[0]
+            for first in range(0, len(prompts), _ENCODE_BATCH)
+        ]
+        return torch.cat(parts).cpu()
+
     def timesteps(self, steps: int) -> list[float]:
         """The timesteps of the pipeline's own scheduler, noisiest first."""
         return inference_timesteps(self.pipeline.scheduler, steps)
 
     def draw_conditions(self, count: int, generator: torch.Generator) -> Conditions:
-        """Conditions for `count` images: classes in equal numbers, shuffled; or none.
+        """Conditions for `count` images: classes in equal numbers, shuffled; prompts; or none.
 
         Raises:
             UsageError: this kind of pipeline is not supported.
@@ -80,9 +128,17 @@ class Source:
             return self.conditions(labels[torch.randperm(count, generator=generator)])
         if self.model_class == "UNet2DModel":
             return Conditions({})
-        raise UsageError(
-            f"{type(self.pipeline).__name__} is not supported yet; supported are pipelines of a "
-            "UNet2DModel, with classes or without"
+        if self.prompts is None or self.model_class != "UNet2DConditionModel":
+            raise UsageError(
+                f"{type(self.pipeline).__name__} with a {self.model_class} is not supported yet; "
+                "supported are pipelines of a UNet2DModel, with classes or without, and "
+                "StableDiffusionPipeline"
+            )
+        encoded = self._encoded
+        chosen = torch.randint(len(encoded) - 1, (count,), generator=generator)
+        empty = encoded[-1:].expand(count, -1, -1)
+        return Conditions(
+            {"encoder_hidden_states": encoded[chosen]}, {"encoder_hidden_states": empty}
         )
 
     def conditions(self, labels: Tensor) -> Conditions:

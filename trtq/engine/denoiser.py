@@ -44,6 +44,12 @@ class EngineDenoiser(nn.Module):
         """
         given = dict(zip(self._positions, args, strict=False)) | kwargs
         return_dict = given.pop("return_dict", True)
+        # Pipelines pass what they do not use as None or as an empty dict.
+        given = {
+            name: value
+            for name, value in given.items()
+            if value is not None and not (isinstance(value, dict) and not value)
+        }
         sample: Tensor = given["sample"]
         feeds = {}
         for name, spec in self._specs.items():
@@ -52,9 +58,8 @@ class EngineDenoiser(nn.Module):
                 raise UsageError(f"the graph needs the input {name!r}, which was not given")
             array = torch.as_tensor(value).detach().cpu().numpy().astype(spec.dtype, copy=False)
             feeds[name] = np.ascontiguousarray(array.reshape(array.shape or (1,)))
-        surplus = [name for name, value in given.items() if value is not None]
-        if surplus:
-            raise UsageError(f"the exported graph has no input {surplus[0]!r}")
+        if given:
+            raise UsageError(f"the exported graph has no input {next(iter(given))!r}")
         prediction = torch.from_numpy(self.engine.run(feeds)[self._output]).to(sample.dtype)
         if not return_dict:
             return (prediction,)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,38 +15,83 @@ from trtq.diffusion.source import Source
 from trtq.errors import NonFiniteError, UsageError
 from trtq.seeds import seeded_generator
 
-__all__ = ["contact_sheet", "draw", "labels_for", "save_png"]
+__all__ = ["Subjects", "contact_sheet", "draw", "save_png", "subjects_for"]
 
 BATCH = 125
+TEXT_BATCH = 50
 
 
-def labels_for(source: Source, count: int) -> Tensor | None:
-    """Class labels 0, 1, ... in turn, LongTensor[count]; None for a model without classes."""
+@dataclass(frozen=True)
+class Subjects:
+    """What images are to show.
+
+    Attributes:
+        count: number of images B.
+        classes: LongTensor[B], for a model with classes.
+        prompts: B texts, for a text-to-image model.
+        labels: what a classifier must answer, LongTensor[B] by question.
+    """
+
+    count: int
+    classes: Tensor | None = None
+    prompts: Sequence[str] | None = None
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def subjects_for(
+    source: Source, count: int, *, class_label: int | None = None, prompt: str | None = None
+) -> Subjects:
+    """Classes or evaluation prompts in turn, unless one class or prompt is asked for.
+
+    Raises:
+        UsageError: the model does not take what was asked for, or the count is no number of images.
+    """
+    if count < 1:
+        raise UsageError(f"the number of images must be at least 1, got {count}")
+    if source.prompts is not None:
+        if class_label is not None:
+            raise UsageError("this model takes prompts, not classes: use --prompt")
+        if prompt is not None:
+            return Subjects(count, prompts=[prompt] * count)
+        judged = source.prompts.evaluation
+        if not judged:
+            turn = [
+                source.prompts.calibration[i % len(source.prompts.calibration)]
+                for i in range(count)
+            ]
+            return Subjects(count, prompts=turn)
+        chosen = [judged[index % len(judged)] for index in range(count)]
+        questions = set(judged[0].labels).intersection(*(one.labels for one in judged))
+        labels = {name: torch.tensor([one.labels[name] for one in chosen]) for name in questions}
+        return Subjects(count, prompts=[one.prompt for one in chosen], labels=labels)
+    if prompt is not None:
+        raise UsageError("this model takes classes, not prompts: use --class-label")
     if not hasattr(source.pipeline, "classes"):
-        return None
-    return torch.arange(count) % int(source.pipeline.classes)
+        raise UsageError(f"drawing with {type(source.pipeline).__name__} is not supported yet")
+    classes = torch.arange(count) % int(source.pipeline.classes)
+    if class_label is not None:
+        classes = torch.full((count,), class_label)
+    return Subjects(count, classes=classes, labels={"class": classes})
 
 
 def draw(
     source: Source,
-    count: int,
+    subjects: Subjects,
     *,
     steps: int,
     seed: int,
-    labels: Tensor | None = None,
-    guidance: float = 1.0,
-    batch: int = BATCH,
+    guidance: float | None = None,
+    batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Draw images; image i of a seed starts from the same noise whatever draws it.
 
     Args:
         source: any pipeline that `open_any` gives.
-        count: number of images B.
+        subjects: what to draw.
         steps: denoising steps.
         seed: of the starting noise.
-        labels: LongTensor[B], by default `labels_for`.
-        guidance: classifier-free guidance.
+        guidance: classifier-free guidance; by default what the model is meant for.
         batch: images drawn at once.
         progress: called with (images done, images in all).
 
@@ -52,32 +99,32 @@ def draw(
         float32[B,C,H,W] in [-1, 1].
 
     Raises:
-        UsageError: the count, the number of steps, or a kind of pipeline that cannot be drawn from yet.
+        UsageError: the number of steps.
         NonFiniteError: an image holds NaN.
     """
-    if count < 1:
-        raise UsageError(f"the number of images must be at least 1, got {count}")
-    if not hasattr(source.pipeline, "classes"):
-        raise UsageError(f"drawing with {type(source.pipeline).__name__} is not supported yet")
     source.timesteps(steps)
-    chosen = labels_for(source, count) if labels is None else labels
-    assert chosen is not None
+    batch = batch or (BATCH if subjects.prompts is None else TEXT_BATCH)
+    options: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "guidance_scale": source.guidance if guidance is None else guidance,
+        "output_type": "pt",
+    }
     images = []
-    for first in range(0, count, batch):
-        part = chosen[first : first + batch]
-        generators = [seeded_generator(seed, "image", first + i) for i in range(len(part))]
-        drawn = source.pipeline(
-            part,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generators,
-            output_type="pt",
-        ).images
+    for first in range(0, subjects.count, batch):
+        part = slice(first, min(first + batch, subjects.count))
+        generators = [seeded_generator(seed, "image", i) for i in range(part.start, part.stop)]
+        if subjects.prompts is not None:
+            prompts = list(subjects.prompts[part])
+            # A decoded image lies in [0, 1].
+            drawn = source.pipeline(prompts, generator=generators, **options).images * 2 - 1
+        else:
+            assert subjects.classes is not None
+            drawn = source.pipeline(subjects.classes[part], generator=generators, **options).images
         if not bool(torch.isfinite(drawn).all()):
             raise NonFiniteError(f"{source.name} draws images that hold NaN or infinity")
-        images.append(drawn.float().clamp(-1, 1))
+        images.append(drawn.float().cpu().clamp(-1, 1))
         if progress is not None:
-            progress(min(first + batch, count), count)
+            progress(part.stop, subjects.count)
     return torch.cat(images)
 
 
@@ -106,7 +153,7 @@ def save_png(sheet: np.ndarray, path: Path) -> None:
     """
     from PIL import Image
 
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.trtq-partial")
     try:
         Image.fromarray(sheet).save(partial, format="PNG")
         partial.rename(path)

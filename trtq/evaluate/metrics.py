@@ -1,56 +1,163 @@
-"""The numbers of an evaluation."""
+"""The numbers of an evaluation. Letters: B images, C, H, W, F features, K values of a question."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trtq._optional import require
 from trtq.diffusion.sampling import predict, seeded_noise, walk
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import Source
-from trtq.errors import UsageError
-from trtq.evaluate.classifier import load_classifier
-from trtq.evaluate.frechet import feature_statistics, frechet_distance
+from trtq.evaluate.extractor import Extractor
+from trtq.evaluate.frechet import (
+    Statistics,
+    bootstrap_interval,
+    feature_statistics,
+    frechet_distance,
+)
 from trtq.export.parity import snr_db
 from trtq.seeds import seeded_generator
 
-__all__ = ["ImageScores", "noise_prediction_snr", "score_images"]
+__all__ = [
+    "ImageScores",
+    "inception_score",
+    "layer_snr",
+    "noise_prediction_snr",
+    "pixel_scores",
+    "precision_recall",
+    "score_images",
+    "spatial_distance",
+]
+
+_NEIGHBOURS = 3
+_SCORE_SPLITS = 10
+_MOST_PSNR = 100.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageScores:
-    """What the shipped classifier thinks of a set of images.
+    """What an extractor makes of a set of images.
 
     Attributes:
-        fd: Fréchet distance to the real data in the classifier's features.
-        class_accuracy: share of images recognised as the class that was asked for.
+        features: `[B,F]`.
+        spatial: `[B,F']`.
+        fd: Fréchet distance to the real images, or None without statistics of them.
+        fd_interval: its 95 % bootstrap interval, or None.
+        accuracy: share of images in which every question is answered as asked for, or None.
+        accuracy_interval: its 95 % interval (normal approximation), or None.
+        inception_score: see `inception_score`; None if there are no questions.
     """
 
-    fd: float
-    class_accuracy: float
+    features: Tensor
+    spatial: Tensor
+    fd: float | None
+    fd_interval: tuple[float, float] | None
+    accuracy: float | None
+    accuracy_interval: tuple[float, float] | None
+    inception_score: float | None
 
 
-def score_images(images: Tensor, labels: Tensor, classifier_folder: Path) -> ImageScores:
-    """Judge images[B,C,H,W] that were asked to show `labels[B]`.
+def score_images(images: Tensor, labels: Mapping[str, Tensor], extractor: Extractor) -> ImageScores:
+    """Judge images[B,C,H,W] that were asked to show `labels` (LongTensor[B] by question)."""
+    features = torch.cat([extractor.features(part) for part in torch.split(images, 500)])
+    spatial = torch.cat([extractor.spatial_features(part) for part in torch.split(images, 500)])
+    fd = fd_interval = accuracy = accuracy_interval = None
+    if extractor.reference is not None:
+        fd = frechet_distance(feature_statistics(features), extractor.reference)
+        fd_interval = bootstrap_interval(features, extractor.reference)
+    answers = extractor.answers(features)
+    asked = [name for name in answers if name in labels]
+    if asked:
+        right = torch.stack([answers[name].argmax(1) == labels[name] for name in asked]).all(0)
+        accuracy = float(right.float().mean())
+        spread = 1.96 * (accuracy * (1 - accuracy) / len(images)) ** 0.5
+        accuracy_interval = max(0.0, accuracy - spread), min(1.0, accuracy + spread)
+    score = inception_score(answers) if answers else None
+    return ImageScores(features, spatial, fd, fd_interval, accuracy, accuracy_interval, score)
 
-    Raises:
-        UsageError: the model ships no classifier.
+
+class _Logits(nn.Module):
+    """Hands torchmetrics logits that are already there, in place of images."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits
+
+
+def inception_score(answers: Mapping[str, Tensor]) -> float:
+    """`exp E KL(p(y|x) || p(y))` (arXiv 1606.03498) on a classifier's answers, ten splits.
+
+    With several questions their logits are joined into one over all combinations of values, as if they
+    were independent given the image; the largest value is then the number of combinations.
+
+    Args:
+        answers: logits[B,K] by question.
     """
-    if not classifier_folder.is_dir():
-        raise UsageError(f"the reference model has no classifier ({classifier_folder})")
-    classifier, reference = load_classifier(classifier_folder)
-    with torch.no_grad():
-        features = classifier.features(images)
-        guessed = classifier.answers(features)["class"].argmax(1)
-    mean, covariance = feature_statistics(features)
-    return ImageScores(
-        frechet_distance(mean, covariance, reference["mean"], reference["covariance"]),
-        float((guessed == labels).float().mean()),
+    image: Any = require("torchmetrics.image.inception")
+    joint = torch.zeros(len(next(iter(answers.values()))), 1)
+    for logits in answers.values():
+        joint = (joint[:, :, None] + logits.log_softmax(1)[:, None, :]).flatten(1)
+    metric = image.InceptionScore(_Logits(), splits=min(_SCORE_SPLITS, len(joint)))
+    # It shuffles the images before splitting them, from torch's global randomness.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        metric.update(joint)
+        mean, _ = metric.compute()
+    return float(mean)
+
+
+def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Improved precision and recall (arXiv 1904.06991) with three neighbours.
+
+    Args:
+        features: of the images to judge, `[B,F]`.
+        reference: of the images that set the standard, `[B',F]`.
+
+    Returns:
+        Share of the images that lie within the reference's manifold, and the reverse.
+    """
+
+    def radii(points: Tensor) -> Tensor:
+        count = min(_NEIGHBOURS + 1, len(points))
+        return torch.cdist(points, points).kthvalue(count, dim=1).values
+
+    distance = torch.cdist(features, reference)
+    precision = (distance <= radii(reference)[None, :]).any(1).float().mean()
+    recall = (radii(features)[None, :] >= distance.T).any(1).float().mean()
+    return float(precision), float(recall)
+
+
+def pixel_scores(images: Tensor, reference: Tensor) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of images[B,C,H,W] in [-1, 1] against others from the same noise.
+
+    An image that is equal counts with 100 dB.
+
+    SSIM's window is 11 pixels, or on smaller images the largest odd number that fits.
+    """
+    functional: Any = require("torchmetrics.functional.image")
+    each = torch.stack(
+        [
+            functional.peak_signal_noise_ratio(one, other, data_range=2.0)
+            for one, other in zip(images, reference, strict=True)
+        ]
     )
+    side = min(images.shape[-2:])
+    window = min(11, side - 1 + side % 2)
+    ssim = functional.structural_similarity_index_measure(
+        images, reference, data_range=2.0, kernel_size=window, gaussian_kernel=window == 11
+    )
+    return {"psnr_db": float(each.clamp_max(_MOST_PSNR).mean()), "ssim": float(ssim)}
+
+
+def spatial_distance(scores: ImageScores, reference: ImageScores) -> float:
+    """Fréchet distance of both sets' spatial features (the form of sFID, arXiv 2103.03841)."""
+    statistics: list[Statistics] = [feature_statistics(s.spatial) for s in (scores, reference)]
+    return frechet_distance(*statistics)
 
 
 def noise_prediction_snr(
@@ -78,3 +185,54 @@ def noise_prediction_snr(
         if progress is not None:
             progress(point.position + 1, len(schedule))
     return rows[::-1]
+
+
+def layer_snr(
+    source: Source, reference: Source, *, steps: int, seed: int, images: int = 16
+) -> dict[str, float]:
+    """SNR in dB of each linear's and convolution's output against the float model's, worst first.
+
+    Both models get the same inputs, which stand at steps all along the float model's trajectory; a
+    layer's error includes what reaches it from the layers before.
+    """
+    schedule = NoiseSchedule.of(reference.pipeline.scheduler, steps)
+    conditions = reference.draw_conditions(images, seeded_generator(seed, "layer conditions"))
+    noise = seeded_noise(reference.sample_shape, seed, 0, images)
+    position = torch.arange(images) * len(schedule) // images
+    x = torch.empty_like(noise)
+    for point in walk(reference.denoiser, schedule, noise, conditions):
+        x[position == point.position] = point.x[position == point.position]
+    names = [
+        name
+        for name, module in reference.model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    outputs = []
+    for model in (reference, source):
+        with _collected(model.model, names) as seen, torch.no_grad():
+            predict(model.denoiser, x, schedule.timesteps[position], conditions)
+        outputs.append(seen)
+    found = {
+        name: snr_db(outputs[0][name], outputs[1][name]) for name in names if name in outputs[1]
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+@contextmanager
+def _collected(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of the named modules that the model has."""
+    seen: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            seen[name] = output
+
+        return hook
+
+    handles = [modules[n].register_forward_hook(keep(n)) for n in names if n in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

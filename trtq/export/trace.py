@@ -36,6 +36,7 @@ DOMAIN = "trtq"
 OPSET = 21
 IR_VERSION = 10
 OUTPUT_NAME = "out_sample"
+SUPPORTED = ("UNet2DModel", "UNet2DConditionModel")
 _EXAMPLE_BATCH = 2
 
 
@@ -110,15 +111,20 @@ class _Positional(nn.Module):
         return prediction
 
 
-def example_inputs(denoiser: Any) -> dict[str, Tensor]:
+def example_inputs(denoiser: Any, tokens: int | None = None) -> dict[str, Tensor]:
     """Inputs of a small batch, by diffusers' own argument names.
+
+    Args:
+        denoiser: a diffusers model.
+        tokens: length of the text conditions, for a model with cross-attention.
 
     Raises:
         UsageError: the class is not supported.
     """
-    if type(denoiser).__name__ != "UNet2DModel":
+    name = type(denoiser).__name__
+    if name not in SUPPORTED:
         raise UsageError(
-            f"exporting {type(denoiser).__name__} is not supported yet; supported is UNet2DModel"
+            f"exporting {name} is not supported yet; supported are {', '.join(SUPPORTED)}"
         )
     config = denoiser.config
     size = config.sample_size
@@ -127,7 +133,15 @@ def example_inputs(denoiser: Any) -> dict[str, Tensor]:
         "sample": torch.zeros(_EXAMPLE_BATCH, config.in_channels, height, width),
         "timestep": torch.zeros(_EXAMPLE_BATCH),
     }
-    if config.num_class_embeds is not None:
+    if name == "UNet2DConditionModel":
+        if tokens is None or not isinstance(config.cross_attention_dim, int):
+            raise UsageError(
+                "a UNet2DConditionModel is exported from a whole text-to-image pipeline"
+            )
+        inputs["encoder_hidden_states"] = torch.zeros(
+            _EXAMPLE_BATCH, tokens, config.cross_attention_dim
+        )
+    elif config.num_class_embeds is not None:
         inputs["class_labels"] = torch.zeros(_EXAMPLE_BATCH, dtype=torch.long)
     return inputs
 
@@ -170,7 +184,9 @@ def trace(
     examples = dict(inputs)
     if half:
         denoiser.half()
-        examples["sample"] = examples["sample"].half()
+        for key, value in examples.items():
+            if value.is_floating_point() and key != "timestep":
+                examples[key] = value.half()
     accepted = inspect.signature(denoiser.forward).parameters
     assert set(examples) <= set(accepted), "inputs are named as diffusers names them"
     batch = torch.export.Dim("batch", min=1)

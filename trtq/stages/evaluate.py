@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import time
 from dataclasses import dataclass
@@ -12,17 +13,47 @@ from torch import Tensor
 
 from trtq.diffusion.source import Source, load_source
 from trtq.errors import UsageError
-from trtq.evaluate.images import draw, labels_for
-from trtq.evaluate.metrics import ImageScores, noise_prediction_snr, score_images
+from trtq.evaluate.extractor import Extractor, load_extractor
+from trtq.evaluate.frechet import bootstrap_interval, feature_statistics, frechet_distance
+from trtq.evaluate.images import Subjects, draw, subjects_for
+from trtq.evaluate.metrics import (
+    ImageScores,
+    layer_snr,
+    noise_prediction_snr,
+    pixel_scores,
+    precision_recall,
+    score_images,
+    spatial_distance,
+)
 from trtq.progress import Reporter, silent
-from trtq.stages.load import calibrated_steps, open_any
+from trtq.stages.load import artefact_guidance, calibrated_steps, open_any
 
-__all__ = ["Evaluation", "Gate", "ReferenceSet", "draw_reference", "evaluate", "parse_gate"]
+__all__ = [
+    "METRICS",
+    "Evaluation",
+    "Gate",
+    "ReferenceSet",
+    "draw_reference",
+    "evaluate",
+    "parse_gate",
+]
 
-CLASSIFIER = "classifier"
 DEFAULT_STEPS = 20
+METRICS = {
+    "fd": "Fréchet distance to real images (to the float model's, where there are none)",
+    "fd_ratio": "the same over the float model's own",
+    "sfd": "Fréchet distance of spatial features to the float model's images",
+    "class_accuracy": "share of images recognised as the class asked for",
+    "faithfulness": "share of images that show everything the prompt says",
+    "inception_score": "exp of the mean divergence of single answers from all",
+    "precision": "share of images within the float model's manifold",
+    "recall": "share of the float model's images within these images' manifold",
+    "psnr_db": "against the float model's images from the same noise",
+    "ssim": "against the float model's images from the same noise",
+    "snr_db_min": "least signal-to-noise ratio of the noise prediction over the steps",
+}
 _GATE = re.compile(r"\s*([a-z_]+)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
-_METRICS = ("fd", "class_accuracy", "snr_db_min", "fd_ratio")
+_OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 
 
 @dataclass(frozen=True)
@@ -30,7 +61,7 @@ class Gate:
     """A condition such as `fd<=1.5`.
 
     Attributes:
-        metric: one of `fd`, `fd_ratio`, `class_accuracy`, `snr_db_min`.
+        metric: one of `METRICS`.
         operator: `<=`, `>=`, `<` or `>`.
         bound: the number.
     """
@@ -41,12 +72,7 @@ class Gate:
 
     def holds(self, value: float) -> bool:
         """Whether the metric's value satisfies the condition; NaN never does."""
-        return {
-            "<=": value <= self.bound,
-            ">=": value >= self.bound,
-            "<": value < self.bound,
-            ">": value > self.bound,
-        }[self.operator]
+        return bool(_OPERATORS[self.operator](value, self.bound))
 
     def __str__(self) -> str:
         """As it was written."""
@@ -66,9 +92,9 @@ def parse_gate(text: str) -> Gate:
         bound = float("nan")
     if match is None or bound != bound:
         raise UsageError(f"gate {text!r} is not understood; write METRIC<=NUMBER, e.g. fd<=1.5")
-    if match[1] not in _METRICS:
+    if match[1] not in METRICS:
         raise UsageError(
-            f"unknown metric {match[1]!r} in a gate; choose one of {', '.join(_METRICS)}"
+            f"unknown metric {match[1]!r} in a gate; choose one of {', '.join(METRICS)}"
         )
     return Gate(match[1], match[2], bound)
 
@@ -79,17 +105,30 @@ class ReferenceSet:
 
     Attributes:
         source: the float model.
+        subjects: what was drawn.
         images: float32[B,C,H,W] in [-1, 1].
-        labels: LongTensor[B].
-        scores: what the classifier thinks of them.
+        extractor: what looks at images.
+        scores: what it makes of these.
+        steps: denoising steps.
+        seed: of the starting noise.
+        guidance: classifier-free guidance.
         seconds: time to draw them.
     """
 
     source: Source
+    subjects: Subjects
     images: Tensor
-    labels: Tensor
+    extractor: Extractor
     scores: ImageScores
+    steps: int
+    seed: int
+    guidance: float
     seconds: float
+
+    @property
+    def accuracy_name(self) -> str:
+        """What the share of right answers is called for this kind of model."""
+        return "class_accuracy" if self.source.prompts is None else "faithfulness"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +136,11 @@ class Evaluation:
     """Numbers and images of one evaluation.
 
     Attributes:
-        result: `fd`, `fd_reference`, `fd_ratio`, `class_accuracy`, `class_accuracy_reference`,
-            `snr_db` (per step, cleanest first), `snr_db_min`, `images`, `steps`, `seed`, `provider`,
-            `seconds`, `gates`, `passed`.
+        result: those of `METRICS` that there are; `fd_reference`, `class_accuracy_reference` or
+            `faithfulness_reference`, `inception_score_reference`; intervals `fd_interval`,
+            `fd_interval_reference`, `accuracy_interval`, `accuracy_interval_reference`; `snr_db` (per
+            step, cleanest first); `layers_worst` (name and dB, for a run); `images`, `steps`, `seed`,
+            `guidance`, `features`, `provider`, `seconds`, `gates`, `passed`.
         images: float32[B,C,H,W] of the evaluated model.
         reference: the float model's images.
     """
@@ -115,35 +156,42 @@ def draw_reference(
     images: int,
     steps: int,
     seed: int,
-    guidance: float = 1.0,
+    guidance: float | None = None,
+    features: Path | None = None,
     report: Reporter = silent,
 ) -> ReferenceSet:
     """Draw and score the float model's images.
 
+    Args:
+        reference: the float model.
+        images: how many.
+        steps: denoising steps.
+        seed: of the starting noise.
+        guidance: classifier-free guidance; by default what the model is meant for.
+        features: folder of a CLIP vision model or classifier to judge by; by default the model's own.
+        report: called as work goes on.
+
     Raises:
-        UsageError: the model has no classes or ships no classifier.
+        UsageError: the model cannot be judged.
     """
     source = load_source(reference)
-    labels = labels_for(source, images)
-    if labels is None or source.folder is None:
-        raise UsageError(
-            f"{reference} cannot be a reference yet: needed is the folder of a class-conditional "
-            "model with a classifier"
-        )
     if images < 2:
         raise UsageError(f"--images must be at least 2, got {images}")
+    extractor = load_extractor(source.folder, features)
+    subjects = subjects_for(source, images)
     start = time.monotonic()
     drawn = draw(
         source,
-        images,
+        subjects,
         steps=steps,
         seed=seed,
         guidance=guidance,
         progress=lambda done, total: report("draw with the float model", done, total),
     )
     seconds = time.monotonic() - start
-    scores = score_images(drawn, labels, source.folder / CLASSIFIER)
-    return ReferenceSet(source, drawn, labels, scores, seconds)
+    scores = score_images(drawn, subjects.labels, extractor)
+    strength = source.guidance if guidance is None else guidance
+    return ReferenceSet(source, subjects, drawn, extractor, scores, steps, seed, strength, seconds)
 
 
 def evaluate(
@@ -153,70 +201,130 @@ def evaluate(
     images: int = 1000,
     steps: int | None = None,
     seed: int = 1,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     provider: str | None = None,
+    features: Path | None = None,
     gates: tuple[Gate, ...] = (),
     report: Reporter = silent,
 ) -> Evaluation:
-    """Compare an artefact with the float model: same noise, same labels, same steps.
+    """Compare an artefact with the float model: same noise, same subjects, same steps.
 
     Args:
         path: what to judge: a run, an ONNX folder or a checkpoint.
-        reference: the float model, or its images from `draw_reference` (then `images`, `steps`,
-            `seed` and `guidance` must be those it was drawn with).
+        reference: the float model, or its images from `draw_reference`; then `images`, `steps`,
+            `seed`, `guidance` and `features` are those that it was drawn with.
         images: images to draw with each.
         steps: denoising steps; by default what the artefact was calibrated for.
         seed: of the starting noise.
-        guidance: classifier-free guidance.
+        guidance: classifier-free guidance; by default what the artefact was calibrated for.
         provider: what runs the artefact.
+        features: see `draw_reference`.
         gates: conditions; see `passed` in the result.
         report: called as work goes on.
 
     Raises:
+        UsageError: a gate on a number that this model has not.
         TrtqError: see `trtq.errors`.
     """
-    count = steps or calibrated_steps(path) or DEFAULT_STEPS
     target = open_any(path, provider)
     if not isinstance(reference, ReferenceSet):
         reference = draw_reference(
-            reference, images=images, steps=count, seed=seed, guidance=guidance, report=report
+            reference,
+            images=images,
+            steps=steps or calibrated_steps(path) or DEFAULT_STEPS,
+            seed=seed,
+            guidance=artefact_guidance(path) if guidance is None else guidance,
+            features=features,
+            report=report,
         )
+    _check_gates(gates, reference)
     start = time.monotonic()
     drawn = draw(
         target,
-        len(reference.images),
-        steps=count,
-        seed=seed,
-        labels=reference.labels,
-        guidance=guidance,
+        reference.subjects,
+        steps=reference.steps,
+        seed=reference.seed,
+        guidance=reference.guidance,
         progress=lambda done, total: report("draw", done, total),
     )
     seconds = time.monotonic() - start
-    assert reference.source.folder is not None
-    scores = score_images(drawn, reference.labels, reference.source.folder / CLASSIFIER)
     snr = noise_prediction_snr(
         target,
         reference.source,
-        steps=count,
-        seed=seed,
-        guidance=guidance,
+        steps=reference.steps,
+        seed=reference.seed,
+        guidance=reference.guidance,
         progress=lambda done, total: report("compare predictions", done, total),
     )
-    result: dict[str, Any] = {
-        "fd": scores.fd,
-        "fd_reference": reference.scores.fd,
-        "fd_ratio": scores.fd / reference.scores.fd,
-        "class_accuracy": scores.class_accuracy,
-        "class_accuracy_reference": reference.scores.class_accuracy,
+    result = _compare(drawn, reference) | {
         "snr_db": snr,
         "snr_db_min": min(snr),
         "images": len(drawn),
-        "steps": count,
-        "seed": seed,
+        "steps": reference.steps,
+        "seed": reference.seed,
+        "guidance": reference.guidance,
+        "features": reference.extractor.name,
         "provider": provider or ("cpu" if hasattr(target.denoiser, "engine") else "torch"),
         "seconds": round(seconds, 2),
         "seconds_reference": round(reference.seconds, 2),
     }
+    if hasattr(target.denoiser, "table"):
+        worst = layer_snr(target, reference.source, steps=reference.steps, seed=reference.seed)
+        result["layers_worst"] = dict(list(worst.items())[:10])
     outcomes = {str(gate): gate.holds(float(result[gate.metric])) for gate in gates}
     result |= {"gates": outcomes, "passed": all(outcomes.values())}
     return Evaluation(result, drawn, reference)
+
+
+def _check_gates(gates: tuple[Gate, ...], reference: ReferenceSet) -> None:
+    """Refuse a gate on a number that there will not be, before any drawing."""
+    missing = {"class_accuracy", "faithfulness"}
+    if reference.scores.accuracy is not None:
+        missing.remove(reference.accuracy_name)
+    if reference.scores.fd is None:
+        missing.add("fd_ratio")
+    if reference.scores.inception_score is None:
+        missing.add("inception_score")
+    for gate in gates:
+        if gate.metric in missing:
+            raise UsageError(
+                f"the gate {gate} cannot be checked: with {reference.extractor.name} there is no "
+                f"{gate.metric} of this model"
+            )
+
+
+def _compare(drawn: Tensor, reference: ReferenceSet) -> dict[str, Any]:
+    """The numbers of images against the real ones and the float model's."""
+    own, scores = (
+        reference.scores,
+        score_images(drawn, reference.subjects.labels, reference.extractor),
+    )
+    fd, interval = scores.fd, scores.fd_interval
+    if fd is None:
+        statistics = feature_statistics(own.features)
+        fd = frechet_distance(feature_statistics(scores.features), statistics)
+        interval = bootstrap_interval(scores.features, statistics)
+    precision, recall = precision_recall(scores.features, own.features)
+    result: dict[str, Any] = {
+        "fd": fd,
+        "fd_interval": interval,
+        "fd_reference": own.fd,
+        "fd_interval_reference": own.fd_interval,
+        "sfd": spatial_distance(scores, own),
+        "precision": precision,
+        "recall": recall,
+        **pixel_scores(drawn, reference.images),
+    }
+    if own.fd is not None:
+        result["fd_ratio"] = fd / own.fd
+    if scores.accuracy is not None:
+        name = reference.accuracy_name
+        result |= {name: scores.accuracy, f"{name}_reference": own.accuracy}
+        result |= {
+            "accuracy_interval": scores.accuracy_interval,
+            "accuracy_interval_reference": own.accuracy_interval,
+        }
+    if scores.inception_score is not None:
+        result["inception_score"] = scores.inception_score
+        result["inception_score_reference"] = own.inception_score
+    return result

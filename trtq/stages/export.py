@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from trtq.diffusion.sampling import seeded_noise
 from trtq.diffusion.schedule import NoiseSchedule
@@ -147,7 +147,8 @@ def export_onnx(
         manifest = _run_manifest(run)
     name = source.denoiser_name
     with new_artefact(final, overwrite=overwrite) as folder:
-        _write_graph(folder / name, traced, run, half=precision == "fp16")
+        inputs = example_inputs(traced, source.tokens)
+        _write_graph(folder / name, traced, inputs, run, half=precision == "fp16")
         save_pipeline_parts(source, folder)
         report("export", 2, 3)
         parity = _parity(source, folder / name / MODEL_FILE, run)
@@ -196,12 +197,19 @@ def _run_manifest(run: OpenRun) -> Manifest:
     return run.manifest.model_copy(update={"kind": "onnx", "source": source})
 
 
-def _write_graph(folder: Path, denoiser: nn.Module, run: OpenRun | None, *, half: bool) -> None:
+def _write_graph(
+    folder: Path,
+    denoiser: nn.Module,
+    inputs: dict[str, Tensor],
+    run: OpenRun | None,
+    *,
+    half: bool,
+) -> None:
     import onnx
     import onnx_ir as ir
 
     layers = run.stored.layers if run else {}
-    model = trace(denoiser, example_inputs(denoiser), set(layers), half=half)
+    model = trace(denoiser, inputs, set(layers), half=half)
     BroadcastTimestep()(model)
     SpellOutGroupNorm()(model)
     SpellOutSilu()(model)

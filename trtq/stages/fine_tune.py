@@ -92,7 +92,7 @@ def _trajectories(setup: FineTuning, recipe: Recipe, purpose: str) -> Trajectori
         stride=setup.accelerator.num_processes,
         seed=recipe.seed,
         purpose=purpose,
-        guidance=recipe.guidance,
+        guidance=1.0 if recipe.guidance is None else recipe.guidance,
         eta=training.eta,
         staggered=training.trajectory == "staggered",
         device=setup.accelerator.device,

@@ -7,12 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trtq.errors import UsageError
-from trtq.evaluate.images import contact_sheet, draw, labels_for, save_png
+from trtq.evaluate.images import contact_sheet, draw, save_png, subjects_for
 from trtq.progress import Reporter, silent
-from trtq.stages.load import calibrated_steps, open_any
+from trtq.stages.load import artefact_guidance, calibrated_steps, open_any
 
 __all__ = ["generate"]
 
@@ -27,7 +25,7 @@ def generate(
     class_label: int | None = None,
     prompt: str | None = None,
     steps: int | None = None,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     seed: int = 0,
     provider: str | None = None,
     report: Reporter = silent,
@@ -41,13 +39,13 @@ def generate(
         class_label: the class of all of them; by default all classes in turn.
         prompt: a text; only for text-to-image models.
         steps: denoising steps; by default what the artefact was calibrated for, else 20.
-        guidance: classifier-free guidance.
+        guidance: classifier-free guidance; by default what the artefact was calibrated with.
         seed: image i of a seed is the same in every call.
         provider: what runs it.
         report: called as work goes on.
 
     Returns:
-        `output`, `images`, `labels`, `steps`, `seed`, `seconds`.
+        `output`, `images`, `labels`, `prompts`, `steps`, `seed`, `seconds`.
 
     Raises:
         TrtqError: see `trtq.errors`; no file is left.
@@ -58,21 +56,16 @@ def generate(
     if not target.parent.is_dir():
         raise UsageError(f"the folder {target.parent} does not exist")
     source = open_any(path, provider)
-    if prompt is not None:
-        raise UsageError("this model takes classes, not prompts: use --class-label")
-    labels = labels_for(source, images)
-    if class_label is not None:
-        if labels is None:
-            raise UsageError("this model has no classes")
-        labels = torch.full((images,), class_label)
+    subjects = subjects_for(source, images, class_label=class_label, prompt=prompt)
+    if guidance is None:
+        guidance = artefact_guidance(path)
     count = steps or calibrated_steps(path) or 20
     start = time.monotonic()
     drawn = draw(
         source,
-        images,
+        subjects,
         steps=count,
         seed=seed,
-        labels=labels,
         guidance=guidance,
         progress=lambda done, total: report("draw", done, total),
     )
@@ -83,7 +76,8 @@ def generate(
     return {
         "output": str(target),
         "images": images,
-        "labels": labels.tolist() if labels is not None else None,
+        "labels": None if subjects.classes is None else subjects.classes.tolist(),
+        "prompts": None if subjects.prompts is None else list(subjects.prompts),
         "steps": count,
         "seed": seed,
         "seconds": round(seconds, 3),

@@ -13,7 +13,7 @@ from trtq.manifest import artefact_kind, read_manifest
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
 from trtq.stages.run_folder import open_run
 
-__all__ = ["MODEL_FILE", "calibrated_steps", "load", "open_any"]
+__all__ = ["MODEL_FILE", "artefact_guidance", "calibrated_steps", "load", "open_any"]
 
 MODEL_FILE = "model.onnx"
 TORCH = "torch"
@@ -80,3 +80,12 @@ def calibrated_steps(path: str | Path | Any) -> int | None:
         return None
     recipe = read_manifest(folder).recipe
     return int(recipe["steps"]) if recipe else None
+
+
+def artefact_guidance(path: str | Path | Any) -> float | None:
+    """The guidance an artefact was calibrated with; None for a float checkpoint."""
+    folder = Path(path) if isinstance(path, str | Path) else None
+    if folder is None or not folder.is_dir() or artefact_kind(folder) is None:
+        return None
+    guidance = (read_manifest(folder).recipe or {}).get("guidance")
+    return None if guidance is None else float(guidance)

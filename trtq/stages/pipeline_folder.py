@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.source import (
     CLASSES_NAME,
     INDEX_NAME,
     Source,
+    quiet_diffusers,
     read_null_class,
     wrap_pipeline,
 )
@@ -22,21 +27,30 @@ __all__ = ["load_pipeline_parts", "save_pipeline_parts", "skeleton"]
 
 
 def save_pipeline_parts(source: Source, folder: Path) -> None:
-    """Write model index, scheduler and the denoiser's configuration, in diffusers' layout."""
+    """Write all of the pipeline but the denoiser's weights, in diffusers' layout."""
     name = source.denoiser_name
-    scheduler = source.pipeline.scheduler
-    index: dict[str, Any] = {
-        "_class_name": _diffusers_class(source.pipeline),
-        name: ["diffusers", type(source.model).__name__],
-        "scheduler": ["diffusers", type(scheduler).__name__],
-    }
+    pipeline = source.pipeline
+    index: dict[str, Any] = {"_class_name": _diffusers_class(pipeline)}
+    for part, component in pipeline.components.items():
+        if component is None:
+            index[part] = [None, None]
+        elif part == name:
+            index[part] = ["diffusers", type(source.model).__name__]
+        else:
+            index[part] = [type(component).__module__.partition(".")[0], type(component).__name__]
+            with quiet_diffusers():
+                component.save_pretrained(folder / part)
+    if pipeline.config.get("requires_safety_checker") is not None:
+        index["requires_safety_checker"] = pipeline.config.requires_safety_checker
     if source.folder is not None and (source.folder / CLASSES_NAME).is_file():
         shutil.copyfile(source.folder / CLASSES_NAME, folder / CLASSES_NAME)
-    elif source.pipeline.config.get("null_class") is not None:
-        classes = {"null_class": source.pipeline.config.null_class}
+    elif pipeline.config.get("null_class") is not None:
+        classes = {"null_class": pipeline.config.null_class}
         (folder / CLASSES_NAME).write_text(json.dumps(classes) + "\n")
+    if source.prompts is not None:
+        kept = source.prompts.model_copy(update={"evaluation": ()})
+        (folder / PROMPTS_NAME).write_text(kept.model_dump_json() + "\n", encoding="utf-8")
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    scheduler.save_pretrained(folder / "scheduler")
     source.model.save_config(folder / name)
 
 
@@ -86,16 +100,43 @@ def load_pipeline_parts(folder: Path, denoiser_name: str, denoiser: Any) -> Any:
     import diffusers
 
     index = _index(folder)
-    _, scheduler_name = index.get("scheduler", ("", ""))
-    scheduler_class = getattr(diffusers, scheduler_name, None)
     pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
-    if scheduler_class is None or pipeline_class is None:
-        raise ArtefactError(f"{folder / INDEX_NAME} names classes that diffusers does not have")
+    if pipeline_class is None:
+        raise ArtefactError(f"{folder / INDEX_NAME} names a pipeline that diffusers does not have")
+    parts: dict[str, Any] = {}
+    for part, entry in index.items():
+        if part == denoiser_name:
+            parts[part] = denoiser
+        elif isinstance(entry, list):
+            parts[part] = _load_part(folder, part, *entry)
+        elif part == "requires_safety_checker":
+            parts[part] = bool(entry)
     try:
-        scheduler = scheduler_class.from_pretrained(folder / "scheduler")
-    except (OSError, ValueError) as err:
-        raise ArtefactError(f"{folder}: cannot load the scheduler: {err}") from err
-    pipeline = pipeline_class(**{denoiser_name: denoiser, "scheduler": scheduler})
-    pipeline = wrap_pipeline(pipeline, read_null_class(folder))
+        pipeline = wrap_pipeline(pipeline_class(**parts), read_null_class(folder))
+    except (TypeError, ValueError, AttributeError) as err:
+        raise ArtefactError(f"{folder}: cannot put the pipeline together: {err}") from err
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _load_part(folder: Path, part: str, library: Any = None, class_name: Any = None) -> Any:
+    """One component of a pipeline; only classes of diffusers and transformers, only safetensors."""
+    if library is None:
+        return None
+    if library not in ("diffusers", "transformers"):
+        raise ArtefactError(
+            f"{folder / INDEX_NAME} wants {part!r} from {library!r}; only diffusers and transformers "
+            "are loaded from"
+        )
+    cls = getattr(importlib.import_module(library), str(class_name), None)
+    if cls is None or not hasattr(cls, "from_pretrained"):
+        raise ArtefactError(f"{folder / INDEX_NAME} names {class_name!r}, which {library} has not")
+    options: dict[str, Any] = {"local_files_only": True}
+    if isinstance(cls, type) and issubclass(cls, nn.Module):
+        options |= {"use_safetensors": True, "dtype": torch.float32}
+    try:
+        with quiet_diffusers():
+            loaded = cls.from_pretrained(folder / part, **options)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as err:
+        raise ArtefactError(f"{folder}: cannot load {part!r}: {err}") from err
+    return loaded.eval() if isinstance(loaded, nn.Module) else loaded

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from trtq.calib.policy import Policy, load_policy, plan_layers
 from trtq.calib.recipe import Recipe, load_recipe
 from trtq.calib.record import activation_tables, record
+from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import Source, load_source
 from trtq.errors import QuantizationError, UsageError
@@ -113,7 +114,14 @@ def plan_quantize(model: str | Path | Any, recipe: Recipe) -> QuantizePlan:
         # The caller's pipeline stays as it is.
         pipeline = copy.copy(source.pipeline)
         setattr(pipeline, source.denoiser_name, copy.deepcopy(source.denoiser))
-        source = replace(source, pipeline=pipeline)
+        source = Source(source.name, None, pipeline, source.denoiser_name, source.prompts)
+    if recipe.guidance is None:
+        recipe = recipe.model_copy(update={"guidance": source.guidance})
+    if recipe.prompts is not None:
+        if source.prompts is None:
+            raise UsageError(f"{source.name} takes no prompts")
+        lines = read_lines(Path(recipe.prompts))
+        source.prompts = source.prompts.model_copy(update={"calibration": lines})
     policy = load_policy(
         type(source.denoiser).__name__, Path(recipe.policy) if recipe.policy else None
     )
@@ -180,6 +188,7 @@ def _calibrate(
     plan: QuantizePlan, schedule: NoiseSchedule, device: torch.device, report: Reporter
 ) -> dict[str, tuple[Tensor, Tensor]]:
     recipe, source = plan.recipe, plan.source
+    assert recipe.guidance is not None
     recordings = record(
         source.denoiser,
         plan.layers,
@@ -282,6 +291,7 @@ def quantize(
     final = check_output(Path(out), overwrite=overwrite)
     chosen = _as_recipe(recipe)
     plan = plan_quantize(pipeline_or_path, chosen)
+    chosen = plan.recipe
     accelerator = accelerator_for(chosen)
     if not accelerator.is_main_process:
         _share(plan, accelerator, partial_folder(final), resume, silent)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from trtq.evaluate.images import contact_sheet
-from trtq.manifest import artefact_kind, read_manifest
+from trtq.manifest import artefact_kind
 from trtq.quant import precision_text
 from trtq.report.page import Page, Section, Table, picture
 from trtq.report.plots import scale_map, snr_curves
-from trtq.stages.evaluate import Evaluation
+from trtq.stages.evaluate import METRICS, Evaluation
 from trtq.stages.inspect import inspect_artefact
 
 __all__ = ["evaluation_page", "grid_section", "layer_sections", "scale_range", "snr_section"]
@@ -82,26 +82,52 @@ def evaluation_page(path: str, evaluation: Evaluation) -> Page:
     """The report of `trtq eval`."""
     result = evaluation.result
     reference = evaluation.reference
-    rows = (
-        ("float", f"{result['fd_reference']:.3f}", f"{result['class_accuracy_reference']:.1%}"),
-        (path, f"{result['fd']:.3f}", f"{result['class_accuracy']:.1%}"),
-    )
-    table = Table(("model", "Fréchet distance", "class accuracy"), rows)
     name = Path(path).name or path
     timesteps = sorted(reference.source.timesteps(result["steps"]))
     sections = [
-        Section("Numbers", _gates(result["gates"]), table),
+        Section("Numbers", _gates(result["gates"]), _numbers(result)),
         grid_section({"float": reference.images, name: evaluation.images}),
         snr_section({name: result["snr_db"]}, timesteps),
     ]
+    if result.get("layers_worst"):
+        rows = tuple((layer, f"{db:.1f}") for layer, db in result["layers_worst"].items())
+        text = (
+            "Signal-to-noise ratio of each layer's output against the float model's, on the same inputs "
+            "of the denoiser; a layer's error includes what reaches it from the layers before."
+        )
+        sections.append(Section("Layers that hurt most", text, Table(("layer", "dB"), rows)))
     if Path(path).is_dir() and artefact_kind(Path(path)) is not None:
-        read_manifest(Path(path))
         sections += layer_sections(path)
     lead = (
         f"{result['images']} images with each model, {result['steps']} steps, seed {result['seed']}, "
-        f"provider {result['provider']}."
+        f"guidance {result['guidance']:g}, provider {result['provider']}, features of "
+        f"{result['features']}."
     )
     return Page(f"{name} against {reference.source.name}", lead, tuple(sections))
+
+
+_INTERVALS = {"fd": "fd_interval", "class_accuracy": "accuracy_interval"}
+_INTERVALS["faithfulness"] = _INTERVALS["class_accuracy"]
+
+
+def _numbers(result: dict[str, Any]) -> Table:
+    """Every metric that there is, of both models, with its 95 % interval."""
+
+    def shown(key: str, interval: str | None) -> str:
+        value = result.get(key)
+        if value is None:
+            return ""
+        bounds = result.get(interval) if interval else None
+        return f"{value:.3f}" + (f" ({bounds[0]:.3f} .. {bounds[1]:.3f})" if bounds else "")
+
+    rows = []
+    for key, meaning in METRICS.items():
+        if result.get(key) is None:
+            continue
+        interval = _INTERVALS.get(key)
+        theirs = shown(f"{key}_reference", interval and f"{interval}_reference")
+        rows.append((key, shown(key, interval), theirs, meaning))
+    return Table(("metric", "this model", "float", "what it is"), tuple(rows))
 
 
 def _gates(gates: dict[str, bool]) -> str:
