@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import trtq
-from trtq.errors import GateError, TrtqError
+from trtq.errors import GateError, TrtqError, UsageError
 from trtq.progress import LineReporter
 
 app = typer.Typer(
@@ -144,7 +144,8 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A diffusers folder, a hub id, or digits.")],
     output: Output,
     method: Annotated[
-        str | None, typer.Option("--method", help="minmax, search or efficientdm (default).")
+        str | None,
+        typer.Option("--method", help="minmax, search, efficientdm (default), quest, combined."),
     ] = None,
     bits: Annotated[str | None, typer.Option("--bits", help="E.g. w4a4, w4a8, w8a8.")] = None,
     tables: Annotated[
@@ -158,6 +159,14 @@ def quantize(
     iterations: Annotated[
         int | None, typer.Option("--iterations", min=1, help="Fine-tuning iterations.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", help="FILE[:SCALE], merged before quantising; may be repeated."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Float checkpoint of a run whose LoRAs change, if it moved."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from an interrupted run's checkpoint.")
     ] = False,
@@ -170,11 +179,16 @@ def quantize(
 ) -> None:
     """Make a low-bit run of a checkpoint: calibrate, fine-tune without data, merge, pack.
 
+    With a run in place of MODEL and --lora, the run's LoRAs are exchanged without fine-tuning again.
+
     Example: trtq quantize digits -o run --bits w4a4
     """
     from trtq.calib.recipe import load_recipe
+    from trtq.lora import parse_lora
     from trtq.stages.quantize import describe_plan, plan_quantize
     from trtq.stages.quantize import quantize as run_stage
+    from trtq.stages.requantize import requantize
+    from trtq.stages.run_folder import is_run
 
     with _command(verbose):
         given: dict[str, Any] = {
@@ -185,15 +199,33 @@ def quantize(
             "seed": seed,
         }
         overrides = {key: value for key, value in given.items() if value is not None}
+        loras = [parse_lora(text) for text in lora or []]
+        if loras and is_run(model):
+            if overrides or recipe or iterations or resume or dry_run:
+                raise UsageError(
+                    "a run whose LoRAs are exchanged keeps its recipe; give only --lora, --base, "
+                    "--overwrite and --output"
+                )
+            result = requantize(
+                model, loras, output, base=base, overwrite=overwrite, report=LineReporter()
+            )
+            _show(result, as_json, lambda r: _pairs(f"run: {output}", r))
+            return
         if iterations is not None:
             overrides["training"] = {"iterations": iterations}
         chosen = load_recipe(recipe, overrides)
         if dry_run:
-            result = describe_plan(plan_quantize(model, chosen))
+            result = describe_plan(plan_quantize(model, chosen, loras))
             _show(result, as_json, lambda r: _pairs("would quantize", r))
             return
         result = run_stage(
-            model, chosen, output, resume=resume, overwrite=overwrite, report=LineReporter()
+            model,
+            chosen,
+            output,
+            loras=loras,
+            resume=resume,
+            overwrite=overwrite,
+            report=LineReporter(),
         )
         if result:  # Empty in all processes of accelerate but the first.
             _show(result, as_json, lambda r: _pairs(f"run: {output}", r))

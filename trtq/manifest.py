@@ -71,6 +71,7 @@ class LayerRow(_Strict):
         weight_bits: None: there is no weight, or the layer runs in float.
         activation_bits: of the (first) input; None: the layer runs in float.
         right_bits: of a product's second input.
+        adapters: whether fine-tuning gave it QALoRA adapters.
         reason: why.
     """
 
@@ -79,6 +80,7 @@ class LayerRow(_Strict):
     weight_bits: int | None
     activation_bits: int | None
     right_bits: int | None = None
+    adapters: bool = False
     reason: str
 
 

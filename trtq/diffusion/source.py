@@ -96,6 +96,10 @@ class Source:
         assert self.prompts is not None
         return self.encode([*self.prompts.calibration, ""])
 
+    def forget_prompts(self) -> None:
+        """Encode the prompts again when they are needed: the text encoder has changed."""
+        self.__dict__.pop("_encoded", None)
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
         """prompts[P] -> text conditions `[P, S, D]`, on the CPU.
@@ -150,15 +154,17 @@ class Source:
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
     """Keep diffusers' and transformers' progress bars off standard error inside the block."""
-    from diffusers.utils import logging
+    from diffusers.utils import logging as ours
+    from transformers.utils import logging as theirs
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = [log for log in (ours, theirs) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for log in shown:
+            log.enable_progress_bar()
 
 
 def find_denoiser(pipeline: Any) -> str:

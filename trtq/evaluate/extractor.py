@@ -86,9 +86,9 @@ class ClipExtractor:
             self.model: Any = CLIPVisionModelWithProjection.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
-            self.model.eval()
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as err:
             raise ArtefactError(f"{folder} does not hold a CLIP vision model: {err}") from err
+        self.model.train(False)
         self.name = f"CLIP ({folder.name})"
         self.reference: Statistics | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,9 +103,10 @@ def inception_score(answers: Mapping[str, Tensor]) -> float:
     joint = torch.zeros(len(next(iter(answers.values()))), 1)
     for logits in answers.values():
         joint = (joint[:, :, None] + logits.log_softmax(1)[:, None, :]).flatten(1)
-    metric = image.InceptionScore(_Logits(), splits=min(_SCORE_SPLITS, len(joint)))
-    # It shuffles the images before splitting them, from torch's global randomness.
-    with torch.random.fork_rng(devices=[]):
+    # It warns that it keeps all logits, and shuffles them, from torch's global randomness.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", UserWarning)
+        metric = image.InceptionScore(_Logits(), splits=min(_SCORE_SPLITS, len(joint)))
         torch.manual_seed(0)
         metric.update(joint)
         mean, _ = metric.compute()

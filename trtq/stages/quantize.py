@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trtq.calib.policy import Policy, load_policy, plan_layers
 from trtq.calib.recipe import Recipe, load_recipe
@@ -23,12 +23,14 @@ from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import Source, load_source
 from trtq.errors import QuantizationError, UsageError
+from trtq.lora import LoraRequest, MergedLora, merge_loras
 from trtq.manifest import (
     CHECKPOINTS,
     LayerRow,
     Manifest,
     SourceRow,
     StructureRow,
+    artefact_kind,
     check_output,
     file_hashes,
     new_artefact,
@@ -48,6 +50,7 @@ from trtq.quant import (
     skip_splits,
 )
 from trtq.quant.storage import FILE_NAME, save_denoiser
+from trtq.quant.trained import TRAINED_NAME, save_trained
 from trtq.resources import peak_rss_bytes
 from trtq.seeds import seeded_generator
 from trtq.stages.fine_tune import FineTuning, accelerator_for, fine_tune
@@ -67,6 +70,7 @@ class QuantizePlan:
         table: the calibrated timesteps.
         structure: what was brought into another form; the source's denoiser is in it already.
         policy: the rules that decided about the layers.
+        loras: what was merged into the float weights.
     """
 
     source: Source
@@ -75,6 +79,7 @@ class QuantizePlan:
     table: TimestepTable
     structure: Structure
     policy: Policy
+    loras: Sequence[MergedLora] = ()
 
     @property
     def quantized(self) -> int:
@@ -102,19 +107,36 @@ class QuantizePlan:
         return total + 2 * rest
 
 
-def plan_quantize(model: str | Path | Any, recipe: Recipe) -> QuantizePlan:
-    """Load the checkpoint and decide about every layer.
+def plan_quantize(
+    model: str | Path | Any, recipe: Recipe, loras: Sequence[LoraRequest] = ()
+) -> QuantizePlan:
+    """Load the checkpoint, merge LoRAs into it and decide about every layer.
 
     Raises:
         ArtefactError: the checkpoint cannot be read.
         QuantizationError: no layer would be quantised.
     """
+    if isinstance(model, str | Path) and Path(model).is_dir():
+        kind = artefact_kind(Path(model))
+        if kind is not None:
+            raise UsageError(
+                f"{model} is of kind {kind!r} and quantised already; give a float checkpoint, or a run "
+                "together with --lora to change its LoRAs"
+            )
     source = load_source(model)
     if not isinstance(model, str | Path):
         # The caller's pipeline stays as it is.
         pipeline = copy.copy(source.pipeline)
-        setattr(pipeline, source.denoiser_name, copy.deepcopy(source.denoiser))
+        for name, part in pipeline.components.items():
+            if name == source.denoiser_name or (loras and isinstance(part, nn.Module)):
+                setattr(pipeline, name, copy.deepcopy(part))
         source = Source(source.name, None, pipeline, source.denoiser_name, source.prompts)
+    components = {
+        name: part
+        for name, part in source.pipeline.components.items()
+        if isinstance(part, nn.Module)
+    }
+    merged = merge_loras(components, loras, source.denoiser_name)
     if recipe.guidance is None:
         recipe = recipe.model_copy(update={"guidance": source.guidance})
     if recipe.prompts is not None:
@@ -145,7 +167,7 @@ def plan_quantize(model: str | Path | Any, recipe: Recipe) -> QuantizePlan:
     timesteps = source.timesteps(recipe.steps)
     if recipe.tables == "static":
         timesteps = timesteps[len(timesteps) // 2 :][:1]
-    return QuantizePlan(source, recipe, layers, TimestepTable(timesteps), structure, policy)
+    return QuantizePlan(source, recipe, layers, TimestepTable(timesteps), structure, policy, merged)
 
 
 def describe_plan(plan: QuantizePlan) -> dict[str, Any]:
@@ -218,6 +240,7 @@ def _calibrate(
 def _fingerprint(plan: QuantizePlan, files: dict[str, str]) -> str:
     parts = [plan.recipe.model_dump_json(), json.dumps(files, sort_keys=True)]
     parts += [repr(layer) for layer in plan.layers]
+    parts += [repr(lora) for lora in plan.loras]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -263,6 +286,7 @@ def quantize(
     recipe: Recipe | str | Path | dict[str, Any] | None = None,
     out: str | Path = "run",
     *,
+    loras: Sequence[LoraRequest] = (),
     resume: bool = False,
     overwrite: bool = False,
     report: Reporter = silent,
@@ -276,6 +300,7 @@ def quantize(
         pipeline_or_path: a diffusers folder, a shipped model's name, a hub id or a pipeline object.
         recipe: a `Recipe`, the name of a method, a TOML file, or a dict of overrides.
         out: folder of the run.
+        loras: merged into the float weights first.
         resume: go on from the newest checkpoint of an interrupted run.
         overwrite: replace a run that is already there.
         report: called as work goes on.
@@ -290,7 +315,7 @@ def quantize(
     start = time.monotonic()
     final = check_output(Path(out), overwrite=overwrite)
     chosen = _as_recipe(recipe)
-    plan = plan_quantize(pipeline_or_path, chosen)
+    plan = plan_quantize(pipeline_or_path, chosen, loras)
     chosen = plan.recipe
     accelerator = accelerator_for(chosen)
     if not accelerator.is_main_process:
@@ -302,6 +327,7 @@ def quantize(
         bytes_before, files = plan.bytes_before(), _source_files(plan.source)
         quantized, tuning = _share(plan, accelerator, folder, resume, report)
         save_denoiser(folder / FILE_NAME, quantized, merge(quantized))
+        save_trained(folder / TRAINED_NAME, quantized)
         save_pipeline_parts(plan.source, folder)
         metrics = tuning | _zero_point_note(plan)
         metrics |= {
@@ -376,6 +402,7 @@ def _manifest(plan: QuantizePlan, files: dict[str, str], metrics: dict[str, Any]
                 weight_bits=layer.weight_bits,
                 activation_bits=layer.activation_bits,
                 right_bits=layer.right_bits,
+                adapters=layer.adapters and plan.recipe.training is not None,
                 reason=layer.reason,
             )
             for layer in plan.layers
@@ -383,5 +410,6 @@ def _manifest(plan: QuantizePlan, files: dict[str, str], metrics: dict[str, Any]
         structure=StructureRow(
             attention=list(plan.structure.attention), splits=dict(plan.structure.splits)
         ),
+        loras=[lora.as_dict() for lora in plan.loras],
         metrics=metrics,
     )

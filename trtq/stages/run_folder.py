@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from trtq.diffusion.source import Source
-from trtq.manifest import Manifest, read_manifest
+from trtq.manifest import Manifest, artefact_kind, read_manifest
 from trtq.quant import LayerPlan, QuantizedDenoiser, Structure, TimestepTable, apply_structure
 from trtq.quant.storage import FILE_NAME, StoredDenoiser, load_stored
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
 
-__all__ = ["OpenRun", "open_run"]
+__all__ = ["OpenRun", "is_run", "layer_plans", "open_run"]
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,16 @@ def layer_plans(manifest: Manifest) -> list[LayerPlan]:
             row.weight_bits,
             row.activation_bits,
             row.reason,
+            adapters=row.adapters,
             right_bits=row.right_bits,
         )
         for row in manifest.layers
     ]
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is the folder of a run."""
+    return Path(path).is_dir() and artefact_kind(Path(path)) == "run"
 
 
 def open_run(folder: Path) -> OpenRun:

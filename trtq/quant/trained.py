@@ -1,0 +1,102 @@
+"""`trained.safetensors`: what fine-tuning added to the float weights, before it vanished into codes.
+
+With it and the float checkpoint a run can be quantised again, e.g. with a LoRA in the weights, without
+fine-tuning again. Keys are `<module path>:<tensor>`; a run that was not fine-tuned has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trtq.errors import ArtefactError
+from trtq.quant.convert import LowBitTensors, QuantizedDenoiser, named_errors
+from trtq.quant.deployed import LayerTensors
+from trtq.quant.fake_quant import quantize_codes
+from trtq.quant.modules import QuantLayer
+
+__all__ = ["TRAINED_NAME", "restore_trained", "save_trained"]
+
+TRAINED_NAME = "trained.safetensors"
+
+
+@torch.no_grad()
+def save_trained(path: Path, quantized: QuantizedDenoiser) -> None:
+    """Write adapters, tuned weights (as differences) and rounding directions, float32."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in quantized.layers():
+        if layer.lora_A is not None and layer.lora_B is not None:
+            tensors[f"{name}:lora_A"] = layer.lora_A.detach().clone()
+            tensors[f"{name}:lora_B"] = layer.lora_B.detach().clone()
+        if layer.tuned_weight is not None:
+            tensors[f"{name}:tuned_weight"] = layer.tuned_weight - layer.weight
+        if layer.tuned_bias is not None and layer.bias is not None:
+            tensors[f"{name}:tuned_bias"] = layer.tuned_bias - layer.bias
+        if layer.alpha is not None:
+            tensors[f"{name}:rounded_up"] = (layer.alpha >= 0).to(torch.uint8)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+
+
+@torch.no_grad()
+def restore_trained(
+    path: Path, quantized: QuantizedDenoiser, merged: Mapping[str, LowBitTensors]
+) -> None:
+    """Bring a freshly converted denoiser to where a run's fine-tuning ended, on its own float weights.
+
+    Args:
+        path: the run's file.
+        quantized: converted with the run's plans and recipe; changed in place.
+        merged: the run's integers, for weight scales and activation tables.
+
+    Raises:
+        ArtefactError: the file is damaged, or of another model.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as err:
+        raise ArtefactError(f"cannot read {path}: {err}") from err
+    for name, layer in quantized.layers():
+        numbers = merged[name]
+        assert isinstance(numbers, LayerTensors)
+        own = {
+            key.rpartition(":")[2]: value
+            for key, value in tensors.items()
+            if key.rpartition(":")[0] == name
+        }
+        try:
+            with named_errors(name):
+                _restore(layer, numbers, own)
+        except (RuntimeError, KeyError) as err:
+            raise ArtefactError(f"{path} does not fit the layer {name!r}: {err}") from err
+    operands = {
+        f"{name}.{operand}": one
+        for name, layer in merged.items()
+        for operand, one in layer.operands.items()
+    }
+    for name, quantizer in quantized.activations():
+        quantizer.set_range(operands[name].scale, -operands[name].low.float())
+
+
+def _restore(layer: QuantLayer, numbers: LayerTensors, own: Mapping[str, Tensor]) -> None:
+    layer.weight_scale.copy_(numbers.weight.scale)
+    layer.weight_zero_point.copy_(numbers.weight.zero_point)
+    if layer.base_codes is not None:
+        scale, zero_point = layer.weight_scale, layer.weight_zero_point
+        codes = quantize_codes(layer.weight, scale, zero_point, 0, layer.weight_qmax)
+        layer.base_codes.copy_(codes.to(torch.uint8))
+    if layer.lora_A is not None and layer.lora_B is not None:
+        layer.lora_A.copy_(own["lora_A"])
+        layer.lora_B.copy_(own["lora_B"])
+    if "tuned_weight" in own:
+        layer.tune()
+        assert layer.tuned_weight is not None
+        layer.tuned_weight.add_(own["tuned_weight"])
+        if layer.tuned_bias is not None:
+            layer.tuned_bias.add_(own["tuned_bias"])
+    if "rounded_up" in own:
+        layer.alpha = nn.Parameter(own["rounded_up"].float() - 0.5, requires_grad=False)
