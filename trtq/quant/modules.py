@@ -89,6 +89,7 @@ class QuantLayer(nn.Module):
     bias: nn.Parameter | None
     weight_zero_point: Tensor
     base_codes: Tensor | None
+    base_scale: Tensor | None
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     tuned_weight: nn.Parameter | None
@@ -156,6 +157,7 @@ class QuantLayer(nn.Module):
             if base == "int"
             else None,
         )
+        self.register_buffer("base_scale", scale.clone() if base == "int" else None)
         self.weight_scale_dequant = (
             nn.Parameter(self.weight_scale.data) if split_step and base == "int" else None
         )

@@ -27,12 +27,14 @@ TRAINED_NAME = "trained.safetensors"
 
 @torch.no_grad()
 def save_trained(path: Path, quantized: QuantizedDenoiser) -> None:
-    """Write adapters, tuned weights (as differences) and rounding directions, float32."""
+    """Write adapters, first steps, tuned weights (as differences) and rounding directions."""
     tensors: dict[str, Tensor] = {}
     for name, layer in quantized.layers():
         if layer.lora_A is not None and layer.lora_B is not None:
             tensors[f"{name}:lora_A"] = layer.lora_A.detach().clone()
             tensors[f"{name}:lora_B"] = layer.lora_B.detach().clone()
+        if layer.base_scale is not None:
+            tensors[f"{name}:base_scale"] = layer.base_scale
         if layer.tuned_weight is not None:
             tensors[f"{name}:tuned_weight"] = layer.tuned_weight - layer.weight
         if layer.tuned_bias is not None and layer.bias is not None:
@@ -85,8 +87,10 @@ def restore_trained(
 def _restore(layer: QuantLayer, numbers: LayerTensors, own: Mapping[str, Tensor]) -> None:
     layer.weight_scale.copy_(numbers.weight.scale)
     layer.weight_zero_point.copy_(numbers.weight.zero_point)
-    if layer.base_codes is not None:
-        scale, zero_point = layer.weight_scale, layer.weight_zero_point
+    if layer.base_codes is not None and layer.base_scale is not None:
+        # The codes of the base were found with the step before it was trained.
+        layer.base_scale.copy_(own["base_scale"])
+        scale, zero_point = layer.base_scale, layer.weight_zero_point
         codes = quantize_codes(layer.weight, scale, zero_point, 0, layer.weight_qmax)
         layer.base_codes.copy_(codes.to(torch.uint8))
     if layer.lora_A is not None and layer.lora_B is not None:
