@@ -159,6 +159,10 @@ def quantize(
     iterations: Annotated[
         int | None, typer.Option("--iterations", min=1, help="Fine-tuning iterations.")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="Weight bits by sensitivity: size=0.15x or bitops=0.1x."),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option("--lora", help="FILE[:SCALE], merged before quantising; may be repeated."),
@@ -185,7 +189,7 @@ def quantize(
     """
     from trtq.calib.recipe import load_recipe
     from trtq.lora import parse_lora
-    from trtq.stages.quantize import describe_plan, plan_quantize
+    from trtq.stages.plan import describe_plan, plan_quantize
     from trtq.stages.quantize import quantize as run_stage
     from trtq.stages.requantize import requantize
     from trtq.stages.run_folder import is_run
@@ -197,6 +201,7 @@ def quantize(
             "tables": tables,
             "steps": steps,
             "seed": seed,
+            "budget": budget,
         }
         overrides = {key: value for key, value in given.items() if value is not None}
         loras = [parse_lora(text) for text in lora or []]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trtq.calib.policy import explain, parse_bits, read_toml
+from trtq.calib.sensitivity import parse_budget
 from trtq.errors import RecipeError
 from trtq.quant.ranges import check_bits
 
@@ -121,6 +122,8 @@ class Recipe(_Strict):
     seed: int = Field(0, ge=0, lt=1 << 31)
     policy: str | None = None
     """A policy file to use instead of the family's."""
+    budget: str | None = None
+    """Mixed precision: weight bits by sensitivity within e.g. `size=0.15x`, see `calib.sensitivity`."""
     split_skips: bool = False
     """Quantisers of their own for both sources of a decoder's skip convolutions (QuEST)."""
     attention: Attention = Attention()
@@ -133,6 +136,13 @@ class Recipe(_Strict):
     def _known_bits(cls, value: str) -> str:
         parse_bits(value)
         return value.lower()
+
+    @field_validator("budget")
+    @classmethod
+    def _known_budget(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_budget(value)
+        return value
 
     @field_validator("method")
     @classmethod

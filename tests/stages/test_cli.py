@@ -88,7 +88,7 @@ def test_inspect_shows_layers_bits_and_tables(digits_run):
     assert found["precisions"] == {"w8a8": 10, "w4a4": 41}
     assert len(found["timesteps"]) == 4
     rows = {row["name"]: row for row in found["layers"]}
-    assert len(rows["mid_block.resnets.0.conv1"]["scale"]) == 4
+    assert len(rows["mid_block.resnets.0.conv1"]["scale"]["activation"]) == 4
     assert rows["conv_in"]["zero_points"] == [128]
     assert run("inspect", digits_run).exit_code == 0
 

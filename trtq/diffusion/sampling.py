@@ -13,7 +13,7 @@ from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import UsageError
 from trtq.seeds import seeded_generator
 
-__all__ = ["Conditions", "TrajectoryPoint", "predict", "seeded_noise", "walk"]
+__all__ = ["Conditions", "TrajectoryPoint", "predict", "seeded_noise", "spread", "walk"]
 
 Denoiser = Callable[..., Any]
 
@@ -131,6 +131,27 @@ class TrajectoryPoint:
     timestep: float
     x: Tensor
     predicted: Tensor
+
+
+@torch.no_grad()
+def spread(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    noise: Tensor,
+    conditions: Conditions,
+    guidance: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Points all along the denoiser's trajectories: item i of B stands at step `i * T // B`.
+
+    Returns:
+        Inputs `[B,C,H,W]` and their timesteps `[B]`.
+    """
+    position = torch.arange(len(noise), device=noise.device) * len(schedule) // len(noise)
+    x = torch.empty_like(noise)
+    for point in walk(denoiser, schedule, noise, conditions, guidance):
+        here = position == point.position
+        x[here] = point.x[here]
+    return x, schedule.timesteps.to(noise.device)[position]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq._optional import require
-from trtq.diffusion.sampling import predict, seeded_noise, walk
+from trtq.diffusion.sampling import predict, seeded_noise, spread, walk
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import Source
 from trtq.evaluate.extractor import Extractor
@@ -200,10 +200,7 @@ def layer_snr(
     schedule = NoiseSchedule.of(reference.pipeline.scheduler, steps)
     conditions = reference.draw_conditions(images, seeded_generator(seed, "layer conditions"))
     noise = seeded_noise(reference.sample_shape, seed, 0, images)
-    position = torch.arange(images) * len(schedule) // images
-    x = torch.empty_like(noise)
-    for point in walk(reference.denoiser, schedule, noise, conditions):
-        x[position == point.position] = point.x[position == point.position]
+    x, timesteps = spread(reference.denoiser, schedule, noise, conditions)
     names = [
         name
         for name, module in reference.model.named_modules()
@@ -212,7 +209,7 @@ def layer_snr(
     outputs = []
     for model in (reference, source):
         with _collected(model.model, names) as seen, torch.no_grad():
-            predict(model.denoiser, x, schedule.timesteps[position], conditions)
+            predict(model.denoiser, x, timesteps, conditions)
         outputs.append(seen)
     found = {
         name: snr_db(outputs[0][name], outputs[1][name]) for name in names if name in outputs[1]

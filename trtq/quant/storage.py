@@ -28,7 +28,7 @@ from trtq.quant.deployed import LayerTensors, ProductTensors
 from trtq.quant.modules import QuantLayer, QuantProduct
 from trtq.quant.timestep import TimestepTable
 
-__all__ = ["FILE_NAME", "StoredDenoiser", "load_stored", "save_denoiser"]
+__all__ = ["FILE_NAME", "StoredDenoiser", "load_stored", "save_denoiser", "stored_bytes"]
 
 FILE_NAME = "quantized.safetensors"
 
@@ -40,6 +40,11 @@ def _compact(tensor: Tensor) -> Tensor:
         return tensor.contiguous()
     half = tensor.half()
     return (half if torch.equal(half.float(), tensor) else tensor).contiguous()
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """What a float tensor takes in the file."""
+    return _compact(tensor).nbytes
 
 
 def save_denoiser(

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trtq.calib.policy import Policy, load_policy, plan_layers
 from trtq.calib.recipe import Recipe, load_recipe
 from trtq.calib.record import activation_tables, record
-from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.schedule import NoiseSchedule
-from trtq.diffusion.source import Source, load_source
-from trtq.errors import QuantizationError, UsageError
-from trtq.lora import LoraRequest, MergedLora, merge_loras
+from trtq.diffusion.source import Source
+from trtq.errors import UsageError
+from trtq.lora import LoraRequest
 from trtq.manifest import (
     CHECKPOINTS,
     LayerRow,
     Manifest,
     SourceRow,
     StructureRow,
-    artefact_kind,
     check_output,
     file_hashes,
     new_artefact,
@@ -39,15 +33,10 @@ from trtq.manifest import (
 )
 from trtq.progress import Reporter, silent
 from trtq.quant import (
-    LayerPlan,
     QuantizedDenoiser,
-    Structure,
     TimestepTable,
-    apply_structure,
-    attention_modules,
     convert,
     merge,
-    skip_splits,
 )
 from trtq.quant.storage import FILE_NAME, save_denoiser
 from trtq.quant.trained import TRAINED_NAME, save_trained
@@ -55,145 +44,9 @@ from trtq.resources import peak_rss_bytes
 from trtq.seeds import seeded_generator
 from trtq.stages.fine_tune import FineTuning, accelerator_for, fine_tune
 from trtq.stages.pipeline_folder import save_pipeline_parts
+from trtq.stages.plan import QuantizePlan, plan_quantize
 
-__all__ = ["QuantizePlan", "describe_plan", "plan_quantize", "quantize"]
-
-
-@dataclass(frozen=True)
-class QuantizePlan:
-    """What a quantisation will do, before any long work.
-
-    Attributes:
-        source: the loaded checkpoint.
-        recipe: what to make of it.
-        layers: one plan per linear, convolution and spelled-out product.
-        table: the calibrated timesteps.
-        structure: what was brought into another form; the source's denoiser is in it already.
-        policy: the rules that decided about the layers.
-        loras: what was merged into the float weights.
-    """
-
-    source: Source
-    recipe: Recipe
-    layers: Sequence[LayerPlan]
-    table: TimestepTable
-    structure: Structure
-    policy: Policy
-    loras: Sequence[MergedLora] = ()
-
-    @property
-    def quantized(self) -> int:
-        """Number of layers that become low-bit."""
-        return sum(plan.quantized for plan in self.layers)
-
-    def bytes_before(self) -> int:
-        """Size of the denoiser's parameters in float32."""
-        return 4 * sum(p.numel() for p in self.source.denoiser.parameters())
-
-    def bytes_after(self) -> int:
-        """Size of the packed integers, weight scales and tables, and of the rest in half precision."""
-        modules = dict(self.source.denoiser.named_modules())
-        inside = total = 0
-        for plan in self.layers:
-            total += len(plan.operands) * len(self.table) * 12
-            if plan.weight_bits is None:
-                continue
-            weight: Any = modules[plan.name].weight
-            inside += weight.numel()
-            channels = len(weight)
-            total += -(-channels * plan.weight_bits // 8) * (weight.numel() // channels)
-            total += channels * 6
-        rest = sum(p.numel() for p in self.source.denoiser.parameters()) - inside
-        return total + 2 * rest
-
-
-def plan_quantize(
-    model: str | Path | Any, recipe: Recipe, loras: Sequence[LoraRequest] = ()
-) -> QuantizePlan:
-    """Load the checkpoint, merge LoRAs into it and decide about every layer.
-
-    Raises:
-        ArtefactError: the checkpoint cannot be read.
-        QuantizationError: no layer would be quantised.
-    """
-    if isinstance(model, str | Path) and Path(model).is_dir():
-        kind = artefact_kind(Path(model))
-        if kind is not None:
-            raise UsageError(
-                f"{model} is of kind {kind!r} and quantised already; give a float checkpoint, or a run "
-                "together with --lora to change its LoRAs"
-            )
-    source = load_source(model)
-    if not isinstance(model, str | Path):
-        # The caller's pipeline stays as it is.
-        pipeline = copy.copy(source.pipeline)
-        for name, part in pipeline.components.items():
-            if name == source.denoiser_name or (loras and isinstance(part, nn.Module)):
-                setattr(pipeline, name, copy.deepcopy(part))
-        source = Source(source.name, None, pipeline, source.denoiser_name, source.prompts)
-    components = {
-        name: part
-        for name, part in source.pipeline.components.items()
-        if isinstance(part, nn.Module)
-    }
-    merged = merge_loras(components, loras, source.denoiser_name)
-    if recipe.guidance is None:
-        recipe = recipe.model_copy(update={"guidance": source.guidance})
-    if recipe.prompts is not None:
-        if source.prompts is None:
-            raise UsageError(f"{source.name} takes no prompts")
-        lines = read_lines(Path(recipe.prompts))
-        source.prompts = source.prompts.model_copy(update={"calibration": lines})
-    policy = load_policy(
-        type(source.denoiser).__name__, Path(recipe.policy) if recipe.policy else None
-    )
-    structure = Structure(
-        tuple(attention_modules(source.denoiser)) if recipe.attention.quantize else (),
-        skip_splits(source.denoiser) if recipe.split_skips else {},
-    )
-    apply_structure(source.denoiser, structure)
-    probability_bits = recipe.attention.probability_bits
-    layers = plan_layers(
-        source.denoiser,
-        policy,
-        recipe.bits,
-        None if probability_bits == "float" else probability_bits,
-    )
-    if not any(plan.quantized for plan in layers):
-        raise QuantizationError(
-            f"zero layers of {type(source.denoiser).__name__} would be quantised: the policy for "
-            f"{policy.family} matches none of its {len(layers)} layers"
-        )
-    timesteps = source.timesteps(recipe.steps)
-    if recipe.tables == "static":
-        timesteps = timesteps[len(timesteps) // 2 :][:1]
-    return QuantizePlan(source, recipe, layers, TimestepTable(timesteps), structure, policy, merged)
-
-
-def describe_plan(plan: QuantizePlan) -> dict[str, Any]:
-    """What `--dry-run` says: layers by precision, sizes, steps and tunable parameters."""
-    modules = dict(plan.source.denoiser.named_modules())
-    training = plan.recipe.training
-    adapters = 0
-    for layer in plan.layers:
-        if training is not None and layer.weight_bits is not None and layer.adapters:
-            weight: Any = modules[layer.name].weight
-            adapters += training.rank * (len(weight) + weight[0].numel())
-    precisions = Counter(layer.precision for layer in plan.layers)
-    return {
-        "model": plan.source.name,
-        "denoiser": type(plan.source.denoiser).__name__,
-        "method": plan.recipe.method,
-        "layers_quantized": plan.quantized,
-        "layers_float": len(plan.layers) - plan.quantized,
-        "precisions": dict(precisions),
-        "float": [layer.name for layer in plan.layers if not layer.quantized],
-        "timesteps": len(plan.table),
-        "bytes_before": plan.bytes_before(),
-        "bytes_after": plan.bytes_after(),
-        "iterations": training.iterations if training else 0,
-        "adapter_parameters": adapters,
-    }
+__all__ = ["quantize"]
 
 
 def _as_recipe(recipe: Recipe | str | Path | dict[str, Any] | None) -> Recipe:
@@ -315,7 +168,7 @@ def quantize(
     start = time.monotonic()
     final = check_output(Path(out), overwrite=overwrite)
     chosen = _as_recipe(recipe)
-    plan = plan_quantize(pipeline_or_path, chosen, loras)
+    plan = plan_quantize(pipeline_or_path, chosen, loras, report)
     chosen = plan.recipe
     accelerator = accelerator_for(chosen)
     if not accelerator.is_main_process:

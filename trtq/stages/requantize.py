@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trtq.diffusion.sampling import predict, seeded_noise, walk
+from trtq.diffusion.sampling import predict, seeded_noise, spread
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import Source, load_source
 from trtq.errors import ArtefactError, UsageError
@@ -59,11 +59,7 @@ def _snr(source: Source, denoiser: Any, teacher: Any, steps: int) -> float:
     schedule = NoiseSchedule.of(source.pipeline.scheduler, steps)
     conditions = source.draw_conditions(_IMAGES, seeded_generator(0, "requantize"))
     noise = seeded_noise(source.sample_shape, 0, 0, _IMAGES)
-    position = torch.arange(_IMAGES) * len(schedule) // _IMAGES
-    x = torch.empty_like(noise)
-    for point in walk(teacher, schedule, noise, conditions):
-        x[position == point.position] = point.x[position == point.position]
-    timestep = schedule.timesteps[position]
+    x, timestep = spread(teacher, schedule, noise, conditions)
     expected = predict(teacher, x, timestep, conditions)
     return snr_db(expected, predict(denoiser, x, timestep, conditions))
 

@@ -1,0 +1,204 @@
+"""Mixed precision: how much each layer's weight bits cost, and where a budget is best spent.
+
+A layer's sensitivity at `b` bits is the squared error of the noise prediction, relative to its power,
+when this layer's weight alone is rounded to `b` bits, at points all along the float model's trajectory.
+Errors of layers are taken to add up. From the most bits downwards, the next bits are taken from the
+layer that loses least error per unit of cost, until the budget holds (the greedy solution of the
+knapsack, on each layer's lower convex hull).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trtq.diffusion.sampling import Conditions, predict
+from trtq.errors import NonFiniteError, RecipeError
+from trtq.quant.convert import LayerPlan
+from trtq.quant.fake_quant import fake_quant
+from trtq.quant.ranges import Method, weight_qparams
+
+__all__ = [
+    "CANDIDATES",
+    "Budget",
+    "multiplications",
+    "parse_budget",
+    "spend",
+    "weight_sensitivity",
+    "with_bits",
+]
+
+CANDIDATES = (2, 3, 4, 5, 6, 8)
+_BUDGET = re.compile(r"(size|bitops)=([0-9.]+)x")
+FLOAT_BITOPS = 16 * 16
+"""Bit operations of one multiplication in half precision, the unit of a `bitops` budget."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a mixed-precision model may cost, relative to the float one.
+
+    Attributes:
+        kind: `size`: bytes of the denoiser, to its float32 parameters; `bitops`: weight bits times
+            activation bits of every multiplication, to half precision.
+        share: e.g. 0.15.
+    """
+
+    kind: Literal["size", "bitops"]
+    share: float
+
+
+def parse_budget(text: str) -> Budget:
+    """`size=0.3x` -> a `Budget`.
+
+    Raises:
+        RecipeError: not of that form, or no share between 0 and 1.
+    """
+    match = _BUDGET.fullmatch(text)
+    try:
+        share = float(match[2]) if match else 0.0
+    except ValueError:
+        share = 0.0
+    if match is None or not 0 < share <= 1:
+        raise RecipeError(
+            f"budget {text!r} is not understood; write size=0.15x or bitops=0.1x, a share of the float "
+            "model's"
+        )
+    return Budget("size" if match[1] == "size" else "bitops", share)
+
+
+@torch.no_grad()
+def weight_sensitivity(
+    denoiser: nn.Module,
+    names: Sequence[str],
+    x: Tensor,
+    timestep: Tensor,
+    conditions: Conditions,
+    method: Method,
+    *,
+    guidance: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[int, float]]:
+    """Relative error of the prediction, by layer and weight bits; the weights are as before afterwards.
+
+    Args:
+        denoiser: the float model.
+        names: layers to measure.
+        x: inputs, `[B,C,H,W]`.
+        timestep: of each, `[B]`.
+        conditions: of each.
+        method: how weight ranges are found.
+        guidance: classifier-free guidance.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        NonFiniteError: the prediction is NaN or infinite; the message names the layer.
+    """
+    exact = predict(denoiser, x, timestep, conditions, guidance)
+    power = float(exact.square().mean())
+    found: dict[str, dict[int, float]] = {}
+    for done, name in enumerate(names):
+        weight: Any = denoiser.get_submodule(name).weight
+        kept = weight.detach().clone()
+        found[name] = {}
+        try:
+            for bits in CANDIDATES:
+                scale, zero_point = weight_qparams(
+                    kept, bits, method, symmetric=bits == 8, contain_zero=True
+                )
+                weight.copy_(fake_quant(kept, scale, zero_point, 0, 2**bits - 1))
+                error = predict(denoiser, x, timestep, conditions, guidance) - exact
+                found[name][bits] = float(error.square().mean()) / power
+        finally:
+            weight.copy_(kept)
+        if not all(value < float("inf") for value in found[name].values()):
+            raise NonFiniteError(
+                f"layer {name!r}: the prediction is NaN or infinite when it is rounded"
+            )
+        if progress is not None:
+            progress(done + 1, len(names))
+    return found
+
+
+@torch.no_grad()
+def multiplications(
+    denoiser: nn.Module,
+    plans: Sequence[LayerPlan],
+    x: Tensor,
+    timestep: Tensor,
+    conditions: Conditions,
+) -> dict[str, int]:
+    """Multiplications of every layer in one call, for one image."""
+    counts: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            weight = getattr(module, "weight", None)
+            each = inputs[0].shape[-1] if weight is None else weight[0].numel()
+            counts[name] = output.numel() // len(x) * each
+
+        return count
+
+    modules = dict(denoiser.named_modules())
+    handles = [modules[plan.name].register_forward_hook(watch(plan.name)) for plan in plans]
+    try:
+        predict(denoiser, x, timestep, conditions)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def spend(
+    sensitivity: Mapping[str, Mapping[int, float]],
+    cost: Callable[[str, int], float],
+    available: float,
+) -> dict[str, int]:
+    """Bits of every layer, with the least summed error whose cost is available.
+
+    Args:
+        sensitivity: error by layer and bits.
+        cost: of a layer at a number of bits; grows with the bits.
+        available: what all layers together may cost.
+
+    Raises:
+        RecipeError: even the fewest bits cost more.
+    """
+    bits = {name: max(choices) for name, choices in sensitivity.items()}
+    total = sum(cost(name, count) for name, count in bits.items())
+    while total > available:
+        best: tuple[float, str, int] | None = None
+        for name, current in bits.items():
+            for fewer in (count for count in sensitivity[name] if count < current):
+                saved = cost(name, current) - cost(name, fewer)
+                lost = max(0.0, sensitivity[name][fewer] - sensitivity[name][current])
+                if saved > 0 and (best is None or lost / saved < best[0]):
+                    best = lost / saved, name, fewer
+        if best is None:
+            raise RecipeError(
+                f"the budget cannot be met: the fewest bits in every layer need {total:.4g}, and "
+                f"{available:.4g} are available; allow more"
+            )
+        _, name, fewer = best
+        total -= cost(name, bits[name]) - cost(name, fewer)
+        bits[name] = fewer
+    return bits
+
+
+def with_bits(plans: Sequence[LayerPlan], bits: Mapping[str, int]) -> list[LayerPlan]:
+    """The plans with other weight bits where `bits` names them."""
+    return [
+        replace(
+            plan,
+            weight_bits=bits[plan.name],
+            reason=f"{bits[plan.name]}-bit weights by sensitivity; {plan.reason}",
+        )
+        if plan.name in bits
+        else plan
+        for plan in plans
+    ]

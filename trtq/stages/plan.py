@@ -1,0 +1,253 @@
+"""What a quantisation will do, decided before any long work."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trtq.calib.policy import Policy, load_policy, plan_layers
+from trtq.calib.recipe import Recipe
+from trtq.calib.sensitivity import (
+    FLOAT_BITOPS,
+    Budget,
+    multiplications,
+    parse_budget,
+    spend,
+    weight_sensitivity,
+    with_bits,
+)
+from trtq.diffusion.prompts import read_lines
+from trtq.diffusion.sampling import seeded_noise, spread
+from trtq.diffusion.schedule import NoiseSchedule
+from trtq.diffusion.source import Source, load_source
+from trtq.errors import QuantizationError, UsageError
+from trtq.lora import LoraRequest, MergedLora, merge_loras
+from trtq.manifest import artefact_kind
+from trtq.progress import Reporter, silent
+from trtq.quant import (
+    LayerPlan,
+    Structure,
+    TimestepTable,
+    apply_structure,
+    attention_modules,
+    skip_splits,
+)
+from trtq.quant.storage import stored_bytes
+from trtq.seeds import seeded_generator
+
+__all__ = ["QuantizePlan", "describe_plan", "plan_quantize"]
+
+_SENSITIVITY_IMAGES = 20
+_HEADER_BYTES = 16
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """What a quantisation will do, before any long work.
+
+    Attributes:
+        source: the loaded checkpoint.
+        recipe: what to make of it.
+        layers: one plan per linear, convolution and spelled-out product.
+        table: the calibrated timesteps.
+        structure: what was brought into another form; the source's denoiser is in it already.
+        policy: the rules that decided about the layers.
+        loras: what was merged into the float weights.
+    """
+
+    source: Source
+    recipe: Recipe
+    layers: Sequence[LayerPlan]
+    table: TimestepTable
+    structure: Structure
+    policy: Policy
+    loras: Sequence[MergedLora] = ()
+
+    @property
+    def quantized(self) -> int:
+        """Number of layers that become low-bit."""
+        return sum(plan.quantized for plan in self.layers)
+
+    def bytes_before(self) -> int:
+        """Size of the denoiser's parameters in float32."""
+        return 4 * sum(p.numel() for p in self.source.denoiser.parameters())
+
+    def bytes_after(self) -> int:
+        """Size of the file: packed integers, weight scales and tables, and the rest as it is stored."""
+        modules = dict(self.source.denoiser.named_modules())
+        inside: set[str] = set()
+        total = _HEADER_BYTES
+        for plan in self.layers:
+            if not plan.quantized:
+                continue
+            inside |= {f"{plan.name}.weight", f"{plan.name}.bias"}
+            total += len(plan.operands) * (len(self.table) * 12 + 4 * _entry_bytes(plan.name))
+            if plan.weight_bits is not None:
+                weight, bias = modules[plan.name].weight, modules[plan.name].bias
+                total += _weight_bytes(weight, plan.weight_bits) + 3 * _entry_bytes(plan.name)
+                total += 0 if bias is None else stored_bytes(bias) + _entry_bytes(plan.name)
+        for name, tensor in self.source.denoiser.state_dict().items():
+            if name not in inside:
+                total += stored_bytes(tensor) + _entry_bytes(name)
+        return total
+
+
+def _entry_bytes(name: str) -> int:
+    """An upper bound of what safetensors' header needs for one tensor of a module."""
+    return len(name) + 110
+
+
+def _weight_bytes(weight: nn.Parameter, bits: int) -> int:
+    """Packed codes, scales (float32) and zero points (int16) of one weight."""
+    channels = len(weight)
+    return -(-channels * bits // 8) * (weight.numel() // channels) + 6 * channels
+
+
+def plan_quantize(
+    model: str | Path | Any,
+    recipe: Recipe,
+    loras: Sequence[LoraRequest] = (),
+    report: Reporter = silent,
+) -> QuantizePlan:
+    """Load the checkpoint, merge LoRAs into it and decide about every layer.
+
+    Raises:
+        ArtefactError: the checkpoint cannot be read.
+        QuantizationError: no layer would be quantised.
+    """
+    if isinstance(model, str | Path) and Path(model).is_dir():
+        kind = artefact_kind(Path(model))
+        if kind is not None:
+            raise UsageError(
+                f"{model} is of kind {kind!r} and quantised already; give a float checkpoint, or a run "
+                "together with --lora to change its LoRAs"
+            )
+    source = load_source(model)
+    if not isinstance(model, str | Path):
+        # The caller's pipeline stays as it is.
+        pipeline = copy.copy(source.pipeline)
+        for name, part in pipeline.components.items():
+            if name == source.denoiser_name or (loras and isinstance(part, nn.Module)):
+                setattr(pipeline, name, copy.deepcopy(part))
+        source = Source(source.name, None, pipeline, source.denoiser_name, source.prompts)
+    components = {
+        name: part
+        for name, part in source.pipeline.components.items()
+        if isinstance(part, nn.Module)
+    }
+    merged = merge_loras(components, loras, source.denoiser_name)
+    if recipe.guidance is None:
+        recipe = recipe.model_copy(update={"guidance": source.guidance})
+    if recipe.prompts is not None:
+        if source.prompts is None:
+            raise UsageError(f"{source.name} takes no prompts")
+        lines = read_lines(Path(recipe.prompts))
+        source.prompts = source.prompts.model_copy(update={"calibration": lines})
+    policy = load_policy(
+        type(source.denoiser).__name__, Path(recipe.policy) if recipe.policy else None
+    )
+    structure = Structure(
+        tuple(attention_modules(source.denoiser)) if recipe.attention.quantize else (),
+        skip_splits(source.denoiser) if recipe.split_skips else {},
+    )
+    apply_structure(source.denoiser, structure)
+    probability_bits = recipe.attention.probability_bits
+    layers = plan_layers(
+        source.denoiser,
+        policy,
+        recipe.bits,
+        None if probability_bits == "float" else probability_bits,
+    )
+    if not any(plan.quantized for plan in layers):
+        raise QuantizationError(
+            f"zero layers of {type(source.denoiser).__name__} would be quantised: the policy for "
+            f"{policy.family} matches none of its {len(layers)} layers"
+        )
+    timesteps = source.timesteps(recipe.steps)
+    if recipe.tables == "static":
+        timesteps = timesteps[len(timesteps) // 2 :][:1]
+    plan = QuantizePlan(source, recipe, layers, TimestepTable(timesteps), structure, policy, merged)
+    if recipe.budget is None:
+        return plan
+    return replace(plan, layers=_spend_budget(plan, parse_budget(recipe.budget), report))
+
+
+def _spend_budget(plan: QuantizePlan, budget: Budget, report: Reporter) -> list[LayerPlan]:
+    """Weight bits by sensitivity, for the layers at the recipe's own bits."""
+    source, recipe = plan.source, plan.recipe
+    names = [layer.name for layer in plan.layers if layer.adapters and layer.weight_bits]
+    schedule = NoiseSchedule.of(source.pipeline.scheduler, recipe.steps)
+    generator = seeded_generator(recipe.seed, "sensitivity conditions")
+    conditions = source.draw_conditions(_SENSITIVITY_IMAGES, generator)
+    noise = seeded_noise(source.sample_shape, recipe.seed, 0, _SENSITIVITY_IMAGES)
+    guidance = recipe.guidance or 1.0
+    x, timestep = spread(source.denoiser, schedule, noise, conditions, guidance)
+    sensitivity = weight_sensitivity(
+        source.denoiser,
+        names,
+        x,
+        timestep,
+        conditions,
+        recipe.calibration.weights,
+        guidance=guidance,
+        progress=lambda done, total: report("measure sensitivity", done, total),
+    )
+    modules: dict[str, Any] = dict(source.denoiser.named_modules())
+    if budget.kind == "size":
+        fixed = plan.bytes_after() - sum(
+            _weight_bytes(modules[layer.name].weight, layer.weight_bits or 0)
+            for layer in plan.layers
+            if layer.name in sensitivity
+        )
+        available = budget.share * plan.bytes_before() - fixed
+
+        def cost(name: str, bits: int) -> float:
+            return _weight_bytes(modules[name].weight, bits)
+    else:
+        counts = multiplications(source.denoiser, plan.layers, x, timestep, conditions)
+        widths = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in plan.layers}
+        whole = sum(counts.values())
+        spent = sum(
+            count * ((w or 16) * (a or 16))
+            for name, count in counts.items()
+            for w, a in [widths[name]]
+            if name not in sensitivity
+        )
+        available = budget.share * whole * FLOAT_BITOPS - spent
+
+        def cost(name: str, bits: int) -> float:
+            return counts[name] * bits * (widths[name][1] or 16)
+
+    return with_bits(plan.layers, spend(sensitivity, cost, available))
+
+
+def describe_plan(plan: QuantizePlan) -> dict[str, Any]:
+    """What `--dry-run` says: layers by precision, sizes, steps and tunable parameters."""
+    modules = dict(plan.source.denoiser.named_modules())
+    training = plan.recipe.training
+    adapters = 0
+    for layer in plan.layers:
+        if training is not None and layer.weight_bits is not None and layer.adapters:
+            weight: Any = modules[layer.name].weight
+            adapters += training.rank * (len(weight) + weight[0].numel())
+    precisions = Counter(layer.precision for layer in plan.layers)
+    return {
+        "model": plan.source.name,
+        "denoiser": type(plan.source.denoiser).__name__,
+        "method": plan.recipe.method,
+        "layers_quantized": plan.quantized,
+        "layers_float": len(plan.layers) - plan.quantized,
+        "precisions": dict(precisions),
+        "float": [layer.name for layer in plan.layers if not layer.quantized],
+        "timesteps": len(plan.table),
+        "bytes_before": plan.bytes_before(),
+        "bytes_after": plan.bytes_after(),
+        "iterations": training.iterations if training else 0,
+        "adapter_parameters": adapters,
+    }
