@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trtq.errors import ArtefactError
 
-__all__ = ["ImageClassifier", "load_classifier", "save_classifier"]
+__all__ = ["ImageClassifier", "is_classifier", "load_classifier", "save_classifier"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -92,6 +92,14 @@ def save_classifier(model: ImageClassifier, folder: Path, reference: dict[str, T
     tensors = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     tensors |= {f"reference.{name}": value.contiguous() for name, value in reference.items()}
     save_file(tensors, folder / WEIGHTS_NAME)
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether a folder holds what `save_classifier` writes, to judge by its configuration."""
+    try:
+        return "heads" in json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def load_classifier(folder: Path) -> tuple[ImageClassifier, dict[str, Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trtq.errors import ArtefactError, UsageError
-from trtq.evaluate.classifier import CONFIG_NAME, ImageClassifier, load_classifier
+from trtq.evaluate.classifier import ImageClassifier, load_classifier
 from trtq.evaluate.frechet import Statistics
 
 __all__ = ["ClassifierExtractor", "ClipExtractor", "Extractor", "load_extractor"]
@@ -139,8 +139,7 @@ def load_extractor(model_folder: Path | None, given: Path | None = None) -> Extr
     if given is not None:
         if not given.is_dir():
             raise UsageError(f"--features {given} is not a folder")
-        own = (given / CONFIG_NAME).is_file() and "heads" in (given / CONFIG_NAME).read_text()
-        return ClassifierExtractor(given) if own else ClipExtractor(given)
+        return ClassifierExtractor(given) if is_classifier(given) else ClipExtractor(given)
     if model_folder is None or not (model_folder / CLASSIFIER).is_dir():
         raise UsageError(
             "the reference model has no classifier of its own; give the folder of a CLIP vision model "

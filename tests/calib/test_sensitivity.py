@@ -1,0 +1,88 @@
+"""Mixed precision: it measures what it says, puts everything back, and keeps to the budget."""
+
+import pytest
+import torch
+
+from tests.conftest import tiny_pipeline
+from trtq.calib.sensitivity import parse_budget, spend, weight_sensitivity
+from trtq.diffusion.sampling import Conditions
+from trtq.errors import NonFiniteError, RecipeError
+from trtq.quant.storage import FILE_NAME
+from trtq.stages.quantize import quantize
+
+
+@pytest.mark.parametrize(
+    "text", ["size", "size=2x", "size=0.3", "speed=0.3x", "size=0x", "size=..x"]
+)
+def test_budgets_that_are_refused(text):
+    with pytest.raises(RecipeError, match="is not understood"):
+        parse_budget(text)
+
+
+def measured(unet, names):
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([1.0, 300.0, 600.0, 900.0])
+    conditions = Conditions({"class_labels": torch.arange(4) % 3})
+    return weight_sensitivity(unet, names, x, t, conditions, "minmax")
+
+
+def test_fewer_bits_cost_more_and_the_weights_stay():
+    unet = tiny_pipeline().unet
+    before = {name: p.clone() for name, p in unet.named_parameters()}
+    names = ["mid_block.resnets.0.conv1", "mid_block.attentions.0.to_q"]
+    found = measured(unet, names)
+    for errors in found.values():
+        assert errors[2] > errors[4] > errors[8] > 0
+    assert all(torch.equal(before[name], p) for name, p in unet.named_parameters())
+
+
+def test_nan_names_the_layer():
+    unet = tiny_pipeline().unet
+    with torch.no_grad():
+        unet.conv_out.bias.fill_(torch.inf)
+    with pytest.raises(NonFiniteError, match="to_q"):
+        measured(unet, ["mid_block.attentions.0.to_q"])
+
+
+def test_the_budget_goes_to_the_layer_that_needs_it():
+    sensitivity = {"fragile": {2: 9.0, 4: 3.0, 8: 0.0}, "tough": {2: 0.2, 4: 0.1, 8: 0.0}}
+
+    def cost(name, bits):
+        return bits
+
+    assert spend(sensitivity, cost, 16) == {"fragile": 8, "tough": 8}
+    assert spend(sensitivity, cost, 10) == {"fragile": 8, "tough": 2}
+    assert spend(sensitivity, cost, 6) == {"fragile": 4, "tough": 2}
+    with pytest.raises(RecipeError, match="cannot be met"):
+        spend(sensitivity, cost, 3)
+
+
+def test_the_optimum_is_found_where_all_can_be_tried():
+    generator = torch.Generator().manual_seed(0)
+    sensitivity = {}
+    for name in "abcd":
+        drops = torch.rand(2, generator=generator).sort(descending=True).values.tolist()
+        sensitivity[name] = {2: drops[0] + drops[1], 4: drops[1] * 0.5, 8: 0.0}
+    for available in (12, 16, 20, 24):
+        chosen = spend(sensitivity, lambda _, bits: bits, available)
+        assert sum(chosen.values()) <= available
+        error = sum(sensitivity[name][bits] for name, bits in chosen.items())
+        best = min(
+            sum(sensitivity[n][b] for n, b in zip("abcd", each, strict=True))
+            for each in torch.cartesian_prod(*[torch.tensor([2, 4, 8])] * 4).tolist()
+            if sum(each) <= available
+        )
+        # Greedy on the convex hull: at most one layer's step away from the optimum.
+        assert error <= best + max(max(errors.values()) for errors in sensitivity.values())
+
+
+@pytest.mark.parametrize("share", [0.86, 0.95])
+def test_the_file_keeps_to_the_size(share, tmp_path):
+    recipe = {
+        "method": "minmax",
+        "steps": 2,
+        "budget": f"size={share}x",
+        "calibration": {"images": 4, "samples_per_step": 64},
+    }
+    result = quantize(tiny_pipeline(), recipe, tmp_path / "run")
+    assert (tmp_path / "run" / FILE_NAME).stat().st_size == result["bytes_after"]
+    assert result["bytes_after"] <= share * result["bytes_before"]
