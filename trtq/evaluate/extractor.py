@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trtq.errors import ArtefactError, UsageError
-from trtq.evaluate.classifier import ImageClassifier, load_classifier
+from trtq.evaluate.classifier import ImageClassifier, is_classifier, load_classifier
 from trtq.evaluate.frechet import Statistics
 
 __all__ = ["ClassifierExtractor", "ClipExtractor", "Extractor", "load_extractor"]
