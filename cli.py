@@ -78,7 +78,7 @@ def _command(verbose: bool) -> Iterator[None]:
 
 def _show(result: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], None]) -> None:
     if as_json:
-        # Infinity is no JSON: an exact match has no finite SNR.
+        # NaN and infinity are no JSON.
         print(json.dumps(_finite(result)))  # noqa: T201
     else:
         human(result)

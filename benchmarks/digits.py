@@ -132,9 +132,8 @@ def main() -> None:
         "latency_ms": speed,
         "packages": package_versions(),
     }
-    text = json.dumps(record, indent=2)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(text.replace("Infinity", "null") + "\n")
+    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
     for row in rows:
         print(f"{row['name']:28s} FD {row['fd']:6.2f}  accuracy {row['class_accuracy']:.1%}")
     for name, values in speed.items():

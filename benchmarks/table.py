@@ -14,11 +14,11 @@ BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 PER_STEP, STATIC = "W4A4 per-step, search", "W4A4 static, search"
 
 
-def _row(row: dict[str, Any]) -> str:
+def _row(row: dict[str, Any], float_bytes: int) -> str:
     parity = ""
     if "parity_ties" in row:
         least = row["parity_db_min"]
-        parity = "exact" if least is None or least >= 200 else f"{least:.0f} dB"
+        parity = "exact" if least >= 200 else f"{least:.0f} dB"
         parity += f", {row['parity_ties']:.1%} ties"
     cells = [
         row["name"],
@@ -27,20 +27,23 @@ def _row(row: dict[str, Any]) -> str:
         f"{row['class_accuracy']:.1%}",
         f"{row['fine_tune_seconds']:.0f} s" if row.get("fine_tune_seconds") else "",
         parity,
-        f"{row['bytes_after'] / 1e6:.2f} MB" if "bytes_after" in row else "4.82 MB",
+        f"{row.get('bytes_after', float_bytes) / 1e6:.2f} MB",
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown."""
+    provider = record["rows"][-1]["provider"]
+    float_bytes = record["rows"][-1]["bytes_before"]
     lines = [
         f"`python benchmarks/digits.py` on {record['device']}, {record['date']}, {record['images']:,} "
-        f"images, {record['steps']} DDIM steps, one run; low-bit rows on onnxruntime (CPU).",
+        f"images, {record['steps']} DDIM steps, one run; low-bit rows on onnxruntime ({provider}). The "
+        "float denoiser's size is that of its parameters in float32.",
         "",
         "| digits model | FD | to float | accuracy | fine-tuning | parity | denoiser |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        *(_row(row) for row in record["rows"]),
+        *(_row(row, float_bytes) for row in record["rows"]),
         "",
         "Per-step tables against one static table, same graph otherwise, median ms of a call "
         "(quartiles), calls in turns:",

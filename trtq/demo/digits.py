@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtq.engine.ort import available_providers
+from trtq.errors import UsageError
 from trtq.evaluate.images import contact_sheet, save_png
+from trtq.manifest import check_output
 from trtq.progress import Reporter, silent
 from trtq.report.folder import check_report_folder, write_report
 from trtq.report.page import Page, Section, Table
@@ -74,7 +77,15 @@ def demo(
     """
     start = time.monotonic()
     folder = Path(out)
+    if provider not in available_providers():
+        raise UsageError(
+            f"the demonstration cannot run on {provider!r}; here there are "
+            f"{', '.join(available_providers())}"
+        )
     check_report_folder(folder / REPORT, overwrite=overwrite)
+    for entry in _entries(iterations, seed):
+        for part in ("run", "onnx"):
+            check_output(folder / entry.folder / part, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     reference = draw_reference(MODEL, images=images, steps=STEPS, seed=seed + 1, report=report)
     results: dict[str, Evaluation] = {}

@@ -1,7 +1,7 @@
 """Layers as they ship: integer weights, integer activation codes, one table of scales per step.
 
     k = clip(round(x * inv_s[t]), lo[t], hi[t])
-    y = op(k, q - z) * d * s[t] + bias
+    y = op(k, q - z) * (d * s[t]) + bias
 
 This is the arithmetic of the exported graph, operation by operation. The product is taken of whole
 numbers and scaled afterwards: below 2^24 float32 adds them without rounding, in whatever order, so a
@@ -294,7 +294,8 @@ class DeployedLayer(nn.Module):
         else:
             product = self.geometry.convolve(codes, self.integers, None)
         channel = (-1,) if self.geometry is None else (-1, 1, 1)
-        out: Tensor = product * self.weight_scale.reshape(channel) * scale
+        # Both scales are small: multiplied first, the large product is gone through once.
+        out: Tensor = product * (self.weight_scale.reshape(channel) * scale)
         if self.bias is not None:
             out = out + self.bias.reshape(channel)
         return out.to(x.dtype)

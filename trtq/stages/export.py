@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +54,8 @@ DATA_NAME = "model.onnx_data"
 PARITY_DB: dict[str, float] = {"fp32": 40.0, "fp16": 20.0}
 """Least SNR, in dB, of the exported noise prediction at any calibrated step. In a half-precision
 graph values near a rounding tie fall on the other code, so a 4-bit model cannot be held to more."""
-_PARITY_BATCH = 128
+_PARITY_VALUES = 1 << 18
+_PARITY_IMAGES = (4, 128)
 
 
 def parse_batch(text: str) -> tuple[int, int]:
@@ -228,6 +230,9 @@ def _parity(source: Source, model: Path, run: OpenRun | None) -> list[StepParity
     recipe = (run.manifest.recipe or {}) if run is not None else {}
     schedule = NoiseSchedule.of(source.pipeline.scheduler, int(recipe.get("steps", steps)))
     generator = seeded_generator(0, "parity conditions")
-    conditions = source.draw_conditions(_PARITY_BATCH, generator)
-    noise = seeded_noise(source.sample_shape, 0, 0, _PARITY_BATCH)
+    # Many small images, so that rare ties show; few large ones, since each step is a forward pass.
+    fewest, most = _PARITY_IMAGES
+    images = max(fewest, min(most, _PARITY_VALUES // math.prod(source.sample_shape)))
+    conditions = source.draw_conditions(images, generator)
+    noise = seeded_noise(source.sample_shape, 0, 0, images)
     return step_parity(source.denoiser, exported, schedule, noise, conditions)

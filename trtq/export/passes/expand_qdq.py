@@ -3,11 +3,11 @@
 Per layer, in a float16 or float32 graph:
 
     Cast(float) -> Mul(inv_s[step]) -> Max(lo[step]) -> Min(hi[step]) -> QuantizeLinear(1, int8)
-      -> DequantizeLinear(1) -> Conv | MatMul with DequantizeLinear(int8 W, 1) -> Mul(d)
-      -> Mul(s[step]) -> Add(bias) -> Cast
+      -> DequantizeLinear(1) -> Conv | MatMul with DequantizeLinear(int8 W, 1) -> Mul(d * s[step])
+      -> Add(bias) -> Cast
 
 Both operands of the product are whole numbers and the weight's scale `d` follows it: see
-`trtq.quant.deployed` for why.
+`trtq.quant.deployed` for why. `d * s[step]` has one value per channel and batch item.
 
 A product of two activations has the same front on both inputs, no weight, and both steps' scales behind
 it:
@@ -223,8 +223,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             y = builder.op("MatMul", [y, weight], "matmul")
         channel = (-1, 1, 1) if conv else (-1,)
         weight_scale = builder.constant("weight_scale", layer.weight.scale.numpy().reshape(channel))
-        y = builder.op("Mul", [y, weight_scale], "scaled_by_weight")
-        y = builder.op("Mul", [y, step.scale], "rescaled")
+        scale = builder.op("Mul", [weight_scale, step.scale], "scale")
+        y = builder.op("Mul", [y, scale], "rescaled")
         if layer.bias is not None:
             bias = layer.bias.numpy().reshape(channel)
             y = builder.op("Add", [y, builder.constant("bias", bias)], "biased")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from trtq.errors import LegalityError
 from trtq.export.passes.expand_qdq import PAIR_SAFE
 
 __all__ = ["FloatWideWeights"]
@@ -18,7 +19,11 @@ class FloatWideWeights(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires on weights stored as int8."""
+        """Fires on weights stored as int8.
+
+        Raises:
+            LegalityError: such a weight has a scale or zero point of its own.
+        """
         graph = model.graph
         modified = False
         for node in [n for n in graph if n.op_type == "DequantizeLinear"]:
@@ -28,6 +33,11 @@ class FloatWideWeights(ir.passes.InPlacePass):
             integers = stored.numpy()
             if np.abs(integers.astype(np.int16)).max() <= PAIR_SAFE:
                 continue
+            scale = node.inputs[1].const_value if node.inputs[1] is not None else None
+            if len(node.inputs) > 2 or scale is None or not bool((scale.numpy() == 1).all()):
+                raise LegalityError(
+                    f"the weight of {node.name!r} is scaled before its product; the scale has to follow it"
+                )
             (out,) = node.outputs
             name = f"{node.name}/constant"
             data = ir.tensor(integers.astype(np.float32), name=name)
