@@ -36,7 +36,7 @@ class FloatWideWeights(ir.passes.InPlacePass):
             scale = node.inputs[1].const_value if node.inputs[1] is not None else None
             if len(node.inputs) > 2 or scale is None or not bool((scale.numpy() == 1).all()):
                 raise LegalityError(
-                    f"the weight of {node.name!r} is scaled before its product; the scale has to follow it"
+                    f"the weight of {node.name!r} is scaled before its product, not behind it"
                 )
             (out,) = node.outputs
             name = f"{node.name}/constant"
