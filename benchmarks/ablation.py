@@ -1,0 +1,119 @@
+"""What each part of the methods buys, on the digits model: each row is quantised and judged in torch.
+
+    python benchmarks/ablation.py [--seeds 0 1 2] [--only NAME ...]
+
+Rows that are in the output already are not measured again, so it can be interrupted. Fréchet distance
+and accuracy are of 1,000 images, with the same starting noise in every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtq.manifest import package_versions
+from trtq.progress import LineReporter
+from trtq.stages.evaluate import draw_reference, evaluate
+from trtq.stages.quantize import quantize
+
+STEPS = 20
+ATTENTION = {"attention": {"quantize": True}}
+NO_ATTENTION = {"attention": {"quantize": False}}
+ROWS: dict[str, dict[str, Any]] = {
+    "W8A8 search": {"method": "search", "bits": "w8a8"},
+    "W8A8 EfficientDM": {"method": "efficientdm", "bits": "w8a8"},
+    "W8A8 QuEST": {"method": "quest", "bits": "w8a8"},
+    "W8A8 combined": {"method": "combined", "bits": "w8a8"},
+    "W4A8 search": {"method": "search", "bits": "w4a8"},
+    "W4A8 EfficientDM": {"method": "efficientdm", "bits": "w4a8"},
+    "W4A8 QuEST": {"method": "quest", "bits": "w4a8"},
+    "W4A8 combined": {"method": "combined", "bits": "w4a8"},
+    "W4A4 search, static": {"method": "search", "bits": "w4a4", "tables": "static"},
+    "W4A4 search": {"method": "search", "bits": "w4a4"},
+    "W4A4 EfficientDM, static": {"method": "efficientdm", "bits": "w4a4", "tables": "static"},
+    "W4A4 EfficientDM": {"method": "efficientdm", "bits": "w4a4"},
+    "W4A4 EfficientDM, attention": {"method": "efficientdm", "bits": "w4a4"} | ATTENTION,
+    "W4A4 QuEST": {"method": "quest", "bits": "w4a4"},
+    "W4A4 QuEST, float attention": {"method": "quest", "bits": "w4a4"} | NO_ATTENTION,
+    "W4A4 QuEST, learned rounding": {"method": "quest", "bits": "w4a4", "quest": {"adaround": 200}},
+    "W4A4 QuEST, global loss only": {
+        "method": "quest",
+        "bits": "w4a4",
+        "quest": {"weighting": "global"},
+    },
+    "W4A4 combined": {"method": "combined", "bits": "w4a4"},
+    "W4A4 combined, attention": {"method": "combined", "bits": "w4a4"} | ATTENTION,
+    "W4A4 combined, global loss only": {
+        "method": "combined",
+        "bits": "w4a4",
+        "quest": {"weighting": "global"},
+    },
+    "W3A4 EfficientDM": {"method": "efficientdm", "bits": "w3a4"},
+    "W3A4 QuEST": {"method": "quest", "bits": "w3a4"},
+    "W3A4 combined": {"method": "combined", "bits": "w3a4"},
+    "mixed 0.13x A4 combined": {"method": "combined", "bits": "w4a4", "budget": "size=0.13x"},
+}
+
+
+def main() -> None:
+    """Measure what is missing and write it down after every row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("benchmarks/results/ablation.json")
+    )
+    arguments = parser.parse_args()
+    report = LineReporter()
+    record: dict[str, Any] = {"rows": []}
+    if arguments.output.is_file():
+        record = json.loads(arguments.output.read_text())
+    reference = draw_reference(
+        "digits", images=arguments.images, steps=STEPS, seed=1, report=report
+    )
+    record |= {
+        "images": arguments.images,
+        "steps": STEPS,
+        "fd_float": reference.scores.fd,
+        "fd_float_interval": reference.scores.fd_interval,
+        "class_accuracy_float": reference.scores.accuracy,
+        "packages": package_versions(),
+    }
+    known = {(row["name"], row["seed"]) for row in record["rows"]}
+    for seed in arguments.seeds:
+        for name in arguments.only:
+            if (name, seed) in known:
+                continue
+            print(f"== {name}, seed {seed}", file=sys.stderr)
+            with tempfile.TemporaryDirectory() as scratch:
+                run = Path(scratch) / "run"
+                made = quantize("digits", ROWS[name] | {"seed": seed}, run, report=report)
+                result = evaluate(run, reference, report=report).result
+            kept = ("fd", "fd_ratio", "fd_interval", "class_accuracy", "psnr_db", "snr_db")
+            row = {"name": name, "seed": seed} | {key: result[key] for key in kept}
+            row |= {
+                key: made.get(key) for key in ("bytes_after", "fine_tune_seconds", "tuned_share")
+            }
+            row |= {
+                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+                "threads": torch.get_num_threads(),
+            }
+            record["rows"].append(row)
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+            print(
+                f"{name:34s} seed {seed}  FD {row['fd']:6.2f} ({row['fd_ratio']:.2f} x)  "
+                f"accuracy {row['class_accuracy']:.1%}  {row['fine_tune_seconds'] or 0:.0f} s"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Each graph rewrite: it fires where it should, nowhere else, and the numbers stay the same."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from trtq.errors import LegalityError
+from trtq.export.passes import (
+    BroadcastTimestep,
+    ExpandLowBitToQdq,
+    FloatWideWeights,
+    NarrowDoubles,
+    SpellOutGroupNorm,
+    SpellOutSilu,
+)
+from trtq.quant import TimestepTable
+
+HEAD = '<ir_version: 10, opset_import: ["" : 21, "trtq" : 1]>'
+
+
+def parse(body, **initializers):
+    proto = onnx.parser.parse_model(f"{HEAD}\n{body}")
+    for name, array in initializers.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def run(model, **feeds):
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, feeds)
+
+
+def operators(model):
+    return [node.op_type for node in model.graph]
+
+
+X = np.linspace(-9, 9, 2 * 6 * 4, dtype=np.float32).reshape(2, 6, 2, 2)
+
+
+@pytest.mark.parametrize("order", ["x, gate", "gate, x"])
+def test_silu_is_spelled_out(order):
+    body = f"g (float[2,6,2,2] x) => (float[2,6,2,2] y) {{ gate = Sigmoid(x) y = Mul({order}) }}"
+    model = parse(body)
+    before = run(model, x=X)
+    assert SpellOutSilu()(model).modified
+    assert "Sigmoid" not in operators(model)
+    np.testing.assert_allclose(run(model, x=X)[0], before[0], rtol=1e-6, atol=1e-6)
+    assert not SpellOutSilu()(model).modified
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "g (float[2,6,2,2] x, float[2,6,2,2] z) => (float[2,6,2,2] y) { gate = Sigmoid(z) "
+        "y = Mul(x, gate) }",
+        "g (float16[2] x) => (float16[2] y) { gate = Sigmoid(x) y = Mul(x, gate) }",
+        "g (float[2] x) => (float[2] y) { y = Mul(x, x) }",
+    ],
+    ids=["gate of another value", "half precision", "square"],
+)
+def test_what_is_no_silu_stays(body):
+    model = parse(body)
+    before = operators(model)
+    assert not SpellOutSilu()(model).modified
+    assert operators(model) == before
+
+
+def test_a_sigmoid_that_others_use_stays():
+    body = (
+        "g (float[2] x) => (float[2] y, float[2] z) { gate = Sigmoid(x) y = Mul(x, gate) "
+        "z = Neg(gate) }"
+    )
+    model = parse(body)
+    assert SpellOutSilu()(model).modified
+    assert operators(model).count("Sigmoid") == 1
+
+
+GROUP_NORM = (
+    "g (float[2,6,2,2] x) => (float[2,6,2,2] y) "
+    "{ y = GroupNormalization <num_groups = 3, epsilon = 0.001> (x, scale, shift) }"
+)
+AFFINE = {
+    "scale": np.arange(6, dtype=np.float32) / 3,
+    "shift": np.arange(6, dtype=np.float32) - 2,
+}
+
+
+def test_group_norm_is_spelled_out_in_float64():
+    model = parse(GROUP_NORM, **AFFINE)
+    before = run(model, x=X)
+    assert SpellOutGroupNorm()(model).modified
+    assert "GroupNormalization" not in operators(model)
+    np.testing.assert_allclose(run(model, x=X)[0], before[0], rtol=1e-4, atol=1e-5)
+    assert not SpellOutGroupNorm()(model).modified
+
+
+def test_doubles_are_narrowed():
+    model = parse(GROUP_NORM, **AFFINE)
+    SpellOutGroupNorm()(model)
+    before = run(model, x=X)
+    assert NarrowDoubles()(model).modified
+    types = {value.dtype for node in model.graph for value in node.outputs}
+    types |= {value.dtype for value in model.graph.initializers.values()}
+    assert ir.DataType.DOUBLE not in types
+    np.testing.assert_allclose(run(model, x=X)[0], before[0], rtol=1e-4, atol=1e-5)
+    assert not NarrowDoubles()(model).modified
+
+
+def test_one_timestep_serves_the_batch():
+    body = "g (float[batch,3] sample, float[batch] timestep) => (float[batch,3] y) {{ {} }}"
+    shaped = "column = Unsqueeze(timestep, axis) y = Add(sample, column)"
+    model = parse(body.format(shaped), axis=np.array([1], np.int64))
+    assert BroadcastTimestep()(model).modified
+    sample = np.zeros((4, 3), np.float32)
+    for timestep in (np.array([7], np.float32), np.full(4, 7, np.float32)):
+        assert (run(model, sample=sample, timestep=timestep)[0] == 7).all()
+    assert not BroadcastTimestep()(model).modified
+
+
+WEIGHT = (
+    "g (float[2,3] x) => (float[2,4] y) {{ w = DequantizeLinear <axis = 1> ({}) y = MatMul(x, w) }}"
+)
+
+
+def wide(largest):
+    return np.array([[largest, -5, 3, 1]] * 3, np.int8)
+
+
+def test_wide_weights_become_float_and_narrow_ones_stay():
+    ones, x = np.ones(4, np.float32), np.ones((2, 3), np.float32)
+    model = parse(WEIGHT.format("q, one"), q=wide(100), one=ones)
+    before = run(model, x=x)
+    assert FloatWideWeights()(model).modified
+    assert operators(model) == ["MatMul"]
+    np.testing.assert_array_equal(run(model, x=x)[0], before[0])
+    model = parse(WEIGHT.format("q, one"), q=wide(64), one=ones)
+    assert not FloatWideWeights()(model).modified
+    assert operators(model) == ["DequantizeLinear", "MatMul"]
+
+
+def test_wide_weights_with_a_scale_of_their_own_are_refused():
+    model = parse(WEIGHT.format("q, half"), q=wide(100), half=np.full(4, 0.5, np.float32))
+    with pytest.raises(LegalityError, match="scaled before its product"):
+        FloatWideWeights()(model)
+
+
+def test_a_low_bit_node_without_numbers_is_refused_and_none_is_left_alone():
+    body = (
+        "g (float[2,3] sample, float[2] timestep) => (float[2,4] y) "
+        '{ y = trtq.LowBitLinear <name = "a"> (sample) }'
+    )
+    with pytest.raises(LegalityError, match="'a' without its numbers"):
+        ExpandLowBitToQdq({}, TimestepTable([1, 2]))(parse(body))
+    model = parse("g (float[2] x) => (float[2] y) { y = Neg(x) }")
+    assert not ExpandLowBitToQdq({}, TimestepTable([1]))(model).modified
