@@ -10,6 +10,7 @@ from trtq.errors import LegalityError
 from trtq.export.passes import (
     BroadcastTimestep,
     ExpandLowBitToQdq,
+    FloatWideProducts,
     FloatWideWeights,
     NarrowDoubles,
     SpellOutGroupNorm,
@@ -157,3 +158,27 @@ def test_a_low_bit_node_without_numbers_is_refused_and_none_is_left_alone():
         ExpandLowBitToQdq({}, TimestepTable([1, 2]))(parse(body))
     model = parse("g (float[2] x) => (float[2] y) { y = Neg(x) }")
     assert not ExpandLowBitToQdq({}, TimestepTable([1]))(model).modified
+
+
+PRODUCT = """g (float[2,3] a, float[3,4] b) => (float[2,4] y) {{
+    ka = QuantizeLinear(a, one, zero) kb = QuantizeLinear(b, one, zero)
+    da = DequantizeLinear({left}) db = DequantizeLinear({right}) y = MatMul(da, db) }}"""
+UNIT = {"one": np.array(1, np.float32), "zero": np.array(0, np.int8)}
+
+
+def test_wide_products_are_rounded_in_float():
+    model = parse(PRODUCT.format(left="ka, one", right="kb, one"), **UNIT)
+    a = np.array([[200.0, -300.0, 0.5], [1.5, 2.5, -0.5]], np.float32)
+    b = np.array([[127.4, -129.0, 3.0, 1.0]] * 3, np.float32)
+    before = run(model, a=a, b=b)
+    assert FloatWideProducts()(model).modified
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(operators(model))
+    np.testing.assert_array_equal(run(model, a=a, b=b)[0], before[0])
+    assert not FloatWideProducts()(model).modified
+
+
+def test_narrow_products_and_constant_weights_stay_integer():
+    model = parse(PRODUCT.format(left="ka, one, zero", right="kb, one, zero"), **UNIT)
+    assert not FloatWideProducts()(model).modified
+    model = parse(WEIGHT.format("q, one"), q=wide(100), one=np.ones(4, np.float32))
+    assert not FloatWideProducts()(model).modified

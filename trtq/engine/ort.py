@@ -46,14 +46,14 @@ def _has_vnni() -> bool:
 def _for_openvino(path: Path) -> bytes:
     """The graph without what OpenVINO's provider cannot take or would compute wrongly here.
 
-    It has no float64, and without VNNI its integer products saturate for 8-bit weights.
+    It has no float64, and without VNNI its integer products saturate where both factors have 8 bits.
 
     Raises:
         ArtefactError: the file cannot be read.
     """
     import onnx_ir as ir
 
-    from trtq.export.passes import FloatWideWeights, NarrowDoubles
+    from trtq.export.passes import FloatWideProducts, FloatWideWeights, NarrowDoubles
 
     try:
         model = ir.load(path)
@@ -62,6 +62,7 @@ def _for_openvino(path: Path) -> bytes:
     NarrowDoubles()(model)
     if not _has_vnni():
         FloatWideWeights()(model)
+        FloatWideProducts()(model)
     serialized: bytes = ir.to_proto(model).SerializeToString()
     return serialized
 

@@ -2,6 +2,7 @@
 
 from trtq.export.passes.broadcast_timestep import BroadcastTimestep
 from trtq.export.passes.expand_qdq import ExpandLowBitToQdq
+from trtq.export.passes.float_wide_products import FloatWideProducts
 from trtq.export.passes.float_wide_weights import FloatWideWeights
 from trtq.export.passes.group_norm import SpellOutGroupNorm
 from trtq.export.passes.narrow_doubles import NarrowDoubles
@@ -10,6 +11,7 @@ from trtq.export.passes.silu import SpellOutSilu
 __all__ = [
     "BroadcastTimestep",
     "ExpandLowBitToQdq",
+    "FloatWideProducts",
     "FloatWideWeights",
     "NarrowDoubles",
     "SpellOutGroupNorm",
