@@ -181,6 +181,11 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
     method = given.get("method", "efficientdm")
     if method not in methods():
         raise RecipeError(f"unknown method {method!r}; choose one of {', '.join(methods())}")
+    if method in POST_TRAINING and given.get("training") is not None:
+        raise RecipeError(
+            f"the method {method!r} does not fine-tune, so it takes no [training] and no number of "
+            "iterations; choose another method"
+        )
     values = _merge(read_toml(_FOLDER / f"{method}.toml", "recipe"), given)
     try:
         recipe = Recipe.model_validate(values)
@@ -188,11 +193,6 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
         raise RecipeError(f"the recipe is not valid: {explain(err)}") from err
     if recipe.training is not None and recipe.training.split_step and recipe.training.base != "int":
         raise RecipeError('training.split_step=true needs training.base="int"')
-    if recipe.method in POST_TRAINING and recipe.training is not None:
-        raise RecipeError(
-            f"the method {recipe.method!r} does not fine-tune, so it takes no [training] and no number "
-            "of iterations; choose another method"
-        )
     if recipe.quest is not None and (recipe.training is None or recipe.training.iterations < 2):
         raise RecipeError("a [quest] section needs a [training] section with 2 iterations or more")
     if recipe.quest is None and recipe.training is not None and recipe.training.rank == 0:

@@ -136,6 +136,17 @@ WRONG_USE = {
     ),
     "gate": (("eval", "digits", "--reference", "digits", "--gate", "fd=1"), "fd<=1.5"),
     "metric": (("eval", "digits", "--reference", "digits", "--gate", "fid<1"), "unknown metric"),
+    "features": (
+        ("eval", "digits", "--reference", "digits", "--features", "nowhere"),
+        "is not a folder",
+    ),
+    "generate steps": (("generate", "digits", "-o", "{}.png", "--steps", 2000), "1 .. 1000"),
+    "budget": (("quantize", "digits", "-o", "{}", "--budget", "size=2"), "size=0.15x"),
+    "lora scale": (("quantize", "digits", "-o", "{}", "--lora", "x:strong"), "not a number"),
+    "iterations": (
+        ("quantize", "digits", "-o", "{}", "--method", "minmax", "--iterations", 5),
+        "does not fine-tune",
+    ),
     "option": (("quantize", "digits", "-o", "{}", "--bitz", "w4a4"), "No such option"),
 }
 
@@ -148,6 +159,19 @@ def test_wrong_use_is_two_with_one_line_and_no_file(arguments, message, tmp_path
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_lora_is_one(tmp_path):
+    result = run("quantize", "digits", "-o", tmp_path / "run", "--lora", tmp_path / "x.safetensors")
+    assert result.exit_code == 1
+    assert "there is no LoRA file" in " ".join(result.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_cannot_be_quantised_again_without_a_lora(digits_run, tmp_path):
+    result = run("quantize", digits_run, "-o", tmp_path / "run", "--method", "minmax")
+    assert result.exit_code == 2
+    assert "together with --lora" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("verb", ["quantize", "export", "generate", "inspect"])
@@ -195,6 +219,10 @@ DAMAGE = {
         "leaves the folder",
     ),
     "other version": (rewrite(format_version=99), "format version 99"),
+    "file of nobody": (
+        lambda folder: (folder / "classes.json.bak").write_text("{}"),
+        "is not in the manifest",
+    ),
     "unknown key": (rewrite(surprise=1), "not a manifest of trtq: surprise"),
     "no json": (lambda folder: (folder / "manifest.json").write_text("{"), "not a manifest"),
     "class from elsewhere": (
