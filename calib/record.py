@@ -124,7 +124,7 @@ def record(
         for where["batch"] in range(batches):
             first = where["batch"] * batch
             count = min(batch, images - first)
-            noise = seeded_noise(shape, seed, first, count).to(device)
+            noise = seeded_noise(shape, seed, first, count, "calibration").to(device)
             chosen = conditions.take(slice(first, first + count)).to(device)
             for point in walk(located, schedule.to(device), noise, chosen, guidance):
                 if progress is not None:

@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--classifier-iterations", type=int, default=1500)
     parser.add_argument("--vae-iterations", type=int, default=2000)
     parser.add_argument("--vae-batch", type=int, default=24)
-    parser.add_argument("--iterations", type=int, default=12000)
+    parser.add_argument("--iterations", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pictures", type=int, default=30000)
     arguments = parser.parse_args()

@@ -103,14 +103,17 @@ def predict(
     return without + guidance * (with_condition - without)
 
 
-def seeded_noise(shape: tuple[int, ...], seed: int, first: int, count: int) -> Tensor:
+def seeded_noise(
+    shape: tuple[int, ...], seed: int, first: int, count: int, purpose: str = "image"
+) -> Tensor:
     """Starting noise of images `first .. first + count - 1`, `[count, *shape]`.
 
-    Image i of a seed is the same in whatever batch it is drawn.
+    Image i of a seed is the same in whatever batch it is drawn; other purposes have other noise, so
+    nothing is calibrated on what it is judged by.
     """
     return torch.stack(
         [
-            torch.randn(shape, generator=seeded_generator(seed, "image", first + i))
+            torch.randn(shape, generator=seeded_generator(seed, purpose, first + i))
             for i in range(count)
         ]
     )

@@ -185,7 +185,7 @@ def _spend_budget(plan: QuantizePlan, budget: Budget, report: Reporter) -> list[
     schedule = NoiseSchedule.of(source.pipeline.scheduler, recipe.steps)
     generator = seeded_generator(recipe.seed, "sensitivity conditions")
     conditions = source.draw_conditions(_SENSITIVITY_IMAGES, generator)
-    noise = seeded_noise(source.sample_shape, recipe.seed, 0, _SENSITIVITY_IMAGES)
+    noise = seeded_noise(source.sample_shape, recipe.seed, 0, _SENSITIVITY_IMAGES, "sensitivity")
     guidance = recipe.guidance or 1.0
     x, timestep = spread(source.denoiser, schedule, noise, conditions, guidance)
     sensitivity = weight_sensitivity(
