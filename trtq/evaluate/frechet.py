@@ -63,18 +63,18 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 def bootstrap_interval(
     features: Tensor, reference: Statistics, *, rounds: int = 200, seed: int = 0
 ) -> tuple[float, float]:
-    """Basic bootstrap interval (95 %) of the Fréchet distance of features[B,F] to the reference.
+    """95 % bootstrap interval of the Fréchet distance of features[B,F] to the reference.
 
-    A set that is drawn again from itself, with repetitions, lies further from everything than the set
-    does, so percentiles alone would miss the value itself; the basic interval `2 v - q` corrects for it.
+    A set drawn again from itself, with repetitions, lies further from everything than the set does: the
+    more so the fewer images. So the spread of the redrawn distances is taken, and centred on the value.
     """
     value = frechet_distance(feature_statistics(features), reference)
     generator = seeded_generator(seed, "bootstrap")
-    drawn = []
+    redrawn = []
     for _ in range(rounds):
         chosen = torch.randint(len(features), (len(features),), generator=generator)
-        drawn.append(frechet_distance(feature_statistics(features[chosen]), reference))
-    low, high = torch.tensor(drawn, dtype=torch.float64).quantile(
-        torch.tensor([0.025, 0.975], dtype=torch.float64)
-    )
-    return max(0.0, 2 * value - float(high)), max(0.0, 2 * value - float(low))
+        redrawn.append(frechet_distance(feature_statistics(features[chosen]), reference))
+    spread = torch.tensor(redrawn, dtype=torch.float64)
+    spread -= spread.mean()
+    low, high = spread.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return max(0.0, value + low), value + high

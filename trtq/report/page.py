@@ -36,11 +36,13 @@ class Table:
         header: names of the columns.
         rows: cells as they are shown.
         best: index of a row to stand out, or None.
+        words: the last column holds sentences, which may take several lines.
     """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     best: int | None = None
+    words: bool = False
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def layer_sections(path: str | Path) -> tuple[Section, ...]:
         for row in found["layers"]
     )
     header = ("layer", "bits", "scale over the steps", "why")
-    sections = [Section("Layers", table=Table(header, rows))]
+    sections = [Section("Layers", table=Table(header, rows, words=True))]
     tables = {
         row["name"] if len(row["scale"]) == 1 else f"{row['name']}.{operand}": scales
         for row in found["layers"]
@@ -127,7 +127,7 @@ def _numbers(result: dict[str, Any]) -> Table:
         interval = _INTERVALS.get(key)
         theirs = shown(f"{key}_reference", interval and f"{interval}_reference")
         rows.append((key, shown(key, interval), theirs, meaning))
-    return Table(("metric", "this model", "float", "what it is"), tuple(rows))
+    return Table(("metric", "this model", "float", "what it is"), tuple(rows), words=True)
 
 
 def _gates(gates: dict[str, bool]) -> str:
