@@ -1,4 +1,4 @@
-"""Write the README's table from benchmarks/results/digits.json.
+"""Write the README's tables from the files in benchmarks/results.
 
 python benchmarks/table.py
 """
@@ -6,15 +6,17 @@ python benchmarks/table.py
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+RESULTS = ROOT / "benchmarks" / "results"
 PER_STEP, STATIC = "W4A4 per-step, search", "W4A4 static, search"
 
 
-def _row(row: dict[str, Any], float_bytes: int) -> str:
+def _digits_row(row: dict[str, Any], float_bytes: int) -> str:
     parity = ""
     if "parity_ties" in row:
         least = row["parity_db_min"]
@@ -32,8 +34,8 @@ def _row(row: dict[str, Any], float_bytes: int) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def table(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+def digits(record: dict[str, Any]) -> str:
+    """`digits.json` as Markdown."""
     provider = record["rows"][-1]["provider"]
     float_bytes = record["rows"][-1]["bytes_before"]
     lines = [
@@ -43,7 +45,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         "| digits model | FD | to float | accuracy | fine-tuning | parity | denoiser |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        *(_row(row, float_bytes) for row in record["rows"]),
+        *(_digits_row(row, float_bytes) for row in record["rows"]),
         "",
         "Per-step tables against one static table, same graph otherwise, median ms of a call "
         "(quartiles), calls in turns:",
@@ -59,13 +61,103 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _spread(values: list[float], form: str) -> str:
+    """Mean, and smallest and largest where there are several."""
+    mean = format(statistics.fmean(values), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({format(min(values), form)}-{format(max(values), form)})"
+
+
+def ablation(record: dict[str, Any]) -> str:
+    """`ablation.json` as Markdown: mean over the seeds, and smallest and largest."""
+    low, high = record["fd_float_interval"]
+    dates = sorted({row["date"] for row in record["rows"]})
+    threads = sorted({row["threads"] for row in record["rows"]})
+    lines = [
+        f"`python benchmarks/ablation.py`, {dates[-1]}, {record['images']:,} images in torch, "
+        f"{' or '.join(map(str, threads))} thread(s). Float: FD {record['fd_float']:.2f} (95 % interval "
+        f"{low:.2f}-{high:.2f}), accuracy {record['class_accuracy_float']:.1%}.",
+        "",
+        "| digits model | seeds | FD | to float | accuracy | PSNR to float | fine-tuning |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(row["name"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["name"] == name]
+        seconds = [row["fine_tune_seconds"] for row in rows if row["fine_tune_seconds"]]
+        cells = [
+            name,
+            str(len(rows)),
+            _spread([row["fd"] for row in rows], ".2f"),
+            f"{statistics.fmean(row['fd_ratio'] for row in rows):.2f} x",
+            _spread([row["class_accuracy"] for row in rows], ".1%"),
+            _spread([row["psnr_db"] for row in rows], ".1f") + " dB",
+            f"{_spread(seconds, '.0f')} s" if seconds else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shapes(record: dict[str, Any]) -> str:
+    """`shapes.json` as Markdown."""
+    rows = record["rows"]
+    low, high = record["faithfulness_float_interval"]
+    lines = [
+        f"`python benchmarks/shapes.py`, {rows[-1]['date']}, {record['images']:,} pictures, "
+        f"{record['steps']} steps, guidance {record['guidance']:g}, {rows[-1]['threads']} thread(s), "
+        f"onnxruntime ({rows[-1]['provider']}). Float: faithfulness {record['faithfulness_float']:.1%} "
+        f"(95 % interval {low:.1%}-{high:.1%}).",
+        "",
+        "| shapes model | faithfulness | FD | PSNR to float | parity | fine-tuning | denoiser |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        seconds = row["fine_tune_seconds"]
+        cells = [
+            row["name"],
+            f"{row['faithfulness']:.1%}",
+            f"{row['fd']:.2f}",
+            f"{row['psnr_db']:.1f} dB",
+            "exact" if row["parity_db_min"] >= 200 else f"{row['parity_db_min']:.0f} dB",
+            f"{seconds:.0f} s" if seconds else "",
+            f"{row['bytes_after'] / 1e6:.2f} MB",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lora = record.get("lora")
+    if lora:
+        lines += [
+            "",
+            f"A LoRA that makes every shape purple, exchanged in the finished {SWAPPED_NAME} run in "
+            f"{lora['seconds']:.1f} s: purple first shapes in {lora['style_without']:.0%} of "
+            f"{lora['images']} pictures without it, {lora['style_float']:.0%} with it in the float model, "
+            f"{lora['style_low_bit']:.0%} in the low-bit one. SNR of the noise prediction against the "
+            f"float model with the same weights {lora['snr_db_before']:.1f} dB before, "
+            f"{lora['snr_db_after']:.1f} dB after.",
+        ]
+    return "\n".join(lines)
+
+
+SWAPPED_NAME = "W4A8 EfficientDM"
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "digits": digits,
+    "ablation": ablation,
+    "shapes": shapes,
+}
+
+
 def main() -> None:
-    """Replace what stands between the two marks."""
-    record = json.loads((ROOT / "benchmarks" / "results" / "digits.json").read_text())
+    """Replace what stands between the marks of each table whose results are there."""
     readme = ROOT / "README.md"
-    head, _, rest = readme.read_text().partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    readme.write_text(f"{head}{BEGIN}\n{table(record)}\n{END}{tail}")
+    text = readme.read_text()
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        path = RESULTS / f"{name}.json"
+        if not path.is_file() or begin not in text:
+            continue
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        text = f"{head}{begin}\n{make(json.loads(path.read_text()))}\n{end}{tail}"
+    readme.write_text(text)
 
 
 if __name__ == "__main__":
