@@ -130,8 +130,8 @@ def shapes(record: dict[str, Any]) -> str:
             f"A LoRA that makes every shape purple, exchanged in the finished {SWAPPED_NAME} run in "
             f"{lora['seconds']:.1f} s: purple first shapes in {lora['style_without']:.0%} of "
             f"{lora['images']} pictures without it, {lora['style_float']:.0%} with it in the float "
-            f"model, {lora['style_low_bit']:.0%} in the low-bit one. SNR of the noise prediction against the "
-            f"float model with the same weights {lora['snr_db_before']:.1f} dB before, "
+            f"model, {lora['style_low_bit']:.0%} in the low-bit one. SNR of the noise prediction "
+            f"against the float model with the same weights {lora['snr_db_before']:.1f} dB before, "
             f"{lora['snr_db_after']:.1f} dB after.",
         ]
     return "\n".join(lines)
