@@ -325,13 +325,25 @@ def new_artefact(
         raise
 
 
-def check_output(final: Path, *, overwrite: bool) -> Path:
+def check_output(final: Path, *, overwrite: bool, source: str | Path | Any = None) -> Path:
     """Refuse an output place before any long work; the place without links is given back.
+
+    Args:
+        final: the place.
+        overwrite: whether an artefact that is there may be replaced.
+        source: what is read; it must not be replaced, nor lie inside what is.
 
     Raises:
         UsageError: something is there that must not be replaced.
     """
     final = final.resolve()
+    if isinstance(source, str | Path) and Path(source).exists():
+        place = Path(source).resolve()
+        if place == final or final in place.parents or place in final.parents:
+            raise UsageError(
+                f"the output {final} and the input {place} are the same place or inside each other; "
+                "choose another --output"
+            )
     if not final.exists():
         return final
     if not (final / MANIFEST_NAME).is_file():

@@ -168,6 +168,20 @@ def test_a_missing_lora_is_one(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("inside", ["", "sub"])
+def test_an_input_is_not_overwritten_by_its_own_output(inside, digits_run):
+    result = run("export", digits_run, "-o", digits_run / inside, "--overwrite")
+    assert result.exit_code == 2
+    assert "the same place or inside each other" in " ".join(result.stderr.split())
+    assert run("inspect", digits_run).exit_code == 0
+
+
+def test_a_run_is_no_reference(digits_run):
+    result = run("eval", digits_run, "--reference", digits_run, "--images", 4)
+    assert result.exit_code == 2
+    assert "give the float checkpoint" in " ".join(result.stderr.split())
+
+
 def test_a_run_cannot_be_quantised_again_without_a_lora(digits_run, tmp_path):
     result = run("quantize", digits_run, "-o", tmp_path / "run", "--method", "minmax")
     assert result.exit_code == 2

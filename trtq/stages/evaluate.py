@@ -25,6 +25,7 @@ from trtq.evaluate.metrics import (
     score_images,
     spatial_distance,
 )
+from trtq.manifest import artefact_kind
 from trtq.progress import Reporter, silent
 from trtq.stages.load import artefact_guidance, calibrated_steps, open_any
 
@@ -174,6 +175,12 @@ def draw_reference(
     Raises:
         UsageError: the model cannot be judged.
     """
+    if isinstance(reference, str | Path) and Path(reference).is_dir():
+        kind = artefact_kind(Path(reference))
+        if kind is not None:
+            raise UsageError(
+                f"the reference {reference} is of kind {kind!r}; give the float checkpoint of it"
+            )
     source = load_source(reference)
     if images < 2:
         raise UsageError(f"--images must be at least 2, got {images}")

@@ -136,7 +136,7 @@ def export_onnx(
     if precision not in PARITY_DB:
         raise UsageError(f"unknown precision {precision!r}; choose one of {', '.join(PARITY_DB)}")
     final = Path(out)
-    check_output(final, overwrite=overwrite)
+    check_output(final, overwrite=overwrite, source=path)
     run = open_run(Path(path)) if _is_run(path) else None
     report("export", 1, 3)
     if run is None:

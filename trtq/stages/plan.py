@@ -150,7 +150,7 @@ def plan_quantize(
         lines = read_lines(Path(recipe.prompts))
         source.prompts = source.prompts.model_copy(update={"calibration": lines})
     policy = load_policy(
-        type(source.denoiser).__name__, Path(recipe.policy) if recipe.policy else None
+        type(source.denoiser).__name__, None if recipe.policy is None else Path(recipe.policy)
     )
     structure = Structure(
         tuple(attention_modules(source.denoiser)) if recipe.attention.quantize else (),

@@ -166,7 +166,7 @@ def quantize(
         TrtqError: see `trtq.errors`; nothing half-written is left under `out`.
     """
     start = time.monotonic()
-    final = check_output(Path(out), overwrite=overwrite)
+    final = check_output(Path(out), overwrite=overwrite, source=pipeline_or_path)
     chosen = _as_recipe(recipe)
     plan = plan_quantize(pipeline_or_path, chosen, loras, report)
     chosen = plan.recipe

@@ -92,7 +92,7 @@ def requantize(
         ArtefactError: a LoRA or the checkpoint does not fit.
     """
     start = time.monotonic()
-    final = check_output(Path(out), overwrite=overwrite)
+    final = check_output(Path(out), overwrite=overwrite, source=path)
     run = open_run(Path(path))
     manifest = read_manifest(Path(path), "run")
     if not (run.folder / TRAINED_NAME).is_file():
