@@ -141,7 +141,12 @@ def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="A diffusers folder, a hub id, digits or shapes; or a run, with --lora.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A diffusers folder, a hub id, digits or shapes; or a run, with --lora."
+        ),
+    ],
     output: Output,
     method: Annotated[
         str | None,

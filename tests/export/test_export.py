@@ -48,8 +48,10 @@ def test_every_quantised_layer_has_the_folded_form(digits_onnx):
 def test_the_step_is_looked_up_once(digits_onnx):
     counts = Counter(node.op_type for node in graph(digits_onnx).node)
     assert counts["GreaterOrEqual"] == 1
-    # One for the classes, one for all tables.
-    assert counts["Gather"] == 2
+    gathers = [node for node in graph(digits_onnx).node if node.op_type == "Gather"]
+    assert sum(node.input[0] == "steps/table" for node in gathers) == 1
+    # Beside it: one for the classes, and one per rank that hands every channel its layer's scale.
+    assert len(gathers) <= 5
 
 
 def test_four_bit_weights_lie_in_the_file_as_int4(digits_onnx):

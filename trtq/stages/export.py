@@ -54,6 +54,8 @@ DATA_NAME = "model.onnx_data"
 PARITY_DB: dict[str, float] = {"fp32": 40.0, "fp16": 20.0}
 """Least SNR, in dB, of the exported noise prediction at any calibrated step. In a half-precision
 graph values near a rounding tie fall on the other code, so a 4-bit model cannot be held to more."""
+_INLINE_BYTES = 1 << 14
+"""Smaller tensors stay in the graph: shape inference reads sizes of splits there and nowhere else."""
 _PARITY_VALUES = 1 << 18
 _PARITY_IMAGES = (4, 128)
 
@@ -220,7 +222,7 @@ def _write_graph(
         model.metadata_props["trtq.timesteps"] = json.dumps(run.table.timesteps.tolist())
     _check_finite(model)
     folder.mkdir(parents=True)
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME)
+    ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME, size_threshold_bytes=_INLINE_BYTES)
     onnx.checker.check_model(str(folder / MODEL_FILE))
 
 

@@ -18,7 +18,7 @@ The clip is left out where int8 saturates to the same codes. Weights of up to 4 
 as INT4 (`q - 8`), with Cast and Sub (`z - 8`) in front of their DequantizeLinear.
 
 The step of each batch item is found once per graph from `timestep`, and one Gather fetches the
-values of all layers. With a single calibrated step the values are constants instead.
+values of all layers. Values that are the same at every step are constants instead.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ not rewritten, so such layers stay exact in every session."""
 
 @dataclass(frozen=True)
 class _StepValues:
-    """Values of one input at the step of each batch item, shaped to broadcast over it."""
+    """Values of one input at the step of each batch item, shaped to broadcast over it.
+
+    `scale` of a layer is multiplied by its weight's scales, and broadcasts over the output.
+    """
 
     inv_scale: ir.Value
     scale: ir.Value
@@ -84,6 +87,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         super().__init__()
         self.layers = layers
         self.table = table
+        self._channels: dict[str, np.ndarray] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires when there is a node of the domain `trtq`.
@@ -106,6 +110,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                 if value is None or value.shape is None:
                     raise LegalityError(f"the shape of an input of {name!r} is not known")
                 ranks[f"{name}/{operand}"] = len(value.shape)
+                if isinstance(layer, LayerTensors):
+                    self._channels[f"{name}/{operand}"] = layer.weight.scale.numpy().reshape(-1)
                 columns[f"{name}/{operand}"] = _columns(tensors)
         values = self._step_values(graph, columns, ranks)
         for node in nodes:
@@ -128,18 +134,30 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         """Look the step up once and hand every input its values."""
         found: dict[str, dict[str, ir.Value]] = {name: {} for name in ranks}
         builder = GraphBuilder(graph, "steps")
-        if len(self.table) == 1:
-            for name, own in columns.items():
-                for key, column in own.items():
-                    shaped = column.reshape((1,) * ranks[name])
-                    found[name][key] = builder.constant(f"{name}/{key}", shaped)
-        else:
-            self._gather(builder, columns, ranks, found)
+        varying: dict[str, dict[str, np.ndarray]] = {}
+        for name, own in columns.items():
+            for key, column in own.items():
+                if not (column == column[0]).all():
+                    varying.setdefault(name, {})[key] = column
+                    continue
+                # The same at every step, as clip limits often are: a constant.
+                values = column[:1].reshape((1,) * ranks[name])
+                if key == "scale" and name in self._channels:
+                    values = self._shaped(self._channels[name] * column[0], ranks[name])
+                found[name][key] = builder.constant(f"{name}/{key}", values)
+        if varying:
+            self._gather(builder, varying, ranks, found)
         graph.insert_before(graph[0], builder.nodes)
         return {
             name: _StepValues(v["inv_scale"], v["scale"], v.get("low"), v.get("high"))
             for name, v in found.items()
         }
+
+    @staticmethod
+    def _shaped(channels: np.ndarray, rank: int) -> np.ndarray:
+        """`[N]` so that it broadcasts over an output: channels last, but first for images."""
+        shape = (1, -1, 1, 1) if rank == 4 else (1,) * (rank - 1) + (-1,)
+        return channels.reshape(shape)
 
     def _gather(
         self,
@@ -148,7 +166,10 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         ranks: Mapping[str, int],
         found: dict[str, dict[str, ir.Value]],
     ) -> None:
-        """`index = number of edges <= timestep`, then one Gather of `[T, values]`."""
+        """`index = number of edges <= timestep`, then one Gather of `[T, values]`.
+
+        The scales of layers are multiplied by the weight's scales, for all layers of a rank at once.
+        """
         graph = builder.graph
         inputs = {value.name: value for value in graph.inputs}
         edges = builder.constant("edges", self.table.edges.numpy()[None])
@@ -161,30 +182,71 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         count = builder.op("ReduceSum", [ones, last], "count", {"keepdims": 0})
         step = builder.op("Cast", [count], "step", {"to": ir.DataType.INT64.value})
 
-        by_rank = sorted(set(ranks.values()))
-        groups = {
-            rank: [(n, key) for n, own in columns.items() if ranks[n] == rank for key in own]
+        by_rank = sorted({ranks[name] for name in columns})
+        plain = {
+            rank: [
+                (name, key)
+                for name, own in columns.items()
+                for key in own
+                if ranks[name] == rank and not (key == "scale" and name in self._channels)
+            ]
             for rank in by_rank
         }
-        ordered = [place for rank in by_rank for place in groups[rank]]
+        layers = [name for name in columns if name in self._channels and "scale" in columns[name]]
+        by_rank = [rank for rank in by_rank if plain[rank]]
+        ordered = [place for rank in by_rank for place in plain[rank]]
+        ordered += [(name, "scale") for name in layers]
         table = np.stack([columns[name][key] for name, key in ordered], axis=1)
         rows = builder.op("Gather", [builder.constant("table", table), step], "values", {"axis": 0})
+        sizes = [len(plain[rank]) for rank in by_rank] + ([len(layers)] if layers else [])
         parts = [rows]
-        if len(by_rank) > 1:
-            sizes = builder.constant(
-                "group_sizes", np.array([len(groups[rank]) for rank in by_rank], np.int64)
-            )
-            parts = builder.op("Split", [rows, sizes], "groups", {"axis": 1}, len(by_rank))
-        for rank, part in zip(by_rank, parts, strict=True):
+        if len(sizes) > 1:
+            lengths = builder.constant("group_sizes", np.array(sizes, np.int64))
+            parts = builder.op("Split", [rows, lengths], "groups", {"axis": 1}, len(sizes))
+        for rank, part in zip(by_rank, parts, strict=False):
             if rank > 2:
                 axes = builder.constant(f"axes_{rank}", np.arange(2, rank, dtype=np.int64))
                 part = builder.op("Unsqueeze", [part, axes], f"rank_{rank}")
-            count = len(groups[rank])
+            count = len(plain[rank])
             singles = builder.op(
                 "Split", [part], f"values_{rank}", {"axis": 1, "num_outputs": count}, count
             )
-            for (name, key), value in zip(groups[rank], singles, strict=True):
+            singles = singles if count > 1 else [singles]
+            for (name, key), value in zip(plain[rank], singles, strict=True):
                 found[name][key] = value
+        for rank in sorted({ranks[name] for name in layers}):
+            own = [name for name in layers if ranks[name] == rank]
+            self._channel_scales(builder, parts[-1], layers, own, rank, found)
+
+    def _channel_scales(
+        self,
+        builder: GraphBuilder,
+        scales: ir.Value,
+        layers: Sequence[str],
+        own: Sequence[str],
+        rank: int,
+        found: dict[str, dict[str, ir.Value]],
+    ) -> None:
+        """`d * s[step]` of the layers of one rank, from `scales[B, L]` of all layers."""
+        sizes = [len(self._channels[name]) for name in own]
+        places = np.repeat([layers.index(name) for name in own], sizes).astype(np.int64)
+        index = builder.constant(f"channels_{rank}", places)
+        weights = np.concatenate([self._channels[name] for name in own])[None]
+        y = builder.op("Gather", [scales, index], f"scales_{rank}", {"axis": 1})
+        y = builder.op("Mul", [builder.constant(f"weights_{rank}", weights), y], f"scaled_{rank}")
+        axis = 1
+        if rank > 2:
+            axes = (2, 3) if rank == 4 else tuple(range(1, rank - 1))
+            axis = 1 if rank == 4 else rank - 1
+            shape = builder.constant(f"channel_axes_{rank}", np.array(axes, np.int64))
+            y = builder.op("Unsqueeze", [y, shape], f"shaped_{rank}")
+        parts = [y]
+        if len(own) > 1:
+            lengths = builder.constant(f"channel_sizes_{rank}", np.array(sizes, np.int64))
+            attributes = {"axis": axis}
+            parts = builder.op("Split", [y, lengths], f"split_{rank}", attributes, len(own))
+        for name, part in zip(own, parts, strict=True):
+            found[name]["scale"] = part
 
     @staticmethod
     def _operand(
@@ -221,10 +283,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             y = builder.op("Conv", [y, weight], "conv", attributes)
         else:
             y = builder.op("MatMul", [y, weight], "matmul")
+        y = builder.op("Mul", [y, step.scale], "rescaled")
         channel = (-1, 1, 1) if conv else (-1,)
-        weight_scale = builder.constant("weight_scale", layer.weight.scale.numpy().reshape(channel))
-        scale = builder.op("Mul", [weight_scale, step.scale], "scale")
-        y = builder.op("Mul", [y, scale], "rescaled")
         if layer.bias is not None:
             bias = layer.bias.numpy().reshape(channel)
             y = builder.op("Add", [y, builder.constant("bias", bias)], "biased")
