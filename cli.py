@@ -272,7 +272,8 @@ def export(
         )
 
         def human(found: dict[str, Any]) -> None:
-            rows = {key: value for key, value in found.items() if key != "parity_db"}
+            lists = ("parity_db", "parity_floor_db")
+            rows = {key: value for key, value in found.items() if key not in lists}
             _pairs(f"onnx: {output}", rows)
 
         _show(result, as_json, human)

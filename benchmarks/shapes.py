@@ -55,7 +55,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "W4A4 QuEST": {"method": "quest", "bits": "w4a4"},
     "W4A4 combined": {"method": "combined", "bits": "w4a4"},
 }
-SWAPPED = "W4A8 EfficientDM"
+SWAPPED = "W4A8 search"
 
 
 class _Adapted(nn.Module):

@@ -137,7 +137,7 @@ def shapes(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-SWAPPED_NAME = "W4A8 EfficientDM"
+SWAPPED_NAME = "W4A8 search"
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
     "ablation": ablation,

@@ -181,3 +181,32 @@ def test_nan_in_the_graph_is_named():
 def test_batches_that_are_not_understood(text):
     with pytest.raises(UsageError, match="MIN:MAX"):
         parse_batch(text)
+
+
+@pytest.mark.parametrize(
+    ("db", "floor", "holds"),
+    [(41, 200, True), (39, 200, False), (33, 30, True), (33, 38, True), (33, 45, False)],
+)
+def test_a_graph_is_held_to_what_torch_keeps_itself(db, floor, holds):
+    from trtq.export.parity import StepParity
+
+    assert StepParity(db, db, 0.0, floor).holds(40.0) is holds
+    assert not StepParity(float("nan"), 0.0, 0.0, floor).holds(40.0)
+
+
+def test_the_floor_is_measured_and_the_model_left_as_it_was(digits_run):
+    import torch
+
+    from trtq.diffusion.sampling import Conditions, seeded_noise
+    from trtq.diffusion.schedule import NoiseSchedule
+    from trtq.export.parity import step_parity
+    from trtq.stages.load import open_any
+
+    source = open_any(digits_run)
+    schedule = NoiseSchedule.of(source.pipeline.scheduler, 4)
+    noise = seeded_noise(source.sample_shape, 0, 0, 8)
+    conditions = Conditions({"class_labels": torch.arange(8)})
+    rows = step_parity(source.denoiser, source.denoiser, schedule, noise, conditions)
+    assert [row.db for row in rows] == [200.0] * 5
+    assert all(20 < row.floor_db <= 200 for row in rows)
+    assert not any(module._forward_pre_hooks for module in source.denoiser.modules())

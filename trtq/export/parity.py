@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trtq.diffusion.sampling import Conditions, predict, walk
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError
+from trtq.quant.deployed import DeployedLayer, DeployedProduct
 
 __all__ = ["EXACT_DB", "MOST_TIES", "StepParity", "compare", "snr_db", "step_parity"]
 
@@ -21,6 +23,8 @@ EXACT_DB = 200.0
 TIE_DB = 60.0
 """Images nearer than this hold no flipped code; without one they agree to 100 dB or more."""
 MOST_TIES = 0.05
+_LAST_BIT = 2.0**-22
+_FLOOR_MARGIN_DB = 6.0
 FEWEST_ITEMS = 3
 """Items of one step in a mixed batch from which on most of them being off is no coincidence."""
 
@@ -48,11 +52,19 @@ class StepParity:
             more than `MOST_TIES`.
         pooled_db: SNR over all images.
         ties: share of images set aside.
+        floor_db: SNR over all images of the reference against itself, with what enters its low-bit
+            layers moved by about the last bit: as much as another runtime's norms and activation
+            functions differ. Where a network carries that far, no runtime can be nearer.
     """
 
     db: float
     pooled_db: float
     ties: float
+    floor_db: float = EXACT_DB
+
+    def holds(self, least_db: float) -> bool:
+        """Whether it is near enough: `least_db`, or as near as the reference is to itself."""
+        return self.db >= min(least_db, self.floor_db - _FLOOR_MARGIN_DB)
 
 
 def compare(reference: Tensor, other: Tensor) -> StepParity:
@@ -101,7 +113,10 @@ def step_parity(
     mixed = torch.empty_like(noise)
     for point in walk(reference, schedule, noise, conditions):
         mixed[position == point.position] = point.x[position == point.position]
-        rows.append(compare(point.predicted, exported_at(point.x, point.timestep)))
+        row = compare(point.predicted, exported_at(point.x, point.timestep))
+        with _last_bit_moved(reference), torch.no_grad():
+            moved = predict(reference, point.x, point.timestep, conditions)
+        rows.append(replace(row, floor_db=snr_db(point.predicted, moved)))
     rows.reverse()
     timesteps = schedule.timesteps[position]
     with torch.no_grad():
@@ -113,5 +128,30 @@ def step_parity(
         # Items that look up a wrong step are all of their step's; ties are here and there.
         if int(at.sum()) >= FEWEST_ITEMS and float((each[at] < TIE_DB).float().mean()) > 0.5:
             worst = snr_db(together[at], other[at])
-            return [*rows, StepParity(worst, worst, 0.0)]
-    return [*rows, compare(together, other)]
+            return [*rows, StepParity(worst, worst, 0.0, min(row.floor_db for row in rows))]
+    return [*rows, replace(compare(together, other), floor_db=min(row.floor_db for row in rows))]
+
+
+@contextmanager
+def _last_bit_moved(reference: Any) -> Iterator[None]:
+    """Inside the block, every value that enters a low-bit layer is a little larger or smaller."""
+
+    def move(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        moved = []
+        for x in inputs:
+            signs = torch.ones(x.numel(), device=x.device)
+            signs[::2] = -1
+            moved.append(x * (1 + _LAST_BIT * signs.reshape(x.shape)))
+        return tuple(moved)
+
+    layers = [
+        module
+        for module in (reference.modules() if isinstance(reference, nn.Module) else ())
+        if isinstance(module, DeployedLayer | DeployedProduct)
+    ]
+    handles = [layer.register_forward_pre_hook(move) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
