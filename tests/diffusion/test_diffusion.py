@@ -95,7 +95,7 @@ def test_shipped_model_is_small():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("no-such-model", r"ships with trtq \(digits\)"),
+        ("no-such-model", r"ships with trtq \(digits, shapes\)"),
         ("./nowhere", "not a folder"),
         (".", r"holds no model_index\.json"),
     ],

@@ -155,8 +155,10 @@ def test_float_baseline(tmp_path):
 
 
 def test_a_failed_parity_check_leaves_nothing(digits_run, tmp_path, monkeypatch):
-    monkeypatch.setitem(stage.PARITY_DB, "fp32", 1000.0)
-    with pytest.raises(GateError, match="1000 dB are required"):
+    from trtq.export.parity import StepParity
+
+    monkeypatch.setattr("trtq.stages.export.step_parity", lambda *_: [StepParity(39, 39, 0.0, 200)])
+    with pytest.raises(GateError, match=r"only 39\.0 dB from torch, 40 dB are required"):
         export_onnx(digits_run, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
 
