@@ -70,6 +70,9 @@ class Training(_Strict):
     batch stand at different steps, so every iteration sees the whole trajectory."""
     eta: float = Field(1.0, ge=0, le=1)
     """Noise of the teacher's DDIM trajectory; 1 as released."""
+    step_weights: Literal["uniform", "influence"] = "uniform"
+    """`influence`: an error counts by what it does to the final sample, see
+    `trtq.diffusion.schedule.NoiseSchedule.influence`; `uniform`: alike at every step, as published."""
     lora_travel: float = Field(3.2, gt=0)
     """How many weight levels an adapter entry can travel under a steady gradient. The learning rate
     of a layer is `2 * lora_travel * mean(d_w) / iterations`: with linear decay the released

@@ -33,6 +33,32 @@ def test_step_is_diffusers_ddim_step(prediction, clip, eta):
         torch.testing.assert_close(ours[item], expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_influence_is_what_an_error_at_one_step_does_to_the_end(prediction):
+    """On data of unit variance, where the best denoiser is known: the noise in `x` is `sigma x`."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False)
+    schedule = NoiseSchedule.of(scheduler, 100)
+    alpha = schedule._alpha(torch.arange(101)).double()
+    sigma = (1 - alpha).sqrt()
+    best = {"epsilon": sigma, "v_prediction": 0 * sigma, "sample": alpha.sqrt()}[prediction]
+
+    def end(wrong_at):
+        x = torch.ones(1, 1, dtype=torch.float64)
+        for position in range(100):
+            predicted = best[position] * x + (1e-3 if position == wrong_at else 0.0)
+            x = schedule.step(x, predicted, torch.tensor([position]))
+        return x.item()
+
+    right = end(None)
+    measured = torch.tensor([(end(p) - right) ** 2 for p in range(100)], dtype=torch.float64)
+    torch.testing.assert_close(
+        schedule.influence().double(), measured / measured.mean(), rtol=0.1, atol=0
+    )
+    assert schedule.influence().mean().item() == pytest.approx(1)
+
+
 def test_timesteps_are_the_schedulers_own():
     from diffusers import DDIMScheduler, HeunDiscreteScheduler
 

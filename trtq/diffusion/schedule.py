@@ -95,6 +95,30 @@ class NoiseSchedule:
         t = torch.cat([self.timesteps, self.timesteps.new_tensor([-1.0])])[position].long()
         return torch.where(t >= 0, self.alphas_cumprod[t.clamp_min(0)], 1.0)
 
+    def influence(self) -> Tensor:
+        """How much a squared error of the prediction at each position weighs in the final sample.
+
+        With `u = x_t / sqrt(abar_t)` and `n = sqrt((1 - abar_t) / abar_t)` a DDIM step is
+        `u' = u + (n' - n) noise`, so an error `e` of the predicted noise moves `u'` by `(n' - n) e`.
+        What is left of it at the end is what the probability flow leaves of any displacement: for
+        normally distributed data of unit variance `sqrt(1 / (1 + n'^2))` of it. Weighing by this is
+        our own; with uniform weights the last step, whose noise is hardest to tell and matters least,
+        makes up most of the loss.
+
+        Returns:
+            float32[T], `(n - n')^2 / (1 + n'^2)` times what a squared error of this kind of
+            prediction is in terms of noise, scaled to a mean of 1.
+        """
+        alpha = self._alpha(torch.arange(len(self) + 1, device=self.timesteps.device)).double()
+        level = ((1 - alpha) / alpha).sqrt()
+        here, after = level[:-1], level[1:]
+        weight = (here - after).square() / (1 + after.square())
+        if self.prediction == "v_prediction":
+            weight = weight * alpha[:-1]
+        elif self.prediction == "sample":
+            weight = weight / here.square()
+        return (weight / weight.mean()).float()
+
     def step(
         self,
         x: Tensor,

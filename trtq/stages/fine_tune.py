@@ -95,6 +95,7 @@ def _trajectories(setup: FineTuning, recipe: Recipe, purpose: str) -> Trajectori
         guidance=1.0 if recipe.guidance is None else recipe.guidance,
         eta=training.eta,
         staggered=training.trajectory == "staggered",
+        weighted=training.step_weights == "influence",
         device=setup.accelerator.device,
     )
 

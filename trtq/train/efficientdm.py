@@ -17,9 +17,16 @@ from trtq.train.distill import Distillation
 __all__ = ["EfficientDM", "guided_error"]
 
 
-def guided_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Sum of squared differences of two guided predictions (EfficientDM, eq. 7, as released)."""
-    return (student - teacher).square().sum()
+def guided_error(student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Sum of squared differences of two guided predictions (EfficientDM, eq. 7, as released).
+
+    Args:
+        student: `[B, ...]`.
+        teacher: the same shape.
+        weight: of each item, `[B]`; by default 1.
+    """
+    error = (student - teacher).square()
+    return error.sum() if weight is None else (error.flatten(1).sum(1) * weight).sum()
 
 
 class EfficientDM(Distillation):
@@ -41,4 +48,4 @@ class EfficientDM(Distillation):
         """The squared error where the trajectories of this slot stand."""
         batch = self.trajectories.next(slot, iteration)
         predicted = self.trajectories.predict(student, batch)
-        return guided_error(predicted.float(), batch.target)
+        return guided_error(predicted.float(), batch.target, batch.weight)

@@ -38,26 +38,39 @@ def alignment_loss(
     target: Tensor,
     weighting: Weighting = "paper",
     global_weight: float = 1.0,
+    item_weight: Tensor | None = None,
 ) -> Tensor:
     """Local terms of K layers and the global one; each is a mean of squares.
 
     Args:
-        student: outputs of the layers in the quantised model, by name.
+        student: outputs of the layers in the quantised model, by name, `[B, ...]`; `[2 B, ...]` under
+            guidance.
         teacher: the same in the float model.
-        predicted: the quantised model's output.
+        predicted: the quantised model's output, `[B, ...]`.
         target: the float model's.
         weighting: `paper`: `local + w * global`; `released`: `local + K * w * global`; `global`:
             `K * w * global`.
         global_weight: `w`.
+        item_weight: how much each of the B items counts; by default 1.
     """
-    task = global_weight * functional.mse_loss(predicted, target)
+    task = global_weight * _mean_square(predicted, target, item_weight)
     if weighting == "global":
         return len(teacher) * task
     local = sum(
-        (functional.mse_loss(student[name].float(), output) for name, output in teacher.items()),
+        (
+            _mean_square(student[name].float(), output, item_weight)
+            for name, output in teacher.items()
+        ),
         task.new_zeros(()),
     )
     return local + (len(teacher) if weighting == "released" else 1) * task
+
+
+def _mean_square(student: Tensor, teacher: Tensor, item_weight: Tensor | None) -> Tensor:
+    if item_weight is None:
+        return functional.mse_loss(student, teacher)
+    error = (student - teacher).square().flatten(1).mean(1)
+    return (error * item_weight.repeat(len(error) // len(item_weight))).mean()
 
 
 class Quest(Distillation):
@@ -118,4 +131,5 @@ class Quest(Distillation):
             batch.target,
             self.weighting,
             self.global_weight,
+            batch.weight,
         )

@@ -29,12 +29,14 @@ class Batch:
         timestep: `[B]`.
         conditions: of the B images.
         target: the teacher's guided prediction, `[B,C,H,W]`.
+        weight: how much an error counts at each item's step, `[B]`.
     """
 
     x: Tensor
     timestep: Tensor
     conditions: Conditions
     target: Tensor
+    weight: Tensor
 
 
 class _Pool:
@@ -63,6 +65,8 @@ class Trajectories:
         guidance: classifier-free guidance of the teacher.
         eta: noise of the teacher's DDIM steps.
         staggered: each item of a batch stands at a step of its own; otherwise all stand at one step.
+        weighted: errors count by what they do to the final sample (`NoiseSchedule.influence`);
+            otherwise alike at every step.
         device: where the teacher is. All randomness is drawn on the CPU, so it is the same everywhere.
     """
 
@@ -82,6 +86,7 @@ class Trajectories:
         guidance: float = 1.0,
         eta: float = 1.0,
         staggered: bool = True,
+        weighted: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self.teacher = teacher
@@ -96,6 +101,9 @@ class Trajectories:
         self.guidance = guidance
         self.eta = eta
         self.staggered = staggered
+        self._weights = (
+            self.schedule.influence() if weighted else torch.ones(len(schedule), device=device)
+        )
         self._pools: list[_Pool] = []
 
     def next(self, slot: int, iteration: int) -> Batch:
@@ -106,7 +114,7 @@ class Trajectories:
         generator = self._generator(slot, iteration)
         target = self._teach(pool.x, pool.position, pool.conditions)
         timestep = self.schedule.timesteps[pool.position]
-        batch = Batch(pool.x, timestep, pool.conditions, target)
+        batch = Batch(pool.x, timestep, pool.conditions, target, self._weights[pool.position])
         self._advance(pool, target, generator)
         return batch
 
