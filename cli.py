@@ -164,6 +164,9 @@ def quantize(
     iterations: Annotated[
         int | None, typer.Option("--iterations", min=1, help="Fine-tuning iterations.")
     ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="HEIGHTxWIDTH of the images in pixels.")
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option("--budget", help="Weight bits by sensitivity: size=0.15x or bitops=0.1x."),
@@ -207,6 +210,7 @@ def quantize(
             "steps": steps,
             "seed": seed,
             "budget": budget,
+            "size": size,
         }
         overrides = {key: value for key, value in given.items() if value is not None}
         loras = [parse_lora(text) for text in lora or []]
@@ -250,6 +254,9 @@ def export(
     batch: Annotated[
         str, typer.Option("--batch", help="MIN:MAX batch that engines are to take.")
     ] = "1:8",
+    size: Annotated[
+        str | None, typer.Option("--size", help="HEIGHTxWIDTH of the images in pixels.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -267,6 +274,7 @@ def export(
             target=target,
             precision=precision,
             batch=parse_batch(batch),
+            size=size,
             overwrite=overwrite,
             report=LineReporter(),
         )

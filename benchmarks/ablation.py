@@ -3,7 +3,7 @@
     python benchmarks/ablation.py [--seeds 0 1 2] [--only NAME ...]
 
 Rows that are in the output already are not measured again, so it can be interrupted. Fréchet distance
-and accuracy are of 1,000 images, with the same starting noise in every row.
+and accuracy are of 4,000 images, with the same starting noise in every row.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ ATTENTION = {"attention": {"quantize": True}}
 NO_ATTENTION = {"attention": {"quantize": False}}
 ROWS: dict[str, dict[str, Any]] = {
     "W8A8 search": {"method": "search", "bits": "w8a8"},
-    "W8A8 EfficientDM": {"method": "efficientdm", "bits": "w8a8"},
-    "W8A8 QuEST": {"method": "quest", "bits": "w8a8"},
     "W8A8 combined": {"method": "combined", "bits": "w8a8"},
     "W4A8 search": {"method": "search", "bits": "w4a8"},
     "W4A8 EfficientDM": {"method": "efficientdm", "bits": "w4a8"},
@@ -39,17 +37,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "W4A4 search": {"method": "search", "bits": "w4a4"},
     "W4A4 EfficientDM, static": {"method": "efficientdm", "bits": "w4a4", "tables": "static"},
     "W4A4 EfficientDM": {"method": "efficientdm", "bits": "w4a4"},
-    "W4A4 EfficientDM, attention": {"method": "efficientdm", "bits": "w4a4"} | ATTENTION,
     "W4A4 QuEST": {"method": "quest", "bits": "w4a4"},
     "W4A4 QuEST, float attention": {"method": "quest", "bits": "w4a4"} | NO_ATTENTION,
     "W4A4 QuEST, learned rounding": {"method": "quest", "bits": "w4a4", "quest": {"adaround": 200}},
-    "W4A4 QuEST, global loss only": {
-        "method": "quest",
-        "bits": "w4a4",
-        "quest": {"weighting": "global"},
-    },
     "W4A4 combined": {"method": "combined", "bits": "w4a4"},
     "W4A4 combined, attention": {"method": "combined", "bits": "w4a4"} | ATTENTION,
+    "W4A4 combined, uniform weights": {
+        "method": "combined",
+        "bits": "w4a4",
+        "training": {"step_weights": "uniform"},
+    },
     "W4A4 combined, global loss only": {
         "method": "combined",
         "bits": "w4a4",
@@ -65,7 +62,7 @@ ROWS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Measure what is missing and write it down after every row."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument(

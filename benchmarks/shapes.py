@@ -97,7 +97,7 @@ def train_style(path: Path, iterations: int = 300, batch: int = 48, rank: int = 
             draw_scenes([_purple(s) for s in shown], generator)
         ).latent_dist
         latents = latents.mode() * pipeline.vae.config.scaling_factor
-    states = source.encode([scene.caption for scene in shown])
+    states = source.encode([scene.caption for scene in shown]).conditional["encoder_hidden_states"]
     for iteration in range(iterations):
         chosen = torch.randint(len(shown), (batch,), generator=generator)
         timestep = torch.randint(1000, (batch,), generator=generator)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trtq.calib.policy import explain, parse_bits, read_toml
 from trtq.calib.sensitivity import parse_budget
+from trtq.diffusion.source import parse_size
 from trtq.errors import RecipeError
 from trtq.quant.ranges import check_bits
 
@@ -122,6 +123,8 @@ class Recipe(_Strict):
     """Classifier-free guidance of the trajectories; by default what the model is meant for."""
     prompts: str | None = None
     """A text file with a prompt per line to calibrate and fine-tune with, for text models."""
+    size: str | None = None
+    """Image size `HEIGHTxWIDTH` in pixels to calibrate and fine-tune at; by default the model's own."""
     seed: int = Field(0, ge=0, lt=1 << 31)
     policy: str | None = None
     """A policy file to use instead of the family's."""
@@ -139,6 +142,13 @@ class Recipe(_Strict):
     def _known_bits(cls, value: str) -> str:
         parse_bits(value)
         return value.lower()
+
+    @field_validator("size")
+    @classmethod
+    def _known_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
+        return value
 
     @field_validator("budget")
     @classmethod

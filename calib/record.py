@@ -116,9 +116,9 @@ def record(
             hook = _hook(plan.name, position, seen, where, share, generator)
             handles.append(modules[plan.name].register_forward_pre_hook(hook))
 
-    def located(x: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
-        where["index"] = int(table.index(timestep)[0])
-        return denoiser(x, timestep, *args, **kwargs)
+    def located(**inputs: Any) -> Any:
+        where["index"] = int(table.index(inputs["timestep"])[0])
+        return denoiser(**inputs)
 
     try:
         for where["batch"] in range(batches):

@@ -40,9 +40,8 @@ def test_influence_is_what_an_error_at_one_step_does_to_the_end(prediction):
 
     scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False)
     schedule = NoiseSchedule.of(scheduler, 100)
-    alpha = schedule._alpha(torch.arange(101)).double()
-    sigma = (1 - alpha).sqrt()
-    best = {"epsilon": sigma, "v_prediction": 0 * sigma, "sample": alpha.sqrt()}[prediction]
+    signal, sigma = schedule.signal.double(), schedule.sigma.double()
+    best = {"epsilon": sigma, "v_prediction": 0 * sigma, "sample": signal}[prediction]
 
     def end(wrong_at):
         x = torch.ones(1, 1, dtype=torch.float64)
@@ -73,9 +72,9 @@ def test_timesteps_are_the_schedulers_own():
 def test_guidance_concatenates_unconditional_then_conditional():
     seen = {}
 
-    def denoiser(x, t, class_labels, return_dict):
-        seen.update(labels=class_labels.tolist(), t=t.tolist())
-        return (x * 0 + class_labels.reshape(-1, 1, 1, 1),)
+    def denoiser(sample, timestep, class_labels, return_dict):
+        seen.update(labels=class_labels.tolist(), t=timestep.tolist())
+        return (sample * 0 + class_labels.reshape(-1, 1, 1, 1),)
 
     conditions = Conditions(
         {"class_labels": torch.tensor([1, 2])}, {"class_labels": torch.tensor([9, 9])}

@@ -141,7 +141,7 @@ def test_eval_counts_what_the_prompts_say(onnx, model):
 def test_guidance_pairs_unconditional_first(model):
     source = load_source(model)
     conditions = source.draw_conditions(3, torch.Generator().manual_seed(0))
-    empty = source.encode([""])[0]
+    empty = source.encode([""]).conditional["encoder_hidden_states"]
     unconditional = conditions.unconditional["encoder_hidden_states"]
     torch.testing.assert_close(unconditional, empty.expand_as(unconditional))
     assert not torch.equal(conditions.conditional["encoder_hidden_states"], unconditional)

@@ -10,7 +10,8 @@ from diffusers import DDIMPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from trtq.diffusion.sampling import Conditions, predict
+from trtq.diffusion.encode import class_conditions
+from trtq.diffusion.sampling import predict
 from trtq.errors import UsageError
 
 __all__ = ["ClassConditionalPipeline"]
@@ -36,22 +37,6 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
         """Number K of classes, "no class" left out."""
         embeds = int(self.unet.config.num_class_embeds)
         return embeds if self.config.null_class is None else embeds - 1
-
-    def conditions(self, labels: Tensor) -> Conditions:
-        """labels[B] -> what the denoiser needs to know.
-
-        Raises:
-            UsageError: a label is not one of the model's classes.
-        """
-        if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < self.classes):
-            raise UsageError(
-                f"class labels must lie in 0 .. {self.classes - 1}, got "
-                f"{int(labels.min())} .. {int(labels.max())}"
-            )
-        unconditional = None
-        if self.config.null_class is not None:
-            unconditional = {"class_labels": torch.full_like(labels, self.config.null_class)}
-        return Conditions({"class_labels": labels}, unconditional)
 
     @torch.no_grad()
     def __call__(
@@ -81,7 +66,7 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
             UsageError: a label, the guidance or the number of generators does not fit.
         """
         labels = torch.as_tensor(class_labels, dtype=torch.long).reshape(-1)
-        conditions = self.conditions(labels)
+        conditions = class_conditions(self, labels)
         if isinstance(generator, list) and len(generator) != len(labels):
             raise UsageError(f"got {len(generator)} generators for {len(labels)} images")
         size = self.unet.config.sample_size

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trtq.diffusion.families import FAMILIES, Family
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import UsageError
 from trtq.seeds import seeded_generator
@@ -23,30 +24,37 @@ class Conditions:
     """What a denoiser needs to know beside the sample and the timestep.
 
     Attributes:
-        conditional: keyword arguments, each a tensor `[B, ...]`.
+        conditional: inputs by flat name, each a tensor `[B, ...]`.
         unconditional: the same for "no condition"; None if the model has no such thing.
+        shared: inputs without a batch axis.
+        family: how the denoiser is called.
     """
 
     conditional: dict[str, Tensor]
     unconditional: dict[str, Tensor] | None = None
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    family: Family = FAMILIES["UNet2DModel"]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
+        """These conditions with every value with a batch axis changed."""
+        unconditional = self.unconditional
+        return replace(
+            self,
+            conditional={name: change(value) for name, value in self.conditional.items()},
+            unconditional=unconditional
+            and {name: change(value) for name, value in unconditional.items()},
+        )
 
     def take(self, items: Tensor | slice) -> Conditions:
         """The conditions of some of the images."""
-        unconditional = self.unconditional
-        return Conditions(
-            {name: value[items] for name, value in self.conditional.items()},
-            unconditional and {name: value[items] for name, value in unconditional.items()},
-        )
+        return self._each(lambda value: value[items])
 
     def to(self, device: torch.device | str) -> Conditions:
         """The conditions on a device."""
-        unconditional = self.unconditional
-        return Conditions(
-            {name: value.to(device) for name, value in self.conditional.items()},
-            unconditional and {name: value.to(device) for name, value in unconditional.items()},
-        )
+        shared = {name: value.to(device) for name, value in self.shared.items()}
+        return replace(self._each(lambda value: value.to(device)), shared=shared)
 
-    def replace(self, where: Tensor, other: Conditions) -> Conditions:
+    def update(self, where: Tensor, other: Conditions) -> Conditions:
         """These conditions, with those of `other` where `where[B]` is true."""
 
         def pick(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -58,7 +66,8 @@ class Conditions:
         unconditional = None
         if self.unconditional is not None and other.unconditional is not None:
             unconditional = pick(self.unconditional, other.unconditional)
-        return Conditions(pick(self.conditional, other.conditional), unconditional)
+        conditional = pick(self.conditional, other.conditional)
+        return replace(self, conditional=conditional, unconditional=unconditional)
 
 
 def predict(
@@ -73,7 +82,7 @@ def predict(
     Both halves go through the denoiser as one batch, in the order unconditional, conditional.
 
     Args:
-        denoiser: called as `denoiser(sample, timestep, **conditions, return_dict=False)`.
+        denoiser: called with the inputs of its family by name, and `return_dict=False`.
         x: `[B,C,H,W]`.
         timestep: one for all, or `[B]`.
         conditions: of the B images.
@@ -86,11 +95,16 @@ def predict(
         UsageError: guidance is asked of a model without an unconditional form.
     """
     channels = x.shape[1]
+    family, shared = conditions.family, conditions.shared
     if guidance == 1.0:
-        out: Tensor = denoiser(x, timestep, **conditions.conditional, return_dict=False)[0]
+        arguments = family.arguments(x, timestep, conditions.conditional | shared)
+        out: Tensor = denoiser(**arguments, return_dict=False)[0]
         return out[:, :channels]
     if conditions.unconditional is None:
-        raise UsageError(f"guidance={guidance:g} needs a model with a class that means 'no class'")
+        raise UsageError(
+            f"guidance={guidance:g} needs a model that also predicts without a condition, e.g. with a "
+            "class that means 'no class'"
+        )
     both = {
         name: torch.cat([conditions.unconditional[name], value])
         for name, value in conditions.conditional.items()
@@ -98,7 +112,8 @@ def predict(
     timestep = torch.as_tensor(timestep, device=x.device)
     if timestep.ndim == 1 and len(timestep) > 1:
         timestep = torch.cat([timestep, timestep])
-    out = denoiser(torch.cat([x, x]), timestep, **both, return_dict=False)[0]
+    arguments = family.arguments(torch.cat([x, x]), timestep, both | shared)
+    out = denoiser(**arguments, return_dict=False)[0]
     without, with_condition = out[:, :channels].chunk(2)
     return without + guidance * (with_condition - without)
 

@@ -16,64 +16,111 @@ from trtq.errors import UsageError
 
 __all__ = ["NoiseSchedule", "inference_timesteps"]
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+_LEAST_SIGNAL = 1e-3
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
-def inference_timesteps(scheduler: Any, steps: int) -> list[float]:
-    """The timesteps that this scheduler visits in `steps` steps, noisiest first.
-
-    Raises:
-        UsageError: the number of steps is out of range.
-    """
+def _set_timesteps(scheduler: Any, steps: int, tokens: int | None) -> Any:
+    """A fresh scheduler of this kind with its steps set, as diffusers' own pipelines set them."""
     trained = int(scheduler.config.num_train_timesteps)
     if not 1 <= steps <= trained:
         raise UsageError(f"steps={steps} is out of range; choose 1 .. {trained}")
     fresh = type(scheduler).from_config(scheduler.config)
-    fresh.set_timesteps(steps)
-    seen: list[float] = []
-    for t in fresh.timesteps.tolist():
-        # Second-order solvers list a timestep twice, once per evaluation.
-        if t not in seen:
-            seen.append(t)
-    return seen
+    if not scheduler.config.get("use_dynamic_shifting", False):
+        fresh.set_timesteps(steps)
+        return fresh
+    if tokens is None:
+        raise UsageError(
+            f"the timesteps of {type(scheduler).__name__} with use_dynamic_shifting depend on the image "
+            "size, which this model does not tell"
+        )
+    # The shift grows linearly with the number of image tokens (diffusers' `calculate_shift`).
+    config = scheduler.config
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    shift = least + (most - least) * (tokens - few) / (many - few)
+    sigmas = torch.linspace(1.0, 1 / steps, steps).tolist()
+    fresh.set_timesteps(sigmas=sigmas, mu=shift)
+    return fresh
+
+
+def inference_timesteps(scheduler: Any, steps: int, tokens: int | None = None) -> list[float]:
+    """The timesteps that this scheduler visits in `steps` steps, noisiest first.
+
+    Args:
+        scheduler: a diffusers scheduler; it is not changed.
+        steps: number of denoising steps.
+        tokens: image tokens of a transformer, on which some schedulers depend.
+
+    Raises:
+        UsageError: the number of steps is out of range.
+    """
+    # Second-order solvers list a timestep twice, once per evaluation.
+    timesteps = _set_timesteps(scheduler, steps, tokens).timesteps.tolist()
+    return list(dict.fromkeys(float(t) for t in timesteps))
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """`x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise`, and its deterministic or noisy reverse.
+    """`x_t = signal_t x_0 + sigma_t noise`, and its deterministic or noisy reverse.
+
+    For diffusion `signal^2 + sigma^2 = 1`; for flow matching `signal + sigma = 1`.
 
     Attributes:
-        alphas_cumprod: `abar`, float32 `[num_train_timesteps]`.
-        timesteps: those visited, noisiest first, as in `inference_timesteps`.
-        prediction: what the denoiser predicts: `epsilon`, `v_prediction` or `sample`.
+        timesteps: those visited, noisiest first, as the denoiser is told them; float32[T].
+        signal: share of the clean sample at each position, and behind the last one; float32[T + 1].
+        sigma: that of the noise, likewise.
+        prediction: what the denoiser predicts, one of `PREDICTIONS`: the noise; the velocity
+            `signal noise - sigma x_0`; the clean sample; or the flow `noise - x_0`.
         clip: bound of the predicted clean sample, or None.
     """
 
-    alphas_cumprod: Tensor
     timesteps: Tensor
+    signal: Tensor
+    sigma: Tensor
     prediction: str
     clip: float | None
 
     @classmethod
-    def of(cls, scheduler: Any, steps: int) -> NoiseSchedule:
+    def of(
+        cls, scheduler: Any, steps: int, *, tokens: int | None = None, timestep_scale: float = 1.0
+    ) -> NoiseSchedule:
         """Read it off a diffusers scheduler.
 
+        Args:
+            scheduler: it is not changed.
+            steps: number of denoising steps.
+            tokens: see `inference_timesteps`.
+            timestep_scale: what a pipeline multiplies timesteps by before the denoiser sees them.
+
         Raises:
-            UsageError: the scheduler has no cumulative alphas or an unknown prediction type.
+            UsageError: the scheduler's noise levels are not known, or its prediction type is not.
         """
+        timesteps = torch.tensor(inference_timesteps(scheduler, steps, tokens))
+        config = scheduler.config
         alphas = getattr(scheduler, "alphas_cumprod", None)
-        prediction = scheduler.config.get("prediction_type", "epsilon")
-        if alphas is None or prediction not in PREDICTIONS:
+        flow = alphas is None or config.get("use_flow_sigmas", False)
+        prediction = config.get("prediction_type", "flow_prediction" if flow else "epsilon")
+        if prediction not in PREDICTIONS or (alphas is None and not hasattr(scheduler, "sigmas")):
             raise UsageError(
                 f"cannot follow the trajectory of {type(scheduler).__name__} with prediction type "
-                f"{prediction!r}; needed are cumulative alphas and one of {', '.join(PREDICTIONS)}"
+                f"{prediction!r}; needed are cumulative alphas or sigmas, and one of "
+                f"{', '.join(PREDICTIONS)}"
             )
+        if flow:
+            sigma = timesteps / float(config.num_train_timesteps)
+            signal = 1 - sigma
+        else:
+            alpha = _interpolate(torch.as_tensor(alphas).float(), timesteps)
+            signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
         clip = None
-        if scheduler.config.get("clip_sample", False):
-            clip = float(scheduler.config.get("clip_sample_range", 1.0))
+        if config.get("clip_sample", False):
+            clip = float(config.get("clip_sample_range", 1.0))
+        end = torch.ones(1), torch.zeros(1)
         return cls(
-            alphas.float(),
-            torch.tensor(inference_timesteps(scheduler, steps), dtype=torch.float32),
+            (timesteps * timestep_scale).float(),
+            torch.cat([signal, end[0]]),
+            torch.cat([sigma, end[1]]),
             prediction,
             clip,
         )
@@ -86,19 +133,15 @@ class NoiseSchedule:
         """The schedule with its tensors on a device."""
         return replace(
             self,
-            alphas_cumprod=self.alphas_cumprod.to(device),
             timesteps=self.timesteps.to(device),
+            signal=self.signal.to(device),
+            sigma=self.sigma.to(device),
         )
-
-    def _alpha(self, position: Tensor) -> Tensor:
-        """`abar` at a position along the trajectory; 1 behind its end."""
-        t = torch.cat([self.timesteps, self.timesteps.new_tensor([-1.0])])[position].long()
-        return torch.where(t >= 0, self.alphas_cumprod[t.clamp_min(0)], 1.0)
 
     def influence(self) -> Tensor:
         """How much a squared error of the prediction at each position weighs in the final sample.
 
-        With `u = x_t / sqrt(abar_t)` and `n = sqrt((1 - abar_t) / abar_t)` a DDIM step is
+        With `u = x_t / signal_t` and `n = sigma_t / signal_t` a deterministic step is
         `u' = u + (n' - n) noise`, so an error `e` of the predicted noise moves `u'` by `(n' - n) e`.
         What is left of it at the end is what the probability flow leaves of any displacement: for
         normally distributed data of unit variance `sqrt(1 / (1 + n'^2))` of it. Weighing by this is
@@ -109,15 +152,28 @@ class NoiseSchedule:
             float32[T], `(n - n')^2 / (1 + n'^2)` times what a squared error of this kind of
             prediction is in terms of noise, scaled to a mean of 1.
         """
-        alpha = self._alpha(torch.arange(len(self) + 1, device=self.timesteps.device)).double()
-        level = ((1 - alpha) / alpha).sqrt()
+        signal, sigma = self.signal.double(), self.sigma.double()
+        # A flow starts at pure noise, where `n` is infinite; all that follows are ratios of it.
+        level = sigma / signal.clamp_min(_LEAST_SIGNAL)
         here, after = level[:-1], level[1:]
         weight = (here - after).square() / (1 + after.square())
-        if self.prediction == "v_prediction":
-            weight = weight * alpha[:-1]
-        elif self.prediction == "sample":
+        if self.prediction == "sample":
             weight = weight / here.square()
+        elif self.prediction != "epsilon":
+            # An error e of the velocity, or of the flow, is one of `signal e` of the noise.
+            weight = weight * signal[:-1].clamp_min(_LEAST_SIGNAL).square()
         return (weight / weight.mean()).float()
+
+    def _parts(self, x: Tensor, predicted: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean sample and the noise that a prediction means, at positions `at[B, 1, ...]`."""
+        signal, sigma = self.signal[at].to(x), self.sigma[at].to(x)
+        if self.prediction == "epsilon":
+            return (x - sigma * predicted) / signal, predicted
+        if self.prediction == "v_prediction":
+            return signal * x - sigma * predicted, signal * predicted + sigma * x
+        if self.prediction == "sample":
+            return predicted, (x - signal * predicted) / sigma
+        return x - sigma * predicted, x + signal * predicted
 
     def step(
         self,
@@ -129,6 +185,8 @@ class NoiseSchedule:
     ) -> Tensor:
         """One DDIM step (arXiv 2010.02502, eq. 12), each batch item at its own position.
 
+        For a flow it is the Euler step, and `eta` must be 0.
+
         Args:
             x: `x_t`, `[B,C,H,W]`.
             predicted: the denoiser's output at `x`, same shape.
@@ -139,27 +197,26 @@ class NoiseSchedule:
         Returns:
             The sample at the next timestep, `[B,C,H,W]`.
         """
-        shape = (-1, *(1,) * (x.ndim - 1))
-        alpha = self._alpha(position).reshape(shape).to(x)
-        alpha_next = self._alpha(position + 1).reshape(shape).to(x)
-        sigma_t = (1 - alpha).sqrt()
-        if self.prediction == "epsilon":
-            clean = (x - sigma_t * predicted) / alpha.sqrt()
-        elif self.prediction == "v_prediction":
-            clean = alpha.sqrt() * x - sigma_t * predicted
-        else:
-            clean = predicted
+        at = position.reshape(-1, *(1,) * (x.ndim - 1))
+        clean, epsilon = self._parts(x, predicted, at)
         if self.clip is not None:
+            # The direction follows the model's own noise even where the clean sample was clipped, as
+            # diffusers' DDIM does unless told otherwise.
             clean = clean.clamp(-self.clip, self.clip)
-        # The direction follows the model's own noise even where the clean sample was clipped, as
-        # diffusers' DDIM does unless told otherwise.
-        epsilon = predicted
-        if self.prediction == "v_prediction":
-            epsilon = alpha.sqrt() * predicted + sigma_t * x
-        elif self.prediction == "sample":
-            epsilon = (x - alpha.sqrt() * predicted) / sigma_t
-        sigma = eta * ((1 - alpha_next) / (1 - alpha)).sqrt() * (1 - alpha / alpha_next).sqrt()
-        stepped = (
-            alpha_next.sqrt() * clean + (1 - alpha_next - sigma**2).clamp_min(0).sqrt() * epsilon
-        )
-        return stepped if noise is None else stepped + sigma * noise
+        signal_next, sigma_next = self.signal[at + 1].to(x), self.sigma[at + 1].to(x)
+        if not eta:
+            return signal_next * clean + sigma_next * epsilon
+        if self.prediction == "flow_prediction":
+            raise UsageError("noise between the steps (eta > 0) is not defined for flow matching")
+        signal, sigma = self.signal[at].to(x), self.sigma[at].to(x)
+        added = eta * (sigma_next / sigma) * (1 - (signal / signal_next).square()).sqrt()
+        direction = (sigma_next.square() - added.square()).clamp_min(0).sqrt()
+        stepped = signal_next * clean + direction * epsilon
+        return stepped if noise is None else stepped + added * noise
+
+
+def _interpolate(table: Tensor, timesteps: Tensor) -> Tensor:
+    """`table[t]`, linearly between its entries for timesteps that are not whole."""
+    low = timesteps.floor().long().clamp(0, len(table) - 1)
+    high = (low + 1).clamp_max(len(table) - 1)
+    return torch.lerp(table[low], table[high], (timesteps - low).float())

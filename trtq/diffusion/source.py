@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trtq.diffusion.encode import (
+    EMBEDDED_GUIDANCE,
+    Encoded,
+    class_conditions,
+    class_count,
+    encode_prompts,
+    encodes_text,
+)
+from trtq.diffusion.families import Family, family_named
 from trtq.diffusion.prompts import PromptSet, load_prompts
 from trtq.diffusion.sampling import Conditions
-from trtq.diffusion.schedule import inference_timesteps
+from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.shipped import shipped_model, shipped_models
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 
-__all__ = ["DENOISERS", "Source", "load_source", "resolve_model", "wrap_pipeline"]
+__all__ = ["DENOISERS", "Source", "load_source", "parse_size", "resolve_model", "wrap_pipeline"]
 
 INDEX_NAME = "model_index.json"
 CLASSES_NAME = "classes.json"
@@ -51,7 +61,8 @@ class Source:
         self.pipeline = pipeline
         self.denoiser_name = denoiser_name
         self.prompts = prompts
-        if prompts is None and hasattr(pipeline, "encode_prompt"):
+        self._size: tuple[int, int] | None = None
+        if prompts is None and encodes_text(pipeline):
             self.prompts = load_prompts(folder)
 
     @property
@@ -71,55 +82,149 @@ class Source:
         return str(getattr(self.denoiser, "model_class", type(self.model)).__name__)
 
     @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one denoiser input, (C, H, W)."""
-        config: Any = self.denoiser.config
-        size = config.sample_size
+    def family(self) -> Family:
+        """How the denoiser is called."""
+        return family_named(self.model_class)
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes, "no class" left out; None for a model without classes."""
+        return class_count(self.pipeline)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents, or of the images of a model without latents."""
+        if self._size is not None:
+            return self._size
+        size = getattr(self.denoiser.config, "sample_size", None)
+        if size is None:
+            size = self.pipeline.default_sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return int(config.in_channels), int(height), int(width)
+        return int(height), int(width)
+
+    def resize(self, size: str) -> None:
+        """Work on images of this size from now on.
+
+        Args:
+            size: `HEIGHTxWIDTH` in pixels.
+
+        Raises:
+            UsageError: it is not understood, or the model cannot draw it.
+        """
+        height, width = parse_size(size)
+        step = self._pixels * self._coarsest
+        if height < step or width < step or height % step or width % step:
+            raise UsageError(
+                f"{self.name} cannot draw {size} pixels; height and width must be multiples of {step}"
+            )
+        self._size = (height // self._pixels, width // self._pixels)
+        self.forget_prompts()
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        height, width = self.latent_size
+        return height * self._pixels, width * self._pixels
+
+    @property
+    def _pixels(self) -> int:
+        """Pixels along one side of a latent's cell; 1 for a model without latents."""
+        for name in ("vae", "vqvae"):
+            autoencoder = getattr(self.pipeline, name, None)
+            if autoencoder is not None:
+                return int(2 ** (len(autoencoder.config.block_out_channels) - 1))
+        return 1
+
+    @property
+    def _coarsest(self) -> int:
+        """Latent cells along one side of a cell of the denoiser's coarsest level."""
+        config: Any = self.denoiser.config
+        if self._packed:
+            return 2
+        if getattr(config, "patch_size", None) is not None:
+            return int(config.patch_size)
+        return int(2 ** (len(config.block_out_channels) - 1))
+
+    @property
+    def _packed(self) -> bool:
+        """Whether the denoiser takes latents as a sequence of 2 x 2 patches."""
+        return self.model_class == "FluxTransformer2DModel"
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one denoiser input: (C, H, W), or (S, C) where latents are a sequence."""
+        height, width = self.latent_size
+        config: Any = self.denoiser.config
+        channels = int(config.in_channels)
+        if self._packed:
+            return (height // 2) * (width // 2), channels
+        return channels, height, width
 
     @property
     def guidance(self) -> float:
         """The classifier-free guidance that the model is meant for; 1 is none."""
-        return 1.0 if self.prompts is None else self.prompts.guidance
+        if self.prompts is None or self.embedded_guidance is not None:
+            return 1.0
+        return self.prompts.guidance
 
     @property
-    def tokens(self) -> int | None:
-        """Length of the text conditions; None for a model without text."""
-        if self.prompts is None:
-            return None
-        return int(self.pipeline.tokenizer.model_max_length)
+    def embedded_guidance(self) -> float | None:
+        """The guidance that the denoiser is told as an input; None where it is not."""
+        return EMBEDDED_GUIDANCE if self._packed else None
+
+    @property
+    def gives_raw_images(self) -> bool:
+        """Whether the pipeline's tensors lie in [-1, 1] and not, as usual, in [0, 1]."""
+        return hasattr(self.pipeline, "classes")
 
     @cached_property
-    def _encoded(self) -> Tensor:
-        """Encoded calibration prompts, and last the empty one, `[P + 1, S, D]`."""
+    def _encoded(self) -> Encoded:
+        """The calibration prompts."""
         assert self.prompts is not None
-        return self.encode([*self.prompts.calibration, ""])
+        return self.encode(list(self.prompts.calibration))
 
     def forget_prompts(self) -> None:
-        """Encode the prompts again when they are needed: the text encoder has changed."""
+        """Encode the prompts again when they are needed: the text encoder or the size has changed."""
         self.__dict__.pop("_encoded", None)
 
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Tensor:
-        """prompts[P] -> text conditions `[P, S, D]`, on the CPU.
+    def encode(self, prompts: list[str]) -> Encoded:
+        """What the pipeline makes of prompts, on the CPU.
 
         Raises:
-            UsageError: the pipeline encodes text in a way that is not supported yet.
+            UsageError: this kind of pipeline is not supported.
         """
-        if not isinstance(prompts, list) or hasattr(self.pipeline, "text_encoder_2"):
-            raise UsageError(f"{type(self.pipeline).__name__} is not supported yet")
         parts = [
-            self.pipeline.encode_prompt(
-                prompts[first : first + _ENCODE_BATCH], self.pipeline.text_encoder.device, 1, False
-            )[0]
+            encode_prompts(self.pipeline, prompts[first : first + _ENCODE_BATCH], self.latent_size)
             for first in range(0, len(prompts), _ENCODE_BATCH)
         ]
-        return torch.cat(parts).cpu()
+        joined = {
+            name: torch.cat([part.conditional[name] for part in parts])
+            for name in parts[0].conditional
+        }
+        return Encoded(joined, parts[0].unconditional, parts[0].shared)
+
+    def _image_tokens(self) -> int | None:
+        """Length of the sequence that a transformer makes of the latents; None for a UNet."""
+        patch = 2 if self._packed else getattr(self.denoiser.config, "patch_size", None)
+        height, width = self.latent_size
+        return None if patch is None else (height // patch) * (width // patch)
 
     def timesteps(self, steps: int) -> list[float]:
-        """The timesteps of the pipeline's own scheduler, noisiest first."""
-        return inference_timesteps(self.pipeline.scheduler, steps)
+        """What the denoiser is told in `steps` steps of the pipeline's own scheduler, noisiest first."""
+        return self.schedule(steps).timesteps.tolist()
+
+    def schedule(self, steps: int) -> NoiseSchedule:
+        """The noise levels of `steps` steps of the pipeline's own scheduler.
+
+        Raises:
+            UsageError: the number of steps is out of range, or the scheduler is of an unknown kind.
+        """
+        return NoiseSchedule.of(
+            self.pipeline.scheduler,
+            steps,
+            tokens=self._image_tokens(),
+            timestep_scale=self.family.timestep_scale,
+        )
 
     def draw_conditions(self, count: int, generator: torch.Generator) -> Conditions:
         """Conditions for `count` images: classes in equal numbers, shuffled; prompts; or none.
@@ -127,28 +232,37 @@ class Source:
         Raises:
             UsageError: this kind of pipeline is not supported.
         """
-        if hasattr(self.pipeline, "conditions"):
-            labels = torch.arange(count) % self.pipeline.classes
+        if self.classes is not None:
+            labels = torch.arange(count) % self.classes
             return self.conditions(labels[torch.randperm(count, generator=generator)])
-        if self.model_class == "UNet2DModel":
-            return Conditions({})
-        if self.prompts is None or self.model_class != "UNet2DConditionModel":
+        if self.prompts is None:
+            if self.model_class == "UNet2DModel":
+                return Conditions({}, family=self.family)
             raise UsageError(
-                f"{type(self.pipeline).__name__} with a {self.model_class} is not supported yet; "
-                "supported are pipelines of a UNet2DModel, with classes or without, and "
-                "StableDiffusionPipeline"
+                f"{type(self.pipeline).__name__} with a {self.model_class} is not supported"
             )
         encoded = self._encoded
-        chosen = torch.randint(len(encoded) - 1, (count,), generator=generator)
-        empty = encoded[-1:].expand(count, -1, -1)
+        total = len(next(iter(encoded.conditional.values())))
+        chosen = torch.randint(total, (count,), generator=generator)
+        unconditional = encoded.unconditional and {
+            name: value.expand(count, *value.shape[1:])
+            for name, value in encoded.unconditional.items()
+        }
         return Conditions(
-            {"encoder_hidden_states": encoded[chosen]}, {"encoder_hidden_states": empty}
+            {name: value[chosen] for name, value in encoded.conditional.items()},
+            unconditional,
+            encoded.shared,
+            self.family,
         )
 
     def conditions(self, labels: Tensor) -> Conditions:
-        """Conditions for images of these classes, labels[B]."""
-        result: Conditions = self.pipeline.conditions(labels)
-        return result
+        """Conditions for images of these classes, labels[B].
+
+        Raises:
+            UsageError: a label is not one of the model's classes.
+        """
+        found: Conditions = class_conditions(self.pipeline, labels)
+        return replace(found, family=self.family)
 
 
 @contextmanager
@@ -181,6 +295,22 @@ def find_denoiser(pipeline: Any) -> str:
         f"{type(pipeline).__name__} has no denoiser: looked for {' and '.join(DENOISERS)}, "
         f"its components are {components}"
     )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`512x768` -> (512, 768), height and width in pixels.
+
+    Raises:
+        UsageError: not of that form.
+    """
+    height, _, width = text.lower().partition("x")
+    try:
+        size = int(height), int(width)
+    except ValueError:
+        size = 0, 0
+    if min(size) < 1:
+        raise UsageError(f"the size {text!r} is not understood; write HEIGHTxWIDTH, e.g. 512x512")
+    return size
 
 
 def resolve_model(model: str | Path) -> Path | str:
@@ -231,7 +361,7 @@ def wrap_pipeline(pipeline: Any, null_class: int | None = None) -> Any:
     unet = getattr(pipeline, "unet", None)
     if unet is None or getattr(unet.config, "num_class_embeds", None) is None:
         return pipeline
-    if "encoder_hid_dim" in unet.config or hasattr(pipeline, "conditions"):
+    if "encoder_hid_dim" in unet.config or hasattr(pipeline, "classes"):
         return pipeline
     from trtq.diffusion.class_conditional import ClassConditionalPipeline
 

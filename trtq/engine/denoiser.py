@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trtq.diffusion.families import family_named
 from trtq.engine.base import Engine
 from trtq.errors import UsageError
+from trtq.quant.stand_in import StandIn
 
 __all__ = ["EngineDenoiser"]
 
 
-class EngineDenoiser(nn.Module):
+class EngineDenoiser(StandIn):
     """Stands where a diffusers pipeline expects its UNet or transformer.
 
     Args:
@@ -33,7 +35,10 @@ class EngineDenoiser(nn.Module):
         self._positions = parameters[1:]
         (self._output,) = engine.outputs
         self._specs = dict(engine.inputs)
-        self.dtype = torch.float16 if self._specs["sample"].dtype == np.float16 else torch.float32
+        self.family = family_named(model_class.__name__)
+        self.dtype = (
+            torch.float16 if self._specs[self.family.sample].dtype == np.float16 else torch.float32
+        )
         self.device = torch.device("cpu")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,22 +49,17 @@ class EngineDenoiser(nn.Module):
         """
         given = dict(zip(self._positions, args, strict=False)) | kwargs
         return_dict = given.pop("return_dict", True)
-        # Pipelines pass what they do not use as None or as an empty dict.
-        given = {
-            name: value
-            for name, value in given.items()
-            if value is not None and not (isinstance(value, dict) and not value)
-        }
-        sample: Tensor = given["sample"]
+        flat = self.family.flatten(given)
+        sample: Tensor = flat[self.family.sample]
         feeds = {}
         for name, spec in self._specs.items():
-            value = given.pop(name, None)
+            value = flat.pop(name, None)
             if value is None:
                 raise UsageError(f"the graph needs the input {name!r}, which was not given")
             array = torch.as_tensor(value).detach().cpu().numpy().astype(spec.dtype, copy=False)
             feeds[name] = np.ascontiguousarray(array.reshape(array.shape or (1,)))
-        if given:
-            raise UsageError(f"the exported graph has no input {next(iter(given))!r}")
+        if flat:
+            raise UsageError(f"the exported graph has no input {next(iter(flat))!r}")
         prediction = torch.from_numpy(self.engine.run(feeds)[self._output]).to(sample.dtype)
         if not return_dict:
             return (prediction,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,9 +67,11 @@ def subjects_for(
         return Subjects(count, prompts=[one.prompt for one in chosen], labels=labels)
     if prompt is not None:
         raise UsageError("this model takes classes, not prompts: use --class-label")
-    if not hasattr(source.pipeline, "classes"):
-        raise UsageError(f"drawing with {type(source.pipeline).__name__} is not supported yet")
-    classes = torch.arange(count) % int(source.pipeline.classes)
+    if source.classes is None:
+        if class_label is not None:
+            raise UsageError("this model takes no classes")
+        return Subjects(count)
+    classes = torch.arange(count) % source.classes
     if class_label is not None:
         classes = torch.full((count,), class_label)
     return Subjects(count, classes=classes, labels={"class": classes})
@@ -104,28 +107,55 @@ def draw(
     """
     source.timesteps(steps)
     batch = batch or (BATCH if subjects.prompts is None else TEXT_BATCH)
-    options: dict[str, Any] = {
-        "num_inference_steps": steps,
-        "guidance_scale": source.guidance if guidance is None else guidance,
-        "output_type": "pt",
-    }
     images = []
     for first in range(0, subjects.count, batch):
         part = slice(first, min(first + batch, subjects.count))
         generators = [seeded_generator(seed, "image", i) for i in range(part.start, part.stop)]
-        if subjects.prompts is not None:
-            prompts = list(subjects.prompts[part])
-            # A decoded image lies in [0, 1].
-            drawn = source.pipeline(prompts, generator=generators, **options).images * 2 - 1
-        else:
-            assert subjects.classes is not None
-            drawn = source.pipeline(subjects.classes[part], generator=generators, **options).images
+        drawn = _call(source, subjects, part, steps, generators, guidance)
         if not bool(torch.isfinite(drawn).all()):
             raise NonFiniteError(f"{source.name} draws images that hold NaN or infinity")
         images.append(drawn.float().cpu().clamp(-1, 1))
         if progress is not None:
             progress(part.stop, subjects.count)
     return torch.cat(images)
+
+
+def _call(
+    source: Source,
+    subjects: Subjects,
+    part: slice,
+    steps: int,
+    generators: list[torch.Generator],
+    guidance: float | None,
+) -> Tensor:
+    """Some of the images through the pipeline's own call, float[B,C,H,W] in [-1, 1].
+
+    Pipelines differ in what they take and give: each is asked for what its signature knows.
+    """
+    offered: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "generator": generators,
+        "output_type": "pt",
+        "use_resolution_binning": False,
+    }
+    offered["height"], offered["width"] = source.image_size
+    if source.embedded_guidance is not None:
+        offered["guidance_scale"] = source.embedded_guidance
+    else:
+        offered["guidance_scale"] = source.guidance if guidance is None else guidance
+    if subjects.prompts is not None:
+        offered["prompt"] = list(subjects.prompts[part])
+    elif subjects.classes is not None:
+        offered["class_labels"] = subjects.classes[part].tolist()
+    else:
+        offered["batch_size"] = part.stop - part.start
+    accepted = inspect.signature(source.pipeline.__call__).parameters
+    images = source.pipeline(**{k: v for k, v in offered.items() if k in accepted}).images
+    if source.gives_raw_images:
+        return images  # type: ignore[no-any-return]
+    if not isinstance(images, Tensor):
+        images = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2)
+    return images * 2 - 1
 
 
 def contact_sheet(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:

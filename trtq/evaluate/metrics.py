@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from trtq._optional import require
 from trtq.diffusion.sampling import predict, seeded_noise, spread, walk
-from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import Source
 from trtq.evaluate.extractor import Extractor
 from trtq.evaluate.frechet import (
@@ -176,7 +175,7 @@ def noise_prediction_snr(
 
     Both see the same points of the float model's trajectory, so errors do not add up along it.
     """
-    schedule = NoiseSchedule.of(reference.pipeline.scheduler, steps)
+    schedule = reference.schedule(steps)
     conditions = reference.draw_conditions(images, seeded_generator(seed, "snr conditions"))
     noise = seeded_noise(reference.sample_shape, seed, 0, images)
     rows = []
@@ -197,7 +196,7 @@ def layer_snr(
     Both models get the same inputs, which stand at steps all along the float model's trajectory; a
     layer's error includes what reaches it from the layers before.
     """
-    schedule = NoiseSchedule.of(reference.pipeline.scheduler, steps)
+    schedule = reference.schedule(steps)
     conditions = reference.draw_conditions(images, seeded_generator(seed, "layer conditions"))
     noise = seeded_noise(reference.sample_shape, seed, 0, images)
     x, timesteps = spread(reference.denoiser, schedule, noise, conditions)

@@ -12,17 +12,17 @@ wants.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from trtq.errors import UsageError
+from trtq.diffusion.families import Family
+from trtq.diffusion.sampling import Conditions
 from trtq.quant.convert import quantizable_layers
 from trtq.quant.modules import ConvGeometry
 from trtq.quant.structure import Product, replace_module
@@ -30,14 +30,11 @@ from trtq.quant.structure import Product, replace_module
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["DOMAIN", "OPSET", "OUTPUT_NAME", "example_inputs", "trace"]
+__all__ = ["DOMAIN", "OPSET", "trace"]
 
 DOMAIN = "trtq"
 OPSET = 21
 IR_VERSION = 10
-OUTPUT_NAME = "out_sample"
-SUPPORTED = ("UNet2DModel", "UNet2DConditionModel")
-_EXAMPLE_BATCH = 2
 
 
 class _LowBitNode(nn.Module):
@@ -100,50 +97,16 @@ def _symbolic(
 class _Positional(nn.Module):
     """Calls a denoiser with positional tensors and gives back the bare prediction."""
 
-    def __init__(self, denoiser: nn.Module, names: list[str]) -> None:
+    def __init__(self, denoiser: nn.Module, names: list[str], family: Family) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.names = names
+        self.family = family
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        arguments = dict(zip(self.names, tensors, strict=True))
+        arguments = self.family.nest(dict(zip(self.names, tensors, strict=True)))
         prediction: Tensor = self.denoiser(**arguments, return_dict=False)[0]
         return prediction
-
-
-def example_inputs(denoiser: Any, tokens: int | None = None) -> dict[str, Tensor]:
-    """Inputs of a small batch, by diffusers' own argument names.
-
-    Args:
-        denoiser: a diffusers model.
-        tokens: length of the text conditions, for a model with cross-attention.
-
-    Raises:
-        UsageError: the class is not supported.
-    """
-    name = type(denoiser).__name__
-    if name not in SUPPORTED:
-        raise UsageError(
-            f"exporting {name} is not supported yet; supported are {', '.join(SUPPORTED)}"
-        )
-    config = denoiser.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    inputs = {
-        "sample": torch.zeros(_EXAMPLE_BATCH, config.in_channels, height, width),
-        "timestep": torch.zeros(_EXAMPLE_BATCH),
-    }
-    if name == "UNet2DConditionModel":
-        if tokens is None or not isinstance(config.cross_attention_dim, int):
-            raise UsageError(
-                "a UNet2DConditionModel is exported from a whole text-to-image pipeline"
-            )
-        inputs["encoder_hidden_states"] = torch.zeros(
-            _EXAMPLE_BATCH, tokens, config.cross_attention_dim
-        )
-    elif config.num_class_embeds is not None:
-        inputs["class_labels"] = torch.zeros(_EXAMPLE_BATCH, dtype=torch.long)
-    return inputs
 
 
 @contextlib.contextmanager
@@ -163,42 +126,48 @@ def _quiet() -> Iterator[None]:
 
 
 def trace(
-    denoiser: nn.Module, inputs: Mapping[str, Tensor], low_bit: set[str], *, half: bool = False
+    denoiser: nn.Module,
+    x: Tensor,
+    conditions: Conditions,
+    low_bit: set[str],
+    *,
+    half: bool = False,
 ) -> ir.Model:
     """Export a denoiser with a dynamic batch; changes it in place.
 
     Args:
         denoiser: a float diffusers model.
-        inputs: see `example_inputs`.
+        x: a small batch of noisy samples, `[B, ...]`, B > 1.
+        conditions: of the B images.
         low_bit: module paths that become nodes of the domain `trtq`.
         half: compute in half precision; timesteps stay float32.
 
     Returns:
-        The graph, inputs named as in diffusers, output `out_sample`.
+        The graph, with diffusers' inputs by flat name; the output is named after the family.
     """
+    family = conditions.family
     for name, source in quantizable_layers(denoiser).items():
         if name in low_bit:
             product = isinstance(source, Product)
             node = _LowBitProduct(name) if product else _LowBitNode(name, source)
             replace_module(denoiser, name, node)
-    examples = dict(inputs)
+    examples = {family.sample: x, "timestep": torch.zeros(len(x))}
+    examples |= conditions.conditional | conditions.shared
     if half:
         denoiser.half()
         for key, value in examples.items():
             if value.is_floating_point() and key != "timestep":
                 examples[key] = value.half()
-    accepted = inspect.signature(denoiser.forward).parameters
-    assert set(examples) <= set(accepted), "inputs are named as diffusers names them"
     batch = torch.export.Dim("batch", min=1)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Positional(denoiser.eval(), list(examples)),
+            _Positional(denoiser.eval(), list(examples), family),
             tuple(examples.values()),
             dynamo=True,
             opset_version=OPSET,
             input_names=list(examples),
-            output_names=[OUTPUT_NAME],
-            dynamic_shapes=(tuple({0: batch} for _ in examples),),
+            output_names=[family.output],
+            dynamic_shapes=(tuple({} if n in conditions.shared else {0: batch} for n in examples),),
             optimize=True,
             verbose=False,
         )

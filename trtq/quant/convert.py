@@ -29,6 +29,7 @@ from trtq.quant.modules import (
     QuantProduct,
 )
 from trtq.quant.ranges import Method
+from trtq.quant.stand_in import StandIn
 from trtq.quant.structure import Product, replace_module
 from trtq.quant.timestep import TimestepTable, float_scope, step_scope
 
@@ -124,7 +125,7 @@ def named_errors(layer: str) -> Iterator[None]:
         raise type(err)(f"layer {layer!r}: {err}") from err
 
 
-class QuantizedDenoiser(nn.Module):
+class QuantizedDenoiser(StandIn):
     """A denoiser that finds its own step: it looks the timestep up and hands the index to its layers.
 
     It is called exactly as the diffusers model it wraps.
@@ -153,12 +154,18 @@ class QuantizedDenoiser(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the wrapped model's parameters."""
-        return next(self.denoiser.parameters()).dtype
+        return next(self._tensors()).dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the wrapped model's parameters."""
-        return next(self.denoiser.parameters()).device
+        return next(self._tensors()).device
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """All tensors, once everything is low-bit there may be no parameters left."""
+        buffers = list(self.denoiser.buffers())
+        yield from self.denoiser.parameters()
+        yield from (buffer for buffer in buffers if buffer.is_floating_point())
 
     def _timestep(self, *args: Any, **kwargs: Any) -> Tensor | float:
         try:

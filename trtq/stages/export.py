@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from trtq.diffusion.sampling import seeded_noise
-from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import Source, load_source
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import OrtEngine
@@ -20,11 +20,13 @@ from trtq.errors import GateError, NonFiniteError, UsageError
 from trtq.export.parity import StepParity, step_parity
 from trtq.export.passes import (
     BroadcastTimestep,
+    DropIdleSqueeze,
     ExpandLowBitToQdq,
+    NarrowAngles,
     SpellOutGroupNorm,
     SpellOutSilu,
 )
-from trtq.export.trace import example_inputs, trace
+from trtq.export.trace import trace
 from trtq.manifest import (
     MANIFEST_NAME,
     LayerRow,
@@ -56,6 +58,7 @@ PARITY_DB: dict[str, float] = {"fp32": 40.0, "fp16": 20.0}
 graph values near a rounding tie fall on the other code, so a 4-bit model cannot be held to more."""
 _INLINE_BYTES = 1 << 14
 """Smaller tensors stay in the graph: shape inference reads sizes of splits there and nowhere else."""
+_TRACED_BATCH = 2
 _PARITY_VALUES = 1 << 18
 _PARITY_IMAGES = (4, 128)
 
@@ -105,6 +108,7 @@ def export_onnx(
     target: str = "qdq",
     precision: str = "fp32",
     batch: tuple[int, int] = (1, 8),
+    size: str | None = None,
     overwrite: bool = False,
     report: Reporter = silent,
 ) -> dict[str, Any]:
@@ -119,6 +123,7 @@ def export_onnx(
         target: `qdq`.
         precision: `fp32` or `fp16`, of everything that is not an integer.
         batch: smallest and largest batch that engines built from it are to take.
+        size: image size `HEIGHTxWIDTH` in pixels; by default what the run was calibrated at.
         overwrite: replace an ONNX folder that is already there.
         report: called as work goes on.
 
@@ -150,9 +155,10 @@ def export_onnx(
         traced = run.float_skeleton()
         manifest = _run_manifest(run)
     name = source.denoiser_name
+    if size is not None:
+        source.resize(size)
     with new_artefact(final, overwrite=overwrite) as folder:
-        inputs = example_inputs(traced, source.tokens)
-        _write_graph(folder / name, traced, inputs, run, half=precision == "fp16")
+        _write_graph(folder / name, traced, source, run, half=precision == "fp16")
         save_pipeline_parts(source, folder)
         report("export", 2, 3)
         parity = _parity(source, folder / name / MODEL_FILE, run)
@@ -175,7 +181,12 @@ def export_onnx(
             "seconds": round(time.monotonic() - start, 2),
             "peak_rss_bytes": peak_rss_bytes(),
         }
-        options = {"target": target, "precision": precision, "batch": list(batch)}
+        options = {
+            "target": target,
+            "precision": precision,
+            "batch": list(batch),
+            "size": "x".join(map(str, source.image_size)),
+        }
         write_manifest(folder, manifest.model_copy(update={"options": options, "metrics": metrics}))
     report("export", 3, 3)
     return metrics
@@ -206,7 +217,7 @@ def _run_manifest(run: OpenRun) -> Manifest:
 def _write_graph(
     folder: Path,
     denoiser: nn.Module,
-    inputs: dict[str, Tensor],
+    source: Source,
     run: OpenRun | None,
     *,
     half: bool,
@@ -215,10 +226,14 @@ def _write_graph(
     import onnx_ir as ir
 
     layers = run.stored.layers if run else {}
-    model = trace(denoiser, inputs, set(layers), half=half)
+    conditions = source.draw_conditions(_TRACED_BATCH, seeded_generator(0, "traced conditions"))
+    x = torch.zeros(_TRACED_BATCH, *source.sample_shape)
+    model = trace(denoiser, x, conditions, set(layers), half=half)
     BroadcastTimestep()(model)
+    DropIdleSqueeze()(model)
     SpellOutGroupNorm()(model)
     SpellOutSilu()(model)
+    NarrowAngles()(model)
     if run is not None:
         ExpandLowBitToQdq(layers, run.table)(model)
         model.metadata_props["trtq.timesteps"] = json.dumps(run.table.timesteps.tolist())
@@ -232,7 +247,7 @@ def _parity(source: Source, model: Path, run: OpenRun | None) -> list[StepParity
     exported = EngineDenoiser(OrtEngine(model, "cpu"), source.model.config, type(source.model))
     steps = len(run.table) if run is not None and len(run.table) > 1 else 20
     recipe = (run.manifest.recipe or {}) if run is not None else {}
-    schedule = NoiseSchedule.of(source.pipeline.scheduler, int(recipe.get("steps", steps)))
+    schedule = source.schedule(int(recipe.get("steps", steps)))
     generator = seeded_generator(0, "parity conditions")
     # Many small images, so that rare ties show; few large ones, since each step is a forward pass.
     fewest, most = _PARITY_IMAGES

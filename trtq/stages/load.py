@@ -54,7 +54,10 @@ def open_any(
     engine = OrtEngine(folder / manifest.denoiser / MODEL_FILE, provider or "cpu", threads)
     denoiser = EngineDenoiser(engine, model.config, type(model))
     pipeline = load_pipeline_parts(folder, manifest.denoiser, denoiser)
-    return Source(str(path), folder, pipeline, manifest.denoiser)
+    source = Source(str(path), folder, pipeline, manifest.denoiser)
+    if manifest.options.get("size") is not None:
+        source.resize(manifest.options["size"])
+    return source
 
 
 def load(folder: str | Path | Any, provider: str | None = None) -> Any:

@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def save_pipeline_parts(source: Source, folder: Path) -> None:
         elif part == name:
             index[part] = ["diffusers", type(source.model).__name__]
         else:
-            index[part] = [type(component).__module__.partition(".")[0], type(component).__name__]
+            index[part] = [_library(type(component)), type(component).__name__]
             with quiet_diffusers():
                 component.save_pretrained(folder / part)
     if pipeline.config.get("requires_safety_checker") is not None:
@@ -52,6 +53,14 @@ def save_pipeline_parts(source: Source, folder: Path) -> None:
         (folder / PROMPTS_NAME).write_text(kept.model_dump_json() + "\n", encoding="utf-8")
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
     source.model.save_config(folder / name)
+
+
+def _library(cls: type) -> str:
+    """Where diffusers looks a component up: a library, or one of its own pipeline modules."""
+    library, *modules = cls.__module__.split(".")
+    if library == "diffusers" and modules[:1] == ["pipelines"]:
+        return modules[1]
+    return library
 
 
 def _diffusers_class(pipeline: Any) -> str:
@@ -124,10 +133,14 @@ def _load_part(folder: Path, part: str, library: Any = None, class_name: Any = N
     if library is None:
         return None
     if library not in ("diffusers", "transformers"):
-        raise ArtefactError(
-            f"{folder / INDEX_NAME} wants {part!r} from {library!r}; only diffusers and transformers "
-            "are loaded from"
-        )
+        from diffusers import pipelines
+
+        if not isinstance(getattr(pipelines, str(library), None), ModuleType):
+            raise ArtefactError(
+                f"{folder / INDEX_NAME} wants {part!r} from {library!r}; only diffusers and "
+                "transformers are loaded from"
+            )
+        library = f"diffusers.pipelines.{library}"
     cls = getattr(importlib.import_module(library), str(class_name), None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise ArtefactError(f"{folder / INDEX_NAME} names {class_name!r}, which {library} has not")

@@ -24,7 +24,6 @@ from trtq.calib.sensitivity import (
 )
 from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.sampling import seeded_noise, spread
-from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import Source, load_source
 from trtq.errors import QuantizationError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
@@ -142,6 +141,8 @@ def plan_quantize(
         if isinstance(part, nn.Module)
     }
     merged = merge_loras(components, loras, source.denoiser_name)
+    if recipe.size is not None:
+        source.resize(recipe.size)
     if recipe.guidance is None:
         recipe = recipe.model_copy(update={"guidance": source.guidance})
     if recipe.prompts is not None:
@@ -182,7 +183,7 @@ def _spend_budget(plan: QuantizePlan, budget: Budget, report: Reporter) -> list[
     """Weight bits by sensitivity, for the layers at the recipe's own bits."""
     source, recipe = plan.source, plan.recipe
     names = [layer.name for layer in plan.layers if layer.adapters and layer.weight_bits]
-    schedule = NoiseSchedule.of(source.pipeline.scheduler, recipe.steps)
+    schedule = source.schedule(recipe.steps)
     generator = seeded_generator(recipe.seed, "sensitivity conditions")
     conditions = source.draw_conditions(_SENSITIVITY_IMAGES, generator)
     noise = seeded_noise(source.sample_shape, recipe.seed, 0, _SENSITIVITY_IMAGES, "sensitivity")

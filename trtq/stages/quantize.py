@@ -204,7 +204,7 @@ def _share(
         The quantised denoiser, on the CPU, and what fine-tuning measured.
     """
     recipe, source = plan.recipe, plan.source
-    schedule = NoiseSchedule.of(source.pipeline.scheduler, recipe.steps)
+    schedule = source.schedule(recipe.steps)
     fingerprint = _fingerprint(plan, _source_files(source))
     source.denoiser.to(accelerator.device)
     tables = _calibrate(plan, schedule, accelerator.device, report)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from trtq.diffusion.sampling import predict, seeded_noise, spread
-from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import Source, load_source
 from trtq.errors import ArtefactError, UsageError
 from trtq.export.parity import snr_db
@@ -56,7 +55,7 @@ def _float_source(run: OpenRun, model: str | Path | None) -> Source:
 @torch.no_grad()
 def _snr(source: Source, denoiser: Any, teacher: Any, steps: int) -> float:
     """SNR in dB of a low-bit prediction against a float one, at points all along a trajectory."""
-    schedule = NoiseSchedule.of(source.pipeline.scheduler, steps)
+    schedule = source.schedule(steps)
     conditions = source.draw_conditions(_IMAGES, seeded_generator(0, "requantize"))
     noise = seeded_noise(source.sample_shape, 0, 0, _IMAGES)
     x, timestep = spread(teacher, schedule, noise, conditions)

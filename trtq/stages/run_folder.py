@@ -46,7 +46,11 @@ class OpenRun:
     def source(self) -> Source:
         """A pipeline around the low-bit denoiser in torch."""
         pipeline: Any = load_pipeline_parts(self.folder, self.manifest.denoiser, self.denoiser())
-        return Source(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
+        source = Source(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
+        size = (self.manifest.recipe or {}).get("size")
+        if size is not None:
+            source.resize(size)
+        return source
 
 
 def _fresh(folder: Path, manifest: Manifest) -> nn.Module:

@@ -7,7 +7,7 @@ They start at pure noise and are walked on with the teacher's predictions, so no
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -164,7 +164,7 @@ class Trajectories:
             stepped = torch.where(finished.reshape(-1, *(1,) * len(self.shape)), fresh, stepped)
             position = position.masked_fill(finished, 0)
             conditions = self.draw_conditions(self.batch, generator).to(self.device)
-            pool.conditions = pool.conditions.replace(finished, conditions)
+            pool.conditions = pool.conditions.update(finished, conditions)
         pool.x, pool.position = stepped, position
 
     def state(self) -> dict[str, Tensor]:
@@ -190,6 +190,10 @@ class Trajectories:
                 place, half, *name = key.split(".", 2)
                 if place == str(slot) and name:
                     halves[half][name[0]] = value
-            conditions = Conditions(halves["conditional"], halves["unconditional"] or None)
+            conditions = replace(
+                self.draw_conditions(1, self._generator(slot, -1)),
+                conditional=halves["conditional"],
+                unconditional=halves["unconditional"] or None,
+            )
             x, position = state[f"{slot}.x"].to(self.device), state[f"{slot}.position"]
             self._pools.append(_Pool(x, position.to(self.device), conditions.to(self.device)))

@@ -5,14 +5,18 @@ from trtq.export.passes.expand_qdq import ExpandLowBitToQdq
 from trtq.export.passes.float_wide_products import FloatWideProducts
 from trtq.export.passes.float_wide_weights import FloatWideWeights
 from trtq.export.passes.group_norm import SpellOutGroupNorm
+from trtq.export.passes.idle_squeeze import DropIdleSqueeze
+from trtq.export.passes.narrow_angles import NarrowAngles
 from trtq.export.passes.narrow_doubles import NarrowDoubles
 from trtq.export.passes.silu import SpellOutSilu
 
 __all__ = [
     "BroadcastTimestep",
+    "DropIdleSqueeze",
     "ExpandLowBitToQdq",
     "FloatWideProducts",
     "FloatWideWeights",
+    "NarrowAngles",
     "NarrowDoubles",
     "SpellOutGroupNorm",
     "SpellOutSilu",

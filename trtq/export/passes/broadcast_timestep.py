@@ -10,7 +10,7 @@ __all__ = ["BroadcastTimestep"]
 
 
 class BroadcastTimestep(ir.passes.InPlacePass):
-    """Accept `timestep` as `[1]` as well as `[batch]`: expand it to the batch of `sample` first.
+    """Accept `timestep` as `[1]` as well as `[batch]`: expand it to the batch of the first input.
 
     Tracing ties both lengths together; callers like diffusers give one timestep for all items.
     """
@@ -18,8 +18,8 @@ class BroadcastTimestep(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires once; a graph whose timestep has an axis of its own is left alone."""
         graph = model.graph
-        inputs = {value.name: value for value in graph.inputs}
-        sample, timestep = inputs["sample"], inputs["timestep"]
+        sample = graph.inputs[0]
+        (timestep,) = (value for value in graph.inputs if value.name == "timestep")
         assert timestep.shape is not None
         if str(timestep.shape[0]) == "timesteps":
             return ir.passes.PassResult(model, modified=False)

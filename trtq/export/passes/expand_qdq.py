@@ -173,7 +173,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         graph = builder.graph
         inputs = {value.name: value for value in graph.inputs}
         edges = builder.constant("edges", self.table.edges.numpy()[None])
-        batch = builder.op("Shape", [inputs["sample"]], "batch", {"start": 0, "end": 1})
+        batch = builder.op("Shape", [graph.inputs[0]], "batch", {"start": 0, "end": 1})
         timestep = builder.op("Expand", [inputs["timestep"], batch], "timestep")
         last = builder.constant("axis_1", np.array([1], np.int64))
         column = builder.op("Unsqueeze", [timestep, last], "column")

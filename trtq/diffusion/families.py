@@ -1,0 +1,90 @@
+"""How diffusers' denoisers are called: what they name their inputs, and what their pipelines tell them.
+
+A graph has a flat list of inputs; diffusers' models take some of theirs inside dicts
+(`added_cond_kwargs={"text_embeds": ...}`). Everything here goes by the flat name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FAMILIES", "Family", "family_named"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one class of denoisers is called.
+
+    Attributes:
+        sample: name of the noisy input.
+        output: name of the prediction in an exported graph, as optimum-onnx expects it.
+        timestep_scale: what the pipelines multiply timesteps by.
+        one_timestep: one timestep may stand for the whole batch.
+        nested: by flat name of an input, the dict argument that it belongs into.
+    """
+
+    sample: str = "sample"
+    output: str = "out_sample"
+    timestep_scale: float = 1.0
+    one_timestep: bool = False
+    nested: Mapping[str, str] = field(default_factory=dict)
+
+    def arguments(self, x: Tensor, timestep: Tensor | float, values: Mapping[str, Tensor]) -> Any:
+        """Keyword arguments for one call.
+
+        Args:
+            x: the noisy samples, `[B, ...]`.
+            timestep: one for all, or `[B]`.
+            values: all other inputs by flat name.
+        """
+        timestep = torch.as_tensor(timestep, device=x.device)
+        if not self.one_timestep and timestep.numel() == 1:
+            timestep = timestep.reshape(1).repeat(len(x))
+        return {self.sample: x, "timestep": timestep, **self.nest(values)}
+
+    def nest(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Put inputs into the dicts that the model takes them in."""
+        arguments: dict[str, Any] = {}
+        for name, value in values.items():
+            if name in self.nested:
+                arguments.setdefault(self.nested[name], {})[name] = value
+            else:
+                arguments[name] = value
+        return arguments
+
+    def flatten(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Take inputs out of their dicts; what a pipeline passes as None or empty is left out."""
+        flat: dict[str, Any] = {}
+        for name, value in arguments.items():
+            for key, one in value.items() if isinstance(value, dict) else [(name, value)]:
+                if one is not None:
+                    flat[key] = one
+        return flat
+
+
+_TEXT_AND_SIZE = {"text_embeds": "added_cond_kwargs", "time_ids": "added_cond_kwargs"}
+_RESOLUTION = {"resolution": "added_cond_kwargs", "aspect_ratio": "added_cond_kwargs"}
+_TRANSFORMER = Family("hidden_states", "out_hidden_states")
+FAMILIES: dict[str, Family] = {
+    "UNet2DModel": Family(one_timestep=True),
+    "UNet2DConditionModel": Family(one_timestep=True, nested=_TEXT_AND_SIZE),
+    "DiTTransformer2DModel": _TRANSFORMER,
+    "PixArtTransformer2DModel": Family("hidden_states", "out_hidden_states", nested=_RESOLUTION),
+    "SD3Transformer2DModel": _TRANSFORMER,
+    "FluxTransformer2DModel": Family("hidden_states", "out_hidden_states", timestep_scale=1e-3),
+}
+
+
+def family_named(model_class: str) -> Family:
+    """The family of a class of diffusers.
+
+    One that is not known is called like a transformer if its name says so, else like a UNet.
+    """
+    if model_class in FAMILIES:
+        return FAMILIES[model_class]
+    return _TRANSFORMER if "Transformer" in model_class else FAMILIES["UNet2DModel"]

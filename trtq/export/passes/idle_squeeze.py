@@ -1,0 +1,32 @@
+"""A Squeeze that torch would ignore."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+__all__ = ["DropIdleSqueeze"]
+
+
+class DropIdleSqueeze(ir.passes.InPlacePass):
+    """Take out a Squeeze of an axis that is longer than 1.
+
+    torch leaves such an axis alone, ONNX forbids it, and the exporter writes one where diffusers'
+    transformers squeeze "just in case".
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fires on every Squeeze of one constant axis whose length is known and not 1."""
+        graph = model.graph
+        modified = False
+        for node in [n for n in graph if n.op_type == "Squeeze" and len(n.inputs) == 2]:
+            x, axes = node.inputs
+            constant = None if axes is None else ir.convenience.get_const_tensor(axes)
+            if x is None or x.shape is None or constant is None or constant.size != 1:
+                continue
+            length = x.shape[int(constant.numpy().reshape(-1)[0])]
+            if not isinstance(length, int) or length == 1:
+                continue
+            ir.convenience.replace_all_uses_with(node.outputs[0], x, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+            modified = True
+        return ir.passes.PassResult(model, modified=modified)
