@@ -58,6 +58,7 @@ class EngineDenoiser(StandIn):
                 raise UsageError(f"the graph needs the input {name!r}, which was not given")
             array = torch.as_tensor(value).detach().cpu().numpy().astype(spec.dtype, copy=False)
             feeds[name] = np.ascontiguousarray(array.reshape(array.shape or (1,)))
+            _check_shape(name, feeds[name].shape, spec.shape)
         if flat:
             raise UsageError(f"the exported graph has no input {next(iter(flat))!r}")
         prediction = torch.from_numpy(self.engine.run(feeds)[self._output]).to(sample.dtype)
@@ -66,3 +67,14 @@ class EngineDenoiser(StandIn):
         from diffusers.models.unets.unet_2d import UNet2DOutput
 
         return UNet2DOutput(sample=prediction)
+
+
+def _check_shape(name: str, given: tuple[int, ...], wanted: tuple[int | str, ...]) -> None:
+    fits = len(given) == len(wanted) and all(
+        size == own for size, own in zip(given, wanted, strict=True) if isinstance(own, int)
+    )
+    if not fits:
+        raise UsageError(
+            f"the graph takes {name!r} of shape [{', '.join(map(str, wanted))}], got {list(given)}; "
+            "images of another size need another export: trtq export ... --size HEIGHTxWIDTH"
+        )

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trtq.diffusion.families import Family
 from trtq.diffusion.sampling import Conditions
 from trtq.quant.convert import quantizable_layers
 from trtq.quant.modules import ConvGeometry
@@ -97,13 +96,18 @@ def _symbolic(
 class _Positional(nn.Module):
     """Calls a denoiser with positional tensors and gives back the bare prediction."""
 
-    def __init__(self, denoiser: nn.Module, names: list[str], family: Family) -> None:
+    def __init__(self, denoiser: nn.Module, names: list[str], conditions: Conditions) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.names = names
-        self.family = family
+        self.family = conditions.family
+        self.shared = conditions.shared
 
     def forward(self, *tensors: Tensor) -> Tensor:
+        for name, tensor in zip(self.names, tensors, strict=True):
+            if name not in self.shared:
+                # Each input has a symbol of its own for its batch, until it is told that they agree.
+                torch._check(tensor.shape[0] == tensors[0].shape[0])  # type: ignore[no-untyped-call]
         arguments = self.family.nest(dict(zip(self.names, tensors, strict=True)))
         prediction: Tensor = self.denoiser(**arguments, return_dict=False)[0]
         return prediction
@@ -161,7 +165,7 @@ def trace(
     batch = torch.export.Dim("batch", min=1)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Positional(denoiser.eval(), list(examples), family),
+            _Positional(denoiser.eval(), list(examples), conditions),
             tuple(examples.values()),
             dynamo=True,
             opset_version=OPSET,

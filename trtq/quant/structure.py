@@ -102,8 +102,9 @@ class SpelledAttention(nn.Module):
             key = attn.norm_k(key)
         scores = self.scores(query, key.transpose(-1, -2)) * query.shape[-1] ** -0.5
         if attention_mask is not None:
-            mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
-            scores = scores + mask.reshape(len(context), attn.heads, *mask.shape[1:])
+            batch, tokens = context.shape[:2]
+            mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
+            scores = scores + mask.reshape(batch, attn.heads, *mask.shape[1:])
         out = self.mix(scores.softmax(-1), value)
         out = out.transpose(1, 2).flatten(2).to(query.dtype)
         out = attn.to_out[1](attn.to_out[0](out))

@@ -72,7 +72,7 @@ class TimestepTable:
         Raises:
             StepError: a timestep is NaN, or the tensor has more than one axis.
         """
-        t = torch.as_tensor(timestep).to(torch.float32).reshape(-1)
+        t = torch.as_tensor(timestep).to(torch.float32).reshape(-1).contiguous()
         if torch.as_tensor(timestep).ndim > 1:
             raise StepError(
                 f"timestep has shape {tuple(torch.as_tensor(timestep).shape)}; "

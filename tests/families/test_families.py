@@ -1,0 +1,125 @@
+"""Every kind of pipeline goes the whole way: quantised, exported, loaded, and it says the same."""
+
+import json
+
+import pytest
+import torch
+
+import trtq
+from tests.families.pipelines import PIPELINES, build
+from trtq.calib.policy import load_policy, plan_layers
+from trtq.diffusion.families import FAMILIES
+from trtq.diffusion.source import load_source
+from trtq.errors import UsageError
+from trtq.evaluate.images import draw, subjects_for
+from trtq.stages.export import export_onnx
+from trtq.stages.load import open_any
+from trtq.stages.quantize import quantize
+
+SIZES = {"flux": "16x32", "pixart": "16x32", "sd_xl": "8x24"}
+RECIPE = {
+    "method": "search",
+    "bits": "w4a8",
+    "steps": 2,
+    "attention": {"quantize": True},
+    "calibration": {"images": 2, "samples_per_step": 64},
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_goes_the_whole_way(name, tmp_path):
+    """As a user has it: from a folder, at the pipeline's own size or another one."""
+    checkpoint, run, onnx = tmp_path / "model", tmp_path / "run", tmp_path / "onnx"
+    build(name).save_pretrained(checkpoint)
+    (checkpoint / "prompts.json").write_text(json.dumps({"calibration": ["a red circle", "a"]}))
+    made = quantize(checkpoint, RECIPE | {"size": SIZES.get(name)}, run)
+    assert made["layers_quantized"] >= 25
+    exported = export_onnx(run, onnx)
+    assert exported["parity_db_min"] >= 40
+    source = open_any(onnx)
+    assert type(trtq.load(onnx)).__name__ == type(build(name)).__name__
+    if name in SIZES:
+        assert "{}x{}".format(*source.image_size) == SIZES[name]
+    subjects = subjects_for(source, 2)
+    images = draw(source, subjects, steps=2, seed=0)
+    assert images.shape == (2, 3, *source.image_size)
+    expected = draw(open_any(run), subjects, steps=2, seed=0)
+    # After two whole steps and a decoder; a wrong scale or step would leave nothing of the image.
+    assert float((images - expected).abs().mean()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["sd_1", "dit", "pixart", "sd_3", "flux"])
+def test_the_policy_of_a_family_names_every_layer(name, caplog):
+    source = load_source(build(name))
+    assert source.model_class in FAMILIES
+    plans = plan_layers(source.denoiser, load_policy(source.model_class), "w4a4")
+    assert not caplog.records
+    floats = {plan.name for plan in plans if not plan.quantized}
+    assert all("embedder" in layer for layer in floats)
+    assert sum(plan.weight_bits == 4 for plan in plans) >= 10
+    policy = load_policy(source.model_class)
+    for tuned in ("time_embedding", "attention"):
+        assert policy.select(tuned, [plan.name for plan in plans])
+
+
+@pytest.mark.parametrize(
+    ("name", "predicts", "timesteps"),
+    [
+        ("sd_1", "epsilon", [501, 1]),
+        ("sd_2", "v_prediction", [999, 0]),
+        ("pixart", "epsilon", [999, 500]),
+        ("sd_3", "flow_prediction", [1000, pytest.approx(8.93, abs=0.01)]),
+        ("flux", "flow_prediction", [1, pytest.approx(0.7, abs=0.15)]),
+    ],
+)
+def test_schedulers_of_every_kind_give_noise_levels(name, predicts, timesteps):
+    """The timesteps are those that the denoiser is told; Flux is told them in 0 .. 1."""
+    source = load_source(build(name))
+    schedule = source.schedule(2)
+    assert schedule.prediction == predicts
+    assert schedule.timesteps.tolist() == timesteps
+    levels = schedule.sigma / schedule.signal.clamp_min(1e-6)
+    assert bool((levels.diff() < 0).all())
+    assert levels[-1] == 0
+
+
+def test_a_flow_step_is_diffusers_own():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    source = load_source(build("sd_3"))
+    schedule = source.schedule(5)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(source.pipeline.scheduler.config)
+    scheduler.set_timesteps(5)
+    generator = torch.Generator().manual_seed(0)
+    x, predicted = torch.randn(2, 1, 4, 4, 4, generator=generator)
+    for position, t in enumerate(scheduler.timesteps):
+        expected = scheduler.step(predicted, t, x).prev_sample
+        ours = schedule.step(x, predicted, torch.tensor([position]))
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match="not defined for flow matching"):
+        schedule.step(x, predicted, torch.tensor([0]), eta=1.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("17x16", "multiples of"),
+        ("0x16", "write HEIGHTxWIDTH"),
+        ("big", "write HEIGHTxWIDTH"),
+        ("2x2", "multiples of"),
+    ],
+)
+def test_sizes_that_cannot_be(size, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        quantize(build("sd_1"), RECIPE | {"size": size}, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_image_of_another_size_than_the_graph_takes(tmp_path):
+    checkpoint, run, onnx = tmp_path / "model", tmp_path / "run", tmp_path / "onnx"
+    build("ldm_vq").save_pretrained(checkpoint)
+    quantize(checkpoint, RECIPE, run)
+    export_onnx(run, onnx)
+    source = open_any(onnx)
+    with pytest.raises(UsageError, match=r"\[batch, 3, 8, 8\], got \[2, 3, 16, 16\]"):
+        source.denoiser(torch.zeros(2, 3, 16, 16), 1)
