@@ -315,6 +315,7 @@ def main() -> None:
             arguments.seed, arguments.vae_iterations, arguments.vae_batch
         ).half().save_pretrained(folder / "vae")
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval()
+    vae.register_to_config(_name_or_path="")  # not where it lay on this machine
     tokenizer = build_tokenizer()
     unet, text_encoder = train_denoiser(
         vae,
