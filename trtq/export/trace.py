@@ -15,12 +15,14 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from trtq.diffusion.families import Family
 from trtq.diffusion.sampling import Conditions
 from trtq.quant.convert import quantizable_layers
 from trtq.quant.modules import ConvGeometry
@@ -29,7 +31,7 @@ from trtq.quant.structure import Product, replace_module
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["DOMAIN", "OPSET", "trace"]
+__all__ = ["DOMAIN", "OPSET", "trace", "trace_module"]
 
 DOMAIN = "trtq"
 OPSET = 21
@@ -93,24 +95,35 @@ def _symbolic(
     return result
 
 
-class _Positional(nn.Module):
+class _Denoiser(nn.Module):
     """Calls a denoiser with positional tensors and gives back the bare prediction."""
 
-    def __init__(self, denoiser: nn.Module, names: list[str], conditions: Conditions) -> None:
+    def __init__(self, denoiser: nn.Module, names: list[str], family: Family) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.names = names
-        self.family = conditions.family
-        self.shared = conditions.shared
+        self.family = family
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        for name, tensor in zip(self.names, tensors, strict=True):
-            if name not in self.shared:
-                # Each input has a symbol of its own for its batch, until it is told that they agree.
-                torch._check(tensor.shape[0] == tensors[0].shape[0])  # type: ignore[no-untyped-call]
         arguments = self.family.nest(dict(zip(self.names, tensors, strict=True)))
         prediction: Tensor = self.denoiser(**arguments, return_dict=False)[0]
         return prediction
+
+
+class _Batched(nn.Module):
+    """Calls a module with positional tensors, of which those at `batched` have one batch."""
+
+    def __init__(self, module: nn.Module, batched: list[int]) -> None:
+        super().__init__()
+        self.module = module
+        self.batched = batched
+
+    def forward(self, *tensors: Tensor) -> Any:
+        for place in self.batched:
+            # Each input has a symbol of its own for its batch, until it is told that they agree.
+            same = tensors[place].shape[0] == tensors[0].shape[0]
+            torch._check(same)  # type: ignore[no-untyped-call]
+        return self.module(*tensors)
 
 
 @contextlib.contextmanager
@@ -162,16 +175,39 @@ def trace(
         for key, value in examples.items():
             if value.is_floating_point() and key != "timestep":
                 examples[key] = value.half()
-    batch = torch.export.Dim("batch", min=1)
+    caller = _Denoiser(denoiser, list(examples), family)
+    return trace_module(caller, examples, [family.output], shared=set(conditions.shared))
+
+
+def trace_module(
+    module: nn.Module,
+    examples: Mapping[str, Tensor],
+    outputs: list[str],
+    *,
+    shared: Collection[str] = (),
+    axes: Mapping[int, str] = MappingProxyType({}),
+) -> ir.Model:
+    """Export a module that takes and gives bare tensors, with a dynamic batch.
+
+    Args:
+        module: called with the examples in order; gives a tensor or a tuple.
+        examples: inputs by name, with B > 1.
+        outputs: names of what it gives.
+        shared: names of inputs without a batch axis.
+        axes: further axes of all inputs whose length is free, and what to call them.
+    """
+    free = {0: torch.export.Dim("batch", min=1)}
+    free |= {axis: torch.export.Dim(name, min=1) for axis, name in axes.items()}
+    batched = [place for place, name in enumerate(examples) if name not in shared]
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Positional(denoiser.eval(), list(examples), conditions),
+            _Batched(module, batched).eval(),
             tuple(examples.values()),
             dynamo=True,
             opset_version=OPSET,
             input_names=list(examples),
-            output_names=[family.output],
-            dynamic_shapes=(tuple({} if n in conditions.shared else {0: batch} for n in examples),),
+            output_names=outputs,
+            dynamic_shapes=(tuple({} if name in shared else free for name in examples),),
             optimize=True,
             verbose=False,
         )

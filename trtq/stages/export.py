@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +15,7 @@ from trtq.diffusion.sampling import seeded_noise
 from trtq.diffusion.source import Source, load_source
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import OrtEngine
-from trtq.errors import GateError, NonFiniteError, UsageError
+from trtq.errors import GateError, UsageError
 from trtq.export.parity import StepParity, step_parity
 from trtq.export.passes import (
     BroadcastTimestep,
@@ -43,7 +42,8 @@ from trtq.progress import Reporter, silent
 from trtq.quant import layer_kind, quantizable_layers
 from trtq.resources import peak_rss_bytes
 from trtq.seeds import seeded_generator
-from trtq.stages.load import MODEL_FILE
+from trtq.stages.components import export_components
+from trtq.stages.graph_file import MODEL_FILE, save_graph
 from trtq.stages.pipeline_folder import save_pipeline_parts
 from trtq.stages.run_folder import OpenRun, open_run
 
@@ -52,12 +52,9 @@ __all__ = ["PARITY_DB", "export_onnx", "parse_batch"]
 Target = Literal["qdq"]
 Precision = Literal["fp32", "fp16"]
 
-DATA_NAME = "model.onnx_data"
 PARITY_DB: dict[str, float] = {"fp32": 40.0, "fp16": 20.0}
 """Least SNR, in dB, of the exported noise prediction at any calibrated step. In a half-precision
 graph values near a rounding tie fall on the other code, so a 4-bit model cannot be held to more."""
-_INLINE_BYTES = 1 << 14
-"""Smaller tensors stay in the graph: shape inference reads sizes of splits there and nowhere else."""
 _TRACED_BATCH = 2
 _PARITY_VALUES = 1 << 18
 _PARITY_IMAGES = (4, 128)
@@ -77,15 +74,6 @@ def parse_batch(text: str) -> tuple[int, int]:
     if not 1 <= bounds[0] <= bounds[1]:
         raise UsageError(f"--batch {text!r} is not understood; write MIN:MAX, e.g. 1:8")
     return bounds
-
-
-def _check_finite(model: Any) -> None:
-    for name, value in model.graph.initializers.items():
-        data = value.const_value
-        if data is None or not np.issubdtype(data.dtype.numpy(), np.floating):
-            continue
-        if not np.isfinite(data.numpy()).all():
-            raise NonFiniteError(f"the exported graph holds NaN or infinity in {name!r}")
 
 
 def _rows(denoiser: nn.Module) -> list[LayerRow]:
@@ -131,7 +119,8 @@ def export_onnx(
         `parity_db_min`, `parity_db` (per step, cleanest first; last the mixed batch; images in which a
         value fell on the other side of a rounding tie are set aside, see `StepParity`),
         `parity_db_pooled_min` (nothing set aside), `parity_ties` (share of such images),
-        `parity_floor_db` (torch against itself, see `StepParity`), `seconds`, `peak_rss_bytes`, `bytes`.
+        `parity_floor_db` (torch against itself, see `StepParity`), `parity_parts_db` (of text encoders
+        and autoencoder), `seconds`, `peak_rss_bytes`, `bytes`.
 
     Raises:
         GateError: the graph is further from torch than `PARITY_DB` allows; nothing is left.
@@ -159,8 +148,9 @@ def export_onnx(
         source.resize(size)
     with new_artefact(final, overwrite=overwrite) as folder:
         _write_graph(folder / name, traced, source, run, half=precision == "fp16")
-        save_pipeline_parts(source, folder)
+        save_pipeline_parts(source, folder, graphs=True)
         report("export", 2, 3)
+        components = export_components(source, folder, report)
         parity = _parity(source, folder / name / MODEL_FILE, run)
         metrics: dict[str, Any] = {
             "parity_db_min": min(row.db for row in parity),
@@ -168,6 +158,7 @@ def export_onnx(
             "parity_db_pooled_min": min(row.pooled_db for row in parity),
             "parity_ties": sum(row.ties for row in parity) / len(parity),
             "parity_floor_db": [row.floor_db for row in parity],
+            "parity_parts_db": components,
             "bytes": sum(p.stat().st_size for p in (folder / name).iterdir()),
         }
         if not all(row.holds(PARITY_DB[precision]) for row in parity):
@@ -222,9 +213,6 @@ def _write_graph(
     *,
     half: bool,
 ) -> None:
-    import onnx
-    import onnx_ir as ir
-
     layers = run.stored.layers if run else {}
     conditions = source.draw_conditions(_TRACED_BATCH, seeded_generator(0, "traced conditions"))
     x = torch.zeros(_TRACED_BATCH, *source.sample_shape)
@@ -237,10 +225,7 @@ def _write_graph(
     if run is not None:
         ExpandLowBitToQdq(layers, run.table)(model)
         model.metadata_props["trtq.timesteps"] = json.dumps(run.table.timesteps.tolist())
-    _check_finite(model)
-    folder.mkdir(parents=True)
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME, size_threshold_bytes=_INLINE_BYTES)
-    onnx.checker.check_model(str(folder / MODEL_FILE))
+    save_graph(model, folder)
 
 
 def _parity(source: Source, model: Path, run: OpenRun | None) -> list[StepParity]:

@@ -10,12 +10,13 @@ from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import PROVIDERS, OrtEngine
 from trtq.errors import UsageError
 from trtq.manifest import artefact_kind, read_manifest
+from trtq.stages.components import load_component
+from trtq.stages.graph_file import MODEL_FILE
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
 from trtq.stages.run_folder import open_run
 
-__all__ = ["MODEL_FILE", "artefact_guidance", "calibrated_steps", "load", "open_any"]
+__all__ = ["artefact_guidance", "calibrated_steps", "load", "open_any"]
 
-MODEL_FILE = "model.onnx"
 TORCH = "torch"
 
 
@@ -53,7 +54,12 @@ def open_any(
     model: Any = skeleton(folder, manifest.denoiser)
     engine = OrtEngine(folder / manifest.denoiser / MODEL_FILE, provider or "cpu", threads)
     denoiser = EngineDenoiser(engine, model.config, type(model))
-    pipeline = load_pipeline_parts(folder, manifest.denoiser, denoiser)
+    pipeline = load_pipeline_parts(
+        folder,
+        manifest.denoiser,
+        denoiser,
+        lambda name, cls: load_component(folder, name, cls, provider or "cpu", threads),
+    )
     source = Source(str(path), folder, pipeline, manifest.denoiser)
     if manifest.options.get("size") is not None:
         source.resize(manifest.options["size"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,16 +24,37 @@ from trtq.diffusion.source import (
     read_null_class,
     wrap_pipeline,
 )
-from trtq.errors import ArtefactError
+from trtq.errors import ArtefactError, UsageError
 
-__all__ = ["load_pipeline_parts", "save_pipeline_parts", "skeleton"]
+__all__ = [
+    "AUTOENCODERS",
+    "TEXT_ENCODERS",
+    "load_pipeline_parts",
+    "save_pipeline_parts",
+    "skeleton",
+]
+
+TEXT_ENCODERS = {
+    "text_encoder": "tokenizer",
+    "text_encoder_2": "tokenizer_2",
+    "text_encoder_3": "tokenizer_3",
+    "bert": "tokenizer",
+}
+"""Names of text encoders in pipelines, and of the tokenizers that belong to them."""
+AUTOENCODERS = ("vae", "vqvae")
 
 
-def save_pipeline_parts(source: Source, folder: Path) -> None:
-    """Write all of the pipeline but the denoiser's weights, in diffusers' layout."""
+def save_pipeline_parts(source: Source, folder: Path, *, graphs: bool = False) -> None:
+    """Write all of the pipeline but the denoiser's weights, in diffusers' layout.
+
+    Args:
+        source: the pipeline.
+        folder: where to.
+        graphs: leave out what is written as a graph, too.
+    """
     name = source.denoiser_name
     pipeline = source.pipeline
-    index: dict[str, Any] = {"_class_name": _diffusers_class(pipeline)}
+    index: dict[str, Any] = {"_class_name": _diffusers_class(pipeline).__name__}
     for part, component in pipeline.components.items():
         if component is None:
             index[part] = [None, None]
@@ -39,10 +62,14 @@ def save_pipeline_parts(source: Source, folder: Path) -> None:
             index[part] = ["diffusers", type(source.model).__name__]
         else:
             index[part] = [_library(type(component)), type(component).__name__]
+            if graphs and part in (*TEXT_ENCODERS, *AUTOENCODERS):
+                continue
             with quiet_diffusers():
                 component.save_pretrained(folder / part)
-    if pipeline.config.get("requires_safety_checker") is not None:
-        index["requires_safety_checker"] = pipeline.config.requires_safety_checker
+    settings = inspect.signature(type(pipeline).__init__).parameters
+    index |= {
+        key: value for key, value in pipeline.config.items() if key in settings and key not in index
+    }
     if source.folder is not None and (source.folder / CLASSES_NAME).is_file():
         shutil.copyfile(source.folder / CLASSES_NAME, folder / CLASSES_NAME)
     elif pipeline.config.get("null_class") is not None:
@@ -63,12 +90,12 @@ def _library(cls: type) -> str:
     return library
 
 
-def _diffusers_class(pipeline: Any) -> str:
+def _diffusers_class(pipeline: Any) -> Any:
     """The class that diffusers itself knows: the nearest ancestor outside this package."""
     for cls in type(pipeline).__mro__:
         if cls.__module__.startswith("diffusers"):
-            return str(cls.__name__)
-    return "DiffusionPipeline"
+            return cls
+    raise UsageError(f"{type(pipeline).__name__} is not a pipeline of diffusers")
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -100,8 +127,19 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     return model
 
 
-def load_pipeline_parts(folder: Path, denoiser_name: str, denoiser: Any) -> Any:
+def load_pipeline_parts(
+    folder: Path,
+    denoiser_name: str,
+    denoiser: Any,
+    load_graph: Callable[[str, Any], Any] | None = None,
+) -> Any:
     """A pipeline around a denoiser, from what `save_pipeline_parts` wrote.
+
+    Args:
+        folder: where it lies.
+        denoiser_name: the part that `denoiser` is.
+        denoiser: a quantised model or an engine.
+        load_graph: `(name, class) -> part`, or None for a part that is no graph.
 
     Raises:
         ArtefactError: a part is missing, or not one of diffusers' classes.
@@ -112,14 +150,17 @@ def load_pipeline_parts(folder: Path, denoiser_name: str, denoiser: Any) -> Any:
     pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
     if pipeline_class is None:
         raise ArtefactError(f"{folder / INDEX_NAME} names a pipeline that diffusers does not have")
+    settings = inspect.signature(pipeline_class.__init__).parameters
     parts: dict[str, Any] = {}
     for part, entry in index.items():
         if part == denoiser_name:
             parts[part] = denoiser
         elif isinstance(entry, list):
-            parts[part] = _load_part(folder, part, *entry)
-        elif part == "requires_safety_checker":
-            parts[part] = bool(entry)
+            cls = _part_class(folder, part, *entry)
+            found = None if cls is None or load_graph is None else load_graph(part, cls)
+            parts[part] = _load_part(folder, part, cls) if found is None else found
+        elif part in settings:
+            parts[part] = entry
     try:
         pipeline = wrap_pipeline(pipeline_class(**parts), read_null_class(folder))
     except (TypeError, ValueError, AttributeError) as err:
@@ -128,8 +169,8 @@ def load_pipeline_parts(folder: Path, denoiser_name: str, denoiser: Any) -> Any:
     return pipeline
 
 
-def _load_part(folder: Path, part: str, library: Any = None, class_name: Any = None) -> Any:
-    """One component of a pipeline; only classes of diffusers and transformers, only safetensors."""
+def _part_class(folder: Path, part: str, library: Any = None, class_name: Any = None) -> Any:
+    """The class of a component, of diffusers or transformers; None where there is no component."""
     if library is None:
         return None
     if library not in ("diffusers", "transformers"):
@@ -144,6 +185,13 @@ def _load_part(folder: Path, part: str, library: Any = None, class_name: Any = N
     cls = getattr(importlib.import_module(library), str(class_name), None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise ArtefactError(f"{folder / INDEX_NAME} names {class_name!r}, which {library} has not")
+    return cls
+
+
+def _load_part(folder: Path, part: str, cls: Any) -> Any:
+    """One component of a pipeline, only from safetensors."""
+    if cls is None:
+        return None
     options: dict[str, Any] = {"local_files_only": True}
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         options |= {"use_safetensors": True, "dtype": torch.float32}

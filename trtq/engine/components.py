@@ -1,0 +1,109 @@
+"""Text encoders and autoencoders behind an engine, as diffusers' pipelines call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trtq.engine.base import Engine
+from trtq.errors import UsageError
+
+__all__ = ["EngineAutoencoder", "EngineTextEncoder"]
+
+
+class _EngineModule(nn.Module):
+    """A module without tensors of its own; diffusers asks it where and in what it computes."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+
+
+def _run(engine: Engine, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+    arrays = {
+        name: np.ascontiguousarray(value.detach().cpu().numpy().astype(engine.inputs[name].dtype))
+        for name, value in feeds.items()
+    }
+    return {name: torch.from_numpy(value) for name, value in engine.run(arrays).items()}
+
+
+class EngineTextEncoder(_EngineModule):
+    """Stands where a pipeline expects a text encoder of transformers.
+
+    Args:
+        engine: runs the exported graph.
+        config: of the model that was exported.
+    """
+
+    def __init__(self, engine: Engine, config: Any) -> None:
+        super().__init__(config)
+        self.engine = engine
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool = False,
+        **_: Any,
+    ) -> Any:
+        """input_ids[B,S] -> transformers' `ModelOutput`, with the graph's outputs in order.
+
+        Raises:
+            UsageError: states between the layers are asked for, and the graph does not give them.
+        """
+        from transformers.utils.generic import ModelOutput
+
+        feeds = {"input_ids": input_ids}
+        if "attention_mask" in self.engine.inputs:
+            feeds["attention_mask"] = (
+                torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            )
+        found: dict[str, Any] = _run(self.engine, feeds)
+        hidden = tuple(found.pop(name) for name in list(found) if name.startswith("hidden_states."))
+        if output_hidden_states:
+            if not hidden:
+                raise UsageError(
+                    "this text encoder was exported without its hidden states (clip_skip needs them)"
+                )
+            found["hidden_states"] = (*hidden, found["last_hidden_state"])
+        return ModelOutput(**found)  # type: ignore[no-untyped-call]
+
+
+class EngineAutoencoder(_EngineModule):
+    """Stands where a pipeline expects an autoencoder of diffusers.
+
+    Args:
+        decoder: runs the exported decoder.
+        encoder: runs the exported encoder.
+        config: of the model that was exported.
+    """
+
+    def __init__(self, decoder: Engine, encoder: Engine, config: Any) -> None:
+        super().__init__(config)
+        self.decoder = decoder
+        self.encoder = encoder
+
+    def decode(self, latents: Tensor, return_dict: bool = True, **_: Any) -> Any:
+        """latents[B,C,H,W] -> images `[B,3,H',W']`."""
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        sample = _run(self.decoder, {"latent_sample": latents})["sample"]
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def encode(self, sample: Tensor, return_dict: bool = True) -> Any:
+        """images[B,3,H',W'] -> a distribution of latents, or the latents of a quantising model."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+        from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+        from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+        found = _run(self.encoder, {"sample": sample})
+        if "latents" in found:
+            latents = found["latents"]
+            return VQEncoderOutput(latents=latents) if return_dict else (latents,)
+        distribution = DiagonalGaussianDistribution(found["latent_parameters"])
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)

@@ -1,0 +1,138 @@
+"""The parts of a pipeline beside the denoiser, as ONNX and back."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trtq.diffusion.source import Source
+from trtq.engine.components import EngineAutoencoder, EngineTextEncoder
+from trtq.engine.ort import OrtEngine
+from trtq.errors import ArtefactError, GateError
+from trtq.export.components import Component, autoencoder_components, text_component
+from trtq.export.parity import snr_db
+from trtq.export.trace import trace_module
+from trtq.progress import Reporter
+from trtq.seeds import seeded_generator
+from trtq.stages.graph_file import MODEL_FILE, save_graph
+from trtq.stages.pipeline_folder import AUTOENCODERS, TEXT_ENCODERS
+
+__all__ = ["export_components", "load_component"]
+
+DECODER, ENCODER = "vae_decoder", "vae_encoder"
+COMPONENT_DB = 60.0
+"""Least SNR, in dB, of an exported text encoder or autoencoder; both sides compute in float32."""
+_ASK_HIDDEN_STATES = ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
+_PASS_MASKS = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+
+
+def _components(source: Source) -> list[Component]:
+    pipeline = source.pipeline
+    kind = type(pipeline).__name__
+    found = []
+    for name, tokenizer in TEXT_ENCODERS.items():
+        encoder = getattr(pipeline, name, None)
+        if encoder is None:
+            continue
+        masked = kind in _PASS_MASKS or bool(getattr(encoder.config, "use_attention_mask", False))
+        hidden = kind in _ASK_HIDDEN_STATES and type(encoder).__name__.startswith("CLIP")
+        found.append(
+            text_component(
+                name, encoder, getattr(pipeline, tokenizer), masked=masked, hidden_states=hidden
+            )
+        )
+    for name in AUTOENCODERS:
+        autoencoder = getattr(pipeline, name, None)
+        if autoencoder is not None:
+            found += autoencoder_components(autoencoder, source.latent_size)
+    return found
+
+
+def export_components(source: Source, folder: Path, report: Reporter) -> dict[str, float]:
+    """Write every text encoder and autoencoder of a pipeline, and compare each with torch.
+
+    Returns:
+        The SNR of each graph in dB, by folder.
+
+    Raises:
+        GateError: a graph is further from torch than `COMPONENT_DB` allows.
+    """
+    parity = {}
+    components = _components(source)
+    for index, component in enumerate(components):
+        report("export parts", index + 1, len(components))
+        target = folder / component.folder
+        graph = trace_module(
+            component.module, component.inputs, component.outputs, axes=component.axes
+        )
+        save_graph(graph, target)
+        component.save_config(target)
+        found = _parity(component, target / MODEL_FILE)
+        if not found >= COMPONENT_DB:
+            raise GateError(
+                f"the exported {component.folder} is only {found:.1f} dB from torch, "
+                f"{COMPONENT_DB:g} dB are required"
+            )
+        parity[component.folder] = found
+    return parity
+
+
+@torch.no_grad()
+def _parity(component: Component, model: Path) -> float:
+    generator = seeded_generator(0, "component parity", component.folder)
+    inputs: dict[str, Tensor] = {}
+    for name, example in component.inputs.items():
+        if name == "input_ids":
+            tokens = int(component.config.config.vocab_size)
+            inputs[name] = torch.randint(0, tokens, example.shape, generator=generator)
+        elif example.is_floating_point():
+            inputs[name] = torch.randn(example.shape, generator=generator)
+        else:
+            inputs[name] = example
+    expected = component.module(*inputs.values())
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    engine = OrtEngine(model, "cpu")
+    arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
+    given = engine.run(arrays)
+    return min(
+        snr_db(value, torch.from_numpy(given[name]))
+        for name, value in zip(component.outputs, expected, strict=True)
+    )
+
+
+def load_component(
+    folder: Path, name: str, cls: Any, provider: str, threads: int | None
+) -> nn.Module | None:
+    """The part of this name behind an engine; None if the folder has no graph of it.
+
+    Args:
+        folder: an ONNX folder.
+        name: of the part in its pipeline.
+        cls: the class whose place it takes.
+        provider: what runs it.
+        threads: threads of one operator.
+
+    Raises:
+        ArtefactError: its configuration cannot be read.
+    """
+    try:
+        if name in TEXT_ENCODERS and (folder / name / MODEL_FILE).is_file():
+            config = cls.config_class.from_pretrained(folder / name, local_files_only=True)
+            return EngineTextEncoder(
+                OrtEngine(folder / name / MODEL_FILE, provider, threads), config
+            )
+        if name in AUTOENCODERS and (folder / DECODER / MODEL_FILE).is_file():
+            frozen = importlib.import_module("diffusers.configuration_utils").FrozenDict
+            return EngineAutoencoder(
+                OrtEngine(folder / DECODER / MODEL_FILE, provider, threads),
+                OrtEngine(folder / ENCODER / MODEL_FILE, provider, threads),
+                frozen(cls.load_config(folder / DECODER)),
+            )
+    except (OSError, ValueError, KeyError, AttributeError) as err:
+        raise ArtefactError(f"{folder}: cannot load {name!r}: {err}") from err
+    return None
