@@ -9,9 +9,11 @@ import pytest
 from trtq.errors import LegalityError
 from trtq.export.passes import (
     BroadcastTimestep,
+    DropIdleSqueeze,
     ExpandLowBitToQdq,
     FloatWideProducts,
     FloatWideWeights,
+    NarrowAngles,
     NarrowDoubles,
     SpellOutGroupNorm,
     SpellOutSilu,
@@ -182,3 +184,29 @@ def test_narrow_products_and_constant_weights_stay_integer():
     assert not FloatWideProducts()(model).modified
     model = parse(WEIGHT.format("q, one"), q=wide(100), one=np.ones(4, np.float32))
     assert not FloatWideProducts()(model).modified
+
+
+@pytest.mark.parametrize("operator", ["Sin", "Cos"])
+def test_angles_in_double_are_right_after_a_thousand_turns(operator):
+    model = parse(f"g (double[64] x) => (double[64] y) {{ y = {operator}(x) }}")
+    assert NarrowAngles()(model).modified
+    angles = np.linspace(-7000, 7000, 64)
+    expected = np.sin(angles) if operator == "Sin" else np.cos(angles)
+    # Half a step of float32 at pi for the angle, and as much for the result.
+    np.testing.assert_allclose(run(model, x=angles)[0], expected, rtol=0, atol=3e-7)
+    assert not NarrowAngles()(model).modified
+
+
+def test_angles_in_float_are_left_alone():
+    model = parse("g (float[4] x) => (float[4] y) { y = Cos(x) }")
+    assert not NarrowAngles()(model).modified
+
+
+@pytest.mark.parametrize(
+    ("shape", "modified"), [("2,3,4", True), ("2,1,4", False), ("2,n,4", False)]
+)
+def test_a_squeeze_of_a_long_axis_is_dropped(shape, modified):
+    body = f"g (float[{shape}] x) => (y) <int64[1] axis = {{1}}> {{ y = Squeeze(x, axis) }}"
+    model = ir.from_proto(onnx.parser.parse_model(f"{HEAD}\n{body}"))
+    assert DropIdleSqueeze()(model).modified == modified
+    assert ("Squeeze" not in operators(model)) == modified

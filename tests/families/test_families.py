@@ -36,6 +36,9 @@ def test_a_pipeline_goes_the_whole_way(name, tmp_path):
     assert made["layers_quantized"] >= 25
     exported = export_onnx(run, onnx)
     assert exported["parity_db_min"] >= 40
+    assert all(db >= 60 for db in exported["parity_parts_db"].values())
+    # Nothing is left that needs torch: neither text encoders nor the autoencoder.
+    assert not list(onnx.rglob("*.safetensors"))
     source = open_any(onnx)
     assert type(trtq.load(onnx)).__name__ == type(build(name)).__name__
     if name in SIZES:

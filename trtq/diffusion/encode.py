@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import Conditions
 from trtq.errors import UsageError
 
@@ -168,7 +169,8 @@ def encode_prompts(pipeline: Any, prompts: list[str], latent: tuple[int, int]) -
     name = type(pipeline).__name__
     if name not in _ENCODERS:
         raise UsageError(f"{name} is not supported; supported are {', '.join(sorted(_ENCODERS))}")
-    found = _ENCODERS[name](pipeline, prompts, latent)
+    with quiet_diffusers():
+        found = _ENCODERS[name](pipeline, prompts, latent)
     return Encoded(
         {key: value.cpu() for key, value in found.conditional.items()},
         found.unconditional and {key: value.cpu() for key, value in found.unconditional.items()},

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +21,7 @@ from trtq.diffusion.encode import (
 )
 from trtq.diffusion.families import Family, family_named
 from trtq.diffusion.prompts import PromptSet, load_prompts
+from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import Conditions
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.shipped import shipped_model, shipped_models
@@ -263,22 +262,6 @@ class Source:
         """
         found: Conditions = class_conditions(self.pipeline, labels)
         return replace(found, family=self.family)
-
-
-@contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Keep diffusers' and transformers' progress bars off standard error inside the block."""
-    from diffusers.utils import logging as ours
-    from transformers.utils import logging as theirs
-
-    shown = [log for log in (ours, theirs) if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in shown:
-            log.enable_progress_bar()
 
 
 def find_denoiser(pipeline: Any) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.source import Source
 from trtq.errors import NonFiniteError, UsageError
 from trtq.seeds import seeded_generator
@@ -150,7 +151,8 @@ def _call(
     else:
         offered["batch_size"] = part.stop - part.start
     accepted = inspect.signature(source.pipeline.__call__).parameters
-    images = source.pipeline(**{k: v for k, v in offered.items() if k in accepted}).images
+    with quiet_diffusers():
+        images = source.pipeline(**{k: v for k, v in offered.items() if k in accepted}).images
     if source.gives_raw_images:
         return images  # type: ignore[no-any-return]
     if not isinstance(images, Tensor):

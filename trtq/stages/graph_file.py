@@ -25,7 +25,10 @@ def save_graph(model: Any, folder: Path) -> None:
     """
     import onnx
     import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+    # The rewrites leave constants behind that nothing reads any more.
+    RemoveUnusedNodesPass()(model)
     _check_finite(model)
     folder.mkdir(parents=True)
     ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME, size_threshold_bytes=_INLINE_BYTES)

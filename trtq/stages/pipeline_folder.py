@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from trtq.diffusion.prompts import PROMPTS_NAME
+from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.source import (
     CLASSES_NAME,
     INDEX_NAME,
     Source,
-    quiet_diffusers,
     read_null_class,
     wrap_pipeline,
 )
@@ -61,7 +61,7 @@ def save_pipeline_parts(source: Source, folder: Path, *, graphs: bool = False) -
         elif part == name:
             index[part] = ["diffusers", type(source.model).__name__]
         else:
-            index[part] = [_library(type(component)), type(component).__name__]
+            index[part] = [_library(type(component)), _class_name(type(component))]
             if graphs and part in (*TEXT_ENCODERS, *AUTOENCODERS):
                 continue
             with quiet_diffusers():
@@ -80,6 +80,14 @@ def save_pipeline_parts(source: Source, folder: Path, *, graphs: bool = False) -
         (folder / PROMPTS_NAME).write_text(kept.model_dump_json() + "\n", encoding="utf-8")
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
     source.model.save_config(folder / name)
+
+
+def _class_name(cls: type) -> str:
+    """What to call a class: tokenizers by the name under which older transformers read their files."""
+    import transformers
+
+    fast = f"{cls.__name__}Fast"
+    return fast if getattr(transformers, fast, None) is cls else cls.__name__
 
 
 def _library(cls: type) -> str:
