@@ -255,7 +255,8 @@ def export(
         str, typer.Option("--batch", help="MIN:MAX batch that engines are to take.")
     ] = "1:8",
     size: Annotated[
-        str | None, typer.Option("--size", help="HEIGHTxWIDTH of the images in pixels.")
+        str | None,
+        typer.Option("--size", help="HEIGHTxWIDTH of the images in pixels, or SMALLEST:LARGEST."),
     ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -296,6 +297,7 @@ def generate(
         int | None, typer.Option("--class-label", help="One class; by default all in turn.")
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="For text models.")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="HEIGHTxWIDTH in pixels.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     provider: Provider = None,
@@ -316,6 +318,7 @@ def generate(
             images=images,
             class_label=class_label,
             prompt=prompt,
+            size=size,
             steps=steps,
             guidance=guidance,
             seed=seed,

@@ -126,3 +126,29 @@ def test_an_image_of_another_size_than_the_graph_takes(tmp_path):
     source = open_any(onnx)
     with pytest.raises(UsageError, match=r"\[batch, 3, 8, 8\], got \[2, 3, 16, 16\]"):
         source.denoiser(torch.zeros(2, 3, 16, 16), 1)
+
+
+@pytest.mark.parametrize("name", ["sd_1", "sd_3"])
+def test_one_graph_for_a_range_of_sizes(name, tmp_path):
+    checkpoint, run, onnx = tmp_path / "model", tmp_path / "run", tmp_path / "onnx"
+    build(name).save_pretrained(checkpoint)
+    (checkpoint / "prompts.json").write_text(json.dumps({"calibration": ["a red circle", "a"]}))
+    quantize(checkpoint, RECIPE, run)
+    exported = export_onnx(run, onnx, size="16x16:24x32")
+    assert exported["parity_db_min"] >= 40
+    assert exported["parity_largest_db"] >= 40
+    source = open_any(onnx)
+    assert source.image_size == (16, 16)
+    source.resize("24x32")
+    subjects = subjects_for(source, 1)
+    assert draw(source, subjects, steps=1, seed=0).shape == (1, 3, 24, 32)
+    source.resize("24x40")
+    with pytest.raises(UsageError, match=r"12x20 are not .* 8x8 \.\. 12x16 in steps of 2"):
+        draw(source, subjects, steps=1, seed=0)
+
+
+def test_a_model_with_positions_inside_takes_one_size(tmp_path):
+    build("dit").save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match="export once for each size"):
+        export_onnx(tmp_path / "model", tmp_path / "onnx", size="16x16:32x32")
+    assert not (tmp_path / "onnx").exists()

@@ -25,6 +25,7 @@ class Family:
         output: name of the prediction in an exported graph, as optimum-onnx expects it.
         timestep_scale: what the pipelines multiply timesteps by.
         one_timestep: one timestep may stand for the whole batch.
+        free_size: one graph can take images of different sizes; otherwise positions are baked in.
         nested: by flat name of an input, the dict argument that it belongs into.
     """
 
@@ -32,6 +33,7 @@ class Family:
     output: str = "out_sample"
     timestep_scale: float = 1.0
     one_timestep: bool = False
+    free_size: bool = False
     nested: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self, x: Tensor, timestep: Tensor | float, values: Mapping[str, Tensor]) -> Any:
@@ -71,11 +73,11 @@ _TEXT_AND_SIZE = {"text_embeds": "added_cond_kwargs", "time_ids": "added_cond_kw
 _RESOLUTION = {"resolution": "added_cond_kwargs", "aspect_ratio": "added_cond_kwargs"}
 _TRANSFORMER = Family("hidden_states", "out_hidden_states")
 FAMILIES: dict[str, Family] = {
-    "UNet2DModel": Family(one_timestep=True),
-    "UNet2DConditionModel": Family(one_timestep=True, nested=_TEXT_AND_SIZE),
+    "UNet2DModel": Family(one_timestep=True, free_size=True),
+    "UNet2DConditionModel": Family(one_timestep=True, free_size=True, nested=_TEXT_AND_SIZE),
     "DiTTransformer2DModel": _TRANSFORMER,
     "PixArtTransformer2DModel": Family("hidden_states", "out_hidden_states", nested=_RESOLUTION),
-    "SD3Transformer2DModel": _TRANSFORMER,
+    "SD3Transformer2DModel": Family("hidden_states", "out_hidden_states", free_size=True),
     "FluxTransformer2DModel": Family("hidden_states", "out_hidden_states", timestep_scale=1e-3),
 }
 

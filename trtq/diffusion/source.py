@@ -27,7 +27,15 @@ from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.shipped import shipped_model, shipped_models
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 
-__all__ = ["DENOISERS", "Source", "load_source", "parse_size", "resolve_model", "wrap_pipeline"]
+__all__ = [
+    "DENOISERS",
+    "Source",
+    "load_source",
+    "parse_size",
+    "parse_sizes",
+    "resolve_model",
+    "wrap_pipeline",
+]
 
 INDEX_NAME = "model_index.json"
 CLASSES_NAME = "classes.json"
@@ -110,14 +118,22 @@ class Source:
         Raises:
             UsageError: it is not understood, or the model cannot draw it.
         """
+        self._size = self.latents_of(size)
+        self.forget_prompts()
+
+    def latents_of(self, size: str) -> tuple[int, int]:
+        """Height and width of the latents of images of `HEIGHTxWIDTH` pixels.
+
+        Raises:
+            UsageError: it is not understood, or the model cannot draw it.
+        """
         height, width = parse_size(size)
-        step = self._pixels * self._coarsest
+        step = self._pixels * self.coarsest
         if height < step or width < step or height % step or width % step:
             raise UsageError(
                 f"{self.name} cannot draw {size} pixels; height and width must be multiples of {step}"
             )
-        self._size = (height // self._pixels, width // self._pixels)
-        self.forget_prompts()
+        return height // self._pixels, width // self._pixels
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -135,7 +151,7 @@ class Source:
         return 1
 
     @property
-    def _coarsest(self) -> int:
+    def coarsest(self) -> int:
         """Latent cells along one side of a cell of the denoiser's coarsest level."""
         config: Any = self.denoiser.config
         if self._packed:
@@ -294,6 +310,21 @@ def parse_size(text: str) -> tuple[int, int]:
     if min(size) < 1:
         raise UsageError(f"the size {text!r} is not understood; write HEIGHTxWIDTH, e.g. 512x512")
     return size
+
+
+def parse_sizes(text: str) -> tuple[str, str]:
+    """`512x512:1024x1024` -> the smallest and the largest size; `512x512` -> twice the same.
+
+    Raises:
+        UsageError: not of that form, or the second is smaller.
+    """
+    low, _, high = text.partition(":")
+    high = high or low
+    if any(a > b for a, b in zip(parse_size(low), parse_size(high), strict=True)):
+        raise UsageError(
+            f"the sizes {text!r} shrink; write SMALLEST:LARGEST, e.g. 512x512:1024x768"
+        )
+    return low, high
 
 
 def resolve_model(model: str | Path) -> Path | str:

@@ -39,5 +39,9 @@ class Engine(Protocol):
     def outputs(self) -> Mapping[str, TensorSpec]:
         """The graph's outputs by name."""
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the graph's file says about itself."""
+
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; arrays by name, batch first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ from trtq.engine.base import Engine
 from trtq.errors import UsageError
 from trtq.quant.stand_in import StandIn
 
-__all__ = ["EngineDenoiser"]
+__all__ = ["SIZES_KEY", "EngineDenoiser"]
+
+SIZES_KEY = "trtq.latent_sizes"
+"""Metadata of a graph with free sizes: smallest and largest latents, and the step between them."""
 
 
 class EngineDenoiser(StandIn):
@@ -40,6 +44,8 @@ class EngineDenoiser(StandIn):
             torch.float16 if self._specs[self.family.sample].dtype == np.float16 else torch.float32
         )
         self.device = torch.device("cpu")
+        sizes = engine.metadata.get(SIZES_KEY)
+        self._sizes = None if sizes is None else json.loads(sizes)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes what the diffusers model takes; gives `(prediction,)` or an output with `.sample`.
@@ -51,6 +57,8 @@ class EngineDenoiser(StandIn):
         return_dict = given.pop("return_dict", True)
         flat = self.family.flatten(given)
         sample: Tensor = flat[self.family.sample]
+        if self._sizes is not None:
+            _check_size(sample.shape[-2], sample.shape[-1], **self._sizes)
         feeds = {}
         for name, spec in self._specs.items():
             value = flat.pop(name, None)
@@ -67,6 +75,15 @@ class EngineDenoiser(StandIn):
         from diffusers.models.unets.unet_2d import UNet2DOutput
 
         return UNet2DOutput(sample=prediction)
+
+
+def _check_size(height: int, width: int, low: list[int], high: list[int], cell: int) -> None:
+    for given, least, most in zip((height, width), low, high, strict=True):
+        if not least <= given <= most or given % cell:
+            raise UsageError(
+                f"latents of {height}x{width} are not what the graph takes: {low[0]}x{low[1]} .. "
+                f"{high[0]}x{high[1]} in steps of {cell}; export it for another range with --size"
+            )
 
 
 def _check_shape(name: str, given: tuple[int, ...], wanted: tuple[int | str, ...]) -> None:

@@ -145,6 +145,12 @@ class OrtEngine:
             for node in self._session.get_outputs()
         }
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the graph's file says about itself."""
+        found: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
+        return found
+
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; arrays by name, batch first."""
         names = [node.name for node in self._session.get_outputs()]

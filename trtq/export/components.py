@@ -36,6 +36,7 @@ class Component:
         inputs: examples by name.
         outputs: names of what it gives.
         axes: axes of the inputs, beside the batch, whose length is free.
+        cells: inputs `[B,C,H,W]` whose H and W are free, in multiples of this.
     """
 
     folder: str
@@ -44,6 +45,7 @@ class Component:
     inputs: Mapping[str, Tensor]
     outputs: list[str]
     axes: Mapping[int, str] = field(default_factory=dict)
+    cells: Mapping[str, int] = field(default_factory=dict)
 
     def save_config(self, folder: Path) -> None:
         """Write the model's configuration beside its graph."""
@@ -129,12 +131,15 @@ class _Encoder(nn.Module):
 
 
 @torch.no_grad()
-def autoencoder_components(autoencoder: Any, latent: tuple[int, int]) -> list[Component]:
+def autoencoder_components(
+    autoencoder: Any, latent: tuple[int, int], *, free_size: bool = False
+) -> list[Component]:
     """Both halves of an autoencoder.
 
     Args:
         autoencoder: the model.
         latent: height and width of the latents.
+        free_size: other sizes are to be possible too.
     """
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     latents = torch.zeros(_BATCH, autoencoder.config.latent_channels, *latent)
@@ -143,15 +148,18 @@ def autoencoder_components(autoencoder: Any, latent: tuple[int, int]) -> list[Co
     )
     variational = hasattr(autoencoder.encode(pixels[:1]), "latent_dist")
     parameters = "latent_parameters" if variational else "latents"
+    halves = (
+        ("vae_decoder", _Decoder(autoencoder), "latent_sample", latents, "sample", 1),
+        ("vae_encoder", _Encoder(autoencoder), "sample", pixels, parameters, factor),
+    )
     return [
         Component(
-            "vae_decoder",
+            folder,
             autoencoder,
-            _Decoder(autoencoder),
-            {"latent_sample": latents},
-            ["sample"],
-        ),
-        Component(
-            "vae_encoder", autoencoder, _Encoder(autoencoder), {"sample": pixels}, [parameters]
-        ),
+            module,
+            {name: example},
+            [output],
+            cells={name: cell} if free_size else {},
+        )
+        for folder, module, name, example, output, cell in halves
     ]

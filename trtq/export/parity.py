@@ -23,6 +23,9 @@ EXACT_DB = 200.0
 TIE_DB = 60.0
 """Images nearer than this hold no flipped code; without one they agree to 100 dB or more."""
 MOST_TIES = 0.05
+"""Share of images with a flipped code, over all steps, that may be set aside."""
+MOST_TIES_OF_A_STEP = 0.15
+"""The same of one step: of 128 images a few more or less fall on a tie by chance."""
 _LAST_BIT = 2.0**-22
 _FLOOR_MARGIN_DB = 6.0
 FEWEST_ITEMS = 3
@@ -49,7 +52,7 @@ class StepParity:
 
     Attributes:
         db: SNR over the images without a flipped code, or over all of them when those with one are
-            more than `MOST_TIES`.
+            more than `MOST_TIES_OF_A_STEP`, or more than `MOST_TIES` over all steps.
         pooled_db: SNR over all images.
         ties: share of images set aside.
         floor_db: SNR over all images of the reference against itself, with what enters its low-bit
@@ -73,7 +76,7 @@ def compare(reference: Tensor, other: Tensor) -> StepParity:
     same = each >= TIE_DB
     ties = 1 - float(same.float().mean())
     pooled = snr_db(reference, other)
-    if ties > MOST_TIES:
+    if ties > MOST_TIES_OF_A_STEP:
         return StepParity(pooled, pooled, 0.0)
     return StepParity(snr_db(reference[same], other[same]), pooled, ties)
 
@@ -129,7 +132,10 @@ def step_parity(
         if int(at.sum()) >= FEWEST_ITEMS and float((each[at] < TIE_DB).float().mean()) > 0.5:
             worst = snr_db(together[at], other[at])
             return [*rows, StepParity(worst, worst, 0.0, min(row.floor_db for row in rows))]
-    return [*rows, replace(compare(together, other), floor_db=min(row.floor_db for row in rows))]
+    rows.append(replace(compare(together, other), floor_db=min(row.floor_db for row in rows)))
+    if sum(row.ties for row in rows) > MOST_TIES * len(rows):
+        return [replace(row, db=row.pooled_db, ties=0.0) for row in rows]
+    return rows
 
 
 @contextmanager

@@ -36,6 +36,7 @@ __all__ = ["DOMAIN", "OPSET", "trace", "trace_module"]
 DOMAIN = "trtq"
 OPSET = 21
 IR_VERSION = 10
+HEIGHT, WIDTH = "height", "width"
 
 
 class _LowBitNode(nn.Module):
@@ -149,6 +150,7 @@ def trace(
     low_bit: set[str],
     *,
     half: bool = False,
+    cell: int | None = None,
 ) -> ir.Model:
     """Export a denoiser with a dynamic batch; changes it in place.
 
@@ -158,6 +160,7 @@ def trace(
         conditions: of the B images.
         low_bit: module paths that become nodes of the domain `trtq`.
         half: compute in half precision; timesteps stay float32.
+        cell: leave height and width of the samples free, in multiples of this; None: they are fixed.
 
     Returns:
         The graph, with diffusers' inputs by flat name; the output is named after the family.
@@ -176,7 +179,13 @@ def trace(
             if value.is_floating_point() and key != "timestep":
                 examples[key] = value.half()
     caller = _Denoiser(denoiser, list(examples), family)
-    return trace_module(caller, examples, [family.output], shared=set(conditions.shared))
+    return trace_module(
+        caller,
+        examples,
+        [family.output],
+        shared=set(conditions.shared),
+        images={family.sample: cell},
+    )
 
 
 def trace_module(
@@ -186,6 +195,7 @@ def trace_module(
     *,
     shared: Collection[str] = (),
     axes: Mapping[int, str] = MappingProxyType({}),
+    images: Mapping[str, int | None] = MappingProxyType({}),
 ) -> ir.Model:
     """Export a module that takes and gives bare tensors, with a dynamic batch.
 
@@ -195,9 +205,19 @@ def trace_module(
         outputs: names of what it gives.
         shared: names of inputs without a batch axis.
         axes: further axes of all inputs whose length is free, and what to call them.
+        images: inputs `[B,C,H,W]` whose H and W are free in multiples of this; None: they are fixed.
     """
     free = {0: torch.export.Dim("batch", min=1)}
     free |= {axis: torch.export.Dim(name, min=1) for axis, name in axes.items()}
+    shapes: dict[str, dict[int, Any]] = {}
+    for name in examples:
+        shapes[name] = {} if name in shared else dict(free)
+        cell = images.get(name)
+        if cell is not None:
+            sides = {2: torch.export.Dim(HEIGHT, min=1), 3: torch.export.Dim(WIDTH, min=1)}
+            shapes[name] |= {
+                axis: cell * side if cell > 1 else side for axis, side in sides.items()
+            }
     batched = [place for place, name in enumerate(examples) if name not in shared]
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -207,11 +227,16 @@ def trace_module(
             opset_version=OPSET,
             input_names=list(examples),
             output_names=outputs,
-            dynamic_shapes=(tuple({} if name in shared else free for name in examples),),
+            dynamic_shapes=(tuple(shapes.values()),),
             optimize=True,
             verbose=False,
         )
     assert program is not None
+    import onnx_ir as ir
+
     model: ir.Model = program.model
     model.ir_version = IR_VERSION
+    for value in model.graph.inputs:
+        if images.get(value.name or "") is not None and value.shape is not None:
+            value.shape = ir.Shape([*list(value.shape)[:2], HEIGHT, WIDTH])
     return model

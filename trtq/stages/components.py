@@ -31,7 +31,7 @@ _ASK_HIDDEN_STATES = ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
 _PASS_MASKS = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
 
-def _components(source: Source) -> list[Component]:
+def _components(source: Source, *, free_size: bool) -> list[Component]:
     pipeline = source.pipeline
     kind = type(pipeline).__name__
     found = []
@@ -49,12 +49,20 @@ def _components(source: Source) -> list[Component]:
     for name in AUTOENCODERS:
         autoencoder = getattr(pipeline, name, None)
         if autoencoder is not None:
-            found += autoencoder_components(autoencoder, source.latent_size)
+            found += autoencoder_components(autoencoder, source.latent_size, free_size=free_size)
     return found
 
 
-def export_components(source: Source, folder: Path, report: Reporter) -> dict[str, float]:
+def export_components(
+    source: Source, folder: Path, report: Reporter, *, free_size: bool = False
+) -> dict[str, float]:
     """Write every text encoder and autoencoder of a pipeline, and compare each with torch.
+
+    Args:
+        source: the pipeline.
+        folder: of the whole pipeline.
+        report: called as work goes on.
+        free_size: the autoencoder is to take images of any size.
 
     Returns:
         The SNR of each graph in dB, by folder.
@@ -63,12 +71,16 @@ def export_components(source: Source, folder: Path, report: Reporter) -> dict[st
         GateError: a graph is further from torch than `COMPONENT_DB` allows.
     """
     parity = {}
-    components = _components(source)
+    components = _components(source, free_size=free_size)
     for index, component in enumerate(components):
         report("export parts", index + 1, len(components))
         target = folder / component.folder
         graph = trace_module(
-            component.module, component.inputs, component.outputs, axes=component.axes
+            component.module,
+            component.inputs,
+            component.outputs,
+            axes=component.axes,
+            images=component.cells,
         )
         save_graph(graph, target)
         component.save_config(target)

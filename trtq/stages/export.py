@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from trtq.diffusion.sampling import seeded_noise
-from trtq.diffusion.source import Source, load_source
-from trtq.engine.denoiser import EngineDenoiser
+from trtq.diffusion.source import Source, load_source, parse_sizes
+from trtq.engine.denoiser import SIZES_KEY, EngineDenoiser
 from trtq.engine.ort import OrtEngine
 from trtq.errors import GateError, UsageError
 from trtq.export.parity import StepParity, step_parity
@@ -111,7 +111,8 @@ def export_onnx(
         target: `qdq`.
         precision: `fp32` or `fp16`, of everything that is not an integer.
         batch: smallest and largest batch that engines built from it are to take.
-        size: image size `HEIGHTxWIDTH` in pixels; by default what the run was calibrated at.
+        size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST` of them; by default what
+            the run was calibrated at.
         overwrite: replace an ONNX folder that is already there.
         report: called as work goes on.
 
@@ -119,7 +120,8 @@ def export_onnx(
         `parity_db_min`, `parity_db` (per step, cleanest first; last the mixed batch; images in which a
         value fell on the other side of a rounding tie are set aside, see `StepParity`),
         `parity_db_pooled_min` (nothing set aside), `parity_ties` (share of such images),
-        `parity_floor_db` (torch against itself, see `StepParity`), `parity_parts_db` (of text encoders
+        `parity_floor_db` (torch against itself, see `StepParity`), `parity_largest_db` (the least at the
+        largest size of a range), `parity_parts_db` (of text encoders
         and autoencoder), `seconds`, `peak_rss_bytes`, `bytes`.
 
     Raises:
@@ -144,24 +146,30 @@ def export_onnx(
         traced = run.float_skeleton()
         manifest = _run_manifest(run)
     name = source.denoiser_name
-    if size is not None:
-        source.resize(size)
+    smallest, largest = _sizes(source, size)
+    free_size = smallest != largest
     with new_artefact(final, overwrite=overwrite) as folder:
-        _write_graph(folder / name, traced, source, run, half=precision == "fp16")
+        _write_graph(folder / name, traced, source, run, largest, half=precision == "fp16")
         save_pipeline_parts(source, folder, graphs=True)
         report("export", 2, 3)
-        components = export_components(source, folder, report)
+        components = export_components(source, folder, report, free_size=free_size)
         parity = _parity(source, folder / name / MODEL_FILE, run)
+        checked = list(parity)
+        if free_size:
+            source.resize(largest)
+            checked += _parity(source, folder / name / MODEL_FILE, run)
+            source.resize(smallest)
         metrics: dict[str, Any] = {
-            "parity_db_min": min(row.db for row in parity),
+            "parity_db_min": min(row.db for row in checked),
             "parity_db": [row.db for row in parity],
             "parity_db_pooled_min": min(row.pooled_db for row in parity),
             "parity_ties": sum(row.ties for row in parity) / len(parity),
             "parity_floor_db": [row.floor_db for row in parity],
             "parity_parts_db": components,
+            "parity_largest_db": min(row.db for row in checked[len(parity) :] or parity),
             "bytes": sum(p.stat().st_size for p in (folder / name).iterdir()),
         }
-        if not all(row.holds(PARITY_DB[precision]) for row in parity):
+        if not all(row.holds(PARITY_DB[precision]) for row in checked):
             raise GateError(
                 f"the exported graph is only {metrics['parity_db_min']:.1f} dB from torch, "
                 f"{PARITY_DB[precision]:g} dB are required, or what torch keeps when the inputs of its "
@@ -176,11 +184,28 @@ def export_onnx(
             "target": target,
             "precision": precision,
             "batch": list(batch),
-            "size": "x".join(map(str, source.image_size)),
+            "size": f"{smallest}:{largest}" if free_size else smallest,
         }
         write_manifest(folder, manifest.model_copy(update={"options": options, "metrics": metrics}))
     report("export", 3, 3)
     return metrics
+
+
+def _sizes(source: Source, size: str | None) -> tuple[str, str]:
+    """Smallest and largest image size of the graph; the source then works on the smallest.
+
+    Raises:
+        UsageError: the model cannot draw them, or one graph cannot take several.
+    """
+    smallest, largest = parse_sizes(size or "x".join(map(str, source.image_size)))
+    if smallest != largest and not source.family.free_size:
+        raise UsageError(
+            f"a graph of a {source.model_class} takes images of one size, since its positions are part "
+            "of it; export once for each size"
+        )
+    source.latents_of(largest)
+    source.resize(smallest)
+    return smallest, largest
 
 
 def _is_run(path: str | Path) -> bool:
@@ -210,13 +235,18 @@ def _write_graph(
     denoiser: nn.Module,
     source: Source,
     run: OpenRun | None,
+    largest: str,
     *,
     half: bool,
 ) -> None:
     layers = run.stored.layers if run else {}
     conditions = source.draw_conditions(_TRACED_BATCH, seeded_generator(0, "traced conditions"))
     x = torch.zeros(_TRACED_BATCH, *source.sample_shape)
-    model = trace(denoiser, x, conditions, set(layers), half=half)
+    low, high = source.latent_size, source.latents_of(largest)
+    cell = None if low == high else source.coarsest
+    model = trace(denoiser, x, conditions, set(layers), half=half, cell=cell)
+    if cell is not None:
+        model.metadata_props[SIZES_KEY] = json.dumps({"low": low, "high": high, "cell": cell})
     BroadcastTimestep()(model)
     DropIdleSqueeze()(model)
     SpellOutGroupNorm()(model)

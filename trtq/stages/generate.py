@@ -26,6 +26,7 @@ def generate(
     prompt: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    size: str | None = None,
     seed: int = 0,
     provider: str | None = None,
     report: Reporter = silent,
@@ -40,6 +41,7 @@ def generate(
         prompt: a text; only for text-to-image models.
         steps: denoising steps; by default what the artefact was calibrated for, else 20.
         guidance: classifier-free guidance; by default what the artefact was calibrated with.
+        size: `HEIGHTxWIDTH` in pixels; by default the model's own.
         seed: image i of a seed is the same in every call.
         provider: what runs it.
         report: called as work goes on.
@@ -56,6 +58,8 @@ def generate(
     if not target.parent.is_dir():
         raise UsageError(f"the folder {target.parent} does not exist")
     source = open_any(path, provider)
+    if size is not None:
+        source.resize(size)
     subjects = subjects_for(source, images, class_label=class_label, prompt=prompt)
     if guidance is None:
         guidance = artefact_guidance(path)

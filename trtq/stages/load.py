@@ -62,7 +62,7 @@ def open_any(
     )
     source = Source(str(path), folder, pipeline, manifest.denoiser)
     if manifest.options.get("size") is not None:
-        source.resize(manifest.options["size"])
+        source.resize(manifest.options["size"].partition(":")[0])
     return source
 
 
