@@ -212,7 +212,14 @@ def test_the_floor_is_measured_and_the_model_left_as_it_was(digits_run):
     conditions = Conditions({"class_labels": torch.arange(8)})
     rows = step_parity(source.denoiser, source.denoiser, schedule, noise, conditions)
     assert [row.db for row in rows] == [200.0] * 5
-    assert all(20 < row.floor_db <= 200 for row in rows)
+    assert [row.floor_db for row in rows] == [200.0] * 5
+
+    def far(**inputs):
+        return (source.denoiser(**inputs)[0] + 0.1,)
+
+    rows = step_parity(source.denoiser, far, schedule, noise, conditions)
+    assert all(row.db < 40 for row in rows)
+    assert 20 < min(row.floor_db for row in rows) < 200
     assert not any(module._forward_pre_hooks for module in source.denoiser.modules())
 
 

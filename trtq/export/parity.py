@@ -57,7 +57,8 @@ class StepParity:
         ties: share of images set aside.
         floor_db: SNR over all images of the reference against itself, with what enters its low-bit
             layers moved by about the last bit: as much as another runtime's norms and activation
-            functions differ. Where a network carries that far, no runtime can be nearer.
+            functions differ. Where a network carries that far, no runtime can be nearer. Only
+            measured where `pooled_db` is below `TIE_DB`; `EXACT_DB` elsewhere.
     """
 
     db: float
@@ -103,39 +104,75 @@ def step_parity(
     Raises:
         NonFiniteError: the graph gives NaN or infinity.
     """
-
-    def exported_at(x: Tensor, timestep: Tensor | float) -> Tensor:
-        other = predict(exported, x, timestep, conditions)
-        if not bool(torch.isfinite(other).all()):
-            raise NonFiniteError(f"the graph gives NaN or infinity at timestep {timestep}")
-        return other
-
     rows = []
-    count = len(noise)
-    position = torch.arange(count) * len(schedule) // count
-    mixed = torch.empty_like(noise)
+    count, steps = len(noise), len(schedule)
+    # At least a few steps side by side, even of a single image.
+    items = torch.arange(max(count, min(steps, FEWEST_ITEMS + 1)))
+    position, image = items * steps // len(items), items % count
+    mixed = torch.empty(len(items), *noise.shape[1:], dtype=noise.dtype)
     for point in walk(reference, schedule, noise, conditions):
-        mixed[position == point.position] = point.x[position == point.position]
-        row = compare(point.predicted, exported_at(point.x, point.timestep))
-        with _last_bit_moved(reference), torch.no_grad():
-            moved = predict(reference, point.x, point.timestep, conditions)
-        rows.append(replace(row, floor_db=snr_db(point.predicted, moved)))
+        here = position == point.position
+        mixed[here] = point.x[image[here]]
+        other = _exported_at(exported, point.x, point.timestep, conditions)
+        row = compare(point.predicted, other)
+        if row.pooled_db < TIE_DB:
+            floor = _floor(reference, point.x, point.timestep, conditions, point.predicted)
+            row = replace(row, floor_db=floor)
+        rows.append(row)
     rows.reverse()
+    together = _mixed(reference, exported, mixed, position, schedule, conditions.take(image))
+    rows.append(together)
+    if sum(row.ties for row in rows) > MOST_TIES * len(rows):
+        return [replace(row, db=row.pooled_db, ties=0.0) for row in rows]
+    return rows
+
+
+def _exported_at(
+    exported: Callable[..., Any], x: Tensor, timestep: Tensor | float, conditions: Conditions
+) -> Tensor:
+    prediction = predict(exported, x, timestep, conditions)
+    if not bool(torch.isfinite(prediction).all()):
+        raise NonFiniteError(f"the graph gives NaN or infinity at timestep {timestep}")
+    return prediction
+
+
+@torch.no_grad()
+def _floor(
+    reference: Callable[..., Any],
+    x: Tensor,
+    timestep: Tensor | float,
+    conditions: Conditions,
+    predicted: Tensor,
+) -> float:
+    """SNR of the reference against itself with the last bits moved; see `StepParity.floor_db`."""
+    with _last_bit_moved(reference):
+        return snr_db(predicted, predict(reference, x, timestep, conditions))
+
+
+@torch.no_grad()
+def _mixed(
+    reference: Callable[..., Any],
+    exported: Callable[..., Any],
+    x: Tensor,
+    position: Tensor,
+    schedule: NoiseSchedule,
+    conditions: Conditions,
+) -> StepParity:
+    """One batch in which item i stands at the step `position[i]`."""
     timesteps = schedule.timesteps[position]
-    with torch.no_grad():
-        together = predict(reference, mixed, timesteps, conditions)
-    other = exported_at(mixed, timesteps)
+    together = predict(reference, x, timesteps, conditions)
+    other = _exported_at(exported, x, timesteps, conditions)
+    row = compare(together, other)
     each = torch.tensor([snr_db(a, b) for a, b in zip(together, other, strict=True)])
     for step in range(len(schedule)):
         at = position == step
         # Items that look up a wrong step are all of their step's; ties are here and there.
         if int(at.sum()) >= FEWEST_ITEMS and float((each[at] < TIE_DB).float().mean()) > 0.5:
             worst = snr_db(together[at], other[at])
-            return [*rows, StepParity(worst, worst, 0.0, min(row.floor_db for row in rows))]
-    rows.append(replace(compare(together, other), floor_db=min(row.floor_db for row in rows)))
-    if sum(row.ties for row in rows) > MOST_TIES * len(rows):
-        return [replace(row, db=row.pooled_db, ties=0.0) for row in rows]
-    return rows
+            row = StepParity(worst, worst, 0.0)
+    if row.pooled_db < TIE_DB:
+        row = replace(row, floor_db=_floor(reference, x, timesteps, conditions, together))
+    return row
 
 
 @contextmanager

@@ -58,6 +58,8 @@ graph values near a rounding tie fall on the other code, so a 4-bit model cannot
 _TRACED_BATCH = 2
 _PARITY_VALUES = 1 << 18
 _PARITY_IMAGES = (4, 128)
+_PARITY_WEIGHTS = 2 << 30
+"""Images times weights: a billion weights are looked at with two images, not with 128."""
 
 
 def parse_batch(text: str) -> tuple[int, int]:
@@ -267,6 +269,8 @@ def _parity(source: Source, model: Path, run: OpenRun | None) -> list[StepParity
     # Many small images, so that rare ties show; few large ones, since each step is a forward pass.
     fewest, most = _PARITY_IMAGES
     images = max(fewest, min(most, _PARITY_VALUES // math.prod(source.sample_shape)))
+    weights = sum(tensor.numel() for tensor in source.denoiser.state_dict().values())
+    images = max(1, min(images, _PARITY_WEIGHTS // weights))
     conditions = source.draw_conditions(images, generator)
     noise = seeded_noise(source.sample_shape, 0, 0, images)
     return step_parity(source.denoiser, exported, schedule, noise, conditions)
