@@ -37,6 +37,7 @@ class Calibration(_Strict):
     weights: Literal["minmax", "search"] = "search"
     activations: Literal["minmax", "search"] = "search"
     batch: int = Field(64, ge=1, le=4096)
+    """Most images walked at once; large ones fewer, see `trtq.diffusion.sampling.at_once`."""
 
 
 class Attention(_Strict):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trtq.diffusion.sampling import Conditions, predict, seeded_noise
+from trtq.diffusion.sampling import Conditions, at_once, predict, seeded_noise
 from trtq.diffusion.schedule import NoiseSchedule, inference_timesteps
 from trtq.diffusion.source import load_source
 from trtq.errors import ArtefactError, QuantizationError, UsageError
@@ -84,6 +84,14 @@ def test_guidance_concatenates_unconditional_then_conditional():
     assert out.flatten().tolist() == [9 + 3 * (1 - 9), 9 + 3 * (2 - 9)]
     with pytest.raises(UsageError, match="guidance=3"):
         predict(denoiser, torch.zeros(2, 1, 1, 1), 1.0, Conditions({}), 3.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "most", "count"),
+    [((1, 8, 8), 64, 64), ((4, 64, 64), 64, 4), ((4, 128, 128), 64, 1), ((4096, 64), 3, 1)],
+)
+def test_large_samples_go_through_a_few_at_a_time(shape, most, count):
+    assert at_once(shape, most) == count
 
 
 def test_noise_does_not_depend_on_the_batch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,9 +15,18 @@ from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import UsageError
 from trtq.seeds import seeded_generator
 
-__all__ = ["Conditions", "TrajectoryPoint", "predict", "seeded_noise", "spread", "walk"]
+__all__ = [
+    "Conditions",
+    "TrajectoryPoint",
+    "at_once",
+    "predict",
+    "seeded_noise",
+    "spread",
+    "walk",
+]
 
 Denoiser = Callable[..., Any]
+_VALUES_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,15 @@ def seeded_noise(
             for i in range(count)
         ]
     )
+
+
+def at_once(shape: tuple[int, ...], most: int) -> int:
+    """How many samples of this shape to put through a denoiser at once, at least 1 and at most `most`.
+
+    Activations of a UNet take some ten thousand times the memory of its input: four images at Stable
+    Diffusion's size are several gigabytes.
+    """
+    return max(1, min(most, _VALUES_AT_ONCE // math.prod(shape)))
 
 
 @dataclass(frozen=True)

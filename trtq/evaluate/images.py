@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trtq.diffusion.quiet import quiet_diffusers
+from trtq.diffusion.sampling import at_once
 from trtq.diffusion.source import Source
 from trtq.errors import NonFiniteError, UsageError
 from trtq.seeds import seeded_generator
@@ -107,7 +108,9 @@ def draw(
         NonFiniteError: an image holds NaN.
     """
     source.timesteps(steps)
-    batch = batch or (BATCH if subjects.prompts is None else TEXT_BATCH)
+    if batch is None:
+        most = BATCH if subjects.prompts is None else TEXT_BATCH
+        batch = at_once(source.sample_shape, most)
     images = []
     for first in range(0, subjects.count, batch):
         part = slice(first, min(first + batch, subjects.count))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq._optional import require
-from trtq.diffusion.sampling import predict, seeded_noise, spread, walk
+from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread, walk
 from trtq.diffusion.source import Source
 from trtq.evaluate.extractor import Extractor
 from trtq.evaluate.frechet import (
@@ -176,6 +176,7 @@ def noise_prediction_snr(
     Both see the same points of the float model's trajectory, so errors do not add up along it.
     """
     schedule = reference.schedule(steps)
+    images = at_once(reference.sample_shape, images)
     conditions = reference.draw_conditions(images, seeded_generator(seed, "snr conditions"))
     noise = seeded_noise(reference.sample_shape, seed, 0, images)
     rows = []
@@ -197,6 +198,7 @@ def layer_snr(
     layer's error includes what reaches it from the layers before.
     """
     schedule = reference.schedule(steps)
+    images = at_once(reference.sample_shape, images)
     conditions = reference.draw_conditions(images, seeded_generator(seed, "layer conditions"))
     noise = seeded_noise(reference.sample_shape, seed, 0, images)
     x, timesteps = spread(reference.denoiser, schedule, noise, conditions)

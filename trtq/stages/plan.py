@@ -23,7 +23,7 @@ from trtq.calib.sensitivity import (
     with_bits,
 )
 from trtq.diffusion.prompts import read_lines
-from trtq.diffusion.sampling import seeded_noise, spread
+from trtq.diffusion.sampling import at_once, seeded_noise, spread
 from trtq.diffusion.source import Source, load_source
 from trtq.errors import QuantizationError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
@@ -185,8 +185,9 @@ def _spend_budget(plan: QuantizePlan, budget: Budget, report: Reporter) -> list[
     names = [layer.name for layer in plan.layers if layer.adapters and layer.weight_bits]
     schedule = source.schedule(recipe.steps)
     generator = seeded_generator(recipe.seed, "sensitivity conditions")
-    conditions = source.draw_conditions(_SENSITIVITY_IMAGES, generator)
-    noise = seeded_noise(source.sample_shape, recipe.seed, 0, _SENSITIVITY_IMAGES, "sensitivity")
+    images = at_once(source.sample_shape, _SENSITIVITY_IMAGES)
+    conditions = source.draw_conditions(images, generator)
+    noise = seeded_noise(source.sample_shape, recipe.seed, 0, images, "sensitivity")
     guidance = recipe.guidance or 1.0
     x, timestep = spread(source.denoiser, schedule, noise, conditions, guidance)
     sensitivity = weight_sensitivity(

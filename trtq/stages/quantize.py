@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trtq.calib.recipe import Recipe, load_recipe
 from trtq.calib.record import activation_tables, record
+from trtq.diffusion.sampling import at_once
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import Source
 from trtq.errors import UsageError
@@ -74,7 +75,7 @@ def _calibrate(
         ),
         source.sample_shape,
         images=recipe.calibration.images,
-        batch=recipe.calibration.batch,
+        batch=at_once(source.sample_shape, recipe.calibration.batch),
         samples_per_step=recipe.calibration.samples_per_step,
         seed=recipe.seed,
         guidance=recipe.guidance,

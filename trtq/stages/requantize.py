@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trtq.diffusion.sampling import predict, seeded_noise, spread
+from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
 from trtq.diffusion.source import Source, load_source
 from trtq.errors import ArtefactError, UsageError
 from trtq.export.parity import snr_db
@@ -56,8 +56,9 @@ def _float_source(run: OpenRun, model: str | Path | None) -> Source:
 def _snr(source: Source, denoiser: Any, teacher: Any, steps: int) -> float:
     """SNR in dB of a low-bit prediction against a float one, at points all along a trajectory."""
     schedule = source.schedule(steps)
-    conditions = source.draw_conditions(_IMAGES, seeded_generator(0, "requantize"))
-    noise = seeded_noise(source.sample_shape, 0, 0, _IMAGES)
+    images = at_once(source.sample_shape, _IMAGES)
+    conditions = source.draw_conditions(images, seeded_generator(0, "requantize"))
+    noise = seeded_noise(source.sample_shape, 0, 0, images)
     x, timestep = spread(teacher, schedule, noise, conditions)
     expected = predict(teacher, x, timestep, conditions)
     return snr_db(expected, predict(denoiser, x, timestep, conditions))
