@@ -33,10 +33,14 @@ STEPS = 20
 ROWS: dict[str, dict[str, Any]] = {
     "W8A8 per-step, min-max": {"method": "minmax", "bits": "w8a8"},
     "W4A8 per-step, search": {"method": "search", "bits": "w4a8"},
+    "W4A8 per-step, combined": {"method": "combined", "bits": "w4a8"},
     "W4A4 static, min-max": {"method": "minmax", "bits": "w4a4", "tables": "static"},
     "W4A4 static, search": {"method": "search", "bits": "w4a4", "tables": "static"},
     "W4A4 per-step, search": {"method": "search", "bits": "w4a4"},
+    "W4A4 per-step, QuEST": {"method": "quest", "bits": "w4a4"},
     "W4A4 per-step, EfficientDM": {"method": "efficientdm", "bits": "w4a4"},
+    "W4A4 per-step, combined": {"method": "combined", "bits": "w4a4"},
+    "W3A4 per-step, combined": {"method": "combined", "bits": "w3a4"},
 }
 PER_STEP, STATIC = "W4A4 per-step, search", "W4A4 static, search"
 

@@ -79,12 +79,11 @@ def ablation(record: dict[str, Any]) -> str:
         f"{' or '.join(map(str, threads))} thread(s). Float: FD {record['fd_float']:.2f} (95 % interval "
         f"{low:.2f}-{high:.2f}), accuracy {record['class_accuracy_float']:.1%}.",
         "",
-        "| digits model | seeds | FD | to float | accuracy | PSNR to float | fine-tuning |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| digits model | seeds | FD | to float | accuracy | PSNR to float |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name in dict.fromkeys(row["name"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["name"] == name]
-        seconds = [row["fine_tune_seconds"] for row in rows if row["fine_tune_seconds"]]
         cells = [
             name,
             str(len(rows)),
@@ -92,7 +91,6 @@ def ablation(record: dict[str, Any]) -> str:
             f"{statistics.fmean(row['fd_ratio'] for row in rows):.2f} x",
             _spread([row["class_accuracy"] for row in rows], ".1%"),
             _spread([row["psnr_db"] for row in rows], ".1f") + " dB",
-            f"{_spread(seconds, '.0f')} s" if seconds else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
