@@ -2,9 +2,9 @@
 
     python benchmarks/ablation.py [--seeds 0 1 2] [--only NAME ...]
 
-Rows that are in the output already are not measured again, so it can be interrupted, and run beside other
-work: it takes no times (`benchmarks/digits.py` does). Fréchet distance
-and accuracy are of 4,000 images, with the same starting noise in every row.
+Rows that are in the output already are not measured again, so it can be interrupted, and run beside
+other work: it takes no times (`benchmarks/digits.py` does). Fréchet distance and accuracy are of 4,000
+images, with the same starting noise in every row.
 """
 
 from __future__ import annotations

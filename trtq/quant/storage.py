@@ -96,13 +96,13 @@ class StoredDenoiser:
         return deploy(skeleton, self.layers, table).eval()
 
     def load_floats(self, skeleton: nn.Module) -> None:
-        """Fill in everything but the quantised layers.
+        """Give the model its float tensors, not copies of them; quantised layers stay as they are.
 
         Raises:
             ArtefactError: names or shapes do not fit.
         """
         try:
-            missing, unexpected = skeleton.load_state_dict(self.floats, strict=False)
+            missing, unexpected = skeleton.load_state_dict(self.floats, strict=False, assign=True)
         except RuntimeError as err:
             raise ArtefactError(f"the tensors do not fit the denoiser: {err}") from err
         expected = {f"{name}.{leaf}" for name in self.layers for leaf in ("weight", "bias")}

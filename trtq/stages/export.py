@@ -141,7 +141,8 @@ def export_onnx(
     report("export", 1, 3)
     if run is None:
         source = load_source(path)
-        traced = load_source(path).denoiser
+        # Tracing in half precision changes the model, and the other one is compared with.
+        traced = source.denoiser if precision == "fp32" else load_source(path).denoiser
         manifest = _float_manifest(source)
     else:
         source = run.source()

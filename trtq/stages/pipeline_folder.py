@@ -115,12 +115,13 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
-    """The denoiser's class with its configuration and fresh weights.
+    """The denoiser's class with its configuration; its parameters have shapes but no memory.
 
     Raises:
         ArtefactError: the class is not one of diffusers', or the configuration does not fit it.
     """
     import diffusers
+    from accelerate import init_empty_weights
 
     library, class_name = _index(folder).get(denoiser_name, ("", ""))
     cls = getattr(diffusers, class_name, None) if library == "diffusers" else None
@@ -129,7 +130,8 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
             f"{folder}: {library}.{class_name} is not a model of diffusers; only those are loaded"
         )
     try:
-        model: nn.Module = cls.from_config(cls.load_config(folder / denoiser_name)).eval()
+        with init_empty_weights():
+            model: nn.Module = cls.from_config(cls.load_config(folder / denoiser_name)).eval()
     except (OSError, ValueError, TypeError) as err:
         raise ArtefactError(f"{folder}: cannot build {class_name}: {err}") from err
     return model

@@ -34,7 +34,7 @@ class OpenRun:
     table: TimestepTable
 
     def float_skeleton(self) -> nn.Module:
-        """The denoiser with its float tensors; its quantised layers still hold fresh weights."""
+        """The denoiser with its float tensors; the weights of its quantised layers have no memory."""
         model = _fresh(self.folder, self.manifest)
         self.stored.load_floats(model)
         return model
@@ -54,7 +54,7 @@ class OpenRun:
 
 
 def _fresh(folder: Path, manifest: Manifest) -> nn.Module:
-    """A model of the denoiser's class in the run's structure, with fresh weights."""
+    """A model of the denoiser's class in the run's structure, without memory for its weights."""
     model = skeleton(folder, manifest.denoiser)
     structure = Structure(tuple(manifest.structure.attention), manifest.structure.splits)
     apply_structure(model, structure)
