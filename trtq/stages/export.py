@@ -156,29 +156,11 @@ def export_onnx(
         save_pipeline_parts(source, folder, graphs=True)
         report("export", 2, 3)
         components = export_components(source, folder, report, free_size=free_size)
-        parity = _parity(source, folder / name / MODEL_FILE, run)
-        checked = list(parity)
-        if free_size:
-            source.resize(largest)
-            checked += _parity(source, folder / name / MODEL_FILE, run)
-            source.resize(smallest)
-        metrics: dict[str, Any] = {
-            "parity_db_min": min(row.db for row in checked),
-            "parity_db": [row.db for row in parity],
-            "parity_db_pooled_min": min(row.pooled_db for row in parity),
-            "parity_ties": sum(row.ties for row in parity) / len(parity),
-            "parity_floor_db": [row.floor_db for row in parity],
-            "parity_parts_db": components,
-            "parity_largest_db": min(row.db for row in checked[len(parity) :] or parity),
-            "bytes": sum(p.stat().st_size for p in (folder / name).iterdir()),
-        }
-        if not all(row.holds(PARITY_DB[precision]) for row in checked):
-            raise GateError(
-                f"the exported graph is only {metrics['parity_db_min']:.1f} dB from torch, "
-                f"{PARITY_DB[precision]:g} dB are required, or what torch keeps when the inputs of its "
-                "layers move by the last bit; per step: "
-                + ", ".join(f"{row.db:.1f} ({row.floor_db:.1f})" for row in parity)
-            )
+        metrics: dict[str, Any] = _held_to_torch(
+            source, folder / name / MODEL_FILE, run, (smallest, largest), PARITY_DB[precision]
+        )
+        metrics["parity_parts_db"] = components
+        metrics["bytes"] = sum(path.stat().st_size for path in (folder / name).iterdir())
         metrics |= {
             "seconds": round(time.monotonic() - start, 2),
             "peak_rss_bytes": peak_rss_bytes(),
@@ -259,6 +241,38 @@ def _write_graph(
         ExpandLowBitToQdq(layers, run.table)(model)
         model.metadata_props["trtq.timesteps"] = json.dumps(run.table.timesteps.tolist())
     save_graph(model, folder)
+
+
+def _held_to_torch(
+    source: Source, model: Path, run: OpenRun | None, sizes: tuple[str, str], least_db: float
+) -> dict[str, Any]:
+    """Compare a graph with torch at its smallest and its largest size.
+
+    Raises:
+        GateError: it is further from torch than `least_db` allows.
+    """
+    smallest, largest = sizes
+    parity = _parity(source, model, run)
+    checked = list(parity)
+    if smallest != largest:
+        source.resize(largest)
+        checked += _parity(source, model, run)
+        source.resize(smallest)
+    least = min(row.db for row in checked)
+    if not all(row.holds(least_db) for row in checked):
+        raise GateError(
+            f"the exported graph is only {least:.1f} dB from torch, {least_db:g} dB are required, or "
+            "what torch keeps when the inputs of its layers move by the last bit; per step: "
+            + ", ".join(f"{row.db:.1f} ({row.floor_db:.1f})" for row in checked)
+        )
+    return {
+        "parity_db_min": least,
+        "parity_db": [row.db for row in parity],
+        "parity_db_pooled_min": min(row.pooled_db for row in parity),
+        "parity_ties": sum(row.ties for row in parity) / len(parity),
+        "parity_floor_db": [row.floor_db for row in parity],
+        "parity_largest_db": min(row.db for row in checked[len(parity) :] or parity),
+    }
 
 
 def _parity(source: Source, model: Path, run: OpenRun | None) -> list[StepParity]:
