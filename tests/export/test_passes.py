@@ -13,8 +13,8 @@ from trtq.export.passes import (
     ExpandLowBitToQdq,
     FloatWideProducts,
     FloatWideWeights,
-    NarrowAngles,
     NarrowDoubles,
+    SpellOutAngles,
     SpellOutGroupNorm,
     SpellOutSilu,
 )
@@ -187,19 +187,38 @@ def test_narrow_products_and_constant_weights_stay_integer():
 
 
 @pytest.mark.parametrize("operator", ["Sin", "Cos"])
-def test_angles_in_double_are_right_after_a_thousand_turns(operator):
-    model = parse(f"g (double[64] x) => (double[64] y) {{ y = {operator}(x) }}")
-    assert NarrowAngles()(model).modified
-    angles = np.linspace(-7000, 7000, 64)
-    expected = np.sin(angles) if operator == "Sin" else np.cos(angles)
-    # Half a step of float32 at pi for the angle, and as much for the result.
-    np.testing.assert_allclose(run(model, x=angles)[0], expected, rtol=0, atol=3e-7)
-    assert not NarrowAngles()(model).modified
+@pytest.mark.parametrize("kind", ["float", "double"])
+def test_angles_are_right_after_a_thousand_turns(operator, kind):
+    model = parse(f"g ({kind}[4000] x) => ({kind}[4000] y) {{ y = {operator}(x) }}")
+    assert SpellOutAngles()(model).modified
+    dtype = np.float32 if kind == "float" else np.float64
+    angles = np.linspace(-7000, 7000, 4000).astype(dtype)
+    exact = np.sin(angles.astype(np.float64)) if operator == "Sin" else np.cos(angles.astype(float))
+    found = run(model, x=angles)[0]
+    # Multiples of 2 pi lose 1e-16 of 7000, the series 1e-13; float32 is then the nearest there is.
+    np.testing.assert_allclose(
+        found, exact.astype(dtype), rtol=0, atol=0 if kind == "float" else 3e-12
+    )
+    assert not SpellOutAngles()(model).modified
 
 
-def test_angles_in_float_are_left_alone():
-    model = parse("g (float[4] x) => (float[4] y) { y = Cos(x) }")
-    assert not NarrowAngles()(model).modified
+def test_angles_in_half_precision_are_left_alone():
+    model = parse("g (float16[4] x) => (float16[4] y) { y = Cos(x) }")
+    assert not SpellOutAngles()(model).modified
+
+
+@pytest.mark.parametrize(("shape", "exact"), [("2,6,2,2", False), ("8,6", True)])
+def test_silu_of_an_embedding_is_rounded_from_double(shape, exact):
+    body = f"g (float[{shape}] x) => (float[{shape}] y) {{ gate = Sigmoid(x) y = Mul(x, gate) }}"
+    model = parse(body)
+    assert SpellOutSilu()(model).modified
+    assert ("Cast" in operators(model)) is exact
+    x = X.reshape([int(size) for size in shape.split(",")])
+    wide = x.astype(np.float64)
+    if exact:
+        np.testing.assert_array_equal(
+            run(model, x=x)[0], (wide / (1 + np.exp(-wide))).astype(np.float32)
+        )
 
 
 @pytest.mark.parametrize(

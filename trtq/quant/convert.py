@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from trtq.errors import QuantizationError, StepError, TrtqError
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
 from trtq.quant.deployed import (
-    DeployedGroupNorm,
     DeployedLayer,
     DeployedProduct,
     LayerTensors,
     ProductTensors,
 )
+from trtq.quant.exact import DeployedGroupNorm, DeployedSilu, DeployedTimesteps
 from trtq.quant.modules import (
     Base,
     ConvGeometry,
@@ -290,7 +290,7 @@ def merge(quantized: QuantizedDenoiser) -> dict[str, LowBitTensors]:
 def deploy(
     denoiser: nn.Module, merged: Mapping[str, LowBitTensors], table: TimestepTable
 ) -> QuantizedDenoiser:
-    """Replace layers and group norms by their deployed forms, in place.
+    """Replace layers, group norms, SiLUs and time projections by their deployed forms, in place.
 
     Args:
         denoiser: a diffusers model, float or already converted.
@@ -308,8 +308,11 @@ def deploy(
         elif isinstance(source, QuantConv2d):
             geometry = source.geometry
         replace_module(denoiser, name, DeployedLayer(tensors, geometry))
-    norms = [(n, m) for n, m in denoiser.named_modules() if isinstance(m, nn.GroupNorm)]
-    for name, norm in norms:
-        if norm.affine:
-            replace_module(denoiser, name, DeployedGroupNorm(norm))
+    for name, module in list(denoiser.named_modules(remove_duplicate=False)):
+        if isinstance(module, nn.GroupNorm) and module.affine:
+            replace_module(denoiser, name, DeployedGroupNorm(module))
+        elif isinstance(module, nn.SiLU):
+            replace_module(denoiser, name, DeployedSilu())
+        elif type(module).__name__ == "Timesteps":
+            replace_module(denoiser, name, DeployedTimesteps(module))
     return QuantizedDenoiser(denoiser, table)

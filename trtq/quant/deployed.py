@@ -29,7 +29,6 @@ from trtq.quant.timestep import Step, current_step
 
 __all__ = [
     "ActivationTensors",
-    "DeployedGroupNorm",
     "DeployedLayer",
     "DeployedProduct",
     "LayerTensors",
@@ -320,34 +319,3 @@ class DeployedProduct(nn.Module):
         right, right_scale = self.right(b, step)
         out: Tensor = (left @ right) * left_scale * right_scale
         return out.to(a.dtype)
-
-
-class DeployedGroupNorm(nn.Module):
-    """`nn.GroupNorm` with mean and deviation summed in float64, as the exported graph has it.
-
-    Rounded to float32 afterwards they no longer depend on the order of the additions, so torch and
-    onnxruntime hand the same bits to the quantiser that follows.
-
-    Args:
-        source: the layer; its parameters are shared.
-    """
-
-    def __init__(self, source: nn.GroupNorm) -> None:
-        super().__init__()
-        self.weight = source.weight
-        self.bias = source.bias
-        self.groups = source.num_groups
-        # ONNX keeps epsilon in float32.
-        self.epsilon = float(torch.tensor(source.eps, dtype=torch.float32))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x[B,C,...] -> the same shape and dtype, normalised over each group of channels."""
-        rows = x.float().reshape(len(x), self.groups, -1)
-        exact = rows.double()
-        mean = exact.mean(2, keepdim=True)
-        variance = (exact - mean).square().mean(2, keepdim=True)
-        inverse = (variance + self.epsilon).sqrt().reciprocal()
-        y = ((rows - mean.float()) * inverse.float()).reshape(x.shape)
-        channel = (-1, *(1,) * (x.ndim - 2))
-        y = y * self.weight.reshape(channel) + self.bias.reshape(channel)
-        return y.to(x.dtype)

@@ -21,7 +21,7 @@ from trtq.export.passes import (
     BroadcastTimestep,
     DropIdleSqueeze,
     ExpandLowBitToQdq,
-    NarrowAngles,
+    SpellOutAngles,
     SpellOutGroupNorm,
     SpellOutSilu,
 )
@@ -236,7 +236,7 @@ def _write_graph(
     DropIdleSqueeze()(model)
     SpellOutGroupNorm()(model)
     SpellOutSilu()(model)
-    NarrowAngles()(model)
+    SpellOutAngles()(model)
     if run is not None:
         ExpandLowBitToQdq(layers, run.table)(model)
         model.metadata_props["trtq.timesteps"] = json.dumps(run.table.timesteps.tolist())

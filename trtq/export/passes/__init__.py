@@ -1,12 +1,12 @@
 """Graph rewrites, one per file. Each says whether it changed anything."""
 
+from trtq.export.passes.angles import SpellOutAngles
 from trtq.export.passes.broadcast_timestep import BroadcastTimestep
 from trtq.export.passes.expand_qdq import ExpandLowBitToQdq
 from trtq.export.passes.float_wide_products import FloatWideProducts
 from trtq.export.passes.float_wide_weights import FloatWideWeights
 from trtq.export.passes.group_norm import SpellOutGroupNorm
 from trtq.export.passes.idle_squeeze import DropIdleSqueeze
-from trtq.export.passes.narrow_angles import NarrowAngles
 from trtq.export.passes.narrow_doubles import NarrowDoubles
 from trtq.export.passes.silu import SpellOutSilu
 
@@ -16,8 +16,8 @@ __all__ = [
     "ExpandLowBitToQdq",
     "FloatWideProducts",
     "FloatWideWeights",
-    "NarrowAngles",
     "NarrowDoubles",
+    "SpellOutAngles",
     "SpellOutGroupNorm",
     "SpellOutSilu",
 ]

@@ -16,6 +16,9 @@ class SpellOutSilu(ir.passes.InPlacePass):
     onnxruntime's Sigmoid is an approximation that differs from torch in half of all values, by an ulp;
     this form differs in a twentieth. In front of a quantiser each difference is a chance to land on
     the other side of a rounding tie. Compilers fuse both forms.
+
+    Vectors `[B,N]` are embeddings of the time or of classes. They are few, and one code of them that
+    flips moves all images of a step, so they are computed in float64 and rounded, where nothing differs.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -27,9 +30,17 @@ class SpellOutSilu(ir.passes.InPlacePass):
             if x is None:
                 continue
             build = GraphBuilder(graph, f"silu_{index}")
-            one = build.constant("one", np.array(1.0, np.float32))
-            exponential = build.op("Exp", [build.op("Neg", [x], "negated")], "exponential")
-            y = build.op("Div", [x, build.op("Add", [exponential, one], "denominator")], "silu")
+            exact = x.shape is not None and len(x.shape) == 2
+            one = build.constant("one", np.array(1.0, np.float64 if exact else np.float32))
+            double, single = (
+                {"to": kind.value} for kind in (ir.DataType.DOUBLE, ir.DataType.FLOAT)
+            )
+            gated = build.op("Cast", [x], "wide", double) if exact else x
+            exponential = build.op("Exp", [build.op("Neg", [gated], "negated")], "exponential")
+            below = build.op("Add", [exponential, one], "denominator")
+            y = build.op("Div", [gated, below], "silu")
+            if exact:
+                y = build.op("Cast", [y], "narrow", single)
             (out,) = node.outputs
             y.shape, y.type = out.shape, out.type
             ir.convenience.replace_nodes_and_values(graph, node, [node], build.nodes, [out], [y])
