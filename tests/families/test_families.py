@@ -147,6 +147,13 @@ def test_one_graph_for_a_range_of_sizes(name, tmp_path):
         draw(source, subjects, steps=1, seed=0)
 
 
+def test_a_pipeline_that_draws_one_size_says_so():
+    source = load_source(build("dit"))
+    source.resize("32x32")
+    with pytest.raises(UsageError, match="DiTPipeline draws images of the model's own size only"):
+        draw(source, subjects_for(source, 1), steps=1, seed=0)
+
+
 def test_a_model_with_positions_inside_takes_one_size(tmp_path):
     build("dit").save_pretrained(tmp_path / "model")
     with pytest.raises(UsageError, match="export once for each size"):

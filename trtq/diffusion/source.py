@@ -101,8 +101,15 @@ class Source:
     @property
     def latent_size(self) -> tuple[int, int]:
         """Height and width of the latents, or of the images of a model without latents."""
-        if self._size is not None:
-            return self._size
+        return self._own_size if self._size is None else self._size
+
+    @property
+    def resized(self) -> bool:
+        """Whether another size than the model's own was asked for."""
+        return self.latent_size != self._own_size
+
+    @property
+    def _own_size(self) -> tuple[int, int]:
         size = getattr(self.denoiser.config, "sample_size", None)
         if size is None:
             size = self.pipeline.default_sample_size

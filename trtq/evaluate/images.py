@@ -154,6 +154,10 @@ def _call(
     else:
         offered["batch_size"] = part.stop - part.start
     accepted = inspect.signature(source.pipeline.__call__).parameters
+    if source.resized and "height" not in accepted:
+        raise UsageError(
+            f"{type(source.pipeline).__name__} draws images of the model's own size only"
+        )
     with quiet_diffusers():
         images = source.pipeline(**{k: v for k, v in offered.items() if k in accepted}).images
     if source.gives_raw_images:
