@@ -26,7 +26,11 @@ RECIPE = {
 }
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "name",
+    # Those that differ least from others, for the time that nine exports take.
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("sd_2", "ldm_kl") else n for n in PIPELINES],
+)
 def test_a_pipeline_goes_the_whole_way(name, tmp_path):
     """As a user has it: from a folder, at the pipeline's own size or another one."""
     checkpoint, run, onnx = tmp_path / "model", tmp_path / "run", tmp_path / "onnx"
