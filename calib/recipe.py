@@ -38,6 +38,9 @@ class Calibration(_Strict):
     activations: Literal["minmax", "search"] = "search"
     batch: int = Field(64, ge=1, le=4096)
     """Most images walked at once; large ones fewer, see `trtq.diffusion.sampling.at_once`."""
+    share_inputs: bool = True
+    """One quantiser for layers that get the same tensor, e.g. queries, keys and values; the methods as
+    published give every layer its own."""
 
 
 class Attention(_Strict):

@@ -83,7 +83,7 @@ def record(
 
     Args:
         denoiser: the float model; it is not changed.
-        layers: those to look at; float ones are passed over.
+        layers: those to look at; float ones and those that use another's quantiser are passed over.
         schedule: the trajectory.
         table: the calibrated timesteps; those of the schedule.
         conditions: of all images.
@@ -107,6 +107,8 @@ def record(
     modules = dict(denoiser.named_modules())
     handles = []
     for plan in layers:
+        if plan.input_of is not None:
+            continue
         for position, operand in enumerate(plan.operands):
             seen = recordings[f"{plan.name}.{operand}"] = Recording(
                 torch.full((len(table),), torch.inf),
@@ -155,10 +157,10 @@ def activation_tables(
 
     Returns:
         `(scale[T], zero_point[T])` by path of the quantiser; T = 1 when static. Ranges contain zero, so
-        that float zero is a code.
+        that float zero is a code. A layer that uses another's quantiser has none.
     """
     tables = {}
-    quantized = [plan for plan in plans if plan.quantized]
+    quantized = [plan for plan in plans if plan.quantized and plan.input_of is None]
     for done, plan in enumerate(quantized):
         if progress is not None:
             progress(done + 1, len(quantized))

@@ -26,7 +26,6 @@ from trtq.quant.ranges import Method, weight_qparams
 __all__ = [
     "CANDIDATES",
     "Budget",
-    "multiplications",
     "parse_budget",
     "spend",
     "weight_sensitivity",
@@ -123,35 +122,6 @@ def weight_sensitivity(
         if progress is not None:
             progress(done + 1, len(names))
     return found
-
-
-@torch.no_grad()
-def multiplications(
-    denoiser: nn.Module,
-    plans: Sequence[LayerPlan],
-    x: Tensor,
-    timestep: Tensor,
-    conditions: Conditions,
-) -> dict[str, int]:
-    """Multiplications of every layer in one call, for one image."""
-    counts: dict[str, int] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            weight = getattr(module, "weight", None)
-            each = inputs[0].shape[-1] if weight is None else weight[0].numel()
-            counts[name] = output.numel() // len(x) * each
-
-        return count
-
-    modules = dict(denoiser.named_modules())
-    handles = [modules[plan.name].register_forward_hook(watch(plan.name)) for plan in plans]
-    try:
-        predict(denoiser, x, timestep, conditions)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counts
 
 
 def spend(

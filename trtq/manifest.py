@@ -73,6 +73,7 @@ class LayerRow(_Strict):
         right_bits: of a product's second input.
         adapters: whether fine-tuning gave it QALoRA adapters.
         reason: why.
+        input_of: an earlier layer that gets the same input, and whose quantiser it uses.
     """
 
     name: str
@@ -82,6 +83,7 @@ class LayerRow(_Strict):
     right_bits: int | None = None
     adapters: bool = False
     reason: str
+    input_of: str | None = None
 
 
 class StructureRow(_Strict):

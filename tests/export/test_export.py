@@ -14,6 +14,7 @@ from tests.conftest import tiny_pipeline
 from trtq.engine.ort import OrtEngine
 from trtq.errors import GateError, NonFiniteError, UsageError
 from trtq.export.parity import snr_db
+from trtq.manifest import read_manifest
 from trtq.stages import export as stage
 from trtq.stages.export import export_onnx, parse_batch
 from trtq.stages.graph_file import save_graph
@@ -245,3 +246,12 @@ def test_flipped_codes_are_set_aside_only_while_they_are_rare(tiny, wrong_steps,
     rows = step_parity(tiny.denoiser, exported, schedule, noise, conditions)
     assert (min(row.db for row in rows) > 60) is aside
     assert min(row.pooled_db for row in rows) < 40
+
+
+def test_queries_keys_and_values_are_quantised_once(digits_onnx):
+    rows = read_manifest(digits_onnx).layers
+    sharing = [row for row in rows if row.input_of is not None]
+    assert {row.name.rpartition(".")[2] for row in sharing} == {"to_k", "to_v"}
+    nodes = onnx.load(digits_onnx / "unet" / "model.onnx", load_external_data=False).graph.node
+    quantized = [node for node in nodes if node.op_type == "QuantizeLinear"]
+    assert len(quantized) == len(rows) - len(sharing)

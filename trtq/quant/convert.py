@@ -63,6 +63,7 @@ class LayerPlan:
         reason: why it is treated so, in a few words.
         adapters: whether fine-tuning gives it QALoRA adapters.
         right_bits: width of the codes of a product's second input.
+        input_of: an earlier layer that gets the same input; both use that one's quantiser.
     """
 
     name: str
@@ -72,6 +73,7 @@ class LayerPlan:
     reason: str
     adapters: bool = True
     right_bits: int | None = None
+    input_of: str | None = None
 
     @property
     def quantized(self) -> bool:
@@ -198,7 +200,7 @@ class QuantizedDenoiser(StandIn):
                 yield name, module
 
     def activations(self) -> Iterator[tuple[str, ActivationQuantizer]]:
-        """Every activation quantiser by its path in the wrapped model."""
+        """Every activation quantiser by its path in the wrapped model; shared ones by their first."""
         for name, module in self.denoiser.named_modules():
             if isinstance(module, ActivationQuantizer):
                 yield name, module
@@ -268,6 +270,10 @@ def convert(
                 generator=generator,
             )
         replace_module(denoiser, plan.name, layer)
+        if plan.input_of is not None:
+            owner = denoiser.get_submodule(plan.input_of)
+            assert isinstance(owner, QuantLayer)
+            layer.activation = owner.activation
     return QuantizedDenoiser(denoiser, table)
 
 

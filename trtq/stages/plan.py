@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from trtq.calib.policy import Policy, load_policy, plan_layers
+from trtq.calib.probe import LayerCall, probe, with_shared_inputs
 from trtq.calib.recipe import Recipe
 from trtq.calib.sensitivity import (
     FLOAT_BITOPS,
     Budget,
-    multiplications,
     parse_budget,
     spend,
     weight_sensitivity,
@@ -57,6 +57,7 @@ class QuantizePlan:
         table: the calibrated timesteps.
         structure: what was brought into another form; the source's denoiser is in it already.
         policy: the rules that decided about the layers.
+        calls: what each layer is called with, by its name.
         loras: what was merged into the float weights.
     """
 
@@ -66,6 +67,7 @@ class QuantizePlan:
     table: TimestepTable
     structure: Structure
     policy: Policy
+    calls: Mapping[str, LayerCall]
     loras: Sequence[MergedLora] = ()
 
     @property
@@ -170,10 +172,21 @@ def plan_quantize(
             f"zero layers of {type(source.denoiser).__name__} would be quantised: the policy for "
             f"{policy.family} matches none of its {len(layers)} layers"
         )
+    calls = probe(
+        source.denoiser,
+        [plan.name for plan in layers],
+        source.sample_shape,
+        source.timesteps(1)[0],
+        source.draw_conditions(1, seeded_generator(0, "probe conditions")),
+    )
+    if recipe.calibration.share_inputs:
+        layers = with_shared_inputs(layers, calls)
     timesteps = source.timesteps(recipe.steps)
     if recipe.tables == "static":
         timesteps = timesteps[len(timesteps) // 2 :][:1]
-    plan = QuantizePlan(source, recipe, layers, TimestepTable(timesteps), structure, policy, merged)
+    plan = QuantizePlan(
+        source, recipe, layers, TimestepTable(timesteps), structure, policy, calls, merged
+    )
     if recipe.budget is None:
         return plan
     return replace(plan, layers=_spend_budget(plan, parse_budget(recipe.budget), report))
@@ -212,7 +225,7 @@ def _spend_budget(plan: QuantizePlan, budget: Budget, report: Reporter) -> list[
         def cost(name: str, bits: int) -> float:
             return _weight_bytes(modules[name].weight, bits)
     else:
-        counts = multiplications(source.denoiser, plan.layers, x, timestep, conditions)
+        counts = {name: call.multiplications for name, call in plan.calls.items()}
         widths = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in plan.layers}
         whole = sum(counts.values())
         spent = sum(

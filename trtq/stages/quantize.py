@@ -258,6 +258,7 @@ def _manifest(plan: QuantizePlan, files: dict[str, str], metrics: dict[str, Any]
                 right_bits=layer.right_bits,
                 adapters=layer.adapters and plan.recipe.training is not None,
                 reason=layer.reason,
+                input_of=layer.input_of,
             )
             for layer in plan.layers
         ],

@@ -72,6 +72,7 @@ def layer_plans(manifest: Manifest) -> list[LayerPlan]:
             row.reason,
             adapters=row.adapters,
             right_bits=row.right_bits,
+            input_of=row.input_of,
         )
         for row in manifest.layers
     ]

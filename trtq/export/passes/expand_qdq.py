@@ -14,6 +14,7 @@ it:
 
     (... -> DequantizeLinear(1)) MatMul (... -> DequantizeLinear(1)) -> Mul(s_a[step]) -> Mul(s_b[step])
 
+Layers that get the same value and have the same table share the front, e.g. queries, keys and values.
 The clip is left out where int8 saturates to the same codes. Weights of up to 4 bits lie in the file
 as INT4 (`q - 8`), with Cast and Sub (`z - 8`) in front of their DequantizeLinear.
 
@@ -53,9 +54,11 @@ not rewritten, so such layers stay exact in every session."""
 class _StepValues:
     """Values of one input at the step of each batch item, shaped to broadcast over it.
 
-    `scale` of a layer is multiplied by its weight's scales, and broadcasts over the output.
+    `front` names the input that is quantised for this one. `scale` of a layer is multiplied by its
+    weight's scales, and broadcasts over the output.
     """
 
+    front: str
     inv_scale: ir.Value
     scale: ir.Value
     low: ir.Value | None
@@ -88,6 +91,9 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         self.layers = layers
         self.table = table
         self._channels: dict[str, np.ndarray] = {}
+        self._fronts: dict[str, str] = {}
+        self._codes: dict[str, ir.Value] = {}
+        self._dequantized: dict[tuple[str, bool], ir.Value] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires when there is a node of the domain `trtq`.
@@ -101,6 +107,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=False)
         ranks: dict[str, int] = {}
         columns: dict[str, dict[str, np.ndarray]] = {}
+        fronts: dict[tuple[int, bytes], str] = {}
         for node in nodes:
             name = node.attributes["name"].as_string()
             layer = self.layers.get(name)
@@ -112,7 +119,12 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                 ranks[f"{name}/{operand}"] = len(value.shape)
                 if isinstance(layer, LayerTensors):
                     self._channels[f"{name}/{operand}"] = layer.weight.scale.numpy().reshape(-1)
-                columns[f"{name}/{operand}"] = _columns(tensors)
+                own = columns[f"{name}/{operand}"] = _columns(tensors)
+                identity = id(value), b"".join(column.tobytes() for column in own.values())
+                front = fronts.setdefault(identity, f"{name}/{operand}")
+                self._fronts[f"{name}/{operand}"] = front
+                if front != f"{name}/{operand}":
+                    columns[f"{name}/{operand}"] = {"scale": own["scale"]}
         values = self._step_values(graph, columns, ranks)
         for node in nodes:
             name = node.attributes["name"].as_string()
@@ -148,9 +160,16 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         if varying:
             self._gather(builder, varying, ranks, found)
         graph.insert_before(graph[0], builder.nodes)
+        fronts = {name: found[self._fronts[name]] for name in found}
         return {
-            name: _StepValues(v["inv_scale"], v["scale"], v.get("low"), v.get("high"))
-            for name, v in found.items()
+            name: _StepValues(
+                self._fronts[name],
+                v["inv_scale"],
+                found[name]["scale"],
+                v.get("low"),
+                v.get("high"),
+            )
+            for name, v in fronts.items()
         }
 
     @staticmethod
@@ -248,23 +267,34 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         for name, part in zip(own, parts, strict=True):
             found[name]["scale"] = part
 
-    @staticmethod
     def _operand(
-        builder: GraphBuilder, x: ir.Value, step: _StepValues, prefix: str, *, paired: bool
+        self, builder: GraphBuilder, x: ir.Value, step: _StepValues, prefix: str, *, paired: bool
     ) -> ir.Value:
         """Whole-number codes of an input, as float; `paired`: DequantizeLinear gets a zero point."""
+        key = step.front, paired
+        if key not in self._dequantized:
+            one = builder.constant("one", np.array(1.0, np.float32))
+            zero = builder.constant("zero", np.array(0, np.int8))
+            if step.front not in self._codes:
+                y = self._scaled(builder, x, step, prefix)
+                self._codes[step.front] = builder.op(
+                    "QuantizeLinear", [y, one, zero], f"{prefix}codes"
+                )
+            codes = self._codes[step.front]
+            pair = [codes, one, zero] if paired else [codes, one]
+            self._dequantized[key] = builder.op("DequantizeLinear", pair, f"{prefix}activation")
+        return self._dequantized[key]
+
+    @staticmethod
+    def _scaled(builder: GraphBuilder, x: ir.Value, step: _StepValues, prefix: str) -> ir.Value:
+        """An input in units of its step, clipped."""
         if x.dtype != ir.DataType.FLOAT:
             x = builder.op("Cast", [x], f"{prefix}float", {"to": ir.DataType.FLOAT.value})
-        y = builder.op("Mul", [x, step.inv_scale], f"{prefix}scaled")
+        y: ir.Value = builder.op("Mul", [x, step.inv_scale], f"{prefix}scaled")
         if step.low is not None and step.high is not None:
             y = builder.op("Max", [y, step.low], f"{prefix}clip_low")
             y = builder.op("Min", [y, step.high], f"{prefix}clip_high")
-        one = builder.constant("one", np.array(1.0, np.float32))
-        zero = builder.constant("zero", np.array(0, np.int8))
-        codes = builder.op("QuantizeLinear", [y, one, zero], f"{prefix}codes")
-        pair = [codes, one, zero] if paired else [codes, one]
-        dequantized: ir.Value = builder.op("DequantizeLinear", pair, f"{prefix}activation")
-        return dequantized
+        return y
 
     def _expand_layer(
         self, graph: ir.Graph, node: ir.Node, name: str, layer: LayerTensors, step: _StepValues

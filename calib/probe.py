@@ -1,0 +1,104 @@
+"""What each layer is called with, found in one call of the denoiser without any arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trtq.diffusion.sampling import Conditions, predict
+from trtq.quant.convert import LayerPlan
+
+__all__ = ["LayerCall", "probe", "with_shared_inputs"]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One layer in one call of the denoiser, for one image.
+
+    Attributes:
+        multiplications: of its product.
+        input_values: values that enter it, of all operands together.
+        output_values: values that leave it.
+        input_of: the first layer that is called with the very same tensor; itself, if none is before.
+    """
+
+    multiplications: int
+    input_values: int
+    output_values: int
+    input_of: str
+
+
+@torch.no_grad()
+def probe(
+    denoiser: nn.Module,
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    timestep: float,
+    conditions: Conditions,
+) -> dict[str, LayerCall]:
+    """Call the denoiser once with tensors that have shapes and no values.
+
+    Args:
+        denoiser: the float model, on the CPU or without memory.
+        names: linears, convolutions and products to look at.
+        shape: of one sample, (C, H, W).
+        timestep: any that the model takes.
+        conditions: of one image.
+
+    Returns:
+        The calls by layer; a layer that was not called is not in it.
+    """
+    calls: dict[str, LayerCall] = {}
+    # By identity, as long as the tensor lives: a freed one's address may be used again.
+    seen: dict[int, tuple[ref[Tensor], str]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            x = inputs[0]
+            found = seen.get(id(x))
+            first = found[1] if found is not None and found[0]() is x else name
+            seen[id(x)] = (ref(x), first)
+            weight = getattr(module, "weight", None)
+            each = x.shape[-1] if weight is None else weight[0].numel()
+            operands = [value for value in inputs if isinstance(value, Tensor)]
+            calls[name] = LayerCall(
+                output.numel() * each, sum(map(torch.numel, operands)), output.numel(), first
+            )
+
+        return look
+
+    modules = dict(denoiser.named_modules())
+    handles = [modules[name].register_forward_hook(watch(name)) for name in names]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            predict(denoiser, torch.empty(1, *shape), timestep, conditions)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def with_shared_inputs(
+    plans: Sequence[LayerPlan], calls: Mapping[str, LayerCall]
+) -> list[LayerPlan]:
+    """The plans with one input quantiser for layers that get the same tensor at the same bits.
+
+    Queries, keys and values of an attention are the usual case: quantised once, an engine can run their
+    three products as one.
+    """
+    owners: dict[tuple[str, int | None], str] = {}
+    shared = []
+    for plan in plans:
+        if plan.quantized and plan.weight_bits is not None and plan.name in calls:
+            place = calls[plan.name].input_of, plan.activation_bits
+            owner = owners.setdefault(place, plan.name)
+            if owner != plan.name:
+                plan = replace(plan, input_of=owner)
+        shared.append(plan)
+    return shared
