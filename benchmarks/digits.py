@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtq.engine.ort import OrtEngine
+from trtq.engine.open import open_engine
 from trtq.manifest import package_versions
 from trtq.progress import LineReporter
 from trtq.stages.evaluate import draw_reference, evaluate
@@ -57,7 +57,7 @@ def processor() -> str:
 def latencies(folders: dict[str, Path], provider: str, batch: int, rounds: int) -> dict[str, Any]:
     """Median and quartiles in ms of one denoiser call of each, measured in turns."""
     engines = {
-        name: OrtEngine(folder / "unet" / "model.onnx", provider)
+        name: open_engine(folder / "unet" / "model.onnx", provider)
         for name, folder in folders.items()
     }
     random = np.random.default_rng(0)

@@ -11,6 +11,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.conftest import tiny_pipeline
+from trtq.engine.open import open_engine
+from trtq.engine.openvino import OpenVinoEngine
 from trtq.engine.ort import OrtEngine
 from trtq.errors import GateError, NonFiniteError, UsageError
 from trtq.export.parity import snr_db
@@ -117,12 +119,26 @@ def test_each_item_has_a_step_of_its_own_and_one_timestep_serves_all(digits_onnx
 
 def test_openvino_runs_it(digits_run, digits_onnx):
     inputs = feeds()
-    out = OrtEngine(digits_onnx / "unet" / "model.onnx", "openvino", 1).run(inputs)["out_sample"]
+    out = open_engine(digits_onnx / "unet" / "model.onnx", "openvino", 1).run(inputs)["out_sample"]
     expected = torch_prediction(digits_run, inputs)
     each = [snr_db(a, b) for a, b in zip(expected, torch.from_numpy(out), strict=True)]
     # Its group norms are float32, so a code may flip in some items; arithmetic that is wrong (say,
     # products that saturate) would touch all of them.
     assert sorted(each)[3] > 60, each
+
+
+def test_openvino_keeps_a_session_for_each_of_the_latest_shapes(digits_onnx):
+    engine = OpenVinoEngine(digits_onnx / "unet" / "model.onnx", threads=1, most_shapes=2)
+    inputs = feeds()
+    assert engine.inputs["sample"].shape == ("batch", 1, 8, 8)
+    whole = engine.run(inputs)["out_sample"]
+    for count in (1, 2, 6, 1):
+        part = {name: value[:count] for name, value in inputs.items()}
+        out = engine.run(part)["out_sample"]
+        # Sums may be split otherwise for another batch, so equality is to the last bits.
+        assert snr_db(torch.from_numpy(whole[:count]), torch.from_numpy(out)) > 40
+    assert len(engine._sessions) == 2
+    assert {dict(shapes)["sample"][0] for shapes in engine._sessions} == {6, 1}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from trtq.export.passes import (
     ExpandLowBitToQdq,
     FloatWideProducts,
     FloatWideWeights,
+    FuseGroupNorm,
     NarrowDoubles,
     SpellOutAngles,
     SpellOutGroupNorm,
@@ -99,6 +100,32 @@ def test_group_norm_is_spelled_out_in_float64():
     assert "GroupNormalization" not in operators(model)
     np.testing.assert_allclose(run(model, x=X)[0], before[0], rtol=1e-4, atol=1e-5)
     assert not SpellOutGroupNorm()(model).modified
+
+
+def test_a_spelled_out_group_norm_is_one_operator_again():
+    model = parse(GROUP_NORM, **AFFINE)
+    SpellOutGroupNorm()(model)
+    before = run(model, x=X)
+    assert FuseGroupNorm()(model).modified
+    assert operators(model) == [
+        "Shape",
+        "Reshape",
+        "InstanceNormalization",
+        "Reshape",
+        "Mul",
+        "Add",
+    ]
+    np.testing.assert_allclose(run(model, x=X)[0], before[0], rtol=1e-4, atol=1e-5)
+    assert not FuseGroupNorm()(model).modified
+
+
+def test_statistics_that_are_no_group_norm_stay():
+    body = (
+        "g (float[2,3] x) => (float[2,3] y) { mean = ReduceMean(x, axis) moved = Sub(x, mean) "
+        "spread = Sqrt(guard) inverse = Reciprocal(spread) y = Mul(moved, inverse) }"
+    )
+    model = parse(body, axis=np.array([1], np.int64), guard=np.array([2], np.float32))
+    assert not FuseGroupNorm()(model).modified
 
 
 def test_doubles_are_narrowed():

@@ -1,9 +1,10 @@
-"""Graphs on onnxruntime: its own CPU provider, OpenVINO and CUDA."""
+"""Graphs on onnxruntime: what all its providers share, and those of the CPU and of CUDA."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,14 @@ from trtq._optional import require
 from trtq.engine.base import TensorSpec
 from trtq.errors import ArtefactError, UsageError
 
-__all__ = ["PROVIDERS", "OrtEngine", "available_providers"]
+__all__ = [
+    "PROVIDERS",
+    "OrtEngine",
+    "available_providers",
+    "check_provider",
+    "open_session",
+    "session_options",
+]
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -34,45 +42,72 @@ def available_providers() -> list[str]:
     return [name for name, long in PROVIDERS.items() if long in present]
 
 
-def _has_vnni() -> bool:
-    """Whether the processor adds int8 products in int32; assumed where the system does not tell."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True
-    return "flags" not in text or "vnni" in text
-
-
-def _for_openvino(path: Path) -> bytes:
-    """The graph without what OpenVINO's provider cannot take or would compute wrongly here.
-
-    It has no float64, and without VNNI its integer products saturate where both factors have 8 bits.
+def check_provider(provider: str) -> None:
+    """Nothing, if the installed onnxruntime has it.
 
     Raises:
-        ArtefactError: the file cannot be read.
+        UsageError: the provider is unknown or not there.
     """
-    import onnx_ir as ir
+    if provider not in PROVIDERS:
+        raise UsageError(f"unknown provider {provider!r}; choose one of {', '.join(PROVIDERS)}")
+    present = available_providers()
+    if provider not in present:
+        raise UsageError(
+            f"the installed onnxruntime has no provider {provider!r}, it has {', '.join(present)}; "
+            "install trtq with another extra: [cpu] brings cpu and openvino, [gpu] brings cuda"
+        )
 
-    from trtq.export.passes import FloatWideProducts, FloatWideWeights, NarrowDoubles
 
+def session_options(threads: int | None) -> Any:
+    """Options that every session of ours has."""
+    options = require("onnxruntime").SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # int8 x int8 as it is written: without it onnxruntime prefers uint8 activations, whose product
+    # saturates on processors without VNNI.
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    return options
+
+
+def open_session(
+    path: Path, model: str | bytes, options: Any, provider: str, settings: Mapping[str, str]
+) -> Any:
+    """An onnxruntime session that runs on the provider and on nothing else.
+
+    Args:
+        path: the graph's file, for messages.
+        model: its path or its bytes.
+        options: see `session_options`.
+        provider: one of `PROVIDERS`.
+        settings: of the provider.
+
+    Raises:
+        UsageError: the provider cannot start.
+        ArtefactError: the graph cannot be loaded.
+    """
     try:
-        model = ir.load(path)
-    except Exception as err:  # protobuf's DecodeError has no public base.
-        raise ArtefactError(f"cannot read {path}: {err}") from err
-    NarrowDoubles()(model)
-    if not _has_vnni():
-        FloatWideWeights()(model)
-        FloatWideProducts()(model)
-    serialized: bytes = ir.to_proto(model).SerializeToString()
-    return serialized
+        session = require("onnxruntime").InferenceSession(
+            model, options, providers=[(PROVIDERS[provider], dict(settings))]
+        )
+        # Otherwise a provider that fails goes over to the CPU's, and says so on standard output.
+        session.disable_fallback()
+    except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
+        raise ArtefactError(f"onnxruntime cannot load {path}: {err}") from err
+    if PROVIDERS[provider] not in session.get_providers():
+        raise UsageError(
+            f"the provider {provider!r} cannot start on this machine; onnxruntime fell back to "
+            f"{', '.join(session.get_providers())}"
+        )
+    return session
 
 
 class OrtEngine:
-    """An ONNX file in an onnxruntime session.
+    """An ONNX file in one onnxruntime session, which takes every shape that the graph takes.
 
     Args:
         path: the graph; its external data lie beside it.
-        provider: one of `PROVIDERS`.
+        provider: `cpu` or `cuda`; see `trtq.engine.openvino` for the other.
         threads: threads of one operator; None: as many as there are cores.
 
     Raises:
@@ -81,47 +116,8 @@ class OrtEngine:
     """
 
     def __init__(self, path: Path, provider: str = "cpu", threads: int | None = None) -> None:
-        ort = require("onnxruntime")
-        if provider not in PROVIDERS:
-            raise UsageError(f"unknown provider {provider!r}; choose one of {', '.join(PROVIDERS)}")
-        if provider not in available_providers():
-            raise UsageError(
-                f"the installed onnxruntime has no provider {provider!r}, it has "
-                f"{', '.join(available_providers())}; install trtq with another extra: "
-                "[cpu] brings cpu and openvino, [gpu] brings cuda"
-            )
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        # int8 x int8 as it is written: without it onnxruntime prefers uint8 activations, whose product
-        # saturates on processors without VNNI.
-        options.add_session_config_entry("session.qdqisint8allowed", "1")
-        settings: dict[str, str] = {}
-        model: str | bytes = str(path)
-        if provider == "openvino":
-            # OpenVINO does its own fusions, and finds fewer of them after onnxruntime's.
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            settings = {"device_type": "CPU", "precision": "FP32"}
-            if threads is not None:
-                settings["num_of_threads"] = str(threads)
-            model = _for_openvino(path)
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(path.parent)
-            )
-        try:
-            self._session = ort.InferenceSession(
-                model, options, providers=[(PROVIDERS[provider], settings)]
-            )
-            # Otherwise a provider that fails goes over to the CPU's, and says so on standard output.
-            self._session.disable_fallback()
-        except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
-            raise ArtefactError(f"onnxruntime cannot load {path}: {err}") from err
-        if PROVIDERS[provider] not in self._session.get_providers():
-            raise UsageError(
-                f"the provider {provider!r} cannot start on this machine; onnxruntime fell back to "
-                f"{', '.join(self._session.get_providers())}"
-            )
+        check_provider(provider)
+        self._session = open_session(path, str(path), session_options(threads), provider, {})
         self._provider = provider
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trtq.diffusion.source import Source
 from trtq.engine.components import EngineAutoencoder, EngineTextEncoder
-from trtq.engine.ort import OrtEngine
+from trtq.engine.open import open_engine
 from trtq.errors import ArtefactError, GateError
 from trtq.export.components import Component, autoencoder_components, text_component
 from trtq.export.parity import snr_db
@@ -108,7 +108,7 @@ def _parity(component: Component, model: Path) -> float:
             inputs[name] = example
     expected = component.module(*inputs.values())
     expected = expected if isinstance(expected, tuple) else (expected,)
-    engine = OrtEngine(model, "cpu")
+    engine = open_engine(model, "cpu")
     arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
     given = engine.run(arrays)
     return min(
@@ -136,13 +136,13 @@ def load_component(
         if name in TEXT_ENCODERS and (folder / name / MODEL_FILE).is_file():
             config = cls.config_class.from_pretrained(folder / name, local_files_only=True)
             return EngineTextEncoder(
-                OrtEngine(folder / name / MODEL_FILE, provider, threads), config
+                open_engine(folder / name / MODEL_FILE, provider, threads), config
             )
         if name in AUTOENCODERS and (folder / DECODER / MODEL_FILE).is_file():
             frozen = importlib.import_module("diffusers.configuration_utils").FrozenDict
             return EngineAutoencoder(
-                OrtEngine(folder / DECODER / MODEL_FILE, provider, threads),
-                OrtEngine(folder / ENCODER / MODEL_FILE, provider, threads),
+                open_engine(folder / DECODER / MODEL_FILE, provider, threads),
+                open_engine(folder / ENCODER / MODEL_FILE, provider, threads),
                 frozen(cls.load_config(folder / DECODER)),
             )
     except (OSError, ValueError, KeyError, AttributeError) as err:

@@ -14,7 +14,7 @@ from torch import nn
 from trtq.diffusion.sampling import seeded_noise
 from trtq.diffusion.source import Source, load_source, parse_sizes
 from trtq.engine.denoiser import SIZES_KEY, EngineDenoiser
-from trtq.engine.ort import OrtEngine
+from trtq.engine.open import open_engine
 from trtq.errors import GateError, UsageError
 from trtq.export.parity import StepParity, step_parity
 from trtq.export.passes import (
@@ -276,7 +276,7 @@ def _held_to_torch(
 
 
 def _parity(source: Source, model: Path, run: OpenRun | None) -> list[StepParity]:
-    exported = EngineDenoiser(OrtEngine(model, "cpu"), source.model.config, type(source.model))
+    exported = EngineDenoiser(open_engine(model, "cpu"), source.model.config, type(source.model))
     steps = len(run.table) if run is not None and len(run.table) > 1 else 20
     recipe = (run.manifest.recipe or {}) if run is not None else {}
     schedule = source.schedule(int(recipe.get("steps", steps)))

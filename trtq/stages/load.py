@@ -7,7 +7,8 @@ from typing import Any
 
 from trtq.diffusion.source import Source, load_source
 from trtq.engine.denoiser import EngineDenoiser
-from trtq.engine.ort import PROVIDERS, OrtEngine
+from trtq.engine.open import open_engine
+from trtq.engine.ort import PROVIDERS
 from trtq.errors import UsageError
 from trtq.manifest import artefact_kind, read_manifest
 from trtq.stages.components import load_component
@@ -52,7 +53,7 @@ def open_any(
         raise UsageError(f"{path} is an ONNX folder; run it with one of {', '.join(PROVIDERS)}")
     manifest = read_manifest(folder, "onnx")
     model: Any = skeleton(folder, manifest.denoiser)
-    engine = OrtEngine(folder / manifest.denoiser / MODEL_FILE, provider or "cpu", threads)
+    engine = open_engine(folder / manifest.denoiser / MODEL_FILE, provider or "cpu", threads)
     denoiser = EngineDenoiser(engine, model.config, type(model))
     pipeline = load_pipeline_parts(
         folder,

@@ -5,6 +5,7 @@ from trtq.export.passes.broadcast_timestep import BroadcastTimestep
 from trtq.export.passes.expand_qdq import ExpandLowBitToQdq
 from trtq.export.passes.float_wide_products import FloatWideProducts
 from trtq.export.passes.float_wide_weights import FloatWideWeights
+from trtq.export.passes.fuse_group_norm import FuseGroupNorm
 from trtq.export.passes.group_norm import SpellOutGroupNorm
 from trtq.export.passes.idle_squeeze import DropIdleSqueeze
 from trtq.export.passes.narrow_doubles import NarrowDoubles
@@ -16,6 +17,7 @@ __all__ = [
     "ExpandLowBitToQdq",
     "FloatWideProducts",
     "FloatWideWeights",
+    "FuseGroupNorm",
     "NarrowDoubles",
     "SpellOutAngles",
     "SpellOutGroupNorm",

@@ -1,0 +1,148 @@
+"""Graphs on onnxruntime's OpenVINO provider, compiled for each shape they are called with.
+
+With free shapes OpenVINO runs about half of what it could in integers (see the README's table), so every
+shape of inputs gets a session of its own at its first call; the latest few are kept.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trtq.engine.base import TensorSpec
+from trtq.engine.ort import check_provider, open_session, session_options
+from trtq.errors import ArtefactError
+
+__all__ = ["OpenVinoEngine"]
+
+_NAME = "openvino"
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def _has_vnni() -> bool:
+    """Whether the processor adds int8 products in int32; assumed where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    return "flags" not in text or "vnni" in text
+
+
+def _prepared(path: Path) -> Any:
+    """The graph without what OpenVINO's provider cannot take or would compute wrongly here.
+
+    It has no float64, and without VNNI its integer products saturate where both factors have 8 bits.
+
+    Raises:
+        ArtefactError: the file cannot be read.
+    """
+    import onnx_ir as ir
+
+    from trtq.export.passes import FloatWideProducts, FloatWideWeights, FuseGroupNorm, NarrowDoubles
+
+    try:
+        model = ir.load(path)
+    except Exception as err:  # protobuf's DecodeError has no public base.
+        raise ArtefactError(f"cannot read {path}: {err}") from err
+    FuseGroupNorm()(model)
+    NarrowDoubles()(model)
+    if not _has_vnni():
+        FloatWideWeights()(model)
+        FloatWideProducts()(model)
+    return model
+
+
+class OpenVinoEngine:
+    """An ONNX file in one OpenVINO session per shape of its inputs.
+
+    Args:
+        path: the graph; its external data lie beside it.
+        threads: of one inference; None: as many as there are cores.
+        most_shapes: sessions kept; each holds the weights in memory.
+
+    Raises:
+        UsageError: the installed onnxruntime has no OpenVINO.
+        ArtefactError: the file cannot be read.
+    """
+
+    provider = _NAME
+
+    def __init__(self, path: Path, threads: int | None = None, most_shapes: int = 2) -> None:
+        check_provider(_NAME)
+        self._path = path
+        self._threads = threads
+        self._most_shapes = most_shapes
+        self._model = _prepared(path)
+        graph = self._model.graph
+        self._inputs = _specs(graph.inputs)
+        self._outputs = _specs(graph.outputs)
+        # Shapes of the general graph would contradict those of a fixed one.
+        for value in [*graph.outputs, *(value for node in graph for value in node.outputs)]:
+            value.shape = None
+        self._sessions: OrderedDict[_Shapes, Any] = OrderedDict()
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """The graph's inputs by name."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """The graph's outputs by name."""
+        return self._outputs
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the graph's file says about itself."""
+        found: Mapping[str, str] = self._model.metadata_props
+        return found
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once; arrays by name, batch first.
+
+        Raises:
+            UsageError: OpenVINO cannot start on this machine.
+            ArtefactError: it cannot load the graph.
+        """
+        shapes = tuple((name, feeds[name].shape) for name in self._inputs)
+        session = self._sessions.get(shapes)
+        if session is None:
+            session = self._sessions[shapes] = self._open(shapes)
+            while len(self._sessions) > self._most_shapes:
+                self._sessions.popitem(last=False)
+        self._sessions.move_to_end(shapes)
+        names = list(self._outputs)
+        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+    def _open(self, shapes: _Shapes) -> Any:
+        import onnx_ir as ir
+        from onnxruntime import GraphOptimizationLevel
+
+        fixed = dict(shapes)
+        for value in self._model.graph.inputs:
+            value.shape = ir.Shape(fixed[value.name])
+        options = session_options(self._threads)
+        # OpenVINO does its own fusions, and finds fewer of them after onnxruntime's.
+        options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self._path.parent)
+        )
+        settings = {"device_type": "CPU", "precision": "FP32"}
+        if self._threads is not None:
+            settings["num_of_threads"] = str(self._threads)
+        model = ir.to_proto(self._model).SerializeToString()
+        return open_session(self._path, model, options, _NAME, settings)
+
+
+def _specs(values: Any) -> dict[str, TensorSpec]:
+    return {
+        value.name: TensorSpec(
+            value.dtype.numpy(),
+            tuple(size if isinstance(size, int) else str(size) for size in value.shape),
+        )
+        for value in values
+    }
