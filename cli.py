@@ -197,6 +197,7 @@ def quantize(
     """
     from trtq.calib.recipe import load_recipe
     from trtq.lora import parse_lora
+    from trtq.stages.estimate import estimate
     from trtq.stages.plan import describe_plan, plan_quantize
     from trtq.stages.quantize import quantize as run_stage
     from trtq.stages.requantize import requantize
@@ -229,7 +230,8 @@ def quantize(
             overrides["training"] = {"iterations": iterations}
         chosen = load_recipe(recipe, overrides)
         if dry_run:
-            result = describe_plan(plan_quantize(model, chosen, loras))
+            plan = plan_quantize(model, chosen, loras)
+            result = describe_plan(plan) | estimate(plan)
             _show(result, as_json, lambda r: _pairs("would quantize", r))
             return
         result = run_stage(
@@ -426,6 +428,72 @@ def inspect(
             _out.print(table)
 
         _show(inspect_artefact(path), as_json, human)
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(help="A run or an ONNX folder.")],
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="The run it was exported from: compare with torch."),
+    ] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--runtime", help="onnxruntime, openvino, tensorrt-rtx or tensorrt; by default all."
+        ),
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Compare the output of every low-bit layer.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check files, each runtime's rules, and what the graph computes; exit 1 if something is wrong.
+
+    Example: trtq verify onnx --against run --layers
+    """
+    from trtq.export.targets import RUNTIMES
+    from trtq.stages.verify import verify as check
+
+    with _command(verbose):
+        result = check(
+            path,
+            against=against,
+            runtimes=runtime or RUNTIMES,
+            layers=layers,
+            report=LineReporter(),
+        )
+        _show(result, as_json, lambda found: _show_verified(path, found))
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+def _show_verified(path: str, found: dict[str, Any]) -> None:
+    rows: dict[str, Any] = {"kind": found["kind"], "files as in the manifest": found["files"]}
+    for name, runtime in found.get("runtimes", {}).items():
+        notes = sum(not finding["fatal"] for finding in runtime["findings"])
+        rows[name] = ("legal" if runtime["legal"] else "refused") + (
+            f", {notes} layers in float" if notes else ""
+        )
+    if "parity_db_min" in found:
+        rows["least parity"] = (
+            f"{found['parity_db_min']:.1f} dB (required {found['parity_required_db']:g})"
+        )
+    _pairs(path, rows)
+    for name, runtime in found.get("runtimes", {}).items():
+        for finding in runtime["findings"]:
+            text = f"{name}: {finding['layer']}: {finding['rule']}. {finding['mend']}"
+            _out.print(text, markup=False, soft_wrap=True)
+    if found.get("layers"):
+        table = Table(title="layers against torch", title_justify="left")
+        for column in ("layer", "dB"):
+            table.add_column(column)
+        for row in found["layers"]:
+            table.add_row(row["name"], f"{row['snr_db']:.1f}")
+        _out.print(table)
+        _out.print(f"first layer with a flipped code: {found['first'] or 'none'}", markup=False)
+    _out.print("all well" if found["ok"] else "something is wrong, see above")
 
 
 @app.command()

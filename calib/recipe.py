@@ -21,6 +21,7 @@ __all__ = ["Attention", "Calibration", "Quest", "Recipe", "Training", "load_reci
 
 POST_TRAINING = ("minmax", "search")
 _FOLDER = Path(__file__).parent / "recipes"
+_LARGE_MODEL = 100_000_000
 
 
 class _Strict(BaseModel):
@@ -91,10 +92,18 @@ class Training(_Strict):
     """Update the weight step twice per iteration, as released; needs base `int`."""
     weight_decay: float = Field(0.01, ge=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool | None = None
+    """Compute activations again in the backward pass instead of keeping them: much less memory, a third
+    more time. None: from a hundred million parameters on."""
     table_state: Literal["dense", "persistent", "reset"] = "dense"
     """How the optimiser treats the entries of a timestep table; see `trtq.train.table_adam`."""
     checkpoint_every: int = Field(200, ge=1)
     """Iterations between checkpoints."""
+
+    def recomputes(self, parameters: int) -> bool:
+        """Whether a model of this size is fine-tuned with gradient checkpointing."""
+        wanted = self.gradient_checkpointing
+        return parameters >= _LARGE_MODEL if wanted is None else wanted
 
 
 class Quest(_Strict):

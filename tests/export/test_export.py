@@ -175,7 +175,7 @@ def test_float_baseline(tmp_path):
 def test_a_failed_parity_check_leaves_nothing(digits_run, tmp_path, monkeypatch):
     from trtq.export.parity import StepParity
 
-    monkeypatch.setattr("trtq.stages.export.step_parity", lambda *_: [StepParity(39, 39, 0.0, 200)])
+    monkeypatch.setattr("trtq.stages.parity.step_parity", lambda *_: [StepParity(39, 39, 0.0, 200)])
     with pytest.raises(GateError, match=r"only 39\.0 dB from torch, 40 dB are required"):
         export_onnx(digits_run, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []

@@ -37,6 +37,8 @@ def test_dry_run_says_what_would_happen_and_does_nothing(tmp_path):
     found = json.loads(result.stdout)
     assert (found["layers_quantized"], found["layers_float"]) == (51, 0)
     assert found["bytes_after"] < 0.2 * found["bytes_before"]
+    assert 1 < found["estimated_seconds"] < 10000
+    assert found["estimated_peak_bytes"] > 1e8
     assert list(tmp_path.iterdir()) == []
 
 

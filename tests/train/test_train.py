@@ -20,6 +20,7 @@ from trtq.quant import TimestepTable, convert
 from trtq.stages.quantize import quantize
 from trtq.train.distill import Rates
 from trtq.train.efficientdm import EfficientDM
+from trtq.train.recompute import recompute_blocks
 from trtq.train.trajectories import Trajectories
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -244,3 +245,29 @@ def test_two_processes_equal_one_with_two_accumulation_steps(tmp_path):
         elif name.endswith("activation.scale"):
             # Adam turns a gradient that is noise into a full step; four of them stay below this.
             torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=0)
+
+
+def test_recomputed_blocks_give_the_same_loss_and_gradients():
+    results = []
+    for recompute in (False, True):
+        model, _ = objective(load_source(tiny_pipeline()))
+        if recompute:
+            assert recompute_blocks(model)
+        trainable = [p for n, p in model.named_parameters() if "lora" in n or n.endswith(".scale")]
+        model.requires_grad_(False)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        arguments = {
+            "timestep": torch.tensor([1, 400, 900]),
+            "class_labels": torch.tensor([0, 1, 2]),
+        }
+        out = model(x, **arguments).sample
+        loss = (out - model.teacher(x, **arguments).sample).square().mean()
+        torch.autograd.backward(loss)
+        results.append((loss.item(), [p.grad.clone() for p in trainable if p.grad is not None]))
+    (loss, gradients), (again, recomputed) = results
+    assert loss == again
+    assert len(gradients) == len(recomputed) > 50
+    for one, other in zip(gradients, recomputed, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ CLASSES_NAME = "classes.json"
 _LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError)
 DENOISERS = ("unet", "transformer")
 _ENCODE_BATCH = 64
+_PROMPT_GROUP = 4
 
 
 class Source:
@@ -69,6 +69,7 @@ class Source:
         self.denoiser_name = denoiser_name
         self.prompts = prompts
         self._size: tuple[int, int] | None = None
+        self._encoded: dict[int, Encoded] = {}
         if prompts is None and encodes_text(pipeline):
             self.prompts = load_prompts(folder)
 
@@ -199,15 +200,23 @@ class Source:
         """Whether the pipeline's tensors lie in [-1, 1] and not, as usual, in [0, 1]."""
         return hasattr(self.pipeline, "classes")
 
-    @cached_property
-    def _encoded(self) -> Encoded:
-        """The calibration prompts."""
+    def _calibration_prompt(self, index: int) -> tuple[Encoded, int]:
+        """A group of calibration prompts as the pipeline encodes them, and the place of one in it.
+
+        Few prompts are drawn of many, so they are encoded when they are needed. Groups are fixed: what a
+        prompt becomes does not depend, in its last bits, on what was drawn before.
+        """
         assert self.prompts is not None
-        return self.encode(list(self.prompts.calibration))
+        group, place = divmod(index, _PROMPT_GROUP)
+        if group not in self._encoded:
+            first = group * _PROMPT_GROUP
+            chosen = self.prompts.calibration[first : first + _PROMPT_GROUP]
+            self._encoded[group] = self.encode(list(chosen))
+        return self._encoded[group], place
 
     def forget_prompts(self) -> None:
         """Encode the prompts again when they are needed: the text encoder or the size has changed."""
-        self.__dict__.pop("_encoded", None)
+        self._encoded.clear()
 
     def encode(self, prompts: list[str]) -> Encoded:
         """What the pipeline makes of prompts, on the CPU.
@@ -263,19 +272,19 @@ class Source:
             raise UsageError(
                 f"{type(self.pipeline).__name__} with a {self.model_class} is not supported"
             )
-        encoded = self._encoded
-        total = len(next(iter(encoded.conditional.values())))
+        total = len(self.prompts.calibration)
         chosen = torch.randint(total, (count,), generator=generator)
-        unconditional = encoded.unconditional and {
+        rows = [self._calibration_prompt(index) for index in chosen.tolist()]
+        first = rows[0][0]
+        unconditional = first.unconditional and {
             name: value.expand(count, *value.shape[1:])
-            for name, value in encoded.unconditional.items()
+            for name, value in first.unconditional.items()
         }
-        return Conditions(
-            {name: value[chosen] for name, value in encoded.conditional.items()},
-            unconditional,
-            encoded.shared,
-            self.family,
-        )
+        conditional = {
+            name: torch.stack([encoded.conditional[name][place] for encoded, place in rows])
+            for name in first.conditional
+        }
+        return Conditions(conditional, unconditional, first.shared, self.family)
 
     def conditions(self, labels: Tensor) -> Conditions:
         """Conditions for images of these classes, labels[B].

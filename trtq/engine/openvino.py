@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,41 +19,25 @@ from trtq.errors import ArtefactError
 
 __all__ = ["OpenVinoEngine"]
 
-_NAME = "openvino"
+_NAME: Literal["openvino"] = "openvino"
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
-def _has_vnni() -> bool:
-    """Whether the processor adds int8 products in int32; assumed where the system does not tell."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True
-    return "flags" not in text or "vnni" in text
-
-
 def _prepared(path: Path) -> Any:
-    """The graph without what OpenVINO's provider cannot take or would compute wrongly here.
-
-    It has no float64, and without VNNI its integer products saturate where both factors have 8 bits.
+    """The graph as OpenVINO takes it.
 
     Raises:
         ArtefactError: the file cannot be read.
     """
     import onnx_ir as ir
 
-    from trtq.export.passes import FloatWideProducts, FloatWideWeights, FuseGroupNorm, NarrowDoubles
+    from trtq.export.targets import prepare
 
     try:
         model = ir.load(path)
     except Exception as err:  # protobuf's DecodeError has no public base.
         raise ArtefactError(f"cannot read {path}: {err}") from err
-    FuseGroupNorm()(model)
-    NarrowDoubles()(model)
-    if not _has_vnni():
-        FloatWideWeights()(model)
-        FloatWideProducts()(model)
-    return model
+    return prepare(model, _NAME)
 
 
 class OpenVinoEngine:

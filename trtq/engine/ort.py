@@ -62,6 +62,8 @@ def session_options(threads: int | None) -> Any:
     """Options that every session of ours has."""
     options = require("onnxruntime").SessionOptions()
     options.log_severity_level = 3
+    # A plan of memory for each shape is a second arena beside the first, as large, and no faster.
+    options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
     # int8 x int8 as it is written: without it onnxruntime prefers uint8 activations, whose product
@@ -109,15 +111,25 @@ class OrtEngine:
         path: the graph; its external data lie beside it.
         provider: `cpu` or `cuda`; see `trtq.engine.openvino` for the other.
         threads: threads of one operator; None: as many as there are cores.
+        frugal: give memory back after every operator, for one or two runs of a large graph.
 
     Raises:
         UsageError: the provider is unknown or not in the installed onnxruntime.
         ArtefactError: the file cannot be loaded.
     """
 
-    def __init__(self, path: Path, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        provider: str = "cpu",
+        threads: int | None = None,
+        *,
+        frugal: bool = False,
+    ) -> None:
         check_provider(provider)
-        self._session = open_session(path, str(path), session_options(threads), provider, {})
+        options = session_options(threads)
+        options.enable_cpu_mem_arena = not frugal
+        self._session = open_session(path, str(path), options, provider, {})
         self._provider = provider
 
     @property

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 __all__ = ["Component", "autoencoder_components", "text_component"]
 
 _BATCH = 2
+_LATENT = 16
+"""Height and width of the latents that an autoencoder is traced with; its graph takes any."""
 _LONGEST = 512
 HIDDEN_STATES = "hidden_states.{}"
 
@@ -131,21 +133,16 @@ class _Encoder(nn.Module):
 
 
 @torch.no_grad()
-def autoencoder_components(
-    autoencoder: Any, latent: tuple[int, int], *, free_size: bool = False
-) -> list[Component]:
-    """Both halves of an autoencoder.
+def autoencoder_components(autoencoder: Any) -> list[Component]:
+    """Both halves of an autoencoder, for images of any size.
 
     Args:
         autoencoder: the model.
-        latent: height and width of the latents.
-        free_size: other sizes are to be possible too.
     """
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-    latents = torch.zeros(_BATCH, autoencoder.config.latent_channels, *latent)
-    pixels = torch.zeros(
-        _BATCH, autoencoder.config.in_channels, latent[0] * factor, latent[1] * factor
-    )
+    latents = torch.zeros(_BATCH, autoencoder.config.latent_channels, _LATENT, _LATENT)
+    side = _LATENT * factor
+    pixels = torch.zeros(_BATCH, autoencoder.config.in_channels, side, side)
     variational = hasattr(autoencoder.encode(pixels[:1]), "latent_dist")
     parameters = "latent_parameters" if variational else "latents"
     halves = (
@@ -159,7 +156,7 @@ def autoencoder_components(
             module,
             {name: example},
             [output],
-            cells={name: cell} if free_size else {},
+            cells={name: cell},
         )
         for folder, module, name, example, output, cell in halves
     ]

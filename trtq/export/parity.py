@@ -16,7 +16,15 @@ from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError
 from trtq.quant.deployed import DeployedLayer, DeployedProduct
 
-__all__ = ["EXACT_DB", "MOST_TIES", "StepParity", "compare", "snr_db", "step_parity"]
+__all__ = [
+    "EXACT_DB",
+    "MOST_TIES",
+    "StepParity",
+    "compare",
+    "mixed_parity",
+    "snr_db",
+    "step_parity",
+]
 
 EXACT_DB = 200.0
 """Stands for "equal bit for bit"; float32 cannot come near it otherwise."""
@@ -125,6 +133,24 @@ def step_parity(
     if sum(row.ties for row in rows) > MOST_TIES * len(rows):
         return [replace(row, db=row.pooled_db, ties=0.0) for row in rows]
     return rows
+
+
+def mixed_parity(
+    reference: Callable[..., Any],
+    exported: Callable[..., Any],
+    schedule: NoiseSchedule,
+    noise: Tensor,
+    conditions: Conditions,
+) -> list[StepParity]:
+    """Compare one batch whose items stand at different steps, at the noise itself.
+
+    The arguments are those of `step_parity`.
+
+    Returns:
+        One row.
+    """
+    position = torch.linspace(0, len(schedule) - 1, len(noise)).round().long()
+    return [_mixed(reference, exported, noise, position, schedule, conditions)]
 
 
 def _exported_at(

@@ -275,7 +275,7 @@ class DeployedLayer(nn.Module):
         self.activation = _DeployedActivation(tensors.activation)
         self.register_buffer("bias", tensors.bias)
         self.register_buffer("weight_scale", tensors.weight.scale.reshape(-1))
-        self.register_buffer("integers", tensors.weight.integers().float())
+        self.register_buffer("integers", tensors.weight.integers())
 
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
         """x[B, ...] -> the layer's output, same dtype.
@@ -288,10 +288,12 @@ class DeployedLayer(nn.Module):
             StepError: no step, or one outside the table.
         """
         codes, scale = self.activation(x, _enclosing_step(step))
+        # A byte per weight is kept; what a float product needs lives only as long as it.
+        weight = self.integers.float()
         if self.geometry is None:
-            product = functional.linear(codes, self.integers)
+            product = functional.linear(codes, weight)
         else:
-            product = self.geometry.convolve(codes, self.integers, None)
+            product = self.geometry.convolve(codes, weight, None)
         channel = (-1,) if self.geometry is None else (-1, 1, 1)
         # Both scales are small: multiplied first, the large product is gone through once.
         out: Tensor = product * (self.weight_scale.reshape(channel) * scale)

@@ -141,7 +141,9 @@ def row_qparams(
     # Some rows at a time: 80 passes over what a cache holds are four times as fast.
     some = max(1, _VALUES_AT_ONCE // rows.shape[1])
     found = [
-        _search(rows[i : i + some], low[i : i + some], high[i : i + some], bits, symmetric=symmetric)
+        _search(
+            rows[i : i + some], low[i : i + some], high[i : i + some], bits, symmetric=symmetric
+        )
         for i in range(0, len(rows), some)
     ]
     scales, zero_points = zip(*found, strict=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trtq.diffusion.source import Source
 from trtq.engine.components import EngineAutoencoder, EngineTextEncoder
 from trtq.engine.open import open_engine
+from trtq.engine.ort import OrtEngine
 from trtq.errors import ArtefactError, GateError
 from trtq.export.components import Component, autoencoder_components, text_component
 from trtq.export.parity import snr_db
@@ -31,7 +32,7 @@ _ASK_HIDDEN_STATES = ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
 _PASS_MASKS = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
 
-def _components(source: Source, *, free_size: bool) -> list[Component]:
+def _components(source: Source) -> list[Component]:
     pipeline = source.pipeline
     kind = type(pipeline).__name__
     found = []
@@ -49,20 +50,17 @@ def _components(source: Source, *, free_size: bool) -> list[Component]:
     for name in AUTOENCODERS:
         autoencoder = getattr(pipeline, name, None)
         if autoencoder is not None:
-            found += autoencoder_components(autoencoder, source.latent_size, free_size=free_size)
+            found += autoencoder_components(autoencoder)
     return found
 
 
-def export_components(
-    source: Source, folder: Path, report: Reporter, *, free_size: bool = False
-) -> dict[str, float]:
+def export_components(source: Source, folder: Path, report: Reporter) -> dict[str, float]:
     """Write every text encoder and autoencoder of a pipeline, and compare each with torch.
 
     Args:
         source: the pipeline.
         folder: of the whole pipeline.
         report: called as work goes on.
-        free_size: the autoencoder is to take images of any size.
 
     Returns:
         The SNR of each graph in dB, by folder.
@@ -71,7 +69,7 @@ def export_components(
         GateError: a graph is further from torch than `COMPONENT_DB` allows.
     """
     parity = {}
-    components = _components(source, free_size=free_size)
+    components = _components(source)
     for index, component in enumerate(components):
         report("export parts", index + 1, len(components))
         target = folder / component.folder
@@ -108,7 +106,7 @@ def _parity(component: Component, model: Path) -> float:
             inputs[name] = example
     expected = component.module(*inputs.values())
     expected = expected if isinstance(expected, tuple) else (expected,)
-    engine = open_engine(model, "cpu")
+    engine = OrtEngine(model, frugal=True)
     arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
     given = engine.run(arrays)
     return min(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from trtq.diffusion.sampling import seeded_noise
 from trtq.diffusion.source import Source, load_source, parse_sizes
-from trtq.engine.denoiser import SIZES_KEY, EngineDenoiser
-from trtq.engine.open import open_engine
+from trtq.engine.denoiser import SIZES_KEY
 from trtq.errors import GateError, UsageError
-from trtq.export.parity import StepParity, step_parity
 from trtq.export.passes import (
     BroadcastTimestep,
     DropIdleSqueeze,
@@ -44,6 +40,7 @@ from trtq.resources import peak_rss_bytes
 from trtq.seeds import seeded_generator
 from trtq.stages.components import export_components
 from trtq.stages.graph_file import MODEL_FILE, save_graph
+from trtq.stages.parity import PARITY_DB, step_parities
 from trtq.stages.pipeline_folder import save_pipeline_parts
 from trtq.stages.run_folder import OpenRun, open_run
 
@@ -52,14 +49,7 @@ __all__ = ["PARITY_DB", "export_onnx", "parse_batch"]
 Target = Literal["qdq"]
 Precision = Literal["fp32", "fp16"]
 
-PARITY_DB: dict[str, float] = {"fp32": 40.0, "fp16": 20.0}
-"""Least SNR, in dB, of the exported noise prediction at any calibrated step. In a half-precision
-graph values near a rounding tie fall on the other code, so a 4-bit model cannot be held to more."""
 _TRACED_BATCH = 2
-_PARITY_VALUES = 1 << 18
-_PARITY_IMAGES = (4, 128)
-_PARITY_WEIGHTS = 2 << 30
-"""Images times weights: a billion weights are looked at with two images, not with 128."""
 
 
 def parse_batch(text: str) -> tuple[int, int]:
@@ -119,7 +109,8 @@ def export_onnx(
         report: called as work goes on.
 
     Returns:
-        `parity_db_min`, `parity_db` (per step, cleanest first; last the mixed batch; images in which a
+        `parity_db_min`, `parity_db` (per step, cleanest first; last the mixed batch; of models beyond
+        half a billion weights that alone, see `trtq.stages.parity.step_parities`; images in which a
         value fell on the other side of a rounding tie are set aside, see `StepParity`),
         `parity_db_pooled_min` (nothing set aside), `parity_ties` (share of such images),
         `parity_floor_db` (torch against itself, see `StepParity`), `parity_largest_db` (the least at the
@@ -155,7 +146,7 @@ def export_onnx(
         _write_graph(folder / name, traced, source, run, largest, half=precision == "fp16")
         save_pipeline_parts(source, folder, graphs=True)
         report("export", 2, 3)
-        components = export_components(source, folder, report, free_size=free_size)
+        components = export_components(source, folder, report)
         metrics: dict[str, Any] = _held_to_torch(
             source, folder / name / MODEL_FILE, run, (smallest, largest), PARITY_DB[precision]
         )
@@ -252,11 +243,11 @@ def _held_to_torch(
         GateError: it is further from torch than `least_db` allows.
     """
     smallest, largest = sizes
-    parity = _parity(source, model, run)
+    parity = step_parities(source, model, run)
     checked = list(parity)
     if smallest != largest:
         source.resize(largest)
-        checked += _parity(source, model, run)
+        checked += step_parities(source, model, run)
         source.resize(smallest)
     least = min(row.db for row in checked)
     if not all(row.holds(least_db) for row in checked):
@@ -273,19 +264,3 @@ def _held_to_torch(
         "parity_floor_db": [row.floor_db for row in parity],
         "parity_largest_db": min(row.db for row in checked[len(parity) :] or parity),
     }
-
-
-def _parity(source: Source, model: Path, run: OpenRun | None) -> list[StepParity]:
-    exported = EngineDenoiser(open_engine(model, "cpu"), source.model.config, type(source.model))
-    steps = len(run.table) if run is not None and len(run.table) > 1 else 20
-    recipe = (run.manifest.recipe or {}) if run is not None else {}
-    schedule = source.schedule(int(recipe.get("steps", steps)))
-    generator = seeded_generator(0, "parity conditions")
-    # Many small images, so that rare ties show; few large ones, since each step is a forward pass.
-    fewest, most = _PARITY_IMAGES
-    images = max(fewest, min(most, _PARITY_VALUES // math.prod(source.sample_shape)))
-    weights = sum(tensor.numel() for tensor in source.denoiser.state_dict().values())
-    images = max(1, min(images, _PARITY_WEIGHTS // weights))
-    conditions = source.draw_conditions(images, generator)
-    noise = seeded_noise(source.sample_shape, 0, 0, images)
-    return step_parity(source.denoiser, exported, schedule, noise, conditions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from trtq.train.trajectories import Trajectories
 
 __all__ = ["FineTuning", "accelerator_for", "fine_tune"]
+
+logger = logging.getLogger(__name__)
 
 
 def accelerator_for(recipe: Recipe) -> Accelerator:
@@ -148,6 +151,23 @@ def _run(
     }
 
 
+def _save_memory(setup: FineTuning, training: Training) -> None:
+    """Turn gradient checkpointing on, if it is wanted or the model is large.
+
+    Raises:
+        RecipeError: it is wanted, and the denoiser cannot.
+    """
+    from trtq.train.recompute import recompute_blocks
+
+    parameters = sum(p.numel() for p in setup.model.parameters())
+    if not training.recomputes(parameters) or recompute_blocks(setup.model):
+        return
+    message = f"diffusers' {type(setup.model.denoiser).__name__} has no gradient checkpointing"
+    if training.gradient_checkpointing:
+        raise RecipeError(message + "; leave training.gradient_checkpointing out")
+    logger.warning("%s: fine-tuning keeps all activations", message)
+
+
 def fine_tune(setup: FineTuning, recipe: Recipe) -> dict[str, Any]:
     """Run all stages of the recipe.
 
@@ -162,6 +182,7 @@ def fine_tune(setup: FineTuning, recipe: Recipe) -> dict[str, Any]:
     """
     training = recipe.training
     assert training is not None
+    _save_memory(setup, training)
     if recipe.quest is None:
         from trtq.train.efficientdm import EfficientDM
 

@@ -10,6 +10,7 @@ from trtq.export.passes.group_norm import SpellOutGroupNorm
 from trtq.export.passes.idle_squeeze import DropIdleSqueeze
 from trtq.export.passes.narrow_doubles import NarrowDoubles
 from trtq.export.passes.silu import SpellOutSilu
+from trtq.export.passes.widen_int4 import WidenInt4
 
 __all__ = [
     "BroadcastTimestep",
@@ -22,4 +23,5 @@ __all__ = [
     "SpellOutAngles",
     "SpellOutGroupNorm",
     "SpellOutSilu",
+    "WidenInt4",
 ]

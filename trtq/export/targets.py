@@ -1,0 +1,54 @@
+"""What each runtime wants changed in the exported graph before it reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["RUNTIMES", "Runtime", "has_vnni", "prepare"]
+
+Runtime = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"]
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+
+
+def has_vnni() -> bool:
+    """Whether the processor adds int8 products in int32; assumed where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    return "flags" not in text or "vnni" in text
+
+
+def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
+    """Rewrite a graph of ours, in place, into what a runtime takes and computes rightly.
+
+    onnxruntime's own providers take it as it is. OpenVINO and TensorRT have no float64 and a kernel for
+    group norms; TensorRT takes no INT4 in front of a Cast. Without VNNI, OpenVINO's integer products
+    saturate where both factors have 8 bits, so those layers are computed in float.
+
+    Returns:
+        The model.
+    """
+    from trtq.export.passes import (
+        FloatWideProducts,
+        FloatWideWeights,
+        FuseGroupNorm,
+        NarrowDoubles,
+        WidenInt4,
+    )
+
+    if runtime == "onnxruntime":
+        return model
+    FuseGroupNorm()(model)
+    NarrowDoubles()(model)
+    if runtime == "openvino":
+        if not has_vnni():
+            FloatWideWeights()(model)
+            FloatWideProducts()(model)
+    else:
+        WidenInt4()(model)
+    return model

@@ -1,0 +1,60 @@
+"""An exported graph against the torch denoiser that it was made from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from trtq.diffusion.sampling import seeded_noise
+from trtq.diffusion.source import Source
+from trtq.engine.denoiser import EngineDenoiser
+from trtq.engine.ort import OrtEngine
+from trtq.export.parity import StepParity, mixed_parity, step_parity
+from trtq.seeds import seeded_generator
+from trtq.stages.run_folder import OpenRun
+
+__all__ = ["PARITY_DB", "step_parities"]
+
+PARITY_DB: dict[str, float] = {"fp32": 40.0, "fp16": 20.0}
+"""Least SNR, in dB, of the exported noise prediction at any calibrated step. In a half-precision
+graph values near a rounding tie fall on the other code, so a 4-bit model cannot be held to more."""
+_PARITY_VALUES = 1 << 18
+_PARITY_IMAGES = (4, 128)
+_PARITY_WEIGHTS = 2 << 30
+"""Images times weights that a step is looked at with: a billion weights with two images, not 128."""
+
+
+def step_parities(
+    source: Source, model: Path, run: OpenRun | None, *, thorough: bool = False
+) -> list[StepParity]:
+    """Compare a graph on onnxruntime's CPU provider with torch at every calibrated step.
+
+    A model of more than half a billion weights is compared in one batch whose items stand at
+    different steps, unless `thorough`: each step more is minutes on a CPU.
+
+    Args:
+        source: the pipeline around the torch denoiser, at the size to compare at.
+        model: the graph's file.
+        run: what it was exported from; None: a float checkpoint.
+        thorough: every step, however large the model.
+
+    Returns:
+        One row per step, cleanest first, and last one of a batch of mixed steps; or that one alone.
+    """
+    exported = EngineDenoiser(
+        OrtEngine(model, frugal=True), source.model.config, type(source.model)
+    )
+    steps = len(run.table) if run is not None and len(run.table) > 1 else 20
+    recipe = (run.manifest.recipe or {}) if run is not None else {}
+    schedule = source.schedule(int(recipe.get("steps", steps)))
+    generator = seeded_generator(0, "parity conditions")
+    # Many small images, so that rare ties show; few large ones, since each step is a forward pass.
+    fewest, most = _PARITY_IMAGES
+    images = max(fewest, min(most, _PARITY_VALUES // math.prod(source.sample_shape)))
+    weights = sum(tensor.numel() for tensor in source.denoiser.state_dict().values())
+    large = weights * fewest > _PARITY_WEIGHTS
+    images = max(1, min(images, _PARITY_WEIGHTS // weights))
+    conditions = source.draw_conditions(images, generator)
+    noise = seeded_noise(source.sample_shape, 0, 0, images)
+    compared = mixed_parity if large and not thorough else step_parity
+    return compared(source.denoiser, exported, schedule, noise, conditions)

@@ -1,0 +1,165 @@
+"""Is an artefact what its manifest says, may a runtime have it, and does it compute what torch does?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trtq.engine.taps import layer_outputs
+from trtq.errors import ArtefactError, UsageError
+from trtq.export.legality import check
+from trtq.export.parity import snr_db
+from trtq.export.targets import RUNTIMES, prepare
+from trtq.manifest import MANIFEST_NAME, Manifest, artefact_kind, read_manifest, sha256
+from trtq.progress import Reporter, silent
+from trtq.quant.deployed import DeployedLayer, DeployedProduct
+from trtq.seeds import seeded_generator
+from trtq.stages.graph_file import MODEL_FILE
+from trtq.stages.parity import PARITY_DB, step_parities
+from trtq.stages.run_folder import OpenRun, open_run
+
+__all__ = ["verify"]
+
+LAYER_DB = 60.0
+"""A layer's output holds a flipped code below this; without one it agrees to 100 dB or more."""
+
+
+def verify(
+    path: str | Path,
+    *,
+    against: str | Path | None = None,
+    runtimes: Sequence[str] = RUNTIMES,
+    layers: bool = False,
+    report: Reporter = silent,
+) -> dict[str, Any]:
+    """Check files against the manifest, an ONNX folder against each runtime's rules and against torch.
+
+    Args:
+        path: a run or an ONNX folder.
+        against: the run that an ONNX folder was exported from; compared at every calibrated step.
+        runtimes: those of `trtq.export.targets.RUNTIMES` whose rules are checked.
+        layers: compare the output of every low-bit layer too, at one mixed batch.
+        report: called as work goes on.
+
+    Returns:
+        `kind`, `files` (how many were hashed), `ok`, and for an ONNX folder `runtimes`: by name `legal`
+        and `findings` (`layer`, `rule`, `mend`, `fatal`). With `against`, `parity_db` (per step,
+        cleanest first, last the mixed batch), `parity_db_min` and `parity_required_db`; with
+        `layers`, rows of `name`, `snr_db` and `first` (the first one below `LAYER_DB`).
+
+    Raises:
+        UsageError: the options do not fit the artefact.
+        ArtefactError: it is damaged, or `against` is not what it was made from.
+    """
+    folder = Path(path)
+    kind = artefact_kind(folder) if folder.is_dir() else None
+    if kind is None:
+        raise UsageError(f"{path} is no artefact of trtq; give a run or an ONNX folder")
+    unknown = [name for name in runtimes if name not in RUNTIMES]
+    if unknown:
+        raise UsageError(f"unknown runtime {unknown[0]!r}; choose one of {', '.join(RUNTIMES)}")
+    if layers and against is None:
+        raise UsageError("--layers compares with torch; name the run with --against RUN")
+    manifest = read_manifest(folder)
+    result: dict[str, Any] = {"kind": kind, "files": len(manifest.files), "ok": True}
+    if kind != "onnx":
+        if against is not None:
+            raise UsageError(f"{path} is a run; --against is for ONNX folders")
+        open_run(folder)
+        return result
+    model = folder / manifest.denoiser / MODEL_FILE
+    result["runtimes"] = {name: _legality(model, name) for name in runtimes}
+    result["ok"] = all(found["legal"] for found in result["runtimes"].values())
+    if against is None:
+        return result
+    run = _origin(Path(against), manifest)
+    source = run.source()
+    report("compare with torch", 1, 2)
+    sizes = str(manifest.options.get("size") or "").partition(":")[0]
+    if sizes:
+        source.resize(sizes)
+    required = PARITY_DB[manifest.options.get("precision", "fp32")]
+    rows = step_parities(source, model, run, thorough=True)
+    result |= {
+        "parity_db": [row.db for row in rows],
+        "parity_db_min": min(row.db for row in rows),
+        "parity_required_db": required,
+    }
+    result["ok"] &= all(row.holds(required) for row in rows)
+    if layers:
+        result["layers"] = _layers(source, model, run)
+        result["first"] = next(
+            (row["name"] for row in result["layers"] if row["snr_db"] < LAYER_DB), None
+        )
+    report("compare with torch", 2, 2)
+    return result
+
+
+def _legality(model: Path, runtime: Any) -> dict[str, Any]:
+    import onnx_ir as ir
+
+    try:
+        graph = ir.load(model)
+    except Exception as err:  # protobuf's DecodeError has no public base.
+        raise ArtefactError(f"cannot read {model}: {err}") from err
+    findings = check(prepare(graph, runtime), runtime)
+    return {
+        "legal": not any(finding.fatal for finding in findings),
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def _origin(against: Path, manifest: Manifest) -> OpenRun:
+    """The run that a graph was exported from.
+
+    Raises:
+        ArtefactError: it is another one.
+    """
+    run = open_run(against)
+    made_from = manifest.source.files.get(MANIFEST_NAME)
+    if made_from != sha256(against / MANIFEST_NAME):
+        raise ArtefactError(
+            f"the ONNX folder was not exported from {against} as it is now, but from "
+            f"{manifest.source.name!r}; export it again, or give that run"
+        )
+    return run
+
+
+@torch.no_grad()
+def _layers(source: Any, model: Path, run: OpenRun) -> list[dict[str, Any]]:
+    """Every low-bit layer's output in torch and in the graph, in the order of execution."""
+    steps = len(run.table)
+    images = min(4, steps)
+    generator = seeded_generator(0, "layer parity")
+    x = torch.randn(images, *source.sample_shape, generator=generator)
+    timestep = run.table.timesteps[torch.arange(images) * steps // images]
+    conditions = source.draw_conditions(images, generator)
+    arguments = conditions.family.arguments(x, timestep, conditions.conditional | conditions.shared)
+    expected: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _, __, output: expected.update({name: output})
+
+    denoiser: nn.Module = source.denoiser
+    wrapped = getattr(denoiser, "denoiser", denoiser)
+    handles = [
+        module.register_forward_hook(keep(name))
+        for name, module in wrapped.named_modules()
+        if isinstance(module, DeployedLayer | DeployedProduct)
+    ]
+    try:
+        denoiser(**arguments, return_dict=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    flat = conditions.family.flatten(arguments)
+    found = layer_outputs(model, list(expected), {k: torch.as_tensor(v) for k, v in flat.items()})
+    return [
+        {"name": name, "snr_db": snr_db(expected[name], found[name].reshape(expected[name].shape))}
+        for name in expected
+    ]
