@@ -83,8 +83,13 @@ def _operators(graph: ir.Graph) -> Iterator[Finding]:
 
 
 def _doubles(graph: ir.Graph) -> Iterator[Finding]:
+    # Types of values between nodes need not be in the file; float64 enters by casts and constants.
     for node in graph:
-        if any(value.dtype == ir.DataType.DOUBLE for value in node.outputs):
+        to = node.attributes.get("to")
+        constants = [_constant(value) for value in node.inputs]
+        if (to is not None and to.as_int() == ir.DataType.DOUBLE) or any(
+            stored is not None and stored.dtype == ir.DataType.DOUBLE for stored in constants
+        ):
             yield Finding(
                 _layer(node),
                 f"{node.op_type} computes in float64, which the runtime has not",
