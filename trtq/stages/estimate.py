@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["estimate"]
 
-_UTILISATION = 0.5
+_UTILISATION = 0.8
 """Speed of a whole denoiser in float, relative to one well-shaped convolution."""
 _LAYER_SECONDS = 1e-4
 """What calling one layer costs beside its arithmetic."""
-_FORWARDS_PER_ITERATION = 9
+_FORWARDS_PER_ITERATION = 6
 """Teacher, student and backward pass of one fine-tuning iteration, in float forward passes."""
-_RECOMPUTE_FORWARDS = 3
+_RECOMPUTE_FORWARDS = 2
 _SEARCH_SECONDS = 1e-8
 """Of one candidate range for one value, on one thread."""
 _CANDIDATES = 80
