@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 
 from trtq.errors import ArtefactError, IntegrityError, UsageError
 
@@ -309,6 +310,7 @@ def new_artefact(
 
     Raises:
         UsageError: something is there already that must not be replaced, or nothing can be written.
+        ArtefactError: the disk is full, or fails.
     """
     final = check_output(final, overwrite=overwrite)
     partial = partial_folder(final)
@@ -321,9 +323,14 @@ def new_artefact(
     try:
         yield partial
         put_in_place(partial, final)
-    except BaseException:
-        if not keep_partial or not (partial / CHECKPOINTS).is_dir():
+    except BaseException as err:
+        kept = keep_partial and (partial / CHECKPOINTS).is_dir()
+        if not kept:
             shutil.rmtree(partial, ignore_errors=True)
+        # A full disk, mostly; safetensors has an exception of its own for it.
+        if isinstance(err, OSError | SafetensorError):
+            what = "its checkpoints are kept for --resume" if kept else "nothing of it is left"
+            raise ArtefactError(f"writing {final} failed, {what}: {err}") from err
         raise
 
 

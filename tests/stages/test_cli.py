@@ -1,7 +1,10 @@
 """The command line as a user meets it: results, refusals, exit codes, nothing half-written."""
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -10,7 +13,7 @@ from trtq.cli import app
 from trtq.demo.digits import demo
 from trtq.diffusion.shipped import shipped_model
 
-VERBS = ("doctor", "quantize", "export", "generate", "eval", "inspect", "demo")
+VERBS = ("doctor", "quantize", "export", "generate", "eval", "inspect", "verify", "demo")
 
 
 def run(*arguments):
@@ -333,3 +336,27 @@ def test_a_model_with_nan_weights_is_refused(tmp_path):
     assert "NaN or infinity" in result.stderr.replace("\n", " ")
     assert "layer '" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["quantize", "digits", "--method", "minmax", "--steps", "2"], ["export", "digits"]],
+    ids=["quantize", "export"],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(command, tmp_path):
+    def limited():
+        # Larger files fail as on a full disk; python ignores the signal that would end it.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "trtq.cli", *command, "-o", str(tmp_path / "out")],
+        preexec_fn=limited,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "failed, nothing of it is left" in line
+    assert list(tmp_path.iterdir()) == []
