@@ -44,7 +44,7 @@ from trtq.stages.parity import PARITY_DB, step_parities
 from trtq.stages.pipeline_folder import save_pipeline_parts
 from trtq.stages.run_folder import OpenRun, open_run
 
-__all__ = ["PARITY_DB", "export_onnx", "parse_batch"]
+__all__ = ["PARITY_DB", "export_onnx", "parse_batch", "write_graph"]
 
 Target = Literal["qdq"]
 Precision = Literal["fp32", "fp16"]
@@ -143,7 +143,7 @@ def export_onnx(
     smallest, largest = _sizes(source, size)
     free_size = smallest != largest
     with new_artefact(final, overwrite=overwrite) as folder:
-        _write_graph(folder / name, traced, source, run, largest, half=precision == "fp16")
+        write_graph(folder / name, traced, source, run, largest, half=precision == "fp16")
         save_pipeline_parts(source, folder, graphs=True)
         report("export", 2, 3)
         components = export_components(source, folder, report)
@@ -206,7 +206,7 @@ def _run_manifest(run: OpenRun) -> Manifest:
     return run.manifest.model_copy(update={"kind": "onnx", "source": source})
 
 
-def _write_graph(
+def write_graph(
     folder: Path,
     denoiser: nn.Module,
     source: Source,
@@ -215,6 +215,16 @@ def _write_graph(
     *,
     half: bool,
 ) -> None:
+    """Trace a denoiser and write its graph, unchecked.
+
+    Args:
+        folder: new; gets the graph and its external data.
+        denoiser: the float model, or the skeleton of a run's; changed in place.
+        source: its pipeline, at the (smallest) size of the graph.
+        run: the numbers of its low-bit layers; None: it stays float.
+        largest: image size `HEIGHTxWIDTH`; another than the source's makes a graph for the range.
+        half: everything that is not an integer in half precision.
+    """
     layers = run.stored.layers if run else {}
     conditions = source.draw_conditions(_TRACED_BATCH, seeded_generator(0, "traced conditions"))
     x = torch.zeros(_TRACED_BATCH, *source.sample_shape)

@@ -1,0 +1,152 @@
+"""One denoising step of Stable Diffusion 1.5's size on the CPU: float and low-bit, by provider.
+
+    python benchmarks/cpu_path.py --folder DIR [--rounds 3 --calls 3]
+
+Random weights in the published configuration, 64 x 64 latents, batch 1. Checkpoint, runs and graphs are
+kept in DIR and not made again. Every row is timed in a process of its own, in turns; the first call of
+each process, which compiles, is not counted. "constant" is the W8A8 graph with the scales of one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sd_size import stage, write_checkpoint
+
+from trtq.engine.open import open_engine
+from trtq.export.targets import has_vnni
+from trtq.manifest import package_versions
+from trtq.quant.deployed import LayerTensors
+from trtq.resources import peak_rss_bytes
+
+ROWS = (
+    ("float", "cpu"),
+    ("float", "openvino"),
+    ("w8a8", "cpu"),
+    ("w8a8", "openvino"),
+    ("constant", "openvino"),
+    ("w4a8", "openvino"),
+)
+
+
+def make(folder: Path) -> None:
+    """Checkpoint, runs and graphs that are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.is_dir():
+        write_checkpoint(checkpoint)
+    recipe = folder / "recipe.toml"
+    recipe.write_text("[calibration]\nimages = 1\n")
+    for bits in ("w8a8", "w4a8"):
+        run, onnx = folder / f"run_{bits}", folder / bits
+        if not run.is_dir():
+            stage(
+                *("quantize", str(checkpoint), "-o", str(run), "--method", "minmax"),
+                *("--bits", bits, "--steps", "4", "--recipe", str(recipe)),
+            )
+        if not onnx.is_dir():
+            stage("export", str(run), "-o", str(onnx))
+    if not (folder / "float").is_dir():
+        stage("export", str(checkpoint), "-o", str(folder / "float"))
+    if not (folder / "constant").is_dir():
+        _write_constant(folder / "run_w8a8", folder / "constant" / "unet")
+
+
+def _write_constant(run_folder: Path, out: Path) -> None:
+    """The graph of a run whose layers use the scales of its first step at all steps."""
+    from trtq.stages.export import write_graph
+    from trtq.stages.run_folder import open_run
+
+    run = open_run(run_folder)
+    for name, layer in run.stored.layers.items():
+        assert isinstance(layer, LayerTensors)
+        constant = {
+            key: getattr(layer.activation, key)[:1].expand(len(run.table)).contiguous()
+            for key in ("scale", "inv_scale", "low", "high")
+        }
+        activation = replace(layer.activation, **constant)
+        run.stored.layers[name] = replace(layer, activation=activation)
+    source = run.source()
+    size = "x".join(map(str, source.image_size))
+    write_graph(out, run.float_skeleton(), source, run, size, half=False)
+
+
+def time_one(folder: Path, name: str, provider: str, calls: int) -> dict[str, Any]:
+    """Load one graph and call it."""
+    start = time.perf_counter()
+    engine = open_engine(folder / name / "unet" / "model.onnx", provider)
+    generator = np.random.default_rng(0)
+    feeds = {}
+    for key, spec in engine.inputs.items():
+        shape = [size if isinstance(size, int) else 1 for size in spec.shape]
+        values = generator.standard_normal(shape).astype(spec.dtype)
+        feeds[key] = np.full(shape, 501, spec.dtype) if key == "timestep" else values
+    engine.run(feeds)
+    loaded = time.perf_counter() - start
+    seconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        engine.run(feeds)
+        seconds.append(time.perf_counter() - start)
+    return {"load_seconds": loaded, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def main() -> None:
+    """Make what is missing, measure, write one JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--calls", type=int, default=3)
+    parser.add_argument("--row", nargs=2, help="Time this one only, in this process.")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("benchmarks/results/cpu_path.json")
+    )
+    arguments = parser.parse_args()
+    if arguments.row:
+        print(json.dumps(time_one(arguments.folder, *arguments.row, arguments.calls)))
+        return
+    make(arguments.folder)
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {row: [] for row in ROWS}
+    for _ in range(arguments.rounds):
+        for row, found in rows.items():
+            command = [sys.executable, __file__, "--folder", str(arguments.folder), "--row", *row]
+            command += ["--calls", str(arguments.calls)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    record: dict[str, Any] = {
+        "vnni": has_vnni(),
+        "threads": torch.get_num_threads(),
+        "packages": package_versions(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "rows": [],
+    }
+    for (name, provider), found in rows.items():
+        seconds = sorted(second for one in found for second in one["seconds"])
+        quartiles = statistics.quantiles(seconds, n=4)
+        row = {
+            "name": name,
+            "provider": provider,
+            "median_seconds": statistics.median(seconds),
+            "quartiles": [quartiles[0], quartiles[2]],
+            "load_seconds": statistics.median(one["load_seconds"] for one in found),
+            "peak_rss_bytes": max(one["peak_rss_bytes"] for one in found),
+        }
+        record["rows"].append(row)
+        print(f"{name:10s} {provider:9s} {row['median_seconds']:.2f} s")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
