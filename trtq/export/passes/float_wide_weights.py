@@ -6,16 +6,18 @@ import numpy as np
 import onnx_ir as ir
 
 from trtq.errors import LegalityError
+from trtq.export.passes.builder import GraphBuilder
 from trtq.export.passes.expand_qdq import PAIR_SAFE
 
 __all__ = ["FloatWideWeights"]
 
 
 class FloatWideWeights(ir.passes.InPlacePass):
-    """Replace DequantizeLinear of a constant int8 weight with larger integers than `PAIR_SAFE`.
+    """A Cast instead of DequantizeLinear for int8 weights with larger integers than `PAIR_SAFE`.
 
     Without VNNI, x86 adds two uint8 x int8 products in int16, which saturates. The layer is then
-    computed in float from the same whole numbers, to the same result.
+    computed in float from the same whole numbers, to the same result. The weights themselves stay
+    bytes, since a graph of more than two gigabytes could not be handed over.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -38,17 +40,10 @@ class FloatWideWeights(ir.passes.InPlacePass):
                 raise LegalityError(
                     f"the weight of {node.name!r} is scaled before its product, not behind it"
                 )
+            build = GraphBuilder(graph, f"{node.name}/wide")
+            y = build.op("Cast", [node.inputs[0]], "float", {"to": ir.DataType.FLOAT.value})
             (out,) = node.outputs
-            name = f"{node.name}/constant"
-            data = ir.tensor(integers.astype(np.float32), name=name)
-            value = ir.Value(
-                name=name,
-                shape=ir.Shape(list(integers.shape)),
-                type=ir.TensorType(ir.DataType.FLOAT),
-                const_value=data,
-            )
-            graph.register_initializer(value)
-            ir.convenience.replace_all_uses_with(out, value)
-            graph.remove(node, safe=True)
+            y.shape, y.type = out.shape, out.type
+            ir.convenience.replace_nodes_and_values(graph, node, [node], build.nodes, [out], [y])
             modified = True
         return ir.passes.PassResult(model, modified=modified)
