@@ -29,8 +29,9 @@ class FloatWideWeights(ir.passes.InPlacePass):
         graph = model.graph
         modified = False
         for node in [n for n in graph if n.op_type == "DequantizeLinear"]:
-            stored = node.inputs[0].const_value if node.inputs[0] is not None else None
-            if stored is None or stored.dtype != ir.DataType.INT8:
+            weight = node.inputs[0]
+            stored = weight.const_value if weight is not None else None
+            if weight is None or stored is None or stored.dtype != ir.DataType.INT8:
                 continue
             integers = stored.numpy()
             if np.abs(integers.astype(np.int16)).max() <= PAIR_SAFE:
@@ -41,7 +42,7 @@ class FloatWideWeights(ir.passes.InPlacePass):
                     f"the weight of {node.name!r} is scaled before its product, not behind it"
                 )
             build = GraphBuilder(graph, f"{node.name}/wide")
-            y = build.op("Cast", [node.inputs[0]], "float", {"to": ir.DataType.FLOAT.value})
+            y = build.op("Cast", [weight], "float", {"to": ir.DataType.FLOAT.value})
             (out,) = node.outputs
             y.shape, y.type = out.shape, out.type
             ir.convenience.replace_nodes_and_values(graph, node, [node], build.nodes, [out], [y])
