@@ -271,3 +271,24 @@ def test_queries_keys_and_values_are_quantised_once(digits_onnx):
     nodes = onnx.load(digits_onnx / "unet" / "model.onnx", load_external_data=False).graph.node
     quantized = [node for node in nodes if node.op_type == "QuantizeLinear"]
     assert len(quantized) == len(rows) - len(sharing)
+
+
+@pytest.mark.parametrize(
+    ("flipped", "moved", "aside"),
+    [(2, None, True), (4, None, False), (4, 3, True), (5, 3, False), (8, 8, True), (9, 20, False)],
+)
+def test_as_many_flips_are_set_aside_as_the_reference_has_itself(flipped, moved, aside):
+    from trtq.export.parity import compare
+
+    reference = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def wrong(count):
+        other = reference.clone()
+        other[:count] += 0.1
+        return other
+
+    row = compare(reference, wrong(flipped), None if moved is None else wrong(moved))
+    assert (row.db == 200) is aside
+    assert row.pooled_db < 40
+    assert row.ties == pytest.approx(flipped / 20 if aside else 0)
+    assert row.floor_ties == pytest.approx((moved or 0) / 20)

@@ -34,6 +34,7 @@ MOST_TIES = 0.05
 """Share of images with a flipped code, over all steps, that may be set aside."""
 MOST_TIES_OF_A_STEP = 0.15
 """The same of one step: of 128 images a few more or less fall on a tie by chance."""
+_MOST_TIES_EVER = 0.4
 _LAST_BIT = 2.0**-22
 _FLOOR_MARGIN_DB = 6.0
 FEWEST_ITEMS = 3
@@ -60,34 +61,55 @@ class StepParity:
 
     Attributes:
         db: SNR over the images without a flipped code, or over all of them when those with one are
-            more than `MOST_TIES_OF_A_STEP`, or more than `MOST_TIES` over all steps.
+            more than may be set aside: `MOST_TIES_OF_A_STEP`, and `MOST_TIES` over all steps, or half
+            as many again as flip in the reference when its last bits move, two fifths at most.
         pooled_db: SNR over all images.
         ties: share of images set aside.
         floor_db: SNR over all images of the reference against itself, with what enters its low-bit
             layers moved by about the last bit: as much as another runtime's norms and activation
             functions differ. Where a network carries that far, no runtime can be nearer. Only
             measured where `pooled_db` is below `TIE_DB`; `EXACT_DB` elsewhere.
+        floor_ties: share of images in which a code flips in that measurement.
     """
 
     db: float
     pooled_db: float
     ties: float
     floor_db: float = EXACT_DB
+    floor_ties: float = 0.0
 
     def holds(self, least_db: float) -> bool:
         """Whether it is near enough: `least_db`, or as near as the reference is to itself."""
         return self.db >= min(least_db, self.floor_db - _FLOOR_MARGIN_DB)
 
 
-def compare(reference: Tensor, other: Tensor) -> StepParity:
-    """Compare two predictions `[B, ...]` image by image."""
-    each = torch.tensor([snr_db(a, b) for a, b in zip(reference, other, strict=True)])
-    same = each >= TIE_DB
+def compare(reference: Tensor, other: Tensor, moved: Tensor | None = None) -> StepParity:
+    """Compare two predictions `[B, ...]` image by image.
+
+    Args:
+        reference: what it should be.
+        other: what it is.
+        moved: the reference with its last bits moved, for the floor.
+    """
+    same = _each_db(reference, other) >= TIE_DB
     ties = 1 - float(same.float().mean())
     pooled = snr_db(reference, other)
-    if ties > MOST_TIES_OF_A_STEP:
-        return StepParity(pooled, pooled, 0.0)
-    return StepParity(snr_db(reference[same], other[same]), pooled, ties)
+    row = StepParity(pooled, pooled, 0.0)
+    if moved is not None:
+        floor_ties = float((_each_db(reference, moved) < TIE_DB).float().mean())
+        row = replace(row, floor_db=snr_db(reference, moved), floor_ties=floor_ties)
+    if ties > _may_flip(MOST_TIES_OF_A_STEP, row.floor_ties):
+        return row
+    return replace(row, db=snr_db(reference[same], other[same]), ties=ties)
+
+
+def _each_db(reference: Tensor, other: Tensor) -> Tensor:
+    return torch.tensor([snr_db(a, b) for a, b in zip(reference, other, strict=True)])
+
+
+def _may_flip(usual: float, floor: float) -> float:
+    """Share of images that may be set aside, where the reference itself has `floor`."""
+    return min(max(usual, 1.5 * floor), _MOST_TIES_EVER)
 
 
 def step_parity(
@@ -124,13 +146,14 @@ def step_parity(
         other = _exported_at(exported, point.x, point.timestep, conditions)
         row = compare(point.predicted, other)
         if row.pooled_db < TIE_DB:
-            floor = _floor(reference, point.x, point.timestep, conditions, point.predicted)
-            row = replace(row, floor_db=floor)
+            moved = _moved(reference, point.x, point.timestep, conditions)
+            row = compare(point.predicted, other, moved)
         rows.append(row)
     rows.reverse()
     together = _mixed(reference, exported, mixed, position, schedule, conditions.take(image))
     rows.append(together)
-    if sum(row.ties for row in rows) > MOST_TIES * len(rows):
+    usual = sum(row.floor_ties for row in rows) / len(rows)
+    if sum(row.ties for row in rows) > _may_flip(MOST_TIES, usual) * len(rows):
         return [replace(row, db=row.pooled_db, ties=0.0) for row in rows]
     return rows
 
@@ -163,16 +186,12 @@ def _exported_at(
 
 
 @torch.no_grad()
-def _floor(
-    reference: Callable[..., Any],
-    x: Tensor,
-    timestep: Tensor | float,
-    conditions: Conditions,
-    predicted: Tensor,
-) -> float:
-    """SNR of the reference against itself with the last bits moved; see `StepParity.floor_db`."""
+def _moved(
+    reference: Callable[..., Any], x: Tensor, timestep: Tensor | float, conditions: Conditions
+) -> Tensor:
+    """The reference's prediction with the last bits moved; see `StepParity.floor_db`."""
     with _last_bit_moved(reference):
-        return snr_db(predicted, predict(reference, x, timestep, conditions))
+        return predict(reference, x, timestep, conditions)
 
 
 @torch.no_grad()
@@ -189,15 +208,15 @@ def _mixed(
     together = predict(reference, x, timesteps, conditions)
     other = _exported_at(exported, x, timesteps, conditions)
     row = compare(together, other)
-    each = torch.tensor([snr_db(a, b) for a, b in zip(together, other, strict=True)])
+    if row.pooled_db < TIE_DB:
+        row = compare(together, other, _moved(reference, x, timesteps, conditions))
+    each = _each_db(together, other)
     for step in range(len(schedule)):
         at = position == step
         # Items that look up a wrong step are all of their step's; ties are here and there.
         if int(at.sum()) >= FEWEST_ITEMS and float((each[at] < TIE_DB).float().mean()) > 0.5:
             worst = snr_db(together[at], other[at])
-            row = StepParity(worst, worst, 0.0)
-    if row.pooled_db < TIE_DB:
-        row = replace(row, floor_db=_floor(reference, x, timesteps, conditions, together))
+            row = replace(row, db=worst, pooled_db=worst, ties=0.0)
     return row
 
 
