@@ -171,15 +171,16 @@ def quantize(
     chosen = _as_recipe(recipe)
     plan = plan_quantize(pipeline_or_path, chosen, loras, report)
     chosen = plan.recipe
+    files = _source_files(plan.source)
     accelerator = accelerator_for(chosen)
     if not accelerator.is_main_process:
-        _share(plan, accelerator, partial_folder(final), resume, silent)
+        _share(plan, files, accelerator, partial_folder(final), resume, silent)
         return {}
     _clear_partial(final, resume=resume, overwrite=overwrite)
     keep = chosen.training is not None
     with new_artefact(final, overwrite=overwrite, keep_partial=keep) as folder:
-        bytes_before, files = plan.bytes_before(), _source_files(plan.source)
-        quantized, tuning = _share(plan, accelerator, folder, resume, report)
+        bytes_before = plan.bytes_before()
+        quantized, tuning = _share(plan, files, accelerator, folder, resume, report)
         save_denoiser(folder / FILE_NAME, quantized, merge(quantized))
         save_trained(folder / TRAINED_NAME, quantized)
         save_pipeline_parts(plan.source, folder)
@@ -197,7 +198,12 @@ def quantize(
 
 
 def _share(
-    plan: QuantizePlan, accelerator: Any, folder: Path, resume: bool, report: Reporter
+    plan: QuantizePlan,
+    files: dict[str, str],
+    accelerator: Any,
+    folder: Path,
+    resume: bool,
+    report: Reporter,
 ) -> tuple[QuantizedDenoiser, dict[str, Any]]:
     """The part that every process does: calibrate, convert, fine-tune.
 
@@ -206,7 +212,7 @@ def _share(
     """
     recipe, source = plan.recipe, plan.source
     schedule = source.schedule(recipe.steps)
-    fingerprint = _fingerprint(plan, _source_files(source))
+    fingerprint = _fingerprint(plan, files)
     source.denoiser.to(accelerator.device)
     tables = _calibrate(plan, schedule, accelerator.device, report)
     training = recipe.training
