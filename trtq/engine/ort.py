@@ -62,8 +62,6 @@ def session_options(threads: int | None) -> Any:
     """Options that every session of ours has."""
     options = require("onnxruntime").SessionOptions()
     options.log_severity_level = 3
-    # A plan of memory for each shape is a second arena beside the first, as large, and no faster.
-    options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
     # int8 x int8 as it is written: without it onnxruntime prefers uint8 activations, whose product
@@ -128,7 +126,8 @@ class OrtEngine:
     ) -> None:
         check_provider(provider)
         options = session_options(threads)
-        options.enable_cpu_mem_arena = not frugal
+        # A plan of memory for a shape is as large as the arena, and saves time only when it comes again.
+        options.enable_mem_pattern = options.enable_cpu_mem_arena = not frugal
         self._session = open_session(path, str(path), options, provider, {})
         self._provider = provider
 
