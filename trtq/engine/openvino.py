@@ -1,7 +1,7 @@
 """Graphs on onnxruntime's OpenVINO provider, compiled for each shape they are called with.
 
-With free shapes OpenVINO runs about half of what it could in integers (see the README's table), so every
-shape of inputs gets a session of its own at its first call; the latest few are kept.
+With free shapes OpenVINO loses most of what integers gain, so every shape of inputs gets a session of
+its own at its first call; the latest few are kept.
 """
 
 from __future__ import annotations
@@ -14,30 +14,13 @@ from typing import Any, Literal
 import numpy as np
 
 from trtq.engine.base import TensorSpec
-from trtq.engine.ort import check_provider, open_session, session_options
-from trtq.errors import ArtefactError
+from trtq.engine.ort import check_provider, open_graph, session_options
+from trtq.export.targets import load_graph, prepare
 
 __all__ = ["OpenVinoEngine"]
 
 _NAME: Literal["openvino"] = "openvino"
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-
-
-def _prepared(path: Path) -> Any:
-    """The graph as OpenVINO takes it.
-
-    Raises:
-        ArtefactError: the file cannot be read.
-    """
-    import onnx_ir as ir
-
-    from trtq.export.targets import prepare
-
-    try:
-        model = ir.load(path)
-    except Exception as err:  # protobuf's DecodeError has no public base.
-        raise ArtefactError(f"cannot read {path}: {err}") from err
-    return prepare(model, _NAME)
 
 
 class OpenVinoEngine:
@@ -60,7 +43,7 @@ class OpenVinoEngine:
         self._path = path
         self._threads = threads
         self._most_shapes = most_shapes
-        self._model = _prepared(path)
+        self._model = prepare(load_graph(path), _NAME)
         graph = self._model.graph
         self._inputs = _specs(graph.inputs)
         self._outputs = _specs(graph.outputs)
@@ -108,18 +91,14 @@ class OpenVinoEngine:
 
         fixed = dict(shapes)
         for value in self._model.graph.inputs:
-            value.shape = ir.Shape(fixed[value.name])
+            value.shape = ir.Shape(fixed[value.name or ""])
         options = session_options(self._threads)
         # OpenVINO does its own fusions, and finds fewer of them after onnxruntime's.
         options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(self._path.parent)
-        )
         settings = {"device_type": "CPU", "precision": "FP32"}
         if self._threads is not None:
             settings["num_of_threads"] = str(self._threads)
-        model = ir.to_proto(self._model).SerializeToString()
-        return open_session(self._path, model, options, _NAME, settings)
+        return open_graph(self._path, self._model, options, _NAME, settings)
 
 
 def _specs(values: Any) -> dict[str, TensorSpec]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,11 +12,16 @@ from trtq._optional import require
 from trtq.engine.base import TensorSpec
 from trtq.errors import ArtefactError, UsageError
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 __all__ = [
     "PROVIDERS",
     "OrtEngine",
     "available_providers",
     "check_provider",
+    "input_specs",
+    "open_graph",
     "open_session",
     "session_options",
 ]
@@ -102,6 +107,33 @@ def open_session(
     return session
 
 
+def open_graph(
+    path: Path, model: ir.Model, options: Any, provider: str, settings: Mapping[str, str]
+) -> Any:
+    """A session of a graph in memory whose external data lie beside `path`.
+
+    Arguments and errors are those of `open_session`.
+    """
+    import onnx_ir as ir
+
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent)
+    )
+    serialized = ir.to_proto(model).SerializeToString()
+    return open_session(path, serialized, options, provider, settings)
+
+
+def input_specs(session: Any) -> dict[str, TensorSpec]:
+    """The inputs of a session by name."""
+    return _session_specs(session.get_inputs())
+
+
+def _session_specs(nodes: Any) -> dict[str, TensorSpec]:
+    return {
+        node.name: TensorSpec(np.dtype(_DTYPES[node.type]), tuple(node.shape)) for node in nodes
+    }
+
+
 class OrtEngine:
     """An ONNX file in one onnxruntime session, which takes every shape that the graph takes.
 
@@ -139,18 +171,12 @@ class OrtEngine:
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
         """The graph's inputs by name."""
-        return {
-            node.name: TensorSpec(np.dtype(_DTYPES[node.type]), tuple(node.shape))
-            for node in self._session.get_inputs()
-        }
+        return input_specs(self._session)
 
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
         """The graph's outputs by name."""
-        return {
-            node.name: TensorSpec(np.dtype(_DTYPES[node.type]), tuple(node.shape))
-            for node in self._session.get_outputs()
-        }
+        return _session_specs(self._session.get_outputs())
 
     @property
     def metadata(self) -> Mapping[str, str]:

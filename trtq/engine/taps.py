@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trtq.engine.ort import open_session, session_options
+from trtq.engine.ort import input_specs, open_graph, session_options
 from trtq.errors import ArtefactError
+from trtq.export.targets import load_graph
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["layer_outputs"]
 
@@ -31,9 +36,7 @@ def layer_outputs(
     Raises:
         ArtefactError: the graph cannot be loaded, or has no such layer.
     """
-    import onnx_ir as ir
-
-    model = ir.load(path)
+    model = load_graph(path)
     last: dict[str, ir.Value] = {}
     for node in model.graph:
         layer = (node.name or "").rpartition("/")[0]
@@ -43,16 +46,10 @@ def layer_outputs(
         raise ArtefactError(f"{path} has no layer {missing[0]!r}")
     own = list(model.graph.outputs)
     model.graph.outputs.extend(last[name] for name in layers if last[name] not in own)
-    options = session_options(None)
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(path.parent)
-    )
-    session = open_session(path, ir.to_proto(model).SerializeToString(), options, "cpu", {})
-    wanted = {node.name: node.type for node in session.get_inputs()}
-    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+    session = open_graph(path, model, session_options(None), "cpu", {})
     arrays = {
-        name: np.atleast_1d(feeds[name].numpy()).astype(kinds[kind])
-        for name, kind in wanted.items()
+        name: np.atleast_1d(feeds[name].numpy()).astype(spec.dtype)
+        for name, spec in input_specs(session).items()
     }
     names = [last[name].name for name in layers]
     found = session.run(names, arrays)

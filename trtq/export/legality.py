@@ -47,7 +47,7 @@ class Finding:
     fatal: bool = True
 
 
-_Rule = Callable[[ir.Graph], Iterator[Finding]]
+_Rule = Callable[[ir.Node], Iterator[Finding]]
 
 
 def _layer(node: ir.Node) -> str:
@@ -72,167 +72,160 @@ def _dequantized(value: ir.Value | None) -> ir.Node | None:
     return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
-def _operators(graph: ir.Graph) -> Iterator[Finding]:
-    for node in graph:
-        if node.op_type in _SPELLED_OUT_INTEGERS:
-            yield Finding(
-                _layer(node),
-                f"{node.op_type} is not among the parser's operators",
-                "export it with --target qdq, which says the same with quantise-dequantise pairs",
-            )
+def _operands(
+    node: ir.Node,
+) -> tuple[ir.Node | None, ir.Node | None, ir.TensorProtocol | None]:
+    """What dequantises a product's activation and its weight, and the weight's constant codes."""
+    activation, weight = (_dequantized(_input(node, index)) for index in (0, 1))
+    return activation, weight, _constant(weight.inputs[0]) if weight is not None else None
 
 
-def _doubles(graph: ir.Graph) -> Iterator[Finding]:
+def _operators(node: ir.Node) -> Iterator[Finding]:
+    if node.op_type in _SPELLED_OUT_INTEGERS:
+        yield Finding(
+            _layer(node),
+            f"{node.op_type} is not among the parser's operators",
+            "export it with --target qdq, which says the same with quantise-dequantise pairs",
+        )
+
+
+def _doubles(node: ir.Node) -> Iterator[Finding]:
     # Types of values between nodes need not be in the file; float64 enters by casts and constants.
-    for node in graph:
-        to = node.attributes.get("to")
-        constants = [_constant(value) for value in node.inputs]
-        if (to is not None and to.as_int() == ir.DataType.DOUBLE) or any(
-            stored is not None and stored.dtype == ir.DataType.DOUBLE for stored in constants
-        ):
-            yield Finding(
-                _layer(node),
-                f"{node.op_type} computes in float64, which the runtime has not",
-                "run the pass NarrowDoubles over the graph",
-            )
+    to = node.attributes.get("to")
+    constants = [_constant(value) for value in node.inputs]
+    if (to is not None and to.as_int() == ir.DataType.DOUBLE) or any(
+        stored is not None and stored.dtype == ir.DataType.DOUBLE for stored in constants
+    ):
+        yield Finding(
+            _layer(node),
+            f"{node.op_type} computes in float64, which the runtime has not",
+            "run the pass NarrowDoubles over the graph",
+        )
 
 
-def _zero_points(graph: ir.Graph) -> Iterator[Finding]:
-    for node in graph:
-        if node.op_type not in _PAIR or _input(node, 2) is None:
-            continue
-        zero_point = _constant(node.inputs[2])
-        if zero_point is None or bool(zero_point.numpy().astype(np.int16).any()):
-            yield Finding(
-                _layer(node),
-                f"{node.op_type} has a zero point that is not a constant zero",
-                "use codes lo .. hi around float zero: round, Max(lo), Min(hi), and no zero point",
-            )
-        elif zero_point.dtype == ir.DataType.UINT8:
-            yield Finding(
-                _layer(node),
-                f"{node.op_type} is unsigned (uint8)",
-                "quantise to int8; 8-bit activations are symmetric",
-            )
+def _zero_points(node: ir.Node) -> Iterator[Finding]:
+    if node.op_type not in _PAIR or _input(node, 2) is None:
+        return
+    zero_point = _constant(node.inputs[2])
+    if zero_point is None or bool(zero_point.numpy().astype(np.int16).any()):
+        yield Finding(
+            _layer(node),
+            f"{node.op_type} has a zero point that is not a constant zero",
+            "use codes lo .. hi around float zero: round, Max(lo), Min(hi), and no zero point",
+        )
+    elif zero_point.dtype == ir.DataType.UINT8:
+        yield Finding(
+            _layer(node),
+            f"{node.op_type} is unsigned (uint8)",
+            "quantise to int8; 8-bit activations are symmetric",
+        )
 
 
-def _constant_scales(graph: ir.Graph) -> Iterator[Finding]:
-    for node in graph:
-        if node.op_type in _PAIR and _constant(node.inputs[1]) is None:
-            yield Finding(
-                _layer(node),
-                f"{node.op_type} has a scale that is computed: products fall back to float, and a "
-                "convolution behind it ends the builder's process",
-                "multiply by the step's scale outside, and quantise with the constant 1",
-            )
+def _constant_scales(node: ir.Node) -> Iterator[Finding]:
+    if node.op_type in _PAIR and _constant(node.inputs[1]) is None:
+        yield Finding(
+            _layer(node),
+            f"{node.op_type} has a scale that is computed: products fall back to float, and a "
+            "convolution behind it ends the builder's process",
+            "multiply by the step's scale outside, and quantise with the constant 1",
+        )
 
 
-def _activation_scales(graph: ir.Graph) -> Iterator[Finding]:
-    for node in graph:
-        scale = _constant(_input(node, 1))
-        if node.op_type == "QuantizeLinear" and scale is not None and scale.size > 1:
-            yield Finding(
-                _layer(node),
-                f"an activation has {scale.size} scales; only weights may have one per channel or block",
-                "use one scale per tensor; what differs by channel belongs into the weight",
-            )
+def _activation_scales(node: ir.Node) -> Iterator[Finding]:
+    scale = _constant(_input(node, 1))
+    if node.op_type == "QuantizeLinear" and scale is not None and scale.size > 1:
+        yield Finding(
+            _layer(node),
+            f"an activation has {scale.size} scales; only weights may have one per channel or block",
+            "use one scale per tensor; what differs by channel belongs into the weight",
+        )
 
 
-def _float_scales(graph: ir.Graph) -> Iterator[Finding]:
-    for node in graph:
-        scale = _input(node, 1)
-        if node.op_type in _PAIR and scale is not None and scale.dtype == ir.DataType.FLOAT16:
-            yield Finding(
-                _layer(node),
-                f"{node.op_type} has a float16 scale, so the product's sums are kept in float16, which "
-                "ends at 65504",
-                "use float32 scales round the product and cast behind them",
-            )
+def _float_scales(node: ir.Node) -> Iterator[Finding]:
+    scale = _input(node, 1)
+    if node.op_type in _PAIR and scale is not None and scale.dtype == ir.DataType.FLOAT16:
+        yield Finding(
+            _layer(node),
+            f"{node.op_type} has a float16 scale, so the product's sums are kept in float16, which "
+            "ends at 65504",
+            "use float32 scales round the product and cast behind them",
+        )
 
 
-def _int4_uses(graph: ir.Graph) -> Iterator[Finding]:
-    for node in graph:
-        for value in node.inputs:
-            stored = _constant(value)
-            if stored is None or stored.dtype not in _FOUR_BITS:
-                continue
-            if stored.dtype == ir.DataType.UINT4:
-                yield Finding(
-                    _layer(node), "UINT4 constants are not read", "store the codes as INT4, less 8"
-                )
-            elif node.op_type != "DequantizeLinear":
-                yield Finding(
-                    _layer(node),
-                    f"an INT4 constant feeds {node.op_type}; only DequantizeLinear and plugins take it",
-                    "run the pass WidenInt4 over the graph",
-                )
-
-
-def _int4_products(graph: ir.Graph) -> Iterator[Finding]:
-    for node in graph:
-        if node.op_type not in _PRODUCTS:
-            continue
-        weight, activation = (_dequantized(_input(node, index)) for index in (1, 0))
-        stored = _constant(weight.inputs[0]) if weight is not None else None
+def _int4_uses(node: ir.Node) -> Iterator[Finding]:
+    for value in node.inputs:
+        stored = _constant(value)
         if stored is None or stored.dtype not in _FOUR_BITS:
             continue
-        if activation is not None:
+        if stored.dtype == ir.DataType.UINT4:
             yield Finding(
-                _layer(node),
-                f"{node.op_type} of INT4 weights with quantised activations: a convolution is refused, "
-                "a matrix product's block scales are put in the wrong place",
-                "widen the weight to int8 (WidenInt4), or use the plugin's packed form",
+                _layer(node), "UINT4 constants are not read", "store the codes as INT4, less 8"
             )
-        elif node.op_type == "Conv" and "block_size" in weight.attributes:  # type: ignore[union-attr]
+        elif node.op_type != "DequantizeLinear":
             yield Finding(
                 _layer(node),
-                "a convolution's weight is scaled in blocks of input channels",
-                "scale it by output channel",
+                f"an INT4 constant feeds {node.op_type}; only DequantizeLinear and plugins take it",
+                "run the pass WidenInt4 over the graph",
             )
 
 
-def _wide_pairs(graph: ir.Graph) -> Iterator[Finding]:
-    """Without VNNI onnxruntime's uint8 x int8 product saturates; a missing zero point prevents it."""
-    if has_vnni():
+def _int4_products(node: ir.Node) -> Iterator[Finding]:
+    if node.op_type not in _PRODUCTS:
         return
-    for node in graph:
-        if node.op_type not in _PRODUCTS:
-            continue
-        activation, weight = (_dequantized(_input(node, index)) for index in (0, 1))
-        stored = _constant(weight.inputs[0]) if weight is not None else None
-        if activation is None or stored is None or stored.dtype not in _EIGHT_BITS:
-            continue
-        largest = int(np.abs(stored.numpy().astype(np.int16)).max())
-        if len(activation.inputs) > 2 and largest > PAIR_SAFE:
-            yield Finding(
-                _layer(node),
-                f"weights up to {largest} beside activations with a zero point saturate on a processor "
-                "without VNNI",
-                "leave the zero point out of the activation's DequantizeLinear",
-            )
+    activation, weight, stored = _operands(node)
+    if stored is None or stored.dtype not in _FOUR_BITS:
+        return
+    if activation is not None:
+        yield Finding(
+            _layer(node),
+            f"{node.op_type} of INT4 weights with quantised activations: a convolution is refused, "
+            "a matrix product's block scales are put in the wrong place",
+            "widen the weight to int8 (WidenInt4), or use the plugin's packed form",
+        )
+    elif node.op_type == "Conv" and "block_size" in weight.attributes:  # type: ignore[union-attr]
+        yield Finding(
+            _layer(node),
+            "a convolution's weight is scaled in blocks of input channels",
+            "scale it by output channel",
+        )
 
 
-def _float_products(graph: ir.Graph) -> Iterator[Finding]:
+def _wide_pairs(node: ir.Node) -> Iterator[Finding]:
+    """Without VNNI onnxruntime's uint8 x int8 product saturates; a missing zero point prevents it."""
+    if node.op_type not in _PRODUCTS:
+        return
+    activation, _, stored = _operands(node)
+    if activation is None or stored is None or stored.dtype not in _EIGHT_BITS:
+        return
+    largest = int(np.abs(stored.numpy().astype(np.int16)).max())
+    if len(activation.inputs) > 2 and largest > PAIR_SAFE and not has_vnni():
+        yield Finding(
+            _layer(node),
+            f"weights up to {largest} beside activations with a zero point saturate on a processor "
+            "without VNNI",
+            "leave the zero point out of the activation's DequantizeLinear",
+        )
+
+
+def _float_products(node: ir.Node) -> Iterator[Finding]:
     """What OpenVINO computes in float although both operands are whole numbers."""
-    for node in graph:
-        if node.op_type not in _PRODUCTS:
-            continue
-        activation, weight = (_dequantized(_input(node, index)) for index in (0, 1))
-        if activation is not None and weight is None:
-            yield Finding(
-                _layer(node),
-                "8-bit weights run in float on a processor without VNNI, where integer sums saturate",
-                "use 4-bit weights (w4a8), or a processor with VNNI",
-                fatal=False,
-            )
-        stored = _constant(weight.inputs[0]) if weight is not None else None
-        if stored is not None and stored.dtype in _FOUR_BITS:
-            yield Finding(
-                _layer(node),
-                "a 4-bit weight that feeds DequantizeLinear itself runs in float",
-                "put Cast(int8) and Sub(zero point) between them",
-                fatal=False,
-            )
+    if node.op_type not in _PRODUCTS:
+        return
+    activation, weight, stored = _operands(node)
+    if activation is not None and weight is None:
+        yield Finding(
+            _layer(node),
+            "8-bit weights run in float on a processor without VNNI, where integer sums saturate",
+            "use 4-bit weights (w4a8), or a processor with VNNI",
+            fatal=False,
+        )
+    if stored is not None and stored.dtype in _FOUR_BITS:
+        yield Finding(
+            _layer(node),
+            "a 4-bit weight that feeds DequantizeLinear itself runs in float",
+            "put Cast(int8) and Sub(zero point) between them",
+            fatal=False,
+        )
 
 
 _TENSORRT: tuple[_Rule, ...] = (
@@ -262,5 +255,6 @@ def check(model: ir.Model, runtime: Runtime) -> list[Finding]:
     """
     found: dict[Finding, None] = {}
     for rule in _RULES[runtime]:
-        found |= dict.fromkeys(rule(model.graph))
+        for node in model.graph:
+            found |= dict.fromkeys(rule(node))
     return list(found)

@@ -144,11 +144,9 @@ def step_parity(
         here = position == point.position
         mixed[here] = point.x[image[here]]
         other = _exported_at(exported, point.x, point.timestep, conditions)
-        row = compare(point.predicted, other)
-        if row.pooled_db < TIE_DB:
-            moved = _moved(reference, point.x, point.timestep, conditions)
-            row = compare(point.predicted, other, moved)
-        rows.append(row)
+        rows.append(
+            _with_floor(reference, point.x, point.timestep, conditions, point.predicted, other)
+        )
     rows.reverse()
     together = _mixed(reference, exported, mixed, position, schedule, conditions.take(image))
     rows.append(together)
@@ -186,12 +184,21 @@ def _exported_at(
 
 
 @torch.no_grad()
-def _moved(
-    reference: Callable[..., Any], x: Tensor, timestep: Tensor | float, conditions: Conditions
-) -> Tensor:
-    """The reference's prediction with the last bits moved; see `StepParity.floor_db`."""
+def _with_floor(
+    reference: Callable[..., Any],
+    x: Tensor,
+    timestep: Tensor | float,
+    conditions: Conditions,
+    predicted: Tensor,
+    other: Tensor,
+) -> StepParity:
+    """`compare(predicted, other)`, with the floor where they are not equal to the last bits."""
+    row = compare(predicted, other)
+    if row.pooled_db >= TIE_DB:
+        return row
     with _last_bit_moved(reference):
-        return predict(reference, x, timestep, conditions)
+        moved = predict(reference, x, timestep, conditions)
+    return compare(predicted, other, moved)
 
 
 @torch.no_grad()
@@ -207,9 +214,7 @@ def _mixed(
     timesteps = schedule.timesteps[position]
     together = predict(reference, x, timesteps, conditions)
     other = _exported_at(exported, x, timesteps, conditions)
-    row = compare(together, other)
-    if row.pooled_db < TIE_DB:
-        row = compare(together, other, _moved(reference, x, timesteps, conditions))
+    row = _with_floor(reference, x, timesteps, conditions, together, other)
     each = _each_db(together, other)
     for step in range(len(schedule)):
         at = position == step

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from trtq.errors import ArtefactError
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["RUNTIMES", "Runtime", "has_vnni", "prepare"]
+__all__ = ["RUNTIMES", "Runtime", "has_vnni", "load_graph", "prepare"]
 
 Runtime = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
@@ -21,6 +23,20 @@ def has_vnni() -> bool:
     except OSError:
         return True
     return "flags" not in text or "vnni" in text
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read a graph; its external data are read when they are needed.
+
+    Raises:
+        ArtefactError: the file cannot be read.
+    """
+    import onnx_ir as ir
+
+    try:
+        return ir.load(path)
+    except Exception as err:  # protobuf's DecodeError has no public base.
+        raise ArtefactError(f"cannot read {path}: {err}") from err
 
 
 def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from trtq.engine.taps import layer_outputs
 from trtq.errors import ArtefactError, UsageError
 from trtq.export.legality import check
-from trtq.export.parity import snr_db
-from trtq.export.targets import RUNTIMES, prepare
+from trtq.export.parity import TIE_DB, snr_db
+from trtq.export.targets import RUNTIMES, load_graph, prepare
 from trtq.manifest import MANIFEST_NAME, Manifest, artefact_kind, read_manifest, sha256
 from trtq.progress import Reporter, silent
 from trtq.quant.deployed import DeployedLayer, DeployedProduct
@@ -24,9 +24,6 @@ from trtq.stages.parity import PARITY_DB, step_parities
 from trtq.stages.run_folder import OpenRun, open_run
 
 __all__ = ["verify"]
-
-LAYER_DB = 60.0
-"""A layer's output holds a flipped code below this; without one it agrees to 100 dB or more."""
 
 
 def verify(
@@ -50,7 +47,7 @@ def verify(
         `kind`, `files` (how many were hashed), `ok`, and for an ONNX folder `runtimes`: by name `legal`
         and `findings` (`layer`, `rule`, `mend`, `fatal`). With `against`, `parity_db` (per step,
         cleanest first, last the mixed batch), `parity_db_min` and `parity_required_db`; with
-        `layers`, rows of `name`, `snr_db` and `first` (the first one below `LAYER_DB`).
+        `layers`, rows of `name`, `snr_db` and `first` (the first one below `TIE_DB`).
 
     Raises:
         UsageError: the options do not fit the artefact.
@@ -94,20 +91,14 @@ def verify(
     if layers:
         result["layers"] = _layers(source, model, run)
         result["first"] = next(
-            (row["name"] for row in result["layers"] if row["snr_db"] < LAYER_DB), None
+            (row["name"] for row in result["layers"] if row["snr_db"] < TIE_DB), None
         )
     report("compare with torch", 2, 2)
     return result
 
 
 def _legality(model: Path, runtime: Any) -> dict[str, Any]:
-    import onnx_ir as ir
-
-    try:
-        graph = ir.load(model)
-    except Exception as err:  # protobuf's DecodeError has no public base.
-        raise ArtefactError(f"cannot read {model}: {err}") from err
-    findings = check(prepare(graph, runtime), runtime)
+    findings = check(prepare(load_graph(model), runtime), runtime)
     return {
         "legal": not any(finding.fatal for finding in findings),
         "findings": [asdict(finding) for finding in findings],
