@@ -4,7 +4,9 @@
 
 Random weights in the published configuration, 64 x 64 latents, batch 1. Checkpoint, runs and graphs are
 kept in DIR and not made again. Every row is timed in a process of its own, in turns; the first call of
-each process, which compiles, is not counted. "constant" is the W8A8 graph with the scales of one step.
+each process, which compiles, is not counted. "constant" is a graph with the scales of one step; W7A8 is
+what a processor without VNNI can multiply in integers. With the package nncf there is one row more:
+OpenVINO's own runtime on its own post-training int8 of the same float graph.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +28,24 @@ import numpy as np
 import torch
 from sd_size import stage, write_checkpoint
 
+from trtq.engine.base import TensorSpec
 from trtq.engine.open import open_engine
 from trtq.export.targets import has_vnni
 from trtq.manifest import package_versions
 from trtq.quant.deployed import LayerTensors
 from trtq.resources import peak_rss_bytes
 
+BITS = ("w8a8", "w7a8", "w4a8")
 ROWS = (
     ("float", "cpu"),
     ("float", "openvino"),
     ("w8a8", "cpu"),
     ("w8a8", "openvino"),
-    ("constant", "openvino"),
+    ("w7a8", "openvino"),
     ("w4a8", "openvino"),
+    ("constant", "openvino"),
 )
+RIVAL = ("nncf", "openvino")
 
 
 def make(folder: Path) -> None:
@@ -48,7 +56,7 @@ def make(folder: Path) -> None:
         write_checkpoint(checkpoint)
     recipe = folder / "recipe.toml"
     recipe.write_text("[calibration]\nimages = 1\n")
-    for bits in ("w8a8", "w4a8"):
+    for bits in BITS:
         run, onnx = folder / f"run_{bits}", folder / bits
         if not run.is_dir():
             stage(
@@ -60,7 +68,7 @@ def make(folder: Path) -> None:
     if not (folder / "float").is_dir():
         stage("export", str(checkpoint), "-o", str(folder / "float"))
     if not (folder / "constant").is_dir():
-        _write_constant(folder / "run_w8a8", folder / "constant" / "unet")
+        _write_constant(folder / "run_w7a8", folder / "constant" / "unet")
 
 
 def _write_constant(run_folder: Path, out: Path) -> None:
@@ -82,22 +90,57 @@ def _write_constant(run_folder: Path, out: Path) -> None:
     write_graph(out, run.float_skeleton(), source, run, size, half=False)
 
 
-def time_one(folder: Path, name: str, provider: str, calls: int) -> dict[str, Any]:
-    """Load one graph and call it."""
-    start = time.perf_counter()
-    engine = open_engine(folder / name / "unet" / "model.onnx", provider)
-    generator = np.random.default_rng(0)
+def make_rival(folder: Path) -> bool:
+    """NNCF's post-training int8 of the float graph, if nncf is here and it is not there yet."""
+    try:
+        import nncf
+        import openvino
+    except ImportError:
+        return False
+    if (folder / "nncf").is_dir():
+        return True
+    graph = folder / "float" / "unet" / "model.onnx"
+    specs = open_engine(graph).inputs
+    model = openvino.Core().read_model(graph)
+    model.reshape({name: list(array.shape) for name, array in _feeds(specs).items()})
+    dataset = nncf.Dataset([_feeds(specs, seed) for seed in range(4)])
+    preset = nncf.QuantizationPreset.PERFORMANCE
+    quantized = nncf.quantize(model, dataset, preset=preset, subset_size=4)
+    openvino.save_model(quantized, folder / "nncf" / "model.xml", compress_to_fp16=False)
+    return True
+
+
+def _feeds(specs: Mapping[str, TensorSpec], seed: int = 0) -> dict[str, np.ndarray]:
+    """One input of each, of batch 1."""
+    generator = np.random.default_rng(seed)
     feeds = {}
-    for key, spec in engine.inputs.items():
+    for key, spec in specs.items():
         shape = [size if isinstance(size, int) else 1 for size in spec.shape]
         values = generator.standard_normal(shape).astype(spec.dtype)
         feeds[key] = np.full(shape, 501, spec.dtype) if key == "timestep" else values
-    engine.run(feeds)
+    return feeds
+
+
+def time_one(folder: Path, name: str, provider: str, calls: int) -> dict[str, Any]:
+    """Load one graph and call it."""
+    start = time.perf_counter()
+    call: Callable[[], object]
+    if (name, provider) == RIVAL:
+        import openvino
+
+        specs = open_engine(folder / "float" / "unet" / "model.onnx").inputs
+        start = time.perf_counter()
+        model = openvino.Core().compile_model(folder / "nncf" / "model.xml", "CPU")
+        call = partial(model.create_infer_request().infer, _feeds(specs))
+    else:
+        engine = open_engine(folder / name / "unet" / "model.onnx", provider)
+        call = partial(engine.run, _feeds(engine.inputs))
+    call()
     loaded = time.perf_counter() - start
     seconds = []
     for _ in range(calls):
         start = time.perf_counter()
-        engine.run(feeds)
+        call()
         seconds.append(time.perf_counter() - start)
     return {"load_seconds": loaded, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
 
@@ -117,7 +160,8 @@ def main() -> None:
         print(json.dumps(time_one(arguments.folder, *arguments.row, arguments.calls)))
         return
     make(arguments.folder)
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {row: [] for row in ROWS}
+    present = (*ROWS, RIVAL) if make_rival(arguments.folder) else ROWS
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {row: [] for row in present}
     for _ in range(arguments.rounds):
         for row, found in rows.items():
             command = [sys.executable, __file__, "--folder", str(arguments.folder), "--row", *row]

@@ -14,6 +14,7 @@ from trtq.export.passes import (
     FloatWideProducts,
     FloatWideWeights,
     FuseGroupNorm,
+    LinearAsConv,
     NarrowDoubles,
     SpellOutAngles,
     SpellOutGroupNorm,
@@ -170,6 +171,33 @@ def test_wide_weights_with_a_scale_of_their_own_are_refused():
     model = parse(WEIGHT.format("q, half"), q=wide(100), half=np.full(4, 0.5, np.float32))
     with pytest.raises(LegalityError, match="scaled before its product"):
         FloatWideWeights()(model)
+
+
+SEQUENCE = """g (float[2,5,3] x) => (float[2,5,4] y) {{
+    {codes} w = DequantizeLinear <axis = 1> ({weight}, one) y = MatMul(x, w) }}"""
+
+
+@pytest.mark.parametrize(
+    "codes", ["", "wide = Cast <to = 3> (q) shifted = Sub(wide, zero)"], ids=["int8", "int4"]
+)
+def test_products_of_sequences_become_convolutions_of_the_same_numbers(codes):
+    body = SEQUENCE.format(codes=codes, weight="shifted" if codes else "q")
+    q = np.arange(-6, 6, dtype=np.int8).reshape(3, 4)
+    model = parse(body, q=q, one=np.ones(4, np.float32), zero=np.array([1, 0, 2, -1], np.int8))
+    x = np.arange(30, dtype=np.float32).reshape(2, 5, 3) - 15
+    before = run(model, x=x)
+    assert LinearAsConv()(model).modified
+    assert "Conv" in operators(model)
+    assert "MatMul" not in operators(model)
+    np.testing.assert_array_equal(run(model, x=x)[0], before[0])
+    assert not LinearAsConv()(model).modified
+
+
+def test_products_without_a_sequence_or_of_two_activations_stay():
+    model = parse(WEIGHT.format("q, one"), q=wide(64), one=np.ones(4, np.float32))
+    assert not LinearAsConv()(model).modified
+    model = parse(PRODUCT.format(left="ka, one, zero", right="kb, one, zero"), **UNIT)
+    assert not LinearAsConv()(model).modified
 
 
 def test_a_low_bit_node_without_numbers_is_refused_and_none_is_left_alone():

@@ -44,7 +44,8 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
 
     onnxruntime's own providers take it as it is. OpenVINO and TensorRT have no float64 and a kernel for
     group norms; TensorRT takes no INT4 in front of a Cast. Without VNNI, OpenVINO's integer products
-    saturate where both factors have 8 bits, so those layers are computed in float.
+    saturate where both factors have 8 bits, so those layers are computed in float, and its products of
+    matrices are slow, so the others are given to it as convolutions.
 
     Returns:
         The model.
@@ -53,6 +54,7 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
         FloatWideProducts,
         FloatWideWeights,
         FuseGroupNorm,
+        LinearAsConv,
         NarrowDoubles,
         WidenInt4,
     )
@@ -65,6 +67,7 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
         if not has_vnni():
             FloatWideWeights()(model)
             FloatWideProducts()(model)
+            LinearAsConv()(model)
     else:
         WidenInt4()(model)
     return model

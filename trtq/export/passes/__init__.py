@@ -8,6 +8,7 @@ from trtq.export.passes.float_wide_weights import FloatWideWeights
 from trtq.export.passes.fuse_group_norm import FuseGroupNorm
 from trtq.export.passes.group_norm import SpellOutGroupNorm
 from trtq.export.passes.idle_squeeze import DropIdleSqueeze
+from trtq.export.passes.linear_as_conv import LinearAsConv
 from trtq.export.passes.narrow_doubles import NarrowDoubles
 from trtq.export.passes.silu import SpellOutSilu
 from trtq.export.passes.widen_int4 import WidenInt4
@@ -19,6 +20,7 @@ __all__ = [
     "FloatWideProducts",
     "FloatWideWeights",
     "FuseGroupNorm",
+    "LinearAsConv",
     "NarrowDoubles",
     "SpellOutAngles",
     "SpellOutGroupNorm",

@@ -282,7 +282,10 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                 )
             codes = self._codes[step.front]
             pair = [codes, one, zero] if paired else [codes, one]
-            self._dequantized[key] = builder.op("DequantizeLinear", pair, f"{prefix}activation")
+            y = builder.op("DequantizeLinear", pair, f"{prefix}activation")
+            # Later rewrites ask for its rank.
+            y.shape, y.type = x.shape, ir.TensorType(ir.DataType.FLOAT)
+            self._dequantized[key] = y
         return self._dequantized[key]
 
     @staticmethod
