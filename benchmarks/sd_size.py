@@ -1,10 +1,13 @@
-"""Time, memory and file sizes of the path at the size of Stable Diffusion 1.5, with random weights.
+"""Time, memory and file sizes of the path at the size of Stable Diffusion, with random weights.
 
-    python benchmarks/sd_size.py [--method search --bits w4a8 --steps 4 --images 4]
+    python benchmarks/sd_size.py [--model sd_1 --method search --bits w4a8 --steps 4 --images 4]
+    python benchmarks/sd_size.py --method efficientdm --bits w4a4 --iterations 2    # memory of fine-tuning
+    python benchmarks/sd_size.py --model sd_xl --method minmax --steps 1 --images 1
 
-diffusers' true classes in the published configuration (UNet 859.5 M parameters, 64 x 64 latents; VAE;
-CLIP text encoder). Weights are random: no quality is measured, only what the path costs. Each stage runs
-in a process of its own, so that its peak memory is its own.
+diffusers' true classes in the published configurations: UNet of 1.5 (859.5 M parameters, 64 x 64 latents)
+or of XL (2,567 M, 128 x 128); VAE; CLIP text encoders, those of XL with one layer each, since only their
+width matters to the UNet. Weights are random: no quality is measured, only what the path costs. Each stage
+runs in a process of its own, so that its peak memory is its own. Rows with other options are kept.
 """
 
 from __future__ import annotations
@@ -14,14 +17,19 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trtq.demo.train_shapes import build_tokenizer
 from trtq.manifest import package_versions
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from transformers import CLIPTextConfig, PreTrainedTokenizerBase
 
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -31,14 +39,6 @@ VAE = {
     "latent_channels": 4,
     "sample_size": 512,
 }
-TEXT = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "max_position_embeddings": 77,
-}
 SCHEDULER = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -47,35 +47,100 @@ SCHEDULER = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+UNET_XL = {
+    "sample_size": 128,
+    "cross_attention_dim": 2048,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
-def write_checkpoint(folder: Path) -> int:
-    """Write the pipeline; returns the number of the UNet's parameters."""
+def _tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = build_tokenizer()
+    tokenizer.model_max_length = 77
+    return tokenizer
+
+
+def _text_config(
+    tokenizer: PreTrainedTokenizerBase, width: int, heads: int, layers: int
+) -> CLIPTextConfig:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+        max_position_embeddings=tokenizer.model_max_length,
+    )
+
+
+def build_sd_1() -> DiffusionPipeline:
+    """A pipeline of Stable Diffusion 1.5's size, in float32."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
         StableDiffusionPipeline,
         UNet2DConditionModel,
     )
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    tokenizer.model_max_length = TEXT["max_position_embeddings"]
-    marks = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **marks, **TEXT))
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    StableDiffusionPipeline(
+    tokenizer = _tokenizer()
+    return StableDiffusionPipeline(
         vae=AutoencoderKL(**VAE),
-        text_encoder=text,
+        text_encoder=CLIPTextModel(_text_config(tokenizer, 768, 12, 12)),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
         scheduler=DDIMScheduler(**SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return sum(parameter.numel() for parameter in unet.parameters())
+    )
+
+
+def build_sd_xl() -> DiffusionPipeline:
+    """A pipeline of Stable Diffusion XL's size, in float16, as its checkpoints mostly are."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    first, second = _tokenizer(), _tokenizer()
+    return StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**VAE).half(),
+        text_encoder=CLIPTextModel(_text_config(first, 768, 12, 1)).half(),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(second, 1280, 20, 1)).half(),
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=UNet2DConditionModel(**UNET_XL).half(),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        add_watermarker=False,
+    )
+
+
+MODELS: dict[str, Callable[[], DiffusionPipeline]] = {"sd_1": build_sd_1, "sd_xl": build_sd_xl}
+
+
+def write_checkpoint(folder: Path, model: str = "sd_1") -> int:
+    """Write the pipeline; returns the number of the UNet's parameters."""
+    torch.manual_seed(0)
+    pipeline = MODELS[model]()
+    pipeline.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in pipeline.unet.parameters())
 
 
 def stage(*arguments: str) -> dict[str, Any]:
@@ -90,47 +155,62 @@ def stage(*arguments: str) -> dict[str, Any]:
     return result
 
 
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Quantise and export once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, run, onnx = folder / "checkpoint", folder / "run", folder / "onnx"
+    if not checkpoint.is_dir():
+        print(f"{write_checkpoint(checkpoint, arguments.model):,} parameters", file=sys.stderr)
+    recipe = folder / "recipe.toml"
+    text = f"[calibration]\nimages = {arguments.images}\n"
+    if arguments.iterations is not None:
+        text += f"[training]\niterations = {arguments.iterations}\nbatch = {arguments.batch}\n"
+    recipe.write_text(text)
+    made = stage(
+        *("quantize", str(checkpoint), "-o", str(run), "--overwrite"),
+        *("--method", arguments.method, "--bits", arguments.bits),
+        *("--steps", str(arguments.steps), "--recipe", str(recipe)),
+    )
+    row = {"quantize": made}
+    if arguments.iterations is None:
+        row["export"] = stage("export", str(run), "-o", str(onnx), "--overwrite")
+    return row
+
+
 def main() -> None:
-    """Measure and write one JSON file."""
+    """Measure and write one row."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=list(MODELS), default="sd_1")
     parser.add_argument("--method", default="search")
     parser.add_argument("--bits", default="w4a8")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--iterations", type=int, help="Of fine-tuning; nothing is exported then.")
+    parser.add_argument("--batch", type=int, default=1, help="Of fine-tuning.")
     parser.add_argument("--folder", type=Path, help="Keep checkpoint, run and ONNX here.")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("benchmarks/results/sd_size.json")
     )
     arguments = parser.parse_args()
+    keys = ("model", "method", "bits", "steps", "images", "iterations", "batch")
+    options = {key: getattr(arguments, key) for key in keys}
     with tempfile.TemporaryDirectory() as scratch:
-        folder: Path = arguments.folder or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint, run, onnx = folder / "checkpoint", folder / "run", folder / "onnx"
-        if not checkpoint.is_dir():
-            print(f"{write_checkpoint(checkpoint):,} parameters", file=sys.stderr)
-        recipe = folder / "recipe.toml"
-        recipe.write_text(f"[calibration]\nimages = {arguments.images}\n")
-        made = stage(
-            *("quantize", str(checkpoint), "-o", str(run), "--overwrite"),
-            *("--method", arguments.method, "--bits", arguments.bits),
-            *("--steps", str(arguments.steps), "--recipe", str(recipe)),
-        )
-        exported = stage("export", str(run), "-o", str(onnx), "--overwrite")
-        record = {
-            "quantize": made,
-            "export": exported,
-            "options": {
-                key: getattr(arguments, key) for key in ("method", "bits", "steps", "images")
-            },
-            "threads": torch.get_num_threads(),
-            "packages": package_versions(),
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        }
+        row = measure(arguments.folder or Path(scratch), arguments)
+    row |= {
+        "options": options,
+        "threads": torch.get_num_threads(),
+        "packages": package_versions(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.is_file() else []
+    rows = [other for other in rows if other["options"] != options] + [row]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+    arguments.output.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
     for name in ("quantize", "export"):
-        seconds, peak = record[name]["seconds"], record[name]["peak_rss_bytes"] / 1e9
-        print(f"{name}: {seconds:.0f} s, peak {peak:.1f} GB")
+        if name in row:
+            seconds, peak = row[name]["seconds"], row[name]["peak_rss_bytes"] / 1e9
+            print(f"{name}: {seconds:.0f} s, peak {peak:.1f} GB")
+    made = row["quantize"]
     print(f"run: {made['bytes_after'] / made['bytes_before']:.3f} x of float32")
 
 

@@ -22,6 +22,7 @@ __all__ = ["Attention", "Calibration", "Quest", "Recipe", "Training", "load_reci
 POST_TRAINING = ("minmax", "search")
 _FOLDER = Path(__file__).parent / "recipes"
 _LARGE_MODEL = 100_000_000
+_LARGE_AT_ONCE = 2
 
 
 class _Strict(BaseModel):
@@ -66,6 +67,9 @@ class Training(_Strict):
     """Images per process and accumulation step."""
     accumulate: int = Field(1, ge=1)
     """Gradient accumulation steps per optimiser step."""
+    at_once: int | None = Field(None, ge=1)
+    """Most images in one forward and backward pass; a larger batch is accumulated from several. None: the
+    whole batch, or 2 from a hundred million parameters on."""
     rank: int = Field(32, ge=0)
     """Of the QALoRA adapters; 0 for none."""
     base: Literal["fp", "int"] = "fp"
@@ -99,6 +103,13 @@ class Training(_Strict):
     """How the optimiser treats the entries of a timestep table; see `trtq.train.table_adam`."""
     checkpoint_every: int = Field(200, ge=1)
     """Iterations between checkpoints."""
+
+    def divided(self, parameters: int) -> Training:
+        """The same batches for a model of this size, in as many passes as `at_once` asks for."""
+        whole = self.batch if parameters < _LARGE_MODEL else _LARGE_AT_ONCE
+        passes = -(-self.batch // (self.at_once or whole))
+        batch, accumulate = -(-self.batch // passes), self.accumulate * passes
+        return self.model_copy(update={"batch": batch, "accumulate": accumulate})
 
     def recomputes(self, parameters: int) -> bool:
         """Whether a model of this size is fine-tuned with gradient checkpointing."""

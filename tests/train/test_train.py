@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import tiny_pipeline
 from trtq.calib.policy import load_policy, plan_layers
+from trtq.calib.recipe import Training
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import load_source
 from trtq.errors import ArtefactError, NonFiniteError
@@ -113,6 +114,36 @@ def test_every_variant_makes_a_run(options, tmp_path):
     assert set(options.items()) <= set(record["recipe"]["training"].items())
     rounded = result.get("zero_points_rounded_after_training", False)
     assert rounded == (options.get("zero_points") == "float")
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters", "expected"),
+    [
+        ({}, 1_000_000, (40, 1)),
+        ({}, 859_500_000, (2, 20)),
+        ({"at_once": 16}, 1_000_000, (14, 3)),
+        ({"at_once": 1, "accumulate": 2}, 859_500_000, (1, 80)),
+        ({"at_once": 64}, 859_500_000, (40, 1)),
+    ],
+)
+def test_batches_are_divided_into_passes_that_fit(options, parameters, expected):
+    divided = Training(iterations=1, batch=40, **options).divided(parameters)
+    assert (divided.batch, divided.accumulate) == expected
+    assert divided.divided(parameters) == divided
+
+
+def test_the_passes_of_a_divided_batch_stand_at_steps_of_their_own():
+    source = load_source(tiny_pipeline())
+    trajectories = Trajectories(
+        source.denoiser,
+        source.schedule(4),
+        source.sample_shape,
+        source.draw_conditions,
+        batch=2,
+        slots=2,
+    )
+    seen = [t for slot in range(2) for t in trajectories.next(slot, 0).timestep.tolist()]
+    assert sorted(seen) == sorted(source.timesteps(4))
 
 
 def test_training_reduces_the_error_and_leaves_the_teacher_alone():

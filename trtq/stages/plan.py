@@ -147,6 +147,10 @@ def plan_quantize(
         source.resize(recipe.size)
     if recipe.guidance is None:
         recipe = recipe.model_copy(update={"guidance": source.guidance})
+    if recipe.training is not None:
+        parameters = sum(p.numel() for p in source.denoiser.parameters())
+        training = recipe.training.divided(parameters)
+        recipe = recipe.model_copy(update={"training": training})
     if recipe.prompts is not None:
         if source.prompts is None:
             raise UsageError(f"{source.name} takes no prompts")

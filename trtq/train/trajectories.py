@@ -64,7 +64,8 @@ class Trajectories:
         purpose: keeps the randomness of different stages apart.
         guidance: classifier-free guidance of the teacher.
         eta: noise of the teacher's DDIM steps.
-        staggered: each item of a batch stands at a step of its own; otherwise all stand at one step.
+        staggered: each item stands at a step of its own, in all micro-batches of an optimiser step
+            together; otherwise all stand at one step.
         weighted: errors count by what they do to the final sample (`NoiseSchedule.influence`);
             otherwise alike at every step.
         device: where the teacher is. All randomness is drawn on the CPU, so it is the same everywhere.
@@ -96,6 +97,7 @@ class Trajectories:
         self.draw_conditions = draw_conditions
         self.batch = batch
         self.streams = [stream + slot * stride for slot in range(slots)]
+        self._all_streams = slots * stride
         self.seed = seed
         self.purpose = purpose
         self.guidance = guidance
@@ -134,7 +136,10 @@ class Trajectories:
             self.draw_conditions(self.batch, generator).to(self.device),
         )
         if self.staggered:
-            places = torch.arange(self.batch, device=self.device) * len(self.schedule) // self.batch
+            # Over all processes and accumulation steps: each optimiser step sees all of the trajectory.
+            place = torch.arange(self.batch, device=self.device) * self._all_streams
+            place += self.streams[slot]
+            places = place * len(self.schedule) // (self.batch * self._all_streams)
             for position in range(int(places.max())):
                 late = places > position
                 teacher = self._teach(pool.x[late], pool.position[late], pool.conditions.take(late))
