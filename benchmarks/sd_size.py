@@ -1,13 +1,14 @@
 """Time, memory and file sizes of the path at the size of Stable Diffusion, with random weights.
 
     python benchmarks/sd_size.py [--model sd_1 --method search --bits w4a8 --steps 4 --images 4]
-    python benchmarks/sd_size.py --method efficientdm --bits w4a4 --iterations 2    # memory of fine-tuning
+    python benchmarks/sd_size.py --method efficientdm --bits w4a4 --iterations 2   (its memory)
     python benchmarks/sd_size.py --model sd_xl --method minmax --steps 1 --images 1
 
-diffusers' true classes in the published configurations: UNet of 1.5 (859.5 M parameters, 64 x 64 latents)
-or of XL (2,567 M, 128 x 128); VAE; CLIP text encoders, those of XL with one layer each, since only their
-width matters to the UNet. Weights are random: no quality is measured, only what the path costs. Each stage
-runs in a process of its own, so that its peak memory is its own. Rows with other options are kept.
+diffusers' true classes in the published configurations: UNet of 1.5 (859.5 M parameters, 64 x 64
+latents) or of XL (2,567 M, 128 x 128); VAE; CLIP text encoders, those of XL with one layer each, since
+only their width matters to the UNet. Weights are random: no quality is measured, only what the path
+costs. Each stage runs in a process of its own, so that its peak memory is its own. Rows with other
+options are kept.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ class Training(_Strict):
     accumulate: int = Field(1, ge=1)
     """Gradient accumulation steps per optimiser step."""
     at_once: int | None = Field(None, ge=1)
-    """Most images in one forward and backward pass; a larger batch is accumulated from several. None: the
-    whole batch, or 2 from a hundred million parameters on."""
+    """Most images in one forward and backward pass; a larger batch is accumulated from several. None:
+    the whole batch, or 2 from a hundred million parameters on."""
     rank: int = Field(32, ge=0)
     """Of the QALoRA adapters; 0 for none."""
     base: Literal["fp", "int"] = "fp"

@@ -55,6 +55,20 @@ def test_a_pipeline_goes_the_whole_way(name, tmp_path):
     assert float((images - expected).abs().mean()) < 0.02
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_run_is_exported_at_another_size_than_it_was_calibrated_at(name, tmp_path):
+    """At every step and at mixed steps; four items at least stand at two steps."""
+    run = tmp_path / "run"
+    quantize(build(name), RECIPE, run)
+    multiple = load_source(build(name)).image_size[0]
+    for size in (f"{multiple}x{2 * multiple}", f"{2 * multiple}x{2 * multiple}"):
+        onnx = tmp_path / size
+        exported = export_onnx(run, onnx, size=size)
+        assert len(exported["parity_db"]) == RECIPE["steps"] + 1
+        assert exported["parity_db_min"] >= 40
+
+
 @pytest.mark.parametrize("name", ["sd_1", "dit", "pixart", "sd_3", "flux"])
 def test_the_policy_of_a_family_names_every_layer(name, caplog):
     source = load_source(build(name))

@@ -21,7 +21,7 @@ __all__ = [
     "MOST_TIES",
     "StepParity",
     "compare",
-    "mixed_parity",
+    "noise_parity",
     "snr_db",
     "step_parity",
 ]
@@ -156,21 +156,21 @@ def step_parity(
     return rows
 
 
-def mixed_parity(
+def noise_parity(
     reference: Callable[..., Any],
     exported: Callable[..., Any],
     schedule: NoiseSchedule,
     noise: Tensor,
     conditions: Conditions,
 ) -> list[StepParity]:
-    """Compare one batch whose items stand at different steps, at the noise itself.
+    """Compare at the noisiest step alone.
 
     The arguments are those of `step_parity`.
 
     Returns:
         One row.
     """
-    position = torch.linspace(0, len(schedule) - 1, len(noise)).round().long()
+    position = torch.zeros(len(noise), dtype=torch.long)
     return [_mixed(reference, exported, noise, position, schedule, conditions)]
 
 

@@ -110,7 +110,7 @@ def export_onnx(
 
     Returns:
         `parity_db_min`, `parity_db` (per step, cleanest first; last the mixed batch; of models beyond
-        half a billion weights that alone, see `trtq.stages.parity.step_parities`; images in which a
+        half a billion weights one, see `trtq.stages.parity.step_parities`; images in which a
         value fell on the other side of a rounding tie are set aside, see `StepParity`),
         `parity_db_pooled_min` (nothing set aside), `parity_ties` (share of such images),
         `parity_floor_db` (torch against itself, see `StepParity`), `parity_largest_db` (the least at the

@@ -9,7 +9,7 @@ from trtq.diffusion.sampling import seeded_noise
 from trtq.diffusion.source import Source
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import OrtEngine
-from trtq.export.parity import StepParity, mixed_parity, step_parity
+from trtq.export.parity import StepParity, noise_parity, step_parity
 from trtq.seeds import seeded_generator
 from trtq.stages.run_folder import OpenRun
 
@@ -29,8 +29,8 @@ def step_parities(
 ) -> list[StepParity]:
     """Compare a graph on onnxruntime's CPU provider with torch at every calibrated step.
 
-    A model of more than half a billion weights is compared in one batch whose items stand at
-    different steps, unless `thorough`: each step more is minutes on a CPU.
+    A model of more than half a billion weights is compared with one image at the noisiest step, unless
+    `thorough`: each image more is a minute on a CPU and gigabytes of activations.
 
     Args:
         source: the pipeline around the torch denoiser, at the size to compare at.
@@ -39,7 +39,7 @@ def step_parities(
         thorough: every step, however large the model.
 
     Returns:
-        One row per step, cleanest first, and last one of a batch of mixed steps; or that one alone.
+        One row per step, cleanest first, and last one of a batch of mixed steps; or one alone.
     """
     exported = EngineDenoiser(
         OrtEngine(model, frugal=True), source.model.config, type(source.model)
@@ -52,9 +52,9 @@ def step_parities(
     fewest, most = _PARITY_IMAGES
     images = max(fewest, min(most, _PARITY_VALUES // math.prod(source.sample_shape)))
     weights = sum(tensor.numel() for tensor in source.denoiser.state_dict().values())
-    large = weights * fewest > _PARITY_WEIGHTS
-    images = max(1, min(images, _PARITY_WEIGHTS // weights))
+    large = weights * fewest > _PARITY_WEIGHTS and not thorough
+    images = 1 if large else max(1, min(images, _PARITY_WEIGHTS // weights))
     conditions = source.draw_conditions(images, generator)
     noise = seeded_noise(source.sample_shape, 0, 0, images)
-    compared = mixed_parity if large and not thorough else step_parity
+    compared = noise_parity if large else step_parity
     return compared(source.denoiser, exported, schedule, noise, conditions)
