@@ -291,6 +291,72 @@ def export(
 
 
 @app.command()
+def build(
+    path: Annotated[str, typer.Argument(help="An ONNX folder.")],
+    output: Output,
+    backend: Annotated[
+        str | None,
+        typer.Option("--backend", help="tensorrt-rtx or tensorrt; by default what is installed."),
+    ] = None,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option("--arch", help="E.g. sm86; may be repeated. Default: sm86, sm89 and sm120."),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", help="MIN:MAX images; by default what was exported for."),
+    ] = None,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Weights may stay on the host.")
+    ] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Weights can be exchanged; needs a GPU.")
+    ] = False,
+    workspace: Annotated[
+        int | None, typer.Option("--workspace", min=1, help="Most MiB of scratch on the device.")
+    ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Use engines that were built before.")
+    ] = True,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build TensorRT engines of an ONNX folder; TensorRT-RTX needs no GPU for it.
+
+    Example: trtq build onnx -o engine --arch sm86 --arch sm89
+    """
+    from trtq.stages.build import build_engines
+    from trtq.stages.export import parse_batch
+
+    with _command(verbose):
+        result = build_engines(
+            path,
+            output,
+            backend=backend,
+            architectures=arch or [],
+            batch=None if batch is None else parse_batch(batch),
+            weight_streaming=weight_streaming,
+            refit=refit,
+            workspace_bytes=None if workspace is None else workspace << 20,
+            use_cache=cache,
+            overwrite=overwrite,
+            report=LineReporter(),
+        )
+
+        def human(found: dict[str, Any]) -> None:
+            table = Table(title=f"engine: {output}", title_justify="left")
+            keys = ("name", "engine_bytes", "layers", "float", "build_seconds", "cached")
+            for key in keys:
+                table.add_column(key)
+            for row in found["engines"]:
+                table.add_row(*(str(row[key]) for key in keys))
+            _out.print(table)
+
+        _show(result, as_json, human)
+
+
+@app.command()
 def generate(
     path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],
     output: Output,

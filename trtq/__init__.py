@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "export", "load", "quantize"]
+__all__ = ["__version__", "build", "export", "load", "quantize"]
 
 if TYPE_CHECKING:
+    from trtq.stages.build import build_engines as build
     from trtq.stages.export import export_onnx as export
     from trtq.stages.load import load
     from trtq.stages.quantize import quantize
@@ -29,6 +30,10 @@ def __getattr__(name: str) -> Any:
         from trtq.stages.quantize import quantize
 
         return quantize
+    if name == "build":
+        from trtq.stages.build import build_engines
+
+        return build_engines
     if name == "load":
         from trtq.stages.load import load
 

@@ -11,6 +11,7 @@ TrtqError                  anything trtq raises on purpose
 │   ├── NonFiniteError     NaN or infinity, with the name of the layer
 │   └── StepError          a quantised layer was called without its denoising step
 ├── LegalityError          the graph would hold something the target does not accept
+├── BuildError             an engine's builder refused, crashed or ran out of memory
 └── GateError              a check or a gate was not met: parity after export, `--gate`
 ```
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 __all__ = [
     "ArtefactError",
+    "BuildError",
     "GateError",
     "IntegrityError",
     "LegalityError",
@@ -76,6 +78,10 @@ class StepError(QuantizationError, RuntimeError):
 
 class LegalityError(TrtqError):
     """The graph would hold something the target does not accept."""
+
+
+class BuildError(TrtqError):
+    """An engine's builder refused the graph, crashed or ran out of memory."""
 
 
 class GateError(TrtqError):

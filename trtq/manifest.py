@@ -43,7 +43,7 @@ __all__ = [
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 CHECKPOINTS = "checkpoints"
-Kind = Literal["run", "onnx"]
+Kind = Literal["run", "onnx", "engine"]
 
 _PACKAGES = (
     "trtq",
@@ -56,6 +56,8 @@ _PACKAGES = (
     "onnxruntime-openvino",
     "onnxruntime-gpu",
     "onnxruntime",
+    "tensorrt-rtx",
+    "tensorrt",
 )
 
 

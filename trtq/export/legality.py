@@ -216,7 +216,7 @@ def _float_products(node: ir.Node) -> Iterator[Finding]:
         yield Finding(
             _layer(node),
             "8-bit weights run in float on a processor without VNNI, where integer sums saturate",
-            "use 4-bit weights (w4a8), or a processor with VNNI",
+            "use weights of at most 7 bits (w7a8, w4a8), or a processor with VNNI",
             fatal=False,
         )
     if stored is not None and stored.dtype in _FOUR_BITS:

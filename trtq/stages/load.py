@@ -41,7 +41,7 @@ def open_any(
         raise UsageError(f"unknown provider {provider!r}; choose one of {', '.join(known)}")
     folder = Path(path) if isinstance(path, str | Path) else None
     kind = artefact_kind(folder) if folder is not None and folder.is_dir() else None
-    if folder is None or kind != "onnx":
+    if folder is None or kind not in ("onnx", "engine"):
         if provider not in (None, TORCH):
             what = "a run" if kind == "run" else "a float checkpoint"
             raise UsageError(
@@ -49,6 +49,8 @@ def open_any(
                 f"trtq export {path} -o ONNX"
             )
         return load_source(path) if folder is None or kind is None else open_run(folder).source()
+    if kind == "engine":
+        raise UsageError(f"{path} holds engines, which this version builds and cannot run yet")
     if provider == TORCH:
         raise UsageError(f"{path} is an ONNX folder; run it with one of {', '.join(PROVIDERS)}")
     manifest = read_manifest(folder, "onnx")

@@ -1,0 +1,210 @@
+"""Engines of TensorRT-RTX are built without a GPU, and whatever goes wrong is one clear error."""
+
+import os
+import signal
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import trtq
+from trtq.engine.tensorrt import compile as compiling
+from trtq.engine.tensorrt.backends import BACKENDS, Backend, check_architectures, find_backend
+from trtq.engine.tensorrt.compile import cache_folder, compile_engine
+from trtq.engine.tensorrt.job import Answer, Job
+from trtq.engine.tensorrt.worker import _named
+from trtq.errors import ArtefactError, BuildError, LegalityError, MissingDependencyError, UsageError
+from trtq.manifest import read_manifest
+from trtq.stages.build import build_engines, profile_of
+
+RTX = BACKENDS["tensorrt-rtx"]
+needs_rtx = pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")
+SMALL = """<ir_version: 10, opset_import: ["" : 21]>
+g (float16[batch,8] x) => (float16[batch,4] y) { y = MatMul(x, w) }"""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))
+
+
+def write_graph(folder, operator="MatMul"):
+    import onnx
+
+    folder.mkdir()
+    proto = onnx.parser.parse_model(SMALL.replace("MatMul", operator))
+    weight = onnx.numpy_helper.from_array(np.ones((8, 4), np.float16), "w")
+    proto.graph.initializer.append(weight)
+    onnx.save(proto, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def job(tmp_path, **options):
+    graph = tmp_path / "graph"
+    settings = {
+        "module": RTX.module,
+        "graph": graph / "model.onnx" if graph.exists() else write_graph(graph),
+        "engine": tmp_path / "model.engine",
+        "architectures": ["sm86"],
+        "profiles": [{"x": ([1, 8], [2, 8], [4, 8])}],
+    }
+    return Job(**settings | options)
+
+
+@needs_rtx
+def test_the_digits_become_an_engine_for_several_architectures(digits_onnx, tmp_path):
+    out = tmp_path / "engine"
+    result = trtq.build(digits_onnx, out, architectures=["sm86", "sm89", "SM120"])
+    assert result["architectures"] == ["sm86", "sm89", "sm120"]
+    (row,) = result["engines"]
+    assert row["name"] == "unet"
+    assert row["float"] == 0
+    assert result["engine_bytes"] == (out / "unet" / "model.engine").stat().st_size > 1 << 20
+    assert result["peak_rss_bytes"] > 1 << 28
+    manifest = read_manifest(out, "engine")
+    assert manifest.options["architectures"] == result["architectures"]
+    assert manifest.source.files["unet/model.onnx"]
+    assert (out / "scheduler" / "scheduler_config.json").is_file()
+    assert not list(out.rglob("*.onnx*"))
+    with pytest.raises(UsageError, match="cannot run yet"):
+        trtq.load(out)
+
+
+@needs_rtx
+def test_an_engine_is_built_once_and_a_changed_copy_is_not_used(tmp_path):
+    first = compile_engine(RTX, job(tmp_path))
+    content = (tmp_path / "model.engine").read_bytes()
+    again = compile_engine(RTX, job(tmp_path))
+    assert (first.cached, again.cached) == (False, True)
+    assert (tmp_path / "model.engine").read_bytes() == content
+    assert not compile_engine(RTX, job(tmp_path, architectures=["sm89"])).cached
+    wider = [{"x": ([1, 8], [2, 8], [16, 8])}]
+    assert not compile_engine(RTX, job(tmp_path, profiles=wider)).cached
+    assert not compile_engine(RTX, job(tmp_path), use_cache=False).cached
+    for engine in cache_folder().glob("*/model.engine"):
+        engine.write_bytes(engine.read_bytes()[:-1] + b"?")
+    assert not compile_engine(RTX, job(tmp_path)).cached
+    assert compile_engine(RTX, job(tmp_path)).cached
+
+
+@needs_rtx
+def test_an_operator_that_the_builder_does_not_know_is_named(tmp_path):
+    write_graph(tmp_path / "graph", operator="MatMulInteger")
+    with pytest.raises(BuildError, match="MatMulInteger"):
+        compile_engine(RTX, job(tmp_path))
+    assert not (tmp_path / "model.engine").exists()
+
+
+@needs_rtx
+def test_an_architecture_without_the_kernels_is_an_error_of_the_builder(tmp_path):
+    """TensorRT-RTX 1.7 has no float32 products for Turing."""
+    graph = write_graph(tmp_path / "graph")
+    model = ir.load(graph)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.dtype = ir.DataType.FLOAT
+    weight = model.graph.initializers["w"]
+    weight.const_value = ir.tensor(np.ones((8, 4), np.float32), name="w")
+    weight.dtype = ir.DataType.FLOAT
+    ir.save(model, graph)
+    with pytest.raises(BuildError, match="SM75"):
+        compile_engine(RTX, job(tmp_path, architectures=["sm75"]))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (f"os.kill(os.getpid(), {int(signal.SIGSEGV)})", r"crashed \(SIGSEGV\).*trtq verify"),
+        (f"os.kill(os.getpid(), {int(signal.SIGKILL)})", "for want of memory: it needs about 1.0"),
+        ("sys.exit('no library')", "ended with code 1: no library"),
+    ],
+    ids=["crash", "killed", "no answer"],
+)
+def test_a_builder_that_dies_is_one_error(body, message, tmp_path, monkeypatch):
+    (tmp_path / "dying_worker.py").write_text(f"import os, sys\n{body}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(compiling, "_WORKER", "dying_worker")
+    with pytest.raises(BuildError, match=message):
+        compile_engine(RTX, job(tmp_path))
+
+
+def test_nothing_is_left_when_a_build_fails(digits_onnx, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise BuildError("no")
+
+    monkeypatch.setattr("trtq.stages.build.compile_engine", fail)
+    monkeypatch.setattr("trtq.stages.build.find_backend", lambda _: RTX)
+    with pytest.raises(BuildError, match="no"):
+        build_engines(digits_onnx, tmp_path / "engine")
+    assert [path for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+def test_a_graph_that_would_be_computed_wrongly_is_not_built(digits_onnx, tmp_path, monkeypatch):
+    from trtq.export.legality import Finding
+
+    monkeypatch.setattr("trtq.stages.build.find_backend", lambda _: RTX)
+    monkeypatch.setattr(
+        "trtq.stages.build.check", lambda *_: [Finding("conv_in", "a rule", "a mend")]
+    )
+    with pytest.raises(LegalityError, match="does not take 'conv_in': a rule; a mend"):
+        build_engines(digits_onnx, tmp_path / "engine")
+
+
+@pytest.mark.parametrize(
+    ("backend", "wanted", "message"),
+    [
+        ("tensorrt-rtx", ["sm90"], "cannot build for 'sm90'; it can for sm75, sm80"),
+        ("tensorrt-rtx", ["sm86", "current"], "one of several"),
+        ("tensorrt", ["sm86"], "the GPU that is there"),
+    ],
+)
+def test_architectures_that_a_backend_has_not(backend, wanted, message):
+    with pytest.raises(UsageError, match=message):
+        check_architectures(BACKENDS[backend], wanted)
+
+
+def test_architectures_are_taken_in_any_spelling_and_once():
+    assert check_architectures(RTX, ["SM_86", "sm86"]) == ["sm86"]
+    assert check_architectures(RTX, []) == ["sm86", "sm89", "sm120"]
+    assert check_architectures(BACKENDS["tensorrt"], []) == ["current"]
+
+
+def test_a_backend_that_is_not_there_says_how_to_install_it(monkeypatch):
+    with pytest.raises(UsageError, match="choose one of tensorrt-rtx, tensorrt"):
+        find_backend("trt")
+    monkeypatch.setattr(Backend, "installed", False)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'trtq\[rtx\]' or install"):
+        find_backend()
+    with pytest.raises(MissingDependencyError, match="tensorrt is not installed"):
+        find_backend("tensorrt")
+
+
+def test_only_an_onnx_folder_is_built(digits_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("trtq.stages.build.find_backend", lambda _: RTX)
+    with pytest.raises(UsageError, match="trtq export RUN -o ONNX"):
+        build_engines(tmp_path / "nothing", tmp_path / "engine")
+    with pytest.raises(ArtefactError, match="of kind 'run'"):
+        build_engines(digits_run, tmp_path / "engine")
+    with pytest.raises(UsageError, match="where there is a GPU"):
+        build_engines(tmp_path / "nothing", tmp_path / "engine", refit=True)
+
+
+def test_free_axes_without_a_range_are_refused(tmp_path):
+    model = ir.load(write_graph(tmp_path / "graph"))
+    assert profile_of(model, {"batch": (1, 2, 8)}) == {"x": ([1, 8], [2, 8], [8, 8])}
+    with pytest.raises(UsageError, match="free axis 'batch' of unknown range"):
+        profile_of(model, {})
+
+
+def test_the_layer_is_read_out_of_what_the_builder_says():
+    assert _named(["x", "Error Code 10: could not find any implementation for node {a}"]) is None
+    assert _named(["IBuilder: node [conv_in/conv]: unsupported"]) == "conv_in/conv"
+
+
+def test_the_cache_survives_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("TRTQ_CACHE", str(blocked))
+    monkeypatch.setattr(
+        compiling, "_run_worker", lambda job: job.engine.write_bytes(b"e") and Answer()
+    )
+    assert not compile_engine(RTX, job(tmp_path)).cached

@@ -1,0 +1,109 @@
+"""Which TensorRT can build here."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Literal
+
+from trtq.errors import MissingDependencyError, UsageError
+
+__all__ = ["BACKENDS", "CURRENT", "Backend", "check_architectures", "find_backend"]
+
+CURRENT = "current"
+"""The architecture of the GPU that is there while building."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A builder.
+
+    Attributes:
+        name: as `--backend` takes it.
+        module: of Python.
+        architectures: it can build for without a GPU; none: only for the GPU that is there.
+        default: those that it builds for when none is named.
+        install: what to do when it is not there.
+    """
+
+    name: Literal["tensorrt-rtx", "tensorrt"]
+    module: str
+    architectures: tuple[str, ...]
+    default: tuple[str, ...]
+    install: str
+
+    @property
+    def installed(self) -> bool:
+        """Whether its module can be found; nothing is imported."""
+        return importlib.util.find_spec(self.module) is not None
+
+    @property
+    def version(self) -> str:
+        """Of the installed package."""
+        for name in metadata.packages_distributions().get(self.module, [self.module]):
+            try:
+                return metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        return "unknown"
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "tensorrt-rtx",
+            "tensorrt_rtx",
+            ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+            ("sm86", "sm89", "sm120"),
+            "pip install 'trtq[rtx]'",
+        ),
+        Backend(
+            "tensorrt",
+            "tensorrt",
+            (),
+            (CURRENT,),
+            "install TensorRT 10.13 or later from NVIDIA's package index",
+        ),
+    )
+}
+
+
+def find_backend(name: str | None = None) -> Backend:
+    """The builder of this name, or the first that is installed.
+
+    Raises:
+        UsageError: the name is unknown.
+        MissingDependencyError: it is not installed, or none is.
+    """
+    if name is not None and name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    wanted = BACKENDS.values() if name is None else [BACKENDS[name]]
+    for backend in wanted:
+        if backend.installed:
+            return backend
+    what = "neither TensorRT-RTX nor TensorRT is" if name is None else f"{name} is not"
+    advice = " or ".join(backend.install for backend in wanted)
+    raise MissingDependencyError(f"{what} installed: {advice}")
+
+
+def check_architectures(backend: Backend, wanted: list[str]) -> list[str]:
+    """The architectures to build for, without doubles; the backend's own when none is wanted.
+
+    Raises:
+        UsageError: the backend cannot build for one of them.
+    """
+    chosen = list(dict.fromkeys(name.lower().replace("_", "") for name in wanted))
+    allowed = (*backend.architectures, CURRENT)
+    for name in chosen:
+        if name not in allowed:
+            raise UsageError(
+                f"{backend.name} cannot build for {name!r}; it can for {', '.join(allowed)}"
+                + (" (the GPU that is there)" if not backend.architectures else "")
+            )
+    if CURRENT in chosen and len(chosen) > 1:
+        raise UsageError(
+            f"{CURRENT!r} stands for the GPU that is there, and cannot be one of several"
+        )
+    return chosen or list(backend.default)

@@ -1,0 +1,199 @@
+"""One graph to one engine, in a process of its own, or from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from trtq.engine.tensorrt.backends import CURRENT, Backend
+from trtq.engine.tensorrt.job import Answer, Job
+from trtq.errors import BuildError
+from trtq.manifest import package_versions, sha256
+from trtq.resources import available_bytes
+
+__all__ = ["ENGINE_FILE", "Compiled", "cache_folder", "compile_engine", "estimated_peak_bytes"]
+
+ENGINE_FILE = "model.engine"
+_ENTRY_FILE = "entry.json"
+_WORKER = "trtq.engine.tensorrt.worker"
+_PACKAGE = Path(__file__).parent.parent.parent
+_BASE_BYTES = 1 << 30
+_BYTES_PER_GRAPH_BYTE = 4
+"""Peak of TensorRT-RTX 1.7 per byte of the graph, its int8 weights widened: seen with graphs of 60 MB to
+3.4 GB."""
+_LAST_LINES = 5
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An engine that was built, or found in the cache.
+
+    Attributes:
+        answer: how building it went.
+        cached: whether it was found.
+        engine_bytes: size of its file.
+    """
+
+    answer: Answer
+    cached: bool
+    engine_bytes: int
+
+
+def cache_folder() -> Path:
+    """Where engines are kept: `TRTQ_CACHE`, or the user's own cache folder."""
+    own = os.environ.get("TRTQ_CACHE")
+    if own:
+        return Path(own) / "engines"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "trtq" / "engines"
+
+
+def estimated_peak_bytes(graph: Path) -> int:
+    """Memory that building is likely to take."""
+    size = sum(path.stat().st_size for path in graph.parent.iterdir() if path.is_file())
+    return _BASE_BYTES + _BYTES_PER_GRAPH_BYTE * size
+
+
+def compile_engine(backend: Backend, job: Job, *, use_cache: bool = True) -> Compiled:
+    """Build the engine of a job, or copy it from the cache.
+
+    Args:
+        backend: whose module the job names.
+        job: what to build; the graph's folder holds nothing but the graph.
+        use_cache: look there first, and leave a copy there. Engines for the GPU that is there are never
+            kept, since nothing says later which one it was.
+
+    Raises:
+        BuildError: the builder refused, crashed or was killed.
+        OSError: the disk is full.
+    """
+    key = _key(backend, job) if use_cache and CURRENT not in job.architectures else None
+    if key is not None:
+        found = _from_cache(key, job.engine)
+        if found is not None:
+            return found
+    answer = _run_worker(job)
+    compiled = Compiled(answer, cached=False, engine_bytes=job.engine.stat().st_size)
+    if key is not None:
+        _to_cache(key, job.engine, answer)
+    return compiled
+
+
+def _key(backend: Backend, job: Job) -> str:
+    """Of everything that shapes an engine: graph with its tables, builder, target, options."""
+    record = json.loads(job.model_dump_json(exclude={"graph", "engine"}))
+    record |= {"backend": backend.name, "version": backend.version}
+    record["trtq"] = package_versions().get("trtq")
+    record["graph"] = {
+        path.name: sha256(path) for path in sorted(job.graph.parent.iterdir()) if path.is_file()
+    }
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _from_cache(key: str, engine: Path) -> Compiled | None:
+    """Copy an engine out of the cache; an entry that is not what it was is thrown away."""
+    folder = cache_folder() / key
+    try:
+        entry = json.loads((folder / _ENTRY_FILE).read_text())
+        answer = Answer.model_validate(entry["answer"])
+        shutil.copyfile(folder / ENGINE_FILE, engine)
+        whole = sha256(engine) == entry["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        return None
+    if not whole:
+        engine.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return Compiled(answer, cached=True, engine_bytes=engine.stat().st_size)
+
+
+def _to_cache(key: str, engine: Path, answer: Answer) -> None:
+    """Keep a copy, if that is possible: a full disk must not fail a build that is done."""
+    folder = cache_folder() / key
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    except OSError:
+        return
+    try:
+        shutil.copyfile(engine, partial / ENGINE_FILE)
+        entry = {"answer": answer.model_dump(), "sha256": sha256(engine)}
+        (partial / _ENTRY_FILE).write_text(json.dumps(entry))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _run_worker(job: Job) -> Answer:
+    with tempfile.TemporaryDirectory(prefix="trtq-build-") as scratch:
+        folder = Path(scratch)
+        job_file, answer_file = folder / "job.json", folder / "answer.json"
+        job_file.write_text(job.model_dump_json())
+        done = subprocess.run(
+            [sys.executable, "-m", _WORKER, str(job_file), str(answer_file)],
+            env=_environment(job.module, folder),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        answer = None
+        if answer_file.is_file():
+            answer = Answer.model_validate_json(answer_file.read_text())
+    if answer is None:
+        raise BuildError(_why_it_died(job, done.returncode, done.stderr))
+    if answer.error is not None:
+        at = f" at layer {answer.layer!r}" if answer.layer else ""
+        raise BuildError(f"{job.module} cannot build {job.graph.name}{at}: {answer.error}")
+    return answer
+
+
+def _environment(module: str, folder: Path) -> dict[str, str]:
+    """For TensorRT-RTX a library under the name it looks for: its package has only the numbered one."""
+    environment = dict(os.environ)
+    # The builder needs no more of this process than its module path.
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(_PACKAGE.parent), environment.get("PYTHONPATH", "")]
+    ).rstrip(os.pathsep)
+    libraries = importlib.util.find_spec(f"{module}_libs")
+    if libraries is None or not libraries.submodule_search_locations:
+        return environment
+    for place in libraries.submodule_search_locations:
+        for library in Path(place).glob("lib*.so.*"):
+            link = folder / (library.name.partition(".so")[0] + ".so")
+            if not link.exists():
+                link.symlink_to(library)
+    paths = [str(folder), environment.get("LD_LIBRARY_PATH", "")]
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
+    return environment
+
+
+def _why_it_died(job: Job, code: int, stderr: str) -> str:
+    said = " / ".join(line.strip() for line in stderr.strip().splitlines()[-_LAST_LINES:])
+    if code == -signal.SIGKILL:
+        needed, free = (
+            value / (1 << 30) for value in (estimated_peak_bytes(job.graph), available_bytes())
+        )
+        return (
+            "the builder was killed, most likely for want of memory: it needs about "
+            f"{needed:.1f} GiB, and {free:.1f} GiB are free"
+        )
+    if code < 0:
+        name = signal.Signals(-code).name
+        return (
+            f"the builder of {job.module} crashed ({name}); `trtq verify` lists what it takes badly. It "
+            f"said last: {said or 'nothing'}"
+        )
+    return f"the builder of {job.module} ended with code {code}: {said or 'it said nothing'}"

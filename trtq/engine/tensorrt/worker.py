@@ -1,0 +1,139 @@
+"""The builder's own process: `python -m trtq.engine.tensorrt.worker JOB.json ANSWER.json`."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from trtq.engine.tensorrt.backends import CURRENT
+from trtq.engine.tensorrt.job import Answer, Job, Profile
+from trtq.resources import peak_rss_bytes
+
+__all__ = ["build"]
+
+_MOST_WARNINGS = 20
+_NODE = re.compile(r"\b(?:node|layer|Node)[^\[\"']*[\[\"'](?P<name>[^\]\"']+)[\]\"']")
+
+
+class _BuildError(Exception):
+    def __init__(self, message: str, layer: str | None = None) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
+def _logger(trt: Any, errors: list[str], warnings: list[str]) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                errors.append(message)
+            elif severity == trt.ILogger.WARNING and len(warnings) < _MOST_WARNINGS:
+                warnings.append(message)
+
+    return Logger()
+
+
+def build(job: Job) -> Answer:
+    """Parse, build, write. Errors of the builder are part of the answer."""
+    trt = importlib.import_module(job.module)
+    errors: list[str] = []
+    warnings: list[str] = []
+    logger = _logger(trt, errors, warnings)
+    builder = trt.Builder(logger)
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
+    start = time.perf_counter()
+    try:
+        _parse(trt, network, logger, job.graph, errors)
+        parsed = time.perf_counter()
+        config = _configure(trt, builder, network, job)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise _BuildError("; ".join(errors) or "the builder gave no reason", _named(errors))
+    except _BuildError as err:
+        return Answer(
+            error=str(err), layer=err.layer, warnings=warnings, peak_rss_bytes=peak_rss_bytes()
+        )
+    with job.engine.open("wb") as file:
+        file.write(plan)
+    return Answer(
+        layers=network.num_layers,
+        parse_seconds=parsed - start,
+        build_seconds=time.perf_counter() - parsed,
+        peak_rss_bytes=peak_rss_bytes(),
+        warnings=warnings,
+    )
+
+
+def _parse(trt: Any, network: Any, logger: Any, graph: Path, errors: list[str]) -> None:
+    parser = trt.OnnxParser(network, logger)
+    if parser.parse_from_file(str(graph)):
+        return
+    found = [parser.get_error(index) for index in range(parser.num_errors)]
+    if not found:
+        raise _BuildError("; ".join(errors) or "the graph cannot be parsed", _named(errors))
+    first = found[0]
+    raise _BuildError(f"{first.node_operator()}: {first.desc()}", first.node_name() or None)
+
+
+def _named(errors: list[str]) -> str | None:
+    """The layer that an error message names, if one does."""
+    for message in errors:
+        match = _NODE.search(message)
+        if match is not None:
+            return match["name"]
+    return None
+
+
+def _configure(trt: Any, builder: Any, network: Any, job: Job) -> Any:
+    config = builder.create_builder_config()
+    if job.architectures != [CURRENT]:
+        config.num_compute_capabilities = len(job.architectures)
+        for index, name in enumerate(job.architectures):
+            capability = getattr(trt.ComputeCapability, name.upper(), None)
+            if capability is None or not config.set_compute_capability(capability, index):
+                raise _BuildError(f"this version of {job.module} cannot build for {name}")
+    for wanted, flag in (
+        (job.weight_streaming, "WEIGHT_STREAMING"),
+        (job.refit, "REFIT"),
+    ):
+        if wanted:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+    if job.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
+    free = {
+        network.get_input(index).name
+        for index in range(network.num_inputs)
+        if -1 in tuple(network.get_input(index).shape)
+    }
+    for shapes in job.profiles:
+        config.add_optimization_profile(_profile(builder, shapes, free))
+    return config
+
+
+def _profile(builder: Any, shapes: Profile, free: set[str]) -> Any:
+    profile = builder.create_optimization_profile()
+    missing = free - set(shapes)
+    if missing:
+        raise _BuildError(f"no range is known for the input {sorted(missing)[0]!r}")
+    for name in free:
+        profile.set_shape(name, *(tuple(shape) for shape in shapes[name]))
+    return profile
+
+
+def main() -> int:
+    """Read the job, write the answer; 0 if there is an engine."""
+    job_file, answer_file = (Path(argument) for argument in sys.argv[1:3])
+    answer = build(Job.model_validate_json(job_file.read_text()))
+    answer_file.write_text(answer.model_dump_json())
+    return 0 if answer.error is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
