@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from tests.conftest import tiny_pipeline
+from trtq.calib.policy import load_policy, plan_layers
+from trtq.diffusion.source import load_source
 from trtq.errors import QuantizationError
 from trtq.quant import (
     ActivationTensors,
@@ -15,6 +17,8 @@ from trtq.quant import (
     TimestepTable,
     apply_structure,
     attention_modules,
+    convert,
+    merge,
     skip_splits,
     step_scope,
 )
@@ -160,3 +164,17 @@ def test_the_teacher_does_not_see_tuned_weights():
         assert torch.equal(layer(x), before)
     with step_scope(0), torch.no_grad():
         assert not layer(x).any()
+
+
+def test_merging_can_give_the_float_weights_back():
+    source = load_source(tiny_pipeline())
+    plans = plan_layers(source.denoiser, load_policy("UNet2DModel"), "w4a8")
+    quantized = convert(source.denoiser, plans, TABLE)
+    for _, quantizer in quantized.activations():
+        quantizer.set_range(torch.full((3,), 0.1), quantizer.zero_point.detach())
+    kept = merge(quantized)
+    released = merge(quantized, release=True)
+    assert kept.keys() == released.keys()
+    for name, layer in quantized.layers():
+        assert layer.weight.numel() == 0
+        assert torch.equal(kept[name].weight.codes, released[name].weight.codes)

@@ -277,8 +277,13 @@ def convert(
     return QuantizedDenoiser(denoiser, table)
 
 
-def merge(quantized: QuantizedDenoiser) -> dict[str, LowBitTensors]:
+def merge(quantized: QuantizedDenoiser, *, release: bool = False) -> dict[str, LowBitTensors]:
     """The integers of every quantised layer, by its path; the adapters vanish into them.
+
+    Args:
+        quantized: a converted denoiser.
+        release: give the memory of each float weight back once it is merged. The denoiser can only be
+            saved after that.
 
     Raises:
         QuantizationError: a layer cannot be deployed; the message names it.
@@ -287,6 +292,8 @@ def merge(quantized: QuantizedDenoiser) -> dict[str, LowBitTensors]:
     for name, layer in quantized.layers():
         with named_errors(name):
             merged[name] = LayerTensors.merge(layer)
+        if release:
+            layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     for name, product in quantized.products():
         with named_errors(name):
             merged[name] = ProductTensors.merge(product)

@@ -181,8 +181,8 @@ def quantize(
     with new_artefact(final, overwrite=overwrite, keep_partial=keep) as folder:
         bytes_before = plan.bytes_before()
         quantized, tuning = _share(plan, files, accelerator, folder, resume, report)
-        save_denoiser(folder / FILE_NAME, quantized, merge(quantized))
         save_trained(folder / TRAINED_NAME, quantized)
+        save_denoiser(folder / FILE_NAME, quantized, merge(quantized, release=True))
         save_pipeline_parts(plan.source, folder)
         metrics = tuning | _zero_point_note(plan)
         metrics |= {
