@@ -126,11 +126,14 @@ def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
         result = look()
 
         def human(found: dict[str, Any]) -> None:
-            rows = {k: found[k] for k in ("python", "machine", "cuda", "providers", "models")}
+            keys = ("python", "machine", "vnni", "cuda", "providers", "builders", "models")
+            rows = {k: found[k] for k in keys}
             rows |= {k: v or "-" for k, v in found["packages"].items()}
             _pairs("trtq doctor", rows)
             for problem in found["problems"]:
                 _out.print(f"! {problem}", markup=False)
+            for hint in found["hints"]:
+                _out.print(f"- {hint}", markup=False)
             if found["ok"]:
                 _out.print("all well")
 

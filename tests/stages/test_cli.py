@@ -13,7 +13,7 @@ from trtq.cli import app
 from trtq.demo.digits import demo
 from trtq.diffusion.shipped import shipped_model
 
-VERBS = ("doctor", "quantize", "export", "generate", "eval", "inspect", "verify", "demo")
+VERBS = ("doctor", "quantize", "export", "build", "generate", "eval", "inspect", "verify", "demo")
 
 
 def run(*arguments):
@@ -33,6 +33,19 @@ def test_doctor_knows_what_can_run():
     assert result.exit_code == 0, found["problems"]
     assert {"torch", "cpu"} <= set(found["providers"])
     assert "digits" in found["models"]
+
+
+def test_doctor_takes_what_is_optional_for_no_problem(monkeypatch):
+    from trtq.stages import doctor
+
+    have = doctor._version
+    missing = ("matplotlib", "jinja2", "torch")
+    monkeypatch.setattr(doctor, "_version", lambda p: None if p in missing[:2] else have(p))
+    found = doctor.doctor()
+    assert found["ok"]
+    assert any("trtq[eval]" in hint for hint in found["hints"])
+    monkeypatch.setattr(doctor, "_version", lambda p: None if p in missing else have(p))
+    assert doctor.doctor()["problems"] == ["torch is missing: pip install trtq"]
 
 
 def test_dry_run_says_what_would_happen_and_does_nothing(tmp_path):

@@ -9,7 +9,9 @@ from importlib import metadata
 from typing import Any
 
 from trtq.diffusion.shipped import shipped_models
+from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import MissingDependencyError
+from trtq.export.targets import has_vnni
 
 __all__ = ["doctor"]
 
@@ -44,8 +46,10 @@ def doctor() -> dict[str, Any]:
     """Look around; nothing is changed.
 
     Returns:
-        `ok`, `problems` (what to do about each), `python`, `machine`, `packages`, `providers` (what
-        `--provider` can be here), `cuda`, `models` (that ship with trtq).
+        `ok`, `problems` (what stands in the way of the main path, and what to do), `hints` (what else
+        could be had), `python`, `machine`, `vnni` (whether the CPU adds int8 products without loss),
+        `packages`, `providers` (what `--provider` can be here), `builders` (of engines), `cuda`,
+        `models` (that ship with trtq).
     """
     packages = {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
     problems = [f"{name} is missing: pip install trtq" for name in _REQUIRED if not packages[name]]
@@ -61,8 +65,17 @@ def doctor() -> dict[str, Any]:
         problems.append(
             f"{' and '.join(runtimes)} install the same module over each other; keep one of them"
         )
+    hints = []
     if any(not packages[name] for name in ("matplotlib", "jinja2")):
-        problems.append("reports need matplotlib and jinja2: pip install 'trtq[eval]'")
+        hints.append("reports need matplotlib and jinja2: pip install 'trtq[eval]'")
+    builders = [name for name, backend in BACKENDS.items() if backend.installed]
+    if not builders:
+        hints.append("engines need a builder: pip install 'trtq[rtx]'")
+    if not has_vnni():
+        hints.append(
+            "this CPU has no VNNI: the openvino provider runs weights of at most 7 bits in integers "
+            "(w7a8, w4a8), 8-bit ones in float"
+        )
     cuda = None
     if packages["torch"]:
         import torch
@@ -74,10 +87,13 @@ def doctor() -> dict[str, Any]:
     return {
         "ok": not problems,
         "problems": problems,
+        "hints": hints,
         "python": sys.version.split()[0],
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "vnni": has_vnni(),
         "packages": packages,
         "providers": ["torch", *providers] if packages["torch"] else providers,
+        "builders": builders,
         "cuda": cuda,
         "models": models,
     }
