@@ -30,6 +30,7 @@ NO_ATTENTION = {"attention": {"quantize": False}}
 ROWS: dict[str, dict[str, Any]] = {
     "W8A8 search": {"method": "search", "bits": "w8a8"},
     "W8A8 combined": {"method": "combined", "bits": "w8a8"},
+    "W7A8 search": {"method": "search", "bits": "w7a8"},
     "W4A8 search": {"method": "search", "bits": "w4a8"},
     "W4A8 EfficientDM": {"method": "efficientdm", "bits": "w4a8"},
     "W4A8 QuEST": {"method": "quest", "bits": "w4a8"},

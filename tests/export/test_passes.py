@@ -5,6 +5,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
+from diffusers.models.embeddings import Timesteps
 
 from trtq.errors import LegalityError
 from trtq.export.passes import (
@@ -20,7 +22,9 @@ from trtq.export.passes import (
     SpellOutGroupNorm,
     SpellOutSilu,
 )
+from trtq.export.trace import trace_module
 from trtq.quant import TimestepTable
+from trtq.quant.exact import DeployedTimesteps
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "trtq" : 1]>'
 
@@ -278,3 +282,14 @@ def test_a_squeeze_of_a_long_axis_is_dropped(shape, modified):
     model = ir.from_proto(onnx.parser.parse_model(f"{HEAD}\n{body}"))
     assert DropIdleSqueeze()(model).modified == modified
     assert ("Squeeze" not in operators(model)) == modified
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_time_embeddings_are_the_same_bits_in_torch_and_in_the_graph(flip):
+    """One value on a rounding tie would move all images of a step."""
+    module = DeployedTimesteps(Timesteps(66, flip_sin_to_cos=flip, downscale_freq_shift=0))
+    model = trace_module(module, {"timestep": torch.zeros(2)}, ["embedding"])
+    assert SpellOutAngles()(model).modified
+    timesteps = torch.arange(1000, dtype=torch.float32)
+    found = run(model, timestep=timesteps.numpy())[0]
+    np.testing.assert_array_equal(found, module(timesteps).numpy())

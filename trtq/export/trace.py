@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from trtq.diffusion.families import Family
 from trtq.diffusion.sampling import Conditions
-from trtq.quant.convert import quantizable_layers
+from trtq.quant.convert import deploy_timesteps, quantizable_layers
 from trtq.quant.modules import ConvGeometry
 from trtq.quant.structure import Product, replace_module
 
@@ -171,6 +171,8 @@ def trace(
             product = isinstance(source, Product)
             node = _LowBitProduct(name) if product else _LowBitNode(name, source)
             replace_module(denoiser, name, node)
+    if low_bit:
+        deploy_timesteps(denoiser)
     examples = {family.sample: x, "timestep": torch.zeros(len(x))}
     examples |= conditions.conditional | conditions.shared
     if half:

@@ -39,6 +39,7 @@ __all__ = [
     "QuantizedDenoiser",
     "convert",
     "deploy",
+    "deploy_timesteps",
     "layer_kind",
     "merge",
     "named_errors",
@@ -326,6 +327,12 @@ def deploy(
             replace_module(denoiser, name, DeployedGroupNorm(module))
         elif isinstance(module, nn.SiLU):
             replace_module(denoiser, name, DeployedSilu())
-        elif type(module).__name__ == "Timesteps":
-            replace_module(denoiser, name, DeployedTimesteps(module))
+    deploy_timesteps(denoiser)
     return QuantizedDenoiser(denoiser, table)
+
+
+def deploy_timesteps(denoiser: nn.Module) -> None:
+    """Replace time projections by their deployed form, in place."""
+    for name, module in list(denoiser.named_modules(remove_duplicate=False)):
+        if type(module).__name__ == "Timesteps":
+            replace_module(denoiser, name, DeployedTimesteps(module))

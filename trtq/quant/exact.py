@@ -60,7 +60,10 @@ class DeployedSilu(nn.Module):
 
 
 class DeployedTimesteps(nn.Module):
-    """Diffusers' `Timesteps`, with sines and cosines rounded from float64 as in the exported graph.
+    """Diffusers' `Timesteps`, with frequencies, sines and cosines rounded from float64.
+
+    It is deployed, and it is what is traced: a time embedding is the same for all images of a step, so
+    one of its values on a rounding tie that torch and a graph break differently would move every image.
 
     Args:
         source: the module; it has no parameters.
@@ -68,16 +71,17 @@ class DeployedTimesteps(nn.Module):
 
     def __init__(self, source: Any) -> None:
         super().__init__()
+        half, shift = int(source.num_channels) // 2, float(source.downscale_freq_shift)
         self.channels = int(source.num_channels)
         self.flip = bool(source.flip_sin_to_cos)
-        self.shift = float(source.downscale_freq_shift)
         self.scale = float(source.scale)
+        # No buffer: half precision is for weights, and would take digits off the angles.
+        steps = torch.arange(half, dtype=torch.float64)
+        self.frequencies = (-math.log(10000) * steps / (half - shift)).exp().float()
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """timesteps[B] -> float32[B, channels] (arXiv 1706.03762, section 3.5)."""
-        half = self.channels // 2
-        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-        frequencies = (-math.log(10000) * steps / (half - self.shift)).exp()
+        frequencies = self.frequencies.to(timesteps.device)
         angles = (self.scale * (timesteps[:, None].float() * frequencies)).double()
         parts = [angles.sin().float(), angles.cos().float()]
         found = torch.cat(parts[::-1] if self.flip else parts, dim=1)
