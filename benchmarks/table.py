@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WIDTHS = ("W8A8", "W7A8", "W4A8", "W4A4", "W3A4", "mixed")
 PER_STEP, STATIC = "W4A4 per-step, search", "W4A4 static, search"
 
 
@@ -82,7 +83,8 @@ def ablation(record: dict[str, Any]) -> str:
         "| digits model | seeds | FD | to float | accuracy | PSNR to float |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name in dict.fromkeys(row["name"] for row in record["rows"]):
+    names = dict.fromkeys(row["name"] for row in record["rows"])
+    for name in sorted(names, key=lambda name: WIDTHS.index(name.split()[0])):
         rows = [row for row in record["rows"] if row["name"] == name]
         cells = [
             name,
@@ -135,11 +137,72 @@ def shapes(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sd_size(record: dict[str, Any]) -> str:
+    """`sd_size.json` as Markdown."""
+    lines = [
+        "| UNet | run | stage | seconds | peak memory | run's denoiser to float32 | threads, date |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        options, made = row["options"], row["quantize"]
+        what = f"{options['bits'].upper()} {options['method']}, {options['steps']} step(s), "
+        what += f"{options['images']} image(s)"
+        if options["iterations"] is not None:
+            what += f", {options['iterations']} iterations of {options['batch']} image(s)"
+        size = f"{made['bytes_after'] / made['bytes_before']:.3f} x"
+        for stage in ("quantize", "export"):
+            if stage in row:
+                cells = [
+                    MODELS[options["model"]],
+                    what,
+                    stage,
+                    f"{row[stage]['seconds']:.0f}",
+                    f"{row[stage]['peak_rss_bytes'] / 1e9:.1f} GB",
+                    size if stage == "quantize" else "",
+                    f"{row['threads']}, {row['date']}",
+                ]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cpu_path(record: dict[str, Any]) -> str:
+    """`cpu_path.json` as Markdown."""
+    median = {(row["name"], row["provider"]): row["median_seconds"] for row in record["rows"]}
+    lines = [
+        f"`python benchmarks/cpu_path.py`, AMD EPYC {'with' if record['vnni'] else 'without'} VNNI, "
+        f"{record['threads']} threads, {record['date']}, one run, rows in turns: seconds of one call, "
+        "batch 1, median (quartiles).",
+        "",
+        "| UNet | runs on | seconds | against float on cpu | against float on openvino | peak memory |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        seconds, (low, high) = row["median_seconds"], row["quartiles"]
+        cells = [
+            KINDS.get(row["name"], row["name"].upper()),
+            "openvino's own runtime" if row["name"] == "nncf" else row["provider"],
+            f"{seconds:.2f} ({low:.2f}-{high:.2f})",
+            f"{median['float', 'cpu'] / seconds:.2f} x",
+            f"{median['float', 'openvino'] / seconds:.2f} x",
+            f"{row['peak_rss_bytes'] / 1e9:.1f} GB",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+MODELS = {"sd_1": "SD 1.5, 859.5 M", "sd_xl": "SD XL, 2,567 M"}
+KINDS = {
+    "float": "float",
+    "constant": "W7A8, constant scales",
+    "nncf": "int8 by NNCF (W8A8, static)",
+}
 SWAPPED_NAME = "W4A8 search"
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
     "ablation": ablation,
     "shapes": shapes,
+    "sd_size": sd_size,
+    "cpu_path": cpu_path,
 }
 
 

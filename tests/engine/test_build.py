@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 import trtq
 from trtq.engine.tensorrt import compile as compiling
@@ -13,9 +14,17 @@ from trtq.engine.tensorrt.backends import BACKENDS, Backend, check_architectures
 from trtq.engine.tensorrt.compile import cache_folder, compile_engine
 from trtq.engine.tensorrt.job import Answer, Job
 from trtq.engine.tensorrt.worker import _named
-from trtq.errors import ArtefactError, BuildError, LegalityError, MissingDependencyError, UsageError
+from trtq.errors import (
+    ArtefactError,
+    BuildError,
+    IntegrityError,
+    LegalityError,
+    MissingDependencyError,
+    UsageError,
+)
 from trtq.manifest import read_manifest
 from trtq.stages.build import build_engines, profile_of
+from trtq.stages.verify import verify
 
 RTX = BACKENDS["tensorrt-rtx"]
 needs_rtx = pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")
@@ -66,8 +75,12 @@ def test_the_digits_become_an_engine_for_several_architectures(digits_onnx, tmp_
     assert manifest.source.files["unet/model.onnx"]
     assert (out / "scheduler" / "scheduler_config.json").is_file()
     assert not list(out.rglob("*.onnx*"))
+    assert verify(out) == {"kind": "engine", "files": len(manifest.files), "ok": True}
     with pytest.raises(UsageError, match="cannot run yet"):
         trtq.load(out)
+    (out / "unet" / "model.engine").write_bytes(b"another")
+    with pytest.raises(IntegrityError, match=r"model\.engine is not what the manifest says"):
+        verify(out)
 
 
 @needs_rtx
@@ -93,6 +106,13 @@ def test_an_operator_that_the_builder_does_not_know_is_named(tmp_path):
     with pytest.raises(BuildError, match="MatMulInteger"):
         compile_engine(RTX, job(tmp_path))
     assert not (tmp_path / "model.engine").exists()
+
+
+@needs_rtx
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_building_for_the_gpu_that_is_there_needs_one(tmp_path):
+    with pytest.raises(BuildError, match=r"driver|CUDA|cannot build for current"):
+        compile_engine(RTX, job(tmp_path, architectures=["current"]))
 
 
 @needs_rtx

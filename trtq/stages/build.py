@@ -110,7 +110,7 @@ def build_engines(
             with tempfile.TemporaryDirectory(prefix="trtq-graph-") as scratch:
                 graph = Path(scratch) / MODEL_FILE
                 profile, floats = _prepare(folder, name, graph, manifest, chosen, batch)
-                _warn_of_memory(graph)
+                _warn_of_memory(name, graph)
                 job = Job(
                     module=chosen.module,
                     graph=graph,
@@ -252,13 +252,13 @@ def profile_of(model: Any, ranges: dict[str, Range]) -> Profile:
     return profile
 
 
-def _warn_of_memory(graph: Path) -> None:
+def _warn_of_memory(name: str, graph: Path) -> None:
     """Say beforehand that building may not fit."""
     needed, free = estimated_peak_bytes(graph), available_bytes()
     if 0 < free < needed:
         logger.warning(
-            "building %s is likely to take %.1f GiB, and %.1f GiB are free",
-            graph.parent.name,
+            "building the engine of %s is likely to take %.1f GiB, and %.1f GiB are free",
+            name,
             needed / (1 << 30),
             free / (1 << 30),
         )

@@ -37,7 +37,7 @@ def verify(
     """Check files against the manifest, an ONNX folder against each runtime's rules and against torch.
 
     Args:
-        path: a run or an ONNX folder.
+        path: a run, an ONNX folder or engines; of engines only the files can be checked.
         against: the run that an ONNX folder was exported from; compared at every calibrated step.
         runtimes: those of `trtq.export.targets.RUNTIMES` whose rules are checked.
         layers: compare the output of every low-bit layer too, at one mixed batch.
@@ -56,7 +56,7 @@ def verify(
     folder = Path(path)
     kind = artefact_kind(folder) if folder.is_dir() else None
     if kind is None:
-        raise UsageError(f"{path} is no artefact of trtq; give a run or an ONNX folder")
+        raise UsageError(f"{path} is no artefact of trtq; give a run, an ONNX folder or engines")
     unknown = [name for name in runtimes if name not in RUNTIMES]
     if unknown:
         raise UsageError(f"unknown runtime {unknown[0]!r}; choose one of {', '.join(RUNTIMES)}")
@@ -66,8 +66,9 @@ def verify(
     result: dict[str, Any] = {"kind": kind, "files": len(manifest.files), "ok": True}
     if kind != "onnx":
         if against is not None:
-            raise UsageError(f"{path} is a run; --against is for ONNX folders")
-        open_run(folder)
+            raise UsageError(f"{path} is of kind {kind!r}; --against is for ONNX folders")
+        if kind == "run":
+            open_run(folder)
         return result
     model = folder / manifest.denoiser / MODEL_FILE
     result["runtimes"] = {name: _legality(model, name) for name in runtimes}

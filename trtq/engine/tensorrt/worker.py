@@ -93,7 +93,8 @@ def _named(errors: list[str]) -> str | None:
 
 def _configure(trt: Any, builder: Any, network: Any, job: Job) -> Any:
     config = builder.create_builder_config()
-    if job.architectures != [CURRENT]:
+    # Full TensorRT builds for the GPU that is there, and knows no other.
+    if job.architectures != [CURRENT] or hasattr(trt, "ComputeCapability"):
         config.num_compute_capabilities = len(job.architectures)
         for index, name in enumerate(job.architectures):
             capability = getattr(trt.ComputeCapability, name.upper(), None)
