@@ -162,6 +162,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     checkpoint, run, onnx = folder / "checkpoint", folder / "run", folder / "onnx"
     if not checkpoint.is_dir():
         print(f"{write_checkpoint(checkpoint, arguments.model):,} parameters", file=sys.stderr)
+    if arguments.export_only:
+        return {"export": stage("export", str(run), "-o", str(onnx), "--overwrite")}
     recipe = folder / "recipe.toml"
     text = f"[calibration]\nimages = {arguments.images}\n"
     if arguments.iterations is not None:
@@ -190,10 +192,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="Of fine-tuning.")
     parser.add_argument("--folder", type=Path, help="Keep checkpoint, run and ONNX here.")
     parser.add_argument(
+        "--export-only", action="store_true", help="Of the run that lies in --folder."
+    )
+    parser.add_argument(
         "-o", "--output", type=Path, default=Path("benchmarks/results/sd_size.json")
     )
     arguments = parser.parse_args()
-    keys = ("model", "method", "bits", "steps", "images", "iterations", "batch")
+    keys = ("model", "method", "bits", "steps", "images", "iterations", "batch", "export_only")
     options = {key: getattr(arguments, key) for key in keys}
     with tempfile.TemporaryDirectory() as scratch:
         row = measure(arguments.folder or Path(scratch), arguments)
@@ -211,8 +216,9 @@ def main() -> None:
         if name in row:
             seconds, peak = row[name]["seconds"], row[name]["peak_rss_bytes"] / 1e9
             print(f"{name}: {seconds:.0f} s, peak {peak:.1f} GB")
-    made = row["quantize"]
-    print(f"run: {made['bytes_after'] / made['bytes_before']:.3f} x of float32")
+    if "quantize" in row:
+        made = row["quantize"]
+        print(f"run: {made['bytes_after'] / made['bytes_before']:.3f} x of float32")
 
 
 if __name__ == "__main__":

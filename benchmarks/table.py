@@ -144,12 +144,12 @@ def sd_size(record: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in record["rows"]:
-        options, made = row["options"], row["quantize"]
+        options, made = row["options"], row.get("quantize")
         what = f"{options['bits'].upper()} {options['method']}, {options['steps']} step(s), "
         what += f"{options['images']} image(s)"
         if options["iterations"] is not None:
             what += f", {options['iterations']} iterations of {options['batch']} image(s)"
-        size = f"{made['bytes_after'] / made['bytes_before']:.3f} x"
+        size = f"{made['bytes_after'] / made['bytes_before']:.3f} x" if made else ""
         for stage in ("quantize", "export"):
             if stage in row:
                 cells = [
