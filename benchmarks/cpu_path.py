@@ -30,7 +30,7 @@ from sd_size import stage, write_checkpoint
 
 from trtq.engine.base import TensorSpec
 from trtq.engine.open import open_engine
-from trtq.export.targets import has_vnni
+from trtq.export.targets import has_vnni, load_graph
 from trtq.manifest import package_versions
 from trtq.quant.deployed import LayerTensors
 from trtq.resources import peak_rss_bytes
@@ -100,7 +100,7 @@ def make_rival(folder: Path) -> bool:
     if (folder / "nncf").is_dir():
         return True
     graph = folder / "float" / "unet" / "model.onnx"
-    specs = open_engine(graph).inputs
+    specs = _specs(graph)
     model = openvino.Core().read_model(graph)
     model.reshape({name: list(array.shape) for name, array in _feeds(specs).items()})
     dataset = nncf.Dataset([_feeds(specs, seed) for seed in range(4)])
@@ -108,6 +108,19 @@ def make_rival(folder: Path) -> bool:
     quantized = nncf.quantize(model, dataset, preset=preset, subset_size=4)
     openvino.save_model(quantized, folder / "nncf" / "model.xml", compress_to_fp16=False)
     return True
+
+
+def _specs(graph: Path) -> dict[str, TensorSpec]:
+    """Inputs of a graph, without its weights in memory."""
+    inputs = load_graph(graph).graph.inputs
+    return {
+        value.name: TensorSpec(value.dtype.numpy(), tuple(_size(size) for size in value.shape))
+        for value in inputs
+    }
+
+
+def _size(size: Any) -> int | str:
+    return size if isinstance(size, int) else str(size)
 
 
 def _feeds(specs: Mapping[str, TensorSpec], seed: int = 0) -> dict[str, np.ndarray]:
@@ -128,7 +141,7 @@ def time_one(folder: Path, name: str, provider: str, calls: int) -> dict[str, An
     if (name, provider) == RIVAL:
         import openvino
 
-        specs = open_engine(folder / "float" / "unet" / "model.onnx").inputs
+        specs = _specs(folder / "float" / "unet" / "model.onnx")
         start = time.perf_counter()
         model = openvino.Core().compile_model(folder / "nncf" / "model.xml", "CPU")
         call = partial(model.create_infer_request().infer, _feeds(specs))

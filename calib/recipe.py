@@ -105,10 +105,11 @@ class Training(_Strict):
     """Iterations between checkpoints."""
 
     def divided(self, parameters: int) -> Training:
-        """The same batches for a model of this size, in as many passes as `at_once` asks for."""
+        """The same images per optimiser step for a model of this size, in equal passes that fit."""
         whole = self.batch if parameters < _LARGE_MODEL else _LARGE_AT_ONCE
-        passes = -(-self.batch // (self.at_once or whole))
-        batch, accumulate = -(-self.batch // passes), self.accumulate * passes
+        most = min(self.batch, self.at_once or whole)
+        batch = next(size for size in range(most, 0, -1) if self.batch % size == 0)
+        accumulate = self.accumulate * (self.batch // batch)
         return self.model_copy(update={"batch": batch, "accumulate": accumulate})
 
     def recomputes(self, parameters: int) -> bool:

@@ -21,7 +21,7 @@ from trtq.diffusion.sampling import Conditions, predict
 from trtq.errors import NonFiniteError, RecipeError
 from trtq.quant.convert import LayerPlan
 from trtq.quant.fake_quant import fake_quant
-from trtq.quant.ranges import Method, weight_qparams
+from trtq.quant.ranges import Method, symmetric_weights, weight_qparams
 
 __all__ = [
     "CANDIDATES",
@@ -108,7 +108,7 @@ def weight_sensitivity(
         try:
             for bits in CANDIDATES:
                 scale, zero_point = weight_qparams(
-                    kept, bits, method, symmetric=bits == 8, contain_zero=True
+                    kept, bits, method, symmetric=symmetric_weights(bits), contain_zero=True
                 )
                 weight.copy_(fake_quant(kept, scale, zero_point, 0, 2**bits - 1))
                 error = predict(denoiser, x, timestep, conditions, guidance) - exact

@@ -20,10 +20,21 @@ def peak_rss_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that a new process could take, in bytes; 0 where the system does not say."""
+    """Memory that a new process could take, in bytes; 0 where the system does not say.
+
+    Of the machine, or of the container (cgroup v2) where that is less.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return 0
     found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else 0
+    try:
+        most, used = (
+            int((Path("/sys/fs/cgroup") / name).read_text())
+            for name in ("memory.max", "memory.current")
+        )
+        found.append(max(most - used, 0))
+    except (OSError, ValueError):  # No such files, or "max".
+        pass
+    return min(found, default=0)

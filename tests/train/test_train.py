@@ -121,13 +121,14 @@ def test_every_variant_makes_a_run(options, tmp_path):
     [
         ({}, 1_000_000, (40, 1)),
         ({}, 859_500_000, (2, 20)),
-        ({"at_once": 16}, 1_000_000, (14, 3)),
+        ({"at_once": 16}, 1_000_000, (10, 4)),
+        ({"batch": 3}, 859_500_000, (1, 3)),
         ({"at_once": 1, "accumulate": 2}, 859_500_000, (1, 80)),
         ({"at_once": 64}, 859_500_000, (40, 1)),
     ],
 )
 def test_batches_are_divided_into_passes_that_fit(options, parameters, expected):
-    divided = Training(iterations=1, batch=40, **options).divided(parameters)
+    divided = Training(**{"iterations": 1, "batch": 40} | options).divided(parameters)
     assert (divided.batch, divided.accumulate) == expected
     assert divided.divided(parameters) == divided
 

@@ -45,7 +45,8 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
     onnxruntime's own providers take it as it is. OpenVINO and TensorRT have no float64 and a kernel for
     group norms; TensorRT takes no INT4 in front of a Cast. Without VNNI, OpenVINO's integer products
     saturate where both factors have 8 bits, so those layers are computed in float, and its products of
-    matrices are slow, so the others are given to it as convolutions.
+    matrices are slow, so the others are given to it as convolutions, whose weights must not all have
+    the same scale.
 
     Returns:
         The model.
@@ -56,6 +57,7 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
         FuseGroupNorm,
         LinearAsConv,
         NarrowDoubles,
+        UnevenScales,
         WidenInt4,
     )
 
@@ -68,6 +70,7 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
             FloatWideWeights()(model)
             FloatWideProducts()(model)
             LinearAsConv()(model)
+            UnevenScales()(model)
     else:
         WidenInt4()(model)
     return model

@@ -25,7 +25,7 @@ from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
 from trtq.quant.adaround import directed_codes, hard_direction, soft_direction
 from trtq.quant.fake_quant import fake_quant, quantize_codes
 from trtq.quant.packing import PackedWeight
-from trtq.quant.ranges import Method, weight_qparams
+from trtq.quant.ranges import Method, symmetric_weights, weight_qparams
 from trtq.quant.timestep import Step, TimestepTable, current_step
 
 __all__ = ["Base", "ConvGeometry", "QuantConv2d", "QuantLayer", "QuantLinear", "QuantProduct"]
@@ -146,7 +146,7 @@ class QuantLayer(nn.Module):
             self.weight,
             weight_bits,
             weight_method,
-            symmetric=weight_bits == 8,
+            symmetric=symmetric_weights(weight_bits),
             contain_zero=True,
         )
         self.weight_scale = nn.Parameter(scale)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
 import time
@@ -18,10 +17,9 @@ from trtq.engine.tensorrt.compile import (
     ENGINE_FILE,
     Compiled,
     compile_engine,
-    estimated_peak_bytes,
 )
 from trtq.engine.tensorrt.job import Job, Profile
-from trtq.errors import LegalityError, UsageError
+from trtq.errors import ArtefactError, LegalityError, UsageError
 from trtq.export.legality import check
 from trtq.export.targets import load_graph, prepare
 from trtq.manifest import (
@@ -35,13 +33,13 @@ from trtq.manifest import (
     write_manifest,
 )
 from trtq.progress import Reporter, silent
-from trtq.resources import available_bytes
+from trtq.stages.components import DECODER
 from trtq.stages.graph_file import DATA_NAME, MODEL_FILE
 
-__all__ = ["build_engines", "profile_of"]
+__all__ = ["axis_ranges", "build_engines", "profile_of"]
 
-logger = logging.getLogger(__name__)
-
+_NO_FLOAT32 = "sm75"
+"""TensorRT-RTX compiles no float32 product for Turing."""
 Range = tuple[int, int, int]
 _TOKENS: Range = (1, 77, 512)
 """Lengths of texts, for encoders that take any."""
@@ -81,12 +79,14 @@ def build_engines(
 
     Returns:
         `engine_bytes` (all together), `seconds`, `peak_rss_bytes` (of the builder's processes, the
-        largest), `backend`, `version`, `architectures`, and `engines`: per graph `name`, `engine_bytes`,
-        `layers`, `parse_seconds`, `build_seconds`, `peak_rss_bytes`, `cached`, `warnings`, `float` (how
-        many of its layers stay in float).
+        largest; 0 if none ran), `backend`, `version`, `architectures`, and `engines`: per graph `name`,
+        `engine_bytes`, `layers`, `cached`, `float` (how many of the manifest's layers stay in float;
+        None of parts that are float altogether), and of the build, or of that which a cached engine
+        comes from, `parse_seconds`, `build_seconds`, `peak_rss_bytes`, `warnings`.
 
     Raises:
-        UsageError: the backend cannot do what is asked, or the folder is no ONNX folder.
+        UsageError: the backend cannot do what is asked, or there is no artefact.
+        ArtefactError: it is another artefact than an ONNX folder, or damaged.
         LegalityError: the backend would refuse a layer, or compute it wrongly.
         BuildError: the builder refused, crashed or was killed.
     """
@@ -103,14 +103,15 @@ def build_engines(
         raise UsageError(f"{path} is not an ONNX folder; make one first: trtq export RUN -o ONNX")
     manifest = read_manifest(folder, "onnx")
     graphs = sorted(file.parent.name for file in folder.glob(f"*/{MODEL_FILE}"))
-    rows = []
+    rows, profiles = [], {}
     with new_artefact(final, overwrite=overwrite) as partial:
         for index, name in enumerate(graphs):
-            report(f"build {name}", index + 1, len(graphs))
-            with tempfile.TemporaryDirectory(prefix="trtq-graph-") as scratch:
+            report("build", index, len(graphs))
+            # Beside the result, where there is room: the temporary folder may lie in memory.
+            with tempfile.TemporaryDirectory(prefix=".trtq-graph-", dir=partial.parent) as scratch:
                 graph = Path(scratch) / MODEL_FILE
-                profile, floats = _prepare(folder, name, graph, manifest, chosen, batch)
-                _warn_of_memory(name, graph)
+                profile, floats = _prepare(folder, name, graph, manifest, chosen, targets, batch)
+                profiles[name] = profile
                 job = Job(
                     module=chosen.module,
                     graph=graph,
@@ -123,11 +124,14 @@ def build_engines(
                 )
                 job.engine.parent.mkdir()
                 rows.append(_row(name, compile_engine(chosen, job, use_cache=use_cache), floats))
+        report("build", len(graphs), len(graphs))
         _copy_parts(folder, partial)
         result = {
             "engine_bytes": sum(row["engine_bytes"] for row in rows),
             "seconds": round(time.monotonic() - start, 2),
-            "peak_rss_bytes": max(row["peak_rss_bytes"] for row in rows),
+            "peak_rss_bytes": max(
+                (row["peak_rss_bytes"] for row in rows if not row["cached"]), default=0
+            ),
             "backend": chosen.name,
             "version": chosen.version,
             "architectures": targets,
@@ -139,6 +143,8 @@ def build_engines(
             "architectures": targets,
             "weight_streaming": weight_streaming,
             "refit": refit,
+            "workspace_bytes": workspace_bytes,
+            "profiles": profiles,
         }
         if batch is not None:
             options["batch"] = list(batch)
@@ -161,50 +167,72 @@ def _prepare(
     out: Path,
     manifest: Manifest,
     backend: Backend,
+    targets: Sequence[str],
     batch: tuple[int, int] | None,
-) -> tuple[Profile, int]:
+) -> tuple[Profile, int | None]:
     """Write a graph as the backend takes it.
 
     Returns:
-        The ranges of its inputs, and how many of its layers the backend would leave in float.
+        The ranges of its inputs, and how many of the manifest's layers stay in float; None where there
+        are no others.
 
     Raises:
         LegalityError: the backend would refuse a layer, or compute it wrongly.
+        UsageError: one of the architectures cannot compute it.
     """
     import onnx_ir as ir
 
     model = load_graph(folder / name / MODEL_FILE)
     denoiser = name == manifest.denoiser
-    floats = 0
+    floats = None
     if denoiser:
         prepare(model, backend.name)
-        findings = check(model, backend.name)
-        fatal = [finding for finding in findings if finding.fatal]
+        fatal = [finding for finding in check(model, backend.name) if finding.fatal]
         if fatal:
             first = fatal[0]
             raise LegalityError(
                 f"{backend.name} does not take {first.layer!r}: {first.rule}; {first.mend}"
             )
-        floats = len({finding.layer for finding in findings})
-        floats += sum(row.activation_bits is None for row in manifest.layers)
-    ranges = _axis_ranges(folder, manifest, model, batch, denoiser=denoiser)
+        floats = sum(row.activation_bits is None for row in manifest.layers)
+    if _NO_FLOAT32 in targets and _computes_in_float32(model):
+        raise UsageError(
+            f"{_NO_FLOAT32} has no products in float32, and {name} has some; leave it out, or export a "
+            "model without text encoders and autoencoder with --precision fp16"
+        )
+    ranges = axis_ranges(folder, name, manifest, model, batch)
     profile = profile_of(model, ranges)
     ir.save(model, out, external_data=DATA_NAME)
     return profile, floats
 
 
-def _axis_ranges(
-    folder: Path,
-    manifest: Manifest,
-    model: Any,
-    batch: tuple[int, int] | None,
-    *,
-    denoiser: bool,
+def _computes_in_float32(model: Any) -> bool:
+    """Whether a product has a constant weight in float32."""
+    return any(
+        value is not None and value.const_value is not None and value.dtype.name == "FLOAT"
+        for node in model.graph
+        if node.op_type in ("Conv", "MatMul", "Gemm")
+        for value in node.inputs[1:2]
+    )
+
+
+def axis_ranges(
+    folder: Path, name: str, manifest: Manifest, model: Any, batch: tuple[int, int] | None
 ) -> dict[str, Range]:
-    """Smallest, most frequent and largest length of every free axis, by its name."""
+    """Smallest, most frequent and largest length of every free axis, by its name.
+
+    Args:
+        folder: the ONNX folder.
+        name: of the graph in it.
+        manifest: the folder's.
+        model: the graph.
+        batch: smallest and largest number of images; None: what the folder was exported for.
+    """
     low, high = batch or tuple(manifest.options.get("batch", (1, 1)))
     # With guidance the pipeline gives the denoiser both halves in one batch.
-    guided = denoiser and (manifest.recipe or {}).get("guidance", 2.0) not in (None, 1.0)
+    guided = name == manifest.denoiser and (manifest.recipe or {}).get("guidance", 2.0) not in (
+        None,
+        1.0,
+    )
     often, high = (2 * low, 2 * high) if guided else (low, high)
     ranges: dict[str, Range] = {"batch": (low, often, high), "timesteps": (1, often, high)}
     ranges["tokens"] = _TOKENS
@@ -215,18 +243,26 @@ def _axis_ranges(
             ranges[name] = (found["low"][axis], found["low"][axis], found["high"][axis])
     elif manifest.options.get("size") is not None:
         smallest, largest = (parse_size(text) for text in parse_sizes(manifest.options["size"]))
-        factor = _upscaling(model)
+        factor = _pixels_of_a_latent(folder / name) if name == DECODER else 1
         for axis, name in enumerate(("height", "width")):
             least, most = smallest[axis] // factor, largest[axis] // factor
             ranges[name] = (least, least, most)
     return ranges
 
 
-def _upscaling(model: Any) -> int:
-    """How many pixels a decoder makes of a latent's side; 1 for what takes pixels."""
-    side = str(model.graph.outputs[0].shape[-1]) if model.graph.outputs[0].shape else ""
-    factor, times, _ = side.replace(" ", "").partition("*")
-    return int(factor) if times and factor.isdigit() else 1
+def _pixels_of_a_latent(folder: Path) -> int:
+    """Side of what an autoencoder makes of one latent: twice per level but the first.
+
+    Raises:
+        ArtefactError: its configuration does not say.
+    """
+    try:
+        levels = len(json.loads((folder / "config.json").read_text())["block_out_channels"])
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise ArtefactError(
+            f"{folder / 'config.json'} does not say how many levels it has"
+        ) from err
+    return int(2 ** (levels - 1))
 
 
 def profile_of(model: Any, ranges: dict[str, Range]) -> Profile:
@@ -252,19 +288,7 @@ def profile_of(model: Any, ranges: dict[str, Range]) -> Profile:
     return profile
 
 
-def _warn_of_memory(name: str, graph: Path) -> None:
-    """Say beforehand that building may not fit."""
-    needed, free = estimated_peak_bytes(graph), available_bytes()
-    if 0 < free < needed:
-        logger.warning(
-            "building the engine of %s is likely to take %.1f GiB, and %.1f GiB are free",
-            name,
-            needed / (1 << 30),
-            free / (1 << 30),
-        )
-
-
-def _row(name: str, compiled: Compiled, floats: int) -> dict[str, Any]:
+def _row(name: str, compiled: Compiled, floats: int | None) -> dict[str, Any]:
     answer = compiled.answer
     return {
         "name": name,

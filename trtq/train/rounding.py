@@ -32,10 +32,10 @@ _RATE = 1e-2
 _ITEMS = 16
 
 
-def _inputs_and_targets(
+def _rows(
     model: QuantizedDenoiser, layer: QuantLayer, trajectories: Trajectories, batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """The layer's inputs in the quantised model, and its outputs in the float model."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's inputs in the quantised model, its outputs in the float model, and their steps."""
     seen: dict[str, Tensor] = {}
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -49,7 +49,8 @@ def _inputs_and_targets(
             trajectories.predict(model, batch)
     finally:
         handle.remove()
-    return seen["input"], target
+    timestep = batch.timestep.repeat(len(target) // len(batch.timestep))
+    return seen["input"], target, model.table.index(timestep)
 
 
 def learn_rounding(
@@ -81,10 +82,11 @@ def learn_rounding(
     changed = total = 0
     for done, name in enumerate(names):
         layer = layers[name]
-        batch = trajectories.next(0, done)
-        x, target = _inputs_and_targets(model, layer, trajectories, batch)
-        timestep = batch.timestep.repeat(len(x) // len(batch.timestep))
-        index = model.table.index(timestep)
+        parts = [
+            _rows(model, layer, trajectories, trajectories.next(slot, done))
+            for slot in range(len(trajectories.streams))
+        ]
+        x, target, index = (torch.cat(part) for part in zip(*parts, strict=True))
         start = initial_alpha(layer.updated_weight().detach(), layer.weight_scale.detach())
         alpha = layer.alpha = nn.Parameter(start.clone())
         layer.soft_rounding = True

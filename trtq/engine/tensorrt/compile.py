@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import signal
@@ -19,19 +20,21 @@ from pydantic import ValidationError
 from trtq.engine.tensorrt.backends import CURRENT, Backend
 from trtq.engine.tensorrt.job import Answer, Job
 from trtq.errors import BuildError
-from trtq.manifest import package_versions, sha256
+from trtq.manifest import sha256
 from trtq.resources import available_bytes
 
 __all__ = ["ENGINE_FILE", "Compiled", "cache_folder", "compile_engine", "estimated_peak_bytes"]
 
+logger = logging.getLogger(__name__)
+
 ENGINE_FILE = "model.engine"
 _ENTRY_FILE = "entry.json"
 _WORKER = "trtq.engine.tensorrt.worker"
+_GIB = 1 << 30
 _PACKAGE = Path(__file__).parent.parent.parent
 _BASE_BYTES = 1 << 30
 _BYTES_PER_GRAPH_BYTE = 4
-"""Peak of TensorRT-RTX 1.7 per byte of the graph, its int8 weights widened: seen with graphs of 60 MB to
-3.4 GB."""
+"""Peak of TensorRT-RTX 1.7 per byte of the graph: 6.2 GB of 1.3 GB, Stable Diffusion 1.5's UNet."""
 _LAST_LINES = 5
 
 
@@ -83,7 +86,15 @@ def compile_engine(backend: Backend, job: Job, *, use_cache: bool = True) -> Com
         found = _from_cache(key, job.engine)
         if found is not None:
             return found
-    answer = _run_worker(job)
+    needed, free = estimated_peak_bytes(job.graph), available_bytes()
+    if 0 < free < needed:
+        logger.warning(
+            "building %s is likely to take %.1f GiB, and %.1f GiB are free",
+            job.engine.parent.name,
+            needed / _GIB,
+            free / _GIB,
+        )
+    answer = _run_worker(job, free)
     compiled = Compiled(answer, cached=False, engine_bytes=job.engine.stat().st_size)
     if key is not None:
         _to_cache(key, job.engine, answer)
@@ -94,7 +105,7 @@ def _key(backend: Backend, job: Job) -> str:
     """Of everything that shapes an engine: graph with its tables, builder, target, options."""
     record = json.loads(job.model_dump_json(exclude={"graph", "engine"}))
     record |= {"backend": backend.name, "version": backend.version}
-    record["trtq"] = package_versions().get("trtq")
+    record["worker"] = sha256(Path(__file__).parent / "worker.py")
     record["graph"] = {
         path.name: sha256(path) for path in sorted(job.graph.parent.iterdir()) if path.is_file()
     }
@@ -103,13 +114,13 @@ def _key(backend: Backend, job: Job) -> str:
 
 def _from_cache(key: str, engine: Path) -> Compiled | None:
     """Copy an engine out of the cache; an entry that is not what it was is thrown away."""
-    folder = cache_folder() / key
     try:
+        folder = cache_folder() / key
         entry = json.loads((folder / _ENTRY_FILE).read_text())
         answer = Answer.model_validate(entry["answer"])
         shutil.copyfile(folder / ENGINE_FILE, engine)
         whole = sha256(engine) == entry["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ValidationError):
         return None
     if not whole:
         engine.unlink()
@@ -120,11 +131,11 @@ def _from_cache(key: str, engine: Path) -> Compiled | None:
 
 def _to_cache(key: str, engine: Path, answer: Answer) -> None:
     """Keep a copy, if that is possible: a full disk must not fail a build that is done."""
-    folder = cache_folder() / key
     try:
+        folder = cache_folder() / key
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home.
         return
     try:
         shutil.copyfile(engine, partial / ENGINE_FILE)
@@ -136,24 +147,27 @@ def _to_cache(key: str, engine: Path, answer: Answer) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _run_worker(job: Job) -> Answer:
+def _run_worker(job: Job, free: int) -> Answer:
     with tempfile.TemporaryDirectory(prefix="trtq-build-") as scratch:
         folder = Path(scratch)
         job_file, answer_file = folder / "job.json", folder / "answer.json"
-        job_file.write_text(job.model_dump_json())
+        job_file.write_text(job.model_dump_json(), encoding="utf-8")
+        # The package is found where this one was, after everything else: nothing in the user's folder,
+        # nor a module beside the package, takes the place of a library.
+        code = f"import sys; sys.path.append({str(_PACKAGE.parent)!r}); "
+        code += f"from {_WORKER} import main; sys.exit(main())"
         done = subprocess.run(
-            [sys.executable, "-m", _WORKER, str(job_file), str(answer_file)],
+            [sys.executable, "-P", "-c", code, str(job_file), str(answer_file)],
             env=_environment(job.module, folder),
             capture_output=True,
             text=True,
             errors="replace",
             check=False,
         )
-        answer = None
-        if answer_file.is_file():
-            answer = Answer.model_validate_json(answer_file.read_text())
-    if answer is None:
-        raise BuildError(_why_it_died(job, done.returncode, done.stderr))
+        try:
+            answer = Answer.model_validate_json(answer_file.read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as err:
+            raise BuildError(_why_it_died(job, done.returncode, done.stderr, free)) from err
     if answer.error is not None:
         at = f" at layer {answer.layer!r}" if answer.layer else ""
         raise BuildError(f"{job.module} cannot build {job.graph.name}{at}: {answer.error}")
@@ -163,10 +177,6 @@ def _run_worker(job: Job) -> Answer:
 def _environment(module: str, folder: Path) -> dict[str, str]:
     """For TensorRT-RTX a library under the name it looks for: its package has only the numbered one."""
     environment = dict(os.environ)
-    # The builder needs no more of this process than its module path.
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(_PACKAGE.parent), environment.get("PYTHONPATH", "")]
-    ).rstrip(os.pathsep)
     libraries = importlib.util.find_spec(f"{module}_libs")
     if libraries is None or not libraries.submodule_search_locations:
         return environment
@@ -180,15 +190,12 @@ def _environment(module: str, folder: Path) -> dict[str, str]:
     return environment
 
 
-def _why_it_died(job: Job, code: int, stderr: str) -> str:
+def _why_it_died(job: Job, code: int, stderr: str, free: int) -> str:
     said = " / ".join(line.strip() for line in stderr.strip().splitlines()[-_LAST_LINES:])
     if code == -signal.SIGKILL:
-        needed, free = (
-            value / (1 << 30) for value in (estimated_peak_bytes(job.graph), available_bytes())
-        )
         return (
             "the builder was killed, most likely for want of memory: it needs about "
-            f"{needed:.1f} GiB, and {free:.1f} GiB are free"
+            f"{estimated_peak_bytes(job.graph) / _GIB:.1f} GiB, and {free / _GIB:.1f} GiB were free"
         )
     if code < 0:
         name = signal.Signals(-code).name

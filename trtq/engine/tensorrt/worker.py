@@ -1,4 +1,4 @@
-"""The builder's own process: `python -m trtq.engine.tensorrt.worker JOB.json ANSWER.json`."""
+"""The builder's own process: `main` with the names of a job's file and of the answer's."""
 
 from __future__ import annotations
 
@@ -131,10 +131,6 @@ def _profile(builder: Any, shapes: Profile, free: set[str]) -> Any:
 def main() -> int:
     """Read the job, write the answer; 0 if there is an engine."""
     job_file, answer_file = (Path(argument) for argument in sys.argv[1:3])
-    answer = build(Job.model_validate_json(job_file.read_text()))
-    answer_file.write_text(answer.model_dump_json())
+    answer = build(Job.model_validate_json(job_file.read_text(encoding="utf-8")))
+    answer_file.write_text(answer.model_dump_json(), encoding="utf-8")
     return 0 if answer.error is None else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

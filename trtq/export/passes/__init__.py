@@ -11,6 +11,7 @@ from trtq.export.passes.idle_squeeze import DropIdleSqueeze
 from trtq.export.passes.linear_as_conv import LinearAsConv
 from trtq.export.passes.narrow_doubles import NarrowDoubles
 from trtq.export.passes.silu import SpellOutSilu
+from trtq.export.passes.uneven_scales import UnevenScales
 from trtq.export.passes.widen_int4 import WidenInt4
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "SpellOutAngles",
     "SpellOutGroupNorm",
     "SpellOutSilu",
+    "UnevenScales",
     "WidenInt4",
 ]

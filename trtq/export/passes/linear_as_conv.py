@@ -27,6 +27,9 @@ class LinearAsConv(ir.passes.InPlacePass):
             dequantize = weight.producer() if weight is not None else None
             if x is None or x.shape is None or len(x.shape) != 3 or not _is_weight(dequantize):
                 continue
+            codes = x.producer()
+            if codes is None or codes.op_type != "DequantizeLinear":
+                continue
             assert dequantize is not None
             build = GraphBuilder(graph, f"{node.name}/as_conv")
             y = self._conv(build, x, self._kernel(build, dequantize))
