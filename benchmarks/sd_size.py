@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trtq.demo.train_shapes import build_tokenizer
-from trtq.manifest import package_versions
+from trtq.manifest import package_versions, read_manifest
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -163,16 +163,20 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     if not checkpoint.is_dir():
         print(f"{write_checkpoint(checkpoint, arguments.model):,} parameters", file=sys.stderr)
     if arguments.export_only:
+        recipe = read_manifest(run, "run").recipe or {}
+        for key in ("method", "bits", "steps"):
+            setattr(arguments, key, recipe[key])
+        arguments.images = recipe["calibration"]["images"]
         return {"export": stage("export", str(run), "-o", str(onnx), "--overwrite")}
-    recipe = folder / "recipe.toml"
+    settings = folder / "recipe.toml"
     text = f"[calibration]\nimages = {arguments.images}\n"
     if arguments.iterations is not None:
         text += f"[training]\niterations = {arguments.iterations}\nbatch = {arguments.batch}\n"
-    recipe.write_text(text)
+    settings.write_text(text)
     made = stage(
         *("quantize", str(checkpoint), "-o", str(run), "--overwrite"),
         *("--method", arguments.method, "--bits", arguments.bits),
-        *("--steps", str(arguments.steps), "--recipe", str(recipe)),
+        *("--steps", str(arguments.steps), "--recipe", str(settings)),
     )
     row = {"quantize": made}
     if arguments.iterations is None:
@@ -199,9 +203,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     keys = ("model", "method", "bits", "steps", "images", "iterations", "batch", "export_only")
-    options = {key: getattr(arguments, key) for key in keys}
     with tempfile.TemporaryDirectory() as scratch:
         row = measure(arguments.folder or Path(scratch), arguments)
+    options = {key: getattr(arguments, key) for key in keys}
     row |= {
         "options": options,
         "threads": torch.get_num_threads(),

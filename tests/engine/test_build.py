@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import trtq
+from trtq.engine.denoiser import SIZES_KEY
 from trtq.engine.tensorrt import compile as compiling
 from trtq.engine.tensorrt.backends import BACKENDS, Backend, check_architectures, find_backend
 from trtq.engine.tensorrt.compile import cache_folder, compile_engine
@@ -22,8 +23,9 @@ from trtq.errors import (
     MissingDependencyError,
     UsageError,
 )
-from trtq.manifest import read_manifest
-from trtq.stages.build import build_engines, profile_of
+from trtq.manifest import Manifest, SourceRow, read_manifest
+from trtq.stages.build import axis_ranges, build_engines, profile_of
+from trtq.stages.export import export_onnx
 from trtq.stages.verify import verify
 
 RTX = BACKENDS["tensorrt-rtx"]
@@ -140,7 +142,7 @@ def test_an_architecture_without_the_kernels_is_an_error_of_the_builder(tmp_path
     ids=["crash", "killed", "no answer"],
 )
 def test_a_builder_that_dies_is_one_error(body, message, tmp_path, monkeypatch):
-    (tmp_path / "dying_worker.py").write_text(f"import os, sys\n{body}\n")
+    (tmp_path / "dying_worker.py").write_text(f"import os, sys\n{body}\nmain = int\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(compiling, "_WORKER", "dying_worker")
     with pytest.raises(BuildError, match=message):
@@ -206,6 +208,65 @@ def test_only_an_onnx_folder_is_built(digits_run, tmp_path, monkeypatch):
         build_engines(digits_run, tmp_path / "engine")
     with pytest.raises(UsageError, match="where there is a GPU"):
         build_engines(tmp_path / "nothing", tmp_path / "engine", refit=True)
+
+
+class Graph:
+    """As much of a model as the ranges ask for."""
+
+    def __init__(self, **metadata):
+        self.metadata_props = metadata
+
+
+def manifest(recipe=None, **options):
+    source = SourceRow(name="run", files={})
+    return Manifest(kind="onnx", source=source, denoiser="unet", recipe=recipe, options=options)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "batch", "expected"),
+    [
+        ("unet", {"guidance": 7.5}, None, (1, 2, 16)),
+        ("unet", {"guidance": 1.0}, None, (1, 1, 8)),
+        ("unet", None, None, (1, 2, 16)),
+        ("text_encoder", {"guidance": 7.5}, None, (1, 1, 8)),
+        ("unet", {"guidance": 7.5}, (2, 3), (2, 4, 6)),
+    ],
+)
+def test_a_denoiser_with_guidance_takes_twice_as_many_items(
+    name, recipe, batch, expected, tmp_path
+):
+    found = axis_ranges(tmp_path, name, manifest(recipe, batch=[1, 8]), Graph(), batch)
+    assert found["batch"] == expected
+    assert found["timesteps"] == (1, *expected[1:])
+    assert found["tokens"] == (1, 77, 512)
+
+
+def test_sizes_are_latents_for_the_decoder_and_pixels_for_the_encoder(tmp_path):
+    (tmp_path / "vae_decoder").mkdir()
+    config = tmp_path / "vae_decoder" / "config.json"
+    config.write_text('{"block_out_channels": [1, 2, 4, 8]}')
+    exported = manifest(batch=[1, 1], size="512x256:1024x768")
+
+    def sides(name, **metadata):
+        found = axis_ranges(tmp_path, name, exported, Graph(**metadata), None)
+        return found["height"], found["width"]
+
+    assert sides("vae_encoder") == ((512, 512, 1024), (256, 256, 768))
+    assert sides("vae_decoder") == ((64, 64, 128), (32, 32, 96))
+    latents = '{"low": [64, 32], "high": [128, 96], "cell": 8}'
+    assert sides("unet", **{SIZES_KEY: latents}) == ((64, 64, 128), (32, 32, 96))
+    config.write_text("{}")
+    with pytest.raises(ArtefactError, match="how many levels"):
+        sides("vae_decoder")
+
+
+def test_turing_is_refused_before_a_long_build(digits_onnx, tmp_path, monkeypatch):
+    monkeypatch.setattr("trtq.stages.build.find_backend", lambda _: RTX)
+    monkeypatch.setattr("trtq.stages.build.compile_engine", pytest.fail)
+    export_onnx("digits", tmp_path / "float")
+    with pytest.raises(UsageError, match="no products in float32, and unet has some"):
+        build_engines(tmp_path / "float", tmp_path / "engine", architectures=["sm75"])
+    assert not (tmp_path / "engine").exists()
 
 
 def test_free_axes_without_a_range_are_refused(tmp_path):

@@ -15,13 +15,17 @@ from trtq.engine.open import open_engine
 from trtq.engine.openvino import OpenVinoEngine
 from trtq.engine.ort import OrtEngine
 from trtq.errors import GateError, NonFiniteError, UsageError
+from trtq.export.legality import check
 from trtq.export.parity import snr_db
+from trtq.export.targets import load_graph, prepare
 from trtq.manifest import read_manifest
 from trtq.stages import export as stage
+from trtq.stages import parity as parity_stage
 from trtq.stages.export import export_onnx, parse_batch
 from trtq.stages.graph_file import save_graph
 from trtq.stages.load import open_any
 from trtq.stages.quantize import quantize
+from trtq.stages.run_folder import open_run
 
 
 def graph(folder):
@@ -292,3 +296,38 @@ def test_as_many_flips_are_set_aside_as_the_reference_has_itself(flipped, moved,
     assert row.pooled_db < 40
     assert row.ties == pytest.approx(flipped / 20 if aside else 0)
     assert row.floor_ties == pytest.approx((moved or 0) / 20)
+
+
+def test_without_vnni_openvino_gets_seven_bit_weights_as_integers(tmp_path, monkeypatch):
+    """Of a trained model; first, last, time, skip and downsampling layers keep 8 bits, in float."""
+    for module in ("targets", "legality"):
+        monkeypatch.setattr(f"trtq.export.{module}.has_vnni", lambda: False)
+    run, onnx_folder = tmp_path / "run", tmp_path / "onnx"
+    quantize("digits", {"method": "minmax", "bits": "w7a8", "steps": 2}, run)
+    export_onnx(run, onnx_folder)
+    rows = {row.name: row for row in read_manifest(run).layers}
+    path = onnx_folder / "unet" / "model.onnx"
+    model = prepare(load_graph(path), "openvino")
+    findings = check(model, "openvino")
+    assert {rows[finding.layer].weight_bits for finding in findings} == {8}
+    kernels = [n for n in model.graph if n.op_type == "Conv" and n.name.endswith("/as_conv/conv")]
+    assert len(kernels) == sum(r.kind == "linear" and r.weight_bits == 7 for r in rows.values()) - 8
+    assert len(OpenVinoEngine(path).inputs) == 3
+
+
+def test_a_wrong_lookup_of_the_step_is_seen_in_a_model_of_any_size(
+    digits_run, digits_onnx, tmp_path, monkeypatch
+):
+    run = open_run(digits_run)
+    monkeypatch.setattr(parity_stage, "_PARITY_WEIGHTS", 1 << 20)
+    path = digits_onnx / "unet" / "model.onnx"
+    (row,) = parity_stage.step_parities(run.source(), path, run)
+    assert row.holds(40)
+    assert len(parity_stage.step_parities(run.source(), path, run, thorough=True)) == 5
+    model = onnx.load(path)
+    (compared,) = [node for node in model.graph.node if node.name == "steps/passed"]
+    compared.op_type = "Greater"
+    wrong = tmp_path / "model.onnx"
+    onnx.save(model, wrong)
+    with pytest.raises(GateError, match=r"uses step \d of its tables, torch step \d"):
+        parity_stage.step_parities(run.source(), wrong, run)

@@ -8,6 +8,7 @@ from tests.conftest import tiny_pipeline
 from trtq.manifest import read_manifest, sha256
 from trtq.stages.load import load
 from trtq.stages.quantize import quantize
+from trtq.train import rounding
 from trtq.train.table_adam import TableAdamW
 
 
@@ -51,6 +52,17 @@ def test_learned_rounding_comes_first(tmp_path):
     result = quantize(tiny_pipeline(), recipe(adaround=20), tmp_path / "run")
     assert result["stages"][0]["name"] == "learn rounding"
     assert 0 < result["stages"][0]["rounded_up_share_changed"] < 0.5
+
+
+def test_learned_rounding_sees_every_pass_of_a_divided_batch(tmp_path, monkeypatch):
+    seen = []
+    rows = rounding._rows
+    monkeypatch.setattr(rounding, "_rows", lambda *given: seen.append(given[3]) or rows(*given))
+    settings = recipe(adaround=2)
+    settings["training"] = settings["training"] | {"batch": 4, "at_once": 1}
+    quantize(tiny_pipeline(), settings, tmp_path / "run")
+    assert {len(batch.x) for batch in seen} == {1}
+    assert len({float(batch.timestep) for batch in seen[:4]}) == 4
 
 
 @pytest.mark.parametrize("where", [("time embedding", 2), ("attention", 1), ("attention", 3)])

@@ -17,7 +17,48 @@ from trtq.export.targets import load_graph
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["layer_outputs"]
+__all__ = ["layer_outputs", "looked_up_steps"]
+
+_STEP = "steps/step"
+"""The index of each item's step in a graph of ours, see `ExpandLowBitToQdq`."""
+
+
+def looked_up_steps(path: Path, sample: str, timesteps: Tensor) -> Tensor | None:
+    """The step of the tables that a graph of ours uses at each timestep.
+
+    Only the lookup is run, so it costs next to nothing however large the graph is.
+
+    Args:
+        path: the graph; its external data lie beside it.
+        sample: name of its input of samples.
+        timesteps: `[B]`.
+
+    Returns:
+        int64 `[B]`; None: nothing in the graph depends on the step.
+
+    Raises:
+        ArtefactError: the graph cannot be loaded.
+    """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    model = load_graph(path)
+    graph = model.graph
+    found = [node.outputs[0] for node in graph if node.outputs[0].name == _STEP]
+    if not found:
+        return None
+    graph.outputs[:] = found
+    RemoveUnusedNodesPass()(model)
+    for value in [value for value in graph.inputs if not value.uses()]:
+        graph.inputs.remove(value)
+    session = open_graph(path, model, session_options(None), "cpu", {})
+    feeds = {}
+    for name, spec in input_specs(session).items():
+        fixed = [size if isinstance(size, int) else 1 for size in spec.shape[1:]]
+        shape = (len(timesteps), *fixed) if name == sample else (len(timesteps),)
+        feeds[name] = np.zeros(shape, spec.dtype)
+    feeds["timestep"] = timesteps.numpy().astype(feeds["timestep"].dtype)
+    (steps,) = session.run([_STEP], feeds)
+    return torch.from_numpy(steps)
 
 
 def layer_outputs(

@@ -163,14 +163,14 @@ def noise_parity(
     noise: Tensor,
     conditions: Conditions,
 ) -> list[StepParity]:
-    """Compare at the noisiest step alone.
+    """Compare at the middle step alone, at the noise itself.
 
     The arguments are those of `step_parity`.
 
     Returns:
         One row.
     """
-    position = torch.zeros(len(noise), dtype=torch.long)
+    position = torch.full((len(noise),), len(schedule) // 2)
     return [_mixed(reference, exported, noise, position, schedule, conditions)]
 
 

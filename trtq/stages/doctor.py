@@ -19,7 +19,7 @@ _REQUIRED = ("torch", "diffusers", "accelerate", "onnx", "onnxscript", "safetens
 _OPTIONAL = {
     "onnxruntime-openvino": "cpu",
     "onnxruntime-gpu": "gpu",
-    "onnxruntime": "rtx",
+    "onnxruntime": "cpu",
     "tensorrt-rtx": "rtx",
     "matplotlib": "eval",
     "jinja2": "eval",

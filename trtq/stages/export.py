@@ -95,7 +95,7 @@ def export_onnx(
     """Write the ONNX folder of a run, or of a plain checkpoint as the float baseline.
 
     The denoiser keeps diffusers' inputs and takes one timestep per batch item, or one for all. After
-    writing, torch and onnxruntime are compared at every calibrated step.
+    writing, torch and onnxruntime are compared, see `trtq.stages.parity.step_parities`.
 
     Args:
         path: a run, a diffusers folder, a shipped model's name or a hub id.

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
+
 from trtq.diffusion.sampling import seeded_noise
 from trtq.diffusion.source import Source
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import OrtEngine
+from trtq.engine.taps import looked_up_steps
+from trtq.errors import GateError
 from trtq.export.parity import StepParity, noise_parity, step_parity
+from trtq.quant import TimestepTable
 from trtq.seeds import seeded_generator
 from trtq.stages.run_folder import OpenRun
 
@@ -27,10 +32,12 @@ _PARITY_WEIGHTS = 2 << 30
 def step_parities(
     source: Source, model: Path, run: OpenRun | None, *, thorough: bool = False
 ) -> list[StepParity]:
-    """Compare a graph on onnxruntime's CPU provider with torch at every calibrated step.
+    """Compare a graph on onnxruntime's CPU provider with torch.
 
-    A model of more than half a billion weights is compared with one image at the noisiest step, unless
-    `thorough`: each image more is a minute on a CPU and gigabytes of activations.
+    The lookup of the step must be right at every calibrated timestep and on both sides of each border
+    between two. Predictions are compared at every step; those of a model of more than half a billion
+    weights with one image at the middle step, unless `thorough`, since each image more is a minute on a
+    CPU and gigabytes of activations.
 
     Args:
         source: the pipeline around the torch denoiser, at the size to compare at.
@@ -40,7 +47,12 @@ def step_parities(
 
     Returns:
         One row per step, cleanest first, and last one of a batch of mixed steps; or one alone.
+
+    Raises:
+        GateError: the graph uses another step of the tables than torch does.
     """
+    if run is not None and len(run.table) > 1:
+        _check_lookup(source, model, run.table)
     exported = EngineDenoiser(
         OrtEngine(model, frugal=True), source.model.config, type(source.model)
     )
@@ -58,3 +70,20 @@ def step_parities(
     noise = seeded_noise(source.sample_shape, 0, 0, images)
     compared = noise_parity if large else step_parity
     return compared(source.denoiser, exported, schedule, noise, conditions)
+
+
+def _check_lookup(source: Source, model: Path, table: TimestepTable) -> None:
+    up, down = torch.tensor(float("inf")), torch.tensor(-float("inf"))
+    borders = [table.edges.nextafter(down), table.edges, table.edges.nextafter(up)]
+    timesteps = torch.cat([table.timesteps.float(), *borders])
+    steps = looked_up_steps(model, source.family.sample, timesteps)
+    if steps is None:
+        return
+    wrong = (steps != table.index(timesteps)).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        expected = int(table.index(timesteps)[first])
+        raise GateError(
+            f"at timestep {float(timesteps[first]):g} the exported graph uses step "
+            f"{int(steps[first])} of its tables, torch step {expected}"
+        )
