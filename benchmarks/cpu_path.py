@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from digits import processor
 from sd_size import stage, write_checkpoint
 
 from trtq.engine.base import TensorSpec
@@ -182,6 +183,7 @@ def main() -> None:
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     record: dict[str, Any] = {
+        "device": processor(),
         "vnni": has_vnni(),
         "threads": torch.get_num_threads(),
         "packages": package_versions(),
