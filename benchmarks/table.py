@@ -170,8 +170,8 @@ def cpu_path(record: dict[str, Any]) -> str:
     median = {(row["name"], row["provider"]): row["median_seconds"] for row in record["rows"]}
     lines = [
         f"`python benchmarks/cpu_path.py`, {record['device']} "
-        f"{'with' if record['vnni'] else 'without'} VNNI, {record['threads']} threads, {record['date']}, "
-        "one run, rows in turns: seconds of one call, batch 1, median (quartiles).",
+        f"{'with' if record['vnni'] else 'without'} VNNI, {record['threads']} threads, "
+        f"{record['date']}, one run, rows in turns: seconds of one call, batch 1, median (quartiles).",
         "",
         "| UNet | runs on | seconds | against float on cpu | against float on openvino | peak memory |",
         "| --- | --- | --- | --- | --- | --- |",
