@@ -1,12 +1,15 @@
 """One denoising step of Stable Diffusion 1.5's size on the CPU: float and low-bit, by provider.
 
     python benchmarks/cpu_path.py --folder DIR [--rounds 3 --calls 3]
+    python benchmarks/cpu_path.py --folder DIR --pair       (per-step against constant scales)
 
 Random weights in the published configuration, 64 x 64 latents, batch 1. Checkpoint, runs and graphs are
 kept in DIR and not made again. Every row is timed in a process of its own, in turns; the first call of
 each process, which compiles, is not counted. "constant" is a graph with the scales of one step; W7A8 is
 what a processor without VNNI can multiply in integers. With the package nncf there is one row more:
-OpenVINO's own runtime on its own post-training int8 of the same float graph.
+OpenVINO's own runtime on its own post-training int8 of the same float graph. The difference between
+per-step and constant scales is smaller than what processes differ by, so `--pair` loads both in one and
+calls them in turns.
 """
 
 from __future__ import annotations
@@ -159,21 +162,52 @@ def time_one(folder: Path, name: str, provider: str, calls: int) -> dict[str, An
     return {"load_seconds": loaded, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
 
 
+def time_pair(folder: Path, calls: int) -> dict[str, Any]:
+    """Calls of the per-step and of the constant graph in turns, in one process."""
+    seconds: dict[str, list[float]] = {}
+    engines = {
+        name: open_engine(folder / name / "unet" / "model.onnx", "openvino")
+        for name in ("w7a8", "constant")
+    }
+    for turn in range(calls + 1):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine.run(_feeds(engine.inputs))
+            if turn > 0:  # The first compiles.
+                seconds.setdefault(name, []).append(time.perf_counter() - start)
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4)
+    return {
+        "ratio": statistics.median(ratios),
+        "quartiles": [quartiles[0], quartiles[2]],
+        "calls": calls,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
 def main() -> None:
     """Make what is missing, measure, write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=3)
+    parser.add_argument("--pair", action="store_true", help="Only per-step against constant.")
     parser.add_argument("--row", nargs=2, help="Time this one only, in this process.")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("benchmarks/results/cpu_path.json")
     )
     arguments = parser.parse_args()
+    record: dict[str, Any]
     if arguments.row:
         print(json.dumps(time_one(arguments.folder, *arguments.row, arguments.calls)))
         return
     make(arguments.folder)
+    if arguments.pair:
+        record = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+        record["pair"] = time_pair(arguments.folder, arguments.calls)
+        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        print(f"per-step / constant {record['pair']['ratio']:.3f}")
+        return
     present = (*ROWS, RIVAL) if make_rival(arguments.folder) else ROWS
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {row: [] for row in present}
     for _ in range(arguments.rounds):
@@ -182,7 +216,7 @@ def main() -> None:
             command += ["--calls", str(arguments.calls)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
-    record: dict[str, Any] = {
+    record = {
         "device": processor(),
         "vnni": has_vnni(),
         "threads": torch.get_num_threads(),

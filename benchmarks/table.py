@@ -187,6 +187,14 @@ def cpu_path(record: dict[str, Any]) -> str:
             f"{row['peak_rss_bytes'] / 1e9:.1f} GB",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    pair = record.get("pair")
+    if pair:
+        low, high = pair["quartiles"]
+        lines += [
+            "",
+            "Per-step against constant scales, both in one process and called in turns, "
+            f"{pair['calls']} times: {pair['ratio']:.3f} x ({low:.3f}-{high:.3f}).",
+        ]
     return "\n".join(lines)
 
 
