@@ -286,6 +286,6 @@ def test_the_cache_survives_a_folder_that_cannot_be_written(tmp_path, monkeypatc
     blocked.write_text("")
     monkeypatch.setenv("TRTQ_CACHE", str(blocked))
     monkeypatch.setattr(
-        compiling, "_run_worker", lambda job: job.engine.write_bytes(b"e") and Answer()
+        compiling, "_run_worker", lambda job, _: job.engine.write_bytes(b"e") and Answer()
     )
     assert not compile_engine(RTX, job(tmp_path)).cached
