@@ -10,7 +10,7 @@ from tests.families.pipelines import PIPELINES, build
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.diffusion.families import FAMILIES
 from trtq.diffusion.source import load_source
-from trtq.errors import UsageError
+from trtq.errors import LegalityError, UsageError
 from trtq.evaluate.images import draw, subjects_for
 from trtq.stages.export import export_onnx
 from trtq.stages.load import open_any
@@ -60,9 +60,10 @@ def test_a_pipeline_goes_the_whole_way(name, tmp_path):
 def test_a_run_is_exported_at_another_size_than_it_was_calibrated_at(name, tmp_path):
     """At every step and at mixed steps; four items at least stand at two steps."""
     run = tmp_path / "run"
-    quantize(build(name), RECIPE, run)
-    multiple = load_source(build(name)).image_size[0]
-    for size in (f"{multiple}x{2 * multiple}", f"{2 * multiple}x{2 * multiple}"):
+    side = 16 if name in SIZES else load_source(build(name)).image_size[0]
+    quantize(build(name), RECIPE | {"size": f"{side}x{side}"}, run)
+    # DiT takes square images only.
+    for size in (f"{2 * side}x{side if name != 'dit' else 2 * side}", f"{3 * side}x{3 * side}"):
         onnx = tmp_path / size
         exported = export_onnx(run, onnx, size=size)
         assert len(exported["parity_db"]) == RECIPE["steps"] + 1
@@ -170,6 +171,13 @@ def test_a_pipeline_that_draws_one_size_says_so():
     source.resize("32x32")
     with pytest.raises(UsageError, match="DiTPipeline draws images of the model's own size only"):
         draw(source, subjects_for(source, 1), steps=1, seed=0)
+
+
+def test_a_size_that_the_model_cannot_be_traced_at_is_one_error(tmp_path):
+    build("dit").save_pretrained(tmp_path / "model")
+    with pytest.raises(LegalityError, match="torch cannot trace DiTTransformer2DModel"):
+        export_onnx(tmp_path / "model", tmp_path / "onnx", size="16x32")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_a_model_with_positions_inside_takes_one_size(tmp_path):

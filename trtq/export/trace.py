@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from trtq.diffusion.families import Family
 from trtq.diffusion.sampling import Conditions
+from trtq.errors import LegalityError
 from trtq.quant.convert import deploy_timesteps, quantizable_layers
 from trtq.quant.modules import ConvGeometry
 from trtq.quant.structure import Product, replace_module
@@ -164,6 +165,9 @@ def trace(
 
     Returns:
         The graph, with diffusers' inputs by flat name; the output is named after the family.
+
+    Raises:
+        LegalityError: torch cannot trace it, e.g. at a size that the model does not take.
     """
     family = conditions.family
     for name, source in quantizable_layers(denoiser).items():
@@ -181,13 +185,20 @@ def trace(
             if value.is_floating_point() and key != "timestep":
                 examples[key] = value.half()
     caller = _Denoiser(denoiser, list(examples), family)
-    return trace_module(
-        caller,
-        examples,
-        [family.output],
-        shared=set(conditions.shared),
-        images={family.sample: cell},
-    )
+    try:
+        return trace_module(
+            caller,
+            examples,
+            [family.output],
+            shared=set(conditions.shared),
+            images={family.sample: cell},
+        )
+    except torch.onnx.OnnxExporterError as err:
+        cause = str(err.__cause__ or err).strip().splitlines()
+        raise LegalityError(
+            f"torch cannot trace {type(denoiser).__name__} for samples of "
+            f"{'x'.join(map(str, x.shape[1:]))}; does it take this size? {' '.join(cause[:2])}"
+        ) from err
 
 
 def trace_module(
