@@ -34,6 +34,7 @@ from sd_size import stage, write_checkpoint
 
 from trtq.engine.base import TensorSpec
 from trtq.engine.open import open_engine
+from trtq.engine.openvino import graph_specs
 from trtq.export.targets import has_vnni, load_graph
 from trtq.manifest import package_versions
 from trtq.quant.deployed import LayerTensors
@@ -116,15 +117,7 @@ def make_rival(folder: Path) -> bool:
 
 def _specs(graph: Path) -> dict[str, TensorSpec]:
     """Inputs of a graph, without its weights in memory."""
-    inputs = load_graph(graph).graph.inputs
-    return {
-        value.name: TensorSpec(value.dtype.numpy(), tuple(_size(size) for size in value.shape))
-        for value in inputs
-    }
-
-
-def _size(size: Any) -> int | str:
-    return size if isinstance(size, int) else str(size)
+    return graph_specs(load_graph(graph).graph.inputs)
 
 
 def _feeds(specs: Mapping[str, TensorSpec], seed: int = 0) -> dict[str, np.ndarray]:
@@ -169,10 +162,11 @@ def time_pair(folder: Path, calls: int) -> dict[str, Any]:
         name: open_engine(folder / name / "unet" / "model.onnx", "openvino")
         for name in ("w7a8", "constant")
     }
+    feeds = _feeds(engines["w7a8"].inputs)
     for turn in range(calls + 1):
         for name, engine in engines.items():
             start = time.perf_counter()
-            engine.run(_feeds(engine.inputs))
+            engine.run(feeds)
             if turn > 0:  # The first compiles.
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]

@@ -31,6 +31,7 @@ __all__ = [
     "StructureRow",
     "artefact_kind",
     "file_hashes",
+    "made_from",
     "new_artefact",
     "package_versions",
     "partial_folder",
@@ -184,6 +185,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     )
     (folder / MANIFEST_NAME).write_text(complete.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return complete
+
+
+def made_from(folder: Path, manifest: Manifest) -> SourceRow:
+    """What an artefact that is made from another one says of it."""
+    own = {MANIFEST_NAME: sha256(folder / MANIFEST_NAME)}
+    return SourceRow(name=folder.name, files=own | manifest.files)
 
 
 def artefact_kind(folder: Path) -> Kind | None:

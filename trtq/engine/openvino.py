@@ -17,7 +17,7 @@ from trtq.engine.base import TensorSpec
 from trtq.engine.ort import check_provider, open_graph, session_options
 from trtq.export.targets import load_graph, prepare
 
-__all__ = ["OpenVinoEngine"]
+__all__ = ["OpenVinoEngine", "graph_specs"]
 
 _NAME: Literal["openvino"] = "openvino"
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -45,8 +45,8 @@ class OpenVinoEngine:
         self._most_shapes = most_shapes
         self._model = prepare(load_graph(path), _NAME)
         graph = self._model.graph
-        self._inputs = _specs(graph.inputs)
-        self._outputs = _specs(graph.outputs)
+        self._inputs = graph_specs(graph.inputs)
+        self._outputs = graph_specs(graph.outputs)
         # Shapes of the general graph would contradict those of a fixed one.
         for value in [*graph.outputs, *(value for node in graph for value in node.outputs)]:
             value.shape = None
@@ -101,7 +101,8 @@ class OpenVinoEngine:
         return open_graph(self._path, self._model, options, _NAME, settings)
 
 
-def _specs(values: Any) -> dict[str, TensorSpec]:
+def graph_specs(values: Any) -> dict[str, TensorSpec]:
+    """Inputs or outputs of an `onnx_ir` graph by name."""
     return {
         value.name: TensorSpec(
             value.dtype.numpy(),

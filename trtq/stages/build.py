@@ -12,12 +12,8 @@ from typing import Any
 
 from trtq.diffusion.source import parse_size, parse_sizes
 from trtq.engine.denoiser import SIZES_KEY
-from trtq.engine.tensorrt.backends import Backend, check_architectures, find_backend
-from trtq.engine.tensorrt.compile import (
-    ENGINE_FILE,
-    Compiled,
-    compile_engine,
-)
+from trtq.engine.tensorrt.backends import CURRENT, Backend, check_architectures, find_backend
+from trtq.engine.tensorrt.compile import ENGINE_FILE, Compiled, compile_engine
 from trtq.engine.tensorrt.job import Job, Profile
 from trtq.errors import ArtefactError, LegalityError, UsageError
 from trtq.export.legality import check
@@ -25,11 +21,10 @@ from trtq.export.targets import load_graph, prepare
 from trtq.manifest import (
     MANIFEST_NAME,
     Manifest,
-    SourceRow,
     check_output,
+    made_from,
     new_artefact,
     read_manifest,
-    sha256,
     write_manifest,
 )
 from trtq.progress import Reporter, silent
@@ -94,7 +89,7 @@ def build_engines(
     folder, final = Path(path), Path(out)
     chosen = find_backend(backend)
     targets = check_architectures(chosen, list(architectures))
-    if refit and chosen.architectures and "current" not in targets:
+    if refit and chosen.architectures and CURRENT not in targets:
         raise UsageError(
             "refit engines can only be built where there is a GPU; pass --arch current there"
         )
@@ -148,10 +143,7 @@ def build_engines(
         }
         if batch is not None:
             options["batch"] = list(batch)
-        source = SourceRow(
-            name=folder.name,
-            files={MANIFEST_NAME: sha256(folder / MANIFEST_NAME)} | manifest.files,
-        )
+        source = made_from(folder, manifest)
         write_manifest(
             partial,
             manifest.model_copy(
@@ -239,14 +231,14 @@ def axis_ranges(
     sizes = model.metadata_props.get(SIZES_KEY)
     if sizes is not None:
         found = json.loads(sizes)
-        for axis, name in enumerate(("height", "width")):
-            ranges[name] = (found["low"][axis], found["low"][axis], found["high"][axis])
+        for axis, side in enumerate(("height", "width")):
+            ranges[side] = (found["low"][axis], found["low"][axis], found["high"][axis])
     elif manifest.options.get("size") is not None:
         smallest, largest = (parse_size(text) for text in parse_sizes(manifest.options["size"]))
         factor = _pixels_of_a_latent(folder / name) if name == DECODER else 1
-        for axis, name in enumerate(("height", "width")):
+        for axis, side in enumerate(("height", "width")):
             least, most = smallest[axis] // factor, largest[axis] // factor
-            ranges[name] = (least, least, most)
+            ranges[side] = (least, least, most)
     return ranges
 
 

@@ -23,15 +23,14 @@ from trtq.export.passes import (
 )
 from trtq.export.trace import trace
 from trtq.manifest import (
-    MANIFEST_NAME,
     LayerRow,
     Manifest,
     SourceRow,
     artefact_kind,
     check_output,
     file_hashes,
+    made_from,
     new_artefact,
-    sha256,
     write_manifest,
 )
 from trtq.progress import Reporter, silent
@@ -199,10 +198,7 @@ def _float_manifest(source: Source) -> Manifest:
 
 
 def _run_manifest(run: OpenRun) -> Manifest:
-    source = SourceRow(
-        name=run.folder.name,
-        files={MANIFEST_NAME: sha256(run.folder / MANIFEST_NAME)} | run.manifest.files,
-    )
+    source = made_from(run.folder, run.manifest)
     return run.manifest.model_copy(update={"kind": "onnx", "source": source})
 
 
