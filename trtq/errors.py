@@ -12,6 +12,7 @@ TrtqError                  anything trtq raises on purpose
 │   └── StepError          a quantised layer was called without its denoising step
 ├── LegalityError          the graph would hold something the target does not accept
 ├── BuildError             an engine's builder refused, crashed or ran out of memory
+├── KernelError            a kernel cannot be compiled, loaded or started
 └── GateError              a check or a gate was not met: parity after export, `--gate`
 ```
 
@@ -25,6 +26,7 @@ __all__ = [
     "BuildError",
     "GateError",
     "IntegrityError",
+    "KernelError",
     "LegalityError",
     "MissingDependencyError",
     "NonFiniteError",
@@ -82,6 +84,10 @@ class LegalityError(TrtqError):
 
 class BuildError(TrtqError):
     """An engine's builder refused the graph, crashed or ran out of memory."""
+
+
+class KernelError(TrtqError):
+    """A kernel of ours cannot be compiled, loaded or started; the message says on what."""
 
 
 class GateError(TrtqError):

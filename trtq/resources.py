@@ -1,11 +1,12 @@
-"""What this process uses."""
+"""What this process uses, and where it keeps what it made."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-__all__ = ["available_bytes", "peak_rss_bytes"]
+__all__ = ["available_bytes", "cache_folder", "peak_rss_bytes"]
 
 
 def peak_rss_bytes() -> int:
@@ -38,3 +39,16 @@ def available_bytes() -> int:
     except (OSError, ValueError):  # No such files, or "max".
         pass
     return min(found, default=0)
+
+
+def cache_folder(kind: str) -> Path:
+    """Where things of a kind are kept: in `TRTQ_CACHE`, or in the user's own cache folder.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    own = os.environ.get("TRTQ_CACHE")
+    if own:
+        return Path(own) / kind
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "trtq" / kind

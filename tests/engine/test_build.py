@@ -12,7 +12,7 @@ import trtq
 from trtq.engine.denoiser import SIZES_KEY
 from trtq.engine.tensorrt import compile as compiling
 from trtq.engine.tensorrt.backends import BACKENDS, Backend, check_architectures, find_backend
-from trtq.engine.tensorrt.compile import cache_folder, compile_engine
+from trtq.engine.tensorrt.compile import compile_engine
 from trtq.engine.tensorrt.job import Answer, Job
 from trtq.engine.tensorrt.worker import _named
 from trtq.errors import (
@@ -24,6 +24,7 @@ from trtq.errors import (
     UsageError,
 )
 from trtq.manifest import Manifest, SourceRow, read_manifest
+from trtq.resources import cache_folder
 from trtq.stages.build import axis_ranges, build_engines, profile_of
 from trtq.stages.export import export_onnx
 from trtq.stages.verify import verify
@@ -96,7 +97,7 @@ def test_an_engine_is_built_once_and_a_changed_copy_is_not_used(tmp_path):
     wider = [{"x": ([1, 8], [2, 8], [16, 8])}]
     assert not compile_engine(RTX, job(tmp_path, profiles=wider)).cached
     assert not compile_engine(RTX, job(tmp_path), use_cache=False).cached
-    for engine in cache_folder().glob("*/model.engine"):
+    for engine in cache_folder("engines").glob("*/model.engine"):
         engine.write_bytes(engine.read_bytes()[:-1] + b"?")
     assert not compile_engine(RTX, job(tmp_path)).cached
     assert compile_engine(RTX, job(tmp_path)).cached

@@ -21,14 +21,15 @@ from trtq.engine.tensorrt.backends import CURRENT, Backend
 from trtq.engine.tensorrt.job import Answer, Job
 from trtq.errors import BuildError
 from trtq.manifest import sha256
-from trtq.resources import available_bytes
+from trtq.resources import available_bytes, cache_folder
 
-__all__ = ["ENGINE_FILE", "Compiled", "cache_folder", "compile_engine", "estimated_peak_bytes"]
+__all__ = ["ENGINE_FILE", "Compiled", "compile_engine", "estimated_peak_bytes"]
 
 logger = logging.getLogger(__name__)
 
 ENGINE_FILE = "model.engine"
 _ENTRY_FILE = "entry.json"
+_CACHE = "engines"
 _WORKER = "trtq.engine.tensorrt.worker"
 _GIB = 1 << 30
 _PACKAGE = Path(__file__).parent.parent.parent
@@ -51,15 +52,6 @@ class Compiled:
     answer: Answer
     cached: bool
     engine_bytes: int
-
-
-def cache_folder() -> Path:
-    """Where engines are kept: `TRTQ_CACHE`, or the user's own cache folder."""
-    own = os.environ.get("TRTQ_CACHE")
-    if own:
-        return Path(own) / "engines"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "trtq" / "engines"
 
 
 def estimated_peak_bytes(graph: Path) -> int:
@@ -115,7 +107,7 @@ def _key(backend: Backend, job: Job) -> str:
 def _from_cache(key: str, engine: Path) -> Compiled | None:
     """Copy an engine out of the cache; an entry that is not what it was is thrown away."""
     try:
-        folder = cache_folder() / key
+        folder = cache_folder(_CACHE) / key
         entry = json.loads((folder / _ENTRY_FILE).read_text())
         answer = Answer.model_validate(entry["answer"])
         shutil.copyfile(folder / ENGINE_FILE, engine)
@@ -132,7 +124,7 @@ def _from_cache(key: str, engine: Path) -> Compiled | None:
 def _to_cache(key: str, engine: Path, answer: Answer) -> None:
     """Keep a copy, if that is possible: a full disk must not fail a build that is done."""
     try:
-        folder = cache_folder() / key
+        folder = cache_folder(_CACHE) / key
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     except (OSError, RuntimeError):  # RuntimeError: the user has no home.

@@ -1,0 +1,153 @@
+"""CUDA C to cubins, by NVRTC: no GPU, no driver and no nvcc are needed.
+
+Cubins lie in the user's cache, named after everything that shapes them. They are made when they are
+first asked for, or ahead by `trtq plugins build`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from trtq.errors import KernelError, MissingDependencyError
+from trtq.plugins.spec import ARCHITECTURES, Variant
+from trtq.resources import cache_folder
+
+__all__ = ["build_all", "cubin", "sources"]
+
+_FOLDER = Path(__file__).parent
+_HEADERS = ("ptx.cuh", "codes.cuh")
+_OPTIONS = ("--std=c++17", "--extra-device-vectorization")
+
+
+def sources(kernel: str) -> dict[str, str]:
+    """The files that a kernel consists of, the main one as `kernel.cu`."""
+    found = {name: (_FOLDER / "cuda" / name).read_text(encoding="utf-8") for name in _HEADERS}
+    found["kernel.cu"] = (_FOLDER / kernel / "kernel.cu").read_text(encoding="utf-8")
+    return found
+
+
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as err:  # RuntimeError: the library itself is not there.
+        raise MissingDependencyError(
+            "kernels are compiled by NVRTC, which is not installed: pip install 'trtq[plugins]'"
+        ) from err
+    return nvrtc
+
+
+@cache
+def _version() -> str:
+    _, major, minor = _nvrtc().nvrtcVersion()
+    return f"{major}.{minor}"
+
+
+def cubin(variant: Variant, architecture: str) -> bytes:
+    """A kernel for an architecture, from the cache or compiled.
+
+    Args:
+        variant: what to compile.
+        architecture: one of `ARCHITECTURES`, or another that NVRTC knows by its number, e.g. `sm87`.
+
+    Raises:
+        MissingDependencyError: it has to be compiled, and NVRTC is not installed.
+        KernelError: NVRTC refuses it.
+    """
+    key = _key(variant, architecture)
+    try:
+        path = cache_folder("kernels") / f"{key}.cubin"
+        return path.read_bytes()
+    except OSError:
+        pass
+    except RuntimeError:  # The user has no home.
+        return _compile(variant, architecture)
+    code = _compile(variant, architecture)
+    _keep(path, code)
+    return code
+
+
+def _key(variant: Variant, architecture: str) -> str:
+    record = [sources(variant.kernel), variant.defines, architecture, _OPTIONS, _version()]
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return f"{variant}-{architecture}-{digest[:16]}"
+
+
+def _keep(path: Path, code: bytes) -> None:
+    """Write beside, then rename; without a place for it, it is compiled again next time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(code)
+        Path(partial).replace(path)
+    except OSError:
+        return
+
+
+def _compile(variant: Variant, architecture: str) -> bytes:
+    nvrtc = _nvrtc()
+    files = {name: text.encode() for name, text in sources(variant.kernel).items()}
+    main = files.pop("kernel.cu")
+    status, program = nvrtc.nvrtcCreateProgram(
+        main, b"kernel.cu", len(files), list(files.values()), [name.encode() for name in files]
+    )
+    _check(nvrtc, status, f"{variant} cannot be read")
+    try:
+        options = [f"--gpu-architecture={architecture.replace('sm', 'sm_')}", *_OPTIONS]
+        options += [f"-D{name}={value}" for name, value in variant.defines.items()]
+        (status,) = nvrtc.nvrtcCompileProgram(
+            program, len(options), [option.encode() for option in options]
+        )
+        what = f"NVRTC {_version()} cannot compile {variant} for {architecture}"
+        _check(nvrtc, status, f"{what}: {_log(nvrtc, program)}")
+        status, size = nvrtc.nvrtcGetCUBINSize(program)
+        _check(nvrtc, status, what)
+        code = bytes(size)
+        (status,) = nvrtc.nvrtcGetCUBIN(program, code)
+        _check(nvrtc, status, what)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return code
+
+
+def _log(nvrtc: Any, program: Any) -> str:
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    text = bytes(size)
+    nvrtc.nvrtcGetProgramLog(program, text)
+    lines = text.decode(errors="replace").strip("\0\n ").splitlines()
+    errors = [line for line in lines if "error" in line]
+    return " / ".join((errors or lines)[:3])
+
+
+def _check(nvrtc: Any, status: Any, what: str) -> None:
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise KernelError(f"{what} ({status.name})")
+
+
+def build_all(architectures: tuple[str, ...] = ARCHITECTURES) -> dict[str, list[str]]:
+    """Compile every variant for every architecture, so that nothing has to be when it is needed.
+
+    Returns:
+        The variants' names by architecture.
+
+    Raises:
+        MissingDependencyError: NVRTC is not installed.
+        KernelError: NVRTC does not know an architecture.
+    """
+    from trtq.plugins.spec import all_variants
+
+    built: dict[str, list[str]] = {}
+    for architecture in architectures:
+        built[architecture] = []
+        for variant in all_variants(architecture):
+            cubin(variant, architecture)
+            built[architecture].append(str(variant))
+    return built

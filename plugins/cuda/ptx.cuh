@@ -1,0 +1,108 @@
+// What the kernels need of the machine below C: conversions, asynchronous copies, tensor cores.
+// Each function says what one thread gives and gets; the tests replace this file by one that computes
+// the same on a CPU, so nothing else in the kernels may use inline assembly.
+//
+// Letters: g = lane / 4, t = lane % 4 of a warp's 32 lanes.
+
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short f16;  // Bits of a half; no header of CUDA is needed.
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE float to_float(f16 bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+DEVICE float to_float(float value) { return value; }
+
+DEVICE void from_float(float value, f16 *out) {
+  f16 bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  *out = bits;
+}
+
+DEVICE void from_float(float value, float *out) { *out = value; }
+
+// A multiplication and an addition that are never contracted to one rounding, as torch has them.
+DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+// Half to even.
+DEVICE float round_even(float value) { return rintf(value); }
+
+// Copies 16 bytes from global to shared memory; both aligned to 16. It is there after `copies_wait`.
+DEVICE void copy_16(u8 *shared, const u8 *global) {
+#if __CUDA_ARCH__ >= 800
+  u32 target = (u32)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+#else
+  *(uint4 *)shared = *(const uint4 *)global;
+#endif
+}
+
+// Closes a group of copies, which may be empty.
+DEVICE void copies_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `NEWER` of this thread's groups are under way.
+template <int NEWER>
+DEVICE void copies_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(NEWER) : "memory");
+#endif
+}
+
+// Four 8-row matrices of 16 bytes per row. Lane l gives the address of row l % 8 of matrix l / 8 and
+// gets bytes 4t .. 4t + 3 of row g of every matrix.
+DEVICE void load_matrices(u32 (&found)[4], const u8 *row) {
+  u32 source = (u32)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(found[0]), "=r"(found[1]), "=r"(found[2]), "=r"(found[3])
+               : "r"(source)
+               : "memory");
+}
+
+// sums[16,8] += a[16,32 bytes] b[8,32 bytes]^T over the 8-bit or 4-bit integers in the bytes.
+// a: rows g, g + 8 at bytes 4t, then the same rows at 16 + 4t; b: row g at bytes 4t and 16 + 4t;
+// sums: row g at columns 2t, 2t + 1, then row g + 8.
+#if __CUDA_ARCH__ >= 800
+#define MMA_16(NAME, SHAPE, TYPES)                                                              \
+  DEVICE void NAME(int(&sums)[4], const u32(&a)[4], u32 b0, u32 b1) {                           \
+    asm volatile("mma.sync.aligned." SHAPE ".row.col.s32." TYPES                                \
+                 ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"         \
+                 : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));               \
+  }
+MMA_16(multiply_s8, "m16n8k32", "s8.s8")
+MMA_16(multiply_u4, "m16n8k64", "u4.u4")
+#else  // Turing has the quarter of it: 8 rows, 16 bytes.
+#define MMA_8(NAME, SHAPE, TYPES)                                                               \
+  DEVICE void NAME##_8(int &s0, int &s1, u32 a, u32 b) {                                        \
+    asm volatile("mma.sync.aligned." SHAPE ".row.col.s32." TYPES                                \
+                 ".s32 {%0, %1}, {%2}, {%3}, {%0, %1};"                                         \
+                 : "+r"(s0), "+r"(s1)                                                           \
+                 : "r"(a), "r"(b));                                                             \
+  }                                                                                             \
+  DEVICE void NAME(int(&sums)[4], const u32(&a)[4], u32 b0, u32 b1) {                           \
+    NAME##_8(sums[0], sums[1], a[0], b0);                                                       \
+    NAME##_8(sums[2], sums[3], a[1], b0);                                                       \
+    NAME##_8(sums[0], sums[1], a[2], b1);                                                       \
+    NAME##_8(sums[2], sums[3], a[3], b1);                                                       \
+  }
+MMA_8(multiply_s8, "m8n8k16", "s8.s8")
+MMA_8(multiply_u4, "m8n8k32", "u4.u4")
+#endif
+
+// One of the lanes whose number differs in the bits of `mask`.
+DEVICE int from_lane(int value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+#define DYNAMIC_SHARED(NAME) extern __shared__ __align__(128) u8 NAME[]

@@ -1,0 +1,121 @@
+"""Weights as the kernel reads them.
+
+Channels lie innermost, padded to 32. Eight codes 0 .. 15 share four bytes: byte j holds the code of
+channel j, and that of channel j + 4 above it. So the codes 1 2 3 4 5 6 7 8 make the bytes 0x51 0x62 0x73
+0x84: the low nibbles of a word are four neighbours, and so are the high ones, and two operations make
+bytes of them. Padding holds the zero point, the code of zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtq.errors import ArtefactError, QuantizationError
+from trtq.plugins.spec import CHANNEL_BLOCK
+
+__all__ = ["pack_bytes", "pack_nibbles", "storage_bits", "terms", "unpack_bytes", "unpack_nibbles"]
+
+_Integers = NDArray[np.integer[Any]]
+_Int8 = NDArray[np.int8]
+_UInt8 = NDArray[np.uint8]
+_Code = TypeVar("_Code", np.int8, np.uint8)
+_WORD = 8
+_HIGHEST = 15
+
+
+def storage_bits(bits: int, zero_point: _Integers) -> int:
+    """4 where codes and zero points `[N]` fit nibbles, otherwise 8."""
+    small = bool(((zero_point >= 0) & (zero_point <= _HIGHEST)).all())
+    return 4 if bits <= 4 and small else 8
+
+
+def _innermost(values: NDArray[_Code], fill: _Integers) -> NDArray[_Code]:
+    """[N, C] or [N, C, kh, kw] -> [N, kh, kw, C32], padded with `fill[N]`."""
+    if values.ndim == 2:
+        values = values[:, :, None, None]
+    moved: NDArray[_Code] = np.moveaxis(values, 1, -1)
+    out = np.empty(
+        (*moved.shape[:-1], -(-moved.shape[-1] // CHANNEL_BLOCK) * CHANNEL_BLOCK), values.dtype
+    )
+    out[...] = fill.reshape(-1, 1, 1, 1)
+    out[..., : moved.shape[-1]] = moved
+    return out
+
+
+def _outermost(values: NDArray[_Code], channels: int) -> NDArray[_Code]:
+    """[N, kh, kw, C32] -> [N, C, kh, kw]; inverse of `_innermost`."""
+    return np.ascontiguousarray(np.moveaxis(values[..., :channels], -1, 1))
+
+
+def pack_bytes(integers: _Int8) -> _Int8:
+    """int8[N, C] or [N, C, kh, kw], codes less zero points -> int8[N, kh, kw, C32]."""
+    return _innermost(integers, np.zeros(len(integers), np.int8))
+
+
+def unpack_bytes(packed: _Int8, channels: int) -> _Int8:
+    """int8[N, kh, kw, C32] -> int8[N, C, kh, kw]."""
+    return _outermost(packed, channels)
+
+
+def pack_nibbles(codes: _UInt8, zero_point: _Integers) -> _Int8:
+    """uint8[N, C] or [N, C, kh, kw] in 0 .. 15, zero points `[N]` -> int8[N, kh, kw, C32 / 2].
+
+    int8 stands for the bytes, since engines take no other constant of one byte.
+
+    Raises:
+        QuantizationError: a code or zero point does not fit.
+    """
+    for name, values in (("codes", codes), ("zero points", zero_point)):
+        if values.size and not (values.min() >= 0 and values.max() <= _HIGHEST):
+            raise QuantizationError(
+                f"{name} span {values.min()} .. {values.max()}; nibbles hold 0 .. {_HIGHEST}"
+            )
+    words = _innermost(codes, zero_point.astype(np.uint8))
+    words = words.reshape(*words.shape[:-1], -1, 2, _WORD // 2)
+    packed = words[..., 0, :] + 16 * words[..., 1, :]
+    return packed.astype(np.uint8).reshape(*packed.shape[:-2], -1).view(np.int8)
+
+
+def unpack_nibbles(packed: _Int8, channels: int) -> _UInt8:
+    """int8[N, kh, kw, C32 / 2] -> uint8[N, C, kh, kw]; inverse of `pack_nibbles`.
+
+    Raises:
+        ArtefactError: there are fewer channels in it.
+    """
+    if 2 * packed.shape[-1] < channels:
+        raise ArtefactError(
+            f"a packed weight of {2 * packed.shape[-1]} channels cannot hold {channels}"
+        )
+    words = packed.view(np.uint8).reshape(*packed.shape[:-1], -1, _WORD // 2)
+    codes = np.stack([words & _HIGHEST, words >> 4], axis=-2)
+    return _outermost(codes.reshape(*packed.shape[:-1], -1), channels)
+
+
+def terms(
+    scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+    zero_point: _Integers,
+    integers: _Int8,
+) -> NDArray[np.float32]:
+    """What the kernel needs per output channel, float32[4, N].
+
+    Args:
+        scale: `d[N]`.
+        bias: `[N]`; None: zeros.
+        zero_point: `[N]`, of codes that lie as nibbles; zeros for bytes.
+        integers: `q - z`, `[N, ...]`.
+
+    Raises:
+        QuantizationError: a sum of integers is no float32.
+    """
+    count = len(scale)
+    sums = integers.reshape(count, -1).sum(1, dtype=np.int64)
+    if np.abs(sums).max(initial=0) > 1 << 24:
+        raise QuantizationError(
+            f"the integers of a channel sum to {np.abs(sums).max()}, beyond 2^24"
+        )
+    rows = [scale, np.zeros(count) if bias is None else bias, zero_point, sums]
+    return np.stack([np.asarray(row, np.float32).reshape(count) for row in rows])

@@ -1,0 +1,75 @@
+"""Runs our CUDA kernels on the CPU, thread by thread; see ptx.cuh beside this file."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trtq.plugins.compile import sources
+from trtq.plugins.launch import Launch
+from trtq.plugins.spec import Variant
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="emulating kernels needs g++")
+_FLAGS = ("-std=c++17", "-O2", "-mf16c", "-ffp-contract=off", "-fPIC", "-shared", "-w")
+
+
+class Emulator:
+    """Compiles each variant once into a folder and runs its launches."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.libraries: dict[Variant, ctypes.CDLL] = {}
+
+    def _library(self, variant: Variant) -> ctypes.CDLL:
+        if variant not in self.libraries:
+            place = self.folder / str(variant)
+            place.mkdir()
+            for name, text in sources(variant.kernel).items():
+                (place / name).write_text(text)
+            shutil.copy(HERE / "ptx.cuh", place)
+            main = place / "kernel.cpp"
+            main.write_text(f'#include "kernel.cu"\nEMULATE({variant.kernel})\n')
+            library = place / "kernel.so"
+            macros = [f"-D{name}={value}" for name, value in variant.defines.items()]
+            assert COMPILER is not None
+            subprocess.run([COMPILER, *_FLAGS, *macros, str(main), "-o", str(library)], check=True)
+            self.libraries[variant] = ctypes.CDLL(str(library))
+        return self.libraries[variant]
+
+    def run(self, launch: Launch, seed: int) -> None:
+        arguments = (ctypes.c_void_p * len(launch.arguments))(
+            *(ctypes.addressof(argument) for argument in launch.arguments)
+        )
+        library = self._library(launch.variant)
+        assert library.emulate(arguments, *launch.grid, launch.threads, seed) == 0, (
+            "threads wait for ever"
+        )
+
+
+class Memory:
+    """Arrays that end where the next page must not be touched: a step too far ends the process."""
+
+    def __init__(self) -> None:
+        self._maps: list[mmap.mmap] = []
+
+    def put(self, values: np.ndarray) -> np.ndarray:
+        pages = -(-values.nbytes // mmap.PAGESIZE) + 1
+        area = mmap.mmap(-1, pages * mmap.PAGESIZE)
+        self._maps.append(area)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        guard = ctypes.c_void_p(address + (pages - 1) * mmap.PAGESIZE)
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+        # As close to the end as 16-byte alignment lets it.
+        start = (pages - 1) * mmap.PAGESIZE - -(-values.nbytes // 16) * 16
+        placed = np.frombuffer(area, values.dtype, values.size, start).reshape(values.shape)
+        placed[...] = values
+        return placed
