@@ -254,7 +254,9 @@ def quantize(
 def export(
     path: Annotated[str, typer.Argument(help="A run, or a checkpoint for the float baseline.")],
     output: Output,
-    target: Annotated[str, typer.Option("--target", help="qdq.")] = "qdq",
+    target: Annotated[
+        str, typer.Option("--target", help="qdq, or plugin: our own kernels, in TensorRT.")
+    ] = "qdq",
     precision: Annotated[str, typer.Option("--precision", help="fp32 or fp16.")] = "fp32",
     batch: Annotated[
         str, typer.Option("--batch", help="MIN:MAX batch that engines are to take.")

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from trtq.errors import UsageError
-from trtq.plugins.spec import TILES, Problem, Tile, Variant, fits, has_native_4
+from trtq.plugins.spec import TILES, LayerSpec, Problem, Tile, Variant, fits
 
 __all__ = [
+    "Device",
     "Launch",
     "Pointers",
     "choose_tile",
     "layer_launches",
     "shape_arguments",
-    "uses_native_4",
 ]
 
 _CHANNELS_LAST, _SILU = 1, 2
@@ -47,6 +47,21 @@ class Launch:
     arguments: tuple[Any, ...]
 
 
+class Device(Protocol):
+    """A GPU, or what stands in for one in a test.
+
+    Attributes:
+        architecture: e.g. `sm89`.
+        processors: its streaming multiprocessors.
+    """
+
+    architecture: str
+    processors: int
+
+    def start(self, launch: Launch, stream: int) -> None:
+        """Start a kernel on a stream; returns before it is done."""
+
+
 @dataclass(frozen=True)
 class Pointers:
     """Where the operands of a layer lie on the device, see `trtq.plugins.spec` for their layouts.
@@ -72,6 +87,43 @@ class Pointers:
     codes: int
     sums: int = 0
     residual: int = 0
+
+
+def start_layer(
+    device: Device,
+    layer: LayerSpec,
+    problem: Problem,
+    at: Pointers,
+    stream: int,
+    *,
+    half: bool,
+    silu: bool = False,
+) -> None:
+    """Start a whole layer on a stream, as it runs fastest on the device.
+
+    Args:
+        device: the GPU.
+        layer: what it is.
+        problem: `layer.problem` of the input's shape.
+        at: operands, on the device.
+        stream: of CUDA, as an integer.
+        half: values are half precision, otherwise float32.
+        silu: applied last.
+
+    Raises:
+        UsageError: an operand is not aligned.
+        KernelError: a kernel cannot be compiled, loaded or started.
+    """
+    for launch in layer_launches(
+        problem,
+        at,
+        choose_tile(problem, device.processors, device.architecture),
+        half=half,
+        weight_bits=layer.weight_bits,
+        native_4=layer.native_4(device.architecture),
+        silu=silu,
+    ):
+        device.start(launch, stream)
 
 
 def choose_tile(problem: Problem, processors: int, architecture: str) -> Tile:
@@ -184,8 +236,3 @@ def _check_alignment(problem: Problem, at: Pointers, *, fused: bool) -> None:
                 f"{name} lies at an address that is no multiple of {_ALIGNMENT} bytes; give a tensor of "
                 "its own, not a slice of one"
             )
-
-
-def uses_native_4(architecture: str, weight_bits: int, activation_bits: int) -> bool:
-    """Whether both factors of a layer are multiplied as nibbles on an architecture."""
-    return has_native_4(architecture) and weight_bits == 4 and activation_bits <= 4

@@ -13,6 +13,8 @@ column whose rows are its tokens, channels last.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trtq.errors import UsageError
@@ -22,10 +24,12 @@ __all__ = [
     "CHANNEL_BLOCK",
     "TILES",
     "Geometry",
+    "LayerSpec",
     "Problem",
     "Tile",
     "Variant",
     "all_variants",
+    "fits",
     "has_native_4",
 ]
 
@@ -145,6 +149,58 @@ class Problem:
     def sum_bytes(self) -> int:
         """Size of the sums per pixel and group that 4-bit products need."""
         return 4 * self.batch * self.height * self.width * self.geometry.groups
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a layer's node, plugin or module knows of itself, whatever its input's size.
+
+    Attributes:
+        channels: of the input.
+        out_channels: of the output.
+        steps: rows of its tables.
+        weight_bits: 4 or 8, as its weight lies.
+        activation_bits: of its input's codes.
+        geometry: of the convolution; None for a linear layer.
+    """
+
+    channels: int
+    out_channels: int
+    steps: int
+    weight_bits: int
+    activation_bits: int
+    geometry: Geometry | None = None
+
+    def problem(self, shape: Sequence[int], *, channels_last: bool = False) -> Problem:
+        """The call for an input `[B, ..., channels]`, of a convolution `[B, channels, H, W]`.
+
+        Args:
+            shape: of the input.
+            channels_last: a convolution's input lies as `[B, H, W, channels]`.
+
+        Raises:
+            UsageError: it is not the shape of this layer's input.
+        """
+        linear = self.geometry is None
+        axis = -1 if linear else 1
+        if len(shape) < 2 or (not linear and len(shape) != 4) or shape[axis] != self.channels:
+            form = "[B, ..., {0}]" if linear else "[B, {0}, height, width]"
+            raise UsageError(
+                f"a low-bit layer takes {form.format(self.channels)}, got {list(shape)}"
+            )
+        height, width = (math.prod(shape[1:-1]), 1) if linear else (shape[2], shape[3])
+        sizes = (shape[0], height, width, self.channels, self.out_channels, self.steps)
+        return Problem(*sizes, self.geometry or Geometry(), linear or channels_last)
+
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Of the packed weight."""
+        geometry = self.geometry or Geometry()
+        padded = -(-(self.channels // geometry.groups) // CHANNEL_BLOCK) * CHANNEL_BLOCK
+        return (self.out_channels, *geometry.kernel, padded * self.weight_bits // 8)
+
+    def native_4(self, architecture: str) -> bool:
+        """Whether both factors are multiplied as nibbles on an architecture."""
+        return has_native_4(architecture) and self.weight_bits == 4 and self.activation_bits <= 4
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,13 @@ from torch import Tensor
 
 from trtq.engine.ort import input_specs, open_graph, session_options
 from trtq.errors import ArtefactError
-from trtq.export.targets import load_graph
+from trtq.export.passes.step_index import STEP_NAME
+from trtq.export.targets import load_graph, prepare
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["layer_outputs", "looked_up_steps"]
-
-_STEP = "steps/step"
-"""The index of each item's step in a graph of ours, see `ExpandLowBitToQdq`."""
 
 
 def looked_up_steps(path: Path, sample: str, timesteps: Tensor) -> Tensor | None:
@@ -43,7 +41,7 @@ def looked_up_steps(path: Path, sample: str, timesteps: Tensor) -> Tensor | None
 
     model = load_graph(path)
     graph = model.graph
-    found = [node.outputs[0] for node in graph if node.outputs[0].name == _STEP]
+    found = [node.outputs[0] for node in graph if node.outputs[0].name == STEP_NAME]
     if not found:
         return None
     graph.outputs[:] = found
@@ -57,7 +55,7 @@ def looked_up_steps(path: Path, sample: str, timesteps: Tensor) -> Tensor | None
         shape = (len(timesteps), *fixed) if name == sample else (len(timesteps),)
         feeds[name] = np.zeros(shape, spec.dtype)
     feeds["timestep"] = timesteps.numpy().astype(feeds["timestep"].dtype)
-    (steps,) = session.run([_STEP], feeds)
+    (steps,) = session.run([STEP_NAME], feeds)
     return torch.from_numpy(steps)
 
 
@@ -77,7 +75,7 @@ def layer_outputs(
     Raises:
         ArtefactError: the graph cannot be loaded, or has no such layer.
     """
-    model = load_graph(path)
+    model = prepare(load_graph(path), "onnxruntime")
     last: dict[str, ir.Value] = {}
     for node in model.graph:
         layer = (node.name or "").rpartition("/")[0]

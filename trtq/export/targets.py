@@ -42,6 +42,7 @@ def load_graph(path: Path) -> ir.Model:
 def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
     """Rewrite a graph of ours, in place, into what a runtime takes and computes rightly.
 
+    Plugin nodes stay for TensorRT, and become quantise-dequantise pairs for the others. Then
     onnxruntime's own providers take it as it is. OpenVINO and TensorRT have no float64 and a kernel for
     group norms; TensorRT takes no INT4 in front of a Cast. Without VNNI, OpenVINO's integer products
     saturate where both factors have 8 bits, so those layers are computed in float, and its products of
@@ -52,6 +53,7 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
         The model.
     """
     from trtq.export.passes import (
+        ExpandPlugins,
         FloatWideProducts,
         FloatWideWeights,
         FuseGroupNorm,
@@ -61,6 +63,8 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
         WidenInt4,
     )
 
+    if runtime in ("onnxruntime", "openvino"):
+        ExpandPlugins()(model)
     if runtime == "onnxruntime":
         return model
     FuseGroupNorm()(model)

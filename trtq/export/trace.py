@@ -32,9 +32,10 @@ from trtq.quant.structure import Product, replace_module
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["DOMAIN", "OPSET", "trace", "trace_module"]
+__all__ = ["DOMAIN", "LOW_BIT_OPERATORS", "OPSET", "trace", "trace_module"]
 
 DOMAIN = "trtq"
+LOW_BIT_OPERATORS = ("LowBitLinear", "LowBitConv2d", "LowBitMatMul")
 OPSET = 21
 IR_VERSION = 10
 HEIGHT, WIDTH = "height", "width"

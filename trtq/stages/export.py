@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,11 +17,13 @@ from trtq.export.passes import (
     BroadcastTimestep,
     DropIdleSqueeze,
     ExpandLowBitToQdq,
+    LowBitToPlugins,
     SpellOutAngles,
     SpellOutGroupNorm,
     SpellOutSilu,
 )
-from trtq.export.trace import trace
+from trtq.export.passes.plugins import TIMESTEPS_KEY
+from trtq.export.trace import LOW_BIT_OPERATORS, trace
 from trtq.manifest import (
     LayerRow,
     Manifest,
@@ -45,10 +47,12 @@ from trtq.stages.run_folder import OpenRun, open_run
 
 __all__ = ["PARITY_DB", "export_onnx", "parse_batch", "write_graph"]
 
-Target = Literal["qdq"]
+Target = Literal["qdq", "plugin"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 Precision = Literal["fp32", "fp16"]
 
 _TRACED_BATCH = 2
+_PRODUCTS = ("LowBitMatMul",)
 
 
 def parse_batch(text: str) -> tuple[int, int]:
@@ -99,7 +103,8 @@ def export_onnx(
     Args:
         path: a run, a diffusers folder, a shipped model's name or a hub id.
         out: the ONNX folder, in the pipeline's own layout.
-        target: `qdq`.
+        target: form of the low-bit layers: `qdq`, which every runtime takes, or `plugin`, which our
+            kernels run in TensorRT with 4-bit weights in memory (elsewhere it is turned into `qdq`).
         precision: `fp32` or `fp16`, of everything that is not an integer.
         batch: smallest and largest batch that engines built from it are to take.
         size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST` of them; by default what
@@ -121,8 +126,8 @@ def export_onnx(
         TrtqError: see `trtq.errors`.
     """
     start = time.monotonic()
-    if target != "qdq":
-        raise UsageError(f"unknown target {target!r}; choose qdq")
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
     if precision not in PARITY_DB:
         raise UsageError(f"unknown precision {precision!r}; choose one of {', '.join(PARITY_DB)}")
     final = Path(out)
@@ -142,7 +147,15 @@ def export_onnx(
     smallest, largest = _sizes(source, size)
     free_size = smallest != largest
     with new_artefact(final, overwrite=overwrite) as folder:
-        write_graph(folder / name, traced, source, run, largest, half=precision == "fp16")
+        write_graph(
+            folder / name,
+            traced,
+            source,
+            run,
+            largest,
+            half=precision == "fp16",
+            target=target,
+        )
         save_pipeline_parts(source, folder, graphs=True)
         report("export", 2, 3)
         components = export_components(source, folder, report)
@@ -210,6 +223,7 @@ def write_graph(
     largest: str,
     *,
     half: bool,
+    target: Target = "qdq",
 ) -> None:
     """Trace a denoiser and write its graph, unchecked.
 
@@ -220,6 +234,7 @@ def write_graph(
         run: the numbers of its low-bit layers; None: it stays float.
         largest: image size `HEIGHTxWIDTH`; another than the source's makes a graph for the range.
         half: everything that is not an integer in half precision.
+        target: the form of its low-bit layers.
     """
     layers = run.stored.layers if run else {}
     conditions = source.draw_conditions(_TRACED_BATCH, seeded_generator(0, "traced conditions"))
@@ -235,8 +250,10 @@ def write_graph(
     SpellOutSilu()(model)
     SpellOutAngles()(model)
     if run is not None:
-        ExpandLowBitToQdq(layers, run.table)(model)
-        model.metadata_props["trtq.timesteps"] = json.dumps(run.table.timesteps.tolist())
+        operators = _PRODUCTS if target == "plugin" else LOW_BIT_OPERATORS
+        ExpandLowBitToQdq(layers, run.table, operators)(model)
+        LowBitToPlugins(layers, run.table)(model)
+        model.metadata_props[TIMESTEPS_KEY] = json.dumps(run.table.timesteps.tolist())
     save_graph(model, folder)
 
 

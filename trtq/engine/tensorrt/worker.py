@@ -11,6 +11,7 @@ from typing import Any
 
 from trtq.engine.tensorrt.backends import CURRENT
 from trtq.engine.tensorrt.job import Answer, Job, Profile
+from trtq.plugins.low_bit.tensorrt import register
 from trtq.resources import peak_rss_bytes
 
 __all__ = ["build"]
@@ -45,6 +46,7 @@ def build(job: Job) -> Answer:
     errors: list[str] = []
     warnings: list[str] = []
     logger = _logger(trt, errors, warnings)
+    register(trt)
     builder = trt.Builder(logger)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)

@@ -34,7 +34,8 @@ import torch
 
 from trtq.errors import LegalityError
 from trtq.export.passes.builder import GraphBuilder
-from trtq.export.trace import DOMAIN
+from trtq.export.passes.step_index import STEPS_PREFIX, look_up_step
+from trtq.export.trace import DOMAIN, LOW_BIT_OPERATORS
 from trtq.quant.convert import LowBitTensors
 from trtq.quant.deployed import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
@@ -84,12 +85,23 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     Args:
         layers: the numbers of the layers, by the nodes' attribute `name`.
         table: the calibrated timesteps.
+        operators: those of the nodes that are replaced; the others stay.
+        prefix: of the names of what all layers share, one per use of this pass in a graph.
     """
 
-    def __init__(self, layers: Mapping[str, LowBitTensors], table: TimestepTable) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, LowBitTensors],
+        table: TimestepTable,
+        operators: Sequence[str] = LOW_BIT_OPERATORS,
+        *,
+        prefix: str = STEPS_PREFIX,
+    ) -> None:
         super().__init__()
+        self.prefix = prefix
         self.layers = layers
         self.table = table
+        self.operators = operators
         self._channels: dict[str, np.ndarray] = {}
         self._fronts: dict[str, str] = {}
         self._codes: dict[str, ir.Value] = {}
@@ -102,7 +114,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             LegalityError: a node names a layer that has no numbers.
         """
         graph = model.graph
-        nodes = [node for node in graph if node.domain == DOMAIN]
+        nodes = [n for n in graph if n.domain == DOMAIN and n.op_type in self.operators]
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
         ranks: dict[str, int] = {}
@@ -134,7 +146,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                 self._expand_product(graph, node, name, layer, steps)
             else:
                 self._expand_layer(graph, node, name, layer, steps[0])
-        model.opset_imports.pop(DOMAIN, None)
+        if all(node.domain != DOMAIN for node in graph):
+            model.opset_imports.pop(DOMAIN, None)
         return ir.passes.PassResult(model, modified=True)
 
     def _step_values(
@@ -145,7 +158,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     ) -> dict[str, _StepValues]:
         """Look the step up once and hand every input its values."""
         found: dict[str, dict[str, ir.Value]] = {name: {} for name in ranks}
-        builder = GraphBuilder(graph, "steps")
+        builder = GraphBuilder(graph, self.prefix)
         varying: dict[str, dict[str, np.ndarray]] = {}
         for name, own in columns.items():
             for key, column in own.items():
@@ -158,8 +171,9 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                     values = self._shaped(self._channels[name] * column[0], ranks[name])
                 found[name][key] = builder.constant(f"{name}/{key}", values)
         if varying:
-            self._gather(builder, varying, ranks, found)
-        graph.insert_before(graph[0], builder.nodes)
+            step = look_up_step(graph, self.table)
+            self._gather(builder, step, varying, ranks, found)
+            graph.insert_after(step.producer(), builder.nodes)  # type: ignore[arg-type]
         fronts = {name: found[self._fronts[name]] for name in found}
         return {
             name: _StepValues(
@@ -181,26 +195,15 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     def _gather(
         self,
         builder: GraphBuilder,
+        step: ir.Value,
         columns: Mapping[str, dict[str, np.ndarray]],
         ranks: Mapping[str, int],
         found: dict[str, dict[str, ir.Value]],
     ) -> None:
-        """`index = number of edges <= timestep`, then one Gather of `[T, values]`.
+        """One Gather of `[T, values]` by the step.
 
         The scales of layers are multiplied by the weight's scales, for all layers of a rank at once.
         """
-        graph = builder.graph
-        inputs = {value.name: value for value in graph.inputs}
-        edges = builder.constant("edges", self.table.edges.numpy()[None])
-        batch = builder.op("Shape", [graph.inputs[0]], "batch", {"start": 0, "end": 1})
-        timestep = builder.op("Expand", [inputs["timestep"], batch], "timestep")
-        last = builder.constant("axis_1", np.array([1], np.int64))
-        column = builder.op("Unsqueeze", [timestep, last], "column")
-        passed = builder.op("GreaterOrEqual", [column, edges], "passed")
-        ones = builder.op("Cast", [passed], "ones", {"to": ir.DataType.FLOAT.value})
-        count = builder.op("ReduceSum", [ones, last], "count", {"keepdims": 0})
-        step = builder.op("Cast", [count], "step", {"to": ir.DataType.INT64.value})
-
         by_rank = sorted({ranks[name] for name in columns})
         plain = {
             rank: [

@@ -1,0 +1,110 @@
+"""The plugin of TensorRT: its fields, its shapes, and that what it starts computes the layer."""
+
+import numpy as np
+import pytest
+
+from tests.plugins.emulator import Emulator, needs_compiler
+from tests.plugins.layers import draw
+from trtq.engine.tensorrt.backends import BACKENDS
+from trtq.errors import UsageError
+from trtq.plugins.low_bit import reference
+from trtq.plugins.low_bit import tensorrt as plugins
+from trtq.plugins.spec import Geometry, LayerSpec
+
+RTX = BACKENDS["tensorrt-rtx"]
+needs_rtx = pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")
+SAME = Geometry((3, 3), padding=(1, 1))
+
+
+class Desc:
+    """What TensorRT says of a tensor when a plugin runs."""
+
+    def __init__(self, dims, type_):
+        self.dims = self.max = dims
+        self.type = type_
+
+
+class EmulatedDevice:
+    """A GPU whose kernels run on the CPU."""
+
+    processors = 4
+
+    def __init__(self, folder, architecture):
+        self.architecture = architecture
+        self.emulator = Emulator(folder)
+
+    def start(self, launch, stream):
+        assert stream == 77
+        self.emulator.run(launch, seed=1)
+
+
+@pytest.mark.parametrize("geometry", [None, SAME, Geometry((1, 3), (2, 1), (0, 1), (1, 2), 4)])
+def test_a_layer_survives_its_attributes(geometry):
+    layer = LayerSpec(64, 32, 20, 4, 8, geometry)
+    name = "LowBitLinear" if geometry is None else "LowBitConv2d"
+    assert plugins.spec_of(name, plugins.fields_of(layer)) == layer
+
+
+def test_a_missing_attribute_is_named():
+    fields = plugins.fields_of(LayerSpec(64, 32, 20, 4, 8))
+    with pytest.raises(UsageError, match="takes strides as 2 integers, got None; export"):
+        plugins.spec_of("LowBitLinear", {k: v for k, v in fields.items() if k != "strides"})
+
+
+@needs_rtx
+@needs_compiler
+@pytest.mark.parametrize("architecture", ["sm86", "sm90"])
+@pytest.mark.parametrize("geometry", [None, SAME], ids=["linear", "conv"])
+def test_what_it_starts_computes_the_layer(tmp_path, architecture, geometry):
+    """Four-bit activations are multiplied as nibbles on sm86 and as bytes on sm90."""
+    import tensorrt_rtx as trt
+
+    linear = geometry is None
+    case = draw(11, geometry=geometry, channels_last=linear, width=1 if linear else 4)
+    problem = case.problem
+    layer = LayerSpec(problem.channels, problem.out_channels, problem.steps, 4, 4, geometry)
+    device = EmulatedDevice(tmp_path, architecture)
+    plugin = plugins._plugin_class(trt, lambda: device)("LowBitConv2d", layer).clone()
+    x = np.ascontiguousarray(case.x.transpose(0, 2, 3, 1)[:, :, 0]) if linear else case.x
+    sources = [x, case.packed, case.terms, case.tables, case.step]
+    descriptions = [Desc(x.shape, trt.DataType.HALF)]
+    scratch = np.empty(plugin.get_workspace_size(descriptions, []) + 256, np.uint8)
+    start = -scratch.ctypes.data % 256
+    out = np.empty(problem.out_shape, np.float16)
+    plugin.on_shape_change(descriptions, [])
+    plugin.enqueue(
+        descriptions,
+        [],
+        [a.ctypes.data for a in sources],
+        [out.ctypes.data],
+        scratch.ctypes.data + start,
+        77,
+    )
+    wanted = reference.low_bit(case.x, case.integers, case.terms, case.tables, case.step, geometry)
+    found = out.transpose(0, 3, 1, 2) if linear else out
+    assert np.array_equal(found, wanted)
+
+
+@needs_rtx
+def test_a_weight_of_another_shape_is_refused_while_building():
+    import tensorrt_rtx as trt
+
+    layer = LayerSpec(64, 32, 20, 4, 8)
+    plugin = plugins._plugin_class(trt, lambda: None)("LowBitLinear", layer)
+
+    class Dynamic:
+        desc = Desc((32, 1, 1, 64), trt.DataType.INT8)
+
+    with pytest.raises(
+        UsageError, match=r"shape \[32, 1, 1, 64\], its attributes say \[32, 1, 1, 32\]"
+    ):
+        plugin.configure_plugin([None, Dynamic()], [])
+
+
+@needs_rtx
+def test_an_input_of_another_width_is_refused_when_it_runs():
+    import tensorrt_rtx as trt
+
+    plugin = plugins._plugin_class(trt, lambda: None)("LowBitLinear", LayerSpec(64, 32, 20, 4, 8))
+    with pytest.raises(UsageError, match=r"takes \[B, ..., 64\], got \[2, 7, 65\]"):
+        plugin.on_shape_change([Desc((2, 7, 65), trt.DataType.HALF)], [])
