@@ -3,22 +3,13 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
 
 import trtq
 from trtq.engine.ort import OrtEngine
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError
-from trtq.export.passes.plugins import (
-    ExpandPlugins,
-    has_plugins,
-    layer_tensors,
-    packed_operands,
-)
+from trtq.export.passes.plugins import ExpandPlugins, has_plugins
 from trtq.export.targets import load_graph, prepare
-from trtq.plugins.spec import Geometry
-from trtq.quant.deployed import ActivationTensors, LayerTensors
-from trtq.quant.packing import PackedWeight
 from trtq.stages.export import export_onnx
 
 needs_rtx = pytest.mark.skipif(not BACKENDS["tensorrt-rtx"].installed, reason="needs tensorrt-rtx")
@@ -29,45 +20,6 @@ def plugin_onnx(digits_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("plugin") / "onnx"
     export_onnx(digits_run, out, target="plugin")
     return out
-
-
-def layer(bits, shape, zero_point):
-    rng = np.random.default_rng(0)
-    columns = (-1, *(1,) * (len(shape) - 1))
-    scale = torch.tensor([0.5, 0.25, 2.0])
-    weight = PackedWeight(
-        torch.from_numpy(rng.integers(0, 2**bits, shape, dtype=np.uint8)),
-        torch.from_numpy(rng.random(shape[0], np.float32)).reshape(columns),
-        torch.tensor(zero_point).float().reshape(columns),
-        bits,
-    )
-    activation = ActivationTensors(
-        scale, 1 / scale, torch.tensor([-3, 0, -15]), torch.tensor([12, 15, 0]), 4
-    )
-    return LayerTensors(weight, activation, torch.randn(shape[0]))
-
-
-@pytest.mark.parametrize(
-    ("bits", "shape", "zero_point", "geometry"),
-    [
-        (4, (2, 40), [3, 15], None),
-        (3, (2, 5, 3, 3), [0, 7], Geometry((3, 3), padding=(1, 1))),
-        (4, (2, 40), [3, 16], None),
-        (8, (2, 5, 1, 3), [128, 128], Geometry((1, 3), groups=2)),
-    ],
-    ids=["nibbles", "three bits", "zero point beyond a nibble", "bytes"],
-)
-def test_a_layer_survives_its_packed_form(bits, shape, zero_point, geometry):
-    tensors = layer(bits, shape, zero_point)
-    spec, operands = packed_operands(tensors, geometry)
-    assert operands["weight"].shape == spec.weight_shape()
-    assert operands["weight"].dtype == np.int8
-    again = layer_tensors(spec, operands)
-    assert torch.equal(again.weight.integers(), tensors.weight.integers())
-    assert torch.equal(again.weight.scale, tensors.weight.scale)
-    assert torch.equal(again.bias, tensors.bias)
-    for name in ("scale", "inv_scale", "low", "high"):
-        assert torch.equal(getattr(again.activation, name), getattr(tensors.activation, name))
 
 
 def test_every_layer_of_the_digits_is_a_plugin(plugin_onnx, digits_onnx):

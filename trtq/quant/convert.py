@@ -20,6 +20,7 @@ from trtq.quant.deployed import (
     ProductTensors,
 )
 from trtq.quant.exact import DeployedGroupNorm, DeployedSilu, DeployedTimesteps
+from trtq.quant.kernel_form import KernelLayer
 from trtq.quant.modules import (
     Base,
     ConvGeometry,
@@ -302,7 +303,11 @@ def merge(quantized: QuantizedDenoiser, *, release: bool = False) -> dict[str, L
 
 
 def deploy(
-    denoiser: nn.Module, merged: Mapping[str, LowBitTensors], table: TimestepTable
+    denoiser: nn.Module,
+    merged: Mapping[str, LowBitTensors],
+    table: TimestepTable,
+    *,
+    kernels: bool = False,
 ) -> QuantizedDenoiser:
     """Replace layers, group norms, SiLUs and time projections by their deployed forms, in place.
 
@@ -310,6 +315,8 @@ def deploy(
         denoiser: a diffusers model, float or already converted.
         merged: the numbers of the layers, by their path.
         table: the calibrated timesteps.
+        kernels: layers become `KernelLayer`, and group norms and SiLUs stay torch's own: for speed on a
+            GPU, where no exported graph is compared bit by bit.
     """
     for name, tensors in merged.items():
         if isinstance(tensors, ProductTensors):
@@ -321,13 +328,16 @@ def deploy(
             geometry = ConvGeometry.of(source)
         elif isinstance(source, QuantConv2d):
             geometry = source.geometry
-        replace_module(denoiser, name, DeployedLayer(tensors, geometry))
+        layer = KernelLayer if kernels else DeployedLayer
+        replace_module(denoiser, name, layer(tensors, geometry))
+    deploy_timesteps(denoiser)
+    if kernels:
+        return QuantizedDenoiser(denoiser, table)
     for name, module in list(denoiser.named_modules(remove_duplicate=False)):
         if isinstance(module, nn.GroupNorm) and module.affine:
             replace_module(denoiser, name, DeployedGroupNorm(module))
         elif isinstance(module, nn.SiLU):
             replace_module(denoiser, name, DeployedSilu())
-    deploy_timesteps(denoiser)
     return QuantizedDenoiser(denoiser, table)
 
 

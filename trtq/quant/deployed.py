@@ -33,6 +33,7 @@ __all__ = [
     "DeployedProduct",
     "LayerTensors",
     "ProductTensors",
+    "enclosing_step",
 ]
 
 
@@ -243,7 +244,7 @@ class _DeployedActivation(nn.Module):
         return (x.float() * inv_scale).round().clamp(low, high), scale
 
 
-def _enclosing_step(step: Step | None) -> Step:
+def enclosing_step(step: Step | None) -> Step:
     """`step`, or that of the enclosing scope.
 
     Raises:
@@ -287,7 +288,7 @@ class DeployedLayer(nn.Module):
         Raises:
             StepError: no step, or one outside the table.
         """
-        codes, scale = self.activation(x, _enclosing_step(step))
+        codes, scale = self.activation(x, enclosing_step(step))
         # A byte per weight is kept; what a float product needs lives only as long as it.
         weight = self.integers.float()
         if self.geometry is None:
@@ -316,7 +317,7 @@ class DeployedProduct(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor, step: Step | None = None) -> Tensor:
         """a[B, ..., M, K], b[B, ..., K, N] -> [B, ..., M, N]; errors as in `DeployedLayer`."""
-        step = _enclosing_step(step)
+        step = enclosing_step(step)
         left, left_scale = self.left(a, step)
         right, right_scale = self.right(b, step)
         out: Tensor = (left @ right) * left_scale * right_scale

@@ -86,14 +86,21 @@ class StoredDenoiser:
         self.layers = layers
         self.floats = floats
 
-    def build(self, skeleton: nn.Module, table: TimestepTable) -> QuantizedDenoiser:
+    def build(
+        self, skeleton: nn.Module, table: TimestepTable, *, kernels: bool = False
+    ) -> QuantizedDenoiser:
         """Put the tensors into a freshly constructed float model of the same class.
+
+        Args:
+            skeleton: the model.
+            table: the calibrated timesteps.
+            kernels: run its layers by our kernels, see `trtq.quant.deploy`.
 
         Raises:
             ArtefactError: the model has other layers than the file.
         """
         self.load_floats(skeleton)
-        return deploy(skeleton, self.layers, table).eval()
+        return deploy(skeleton, self.layers, table, kernels=kernels).eval()
 
     def load_floats(self, skeleton: nn.Module) -> None:
         """Give the model its float tensors, not copies of them; quantised layers stay as they are.

@@ -39,9 +39,10 @@ class OpenRun:
         self.stored.load_floats(model)
         return model
 
-    def denoiser(self) -> QuantizedDenoiser:
-        """The low-bit denoiser in torch."""
-        return self.stored.build(_fresh(self.folder, self.manifest), self.table)
+    def denoiser(self, *, kernels: bool = False) -> QuantizedDenoiser:
+        """The low-bit denoiser in torch; `kernels`: its layers run by ours, see `trtq.quant.deploy`."""
+        skeleton = _fresh(self.folder, self.manifest)
+        return self.stored.build(skeleton, self.table, kernels=kernels)
 
     def source(self) -> Source:
         """A pipeline around the low-bit denoiser in torch."""

@@ -17,26 +17,18 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from trtq.errors import ArtefactError, LegalityError
 from trtq.export.passes.builder import GraphBuilder
 from trtq.export.passes.expand_qdq import ExpandLowBitToQdq
 from trtq.export.passes.step_index import look_up_step
 from trtq.export.trace import DOMAIN
-from trtq.plugins.low_bit.pack import (
-    pack_bytes,
-    pack_nibbles,
-    storage_bits,
-    terms,
-    unpack_bytes,
-    unpack_nibbles,
-)
 from trtq.plugins.low_bit.tensorrt import NAMESPACE, PLUGINS, VERSION, fields_of, spec_of
-from trtq.plugins.spec import Geometry, LayerSpec
+from trtq.plugins.spec import LayerSpec
 from trtq.quant.convert import LowBitTensors
-from trtq.quant.deployed import ActivationTensors, LayerTensors
-from trtq.quant.packing import PackedWeight
+from trtq.quant.deployed import LayerTensors
+from trtq.quant.kernel_form import layer_tensors, packed_operands
+from trtq.quant.modules import ConvGeometry
 from trtq.quant.timestep import TimestepTable
 
 __all__ = [
@@ -44,8 +36,6 @@ __all__ = [
     "ExpandPlugins",
     "LowBitToPlugins",
     "has_plugins",
-    "layer_tensors",
-    "packed_operands",
 ]
 
 TIMESTEPS_KEY = "trtq.timesteps"
@@ -57,62 +47,6 @@ _OPERANDS = ("weight", "terms", "tables")
 def has_plugins(model: ir.Model) -> bool:
     """Whether a graph has nodes that only plugins run."""
     return any(node.domain == DOMAIN for node in model.graph)
-
-
-def packed_operands(
-    layer: LayerTensors, geometry: Geometry | None
-) -> tuple[LayerSpec, dict[str, np.ndarray]]:
-    """A layer as the kernels read it: what it is, and `weight`, `terms`, `tables`."""
-    weight, activation = layer.weight, layer.activation
-    integers = weight.integers().numpy()
-    zero_point = weight.zero_point.numpy().reshape(-1).astype(np.int64)
-    bits = storage_bits(weight.bits, zero_point)
-    if bits == 4:
-        packed = pack_nibbles(weight.codes.numpy(), zero_point)
-    else:
-        packed, zero_point = pack_bytes(integers), np.zeros_like(zero_point)
-    groups = 1 if geometry is None else geometry.groups
-    spec = LayerSpec(
-        integers.shape[1] * groups,
-        len(integers),
-        len(activation.scale),
-        bits,
-        activation.bits,
-        geometry,
-    )
-    bias = None if layer.bias is None else layer.bias.numpy()
-    numbers = (activation.scale, activation.inv_scale, activation.low, activation.high)
-    return spec, {
-        "weight": packed,
-        "terms": terms(weight.scale.numpy().reshape(-1), bias, zero_point, integers),
-        "tables": np.stack([row.numpy().astype(np.float32) for row in numbers]),
-    }
-
-
-def layer_tensors(spec: LayerSpec, operands: Mapping[str, np.ndarray]) -> LayerTensors:
-    """The inverse of `packed_operands`; weights in bytes come back as 8-bit codes."""
-    scale, bias, zero_point, _ = operands["terms"]
-    geometry = spec.geometry or Geometry()
-    channels = spec.channels // geometry.groups
-    if spec.weight_bits == 4:
-        codes = unpack_nibbles(operands["weight"], channels)
-    else:
-        integers = unpack_bytes(operands["weight"], channels)
-        codes, zero_point = (integers.astype(np.int16) + 128).astype(np.uint8), zero_point + 128
-    if spec.geometry is None:
-        codes = codes.reshape(codes.shape[:2])
-    columns = (-1, *(1,) * (codes.ndim - 1))
-    weight = PackedWeight(
-        torch.from_numpy(codes),
-        torch.from_numpy(scale.reshape(columns).copy()),
-        torch.from_numpy(zero_point.reshape(columns).copy()),
-        spec.weight_bits,
-    )
-    rows = [torch.from_numpy(row.copy()) for row in operands["tables"]]
-    activation = ActivationTensors(
-        rows[0], rows[1], rows[2].int(), rows[3].int(), spec.activation_bits
-    )
-    return LayerTensors(weight, activation, torch.from_numpy(bias.copy()))
 
 
 class LowBitToPlugins(ir.passes.InPlacePass):
@@ -157,9 +91,8 @@ class LowBitToPlugins(ir.passes.InPlacePass):
                 tuple(node.attributes[key].as_ints()[:2])
                 for key in ("strides", "pads", "dilations")
             )
-            kernel = tuple(layer.weight.codes.shape[2:])
             group = node.attributes["group"].as_int()
-            geometry = Geometry(kernel, stride, pads, dilation, group)  # type: ignore[arg-type]
+            geometry = ConvGeometry(stride, pads, dilation, group)  # type: ignore[arg-type]
         spec, operands = packed_operands(layer, geometry)
         builder = GraphBuilder(graph, name)
         # Not just "weight": a rewrite to pairs has a constant of that name.

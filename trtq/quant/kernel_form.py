@@ -1,0 +1,134 @@
+"""Low-bit layers in the form that our kernels read, and the module that runs them.
+
+`trtq.plugins.spec` has the layouts. Weights of up to 4 bits lie as nibbles, and no float copy of them is
+made. Beside `trtq.quant.deployed`, which is the reference, this is what runs on an NVIDIA GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trtq.plugins.low_bit.op import flat_fields, low_bit
+from trtq.plugins.low_bit.pack import (
+    pack_bytes,
+    pack_nibbles,
+    storage_bits,
+    terms,
+    unpack_bytes,
+    unpack_nibbles,
+)
+from trtq.plugins.spec import Geometry, LayerSpec
+from trtq.quant.deployed import ActivationTensors, LayerTensors, enclosing_step
+from trtq.quant.modules import ConvGeometry
+from trtq.quant.packing import PackedWeight
+from trtq.quant.timestep import Step
+
+__all__ = ["KernelLayer", "layer_tensors", "packed_operands"]
+
+
+def packed_operands(
+    layer: LayerTensors, geometry: ConvGeometry | None
+) -> tuple[LayerSpec, dict[str, np.ndarray]]:
+    """A layer as the kernels read it: what it is, and `weight`, `terms`, `tables`."""
+    weight, activation = layer.weight, layer.activation
+    integers = weight.integers().numpy()
+    zero_point = weight.zero_point.numpy().reshape(-1).astype(np.int64)
+    bits = storage_bits(weight.bits, zero_point)
+    if bits == 4:
+        packed = pack_nibbles(weight.codes.numpy(), zero_point)
+    else:
+        packed, zero_point = pack_bytes(integers), np.zeros_like(zero_point)
+    kernel = None
+    if geometry is not None:
+        size = int(integers.shape[2]), int(integers.shape[3])
+        g = geometry
+        kernel = Geometry(size, g.stride, g.padding, g.dilation, g.groups)
+    spec = LayerSpec(
+        integers.shape[1] * (1 if kernel is None else kernel.groups),
+        len(integers),
+        len(activation.scale),
+        bits,
+        activation.bits,
+        kernel,
+    )
+    bias = None if layer.bias is None else layer.bias.numpy()
+    numbers = (activation.scale, activation.inv_scale, activation.low, activation.high)
+    return spec, {
+        "weight": packed,
+        "terms": terms(weight.scale.numpy().reshape(-1), bias, zero_point, integers),
+        "tables": np.stack([row.numpy().astype(np.float32) for row in numbers]),
+    }
+
+
+def layer_tensors(spec: LayerSpec, operands: Mapping[str, np.ndarray]) -> LayerTensors:
+    """The inverse of `packed_operands`; weights in bytes come back as 8-bit codes."""
+    scale, bias, zero_point, _ = operands["terms"]
+    channels = spec.channels // (1 if spec.geometry is None else spec.geometry.groups)
+    if spec.weight_bits == 4:
+        codes = unpack_nibbles(operands["weight"], channels)
+    else:
+        integers = unpack_bytes(operands["weight"], channels)
+        codes, zero_point = (integers.astype(np.int16) + 128).astype(np.uint8), zero_point + 128
+    if spec.geometry is None:
+        codes = codes.reshape(codes.shape[:2])
+    columns = (-1, *(1,) * (codes.ndim - 1))
+    weight = PackedWeight(
+        torch.from_numpy(codes),
+        torch.from_numpy(scale.reshape(columns).copy()),
+        torch.from_numpy(zero_point.reshape(columns).copy()),
+        spec.weight_bits,
+    )
+    rows = [torch.from_numpy(row.copy()) for row in operands["tables"]]
+    activation = ActivationTensors(
+        rows[0], rows[1], rows[2].int(), rows[3].int(), spec.activation_bits
+    )
+    return LayerTensors(weight, activation, torch.from_numpy(bias.copy()))
+
+
+class KernelLayer(nn.Module):
+    """A linear or 2-D convolution that `torch.ops.trtq.low_bit` computes.
+
+    Args:
+        tensors: its numbers.
+        geometry: of the convolution; None for a linear layer.
+    """
+
+    weight: Tensor
+    terms: Tensor
+    tables: Tensor
+
+    def __init__(self, tensors: LayerTensors, geometry: ConvGeometry | None) -> None:
+        super().__init__()
+        self.spec, operands = packed_operands(tensors, geometry)
+        self._flat = flat_fields(self.spec)
+        for name, values in operands.items():
+            self.register_buffer(name, torch.from_numpy(values))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLayer:
+        """Moves with the model, but its scales stay float32 when the model becomes half."""
+        scales = {name: getattr(self, name) for name in ("terms", "tables")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, exact in scales.items():
+            setattr(self, name, exact.to(self.weight.device))
+        return self
+
+    def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
+        """x[B, ...] -> the layer's output, same dtype.
+
+        Args:
+            x: input, batch first.
+            step: index of the denoising step; by default that of the enclosing `step_scope`.
+
+        Raises:
+            StepError: there is no step.
+            UsageError: x is not what the layer takes.
+        """
+        found = torch.as_tensor(enclosing_step(step), device=x.device).expand(len(x))
+        result: Tensor = low_bit(
+            x, self.weight, self.terms, self.tables, found.contiguous(), None, self._flat, False
+        )
+        return result
