@@ -11,7 +11,7 @@ from trtq.plugins.compile import cubin
 from trtq.plugins.launch import Launch
 from trtq.plugins.spec import Variant
 
-__all__ = ["CudaDevice", "current_device"]
+__all__ = ["CudaDevice", "Gpu", "current_device"]
 
 _USUAL_SHARED_BYTES = 48 << 10
 """A kernel must be told before it may have more."""
@@ -133,3 +133,46 @@ def current_device() -> CudaDevice:
     if context == 0:
         raise KernelError("no GPU can be used: this thread has no CUDA context")
     return _device_of(context)
+
+
+class Gpu:
+    """Memory and one stream of the first GPU, for those who have no torch with CUDA.
+
+    Raises:
+        MissingDependencyError: cuda-bindings is not installed.
+        KernelError: there is no driver, or no GPU.
+    """
+
+    def __init__(self) -> None:
+        what = "no GPU can be used"
+        _call("cuInit", 0, what=what)
+        device = _call("cuDeviceGet", 0, what=what)
+        _call("cuCtxSetCurrent", _call("cuDevicePrimaryCtxRetain", device, what=what), what=what)
+        self.stream = int(_call("cuStreamCreate", 0, what=what))
+
+    def allocate(self, size: int) -> int:
+        """Address of new memory of at least one byte."""
+        what = f"cannot have {size} bytes of the GPU's memory"
+        return int(_call("cuMemAlloc", max(size, 1), what=what))
+
+    def free(self, address: int) -> None:
+        """Give memory back."""
+        _call("cuMemFree", address, what="cannot free memory of the GPU")
+
+    def upload(self, address: int, host: Any) -> None:
+        """Copy a contiguous numpy array to the device, in the stream's order."""
+        size, source = host.nbytes, host.ctypes.data
+        _call(
+            "cuMemcpyHtoDAsync", address, source, size, self.stream, what="cannot copy to the GPU"
+        )
+
+    def download(self, host: Any, address: int) -> None:
+        """Copy to a contiguous numpy array, in the stream's order."""
+        size, target = host.nbytes, host.ctypes.data
+        _call(
+            "cuMemcpyDtoHAsync", target, address, size, self.stream, what="cannot copy from the GPU"
+        )
+
+    def wait(self) -> None:
+        """Until all that the stream was given is done."""
+        _call("cuStreamSynchronize", self.stream, what="the GPU failed")

@@ -1,28 +1,42 @@
-"""A graph's file as the engine of a provider."""
+"""A graph's or an engine's file as the engine of a provider."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from trtq.engine.base import Engine
 from trtq.engine.openvino import OpenVinoEngine
 from trtq.engine.ort import OrtEngine
+from trtq.engine.tensorrt.compile import ENGINE_FILE
+from trtq.engine.tensorrt.run import open_tensorrt
 
 __all__ = ["open_engine"]
 
+_NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
-def open_engine(path: Path, provider: str = "cpu", threads: int | None = None) -> Engine:
-    """Open an ONNX file.
+
+def open_engine(
+    path: Path,
+    provider: str = "cpu",
+    threads: int | None = None,
+    metadata: Mapping[str, str] = _NO_METADATA,
+) -> Engine:
+    """Open an ONNX file, or an engine of TensorRT.
 
     Args:
-        path: the graph; its external data lie beside it.
-        provider: one of `trtq.engine.ort.PROVIDERS`.
+        path: the graph, with its external data beside it; or the engine.
+        provider: one of `trtq.engine.ort.PROVIDERS`; of an engine, its backend.
         threads: threads of one operator; None: as many as there are cores.
+        metadata: of an engine, which has none of its own.
 
     Raises:
         UsageError: the provider is unknown or not in the installed onnxruntime.
         ArtefactError: the file cannot be loaded.
     """
+    if path.name == ENGINE_FILE:
+        return open_tensorrt(path, provider, metadata)
     if provider == OpenVinoEngine.provider:
         return OpenVinoEngine(path, threads)
     return OrtEngine(path, provider, threads)

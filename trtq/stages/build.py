@@ -140,6 +140,9 @@ def build_engines(
             "refit": refit,
             "workspace_bytes": workspace_bytes,
             "profiles": profiles,
+            "graph_metadata": dict(
+                load_graph(folder / manifest.denoiser / MODEL_FILE).metadata_props
+            ),
         }
         if batch is not None:
             options["batch"] = list(batch)

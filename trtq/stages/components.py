@@ -20,7 +20,7 @@ from trtq.export.parity import snr_db
 from trtq.export.trace import trace_module
 from trtq.progress import Reporter
 from trtq.seeds import seeded_generator
-from trtq.stages.graph_file import MODEL_FILE, save_graph
+from trtq.stages.graph_file import MODEL_FILE, model_file, save_graph
 from trtq.stages.pipeline_folder import AUTOENCODERS, TEXT_ENCODERS
 
 __all__ = ["export_components", "load_component"]
@@ -121,7 +121,7 @@ def load_component(
     """The part of this name behind an engine; None if the folder has no graph of it.
 
     Args:
-        folder: an ONNX folder.
+        folder: an ONNX or engine folder.
         name: of the part in its pipeline.
         cls: the class whose place it takes.
         provider: what runs it.
@@ -131,16 +131,14 @@ def load_component(
         ArtefactError: its configuration cannot be read.
     """
     try:
-        if name in TEXT_ENCODERS and (folder / name / MODEL_FILE).is_file():
+        if name in TEXT_ENCODERS and (graph := model_file(folder / name)).is_file():
             config = cls.config_class.from_pretrained(folder / name, local_files_only=True)
-            return EngineTextEncoder(
-                open_engine(folder / name / MODEL_FILE, provider, threads), config
-            )
-        if name in AUTOENCODERS and (folder / DECODER / MODEL_FILE).is_file():
+            return EngineTextEncoder(open_engine(graph, provider, threads), config)
+        if name in AUTOENCODERS and (graph := model_file(folder / DECODER)).is_file():
             frozen = importlib.import_module("diffusers.configuration_utils").FrozenDict
             return EngineAutoencoder(
-                open_engine(folder / DECODER / MODEL_FILE, provider, threads),
-                open_engine(folder / ENCODER / MODEL_FILE, provider, threads),
+                open_engine(graph, provider, threads),
+                open_engine(model_file(folder / ENCODER), provider, threads),
                 frozen(cls.load_config(folder / DECODER)),
             )
     except (OSError, ValueError, KeyError, AttributeError) as err:

@@ -7,14 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from trtq.engine.tensorrt.compile import ENGINE_FILE
 from trtq.errors import NonFiniteError
 
-__all__ = ["DATA_NAME", "MODEL_FILE", "save_graph"]
+__all__ = ["DATA_NAME", "MODEL_FILE", "model_file", "save_graph"]
 
 MODEL_FILE = "model.onnx"
 DATA_NAME = "model.onnx_data"
 _INLINE_BYTES = 1 << 14
 """Smaller tensors stay in the graph: shape inference reads sizes of splits there and nowhere else."""
+
+
+def model_file(folder: Path) -> Path:
+    """The engine or graph in a component's folder, whether it is there or not."""
+    engine = folder / ENGINE_FILE
+    return engine if engine.is_file() else folder / MODEL_FILE
 
 
 def save_graph(model: Any, folder: Path) -> None:

@@ -9,10 +9,11 @@ from trtq.diffusion.source import Source, load_source
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.open import open_engine
 from trtq.engine.ort import PROVIDERS
+from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import UsageError
 from trtq.manifest import artefact_kind, read_manifest
 from trtq.stages.components import load_component
-from trtq.stages.graph_file import MODEL_FILE
+from trtq.stages.graph_file import model_file
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
 from trtq.stages.run_folder import open_run
 
@@ -24,19 +25,19 @@ TORCH = "torch"
 def open_any(
     path: str | Path | Any, provider: str | None = None, threads: int | None = None
 ) -> Source:
-    """Open a run, an ONNX folder or a float checkpoint.
+    """Open a run, an ONNX or engine folder or a float checkpoint.
 
     Args:
         path: the folder, a shipped model's name, a hub id or a pipeline object.
-        provider: `torch` for runs and checkpoints (their default), `cpu`, `openvino` or `cuda` for
-            ONNX folders (default `cpu`).
+        provider: `torch` for runs and checkpoints (their default); `cpu`, `openvino` or `cuda` for
+            ONNX folders (default `cpu`); engines run on the backend that built them.
         threads: threads of one operator, for ONNX folders.
 
     Raises:
         UsageError: the provider cannot run this kind of artefact.
         ArtefactError: it cannot be read, or is not what its manifest says.
     """
-    known = (TORCH, *PROVIDERS)
+    known = (TORCH, *PROVIDERS, *BACKENDS)
     if provider is not None and provider not in known:
         raise UsageError(f"unknown provider {provider!r}; choose one of {', '.join(known)}")
     folder = Path(path) if isinstance(path, str | Path) else None
@@ -49,19 +50,21 @@ def open_any(
                 f"trtq export {path} -o ONNX"
             )
         return load_source(path) if folder is None or kind is None else open_run(folder).source()
-    if kind == "engine":
-        raise UsageError(f"{path} holds engines, which this version builds and cannot run yet")
-    if provider == TORCH:
-        raise UsageError(f"{path} is an ONNX folder; run it with one of {', '.join(PROVIDERS)}")
-    manifest = read_manifest(folder, "onnx")
+    manifest = read_manifest(folder, kind)
+    allowed = list(PROVIDERS) if kind == "onnx" else [str(manifest.options["backend"])]
+    provider = provider or allowed[0]
+    if provider not in allowed:
+        what = "an ONNX folder" if kind == "onnx" else "a folder of engines"
+        raise UsageError(f"{path} is {what}; run it with {' or '.join(allowed)}, not {provider}")
     model: Any = skeleton(folder, manifest.denoiser)
-    engine = open_engine(folder / manifest.denoiser / MODEL_FILE, provider or "cpu", threads)
+    metadata = manifest.options.get("graph_metadata", {})
+    engine = open_engine(model_file(folder / manifest.denoiser), provider, threads, metadata)
     denoiser = EngineDenoiser(engine, model.config, type(model))
     pipeline = load_pipeline_parts(
         folder,
         manifest.denoiser,
         denoiser,
-        lambda name, cls: load_component(folder, name, cls, provider or "cpu", threads),
+        lambda name, cls: load_component(folder, name, cls, provider, threads),
     )
     source = Source(str(path), folder, pipeline, manifest.denoiser)
     if manifest.options.get("size") is not None:
@@ -73,7 +76,7 @@ def load(folder: str | Path | Any, provider: str | None = None) -> Any:
     """A diffusers pipeline whose denoiser is the low-bit one.
 
     Args:
-        folder: a run, an ONNX folder, or a float checkpoint for comparison.
+        folder: a run, an ONNX or engine folder, or a float checkpoint for comparison.
         provider: see `open_any`.
 
     Returns:

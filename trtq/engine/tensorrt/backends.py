@@ -49,7 +49,7 @@ class Backend:
         return "unknown"
 
 
-BACKENDS = {
+BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend(

@@ -1,0 +1,242 @@
+"""An engine of TensorRT or TensorRT-RTX, run from arrays to arrays."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+
+from trtq.engine.base import TensorSpec
+from trtq.engine.tensorrt.backends import BACKENDS, Backend
+from trtq.errors import ArtefactError, KernelError, MissingDependencyError, UsageError
+from trtq.manifest import sha256
+from trtq.plugins.driver import Gpu
+from trtq.plugins.low_bit.tensorrt import register
+from trtq.resources import cache_folder
+
+__all__ = ["Memory", "TensorRtEngine", "open_tensorrt"]
+
+logger = logging.getLogger(__name__)
+
+_NO_METADATA: Mapping[str, str] = MappingProxyType({})
+
+
+class Memory(Protocol):
+    """Of the GPU; `trtq.plugins.driver.Gpu` is one."""
+
+    stream: int
+
+    def allocate(self, size: int) -> int:
+        """Address of new memory."""
+
+    def free(self, address: int) -> None:
+        """Give memory back."""
+
+    def upload(self, address: int, host: Any) -> None:
+        """Copy an array to the device."""
+
+    def download(self, host: Any, address: int) -> None:
+        """Copy to an array."""
+
+    def wait(self) -> None:
+        """Until everything is done."""
+
+
+def _logger(trt: Any, errors: list[str]) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                errors.append(message)
+
+    return Logger()
+
+
+def open_tensorrt(
+    path: Path, provider: str, metadata: Mapping[str, str] = _NO_METADATA
+) -> TensorRtEngine:
+    """Load an engine on the GPU that is there.
+
+    Args:
+        path: the engine's file.
+        provider: the backend that built it.
+        metadata: what the manifest says about the graph.
+
+    Raises:
+        MissingDependencyError: the backend or cuda-bindings is not installed.
+        UsageError: there is no GPU that can run it.
+        ArtefactError: the backend does not take the file.
+    """
+    backend = BACKENDS[provider]
+    if not backend.installed:
+        raise MissingDependencyError(f"{provider} is not installed: {backend.install}")
+    try:
+        memory = Gpu()
+    except KernelError as err:
+        raise UsageError(
+            f"engines run on an NVIDIA GPU, and none can be used here ({err}); the ONNX folder runs "
+            "on any machine: trtq generate ONNX --provider openvino"
+        ) from err
+    return TensorRtEngine(path, backend, importlib.import_module(backend.module), memory, metadata)
+
+
+class TensorRtEngine:
+    """One engine with one execution context, whose buffers grow with the shapes it is given.
+
+    What TensorRT-RTX compiles for the GPU on first use is kept in the user's cache, and a call is one
+    CUDA graph once its shapes have been seen.
+
+    Args:
+        path: the engine's file.
+        backend: that built it.
+        trt: its module.
+        memory: of the GPU.
+        metadata: what the manifest says about the graph.
+
+    Raises:
+        ArtefactError: the backend does not take the file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        backend: Backend,
+        trt: Any,
+        memory: Memory,
+        metadata: Mapping[str, str] = _NO_METADATA,
+    ) -> None:
+        self._trt, self._memory, self._metadata = trt, memory, metadata
+        self._provider = backend.name
+        self._errors: list[str] = []
+        register(trt)
+        self._logger = _logger(trt, self._errors)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise ArtefactError(
+                f"{backend.name} cannot load {path}: {self._said()}; build it again on this machine: "
+                "trtq build ONNX -o ENGINE"
+            )
+        self._cache: Any = None
+        self._cache_file: Path | None = None
+        self._context = self._engine.create_execution_context(*self._configured(path))
+        if self._context is None:
+            raise ArtefactError(f"{backend.name} cannot start {path}: {self._said()}")
+        self._inputs, self._outputs = self._specs()
+        self._buffers: dict[str, tuple[int, int]] = {}
+
+    def _said(self) -> str:
+        return "; ".join(self._errors[-3:]) or "it gave no reason"
+
+    def _configured(self, path: Path) -> list[Any]:
+        """The settings that only TensorRT-RTX has."""
+        if not hasattr(self._trt, "CudaGraphStrategy"):
+            return []
+        config = self._engine.create_runtime_config()
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        try:
+            self._cache = config.create_runtime_cache()
+            self._cache_file = cache_folder("runtime") / f"{sha256(path)}.bin"
+            if self._cache_file.is_file():
+                self._cache.deserialize(self._cache_file.read_bytes())
+            config.set_runtime_cache(self._cache)
+        except (OSError, RuntimeError) as err:  # A cache that cannot be used costs time, no more.
+            logger.warning("the runtime cache is not used: %s", err)
+        return [config]
+
+    def _specs(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        inputs: dict[str, TensorSpec] = {}
+        outputs: dict[str, TensorSpec] = {}
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            shape = tuple(
+                f"{name}_{axis}" if size < 0 else int(size)
+                for axis, size in enumerate(self._engine.get_tensor_shape(name))
+            )
+            dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
+            given = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
+            (inputs if given else outputs)[name] = TensorSpec(dtype, shape)
+        return inputs, outputs
+
+    @property
+    def provider(self) -> str:
+        """Name of what runs it."""
+        return self._provider
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """The engine's inputs by name."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """The engine's outputs by name."""
+        return self._outputs
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the manifest says about the graph."""
+        return self._metadata
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once; arrays by name, batch first.
+
+        Raises:
+            UsageError: a shape lies outside the engine's profile.
+            ArtefactError: the engine fails.
+        """
+        for name, spec in self._inputs.items():
+            array = np.ascontiguousarray(feeds[name], dtype=spec.dtype)
+            if not self._context.set_input_shape(name, array.shape):
+                raise UsageError(
+                    f"the engine does not take {name!r} of shape {list(array.shape)}, but "
+                    f"{self._range(name)}; build it for another: trtq build --batch, or export --size"
+                )
+            address = self._buffer(name, array.nbytes)
+            self._memory.upload(address, array)
+        found = {}
+        for name, spec in self._outputs.items():
+            found[name] = np.empty(tuple(self._context.get_tensor_shape(name)), spec.dtype)
+            self._buffer(name, found[name].nbytes)
+        if not self._context.execute_async_v3(self._memory.stream):
+            raise ArtefactError(f"the engine failed: {self._said()}")
+        for name, array in found.items():
+            self._memory.download(array, self._buffers[name][0])
+        self._memory.wait()
+        self._keep_cache()
+        return found
+
+    def _range(self, name: str) -> str:
+        least, _, most = (list(shape) for shape in self._engine.get_tensor_profile_shape(name, 0))
+        return f"{least} .. {most}"
+
+    def _buffer(self, name: str, size: int) -> int:
+        """Memory for a tensor, as large as any so far."""
+        address, capacity = self._buffers.get(name, (0, 0))
+        if size > capacity or not address:
+            if address:
+                self._memory.free(address)
+            address = self._memory.allocate(size)
+            self._buffers[name] = address, size
+            self._context.set_tensor_address(name, address)
+        return address
+
+    def _keep_cache(self) -> None:
+        """After the first run everything is compiled; a full disk must not fail it."""
+        if self._cache is None or self._cache_file is None:
+            return
+        try:
+            self._cache_file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._cache_file.with_suffix(".partial")
+            partial.write_bytes(bytes(self._cache.serialize()))
+            partial.replace(self._cache_file)
+        except OSError as err:
+            logger.warning("the runtime cache cannot be kept: %s", err)
+        self._cache_file = None
