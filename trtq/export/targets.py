@@ -52,6 +52,8 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
     Returns:
         The model.
     """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     from trtq.export.passes import (
         ExpandPlugins,
         FloatWideProducts,
@@ -77,4 +79,6 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
             UnevenScales()(model)
     else:
         WidenInt4()(model)
+    # The rewrites leave constants behind; a builder would read them and keep them in memory.
+    RemoveUnusedNodesPass()(model)
     return model
