@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from trtq.errors import KernelError, MissingDependencyError
 from trtq.plugins.spec import ARCHITECTURES, Variant
 from trtq.resources import cache_folder
 
-__all__ = ["build_all", "cubin", "sources"]
+__all__ = ["build_all", "cubin", "ptx", "sources"]
 
 _FOLDER = Path(__file__).parent
 _HEADERS = ("ptx.cuh", "codes.cuh")
@@ -92,7 +93,15 @@ def _keep(path: Path, code: bytes) -> None:
         return
 
 
-def _compile(variant: Variant, architecture: str) -> bytes:
+def ptx(variant: Variant, architecture: str) -> bytes:
+    """A kernel in the form that later GPUs and TensorRT's own loader take; not kept.
+
+    Arguments and errors are those of `cubin`.
+    """
+    return _compile(variant, architecture.replace("sm", "compute"), "PTX")
+
+
+def _compile(variant: Variant, architecture: str, form: str = "CUBIN") -> bytes:
     nvrtc = _nvrtc()
     files = {name: text.encode() for name, text in sources(variant.kernel).items()}
     main = files.pop("kernel.cu")
@@ -101,17 +110,18 @@ def _compile(variant: Variant, architecture: str) -> bytes:
     )
     _check(nvrtc, status, f"{variant} cannot be read")
     try:
-        options = [f"--gpu-architecture={architecture.replace('sm', 'sm_')}", *_OPTIONS]
+        target = re.sub(r"(?<=[a-z])(?=\d)", "_", architecture, count=1)
+        options = [f"--gpu-architecture={target}", *_OPTIONS]
         options += [f"-D{name}={value}" for name, value in variant.defines.items()]
         (status,) = nvrtc.nvrtcCompileProgram(
             program, len(options), [option.encode() for option in options]
         )
         what = f"NVRTC {_version()} cannot compile {variant} for {architecture}"
         _check(nvrtc, status, f"{what}: {_log(nvrtc, program)}")
-        status, size = nvrtc.nvrtcGetCUBINSize(program)
+        status, size = getattr(nvrtc, f"nvrtcGet{form}Size")(program)
         _check(nvrtc, status, what)
         code = bytes(size)
-        (status,) = nvrtc.nvrtcGetCUBIN(program, code)
+        (status,) = getattr(nvrtc, f"nvrtcGet{form}")(program, code)
         _check(nvrtc, status, what)
     finally:
         nvrtc.nvrtcDestroyProgram(program)

@@ -152,6 +152,9 @@ DEVICE OutRow out_row(const Shape &s, i64 m, const float *tables, const i64 *ste
   return out;
 }
 
+static_assert(SLICE * MOST_COLUMNS * 4 + TILE_M * (int)sizeof(OutRow) <= STAGES * STAGE_BYTES,
+              "what follows the product fits its memory");
+
 // From sums to outputs. A thread finishes eight neighbours in memory at once: of one row with channels
 // last, otherwise of one channel.
 struct Finish {

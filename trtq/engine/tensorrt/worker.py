@@ -11,7 +11,11 @@ from typing import Any
 
 from trtq.engine.tensorrt.backends import CURRENT
 from trtq.engine.tensorrt.job import Answer, Job, Profile
+from trtq.errors import KernelError
+from trtq.plugins.compile import ptx
+from trtq.plugins.driver import current_device
 from trtq.plugins.low_bit.tensorrt import register
+from trtq.plugins.low_bit.tensorrt_aot import register_all
 from trtq.resources import peak_rss_bytes
 
 __all__ = ["build"]
@@ -46,7 +50,7 @@ def build(job: Job) -> Answer:
     errors: list[str] = []
     warnings: list[str] = []
     logger = _logger(trt, errors, warnings)
-    register(trt)
+    _register_plugins(trt)
     builder = trt.Builder(logger)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
@@ -71,6 +75,20 @@ def build(job: Job) -> Answer:
         peak_rss_bytes=peak_rss_bytes(),
         warnings=warnings,
     )
+
+
+def _register_plugins(trt: Any) -> None:
+    """In full TensorRT with kernels inside the engine, which then needs no Python; else as Python's."""
+    try:
+        plugin = importlib.import_module(f"{trt.__name__}.plugin")
+        device = current_device()
+    except (
+        ImportError,
+        KernelError,
+    ):  # TensorRT-RTX has no such module, and needs no GPU to build.
+        register(trt)
+        return
+    register_all(trt, plugin, lambda variant: ptx(variant, device.architecture))
 
 
 def _parse(trt: Any, network: Any, logger: Any, graph: Path, errors: list[str]) -> None:
