@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trtq.engine.ort import input_specs, open_graph, session_options
 from trtq.errors import ArtefactError
-from trtq.export.targets import load_graph
+from trtq.export.targets import load_graph, prepare
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -77,7 +77,7 @@ def layer_outputs(
     Raises:
         ArtefactError: the graph cannot be loaded, or has no such layer.
     """
-    model = load_graph(path)
+    model = prepare(load_graph(path), "onnxruntime")
     last: dict[str, ir.Value] = {}
     for node in model.graph:
         layer = (node.name or "").rpartition("/")[0]

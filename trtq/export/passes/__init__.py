@@ -10,6 +10,7 @@ from trtq.export.passes.group_norm import SpellOutGroupNorm
 from trtq.export.passes.idle_squeeze import DropIdleSqueeze
 from trtq.export.passes.linear_as_conv import LinearAsConv
 from trtq.export.passes.narrow_doubles import NarrowDoubles
+from trtq.export.passes.pair_cast_codes import PairCastCodes
 from trtq.export.passes.silu import SpellOutSilu
 from trtq.export.passes.uneven_scales import UnevenScales
 from trtq.export.passes.widen_int4 import WidenInt4
@@ -23,6 +24,7 @@ __all__ = [
     "FuseGroupNorm",
     "LinearAsConv",
     "NarrowDoubles",
+    "PairCastCodes",
     "SpellOutAngles",
     "SpellOutGroupNorm",
     "SpellOutSilu",
