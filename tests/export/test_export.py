@@ -345,13 +345,13 @@ def test_a_wrong_lookup_of_the_step_is_seen_in_a_model_of_any_size(
     run = open_run(digits_run)
     monkeypatch.setattr(parity_stage, "_PARITY_WEIGHTS", 1 << 20)
     path = digits_onnx / "unet" / "model.onnx"
-    (row,) = parity_stage.step_parities(run.source(), path, run)
+    (row,) = parity_stage.step_parities(run.source(), path, run.manifest)
     assert row.holds(40)
-    assert len(parity_stage.step_parities(run.source(), path, run, thorough=True)) == 5
+    assert len(parity_stage.step_parities(run.source(), path, run.manifest, thorough=True)) == 5
     model = onnx.load(path)
     (compared,) = [node for node in model.graph.node if node.name == "steps/passed"]
     compared.op_type = "Greater"
     wrong = tmp_path / "model.onnx"
     onnx.save(model, wrong)
     with pytest.raises(GateError, match=r"uses step \d of its tables, torch step \d"):
-        parity_stage.step_parities(run.source(), wrong, run)
+        parity_stage.step_parities(run.source(), wrong, run.manifest)

@@ -101,7 +101,11 @@ def _parity(component: Component, model: Path) -> float:
             tokens = int(component.config.config.vocab_size)
             inputs[name] = torch.randint(0, tokens, example.shape, generator=generator)
         elif example.is_floating_point():
-            inputs[name] = torch.randn(example.shape, generator=generator)
+            # Half as high and wide as it was traced with: cheaper, and the size is shown to be free.
+            half = 2 if name in component.cells else 1
+            *rest, height, width = example.shape
+            shape = (*rest, height // half, width // half)
+            inputs[name] = torch.randn(shape, generator=generator)
         else:
             inputs[name] = example
     expected = component.module(*inputs.values())
