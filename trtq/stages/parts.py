@@ -56,8 +56,8 @@ def exporting_parts(run: Path, folder: Path) -> Iterator[Callable[[], Parts] | N
         folder: of the whole pipeline; there until the block ends.
 
     Yields:
-        What waits for the end and gives the outcome; None where that would not pay: with a small denoiser,
-        without parts or on a single processor. It raises what
+        What waits for the end and gives the outcome; None where that would not pay: a small denoiser, no
+        parts, or a single processor. It raises what
         `trtq.stages.components.export_components` does, or ArtefactError where the process died.
     """
     stored = run / FILE_NAME

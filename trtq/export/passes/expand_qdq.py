@@ -72,11 +72,13 @@ class _StepValues:
     high: ir.Value | None
 
 
-def _largest(layer: LowBitTensors) -> int:
-    """The largest integer of a product's second operand."""
+def _wide(layer: LowBitTensors) -> bool:
+    """Whether the second operand of a product has integers beyond `PAIR_SAFE`."""
     if isinstance(layer, ProductTensors):
-        return int(torch.maximum(-layer.right.low, layer.right.high).max())
-    return int(layer.weight.integers().short().abs().max())
+        return int(torch.maximum(-layer.right.low, layer.right.high).max()) > PAIR_SAFE
+    if 2**layer.weight.bits - 1 <= PAIR_SAFE:
+        return False
+    return int(layer.weight.integers().short().abs().max()) > PAIR_SAFE
 
 
 def _columns(operand: ActivationTensors) -> dict[str, np.ndarray]:
@@ -128,7 +130,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             layer = self.layers.get(name)
             if layer is None or len(layer.operands) != len(node.inputs):
                 raise LegalityError(f"the graph has a low-bit node {name!r} without its numbers")
-            wide = node.op_type != "LowBitConv2d" and _largest(layer) > PAIR_SAFE
+            wide = node.op_type != "LowBitConv2d" and _wide(layer)
             for (operand, tensors), value in zip(layer.operands.items(), node.inputs, strict=True):
                 if value is None or value.shape is None:
                     raise LegalityError(f"the shape of an input of {name!r} is not known")
