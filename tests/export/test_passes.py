@@ -25,11 +25,12 @@ from trtq.export.passes import (
     SpellOutGroupNorm,
     SpellOutSilu,
     UnevenScales,
+    WidenLayerNorm,
 )
 from trtq.export.trace import trace_module
 from trtq.quant import TimestepTable
 from trtq.quant.deployed import ActivationTensors, LayerTensors
-from trtq.quant.exact import DeployedTimesteps
+from trtq.quant.exact import DeployedLayerNorm, DeployedTimesteps
 from trtq.quant.packing import PackedWeight
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "trtq" : 1]>'
@@ -134,6 +135,35 @@ def test_statistics_that_are_no_group_norm_stay():
     )
     model = parse(body, axis=np.array([1], np.int64), guard=np.array([2], np.float32))
     assert not FuseGroupNorm()(model).modified
+
+
+LAYER_NORM = (
+    "g (float[B,7,96] x) => (float[B,7,96] y) "
+    "{{ y = LayerNormalization <axis = -1, epsilon = 0.00001> ({}) }}"
+)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norms_are_the_same_bits_in_torch_and_in_the_graph(affine):
+    source = torch.nn.LayerNorm(96, elementwise_affine=affine)
+    scale, inputs = {"scale": np.ones(96, np.float32)}, "x, scale"
+    if affine:
+        with torch.no_grad():
+            source.weight.copy_(torch.linspace(-2, 3, 96))
+            source.bias.copy_(torch.linspace(5, -1, 96))
+        scale, inputs = {k: v.numpy() for k, v in source.state_dict().items()}, "x, weight, bias"
+    model = parse(LAYER_NORM.format(inputs), **scale)
+    assert WidenLayerNorm()(model).modified
+    assert operators(model) == ["Cast", "LayerNormalization", "Cast"]
+    assert not WidenLayerNorm()(model).modified
+    x = torch.randn(50, 7, 96, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    with torch.no_grad():
+        deployed = DeployedLayerNorm(source)(x).numpy()
+        plain = source(x).numpy()
+    np.testing.assert_array_equal(run(model, x=x.numpy())[0], deployed)
+    np.testing.assert_allclose(deployed, plain, rtol=1e-4, atol=1e-5)
+    assert NarrowDoubles()(model).modified
+    np.testing.assert_allclose(run(model, x=x.numpy())[0], plain, rtol=1e-4, atol=1e-5)
 
 
 def test_doubles_are_narrowed():

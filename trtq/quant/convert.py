@@ -19,7 +19,12 @@ from trtq.quant.deployed import (
     LayerTensors,
     ProductTensors,
 )
-from trtq.quant.exact import DeployedGroupNorm, DeployedSilu, DeployedTimesteps
+from trtq.quant.exact import (
+    DeployedGroupNorm,
+    DeployedLayerNorm,
+    DeployedSilu,
+    DeployedTimesteps,
+)
 from trtq.quant.modules import (
     Base,
     ConvGeometry,
@@ -304,7 +309,7 @@ def merge(quantized: QuantizedDenoiser, *, release: bool = False) -> dict[str, L
 def deploy(
     denoiser: nn.Module, merged: Mapping[str, LowBitTensors], table: TimestepTable
 ) -> QuantizedDenoiser:
-    """Replace layers, group norms, SiLUs and time projections by their deployed forms, in place.
+    """Replace layers, norms, SiLUs and time projections by their deployed forms, in place.
 
     Args:
         denoiser: a diffusers model, float or already converted.
@@ -325,6 +330,8 @@ def deploy(
     for name, module in list(denoiser.named_modules(remove_duplicate=False)):
         if isinstance(module, nn.GroupNorm) and module.affine:
             replace_module(denoiser, name, DeployedGroupNorm(module))
+        elif isinstance(module, nn.LayerNorm):
+            replace_module(denoiser, name, DeployedLayerNorm(module))
         elif isinstance(module, nn.SiLU):
             replace_module(denoiser, name, DeployedSilu())
     deploy_timesteps(denoiser)

@@ -17,6 +17,7 @@ from trtq.engine.ort import OrtEngine
 from trtq.errors import ArtefactError, GateError
 from trtq.export.components import Component, autoencoder_components, text_component
 from trtq.export.parity import snr_db
+from trtq.export.passes import WidenLayerNorm
 from trtq.export.trace import trace_module
 from trtq.progress import Reporter
 from trtq.seeds import seeded_generator
@@ -80,6 +81,7 @@ def export_components(source: Source, folder: Path, report: Reporter) -> dict[st
             axes=component.axes,
             images=component.cells,
         )
+        WidenLayerNorm()(graph)
         save_graph(graph, target)
         component.save_config(target)
         found = _parity(component, target / MODEL_FILE)

@@ -20,6 +20,7 @@ from trtq.export.passes import (
     SpellOutAngles,
     SpellOutGroupNorm,
     SpellOutSilu,
+    WidenLayerNorm,
 )
 from trtq.export.trace import trace
 from trtq.manifest import (
@@ -115,8 +116,8 @@ def export_onnx(
         `parity_db_pooled_min` (nothing set aside), `parity_ties` (share of such images),
         `parity_floor_db` (torch against itself, see `StepParity`), `parity_largest_db` (the least at the
         largest size of a range), `parity_parts_db` (of text encoders and
-        autoencoder), `seconds`, `peak_rss_bytes` (of this process; with that of a second one added, see
-        `trtq.stages.parts`), `bytes`.
+        autoencoder), `seconds`, `peak_rss_bytes` (while `trtq.stages.parts` has a second process, of
+        both together at most), `bytes`.
 
     Raises:
         GateError: the graph is further from torch than `PARITY_DB` allows; nothing is left.
@@ -142,16 +143,17 @@ def export_onnx(
         del run, traced
         save_pipeline_parts(source, folder, graphs=True)
         report("export", 2, 3)
-        components = {} if parts else export_components(source, folder, report)
+        made = parts() if parts else Parts(export_components(source, folder, report), 0)
+        # The second process has ended; what follows is in this one alone.
+        both = peak_rss_bytes() + made.peak_rss_bytes
         metrics: dict[str, Any] = _held_to_torch(
             source, folder / name / MODEL_FILE, manifest, (smallest, largest), PARITY_DB[precision]
         )
-        beside = parts() if parts else Parts(components, 0)
         metrics |= {
-            "parity_parts_db": beside.parity,
+            "parity_parts_db": made.parity,
             "bytes": sum(path.stat().st_size for path in (folder / name).iterdir()),
             "seconds": round(time.monotonic() - start, 2),
-            "peak_rss_bytes": peak_rss_bytes() + beside.peak_rss_bytes,
+            "peak_rss_bytes": max(both, peak_rss_bytes()),
         }
         options = {
             "target": target,
@@ -241,6 +243,7 @@ def write_graph(
     BroadcastTimestep()(model)
     DropIdleSqueeze()(model)
     SpellOutGroupNorm()(model)
+    WidenLayerNorm()(model)
     SpellOutSilu()(model)
     SpellOutAngles()(model)
     if run is not None:
