@@ -5,12 +5,14 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.conftest import tiny_pipeline
+from trtq.engine import ort
 from trtq.engine.open import open_engine
 from trtq.engine.openvino import OpenVinoEngine
 from trtq.engine.ort import OrtEngine
@@ -37,20 +39,42 @@ def producers(g):
 
 
 def test_every_quantised_layer_has_the_folded_form(digits_onnx):
-    g = graph(digits_onnx)
-    made, constants = producers(g), {t.name: t for t in g.initializer}
-    convolutions = [n for n in g.node if n.op_type == "Conv"]
-    linears = [n for n in g.node if n.op_type == "MatMul" and n.name.endswith("/matmul")]
-    assert (len(convolutions), len(linears)) == (25, 26)
-    for node in convolutions + linears:
-        activation, weight = (made[name] for name in node.input[:2])
-        assert activation.op_type == weight.op_type == "DequantizeLinear"
-        assert len(node.input) == 2, "no bias inside the integer operation"
-        quantize_node = made[activation.input[0]]
-        assert quantize_node.op_type == "QuantizeLinear"
-        one, zero = (numpy_helper.to_array(constants[n]) for n in quantize_node.input[1:])
-        assert (one, zero, zero.dtype) == (1.0, 0, np.int8)
-        assert set(numpy_helper.to_array(constants[weight.input[1]])) == {1.0}
+    """In the file the two layers of the time embedding cast their codes; prepared they do not."""
+    path = digits_onnx / "unet" / "model.onnx"
+    prepared = ir.to_proto(prepare(load_graph(path), "tensorrt-rtx")).graph
+    for g, wide in ((graph(digits_onnx), 2), (prepared, 0)):
+        made, constants = producers(g), {t.name: t for t in g.initializer}
+        convolutions = [n for n in g.node if n.op_type == "Conv"]
+        linears = [n for n in g.node if n.op_type == "MatMul" and n.name.endswith("/matmul")]
+        assert (len(convolutions), len(linears)) == (25, 26)
+        cast = []
+        for node in convolutions + linears:
+            activation, weight = (made[name] for name in node.input[:2])
+            assert len(node.input) == 2, "no bias inside the integer operation"
+            quantize_node = made[activation.input[0]]
+            assert quantize_node.op_type == "QuantizeLinear"
+            one, zero = (numpy_helper.to_array(constants[n]) for n in quantize_node.input[1:])
+            assert (one, zero, zero.dtype) == (1.0, 0, np.int8)
+            assert activation.op_type == weight.op_type
+            if activation.op_type == "Cast":
+                cast.append(node.name)
+                continue
+            assert activation.op_type == "DequantizeLinear"
+            assert set(numpy_helper.to_array(constants[weight.input[1]])) == {1.0}
+        assert len(cast) == wide, cast
+
+
+def test_with_vnni_the_cpu_provider_gets_the_pairs(digits_onnx, monkeypatch):
+    for module in ("trtq.engine.ort", "trtq.export.targets"):
+        monkeypatch.setattr(f"{module}.has_vnni", lambda: True)
+    given = []
+    opened = ort.open_graph
+    monkeypatch.setattr(ort, "open_graph", lambda p, m, *r: given.append(m) or opened(p, m, *r))
+    engine = OrtEngine(digits_onnx / "unet" / "model.onnx")
+    assert engine.run(feeds())["out_sample"].shape == (6, 1, 8, 8)
+    (model,) = given
+    codes = {n.outputs[0] for n in model.graph if n.op_type == "QuantizeLinear"}
+    assert {use.node.op_type for value in codes for use in value.uses()} == {"DequantizeLinear"}
 
 
 def test_the_step_is_looked_up_once(digits_onnx):
@@ -321,13 +345,13 @@ def test_a_wrong_lookup_of_the_step_is_seen_in_a_model_of_any_size(
     run = open_run(digits_run)
     monkeypatch.setattr(parity_stage, "_PARITY_WEIGHTS", 1 << 20)
     path = digits_onnx / "unet" / "model.onnx"
-    (row,) = parity_stage.step_parities(run.source(), path, run)
+    (row,) = parity_stage.step_parities(run.source(), path, run.manifest)
     assert row.holds(40)
-    assert len(parity_stage.step_parities(run.source(), path, run, thorough=True)) == 5
+    assert len(parity_stage.step_parities(run.source(), path, run.manifest, thorough=True)) == 5
     model = onnx.load(path)
     (compared,) = [node for node in model.graph.node if node.name == "steps/passed"]
     compared.op_type = "Greater"
     wrong = tmp_path / "model.onnx"
     onnx.save(model, wrong)
     with pytest.raises(GateError, match=r"uses step \d of its tables, torch step \d"):
-        parity_stage.step_parities(run.source(), wrong, run)
+        parity_stage.step_parities(run.source(), wrong, run.manifest)

@@ -1,5 +1,7 @@
 """Each graph rewrite: it fires where it should, nowhere else, and the numbers stay the same."""
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -18,14 +20,18 @@ from trtq.export.passes import (
     FuseGroupNorm,
     LinearAsConv,
     NarrowDoubles,
+    PairCastCodes,
     SpellOutAngles,
     SpellOutGroupNorm,
     SpellOutSilu,
     UnevenScales,
+    WidenLayerNorm,
 )
 from trtq.export.trace import trace_module
 from trtq.quant import TimestepTable
-from trtq.quant.exact import DeployedTimesteps
+from trtq.quant.deployed import ActivationTensors, LayerTensors
+from trtq.quant.exact import DeployedLayerNorm, DeployedTimesteps
+from trtq.quant.packing import PackedWeight
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "trtq" : 1]>'
 
@@ -131,6 +137,35 @@ def test_statistics_that_are_no_group_norm_stay():
     assert not FuseGroupNorm()(model).modified
 
 
+LAYER_NORM = (
+    "g (float[B,7,96] x) => (float[B,7,96] y) "
+    "{{ y = LayerNormalization <axis = -1, epsilon = 0.00001> ({}) }}"
+)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norms_are_the_same_bits_in_torch_and_in_the_graph(affine):
+    source = torch.nn.LayerNorm(96, elementwise_affine=affine)
+    scale, inputs = {"scale": np.ones(96, np.float32)}, "x, scale"
+    if affine:
+        with torch.no_grad():
+            source.weight.copy_(torch.linspace(-2, 3, 96))
+            source.bias.copy_(torch.linspace(5, -1, 96))
+        scale, inputs = {k: v.numpy() for k, v in source.state_dict().items()}, "x, weight, bias"
+    model = parse(LAYER_NORM.format(inputs), **scale)
+    assert WidenLayerNorm()(model).modified
+    assert operators(model) == ["Cast", "LayerNormalization", "Cast"]
+    assert not WidenLayerNorm()(model).modified
+    x = torch.randn(50, 7, 96, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    with torch.no_grad():
+        deployed = DeployedLayerNorm(source)(x).numpy()
+        plain = source(x).numpy()
+    np.testing.assert_array_equal(run(model, x=x.numpy())[0], deployed)
+    np.testing.assert_allclose(deployed, plain, rtol=1e-4, atol=1e-5)
+    assert NarrowDoubles()(model).modified
+    np.testing.assert_allclose(run(model, x=x.numpy())[0], plain, rtol=1e-4, atol=1e-5)
+
+
 def test_doubles_are_narrowed():
     model = parse(GROUP_NORM, **AFFINE)
     SpellOutGroupNorm()(model)
@@ -231,7 +266,7 @@ def test_uneven_scales_change_no_digit(sequence):
 def test_products_without_a_sequence_or_of_two_activations_stay():
     model = parse(WEIGHT.format("q, one"), q=wide(64), one=np.ones(4, np.float32))
     assert not LinearAsConv()(model).modified
-    model = parse(PRODUCT.format(left="ka, one, zero", right="kb, one, zero"), **UNIT)
+    model = parse(PRODUCT.format(**PAIRS), **UNIT)
     assert not LinearAsConv()(model).modified
 
 
@@ -248,26 +283,104 @@ def test_a_low_bit_node_without_numbers_is_refused_and_none_is_left_alone():
 
 PRODUCT = """g (float[2,3] a, float[3,4] b) => (float[2,4] y) {{
     ka = QuantizeLinear(a, one, zero) kb = QuantizeLinear(b, one, zero)
-    da = DequantizeLinear({left}) db = DequantizeLinear({right}) y = MatMul(da, db) }}"""
+    da = {left} db = {right} y = MatMul(da, db) }}"""
+PAIRS = {f: f"DequantizeLinear(k{o}, one, zero)" for f, o in (("left", "a"), ("right", "b"))}
+CASTS = {"left": "Cast <to = 1> (ka)", "right": "Cast <to = 1> (kb)"}
 UNIT = {"one": np.array(1, np.float32), "zero": np.array(0, np.int8)}
+A = np.array([[200.0, -300.0, 0.5], [1.5, 2.5, -0.5]], np.float32)
+B = np.array([[127.4, -129.0, 3.0, 1.0]] * 3, np.float32)
 
 
 def test_wide_products_are_rounded_in_float():
-    model = parse(PRODUCT.format(left="ka, one", right="kb, one"), **UNIT)
-    a = np.array([[200.0, -300.0, 0.5], [1.5, 2.5, -0.5]], np.float32)
-    b = np.array([[127.4, -129.0, 3.0, 1.0]] * 3, np.float32)
-    before = run(model, a=a, b=b)
+    model = parse(PRODUCT.format(**CASTS), **UNIT)
+    before = run(model, a=A, b=B)
     assert FloatWideProducts()(model).modified
-    assert not {"QuantizeLinear", "DequantizeLinear"} & set(operators(model))
-    np.testing.assert_array_equal(run(model, a=a, b=b)[0], before[0])
+    assert not {"QuantizeLinear", "Cast"} & set(operators(model))
+    np.testing.assert_array_equal(run(model, a=A, b=B)[0], before[0])
     assert not FloatWideProducts()(model).modified
 
 
 def test_narrow_products_and_constant_weights_stay_integer():
-    model = parse(PRODUCT.format(left="ka, one, zero", right="kb, one, zero"), **UNIT)
+    model = parse(PRODUCT.format(**PAIRS), **UNIT)
     assert not FloatWideProducts()(model).modified
     model = parse(WEIGHT.format("q, one"), q=wide(100), one=np.ones(4, np.float32))
     assert not FloatWideProducts()(model).modified
+
+
+def test_cast_codes_of_two_activations_become_pairs():
+    model = parse(PRODUCT.format(**CASTS), **UNIT)
+    before = run(model, a=A, b=B)
+    assert PairCastCodes()(model).modified
+    assert Counter(operators(model)) == {"QuantizeLinear": 2, "DequantizeLinear": 2, "MatMul": 1}
+    assert all(len(n.inputs) == 3 for n in model.graph if n.op_type == "DequantizeLinear")
+    np.testing.assert_array_equal(run(model, a=A, b=B)[0], before[0])
+    assert not PairCastCodes()(model).modified
+
+
+def test_casts_of_other_things_than_codes_stay():
+    body = """g (int8[2,3] a) => (float[2,4] y) {
+        x = Cast <to = 1> (a) w = Cast <to = 1> (q) y = MatMul(x, w) }"""
+    model = parse(body, q=wide(100))
+    assert not PairCastCodes()(model).modified
+    assert operators(model) == ["Cast", "Cast", "MatMul"]
+
+
+def low_bit(bits, shape=(4, 3), largest=None):
+    """A layer's numbers; `largest` is the largest of its whole numbers."""
+    middle = 2 ** (bits - 1)
+    codes = (middle + torch.arange(int(np.prod(shape))).reshape(shape) % 7 - 3).to(torch.uint8)
+    if largest is not None:
+        codes[0] = middle + largest
+    each = (shape[0], *[1] * (len(shape) - 1))
+    weight = PackedWeight(codes, torch.full(each, 0.5), torch.full(each, float(middle)), bits)
+    scale = torch.tensor([0.25, 0.5])
+    low, high = torch.full((2,), -128), torch.full((2,), 127)
+    return LayerTensors(weight, ActivationTensors(scale, 1 / scale, low, high, 8), None)
+
+
+TWO_LAYERS = """g (float[2,3] sample, float[2] timestep) => (float[2,4] y, float[2,4] z) {
+    y = trtq.LowBitLinear <name = "a"> (sample) z = trtq.LowBitLinear <name = "b"> (sample) }"""
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "casts"),
+    [
+        (low_bit(8, largest=64), low_bit(4), False),
+        (low_bit(8, largest=65), low_bit(8, largest=64), True),
+        (low_bit(4), low_bit(8, largest=127), True),
+    ],
+    ids=["narrow", "wide beside narrow", "wide beside 4 bits"],
+)
+def test_products_that_could_saturate_cast_their_codes_and_so_does_what_shares_them(a, b, casts):
+    model = parse(TWO_LAYERS)
+    ExpandLowBitToQdq({"a": a, "b": b}, TimestepTable([1, 501]))(model)
+    counts = Counter(operators(model))
+    assert (counts["QuantizeLinear"], counts["DequantizeLinear"]) == (1, 0 if casts else 3)
+    feeds = {
+        "sample": np.array([[40, -40, 3.1], [0.3, -7, 9]], np.float32),
+        "timestep": np.array([1, 501], np.float32),
+    }
+    before = run(model, **feeds)
+    plain = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for found, expected in zip(plain.run(None, feeds), before, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert PairCastCodes()(model).modified is casts
+    assert Counter(operators(model))["DequantizeLinear"] == 3
+    for found, expected in zip(run(model, **feeds), before, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_convolutions_are_always_pairs():
+    body = """g (float[2,3,4,4] sample, float[2] timestep) => (float[2,4,4,4] y) {
+        y = trtq.LowBitConv2d <name = "a", strides = [1, 1], pads = [0, 0, 0, 0],
+            dilations = [1, 1], group = 1> (sample) }"""
+    model = parse(body)
+    layers = {"a": low_bit(8, (4, 3, 1, 1), largest=127)}
+    ExpandLowBitToQdq(layers, TimestepTable([1, 501]))(model)
+    pairs = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+    assert [len(node.inputs) for node in pairs] == [3, 2]
 
 
 @pytest.mark.parametrize("operator", ["Sin", "Cos"])

@@ -12,7 +12,7 @@ import numpy as np
 from trtq._optional import require
 from trtq.engine.base import TensorSpec
 from trtq.errors import ArtefactError, UsageError
-from trtq.export.targets import load_graph, prepare
+from trtq.export.targets import has_vnni, load_graph, prepare
 from trtq.export.trace import DOMAIN
 
 if TYPE_CHECKING:
@@ -74,9 +74,6 @@ def session_options(threads: int | None) -> Any:
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    # int8 x int8 as it is written: without it onnxruntime prefers uint8 activations, whose product
-    # saturates on processors without VNNI.
-    options.add_session_config_entry("session.qdqisint8allowed", "1")
     return options
 
 
@@ -177,7 +174,7 @@ class OrtEngine:
         options = session_options(threads)
         # A plan of memory for a shape is as large as the arena, and saves time only when it comes again.
         options.enable_mem_pattern = options.enable_cpu_mem_arena = not frugal
-        if _mentions_plugins(path):
+        if _mentions_plugins(path) or (provider == "cpu" and has_vnni()):
             model = prepare(load_graph(path), "onnxruntime")
             self._session = open_graph(path, model, options, provider, {})
         else:

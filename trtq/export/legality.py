@@ -191,19 +191,39 @@ def _int4_products(node: ir.Node) -> Iterator[Finding]:
 
 
 def _wide_pairs(node: ir.Node) -> Iterator[Finding]:
-    """Without VNNI onnxruntime's uint8 x int8 product saturates; a missing zero point prevents it."""
-    if node.op_type not in _PRODUCTS:
+    """What onnxruntime's own rewrites of matrix products with constant weights get wrong."""
+    if node.op_type not in ("MatMul", "Gemm"):
         return
     activation, _, stored = _operands(node)
-    if activation is None or stored is None or stored.dtype not in _EIGHT_BITS:
+    if stored is None or stored.dtype not in _EIGHT_BITS:
         return
     largest = int(np.abs(stored.numpy().astype(np.int16)).max())
-    if len(activation.inputs) > 2 and largest > PAIR_SAFE and not has_vnni():
+    if activation is None and node.op_type == "MatMul":
         yield Finding(
             _layer(node),
-            f"weights up to {largest} beside activations with a zero point saturate on a processor "
-            "without VNNI",
-            "leave the zero point out of the activation's DequantizeLinear",
+            "a dequantised weight beside a float activation, which onnxruntime 1.31 quantises itself",
+            "cast the weight's codes to float",
+        )
+    elif activation is not None and largest > PAIR_SAFE and not has_vnni():
+        yield Finding(
+            _layer(node),
+            f"weights up to {largest} in a quantise pair saturate on a processor without VNNI",
+            "export it again: such codes are cast to float instead of dequantised",
+        )
+
+
+def _cast_codes(node: ir.Node) -> Iterator[Finding]:
+    """Codes that compilers leave in float."""
+    if node.op_type not in _PRODUCTS:
+        return
+    cast = _producer(node.inputs[0])
+    codes = _producer(cast.inputs[0]) if cast is not None and cast.op_type == "Cast" else None
+    if codes is not None and codes.op_type == "QuantizeLinear":
+        yield Finding(
+            _layer(node),
+            "codes that are cast, not dequantised, are multiplied in float",
+            "run the pass PairCastCodes over the graph",
+            fatal=False,
         )
 
 
@@ -237,10 +257,11 @@ _TENSORRT: tuple[_Rule, ...] = (
     _float_scales,
     _int4_uses,
     _int4_products,
+    _cast_codes,
 )
 _RULES: dict[Runtime, tuple[_Rule, ...]] = {
     "onnxruntime": (_wide_pairs,),
-    "openvino": (_doubles, _float_products),
+    "openvino": (_doubles, _float_products, _cast_codes),
     "tensorrt-rtx": _TENSORRT,
     "tensorrt": _TENSORRT,
 }

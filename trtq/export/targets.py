@@ -43,11 +43,12 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
     """Rewrite a graph of ours, in place, into what a runtime takes and computes rightly.
 
     Plugin nodes stay for TensorRT, and become quantise-dequantise pairs for the others. Then
-    onnxruntime's own providers take it as it is. OpenVINO and TensorRT have no float64 and a kernel for
-    group norms; TensorRT takes no INT4 in front of a Cast. Without VNNI, OpenVINO's integer products
-    saturate where both factors have 8 bits, so those layers are computed in float, and its products of
-    matrices are slow, so the others are given to it as convolutions, whose weights must not all have
-    the same scale.
+    onnxruntime's own providers take it as it is, where there is no VNNI; with it their products of cast
+    codes do not saturate as pairs, which run in integers. OpenVINO and TensorRT have no float64 and a
+    kernel for group norms; TensorRT takes no INT4 in front of a Cast. Without VNNI, OpenVINO's integer
+    products saturate where both factors have 8 bits, so those layers are computed in float, and its
+    products of matrices are slow, so the others are given to it as convolutions, whose weights must not
+    all have the same scale.
 
     Returns:
         The model.
@@ -61,6 +62,7 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
         FuseGroupNorm,
         LinearAsConv,
         NarrowDoubles,
+        PairCastCodes,
         UnevenScales,
         WidenInt4,
     )
@@ -68,16 +70,20 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
     if runtime in ("onnxruntime", "openvino"):
         ExpandPlugins()(model)
     if runtime == "onnxruntime":
+        if has_vnni():
+            PairCastCodes()(model)
         return model
     FuseGroupNorm()(model)
     NarrowDoubles()(model)
-    if runtime == "openvino":
-        if not has_vnni():
-            FloatWideWeights()(model)
-            FloatWideProducts()(model)
-            LinearAsConv()(model)
-            UnevenScales()(model)
-    else:
+    saturates = runtime == "openvino" and not has_vnni()
+    if saturates:
+        FloatWideProducts()(model)
+    PairCastCodes()(model)
+    if saturates:
+        FloatWideWeights()(model)
+        LinearAsConv()(model)
+        UnevenScales()(model)
+    if runtime != "openvino":
         WidenInt4()(model)
     # The rewrites leave constants behind; a builder would read them and keep them in memory.
     RemoveUnusedNodesPass()(model)

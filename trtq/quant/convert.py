@@ -19,7 +19,12 @@ from trtq.quant.deployed import (
     LayerTensors,
     ProductTensors,
 )
-from trtq.quant.exact import DeployedGroupNorm, DeployedSilu, DeployedTimesteps
+from trtq.quant.exact import (
+    DeployedGroupNorm,
+    DeployedLayerNorm,
+    DeployedSilu,
+    DeployedTimesteps,
+)
 from trtq.quant.kernel_form import KernelLayer
 from trtq.quant.modules import (
     Base,
@@ -309,7 +314,7 @@ def deploy(
     *,
     kernels: bool = False,
 ) -> QuantizedDenoiser:
-    """Replace layers, group norms, SiLUs and time projections by their deployed forms, in place.
+    """Replace layers, norms, SiLUs and time projections by their deployed forms, in place.
 
     Args:
         denoiser: a diffusers model, float or already converted.
@@ -336,6 +341,8 @@ def deploy(
     for name, module in list(denoiser.named_modules(remove_duplicate=False)):
         if isinstance(module, nn.GroupNorm) and module.affine:
             replace_module(denoiser, name, DeployedGroupNorm(module))
+        elif isinstance(module, nn.LayerNorm):
+            replace_module(denoiser, name, DeployedLayerNorm(module))
         elif isinstance(module, nn.SiLU):
             replace_module(denoiser, name, DeployedSilu())
     return QuantizedDenoiser(denoiser, table)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["DeployedGroupNorm", "DeployedSilu", "DeployedTimesteps"]
+__all__ = ["DeployedGroupNorm", "DeployedLayerNorm", "DeployedSilu", "DeployedTimesteps"]
 
 
 class DeployedGroupNorm(nn.Module):
@@ -46,6 +46,27 @@ class DeployedGroupNorm(nn.Module):
         channel = (-1, *(1,) * (x.ndim - 2))
         y = y * self.weight.reshape(channel) + self.bias.reshape(channel)
         return y.to(x.dtype)
+
+
+class DeployedLayerNorm(nn.Module):
+    """`nn.LayerNorm` in float64, rounded once, as the exported graph has it.
+
+    Args:
+        source: the layer; its parameters are shared.
+    """
+
+    def __init__(self, source: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight = source.weight
+        self.bias = source.bias
+        self.shape = source.normalized_shape
+        # ONNX keeps epsilon in float32.
+        self.epsilon = float(torch.tensor(source.eps, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[..., N] -> the same shape and dtype, normalised over N."""
+        weight, bias = (p if p is None else p.double() for p in (self.weight, self.bias))
+        return functional.layer_norm(x.double(), self.shape, weight, bias, self.epsilon).to(x.dtype)
 
 
 class DeployedSilu(nn.Module):

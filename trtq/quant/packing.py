@@ -58,6 +58,11 @@ def unpack_codes(packed: Tensor, bits: int, channels: int) -> Tensor:
     if bits == 8:
         return packed.clone()
     rest = packed.shape[1:]
+    if 8 % bits == 0:
+        # Whole codes in each byte, so no need to take it apart bit by bit.
+        places = torch.arange(0, 8, bits, dtype=torch.uint8).reshape(1, -1, *(1,) * len(rest))
+        codes = (packed.unsqueeze(1) >> places).bitwise_and_(2**bits - 1)
+        return codes.reshape(-1, *rest)[:channels].contiguous()
     places = torch.arange(8, dtype=torch.uint8).reshape(1, -1, *(1,) * len(rest))
     stream = ((packed.unsqueeze(1) >> places) & 1).reshape(len(packed) * 8, *rest)
     octets = stream[: channels * bits].reshape(channels, bits, *rest)

@@ -21,6 +21,7 @@ from trtq.export.passes import (
     SpellOutAngles,
     SpellOutGroupNorm,
     SpellOutSilu,
+    WidenLayerNorm,
 )
 from trtq.export.passes.plugins import TIMESTEPS_KEY
 from trtq.export.trace import LOW_BIT_OPERATORS, trace
@@ -42,6 +43,7 @@ from trtq.seeds import seeded_generator
 from trtq.stages.components import export_components
 from trtq.stages.graph_file import MODEL_FILE, save_graph
 from trtq.stages.parity import PARITY_DB, step_parities
+from trtq.stages.parts import Parts, exporting_parts
 from trtq.stages.pipeline_folder import save_pipeline_parts
 from trtq.stages.run_folder import OpenRun, open_run
 
@@ -118,8 +120,9 @@ def export_onnx(
         value fell on the other side of a rounding tie are set aside, see `StepParity`),
         `parity_db_pooled_min` (nothing set aside), `parity_ties` (share of such images),
         `parity_floor_db` (torch against itself, see `StepParity`), `parity_largest_db` (the least at the
-        largest size of a range), `parity_parts_db` (of text encoders
-        and autoencoder), `seconds`, `peak_rss_bytes`, `bytes`.
+        largest size of a range), `parity_parts_db` (of text encoders and
+        autoencoder), `seconds`, `peak_rss_bytes` (while `trtq.stages.parts` has a second process, of
+        both together at most), `bytes`.
 
     Raises:
         GateError: the graph is further from torch than `PARITY_DB` allows; nothing is left.
@@ -132,51 +135,52 @@ def export_onnx(
         raise UsageError(f"unknown precision {precision!r}; choose one of {', '.join(PARITY_DB)}")
     final = Path(out)
     check_output(final, overwrite=overwrite, source=path)
-    run = open_run(Path(path)) if _is_run(path) else None
     report("export", 1, 3)
-    if run is None:
-        source = load_source(path)
-        # Tracing in half precision changes the model, and the other one is compared with.
-        traced = source.denoiser if precision == "fp32" else load_source(path).denoiser
-        manifest = _float_manifest(source)
-    else:
-        source = run.source()
-        traced = run.float_skeleton()
-        manifest = _run_manifest(run)
-    name = source.denoiser_name
-    smallest, largest = _sizes(source, size)
-    free_size = smallest != largest
-    with new_artefact(final, overwrite=overwrite) as folder:
-        write_graph(
-            folder / name,
-            traced,
-            source,
-            run,
-            largest,
-            half=precision == "fp16",
-            target=target,
-        )
+    with (
+        new_artefact(final, overwrite=overwrite) as folder,
+        exporting_parts(Path(path), folder) as parts,
+    ):
+        source, traced, run, manifest = _opened(path, precision)
+        name = source.denoiser_name
+        smallest, largest = _sizes(source, size)
+        half = precision == "fp16"
+        write_graph(folder / name, traced, source, run, largest, half=half, target=target)
+        # Its codes are in the graph and in the denoiser now, and take memory a third time.
+        del run, traced
         save_pipeline_parts(source, folder, graphs=True)
         report("export", 2, 3)
-        components = export_components(source, folder, report)
+        made = parts() if parts else Parts(export_components(source, folder, report), 0)
+        # The second process has ended; what follows is in this one alone.
+        both = peak_rss_bytes() + made.peak_rss_bytes
         metrics: dict[str, Any] = _held_to_torch(
-            source, folder / name / MODEL_FILE, run, (smallest, largest), PARITY_DB[precision]
+            source, folder / name / MODEL_FILE, manifest, (smallest, largest), PARITY_DB[precision]
         )
-        metrics["parity_parts_db"] = components
-        metrics["bytes"] = sum(path.stat().st_size for path in (folder / name).iterdir())
         metrics |= {
+            "parity_parts_db": made.parity,
+            "bytes": sum(path.stat().st_size for path in (folder / name).iterdir()),
             "seconds": round(time.monotonic() - start, 2),
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": max(both, peak_rss_bytes()),
         }
         options = {
             "target": target,
             "precision": precision,
             "batch": list(batch),
-            "size": f"{smallest}:{largest}" if free_size else smallest,
+            "size": smallest if smallest == largest else f"{smallest}:{largest}",
         }
         write_manifest(folder, manifest.model_copy(update={"options": options, "metrics": metrics}))
     report("export", 3, 3)
     return metrics
+
+
+def _opened(path: str | Path, precision: str) -> tuple[Source, nn.Module, OpenRun | None, Manifest]:
+    """The pipeline, the denoiser to trace, the run if it is one, and the manifest's beginnings."""
+    if not _is_run(path):
+        source = load_source(path)
+        # Tracing in half precision changes the model, and the other one is compared with.
+        traced = source.denoiser if precision == "fp32" else load_source(path).denoiser
+        return source, traced, None, _float_manifest(source)
+    run = open_run(Path(path))
+    return run.source(), run.float_skeleton(), run, _run_manifest(run)
 
 
 def _sizes(source: Source, size: str | None) -> tuple[str, str]:
@@ -247,6 +251,7 @@ def write_graph(
     BroadcastTimestep()(model)
     DropIdleSqueeze()(model)
     SpellOutGroupNorm()(model)
+    WidenLayerNorm()(model)
     SpellOutSilu()(model)
     SpellOutAngles()(model)
     if run is not None:
@@ -258,7 +263,7 @@ def write_graph(
 
 
 def _held_to_torch(
-    source: Source, model: Path, run: OpenRun | None, sizes: tuple[str, str], least_db: float
+    source: Source, model: Path, manifest: Manifest, sizes: tuple[str, str], least_db: float
 ) -> dict[str, Any]:
     """Compare a graph with torch at its smallest and its largest size.
 
@@ -266,11 +271,11 @@ def _held_to_torch(
         GateError: it is further from torch than `least_db` allows.
     """
     smallest, largest = sizes
-    parity = step_parities(source, model, run)
+    parity = step_parities(source, model, manifest)
     checked = list(parity)
     if smallest != largest:
         source.resize(largest)
-        checked += step_parities(source, model, run)
+        checked += step_parities(source, model, manifest)
         source.resize(smallest)
     least = min(row.db for row in checked)
     if not all(row.holds(least_db) for row in checked):

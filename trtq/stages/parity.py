@@ -14,9 +14,9 @@ from trtq.engine.ort import OrtEngine
 from trtq.engine.taps import looked_up_steps
 from trtq.errors import GateError
 from trtq.export.parity import StepParity, noise_parity, step_parity
+from trtq.manifest import Manifest
 from trtq.quant import TimestepTable
 from trtq.seeds import seeded_generator
-from trtq.stages.run_folder import OpenRun
 
 __all__ = ["PARITY_DB", "step_parities"]
 
@@ -30,7 +30,7 @@ _PARITY_WEIGHTS = 2 << 30
 
 
 def step_parities(
-    source: Source, model: Path, run: OpenRun | None, *, thorough: bool = False
+    source: Source, model: Path, manifest: Manifest, *, thorough: bool = False
 ) -> list[StepParity]:
     """Compare a graph on onnxruntime's CPU provider with torch.
 
@@ -42,7 +42,7 @@ def step_parities(
     Args:
         source: the pipeline around the torch denoiser, at the size to compare at.
         model: the graph's file.
-        run: what it was exported from; None: a float checkpoint.
+        manifest: what is known of it; timesteps and recipe count.
         thorough: every step, however large the model.
 
     Returns:
@@ -51,14 +51,14 @@ def step_parities(
     Raises:
         GateError: the graph uses another step of the tables than torch does.
     """
-    if run is not None and len(run.table) > 1:
-        _check_lookup(source, model, run.table)
+    table = TimestepTable(manifest.timesteps) if manifest.timesteps else None
+    if table is not None and len(table) > 1:
+        _check_lookup(source, model, table)
     exported = EngineDenoiser(
         OrtEngine(model, frugal=True), source.model.config, type(source.model)
     )
-    steps = len(run.table) if run is not None and len(run.table) > 1 else 20
-    recipe = (run.manifest.recipe or {}) if run is not None else {}
-    schedule = source.schedule(int(recipe.get("steps", steps)))
+    steps = len(table) if table is not None and len(table) > 1 else 20
+    schedule = source.schedule(int((manifest.recipe or {}).get("steps", steps)))
     generator = seeded_generator(0, "parity conditions")
     # Many small images, so that rare ties show; few large ones, since each step is a forward pass.
     fewest, most = _PARITY_IMAGES

@@ -19,6 +19,7 @@ from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.source import (
     CLASSES_NAME,
+    DENOISERS,
     INDEX_NAME,
     Source,
     read_null_class,
@@ -29,6 +30,8 @@ from trtq.errors import ArtefactError, UsageError
 __all__ = [
     "AUTOENCODERS",
     "TEXT_ENCODERS",
+    "denoiser_in",
+    "has_parts",
     "load_pipeline_parts",
     "save_pipeline_parts",
     "skeleton",
@@ -112,6 +115,30 @@ def _index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as err:
         raise ArtefactError(f"cannot read {folder / INDEX_NAME}: {err}") from err
     return index
+
+
+def denoiser_in(folder: Path) -> str:
+    """The name of the denoiser in a pipeline's folder.
+
+    Raises:
+        ArtefactError: the folder names none.
+    """
+    index = _index(folder)
+    for name in DENOISERS:
+        if isinstance(index.get(name), list):
+            return name
+    raise ArtefactError(f"{folder / INDEX_NAME} names no {' or '.join(DENOISERS)}")
+
+
+def has_parts(folder: Path) -> bool:
+    """Whether a pipeline's folder has text encoders or autoencoders.
+
+    Raises:
+        ArtefactError: it is no pipeline's folder.
+    """
+    index = _index(folder)
+    names = (*TEXT_ENCODERS, *AUTOENCODERS)
+    return any(part in names and (entry or [None])[0] is not None for part, entry in index.items())
 
 
 def skeleton(folder: Path, denoiser_name: str) -> nn.Module:

@@ -82,7 +82,7 @@ def verify(
     if sizes:
         source.resize(sizes)
     required = PARITY_DB[manifest.options.get("precision", "fp32")]
-    rows = step_parities(source, model, run, thorough=True)
+    rows = step_parities(source, model, run.manifest, thorough=True)
     result |= {
         "parity_db": [row.db for row in rows],
         "parity_db_min": min(row.db for row in rows),

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from trtq.engine.tensorrt.backends import CURRENT, Backend
 from trtq.engine.tensorrt.job import Answer, Job
 from trtq.errors import BuildError
 from trtq.manifest import sha256
+from trtq.processes import worker_command
 from trtq.resources import available_bytes, cache_folder
 
 __all__ = ["ENGINE_FILE", "Compiled", "compile_engine", "estimated_peak_bytes"]
@@ -32,7 +32,6 @@ _ENTRY_FILE = "entry.json"
 _CACHE = "engines"
 _WORKER = "trtq.engine.tensorrt.worker"
 _GIB = 1 << 30
-_PACKAGE = Path(__file__).parent.parent.parent
 _BASE_BYTES = 1 << 30
 _BYTES_PER_GRAPH_BYTE = 4
 """Peak of TensorRT-RTX 1.7 per byte of the graph: 6.2 GB of 1.3 GB, Stable Diffusion 1.5's UNet."""
@@ -144,12 +143,8 @@ def _run_worker(job: Job, free: int) -> Answer:
         folder = Path(scratch)
         job_file, answer_file = folder / "job.json", folder / "answer.json"
         job_file.write_text(job.model_dump_json(), encoding="utf-8")
-        # The package is found where this one was, after everything else: nothing in the user's folder,
-        # nor a module beside the package, takes the place of a library.
-        code = f"import sys; sys.path.append({str(_PACKAGE.parent)!r}); "
-        code += f"from {_WORKER} import main; sys.exit(main())"
         done = subprocess.run(
-            [sys.executable, "-P", "-c", code, str(job_file), str(answer_file)],
+            worker_command(_WORKER, job_file, answer_file),
             env=_environment(job.module, folder),
             capture_output=True,
             text=True,

@@ -14,6 +14,11 @@ it:
 
     (... -> DequantizeLinear(1)) MatMul (... -> DequantizeLinear(1)) -> Mul(s_a[step]) -> Mul(s_b[step])
 
+Where the second operand of a MatMul has integers beyond `PAIR_SAFE`, it and all that share its front
+cast both operands to float instead of dequantising them, to the same numbers: `QuantizeLinear -> Cast ->
+MatMul with Cast(int8 W)`. Runtimes whose products do not saturate get the pair back when the graph is
+prepared for them, see `PairCastCodes`.
+
 Layers that get the same value and have the same table share the front, e.g. queries, keys and values.
 The clip is left out where int8 saturates to the same codes. Weights of up to 4 bits lie in the file
 as INT4 (`q - 8`), with Cast and Sub (`z - 8`) in front of their DequantizeLinear.
@@ -44,11 +49,13 @@ __all__ = ["PAIR_SAFE", "ExpandLowBitToQdq"]
 
 _INT8 = (-128, 127)
 _INT4_OFFSET = 8
+_FLOAT = {"to": ir.DataType.FLOAT.value}
 PAIR_SAFE = 64
-"""Largest weight integer for which `255 w + 255 w` fits int16. onnxruntime rewrites a quantise pair
-with int8 zero points to uint8, and on x86 without VNNI its uint8 x int8 product adds two neighbours in
-int16, which saturates beyond this. A DequantizeLinear that leaves its zero point out (it means 0) is
-not rewritten, so such layers stay exact in every session."""
+"""Largest integer for which `255 w + 255 w` fits int16. onnxruntime rewrites a quantise pair of int8 to
+uint8, and on x86 without VNNI its uint8 x int8 product of matrices adds two neighbours in int16, which
+saturates beyond this. Version 1.24 leaves pairs without a zero point alone, 1.31 does not; it also
+quantises the activation of a MatMul again if only the weight is dequantised. A Cast is left alone by
+both. Convolutions without a quantised output are not rewritten to integers."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,15 @@ class _StepValues:
     scale: ir.Value
     low: ir.Value | None
     high: ir.Value | None
+
+
+def _wide(layer: LowBitTensors) -> bool:
+    """Whether the second operand of a product has integers beyond `PAIR_SAFE`."""
+    if isinstance(layer, ProductTensors):
+        return int(torch.maximum(-layer.right.low, layer.right.high).max()) > PAIR_SAFE
+    if 2**layer.weight.bits - 1 <= PAIR_SAFE:
+        return False
+    return int(layer.weight.integers().short().abs().max()) > PAIR_SAFE
 
 
 def _columns(operand: ActivationTensors) -> dict[str, np.ndarray]:
@@ -105,7 +121,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         self._channels: dict[str, np.ndarray] = {}
         self._fronts: dict[str, str] = {}
         self._codes: dict[str, ir.Value] = {}
-        self._dequantized: dict[tuple[str, bool], ir.Value] = {}
+        self._floats: dict[tuple[str, bool], ir.Value] = {}
+        self._wide: set[str] = set()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires when there is a node of the domain `trtq`.
@@ -125,6 +142,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             layer = self.layers.get(name)
             if layer is None or len(layer.operands) != len(node.inputs):
                 raise LegalityError(f"the graph has a low-bit node {name!r} without its numbers")
+            wide = node.op_type != "LowBitConv2d" and _wide(layer)
             for (operand, tensors), value in zip(layer.operands.items(), node.inputs, strict=True):
                 if value is None or value.shape is None:
                     raise LegalityError(f"the shape of an input of {name!r} is not known")
@@ -137,6 +155,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                 self._fronts[f"{name}/{operand}"] = front
                 if front != f"{name}/{operand}":
                     columns[f"{name}/{operand}"] = {"scale": own["scale"]}
+                if wide:
+                    self._wide.add(front)
         values = self._step_values(graph, columns, ranks)
         for node in nodes:
             name = node.attributes["name"].as_string()
@@ -273,9 +293,9 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     def _operand(
         self, builder: GraphBuilder, x: ir.Value, step: _StepValues, prefix: str, *, paired: bool
     ) -> ir.Value:
-        """Whole-number codes of an input, as float; `paired`: DequantizeLinear gets a zero point."""
+        """Whole-number codes of an input, as float: dequantised if `paired`, else cast."""
         key = step.front, paired
-        if key not in self._dequantized:
+        if key not in self._floats:
             one = builder.constant("one", np.array(1.0, np.float32))
             zero = builder.constant("zero", np.array(0, np.int8))
             if step.front not in self._codes:
@@ -284,18 +304,20 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                     "QuantizeLinear", [y, one, zero], f"{prefix}codes"
                 )
             codes = self._codes[step.front]
-            pair = [codes, one, zero] if paired else [codes, one]
-            y = builder.op("DequantizeLinear", pair, f"{prefix}activation")
+            if paired:
+                y = builder.op("DequantizeLinear", [codes, one, zero], f"{prefix}activation")
+            else:
+                y = builder.op("Cast", [codes], f"{prefix}activation", _FLOAT)
             # Later rewrites ask for its rank.
             y.shape, y.type = x.shape, ir.TensorType(ir.DataType.FLOAT)
-            self._dequantized[key] = y
-        return self._dequantized[key]
+            self._floats[key] = y
+        return self._floats[key]
 
     @staticmethod
     def _scaled(builder: GraphBuilder, x: ir.Value, step: _StepValues, prefix: str) -> ir.Value:
         """An input in units of its step, clipped."""
         if x.dtype != ir.DataType.FLOAT:
-            x = builder.op("Cast", [x], f"{prefix}float", {"to": ir.DataType.FLOAT.value})
+            x = builder.op("Cast", [x], f"{prefix}float", _FLOAT)
         y: ir.Value = builder.op("Mul", [x, step.inv_scale], f"{prefix}scaled")
         if step.low is not None and step.high is not None:
             y = builder.op("Max", [y, step.low], f"{prefix}clip_low")
@@ -308,10 +330,10 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         builder = GraphBuilder(graph, name)
         (x,) = node.inputs
         assert x is not None
-        paired = int(layer.weight.integers().short().abs().max()) <= PAIR_SAFE
-        y = self._operand(builder, x, step, "", paired=paired)
         conv = node.op_type == "LowBitConv2d"
-        weight = self._weight(builder, layer, transposed=not conv)
+        paired = conv or step.front not in self._wide
+        y = self._operand(builder, x, step, "", paired=paired)
+        weight = self._weight(builder, layer, transposed=not conv, paired=paired)
         if conv:
             attributes = {
                 key: node.attributes[key].value for key in ("strides", "pads", "dilations", "group")
@@ -335,7 +357,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         steps: Sequence[_StepValues],
     ) -> None:
         builder = GraphBuilder(graph, name)
-        paired = int(torch.maximum(-layer.right.low, layer.right.high).max()) <= PAIR_SAFE
+        paired = not any(step.front in self._wide for step in steps)
         left, right = (
             self._operand(builder, x, step, f"{operand}_", paired=paired)  # type: ignore[arg-type]
             for x, step, operand in zip(node.inputs, steps, layer.operands, strict=True)
@@ -358,11 +380,11 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         )
 
     @staticmethod
-    def _weight(builder: GraphBuilder, layer: LayerTensors, *, transposed: bool) -> ir.Value:
+    def _weight(
+        builder: GraphBuilder, layer: LayerTensors, *, transposed: bool, paired: bool
+    ) -> ir.Value:
         """The integers as float; `[N, K, kh, kw]`, or `[K, N]` when transposed."""
         packed = layer.weight
-        scale = builder.constant("ones", np.ones(len(packed.codes), np.float32))
-        axis = {"axis": 1 if transposed else 0}
 
         def turned(array: np.ndarray) -> np.ndarray:
             return np.ascontiguousarray(array.T) if transposed else array
@@ -379,5 +401,11 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             integers = builder.op(
                 "Sub", [wide, builder.constant("weight_zero_point", offset)], "weight_integers"
             )
-        weight: ir.Value = builder.op("DequantizeLinear", [integers, scale], "weight_float", axis)
+        weight: ir.Value
+        if paired:
+            scale = builder.constant("ones", np.ones(len(packed.codes), np.float32))
+            axis = {"axis": 1 if transposed else 0}
+            weight = builder.op("DequantizeLinear", [integers, scale], "weight_float", axis)
+        else:
+            weight = builder.op("Cast", [integers], "weight_float", _FLOAT)
         return weight

@@ -16,13 +16,17 @@ class FloatWideProducts(ir.passes.InPlacePass):
     """Round and clip in float in front of a MatMul of activations whose codes go beyond `PAIR_SAFE`.
 
     The counterpart of `FloatWideWeights`: the codes stay what they are, so the result does, too. Such
-    products are told by their DequantizeLinear without a zero point, see `ExpandLowBitToQdq`.
+    products are told by the Cast of their codes, see `ExpandLowBitToQdq`.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires on every MatMul of two quantised activations of which the second is wide."""
+        """Fires on every MatMul of two activations whose codes are cast."""
         graph = model.graph
-        found = [node for node in graph if node.op_type == "MatMul" and self._wide(node)]
+        found = [
+            node
+            for node in graph
+            if node.op_type == "MatMul" and all(map(self._quantize, node.inputs))
+        ]
         for node in found:
             for index, value in enumerate(node.inputs):
                 assert value is not None
@@ -33,19 +37,13 @@ class FloatWideProducts(ir.passes.InPlacePass):
 
     @staticmethod
     def _quantize(value: ir.Value | None) -> ir.Node | None:
-        """The QuantizeLinear behind a DequantizeLinear; None if it is something else."""
-        dequantize = value.producer() if value is not None else None
-        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        """The QuantizeLinear whose codes are cast; None if it is something else."""
+        cast = value.producer() if value is not None else None
+        if cast is None or cast.op_type != "Cast":
             return None
-        codes = dequantize.inputs[0]
+        codes = cast.inputs[0]
         quantize = codes.producer() if codes is not None else None
         return quantize if quantize is not None and quantize.op_type == "QuantizeLinear" else None
-
-    def _wide(self, node: ir.Node) -> bool:
-        right = node.inputs[1]
-        if any(self._quantize(value) is None for value in node.inputs):
-            return False
-        return len(right.producer().inputs) == 2  # type: ignore[union-attr]
 
     def _rounded(self, graph: ir.Graph, node: ir.Node, value: ir.Value, index: int) -> ir.Value:
         quantize = self._quantize(value)
@@ -62,7 +60,7 @@ class FloatWideProducts(ir.passes.InPlacePass):
 
     @staticmethod
     def _drop_unused(graph: ir.Graph) -> None:
-        for kind in ("DequantizeLinear", "QuantizeLinear"):
+        for kind in ("Cast", "QuantizeLinear"):
             for node in [n for n in graph if n.op_type == kind]:
                 if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
                     graph.remove(node, safe=True)
