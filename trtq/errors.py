@@ -12,6 +12,7 @@ TrtqError                  anything trtq raises on purpose
 │   └── StepError          a quantised layer was called without its denoising step
 ├── LegalityError          the graph would hold something the target does not accept
 ├── BuildError             an engine's builder refused, crashed or ran out of memory
+├── MeasurementError       a process that was being measured failed or was killed
 └── GateError              a check or a gate was not met: parity after export, `--gate`
 ```
 
@@ -26,6 +27,7 @@ __all__ = [
     "GateError",
     "IntegrityError",
     "LegalityError",
+    "MeasurementError",
     "MissingDependencyError",
     "NonFiniteError",
     "QuantizationError",
@@ -82,6 +84,10 @@ class LegalityError(TrtqError):
 
 class BuildError(TrtqError):
     """An engine's builder refused the graph, crashed or ran out of memory."""
+
+
+class MeasurementError(TrtqError):
+    """A process that was being measured failed or was killed."""
 
 
 class GateError(TrtqError):

@@ -7,6 +7,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,7 @@ from trtq.errors import ArtefactError, UsageError
 __all__ = [
     "AUTOENCODERS",
     "TEXT_ENCODERS",
+    "import_classes",
     "load_pipeline_parts",
     "save_pipeline_parts",
     "skeleton",
@@ -112,6 +114,23 @@ def _index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as err:
         raise ArtefactError(f"cannot read {folder / INDEX_NAME}: {err}") from err
     return index
+
+
+def import_classes(folder: Path) -> None:
+    """Import what loading this pipeline would import, for those who time the loading itself.
+
+    Raises:
+        ArtefactError: there is no index to be read.
+    """
+    import diffusers
+
+    index = _index(folder)
+    getattr(diffusers, str(index.get("_class_name")), None)
+    for part, entry in index.items():
+        if isinstance(entry, list):
+            # What cannot be imported is the business of whoever loads it.
+            with suppress(ArtefactError):
+                _part_class(folder, part, *entry)
 
 
 def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
