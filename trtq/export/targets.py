@@ -57,12 +57,15 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
         FuseGroupNorm,
         LinearAsConv,
         NarrowDoubles,
+        SpellOutGroupNorm,
         UnevenScales,
         WidenInt4,
     )
 
     if runtime == "onnxruntime":
         return model
+    if runtime == "openvino":
+        SpellOutGroupNorm()(model)  # The autoencoder's graphs still have them.
     FuseGroupNorm()(model)
     NarrowDoubles()(model)
     if runtime == "openvino":

@@ -84,6 +84,7 @@ class _Plan:
         guidance: 1 is none.
         seed: of the images.
         threads: of one operator.
+        prompts: that the images are to show; None for a model that takes none.
     """
 
     batches: tuple[int, ...]
@@ -93,6 +94,7 @@ class _Plan:
     guidance: float
     seed: int
     threads: int
+    prompts: list[str] | None
 
 
 def bench(
@@ -153,9 +155,9 @@ def bench(
         size = next((target.size for target in targets if target.size is not None), None)
         _open(rows, count, size, report)
         _check_same_model(rows)
-        plan = _Plan(
-            tuple(batches), turns, images, *_sampling(rows, steps, guidance), seed, threads=count
-        )
+        sampling = _sampling(rows, steps, guidance)
+        prompts = next((row.opened["prompts"] for row in rows if row.opened), None)
+        plan = _Plan(tuple(batches), turns, images, *sampling, seed, count, prompts)
         with tempfile.TemporaryDirectory(prefix="trtq-bench-") as scratch:
             for batch in plan.batches:
                 _measure_parts(rows, batch, plan, report)
@@ -256,6 +258,7 @@ def _measure_images(
         "steps": plan.steps,
         "seed": plan.seed,
         "guidance": plan.guidance,
+        "prompts": plan.prompts,
     }
     for row in _live(rows):
         row.ask("draw", turn=None, out=None, **ask)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from trtq.bench.process import answer_questions
 from trtq.bench.turns import calls_per_turn, time_calls
 from trtq.diffusion.sampling import Conditions, predict, seeded_noise
 from trtq.diffusion.source import Source, resolve_model
-from trtq.evaluate.images import draw, subjects_for
+from trtq.evaluate.images import Subjects, draw
 from trtq.resources import forget_peak_rss, peak_rss_bytes, rss_bytes
 from trtq.seeds import seeded_generator
 from trtq.stages.load import TORCH, open_any
@@ -28,6 +27,7 @@ __all__ = ["Subject", "main"]
 
 DENOISER, TEXT, DECODER = "denoiser", "text encoder", "VAE decoder"
 _WARM_STEPS = 2
+_MOST_PROMPTS = 64
 _Call = Callable[[], object]
 
 
@@ -51,8 +51,8 @@ class Subject:
         Returns:
             `load_seconds`; `memory`: `libraries_bytes` (resident before), `weights_bytes` (what loading
             added), `load_peak_bytes`; `shape` of the denoiser's sample and its `model_class`; `parts`
-            that can be timed; `guidance` that the model is meant for; `weight_bytes` of the denoiser,
-            where torch holds them.
+            that can be timed; `guidance` that the model is meant for; `prompts` that it knows, or None;
+            `weight_bytes` of the denoiser, where torch holds them.
 
         Raises:
             TrtqError: it cannot be opened.
@@ -82,6 +82,7 @@ class Subject:
             "model_class": self.source.model_class,
             "parts": self._parts(),
             "guidance": self.source.guidance,
+            "prompts": self._prompts(),
             "weight_bytes": sum(
                 value.numel() * value.element_size()
                 for value in self.source.denoiser.state_dict().values()
@@ -94,6 +95,11 @@ class Subject:
     def _parts(self) -> list[str]:
         text = [] if self.source.prompts is None else [TEXT]
         return [DENOISER, *text, *([] if self._autoencoder() is None else [DECODER])]
+
+    def _prompts(self) -> list[str] | None:
+        if self.source.prompts is None:
+            return None
+        return list(self.source.prompts.calibration[:_MOST_PROMPTS])
 
     def _autoencoder(self) -> Any:
         found = (getattr(self.source.pipeline, name, None) for name in AUTOENCODERS)
@@ -130,8 +136,7 @@ class Subject:
         return lambda: predict(self.source.denoiser, x, timestep, conditions, guidance)
 
     def _text_call(self, batch: int) -> _Call:
-        assert self.source.prompts is not None
-        known = self.source.prompts.calibration
+        known = self._prompts() or [""]
         prompts = [known[index % len(known)] for index in range(batch)]
         return lambda: self.source.encode(prompts)
 
@@ -147,15 +152,23 @@ class Subject:
         return {"seconds": time_calls(self._call, self._calls)}
 
     def draw(
-        self, batch: int, steps: int, seed: int, guidance: float, turn: int | None, out: str | None
+        self,
+        batch: int,
+        steps: int,
+        seed: int,
+        guidance: float,
+        prompts: list[str] | None,
+        turn: int | None,
+        out: str | None,
     ) -> dict[str, Any]:
-        """Draw a batch of images; those of a turn and seed are the same whatever draws them.
+        """Draw a batch of images; those of a turn and seed show the same whatever draws them.
 
         Args:
             batch: how many.
             steps: denoising steps.
             seed: of their starting noise.
             guidance: 1 is none.
+            prompts: used in turn; None for a model that takes none.
             turn: which batch; None: only get warm, in a few steps.
             out: where the images go, as numpy's float32 `[B,C,H,W]`.
 
@@ -164,7 +177,13 @@ class Subject:
         """
         if turn is None:
             turn, steps = 0, min(steps, _WARM_STEPS)
-        subjects = _some(subjects_for(self.source, batch * (turn + 1)), batch)
+        classes = self.source.classes
+        places = range(batch * turn, batch * (turn + 1))
+        subjects = Subjects(
+            batch,
+            classes=None if classes is None else torch.tensor(places) % classes,
+            prompts=None if not prompts else [prompts[place % len(prompts)] for place in places],
+        )
         before = self._nvml.joules if self._on_gpu else None
         start = time.perf_counter()
         images = draw(
@@ -221,16 +240,6 @@ def _import_libraries(path: str, provider: str) -> None:
     place = Path(path) if Path(path).is_dir() else resolve_model(path)
     if isinstance(place, Path):
         import_classes(place)
-
-
-def _some(subjects: Any, count: int) -> Any:
-    """The last of the subjects."""
-    return replace(
-        subjects,
-        count=count,
-        classes=None if subjects.classes is None else subjects.classes[-count:],
-        prompts=None if subjects.prompts is None else subjects.prompts[-count:],
-    )
 
 
 def _cpu_peak(threads: int) -> dict[str, Any]:
