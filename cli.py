@@ -578,6 +578,45 @@ def bench(
             raise GateError("; ".join(failed))
 
 
+package_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+app.add_typer(package_app, name="package", help="Hand an artefact over to another server.")
+
+
+@package_app.command()
+def triton(
+    path: Annotated[str, typer.Argument(help="An ONNX folder, or an engine folder.")],
+    output: Output,
+    onnx: Annotated[
+        Path | None,
+        typer.Option("--onnx", help="The ONNX folder that engines were built from, if it moved."),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a Triton Inference Server model repository: each graph a model, and the pipeline one.
+
+    Example: trtq package triton onnx -o model_repository
+    """
+    from trtq.stages.package_triton import package_triton
+
+    with _command(verbose):
+        result = package_triton(path, output, onnx=onnx, overwrite=overwrite, report=LineReporter())
+
+        def human(found: dict[str, Any]) -> None:
+            table = Table(title=f"model repository: {output}", title_justify="left")
+            keys = ("backend", "max_batch_size")
+            for key in ("model", *keys, "files"):
+                table.add_column(key)
+            for name, row in found["models"].items():
+                table.add_row(name, *(str(row[key]) for key in keys), str(len(row["files"])))
+            _out.print(table)
+            for note in found["notes"]:
+                _out.print(f"note: {note}", markup=False, soft_wrap=True)
+
+        _show(result, as_json, human)
+
+
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],

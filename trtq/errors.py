@@ -13,6 +13,7 @@ TrtqError                  anything trtq raises on purpose
 ├── LegalityError          the graph would hold something the target does not accept
 ├── BuildError             an engine's builder refused, crashed or ran out of memory
 ├── MeasurementError       a process that was being measured failed or was killed
+├── ServerError            a server that runs a graph for us answered with an error
 └── GateError              a check or a gate was not met: parity after export, `--gate`
 ```
 
@@ -32,6 +33,7 @@ __all__ = [
     "NonFiniteError",
     "QuantizationError",
     "RecipeError",
+    "ServerError",
     "StepError",
     "TrtqError",
     "UsageError",
@@ -88,6 +90,10 @@ class BuildError(TrtqError):
 
 class MeasurementError(TrtqError):
     """A process that was being measured failed or was killed."""
+
+
+class ServerError(TrtqError):
+    """A server that runs a graph for us answered with an error."""
 
 
 class GateError(TrtqError):

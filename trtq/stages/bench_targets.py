@@ -9,7 +9,7 @@ from pathlib import Path
 from trtq.diffusion.source import resolve_model
 from trtq.engine.ort import PROVIDERS, check_provider
 from trtq.errors import ArtefactError, UsageError
-from trtq.manifest import MANIFEST_NAME, Manifest, artefact_kind, read_manifest, sha256
+from trtq.manifest import MANIFEST_NAME, Manifest, artefact_kind, find_origin, read_manifest, sha256
 from trtq.quant.storage import FILE_NAME
 from trtq.stages.graph_file import DATA_NAME, MODEL_FILE
 from trtq.stages.load import TORCH
@@ -189,11 +189,8 @@ def find_checkpoint(folder: Path, manifest: Manifest) -> str | None:
     recorded = manifest.source.files
     name = manifest.source.name
     if MANIFEST_NAME in recorded:
-        for place in (folder.resolve().parent / name, Path(name)):
-            own = place / MANIFEST_NAME
-            if own.is_file() and sha256(own) == recorded[MANIFEST_NAME]:
-                return find_checkpoint(place, read_manifest(place))
-        return None
+        place = find_origin(folder, manifest)
+        return None if place is None else find_checkpoint(place, read_manifest(place))
     for named in (name, str(folder.resolve().parent / name)):
         try:
             found = resolve_model(named)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trtq.diffusion.source import Source, load_source
+from trtq.engine.base import Engine
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.open import open_engine
 from trtq.engine.ort import PROVIDERS
-from trtq.errors import UsageError
+from trtq.errors import ArtefactError, UsageError
 from trtq.manifest import artefact_kind, read_manifest
 from trtq.stages.components import load_component
 from trtq.stages.graph_file import MODEL_FILE
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
 from trtq.stages.run_folder import open_run
 
-__all__ = ["artefact_guidance", "calibrated_steps", "load", "open_any"]
+__all__ = ["artefact_guidance", "calibrated_steps", "engine_source", "load", "open_any"]
 
 TORCH = "torch"
 
@@ -54,18 +56,41 @@ def open_any(
     if provider == TORCH:
         raise UsageError(f"{path} is an ONNX folder; run it with one of {', '.join(PROVIDERS)}")
     manifest = read_manifest(folder, "onnx")
-    model: Any = skeleton(folder, manifest.denoiser)
-    engine = open_engine(folder / manifest.denoiser / MODEL_FILE, provider or "cpu", threads)
-    denoiser = EngineDenoiser(engine, model.config, type(model))
+
+    def open_graph(name: str) -> Engine | None:
+        file = folder / name / MODEL_FILE
+        return open_engine(file, provider or "cpu", threads) if file.is_file() else None
+
+    return engine_source(folder, manifest.denoiser, manifest.options.get("size"), open_graph)
+
+
+def engine_source(
+    folder: Path, denoiser: str, size: str | None, open_graph: Callable[[str], Engine | None]
+) -> Source:
+    """A pipeline whose graphs are run by engines.
+
+    Args:
+        folder: what is no graph, in the layout of an ONNX folder.
+        denoiser: name of that component.
+        size: image size in pixels, or a range; None: the model's own.
+        open_graph: the engine of a graph by its folder's name; None if there is none.
+
+    Raises:
+        ArtefactError: a part is missing, or cannot be read.
+    """
+    model: Any = skeleton(folder, denoiser)
+    engine = open_graph(denoiser)
+    if engine is None:
+        raise ArtefactError(f"{folder} has no graph of its denoiser {denoiser!r}")
     pipeline = load_pipeline_parts(
         folder,
-        manifest.denoiser,
         denoiser,
-        lambda name, cls: load_component(folder, name, cls, provider or "cpu", threads),
+        EngineDenoiser(engine, model.config, type(model)),
+        lambda name, cls: load_component(folder, name, cls, open_graph),
     )
-    source = Source(str(path), folder, pipeline, manifest.denoiser)
-    if manifest.options.get("size") is not None:
-        source.resize(manifest.options["size"].partition(":")[0])
+    source = Source(str(folder), folder, pipeline, denoiser)
+    if size is not None:
+        source.resize(size.partition(":")[0])
     return source
 
 
