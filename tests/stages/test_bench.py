@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from trtq.cli import app
-from trtq.errors import ArtefactError, UsageError
-from trtq.manifest import read_manifest
+from trtq.errors import ArtefactError, MeasurementError, UsageError
+from trtq.manifest import Manifest, read_manifest, write_manifest
+from trtq.stages.bench import bench
 from trtq.stages.bench_page import bench_tables, failures, statements
 from trtq.stages.bench_targets import baseline, find_checkpoint, parse_batches, parse_targets
 
@@ -211,3 +213,108 @@ def test_wrong_use_exits_with_two(tmp_path):
     result = run("--help")
     assert result.exit_code == 0
     assert "Example: trtq bench" in result.stdout
+
+
+class StubWorker:
+    """Answers like a worker at once; rows named in `dying` end in the middle."""
+
+    dying: dict[str, str] = {}
+    pace = {"slow": 4e-3, "fast": 1e-3}
+
+    def __init__(self, module, name):
+        self.name = name
+        self.asked = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self.asked.append("close")
+
+    def ask(self, question, **arguments):
+        self.asked.append(question)
+        if self.dying.get(self.name) == question:
+            raise MeasurementError(f"{self.name}: its process was killed")
+        seconds = self.pace["slow" if "torch" in self.name else "fast"]
+        if question == "draw" and arguments["out"] is not None:
+            np.save(arguments["out"], np.zeros((arguments["batch"], 1, 2, 2), np.float32))
+        memory = {"libraries_bytes": 1, "weights_bytes": 2, "load_peak_bytes": 3}
+        return {
+            "open": {"load_seconds": 1.0, "memory": memory, "shape": [1, 8, 8], "prompts": None}
+            | {"model_class": "UNet2DModel", "parts": ["denoiser"], "guidance": 1.0}
+            | {"weight_bytes": 4},
+            "prepare": {"first_call_seconds": 1.0, "calls": 2},
+            "time": {"seconds": [seconds, seconds]},
+            "draw": {"seconds": 20 * seconds, "joules": None},
+            "memory": {"activations_bytes": 5, "run_peak_bytes": 6},
+            "operations": {"operations": 1000},
+            "cpu_peak": {"operations": 1e9, "bytes": 1e9, "what": "a stub"},
+        }[question]
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    monkeypatch.setattr("trtq.stages.bench.Worker", StubWorker)
+    monkeypatch.setattr(StubWorker, "dying", {})
+    return StubWorker
+
+
+def test_speed_is_told_against_the_fastest_float_row(stubbed, digits_onnx):
+    found = bench([str(digits_onnx)], batches=[1, 2], turns=6, images=2, threads=1)
+    low_bit, float_row = found["rows"]
+    assert low_bit["latency_ms"]["p50"] == pytest.approx(1.0)
+    assert low_bit["speedup"]["ratio"] == pytest.approx(4.0)
+    assert low_bit["speedup"]["verdict"] == "faster"
+    assert low_bit["images_per_second"] == pytest.approx(50.0)
+    assert low_bit["batches"][1]["images_per_second"] == pytest.approx(100.0)
+    assert low_bit["psnr_db"] == 100.0
+    assert (low_bit["memory"]["weights_bytes"], low_bit["memory"]["peak_bytes"]) == (2, 6)
+    assert low_bit["roofline"]["operations_per_second"] == pytest.approx(1e6)
+    assert float_row["added"]
+    assert found["slower"] == found["unjudged"] == []
+    assert found["steps"] == 4
+
+
+def test_slower_rows_are_listed_and_the_gate_exits_with_one(stubbed, monkeypatch, digits_onnx):
+    monkeypatch.setattr(StubWorker, "pace", {"slow": 1e-3, "fast": 4e-3})
+    arguments = (digits_onnx, "--batch", 1, "--turns", 6, "--json")
+    plain = run(*arguments)
+    assert plain.exit_code == 0
+    assert json.loads(plain.stdout)["slower"] == [f"{digits_onnx}@cpu"]
+    gated = run(*arguments, "--gate")
+    assert gated.exit_code == 1
+    assert "slower than float" in gated.stderr
+
+
+@pytest.mark.parametrize("question", ["open", "prepare", "time", "draw", "memory"])
+def test_a_row_whose_process_ends_is_told_and_the_others_go_on(stubbed, digits_onnx, question):
+    label = f"{digits_onnx}@openvino"
+    stubbed.dying[label] = question
+    found = bench(
+        [str(digits_onnx)], providers=["cpu", "openvino"], batches=[1], turns=2, images=1, threads=1
+    )
+    rows = {f"{row['path']}@{row['provider']}": row for row in found["rows"]}
+    assert not rows[label]["measured"]
+    assert rows[label]["reason"].endswith("its process was killed")
+    assert rows[label]["latency_ms"] is None
+    assert rows[f"{digits_onnx}@cpu"]["measured"]
+    assert rows["digits@torch"]["measured"]
+    assert failures(found) == [f"not measured: {label}"]
+    assert bench_tables(found)
+
+
+def test_engines_stand_there_unmeasured(stubbed, digits_onnx, tmp_path):
+    manifest = read_manifest(digits_onnx)
+    options = manifest.options | {"backend": "tensorrt-rtx"}
+    metrics = {"engines": [{"build_seconds": 1.5}, {"build_seconds": 2.0}]}
+    update = {"kind": "engine", "options": options, "metrics": metrics, "files": {}}
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    write_manifest(engine, Manifest(**manifest.model_dump() | update))
+    found = bench([str(engine), "digits"], batches=[1], turns=2, images=1, threads=1)
+    row = found["rows"][0]
+    assert (row["provider"], row["measured"], row["build_seconds"]) == ("tensorrt-rtx", False, 3.5)
+    assert "cannot be run" in row["reason"]
