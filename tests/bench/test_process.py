@@ -37,6 +37,9 @@ def test_a_process_that_ends_says_how(worker):
 def test_a_process_that_is_killed_is_named(worker):
     with pytest.raises(MeasurementError, match="killed, most likely for want of memory"):
         worker.ask("die")
+    with pytest.raises(MeasurementError, match="killed"):
+        worker.ask("add", left=1, right=1)
+    worker.close()  # And once more when the context ends.
 
 
 def test_memory_is_counted_from_its_own_start(worker):

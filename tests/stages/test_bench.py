@@ -306,6 +306,16 @@ def test_a_row_whose_process_ends_is_told_and_the_others_go_on(stubbed, digits_o
     assert bench_tables(found)
 
 
+def test_a_float_model_of_another_device_is_no_baseline(stubbed, monkeypatch, digits_onnx):
+    monkeypatch.setattr("trtq.stages.bench_targets.check_provider", lambda provider: None)
+    label = f"{digits_onnx}@cuda"
+    found = bench([label, "digits"], batches=[1], turns=2, images=1, threads=1)
+    assert found["rows"][0]["speedup"] is None
+    assert found["unjudged"] == [label]
+    assert any("runs on another device than every float row" in note for note in found["notes"])
+    assert failures(found) == [f"not compared with float: {label}"]
+
+
 def test_engines_stand_there_unmeasured(stubbed, digits_onnx, tmp_path):
     manifest = read_manifest(digits_onnx)
     options = manifest.options | {"backend": "tensorrt-rtx"}
