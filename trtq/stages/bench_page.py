@@ -165,7 +165,8 @@ def bench_page(result: dict[str, Any]) -> Page:
     """The report of `trtq bench`."""
     device = result["device"]
     measured = {_label(row): row for row in result["rows"] if row["measured"]}
-    sections = [Section("In words", " ".join(f"{line}." for line in statements(result)))]
+    words = Table(("against float",), tuple((line,) for line in statements(result)), words=True)
+    sections = [Section("In short", table=words)]
     sections += [
         Section(title[0].upper() + title[1:], _EXPLAINED.get(title, ""), table)
         for title, table in bench_tables(result).items()
