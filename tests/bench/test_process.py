@@ -1,5 +1,7 @@
 """A process per row: answers, refusals and sudden ends."""
 
+from pathlib import Path
+
 import pytest
 
 from trtq.bench.process import Worker
@@ -8,8 +10,14 @@ from trtq.errors import MeasurementError, UsageError
 MODULE = "tests.bench.echo_worker"
 
 
+@pytest.fixture(autouse=True)
+def own_tests(monkeypatch):
+    """Other packages install a `tests`, too."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+
 @pytest.fixture
-def worker(monkeypatch):
+def worker():
     with Worker(MODULE, "a row") as found:
         yield found
 

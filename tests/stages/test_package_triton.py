@@ -174,6 +174,13 @@ def test_every_file_has_its_checksum(repository):
     assert listed == files
 
 
+def test_what_was_packaged_is_on_record(repository, digits_onnx):
+    found = json.loads((repository / PARTS / "artefact.json").read_text())
+    manifest = read_manifest(digits_onnx)
+    assert found["files"] == manifest.files
+    assert found["timesteps"] == manifest.timesteps
+
+
 def test_the_served_loop_draws_what_generate_draws(repository, digits_onnx, monkeypatch):
     model, utils = served(repository, monkeypatch)
     (response,) = model.execute([request(class_label=[0, 1, 2, 3], seed=[5])])

@@ -32,6 +32,8 @@ from trtq.stages.triton_pipeline import Settings
 __all__ = ["CHECKSUMS_NAME", "package_triton"]
 
 CHECKSUMS_NAME = "SHA256SUMS"
+ARTEFACT_NAME = "artefact.json"
+"""The manifest of what was packaged: its layers, timesteps, LoRAs, hashes and versions."""
 DENOISER, PIPELINE = "denoiser", "pipeline"
 _PLAN = "model.plan"
 _DEFAULT_STEPS = 20
@@ -240,6 +242,7 @@ def _write_pipeline(
         graphs={name: graph.to_json() for name, graph in served.items()},
     )
     settings.write(parts)
+    (parts / ARTEFACT_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(str(triton_model.__file__), parts.parent / "model.py")
     lines = [f"name: {_text(PIPELINE)}", 'backend: "python"', "max_batch_size: 0"]
     lines += _request_lines(parts, manifest, served)
