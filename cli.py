@@ -465,6 +465,160 @@ def evaluate(
             raise GateError(f"not met: {', '.join(missed)}")
 
 
+class _ArtefactsUnlessNamed(typer.core.TyperGroup):
+    """`trtq bench PATH…` measures artefacts, and `trtq bench WORD …` is what that word stands for."""
+
+    artefacts = "artefacts"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command in front that needs not be named."""
+        named = bool(args) and args[0] in self.commands
+        return super().parse_args(ctx, args if named else [self.artefacts, *args])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command, under the name that the user typed: none."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return ("" if name == self.artefacts else name), command, rest
+
+
+bench_app = typer.Typer(
+    cls=_ArtefactsUnlessNamed, add_help_option=False, rich_markup_mode=None, add_completion=False
+)
+app.add_typer(
+    bench_app, name="bench", help="Measure artefacts side by side, the float model among them."
+)
+
+
+@bench_app.command(_ArtefactsUnlessNamed.artefacts, hidden=True)
+def bench(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Artefacts and checkpoints; PATH@PROVIDER for one provider of its own. The float "
+            "checkpoint is added if there is none."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of the report.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--provider", help="Of paths without @: cpu, openvino, cuda, torch; may be repeated."
+        ),
+    ] = None,
+    batch: Annotated[
+        str, typer.Option("--batch", help="Images at once, e.g. 1 or 1,4,16.")
+    ] = "1,4",
+    images: Annotated[
+        int, typer.Option("--images", min=1, help="Drawn with each row, at the least.")
+    ] = 8,
+    turns: Annotated[
+        int, typer.Option("--turns", min=2, help="Of half a second of calls each, row after row.")
+    ] = 10,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Of every row; by default all cores.")
+    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="A former result (JSON) to compare with.")
+    ] = None,
+    gate: Annotated[
+        bool,
+        typer.Option("--gate", help="Exit 1 if low-bit is slower than float, or not compared."),
+    ] = False,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure artefacts side by side: speed, memory, and what the device could do.
+
+    The rows take turns, each in a process of its own, so one is as undisturbed as the other.
+
+    Example: trtq bench onnx@openvino onnx@cpu float_onnx@openvino --batch 1,4 -o report
+    """
+    from trtq.report.folder import check_report_folder, write_report
+    from trtq.stages.bench import bench as run_stage
+    from trtq.stages.bench_page import bench_page, bench_tables, failures, statements
+    from trtq.stages.bench_targets import parse_batches
+
+    with _command(verbose):
+        sizes = parse_batches(batch)
+        if output is not None:
+            check_report_folder(output, overwrite=overwrite)
+        result = run_stage(
+            paths,
+            providers=provider or [],
+            batches=sizes,
+            turns=turns,
+            images=images,
+            steps=steps,
+            guidance=guidance,
+            threads=threads,
+            seed=seed,
+            against=against,
+            report=LineReporter(),
+        )
+        if output is not None:
+            write_report(output, bench_page(result), result, overwrite=overwrite)
+            result = result | {"report": str(output / "index.html")}
+
+        def human(found: dict[str, Any]) -> None:
+            for title, shown in bench_tables(found).items():
+                table = Table(*shown.header, title=title, title_justify="left")
+                for row in shown.rows:
+                    table.add_row(*row)
+                _out.print(table)
+            for line in statements(found):
+                _out.print(line, markup=False, soft_wrap=True)
+
+        _show(result, as_json, human)
+        failed = failures(result)
+        if gate and failed:
+            raise GateError("; ".join(failed))
+
+
+package_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+app.add_typer(package_app, name="package", help="Hand an artefact over to another server.")
+
+
+@package_app.command()
+def triton(
+    path: Annotated[str, typer.Argument(help="An ONNX folder, or an engine folder.")],
+    output: Output,
+    onnx: Annotated[
+        Path | None,
+        typer.Option("--onnx", help="The ONNX folder that engines were built from, if it moved."),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a Triton Inference Server model repository: each graph a model, and the pipeline one.
+
+    Example: trtq package triton onnx -o model_repository
+    """
+    from trtq.stages.package_triton import package_triton
+
+    with _command(verbose):
+        result = package_triton(path, output, onnx=onnx, overwrite=overwrite, report=LineReporter())
+
+        def human(found: dict[str, Any]) -> None:
+            table = Table(title=f"model repository: {output}", title_justify="left")
+            keys = ("backend", "max_batch_size")
+            for key in ("model", *keys, "files"):
+                table.add_column(key)
+            for name, row in found["models"].items():
+                table.add_row(name, *(str(row[key]) for key in keys), str(len(row["files"])))
+            _out.print(table)
+            for note in found["notes"]:
+                _out.print(f"note: {note}", markup=False, soft_wrap=True)
+
+        _show(result, as_json, human)
+
+
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],

@@ -29,9 +29,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from digits import processor
 from sd_size import stage, write_checkpoint
 
+from trtq.bench.device import cpu_name
+from trtq.bench.turns import take_turns, time_calls
 from trtq.engine.base import TensorSpec
 from trtq.engine.open import open_engine
 from trtq.engine.openvino import graph_specs
@@ -147,28 +148,19 @@ def time_one(folder: Path, name: str, provider: str, calls: int) -> dict[str, An
         call = partial(engine.run, _feeds(engine.inputs))
     call()
     loaded = time.perf_counter() - start
-    seconds = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
+    seconds = time_calls(call, calls)
     return {"load_seconds": loaded, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
 
 
 def time_pair(folder: Path, calls: int) -> dict[str, Any]:
     """Calls of the per-step and of the constant graph in turns, in one process."""
-    seconds: dict[str, list[float]] = {}
     engines = {
         name: open_engine(folder / name / "unet" / "model.onnx", "openvino")
         for name in ("w7a8", "constant")
     }
     feeds = _feeds(engines["w7a8"].inputs)
-    for turn in range(calls + 1):
-        for name, engine in engines.items():
-            start = time.perf_counter()
-            engine.run(feeds)
-            if turn > 0:  # The first compiles.
-                seconds.setdefault(name, []).append(time.perf_counter() - start)
+    # The first call compiles.
+    seconds = take_turns({name: partial(one.run, feeds) for name, one in engines.items()}, calls)
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
     return {
@@ -211,7 +203,7 @@ def main() -> None:
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     record = {
-        "device": processor(),
+        "device": cpu_name(),
         "vnni": has_vnni(),
         "threads": torch.get_num_threads(),
         "packages": package_versions(),

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import sys
 import tempfile
-import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from trtq.bench.device import cpu_name
+from trtq.bench.summary import summarize
+from trtq.bench.turns import take_turns
 from trtq.engine.open import open_engine
 from trtq.manifest import package_versions
 from trtq.progress import LineReporter
@@ -45,15 +46,6 @@ ROWS: dict[str, dict[str, Any]] = {
 PER_STEP, STATIC = "W4A4 per-step, search", "W4A4 static, search"
 
 
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def latencies(folders: dict[str, Path], provider: str, batch: int, rounds: int) -> dict[str, Any]:
     """Median and quartiles in ms of one denoiser call of each, measured in turns."""
     engines = {
@@ -66,16 +58,13 @@ def latencies(folders: dict[str, Path], provider: str, batch: int, rounds: int) 
         "timestep": np.full(batch, 451, np.float32),
         "class_labels": np.arange(batch) % 10,
     }
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for turn in range(rounds + 10):
-        for name, engine in engines.items():
-            start = time.perf_counter()
-            engine.run(feeds)
-            if turn >= 10:
-                times[name].append(1e3 * (time.perf_counter() - start))
+    calls = {name: partial(engine.run, feeds) for name, engine in engines.items()}
+    rows = {
+        name: summarize([[value] for value in seconds])
+        for name, seconds in take_turns(calls, rounds, warm_up=10).items()
+    }
     return {
-        name: dict(zip(("q1", "median", "q3"), statistics.quantiles(values, n=4), strict=True))
-        for name, values in times.items()
+        name: {"q1": row["q1"], "median": row["p50"], "q3": row["q3"]} for name, row in rows.items()
     }
 
 
@@ -128,7 +117,7 @@ def main() -> None:
         }
     record = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": f"{processor()}, {torch.get_num_threads()} threads",
+        "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
         "images": arguments.images,
         "steps": STEPS,
         "seed": arguments.seed,

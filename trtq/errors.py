@@ -13,6 +13,8 @@ TrtqError                  anything trtq raises on purpose
 ├── LegalityError          the graph would hold something the target does not accept
 ├── BuildError             an engine's builder refused, crashed or ran out of memory
 ├── KernelError            a kernel cannot be compiled, loaded or started
+├── MeasurementError       a process that was being measured failed or was killed
+├── ServerError            a server that runs a graph for us answered with an error
 └── GateError              a check or a gate was not met: parity after export, `--gate`
 ```
 
@@ -28,10 +30,12 @@ __all__ = [
     "IntegrityError",
     "KernelError",
     "LegalityError",
+    "MeasurementError",
     "MissingDependencyError",
     "NonFiniteError",
     "QuantizationError",
     "RecipeError",
+    "ServerError",
     "StepError",
     "TrtqError",
     "UsageError",
@@ -88,6 +92,14 @@ class BuildError(TrtqError):
 
 class KernelError(TrtqError):
     """A kernel of ours cannot be compiled, loaded or started; the message says on what."""
+
+
+class MeasurementError(TrtqError):
+    """A process that was being measured failed or was killed."""
+
+
+class ServerError(TrtqError):
+    """A server that runs a graph for us answered with an error."""
 
 
 class GateError(TrtqError):

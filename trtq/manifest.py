@@ -31,6 +31,7 @@ __all__ = [
     "StructureRow",
     "artefact_kind",
     "file_hashes",
+    "find_origin",
     "made_from",
     "new_artefact",
     "package_versions",
@@ -191,6 +192,27 @@ def made_from(folder: Path, manifest: Manifest) -> SourceRow:
     """What an artefact that is made from another one says of it."""
     own = {MANIFEST_NAME: sha256(folder / MANIFEST_NAME)}
     return SourceRow(name=folder.name, files=own | manifest.files)
+
+
+def find_origin(folder: Path, manifest: Manifest, given: str | Path | None = None) -> Path | None:
+    """The artefact that another one was made from, if it is still what it was.
+
+    Args:
+        folder: the other one.
+        manifest: of the other one.
+        given: where it lies; by default it is looked for beside the other one, then where we are.
+
+    Returns:
+        None if it is not there, or changed, or what it was made from was no artefact of ours.
+    """
+    expected = manifest.source.files.get(MANIFEST_NAME)
+    name = manifest.source.name
+    places = (folder.resolve().parent / name, Path(name)) if given is None else (Path(given),)
+    for place in places:
+        own = place / MANIFEST_NAME
+        if expected is not None and own.is_file() and sha256(own) == expected:
+            return place
+    return None
 
 
 def artefact_kind(folder: Path) -> Kind | None:

@@ -6,11 +6,26 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["available_bytes", "cache_folder", "peak_rss_bytes"]
+__all__ = [
+    "available_bytes",
+    "cache_folder",
+    "forget_peak_rss",
+    "peak_rss_bytes",
+    "rss_bytes",
+]
+
+
+def rss_bytes() -> int:
+    """The resident memory of this process now, in bytes; 0 where the system does not say."""
+    return _status_bytes("VmRSS")
 
 
 def peak_rss_bytes() -> int:
     """The largest resident memory this process has had so far, in bytes; 0 where nobody counts it."""
+    # What getrusage counts in a child begins with the peak of the process that started it.
+    counted = _status_bytes("VmHWM")
+    if counted:
+        return counted
     try:
         import resource
     except ImportError:  # Windows.
@@ -18,6 +33,23 @@ def peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak_rss() -> bool:
+    """Let `peak_rss_bytes` count from now on; whether the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status_bytes(key: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def available_bytes() -> int:

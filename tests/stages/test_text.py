@@ -119,6 +119,19 @@ def test_torch_and_onnxruntime_draw_the_same_from_a_prompt(run, onnx):
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=0.03)
 
 
+def test_openvino_draws_the_same_as_onnxruntime(onnx):
+    images = []
+    for provider in ("cpu", "openvino"):
+        pipeline = trtq.load(onnx, provider=provider)
+        generator = torch.Generator().manual_seed(0)
+        images.append(
+            pipeline(
+                "a red circle", num_inference_steps=3, generator=generator, output_type="pt"
+            ).images
+        )
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=0.03)
+
+
 def test_generate_takes_a_prompt_and_no_class(onnx, tmp_path):
     out = tmp_path / "x.png"
     result = generate(onnx, out, prompt="a red circle", images=2)

@@ -63,6 +63,7 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
         LinearAsConv,
         NarrowDoubles,
         PairCastCodes,
+        SpellOutGroupNorm,
         UnevenScales,
         WidenInt4,
     )
@@ -73,6 +74,8 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
         if has_vnni():
             PairCastCodes()(model)
         return model
+    if runtime == "openvino":
+        SpellOutGroupNorm()(model)  # The autoencoder's graphs still have them.
     FuseGroupNorm()(model)
     NarrowDoubles()(model)
     saturates = runtime == "openvino" and not has_vnni()

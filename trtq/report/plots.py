@@ -10,7 +10,7 @@ import numpy as np
 
 from trtq._optional import require
 
-__all__ = ["scale_map", "snr_curves"]
+__all__ = ["latency_boxes", "roofline_plot", "scale_map", "snr_curves", "throughput_curves"]
 
 _COLOURS = ("#0b6e4f", "#c8553d", "#3b5b92", "#8a6d3b", "#7a4988")
 
@@ -68,4 +68,68 @@ def scale_map(tables: Mapping[str, Sequence[float]], timesteps: Sequence[float])
     axes.set_xticks(range(len(timesteps)), [f"{t:g}" for t in reversed(timesteps)], fontsize=7)
     axes.set_xlabel("timestep")
     figure.colorbar(shown, ax=axes, label="log2 of scale over the layer's mean", shrink=0.6)
+    return _png(figure)
+
+
+def latency_boxes(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Milliseconds of a call: box from first to third quartile, whisker to the 90th percentile.
+
+    Args:
+        rows: `p50`, `q1`, `q3`, `p90` by label.
+    """
+    figure, axes = _figure(8.5, 0.9 + 0.42 * len(rows))
+    boxes = [
+        {"label": label, "med": row["p50"], "q1": row["q1"], "q3": row["q3"]}
+        | {"whislo": row["q1"], "whishi": row["p90"]}
+        for label, row in rows.items()
+    ]
+    drawn = axes.bxp(boxes, orientation="horizontal", showfliers=False, patch_artist=True)
+    for box, colour in zip(drawn["boxes"], _COLOURS * len(boxes), strict=False):
+        box.set(facecolor=colour, alpha=0.65)
+    for median in drawn["medians"]:
+        median.set(color="#1d2733")
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("ms, shorter is better")
+    axes.grid(axis="x", color="#dde3e9")
+    return _png(figure)
+
+
+def throughput_curves(curves: Mapping[str, Mapping[int, float]]) -> bytes:
+    """Images per second over the batch size; values by batch size by label."""
+    figure, axes = _figure(8.5, 3.2)
+    for (label, values), colour in zip(curves.items(), _COLOURS * 9, strict=False):
+        axes.plot(list(values), list(values.values()), marker="o", color=colour, label=label)
+    axes.set_xticks(sorted({batch for values in curves.values() for batch in values}))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("images at once")
+    axes.set_ylabel("images per second")
+    axes.grid(axis="y", color="#dde3e9")
+    axes.legend(frameon=False)
+    return _png(figure)
+
+
+def roofline_plot(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Operations per second over operations per byte of weights, under the device's roof.
+
+    Args:
+        rows: what `trtq.bench.cost.roofline` gives, by label; one device may have several roofs.
+    """
+    figure, axes = _figure(8.5, 3.6)
+    places = [row["operations_per_byte"] for row in rows.values()]
+    span = np.geomspace(min(places) / 8, max(places) * 8, 100)
+    roofs = {
+        (row["peak_operations_per_second"], row["peak_bytes_per_second"]) for row in rows.values()
+    }
+    for operations, transferred in sorted(roofs):
+        axes.plot(span, np.minimum(operations, span * transferred) / 1e9, color="#5b6875")
+    for (label, row), colour in zip(rows.items(), _COLOURS * 9, strict=False):
+        rate = row["operations_per_second"] / 1e9
+        axes.plot(row["operations_per_byte"], rate, "o", color=colour, label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations per byte of weights")
+    axes.set_ylabel("10⁹ operations per second")
+    axes.grid(color="#dde3e9")
+    axes.legend(frameon=False)
     return _png(figure)

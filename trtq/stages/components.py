@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from trtq.diffusion.source import Source
+from trtq.engine.base import Engine
 from trtq.engine.components import EngineAutoencoder, EngineTextEncoder
-from trtq.engine.open import open_engine
 from trtq.engine.ort import OrtEngine
 from trtq.errors import ArtefactError, GateError
 from trtq.export.components import Component, autoencoder_components, text_component
@@ -21,10 +22,10 @@ from trtq.export.passes import WidenLayerNorm
 from trtq.export.trace import trace_module
 from trtq.progress import Reporter
 from trtq.seeds import seeded_generator
-from trtq.stages.graph_file import MODEL_FILE, model_file, save_graph
+from trtq.stages.graph_file import MODEL_FILE, save_graph
 from trtq.stages.pipeline_folder import AUTOENCODERS, TEXT_ENCODERS
 
-__all__ = ["export_components", "load_component"]
+__all__ = ["DECODER", "ENCODER", "export_components", "load_component"]
 
 DECODER, ENCODER = "vae_decoder", "vae_encoder"
 COMPONENT_DB = 60.0
@@ -122,31 +123,29 @@ def _parity(component: Component, model: Path) -> float:
 
 
 def load_component(
-    folder: Path, name: str, cls: Any, provider: str, threads: int | None
+    folder: Path, name: str, cls: Any, open_graph: Callable[[str], Engine | None]
 ) -> nn.Module | None:
-    """The part of this name behind an engine; None if the folder has no graph of it.
+    """The part of this name behind an engine; None if there is no graph of it.
 
     Args:
-        folder: an ONNX or engine folder.
+        folder: its configurations, in the layout of an ONNX folder.
         name: of the part in its pipeline.
         cls: the class whose place it takes.
-        provider: what runs it.
-        threads: threads of one operator.
+        open_graph: the engine of a graph by its folder's name; None if there is none.
 
     Raises:
         ArtefactError: its configuration cannot be read.
     """
     try:
-        if name in TEXT_ENCODERS and (graph := model_file(folder / name)).is_file():
+        if name in TEXT_ENCODERS and (engine := open_graph(name)) is not None:
             config = cls.config_class.from_pretrained(folder / name, local_files_only=True)
-            return EngineTextEncoder(open_engine(graph, provider, threads), config)
-        if name in AUTOENCODERS and (graph := model_file(folder / DECODER)).is_file():
+            return EngineTextEncoder(engine, config)
+        if name in AUTOENCODERS and (decoder := open_graph(DECODER)) is not None:
+            encoder = open_graph(ENCODER)
+            if encoder is None:
+                raise ArtefactError(f"{folder} has a {DECODER} and no {ENCODER}")
             frozen = importlib.import_module("diffusers.configuration_utils").FrozenDict
-            return EngineAutoencoder(
-                open_engine(graph, provider, threads),
-                open_engine(model_file(folder / ENCODER), provider, threads),
-                frozen(cls.load_config(folder / DECODER)),
-            )
+            return EngineAutoencoder(decoder, encoder, frozen(cls.load_config(folder / DECODER)))
     except (OSError, ValueError, KeyError, AttributeError) as err:
         raise ArtefactError(f"{folder}: cannot load {name!r}: {err}") from err
     return None

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trtq.diffusion.source import Source, load_source
+from trtq.engine.base import Engine
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.open import open_engine
 from trtq.engine.ort import PROVIDERS
 from trtq.engine.tensorrt.backends import BACKENDS
-from trtq.errors import UsageError
+from trtq.errors import ArtefactError, UsageError
 from trtq.manifest import artefact_kind, read_manifest
 from trtq.stages.components import load_component
 from trtq.stages.graph_file import model_file
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
 from trtq.stages.run_folder import open_run
 
-__all__ = ["artefact_guidance", "calibrated_steps", "load", "open_any"]
+__all__ = ["artefact_guidance", "calibrated_steps", "engine_source", "load", "open_any"]
 
 TORCH = "torch"
 
@@ -52,23 +54,47 @@ def open_any(
         return load_source(path) if folder is None or kind is None else open_run(folder).source()
     manifest = read_manifest(folder, kind)
     allowed = list(PROVIDERS) if kind == "onnx" else [str(manifest.options["backend"])]
-    provider = provider or allowed[0]
-    if provider not in allowed:
+    chosen = provider or allowed[0]
+    if chosen not in allowed:
         what = "an ONNX folder" if kind == "onnx" else "a folder of engines"
-        raise UsageError(f"{path} is {what}; run it with {' or '.join(allowed)}, not {provider}")
-    model: Any = skeleton(folder, manifest.denoiser)
+        raise UsageError(f"{path} is {what}; run it with {' or '.join(allowed)}, not {chosen}")
     metadata = manifest.options.get("graph_metadata", {})
-    engine = open_engine(model_file(folder / manifest.denoiser), provider, threads, metadata)
-    denoiser = EngineDenoiser(engine, model.config, type(model))
+
+    def open_graph(name: str) -> Engine | None:
+        file = model_file(folder / name)
+        own = metadata if name == manifest.denoiser else {}
+        return open_engine(file, chosen, threads, own) if file.is_file() else None
+
+    return engine_source(folder, manifest.denoiser, manifest.options.get("size"), open_graph)
+
+
+def engine_source(
+    folder: Path, denoiser: str, size: str | None, open_graph: Callable[[str], Engine | None]
+) -> Source:
+    """A pipeline whose graphs are run by engines.
+
+    Args:
+        folder: what is no graph, in the layout of an ONNX folder.
+        denoiser: name of that component.
+        size: image size in pixels, or a range; None: the model's own.
+        open_graph: the engine of a graph by its folder's name; None if there is none.
+
+    Raises:
+        ArtefactError: a part is missing, or cannot be read.
+    """
+    model: Any = skeleton(folder, denoiser)
+    engine = open_graph(denoiser)
+    if engine is None:
+        raise ArtefactError(f"{folder} has no graph of its denoiser {denoiser!r}")
     pipeline = load_pipeline_parts(
         folder,
-        manifest.denoiser,
         denoiser,
-        lambda name, cls: load_component(folder, name, cls, provider, threads),
+        EngineDenoiser(engine, model.config, type(model)),
+        lambda name, cls: load_component(folder, name, cls, open_graph),
     )
-    source = Source(str(path), folder, pipeline, manifest.denoiser)
-    if manifest.options.get("size") is not None:
-        source.resize(manifest.options["size"].partition(":")[0])
+    source = Source(str(folder), folder, pipeline, denoiser)
+    if size is not None:
+        source.resize(size.partition(":")[0])
     return source
 
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = [
     "TEXT_ENCODERS",
     "denoiser_in",
     "has_parts",
+    "import_classes",
     "load_pipeline_parts",
     "save_pipeline_parts",
     "skeleton",
@@ -139,6 +141,23 @@ def has_parts(folder: Path) -> bool:
     index = _index(folder)
     names = (*TEXT_ENCODERS, *AUTOENCODERS)
     return any(part in names and (entry or [None])[0] is not None for part, entry in index.items())
+
+
+def import_classes(folder: Path) -> None:
+    """Import what loading this pipeline would import, for those who time the loading itself.
+
+    Raises:
+        ArtefactError: there is no index to be read.
+    """
+    import diffusers
+
+    index = _index(folder)
+    getattr(diffusers, str(index.get("_class_name")), None)
+    for part, entry in index.items():
+        if isinstance(entry, list):
+            # What cannot be imported is the business of whoever loads it.
+            with suppress(ArtefactError):
+                _part_class(folder, part, *entry)
 
 
 def skeleton(folder: Path, denoiser_name: str) -> nn.Module:

@@ -1,0 +1,91 @@
+"""What a device says of itself; NVIDIA's library is played by a stand-in."""
+
+import os
+import sys
+import types
+
+import pytest
+
+from trtq.bench.cost import count_operations, roofline
+from trtq.bench.device import Nvml, Peak, cpu_peak, gpu_peak
+
+
+@pytest.fixture
+def pynvml(monkeypatch):
+    class NVMLError(Exception):
+        pass
+
+    module = types.ModuleType("pynvml")
+    module.NVMLError = NVMLError
+    module.nvmlInit = lambda: None
+    module.nvmlDeviceGetHandleByIndex = lambda index: index
+    module.nvmlDeviceGetName = lambda device: b"NVIDIA GeForce RTX 4090"
+    module.nvmlSystemGetDriverVersion = lambda: "580.1"
+    module.nvmlDeviceGetTotalEnergyConsumption = lambda device: 2500
+    process = types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=7 << 20)
+    module.nvmlDeviceGetComputeRunningProcesses = lambda device: [process]
+    module.nvmlDeviceGetMemoryInfo = lambda device: types.SimpleNamespace(used=9 << 20)
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    return module
+
+
+def test_without_a_driver_everything_is_none(monkeypatch, pynvml):
+    def fail():
+        raise pynvml.NVMLError
+
+    pynvml.nvmlInit = fail
+    nvml = Nvml()
+    assert (nvml.name, nvml.driver, nvml.joules, nvml.used_bytes) == (None,) * 4
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert Nvml().name is None
+
+
+def test_a_gpu_says_its_name_energy_and_memory(pynvml):
+    nvml = Nvml()
+    assert (nvml.name, nvml.driver) == ("NVIDIA GeForce RTX 4090", "580.1")
+    assert (nvml.joules, nvml.used_bytes) == (2.5, 7 << 20)
+
+
+def test_what_a_card_does_not_count_is_none_or_of_the_whole_card(pynvml):
+    def refuse(device):
+        raise pynvml.NVMLError
+
+    pynvml.nvmlDeviceGetTotalEnergyConsumption = refuse
+    pynvml.nvmlDeviceGetComputeRunningProcesses = refuse
+    assert Nvml().joules is None
+    assert Nvml().used_bytes == 9 << 20
+
+
+def test_peaks_are_of_the_card_and_of_no_other():
+    found = gpu_peak("NVIDIA GeForce RTX 4090", integers=True)
+    assert (found.operations, found.bytes) == (661e12, 1.01e12)
+    assert gpu_peak("NVIDIA H100 80GB HBM3", integers=False).operations == 989e12
+    for other in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "Tesla T4"):
+        assert gpu_peak(other, integers=True) is None
+    assert gpu_peak("NVIDIA H100 PCIe", integers=True) is None
+
+
+def test_the_processor_is_measured():
+    peak = cpu_peak(1)
+    assert peak.operations > 1e8
+    assert peak.bytes > 1e7
+    assert "measured in this run" in peak.what
+
+
+def test_operations_are_two_for_each_multiplication():
+    import torch
+
+    layer = torch.nn.Linear(3, 5, device="meta")
+    assert count_operations(lambda: layer(torch.zeros(2, 3, device="meta"))) == 2 * 2 * 3 * 5
+    assert count_operations(lambda: torch.zeros(2, device="meta").tolist()) is None
+
+
+def test_the_roof_is_the_lower_of_computing_and_reading():
+    peak = Peak(operations=100.0, bytes=10.0, what="a toy")
+    computing = roofline(200, 10, 4.0, peak)
+    assert (computing["bound"], computing["peak_share"]) == ("compute", 0.5)
+    assert computing["roof_share"] == 0.5
+    reading = roofline(200, 30, 4.0, peak)
+    assert (reading["bound"], reading["peak_share"]) == ("memory", 0.5)
+    assert reading["roof_share"] == 0.75
+    assert reading["operations_per_second"] == 50

@@ -1,0 +1,58 @@
+"""A process per row: answers, refusals and sudden ends."""
+
+from pathlib import Path
+
+import pytest
+
+from trtq.bench.process import Worker
+from trtq.errors import MeasurementError, UsageError
+
+MODULE = "tests.bench.echo_worker"
+
+
+@pytest.fixture(autouse=True)
+def own_tests(monkeypatch):
+    """Other packages install a `tests`, too."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+
+@pytest.fixture
+def worker():
+    with Worker(MODULE, "a row") as found:
+        yield found
+
+
+def test_questions_are_answered_whatever_libraries_print(worker):
+    assert worker.ask("add", left=1, right=2) == {"sum": 3}
+    assert worker.ask("add", left=3, right=4) == {"sum": 7}
+
+
+def test_errors_keep_their_kind(worker):
+    with pytest.raises(UsageError, match="no such thing"):
+        worker.ask("refuse")
+    with pytest.raises(MeasurementError, match="RuntimeError: out of luck"):
+        worker.ask("fail")
+    assert worker.ask("add", left=0, right=0) == {"sum": 0}
+
+
+def test_a_process_that_ends_says_how(worker):
+    with pytest.raises(
+        MeasurementError, match=r"a row: its process ended with code 3; .* farewell"
+    ):
+        worker.ask("leave")
+
+
+def test_a_process_that_is_killed_is_named(worker):
+    with pytest.raises(MeasurementError, match="killed, most likely for want of memory"):
+        worker.ask("die")
+    with pytest.raises(MeasurementError, match="killed"):
+        worker.ask("add", left=1, right=1)
+    worker.close()  # And once more when the context ends.
+
+
+def test_memory_is_counted_from_its_own_start(worker):
+    """What this process has taken before does not count, as it does in getrusage."""
+    ours = bytearray(1 << 28)
+    with Worker(MODULE, "another row") as other:
+        assert other.ask("memory")["peak"] < 1 << 28
+    assert len(ours) == 1 << 28

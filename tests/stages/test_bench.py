@@ -1,0 +1,330 @@
+"""`trtq bench` on the digits: what it measures, adds, refuses and says."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from trtq.cli import app
+from trtq.errors import ArtefactError, MeasurementError, UsageError
+from trtq.manifest import Manifest, read_manifest, write_manifest
+from trtq.stages.bench import bench
+from trtq.stages.bench_page import bench_tables, failures, statements
+from trtq.stages.bench_targets import baseline, find_checkpoint, parse_batches, parse_targets
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+QUICK = ("--turns", 2, "--images", 1, "--steps", 2, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def measured(digits_onnx, tmp_path_factory):
+    """One run for all that is asked of a result: two providers, and the float model that is added."""
+    report = tmp_path_factory.mktemp("bench") / "report"
+    providers = ("--provider", "cpu", "--provider", "openvino")
+    result = run(digits_onnx, *providers, *QUICK, "--batch", "1,2", "-o", report, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout), report
+
+
+@pytest.mark.slow
+def test_every_row_is_measured_and_float_stands_beside(measured, digits_onnx):
+    found, _ = measured
+    labels = [(row["path"], row["provider"], row["added"]) for row in found["rows"]]
+    onnx = str(digits_onnx)
+    assert labels == [(onnx, "cpu", False), (onnx, "openvino", False), ("digits", "torch", True)]
+    assert any("added the float model digits" in note for note in found["notes"])
+    for row in found["rows"]:
+        assert row["latency_ms"]["p50"] <= row["latency_ms"]["p90"] <= row["latency_ms"]["p99"]
+        assert row["latency_ms"]["calls"] >= 2
+        assert row["images_per_second"] > 0
+        assert [one["batch"] for one in row["batches"]] == [1, 2]
+        assert row["memory"]["peak_bytes"] > row["memory"]["libraries_bytes"] > 1 << 26
+        assert row["roofline"]["operations"] == found["rows"][0]["roofline"]["operations"]
+    low_bit, float_row = found["rows"][0], found["rows"][-1]
+    assert low_bit["bits"] == "w4a4"
+    assert 10 < low_bit["psnr_db"] < 60
+    assert float_row["psnr_db"] is None
+    assert low_bit["speedup"]["baseline"] == "digits@torch"
+    assert float_row["speedup"] is None
+    assert found["unjudged"] == []
+
+
+@pytest.mark.slow
+def test_the_report_holds_tables_and_plots(measured):
+    _, folder = measured
+    page = (folder / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "digits@torch" in page
+    assert "http" not in page
+
+
+@pytest.mark.slow
+def test_a_former_result_is_compared_with(measured, digits_onnx):
+    _, folder = measured
+    former = folder / "report.json"
+    arguments = (f"{digits_onnx}@cpu", "digits", *QUICK, "--batch", 1, "--against", former)
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    against = json.loads(result.stdout)["against"]
+    assert [row["row"] for row in against["rows"]] == [f"{digits_onnx}@cpu", "digits@torch"]
+    assert against["missing"] == []
+
+
+@pytest.mark.slow
+def test_different_models_do_not_stand_side_by_side():
+    result = run("digits", "shapes", *QUICK, "--batch", 1)
+    assert result.exit_code == 2
+    assert "digits@torch and shapes@torch are different models" in result.stderr
+
+
+def test_providers_of_paths(digits_run, digits_onnx):
+    onnx, run_folder = str(digits_onnx), str(digits_run)
+    found = parse_targets([f"{onnx}@openvino", onnx, run_folder, "digits"], ["cpu"])
+    assert [(one.path, one.provider) for one in found] == [
+        (onnx, "openvino"),
+        (onnx, "cpu"),
+        (run_folder, "torch"),
+        ("digits", "torch"),
+    ]
+    assert [one.kind for one in found] == ["onnx", "onnx", "run", "checkpoint"]
+    assert [one.low_bit for one in found] == [True, True, True, False]
+    assert found[0].denoiser_bytes > found[2].denoiser_bytes > 1e5
+
+
+def test_a_folder_with_an_at_sign_is_a_folder(digits_run, tmp_path):
+    folder = tmp_path / "run@home"
+    shutil.copytree(digits_run, folder)
+    (target,) = parse_targets([str(folder)])
+    assert (target.path, target.provider) == (str(folder), "torch")
+
+
+@pytest.mark.parametrize(
+    ("paths", "providers", "error", "message"),
+    [
+        (["{onnx}@torch"], [], UsageError, "an ONNX folder, which torch cannot run; choose one of"),
+        (["digits@cpu"], [], UsageError, "a float checkpoint, which cpu cannot run"),
+        (["digits@tpu"], [], UsageError, "unknown provider 'tpu'"),
+        (["{onnx}"], ["tpu"], UsageError, "unknown provider 'tpu'"),
+        (["{onnx}@cuda"], [], UsageError, "has no provider 'cuda'"),
+        (["{onnx}", "{onnx}@cpu"], [], UsageError, "is given twice"),
+        (["kernels"], [], UsageError, "is no path here; write ./kernels"),
+        (["nothing"], [], ArtefactError, "there is no model 'nothing'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_any_work(
+    digits_onnx, paths, providers, error, message
+):
+    with pytest.raises(error, match=message):
+        parse_targets([path.format(onnx=digits_onnx) for path in paths], providers)
+
+
+@pytest.mark.parametrize("text", ["0", "a", "1,1", "", "1,,2"])
+def test_batches_are_understood_or_refused(text):
+    assert parse_batches("1,4") == (1, 4)
+    with pytest.raises(UsageError, match=r"write e\.g\. 1 or 1,4"):
+        parse_batches(text)
+
+
+def test_the_checkpoint_is_followed_through_the_run(digits_run, digits_onnx, tmp_path):
+    manifest = read_manifest(digits_onnx)
+    assert find_checkpoint(digits_onnx, manifest) == "digits"
+    # A run of that name that is another one does not count.
+    alone = tmp_path / "onnx"
+    shutil.copytree(digits_onnx, alone)
+    assert find_checkpoint(alone, manifest) is None
+    notes = []
+    assert baseline(parse_targets([str(alone)]), notes) == []
+    assert "was not found (it was made from 'run'); give it as one more PATH" in notes[0]
+
+
+def test_a_changed_checkpoint_is_not_the_baseline(digits_run):
+    manifest = read_manifest(digits_run)
+    files = manifest.source.files | {"model_index.json": "0" * 64}
+    source = manifest.source.model_copy(update={"files": files})
+    changed = manifest.model_copy(update={"source": source})
+    assert find_checkpoint(digits_run, changed) is None
+
+
+def test_nothing_is_added_where_a_float_row_is_asked_for(digits_run):
+    notes = []
+    assert baseline(parse_targets([str(digits_run), "digits"]), notes) == []
+    assert notes == []
+
+
+def row(path, *, low_bit=True, verdict="faster", measured=True):
+    summary = {"p50": 2.0, "q1": 1.0, "q3": 3.0, "p90": 4.0, "p99": 5.0}
+    speedup = {"baseline": "digits@torch", "ratio": 0.5, "low": 0.4, "high": 0.6}
+    speedup["verdict"] = verdict
+    one = {"batch": 1, "parts": {"denoiser": summary}, "images_per_second": 3.0}
+    one |= {"joules_per_image": 1.5, "speedup": speedup if low_bit else None}
+    found = {"path": path, "provider": "cpu", "bits": "w8a8", "low_bit": low_bit}
+    found |= {"measured": measured, "reason": None if measured else "its process was killed"}
+    found |= {"batches": [one] if measured else [], "speedup": one["speedup"], "psnr_db": 30.0}
+    found |= {"load_seconds": 1.0, "build_seconds": None, "denoiser_bytes": 10, "roofline": None}
+    return found | {"memory": {"gpu_bytes": 5 << 20}}
+
+
+def result(*rows, slower=(), unjudged=()):
+    found = {"rows": list(rows), "notes": ["see there"], "against": None}
+    return found | {"slower": list(slower), "unjudged": list(unjudged)}
+
+
+def test_slower_is_said_plainly_and_fails_the_gate():
+    found = result(row("onnx", verdict="slower"), slower=["onnx@cpu"])
+    lines = statements(found)
+    assert lines[0].startswith("onnx@cpu, batch 1: SLOWER than digits@torch: 0.50 x (0.40-0.60)")
+    assert lines[-1] == "note: see there"
+    assert failures(found) == ["slower than float: onnx@cpu"]
+    assert failures(result(row("onnx"))) == []
+
+
+def test_what_was_not_measured_or_compared_fails_the_gate():
+    lost = result(row("onnx", measured=False))
+    assert failures(lost) == ["not measured: onnx@cpu"]
+    assert "onnx@cpu: not measured: its process was killed" in statements(lost)
+    assert failures(result(row("onnx"), unjudged=["onnx@cuda"])) == [
+        "not compared with float: onnx@cuda"
+    ]
+    assert failures(result(row("digits", low_bit=False))) == [
+        "no low-bit row at all: nothing to judge"
+    ]
+
+
+def test_the_tables_show_gpu_and_energy_where_they_were_counted():
+    tables = bench_tables(result(row("onnx"), row("gone", measured=False)))
+    memory = tables["loading, memory, share of the device"]
+    assert memory.header[-2:] == ("GPU, MB", "J per image")
+    assert memory.rows[0][-1] == "1.5"
+    speed = tables["one denoising step and whole images"]
+    assert all(len(cells) == len(speed.header) for cells in speed.rows)
+
+
+def test_wrong_use_exits_with_two(tmp_path):
+    assert run("kernels").exit_code == 2
+    assert run().exit_code == 2
+    assert run("digits", "--batch", "0").exit_code == 2
+    assert run("digits", "--against", tmp_path / "none.json").exit_code == 2
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "Example: trtq bench" in result.stdout
+
+
+class StubWorker:
+    """Answers like a worker at once; rows named in `dying` end in the middle."""
+
+    dying: dict[str, str] = {}
+    pace = {"slow": 4e-3, "fast": 1e-3}
+
+    def __init__(self, module, name):
+        self.name = name
+        self.asked = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self.asked.append("close")
+
+    def ask(self, question, **arguments):
+        self.asked.append(question)
+        if self.dying.get(self.name) == question:
+            raise MeasurementError(f"{self.name}: its process was killed")
+        seconds = self.pace["slow" if "torch" in self.name else "fast"]
+        if question == "draw" and arguments["out"] is not None:
+            np.save(arguments["out"], np.zeros((arguments["batch"], 1, 2, 2), np.float32))
+        memory = {"libraries_bytes": 1, "weights_bytes": 2, "load_peak_bytes": 3}
+        return {
+            "open": {"load_seconds": 1.0, "memory": memory, "shape": [1, 8, 8], "prompts": None}
+            | {"model_class": "UNet2DModel", "parts": ["denoiser"], "guidance": 1.0}
+            | {"weight_bytes": 4},
+            "prepare": {"first_call_seconds": 1.0, "calls": 2},
+            "time": {"seconds": [seconds, seconds]},
+            "draw": {"seconds": 20 * seconds, "joules": None},
+            "memory": {"activations_bytes": 5, "run_peak_bytes": 6},
+            "operations": {"operations": 1000},
+            "cpu_peak": {"operations": 1e9, "bytes": 1e9, "what": "a stub"},
+        }[question]
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    monkeypatch.setattr("trtq.stages.bench.Worker", StubWorker)
+    monkeypatch.setattr(StubWorker, "dying", {})
+    return StubWorker
+
+
+def test_speed_is_told_against_the_fastest_float_row(stubbed, digits_onnx):
+    found = bench([str(digits_onnx)], batches=[1, 2], turns=6, images=2, threads=1)
+    low_bit, float_row = found["rows"]
+    assert low_bit["latency_ms"]["p50"] == pytest.approx(1.0)
+    assert low_bit["speedup"]["ratio"] == pytest.approx(4.0)
+    assert low_bit["speedup"]["verdict"] == "faster"
+    assert low_bit["images_per_second"] == pytest.approx(50.0)
+    assert low_bit["batches"][1]["images_per_second"] == pytest.approx(100.0)
+    assert low_bit["psnr_db"] == 100.0
+    assert (low_bit["memory"]["weights_bytes"], low_bit["memory"]["peak_bytes"]) == (2, 6)
+    assert low_bit["roofline"]["operations_per_second"] == pytest.approx(1e6)
+    assert float_row["added"]
+    assert found["slower"] == found["unjudged"] == []
+    assert found["steps"] == 4
+
+
+def test_slower_rows_are_listed_and_the_gate_exits_with_one(stubbed, monkeypatch, digits_onnx):
+    monkeypatch.setattr(StubWorker, "pace", {"slow": 1e-3, "fast": 4e-3})
+    arguments = (digits_onnx, "--batch", 1, "--turns", 6, "--json")
+    plain = run(*arguments)
+    assert plain.exit_code == 0
+    assert json.loads(plain.stdout)["slower"] == [f"{digits_onnx}@cpu"]
+    gated = run(*arguments, "--gate")
+    assert gated.exit_code == 1
+    assert "slower than float" in gated.stderr
+
+
+@pytest.mark.parametrize("question", ["open", "prepare", "time", "draw", "memory"])
+def test_a_row_whose_process_ends_is_told_and_the_others_go_on(stubbed, digits_onnx, question):
+    label = f"{digits_onnx}@openvino"
+    stubbed.dying[label] = question
+    found = bench(
+        [str(digits_onnx)], providers=["cpu", "openvino"], batches=[1], turns=2, images=1, threads=1
+    )
+    rows = {f"{row['path']}@{row['provider']}": row for row in found["rows"]}
+    assert not rows[label]["measured"]
+    assert rows[label]["reason"].endswith("its process was killed")
+    assert rows[label]["latency_ms"] is None
+    assert rows[f"{digits_onnx}@cpu"]["measured"]
+    assert rows["digits@torch"]["measured"]
+    assert failures(found) == [f"not measured: {label}"]
+    assert bench_tables(found)
+
+
+def test_a_float_model_of_another_device_is_no_baseline(stubbed, monkeypatch, digits_onnx):
+    monkeypatch.setattr("trtq.stages.bench_targets.check_provider", lambda provider: None)
+    label = f"{digits_onnx}@cuda"
+    found = bench([label, "digits"], batches=[1], turns=2, images=1, threads=1)
+    assert found["rows"][0]["speedup"] is None
+    assert found["unjudged"] == [label]
+    assert any("runs on another device than every float row" in note for note in found["notes"])
+    assert failures(found) == [f"not compared with float: {label}"]
+
+
+def test_engines_stand_there_unmeasured(stubbed, digits_onnx, tmp_path):
+    manifest = read_manifest(digits_onnx)
+    options = manifest.options | {"backend": "tensorrt-rtx"}
+    metrics = {"engines": [{"build_seconds": 1.5}, {"build_seconds": 2.0}]}
+    update = {"kind": "engine", "options": options, "metrics": metrics, "files": {}}
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    write_manifest(engine, Manifest(**manifest.model_dump() | update))
+    found = bench([str(engine), "digits"], batches=[1], turns=2, images=1, threads=1)
+    row = found["rows"][0]
+    assert (row["provider"], row["measured"], row["build_seconds"]) == ("tensorrt-rtx", False, 3.5)
+    assert "cannot be run" in row["reason"]

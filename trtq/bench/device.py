@@ -1,0 +1,150 @@
+"""What the numbers were measured on, and what it could do at best."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Nvml", "Peak", "cpu_count", "cpu_name", "cpu_peak", "gpu_peak"]
+
+_MATRIX = 1024
+_COPIED_BYTES = 1 << 27
+_PEAK_TRIES = 15
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that a device does.
+
+    Attributes:
+        operations: per second; one multiplication and one addition are two.
+        bytes: of its memory, read or written per second.
+        what: where the numbers come from.
+    """
+
+    operations: float
+    bytes: float
+    what: str
+
+
+_TERA = 1e12
+# fp16 with fp32 accumulators, int8 (dense, both in TOP/s), memory in TB/s. SMs x operations per clock
+# and SM x boost clock; those of the H100 and H200 are NVIDIA's.
+_NVIDIA = {
+    "RTX 3090": (71, 285, 0.94),
+    "RTX 4090": (165, 661, 1.01),
+    "RTX 5090": (210, 838, 1.79),
+    "A100": (312, 624, 2.0),
+    "H100": (989, 1979, 3.35),
+    "H200": (989, 1979, 4.8),
+}
+_OTHER_CHIPS = ("Laptop", "Ti", "SUPER", "PCIe", "NVL", "D ")
+"""Cards of a similar name with other numbers."""
+
+
+def gpu_peak(name: str, *, integers: bool) -> Peak | None:
+    """The published peak of a GPU, for int8 or for fp16; None of one that is not in our table."""
+    for known, (half, int8, memory) in _NVIDIA.items():
+        if known in name and not any(word in f"{name} " for word in _OTHER_CHIPS):
+            what = f"published peak of {known}, {'int8' if integers else 'fp16'}, dense"
+            return Peak((int8 if integers else half) * _TERA, memory * _TERA, what)
+    return None
+
+
+def cpu_peak(threads: int) -> Peak:
+    """What torch reaches here in a product of float32 matrices and in copying memory, at best."""
+    import torch
+
+    torch.set_num_threads(threads)
+    left, right = torch.rand(_MATRIX, _MATRIX), torch.rand(_MATRIX, _MATRIX)
+    source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    product = _least_seconds(lambda: torch.mm(left, right))
+    copied = _least_seconds(lambda: target.copy_(source))
+    return Peak(
+        2 * _MATRIX**3 / product,
+        2 * _COPIED_BYTES / copied,
+        f"float32 product of {_MATRIX} x {_MATRIX} matrices in torch, measured in this run",
+    )
+
+
+def _least_seconds(call: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(_PEAK_TRIES):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def cpu_name() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def cpu_count() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Nvml:
+    """The first NVIDIA GPU as its driver counts; without one, or without nvidia-ml-py, it says None."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = None
+        try:
+            nvml = importlib.import_module("pynvml")
+            nvml.nvmlInit()
+            self._device = nvml.nvmlDeviceGetHandleByIndex(0)
+        except Exception:  # No module, no driver, no device: the module's errors share no base.
+            return
+        self._nvml = nvml
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """An answer of the driver, or None: not every card counts everything."""
+        if self._nvml is None:
+            return None
+        try:
+            return question()
+        except self._nvml.NVMLError:
+            return None
+
+    @property
+    def name(self) -> str | None:
+        """Of the GPU."""
+        found = self._ask(lambda: self._nvml.nvmlDeviceGetName(self._device))
+        return found.decode() if isinstance(found, bytes) else found
+
+    @property
+    def driver(self) -> str | None:
+        """The driver's version."""
+        found = self._ask(lambda: self._nvml.nvmlSystemGetDriverVersion())
+        return found.decode() if isinstance(found, bytes) else found
+
+    @property
+    def joules(self) -> float | None:
+        """Energy used since the driver was loaded."""
+        found = self._ask(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device))
+        return None if found is None else found / 1e3
+
+    @property
+    def used_bytes(self) -> int | None:
+        """GPU memory of this process; of the whole card where the driver does not tell processes."""
+        rows = self._ask(lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._device))
+        mine = [row.usedGpuMemory for row in rows or () if row.pid == os.getpid()]
+        if mine and mine[0] is not None:
+            return int(mine[0])
+        whole = self._ask(lambda: self._nvml.nvmlDeviceGetMemoryInfo(self._device))
+        return None if whole is None else int(whole.used)

@@ -1,0 +1,432 @@
+"""How fast is it? Artefacts side by side, each in a process of its own, called in turns."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtq.bench.cost import roofline
+from trtq.bench.device import Nvml, Peak, cpu_count, cpu_name, gpu_peak
+from trtq.bench.history import FORMAT_VERSION, compare, read_former
+from trtq.bench.process import Worker
+from trtq.bench.summary import speedup, summarize
+from trtq.bench.turns import rotated
+from trtq.errors import MeasurementError, UsageError
+from trtq.evaluate.metrics import psnr_db
+from trtq.export.targets import has_vnni
+from trtq.manifest import package_versions
+from trtq.progress import Reporter, silent
+from trtq.stages.bench_targets import Target, baseline, parse_targets
+from trtq.stages.bench_worker import DENOISER
+
+__all__ = ["bench"]
+
+DEFAULT_STEPS = 20
+_WORKER = "trtq.stages.bench_worker"
+_LEAST_DRAWS = 3
+
+
+@dataclass
+class _Row:
+    """A target while it is being measured.
+
+    Attributes:
+        target: what it is.
+        worker: its process; None when there is none, or no more.
+        reason: why it is not measured.
+        opened: what the worker said when it loaded the artefact.
+        batches: what was measured, by batch size.
+        memory: what the worker said of it.
+        images: drawn at the first batch size.
+        operations: of one call of the denoiser, by batch size.
+    """
+
+    target: Target
+    worker: Worker | None = None
+    reason: str | None = None
+    opened: dict[str, Any] = field(default_factory=dict)
+    batches: dict[int, dict[str, Any]] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    images: list[np.ndarray] = field(default_factory=list)
+    operations: dict[int, int | None] = field(default_factory=dict)
+
+    def ask(self, question: str, **arguments: Any) -> dict[str, Any] | None:
+        """The worker's answer; None if it has ended, which is then the row's reason."""
+        if self.worker is None:
+            return None
+        try:
+            return self.worker.ask(question, **arguments)
+        except MeasurementError as err:
+            self.reason = str(err)
+            self.worker.close()
+            self.worker = None
+            return None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is measured of every row.
+
+    Attributes:
+        batches: images at once.
+        turns: of the timings of parts.
+        images: drawn with each row at least.
+        steps: denoising steps.
+        guidance: 1 is none.
+        seed: of the images.
+        threads: of one operator.
+        prompts: that the images are to show; None for a model that takes none.
+    """
+
+    batches: tuple[int, ...]
+    turns: int
+    images: int
+    steps: int
+    guidance: float
+    seed: int
+    threads: int
+    prompts: list[str] | None
+
+
+def bench(
+    paths: Sequence[str],
+    *,
+    providers: Sequence[str] = (),
+    batches: Sequence[int] = (1, 4),
+    turns: int = 10,
+    images: int = 8,
+    steps: int | None = None,
+    guidance: float | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    against: str | Path | None = None,
+    report: Reporter = silent,
+) -> dict[str, Any]:
+    """Measure artefacts side by side; the float model is among them wherever it can be found.
+
+    Every row has a process of its own. All are loaded, and then called in turns: a turn is about half a
+    second of calls of one row, then of the next.
+
+    Args:
+        paths: see `parse_targets`.
+        providers: see `parse_targets`.
+        batches: images at once.
+        turns: of the timings of parts.
+        images: drawn with each row at least, at each batch size; three batches at the least.
+        steps: denoising steps; by default what the first artefact was calibrated for, else 20.
+        guidance: classifier-free guidance; by default what the first artefact was calibrated with.
+        threads: of one operator, for every row; by default as many as this process may use.
+        seed: of the images.
+        against: a former result to compare with, as this function gave it, as JSON.
+        report: called as work goes on.
+
+    Returns:
+        `rows`, each with `path`, `provider`, `kind`, `bits`, `low_bit`, `added`, `device`, `measured`,
+        `reason`, `latency_ms` (of the denoiser's call at the first batch size: `p50`, `p90`, `p99`,
+        quartiles `q1`, `q3`, `calls`, `turns`), `images_per_second` (whole images, likewise),
+        `batches` (the same for each batch size and part), `speedup` (against the fastest float row of
+        the same device), `psnr_db` (of the images to the float model's), `load_seconds`,
+        `build_seconds`, `denoiser_bytes`, `memory`, `roofline`; `slower` (labels of low-bit rows that
+        are), `unjudged` (of those that stand beside no float row), `notes`, `against`; and of the run
+        `device`, `steps`, `guidance`, `threads`, `seed`, `date`, `packages`.
+
+    Raises:
+        UsageError: see `parse_targets`; the rows are different models; `against` is no such result, or
+            of another device.
+        ArtefactError: an artefact cannot be read.
+    """
+    targets = parse_targets(paths, providers)
+    notes: list[str] = []
+    targets += baseline(targets, notes)
+    count = threads or cpu_count()
+    device = _describe_device(count)
+    former = None if against is None else read_former(Path(against), device)
+    with ExitStack() as stack:
+        rows = [_start(target, stack) for target in targets]
+        size = next((target.size for target in targets if target.size is not None), None)
+        _open(rows, count, size, report)
+        _check_same_model(rows)
+        sampling = _sampling(rows, steps, guidance)
+        prompts = next((row.opened["prompts"] for row in rows if row.opened), None)
+        plan = _Plan(tuple(batches), turns, images, *sampling, seed, count, prompts)
+        with tempfile.TemporaryDirectory(prefix="trtq-bench-") as scratch:
+            for batch in plan.batches:
+                _measure_parts(rows, batch, plan, report)
+                _measure_images(rows, batch, plan, Path(scratch), report)
+        _finish(rows, plan)
+        peaks = _peaks(stack, rows, count)
+    result = _result(rows, plan, peaks, device, notes)
+    result["against"] = None if former is None else compare(former, result, str(against))
+    return result
+
+
+def _describe_device(threads: int) -> dict[str, Any]:
+    nvml = Nvml()
+    return {
+        "cpu": cpu_name(),
+        "vnni": has_vnni(),
+        "threads": threads,
+        "gpu": nvml.name,
+        "driver": nvml.driver,
+    }
+
+
+def _start(target: Target, stack: ExitStack) -> _Row:
+    if target.kind == "engine":
+        return _Row(target, reason="TensorRT engines cannot be run by this version of trtq")
+    return _Row(target, stack.enter_context(Worker(_WORKER, target.label)))
+
+
+def _live(rows: list[_Row]) -> list[_Row]:
+    return [row for row in rows if row.worker is not None]
+
+
+def _open(rows: list[_Row], threads: int, size: str | None, report: Reporter) -> None:
+    for index, row in enumerate(rows):
+        report("load", index, len(rows))
+        target = row.target
+        resized = size if target.manifest is None else None
+        found = row.ask(
+            "open", path=target.path, provider=target.provider, threads=threads, size=resized
+        )
+        row.opened = found or {}
+    report("load", len(rows), len(rows))
+
+
+def _check_same_model(rows: list[_Row]) -> None:
+    """Raises UsageError where rows cannot stand side by side."""
+    known = [(row.target.label, row.opened) for row in rows if row.opened]
+    for label, opened in known[1:]:
+        first_label, first = known[0]
+        for key in ("model_class", "shape"):
+            if opened[key] != first[key]:
+                raise UsageError(
+                    f"{first_label} and {label} are different models ({key} {first[key]} and "
+                    f"{opened[key]}); bench one model at a time"
+                )
+
+
+def _sampling(rows: list[_Row], steps: int | None, guidance: float | None) -> tuple[int, float]:
+    """Steps and guidance for all rows: as asked for, else as the first artefact was calibrated."""
+    recipes = [row.target.manifest.recipe for row in rows if row.target.manifest is not None]
+    recipe = next((found for found in recipes if found), {})
+    count = steps or int(recipe.get("steps", DEFAULT_STEPS))
+    if guidance is None:
+        guidance = recipe.get("guidance")
+    if guidance is None:
+        guidance = next((row.opened["guidance"] for row in rows if row.opened), 1.0)
+    return count, float(guidance)
+
+
+def _measure_parts(rows: list[_Row], batch: int, plan: _Plan, report: Reporter) -> None:
+    """Timings of every part at one batch size, in turns."""
+    sampling = {"steps": plan.steps, "guidance": plan.guidance}
+    for row in _live(rows):
+        row.batches[batch] = {"batch": batch, "parts": {}}
+    for part in next((row.opened["parts"] for row in _live(rows)), []):
+        for row in _live(rows):
+            found = row.ask("prepare", part=part, batch=batch, **sampling)
+            if found is not None and part == DENOISER:
+                row.batches[batch]["first_call_seconds"] = found["first_call_seconds"]
+        turns: dict[str, list[list[float]]] = {row.target.label: [] for row in rows}
+        for turn in range(plan.turns):
+            report(f"time {part}, batch {batch}", turn + 1, plan.turns)
+            for row in rotated(_live(rows), turn):
+                found = row.ask("time")
+                if found is not None:
+                    turns[row.target.label].append(found["seconds"])
+        for row in _live(rows):
+            row.batches[batch]["parts"][part] = summarize(turns[row.target.label])
+
+
+def _measure_images(
+    rows: list[_Row], batch: int, plan: _Plan, scratch: Path, report: Reporter
+) -> None:
+    """Whole images at one batch size, in turns; those of the first size are kept."""
+    count = max(_LEAST_DRAWS, math.ceil(plan.images / batch))
+    ask = {
+        "batch": batch,
+        "steps": plan.steps,
+        "seed": plan.seed,
+        "guidance": plan.guidance,
+        "prompts": plan.prompts,
+    }
+    for row in _live(rows):
+        row.ask("draw", turn=None, out=None, **ask)
+    seconds: dict[str, list[list[float]]] = {row.target.label: [] for row in rows}
+    joules: dict[str, list[float]] = {row.target.label: [] for row in rows}
+    for turn in range(count):
+        report(f"draw, batch {batch}", turn + 1, count)
+        for row in rotated(_live(rows), turn):
+            out = scratch / "images.npy" if batch == plan.batches[0] else None
+            found = row.ask("draw", turn=turn, out=None if out is None else str(out), **ask)
+            if found is None:
+                continue
+            seconds[row.target.label].append([found["seconds"]])
+            if found["joules"] is not None:
+                joules[row.target.label].append(found["joules"])
+            if out is not None:
+                row.images.append(np.load(out))
+    for row in _live(rows):
+        spent, used = seconds[row.target.label], joules[row.target.label]
+        whole = summarize(spent)
+        row.batches[batch] |= {
+            "batch_of_images": whole,
+            "images_per_second": 1e3 * batch / whole["p50"],
+            "joules_per_image": sum(used) / len(used) / batch if used else None,
+        }
+
+
+def _finish(rows: list[_Row], plan: _Plan) -> None:
+    """Memory, then the operations, whose counting takes memory itself."""
+    for row in _live(rows):
+        found = row.opened["memory"] | (row.ask("memory") or {})
+        peaks = (found["load_peak_bytes"], found.get("run_peak_bytes", 0))
+        row.memory = found | {"peak_bytes": max(peaks)}
+    counter = next(iter(_live(rows)), None)
+    for batch in plan.batches:
+        found = counter and counter.ask(
+            "operations", batch=batch, steps=plan.steps, guidance=plan.guidance
+        )
+        for row in rows:
+            row.operations[batch] = found["operations"] if found else None
+
+
+def _peaks(stack: ExitStack, rows: list[_Row], threads: int) -> dict[str, Peak | None]:
+    """What the devices of the rows can do; the processor is asked when the rows are gone."""
+    for row in _live(rows):
+        assert row.worker is not None
+        row.worker.close()
+    gpu = Nvml().name
+    peaks: dict[str, Peak | None] = {
+        "gpu float": gpu_peak(gpu, integers=False) if gpu else None,
+        "gpu low-bit": gpu_peak(gpu, integers=True) if gpu else None,
+    }
+    worker = stack.enter_context(Worker(_WORKER, "the processor's peak"))
+    peaks["cpu"] = Peak(**worker.ask("cpu_peak", threads=threads))
+    return peaks
+
+
+def _result(
+    rows: list[_Row],
+    plan: _Plan,
+    peaks: dict[str, Peak | None],
+    device: dict[str, Any],
+    notes: list[str],
+) -> dict[str, Any]:
+    for batch in plan.batches:
+        _add_speedups(rows, batch)
+    shown = [_row_result(row, rows, plan, peaks) for row in rows]
+    judged = [row for row in shown if row["low_bit"] and row["measured"]]
+    slower = [
+        f"{row['path']}@{row['provider']}"
+        for row in judged
+        if any(one["speedup"] and one["speedup"]["verdict"] == "slower" for one in row["batches"])
+    ]
+    unjudged = [f"{row['path']}@{row['provider']}" for row in judged if row["speedup"] is None]
+    notes += [
+        f"{label} runs on another device than every float row; give the float model there, too: "
+        "trtq export MODEL -o FLOAT --precision fp16"
+        for label in unjudged
+        if any(not row["low_bit"] and row["measured"] for row in shown)
+    ]
+    return {
+        "format_version": FORMAT_VERSION,
+        "device": device,
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "steps": plan.steps,
+        "guidance": plan.guidance,
+        "turns": plan.turns,
+        "threads": plan.threads,
+        "seed": plan.seed,
+        "packages": package_versions(),
+        "rows": shown,
+        "slower": slower,
+        "unjudged": unjudged,
+        "notes": notes,
+    }
+
+
+def _measured(rows: list[_Row], batch: int) -> Iterator[_Row]:
+    for row in rows:
+        if row.reason is None and DENOISER in row.batches.get(batch, {}).get("parts", {}):
+            yield row
+
+
+def _add_speedups(rows: list[_Row], batch: int) -> None:
+    """Each row's speed against the fastest float row of its device, from turns taken together."""
+    for row in _measured(rows, batch):
+        rivals = [
+            other
+            for other in _measured(rows, batch)
+            if not other.target.low_bit and other.target.device == row.target.device
+        ]
+        found = None
+        fastest = min(
+            rivals, key=lambda one: one.batches[batch]["parts"][DENOISER]["p50"], default=row
+        )
+        if fastest is not row:
+            theirs, mine = (
+                one.batches[batch]["parts"][DENOISER]["turns"] for one in (fastest, row)
+            )
+            found = {"baseline": fastest.target.label} | speedup(theirs, mine)
+        row.batches[batch]["speedup"] = found
+
+
+def _row_result(
+    row: _Row, rows: list[_Row], plan: _Plan, peaks: dict[str, Peak | None]
+) -> dict[str, Any]:
+    target = row.target
+    measured = row.reason is None
+    first = row.batches[plan.batches[0]] if measured else {}
+    return {
+        "path": target.path,
+        "provider": target.provider,
+        "kind": target.kind,
+        "bits": target.bits,
+        "low_bit": target.low_bit,
+        "added": target.added,
+        "device": target.device,
+        "measured": measured,
+        "reason": row.reason,
+        "latency_ms": first["parts"][DENOISER] if first else None,
+        "images_per_second": first["images_per_second"] if first else None,
+        "speedup": first["speedup"] if first else None,
+        "psnr_db": _psnr(row, rows) if measured else None,
+        "load_seconds": row.opened.get("load_seconds"),
+        "build_seconds": target.build_seconds,
+        "denoiser_bytes": target.denoiser_bytes,
+        "memory": row.memory or None,
+        "batches": [row.batches[batch] for batch in plan.batches] if measured else [],
+        "roofline": _roofline(row, plan.batches[0], peaks) if measured else None,
+    }
+
+
+def _psnr(row: _Row, rows: list[_Row]) -> float | None:
+    """Of a low-bit row's images to those of the first float row, in dB."""
+    floats = [one for one in rows if not one.target.low_bit and one.images and one.reason is None]
+    if not row.target.low_bit or not floats:
+        return None
+    ours, theirs = (torch.from_numpy(np.concatenate(one.images)) for one in (row, floats[0]))
+    return psnr_db(ours, theirs)
+
+
+def _roofline(row: _Row, batch: int, peaks: dict[str, Peak | None]) -> dict[str, Any] | None:
+    key = "cpu"
+    if row.target.device == "gpu":
+        key = "gpu low-bit" if row.target.low_bit else "gpu float"
+    peak, operations = peaks[key], row.operations[batch]
+    weights = row.opened["weight_bytes"] or row.target.denoiser_bytes or 0
+    if peak is None or not operations:
+        return None
+    seconds = row.batches[batch]["parts"][DENOISER]["p50"] / 1e3
+    return roofline(operations, weights, seconds, peak)

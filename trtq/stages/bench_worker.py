@@ -1,0 +1,254 @@
+"""One artefact in the process that it is measured in: loaded, called and drawn with when asked to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtq._optional import require
+from trtq.bench.cost import count_operations
+from trtq.bench.device import Nvml, cpu_peak
+from trtq.bench.process import answer_questions
+from trtq.bench.turns import calls_per_turn, time_calls
+from trtq.diffusion.sampling import Conditions, predict, seeded_noise
+from trtq.diffusion.source import Source, resolve_model
+from trtq.evaluate.images import Subjects, draw
+from trtq.resources import forget_peak_rss, peak_rss_bytes, rss_bytes
+from trtq.seeds import seeded_generator
+from trtq.stages.load import TORCH, open_any
+from trtq.stages.pipeline_folder import AUTOENCODERS, import_classes
+
+__all__ = ["Subject", "main"]
+
+DENOISER, TEXT, DECODER = "denoiser", "text encoder", "VAE decoder"
+_WARM_STEPS = 2
+_MOST_PROMPTS = 64
+_Call = Callable[[], object]
+
+
+class Subject:
+    """A loaded artefact, and how its parts are called. Every method answers with JSON."""
+
+    def __init__(self) -> None:
+        self._nvml = Nvml()
+        self._on_gpu = False
+        self._calls = 1
+
+    def open(self, path: str, provider: str, threads: int, size: str | None) -> dict[str, Any]:
+        """Load it.
+
+        Args:
+            path: see `open_any`.
+            provider: see `open_any`.
+            threads: of one operator.
+            size: of the images, `HEIGHTxWIDTH`; None: the artefact's own.
+
+        Returns:
+            `load_seconds`; `memory`: `libraries_bytes` (resident before), `weights_bytes` (what loading
+            added), `load_peak_bytes`; `shape` of the denoiser's sample and its `model_class`; `parts`
+            that can be timed; `guidance` that the model is meant for; `prompts` that it knows, or None;
+            `weight_bytes` of the denoiser, where torch holds them.
+
+        Raises:
+            TrtqError: it cannot be opened.
+        """
+        torch.set_num_threads(threads)
+        self._on_gpu = provider == "cuda"
+        _import_libraries(path, provider)
+        libraries = rss_bytes()
+        on_gpu = self._gpu_bytes()
+        start = time.perf_counter()
+        self.source: Source = open_any(path, provider, None if provider == TORCH else threads)
+        seconds = time.perf_counter() - start
+        if size is not None:
+            self.source.resize(size)
+        self._loaded = rss_bytes()
+        peak = peak_rss_bytes()
+        self._forgot = forget_peak_rss()
+        self._gpu_before, self._gpu_loaded = on_gpu, self._gpu_bytes()
+        return {
+            "load_seconds": seconds,
+            "memory": {
+                "libraries_bytes": libraries,
+                "weights_bytes": max(self._loaded - libraries, 0),
+                "load_peak_bytes": peak,
+            },
+            "shape": list(self.source.sample_shape),
+            "model_class": self.source.model_class,
+            "parts": self._parts(),
+            "guidance": self.source.guidance,
+            "prompts": self._prompts(),
+            "weight_bytes": sum(
+                value.numel() * value.element_size()
+                for value in self.source.denoiser.state_dict().values()
+            ),
+        }
+
+    def _gpu_bytes(self) -> int | None:
+        return self._nvml.used_bytes if self._on_gpu else None
+
+    def _parts(self) -> list[str]:
+        text = [] if self.source.prompts is None else [TEXT]
+        return [DENOISER, *text, *([] if self._autoencoder() is None else [DECODER])]
+
+    def _prompts(self) -> list[str] | None:
+        if self.source.prompts is None:
+            return None
+        return list(self.source.prompts.calibration[:_MOST_PROMPTS])
+
+    def _autoencoder(self) -> Any:
+        found = (getattr(self.source.pipeline, name, None) for name in AUTOENCODERS)
+        return next((one for one in found if one is not None), None)
+
+    @torch.no_grad()
+    def prepare(self, part: str, batch: int, steps: int, guidance: float) -> dict[str, Any]:
+        """Make the inputs of a part, and call it until it is warm.
+
+        Args:
+            part: one of `parts`.
+            batch: images; with guidance the denoiser gets twice as many items, as in a pipeline.
+            steps: the denoiser is timed at the middle one of so many.
+            guidance: 1 is none.
+
+        Returns:
+            `first_call_seconds`, which may hold compilation, and `calls` that a turn will have.
+        """
+        makers: dict[str, Callable[[], _Call]] = {
+            DENOISER: lambda: self._denoiser_call(batch, steps, guidance),
+            TEXT: lambda: self._text_call(batch),
+            DECODER: lambda: self._decoder_call(batch),
+        }
+        self._call = makers[part]()
+        (first,) = time_calls(self._call, 1)
+        (second,) = time_calls(self._call, 1)
+        self._calls = calls_per_turn(second)
+        return {"first_call_seconds": first, "calls": self._calls}
+
+    def _denoiser_call(self, batch: int, steps: int, guidance: float) -> _Call:
+        conditions = self.source.draw_conditions(batch, seeded_generator(0, "bench conditions"))
+        x = seeded_noise(self.source.sample_shape, 0, 0, batch, "bench")
+        timestep = self.source.timesteps(steps)[steps // 2]
+        return lambda: predict(self.source.denoiser, x, timestep, conditions, guidance)
+
+    def _text_call(self, batch: int) -> _Call:
+        known = self._prompts() or [""]
+        prompts = [known[index % len(known)] for index in range(batch)]
+        return lambda: self.source.encode(prompts)
+
+    def _decoder_call(self, batch: int) -> _Call:
+        autoencoder = self._autoencoder()
+        shape = (int(autoencoder.config.latent_channels), *self.source.latent_size)
+        latents = seeded_noise(shape, 0, 0, batch, "bench latents")
+        return lambda: autoencoder.decode(latents, return_dict=False)
+
+    @torch.no_grad()
+    def time(self) -> dict[str, Any]:
+        """One turn of the prepared part: `seconds` of each call."""
+        return {"seconds": time_calls(self._call, self._calls)}
+
+    def draw(
+        self,
+        batch: int,
+        steps: int,
+        seed: int,
+        guidance: float,
+        prompts: list[str] | None,
+        turn: int | None,
+        out: str | None,
+    ) -> dict[str, Any]:
+        """Draw a batch of images; those of a turn and seed show the same whatever draws them.
+
+        Args:
+            batch: how many.
+            steps: denoising steps.
+            seed: of their starting noise.
+            guidance: 1 is none.
+            prompts: used in turn; None for a model that takes none.
+            turn: which batch; None: only get warm, in a few steps.
+            out: where the images go, as numpy's float32 `[B,C,H,W]`.
+
+        Returns:
+            `seconds` of the whole batch, and `joules` of the GPU where they are counted.
+        """
+        if turn is None:
+            turn, steps = 0, min(steps, _WARM_STEPS)
+        classes = self.source.classes
+        places = range(batch * turn, batch * (turn + 1))
+        subjects = Subjects(
+            batch,
+            classes=None if classes is None else torch.tensor(places) % classes,
+            prompts=None if not prompts else [prompts[place % len(prompts)] for place in places],
+        )
+        before = self._nvml.joules if self._on_gpu else None
+        start = time.perf_counter()
+        images = draw(
+            self.source, subjects, steps=steps, seed=seed + turn, guidance=guidance, batch=batch
+        )
+        seconds = time.perf_counter() - start
+        after = self._nvml.joules if before is not None else None
+        if out is not None:
+            np.save(out, images.numpy())
+        used = None if before is None or after is None else after - before
+        return {"seconds": seconds, "joules": used}
+
+    def memory(self) -> dict[str, Any]:
+        """What calling added to the resident memory at its highest, and the highest of all.
+
+        Returns:
+            `activations_bytes`, None where the system does not count from a moment on; `run_peak_bytes`
+            since loading; on a GPU also `gpu_weights_bytes` and `gpu_bytes`.
+        """
+        peak = peak_rss_bytes()
+        found: dict[str, Any] = {
+            "activations_bytes": max(peak - self._loaded, 0) if self._forgot else None,
+            "run_peak_bytes": peak,
+        }
+        now = self._gpu_bytes()
+        if now is not None and self._gpu_before is not None and self._gpu_loaded is not None:
+            found["gpu_weights_bytes"] = max(self._gpu_loaded - self._gpu_before, 0)
+            found["gpu_bytes"] = now
+        return found
+
+    @torch.no_grad()
+    def operations(self, batch: int, steps: int, guidance: float) -> dict[str, Any]:
+        """`operations` of one call of the denoiser, counted on its float form without any weights."""
+        cls = getattr(self.source.denoiser, "model_class", type(self.source.model))
+        conditions = self.source.draw_conditions(batch, seeded_generator(0, "bench conditions"))
+        timestep = torch.tensor(self.source.timesteps(steps)[steps // 2], device="meta")
+        with torch.device("meta"):
+            model = cls.from_config(self.source.model.config).eval()
+            x = torch.zeros(batch, *self.source.sample_shape)
+        without: Conditions = conditions.to("meta")
+        return {
+            "operations": count_operations(lambda: predict(model, x, timestep, without, guidance))
+        }
+
+
+def _import_libraries(path: str, provider: str) -> None:
+    """Import what loading imports: neither its time nor its memory is the model's."""
+    from diffusers import DiffusionPipeline  # noqa: F401
+
+    if provider != TORCH:
+        import trtq.export.passes  # noqa: F401
+
+        require("onnxruntime")
+    place = Path(path) if Path(path).is_dir() else resolve_model(path)
+    if isinstance(place, Path):
+        import_classes(place)
+
+
+def _cpu_peak(threads: int) -> dict[str, Any]:
+    peak = cpu_peak(threads)
+    return {"operations": peak.operations, "bytes": peak.bytes, "what": peak.what}
+
+
+def main() -> None:
+    """Answer questions about one artefact, or about the processor."""
+    subject = Subject()
+    names = ("open", "prepare", "time", "draw", "memory", "operations")
+    answer_questions({name: getattr(subject, name) for name in names} | {"cpu_peak": _cpu_peak})
