@@ -580,6 +580,78 @@ def bench(
             raise GateError("; ".join(failed))
 
 
+@bench_app.command("kernels")
+def bench_layers(
+    forms: Annotated[
+        list[str] | None, typer.Option("--form", help="w8a8, w4a8 or w4a4; may be repeated.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="JSON file for the result.")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure our CUDA kernels against cuBLAS and cuDNN in half precision, layer by layer.
+
+    Needs an NVIDIA GPU. Each layer is first compared with its definition, integer by integer.
+
+    Example: trtq bench kernels -o kernels.json
+    """
+    from trtq.bench.kernels import FORMS, bench_kernels
+
+    with _command(verbose):
+        if output is not None and output.exists():
+            raise UsageError(f"{output} is already there; give another file, or delete it")
+        result = bench_kernels(forms or list(FORMS), report=LineReporter())
+        if output is not None:
+            output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+        def human(found: dict[str, Any]) -> None:
+            table = Table(title=str(found["gpu"]), title_justify="left")
+            for key in ("model", "shape", "form", "us", "fp16 us", "times", "TOP/s", "of peak"):
+                table.add_column(key)
+            for row in found["rows"]:
+                share = row["share_of_peak"]
+                table.add_row(
+                    row["model"],
+                    row["shape"],
+                    row["form"],
+                    f"{row['microseconds']:.1f}",
+                    f"{row['fp16_microseconds']:.1f}",
+                    f"{row['speedup']:.2f}",
+                    f"{row['tera_operations']:.0f}",
+                    "?" if share is None else f"{share:.0%}",
+                )
+            _out.print(table)
+
+        _show(result, as_json, human)
+
+
+plugins_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+app.add_typer(plugins_app, name="plugins", help="Our CUDA kernels.")
+
+
+@plugins_app.command("build")
+def build_plugins(
+    arch: Annotated[
+        list[str] | None, typer.Option("--arch", help="E.g. sm89; may be repeated. All by default.")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compile all kernels ahead of their first use; needs neither a GPU nor nvcc.
+
+    Example: trtq plugins build --arch sm89
+    """
+    from trtq.plugins.compile import build_all
+    from trtq.plugins.spec import ARCHITECTURES
+
+    with _command(verbose):
+        found = build_all(tuple(arch or ARCHITECTURES), LineReporter())
+        counts = {name: f"{len(variants)} kernels" for name, variants in found.items()}
+        _show(found, as_json, lambda _: _pairs("kernels", counts))
+
+
 package_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False)
 app.add_typer(package_app, name="package", help="Hand an artefact over to another server.")
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from trtq.errors import KernelError, MissingDependencyError
-from trtq.plugins.spec import ARCHITECTURES, Variant
+from trtq.plugins.spec import ARCHITECTURES, Variant, all_variants
+from trtq.progress import Reporter, silent
 from trtq.resources import cache_folder
 
 __all__ = ["build_all", "cubin", "ptx", "sources"]
@@ -142,8 +143,14 @@ def _check(nvrtc: Any, status: Any, what: str) -> None:
         raise KernelError(f"{what} ({status.name})")
 
 
-def build_all(architectures: tuple[str, ...] = ARCHITECTURES) -> dict[str, list[str]]:
+def build_all(
+    architectures: tuple[str, ...] = ARCHITECTURES, report: Reporter = silent
+) -> dict[str, list[str]]:
     """Compile every variant for every architecture, so that nothing has to be when it is needed.
+
+    Args:
+        architectures: e.g. `sm89`.
+        report: called as work goes on.
 
     Returns:
         The variants' names by architecture.
@@ -152,12 +159,11 @@ def build_all(architectures: tuple[str, ...] = ARCHITECTURES) -> dict[str, list[
         MissingDependencyError: NVRTC is not installed.
         KernelError: NVRTC does not know an architecture.
     """
-    from trtq.plugins.spec import all_variants
-
-    built: dict[str, list[str]] = {}
-    for architecture in architectures:
-        built[architecture] = []
-        for variant in all_variants(architecture):
-            cubin(variant, architecture)
-            built[architecture].append(str(variant))
+    wanted = [(name, variant) for name in architectures for variant in all_variants(name)]
+    built: dict[str, list[str]] = {name: [] for name in architectures}
+    for index, (architecture, variant) in enumerate(wanted):
+        report("plugins build", index, len(wanted))
+        cubin(variant, architecture)
+        built[architecture].append(str(variant))
+    report("plugins build", len(wanted), len(wanted))
     return built

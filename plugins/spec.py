@@ -285,7 +285,8 @@ def all_variants(architecture: str) -> list[Variant]:
         for tile in TILES:
             if not fits(tile, architecture):
                 continue
-            for fused in (False, True):
+            # In one launch only with the shared memory that TensorRT gives without being asked.
+            for fused in (False, True) if tile.shared_bytes <= 48 << 10 else (False,):
                 found += [Variant("low_bit", half, False, bits, fused, tile) for bits in (4, 8)]
             if True in natives:
                 found.append(Variant("low_bit", half, True, 4, False, tile))

@@ -316,7 +316,8 @@ def test_a_float_model_of_another_device_is_no_baseline(stubbed, monkeypatch, di
     assert failures(found) == [f"not compared with float: {label}"]
 
 
-def test_engines_stand_there_unmeasured(stubbed, digits_onnx, tmp_path):
+def test_engines_stand_there_unmeasured(stubbed, digits_onnx, tmp_path, monkeypatch):
+    monkeypatch.setattr("trtq.stages.bench.obstacle", lambda provider: f"no GPU for {provider}")
     manifest = read_manifest(digits_onnx)
     options = manifest.options | {"backend": "tensorrt-rtx"}
     metrics = {"engines": [{"build_seconds": 1.5}, {"build_seconds": 2.0}]}
@@ -327,4 +328,4 @@ def test_engines_stand_there_unmeasured(stubbed, digits_onnx, tmp_path):
     found = bench([str(engine), "digits"], batches=[1], turns=2, images=1, threads=1)
     row = found["rows"][0]
     assert (row["provider"], row["measured"], row["build_seconds"]) == ("tensorrt-rtx", False, 3.5)
-    assert "cannot be run" in row["reason"]
+    assert row["reason"] == "no GPU for tensorrt-rtx"

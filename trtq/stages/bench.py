@@ -20,6 +20,7 @@ from trtq.bench.history import FORMAT_VERSION, compare, read_former
 from trtq.bench.process import Worker
 from trtq.bench.summary import speedup, summarize
 from trtq.bench.turns import rotated
+from trtq.engine.tensorrt.run import obstacle
 from trtq.errors import MeasurementError, UsageError
 from trtq.evaluate.metrics import psnr_db
 from trtq.export.targets import has_vnni
@@ -182,7 +183,9 @@ def _describe_device(threads: int) -> dict[str, Any]:
 
 def _start(target: Target, stack: ExitStack) -> _Row:
     if target.kind == "engine":
-        return _Row(target, reason="TensorRT engines cannot be run by this version of trtq")
+        reason = obstacle(target.provider)
+        if reason is not None:
+            return _Row(target, reason=reason)
     return _Row(target, stack.enter_context(Worker(_WORKER, target.label)))
 
 

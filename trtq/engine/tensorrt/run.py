@@ -19,7 +19,7 @@ from trtq.plugins.driver import Gpu
 from trtq.plugins.low_bit.tensorrt import register
 from trtq.resources import cache_folder
 
-__all__ = ["Memory", "TensorRtEngine", "open_tensorrt"]
+__all__ = ["Memory", "TensorRtEngine", "obstacle", "open_tensorrt"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,18 @@ def open_tensorrt(
             "on any machine: trtq generate ONNX --provider openvino"
         ) from err
     return TensorRtEngine(path, backend, importlib.import_module(backend.module), memory, metadata)
+
+
+def obstacle(provider: str) -> str | None:
+    """Why no engine of a backend can run on this machine; None: one can."""
+    backend = BACKENDS[provider]
+    if not backend.installed:
+        return f"{provider} is not installed: {backend.install}"
+    try:
+        Gpu()
+    except (KernelError, MissingDependencyError) as err:
+        return str(err)
+    return None
 
 
 class TensorRtEngine:
