@@ -36,7 +36,9 @@ Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Same se
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
 Provider = Annotated[
     str | None,
-    typer.Option("--provider", help="What runs it: torch, cpu, openvino, cuda."),
+    typer.Option(
+        "--provider", help="What runs it: torch, cpu, openvino, cuda, tensorrt-rtx, tensorrt."
+    ),
 ]
 Guidance = Annotated[
     float | None,

@@ -173,7 +173,8 @@ def expected(operands: Operands) -> Tensor:
         sums = (o.integers.double().flatten(1) @ columns).reshape(size)
         sums = sums.reshape(o.spec.problem(o.x.shape).out_shape)
     y = sums.float() * (o.terms[0].reshape(channel) * scale) + o.terms[1].reshape(channel)
-    return y.half()
+    found: Tensor = y.half()
+    return found
 
 
 def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -102,8 +102,10 @@ class DeployedTimesteps(nn.Module):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """timesteps[B] -> float32[B, channels] (arXiv 1706.03762, section 3.5)."""
-        frequencies = self.frequencies.to(timesteps.device)
-        angles = (self.scale * (timesteps[:, None].float() * frequencies)).double()
+        if self.frequencies.device != timesteps.device:
+            # Once, and not again: a CUDA graph cannot hold the copy.
+            self.frequencies = self.frequencies.to(timesteps.device)
+        angles = (self.scale * (timesteps[:, None].float() * self.frequencies)).double()
         parts = [angles.sin().float(), angles.cos().float()]
         found = torch.cat(parts[::-1] if self.flip else parts, dim=1)
         return functional.pad(found, (0, self.channels % 2))

@@ -6,18 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from trtq.diffusion.source import Source, load_source
 from trtq.engine.base import Engine
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.open import open_engine
 from trtq.engine.ort import PROVIDERS
 from trtq.engine.tensorrt.backends import BACKENDS
+from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import ArtefactError, UsageError
 from trtq.manifest import artefact_kind, read_manifest
 from trtq.stages.components import load_component
 from trtq.stages.graph_file import model_file
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
-from trtq.stages.run_folder import open_run
+from trtq.stages.run_folder import OpenRun, open_run
 
 __all__ = ["artefact_guidance", "calibrated_steps", "engine_source", "load", "open_any"]
 
@@ -31,8 +35,10 @@ def open_any(
 
     Args:
         path: the folder, a shipped model's name, a hub id or a pipeline object.
-        provider: `torch` for runs and checkpoints (their default); `cpu`, `openvino` or `cuda` for
-            ONNX folders (default `cpu`); engines run on the backend that built them.
+        provider: `torch` for runs and checkpoints (their default; a run that asks for it by name is
+            computed by our kernels, in half precision, where torch sees an NVIDIA GPU); `cpu`,
+            `openvino` or `cuda` for ONNX folders (default `cpu`); engines run on the backend that built
+            them.
         threads: threads of one operator, for ONNX folders.
 
     Raises:
@@ -51,7 +57,10 @@ def open_any(
                 f"{path} is {what}, which only torch runs; make an ONNX folder of it first: "
                 f"trtq export {path} -o ONNX"
             )
-        return load_source(path) if folder is None or kind is None else open_run(folder).source()
+        if folder is None or kind is None:
+            return load_source(path)
+        run = open_run(folder)
+        return run.source(_on_gpu(run) if provider == TORCH else None)
     manifest = read_manifest(folder, kind)
     allowed = list(PROVIDERS) if kind == "onnx" else [str(manifest.options["backend"])]
     chosen = provider or allowed[0]
@@ -66,6 +75,11 @@ def open_any(
         return open_engine(file, chosen, threads, own) if file.is_file() else None
 
     return engine_source(folder, manifest.denoiser, manifest.options.get("size"), open_graph)
+
+
+def _on_gpu(run: OpenRun) -> nn.Module | None:
+    """The denoiser on our kernels, where torch sees an NVIDIA GPU."""
+    return GpuDenoiser(run.denoiser(kernels=True)) if torch.cuda.is_available() else None
 
 
 def engine_source(

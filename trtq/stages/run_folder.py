@@ -44,9 +44,11 @@ class OpenRun:
         skeleton = _fresh(self.folder, self.manifest)
         return self.stored.build(skeleton, self.table, kernels=kernels)
 
-    def source(self) -> Source:
-        """A pipeline around the low-bit denoiser in torch."""
-        pipeline: Any = load_pipeline_parts(self.folder, self.manifest.denoiser, self.denoiser())
+    def source(self, denoiser: nn.Module | None = None) -> Source:
+        """A pipeline around the low-bit denoiser in torch, or around one that stands for it."""
+        pipeline: Any = load_pipeline_parts(
+            self.folder, self.manifest.denoiser, denoiser or self.denoiser()
+        )
         source = Source(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
         size = (self.manifest.recipe or {}).get("size")
         if size is not None:

@@ -1,0 +1,44 @@
+"""The denoiser that our kernels compute, as far as a CPU goes: everything but the CUDA graphs."""
+
+import pytest
+import torch
+
+import trtq
+from trtq.engine.torch_gpu import GpuDenoiser
+from trtq.stages import load as loading
+from trtq.stages.run_folder import open_run
+
+
+@pytest.fixture(scope="module")
+def run(digits_run):
+    return open_run(digits_run)
+
+
+def test_it_is_called_as_the_model_it_stands_for(run):
+    sample = torch.randn(3, *run.source().sample_shape, generator=torch.Generator().manual_seed(0))
+    timestep, labels = torch.tensor([10, 400, 990]), torch.tensor([0, 3, 9])
+    kernels = run.denoiser(kernels=True)
+    with torch.no_grad():
+        wanted = kernels(sample, timestep, labels).sample
+    denoiser = GpuDenoiser(kernels, "cpu", torch.float32)
+    assert torch.equal(denoiser(sample, timestep, labels).sample, wanted)
+    assert torch.equal(
+        denoiser(sample, timestep, class_labels=labels, return_dict=False)[0], wanted
+    )
+    one = denoiser(sample, 400, labels).sample
+    assert torch.equal(one[1], wanted[1])
+
+
+def test_in_half_precision_it_gives_back_what_it_was_given(run):
+    denoiser = GpuDenoiser(run.denoiser(kernels=True), "cpu")
+    sample = torch.randn(1, *run.source().sample_shape)
+    found = denoiser(sample, 400, torch.tensor([3])).sample
+    assert (found.dtype, denoiser.dtype) == (torch.float32, torch.float16)
+    assert torch.isfinite(found).all()
+
+
+def test_torch_by_name_is_the_gpu_where_there_is_one(digits_run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loading, "GpuDenoiser", lambda q: GpuDenoiser(q, "cpu", torch.float32))
+    assert isinstance(trtq.load(digits_run, provider="torch").unet, GpuDenoiser)
+    assert not isinstance(trtq.load(digits_run).unet, GpuDenoiser)

@@ -1,0 +1,112 @@
+"""A low-bit denoiser on an NVIDIA GPU in torch: our kernels, half precision, a CUDA graph per shape."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtq.diffusion.families import family_named
+from trtq.quant.convert import QuantizedDenoiser
+from trtq.quant.stand_in import StandIn
+from trtq.quant.timestep import step_scope
+
+__all__ = ["GpuDenoiser"]
+
+_WARM_UP = 2
+"""Calls before a graph is captured: kernels are loaded and libraries choose their algorithms in them."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: Mapping[str, Tensor]
+    step: Tensor
+    output: Tensor
+
+
+class GpuDenoiser(StandIn):
+    """Stands where a diffusers pipeline expects its UNet or transformer.
+
+    The step is looked up on the host, so nothing waits for the GPU between calls; the first calls of a
+    shape record a CUDA graph, and later ones replay it.
+
+    Args:
+        quantized: a denoiser of `KernelLayer`s; it is moved and cast.
+        device: the GPU; a CPU computes the same integers in torch, without graphs.
+        dtype: of everything that is not an integer.
+    """
+
+    def __init__(
+        self,
+        quantized: QuantizedDenoiser,
+        device: torch.device | str = "cuda",
+        dtype: torch.dtype = torch.float16,
+    ) -> None:
+        super().__init__()
+        self.model = quantized.denoiser.to(device=device, dtype=dtype)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.table = quantized.table
+        self.config = quantized.config
+        self.device, self.dtype = torch.device(device), dtype
+        self.family = family_named(type(self.model).__name__)
+        self._names = list(inspect.signature(self.model.forward).parameters)
+        self._captured: dict[tuple[Any, ...], _Captured] = {}
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes what the diffusers model takes; gives `(prediction,)` or an output with `.sample`."""
+        from diffusers.models.unets.unet_2d import UNet2DOutput
+
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        return_dict = given.pop("return_dict", True)
+        flat = {
+            name: torch.as_tensor(value)
+            for name, value in self.family.flatten(given).items()
+            if value is not None
+        }
+        sample = flat[self.family.sample]
+        step = self.table.index(flat["timestep"].cpu()).expand(len(sample))
+        inputs = {name: self._on_device(name, value) for name, value in flat.items()}
+        prediction = self._predict(inputs, step).to(sample.device, sample.dtype)
+        return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _on_device(self, name: str, value: Tensor) -> Tensor:
+        half = value.is_floating_point() and name != "timestep"
+        return value.to(self.device, self.dtype if half else value.dtype)
+
+    def _call(self, inputs: Mapping[str, Tensor], step: Tensor) -> Tensor:
+        with step_scope(step):
+            found: Tensor = self.model(**self.family.nest(dict(inputs)), return_dict=False)[0]
+        return found
+
+    def _predict(self, inputs: dict[str, Tensor], step: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return self._call(inputs, step)
+        key = tuple((name, tuple(v.shape), v.dtype) for name, v in sorted(inputs.items()))
+        captured = self._captured.get(key)
+        if captured is None:
+            captured = self._captured[key] = self._capture(inputs, step.to(self.device))
+        for name, value in inputs.items():
+            captured.inputs[name].copy_(value)
+        captured.step.copy_(step)
+        captured.graph.replay()
+        return captured.output.clone()
+
+    def _capture(self, inputs: Mapping[str, Tensor], step: Tensor) -> _Captured:
+        own = {name: value.clone() for name, value in inputs.items()}
+        step = step.contiguous().clone()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                self._call(own, step)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self._call(own, step)
+        return _Captured(graph, own, step, output)
