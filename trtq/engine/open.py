@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from trtq.engine.base import Engine
 from trtq.engine.openvino import OpenVinoEngine
 from trtq.engine.ort import OrtEngine
+from trtq.engine.ort_tensorrt import OrtTensorRtEngine
+from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.engine.tensorrt.compile import ENGINE_FILE
+from trtq.engine.tensorrt.job import Profile
 from trtq.engine.tensorrt.run import open_tensorrt
+from trtq.errors import UsageError
 
 __all__ = ["open_engine"]
 
@@ -22,6 +26,7 @@ def open_engine(
     provider: str = "cpu",
     threads: int | None = None,
     metadata: Mapping[str, str] = _NO_METADATA,
+    profile: Callable[[], Profile] | None = None,
 ) -> Engine:
     """Open an ONNX file, or an engine of TensorRT.
 
@@ -30,6 +35,7 @@ def open_engine(
         provider: one of `trtq.engine.ort.PROVIDERS`; of an engine, its backend.
         threads: threads of one operator; None: as many as there are cores.
         metadata: of an engine, which has none of its own.
+        profile: gives the ranges of a graph's inputs, for the TensorRT providers of onnxruntime.
 
     Raises:
         UsageError: the provider is unknown or not in the installed onnxruntime.
@@ -37,6 +43,10 @@ def open_engine(
     """
     if path.name == ENGINE_FILE:
         return open_tensorrt(path, provider, metadata)
+    if provider in BACKENDS:
+        if profile is None:
+            raise UsageError(f"{path} does not say what shapes {provider} is to build for")
+        return OrtTensorRtEngine(path, provider, profile(), threads)
     if provider == OpenVinoEngine.provider:
         return OpenVinoEngine(path, threads)
     return OrtEngine(path, provider, threads)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PROVIDERS",
     "OrtEngine",
+    "OrtSession",
     "available_providers",
     "check_provider",
     "input_specs",
@@ -33,6 +34,8 @@ PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
     "cuda": "CUDAExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
 }
 
 _PLUGIN_DOMAIN = b"\x3a\x04" + DOMAIN.encode()
@@ -78,7 +81,7 @@ def session_options(threads: int | None) -> Any:
 
 
 def open_session(
-    path: Path, model: str | bytes, options: Any, provider: str, settings: Mapping[str, str]
+    path: Path, model: str | bytes, options: Any, provider: str, settings: Mapping[str, str] | None
 ) -> Any:
     """An onnxruntime session that runs on the provider and on nothing else.
 
@@ -87,16 +90,15 @@ def open_session(
         model: its path or its bytes.
         options: see `session_options`.
         provider: one of `PROVIDERS`.
-        settings: of the provider.
+        settings: of the provider; None: the options have its devices already.
 
     Raises:
         UsageError: the provider cannot start.
         ArtefactError: the graph cannot be loaded.
     """
+    chosen = None if settings is None else [(PROVIDERS[provider], dict(settings))]
     try:
-        session = require("onnxruntime").InferenceSession(
-            model, options, providers=[(PROVIDERS[provider], dict(settings))]
-        )
+        session = require("onnxruntime").InferenceSession(model, options, providers=chosen)
         # Otherwise a provider that fails goes over to the CPU's, and says so on standard output.
         session.disable_fallback()
     except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
@@ -110,7 +112,7 @@ def open_session(
 
 
 def open_graph(
-    path: Path, model: ir.Model, options: Any, provider: str, settings: Mapping[str, str]
+    path: Path, model: ir.Model, options: Any, provider: str, settings: Mapping[str, str] | None
 ) -> Any:
     """A session of a graph in memory whose external data lie beside `path`.
 
@@ -148,37 +150,16 @@ def _mentions_plugins(path: Path) -> bool:
         return False
 
 
-class OrtEngine:
-    """An ONNX file in one onnxruntime session, which takes every shape that the graph takes.
+class OrtSession:
+    """A session of onnxruntime as an engine.
 
     Args:
-        path: the graph; its external data lie beside it.
-        provider: `cpu` or `cuda`; see `trtq.engine.openvino` for the other.
-        threads: threads of one operator; None: as many as there are cores.
-        frugal: give memory back after every operator, for one or two runs of a large graph.
-
-    Raises:
-        UsageError: the provider is unknown or not in the installed onnxruntime.
-        ArtefactError: the file cannot be loaded.
+        session: onnxruntime's.
+        provider: what runs it, one of `PROVIDERS`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        provider: str = "cpu",
-        threads: int | None = None,
-        *,
-        frugal: bool = False,
-    ) -> None:
-        check_provider(provider)
-        options = session_options(threads)
-        # A plan of memory for a shape is as large as the arena, and saves time only when it comes again.
-        options.enable_mem_pattern = options.enable_cpu_mem_arena = not frugal
-        if _mentions_plugins(path) or (provider == "cpu" and has_vnni()):
-            model = prepare(load_graph(path), "onnxruntime")
-            self._session = open_graph(path, model, options, provider, {})
-        else:
-            self._session = open_session(path, str(path), options, provider, {})
+    def __init__(self, session: Any, provider: str) -> None:
+        self._session = session
         self._provider = provider
 
     @property
@@ -206,3 +187,37 @@ class OrtEngine:
         """Run once; arrays by name, batch first."""
         names = [node.name for node in self._session.get_outputs()]
         return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+
+
+class OrtEngine(OrtSession):
+    """An ONNX file in one onnxruntime session, which takes every shape that the graph takes.
+
+    Args:
+        path: the graph; its external data lie beside it.
+        provider: `cpu` or `cuda`; the others have modules of their own.
+        threads: threads of one operator; None: as many as there are cores.
+        frugal: give memory back after every operator, for one or two runs of a large graph.
+
+    Raises:
+        UsageError: the provider is unknown or not in the installed onnxruntime.
+        ArtefactError: the file cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        provider: str = "cpu",
+        threads: int | None = None,
+        *,
+        frugal: bool = False,
+    ) -> None:
+        check_provider(provider)
+        options = session_options(threads)
+        # A plan of memory for a shape is as large as the arena, and saves time only when it comes again.
+        options.enable_mem_pattern = options.enable_cpu_mem_arena = not frugal
+        if _mentions_plugins(path) or (provider == "cpu" and has_vnni()):
+            model = prepare(load_graph(path), "onnxruntime")
+            session = open_graph(path, model, options, provider, {})
+        else:
+            session = open_session(path, str(path), options, provider, {})
+        super().__init__(session, provider)

@@ -31,7 +31,7 @@ from trtq.progress import Reporter, silent
 from trtq.stages.components import DECODER
 from trtq.stages.graph_file import DATA_NAME, MODEL_FILE
 
-__all__ = ["axis_ranges", "build_engines", "profile_of"]
+__all__ = ["axis_ranges", "build_engines", "exported_profile", "profile_of"]
 
 _NO_FLOAT32 = "sm75"
 """TensorRT-RTX compiles no float32 product for Turing."""
@@ -258,6 +258,12 @@ def _pixels_of_a_latent(folder: Path) -> int:
             f"{folder / 'config.json'} does not say how many levels it has"
         ) from err
     return int(2 ** (levels - 1))
+
+
+def exported_profile(folder: Path, name: str, manifest: Manifest) -> Profile:
+    """The ranges of a graph's inputs that its folder was exported for."""
+    model = load_graph(folder / name / MODEL_FILE)
+    return profile_of(model, axis_ranges(folder, name, manifest, model, None))
 
 
 def profile_of(model: Any, ranges: dict[str, Range]) -> Profile:

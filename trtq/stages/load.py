@@ -15,9 +15,11 @@ from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.open import open_engine
 from trtq.engine.ort import PROVIDERS
 from trtq.engine.tensorrt.backends import BACKENDS
+from trtq.engine.tensorrt.job import Profile
 from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import ArtefactError, UsageError
 from trtq.manifest import artefact_kind, read_manifest
+from trtq.stages.build import exported_profile
 from trtq.stages.components import load_component
 from trtq.stages.graph_file import model_file
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
@@ -72,7 +74,11 @@ def open_any(
     def open_graph(name: str) -> Engine | None:
         file = model_file(folder / name)
         own = metadata if name == manifest.denoiser else {}
-        return open_engine(file, chosen, threads, own) if file.is_file() else None
+
+        def profile() -> Profile:
+            return exported_profile(folder, name, manifest)
+
+        return open_engine(file, chosen, threads, own, profile) if file.is_file() else None
 
     return engine_source(folder, manifest.denoiser, manifest.options.get("size"), open_graph)
 

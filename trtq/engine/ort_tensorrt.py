@@ -1,0 +1,109 @@
+"""Graphs on onnxruntime's TensorRT providers, with options made from what the graph was exported for.
+
+`tensorrt` is part of onnxruntime-gpu and takes the engine's builder from an installed TensorRT 10;
+`tensorrt-rtx` comes as a package of its own, which registers itself with any onnxruntime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from trtq._optional import require
+from trtq.engine.ort import PROVIDERS, OrtSession, open_graph, session_options
+from trtq.engine.tensorrt.job import Profile
+from trtq.errors import UsageError
+from trtq.export.targets import load_graph, prepare
+from trtq.resources import cache_folder
+
+__all__ = ["OrtTensorRtEngine", "provider_settings"]
+
+_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+_SHAPES = ("min", "opt", "max")
+
+
+def provider_settings(provider: str, profile: Profile) -> dict[str, str]:
+    """Options of a provider: ranges of the inputs, CUDA graphs, and where it keeps what it builds.
+
+    Args:
+        provider: `tensorrt` or `tensorrt-rtx`.
+        profile: smallest, most frequent and largest shape of every input.
+    """
+    short = "trt" if provider == "tensorrt" else "nv"
+    found = {}
+    for place, name in enumerate(_SHAPES):
+        shapes = (f"{key}:{'x'.join(map(str, three[place]))}" for key, three in profile.items())
+        found[f"{short}_profile_{name}_shapes"] = ",".join(shapes)
+    cache = cache_folder("onnxruntime")
+    cache.mkdir(parents=True, exist_ok=True)
+    if provider == "tensorrt":
+        return found | {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(cache),
+            "trt_cuda_graph_enable": "1",
+        }
+    return found | {"nv_runtime_cache_path": str(cache), "enable_cuda_graph": "1"}
+
+
+class OrtTensorRtEngine(OrtSession):
+    """An ONNX file in one session of a TensorRT provider.
+
+    Args:
+        path: the graph; its external data lie beside it.
+        provider: `tensorrt` or `tensorrt-rtx`.
+        profile: ranges of its inputs.
+        threads: threads of what the provider leaves to the CPU.
+
+    Raises:
+        UsageError: the provider is not installed, or sees no GPU.
+        ArtefactError: the graph cannot be loaded.
+    """
+
+    def __init__(
+        self, path: Path, provider: str, profile: Profile, threads: int | None = None
+    ) -> None:
+        name: Literal["tensorrt", "tensorrt-rtx"]
+        name = "tensorrt" if provider == "tensorrt" else "tensorrt-rtx"
+        options = session_options(threads)
+        settings = provider_settings(name, profile)
+        present = require("onnxruntime").get_available_providers()
+        listed: Mapping[str, str] | None = settings
+        if PROVIDERS[name] not in present:
+            _add_plugin(options, name, settings)
+            listed = None
+        model: ir.Model = prepare(load_graph(path), name)
+        super().__init__(open_graph(path, model, options, name, listed), name)
+
+
+def _add_plugin(options: Any, provider: str, settings: Mapping[str, str]) -> None:
+    """Give a session the devices of the provider's own package."""
+    advice = (
+        f"the installed onnxruntime has no provider {provider!r}: it takes an NVIDIA GPU and "
+        + (
+            "pip install onnxruntime-gpu, with TensorRT 10 from NVIDIA's package index"
+            if provider == "tensorrt"
+            else "pip install onnxruntime onnxruntime-ep-nv-tensorrt-rtx"
+        )
+    )
+    if provider == "tensorrt":
+        raise UsageError(advice)
+    import importlib
+
+    try:
+        package = importlib.import_module(_PLUGIN)
+    except ImportError as err:
+        raise UsageError(advice) from err
+    runtime = require("onnxruntime")
+    try:
+        runtime.register_execution_provider_library(
+            package.get_ep_name(), package.get_library_path()
+        )
+        devices = [d for d in runtime.get_ep_devices() if d.ep_name == PROVIDERS[provider]]
+    except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
+        raise UsageError(f"the provider {provider!r} cannot start on this machine: {err}") from err
+    if not devices:
+        raise UsageError(f"the provider {provider!r} sees no NVIDIA GPU that it can use")
+    options.add_provider_for_devices(devices[:1], dict(settings))
