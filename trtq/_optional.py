@@ -11,6 +11,9 @@ __all__ = ["require"]
 
 _EXTRAS = {
     "onnxruntime": "cpu",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
     "matplotlib": "eval",
     "jinja2": "eval",
     "torchmetrics": "eval",

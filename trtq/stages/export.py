@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from trtq.diffusion.source import Source, load_source, parse_sizes
+from trtq.diffusion.layout import parse_sizes
+from trtq.diffusion.source import Source, load_source
 from trtq.engine.denoiser import SIZES_KEY
 from trtq.errors import GateError, UsageError
 from trtq.export.passes import (

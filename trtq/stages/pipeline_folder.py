@@ -15,15 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from trtq.diffusion.layout import CLASSES_NAME, INDEX_NAME, read_json, read_null_class
 from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.source import (
-    CLASSES_NAME,
-    INDEX_NAME,
-    Source,
-    read_null_class,
-    wrap_pipeline,
-)
+from trtq.diffusion.source import Source, wrap_pipeline
 from trtq.errors import ArtefactError, UsageError
 
 __all__ = [
@@ -106,14 +101,6 @@ def _diffusers_class(pipeline: Any) -> Any:
     raise UsageError(f"{type(pipeline).__name__} is not a pipeline of diffusers")
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    try:
-        index: dict[str, Any] = json.loads((folder / INDEX_NAME).read_text())
-    except (OSError, ValueError) as err:
-        raise ArtefactError(f"cannot read {folder / INDEX_NAME}: {err}") from err
-    return index
-
-
 def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     """The denoiser's class with its configuration; its parameters have shapes but no memory.
 
@@ -123,7 +110,7 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     import diffusers
     from accelerate import init_empty_weights
 
-    library, class_name = _index(folder).get(denoiser_name, ("", ""))
+    library, class_name = read_json(folder / INDEX_NAME).get(denoiser_name, ("", ""))
     cls = getattr(diffusers, class_name, None) if library == "diffusers" else None
     if cls is None or not issubclass(cls, nn.Module):
         raise ArtefactError(
@@ -156,7 +143,7 @@ def load_pipeline_parts(
     """
     import diffusers
 
-    index = _index(folder)
+    index = read_json(folder / INDEX_NAME)
     pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
     if pipeline_class is None:
         raise ArtefactError(f"{folder / INDEX_NAME} names a pipeline that diffusers does not have")
