@@ -13,7 +13,18 @@ from trtq.cli import app
 from trtq.demo.digits import demo
 from trtq.diffusion.shipped import shipped_model
 
-VERBS = ("doctor", "quantize", "export", "build", "generate", "eval", "inspect", "verify", "demo")
+VERBS = (
+    "doctor",
+    "quantize",
+    "export",
+    "build",
+    "generate",
+    "eval",
+    "inspect",
+    "verify",
+    "serve",
+    "demo",
+)
 
 
 def run(*arguments):

@@ -70,29 +70,34 @@ def parse_request(body: bytes) -> ImageRequest:
         raise ApiError(400, "invalid_json", f"the body is no JSON: {str(err)[:200]}") from err
     if not isinstance(found, dict):
         raise ApiError(400, "invalid_json", "the body must be a JSON object")
+    for name, value in found.items():
+        if not (_is_text(name) and _is_text(value)):
+            shown = _printable(name)
+            raise ApiError(
+                400, "invalid_value", f"{shown!r} holds characters that are no text", param=shown
+            )
     try:
-        request = ImageRequest.model_validate(found)
+        return ImageRequest.model_validate(found)
     except ValidationError as err:
         raise _explain(err, found) from err
-    for name in ("prompt", "model", "size"):
-        value = getattr(request, name)
-        if value is not None and not _is_text(value):
-            raise ApiError(
-                400, "invalid_value", f"{name!r} holds characters that are no text", param=name
-            )
-    return request
 
 
-def _is_text(value: str) -> bool:
-    """Whether it can be written at all, and holds nothing that ends strings elsewhere."""
+def _is_text(value: Any) -> bool:
+    """Whether a string can be written at all, and holds nothing that ends strings elsewhere."""
+    if not isinstance(value, str):
+        return True
     return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _printable(value: str) -> str:
+    return value[:80].encode("ascii", "backslashreplace").decode()
 
 
 def _explain(error: ValidationError, found: dict[str, Any]) -> ApiError:
     """The first thing that is wrong, by the name of its field."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
-    shown = name[:80].encode("ascii", "backslashreplace").decode()
+    shown = _printable(name)
     if first["type"] == "extra_forbidden":
         fields = list(ImageRequest.model_fields)
         near = _MEANT.get(name) or next(iter(difflib.get_close_matches(shown, fields, 1)), None)
@@ -101,7 +106,7 @@ def _explain(error: ValidationError, found: dict[str, Any]) -> ApiError:
     if first["type"] == "missing":
         return ApiError(400, "missing_parameter", f"the field {shown!r} is missing", param=shown)
     message = _REASONS.get(name, first["msg"][:1].lower() + first["msg"][1:])
-    given = repr(found[name])[:80].encode("ascii", "backslashreplace").decode()
+    given = _printable(repr(found[name]))
     return ApiError(400, "invalid_value", f"{shown!r} cannot be {given}: {message}", param=shown)
 
 
