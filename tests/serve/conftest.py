@@ -75,11 +75,12 @@ def served_onnx(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def running(app):
+def running(app, port=0):
     """An ASGI application on a real port of the loopback, in a thread; gives its address."""
     import uvicorn
 
-    config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", ws="none")
+    config = uvicorn.Config(app, port=port, log_config=None, lifespan="off", ws="none")
+    config.timeout_graceful_shutdown = 2
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
