@@ -204,9 +204,10 @@ def serve(record: dict[str, Any]) -> str:
     lines = [
         f"`python benchmarks/serve.py`, {record['device']}, {record['date']}, digits W4A8 on "
         f"{record['provider']}, one thread per operator, up to {record['max_batch']} rows in a call; "
-        f"load of the machine {record['load_before']:.1f} before and {record['load_after']:.1f} after. Start to "
-        f"ready {started['median']:.2f} s (least {started['least']:.2f}). One request at a time against bare "
-        f"calls of the graph, {cost['images']} images in turns: {cost['overhead']:+.1%} by the clock, "
+        f"load of the machine {record['load_before']:.1f} before, {record['load_after']:.1f} after. "
+        f"Start to ready {started['median']:.2f} s (least {started['least']:.2f}). One request at a time "
+        f"against bare calls of the graph, {cost['images']} images in turns: "
+        f"{cost['overhead']:+.1%} by the clock, "
         f"{cost['overhead_processor']:+.1%} of processor time.",
         "",
         "| requests | images/s when full, by step | by request | arrivals/s | p95 by step | "
