@@ -205,8 +205,8 @@ def serve(record: dict[str, Any]) -> str:
         f"`python benchmarks/serve.py`, {record['device']}, {record['date']}, digits W4A8 on "
         f"{record['provider']}, one thread per operator, up to {record['max_batch']} rows in a call; "
         f"load of the machine {record['load_before']:.1f} before, {record['load_after']:.1f} after. "
-        f"Start to ready {started['median']:.2f} s (least {started['least']:.2f}). One request at a time "
-        f"against bare calls of the graph, {cost['images']} images in turns: "
+        f"Start to ready {started['median']:.2f} s (least {started['least']:.2f}). One request at a "
+        f"time against bare calls of the graph, {cost['images']} images in turns: "
         f"{cost['overhead']:+.1%} by the clock, "
         f"{cost['overhead_processor']:+.1%} of processor time.",
         "",
