@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import aclosing
 from dataclasses import asdict
 from importlib.resources import files
@@ -28,7 +28,7 @@ from trtq.serve.logs import FIELDS
 from trtq.serve.metrics import Metrics
 from trtq.serve.model import Card, Drawing
 from trtq.serve.schema import ImageRequest, check_against, parse_request
-from trtq.serve.service import Event, Hosted, Service
+from trtq.serve.service import Drawer, Event
 
 __all__ = ["create_app"]
 
@@ -65,7 +65,7 @@ class ClientGoneError(Exception):
     """The client hung up before the answer."""
 
 
-def create_app(service: Service, metrics: Metrics, api_key: str | None = None) -> Any:
+def create_app(service: Drawer, metrics: Metrics, api_key: str | None = None) -> Any:
     """The ASGI application.
 
     Args:
@@ -88,7 +88,7 @@ def create_app(service: Service, metrics: Metrics, api_key: str | None = None) -
     return _Guard(app, metrics, api_key)
 
 
-def _add_images(app: FastAPI, service: Service, metrics: Metrics) -> None:
+def _add_images(app: FastAPI, service: Drawer, metrics: Metrics) -> None:
     schema = ImageRequest.model_json_schema()
     refusals = {
         status: {"description": text, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
@@ -115,16 +115,16 @@ def _add_images(app: FastAPI, service: Service, metrics: Metrics) -> None:
         """Draw images."""
         service.refuse_when_draining()
         wanted = parse_request(await _read_body(request, service))
-        hosted = service.find(wanted.model)
-        check_against(wanted, hosted.card, service.limits)
-        drawing = _drawing(wanted, hosted.card)
+        card = service.find(wanted.model)
+        check_against(wanted, card, service.limits)
+        drawing = _drawing(wanted, card)
         request.scope[_NOTES] |= {
-            "model": hosted.card.name,
+            "model": card.name,
             "images": drawing.count,
             "steps": drawing.steps,
         }
         events = service.draw(
-            hosted,
+            card.name,
             drawing,
             deadline_s=wanted.deadline,
             previews=wanted.partial_images or 0,
@@ -132,10 +132,10 @@ def _add_images(app: FastAPI, service: Service, metrics: Metrics) -> None:
         )
         if wanted.stream:
             await anext(events)  # Refusals come before the first byte of an answer.
-            return _EventStream(_server_sent(events, drawing, hosted, metrics))
+            return _EventStream(_server_sent(events, drawing, card, metrics))
         pictures = await _while_connected(request.receive, _pictures(events, drawing.count))
         data = [{"b64_json": _base64(png)} for png in pictures]
-        return JSONResponse({"created": int(time.time()), "data": data} | _facts(drawing, hosted))
+        return JSONResponse({"created": int(time.time()), "data": data} | _facts(drawing, card))
 
 
 def _drawing(wanted: ImageRequest, card: Card) -> Drawing:
@@ -148,15 +148,15 @@ def _drawing(wanted: ImageRequest, card: Card) -> Drawing:
     )
 
 
-def _facts(drawing: Drawing, hosted: Hosted) -> dict[str, Any]:
+def _facts(drawing: Drawing, card: Card) -> dict[str, Any]:
     """What an answer says beside the pictures: OpenAI's fields, then ours."""
-    height, width = hosted.card.image_size
+    height, width = card.image_size
     return {
         "background": "opaque",
         "output_format": "png",
         "quality": "auto",
         "size": f"{width}x{height}",
-        "model": hosted.card.name,
+        "model": card.name,
         "seed": drawing.seed,
         "steps": drawing.steps,
         "guidance": drawing.guidance,
@@ -167,9 +167,9 @@ def _base64(png: bytes) -> str:
     return base64.b64encode(png).decode()
 
 
-async def _pictures(events: AsyncIterator[Event], count: int) -> list[bytes]:
+async def _pictures(events: AsyncGenerator[Event], count: int) -> list[bytes]:
     found = [b""] * count
-    async with aclosing(events):  # type: ignore[type-var]
+    async with aclosing(events):
         async for event in events:
             if event.kind == "image":
                 found[event.index] = event.png
@@ -177,19 +177,19 @@ async def _pictures(events: AsyncIterator[Event], count: int) -> list[bytes]:
 
 
 async def _server_sent(
-    events: AsyncIterator[Event], drawing: Drawing, hosted: Hosted, metrics: Metrics
-) -> AsyncIterator[bytes]:
+    events: AsyncGenerator[Event], drawing: Drawing, card: Card, metrics: Metrics
+) -> AsyncGenerator[bytes]:
     """A request's events as OpenAI's clients read them, `trtq.progress` beside them if asked for."""
     shown = [0] * drawing.count
     try:
-        async with aclosing(events):  # type: ignore[type-var]
+        async with aclosing(events):
             async for event in events:
                 facts: dict[str, Any] = {"image_index": event.index, "step": event.step}
                 if event.kind == "progress":
                     yield _sse("trtq.progress", facts | {"steps": event.steps})
                     continue
                 facts |= {"b64_json": _base64(event.png), "created_at": int(time.time())}
-                facts |= _facts(drawing, hosted)
+                facts |= _facts(drawing, card)
                 if event.kind == "preview":
                     facts["partial_image_index"] = shown[event.index]
                     shown[event.index] += 1
@@ -205,7 +205,7 @@ def _sse(name: str, data: dict[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps({'type': name} | data)}\n\n".encode()
 
 
-async def _read_body(request: Request, service: Service) -> bytes:
+async def _read_body(request: Request, service: Drawer) -> bytes:
     """The whole body, of bounded size and in bounded time.
 
     Raises:
@@ -268,7 +268,7 @@ class _EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
@@ -279,24 +279,24 @@ class _EventStream(Response):
 
     async def _send(self, start: Message, send: Send) -> None:
         await send(start)
-        async with aclosing(self._chunks):  # type: ignore[type-var]
+        async with aclosing(self._chunks):
             async for chunk in self._chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
-    def described(hosted: Hosted) -> dict[str, Any]:
-        card = asdict(hosted.card)
-        name = card.pop("name")
-        most = min(service.limits.steps, card.pop("most_steps"))
+def _add_models(app: FastAPI, service: Drawer) -> None:
+    def described(card: Card) -> dict[str, Any]:
+        facts = asdict(card)
+        name = facts.pop("name")
+        most = min(service.limits.steps, facts.pop("most_steps"))
         limits = {"most_steps": most, "most_images": service.limits.images}
-        return {"id": name, "object": "model", "created": 0, "owned_by": "trtq"} | card | limits
+        return {"id": name, "object": "model", "created": 0, "owned_by": "trtq"} | facts | limits
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """What can be drawn with."""
-        return {"object": "list", "data": [described(one) for one in service.hosted.values()]}
+        return {"object": "list", "data": [described(card) for card in service.cards.values()]}
 
     @app.get("/v1/models/{name}", responses={404: {"description": "There is no such model."}})
     async def show_model(name: str) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return described(service.find(name))
 
 
-def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
+def _add_health(app: FastAPI, service: Drawer, metrics: Metrics) -> None:
     stops = {503: {"description": "The server is about to stop."}}
 
     def readiness() -> JSONResponse:

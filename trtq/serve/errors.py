@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 __all__ = ["ApiError"]
@@ -35,6 +36,11 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+
+    def __reduce__(self) -> Any:
+        """For pickle, which would call with the message alone."""
+        make = partial(ApiError, param=self.param, retry_after=self.retry_after)
+        return make, (self.status, self.code, self.message)
 
     @property
     def envelope(self) -> dict[str, Any]:

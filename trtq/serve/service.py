@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from trtq.errors import UsageError
 from trtq.serve.batcher import Batcher, Batching, Item
 from trtq.serve.errors import ApiError
 from trtq.serve.metrics import Metrics
-from trtq.serve.model import Drawing, ServedModel
+from trtq.serve.model import Card, Drawing, ServedModel
 from trtq.serve.png import png_bytes
 
-__all__ = ["Event", "Hosted", "Limits", "Service", "parse_batch_sizes"]
+__all__ = ["Drawer", "Event", "Hosted", "Limits", "Service", "parse_batch_sizes"]
 
 _LONGEST_RETRY_S = 60
 
@@ -144,25 +145,18 @@ class Hosted:
         self._image_s = each if not self._image_s else 0.9 * self._image_s + 0.1 * each
 
 
-class Service:
-    """Draws images for requests.
+class Drawer(ABC):
+    """What an HTTP application needs of whoever draws.
 
     Args:
-        hosted: models by name, the default first.
+        cards: models by name, the default first.
         limits: what to take on.
     """
 
-    def __init__(self, hosted: Mapping[str, Hosted], limits: Limits) -> None:
-        self.hosted = dict(hosted)
+    def __init__(self, cards: Mapping[str, Card], limits: Limits) -> None:
+        self.cards = dict(cards)
         self.limits = limits
         self.draining = False
-        # Prompts are encoded and pictures decoded here, so the batchers' threads only denoise.
-        self._side = ThreadPoolExecutor(1, "encode-decode")
-
-    @property
-    def under_way(self) -> int:
-        """Images accepted and not finished."""
-        return sum(one.under_way for one in self.hosted.values())
 
     def refuse_when_draining(self) -> None:
         """Nothing, unless the server is about to stop.
@@ -173,38 +167,39 @@ class Service:
         if self.draining:
             raise _draining()
 
-    def find(self, name: str | None) -> Hosted:
+    def find(self, name: str | None) -> Card:
         """The model of a name; the first for None.
 
         Raises:
             ApiError: 404, there is none.
         """
         if name is None:
-            return next(iter(self.hosted.values()))
-        if name not in self.hosted:
+            return next(iter(self.cards.values()))
+        if name not in self.cards:
             raise ApiError(
                 404,
                 "model_not_found",
-                f"there is no model {name[:80]!r} here; there is {', '.join(self.hosted)}",
+                f"there is no model {name[:80]!r} here; there is {', '.join(self.cards)}",
                 param="model",
             )
-        return self.hosted[name]
+        return self.cards[name]
 
-    async def draw(
+    @abstractmethod
+    def draw(
         self,
-        hosted: Hosted,
+        name: str,
         drawing: Drawing,
         *,
         deadline_s: float | None = None,
         previews: int = 0,
         progress: bool = False,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         """Draw a request's images; they are given up when the iterator is closed.
 
         The first event tells that the request was accepted: it can be drawn, and there was room for it.
 
         Args:
-            hosted: the model.
+            name: of the model.
             drawing: what to draw.
             deadline_s: from now to the last image; by default and at most that of the limits.
             previews: pictures of each image before it is done.
@@ -214,6 +209,38 @@ class Service:
             ApiError: 400 the model cannot draw this; 408 the deadline passed; 429 no room; 503 the
                 server stops; 500 the model failed.
         """
+
+
+class Service(Drawer):
+    """Draws images for requests, in this process.
+
+    Args:
+        hosted: models by name, the default first.
+        limits: what to take on.
+    """
+
+    def __init__(self, hosted: Mapping[str, Hosted], limits: Limits) -> None:
+        super().__init__({name: one.card for name, one in hosted.items()}, limits)
+        self.hosted = dict(hosted)
+        # Prompts are encoded and pictures decoded here, so the batchers' threads only denoise.
+        self._side = ThreadPoolExecutor(1, "encode-decode")
+
+    @property
+    def under_way(self) -> int:
+        """Images accepted and not finished."""
+        return sum(one.under_way for one in self.hosted.values())
+
+    async def draw(
+        self,
+        name: str,
+        drawing: Drawing,
+        *,
+        deadline_s: float | None = None,
+        previews: int = 0,
+        progress: bool = False,
+    ) -> AsyncGenerator[Event]:
+        """See `Drawer`."""
+        hosted = self.hosted[name]
         hosted.take(drawing.count)
         begun = time.monotonic()
         longest = min(deadline_s or math.inf, self.limits.deadline_s)
