@@ -244,6 +244,22 @@ def serve_hostile(record: dict[str, Any]) -> str:
     return text + (f" Schemathesis beside it: {cases[-1]}." if cases else "")
 
 
+def serve_ray(record: dict[str, Any]) -> str:
+    """`serve_ray.json` as Markdown."""
+    rates = {
+        name: f"{statistics.median(values):.1f} images/s ({min(values):.1f}-{max(values):.1f})"
+        for name, values in record["images_per_second"].items()
+    }
+    killed = record["killed"]
+    return (
+        f"`python benchmarks/serve_ray.py`, {record['device']}, {record['date']}, load of the machine "
+        f"{record['load_before']:.1f} before, {record['load_after']:.1f} after: one process "
+        f"{rates['one process']}, two replicas of one thread each on Ray Serve {rates['two replicas']}, "
+        f"{record['ratio']:.2f} x. A replica killed with {killed['requests']} requests under way: "
+        f"{killed['answered']} answered, {killed['answered_before']} of them before."
+    )
+
+
 MODELS = {"sd_1": "SD 1.5, 859.5 M", "sd_xl": "SD XL, 2,567 M"}
 KINDS = {
     "float": "float",
@@ -259,6 +275,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu_path": cpu_path,
     "serve": serve,
     "serve_hostile": serve_hostile,
+    "serve_ray": serve_ray,
 }
 
 

@@ -14,6 +14,7 @@ _EXTRAS = {
     "fastapi": "serve",
     "uvicorn": "serve",
     "prometheus_client": "serve",
+    "ray": "ray",
     "matplotlib": "eval",
     "jinja2": "eval",
     "torchmetrics": "eval",
