@@ -11,9 +11,10 @@ import httpx
 import pytest
 
 from tests.serve.test_app import PATH
+from trtq.errors import UsageError
 from trtq.serve.errors import ApiError
 from trtq.serve.model import Card, Drawing
-from trtq.serve.ray import RayOptions, RemoteDrawer, app
+from trtq.serve.ray import RemoteDrawer, app
 from trtq.serve.service import Event, Limits
 
 ray = pytest.importorskip("ray")
@@ -95,6 +96,21 @@ def test_refusals_of_a_replica_are_the_answer(monkeypatch):
         draw(Handle(Answers([copy], None)), monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "'path': field required; the arguments are path"),
+        ({"path": "x", "replicas": "2"}, "'replicas': extra inputs"),
+        ({"path": "x", "max_replicas": "no"}, "'max_replicas'"),
+        ({"path": "x", "min_replicas": "3"}, "min_replicas=3 is more than max_replicas=2"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_that_are_not_understood_are_named(given, message):
+    with pytest.raises(UsageError, match=message):
+        app(given)
+
+
 @pytest.fixture(scope="module")
 def url(served_onnx):
     from ray import serve
@@ -105,7 +121,7 @@ def url(served_onnx):
         port = free.getsockname()[1]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    options = RayOptions(path=str(served_onnx), min_replicas=2, max_replicas=2)
+    options = {"path": str(served_onnx), "min_replicas": "2", "max_replicas": "2"}
     serve.run(app(options), name="trtq", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()

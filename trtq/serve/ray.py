@@ -16,9 +16,10 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtq._optional import require
+from trtq.errors import UsageError
 from trtq.serve.errors import ApiError
 from trtq.serve.logs import FIELDS, log_to
 from trtq.serve.metrics import Metrics
@@ -64,6 +65,21 @@ class RayOptions(BaseModel):
     def limits(self) -> Limits:
         """What a replica takes on."""
         return Limits(batch=self.batch, queue=self.queue)
+
+
+def _parse(given: dict[str, Any]) -> RayOptions:
+    try:
+        options = RayOptions.model_validate(given)
+    except ValidationError as err:
+        first = err.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        known = ", ".join(RayOptions.model_fields)
+        raise UsageError(f"{name!r}: {first['msg'].lower()}; the arguments are {known}") from err
+    if options.min_replicas > options.max_replicas:
+        raise UsageError(
+            f"min_replicas={options.min_replicas} is more than max_replicas={options.max_replicas}"
+        )
+    return options
 
 
 class Replica:
@@ -160,8 +176,16 @@ class Front:
         return create_app(self._drawer, Metrics(), read_api_key(None))
 
 
-def app(options: RayOptions) -> Any:
-    """The application that `serve run` starts."""
+def app(given: RayOptions | dict[str, Any]) -> Any:
+    """The application that `serve run` starts.
+
+    Args:
+        given: options, or the `key=value` arguments of `serve run`.
+
+    Raises:
+        UsageError: one is unknown or out of range.
+    """
+    options = given if isinstance(given, RayOptions) else _parse(given)
     serve = require("ray").serve
     target = options.target or options.batch
     most = options.batch + options.queue
