@@ -18,6 +18,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -216,7 +217,7 @@ def main() -> None:
         fuzz = subprocess.Popen(
             [arguments.schemathesis, "run", f"{url}/openapi.json", "--checks", "not_a_server_error",
              "--max-examples", "300", "--exclude-path-regex", "metrics"],
-            stdout=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir(),  # It leaves notes.
         )  # fmt: skip
     memory = asyncio.run(attack(client, server.pid, 60 * arguments.minutes))
     said = fuzz.communicate()[0] if fuzz is not None else ""

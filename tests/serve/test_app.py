@@ -298,6 +298,7 @@ def test_giving_up_answers_503(serve, toy):
     server.service.give_up()
     thread.join()
     assert answers[0].status_code == 503
+    assert server.post(client).status_code == 503
 
 
 def test_health_and_models(serve):

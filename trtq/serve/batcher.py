@@ -147,9 +147,11 @@ class Batcher:
         with self._wake:
             self.sizes = sorted({*self.sizes, size})
 
-    def fail_all(self, error: Exception) -> None:
-        """Give up all images; the call that is running is still finished."""
+    def refuse(self, error: Exception) -> None:
+        """Give up all images, and those that still come; the call that is running is still finished."""
         with self._wake:
+            self._closed = error
+            self._wake.notify()
             given_up = [item for item in self._items if not item.cancelled]
             self._items, self._batch = [], []
             for item in given_up:
@@ -158,11 +160,8 @@ class Batcher:
             item.done(item, error)
 
     def close(self, error: Exception) -> None:
-        """Give up all images, take no more and end the thread."""
-        with self._wake:
-            self._closed = error
-            self._wake.notify()
-        self.fail_all(error)
+        """The same, and wait for the end of the thread."""
+        self.refuse(error)
         self._thread.join()
 
     def _run(self) -> None:

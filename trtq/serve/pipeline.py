@@ -27,6 +27,9 @@ from trtq.serve.solver import Ddim, SchedulerSolver, Solver
 
 __all__ = ["PipelineModel"]
 
+_SHIFTED = ("StableDiffusion3Pipeline",)
+"""Others have the number in their autoencoder's configuration, too, and do not use it."""
+
 
 class PipelineModel(ServedModel):
     """A diffusers pipeline, taken apart into what a batcher needs.
@@ -135,8 +138,16 @@ def _decoder(source: Source) -> Callable[[Tensor], Tensor]:
     autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
     if autoencoder is None:
         return lambda x: x
-    scale = float(autoencoder.config.get("scaling_factor") or 1.0)
-    shift = float(autoencoder.config.get("shift_factor") or 0.0)
+    config = autoencoder.config
+    if config.get("latents_mean") is not None:
+        raise UsageError(
+            f"the autoencoder of {source.name} normalises its latents by channel, which `trtq serve` "
+            "does not do yet; draw with `trtq generate`"
+        )
+    scale = float(config.get("scaling_factor") or 1.0)
+    shift = 0.0
+    if type(pipeline).__name__ in _SHIFTED:
+        shift = float(config.get("shift_factor") or 0.0)
     return lambda x: autoencoder.decode(x / scale + shift, return_dict=False)[0]
 
 

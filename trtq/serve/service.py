@@ -272,9 +272,9 @@ class Service(Drawer):
             self._side.submit(work, *arguments)
 
     def give_up(self) -> None:
-        """Answer everything that is under way with 503."""
+        """Answer everything that is under way, and all that still comes, with 503."""
         for one in self.hosted.values():
-            one.batcher.fail_all(_draining())
+            one.batcher.refuse(_draining())
 
     def close(self) -> None:
         """End all threads."""
@@ -296,10 +296,8 @@ class _Request:
         self._progress = progress
         self._loop = asyncio.get_running_loop()
         self._items: list[Item] = []
-        # Evenly over the steps, none at the very beginning.
-        self._preview_at = {
-            round((which + 1) * drawing.steps / (previews + 1)) for which in range(previews)
-        }
+        self._previews = previews
+        self._preview_at: set[int] = set()
 
     async def begin(self) -> None:
         """Hand the images to the batcher."""
@@ -307,6 +305,11 @@ class _Request:
             starts = await self._service.aside(self._hosted.model.starts, self._drawing)
         except UsageError as err:
             raise ApiError(400, "invalid_value", str(err)) from err
+        # Evenly over the steps, none at the very beginning.
+        calls = len(starts[0].solver.timesteps)
+        self._preview_at = {
+            round((which + 1) * calls / (self._previews + 1)) for which in range(self._previews)
+        }
         watched = self._progress or self._preview_at
         after_step = self._after_step if watched else None
         self._items = [
@@ -330,8 +333,7 @@ class _Request:
     def _after_step(self, item: Item) -> None:
         if self._progress:
             self._tell(Event("progress", item.index, item.position, item.steps))
-        # A scheduler that calls the denoiser twice per step has more calls than steps.
-        if item.position * self._drawing.steps // item.steps in self._preview_at:
+        if item.position in self._preview_at:
             self._service.submit_aside(self._picture, "preview", item, item.position, item.clean)
 
     def _done(self, item: Item, error: Exception | None) -> None:
