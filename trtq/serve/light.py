@@ -22,6 +22,7 @@ from trtq.serve.solver import Ddim
 __all__ = ["LightModel", "pixels"]
 
 _LEAST_VALUES = 16
+_QUICK_VALUES = 1 << 12
 DEFAULT_STEPS = 20
 
 
@@ -58,6 +59,7 @@ class LightModel(ServedModel):
         self._ddim = Ddim(_scheduler_config(folder))
         self._null_class = read_null_class(folder)
         self._shape = _sample_shape(config, manifest)
+        self.quick = math.prod(self._shape) <= _QUICK_VALUES
         self.card = _card(folder, manifest, name, provider, config, self._ddim, self._null_class)
 
     @staticmethod

@@ -97,11 +97,13 @@ class Start:
 
 
 class ServedModel(ABC):
-    """A model that a batcher can run. `denoise` is called from one thread, the rest from another."""
+    """A model that a batcher can run; its methods are called from several threads."""
 
     card: Card
     fixed_shapes = False
     """Whether each batch size has to be compiled before it runs well."""
+    quick = False
+    """Whether `starts` and `decode` take less time than handing them to another thread."""
 
     @abstractmethod
     def starts(self, drawing: Drawing) -> Sequence[Start]:

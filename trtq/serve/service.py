@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from trtq.errors import UsageError
 from trtq.serve.batcher import Batcher, Batching, Item
 from trtq.serve.errors import ApiError
@@ -222,7 +224,7 @@ class Service(Drawer):
     def __init__(self, hosted: Mapping[str, Hosted], limits: Limits) -> None:
         super().__init__({name: one.card for name, one in hosted.items()}, limits)
         self.hosted = dict(hosted)
-        # Prompts are encoded and pictures decoded here, so the batchers' threads only denoise.
+        # Where prompts are encoded and pictures decoded, unless that is quick: batchers only denoise.
         self._side = ThreadPoolExecutor(1, "encode-decode")
 
     @property
@@ -292,6 +294,7 @@ class _Request:
         self.events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._service = service
         self._hosted = hosted
+        self._model = hosted.model
         self._drawing = drawing
         self._progress = progress
         self._loop = asyncio.get_running_loop()
@@ -302,7 +305,10 @@ class _Request:
     async def begin(self) -> None:
         """Hand the images to the batcher."""
         try:
-            starts = await self._service.aside(self._hosted.model.starts, self._drawing)
+            if self._model.quick:
+                starts = self._model.starts(self._drawing)
+            else:
+                starts = await self._service.aside(self._model.starts, self._drawing)
         except UsageError as err:
             raise ApiError(400, "invalid_value", str(err)) from err
         # Evenly over the steps, none at the very beginning.
@@ -334,19 +340,25 @@ class _Request:
         if self._progress:
             self._tell(Event("progress", item.index, item.position, item.steps))
         if item.position in self._preview_at:
-            self._service.submit_aside(self._picture, "preview", item, item.position, item.clean)
+            self._show("preview", item, item.clean)
 
     def _done(self, item: Item, error: Exception | None) -> None:
         if error is not None:
             self._tell(error)
             return
-        self._service.submit_aside(self._picture, "image", item, item.position, item.x)
+        self._show("image", item, item.x)
 
-    def _picture(self, kind: str, item: Item, position: int, x: Any) -> None:
+    def _show(self, kind: str, item: Item, x: np.ndarray) -> None:
+        if self._model.quick:
+            self._picture(kind, item, item.position, x)
+        else:
+            self._service.submit_aside(self._picture, kind, item, item.position, x)
+
+    def _picture(self, kind: str, item: Item, position: int, x: np.ndarray) -> None:
         if item.cancelled:
             return
         try:
-            png = png_bytes(self._hosted.model.decode(x))
+            png = png_bytes(self._model.decode(x))
         except Exception as error:  # The answer to this request; the thread serves others, too.
             self._tell(error)
             return
