@@ -207,7 +207,9 @@ def _listen(host: str, port: int) -> socket.socket:
         ArtefactError: the address or the port cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends at once only where the protocol is named; otherwise an answer waits 40 ms for an
+    # acknowledgement between its head and its body.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
