@@ -31,7 +31,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/pip
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
-	$(BIN)/pip install -q -e '.[cpu,eval,rtx,plugins,dev]'
+	$(BIN)/pip install -q -e '.[cpu,eval,rtx,plugins,serve,dev]'
 	touch $@ $(VENV)/.demo
 
 clean:

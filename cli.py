@@ -796,6 +796,108 @@ def _show_verified(path: str, found: dict[str, Any]) -> None:
 
 
 @app.command()
+def serve(
+    path: Annotated[str, typer.Argument(help="An ONNX folder, a run or a checkpoint.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0 takes any that is free.")
+    ] = 8000,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="What requests call it; default: the folder's name."),
+    ] = None,
+    beside: Annotated[
+        str | None, typer.Option("--beside", help="A second model to compare with, e.g. digits.")
+    ] = None,
+    provider: Provider = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads of one operator.")
+    ] = None,
+    max_batch: Annotated[
+        int,
+        typer.Option(
+            "--max-batch",
+            min=2,
+            max=256,
+            help="Rows in one call; an image with guidance takes two.",
+        ),
+    ] = 8,
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(
+            "--batch-sizes", help="The only ones to call with, e.g. 1,2,4,8; pads to them."
+        ),
+    ] = None,
+    batching: Annotated[
+        str,
+        typer.Option("--batching", help="step: images join at any step; request: whole batches."),
+    ] = "step",
+    queue: Annotated[int, typer.Option("--queue", min=0, help="Images that may wait.")] = 64,
+    max_images: Annotated[
+        int, typer.Option("--max-images", min=1, help="Most images of one request.")
+    ] = 10,
+    max_steps: Annotated[
+        int, typer.Option("--max-steps", min=1, help="Most denoising steps of an image.")
+    ] = 200,
+    deadline_seconds: Annotated[
+        float, typer.Option("--deadline-seconds", min=0.1, help="Longest answer.")
+    ] = 120.0,
+    drain_seconds: Annotated[
+        float,
+        typer.Option("--drain-seconds", min=0, help="After SIGTERM, to finish what was taken on."),
+    ] = 30.0,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api-key-file", help="Key that requests must bring; or TRTQ_API_KEY."),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve images over HTTP: OpenAI's API, health, metrics, and a page to try it.
+
+    Example: trtq serve onnx --provider openvino --beside digits
+    """
+    with _command(verbose):
+        from trtq.serve.logs import log_to
+        from trtq.serve.server import ServeOptions, parse_batching, read_api_key
+        from trtq.serve.server import serve as run_server
+        from trtq.serve.service import Limits, parse_batch_sizes
+
+        limits = Limits(
+            batch=max_batch,
+            batch_sizes=None if batch_sizes is None else parse_batch_sizes(batch_sizes, max_batch),
+            queue=queue,
+            images=max_images,
+            steps=max_steps,
+            deadline_s=deadline_seconds,
+        )
+        options = ServeOptions(
+            path=path,
+            name=name,
+            beside=beside,
+            host=host,
+            port=port,
+            provider=provider,
+            threads=threads,
+            batching=parse_batching(batching),
+            limits=limits,
+            drain_s=drain_seconds,
+            api_key=read_api_key(api_key_file),
+        )
+
+        def announce(found: dict[str, Any]) -> None:
+            def human(ready: dict[str, Any]) -> None:
+                names = ", ".join(ready["models"])
+                _err.print(f"serving {names} at {ready['url']}, ready in {ready['seconds']} s")
+
+            _show(found, as_json, human)
+            sys.stdout.flush()
+
+        log_to(level=logging.DEBUG if verbose else logging.INFO)
+        run_server(options, announce)
+
+
+@app.command()
 def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for everything it makes.")

@@ -198,6 +198,68 @@ def cpu_path(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def serve(record: dict[str, Any]) -> str:
+    """`serve.json` as Markdown."""
+    cost, started = record["overhead"], record["start_seconds"]
+    lines = [
+        f"`python benchmarks/serve.py`, {record['device']}, {record['date']}, digits W4A8 on "
+        f"{record['provider']}, one thread per operator, up to {record['max_batch']} rows in a call; "
+        f"load of the machine {record['load_before']:.1f} before, {record['load_after']:.1f} after. "
+        f"Start to ready {started['median']:.2f} s (least {started['least']:.2f}). One request at a "
+        f"time against bare calls of the graph, {cost['images']} images in turns: "
+        f"{cost['overhead']:+.1%} by the clock, "
+        f"{cost['overhead_processor']:+.1%} of processor time.",
+        "",
+        "| requests | images/s when full, by step | by request | arrivals/s | p95 by step | "
+        "by request | ratio (rounds) | p50 ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, found in record["load"].items():
+        full = {key: found["capacity_images_per_second"][key] for key in ("step", "request")}
+        p95 = {key: found["rows"][key]["p95_seconds"] for key in ("step", "request")}
+        rounds = found["p95_ratio_rounds"]
+        cells = [
+            name,
+            *(f"{statistics.median(values):.1f}" for values in full.values()),
+            f"{found['arrivals_per_second']:.1f}",
+            *(f"{value:.2f} s" for value in p95.values()),
+            f"{found['p95_ratio']:.2f} x ({min(rounds):.2f}-{max(rounds):.2f})",
+            f"{found['p50_ratio']:.2f} x",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def serve_hostile(record: dict[str, Any]) -> str:
+    """`serve_hostile.json` as Markdown."""
+    statuses = ", ".join(f"{count:,} x {name}" for name, count in record["statuses"].items())
+    text = (
+        f"`python benchmarks/serve_hostile.py`, {record['date']}: {record['minutes']:g} minutes, "
+        f"{record['requests']:,} requests ({statuses}); {record['server_errors']} answers of 5xx, "
+        f"{record['unanswered']} without an answer, {len(record['wrong'])} wrong ones, memory at the "
+        f"end {record['memory_ratio']:.3f} x of that after a tenth of the time, exit code "
+        f"{record['exit_code']}."
+    )
+    cases = [line.strip() for line in record["schemathesis"] if "generated" in line]
+    return text + (f" Schemathesis beside it: {cases[-1]}." if cases else "")
+
+
+def serve_ray(record: dict[str, Any]) -> str:
+    """`serve_ray.json` as Markdown."""
+    rates = {
+        name: f"{statistics.median(values):.1f} images/s ({min(values):.1f}-{max(values):.1f})"
+        for name, values in record["images_per_second"].items()
+    }
+    killed = record["killed"]
+    return (
+        f"`python benchmarks/serve_ray.py`, {record['device']}, {record['date']}, load of the machine "
+        f"{record['load_before']:.1f} before, {record['load_after']:.1f} after: one process "
+        f"{rates['one process']}, two replicas of one thread each on Ray Serve {rates['two replicas']}, "
+        f"{record['ratio']:.2f} x. A replica killed with {killed['requests']} requests under way: "
+        f"{killed['answered']} answered, {killed['answered_before']} of them before."
+    )
+
+
 MODELS = {"sd_1": "SD 1.5, 859.5 M", "sd_xl": "SD XL, 2,567 M"}
 KINDS = {
     "float": "float",
@@ -211,6 +273,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "shapes": shapes,
     "sd_size": sd_size,
     "cpu_path": cpu_path,
+    "serve": serve,
+    "serve_hostile": serve_hostile,
+    "serve_ray": serve_ray,
 }
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trtq.calib.policy import explain, parse_bits, read_toml
 from trtq.calib.sensitivity import parse_budget
-from trtq.diffusion.source import parse_size
+from trtq.diffusion.layout import parse_size
 from trtq.errors import RecipeError
 from trtq.quant.ranges import check_bits
 

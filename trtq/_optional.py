@@ -11,6 +11,10 @@ __all__ = ["require"]
 
 _EXTRAS = {
     "onnxruntime": "cpu",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "ray": "ray",
     "matplotlib": "eval",
     "jinja2": "eval",
     "torchmetrics": "eval",

@@ -15,7 +15,7 @@ from trtq.diffusion.shipped import shipped_model
 
 VERBS = (
     *("doctor", "quantize", "export", "build", "generate", "eval", "inspect", "verify", "demo"),
-    "bench",
+    *("bench", "serve"),
 )
 
 

@@ -12,16 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trtq.diffusion.prediction import PREDICTIONS, clean_and_noise
 from trtq.errors import UsageError
 
-__all__ = ["NoiseSchedule", "inference_timesteps"]
+__all__ = ["NoiseSchedule", "inference_timesteps", "set_timesteps"]
 
 _LEAST_SIGNAL = 1e-3
-PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
-def _set_timesteps(scheduler: Any, steps: int, tokens: int | None) -> Any:
-    """A fresh scheduler of this kind with its steps set, as diffusers' own pipelines set them."""
+def set_timesteps(scheduler: Any, steps: int, tokens: int | None) -> Any:
+    """A fresh scheduler of this kind with its steps set, as diffusers' own pipelines set them.
+
+    Args:
+        scheduler: it is not changed.
+        steps: number of denoising steps.
+        tokens: see `inference_timesteps`.
+
+    Raises:
+        UsageError: the number of steps is out of range.
+    """
     trained = int(scheduler.config.num_train_timesteps)
     if not 1 <= steps <= trained:
         raise UsageError(f"steps={steps} is out of range; choose 1 .. {trained}")
@@ -56,7 +65,7 @@ def inference_timesteps(scheduler: Any, steps: int, tokens: int | None = None) -
         UsageError: the number of steps is out of range.
     """
     # Second-order solvers list a timestep twice, once per evaluation.
-    timesteps = _set_timesteps(scheduler, steps, tokens).timesteps.tolist()
+    timesteps = set_timesteps(scheduler, steps, tokens).timesteps.tolist()
     return list(dict.fromkeys(float(t) for t in timesteps))
 
 
@@ -70,8 +79,7 @@ class NoiseSchedule:
         timesteps: those visited, noisiest first, as the denoiser is told them; float32[T].
         signal: share of the clean sample at each position, and behind the last one; float32[T + 1].
         sigma: that of the noise, likewise.
-        prediction: what the denoiser predicts, one of `PREDICTIONS`: the noise; the velocity
-            `signal noise - sigma x_0`; the clean sample; or the flow `noise - x_0`.
+        prediction: what the denoiser predicts, one of `PREDICTIONS`.
         clip: bound of the predicted clean sample, or None.
     """
 
@@ -167,13 +175,8 @@ class NoiseSchedule:
     def _parts(self, x: Tensor, predicted: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """The clean sample and the noise that a prediction means, at positions `at[B, 1, ...]`."""
         signal, sigma = self.signal[at].to(x), self.sigma[at].to(x)
-        if self.prediction == "epsilon":
-            return (x - sigma * predicted) / signal, predicted
-        if self.prediction == "v_prediction":
-            return signal * x - sigma * predicted, signal * predicted + sigma * x
-        if self.prediction == "sample":
-            return predicted, (x - signal * predicted) / sigma
-        return x - sigma * predicted, x + signal * predicted
+        clean, noise = clean_and_noise(self.prediction, x, predicted, signal, sigma)
+        return clean, noise
 
     def step(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from trtq.diffusion.encode import (
     encodes_text,
 )
 from trtq.diffusion.families import Family, family_named
+from trtq.diffusion.layout import INDEX_NAME, parse_size, read_null_class
 from trtq.diffusion.prompts import PromptSet, load_prompts
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import Conditions
@@ -30,14 +30,10 @@ __all__ = [
     "DENOISERS",
     "Source",
     "load_source",
-    "parse_size",
-    "parse_sizes",
     "resolve_model",
     "wrap_pipeline",
 ]
 
-INDEX_NAME = "model_index.json"
-CLASSES_NAME = "classes.json"
 _LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError)
 DENOISERS = ("unet", "transformer")
 _ENCODE_BATCH = 64
@@ -162,14 +158,14 @@ class Source:
     def coarsest(self) -> int:
         """Latent cells along one side of a cell of the denoiser's coarsest level."""
         config: Any = self.denoiser.config
-        if self._packed:
+        if self.packed:
             return 2
         if getattr(config, "patch_size", None) is not None:
             return int(config.patch_size)
         return int(2 ** (len(config.block_out_channels) - 1))
 
     @property
-    def _packed(self) -> bool:
+    def packed(self) -> bool:
         """Whether the denoiser takes latents as a sequence of 2 x 2 patches."""
         return self.model_class == "FluxTransformer2DModel"
 
@@ -179,7 +175,7 @@ class Source:
         height, width = self.latent_size
         config: Any = self.denoiser.config
         channels = int(config.in_channels)
-        if self._packed:
+        if self.packed:
             return (height // 2) * (width // 2), channels
         return channels, height, width
 
@@ -193,7 +189,7 @@ class Source:
     @property
     def embedded_guidance(self) -> float | None:
         """The guidance that the denoiser is told as an input; None where it is not."""
-        return EMBEDDED_GUIDANCE if self._packed else None
+        return EMBEDDED_GUIDANCE if self.packed else None
 
     @property
     def gives_raw_images(self) -> bool:
@@ -234,9 +230,10 @@ class Source:
         }
         return Encoded(joined, parts[0].unconditional, parts[0].shared)
 
-    def _image_tokens(self) -> int | None:
+    @property
+    def image_tokens(self) -> int | None:
         """Length of the sequence that a transformer makes of the latents; None for a UNet."""
-        patch = 2 if self._packed else getattr(self.denoiser.config, "patch_size", None)
+        patch = 2 if self.packed else getattr(self.denoiser.config, "patch_size", None)
         height, width = self.latent_size
         return None if patch is None else (height // patch) * (width // patch)
 
@@ -253,7 +250,7 @@ class Source:
         return NoiseSchedule.of(
             self.pipeline.scheduler,
             steps,
-            tokens=self._image_tokens(),
+            tokens=self.image_tokens,
             timestep_scale=self.family.timestep_scale,
         )
 
@@ -312,37 +309,6 @@ def find_denoiser(pipeline: Any) -> str:
     )
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`512x768` -> (512, 768), height and width in pixels.
-
-    Raises:
-        UsageError: not of that form.
-    """
-    height, _, width = text.lower().partition("x")
-    try:
-        size = int(height), int(width)
-    except ValueError:
-        size = 0, 0
-    if min(size) < 1:
-        raise UsageError(f"the size {text!r} is not understood; write HEIGHTxWIDTH, e.g. 512x512")
-    return size
-
-
-def parse_sizes(text: str) -> tuple[str, str]:
-    """`512x512:1024x1024` -> the smallest and the largest size; `512x512` -> twice the same.
-
-    Raises:
-        UsageError: not of that form, or the second is smaller.
-    """
-    low, _, high = text.partition(":")
-    high = high or low
-    if any(a > b for a, b in zip(parse_size(low), parse_size(high), strict=True)):
-        raise UsageError(
-            f"the sizes {text!r} shrink; write SMALLEST:LARGEST, e.g. 512x512:1024x768"
-        )
-    return low, high
-
-
 def resolve_model(model: str | Path) -> Path | str:
     """The folder that a model argument means, or the argument itself if it is a hub id.
 
@@ -366,24 +332,6 @@ def resolve_model(model: str | Path) -> Path | str:
         f"there is no model {name!r}: not a folder, not a hub id (owner/name), and not one that "
         f"ships with trtq ({', '.join(shipped_models()) or 'none'})"
     )
-
-
-def read_null_class(folder: Path) -> int | None:
-    """The label that means "no class", from a folder's `classes.json`; None without one.
-
-    Raises:
-        ArtefactError: the file does not hold a label.
-    """
-    path = folder / CLASSES_NAME
-    if not path.is_file():
-        return None
-    try:
-        null_class = json.loads(path.read_text())["null_class"]
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise ArtefactError(f"cannot read {path}: {err}") from err
-    if null_class is not None and not isinstance(null_class, int):
-        raise ArtefactError(f"{path}: null_class is a label or null, got {null_class!r}")
-    return null_class
 
 
 def wrap_pipeline(pipeline: Any, null_class: int | None = None) -> Any:

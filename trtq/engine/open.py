@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from trtq.engine.base import Engine
-from trtq.engine.openvino import OpenVinoEngine
+from trtq.engine.openvino import MOST_SHAPES, OpenVinoEngine
 from trtq.engine.ort import OrtEngine
 from trtq.engine.ort_tensorrt import OrtTensorRtEngine
 from trtq.engine.tensorrt.backends import BACKENDS
@@ -27,6 +27,7 @@ def open_engine(
     threads: int | None = None,
     metadata: Mapping[str, str] = _NO_METADATA,
     profile: Callable[[], Profile] | None = None,
+    shapes: int = MOST_SHAPES,
 ) -> Engine:
     """Open an ONNX file, or an engine of TensorRT.
 
@@ -36,6 +37,7 @@ def open_engine(
         threads: threads of one operator; None: as many as there are cores.
         metadata: of an engine, which has none of its own.
         profile: gives the ranges of a graph's inputs, for the TensorRT providers of onnxruntime.
+        shapes: of inputs that are kept ready where each has to be compiled.
 
     Raises:
         UsageError: the provider is unknown or not in the installed onnxruntime.
@@ -48,5 +50,5 @@ def open_engine(
             raise UsageError(f"{path} does not say what shapes {provider} is to build for")
         return OrtTensorRtEngine(path, provider, profile(), threads)
     if provider == OpenVinoEngine.provider:
-        return OpenVinoEngine(path, threads)
+        return OpenVinoEngine(path, threads, shapes)
     return OrtEngine(path, provider, threads)

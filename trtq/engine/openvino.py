@@ -17,7 +17,10 @@ from trtq.engine.base import TensorSpec
 from trtq.engine.ort import check_provider, open_graph, session_options
 from trtq.export.targets import load_graph, prepare
 
-__all__ = ["OpenVinoEngine", "graph_specs"]
+__all__ = ["MOST_SHAPES", "OpenVinoEngine", "graph_specs"]
+
+MOST_SHAPES = 2
+"""Shapes that are kept compiled unless more are asked for."""
 
 _NAME: Literal["openvino"] = "openvino"
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -31,6 +34,8 @@ class OpenVinoEngine:
         threads: of one inference; None: as many as there are cores.
         most_shapes: sessions kept; each holds the weights in memory.
 
+    Shapes that have been called with may be run while another thread compiles a new one.
+
     Raises:
         UsageError: the installed onnxruntime has no OpenVINO.
         ArtefactError: the file cannot be read.
@@ -38,11 +43,13 @@ class OpenVinoEngine:
 
     provider = _NAME
 
-    def __init__(self, path: Path, threads: int | None = None, most_shapes: int = 2) -> None:
+    def __init__(
+        self, path: Path, threads: int | None = None, most_shapes: int = MOST_SHAPES
+    ) -> None:
         check_provider(_NAME)
         self._path = path
         self._threads = threads
-        self._most_shapes = most_shapes
+        self.most_shapes = most_shapes
         self._model = prepare(load_graph(path), _NAME)
         graph = self._model.graph
         self._inputs = graph_specs(graph.inputs)
@@ -79,7 +86,7 @@ class OpenVinoEngine:
         session = self._sessions.get(shapes)
         if session is None:
             session = self._sessions[shapes] = self._open(shapes)
-            while len(self._sessions) > self._most_shapes:
+            while len(self._sessions) > self.most_shapes:
                 self._sessions.popitem(last=False)
         self._sessions.move_to_end(shapes)
         names = list(self._outputs)

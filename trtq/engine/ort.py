@@ -12,8 +12,8 @@ import numpy as np
 from trtq._optional import require
 from trtq.engine.base import TensorSpec
 from trtq.errors import ArtefactError, UsageError
+from trtq.export.nodes import DOMAIN
 from trtq.export.targets import has_vnni, load_graph, prepare
-from trtq.export.trace import DOMAIN
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import onnx_ir as ir
-
 from trtq._optional import require
 from trtq.engine.ort import PROVIDERS, OrtSession, open_graph, session_options
 from trtq.engine.tensorrt.job import Profile
@@ -74,7 +72,7 @@ class OrtTensorRtEngine(OrtSession):
         if PROVIDERS[name] not in present:
             _add_plugin(options, name, settings)
             listed = None
-        model: ir.Model = prepare(load_graph(path), name)
+        model = prepare(load_graph(path), name)
         super().__init__(open_graph(path, model, options, name, listed), name)
 
 

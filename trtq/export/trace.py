@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from trtq.diffusion.families import Family
 from trtq.diffusion.sampling import Conditions
 from trtq.errors import LegalityError
+from trtq.export.nodes import DOMAIN
 from trtq.quant.convert import deploy_timesteps, quantizable_layers
 from trtq.quant.modules import ConvGeometry
 from trtq.quant.structure import Product, replace_module
@@ -32,10 +33,8 @@ from trtq.quant.structure import Product, replace_module
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["DOMAIN", "LOW_BIT_OPERATORS", "OPSET", "trace", "trace_module"]
+__all__ = ["OPSET", "trace", "trace_module"]
 
-DOMAIN = "trtq"
-LOW_BIT_OPERATORS = ("LowBitLinear", "LowBitConv2d", "LowBitMatMul")
 OPSET = 21
 IR_VERSION = 10
 HEIGHT, WIDTH = "height", "width"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trtq.diffusion.source import parse_size, parse_sizes
+from trtq.diffusion.layout import parse_size, parse_sizes
 from trtq.engine.denoiser import SIZES_KEY
 from trtq.engine.tensorrt.backends import CURRENT, Backend, check_architectures, find_backend
 from trtq.engine.tensorrt.compile import ENGINE_FILE, Compiled, compile_engine

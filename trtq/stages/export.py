@@ -10,9 +10,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from trtq.diffusion.source import Source, load_source, parse_sizes
+from trtq.diffusion.layout import parse_sizes
+from trtq.diffusion.source import Source, load_source
 from trtq.engine.denoiser import SIZES_KEY
 from trtq.errors import GateError, UsageError
+from trtq.export.nodes import LOW_BIT_OPERATORS
 from trtq.export.passes import (
     BroadcastTimestep,
     DropIdleSqueeze,
@@ -24,7 +26,7 @@ from trtq.export.passes import (
     WidenLayerNorm,
 )
 from trtq.export.passes.plugins import TIMESTEPS_KEY
-from trtq.export.trace import LOW_BIT_OPERATORS, trace
+from trtq.export.trace import trace
 from trtq.manifest import (
     LayerRow,
     Manifest,

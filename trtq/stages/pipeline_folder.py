@@ -16,16 +16,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from trtq.diffusion.layout import CLASSES_NAME, INDEX_NAME, read_json, read_null_class
 from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.source import (
-    CLASSES_NAME,
-    DENOISERS,
-    INDEX_NAME,
-    Source,
-    read_null_class,
-    wrap_pipeline,
-)
+from trtq.diffusion.source import DENOISERS, Source, wrap_pipeline
 from trtq.errors import ArtefactError, UsageError
 
 __all__ = [
@@ -111,21 +105,13 @@ def _diffusers_class(pipeline: Any) -> Any:
     raise UsageError(f"{type(pipeline).__name__} is not a pipeline of diffusers")
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    try:
-        index: dict[str, Any] = json.loads((folder / INDEX_NAME).read_text())
-    except (OSError, ValueError) as err:
-        raise ArtefactError(f"cannot read {folder / INDEX_NAME}: {err}") from err
-    return index
-
-
 def denoiser_in(folder: Path) -> str:
     """The name of the denoiser in a pipeline's folder.
 
     Raises:
         ArtefactError: the folder names none.
     """
-    index = _index(folder)
+    index = read_json(folder / INDEX_NAME)
     for name in DENOISERS:
         if isinstance(index.get(name), list):
             return name
@@ -138,7 +124,7 @@ def has_parts(folder: Path) -> bool:
     Raises:
         ArtefactError: it is no pipeline's folder.
     """
-    index = _index(folder)
+    index = read_json(folder / INDEX_NAME)
     names = (*TEXT_ENCODERS, *AUTOENCODERS)
     return any(part in names and (entry or [None])[0] is not None for part, entry in index.items())
 
@@ -151,7 +137,7 @@ def import_classes(folder: Path) -> None:
     """
     import diffusers
 
-    index = _index(folder)
+    index = read_json(folder / INDEX_NAME)
     getattr(diffusers, str(index.get("_class_name")), None)
     for part, entry in index.items():
         if isinstance(entry, list):
@@ -169,7 +155,7 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     import diffusers
     from accelerate import init_empty_weights
 
-    library, class_name = _index(folder).get(denoiser_name, ("", ""))
+    library, class_name = read_json(folder / INDEX_NAME).get(denoiser_name, ("", ""))
     cls = getattr(diffusers, class_name, None) if library == "diffusers" else None
     if cls is None or not issubclass(cls, nn.Module):
         raise ArtefactError(
@@ -202,7 +188,7 @@ def load_pipeline_parts(
     """
     import diffusers
 
-    index = _index(folder)
+    index = read_json(folder / INDEX_NAME)
     pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
     if pipeline_class is None:
         raise ArtefactError(f"{folder / INDEX_NAME} names a pipeline that diffusers does not have")

@@ -38,9 +38,9 @@ import onnx_ir as ir
 import torch
 
 from trtq.errors import LegalityError
+from trtq.export.nodes import DOMAIN, LOW_BIT_OPERATORS
 from trtq.export.passes.builder import GraphBuilder
 from trtq.export.passes.step_index import STEPS_PREFIX, look_up_step
-from trtq.export.trace import DOMAIN, LOW_BIT_OPERATORS
 from trtq.quant.convert import LowBitTensors
 from trtq.quant.deployed import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable

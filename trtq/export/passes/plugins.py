@@ -19,10 +19,10 @@ import numpy as np
 import onnx_ir as ir
 
 from trtq.errors import ArtefactError, LegalityError
+from trtq.export.nodes import DOMAIN
 from trtq.export.passes.builder import GraphBuilder
 from trtq.export.passes.expand_qdq import ExpandLowBitToQdq
 from trtq.export.passes.step_index import look_up_step
-from trtq.export.trace import DOMAIN
 from trtq.plugins.low_bit.tensorrt import NAMESPACE, PLUGINS, VERSION, fields_of, spec_of
 from trtq.plugins.spec import LayerSpec
 from trtq.quant.convert import LowBitTensors

@@ -1,0 +1,314 @@
+"""What serving costs and what batching by step brings: start, overhead, Poisson load; on real servers.
+
+    python benchmarks/serve.py [ONNX] [--provider cpu] [--rounds 3] [--seconds 20]
+
+Without a folder the digits at W4A8 are quantised and exported first. All servers run with one thread per
+operator. Rows that are compared are measured in turns, with the same arrivals and requests.
+
+- start: from starting the process to the first `/readyz` that says 200.
+- overhead: one request at a time over one connection, against the same number of calls of the same graph
+  in this process, image by image in turns; by the clock and by the processor's time of each process,
+  which other work on the machine disturbs less.
+- load: capacity is what each way of batching does when there is always more to do; then requests come at
+  random (Poisson) at 80 % of the smaller capacity, in turns to a server that batches by step and to one
+  that batches whole requests: those of the same steps and guidance, as one call of a pipeline can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trtq.engine.open import open_engine
+from trtq.manifest import package_versions
+from trtq.serve.solver import Ddim
+
+PATH = "/v1/images/generations"
+STEPS = 20
+WORKLOADS: dict[str, dict[str, tuple[float, ...]]] = {
+    "20 steps": {"steps": (20,)},
+    "10, 20 or 50 steps": {"steps": (10, 20, 50)},
+    "10, 20 or 50 steps, guidance 1, 2 or 3": {"steps": (10, 20, 50), "guidance": (1, 2, 3)},
+}
+BATCHINGS = ("step", "request")
+SHARE = 0.8
+WARM = 20
+
+
+@contextmanager
+def served(onnx: Path, *options: str) -> Iterator[tuple[int, int]]:
+    """A server in a process of its own; gives its port and process, and checks how it ends."""
+    command = [sys.executable, "-m", "trtq.cli", "serve", str(onnx), "--port", "0", "--json"]
+    process = subprocess.Popen(
+        [*command, "--threads", "1", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield int(json.loads(process.stdout.readline())["url"].rpartition(":")[2]), process.pid
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    return dict(zip(("q1", "median", "q3"), statistics.quantiles(values, n=4), strict=True))
+
+
+def start_seconds(onnx: Path, provider: str, rounds: int) -> list[float]:
+    """From starting the process to ready, several times."""
+    found = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        with served(onnx, "--provider", provider) as (port, _):
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            connection.request("GET", "/readyz")
+            assert connection.getresponse().status == 200
+            found.append(time.perf_counter() - begun)
+            connection.close()
+    return found
+
+
+def overhead(onnx: Path, provider: str, images: int) -> dict[str, Any]:
+    """One image through the server and by bare calls, in turns; seconds per image."""
+    engine = open_engine(onnx / "unet" / "model.onnx", provider, threads=1)
+    config = json.loads((onnx / "scheduler" / "scheduler_config.json").read_text())
+    timesteps = Ddim(config).timesteps(STEPS)
+    feeds = [
+        {
+            "sample": np.random.default_rng(0).standard_normal((1, 1, 8, 8)).astype(np.float32),
+            "timestep": np.array([timestep], np.float32),
+            "class_labels": np.array([3]),
+        }
+        for timestep in timesteps
+    ]
+    body = json.dumps({"prompt": "3", "steps": STEPS, "seed": 0})
+    through: list[float] = []
+    bare: list[float] = []
+    bare_processor = 0.0
+    with served(onnx, "--provider", provider) as (port, process):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        for turn in range(images + WARM):
+            if turn == WARM:
+                served_before = processor_seconds(process)
+            begun = time.perf_counter()
+            connection.request("POST", PATH, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            between, processor_before = time.perf_counter(), time.process_time()
+            for feed in feeds:
+                engine.run(feed)
+            end = time.perf_counter()
+            assert answer.status == 200
+            if turn >= WARM:
+                through.append(between - begun)
+                bare.append(end - between)
+                bare_processor += time.process_time() - processor_before
+        served_processor = processor_seconds(process) - served_before
+        connection.close()
+    pairs = [a / b - 1 for a, b in zip(through, bare, strict=True)]
+    return {
+        "images": images,
+        "server_seconds": quartiles(through),
+        "bare_seconds": quartiles(bare),
+        "overhead": statistics.median(through) / statistics.median(bare) - 1,
+        "overhead_least": min(through) / min(bare) - 1,
+        "processor_seconds": {
+            "server": served_processor / images,
+            "bare": bare_processor / images,
+        },
+        "overhead_processor": served_processor / bare_processor - 1,
+        "overhead_pairs": quartiles(pairs),
+    }
+
+
+def processor_seconds(process: int) -> float:
+    """What a process has used of the processor."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def ask(port: int, workload: dict[str, tuple[float, ...]], chance: random.Random) -> float:
+    """One image; gives the seconds that it took."""
+    wish = {name: chance.choice(values) for name, values in workload.items()}
+    wish |= {"prompt": str(chance.randrange(10)), "seed": chance.randrange(1000)}
+    body = json.dumps(wish).encode()
+    begun = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 200"), answer[:300]
+    return time.perf_counter() - begun
+
+
+async def saturate(
+    port: int, workload: dict[str, tuple[float, ...]], seconds: float, clients: int
+) -> float:
+    """Images per second when there is always more to do."""
+    lead = seconds / 4  # Not counted: the first images come late.
+    begun = time.perf_counter() + lead
+    end = begun + seconds
+    done = 0
+
+    async def client(which: int) -> None:
+        nonlocal done
+        chance = random.Random(which)
+        while time.perf_counter() < end:
+            await ask(port, workload, chance)
+            done += begun < time.perf_counter() < end
+
+    await asyncio.gather(*(client(which) for which in range(clients)))
+    return done / seconds
+
+
+async def poisson(
+    port: int, workload: dict[str, tuple[float, ...]], rate: float, seconds: float, seed: int
+) -> dict[str, Any]:
+    """Requests at random times, `rate` per second on average; their latencies."""
+    chance = random.Random(seed)
+    begun = time.perf_counter()
+    tasks, at = [], 0.0
+    while (at := at + chance.expovariate(rate)) < seconds:
+        await asyncio.sleep(max(0.0, begun + at - time.perf_counter()))
+        tasks.append(asyncio.create_task(ask(port, workload, chance)))
+    latencies = await asyncio.gather(*tasks)
+    return {
+        "latencies": latencies,
+        "images_per_second": len(tasks) / (time.perf_counter() - begun),
+    }
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which this share of them lies."""
+    return float(np.quantile(values, share))
+
+
+def load(onnx: Path, provider: str, rounds: int, seconds: float, batch: int) -> dict[str, Any]:
+    """Both ways of batching under each workload."""
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        ports = {}
+        for name in BATCHINGS:
+            options = ["--provider", provider, "--batching", name, "--max-batch", str(batch)]
+            ports[name], _ = stack.enter_context(served(onnx, *options, "--queue", "1000"))
+        if provider == "openvino":  # All sizes are compiled, then what is measured begins.
+            time.sleep(30)
+        for named, workload in WORKLOADS.items():
+            capacities: dict[str, list[float]] = {name: [] for name in BATCHINGS}
+            for _ in range(rounds):
+                for name, port in ports.items():
+                    reached = asyncio.run(saturate(port, workload, seconds / 2, 3 * batch))
+                    capacities[name].append(reached)
+            capacity = {name: statistics.median(values) for name, values in capacities.items()}
+            rate = SHARE * min(capacity.values())
+            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in BATCHINGS}
+            for turn in range(rounds):
+                for name, port in ports.items():
+                    runs[name].append(asyncio.run(poisson(port, workload, rate, seconds, turn)))
+            rows = {name: _row(runs[name]) for name in BATCHINGS}
+            ours, base = rows["step"], rows["request"]
+            found[named] = {
+                "capacity_images_per_second": capacities,
+                "capacity_ratio": capacity["step"] / capacity["request"],
+                "arrivals_per_second": rate,
+                "rows": rows,
+                "p95_ratio": ours["p95_seconds"] / base["p95_seconds"],
+                "p95_ratio_rounds": [
+                    a / b for a, b in zip(ours["p95_rounds"], base["p95_rounds"], strict=True)
+                ],
+                "p50_ratio": ours["p50_seconds"] / base["p50_seconds"],
+            }
+    return found
+
+
+def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    latencies = [latency for run in runs for latency in run["latencies"]]
+    return {
+        "images": len(latencies),
+        "p50_seconds": percentile(latencies, 0.5),
+        "p95_seconds": percentile(latencies, 0.95),
+        "p95_rounds": [percentile(run["latencies"], 0.95) for run in runs],
+        "images_per_second": statistics.fmean(run["images_per_second"] for run in runs),
+    }
+
+
+def digits_onnx(folder: Path) -> Path:
+    """The digits at W4A8, quantised and exported."""
+    from trtq.stages.export import export_onnx
+    from trtq.stages.quantize import quantize
+
+    quantize("digits", {"method": "search", "bits": "w4a8", "steps": STEPS}, folder / "run")
+    export_onnx(folder / "run", folder / "onnx")
+    return folder / "onnx"
+
+
+def main() -> None:
+    """Measure everything and write one JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("onnx", type=Path, nargs="?")
+    parser.add_argument("--provider", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/serve.json"))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        onnx = arguments.onnx or digits_onnx(Path(scratch))
+        before = os.getloadavg()[0]
+        starts = start_seconds(onnx, arguments.provider, max(5, arguments.rounds))
+        record = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "device": f"{processor()}, {os.cpu_count()} threads",
+            "load_before": before,
+            "provider": arguments.provider,
+            "max_batch": arguments.batch,
+            "start_seconds": {"least": min(starts), "median": statistics.median(starts)},
+            "overhead": overhead(onnx, arguments.provider, arguments.images),
+            "load": load(
+                onnx, arguments.provider, arguments.rounds, arguments.seconds, arguments.batch
+            ),
+            "load_after": os.getloadavg()[0],
+            "packages": package_versions(),
+        }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps({key: value for key, value in record.items() if key != "packages"}, indent=2))
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return sys.platform
+
+
+if __name__ == "__main__":
+    main()

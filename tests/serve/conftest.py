@@ -1,0 +1,94 @@
+"""Servers over tiny models: one that computes nothing, and a real low-bit graph."""
+
+import asyncio
+import contextlib
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests.conftest import tiny_pipeline
+from trtq.serve.model import Card, Inputs, ServedModel, Start, class_label
+from trtq.serve.solver import Ddim
+from trtq.stages.export import export_onnx
+from trtq.stages.quantize import quantize
+
+DDIM = {"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample": True}
+SHAPE = (1, 4, 4)
+
+
+class ToyModel(ServedModel):
+    """Predicts noise by a formula; counts its calls, and can be held up or made to fail."""
+
+    def __init__(self, name="toy"):
+        classes = ("zero", "one", "two")
+        self.card = Card(name, "class", classes, (4, 4), 5, 1000, 1.0, True, "cpu", None)
+        self._ddim = Ddim(DDIM)
+        self.calls = []
+        self.go = threading.Event()
+        self.go.set()
+        self.fail = None
+        self.decoded = 0
+        self.seconds = 0.0
+
+    def starts(self, drawing):
+        label = np.array([class_label(self.card, drawing.prompt)])
+        inputs = Inputs({"class_labels": label}, {"class_labels": np.array([3])})
+        solver = self._ddim.solver(drawing.steps)
+        found = []
+        for index in range(drawing.count):
+            noise = np.random.default_rng([drawing.seed, index]).standard_normal((1, *SHAPE))
+            found.append(Start(noise.astype(np.float32), inputs, solver, drawing.guidance))
+        return found
+
+    def denoise(self, x, timestep, conditional, shared):
+        assert self.go.wait(10)
+        self.calls.append(timestep.tolist())
+        if self.seconds:
+            time.sleep(self.seconds)
+        if self.fail is not None:
+            raise self.fail
+        label = conditional["class_labels"].reshape(-1, 1, 1, 1)
+        return np.tanh(x * (label + 1) + timestep.reshape(-1, 1, 1, 1) / 500).astype(np.float32)
+
+    def decode(self, x):
+        self.decoded += 1
+        return ((x[0, 0].clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+@pytest.fixture
+def toy():
+    model = ToyModel()
+    yield model
+    model.go.set()
+
+
+@pytest.fixture(scope="session")
+def served_onnx(tmp_path_factory):
+    """An ONNX folder of the tiny class-conditional model at W4A8; three classes, four steps."""
+    folder = tmp_path_factory.mktemp("served")
+    recipe = {"method": "minmax", "bits": "w4a8", "steps": 4, "calibration": {"images": 8}}
+    quantize(tiny_pipeline(), recipe, folder / "run")
+    export_onnx(folder / "run", folder / "onnx")
+    return folder / "onnx"
+
+
+@contextlib.contextmanager
+def running(app, port=0):
+    """An ASGI application on a real port of the loopback, in a thread; gives its address."""
+    import uvicorn
+
+    config = uvicorn.Config(app, port=port, log_config=None, lifespan="off", ws="none")
+    config.timeout_graceful_shutdown = 2
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,269 @@
+"""Images at different steps share calls, and what each becomes depends on no other."""
+
+import threading
+
+import numpy as np
+import pytest
+
+import trtq
+from trtq.seeds import seeded_generator
+from trtq.serve.batcher import Batcher, Item, batch_sizes
+from trtq.serve.model import Drawing
+from trtq.serve.pipeline import PipelineModel
+from trtq.serve.server import open_model
+
+
+class Crowd:
+    """Images for a batcher, and what became of them."""
+
+    def __init__(self, model):
+        self.model = model
+        self.done = {}
+        self.order = []
+        self.all_done = threading.Condition()
+
+    def items(self, seed, steps=5, guidance=1.0, count=1, prompt="1"):
+        starts = self.model.starts(Drawing(prompt, count, seed, steps, guidance))
+        items = []
+        for index, start in enumerate(starts):
+            item = Item(start, index, None, self._finish)
+            item.name = (seed, index)
+            items.append(item)
+        return items
+
+    def _finish(self, item, error):
+        with self.all_done:
+            assert item.name not in self.done, "answered twice"
+            self.done[item.name] = item.x if error is None else error
+            self.order.append(item.name)
+            self.all_done.notify()
+
+    def wait(self, count, seconds=30):
+        with self.all_done:
+            assert self.all_done.wait_for(lambda: len(self.done) >= count, timeout=seconds)
+        return self.done
+
+
+@pytest.fixture
+def start(toy):
+    made = []
+
+    def make(model=toy, **options):
+        made.append(Batcher(model, **{"most_rows": 8} | options))
+        return made[-1]
+
+    yield make
+    toy.go.set()
+    for batcher in made:
+        batcher.close(RuntimeError("closed"))
+
+
+def test_requests_at_different_steps_share_calls(toy, start):
+    toy.go.clear()
+    batcher, crowd = start(), Crowd(toy)
+    batcher.put(crowd.items(1, steps=5))
+    batcher.put(crowd.items(2, steps=3))
+    batcher.put(crowd.items(3, steps=2, guidance=2.0))
+    toy.go.set()
+    crowd.wait(3)
+    # The first call may have begun before the others came; after it all are together.
+    together = [call for call in toy.calls if len(call) == 4]
+    assert together
+    assert len(toy.calls) <= 6
+    assert len(set(together[-1])) >= 2
+
+
+def test_an_image_joins_at_the_next_call_and_leaves_when_done(toy, start):
+    batcher, crowd = start(), Crowd(toy)
+    late = crowd.items(2, steps=2)
+
+    def after_step(item):
+        if item.position == 3:
+            batcher.put(late)
+
+    (first,) = crowd.items(1, steps=8)
+    first.after_step = after_step
+    batcher.put([first])
+    crowd.wait(2)
+    assert [len(call) for call in toy.calls] == [1, 1, 1, 2, 2, 1, 1, 1]
+    assert crowd.order == [(2, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("sizes", [None, (8,), (1, 2, 4, 8)], ids=str)
+def test_beside_others_an_image_is_what_it_is_alone(toy, start, sizes):
+    alone = {}
+    for seed in range(6):
+        crowd = Crowd(toy)
+        batcher = start(sizes=sizes)
+        batcher.put(crowd.items(seed, steps=2 + seed, guidance=1.0 + seed % 2))
+        alone |= crowd.wait(1)
+    crowd, batcher = Crowd(toy), start(sizes=sizes)
+    for seed in range(6):
+        batcher.put(crowd.items(seed, steps=2 + seed, guidance=1.0 + seed % 2))
+    together = crowd.wait(6)
+    for name, x in alone.items():
+        np.testing.assert_array_equal(together[name], x)
+    assert len({x.tobytes() for x in together.values()}) == 6
+
+
+@pytest.mark.parametrize("provider", ["cpu", "openvino"])
+def test_a_low_bit_graph_gives_the_same_bits_alone_and_in_company(served_onnx, provider):
+    model = open_model(str(served_onnx), "tiny", provider=provider)
+    requests = [(seed, 2 + seed % 5, 1.0 + 2 * (seed % 2)) for seed in range(9)]
+
+    def draw(chosen):
+        crowd, batcher = Crowd(model), Batcher(model, most_rows=4, sizes=[4])
+        for seed, steps, guidance in chosen:
+            batcher.put(crowd.items(seed, steps, guidance))
+        found = crowd.wait(len(chosen))
+        batcher.close(RuntimeError("closed"))
+        return found
+
+    together = draw(requests)
+    for request in requests:
+        ((name, x),) = draw([request]).items()
+        np.testing.assert_array_equal(together[name], x)
+        assert np.abs(x).max() > 0.1
+
+
+def drawn_by_both(model, pipeline, steps, guidance):
+    """Three images of class 2 by the batcher and by the pipeline itself, [3,C,H,W]."""
+    crowd, batcher = Crowd(model), Batcher(model, most_rows=4)
+    batcher.put(crowd.items(5, steps, guidance, count=3, prompt="2"))
+    found = crowd.wait(3)
+    batcher.close(RuntimeError("closed"))
+    expected = pipeline(
+        [2, 2, 2],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=[seeded_generator(5, "image", index) for index in range(3)],
+        output_type="pt",
+    ).images.numpy()
+    return np.concatenate([found[5, index] for index in range(3)]), expected
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_the_batcher_draws_what_the_pipeline_draws(tiny, scheduler, guidance):
+    import diffusers
+
+    pipeline = tiny.pipeline
+    cls = getattr(diffusers, scheduler)
+    pipeline.scheduler = cls.from_config(pipeline.scheduler.config)
+    model = PipelineModel(tiny, "tiny", "torch")
+    found, expected = drawn_by_both(model, pipeline, 7, guidance)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_graph_without_torch_draws_what_its_pipeline_draws(served_onnx):
+    # One step: in an untrained network at 4 bits, what differs in its last bit soon differs visibly.
+    model = open_model(str(served_onnx), "tiny")
+    assert type(model).__name__ == "LightModel"
+    found, expected = drawn_by_both(model, trtq.load(served_onnx), 1, 3.0)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_sizes_are_filled_up_and_no_others_are_called(toy, start):
+    sizes = set()
+    denoise = toy.denoise
+    toy.denoise = lambda x, *rest: (sizes.add(len(x)), denoise(x, *rest))[1]
+    batcher, crowd = start(sizes=(2, 4)), Crowd(toy)
+    for seed in range(7):
+        batcher.put(crowd.items(seed, steps=2 + seed))
+    crowd.wait(7)
+    assert sizes == {2, 4}
+
+
+def test_a_size_added_later_is_used(toy, start):
+    toy.go.clear()
+    batcher, crowd = start(sizes=(1,)), Crowd(toy)
+    for seed in range(4):
+        batcher.put(crowd.items(seed, steps=4))
+    pair = crowd.items(9, steps=2, guidance=2.0)
+    batcher.put(pair)
+    batcher.add_size(4)
+    toy.go.set()
+    crowd.wait(5)
+    assert max(len(call) for call in toy.calls) == 4
+
+
+def test_a_request_for_many_does_not_keep_a_small_one_waiting(toy, start):
+    batcher, crowd = start(most_rows=2), Crowd(toy)
+    toy.go.clear()
+    batcher.put(crowd.items(1, steps=4, count=8))
+    batcher.put(crowd.items(2, steps=4))
+    toy.go.set()
+    crowd.wait(9)
+    assert crowd.order.index((2, 0)) <= 2
+    assert [name for name in crowd.order if name[0] == 1] == [(1, index) for index in range(8)]
+
+
+def test_nothing_waits_for_ever_behind_those_that_come_later(toy, start):
+    batcher, crowd = start(most_rows=2), Crowd(toy)
+    seeds = iter(range(1, 40))
+
+    def another(*_):
+        # Each image on its way is followed by another request, so the queue never runs dry.
+        seed = next(seeds, None)
+        if seed is not None:
+            (item,) = crowd.items(seed, steps=2)
+            item.after_step = another
+            batcher.put([item])
+
+    toy.go.clear()
+    batcher.put(crowd.items(0, steps=2, count=4))
+    for _ in range(4):
+        another()
+    toy.go.set()
+    crowd.wait(43)
+    assert crowd.order.index((0, 3)) < 25
+
+
+def test_cancelled_images_leave_and_are_not_answered(toy, start):
+    toy.go.clear()
+    batcher, crowd = start(), Crowd(toy)
+    gone, stays = crowd.items(1, steps=50), crowd.items(2, steps=3)
+    batcher.put([*gone, *stays])
+    gone[0].cancelled = True
+    toy.go.set()
+    assert set(crowd.wait(1)) == {(2, 0)}
+    assert len(toy.calls) <= 4
+
+
+def test_a_failing_call_fails_its_images_and_no_others(toy, start, caplog):
+    batcher, crowd = start(), Crowd(toy)
+    toy.fail = ValueError("out of order")
+    batcher.put(crowd.items(1))
+    assert isinstance(crowd.wait(1)[1, 0], ValueError)
+    toy.fail = None
+    batcher.put(crowd.items(2))
+    assert isinstance(crowd.wait(2)[2, 0], np.ndarray)
+    assert "a call of the denoiser failed" in caplog.text
+
+
+def test_giving_up_answers_each_image_once(toy, start):
+    toy.go.clear()
+    batcher, crowd = start(), Crowd(toy)
+    batcher.put(crowd.items(1, count=3))
+    batcher.refuse(RuntimeError("stop"))
+    batcher.put(crowd.items(2))
+    assert {str(error) for error in crowd.wait(4).values()} == {"stop"}
+    toy.go.set()
+
+
+def test_request_batching_lets_nothing_join(toy, start):
+    toy.go.clear()
+    batcher, crowd = start(batching="request"), Crowd(toy)
+    batcher.put(crowd.items(0, steps=1))
+    for seed, steps in ((1, 4), (2, 4), (3, 2), (4, 4)):
+        batcher.put(crowd.items(seed, steps=steps))
+    toy.go.set()
+    crowd.wait(5)
+    assert [len(call) for call in toy.calls] == [1, 3, 3, 3, 3, 1, 1]
+    assert all(len(set(call)) == 1 for call in toy.calls)
+
+
+def test_batch_sizes_are_powers_of_two_up_to_the_most():
+    assert batch_sizes(8) == (1, 2, 4, 8)
+    assert batch_sizes(6) == (1, 2, 4, 6)
+    assert batch_sizes(2) == (1, 2)

@@ -1,0 +1,245 @@
+"""The process as an operator meets it: start, SIGTERM under load, refusals in one line."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from trtq.cli import app
+from trtq.errors import UsageError
+from trtq.serve.server import open_model, read_api_key
+
+ROOT = Path(__file__).resolve().parents[2]
+PATH = "/v1/images/generations"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["serve", *map(str, arguments)])
+
+
+class Process:
+    """`trtq serve` in a process of its own, at a port that was free."""
+
+    def __init__(self, *arguments, probe="from trtq.cli import app; app()"):
+        command = [sys.executable, "-c", probe, "serve", *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [*command, "--port", "0", "--json"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.ready = json.loads(self.process.stdout.readline())
+        self.client = httpx.Client(base_url=self.ready["url"], timeout=60)
+
+    def end(self, *signals):
+        """Send signals; gives the exit code and the lines of the log."""
+        for number in signals:
+            self.process.send_signal(number)
+            time.sleep(0.1)
+        _, log = self.process.communicate(timeout=60)
+        self.client.close()
+        return self.process.returncode, [json.loads(line) for line in log.splitlines()]
+
+
+@pytest.fixture
+def start():
+    made = []
+
+    def make(*arguments, **options):
+        made.append(Process(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        if one.process.poll() is None:
+            one.process.kill()
+        one.process.communicate()
+        one.client.close()
+
+
+def under_load(process, requests, steps):
+    """Send requests at once; gives the threads and a list that fills with their answers."""
+    answers = []
+
+    def ask(seed):
+        body = {"prompt": "1", "seed": seed, "steps": steps}
+        try:
+            answers.append(process.client.post(PATH, json=body))
+        except httpx.HTTPError as error:
+            answers.append(error)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(requests)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 30
+    while f'under_way{{model="{process.ready["models"][0]}"}} {requests}.0' not in (
+        process.client.get("/metrics").text
+    ):
+        assert time.monotonic() < end
+    return threads, answers
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_taken_on_is_finished_before_the_end(served_onnx, start, number):
+    process = start(served_onnx, "--max-batch", 2, "--max-steps", 500)
+    threads, answers = under_load(process, 6, steps=100)
+    code, log = process.end(number)
+    for thread in threads:
+        thread.join()
+    assert [answer.status_code for answer in answers] == [200] * 6
+    assert code == 0
+    assert "draining" in [line["event"] for line in log]
+
+
+def test_what_does_not_end_in_time_is_answered_503(served_onnx, start):
+    process = start(served_onnx, "--max-batch", 2, "--max-steps", 500, "--drain-seconds", 0.2)
+    threads, answers = under_load(process, 5, steps=500)
+    code, log = process.end(signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    assert {answer.status_code for answer in answers} <= {200, 503}
+    (error,) = {answer.json()["error"]["code"] for answer in answers if answer.status_code == 503}
+    assert error == "draining"
+    assert code == 0
+    assert "giving up" in [line["event"] for line in log]
+
+
+def test_a_second_signal_ends_it_now(served_onnx, start):
+    process = start(served_onnx, "--max-batch", 2, "--max-steps", 500)
+    threads, answers = under_load(process, 5, steps=500)
+    code, _ = process.end(signal.SIGTERM, signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    assert 503 in {answer.status_code for answer in answers}
+    assert code == 0
+
+
+def test_digits_are_served_without_torch_and_diffusers(served_onnx, start):
+    probe = (
+        "import atexit, sys; heavy = ('torch', 'diffusers', 'transformers', 'onnx');"
+        "atexit.register(lambda: print(*(name for name in heavy if name in sys.modules)));"
+        "from trtq.cli import app; app()"
+    )
+    process = start(served_onnx, probe=probe)
+    assert process.client.post(PATH, json={"prompt": "2"}).status_code == 200
+    process.process.send_signal(signal.SIGTERM)
+    assert process.process.stdout.read().strip() == ""
+
+
+def test_openvino_serves_at_once_and_compiles_further_sizes_meanwhile(served_onnx, start):
+    process = start(served_onnx, "--provider", "openvino", "--max-batch", 4)
+    threads, answers = under_load(process, 5, steps=150)
+    for thread in threads:
+        thread.join()
+    assert [answer.status_code for answer in answers] == [200] * 5
+    model = process.client.get("/v1/models").json()["data"][0]
+    assert (model["provider"], model["bits"]) == ("openvino", "w4a8")
+    end = time.monotonic() + 60
+    while True:
+        process.client.post(PATH, json={"prompt": "1", "n": 4, "seed": 0})
+        text = process.client.get("/metrics").text
+        if 'trtq_batch_rows_bucket{le="2.0"' in text and _calls(text, "+Inf") > _calls(text, "2.0"):
+            break
+        assert time.monotonic() < end
+    assert process.end(signal.SIGTERM)[0] == 0
+
+
+def _calls(text, most):
+    (line,) = (
+        line
+        for line in text.splitlines()
+        if line.startswith(f'trtq_batch_rows_bucket{{le="{most}"')
+    )
+    return float(line.split()[-1])
+
+
+def test_a_port_in_use_is_one_line(served_onnx):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run(served_onnx, "--port", port)
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert f"cannot listen at 127.0.0.1 port {port}" in line
+    assert "--port" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("nowhere",), 1, "there is no model 'nowhere'"),
+        (("{onnx}", "--provider", "gpu"), 2, "unknown provider 'gpu'"),
+        (("{onnx}", "--provider", "cuda"), 2, "has no provider 'cuda'"),
+        (("digits", "--provider", "cpu"), 2, "trtq export"),
+        (("{onnx}", "--batching", "none"), 2, "step, request"),
+        (("{onnx}", "--batch-sizes", "1,x"), 2, "not understood"),
+        (("{onnx}", "--batch-sizes", "1,16"), 2, "from 1 to 8"),
+        (("{onnx}", "--beside", "{onnx}"), 2, "--name"),
+        (("{onnx}", "--host", "256.0.0.1"), 1, "cannot listen"),
+        (("{onnx}", "--api-key-file", "nowhere"), 2, "cannot read the API key"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_served_is_one_line(served_onnx, arguments, code, message):
+    given = [argument.format(onnx=served_onnx) for argument in arguments]
+    result = run("--port", 0, *given)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_changed_file_is_not_served(served_onnx, tmp_path):
+    import shutil
+
+    folder = tmp_path / "onnx"
+    shutil.copytree(served_onnx, folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    result = run(folder, "--port", 0)
+    assert result.exit_code == 1
+    assert "scheduler_config.json" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_extra_that_is_missing_is_named(served_onnx, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = run(served_onnx, "--port", 0)
+    assert result.exit_code == 2
+    assert "pip install 'trtq[serve]'" in result.stderr
+
+
+@pytest.mark.parametrize("key", ["", "two words", "ключ", "line\nline"], ids=repr)
+def test_keys_that_no_header_can_hold_are_refused(key, tmp_path, monkeypatch):
+    path = tmp_path / "key"
+    path.write_text(key, encoding="utf-8")
+    with pytest.raises(UsageError, match="printable ASCII"):
+        read_api_key(path)
+    path.write_text("good\n")
+    assert read_api_key(path) == "good"
+    monkeypatch.setenv("TRTQ_API_KEY", "other")
+    assert read_api_key(None) == "other"
+    monkeypatch.delenv("TRTQ_API_KEY")
+    assert read_api_key(None) is None
+
+
+def test_prompts_that_name_no_class_are_refused(served_onnx):
+    from trtq.serve.model import Drawing
+
+    model = open_model(str(served_onnx), "tiny")
+    assert model.card.classes == ("0", "1", "2")
+    for prompt in ("3", "-1", "cat", "", "²", "9" * 30):
+        with pytest.raises(UsageError, match="one of 0, 1, 2, or a number from 0 to 2"):
+            model.starts(Drawing(prompt, 1, 0, 4, 1.0))
+    with pytest.raises(UsageError, match=r"choose 1 \.\. 500"):
+        model.starts(Drawing("1", 1, 0, 1000, 1.0))

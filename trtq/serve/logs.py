@@ -1,0 +1,36 @@
+"""One JSON object per line and event."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import TextIO
+
+__all__ = ["JsonFormatter", "log_to"]
+
+FIELDS = "fields"
+
+
+class JsonFormatter(logging.Formatter):
+    """Time, level, message, the fields given as `extra={"fields": {...}}`, and a traceback if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record on one line."""
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {"time": when, "level": record.levelname.lower(), "event": record.getMessage()}
+        line |= getattr(record, FIELDS, {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def log_to(stream: TextIO | None = None, level: int = logging.INFO) -> None:
+    """Send this package's log, and the HTTP server's, to a stream; by default standard error."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in ("trtq.serve", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level if name == "trtq.serve" else logging.WARNING)

@@ -1,0 +1,180 @@
+"""Any pipeline that trtq opens, served through torch and diffusers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trtq.diffusion.encode import Encoded
+from trtq.diffusion.layout import class_names
+from trtq.diffusion.quiet import quiet_diffusers
+from trtq.diffusion.schedule import set_timesteps
+from trtq.diffusion.source import Source
+from trtq.engine.denoiser import EngineDenoiser
+from trtq.engine.openvino import OpenVinoEngine
+from trtq.errors import UsageError
+from trtq.manifest import artefact_kind, read_manifest
+from trtq.seeds import seeded_generator
+from trtq.serve.graph import GraphCall
+from trtq.serve.light import DEFAULT_STEPS, pixels
+from trtq.serve.model import Arrays, Card, Drawing, Inputs, ServedModel, Start, class_label
+from trtq.serve.solver import Ddim, SchedulerSolver, Solver
+
+__all__ = ["PipelineModel"]
+
+_SHIFTED = ("StableDiffusion3Pipeline",)
+"""Others have the number in their autoencoder's configuration, too, and do not use it."""
+
+
+class PipelineModel(ServedModel):
+    """A diffusers pipeline, taken apart into what a batcher needs.
+
+    Args:
+        source: as `open_any` gives it.
+        name: by which requests ask for it.
+        provider: what runs it.
+        shapes: batch sizes that may be in use at once.
+
+    Raises:
+        UsageError: its latents are of a kind that is not decoded here.
+    """
+
+    def __init__(self, source: Source, name: str, provider: str, shapes: int = 2) -> None:
+        self._source = source
+        self._decoder = _decoder(source)
+        self.fixed_shapes = provider == OpenVinoEngine.provider
+        self._graph: GraphCall | None = None
+        if isinstance(source.denoiser, EngineDenoiser):
+            engine = source.denoiser.engine
+            if isinstance(engine, OpenVinoEngine):
+                engine.most_shapes = shapes
+            self._graph = GraphCall(engine)
+        config = dict(source.pipeline.scheduler.config)
+        config.setdefault("_class_name", type(source.pipeline.scheduler).__name__)
+        self._ddim = Ddim(config) if Ddim.knows(config) else None
+        # Threads of the server and the batcher share a tokenizer and torch's modules.
+        self._lock = threading.Lock()
+        self.card = _card(source, name, provider)
+
+    @torch.no_grad()
+    def starts(self, drawing: Drawing) -> Sequence[Start]:
+        """The images of a request before their first step."""
+        with self._lock:
+            inputs = self._inputs(drawing)
+        found = []
+        for index in range(drawing.count):
+            generator = seeded_generator(drawing.seed, "image", index)
+            noise = torch.randn((1, *self._source.sample_shape), generator=generator).numpy()
+            solver = self._solver(drawing.steps, generator)
+            found.append(Start(noise * solver.initial_scale, inputs, solver, drawing.guidance))
+        return found
+
+    def _solver(self, steps: int, generator: torch.Generator) -> Solver:
+        if self._ddim is not None:
+            return self._ddim.solver(steps)
+        source = self._source
+        scheduler = set_timesteps(source.pipeline.scheduler, steps, source.image_tokens)
+        return SchedulerSolver(scheduler, generator, source.family.timestep_scale)
+
+    def _inputs(self, drawing: Drawing) -> Inputs:
+        source = self._source
+        if self.card.kind == "none":
+            if drawing.prompt.strip():
+                raise UsageError(f"{self.card.name} takes no prompt; leave it empty")
+            return Inputs({})
+        if self.card.kind == "class":
+            conditions = source.conditions(torch.tensor([class_label(self.card, drawing.prompt)]))
+            encoded = Encoded(conditions.conditional, conditions.unconditional)
+        else:
+            encoded = source.encode([drawing.prompt])
+        unconditional = None
+        if drawing.guidance != 1:
+            if encoded.unconditional is None:
+                raise UsageError(f"{self.card.name} takes no guidance; it must be 1")
+            unconditional = _arrays(encoded.unconditional)
+        return Inputs(_arrays(encoded.conditional), unconditional, _arrays(encoded.shared))
+
+    @torch.no_grad()
+    def denoise(
+        self, x: np.ndarray, timestep: np.ndarray, conditional: Arrays, shared: Arrays
+    ) -> np.ndarray:
+        """x[B, ...], timestep float32[B] -> the prediction `[B, ...]`."""
+        given = {**conditional, **shared}
+        if self._graph is not None:
+            return self._graph({self._source.family.sample: x, "timestep": timestep, **given})
+        values = {name: torch.from_numpy(value) for name, value in given.items()}
+        arguments = self._source.family.arguments(
+            torch.from_numpy(x), torch.from_numpy(timestep), values
+        )
+        predicted: Tensor = self._source.denoiser(**arguments, return_dict=False)[0]
+        found: np.ndarray = predicted.float().cpu().numpy()
+        return found
+
+    @torch.no_grad()
+    def decode(self, x: np.ndarray) -> np.ndarray:
+        """A clean sample `[1, ...]` -> uint8[H,W] or uint8[H,W,3]."""
+        with self._lock, quiet_diffusers():
+            image = self._decoder(torch.from_numpy(x))
+        return pixels(image.float().numpy(), self.card.name)
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+
+
+def _decoder(source: Source) -> Callable[[Tensor], Tensor]:
+    """What turns latents into images in [-1, 1], as the pipeline itself does."""
+    pipeline = source.pipeline
+    if source.packed:
+        raise UsageError(
+            f"{type(pipeline).__name__} packs its latents, which `trtq serve` does not decode yet; "
+            "draw with `trtq generate`"
+        )
+    autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    if autoencoder is None:
+        return lambda x: x
+    config = autoencoder.config
+    if config.get("latents_mean") is not None:
+        raise UsageError(
+            f"the autoencoder of {source.name} normalises its latents by channel, which `trtq serve` "
+            "does not do yet; draw with `trtq generate`"
+        )
+    scale = float(config.get("scaling_factor") or 1.0)
+    shift = 0.0
+    if type(pipeline).__name__ in _SHIFTED:
+        shift = float(config.get("shift_factor") or 0.0)
+    return lambda x: autoencoder.decode(x / scale + shift, return_dict=False)[0]
+
+
+def _card(source: Source, name: str, provider: str) -> Card:
+    folder = source.folder
+    known = folder is not None and artefact_kind(folder) is not None
+    recipe = (read_manifest(folder).recipe or {}) if known and folder is not None else {}
+    kind = "class" if source.classes is not None else "none" if source.prompts is None else "text"
+    if kind == "none" and source.model_class != "UNet2DModel":
+        raise UsageError(
+            f"{type(source.pipeline).__name__} with a {source.model_class} cannot be served: it is not "
+            "known what its denoiser has to be told"
+        )
+    guidance = source.guidance if recipe.get("guidance") is None else float(recipe["guidance"])
+    card = Card(
+        name=name,
+        kind=kind,
+        classes=tuple(class_names(folder, source.classes)) if source.classes is not None else (),
+        image_size=source.image_size,
+        steps=int(recipe.get("steps") or DEFAULT_STEPS),
+        most_steps=int(source.pipeline.scheduler.config.num_train_timesteps),
+        guidance=guidance,
+        takes_guidance=kind == "text",
+        provider=provider,
+        bits=recipe.get("bits"),
+    )
+    if kind != "class" or source.classes is None:
+        return card
+    label = torch.zeros(1, dtype=torch.long)
+    return replace(card, takes_guidance=source.conditions(label).unconditional is not None)

@@ -1,0 +1,316 @@
+"""`trtq serve`: opens the models, listens, and stops without dropping what it took on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from trtq._optional import require
+from trtq.engine.openvino import MOST_SHAPES
+from trtq.engine.tensorrt.backends import BACKENDS
+from trtq.errors import ArtefactError, TrtqError, UsageError
+from trtq.manifest import artefact_kind, read_manifest
+from trtq.serve.batcher import Batching, batch_sizes
+from trtq.serve.logs import FIELDS
+from trtq.serve.metrics import Metrics
+from trtq.serve.service import Hosted, Limits, Service
+
+if TYPE_CHECKING:
+    from trtq.serve.model import ServedModel
+
+__all__ = ["ServeOptions", "build_service", "open_model", "parse_batching", "read_api_key", "serve"]
+
+logger = logging.getLogger(__name__)
+_API_KEY_VARIABLE = "TRTQ_API_KEY"
+_LAST_ANSWERS_S = 2.0
+TORCH = "torch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What `trtq serve` is asked for.
+
+    Attributes:
+        path: an ONNX folder, a run or a checkpoint.
+        name: what requests call it; by default the folder's name.
+        beside: a second one, e.g. the float model, to compare with.
+        host: address to listen at.
+        port: port to listen at; 0: any that is free.
+        provider: what runs ONNX folders.
+        threads: threads of one operator; None: as many as there are cores.
+        batching: see `Batcher`.
+        limits: what to take on.
+        drain_s: after SIGTERM, how long to finish what was taken on.
+        api_key: what requests to `/v1` have to bring.
+    """
+
+    path: str
+    name: str | None = None
+    beside: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    provider: str | None = None
+    threads: int | None = None
+    batching: Batching = "step"
+    limits: Limits = field(default_factory=Limits)
+    drain_s: float = 30.0
+    api_key: str | None = None
+
+
+def read_api_key(path: Path | None) -> str | None:
+    """The key in a file, or in the environment, or None.
+
+    Raises:
+        UsageError: the file cannot be read, or a key is empty or holds characters no header can.
+    """
+    if path is not None:
+        try:
+            key = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as err:
+            raise UsageError(f"cannot read the API key: {err}") from err
+    elif _API_KEY_VARIABLE in os.environ:
+        key = os.environ[_API_KEY_VARIABLE].strip()
+    else:
+        return None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        where = _API_KEY_VARIABLE if path is None else path
+        raise UsageError(
+            f"the API key in {where} must be printable ASCII without spaces, and not empty"
+        )
+    return key
+
+
+def parse_batching(text: str) -> Batching:
+    """The way of batching of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if text not in get_args(Batching):
+        raise UsageError(
+            f"unknown batching {text!r}; choose one of {', '.join(get_args(Batching))}"
+        )
+    return cast(Batching, text)
+
+
+def open_model(
+    path: str,
+    name: str,
+    *,
+    provider: str | None = None,
+    threads: int | None = None,
+    shapes: int = MOST_SHAPES,
+) -> ServedModel:
+    """Open what is to be served: without torch and diffusers where that can be.
+
+    Args:
+        path: an ONNX folder, a run or a checkpoint.
+        name: what requests call it.
+        provider: what runs it.
+        threads: threads of one operator.
+        shapes: batch sizes that may be in use at once.
+
+    Raises:
+        TrtqError: as `trtq.stages.load.open_any`.
+    """
+    from trtq.serve.light import LightModel
+
+    folder = Path(path)
+    plain = provider not in (TORCH, *BACKENDS)
+    if plain and folder.is_dir() and artefact_kind(folder) == "onnx":
+        manifest = read_manifest(folder, "onnx")
+        if LightModel.serves(folder, manifest):
+            return LightModel(
+                folder, manifest, name, provider=provider or "cpu", threads=threads, shapes=shapes
+            )
+    from trtq.serve.pipeline import PipelineModel
+    from trtq.stages.load import open_any
+
+    source = open_any(path, provider, threads)
+    engine = getattr(source.denoiser, "engine", None)
+    return PipelineModel(source, name, TORCH if engine is None else engine.provider, shapes)
+
+
+def build_service(options: ServeOptions, metrics: Metrics) -> Service:
+    """Open all models and make each ready for its smallest batch; further sizes follow meanwhile.
+
+    Raises:
+        TrtqError: one cannot be opened or run.
+    """
+    paths = {options.name or Path(options.path).name: options.path}
+    if options.beside is not None:
+        name = Path(options.beside).name
+        if name in paths:
+            raise UsageError(f"both models are called {name!r}; call the first another with --name")
+        paths[name] = options.beside
+    hosted: dict[str, Hosted] = {}
+    for name, path in paths.items():
+        first = not hosted
+        hosted[name] = _host(path, name, options, metrics, provided=first)
+    return Service(hosted, options.limits)
+
+
+def _host(
+    path: str, name: str, options: ServeOptions, metrics: Metrics, *, provided: bool
+) -> Hosted:
+    begun = time.monotonic()
+    limits = options.limits
+    sizes = limits.batch_sizes or batch_sizes(limits.batch)
+    is_onnx = Path(path).is_dir() and artefact_kind(Path(path)) == "onnx"
+    provider = options.provider if provided or is_onnx else None
+    model = open_model(path, name, provider=provider, threads=options.threads, shapes=len(sizes))
+    try:
+        model.warm(sizes[0])
+    except TrtqError:
+        raise
+    except Exception as err:  # An engine's own exceptions share no base but Exception.
+        raise ArtefactError(f"{path} was opened and cannot be run: {err}") from err
+    ready = sizes if limits.batch_sizes else None
+    hosted = Hosted(
+        model,
+        limits,
+        options.batching,
+        metrics,
+        sizes=sizes[:1] if model.fixed_shapes else ready,
+        load_seconds=time.monotonic() - begun,
+    )
+    if model.fixed_shapes and len(sizes) > 1:
+        threading.Thread(
+            target=_compile_rest, args=(hosted, sizes[1:]), name=f"compile-{name}", daemon=True
+        ).start()
+    return hosted
+
+
+def _compile_rest(hosted: Hosted, sizes: tuple[int, ...]) -> None:
+    for size in sizes:
+        try:
+            hosted.model.warm(size)
+        except Exception:  # The sizes before it still serve.
+            logger.exception("cannot compile", extra={FIELDS: {"batch": size}})
+            return
+        hosted.batcher.add_size(size)
+    logger.info("compiled", extra={FIELDS: {"model": hosted.card.name, "batch_sizes": sizes}})
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, which nobody can connect to yet.
+
+    Raises:
+        ArtefactError: the address or the port cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends at once only where the protocol is named; otherwise an answer waits 40 ms for an
+    # acknowledgement between its head and its body.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except (OSError, OverflowError) as err:
+        bound.close()
+        raise ArtefactError(
+            f"cannot listen at {host} port {port}: {err}; choose another with --host and --port"
+        ) from err
+    return bound
+
+
+def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        options: see there.
+        announce: called with `url`, `models` and `seconds` when requests are taken on.
+
+    Raises:
+        TrtqError: the models or the port cannot be had.
+    """
+    begun = time.monotonic()
+    require("fastapi")
+    require("uvicorn")
+    bound = _listen(options.host, options.port)
+    with bound:
+        metrics = Metrics()
+        service = build_service(options, metrics)
+
+        def ready() -> None:
+            host, port = bound.getsockname()[:2]
+            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            seconds = round(time.monotonic() - begun, 3)
+            announce({"url": url, "models": list(service.hosted), "seconds": seconds})
+
+        try:
+            asyncio.run(_run(options, service, metrics, bound, ready))
+        finally:
+            service.close()
+
+
+async def _run(
+    options: ServeOptions,
+    service: Service,
+    metrics: Metrics,
+    bound: socket.socket,
+    ready: Callable[[], None],
+) -> None:
+    import uvicorn
+
+    from trtq.serve.app import create_app
+
+    class Server(uvicorn.Server):
+        """Leaves signals to us, and says when it listens."""
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            ready()
+
+    config = uvicorn.Config(
+        create_app(service, metrics, options.api_key),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=int(_LAST_ANSWERS_S) + 1,
+    )
+    server = Server(config)
+    loop = asyncio.get_running_loop()
+    drains: list[asyncio.Task[None]] = []
+
+    def stop() -> None:
+        service.draining = True
+        # Asked a second time: now.
+        seconds = 0.0 if drains else options.drain_s
+        drains.append(loop.create_task(_drain(service, server, seconds)))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+    await server.serve([bound])
+
+
+async def _drain(service: Service, server: Any, seconds: float) -> None:
+    """Finish what was taken on; answer the rest with 503. New requests get that at once."""
+    logger.info("draining", extra={FIELDS: {"images_under_way": service.under_way}})
+    await _until_idle(service, seconds)
+    if service.under_way:
+        logger.warning("giving up", extra={FIELDS: {"images_under_way": service.under_way}})
+        service.give_up()
+        await _until_idle(service, _LAST_ANSWERS_S)
+    server.should_exit = True
+
+
+async def _until_idle(service: Service, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while service.under_way and time.monotonic() < end:
+        await asyncio.sleep(0.02)
