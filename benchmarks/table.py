@@ -165,6 +165,33 @@ def sd_size(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def build(record: dict[str, Any]) -> str:
+    """`build.json` as Markdown."""
+    whole = {
+        tuple(row["architectures"]): row["engine_bytes"]
+        for row in record["rows"]
+        if row["graph"] == "float"
+    }
+    lines = [
+        f"`python benchmarks/build.py`, {record['device']}, no GPU, {record['builder']}, "
+        f"{record['date']}, batch 1-8, half precision.",
+        "",
+        "| UNet | built for | seconds | peak memory | engine | to the float engine |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        cells = [
+            row["graph"],
+            ", ".join(row["architectures"]),
+            f"{row['seconds']:.0f}",
+            f"{row['peak_rss_bytes'] / 1e9:.1f} GB",
+            f"{row['engine_bytes'] / 1e6:.0f} MB",
+            f"{row['engine_bytes'] / whole[tuple(row['architectures'])]:.2f} x",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def cpu_path(record: dict[str, Any]) -> str:
     """`cpu_path.json` as Markdown."""
     median = {(row["name"], row["provider"]): row["median_seconds"] for row in record["rows"]}
@@ -273,6 +300,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "shapes": shapes,
     "sd_size": sd_size,
     "cpu_path": cpu_path,
+    "build": build,
     "serve": serve,
     "serve_hostile": serve_hostile,
     "serve_ray": serve_ray,
