@@ -21,6 +21,8 @@ _OPTIONAL = {
     "onnxruntime-gpu": "gpu",
     "onnxruntime": "cpu",
     "tensorrt-rtx": "rtx",
+    "cuda-bindings": "plugins",
+    "nvidia-cuda-nvrtc": "plugins",
     "matplotlib": "eval",
     "jinja2": "eval",
 }
@@ -71,6 +73,8 @@ def doctor() -> dict[str, Any]:
     builders = [name for name, backend in BACKENDS.items() if backend.installed]
     if not builders:
         hints.append("engines need a builder: pip install 'trtq[rtx]'")
+    if not (packages["cuda-bindings"] and packages["nvidia-cuda-nvrtc"]):
+        hints.append("our own GPU kernels need NVRTC: pip install 'trtq[plugins]'")
     if not has_vnni():
         hints.append(
             "this CPU has no VNNI: the openvino provider runs weights of at most 7 bits in integers "
