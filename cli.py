@@ -695,7 +695,7 @@ def triton(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],
+    path: Annotated[str, typer.Argument(help="A run, an ONNX or engine folder, a checkpoint.")],
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -713,7 +713,7 @@ def inspect(
             rows = {
                 key: value
                 for key, value in found.items()
-                if key not in ("layers", "recipe", "packages", "metrics") and value
+                if key not in ("layers", "recipe", "packages", "metrics", "engine_layers") and value
             }
             _pairs(str(path), rows)
             table = Table(title="layers", title_justify="left")
@@ -725,6 +725,8 @@ def inspect(
                 cells = (row["name"], row.get("kind", ""), precision_text(*widths))
                 table.add_row(*cells, scale_range(row), points, row.get("reason", ""))
             _out.print(table)
+            for row in found.get("engine_layers") or []:
+                _out.print(str(row.get("Name")), markup=False, soft_wrap=True)
 
         _show(inspect_artefact(path), as_json, human)
 

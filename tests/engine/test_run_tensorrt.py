@@ -10,6 +10,7 @@ from trtq.engine.tensorrt import run as running
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.engine.tensorrt.run import TensorRtEngine, open_tensorrt
 from trtq.errors import ArtefactError, UsageError
+from trtq.stages.inspect import inspect_artefact
 
 RTX = BACKENDS["tensorrt-rtx"]
 
@@ -112,6 +113,13 @@ def stand_in(loads=True, works=True):
         def create_execution_context(self, config):
             return Context()
 
+        def create_engine_inspector(self):
+            return Inspector()
+
+    class Inspector:
+        def get_engine_information(self, form):
+            return {"json": '{"Layers": ["first", {"Name": "second", "Precision": "INT8"}]}'}[form]
+
     class Logger:
         ERROR = 1
 
@@ -130,6 +138,7 @@ def stand_in(loads=True, works=True):
     class Module:
         ILogger = Logger
         TensorIOMode = type("TensorIOMode", (), {"INPUT": "in"})
+        LayerInformationFormat = type("LayerInformationFormat", (), {"JSON": "json"})
         CudaGraphStrategy = type("CudaGraphStrategy", (), {"WHOLE_GRAPH_CAPTURE": "whole"})
 
         @staticmethod
@@ -169,6 +178,11 @@ def test_what_was_compiled_on_first_use_is_kept(file):
     assert module.cache.restored is None
     TensorRtEngine(file, RTX, module, Memory())
     assert module.cache.restored == b"compiled kernels"
+
+
+def test_the_inspectors_layers_have_names(file):
+    found = TensorRtEngine(file, RTX, stand_in(), Memory()).describe()
+    assert found == [{"Name": "first"}, {"Name": "second", "Precision": "INT8"}]
 
 
 def test_a_shape_outside_the_profile_says_what_is_inside(file):
@@ -219,5 +233,9 @@ def test_an_engine_folder_is_a_pipeline(digits_onnx, tmp_path, monkeypatch):
     images = pipeline(class_labels=[3], num_inference_steps=2, output_type="np").images
     assert images.shape[0] == 1
     assert opened == [(out / "unet" / "model.engine", "tensorrt-rtx")]
+    monkeypatch.setattr("trtq.stages.inspect.obstacle", lambda backend: f"no GPU for {backend}")
+    found = inspect_artefact(out)
+    assert found["engine_layers"] is None
+    assert found["engine_layers_missing"] == "no GPU for tensorrt-rtx"
     with pytest.raises(UsageError, match="folder of engines; run it with tensorrt-rtx, not cpu"):
         trtq.load(out, provider="cpu")

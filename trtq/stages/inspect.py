@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from trtq.diffusion.source import load_source
+from trtq.engine.tensorrt.run import obstacle, open_tensorrt
 from trtq.manifest import Manifest, artefact_kind, read_manifest
 from trtq.quant import precision_text, quantizable_layers
+from trtq.stages.graph_file import model_file
 from trtq.stages.run_folder import open_run
 
 __all__ = ["inspect_artefact"]
@@ -18,12 +20,13 @@ def inspect_artefact(path: str | Path) -> dict[str, Any]:
     """Layers, bits, tables, sizes and origin.
 
     Args:
-        path: a run, an ONNX folder or a float checkpoint; it is verified first.
+        path: a run, an ONNX or engine folder or a float checkpoint; it is verified first.
 
     Returns:
         `kind`, `source`, `bytes`, `precisions` (count by precision), `timesteps`, `layers` (one row
         each; for a run with `scale` (per step, by input) and `zero_points`), `options`,
-        `metrics`.
+        `metrics`; of engines also `engine_layers` (what the backend's inspector says of the
+        denoiser's; None where there is no GPU to load it) and `engine_layers_missing` (why).
 
     Raises:
         ArtefactError: it cannot be read, or is not what its manifest says.
@@ -44,6 +47,8 @@ def inspect_artefact(path: str | Path) -> dict[str, Any]:
         "metrics": manifest.metrics,
         "packages": manifest.packages,
     }
+    if manifest.kind == "engine":
+        result |= _engine_layers(folder, manifest)
     if manifest.kind == "run":
         stored = open_run(folder).stored
         for row in result["layers"]:
@@ -54,6 +59,15 @@ def inspect_artefact(path: str | Path) -> dict[str, Any]:
             row["scale"] = {name: one.scale.tolist() for name, one in operands.items()}
             row["zero_points"] = sorted({-int(z) for one in operands.values() for z in one.low})
     return result
+
+
+def _engine_layers(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    backend = str(manifest.options["backend"])
+    reason = obstacle(backend)
+    if reason is not None:
+        return {"engine_layers": None, "engine_layers_missing": reason}
+    engine = open_tensorrt(model_file(folder / manifest.denoiser), backend)
+    return {"engine_layers": engine.describe(), "engine_layers_missing": None}
 
 
 def _precisions(manifest: Manifest) -> dict[str, int]:

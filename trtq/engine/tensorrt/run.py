@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -176,6 +177,15 @@ class TensorRtEngine:
             given = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
             (inputs if given else outputs)[name] = TensorSpec(dtype, shape)
         return inputs, outputs
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The engine's layers as the backend's own inspector names them, in order."""
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context
+        form = self._trt.LayerInformationFormat.JSON
+        found = json.loads(inspector.get_engine_information(form)).get("Layers", [])
+        # Without detailed profiling there are names only.
+        return [row if isinstance(row, dict) else {"Name": row} for row in found]
 
     @property
     def provider(self) -> str:
