@@ -94,6 +94,8 @@ def _check(x: Tensor, layer: LayerSpec, **operands: Tensor) -> None:
                 f"{name} must be {_ARGUMENTS[name]} of {list(shapes[name])}, got {tensor.dtype} of "
                 f"{list(tensor.shape)}"
             )
+        if not tensor.is_contiguous():
+            raise UsageError(f"{name} must be contiguous; kernels read its memory in order")
         if tensor.device != x.device:
             raise UsageError(f"{name} is on {tensor.device}, the input on {x.device}")
 

@@ -77,6 +77,20 @@ def test_scales_stay_float32_in_a_half_precision_model():
     assert module(torch.randn(1, 40).half(), 0).dtype == torch.float16
 
 
+def test_weights_keep_their_order_in_a_channels_last_model():
+    """Kernels read memory, not strides: on a GPU another order would be another weight."""
+    module = KernelLayer(layer(4, (2, 5, 3, 3), [0, 7]), SAME)
+    before = module.weight.clone()
+    module.to(memory_format=torch.channels_last)
+    assert module.weight.is_contiguous()
+    assert torch.equal(module.weight, before)
+    x = torch.randn(1, 5, 4, 4)
+    turned = module.weight.to(memory_format=torch.channels_last)
+    with pytest.raises(UsageError, match="weight must be contiguous"):
+        operands = (turned, module.terms, module.tables, torch.tensor([0]))
+        low_bit(x, *operands, None, flat_fields(module.spec), False)
+
+
 def test_a_layer_survives_the_operators_list_of_integers():
     for geometry in (None, Geometry((1, 3), (2, 1), (0, 1), (1, 2), 4)):
         spec = LayerSpec(64, 32, 20, 4, 8, geometry)

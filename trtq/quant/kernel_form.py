@@ -109,11 +109,15 @@ class KernelLayer(nn.Module):
             self.register_buffer(name, torch.from_numpy(values))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLayer:
-        """Moves with the model, but its scales stay float32 when the model becomes half."""
+        """Moves with the model, but scales stay float32 and weights in the order they are packed in.
+
+        A model that becomes channels last takes everything with four axes for an image.
+        """
         scales = {name: getattr(self, name) for name in ("terms", "tables")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, exact in scales.items():
             setattr(self, name, exact.to(self.weight.device))
+        self.weight = self.weight.contiguous()
         return self
 
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
