@@ -1,4 +1,6 @@
 PYTHON ?= python3
+# Two processes with one thread each; what shares a file shares its models.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -9,10 +11,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(MAKE) check
-	$(BIN)/python -m pytest -q -m "not gpu and not slow"
+	$(PYTEST) -m "not gpu and not slow"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

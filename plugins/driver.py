@@ -11,7 +11,7 @@ from trtq.plugins.compile import cubin
 from trtq.plugins.launch import Launch
 from trtq.plugins.spec import Variant
 
-__all__ = ["CudaDevice", "Gpu", "current_device"]
+__all__ = ["CudaDevice", "Gpu", "current_device", "first_gpu"]
 
 _USUAL_SHARED_BYTES = 48 << 10
 """A kernel must be told before it may have more."""
@@ -86,12 +86,20 @@ class CudaDevice:
             what = f"cannot load {variant} for {self.architecture}"
             module = _call("cuModuleLoadData", cubin(variant, self.architecture), what=what)
             function = _call("cuModuleGetFunction", module, variant.kernel.encode(), what=what)
-            if shared_bytes > _USUAL_SHARED_BYTES:
+            if shared_bytes >= _USUAL_SHARED_BYTES:
                 most = _driver().CUfunction_attribute
                 name = most.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _call("cuFuncSetAttribute", function, name, shared_bytes, what=what)
             self._functions[variant] = module, function
         return self._functions[variant][1]
+
+    def prepare(self, launch: Launch) -> None:
+        """Compile and load a kernel, which cannot be done while a CUDA graph is captured.
+
+        Raises:
+            KernelError: it cannot be compiled or loaded.
+        """
+        self._function(launch.variant, launch.shared_bytes)
 
     def start(self, launch: Launch, stream: int) -> None:
         """Start a kernel on a stream; returns before it is done.
@@ -135,6 +143,17 @@ def current_device() -> CudaDevice:
     return _device_of(context)
 
 
+def first_gpu() -> Any:
+    """The driver's handle of the first GPU.
+
+    Raises:
+        MissingDependencyError: cuda-bindings is not installed.
+        KernelError: there is no driver, or no GPU.
+    """
+    _call("cuInit", 0, what="no GPU can be used")
+    return _call("cuDeviceGet", 0, what="no GPU can be used")
+
+
 class Gpu:
     """Memory and one stream of the first GPU, for those who have no torch with CUDA.
 
@@ -145,10 +164,13 @@ class Gpu:
 
     def __init__(self) -> None:
         what = "no GPU can be used"
-        _call("cuInit", 0, what=what)
-        device = _call("cuDeviceGet", 0, what=what)
-        _call("cuCtxSetCurrent", _call("cuDevicePrimaryCtxRetain", device, what=what), what=what)
+        self._context = _call("cuDevicePrimaryCtxRetain", first_gpu(), what=what)
+        self.enter()
         self.stream = int(_call("cuStreamCreate", 0, what=what))
+
+    def enter(self) -> None:
+        """Let the calling thread use it; every thread has to be told."""
+        _call("cuCtxSetCurrent", self._context, what="the GPU cannot be used by this thread")
 
     def allocate(self, size: int) -> int:
         """Address of new memory of at least one byte."""

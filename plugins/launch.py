@@ -18,6 +18,7 @@ __all__ = [
     "Pointers",
     "choose_tile",
     "layer_launches",
+    "prepare_layer",
     "shape_arguments",
 ]
 
@@ -57,6 +58,9 @@ class Device(Protocol):
 
     architecture: str
     processors: int
+
+    def prepare(self, launch: Launch) -> None:
+        """Compile and load a kernel."""
 
     def start(self, launch: Launch, stream: int) -> None:
         """Start a kernel on a stream; returns before it is done."""
@@ -114,7 +118,25 @@ def start_layer(
         UsageError: an operand is not aligned.
         KernelError: a kernel cannot be compiled, loaded or started.
     """
-    for launch in layer_launches(
+    for launch in _chosen(device, layer, problem, at, half=half, silu=silu):
+        device.start(launch, stream)
+
+
+def prepare_layer(device: Device, layer: LayerSpec, problem: Problem, *, half: bool) -> None:
+    """Compile and load what `start_layer` will start; arguments are its own.
+
+    Raises:
+        KernelError: a kernel cannot be compiled or loaded.
+    """
+    nowhere = Pointers(0, 0, 0, 0, 0, 0, 0)
+    for launch in _chosen(device, layer, problem, nowhere, half=half, silu=False):
+        device.prepare(launch)
+
+
+def _chosen(
+    device: Device, layer: LayerSpec, problem: Problem, at: Pointers, *, half: bool, silu: bool
+) -> list[Launch]:
+    return layer_launches(
         problem,
         at,
         choose_tile(problem, device.processors, device.architecture),
@@ -122,8 +144,7 @@ def start_layer(
         weight_bits=layer.weight_bits,
         native_4=layer.native_4(device.architecture),
         silu=silu,
-    ):
-        device.start(launch, stream)
+    )
 
 
 def choose_tile(problem: Problem, processors: int, architecture: str) -> Tile:

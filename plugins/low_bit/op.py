@@ -152,9 +152,10 @@ def low_bit(
         sums.data_ptr(),
         0 if residual is None else residual.data_ptr(),
     )
-    stream = torch.cuda.current_stream(x.device).cuda_stream
     half = x.dtype == torch.float16
-    start_layer(current_device(), spec, problem, at, stream, half=half, silu=silu)
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        start_layer(current_device(), spec, problem, at, stream, half=half, silu=silu)
     return out
 
 
@@ -187,7 +188,8 @@ def _(
     _check(x, spec, weight=weight, terms=terms, tables=tables, step=step)
     items = (-1, *(1,) * (x.ndim - 1))
     scale, inverse, low, high = (row[step].reshape(items) for row in tables)
-    codes = (x.float() * inverse).round().clamp(low, high)
+    # As in the kernel, NaN takes the smallest code.
+    codes = (x.float() * inverse).round().fmax(low).fmin(high)
     groups = 1 if spec.geometry is None else spec.geometry.groups
     packed, channels = weight.numpy(), spec.channels // groups
     if spec.weight_bits == 4:

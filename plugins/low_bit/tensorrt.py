@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from trtq.errors import UsageError
+from trtq.errors import TrtqError, UsageError
 from trtq.plugins.driver import current_device
-from trtq.plugins.launch import Device, Pointers, start_layer
+from trtq.plugins.launch import Device, Pointers, prepare_layer, start_layer
 from trtq.plugins.spec import Geometry, LayerSpec
 
 __all__ = ["NAMESPACE", "PLUGINS", "VERSION", "fields_of", "register", "spec_of"]
@@ -87,6 +87,14 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
+def _field_collection(trt: Any, fields: dict[str, list[int]]) -> tuple[list[Any], Any]:
+    """Attributes as TensorRT takes them, with the objects that own their memory."""
+    owned: list[Any] = [np.array(values, np.int32) for values in fields.values()]
+    named = zip(fields, list(owned), strict=True)
+    owned += [trt.PluginField(name, data, trt.PluginFieldType.INT32) for name, data in named]
+    return owned, trt.PluginFieldCollection(owned[len(fields) :])
+
+
 def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
     class LowBitPlugin(
         trt.IPluginV3,  # type: ignore[misc]
@@ -105,6 +113,8 @@ def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
             self.plugin_namespace, self.plugin_version = NAMESPACE, VERSION
             self.num_outputs = 1
             self.layer = layer
+            # TensorRT keeps pointers to what Python owns: as long as the plugin lives, so do these.
+            self._fields, self._collection = _field_collection(trt, fields_of(layer))
 
         def get_capability_interface(self, _: Any) -> Any:
             return self
@@ -116,12 +126,7 @@ def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
             return self.clone()
 
         def get_fields_to_serialize(self) -> Any:
-            return trt.PluginFieldCollection(
-                [
-                    trt.PluginField(name, np.array(values, np.int32), trt.PluginFieldType.INT32)
-                    for name, values in fields_of(self.layer).items()
-                ]
-            )
+            return self._collection
 
         def get_output_data_types(self, types: Any) -> Any:
             return [types[0]]
@@ -168,7 +173,13 @@ def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
             return _aligned(problem.code_bytes(native_4=False)) + problem.sum_bytes
 
         def on_shape_change(self, inputs: Any, _: Any) -> None:
-            self.layer.problem(tuple(inputs[0].dims))
+            problem = self.layer.problem(tuple(inputs[0].dims))
+            try:
+                gpu = device()
+            except TrtqError:  # While building there may be none.
+                return
+            # Not in `enqueue`, which may be captured into a CUDA graph.
+            prepare_layer(gpu, self.layer, problem, half=inputs[0].type == trt.DataType.HALF)
 
         def set_tactic(self, _: int) -> None:
             """There is one; its tile is chosen for the shape when it runs."""
@@ -198,12 +209,7 @@ def _creator_class(trt: Any, plugin: type, name: str) -> type:
             trt.IPluginCreatorV3One.__init__(self)
             self.name = name
             self.plugin_namespace, self.plugin_version = NAMESPACE, VERSION
-            self.field_names = trt.PluginFieldCollection(
-                [
-                    trt.PluginField(field, np.array([], np.int32), trt.PluginFieldType.INT32)
-                    for field in _FIELDS
-                ]
-            )
+            self._fields, self.field_names = _field_collection(trt, {key: [] for key in _FIELDS})
 
         def create_plugin(self, _: str, fields: Any, phase: Any) -> Any:
             given = {

@@ -1,6 +1,7 @@
 """Running engines, against a stand-in for TensorRT: none can be run where tests run."""
 
 import ctypes
+import threading
 
 import numpy as np
 import pytest
@@ -23,6 +24,9 @@ class Memory:
     def __init__(self):
         self.areas = {}
         self.freed = []
+
+    def enter(self):
+        self.entered = threading.get_ident()
 
     def allocate(self, size):
         area = ctypes.create_string_buffer(size)
@@ -170,6 +174,16 @@ def test_arrays_go_in_and_come_out_in_buffers_that_grow(file):
     assert len(memory.areas) == 4
     assert len(memory.freed) == 2
     assert module.engine.config.cuda_graph_strategy == "whole"
+
+
+def test_another_thread_is_let_in_first(file):
+    """A server draws in a thread of its own, and CUDA's context belongs to threads."""
+    memory = Memory()
+    engine = TensorRtEngine(file, RTX, stand_in(), memory)
+    thread = threading.Thread(target=engine.run, args=({"x": np.zeros((1, 3))},))
+    thread.start()
+    thread.join()
+    assert memory.entered == thread.ident
 
 
 def test_what_was_compiled_on_first_use_is_kept(file):

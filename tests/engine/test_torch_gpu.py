@@ -5,6 +5,7 @@ import torch
 
 import trtq
 from trtq.engine.torch_gpu import GpuDenoiser
+from trtq.quant.kernel_form import KernelLayer
 from trtq.stages import load as loading
 from trtq.stages.run_folder import open_run
 
@@ -33,7 +34,11 @@ def test_in_half_precision_it_gives_back_what_it_was_given(run):
     denoiser = GpuDenoiser(run.denoiser(kernels=True), "cpu")
     sample = torch.randn(1, *run.source().sample_shape)
     found = denoiser(sample, 400, torch.tensor([3])).sample
-    assert (found.dtype, denoiser.dtype) == (torch.float32, torch.float16)
+    assert (found.dtype, denoiser.dtype) == (torch.float32, torch.float32)
+    assert next(denoiser.model.parameters()).dtype == torch.float16
+    layers = [module for module in denoiser.modules() if isinstance(module, KernelLayer)]
+    assert layers
+    assert all(layer.weight.is_contiguous() for layer in layers)
     assert torch.isfinite(found).all()
 
 

@@ -32,8 +32,13 @@ class EmulatedDevice:
     def __init__(self, folder, architecture):
         self.architecture = architecture
         self.emulator = Emulator(folder)
+        self.prepared = []
+
+    def prepare(self, launch):
+        self.prepared.append(launch.variant)
 
     def start(self, launch, stream):
+        assert launch.variant in self.prepared
         assert stream == 77
         self.emulator.run(launch, seed=1)
 
@@ -83,6 +88,20 @@ def test_what_it_starts_computes_the_layer(tmp_path, architecture, geometry):
     wanted = reference.low_bit(case.x, case.integers, case.terms, case.tables, case.step, geometry)
     found = out.transpose(0, 3, 1, 2) if linear else out
     assert np.array_equal(found, wanted)
+
+
+@needs_rtx
+def test_attributes_stay_in_memory_as_long_as_the_plugin():
+    """TensorRT reads them after Python has given them: freed, others take their place."""
+    import tensorrt_rtx as trt
+
+    layer = LayerSpec(64, 32, 20, 4, 8, SAME)
+    plugin = plugins._plugin_class(trt, lambda: None)("LowBitConv2d", layer)
+    collection = plugin.get_fields_to_serialize()
+    rubbish = [np.full(2, -5, np.int32) for _ in range(4000)]
+    found = {field.name: np.array(field.data).reshape(-1).tolist() for field in collection}
+    assert found == plugins.fields_of(layer)
+    assert len(rubbish) == 4000
 
 
 @needs_rtx

@@ -86,8 +86,8 @@ def test_weights_keep_their_order_in_a_channels_last_model():
     assert torch.equal(module.weight, before)
     x = torch.randn(1, 5, 4, 4)
     turned = module.weight.to(memory_format=torch.channels_last)
+    operands = (turned, module.terms, module.tables, torch.tensor([0]))
     with pytest.raises(UsageError, match="weight must be contiguous"):
-        operands = (turned, module.terms, module.tables, torch.tensor([0]))
         low_bit(x, *operands, None, flat_fields(module.spec), False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,9 @@ class _Captured:
 class GpuDenoiser(StandIn):
     """Stands where a diffusers pipeline expects its UNet or transformer.
 
-    The step is looked up on the host, so nothing waits for the GPU between calls; the first calls of a
-    shape record a CUDA graph, and later ones replay it.
+    Only the denoiser is on the GPU: to its pipeline it is on the CPU, in float32, and takes and gives
+    what is there. The step is looked up on the host, so nothing waits for the GPU between calls; the
+    first calls of a shape record a CUDA graph, and later ones replay it.
 
     Args:
         quantized: a denoiser of `KernelLayer`s; it is moved and cast.
@@ -52,7 +54,10 @@ class GpuDenoiser(StandIn):
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.table = quantized.table
         self.config = quantized.config
-        self.device, self.dtype = torch.device(device), dtype
+        self._device, self._dtype = torch.device(device), dtype
+        # What a pipeline asks for: its other parts and its latents stay where and what they are.
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self._lock = threading.Lock()
         self.family = family_named(type(self.model).__name__)
         self._names = list(inspect.signature(self.model.forward).parameters)
         self._captured: dict[tuple[Any, ...], _Captured] = {}
@@ -72,12 +77,14 @@ class GpuDenoiser(StandIn):
         sample = flat[self.family.sample]
         step = self.table.index(flat["timestep"].cpu()).expand(len(sample))
         inputs = {name: self._on_device(name, value) for name, value in flat.items()}
-        prediction = self._predict(inputs, step).to(sample.device, sample.dtype)
+        with self._lock:
+            prediction = self._predict(inputs, step)
+        prediction = prediction.to(sample.device, sample.dtype)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
     def _on_device(self, name: str, value: Tensor) -> Tensor:
         half = value.is_floating_point() and name != "timestep"
-        return value.to(self.device, self.dtype if half else value.dtype)
+        return value.to(self._device, self._dtype if half else value.dtype)
 
     def _call(self, inputs: Mapping[str, Tensor], step: Tensor) -> Tensor:
         with step_scope(step):
@@ -85,12 +92,16 @@ class GpuDenoiser(StandIn):
         return found
 
     def _predict(self, inputs: dict[str, Tensor], step: Tensor) -> Tensor:
-        if self.device.type != "cuda":
+        if self._device.type != "cuda":
             return self._call(inputs, step)
+        with torch.cuda.device(self._device):
+            return self._replay(inputs, step)
+
+    def _replay(self, inputs: dict[str, Tensor], step: Tensor) -> Tensor:
         key = tuple((name, tuple(v.shape), v.dtype) for name, v in sorted(inputs.items()))
         captured = self._captured.get(key)
         if captured is None:
-            captured = self._captured[key] = self._capture(inputs, step.to(self.device))
+            captured = self._captured[key] = self._capture(inputs, step.to(self._device))
         for name, value in inputs.items():
             captured.inputs[name].copy_(value)
         captured.step.copy_(step)
@@ -107,6 +118,6 @@ class GpuDenoiser(StandIn):
                 self._call(own, step)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = self._call(own, step)
         return _Captured(graph, own, step, output)

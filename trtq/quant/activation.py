@@ -34,11 +34,14 @@ def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
             f"got step indices of shape {tuple(step.shape)} for a batch of {batch}; "
             f"give one index, or one per batch item (shape [{batch}])"
         )
-    if not torch.compiler.is_compiling() and (int(step.min()) < 0 or int(step.max()) >= len(table)):
+    # On a GPU looking would wait for it, and a CUDA graph cannot: there whoever made the step looks.
+    looked_at = step.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and (int(step.min()) < 0 or int(step.max()) >= len(table)):
         raise StepError(
             f"step indices {step.tolist()} leave the table; it has steps 0 .. {len(table) - 1}"
         )
-    return table[step] if len(step) > 1 else table[step[0]]
+    found = table.index_select(0, step)
+    return found if len(step) > 1 else found.reshape(())
 
 
 def per_item(values: Tensor, x: Tensor) -> Tensor:

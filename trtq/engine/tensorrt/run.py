@@ -16,7 +16,7 @@ from trtq.engine.base import TensorSpec
 from trtq.engine.tensorrt.backends import BACKENDS, Backend
 from trtq.errors import ArtefactError, KernelError, MissingDependencyError, UsageError
 from trtq.manifest import sha256
-from trtq.plugins.driver import Gpu
+from trtq.plugins.driver import Gpu, first_gpu
 from trtq.plugins.low_bit.tensorrt import register
 from trtq.resources import cache_folder
 
@@ -31,6 +31,9 @@ class Memory(Protocol):
     """Of the GPU; `trtq.plugins.driver.Gpu` is one."""
 
     stream: int
+
+    def enter(self) -> None:
+        """Let the calling thread use it."""
 
     def allocate(self, size: int) -> int:
         """Address of new memory."""
@@ -94,7 +97,7 @@ def obstacle(provider: str) -> str | None:
     if not backend.installed:
         return f"{provider} is not installed: {backend.install}"
     try:
-        Gpu()
+        first_gpu()
     except (KernelError, MissingDependencyError) as err:
         return str(err)
     return None
@@ -214,6 +217,8 @@ class TensorRtEngine:
             UsageError: a shape lies outside the engine's profile.
             ArtefactError: the engine fails.
         """
+        self._memory.enter()
+        uploaded = []  # Kept until the copies are done.
         for name, spec in self._inputs.items():
             array = np.ascontiguousarray(feeds[name], dtype=spec.dtype)
             if not self._context.set_input_shape(name, array.shape):
@@ -223,6 +228,7 @@ class TensorRtEngine:
                 )
             address = self._buffer(name, array.nbytes)
             self._memory.upload(address, array)
+            uploaded.append(array)
         found = {}
         for name, spec in self._outputs.items():
             found[name] = np.empty(tuple(self._context.get_tensor_shape(name)), spec.dtype)
