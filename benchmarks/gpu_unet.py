@@ -1,0 +1,133 @@
+"""A UNet of Stable Diffusion 1.5's size on an NVIDIA GPU: our kernels against compiled half precision.
+
+    python benchmarks/sd_size.py --folder DIR         (makes DIR/checkpoint and the W4A8 run DIR/run)
+    python benchmarks/gpu_unet.py DIR/checkpoint DIR/run [OTHER_RUN ...]
+
+One call of the denoiser, batch 2 (both halves of the guidance of one image). The rival is diffusers' own
+UNet in half precision, channels last, through `torch.compile(mode="max-autotune")`, which uses CUDA
+graphs, as ours does. Rows take turns in one process. Random weights: beside each time stands how far the
+prediction is from the reference in torch on the CPU, so that a fast wrong answer is seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtq.diffusion.source import load_source
+from trtq.engine.torch_gpu import GpuDenoiser
+from trtq.export.parity import snr_db
+from trtq.manifest import package_versions
+from trtq.stages.run_folder import open_run
+
+ROOT = Path(__file__).parent
+BATCH, TURNS, CALLS, WARM_UP = 2, 15, 10, 5
+TIMESTEP = 500
+
+
+def inputs(source: Any) -> dict[str, Tensor]:
+    """The same noise and conditions for every row."""
+    generator = torch.Generator().manual_seed(0)
+    conditions = source.draw_conditions(BATCH, generator)
+    sample = torch.randn(BATCH, *source.sample_shape, generator=generator)
+    return {"sample": sample, "timestep": torch.full((BATCH,), TIMESTEP), **conditions.conditional}
+
+
+def compiled(checkpoint: Path, given: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Diffusers' UNet in half precision, compiled."""
+    model = load_source(str(checkpoint)).denoiser.cuda().half()
+    model = torch.compile(model.to(memory_format=torch.channels_last), mode="max-autotune")
+    moved = {
+        name: value.cuda().half() if value.is_floating_point() else value.cuda()
+        for name, value in given.items()
+    }
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model(**moved, return_dict=False)[0]
+        return found
+
+    return call
+
+
+def ours(run: Path, given: dict[str, Tensor]) -> tuple[GpuDenoiser, Callable[[], Tensor]]:
+    """A run on our kernels; its inputs lie on the GPU, but for the timesteps it looks up on the host."""
+    denoiser = GpuDenoiser(open_run(run).denoiser(kernels=True))
+    moved = {name: value if name == "timestep" else value.cuda() for name, value in given.items()}
+    return denoiser, lambda: denoiser(**moved, return_dict=False)[0]
+
+
+def weight_bytes(denoiser: GpuDenoiser) -> int:
+    """Of everything the denoiser keeps on the GPU."""
+    tensors = [*denoiser.model.parameters(), *denoiser.model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def milliseconds(calls: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
+    """Of one call each, in turns."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(WARM_UP):
+            call()
+    for _ in range(TURNS):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(CALLS):
+                call()
+            end.record()
+            torch.cuda.synchronize()
+            found[name].append(start.elapsed_time(end) / CALLS)
+    return found
+
+
+def main() -> None:
+    """Measure every run against the compiled checkpoint and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "results" / "gpu_unet.json")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no NVIDIA GPU here; nothing was measured")
+    source = load_source(str(options.checkpoint))
+    given = inputs(source)
+    half_bytes = 2 * sum(p.numel() for p in source.denoiser.parameters())
+    calls = {"float": compiled(options.checkpoint, given)}
+    rows: dict[str, dict[str, Any]] = {"float": {"weight_bytes": half_bytes}}
+    for run in options.runs:
+        denoiser, calls[str(run)] = ours(run, given)
+        with torch.no_grad():
+            reference = open_run(run).denoiser()(**given, return_dict=False)[0]
+        rows[str(run)] = {
+            "bits": open_run(run).manifest.recipe["bits"],  # type: ignore[index]
+            "weight_bytes": weight_bytes(denoiser),
+            "snr_db": snr_db(reference, calls[str(run)]().float().cpu()),
+        }
+    times = milliseconds(calls)
+    for name, row in rows.items():
+        ratios = [a / b for a, b in zip(times["float"], times[name], strict=True)]
+        row["milliseconds"] = statistics.median(times[name])
+        row["speedup"] = statistics.median(ratios)
+        row["quartiles"] = statistics.quantiles(ratios, n=4)[::2]
+    record = {
+        "gpu": torch.cuda.get_device_name(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "packages": package_versions(),
+        "rows": rows,
+    }
+    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()
