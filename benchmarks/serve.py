@@ -52,12 +52,16 @@ SHARE = 0.8
 WARM = 20
 
 
+def serve_command(onnx: Path) -> list[str]:
+    """A server on a free port, which it names in JSON on its first line."""
+    return [sys.executable, "-m", "trtq.cli", "serve", str(onnx), "--port", "0", "--json"]
+
+
 @contextmanager
 def served(onnx: Path, *options: str) -> Iterator[tuple[int, int]]:
     """A server in a process of its own; gives its port and process, and checks how it ends."""
-    command = [sys.executable, "-m", "trtq.cli", "serve", str(onnx), "--port", "0", "--json"]
     process = subprocess.Popen(
-        [*command, "--threads", "1", *options],
+        [*serve_command(onnx), "--threads", "1", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -17,7 +17,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,6 +25,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from serve import serve_command
 
 from trtq.manifest import package_versions
 
@@ -196,18 +197,11 @@ def main() -> None:
     output = Path("benchmarks/results/serve_hostile.json")
     parser.add_argument("-o", "--output", type=Path, default=output)
     arguments = parser.parse_args()
-    serve = [
-        sys.executable,
-        "-m",
-        "trtq.cli",
-        "serve",
-        str(arguments.onnx),
-        "--port",
-        "0",
-        "--json",
-    ]
     server = subprocess.Popen(
-        [*serve, "--queue", "16"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [*serve_command(arguments.onnx), "--queue", "16"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     assert server.stdout is not None
     url = json.loads(server.stdout.readline())["url"]

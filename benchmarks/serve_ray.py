@@ -16,13 +16,12 @@ import random
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serve import ask, processor, saturate
+from serve import ask, processor, saturate, serve_command
 
 from trtq.manifest import package_versions
 from trtq.serve.ray import RayOptions, app
@@ -69,16 +68,7 @@ def main() -> None:
     output = Path("benchmarks/results/serve_ray.json")
     parser.add_argument("-o", "--output", type=Path, default=output)
     arguments = parser.parse_args()
-    command = [
-        sys.executable,
-        "-m",
-        "trtq.cli",
-        "serve",
-        str(arguments.onnx),
-        "--port",
-        "0",
-        "--json",
-    ]
+    command = serve_command(arguments.onnx)
     alone = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert alone.stdout is not None
     port = int(json.loads(alone.stdout.readline())["url"].rpartition(":")[2])

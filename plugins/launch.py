@@ -20,6 +20,7 @@ __all__ = [
     "layer_launches",
     "prepare_layer",
     "shape_arguments",
+    "start_layer",
 ]
 
 _CHANNELS_LAST, _SILU = 1, 2
@@ -209,7 +210,7 @@ def layer_launches(
         )
     if fused and at.residual:
         raise UsageError("the kernel in one launch adds no residual; use two launches")
-    _check_alignment(problem, at, fused=fused)
+    _check_alignment(at, fused=fused)
     launches = [] if fused else [_quantize(problem, at, half=half, native_4=native_4)]
     variant = Variant("low_bit", half, native_4, weight_bits, fused, tile)
     values = [at.x] if fused else [at.codes, at.sums]
@@ -249,7 +250,7 @@ def _check_grid(grid: tuple[int, int, int]) -> None:
         )
 
 
-def _check_alignment(problem: Problem, at: Pointers, *, fused: bool) -> None:
+def _check_alignment(at: Pointers, *, fused: bool) -> None:
     wanted = {"the weight": at.weight} if fused else {"the weight": at.weight, "codes": at.codes}
     for name, address in wanted.items():
         if address % _ALIGNMENT:

@@ -39,6 +39,10 @@ ARCHITECTURES = ("sm75", "sm80", "sm86", "sm89", "sm90", "sm120")
 _TILE_BYTES = 64
 
 
+def _whole_blocks(channels: int) -> int:
+    return -(-channels // CHANNEL_BLOCK) * CHANNEL_BLOCK
+
+
 def has_native_4(architecture: str) -> bool:
     """Whether the tensor cores of an architecture multiply 4-bit integers; later ones imitate it."""
     return architecture in ("sm75", "sm80", "sm86", "sm87", "sm89")
@@ -130,7 +134,7 @@ class Problem:
     @property
     def padded_channels(self) -> int:
         """The same in whole blocks."""
-        return -(-self.group_channels // CHANNEL_BLOCK) * CHANNEL_BLOCK
+        return _whole_blocks(self.group_channels)
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -195,7 +199,7 @@ class LayerSpec:
     def weight_shape(self) -> tuple[int, int, int, int]:
         """Of the packed weight."""
         geometry = self.geometry or Geometry()
-        padded = -(-(self.channels // geometry.groups) // CHANNEL_BLOCK) * CHANNEL_BLOCK
+        padded = _whole_blocks(self.channels // geometry.groups)
         return (self.out_channels, *geometry.kernel, padded * self.weight_bits // 8)
 
     def native_4(self, architecture: str) -> bool:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 
-__all__ = ["Engine", "TensorSpec"]
+__all__ = ["NO_METADATA", "Engine", "TensorSpec"]
+
+NO_METADATA: Mapping[str, str] = MappingProxyType({})
+"""Of a graph that says nothing about itself."""
 
 
 @dataclass(frozen=True)

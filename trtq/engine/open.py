@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
-from trtq.engine.base import Engine
+from trtq.engine.base import NO_METADATA, Engine
 from trtq.engine.openvino import MOST_SHAPES, OpenVinoEngine
 from trtq.engine.ort import OrtEngine
 from trtq.engine.ort_tensorrt import OrtTensorRtEngine
@@ -18,14 +17,12 @@ from trtq.errors import UsageError
 
 __all__ = ["open_engine"]
 
-_NO_METADATA: Mapping[str, str] = MappingProxyType({})
-
 
 def open_engine(
     path: Path,
     provider: str = "cpu",
     threads: int | None = None,
-    metadata: Mapping[str, str] = _NO_METADATA,
+    metadata: Mapping[str, str] = NO_METADATA,
     profile: Callable[[], Profile] | None = None,
     shapes: int = MOST_SHAPES,
 ) -> Engine:

@@ -7,13 +7,13 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
-from trtq.engine.base import TensorSpec
+from trtq.engine.base import NO_METADATA, TensorSpec
 from trtq.engine.tensorrt.backends import BACKENDS, Backend
+from trtq.engine.tensorrt.log import collecting_logger
 from trtq.errors import ArtefactError, KernelError, MissingDependencyError, UsageError
 from trtq.manifest import sha256
 from trtq.plugins.driver import Gpu, first_gpu
@@ -23,8 +23,6 @@ from trtq.resources import cache_folder
 __all__ = ["Memory", "TensorRtEngine", "obstacle", "open_tensorrt"]
 
 logger = logging.getLogger(__name__)
-
-_NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
 
 class Memory(Protocol):
@@ -51,20 +49,8 @@ class Memory(Protocol):
         """Until everything is done."""
 
 
-def _logger(trt: Any, errors: list[str]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                errors.append(message)
-
-    return Logger()
-
-
 def open_tensorrt(
-    path: Path, provider: str, metadata: Mapping[str, str] = _NO_METADATA
+    path: Path, provider: str, metadata: Mapping[str, str] = NO_METADATA
 ) -> TensorRtEngine:
     """Load an engine on the GPU that is there.
 
@@ -126,13 +112,13 @@ class TensorRtEngine:
         backend: Backend,
         trt: Any,
         memory: Memory,
-        metadata: Mapping[str, str] = _NO_METADATA,
+        metadata: Mapping[str, str] = NO_METADATA,
     ) -> None:
         self._trt, self._memory, self._metadata = trt, memory, metadata
         self._provider = backend.name
         self._errors: list[str] = []
         register(trt)
-        self._logger = _logger(trt, self._errors)
+        self._logger = collecting_logger(trt, self._errors, [])
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from trtq.engine.tensorrt.backends import CURRENT
 from trtq.engine.tensorrt.job import Answer, Job, Profile
+from trtq.engine.tensorrt.log import collecting_logger
 from trtq.errors import KernelError
 from trtq.plugins.compile import ptx
 from trtq.plugins.driver import current_device
@@ -20,7 +21,6 @@ from trtq.resources import peak_rss_bytes
 
 __all__ = ["build"]
 
-_MOST_WARNINGS = 20
 _NODE = re.compile(r"\b(?:node|layer|Node)[^\[\"']*[\[\"'](?P<name>[^\]\"']+)[\]\"']")
 
 
@@ -30,26 +30,12 @@ class _BuildError(Exception):
         self.layer = layer
 
 
-def _logger(trt: Any, errors: list[str], warnings: list[str]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                errors.append(message)
-            elif severity == trt.ILogger.WARNING and len(warnings) < _MOST_WARNINGS:
-                warnings.append(message)
-
-    return Logger()
-
-
 def build(job: Job) -> Answer:
     """Parse, build, write. Errors of the builder are part of the answer."""
     trt = importlib.import_module(job.module)
     errors: list[str] = []
     warnings: list[str] = []
-    logger = _logger(trt, errors, warnings)
+    logger = collecting_logger(trt, errors, warnings)
     _register_plugins(trt)
     builder = trt.Builder(logger)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)

@@ -1,0 +1,25 @@
+"""What TensorRT says while it works, kept instead of printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["collecting_logger"]
+
+_MOST_WARNINGS = 20
+
+
+def collecting_logger(trt: Any, errors: list[str], warnings: list[str]) -> Any:
+    """A logger of a module `tensorrt` or `tensorrt_rtx` that fills both lists as messages come."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                errors.append(message)
+            elif severity == trt.ILogger.WARNING and len(warnings) < _MOST_WARNINGS:
+                warnings.append(message)
+
+    return Logger()
