@@ -161,6 +161,7 @@ class OrtSession:
     def __init__(self, session: Any, provider: str) -> None:
         self._session = session
         self._provider = provider
+        self._names = [node.name for node in session.get_outputs()]
 
     @property
     def provider(self) -> str:
@@ -185,8 +186,7 @@ class OrtSession:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; arrays by name, batch first."""
-        names = [node.name for node in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        return dict(zip(self._names, self._session.run(self._names, dict(feeds)), strict=True))
 
 
 class OrtEngine(OrtSession):

@@ -71,12 +71,65 @@ class Item:
         halves = [inputs.unconditional, inputs.conditional] if both else [inputs.conditional]
         self.halves = [half for half in halves if half is not None]
         # Only arrays of the same shapes can lie in one batch.
-        self.kind = tuple((name, value.shape[1:]) for name, value in inputs.conditional.items())
+        shapes = [(name, value.shape[1:]) for name, value in inputs.conditional.items()]
+        self.kind = (self.x.shape[1:], *shapes)
 
     @property
     def steps(self) -> int:
         """Calls of the denoiser in all."""
         return len(self.start.solver.timesteps)
+
+
+class _Group:
+    """Images in calls together until one comes or goes; what stays the same is put together once.
+
+    Args:
+        items: the images, all of one kind.
+        size: rows of a call; those that no image needs repeat the last one.
+    """
+
+    def __init__(self, items: Sequence[Item], size: int) -> None:
+        self.items = items
+        self.size = size
+        self.rows = sum(item.rows for item in items)
+        padding = size - self.rows
+        halves = [half for item in items for half in item.halves]
+        halves += halves[-1:] * padding
+        inputs = items[0].start.inputs
+        self.conditional = {
+            name: _joined([half[name] for half in halves]) for name in inputs.conditional
+        }
+        self.shared = inputs.shared
+        places = [place for place, item in enumerate(items) for _ in range(item.rows)]
+        self._places = [*places, *places[-1:] * padding]
+        self._as_they_are = size == len(items)
+
+    def samples(self) -> np.ndarray:
+        """What the denoiser gets to see, row by row: images in order, "no condition" first."""
+        x = _joined([item.start.solver.scaled(item.x, item.position) for item in self.items])
+        return x if self._as_they_are else x[self._places]
+
+    def timesteps(self) -> np.ndarray:
+        """Those of the rows, float32[size]."""
+        found = [item.start.solver.timesteps[item.position] for item in self.items]
+        timesteps = np.array(found, np.float32)
+        return timesteps if self._as_they_are else timesteps[self._places]
+
+    def advance(self, predicted: np.ndarray) -> None:
+        """Move each image one step on, by the denoiser's output `[size, ...]`."""
+        first = 0
+        for item in self.items:
+            own = predicted[first : first + item.rows, : item.x.shape[1]]
+            first += item.rows
+            if item.rows == 2:
+                without, with_condition = own[:1], own[1:]
+                own = without + item.start.guidance * (with_condition - without)
+            item.x, item.clean = item.start.solver.step(item.x, own, item.position)
+            item.position += 1
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def batch_sizes(most: int) -> tuple[int, ...]:
@@ -118,6 +171,7 @@ class Batcher:
         self._observer = observer
         self._items: list[Item] = []
         self._batch: list[Item] = []
+        self._changed = False
         self._wake = threading.Condition()
         self._closed: Exception | None = None
         self._calls = 0
@@ -136,7 +190,7 @@ class Batcher:
                     item.order = self._calls + item.index * item.steps
                 self._items += items
                 self._items.sort(key=lambda item: item.order)
-                self._wake.notify()
+                self._change()
                 return
         for item in items:
             item.done(item, closed)
@@ -146,12 +200,13 @@ class Batcher:
         assert self.sizes is not None
         with self._wake:
             self.sizes = sorted({*self.sizes, size})
+            self._change()
 
     def refuse(self, error: Exception) -> None:
         """Give up all images, and those that still come; the call that is running is still finished."""
         with self._wake:
             self._closed = error
-            self._wake.notify()
+            self._change()
             given_up = [item for item in self._items if not item.cancelled]
             self._items, self._batch = [], []
             for item in given_up:
@@ -164,19 +219,36 @@ class Batcher:
         self.refuse(error)
         self._thread.join()
 
+    def _change(self) -> None:
+        """Have the images of the next call chosen anew; the lock is held."""
+        self._changed = True
+        self._wake.notify()
+
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (chosen := self._choose()) and self._closed is None:
-                    self._wake.wait()
-                if self._closed is not None:
-                    return
+        while chosen := self._next():
             try:
-                self._call(chosen)
+                self._call_while_unchanged(chosen)
             except Exception as error:
                 # Whatever the engine threw is the answer to these images; the thread has to live on.
                 logger.exception("a call of the denoiser failed")
                 self._finish(chosen, error)
+
+    def _next(self) -> list[Item]:
+        """The images of the next call, as soon as there are any; none at the end."""
+        with self._wake:
+            while not (chosen := self._choose()) and self._closed is None:
+                self._wake.wait()
+            self._changed = False
+            return chosen if self._closed is None else []
+
+    def _call_while_unchanged(self, chosen: list[Item]) -> None:
+        rows = size = sum(item.rows for item in chosen)
+        if self.sizes is not None:
+            size = next(size for size in self.sizes if size >= rows)
+        group = _Group(chosen, size)
+        # While nobody comes or goes the next call is of the same images: no lock, no choice.
+        while not self._changed and not any(item.cancelled for item in chosen):
+            self._call(group)
 
     def _choose(self) -> list[Item]:
         """The images of the next call; cancelled ones are dropped."""
@@ -205,56 +277,30 @@ class Batcher:
         self._items = [item for item in self._items if item not in gone]
         self._batch = [item for item in self._batch if item not in gone]
 
-    def _call(self, chosen: list[Item]) -> None:
+    def _call(self, group: _Group) -> None:
         begun = time.monotonic()
-        rows = sum(item.rows for item in chosen)
-        size = rows
-        if self.sizes is not None:
-            size = next(size for size in self.sizes if size >= rows)
-        predicted = self._predict(chosen, size - rows)
-        first = 0
-        for item in chosen:
-            own = predicted[first : first + item.rows, : item.x.shape[1]]
-            first += item.rows
-            if item.rows == 2:
-                without, with_condition = own[:1], own[1:]
-                own = without + item.start.guidance * (with_condition - without)
-            item.x, item.clean = item.start.solver.step(item.x, own, item.position)
-            item.position += 1
+        predicted = self.model.denoise(
+            group.samples(), group.timesteps(), group.conditional, group.shared
+        )
+        group.advance(predicted)
         self._calls += 1
         if self._observer is not None:
-            self._observer.called(time.monotonic() - begun, rows, size)
-            for item in chosen:
+            self._observer.called(time.monotonic() - begun, group.rows, group.size)
+            for item in group.items:
                 if item.position == 1:
                     self._observer.waited(begun - item.came)
-        self._finish([item for item in chosen if item.position == item.steps], None)
-        for item in chosen:
+        done = [item for item in group.items if item.position == item.steps]
+        if done:
+            self._finish(done, None)
+        for item in group.items:
             if item.after_step is not None and item.position < item.steps and not item.cancelled:
                 item.after_step(item)
-
-    def _predict(self, chosen: list[Item], padding: int) -> np.ndarray:
-        """The denoiser's output, row by row; images in order, "no condition" first, then padding."""
-        samples, timesteps, halves = [], [], []
-        for item in chosen:
-            solver = item.start.solver
-            samples += [solver.scaled(item.x, item.position)] * item.rows
-            timesteps += [solver.timesteps[item.position]] * item.rows
-            halves += item.halves
-        samples += samples[-1:] * padding
-        timesteps += timesteps[-1:] * padding
-        halves += halves[-1:] * padding
-        conditional = {
-            name: np.concatenate([half[name] for half in halves])
-            for name in chosen[0].start.inputs.conditional
-        }
-        shared = chosen[0].start.inputs.shared
-        x = np.concatenate(samples) if len(samples) > 1 else samples[0]
-        return self.model.denoise(x, np.array(timesteps, np.float32), conditional, shared)
 
     def _finish(self, items: Sequence[Item], error: Exception | None) -> None:
         with self._wake:
             alive = [item for item in items if not item.cancelled]
             self._drop(items)
+            self._change()
         for item in alive:
             item.done(item, error)
 

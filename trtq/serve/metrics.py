@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from trtq._optional import require
@@ -13,6 +15,7 @@ __all__ = ["Metrics", "ModelMetrics"]
 _STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _REQUEST_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
+_CALLS_KEPT = 256
 
 
 class Metrics:
@@ -62,18 +65,21 @@ class Metrics:
             "status",
             buckets=_REQUEST_S,
         )
+        self._models: list[ModelMetrics] = []
         self._errors = make("Counter", "errors", "Requests that were not served.", "code")
 
     def model(self, name: str, load_seconds: float, under_way: Callable[[], int]) -> ModelMetrics:
         """The measurements of one model; `under_way` counts its images."""
         self._under_way.labels(name).set_function(under_way)
         self._load.labels(name).set(load_seconds)
-        return ModelMetrics(
+        found = ModelMetrics(
             *(
                 metric.labels(name)
                 for metric in (self._wait, self._step, self._rows, self._padding, self._images)
             )
         )
+        self._models.append(found)
+        return found
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """A request was answered; `path` is a route's, not what a client made up."""
@@ -85,6 +91,8 @@ class Metrics:
 
     def expose(self) -> bytes:
         """Everything in Prometheus' text format."""
+        for model in self._models:
+            model.tell()
         found: bytes = self._expose(self.registry)
         return found
 
@@ -98,13 +106,24 @@ class ModelMetrics:
         self._rows = rows
         self._padding = padding
         self._images = images
+        self._calls: deque[tuple[float, int, int]] = deque()
 
     def called(self, seconds: float, rows: int, size: int) -> None:
         """One call of the denoiser: `rows` of images in a batch of `size`."""
-        self._step.observe(seconds)
-        self._rows.observe(rows)
-        if size > rows:
-            self._padding.inc(size - rows)
+        # Between two calls of a small model telling Prometheus would take a noticeable part of the time.
+        self._calls.append((seconds, rows, size))
+        if len(self._calls) >= _CALLS_KEPT:
+            self.tell()
+
+    def tell(self) -> None:
+        """Hand on what was kept back."""
+        with suppress(IndexError):  # Another thread may have taken the last one.
+            while True:
+                seconds, rows, size = self._calls.popleft()
+                self._step.observe(seconds)
+                self._rows.observe(rows)
+                if size > rows:
+                    self._padding.inc(size - rows)
 
     def waited(self, seconds: float) -> None:
         """An image was denoised for the first time, so long after it came."""

@@ -141,18 +141,18 @@ class DdimSolver:
         clip: float | None,
     ) -> None:
         self.timesteps: Sequence[float] = [float(t) for t in timesteps]
-        self._levels = [
-            [float(level) for level in levels]
-            for levels in zip(
+        # numpy's own numbers: a Python float doubles the time of an operation on a small array.
+        self._levels = list(
+            zip(
                 np.sqrt(alpha),
                 np.sqrt(1 - alpha),
                 np.sqrt(alpha_next),
                 np.sqrt(1 - alpha_next),
                 strict=True,
             )
-        ]
+        )
         self._prediction = prediction
-        self._clip = clip
+        self._clip = None if clip is None else np.float32(clip)
 
     def scaled(self, x: np.ndarray, position: int) -> np.ndarray:
         """DDIM's denoisers take the sample as it is."""
@@ -165,7 +165,7 @@ class DdimSolver:
         signal, sigma, signal_next, sigma_next = self._levels[position]
         clean, noise = clean_and_noise(self._prediction, x, predicted, signal, sigma)
         if self._clip is not None:
-            clean = clean.clip(-self._clip, self._clip)
+            clean = np.minimum(np.maximum(clean, -self._clip), self._clip)
         return signal_next * clean + sigma_next * noise, clean
 
 
