@@ -86,37 +86,48 @@ class _Group:
     Args:
         items: the images, all of one kind.
         size: rows of a call; those that no image needs repeat the last one.
+
+    Attributes:
+        left: calls until the first of them is done.
+        new: those that were in no call yet.
+        watched: those that tell somebody after each step.
     """
 
     def __init__(self, items: Sequence[Item], size: int) -> None:
         self.items = items
         self.size = size
         self.rows = sum(item.rows for item in items)
+        self.left = min(item.steps - item.position for item in items)
+        self.new = [item for item in items if item.position == 0]
+        self.watched = [item for item in items if item.after_step is not None]
         padding = size - self.rows
         halves = [half for item in items for half in item.halves]
         halves += halves[-1:] * padding
         inputs = items[0].start.inputs
-        self.conditional = {
+        self._conditional = {
             name: _joined([half[name] for half in halves]) for name in inputs.conditional
         }
-        self.shared = inputs.shared
+        self._shared = inputs.shared
+        # Of each row of a call, which image it belongs to: in order, "no condition" first, then padding.
         places = [place for place, item in enumerate(items) for _ in range(item.rows)]
         self._places = [*places, *places[-1:] * padding]
-        self._as_they_are = size == len(items)
+        self._timesteps = self._all_timesteps()
 
-    def samples(self) -> np.ndarray:
-        """What the denoiser gets to see, row by row: images in order, "no condition" first."""
+    def _all_timesteps(self) -> np.ndarray:
+        """Those of all calls until the first is done, float32[left, size]."""
+        found = [
+            item.start.solver.timesteps[item.position : item.position + self.left]
+            for item in self.items
+        ]
+        return np.array(found, np.float32).T[:, self._places]
+
+    def step(self, model: ServedModel) -> None:
+        """Move each image one step on."""
         x = _joined([item.start.solver.scaled(item.x, item.position) for item in self.items])
-        return x if self._as_they_are else x[self._places]
-
-    def timesteps(self) -> np.ndarray:
-        """Those of the rows, float32[size]."""
-        found = [item.start.solver.timesteps[item.position] for item in self.items]
-        timesteps = np.array(found, np.float32)
-        return timesteps if self._as_they_are else timesteps[self._places]
-
-    def advance(self, predicted: np.ndarray) -> None:
-        """Move each image one step on, by the denoiser's output `[size, ...]`."""
+        if len(x) != self.size:
+            x = x[self._places]
+        timesteps = self._timesteps[-self.left]
+        predicted = model.denoise(x, timesteps, self._conditional, self._shared)
         first = 0
         for item in self.items:
             own = predicted[first : first + item.rows, : item.x.shape[1]]
@@ -126,6 +137,7 @@ class _Group:
                 own = without + item.start.guidance * (with_condition - without)
             item.x, item.clean = item.start.solver.step(item.x, own, item.position)
             item.position += 1
+        self.left -= 1
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -279,21 +291,18 @@ class Batcher:
 
     def _call(self, group: _Group) -> None:
         begun = time.monotonic()
-        predicted = self.model.denoise(
-            group.samples(), group.timesteps(), group.conditional, group.shared
-        )
-        group.advance(predicted)
+        group.step(self.model)
         self._calls += 1
         if self._observer is not None:
             self._observer.called(time.monotonic() - begun, group.rows, group.size)
-            for item in group.items:
-                if item.position == 1:
-                    self._observer.waited(begun - item.came)
-        done = [item for item in group.items if item.position == item.steps]
-        if done:
-            self._finish(done, None)
-        for item in group.items:
-            if item.after_step is not None and item.position < item.steps and not item.cancelled:
+            for item in group.new:
+                self._observer.waited(begun - item.came)
+            group.new = []
+        if not group.left:
+            self._finish([item for item in group.items if item.position == item.steps], None)
+        for item in group.watched:
+            if item.position < item.steps and not item.cancelled:
+                assert item.after_step is not None
                 item.after_step(item)
 
     def _finish(self, items: Sequence[Item], error: Exception | None) -> None:
