@@ -45,21 +45,23 @@ def seeded_normal(shape: tuple[int, ...], *key: int | str) -> np.ndarray:
     assert count >= _CHUNK
     whole, rest = count - count % _CHUNK, count % _CHUNK
     drawn = count + (_CHUNK if rest else 0)
+    # torch seeds MT19937 with the low 32 bits, and draws the last 16 values anew if they are no chunk.
     with _STREAM_LOCK:
-        # torch seeds MT19937 with the low 32 bits, and draws the last 16 values anew if they are no chunk.
         _STREAM.seed(_number(key) & 0xFFFFFFFF)
         words = _STREAM.randint(0, 1 << 32, size=drawn, dtype=np.uint32)
     uniform = (words & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
     values = np.empty(count, np.float32)
-    values[:whole] = _box_muller(uniform[:whole])
+    _box_muller(uniform[:whole], values[:whole])
     if rest:
-        values[-_CHUNK:] = _box_muller(uniform[count:])
+        _box_muller(uniform[count:], values[-_CHUNK:])
     return values.reshape(shape)
 
 
-def _box_muller(uniform: np.ndarray) -> np.ndarray:
+def _box_muller(uniform: np.ndarray, out: np.ndarray) -> None:
     """Uniform in [0, 1) -> standard normal, of chunks of 16 the first 8 radii and the last 8 angles."""
-    first, second = np.moveaxis(uniform.reshape(-1, 2, _CHUNK // 2), 1, 0)
-    radius = np.sqrt(-2 * np.log(1 - first))
-    angle = np.float32(2 * math.pi) * second
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+    half = _CHUNK // 2
+    chunks, normal = uniform.reshape(-1, _CHUNK), out.reshape(-1, _CHUNK)
+    radius = np.sqrt(np.float32(-2) * np.log(1 - chunks[:, :half]))
+    angle = np.float32(2 * math.pi) * chunks[:, half:]
+    np.multiply(radius, np.cos(angle), out=normal[:, :half])
+    np.multiply(radius, np.sin(angle), out=normal[:, half:])

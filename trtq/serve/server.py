@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -242,6 +243,8 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
         service = build_service(options, metrics)
 
         def ready() -> None:
+            # What is there now stays: the collector of garbage need not look through it again and again.
+            gc.freeze()
             host, port = bound.getsockname()[:2]
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             seconds = round(time.monotonic() - begun, 3)
