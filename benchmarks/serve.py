@@ -1,9 +1,10 @@
 """What serving costs and what batching by step brings: start, overhead, Poisson load; on real servers.
 
-    python benchmarks/serve.py [ONNX] [--provider cpu] [--rounds 3] [--seconds 20]
+    python benchmarks/serve.py [--digits ONNX] [--shapes ONNX] [--rounds 3] [--seconds 20]
 
-Without a folder the digits at W4A8 are quantised and exported first. All servers run with one thread per
-operator. Rows that are compared are measured in turns, with the same arrivals and requests.
+Models whose folder is not given are quantised at W4A8 and exported first. Start and overhead are those
+of the digits, the smallest model, where they show most. All servers run with one thread per operator.
+Rows that are compared are measured in turns, with the same arrivals and requests.
 
 - start: from starting the process to the first `/readyz` that says 200.
 - overhead: one request at a time over one connection, against the same number of calls of the same graph
@@ -43,10 +44,28 @@ from trtq.serve.solver import Ddim
 
 PATH = "/v1/images/generations"
 STEPS = 20
-WORKLOADS: dict[str, dict[str, tuple[float, ...]]] = {
-    "20 steps": {"steps": (20,)},
-    "10, 20 or 50 steps": {"steps": (10, 20, 50)},
-    "10, 20 or 50 steps, guidance 1, 2 or 3": {"steps": (10, 20, 50), "guidance": (1, 2, 3)},
+Workload = dict[str, tuple[Any, ...]]
+"""What requests choose from at random, by field."""
+DIGITS: Workload = {"prompt": tuple("0123456789"), "seed": tuple(range(1000))}
+SHAPES: Workload = {
+    "prompt": tuple(
+        f"a {colour} {shape}"
+        for colour in ("red", "green", "blue", "yellow")
+        for shape in ("circle", "square", "triangle", "cross")
+    ),
+    "seed": tuple(range(1000)),
+}
+WORKLOADS: dict[str, dict[str, Workload]] = {
+    "digits": {
+        "20 steps": DIGITS | {"steps": (20,)},
+        "10, 20 or 50 steps": DIGITS | {"steps": (10, 20, 50)},
+        "10, 20 or 50 steps, guidance 1, 2 or 3": DIGITS
+        | {"steps": (10, 20, 50), "guidance": (1, 2, 3)},
+    },
+    "shapes": {
+        "20 steps, guidance 3": SHAPES | {"steps": (20,)},
+        "10, 20 or 50 steps, guidance 1 or 3": SHAPES | {"steps": (10, 20, 50), "guidance": (1, 3)},
+    },
 }
 BATCHINGS = ("step", "request")
 SHARE = 0.8
@@ -184,10 +203,9 @@ def processor_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def ask(port: int, workload: dict[str, tuple[float, ...]], chance: random.Random) -> float:
+async def ask(port: int, workload: Workload, chance: random.Random) -> float:
     """One image; gives the seconds that it took."""
     wish = {name: chance.choice(values) for name, values in workload.items()}
-    wish |= {"prompt": str(chance.randrange(10)), "seed": chance.randrange(1000)}
     body = json.dumps(wish).encode()
     begun = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -200,9 +218,7 @@ async def ask(port: int, workload: dict[str, tuple[float, ...]], chance: random.
     return time.perf_counter() - begun
 
 
-async def saturate(
-    port: int, workload: dict[str, tuple[float, ...]], seconds: float, clients: int
-) -> float:
+async def saturate(port: int, workload: Workload, seconds: float, clients: int) -> float:
     """Images per second when there is always more to do."""
     lead = seconds / 4  # Not counted: the first images come late.
     begun = time.perf_counter() + lead
@@ -221,7 +237,7 @@ async def saturate(
 
 
 async def poisson(
-    port: int, workload: dict[str, tuple[float, ...]], rate: float, seconds: float, seed: int
+    port: int, workload: Workload, rate: float, seconds: float, seed: int
 ) -> dict[str, Any]:
     """Requests at random times, `rate` per second on average; their latencies."""
     chance = random.Random(seed)
@@ -242,8 +258,10 @@ def percentile(values: list[float], share: float) -> float:
     return float(np.quantile(values, share))
 
 
-def load(onnx: Path, provider: str, rounds: int, seconds: float, batch: int) -> dict[str, Any]:
-    """Both ways of batching under each workload."""
+def load(
+    model: str, onnx: Path, provider: str, rounds: int, seconds: float, batch: int
+) -> dict[str, Any]:
+    """Both ways of batching under each workload of a model."""
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         ports = {}
@@ -252,7 +270,7 @@ def load(onnx: Path, provider: str, rounds: int, seconds: float, batch: int) -> 
             ports[name], _ = stack.enter_context(served(onnx, *options, "--queue", "1000"))
         if provider == "openvino":  # All sizes are compiled, then what is measured begins.
             time.sleep(30)
-        for named, workload in WORKLOADS.items():
+        for named, workload in WORKLOADS[model].items():
             capacities: dict[str, list[float]] = {name: [] for name in BATCHINGS}
             for _ in range(rounds):
                 for name, port in ports.items():
@@ -266,7 +284,7 @@ def load(onnx: Path, provider: str, rounds: int, seconds: float, batch: int) -> 
                     runs[name].append(asyncio.run(poisson(port, workload, rate, seconds, turn)))
             rows = {name: _row(runs[name]) for name in BATCHINGS}
             ours, base = rows["step"], rows["request"]
-            found[named] = {
+            found[f"{model}, {named}"] = {
                 "capacity_images_per_second": capacities,
                 "capacity_ratio": capacity["step"] / capacity["request"],
                 "arrivals_per_second": rate,
@@ -291,20 +309,22 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def digits_onnx(folder: Path) -> Path:
-    """The digits at W4A8, quantised and exported."""
+def exported(model: str, folder: Path) -> Path:
+    """A shipped model at W4A8, quantised and exported."""
     from trtq.stages.export import export_onnx
     from trtq.stages.quantize import quantize
 
-    quantize("digits", {"method": "search", "bits": "w4a8", "steps": STEPS}, folder / "run")
-    export_onnx(folder / "run", folder / "onnx")
-    return folder / "onnx"
+    run, onnx = folder / f"{model}-run", folder / f"{model}-onnx"
+    quantize(model, {"method": "search", "bits": "w4a8", "steps": STEPS}, run)
+    export_onnx(run, onnx)
+    return onnx
 
 
 def main() -> None:
     """Measure everything and write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("onnx", type=Path, nargs="?")
+    for model in WORKLOADS:
+        parser.add_argument(f"--{model}", type=Path)
     parser.add_argument("--provider", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20)
@@ -312,26 +332,29 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/serve.json"))
     arguments = parser.parse_args()
+    provider, rounds = arguments.provider, arguments.rounds
     with tempfile.TemporaryDirectory() as scratch:
-        onnx = arguments.onnx or digits_onnx(Path(scratch))
+        folders = {
+            model: getattr(arguments, model) or exported(model, Path(scratch))
+            for model in WORKLOADS
+        }
         before = os.getloadavg()[0]
-        starts = start_seconds(onnx, arguments.provider, max(5, arguments.rounds))
+        starts = start_seconds(folders["digits"], provider, max(5, rounds))
         record = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "device": f"{processor()}, {os.cpu_count()} threads",
             "load_before": before,
-            "provider": arguments.provider,
+            "provider": provider,
             "max_batch": arguments.batch,
+            "seconds": arguments.seconds,
             "start_seconds": {"least": min(starts), "median": statistics.median(starts)},
-            "overhead": overhead(
-                onnx, arguments.provider, arguments.images, max(5, arguments.rounds)
-            ),
-            "load": load(
-                onnx, arguments.provider, arguments.rounds, arguments.seconds, arguments.batch
-            ),
-            "load_after": os.getloadavg()[0],
-            "packages": package_versions(),
+            "overhead": overhead(folders["digits"], provider, arguments.images, max(5, rounds)),
+            "load": {},
         }
+        for model, folder in folders.items():
+            found = load(model, folder, provider, rounds, arguments.seconds, arguments.batch)
+            record["load"] |= found
+        record |= {"load_after": os.getloadavg()[0], "packages": package_versions()}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps({key: value for key, value in record.items() if key != "packages"}, indent=2))

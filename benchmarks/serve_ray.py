@@ -21,13 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serve import ask, processor, saturate, serve_command
+from serve import DIGITS, ask, processor, saturate, serve_command
 
 from trtq.manifest import package_versions
 from trtq.serve.ray import RayOptions, app
 
-WORKLOAD = {"steps": (20,)}
-LONG = {"steps": (100,)}
+WORKLOAD = DIGITS | {"steps": (20,)}
+LONG = DIGITS | {"steps": (100,)}
 CLIENTS, KILLED_UNDER = 24, 40
 PORT = 8199
 

@@ -228,14 +228,18 @@ def cpu_path(record: dict[str, Any]) -> str:
 def serve(record: dict[str, Any]) -> str:
     """`serve.json` as Markdown."""
     cost, started = record["overhead"], record["start_seconds"]
+    launches = cost["launches"]
+    low, high = min(launches["overhead"]), max(launches["overhead"])
     lines = [
-        f"`python benchmarks/serve.py`, {record['device']}, {record['date']}, digits W4A8 on "
+        f"`python benchmarks/serve.py`, {record['device']}, {record['date']}, W4A8 on "
         f"{record['provider']}, one thread per operator, up to {record['max_batch']} rows in a call; "
         f"load of the machine {record['load_before']:.1f} before, {record['load_after']:.1f} after. "
-        f"Start to ready {started['median']:.2f} s (least {started['least']:.2f}). One request at a "
-        f"time against bare calls of the graph, {cost['images']} images in turns: "
-        f"{cost['overhead']:+.1%} by the clock, "
-        f"{cost['overhead_processor']:+.1%} of processor time.",
+        f"Digits: start to ready {started['median']:.2f} s (least {started['least']:.2f}); one request "
+        f"at a time against bare calls of the graph, {cost['images']} images in turns, "
+        f"{len(launches['overhead'])} launches: {cost['overhead']:+.1%} by the clock "
+        f"({low:+.1%} to {high:+.1%}), {cost['overhead_processor']:+.1%} of processor time, of "
+        f"{statistics.median(launches['bare_seconds']) * 1000:.0f} ms. Load: {record['seconds']:g} s a "
+        "round.",
         "",
         "| requests | images/s when full, by step | by request | arrivals/s | p95 by step | "
         "by request | ratio (rounds) | p50 ratio |",
