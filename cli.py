@@ -890,7 +890,8 @@ def serve(
         def announce(found: dict[str, Any]) -> None:
             def human(ready: dict[str, Any]) -> None:
                 names = ", ".join(ready["models"])
-                _err.print(f"serving {names} at {ready['url']}, ready in {ready['seconds']} s")
+                text = f"serving {names} at {ready['url']}, ready in {ready['seconds']} s"
+                _err.print(text, markup=False)
 
             _show(found, as_json, human)
             sys.stdout.flush()

@@ -75,11 +75,11 @@ def served_onnx(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def running(app, port=0):
+def running(app, port=0, **options):
     """An ASGI application on a real port of the loopback, in a thread; gives its address."""
     import uvicorn
 
-    config = uvicorn.Config(app, port=port, log_config=None, lifespan="off", ws="none")
+    config = uvicorn.Config(app, port=port, log_config=None, lifespan="off", ws="none", **options)
     config.timeout_graceful_shutdown = 2
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import socket
 import threading
 import time
 
@@ -13,7 +14,9 @@ from PIL import Image
 
 from tests.serve.conftest import ToyModel, running
 from trtq.serve.app import create_app
+from trtq.serve.errors import ApiError
 from trtq.serve.metrics import Metrics
+from trtq.serve.model import Drawing
 from trtq.serve.service import Hosted, Limits, Service
 
 PATH = "/v1/images/generations"
@@ -256,7 +259,82 @@ def test_when_the_client_goes_its_image_is_given_up(serve, toy, stream):
         )
     wait_until(lambda: server.service.under_way == 0, seconds=2)
     assert 0 < len(toy.calls) < 100
-    assert "client_gone" in client.get("/metrics").text
+    text = client.get("/metrics").text
+    assert 'trtq_errors_total{code="client_gone"} 1.0' in text
+    assert "internal_error" not in text
+    assert 'status="500"' not in text
+
+
+def connect(client, **options):
+    """A bare connection to a server, its request for a stream sent."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.connect((client.base_url.host, client.base_url.port))
+    body = json.dumps({"prompt": "one", "stream": True} | options).encode()
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return connection
+
+
+def test_who_does_not_read_keeps_no_place(serve, toy):
+    server, client = serve(batch=2, queue=8)
+    with connect(client, n=10, steps=200, progress=True):
+        wait_until(lambda: server.service.under_way == 10)
+        wait_until(lambda: server.service.under_way == 0, seconds=30)
+        assert toy.decoded == 10
+        assert server.post(client).status_code == 200
+
+
+def test_who_hangs_up_in_the_middle_of_a_body_is_no_error_of_the_server(serve, caplog):
+    _, client = serve()
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    wait_until(lambda: "client_gone" in client.get("/metrics").text)
+    assert "internal_error" not in client.get("/metrics").text
+    assert "Traceback" not in caplog.text
+
+
+def test_a_deadline_holds_while_the_prompt_is_encoded(serve, toy):
+    server, client = serve()
+    starts = toy.starts
+    toy.starts = lambda drawing: (time.sleep(1), starts(drawing))[1]
+    begun = time.monotonic()
+    late = server.post(client, deadline=0.1)
+    assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
+    assert time.monotonic() - begun < 0.9
+    assert late.headers["X-Should-Retry"] == "false"
+    wait_until(lambda: server.service.under_way == 0)
+    assert toy.calls == []
+
+
+def test_no_time_left_is_a_deadline_too(serve):
+    server, _ = serve()
+
+    async def draw():
+        drawing = Drawing("one", 1, 0, 5, 1.0)
+        async for _ in server.service.draw("toy", drawing, deadline_s=0.0):
+            pass
+
+    with pytest.raises(ApiError, match="within 0 s"):
+        asyncio.run(draw())
+    assert server.service.under_way == 0
+
+
+def test_the_servers_limits_hold_for_what_is_not_asked_for(serve):
+    server, client = serve(steps=3, batch=2, queue=1)
+    assert client.post(PATH, json={"prompt": "one"}).json()["steps"] == 3
+    model = client.get("/v1/models/toy").json()
+    assert (model["steps"], model["most_steps"], model["most_images"]) == (3, 3, 3)
+    never = server.post(client, n=4)
+    assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
+
+
+def test_a_dead_batcher_is_told_by_the_health_checks(serve, toy):
+    server, client = serve()
+    assert client.head("/healthz").status_code == client.head("/readyz").status_code == 200
+    server.service.hosted["toy"].batcher.close(RuntimeError("gone"))
+    assert client.get("/healthz").status_code == client.get("/readyz").status_code == 503
 
 
 def test_an_engine_that_fails_is_500_and_the_server_lives(serve, toy):
@@ -331,6 +409,8 @@ def test_metrics_count_what_happened(serve):
     assert 'trtq_queue_wait_seconds_count{model="toy"} 2.0' in text
     assert 'trtq_errors_total{code="invalid_value"} 1.0' in text
     assert 'trtq_images_under_way{model="toy"} 0.0' in text
+    assert 'trtq_images_waiting{model="toy"} 0.0' in text
+    assert 'trtq_batch_rows_limit{model="toy"} 8.0' in text
     assert f'trtq_request_seconds_count{{path="{PATH}",status="200"}} 1.0' in text
     assert "process_resident_memory_bytes" in text
 
@@ -353,8 +433,9 @@ def test_an_api_key_is_asked_for_where_it_matters(serve):
         assert answer.status_code == 401
         assert answer.headers["WWW-Authenticate"] == "Bearer"
         assert answer.json()["error"]["code"] == "invalid_api_key"
-    client.headers["Authorization"] = f"Bearer {KEY}"
-    assert server.post(client).status_code == 200
+    for scheme in ("bearer", "Bearer"):
+        client.headers["Authorization"] = f"{scheme} {KEY}"
+        assert server.post(client).status_code == 200
     assert client.get("/v1/models").status_code == 200
     del client.headers["Authorization"]
     assert client.get("/readyz").status_code == 200

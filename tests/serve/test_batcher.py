@@ -1,6 +1,7 @@
 """Images at different steps share calls, and what each becomes depends on no other."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -168,8 +169,10 @@ def test_sizes_are_filled_up_and_no_others_are_called(toy, start):
     denoise = toy.denoise
     toy.denoise = lambda x, *rest: (sizes.add(len(x)), denoise(x, *rest))[1]
     batcher, crowd = start(sizes=(2, 4)), Crowd(toy)
+    toy.go.clear()
     for seed in range(7):
         batcher.put(crowd.items(seed, steps=2 + seed))
+    toy.go.set()
     crowd.wait(7)
     assert sizes == {2, 4}
 
@@ -185,6 +188,61 @@ def test_a_size_added_later_is_used(toy, start):
     toy.go.set()
     crowd.wait(5)
     assert max(len(call) for call in toy.calls) == 4
+
+
+def test_an_image_that_fits_in_no_size_yet_is_drawn_as_soon_as_one_comes(toy, start):
+    batcher, crowd = start(sizes=(1,), more_sizes=True), Crowd(toy)
+    batcher.put(crowd.items(1, steps=2, guidance=2.0))
+    time.sleep(0.1)  # Its thread waits by now; nothing else will wake it.
+    assert (batcher.waiting, crowd.done) == (1, {})
+    batcher.add_size(2)
+    assert isinstance(crowd.wait(1)[1, 0], np.ndarray)
+    assert batcher.waiting == 0
+
+
+def test_where_no_size_will_come_an_image_does_not_wait_for_it(toy, start):
+    batcher, crowd = start(sizes=(1,), more_sizes=True), Crowd(toy)
+    batcher.put(crowd.items(1, guidance=2.0))
+    batcher.no_more_sizes()
+    batcher.put(crowd.items(2, guidance=2.0))
+    batcher.put(crowd.items(3))
+    done = crowd.wait(3)
+    assert "could be compiled" in str(done[1, 0])
+    assert "could be compiled" in str(done[2, 0])
+    assert isinstance(done[3, 0], np.ndarray)
+
+
+def test_who_fails_to_take_an_answer_harms_nobody_else(toy, start, caplog):
+    batcher, crowd = start(), Crowd(toy)
+
+    def fail(*_):
+        raise ValueError("nobody home")
+
+    (deaf,) = crowd.items(1, steps=2)
+    deaf.done = fail
+    (confused,) = crowd.items(2, steps=3)
+    confused.after_step = fail
+    toy.go.clear()
+    batcher.put([deaf, confused, *crowd.items(3, steps=4)])
+    toy.go.set()
+    done = crowd.wait(2)
+    assert isinstance(done[2, 0], ValueError)
+    assert isinstance(done[3, 0], np.ndarray)
+    assert batcher.alive
+    assert "could not be answered" in caplog.text
+
+
+def test_an_end_does_not_wait_for_a_call_that_does_not(toy, start):
+    toy.go.clear()
+    batcher, crowd = start(), Crowd(toy)
+    batcher.put(crowd.items(1))
+    while batcher.waiting:
+        time.sleep(0.01)
+    assert not batcher.close(RuntimeError("stop"), seconds=0.1)
+    assert str(crowd.wait(1)[1, 0]) == "stop"
+    toy.go.set()
+    assert batcher.close(RuntimeError("stop"))
+    assert list(crowd.done) == [(1, 0)]
 
 
 def test_a_request_for_many_does_not_keep_a_small_one_waiting(toy, start):

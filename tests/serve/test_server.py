@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from trtq.cli import app
 from trtq.errors import UsageError
+from trtq.serve import server
+from trtq.serve.light import LightModel
 from trtq.serve.server import open_model, read_api_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,6 +178,55 @@ def test_a_port_in_use_is_one_line(served_onnx):
     assert "--port" in line
 
 
+def test_a_port_that_is_taken_meanwhile_is_one_line(served_onnx, monkeypatch):
+    with socket.socket() as rival:
+        rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        rival.bind(("127.0.0.1", 0))
+        build_service = server.build_service
+
+        def slowly(*arguments):
+            rival.listen()
+            return build_service(*arguments)
+
+        monkeypatch.setattr(server, "build_service", slowly)
+        result = run(served_onnx, "--port", rival.getsockname()[1])
+    assert result.exit_code == 1
+    assert "cannot listen at 127.0.0.1 port" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_engine_for_fewer_rows_is_not_given_more(served_onnx, monkeypatch):
+    monkeypatch.setattr(LightModel, "most_rows", 4)
+    result = run(served_onnx, "--port", 0)
+    assert result.exit_code == 2
+    assert "takes up to 4 rows" in result.stderr
+    assert "--max-batch 4" in result.stderr
+
+
+def test_a_call_that_does_not_end_does_not_hold_up_the_exit(served_onnx, start):
+    probe = (
+        "import time; from trtq.serve.light import LightModel; from trtq.cli import app;"
+        "quick = LightModel.denoise;"
+        "LightModel.denoise = lambda self, x, t, *rest: "
+        "(time.sleep(60 if len(x) == 2 else 0), quick(self, x, t, *rest))[1]; app()"
+    )
+    process = start(served_onnx, "--drain-seconds", 1, probe=probe)
+    body = {"prompt": "1", "n": 2, "seed": 0}
+    found = []
+    asking = threading.Thread(
+        target=lambda: found.append(process.client.post(PATH, json=body).status_code)
+    )
+    asking.start()
+    while "under_way" not in (text := process.client.get("/metrics").text) or "} 2.0" not in text:
+        time.sleep(0.05)
+    begun = time.monotonic()
+    code, log = process.end(signal.SIGTERM)
+    asking.join()
+    assert (code, found) == (0, [503])
+    assert time.monotonic() - begun < 30
+    assert "leaving a call of the engine behind" in [line["event"] for line in log]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -187,7 +238,10 @@ def test_a_port_in_use_is_one_line(served_onnx):
         (("{onnx}", "--batch-sizes", "1,x"), 2, "not understood"),
         (("{onnx}", "--batch-sizes", "1,16"), 2, "from 1 to 8"),
         (("{onnx}", "--beside", "{onnx}"), 2, "--name"),
+        (("{onnx}", "--name", "a/b"), 2, "cannot be called 'a/b'"),
+        (("{onnx}", "--name", ""), 2, "cannot be called ''"),
         (("{onnx}", "--host", "256.0.0.1"), 1, "cannot listen"),
+        (("{onnx}", "--host", "ü" * 70), 1, "cannot listen"),
         (("{onnx}", "--api-key-file", "nowhere"), 2, "cannot read the API key"),
     ],
     ids=str,

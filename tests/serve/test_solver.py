@@ -61,6 +61,14 @@ def test_what_is_not_spelled_out_is_not_taken_on(settings):
         Ddim(config)
 
 
+def test_trailing_timesteps_are_as_many_as_steps_and_none_below_zero():
+    trailing = Ddim({"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"})
+    for steps in range(1, 1001):
+        found = trailing.timesteps(steps)
+        assert len(found) == steps
+        assert found.min() >= 0
+
+
 def test_steps_out_of_range_are_refused():
     _, ours = ddim({"steps_offset": 1})
     with pytest.raises(UsageError, match=r"1 \.\. 1000"):

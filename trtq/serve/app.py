@@ -108,9 +108,8 @@ def _add_models(app: FastAPI, service: Drawer) -> None:
     def described(card: Card) -> dict[str, Any]:
         facts = asdict(card)
         name = facts.pop("name")
-        most = min(service.limits.steps, facts.pop("most_steps"))
-        limits = {"most_steps": most, "most_images": service.limits.images}
-        return {"id": name, "object": "model", "created": 0, "owned_by": "trtq"} | facts | limits
+        facts["most_images"] = service.limits.most_images
+        return {"id": name, "object": "model", "created": 0, "owned_by": "trtq"} | facts
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -124,20 +123,23 @@ def _add_models(app: FastAPI, service: Drawer) -> None:
 
 
 def _add_health(app: FastAPI, service: Drawer, metrics: Metrics) -> None:
-    stops = {503: {"description": "The server is about to stop."}}
+    stops = {503: {"description": "The server is about to stop, or cannot draw."}}
 
     def readiness() -> JSONResponse:
-        ready = not service.draining
+        ready = service.alive and not service.draining
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
-    @app.get("/healthz")
-    @app.get("/v2/health/live")
-    async def live() -> dict[str, bool]:
-        """Whether the process answers."""
-        return {"live": True}
+    fails = {503: {"description": "The server cannot draw any more; start it again."}}
+    asked = ["GET", "HEAD"]
 
-    @app.get("/readyz", responses=stops)  # type: ignore[arg-type]
-    @app.get("/v2/health/ready", responses=stops)  # type: ignore[arg-type]
+    @app.api_route("/healthz", methods=asked, responses=fails)  # type: ignore[arg-type]
+    @app.api_route("/v2/health/live", methods=asked, responses=fails)  # type: ignore[arg-type]
+    async def live() -> JSONResponse:
+        """Whether the process answers, and its batchers run."""
+        return JSONResponse({"live": service.alive}, 200 if service.alive else 503)
+
+    @app.api_route("/readyz", methods=asked, responses=stops)  # type: ignore[arg-type]
+    @app.api_route("/v2/health/ready", methods=asked, responses=stops)  # type: ignore[arg-type]
     async def ready() -> JSONResponse:
         """Whether requests are taken on."""
         return readiness()
@@ -213,7 +215,7 @@ class _Guard:
         self._app = app
         self._images = images
         self._metrics = metrics
-        self._key = None if api_key is None else b"Bearer " + api_key.encode()
+        self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -261,13 +263,16 @@ class _Guard:
                 "status": status,
                 "seconds": round(seconds, 4),
             }
-            level = logging.DEBUG if scope["method"] == "GET" else logging.INFO
+            # Probes come every few seconds; only those that fail are worth a line.
+            quiet = scope["method"] in ("GET", "HEAD") and (status or 500) < 400
+            level = logging.DEBUG if quiet else logging.INFO
             logger.log(level, "request", extra={FIELDS: facts | notes})
 
     def _may(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self._key is None or not path.startswith("/v1"):
             return True
-        return hmac.compare_digest(headers.get(b"authorization", b""), self._key)
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key, self._key)
 
 
 def _asks_for_images(scope: Any) -> bool:

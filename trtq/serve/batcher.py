@@ -79,6 +79,15 @@ class Item:
         """Calls of the denoiser in all."""
         return len(self.start.solver.timesteps)
 
+    def answer(self, error: Exception | None) -> None:
+        """Call `done`, unless nobody waits."""
+        if self.cancelled:
+            return
+        try:
+            self.done(self, error)
+        except Exception:  # The batcher has others to serve.
+            logger.exception("an image could not be answered")
+
 
 class _Group:
     """Images in calls together until one comes or goes; what stays the same is put together once.
@@ -161,6 +170,8 @@ class Batcher:
         model: what is called.
         most_rows: rows in one call, at least 2.
         sizes: the only batch sizes to call it with, ascending, smaller batches are padded; None: any.
+        more_sizes: whether `add_size` will bring others; until `no_more_sizes`, images wait for one that
+            they fit in.
         batching: `step`, or `request`: a batch begins together, all of it with the same number of steps
             and the same guidance, and nothing joins until it is done. This is how servers that call
             whole pipelines batch, and there to be compared with.
@@ -173,6 +184,7 @@ class Batcher:
         *,
         most_rows: int,
         sizes: Sequence[int] | None = None,
+        more_sizes: bool = False,
         batching: Batching = "step",
         observer: Observer | None = None,
     ) -> None:
@@ -180,10 +192,12 @@ class Batcher:
         self.most_rows = most_rows
         self.sizes: list[int] | None = None if sizes is None else list(sizes)
         self.batching = batching
+        self._more_sizes = more_sizes
         self._observer = observer
         self._items: list[Item] = []
         self._batch: list[Item] = []
         self._changed = False
+        self._in_call = 0
         self._wake = threading.Condition()
         self._closed: Exception | None = None
         self._calls = 0
@@ -195,8 +209,10 @@ class Batcher:
         """Take on the images of one request."""
         now = time.monotonic()
         with self._wake:
-            closed = self._closed
-            if closed is None:
+            refusal = self._closed
+            if not self._more_sizes and any(item.rows > self._most() for item in items):
+                refusal = refusal or _does_not_fit()
+            if refusal is None:
                 for item in items:
                     item.came = now
                     item.order = self._calls + item.index * item.steps
@@ -205,7 +221,17 @@ class Batcher:
                 self._change()
                 return
         for item in items:
-            item.done(item, closed)
+            item.answer(refusal)
+
+    @property
+    def waiting(self) -> int:
+        """Images that are not in the call under way."""
+        return max(0, len(self._items) - self._in_call)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
 
     def add_size(self, size: int) -> None:
         """Allow another batch size, once the model is ready for it."""
@@ -214,22 +240,28 @@ class Batcher:
             self.sizes = sorted({*self.sizes, size})
             self._change()
 
+    def no_more_sizes(self) -> None:
+        """Images that fit in none of the sizes need not wait any longer."""
+        with self._wake:
+            self._more_sizes = False
+            hopeless = [item for item in self._items if item.rows > self._most()]
+        self._finish(hopeless, _does_not_fit())
+
     def refuse(self, error: Exception) -> None:
         """Give up all images, and those that still come; the call that is running is still finished."""
         with self._wake:
             self._closed = error
             self._change()
-            given_up = [item for item in self._items if not item.cancelled]
-            self._items, self._batch = [], []
-            for item in given_up:
-                item.cancelled = True
+            given_up, self._items, self._batch = self._items, [], []
         for item in given_up:
-            item.done(item, error)
+            item.answer(error)
+            item.cancelled = True
 
-    def close(self, error: Exception) -> None:
-        """The same, and wait for the end of the thread."""
+    def close(self, error: Exception, seconds: float | None = None) -> bool:
+        """The same, and wait so long for the end of the thread; whether it came."""
         self.refuse(error)
-        self._thread.join()
+        self._thread.join(seconds)
+        return not self.alive
 
     def _change(self) -> None:
         """Have the images of the next call chosen anew; the lock is held."""
@@ -251,6 +283,7 @@ class Batcher:
             while not (chosen := self._choose()) and self._closed is None:
                 self._wake.wait()
             self._changed = False
+            self._in_call = len(chosen)
             return chosen if self._closed is None else []
 
     def _call_while_unchanged(self, chosen: list[Item]) -> None:
@@ -272,8 +305,11 @@ class Batcher:
             self._batch = self._fill(self._items, _same_call)
         return self._batch
 
+    def _most(self) -> int:
+        return self.most_rows if self.sizes is None else min(self.most_rows, self.sizes[-1])
+
     def _fill(self, items: list[Item], fits: Callable[[Item, Item], bool]) -> list[Item]:
-        most = self.most_rows if self.sizes is None else min(self.most_rows, self.sizes[-1])
+        most = self._most()
         chosen: list[Item] = []
         rows = 0
         for item in items:
@@ -303,15 +339,25 @@ class Batcher:
         for item in group.watched:
             if item.position < item.steps and not item.cancelled:
                 assert item.after_step is not None
-                item.after_step(item)
+                try:
+                    item.after_step(item)
+                except Exception as error:  # Of this image alone.
+                    logger.exception("a step could not be told")
+                    self._finish([item], error)
 
     def _finish(self, items: Sequence[Item], error: Exception | None) -> None:
+        """Answer images, unless somebody else has: whoever takes one off the list answers it."""
         with self._wake:
-            alive = [item for item in items if not item.cancelled]
+            listed = set(self._items)
+            mine = [item for item in items if item in listed]
             self._drop(items)
             self._change()
-        for item in alive:
-            item.done(item, error)
+        for item in mine:
+            item.answer(error)
+
+
+def _does_not_fit() -> Exception:
+    return RuntimeError("no batch size that an image with guidance fits in could be compiled")
 
 
 def _same_call(item: Item, first: Item) -> bool:

@@ -59,6 +59,9 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """Headers that belong to the answer."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 408:
+            # OpenAI's clients would ask again, twice, a server that is too slow already.
+            headers["X-Should-Retry"] = "false"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers

@@ -89,10 +89,11 @@ class Images:
             drawing,
             deadline_s=wanted.deadline,
             previews=wanted.partial_images or 0,
-            progress=wanted.progress,
+            progress=bool(wanted.progress),
         )
         if wanted.stream:
-            await anext(events)  # Refusals come before the first byte of an answer.
+            # Refusals come before the first byte of an answer.
+            await _while_connected(receive, anext(events))
             return _EventStream(_server_sent(events, drawing, card, self._metrics))
         pictures = await _while_connected(receive, _pictures(events, drawing.count))
         data = [{"b64_json": _base64(png)} for png in pictures]

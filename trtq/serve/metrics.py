@@ -37,6 +37,15 @@ class Metrics:
         self._under_way = make(
             "Gauge", "images_under_way", "Images accepted and not finished.", "model"
         )
+        self._waiting = make(
+            "Gauge", "images_waiting", "Images that are in no call yet, the queue's depth.", "model"
+        )
+        self._most_rows = make(
+            "Gauge",
+            "batch_rows_limit",
+            "Most rows of a call; occupancy is batch_rows by it.",
+            "model",
+        )
         self._load = make("Gauge", "model_load_seconds", "Opening the model took so long.", "model")
         self._wait = make(
             "Histogram",
@@ -68,9 +77,19 @@ class Metrics:
         self._models: list[ModelMetrics] = []
         self._errors = make("Counter", "errors", "Requests that were not served.", "code")
 
-    def model(self, name: str, load_seconds: float, under_way: Callable[[], int]) -> ModelMetrics:
-        """The measurements of one model; `under_way` counts its images."""
+    def model(
+        self,
+        name: str,
+        load_seconds: float,
+        *,
+        under_way: Callable[[], int],
+        waiting: Callable[[], int],
+        most_rows: int,
+    ) -> ModelMetrics:
+        """The measurements of one model; `under_way` and `waiting` count its images."""
         self._under_way.labels(name).set_function(under_way)
+        self._waiting.labels(name).set_function(waiting)
+        self._most_rows.labels(name).set(most_rows)
         self._load.labels(name).set(load_seconds)
         found = ModelMetrics(
             *(

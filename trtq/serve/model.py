@@ -102,6 +102,8 @@ class ServedModel(ABC):
     card: Card
     fixed_shapes = False
     """Whether each batch size has to be compiled before it runs well."""
+    most_rows: int | None = None
+    """Of a call, where what runs it was built for so many."""
     quick = False
     """Whether `starts` and `decode` take less time than handing them to another thread."""
 

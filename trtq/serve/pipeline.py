@@ -17,6 +17,7 @@ from trtq.diffusion.schedule import set_timesteps
 from trtq.diffusion.source import Source
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.openvino import OpenVinoEngine
+from trtq.engine.tensorrt.run import TensorRtEngine
 from trtq.errors import UsageError
 from trtq.manifest import artefact_kind, read_manifest
 from trtq.seeds import seeded_generator
@@ -53,6 +54,8 @@ class PipelineModel(ServedModel):
             engine = source.denoiser.engine
             if isinstance(engine, OpenVinoEngine):
                 engine.most_shapes = shapes
+            if isinstance(engine, TensorRtEngine):
+                self.most_rows = engine.largest(source.family.sample)[0]
             self._graph = GraphCall(engine)
         config = dict(source.pipeline.scheduler.config)
         config.setdefault("_class_name", type(source.pipeline.scheduler).__name__)

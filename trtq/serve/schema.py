@@ -21,6 +21,8 @@ _MEANT = {
     "num_images": "n",
     "timeout": "deadline",
 }
+_UNSUPPORTED = ("input_fidelity", "moderation", "output_compression", "style")
+"""OpenAI's, with nothing here that they could mean."""
 _REASONS = {
     "response_format": "this server keeps no files, so pictures come as 'b64_json'",
     "output_format": "pictures come as 'png'",
@@ -47,7 +49,7 @@ class ImageRequest(BaseModel):
     partial_images: int | None = Field(
         None, ge=0, le=3, description="With stream: pictures of an image before it is done."
     )
-    progress: bool = Field(False, description="With stream: an event after each step.")
+    progress: bool | None = Field(None, description="With stream: an event after each step.")
     seed: int | None = Field(
         None, ge=0, lt=2**31, description="Image i of a seed is the same in every request."
     )
@@ -100,6 +102,9 @@ def _explain(error: ValidationError, found: dict[str, Any]) -> ApiError:
     shown = _printable(name)
     if first["type"] == "extra_forbidden":
         fields = list(ImageRequest.model_fields)
+        if name in _UNSUPPORTED:
+            message = f"this server does not support {shown!r}; leave it out"
+            return ApiError(400, "unsupported_parameter", message, param=shown)
         near = _MEANT.get(name) or next(iter(difflib.get_close_matches(shown, fields, 1)), None)
         hint = f"did you mean {near!r}?" if near else f"known are {', '.join(fields)}"
         return ApiError(400, "unknown_parameter", f"unknown field {shown!r}; {hint}", param=shown)
@@ -120,11 +125,12 @@ def check_against(request: ImageRequest, card: Card, limits: Limits) -> None:
     def refuse(param: str, message: str) -> ApiError:
         return ApiError(400, "invalid_value", message, param=param)
 
-    if request.n > limits.images:
-        raise refuse("n", f"n={request.n} is too many; this server draws up to {limits.images}")
-    most = min(limits.steps, card.most_steps)
-    if request.steps is not None and request.steps > most:
-        raise refuse("steps", f"steps={request.steps} is too many; choose 1 .. {most}")
+    if request.n > limits.most_images:
+        raise refuse(
+            "n", f"n={request.n} is too many; this server draws up to {limits.most_images}"
+        )
+    if request.steps is not None and request.steps > card.most_steps:
+        raise refuse("steps", f"steps={request.steps} is too many; choose 1 .. {card.most_steps}")
     height, width = card.image_size
     if request.size not in (None, "auto", f"{width}x{height}"):
         raise refuse(

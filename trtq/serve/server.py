@@ -8,9 +8,10 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,11 @@ __all__ = ["ServeOptions", "build_service", "open_model", "parse_batching", "rea
 logger = logging.getLogger(__name__)
 _API_KEY_VARIABLE = "TRTQ_API_KEY"
 _LAST_ANSWERS_S = 2.0
+"""For answers of what is given up to be sent, and again for the engine's last call to return."""
+_CONNECTIONS = 1024
+_BACKLOG = 2048
+_READ_NOTHING_MS = 60_000
+_LONGEST_NAME = 100
 TORCH = "torch"
 
 
@@ -51,7 +57,7 @@ class ServeOptions:
         threads: threads of one operator; None: as many as there are cores.
         batching: see `Batcher`.
         limits: what to take on.
-        drain_s: after SIGTERM, how long to finish what was taken on.
+        drain_s: after SIGTERM, how long to finish what was taken on, up to the exit.
         api_key: what requests to `/v1` have to bring.
     """
 
@@ -148,17 +154,25 @@ def build_service(options: ServeOptions, metrics: Metrics) -> Service:
     Raises:
         TrtqError: one cannot be opened or run.
     """
-    paths = {options.name or Path(options.path).name: options.path}
+    paths = {_name_of(options.path) if options.name is None else options.name: options.path}
     if options.beside is not None:
-        name = Path(options.beside).name
+        name = _name_of(options.beside)
         if name in paths:
             raise UsageError(f"both models are called {name!r}; call the first another with --name")
         paths[name] = options.beside
+    for name in paths:
+        if not name.isprintable() or "/" in name or not 0 < len(name) <= _LONGEST_NAME:
+            raise UsageError(f"a model cannot be called {name!r}; choose another with --name")
     hosted: dict[str, Hosted] = {}
     for name, path in paths.items():
         first = not hosted
         hosted[name] = _host(path, name, options, metrics, provided=first)
     return Service(hosted, options.limits)
+
+
+def _name_of(path: str) -> str:
+    """What a model is called unless the user says: its folder's name, also of `.`."""
+    return Path(path).resolve().name
 
 
 def _host(
@@ -170,37 +184,50 @@ def _host(
     is_onnx = Path(path).is_dir() and artefact_kind(Path(path)) == "onnx"
     provider = options.provider if provided or is_onnx else None
     model = open_model(path, name, provider=provider, threads=options.threads, shapes=len(sizes))
+    if model.most_rows is not None and model.most_rows < limits.batch:
+        raise UsageError(
+            f"{path} takes up to {model.most_rows} rows in a call, fewer than {limits.batch}; give "
+            f"--max-batch {max(model.most_rows, 2)}, or build it for more: trtq build --batch"
+        )
+    # An image with guidance takes two rows, so what a request gets by default has to fit.
+    least = 2 if model.card.guidance != 1 else 1
+    first = next(size for size in sizes if size >= least)
     try:
-        model.warm(sizes[0])
+        model.warm(first)
     except TrtqError:
         raise
     except Exception as err:  # An engine's own exceptions share no base but Exception.
         raise ArtefactError(f"{path} was opened and cannot be run: {err}") from err
     ready = sizes if limits.batch_sizes else None
+    rest = [size for size in sizes if size != first]
     hosted = Hosted(
         model,
         limits,
         options.batching,
         metrics,
-        sizes=sizes[:1] if model.fixed_shapes else ready,
+        sizes=[first] if model.fixed_shapes else ready,
+        more_sizes=model.fixed_shapes and bool(rest),
         load_seconds=time.monotonic() - begun,
     )
-    if model.fixed_shapes and len(sizes) > 1:
+    if model.fixed_shapes and rest:
         threading.Thread(
-            target=_compile_rest, args=(hosted, sizes[1:]), name=f"compile-{name}", daemon=True
+            target=_compile_rest, args=(hosted, rest), name=f"compile-{name}", daemon=True
         ).start()
     return hosted
 
 
-def _compile_rest(hosted: Hosted, sizes: tuple[int, ...]) -> None:
-    for size in sizes:
-        try:
+def _compile_rest(hosted: Hosted, sizes: Sequence[int]) -> None:
+    try:
+        for size in sizes:
             hosted.model.warm(size)
-        except Exception:  # The sizes before it still serve.
-            logger.exception("cannot compile", extra={FIELDS: {"batch": size}})
-            return
-        hosted.batcher.add_size(size)
-    logger.info("compiled", extra={FIELDS: {"model": hosted.card.name, "batch_sizes": sizes}})
+            hosted.batcher.add_size(size)
+    except Exception:  # The sizes before it still serve.
+        logger.exception("cannot compile", extra={FIELDS: {"batch": size}})
+    else:
+        facts = {"model": hosted.card.name, "batch_sizes": sizes}
+        logger.info("compiled", extra={FIELDS: facts})
+    finally:
+        hosted.batcher.no_more_sizes()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -215,13 +242,20 @@ def _listen(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # Clients that take nothing of an answer for so long are hung up on, by the system.
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _READ_NOTHING_MS)
         bound.bind((host, port))
-    except (OSError, OverflowError) as err:
+    except (OSError, OverflowError, TypeError, UnicodeError) as err:
         bound.close()
-        raise ArtefactError(
-            f"cannot listen at {host} port {port}: {err}; choose another with --host and --port"
-        ) from err
+        raise _cannot_listen(host, port, err) from err
     return bound
+
+
+def _cannot_listen(host: str, port: int, err: Exception) -> ArtefactError:
+    return ArtefactError(
+        f"cannot listen at {host[:80]} port {port}: {err}; choose another with --host and --port"
+    )
 
 
 def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> None:
@@ -237,10 +271,17 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
     begun = time.monotonic()
     require("fastapi")
     require("uvicorn")
+    require("httptools")
     bound = _listen(options.host, options.port)
     with bound:
         metrics = Metrics()
         service = build_service(options, metrics)
+        try:
+            # Two servers may be bound to a port as long as none listens.
+            bound.listen(_BACKLOG)
+        except OSError as err:
+            service.close()
+            raise _cannot_listen(options.host, options.port, err) from err
 
         def ready() -> None:
             # What is there now stays: the collector of garbage need not look through it again and again.
@@ -253,7 +294,13 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
         try:
             asyncio.run(_run(options, service, metrics, bound, ready))
         finally:
-            service.close()
+            ended = service.close(_LAST_ANSWERS_S)
+    if not ended:
+        # A call of the engine cannot be interrupted, and all that was taken on has been answered.
+        logger.warning("leaving a call of the engine behind")
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 async def _run(
@@ -266,6 +313,7 @@ async def _run(
     import uvicorn
 
     from trtq.serve.app import create_app
+    from trtq.serve.protocol import BoundedProtocol
 
     class Server(uvicorn.Server):
         """Leaves signals to us, and says when it listens."""
@@ -285,7 +333,9 @@ async def _run(
         lifespan="off",
         ws="none",
         server_header=False,
-        timeout_graceful_shutdown=int(_LAST_ANSWERS_S) + 1,
+        http=BoundedProtocol,
+        limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=int(_LAST_ANSWERS_S),
     )
     server = Server(config)
     loop = asyncio.get_running_loop()
@@ -294,7 +344,8 @@ async def _run(
     def stop() -> None:
         service.draining = True
         # Asked a second time: now.
-        seconds = 0.0 if drains else options.drain_s
+        # Answers and the engine's last call need some of the time.
+        seconds = 0.0 if drains else max(0.0, options.drain_s - 3 * _LAST_ANSWERS_S)
         drains.append(loop.create_task(_drain(service, server, seconds)))
 
     for number in (signal.SIGTERM, signal.SIGINT):

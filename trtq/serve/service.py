@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,11 @@ class Limits:
     body_bytes: int = 64 << 10
     deadline_s: float = 120.0
     body_s: float = 10.0
+
+    @property
+    def most_images(self) -> int:
+        """Images of a request that can be taken on at all."""
+        return min(self.images, self.batch + self.queue)
 
 
 def parse_batch_sizes(text: str, most: int) -> tuple[int, ...]:
@@ -97,6 +102,7 @@ class Hosted:
         batching: see `Batcher`.
         metrics: of the server.
         sizes: batch sizes that the model is ready for; None: any.
+        more_sizes: whether further sizes will follow, see `Batcher.add_size`.
         load_seconds: what opening it took.
     """
 
@@ -108,18 +114,29 @@ class Hosted:
         metrics: Metrics,
         *,
         sizes: Sequence[int] | None = None,
+        more_sizes: bool = False,
         load_seconds: float = 0.0,
     ) -> None:
         self.model = model
-        self.card = model.card
+        steps, most = model.card.steps, model.card.most_steps
+        self.card = replace(
+            model.card, steps=min(steps, limits.steps), most_steps=min(most, limits.steps)
+        )
         self.under_way = 0
-        self.metrics = metrics.model(self.card.name, load_seconds, lambda: self.under_way)
+        self.metrics = metrics.model(
+            self.card.name,
+            load_seconds,
+            under_way=lambda: self.under_way,
+            waiting=lambda: self.batcher.waiting,
+            most_rows=limits.batch,
+        )
         self._most = limits.batch + limits.queue
         self._image_s = 0.0
         self.batcher = Batcher(
             model,
             most_rows=limits.batch,
             sizes=sizes,
+            more_sizes=more_sizes,
             batching=batching,
             observer=self.metrics,
         )
@@ -141,9 +158,9 @@ class Hosted:
             )
         self.under_way += count
 
-    def finished(self, count: int, seconds: float) -> None:
+    def finished(self, seconds: float) -> None:
         """Remember how long an image takes, others beside it, for `Retry-After`."""
-        each = seconds / max(count, self.under_way)
+        each = seconds / max(1, self.under_way)
         self._image_s = each if not self._image_s else 0.9 * self._image_s + 0.1 * each
 
 
@@ -159,6 +176,11 @@ class Drawer(ABC):
         self.cards = dict(cards)
         self.limits = limits
         self.draining = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can draw at all."""
+        return True
 
     def refuse_when_draining(self) -> None:
         """Nothing, unless the server is about to stop.
@@ -232,6 +254,11 @@ class Service(Drawer):
         """Images accepted and not finished."""
         return sum(one.under_way for one in self.hosted.values())
 
+    @property
+    def alive(self) -> bool:
+        """Whether all batchers run."""
+        return all(one.batcher.alive for one in self.hosted.values())
+
     async def draw(
         self,
         name: str,
@@ -243,13 +270,16 @@ class Service(Drawer):
     ) -> AsyncGenerator[Event]:
         """See `Drawer`."""
         hosted = self.hosted[name]
-        hosted.take(drawing.count)
-        begun = time.monotonic()
-        longest = min(deadline_s or math.inf, self.limits.deadline_s)
+        allowed = self.limits.deadline_s
+        longest = allowed if deadline_s is None else min(deadline_s, allowed)
         request = _Request(self, hosted, drawing, previews, progress)
         late = request.at(longest, _too_late(longest))
         try:
-            await request.begin()
+            try:
+                async with asyncio.timeout(longest):
+                    await request.begin()
+            except TimeoutError as err:
+                raise _too_late(longest) from err
             yield Event("accepted", 0, 0, drawing.steps)
             left = drawing.count
             while left:
@@ -258,11 +288,9 @@ class Service(Drawer):
                     raise _as_api_error(event)
                 left -= event.kind == "image"
                 yield event
-            hosted.finished(drawing.count, time.monotonic() - begun)
         finally:
             late.cancel()
             request.cancel()
-            hosted.under_way -= drawing.count
 
     async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Run something in the thread beside the batchers'."""
@@ -278,19 +306,26 @@ class Service(Drawer):
         for one in self.hosted.values():
             one.batcher.refuse(_draining())
 
-    def close(self) -> None:
-        """End all threads."""
-        for one in self.hosted.values():
-            one.batcher.close(_draining())
-        self._side.shutdown(cancel_futures=True)
+    def close(self, seconds: float | None = None) -> bool:
+        """End all threads; whether they did within so many seconds, each."""
+        ended = [one.batcher.close(_draining(), seconds) for one in self.hosted.values()]
+        self._side.shutdown(wait=all(ended), cancel_futures=True)
+        return all(ended)
 
 
 class _Request:
-    """The images of one request, and what happens to them."""
+    """The images of one request, counted as under way until they are drawn or given up.
+
+    Raises:
+        ApiError: 429, there are too many.
+    """
 
     def __init__(
         self, service: Service, hosted: Hosted, drawing: Drawing, previews: int, progress: bool
     ) -> None:
+        hosted.take(drawing.count)
+        self._left = drawing.count
+        self._begun = time.monotonic()
         self.events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._service = service
         self._hosted = hosted
@@ -331,10 +366,21 @@ class _Request:
         """Nobody waits any more; a no-op for images that are done."""
         for item in self._items:
             item.cancelled = True
+        self._hosted.under_way -= self._left
+        self._left = 0
 
     def _tell(self, event: Event | Exception) -> None:
         with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
-            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._told, event)
+
+    def _told(self, event: Event | Exception) -> None:
+        """In the loop's thread: an image that is drawn makes room, whenever its client reads it."""
+        if self._left and isinstance(event, Event) and event.kind == "image":
+            if self._left == 1:
+                self._hosted.finished(time.monotonic() - self._begun)
+            self._left -= 1
+            self._hosted.under_way -= 1
+        self.events.put_nowait(event)
 
     def _after_step(self, item: Item) -> None:
         if self._progress:
@@ -370,8 +416,6 @@ class _Request:
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, UsageError):
-        return ApiError(400, "invalid_value", str(error))
     failed = ApiError(500, "engine_error", f"the model failed: {error}")
     failed.__cause__ = error
     return failed

@@ -87,7 +87,8 @@ class Ddim:
         if self.spacing == "leading":
             found = np.arange(steps)[::-1] * (most // steps) + self.offset
         elif self.spacing == "trailing":
-            found = np.round(np.arange(most, 0, -most / steps)).astype(np.int64) - 1
+            # Rounding errors of some step counts give one more, beyond the last.
+            found = np.round(np.arange(most, 0, -most / steps)[:steps]).astype(np.int64) - 1
         else:
             found = np.linspace(0, most - 1, steps).round()[::-1].astype(np.int64)
         if found[0] >= most:

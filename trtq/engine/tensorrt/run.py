@@ -227,6 +227,10 @@ class TensorRtEngine:
         self._keep_cache()
         return found
 
+    def largest(self, name: str) -> tuple[int, ...]:
+        """The largest shape of an input that the engine was built for."""
+        return tuple(self._engine.get_tensor_profile_shape(name, 0)[2])
+
     def _range(self, name: str) -> str:
         least, _, most = (list(shape) for shape in self._engine.get_tensor_profile_shape(name, 0))
         return f"{least} .. {most}"
