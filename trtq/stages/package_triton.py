@@ -37,8 +37,9 @@ ARTEFACT_NAME = "artefact.json"
 DENOISER, PIPELINE = "denoiser", "pipeline"
 _PLAN = "model.plan"
 _DEFAULT_STEPS = 20
-_INSTANCES = 2
-"""Of the pipeline, so that the denoiser has calls to put together."""
+_INSTANCES = 4
+"""Of the pipeline. While the call of one runs, those of the others wait and are put together; of two
+instances, one waits alone."""
 _QUEUE_MICROSECONDS = 500
 _TYPES = {
     "float32": "TYPE_FP32",
