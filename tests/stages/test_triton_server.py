@@ -10,7 +10,6 @@ batching that we packaged; the pipeline's model is served as it was packaged.
 import contextlib
 import http.client
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -311,18 +310,25 @@ def test_only_the_backend_is_missing_for_the_graphs_as_packaged(
     assert f"unable to find backend library for backend '{backend}'" in server.log
 
 
-def test_a_text_pipeline_is_served_whole(tmp_path):
+@pytest.fixture(scope="module")
+def shapes_onnx(tmp_path_factory):
+    installed()
+    out = tmp_path_factory.mktemp("shapes") / "onnx"
+    export_onnx("shapes", out)
+    return out
+
+
+def test_a_text_pipeline_is_served_whole(tmp_path, shapes_onnx):
     folder = installed()
+    clients()
     if not (folder / "numpy").is_dir():
         pytest.skip("this server reads prompts only with NumPy 1, which is not beside it")
-    clients()
-    export_onnx("shapes", tmp_path / "onnx")
-    package_triton(tmp_path / "onnx", tmp_path / "packaged")
+    package_triton(shapes_onnx, tmp_path / "packaged")
     repository = runnable(tmp_path / "packaged", tmp_path / "repository")
     server = Server(folder, repository, tmp_path, old_numpy=True).wait()
     try:
         wanted = {"prompt": [b"a red circle", b"a blue cross"], "seed": [4], "steps": [3]}
-        source = open_any(tmp_path / "onnx")
+        source = open_any(shapes_onnx)
         for kind in ("http", "grpc"):
             np.testing.assert_array_equal(ask(server, kind, wanted), expected(source, wanted))
         from tritonclient.utils import InferenceServerException
@@ -340,12 +346,11 @@ def test_a_text_pipeline_is_served_whole(tmp_path):
         server.stop()
 
 
-def test_a_server_that_cannot_read_prompts_says_so_when_it_starts(tmp_path):
+def test_a_server_that_cannot_read_prompts_says_so_when_it_starts(tmp_path, shapes_onnx):
     if int(np.__version__.split(".")[0]) < 2:
         pytest.skip("this Python has NumPy 1")
     folder = installed()
-    export_onnx("shapes", tmp_path / "onnx")
-    package_triton(tmp_path / "onnx", tmp_path / "packaged")
+    package_triton(shapes_onnx, tmp_path / "packaged")
     more = ("--model-control-mode=explicit", "--load-model=pipeline")
     server = Server(folder, tmp_path / "packaged", tmp_path, *more)
     assert server.process.wait(START_S) != 0
