@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from trtq.cli import app
 from trtq.engine.ort import OrtEngine
-from trtq.errors import ArtefactError, UsageError
+from trtq.errors import ArtefactError, ServerError, UsageError
 from trtq.evaluate.images import draw, subjects_for
 from trtq.manifest import Manifest, made_from, read_manifest, write_manifest
+from trtq.stages import triton_model
 from trtq.stages.export import export_onnx
 from trtq.stages.load import open_any
 from trtq.stages.package_triton import CHECKSUMS_NAME, package_triton
@@ -254,6 +255,14 @@ def test_an_error_of_the_denoiser_reaches_the_client(repository, monkeypatch):
     assert response.error().code == FakeError.INTERNAL
 
 
+def test_a_server_whose_arrays_have_wrong_strides_is_told_apart(monkeypatch):
+    utils = types.SimpleNamespace(Tensor=FakeTensor)
+    triton_model._check_strings(utils)
+    monkeypatch.setattr(FakeTensor, "as_numpy", lambda self: self.array[[0, 0]])
+    with pytest.raises(ServerError, match=r"cannot read prompts with NumPy .* 'numpy<2'"):
+        triton_model._check_strings(utils)
+
+
 @pytest.mark.slow
 def test_a_text_pipeline_is_served_whole(tmp_path, monkeypatch):
     onnx, out = tmp_path / "onnx", tmp_path / "repository"
@@ -270,6 +279,8 @@ def test_a_text_pipeline_is_served_whole(tmp_path, monkeypatch):
     images = response.tensors["images"].array
     np.testing.assert_array_equal(images, expected(onnx, 2, steps=2, seed=3))
     assert ("denoiser", 4) in utils.calls  # Both halves of the guidance.
+    (response,) = model.execute([request(prompt=[b"\xff"])])
+    assert "a prompt is not UTF-8" in response.error().message()
     assert {"text_encoder", "vae_decoder"} <= {name for name, _ in utils.calls}
 
 

@@ -216,7 +216,8 @@ def digits(digits_onnx, tmp_path_factory):
     clients()
     package_triton(digits_onnx, place / "packaged")
     repository = runnable(place / "packaged", place / "repository")
-    server = Server(folder, repository, place).wait()
+    more = ("--model-control-mode=explicit", "--load-model=*")
+    server = Server(folder, repository, place, *more).wait()
     yield server
     server.stop()
 
@@ -279,7 +280,9 @@ def test_a_cancelled_request_leaves_the_denoiser_at_once(digits):
     before, ended = digits.statistics("denoiser")["execution_count"], threading.Event()
     wanted = {"class_label": [1], "steps": [999]}
     with digits.client("grpc") as client:
-        call = client.async_infer("pipeline", inputs("grpc", wanted), lambda *_: ended.set())
+        call = client.async_infer(
+            "pipeline", inputs("grpc", wanted), lambda result, error: ended.set()
+        )
         while digits.statistics("denoiser")["execution_count"] < before + 3:
             time.sleep(0.05)
         call.cancel()
