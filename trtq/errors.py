@@ -102,5 +102,9 @@ class ServerError(TrtqError):
     """A server that runs a graph for us answered with an error."""
 
 
+class CancelledError(TrtqError):
+    """Whoever asked for it no longer wants it."""
+
+
 class GateError(TrtqError):
     """A check or a gate was not met."""

@@ -67,6 +67,9 @@ def test_timesteps_are_the_schedulers_own():
     assert len(heun) == len(set(heun)) == 5
     with pytest.raises(UsageError, match=r"steps=0 .* 1 \.\. 1000"):
         inference_timesteps(ddim, 0)
+    assert inference_timesteps(ddim, 999)[0] == 999
+    with pytest.raises(UsageError, match=r"steps=1000 .* timestep 1000, .* knows 0 \.\. 999"):
+        inference_timesteps(ddim, 1000)
 
 
 def test_guidance_concatenates_unconditional_then_conditional():

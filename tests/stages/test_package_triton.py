@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from trtq.cli import app
 from trtq.engine.ort import OrtEngine
-from trtq.errors import ArtefactError, UsageError
+from trtq.errors import ArtefactError, ServerError, UsageError
 from trtq.evaluate.images import draw, subjects_for
 from trtq.manifest import Manifest, made_from, read_manifest, write_manifest
+from trtq.stages import triton_model
 from trtq.stages.export import export_onnx
 from trtq.stages.load import open_any
 from trtq.stages.package_triton import CHECKSUMS_NAME, package_triton
@@ -47,8 +48,12 @@ class FakeTensor:
     def __init__(self, name, array):
         self.name, self.array = name, array
 
-    def is_cpu(self):
-        return True
+    @classmethod
+    def from_dlpack(cls, name, given):
+        return cls(name, torch.from_dlpack(given).numpy())
+
+    def to_dlpack(self):
+        return torch.from_numpy(self.array).__dlpack__()
 
     def as_numpy(self):
         return self.array
@@ -66,8 +71,10 @@ class FakeResponse:
 
 
 class FakeError:
-    def __init__(self, text):
-        self.text = text
+    INTERNAL, INVALID_ARG, CANCELLED = range(3)
+
+    def __init__(self, text, code=INTERNAL):
+        self.text, self.code = text, code
 
     def message(self):
         return self.text
@@ -127,8 +134,18 @@ def served(repository, monkeypatch):
     return model, utils
 
 
+class FakeRequest(dict):
+    """Inputs by name; cancelled once it was asked about `patience` times."""
+
+    patience = 10**9
+
+    def is_cancelled(self):
+        self.patience -= 1
+        return self.patience < 0
+
+
 def request(**values):
-    return {name: FakeTensor(name, np.array(value)) for name, value in values.items()}
+    return FakeRequest({name: FakeTensor(name, np.array(one)) for name, one in values.items()})
 
 
 def expected(path, count, *, steps, seed):
@@ -200,20 +217,33 @@ def test_more_images_than_a_batch_are_drawn_in_several(repository, monkeypatch):
 
 def test_a_bad_request_is_its_own_error(repository, monkeypatch):
     model, _ = served(repository, monkeypatch)
-    good, label, steps, seed, none = model.execute(
-        [
-            request(class_label=[1]),
-            request(class_label=[11]),
-            request(class_label=[1], steps=[0]),
-            request(class_label=[1], seed=[-1]),
-            request(class_label=np.zeros(0, np.int64)),
-        ]
-    )
-    assert not good.has_error()
-    assert "class labels must lie in 0 .. 9" in label.error().message()
-    assert "steps=0 is out of range" in steps.error().message()
-    assert "the seed must be 0 or more" in seed.error().message()
-    assert "at least one image" in none.error().message()
+    good = request(class_label=[1])
+    bad = {
+        "class labels must lie in 0 .. 9": request(class_label=[11]),
+        "steps=0 is out of range": request(class_label=[1], steps=[0]),
+        "the seed must be 0 or more": request(class_label=[1], seed=[-1]),
+        "guidance must be a number of 0 or more": request(class_label=[1], guidance=[np.nan]),
+        "guidance must be a number of 0 or more, got -1": request(class_label=[1], guidance=[-1.0]),
+        "1 .. 100 images, 'class_label' asks for 0": request(class_label=np.zeros(0, np.int64)),
+        "1 .. 100 images, 'class_label' asks for 101": request(class_label=np.ones(101, np.int64)),
+        "the request has no input 'class_label'": request(seed=[1]),
+    }
+    first, *others = model.execute([good, *bad.values()])
+    assert not first.has_error()
+    for message, response in zip(bad, others, strict=True):
+        assert message in response.error().message()
+        assert response.error().code == FakeError.INVALID_ARG
+
+
+def test_a_cancelled_request_stops_between_two_steps(repository, monkeypatch):
+    model, utils = served(repository, monkeypatch)
+    gone = request(class_label=[1], steps=[9])
+    gone.patience = 3
+    (response,) = model.execute([gone])
+    assert response.error().code == FakeError.CANCELLED
+    assert utils.calls == [("denoiser", 1)] * 3
+    (response,) = model.execute([request(class_label=[1], steps=[2])])
+    assert not response.has_error()
 
 
 def test_an_error_of_the_denoiser_reaches_the_client(repository, monkeypatch):
@@ -222,6 +252,15 @@ def test_an_error_of_the_denoiser_reaches_the_client(repository, monkeypatch):
     monkeypatch.setattr(utils.InferenceRequest, "exec", lambda self: broken)
     (response,) = model.execute([request(class_label=[1])])
     assert response.error().message() == "denoiser: out of memory"
+    assert response.error().code == FakeError.INTERNAL
+
+
+def test_a_server_whose_arrays_have_wrong_strides_is_told_apart(monkeypatch):
+    utils = types.SimpleNamespace(Tensor=FakeTensor)
+    triton_model._check_strings(utils)
+    monkeypatch.setattr(FakeTensor, "as_numpy", lambda self: self.array[[0, 0]])
+    with pytest.raises(ServerError, match=r"cannot read prompts with NumPy .* 'numpy<2'"):
+        triton_model._check_strings(utils)
 
 
 @pytest.mark.slow
@@ -240,6 +279,8 @@ def test_a_text_pipeline_is_served_whole(tmp_path, monkeypatch):
     images = response.tensors["images"].array
     np.testing.assert_array_equal(images, expected(onnx, 2, steps=2, seed=3))
     assert ("denoiser", 4) in utils.calls  # Both halves of the guidance.
+    (response,) = model.execute([request(prompt=[b"\xff"])])
+    assert "a prompt is not UTF-8" in response.error().message()
     assert {"text_encoder", "vae_decoder"} <= {name for name, _ in utils.calls}
 
 

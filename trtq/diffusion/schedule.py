@@ -29,7 +29,7 @@ def set_timesteps(scheduler: Any, steps: int, tokens: int | None) -> Any:
         tokens: see `inference_timesteps`.
 
     Raises:
-        UsageError: the number of steps is out of range.
+        UsageError: the number of steps is out of range, alone or with the scheduler's offset.
     """
     trained = int(scheduler.config.num_train_timesteps)
     if not 1 <= steps <= trained:
@@ -37,6 +37,12 @@ def set_timesteps(scheduler: Any, steps: int, tokens: int | None) -> Any:
     fresh = type(scheduler).from_config(scheduler.config)
     if not scheduler.config.get("use_dynamic_shifting", False):
         fresh.set_timesteps(steps)
+        noisiest = fresh.timesteps.max()
+        if hasattr(fresh, "alphas_cumprod") and noisiest >= trained:
+            raise UsageError(
+                f"steps={steps} is out of range: {type(fresh).__name__} would go to timestep "
+                f"{noisiest:g}, and the model knows 0 .. {trained - 1}; choose fewer"
+            )
         return fresh
     if tokens is None:
         raise UsageError(

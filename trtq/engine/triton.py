@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.dlpack import from_dlpack
 
 from trtq.engine.base import TensorSpec
 from trtq.errors import ServerError
 
-__all__ = ["ServedGraph", "TritonEngine"]
+__all__ = ["ServedGraph", "TritonEngine", "array_of", "tensor_of"]
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,17 @@ class TritonEngine:
     Args:
         graph: the model that holds it.
         backend_utils: the server's module `triton_python_backend_utils`.
+        before_run: called before each run; what it raises ends the drawing.
     """
 
     provider = "triton"
 
-    def __init__(self, graph: ServedGraph, backend_utils: Any) -> None:
+    def __init__(
+        self, graph: ServedGraph, backend_utils: Any, before_run: Callable[[], None] | None = None
+    ) -> None:
         self._graph = graph
         self._utils = backend_utils
+        self._before_run = before_run
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -91,12 +97,14 @@ class TritonEngine:
         Raises:
             ServerError: the model answered with an error.
         """
+        if self._before_run is not None:
+            self._before_run()
         items = max(len(value) for value in feeds.values())
         request = self._utils.InferenceRequest(
             model_name=self._graph.model,
             requested_output_names=list(self.outputs),
             inputs=[
-                self._utils.Tensor(name, self._shaped(value, items))
+                tensor_of(self._utils, name, self._shaped(value, items))
                 for name, value in feeds.items()
             ],
         )
@@ -104,7 +112,7 @@ class TritonEngine:
         if response.has_error():
             raise ServerError(f"{self._graph.model}: {response.error().message()}")
         return {
-            name: self._array(self._utils.get_output_tensor_by_name(response, name))
+            name: array_of(self._utils.get_output_tensor_by_name(response, name))
             for name in self.outputs
         }
 
@@ -116,11 +124,19 @@ class TritonEngine:
             value = value.repeat(items, axis=0)
         return value[:, None] if value.ndim == 1 else value
 
-    @staticmethod
-    def _array(tensor: Any) -> np.ndarray:
-        if tensor.is_cpu():
-            found: np.ndarray = tensor.as_numpy()
-            return found
-        from torch.utils.dlpack import from_dlpack
 
-        return from_dlpack(tensor.to_dlpack()).cpu().numpy()
+# Both by torch's DLPack. What Triton 2.51 gives to and takes from NumPy 2 directly has the wrong
+# strides: every item is the first one, or the tensor is empty. With NumPy 1.26's own DLPack the
+# process ends, since the server renames a capsule in a way that only torch bears.
+
+
+def tensor_of(backend_utils: Any, name: str, value: np.ndarray) -> Any:
+    """The server's tensor of an array of numbers."""
+    whole = np.require(value, requirements=["C", "W"])  # torch warns of what it may not write.
+    return backend_utils.Tensor.from_dlpack(name, torch.from_numpy(whole))
+
+
+def array_of(tensor: Any) -> np.ndarray:
+    """The numbers of a tensor of the server's, on whatever device it lies."""
+    found: np.ndarray = from_dlpack(tensor.to_dlpack()).cpu().numpy()
+    return found

@@ -27,7 +27,7 @@ from trtq.progress import Reporter, silent
 from trtq.stages import triton_model
 from trtq.stages.graph_file import DATA_NAME, MODEL_FILE
 from trtq.stages.load import engine_source
-from trtq.stages.triton_pipeline import Settings
+from trtq.stages.triton_pipeline import Settings, request_input
 
 __all__ = ["CHECKSUMS_NAME", "package_triton"]
 
@@ -37,8 +37,9 @@ ARTEFACT_NAME = "artefact.json"
 DENOISER, PIPELINE = "denoiser", "pipeline"
 _PLAN = "model.plan"
 _DEFAULT_STEPS = 20
-_INSTANCES = 2
-"""Of the pipeline, so that the denoiser has calls to put together."""
+_INSTANCES = 4
+"""Of the pipeline. While the call of one runs, those of the others wait and are put together; of two
+instances, one waits alone."""
 _QUEUE_MICROSECONDS = 500
 _TYPES = {
     "float32": "TYPE_FP32",
@@ -262,12 +263,10 @@ def _request_lines(parts: Path, manifest: Manifest, served: Mapping[str, ServedG
         manifest.options.get("size"),
         lambda name: TritonEngine(served[name], None) if name in served else None,
     )
-    if source.prompts is not None:
-        first = 'input { name: "prompt" data_type: TYPE_STRING dims: [ -1 ] }'
-    elif source.classes is not None:
-        first = 'input { name: "class_label" data_type: TYPE_INT64 dims: [ -1 ] }'
-    else:
-        first = 'input { name: "count" data_type: TYPE_INT64 dims: [ 1 ] }'
+    name = request_input(source)
+    kind = "TYPE_STRING" if name == "prompt" else "TYPE_INT64"
+    size = 1 if name == "count" else -1
+    first = f"input {{ name: {_text(name)} data_type: {kind} dims: [ {size} ] }}"
     options = {"seed": "TYPE_INT64", "steps": "TYPE_INT32", "guidance": "TYPE_FP32"}
     return [first] + [
         f"input {{ name: {_text(name)} data_type: {kind} dims: [ 1 ] optional: true }}"

@@ -9,7 +9,10 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from trtq.errors import TrtqError
+import numpy as np
+
+from trtq.engine.triton import array_of, tensor_of
+from trtq.errors import CancelledError, ServerError, TrtqError, UsageError
 from trtq.stages.triton_pipeline import PackagedPipeline
 
 __all__ = ["TritonPythonModel"]
@@ -23,6 +26,8 @@ class TritonPythonModel:
         self.utils: Any = importlib.import_module("triton_python_backend_utils")
         version = Path(args["model_repository"]) / args["model_version"]
         self.pipeline = PackagedPipeline(version / "parts", self.utils)
+        if self.pipeline.source.prompts is not None:
+            _check_strings(self.utils)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response for each request; what a request does wrong is its own error."""
@@ -35,21 +40,33 @@ class TritonPythonModel:
                 seed=int(self._one(request, "seed", 0)),
                 steps=self._optional(request, "steps", int),
                 guidance=self._optional(request, "guidance", float),
+                cancelled=request.is_cancelled,
             )
         except TrtqError as err:
-            return self.utils.InferenceResponse(error=self.utils.TritonError(str(err)))
-        return self.utils.InferenceResponse([self.utils.Tensor("images", images)])
+            return self.utils.InferenceResponse(error=self._error(err))
+        return self.utils.InferenceResponse([tensor_of(self.utils, "images", images)])
 
-    def _subjects(self, request: Any) -> list[str] | list[int] | int:
+    def _error(self, err: TrtqError) -> Any:
+        kind = self.utils.TritonError
+        if isinstance(err, CancelledError):
+            return kind(str(err), kind.CANCELLED)
+        return kind(str(err), kind.INVALID_ARG if isinstance(err, UsageError) else kind.INTERNAL)
+
+    def _subjects(self, request: Any) -> list[str] | list[int] | int | None:
+        """What a request asks for; none: nothing, which the server lets pass."""
         prompts = self._values(request, "prompt")
         if prompts is not None:
-            return [value.decode() if isinstance(value, bytes) else value for value in prompts]
+            return [_decoded(value) for value in prompts]
         labels = self._values(request, "class_label")
-        return int(self._one(request, "count", 1)) if labels is None else labels
+        return self._one(request, "count", None) if labels is None else labels
 
     def _values(self, request: Any, name: str) -> list[Any] | None:
         tensor = self.utils.get_input_tensor_by_name(request, name)
-        found: list[Any] | None = None if tensor is None else tensor.as_numpy().ravel().tolist()
+        if tensor is None:
+            return None
+        # Strings have no DLPack form.
+        array = tensor.as_numpy() if name == "prompt" else array_of(tensor)
+        found: list[Any] = array.ravel().tolist()
         return found
 
     def _one(self, request: Any, name: str, default: Any) -> Any:
@@ -58,3 +75,20 @@ class TritonPythonModel:
     def _optional(self, request: Any, name: str, kind: type) -> Any:
         found = self._one(request, name, None)
         return None if found is None else kind(found)
+
+
+def _decoded(prompt: str | bytes) -> str:
+    try:
+        return prompt.decode() if isinstance(prompt, bytes) else prompt
+    except UnicodeDecodeError as err:
+        raise UsageError(f"a prompt is not UTF-8: {err}") from err
+
+
+def _check_strings(backend_utils: Any) -> None:
+    """Of a server whose arrays have wrong strides, the first prompt would end the process."""
+    given = np.arange(2)
+    if not np.array_equal(tensor_of(backend_utils, "probe", given).as_numpy(), given):
+        raise ServerError(
+            f"this server's Python backend cannot read prompts with NumPy {np.__version__}: "
+            "pip install 'numpy<2' into the server's Python, or take a newer server"
+        )

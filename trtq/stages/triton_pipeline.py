@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from trtq.diffusion.source import Source
 from trtq.engine.base import Engine
 from trtq.engine.triton import ServedGraph, TritonEngine
-from trtq.errors import ArtefactError, UsageError
+from trtq.errors import ArtefactError, CancelledError, UsageError
 from trtq.evaluate.images import Subjects, draw
 from trtq.stages.load import engine_source
 
-__all__ = ["SETTINGS_NAME", "PackagedPipeline", "Settings"]
+__all__ = ["SETTINGS_NAME", "PackagedPipeline", "Settings", "request_input"]
 
 SETTINGS_NAME = "trtq.json"
+_MOST_IMAGES = 100
+"""Of one request, so that none holds the pipeline for hours."""
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -77,17 +86,21 @@ class PackagedPipeline:
         }
 
         def open_graph(name: str) -> Engine | None:
-            return TritonEngine(graphs[name], backend_utils) if name in graphs else None
+            if name not in graphs:
+                return None
+            return TritonEngine(graphs[name], backend_utils, self._go_on)
 
+        self._cancelled: Callable[[], bool] = _never
         self.source = engine_source(folder, self.settings.denoiser, self.settings.size, open_graph)
 
     def draw(
         self,
-        subjects: list[str] | list[int] | int,
+        subjects: list[str] | list[int] | int | None,
         *,
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        cancelled: Callable[[], bool] = _never,
     ) -> np.ndarray:
         """Draw what a request asks for, as `trtq generate` would.
 
@@ -96,6 +109,7 @@ class PackagedPipeline:
             seed: image i of a seed is the same in every request.
             steps: denoising steps.
             guidance: classifier-free guidance.
+            cancelled: asked before every call of a graph.
 
         Returns:
             uint8[B,H,W,C].
@@ -105,6 +119,9 @@ class PackagedPipeline:
         """
         if seed < 0:
             raise UsageError(f"the seed must be 0 or more, got {seed}")
+        if guidance is not None and not 0 <= guidance < math.inf:
+            raise UsageError(f"guidance must be a number of 0 or more, got {guidance}")
+        self._cancelled = cancelled
         images = draw(
             self.source,
             self._subjects(subjects),
@@ -116,13 +133,28 @@ class PackagedPipeline:
         pixels = ((images + 1) * 127.5).round().to(torch.uint8)
         return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
 
-    def _subjects(self, given: list[str] | list[int] | int) -> Subjects:
+    def _go_on(self) -> None:
+        if self._cancelled():
+            raise CancelledError("the client cancelled the request")
+
+    def _subjects(self, given: list[str] | list[int] | int | None) -> Subjects:
+        name = request_input(self.source)
+        if given is None:
+            raise UsageError(f"the request has no input {name!r}")
+        count = given if isinstance(given, int) else len(given)
+        if not 1 <= count <= _MOST_IMAGES:
+            raise UsageError(
+                f"a request may ask for 1 .. {_MOST_IMAGES} images, {name!r} asks for {count}"
+            )
         if isinstance(given, int):
-            if given < 1:
-                raise UsageError(f"the number of images must be at least 1, got {given}")
             return Subjects(given)
-        if not given:
-            raise UsageError("a request needs at least one image")
         if self.source.prompts is not None:
-            return Subjects(len(given), prompts=[str(one) for one in given])
-        return Subjects(len(given), classes=torch.tensor([int(one) for one in given]))
+            return Subjects(count, prompts=[str(one) for one in given])
+        return Subjects(count, classes=torch.tensor([int(one) for one in given]))
+
+
+def request_input(source: Source) -> str:
+    """Name of the input that says what to draw."""
+    if source.prompts is not None:
+        return "prompt"
+    return "count" if source.classes is None else "class_label"
