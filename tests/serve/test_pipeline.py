@@ -1,5 +1,7 @@
 """Every kind of pipeline is served: taken apart, it draws what it draws whole."""
 
+import json
+
 import pytest
 import torch
 
@@ -11,49 +13,105 @@ from trtq.evaluate.images import Subjects, draw
 from trtq.serve.batcher import Batcher
 from trtq.serve.light import pixels
 from trtq.serve.pipeline import PipelineModel
+from trtq.serve.server import open_model
+from trtq.stages.export import export_onnx
+from trtq.stages.load import open_any
 
 STEPS = 3
+SEED = 4
+SMALLER = ("pixart", "flux")
+"""Their attention at their own size, over 16,384 cells of the autoencoder, takes most of a minute."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("pixart", "ldm_kl") else name
-        for name in PIPELINES
-        if name != "flux"
-    ],
-)
-def test_a_served_pipeline_draws_what_it_draws_whole(name):
+def opened(name):
+    """As from a folder: in training labels and texts are dropped at random."""
     pipeline = build(name)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
-            part.eval()  # As from a folder: labels and texts are dropped at random in training.
+            part.eval()
     source = load_source(pipeline)
-    model = PipelineModel(source, name, "torch")
+    if name in SMALLER:
+        source.resize("16x32")
+    return source
+
+
+def guidance_of(model):
     # DiT's pipeline takes class 1000 for "no class", which a small model has not.
-    guidance = 3.0 if model.card.takes_guidance and name != "dit" else 1.0
-    prompt = {"text": "a red circle", "class": "1", "none": ""}[model.card.kind]
+    return 3.0 if model.card.takes_guidance and model.card.kind == "text" else 1.0
+
+
+def prompt_of(model):
+    return {"text": "a red circle", "class": "1", "none": ""}[model.card.kind]
+
+
+def served(model, count, **wish):
+    """Images of one request, uint8[H,W,3], that share every call of the denoiser."""
     crowd, batcher = Crowd(model), Batcher(model, most_rows=4)
-    batcher.put(crowd.items(4, STEPS, guidance, count=2, prompt=prompt))
-    found = crowd.wait(2, seconds=300)
+    wish = {"guidance": guidance_of(model), "prompt": prompt_of(model)} | wish
+    batcher.put(crowd.items(SEED, STEPS, count=count, **wish))
+    found = crowd.wait(count, seconds=300)
     batcher.close(RuntimeError("closed"))
+    return [torch.from_numpy(model.decode(found[SEED, index])).int() for index in range(count)]
+
+
+def whole(source, model, count, **wish):
+    """The same through the pipeline's own call."""
     subjects = Subjects(
-        2,
-        classes=torch.tensor([1, 1]) if model.card.kind == "class" else None,
-        prompts=[prompt] * 2 if model.card.kind == "text" else None,
+        count,
+        classes=torch.tensor([1] * count) if model.card.kind == "class" else None,
+        prompts=[prompt_of(model)] * count if model.card.kind == "text" else None,
     )
-    expected = draw(source, subjects, steps=STEPS, seed=4, guidance=guidance)
-    for index in range(2):
-        ours = torch.from_numpy(model.decode(found[4, index])).int()
-        theirs = torch.from_numpy(pixels(expected[index : index + 1].numpy(), name)).int()
-        assert ours.shape == (*model.card.image_size, 3)
+    guidance = guidance_of(model)
+    images = draw(source, subjects, steps=STEPS, seed=SEED, guidance=guidance, **wish)
+    return [torch.from_numpy(pixels(image[None].numpy(), "whole")).int() for image in images]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_served_pipeline_draws_what_it_draws_whole(name):
+    source = opened(name)
+    model = PipelineModel(source, name, "torch")
+    (alone,) = served(model, 1)
+    assert torch.equal(alone, whole(source, model, 1)[0])
+    assert alone.shape == (*model.card.image_size, 3)
+    assert int(alone.max()) - int(alone.min()) > 10
+    # The pipeline decodes both at once, which may move a value over the edge between two levels.
+    for ours, theirs in zip(served(model, 2), whole(source, model, 2), strict=True):
         assert int((ours - theirs).abs().max()) <= 1
-        assert int(ours.max()) - int(ours.min()) > 10
 
 
-def test_packed_latents_are_refused_with_what_to_do():
-    with pytest.raises(UsageError, match="draw with `trtq generate`"):
-        PipelineModel(load_source(build("flux")), "flux", "torch")
+def test_latents_normalised_by_channel_are_decoded_as_the_pipeline_does():
+    source = opened("sd_xl")
+    model = PipelineModel(source, "plain", "torch")
+    (plain,) = served(model, 1)
+    source.pipeline.vae.register_to_config(
+        latents_mean=[0.3, -0.2, 0.1, 0.5], latents_std=[0.5, 1.5, 2.0, 0.7]
+    )
+    model = PipelineModel(source, "normalised", "torch")
+    (found,) = served(model, 1)
+    assert torch.equal(found, whole(source, model, 1)[0])
+    assert not torch.equal(found, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "sd_xl"])
+def test_an_onnx_folder_is_served_as_it_draws_whole(name, tmp_path):
+    pipeline = build(name)
+    pipeline.vae.register_to_config(latents_mean=[0.3] * 4, latents_std=[0.7] * 4)
+    pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "prompts.json").write_text(json.dumps({"calibration": ["a circle"]}))
+    export_onnx(tmp_path / "model", tmp_path / "onnx", size="16x32")
+    model = open_model(str(tmp_path / "onnx"), name)
+    assert model.card.image_size == (16, 32)
+    (found,) = served(model, 1)
+    assert torch.equal(found, whole(open_any(tmp_path / "onnx"), model, 1)[0])
+
+
+def test_flux_takes_no_guidance_beside_the_one_it_is_told():
+    model = PipelineModel(opened("flux"), "flux", "torch")
+    assert not model.card.takes_guidance
+    assert model.card.guidance == 1.0
+    with pytest.raises(UsageError, match="flux takes no guidance; it must be 1"):
+        Crowd(model).items(1, guidance=3.0, prompt="a red circle")
 
 
 def test_a_model_without_prompts_refuses_them():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trtq.diffusion.encode import Encoded
+from trtq.diffusion.latents import draw_noise, latent_decoder
 from trtq.diffusion.layout import class_names
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.schedule import set_timesteps
@@ -27,10 +28,6 @@ from trtq.serve.solver import Ddim, SchedulerSolver, Solver
 
 __all__ = ["PipelineModel"]
 
-_SHIFTED = ("StableDiffusion3Pipeline",)
-"""Others have the number in their autoencoder's configuration, too, and do not use it."""
-
-
 class PipelineModel(ServedModel):
     """A diffusers pipeline, taken apart into what a batcher needs.
 
@@ -41,12 +38,12 @@ class PipelineModel(ServedModel):
         shapes: batch sizes that may be in use at once.
 
     Raises:
-        UsageError: its latents are of a kind that is not decoded here.
+        UsageError: it is not known what its denoiser has to be told.
     """
 
     def __init__(self, source: Source, name: str, provider: str, shapes: int = 2) -> None:
         self._source = source
-        self._decoder = _decoder(source)
+        self._decode = latent_decoder(source)
         self.fixed_shapes = provider == OpenVinoEngine.provider
         self._graph: GraphCall | None = None
         if isinstance(source.denoiser, EngineDenoiser):
@@ -69,7 +66,7 @@ class PipelineModel(ServedModel):
         found = []
         for index in range(drawing.count):
             generator = seeded_generator(drawing.seed, "image", index)
-            noise = torch.randn((1, *self._source.sample_shape), generator=generator).numpy()
+            noise = draw_noise(self._source, generator).numpy()
             solver = self._solver(drawing.steps, generator)
             found.append(Start(noise * solver.initial_scale, inputs, solver, drawing.guidance))
         return found
@@ -119,36 +116,12 @@ class PipelineModel(ServedModel):
     def decode(self, x: np.ndarray) -> np.ndarray:
         """A clean sample `[1, ...]` -> uint8[H,W] or uint8[H,W,3]."""
         with self._lock, quiet_diffusers():
-            image = self._decoder(torch.from_numpy(x))
+            image = self._decode(torch.from_numpy(x))
         return pixels(image.float().numpy(), self.card.name)
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
-
-
-def _decoder(source: Source) -> Callable[[Tensor], Tensor]:
-    """What turns latents into images in [-1, 1], as the pipeline itself does."""
-    pipeline = source.pipeline
-    if source.packed:
-        raise UsageError(
-            f"{type(pipeline).__name__} packs its latents, which `trtq serve` does not decode yet; "
-            "draw with `trtq generate`"
-        )
-    autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
-    if autoencoder is None:
-        return lambda x: x
-    config = autoencoder.config
-    if config.get("latents_mean") is not None:
-        raise UsageError(
-            f"the autoencoder of {source.name} normalises its latents by channel, which `trtq serve` "
-            "does not do yet; draw with `trtq generate`"
-        )
-    scale = float(config.get("scaling_factor") or 1.0)
-    shift = 0.0
-    if type(pipeline).__name__ in _SHIFTED:
-        shift = float(config.get("shift_factor") or 0.0)
-    return lambda x: autoencoder.decode(x / scale + shift, return_dict=False)[0]
 
 
 def _card(source: Source, name: str, provider: str) -> Card:
@@ -170,7 +143,7 @@ def _card(source: Source, name: str, provider: str) -> Card:
         steps=int(recipe.get("steps") or DEFAULT_STEPS),
         most_steps=int(source.pipeline.scheduler.config.num_train_timesteps),
         guidance=guidance,
-        takes_guidance=kind == "text",
+        takes_guidance=kind == "text" and source.embedded_guidance is None,
         provider=provider,
         bits=recipe.get("bits"),
     )
