@@ -20,7 +20,7 @@ from trtq.stages.load import open_any
 STEPS = 3
 SEED = 4
 SMALLER = ("pixart", "flux")
-"""Their attention at their own size, over 16,384 cells of the autoencoder, takes most of a minute."""
+"""At their own size nine tenths of the time is attention over 4,096 and 16,384 cells."""
 
 
 def opened(name):
@@ -66,30 +66,40 @@ def whole(source, model, count, **wish):
     return [torch.from_numpy(pixels(image[None].numpy(), "whole")).int() for image in images]
 
 
+def furthest(found, expected):
+    """The largest difference of two lists of images, in levels of 256."""
+    return max(int((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_served_pipeline_draws_what_it_draws_whole(name):
     source = opened(name)
     model = PipelineModel(source, name, "torch")
-    (alone,) = served(model, 1)
-    assert torch.equal(alone, whole(source, model, 1)[0])
-    assert alone.shape == (*model.card.image_size, 3)
-    assert int(alone.max()) - int(alone.min()) > 10
+    found = served(model, 2)
+    for image in found:
+        assert image.shape == (*model.card.image_size, 3)
+        assert int(image.max()) - int(image.min()) > 10
     # The pipeline decodes both at once, which may move a value over the edge between two levels.
-    for ours, theirs in zip(served(model, 2), whole(source, model, 2), strict=True):
-        assert int((ours - theirs).abs().max()) <= 1
+    assert furthest(found, whole(source, model, 2)) <= 1
+
+
+@pytest.mark.parametrize("name", ["sd_2", "sd_3", "flux"])
+def test_where_diffusers_scheduler_steps_an_image_alone_is_the_same_bit_for_bit(name):
+    source = opened(name)
+    model = PipelineModel(source, name, "torch")
+    assert furthest(served(model, 1), whole(source, model, 1)) == 0
 
 
 def test_latents_normalised_by_channel_are_decoded_as_the_pipeline_does():
     source = opened("sd_xl")
-    model = PipelineModel(source, "plain", "torch")
-    (plain,) = served(model, 1)
+    plain = served(PipelineModel(source, "plain", "torch"), 1)
     source.pipeline.vae.register_to_config(
         latents_mean=[0.3, -0.2, 0.1, 0.5], latents_std=[0.5, 1.5, 2.0, 0.7]
     )
     model = PipelineModel(source, "normalised", "torch")
-    (found,) = served(model, 1)
-    assert torch.equal(found, whole(source, model, 1)[0])
-    assert not torch.equal(found, plain)
+    found = served(model, 1)
+    assert furthest(found, whole(source, model, 1)) <= 1
+    assert furthest(found, plain) > 10
 
 
 @pytest.mark.slow
@@ -102,8 +112,7 @@ def test_an_onnx_folder_is_served_as_it_draws_whole(name, tmp_path):
     export_onnx(tmp_path / "model", tmp_path / "onnx", size="16x32")
     model = open_model(str(tmp_path / "onnx"), name)
     assert model.card.image_size == (16, 32)
-    (found,) = served(model, 1)
-    assert torch.equal(found, whole(open_any(tmp_path / "onnx"), model, 1)[0])
+    assert furthest(served(model, 1), whole(open_any(tmp_path / "onnx"), model, 1)) <= 1
 
 
 def test_flux_takes_no_guidance_beside_the_one_it_is_told():

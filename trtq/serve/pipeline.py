@@ -28,6 +28,7 @@ from trtq.serve.solver import Ddim, SchedulerSolver, Solver
 
 __all__ = ["PipelineModel"]
 
+
 class PipelineModel(ServedModel):
     """A diffusers pipeline, taken apart into what a batcher needs.
 
