@@ -1,4 +1,4 @@
-"""Every kind of pipeline goes the whole way: quantised, exported, loaded, and it says the same."""
+"""Every kind of pipeline goes the whole way: quantised, exported, loaded, served; it says the same."""
 
 import json
 
@@ -7,11 +7,13 @@ import torch
 
 import trtq
 from tests.families.pipelines import PIPELINES, build
+from tests.serve.test_pipeline import furthest, served, whole
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.diffusion.families import FAMILIES
 from trtq.diffusion.source import load_source
 from trtq.errors import LegalityError, UsageError
 from trtq.evaluate.images import draw, subjects_for
+from trtq.serve.pipeline import PipelineModel
 from trtq.stages.export import export_onnx
 from trtq.stages.load import open_any
 from trtq.stages.quantize import quantize
@@ -53,6 +55,8 @@ def test_a_pipeline_goes_the_whole_way(name, tmp_path):
     expected = draw(open_any(run), subjects, steps=2, seed=0)
     # After two whole steps and a decoder; a wrong scale or step would leave nothing of the image.
     assert float((images - expected).abs().mean()) < 0.02
+    model = PipelineModel(source, name, "cpu")
+    assert furthest(served(model, 1), whole(source, model, 1)) <= 1
 
 
 @pytest.mark.slow

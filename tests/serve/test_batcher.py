@@ -168,8 +168,10 @@ def test_sizes_are_filled_up_and_no_others_are_called(toy, start):
     denoise = toy.denoise
     toy.denoise = lambda x, *rest: (sizes.add(len(x)), denoise(x, *rest))[1]
     batcher, crowd = start(sizes=(2, 4)), Crowd(toy)
+    toy.go.clear()
     for seed in range(7):
         batcher.put(crowd.items(seed, steps=2 + seed))
+    toy.go.set()
     crowd.wait(7)
     assert sizes == {2, 4}
 

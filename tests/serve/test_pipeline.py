@@ -1,7 +1,5 @@
 """Every kind of pipeline is served: taken apart, it draws what it draws whole."""
 
-import json
-
 import pytest
 import torch
 
@@ -13,9 +11,6 @@ from trtq.evaluate.images import Subjects, draw
 from trtq.serve.batcher import Batcher
 from trtq.serve.light import pixels
 from trtq.serve.pipeline import PipelineModel
-from trtq.serve.server import open_model
-from trtq.stages.export import export_onnx
-from trtq.stages.load import open_any
 
 STEPS = 3
 SEED = 4
@@ -100,19 +95,6 @@ def test_latents_normalised_by_channel_are_decoded_as_the_pipeline_does():
     found = served(model, 1)
     assert furthest(found, whole(source, model, 1)) <= 1
     assert furthest(found, plain) > 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["flux", "sd_xl"])
-def test_an_onnx_folder_is_served_as_it_draws_whole(name, tmp_path):
-    pipeline = build(name)
-    pipeline.vae.register_to_config(latents_mean=[0.3] * 4, latents_std=[0.7] * 4)
-    pipeline.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "prompts.json").write_text(json.dumps({"calibration": ["a circle"]}))
-    export_onnx(tmp_path / "model", tmp_path / "onnx", size="16x32")
-    model = open_model(str(tmp_path / "onnx"), name)
-    assert model.card.image_size == (16, 32)
-    assert furthest(served(model, 1), whole(open_any(tmp_path / "onnx"), model, 1)) <= 1
 
 
 def test_flux_takes_no_guidance_beside_the_one_it_is_told():
