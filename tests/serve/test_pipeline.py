@@ -1,5 +1,6 @@
 """Every kind of pipeline is served: taken apart, it draws what it draws whole."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from trtq.errors import UsageError
 from trtq.evaluate.images import Subjects, draw
 from trtq.serve.batcher import Batcher
 from trtq.serve.light import pixels
+from trtq.serve.model import Sizes
 from trtq.serve.pipeline import PipelineModel
 
 STEPS = 3
@@ -109,3 +111,61 @@ def test_a_model_without_prompts_refuses_them():
     model = PipelineModel(load_source(build("ldm_vq")), "ldm", "torch")
     with pytest.raises(UsageError, match="takes no prompt"):
         Crowd(model).items(1, prompt="a cat")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("sd_1", (24, 32)), ("sd_xl", (32, 8)), ("sd_3", (24, 32))]
+)
+def test_another_size_is_drawn_as_the_pipeline_draws_it(name, size):
+    source = opened(name)
+    model = PipelineModel(source, name, "torch")
+    assert size in model.card.sizes
+    expected = whole(source.sized("{}x{}".format(*size)), model, 1)
+    assert furthest(served(model, 1, size=size), expected) <= 1
+    # A request of another size leaves the model as it was.
+    assert furthest(served(model, 1), whole(source, model, 1)) <= 1
+
+
+def test_images_of_different_sizes_are_under_way_together():
+    model = PipelineModel(opened("sd_xl"), "sd_xl", "torch")
+    sizes = [(16, 16), (8, 32), (32, 8), (16, 16)]
+    crowd, batcher = Crowd(model), Batcher(model, most_rows=8)
+    for seed, size in enumerate(sizes):
+        batcher.put(crowd.items(seed, STEPS, 3.0, prompt="a red circle", size=size))
+    found = crowd.wait(len(sizes))
+    batcher.close(RuntimeError("closed"))
+    for seed, size in enumerate(sizes):
+        crowd, batcher = Crowd(model), Batcher(model, most_rows=8)
+        batcher.put(crowd.items(seed, STEPS, 3.0, prompt="a red circle", size=size))
+        alone = crowd.wait(1)[seed, 0]
+        batcher.close(RuntimeError("closed"))
+        assert model.decode(alone).shape == (*size, 3)
+        np.testing.assert_allclose(found[seed, 0], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ldm_vq", "dit", "pixart", "flux"])
+def test_models_of_one_size_say_so(name):
+    """Positions are part of the graph, or the pipeline takes no size."""
+    assert PipelineModel(opened(name), name, "torch").card.sizes is None
+
+
+def test_sizes_in_torch_go_from_one_cell_to_twice_the_models_own():
+    assert PipelineModel(opened("sd_1"), "sd", "torch").card.sizes == Sizes((4, 4), (32, 32), 4)
+    source = opened("sd_3")
+    source.pipeline.transformer.register_to_config(pos_embed_max_size=7)
+    assert PipelineModel(source, "sd_3", "torch").card.sizes == Sizes((4, 4), (28, 28), 4)
+
+
+@pytest.mark.parametrize("name", ["sd_1", "sd_xl", "sd_3", "pixart"])
+def test_a_negative_prompt_is_drawn_as_the_pipeline_draws_it(name):
+    source = opened(name)
+    model = PipelineModel(source, name, "torch")
+    assert model.card.takes_negative_prompt
+    found = served(model, 1, negative_prompt="a blue square")
+    assert furthest(found, whole(source, model, 1, negative_prompt="a blue square")) <= 1
+    assert furthest(found, served(model, 1)) > 1
+
+
+@pytest.mark.parametrize("name", ["ldm_vq", "ldm_kl", "dit", "flux"])
+def test_models_without_negative_prompts_say_so(name):
+    assert not PipelineModel(opened(name), name, "torch").card.takes_negative_prompt
