@@ -13,6 +13,7 @@ from trtq.diffusion.families import FAMILIES
 from trtq.diffusion.source import load_source
 from trtq.errors import LegalityError, UsageError
 from trtq.evaluate.images import draw, subjects_for
+from trtq.serve.model import Sizes
 from trtq.serve.pipeline import PipelineModel
 from trtq.stages.export import export_onnx
 from trtq.stages.load import open_any
@@ -162,7 +163,11 @@ def test_one_graph_for_a_range_of_sizes(name, tmp_path):
     assert exported["parity_largest_db"] >= 40
     source = open_any(onnx)
     assert source.image_size == (16, 16)
+    model = PipelineModel(source, name, "cpu")
+    assert model.card.sizes == Sizes((16, 16), (24, 32), 4)
+    (image,) = served(model, 1, size=(24, 32))
     source.resize("24x32")
+    assert furthest([image], whole(source, model, 1)) <= 1
     subjects = subjects_for(source, 1)
     assert draw(source, subjects, steps=1, seed=0).shape == (1, 3, 24, 32)
     source.resize("24x40")
