@@ -372,6 +372,10 @@ def generate(
         int | None, typer.Option("--class-label", help="One class; by default all in turn.")
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="For text models.")] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option("--negative-prompt", help="What not to show; needs guidance above 1."),
+    ] = None,
     size: Annotated[str | None, typer.Option("--size", help="HEIGHTxWIDTH in pixels.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -393,6 +397,7 @@ def generate(
             images=images,
             class_label=class_label,
             prompt=prompt,
+            negative_prompt=negative_prompt,
             size=size,
             steps=steps,
             guidance=guidance,

@@ -1,11 +1,18 @@
 """Small models that several tests share."""
 
+import os
+
 import pytest
 import torch
 
 from trtq.diffusion.source import load_source
 from trtq.stages.export import export_onnx
 from trtq.stages.quantize import quantize
+
+# Threads of one operator wait for each other by turning in circles. Where something else runs, too,
+# tests of tiny models have so taken many times as long as with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def tiny_pipeline(seed=0):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import trtq
-from trtq.engine.denoiser import SIZES_KEY
+from trtq.engine.base import SIZES_KEY
 from trtq.engine.tensorrt import compile as compiling
 from trtq.engine.tensorrt.backends import BACKENDS, Backend, check_architectures, find_backend
 from trtq.engine.tensorrt.compile import compile_engine

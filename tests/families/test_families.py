@@ -1,4 +1,4 @@
-"""Every kind of pipeline goes the whole way: quantised, exported, loaded, and it says the same."""
+"""Every kind of pipeline goes the whole way: quantised, exported, loaded, served; it says the same."""
 
 import json
 
@@ -7,11 +7,14 @@ import torch
 
 import trtq
 from tests.families.pipelines import PIPELINES, build
+from tests.serve.test_pipeline import furthest, served, whole
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.diffusion.families import FAMILIES
 from trtq.diffusion.source import load_source
 from trtq.errors import LegalityError, UsageError
 from trtq.evaluate.images import draw, subjects_for
+from trtq.serve.model import Sizes
+from trtq.serve.pipeline import PipelineModel
 from trtq.stages.export import export_onnx
 from trtq.stages.load import open_any
 from trtq.stages.quantize import quantize
@@ -53,6 +56,8 @@ def test_a_pipeline_goes_the_whole_way(name, tmp_path):
     expected = draw(open_any(run), subjects, steps=2, seed=0)
     # After two whole steps and a decoder; a wrong scale or step would leave nothing of the image.
     assert float((images - expected).abs().mean()) < 0.02
+    model = PipelineModel(source, name, "cpu")
+    assert furthest(served(model, 1), whole(source, model, 1)) <= 1
 
 
 @pytest.mark.slow
@@ -158,7 +163,11 @@ def test_one_graph_for_a_range_of_sizes(name, tmp_path):
     assert exported["parity_largest_db"] >= 40
     source = open_any(onnx)
     assert source.image_size == (16, 16)
+    model = PipelineModel(source, name, "cpu")
+    assert model.card.sizes == Sizes((16, 16), (24, 32), 4)
+    (image,) = served(model, 1, size=(24, 32))
     source.resize("24x32")
+    assert furthest([image], whole(source, model, 1)) <= 1
     subjects = subjects_for(source, 1)
     assert draw(source, subjects, steps=1, seed=0).shape == (1, 3, 24, 32)
     source.resize("24x40")

@@ -4,18 +4,18 @@ import asyncio
 import contextlib
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.conftest import tiny_pipeline
-from trtq.serve.model import Card, Inputs, ServedModel, Start, class_label
+from trtq.serve.model import Card, Inputs, ServedModel, Sizes, Start, class_label
 from trtq.serve.solver import Ddim
 from trtq.stages.export import export_onnx
 from trtq.stages.quantize import quantize
 
 DDIM = {"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample": True}
-SHAPE = (1, 4, 4)
 
 
 class ToyModel(ServedModel):
@@ -32,13 +32,17 @@ class ToyModel(ServedModel):
         self.decoded = 0
         self.seconds = 0.0
 
-    def starts(self, drawing):
+    def inputs(self, drawing):
         label = np.array([class_label(self.card, drawing.prompt)])
-        inputs = Inputs({"class_labels": label}, {"class_labels": np.array([3])})
+        return Inputs({"class_labels": label}, {"class_labels": np.array([3])})
+
+    def starts(self, drawing):
+        shape = (1, *(drawing.size or self.card.image_size))
+        inputs = self.inputs(drawing)
         solver = self._ddim.solver(drawing.steps)
         found = []
         for index in range(drawing.count):
-            noise = np.random.default_rng([drawing.seed, index]).standard_normal((1, *SHAPE))
+            noise = np.random.default_rng([drawing.seed, index]).standard_normal((1, *shape))
             found.append(Start(noise.astype(np.float32), inputs, solver, drawing.guidance))
         return found
 
@@ -55,6 +59,22 @@ class ToyModel(ServedModel):
     def decode(self, x):
         self.decoded += 1
         return ((x[0, 0].clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+class TextToy(ToyModel):
+    """Draws texts, in several sizes; what is not to be shown counts by its length."""
+
+    def __init__(self, name="text"):
+        super().__init__(name)
+        sizes = Sizes((4, 4), (8, 12), 4)
+        self.card = replace(
+            self.card, kind="text", classes=(), sizes=sizes, takes_negative_prompt=True
+        )
+
+    def inputs(self, drawing):
+        lengths = len(drawing.prompt) % 3, len(drawing.negative_prompt or "???") % 5
+        conditional, without = ({"class_labels": np.array([length])} for length in lengths)
+        return Inputs(conditional, without)
 
 
 @pytest.fixture

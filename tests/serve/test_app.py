@@ -12,7 +12,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.serve.conftest import ToyModel, running
+from tests.serve.conftest import TextToy, ToyModel, running
 from trtq.serve.app import create_app
 from trtq.serve.errors import ApiError
 from trtq.serve.metrics import Metrics
@@ -140,14 +140,18 @@ def test_a_stream_tells_progress_previews_and_the_end(serve):
         ({"n": 10**400}, "n", "n"),
         ({"steps": 0}, "steps", "greater than or equal to 1"),
         ({"steps": 201}, "steps", "choose 1 .. 200"),
-        ({"size": "1024x1024"}, "size", "draws 4x4"),
+        ({"size": "1024x1024"}, "size", "toy draws 4x4, got '1024x1024'; or say 'auto' for 4x4"),
+        ({"size": "0x4"}, "size", "draws 4x4"),
+        ({"size": "4 x 4"}, "size", "draws 4x4"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
         ({"guidance": 1e9}, "guidance", "less than or equal to 30"),
         ({"response_format": "url"}, "response_format", "keeps no files"),
         ({"output_format": "webp"}, "output_format", "'png'"),
         ({"background": "transparent"}, "background", "'opaque'"),
         ({"partial_images": 2}, "partial_images", '"stream": true'),
-        ({"negative_prompt": "x"}, "negative_prompt", "unknown field 'negative_prompt'"),
+        ({"negative_prompt": "x"}, "negative_prompt", "toy takes no negative prompt"),
+        ({"negative_prompt": 7}, "negative_prompt", "should be a valid string"),
+        ({"negative": "x"}, "negative", "did you mean 'negative_prompt'"),
         ({"num_inference_steps": 5}, "num_inference_steps", "did you mean 'steps'"),
         ({"stpes": 5}, "stpes", "did you mean 'steps'"),
         ({"deadline": 0}, "deadline", "greater than 0"),
@@ -163,6 +167,46 @@ def test_what_is_not_understood_is_refused_by_name(serve, fields, param, message
     assert error["param"] == param
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_a_model_of_several_sizes_draws_the_one_asked_for(serve):
+    server, client = serve(models=[TextToy()])
+    found = server.post(client, model="text", size="12x8", n=2).json()
+    assert found["size"] == "12x8"
+    assert [picture(data).size for data in found["data"]] == [(12, 8)] * 2
+    assert server.post(client, model="text", size="auto").json()["size"] == "4x4"
+    done = list(events(server.post(client, model="text", size="8x4", stream=True)))[-1]
+    assert (done["size"], picture(done).size) == ("8x4", (8, 4))
+    models = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
+    assert models["toy"]["sizes"] is None
+    assert models["text"]["sizes"] == {"smallest": [4, 4], "largest": [8, 12], "step": 4}
+
+
+@pytest.mark.parametrize("size", ["16x8", "8x12", "6x8", "8", "0x8", "8x8x8", "-4x8", "9" * 4000])
+def test_a_size_that_is_not_drawn_is_refused_with_those_that_are(serve, size):
+    server, client = serve(models=[TextToy()])
+    answer = server.post(client, model="text", size=size)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "size")
+    assert "draws 4x4 to 12x8, width and height multiples of 4, got" in error["message"]
+    assert error["message"].endswith("or say 'auto' for 4x4")
+
+
+def test_a_negative_prompt_changes_the_picture_where_there_is_guidance(serve):
+    server, client = serve(models=[TextToy()])
+
+    def drawn(**fields):
+        return server.post(client, model="text", **fields)
+
+    with_it = drawn(guidance=3, negative_prompt="ugly").json()["data"]
+    assert with_it != drawn(guidance=3).json()["data"]
+    assert with_it == drawn(guidance=3, negative_prompt="ugly").json()["data"]
+    useless = drawn(guidance=1, negative_prompt="ugly")
+    assert (useless.status_code, useless.json()["error"]["param"]) == (400, "negative_prompt")
+    assert "changes nothing at guidance 1" in useless.json()["error"]["message"]
+    assert drawn(guidance=1, negative_prompt="").status_code == 200
+    found = client.get("/v1/models").json()["data"]
+    assert [model["takes_negative_prompt"] for model in found] == [False, True]
 
 
 @pytest.mark.parametrize(

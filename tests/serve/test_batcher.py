@@ -23,8 +23,8 @@ class Crowd:
         self.order = []
         self.all_done = threading.Condition()
 
-    def items(self, seed, steps=5, guidance=1.0, count=1, prompt="1"):
-        starts = self.model.starts(Drawing(prompt, count, seed, steps, guidance))
+    def items(self, seed, steps=5, guidance=1.0, count=1, prompt="1", **wish):
+        starts = self.model.starts(Drawing(prompt, count, seed, steps, guidance, **wish))
         items = []
         for index, start in enumerate(starts):
             item = Item(start, index, None, self._finish)

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from tests.serve.conftest import ToyModel, running
+from tests.serve.conftest import TextToy, ToyModel, running
 from tests.serve.test_app import Server
 from trtq.serve.service import Limits
 
@@ -72,6 +72,45 @@ def test_it_draws_by_keyboard_on_a_phone_and_shows_models_side_by_side(page, por
         page.until("Drawing …")
         page.keyboard.press("Escape")
         page.until("Stopped.")
+    server.service.close()
+
+
+def test_a_size_and_a_negative_prompt_are_asked_for_only_where_they_are_taken(page, port):
+    server, context = start(ToyModel(), TextToy(), port=port)
+    fields = ("#width", "#height", "#negative")
+    with context as url:
+        page.goto(url)
+        page.until("Ready.")
+        assert not any(page.is_visible(field) for field in fields)
+        page.uncheck("#beside")
+        # Hidden fields do not keep the form from being sent.
+        page.click("#draw")
+        page.until(DONE)
+        page.select_option("#model", index=1)
+        assert all(page.is_visible(field) for field in fields)
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        page.focus("#prompt")
+        page.keyboard.type("a cat")
+        page.keyboard.press("Tab")
+        page.keyboard.type("a dog")
+        page.fill("#guidance", "3")
+        for _ in range(2):
+            page.keyboard.press("Tab")
+            page.keyboard.press("ArrowUp")
+        page.keyboard.press("Enter")
+        page.until(DONE)
+        (caption,) = page.locator("#now figcaption").all_inner_texts()
+        assert caption == "a cat · without a dog · seed 0 · 5 steps · 8x8 · text"
+        size = page.locator("#now img").evaluate(
+            "image => [image.naturalWidth, image.naturalHeight]"
+        )
+        assert size == [8, 8]
+        page.fill("#guidance", "1")
+        page.click("#draw")
+        page.until(re.compile("a negative prompt changes nothing at guidance 1"))
+        page.fill("#width", "6")
+        page.click("#draw")
+        assert page.evaluate("document.querySelector('#width').validity.stepMismatch")
     server.service.close()
 
 

@@ -141,6 +141,22 @@ def test_generate_takes_a_prompt_and_no_class(onnx, tmp_path):
         generate(onnx, tmp_path / "y.png", class_label=1)
 
 
+def test_generate_takes_a_negative_prompt_where_it_changes_something(model, tmp_path):
+    out = tmp_path / "x.png"
+    wish = {"prompt": "a red circle", "steps": 2, "guidance": 3.0}
+    pictures = []
+    for negative in (None, "", "a blue square"):
+        generate(model, out, negative_prompt=negative, **wish)
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+    out.unlink()
+    with pytest.raises(UsageError, match="changes nothing at guidance 1: choose a guidance above"):
+        generate(model, out, negative_prompt="a blue square", **wish | {"guidance": 1.0})
+    with pytest.raises(UsageError, match="digits takes no negative prompt"):
+        generate("digits", out, negative_prompt="a blue square", steps=2)
+    assert not out.exists()
+
+
 def test_eval_counts_what_the_prompts_say(onnx, model):
     result = evaluate(onnx, model, images=6, gates=(parse_gate("faithfulness>=0"),)).result
     assert 0 <= result["faithfulness"] <= 1

@@ -26,6 +26,7 @@ __all__ = [
     "class_count",
     "encode_prompts",
     "encodes_text",
+    "takes_negative",
 ]
 
 
@@ -39,7 +40,7 @@ class Encoded:
 
     Attributes:
         conditional: of the prompts, each `[P, ...]`.
-        unconditional: of no prompt, each `[1, ...]`; None where guidance is an input of the model.
+        unconditional: of no prompt or a negative one, each `[1, ...]`; None where guidance is an input.
         shared: values without a batch axis.
     """
 
@@ -52,15 +53,29 @@ def _image_size(pipeline: Any, latent: tuple[int, int]) -> tuple[int, int]:
     return latent[0] * pipeline.vae_scale_factor, latent[1] * pipeline.vae_scale_factor
 
 
-def _stable_diffusion(pipeline: Any, prompts: list[str], latent: tuple[int, int]) -> Encoded:
+def _repeated(negative: str | None, prompts: list[str]) -> list[str] | None:
+    """A negative prompt in the form that pipelines want beside a list of prompts."""
+    return None if negative is None else [negative] * len(prompts)
+
+
+def _stable_diffusion(
+    pipeline: Any, prompts: list[str], latent: tuple[int, int], negative: str | None
+) -> Encoded:
     device = pipeline.text_encoder.device
-    states, empty = pipeline.encode_prompt(prompts, device, 1, True)
+    states, empty = pipeline.encode_prompt(
+        prompts, device, 1, True, negative_prompt=_repeated(negative, prompts)
+    )
     return Encoded({"encoder_hidden_states": states}, {"encoder_hidden_states": empty[:1]})
 
 
-def _stable_diffusion_xl(pipeline: Any, prompts: list[str], latent: tuple[int, int]) -> Encoded:
+def _stable_diffusion_xl(
+    pipeline: Any, prompts: list[str], latent: tuple[int, int], negative: str | None
+) -> Encoded:
     states, empty, pooled, no_pooled = pipeline.encode_prompt(
-        prompts, device=pipeline.text_encoder_2.device, do_classifier_free_guidance=True
+        prompts,
+        device=pipeline.text_encoder_2.device,
+        do_classifier_free_guidance=True,
+        negative_prompt=_repeated(negative, prompts),
     )
     size = _image_size(pipeline, latent)
     # The base model is told: drawn at this size, not cropped, wanted at this size.
@@ -79,7 +94,9 @@ def _stable_diffusion_xl(pipeline: Any, prompts: list[str], latent: tuple[int, i
     )
 
 
-def _latent_diffusion(pipeline: Any, prompts: list[str], latent: tuple[int, int]) -> Encoded:
+def _latent_diffusion(
+    pipeline: Any, prompts: list[str], latent: tuple[int, int], negative: str | None
+) -> Encoded:
     def states(texts: list[str]) -> Tensor:
         ids = pipeline.tokenizer(
             texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
@@ -92,9 +109,14 @@ def _latent_diffusion(pipeline: Any, prompts: list[str], latent: tuple[int, int]
     )
 
 
-def _pixart(pipeline: Any, prompts: list[str], latent: tuple[int, int]) -> Encoded:
+def _pixart(
+    pipeline: Any, prompts: list[str], latent: tuple[int, int], negative: str | None
+) -> Encoded:
     states, mask, empty, empty_mask = pipeline.encode_prompt(
-        prompts, do_classifier_free_guidance=True, device=pipeline.text_encoder.device
+        prompts,
+        do_classifier_free_guidance=True,
+        device=pipeline.text_encoder.device,
+        negative_prompt=negative or "",
     )
     halves = [
         {"encoder_hidden_states": states, "encoder_attention_mask": mask},
@@ -114,9 +136,15 @@ def _pixart(pipeline: Any, prompts: list[str], latent: tuple[int, int]) -> Encod
     return Encoded(halves[0], halves[1])
 
 
-def _stable_diffusion_3(pipeline: Any, prompts: list[str], latent: tuple[int, int]) -> Encoded:
+def _stable_diffusion_3(
+    pipeline: Any, prompts: list[str], latent: tuple[int, int], negative: str | None
+) -> Encoded:
     states, empty, pooled, no_pooled = pipeline.encode_prompt(
-        prompt=prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=True
+        prompt=prompts,
+        prompt_2=None,
+        prompt_3=None,
+        do_classifier_free_guidance=True,
+        negative_prompt=_repeated(negative, prompts),
     )
     return Encoded(
         {"encoder_hidden_states": states, "pooled_projections": pooled},
@@ -124,7 +152,9 @@ def _stable_diffusion_3(pipeline: Any, prompts: list[str], latent: tuple[int, in
     )
 
 
-def _flux(pipeline: Any, prompts: list[str], latent: tuple[int, int]) -> Encoded:
+def _flux(
+    pipeline: Any, prompts: list[str], latent: tuple[int, int], negative: str | None
+) -> Encoded:
     states, pooled, text_ids = pipeline.encode_prompt(prompt=prompts, prompt_2=None)
     image_ids = pipeline._prepare_latent_image_ids(
         1, latent[0] // 2, latent[1] // 2, states.device, states.dtype
@@ -135,7 +165,8 @@ def _flux(pipeline: Any, prompts: list[str], latent: tuple[int, int]) -> Encoded
     return Encoded(conditional, None, {"txt_ids": text_ids, "img_ids": image_ids})
 
 
-_ENCODERS: dict[str, Callable[[Any, list[str], tuple[int, int]], Encoded]] = {
+_Encoder = Callable[[Any, list[str], tuple[int, int], str | None], Encoded]
+_ENCODERS: dict[str, _Encoder] = {
     "LDMTextToImagePipeline": _latent_diffusion,
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
@@ -146,31 +177,46 @@ _ENCODERS: dict[str, Callable[[Any, list[str], tuple[int, int]], Encoded]] = {
 }
 
 
+_WITHOUT_NEGATIVE = ("LDMTextToImagePipeline", "FluxPipeline")
+"""The first has no such argument; the second's takes a guidance of its own, beside the embedded one."""
+
+
 def encodes_text(pipeline: Any) -> bool:
     """Whether this kind of pipeline draws what a prompt says."""
     return type(pipeline).__name__ in _ENCODERS or hasattr(pipeline, "encode_prompt")
 
 
+def takes_negative(pipeline: Any) -> bool:
+    """Whether a text may stand in the place of "no prompt"."""
+    return encodes_text(pipeline) and type(pipeline).__name__ not in _WITHOUT_NEGATIVE
+
+
 @torch.no_grad()
-def encode_prompts(pipeline: Any, prompts: list[str], latent: tuple[int, int]) -> Encoded:
+def encode_prompts(
+    pipeline: Any, prompts: list[str], latent: tuple[int, int], negative: str | None = None
+) -> Encoded:
     """Encode prompts as the pipeline itself does.
 
     Args:
         pipeline: a diffusers pipeline.
         prompts: P texts.
         latent: height and width of the latents.
+        negative: what the images are not to show, for all prompts; None: what the pipeline makes of
+            no text, which for Stable Diffusion XL is not what it makes of an empty one.
 
     Returns:
         Tensors on the CPU.
 
     Raises:
-        UsageError: this kind of pipeline is not supported.
+        UsageError: this kind of pipeline is not supported, or takes no negative prompt.
     """
     name = type(pipeline).__name__
     if name not in _ENCODERS:
         raise UsageError(f"{name} is not supported; supported are {', '.join(sorted(_ENCODERS))}")
+    if negative and not takes_negative(pipeline):
+        raise UsageError(f"{name} takes no negative prompt")
     with quiet_diffusers():
-        found = _ENCODERS[name](pipeline, prompts, latent)
+        found = _ENCODERS[name](pipeline, prompts, latent, negative)
     return Encoded(
         {key: value.cpu() for key, value in found.conditional.items()},
         found.unconditional and {key: value.cpu() for key, value in found.unconditional.items()},

@@ -54,7 +54,8 @@ def set_timesteps(scheduler: Any, steps: int, tokens: int | None) -> Any:
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     shift = least + (most - least) * (tokens - few) / (many - few)
-    sigmas = torch.linspace(1.0, 1 / steps, steps).tolist()
+    # In double precision, as the pipelines do.
+    sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
     fresh.set_timesteps(sigmas=sigmas, mu=shift)
     return fresh
 

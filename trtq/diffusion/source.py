@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,20 @@ class Source:
         self._size = self.latents_of(size)
         self.forget_prompts()
 
+    def sized(self, size: str) -> Source:
+        """The same pipeline, working on images of this size; this source stays as it is.
+
+        Args:
+            size: `HEIGHTxWIDTH` in pixels.
+
+        Raises:
+            UsageError: it is not understood, or the model cannot draw it.
+        """
+        other = copy(self)
+        other._encoded = {}
+        other.resize(size)
+        return other
+
     def latents_of(self, size: str) -> tuple[int, int]:
         """Height and width of the latents of images of `HEIGHTxWIDTH` pixels.
 
@@ -132,21 +147,21 @@ class Source:
             UsageError: it is not understood, or the model cannot draw it.
         """
         height, width = parse_size(size)
-        step = self._pixels * self.coarsest
+        step = self.cell_pixels * self.coarsest
         if height < step or width < step or height % step or width % step:
             raise UsageError(
                 f"{self.name} cannot draw {size} pixels; height and width must be multiples of {step}"
             )
-        return height // self._pixels, width // self._pixels
+        return height // self.cell_pixels, width // self.cell_pixels
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
         height, width = self.latent_size
-        return height * self._pixels, width * self._pixels
+        return height * self.cell_pixels, width * self.cell_pixels
 
     @property
-    def _pixels(self) -> int:
+    def cell_pixels(self) -> int:
         """Pixels along one side of a latent's cell; 1 for a model without latents."""
         for name in ("vae", "vqvae"):
             autoencoder = getattr(self.pipeline, name, None)
@@ -214,14 +229,19 @@ class Source:
         """Encode the prompts again when they are needed: the text encoder or the size has changed."""
         self._encoded.clear()
 
-    def encode(self, prompts: list[str]) -> Encoded:
+    def encode(self, prompts: list[str], negative: str | None = None) -> Encoded:
         """What the pipeline makes of prompts, on the CPU.
 
+        Args:
+            prompts: at least one.
+            negative: what the images are not to show; None: see `encode_prompts`.
+
         Raises:
-            UsageError: this kind of pipeline is not supported.
+            UsageError: this kind of pipeline is not supported, or takes no negative prompt.
         """
+        size = self.latent_size
         parts = [
-            encode_prompts(self.pipeline, prompts[first : first + _ENCODE_BATCH], self.latent_size)
+            encode_prompts(self.pipeline, prompts[first : first + _ENCODE_BATCH], size, negative)
             for first in range(0, len(prompts), _ENCODE_BATCH)
         ]
         joined = {

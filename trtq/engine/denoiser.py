@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from trtq.diffusion.families import family_named
-from trtq.engine.base import Engine
+from trtq.engine.base import SIZES_KEY, Engine
 from trtq.errors import UsageError
 from trtq.quant.stand_in import StandIn
 
-__all__ = ["SIZES_KEY", "EngineDenoiser"]
-
-SIZES_KEY = "trtq.latent_sizes"
-"""Metadata of a graph with free sizes: smallest and largest latents, and the step between them."""
+__all__ = ["EngineDenoiser"]
 
 
 class EngineDenoiser(StandIn):

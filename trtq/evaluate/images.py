@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trtq.diffusion.encode import takes_negative
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.source import Source
@@ -86,6 +87,7 @@ def draw(
     steps: int,
     seed: int,
     guidance: float | None = None,
+    negative_prompt: str | None = None,
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
@@ -97,6 +99,7 @@ def draw(
         steps: denoising steps.
         seed: of the starting noise.
         guidance: classifier-free guidance; by default what the model is meant for.
+        negative_prompt: what the images are not to show; by default what the pipeline has for none.
         batch: images drawn at once.
         progress: called with (images done, images in all).
 
@@ -104,10 +107,13 @@ def draw(
         float32[B,C,H,W] in [-1, 1].
 
     Raises:
-        UsageError: the number of steps.
+        UsageError: the number of steps, or a negative prompt that would change nothing.
         NonFiniteError: an image holds NaN.
     """
     source.timesteps(steps)
+    chosen = source.guidance if guidance is None else guidance
+    if negative_prompt is not None:
+        _check_negative(source, negative_prompt, chosen)
     if batch is None:
         most = BATCH if subjects.prompts is None else TEXT_BATCH
         batch = at_once(source.sample_shape, most)
@@ -115,7 +121,7 @@ def draw(
     for first in range(0, subjects.count, batch):
         part = slice(first, min(first + batch, subjects.count))
         generators = [seeded_generator(seed, "image", i) for i in range(part.start, part.stop)]
-        drawn = _call(source, subjects, part, steps, generators, guidance)
+        drawn = _call(source, subjects, part, steps, generators, chosen, negative_prompt)
         if not bool(torch.isfinite(drawn).all()):
             raise NonFiniteError(f"{source.name} draws images that hold NaN or infinity")
         images.append(drawn.float().cpu().clamp(-1, 1))
@@ -124,13 +130,27 @@ def draw(
     return torch.cat(images)
 
 
+def _check_negative(source: Source, negative_prompt: str, guidance: float) -> None:
+    """Nothing, if the images depend on the negative prompt, or it is empty."""
+    if not negative_prompt:
+        return
+    if source.prompts is None or not takes_negative(source.pipeline):
+        raise UsageError(f"{source.name} takes no negative prompt")
+    if guidance <= 1:
+        raise UsageError(
+            f"a negative prompt changes nothing at guidance {guidance:g}: choose a guidance above 1, "
+            "or leave it out"
+        )
+
+
 def _call(
     source: Source,
     subjects: Subjects,
     part: slice,
     steps: int,
     generators: list[torch.Generator],
-    guidance: float | None,
+    guidance: float,
+    negative_prompt: str | None,
 ) -> Tensor:
     """Some of the images through the pipeline's own call, float[B,C,H,W] in [-1, 1].
 
@@ -143,12 +163,12 @@ def _call(
         "use_resolution_binning": False,
     }
     offered["height"], offered["width"] = source.image_size
-    if source.embedded_guidance is not None:
-        offered["guidance_scale"] = source.embedded_guidance
-    else:
-        offered["guidance_scale"] = source.guidance if guidance is None else guidance
+    told = source.embedded_guidance
+    offered["guidance_scale"] = guidance if told is None else told
     if subjects.prompts is not None:
         offered["prompt"] = list(subjects.prompts[part])
+        if negative_prompt is not None:
+            offered["negative_prompt"] = [negative_prompt] * len(offered["prompt"])
     elif subjects.classes is not None:
         offered["class_labels"] = subjects.classes[part].tolist()
     else:

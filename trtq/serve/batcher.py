@@ -71,8 +71,8 @@ class Item:
         halves = [inputs.unconditional, inputs.conditional] if both else [inputs.conditional]
         self.halves = [half for half in halves if half is not None]
         # Only arrays of the same shapes can lie in one batch.
-        shapes = [(name, value.shape[1:]) for name, value in inputs.conditional.items()]
-        self.kind = (self.x.shape[1:], *shapes)
+        arrays = [*inputs.conditional.items(), *inputs.shared.items()]
+        self.kind = (self.x.shape, tuple((name, value.shape[1:]) for name, value in arrays))
 
     @property
     def steps(self) -> int:

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from trtq.serve.errors import ApiError
 from trtq.serve.metrics import Metrics
 from trtq.serve.model import Card, Drawing
-from trtq.serve.schema import ImageRequest, check_against, parse_request
+from trtq.serve.schema import ImageRequest, check_against, guidance_of, parse_request, size_of
 from trtq.serve.service import Drawer, Event, Limits
 
 __all__ = ["NOTES", "ClientGoneError", "Images", "Message", "Receive", "Send", "refusal"]
@@ -106,13 +106,15 @@ def _drawing(wanted: ImageRequest, card: Card) -> Drawing:
         count=wanted.n,
         seed=secrets.randbelow(2**31) if wanted.seed is None else wanted.seed,
         steps=wanted.steps or card.steps,
-        guidance=card.guidance if wanted.guidance is None else wanted.guidance,
+        guidance=guidance_of(wanted, card),
+        size=size_of(wanted, card),
+        negative_prompt=wanted.negative_prompt,
     )
 
 
 def _facts(drawing: Drawing, card: Card) -> dict[str, Any]:
     """What an answer says beside the pictures: OpenAI's fields, then ours."""
-    height, width = card.image_size
+    height, width = drawing.size or card.image_size
     return {
         "background": "opaque",
         "output_format": "png",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from trtq.errors import NonFiniteError, UsageError
 from trtq.manifest import Manifest
 from trtq.seeds import seeded_normal
 from trtq.serve.graph import GraphCall
-from trtq.serve.model import Arrays, Card, Drawing, Inputs, ServedModel, Start, class_label
+from trtq.serve.model import Arrays, Card, Drawing, Inputs, ServedModel, Sizes, Start, class_label
 from trtq.serve.solver import Ddim
 
 __all__ = ["LightModel", "pixels"]
@@ -59,8 +60,11 @@ class LightModel(ServedModel):
         self._ddim = Ddim(_scheduler_config(folder))
         self._null_class = read_null_class(folder)
         self._shape = _sample_shape(config, manifest)
-        self.quick = math.prod(self._shape) <= _QUICK_VALUES
-        self.card = _card(folder, manifest, name, provider, config, self._ddim, self._null_class)
+        card = _card(folder, manifest, name, provider, config, self._ddim, self._null_class)
+        sizes = None if self.fixed_shapes else Sizes.of_graph(self._graph.engine.metadata)
+        self.card = replace(card, sizes=sizes)
+        largest = self._shape[1:] if sizes is None else sizes.largest
+        self.quick = self._shape[0] * math.prod(largest) <= _QUICK_VALUES
 
     @staticmethod
     def serves(folder: Path, manifest: Manifest) -> bool:
@@ -78,9 +82,10 @@ class LightModel(ServedModel):
         """The images of a request before their first step."""
         solver = self._ddim.solver(drawing.steps)
         inputs = self._inputs(drawing)
+        channels, *own = self._shape
         return [
             Start(
-                seeded_normal((1, *self._shape), drawing.seed, "image", index),
+                seeded_normal((1, channels, *(drawing.size or own)), drawing.seed, "image", index),
                 inputs,
                 solver,
                 drawing.guidance,

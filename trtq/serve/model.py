@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from trtq.engine.base import SIZES_KEY
 from trtq.errors import UsageError
 from trtq.serve.solver import Solver
 
-__all__ = ["Card", "Drawing", "Inputs", "ServedModel", "Start", "class_label"]
+__all__ = ["Card", "Drawing", "Inputs", "ServedModel", "Sizes", "Start", "class_label"]
 
 Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Image sizes that a model draws: heights and widths in pixels, multiples of `step`.
+
+    Attributes:
+        smallest: height and width.
+        largest: height and width.
+        step: between two heights, and between two widths.
+    """
+
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+    step: int
+
+    def __contains__(self, size: tuple[int, int]) -> bool:
+        """Whether images of this height and width can be drawn."""
+        return all(
+            least <= side <= most and side % self.step == 0
+            for least, side, most in zip(self.smallest, size, self.largest, strict=True)
+        )
+
+    def __str__(self) -> str:
+        (low, left), (high, right) = self.smallest, self.largest
+        return f"{left}x{low} to {right}x{high}, width and height multiples of {self.step}"
+
+    @classmethod
+    def of_graph(cls, metadata: Mapping[str, str], pixels: int = 1) -> Sizes | None:
+        """Those that a denoiser's graph takes; None for one size only.
+
+        Args:
+            metadata: of the graph.
+            pixels: along one side of a cell of its latents.
+        """
+        if SIZES_KEY not in metadata:
+            return None
+        found = json.loads(metadata[SIZES_KEY])
+        low, high = ((side[0] * pixels, side[1] * pixels) for side in (found["low"], found["high"]))
+        return cls(low, high, found["cell"] * pixels)
 
 
 @dataclass(frozen=True)
@@ -24,13 +66,15 @@ class Card:
         name: by which requests ask for it.
         kind: what a prompt is: `class`, `text`, or `none` for a model without conditions.
         classes: names of the classes; empty for other kinds.
-        image_size: height and width in pixels.
+        image_size: height and width in pixels, unless a request says otherwise.
         steps: denoising steps unless a request says otherwise.
         most_steps: what the noise schedule has.
         guidance: unless a request says otherwise; 1 is none.
         takes_guidance: whether requests may choose it.
         provider: what runs it.
         bits: of weights and activations, e.g. `w4a8`; None for a float model.
+        sizes: that requests may choose; None: `image_size` only.
+        takes_negative_prompt: whether requests may say what is not to be shown.
     """
 
     name: str
@@ -43,6 +87,8 @@ class Card:
     takes_guidance: bool
     provider: str
     bits: str | None
+    sizes: Sizes | None = None
+    takes_negative_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +101,8 @@ class Drawing:
         seed: of the starting noise.
         steps: denoising steps.
         guidance: classifier-free guidance; 1 is none.
+        size: height and width in pixels; None: the model's own.
+        negative_prompt: what is not to be shown; None: what the pipeline has where none is given.
     """
 
     prompt: str
@@ -62,6 +110,8 @@ class Drawing:
     seed: int
     steps: int
     guidance: float
+    size: tuple[int, int] | None = None
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trtq.diffusion.encode import Encoded
+from trtq.diffusion.encode import Encoded, takes_negative
+from trtq.diffusion.latents import draw_noise, latent_decoder
 from trtq.diffusion.layout import class_names
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.schedule import set_timesteps
@@ -23,13 +26,10 @@ from trtq.manifest import artefact_kind, read_manifest
 from trtq.seeds import seeded_generator
 from trtq.serve.graph import GraphCall
 from trtq.serve.light import DEFAULT_STEPS, pixels
-from trtq.serve.model import Arrays, Card, Drawing, Inputs, ServedModel, Start, class_label
+from trtq.serve.model import Arrays, Card, Drawing, Inputs, ServedModel, Sizes, Start, class_label
 from trtq.serve.solver import Ddim, SchedulerSolver, Solver
 
 __all__ = ["PipelineModel"]
-
-_SHIFTED = ("StableDiffusion3Pipeline",)
-"""Others have the number in their autoencoder's configuration, too, and do not use it."""
 
 
 class PipelineModel(ServedModel):
@@ -42,12 +42,12 @@ class PipelineModel(ServedModel):
         shapes: batch sizes that may be in use at once.
 
     Raises:
-        UsageError: its latents are of a kind that is not decoded here.
+        UsageError: it is not known what its denoiser has to be told.
     """
 
     def __init__(self, source: Source, name: str, provider: str, shapes: int = 2) -> None:
         self._source = source
-        self._decoder = _decoder(source)
+        self._decode = latent_decoder(source)
         self.fixed_shapes = provider == OpenVinoEngine.provider
         self._graph: GraphCall | None = None
         if isinstance(source.denoiser, EngineDenoiser):
@@ -62,30 +62,32 @@ class PipelineModel(ServedModel):
         self._ddim = Ddim(config) if Ddim.knows(config) else None
         # Threads of the server and the batcher share a tokenizer and torch's modules.
         self._lock = threading.Lock()
-        self.card = _card(source, name, provider)
+        sizes = None if self.fixed_shapes else _sizes(source)
+        self.card = replace(_card(source, name, provider), sizes=sizes)
 
     @torch.no_grad()
     def starts(self, drawing: Drawing) -> Sequence[Start]:
         """The images of a request before their first step."""
+        source = self._source
+        if drawing.size is not None and drawing.size != source.image_size:
+            source = source.sized("{}x{}".format(*drawing.size))
         with self._lock:
-            inputs = self._inputs(drawing)
+            inputs = self._inputs(source, drawing)
         found = []
         for index in range(drawing.count):
             generator = seeded_generator(drawing.seed, "image", index)
-            noise = torch.randn((1, *self._source.sample_shape), generator=generator).numpy()
-            solver = self._solver(drawing.steps, generator)
+            noise = draw_noise(source, generator).numpy()
+            solver = self._solver(source, drawing.steps, generator)
             found.append(Start(noise * solver.initial_scale, inputs, solver, drawing.guidance))
         return found
 
-    def _solver(self, steps: int, generator: torch.Generator) -> Solver:
+    def _solver(self, source: Source, steps: int, generator: torch.Generator) -> Solver:
         if self._ddim is not None:
             return self._ddim.solver(steps)
-        source = self._source
         scheduler = set_timesteps(source.pipeline.scheduler, steps, source.image_tokens)
         return SchedulerSolver(scheduler, generator, source.family.timestep_scale)
 
-    def _inputs(self, drawing: Drawing) -> Inputs:
-        source = self._source
+    def _inputs(self, source: Source, drawing: Drawing) -> Inputs:
         if self.card.kind == "none":
             if drawing.prompt.strip():
                 raise UsageError(f"{self.card.name} takes no prompt; leave it empty")
@@ -94,7 +96,7 @@ class PipelineModel(ServedModel):
             conditions = source.conditions(torch.tensor([class_label(self.card, drawing.prompt)]))
             encoded = Encoded(conditions.conditional, conditions.unconditional)
         else:
-            encoded = source.encode([drawing.prompt])
+            encoded = source.encode([drawing.prompt], drawing.negative_prompt)
         unconditional = None
         if drawing.guidance != 1:
             if encoded.unconditional is None:
@@ -122,7 +124,7 @@ class PipelineModel(ServedModel):
     def decode(self, x: np.ndarray) -> np.ndarray:
         """A clean sample `[1, ...]` -> uint8[H,W] or uint8[H,W,3]."""
         with self._lock, quiet_diffusers():
-            image = self._decoder(torch.from_numpy(x))
+            image = self._decode(torch.from_numpy(x))
         return pixels(image.float().numpy(), self.card.name)
 
 
@@ -130,28 +132,25 @@ def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
 
 
-def _decoder(source: Source) -> Callable[[Tensor], Tensor]:
-    """What turns latents into images in [-1, 1], as the pipeline itself does."""
-    pipeline = source.pipeline
-    if source.packed:
-        raise UsageError(
-            f"{type(pipeline).__name__} packs its latents, which `trtq serve` does not decode yet; "
-            "draw with `trtq generate`"
-        )
-    autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
-    if autoencoder is None:
-        return lambda x: x
-    config = autoencoder.config
-    if config.get("latents_mean") is not None:
-        raise UsageError(
-            f"the autoencoder of {source.name} normalises its latents by channel, which `trtq serve` "
-            "does not do yet; draw with `trtq generate`"
-        )
-    scale = float(config.get("scaling_factor") or 1.0)
-    shift = 0.0
-    if type(pipeline).__name__ in _SHIFTED:
-        shift = float(config.get("shift_factor") or 0.0)
-    return lambda x: autoencoder.decode(x / scale + shift, return_dict=False)[0]
+def _sizes(source: Source) -> Sizes | None:
+    """Those that the denoiser's graph takes; in torch up to twice the height and width of its own.
+
+    None for one size only.
+    """
+    pixels = source.cell_pixels
+    if isinstance(source.denoiser, EngineDenoiser):
+        return Sizes.of_graph(source.denoiser.engine.metadata, pixels)
+    takes_size = "height" in inspect.signature(source.pipeline.__call__).parameters
+    if not (source.family.free_size and takes_size):
+        return None
+    step = pixels * source.coarsest
+    config: Any = source.denoiser.config
+    # Stable Diffusion 3 cuts the positions of its patches out of a table.
+    most = config.get("pos_embed_max_size")
+    height, width = (
+        2 * side if most is None else min(2 * side, most * step) for side in source.image_size
+    )
+    return Sizes((step, step), (height, width), step)
 
 
 def _card(source: Source, name: str, provider: str) -> Card:
@@ -173,9 +172,10 @@ def _card(source: Source, name: str, provider: str) -> Card:
         steps=int(recipe.get("steps") or DEFAULT_STEPS),
         most_steps=int(source.pipeline.scheduler.config.num_train_timesteps),
         guidance=guidance,
-        takes_guidance=kind == "text",
+        takes_guidance=kind == "text" and source.embedded_guidance is None,
         provider=provider,
         bits=recipe.get("bits"),
+        takes_negative_prompt=kind == "text" and takes_negative(source.pipeline),
     )
     if kind != "class" or source.classes is None:
         return card

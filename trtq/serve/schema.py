@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,7 +13,9 @@ from trtq.serve.errors import ApiError
 from trtq.serve.model import Card
 from trtq.serve.service import Limits
 
-__all__ = ["ImageRequest", "check_against", "parse_request"]
+__all__ = ["ImageRequest", "check_against", "guidance_of", "parse_request", "size_of"]
+
+_SIZE = re.compile("([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 _MEANT = {
     "num_inference_steps": "steps",
@@ -37,6 +40,9 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     prompt: str = Field(max_length=4000, description="A text, or the name or number of a class.")
+    negative_prompt: str | None = Field(
+        None, max_length=4000, description="What is not to be shown; needs guidance other than 1."
+    )
     model: str | None = Field(None, description="By default the server's first model.")
     n: int = Field(1, ge=1, description="Number of images.")
     size: str | None = Field(None, description="WIDTHxHEIGHT, or 'auto': the model's own size.")
@@ -115,6 +121,19 @@ def _explain(error: ValidationError, found: dict[str, Any]) -> ApiError:
     return ApiError(400, "invalid_value", f"{shown!r} cannot be {given}: {message}", param=shown)
 
 
+def guidance_of(request: ImageRequest, card: Card) -> float:
+    """The guidance that a request asks for, or the model's own."""
+    return card.guidance if request.guidance is None else request.guidance
+
+
+def size_of(request: ImageRequest, card: Card) -> tuple[int, int] | None:
+    """Height and width that a request asks for, or the model's own; None if that is no size."""
+    if request.size in (None, "auto"):
+        return card.image_size
+    found = _SIZE.fullmatch(request.size or "")
+    return found and (int(found[2]), int(found[1]))
+
+
 def check_against(request: ImageRequest, card: Card, limits: Limits) -> None:
     """Nothing, if this model on this server draws what is asked for.
 
@@ -131,14 +150,24 @@ def check_against(request: ImageRequest, card: Card, limits: Limits) -> None:
         )
     if request.steps is not None and request.steps > card.most_steps:
         raise refuse("steps", f"steps={request.steps} is too many; choose 1 .. {card.most_steps}")
-    height, width = card.image_size
-    if request.size not in (None, "auto", f"{width}x{height}"):
+    size = size_of(request, card)
+    if size != card.image_size and not (size and card.sizes and size in card.sizes):
+        height, width = card.image_size
         raise refuse(
             "size",
-            f"{card.name} draws {width}x{height}, got {str(request.size)[:40]!r}; or say 'auto'",
+            f"{card.name} draws {card.sizes or f'{width}x{height}'}, got "
+            f"{str(request.size)[:40]!r}; or say 'auto' for {width}x{height}",
         )
     if request.guidance not in (None, 1.0) and not card.takes_guidance:
         raise refuse("guidance", f"{card.name} takes no guidance; it must be 1")
+    if request.negative_prompt:
+        if not card.takes_negative_prompt:
+            raise refuse("negative_prompt", f"{card.name} takes no negative prompt; leave it out")
+        if guidance_of(request, card) == 1:
+            raise refuse(
+                "negative_prompt",
+                "a negative prompt changes nothing at guidance 1; choose another, or leave it out",
+            )
     for name in ("partial_images", "progress"):
         if getattr(request, name) and not request.stream:
             raise refuse(name, f'{name!r} needs "stream": true')

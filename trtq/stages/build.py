@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trtq.diffusion.layout import parse_size, parse_sizes
-from trtq.engine.denoiser import SIZES_KEY
+from trtq.engine.base import SIZES_KEY
 from trtq.engine.tensorrt.backends import CURRENT, Backend, check_architectures, find_backend
 from trtq.engine.tensorrt.compile import ENGINE_FILE, Compiled, compile_engine
 from trtq.engine.tensorrt.job import Job, Profile

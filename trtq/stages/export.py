@@ -12,7 +12,7 @@ from torch import nn
 
 from trtq.diffusion.layout import parse_sizes
 from trtq.diffusion.source import Source, load_source
-from trtq.engine.denoiser import SIZES_KEY
+from trtq.engine.base import SIZES_KEY
 from trtq.errors import GateError, UsageError
 from trtq.export.nodes import LOW_BIT_OPERATORS
 from trtq.export.passes import (

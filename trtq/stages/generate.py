@@ -24,6 +24,7 @@ def generate(
     images: int = 1,
     class_label: int | None = None,
     prompt: str | None = None,
+    negative_prompt: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     size: str | None = None,
@@ -39,6 +40,7 @@ def generate(
         images: how many.
         class_label: the class of all of them; by default all classes in turn.
         prompt: a text; only for text-to-image models.
+        negative_prompt: what the images are not to show; needs guidance above 1.
         steps: denoising steps; by default what the artefact was calibrated for, else 20.
         guidance: classifier-free guidance; by default what the artefact was calibrated with.
         size: `HEIGHTxWIDTH` in pixels; by default the model's own.
@@ -71,6 +73,7 @@ def generate(
         steps=count,
         seed=seed,
         guidance=guidance,
+        negative_prompt=negative_prompt,
         progress=lambda done, total: report("draw", done, total),
     )
     seconds = time.monotonic() - start
