@@ -296,6 +296,20 @@ def test_a_cancelled_request_leaves_the_denoiser_at_once(digits):
     assert ask(digits, "http", {"class_label": [1], "steps": [2]}).shape == (1, 8, 8, 1)
 
 
+def test_a_denoiser_that_is_not_loaded_is_named(digits):
+    from tritonclient.utils import InferenceServerException
+
+    wanted = {"class_label": [1], "steps": [2]}
+    with digits.client("http") as client:
+        client.unload_model("denoiser")
+        while client.is_model_ready("denoiser"):
+            time.sleep(0.1)
+        with pytest.raises(InferenceServerException, match=r"denoiser: .*not ready"):
+            ask(digits, "grpc", wanted)
+        client.load_model("denoiser")
+    assert ask(digits, "grpc", wanted).shape == (1, 8, 8, 1)
+
+
 @pytest.mark.parametrize(("platform", "backend"), [
     ('backend: "onnxruntime"', "onnxruntime"),
     ('platform: "tensorrt_plan"\ncc_model_filenames { key: "8.6" value: "model.plan" }', "tensorrt"),
