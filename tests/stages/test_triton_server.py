@@ -32,8 +32,38 @@ from trtq.stages.export import export_onnx
 from trtq.stages.load import open_any
 from trtq.stages.package_triton import package_triton
 
-pytestmark = pytest.mark.slow
 
+def installed():
+    """The folder that holds `pytriton/` with its server, or None."""
+    found = importlib.util.find_spec("pytriton")
+    given = os.environ.get("TRTQ_PYTRITON") or (found and Path(found.origin).parents[1])
+    return given and Path(given)
+
+
+def lacking():
+    """What these tests miss here, in words."""
+    if FOLDER is None:
+        return "no Triton server: set TRTQ_PYTRITON (see the head of this file)"
+    if not STUB.is_dir():
+        return f"{FOLDER} holds no Triton server for this Python"
+    try:
+        importlib.import_module("tritonclient.grpc")
+        importlib.import_module("tritonclient.http")
+    except (ImportError, RuntimeError) as err:
+        return f"tritonclient cannot talk: {err}"
+    return ""
+
+
+FOLDER = installed()
+SERVER = (FOLDER or Path()) / "pytriton" / "tritonserver"
+STUB = SERVER / "python_backend_stubs" / "{}.{}".format(*sys.version_info)
+LACKING = lacking()
+CLIENTS = (
+    {}
+    if LACKING
+    else {kind: importlib.import_module(f"tritonclient.{kind}") for kind in ("http", "grpc")}
+)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(LACKING), reason=LACKING)]
 ROOT = Path(__file__).parents[2]
 START_S = 300
 GRAPH = """
@@ -59,29 +89,6 @@ class TritonPythonModel:
 """
 
 
-def installed():
-    """The folder that holds `pytriton/` with its server."""
-    given = os.environ.get("TRTQ_PYTRITON")
-    found = importlib.util.find_spec("pytriton")
-    folder = Path(given) if given else Path(found.origin).parents[1] if found else None
-    if folder is None:
-        pytest.skip("no Triton server: set TRTQ_PYTRITON (see the head of this file)")
-    server = folder / "pytriton" / "tritonserver"
-    stub = server / "python_backend_stubs" / "{}.{}".format(*sys.version_info)
-    if not (server / "bin" / "tritonserver").is_file() or not stub.is_dir():
-        pytest.fail(f"{folder} holds no Triton server for this Python")
-    return folder
-
-
-def clients():
-    try:
-        import tritonclient.grpc
-        import tritonclient.http
-    except (ImportError, RuntimeError) as err:
-        pytest.skip(f"tritonclient cannot talk: {err}")
-    return {"http": tritonclient.http, "grpc": tritonclient.grpc}
-
-
 def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -104,28 +111,25 @@ class Server:
     """A running server.
 
     Args:
-        folder: see `installed`.
         repository: what it serves.
         place: for its files.
-        old_numpy: whether its Python takes NumPy from `folder`.
+        old_numpy: whether its Python takes NumPy from `FOLDER`.
         more: arguments.
     """
 
-    def __init__(self, folder, repository, place, *more, old_numpy=False):
-        server = folder / "pytriton" / "tritonserver"
+    def __init__(self, repository, place, *more, old_numpy=False):
         backend = place / "backends" / "python"
-        shutil.copytree(server / "backends" / "python", backend)
-        stub = server / "python_backend_stubs" / "{}.{}".format(*sys.version_info)
-        shutil.copytree(stub, backend, dirs_exist_ok=True)
+        shutil.copytree(SERVER / "backends" / "python", backend)
+        shutil.copytree(STUB, backend, dirs_exist_ok=True)
         (backend / "triton_python_backend_stub").chmod(0o755)
-        binary = server / "bin" / "tritonserver"
+        binary = SERVER / "bin" / "tritonserver"
         binary.chmod(0o755)
         # The stub reads no PYTHONPATH; it takes the packages of the first `python3` in PATH.
         venv.create(place / "venv")
         (packages,) = (place / "venv").glob("lib/*/site-packages")
-        seen = [folder] * old_numpy + [ROOT, sysconfig.get_path("purelib")]
+        seen = [FOLDER] * old_numpy + [ROOT, sysconfig.get_path("purelib")]
         (packages / "seen.pth").write_text("".join(f"{path}\n" for path in seen))
-        libraries = (folder / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR"))
+        libraries = (FOLDER / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR"))
         environment = os.environ | {
             "PATH": f"{place / 'venv' / 'bin'}:{os.environ['PATH']}",
             "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
@@ -163,7 +167,7 @@ class Server:
 
     def client(self, kind):
         more = {"network_timeout": START_S} if kind == "http" else {}
-        return clients()[kind].InferenceServerClient(f"127.0.0.1:{self.ports[kind]}", **more)
+        return CLIENTS[kind].InferenceServerClient(f"127.0.0.1:{self.ports[kind]}", **more)
 
     def statistics(self, model):
         with self.client("http") as client:
@@ -186,7 +190,7 @@ def inputs(kind, wanted):
             value,
             {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32}.get(types.get(name), object),
         )
-        one = clients()[kind].InferInput(name, list(array.shape), types.get(name, "BYTES"))
+        one = CLIENTS[kind].InferInput(name, list(array.shape), types.get(name, "BYTES"))
         one.set_data_from_numpy(array)
         found.append(one)
     return found
@@ -212,12 +216,11 @@ def expected(source, wanted):
 
 @pytest.fixture(scope="module")
 def digits(digits_onnx, tmp_path_factory):
-    folder, place = installed(), tmp_path_factory.mktemp("server")
-    clients()
+    place = tmp_path_factory.mktemp("server")
     package_triton(digits_onnx, place / "packaged")
     repository = runnable(place / "packaged", place / "repository")
     more = ("--model-control-mode=explicit", "--load-model=*")
-    server = Server(folder, repository, place, *more).wait()
+    server = Server(repository, place, *more).wait()
     yield server
     server.stop()
 
@@ -296,39 +299,49 @@ def test_a_cancelled_request_leaves_the_denoiser_at_once(digits):
     assert ask(digits, "http", {"class_label": [1], "steps": [2]}).shape == (1, 8, 8, 1)
 
 
+def test_a_denoiser_that_is_not_loaded_is_named(digits):
+    from tritonclient.utils import InferenceServerException
+
+    wanted = {"class_label": [1], "steps": [2]}
+    with digits.client("http") as client:
+        client.unload_model("denoiser")
+        while client.is_model_ready("denoiser"):
+            time.sleep(0.1)
+        with pytest.raises(InferenceServerException, match=r"denoiser: .*not ready"):
+            ask(digits, "grpc", wanted)
+        client.load_model("denoiser")
+    assert ask(digits, "grpc", wanted).shape == (1, 8, 8, 1)
+
+
 @pytest.mark.parametrize(("platform", "backend"), [
     ('backend: "onnxruntime"', "onnxruntime"),
     ('platform: "tensorrt_plan"\ncc_model_filenames { key: "8.6" value: "model.plan" }', "tensorrt"),
-])  # fmt: skip
+], ids=["onnxruntime", "tensorrt"])  # fmt: skip
 def test_only_the_backend_is_missing_for_the_graphs_as_packaged(
     digits_onnx, tmp_path, platform, backend
 ):
-    folder = installed()
     package_triton(digits_onnx, tmp_path / "packaged")
     config = tmp_path / "packaged" / "denoiser" / "config.pbtxt"
     config.write_text(config.read_text().replace('backend: "onnxruntime"', platform))
     more = ("--model-control-mode=explicit", "--load-model=denoiser")
-    server = Server(folder, tmp_path / "packaged", tmp_path, *more)
+    server = Server(tmp_path / "packaged", tmp_path, *more)
     assert server.process.wait(START_S) != 0
     assert f"unable to find backend library for backend '{backend}'" in server.log
 
 
 @pytest.fixture(scope="module")
 def shapes_onnx(tmp_path_factory):
-    installed()
     out = tmp_path_factory.mktemp("shapes") / "onnx"
     export_onnx("shapes", out)
     return out
 
 
 def test_a_text_pipeline_is_served_whole(tmp_path, shapes_onnx):
-    folder = installed()
-    clients()
-    if not (folder / "numpy").is_dir():
+    if not (FOLDER / "numpy").is_dir():
         pytest.skip("this server reads prompts only with NumPy 1, which is not beside it")
     package_triton(shapes_onnx, tmp_path / "packaged")
     repository = runnable(tmp_path / "packaged", tmp_path / "repository")
-    server = Server(folder, repository, tmp_path, old_numpy=True).wait()
+    server = Server(repository, tmp_path, old_numpy=True).wait()
     try:
         wanted = {"prompt": [b"a red circle", b"a blue cross"], "seed": [4], "steps": [3]}
         source = open_any(shapes_onnx)
@@ -352,9 +365,8 @@ def test_a_text_pipeline_is_served_whole(tmp_path, shapes_onnx):
 def test_a_server_that_cannot_read_prompts_says_so_when_it_starts(tmp_path, shapes_onnx):
     if int(np.__version__.split(".")[0]) < 2:
         pytest.skip("this Python has NumPy 1")
-    folder = installed()
     package_triton(shapes_onnx, tmp_path / "packaged")
     more = ("--model-control-mode=explicit", "--load-model=pipeline")
-    server = Server(folder, tmp_path / "packaged", tmp_path, *more)
+    server = Server(tmp_path / "packaged", tmp_path, *more)
     assert server.process.wait(START_S) != 0
     assert "cannot read prompts with NumPy 2" in server.log

@@ -122,14 +122,17 @@ class PackagedPipeline:
         if guidance is not None and not 0 <= guidance < math.inf:
             raise UsageError(f"guidance must be a number of 0 or more, got {guidance}")
         self._cancelled = cancelled
-        images = draw(
-            self.source,
-            self._subjects(subjects),
-            steps=self.settings.steps if steps is None else steps,
-            seed=seed,
-            guidance=self.settings.guidance if guidance is None else guidance,
-            batch=self.settings.most_images,
-        )
+        try:
+            images = draw(
+                self.source,
+                self._subjects(subjects),
+                steps=self.settings.steps if steps is None else steps,
+                seed=seed,
+                guidance=self.settings.guidance if guidance is None else guidance,
+                batch=self.settings.most_images,
+            )
+        finally:
+            self._cancelled = _never  # It holds on to the server's request.
         pixels = ((images + 1) * 127.5).round().to(torch.uint8)
         return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
 
