@@ -7,8 +7,10 @@ import torch
 from tests.families.pipelines import PIPELINES, build
 from tests.serve.test_batcher import Crowd
 from trtq.diffusion.source import load_source
+from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import UsageError
 from trtq.evaluate.images import Subjects, draw
+from trtq.quant.stand_in import StandIn
 from trtq.serve.batcher import Batcher
 from trtq.serve.light import pixels
 from trtq.serve.model import Sizes
@@ -122,7 +124,8 @@ def test_a_model_without_prompts_refuses_them():
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("sd_1", (24, 32)), ("sd_xl", (32, 8)), ("sd_3", (24, 32))]
+    ("name", "size"),
+    [("sd_1", (24, 32)), ("sd_xl", (32, 8)), ("sd_3", (24, 32)), ("ldm_kl", (128, 64))],
 )
 def test_another_size_is_drawn_as_the_pipeline_draws_it(name, size):
     source = opened(name)
@@ -155,6 +158,17 @@ def test_images_of_different_sizes_are_under_way_together():
 def test_models_of_one_size_say_so(name):
     """Positions are part of the graph, or the pipeline takes no size."""
     assert PipelineModel(opened(name), name, "torch").card.sizes is None
+
+
+def test_a_run_on_our_kernels_which_keeps_a_graph_of_each_shape_has_one_size():
+    class OnGpu(GpuDenoiser):
+        def __init__(self, model):
+            StandIn.__init__(self)
+            self.model, self.model_class, self.config = model, type(model), model.config
+
+    source = opened("sd_1")
+    source.pipeline.unet = OnGpu(source.pipeline.unet)
+    assert PipelineModel(source, "sd", "torch").card.sizes is None
 
 
 def test_sizes_in_torch_go_from_one_cell_to_twice_the_models_own():
