@@ -1,10 +1,11 @@
 """Schedules, guidance, loading."""
 
+import numpy as np
 import pytest
 import torch
 
 from trtq.diffusion.sampling import Conditions, at_once, predict, seeded_noise
-from trtq.diffusion.schedule import NoiseSchedule, inference_timesteps
+from trtq.diffusion.schedule import NoiseSchedule, inference_timesteps, set_timesteps
 from trtq.diffusion.source import load_source
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 
@@ -70,6 +71,18 @@ def test_timesteps_are_the_schedulers_own():
     assert inference_timesteps(ddim, 999)[0] == 999
     with pytest.raises(UsageError, match=r"steps=1000 .* timestep 1000, .* knows 0 \.\. 999"):
         inference_timesteps(ddim, 1000)
+
+
+@pytest.mark.parametrize("steps", [3, 7, 20])
+def test_noise_levels_that_depend_on_the_size_are_flux_own_bit_for_bit(steps):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    ours = set_timesteps(scheduler, steps, tokens=128)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(128))
+    assert torch.equal(ours.sigmas, scheduler.sigmas)
+    assert torch.equal(ours.timesteps, scheduler.timesteps)
 
 
 def test_guidance_concatenates_unconditional_then_conditional():

@@ -30,6 +30,11 @@ def test_it_is_called_as_the_model_it_stands_for(run):
     assert torch.equal(one[1], wanted[1])
 
 
+def test_to_its_pipeline_it_is_of_the_class_that_it_stands_for(run):
+    denoiser = GpuDenoiser(run.denoiser(kernels=True), "cpu", torch.float32)
+    assert run.source(denoiser).model_class == run.source().model_class == "UNet2DModel"
+
+
 def test_in_half_precision_it_gives_back_what_it_was_given(run):
     denoiser = GpuDenoiser(run.denoiser(kernels=True), "cpu")
     sample = torch.randn(1, *run.source().sample_shape)

@@ -52,6 +52,7 @@ class GpuDenoiser(StandIn):
         super().__init__()
         self.model = quantized.denoiser.to(device=device, dtype=dtype)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model_class = type(self.model)
         self.table = quantized.table
         self.config = quantized.config
         self._device, self._dtype = torch.device(device), dtype

@@ -21,6 +21,7 @@ from trtq.diffusion.source import Source
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.openvino import OpenVinoEngine
 from trtq.engine.tensorrt.run import TensorRtEngine
+from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import UsageError
 from trtq.manifest import artefact_kind, read_manifest
 from trtq.seeds import seeded_generator
@@ -140,6 +141,8 @@ def _sizes(source: Source) -> Sizes | None:
     pixels = source.cell_pixels
     if isinstance(source.denoiser, EngineDenoiser):
         return Sizes.of_graph(source.denoiser.engine.metadata, pixels)
+    if isinstance(source.denoiser, GpuDenoiser):
+        return None  # Each shape is a CUDA graph, and keeps its memory.
     takes_size = "height" in inspect.signature(source.pipeline.__call__).parameters
     if not (source.family.free_size and takes_size):
         return None

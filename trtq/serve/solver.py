@@ -92,7 +92,7 @@ class Ddim:
         else:
             found = np.linspace(0, most - 1, steps).round()[::-1].astype(np.int64)
         if found[0] >= most:
-            raise UsageError(f"steps={steps} is out of range; choose 1 .. {most // 2}")
+            raise UsageError(f"steps={steps} is out of range; choose 1 .. {most - self.offset}")
         return found
 
     def solver(self, steps: int) -> DdimSolver:
