@@ -283,19 +283,25 @@ def load(
                 for name, port in ports.items():
                     runs[name].append(asyncio.run(poisson(port, workload, rate, seconds, turn)))
             rows = {name: _row(runs[name]) for name in BATCHINGS}
-            ours, base = rows["step"], rows["request"]
+            ratios = {name: _ratios(runs, share) for name, share in (("p95", 0.95), ("p50", 0.5))}
             found[f"{model}, {named}"] = {
                 "capacity_images_per_second": capacities,
                 "capacity_ratio": capacity["step"] / capacity["request"],
                 "arrivals_per_second": rate,
                 "rows": rows,
-                "p95_ratio": ours["p95_seconds"] / base["p95_seconds"],
-                "p95_ratio_rounds": [
-                    a / b for a, b in zip(ours["p95_rounds"], base["p95_rounds"], strict=True)
-                ],
-                "p50_ratio": ours["p50_seconds"] / base["p50_seconds"],
+                "p95_ratio": statistics.median(ratios["p95"]),
+                "p95_ratio_rounds": ratios["p95"],
+                "p50_ratio": statistics.median(ratios["p50"]),
             }
     return found
+
+
+def _ratios(runs: dict[str, list[dict[str, Any]]], share: float) -> list[float]:
+    """Latencies by step over those by request, round by round: both had the same arrivals."""
+    return [
+        percentile(ours["latencies"], share) / percentile(base["latencies"], share)
+        for ours, base in zip(runs["step"], runs["request"], strict=True)
+    ]
 
 
 def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -239,10 +239,10 @@ def serve(record: dict[str, Any]) -> str:
         f"{len(launches['overhead'])} launches: {cost['overhead']:+.1%} by the clock "
         f"({low:+.1%} to {high:+.1%}), {cost['overhead_processor']:+.1%} of processor time, of "
         f"{statistics.median(launches['bare_seconds']) * 1000:.0f} ms. Load: {record['seconds']:g} s a "
-        "round.",
+        "round at 80 % of the smaller maximum.",
         "",
         "| requests | images/s when full, by step | by request | arrivals/s | p95 by step | "
-        "by request | ratio (rounds) | p50 ratio |",
+        "by request | ratio, median of rounds (all) | p50 ratio |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, found in record["load"].items():
