@@ -57,6 +57,7 @@ def test_a_pipeline_goes_the_whole_way(name, tmp_path):
     # After two whole steps and a decoder; a wrong scale or step would leave nothing of the image.
     assert float((images - expected).abs().mean()) < 0.02
     model = PipelineModel(source, name, "cpu")
+    assert model.card.takes_guidance or model.card.guidance == 1.0
     assert furthest(served(model, 1), whole(source, model, 1)) <= 1
 
 

@@ -504,6 +504,7 @@ def test_the_log_is_one_json_object_per_line(serve):
     server, client = serve()
     client.post(PATH, json={"prompt": "one", "steps": 3}, headers={"X-Request-ID": "me"})
     server.post(client, n=99)
+    wait_until(lambda: lines.getvalue().count("\n") == 2)  # A line follows its answer.
     found = [json.loads(line) for line in lines.getvalue().splitlines()]
     assert [line["status"] for line in found] == [200, 400]
     assert (found[0]["request_id"], found[0]["steps"], found[0]["images"]) == ("me", 3, 1)

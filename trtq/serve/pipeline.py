@@ -166,7 +166,9 @@ def _card(source: Source, name: str, provider: str) -> Card:
             f"{type(source.pipeline).__name__} with a {source.model_class} cannot be served: it is not "
             "known what its denoiser has to be told"
         )
-    guidance = source.guidance if recipe.get("guidance") is None else float(recipe["guidance"])
+    guidance = source.guidance
+    if recipe.get("guidance") is not None and source.embedded_guidance is None:
+        guidance = float(recipe["guidance"])
     card = Card(
         name=name,
         kind=kind,
