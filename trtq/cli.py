@@ -1,1 +1,954 @@
-../cli.py
+"""The command line: each verb parses, calls one library function and prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import trtq
+from trtq.errors import GateError, TrtqError, UsageError
+from trtq.progress import LineReporter
+
+app = typer.Typer(
+    name="trtq",
+    help="Low-bit diffusion models: from a diffusers checkpoint to images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="Where the result goes.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")
+]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, on stderr.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Same seed, same result.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
+Provider = Annotated[
+    str | None,
+    typer.Option(
+        "--provider", help="What runs it: torch, cpu, openvino, cuda, tensorrt-rtx, tensorrt."
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", min=0, help="up to 1 is none; by default as calibrated."),
+]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
+
+_err = Console(stderr=True, highlight=False)
+_out = Console(highlight=False)
+
+
+@contextmanager
+def _command(verbose: bool) -> Iterator[None]:
+    """Errors of the caller become one line and an exit code; -v adds the traceback."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING,
+        format="%(levelname)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    for noisy in ("matplotlib", "PIL", "asyncio", "onnx_ir", "onnxscript", "torch", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        yield
+    except TrtqError as err:
+        if verbose:
+            _err.print_exception()
+        _err.print(f"error: {err}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(err.exit_code) from err
+    except OSError as err:
+        if verbose:
+            _err.print_exception()
+        _err.print(f"error: {err}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from err
+    except KeyboardInterrupt as err:
+        _err.print("interrupted")
+        raise typer.Exit(130) from err
+
+
+def _show(result: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], None]) -> None:
+    if as_json:
+        # NaN and infinity are no JSON.
+        print(json.dumps(_finite(result)))  # noqa: T201
+    else:
+        human(result)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+def _pairs(title: str, rows: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for key, value in rows.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    _out.print(table)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _out.print(trtq.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Low-bit diffusion models: from a diffusers checkpoint to images."""
+
+
+@app.command()
+def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Say what is installed and what can run here.
+
+    Example: trtq doctor
+    """
+    from trtq.stages.doctor import doctor as look
+
+    with _command(verbose):
+        result = look()
+
+        def human(found: dict[str, Any]) -> None:
+            keys = ("python", "machine", "vnni", "cuda", "providers", "builders", "models")
+            rows = {k: found[k] for k in keys}
+            rows |= {k: v or "-" for k, v in found["packages"].items()}
+            _pairs("trtq doctor", rows)
+            for problem in found["problems"]:
+                _out.print(f"! {problem}", markup=False)
+            for hint in found["hints"]:
+                _out.print(f"- {hint}", markup=False)
+            if found["ok"]:
+                _out.print("all well")
+
+        _show(result, as_json, human)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def quantize(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A diffusers folder, a hub id, digits or shapes; or a run, with --lora."
+        ),
+    ],
+    output: Output,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="minmax, search, efficientdm (default), quest, combined."),
+    ] = None,
+    bits: Annotated[str | None, typer.Option("--bits", help="E.g. w4a4, w4a8, w8a8.")] = None,
+    tables: Annotated[
+        str | None, typer.Option("--tables", help="per-step (default) or static.")
+    ] = None,
+    steps: Steps = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="A TOML file.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Same seed, same result.")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", min=1, help="Fine-tuning iterations.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="HEIGHTxWIDTH of the images in pixels.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="Weight bits by sensitivity: size=0.15x or bitops=0.1x."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", help="FILE[:SCALE], merged before quantising; may be repeated."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Float checkpoint of a run whose LoRAs change, if it moved."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from an interrupted run's checkpoint.")
+    ] = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a low-bit run of a checkpoint: calibrate, fine-tune without data, merge, pack.
+
+    With a run in place of MODEL and --lora, the run's LoRAs are exchanged without fine-tuning again.
+
+    Example: trtq quantize digits -o run --bits w4a4
+    """
+    from trtq.calib.recipe import load_recipe
+    from trtq.lora import parse_lora
+    from trtq.stages.estimate import estimate
+    from trtq.stages.plan import describe_plan, plan_quantize
+    from trtq.stages.quantize import quantize as run_stage
+    from trtq.stages.requantize import requantize
+    from trtq.stages.run_folder import is_run
+
+    with _command(verbose):
+        given: dict[str, Any] = {
+            "method": method,
+            "bits": bits,
+            "tables": tables,
+            "steps": steps,
+            "seed": seed,
+            "budget": budget,
+            "size": size,
+        }
+        overrides = {key: value for key, value in given.items() if value is not None}
+        loras = [parse_lora(text) for text in lora or []]
+        if loras and is_run(model):
+            if overrides or recipe or iterations or resume or dry_run:
+                raise UsageError(
+                    "a run whose LoRAs are exchanged keeps its recipe; give only --lora, --base, "
+                    "--overwrite and --output"
+                )
+            result = requantize(
+                model, loras, output, base=base, overwrite=overwrite, report=LineReporter()
+            )
+            _show(result, as_json, lambda r: _pairs(f"run: {output}", r))
+            return
+        if iterations is not None:
+            overrides["training"] = {"iterations": iterations}
+        chosen = load_recipe(recipe, overrides)
+        if dry_run:
+            plan = plan_quantize(model, chosen, loras)
+            result = describe_plan(plan) | estimate(plan)
+            _show(result, as_json, lambda r: _pairs("would quantize", r))
+            return
+        result = run_stage(
+            model,
+            chosen,
+            output,
+            loras=loras,
+            resume=resume,
+            overwrite=overwrite,
+            report=LineReporter(),
+        )
+        if result:  # Empty in all processes of accelerate but the first.
+            _show(result, as_json, lambda r: _pairs(f"run: {output}", r))
+
+
+@app.command()
+def export(
+    path: Annotated[str, typer.Argument(help="A run, or a checkpoint for the float baseline.")],
+    output: Output,
+    target: Annotated[
+        str, typer.Option("--target", help="qdq, or plugin: our own kernels, in TensorRT.")
+    ] = "qdq",
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or fp16.")] = "fp32",
+    batch: Annotated[
+        str, typer.Option("--batch", help="MIN:MAX batch that engines are to take.")
+    ] = "1:8",
+    size: Annotated[
+        str | None,
+        typer.Option("--size", help="HEIGHTxWIDTH of the images in pixels, or SMALLEST:LARGEST."),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write ONNX that carries the per-step scales, and check it against torch at every step.
+
+    Example: trtq export run -o onnx
+    """
+    from trtq.stages.export import export_onnx, parse_batch
+
+    with _command(verbose):
+        result = export_onnx(
+            path,
+            output,
+            target=target,
+            precision=precision,
+            batch=parse_batch(batch),
+            size=size,
+            overwrite=overwrite,
+            report=LineReporter(),
+        )
+
+        def human(found: dict[str, Any]) -> None:
+            lists = ("parity_db", "parity_floor_db")
+            rows = {key: value for key, value in found.items() if key not in lists}
+            _pairs(f"onnx: {output}", rows)
+
+        _show(result, as_json, human)
+
+
+@app.command()
+def build(
+    path: Annotated[str, typer.Argument(help="An ONNX folder.")],
+    output: Output,
+    backend: Annotated[
+        str | None,
+        typer.Option("--backend", help="tensorrt-rtx or tensorrt; by default what is installed."),
+    ] = None,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option("--arch", help="E.g. sm86; may be repeated. Default: sm86, sm89 and sm120."),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", help="MIN:MAX images; by default what was exported for."),
+    ] = None,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Weights may stay on the host.")
+    ] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Weights can be exchanged; needs a GPU.")
+    ] = False,
+    workspace: Annotated[
+        int | None, typer.Option("--workspace", min=1, help="Most MiB of scratch on the device.")
+    ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Use engines that were built before.")
+    ] = True,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build TensorRT engines of an ONNX folder; TensorRT-RTX needs no GPU for it.
+
+    Example: trtq build onnx -o engine --arch sm86 --arch sm89
+    """
+    from trtq.stages.build import build_engines
+    from trtq.stages.export import parse_batch
+
+    with _command(verbose):
+        result = build_engines(
+            path,
+            output,
+            backend=backend,
+            architectures=arch or [],
+            batch=None if batch is None else parse_batch(batch),
+            weight_streaming=weight_streaming,
+            refit=refit,
+            workspace_bytes=None if workspace is None else workspace << 20,
+            use_cache=cache,
+            overwrite=overwrite,
+            report=LineReporter(),
+        )
+
+        def human(found: dict[str, Any]) -> None:
+            table = Table(title=f"engine: {output}", title_justify="left")
+            keys = ("name", "engine_bytes", "layers", "float", "build_seconds", "cached")
+            for key in keys:
+                table.add_column(key)
+            for row in found["engines"]:
+                table.add_row(*(str(row[key]) for key in keys))
+            _out.print(table)
+
+        _show(result, as_json, human)
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],
+    output: Output,
+    images: Annotated[int, typer.Option("--images", min=1, help="How many.")] = 1,
+    class_label: Annotated[
+        int | None, typer.Option("--class-label", help="One class; by default all in turn.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="For text models.")] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option("--negative-prompt", help="What not to show; needs guidance above 1."),
+    ] = None,
+    size: Annotated[str | None, typer.Option("--size", help="HEIGHTxWIDTH in pixels.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    provider: Provider = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Draw images and write them on one PNG sheet.
+
+    Example: trtq generate onnx -o digits.png --images 20 --provider openvino
+    """
+    from trtq.stages.generate import generate as run_stage
+
+    with _command(verbose):
+        result = run_stage(
+            path,
+            output,
+            images=images,
+            class_label=class_label,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            size=size,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            provider=provider,
+            report=LineReporter(),
+        )
+        _show(result, as_json, lambda r: _pairs("generated", r))
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],
+    reference: Annotated[str, typer.Option("--reference", help="The float model.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of the report.")
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=2, help="Drawn with each.")] = 1000,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    provider: Provider = None,
+    features: Annotated[
+        Path | None,
+        typer.Option("--features", help="A CLIP vision model's folder to judge by instead."),
+    ] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option("--gate", help='E.g. "fd<=1.5"; exit 1 if not met.')
+    ] = None,
+    seed: Seed = 1,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare with the float model: Fréchet distance, class accuracy, error of every step.
+
+    Example: trtq eval onnx --reference digits -o report --gate "fd<=2"
+    """
+    from trtq.report.folder import check_report_folder, write_report
+    from trtq.stages.evaluate import evaluate as run_stage
+    from trtq.stages.evaluate import parse_gate
+
+    with _command(verbose):
+        gates = tuple(parse_gate(text) for text in gate or [])
+        if output is not None:
+            check_report_folder(output, overwrite=overwrite)
+        evaluation = run_stage(
+            path,
+            reference,
+            images=images,
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            provider=provider,
+            features=features,
+            gates=gates,
+            report=LineReporter(),
+        )
+        result = evaluation.result
+        if output is not None:
+            from trtq.stages.show import evaluation_page
+
+            write_report(output, evaluation_page(path, evaluation), result, overwrite=overwrite)
+            result = result | {"report": str(output / "index.html")}
+
+        def human(found: dict[str, Any]) -> None:
+            rows = dict(found, snr_db=", ".join(f"{value:.1f}" for value in found["snr_db"]))
+            _pairs(f"eval: {path}", rows)
+
+        _show(result, as_json, human)
+        missed = [name for name, held in result["gates"].items() if not held]
+        if missed:
+            raise GateError(f"not met: {', '.join(missed)}")
+
+
+class _ArtefactsUnlessNamed(typer.core.TyperGroup):
+    """`trtq bench PATH…` measures artefacts, and `trtq bench WORD …` is what that word stands for."""
+
+    artefacts = "artefacts"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command in front that needs not be named."""
+        named = bool(args) and args[0] in self.commands
+        return super().parse_args(ctx, args if named else [self.artefacts, *args])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command, under the name that the user typed: none."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return ("" if name == self.artefacts else name), command, rest
+
+
+bench_app = typer.Typer(
+    cls=_ArtefactsUnlessNamed, add_help_option=False, rich_markup_mode=None, add_completion=False
+)
+app.add_typer(
+    bench_app, name="bench", help="Measure artefacts side by side, the float model among them."
+)
+
+
+@bench_app.command(_ArtefactsUnlessNamed.artefacts, hidden=True)
+def bench(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Artefacts and checkpoints; PATH@PROVIDER for one provider of its own. The float "
+            "checkpoint is added if there is none."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of the report.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--provider", help="Of paths without @: cpu, openvino, cuda, torch; may be repeated."
+        ),
+    ] = None,
+    batch: Annotated[
+        str, typer.Option("--batch", help="Images at once, e.g. 1 or 1,4,16.")
+    ] = "1,4",
+    images: Annotated[
+        int, typer.Option("--images", min=1, help="Drawn with each row, at the least.")
+    ] = 8,
+    turns: Annotated[
+        int, typer.Option("--turns", min=2, help="Of half a second of calls each, row after row.")
+    ] = 10,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Of every row; by default all cores.")
+    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="A former result (JSON) to compare with.")
+    ] = None,
+    gate: Annotated[
+        bool,
+        typer.Option("--gate", help="Exit 1 if low-bit is slower than float, or not compared."),
+    ] = False,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure artefacts side by side: speed, memory, and what the device could do.
+
+    The rows take turns, each in a process of its own, so one is as undisturbed as the other.
+
+    Example: trtq bench onnx@openvino onnx@cpu float_onnx@openvino --batch 1,4 -o report
+    """
+    from trtq.report.folder import check_report_folder, write_report
+    from trtq.stages.bench import bench as run_stage
+    from trtq.stages.bench_page import bench_page, bench_tables, failures, statements
+    from trtq.stages.bench_targets import parse_batches
+
+    with _command(verbose):
+        sizes = parse_batches(batch)
+        if output is not None:
+            check_report_folder(output, overwrite=overwrite)
+        result = run_stage(
+            paths,
+            providers=provider or [],
+            batches=sizes,
+            turns=turns,
+            images=images,
+            steps=steps,
+            guidance=guidance,
+            threads=threads,
+            seed=seed,
+            against=against,
+            report=LineReporter(),
+        )
+        if output is not None:
+            write_report(output, bench_page(result), result, overwrite=overwrite)
+            result = result | {"report": str(output / "index.html")}
+
+        def human(found: dict[str, Any]) -> None:
+            for title, shown in bench_tables(found).items():
+                table = Table(*shown.header, title=title, title_justify="left")
+                for row in shown.rows:
+                    table.add_row(*row)
+                _out.print(table)
+            for line in statements(found):
+                _out.print(line, markup=False, soft_wrap=True)
+
+        _show(result, as_json, human)
+        failed = failures(result)
+        if gate and failed:
+            raise GateError("; ".join(failed))
+
+
+@bench_app.command("kernels")
+def bench_layers(
+    forms: Annotated[
+        list[str] | None, typer.Option("--form", help="w8a8, w4a8 or w4a4; may be repeated.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="JSON file for the result.")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure our CUDA kernels against cuBLAS and cuDNN in half precision, layer by layer.
+
+    Needs an NVIDIA GPU. Each layer is first compared with its definition, integer by integer.
+
+    Example: trtq bench kernels -o kernels.json
+    """
+    from trtq.bench.kernels import FORMS, bench_kernels
+
+    with _command(verbose):
+        if output is not None and output.exists():
+            raise UsageError(f"{output} is already there; give another file, or delete it")
+        result = bench_kernels(forms or list(FORMS), report=LineReporter())
+        if output is not None:
+            output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+        def human(found: dict[str, Any]) -> None:
+            table = Table(title=str(found["gpu"]), title_justify="left")
+            for key in ("model", "shape", "form", "us", "fp16 us", "times", "TOP/s", "of peak"):
+                table.add_column(key)
+            for row in found["rows"]:
+                share = row["share_of_peak"]
+                table.add_row(
+                    row["model"],
+                    row["shape"],
+                    row["form"],
+                    f"{row['microseconds']:.1f}",
+                    f"{row['fp16_microseconds']:.1f}",
+                    f"{row['speedup']:.2f}",
+                    f"{row['tera_operations']:.0f}",
+                    "?" if share is None else f"{share:.0%}",
+                )
+            _out.print(table)
+
+        _show(result, as_json, human)
+
+
+plugins_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+app.add_typer(plugins_app, name="plugins", help="Our CUDA kernels.")
+
+
+@plugins_app.command("build")
+def build_plugins(
+    arch: Annotated[
+        list[str] | None, typer.Option("--arch", help="E.g. sm89; may be repeated. All by default.")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compile all kernels ahead of their first use; needs neither a GPU nor nvcc.
+
+    Example: trtq plugins build --arch sm89
+    """
+    from trtq.plugins.compile import build_all
+    from trtq.plugins.spec import ARCHITECTURES
+
+    with _command(verbose):
+        found = build_all(tuple(arch or ARCHITECTURES), LineReporter())
+        counts = {name: f"{len(variants)} kernels" for name, variants in found.items()}
+        _show(found, as_json, lambda _: _pairs("kernels", counts))
+
+
+package_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+app.add_typer(package_app, name="package", help="Hand an artefact over to another server.")
+
+
+@package_app.command()
+def triton(
+    path: Annotated[str, typer.Argument(help="An ONNX folder, or an engine folder.")],
+    output: Output,
+    onnx: Annotated[
+        Path | None,
+        typer.Option("--onnx", help="The ONNX folder that engines were built from, if it moved."),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a Triton Inference Server model repository: each graph a model, and the pipeline one.
+
+    Example: trtq package triton onnx -o model_repository
+    """
+    from trtq.stages.package_triton import package_triton
+
+    with _command(verbose):
+        result = package_triton(path, output, onnx=onnx, overwrite=overwrite, report=LineReporter())
+
+        def human(found: dict[str, Any]) -> None:
+            table = Table(title=f"model repository: {output}", title_justify="left")
+            keys = ("backend", "max_batch_size")
+            for key in ("model", *keys, "files"):
+                table.add_column(key)
+            for name, row in found["models"].items():
+                table.add_row(name, *(str(row[key]) for key in keys), str(len(row["files"])))
+            _out.print(table)
+            for note in found["notes"]:
+                _out.print(f"note: {note}", markup=False, soft_wrap=True)
+
+        _show(result, as_json, human)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A run, an ONNX or engine folder, a checkpoint.")],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show layers, bits and tables; verifies the artefact first.
+
+    Example: trtq inspect run
+    """
+    from trtq.quant import precision_text
+    from trtq.stages.inspect import inspect_artefact
+    from trtq.stages.show import scale_range
+
+    with _command(verbose):
+
+        def human(found: dict[str, Any]) -> None:
+            rows = {
+                key: value
+                for key, value in found.items()
+                if key not in ("layers", "recipe", "packages", "metrics", "engine_layers") and value
+            }
+            _pairs(str(path), rows)
+            table = Table(title="layers", title_justify="left")
+            for column in ("layer", "kind", "bits", "scale over steps", "zero points", "why"):
+                table.add_column(column)
+            for row in found["layers"]:
+                widths = (row.get(f"{what}_bits") for what in ("weight", "activation", "right"))
+                points = ", ".join(str(z) for z in row.get("zero_points", []))
+                cells = (row["name"], row.get("kind", ""), precision_text(*widths))
+                table.add_row(*cells, scale_range(row), points, row.get("reason", ""))
+            _out.print(table)
+            for row in found.get("engine_layers") or []:
+                _out.print(str(row.get("Name")), markup=False, soft_wrap=True)
+
+        _show(inspect_artefact(path), as_json, human)
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(help="A run or an ONNX folder.")],
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="The run it was exported from: compare with torch."),
+    ] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--runtime", help="onnxruntime, openvino, tensorrt-rtx or tensorrt; by default all."
+        ),
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Compare the output of every low-bit layer.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check files, each runtime's rules, and what the graph computes; exit 1 if something is wrong.
+
+    Example: trtq verify onnx --against run --layers
+    """
+    from trtq.export.targets import RUNTIMES
+    from trtq.stages.verify import verify as check
+
+    with _command(verbose):
+        result = check(
+            path,
+            against=against,
+            runtimes=runtime or RUNTIMES,
+            layers=layers,
+            report=LineReporter(),
+        )
+        _show(result, as_json, lambda found: _show_verified(path, found))
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+def _show_verified(path: str, found: dict[str, Any]) -> None:
+    rows: dict[str, Any] = {"kind": found["kind"], "files as in the manifest": found["files"]}
+    for name, runtime in found.get("runtimes", {}).items():
+        notes = sum(not finding["fatal"] for finding in runtime["findings"])
+        rows[name] = ("legal" if runtime["legal"] else "refused") + (
+            f", {notes} layers in float" if notes else ""
+        )
+    if "parity_db_min" in found:
+        rows["least parity"] = (
+            f"{found['parity_db_min']:.1f} dB (required {found['parity_required_db']:g})"
+        )
+    _pairs(path, rows)
+    for name, runtime in found.get("runtimes", {}).items():
+        for finding in runtime["findings"]:
+            text = f"{name}: {finding['layer']}: {finding['rule']}. {finding['mend']}"
+            _out.print(text, markup=False, soft_wrap=True)
+    if found.get("layers"):
+        table = Table(title="layers against torch", title_justify="left")
+        for column in ("layer", "dB"):
+            table.add_column(column)
+        for row in found["layers"]:
+            table.add_row(row["name"], f"{row['snr_db']:.1f}")
+        _out.print(table)
+        _out.print(f"first layer with a flipped code: {found['first'] or 'none'}", markup=False)
+    _out.print("all well" if found["ok"] else "something is wrong, see above")
+
+
+@app.command()
+def serve(
+    path: Annotated[str, typer.Argument(help="An ONNX folder, a run or a checkpoint.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0 takes any that is free.")
+    ] = 8000,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="What requests call it; default: the folder's name."),
+    ] = None,
+    beside: Annotated[
+        str | None, typer.Option("--beside", help="A second model to compare with, e.g. digits.")
+    ] = None,
+    provider: Provider = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads of one operator.")
+    ] = None,
+    max_batch: Annotated[
+        int,
+        typer.Option(
+            "--max-batch",
+            min=2,
+            max=256,
+            help="Rows in one call; an image with guidance takes two.",
+        ),
+    ] = 8,
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(
+            "--batch-sizes", help="The only ones to call with, e.g. 1,2,4,8; pads to them."
+        ),
+    ] = None,
+    batching: Annotated[
+        str,
+        typer.Option("--batching", help="step: images join at any step; request: whole batches."),
+    ] = "step",
+    queue: Annotated[int, typer.Option("--queue", min=0, help="Images that may wait.")] = 64,
+    max_images: Annotated[
+        int, typer.Option("--max-images", min=1, help="Most images of one request.")
+    ] = 10,
+    max_steps: Annotated[
+        int, typer.Option("--max-steps", min=1, help="Most denoising steps of an image.")
+    ] = 200,
+    deadline_seconds: Annotated[
+        float, typer.Option("--deadline-seconds", min=0.1, help="Longest answer.")
+    ] = 120.0,
+    drain_seconds: Annotated[
+        float,
+        typer.Option("--drain-seconds", min=0, help="After SIGTERM, to finish what was taken on."),
+    ] = 30.0,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api-key-file", help="Key that requests must bring; or TRTQ_API_KEY."),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve images over HTTP: OpenAI's API, health, metrics, and a page to try it.
+
+    Example: trtq serve onnx --provider openvino --beside digits
+    """
+    with _command(verbose):
+        from trtq.serve.logs import log_to
+        from trtq.serve.server import ServeOptions, parse_batching, read_api_key
+        from trtq.serve.server import serve as run_server
+        from trtq.serve.service import Limits, parse_batch_sizes
+
+        limits = Limits(
+            batch=max_batch,
+            batch_sizes=None if batch_sizes is None else parse_batch_sizes(batch_sizes, max_batch),
+            queue=queue,
+            images=max_images,
+            steps=max_steps,
+            deadline_s=deadline_seconds,
+        )
+        options = ServeOptions(
+            path=path,
+            name=name,
+            beside=beside,
+            host=host,
+            port=port,
+            provider=provider,
+            threads=threads,
+            batching=parse_batching(batching),
+            limits=limits,
+            drain_s=drain_seconds,
+            api_key=read_api_key(api_key_file),
+        )
+
+        def announce(found: dict[str, Any]) -> None:
+            def human(ready: dict[str, Any]) -> None:
+                names = ", ".join(ready["models"])
+                text = f"serving {names} at {ready['url']}, ready in {ready['seconds']} s"
+                _err.print(text, markup=False)
+
+            _show(found, as_json, human)
+            sys.stdout.flush()
+
+        log_to(level=logging.DEBUG if verbose else logging.INFO)
+        run_server(options, announce)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for everything it makes.")
+    ] = Path("trtq-demo"),
+    images: Annotated[int, typer.Option("--images", min=20, help="Drawn with each model.")] = 500,
+    iterations: Annotated[
+        int, typer.Option("--iterations", min=1, help="Fine-tuning iterations.")
+    ] = 350,
+    provider: Annotated[str, typer.Option("--provider", help="cpu or openvino.")] = "cpu",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole path on the digits model: quantise to W4A4, export, draw, evaluate, report.
+
+    Example: trtq demo -o trtq-demo
+    """
+    from trtq.demo.digits import demo as run_demo
+
+    with _command(verbose):
+        result = run_demo(
+            output,
+            images=images,
+            iterations=iterations,
+            provider=provider,
+            seed=seed,
+            overwrite=overwrite,
+            report=LineReporter(),
+        )
+
+        def human(found: dict[str, Any]) -> None:
+            table = Table(title="digits, 20 steps", title_justify="left")
+            for column in ("model", "FD", "class accuracy", "bytes"):
+                table.add_column(column)
+            for row in found["rows"]:
+                cells = (f"{row['fd']:.2f}", f"{row['class_accuracy']:.1%}", f"{row['bytes']:,}")
+                table.add_row(row["name"], *cells)
+            _out.print(table)
+            _out.print(f"{found['seconds']:.0f} s; open {found['report']}", soft_wrap=True)
+
+        _show(result, as_json, human)
+
+
+if __name__ == "__main__":
+    app()

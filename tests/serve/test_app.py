@@ -192,6 +192,12 @@ def test_a_size_that_is_not_drawn_is_refused_with_those_that_are(serve, size):
     assert error["message"].endswith("or say 'auto' for 4x4")
 
 
+def test_guidance_up_to_one_is_none_as_in_diffusers(serve):
+    server, client = serve()
+    drawn = [server.post(client, guidance=guidance).json()["data"] for guidance in (1, 0.5, 0)]
+    assert drawn[0] == drawn[1] == drawn[2] != server.post(client, guidance=1.5).json()["data"]
+
+
 def test_a_negative_prompt_changes_the_picture_where_there_is_guidance(serve):
     server, client = serve(models=[TextToy()])
 

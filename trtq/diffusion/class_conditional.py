@@ -54,7 +54,7 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
         Args:
             class_labels: one label or B of them.
             num_inference_steps: number of denoising steps.
-            guidance_scale: classifier-free guidance; 1 is none.
+            guidance_scale: classifier-free guidance; up to 1 is none.
             eta: noise added per step, where the scheduler knows it.
             generator: one for the batch, or one per image, so an image does not depend on its
                 neighbours.

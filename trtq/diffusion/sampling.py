@@ -96,7 +96,7 @@ def predict(
         x: `[B,C,H,W]`.
         timestep: one for all, or `[B]`.
         conditions: of the B images.
-        guidance: 1 is none.
+        guidance: up to 1 is none, as in diffusers.
 
     Returns:
         `e_u + guidance * (e_c - e_u)`, `[B,C,H,W]`. A learned variance in further channels is cut.
@@ -106,7 +106,7 @@ def predict(
     """
     channels = x.shape[1]
     family, shared = conditions.family, conditions.shared
-    if guidance == 1.0:
+    if guidance <= 1.0:
         arguments = family.arguments(x, timestep, conditions.conditional | shared)
         out: Tensor = denoiser(**arguments, return_dict=False)[0]
         return out[:, :channels]

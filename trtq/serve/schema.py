@@ -60,7 +60,9 @@ class ImageRequest(BaseModel):
         None, ge=0, lt=2**31, description="Image i of a seed is the same in every request."
     )
     steps: int | None = Field(None, ge=1, description="Denoising steps.")
-    guidance: float | None = Field(None, ge=0, le=30, allow_inf_nan=False, description="1 is none.")
+    guidance: float | None = Field(
+        None, ge=0, le=30, allow_inf_nan=False, description="Up to 1 is none."
+    )
     deadline: float | None = Field(
         None, gt=0, le=86400, allow_inf_nan=False, description="Seconds that the answer may take."
     )
@@ -122,8 +124,8 @@ def _explain(error: ValidationError, found: dict[str, Any]) -> ApiError:
 
 
 def guidance_of(request: ImageRequest, card: Card) -> float:
-    """The guidance that a request asks for, or the model's own."""
-    return card.guidance if request.guidance is None else request.guidance
+    """The guidance that a request asks for, or the model's own; 1 is none, and so is less."""
+    return card.guidance if request.guidance is None else max(1.0, request.guidance)
 
 
 def size_of(request: ImageRequest, card: Card) -> tuple[int, int] | None:
@@ -158,7 +160,7 @@ def check_against(request: ImageRequest, card: Card, limits: Limits) -> None:
             f"{card.name} draws {card.sizes or f'{width}x{height}'}, got "
             f"{str(request.size)[:40]!r}; or say 'auto' for {width}x{height}",
         )
-    if request.guidance not in (None, 1.0) and not card.takes_guidance:
+    if guidance_of(request, card) != 1 and not card.takes_guidance:
         raise refuse("guidance", f"{card.name} takes no guidance; it must be 1")
     if request.negative_prompt:
         if not card.takes_negative_prompt:
