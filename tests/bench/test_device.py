@@ -7,7 +7,7 @@ import types
 import pytest
 
 from trtq.bench.cost import count_operations, roofline
-from trtq.bench.device import Nvml, Peak, cpu_peak, gpu_peak
+from trtq.bench.device import GpuMemory, Nvml, Peak, cpu_peak, gpu_peak
 
 
 @pytest.fixture
@@ -35,7 +35,8 @@ def test_without_a_driver_everything_is_none(monkeypatch, pynvml):
 
     pynvml.nvmlInit = fail
     nvml = Nvml()
-    assert (nvml.name, nvml.driver, nvml.joules, nvml.used_bytes) == (None,) * 4
+    assert (nvml.name, nvml.driver, nvml.joules) == (None,) * 3
+    assert nvml.memory == GpuMemory(None, None)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert Nvml().name is None
 
@@ -43,17 +44,25 @@ def test_without_a_driver_everything_is_none(monkeypatch, pynvml):
 def test_a_gpu_says_its_name_energy_and_memory(pynvml):
     nvml = Nvml()
     assert (nvml.name, nvml.driver) == ("NVIDIA GeForce RTX 4090", "580.1")
-    assert (nvml.joules, nvml.used_bytes) == (2.5, 7 << 20)
+    assert (nvml.joules, nvml.memory) == (2.5, GpuMemory(7 << 20, 9 << 20))
 
 
-def test_what_a_card_does_not_count_is_none_or_of_the_whole_card(pynvml):
+def test_what_a_card_does_not_count_is_none(pynvml):
     def refuse(device):
         raise pynvml.NVMLError
 
     pynvml.nvmlDeviceGetTotalEnergyConsumption = refuse
     pynvml.nvmlDeviceGetComputeRunningProcesses = refuse
     assert Nvml().joules is None
-    assert Nvml().used_bytes == 9 << 20
+    assert Nvml().memory == GpuMemory(None, 9 << 20)
+
+
+def test_what_loading_added_is_the_process_s_or_else_the_card_s():
+    # A process is unknown to the driver until it has used the GPU.
+    assert GpuMemory(7, 90).added_to(GpuMemory(None, 80)) == 7
+    assert GpuMemory(7, 90).added_to(GpuMemory(5, 80)) == 2
+    assert GpuMemory(None, 90).added_to(GpuMemory(None, 80)) == 10
+    assert GpuMemory(None, None).added_to(GpuMemory(None, 80)) is None
 
 
 def test_peaks_are_of_the_card_and_of_no_other():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -219,6 +220,7 @@ class StubWorker:
     """Answers like a worker at once; rows named in `dying` end in the middle."""
 
     dying: dict[str, str] = {}
+    on_gpu: set[str] = set()
     pace = {"slow": 4e-3, "fast": 1e-3}
 
     def __init__(self, module, name):
@@ -245,7 +247,7 @@ class StubWorker:
         return {
             "open": {"load_seconds": 1.0, "memory": memory, "shape": [1, 8, 8], "prompts": None}
             | {"model_class": "UNet2DModel", "parts": ["denoiser"], "guidance": 1.0}
-            | {"weight_bytes": 4},
+            | {"weight_bytes": 4, "device": "gpu" if self.name in self.on_gpu else "cpu"},
             "prepare": {"first_call_seconds": 1.0, "calls": 2},
             "time": {"seconds": [seconds, seconds]},
             "draw": {"seconds": 20 * seconds, "joules": None},
@@ -259,6 +261,7 @@ class StubWorker:
 def stubbed(monkeypatch):
     monkeypatch.setattr("trtq.stages.bench.Worker", StubWorker)
     monkeypatch.setattr(StubWorker, "dying", {})
+    monkeypatch.setattr(StubWorker, "on_gpu", set())
     return StubWorker
 
 
@@ -306,14 +309,31 @@ def test_a_row_whose_process_ends_is_told_and_the_others_go_on(stubbed, digits_o
     assert bench_tables(found)
 
 
-def test_a_float_model_of_another_device_is_no_baseline(stubbed, monkeypatch, digits_onnx):
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt-rtx", "tensorrt"])
+def test_a_float_model_of_another_device_is_no_baseline(
+    stubbed, monkeypatch, digits_onnx, provider
+):
     monkeypatch.setattr("trtq.stages.bench_targets.check_provider", lambda provider: None)
-    label = f"{digits_onnx}@cuda"
+    label = f"{digits_onnx}@{provider}"
+    stubbed.on_gpu.add(label)
     found = bench([label, "digits"], batches=[1], turns=2, images=1, threads=1)
+    assert [row["device"] for row in found["rows"]] == ["gpu", "cpu"]
     assert found["rows"][0]["speedup"] is None
     assert found["unjudged"] == [label]
     assert any("runs on another device than every float row" in note for note in found["notes"])
     assert failures(found) == [f"not compared with float: {label}"]
+
+
+def test_a_run_on_the_gpu_has_the_gpu_s_roof_and_no_cpu_baseline(stubbed, monkeypatch, digits_run):
+    name = "NVIDIA GeForce RTX 4090"
+    monkeypatch.setattr("trtq.stages.bench.Nvml", lambda: SimpleNamespace(name=name, driver="1"))
+    label = f"{digits_run}@torch"
+    stubbed.on_gpu.add(label)
+    found = bench([str(digits_run), "digits"], batches=[1], turns=2, images=1, threads=1)
+    on_gpu, on_cpu = found["rows"]
+    assert on_gpu["roofline"]["peak_is"] == "published peak of RTX 4090, int8, dense"
+    assert on_cpu["roofline"]["peak_is"] == "a stub"
+    assert (on_gpu["speedup"], found["unjudged"]) == (None, [label])
 
 
 def test_engines_stand_there_unmeasured(stubbed, digits_onnx, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Nvml", "Peak", "cpu_count", "cpu_name", "cpu_peak", "gpu_peak"]
+__all__ = ["GpuMemory", "Nvml", "Peak", "cpu_count", "cpu_name", "cpu_peak", "gpu_peak"]
 
 _MATRIX = 1024
 _COPIED_BYTES = 1 << 27
@@ -99,6 +99,28 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes in use on a GPU at a moment; None where the driver does not tell.
+
+    Attributes:
+        process: of this process, which is unknown until it has used the GPU, and where process ids are
+            not the driver's, as in a container.
+        card: of everything on the card.
+    """
+
+    process: int | None = None
+    card: int | None = None
+
+    def added_to(self, before: GpuMemory) -> int | None:
+        """Bytes that came between an earlier moment and this one: by this process, else on the card."""
+        if self.process is not None:
+            return max(self.process - (before.process or 0), 0)
+        if self.card is None or before.card is None:
+            return None
+        return max(self.card - before.card, 0)
+
+
 class Nvml:
     """The first NVIDIA GPU as its driver counts; without one, or without nvidia-ml-py, it says None."""
 
@@ -140,11 +162,12 @@ class Nvml:
         return None if found is None else found / 1e3
 
     @property
-    def used_bytes(self) -> int | None:
-        """GPU memory of this process; of the whole card where the driver does not tell processes."""
+    def memory(self) -> GpuMemory:
+        """What is in use now."""
         rows = self._ask(lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._device))
         mine = [row.usedGpuMemory for row in rows or () if row.pid == os.getpid()]
-        if mine and mine[0] is not None:
-            return int(mine[0])
         whole = self._ask(lambda: self._nvml.nvmlDeviceGetMemoryInfo(self._device))
-        return None if whole is None else int(whole.used)
+        return GpuMemory(
+            int(mine[0]) if mine and mine[0] is not None else None,
+            None if whole is None else int(whole.used),
+        )

@@ -60,6 +60,11 @@ class _Row:
     images: list[np.ndarray] = field(default_factory=list)
     operations: dict[int, int | None] = field(default_factory=dict)
 
+    @property
+    def device(self) -> str | None:
+        """`gpu` or `cpu`, as the worker said when it had loaded the artefact; None if it has not."""
+        return self.opened.get("device")
+
     def ask(self, question: str, **arguments: Any) -> dict[str, Any] | None:
         """The worker's answer; None if it has ended, which is then the row's reason."""
         if self.worker is None:
@@ -337,8 +342,8 @@ def _result(
     ]
     unjudged = [f"{row['path']}@{row['provider']}" for row in judged if row["speedup"] is None]
     notes += [
-        f"{label} runs on another device than every float row; give the float model there, too: "
-        "trtq export MODEL -o FLOAT --precision fp16"
+        f"{label} runs on another device than every float row; give the float model there, too, as "
+        "an ONNX folder or an engine: trtq export MODEL -o FLOAT --precision fp16"
         for label in unjudged
         if any(not row["low_bit"] and row["measured"] for row in shown)
     ]
@@ -371,7 +376,7 @@ def _add_speedups(rows: list[_Row], batch: int) -> None:
         rivals = [
             other
             for other in _measured(rows, batch)
-            if not other.target.low_bit and other.target.device == row.target.device
+            if not other.target.low_bit and other.device == row.device
         ]
         found = None
         fastest = min(
@@ -398,7 +403,7 @@ def _row_result(
         "bits": target.bits,
         "low_bit": target.low_bit,
         "added": target.added,
-        "device": target.device,
+        "device": row.device,
         "measured": measured,
         "reason": row.reason,
         "latency_ms": first["parts"][DENOISER] if first else None,
@@ -425,7 +430,7 @@ def _psnr(row: _Row, rows: list[_Row]) -> float | None:
 
 def _roofline(row: _Row, batch: int, peaks: dict[str, Peak | None]) -> dict[str, Any] | None:
     key = "cpu"
-    if row.target.device == "gpu":
+    if row.device == "gpu":
         key = "gpu low-bit" if row.target.low_bit else "gpu float"
     peak, operations = peaks[key], row.operations[batch]
     weights = row.opened["weight_bytes"] or row.target.denoiser_bytes or 0

@@ -61,11 +61,6 @@ class Target:
         return str(recipe["bits"] if recipe else self.manifest.options.get("precision", "fp32"))
 
     @property
-    def device(self) -> str:
-        """Where it runs: `gpu` or `cpu`."""
-        return "gpu" if self.provider == "cuda" or self.kind == "engine" else "cpu"
-
-    @property
     def size(self) -> str | None:
         """Image size that it was made for, `HEIGHTxWIDTH`; None: the model's own."""
         if self.manifest is None:
