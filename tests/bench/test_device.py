@@ -20,6 +20,7 @@ def pynvml(monkeypatch):
     module.nvmlInit = lambda: None
     module.nvmlDeviceGetHandleByIndex = lambda index: index
     module.nvmlDeviceGetName = lambda device: b"NVIDIA GeForce RTX 4090"
+    module.nvmlDeviceGetMigMode = lambda device: (0, 0)
     module.nvmlSystemGetDriverVersion = lambda: "580.1"
     module.nvmlDeviceGetTotalEnergyConsumption = lambda device: 2500
     process = types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=7 << 20)
@@ -67,11 +68,41 @@ def test_what_loading_added_is_the_process_s_or_else_the_card_s():
 
 def test_peaks_are_of_the_card_and_of_no_other():
     found = gpu_peak("NVIDIA GeForce RTX 4090", integers=True)
-    assert (found.operations, found.bytes) == (661e12, 1.01e12)
+    assert (found.operations, found.bytes) == (661e12, 1.008e12)
     assert gpu_peak("NVIDIA H100 80GB HBM3", integers=False).operations == 989e12
-    for other in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "Tesla T4"):
-        assert gpu_peak(other, integers=True) is None
-    assert gpu_peak("NVIDIA H100 PCIe", integers=True) is None
+    assert gpu_peak("NVIDIA A100-SXM4-80GB", integers=False).bytes == 2.039e12
+    for smaller in ("NVIDIA A100-SXM4-40GB", "A100-PCIE-40GB"):
+        assert gpu_peak(smaller, integers=False).bytes == 1.555e12
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA RTX A1000",
+        "NVIDIA RTX A1000 Laptop GPU",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H200 NVL",
+        "NVIDIA H100 PCIe",
+        "NVIDIA A100X",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA A100-SXM4-40GB (MIG)",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "Tesla T4",
+        "NVIDIA",
+        "",
+    ],
+)
+def test_the_peak_of_a_card_that_only_sounds_alike_is_not_known(name):
+    assert gpu_peak(name, integers=True) is None
+    assert gpu_peak(name, integers=False) is None
+
+
+def test_a_divided_card_says_so(pynvml):
+    pynvml.nvmlDeviceGetMigMode = lambda device: (1, 1)
+    assert Nvml().name == "NVIDIA GeForce RTX 4090 (MIG)"
+    assert gpu_peak(Nvml().name, integers=True) is None
 
 
 def test_the_processor_is_measured():
