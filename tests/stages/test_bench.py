@@ -202,6 +202,8 @@ def test_the_tables_show_gpu_and_energy_where_they_were_counted():
     memory = tables["loading, memory, share of the device"]
     assert memory.header[-2:] == ("GPU, MB", "J per image")
     assert memory.rows[0][-1] == "1.5"
+    shares = [cells[memory.header.index("of peak")] for cells in memory.rows]
+    assert shares == ["not known", "-"]
     speed = tables["one denoising step and whole images"]
     assert all(len(cells) == len(speed.header) for cells in speed.rows)
 
@@ -331,7 +333,7 @@ def test_a_run_on_the_gpu_has_the_gpu_s_roof_and_no_cpu_baseline(stubbed, monkey
     stubbed.on_gpu.add(label)
     found = bench([str(digits_run), "digits"], batches=[1], turns=2, images=1, threads=1)
     on_gpu, on_cpu = found["rows"]
-    assert on_gpu["roofline"]["peak_is"] == "published peak of RTX 4090, int8, dense"
+    assert on_gpu["roofline"]["peak_is"] == "published peak of GeForce RTX 4090, int8, dense"
     assert on_cpu["roofline"]["peak_is"] == "a stub"
     assert (on_gpu["speedup"], found["unjudged"]) == (None, [label])
 

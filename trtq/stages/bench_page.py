@@ -95,12 +95,16 @@ def _memory_table(result: dict[str, Any]) -> Table:
             _number(memory.get("weights_bytes"), ".0f", 1e-6),
             _number(memory.get("activations_bytes"), ".0f", 1e-6),
             _number(memory.get("peak_bytes"), ".0f", 1e-6),
-            "-" if roof is None else f"{roof['peak_share']:.1%}",
+            _share(roof) if row["measured"] else "-",
         ]
         cells += [_number(memory.get("gpu_bytes"), ".0f", 1e-6)] * gpu
         first = row["batches"][0]["joules_per_image"] if row["batches"] else None
         rows.append((*cells, *[_number(first, ".3g")] * energy))
     return Table(tuple(header), tuple(rows))
+
+
+def _share(roof: dict[str, Any] | None) -> str:
+    return "not known" if roof is None else f"{roof['peak_share']:.1%}"
 
 
 def _history_table(against: dict[str, Any]) -> Table:
