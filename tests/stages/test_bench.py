@@ -9,7 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from trtq.cli import app
-from trtq.errors import ArtefactError, MeasurementError, UsageError
+from trtq.errors import (
+    ArtefactError,
+    MeasurementError,
+    NonFiniteError,
+    TrtqError,
+    UsageError,
+)
 from trtq.manifest import Manifest, read_manifest, write_manifest
 from trtq.stages.bench import bench
 from trtq.stages.bench_page import bench_tables, failures, statements
@@ -223,6 +229,7 @@ class StubWorker:
 
     dying: dict[str, str] = {}
     on_gpu: set[str] = set()
+    error: type[TrtqError] = MeasurementError
     pace = {"slow": 4e-3, "fast": 1e-3}
 
     def __init__(self, module, name):
@@ -241,7 +248,7 @@ class StubWorker:
     def ask(self, question, **arguments):
         self.asked.append(question)
         if self.dying.get(self.name) == question:
-            raise MeasurementError(f"{self.name}: its process was killed")
+            raise self.error(f"{self.name}: its process was killed")
         seconds = self.pace["slow" if "torch" in self.name else "fast"]
         if question == "draw" and arguments["out"] is not None:
             np.save(arguments["out"], np.zeros((arguments["batch"], 1, 2, 2), np.float32))
@@ -295,20 +302,45 @@ def test_slower_rows_are_listed_and_the_gate_exits_with_one(stubbed, monkeypatch
 
 
 @pytest.mark.parametrize("question", ["open", "prepare", "time", "draw", "memory"])
-def test_a_row_whose_process_ends_is_told_and_the_others_go_on(stubbed, digits_onnx, question):
+@pytest.mark.parametrize("error", [MeasurementError, NonFiniteError, ArtefactError, UsageError])
+def test_a_row_that_fails_is_told_and_the_others_go_on(
+    stubbed, monkeypatch, digits_onnx, question, error
+):
     label = f"{digits_onnx}@openvino"
     stubbed.dying[label] = question
+    monkeypatch.setattr(stubbed, "error", error)
     found = bench(
         [str(digits_onnx)], providers=["cpu", "openvino"], batches=[1], turns=2, images=1, threads=1
     )
     rows = {f"{row['path']}@{row['provider']}": row for row in found["rows"]}
     assert not rows[label]["measured"]
-    assert rows[label]["reason"].endswith("its process was killed")
+    assert rows[label]["reason"] == "its process was killed"
     assert rows[label]["latency_ms"] is None
     assert rows[f"{digits_onnx}@cpu"]["measured"]
     assert rows["digits@torch"]["measured"]
     assert failures(found) == [f"not measured: {label}"]
     assert bench_tables(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "question"), [("{}@cpu", "operations"), ("the processor's peak", "cpu_peak")]
+)
+def test_a_roof_that_cannot_be_found_costs_no_row(stubbed, digits_onnx, name, question, caplog):
+    stubbed.dying[name.format(digits_onnx)] = question
+    found = bench([str(digits_onnx)], batches=[1], turns=2, images=1, threads=1)
+    assert [row["measured"] for row in found["rows"]] == [True, True]
+    assert [row["roofline"] for row in found["rows"]] == [None, None]
+    assert f"no {question}" in caplog.text
+
+
+@pytest.mark.parametrize("question", ["open", "draw"])
+@pytest.mark.parametrize(("error", "code"), [(ArtefactError, 1), (UsageError, 2)])
+def test_nothing_measured_is_an_error(stubbed, monkeypatch, question, error, code):
+    monkeypatch.setattr(stubbed, "error", error)
+    stubbed.dying["digits@torch"] = question
+    found = run("digits", "--turns", 2)
+    assert found.exit_code == code
+    assert "no row could be measured: digits@torch: its process was killed" in found.stderr
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt-rtx", "tensorrt"])

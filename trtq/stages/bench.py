@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from trtq.bench.process import Worker
 from trtq.bench.summary import speedup, summarize
 from trtq.bench.turns import rotated
 from trtq.engine.tensorrt.run import obstacle
-from trtq.errors import MeasurementError, UsageError
+from trtq.errors import MeasurementError, TrtqError, UsageError
 from trtq.evaluate.metrics import psnr_db
 from trtq.export.targets import has_vnni
 from trtq.manifest import package_versions
@@ -30,6 +31,8 @@ from trtq.stages.bench_targets import Target, baseline, parse_targets
 from trtq.stages.bench_worker import DENOISER
 
 __all__ = ["bench"]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_STEPS = 20
 _WORKER = "trtq.stages.bench_worker"
@@ -43,7 +46,7 @@ class _Row:
     Attributes:
         target: what it is.
         worker: its process; None when there is none, or no more.
-        reason: why it is not measured.
+        error: why it is not measured.
         opened: what the worker said when it loaded the artefact.
         batches: what was measured, by batch size.
         memory: what the worker said of it.
@@ -53,7 +56,7 @@ class _Row:
 
     target: Target
     worker: Worker | None = None
-    reason: str | None = None
+    error: TrtqError | None = None
     opened: dict[str, Any] = field(default_factory=dict)
     batches: dict[int, dict[str, Any]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
@@ -65,14 +68,21 @@ class _Row:
         """`gpu` or `cpu`, as the worker said when it had loaded the artefact; None if it has not."""
         return self.opened.get("device")
 
+    @property
+    def reason(self) -> str | None:
+        """Why it is not measured, without its name; None if it is."""
+        return (
+            None if self.error is None else str(self.error).removeprefix(f"{self.target.label}: ")
+        )
+
     def ask(self, question: str, **arguments: Any) -> dict[str, Any] | None:
-        """The worker's answer; None if it has ended, which is then the row's reason."""
+        """The worker's answer; None if it failed or has ended, which is then the row's error."""
         if self.worker is None:
             return None
         try:
             return self.worker.ask(question, **arguments)
-        except MeasurementError as err:
-            self.reason = str(err)
+        except TrtqError as err:  # The others go on: what they took would be lost.
+            self.error = err
             self.worker.close()
             self.worker = None
             return None
@@ -147,8 +157,9 @@ def bench(
 
     Raises:
         UsageError: see `parse_targets`; the rows are different models; `against` is no such result, or
-            of another device.
-        ArtefactError: an artefact cannot be read.
+            of another device; no row can be measured with what was asked for.
+        ArtefactError: an artefact's manifest cannot be read.
+        MeasurementError: no row could be measured; a single one that fails says why instead.
     """
     targets = parse_targets(paths, providers)
     notes: list[str] = []
@@ -160,6 +171,7 @@ def bench(
         rows = [_start(target, stack) for target in targets]
         size = next((target.size for target in targets if target.size is not None), None)
         _open(rows, count, size, report)
+        _check_any_left(rows)
         _check_same_model(rows)
         sampling = _sampling(rows, steps, guidance)
         prompts = next((row.opened["prompts"] for row in rows if row.opened), None)
@@ -169,6 +181,7 @@ def bench(
                 _measure_parts(rows, batch, plan, report)
                 _measure_images(rows, batch, plan, Path(scratch), report)
         _finish(rows, plan)
+        _check_any_left(rows)
         peaks = _peaks(stack, rows, count)
     result = _result(rows, plan, peaks, device, notes)
     result["against"] = None if former is None else compare(former, result, str(against))
@@ -190,7 +203,7 @@ def _start(target: Target, stack: ExitStack) -> _Row:
     if target.kind == "engine":
         reason = obstacle(target.provider)
         if reason is not None:
-            return _Row(target, reason=reason)
+            return _Row(target, error=MeasurementError(reason))
     return _Row(target, stack.enter_context(Worker(_WORKER, target.label)))
 
 
@@ -208,6 +221,17 @@ def _open(rows: list[_Row], threads: int, size: str | None, report: Reporter) ->
         )
         row.opened = found or {}
     report("load", len(rows), len(rows))
+
+
+def _check_any_left(rows: list[_Row]) -> None:
+    """Raises UsageError or MeasurementError where every row has failed."""
+    errors = {row.target.label: row.error for row in rows if row.error is not None}
+    if len(errors) < len(rows):
+        return
+    wrong_use = all(isinstance(err, UsageError) for err in errors.values())
+    reasons = "; ".join(f"{row.target.label}: {row.reason}" for row in rows)
+    kind = UsageError if wrong_use else MeasurementError
+    raise kind(f"no row could be measured: {reasons}")
 
 
 def _check_same_model(rows: list[_Row]) -> None:
@@ -302,11 +326,20 @@ def _finish(rows: list[_Row], plan: _Plan) -> None:
         row.memory = found | {"peak_bytes": max(peaks)}
     counter = next(iter(_live(rows)), None)
     for batch in plan.batches:
-        found = counter and counter.ask(
-            "operations", batch=batch, steps=plan.steps, guidance=plan.guidance
+        found = counter and _extra(
+            counter.worker, "operations", batch=batch, steps=plan.steps, guidance=plan.guidance
         )
         for row in rows:
             row.operations[batch] = found["operations"] if found else None
+
+
+def _extra(worker: Worker | None, question: str, **arguments: Any) -> dict[str, Any] | None:
+    """An answer that no timing depends on; None where the worker has none."""
+    try:
+        return None if worker is None else worker.ask(question, **arguments)
+    except TrtqError as err:
+        logger.warning("%s: no %s: %s", worker.name if worker else "", question, err)
+        return None
 
 
 def _peaks(stack: ExitStack, rows: list[_Row], threads: int) -> dict[str, Peak | None]:
@@ -320,7 +353,8 @@ def _peaks(stack: ExitStack, rows: list[_Row], threads: int) -> dict[str, Peak |
         "gpu low-bit": gpu_peak(gpu, integers=True) if gpu else None,
     }
     worker = stack.enter_context(Worker(_WORKER, "the processor's peak"))
-    peaks["cpu"] = Peak(**worker.ask("cpu_peak", threads=threads))
+    found = _extra(worker, "cpu_peak", threads=threads)
+    peaks["cpu"] = None if found is None else Peak(**found)
     return peaks
 
 
@@ -366,7 +400,7 @@ def _result(
 
 def _measured(rows: list[_Row], batch: int) -> Iterator[_Row]:
     for row in rows:
-        if row.reason is None and DENOISER in row.batches.get(batch, {}).get("parts", {}):
+        if row.error is None and DENOISER in row.batches.get(batch, {}).get("parts", {}):
             yield row
 
 
@@ -394,7 +428,7 @@ def _row_result(
     row: _Row, rows: list[_Row], plan: _Plan, peaks: dict[str, Peak | None]
 ) -> dict[str, Any]:
     target = row.target
-    measured = row.reason is None
+    measured = row.error is None
     first = row.batches[plan.batches[0]] if measured else {}
     return {
         "path": target.path,
@@ -421,7 +455,7 @@ def _row_result(
 
 def _psnr(row: _Row, rows: list[_Row]) -> float | None:
     """Of a low-bit row's images to those of the first float row, in dB."""
-    floats = [one for one in rows if not one.target.low_bit and one.images and one.reason is None]
+    floats = [one for one in rows if not one.target.low_bit and one.images and one.error is None]
     if not row.target.low_bit or not floats:
         return None
     ours, theirs = (torch.from_numpy(np.concatenate(one.images)) for one in (row, floats[0]))
