@@ -15,7 +15,7 @@ from trtq._optional import require
 from trtq.bench.cost import count_operations
 from trtq.bench.device import GpuMemory, Nvml, cpu_peak
 from trtq.bench.process import answer_questions
-from trtq.bench.turns import calls_per_turn, time_calls
+from trtq.bench.turns import calls_per_turn, time_call, time_calls
 from trtq.diffusion.sampling import Conditions, predict, seeded_noise
 from trtq.diffusion.source import Source, resolve_model
 from trtq.engine.denoiser import EngineDenoiser
@@ -127,8 +127,7 @@ class Subject:
             DECODER: lambda: self._decoder_call(batch),
         }
         self._call = makers[part]()
-        (first,) = time_calls(self._call, 1)
-        (second,) = time_calls(self._call, 1)
+        first, second = time_call(self._call), time_call(self._call)
         self._calls = calls_per_turn(second)
         return {"first_call_seconds": first, "calls": self._calls}
 
