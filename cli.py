@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +47,7 @@ Guidance = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
 
+_NAME_WIDTH = 28
 # What is printed holds names that users gave: brackets and colons in them are no markup and no emoji.
 _err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 _out = Console(highlight=False, markup=False, emoji=False)
@@ -101,6 +102,18 @@ def _pairs(title: str, rows: dict[str, Any]) -> None:
     for key, value in rows.items():
         table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
     _out.print(table)
+
+
+def _folding(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table that drops nothing in a narrow terminal: cells take more lines, names last of all."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    longest = max((len(row[0]) for row in rows), default=0)
+    table.add_column(header[0], overflow="fold", min_width=min(longest, _NAME_WIDTH))
+    for name in header[1:]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _version(wanted: bool) -> None:
@@ -578,12 +591,8 @@ def bench(
 
         def human(found: dict[str, Any]) -> None:
             for title, shown in bench_tables(found).items():
-                table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-                for name in shown.header:
-                    table.add_column(name, overflow="fold")
-                for row in shown.rows:
-                    table.add_row(*row)
-                _out.print(table)
+                _out.print(_folding(title, shown.header, shown.rows))
+                _out.print()
             for line in statements(found):
                 _out.print(line, soft_wrap=True)
 

@@ -14,7 +14,7 @@ __all__ = ["bench_page", "bench_tables", "failures", "statements"]
 
 STEP_TITLE = "one denoising step"
 IMAGES_TITLE = "whole images"
-MEMORY_TITLE = "loading, memory, share of the device"
+MEMORY_TITLE = "loading, memory in MB, share of the device"
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -132,12 +132,11 @@ def _parts_table(result: dict[str, Any], names: dict[str, str]) -> Table:
 
 
 def _memory_table(result: dict[str, Any], names: dict[str, str]) -> Table:
-    header = ["row", "load, s", "build, s", "denoiser, MB", "weights, MB", "activations, MB"]
-    header += ["peak, MB", "of peak"]
+    header = ["row", "load, s", "build, s", "files", "weights", "activations", "most", "of peak"]
     measured = [row for row in result["rows"] if row["measured"]]
     gpu = any("gpu_bytes" in (row["memory"] or {}) for row in measured)
     energy = any(one["joules_per_image"] for row in measured for one in row["batches"])
-    header += ["GPU, MB"] * gpu + ["J per image"] * energy
+    header += ["GPU"] * gpu + ["J per image"] * energy
     rows = []
     for row in result["rows"]:
         memory, roof = row["memory"] or {}, row["roofline"]
@@ -260,9 +259,10 @@ _EXPLAINED = {
         "median over draws; to float as above. PSNR: against the float model's images, same noise."
     ),
     MEMORY_TITLE: (
-        "Weights: resident memory that loading added. Activations: what calling added at most; the "
-        "openvino provider compiles at the first call, so its weights count there. Of peak: the "
-        "denoiser's products against the device's peak."
+        "Files: the denoiser's. Weights: resident memory that loading added. Activations: what calling "
+        "added at most; the openvino provider compiles at the first call, so its weights count there. "
+        "Most: the highest of the process, libraries included. GPU: what the process has there. Of peak: "
+        "the denoiser's products against the device's peak."
     ),
 }
 
