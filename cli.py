@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -46,8 +47,10 @@ Guidance = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
 
-_err = Console(stderr=True, highlight=False)
-_out = Console(highlight=False)
+_NAME_WIDTH = 28
+# What is printed holds names that users gave: brackets and colons in them are no markup and no emoji.
+_err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+_out = Console(highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
@@ -66,12 +69,12 @@ def _command(verbose: bool) -> Iterator[None]:
     except TrtqError as err:
         if verbose:
             _err.print_exception()
-        _err.print(f"error: {err}", style="red", markup=False, soft_wrap=True)
+        _err.print(f"error: {err}", style="red", soft_wrap=True)
         raise typer.Exit(err.exit_code) from err
     except OSError as err:
         if verbose:
             _err.print_exception()
-        _err.print(f"error: {err}", style="red", markup=False, soft_wrap=True)
+        _err.print(f"error: {err}", style="red", soft_wrap=True)
         raise typer.Exit(1) from err
     except KeyboardInterrupt as err:
         _err.print("interrupted")
@@ -99,6 +102,18 @@ def _pairs(title: str, rows: dict[str, Any]) -> None:
     for key, value in rows.items():
         table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
     _out.print(table)
+
+
+def _folding(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table that drops nothing in a narrow terminal: cells take more lines, names last of all."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    longest = max((len(row[0]) for row in rows), default=0)
+    table.add_column(header[0], overflow="fold", min_width=min(longest, _NAME_WIDTH))
+    for name in header[1:]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _version(wanted: bool) -> None:
@@ -133,9 +148,9 @@ def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
             rows |= {k: v or "-" for k, v in found["packages"].items()}
             _pairs("trtq doctor", rows)
             for problem in found["problems"]:
-                _out.print(f"! {problem}", markup=False)
+                _out.print(f"! {problem}")
             for hint in found["hints"]:
-                _out.print(f"- {hint}", markup=False)
+                _out.print(f"- {hint}")
             if found["ok"]:
                 _out.print("all well")
 
@@ -521,8 +536,14 @@ def bench(
         int, typer.Option("--images", min=1, help="Drawn with each row, at the least.")
     ] = 8,
     turns: Annotated[
-        int, typer.Option("--turns", min=2, help="Of half a second of calls each, row after row.")
-    ] = 10,
+        int | None,
+        typer.Option(
+            "--turns",
+            min=2,
+            help="Of half a second of calls each, row after row; 10, or more if "
+            "a verdict needs more.",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Of every row; by default all cores.")
     ] = None,
@@ -566,6 +587,7 @@ def bench(
             threads=threads,
             seed=seed,
             against=against,
+            judge=gate,
             report=LineReporter(),
         )
         if output is not None:
@@ -574,12 +596,10 @@ def bench(
 
         def human(found: dict[str, Any]) -> None:
             for title, shown in bench_tables(found).items():
-                table = Table(*shown.header, title=title, title_justify="left")
-                for row in shown.rows:
-                    table.add_row(*row)
-                _out.print(table)
+                _out.print(_folding(title, shown.header, shown.rows))
+                _out.print()
             for line in statements(found):
-                _out.print(line, markup=False, soft_wrap=True)
+                _out.print(line, soft_wrap=True)
 
         _show(result, as_json, human)
         failed = failures(result)
@@ -693,7 +713,7 @@ def triton(
                 table.add_row(name, *(str(row[key]) for key in keys), str(len(row["files"])))
             _out.print(table)
             for note in found["notes"]:
-                _out.print(f"note: {note}", markup=False, soft_wrap=True)
+                _out.print(f"note: {note}", soft_wrap=True)
 
         _show(result, as_json, human)
 
@@ -731,7 +751,7 @@ def inspect(
                 table.add_row(*cells, scale_range(row), points, row.get("reason", ""))
             _out.print(table)
             for row in found.get("engine_layers") or []:
-                _out.print(str(row.get("Name")), markup=False, soft_wrap=True)
+                _out.print(str(row.get("Name")), soft_wrap=True)
 
         _show(inspect_artefact(path), as_json, human)
 
@@ -790,7 +810,7 @@ def _show_verified(path: str, found: dict[str, Any]) -> None:
     for name, runtime in found.get("runtimes", {}).items():
         for finding in runtime["findings"]:
             text = f"{name}: {finding['layer']}: {finding['rule']}. {finding['mend']}"
-            _out.print(text, markup=False, soft_wrap=True)
+            _out.print(text, soft_wrap=True)
     if found.get("layers"):
         table = Table(title="layers against torch", title_justify="left")
         for column in ("layer", "dB"):
@@ -798,7 +818,7 @@ def _show_verified(path: str, found: dict[str, Any]) -> None:
         for row in found["layers"]:
             table.add_row(row["name"], f"{row['snr_db']:.1f}")
         _out.print(table)
-        _out.print(f"first layer with a flipped code: {found['first'] or 'none'}", markup=False)
+        _out.print(f"first layer with a flipped code: {found['first'] or 'none'}")
     _out.print("all well" if found["ok"] else "something is wrong, see above")
 
 

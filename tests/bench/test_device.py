@@ -7,7 +7,7 @@ import types
 import pytest
 
 from trtq.bench.cost import count_operations, roofline
-from trtq.bench.device import Nvml, Peak, cpu_peak, gpu_peak
+from trtq.bench.device import GpuMemory, Nvml, Peak, cpu_peak, gpu_peak
 
 
 @pytest.fixture
@@ -20,6 +20,7 @@ def pynvml(monkeypatch):
     module.nvmlInit = lambda: None
     module.nvmlDeviceGetHandleByIndex = lambda index: index
     module.nvmlDeviceGetName = lambda device: b"NVIDIA GeForce RTX 4090"
+    module.nvmlDeviceGetMigMode = lambda device: (0, 0)
     module.nvmlSystemGetDriverVersion = lambda: "580.1"
     module.nvmlDeviceGetTotalEnergyConsumption = lambda device: 2500
     process = types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=7 << 20)
@@ -35,7 +36,8 @@ def test_without_a_driver_everything_is_none(monkeypatch, pynvml):
 
     pynvml.nvmlInit = fail
     nvml = Nvml()
-    assert (nvml.name, nvml.driver, nvml.joules, nvml.used_bytes) == (None,) * 4
+    assert (nvml.name, nvml.driver, nvml.joules) == (None,) * 3
+    assert nvml.memory == GpuMemory(None, None)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert Nvml().name is None
 
@@ -43,26 +45,64 @@ def test_without_a_driver_everything_is_none(monkeypatch, pynvml):
 def test_a_gpu_says_its_name_energy_and_memory(pynvml):
     nvml = Nvml()
     assert (nvml.name, nvml.driver) == ("NVIDIA GeForce RTX 4090", "580.1")
-    assert (nvml.joules, nvml.used_bytes) == (2.5, 7 << 20)
+    assert (nvml.joules, nvml.memory) == (2.5, GpuMemory(7 << 20, 9 << 20))
 
 
-def test_what_a_card_does_not_count_is_none_or_of_the_whole_card(pynvml):
+def test_what_a_card_does_not_count_is_none(pynvml):
     def refuse(device):
         raise pynvml.NVMLError
 
     pynvml.nvmlDeviceGetTotalEnergyConsumption = refuse
     pynvml.nvmlDeviceGetComputeRunningProcesses = refuse
     assert Nvml().joules is None
-    assert Nvml().used_bytes == 9 << 20
+    assert Nvml().memory == GpuMemory(None, 9 << 20)
+
+
+def test_what_loading_added_is_the_process_s_or_else_the_card_s():
+    # A process is unknown to the driver until it has used the GPU.
+    assert GpuMemory(7, 90).added_to(GpuMemory(None, 80)) == 7
+    assert GpuMemory(7, 90).added_to(GpuMemory(5, 80)) == 2
+    assert GpuMemory(None, 90).added_to(GpuMemory(None, 80)) == 10
+    assert GpuMemory(None, None).added_to(GpuMemory(None, 80)) is None
 
 
 def test_peaks_are_of_the_card_and_of_no_other():
     found = gpu_peak("NVIDIA GeForce RTX 4090", integers=True)
-    assert (found.operations, found.bytes) == (661e12, 1.01e12)
+    assert (found.operations, found.bytes) == pytest.approx((661e12, 1.008e12))
     assert gpu_peak("NVIDIA H100 80GB HBM3", integers=False).operations == 989e12
-    for other in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "Tesla T4"):
-        assert gpu_peak(other, integers=True) is None
-    assert gpu_peak("NVIDIA H100 PCIe", integers=True) is None
+    assert gpu_peak("NVIDIA A100-SXM4-80GB", integers=False).bytes == pytest.approx(2.039e12)
+    for smaller in ("NVIDIA A100-SXM4-40GB", "A100-PCIE-40GB"):
+        assert gpu_peak(smaller, integers=False).bytes == pytest.approx(1.555e12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA RTX A1000",
+        "NVIDIA RTX A1000 Laptop GPU",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H200 NVL",
+        "NVIDIA H100 PCIe",
+        "NVIDIA A100X",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA A100-SXM4-40GB (MIG)",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "Tesla T4",
+        "NVIDIA",
+        "",
+    ],
+)
+def test_the_peak_of_a_card_that_only_sounds_alike_is_not_known(name):
+    assert gpu_peak(name, integers=True) is None
+    assert gpu_peak(name, integers=False) is None
+
+
+def test_a_divided_card_says_so(pynvml):
+    pynvml.nvmlDeviceGetMigMode = lambda device: (1, 1)
+    assert Nvml().name == "NVIDIA GeForce RTX 4090 (MIG)"
+    assert gpu_peak(Nvml().name, integers=True) is None
 
 
 def test_the_processor_is_measured():

@@ -1,40 +1,105 @@
 """Comparing with a former result."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from trtq.bench.history import FORMAT_VERSION, compare, read_former
+from trtq.bench.history import FORMAT_VERSION, Former, check_same_run, compare, read_former
 from trtq.errors import UsageError
 
 DEVICE = {"cpu": "a processor", "threads": 2}
 
 
-def result(turns, path="onnx"):
-    part = {"turns": turns}
-    row = {"path": path, "provider": "cpu", "measured": True}
-    row["batches"] = [{"batch": 1, "parts": {"denoiser": part}}]
-    return {"format_version": FORMAT_VERSION, "device": DEVICE, "date": "then", "rows": [row]}
+def result(turns=(1.0,) * 6, path="onnx", batches=(1,), **changes):
+    """A result of one row whose step and images take so many milliseconds in each turn."""
+    timed = {"turns": list(turns)}
+    row = {"path": path, "provider": "cpu", "bits": "w4a8", "device": "cpu", "measured": True}
+    row |= {"load_seconds": 1.0, "build_seconds": None, "denoiser_bytes": 4_000_000}
+    row |= {"memory": {"weights_bytes": 5_000_000, "peak_bytes": 9_000_000}}
+    parts = {"parts": {"denoiser": timed}, "batch_of_images": timed}
+    row |= {"batches": [{"batch": batch} | parts for batch in batches]} | changes
+    found = {"format_version": FORMAT_VERSION, "device": DEVICE, "date": "then", "rows": [row]}
+    return found | {"steps": 4, "guidance": 1.0, "model_class": "UNet", "shape": [1, 8, 8]}
 
 
-def test_rows_are_compared_by_path_provider_batch_and_part():
-    found = compare(result([1.0] * 6), result([2.0] * 6), "old.json")
-    (row,) = found["rows"]
-    assert (row["row"], row["batch"], row["part"]) == ("onnx@cpu", 1, "denoiser")
-    assert (row["ratio"], row["verdict"]) == (0.5, "slower")
-    assert found["missing"] == []
-    assert compare(result([1.0]), result([1.0], "other"), "x")["missing"] == ["other@cpu"]
+def compared(old, new):
+    return compare(Former.model_validate(old), new, "old.json")
+
+
+def told(old, new):
+    """Verdict and ratio by what is compared."""
+    rows = compared(old, new)["rows"]
+    return {row["what"]: (row["verdict"], row["ratio"]) for row in rows}
+
+
+def test_every_number_of_a_row_is_compared():
+    changes = {"load_seconds": 2.0, "denoiser_bytes": 1_000_000}
+    changes |= {"memory": {"weights_bytes": 5_000_000, "peak_bytes": 3_000_000, "gpu_bytes": 1}}
+    assert told(result(), result([2.0] * 6, **changes)) == {
+        "denoiser": ("worse", 0.5),
+        "whole images": ("worse", 0.5),
+        "load": ("one value each", 0.5),
+        "denoiser's files": ("better", 4.0),
+        "weights": ("equal", 1.0),
+        "peak memory": ("one value each", 3.0),
+    }
+
+
+def test_numbers_have_their_units():
+    rows = compared(result(), result([4.0] * 6))["rows"]
+    shown = {row["what"]: (row["unit"], row["before"], row["after"], row["batch"]) for row in rows}
+    assert shown["denoiser"] == ("ms", 1.0, 4.0, 1)
+    assert shown["whole images"] == ("images/s", 1000.0, 250.0, 1)
+    assert shown["denoiser's files"] == ("MB", 4.0, 4.0, None)
+
+
+def test_better_and_worse_only_beyond_the_spread():
+    assert told(result(), result([0.5] * 6))["whole images"] == ("better", 2.0)
+    assert told(result(), result([2.0] * 3 + [0.5] * 3))["denoiser"][0] == "within the spread"
+    assert told(result([1.0] * 5), result([2.0] * 6))["denoiser"] == ("too few turns", 0.5)
+    assert told(result(), result(denoiser_bytes=5_000_000))["denoiser's files"][0] == "worse"
+    nothing = {"weights_bytes": 0}
+    assert told(result(), result(memory=nothing))["weights"] == ("one value each", None)
+
+
+def test_what_only_one_side_has_is_listed():
+    assert compared(result(), result(path="other"))["missing"] == [
+        "other@cpu: only now",
+        "onnx@cpu: only then",
+    ]
+    assert compared(result(batches=(1, 4)), result(batches=(1, 2)))["missing"] == [
+        "onnx@cpu, batch 2: only now",
+        "onnx@cpu, batch 4: only then",
+    ]
+    gone = result(measured=False, batches=())
+    assert compared(result(), gone)["missing"] == ["onnx@cpu: not measured now"]
+    assert compared(gone, result())["missing"] == ["onnx@cpu: not measured then"]
+
+
+def test_rows_of_other_bits_or_another_device_are_not_compared():
+    found = compared(result(), result([2.0] * 6, bits="w8a8", device="gpu"))
+    assert found["rows"] == []
+    assert found["different"] == ["onnx@cpu: bits w4a8 then, w8a8 now, device cpu then, gpu now"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "cannot read"),
+        ("[" * 100_000, "cannot read"),
         ("[]", "is no result of trtq bench"),
         ('{"rows": []}', "is no result of trtq bench"),
-        (json.dumps(result([1.0]) | {"format_version": 9}), "format version 9"),
+        (json.dumps(result() | {"format_version": 1}), "format version 1"),
+        (json.dumps(result() | {"device": []}), "device: Input should be a valid dictionary"),
+        (json.dumps(result() | {"rows": [{}]}), r"rows\.0\.path: Field required"),
+        (json.dumps(result() | {"rows": 3}), "rows: Input should be a valid list"),
+        (json.dumps(result(turns=[])), r"parts\.denoiser\.turns: List should have at least 1"),
+        (json.dumps(result(turns=[0.0])), r"turns\.0: Input should be greater than 0"),
+        (json.dumps(result(turns=[float("inf")])), r"turns\.0: Input should be a finite number"),
+        (json.dumps(result(memory=[])), r"rows\.0\.memory: Input should be a valid dict"),
         (
-            json.dumps(result([1.0]) | {"device": DEVICE | {"threads": 8}}),
+            json.dumps(result() | {"device": DEVICE | {"threads": 8}}),
             "with threads 8, here it is 2; only the same device compares",
         ),
     ],
@@ -48,7 +113,18 @@ def test_what_cannot_be_compared_with_is_refused(tmp_path, text, message):
 
 def test_a_result_of_the_same_device_is_read(tmp_path):
     path = tmp_path / "old.json"
-    path.write_text(json.dumps(result([1.0])))
-    assert read_former(path, DEVICE)["date"] == "then"
+    path.write_text(json.dumps(result()))
+    assert read_former(path, DEVICE).date == "then"
     with pytest.raises(UsageError, match="cannot read"):
         read_former(tmp_path / "none.json", DEVICE)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 5}, {"guidance": 2.0}, {"model_class": "DiT"}, {"shape": [1, 16, 16]}]
+)
+def test_another_model_size_or_sampling_is_refused(changes):
+    same = {"steps": 4, "guidance": 1.0, "model_class": "UNet", "shape": [1, 8, 8]}
+    former = Former.model_validate(result())
+    check_same_run(former, Path("old.json"), **same)
+    with pytest.raises(UsageError, match="only the same model, size and sampling compare"):
+        check_same_run(former, Path("old.json"), **same | changes)

@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from trtq.bench.summary import compare_medians, median_interval, quantile, speedup, summarize
+from trtq.bench.summary import (
+    compare_medians,
+    least_turns,
+    median_interval,
+    quantile,
+    speedup,
+    summarize,
+)
 
 
 def test_quantiles_are_numpys():
@@ -20,13 +27,52 @@ def test_a_summary_is_in_milliseconds_and_keeps_the_turns():
     assert found["turns"] == [2.0, 2.0]
 
 
-@pytest.mark.parametrize(("count", "skipped"), [(2, 0), (5, 0), (6, 0), (9, 1), (10, 1), (20, 5)])
+@pytest.mark.parametrize(
+    ("calls", "measured"), [(10, False), (99, False), (100, True), (500, True)]
+)
+def test_p99_needs_a_hundred_calls(calls, measured):
+    found = summarize([[0.001] * calls])
+    assert (found["p99"] is not None) == measured
+    assert found["calls"] == calls
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "turns"), [(1, 6), (2, 7), (4, 8), (8, 9), (16, 10), (25, 10), (26, 11)]
+)
+def test_the_whole_range_of_the_fewest_turns_just_has_the_confidence(comparisons, turns):
+    assert least_turns(comparisons) == turns
+    missed = [comparisons * 2 / 2**count for count in (turns, turns - 1)]
+    assert missed[0] <= 0.05 < missed[1]
+    assert median_interval(range(turns), comparisons) == (0, turns - 1)
+    assert median_interval(range(turns - 1), comparisons) is None
+
+
+@pytest.mark.parametrize(("count", "skipped"), [(6, 0), (9, 1), (10, 1), (20, 5)])
 def test_the_interval_of_the_median_has_its_confidence(count, skipped):
-    values = list(range(count))
-    low, high = median_interval(values)
+    low, high = median_interval(list(range(count)))
     assert (low, high) == (skipped, count - 1 - skipped)
     missed = 2 * sum(math.comb(count, k) for k in range(skipped + 1)) / 2**count
-    assert missed <= 0.05 or skipped == 0
+    assert missed <= 0.05 < missed + 2 * math.comb(count, skipped + 1) / 2**count
+
+
+@pytest.mark.parametrize("turns", [2, 3, 4, 5, 6, 8, 10, 20])
+@pytest.mark.parametrize("comparisons", [1, 8])
+def test_equal_rows_are_seldom_told_apart(turns, comparisons):
+    """Chance may call one of all the comparisons of a run slower or faster in a run of twenty."""
+    rng = np.random.default_rng(turns)
+    runs = 2000
+    wrong = 0
+    for _ in range(runs):
+        ours, theirs = rng.lognormal(sigma=0.1, size=(2, comparisons, turns))
+        verdicts = {
+            speedup(a.tolist(), b.tolist(), comparisons)["verdict"]
+            for a, b in zip(theirs, ours, strict=True)
+        }
+        wrong += bool(verdicts & {"faster", "slower"})
+    # Four standard deviations of a count of the allowed share.
+    assert wrong <= 0.05 * runs + 4 * math.sqrt(0.05 * 0.95 * runs)
+    if turns < least_turns(comparisons):
+        assert verdicts == {"too few turns"}
 
 
 def test_faster_only_when_nearly_all_turns_say_so():
@@ -35,13 +81,24 @@ def test_faster_only_when_nearly_all_turns_say_so():
     assert (found["ratio"], found["verdict"]) == (2.0, "faster")
     assert speedup([5.0] * 10, ours)["verdict"] == "slower"
     assert speedup([11.0] * 9 + [9.0], ours)["verdict"] == "faster"
+    assert speedup([11.0] * 9 + [9.0], ours, 4)["verdict"] == "within the spread"
     assert speedup([11.0] * 8 + [9.0] * 2, ours)["verdict"] == "within the spread"
+
+
+def test_with_too_few_turns_there_is_a_ratio_and_no_interval():
+    found = speedup([20.0] * 5, [10.0] * 5)
+    assert found == {"ratio": 2.0, "low": None, "high": None, "verdict": "too few turns"}
+    assert compare_medians([20.0] * 5, [10.0] * 6)["verdict"] == "too few turns"
 
 
 def test_two_runs_differ_only_beyond_the_spread_of_both():
     before = [10.0, 10.1, 9.9, 10.2, 9.8, 10.0]
     same = [10.1, 10.3, 10.0, 10.4, 9.9, 10.2]
+    twice = [2 * value for value in before]
     assert compare_medians(before, same)["verdict"] == "within the spread"
-    found = compare_medians(before, [2 * value for value in before])
-    assert (found["ratio"], found["verdict"]) == (pytest.approx(0.5), "slower")
-    assert compare_medians(before, [value / 2 for value in before])["verdict"] == "faster"
+    found = compare_medians(before, twice)
+    assert (found["ratio"], found["verdict"]) == (pytest.approx(0.5), "worse")
+    assert compare_medians(twice, before)["verdict"] == "better"
+    found = compare_medians(before, twice, more_is_better=True)
+    assert (found["ratio"], found["verdict"]) == (pytest.approx(2.0), "better")
+    assert compare_medians(twice, before, more_is_better=True)["verdict"] == "worse"

@@ -10,12 +10,11 @@ def test_a_turn_is_half_a_second_of_calls(seconds, calls):
     assert calls_per_turn(seconds) == calls
 
 
-def test_the_first_of_several_calls_is_not_counted():
+@pytest.mark.parametrize("calls", [1, 3])
+def test_the_first_call_of_a_turn_is_not_counted_be_the_model_slow_or_fast(calls):
     done = []
-    assert len(time_calls(lambda: done.append(1), 3)) == 3
-    assert len(done) == 4
-    assert len(time_calls(lambda: done.append(1), 1)) == 1
-    assert len(done) == 5
+    assert len(time_calls(lambda: done.append(1), calls)) == calls
+    assert len(done) == calls + 1
 
 
 def test_turns_interleave_and_begin_with_another_each_time():

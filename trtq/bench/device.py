@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Nvml", "Peak", "cpu_count", "cpu_name", "cpu_peak", "gpu_peak"]
+__all__ = ["GpuMemory", "Nvml", "Peak", "cpu_count", "cpu_name", "cpu_peak", "gpu_peak"]
 
 _MATRIX = 1024
 _COPIED_BYTES = 1 << 27
@@ -34,27 +34,35 @@ class Peak:
 
 
 _TERA = 1e12
-# fp16 with fp32 accumulators, int8 (dense, both in TOP/s), memory in TB/s. SMs x operations per clock
-# and SM x boost clock; those of the H100 and H200 are NVIDIA's.
+# By the driver's name of the card: fp16 with fp32 accumulators, int8 (dense, both in TOP/s), memory in
+# TB/s. SMs x operations per clock and SM x boost clock; those of the A100, H100 and H200 are NVIDIA's.
 _NVIDIA = {
-    "RTX 3090": (71, 285, 0.94),
-    "RTX 4090": (165, 661, 1.01),
-    "RTX 5090": (210, 838, 1.79),
-    "A100": (312, 624, 2.0),
-    "H100": (989, 1979, 3.35),
+    "GeForce RTX 3090": (71, 285, 0.936),
+    "GeForce RTX 4090": (165, 661, 1.008),
+    "GeForce RTX 5090": (210, 838, 1.792),
+    "A100-SXM4-40GB": (312, 624, 1.555),
+    "A100-PCIE-40GB": (312, 624, 1.555),
+    "A100-SXM4-80GB": (312, 624, 2.039),
+    "A100 80GB PCIe": (312, 624, 1.935),
+    "H100 80GB HBM3": (989, 1979, 3.35),
     "H200": (989, 1979, 4.8),
 }
-_OTHER_CHIPS = ("Laptop", "Ti", "SUPER", "PCIe", "NVL", "D ")
-"""Cards of a similar name with other numbers."""
 
 
 def gpu_peak(name: str, *, integers: bool) -> Peak | None:
-    """The published peak of a GPU, for int8 or for fp16; None of one that is not in our table."""
-    for known, (half, int8, memory) in _NVIDIA.items():
-        if known in name and not any(word in f"{name} " for word in _OTHER_CHIPS):
-            what = f"published peak of {known}, {'int8' if integers else 'fp16'}, dense"
-            return Peak((int8 if integers else half) * _TERA, memory * _TERA, what)
-    return None
+    """The published peak of a GPU, for int8 or for fp16; None of one that is not in our table.
+
+    Args:
+        name: the driver's. Only a whole one is known: what is sold under a name that begins alike has
+            other numbers, and so has a slice of a card.
+        integers: the peak of int8.
+    """
+    known = name.removeprefix("NVIDIA ")
+    if known not in _NVIDIA:
+        return None
+    half, int8, memory = _NVIDIA[known]
+    what = f"published peak of {known}, {'int8' if integers else 'fp16'}, dense"
+    return Peak((int8 if integers else half) * _TERA, memory * _TERA, what)
 
 
 def cpu_peak(threads: int) -> Peak:
@@ -99,6 +107,28 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes in use on a GPU at a moment; None where the driver does not tell.
+
+    Attributes:
+        process: of this process, which is unknown until it has used the GPU, and where process ids are
+            not the driver's, as in a container.
+        card: of everything on the card.
+    """
+
+    process: int | None = None
+    card: int | None = None
+
+    def added_to(self, before: GpuMemory) -> int | None:
+        """Bytes that came between an earlier moment and this one: by this process, else on the card."""
+        if self.process is not None:
+            return max(self.process - (before.process or 0), 0)
+        if self.card is None or before.card is None:
+            return None
+        return max(self.card - before.card, 0)
+
+
 class Nvml:
     """The first NVIDIA GPU as its driver counts; without one, or without nvidia-ml-py, it says None."""
 
@@ -123,9 +153,11 @@ class Nvml:
 
     @property
     def name(self) -> str | None:
-        """Of the GPU."""
+        """Of the GPU; ends in `(MIG)` where it is divided and a process has only a slice of it."""
         found = self._ask(lambda: self._nvml.nvmlDeviceGetName(self._device))
-        return found.decode() if isinstance(found, bytes) else found
+        name: str | None = found.decode() if isinstance(found, bytes) else found
+        divided = self._ask(lambda: self._nvml.nvmlDeviceGetMigMode(self._device))
+        return f"{name} (MIG)" if name is not None and divided and divided[0] else name
 
     @property
     def driver(self) -> str | None:
@@ -140,11 +172,12 @@ class Nvml:
         return None if found is None else found / 1e3
 
     @property
-    def used_bytes(self) -> int | None:
-        """GPU memory of this process; of the whole card where the driver does not tell processes."""
+    def memory(self) -> GpuMemory:
+        """What is in use now."""
         rows = self._ask(lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._device))
         mine = [row.usedGpuMemory for row in rows or () if row.pid == os.getpid()]
-        if mine and mine[0] is not None:
-            return int(mine[0])
         whole = self._ask(lambda: self._nvml.nvmlDeviceGetMemoryInfo(self._device))
-        return None if whole is None else int(whole.used)
+        return GpuMemory(
+            int(mine[0]) if mine and mine[0] is not None else None,
+            None if whole is None else int(whole.used),
+        )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-__all__ = ["calls_per_turn", "rotated", "take_turns", "time_calls"]
+__all__ = ["calls_per_turn", "rotated", "take_turns", "time_call", "time_calls"]
 
 TURN_SECONDS = 0.5
 MOST_CALLS = 50
@@ -18,19 +18,21 @@ def calls_per_turn(call_seconds: float) -> int:
     return max(1, min(MOST_CALLS, round(TURN_SECONDS / max(call_seconds, 1e-6))))
 
 
+def time_call(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def time_calls(call: Callable[[], object], calls: int) -> list[float]:
     """Seconds of each of a number of calls.
 
-    Before several there is one that is not counted: caches and sleeping threads are not the model's.
+    Before them there is one that is not counted: caches and sleeping threads are not the model's. A slow
+    model gets it as a fast one does, though its turn then takes twice as long: they are compared.
     """
-    if calls > 1:
-        call()
-    seconds = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+    call()
+    return [time_call(call) for _ in range(calls)]
 
 
 def rotated(items: list[_Item], turn: int) -> list[_Item]:
@@ -52,8 +54,7 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-warm_up, turns):
         for name in rotated(list(calls), turn):
-            start = time.perf_counter()
-            calls[name]()
+            taken = time_call(calls[name])
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds

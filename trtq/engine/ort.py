@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
+    "GPU_PROVIDERS",
     "PROVIDERS",
     "OrtEngine",
     "OrtSession",
@@ -37,6 +38,8 @@ PROVIDERS = {
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+GPU_PROVIDERS = ("cuda", "tensorrt-rtx", "tensorrt")
+"""Those that compute on an NVIDIA GPU; engines have the names of the last two."""
 
 _PLUGIN_DOMAIN = b"\x3a\x04" + DOMAIN.encode()
 """A node's field 7, as protobuf writes it."""

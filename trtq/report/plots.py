@@ -28,6 +28,12 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _text(label: str) -> str:
+    """A label as it is: matplotlib typesets text between dollars, and hides what begins with _."""
+    plain = label.replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
+
+
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -43,7 +49,7 @@ def snr_curves(curves: Mapping[str, Sequence[float]], timesteps: Sequence[float]
     """
     figure, axes = _figure(8.5, 3.4)
     for (name, values), colour in zip(curves.items(), _COLOURS * 9, strict=False):
-        axes.plot(timesteps, values, marker="o", markersize=3.5, color=colour, label=name)
+        axes.plot(timesteps, values, marker="o", markersize=3.5, color=colour, label=_text(name))
     axes.invert_xaxis()
     axes.set_xlabel("timestep (noise on the left, image on the right)")
     axes.set_ylabel("SNR against float, dB")
@@ -64,7 +70,7 @@ def scale_map(tables: Mapping[str, Sequence[float]], timesteps: Sequence[float])
     figure, axes = _figure(8.5, 1.2 + 0.155 * len(rows))
     bound = float(np.abs(relative).max()) or 1.0
     shown = axes.imshow(relative, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
-    axes.set_yticks(range(len(tables)), list(tables), fontsize=6)
+    axes.set_yticks(range(len(tables)), [_text(name) for name in tables], fontsize=6)
     axes.set_xticks(range(len(timesteps)), [f"{t:g}" for t in reversed(timesteps)], fontsize=7)
     axes.set_xlabel("timestep")
     figure.colorbar(shown, ax=axes, label="log2 of scale over the layer's mean", shrink=0.6)
@@ -79,7 +85,7 @@ def latency_boxes(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     """
     figure, axes = _figure(8.5, 0.9 + 0.42 * len(rows))
     boxes = [
-        {"label": label, "med": row["p50"], "q1": row["q1"], "q3": row["q3"]}
+        {"label": _text(label), "med": row["p50"], "q1": row["q1"], "q3": row["q3"]}
         | {"whislo": row["q1"], "whishi": row["p90"]}
         for label, row in rows.items()
     ]
@@ -99,7 +105,7 @@ def throughput_curves(curves: Mapping[str, Mapping[int, float]]) -> bytes:
     """Images per second over the batch size; values by batch size by label."""
     figure, axes = _figure(8.5, 3.2)
     for (label, values), colour in zip(curves.items(), _COLOURS * 9, strict=False):
-        axes.plot(list(values), list(values.values()), marker="o", color=colour, label=label)
+        axes.plot(list(values), list(values.values()), marker="o", color=colour, label=_text(label))
     axes.set_xticks(sorted({batch for values in curves.values() for batch in values}))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("images at once")
@@ -125,7 +131,7 @@ def roofline_plot(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
         axes.plot(span, np.minimum(operations, span * transferred) / 1e9, color="#5b6875")
     for (label, row), colour in zip(rows.items(), _COLOURS * 9, strict=False):
         rate = row["operations_per_second"] / 1e9
-        axes.plot(row["operations_per_byte"], rate, "o", color=colour, label=label)
+        axes.plot(row["operations_per_byte"], rate, "o", color=colour, label=_text(label))
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte of weights")

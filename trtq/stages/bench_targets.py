@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtq.diffusion.source import resolve_model
+from trtq.diffusion.source import DENOISERS, resolve_model
 from trtq.engine.ort import PROVIDERS, check_provider
 from trtq.errors import ArtefactError, UsageError
 from trtq.manifest import MANIFEST_NAME, Manifest, artefact_kind, find_origin, read_manifest, sha256
 from trtq.quant.storage import FILE_NAME
-from trtq.stages.graph_file import DATA_NAME, MODEL_FILE
+from trtq.stages.graph_file import DATA_NAME, MODEL_FILE, model_file
 from trtq.stages.load import TORCH
 
 __all__ = ["Target", "baseline", "find_checkpoint", "parse_batches", "parse_targets"]
 
 RESERVED = ("kernels",)
 """Words of the command line that are no paths."""
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _KINDS = {"checkpoint": "a float checkpoint", "run": "a run", "onnx": "an ONNX folder"}
 
 
@@ -61,11 +63,6 @@ class Target:
         return str(recipe["bits"] if recipe else self.manifest.options.get("precision", "fp32"))
 
     @property
-    def device(self) -> str:
-        """Where it runs: `gpu` or `cpu`."""
-        return "gpu" if self.provider == "cuda" or self.kind == "engine" else "cpu"
-
-    @property
     def size(self) -> str | None:
         """Image size that it was made for, `HEIGHTxWIDTH`; None: the model's own."""
         if self.manifest is None:
@@ -75,18 +72,22 @@ class Target:
 
     @property
     def denoiser_bytes(self) -> int | None:
-        """Size of the denoiser's files; None where they are not in a folder."""
+        """Size of the denoiser's files that are loaded; None where they are not found in a folder."""
         place = resolve_model(self.path) if self.manifest is None else Path(self.path)
         if isinstance(place, str):
             return None
         if self.manifest is None:
-            names = [f"{name}/*.safetensors" for name in ("unet", "transformer")]
+            files = _checkpoint_files(place)
         elif self.kind == "run":
-            names = [FILE_NAME]
+            files = [place / FILE_NAME]
         else:
-            name = self.manifest.denoiser
-            names = [f"{name}/{MODEL_FILE}", f"{name}/{DATA_NAME}*", f"{name}/*.engine"]
-        return sum(file.stat().st_size for pattern in names for file in place.glob(pattern))
+            folder = place / self.manifest.denoiser
+            graph = model_file(folder)
+            files = [graph]
+            if graph.name == MODEL_FILE:
+                files += folder.glob(f"{DATA_NAME}*")
+        sizes = [file.stat().st_size for file in files if file.is_file()]
+        return sum(sizes) if sizes and len(sizes) == len(files) else None
 
     @property
     def build_seconds(self) -> float | None:
@@ -94,6 +95,24 @@ class Target:
         if self.manifest is None or self.kind != "engine":
             return None
         return float(sum(row["build_seconds"] for row in self.manifest.metrics["engines"]))
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """The denoiser's weights in a checkpoint, as diffusers chooses them: not the copies in other forms.
+
+    Variants (`.fp16`, `.non_ema`) and pickles are not loaded; shards are those that the index names.
+    """
+    for name in DENOISERS:
+        whole, index = folder / name / _WEIGHTS, folder / name / f"{_WEIGHTS}.index.json"
+        if index.is_file():
+            try:
+                shards = {*json.loads(index.read_text("utf-8"))["weight_map"].values()}
+                return [folder / name / shard for shard in shards]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                return []
+        if whole.is_file():
+            return [whole]
+    return []
 
 
 def parse_batches(text: str) -> tuple[int, ...]:

@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from trtq._optional import require
 from trtq.bench.cost import count_operations
-from trtq.bench.device import Nvml, cpu_peak
+from trtq.bench.device import GpuMemory, Nvml, cpu_peak
 from trtq.bench.process import answer_questions
-from trtq.bench.turns import calls_per_turn, time_calls
+from trtq.bench.turns import calls_per_turn, time_call, time_calls
 from trtq.diffusion.sampling import Conditions, predict, seeded_noise
 from trtq.diffusion.source import Source, resolve_model
+from trtq.engine.denoiser import EngineDenoiser
+from trtq.engine.ort import GPU_PROVIDERS
 from trtq.evaluate.images import Subjects, draw
 from trtq.resources import forget_peak_rss, peak_rss_bytes, rss_bytes
 from trtq.seeds import seeded_generator
@@ -37,6 +40,7 @@ class Subject:
     def __init__(self) -> None:
         self._nvml = Nvml()
         self._on_gpu = False
+        self._gpu_before = self._gpu_loaded = GpuMemory()
         self._calls = 1
 
     def open(self, path: str, provider: str, threads: int, size: str | None) -> dict[str, Any]:
@@ -52,16 +56,16 @@ class Subject:
             `load_seconds`; `memory`: `libraries_bytes` (resident before), `weights_bytes` (what loading
             added), `load_peak_bytes`; `shape` of the denoiser's sample and its `model_class`; `parts`
             that can be timed; `guidance` that the model is meant for; `prompts` that it knows, or None;
-            `weight_bytes` of the denoiser, where torch holds them.
+            `weight_bytes` of the denoiser, where torch holds them; `device`, `gpu` or `cpu`, that the
+            denoiser is on.
 
         Raises:
             TrtqError: it cannot be opened.
         """
         torch.set_num_threads(threads)
-        self._on_gpu = provider == "cuda"
         _import_libraries(path, provider)
         libraries = rss_bytes()
-        on_gpu = self._gpu_bytes()
+        self._gpu_before = self._nvml.memory
         start = time.perf_counter()
         self.source: Source = open_any(path, provider, None if provider == TORCH else threads)
         seconds = time.perf_counter() - start
@@ -70,7 +74,8 @@ class Subject:
         self._loaded = rss_bytes()
         peak = peak_rss_bytes()
         self._forgot = forget_peak_rss()
-        self._gpu_before, self._gpu_loaded = on_gpu, self._gpu_bytes()
+        self._gpu_loaded = self._nvml.memory
+        self._on_gpu = _on_gpu(self.source.denoiser)
         return {
             "load_seconds": seconds,
             "memory": {
@@ -83,14 +88,12 @@ class Subject:
             "parts": self._parts(),
             "guidance": self.source.guidance,
             "prompts": self._prompts(),
+            "device": "gpu" if self._on_gpu else "cpu",
             "weight_bytes": sum(
                 value.numel() * value.element_size()
                 for value in self.source.denoiser.state_dict().values()
             ),
         }
-
-    def _gpu_bytes(self) -> int | None:
-        return self._nvml.used_bytes if self._on_gpu else None
 
     def _parts(self) -> list[str]:
         text = [] if self.source.prompts is None else [TEXT]
@@ -124,8 +127,7 @@ class Subject:
             DECODER: lambda: self._decoder_call(batch),
         }
         self._call = makers[part]()
-        (first,) = time_calls(self._call, 1)
-        (second,) = time_calls(self._call, 1)
+        first, second = time_call(self._call), time_call(self._call)
         self._calls = calls_per_turn(second)
         return {"first_call_seconds": first, "calls": self._calls}
 
@@ -201,17 +203,17 @@ class Subject:
 
         Returns:
             `activations_bytes`, None where the system does not count from a moment on; `run_peak_bytes`
-            since loading; on a GPU also `gpu_weights_bytes` and `gpu_bytes`.
+            since loading; on a GPU also `gpu_weights_bytes` (what loading added) and `gpu_bytes` (what
+            this process has by now), where the driver tells them.
         """
         peak = peak_rss_bytes()
         found: dict[str, Any] = {
             "activations_bytes": max(peak - self._loaded, 0) if self._forgot else None,
             "run_peak_bytes": peak,
         }
-        now = self._gpu_bytes()
-        if now is not None and self._gpu_before is not None and self._gpu_loaded is not None:
-            found["gpu_weights_bytes"] = max(self._gpu_loaded - self._gpu_before, 0)
-            found["gpu_bytes"] = now
+        if self._on_gpu:
+            found["gpu_weights_bytes"] = self._gpu_loaded.added_to(self._gpu_before)
+            found["gpu_bytes"] = self._nvml.memory.process
         return found
 
     @torch.no_grad()
@@ -227,6 +229,13 @@ class Subject:
         return {
             "operations": count_operations(lambda: predict(model, x, timestep, without, guidance))
         }
+
+
+def _on_gpu(denoiser: nn.Module) -> bool:
+    """Where a loaded denoiser is, whatever was asked for: a run goes to the GPU only if there is one."""
+    if isinstance(denoiser, EngineDenoiser):
+        return denoiser.engine.provider in GPU_PROVIDERS
+    return any(value.is_cuda for value in denoiser.state_dict().values())
 
 
 def _import_libraries(path: str, provider: str) -> None:
