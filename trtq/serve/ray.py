@@ -211,6 +211,7 @@ class RemoteDrawer(Drawer):
                 if left <= 0:
                     raise too_late(longest)
                 answers = self._replicas.draw.remote(name, drawing, left, previews, progress)
+                finished = False
                 try:
                     events = aiter(answers)
                     while (event := await self._next(events, end, longest)) is not None:
@@ -218,11 +219,13 @@ class RemoteDrawer(Drawer):
                         if what not in passed_on:
                             passed_on.add(what)
                             yield event
+                    finished = True
                     return
                 except lost:
                     logger.warning("a replica was lost", extra={FIELDS: {"model": name}})
                 finally:
-                    answers.cancel()
+                    if not finished:  # Otherwise that would be one more call for nothing.
+                        answers.cancel()
                 await asyncio.sleep(_PAUSE_S)
             text = "the replicas of this model keep failing; try again"
             raise ApiError(503, "replicas_lost", text)
