@@ -877,6 +877,13 @@ def serve(
         Path | None,
         typer.Option("--api-key-file", help="Key that requests must bring; or TRTQ_API_KEY."),
     ] = None,
+    on_ray: Annotated[
+        bool, typer.Option("--ray", help="Replicas on a local Ray, which is joined or started.")
+    ] = False,
+    replicas: Annotated[
+        str | None,
+        typer.Option("--replicas", help="MIN:MAX with --ray, as many as the queue asks for."),
+    ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -898,19 +905,21 @@ def serve(
             steps=max_steps,
             deadline_s=deadline_seconds,
         )
-        options = ServeOptions(
-            path=path,
-            name=name,
-            beside=beside,
-            host=host,
-            port=port,
-            provider=provider,
-            threads=threads,
-            batching=parse_batching(batching),
-            limits=limits,
-            drain_s=drain_seconds,
-            api_key=read_api_key(api_key_file),
-        )
+        if replicas is not None and not on_ray:
+            raise UsageError("--replicas are those of Ray Serve; add --ray")
+        asked: dict[str, Any] = {
+            "path": path,
+            "name": name,
+            "beside": beside,
+            "host": host,
+            "port": port,
+            "provider": provider,
+            "threads": threads,
+            "batching": parse_batching(batching),
+            "limits": limits,
+            "drain_s": drain_seconds,
+            "api_key": read_api_key(api_key_file),
+        }
 
         def announce(found: dict[str, Any]) -> None:
             def human(ready: dict[str, Any]) -> None:
@@ -922,7 +931,15 @@ def serve(
             sys.stdout.flush()
 
         log_to(level=logging.DEBUG if verbose else logging.INFO)
-        run_server(options, announce)
+        if on_ray:
+            from trtq.serve.ray import RayOptions
+            from trtq.serve.ray_server import parse_replicas, serve_on_ray
+
+            least, most = parse_replicas(replicas or "1:2")
+            chosen = RayOptions(min_replicas=least, max_replicas=most, **asked)
+            serve_on_ray(chosen, announce)
+        else:
+            run_server(ServeOptions(**asked), announce)
 
 
 @app.command()

@@ -2,10 +2,12 @@
 
     python benchmarks/serve_hostile.py ONNX [--minutes 10] [--schemathesis PATH_OF_st]
 
-Clients of each kind run side by side against one `trtq serve`. Counted are the answers by status; every
-request that was not hung up on must be answered once, none with 5xx. The server's resident memory after
-a tenth of the time is compared with that at the end. With `--schemathesis` its own generator
-joins in, on the OpenAPI schema.
+Clients of each kind run side by side against one `trtq serve`, one kind in crowds that the queue has no
+room for. Counted are the answers by status; every request that was not hung up on must be answered
+once, none with 5xx, and the server's own `/metrics` may know of no internal error and of no image still
+under way. Resident memory and open files: the median of the samples between a tenth and three tenths of
+the time against that of the last fifth. With `--schemathesis` its own generator joins in, on the
+OpenAPI schema.
 """
 
 from __future__ import annotations
@@ -16,22 +18,27 @@ import json
 import os
 import random
 import signal
+import socket
+import statistics
 import subprocess
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serve import serve_command
+from serve import processor, serve_command
 
 from trtq.manifest import package_versions
 
 PATH = "/v1/images/generations"
 LIMIT = 64 << 10
+PATIENCE_S = 60.0
+MOST_UNDER_WAY = 24
+"""Images: 8 in a call and 16 that wait."""
 ATOMS: list[Any] = [
     None, True, -1, 0, 1, 2, 10**30, 0.5, -1e308, "", "7", "cat", "\0", "\ud800", "é" * 5000, [], {},
 ]  # fmt: skip
@@ -48,7 +55,8 @@ class Client:
         self.port = port
         self.random = random.Random(seed)
         self.statuses: Counter[str] = Counter()
-        self.unanswered = 0
+        self.cut_off: Counter[str] = Counter()
+        self.unanswered: list[str] = []
         self.wrong: list[str] = []
 
     async def send(
@@ -56,37 +64,39 @@ class Client:
         body: bytes,
         headers: dict[str, str] | None = None,
         *,
-        until: float = 60,
+        until: float = PATIENCE_S,
         chunk: int = 0,
     ) -> bytes:
-        """One request on a connection of its own; gives the answer's body."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        """One request on a connection of its own; gives the whole answer."""
         lines = {"Host": "localhost", "Content-Type": "application/json", "Connection": "close"}
         lines |= {"Content-Length": str(len(body))} | (headers or {})
         head = f"POST {PATH} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items())
-        try:
-            writer.write(head.encode() + b"\r\n")
-            with suppress(ConnectionError):  # It need not read what it has refused.
-                for first in range(0, len(body), chunk or max(len(body), 1)):
-                    writer.write(body[first : first + (chunk or len(body))])
-                    await writer.drain()
-                    if chunk:
-                        await asyncio.sleep(0.2)
-            answer = await asyncio.wait_for(reader.read(), until)
-        except ConnectionError:
-            self.statuses["closed"] += 1
-            return b""
-        finally:
-            writer.close()
-        head_bytes, _, rest = answer.partition(b"\r\n\r\n")
-        status = head_bytes.split(b" ")[1:2]
+        with socket.socket() as connection:
+            connection.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(connection, ("127.0.0.1", self.port))
+            try:
+                async with asyncio.timeout(until):
+                    stopped = await _send_all(connection, head.encode() + b"\r\n", body, chunk)
+                    answer, reset = await _read_all(connection)
+            except TimeoutError:
+                if until < PATIENCE_S:
+                    raise  # It was to hang up.
+                stopped, answer, reset = f"nothing in {until:g} s", b"", ""
+        status = answer.partition(b"\r\n")[0].split(b" ")[1:2]
+        request = f"{head.partition(chr(13))[0]} {headers or ''} {len(body)} bytes {body[:100]!r}"
         if not status:
-            self.unanswered += 1
+            self.unanswered.append(f"{stopped or reset or 'closed'}: {request}")
             return b""
         self.statuses[status[0].decode()] += 1
+        # The answer was there; that it could be read to the end is what counts.
+        if stopped or reset:
+            self.cut_off[f"{status[0].decode()}: {stopped or reset}"] += 1
+        if not _is_whole(answer):
+            self.wrong.append(f"cut short: {answer[:200]!r} to {request}")
         if status[0].startswith(b"5"):
-            self.wrong.append(f"{answer[:200]!r} to {body[:200]!r}")
-        return rest
+            self.wrong.append(f"{answer[:200]!r} to {request}")
+        return answer
 
     async def good(self) -> None:
         """Right requests; each must bring its own number of images."""
@@ -102,6 +112,20 @@ class Client:
         found = answer.count(b'image_generation.completed"' if wish["stream"] else b'"b64_json"')
         if found != count and b"queue_full" not in answer:
             self.wrong.append(f"{found} images for {wish}: {answer[:200]!r}")
+
+    async def crowd(self) -> None:
+        """More images at once than the queue has room for: all of a request, or 429 with a time."""
+        wishes = [
+            {"prompt": "4", "n": 10, "steps": self.random.randint(5, 15)}
+            for _ in range(MOST_UNDER_WAY // 10 + 2)
+        ]
+        answers = await asyncio.gather(*(self.send(json.dumps(wish).encode()) for wish in wishes))
+        for answer in answers:
+            drawn = answer.count(b'"b64_json"') == 10
+            refused = b"queue_full" in answer and b"\r\nretry-after: " in answer.lower()
+            if drawn == refused:
+                self.wrong.append(f"neither ten images nor a clear 429: {answer[:200]!r}")
+        await asyncio.sleep(3)
 
     async def bad(self) -> None:
         """JSON of the right form with wrong values, and things that are no JSON."""
@@ -157,6 +181,41 @@ class Client:
         await asyncio.sleep(0.05)
 
 
+async def _send_all(connection: socket.socket, head: bytes, body: bytes, chunk: int) -> str:
+    """Send all of it, in small pieces if asked for; says what stopped that, if anything did."""
+    loop = asyncio.get_running_loop()
+    try:
+        await loop.sock_sendall(connection, head)
+        for first in range(0, len(body), chunk or max(len(body), 1)):
+            await loop.sock_sendall(connection, body[first : first + (chunk or len(body))])
+            if chunk:
+                await asyncio.sleep(0.2)
+    except ConnectionError as error:  # It need not read what it has refused.
+        return f"{type(error).__name__} while sending"
+    return ""
+
+
+async def _read_all(connection: socket.socket) -> tuple[bytes, str]:
+    """What comes until the end of the connection, and how that ended if not in order."""
+    answer = b""
+    loop = asyncio.get_running_loop()
+    try:
+        while part := await loop.sock_recv(connection, 1 << 16):
+            answer += part
+    except ConnectionError as error:
+        return answer, f"{type(error).__name__} while reading"
+    return answer, ""
+
+
+def _is_whole(answer: bytes) -> bool:
+    """Whether an answer is as long as it says; those in chunks end with an empty one."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    lines = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
+    if b"content-length" in lines:
+        return len(body) == int(lines[b"content-length"])
+    return b"transfer-encoding" not in lines or body.endswith(b"0\r\n\r\n")
+
+
 async def until(end: float, work: Callable[[], Awaitable[None]]) -> None:
     """Do it again and again."""
     while time.monotonic() < end:
@@ -168,8 +227,13 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def attack(client: Client, pid: int, seconds: float) -> list[int]:
-    """All kinds of clients at once; gives the server's memory every few seconds."""
+def open_files(pid: int) -> int:
+    """Files and connections that a process holds open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+async def attack(client: Client, pid: int, seconds: float) -> dict[str, list[int]]:
+    """All kinds of clients at once; gives the server's memory and open files every few seconds."""
     end = time.monotonic() + seconds
     kinds = [
         client.good,
@@ -180,12 +244,40 @@ async def attack(client: Client, pid: int, seconds: float) -> list[int]:
         client.odd_headers,
     ]
     tasks = [asyncio.create_task(until(end, kind)) for kind in kinds for _ in range(2)]
-    memory = []
+    tasks.append(asyncio.create_task(until(end, client.crowd)))
+    samples: dict[str, list[int]] = {"memory_bytes": [], "open_files": []}
     while time.monotonic() < end:
-        await asyncio.sleep(min(5, seconds / 10))
-        memory.append(resident(pid))
+        await asyncio.sleep(min(5, seconds / 50))
+        samples["memory_bytes"].append(resident(pid))
+        samples["open_files"].append(open_files(pid))
     await asyncio.gather(*tasks)
-    return memory
+    return samples
+
+
+def flatness(samples: list[int]) -> dict[str, float]:
+    """Medians when all has settled and at the end."""
+    count = len(samples)
+    settled = statistics.median(samples[count // 10 : 3 * count // 10])
+    last = statistics.median(samples[-(count // 5) :])
+    return {"settled": settled, "last": last, "most": max(samples), "ratio": last / settled}
+
+
+def told(url: str) -> dict[str, float]:
+    """What the server itself has counted: errors, answers of 5xx, images still under way."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    values = {key: float(value) for key, _, value in (line.rpartition(" ") for line in lines[::-1])
+              if key.startswith("trtq_")}  # fmt: skip
+    found = {
+        "internal_errors": sum(v for k, v in values.items() if 'code="internal_error"' in k),
+        "engine_errors": sum(v for k, v in values.items() if 'code="engine_error"' in k),
+        "answers_of_5xx": sum(
+            v for k, v in values.items() if "request_seconds_count" in k and 'status="5' in k
+        ),
+        "images_under_way": sum(v for k, v in values.items() if "images_under_way" in k),
+        "images_drawn": sum(v for k, v in values.items() if k.startswith("trtq_images_total")),
+    }
+    return found
 
 
 def main() -> None:
@@ -198,7 +290,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=output)
     arguments = parser.parse_args()
     server = subprocess.Popen(
-        [*serve_command(arguments.onnx), "--queue", "16"],
+        [*serve_command(arguments.onnx), "--queue", str(MOST_UNDER_WAY - 8)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -213,30 +305,35 @@ def main() -> None:
              "--max-examples", "300", "--exclude-path-regex", "metrics"],
             stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir(),  # It leaves notes.
         )  # fmt: skip
-    memory = asyncio.run(attack(client, server.pid, 60 * arguments.minutes))
+    samples = asyncio.run(attack(client, server.pid, 60 * arguments.minutes))
     said = fuzz.communicate()[0] if fuzz is not None else ""
-    memory.append(resident(server.pid))
+    time.sleep(1)
+    counted = told(url)
     server.send_signal(signal.SIGTERM)
     code = server.wait(60)
-    settled = memory[len(memory) // 10]
     record = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": f"{processor()}, {os.cpu_count()} threads",
         "minutes": arguments.minutes,
         "statuses": dict(sorted(client.statuses.items())),
-        "requests": client.statuses.total() + client.unanswered,
-        "unanswered": client.unanswered,
+        "requests": client.statuses.total() + len(client.unanswered),
+        "cut_off_after_the_answer": dict(sorted(client.cut_off.items())),
+        "unanswered": len(client.unanswered),
+        "unanswered_examples": client.unanswered[:20],
         "server_errors": sum(n for s, n in client.statuses.items() if s.startswith("5")),
-        "wrong": client.wrong[:20],
-        "memory_settled_bytes": settled,
-        "memory_last_bytes": memory[-1],
-        "memory_ratio": memory[-1] / settled,
+        "wrong": len(client.wrong),
+        "wrong_examples": client.wrong[:20],
+        "counted_by_the_server": counted,
+        "memory_bytes": flatness(samples["memory_bytes"]),
+        "open_files": flatness(samples["open_files"]),
+        "samples": len(samples["memory_bytes"]),
         "exit_code": code,
         "schemathesis_exit_code": None if fuzz is None else fuzz.returncode,
         "schemathesis": said.splitlines()[-25:],
         "packages": package_versions(),
     }
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps({key: record[key] for key in list(record)[:10]}, indent=2))
+    print(json.dumps({key: record[key] for key in list(record)[:-3]}, indent=2))
     print(said[-3000:])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,12 +265,19 @@ def serve(record: dict[str, Any]) -> str:
 def serve_hostile(record: dict[str, Any]) -> str:
     """`serve_hostile.json` as Markdown."""
     statuses = ", ".join(f"{count:,} x {name}" for name, count in record["statuses"].items())
+    cut_off = ", ".join(f"{n:,} x {name}" for name, n in record["cut_off_after_the_answer"].items())
+    counted, memory = record["counted_by_the_server"], record["memory_bytes"]
+    files = record["open_files"]
     text = (
-        f"`python benchmarks/serve_hostile.py`, {record['date']}: {record['minutes']:g} minutes, "
-        f"{record['requests']:,} requests ({statuses}); {record['server_errors']} answers of 5xx, "
-        f"{record['unanswered']} without an answer, {len(record['wrong'])} wrong ones, memory at the "
-        f"end {record['memory_ratio']:.3f} x of that after a tenth of the time, exit code "
-        f"{record['exit_code']}."
+        f"`python benchmarks/serve_hostile.py`, {record['device']}, {record['date']}: "
+        f"{record['minutes']:g} minutes, {record['requests']:,} requests ({statuses}); "
+        f"{record['server_errors']} answers of 5xx, {record['unanswered']} without an answer, "
+        f"{record['wrong']} wrong ones. Answered while the client still sent, which could then send no "
+        f"more: {cut_off or 'none'}. The server's own counts at the end: {counted['internal_errors']:g} "
+        f"internal errors, {counted['answers_of_5xx']:g} answers of 5xx, "
+        f"{counted['images_under_way']:g} images under way. Medians of the last fifth of the time "
+        f"against those when all had settled: memory {memory['ratio']:.3f} x, open files "
+        f"{files['last']:g} against {files['settled']:g}. Exit code {record['exit_code']}."
     )
     cases = [line.strip() for line in record["schemathesis"] if "generated" in line]
     return text + (f" Schemathesis beside it: {cases[-1]}." if cases else "")
@@ -281,16 +289,34 @@ def serve_ray(record: dict[str, Any]) -> str:
         name: f"{statistics.median(values):.1f} images/s ({min(values):.1f}-{max(values):.1f})"
         for name, values in record["images_per_second"].items()
     }
-    killed = record["killed"]
+    ratio, kills = record["ratio"], record["kills"]
+    total = {
+        key: sum(one[key] for one in kills)
+        for key in ("requests", "answered_once", "under_way_at_the_kill", "pictures_equal")
+    }
+    times: Counter[str] = Counter()
+    for one in kills:
+        times.update(one["drawn_times"])
+    drawn = ", ".join(f"{times[key]:,} {TIMES.get(key, key + ' times')}" for key in sorted(times))
+    different = max(one["largest_difference"] for one in kills)
+    slowest = max(one["slowest_seconds"] for one in kills)
+    median = statistics.median(one["median_before_seconds"] for one in kills)
     return (
         f"`python benchmarks/serve_ray.py`, {record['device']}, {record['date']}, load of the machine "
         f"{record['load_before']:.1f} before, {record['load_after']:.1f} after: one process "
-        f"{rates['one process']}, two replicas of one thread each on Ray Serve {rates['two replicas']}, "
-        f"{record['ratio']:.2f} x. A replica killed with {killed['requests']} requests under way: "
-        f"{killed['answered']} answered, {killed['answered_before']} of them before."
+        f"{rates['one process']}, two replicas of one thread each on Ray Serve {rates['two replicas']}; "
+        f"ratio of a round, median of {len(record['ratio_rounds'])}: {ratio['median']:.2f} x (quartiles "
+        f"{ratio['q1']:.2f}-{ratio['q3']:.2f}, {ratio['least']:.2f}-{ratio['most']:.2f} in all). A "
+        f"replica killed in the middle of {record['kill_seconds']:g} s of {record['clients']} clients, "
+        f"{len(kills)} times: {total['requests']:,} requests, {total['under_way_at_the_kill']} of them "
+        f"under way then, {total['answered_once']:,} answered once and with 200; drawn to the end "
+        f"{drawn}; {total['pictures_equal']:,} pictures equal to the one process's, largest difference "
+        f"of the rest {different} of 255. The slowest waited {slowest:.1f} s (median before the kill "
+        f"{median:.1f} s)."
     )
 
 
+TIMES = {"0": "never", "1": "once", "2": "twice"}
 MODELS = {"sd_1": "SD 1.5, 859.5 M", "sd_xl": "SD XL, 2,567 M"}
 KINDS = {
     "float": "float",

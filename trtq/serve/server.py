@@ -25,12 +25,21 @@ from trtq.manifest import artefact_kind, read_manifest
 from trtq.serve.batcher import Batching, batch_sizes
 from trtq.serve.logs import FIELDS
 from trtq.serve.metrics import Metrics
-from trtq.serve.service import Hosted, Limits, Service
+from trtq.serve.service import Drawer, Hosted, Limits, Service
 
 if TYPE_CHECKING:
     from trtq.serve.model import ServedModel
 
-__all__ = ["ServeOptions", "build_service", "open_model", "parse_batching", "read_api_key", "serve"]
+__all__ = [
+    "ServeOptions",
+    "build_service",
+    "drain",
+    "listen",
+    "open_model",
+    "parse_batching",
+    "read_api_key",
+    "serve",
+]
 
 logger = logging.getLogger(__name__)
 _API_KEY_VARIABLE = "TRTQ_API_KEY"
@@ -71,7 +80,7 @@ class ServeOptions:
     batching: Batching = "step"
     limits: Limits = field(default_factory=Limits)
     drain_s: float = 30.0
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
 
 
 def read_api_key(path: Path | None) -> str | None:
@@ -230,7 +239,7 @@ def _compile_rest(hosted: Hosted, sizes: Sequence[int]) -> None:
         hosted.batcher.no_more_sizes()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket bound to an address, which nobody can connect to yet.
 
     Raises:
@@ -272,7 +281,7 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
     require("fastapi")
     require("uvicorn")
     require("httptools")
-    bound = _listen(options.host, options.port)
+    bound = listen(options.host, options.port)
     with bound:
         metrics = Metrics()
         service = build_service(options, metrics)
@@ -354,17 +363,22 @@ async def _run(
 
 
 async def _drain(service: Service, server: Any, seconds: float) -> None:
+    await drain(service, seconds)
+    server.should_exit = True
+
+
+async def drain(service: Drawer, seconds: float) -> None:
     """Finish what was taken on; answer the rest with 503. New requests get that at once."""
+    service.draining = True
     logger.info("draining", extra={FIELDS: {"images_under_way": service.under_way}})
     await _until_idle(service, seconds)
     if service.under_way:
         logger.warning("giving up", extra={FIELDS: {"images_under_way": service.under_way}})
         service.give_up()
         await _until_idle(service, _LAST_ANSWERS_S)
-    server.should_exit = True
 
 
-async def _until_idle(service: Service, seconds: float) -> None:
+async def _until_idle(service: Drawer, seconds: float) -> None:
     end = time.monotonic() + seconds
     while service.under_way and time.monotonic() < end:
         await asyncio.sleep(0.02)

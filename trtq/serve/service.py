@@ -10,9 +10,10 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from trtq.errors import UsageError
 from trtq.serve.batcher import Batcher, Batching, Item
@@ -21,14 +22,14 @@ from trtq.serve.metrics import Metrics
 from trtq.serve.model import Card, Drawing, ServedModel
 from trtq.serve.png import png_bytes
 
-__all__ = ["Drawer", "Event", "Hosted", "Limits", "Service", "parse_batch_sizes"]
+__all__ = ["Drawer", "Event", "Hosted", "Limits", "Service", "parse_batch_sizes", "too_late"]
 
 _LONGEST_RETRY_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a server takes on.
+    """What a server takes on; the ranges are checked where options are read.
 
     Attributes:
         batch: rows in one call of the denoiser.
@@ -41,14 +42,14 @@ class Limits:
         body_s: for a request's body to come.
     """
 
-    batch: int = 8
+    batch: Annotated[int, Field(ge=2)] = 8
     batch_sizes: tuple[int, ...] | None = None
-    queue: int = 64
-    images: int = 10
-    steps: int = 200
-    body_bytes: int = 64 << 10
-    deadline_s: float = 120.0
-    body_s: float = 10.0
+    queue: Annotated[int, Field(ge=0)] = 64
+    images: Annotated[int, Field(ge=1)] = 10
+    steps: Annotated[int, Field(ge=1)] = 200
+    body_bytes: Annotated[int, Field(ge=1)] = 64 << 10
+    deadline_s: Annotated[float, Field(gt=0)] = 120.0
+    body_s: Annotated[float, Field(gt=0)] = 10.0
 
     @property
     def most_images(self) -> int:
@@ -182,6 +183,15 @@ class Drawer(ABC):
         """Whether it can draw at all."""
         return True
 
+    @property
+    @abstractmethod
+    def under_way(self) -> int:
+        """Images accepted and not finished."""
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """Answer everything that is under way with 503."""
+
     def refuse_when_draining(self) -> None:
         """Nothing, unless the server is about to stop.
 
@@ -273,13 +283,13 @@ class Service(Drawer):
         allowed = self.limits.deadline_s
         longest = allowed if deadline_s is None else min(deadline_s, allowed)
         request = _Request(self, hosted, drawing, previews, progress)
-        late = request.at(longest, _too_late(longest))
+        late = request.at(longest, too_late(longest))
         try:
             try:
                 async with asyncio.timeout(longest):
                     await request.begin()
             except TimeoutError as err:
-                raise _too_late(longest) from err
+                raise too_late(longest) from err
             yield Event("accepted", 0, 0, drawing.steps)
             left = drawing.count
             while left:
@@ -421,7 +431,8 @@ def _as_api_error(error: Exception) -> ApiError:
     return failed
 
 
-def _too_late(seconds: float) -> ApiError:
+def too_late(seconds: float) -> ApiError:
+    """The answer to a request whose images were not done in time."""
     return ApiError(
         408,
         "deadline_exceeded",
