@@ -340,6 +340,16 @@ def test_rows_of_one_folder_can_be_told_apart_at_80_columns(stubbed, digits_onnx
     assert "\u2026" not in shown
 
 
+def test_a_report_that_cannot_be_written_costs_no_result(stubbed, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("trtq.report.folder.write_report", fail)
+    found = run("digits", "--batch", 1, "--turns", 2, "--json", "-o", tmp_path / "report")
+    assert (found.exit_code, "no space left" in found.stderr) == (1, True)
+    assert json.loads(found.stdout)["rows"][0]["measured"]
+
+
 @pytest.mark.parametrize("name", ["m[/b]", "m[bold]", "m:smile:", "$m^", "_m$x$"])
 def test_names_are_shown_as_they_are(stubbed, digits_onnx, tmp_path, monkeypatch, name):
     shutil.copytree(digits_onnx, tmp_path / name)
