@@ -590,9 +590,6 @@ def bench(
             judge=gate,
             report=LineReporter(),
         )
-        if output is not None:
-            write_report(output, bench_page(result), result, overwrite=overwrite)
-            result = result | {"report": str(output / "index.html")}
 
         def human(found: dict[str, Any]) -> None:
             for title, shown in bench_tables(found).items():
@@ -601,7 +598,11 @@ def bench(
             for line in statements(found):
                 _out.print(line, soft_wrap=True)
 
-        _show(result, as_json, human)
+        # Before the report: a full disk must not cost what took so long to measure.
+        place = {} if output is None else {"report": str(output / "index.html")}
+        _show(result | place, as_json, human)
+        if output is not None:
+            write_report(output, bench_page(result), result, overwrite=overwrite)
         failed = failures(result)
         if gate and failed:
             raise GateError("; ".join(failed))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from trtq.engine import ort_tensorrt
+from trtq.engine.ort import OWN_PACKAGES
 from trtq.engine.ort_tensorrt import provider_settings
 from trtq.errors import UsageError
 from trtq.manifest import read_manifest
@@ -42,7 +43,7 @@ def test_ranges_come_from_the_export(digits_onnx):
 
 @pytest.mark.parametrize("provider", ["tensorrt", "tensorrt-rtx"])
 def test_without_the_provider_its_packages_are_named(digits_onnx, provider, monkeypatch):
-    monkeypatch.setitem(sys.modules, ort_tensorrt._PLUGIN, None)
+    monkeypatch.setitem(sys.modules, OWN_PACKAGES["tensorrt-rtx"], None)
     package = "onnxruntime-gpu" if provider == "tensorrt" else "onnxruntime-ep-nv-tensorrt-rtx"
     with pytest.raises(UsageError, match=f"no provider '{provider}'.*{package}"):
         open_any(digits_onnx, provider)
@@ -52,7 +53,7 @@ def test_the_providers_own_package_registers_itself(monkeypatch):
     """Against a stand-in: with a GPU its device joins the session, without one that is said."""
     registered, added = [], []
     package = SimpleNamespace(get_ep_name=lambda: "Nv", get_library_path=lambda: "nv.so")
-    monkeypatch.setitem(sys.modules, ort_tensorrt._PLUGIN, package)
+    monkeypatch.setitem(sys.modules, OWN_PACKAGES["tensorrt-rtx"], package)
     devices = [SimpleNamespace(ep_name="NvTensorRTRTXExecutionProvider")]
     runtime = SimpleNamespace(
         register_execution_provider_library=lambda *names: registered.append(names),

@@ -126,6 +126,17 @@ def test_providers_of_paths(digits_run, digits_onnx):
     assert found[0].denoiser_bytes > found[2].denoiser_bytes > 1e5
 
 
+def test_a_provider_with_a_package_of_its_own_is_offered_where_that_is_installed(
+    digits_onnx, tmp_path, monkeypatch
+):
+    text = f"{digits_onnx}@tensorrt-rtx"
+    with pytest.raises(UsageError, match="has no provider 'tensorrt-rtx'"):
+        parse_targets([text])
+    (tmp_path / "onnxruntime_ep_nv_tensorrt_rtx.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert parse_targets([text])[0].provider == "tensorrt-rtx"
+
+
 def test_a_folder_with_an_at_sign_is_a_folder(digits_run, tmp_path):
     folder = tmp_path / "run@home"
     shutil.copytree(digits_run, folder)
@@ -327,6 +338,16 @@ def test_rows_of_one_folder_can_be_told_apart_at_80_columns(stubbed, digits_onnx
     assert "first@cpu" in shown
     assert "second@cpu" in shown
     assert "\u2026" not in shown
+
+
+def test_a_report_that_cannot_be_written_costs_no_result(stubbed, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("trtq.report.folder.write_report", fail)
+    found = run("digits", "--batch", 1, "--turns", 2, "--json", "-o", tmp_path / "report")
+    assert (found.exit_code, "no space left" in found.stderr) == (1, True)
+    assert json.loads(found.stdout)["rows"][0]["measured"]
 
 
 @pytest.mark.parametrize("name", ["m[/b]", "m[bold]", "m:smile:", "$m^", "_m$x$"])

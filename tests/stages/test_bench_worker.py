@@ -7,7 +7,7 @@ from torch import nn
 
 from trtq.bench.device import GpuMemory
 from trtq.engine.denoiser import EngineDenoiser
-from trtq.stages.bench_worker import Subject
+from trtq.stages.bench_worker import Subject, _import_libraries
 
 
 def engine_denoiser(provider):
@@ -86,6 +86,25 @@ def test_a_run_in_torch_is_where_its_weights_are(opened):
     assert said["device"] == "gpu"
     found = subject.memory()
     assert (found["gpu_weights_bytes"], found["gpu_bytes"]) == (10 << 20, 30 << 20)
+
+
+@pytest.mark.parametrize(
+    ("kind", "provider", "library"),
+    [
+        ("onnx", "cpu", ["onnxruntime"]),
+        ("engine", "tensorrt-rtx", ["tensorrt_rtx"]),
+        ("engine", "tensorrt", ["tensorrt"]),
+        ("run", "torch", []),
+    ],
+)
+def test_a_row_asks_for_its_own_runtime_only(tmp_path, monkeypatch, kind, provider, library):
+    asked = []
+    monkeypatch.setattr("trtq.stages.bench_worker.require", asked.append)
+    monkeypatch.setattr("trtq.stages.bench_worker.import_module", asked.append)
+    monkeypatch.setattr("trtq.stages.bench_worker.artefact_kind", lambda folder: kind)
+    monkeypatch.setattr("trtq.stages.bench_worker.import_classes", lambda folder: None)
+    _import_libraries(str(tmp_path), provider)
+    assert asked == library
 
 
 @pytest.mark.parametrize(("on_gpu", "joules"), [(True, 1.0), (False, None)])

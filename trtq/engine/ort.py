@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GPU_PROVIDERS",
+    "OWN_PACKAGES",
     "PROVIDERS",
     "OrtEngine",
     "OrtSession",
@@ -38,6 +40,8 @@ PROVIDERS = {
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+OWN_PACKAGES = {"tensorrt-rtx": "onnxruntime_ep_nv_tensorrt_rtx"}
+"""Modules of providers that register themselves with an onnxruntime which does not list them before."""
 GPU_PROVIDERS = ("cuda", "tensorrt-rtx", "tensorrt")
 """Those that compute on an NVIDIA GPU; engines have the names of the last two."""
 
@@ -59,7 +63,7 @@ def available_providers() -> list[str]:
 
 
 def check_provider(provider: str) -> None:
-    """Nothing, if the installed onnxruntime has it.
+    """Nothing, if the installed onnxruntime has it, or a package of the provider's own is installed.
 
     Raises:
         UsageError: the provider is unknown or not there.
@@ -67,10 +71,12 @@ def check_provider(provider: str) -> None:
     if provider not in PROVIDERS:
         raise UsageError(f"unknown provider {provider!r}; choose one of {', '.join(PROVIDERS)}")
     present = available_providers()
-    if provider not in present:
+    own = OWN_PACKAGES.get(provider)
+    if provider not in present and (own is None or importlib.util.find_spec(own) is None):
         raise UsageError(
             f"the installed onnxruntime has no provider {provider!r}, it has {', '.join(present)}; "
-            "install trtq with another extra: [cpu] brings cpu and openvino, [gpu] brings cuda"
+            "install trtq with another extra: [cpu] brings cpu and openvino, [gpu] brings cuda; or, for "
+            "tensorrt-rtx, onnxruntime and onnxruntime-ep-nv-tensorrt-rtx"
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trtq._optional import require
-from trtq.engine.ort import PROVIDERS, OrtSession, open_graph, session_options
+from trtq.engine.ort import OWN_PACKAGES, PROVIDERS, OrtSession, open_graph, session_options
 from trtq.engine.tensorrt.job import Profile
 from trtq.errors import UsageError
 from trtq.export.targets import load_graph, prepare
@@ -19,7 +19,6 @@ from trtq.resources import cache_folder
 
 __all__ = ["OrtTensorRtEngine", "provider_settings"]
 
-_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _SHAPES = ("min", "opt", "max")
 
 
@@ -91,7 +90,7 @@ def _add_plugin(options: Any, provider: str, settings: Mapping[str, str]) -> Non
     import importlib
 
     try:
-        package = importlib.import_module(_PLUGIN)
+        package = importlib.import_module(OWN_PACKAGES[provider])
     except ImportError as err:
         raise UsageError(advice) from err
     runtime = require("onnxruntime")

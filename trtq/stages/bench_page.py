@@ -261,8 +261,8 @@ _EXPLAINED = {
     MEMORY_TITLE: (
         "Files: the denoiser's. Weights: resident memory that loading added. Activations: what calling "
         "added at most; the openvino provider compiles at the first call, so its weights count there. "
-        "Most: the highest of the process, libraries included. GPU: what the process has there. Of "
-        "peak: the denoiser's products against the device's peak."
+        "Most: the highest of the process, libraries included. GPU: what the process has there. "
+        "Of peak: the denoiser's products against the device's peak."
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from trtq.diffusion.sampling import Conditions, predict, seeded_noise
 from trtq.diffusion.source import Source, resolve_model
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import GPU_PROVIDERS
+from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.evaluate.images import Subjects, draw
+from trtq.manifest import artefact_kind
 from trtq.resources import forget_peak_rss, peak_rss_bytes, rss_bytes
 from trtq.seeds import seeded_generator
 from trtq.stages.load import TORCH, open_any
@@ -242,11 +245,14 @@ def _import_libraries(path: str, provider: str) -> None:
     """Import what loading imports: neither its time nor its memory is the model's."""
     from diffusers import DiffusionPipeline  # noqa: F401
 
-    if provider != TORCH:
+    place = Path(path) if Path(path).is_dir() else resolve_model(path)
+    kind = artefact_kind(place) if isinstance(place, Path) else None
+    if kind == "onnx":
         import trtq.export.passes  # noqa: F401
 
         require("onnxruntime")
-    place = Path(path) if Path(path).is_dir() else resolve_model(path)
+    elif kind == "engine":
+        import_module(BACKENDS[provider].module)
     if isinstance(place, Path):
         import_classes(place)
 
