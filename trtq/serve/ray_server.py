@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ __all__ = ["parse_replicas", "serve_on_ray"]
 logger = logging.getLogger(__name__)
 _NAME = "trtq"
 _POLL_S = 0.1
+_CONNECT_S = 10.0
 _GRACE_S = 30.0
 _ERROR = re.compile(r"(trtq\.errors|ray\.serve\.exceptions)\.\w+: (.*)")
 
@@ -127,6 +129,7 @@ def _ray() -> Iterator[tuple[str, bool]]:
             f"RAY_ADDRESS={address} leads into a cluster from outside; on one of its machines use "
             "RAY_ADDRESS=auto, or 'serve run trtq.serve.ray:app'"
         )
+    _check_reachable(address)
     ray, _ = require("ray"), require("ray.serve")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Its own messages would stand between our lines, of which each is one JSON object.
@@ -145,6 +148,16 @@ def _ray() -> Iterator[tuple[str, bool]]:
         yield f"{context.address_info['session_dir']}/logs", bool(address)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ArtefactError where nobody listens; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        except (OSError, OverflowError) as err:
+            raise ArtefactError(f"there is no Ray at RAY_ADDRESS={address}: {err}") from err
 
 
 def _started(options: RayOptions, joined: bool) -> RayOptions:
