@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -44,6 +45,16 @@ def test_wrong_use_is_one_line(served_onnx, monkeypatch, arguments, address, mes
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_address_where_no_ray_is_is_one_line(served_onnx, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free.getsockname()[1]}")
+    result = CliRunner().invoke(app, ["serve", str(served_onnx), "--ray"])
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert "there is no Ray at RAY_ADDRESS=127.0.0.1:" in line
 
 
 def start(*arguments):

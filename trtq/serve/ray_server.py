@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,7 +27,9 @@ __all__ = ["parse_replicas", "serve_on_ray"]
 logger = logging.getLogger(__name__)
 _NAME = "trtq"
 _POLL_S = 0.1
+_CONNECT_S = 10.0
 _GRACE_S = 30.0
+_ERROR = re.compile(r"(trtq\.errors|ray\.serve\.exceptions)\.\w+: (.*)")
 
 
 def parse_replicas(text: str) -> tuple[int, int]:
@@ -125,6 +129,7 @@ def _ray() -> Iterator[tuple[str, bool]]:
             f"RAY_ADDRESS={address} leads into a cluster from outside; on one of its machines use "
             "RAY_ADDRESS=auto, or 'serve run trtq.serve.ray:app'"
         )
+    _check_reachable(address)
     ray, _ = require("ray"), require("ray.serve")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Its own messages would stand between our lines, of which each is one JSON object.
@@ -143,6 +148,16 @@ def _ray() -> Iterator[tuple[str, bool]]:
         yield f"{context.address_info['session_dir']}/logs", bool(address)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ArtefactError where nobody listens; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        except (OSError, OverflowError) as err:
+            raise ArtefactError(f"there is no Ray at RAY_ADDRESS={address}: {err}") from err
 
 
 def _started(options: RayOptions, joined: bool) -> RayOptions:
@@ -169,22 +184,22 @@ def _deployed(options: RayOptions) -> Any:
     """Run the application; gives the handle of its front.
 
     Raises:
-        ArtefactError: a replica could not be started.
+        ArtefactError: a replica could not be started, or another application is in the way.
     """
     serve = require("ray.serve")
     try:
         return serve.run(app(options), name=_NAME, route_prefix="/")
-    except RuntimeError as err:
+    except (RuntimeError, require("ray.serve.exceptions").RayServeException) as err:
         found = serve.status().applications.get(_NAME)
         told = [] if found is None else [one.message for one in found.deployments.values()]
-        raise ArtefactError(f"the replicas do not start: {_reason(told) or err}") from err
+        raise ArtefactError(f"the replicas do not start: {_reason([str(err), *told])}") from err
 
 
-def _reason(messages: list[str]) -> str:
-    """The last line of a traceback in what Ray says of a deployment."""
-    lines = [line.strip() for text in messages for line in text.splitlines()]
-    found = [line for line in lines if line.startswith("trtq.errors.")]
-    return found[-1].partition(": ")[2] if found else ""
+def _reason(texts: list[str]) -> str:
+    """What stands last in the tracebacks that Ray gives, or the first text's last line."""
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    ours = [found[2] for line in lines if (found := _ERROR.match(line))]
+    return ours[-1] if ours else texts[0].strip().rpartition("\n")[2]
 
 
 def _checked_url(options: RayOptions) -> str:
