@@ -43,7 +43,7 @@ Provider = Annotated[
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance", min=0, help="1 is none; by default as calibrated."),
+    typer.Option("--guidance", min=0, help="Up to 1 is none; by default as calibrated."),
 ]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
 
@@ -925,8 +925,7 @@ def serve(
         def announce(found: dict[str, Any]) -> None:
             def human(ready: dict[str, Any]) -> None:
                 names = ", ".join(ready["models"])
-                text = f"serving {names} at {ready['url']}, ready in {ready['seconds']} s"
-                _err.print(text, markup=False)
+                _err.print(f"serving {names} at {ready['url']}, ready in {ready['seconds']} s")
 
             _show(found, as_json, human)
             sys.stdout.flush()
