@@ -331,7 +331,8 @@ def test_tables_leave_out_what_all_names_begin_with(paths, names, shared):
 
 
 def test_rows_of_one_folder_can_be_told_apart_at_80_columns(stubbed, digits_onnx, tmp_path):
-    places = [tmp_path / "a-rather-long-name-of-a-folder" / name for name in ("first", "second")]
+    long = "a-name-that-is-much-too-long-for-one-line-of-a-table"
+    places = [tmp_path / "folder" / name for name in ("first", "second", long)]
     for place in places:
         shutil.copytree(digits_onnx, place)
     shown = run(*places, "--batch", 1, "--turns", 2).stdout
@@ -350,7 +351,7 @@ def test_a_report_that_cannot_be_written_costs_no_result(stubbed, tmp_path, monk
     assert json.loads(found.stdout)["rows"][0]["measured"]
 
 
-@pytest.mark.parametrize("name", ["m[/b]", "m[bold]", "m:smile:", "$m^", "_m$x$"])
+@pytest.mark.parametrize("name", ["m[/b]", "m[bold]", "m:smile:", "m$^$", "_m"])
 def test_names_are_shown_as_they_are(stubbed, digits_onnx, tmp_path, monkeypatch, name):
     shutil.copytree(digits_onnx, tmp_path / name)
     monkeypatch.chdir(tmp_path)
