@@ -259,9 +259,15 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def load(
-    model: str, onnx: Path, provider: str, rounds: int, seconds: float, batch: int
+    model: str,
+    onnx: Path,
+    provider: str,
+    rounds: int,
+    seconds: float,
+    batch: int,
+    only: str | None = None,
 ) -> dict[str, Any]:
-    """Both ways of batching under each workload of a model."""
+    """Both ways of batching under each workload of a model, or under the one of this name."""
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         ports = {}
@@ -271,6 +277,8 @@ def load(
         if provider == "openvino":  # All sizes are compiled, then what is measured begins.
             time.sleep(30)
         for named, workload in WORKLOADS[model].items():
+            if only not in (None, named):
+                continue
             capacities: dict[str, list[float]] = {name: [] for name in BATCHINGS}
             for _ in range(rounds):
                 for name, port in ports.items():
@@ -336,30 +344,36 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--workload", help="the load of this one only, by its name in the table")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/serve.json"))
     arguments = parser.parse_args()
-    provider, rounds = arguments.provider, arguments.rounds
+    provider, rounds, only = arguments.provider, arguments.rounds, arguments.workload
     with tempfile.TemporaryDirectory() as scratch:
         folders = {
             model: getattr(arguments, model) or exported(model, Path(scratch))
-            for model in WORKLOADS
+            for model, workloads in WORKLOADS.items()
+            if only is None or only in workloads
         }
-        before = os.getloadavg()[0]
-        starts = start_seconds(folders["digits"], provider, max(5, rounds))
-        record = {
+        record: dict[str, Any] = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "device": f"{processor()}, {os.cpu_count()} threads",
-            "load_before": before,
+            "load_before": os.getloadavg()[0],
             "provider": provider,
             "max_batch": arguments.batch,
             "seconds": arguments.seconds,
-            "start_seconds": {"least": min(starts), "median": statistics.median(starts)},
-            "overhead": overhead(folders["digits"], provider, arguments.images, max(5, rounds)),
             "load": {},
         }
+        if only is None:
+            digits, launches = folders["digits"], max(5, rounds)
+            starts = start_seconds(digits, provider, launches)
+            record |= {
+                "start_seconds": {"least": min(starts), "median": statistics.median(starts)},
+                "overhead": overhead(digits, provider, arguments.images, launches),
+            }
         for model, folder in folders.items():
-            found = load(model, folder, provider, rounds, arguments.seconds, arguments.batch)
-            record["load"] |= found
+            record["load"] |= load(
+                model, folder, provider, rounds, arguments.seconds, arguments.batch, only
+            )
         record |= {"load_after": os.getloadavg()[0], "packages": package_versions()}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")

@@ -227,20 +227,12 @@ def cpu_path(record: dict[str, Any]) -> str:
 
 
 def serve(record: dict[str, Any]) -> str:
-    """`serve.json` as Markdown."""
-    cost, started = record["overhead"], record["start_seconds"]
-    launches = cost["launches"]
-    low, high = min(launches["overhead"]), max(launches["overhead"])
+    """`serve.json` as Markdown, or `serve_long.json`, which holds the load only."""
     lines = [
         f"`python benchmarks/serve.py`, {record['device']}, {record['date']}, W4A8 on "
         f"{record['provider']}, one thread per operator, up to {record['max_batch']} rows in a call; "
         f"load of the machine {record['load_before']:.1f} before, {record['load_after']:.1f} after. "
-        f"Digits: start to ready {started['median']:.2f} s (least {started['least']:.2f}); one request "
-        f"at a time against bare calls of the graph, {cost['images']} images in turns, "
-        f"{len(launches['overhead'])} launches: {cost['overhead']:+.1%} by the clock "
-        f"({low:+.1%} to {high:+.1%}), {cost['overhead_processor']:+.1%} of processor time, of "
-        f"{statistics.median(launches['bare_seconds']) * 1000:.0f} ms. Load: {record['seconds']:g} s a "
-        "round at 80 % of the smaller maximum.",
+        f"{_one_at_a_time(record)}Load: {record['seconds']:g} s a round at 80 % of the smaller maximum.",
         "",
         "| requests | images/s when full, by step | by request | arrivals/s | p95 by step | "
         "by request | ratio, median of rounds (all) | p50 ratio |",
@@ -260,6 +252,21 @@ def serve(record: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _one_at_a_time(record: dict[str, Any]) -> str:
+    if "overhead" not in record:
+        return ""
+    cost, started = record["overhead"], record["start_seconds"]
+    launches = cost["launches"]
+    low, high = min(launches["overhead"]), max(launches["overhead"])
+    return (
+        f"Digits: start to ready {started['median']:.2f} s (least {started['least']:.2f}); one request "
+        f"at a time against bare calls of the graph, {cost['images']} images in turns, "
+        f"{len(launches['overhead'])} launches: {cost['overhead']:+.1%} by the clock "
+        f"({low:+.1%} to {high:+.1%}), {cost['overhead_processor']:+.1%} of processor time, of "
+        f"{statistics.median(launches['bare_seconds']) * 1000:.0f} ms. "
+    )
 
 
 def serve_hostile(record: dict[str, Any]) -> str:
@@ -332,6 +339,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu_path": cpu_path,
     "build": build,
     "serve": serve,
+    "serve_long": serve,
     "serve_hostile": serve_hostile,
     "serve_ray": serve_ray,
 }
