@@ -11,8 +11,10 @@ Rows that are compared are measured in turns, with the same arrivals and request
   in this process, image by image in turns, several times with new processes; by the clock and by the
   processor's time of each process, which other work on the machine disturbs less.
 - load: capacity is what each way of batching does when there is always more to do; then requests come at
-  random (Poisson) at 80 % of the smaller capacity, in turns to a server that batches by step and to one
-  that batches whole requests: those of the same steps and guidance, as one call of a pipeline can.
+  random (Poisson) at 80 % of the smaller capacity, the same at the same times to a server that batches
+  by step and to one that batches whole requests: those of the same steps and guidance, as one call of a
+  pipeline can. Both run at once, as the speed of a machine that others share drifts: each has about one
+  of two cores.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -67,6 +70,7 @@ WORKLOADS: dict[str, dict[str, Workload]] = {
         "10, 20 or 50 steps, guidance 1 or 3": SHAPES | {"steps": (10, 20, 50), "guidance": (1, 3)},
     },
 }
+Result = TypeVar("Result")
 BATCHINGS = ("step", "request")
 SHARE = 0.8
 WARM = 20
@@ -258,6 +262,13 @@ def percentile(values: list[float], share: float) -> float:
     return float(np.quantile(values, share))
 
 
+async def side_by_side(
+    ports: dict[str, int], measure: Callable[[int], Awaitable[Result]]
+) -> dict[str, Result]:
+    """The same of several servers at the same time, so that what disturbs one disturbs all."""
+    return dict(zip(ports, await asyncio.gather(*map(measure, ports.values())), strict=True))
+
+
 def load(
     model: str,
     onnx: Path,
@@ -265,9 +276,9 @@ def load(
     rounds: int,
     seconds: float,
     batch: int,
-    only: str | None = None,
+    only: Sequence[str],
 ) -> dict[str, Any]:
-    """Both ways of batching under each workload of a model, or under the one of this name."""
+    """Both ways of batching under each workload of a model, or under those of these names."""
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         ports = {}
@@ -277,19 +288,20 @@ def load(
         if provider == "openvino":  # All sizes are compiled, then what is measured begins.
             time.sleep(30)
         for named, workload in WORKLOADS[model].items():
-            if only not in (None, named):
+            if only and named not in only:
                 continue
             capacities: dict[str, list[float]] = {name: [] for name in BATCHINGS}
             for _ in range(rounds):
-                for name, port in ports.items():
-                    reached = asyncio.run(saturate(port, workload, seconds / 2, 3 * batch))
+                full = partial(saturate, workload=workload, seconds=seconds / 2, clients=3 * batch)
+                for name, reached in asyncio.run(side_by_side(ports, full)).items():
                     capacities[name].append(reached)
             capacity = {name: statistics.median(values) for name, values in capacities.items()}
             rate = SHARE * min(capacity.values())
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in BATCHINGS}
             for turn in range(rounds):
-                for name, port in ports.items():
-                    runs[name].append(asyncio.run(poisson(port, workload, rate, seconds, turn)))
+                asked = partial(poisson, workload=workload, rate=rate, seconds=seconds, seed=turn)
+                for name, run in asyncio.run(side_by_side(ports, asked)).items():
+                    runs[name].append(run)
             rows = {name: _row(runs[name]) for name in BATCHINGS}
             ratios = {name: _ratios(runs, share) for name, share in (("p95", 0.95), ("p50", 0.5))}
             found[f"{model}, {named}"] = {
@@ -344,7 +356,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--workload", help="the load of this one only, by its name in the table")
+    parser.add_argument(
+        "--workload", action="append", default=[], help="the load of these only, by name"
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/serve.json"))
     arguments = parser.parse_args()
     provider, rounds, only = arguments.provider, arguments.rounds, arguments.workload
@@ -352,7 +366,7 @@ def main() -> None:
         folders = {
             model: getattr(arguments, model) or exported(model, Path(scratch))
             for model, workloads in WORKLOADS.items()
-            if only is None or only in workloads
+            if not only or set(only) & set(workloads)
         }
         record: dict[str, Any] = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -361,9 +375,10 @@ def main() -> None:
             "provider": provider,
             "max_batch": arguments.batch,
             "seconds": arguments.seconds,
+            "load_order": "both servers at once",
             "load": {},
         }
-        if only is None:
+        if not only:
             digits, launches = folders["digits"], max(5, rounds)
             starts = start_seconds(digits, provider, launches)
             record |= {

@@ -227,12 +227,13 @@ def cpu_path(record: dict[str, Any]) -> str:
 
 
 def serve(record: dict[str, Any]) -> str:
-    """`serve.json` as Markdown, or `serve_long.json`, which holds the load only."""
+    """`serve.json` as Markdown, or `serve_side_by_side.json`, which holds the load only."""
     lines = [
         f"`python benchmarks/serve.py`, {record['device']}, {record['date']}, W4A8 on "
         f"{record['provider']}, one thread per operator, up to {record['max_batch']} rows in a call; "
         f"load of the machine {record['load_before']:.1f} before, {record['load_after']:.1f} after. "
-        f"{_one_at_a_time(record)}Load: {record['seconds']:g} s a round at 80 % of the smaller maximum.",
+        f"{_one_at_a_time(record)}Load: {record['seconds']:g} s a round at 80 % of the smaller maximum, "
+        f"{record.get('load_order', 'in turns')}.",
         "",
         "| requests | images/s when full, by step | by request | arrivals/s | p95 by step | "
         "by request | ratio, median of rounds (all) | p50 ratio |",
@@ -339,7 +340,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu_path": cpu_path,
     "build": build,
     "serve": serve,
-    "serve_long": serve,
+    "serve_side_by_side": serve,
     "serve_hostile": serve_hostile,
     "serve_ray": serve_ray,
 }
