@@ -14,7 +14,7 @@ Rows that are compared are measured in turns, with the same arrivals and request
   random (Poisson) at 80 % of the smaller capacity, the same at the same times to a server that batches
   by step and to one that batches whole requests: those of the same steps and guidance, as one call of a
   pipeline can. Both run at once, as the speed of a machine that others share drifts: each has about one
-  of two cores.
+  of two cores. With `--in-turns` one after the other.
 """
 
 from __future__ import annotations
@@ -262,11 +262,18 @@ def percentile(values: list[float], share: float) -> float:
     return float(np.quantile(values, share))
 
 
-async def side_by_side(
+async def at_once(
     ports: dict[str, int], measure: Callable[[int], Awaitable[Result]]
 ) -> dict[str, Result]:
     """The same of several servers at the same time, so that what disturbs one disturbs all."""
     return dict(zip(ports, await asyncio.gather(*map(measure, ports.values())), strict=True))
+
+
+async def in_turns(
+    ports: dict[str, int], measure: Callable[[int], Awaitable[Result]]
+) -> dict[str, Result]:
+    """The same of several servers one after the other, each with the machine to itself."""
+    return {name: await measure(port) for name, port in ports.items()}
 
 
 def load(
@@ -277,6 +284,7 @@ def load(
     seconds: float,
     batch: int,
     only: Sequence[str],
+    order: Callable[..., Any],
 ) -> dict[str, Any]:
     """Both ways of batching under each workload of a model, or under those of these names."""
     found: dict[str, Any] = {}
@@ -293,14 +301,14 @@ def load(
             capacities: dict[str, list[float]] = {name: [] for name in BATCHINGS}
             for _ in range(rounds):
                 full = partial(saturate, workload=workload, seconds=seconds / 2, clients=3 * batch)
-                for name, reached in asyncio.run(side_by_side(ports, full)).items():
+                for name, reached in asyncio.run(order(ports, full)).items():
                     capacities[name].append(reached)
             capacity = {name: statistics.median(values) for name, values in capacities.items()}
             rate = SHARE * min(capacity.values())
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in BATCHINGS}
             for turn in range(rounds):
                 asked = partial(poisson, workload=workload, rate=rate, seconds=seconds, seed=turn)
-                for name, run in asyncio.run(side_by_side(ports, asked)).items():
+                for name, run in asyncio.run(order(ports, asked)).items():
                     runs[name].append(run)
             rows = {name: _row(runs[name]) for name in BATCHINGS}
             ratios = {name: _ratios(runs, share) for name, share in (("p95", 0.95), ("p50", 0.5))}
@@ -359,9 +367,11 @@ def main() -> None:
     parser.add_argument(
         "--workload", action="append", default=[], help="the load of these only, by name"
     )
+    parser.add_argument("--in-turns", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/serve.json"))
     arguments = parser.parse_args()
     provider, rounds, only = arguments.provider, arguments.rounds, arguments.workload
+    order = in_turns if arguments.in_turns else at_once
     with tempfile.TemporaryDirectory() as scratch:
         folders = {
             model: getattr(arguments, model) or exported(model, Path(scratch))
@@ -375,7 +385,7 @@ def main() -> None:
             "provider": provider,
             "max_batch": arguments.batch,
             "seconds": arguments.seconds,
-            "load_order": "both servers at once",
+            "load_order": "in turns" if arguments.in_turns else "both servers at once",
             "load": {},
         }
         if not only:
@@ -387,7 +397,7 @@ def main() -> None:
             }
         for model, folder in folders.items():
             record["load"] |= load(
-                model, folder, provider, rounds, arguments.seconds, arguments.batch, only
+                model, folder, provider, rounds, arguments.seconds, arguments.batch, only, order
             )
         record |= {"load_after": os.getloadavg()[0], "packages": package_versions()}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
