@@ -35,8 +35,9 @@ from trtq.bench.device import cpu_name
 from trtq.bench.turns import take_turns, time_calls
 from trtq.engine.base import TensorSpec
 from trtq.engine.open import open_engine
-from trtq.engine.openvino import graph_specs
-from trtq.export.targets import has_vnni, load_graph
+from trtq.engine.prepared import graph_specs
+from trtq.export.targets import load_graph
+from trtq.processor import has_vnni
 from trtq.manifest import package_versions
 from trtq.quant.deployed import LayerTensors
 from trtq.resources import peak_rss_bytes

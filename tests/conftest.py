@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trtq.diffusion.source import load_source
+from trtq.processor import VARIABLE
 from trtq.stages.export import export_onnx
 from trtq.stages.quantize import quantize
 
@@ -13,6 +14,22 @@ from trtq.stages.quantize import quantize
 # tests of tiny models have so taken many times as long as with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Nothing is left in the user's cache, and nothing in it is used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRTQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv(VARIABLE, raising=False)
+        yield
+
+
+@pytest.fixture(params=["+vnni", "-vnni"], ids=["vnni", "no vnni"])
+def vnni(request, monkeypatch):
+    """The test runs as on both kinds of processors; whether this one has VNNI."""
+    monkeypatch.setenv(VARIABLE, request.param)
+    return request.param == "+vnni"
 
 
 def tiny_pipeline(seed=0):

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from trtq.engine.base import TensorSpec
-from trtq.engine.ort import check_provider, open_graph, session_options
-from trtq.export.targets import load_graph, prepare
+from trtq.engine.ort import check_provider, open_serialized, session_options
+from trtq.engine.prepared import prepared_graph
 
-__all__ = ["MOST_SHAPES", "OpenVinoEngine", "graph_specs"]
+__all__ = ["MOST_SHAPES", "OpenVinoEngine"]
 
 MOST_SHAPES = 2
 """Shapes that are kept compiled unless more are asked for."""
@@ -50,30 +50,23 @@ class OpenVinoEngine:
         self._path = path
         self._threads = threads
         self.most_shapes = most_shapes
-        self._model = prepare(load_graph(path), _NAME)
-        graph = self._model.graph
-        self._inputs = graph_specs(graph.inputs)
-        self._outputs = graph_specs(graph.outputs)
-        # Shapes of the general graph would contradict those of a fixed one.
-        for value in [*graph.outputs, *(value for node in graph for value in node.outputs)]:
-            value.shape = None
+        self._graph = prepared_graph(path, _NAME)
         self._sessions: OrderedDict[_Shapes, Any] = OrderedDict()
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
         """The graph's inputs by name."""
-        return self._inputs
+        return self._graph.inputs
 
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
         """The graph's outputs by name."""
-        return self._outputs
+        return self._graph.outputs
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """What the graph's file says about itself."""
-        found: Mapping[str, str] = self._model.metadata_props
-        return found
+        return self._graph.metadata
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; arrays by name, batch first.
@@ -82,38 +75,26 @@ class OpenVinoEngine:
             UsageError: OpenVINO cannot start on this machine.
             ArtefactError: it cannot load the graph.
         """
-        shapes = tuple((name, feeds[name].shape) for name in self._inputs)
+        shapes = tuple((name, feeds[name].shape) for name in self.inputs)
         session = self._sessions.get(shapes)
         if session is None:
             session = self._sessions[shapes] = self._open(shapes)
             while len(self._sessions) > self.most_shapes:
                 self._sessions.popitem(last=False)
         self._sessions.move_to_end(shapes)
-        names = list(self._outputs)
+        names = list(self.outputs)
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
     def _open(self, shapes: _Shapes) -> Any:
-        import onnx_ir as ir
         from onnxruntime import GraphOptimizationLevel
 
-        fixed = dict(shapes)
-        for value in self._model.graph.inputs:
-            value.shape = ir.Shape(fixed[value.name or ""])
         options = session_options(self._threads)
+        for name, shape in shapes:
+            for axis, size in enumerate(shape):
+                options.add_free_dimension_override_by_name(f"{name}.{axis}", size)
         # OpenVINO does its own fusions, and finds fewer of them after onnxruntime's.
         options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
         settings = {"device_type": "CPU", "precision": "FP32"}
         if self._threads is not None:
             settings["num_of_threads"] = str(self._threads)
-        return open_graph(self._path, self._model, options, _NAME, settings)
-
-
-def graph_specs(values: Any) -> dict[str, TensorSpec]:
-    """Inputs or outputs of an `onnx_ir` graph by name."""
-    return {
-        value.name: TensorSpec(
-            value.dtype.numpy(),
-            tuple(size if isinstance(size, int) else str(size) for size in value.shape),
-        )
-        for value in values
-    }
+        return open_serialized(self._path, self._graph.model, options, _NAME, settings)

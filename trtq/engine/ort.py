@@ -12,9 +12,10 @@ import numpy as np
 
 from trtq._optional import require
 from trtq.engine.base import TensorSpec
+from trtq.engine.prepared import prepared_graph
 from trtq.errors import ArtefactError, UsageError
 from trtq.export.nodes import DOMAIN
-from trtq.export.targets import has_vnni, load_graph, prepare
+from trtq.processor import has_vnni
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,6 +30,7 @@ __all__ = [
     "check_provider",
     "input_specs",
     "open_graph",
+    "open_serialized",
     "open_session",
     "session_options",
 ]
@@ -129,11 +131,22 @@ def open_graph(
     """
     import onnx_ir as ir
 
+    return open_serialized(
+        path, ir.to_proto(model).SerializeToString(), options, provider, settings
+    )
+
+
+def open_serialized(
+    path: Path, model: bytes, options: Any, provider: str, settings: Mapping[str, str] | None
+) -> Any:
+    """A session of a serialized graph whose external data lie beside `path`.
+
+    Arguments and errors are those of `open_session`.
+    """
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent)
     )
-    serialized = ir.to_proto(model).SerializeToString()
-    return open_session(path, serialized, options, provider, settings)
+    return open_session(path, model, options, provider, settings)
 
 
 def input_specs(session: Any) -> dict[str, TensorSpec]:
@@ -225,8 +238,8 @@ class OrtEngine(OrtSession):
         # A plan of memory for a shape is as large as the arena, and saves time only when it comes again.
         options.enable_mem_pattern = options.enable_cpu_mem_arena = not frugal
         if _mentions_plugins(path) or (provider == "cpu" and has_vnni()):
-            model = prepare(load_graph(path), "onnxruntime")
-            session = open_graph(path, model, options, provider, {})
+            model = prepared_graph(path, "onnxruntime").model
+            session = open_serialized(path, model, options, provider, {})
         else:
             session = open_session(path, str(path), options, provider, {})
         super().__init__(session, provider)

@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from trtq.export.passes.expand_qdq import PAIR_SAFE
-from trtq.export.targets import Runtime, has_vnni
+from trtq.export.targets import Runtime
+from trtq.processor import has_vnni
 
 __all__ = ["Finding", "check"]
 

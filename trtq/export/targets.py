@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from trtq.errors import ArtefactError
+from trtq.errors import ArtefactError, TrtqError
+from trtq.processor import has_vnni
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -14,15 +15,6 @@ __all__ = ["RUNTIMES", "Runtime", "has_vnni", "load_graph", "prepare"]
 
 Runtime = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
-
-
-def has_vnni() -> bool:
-    """Whether the processor adds int8 products in int32; assumed where the system does not tell."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True
-    return "flags" not in text or "vnni" in text
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -52,7 +44,23 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
 
     Returns:
         The model.
+
+    Raises:
+        ArtefactError: it is no graph of ours, so that a rewrite does not find what it relies on.
     """
+    try:
+        return _rewritten(model, runtime)
+    except TrtqError:
+        raise
+    except Exception as err:
+        text = " ".join(str(err).split())
+        raise ArtefactError(
+            f"the graph {model.graph.name!r} is not one that trtq wrote and cannot be rewritten for "
+            f"{runtime}: {type(err).__name__}: {text}"
+        ) from err
+
+
+def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     from trtq.export.passes import (

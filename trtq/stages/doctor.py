@@ -11,7 +11,7 @@ from typing import Any
 from trtq.diffusion.shipped import shipped_models
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import MissingDependencyError
-from trtq.export.targets import has_vnni
+from trtq.processor import has_vnni
 
 __all__ = ["doctor"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trtq.engine.base import TensorSpec
-from trtq.engine.openvino import graph_specs
+from trtq.engine.prepared import graph_specs
 from trtq.engine.tensorrt.compile import ENGINE_FILE
 from trtq.engine.triton import ServedGraph, TritonEngine
 from trtq.errors import ArtefactError, UsageError
