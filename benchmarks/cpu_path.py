@@ -37,8 +37,8 @@ from trtq.engine.base import TensorSpec
 from trtq.engine.open import open_engine
 from trtq.engine.prepared import graph_specs
 from trtq.export.targets import load_graph
-from trtq.processor import has_vnni
 from trtq.manifest import package_versions
+from trtq.processor import has_vnni
 from trtq.quant.deployed import LayerTensors
 from trtq.resources import peak_rss_bytes
 

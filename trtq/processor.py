@@ -19,7 +19,7 @@ FEATURES = {
     "bf16": ("avx512_bf16", "amx_bf16"),
     "amx": ("amx_int8",),
 }
-"""By our name, what Linux calls it in `/proc/cpuinfo`; `vnni` adds int8 products in int32, without loss."""
+"""By our name, what `/proc/cpuinfo` calls it; `vnni` adds int8 products in int32, without loss."""
 
 
 def processor_features() -> frozenset[str]:

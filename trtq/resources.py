@@ -77,9 +77,11 @@ def cache_folder(kind: str) -> Path:
     """Where things of a kind are kept: in `TRTQ_CACHE`, or in the user's own cache folder.
 
     Raises:
-        RuntimeError: the user has no home.
+        RuntimeError: the user has no home, or `TRTQ_CACHE` is `off`.
     """
     own = os.environ.get("TRTQ_CACHE")
+    if own == "off":
+        raise RuntimeError("TRTQ_CACHE switches the cache off")
     if own:
         return Path(own) / kind
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -5,9 +5,9 @@ gets bytes from here and imports none of them: an export leaves what runtimes wa
 graph where that is small; else it is in the cache since the first time; else a process of its own
 rewrites the graph. Where onnx_ir is loaded already, the graph is rewritten here and now.
 
-What is in the cache is used if nobody but its owner, who must be us, can have written it, and if it has
-the SHA-256 that its record names. Its key is the SHA-256 of the graph, the runtime with its version, what
-the rewrites ask of the processor, and the rewrites' own source text. TRTQ_CACHE moves the cache, or
+What is in the cache is used if nobody but its owner, who must be us, can have written it, and if it
+has the SHA-256 that its record names. Its key is the SHA-256 of the graph, the runtime with its version,
+what the rewrites ask of the processor, and the rewrites' own source text. TRTQ_CACHE moves the cache, or
 switches it `off`.
 """
 

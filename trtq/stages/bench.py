@@ -24,8 +24,8 @@ from trtq.bench.turns import rotated
 from trtq.engine.tensorrt.run import obstacle
 from trtq.errors import MeasurementError, TrtqError, UsageError
 from trtq.evaluate.metrics import psnr_db
-from trtq.processor import has_vnni
 from trtq.manifest import package_versions
+from trtq.processor import has_vnni
 from trtq.progress import Reporter, silent
 from trtq.stages.bench_targets import Target, baseline, parse_targets
 from trtq.stages.bench_worker import DENOISER
