@@ -773,10 +773,14 @@ def verify(
     layers: Annotated[
         bool, typer.Option("--layers", help="Compare the output of every low-bit layer.")
     ] = False,
+    timeout: Annotated[
+        float,
+        typer.Option("--timeout", help="Seconds that opening and calling one graph may take."),
+    ] = 300.0,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Check files, each runtime's rules, and what the graph computes; exit 1 if something is wrong.
+    """Check files, open and call the graphs, check rules and numbers; exit 1 if something is wrong.
 
     Example: trtq verify onnx --against run --layers
     """
@@ -789,6 +793,7 @@ def verify(
             against=against,
             runtimes=runtime or RUNTIMES,
             layers=layers,
+            timeout=timeout,
             report=LineReporter(),
         )
         _show(result, as_json, lambda found: _show_verified(path, found))
@@ -798,6 +803,8 @@ def verify(
 
 def _show_verified(path: str, found: dict[str, Any]) -> None:
     rows: dict[str, Any] = {"kind": found["kind"], "files as in the manifest": found["files"]}
+    for name, problem in found.get("graphs", {}).items():
+        rows[f"{name}, opened and called"] = "yes" if problem is None else "FAILED"
     for name, runtime in found.get("runtimes", {}).items():
         notes = sum(not finding["fatal"] for finding in runtime["findings"])
         rows[name] = ("legal" if runtime["legal"] else "refused") + (
@@ -808,6 +815,9 @@ def _show_verified(path: str, found: dict[str, Any]) -> None:
             f"{found['parity_db_min']:.1f} dB (required {found['parity_required_db']:g})"
         )
     _pairs(path, rows)
+    for name, problem in found.get("graphs", {}).items():
+        if problem is not None:
+            _out.print(f"{name}: {problem}", soft_wrap=True)
     for name, runtime in found.get("runtimes", {}).items():
         for finding in runtime["findings"]:
             text = f"{name}: {finding['layer']}: {finding['rule']}. {finding['mend']}"

@@ -9,7 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["NO_METADATA", "SIZES_KEY", "Engine", "TensorSpec"]
+from trtq.errors import ArtefactError
+
+__all__ = ["NO_METADATA", "SIZES_KEY", "Engine", "TensorSpec", "only_output"]
 
 NO_METADATA: Mapping[str, str] = MappingProxyType({})
 """Of a graph that says nothing about itself."""
@@ -51,3 +53,17 @@ class Engine(Protocol):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; arrays by name, batch first."""
+
+
+def only_output(engine: Engine) -> str:
+    """The name of a denoiser's prediction.
+
+    Raises:
+        ArtefactError: the graph gives nothing, or several things.
+    """
+    names = list(engine.outputs)
+    if len(names) != 1:
+        raise ArtefactError(
+            f"the graph of a denoiser has one output, this one has {', '.join(names) or 'none'}"
+        )
+    return names[0]

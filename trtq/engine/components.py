@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.engine.base import Engine
-from trtq.errors import UsageError
+from trtq.errors import ArtefactError, UsageError
 
 __all__ = ["EngineAutoencoder", "EngineTextEncoder"]
 
@@ -25,6 +25,11 @@ class _EngineModule(nn.Module):
 
 
 def _run(engine: Engine, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+    unknown = [name for name in feeds if name not in engine.inputs]
+    if unknown:
+        raise ArtefactError(
+            f"the graph has no input {unknown[0]!r}, it has {', '.join(engine.inputs) or 'none'}"
+        )
     arrays = {
         name: np.ascontiguousarray(value.detach().cpu().numpy().astype(engine.inputs[name].dtype))
         for name, value in feeds.items()

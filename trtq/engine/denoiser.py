@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trtq.diffusion.families import family_named
-from trtq.engine.base import SIZES_KEY, Engine
-from trtq.errors import UsageError
+from trtq.engine.base import SIZES_KEY, Engine, only_output
+from trtq.errors import ArtefactError, UsageError
 from trtq.quant.stand_in import StandIn
 
 __all__ = ["EngineDenoiser"]
@@ -25,6 +25,9 @@ class EngineDenoiser(StandIn):
         engine: runs the exported graph.
         config: of the model that was exported.
         model_class: the diffusers class, for the order of its arguments.
+
+    Raises:
+        ArtefactError: the graph is none of a denoiser.
     """
 
     def __init__(self, engine: Engine, config: Any, model_class: type[nn.Module]) -> None:
@@ -34,9 +37,14 @@ class EngineDenoiser(StandIn):
         self.model_class = model_class
         parameters = list(inspect.signature(model_class.forward).parameters)
         self._positions = parameters[1:]
-        (self._output,) = engine.outputs
+        self._output = only_output(engine)
         self._specs = dict(engine.inputs)
         self.family = family_named(model_class.__name__)
+        if self.family.sample not in self._specs:
+            raise ArtefactError(
+                f"the graph has no input {self.family.sample!r}, which a {model_class.__name__} is given; "
+                f"it has {', '.join(self._specs) or 'none'}"
+            )
         self.dtype = (
             torch.float16 if self._specs[self.family.sample].dtype == np.float16 else torch.float32
         )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trtq.engine.base import TensorSpec
-from trtq.engine.ort import check_provider, open_serialized, session_options
+from trtq.engine.ort import check_provider, open_serialized, run_session, session_options
 from trtq.engine.prepared import prepared_graph
 
 __all__ = ["MOST_SHAPES", "OpenVinoEngine"]
@@ -83,7 +83,7 @@ class OpenVinoEngine:
                 self._sessions.popitem(last=False)
         self._sessions.move_to_end(shapes)
         names = list(self.outputs)
-        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        return dict(zip(names, run_session(session, names, feeds), strict=True))
 
     def _open(self, shapes: _Shapes) -> Any:
         from onnxruntime import GraphOptimizationLevel

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import mmap
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "open_graph",
     "open_serialized",
     "open_session",
+    "run_session",
     "session_options",
 ]
 
@@ -49,6 +51,11 @@ GPU_PROVIDERS = ("cuda", "tensorrt-rtx", "tensorrt")
 
 _PLUGIN_DOMAIN = b"\x3a\x04" + DOMAIN.encode()
 """A node's field 7, as protobuf writes it."""
+_LONGEST = 400
+_SOURCE_PLACE = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : |/\S+\.(?:cc|h):\d+ \S.*?\) (?=[A-Z])"
+)
+"""Of onnxruntime's messages: codes, and the line and function of its own source."""
 _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -113,7 +120,7 @@ def open_session(
         # Otherwise a provider that fails goes over to the CPU's, and says so on standard output.
         session.disable_fallback()
     except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
-        raise ArtefactError(f"onnxruntime cannot load {path}: {err}") from err
+        raise ArtefactError(f"onnxruntime cannot load {path}: {_line(err)}") from err
     if PROVIDERS[provider] not in session.get_providers():
         raise UsageError(
             f"the provider {provider!r} cannot start on this machine; onnxruntime fell back to "
@@ -149,15 +156,29 @@ def open_serialized(
     return open_session(path, model, options, provider, settings)
 
 
+def _line(err: Exception) -> str:
+    """What onnxruntime says, in one line and without end."""
+    text = _SOURCE_PLACE.sub("", " ".join(str(err).split()))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
 def input_specs(session: Any) -> dict[str, TensorSpec]:
     """The inputs of a session by name."""
     return _session_specs(session.get_inputs())
 
 
 def _session_specs(nodes: Any) -> dict[str, TensorSpec]:
-    return {
-        node.name: TensorSpec(np.dtype(_DTYPES[node.type]), tuple(node.shape)) for node in nodes
-    }
+    found = {}
+    for node in nodes:
+        if node.type not in _DTYPES:
+            raise ArtefactError(
+                f"{node.name!r} of the graph is a {node.type}, which no graph of trtq takes or gives; "
+                f"it has {', '.join(_DTYPES)}"
+            )
+        # A free axis without a name has one all the same, as nothing is known of it.
+        sizes = tuple("?" if size is None else size for size in node.shape)
+        found[node.name] = TensorSpec(np.dtype(_DTYPES[node.type]), sizes)
+    return found
 
 
 def _mentions_plugins(path: Path) -> bool:
@@ -170,6 +191,21 @@ def _mentions_plugins(path: Path) -> bool:
             return content.find(_PLUGIN_DOMAIN) >= 0
     except (OSError, ValueError):  # ValueError: the file is empty.
         return False
+
+
+def run_session(
+    session: Any, names: Sequence[str], feeds: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    """What a session gives, by name of the output.
+
+    Raises:
+        ArtefactError: onnxruntime gives up on it, in one line.
+    """
+    try:
+        found: list[np.ndarray] = session.run(list(names), dict(feeds))
+    except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
+        raise ArtefactError(f"onnxruntime cannot run the graph: {_line(err)}") from err
+    return found
 
 
 class OrtSession:
@@ -207,8 +243,12 @@ class OrtSession:
         return found
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once; arrays by name, batch first."""
-        return dict(zip(self._names, self._session.run(self._names, dict(feeds)), strict=True))
+        """Run once; arrays by name, batch first.
+
+        Raises:
+            ArtefactError: onnxruntime gives up on it.
+        """
+        return dict(zip(self._names, run_session(self._session, self._names, feeds), strict=True))
 
 
 class OrtEngine(OrtSession):

@@ -34,8 +34,13 @@ def provider_settings(provider: str, profile: Profile) -> dict[str, str]:
     for place, name in enumerate(_SHAPES):
         shapes = (f"{key}:{'x'.join(map(str, three[place]))}" for key, three in profile.items())
         found[f"{short}_profile_{name}_shapes"] = ",".join(shapes)
-    cache = cache_folder("onnxruntime")
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache = cache_folder("onnxruntime")
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # No place to keep anything: it is built at each start.
+        return found | (
+            {"enable_cuda_graph": "1"} if short == "nv" else {"trt_cuda_graph_enable": "1"}
+        )
     if provider == "tensorrt":
         return found | {
             "trt_engine_cache_enable": "1",

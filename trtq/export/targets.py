@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -11,24 +12,72 @@ from trtq.processor import has_vnni
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["RUNTIMES", "Runtime", "has_vnni", "load_graph", "prepare"]
+__all__ = ["RUNTIMES", "Runtime", "external_files", "has_vnni", "load_graph", "prepare"]
 
 Runtime = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"]
+_LONGEST = 400
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Read a graph; its external data are read when they are needed.
+    """Read a graph; its external data are read when they are needed, and must lie in its folder.
 
     Raises:
-        ArtefactError: the file cannot be read.
+        ArtefactError: the file cannot be read, or its external data are elsewhere or cut.
     """
     import onnx_ir as ir
 
+    if not path.is_file():  # A pipe would be waited for.
+        raise ArtefactError(f"{path} is no file")
+    if path.stat().st_size == 0:
+        raise ArtefactError(f"{path} is empty")
     try:
-        return ir.load(path)
+        model = ir.load(path)
     except Exception as err:  # protobuf's DecodeError has no public base.
-        raise ArtefactError(f"cannot read {path}: {err}") from err
+        text = " ".join(str(err).split())[:_LONGEST]
+        raise ArtefactError(f"cannot read {path}: {text or type(err).__name__}") from err
+    for tensor in _external_tensors(model):
+        _check_external(path, tensor)
+    return model
+
+
+def external_files(model: ir.Model) -> set[str]:
+    """The files that a graph takes weights from, relative to its folder."""
+    return {Path(str(tensor.location)).as_posix() for tensor in _external_tensors(model)}
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    import onnx_ir as ir
+
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+
+
+def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
+    """Refuse data outside the graph's folder, in no plain file, or beyond its end.
+
+    Raises:
+        ArtefactError: so they are.
+    """
+    location = str(tensor.location)
+    file = path.parent / location
+    if Path(location).is_absolute() or not file.resolve().is_relative_to(path.parent.resolve()):
+        raise ArtefactError(
+            f"{path} takes {tensor.name!r} from {location[:100]!r}, outside its folder; do not use it"
+        )
+    if not file.is_file():
+        raise ArtefactError(
+            f"{path} takes {tensor.name!r} from {location[:100]!r}, which is no file"
+        )
+    size, begin = file.stat().st_size, tensor.offset or 0
+    length = tensor.nbytes if tensor.length is None else tensor.length
+    if begin < 0 or length < 0 or begin + length > size:
+        raise ArtefactError(
+            f"{path} takes {tensor.name!r} from byte {begin} to {begin + length} of {location[:100]!r}, "
+            f"which has {size} bytes: it was cut"
+        )
 
 
 def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from trtq.engine.base import Engine
+from trtq.engine.base import Engine, only_output
 
 __all__ = ["GraphCall"]
 
@@ -16,11 +16,14 @@ class GraphCall:
 
     Args:
         engine: of a graph with one output.
+
+    Raises:
+        ArtefactError: it has another number of them.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        (self._output,) = engine.outputs
+        self._output = only_output(engine)
         self._dtypes = {name: spec.dtype for name, spec in engine.inputs.items()}
 
     def __call__(self, given: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 _API_KEY_VARIABLE = "TRTQ_API_KEY"
 _LAST_ANSWERS_S = 2.0
 """For answers of what is given up to be sent, and again for the engine's last call to return."""
+_LISTENING_S = 10.0
+"""After opening the models, the most that is waited until the server listens."""
 _CONNECTIONS = 1024
 _BACKLOG = 2048
 _READ_NOTHING_MS = 60_000
@@ -157,8 +159,15 @@ def open_model(
     return PipelineModel(source, name, TORCH if engine is None else engine.provider, shapes)
 
 
-def build_service(options: ServeOptions, metrics: Metrics) -> Service:
+def build_service(
+    options: ServeOptions, metrics: Metrics, ready: threading.Event | None = None
+) -> Service:
     """Open all models and make each ready for its smallest batch; further sizes follow meanwhile.
+
+    Args:
+        options: what is asked for.
+        metrics: where the models count.
+        ready: set when the server listens; what can wait is compiled from then on. None: at once.
 
     Raises:
         TrtqError: one cannot be opened or run.
@@ -175,7 +184,7 @@ def build_service(options: ServeOptions, metrics: Metrics) -> Service:
     hosted: dict[str, Hosted] = {}
     for name, path in paths.items():
         first = not hosted
-        hosted[name] = _host(path, name, options, metrics, provided=first)
+        hosted[name] = _host(path, name, options, metrics, ready, provided=first)
     return Service(hosted, options.limits)
 
 
@@ -185,7 +194,13 @@ def _name_of(path: str) -> str:
 
 
 def _host(
-    path: str, name: str, options: ServeOptions, metrics: Metrics, *, provided: bool
+    path: str,
+    name: str,
+    options: ServeOptions,
+    metrics: Metrics,
+    ready: threading.Event | None,
+    *,
+    provided: bool,
 ) -> Hosted:
     begun = time.monotonic()
     limits = options.limits
@@ -207,25 +222,28 @@ def _host(
         raise
     except Exception as err:  # An engine's own exceptions share no base but Exception.
         raise ArtefactError(f"{path} was opened and cannot be run: {err}") from err
-    ready = sizes if limits.batch_sizes else None
+    compiled = sizes if limits.batch_sizes else None
     rest = [size for size in sizes if size != first]
     hosted = Hosted(
         model,
         limits,
         options.batching,
         metrics,
-        sizes=[first] if model.fixed_shapes else ready,
+        sizes=[first] if model.fixed_shapes else compiled,
         more_sizes=model.fixed_shapes and bool(rest),
         load_seconds=time.monotonic() - begun,
     )
     if model.fixed_shapes and rest:
         threading.Thread(
-            target=_compile_rest, args=(hosted, rest), name=f"compile-{name}", daemon=True
+            target=_compile_rest, args=(hosted, rest, ready), name=f"compile-{name}", daemon=True
         ).start()
     return hosted
 
 
-def _compile_rest(hosted: Hosted, sizes: Sequence[int]) -> None:
+def _compile_rest(hosted: Hosted, sizes: Sequence[int], ready: threading.Event | None) -> None:
+    if ready is not None:
+        # Compiling takes all the cores; a server that never listens is of no use to anybody.
+        ready.wait(_LISTENING_S)
     try:
         for size in sizes:
             hosted.model.warm(size)
@@ -284,7 +302,8 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
     bound = listen(options.host, options.port)
     with bound:
         metrics = Metrics()
-        service = build_service(options, metrics)
+        listening = threading.Event()
+        service = build_service(options, metrics, listening)
         try:
             # Two servers may be bound to a port as long as none listens.
             bound.listen(_BACKLOG)
@@ -299,6 +318,7 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             seconds = round(time.monotonic() - begun, 3)
             announce({"url": url, "models": list(service.hosted), "seconds": seconds})
+            listening.set()
 
         try:
             asyncio.run(_run(options, service, metrics, bound, ready))

@@ -25,6 +25,7 @@ from trtq.manifest import (
 )
 from trtq.progress import Reporter, silent
 from trtq.stages import triton_model
+from trtq.stages.graph_check import require_graphs
 from trtq.stages.graph_file import DATA_NAME, MODEL_FILE
 from trtq.stages.load import engine_source
 from trtq.stages.triton_pipeline import Settings, request_input
@@ -81,12 +82,14 @@ def package_triton(
 
     Raises:
         UsageError: it is neither, or something is in the way.
-        ArtefactError: it is damaged, or the ONNX folder of engines is not to be found.
+        ArtefactError: it is damaged, onnxruntime does not open its graphs, or the ONNX folder of engines
+            is not to be found.
     """
     folder = Path(path)
     manifest = _read(folder)
     final = _check_repository(Path(out), overwrite=overwrite, source=folder)
     graphs = folder if manifest.kind == "onnx" else _onnx_of(folder, manifest, onnx)
+    require_graphs(graphs, manifest if graphs == folder else read_manifest(graphs, "onnx"), report)
     names = sorted(file.parent.name for file in graphs.glob(f"*/{MODEL_FILE}"))
     partial = partial_folder(final)
     shutil.rmtree(partial, ignore_errors=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.engine.taps import layer_outputs
+from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError
 from trtq.export.legality import check
 from trtq.export.parity import TIE_DB, snr_db
@@ -19,6 +20,7 @@ from trtq.manifest import MANIFEST_NAME, Manifest, artefact_kind, read_manifest,
 from trtq.progress import Reporter, silent
 from trtq.quant.deployed import DeployedLayer, DeployedProduct
 from trtq.seeds import seeded_generator
+from trtq.stages.graph_check import check_engines, check_graphs
 from trtq.stages.graph_file import MODEL_FILE
 from trtq.stages.parity import PARITY_DB, step_parities
 from trtq.stages.run_folder import OpenRun, open_run
@@ -32,20 +34,27 @@ def verify(
     against: str | Path | None = None,
     runtimes: Sequence[str] = RUNTIMES,
     layers: bool = False,
+    timeout: float = TRIAL_SECONDS,
     report: Reporter = silent,
 ) -> dict[str, Any]:
-    """Check files against the manifest, an ONNX folder against each runtime's rules and against torch.
+    """Check files against the manifest, open graphs in the runtime, check its rules, compare with torch.
+
+    Each graph is opened and called once by onnxruntime, in a process of its own with a limit of time and
+    memory, so a graph that crashes, never ends or takes all memory is a failed check and nothing more.
 
     Args:
-        path: a run, an ONNX folder or engines; of engines only the files can be checked.
+        path: a run, an ONNX folder or engines; without a GPU of engines only the files can be checked.
         against: the run that an ONNX folder was exported from; compared at every calibrated step.
         runtimes: those of `trtq.export.targets.RUNTIMES` whose rules are checked.
         layers: compare the output of every low-bit layer too, at one mixed batch.
+        timeout: seconds that opening and calling one graph may take.
         report: called as work goes on.
 
     Returns:
-        `kind`, `files` (how many were hashed), `ok`, and for an ONNX folder `runtimes`: by name `legal`
-        and `findings` (`layer`, `rule`, `mend`, `fatal`). With `against`, `parity_db` (per step,
+        `kind`, `files` (how many were hashed), `ok`; for an ONNX folder and for engines `graphs`: by
+        component what is wrong with its graph or engine, None where nothing is; and for an ONNX folder
+        `runtimes`: by name `legal` and `findings` (`layer`, `rule`, `mend`, `fatal`), empty where a
+        graph cannot be opened. With `against`, `parity_db` (per step,
         cleanest first, last the mixed batch), `parity_db_min` and `parity_required_db`; with
         `layers`, rows of `name`, `snr_db` and `first` (the first one below `TIE_DB`).
 
@@ -69,8 +78,15 @@ def verify(
             raise UsageError(f"{path} is of kind {kind!r}; --against is for ONNX folders")
         if kind == "run":
             open_run(folder)
+        else:
+            result["graphs"] = check_engines(folder, manifest)
+            result["ok"] = not any(result["graphs"].values())
         return result
+    result["graphs"] = check_graphs(folder, manifest, seconds=timeout, report=report)
+    result["runtimes"] = {}
     model = folder / manifest.denoiser / MODEL_FILE
+    if any(result["graphs"].values()):
+        return result | {"ok": False}
     result["runtimes"] = {name: _legality(model, name) for name in runtimes}
     result["ok"] = all(found["legal"] for found in result["runtimes"].values())
     if against is None:
