@@ -42,8 +42,8 @@ class EngineDenoiser(StandIn):
         self.family = family_named(model_class.__name__)
         if self.family.sample not in self._specs:
             raise ArtefactError(
-                f"the graph has no input {self.family.sample!r}, which a {model_class.__name__} is given; "
-                f"it has {', '.join(self._specs) or 'none'}"
+                f"the graph has no input {self.family.sample!r}, which a {model_class.__name__} has; "
+                f"it takes {', '.join(self._specs) or 'none'}"
             )
         self.dtype = (
             torch.float16 if self._specs[self.family.sample].dtype == np.float16 else torch.float32

@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 _API_KEY_VARIABLE = "TRTQ_API_KEY"
 _LAST_ANSWERS_S = 2.0
 """For answers of what is given up to be sent, and again for the engine's last call to return."""
+_COMPILES = "compile-"
 _LISTENING_S = 10.0
 """After opening the models, the most that is waited until the server listens."""
 _CONNECTIONS = 1024
@@ -235,9 +236,14 @@ def _host(
     )
     if model.fixed_shapes and rest:
         threading.Thread(
-            target=_compile_rest, args=(hosted, rest, ready), name=f"compile-{name}", daemon=True
+            target=_compile_rest, args=(hosted, rest, ready), name=f"{_COMPILES}{name}", daemon=True
         ).start()
     return hosted
+
+
+def _compiling() -> bool:
+    """Whether a size is being compiled; the process cannot end in order meanwhile."""
+    return any(thread.name.startswith(_COMPILES) for thread in threading.enumerate())
 
 
 def _compile_rest(hosted: Hosted, sizes: Sequence[int], ready: threading.Event | None) -> None:
@@ -325,8 +331,9 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
         finally:
             ended = service.close(_LAST_ANSWERS_S)
     if not ended:
-        # A call of the engine cannot be interrupted, and all that was taken on has been answered.
         logger.warning("leaving a call of the engine behind")
+    if not ended or _compiling():
+        # Neither can be interrupted, and all that was taken on has been answered.
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
