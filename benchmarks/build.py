@@ -21,6 +21,7 @@ from typing import Any
 from trtq.bench.device import cpu_name
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.manifest import read_manifest
+from trtq.processor import processor_features
 
 ROOT = Path(__file__).parent
 ONE, SEVERAL = ("sm89",), ("sm86", "sm89", "sm120")
@@ -75,6 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     record = {
         "device": cpu_name(),
+        "cpu_features": sorted(processor_features()),
         "date": datetime.now(UTC).date().isoformat(),
         "builder": f"tensorrt-rtx {BACKENDS['tensorrt-rtx'].version}",
         "rows": [],

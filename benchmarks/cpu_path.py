@@ -38,7 +38,7 @@ from trtq.engine.open import open_engine
 from trtq.engine.prepared import graph_specs
 from trtq.export.targets import load_graph
 from trtq.manifest import package_versions
-from trtq.processor import has_vnni
+from trtq.processor import has_vnni, processor_features
 from trtq.quant.deployed import LayerTensors
 from trtq.resources import peak_rss_bytes
 
@@ -206,6 +206,7 @@ def main() -> None:
     record = {
         "device": cpu_name(),
         "vnni": has_vnni(),
+        "cpu_features": sorted(processor_features()),
         "threads": torch.get_num_threads(),
         "packages": package_versions(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

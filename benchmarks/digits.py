@@ -25,6 +25,7 @@ from trtq.bench.summary import summarize
 from trtq.bench.turns import take_turns
 from trtq.engine.open import open_engine
 from trtq.manifest import package_versions
+from trtq.processor import processor_features
 from trtq.progress import LineReporter
 from trtq.stages.evaluate import draw_reference, evaluate
 from trtq.stages.export import export_onnx
@@ -118,6 +119,7 @@ def main() -> None:
     record = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "cpu_features": sorted(processor_features()),
         "images": arguments.images,
         "steps": STEPS,
         "seed": arguments.seed,

@@ -43,6 +43,7 @@ import numpy as np
 
 from trtq.engine.open import open_engine
 from trtq.manifest import package_versions
+from trtq.processor import processor_features
 from trtq.serve.solver import Ddim
 
 PATH = "/v1/images/generations"
@@ -406,12 +407,13 @@ def main() -> None:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells."""
+    """The processor's name, where the system tells, and what graphs and kernels depend on of it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+        name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
-        return sys.platform
+        name = sys.platform
+    return f"{name} with {', '.join(sorted(processor_features())) or 'none of our features'}"
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def read_former(path: Path, device: dict[str, Any]) -> Former:
         )
     former = _validate(path, found)
     for key, value in device.items():
-        if former.device.get(key) != value:
+        if former.device.get(key, value) != value:  # Earlier versions wrote less about it.
             raise _different(path, key, former.device.get(key), value, "the same device compares")
     return former
 

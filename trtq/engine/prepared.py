@@ -1,9 +1,9 @@
-"""Graphs as a runtime takes them, rewritten once: beside the graph, in the user's cache, or by a child.
+"""Graphs as a runtime takes them, rewritten once: kept in the user's cache, or by a child process.
 
 `trtq.export.targets.prepare` needs onnx_ir, onnx and torch. What only opens graphs, a server above all,
-gets bytes from here and imports none of them: an export leaves what runtimes want changed beside the
-graph where that is small; else it is in the cache since the first time; else a process of its own
-rewrites the graph. Where onnx_ir is loaded already, the graph is rewritten here and now.
+gets bytes from here and imports none of them. They are in the user's cache since the export on this
+machine, or since the first time; else a process of its own rewrites the graph. Where onnx_ir is loaded
+already, the graph is rewritten here and now.
 
 What is in the cache is used if nobody but its owner, who must be us, can have written it, and if it
 has the SHA-256 that its record names. Its key is the SHA-256 of the graph, the runtime with its version,
@@ -39,7 +39,14 @@ from trtq.processes import worker_command
 from trtq.processor import has_vnni
 from trtq.resources import cache_folder
 
-__all__ = ["PreparedGraph", "graph_specs", "prepare_in_process", "prepared_graph", "variant_name"]
+__all__ = [
+    "PreparedGraph",
+    "graph_specs",
+    "keep_prepared",
+    "prepare_in_process",
+    "prepared_graph",
+    "variant_name",
+]
 
 OnCpu = Literal["onnxruntime", "openvino"]
 _CACHE = "graphs"
@@ -139,6 +146,19 @@ def prepared_graph(path: Path, runtime: OnCpu) -> PreparedGraph:
         raise ArtefactError(f"cannot read {path}: {err}") from err
     found = _from_cache(key)
     return _from_child(path, runtime, key) if found is None else found
+
+
+def keep_prepared(path: Path) -> None:
+    """Leave a graph in the user's cache as the runtimes of this machine take it, if that is possible.
+
+    Raises:
+        ArtefactError: the graph cannot be read or rewritten.
+    """
+    runtimes: tuple[OnCpu, ...] = ("onnxruntime", "openvino")
+    for runtime in runtimes:
+        with tempfile.TemporaryDirectory(prefix="trtq-graph-") as name:
+            _write(Path(name), prepare_in_process(path, runtime))
+            _keep(_key(path, runtime), Path(name))
 
 
 def prepare_in_process(path: Path, runtime: OnCpu) -> PreparedGraph:
@@ -294,7 +314,12 @@ def main() -> int:
     except TrtqError as err:
         record: dict[str, Any] = {"error": type(err).__name__, "message": str(err)}
     else:
-        record = found.record()
-        (scratch / _GRAPH_FILE).write_bytes(found.model)
+        _write(scratch, found)
+        return 0
     (scratch / _RECORD_FILE).write_text(json.dumps(record), encoding="utf-8")
-    return 1 if "error" in record else 0
+    return 1
+
+
+def _write(folder: Path, graph: PreparedGraph) -> None:
+    (folder / _GRAPH_FILE).write_bytes(graph.model)
+    (folder / _RECORD_FILE).write_text(json.dumps(graph.record()), encoding="utf-8")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from trtq.engine.base import Engine, TensorSpec
-from trtq.errors import ArtefactError, TrtqError, UsageError
+from trtq.errors import ArtefactError, MissingDependencyError, TrtqError, UsageError
 from trtq.processes import processors, worker_command
 from trtq.resources import available_bytes
 
@@ -132,7 +132,8 @@ def _outcome(answer: Path, code: int, said: Path, limit: int, seconds: float) ->
     except (OSError, ValueError):
         return Trial(_why_it_died(code, said.read_text(errors="replace"), limit, seconds))
     if found.get("usage"):
-        raise UsageError(found["problem"])
+        kind = MissingDependencyError if found["usage"] == "missing" else UsageError
+        raise kind(found["problem"])
     problem = found["problem"]
     if problem is not None and any(word in problem for word in ("bad_alloc", "MemoryError")):
         problem = (
@@ -167,7 +168,8 @@ def main() -> int:
     try:
         _open_and_call(Path(job["path"]), job["provider"], job["sizes"], found)
     except UsageError as err:
-        found |= {"problem": _line(err), "usage": True}
+        missing = isinstance(err, MissingDependencyError)
+        found |= {"problem": _line(err), "usage": "missing" if missing else "other"}
     except TrtqError as err:
         found["problem"] = _line(err)
     except (Exception, MemoryError) as err:

@@ -25,7 +25,7 @@ from trtq.engine.tensorrt.run import obstacle
 from trtq.errors import MeasurementError, TrtqError, UsageError
 from trtq.evaluate.metrics import psnr_db
 from trtq.manifest import package_versions
-from trtq.processor import has_vnni
+from trtq.processor import has_vnni, processor_features
 from trtq.progress import Reporter, silent
 from trtq.stages.bench_targets import Target, baseline, parse_targets
 from trtq.stages.bench_worker import DENOISER
@@ -224,6 +224,7 @@ def _describe_device(threads: int) -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "vnni": has_vnni(),
+        "cpu_features": sorted(processor_features()),
         "threads": threads,
         "gpu": nvml.name,
         "driver": nvml.driver,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -15,7 +16,7 @@ from trtq.engine.base import SIZES_KEY
 from trtq.engine.tensorrt.backends import CURRENT, Backend, check_architectures, find_backend
 from trtq.engine.tensorrt.compile import ENGINE_FILE, Compiled, compile_engine
 from trtq.engine.tensorrt.job import Job, Profile
-from trtq.errors import ArtefactError, LegalityError, UsageError
+from trtq.errors import ArtefactError, LegalityError, MissingDependencyError, UsageError
 from trtq.export.legality import check
 from trtq.export.targets import load_graph, prepare
 from trtq.manifest import (
@@ -32,6 +33,8 @@ from trtq.stages.components import DECODER
 from trtq.stages.graph_file import DATA_NAME, MODEL_FILE
 
 __all__ = ["axis_ranges", "build_engines", "exported_profile", "profile_of"]
+
+logger = logging.getLogger(__name__)
 
 _NO_FLOAT32 = "sm75"
 """TensorRT-RTX compiles no float32 product for Turing."""
@@ -81,7 +84,7 @@ def build_engines(
 
     Raises:
         UsageError: the backend cannot do what is asked, or there is no artefact.
-        ArtefactError: it is another artefact than an ONNX folder, or damaged.
+        ArtefactError: it is another artefact than an ONNX folder, damaged, or onnxruntime cannot open it.
         LegalityError: the backend would refuse a layer, or compute it wrongly.
         BuildError: the builder refused, crashed or was killed.
     """
@@ -97,6 +100,7 @@ def build_engines(
     if not (folder / MANIFEST_NAME).is_file():
         raise UsageError(f"{path} is not an ONNX folder; make one first: trtq export RUN -o ONNX")
     manifest = read_manifest(folder, "onnx")
+    _check_opened(folder, manifest, report)
     graphs = sorted(file.parent.name for file in folder.glob(f"*/{MODEL_FILE}"))
     rows, profiles = [], {}
     with new_artefact(final, overwrite=overwrite) as partial:
@@ -154,6 +158,20 @@ def build_engines(
             ),
         )
     return result
+
+
+def _check_opened(folder: Path, manifest: Manifest, report: Reporter) -> None:
+    """Refuse what onnxruntime cannot open, before a builder spends minutes on it.
+
+    Raises:
+        ArtefactError: there is such a graph.
+    """
+    from trtq.stages.graph_check import require_graphs  # It takes the ranges of axes from here.
+
+    try:
+        require_graphs(folder, manifest, report)
+    except MissingDependencyError as err:
+        logger.warning("the graphs are built without having been opened before: %s", err)
 
 
 def _prepare(

@@ -11,7 +11,7 @@ from typing import Any
 from trtq.diffusion.shipped import shipped_models
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import MissingDependencyError
-from trtq.processor import has_vnni
+from trtq.processor import has_vnni, processor_features
 
 __all__ = ["doctor"]
 
@@ -50,6 +50,7 @@ def doctor() -> dict[str, Any]:
     Returns:
         `ok`, `problems` (what stands in the way of the main path, and what to do), `hints` (what else
         could be had), `python`, `machine`, `vnni` (whether the CPU adds int8 products without loss),
+        `cpu_features` (those of `trtq.processor.FEATURES` that it is taken to have),
         `packages`, `providers` (what `--provider` can be here), `builders` (of engines), `cuda`,
         `models` (that ship with trtq).
     """
@@ -95,6 +96,7 @@ def doctor() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "vnni": has_vnni(),
+        "cpu_features": sorted(processor_features()),
         "packages": packages,
         "providers": ["torch", *providers] if packages["torch"] else providers,
         "builders": builders,

@@ -13,6 +13,7 @@ from torch import nn
 from trtq.diffusion.layout import parse_sizes
 from trtq.diffusion.source import Source, load_source
 from trtq.engine.base import SIZES_KEY
+from trtq.engine.prepared import keep_prepared
 from trtq.errors import GateError, UsageError
 from trtq.export.nodes import LOW_BIT_OPERATORS
 from trtq.export.passes import (
@@ -56,6 +57,8 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 Precision = Literal["fp32", "fp16"]
 
 _TRACED_BATCH = 2
+_SERVED_WITHOUT_TORCH = ("UNet2DModel",)
+"""What a server opens without the means to rewrite a graph: it is done at once, once."""
 _PRODUCTS = ("LowBitMatMul",)
 
 
@@ -170,6 +173,8 @@ def export_onnx(
             "size": smallest if smallest == largest else f"{smallest}:{largest}",
         }
         write_manifest(folder, manifest.model_copy(update={"options": options, "metrics": metrics}))
+        if source.model_class in _SERVED_WITHOUT_TORCH:
+            keep_prepared(folder / name / MODEL_FILE)
     report("export", 3, 3)
     return metrics
 
