@@ -84,7 +84,7 @@ def build_engines(
 
     Raises:
         UsageError: the backend cannot do what is asked, or there is no artefact.
-        ArtefactError: it is another artefact than an ONNX folder, damaged, or onnxruntime cannot open it.
+        ArtefactError: it is no ONNX folder, damaged, or onnxruntime cannot open it.
         LegalityError: the backend would refuse a layer, or compute it wrongly.
         BuildError: the builder refused, crashed or was killed.
     """

@@ -1,0 +1,171 @@
+"""Graphs as runtimes take them: prepared once, kept where nobody else can write, by a child process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from trtq.engine import prepared
+from trtq.engine.openvino import OpenVinoEngine
+from trtq.engine.ort import OrtEngine
+from trtq.engine.prepared import prepare_in_process, prepared_graph
+from trtq.errors import ArtefactError, UsageError
+from trtq.processor import FEATURES, has_vnni, processor_features
+
+
+@pytest.fixture
+def graph(digits_onnx):
+    return digits_onnx / "unet" / "model.onnx"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cache of this test alone, for a process in which onnx_ir is not loaded."""
+    monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delitem(sys.modules, "onnx_ir")
+    return tmp_path / "cache" / "graphs"
+
+
+@pytest.fixture
+def children(monkeypatch):
+    """Counts them; each does its work in this process, which is quicker than starting one."""
+    count = []
+
+    def run(command, **_):
+        count.append(command)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["child", *command[-3:]])
+            code = prepared.main()
+        # The rewrites have imported it again.
+        sys.modules.pop("onnx_ir", None)
+        return subprocess.CompletedProcess(command, code, "", "")
+
+    onnx_ir = sys.modules["onnx_ir"]
+
+    def main(path, runtime):
+        sys.modules["onnx_ir"] = onnx_ir
+        return prepare_in_process(path, runtime)
+
+    monkeypatch.setattr(prepared, "prepare_in_process", main)
+    monkeypatch.setattr(prepared.subprocess, "run", run)
+    yield count
+    sys.modules["onnx_ir"] = onnx_ir
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_graph_is_prepared_once_by_a_child_and_then_kept(graph, children, cache, runtime, vnni):
+    first = prepared_graph(graph, runtime)
+    again = prepared_graph(graph, runtime)
+    assert len(children) == 1
+    assert first == again
+    assert first == prepared.prepare_in_process(graph, runtime)
+    sys.modules.pop("onnx_ir", None)
+    (entry,) = cache.iterdir()
+    assert all(not path.stat().st_mode & 0o077 for path in (cache, entry, *entry.iterdir()))
+
+
+def test_both_kinds_of_processors_have_graphs_of_their_own(graph, children, cache, monkeypatch):
+    found = set()
+    for setting in ("+vnni", "-vnni"):
+        monkeypatch.setenv("TRTQ_CPU", setting)
+        found.add(prepared_graph(graph, "openvino").model)
+    assert len(found) == len(children) == len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["graph", "record", "no json", "others write", "link"])
+def test_what_is_not_what_it_was_or_could_be_anybodys_is_not_used(graph, children, cache, damage):
+    expected = prepared_graph(graph, "openvino")
+    (entry,) = cache.iterdir()
+    if damage == "graph":
+        (entry / "graph.onnx").write_bytes(b"other" + expected.model)
+    elif damage == "record":
+        record = json.loads((entry / "record.json").read_text())
+        (entry / "record.json").write_text(json.dumps(record | {"inputs": 3}))
+    elif damage == "no json":
+        (entry / "record.json").write_text("[" * 100_000)
+    elif damage == "others write":
+        (entry / "graph.onnx").chmod(0o666)
+    else:
+        moved = entry.with_name("elsewhere")
+        entry.rename(moved)
+        entry.symlink_to(moved)
+    assert prepared_graph(graph, "openvino") == expected
+    assert len(children) == 2
+
+
+@pytest.mark.parametrize("way", ["off", "a file", "others write"])
+def test_without_a_cache_it_is_prepared_each_time(
+    graph, children, cache, way, tmp_path, monkeypatch
+):
+    if way == "off":
+        monkeypatch.setenv("TRTQ_CACHE", "off")
+    elif way == "a file":
+        cache.parent.write_text("")
+    else:
+        cache.mkdir(parents=True)
+        cache.chmod(0o777)
+    for count in (1, 2):
+        assert prepared_graph(graph, "openvino").model
+        assert len(children) == count
+    assert way != "others write" or not list(cache.iterdir())
+    assert not (tmp_path / "off").exists()
+
+
+def test_the_cache_forgets_what_was_not_used_for_longest(graph, children, cache, monkeypatch):
+    monkeypatch.setattr(prepared, "_KEPT", 1)
+    prepared_graph(graph, "openvino")
+    (old,) = cache.iterdir()
+    os.utime(old, (0, 0))
+    prepared_graph(graph, "onnxruntime")
+    (new,) = cache.iterdir()
+    assert new != old
+
+
+def test_a_graph_that_cannot_be_prepared_is_one_line(tmp_path):
+    """In a real child."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no graph")
+    code = (
+        "from pathlib import Path; from trtq.engine.prepared import prepared_graph; import sys\n"
+        f"try: prepared_graph(Path({str(path)!r}), 'openvino')\n"
+        "except Exception as err: print(type(err).__name__, err)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said, heavy = done.stdout.splitlines()
+    assert said.startswith(f"ArtefactError cannot read {path}")
+    assert heavy == "False"
+
+
+def test_a_child_that_dies_is_named(graph, cache, monkeypatch):
+    died = subprocess.CompletedProcess([], -9, "", "last words")
+    monkeypatch.setattr(prepared.subprocess, "run", lambda *_, **__: died)
+    with pytest.raises(ArtefactError, match="ended by SIGKILL; it said last: last words"):
+        prepared_graph(graph, "openvino")
+
+
+def test_engines_of_kept_graphs_compute_the_same(graph, children, cache, computed_vnni):
+    feeds = {
+        "sample": np.random.default_rng(0).standard_normal((2, 1, 8, 8)).astype(np.float32),
+        "timestep": np.array([1, 700], np.float32),
+        "class_labels": np.array([1, 2]),
+    }
+    for kind in (OrtEngine, OpenVinoEngine):
+        first, second = (kind(graph, threads=1) for _ in range(2))
+        assert dict(first.inputs) == dict(second.inputs)
+        assert first.inputs["sample"].shape == ("batch", 1, 8, 8)
+        assert "trtq.timesteps" in first.metadata or first.metadata == second.metadata
+        np.testing.assert_array_equal(*(e.run(feeds)["out_sample"] for e in (first, second)))
+
+
+def test_the_processor_is_one_setting(monkeypatch):
+    for setting, expected in (("+vnni", True), ("-vnni", False), ("vnni, -bf16", True)):
+        monkeypatch.setenv("TRTQ_CPU", setting)
+        assert has_vnni() is expected
+        assert processor_features() <= set(FEATURES)
+    monkeypatch.setenv("TRTQ_CPU", "-avx999")
+    with pytest.raises(UsageError, match=r"TRTQ_CPU holds '-avx999'; write \+NAME or -NAME"):
+        has_vnni()
