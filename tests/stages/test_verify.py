@@ -3,11 +3,15 @@
 import json
 import shutil
 
+import onnx
 import pytest
 from typer.testing import CliRunner
 
 from trtq.cli import app
 from trtq.errors import ArtefactError, IntegrityError, UsageError
+from trtq.manifest import Manifest, SourceRow, read_manifest, sha256
+from trtq.stages import graph_check
+from trtq.stages.graph_check import check_engines, require_graphs
 from trtq.stages.verify import verify
 
 
@@ -74,3 +78,107 @@ def test_the_command_says_so_in_json_and_in_words(digits_run, digits_onnx):
     assert "all well" in done.stdout
     done = runner.invoke(app, ["verify", str(digits_onnx), "--runtime", "nonsense"])
     assert done.exit_code == 2
+
+
+def _edited(folder, copy, change):
+    """A copy whose graph was changed, with the hashes that belong to it."""
+    shutil.copytree(folder, copy)
+    path = copy / "unet" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    record = json.loads((copy / "manifest.json").read_text())
+    record["files"]["unet/model.onnx"] = sha256(path)
+    (copy / "manifest.json").write_text(json.dumps(record))
+    return copy
+
+
+def _rename_sample(model):
+    model.graph.input[0].name = "evil"
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if name == "sample":
+                node.input[place] = "evil"
+
+
+def _unknown_operator(model):
+    model.graph.node[0].op_type = "EvilOp"
+
+
+def _elsewhere(model):
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../../other"
+
+
+def _beyond_the_end(model):
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "offset":
+                entry.value = str(1 << 40)
+
+
+def _integers_out(model):
+    (out,) = model.graph.output
+    for node in model.graph.node:
+        for place, name in enumerate(node.output):
+            if name == out.name:
+                node.output[place] = "before"
+    model.graph.node.append(onnx.helper.make_node("Cast", ["before"], [out.name], to=7))
+    out.type.tensor_type.elem_type = 7
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_unknown_operator, "No Op registered for EvilOp"),
+        (_rename_sample, "has no input 'sample'"),
+        (_elsewhere, "outside its folder"),
+        (_beyond_the_end, "it was cut"),
+        (_integers_out, "'out_sample' is of type int64"),
+    ],
+)
+def test_a_graph_that_cannot_be_used_is_a_failed_check(change, said, digits_onnx, tmp_path):
+    folder = _edited(digits_onnx, tmp_path / "onnx", change)
+    found = verify(folder)
+    assert not found["ok"]
+    assert said in found["graphs"]["unet"]
+    with pytest.raises(ArtefactError, match=r"unet/model\.onnx cannot be used: .*trtq verify"):
+        require_graphs(folder, read_manifest(folder))
+
+
+def test_the_command_fails_in_one_line_where_a_graph_has_no_outputs(digits_onnx, tmp_path):
+    folder = _edited(digits_onnx, tmp_path / "onnx", lambda model: model.graph.ClearField("output"))
+    done = CliRunner().invoke(app, ["verify", str(folder)])
+    assert done.exit_code == 1
+    assert "unet: it has no outputs" in done.stdout
+    assert "all well" not in done.stdout
+    done = CliRunner().invoke(app, ["package", "triton", str(folder), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "it has no outputs" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(app, ["generate", str(folder), "-o", str(tmp_path / "out.png")])
+    assert done.exit_code == 1
+    assert "one output, this one has none" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"no engine" * 9, "no engine of TensorRT-RTX"),
+        (b"vtrt" + bytes(12) + (99).to_bytes(8, "little"), "it was cut"),
+        (b"vtrt" + bytes(12) + (24).to_bytes(8, "little"), None),
+    ],
+)
+def test_the_head_of_an_engine_is_read(content, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(graph_check, "obstacle", lambda _: "no GPU")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "model.engine").write_bytes(content)
+    options = {"backend": "tensorrt-rtx"}
+    manifest = Manifest(
+        kind="engine", source=SourceRow(name="onnx", files={}), denoiser="unet", options=options
+    )
+    (problem,) = check_engines(tmp_path, manifest).values()
+    assert problem is None if said is None else said in problem

@@ -1,0 +1,136 @@
+"""Graphs tried in a process of their own: whatever they do there is one line here."""
+
+import os
+import signal
+import subprocess
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from trtq.engine import trial
+from trtq.engine.trial import try_graph
+from trtq.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def _no_rewrites(monkeypatch):
+    """So that the child starts no other one: what it does is the same."""
+    monkeypatch.setenv("TRTQ_CPU", "-vnni")
+
+
+def write(folder, *nodes, axes=("batch", 4), constants=None, **changes):
+    """A graph from x to y of these nodes."""
+    tensors = [numpy_helper.from_array(value, name) for name, value in (constants or {}).items()]
+    graph = helper.make_graph(
+        list(nodes) or [helper.make_node("Neg", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, axes)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        tensors,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    for name, value in changes.items():
+        setattr(model, name, value)
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def test_a_graph_is_opened_and_called(tmp_path):
+    found = try_graph(write(tmp_path), {"batch": 3})
+    assert found.problem is None
+    assert found.inputs["x"].shape == ("batch", 4)
+    assert found.given == {"y": (3, 4)}
+
+
+def body():
+    """Of a Loop that goes on."""
+    one, flag = ([name, kind, []] for name, kind in (("i", 7), ("c", 9)))
+    return helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["co"]), helper.make_node("Identity", ["s"], ["so"])],
+        "body",
+        [helper.make_tensor_value_info(*what) for what in (one, flag, ["s", 1, None])],
+        [helper.make_tensor_value_info(*what) for what in (["co", 9, []], ["so", 1, None])],
+    )
+
+
+def test_a_graph_without_end_is_ended(tmp_path):
+    endless = helper.make_node("Loop", ["", "true", "x"], ["y"], body=body())
+    path = write(tmp_path, endless, constants={"true": np.array(True)})
+    assert "took more than 2 s and was ended" in (try_graph(path, {"batch": 1}, seconds=2).problem)
+
+
+def test_a_graph_that_takes_all_memory_is_refused_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "_BASE_BYTES", 1 << 30)
+    monkeypatch.setattr(trial, "_LEAST_BYTES", 1 << 29)
+    nodes = (
+        helper.make_node("Expand", ["x", "shape"], ["large"]),
+        helper.make_node("ReduceMax", ["large"], ["y"], keepdims=0),
+    )
+    shape = np.array([1 << 20, 1 << 16, 1], np.int64)
+    path = write(tmp_path, *nodes, constants={"shape": shape}, axes=("batch", 1))
+    assert "memory" in try_graph(path, {"batch": 1}).problem
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("operator", "No Op registered for EvilOp"),
+        ("version", "max supported IR version"),
+        ("empty", "No graph was found"),
+        ("pipe", "is no file"),
+        ("missing", "is no file"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_line(damage, said, tmp_path):
+    nodes = [helper.make_node("EvilOp", ["x"], ["y"])] if damage == "operator" else []
+    path = write(tmp_path, *nodes, ir_version=999 if damage == "version" else 10)
+    if damage == "empty":
+        path.write_bytes(b"")
+    if damage in ("pipe", "missing"):
+        path.unlink()
+    if damage == "pipe":
+        os.mkfifo(path)
+    problem = try_graph(path, {"batch": 1}).problem
+    assert said in problem or (damage == "empty" and "ModelProto" in problem)
+    assert "\n" not in problem
+
+
+def test_sizes_that_nothing_says_and_impossible_ones_are_named(tmp_path):
+    assert "free axis 'evil'" in try_graph(write(tmp_path, axes=("evil", 4)), {"batch": 1}).problem
+    large = write(tmp_path, axes=(1 << 40, 4))
+    assert "impossible shape [1099511627776, 4]" in try_graph(large, {}).problem
+
+
+def test_a_crash_is_one_line(tmp_path, monkeypatch):
+    crash = ["-c", "import os, sys; sys.stderr.write('boom'); os.kill(os.getpid(), 11)"]
+    monkeypatch.setattr(trial, "worker_command", lambda *_: [trial.sys.executable, *crash])
+    problem = try_graph(write(tmp_path), {"batch": 1}).problem
+    assert problem == "the runtime crashed (SIGSEGV) on it; it said last: boom"
+
+
+def test_ctrl_c_ends_the_child_too(tmp_path, monkeypatch):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is not None:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().wait()
+
+    sleep = ["-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(trial, "worker_command", lambda *_: [trial.sys.executable, *sleep])
+    monkeypatch.setattr(trial.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        try_graph(write(tmp_path), {"batch": 1})
+    (child,) = started
+    assert child.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_limit_that_is_none_is_refused(seconds, tmp_path):
+    with pytest.raises(UsageError, match="time limit"):
+        try_graph(write(tmp_path), {}, seconds=seconds)
