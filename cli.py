@@ -431,7 +431,9 @@ def generate(
         str | None,
         typer.Option("--negative-prompt", help="What not to show; needs guidance above 1."),
     ] = None,
-    size: Annotated[str | None, typer.Option("--size", help="HEIGHTxWIDTH in pixels.")] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="HEIGHTxWIDTH of the images in pixels.")
+    ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     provider: Provider = None,
