@@ -18,6 +18,7 @@ from rich.table import Table
 import trtq
 from trtq.errors import GateError, TrtqError, UsageError
 from trtq.progress import LineReporter
+from trtq.report import lines
 
 app = typer.Typer(
     name="trtq",
@@ -97,11 +98,52 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
-def _pairs(title: str, rows: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
-    for key, value in rows.items():
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+def _lines(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
+    """A result for people: a title, and a row of texts per line; long texts are folded, not cut."""
+    table = Table(title=title, show_header=bool(header), title_justify="left", box=SIMPLE_HEAD)
+    table.show_edge, table.pad_edge = False, False
+    for index in range(max(len(row) for row in rows) if rows else 0):
+        name = header[index] if header else ""
+        table.add_column(name, overflow="fold", no_wrap=False)
+    for row in rows:
+        table.add_row(*row)
     _out.print(table)
+
+
+def _layers(rows: Sequence[dict[str, Any]]) -> None:
+    """Layers with their whole names: one line each where the terminal is wide enough, else two."""
+    from trtq.quant import precision_text
+    from trtq.stages.show import scale_range
+
+    reasons = list(dict.fromkeys(row["reason"] for row in rows if row.get("reason")))
+    notes = {reason: f"[{number}]" for number, reason in enumerate(reasons, 1)}
+    cells = []
+    for row in rows:
+        widths = (row.get(f"{what}_bits") for what in ("weight", "activation", "right"))
+        shape = "x".join(str(side) for side in row["shape"]) if "shape" in row else ""
+        points = ", ".join(str(z) for z in row.get("zero_points", []))
+        cells.append(
+            (
+                row["name"],
+                row.get("kind", ""),
+                precision_text(*widths) if "kind" in row else "float",
+                scale_range(row) or shape,
+                f"zero {points}" if points else "",
+                notes.get(row.get("reason", ""), ""),
+            )
+        )
+    _out.print(f"\n{len(rows)} layers: kind, bits, scale over the steps, zero points, why")
+    widths = [max((len(row[i]) for row in cells), default=0) for i in range(6)]
+    narrow = sum(widths) + 10 > _out.width
+    for row in cells:
+        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        if narrow:
+            _out.print(row[0], soft_wrap=True)
+            _out.print(("    " + "  ".join(padded[1:])).rstrip(), soft_wrap=True)
+        else:
+            _out.print("  ".join(padded).rstrip(), soft_wrap=True)
+    for reason, note in notes.items():
+        _out.print(f"{note} {reason}", soft_wrap=True)
 
 
 def _folding(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -143,10 +185,7 @@ def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
         result = look()
 
         def human(found: dict[str, Any]) -> None:
-            keys = ("python", "machine", "vnni", "cuda", "providers", "builders", "models")
-            rows = {k: found[k] for k in keys}
-            rows |= {k: v or "-" for k, v in found["packages"].items()}
-            _pairs("trtq doctor", rows)
+            _lines("trtq doctor", lines.doctor_rows(found))
             for problem in found["problems"]:
                 _out.print(f"! {problem}")
             for hint in found["hints"]:
@@ -244,7 +283,7 @@ def quantize(
             result = requantize(
                 model, loras, output, base=base, overwrite=overwrite, report=LineReporter()
             )
-            _show(result, as_json, lambda r: _pairs(f"run: {output}", r))
+            _show(result, as_json, lambda r: _lines(f"run: {output}", lines.quantize_rows(r)))
             return
         if iterations is not None:
             overrides["training"] = {"iterations": iterations}
@@ -252,7 +291,7 @@ def quantize(
         if dry_run:
             plan = plan_quantize(model, chosen, loras)
             result = describe_plan(plan) | estimate(plan)
-            _show(result, as_json, lambda r: _pairs("would quantize", r))
+            _show(result, as_json, lambda r: _lines("would quantize", lines.plan_rows(r)))
             return
         result = run_stage(
             model,
@@ -264,7 +303,7 @@ def quantize(
             report=LineReporter(),
         )
         if result:  # Empty in all processes of accelerate but the first.
-            _show(result, as_json, lambda r: _pairs(f"run: {output}", r))
+            _show(result, as_json, lambda r: _lines(f"run: {output}", lines.quantize_rows(r)))
 
 
 @app.command()
@@ -304,12 +343,7 @@ def export(
             report=LineReporter(),
         )
 
-        def human(found: dict[str, Any]) -> None:
-            lists = ("parity_db", "parity_floor_db")
-            rows = {key: value for key, value in found.items() if key not in lists}
-            _pairs(f"onnx: {output}", rows)
-
-        _show(result, as_json, human)
+        _show(result, as_json, lambda r: _lines(f"onnx: {output}", lines.export_rows(r)))
 
 
 @app.command()
@@ -367,13 +401,19 @@ def build(
         )
 
         def human(found: dict[str, Any]) -> None:
-            table = Table(title=f"engine: {output}", title_justify="left")
-            keys = ("name", "engine_bytes", "layers", "float", "build_seconds", "cached")
-            for key in keys:
-                table.add_column(key)
-            for row in found["engines"]:
-                table.add_row(*(str(row[key]) for key in keys))
-            _out.print(table)
+            header = ("engine", "size", "layers", "in float", "built in", "from the cache")
+            rows = [
+                (
+                    str(row["name"]),
+                    lines.bytes_text(row["engine_bytes"]),
+                    "-" if row["layers"] is None else str(row["layers"]),
+                    "-" if row["float"] is None else str(row["float"]),
+                    lines.seconds_text(row["build_seconds"]),
+                    "yes" if row["cached"] else "no",
+                )
+                for row in found["engines"]
+            ]
+            _lines(f"engine: {output}", rows, header)
 
         _show(result, as_json, human)
 
@@ -391,7 +431,9 @@ def generate(
         str | None,
         typer.Option("--negative-prompt", help="What not to show; needs guidance above 1."),
     ] = None,
-    size: Annotated[str | None, typer.Option("--size", help="HEIGHTxWIDTH in pixels.")] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="HEIGHTxWIDTH of the images in pixels.")
+    ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     provider: Provider = None,
@@ -399,7 +441,7 @@ def generate(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Draw images and write them on one PNG sheet.
+    """Generate images: on one sheet (-o NAME.png), or a PNG each (-o FOLDER).
 
     Example: trtq generate onnx -o digits.png --images 20 --provider openvino
     """
@@ -420,7 +462,7 @@ def generate(
             provider=provider,
             report=LineReporter(),
         )
-        _show(result, as_json, lambda r: _pairs("generated", r))
+        _show(result, as_json, lambda r: _lines("generated", lines.generate_rows(r)))
 
 
 @app.command(name="eval")
@@ -478,8 +520,26 @@ def evaluate(
             result = result | {"report": str(output / "index.html")}
 
         def human(found: dict[str, Any]) -> None:
-            rows = dict(found, snr_db=", ".join(f"{value:.1f}" for value in found["snr_db"]))
-            _pairs(f"eval: {path}", rows)
+            features = found["features"] or "none"
+            title = (
+                f"eval: {path}, {found['images']} images, {found['steps']} steps, "
+                f"guidance {found['guidance']:g}, seed {found['seed']}, provider "
+                f"{found['provider']}, features: {features}"
+            )
+            header = ("metric (95 % interval)", "this model", "float")
+            _lines(title, lines.evaluation_rows(found), header)
+            steps = ", ".join(f"{value:.1f}" for value in reversed(found["snr_db"]))
+            _out.print(f"prediction SNR per step, noisiest first, dB: {steps}", soft_wrap=True)
+            if found.get("not_computed"):
+                _out.print(
+                    f"not computed: {', '.join(found['not_computed'])}: the reference model has no "
+                    "classifier; pass --features FOLDER with a CLIP vision model",
+                    soft_wrap=True,
+                )
+            for condition, held in found["gates"].items():
+                _out.print(f"gate {condition}: {'met' if held else 'NOT met'}", soft_wrap=True)
+            for part, seconds in (("this model", "seconds"), ("float", "seconds_reference")):
+                _out.print(f"drawing with {part}: {lines.seconds_text(found[seconds])}")
 
         _show(result, as_json, human)
         missed = [name for name, held in result["gates"].items() if not held]
@@ -676,8 +736,8 @@ def build_plugins(
 
     with _command(verbose):
         found = build_all(tuple(arch or ARCHITECTURES), LineReporter())
-        counts = {name: f"{len(variants)} kernels" for name, variants in found.items()}
-        _show(found, as_json, lambda _: _pairs("kernels", counts))
+        counts = [(name, f"{len(variants)} kernels") for name, variants in found.items()]
+        _show(found, as_json, lambda _: _lines("kernels", counts))
 
 
 package_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False)
@@ -729,28 +789,13 @@ def inspect(
 
     Example: trtq inspect run
     """
-    from trtq.quant import precision_text
     from trtq.stages.inspect import inspect_artefact
-    from trtq.stages.show import scale_range
 
     with _command(verbose):
 
         def human(found: dict[str, Any]) -> None:
-            rows = {
-                key: value
-                for key, value in found.items()
-                if key not in ("layers", "recipe", "packages", "metrics", "engine_layers") and value
-            }
-            _pairs(str(path), rows)
-            table = Table(title="layers", title_justify="left")
-            for column in ("layer", "kind", "bits", "scale over steps", "zero points", "why"):
-                table.add_column(column)
-            for row in found["layers"]:
-                widths = (row.get(f"{what}_bits") for what in ("weight", "activation", "right"))
-                points = ", ".join(str(z) for z in row.get("zero_points", []))
-                cells = (row["name"], row.get("kind", ""), precision_text(*widths))
-                table.add_row(*cells, scale_range(row), points, row.get("reason", ""))
-            _out.print(table)
+            _lines(str(path), lines.inspect_rows(found))
+            _layers(found["layers"])
             for row in found.get("engine_layers") or []:
                 _out.print(str(row.get("Name")), soft_wrap=True)
 
@@ -802,7 +847,10 @@ def verify(
 
 
 def _show_verified(path: str, found: dict[str, Any]) -> None:
-    rows: dict[str, Any] = {"kind": found["kind"], "files as in the manifest": found["files"]}
+    rows: dict[str, str] = {
+        "kind": found["kind"],
+        "files as in the manifest": str(found["files"]),
+    }
     for name, problem in found.get("graphs", {}).items():
         rows[f"{name}, opened and called"] = "yes" if problem is None else "FAILED"
     for name, runtime in found.get("runtimes", {}).items():
@@ -814,7 +862,7 @@ def _show_verified(path: str, found: dict[str, Any]) -> None:
         rows["least parity"] = (
             f"{found['parity_db_min']:.1f} dB (required {found['parity_required_db']:g})"
         )
-    _pairs(path, rows)
+    _lines(path, list(rows.items()))
     for name, problem in found.get("graphs", {}).items():
         if problem is not None:
             _out.print(f"{name}: {problem}", soft_wrap=True)

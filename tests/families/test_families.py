@@ -172,7 +172,9 @@ def test_one_graph_for_a_range_of_sizes(name, tmp_path):
     subjects = subjects_for(source, 1)
     assert draw(source, subjects, steps=1, seed=0).shape == (1, 3, 24, 32)
     source.resize("24x40")
-    with pytest.raises(UsageError, match=r"12x20 are not .* 8x8 \.\. 12x16 in steps of 2"):
+    with pytest.raises(
+        UsageError, match=r"12x20 \(HEIGHTxWIDTH\) are not .* 8x8 to 12x16, multiples of 2"
+    ):
         draw(source, subjects, steps=1, seed=0)
 
 

@@ -188,7 +188,10 @@ def test_a_size_that_is_not_drawn_is_refused_with_those_that_are(serve, size):
     answer = server.post(client, model="text", size=size)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, "size")
-    assert "draws 4x4 to 12x8, width and height multiples of 4, got" in error["message"]
+    assert (
+        "draws WIDTHxHEIGHT from 4x4 to 12x8, width and height multiples of 4, got"
+        in error["message"]
+    )
     assert error["message"].endswith("or say 'auto' for 4x4")
 
 

@@ -1,13 +1,19 @@
 """The page in a real browser: keyboard, phone width, preview, side by side, a server that restarts."""
 
+import base64
+import io
+import json
 import re
 import shutil
 import socket
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.serve.conftest import TextToy, ToyModel, running
 from tests.serve.test_app import Server
+from trtq.png_text import read_texts
 from trtq.serve.service import Limits
 
 pytestmark = pytest.mark.slow
@@ -62,11 +68,21 @@ def test_it_draws_by_keyboard_on_a_phone_and_shows_models_side_by_side(page, por
         assert [text.split(" · ")[0] for text in captions] == ["two", "two"]
         assert [text.split(" · ")[-1] for text in captions] == ["toy", "float"]
         sources = [image.get_attribute("src") for image in page.locator("#now img").all()]
-        assert sources[0] == sources[1]
+        pngs = [base64.b64decode(source.partition(",")[2]) for source in sources]
+        pixels = [np.asarray(Image.open(io.BytesIO(png))) for png in pngs]
+        assert (pixels[0] == pixels[1]).all()
+        with page.expect_download() as download:
+            page.locator("#now a").first.click()
+        assert download.value.suggested_filename == "two_seed_0_5_steps_toy.png"
+        saved = read_texts(download.value.path().read_bytes())
+        facts = json.loads(saved["trtq"])
+        assert (facts["class"], facts["seed"], facts["image"]) == ("two", 0, 0)
         page.click("#next")
         page.until(DONE)
         assert page.input_value("#seed") == "1"
         assert page.locator("#gallery figure").count() == 2
+        # The two pictures of one seed stay together.
+        assert page.locator("#gallery > .set").count() == 1
         page.fill("#steps", "100")
         page.click("#draw")
         page.until("Drawing …")

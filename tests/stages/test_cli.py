@@ -1,6 +1,7 @@
 """The command line as a user meets it: results, refusals, exit codes, nothing half-written."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -88,6 +89,42 @@ def test_generate_writes_a_sheet(digits_onnx, tmp_path):
         assert sheet.size == (2 * 96 + 12, 2 * 96 + 12)
 
 
+def test_generate_writes_one_file_per_image_with_its_settings(digits_onnx, tmp_path):
+    from trtq.png_text import read_texts
+
+    out = tmp_path / "pictures"
+    result = run("generate", digits_onnx, "-o", out, "--images", 3, "--seed", 5, "--json")
+    assert result.exit_code == 0, result.stderr
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["image-0000.png", "image-0001.png", "image-0002.png"]
+    assert json.loads(result.stdout)["files"] == [str(out / name) for name in names]
+    facts = [json.loads(read_texts((out / name).read_bytes())["trtq"]) for name in names]
+    assert [(f["class"], f["seed"], f["image"]) for f in facts] == [(0, 5, 0), (1, 5, 1), (2, 5, 2)]
+    assert facts[0]["steps"] == 4
+
+
+def test_eval_needs_no_classifier_for_snr_psnr_and_ssim(digits_run, tmp_path):
+    from trtq.diffusion.shipped import shipped_model
+
+    model = tmp_path / "model"
+    shutil.copytree(shipped_model("digits"), model)
+    shutil.rmtree(model / "classifier")
+    arguments = ["eval", digits_run, "--reference", model, "--images", 10, "--json"]
+    result = run(*arguments, "-o", tmp_path / "report", "--gate", "psnr_db>=5")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["fd"] is found["fd_reference"] is found["features"] is None
+    assert len(found["snr_db"]) == 4
+    low, high = found["psnr_db_interval"]
+    assert low < found["psnr_db"] < high
+    assert 0 < found["ssim"] <= 1
+    assert "fd" in found["not_computed"]
+    assert "Not computed" in (tmp_path / "report" / "index.html").read_text()
+    refused = run(*arguments, "--gate", "fd<=1")
+    assert refused.exit_code == 2
+    assert "--features" in refused.stderr
+
+
 def test_eval_reports_and_gates(digits_onnx, tmp_path):
     arguments = ["eval", digits_onnx, "--reference", "digits", "--images", 40, "--json"]
     good = run(*arguments, "-o", tmp_path / "report", "--gate", "fd<=1000")
@@ -97,7 +134,7 @@ def test_eval_reports_and_gates(digits_onnx, tmp_path):
     assert len(found["snr_db"]) == found["steps"] == 4
     assert found["images"] == 40
     page = (tmp_path / "report" / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4  # Two grids, their difference, a plot.
     assert "http" not in page
     bad = run(*arguments, "--gate", "class_accuracy>1")
     assert bad.exit_code == 1
@@ -111,7 +148,17 @@ def test_inspect_shows_layers_bits_and_tables(digits_run):
     rows = {row["name"]: row for row in found["layers"]}
     assert len(rows["mid_block.resnets.0.conv1"]["scale"]["activation"]) == 4
     assert rows["conv_in"]["zero_points"] == [128]
-    assert run("inspect", digits_run).exit_code == 0
+    code = "from trtq.cli import app; app()"
+    shown = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(digits_run)],
+        env={**os.environ, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # Names are whole in the narrowest common terminal, too.
+    assert rows.keys() <= set(shown.stdout.split())
+    assert "…" not in shown.stdout
 
 
 def test_pipelines_of_every_form_draw_the_same(digits_run, digits_onnx):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from trtq.manifest import check_output
 from trtq.progress import Reporter, silent
 from trtq.report.folder import check_report_folder, write_report
 from trtq.report.page import Page, Section, Table
+from trtq.report.plots import model_colours
 from trtq.stages.evaluate import Evaluation, ReferenceSet, draw_reference, evaluate
 from trtq.stages.export import export_onnx
 from trtq.stages.quantize import quantize
-from trtq.stages.show import grid_section, layer_sections, snr_section
+from trtq.stages.show import FLOAT, grid_section, layer_sections, snr_section
 
 __all__ = ["demo"]
 
@@ -70,7 +72,8 @@ def demo(
         report: called as work goes on.
 
     Returns:
-        `rows` (one per model: `name`, `fd`, `class_accuracy`, `snr_db`, `bytes`), `seconds`, `report`.
+        `rows` (one per model: `name`, `fd`, `fd_interval`, `class_accuracy`, `accuracy_interval`,
+        `snr_db`, `bytes`), `seconds`, `report`.
 
     Raises:
         TrtqError: see `trtq.errors`.
@@ -99,12 +102,16 @@ def demo(
     sheet = contact_sheet(last.images[:100], 10, scale=6, gap=6)
     save_png(sheet, folder / "digits.png")
     rows = _rows(reference, results, sizes)
+    colours = model_colours(row["name"] for row in rows)
     sections = (
-        _numbers(rows),
-        grid_section({"float": reference.images} | {n: e.images for n, e in results.items()}),
+        _numbers(rows, colours),
+        grid_section(
+            {FLOAT: reference.images} | {n: e.images for n, e in results.items()}, colours
+        ),
         snr_section(
             {name: e.result["snr_db"] for name, e in results.items()},
             sorted(reference.source.timesteps(STEPS)),
+            colours,
         ),
         *layer_sections(folder / entry.folder / "run"),
     )
@@ -121,15 +128,22 @@ def demo(
     return result
 
 
+_ROW_KEYS = ("fd", "fd_interval", "class_accuracy", "accuracy_interval", "snr_db")
+
+
 def _rows(
     reference: ReferenceSet, results: dict[str, Evaluation], sizes: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     first = next(iter(sizes.values()))
+    scores = reference.scores
+    assert scores is not None  # The model ships with its classifier.
     rows: list[dict[str, Any]] = [
         {
-            "name": "float",
-            "fd": reference.scores.fd,
-            "class_accuracy": reference.scores.accuracy,
+            "name": FLOAT,
+            "fd": scores.fd,
+            "fd_interval": scores.fd_interval,
+            "class_accuracy": scores.accuracy,
+            "accuracy_interval": scores.accuracy_interval,
             "snr_db": None,
             "bytes": first["bytes_before"],
         }
@@ -138,17 +152,18 @@ def _rows(
         result = evaluation.result
         rows.append(
             {"name": name, "bytes": sizes[name]["bytes_after"]}
-            | {key: result[key] for key in ("fd", "class_accuracy", "snr_db")}
+            | {key: result[key] for key in _ROW_KEYS}
         )
     return rows
 
 
-def _numbers(rows: list[dict[str, Any]]) -> Section:
+def _numbers(rows: list[dict[str, Any]], colours: Mapping[str, str]) -> Section:
     shown = tuple(
         (
             row["name"],
-            f"{row['fd']:.2f}",
-            f"{row['class_accuracy']:.1%}",
+            f"{row['fd']:.2f} ({row['fd_interval'][0]:.2f} .. {row['fd_interval'][1]:.2f})",
+            f"{row['class_accuracy']:.1%} ({row['accuracy_interval'][0]:.1%} .. "
+            f"{row['accuracy_interval'][1]:.1%})",
             f"{row['bytes'] / 1e6:.2f} MB",
         )
         for row in rows
@@ -156,6 +171,7 @@ def _numbers(rows: list[dict[str, Any]]) -> Section:
     header = ("model", "Fréchet distance", "class accuracy", "denoiser")
     text = (
         "Fréchet distance to the real digits in the features of the classifier that ships with the "
-        "model; lower is better."
+        "model; lower is better. In brackets: 95 % intervals."
     )
-    return Section("Numbers", text, Table(header, shown, best=len(shown) - 1))
+    table = Table(header, shown, best=len(shown) - 1, colours=colours)
+    return Section("Numbers", text, table)

@@ -86,8 +86,9 @@ def _check_size(height: int, width: int, low: list[int], high: list[int], cell: 
     for given, least, most in zip((height, width), low, high, strict=True):
         if not least <= given <= most or given % cell:
             raise UsageError(
-                f"latents of {height}x{width} are not what the graph takes: {low[0]}x{low[1]} .. "
-                f"{high[0]}x{high[1]} in steps of {cell}; export it for another range with --size"
+                f"latents of {height}x{width} (HEIGHTxWIDTH) are not what the graph takes: "
+                f"{low[0]}x{low[1]} to {high[0]}x{high[1]}, multiples of {cell}; export it for "
+                "another range with --size"
             )
 
 

@@ -125,24 +125,25 @@ class ClipExtractor:
         return {}
 
 
-def load_extractor(model_folder: Path | None, given: Path | None = None) -> Extractor:
-    """The extractor to judge a model by.
+def load_extractor(model_folder: Path | None, given: Path | None = None) -> Extractor | None:
+    """The extractor that turns images into features.
 
     Args:
-        model_folder: of the float model; its classifier is the default.
+        model_folder: folder of the float model; its own classifier is the default.
         given: a folder with a CLIP vision model, or with a classifier of trtq.
 
+    Returns:
+        None if the float model has no classifier and no folder is given: numbers that need features
+        (Fréchet distance, precision, recall, inception score) cannot be computed then.
+
     Raises:
-        UsageError: there is none.
-        ArtefactError: it cannot be loaded.
+        UsageError: the given folder does not exist.
+        ArtefactError: the extractor cannot be loaded.
     """
     if given is not None:
         if not given.is_dir():
             raise UsageError(f"--features {given} is not a folder")
         return ClassifierExtractor(given) if is_classifier(given) else ClipExtractor(given)
     if model_folder is None or not (model_folder / CLASSIFIER).is_dir():
-        raise UsageError(
-            "the reference model has no classifier of its own; give the folder of a CLIP vision model "
-            "with --features"
-        )
+        return None
     return ClassifierExtractor(model_folder / CLASSIFIER)

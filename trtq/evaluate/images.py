@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.source import Source
 from trtq.errors import NonFiniteError, UsageError
+from trtq.png_text import with_texts
 from trtq.seeds import seeded_generator
 
 __all__ = ["Subjects", "contact_sheet", "draw", "save_png", "subjects_for"]
@@ -204,8 +206,13 @@ def contact_sheet(images: Tensor, columns: int, scale: int = 1, gap: int = 2) ->
     return sheet
 
 
-def save_png(sheet: np.ndarray, path: Path) -> None:
+def save_png(sheet: np.ndarray, path: Path, texts: Mapping[str, str] | None = None) -> None:
     """Write uint8[H,W,3] as PNG, complete or not at all.
+
+    Args:
+        sheet: pixels.
+        path: the file.
+        texts: what the file says of itself, see `trtq.png_text`.
 
     Raises:
         UsageError: the folder does not exist or cannot be written.
@@ -213,9 +220,11 @@ def save_png(sheet: np.ndarray, path: Path) -> None:
     from PIL import Image
 
     partial = path.with_name(f".{path.name}.trtq-partial")
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, format="PNG")
     try:
-        Image.fromarray(sheet).save(partial, format="PNG")
-        partial.rename(path)
+        partial.write_bytes(with_texts(buffer.getvalue(), texts or {}))
+        partial.replace(path)
     except OSError as err:
         partial.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {err}") from err

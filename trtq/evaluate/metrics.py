@@ -33,6 +33,7 @@ __all__ = [
     "precision_recall",
     "psnr_db",
     "score_images",
+    "share_interval",
     "spatial_distance",
 ]
 
@@ -51,7 +52,7 @@ class ImageScores:
         fd: Fréchet distance to the real images, or None without statistics of them.
         fd_interval: its 95 % bootstrap interval, or None.
         accuracy: share of images in which every question is answered as asked for, or None.
-        accuracy_interval: its 95 % interval (normal approximation), or None.
+        accuracy_interval: its 95 % interval (Wilson's), or None.
         inception_score: see `inception_score`; None if there are no questions.
     """
 
@@ -77,10 +78,20 @@ def score_images(images: Tensor, labels: Mapping[str, Tensor], extractor: Extrac
     if asked:
         right = torch.stack([answers[name].argmax(1) == labels[name] for name in asked]).all(0)
         accuracy = float(right.float().mean())
-        spread = 1.96 * (accuracy * (1 - accuracy) / len(images)) ** 0.5
-        accuracy_interval = max(0.0, accuracy - spread), min(1.0, accuracy + spread)
+        accuracy_interval = share_interval(accuracy, len(images))
     score = inception_score(answers) if answers else None
     return ImageScores(features, spatial, fd, fd_interval, accuracy, accuracy_interval, score)
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share of `count` images, by Wilson's score (doi 10.2307/2276774).
+
+    Where all images are right the normal approximation has no width; this one has.
+    """
+    z2 = 1.96**2 / count
+    centre = (share + z2 / 2) / (1 + z2)
+    half = (z2 * (share * (1 - share) + z2 / 4)) ** 0.5 / (1 + z2)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 class _Logits(nn.Module):
@@ -134,26 +145,52 @@ def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]
     return float(precision), float(recall)
 
 
-def pixel_scores(images: Tensor, reference: Tensor) -> dict[str, float]:
+def pixel_scores(images: Tensor, reference: Tensor) -> dict[str, Any]:
     """Mean PSNR (dB) and SSIM of images[B,C,H,W] in [-1, 1] against others from the same noise.
 
     An image that is equal counts with 100 dB.
 
     SSIM's window is 11 pixels, or on smaller images the largest odd number that fits.
+
+    Returns:
+        `psnr_db`, `ssim`, and the 95 % interval of each mean over the images (normal
+        approximation): `psnr_db_interval`, `ssim_interval`.
     """
     functional: Any = require("torchmetrics.functional.image")
     side = min(images.shape[-2:])
     window = min(11, side - 1 + side % 2)
     ssim = functional.structural_similarity_index_measure(
-        images, reference, data_range=2.0, kernel_size=window, gaussian_kernel=window == 11
-    )
-    return {"psnr_db": psnr_db(images, reference), "ssim": float(ssim)}
+        images,
+        reference,
+        data_range=2.0,
+        kernel_size=window,
+        gaussian_kernel=window == 11,
+        reduction="none",
+    ).double()
+    psnr = _psnr_of_each(images, reference)
+    return {
+        "psnr_db": float(psnr.mean()),
+        "psnr_db_interval": _interval_of_mean(psnr),
+        "ssim": float(ssim.mean()),
+        "ssim_interval": _interval_of_mean(ssim),
+    }
+
+
+def _psnr_of_each(images: Tensor, reference: Tensor) -> Tensor:
+    errors = (images - reference).double().square().flatten(1).mean(1)
+    return (10 * (4 / errors).log10()).clamp_max(_MOST_PSNR)
+
+
+def _interval_of_mean(values: Tensor) -> tuple[float, float]:
+    """95 % interval of the mean of values[B], by the normal approximation."""
+    half = 1.96 * float(values.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    mean = float(values.mean())
+    return mean - half, mean + half
 
 
 def psnr_db(images: Tensor, reference: Tensor) -> float:
     """Mean PSNR in dB of images[B,C,H,W] in [-1, 1]; an image that is equal counts with 100 dB."""
-    errors = (images - reference).double().square().flatten(1).mean(1)
-    return float((10 * (4 / errors).log10()).clamp_max(_MOST_PSNR).mean())
+    return float(_psnr_of_each(images, reference).mean())
 
 
 def spatial_distance(scores: ImageScores, reference: ImageScores) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -22,10 +23,12 @@ class Picture:
     Attributes:
         base64: its bytes.
         caption: what it shows.
+        colour: `#rrggbb` of the model that it shows; None if it shows several.
     """
 
     base64: str
     caption: str
+    colour: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,15 @@ class Table:
         rows: cells as they are shown.
         best: index of a row to stand out, or None.
         words: the last column holds sentences, which may take several lines.
+        colours: `#rrggbb` by the text of a cell or of a column's name; a mark of that colour stands
+            before it.
     """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     best: int | None = None
     words: bool = False
+    colours: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,10 @@ def png_bytes(sheet: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def picture(png: np.ndarray | bytes, caption: str) -> Picture:
-    """A picture from pixels or from PNG bytes."""
+def picture(png: np.ndarray | bytes, caption: str, colour: str | None = None) -> Picture:
+    """A picture from pixels uint8[H,W,3] or from PNG bytes; see `Picture` for the colour."""
     data = png if isinstance(png, bytes) else png_bytes(png)
-    return Picture(base64.b64encode(data).decode(), caption)
+    return Picture(base64.b64encode(data).decode(), caption, colour)
 
 
 def render(page: Page) -> str:

@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from trtq._optional import require
 
-__all__ = ["latency_boxes", "roofline_plot", "scale_map", "snr_curves", "throughput_curves"]
+__all__ = [
+    "latency_boxes",
+    "model_colours",
+    "roofline_plot",
+    "scale_map",
+    "snr_curves",
+    "throughput_curves",
+]
 
-_COLOURS = ("#0b6e4f", "#c8553d", "#3b5b92", "#8a6d3b", "#7a4988")
+# Told apart on white and on a dark page, and by readers who do not see red and green.
+_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#b58900",
+    "#cc79a7",
+    "#7a5195",
+    "#4a8fc7",
+    "#8c564b",
+    "#6b8e23",
+    "#708090",
+)
+
+
+def model_colours(names: Iterable[str]) -> dict[str, str]:
+    """One colour per model, `#rrggbb` by name in the order given; the whole page uses these.
+
+    Colours repeat from the eleventh name on.
+    """
+    return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -40,16 +67,22 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def snr_curves(curves: Mapping[str, Sequence[float]], timesteps: Sequence[float]) -> bytes:
+def snr_curves(
+    curves: Mapping[str, Sequence[float]],
+    timesteps: Sequence[float],
+    colours: Mapping[str, str],
+) -> bytes:
     """SNR of the noise prediction over the denoising steps, noisiest on the left.
 
     Args:
         curves: dB per step, cleanest first, by model.
-        timesteps: of the steps, cleanest first.
+        timesteps: timesteps of the steps, cleanest first.
+        colours: see `model_colours`.
     """
     figure, axes = _figure(8.5, 3.4)
-    for (name, values), colour in zip(curves.items(), _COLOURS * 9, strict=False):
-        axes.plot(timesteps, values, marker="o", markersize=3.5, color=colour, label=_text(name))
+    for name, values in curves.items():
+        style = {"marker": "o", "markersize": 3.5, "color": colours[name], "label": _text(name)}
+        axes.plot(timesteps, values, **style)
     axes.invert_xaxis()
     axes.set_xlabel("timestep (noise on the left, image on the right)")
     axes.set_ylabel("SNR against float, dB")
@@ -77,11 +110,12 @@ def scale_map(tables: Mapping[str, Sequence[float]], timesteps: Sequence[float])
     return _png(figure)
 
 
-def latency_boxes(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+def latency_boxes(rows: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> bytes:
     """Milliseconds of a call: box from first to third quartile, whisker to the 90th percentile.
 
     Args:
-        rows: `p50`, `q1`, `q3`, `p90` by label.
+        rows: `p50`, `q1`, `q3`, `p90` in ms, by label.
+        colours: see `model_colours`.
     """
     figure, axes = _figure(8.5, 0.9 + 0.42 * len(rows))
     boxes = [
@@ -90,8 +124,8 @@ def latency_boxes(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
         for label, row in rows.items()
     ]
     drawn = axes.bxp(boxes, orientation="horizontal", showfliers=False, patch_artist=True)
-    for box, colour in zip(drawn["boxes"], _COLOURS * len(boxes), strict=False):
-        box.set(facecolor=colour, alpha=0.65)
+    for box, label in zip(drawn["boxes"], rows, strict=True):
+        box.set(facecolor=colours[label], alpha=0.65)
     for median in drawn["medians"]:
         median.set(color="#1d2733")
     axes.invert_yaxis()
@@ -101,11 +135,14 @@ def latency_boxes(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     return _png(figure)
 
 
-def throughput_curves(curves: Mapping[str, Mapping[int, float]]) -> bytes:
+def throughput_curves(
+    curves: Mapping[str, Mapping[int, float]], colours: Mapping[str, str]
+) -> bytes:
     """Images per second over the batch size; values by batch size by label."""
     figure, axes = _figure(8.5, 3.2)
-    for (label, values), colour in zip(curves.items(), _COLOURS * 9, strict=False):
-        axes.plot(list(values), list(values.values()), marker="o", color=colour, label=_text(label))
+    for label, values in curves.items():
+        style = {"marker": "o", "color": colours[label], "label": _text(label)}
+        axes.plot(list(values), list(values.values()), **style)
     axes.set_xticks(sorted({batch for values in curves.values() for batch in values}))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("images at once")
@@ -115,11 +152,12 @@ def throughput_curves(curves: Mapping[str, Mapping[int, float]]) -> bytes:
     return _png(figure)
 
 
-def roofline_plot(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+def roofline_plot(rows: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> bytes:
     """Operations per second over operations per byte of weights, under the device's roof.
 
     Args:
         rows: what `trtq.bench.cost.roofline` gives, by label; one device may have several roofs.
+        colours: see `model_colours`.
     """
     figure, axes = _figure(8.5, 3.6)
     places = [row["operations_per_byte"] for row in rows.values()]
@@ -129,9 +167,9 @@ def roofline_plot(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     }
     for operations, transferred in sorted(roofs):
         axes.plot(span, np.minimum(operations, span * transferred) / 1e9, color="#5b6875")
-    for (label, row), colour in zip(rows.items(), _COLOURS * 9, strict=False):
+    for label, row in rows.items():
         rate = row["operations_per_second"] / 1e9
-        axes.plot(row["operations_per_byte"], rate, "o", color=colour, label=_text(label))
+        axes.plot(row["operations_per_byte"], rate, "o", color=colours[label], label=_text(label))
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte of weights")

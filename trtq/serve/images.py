@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from starlette.responses import JSONResponse, Response
 
+from trtq.png_text import generation_texts, with_texts
 from trtq.serve.errors import ApiError
 from trtq.serve.metrics import Metrics
 from trtq.serve.model import Card, Drawing
@@ -96,7 +97,10 @@ class Images:
             await _while_connected(receive, anext(events))
             return _EventStream(_server_sent(events, drawing, card, self._metrics))
         pictures = await _while_connected(receive, _pictures(events, drawing.count))
-        data = [{"b64_json": _base64(png)} for png in pictures]
+        data = [
+            {"b64_json": _base64(with_texts(png, _texts(drawing, card, index)))}
+            for index, png in enumerate(pictures)
+        ]
         return JSONResponse({"created": int(time.time()), "data": data} | _facts(drawing, card))
 
 
@@ -127,6 +131,22 @@ def _facts(drawing: Drawing, card: Card) -> dict[str, Any]:
     }
 
 
+def _texts(drawing: Drawing, card: Card, index: int) -> dict[str, str]:
+    """What the file of one picture says of itself."""
+    text = card.kind == "text"
+    return generation_texts(
+        model=card.name,
+        prompt=drawing.prompt if text else None,
+        label=drawing.prompt if card.kind == "class" else None,
+        seed=drawing.seed,
+        image=index,
+        steps=drawing.steps,
+        guidance=drawing.guidance,
+        size=drawing.size or card.image_size,
+        negative_prompt=drawing.negative_prompt,
+    )
+
+
 def _base64(png: bytes) -> str:
     return base64.b64encode(png).decode()
 
@@ -152,7 +172,10 @@ async def _server_sent(
                 if event.kind == "progress":
                     yield _sse("trtq.progress", facts | {"steps": event.steps})
                     continue
-                facts |= {"b64_json": _base64(event.png), "created_at": int(time.time())}
+                png = event.png
+                if event.kind == "image":
+                    png = with_texts(png, _texts(drawing, card, event.index))
+                facts |= {"b64_json": _base64(png), "created_at": int(time.time())}
                 facts |= _facts(drawing, card)
                 if event.kind == "preview":
                     facts["partial_image_index"] = shown[event.index]

@@ -41,7 +41,10 @@ class Sizes:
 
     def __str__(self) -> str:
         (low, left), (high, right) = self.smallest, self.largest
-        return f"{left}x{low} to {right}x{high}, width and height multiples of {self.step}"
+        return (
+            f"WIDTHxHEIGHT from {left}x{low} to {right}x{high}, width and height multiples of "
+            f"{self.step}"
+        )
 
     @classmethod
     def of_graph(cls, metadata: Mapping[str, str], pixels: int = 1) -> Sizes | None:

@@ -157,7 +157,7 @@ def check_against(request: ImageRequest, card: Card, limits: Limits) -> None:
         height, width = card.image_size
         raise refuse(
             "size",
-            f"{card.name} draws {card.sizes or f'{width}x{height}'}, got "
+            f"{card.name} draws {card.sizes or f'WIDTHxHEIGHT {width}x{height}'}, got "
             f"{str(request.size)[:40]!r}; or say 'auto' for {width}x{height}",
         )
     if guidance_of(request, card) != 1 and not card.takes_guidance:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trtq.report.page import Page, Section, Table, picture
-from trtq.report.plots import latency_boxes, roofline_plot, throughput_curves
+from trtq.report.plots import latency_boxes, model_colours, roofline_plot, throughput_curves
 from trtq.stages.bench_worker import DENOISER
 
 __all__ = ["bench_page", "bench_tables", "failures", "statements"]
@@ -230,14 +231,17 @@ def bench_page(result: dict[str, Any]) -> Page:
     device = result["device"]
     _, names = _short_names(result)
     measured = {names[_label(row)]: row for row in result["rows"] if row["measured"]}
+    colours = model_colours(names.values())
     words = Table(("against float",), tuple((line,) for line in statements(result)), words=True)
     sections = [Section("In short", table=words)]
     sections += [
-        Section(title[0].upper() + title[1:], _EXPLAINED.get(title, ""), table)
+        Section(
+            title[0].upper() + title[1:], _EXPLAINED.get(title, ""), replace(table, colours=colours)
+        )
         for title, table in bench_tables(result).items()
     ]
     if measured:
-        sections += _plots(measured)
+        sections += _plots(measured, colours)
     lead = (
         f"{device['cpu']}, {device['threads']} thread(s)"
         + (f", {device['gpu']}, driver {device['driver']}" if device["gpu"] else "")
@@ -267,23 +271,25 @@ _EXPLAINED = {
 }
 
 
-def _plots(measured: dict[str, dict[str, Any]]) -> list[Section]:
+def _plots(measured: dict[str, dict[str, Any]], colours: dict[str, str]) -> list[Section]:
     steps = {label: row["latency_ms"] for label, row in measured.items()}
     curves = {
         label: {one["batch"]: one["images_per_second"] for one in row["batches"]}
         for label, row in measured.items()
     }
     first = next(iter(measured.values()))["batches"][0]["batch"]
-    boxes = picture(latency_boxes(steps), f"One denoising step, batch {first}.")
+    boxes = picture(latency_boxes(steps, colours), f"One denoising step, batch {first}.")
     sections = [Section("Latency", images=(boxes,))]
     if len(next(iter(curves.values()))) > 1:
-        images = (picture(throughput_curves(curves), "Whole images, all parts."),)
+        images = (picture(throughput_curves(curves, colours), "Whole images, all parts."),)
         sections.append(Section("Throughput", images=images))
     roofs = {label: row["roofline"] for label, row in measured.items() if row["roofline"]}
     if roofs:
         text = (
             "The roof is: " + "; ".join(sorted({roof["peak_is"] for roof in roofs.values()})) + "."
         )
-        shown = picture(roofline_plot(roofs), "A point below its roof leaves something unused.")
+        shown = picture(
+            roofline_plot(roofs, colours), "A point below its roof leaves something unused."
+        )
         sections.append(Section("Roofline", text, images=(shown,)))
     return sections

@@ -108,8 +108,8 @@ class ReferenceSet:
         source: the float model.
         subjects: what was drawn.
         images: float32[B,C,H,W] in [-1, 1].
-        extractor: what looks at images.
-        scores: what it makes of these.
+        extractor: computes features of images; None if there is no classifier and no `--features`.
+        scores: the extractor's numbers for these images; None without an extractor.
         steps: denoising steps.
         seed: of the starting noise.
         guidance: classifier-free guidance.
@@ -119,8 +119,8 @@ class ReferenceSet:
     source: Source
     subjects: Subjects
     images: Tensor
-    extractor: Extractor
-    scores: ImageScores
+    extractor: Extractor | None
+    scores: ImageScores | None
     steps: int
     seed: int
     guidance: float
@@ -141,7 +141,9 @@ class Evaluation:
             `faithfulness_reference`, `inception_score_reference`; intervals `fd_interval`,
             `fd_interval_reference`, `accuracy_interval`, `accuracy_interval_reference`; `snr_db` (per
             step, cleanest first); `layers_worst` (name and dB, for a run); `images`, `steps`, `seed`,
-            `guidance`, `features`, `provider`, `seconds`, `gates`, `passed`.
+            `guidance`, `features`, `provider`, `seconds`, `gates`, `passed`. Without an extractor
+            `fd`, `fd_reference` and `features` are None, the other numbers of features are left out,
+            and `not_computed` names them.
         images: float32[B,C,H,W] of the evaluated model.
         reference: the float model's images.
     """
@@ -169,11 +171,12 @@ def draw_reference(
         steps: denoising steps.
         seed: of the starting noise.
         guidance: classifier-free guidance; by default what the model is meant for.
-        features: folder of a CLIP vision model or classifier to judge by; by default the model's own.
+        features: folder of a CLIP vision model or classifier to judge by; by default the model's own
+            classifier. With neither, only SNR, PSNR and SSIM are computed.
         report: called as work goes on.
 
     Raises:
-        UsageError: the model cannot be judged.
+        UsageError: the reference is not a float checkpoint, or `images` is below 2.
     """
     if isinstance(reference, str | Path) and Path(reference).is_dir():
         kind = artefact_kind(Path(reference))
@@ -196,7 +199,7 @@ def draw_reference(
         progress=lambda done, total: report("draw with the float model", done, total),
     )
     seconds = time.monotonic() - start
-    scores = score_images(drawn, subjects.labels, extractor)
+    scores = None if extractor is None else score_images(drawn, subjects.labels, extractor)
     strength = source.guidance if guidance is None else guidance
     return ReferenceSet(source, subjects, drawn, extractor, scores, steps, seed, strength, seconds)
 
@@ -270,7 +273,7 @@ def evaluate(
         "steps": reference.steps,
         "seed": reference.seed,
         "guidance": reference.guidance,
-        "features": reference.extractor.name,
+        "features": None if reference.extractor is None else reference.extractor.name,
         "provider": provider or ("cpu" if hasattr(target.denoiser, "engine") else "torch"),
         "seconds": round(seconds, 2),
         "seconds_reference": round(reference.seconds, 2),
@@ -283,29 +286,44 @@ def evaluate(
     return Evaluation(result, drawn, reference)
 
 
+_WITHOUT_FEATURES = ("psnr_db", "ssim", "snr_db_min")
+"""Metrics that compare pixels and predictions with the float model's, and need no extractor."""
+
+
 def _check_gates(gates: tuple[Gate, ...], reference: ReferenceSet) -> None:
     """Refuse a gate on a number that there will not be, before any drawing."""
-    missing = {"class_accuracy", "faithfulness"}
-    if reference.scores.accuracy is not None:
-        missing.remove(reference.accuracy_name)
-    if reference.scores.fd is None:
-        missing.add("fd_ratio")
-    if reference.scores.inception_score is None:
-        missing.add("inception_score")
+    if reference.scores is None or reference.extractor is None:
+        missing = set(METRICS) - set(_WITHOUT_FEATURES)
+        advice = (
+            "without a feature extractor there are only "
+            f"{', '.join(_WITHOUT_FEATURES)}; pass --features FOLDER with a CLIP vision model"
+        )
+    else:
+        missing = {"class_accuracy", "faithfulness"}
+        if reference.scores.accuracy is not None:
+            missing.remove(reference.accuracy_name)
+        if reference.scores.fd is None:
+            missing.add("fd_ratio")
+        if reference.scores.inception_score is None:
+            missing.add("inception_score")
+        advice = f"{reference.extractor.name} does not give it for this model"
     for gate in gates:
         if gate.metric in missing:
-            raise UsageError(
-                f"the gate {gate} cannot be checked: with {reference.extractor.name} there is no "
-                f"{gate.metric} of this model"
-            )
+            raise UsageError(f"the gate {gate} cannot be checked: {advice}")
 
 
 def _compare(drawn: Tensor, reference: ReferenceSet) -> dict[str, Any]:
     """The numbers of images against the real ones and the float model's."""
-    own, scores = (
-        reference.scores,
-        score_images(drawn, reference.subjects.labels, reference.extractor),
-    )
+    pixels = pixel_scores(drawn, reference.images)
+    if reference.scores is None or reference.extractor is None:
+        missing = [name for name in METRICS if name not in _WITHOUT_FEATURES]
+        return {"fd": None, "fd_reference": None, **pixels, "not_computed": missing}
+    scores = score_images(drawn, reference.subjects.labels, reference.extractor)
+    return _compare_features(scores, reference.scores, reference.accuracy_name) | pixels
+
+
+def _compare_features(scores: ImageScores, own: ImageScores, accuracy_name: str) -> dict[str, Any]:
+    """The numbers that features give: this model's beside the float model's (`own`)."""
     fd, interval = scores.fd, scores.fd_interval
     if fd is None:
         statistics = feature_statistics(own.features)
@@ -320,13 +338,11 @@ def _compare(drawn: Tensor, reference: ReferenceSet) -> dict[str, Any]:
         "sfd": spatial_distance(scores, own),
         "precision": precision,
         "recall": recall,
-        **pixel_scores(drawn, reference.images),
     }
     if own.fd is not None:
         result["fd_ratio"] = fd / own.fd
     if scores.accuracy is not None:
-        name = reference.accuracy_name
-        result |= {name: scores.accuracy, f"{name}_reference": own.accuracy}
+        result |= {accuracy_name: scores.accuracy, f"{accuracy_name}_reference": own.accuracy}
         result |= {
             "accuracy_interval": scores.accuracy_interval,
             "accuracy_interval_reference": own.accuracy_interval,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from trtq.errors import UsageError
 from trtq.evaluate.images import contact_sheet, draw, save_png, subjects_for
+from trtq.png_text import generation_texts
 from trtq.progress import Reporter, silent
 from trtq.stages.load import artefact_guidance, calibrated_steps, open_any
 
@@ -32,11 +34,14 @@ def generate(
     provider: str | None = None,
     report: Reporter = silent,
 ) -> dict[str, Any]:
-    """Draw images and write them on one PNG sheet.
+    """Generate images, on one PNG sheet or as a PNG file each.
+
+    Every file holds prompt, seed and settings as PNG text, see `trtq.png_text`.
 
     Args:
         path: a run, an ONNX folder or a checkpoint.
-        out: the PNG.
+        out: a name that ends in `.png` for one sheet; a folder for one file per image
+            (`image-0000.png` and so on).
         images: how many.
         class_label: the class of all of them; by default all classes in turn.
         prompt: a text; only for text-to-image models.
@@ -49,16 +54,13 @@ def generate(
         report: called as work goes on.
 
     Returns:
-        `output`, `images`, `labels`, `prompts`, `steps`, `seed`, `seconds`.
+        `output`, `files`, `images`, `labels`, `prompts`, `steps`, `seed`, `seconds`.
 
     Raises:
         TrtqError: see `trtq.errors`; no file is left.
     """
     target = Path(out)
-    if target.suffix.lower() != ".png":
-        raise UsageError(f"--output must end in .png, got {target.name!r}")
-    if not target.parent.is_dir():
-        raise UsageError(f"the folder {target.parent} does not exist")
+    files = _files(target, str(out), images)
     source = open_any(path, provider)
     if size is not None:
         source.resize(size)
@@ -77,11 +79,31 @@ def generate(
         progress=lambda done, total: report("draw", done, total),
     )
     seconds = time.monotonic() - start
-    columns = min(images, 10) if images % 10 == 0 else math.ceil(math.sqrt(images))
-    scale = max(1, _SHEET_PIXELS // drawn.shape[-1])
-    save_png(contact_sheet(drawn, columns, scale, gap=scale), target)
+
+    def texts(index: int) -> dict[str, str]:
+        return generation_texts(
+            model=source.name,
+            prompt=None if subjects.prompts is None else subjects.prompts[index],
+            label=None if subjects.classes is None else int(subjects.classes[index]),
+            seed=seed,
+            image=index,
+            steps=count,
+            guidance=source.guidance if guidance is None else guidance,
+            size=(drawn.shape[-2], drawn.shape[-1]),
+            negative_prompt=negative_prompt,
+        )
+
+    if len(files) == 1 and files[0] == target:
+        columns = min(images, 10) if images % 10 == 0 else math.ceil(math.sqrt(images))
+        scale = max(1, _SHEET_PIXELS // drawn.shape[-1])
+        save_png(contact_sheet(drawn, columns, scale, gap=scale), target, texts(0))
+    else:
+        target.mkdir(exist_ok=True)
+        for index, file in enumerate(files):
+            save_png(contact_sheet(drawn[index : index + 1], 1), file, texts(index))
     return {
         "output": str(target),
+        "files": [str(file) for file in files],
         "images": images,
         "labels": None if subjects.classes is None else subjects.classes.tolist(),
         "prompts": None if subjects.prompts is None else list(subjects.prompts),
@@ -89,3 +111,26 @@ def generate(
         "seed": seed,
         "seconds": round(seconds, 3),
     }
+
+
+def _files(target: Path, given: str, images: int) -> list[Path]:
+    """The files to write: one sheet, or one per image in a folder.
+
+    Raises:
+        UsageError: the name is neither that of a PNG nor that of a folder, or the folder above it does
+            not exist.
+    """
+    folder = target.is_dir() or given.endswith(("/", os.sep)) or not target.suffix
+    if not folder and target.suffix.lower() != ".png":
+        raise UsageError(
+            f"--output must end in .png for one sheet, or name a folder for one file per image; got "
+            f"{target.name!r}"
+        )
+    if not target.parent.is_dir():
+        raise UsageError(f"the folder {target.parent} does not exist")
+    if not folder:
+        return [target]
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file; give a name that ends in .png, or a folder")
+    digits = max(4, len(str(images - 1)))
+    return [target / f"image-{index:0{digits}d}.png" for index in range(images)]

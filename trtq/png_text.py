@@ -1,0 +1,106 @@
+"""Text inside PNG files: what made a picture travels with it.
+
+Two entries are written: `parameters`, a line in the form that image viewers of this field read, and
+`trtq`, the same as JSON. Both are `iTXt` chunks (PNG specification, section 11.3.3.4): UTF-8, not
+compressed.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["generation_texts", "read_texts", "with_texts"]
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_KIND = b"iTXt"
+
+
+def generation_texts(
+    *,
+    model: str,
+    prompt: str | None,
+    seed: int,
+    image: int,
+    steps: int,
+    guidance: float,
+    size: tuple[int, int],
+    negative_prompt: str | None = None,
+    label: int | str | None = None,
+) -> dict[str, str]:
+    """The two entries of one generated picture.
+
+    Args:
+        model: name of the model.
+        prompt: the text; None for a model without prompts.
+        seed: seed of the request.
+        image: index of the picture among the pictures of that seed, from 0.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale.
+        size: height and width in pixels.
+        negative_prompt: the negative prompt, if there was one.
+        label: the class, of class-conditional models.
+    """
+    facts: dict[str, Any] = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "class": label,
+        "seed": seed,
+        "image": image,
+        "steps": steps,
+        "guidance": guidance,
+        "width": size[1],
+        "height": size[0],
+        "model": model,
+    }
+    facts = {key: value for key, value in facts.items() if value is not None}
+    words = prompt if prompt is not None else "" if label is None else f"class {label}"
+    negative = f"\nNegative prompt: {negative_prompt}" if negative_prompt else ""
+    line = (
+        f"{words}{negative}\nSteps: {steps}, CFG scale: {guidance:g}, Seed: {seed}, "
+        f"Image: {image}, Size: {size[1]}x{size[0]}, Model: {model}"
+    )
+    return {"parameters": line, "trtq": json.dumps(facts, ensure_ascii=False)}
+
+
+def with_texts(png: bytes, texts: Mapping[str, str]) -> bytes:
+    """A PNG file with text entries put before its pixels.
+
+    Args:
+        png: bytes of a PNG file.
+        texts: entries by keyword (Latin-1, 1 to 79 bytes).
+
+    Raises:
+        ValueError: the bytes are no PNG.
+    """
+    # The signature, then the header chunk: 4 bytes of length, 4 of kind, 13 of data, 4 of checksum.
+    end = len(_SIGNATURE) + 4 + 4 + 13 + 4
+    if not png.startswith(_SIGNATURE) or len(png) < end:
+        raise ValueError("these bytes are no PNG file")
+    chunks = b"".join(_chunk(key, text) for key, text in texts.items())
+    return png[:end] + chunks + png[end:]
+
+
+def _chunk(keyword: str, text: str) -> bytes:
+    # Keyword, its end, no compression (flag and method), no language, no translated keyword.
+    # A lone surrogate, which JSON may hold, has no UTF-8 form.
+    data = keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode("utf-8", "replace")
+    return struct.pack(">I", len(data)) + _KIND + data + struct.pack(">I", zlib.crc32(_KIND + data))
+
+
+def read_texts(png: bytes) -> dict[str, str]:
+    """The uncompressed `iTXt` entries of a PNG file, by keyword."""
+    texts = {}
+    place = len(_SIGNATURE)
+    while place + 12 <= len(png):
+        (length,) = struct.unpack_from(">I", png, place)
+        kind, data = png[place + 4 : place + 8], png[place + 8 : place + 8 + length]
+        if kind == _KIND:
+            keyword, _, rest = data.partition(b"\0")
+            if rest[:1] == b"\0":
+                texts[keyword.decode("latin-1")] = rest[2:].split(b"\0", 2)[2].decode("utf-8")
+        place += 12 + length
+    return texts
