@@ -17,6 +17,7 @@ from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.source import Source
 from trtq.errors import NonFiniteError, UsageError
+from trtq.outputs import new_file
 from trtq.seeds import seeded_generator
 
 __all__ = ["Subjects", "contact_sheet", "draw", "save_png", "subjects_for"]
@@ -204,18 +205,14 @@ def contact_sheet(images: Tensor, columns: int, scale: int = 1, gap: int = 2) ->
     return sheet
 
 
-def save_png(sheet: np.ndarray, path: Path) -> None:
+def save_png(sheet: np.ndarray, path: Path, *, overwrite: bool = False) -> None:
     """Write uint8[H,W,3] as PNG, complete or not at all.
 
     Raises:
-        UsageError: the folder does not exist or cannot be written.
+        UsageError: the folder does not exist or cannot be written, or the file is there already.
+        ArtefactError: the disk is full, or fails.
     """
     from PIL import Image
 
-    partial = path.with_name(f".{path.name}.trtq-partial")
-    try:
+    with new_file(path, overwrite=overwrite) as partial:
         Image.fromarray(sheet).save(partial, format="PNG")
-        partial.rename(path)
-    except OSError as err:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {err}") from err

@@ -9,6 +9,8 @@ from typing import Any
 
 from trtq.errors import UsageError
 from trtq.evaluate.images import contact_sheet, draw, save_png, subjects_for
+from trtq.manifest import check_outside_artefacts
+from trtq.outputs import check_file
 from trtq.progress import Reporter, silent
 from trtq.stages.load import artefact_guidance, calibrated_steps, open_any
 
@@ -30,6 +32,7 @@ def generate(
     size: str | None = None,
     seed: int = 0,
     provider: str | None = None,
+    overwrite: bool = False,
     report: Reporter = silent,
 ) -> dict[str, Any]:
     """Draw images and write them on one PNG sheet.
@@ -46,6 +49,7 @@ def generate(
         size: `HEIGHTxWIDTH` in pixels; by default the model's own.
         seed: image i of a seed is the same in every call.
         provider: what runs it.
+        overwrite: replace a file that is already there.
         report: called as work goes on.
 
     Returns:
@@ -57,8 +61,8 @@ def generate(
     target = Path(out)
     if target.suffix.lower() != ".png":
         raise UsageError(f"--output must end in .png, got {target.name!r}")
-    if not target.parent.is_dir():
-        raise UsageError(f"the folder {target.parent} does not exist")
+    check_file(target, overwrite=overwrite, source=path)
+    check_outside_artefacts(target)
     source = open_any(path, provider)
     if size is not None:
         source.resize(size)
@@ -79,7 +83,7 @@ def generate(
     seconds = time.monotonic() - start
     columns = min(images, 10) if images % 10 == 0 else math.ceil(math.sqrt(images))
     scale = max(1, _SHEET_PIXELS // drawn.shape[-1])
-    save_png(contact_sheet(drawn, columns, scale, gap=scale), target)
+    save_png(contact_sheet(drawn, columns, scale, gap=scale), target, overwrite=overwrite)
     return {
         "output": str(target),
         "images": images,
