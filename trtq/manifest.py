@@ -559,7 +559,10 @@ def _give_up(err: BaseException, partial: Path, final: Path, *, keep_partial: bo
         what = "its checkpoints are kept; go on with --resume"
         err.add_note(RESUMABLE)
     else:
-        remove_partial(final)
+        try:
+            remove_partial(final)
+        except UsageError as left:
+            logger.warning("%s", left)
     # A full disk, mostly; safetensors has an exception of its own for it, which names no file.
     if isinstance(err, OSError | SafetensorError):
         at = "" if newest is None or newest in str(err) else f" at {newest}"

@@ -44,6 +44,7 @@ __all__ = [
     "partial_folder",
     "read_listing",
     "recover",
+    "refuse_special",
     "remove_partial",
     "replace_folder",
     "sha256",
@@ -112,6 +113,19 @@ def special_kind(path: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return _KINDS.get(stat.S_IFMT(mode))
+
+
+def refuse_special(path: Path) -> None:
+    """Nothing, if a path that the user gave is a file, or not there: opening a pipe may wait for ever.
+
+    What a shell hands over as `<(command)` is read.
+
+    Raises:
+        UsageError: it is a pipe, a socket or a device.
+    """
+    kind = special_kind(path)
+    if kind is not None and path.parts[:2] not in (("/", "dev"), ("/", "proc")):
+        raise UsageError(f"{path} is {kind}; give a file")
 
 
 def files_below(folder: Path) -> Iterator[str]:
@@ -546,13 +560,18 @@ def replace_folder(partial: Path, final: Path, owned_by: Owner) -> None:
     if new is not None and new.kind != owned.kind:
         raise UsageError(f"{final} is of kind {owned.kind!r}, it is not replaced by a {new.kind!r}")
     old = old_folder(final)
-    final.rename(old)
     try:
+        final.rename(old)
         partial.rename(final)
     except BaseException:
-        old.rename(final)
+        if not final.exists():
+            old.rename(final)
         raise
-    left = _retire(old, final, owned)
+    try:
+        left = _retire(old, final, owned)
+    except OSError as err:
+        logger.warning("what lay in %s before cannot be removed from %s: %s", final, old, err)
+        return
     if left:
         logger.warning(
             "%s of what lay in %s is not trtq's and has a name that is taken now, or was changed; left "
