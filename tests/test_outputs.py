@@ -133,6 +133,14 @@ def test_files_of_the_user_stay_where_they_are(tmp_path):
     assert read_manifest(place).kind == "run"
 
 
+def test_a_folder_with_nothing_but_bookkeeping_is_empty(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".DS_Store").write_text("finder")
+    make(tmp_path / "run")
+    assert (tmp_path / "run" / ".DS_Store").read_text() == "finder"
+    assert hidden(tmp_path) == []
+
+
 def test_a_file_that_was_changed_is_the_users(tmp_path):
     place = make(tmp_path / "run")
     (place / "unet" / "config.json").write_text("mine")

@@ -33,6 +33,7 @@ from trtq.outputs import (
     claim,
     files_below,
     has_checkpoint,
+    is_empty,
     partial_folder,
     read_listing,
     recover,
@@ -397,7 +398,7 @@ def check_output(
     """
     final = check_place(final, source=source)
     check_outside_artefacts(final)
-    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+    if not final.exists() or is_empty(final):
         return final
     if not final.is_dir():
         raise UsageError(f"{final} is a file; --output names a folder here")
@@ -469,6 +470,7 @@ def claimed(final: Path) -> Iterator[None]:
     Raises:
         UsageError: another process writes there, or nobody can.
     """
+    check_outside_artefacts(final)
     with claim(final):
         recover(final, owned_by_trtq)
         yield

@@ -39,6 +39,7 @@ __all__ = [
     "claim",
     "files_below",
     "has_checkpoint",
+    "is_empty",
     "new_file",
     "old_folder",
     "partial_folder",
@@ -73,6 +74,9 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_BOOKKEEPING = frozenset(
+    {".DS_Store", ".localized", "Thumbs.db", "desktop.ini", ".directory", ".gitkeep", ".gitignore"}
+)
 _UNLOCKED_BYTE = 1 << 20
 _TRIES = 50
 
@@ -141,6 +145,11 @@ def files_below(folder: Path) -> Iterator[str]:
                 yield f"{entry.name}/{below}"
         else:
             yield entry.name
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing in a folder but what file managers and git leave in empty ones."""
+    return folder.is_dir() and all(path.name in _BOOKKEEPING for path in folder.iterdir())
 
 
 def read_listing(folder: Path) -> Owned | None:
@@ -550,14 +559,10 @@ def replace_folder(partial: Path, final: Path, owned_by: Owner) -> None:
         partial.rename(final)
         return
     owned = owned_by(final)
-    if owned is None:
-        if not final.is_dir() or any(final.iterdir()):
-            raise UsageError(f"{final} exists and is not trtq's; choose another --output")
-        final.rmdir()
-        partial.rename(final)
-        return
+    if owned is None and not is_empty(final):
+        raise UsageError(f"{final} exists and is not trtq's; choose another --output")
     new = owned_by(partial)
-    if new is not None and new.kind != owned.kind:
+    if owned is not None and new is not None and new.kind != owned.kind:
         raise UsageError(f"{final} is of kind {owned.kind!r}, it is not replaced by a {new.kind!r}")
     old = old_folder(final)
     try:

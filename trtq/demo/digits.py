@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 from trtq.engine.ort import available_providers
 from trtq.errors import TrtqError, UsageError
 from trtq.evaluate.images import contact_sheet, save_png
-from trtq.manifest import check_output, claims_output, owned_by_trtq
-from trtq.outputs import write_listing
+from trtq.manifest import check_output, claimed, claims_output, owned_by_trtq
+from trtq.outputs import remove_partial, write_listing
 from trtq.progress import Reporter, silent
 from trtq.report.folder import check_report_folder, write_report
 from trtq.report.page import Page, Section, Table
@@ -102,7 +103,14 @@ def demo(
     sizes: dict[str, dict[str, Any]] = {}
     for entry in _entries(iterations, seed):
         run, onnx = folder / entry.folder / "run", folder / entry.folder / "onnx"
-        sizes[entry.name] = quantize(MODEL, entry.recipe, run, overwrite=overwrite, report=report)
+        try:
+            made = quantize(MODEL, entry.recipe, run, overwrite=overwrite, report=report)
+        except BaseException:
+            # The demonstration cannot be gone on with, so its checkpoints are of no use.
+            with suppress(UsageError), claimed(run.resolve()):
+                remove_partial(run.resolve())
+            raise
+        sizes[entry.name] = made
         export_onnx(run, onnx, overwrite=overwrite, report=report)
         results[entry.name] = evaluate(onnx, reference, provider=provider, report=report)
     last = results[entry.name]
