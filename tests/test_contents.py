@@ -75,6 +75,10 @@ def test_links_are_followed_but_not_for_ever(folder):
     (folder / "unet").rename(folder / "elsewhere")
     (folder / "unet").symlink_to("elsewhere")
     (folder / "elsewhere" / "up").symlink_to("..")
+    for name, other in (("one", "two"), ("two", "one")):
+        (folder / name).mkdir()
+        (folder / name / "on").symlink_to(folder / other)
+        (folder / "elsewhere" / name).symlink_to(folder / name)
     assert set(source_hashes(folder)) == set(OURS)
 
 

@@ -213,6 +213,7 @@ PLACES = {
     "below a file": (lambda f: place_file(f) / "run", "cannot write to"),
     "inside a run": (lambda f: make(f / "r") / "sub", "lies inside"),
     "NUL": (lambda f: f / "a\0b", "holds a NUL"),
+    "a parent too long": (lambda f: f / ("x" * 300) / "run", "cannot write to"),
     "too long": (lambda f: f / ("x" * 250), "cannot write to"),
 }
 
@@ -235,6 +236,11 @@ def test_a_mount_point_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
     with pytest.raises(UsageError, match="mount point"):
         check_output(tmp_path / "disk", overwrite=False)
+
+
+def test_a_source_that_is_no_path_is_in_nobodys_way(tmp_path):
+    for source in ("x" * 5000, "a\0b", "digits", object()):
+        assert check_output(tmp_path / "run", overwrite=False, source=source)
 
 
 @pytest.mark.parametrize("other", ["run", "run/sub", ".", "run/../run"])
@@ -348,6 +354,14 @@ def test_a_link_under_the_name_of_the_partial_folder_is_not_followed(tmp_path):
     partial_folder(tmp_path / "run").symlink_to(tmp_path / "precious")
     make(tmp_path / "run")
     assert [path.name for path in (tmp_path / "precious").iterdir()] == ["thesis.txt"]
+
+
+def test_a_link_under_the_name_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years")
+    (tmp_path / ".run.trtq-lock").symlink_to("thesis.txt")
+    with pytest.raises(UsageError, match="cannot write to"):
+        make(tmp_path / "run")
+    assert (tmp_path / "thesis.txt").read_text() == "years"
 
 
 # Two at once.

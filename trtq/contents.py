@@ -33,6 +33,8 @@ _READ_SUFFIXES = frozenset(
 _READ_NAMES = frozenset({"vocab.txt", "merges.txt", "dict.txt"})
 _READ_BEGINNINGS = ("model.onnx", "model.engine")
 """How the names of files end, are, or begin that are read in a component's folder."""
+_DEEPEST = 6
+"""Folders inside each other that a component may have."""
 _SHORT = 128
 """From this length on, protobuf needs a second byte for it."""
 
@@ -55,7 +57,7 @@ def source_hashes(folder: Path) -> dict[str, str]:
     parts = _parts_named(folder)
     return {
         name: sha256(folder / name)
-        for name in _files_through_links(folder)
+        for name in _files_through_links(folder, parts)
         if _is_read(name, parts)
     }
 
@@ -120,18 +122,21 @@ def _parts_named(folder: Path) -> frozenset[str]:
         return frozenset()
 
 
-def _files_through_links(folder: Path) -> list[str]:
-    """Relative paths of all files below a folder, also those in folders that links lead to."""
+def _files_through_links(folder: Path, parts: Collection[str]) -> list[str]:
+    """Relative paths of all files in a folder and its components, also where links lead to them."""
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        # Hidden folders hold bookkeeping; and a link that leads up would be followed for ever.
+        below = Path(place).relative_to(folder)
+        # Links that lead round in a circle would be followed for ever.
+        deep = len(below.parts) >= _DEEPEST
         around = {Path(place).resolve(), *Path(place).resolve().parents}
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and Path(place, name).resolve() not in around
+            if not (deep or name.startswith("."))
+            and (below.parts or name in parts)
+            and Path(place, name).resolve() not in around
         )
-        below = Path(place).relative_to(folder)
         found += [(below / name).as_posix() for name in names if Path(place, name).is_file()]
     return sorted(found)
 

@@ -77,6 +77,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.
 _BOOKKEEPING = frozenset(
     {".DS_Store", ".localized", "Thumbs.db", "desktop.ini", ".directory", ".gitkeep", ".gitignore"}
 )
+_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 _UNLOCKED_BYTE = 1 << 20
 _TRIES = 50
 
@@ -253,8 +254,13 @@ def check_place(place: str | Path, *, source: Any = None) -> Path:
             f"the output {final} is a mount point, which cannot be replaced; give a new folder in it, "
             f"e.g. {final / 'result'}"
         )
-    if isinstance(source, str | Path) and "\0" not in str(source) and Path(source).exists():
-        _check_apart(final, Path(source).resolve())
+    if isinstance(source, str | Path):
+        try:
+            there = Path(source).exists()
+        except (OSError, ValueError):  # No path at all: too long, or with a NUL.
+            there = False
+        if there:
+            _check_apart(final, Path(source).resolve())
     return final
 
 
@@ -373,7 +379,7 @@ class _Lock:
         self._path = _lock_file(final)
         for _ in range(_TRIES):
             try:
-                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._file = os.open(self._path, _LOCK_FLAGS, 0o666)
             except OSError as err:
                 raise UsageError(
                     f"cannot write to {final}: {err}; choose another --output"
