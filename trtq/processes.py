@@ -85,7 +85,9 @@ def ending_on_signals() -> Iterator[None]:
         yield
     finally:
         for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+            # A server may have handlers of its own by now.
+            if signal.getsignal(number) in (stop, signal.SIG_IGN):
+                signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
