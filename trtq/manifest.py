@@ -483,7 +483,8 @@ _R = TypeVar("_R")
 def claims_output(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Let a function be the only one that writes to its argument `out`, from its very beginning.
 
-    Under `accelerate launch` this is the first process's business.
+    Its first argument, unless it is that one, is what it reads: one must not be inside the other. Under
+    `accelerate launch` this is the first process's business.
     """
     signature = inspect.signature(function)
 
@@ -493,7 +494,9 @@ def claims_output(function: Callable[_P, _R]) -> Callable[_P, _R]:
         bound.apply_defaults()
         if os.environ.get("RANK", "0") != "0":
             return function(*args, **kwargs)
-        with claimed(check_place(bound.arguments["out"])):
+        first = next(iter(bound.arguments))
+        source = None if first == "out" else bound.arguments[first]
+        with claimed(check_place(bound.arguments["out"], source=source)):
             return function(*args, **kwargs)
 
     return alone
