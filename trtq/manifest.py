@@ -570,8 +570,8 @@ def _give_up(err: BaseException, partial: Path, final: Path, *, keep_partial: bo
             logger.warning("%s", left)
     # A full disk, mostly; safetensors has an exception of its own for it, which names no file.
     if isinstance(err, OSError | SafetensorError):
-        at = "" if newest is None or newest in str(err) else f" at {newest}"
-        raise ArtefactError(f"writing {final} failed{at}, {what}: {err}") from err
+        at = "" if newest is None or newest in str(err) else f"{newest}: "
+        raise ArtefactError(f"writing {final} failed, {what}: {at}{err}") from err
 
 
 def _newest_file(folder: Path) -> str | None:
