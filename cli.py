@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +18,25 @@ from rich.table import Table
 
 import trtq
 from trtq.errors import GateError, TrtqError, UsageError
+from trtq.outputs import RESUMABLE
+from trtq.processes import StoppedBySignal, ending_on_signals
 from trtq.progress import LineReporter
 from trtq.report import lines
 
+
+class _Remembering(typer.core.TyperGroup):
+    """Keeps what the user typed, for messages that repeat it."""
+
+    typed: Sequence[str] = ()
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Note the arguments down."""
+        type(self).typed = tuple(args)
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=_Remembering,
     name="trtq",
     help="Low-bit diffusion models: from a diffusers checkpoint to images.",
     no_args_is_help=True,
@@ -66,7 +82,8 @@ def _command(verbose: bool) -> Iterator[None]:
     for noisy in ("matplotlib", "PIL", "asyncio", "onnx_ir", "onnxscript", "torch", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        yield
+        with ending_on_signals():
+            yield
     except TrtqError as err:
         if verbose:
             _err.print_exception()
@@ -78,8 +95,22 @@ def _command(verbose: bool) -> Iterator[None]:
         _err.print(f"error: {err}", style="red", soft_wrap=True)
         raise typer.Exit(1) from err
     except KeyboardInterrupt as err:
-        _err.print("interrupted")
+        _say_ended("interrupted", err)
         raise typer.Exit(130) from err
+    except StoppedBySignal as err:
+        _say_ended(f"stopped by {err.name}", err)
+        raise typer.Exit(int(err.code or 1)) from err
+
+
+def _say_ended(what: str, err: BaseException) -> None:
+    """One line, with the command that goes on where there is a checkpoint to go on from."""
+    arguments = list(_Remembering.typed)
+    if RESUMABLE in getattr(err, "__notes__", ()) and "quantize" in arguments[:1]:
+        again = arguments if "--resume" in arguments else [*arguments, "--resume"]
+        what += f"; its checkpoints are kept, go on with: {shlex.join(['trtq', *again])}"
+    # After SIGHUP the terminal is gone.
+    with suppress(OSError):
+        _err.print(what, soft_wrap=True)
 
 
 def _show(result: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], None]) -> None:
@@ -438,6 +469,7 @@ def generate(
     guidance: Guidance = None,
     provider: Provider = None,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -460,6 +492,7 @@ def generate(
             guidance=guidance,
             seed=seed,
             provider=provider,
+            overwrite=overwrite,
             report=LineReporter(),
         )
         _show(result, as_json, lambda r: _lines("generated", lines.generate_rows(r)))
@@ -492,14 +525,12 @@ def evaluate(
 
     Example: trtq eval onnx --reference digits -o report --gate "fd<=2"
     """
-    from trtq.report.folder import check_report_folder, write_report
+    from trtq.report.folder import report_folder, write_report
     from trtq.stages.evaluate import evaluate as run_stage
     from trtq.stages.evaluate import parse_gate
 
-    with _command(verbose):
+    with _command(verbose), report_folder(output, kind="eval", overwrite=overwrite):
         gates = tuple(parse_gate(text) for text in gate or [])
-        if output is not None:
-            check_report_folder(output, overwrite=overwrite)
         evaluation = run_stage(
             path,
             reference,
@@ -513,11 +544,6 @@ def evaluate(
             report=LineReporter(),
         )
         result = evaluation.result
-        if output is not None:
-            from trtq.stages.show import evaluation_page
-
-            write_report(output, evaluation_page(path, evaluation), result, overwrite=overwrite)
-            result = result | {"report": str(output / "index.html")}
 
         def human(found: dict[str, Any]) -> None:
             features = found["features"] or "none"
@@ -541,7 +567,14 @@ def evaluate(
             for part, seconds in (("this model", "seconds"), ("float", "seconds_reference")):
                 _out.print(f"drawing with {part}: {lines.seconds_text(found[seconds])}")
 
-        _show(result, as_json, human)
+        # Before the report: a full disk must not cost what took so long to measure.
+        place = {} if output is None else {"report": str(output / "index.html")}
+        _show(result | place, as_json, human)
+        if output is not None:
+            from trtq.stages.show import evaluation_page
+
+            page = evaluation_page(path, evaluation)
+            write_report(output, page, result, kind="eval", overwrite=overwrite)
         missed = [name for name, held in result["gates"].items() if not held]
         if missed:
             raise GateError(f"not met: {', '.join(missed)}")
@@ -627,15 +660,13 @@ def bench(
 
     Example: trtq bench onnx@openvino onnx@cpu float_onnx@openvino --batch 1,4 -o report
     """
-    from trtq.report.folder import check_report_folder, write_report
+    from trtq.report.folder import report_folder, write_report
     from trtq.stages.bench import bench as run_stage
     from trtq.stages.bench_page import bench_page, bench_tables, failures, statements
     from trtq.stages.bench_targets import parse_batches
 
-    with _command(verbose):
+    with _command(verbose), report_folder(output, kind="bench", overwrite=overwrite):
         sizes = parse_batches(batch)
-        if output is not None:
-            check_report_folder(output, overwrite=overwrite)
         result = run_stage(
             paths,
             providers=provider or [],
@@ -662,7 +693,7 @@ def bench(
         place = {} if output is None else {"report": str(output / "index.html")}
         _show(result | place, as_json, human)
         if output is not None:
-            write_report(output, bench_page(result), result, overwrite=overwrite)
+            write_report(output, bench_page(result), result, kind="bench", overwrite=overwrite)
         failed = failures(result)
         if gate and failed:
             raise GateError("; ".join(failed))
@@ -676,6 +707,7 @@ def bench_layers(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="JSON file for the result.")
     ] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -686,13 +718,12 @@ def bench_layers(
     Example: trtq bench kernels -o kernels.json
     """
     from trtq.bench.kernels import FORMS, bench_kernels
+    from trtq.outputs import check_file, new_file
 
     with _command(verbose):
-        if output is not None and output.exists():
-            raise UsageError(f"{output} is already there; give another file, or delete it")
-        result = bench_kernels(forms or list(FORMS), report=LineReporter())
         if output is not None:
-            output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            check_file(output, overwrite=overwrite)
+        result = bench_kernels(forms or list(FORMS), report=LineReporter())
 
         def human(found: dict[str, Any]) -> None:
             table = Table(title=str(found["gpu"]), title_justify="left")
@@ -713,6 +744,9 @@ def bench_layers(
             _out.print(table)
 
         _show(result, as_json, human)
+        if output is not None:
+            with new_file(output, overwrite=overwrite) as partial:
+                partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 plugins_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False)

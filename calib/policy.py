@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from trtq.errors import RecipeError
+from trtq.outputs import refuse_special
 from trtq.quant.convert import LayerPlan, layer_kind, quantizable_layers
 from trtq.quant.ranges import check_bits
 
@@ -84,7 +85,9 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
     Raises:
         RecipeError: it cannot be read or is not TOML.
+        UsageError: it is no file but a pipe or a device.
     """
+    refuse_special(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:

@@ -1,26 +1,48 @@
 """The record that travels with every artefact, and the rules for writing and reading one.
 
-An artefact is a folder with a `manifest.json` that names the SHA-256 of every file beside it, and of
-nothing else. It is written into a hidden folder beside its place and renamed when complete, so a folder
-that has a manifest is whole. Reading verifies the format version, that every path stays inside the
-folder, every hash, and that no other file is there.
+An artefact is a folder with a `manifest.json` that names the SHA-256 of every file of it. It is written
+into a hidden folder beside its place and renamed when complete, so a folder with a manifest is whole.
+Reading verifies the format version, that every path stays inside the folder, and every hash. A file
+that the manifest does not name (a README, what a file manager or git leaves) is left alone and warned of
+once, unless something that opens the artefact would read it: that is an error.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import inspect
 import json
-import shutil
-from collections.abc import Iterator
+import logging
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 
+from trtq.contents import find_strays
 from trtq.errors import ArtefactError, IntegrityError, UsageError
+from trtq.outputs import (
+    CHECKPOINTS,
+    RESUMABLE,
+    Owned,
+    check_place,
+    claim,
+    files_below,
+    has_checkpoint,
+    is_empty,
+    partial_folder,
+    read_listing,
+    recover,
+    remove_partial,
+    replace_folder,
+    sha256,
+    special_kind,
+    strip_partial,
+)
 
 __all__ = [
     "CHECKPOINTS",
@@ -30,10 +52,15 @@ __all__ = [
     "SourceRow",
     "StructureRow",
     "artefact_kind",
+    "check_output",
+    "check_outside_artefacts",
+    "claimed",
+    "claims_output",
     "file_hashes",
     "find_origin",
     "made_from",
     "new_artefact",
+    "owned_by_trtq",
     "package_versions",
     "partial_folder",
     "put_in_place",
@@ -44,8 +71,9 @@ __all__ = [
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-CHECKPOINTS = "checkpoints"
 Kind = Literal["run", "onnx", "engine"]
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = (
     "trtq",
@@ -149,12 +177,6 @@ class Manifest(_Strict):
     packages: dict[str, str] = {}
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that shape an artefact."""
     found = {}
@@ -168,15 +190,13 @@ def package_versions() -> dict[str, str]:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, the manifest and checkpoints left out."""
-    return {name: sha256(folder / name) for name in _artefact_files(folder)}
-
-
-def _artefact_files(folder: Path) -> list[str]:
-    return [
-        path.relative_to(folder).as_posix()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).parts[0] not in (CHECKPOINTS, MANIFEST_NAME)
-    ]
+    return {
+        name: sha256(folder / name)
+        for name in files_below(folder)
+        if name != MANIFEST_NAME
+        and not name.startswith(f"{CHECKPOINTS}/")
+        and (folder / name).is_file()
+    }
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -221,7 +241,11 @@ def artefact_kind(folder: Path) -> Kind | None:
     Raises:
         ArtefactError: it has a manifest that cannot be read.
     """
-    if not (folder / MANIFEST_NAME).is_file():
+    path = folder / MANIFEST_NAME
+    special = special_kind(path)
+    if special is not None:
+        raise IntegrityError(f"{path} is {special}; it is not read")
+    if not path.is_file():
         return None
     return _parse(folder).kind
 
@@ -280,7 +304,7 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
     Raises:
         ArtefactError: there is no such artefact, or it is of another kind.
         IntegrityError: the version is unknown, a path leaves the folder, a file is missing or has
-            another content than the manifest says.
+            another content than the manifest says, or would be read and is not in it.
     """
     manifest = _parse(folder)
     if kinds and manifest.kind not in kinds:
@@ -289,107 +313,270 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
         )
     for relative, expected in manifest.files.items():
         path = _checked_path(folder, relative)
+        special = special_kind(path)
+        if special is not None:
+            raise IntegrityError(f"{path} is {special}, though the manifest lists it as a file")
         if not path.is_file():
             raise IntegrityError(f"{path} is missing, though the manifest lists it")
         if sha256(path) != expected:
             raise IntegrityError(
                 f"{path} is not what the manifest says (SHA-256 differs): it was changed or damaged"
             )
-    surplus = sorted(set(_artefact_files(folder)) - set(manifest.files))
-    if surplus:
-        raise IntegrityError(
-            f"{folder / surplus[0]} is not in the manifest; an artefact holds nothing else, remove it"
-        )
+    _look_for_strays(folder, manifest)
     return manifest
 
 
-def partial_folder(final: Path) -> Path:
-    """Where an artefact is written until it is complete; hidden, and named so that it is ours."""
-    return final.with_name(f".{final.name}.trtq-partial")
+_warned: set[Path] = set()
+
+
+def _look_for_strays(folder: Path, manifest: Manifest) -> None:
+    """Warn once of what is not in the manifest.
+
+    Raises:
+        IntegrityError: something that opens the artefact would read it.
+    """
+    strays = find_strays(folder, manifest.files, MANIFEST_NAME)
+    for stray in strays:
+        if stray.problem is not None:
+            raise IntegrityError(f"{folder / stray.name} {stray.problem}; move it out of {folder}")
+    place = folder.resolve()
+    if strays and place not in _warned:
+        _warned.add(place)
+        logger.warning(
+            "%s holds %s that the manifest does not list, e.g. %s; left alone and not read",
+            folder,
+            f"{len(strays)} entries" if len(strays) > 1 else "1 entry",
+            strays[0].name,
+        )
+
+
+def owned_by_trtq(folder: Path) -> Owned | None:
+    """What is trtq's in a folder, as its manifest or its listing says; None: it is not one of ours."""
+    if not folder.is_dir():
+        return None
+    if (folder / MANIFEST_NAME).is_file():
+        try:
+            manifest = _parse(folder)
+        except (ArtefactError, RecursionError):
+            return None
+        return Owned(manifest.kind, manifest.files, MANIFEST_NAME)
+    return read_listing(folder)
+
+
+_WORDS = {
+    "run": "a run",
+    "onnx": "an ONNX folder",
+    "engine": "a folder of engines",
+    "eval": "a report of trtq eval",
+    "bench": "a report of trtq bench",
+    "demo report": "a report of trtq demo",
+    "demo": "a folder of trtq demo",
+    "triton": "a Triton model repository",
+}
+_OTHERS = {
+    "triton": "a repository that trtq made",
+    "demo": "a folder that trtq demo made",
+    **dict.fromkeys(("eval", "bench", "demo report"), "a report of trtq"),
+}
+_OPEN = ("demo",)
+"""Kinds of folders that hold further results."""
+
+
+def check_output(
+    final: Path, *, overwrite: bool, source: str | Path | Any = None, kind: str | None = None
+) -> Path:
+    """Refuse an output folder before any long work; its absolute path is given back.
+
+    Args:
+        final: the place.
+        overwrite: whether a folder of ours that is there may be replaced.
+        source: what is read; it must not be replaced, nor lie inside what is.
+        kind: what is to be written, see `Owned`; only the same kind is replaced. None: any.
+
+    Raises:
+        UsageError: something is there that must not be replaced, or nothing may be written there.
+    """
+    final = check_place(final, source=source)
+    check_outside_artefacts(final)
+    if not final.exists() or is_empty(final):
+        return final
+    if not final.is_dir():
+        raise UsageError(f"{final} is a file; --output names a folder here")
+    owned = owned_by_trtq(final)
+    if owned is None:
+        what = _OTHERS.get(kind or "", "an artefact of trtq")
+        raise UsageError(f"{final} exists and is not {what}; choose another --output")
+    if kind is not None and owned.kind != kind:
+        raise UsageError(
+            f"{final} exists and is {_word(owned.kind)}, which is not replaced by {_word(kind)}; choose "
+            "another --output"
+        )
+    if not overwrite:
+        raise UsageError(f"{final} exists; choose another --output or pass --overwrite")
+    _check_own_files(final, owned)
+    return final
+
+
+def _word(kind: str) -> str:
+    return _WORDS.get(kind, f"of kind {kind!r}")
+
+
+def _check_own_files(final: Path, owned: Owned) -> None:
+    """Nothing, if what `owned` lists is as it was written, and nothing else would be read.
+
+    Raises:
+        UsageError: the user has changed a file, or put one there that the new artefact would read.
+    """
+    for name, digest in owned.files.items():
+        path = final / name
+        try:
+            _checked_path(final, name)
+        except IntegrityError as err:
+            raise UsageError(f"{err}; choose another --output") from err
+        if digest and path.is_file() and sha256(path) != digest:
+            raise UsageError(
+                f"{path} was changed since trtq wrote it, and is not replaced; move it away, or choose "
+                "another --output"
+            )
+    if owned.record != MANIFEST_NAME:
+        return
+    for stray in find_strays(final, owned.files, MANIFEST_NAME):
+        if stray.problem is not None:
+            raise UsageError(
+                f"{final / stray.name} {stray.problem}; move it away before the folder is replaced, or "
+                "choose another --output"
+            )
+
+
+def check_outside_artefacts(place: Path) -> None:
+    """Nothing, if no folder around a place is an artefact or another result of ours.
+
+    Raises:
+        UsageError: one is; what it holds is on record, and nothing is put into it.
+    """
+    for parent in place.resolve().parents:
+        around = owned_by_trtq(parent)
+        if around is not None and around.kind not in _OPEN:
+            raise UsageError(
+                f"the output {place} lies inside {parent}, which is {_word(around.kind)}; choose "
+                "another --output"
+            )
+
+
+@contextmanager
+def claimed(final: Path) -> Iterator[None]:
+    """Be the only one that writes to a folder, in order again after a process that died; see `claim`.
+
+    Raises:
+        UsageError: another process writes there, or nobody can.
+    """
+    check_outside_artefacts(final)
+    with claim(final):
+        recover(final, owned_by_trtq)
+        yield
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def claims_output(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function be the only one that writes to its argument `out`, from its very beginning.
+
+    Its first argument, unless it is that one, is what it reads: one must not be inside the other. Under
+    `accelerate launch` this is the first process's business.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def alone(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        if os.environ.get("RANK", "0") != "0":
+            return function(*args, **kwargs)
+        first = next(iter(bound.arguments))
+        source = None if first == "out" else bound.arguments[first]
+        with claimed(check_place(bound.arguments["out"], source=source)):
+            return function(*args, **kwargs)
+
+    return alone
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Move a complete folder to its place; what is there already comes back if that fails."""
-    old = final.with_name(f".{final.name}.trtq-old")
-    shutil.rmtree(old, ignore_errors=True)
-    replaced = final.exists()
-    if replaced:
-        final.rename(old)
-    try:
-        partial.rename(final)
-    except OSError:
-        if replaced:
-            old.rename(final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    """Move a complete folder to its place; of what is there, only what is ours is removed."""
+    replace_folder(partial, final, owned_by_trtq)
 
 
 @contextmanager
 def new_artefact(
-    final: Path, *, overwrite: bool = False, keep_partial: bool = False
+    final: Path,
+    *,
+    overwrite: bool = False,
+    keep_partial: bool = False,
+    kind: str | None = None,
 ) -> Iterator[Path]:
     """Write an artefact beside its place and move it there when the block ends well.
 
     Args:
         final: where it will lie.
-        overwrite: replace an artefact that is already there.
+        overwrite: replace a folder of the same kind that is already there.
         keep_partial: leave the partial folder on an error, if there is a checkpoint in it, and start
             from one that is there; for stages that can be resumed.
+        kind: what it is, see `check_output`.
 
     Yields:
         The folder to write into.
 
     Raises:
-        UsageError: something is there already that must not be replaced, or nothing can be written.
+        UsageError: something is there already that must not be replaced, another process writes there,
+            or nothing can be written.
         ArtefactError: the disk is full, or fails.
     """
-    final = check_output(final, overwrite=overwrite)
-    partial = partial_folder(final)
-    if not keep_partial:
-        shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise UsageError(f"cannot write to {final}: {err}") from err
-    try:
-        yield partial
-        put_in_place(partial, final)
-    except BaseException as err:
-        kept = keep_partial and (partial / CHECKPOINTS).is_dir()
-        if not kept:
-            shutil.rmtree(partial, ignore_errors=True)
-        # A full disk, mostly; safetensors has an exception of its own for it.
-        if isinstance(err, OSError | SafetensorError):
-            what = "its checkpoints are kept for --resume" if kept else "nothing of it is left"
-            raise ArtefactError(f"writing {final} failed, {what}: {err}") from err
-        raise
+    final = check_place(final)
+    with claimed(final):
+        check_output(final, overwrite=overwrite, kind=kind)
+        partial = partial_folder(final)
+        if not keep_partial or partial.is_symlink() or not partial.is_dir():
+            remove_partial(final)
+        try:
+            partial.mkdir(exist_ok=True)
+        except OSError as err:
+            raise UsageError(f"cannot write to {final}: {err}") from err
+        try:
+            yield partial
+            put_in_place(partial, final)
+        except BaseException as err:
+            _give_up(err, partial, final, keep_partial=keep_partial)
+            raise
 
 
-def check_output(final: Path, *, overwrite: bool, source: str | Path | Any = None) -> Path:
-    """Refuse an output place before any long work; the place without links is given back.
-
-    Args:
-        final: the place.
-        overwrite: whether an artefact that is there may be replaced.
-        source: what is read; it must not be replaced, nor lie inside what is.
+def _give_up(err: BaseException, partial: Path, final: Path, *, keep_partial: bool) -> None:
+    """Leave nothing of what was not finished but checkpoints to go on from.
 
     Raises:
-        UsageError: something is there that must not be replaced.
+        ArtefactError: the disk is full, or fails.
     """
-    final = final.resolve()
-    if isinstance(source, str | Path) and Path(source).exists():
-        place = Path(source).resolve()
-        if place == final or final in place.parents or place in final.parents:
-            raise UsageError(
-                f"the output {final} and the input {place} are the same place or inside each other; "
-                "choose another --output"
-            )
-    if not final.exists():
-        return final
-    if not (final / MANIFEST_NAME).is_file():
-        if final.is_dir() and not any(final.iterdir()):
-            return final
-        raise UsageError(f"{final} exists and is not an artefact of trtq; choose another --output")
-    if not overwrite:
-        raise UsageError(f"{final} exists; choose another --output or pass --overwrite")
-    return final
+    newest = _newest_file(partial)
+    kept = keep_partial and has_checkpoint(partial)
+    what = "nothing of it is left"
+    if kept:
+        strip_partial(partial)
+        what = "its checkpoints are kept; go on with --resume"
+        err.add_note(RESUMABLE)
+    else:
+        try:
+            remove_partial(final)
+        except UsageError as left:
+            logger.warning("%s", left)
+    # A full disk, mostly; safetensors has an exception of its own for it, which names no file.
+    if isinstance(err, OSError | SafetensorError):
+        at = "" if newest is None or newest in str(err) else f"{newest}: "
+        raise ArtefactError(f"writing {final} failed, {what}: {at}{err}") from err
+
+
+def _newest_file(folder: Path) -> str | None:
+    """The file that was written last, and so is the one that failed."""
+    try:
+        return max(files_below(folder), key=lambda name: (folder / name).lstat().st_mtime_ns)
+    except (OSError, ValueError):
+        return None

@@ -11,6 +11,7 @@ from tests.conftest import tiny_pipeline
 from trtq.errors import ArtefactError, NonFiniteError, UsageError
 from trtq.lora import LoraRequest, merge_loras, parse_lora, read_lora
 from trtq.manifest import read_manifest
+from trtq.stages.bench_targets import find_checkpoint
 from trtq.stages.quantize import quantize
 from trtq.stages.requantize import requantize
 
@@ -200,6 +201,25 @@ def test_a_changed_checkpoint_is_refused(model, tmp_path):
         requantize(
             tmp_path / "run", [LoraRequest(tmp_path / "style.safetensors")], tmp_path / "new"
         )
+
+
+def test_a_checkpoint_whose_bookkeeping_changed_is_still_the_same(model, tmp_path):
+    (model / "README.md").write_text("about it")
+    quantize(model, {"method": "minmax", "steps": 4}, tmp_path / "run")
+    assert set(read_manifest(tmp_path / "run").source.files) == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+    (model / "README.md").write_text("more about it")
+    for name in (".git/HEAD", ".DS_Store", "unet/.DS_Store", "samples/cat.png", "LICENSE"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("x")
+    assert find_checkpoint(tmp_path / "run", read_manifest(tmp_path / "run")) is not None
+    lora = LoraRequest(tmp_path / "style.safetensors")
+    requantize(tmp_path / "run", [lora], tmp_path / "new", base=model)
+    assert (tmp_path / "new" / "manifest.json").is_file()
 
 
 def test_kohya_names_reach_the_text_encoder(tmp_path):

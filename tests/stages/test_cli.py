@@ -302,8 +302,8 @@ DAMAGE = {
         "leaves the folder",
     ),
     "other version": (rewrite(format_version=99), "format version 99"),
-    "file of nobody": (
-        lambda folder: (folder / "classes.json.bak").write_text("{}"),
+    "file of nobody that would be read": (
+        lambda folder: (folder / "prompts.json").write_text("{}"),
         "is not in the manifest",
     ),
     "unknown key": (rewrite(surprise=1), "not a manifest of trtq: surprise"),
@@ -376,8 +376,10 @@ def test_an_output_that_is_there_is_not_lost(digits_run, tmp_path):
 
 
 def test_checkpoints_of_an_interrupted_run_are_not_lost(tmp_path):
-    checkpoint = tmp_path / ".run.trtq-partial" / "checkpoints" / "fine-tune"
+    fine_tune = tmp_path / ".run.trtq-partial" / "checkpoints" / "fine-tune"
+    checkpoint = fine_tune / "iteration-0000002"
     checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text("{}")
     result = run("quantize", "digits", "-o", tmp_path / "run", "--steps", 2)
     assert result.exit_code == 2
     assert "--resume" in result.stderr

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from trtq.bench.summary import compare_medians
 from trtq.errors import UsageError
+from trtq.outputs import refuse_special
 
 __all__ = ["FORMAT_VERSION", "Former", "check_same_run", "compare", "read_former"]
 
@@ -74,6 +75,7 @@ def read_former(path: Path, device: dict[str, Any]) -> Former:
     Raises:
         UsageError: it is none, or of another device.
     """
+    refuse_special(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as err:

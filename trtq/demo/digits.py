@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trtq.engine.ort import available_providers
-from trtq.errors import UsageError
+from trtq.errors import TrtqError, UsageError
 from trtq.evaluate.images import contact_sheet, save_png
-from trtq.manifest import check_output
+from trtq.manifest import check_output, claimed, claims_output, owned_by_trtq
+from trtq.outputs import remove_partial, write_listing
 from trtq.progress import Reporter, silent
 from trtq.report.folder import check_report_folder, write_report
 from trtq.report.page import Page, Section, Table
@@ -26,6 +29,10 @@ __all__ = ["demo"]
 MODEL = "digits"
 STEPS = 20
 REPORT = "report"
+SHEET = "digits.png"
+_KIND, _REPORT_KIND = "demo", "demo report"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ def _entries(iterations: int, seed: int) -> tuple[_Entry, ...]:
     )
 
 
+@claims_output
 def demo(
     out: str | Path,
     *,
@@ -85,22 +93,31 @@ def demo(
             f"the demonstration cannot run on {provider!r}; here there are "
             f"{', '.join(available_providers())}"
         )
-    check_report_folder(folder / REPORT, overwrite=overwrite)
+    _check_folder(folder, overwrite=overwrite)
+    check_report_folder(folder / REPORT, kind=_REPORT_KIND, overwrite=overwrite)
     for entry in _entries(iterations, seed):
         for part in ("run", "onnx"):
-            check_output(folder / entry.folder / part, overwrite=overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
+            check_output(folder / entry.folder / part, overwrite=overwrite, kind=part)
+    folder.mkdir(exist_ok=True)
+    if owned_by_trtq(folder) is None:
+        write_listing(folder, _KIND, [])
     reference = draw_reference(MODEL, images=images, steps=STEPS, seed=seed + 1, report=report)
     results: dict[str, Evaluation] = {}
     sizes: dict[str, dict[str, Any]] = {}
     for entry in _entries(iterations, seed):
         run, onnx = folder / entry.folder / "run", folder / entry.folder / "onnx"
-        sizes[entry.name] = quantize(MODEL, entry.recipe, run, overwrite=overwrite, report=report)
+        try:
+            made = quantize(MODEL, entry.recipe, run, overwrite=overwrite, report=report)
+        except BaseException:
+            # The demonstration cannot be gone on with, so its checkpoints are of no use.
+            with suppress(UsageError), claimed(run.resolve()):
+                remove_partial(run.resolve())
+            raise
+        sizes[entry.name] = made
         export_onnx(run, onnx, overwrite=overwrite, report=report)
         results[entry.name] = evaluate(onnx, reference, provider=provider, report=report)
     last = results[entry.name]
     sheet = contact_sheet(last.images[:100], 10, scale=6, gap=6)
-    save_png(sheet, folder / "digits.png")
     rows = _rows(reference, results, sizes)
     colours = model_colours(row["name"] for row in rows)
     sections = (
@@ -124,11 +141,36 @@ def demo(
     )
     result = {"rows": rows, "seconds": seconds, "report": str(folder / REPORT / "index.html")}
     page = Page("Handwritten digits in four bits", lead, sections)
-    write_report(folder / REPORT, page, result, overwrite=overwrite)
+    try:
+        save_png(sheet, folder / SHEET, overwrite=overwrite)
+        write_listing(folder, _KIND, [SHEET])
+        write_report(folder / REPORT, page, result, kind=_REPORT_KIND, overwrite=overwrite)
+    except (OSError, TrtqError):
+        # A full disk must not cost what took so long to measure.
+        for row in rows:
+            logger.warning(
+                "measured: %s: FD %.2f, class accuracy %.1f %%",
+                row["name"],
+                row["fd"],
+                100 * row["class_accuracy"],
+            )
+        raise
     return result
 
 
 _ROW_KEYS = ("fd", "fd_interval", "class_accuracy", "accuracy_interval", "snr_db")
+
+
+def _check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that is not the demonstration's.
+
+    Raises:
+        UsageError: it is the user's, or holds a file of his where one is to be written.
+    """
+    check_output(folder, overwrite=overwrite, kind=_KIND)
+    owned = owned_by_trtq(folder)
+    if (folder / SHEET).exists() and (owned is None or not owned.holds(SHEET)):
+        raise UsageError(f"{folder / SHEET} is not what trtq made; move it away first")
 
 
 def _rows(

@@ -18,6 +18,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtq.errors import ArtefactError, UsageError
+from trtq.outputs import refuse_special
 
 __all__ = [
     "PROMPTS_NAME",
@@ -63,6 +64,7 @@ def read_lines(path: Path) -> tuple[str, ...]:
     Raises:
         UsageError: it cannot be read, or holds none.
     """
+    refuse_special(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:

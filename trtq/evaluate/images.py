@@ -18,6 +18,7 @@ from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.source import Source
 from trtq.errors import NonFiniteError, UsageError
+from trtq.outputs import new_file
 from trtq.png_text import with_texts
 from trtq.seeds import seeded_generator
 
@@ -206,7 +207,13 @@ def contact_sheet(images: Tensor, columns: int, scale: int = 1, gap: int = 2) ->
     return sheet
 
 
-def save_png(sheet: np.ndarray, path: Path, texts: Mapping[str, str] | None = None) -> None:
+def save_png(
+    sheet: np.ndarray,
+    path: Path,
+    texts: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Write uint8[H,W,3] as PNG, complete or not at all.
 
     Args:
@@ -215,16 +222,12 @@ def save_png(sheet: np.ndarray, path: Path, texts: Mapping[str, str] | None = No
         texts: what the file says of itself, see `trtq.png_text`.
 
     Raises:
-        UsageError: the folder does not exist or cannot be written.
+        UsageError: the folder does not exist or cannot be written, or the file is there already.
+        ArtefactError: the disk is full, or fails.
     """
     from PIL import Image
 
-    partial = path.with_name(f".{path.name}.trtq-partial")
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, format="PNG")
-    try:
+    with new_file(path, overwrite=overwrite) as partial:
         partial.write_bytes(with_texts(buffer.getvalue(), texts or {}))
-        partial.replace(path)
-    except OSError as err:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {err}") from err

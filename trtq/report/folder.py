@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trtq._optional import require
-from trtq.errors import UsageError
-from trtq.manifest import partial_folder, put_in_place
+from trtq.manifest import check_output, claimed, new_artefact
+from trtq.outputs import check_place, write_listing
 from trtq.report.page import Page, render
 
-__all__ = ["check_report_folder", "write_report"]
+__all__ = ["check_report_folder", "report_folder", "write_report"]
 
 PAGE_NAME = "index.html"
 NUMBERS_NAME = "report.json"
 
 
-def check_report_folder(folder: Path, *, overwrite: bool) -> Path:
-    """Refuse a place before any long work; the place without links is given back.
+def check_report_folder(folder: Path, *, kind: str, overwrite: bool) -> Path:
+    """Refuse a place before any long work; the absolute path is given back.
+
+    Args:
+        folder: the place.
+        kind: `eval`, `bench` or `demo report`; only one of the same kind is replaced.
+        overwrite: replace a report of ours that is there.
 
     Raises:
         UsageError: something is there that must not be replaced.
@@ -27,26 +33,36 @@ def check_report_folder(folder: Path, *, overwrite: bool) -> Path:
     """
     for module in ("jinja2", "matplotlib"):
         require(module)
-    folder = folder.resolve()
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return folder
-    if not (folder / NUMBERS_NAME).is_file():
-        raise UsageError(f"{folder} exists and is not a report of trtq; choose another --output")
-    if not overwrite:
-        raise UsageError(f"{folder} exists; choose another --output or pass --overwrite")
-    return folder
+    return check_output(folder, overwrite=overwrite, kind=kind)
 
 
-def write_report(folder: Path, page: Page, numbers: dict[str, Any], *, overwrite: bool) -> None:
-    """Write both files into a new folder, beside its place first."""
-    folder = check_report_folder(folder, overwrite=overwrite)
-    partial = partial_folder(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+@contextmanager
+def report_folder(folder: Path | None, *, kind: str, overwrite: bool) -> Iterator[None]:
+    """Keep a place for the report of the work in the block; see `check_report_folder`. None: no report.
+
+    Raises:
+        UsageError: another process writes there.
+    """
+    if folder is None:
+        yield
+        return
+    with claimed(check_place(folder)):
+        check_report_folder(folder, kind=kind, overwrite=overwrite)
+        yield
+
+
+def write_report(
+    folder: Path, page: Page, numbers: dict[str, Any], *, kind: str, overwrite: bool
+) -> None:
+    """Write both files into a new folder, beside its place first.
+
+    Raises:
+        UsageError: something is there that must not be replaced.
+        ArtefactError: the disk is full, or fails.
+    """
+    folder = check_report_folder(folder, kind=kind, overwrite=overwrite)
+    with new_artefact(folder, kind=kind, overwrite=overwrite) as partial:
         (partial / PAGE_NAME).write_text(render(page), encoding="utf-8")
-        (partial / NUMBERS_NAME).write_text(json.dumps(numbers, indent=2) + "\n")
-        put_in_place(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        text = json.dumps(numbers, indent=2) + "\n"
+        (partial / NUMBERS_NAME).write_text(text, encoding="utf-8")
+        write_listing(partial, kind)

@@ -22,6 +22,7 @@ from trtq.engine.openvino import MOST_SHAPES
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError, TrtqError, UsageError
 from trtq.manifest import artefact_kind, read_manifest
+from trtq.outputs import refuse_special
 from trtq.serve.batcher import Batching, batch_sizes
 from trtq.serve.logs import FIELDS
 from trtq.serve.metrics import Metrics
@@ -93,6 +94,7 @@ def read_api_key(path: Path | None) -> str | None:
         UsageError: the file cannot be read, or a key is empty or holds characters no header can.
     """
     if path is not None:
+        refuse_special(path)
         try:
             key = path.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as err:

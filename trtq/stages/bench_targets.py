@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trtq.contents import changed_source_file
 from trtq.diffusion.source import DENOISERS, resolve_model
 from trtq.engine.ort import PROVIDERS, check_provider
 from trtq.errors import ArtefactError, UsageError
-from trtq.manifest import MANIFEST_NAME, Manifest, artefact_kind, find_origin, read_manifest, sha256
+from trtq.manifest import MANIFEST_NAME, Manifest, artefact_kind, find_origin, read_manifest
 from trtq.quant.storage import FILE_NAME
 from trtq.stages.graph_file import DATA_NAME, MODEL_FILE, model_file
 from trtq.stages.load import TORCH
@@ -222,10 +223,7 @@ def find_checkpoint(folder: Path, manifest: Manifest) -> str | None:
 
 
 def _unchanged(folder: Path, recorded: dict[str, str]) -> bool:
-    return bool(recorded) and all(
-        (folder / name).is_file() and sha256(folder / name) == digest
-        for name, digest in recorded.items()
-    )
+    return bool(recorded) and changed_source_file(folder, recorded, all_there=True) is None
 
 
 def baseline(targets: list[Target], notes: list[str]) -> list[Target]:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trtq.diffusion.layout import parse_size, parse_sizes
@@ -23,6 +23,7 @@ from trtq.manifest import (
     MANIFEST_NAME,
     Manifest,
     check_output,
+    claims_output,
     made_from,
     new_artefact,
     read_manifest,
@@ -30,7 +31,7 @@ from trtq.manifest import (
 )
 from trtq.progress import Reporter, silent
 from trtq.stages.components import DECODER
-from trtq.stages.graph_file import DATA_NAME, MODEL_FILE
+from trtq.stages.graph_file import DATA_NAME, MODEL_FILE, graphs_of
 
 __all__ = ["axis_ranges", "build_engines", "exported_profile", "profile_of"]
 
@@ -43,6 +44,7 @@ _TOKENS: Range = (1, 77, 512)
 """Lengths of texts, for encoders that take any."""
 
 
+@claims_output
 def build_engines(
     path: str | Path,
     out: str | Path,
@@ -89,25 +91,25 @@ def build_engines(
         BuildError: the builder refused, crashed or was killed.
     """
     start = time.monotonic()
-    folder, final = Path(path), Path(out)
+    folder = Path(path)
     chosen = find_backend(backend)
     targets = check_architectures(chosen, list(architectures))
     if refit and chosen.architectures and CURRENT not in targets:
         raise UsageError(
             "refit engines can only be built where there is a GPU; pass --arch current there"
         )
-    check_output(final, overwrite=overwrite, source=path)
+    final = check_output(Path(out), overwrite=overwrite, source=path, kind="engine")
     if not (folder / MANIFEST_NAME).is_file():
         raise UsageError(f"{path} is not an ONNX folder; make one first: trtq export RUN -o ONNX")
     manifest = read_manifest(folder, "onnx")
     _check_opened(folder, manifest, report)
-    graphs = sorted(file.parent.name for file in folder.glob(f"*/{MODEL_FILE}"))
+    graphs = graphs_of(manifest)
     rows, profiles = [], {}
-    with new_artefact(final, overwrite=overwrite) as partial:
+    with new_artefact(final, kind="engine", overwrite=overwrite) as partial:
         for index, name in enumerate(graphs):
             report("build", index, len(graphs))
             # Beside the result, where there is room: the temporary folder may lie in memory.
-            with tempfile.TemporaryDirectory(prefix=".trtq-graph-", dir=partial.parent) as scratch:
+            with tempfile.TemporaryDirectory(prefix=".trtq-graph-", dir=partial) as scratch:
                 graph = Path(scratch) / MODEL_FILE
                 profile, floats = _prepare(folder, name, graph, manifest, chosen, targets, batch)
                 profiles[name] = profile
@@ -124,7 +126,7 @@ def build_engines(
                 job.engine.parent.mkdir()
                 rows.append(_row(name, compile_engine(chosen, job, use_cache=use_cache), floats))
         report("build", len(graphs), len(graphs))
-        _copy_parts(folder, partial)
+        _copy_parts(folder, manifest, partial)
         result = {
             "engine_bytes": sum(row["engine_bytes"] for row in rows),
             "seconds": round(time.monotonic() - start, 2),
@@ -322,11 +324,10 @@ def _row(name: str, compiled: Compiled, floats: int | None) -> dict[str, Any]:
     }
 
 
-def _copy_parts(folder: Path, out: Path) -> None:
+def _copy_parts(folder: Path, manifest: Manifest, out: Path) -> None:
     """Everything of a pipeline that is no graph: configurations, tokenizers, the scheduler."""
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_dir() or path.name in (MODEL_FILE, DATA_NAME, MANIFEST_NAME):
+    for name in manifest.files:
+        if PurePosixPath(name).name in (MODEL_FILE, DATA_NAME):
             continue
-        (out / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, out / relative)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, out / name)

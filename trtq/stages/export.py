@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from trtq.contents import source_hashes
 from trtq.diffusion.layout import parse_sizes
 from trtq.diffusion.source import Source, load_source
 from trtq.engine.base import SIZES_KEY
@@ -34,7 +35,7 @@ from trtq.manifest import (
     SourceRow,
     artefact_kind,
     check_output,
-    file_hashes,
+    claims_output,
     made_from,
     new_artefact,
     write_manifest,
@@ -91,6 +92,7 @@ def _rows(denoiser: nn.Module) -> list[LayerRow]:
     ]
 
 
+@claims_output
 def export_onnx(
     path: str | Path,
     out: str | Path,
@@ -138,11 +140,10 @@ def export_onnx(
         raise UsageError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
     if precision not in PARITY_DB:
         raise UsageError(f"unknown precision {precision!r}; choose one of {', '.join(PARITY_DB)}")
-    final = Path(out)
-    check_output(final, overwrite=overwrite, source=path)
+    final = check_output(Path(out), overwrite=overwrite, source=path, kind="onnx")
     report("export", 1, 3)
     with (
-        new_artefact(final, overwrite=overwrite) as folder,
+        new_artefact(final, kind="onnx", overwrite=overwrite) as folder,
         exporting_parts(Path(path), folder) as parts,
     ):
         source, traced, run, manifest = _opened(path, precision)
@@ -212,7 +213,7 @@ def _is_run(path: str | Path) -> bool:
 
 
 def _float_manifest(source: Source) -> Manifest:
-    files = file_hashes(source.folder) if source.folder is not None else {}
+    files = source_hashes(source.folder) if source.folder is not None else {}
     return Manifest(
         kind="onnx",
         source=SourceRow(name=source.name, files=files),

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trtq.errors import UsageError
 from trtq.evaluate.images import contact_sheet, draw, save_png, subjects_for
+from trtq.manifest import check_outside_artefacts
+from trtq.outputs import check_file, check_place
 from trtq.png_text import generation_texts
 from trtq.progress import Reporter, silent
 from trtq.stages.load import artefact_guidance, calibrated_steps, open_any
@@ -32,6 +38,7 @@ def generate(
     size: str | None = None,
     seed: int = 0,
     provider: str | None = None,
+    overwrite: bool = False,
     report: Reporter = silent,
 ) -> dict[str, Any]:
     """Generate images, on one PNG sheet or as a PNG file each.
@@ -51,6 +58,7 @@ def generate(
         size: `HEIGHTxWIDTH` in pixels; by default the model's own.
         seed: image i of a seed is the same in every call.
         provider: what runs it.
+        overwrite: replace a file that is already there.
         report: called as work goes on.
 
     Returns:
@@ -61,6 +69,12 @@ def generate(
     """
     target = Path(out)
     files = _files(target, str(out), images)
+    if files == [target] or target.is_dir():
+        for file in files:
+            check_file(file, overwrite=overwrite, source=path)
+    else:
+        check_place(target, source=path)
+    check_outside_artefacts(files[0])
     source = open_any(path, provider)
     if size is not None:
         source.resize(size)
@@ -93,14 +107,14 @@ def generate(
             negative_prompt=negative_prompt,
         )
 
-    if len(files) == 1 and files[0] == target:
+    if files == [target]:
         columns = min(images, 10) if images % 10 == 0 else math.ceil(math.sqrt(images))
         scale = max(1, _SHEET_PIXELS // drawn.shape[-1])
-        save_png(contact_sheet(drawn, columns, scale, gap=scale), target, texts(0))
+        sheet = contact_sheet(drawn, columns, scale, gap=scale)
+        save_png(sheet, target, texts(0), overwrite=overwrite)
     else:
-        target.mkdir(exist_ok=True)
-        for index, file in enumerate(files):
-            save_png(contact_sheet(drawn[index : index + 1], 1), file, texts(index))
+        sheets = [contact_sheet(drawn[index : index + 1], 1) for index in range(images)]
+        _save_each(sheets, files, texts, overwrite=overwrite)
     return {
         "output": str(target),
         "files": [str(file) for file in files],
@@ -111,6 +125,32 @@ def generate(
         "seed": seed,
         "seconds": round(seconds, 3),
     }
+
+
+def _save_each(
+    sheets: Sequence[np.ndarray],
+    files: Sequence[Path],
+    texts: Callable[[int], dict[str, str]],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write a PNG per image; where one cannot be written, those that are new go again."""
+    folder = files[0].parent
+    made = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    written: list[Path] = []
+    try:
+        for index, (sheet, file) in enumerate(zip(sheets, files, strict=True)):
+            new = not file.exists()
+            save_png(sheet, file, texts(index), overwrite=overwrite)
+            written += [file] if new else []
+    except BaseException:
+        for file in written:
+            file.unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _files(target: Path, given: str, images: int) -> list[Path]:

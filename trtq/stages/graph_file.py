@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from trtq.engine.tensorrt.compile import ENGINE_FILE
 from trtq.errors import NonFiniteError
+from trtq.manifest import Manifest
 
-__all__ = ["DATA_NAME", "MODEL_FILE", "model_file", "save_graph"]
+__all__ = ["DATA_NAME", "MODEL_FILE", "graphs_of", "model_file", "save_graph"]
 
 MODEL_FILE = "model.onnx"
 DATA_NAME = "model.onnx_data"
@@ -22,6 +23,12 @@ def model_file(folder: Path) -> Path:
     """The engine or graph in a component's folder, whether it is there or not."""
     engine = folder / ENGINE_FILE
     return engine if engine.is_file() else folder / MODEL_FILE
+
+
+def graphs_of(manifest: Manifest) -> list[str]:
+    """The folders of an artefact's graphs, sorted."""
+    paths = [PurePosixPath(name) for name in manifest.files]
+    return sorted(str(p.parent) for p in paths if p.name == MODEL_FILE and len(p.parts) == 2)
 
 
 def save_graph(model: Any, folder: Path) -> None:

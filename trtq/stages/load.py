@@ -78,7 +78,8 @@ def open_any(
         def profile() -> Profile:
             return exported_profile(folder, name, manifest)
 
-        return open_engine(file, chosen, threads, own, profile) if file.is_file() else None
+        listed = f"{name}/{file.name}" in manifest.files
+        return open_engine(file, chosen, threads, own, profile) if listed else None
 
     return engine_source(folder, manifest.denoiser, manifest.options.get("size"), open_graph)
 

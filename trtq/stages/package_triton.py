@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trtq.engine.base import TensorSpec
@@ -17,16 +17,18 @@ from trtq.export.targets import load_graph
 from trtq.manifest import (
     MANIFEST_NAME,
     Manifest,
+    check_output,
+    claims_output,
     find_origin,
-    partial_folder,
-    put_in_place,
+    new_artefact,
     read_manifest,
     sha256,
 )
+from trtq.outputs import write_listing
 from trtq.progress import Reporter, silent
 from trtq.stages import triton_model
 from trtq.stages.graph_check import require_graphs
-from trtq.stages.graph_file import DATA_NAME, MODEL_FILE
+from trtq.stages.graph_file import DATA_NAME, MODEL_FILE, graphs_of
 from trtq.stages.load import engine_source
 from trtq.stages.triton_pipeline import Settings, request_input
 
@@ -36,6 +38,7 @@ CHECKSUMS_NAME = "SHA256SUMS"
 ARTEFACT_NAME = "artefact.json"
 """The manifest of what was packaged: its layers, timesteps, LoRAs, hashes and versions."""
 DENOISER, PIPELINE = "denoiser", "pipeline"
+_KIND = "triton"
 _PLAN = "model.plan"
 _DEFAULT_STEPS = 20
 _INSTANCES = 4
@@ -57,6 +60,7 @@ _RTX_NOTE = (
 )
 
 
+@claims_output
 def package_triton(
     path: str | Path,
     out: str | Path,
@@ -87,28 +91,22 @@ def package_triton(
     """
     folder = Path(path)
     manifest = _read(folder)
-    final = _check_repository(Path(out), overwrite=overwrite, source=folder)
+    final = check_output(Path(out), overwrite=overwrite, source=folder, kind=_KIND)
     graphs = folder if manifest.kind == "onnx" else _onnx_of(folder, manifest, onnx)
-    require_graphs(graphs, manifest if graphs == folder else read_manifest(graphs, "onnx"), report)
-    names = sorted(file.parent.name for file in graphs.glob(f"*/{MODEL_FILE}"))
-    partial = partial_folder(final)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    origin = manifest if graphs == folder else read_manifest(graphs, "onnx")
+    require_graphs(graphs, origin, report)
+    names = graphs_of(origin)
+    with new_artefact(final, kind=_KIND, overwrite=overwrite) as partial:
         served, models = {}, {}
         for index, name in enumerate(names):
             report("package", index, len(names) + 1)
             served[name], models[served[name].model] = _write_graph(
                 folder, graphs / name, manifest, partial
             )
-        models[PIPELINE] = _write_pipeline(graphs, manifest, served, partial)
+        models[PIPELINE] = _write_pipeline(graphs, origin, manifest, served, partial)
+        write_listing(partial, _KIND, unhashed=[CHECKSUMS_NAME])
         _write_checksums(partial)
         total = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        put_in_place(partial, final)
-    except OSError as err:
-        raise ArtefactError(f"writing {final} failed, nothing of it is left: {err}") from err
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     report("package", len(names) + 1, len(names) + 1)
     rtx = manifest.options.get("backend") == "tensorrt-rtx"
     notes = [_RTX_NOTE] if manifest.kind == "engine" and rtx else []
@@ -126,21 +124,6 @@ def _read(folder: Path) -> Manifest:
             f"{folder} is a run, which no server loads; export it first: trtq export {folder} -o ONNX"
         )
     return manifest
-
-
-def _check_repository(final: Path, *, overwrite: bool, source: Path) -> Path:
-    final, place = final.resolve(), source.resolve()
-    if place == final or final in place.parents or place in final.parents:
-        raise UsageError(f"{final} and {place} are the same place or inside each other")
-    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
-        return final
-    if not (final / CHECKSUMS_NAME).is_file() or not (final / PIPELINE).is_dir():
-        raise UsageError(
-            f"{final} exists and is not a repository that trtq made; choose another --output"
-        )
-    if not overwrite:
-        raise UsageError(f"{final} exists; choose another --output or pass --overwrite")
-    return final
 
 
 def _onnx_of(folder: Path, manifest: Manifest, given: str | Path | None) -> Path:
@@ -227,15 +210,14 @@ def _tensor(direction: str, name: str, spec: TensorSpec, *, batched: bool) -> st
 
 
 def _write_pipeline(
-    graphs: Path, manifest: Manifest, served: Mapping[str, ServedGraph], out: Path
+    graphs: Path, origin: Manifest, manifest: Manifest, served: Mapping[str, ServedGraph], out: Path
 ) -> dict[str, Any]:
     """The loop, and everything of the pipeline that is no graph."""
     parts = out / PIPELINE / "1" / "parts"
-    for file in sorted(graphs.rglob("*")):
-        if file.is_file() and file.name not in (MODEL_FILE, DATA_NAME, MANIFEST_NAME):
-            target = parts / file.relative_to(graphs)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+    for name in origin.files:
+        if PurePosixPath(name).name not in (MODEL_FILE, DATA_NAME):
+            (parts / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(graphs / name, parts / name)
     recipe = manifest.recipe or {}
     settings = Settings(
         denoiser=manifest.denoiser,

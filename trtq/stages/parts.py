@@ -20,7 +20,7 @@ from typing import Any
 from trtq import errors
 from trtq.diffusion.source import Source
 from trtq.errors import ArtefactError, TrtqError
-from trtq.processes import processors, worker_command
+from trtq.processes import lifeline, processors, worker_command
 from trtq.progress import silent
 from trtq.quant.storage import FILE_NAME
 from trtq.resources import peak_rss_bytes
@@ -68,13 +68,16 @@ def exporting_parts(run: Path, folder: Path) -> Iterator[Callable[[], Parts] | N
     with tempfile.TemporaryDirectory(prefix="trtq-parts-") as scratch:
         answer, said = Path(scratch) / "answer.json", Path(scratch) / "stderr"
         command = worker_command(__name__, run.resolve(), folder.resolve(), answer)
-        with said.open("wb") as stderr:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
-        try:
-            yield lambda: _outcome(process, answer, said)
-        finally:
-            process.kill()
-            process.wait()
+        with lifeline() as stdin:
+            with said.open("wb") as stderr:
+                process = subprocess.Popen(
+                    command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr
+                )
+            try:
+                yield lambda: _outcome(process, answer, said)
+            finally:
+                process.kill()
+                process.wait()
 
 
 def _outcome(process: subprocess.Popen[bytes], answer: Path, said: Path) -> Parts:

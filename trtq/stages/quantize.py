@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trtq.calib.recipe import Recipe, load_recipe
 from trtq.calib.record import activation_tables, record
+from trtq.contents import source_hashes
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.source import Source
@@ -27,11 +28,12 @@ from trtq.manifest import (
     SourceRow,
     StructureRow,
     check_output,
-    file_hashes,
+    claims_output,
     new_artefact,
     partial_folder,
     write_manifest,
 )
+from trtq.outputs import has_checkpoint, remove_partial, strip_partial
 from trtq.progress import Reporter, silent
 from trtq.quant import (
     QuantizedDenoiser,
@@ -48,6 +50,8 @@ from trtq.stages.pipeline_folder import save_pipeline_parts
 from trtq.stages.plan import QuantizePlan, plan_quantize
 
 __all__ = ["quantize"]
+
+logger = logging.getLogger(__name__)
 
 
 def _as_recipe(recipe: Recipe | str | Path | dict[str, Any] | None) -> Recipe:
@@ -107,7 +111,7 @@ def _zero_point_note(plan: QuantizePlan) -> dict[str, Any]:
 def _source_files(source: Source) -> dict[str, str]:
     """Hashes of the checkpoint's files; without files, of the denoiser's tensors."""
     if source.folder is not None:
-        return file_hashes(source.folder)
+        return source_hashes(source.folder)
     digest = hashlib.sha256()
     for name, tensor in source.denoiser.state_dict().items():
         digest.update(name.encode())
@@ -122,19 +126,23 @@ def _clear_partial(final: Path, *, resume: bool, overwrite: bool) -> None:
         UsageError: there is a checkpoint, and neither `resume` nor `overwrite` was asked for.
     """
     partial = partial_folder(final)
-    if resume:
-        for path in partial.glob("*"):
-            if path.name != CHECKPOINTS:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    whole = has_checkpoint(partial)
+    if resume and whole:
+        strip_partial(partial)
         return
-    if (partial / CHECKPOINTS).is_dir() and not overwrite:
+    if whole and not overwrite:
         raise UsageError(
             f"an interrupted run for {final} left checkpoints; pass --resume to go on from them, or "
             "--overwrite to start again"
         )
-    shutil.rmtree(partial, ignore_errors=True)
+    if resume:
+        logger.warning(
+            "there is no complete checkpoint for %s; the run starts at its beginning", final
+        )
+    remove_partial(final)
 
 
+@claims_output
 def quantize(
     pipeline_or_path: str | Path | Any,
     recipe: Recipe | str | Path | dict[str, Any] | None = None,
@@ -167,7 +175,7 @@ def quantize(
         TrtqError: see `trtq.errors`; nothing half-written is left under `out`.
     """
     start = time.monotonic()
-    final = check_output(Path(out), overwrite=overwrite, source=pipeline_or_path)
+    final = check_output(Path(out), overwrite=overwrite, source=pipeline_or_path, kind="run")
     chosen = _as_recipe(recipe)
     plan = plan_quantize(pipeline_or_path, chosen, loras, report)
     chosen = plan.recipe
@@ -178,7 +186,7 @@ def quantize(
         return {}
     _clear_partial(final, resume=resume, overwrite=overwrite)
     keep = chosen.training is not None
-    with new_artefact(final, overwrite=overwrite, keep_partial=keep) as folder:
+    with new_artefact(final, kind="run", overwrite=overwrite, keep_partial=keep) as folder:
         bytes_before = plan.bytes_before()
         quantized, tuning = _share(plan, files, accelerator, folder, resume, report)
         save_trained(folder / TRAINED_NAME, quantized)

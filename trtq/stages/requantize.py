@@ -9,12 +9,19 @@ from typing import Any
 
 import torch
 
+from trtq.contents import changed_source_file
 from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
 from trtq.diffusion.source import Source, load_source
 from trtq.errors import ArtefactError, UsageError
 from trtq.export.parity import snr_db
 from trtq.lora import LoraRequest, merge_loras
-from trtq.manifest import check_output, file_hashes, new_artefact, read_manifest, write_manifest
+from trtq.manifest import (
+    check_output,
+    claims_output,
+    new_artefact,
+    read_manifest,
+    write_manifest,
+)
 from trtq.progress import Reporter, silent
 from trtq.quant import Structure, apply_structure, convert, merge
 from trtq.quant.storage import FILE_NAME, save_denoiser
@@ -43,11 +50,12 @@ def _float_source(run: OpenRun, model: str | Path | None) -> Source:
             f"{run.folder} was made of {run.manifest.source.name!r}, which is needed for its float "
             f"weights: {err}. Say where it is with --base"
         ) from err
-    files = file_hashes(source.folder) if source.folder is not None else {}
     recorded = run.manifest.source.files
-    if files and any(name in recorded and recorded[name] != own for name, own in files.items()):
+    changed = source.folder and changed_source_file(source.folder, recorded, all_there=False)
+    if changed:
         raise ArtefactError(
-            f"{name} is not the checkpoint that {run.folder} was made of (its files have changed)"
+            f"{name} is not the checkpoint that {run.folder} was made of (its files have changed: "
+            f"{changed})"
         )
     return source
 
@@ -64,6 +72,7 @@ def _snr(source: Source, denoiser: Any, teacher: Any, steps: int) -> float:
     return snr_db(expected, predict(denoiser, x, timestep, conditions))
 
 
+@claims_output
 def requantize(
     path: str | Path,
     loras: Sequence[LoraRequest],
@@ -92,7 +101,7 @@ def requantize(
         ArtefactError: a LoRA or the checkpoint does not fit.
     """
     start = time.monotonic()
-    final = check_output(Path(out), overwrite=overwrite, source=path)
+    final = check_output(Path(out), overwrite=overwrite, source=path, kind="run")
     run = open_run(Path(path))
     manifest = read_manifest(Path(path), "run")
     if not (run.folder / TRAINED_NAME).is_file():
@@ -130,7 +139,7 @@ def requantize(
     )
     restore_trained(run.folder / TRAINED_NAME, quantized, run.stored.layers)
     after = _snr(source, quantized, quantized.teacher, int(recipe["steps"]))
-    with new_artefact(final, overwrite=overwrite) as folder:
+    with new_artefact(final, kind="run", overwrite=overwrite) as folder:
         save_denoiser(folder / FILE_NAME, quantized, merge(quantized))
         save_trained(folder / TRAINED_NAME, quantized)
         save_pipeline_parts(source, folder)

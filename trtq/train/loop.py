@@ -69,7 +69,8 @@ class FitResult:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in a folder, or None."""
-    found = sorted(folder.glob("iteration-*")) if folder.is_dir() else []
+    # One without this file was cut off while it was written or removed.
+    found = sorted(path.parent for path in folder.glob("iteration-*/checkpoint.json"))
     return found[-1] if found else None
 
 

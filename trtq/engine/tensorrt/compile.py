@@ -20,7 +20,7 @@ from trtq.engine.tensorrt.backends import CURRENT, Backend
 from trtq.engine.tensorrt.job import Answer, Job
 from trtq.errors import BuildError
 from trtq.manifest import sha256
-from trtq.processes import worker_command
+from trtq.processes import lifeline, worker_command
 from trtq.resources import available_bytes, cache_folder
 
 __all__ = ["ENGINE_FILE", "Compiled", "compile_engine", "estimated_peak_bytes"]
@@ -140,12 +140,13 @@ def _to_cache(key: str, engine: Path, answer: Answer) -> None:
 
 
 def _run_worker(job: Job, free: int) -> Answer:
-    with tempfile.TemporaryDirectory(prefix="trtq-build-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="trtq-build-") as scratch, lifeline() as stdin:
         folder = Path(scratch)
         job_file, answer_file = folder / "job.json", folder / "answer.json"
         job_file.write_text(job.model_dump_json(), encoding="utf-8")
         done = subprocess.run(
             worker_command(_WORKER, job_file, answer_file),
+            stdin=stdin,
             env=_environment(job.module, folder),
             capture_output=True,
             text=True,
