@@ -17,9 +17,36 @@ from rich.table import Table
 
 import trtq
 from trtq.errors import GateError, TrtqError, UsageError
+from trtq.limits import (
+    MOST_BATCH,
+    MOST_GUIDANCE,
+    MOST_IMAGES,
+    MOST_ITERATIONS,
+    MOST_STEPS,
+    MOST_THREADS,
+)
 from trtq.progress import LineReporter
+from trtq.terminal import internal_error, open_streams, sane_environment, stop_writing
 
-app = typer.Typer(
+
+class _App(typer.Typer):
+    """What the command `trtq` runs: no error reaches the user as a traceback, wherever it comes from."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse, run, exit."""
+        open_streams()
+        try:
+            return super().__call__(*args, **kwargs)
+        except BrokenPipeError:
+            stop_writing()
+            raise SystemExit(_BROKEN_PIPE) from None
+        except Exception as err:
+            # Before or after a verb's own work: imports, and what typer makes of arguments.
+            verbose = any(argument in ("-v", "--verbose") for argument in sys.argv[1:])
+            raise SystemExit(internal_error(err, _print_error, verbose=verbose)) from err
+
+
+app = _App(
     name="trtq",
     help="Low-bit diffusion models: from a diffusers checkpoint to images.",
     no_args_is_help=True,
@@ -27,6 +54,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _finite_number(value: float | None) -> float | None:
+    """Not-a-number passes every comparison with a bound."""
+    if value is not None and not abs(value) < float("inf"):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the result goes.")]
 AsJson = Annotated[
@@ -43,14 +78,30 @@ Provider = Annotated[
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance", min=0, help="Up to 1 is none; by default as calibrated."),
+    typer.Option(
+        "--guidance",
+        min=0,
+        max=MOST_GUIDANCE,
+        callback=_finite_number,
+        help="Up to 1 is none; by default as calibrated.",
+    ),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
+Steps = Annotated[
+    int | None, typer.Option("--steps", min=1, max=MOST_STEPS, help="Denoising steps.")
+]
 
+_BROKEN_PIPE = 141
+"""What a shell gives for a program that SIGPIPE ended."""
+_DAY = 86_400.0
 _NAME_WIDTH = 28
 # What is printed holds names that users gave: brackets and colons in them are no markup and no emoji.
-_err = Console(stderr=True, highlight=False, markup=False, emoji=False)
-_out = Console(highlight=False, markup=False, emoji=False)
+_plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+_err = Console(stderr=True, _environ=sane_environment(), **_plain)
+_out = Console(_environ=sane_environment(), **_plain)
+
+
+def _print_error(text: str) -> None:
+    _err.print(text, style="red", soft_wrap=True)
 
 
 @contextmanager
@@ -66,19 +117,29 @@ def _command(verbose: bool) -> Iterator[None]:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except TrtqError as err:
         if verbose:
             _err.print_exception()
-        _err.print(f"error: {err}", style="red", soft_wrap=True)
+        _print_error(f"error: {err}")
         raise typer.Exit(err.exit_code) from err
+    except BrokenPipeError as err:
+        # Who read what is printed has seen enough.
+        stop_writing()
+        raise typer.Exit(_BROKEN_PIPE) from err
     except OSError as err:
         if verbose:
             _err.print_exception()
-        _err.print(f"error: {err}", style="red", soft_wrap=True)
+        _print_error(f"error: {err}")
         raise typer.Exit(1) from err
     except KeyboardInterrupt as err:
         _err.print("interrupted")
         raise typer.Exit(130) from err
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception as err:
+        raise typer.Exit(internal_error(err, _print_error, verbose=verbose)) from err
 
 
 def _show(result: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], None]) -> None:
@@ -87,6 +148,9 @@ def _show(result: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]
         print(json.dumps(_finite(result)))  # noqa: T201
     else:
         human(result)
+    # What cannot be written, to a full disk or a pipe without a reader, is an error of this command.
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _finite(value: Any) -> Any:
@@ -182,7 +246,8 @@ def quantize(
         int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Same seed, same result.")
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option("--iterations", min=1, help="Fine-tuning iterations.")
+        int | None,
+        typer.Option("--iterations", min=1, max=MOST_ITERATIONS, help="Fine-tuning iterations."),
     ] = None,
     size: Annotated[
         str | None, typer.Option("--size", help="HEIGHTxWIDTH of the images in pixels.")
@@ -335,7 +400,8 @@ def build(
         bool, typer.Option("--refit", help="Weights can be exchanged; needs a GPU.")
     ] = False,
     workspace: Annotated[
-        int | None, typer.Option("--workspace", min=1, help="Most MiB of scratch on the device.")
+        int | None,
+        typer.Option("--workspace", min=1, max=1 << 20, help="Most MiB of scratch on the device."),
     ] = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Use engines that were built before.")
@@ -382,9 +448,10 @@ def build(
 def generate(
     path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],
     output: Output,
-    images: Annotated[int, typer.Option("--images", min=1, help="How many.")] = 1,
+    images: Annotated[int, typer.Option("--images", min=1, max=MOST_IMAGES, help="How many.")] = 1,
     class_label: Annotated[
-        int | None, typer.Option("--class-label", help="One class; by default all in turn.")
+        int | None,
+        typer.Option("--class-label", min=0, help="One class; by default all in turn."),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="For text models.")] = None,
     negative_prompt: Annotated[
@@ -430,7 +497,9 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder of the report.")
     ] = None,
-    images: Annotated[int, typer.Option("--images", min=2, help="Drawn with each.")] = 1000,
+    images: Annotated[
+        int, typer.Option("--images", min=2, max=MOST_IMAGES, help="Drawn with each.")
+    ] = 1000,
     steps: Steps = None,
     guidance: Guidance = None,
     provider: Provider = None,
@@ -533,19 +602,24 @@ def bench(
         str, typer.Option("--batch", help="Images at once, e.g. 1 or 1,4,16.")
     ] = "1,4",
     images: Annotated[
-        int, typer.Option("--images", min=1, help="Drawn with each row, at the least.")
+        int,
+        typer.Option("--images", min=1, max=MOST_IMAGES, help="Drawn with each row, at the least."),
     ] = 8,
     turns: Annotated[
         int | None,
         typer.Option(
             "--turns",
             min=2,
+            max=10_000,
             help="Of half a second of calls each, row after row; 10, or more if "
             "a verdict needs more.",
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of every row; by default all cores.")
+        int | None,
+        typer.Option(
+            "--threads", min=1, max=MOST_THREADS, help="Of every row; by default all cores."
+        ),
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -839,7 +913,8 @@ def serve(
     ] = None,
     provider: Provider = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of one operator.")
+        int | None,
+        typer.Option("--threads", min=1, max=MOST_THREADS, help="Threads of one operator."),
     ] = None,
     max_batch: Annotated[
         int,
@@ -860,19 +935,38 @@ def serve(
         str,
         typer.Option("--batching", help="step: images join at any step; request: whole batches."),
     ] = "step",
-    queue: Annotated[int, typer.Option("--queue", min=0, help="Images that may wait.")] = 64,
+    queue: Annotated[
+        int, typer.Option("--queue", min=0, max=MOST_IMAGES, help="Images that may wait.")
+    ] = 64,
     max_images: Annotated[
-        int, typer.Option("--max-images", min=1, help="Most images of one request.")
+        int,
+        typer.Option("--max-images", min=1, max=MOST_BATCH, help="Most images of one request."),
     ] = 10,
     max_steps: Annotated[
-        int, typer.Option("--max-steps", min=1, help="Most denoising steps of an image.")
+        int,
+        typer.Option(
+            "--max-steps", min=1, max=MOST_STEPS, help="Most denoising steps of an image."
+        ),
     ] = 200,
     deadline_seconds: Annotated[
-        float, typer.Option("--deadline-seconds", min=0.1, help="Longest answer.")
+        float,
+        typer.Option(
+            "--deadline-seconds",
+            min=0.1,
+            max=_DAY,
+            callback=_finite_number,
+            help="Longest answer.",
+        ),
     ] = 120.0,
     drain_seconds: Annotated[
         float,
-        typer.Option("--drain-seconds", min=0, help="After SIGTERM, to finish what was taken on."),
+        typer.Option(
+            "--drain-seconds",
+            min=0,
+            max=_DAY,
+            callback=_finite_number,
+            help="After SIGTERM, to finish what was taken on.",
+        ),
     ] = 30.0,
     api_key_file: Annotated[
         Path | None,
@@ -928,7 +1022,6 @@ def serve(
                 _err.print(f"serving {names} at {ready['url']}, ready in {ready['seconds']} s")
 
             _show(found, as_json, human)
-            sys.stdout.flush()
 
         log_to(level=logging.DEBUG if verbose else logging.INFO)
         if on_ray:
@@ -947,9 +1040,12 @@ def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for everything it makes.")
     ] = Path("trtq-demo"),
-    images: Annotated[int, typer.Option("--images", min=20, help="Drawn with each model.")] = 500,
+    images: Annotated[
+        int, typer.Option("--images", min=20, max=MOST_IMAGES, help="Drawn with each model.")
+    ] = 500,
     iterations: Annotated[
-        int, typer.Option("--iterations", min=1, help="Fine-tuning iterations.")
+        int,
+        typer.Option("--iterations", min=1, max=MOST_ITERATIONS, help="Fine-tuning iterations."),
     ] = 350,
     provider: Annotated[str, typer.Option("--provider", help="cpu or openvino.")] = "cpu",
     seed: Seed = 0,

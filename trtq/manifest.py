@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from itertools import pairwise
@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 
 from trtq.documents import explain_first, parse_json, read_text, shown
 from trtq.errors import ArtefactError, IntegrityError, UsageError
+from trtq.graph_metadata import check_layers, check_timesteps
 from trtq.records import (
     Bits,
     Digest,
@@ -231,6 +232,27 @@ class Manifest(_Strict):
                     )
             above[row.name] = row
         return layers
+
+    def layer_kinds(self) -> dict[str, str]:
+        """Kind and precision of every layer by its name, e.g. `conv2d w4a8`."""
+        kinds = {}
+        for row in self.layers:
+            widths = (("w", row.weight_bits), ("a", row.activation_bits), ("a", row.right_bits))
+            precision = "".join(f"{what}{bits}" for what, bits in widths if bits is not None)
+            kinds[row.name] = f"{row.kind} {precision or 'float'}"
+        return kinds
+
+    def check_graph(self, metadata: Mapping[str, str]) -> None:
+        """Nothing, if the denoiser's graph is the one that this manifest describes.
+
+        Args:
+            metadata: what the graph says about itself.
+
+        Raises:
+            ArtefactError: it was calibrated at other timesteps, or holds other layers or bits.
+        """
+        check_timesteps(metadata, self.timesteps)
+        check_layers(metadata, self.layer_kinds())
 
     def check_whole(self) -> None:
         """Nothing, if what must be there for its kind is there.

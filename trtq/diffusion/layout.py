@@ -80,15 +80,15 @@ class _Scheduler(BaseModel):
 
     class_name: _Word | None = Field(None, alias="_class_name")
     num_train_timesteps: Annotated[int, Field(strict=True, ge=1, le=MOST_TRAINED)] = 1000
-    beta_start: _Share | None = None
-    beta_end: _Share | None = None
+    beta_start: _Share = 0.0
+    beta_end: _Share = 0.0
     beta_schedule: _Word | None = None
     trained_betas: list[_Share] | None = None
     prediction_type: _Word | None = None
     timestep_spacing: _Word | None = None
     steps_offset: Annotated[int, Field(strict=True, ge=0, le=MOST_TRAINED)] = 0
     clip_sample: _Flag | None = None
-    clip_sample_range: _Positive | None = None
+    clip_sample_range: _Positive = 1.0
     set_alpha_to_one: _Flag | None = None
     thresholding: _Flag | None = None
     rescale_betas_zero_snr: _Flag | None = None
@@ -99,8 +99,8 @@ class _Scheduler(BaseModel):
     shift: _Positive | None = None
     base_shift: _Real | None = None
     max_shift: _Real | None = None
-    base_image_seq_len: Annotated[int, Field(strict=True, ge=1, lt=1 << 31)] = 256
-    max_image_seq_len: Annotated[int, Field(strict=True, ge=1, lt=1 << 31)] = 4096
+    base_image_seq_len: Annotated[int, Field(strict=True, ge=1, lt=1 << 31)] | None = 256
+    max_image_seq_len: Annotated[int, Field(strict=True, ge=1, lt=1 << 31)] | None = 4096
 
     @model_validator(mode="after")
     def _can_shift(self) -> _Scheduler:

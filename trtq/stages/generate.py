@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trtq.errors import UsageError
-from trtq.evaluate.images import contact_sheet, draw, save_png, subjects_for
+from trtq.evaluate.images import check_sheet, contact_sheet, draw, save_png, subjects_for
 from trtq.progress import Reporter, silent
 from trtq.stages.load import artefact_guidance, calibrated_steps, open_any
 
@@ -62,6 +62,7 @@ def generate(
     source = open_any(path, provider)
     if size is not None:
         source.resize(size)
+    check_sheet(images, *source.image_size)
     subjects = subjects_for(source, images, class_label=class_label, prompt=prompt)
     if guidance is None:
         guidance = artefact_guidance(path)

@@ -78,7 +78,12 @@ def open_any(
         def profile() -> Profile:
             return exported_profile(folder, name, manifest)
 
-        return open_engine(file, chosen, threads, own, profile) if file.is_file() else None
+        if not file.is_file():
+            return None
+        engine = open_engine(file, chosen, threads, own, profile)
+        if name == manifest.denoiser:
+            manifest.check_graph(engine.metadata)
+        return engine
 
     return engine_source(folder, manifest.denoiser, manifest.options.get("size"), open_graph)
 

@@ -71,6 +71,7 @@ def verify(
             open_run(folder)
         return result
     model = folder / manifest.denoiser / MODEL_FILE
+    manifest.check_graph(load_graph(model).metadata_props)
     result["runtimes"] = {name: _legality(model, name) for name in runtimes}
     result["ok"] = all(found["legal"] for found in result["runtimes"].values())
     if against is None:
