@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import trtq
+from trtq.documents import shown
 from trtq.errors import GateError, TrtqError, UsageError
 from trtq.limits import (
     MOST_BATCH,
@@ -56,11 +57,22 @@ app = _App(
 )
 
 
-def _finite_number(value: float | None) -> float | None:
-    """Not-a-number passes every comparison with a bound."""
-    if value is not None and not abs(value) < float("inf"):
-        raise typer.BadParameter(f"{value} is not a finite number.")
-    return value
+def _plainly(number: float) -> str:
+    return str(int(number)) if number == int(number) else f"{number:g}"
+
+
+def _within(least: float, most: float) -> Callable[[Any], Any]:
+    """A check of a number; not-a-number, which passes every comparison with one bound, is none."""
+
+    def check(value: Any) -> Any:
+        if value is not None and not least <= value <= most:
+            number = f"{value:g}" if isinstance(value, float) else shown(value)
+            raise typer.BadParameter(
+                f"{number} is out of range; choose {_plainly(least)} .. {_plainly(most)}."
+            )
+        return value
+
+    return check
 
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the result goes.")]
@@ -68,7 +80,9 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")
 ]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, on stderr.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Same seed, same result.")]
+Seed = Annotated[
+    int, typer.Option("--seed", callback=_within(0, 2**31 - 1), help="Same seed, same result.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
 Provider = Annotated[
     str | None,
@@ -80,14 +94,12 @@ Guidance = Annotated[
     float | None,
     typer.Option(
         "--guidance",
-        min=0,
-        max=MOST_GUIDANCE,
-        callback=_finite_number,
+        callback=_within(0, MOST_GUIDANCE),
         help="Up to 1 is none; by default as calibrated.",
     ),
 ]
 Steps = Annotated[
-    int | None, typer.Option("--steps", min=1, max=MOST_STEPS, help="Denoising steps.")
+    int | None, typer.Option("--steps", callback=_within(1, MOST_STEPS), help="Denoising steps.")
 ]
 
 _BROKEN_PIPE = 141
@@ -243,11 +255,14 @@ def quantize(
     steps: Steps = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A TOML file.")] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Same seed, same result.")
+        int | None,
+        typer.Option("--seed", callback=_within(0, 2**31 - 1), help="Same seed, same result."),
     ] = None,
     iterations: Annotated[
         int | None,
-        typer.Option("--iterations", min=1, max=MOST_ITERATIONS, help="Fine-tuning iterations."),
+        typer.Option(
+            "--iterations", callback=_within(1, MOST_ITERATIONS), help="Fine-tuning iterations."
+        ),
     ] = None,
     size: Annotated[
         str | None, typer.Option("--size", help="HEIGHTxWIDTH of the images in pixels.")
@@ -401,7 +416,9 @@ def build(
     ] = False,
     workspace: Annotated[
         int | None,
-        typer.Option("--workspace", min=1, max=1 << 20, help="Most MiB of scratch on the device."),
+        typer.Option(
+            "--workspace", callback=_within(1, 1 << 20), help="Most MiB of scratch on the device."
+        ),
     ] = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Use engines that were built before.")
@@ -448,10 +465,12 @@ def build(
 def generate(
     path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],
     output: Output,
-    images: Annotated[int, typer.Option("--images", min=1, max=MOST_IMAGES, help="How many.")] = 1,
+    images: Annotated[
+        int, typer.Option("--images", callback=_within(1, MOST_IMAGES), help="How many.")
+    ] = 1,
     class_label: Annotated[
         int | None,
-        typer.Option("--class-label", min=0, help="One class; by default all in turn."),
+        typer.Option("--class-label", help="One class; by default all in turn."),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="For text models.")] = None,
     negative_prompt: Annotated[
@@ -498,7 +517,7 @@ def evaluate(
         Path | None, typer.Option("-o", "--output", help="Folder of the report.")
     ] = None,
     images: Annotated[
-        int, typer.Option("--images", min=2, max=MOST_IMAGES, help="Drawn with each.")
+        int, typer.Option("--images", callback=_within(2, MOST_IMAGES), help="Drawn with each.")
     ] = 1000,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -603,14 +622,15 @@ def bench(
     ] = "1,4",
     images: Annotated[
         int,
-        typer.Option("--images", min=1, max=MOST_IMAGES, help="Drawn with each row, at the least."),
+        typer.Option(
+            "--images", callback=_within(1, MOST_IMAGES), help="Drawn with each row, at the least."
+        ),
     ] = 8,
     turns: Annotated[
         int | None,
         typer.Option(
             "--turns",
-            min=2,
-            max=10_000,
+            callback=_within(2, 10_000),
             help="Of half a second of calls each, row after row; 10, or more if "
             "a verdict needs more.",
         ),
@@ -618,7 +638,9 @@ def bench(
     threads: Annotated[
         int | None,
         typer.Option(
-            "--threads", min=1, max=MOST_THREADS, help="Of every row; by default all cores."
+            "--threads",
+            callback=_within(1, MOST_THREADS),
+            help="Of every row; by default all cores.",
         ),
     ] = None,
     steps: Steps = None,
@@ -902,7 +924,7 @@ def serve(
     path: Annotated[str, typer.Argument(help="An ONNX folder, a run or a checkpoint.")],
     host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="0 takes any that is free.")
+        int, typer.Option("--port", callback=_within(0, 65535), help="0 takes any that is free.")
     ] = 8000,
     name: Annotated[
         str | None,
@@ -914,14 +936,15 @@ def serve(
     provider: Provider = None,
     threads: Annotated[
         int | None,
-        typer.Option("--threads", min=1, max=MOST_THREADS, help="Threads of one operator."),
+        typer.Option(
+            "--threads", callback=_within(1, MOST_THREADS), help="Threads of one operator."
+        ),
     ] = None,
     max_batch: Annotated[
         int,
         typer.Option(
             "--max-batch",
-            min=2,
-            max=256,
+            callback=_within(2, 256),
             help="Rows in one call; an image with guidance takes two.",
         ),
     ] = 8,
@@ -936,25 +959,25 @@ def serve(
         typer.Option("--batching", help="step: images join at any step; request: whole batches."),
     ] = "step",
     queue: Annotated[
-        int, typer.Option("--queue", min=0, max=MOST_IMAGES, help="Images that may wait.")
+        int, typer.Option("--queue", callback=_within(0, MOST_IMAGES), help="Images that may wait.")
     ] = 64,
     max_images: Annotated[
         int,
-        typer.Option("--max-images", min=1, max=MOST_BATCH, help="Most images of one request."),
+        typer.Option(
+            "--max-images", callback=_within(1, MOST_BATCH), help="Most images of one request."
+        ),
     ] = 10,
     max_steps: Annotated[
         int,
         typer.Option(
-            "--max-steps", min=1, max=MOST_STEPS, help="Most denoising steps of an image."
+            "--max-steps", callback=_within(1, MOST_STEPS), help="Most denoising steps of an image."
         ),
     ] = 200,
     deadline_seconds: Annotated[
         float,
         typer.Option(
             "--deadline-seconds",
-            min=0.1,
-            max=_DAY,
-            callback=_finite_number,
+            callback=_within(0.1, _DAY),
             help="Longest answer.",
         ),
     ] = 120.0,
@@ -962,9 +985,7 @@ def serve(
         float,
         typer.Option(
             "--drain-seconds",
-            min=0,
-            max=_DAY,
-            callback=_finite_number,
+            callback=_within(0, _DAY),
             help="After SIGTERM, to finish what was taken on.",
         ),
     ] = 30.0,
@@ -1041,11 +1062,14 @@ def demo(
         Path, typer.Option("-o", "--output", help="Folder for everything it makes.")
     ] = Path("trtq-demo"),
     images: Annotated[
-        int, typer.Option("--images", min=20, max=MOST_IMAGES, help="Drawn with each model.")
+        int,
+        typer.Option("--images", callback=_within(20, MOST_IMAGES), help="Drawn with each model."),
     ] = 500,
     iterations: Annotated[
         int,
-        typer.Option("--iterations", min=1, max=MOST_ITERATIONS, help="Fine-tuning iterations."),
+        typer.Option(
+            "--iterations", callback=_within(1, MOST_ITERATIONS), help="Fine-tuning iterations."
+        ),
     ] = 350,
     provider: Annotated[str, typer.Option("--provider", help="cpu or openvino.")] = "cpu",
     seed: Seed = 0,

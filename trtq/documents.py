@@ -14,11 +14,12 @@ import reprlib
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trtq.errors import ArtefactError, TrtqError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 __all__ = [
     "MOST_BYTES",
