@@ -17,7 +17,7 @@ from rich.table import Table
 
 import trtq
 from trtq.documents import shown
-from trtq.errors import GateError, TrtqError, UsageError
+from trtq.errors import ArtefactError, GateError, TrtqError, UsageError
 from trtq.limits import (
     MOST_BATCH,
     MOST_GUIDANCE,
@@ -106,10 +106,20 @@ _BROKEN_PIPE = 141
 """What a shell gives for a program that SIGPIPE ended."""
 _DAY = 86_400.0
 _NAME_WIDTH = 28
+
+
 # What is printed holds names that users gave: brackets and colons in them are no markup and no emoji.
+class _Console(Console):
+    """A console that leaves a pipe without a reader to the command."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what print raises."""
+        raise BrokenPipeError
+
+
 _plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-_err = Console(stderr=True, _environ=sane_environment(), **_plain)
-_out = Console(_environ=sane_environment(), **_plain)
+_err = _Console(stderr=True, _environ=sane_environment(), **_plain)
+_out = _Console(_environ=sane_environment(), **_plain)
 
 
 def _print_error(text: str) -> None:
@@ -155,14 +165,20 @@ def _command(verbose: bool) -> Iterator[None]:
 
 
 def _show(result: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], None]) -> None:
-    if as_json:
-        # NaN and infinity are no JSON.
-        print(json.dumps(_finite(result)))  # noqa: T201
-    else:
-        human(result)
-    # What cannot be written, to a full disk or a pipe without a reader, is an error of this command.
-    if sys.stdout is not None:
-        sys.stdout.flush()
+    try:
+        if as_json:
+            # NaN and infinity are no JSON.
+            print(json.dumps(_finite(result)))  # noqa: T201
+        else:
+            human(result)
+        # A full disk shows here, and not when everything is over.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        stop_writing()
+        raise ArtefactError(f"cannot write the result to standard output: {err.strerror}") from err
 
 
 def _finite(value: Any) -> Any:
