@@ -153,12 +153,12 @@ def test_every_entry_with_every_wrong_value_is_fine_or_refused(folder, kind):
     rng = random.Random(kind)
     every = [(place, value) for place in places(found) for value in WRONG]
     refused = 0
-    for place, value in rng.sample(every, 1200):
+    for place, value in rng.sample(every, 500):
         write(folder, changed(found, place, value))
         message = refusal(folder)
         refused += message is not None
         assert message is None or ("\n" not in message and len(message) < 1000), (place, message)
-    assert refused > 700
+    assert refused > 300
 
 
 @pytest.mark.parametrize("kind", ["run", "onnx", "engine"])

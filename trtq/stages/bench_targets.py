@@ -129,8 +129,8 @@ def parse_batches(text: str) -> tuple[int, ...]:
         sizes = ()
     if not sizes or not 1 <= min(sizes) <= max(sizes) <= MOST_BATCH or len(set(sizes)) < len(sizes):
         raise UsageError(
-            f"--batch {shown(text)} is not understood; write different numbers from 1 to {MOST_BATCH}, "
-            f"at most {_MOST_SIZES}, e.g. 1 or 1,4"
+            f"--batch {shown(text)} is not understood; write e.g. 1 or 1,4: different numbers from 1 to "
+            f"{MOST_BATCH}, at most {_MOST_SIZES}"
         )
     return sizes
 
