@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trtq.documents import parse_json, shown
+from trtq.documents import explain_first, parse_json, shown
 from trtq.errors import ArtefactError
 from trtq.quant.convert import (
     LayerPlan,
@@ -43,8 +44,7 @@ __all__ = [
 ]
 
 FILE_NAME = "quantized.safetensors"
-_TIMESTEPS_KEY = "trtq.timesteps"
-_BITS_KEY = "trtq.bits"
+_DESCRIBED_KEY = "trtq"
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -90,10 +90,12 @@ def save_denoiser(
 
 def _described(quantized: QuantizedDenoiser, merged: Mapping[str, LowBitTensors]) -> dict[str, str]:
     """The file's own word for what its manifest says too: timesteps, and bits by sorted name."""
-    return {
-        _TIMESTEPS_KEY: json.dumps(quantized.table.timesteps.tolist()),
-        _BITS_KEY: json.dumps([_precision(merged[name]) for name in sorted(merged)]),
+    own = {
+        "timesteps": quantized.table.timesteps.tolist(),
+        "bits": [_precision(merged[name]) for name in sorted(merged)],
     }
+    # One key: safetensors writes several in any order, and the same run is to be the same file.
+    return {_DESCRIBED_KEY: json.dumps(own)}
 
 
 def _precision(layer: LowBitTensors) -> str:
@@ -105,6 +107,44 @@ def _precision(layer: LowBitTensors) -> str:
 def described_bytes(steps: int, layers: int) -> int:
     """What the file's own word takes of it, at most."""
     return 25 * steps + 8 * layers + 100
+
+
+class _Described(BaseModel):
+    """What `_described` wrote."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    timesteps: list[Annotated[float, Field(strict=True, allow_inf_nan=False)]]
+    bits: list[str]
+
+    @classmethod
+    def read(cls, path: Path, text: str) -> _Described:
+        try:
+            return cls.model_validate(parse_json(text))
+        except ValidationError as err:
+            raise ArtefactError(f"{path} is damaged: its metadata: {explain_first(err)}") from err
+        except ValueError as err:
+            raise ArtefactError(f"{path} is damaged: its metadata: {err}") from err
+
+    def check_timesteps(self, path: Path, timesteps: Sequence[float]) -> None:
+        """Nothing, if the manifest lists the timesteps that the tables were made at."""
+        if self.timesteps != torch.tensor(timesteps, dtype=torch.float32).tolist():
+            raise ArtefactError(
+                f"{path} was calibrated at the timesteps {shown(self.timesteps)}, its manifest says "
+                f"{shown(list(timesteps))}; the manifest was edited"
+            )
+
+    def check_bits(self, path: Path, layers: Mapping[str, LowBitTensors]) -> None:
+        """What few channels do not show: one code of 4 bits takes a byte, like one of 8."""
+        names = sorted(layers)
+        if len(self.bits) != len(names):
+            raise ArtefactError(f"{path} is damaged: its metadata tell the bits of other layers")
+        for name, bits in zip(names, self.bits, strict=True):
+            if bits != _precision(layers[name]):
+                raise ArtefactError(
+                    f"{path} and its manifest disagree about the layer {name!r}: the manifest says "
+                    f"{_precision(layers[name])}, the file {shown(bits)}"
+                )
 
 
 class StoredDenoiser:
@@ -174,11 +214,13 @@ def load_stored(
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
-            described: Mapping[str, str] = file.metadata() or {}
+            text = (file.metadata() or {}).get(_DESCRIBED_KEY)
     except (OSError, SafetensorError) as err:
         raise ArtefactError(f"cannot read {path}: {err}") from err
-    if timesteps is not None:
-        _check_timesteps(path, described, timesteps)
+    # A run made before the file said so itself is held against its tables alone.
+    described = None if text is None else _Described.read(path, text)
+    if described is not None and timesteps is not None:
+        described.check_timesteps(path, timesteps)
     grouped: dict[str, dict[str, Tensor]] = {}
     floats = {}
     for key, tensor in tensors.items():
@@ -220,22 +262,12 @@ def load_stored(
         raise ArtefactError(
             f"{path} holds layers that its manifest does not: {sorted(grouped)[:3]}"
         )
-    _check_bits(path, described, layers)
+    if described is not None:
+        described.check_bits(path, layers)
     for plan in plans:
         if plan.input_of is not None:
             _check_shared(layers, plan.name, plan.input_of)
     return StoredDenoiser(layers, floats)
-
-
-def _check_timesteps(path: Path, described: Mapping[str, str], timesteps: Sequence[float]) -> None:
-    own = described.get(_TIMESTEPS_KEY)
-    if own is None:
-        return  # Written before the file said so itself; the tables' length is compared below.
-    if own != json.dumps(torch.tensor(timesteps, dtype=torch.float32).tolist()):
-        raise ArtefactError(
-            f"{path} was calibrated at the timesteps {own}, its manifest says {list(timesteps)}; the "
-            "manifest was edited"
-        )
 
 
 def _check_plans(path: Path, plans: Sequence[LayerPlan], sources: Mapping[str, nn.Module]) -> None:
@@ -319,28 +351,6 @@ def _tensor(named: Mapping[str, Tensor], leaf: str, dtype: torch.dtype) -> Tenso
     if named[leaf].dtype != dtype:
         raise ArtefactError(f"the tensor {leaf!r} is of {named[leaf].dtype}, needed is {dtype}")
     return named[leaf]
-
-
-def _check_bits(
-    path: Path, described: Mapping[str, str], layers: Mapping[str, LowBitTensors]
-) -> None:
-    """What few channels do not show: one code of 4 bits takes a byte, like one of 8."""
-    text = described.get(_BITS_KEY)
-    if text is None:
-        return
-    names = sorted(layers)
-    try:
-        own = parse_json(text)
-    except ValueError as err:
-        raise ArtefactError(f"{path} is damaged: {_BITS_KEY}: {err}") from err
-    if not isinstance(own, list) or len(own) != len(names):
-        raise ArtefactError(f"{path} is damaged: {_BITS_KEY} does not tell the bits of its layers")
-    for name, bits in zip(names, own, strict=True):
-        if bits != _precision(layers[name]):
-            raise ArtefactError(
-                f"{path} and its manifest disagree about the layer {name!r}: the manifest says "
-                f"{_precision(layers[name])}, the file {shown(bits)}"
-            )
 
 
 def _check_shared(layers: Mapping[str, LowBitTensors], name: str, owner: str) -> None:
