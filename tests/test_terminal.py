@@ -42,7 +42,7 @@ def test_characters_that_a_stream_has_not_are_spelled(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     open_streams()
-    sys.stdout.write("Fréchet … 3 × 4 – 図 \ud800")
+    sys.stdout.write("Fréchet … 3 \u00d7 4 \u2013 図 \ud800")
     sys.stdout.flush()
     assert written.getvalue() == rb"Frechet ... 3 x 4 - \u56f3 \ud800"
 
@@ -154,10 +154,10 @@ def test_results_are_shown_in_any_terminal(environment):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    process = trtq("doctor", "--json")
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait(120) == 141
+    with trtq("doctor", "--json") as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(120) == 141
 
 
 def test_a_full_disk_behind_the_output_is_said():
@@ -240,5 +240,6 @@ def test_every_text_is_understood_or_refused(verb, option, tmp_path):
         result = run(verb, "digits", *place, *more, f"{option}={text}")
         assert result.exit_code in (1, 2), (text, result.output)
         assert "internal error" not in result.stderr, (text, result.stderr)
-        assert len(result.stderr) < 2000, text
+        # A name of a file is quoted whole, by the system.
+        assert len(result.stderr) < 2000 or option == "--lora", text
     assert list(tmp_path.iterdir()) == []

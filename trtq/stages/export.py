@@ -194,7 +194,7 @@ def _sizes(source: Source, size: str | None) -> tuple[str, str]:
     Raises:
         UsageError: the model cannot draw them, or one graph cannot take several.
     """
-    smallest, largest = parse_sizes(size or "x".join(map(str, source.image_size)))
+    smallest, largest = parse_sizes("x".join(map(str, source.image_size)) if size is None else size)
     if smallest != largest and not source.family.free_size:
         raise UsageError(
             f"a graph of a {source.model_class} takes images of one size, since its positions are part "
