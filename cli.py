@@ -17,11 +17,21 @@ from rich.console import Console
 from rich.table import Table
 
 import trtq
-from trtq.errors import GateError, TrtqError, UsageError
+from trtq.documents import shown
+from trtq.errors import ArtefactError, GateError, TrtqError, UsageError
+from trtq.limits import (
+    MOST_BATCH,
+    MOST_GUIDANCE,
+    MOST_IMAGES,
+    MOST_ITERATIONS,
+    MOST_STEPS,
+    MOST_THREADS,
+)
 from trtq.outputs import RESUMABLE
 from trtq.processes import StoppedBySignal, ending_on_signals
 from trtq.progress import LineReporter
 from trtq.report import lines
+from trtq.terminal import internal_error, open_streams, sane_environment, stop_writing
 
 
 class _Remembering(typer.core.TyperGroup):
@@ -35,7 +45,24 @@ class _Remembering(typer.core.TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(
+class _App(typer.Typer):
+    """What the command `trtq` runs: no error reaches the user as a traceback, wherever it comes from."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse, run, exit."""
+        open_streams()
+        try:
+            return super().__call__(*args, **kwargs)
+        except BrokenPipeError:
+            stop_writing()
+            raise SystemExit(_BROKEN_PIPE) from None
+        except Exception as err:
+            # Before or after a verb's own work: imports, and what typer makes of arguments.
+            verbose = any(argument in ("-v", "--verbose") for argument in sys.argv[1:])
+            raise SystemExit(internal_error(err, _print_error, verbose=verbose)) from err
+
+
+app = _App(
     cls=_Remembering,
     name="trtq",
     help="Low-bit diffusion models: from a diffusers checkpoint to images.",
@@ -45,12 +72,33 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _plainly(number: float) -> str:
+    return str(int(number)) if number == int(number) else f"{number:g}"
+
+
+def _within(least: float, most: float) -> Callable[[Any], Any]:
+    """A check of a number; not-a-number, which passes every comparison with one bound, is none."""
+
+    def check(value: Any) -> Any:
+        if value is not None and not least <= value <= most:
+            number = f"{value:g}" if isinstance(value, float) else shown(value)
+            raise typer.BadParameter(
+                f"{number} is out of range; choose {_plainly(least)} .. {_plainly(most)}."
+            )
+        return value
+
+    return check
+
+
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the result goes.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")
 ]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, on stderr.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Same seed, same result.")]
+Seed = Annotated[
+    int, typer.Option("--seed", callback=_within(0, 2**31 - 1), help="Same seed, same result.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
 Provider = Annotated[
     str | None,
@@ -60,14 +108,38 @@ Provider = Annotated[
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance", min=0, help="Up to 1 is none; by default as calibrated."),
+    typer.Option(
+        "--guidance",
+        callback=_within(0, MOST_GUIDANCE),
+        help="Up to 1 is none; by default as calibrated.",
+    ),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
+Steps = Annotated[
+    int | None, typer.Option("--steps", callback=_within(1, MOST_STEPS), help="Denoising steps.")
+]
 
+_BROKEN_PIPE = 141
+"""What a shell gives for a program that SIGPIPE ended."""
+_DAY = 86_400.0
 _NAME_WIDTH = 28
+
+
 # What is printed holds names that users gave: brackets and colons in them are no markup and no emoji.
-_err = Console(stderr=True, highlight=False, markup=False, emoji=False)
-_out = Console(highlight=False, markup=False, emoji=False)
+class _Console(Console):
+    """A console that leaves a pipe without a reader to the command."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what print raises."""
+        raise BrokenPipeError
+
+
+_plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+_err = _Console(stderr=True, _environ=sane_environment(), **_plain)
+_out = _Console(_environ=sane_environment(), **_plain)
+
+
+def _print_error(text: str) -> None:
+    _err.print(text, style="red", soft_wrap=True)
 
 
 @contextmanager
@@ -84,15 +156,21 @@ def _command(verbose: bool) -> Iterator[None]:
     try:
         with ending_on_signals():
             yield
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except TrtqError as err:
         if verbose:
             _err.print_exception()
-        _err.print(f"error: {err}", style="red", soft_wrap=True)
+        _print_error(f"error: {err}")
         raise typer.Exit(err.exit_code) from err
+    except BrokenPipeError as err:
+        # Who read what is printed has seen enough.
+        stop_writing()
+        raise typer.Exit(_BROKEN_PIPE) from err
     except OSError as err:
         if verbose:
             _err.print_exception()
-        _err.print(f"error: {err}", style="red", soft_wrap=True)
+        _print_error(f"error: {err}")
         raise typer.Exit(1) from err
     except KeyboardInterrupt as err:
         _say_ended("interrupted", err)
@@ -100,6 +178,10 @@ def _command(verbose: bool) -> Iterator[None]:
     except StoppedBySignal as err:
         _say_ended(f"stopped by {err.name}", err)
         raise typer.Exit(int(err.code or 1)) from err
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception as err:
+        raise typer.Exit(internal_error(err, _print_error, verbose=verbose)) from err
 
 
 def _say_ended(what: str, err: BaseException) -> None:
@@ -114,11 +196,20 @@ def _say_ended(what: str, err: BaseException) -> None:
 
 
 def _show(result: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], None]) -> None:
-    if as_json:
-        # NaN and infinity are no JSON.
-        print(json.dumps(_finite(result)))  # noqa: T201
-    else:
-        human(result)
+    try:
+        if as_json:
+            # NaN and infinity are no JSON.
+            print(json.dumps(_finite(result)))  # noqa: T201
+        else:
+            human(result)
+        # A full disk shows here, and not when everything is over.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        stop_writing()
+        raise ArtefactError(f"cannot write the result to standard output: {err.strerror}") from err
 
 
 def _finite(value: Any) -> Any:
@@ -249,10 +340,14 @@ def quantize(
     steps: Steps = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="A TOML file.")] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Same seed, same result.")
+        int | None,
+        typer.Option("--seed", callback=_within(0, 2**31 - 1), help="Same seed, same result."),
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option("--iterations", min=1, help="Fine-tuning iterations.")
+        int | None,
+        typer.Option(
+            "--iterations", callback=_within(1, MOST_ITERATIONS), help="Fine-tuning iterations."
+        ),
     ] = None,
     size: Annotated[
         str | None, typer.Option("--size", help="HEIGHTxWIDTH of the images in pixels.")
@@ -400,7 +495,10 @@ def build(
         bool, typer.Option("--refit", help="Weights can be exchanged; needs a GPU.")
     ] = False,
     workspace: Annotated[
-        int | None, typer.Option("--workspace", min=1, help="Most MiB of scratch on the device.")
+        int | None,
+        typer.Option(
+            "--workspace", callback=_within(1, 1 << 20), help="Most MiB of scratch on the device."
+        ),
     ] = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Use engines that were built before.")
@@ -453,9 +551,12 @@ def build(
 def generate(
     path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],
     output: Output,
-    images: Annotated[int, typer.Option("--images", min=1, help="How many.")] = 1,
+    images: Annotated[
+        int, typer.Option("--images", callback=_within(1, MOST_IMAGES), help="How many.")
+    ] = 1,
     class_label: Annotated[
-        int | None, typer.Option("--class-label", help="One class; by default all in turn.")
+        int | None,
+        typer.Option("--class-label", help="One class; by default all in turn."),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="For text models.")] = None,
     negative_prompt: Annotated[
@@ -505,7 +606,9 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder of the report.")
     ] = None,
-    images: Annotated[int, typer.Option("--images", min=2, help="Drawn with each.")] = 1000,
+    images: Annotated[
+        int, typer.Option("--images", callback=_within(2, MOST_IMAGES), help="Drawn with each.")
+    ] = 1000,
     steps: Steps = None,
     guidance: Guidance = None,
     provider: Provider = None,
@@ -626,19 +729,27 @@ def bench(
         str, typer.Option("--batch", help="Images at once, e.g. 1 or 1,4,16.")
     ] = "1,4",
     images: Annotated[
-        int, typer.Option("--images", min=1, help="Drawn with each row, at the least.")
+        int,
+        typer.Option(
+            "--images", callback=_within(1, MOST_IMAGES), help="Drawn with each row, at the least."
+        ),
     ] = 8,
     turns: Annotated[
         int | None,
         typer.Option(
             "--turns",
-            min=2,
+            callback=_within(2, 10_000),
             help="Of half a second of calls each, row after row; 10, or more if "
             "a verdict needs more.",
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of every row; by default all cores.")
+        int | None,
+        typer.Option(
+            "--threads",
+            callback=_within(1, MOST_THREADS),
+            help="Of every row; by default all cores.",
+        ),
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -920,7 +1031,7 @@ def serve(
     path: Annotated[str, typer.Argument(help="An ONNX folder, a run or a checkpoint.")],
     host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="0 takes any that is free.")
+        int, typer.Option("--port", callback=_within(0, 65535), help="0 takes any that is free.")
     ] = 8000,
     name: Annotated[
         str | None,
@@ -931,14 +1042,16 @@ def serve(
     ] = None,
     provider: Provider = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of one operator.")
+        int | None,
+        typer.Option(
+            "--threads", callback=_within(1, MOST_THREADS), help="Threads of one operator."
+        ),
     ] = None,
     max_batch: Annotated[
         int,
         typer.Option(
             "--max-batch",
-            min=2,
-            max=256,
+            callback=_within(2, 256),
             help="Rows in one call; an image with guidance takes two.",
         ),
     ] = 8,
@@ -952,19 +1065,36 @@ def serve(
         str,
         typer.Option("--batching", help="step: images join at any step; request: whole batches."),
     ] = "step",
-    queue: Annotated[int, typer.Option("--queue", min=0, help="Images that may wait.")] = 64,
+    queue: Annotated[
+        int, typer.Option("--queue", callback=_within(0, MOST_IMAGES), help="Images that may wait.")
+    ] = 64,
     max_images: Annotated[
-        int, typer.Option("--max-images", min=1, help="Most images of one request.")
+        int,
+        typer.Option(
+            "--max-images", callback=_within(1, MOST_BATCH), help="Most images of one request."
+        ),
     ] = 10,
     max_steps: Annotated[
-        int, typer.Option("--max-steps", min=1, help="Most denoising steps of an image.")
+        int,
+        typer.Option(
+            "--max-steps", callback=_within(1, MOST_STEPS), help="Most denoising steps of an image."
+        ),
     ] = 200,
     deadline_seconds: Annotated[
-        float, typer.Option("--deadline-seconds", min=0.1, help="Longest answer.")
+        float,
+        typer.Option(
+            "--deadline-seconds",
+            callback=_within(0.1, _DAY),
+            help="Longest answer.",
+        ),
     ] = 120.0,
     drain_seconds: Annotated[
         float,
-        typer.Option("--drain-seconds", min=0, help="After SIGTERM, to finish what was taken on."),
+        typer.Option(
+            "--drain-seconds",
+            callback=_within(0, _DAY),
+            help="After SIGTERM, to finish what was taken on.",
+        ),
     ] = 30.0,
     api_key_file: Annotated[
         Path | None,
@@ -1020,7 +1150,6 @@ def serve(
                 _err.print(f"serving {names} at {ready['url']}, ready in {ready['seconds']} s")
 
             _show(found, as_json, human)
-            sys.stdout.flush()
 
         log_to(level=logging.DEBUG if verbose else logging.INFO)
         if on_ray:
@@ -1039,9 +1168,15 @@ def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for everything it makes.")
     ] = Path("trtq-demo"),
-    images: Annotated[int, typer.Option("--images", min=20, help="Drawn with each model.")] = 500,
+    images: Annotated[
+        int,
+        typer.Option("--images", callback=_within(20, MOST_IMAGES), help="Drawn with each model."),
+    ] = 500,
     iterations: Annotated[
-        int, typer.Option("--iterations", min=1, help="Fine-tuning iterations.")
+        int,
+        typer.Option(
+            "--iterations", callback=_within(1, MOST_ITERATIONS), help="Fine-tuning iterations."
+        ),
     ] = 350,
     provider: Annotated[str, typer.Option("--provider", help="cpu or openvino.")] = "cpu",
     seed: Seed = 0,

@@ -9,24 +9,31 @@ from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 
+from trtq.documents import check_depth, read_text, shown
 from trtq.errors import RecipeError
-from trtq.outputs import refuse_special
 from trtq.quant.convert import LayerPlan, layer_kind, quantizable_layers
 from trtq.quant.ranges import check_bits
+from trtq.records import Text
 
 __all__ = ["Policy", "load_policy", "parse_bits", "plan_layers"]
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent / "policies"
-_BITS = re.compile(r"w([0-9]+)a([0-9]+)")
+_BITS = re.compile(r"w([0-9]{1,3})a([0-9]{1,3})")
 GENERIC = "generic"
 PROBABILITIES = "probabilities"
+_MOST_PATTERN = 1024
+_MOST_PROBLEMS = 5
+_MOST_BYTES = 256 << 10
+_MOST_LEVELS = 16
+_MANY_KEYS = re.compile(r"(?<![\w\"'-])(?:[\w\"'-]+[ \t]*\.[ \t]*){100}")
+"""A dotted key so deep that the parser would take minutes for it."""
 
 
 def parse_bits(text: str) -> tuple[int, int]:
@@ -37,8 +44,19 @@ def parse_bits(text: str) -> tuple[int, int]:
     """
     match = _BITS.fullmatch(text.lower())
     if match is None:
-        raise RecipeError(f"bits={text!r} is not understood; write them like w4a4 or w8a8")
+        raise RecipeError(f"bits={shown(text)} is not understood; write them like w4a4 or w8a8")
     return check_bits(int(match[1])), check_bits(int(match[2]))
+
+
+def _pattern(value: str) -> str:
+    try:
+        fnmatchcase("", value)
+    except re.error as err:
+        raise ValueError(f"{shown(value)} is no shell pattern: {err}") from err
+    return value
+
+
+_Pattern = Annotated[str, Field(strict=True, max_length=_MOST_PATTERN), AfterValidator(_pattern)]
 
 
 class Rule(BaseModel):
@@ -46,10 +64,17 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: list[str]
+    layers: list[_Pattern]
     bits: str
-    reason: str
+    reason: Text
     adapters: bool = True
+
+    @field_validator("bits")
+    @classmethod
+    def _known_bits(cls, value: str) -> str:
+        if value not in ("target", "float", PROBABILITIES):
+            parse_bits(value)
+        return value
 
 
 class Policy(BaseModel):
@@ -65,7 +90,7 @@ class Policy(BaseModel):
 
     family: str
     rule: list[Rule]
-    tune: dict[str, list[str]] = {}
+    tune: dict[str, list[_Pattern]] = {}
 
     def select(self, name: str, layers: Iterable[str]) -> list[str]:
         """The layers in the set of this name.
@@ -85,22 +110,31 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
     Raises:
         RecipeError: it cannot be read or is not TOML.
-        UsageError: it is no file but a pipe or a device.
     """
-    refuse_special(path)
+    text = read_text(path, f"the {what}", error=RecipeError, most_bytes=_MOST_BYTES)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
+        if _MANY_KEYS.search(text):
+            raise ValueError("a key has more than 100 parts")
+        found = tomllib.loads(text)
+        check_depth(found, _MOST_LEVELS)
+    except RecursionError as err:
+        raise RecipeError(f"cannot read the {what} {path}: it is nested too deep") from err
+    except ValueError as err:
+        # Of TOML, and of a number with more digits than Python reads.
         raise RecipeError(f"cannot read the {what} {path}: {err}") from err
+    return found
 
 
 def explain(error: ValidationError) -> str:
-    """Pydantic's complaints in one line each, as `place: what is wrong`."""
+    """Pydantic's complaints, of the first few, each as `place: what is wrong`."""
+    problems = error.errors()
     lines = []
-    for problem in error.errors():
+    for problem in problems[:_MOST_PROBLEMS]:
         place = ".".join(str(part) for part in problem["loc"]) or "the file"
         message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
-        lines.append(f"{place}: {message} (got {problem['input']!r})")
+        lines.append(f"{place}: {message} (got {shown(problem['input'])})")
+    if len(problems) > _MOST_PROBLEMS:
+        lines.append(f"and {len(problems) - _MOST_PROBLEMS} more")
     return "; ".join(lines)
 
 

@@ -7,14 +7,16 @@ names a method and overrides what it likes. A key nobody knows is an error.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trtq.calib.policy import explain, parse_bits, read_toml
 from trtq.calib.sensitivity import parse_budget
 from trtq.diffusion.layout import parse_size
+from trtq.documents import check_depth, shown
 from trtq.errors import RecipeError
+from trtq.limits import MOST_BATCH, MOST_GUIDANCE, MOST_ITERATIONS, MOST_STEPS
 from trtq.quant.ranges import check_bits
 
 __all__ = ["Attention", "Calibration", "Quest", "Recipe", "Training", "load_recipe", "methods"]
@@ -25,22 +27,42 @@ _LARGE_MODEL = 100_000_000
 _LARGE_AT_ONCE = 2
 
 
+def check_path(value: str) -> str:
+    """A path of the user's; any character but NUL is one of a path.
+
+    Raises:
+        ValueError: it holds NUL.
+    """
+    if "\0" in value:
+        raise ValueError("it holds a NUL character, which no path does")
+    return value
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A number is no text, and true is no number; not-a-number and infinity are no values.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+_Int = Annotated[int, Field(strict=True)]
+_Float = Annotated[float, Field(strict=True)]
+_Bool = Annotated[bool, Field(strict=True)]
+_Path = Annotated[
+    str, Field(strict=True, min_length=1, max_length=4096), AfterValidator(check_path)
+]
 
 
 class Calibration(_Strict):
     """How ranges are found before any training."""
 
-    images: int = Field(64, ge=1, le=65536)
+    images: _Int = Field(64, ge=1, le=65536)
     """Images whose trajectories are recorded."""
-    samples_per_step: int = Field(4096, ge=16, le=1 << 20)
+    samples_per_step: _Int = Field(4096, ge=16, le=1 << 20)
     """Values kept of each layer's input at each step."""
     weights: Literal["minmax", "search"] = "search"
     activations: Literal["minmax", "search"] = "search"
-    batch: int = Field(64, ge=1, le=4096)
+    batch: _Int = Field(64, ge=1, le=MOST_BATCH)
     """Most images walked at once; large ones fewer, see `trtq.diffusion.sampling.at_once`."""
-    share_inputs: bool = True
+    share_inputs: _Bool = True
     """One quantiser for layers that get the same tensor, e.g. queries, keys and values; the methods as
     published give every layer its own."""
 
@@ -48,8 +70,8 @@ class Calibration(_Strict):
 class Attention(_Strict):
     """Whether attention's products run on codes too, as in QuEST (arXiv 2402.03666)."""
 
-    quantize: bool = False
-    probability_bits: int | Literal["float"] = 8
+    quantize: _Bool = False
+    probability_bits: _Int | Literal["float"] = 8
     """Of the softmax output, 2 .. 8; `float` leaves its product with the values in float."""
 
     @field_validator("probability_bits")
@@ -61,16 +83,16 @@ class Attention(_Strict):
 class Training(_Strict):
     """Data-free fine-tuning; the defaults are those of EfficientDM's release (arXiv 2310.03270)."""
 
-    iterations: int = Field(ge=1)
+    iterations: _Int = Field(ge=1, le=MOST_ITERATIONS)
     """Optimiser steps, of all stages together."""
-    batch: int = Field(ge=1)
+    batch: _Int = Field(ge=1, le=MOST_BATCH)
     """Images per process and accumulation step."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: _Int = Field(1, ge=1, le=65536)
     """Gradient accumulation steps per optimiser step."""
-    at_once: int | None = Field(None, ge=1)
+    at_once: _Int | None = Field(None, ge=1, le=MOST_BATCH)
     """Most images in one forward and backward pass; a larger batch is accumulated from several. None:
     the whole batch, or 2 from a hundred million parameters on."""
-    rank: int = Field(32, ge=0)
+    rank: _Int = Field(32, ge=0, le=65536)
     """Of the QALoRA adapters; 0 for none."""
     base: Literal["fp", "int"] = "fp"
     """What the adapters are added to: `fp` the float weight, `int` its codes, as released."""
@@ -78,30 +100,30 @@ class Training(_Strict):
     trajectory: Literal["staggered", "sequential"] = "staggered"
     """`sequential`: the whole batch stands at one step, as released. `staggered`: the items of a
     batch stand at different steps, so every iteration sees the whole trajectory."""
-    eta: float = Field(1.0, ge=0, le=1)
+    eta: _Float = Field(1.0, ge=0, le=1)
     """Noise of the teacher's DDIM trajectory; 1 as released."""
     step_weights: Literal["uniform", "influence"] = "uniform"
     """`influence`: an error counts by what it does to the final sample, see
     `trtq.diffusion.schedule.NoiseSchedule.influence`; `uniform`: alike at every step, as published."""
-    lora_travel: float = Field(3.2, gt=0)
+    lora_travel: _Float = Field(3.2, gt=0, le=1e6)
     """How many weight levels an adapter entry can travel under a steady gradient. The learning rate
     of a layer is `2 * lora_travel * mean(d_w) / iterations`: with linear decay the released
     `mean(d_w) / 2500` over 16,000 iterations is a travel of 3.2."""
-    weight_scale_lr: float = Field(1e-6, ge=0)
-    activation_lr: float = Field(5e-4, ge=0)
+    weight_scale_lr: _Float = Field(1e-6, ge=0, le=1e3)
+    activation_lr: _Float = Field(5e-4, ge=0, le=1e3)
     """Learning rate of the activation scales and zero points."""
-    activation_lr_relative: bool = False
+    activation_lr_relative: _Bool = False
     """Multiply `activation_lr` by the layer's mean scale, so that all layers move alike."""
-    split_step: bool = False
+    split_step: _Bool = False
     """Update the weight step twice per iteration, as released; needs base `int`."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: _Float = Field(0.01, ge=0, le=1e3)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: _Bool | None = None
     """Compute activations again in the backward pass instead of keeping them: much less memory, a third
     more time. None: from a hundred million parameters on."""
     table_state: Literal["dense", "persistent", "reset"] = "dense"
     """How the optimiser treats the entries of a timestep table; see `trtq.train.table_adam`."""
-    checkpoint_every: int = Field(200, ge=1)
+    checkpoint_every: _Int = Field(200, ge=1, le=MOST_ITERATIONS)
     """Iterations between checkpoints."""
 
     def divided(self, parameters: int) -> Training:
@@ -125,14 +147,14 @@ class Quest(_Strict):
     """The policy's set of layers tuned in stage 1."""
     attention: str = "attention"
     """The policy's set of layers tuned in stage 2."""
-    first_stage: float = Field(0.2, gt=0, lt=1)
+    first_stage: _Float = Field(0.2, gt=0, lt=1)
     """Share of the iterations that stage 1 gets."""
     weighting: Literal["paper", "released", "global"] = "paper"
     """See `trtq.train.quest.alignment_loss`."""
-    global_weight: float = Field(1.0, ge=0)
-    weight_travel: float = Field(1.0, gt=0)
+    global_weight: _Float = Field(1.0, ge=0, le=1e6)
+    weight_travel: _Float = Field(1.0, gt=0, le=1e6)
     """How many weight levels a tuned weight can travel, as `lora_travel` of the adapters."""
-    adaround: int = Field(0, ge=0)
+    adaround: _Int = Field(0, ge=0, le=MOST_ITERATIONS)
     """Iterations per layer of learned rounding before stage 1; 0 rounds to nearest."""
 
 
@@ -142,20 +164,20 @@ class Recipe(_Strict):
     method: str
     bits: str = "w4a4"
     tables: Literal["per-step", "static"] = "per-step"
-    steps: int = Field(20, ge=1, le=1000)
+    steps: _Int = Field(20, ge=1, le=MOST_STEPS)
     """Calibrated denoising steps."""
-    guidance: float | None = Field(None, ge=0)
+    guidance: _Float | None = Field(None, ge=0, le=MOST_GUIDANCE)
     """Classifier-free guidance of the trajectories; by default what the model is meant for."""
-    prompts: str | None = None
+    prompts: _Path | None = None
     """A text file with a prompt per line to calibrate and fine-tune with, for text models."""
     size: str | None = None
     """Image size `HEIGHTxWIDTH` in pixels to calibrate and fine-tune at; by default the model's own."""
-    seed: int = Field(0, ge=0, lt=1 << 31)
-    policy: str | None = None
+    seed: _Int = Field(0, ge=0, lt=1 << 31)
+    policy: _Path | None = None
     """A policy file to use instead of the family's."""
     budget: str | None = None
     """Mixed precision: weight bits by sensitivity within e.g. `size=0.15x`, see `calib.sensitivity`."""
-    split_skips: bool = False
+    split_skips: _Bool = False
     """Quantisers of their own for both sources of a decoder's skip convolutions (QuEST)."""
     attention: Attention = Attention()
     calibration: Calibration = Calibration()
@@ -186,7 +208,9 @@ class Recipe(_Strict):
     @classmethod
     def _known_method(cls, value: str) -> str:
         if value not in methods():
-            raise RecipeError(f"unknown method {value!r}; choose one of {', '.join(methods())}")
+            raise RecipeError(
+                f"unknown method {shown(value)}; choose one of {', '.join(methods())}"
+            )
         return value
 
 
@@ -216,9 +240,13 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
         RecipeError: an unknown key, a value out of range, or a file that cannot be read.
     """
     given = _merge(read_toml(path, "recipe") if path else {}, overrides or {})
+    try:
+        check_depth(given)
+    except ValueError as err:
+        raise RecipeError(f"the recipe is not valid: {err}") from err
     method = given.get("method", "efficientdm")
-    if method not in methods():
-        raise RecipeError(f"unknown method {method!r}; choose one of {', '.join(methods())}")
+    if not isinstance(method, str) or method not in methods():
+        raise RecipeError(f"unknown method {shown(method)}; choose one of {', '.join(methods())}")
     if method in POST_TRAINING and given.get("training") is not None:
         raise RecipeError(
             f"the method {method!r} does not fine-tune, so it takes no [training] and no number of "

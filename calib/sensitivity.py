@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.diffusion.sampling import Conditions, predict
+from trtq.documents import shown
 from trtq.errors import NonFiniteError, RecipeError
 from trtq.quant.convert import LayerPlan
 from trtq.quant.fake_quant import fake_quant
@@ -65,8 +66,8 @@ def parse_budget(text: str) -> Budget:
         share = 0.0
     if match is None or not 0 < share <= 1:
         raise RecipeError(
-            f"budget {text!r} is not understood; write size=0.15x or bitops=0.1x, a share of the float "
-            "model's"
+            f"budget {shown(text)} is not understood; write size=0.15x or bitops=0.1x, a share of the "
+            "float model's"
         )
     return Budget("size" if match[1] == "size" else "bitops", share)
 

@@ -11,20 +11,30 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from safetensors import SafetensorError
 
 from trtq.contents import find_strays
+from trtq.documents import explain_first, parse_json, read_text, shown
 from trtq.errors import ArtefactError, IntegrityError, UsageError
+from trtq.graph_metadata import check_layers, check_timesteps
 from trtq.outputs import (
     CHECKPOINTS,
     RESUMABLE,
@@ -42,6 +52,20 @@ from trtq.outputs import (
     sha256,
     special_kind,
     strip_partial,
+)
+from trtq.records import (
+    Bits,
+    Digest,
+    FileName,
+    Given,
+    Metrics,
+    ModulePath,
+    Number,
+    Options,
+    RecipeRow,
+    Text,
+    checked_by,
+    path_fault,
 )
 
 __all__ = [
@@ -109,14 +133,29 @@ class LayerRow(_Strict):
         input_of: an earlier layer that gets the same input, and whose quantiser it uses.
     """
 
-    name: str
+    name: ModulePath
     kind: Literal["linear", "conv2d", "product"]
-    weight_bits: int | None
-    activation_bits: int | None
-    right_bits: int | None = None
-    adapters: bool = False
-    reason: str
-    input_of: str | None = None
+    weight_bits: Bits | None
+    activation_bits: Bits | None
+    right_bits: Bits | None = None
+    adapters: Annotated[bool, Field(strict=True)] = False
+    reason: Text
+    input_of: ModulePath | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> LayerRow:
+        widths = (self.weight_bits, self.activation_bits, self.right_bits)
+        quantized = tuple(bits is not None for bits in widths)
+        whole = (False, True, True) if self.kind == "product" else (True, True, False)
+        if quantized not in (whole, (False, False, False)):
+            raise ValueError(
+                f"{self.name!r} is of kind {self.kind!r}, which has bits of "
+                + ("both inputs and of no weight" if self.kind == "product" else "weight and input")
+                + f", or is float; got weight, input, second input {widths}"
+            )
+        if self.input_of is not None and (self.kind == "product" or not quantized[1]):
+            raise ValueError(f"{self.name!r} quantises no single input, so it has no input_of")
+        return self
 
 
 class StructureRow(_Strict):
@@ -127,8 +166,8 @@ class StructureRow(_Strict):
         splits: input channels of the first part, by path of a split convolution.
     """
 
-    attention: list[str] = []
-    splits: dict[str, int] = {}
+    attention: list[ModulePath] = []
+    splits: dict[ModulePath, Annotated[int, Field(strict=True, ge=1, lt=1 << 31)]] = {}
 
 
 class SourceRow(_Strict):
@@ -139,8 +178,17 @@ class SourceRow(_Strict):
         files: SHA-256 of the files that went in, by path inside the source.
     """
 
-    name: str
-    files: dict[str, str]
+    name: Given
+    files: dict[str, Digest]
+
+
+class LoraRow(_Strict):
+    """A LoRA that was merged: see `trtq.lora.MergedLora`."""
+
+    file: Given
+    sha256: Digest
+    scale: Number
+    modules: Annotated[int, Field(strict=True, ge=0)]
 
 
 class Manifest(_Strict):
@@ -162,19 +210,101 @@ class Manifest(_Strict):
         packages: versions of what made it.
     """
 
-    format_version: int = FORMAT_VERSION
+    format_version: Annotated[int, Field(strict=True)] = FORMAT_VERSION
     kind: Kind
-    files: dict[str, str] = {}
+    files: dict[FileName, Digest] = {}
     source: SourceRow
-    denoiser: str
-    recipe: dict[str, Any] | None = None
-    timesteps: list[float] | None = None
+    denoiser: Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+    recipe: Annotated[dict[str, Any], AfterValidator(checked_by(RecipeRow))] | None = None
+    timesteps: Annotated[list[Annotated[Number, Field(ge=0)]], Field(min_length=1)] | None = None
     layers: list[LayerRow] = []
     structure: StructureRow = StructureRow()
-    loras: list[dict[str, Any]] = []
-    options: dict[str, Any] = {}
-    metrics: dict[str, Any] = {}
-    packages: dict[str, str] = {}
+    loras: list[Annotated[dict[str, Any], AfterValidator(checked_by(LoraRow))]] = []
+    options: Annotated[dict[str, Any], AfterValidator(checked_by(Options))] = {}
+    metrics: Annotated[dict[str, Any], AfterValidator(checked_by(Metrics))] = {}
+    packages: dict[Text, Text] = {}
+
+    @field_validator("files")
+    @classmethod
+    def _not_itself(cls, files: dict[str, str]) -> dict[str, str]:
+        if MANIFEST_NAME in files:
+            raise ValueError(f"{MANIFEST_NAME} cannot hold its own SHA-256")
+        return files
+
+    @field_validator("timesteps")
+    @classmethod
+    def _cleanest_first(cls, timesteps: list[float] | None) -> list[float] | None:
+        for before, after in pairwise(timesteps or ()):
+            if not before < after:
+                raise ValueError(
+                    f"timesteps rise from the cleanest to the noisiest, got {after:g} after {before:g}"
+                )
+        return timesteps
+
+    @field_validator("layers")
+    @classmethod
+    def _each_once(cls, layers: list[LayerRow]) -> list[LayerRow]:
+        above: dict[str, LayerRow] = {}
+        for row in layers:
+            if row.name in above:
+                raise ValueError(f"the layer {row.name!r} is there twice")
+            if row.input_of is not None:
+                owner = above.get(row.input_of)
+                if owner is None:
+                    raise ValueError(
+                        f"{row.name!r} has the input of {row.input_of!r}, which is no layer before it"
+                    )
+                if owner.activation_bits != row.activation_bits or owner.kind == "product":
+                    raise ValueError(
+                        f"{row.name!r} has the input of {row.input_of!r}, which is quantised otherwise"
+                    )
+            above[row.name] = row
+        return layers
+
+    def layer_kinds(self) -> dict[str, str]:
+        """Kind and precision of every layer by its name, e.g. `conv2d w4a8`."""
+        kinds = {}
+        for row in self.layers:
+            widths = (("w", row.weight_bits), ("a", row.activation_bits), ("a", row.right_bits))
+            precision = "".join(f"{what}{bits}" for what, bits in widths if bits is not None)
+            kinds[row.name] = f"{row.kind} {precision or 'float'}"
+        return kinds
+
+    def check_graph(self, metadata: Mapping[str, str]) -> None:
+        """Nothing, if the denoiser's graph is the one that this manifest describes.
+
+        Args:
+            metadata: what the graph says about itself.
+
+        Raises:
+            ArtefactError: it was calibrated at other timesteps, or holds other layers or bits.
+        """
+        check_timesteps(metadata, self.timesteps)
+        check_layers(metadata, self.layer_kinds())
+
+    def check_whole(self) -> None:
+        """Nothing, if what must be there for its kind is there.
+
+        Raises:
+            ValueError: it is not; the message names the entry.
+        """
+        quantized = [row.name for row in self.layers if row.activation_bits is not None]
+        if self.kind == "run" and self.recipe is None:
+            raise ValueError("recipe: a run has one")
+        if (self.recipe is None) != (self.timesteps is None):
+            raise ValueError("timesteps: they come with a recipe, and only with one")
+        if self.recipe is None and quantized:
+            raise ValueError(f"layers: {quantized[0]!r} is low-bit, though there is no recipe")
+        if self.recipe is not None:
+            missing = [key for key in ("method", "bits", "steps") if self.recipe.get(key) is None]
+            if missing:
+                raise ValueError(f"recipe.{missing[0]}: is missing")
+            if not quantized:
+                raise ValueError("layers: none is low-bit, though there is a recipe")
+        needed = {"run": (), "onnx": ("size",), "engine": ("size", "backend", "architectures")}
+        missing = [key for key in needed[self.kind] if self.options.get(key) is None]
+        if missing:
+            raise ValueError(f"options.{missing[0]}: is missing")
 
 
 def package_versions() -> dict[str, str]:
@@ -245,7 +375,8 @@ def artefact_kind(folder: Path) -> Kind | None:
     special = special_kind(path)
     if special is not None:
         raise IntegrityError(f"{path} is {special}; it is not read")
-    if not path.is_file():
+    # Anything else that is there and is no file is refused when it is read.
+    if not path.exists() and not path.is_symlink():
         return None
     return _parse(folder).kind
 
@@ -253,24 +384,29 @@ def artefact_kind(folder: Path) -> Kind | None:
 def _parse(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise ArtefactError(f"{folder} holds no readable {MANIFEST_NAME}") from err
-    try:
-        version = json.loads(text)["format_version"]
-    except (ValueError, KeyError, TypeError) as err:
-        raise IntegrityError(f"{path} is not a manifest of trtq: {err!r}") from err
+        found = parse_json(read_text(path))
+    except ValueError as err:
+        raise IntegrityError(f"{path} is not a manifest of trtq: {err}") from err
+    if not isinstance(found, dict) or "format_version" not in found:
+        raise IntegrityError(f"{path} is not a manifest of trtq: 'format_version' is missing")
+    version = found["format_version"]
+    if type(version) is not int:
+        raise IntegrityError(
+            f"{path} is not a manifest of trtq: format_version is a number, got {shown(version)}"
+        )
     if version != FORMAT_VERSION:
         raise IntegrityError(
             f"{folder} has format version {version}, this trtq reads {FORMAT_VERSION}; make it again "
             "with this version"
         )
     try:
-        return Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate(found)
+        manifest.check_whole()
     except ValidationError as err:
-        first = err.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise IntegrityError(f"{path} is not a manifest of trtq: {place}: {first['msg']}") from err
+        raise IntegrityError(f"{path} is not a manifest of trtq: {explain_first(err)}") from err
+    except ValueError as err:
+        raise IntegrityError(f"{path} is not a manifest of trtq: {err}") from err
+    return manifest
 
 
 def _checked_path(folder: Path, relative: str) -> Path:
@@ -279,17 +415,13 @@ def _checked_path(folder: Path, relative: str) -> Path:
     Raises:
         IntegrityError: the path leaves the folder.
     """
-    pure = PurePosixPath(relative)
-    path = folder / pure
-    if (
-        pure.is_absolute()
-        or ".." in pure.parts
-        or "\\" in relative
-        or ":" in relative
-        or not path.resolve().is_relative_to(folder.resolve())
-    ):
+    fault = path_fault(relative)
+    path = folder / PurePosixPath(relative) if fault is None else folder
+    if fault is None and not path.resolve().is_relative_to(folder.resolve()):
+        fault = "leaves the folder"
+    if fault is not None:
         raise IntegrityError(
-            f"{folder / MANIFEST_NAME} names {relative!r}, which leaves the folder; do not use it"
+            f"{folder / MANIFEST_NAME} names {shown(relative)}, which {fault}; do not use it"
         )
     return path
 

@@ -45,7 +45,6 @@ __all__ = [
     "partial_folder",
     "read_listing",
     "recover",
-    "refuse_special",
     "remove_partial",
     "replace_folder",
     "sha256",
@@ -118,19 +117,6 @@ def special_kind(path: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return _KINDS.get(stat.S_IFMT(mode))
-
-
-def refuse_special(path: Path) -> None:
-    """Nothing, if a path that the user gave is a file, or not there: opening a pipe may wait for ever.
-
-    What a shell hands over as `<(command)` is read.
-
-    Raises:
-        UsageError: it is a pipe, a socket or a device.
-    """
-    kind = special_kind(path)
-    if kind is not None and path.parts[:2] not in (("/", "dev"), ("/", "proc")):
-        raise UsageError(f"{path} is {kind}; give a file")
 
 
 def files_below(folder: Path) -> Iterator[str]:

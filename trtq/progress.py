@@ -6,8 +6,10 @@ error: a bar on a terminal, a line now and then elsewhere.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
 from typing import Protocol, TextIO
 
 __all__ = ["LineReporter", "Reporter", "silent"]
@@ -39,7 +41,9 @@ class LineReporter:
 
     def __init__(self, stream: TextIO | None = None, interval_s: float = 10.0) -> None:
         self.stream = stream or sys.stderr
-        self.terminal = self.stream.isatty()
+        # A dumb terminal shows escape sequences instead of obeying them.
+        dumb = os.environ.get("TERM", "") == "dumb"
+        self.terminal = self.stream is not None and self.stream.isatty() and not dumb
         self.interval_s = 0.1 if self.terminal else interval_s
         self._stage = ""
         self._first = (0.0, 0)
@@ -64,7 +68,11 @@ class LineReporter:
         else:
             text = f"{stage}: {done}/{total}"
         if self.terminal:
-            self.stream.write(f"\r\x1b[K{text}" + ("\n" if finished else ""))
+            text = f"\r\x1b[K{text}" + ("\n" if finished else "")
         else:
-            self.stream.write(text + "\n")
-        self.stream.flush()
+            text += "\n"
+        # Work goes on when nobody reads where it stands: a closed pipe, a full disk.
+        with suppress(OSError, ValueError):
+            if self.stream is not None:
+                self.stream.write(text)
+                self.stream.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +9,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from trtq.bench.summary import compare_medians
-from trtq.errors import UsageError
-from trtq.outputs import refuse_special
+from trtq.documents import parse_json, read_text, shown
+from trtq.errors import ArtefactError, UsageError
+from trtq.limits import MOST_BATCH, MOST_STEPS
 
 __all__ = ["FORMAT_VERSION", "Former", "check_same_run", "compare", "read_former"]
 
@@ -28,7 +28,7 @@ class _Turns(BaseModel):
 
 
 class _Batch(BaseModel):
-    batch: Annotated[int, Field(ge=1)]
+    batch: Annotated[int, Field(ge=1, le=MOST_BATCH)]
     parts: dict[str, _Turns]
     batch_of_images: _Turns
 
@@ -62,8 +62,8 @@ class Former(BaseModel):
 
     device: dict[str, Any]
     date: str | None
-    steps: int
-    guidance: float
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
+    guidance: Annotated[float, Field(allow_inf_nan=False)]
     model_class: str
     shape: list[int]
     rows: list[_Row]
@@ -75,16 +75,18 @@ def read_former(path: Path, device: dict[str, Any]) -> Former:
     Raises:
         UsageError: it is none, or of another device.
     """
-    refuse_special(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as err:
-        raise UsageError(f"--against: cannot read {path} ({err}); {_WHAT}") from err
+        # Numbers that are not finite are refused with their place.
+        found = parse_json(read_text(path), finite=False)
+    except ArtefactError as err:
+        raise UsageError(f"--against: {err}; {_WHAT}") from err
+    except ValueError as err:
+        raise UsageError(f"--against: cannot read {path}: {err}; {_WHAT}") from err
     if not isinstance(found, dict) or not {"format_version", "rows", "device"} <= set(found):
         raise UsageError(f"--against: {path} is no result of trtq bench; {_WHAT}")
     if found["format_version"] != FORMAT_VERSION:
         raise UsageError(
-            f"--against: {path} has format version {found['format_version']}, this trtq reads "
+            f"--against: {path} has format version {shown(found['format_version'])}, this trtq reads "
             f"{FORMAT_VERSION}; measure again"
         )
     former = _validate(path, found)
@@ -107,7 +109,7 @@ def _validate(path: Path, found: dict[str, Any]) -> Former:
 
 def _different(path: Path, key: str, then: Any, now: Any, only: str) -> UsageError:
     return UsageError(
-        f"--against: {path} was measured with {key} {then!r}, here it is {now!r}; only {only}"
+        f"--against: {path} was measured with {key} {shown(then)}, here it is {now!r}; only {only}"
     )
 
 

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trtq.documents import explain_first, read_object, shown
 from trtq.errors import ArtefactError, UsageError
+from trtq.limits import MOST_SIDE, parse_whole
 
 __all__ = [
     "CLASSES_NAME",
     "INDEX_NAME",
+    "check_null_class",
     "class_names",
     "parse_size",
     "parse_sizes",
+    "read_index",
     "read_json",
     "read_null_class",
+    "read_scheduler",
 ]
 
 INDEX_NAME = "model_index.json"
 CLASSES_NAME = "classes.json"
+MOST_TRAINED = 100_000
+"""Timesteps of a noise schedule; diffusers' have a thousand."""
+_NAME = re.compile(r"[A-Za-z0-9_]{1,128}")
+_MOST_CLASSES = 1 << 24
+_Word = Annotated[str, Field(strict=True, max_length=128)]
+_Flag = Annotated[bool, Field(strict=True)]
+_Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Positive = Annotated[_Real, Field(gt=0)]
+_Share = Annotated[_Real, Field(ge=0, le=1)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -28,12 +44,84 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ArtefactError: it cannot be read, or holds something else.
     """
+    return read_object(path)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A pipeline's `model_index.json`: its class, `[library, class]` of each part, and its settings.
+
+    Raises:
+        ArtefactError: it cannot be read, or an entry has another form.
+    """
+    path = folder / INDEX_NAME
+    index = read_json(path)
+    if not isinstance(index.get("_class_name"), str):
+        raise ArtefactError(
+            f"{path}: _class_name is the pipeline's class, got {shown(index.get('_class_name'))}"
+        )
+    for part, entry in index.items():
+        if not isinstance(entry, list):
+            continue
+        named = len(entry) == 2 and all(
+            isinstance(one, str) and _NAME.fullmatch(one) for one in entry
+        )
+        if _NAME.fullmatch(part) is None or not (named or entry == [None, None]):
+            raise ArtefactError(
+                f"{path}: {shown(part)} is a part, which is [library, class] or [null, null]; got "
+                f"{shown(entry)}"
+            )
+    return index
+
+
+class _Scheduler(BaseModel):
+    """The settings of a scheduler that are computed with; the others are left to diffusers."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    class_name: _Word | None = Field(None, alias="_class_name")
+    num_train_timesteps: Annotated[int, Field(strict=True, ge=1, le=MOST_TRAINED)] = 1000
+    beta_start: _Share = 0.0
+    beta_end: _Share = 0.0
+    beta_schedule: _Word | None = None
+    trained_betas: list[_Share] | None = None
+    prediction_type: _Word | None = None
+    timestep_spacing: _Word | None = None
+    steps_offset: Annotated[int, Field(strict=True, ge=0, le=MOST_TRAINED)] = 0
+    clip_sample: _Flag | None = None
+    clip_sample_range: _Positive = 1.0
+    set_alpha_to_one: _Flag | None = None
+    thresholding: _Flag | None = None
+    rescale_betas_zero_snr: _Flag | None = None
+    use_dynamic_shifting: _Flag | None = None
+    use_karras_sigmas: _Flag | None = None
+    use_flow_sigmas: _Flag | None = None
+    solver_order: Annotated[int, Field(strict=True, ge=1, le=16)] | None = None
+    shift: _Positive | None = None
+    base_shift: _Real | None = None
+    max_shift: _Real | None = None
+    base_image_seq_len: Annotated[int, Field(strict=True, ge=1, lt=1 << 31)] | None = 256
+    max_image_seq_len: Annotated[int, Field(strict=True, ge=1, lt=1 << 31)] | None = 4096
+
+    @model_validator(mode="after")
+    def _can_shift(self) -> _Scheduler:
+        if self.base_image_seq_len == self.max_image_seq_len:
+            raise ValueError("base_image_seq_len and max_image_seq_len differ from each other")
+        return self
+
+
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """The configuration of a pipeline's scheduler, the settings that are computed with checked.
+
+    Raises:
+        ArtefactError: it cannot be read, or a setting has another type or lies out of range.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    # Diffusers writes -Infinity for bounds that are none.
+    found = read_object(path, finite=False)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise ArtefactError(f"cannot read {path}: {err}") from err
-    if not isinstance(found, dict):
-        raise ArtefactError(f"{path} holds no object")
+        _Scheduler.model_validate(found)
+    except ValidationError as err:
+        raise ArtefactError(f"{path}: {explain_first(err)}") from err
     return found
 
 
@@ -50,9 +138,26 @@ def read_null_class(folder: Path) -> int | None:
     if "null_class" not in found:
         raise ArtefactError(f"cannot read {path}: 'null_class' is missing")
     null_class = found["null_class"]
-    if null_class is not None and not isinstance(null_class, int):
-        raise ArtefactError(f"{path}: null_class is a label or null, got {null_class!r}")
+    if null_class is not None and not (type(null_class) is int and 0 <= null_class < _MOST_CLASSES):
+        raise ArtefactError(f"{path}: null_class is a label or null, got {shown(null_class)}")
     return null_class
+
+
+def check_null_class(null_class: int | None, embeddings: int) -> None:
+    """Nothing, if the label that means "no class" is one that the model knows.
+
+    Args:
+        null_class: the label; None: the model has none.
+        embeddings: number of labels that the model knows, that one counted.
+
+    Raises:
+        ArtefactError: it is not.
+    """
+    if null_class is not None and not 0 <= null_class < embeddings:
+        raise ArtefactError(
+            f"null_class is {null_class}, but the model knows the labels 0 .. {embeddings - 1}; correct "
+            f"it in {CLASSES_NAME}"
+        )
 
 
 def class_names(folder: Path | None, count: int) -> list[str]:
@@ -65,8 +170,12 @@ def class_names(folder: Path | None, count: int) -> list[str]:
     labels = None if path is None or not path.is_file() else read_json(path).get("labels")
     if labels is None:
         return [str(label) for label in range(count)]
-    if not isinstance(labels, list) or len(labels) < count:
-        raise ArtefactError(f"{path}: labels are the names of {count} classes, got {labels!r}")
+    if (
+        not isinstance(labels, list)
+        or len(labels) < count
+        or not all(type(label) in (str, int) for label in labels)
+    ):
+        raise ArtefactError(f"{path}: labels are the names of {count} classes, got {shown(labels)}")
     return [str(label) for label in labels[:count]]
 
 
@@ -74,15 +183,18 @@ def parse_size(text: str) -> tuple[int, int]:
     """`512x768` -> (512, 768), height and width in pixels.
 
     Raises:
-        UsageError: not of that form.
+        UsageError: not of that form, or a side is longer than `MOST_SIDE`.
     """
     height, _, width = text.lower().partition("x")
     try:
-        size = int(height), int(width)
+        size = parse_whole(height), parse_whole(width)
     except ValueError:
         size = 0, 0
-    if min(size) < 1:
-        raise UsageError(f"the size {text!r} is not understood; write HEIGHTxWIDTH, e.g. 512x512")
+    if not 1 <= min(size) <= max(size) <= MOST_SIDE:
+        raise UsageError(
+            f"the size {shown(text)} is not understood; write HEIGHTxWIDTH in pixels, each 1 .. "
+            f"{MOST_SIDE}, e.g. 512x512"
+        )
     return size
 
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from trtq.documents import explain_first, read_object, read_text, shown
 from trtq.errors import ArtefactError, UsageError
-from trtq.outputs import refuse_special
+from trtq.limits import MOST_GUIDANCE
 
 __all__ = [
     "PROMPTS_NAME",
@@ -31,6 +33,18 @@ __all__ = [
 
 PROMPTS_NAME = "prompts.json"
 DEFAULT_GUIDANCE = 7.5
+MOST_CHARACTERS = 32_768
+"""Of one prompt; text encoders cut at some hundred tokens."""
+
+
+def _prompt(value: str) -> str:
+    fault = _fault(value)
+    if fault is not None:
+        raise ValueError(f"the prompt {fault}")
+    return value
+
+
+_Prompt = Annotated[str, Field(strict=True), AfterValidator(_prompt)]
 
 
 class JudgedPrompt(BaseModel):
@@ -38,8 +52,8 @@ class JudgedPrompt(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: str
-    labels: dict[str, int] = {}
+    prompt: _Prompt
+    labels: dict[str, Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]] = {}
 
 
 class PromptSet(BaseModel):
@@ -53,8 +67,10 @@ class PromptSet(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    guidance: float = Field(DEFAULT_GUIDANCE, ge=0)
-    calibration: tuple[str, ...] = Field(min_length=1)
+    guidance: float = Field(
+        DEFAULT_GUIDANCE, strict=True, ge=0, le=MOST_GUIDANCE, allow_inf_nan=False
+    )
+    calibration: tuple[_Prompt, ...] = Field(min_length=1)
     evaluation: tuple[JudgedPrompt, ...] = ()
 
 
@@ -64,15 +80,22 @@ def read_lines(path: Path) -> tuple[str, ...]:
     Raises:
         UsageError: it cannot be read, or holds none.
     """
-    refuse_special(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise UsageError(f"cannot read the prompts {path}: {err}") from err
+    text = read_text(path, "the prompts", error=UsageError)
     lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines:
         raise UsageError(f"{path} holds no prompts; write one per line")
+    for number, line in enumerate(lines, 1):
+        fault = _fault(line)
+        if fault is not None:
+            raise UsageError(f"{path}: prompt {number} ({shown(line)}) {fault}")
     return lines
+
+
+def _fault(prompt: str) -> str | None:
+    """What is wrong with a prompt; None: nothing."""
+    if len(prompt) > MOST_CHARACTERS:
+        return f"has {len(prompt)} characters; at most {MOST_CHARACTERS} are taken"
+    return "holds a NUL character" if "\0" in prompt else None
 
 
 def general_prompts() -> PromptSet:
@@ -89,7 +112,8 @@ def load_prompts(folder: Path | None) -> PromptSet:
     """
     if folder is None or not (folder / PROMPTS_NAME).is_file():
         return general_prompts()
+    path = folder / PROMPTS_NAME
     try:
-        return PromptSet.model_validate_json((folder / PROMPTS_NAME).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as err:
-        raise ArtefactError(f"cannot read {folder / PROMPTS_NAME}: {err}") from err
+        return PromptSet.model_validate(read_object(path))
+    except ValidationError as err:
+        raise ArtefactError(f"cannot read {path}: {explain_first(err)}") from err

@@ -19,7 +19,7 @@ from trtq.diffusion.encode import (
     encodes_text,
 )
 from trtq.diffusion.families import Family, family_named
-from trtq.diffusion.layout import INDEX_NAME, parse_size, read_null_class
+from trtq.diffusion.layout import INDEX_NAME, check_null_class, parse_size, read_null_class
 from trtq.diffusion.prompts import PromptSet, load_prompts
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import Conditions
@@ -39,6 +39,8 @@ _LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, Run
 DENOISERS = ("unet", "transformer")
 _ENCODE_BATCH = 64
 _PROMPT_GROUP = 4
+_MOST_ENLARGED = 16
+"""Times the model's own height or width; at twice that, pictures fall apart already."""
 
 
 class Source:
@@ -151,6 +153,12 @@ class Source:
         if height < step or width < step or height % step or width % step:
             raise UsageError(
                 f"{self.name} cannot draw {size} pixels; height and width must be multiples of {step}"
+            )
+        most = [_MOST_ENLARGED * side * self.cell_pixels for side in self._own_size]
+        if height > most[0] or width > most[1]:
+            raise UsageError(
+                f"{self.name} cannot draw {size} pixels; choose HEIGHTxWIDTH up to {most[0]}x{most[1]}, "
+                f"{_MOST_ENLARGED} times the model's own"
             )
         return height // self.cell_pixels, width // self.cell_pixels
 
@@ -363,6 +371,7 @@ def wrap_pipeline(pipeline: Any, null_class: int | None = None) -> Any:
         return pipeline
     from trtq.diffusion.class_conditional import ClassConditionalPipeline
 
+    check_null_class(null_class, int(unet.config.num_class_embeds))
     return ClassConditionalPipeline(unet, pipeline.scheduler, null_class)
 
 

@@ -10,13 +10,12 @@ from typing import Protocol
 import numpy as np
 
 from trtq.errors import ArtefactError
+from trtq.graph_metadata import SIZES_KEY
 
 __all__ = ["NO_METADATA", "SIZES_KEY", "Engine", "TensorSpec", "only_output"]
 
 NO_METADATA: Mapping[str, str] = MappingProxyType({})
 """Of a graph that says nothing about itself."""
-SIZES_KEY = "trtq.latent_sizes"
-"""Metadata of a graph with free sizes: smallest and largest latents, and the step between them."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from trtq.diffusion.families import family_named
-from trtq.engine.base import SIZES_KEY, Engine, only_output
+from trtq.engine.base import Engine, only_output
 from trtq.errors import ArtefactError, UsageError
+from trtq.graph_metadata import free_sizes
 from trtq.quant.stand_in import StandIn
 
 __all__ = ["EngineDenoiser"]
@@ -49,8 +49,8 @@ class EngineDenoiser(StandIn):
             torch.float16 if self._specs[self.family.sample].dtype == np.float16 else torch.float32
         )
         self.device = torch.device("cpu")
-        sizes = engine.metadata.get(SIZES_KEY)
-        self._sizes = None if sizes is None else json.loads(sizes)
+        sizes = free_sizes(engine.metadata)
+        self._sizes = None if sizes is None else sizes.model_dump()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes what the diffusers model takes; gives `(prediction,)` or an output with `.sample`.

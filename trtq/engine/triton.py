@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from trtq.documents import shown
 from trtq.engine.base import TensorSpec
-from trtq.errors import ServerError
+from trtq.errors import ArtefactError, ServerError
 
 __all__ = ["ServedGraph", "TritonEngine", "array_of", "tensor_of"]
 
@@ -46,12 +47,28 @@ class ServedGraph:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> ServedGraph:
-        """From what `to_json` gave."""
-        inputs, outputs = (
-            {name: TensorSpec(np.dtype(one[0]), tuple(one[1])) for name, one in found[key].items()}
-            for key in ("inputs", "outputs")
-        )
-        return cls(found["model"], inputs, outputs, found["metadata"], found["batched"])
+        """From what `to_json` gave.
+
+        Raises:
+            ArtefactError: it is something else.
+        """
+        try:
+            inputs, outputs = (
+                {
+                    name: TensorSpec(np.dtype(one[0]), tuple(one[1]))
+                    for name, one in found[key].items()
+                }
+                for key in ("inputs", "outputs")
+            )
+            return cls(
+                str(found["model"]),
+                inputs,
+                outputs,
+                dict(found["metadata"]),
+                bool(found["batched"]),
+            )
+        except (LookupError, TypeError, ValueError, AttributeError) as err:
+            raise ArtefactError(f"{shown(found)} describes no graph: {err}") from err
 
 
 def _plain(spec: TensorSpec) -> list[Any]:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trtq.documents import read_object
 from trtq.errors import ArtefactError
 
 __all__ = ["ImageClassifier", "is_classifier", "load_classifier", "save_classifier"]
@@ -97,8 +98,8 @@ def save_classifier(model: ImageClassifier, folder: Path, reference: dict[str, T
 def is_classifier(folder: Path) -> bool:
     """Whether a folder holds what `save_classifier` writes, to judge by its configuration."""
     try:
-        return "heads" in json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "heads" in read_object(folder / CONFIG_NAME, finite=False)
+    except ArtefactError:
         return False
 
 
@@ -112,7 +113,7 @@ def load_classifier(folder: Path) -> tuple[ImageClassifier, dict[str, Tensor]]:
         ArtefactError: a file is missing or is not what `save_classifier` writes.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text())
+        config = read_object(folder / CONFIG_NAME)
         tensors = load_file(folder / WEIGHTS_NAME)
         model = ImageClassifier(**config)
         reference = {

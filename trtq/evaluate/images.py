@@ -18,14 +18,17 @@ from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.source import Source
 from trtq.errors import NonFiniteError, UsageError
+from trtq.limits import MOST_IMAGES
 from trtq.outputs import new_file
 from trtq.png_text import with_texts
 from trtq.seeds import seeded_generator
 
-__all__ = ["Subjects", "contact_sheet", "draw", "save_png", "subjects_for"]
+__all__ = ["Subjects", "check_sheet", "contact_sheet", "draw", "save_png", "subjects_for"]
 
 BATCH = 125
 TEXT_BATCH = 50
+MOST_PIXELS = 1 << 27
+"""Of all images of one sheet together; in float32 they take 1.5 GB."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def subjects_for(
     Raises:
         UsageError: the model does not take what was asked for, or the count is no number of images.
     """
-    if count < 1:
-        raise UsageError(f"the number of images must be at least 1, got {count}")
+    if not 1 <= count <= MOST_IMAGES:
+        raise UsageError(f"the number of images must be 1 .. {MOST_IMAGES}, got {count}")
     if source.prompts is not None:
         if class_label is not None:
             raise UsageError("this model takes prompts, not classes: use --prompt")
@@ -79,6 +82,10 @@ def subjects_for(
         return Subjects(count)
     classes = torch.arange(count) % source.classes
     if class_label is not None:
+        if not 0 <= class_label < source.classes:
+            raise UsageError(
+                f"class labels must lie in 0 .. {source.classes - 1}, got {class_label}"
+            )
         classes = torch.full((count,), class_label)
     return Subjects(count, classes=classes, labels={"class": classes})
 
@@ -190,6 +197,20 @@ def _call(
     return images * 2 - 1
 
 
+def check_sheet(count: int, height: int, width: int) -> None:
+    """Nothing, if so many images of `height` times `width` pixels fit on one sheet.
+
+    Raises:
+        UsageError: they are too many to be held in memory at once.
+    """
+    most = max(1, MOST_PIXELS // (height * width))
+    if count > most:
+        raise UsageError(
+            f"{count} images of {height}x{width} pixels (HEIGHTxWIDTH) are too many for one sheet; "
+            f"choose at most {most}"
+        )
+
+
 def contact_sheet(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
     """images[B,C,H,W] in [-1, 1] on one uint8[H',W',3] sheet, row by row, on white."""
     pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -220,6 +241,7 @@ def save_png(
         sheet: pixels.
         path: the file.
         texts: what the file says of itself, see `trtq.png_text`.
+        overwrite: replace a file that is there.
 
     Raises:
         UsageError: the folder does not exist or cannot be written, or the file is there already.

@@ -224,6 +224,8 @@ def apply_structure(denoiser: nn.Module, structure: Structure) -> None:
     if missing:
         raise QuantizationError(f"the denoiser has no module {missing[0]!r}")
     for name in structure.attention:
+        if not hasattr(modules[name], "set_processor"):
+            raise QuantizationError(f"{name!r} is no attention module, it cannot be spelled out")
         modules[name].set_processor(SpelledAttention())
     for name, split in structure.splits.items():
         if not isinstance(modules[name], nn.Conv2d):

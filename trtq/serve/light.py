@@ -10,10 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from trtq.diffusion.layout import INDEX_NAME, class_names, parse_size, read_json, read_null_class
+from trtq.diffusion.layout import (
+    check_null_class,
+    class_names,
+    parse_size,
+    read_index,
+    read_json,
+    read_null_class,
+    read_scheduler,
+)
+from trtq.documents import shown
 from trtq.engine.open import open_engine
 from trtq.engine.openvino import OpenVinoEngine
-from trtq.errors import NonFiniteError, UsageError
+from trtq.errors import ArtefactError, NonFiniteError, UsageError
 from trtq.manifest import Manifest
 from trtq.seeds import seeded_normal
 from trtq.serve.graph import GraphCall
@@ -25,6 +34,8 @@ __all__ = ["LightModel", "pixels"]
 _LEAST_VALUES = 16
 _QUICK_VALUES = 1 << 12
 DEFAULT_STEPS = 20
+_MOST_CHANNELS = 4096
+_MOST_CLASSES = 1 << 24
 
 
 class LightModel(ServedModel):
@@ -56,6 +67,7 @@ class LightModel(ServedModel):
         config = read_json(folder / manifest.denoiser / "config.json")
         graph = folder / manifest.denoiser / "model.onnx"
         self._graph = GraphCall(open_engine(graph, provider, threads, shapes=shapes))
+        manifest.check_graph(self._graph.engine.metadata)
         self.fixed_shapes = provider == OpenVinoEngine.provider
         self._ddim = Ddim(_scheduler_config(folder))
         self._null_class = read_null_class(folder)
@@ -69,7 +81,7 @@ class LightModel(ServedModel):
     @staticmethod
     def serves(folder: Path, manifest: Manifest) -> bool:
         """Whether this folder can be served so; otherwise `PipelineModel` can."""
-        index = read_json(folder / INDEX_NAME)
+        index = read_index(folder)
         config = read_json(folder / manifest.denoiser / "config.json")
         return (
             config.get("_class_name") == "UNet2DModel"
@@ -129,12 +141,22 @@ def pixels(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "scheduler" / "scheduler_config.json")
+    return read_scheduler(folder)
 
 
 def _sample_shape(config: dict[str, Any], manifest: Manifest) -> tuple[int, int, int]:
     """Channels, height and width; of a graph for several sizes the smallest, as `open_any` has it."""
-    return int(config["in_channels"]), *parse_size(manifest.options["size"].partition(":")[0])
+    channels = _whole(config, "in_channels", 1, _MOST_CHANNELS)
+    return channels, *parse_size(manifest.options["size"].partition(":")[0])
+
+
+def _whole(config: dict[str, Any], key: str, least: int, most: int) -> int:
+    value = config.get(key)
+    if type(value) is not int or not least <= value <= most:
+        raise ArtefactError(
+            f"the denoiser's config.json: {key} is a number from {least} to {most}, got {shown(value)}"
+        )
+    return value
 
 
 def _card(
@@ -146,8 +168,11 @@ def _card(
     ddim: Ddim,
     null_class: int | None,
 ) -> Card:
-    embeds = config.get("num_class_embeds")
-    count = 0 if embeds is None else int(embeds) - (null_class is not None)
+    count = 0
+    if config.get("num_class_embeds") is not None:
+        embeds = _whole(config, "num_class_embeds", 1, _MOST_CLASSES)
+        check_null_class(null_class, embeds)
+        count = embeds - (null_class is not None)
     recipe = manifest.recipe or {}
     _, height, width = _sample_shape(config, manifest)
     return Card(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from trtq.engine.base import SIZES_KEY
 from trtq.errors import UsageError
+from trtq.graph_metadata import free_sizes
 from trtq.serve.solver import Solver
 
 __all__ = ["Card", "Drawing", "Inputs", "ServedModel", "Sizes", "Start", "class_label"]
@@ -54,11 +53,11 @@ class Sizes:
             metadata: of the graph.
             pixels: along one side of a cell of its latents.
         """
-        if SIZES_KEY not in metadata:
+        found = free_sizes(metadata)
+        if found is None:
             return None
-        found = json.loads(metadata[SIZES_KEY])
-        low, high = ((side[0] * pixels, side[1] * pixels) for side in (found["low"], found["high"]))
-        return cls(low, high, found["cell"] * pixels)
+        low, high = ((side[0] * pixels, side[1] * pixels) for side in (found.low, found.high))
+        return cls(low, high, found.cell * pixels)
 
 
 @dataclass(frozen=True)

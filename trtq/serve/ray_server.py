@@ -17,7 +17,9 @@ from dataclasses import replace
 from typing import Any
 
 from trtq._optional import require
+from trtq.documents import shown
 from trtq.errors import ArtefactError, UsageError
+from trtq.limits import parse_whole
 from trtq.serve.logs import FIELDS
 from trtq.serve.ray import RayOptions, app
 from trtq.serve.server import listen
@@ -29,6 +31,7 @@ _NAME = "trtq"
 _POLL_S = 0.1
 _CONNECT_S = 10.0
 _GRACE_S = 30.0
+_MOST_REPLICAS = 1024
 _ERROR = re.compile(r"(trtq\.errors|ray\.serve\.exceptions)\.\w+: (.*)")
 
 
@@ -39,11 +42,14 @@ def parse_replicas(text: str) -> tuple[int, int]:
         UsageError: not of that form.
     """
     try:
-        least, most = (int(part) for part in text.split(":"))
+        least, most = (parse_whole(part) for part in text.split(":", 2))
     except ValueError:
         least, most = 0, 0
-    if not 1 <= least <= most:
-        raise UsageError(f"the replicas {text!r} are not understood; write MIN:MAX, e.g. 1:4")
+    if not 1 <= least <= most <= _MOST_REPLICAS:
+        raise UsageError(
+            f"the replicas {shown(text)} are not understood; write MIN:MAX, each 1 .. "
+            f"{_MOST_REPLICAS}, e.g. 1:4"
+        )
     return least, most
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from trtq._optional import require
+from trtq.documents import read_text
 from trtq.engine.openvino import MOST_SHAPES
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError, TrtqError, UsageError
 from trtq.manifest import artefact_kind, read_manifest
-from trtq.outputs import refuse_special
 from trtq.serve.batcher import Batching, batch_sizes
 from trtq.serve.logs import FIELDS
 from trtq.serve.metrics import Metrics
@@ -44,6 +44,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 _API_KEY_VARIABLE = "TRTQ_API_KEY"
+_MOST_KEY_BYTES = 4096
 _LAST_ANSWERS_S = 2.0
 """For answers of what is given up to be sent, and again for the engine's last call to return."""
 _COMPILES = "compile-"
@@ -94,11 +95,7 @@ def read_api_key(path: Path | None) -> str | None:
         UsageError: the file cannot be read, or a key is empty or holds characters no header can.
     """
     if path is not None:
-        refuse_special(path)
-        try:
-            key = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as err:
-            raise UsageError(f"cannot read the API key: {err}") from err
+        key = read_text(path, "the API key", error=UsageError, most_bytes=_MOST_KEY_BYTES).strip()
     elif _API_KEY_VARIABLE in os.environ:
         key = os.environ[_API_KEY_VARIABLE].strip()
     else:

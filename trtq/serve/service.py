@@ -15,7 +15,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
+from trtq.documents import shown
 from trtq.errors import UsageError
+from trtq.limits import parse_whole
 from trtq.serve.batcher import Batcher, Batching, Item
 from trtq.serve.errors import ApiError
 from trtq.serve.metrics import Metrics
@@ -64,12 +66,12 @@ def parse_batch_sizes(text: str, most: int) -> tuple[int, ...]:
         UsageError: not of that form, or one is larger than `most`, or none holds an image with guidance.
     """
     try:
-        sizes = tuple(sorted({int(part) for part in text.split(",")}))
+        sizes = tuple(sorted({parse_whole(part) for part in text.split(",")}))
     except ValueError:
         sizes = (0,)
     if sizes[0] < 1 or not 2 <= sizes[-1] <= most:
         raise UsageError(
-            f"the batch sizes {text!r} are not understood; write numbers from 1 to {most} "
+            f"the batch sizes {shown(text)} are not understood; write numbers from 1 to {most} "
             "(--max-batch), the largest at least 2, e.g. 1,2,4,8"
         )
     return sizes

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trtq.contents import changed_source_file
 from trtq.diffusion.source import DENOISERS, resolve_model
+from trtq.documents import read_object, shown
 from trtq.engine.ort import PROVIDERS, check_provider
 from trtq.errors import ArtefactError, UsageError
+from trtq.limits import MOST_BATCH, parse_whole
 from trtq.manifest import MANIFEST_NAME, Manifest, artefact_kind, find_origin, read_manifest
 from trtq.quant.storage import FILE_NAME
 from trtq.stages.graph_file import DATA_NAME, MODEL_FILE, model_file
@@ -18,6 +19,7 @@ from trtq.stages.load import TORCH
 
 __all__ = ["Target", "baseline", "find_checkpoint", "parse_batches", "parse_targets"]
 
+_MOST_SIZES = 16
 RESERVED = ("kernels",)
 """Words of the command line that are no paths."""
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -107,9 +109,9 @@ def _checkpoint_files(folder: Path) -> list[Path]:
         whole, index = folder / name / _WEIGHTS, folder / name / f"{_WEIGHTS}.index.json"
         if index.is_file():
             try:
-                shards = {*json.loads(index.read_text("utf-8"))["weight_map"].values()}
+                shards = {*read_object(index)["weight_map"].values()}
                 return [folder / name / shard for shard in shards]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            except (ArtefactError, KeyError, TypeError, AttributeError):
                 return []
         if whole.is_file():
             return [whole]
@@ -123,11 +125,14 @@ def parse_batches(text: str) -> tuple[int, ...]:
         UsageError: not of that form.
     """
     try:
-        sizes = tuple(int(part) for part in text.split(","))
+        sizes = tuple(parse_whole(part) for part in text.split(",", _MOST_SIZES))
     except ValueError:
         sizes = ()
-    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-        raise UsageError(f"--batch {text!r} is not understood; write e.g. 1 or 1,4")
+    if not sizes or not 1 <= min(sizes) <= max(sizes) <= MOST_BATCH or len(set(sizes)) < len(sizes):
+        raise UsageError(
+            f"--batch {shown(text)} is not understood; write e.g. 1 or 1,4: different numbers from 1 to "
+            f"{MOST_BATCH}, at most {_MOST_SIZES}"
+        )
     return sizes
 
 

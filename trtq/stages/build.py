@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -12,13 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trtq.diffusion.layout import parse_size, parse_sizes
-from trtq.engine.base import SIZES_KEY
+from trtq.documents import read_object
 from trtq.engine.tensorrt.backends import CURRENT, Backend, check_architectures, find_backend
 from trtq.engine.tensorrt.compile import ENGINE_FILE, Compiled, compile_engine
 from trtq.engine.tensorrt.job import Job, Profile
 from trtq.errors import ArtefactError, LegalityError, MissingDependencyError, UsageError
 from trtq.export.legality import check
 from trtq.export.targets import load_graph, prepare
+from trtq.graph_metadata import free_sizes
 from trtq.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -251,11 +251,10 @@ def axis_ranges(
     often, high = (2 * low, 2 * high) if guided else (low, high)
     ranges: dict[str, Range] = {"batch": (low, often, high), "timesteps": (1, often, high)}
     ranges["tokens"] = _TOKENS
-    sizes = model.metadata_props.get(SIZES_KEY)
+    sizes = free_sizes(model.metadata_props)
     if sizes is not None:
-        found = json.loads(sizes)
         for axis, side in enumerate(("height", "width")):
-            ranges[side] = (found["low"][axis], found["low"][axis], found["high"][axis])
+            ranges[side] = (sizes.low[axis], sizes.low[axis], sizes.high[axis])
     elif manifest.options.get("size") is not None:
         smallest, largest = (parse_size(text) for text in parse_sizes(manifest.options["size"]))
         factor = _pixels_of_a_latent(folder / name) if name == DECODER else 1
@@ -272,8 +271,8 @@ def _pixels_of_a_latent(folder: Path) -> int:
         ArtefactError: its configuration does not say.
     """
     try:
-        levels = len(json.loads((folder / "config.json").read_text())["block_out_channels"])
-    except (OSError, ValueError, KeyError, TypeError) as err:
+        levels = len(read_object(folder / "config.json", finite=False)["block_out_channels"])
+    except (KeyError, TypeError) as err:
         raise ArtefactError(
             f"{folder / 'config.json'} does not say how many levels it has"
         ) from err

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from trtq.diffusion.source import Source, load_source
+from trtq.documents import shown
 from trtq.errors import UsageError
 from trtq.evaluate.extractor import Extractor, load_extractor
 from trtq.evaluate.frechet import bootstrap_interval, feature_statistics, frechet_distance
@@ -92,10 +93,12 @@ def parse_gate(text: str) -> Gate:
     except ValueError:
         bound = float("nan")
     if match is None or bound != bound:
-        raise UsageError(f"gate {text!r} is not understood; write METRIC<=NUMBER, e.g. fd<=1.5")
+        raise UsageError(
+            f"gate {shown(text)} is not understood; write METRIC<=NUMBER, e.g. fd<=1.5"
+        )
     if match[1] not in METRICS:
         raise UsageError(
-            f"unknown metric {match[1]!r} in a gate; choose one of {', '.join(METRICS)}"
+            f"unknown metric {shown(match[1])} in a gate; choose one of {', '.join(METRICS)}"
         )
     return Gate(match[1], match[2], bound)
 

@@ -13,7 +13,7 @@ from torch import nn
 from trtq.contents import source_hashes
 from trtq.diffusion.layout import parse_sizes
 from trtq.diffusion.source import Source, load_source
-from trtq.engine.base import SIZES_KEY
+from trtq.documents import shown
 from trtq.engine.prepared import keep_prepared
 from trtq.errors import GateError, UsageError
 from trtq.export.nodes import LOW_BIT_OPERATORS
@@ -27,8 +27,9 @@ from trtq.export.passes import (
     SpellOutSilu,
     WidenLayerNorm,
 )
-from trtq.export.passes.plugins import TIMESTEPS_KEY
 from trtq.export.trace import trace
+from trtq.graph_metadata import LAYERS_KEY, SIZES_KEY, TIMESTEPS_KEY
+from trtq.limits import MOST_BATCH, parse_whole
 from trtq.manifest import (
     LayerRow,
     Manifest,
@@ -71,11 +72,13 @@ def parse_batch(text: str) -> tuple[int, int]:
     """
     low, _, high = text.partition(":")
     try:
-        bounds = int(low), int(high or low)
+        bounds = parse_whole(low), parse_whole(high or low)
     except ValueError:
         bounds = 0, 0
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise UsageError(f"--batch {text!r} is not understood; write MIN:MAX, e.g. 1:8")
+    if not 1 <= bounds[0] <= bounds[1] <= MOST_BATCH:
+        raise UsageError(
+            f"--batch {shown(text)} is not understood; write MIN:MAX, each 1 .. {MOST_BATCH}, e.g. 1:8"
+        )
     return bounds
 
 
@@ -197,7 +200,7 @@ def _sizes(source: Source, size: str | None) -> tuple[str, str]:
     Raises:
         UsageError: the model cannot draw them, or one graph cannot take several.
     """
-    smallest, largest = parse_sizes(size or "x".join(map(str, source.image_size)))
+    smallest, largest = parse_sizes("x".join(map(str, source.image_size)) if size is None else size)
     if smallest != largest and not source.family.free_size:
         raise UsageError(
             f"a graph of a {source.model_class} takes images of one size, since its positions are part "
@@ -267,6 +270,7 @@ def write_graph(
         ExpandLowBitToQdq(layers, run.table, operators)(model)
         LowBitToPlugins(layers, run.table)(model)
         model.metadata_props[TIMESTEPS_KEY] = json.dumps(run.table.timesteps.tolist())
+        model.metadata_props[LAYERS_KEY] = json.dumps(run.manifest.layer_kinds())
     save_graph(model, folder)
 
 

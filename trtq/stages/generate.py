@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from trtq.errors import UsageError
-from trtq.evaluate.images import contact_sheet, draw, save_png, subjects_for
+from trtq.evaluate.images import check_sheet, contact_sheet, draw, save_png, subjects_for
 from trtq.manifest import check_outside_artefacts
 from trtq.outputs import check_file, check_place
 from trtq.png_text import generation_texts
@@ -78,6 +78,7 @@ def generate(
     source = open_any(path, provider)
     if size is not None:
         source.resize(size)
+    check_sheet(images, *source.image_size)
     subjects = subjects_for(source, images, class_label=class_label, prompt=prompt)
     if guidance is None:
         guidance = artefact_guidance(path)

@@ -8,9 +8,10 @@ from typing import Any
 
 from trtq.diffusion.source import load_source
 from trtq.engine.tensorrt.run import obstacle, open_tensorrt
+from trtq.export.targets import load_graph
 from trtq.manifest import Manifest, artefact_kind, read_manifest
 from trtq.quant import precision_text, quantizable_layers
-from trtq.stages.graph_file import model_file
+from trtq.stages.graph_file import MODEL_FILE, model_file
 from trtq.stages.run_folder import open_run
 
 __all__ = ["inspect_artefact"]
@@ -47,6 +48,9 @@ def inspect_artefact(path: str | Path) -> dict[str, Any]:
         "metrics": manifest.metrics,
         "packages": manifest.packages,
     }
+    graph = folder / manifest.denoiser / MODEL_FILE
+    if manifest.kind == "onnx" and graph.is_file():
+        manifest.check_graph(load_graph(graph).metadata_props)
     if manifest.kind == "engine":
         result |= _engine_layers(folder, manifest)
     if manifest.kind == "run":

@@ -78,8 +78,12 @@ def open_any(
         def profile() -> Profile:
             return exported_profile(folder, name, manifest)
 
-        listed = f"{name}/{file.name}" in manifest.files
-        return open_engine(file, chosen, threads, own, profile) if listed else None
+        if f"{name}/{file.name}" not in manifest.files:
+            return None
+        engine = open_engine(file, chosen, threads, own, profile)
+        if name == manifest.denoiser:
+            manifest.check_graph(engine.metadata)
+        return engine
 
     return engine_source(folder, manifest.denoiser, manifest.options.get("size"), open_graph)
 

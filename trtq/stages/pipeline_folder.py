@@ -16,11 +16,17 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from trtq.diffusion.layout import CLASSES_NAME, INDEX_NAME, read_json, read_null_class
+from trtq.diffusion.layout import (
+    CLASSES_NAME,
+    INDEX_NAME,
+    read_index,
+    read_null_class,
+    read_scheduler,
+)
 from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.source import DENOISERS, Source, wrap_pipeline
-from trtq.errors import ArtefactError, UsageError
+from trtq.errors import ArtefactError, TrtqError, UsageError
 
 __all__ = [
     "AUTOENCODERS",
@@ -41,6 +47,11 @@ TEXT_ENCODERS = {
 }
 """Names of text encoders in pipelines, and of the tokenizers that belong to them."""
 AUTOENCODERS = ("vae", "vqvae")
+_FOREIGN = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
+    *(RuntimeError, ImportError, EOFError, SafetensorError),
+)
+"""What other libraries raise at configurations that do not fit their classes."""
 
 
 def save_pipeline_parts(source: Source, folder: Path, *, graphs: bool = False) -> None:
@@ -111,7 +122,7 @@ def denoiser_in(folder: Path) -> str:
     Raises:
         ArtefactError: the folder names none.
     """
-    index = read_json(folder / INDEX_NAME)
+    index = read_index(folder)
     for name in DENOISERS:
         if isinstance(index.get(name), list):
             return name
@@ -124,7 +135,7 @@ def has_parts(folder: Path) -> bool:
     Raises:
         ArtefactError: it is no pipeline's folder.
     """
-    index = read_json(folder / INDEX_NAME)
+    index = read_index(folder)
     names = (*TEXT_ENCODERS, *AUTOENCODERS)
     return any(part in names and (entry or [None])[0] is not None for part, entry in index.items())
 
@@ -137,13 +148,27 @@ def import_classes(folder: Path) -> None:
     """
     import diffusers
 
-    index = read_json(folder / INDEX_NAME)
-    getattr(diffusers, str(index.get("_class_name")), None)
+    index = read_index(folder)
+    _attribute(diffusers, index["_class_name"])
     for part, entry in index.items():
         if isinstance(entry, list):
             # What cannot be imported is the business of whoever loads it.
             with suppress(ArtefactError):
                 _part_class(folder, part, *entry)
+
+
+def _attribute(module: Any, name: str) -> Any:
+    """What a library has under a name; None if it has nothing, or cannot import it here."""
+    try:
+        return getattr(module, name, None)
+    except (ImportError, RuntimeError):
+        return None
+
+
+def _said(err: BaseException) -> str:
+    """The first line of what another library said, and of what kind its error is."""
+    lines = str(err).strip().splitlines()
+    return f"{type(err).__name__}: {lines[0]}" if lines else type(err).__name__
 
 
 def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
@@ -155,17 +180,24 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     import diffusers
     from accelerate import init_empty_weights
 
-    library, class_name = read_json(folder / INDEX_NAME).get(denoiser_name, ("", ""))
-    cls = getattr(diffusers, class_name, None) if library == "diffusers" else None
-    if cls is None or not issubclass(cls, nn.Module):
+    entry = read_index(folder).get(denoiser_name)
+    if not isinstance(entry, list):
+        raise ArtefactError(
+            f"{folder / INDEX_NAME} names no {denoiser_name!r}, which is its denoiser"
+        )
+    library, class_name = entry
+    cls = _attribute(diffusers, class_name) if library == "diffusers" else None
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "load_config")):
         raise ArtefactError(
             f"{folder}: {library}.{class_name} is not a model of diffusers; only those are loaded"
         )
     try:
         with init_empty_weights():
             model: nn.Module = cls.from_config(cls.load_config(folder / denoiser_name)).eval()
-    except (OSError, ValueError, TypeError) as err:
-        raise ArtefactError(f"{folder}: cannot build {class_name}: {err}") from err
+    except _FOREIGN as err:
+        raise ArtefactError(
+            f"{folder / denoiser_name}: cannot build {class_name}: {_said(err)}"
+        ) from err
     return model
 
 
@@ -188,10 +220,16 @@ def load_pipeline_parts(
     """
     import diffusers
 
-    index = read_json(folder / INDEX_NAME)
-    pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
-    if pipeline_class is None:
-        raise ArtefactError(f"{folder / INDEX_NAME} names a pipeline that diffusers does not have")
+    index = read_index(folder)
+    pipeline_class = _attribute(diffusers, index["_class_name"])
+    if not (
+        isinstance(pipeline_class, type) and issubclass(pipeline_class, diffusers.DiffusionPipeline)
+    ):
+        raise ArtefactError(
+            f"{folder / INDEX_NAME} names {index['_class_name']!r}, which is no pipeline of diffusers"
+        )
+    if isinstance(index.get("scheduler"), list):
+        read_scheduler(folder)
     settings = inspect.signature(pipeline_class.__init__).parameters
     parts: dict[str, Any] = {}
     for part, entry in index.items():
@@ -205,8 +243,10 @@ def load_pipeline_parts(
             parts[part] = entry
     try:
         pipeline = wrap_pipeline(pipeline_class(**parts), read_null_class(folder))
-    except (TypeError, ValueError, AttributeError) as err:
-        raise ArtefactError(f"{folder}: cannot put the pipeline together: {err}") from err
+    except TrtqError:
+        raise
+    except _FOREIGN as err:
+        raise ArtefactError(f"{folder}: cannot put the pipeline together: {_said(err)}") from err
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -218,14 +258,19 @@ def _part_class(folder: Path, part: str, library: Any = None, class_name: Any = 
     if library not in ("diffusers", "transformers"):
         from diffusers import pipelines
 
-        if not isinstance(getattr(pipelines, str(library), None), ModuleType):
+        if not isinstance(_attribute(pipelines, str(library)), ModuleType):
             raise ArtefactError(
                 f"{folder / INDEX_NAME} wants {part!r} from {library!r}; only diffusers and "
                 "transformers are loaded from"
             )
         library = f"diffusers.pipelines.{library}"
-    cls = getattr(importlib.import_module(library), str(class_name), None)
-    if cls is None or not hasattr(cls, "from_pretrained"):
+    try:
+        cls = _attribute(importlib.import_module(library), str(class_name))
+    except ImportError as err:
+        raise ArtefactError(
+            f"{folder / INDEX_NAME} wants {part!r} from {library!r}: {err}"
+        ) from err
+    if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
         raise ArtefactError(f"{folder / INDEX_NAME} names {class_name!r}, which {library} has not")
     return cls
 
@@ -240,6 +285,6 @@ def _load_part(folder: Path, part: str, cls: Any) -> Any:
     try:
         with quiet_diffusers():
             loaded = cls.from_pretrained(folder / part, **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as err:
-        raise ArtefactError(f"{folder}: cannot load {part!r}: {err}") from err
+    except _FOREIGN as err:
+        raise ArtefactError(f"{folder}: cannot load {part!r}: {_said(err)}") from err
     return loaded.eval() if isinstance(loaded, nn.Module) else loaded

@@ -37,7 +37,7 @@ from trtq.quant import (
     attention_modules,
     skip_splits,
 )
-from trtq.quant.storage import stored_bytes
+from trtq.quant.storage import described_bytes, stored_bytes
 from trtq.seeds import seeded_generator
 
 __all__ = ["QuantizePlan", "describe_plan", "plan_quantize"]
@@ -83,7 +83,7 @@ class QuantizePlan:
         """Size of the file: packed integers, weight scales and tables, and the rest as it is stored."""
         modules = dict(self.source.denoiser.named_modules())
         inside: set[str] = set()
-        total = _HEADER_BYTES
+        total = _HEADER_BYTES + described_bytes(len(self.table), self.quantized)
         for plan in self.layers:
             if not plan.quantized:
                 continue

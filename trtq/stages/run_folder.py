@@ -95,5 +95,6 @@ def open_run(folder: Path) -> OpenRun:
     """
     manifest = read_manifest(folder, "run")
     fresh = _fresh(folder, manifest)
-    stored = load_stored(folder / FILE_NAME, fresh, layer_plans(manifest))
-    return OpenRun(folder, manifest, stored, TimestepTable(manifest.timesteps or []))
+    timesteps = manifest.timesteps or []
+    stored = load_stored(folder / FILE_NAME, fresh, layer_plans(manifest), timesteps)
+    return OpenRun(folder, manifest, stored, TimestepTable(timesteps))

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from trtq.diffusion.source import Source
+from trtq.documents import explain_first, read_object
 from trtq.engine.base import Engine
 from trtq.engine.triton import ServedGraph, TritonEngine
 from trtq.errors import ArtefactError, CancelledError, UsageError
@@ -43,6 +45,8 @@ class Settings:
         graphs: `ServedGraph.to_json` by component.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     denoiser: str
     size: str | None
     steps: int
@@ -62,10 +66,14 @@ class Settings:
         Raises:
             ArtefactError: there are none that can be read.
         """
+        path = folder / SETTINGS_NAME
         try:
-            return cls(**json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as err:
-            raise ArtefactError(f"cannot read {folder / SETTINGS_NAME}: {err}") from err
+            return _SETTINGS.validate_python(read_object(path))
+        except ValidationError as err:
+            raise ArtefactError(f"cannot read {path}: {explain_first(err)}") from err
+
+
+_SETTINGS = TypeAdapter(Settings)
 
 
 class PackagedPipeline:

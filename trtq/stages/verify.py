@@ -87,6 +87,7 @@ def verify(
     model = folder / manifest.denoiser / MODEL_FILE
     if any(result["graphs"].values()):
         return result | {"ok": False}
+    manifest.check_graph(load_graph(model).metadata_props)
     result["runtimes"] = {name: _legality(model, name) for name in runtimes}
     result["ok"] = all(found["legal"] for found in result["runtimes"].values())
     if against is None:

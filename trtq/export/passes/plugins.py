@@ -11,7 +11,6 @@ the nodes back into that form, from what lies in the graph.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from trtq.export.nodes import DOMAIN
 from trtq.export.passes.builder import GraphBuilder
 from trtq.export.passes.expand_qdq import ExpandLowBitToQdq
 from trtq.export.passes.step_index import look_up_step
+from trtq.graph_metadata import TIMESTEPS_KEY, graph_timesteps
 from trtq.plugins.low_bit.tensorrt import NAMESPACE, PLUGINS, VERSION, fields_of, spec_of
 from trtq.plugins.spec import LayerSpec
 from trtq.quant.convert import LowBitTensors
@@ -38,8 +38,6 @@ __all__ = [
     "has_plugins",
 ]
 
-TIMESTEPS_KEY = "trtq.timesteps"
-"""Metadata of a graph: the timesteps that its tables were calibrated at."""
 _RESTORED = "restored_steps"
 _OPERANDS = ("weight", "terms", "tables")
 
@@ -131,7 +129,7 @@ class ExpandPlugins(ir.passes.InPlacePass):
             spec, operands = _read(node)
             layers[node.attributes["name"].as_string()] = layer_tensors(spec, operands)
             _strip(node, spec)
-        table = TimestepTable(json.loads(timesteps))
+        table = TimestepTable(graph_timesteps(timesteps))
         return ExpandLowBitToQdq(layers, table, PLUGINS, prefix=_RESTORED)(model)
 
 
