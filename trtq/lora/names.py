@@ -176,8 +176,31 @@ _HUNYUAN_VIDEO = {
     "single_blocks.{}.linear1": "single_transformer_blocks.{}.(attn.to_q attn.to_k attn.to_v proj_mlp)",
     "single_blocks.{}.linear2": "single_transformer_blocks.{}.proj_out",
     "single_blocks.{}.modulation.linear": "single_transformer_blocks.{}.norm.linear",
+    "img_in.proj": "x_embedder.proj",
+    "time_in.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in.mlp.0": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.mlp.2": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "txt_in.input_embedder": "context_embedder.proj_in",
+    "txt_in.t_embedder.mlp.0": "context_embedder.time_text_embed.timestep_embedder.linear_1",
+    "txt_in.t_embedder.mlp.2": "context_embedder.time_text_embed.timestep_embedder.linear_2",
+    "txt_in.c_embedder.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
+    "txt_in.c_embedder.linear_2": "context_embedder.time_text_embed.text_embedder.linear_2",
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "~norm_out.linear",
+} | {
+    f"txt_in.individual_token_refiner.blocks.{{}}.{theirs}": (
+        f"context_embedder.token_refiner.refiner_blocks.{{}}.{ours}"
+    )
+    for theirs, ours in (
+        ("self_attn_qkv", "attn.(to_q to_k to_v)"),
+        ("self_attn_proj", "attn.to_out.0"),
+        ("mlp.fc1", "ff.net.0.proj"),
+        ("mlp.fc2", "ff.net.2"),
+        ("adaLN_modulation.1", "norm_out.linear"),
+    )
 }
 _LUMINA2 = {
     f"{stack}.{{}}.{theirs}": f"{stack}.{{}}.{ours}"
@@ -467,7 +490,7 @@ def base_model_of(names: Iterable[str], inputs: Mapping[str, int]) -> str | None
         return "Stable Diffusion 2.x"
     for pattern, model in (
         (r"joint_blocks", "Stable Diffusion 3"),
-        (r"img_attn_qkv(?=[._]lora|$)|individual_token_refiner", None),
+        (r"individual_token_refiner", "HunyuanVideo"),
         (r"double_blocks|single_blocks|single_transformer_blocks", "Flux"),
         (r"blocks[._]\d+[._](self|cross)_attn[._][qkvo]", "Wan"),
         (
@@ -480,6 +503,6 @@ def base_model_of(names: Iterable[str], inputs: Mapping[str, int]) -> str | None
         (r"transformer_blocks[._]\d+", "a diffusion transformer"),
         (r"^(lora_te|text_encoder)", "a text encoder"),
     ):
-        if model and re.search(pattern, text, re.MULTILINE):
+        if re.search(pattern, text, re.MULTILINE):
             return model
     return None

@@ -377,8 +377,8 @@ def _update(path: Path, name: str, parts: Mapping[str, Tensor]) -> LowRank:
     if not fits:
         shapes = " and ".join(str(tuple(t.shape)) for t in (up, down, mid) if t is not None)
         raise ArtefactError(
-            f"{path}: the matrices of {name!r} do not fit each other: {shapes}; the second size of lora_B "
-            "(up) must be the first of lora_A (down), the rank"
+            f"{path}: the matrices of {name!r} do not fit each other: {shapes}; the second size of "
+            "lora_B (up) must be the first of lora_A (down), the rank"
         )
     if "magnitude" in parts and "dora_scale" in parts:
         raise ArtefactError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -45,11 +45,32 @@ def _float_source(run: OpenRun, model: str | Path | None) -> Source:
         ) from err
     files = file_hashes(source.folder) if source.folder is not None else {}
     recorded = run.manifest.source.files
-    if files and any(name in recorded and recorded[name] != own for name, own in files.items()):
-        raise ArtefactError(
-            f"{name} is not the checkpoint that {run.folder} was made of (its files have changed)"
-        )
+    for file, own in files.items():
+        if _is_read(file, source) and recorded.get(file, own) != own:
+            raise ArtefactError(
+                f"{name} is not the checkpoint that {run.folder} was made of (its files have changed: "
+                f"{file}); say where that one is with --base, or quantise this one"
+            )
     return source
+
+
+def _is_read(file: str, source: Source) -> bool:
+    """Whether a pipeline is loaded from this file; a README, pictures and `.git` are not.
+
+    Args:
+        file: its path in the checkpoint's folder.
+        source: the checkpoint.
+    """
+    path = PurePosixPath(file)
+    if any(part.startswith(".") for part in path.parts):
+        return False
+    if len(path.parts) == 1:
+        return path.suffix == ".json"
+    return path.parts[0] in source.pipeline.components and path.suffix not in {
+        ".md",
+        ".png",
+        ".jpg",
+    }
 
 
 @torch.no_grad()
