@@ -171,7 +171,6 @@ def _sites(lora: Lora, names: Names) -> dict[str, Site]:
         looks = base_model_of(
             lora.updates, {name: update.down.shape[1] for name, update in lora.updates.items()}
         )
-        kind = type(names.components[names.denoiser]).__name__
         absent = sorted(
             {c for c, _ in map(names.split, missing) if c and c not in names.components}
         )
@@ -180,7 +179,7 @@ def _sites(lora: Lora, names: Names) -> dict[str, Site]:
             f"{len(lora.updates)} targets are not in this model, e.g. {missing[0]!r}"
             + (f" (this model has no {', '.join(absent)})" if absent else "")
             + (f"; it looks like one for {looks}" if looks else "")
-            + f", this model's {names.denoiser} is a {kind}; give a LoRA that was made for it"
+            + f", this model's {names.denoiser} is a {names.kind}; give a LoRA that was made for it"
         )
     return sites
 

@@ -373,6 +373,11 @@ class Names:
                 sites.setdefault(f"text_model_{name}", site)
         return sites
 
+    @property
+    def kind(self) -> str:
+        """The denoiser's class."""
+        return type(self.components.get(self.denoiser)).__name__
+
     def split(self, name: str) -> tuple[str | None, str]:
         """A file's name for a layer -> (component, or None where it names none; path in it)."""
         for front in _WRAPPERS:
@@ -426,9 +431,10 @@ class Names:
         Args:
             outputs: the number of output channels of each name.
         """
-        mixin = _CONVERTED.get(type(self.components[self.denoiser]).__name__)
-        loaders = importlib.import_module("diffusers.loaders.lora_pipeline")
-        loader = getattr(loaders, mixin or "", None)
+        mixin = _CONVERTED.get(self.kind)
+        if mixin is None:
+            return {}
+        loader = getattr(importlib.import_module("diffusers.loaders.lora_pipeline"), mixin, None)
         if loader is None:
             return {}
         order = list(outputs)
@@ -449,7 +455,7 @@ class Names:
         if isinstance(converted, tuple):
             converted = converted[0]
         pieces: dict[str, list[tuple[int, int, Layer]]] = {}
-        sites = self._sites[self.denoiser]
+        sites = self._sites.get(self.denoiser, {})
         for key, down in converted.items():
             if not key.endswith(".lora_A.weight"):
                 continue

@@ -177,22 +177,17 @@ def read_settings(found: Mapping[str, Any], where: str) -> Settings:
     """
     kind = found.get("peft_type", "LORA")
     if not isinstance(kind, str) or kind.upper().removeprefix("PEFTTYPE.") != "LORA":
-        raise ArtefactError(
-            f"{where}: peft_type is {kind!r}; what is merged are LoRAs (peft_type LORA), DoRA among them"
-        )
+        raise _wrong(where, "peft_type", kind, "LORA (with or without use_dora)")
     start = str(found.get("init_lora_weights", True)).lower()
     if start not in _STARTS:
         raise ArtefactError(
-            f"{where}: init_lora_weights is {start!r}, which also changes the base model's weights; "
-            "convert the adapter to a plain LoRA first (PEFT: save_pretrained with "
+            f"{where}: init_lora_weights is {start[:40]!r}, which also changes the base model's "
+            "weights; convert the adapter to a plain LoRA first (PEFT: save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
     bias = found.get("bias", "none")
     if bias not in ("none", None):
-        raise ArtefactError(
-            f"{where}: bias is {bias!r}: the model's own biases were trained, too, which is not read; "
-            "what is allowed is 'none'"
-        )
+        raise _wrong(where, "bias", bias, "none, since the model's own biases are not read")
     for name, value in found.items():
         if name not in _NEUTRAL and name != "bias" and value:
             raise ArtefactError(
