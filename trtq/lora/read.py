@@ -428,14 +428,14 @@ def _settings(path: Path, metadata: Any, names: Iterable[str]) -> tuple[dict[str
                 f"{path} is an adapter of PEFT, whose strength is in adapter_config.json; there is none "
                 "beside it"
             )
-    text = metadata.get("lora_adapter_metadata") if isinstance(metadata, dict) else None
-    if text is None:
+    note = metadata.get("lora_adapter_metadata") if isinstance(metadata, dict) else None
+    if note is None:
         return {}, b""
     where = f"the metadata of {path} (lora_adapter_metadata)"
-    if not isinstance(text, str):
-        raise ArtefactError(f"{where} is {type(text).__name__}, not text")
+    if not isinstance(note, str):
+        raise ArtefactError(f"{where} is {type(note).__name__}, not text")
     components: dict[str, dict[str, Any]] = {}
-    for key, value in parse_json(text, where).items():
+    for key, value in parse_json(note, where).items():
         component, dot, setting = key.partition(".")
         components.setdefault(component if dot else "", {})[setting if dot else component] = value
     return {name: read_settings(found, where) for name, found in components.items()}, b""
@@ -456,7 +456,7 @@ def read_lora(path: Path) -> Lora:
     metadata = header.pop("__metadata__", {})
     if not header:
         raise ArtefactError(f"{file} is not a LoRA: it holds no tensors")
-    keys = {key: part for key in header if (part := _part(key)) is not None}
+    keys = {key: found for key in header if (found := _part(key)) is not None}
     strange = [key for key in header if key not in keys]
     if strange or not any(part == "down" for _, part in keys.values()):
         if not strange:
