@@ -259,6 +259,24 @@ def kohya_sd_xl_own_names(pipe, g):
     return tensors | kohya(layers(pipe, "text_encoder_2", *TEXT), "lora_te2_", g), None
 
 
+def settings_of_two(pipe, g):
+    unet = peft_like(layers(pipe, "unet", *ATTENTION), "unet.", g)
+    text = peft_like(layers(pipe, "text_encoder", *TEXT), "text_encoder.", g, 2)
+    notes = [
+        metadata("unet", unet, lora_alpha=3, use_rslora=True),
+        metadata("text_encoder", text, r=2, alpha_pattern={"q_proj": 5}),
+    ]
+    joined = {}
+    for note in notes:
+        joined |= json.loads(note["lora_adapter_metadata"])
+    return unet | text, {"lora_adapter_metadata": json.dumps(joined)}
+
+
+def flux_metadata(pipe, g):
+    tensors = peft_like(layers(pipe, "transformer", "attn"), "transformer.", g)
+    return tensors, metadata("transformer", tensors, use_rslora=True)
+
+
 def flux_new(pipe, g):
     tensors = peft_like(layers(pipe, "transformer"), "transformer.", g)
     text = layers(pipe, "text_encoder", "self_attn")
@@ -345,6 +363,8 @@ LAYOUTS = {
     "diffusers": ("sd_1", diffusers_new),
     "diffusers-linear-projections": ("sd_2", diffusers_new),
     "diffusers-metadata": ("sd_1", diffusers_metadata),
+    "diffusers-metadata-of-two-models": ("sd_1", settings_of_two),
+    "diffusers-metadata-flux": ("flux", flux_metadata),
     "rslora": ("sd_1", rank_stabilised),
     "patterns": ("sd_1", patterns),
     "dora": ("sd_1", dora),
@@ -494,6 +514,44 @@ def test_each_alpha_of_kohyas_files_counts(tmp_path, generator):
     expected = by_diffusers(build("sd_1"), [(write(tmp_path / "plain", plain), 1.0)])
     given = by_trtq(pipe, [(write(tmp_path, tensors), 1.0)])
     assert_same(before, expected, given)
+
+
+@pytest.mark.parametrize("linear_shape", [(-1,), (-1, 1)], ids=str)
+def test_dora_of_kohyas_files(linear_shape, tmp_path, generator):
+    # diffusers leaves out `dora_scale` with a warning; its oracle is the same update in its own layout.
+    pipe = build("sd_1")
+    before = weights(pipe)
+    modules = layers(pipe, "unet", *ATTENTION, "conv1")
+    tensors, plain = kohya(modules, "lora_unet_", generator, 8.0), {}
+    for path, module in modules.items():
+        key, norm = (
+            "lora_unet_" + path.replace(".", "_"),
+            module.weight.detach().flatten(1).norm(dim=1),
+        )
+        conv = isinstance(module, nn.Conv2d)
+        tensors[f"{key}.dora_scale"] = norm.reshape((-1, 1, 1, 1) if conv else linear_shape)
+        plain[f"unet.{path}.lora_A.weight"] = tensors[f"{key}.lora_down.weight"].clone()
+        plain[f"unet.{path}.lora_B.weight"] = tensors[f"{key}.lora_up.weight"].clone()
+        plain[f"unet.{path}.lora_magnitude_vector"] = norm.reshape((1, -1, 1, 1) if conv else (-1,))
+    note = metadata("unet", plain, lora_alpha=8, use_dora=True)
+    expected = by_diffusers(build("sd_1"), [(write(tmp_path / "plain", plain, metadata=note), 0.7)])
+    assert_same(before, expected, by_trtq(pipe, [(write(tmp_path, tensors), 0.7)]))
+
+
+def test_an_adapter_of_a_text_encoder_names_no_component(tmp_path, generator):
+    # The oracle is PEFT's own merge.
+    from peft import PeftModel
+
+    pipe = build("sd_1")
+    before = weights(pipe)
+    modules = layers(pipe, "text_encoder", "q_proj", "fc1")
+    write(tmp_path, peft_like(modules, "base_model.model.", generator), "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 9, "target_modules": ["q_proj", "fc1"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    other = build("sd_1")
+    encoder = PeftModel.from_pretrained(other.text_encoder, str(tmp_path)).merge_and_unload()
+    other.register_modules(text_encoder=encoder)
+    assert_same(before, weights(other), by_trtq(pipe, [(tmp_path, 1.0)]))
 
 
 def test_locon_convolutions_of_three_parts(tmp_path, generator):

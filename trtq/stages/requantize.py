@@ -131,8 +131,8 @@ def requantize(
     }
     merged = [one.as_dict() for one in merge_loras(components, loras, source.denoiser_name)]
 
-    def identity(rows: list[dict[str, Any]]) -> set[tuple[str, float]]:
-        return {(row["sha256"], row["scale"]) for row in rows}
+    def identity(rows: list[dict[str, Any]]) -> set[tuple[Any, Any]]:
+        return {(row.get("sha256"), row.get("scale")) for row in rows}
 
     if identity(merged) == identity(manifest.loras):
         names = ", ".join(f"{row['file']} at {row['scale']:g}" for row in merged)
