@@ -322,6 +322,10 @@ FILES = {
         "has no shape",
     ),
     "no-type": (written(header(b'{"x.lora_A.weight":{}}', b"")), "is of type None"),
+    "object-for-type": (
+        written(header(b"{" + TENSOR.replace(b'"F32"', b"{}") + b"}", b"1234")),
+        r"is of type \{\}",
+    ),
     "offsets": (
         written(header(b"{" + TENSOR.replace(b"[0,4]", b"[0,4000]") + b"}", b"1234")),
         "not a safetensors file",
@@ -374,6 +378,8 @@ SETTINGS = {
     "alpha-huge": ({"lora_alpha": 10**400}, "lora_alpha is 'a huge number'"),
     "alpha-list": ({"lora_alpha": [1, 2]}, "lora_alpha is"),
     "rslora-text": ({"use_rslora": "yes"}, "use_rslora is 'yes'; what is allowed is true or false"),
+    "dora-text": ({"use_dora": "yes"}, "use_dora is 'yes'; what is allowed is true or false"),
+    "dora-without-magnitude": ({"use_dora": True}, "use_dora true, the file has no magnitude"),
     "pattern-list": ({"rank_pattern": [2]}, "rank_pattern is .* an object of layer names"),
     "pattern-text": ({"alpha_pattern": {"to_q": "4"}}, r"alpha_pattern\['to_q'\] is '4'"),
     "pattern-rank": ({"rank_pattern": {"to_q": 3}}, "the rank 3, its matrices have rank 2"),

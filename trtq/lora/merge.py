@@ -147,7 +147,7 @@ def _factor(lora: Lora, name: str, site: Site, names: Names, update: LowRank) ->
     if settings is None:
         return 1.0 if own is None else own
     paths = (*dict.fromkeys((site.layers[0].path, path)),)
-    factor = settings.factor(paths, update.rank)
+    factor = settings.factor(paths, update.rank, update.magnitude is not None)
     if own is not None and own != factor:
         raise ArtefactError(
             f"the LoRA {lora.name} gives {name!r} two strengths: alpha / rank is {own:g} by its alpha "

@@ -308,7 +308,7 @@ def _checked(path: Path, key: str, part: str, row: Mapping[str, Any]) -> None:
         ArtefactError: it has a type or a shape that its part of an update cannot have.
     """
     kind, shape = row.get("dtype"), row.get("shape")
-    if kind not in (_ALPHA_TYPES if part == "alpha" else _FLOATS):
+    if not isinstance(kind, str) or kind not in (_ALPHA_TYPES if part == "alpha" else _FLOATS):
         raise ArtefactError(
             f"{path}: {key!r} is of type {kind}; what is allowed is float32, float16, bfloat16, float64 "
             "and float8 (e4m3fn, e5m2)"

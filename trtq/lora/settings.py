@@ -74,6 +74,7 @@ class Settings:
         rank_stabilised: `use_rslora`.
         ranks: `rank_pattern`: by the end of a layer's path, a regular expression.
         alphas: `alpha_pattern`.
+        dora: `use_dora`, or `None` where nothing is said.
     """
 
     where: str
@@ -82,17 +83,25 @@ class Settings:
     rank_stabilised: bool = False
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    dora: bool | None = None
 
-    def factor(self, paths: Sequence[str], rank: int) -> float:
+    def factor(self, paths: Sequence[str], rank: int, dora: bool) -> float:
         """`alpha / r` of a layer.
 
         Args:
             paths: the names that the layer has, the model's own first.
             rank: of its matrices.
+            dora: whether the file has DoRA's magnitude of it.
 
         Raises:
-            ArtefactError: the configuration gives it another rank.
+            ArtefactError: the configuration gives it another rank, or does not agree about DoRA.
         """
+        if self.dora is not None and self.dora != dora:
+            has = "a" if dora else "no"
+            raise ArtefactError(
+                f"{self.where} says use_dora {str(self.dora).lower()}, the file has {has} magnitude "
+                f"(lora_magnitude_vector) of {paths[0]!r}; the two files do not belong together"
+            )
         said = _matching(self.ranks, paths)
         if said is None:
             said = self.rank
@@ -202,6 +211,7 @@ def read_settings(found: Mapping[str, Any], where: str) -> Settings:
         _flag(where, "use_rslora", found.get("use_rslora")),
         _pattern(where, "rank_pattern", found.get("rank_pattern"), _count),
         _pattern(where, "alpha_pattern", found.get("alpha_pattern"), _number),
+        _flag(where, "use_dora", found["use_dora"]) if found.get("use_dora") is not None else None,
     )
 
 
