@@ -20,9 +20,11 @@ from tests.lora.merged_by_diffusers import (
     by_trtq,
     changed,
     matrices,
+    parts,
     weights,
     write,
 )
+from trtq.lora.names import Names
 
 RANK = 4
 FLUX_WIDTH = 32
@@ -878,3 +880,37 @@ def test_merging_needs_no_peft(tmp_path, generator, monkeypatch):
     path = write(tmp_path, tensors, metadata=note)
     monkeypatch.setitem(sys.modules, "peft", None)
     assert len(changed(before, by_trtq(pipe, [(path, 1.0)]))) == len(tensors) // 2
+
+
+@pytest.mark.parametrize("front", ["lora_unet_", "diffusion_model.", ""])
+@pytest.mark.parametrize("name", pipelines.PIPELINES)
+def test_every_layer_of_every_pipeline_is_found_by_its_own_name(name, front):
+    pipe = pipelines.build(name)
+    denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
+    names = Names(parts(pipe), denoiser)
+    paths = layers(pipe, denoiser)
+    spelled = {front + (p.replace(".", "_") if front.endswith("_") else p): p for p in paths}
+    found, missing = names.find(spelled)
+    assert missing == []
+    for name_in_file, path in spelled.items():
+        (layer,) = found[name_in_file].layers
+        assert (layer.component, layer.path) == (denoiser, path)
+        assert layer.module is paths[path]
+
+
+def test_a_unet_of_other_blocks_is_no_reason_to_fail():
+    from diffusers import Kandinsky3UNet
+
+    unet = Kandinsky3UNet(
+        in_channels=4,
+        time_embedding_dim=4,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=3,
+        block_out_channels=(32, 64),
+        cross_attention_dim=4,
+        encoder_hid_dim=32,
+    )
+    found, missing = Names({"unet": unet}, "unet").find(["lora_unet_conv_in"])
+    assert missing == []
+    assert found["lora_unet_conv_in"].layers[0].module is unet.conv_in

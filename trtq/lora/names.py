@@ -258,7 +258,7 @@ def _blocks(unet: Any) -> Iterator[tuple[str, str]]:
     number = 1
     for i, block in enumerate(unet.down_blocks):
         attentions = getattr(block, "attentions", None) or ()
-        for j in range(len(block.resnets)):
+        for j in range(len(getattr(block, "resnets", ()))):
             yield f"input_blocks.{number}.0", f"down_blocks.{i}.resnets.{j}"
             if j < len(attentions):
                 yield f"input_blocks.{number}.1", f"down_blocks.{i}.attentions.{j}"
@@ -272,7 +272,7 @@ def _blocks(unet: Any) -> Iterator[tuple[str, str]]:
     number = 0
     for i, block in enumerate(unet.up_blocks):
         attentions = getattr(block, "attentions", None) or ()
-        last = len(block.resnets) - 1
+        last = len(getattr(block, "resnets", ())) - 1
         for j in range(last + 1):
             yield f"output_blocks.{number}.0", f"up_blocks.{i}.resnets.{j}"
             if j < len(attentions):
