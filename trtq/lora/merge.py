@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trtq.errors import ArtefactError, UsageError
+from trtq.errors import ArtefactError, NonFiniteError, UsageError
+from trtq.lora.names import Layer, Names, Site, base_model_of
 from trtq.lora.read import Lora, LoraRequest, LowRank, read_lora
+from trtq.lora.settings import strength
 
 __all__ = ["MergedLora", "merge_loras"]
-
-_KOHYA = {"unet": "lora_unet_", "transformer": "lora_transformer_", "text_encoder": "lora_te_"}
-_KOHYA_ALSO = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 
 
 @dataclass(frozen=True)
@@ -39,56 +39,217 @@ class MergedLora:
         return asdict(self)
 
 
-def _names(components: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Every linear and convolution under each name that a LoRA file may give it."""
-    known: dict[str, nn.Module] = {}
-    for component, root in components.items():
-        for path, module in root.named_modules():
-            if not isinstance(module, nn.Linear | nn.Conv2d):
-                continue
-            known[f"{component}.{path}"] = module
-            for prefixes in (_KOHYA, _KOHYA_ALSO):
-                if component in prefixes:
-                    known[prefixes[component] + path.replace(".", "_")] = module
-    return known
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """What one LoRA does to one layer.
+
+    Attributes:
+        layer: with a weight `[N, K, ...]`.
+        up: `[N, R]`.
+        down: `[R, K, ...]`.
+        mid: `[R, R, kh, kw]`, or `None`.
+        scaling: of the product.
+        bias: `[N]`, added `scaling` times, or `None`.
+        magnitude: DoRA's norms, `[N]`, or `None`.
+    """
+
+    layer: Layer
+    up: Tensor
+    down: Tensor
+    mid: Tensor | None
+    scaling: float
+    bias: Tensor | None
+    magnitude: Tensor | None
+
+    def delta(self) -> Tensor:
+        """The update, shaped like the weight."""
+        shape = self.layer.module.weight.shape
+        if self.mid is None:
+            product = self.up @ self.down.flatten(1)
+        else:
+            # LoCon: a 1 x 1 convolution, one with the kernel, a 1 x 1 convolution.
+            inner = torch.einsum("ij...,jk->ik...", self.mid, self.down.flatten(1))
+            product = torch.einsum("oi,i...->o...", self.up, inner)
+        return product.reshape(shape) * self.scaling
 
 
-def _matched(
-    lora: Lora, known: Mapping[str, nn.Module], denoiser: str
-) -> list[tuple[nn.Module, LowRank]]:
-    """The module of each update.
+def _fits(weight: Tensor, update: LowRank) -> bool:
+    """Whether a layer's weight `[N, K, ...]` can take such matrices; output channels aside."""
+    inputs, kernel = weight.shape[1], tuple(weight.shape[2:])
+    points = all(size == 1 for size in kernel)
+    if any(size != 1 for size in update.up.shape[2:]) or update.down.shape[1] != inputs:
+        return False
+    inner = tuple(update.down.shape[2:])
+    if update.mid is not None:
+        return all(size == 1 for size in inner) and tuple(update.mid.shape[2:]) == kernel
+    # A linear layer and a convolution of one point are the same, and are written as either.
+    return inner == kernel or (points and all(size == 1 for size in inner))
+
+
+def _halves_swapped(tensor: Tensor | None) -> Tensor | None:
+    """Shift and scale -> scale and shift, along the first dimension."""
+    return None if tensor is None else torch.cat(tensor.chunk(2)[::-1])
+
+
+def _changes(lora: Lora, name: str, site: Site, update: LowRank, scaling: float) -> list[_Change]:
+    """One update, for each layer that it means.
 
     Raises:
-        ArtefactError: a target is not in the model, or has another shape.
+        ArtefactError: it does not fit.
     """
-    found, missing = [], []
-    for name, update in lora.updates.items():
-        # Some files leave out the component, and mean the denoiser.
-        module: Any = known.get(name) or known.get(f"{denoiser}.{name}")
-        if module is None:
-            missing.append(name)
-            continue
-        shape = tuple(module.weight.shape)
-        size = module.weight[0].numel()
-        if len(update.up) != shape[0] or update.down[0].numel() != size:
-            raise ArtefactError(
-                f"the LoRA {lora.name} does not fit {name!r}: its update is {len(update.up)} x "
-                f"{update.down[0].numel()}, the weight is {shape[0]} x {size}; it was made for another "
-                "model"
-            )
-        found.append((module, update))
-    if missing:
+    rows = [len(layer.module.weight) for layer in site.layers]
+    if sum(rows) != len(update.up) or not all(
+        _fits(layer.module.weight, update) for layer in site.layers
+    ):
+        weights = " + ".join(str(tuple(layer.module.weight.shape)) for layer in site.layers)
         raise ArtefactError(
-            f"the LoRA {lora.name} is for another architecture: {len(missing)} of its "
-            f"{len(lora.updates)} targets are not in this model, e.g. {missing[0]!r}"
+            f"the LoRA {lora.name} does not fit {name!r}: its matrices are {tuple(update.up.shape)} and "
+            f"{tuple(update.down.shape)}, the weight is {weights}; it was made for another model"
+        )
+    up, bias, magnitude = update.up.flatten(1), update.bias, update.magnitude
+    if site.swapped:
+        swapped = _halves_swapped(up)
+        assert swapped is not None
+        up, bias, magnitude = swapped, _halves_swapped(bias), _halves_swapped(magnitude)
+    found, first = [], 0
+    for layer, count in zip(site.layers, rows, strict=True):
+        part = slice(first, first + count)
+        first += count
+        if bias is not None and layer.module.bias is None:
+            raise ArtefactError(
+                f"the LoRA {lora.name} has a bias for {name!r}, the layer has none; it was made for "
+                "another model"
+            )
+        found.append(
+            _Change(
+                layer,
+                up[part],
+                update.down,
+                update.mid,
+                scaling,
+                None if bias is None else bias[part],
+                None if magnitude is None else magnitude[part],
+            )
         )
     return found
 
 
+def _factor(lora: Lora, name: str, site: Site, names: Names, update: LowRank) -> float:
+    """`alpha / rank` of one update: its own alpha, PEFT's settings, or 1.
+
+    Raises:
+        ArtefactError: the file gives it two strengths that differ.
+    """
+    component, path = names.split(name)
+    component = component or site.layers[0].component
+    settings = lora.settings.get(component, lora.settings.get(""))
+    own = None if update.alpha is None else strength(update.alpha, update.rank)
+    if settings is None:
+        return 1.0 if own is None else own
+    paths = (*dict.fromkeys((site.layers[0].path, path)),)
+    factor = settings.factor(paths, update.rank, update.magnitude is not None)
+    if own is not None and own != factor:
+        raise ArtefactError(
+            f"the LoRA {lora.name} gives {name!r} two strengths: alpha / rank is {own:g} by its alpha "
+            f"and {factor:g} by {settings.where}; remove one of them"
+        )
+    return factor
+
+
+def _sites(lora: Lora, names: Names) -> dict[str, Site]:
+    """The layers of each of a LoRA's updates.
+
+    Raises:
+        ArtefactError: the model has no such layer.
+    """
+    sites, missing = names.find(lora.updates)
+    if missing:
+        outputs = {name: len(lora.updates[name].up) for name in missing}
+        sites |= names.renamed_by_diffusers(outputs)
+        missing = [name for name in missing if name not in sites]
+    if missing:
+        looks = base_model_of(
+            lora.updates, {name: update.down.shape[1] for name, update in lora.updates.items()}
+        )
+        absent = sorted(
+            {c for c, _ in map(names.split, missing) if c and c not in names.components}
+        )
+        raise ArtefactError(
+            f"the LoRA {lora.name} is for another architecture: {len(missing)} of its "
+            f"{len(lora.updates)} targets are not in this model, e.g. {missing[0]!r}"
+            + (f" (this model has no {', '.join(absent)})" if absent else "")
+            + (f"; it looks like one for {looks}" if looks else "")
+            + f", this model's {names.denoiser} is a {names.kind}; give a LoRA that was made for it"
+        )
+    return sites
+
+
+def _matched(lora: Lora, names: Names, scale: float) -> list[_Change]:
+    """What a LoRA changes.
+
+    Raises:
+        ArtefactError: a target is not in the model, has another shape, or is named twice.
+    """
+    owners: dict[int, str] = {}
+    found = []
+    for name, site in _sites(lora, names).items():
+        update = lora.updates[name]
+        factor = _factor(lora, name, site, names, update)
+        for change in _changes(lora, name, site, update, scale * factor):
+            module = change.layer.module
+            other = owners.setdefault(id(module), name)
+            if other != name:
+                raise ArtefactError(
+                    f"the LoRA {lora.name} gives {change.layer.path!r} twice, as {other!r} and as "
+                    f"{name!r}; a file holds one adapter"
+                )
+            if not module.weight.is_floating_point():
+                raise ArtefactError(
+                    f"{change.layer.path!r} holds {module.weight.dtype}; LoRAs are merged into float "
+                    "weights"
+                )
+            found.append(change)
+    return found
+
+
+def _result(changes: Sequence[tuple[Lora, _Change]]) -> tuple[Tensor, Tensor | None]:
+    """A layer's weight and bias after all of its changes.
+
+    Raises:
+        NonFiniteError: they are too large for the weight's type.
+    """
+    module = changes[0][1].layer.module
+    base = module.weight.detach().float()
+    weight = base
+    bias = None if module.bias is None else module.bias.detach().float()
+    for _, change in changes:
+        delta = change.delta().to(base)
+        weight = weight + delta
+        if change.magnitude is not None:
+            # DoRA (arXiv:2402.09353): the norm is that of the model's own weight with the update.
+            norm = torch.linalg.vector_norm((base + delta).flatten(1), dim=1)
+            factor = change.magnitude.to(base) / norm
+            weight = factor.reshape(-1, *(1,) * (weight.ndim - 1)) * weight
+        if change.bias is not None and bias is not None:
+            bias = bias + change.bias.to(base) * change.scaling
+    weight = weight.to(module.weight.dtype)
+    bias = None if bias is None else bias.to(module.bias.dtype)
+    if not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):
+        names = " and ".join(dict.fromkeys(lora.name for lora, _ in changes))
+        raise NonFiniteError(
+            f"the LoRA {names} makes {changes[0][1].layer.path!r} NaN or infinite; give it a "
+            "smaller scale"
+        )
+    return weight, bias
+
+
+@torch.no_grad()
 def merge_loras(
     components: Mapping[str, nn.Module], requests: Sequence[LoraRequest], denoiser: str = "unet"
 ) -> list[MergedLora]:
     """Add LoRAs to float weights, in place; nothing is changed unless all of them fit.
+
+    The weights are those that diffusers' `load_lora_weights` and `fuse_lora` give, computed in float32.
 
     Args:
         components: the float models by their name in the pipeline, e.g. `unet`, `text_encoder`.
@@ -96,11 +257,17 @@ def merge_loras(
         denoiser: the component that is meant where a file names none.
 
     Raises:
-        UsageError: the same LoRA twice.
+        UsageError: the same LoRA twice, or a strength that is no number.
         ArtefactError: a file cannot be read, or is made for another model.
-        NonFiniteError: a file holds NaN or infinity.
+        NonFiniteError: a file holds NaN or infinity, or makes weights infinite.
     """
-    known = _names(components)
+    if not requests:
+        return []
+    for request in requests:
+        if not math.isfinite(request.scale):
+            raise UsageError(
+                f"the scale of {request.path} is {request.scale}; give a finite number"
+            )
     loras = [read_lora(request.path) for request in requests]
     seen: set[str] = set()
     for lora in loras:
@@ -109,12 +276,22 @@ def merge_loras(
                 f"the LoRA {lora.name} is given twice; give it once, with the sum of scales"
             )
         seen.add(lora.sha256)
-    matched = [_matched(lora, known, denoiser) for lora in loras]
+    names = Names(components, denoiser)
     merged = []
-    with torch.no_grad():
-        for request, lora, updates in zip(requests, loras, matched, strict=True):
-            for module, update in updates:
-                weight: Any = module.weight
-                weight.add_(request.scale * update.delta(weight.shape).to(weight))
-            merged.append(MergedLora(lora.name, lora.sha256, request.scale, len(updates)))
+    # A weight that two layers share is changed by the updates of both.
+    by_weight: dict[int, list[tuple[Lora, _Change]]] = {}
+    for request, lora in zip(requests, loras, strict=True):
+        changes = _matched(lora, names, request.scale)
+        for change in changes:
+            by_weight.setdefault(id(change.layer.module.weight), []).append((lora, change))
+        merged.append(MergedLora(lora.name, lora.sha256, request.scale, len(changes)))
+    # Twice: keeping every result until all are known to be finite would take the model's size again.
+    for group in by_weight.values():
+        _result(group)
+    for group in by_weight.values():
+        module = group[0][1].layer.module
+        weight, bias = _result(group)
+        module.weight.copy_(weight)
+        if bias is not None:
+            module.bias.copy_(bias)
     return merged

@@ -55,7 +55,7 @@ def _float_source(run: OpenRun, model: str | Path | None) -> Source:
     if changed:
         raise ArtefactError(
             f"{name} is not the checkpoint that {run.folder} was made of (its files have changed: "
-            f"{changed})"
+            f"{changed}); say where that one is with --base, or quantise this one"
         )
     return source
 
@@ -119,8 +119,8 @@ def requantize(
     }
     merged = [one.as_dict() for one in merge_loras(components, loras, source.denoiser_name)]
 
-    def identity(rows: list[dict[str, Any]]) -> set[tuple[str, float]]:
-        return {(row["sha256"], row["scale"]) for row in rows}
+    def identity(rows: list[dict[str, Any]]) -> set[tuple[Any, Any]]:
+        return {(row.get("sha256"), row.get("scale")) for row in rows}
 
     if identity(merged) == identity(manifest.loras):
         names = ", ".join(f"{row['file']} at {row['scale']:g}" for row in merged)
