@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trtq.diffusion.weights import check_pointers, is_pointer
 from trtq.errors import ArtefactError, UsageError
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
 
 INDEX_NAME = "model_index.json"
 CLASSES_NAME = "classes.json"
+_JSON_BYTES = 64 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -28,10 +30,21 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ArtefactError: it cannot be read, or holds something else.
     """
+    if is_pointer(path):
+        check_pointers(path.parent)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise ArtefactError(f"cannot read {path}: {err}") from err
+        # A pipe or a device would be waited for, or read without end.
+        if path.exists() and not path.is_file():
+            raise ArtefactError(f"cannot read {path}: it is no regular file")
+        if path.stat().st_size > _JSON_BYTES:
+            raise ArtefactError(f"cannot read {path}: it is larger than {_JSON_BYTES:,} bytes")
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError as err:
+        raise ArtefactError(f"cannot read {path}: it is nested too deeply") from err
+    except OSError as err:
+        raise ArtefactError(f"cannot read {path}: {err.strerror}") from err
+    except ValueError as err:
+        raise ArtefactError(f"cannot read {path}: it is no JSON ({err})") from err
     if not isinstance(found, dict):
         raise ArtefactError(f"{path} holds no object")
     return found

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from torch import nn
 
+from trtq.diffusion.checkpoint import (
+    assemble,
+    check_config,
+    load_part,
+    one_line,
+    part_class,
+    read_index,
+)
 from trtq.diffusion.layout import CLASSES_NAME, INDEX_NAME, read_json, read_null_class
 from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.quiet import quiet_diffusers
@@ -143,7 +147,7 @@ def import_classes(folder: Path) -> None:
         if isinstance(entry, list):
             # What cannot be imported is the business of whoever loads it.
             with suppress(ArtefactError):
-                _part_class(folder, part, *entry)
+                part_class(folder, part, *entry)
 
 
 def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
@@ -155,17 +159,26 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     import diffusers
     from accelerate import init_empty_weights
 
-    library, class_name = read_json(folder / INDEX_NAME).get(denoiser_name, ("", ""))
-    cls = getattr(diffusers, class_name, None) if library == "diffusers" else None
-    if cls is None or not issubclass(cls, nn.Module):
+    entry = read_index(folder).get(denoiser_name)
+    if not isinstance(entry, list) or len(entry) != 2:
+        raise ArtefactError(f"{folder / INDEX_NAME} names no denoiser {denoiser_name!r}")
+    library, class_name = entry
+    cls = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise ArtefactError(
             f"{folder}: {library}.{class_name} is not a model of diffusers; only those are loaded"
         )
+    path = folder / denoiser_name / "config.json"
+    config = read_json(path)
+    check_config(path, config, cls)
     try:
         with init_empty_weights():
-            model: nn.Module = cls.from_config(cls.load_config(folder / denoiser_name)).eval()
-    except (OSError, ValueError, TypeError) as err:
-        raise ArtefactError(f"{folder}: cannot build {class_name}: {err}") from err
+            model: nn.Module = cls.from_config(config).eval()
+    # What a constructor raises of a wrong setting is anything.
+    except Exception as err:
+        raise ArtefactError(
+            f"{path} does not make a {class_name}: {type(err).__name__}: {one_line(err)}"
+        ) from err
     return model
 
 
@@ -186,60 +199,9 @@ def load_pipeline_parts(
     Raises:
         ArtefactError: a part is missing, or not one of diffusers' classes.
     """
-    import diffusers
 
-    index = read_json(folder / INDEX_NAME)
-    pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
-    if pipeline_class is None:
-        raise ArtefactError(f"{folder / INDEX_NAME} names a pipeline that diffusers does not have")
-    settings = inspect.signature(pipeline_class.__init__).parameters
-    parts: dict[str, Any] = {}
-    for part, entry in index.items():
-        if part == denoiser_name:
-            parts[part] = denoiser
-        elif isinstance(entry, list):
-            cls = _part_class(folder, part, *entry)
-            found = None if cls is None or load_graph is None else load_graph(part, cls)
-            parts[part] = _load_part(folder, part, cls) if found is None else found
-        elif part in settings:
-            parts[part] = entry
-    try:
-        pipeline = wrap_pipeline(pipeline_class(**parts), read_null_class(folder))
-    except (TypeError, ValueError, AttributeError) as err:
-        raise ArtefactError(f"{folder}: cannot put the pipeline together: {err}") from err
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    def load(name: str, cls: Any) -> Any:
+        found = None if cls is None or load_graph is None else load_graph(name, cls)
+        return load_part(folder, name, cls) if found is None else found
 
-
-def _part_class(folder: Path, part: str, library: Any = None, class_name: Any = None) -> Any:
-    """The class of a component, of diffusers or transformers; None where there is no component."""
-    if library is None:
-        return None
-    if library not in ("diffusers", "transformers"):
-        from diffusers import pipelines
-
-        if not isinstance(getattr(pipelines, str(library), None), ModuleType):
-            raise ArtefactError(
-                f"{folder / INDEX_NAME} wants {part!r} from {library!r}; only diffusers and "
-                "transformers are loaded from"
-            )
-        library = f"diffusers.pipelines.{library}"
-    cls = getattr(importlib.import_module(library), str(class_name), None)
-    if cls is None or not hasattr(cls, "from_pretrained"):
-        raise ArtefactError(f"{folder / INDEX_NAME} names {class_name!r}, which {library} has not")
-    return cls
-
-
-def _load_part(folder: Path, part: str, cls: Any) -> Any:
-    """One component of a pipeline, only from safetensors."""
-    if cls is None:
-        return None
-    options: dict[str, Any] = {"local_files_only": True}
-    if isinstance(cls, type) and issubclass(cls, nn.Module):
-        options |= {"use_safetensors": True, "dtype": torch.float32}
-    try:
-        with quiet_diffusers():
-            loaded = cls.from_pretrained(folder / part, **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as err:
-        raise ArtefactError(f"{folder}: cannot load {part!r}: {err}") from err
-    return loaded.eval() if isinstance(loaded, nn.Module) else loaded
+    return wrap_pipeline(assemble(folder, load, (denoiser_name, denoiser)), read_null_class(folder))
