@@ -231,6 +231,11 @@ def _guarded(place: Path, cls: Any, load: Callable[[], Any]) -> Any:
 def _load_module(place: Path, cls: Any) -> nn.Module:
     path = place / _CONFIG_NAME
     config = read_json(path)
+    if path.read_bytes().startswith(b"\xef\xbb\xbf"):
+        raise ArtefactError(
+            f"{path} begins with a byte-order mark, which diffusers and transformers do not read; save it "
+            "as UTF-8 without one"
+        )
     check_config(path, config, cls)
     ours = _is_diffusers(cls)
     weights = find_weights(place, "diffusion_pytorch_model" if ours else "model")
@@ -238,7 +243,7 @@ def _load_module(place: Path, cls: Any) -> nn.Module:
     if weights.variant is not None:
         logger.warning("%s: only the variant %r is there; it is read", place, weights.variant)
     model = _meta_model(path, config, cls)
-    _check_sizes(path, model, weights)
+    _check_sizes(path, config, model, weights)
     _check_dtypes(place, model, weights.tensors)
     if ours and model is not None:
         _check_names(place, config, model, weights.tensors)
@@ -249,6 +254,9 @@ def _load_module(place: Path, cls: Any) -> nn.Module:
         "variant": weights.variant,
         "output_loading_info": True,
     }
+    if not ours:
+        # So that shapes are in the report, which is an error below; otherwise it is only printed.
+        options["ignore_mismatched_sizes"] = True
     loaded, report = _guarded(place, cls, lambda: cls.from_pretrained(place, **options))
     _check_report(place, report, weights.tensors)
     module: nn.Module = loaded.float().eval()
@@ -339,7 +347,11 @@ def check_config(path: Path, config: Mapping[str, Any], cls: Any) -> None:
         raise ArtefactError(f"{path} is of a {named}, and {INDEX_NAME} names a {cls.__name__}")
     for key, value in config.items():
         for leaf in _leaves(value):
-            _check_number(path, key, leaf)
+            # Schedulers have infinite bounds.
+            if isinstance(leaf, float) and not math.isfinite(leaf) and _is_model(cls):
+                raise ArtefactError(f"{path}: {key} is a finite number, got {leaf}")
+            if isinstance(leaf, int) and not isinstance(leaf, bool):
+                _check_integer(path, key, leaf)
     if _is_model(cls):
         _check_signature(path, config, cls)
 
@@ -348,13 +360,7 @@ def _is_model(cls: Any) -> bool:
     return isinstance(cls, type) and issubclass(cls, nn.Module) and _is_diffusers(cls)
 
 
-def _check_number(path: Path, key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ArtefactError(f"{path}: {key} is a finite number, got {value}")
-        return
+def _check_integer(path: Path, key: str, value: int) -> None:
     allowed = f"below {_LARGEST}"
     fits = abs(value) < _LARGEST
     if key == "num_train_timesteps":
@@ -453,22 +459,30 @@ def _hints(config: Mapping[str, Any], cls: Any) -> str:
     return text + (f"; it lacks {_some(absent)}, whose defaults are taken" if absent else "")
 
 
-def _check_sizes(path: Path, model: nn.Module | None, weights: Weights) -> None:
+def _check_sizes(
+    path: Path, config: Mapping[str, Any], model: nn.Module | None, weights: Weights
+) -> None:
     """Refuse a configuration of another size than the weights before its memory is asked for."""
     if model is None:
         return
     expected = sum(parameter.numel() for parameter in model.parameters())
     held = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
     buffers = sum(buffer.nbytes for buffer in model.buffers())
+    sizes = {
+        key: max(found)
+        for key, value in config.items()
+        if (found := [leaf for leaf in _leaves(value) if type(leaf) is int])
+    }
+    largest = ", ".join(f"{key} {sizes[key]}" for key in sorted(sizes, key=sizes.__getitem__)[-2:])
     if expected > 2 * held + (1 << 20):
         raise ArtefactError(
-            f"{path} describes {expected:,} parameters, and the weights beside it are {held:,} "
-            "numbers; one of the two is of another model"
+            f"{path} describes {expected:,} parameters (its largest sizes: {largest}), and the weights "
+            f"beside it are {held:,} numbers; one of the two is of another model"
         )
     if buffers > 2 * weights.nbytes + _BUFFER_BYTES:
         raise ArtefactError(
-            f"{path} asks for {buffers:,} bytes beside its weights, which are {weights.nbytes:,} "
-            "bytes; its sizes are of another model"
+            f"{path} asks for {buffers:,} bytes beside its weights, which are {weights.nbytes:,} bytes "
+            f"(its largest sizes: {largest})"
         )
 
 

@@ -37,9 +37,9 @@ _OFFLOADING = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_
 
 
 def plain_pipeline(pipeline: Any) -> Any:
-    """A pipeline of the same class and parts, every model plain: float32, on the CPU, in evaluation mode.
+    """A pipeline of the same class, whose models are float32, on the CPU and in evaluation mode.
 
-    Float32 weights that are on the CPU are shared with the user's pipeline, so they must not be written to.
+    It shares float32 weights on the CPU with the user's pipeline, so they must not be written to.
 
     Args:
         pipeline: a diffusers pipeline; neither it nor its models are changed.

@@ -366,7 +366,7 @@ def resolve_model(model: str | Path) -> Path | str:
         if (is_folder and not (folder / INDEX_NAME).is_file()) or (there and not is_folder):
             raise ArtefactError(_no_pipeline(folder))
     except OSError as err:
-        raise ArtefactError(f"cannot read {name!r}: {err.strerror}") from err
+        raise ArtefactError(f"cannot read {one_line(repr(name))}: {err.strerror}") from err
     if is_folder:
         return folder
     if _HUB_ID.fullmatch(name) and ".." not in name and "--" not in name:
@@ -379,7 +379,7 @@ def resolve_model(model: str | Path) -> Path | str:
 
 def _no_pipeline(path: Path) -> str:
     """Why a file or folder that is there is no pipeline's, and what to do."""
-    single = single_file_refusal(path)
+    single = None if (path / "config.json").is_file() else single_file_refusal(path)
     if single is not None:
         return single
     if not path.is_dir():
