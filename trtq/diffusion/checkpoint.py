@@ -221,7 +221,7 @@ def _guarded(place: Path, cls: Any, load: Callable[[], Any]) -> Any:
             return load()
     except ArtefactError:
         raise
-    # diffusers, transformers and tokenizers raise whatever their parsers meet, bare Exception included.
+    # A library raises whatever its parsers meet, bare Exception included.
     except Exception as err:
         raise ArtefactError(
             f"cannot load {place.name!r} from {place} as {cls.__name__}: {one_line(err)}"

@@ -215,7 +215,9 @@ def _fresh(model: Any, cls: Any, name: str) -> nn.Module:
     try:
         with quiet_diffusers(), torch.random.fork_rng(devices=[]), init_empty_weights():
             if hasattr(cls, "from_config"):
-                fresh: nn.Module = cls.from_config(dict(model.config))
+                # Private keys, too, would say which settings to take the defaults of.
+                config = {k: v for k, v in model.config.items() if not k.startswith("_")}
+                fresh: nn.Module = cls.from_config(config)
             else:
                 fresh = cls(copy.deepcopy(model.config))
     # A constructor raises anything of a configuration that was changed by hand.

@@ -435,6 +435,11 @@ def load_source(model: str | Path | Any) -> Source:
 
 def _object_source(pipeline: Any) -> Source:
     """A pipeline object; one that trtq itself has made low-bit stays as it is."""
+    if isinstance(pipeline, nn.Module):
+        raise UsageError(
+            f"a whole pipeline is needed, got the model {type(pipeline).__name__} alone; put it "
+            "into one, or give the pipeline's folder"
+        )
     name = find_denoiser(pipeline)
     if not isinstance(getattr(pipeline, name), StandIn):
         pipeline = wrap_pipeline(plain_pipeline(pipeline))

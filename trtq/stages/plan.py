@@ -37,6 +37,7 @@ from trtq.quant import (
     attention_modules,
     skip_splits,
 )
+from trtq.quant.stand_in import StandIn
 from trtq.quant.storage import stored_bytes
 from trtq.seeds import seeded_generator
 
@@ -126,12 +127,17 @@ def plan_quantize(
         kind = artefact_kind(Path(model))
         if kind is not None:
             raise UsageError(
-                f"{model} is of kind {kind!r} and quantised already; give a float checkpoint, or a run "
-                "together with --lora to change its LoRAs"
+                f"{model} is of kind {kind!r} and quantised already; give a float checkpoint, or a "
+                "run together with --lora to change its LoRAs"
             )
     source = load_source(model)
+    if isinstance(source.denoiser, StandIn):
+        raise UsageError(
+            f"{source.name} is quantised already (its denoiser is a "
+            f"{type(source.denoiser).__name__}); give the float pipeline"
+        )
     if not isinstance(model, str | Path):
-        # The caller's pipeline stays as it is.
+        # The caller's pipeline stays as it is, and its weights may be shared.
         pipeline = copy.copy(source.pipeline)
         for name, part in pipeline.components.items():
             if name == source.denoiser_name or (loras and isinstance(part, nn.Module)):
