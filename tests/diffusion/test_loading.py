@@ -91,7 +91,9 @@ def test_tensors_that_do_not_fit_are_named_and_counted(file, kind, model):
     assert ("of_another.weight" if kind == "stray" else name.split(".")[-2]) in message
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model."])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "model.", "unet.", "_orig_mod.module."]
+)
 @pytest.mark.parametrize("file", [UNET, VAE, TEXT])
 def test_prefixed_names_are_refused_with_what_to_do(prefix, file, model):
     edit_tensors(model, file, lambda tensors: {prefix + n: t for n, t in tensors.items()})
@@ -536,3 +538,15 @@ def test_old_names_of_text_encoder_weights_are_read(model):
     edit_tensors(model, TEXT, change)
     found = load_source(model).pipeline.text_encoder.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_weights_with_fused_projections_say_what_to_do(tmp_path):
+    pipeline = build("sd_1")
+    pipeline.fuse_qkv_projections()
+    pipeline.save_pretrained(tmp_path)
+    assert "unfuse_qkv_projections" in refusal(tmp_path, ArtefactError)
+
+
+def test_a_tokenizer_without_a_length_is_refused(model):
+    (model / "tokenizer/tokenizer_config.json").unlink()
+    assert "model_max_length" in refusal(model, ArtefactError)

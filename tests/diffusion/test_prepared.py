@@ -247,6 +247,14 @@ def patched_forward(pipeline):
     pipeline.unet.forward = lambda *a, **k: forward(*a, **k)
 
 
+def patched_decode(pipeline):
+    pipeline.vae.decode = lambda z, **_: z
+
+
+def safety_function(pipeline):
+    pipeline.safety_checker = lambda images, **_: (images, [False])
+
+
 def patched_call(pipeline):
     pipeline.encode_prompt = types.MethodType(lambda *_, **__: None, pipeline)
 
@@ -294,10 +302,13 @@ def weight_norm(pipeline):
 
 
 def own_scheduler(pipeline):
-    class Mine:
-        config = {}
+    from diffusers import DDIMScheduler
 
-    vars(pipeline)["scheduler"] = Mine()
+    class Mine(DDIMScheduler):
+        def step(self, *args, **kwargs):
+            return super().step(*args, **kwargs)
+
+    pipeline.scheduler = Mine.from_config(pipeline.scheduler.config)
 
 
 def own_vae(pipeline):
@@ -314,6 +325,8 @@ REFUSED = {
     "replaced layer": (replaced_layer, UsageError, "MyLinear"),
     "circular": (circular, UsageError, "circular"),
     "patched forward": (patched_forward, UsageError, "forward of 'unet'"),
+    "patched decode": (patched_decode, UsageError, "decode of 'vae'"),
+    "safety function": (safety_function, UsageError, "set it to None"),
     "patched call": (patched_call, UsageError, "encode_prompt"),
     "meta": (on_meta, QuantizationError, "no weights in memory"),
     "sequential offload": (sequential, QuantizationError, "no weights in memory"),
@@ -325,6 +338,7 @@ REFUSED = {
     "shorter": (shorter, UsageError, "text_encoder"),
     "resized": (resized, UsageError, "text_encoder"),
     "weight norm": (weight_norm, UsageError, "unet.conv_in"),
+    "own scheduler": (own_scheduler, UsageError, "'scheduler' of the pipeline is a Mine"),
     "own vae": (own_vae, UsageError, "neither of diffusers"),
 }
 
@@ -440,6 +454,20 @@ def test_settings_that_were_changed_on_the_object_are_its_settings():
     pipeline = build("sd_1")
     pipeline.unet.register_to_config(sample_size=16)
     assert load_source(pipeline).latent_size == (16, 16)
+
+
+@pytest.mark.parametrize("size", [0, 10**9, (8, 8, 8), "big"], ids=repr)
+def test_a_size_that_is_none_is_refused_on_the_object(size, tmp_path):
+    pipeline = build("sd_1")
+    pipeline.unet.register_to_config(sample_size=size)
+    with pytest.raises(UsageError, match=r"sample_size .* 1 \.\. 8192"):
+        quantize(pipeline, RECIPE, tmp_path / "run")
+
+
+def test_parts_of_different_models_are_refused(tmp_path):
+    pipeline = stable_diffusion(conditional_unet(32), diffusion())
+    with pytest.raises(QuantizationError, match="not of one model"):
+        quantize(pipeline, RECIPE, tmp_path / "run")
 
 
 def test_a_low_bit_pipeline_is_not_quantised_again(digits_run, tmp_path):

@@ -44,6 +44,7 @@ _SCHEDULER_NAME = "scheduler_config.json"
 _LARGEST = 1 << 31
 _LARGEST_SAMPLE = 8192
 _LONGEST_SCHEDULE = 100_000
+_LONGEST_TEXT = 1 << 20
 _COUNTS = re.compile(r"channels|layers|heads|groups|_dim$|_size$|_dim_|_blocks")
 _POSITIVE = (
     "in_channels",
@@ -211,7 +212,13 @@ def load_part(folder: Path, part: str, cls: Any) -> Any:
         return _load_module(place, cls)
     if (place / _SCHEDULER_NAME).is_file():
         check_config(place / _SCHEDULER_NAME, read_json(place / _SCHEDULER_NAME), cls)
-    return _guarded(place, cls, lambda: cls.from_pretrained(place, local_files_only=True))
+    found = _guarded(place, cls, lambda: cls.from_pretrained(place, local_files_only=True))
+    if cls.__name__.startswith("CLIPTokenizer") and found.model_max_length > _LONGEST_TEXT:
+        raise ArtefactError(
+            f"{place} does not tell how long a text may be: model_max_length is missing in its "
+            "tokenizer_config.json"
+        )
+    return found
 
 
 def _guarded(place: Path, cls: Any, load: Callable[[], Any]) -> Any:
@@ -233,8 +240,8 @@ def _load_module(place: Path, cls: Any) -> nn.Module:
     config = read_json(path)
     if path.read_bytes().startswith(b"\xef\xbb\xbf"):
         raise ArtefactError(
-            f"{path} begins with a byte-order mark, which diffusers and transformers do not read; save it "
-            "as UTF-8 without one"
+            f"{path} begins with a byte-order mark, which diffusers and transformers do not read; "
+            "save it as UTF-8 without one"
         )
     check_config(path, config, cls)
     ours = _is_diffusers(cls)
@@ -476,13 +483,13 @@ def _check_sizes(
     largest = ", ".join(f"{key} {sizes[key]}" for key in sorted(sizes, key=sizes.__getitem__)[-2:])
     if expected > 2 * held + (1 << 20):
         raise ArtefactError(
-            f"{path} describes {expected:,} parameters (its largest sizes: {largest}), and the weights "
-            f"beside it are {held:,} numbers; one of the two is of another model"
+            f"{path} describes {expected:,} parameters (its largest sizes: {largest}), and the "
+            f"weights beside it are {held:,} numbers; one of the two is of another model"
         )
     if buffers > 2 * weights.nbytes + _BUFFER_BYTES:
         raise ArtefactError(
-            f"{path} asks for {buffers:,} bytes beside its weights, which are {weights.nbytes:,} bytes "
-            f"(its largest sizes: {largest})"
+            f"{path} asks for {buffers:,} bytes beside its weights, which are {weights.nbytes:,} "
+            f"bytes (its largest sizes: {largest})"
         )
 
 
@@ -542,19 +549,44 @@ def _check_names(
         )
 
 
+def _prefix(missing: list[str], unexpected: list[str]) -> str | None:
+    """What all unexpected names begin with, if those without it are the missing ones."""
+    first = min(unexpected, default="")
+    for position in (place + 1 for place, letter in enumerate(first) if letter == "."):
+        prefix = first[:position]
+        if all(name.startswith(prefix) for name in unexpected) and (
+            any(name.removeprefix(prefix) in missing for name in unexpected)
+        ):
+            return prefix
+    return next(
+        (
+            p
+            for p in _PREFIXES
+            if missing and unexpected and all(n.startswith(p) for n in unexpected)
+        ),
+        None,
+    )
+
+
 def _of_names(
     place: Path, missing: Iterable[str], unexpected: Iterable[str], held: list[str]
 ) -> str:
     """One line about missing and unexpected tensors."""
     missing, unexpected = list(missing), list(unexpected)
-    for prefix, advice in _PREFIXES.items():
-        if missing and unexpected and all(name.startswith(prefix) for name in unexpected):
-            return (
-                f"{place}: {len(unexpected)} tensors begin with {prefix!r} ({_some(unexpected)}), "
-                f"{advice}, or take it off the names, in Python: from safetensors.torch import "
-                f"load_file, save_file; save_file({{k.removeprefix({prefix!r}): v for k, v in "
-                "load_file(F).items()}, F)"
-            )
+    prefix = _prefix(missing, unexpected)
+    if prefix is not None:
+        advice = _PREFIXES.get(prefix, "saved as part of something larger")
+        return (
+            f"{place}: {len(unexpected)} tensors begin with {prefix!r} ({_some(unexpected)}), "
+            f"{advice}, or take it off the names, in Python: from safetensors.torch import "
+            f"load_file, save_file; save_file({{k.removeprefix({prefix!r}): v for k, v in "
+            "load_file(F).items()}, F)"
+        )
+    if any(re.search(r"\.to_(added_)?q?kv\.", name) for name in unexpected) and not missing:
+        return (
+            f"{place}: it was saved with fused projections ({_some(unexpected)}); call "
+            "pipe.unfuse_qkv_projections() before saving"
+        )
     if any("lora_" in name for name in unexpected):
         return (
             f"{place}: its weights hold an adapter that is not fused ({_some(unexpected)}); fuse "

@@ -73,9 +73,10 @@ def plain_pipeline(pipeline: Any) -> Any:
         if isinstance(part, nn.Module):
             part = plain_model(part, name)
         elif _library(type(part)) is None:
+            hint = "; to do without it, set it to None" if name == "safety_checker" else ""
             raise UsageError(
                 f"{name!r} of the pipeline is a {type(part).__name__}, which is neither of "
-                "diffusers nor of transformers; a run could not be opened again with it"
+                f"diffusers nor of transformers; a run could not be opened again with it{hint}"
             )
         setattr(plain, name, part)
     plain.set_progress_bar_config(disable=True)
@@ -252,18 +253,17 @@ def _check_modules(fresh: nn.Module, users: dict[str, nn.Module], name: str) -> 
             continue
         if path and type(own) is not type(module):
             raise UsageError(
-                f"{where!r} is a {type(own).__name__} and by its configuration a "
-                f"{type(module).__name__}; trtq would not keep what was put there, give the "
-                "pipeline without it"
+                f"{where!r} is a {_full(own)} and by its configuration a {_full(module)}; trtq "
+                "would not keep what was put there, give the pipeline without it"
             )
         if own.extra_repr() != module.extra_repr():
             raise UsageError(
                 f"{where!r} was changed: {type(own).__name__}({one_line(own.extra_repr())}), by "
                 f"its configuration ({one_line(module.extra_repr())})"
             )
-        if "forward" in vars(own) and not hasattr(own, "_hf_hook") and not _registry(own):
+        for method in _replaced_methods(own):
             raise UsageError(
-                f"the forward of {where!r} was replaced by a function of yours or of a patch "
+                f"the {method} of {where!r} was replaced by a function of yours or of a patch "
                 "(DeepCache, ToMe, ...), which trtq would not run; give the pipeline without it"
             )
         for hook in _registry(own):
@@ -273,6 +273,22 @@ def _check_modules(fresh: nn.Module, users: dict[str, nn.Module], name: str) -> 
                     "it off first (e.g. disable_cache())"
                 )
         _check_processor(module, own, where)
+
+
+def _full(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _replaced_methods(module: Any) -> list[str]:
+    """Methods that were put on the object itself; those of offloading and compiling are passed over."""
+    ours = {"to", "cuda", "xpu", "npu"}
+    if hasattr(module, "_hf_hook") or _registry(module):
+        ours.add("forward")
+    return [
+        name
+        for name, value in vars(module).items()
+        if callable(value) and callable(getattr(type(module), name, None)) and name not in ours
+    ]
 
 
 def _registry(module: Any) -> list[str]:

@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 DENOISERS = ("unet", "transformer")
+_LARGEST = 8192
+"""Limit of the cells along one side of a latent, as in `trtq.diffusion.checkpoint`."""
 _ENCODE_BATCH = 64
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PROMPT_GROUP = 4
@@ -120,8 +122,13 @@ class Source:
             size = getattr(self.pipeline, "default_sample_size", None)
         if size is None:
             return None
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(height), int(width)
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        if len(sides) != 2 or not all(isinstance(s, int) and 1 <= s <= _LARGEST for s in sides):
+            raise UsageError(
+                f"{self.name}: the sample_size of its {self.denoiser_name} is one number or two, "
+                f"each 1 .. {_LARGEST}, got {one_line(repr(size))}"
+            )
+        return sides[0], sides[1]
 
     @property
     def _own_size(self) -> tuple[int, int]:
