@@ -21,6 +21,7 @@ from trtq.errors import UsageError
 
 __all__ = [
     "EMBEDDED_GUIDANCE",
+    "ENCODED_PIPELINES",
     "Encoded",
     "class_conditions",
     "class_count",
@@ -175,6 +176,8 @@ _ENCODERS: dict[str, _Encoder] = {
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "FluxPipeline": _flux,
 }
+ENCODED_PIPELINES = frozenset(_ENCODERS)
+"""Names of the pipelines whose prompts can be encoded."""
 
 
 _WITHOUT_NEGATIVE = ("LDMTextToImagePipeline", "FluxPipeline")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from trtq.diffusion.weights import check_pointers, is_pointer
 from trtq.documents import explain_first, read_object, shown
 from trtq.errors import ArtefactError, UsageError
 from trtq.limits import MOST_SIDE, parse_whole
@@ -39,38 +40,46 @@ _Share = Annotated[_Real, Field(ge=0, le=1)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file of a model's folder.
 
     Raises:
-        ArtefactError: it cannot be read, or holds something else.
+        ArtefactError: it cannot be read, is a pointer of Git LFS, or holds something else.
     """
+    if is_pointer(path):
+        check_pointers(path.parent)
     return read_object(path)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """A pipeline's `model_index.json`: its class, `[library, class]` of each part, and its settings.
+    """A folder's `model_index.json`: components are `[library, class]`, or `[null, null]` for none.
+
+    Lists without text are settings of the pipeline.
 
     Raises:
-        ArtefactError: it cannot be read, or an entry has another form.
+        ArtefactError: it cannot be read, or is not of that form.
     """
     path = folder / INDEX_NAME
     index = read_json(path)
-    if not isinstance(index.get("_class_name"), str):
-        raise ArtefactError(
-            f"{path}: _class_name is the pipeline's class, got {shown(index.get('_class_name'))}"
-        )
     for part, entry in index.items():
-        if not isinstance(entry, list):
+        if part.startswith("_") or not _is_text_list(entry):
             continue
+        if not part.isidentifier() or _NAME.fullmatch(part) is None:
+            raise ArtefactError(
+                f"{path} names the component {shown(part)}, which is no name of a folder"
+            )
         named = len(entry) == 2 and all(
             isinstance(one, str) and _NAME.fullmatch(one) for one in entry
         )
-        if _NAME.fullmatch(part) is None or not (named or entry == [None, None]):
+        if not named and entry != [None, None]:
             raise ArtefactError(
                 f"{path}: {shown(part)} is a part, which is [library, class] or [null, null]; got "
                 f"{shown(entry)}"
             )
     return index
+
+
+def _is_text_list(entry: Any) -> bool:
+    return isinstance(entry, list) and any(item is None or isinstance(item, str) for item in entry)
 
 
 class _Scheduler(BaseModel):
@@ -109,13 +118,17 @@ class _Scheduler(BaseModel):
         return self
 
 
-def read_scheduler(folder: Path) -> dict[str, Any]:
+def read_scheduler(folder: Path, part: str = "scheduler") -> dict[str, Any]:
     """The configuration of a pipeline's scheduler, the settings that are computed with checked.
+
+    Args:
+        folder: the pipeline's folder.
+        part: the scheduler's name in it.
 
     Raises:
         ArtefactError: it cannot be read, or a setting has another type or lies out of range.
     """
-    path = folder / "scheduler" / "scheduler_config.json"
+    path = folder / part / "scheduler_config.json"
     # Diffusers writes -Infinity for bounds that are none.
     found = read_object(path, finite=False)
     try:

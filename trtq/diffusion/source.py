@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trtq.diffusion.checkpoint import load_pipeline, one_line
 from trtq.diffusion.encode import (
     EMBEDDED_GUIDANCE,
     Encoded,
@@ -19,13 +21,23 @@ from trtq.diffusion.encode import (
     encodes_text,
 )
 from trtq.diffusion.families import Family, family_named
-from trtq.diffusion.layout import INDEX_NAME, check_null_class, parse_size, read_null_class
+from trtq.diffusion.layout import (
+    INDEX_NAME,
+    check_null_class,
+    parse_size,
+    read_json,
+    read_null_class,
+)
+from trtq.diffusion.needs import check_needs
+from trtq.diffusion.prepared import plain_pipeline
 from trtq.diffusion.prompts import PromptSet, load_prompts
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import Conditions
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.shipped import shipped_model, shipped_models
+from trtq.diffusion.weights import single_file_refusal
 from trtq.errors import ArtefactError, QuantizationError, UsageError
+from trtq.quant.stand_in import StandIn
 
 __all__ = [
     "DENOISERS",
@@ -35,9 +47,11 @@ __all__ = [
     "wrap_pipeline",
 ]
 
-_LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError)
 DENOISERS = ("unet", "transformer")
+_LARGEST = 8192
+"""Limit of the cells along one side of a latent, as in `trtq.diffusion.checkpoint`."""
 _ENCODE_BATCH = 64
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PROMPT_GROUP = 4
 _MOST_ENLARGED = 16
 """Times the model's own height or width; at twice that, pictures fall apart already."""
@@ -106,15 +120,33 @@ class Source:
     @property
     def resized(self) -> bool:
         """Whether another size than the model's own was asked for."""
-        return self.latent_size != self._own_size
+        return self._size is not None and self._size != self._known_size
+
+    @property
+    def _known_size(self) -> tuple[int, int] | None:
+        """The model's own size; None where its configuration does not tell."""
+        size = getattr(self.denoiser.config, "sample_size", None)
+        if size is None:
+            size = getattr(self.pipeline, "default_sample_size", None)
+        if size is None:
+            return None
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        if len(sides) != 2 or not all(isinstance(s, int) and 1 <= s <= _LARGEST for s in sides):
+            raise UsageError(
+                f"{self.name}: the sample_size of its {self.denoiser_name} is one number or two, "
+                f"each 1 .. {_LARGEST}, got {one_line(repr(size))}"
+            )
+        return sides[0], sides[1]
 
     @property
     def _own_size(self) -> tuple[int, int]:
-        size = getattr(self.denoiser.config, "sample_size", None)
+        size = self._known_size
         if size is None:
-            size = self.pipeline.default_sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(height), int(width)
+            raise UsageError(
+                f"{self.name} does not tell its image size (sample_size is null in "
+                f"{self.denoiser_name}/config.json); say it with --size HEIGHTxWIDTH"
+            )
+        return size
 
     def resize(self, size: str) -> None:
         """Work on images of this size from now on.
@@ -152,7 +184,8 @@ class Source:
         step = self.cell_pixels * self.coarsest
         if height < step or width < step or height % step or width % step:
             raise UsageError(
-                f"{self.name} cannot draw {size} pixels; height and width must be multiples of {step}"
+                f"{self.name} cannot draw {size} pixels; height and width must be multiples of "
+                f"{step}"
             )
         most = [_MOST_ENLARGED * side * self.cell_pixels for side in self._own_size]
         if height > most[0] or width > most[1]:
@@ -346,20 +379,42 @@ def resolve_model(model: str | Path) -> Path | str:
     shipped = shipped_model(str(model))
     if shipped is not None and not Path(model).is_dir():
         return shipped
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / INDEX_NAME).is_file():
-            raise ArtefactError(
-                f"{folder} holds no {INDEX_NAME}; give the folder of a whole pipeline"
-            )
+    folder, name = Path(model), str(model)
+    if "\0" in name:
+        raise ArtefactError(f"the model's name {name!r} holds a NUL")
+    try:
+        is_folder, there = folder.is_dir(), folder.exists()
+        if (is_folder and not (folder / INDEX_NAME).is_file()) or (there and not is_folder):
+            raise ArtefactError(_no_pipeline(folder))
+    except OSError as err:
+        raise ArtefactError(f"cannot read {one_line(repr(name))}: {err.strerror}") from err
+    if is_folder:
         return folder
-    name = str(model)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
+    if _HUB_ID.fullmatch(name) and ".." not in name and "--" not in name:
         return name
     raise ArtefactError(
-        f"there is no model {name!r}: not a folder, not a hub id (owner/name), and not one that "
-        f"ships with trtq ({', '.join(shipped_models()) or 'none'})"
+        f"there is no model {one_line(repr(name))}: not a folder, not a hub id (owner/name), and "
+        f"not one that ships with trtq ({', '.join(shipped_models()) or 'none'})"
     )
+
+
+def _no_pipeline(path: Path) -> str:
+    """Why a file or folder that is there is no pipeline's, and what to do."""
+    single = None if (path / "config.json").is_file() else single_file_refusal(path)
+    if single is not None:
+        return single
+    if not path.is_dir():
+        return f"{path} is a file and no pipeline; give the folder that holds its {INDEX_NAME}"
+    if (path / "config.json").is_file():
+        named = read_json(path / "config.json").get("_class_name")
+        return (
+            f"{path} is the folder of one component ({named or 'its config.json names no class'}) "
+            f"and holds no {INDEX_NAME}; give the folder of the whole pipeline, with scheduler, "
+            "text encoders and autoencoder"
+        )
+    inside = sorted(p.parent.name for p in path.glob(f"*/{INDEX_NAME}"))
+    hint = f"; {inside[0]!r} inside it does" if inside else ""
+    return f"{path} holds no {INDEX_NAME}; give the folder of a whole pipeline{hint}"
 
 
 def wrap_pipeline(pipeline: Any, null_class: int | None = None) -> Any:
@@ -376,33 +431,59 @@ def wrap_pipeline(pipeline: Any, null_class: int | None = None) -> Any:
 
 
 def load_source(model: str | Path | Any) -> Source:
-    """Load a pipeline in float32, from safetensors only.
+    """Load a pipeline in float32, from safetensors only; every tensor is checked.
 
     Args:
-        model: a diffusers folder, the name of a shipped model, a hub id, or a pipeline object.
+        model: a diffusers folder, the name of a shipped model, a hub id, or a pipeline object. An
+            object is not changed: its models are built again, see `trtq.diffusion.prepared`.
 
     Raises:
-        ArtefactError: it cannot be found or read.
-        QuantizationError: it has no denoiser.
+        ArtefactError: it cannot be found or read, or its weights do not fit.
+        QuantizationError: it has no denoiser, or weights that are no finite numbers.
+        UsageError: its denoiser needs inputs that trtq does not pass, or the object was changed in a way
+            that would be lost.
     """
     if not isinstance(model, str | Path):
-        pipeline = wrap_pipeline(model)
-        return Source(type(model).__name__, None, pipeline, find_denoiser(pipeline))
+        return _object_source(model)
     place = resolve_model(model)
-    from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
-
     folder = place if isinstance(place, Path) else None
-    try:
-        with quiet_diffusers():
-            pipeline = DiffusionPipeline.from_pretrained(
-                place,
-                dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=folder is not None,
-            )
-    except (*_LOADING_ERRORS, SafetensorError) as err:
-        raise ArtefactError(f"cannot load the pipeline {str(model)!r}: {err}") from err
+    pipeline = load_pipeline(folder if folder is not None else _downloaded(str(place)))
+    name = find_denoiser(pipeline)
     pipeline = wrap_pipeline(pipeline, read_null_class(folder) if folder is not None else None)
     pipeline.set_progress_bar_config(disable=True)
-    return Source(str(model), folder, pipeline, find_denoiser(pipeline))
+    check_needs(pipeline, name, str(model))
+    return Source(str(model), folder, pipeline, name)
+
+
+def _object_source(pipeline: Any) -> Source:
+    """A pipeline object; one that trtq itself has made low-bit stays as it is."""
+    if isinstance(pipeline, nn.Module):
+        raise UsageError(
+            f"a whole pipeline is needed, got the model {type(pipeline).__name__} alone; put it "
+            "into one, or give the pipeline's folder"
+        )
+    name = find_denoiser(pipeline)
+    if not isinstance(getattr(pipeline, name), StandIn):
+        pipeline = wrap_pipeline(plain_pipeline(pipeline))
+        check_needs(pipeline, name, type(pipeline).__name__)
+    return Source(type(pipeline).__name__, None, pipeline, name)
+
+
+def _downloaded(name: str) -> Path:
+    """The folder of a hub id, in the hub's own cache.
+
+    Raises:
+        ArtefactError: there is no such repository, or it cannot be reached.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        with quiet_diffusers():
+            found = DiffusionPipeline.download(name, use_safetensors=True)
+    # The hub's client and diffusers raise what their network libraries do.
+    except Exception as err:
+        raise ArtefactError(
+            f"cannot load the pipeline {name!r} from the hub ({one_line(err)}); check the name and "
+            "the connection, or download it (`hf download`) and give its folder"
+        ) from err
+    return Path(found)

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from torch import nn
 
+from trtq.diffusion.checkpoint import (
+    assemble,
+    check_config,
+    load_part,
+    one_line,
+    part_class,
+    pipeline_class,
+)
 from trtq.diffusion.layout import (
     CLASSES_NAME,
     INDEX_NAME,
     read_index,
+    read_json,
     read_null_class,
-    read_scheduler,
 )
 from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.source import DENOISERS, Source, wrap_pipeline
-from trtq.errors import ArtefactError, TrtqError, UsageError
+from trtq.errors import ArtefactError, UsageError
 
 __all__ = [
     "AUTOENCODERS",
@@ -47,11 +51,6 @@ TEXT_ENCODERS = {
 }
 """Names of text encoders in pipelines, and of the tokenizers that belong to them."""
 AUTOENCODERS = ("vae", "vqvae")
-_FOREIGN = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
-    *(RuntimeError, ImportError, EOFError, SafetensorError),
-)
-"""What other libraries raise at configurations that do not fit their classes."""
 
 
 def save_pipeline_parts(source: Source, folder: Path, *, graphs: bool = False) -> None:
@@ -146,29 +145,14 @@ def import_classes(folder: Path) -> None:
     Raises:
         ArtefactError: there is no index to be read.
     """
-    import diffusers
-
     index = read_index(folder)
-    _attribute(diffusers, index["_class_name"])
+    with suppress(ArtefactError):
+        pipeline_class(folder, index)
     for part, entry in index.items():
-        if isinstance(entry, list):
+        if isinstance(entry, list) and not part.startswith("_"):
             # What cannot be imported is the business of whoever loads it.
             with suppress(ArtefactError):
-                _part_class(folder, part, *entry)
-
-
-def _attribute(module: Any, name: str) -> Any:
-    """What a library has under a name; None if it has nothing, or cannot import it here."""
-    try:
-        return getattr(module, name, None)
-    except (ImportError, RuntimeError):
-        return None
-
-
-def _said(err: BaseException) -> str:
-    """The first line of what another library said, and of what kind its error is."""
-    lines = str(err).strip().splitlines()
-    return f"{type(err).__name__}: {lines[0]}" if lines else type(err).__name__
+                part_class(folder, part, *entry)
 
 
 def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
@@ -186,17 +170,21 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
             f"{folder / INDEX_NAME} names no {denoiser_name!r}, which is its denoiser"
         )
     library, class_name = entry
-    cls = _attribute(diffusers, class_name) if library == "diffusers" else None
+    cls = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "load_config")):
         raise ArtefactError(
             f"{folder}: {library}.{class_name} is not a model of diffusers; only those are loaded"
         )
+    path = folder / denoiser_name / "config.json"
+    config = read_json(path)
+    check_config(path, config, cls)
     try:
         with init_empty_weights():
-            model: nn.Module = cls.from_config(cls.load_config(folder / denoiser_name)).eval()
-    except _FOREIGN as err:
+            model: nn.Module = cls.from_config(config).eval()
+    # What a constructor raises of a wrong setting is anything.
+    except Exception as err:
         raise ArtefactError(
-            f"{folder / denoiser_name}: cannot build {class_name}: {_said(err)}"
+            f"{path} does not make a {class_name}: {type(err).__name__}: {one_line(err)}"
         ) from err
     return model
 
@@ -218,73 +206,9 @@ def load_pipeline_parts(
     Raises:
         ArtefactError: a part is missing, or not one of diffusers' classes.
     """
-    import diffusers
 
-    index = read_index(folder)
-    pipeline_class = _attribute(diffusers, index["_class_name"])
-    if not (
-        isinstance(pipeline_class, type) and issubclass(pipeline_class, diffusers.DiffusionPipeline)
-    ):
-        raise ArtefactError(
-            f"{folder / INDEX_NAME} names {index['_class_name']!r}, which is no pipeline of diffusers"
-        )
-    if isinstance(index.get("scheduler"), list):
-        read_scheduler(folder)
-    settings = inspect.signature(pipeline_class.__init__).parameters
-    parts: dict[str, Any] = {}
-    for part, entry in index.items():
-        if part == denoiser_name:
-            parts[part] = denoiser
-        elif isinstance(entry, list):
-            cls = _part_class(folder, part, *entry)
-            found = None if cls is None or load_graph is None else load_graph(part, cls)
-            parts[part] = _load_part(folder, part, cls) if found is None else found
-        elif part in settings:
-            parts[part] = entry
-    try:
-        pipeline = wrap_pipeline(pipeline_class(**parts), read_null_class(folder))
-    except TrtqError:
-        raise
-    except _FOREIGN as err:
-        raise ArtefactError(f"{folder}: cannot put the pipeline together: {_said(err)}") from err
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    def load(name: str, cls: Any) -> Any:
+        found = None if cls is None or load_graph is None else load_graph(name, cls)
+        return load_part(folder, name, cls) if found is None else found
 
-
-def _part_class(folder: Path, part: str, library: Any = None, class_name: Any = None) -> Any:
-    """The class of a component, of diffusers or transformers; None where there is no component."""
-    if library is None:
-        return None
-    if library not in ("diffusers", "transformers"):
-        from diffusers import pipelines
-
-        if not isinstance(_attribute(pipelines, str(library)), ModuleType):
-            raise ArtefactError(
-                f"{folder / INDEX_NAME} wants {part!r} from {library!r}; only diffusers and "
-                "transformers are loaded from"
-            )
-        library = f"diffusers.pipelines.{library}"
-    try:
-        cls = _attribute(importlib.import_module(library), str(class_name))
-    except ImportError as err:
-        raise ArtefactError(
-            f"{folder / INDEX_NAME} wants {part!r} from {library!r}: {err}"
-        ) from err
-    if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
-        raise ArtefactError(f"{folder / INDEX_NAME} names {class_name!r}, which {library} has not")
-    return cls
-
-
-def _load_part(folder: Path, part: str, cls: Any) -> Any:
-    """One component of a pipeline, only from safetensors."""
-    if cls is None:
-        return None
-    options: dict[str, Any] = {"local_files_only": True}
-    if isinstance(cls, type) and issubclass(cls, nn.Module):
-        options |= {"use_safetensors": True, "dtype": torch.float32}
-    try:
-        with quiet_diffusers():
-            loaded = cls.from_pretrained(folder / part, **options)
-    except _FOREIGN as err:
-        raise ArtefactError(f"{folder}: cannot load {part!r}: {_said(err)}") from err
-    return loaded.eval() if isinstance(loaded, nn.Module) else loaded
+    return wrap_pipeline(assemble(folder, load, (denoiser_name, denoiser)), read_null_class(folder))

@@ -22,10 +22,11 @@ from trtq.calib.sensitivity import (
     weight_sensitivity,
     with_bits,
 )
+from trtq.diffusion.checkpoint import one_line
 from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.sampling import at_once, seeded_noise, spread
 from trtq.diffusion.source import Source, load_source
-from trtq.errors import QuantizationError, UsageError
+from trtq.errors import QuantizationError, TrtqError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
 from trtq.manifest import artefact_kind
 from trtq.progress import Reporter, silent
@@ -37,6 +38,7 @@ from trtq.quant import (
     attention_modules,
     skip_splits,
 )
+from trtq.quant.stand_in import StandIn
 from trtq.quant.storage import described_bytes, stored_bytes
 from trtq.seeds import seeded_generator
 
@@ -126,12 +128,17 @@ def plan_quantize(
         kind = artefact_kind(Path(model))
         if kind is not None:
             raise UsageError(
-                f"{model} is of kind {kind!r} and quantised already; give a float checkpoint, or a run "
-                "together with --lora to change its LoRAs"
+                f"{model} is of kind {kind!r} and quantised already; give a float checkpoint, or a "
+                "run together with --lora to change its LoRAs"
             )
     source = load_source(model)
+    if isinstance(source.denoiser, StandIn):
+        raise UsageError(
+            f"{source.name} is quantised already (its denoiser is a "
+            f"{type(source.denoiser).__name__}); give the float pipeline"
+        )
     if not isinstance(model, str | Path):
-        # The caller's pipeline stays as it is.
+        # The caller's pipeline stays as it is, and its weights may be shared.
         pipeline = copy.copy(source.pipeline)
         for name, part in pipeline.components.items():
             if name == source.denoiser_name or (loras and isinstance(part, nn.Module)):
@@ -176,13 +183,7 @@ def plan_quantize(
             f"zero layers of {type(source.denoiser).__name__} would be quantised: the policy for "
             f"{policy.family} matches none of its {len(layers)} layers"
         )
-    calls = probe(
-        source.denoiser,
-        [plan.name for plan in layers],
-        source.sample_shape,
-        source.timesteps(1)[0],
-        source.draw_conditions(1, seeded_generator(0, "probe conditions")),
-    )
+    calls = _probe(source, layers)
     if recipe.calibration.share_inputs:
         layers = with_shared_inputs(layers, calls)
     timesteps = source.timesteps(recipe.steps)
@@ -194,6 +195,31 @@ def plan_quantize(
     if recipe.budget is None:
         return plan
     return replace(plan, layers=_spend_budget(plan, parse_budget(recipe.budget), report))
+
+
+def _probe(source: Source, layers: Sequence[LayerPlan]) -> dict[str, LayerCall]:
+    """What each layer is called with in one call of the denoiser on its pipeline's own conditions.
+
+    Raises:
+        QuantizationError: the parts of the pipeline do not fit each other, so it cannot be called.
+    """
+    try:
+        conditions = source.draw_conditions(1, seeded_generator(0, "probe conditions"))
+        return probe(
+            source.denoiser,
+            [layer.name for layer in layers],
+            source.sample_shape,
+            source.timesteps(1)[0],
+            conditions,
+        )
+    except TrtqError:
+        raise
+    # What torch and the pipeline raise when, say, text encoder and denoiser are of different widths.
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as err:
+        raise QuantizationError(
+            f"{source.name}: its {source.denoiser_name} cannot be called with what its pipeline "
+            f"gives it ({type(err).__name__}: {one_line(err)}); its parts are not of one model"
+        ) from err
 
 
 def _spend_budget(plan: QuantizePlan, budget: Budget, report: Reporter) -> list[LayerPlan]:

@@ -1,0 +1,552 @@
+"""Folders as people have them and as they get damaged: read rightly, or refused in one line."""
+
+import json
+import os
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.families.pipelines import PIPELINES, build
+from trtq.diffusion.source import load_source
+from trtq.errors import ArtefactError, NonFiniteError, TrtqError, UsageError
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    build("sd_1").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    return folder
+
+
+def edit_tensors(model, file, change):
+    tensors = load_file(model / file)
+    save_file(change(tensors) or tensors, model / file, metadata={"format": "pt"})
+
+
+def edit_json(model, file, **changes):
+    found = json.loads((model / file).read_text())
+    found.update(changes)
+    (model / file).write_text(json.dumps(found))
+
+
+def refusal(model, error=TrtqError):
+    with pytest.raises(error) as caught:
+        load_source(model)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert type(caught.value) is not TrtqError
+    return message
+
+
+def test_what_is_loaded_is_what_the_files_hold(saved):
+    source = load_source(saved)
+    for part, file in (("unet", UNET), ("text_encoder", TEXT), ("vae", VAE)):
+        state = getattr(source.pipeline, part).state_dict()
+        held = load_file(saved / file)
+        assert state.keys() >= {n for n in held if n in state}
+        for name in state.keys() & held.keys():
+            assert torch.equal(state[name], held[name])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipelines_of_every_family_pass_the_checks(name, tmp_path):
+    pipeline = build(name)
+    pipeline.save_pretrained(tmp_path)
+    source = load_source(tmp_path)
+    own = getattr(pipeline, source.denoiser_name).state_dict()
+    assert all(torch.equal(t, own[n]) for n, t in source.denoiser.state_dict().items())
+
+
+@pytest.mark.parametrize("file", [UNET, TEXT, VAE])
+@pytest.mark.parametrize("kind", ["missing", "stray", "shape"])
+def test_tensors_that_do_not_fit_are_named_and_counted(file, kind, model):
+    name = sorted(n for n in load_file(model / file) if n.endswith("weight"))[0]
+
+    def change(tensors):
+        if kind == "missing":
+            del tensors[name]
+        elif kind == "stray":
+            tensors["of_another.weight"] = torch.zeros(2)
+        else:
+            tensors[name] = torch.zeros(*tensors[name].shape, 2)
+
+    edit_tensors(model, file, change)
+    message = refusal(model, ArtefactError)
+    assert file.partition("/")[0] in message
+    assert ("of_another.weight" if kind == "stray" else name.split(".")[-2]) in message
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "model.", "unet.", "_orig_mod.module."]
+)
+@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
+def test_prefixed_names_are_refused_with_what_to_do(prefix, file, model):
+    edit_tensors(model, file, lambda tensors: {prefix + n: t for n, t in tensors.items()})
+    message = refusal(model, ArtefactError)
+    assert repr(prefix) in message
+    assert "removeprefix" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("file", [UNET, TEXT])
+def test_weights_that_are_no_floats_are_refused(dtype, file, model):
+    name = next(n for n, t in load_file(model / file).items() if t.ndim == 2)
+    edit_tensors(model, file, lambda t: t.update({name: t[name].to(dtype)}))
+    assert "not floating-point" in refusal(model, ArtefactError)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("file", [UNET, TEXT, VAE])
+def test_weights_that_are_not_finite_are_named(value, file, model):
+    name = next(n for n, t in load_file(model / file).items() if t.ndim >= 2)
+    edit_tensors(model, file, lambda t: t[name].view(-1)[3:4].fill_(value) and None)
+    assert name.split(".")[-2] in refusal(model, NonFiniteError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_float_weights_are_read_as_float32(dtype, model):
+    held = {}
+    for file in (UNET, TEXT, VAE):
+        edit_tensors(model, file, lambda t: {n: v.to(dtype) for n, v in t.items()})
+        held[file] = load_file(model / file)
+    source = load_source(model)
+    for name, tensor in source.denoiser.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, held[UNET][name].float())
+
+
+def test_one_variant_is_read_and_said(saved, tmp_path, caplog):
+    model = tmp_path / "model"
+    build("sd_1").save_pretrained(model, variant="fp16")
+    source = load_source(model)
+    assert "only the variant 'fp16' is there" in caplog.text
+    expected = load_source(saved).denoiser.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in source.denoiser.state_dict().items())
+    other = model / "unet/diffusion_pytorch_model.bf16.safetensors"
+    shutil.copy(model / "unet/diffusion_pytorch_model.fp16.safetensors", other)
+    assert "bf16, fp16" in refusal(model, ArtefactError)
+
+
+def test_a_plain_file_goes_before_variants(model, caplog):
+    shutil.copy(model / UNET, model / "unet/diffusion_pytorch_model.fp16.safetensors")
+    load_source(model)
+    assert "variant" not in caplog.text
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_are_read_and_a_missing_one_is_named(variant, saved, tmp_path):
+    model = tmp_path / "model"
+    build("sd_1").save_pretrained(model, max_shard_size="40KB", variant=variant)
+    shards = sorted((model / "unet").glob("*-of-*"))
+    assert len(shards) > 1
+    expected = load_source(saved).denoiser.state_dict()
+    found = load_source(model).denoiser.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    shards[1].unlink()
+    assert shards[1].name in refusal(model, ArtefactError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"weight_map": {}},
+        {"weight_map": {"conv_in.weight": "../../secret.safetensors"}},
+        {"weight_map": {"conv_in.weight": "none.safetensors"}},
+        {"weight_map": {"conv_in.weight": 3}},
+        [],
+    ],
+    ids=["nothing", "empty", "outside", "absent", "number", "list"],
+)
+def test_an_index_of_shards_that_lies_is_refused(content, model):
+    index = model / "unet/diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps(content))
+    assert "index.json" in refusal(model, ArtefactError)
+
+
+def test_pickles_are_refused_with_what_converts_them(tmp_path):
+    model = tmp_path / "model"
+    build("sd_1").save_pretrained(model, safe_serialization=False)
+    message = refusal(model, ArtefactError)
+    assert "pickle" in message
+    assert "safe_serialization=True" in message
+
+
+@pytest.mark.parametrize(
+    "file", [UNET, TEXT, "unet/config.json", "tokenizer/tokenizer.json", "model_index.json"]
+)
+def test_pointers_of_git_lfs_are_named(file, model):
+    (model / file).write_text(POINTER)
+    message = refusal(model, ArtefactError)
+    assert "Git LFS pointer" in message
+    assert file.rpartition("/")[2] in message
+
+
+@pytest.mark.parametrize(
+    "suffix", [".safetensors", ".ckpt", ".gguf", ".SAFETENSORS", ".pt", ".bin"]
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["file", "folder"])
+def test_single_files_are_refused_with_the_way_to_a_folder(suffix, inside, tmp_path):
+    file = tmp_path / f"dream{suffix}"
+    save_file({"model.diffusion_model.x.weight": torch.zeros(2)}, file)
+    message = refusal(tmp_path if inside else file, ArtefactError)
+    assert "single-file" in message
+    assert ("quantised already" if suffix == ".gguf" else "from_single_file") in message
+
+
+def test_a_lora_in_the_place_of_a_model_is_told_from_a_checkpoint(tmp_path):
+    file = tmp_path / "style.safetensors"
+    save_file(
+        {"unet.a.lora_A.weight": torch.zeros(2), "unet.a.lora_B.weight": torch.zeros(2)}, file
+    )
+    assert "--lora" in refusal(file, ArtefactError)
+
+
+def header_of(file):
+    raw = file.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def write_header(file, header, data):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+def lying(kind, file):
+    header, data = header_of(file)
+    name = next(n for n in header if n != "__metadata__")
+    entry = header[name]
+    if kind == "offset":
+        entry["data_offsets"] = [10**12, 10**12 + entry["data_offsets"][1]]
+    elif kind == "shape":
+        entry["shape"] = [*entry["shape"], 10**6]
+    elif kind == "negative":
+        entry["shape"] = [-1]
+    elif kind == "dtype":
+        entry["dtype"] = "F3"
+    elif kind == "list":
+        header[name] = [1, 2]
+    elif kind == "deep":
+        return write_header(file, b"[" * 100_000, data)
+    elif kind == "twice":
+        raw = json.dumps(header)[:-1] + f', "{name}": {json.dumps(entry)}}}'
+        return write_header(file, raw.encode(), data)
+    elif kind == "text":
+        return file.write_text("<html>404</html> and more text")
+    elif kind == "empty":
+        return file.write_bytes(b"")
+    elif kind == "short":
+        return file.write_bytes(b"\0" * 9)
+    elif kind == "huge":
+        return file.write_bytes(struct.pack("<Q", 2**62) + b"{}" * 20)
+    elif kind == "cut":
+        return file.write_bytes(file.read_bytes()[:-100])
+    elif kind == "pickle":
+        return torch.save({"a": torch.zeros(3)}, file)
+    return write_header(file, header, data)
+
+
+@pytest.mark.parametrize("file", [UNET, TEXT])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "offset",
+        "shape",
+        "negative",
+        "dtype",
+        "list",
+        "deep",
+        "twice",
+        "text",
+        "empty",
+        "short",
+        "huge",
+        "cut",
+        "pickle",
+    ],
+)
+def test_damaged_safetensors_are_refused_by_name(kind, file, model):
+    lying(kind, model / file)
+    assert file in refusal(model, ArtefactError)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae", "scheduler", "tokenizer"])
+def test_a_missing_folder_is_named(part, model):
+    shutil.rmtree(model / part)
+    message = refusal(model, ArtefactError)
+    assert repr(part) in message
+    assert "[null, null]" in message
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_missing_weights_and_configurations_are_named(part, model):
+    (model / part / "config.json").unlink()
+    assert "config.json" in refusal(model, ArtefactError)
+    shutil.rmtree(model / part)
+    (model / part).mkdir()
+    assert part in refusal(model, ArtefactError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "NoSuchPipeline"}, "diffusers does not have"),
+        ({"_class_name": "UNet2DModel"}, "diffusers does not have"),
+        ({"_class_name": ["my_pipeline", "Mine"]}, "custom pipeline"),
+        ({"_class_name": None}, "name of a pipeline"),
+        ({"_class_name": 3}, "name of a pipeline"),
+        ({"_class_name": {}}, "name of a pipeline"),
+        ({"unet": ["diffusers", "NoSuchModel"]}, "NoSuchModel"),
+        ({"unet": ["my_code", "Mine"]}, "my_code"),
+        ({"unet": ["os", "system"]}, "only diffusers and transformers"),
+        ({"unet": ["diffusers", None]}, "null"),
+        ({"unet": [None, None]}, "no denoiser"),
+        ({"unet": ["diffusers", "StableDiffusionPipeline"]}, "as its component"),
+        ({"text_encoder": ["transformers", "NoSuchEncoder"]}, "NoSuchEncoder"),
+        ({"text_encoder": [None, None]}, "has no text_encoder"),
+        ({"tokenizer": [None, None]}, "has no tokenizer"),
+        ({"vae": [None, None]}, ""),
+        ({"scheduler": ["diffusers", "NoSuchScheduler"]}, "NoSuchScheduler"),
+        ({"controlnet": ["diffusers", "ControlNetModel"]}, "no component 'controlnet'"),
+        ({"../x": ["diffusers", "UNet2DModel"]}, "no name of a folder"),
+        ({"unet": ["diffusers", "UNet2DModel"]}, "UNet2DConditionModel"),
+        ({"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder"),
+    ],
+    ids=str,
+)
+def test_an_index_that_names_what_is_not_there_is_refused(changes, message, model):
+    edit_json(model, "model_index.json", **changes)
+    assert message in refusal(model)
+
+
+def test_names_that_transformers_dropped_still_load(model):
+    edit_json(model, "model_index.json", feature_extractor=["transformers", "CLIPFeatureExtractor"])
+    folder = model / "feature_extractor"
+    folder.mkdir()
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "CLIPFeatureExtractor", "crop_size": 8, "size": 8})
+    )
+    assert load_source(model).pipeline.feature_extractor is not None
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "key"),
+    [
+        ("unet/config.json", {"block_out_channels": []}, "block_out_channels"),
+        ("unet/config.json", {"sample_size": "big"}, "sample_size"),
+        ("unet/config.json", {"sample_size": 0}, "sample_size"),
+        ("unet/config.json", {"sample_size": -8}, "sample_size"),
+        ("unet/config.json", {"sample_size": 10**9}, "sample_size"),
+        ("unet/config.json", {"sample_size": [8, 8, 8]}, "sample_size"),
+        ("unet/config.json", {"sample_size": 8.5}, "sample_size"),
+        ("unet/config.json", {"sample_size": {"a": 1}}, "sample_size"),
+        ("unet/config.json", {"sample_size": True}, "sample_size"),
+        ("unet/config.json", {"in_channels": "4"}, "in_channels"),
+        ("unet/config.json", {"in_channels": None}, "in_channels"),
+        ("unet/config.json", {"in_channels": 10**30}, "in_channels"),
+        ("unet/config.json", {"layers_per_block": 10**9}, "layers_per_block"),
+        ("unet/config.json", {"layers_per_block": -1}, "layers_per_block"),
+        ("unet/config.json", {"layers_per_block": [1]}, "layers_per_block"),
+        ("unet/config.json", {"transformer_layers_per_block": 10**8}, "transformer_layers"),
+        ("unet/config.json", {"cross_attention_dim": 10**8}, "cross_attention_dim"),
+        ("unet/config.json", {"cross_attention_dim": 32}, "shape"),
+        ("unet/config.json", {"block_out_channels": [8, "x"]}, "block_out_channels"),
+        ("unet/config.json", {"block_out_channels": [8, 16, 32]}, "config.json"),
+        ("unet/config.json", {"block_out_channels": [2**20, 2**20]}, "block_out_channels"),
+        ("unet/config.json", {"down_block_types": ["Nothing", "DownBlock2D"]}, "Nothing"),
+        ("unet/config.json", {"norm_num_groups": 7}, "config.json"),
+        ("unet/config.json", {"norm_eps": float("nan")}, "norm_eps"),
+        ("unet/config.json", {"act_fn": "no-such"}, "no-such"),
+        ("unet/config.json", {"_class_name": "UNet2DModel"}, "UNet2DModel"),
+        ("unet/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandb"),
+        ("vae/config.json", {"block_out_channels": "x"}, "block_out_channels"),
+        ("vae/config.json", {"latent_channels": -4}, "latent_channels"),
+        ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor"),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ("text_encoder/config.json", {"hidden_size": -1}, "hidden_size"),
+        ("text_encoder/config.json", {"hidden_size": "x"}, "hidden_size"),
+        ("text_encoder/config.json", {"vocab_size": 10**9}, "vocab_size"),
+        (
+            "text_encoder/config.json",
+            {"max_position_embeddings": 10**10},
+            "max_position_embeddings",
+        ),
+        ("text_encoder/config.json", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ("text_encoder/config.json", {"hidden_act": "no-such"}, "no-such"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "num_train"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "no-such"}, "no-such"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_model_is_named_with_its_key(file, changes, key, model):
+    edit_json(model, file, **changes)
+    message = refusal(model)
+    assert key in message
+    assert file.partition("/")[0] in message
+
+
+def test_a_size_that_is_not_told_has_to_be_given(model):
+    edit_json(model, "unet/config.json", sample_size=None)
+    source = load_source(model)
+    with pytest.raises(UsageError, match="--size HEIGHTxWIDTH"):
+        _ = source.latent_size
+    source.resize("16x32")
+    assert source.image_size == (16, 32)
+    assert source.resized
+
+
+def test_settings_that_are_not_known_are_said(model, caplog):
+    edit_json(model, "unet/config.json", use_ema_warmup=True)
+    load_source(model)
+    assert "'use_ema_warmup'" in caplog.text
+    assert "unet/config.json" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000, "\x00", '{"a": NaN'], ids=repr)
+def test_json_that_cannot_be_read_is_named(file, text, model):
+    (model / file).write_text(text)
+    assert file.rpartition("/")[2] in refusal(model, ArtefactError)
+
+
+def test_a_byte_order_mark_is_passed_over(model):
+    """Where trtq reads; where diffusers does, which does not know it, it is named."""
+    for file in ("model_index.json", "unet/config.json"):
+        (model / file).write_bytes(b"\xef\xbb\xbf" + (model / file).read_bytes())
+    assert "unet/config.json begins with a byte-order mark" in refusal(model, ArtefactError)
+    edit = (model / "unet/config.json").read_bytes()
+    (model / "unet/config.json").write_bytes(edit[3:])
+    load_source(model)
+
+
+@pytest.mark.parametrize("file", [UNET, TEXT, "unet/config.json", "model_index.json"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(file, model):
+    (model / file).unlink()
+    os.mkfifo(model / file)
+    refusal(model, ArtefactError)
+
+
+def test_files_that_are_links_into_a_cache_are_read(saved, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    for number, path in enumerate(p for p in sorted(saved.rglob("*")) if p.is_file()):
+        shutil.copy(path, blobs / str(number))
+        link = snapshot / path.relative_to(saved)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    load_source(snapshot)
+    (blobs / "0").unlink()
+    refusal(snapshot, ArtefactError)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("owner/none-of-this-name", "from the hub"),
+        ("a/b/c", "not a folder"),
+        ("owner/", "not a folder"),
+        ("/owner", "not a folder"),
+        ("owner/na me", "not a folder"),
+        ("owner/..", "not a folder"),
+        ("owner--x/name", "not a folder"),
+        ("", "no model_index|not a folder|holds no"),
+        ("https://huggingface.co/owner/name", "not a folder"),
+        ("x" * 5000, "not a folder|too long"),
+        ("a\0b", "NUL"),
+    ],
+    ids=[
+        "offline",
+        "three",
+        "half",
+        "root",
+        "space",
+        "dots",
+        "dashes",
+        "none",
+        "url",
+        "long",
+        "nul",
+    ],
+)
+def test_names_that_are_no_model_are_refused(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtefactError, match=message) as caught:
+        load_source(name)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_the_folder_of_one_component_says_what_is_missing(model):
+    message = refusal(model / "unet", ArtefactError)
+    assert "UNet2DConditionModel" in message
+    assert "whole pipeline" in message
+
+
+def test_a_pipeline_one_folder_down_is_pointed_at(model):
+    assert "'model' inside it does" in refusal(model.parent, ArtefactError)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    assert "is a file" in refusal(tmp_path / "notes.txt", ArtefactError)
+
+
+def test_old_names_of_attention_weights_are_read(model):
+    """As the autoencoders of Stable Diffusion 1.x are stored."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    expected = load_source(model).pipeline.vae.state_dict()
+
+    def change(tensors):
+        renamed = {}
+        for name, tensor in tensors.items():
+            for new, former in old.items():
+                if f".attentions.0.{new}." in name:
+                    name = name.replace(f".{new}.", f".{former}.")
+            renamed[name] = tensor
+        assert renamed.keys() != tensors.keys()
+        return renamed
+
+    edit_tensors(model, VAE, change)
+    found = load_source(model).pipeline.vae.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_old_names_of_text_encoder_weights_are_read(model):
+    """As transformers 4 wrote them, positions included."""
+    expected = load_source(model).pipeline.text_encoder.state_dict()
+
+    def change(tensors):
+        old = {f"text_model.{n}": t for n, t in tensors.items() if not n.startswith("text_model.")}
+        return old | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+
+    edit_tensors(model, TEXT, change)
+    found = load_source(model).pipeline.text_encoder.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_weights_with_fused_projections_say_what_to_do(tmp_path):
+    pipeline = build("sd_1")
+    pipeline.fuse_qkv_projections()
+    pipeline.save_pretrained(tmp_path)
+    assert "unfuse_qkv_projections" in refusal(tmp_path, ArtefactError)
+
+
+def test_a_tokenizer_without_a_length_is_refused(model):
+    (model / "tokenizer/tokenizer_config.json").unlink()
+    assert "model_max_length" in refusal(model, ArtefactError)

@@ -1,0 +1,199 @@
+"""What a denoiser needs beside sample, timestep and text or class, and does not get from trtq yet.
+
+A denoiser gets what `trtq.diffusion.encode` makes of prompts and classes. One that needs more (an image,
+a mask, frames) would be computed without it, so it is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trtq.diffusion.encode import ENCODED_PIPELINES
+from trtq.errors import UsageError
+
+__all__ = ["check_needs"]
+
+_EXTRA_CHANNELS = {
+    5: "a depth map",
+    7: "the small image of super-resolution",
+    8: "the latents of an image (editing by instruction, or video)",
+    9: "a mask and the masked image's latents (inpainting)",
+}
+_BY_NAME = {
+    "ControlNet": "the residuals of a ControlNet",
+    "T2IAdapter": "the features of a T2I-Adapter",
+    "Adapter": "the features of an adapter",
+    "Inpaint": "a mask and an image",
+    "Img2Img": "a start image",
+    "Image2Image": "a start image",
+    "ImageVariation": "an image",
+    "Upscale": "the small image",
+    "SuperResolution": "the small image",
+    "Video": "frames",
+    "Animate": "frames",
+    "Pix2Pix": "an image to edit",
+    "Kontext": "an image to edit",
+    "Depth": "a depth map",
+    "PAG": "perturbed attention",
+    "Audio": "sound",
+}
+_UNCONDITIONAL = (
+    "ConsistencyModelPipeline",
+    "DDIMPipeline",
+    "DDPMPipeline",
+    "KarrasVePipeline",
+    "LDMPipeline",
+    "PNDMPipeline",
+    "ScoreSdeVePipeline",
+)
+_TEXT_ENCODERS = {
+    "LDMTextToImagePipeline": ("bert", "tokenizer"),
+    "StableDiffusionPipeline": ("text_encoder", "tokenizer"),
+    "StableDiffusionXLPipeline": (
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+    ),
+    "PixArtAlphaPipeline": ("text_encoder", "tokenizer"),
+    "PixArtSigmaPipeline": ("text_encoder", "tokenizer"),
+    "StableDiffusion3Pipeline": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    "FluxPipeline": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+}
+_LATER = "trtq does not pass it yet: a later version records the pipeline's own calls"
+
+
+def check_needs(pipeline: Any, denoiser_name: str, where: str) -> None:
+    """Refuse a pipeline whose denoiser needs inputs that it would not get.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        denoiser_name: the component that predicts the noise.
+        where: the pipeline as the user named it, for messages.
+
+    Raises:
+        UsageError: it does; the message names the input.
+    """
+    kind = type(pipeline).__name__
+    denoiser = getattr(pipeline, denoiser_name)
+    model_class = type(denoiser).__name__
+    config = denoiser.config
+    place = f"{where}: the {denoiser_name} ({model_class})"
+    _check_channels(pipeline, config, model_class, place)
+    if model_class == "UNet2DConditionModel":
+        _check_text_unet(config, kind, place)
+    elif model_class == "UNet2DModel" and config.get("class_embed_type") is not None:
+        raise UsageError(
+            f"{place} has class_embed_type {config.class_embed_type!r}, and its input: {_LATER}"
+        )
+    _check_pipeline(pipeline, kind, model_class, where)
+    _check_autoencoder(pipeline, config, place, kind)
+
+
+def _check_channels(pipeline: Any, config: Any, model_class: str, place: str) -> None:
+    given = config.get("in_channels")
+    drawn = config.get("out_channels") or given
+    if not isinstance(given, int) or not isinstance(drawn, int) or given <= drawn:
+        return
+    if model_class == "FluxTransformer2DModel" and given != drawn:
+        extra = "the latents of an image (Fill, Control, Kontext)"
+    else:
+        extra = _EXTRA_CHANNELS.get(given, "another image") if drawn in (3, 4) else "another image"
+        if given == 2 * drawn and drawn == 3:
+            extra = "the small image of super-resolution"
+    raise UsageError(
+        f"{place} takes {given} channels and gives {drawn}: beside the noisy sample it needs "
+        f"{extra}, and {_LATER}"
+    )
+
+
+def _check_text_unet(config: Any, kind: str, place: str) -> None:
+    if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
+        key = (
+            "num_class_embeds" if config.get("num_class_embeds") is not None else "class_embed_type"
+        )
+        raise UsageError(
+            f"{place} has {key} {config[key]!r}: beside the text it needs class labels, and "
+            f"{_LATER}"
+        )
+    if config.get("encoder_hid_dim_type") is not None or config.get("encoder_hid_dim") is not None:
+        found = config.get("encoder_hid_dim_type") or config.get("encoder_hid_dim")
+        needed = (
+            "the images of an IP-Adapter (pipe.unload_ip_adapter() takes it out)"
+            if found == "ip_image_proj"
+            else "embeddings of an image or of another text encoder"
+        )
+        raise UsageError(
+            f"{place} has encoder_hid_dim_type {found!r}: it needs {needed}, and {_LATER}"
+        )
+    addition = config.get("addition_embed_type")
+    if addition not in (None, "text_time"):
+        raise UsageError(
+            f"{place} has addition_embed_type {addition!r}: it needs more than the text, and "
+            f"{_LATER}"
+        )
+    if (addition == "text_time") != (
+        kind == "StableDiffusionXLPipeline"
+    ) and kind in _TEXT_ENCODERS:
+        raise UsageError(
+            f"{place} has addition_embed_type {addition!r}, which does not fit a {kind}: "
+            + (
+                "its pooled text and image size are told by StableDiffusionXLPipeline only"
+                if addition
+                else "that pipeline tells pooled text and image size"
+            )
+        )
+    if config.get("attention_type", "default") != "default":
+        raise UsageError(
+            f"{place} has attention_type {config.attention_type!r}: it needs boxes or images, and "
+            f"{_LATER}"
+        )
+
+
+def _check_pipeline(pipeline: Any, kind: str, model_class: str, where: str) -> None:
+    supported = (*sorted(ENCODED_PIPELINES), "DiTPipeline", *_UNCONDITIONAL)
+    if hasattr(pipeline, "classes"):
+        return
+    if kind not in supported:
+        needed = next((what for part, what in _BY_NAME.items() if part in kind), None)
+        why = (
+            f": its denoiser is told {needed}, and {_LATER}"
+            if needed
+            else f"; {_LATER.partition(': ')[2]}"
+        )
+        raise UsageError(
+            f"{where}: {kind} with a {model_class} is not supported{why}. Supported are "
+            f"{', '.join(supported)}"
+        )
+    absent = [
+        name for name in _TEXT_ENCODERS.get(kind, ()) if getattr(pipeline, name, None) is None
+    ]
+    if absent:
+        raise UsageError(
+            f"{where}: the {kind} has no {', '.join(absent)} (null in its model_index.json), "
+            "without which trtq cannot encode prompts; load it with all its text encoders"
+        )
+
+
+def _check_autoencoder(pipeline: Any, config: Any, place: str, kind: str) -> None:
+    for name in ("vae", "vqvae"):
+        autoencoder = getattr(pipeline, name, None)
+        own = getattr(autoencoder, "config", None)
+        if autoencoder is None or own is None:
+            continue
+        if not own.get("block_out_channels"):
+            raise UsageError(
+                f"{place}: its {name} is a {type(autoencoder).__name__}, whose image size trtq "
+                "cannot tell; supported are AutoencoderKL and VQModel"
+            )
+        latent, given = own.get("latent_channels"), config.get("in_channels")
+        if kind == "FluxPipeline" and isinstance(given, int):
+            given //= 4
+        if isinstance(latent, int) and isinstance(given, int) and latent != given:
+            raise UsageError(
+                f"{place} takes latents of {given} channels, and its {name} makes latents of "
+                f"{latent}; one of the two is of another model"
+            )
+    autoencoders = [getattr(pipeline, name, None) for name in ("vae", "vqvae")]
+    if kind in ENCODED_PIPELINES and not any(part is not None for part in autoencoders):
+        raise UsageError(f"{place}: the {kind} has no vae, so it draws no images")
