@@ -110,7 +110,7 @@ def draw(
         UsageError: the number of steps, or a negative prompt that would change nothing.
         NonFiniteError: an image holds NaN.
     """
-    source.timesteps(steps)
+    source.check_steps(steps)
     chosen = source.guidance if guidance is None else guidance
     if negative_prompt is not None:
         _check_negative(source, negative_prompt, chosen)

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtq.diffusion.encode import Encoded, takes_negative
+from trtq.diffusion.encode import Encoded, check_inputs, takes_negative
 from trtq.diffusion.latents import draw_noise, latent_decoder
 from trtq.diffusion.layout import class_names
 from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.schedule import set_timesteps
 from trtq.diffusion.source import Source
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.openvino import OpenVinoEngine
@@ -65,6 +64,11 @@ class PipelineModel(ServedModel):
         self._lock = threading.Lock()
         sizes = None if self.fixed_shapes else _sizes(source)
         self.card = replace(_card(source, name, provider), sizes=sizes)
+        if self.card.kind == "text":
+            check_inputs(source.pipeline)
+        if self._ddim is None:
+            # Before the first request: a scheduler that breaks would refuse every one.
+            source.check_steps(self.card.steps)
 
     @torch.no_grad()
     def starts(self, drawing: Drawing) -> Sequence[Start]:
@@ -85,7 +89,7 @@ class PipelineModel(ServedModel):
     def _solver(self, source: Source, steps: int, generator: torch.Generator) -> Solver:
         if self._ddim is not None:
             return self._ddim.solver(steps)
-        scheduler = set_timesteps(source.pipeline.scheduler, steps, source.image_tokens)
+        scheduler = source.stepped_scheduler(steps)
         return SchedulerSolver(scheduler, generator, source.family.timestep_scale)
 
     def _inputs(self, source: Source, drawing: Drawing) -> Inputs:

@@ -98,7 +98,15 @@ def _library(cls: type) -> str:
 
 
 def _diffusers_class(pipeline: Any) -> Any:
-    """The class that diffusers itself knows: the nearest ancestor outside this package."""
+    """The class that diffusers itself knows: the nearest ancestor outside this package.
+
+    DDIMPipeline turns every scheduler into DDIM; with another one a pipeline is a DDPMPipeline, which
+    keeps it.
+    """
+    if hasattr(pipeline, "classes") and type(pipeline.scheduler).__name__ != "DDIMScheduler":
+        from diffusers import DDPMPipeline
+
+        return DDPMPipeline
     for cls in type(pipeline).__mro__:
         if cls.__module__.startswith("diffusers"):
             return cls
@@ -204,7 +212,10 @@ def load_pipeline_parts(
         elif part in settings:
             parts[part] = entry
     try:
-        pipeline = wrap_pipeline(pipeline_class(**parts), read_null_class(folder))
+        # Of parts, not of the pipeline: runs of earlier versions say DDIMPipeline of every scheduler.
+        pipeline = wrap_pipeline(
+            pipeline_class(**parts), read_null_class(folder), parts.get("scheduler")
+        )
     except (TypeError, ValueError, AttributeError) as err:
         raise ArtefactError(f"{folder}: cannot put the pipeline together: {err}") from err
     pipeline.set_progress_bar_config(disable=True)

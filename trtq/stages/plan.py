@@ -22,6 +22,7 @@ from trtq.calib.sensitivity import (
     weight_sensitivity,
     with_bits,
 )
+from trtq.diffusion.encode import check_inputs
 from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.sampling import at_once, seeded_noise, spread
 from trtq.diffusion.source import Source, load_source
@@ -130,6 +131,10 @@ def plan_quantize(
                 "together with --lora to change its LoRAs"
             )
     source = load_source(model)
+    # What cannot be calibrated is refused before anything else is done.
+    source.schedule(recipe.steps)
+    if source.prompts is not None:
+        check_inputs(source.pipeline)
     if not isinstance(model, str | Path):
         # The caller's pipeline stays as it is.
         pipeline = copy.copy(source.pipeline)
@@ -180,7 +185,7 @@ def plan_quantize(
         source.denoiser,
         [plan.name for plan in layers],
         source.sample_shape,
-        source.timesteps(1)[0],
+        source.timesteps(recipe.steps)[0],
         source.draw_conditions(1, seeded_generator(0, "probe conditions")),
     )
     if recipe.calibration.share_inputs:
