@@ -9,6 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,6 +144,14 @@ def stepping_of(pipeline: Any) -> Stepping | None:
     return None
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what diffusers says of its own code and of outdated settings."""
+    with quiet_diffusers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _name(scheduler: Any) -> str:
     return type(scheduler).__name__
 
@@ -203,7 +214,7 @@ def _fresh(scheduler: Any, steps: int, tokens: int | None, stepping: Stepping | 
             )
         arguments["mu"] = _shift(config, tokens, chosen.max_shift)
     try:
-        with quiet_diffusers():
+        with _quiet():
             fresh = type(scheduler).from_config(config)
             fresh.set_timesteps(**arguments)
     except _WHAT_SCHEDULERS_RAISE as err:
@@ -252,7 +263,11 @@ def set_timesteps(
 
 
 def check_steps(
-    scheduler: Any, steps: int, tokens: int | None = None, stepping: Stepping | None = None
+    scheduler: Any,
+    steps: int,
+    tokens: int | None = None,
+    stepping: Stepping | None = None,
+    channels: int = 3,
 ) -> None:
     """Nothing, if a pipeline can walk this scheduler's steps from the first to the last.
 
@@ -264,18 +279,19 @@ def check_steps(
         steps: number of denoising steps.
         tokens: see `inference_timesteps`.
         stepping: what the pipeline does with it, see `set_timesteps`.
+        channels: of one sample; some solvers take the first three for the image.
 
     Raises:
         UsageError: the number of steps is out of range, or the scheduler breaks on these settings.
     """
     chosen = Stepping() if stepping is None else stepping
     config = json.dumps(dict(scheduler.config), sort_keys=True, default=_plain)
-    key = (type(scheduler), config, steps, tokens, stepping)
+    key = (type(scheduler), config, steps, tokens, stepping, channels)
     if key not in _REHEARSED:
         fresh = set_timesteps(scheduler, steps, tokens, stepping)
         if len(_REHEARSED) >= _MOST_REHEARSED:
             _REHEARSED.clear()
-        _REHEARSED[key] = _rehearse(fresh, chosen)
+        _REHEARSED[key] = _rehearse(fresh, chosen, channels)
     broken = _REHEARSED[key]
     if broken is not None:
         reason = f"cannot go {steps} steps with these settings: {broken}"
@@ -287,16 +303,22 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
-def _rehearse(scheduler: Any, stepping: Stepping) -> str | None:
+def _rehearse(scheduler: Any, stepping: Stepping, channels: int) -> str | None:
     """What goes wrong when a pipeline steps this scheduler, or None. The scheduler is used up."""
     initial = getattr(scheduler, "init_noise_sigma", None)
     if initial is None and stepping.scales_noise and not stepping.lenient:
         return "the pipeline asks it for init_noise_sigma, which it does not have"
     if not stepping.scales_noise and initial is not None and abs(float(initial) - 1) > 1e-3:
         return "it wants its first noise scaled, and the pipeline does not do that"
-    x = torch.zeros(1, 3, 2, 2)
+    if (
+        not hasattr(scheduler, "scale_model_input")
+        and stepping.scales_input
+        and not stepping.lenient
+    ):
+        return "the pipeline asks it for scale_model_input, which it does not have"
+    x = torch.zeros(1, channels, 2, 2)
     learned = str(_own_settings(scheduler).get("variance_type", "")).startswith("learned")
-    predicted = torch.zeros(1, 6, 2, 2) if learned and stepping.generator else x
+    predicted = torch.cat([x, x], 1) if learned and stepping.generator else x
     takes = inspect.signature(scheduler.step).parameters
     extra: dict[str, Any] = {}
     if stepping.generator or "generator" in takes:
@@ -304,7 +326,7 @@ def _rehearse(scheduler: Any, stepping: Stepping) -> str | None:
     if stepping.eta or "eta" in takes:
         extra["eta"] = 0.0
     try:
-        with quiet_diffusers():
+        with _quiet():
             if hasattr(scheduler, "scale_model_input"):
                 ones = torch.ones(1, 1, 1, 1)
                 scaled = scheduler.scale_model_input(ones, scheduler.timesteps[0])
@@ -417,6 +439,7 @@ class NoiseSchedule:
         tokens: int | None = None,
         timestep_scale: float = 1.0,
         stepping: Stepping | None = None,
+        channels: int = 3,
     ) -> NoiseSchedule:
         """Read it off a diffusers scheduler.
 
@@ -426,6 +449,7 @@ class NoiseSchedule:
             tokens: see `inference_timesteps`.
             timestep_scale: what a pipeline multiplies timesteps by before the denoiser sees them.
             stepping: what the pipeline passes, see `set_timesteps`.
+            channels: see `check_steps`.
 
         Raises:
             UsageError: the scheduler's noise levels are not known, or its prediction type is not.
@@ -455,8 +479,8 @@ class NoiseSchedule:
         else:
             alpha = _interpolate(torch.as_tensor(scheduler.alphas_cumprod).float(), timesteps)
             signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
-        _check_levels(scheduler, signal, sigma, prediction, stepping)
-        check_steps(scheduler, steps, tokens, stepping)
+        _check_levels(scheduler, signal, sigma, prediction)
+        check_steps(scheduler, steps, tokens, stepping, channels)
         clips = _name(scheduler) in _CLIPS and own.get("clip_sample", False)
         end = torch.ones(1), torch.zeros(1)
         return cls(
@@ -555,9 +579,7 @@ class NoiseSchedule:
         return stepped if noise is None else stepped + added * noise
 
 
-def _check_levels(
-    scheduler: Any, signal: Tensor, sigma: Tensor, prediction: str, stepping: Stepping | None
-) -> None:
+def _check_levels(scheduler: Any, signal: Tensor, sigma: Tensor, prediction: str) -> None:
     """Nothing, if these are shares of clean sample and noise along a trajectory.
 
     Raises:
@@ -573,7 +595,8 @@ def _check_levels(
             "has noise levels that are negative, not finite or not falling with these settings "
             f"({', '.join(ends)})"
         )
-        raise _refused(scheduler, reason, stepping)
+        advice = "set others, such as the betas that the model was trained with"
+        raise _refused(scheduler, reason, advice=advice)
     if prediction == "epsilon" and not math.isfinite(float(level[0])):
         raise _refused(
             scheduler,

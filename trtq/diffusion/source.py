@@ -297,6 +297,7 @@ class Source:
             tokens=self.image_tokens,
             timestep_scale=self.family.timestep_scale,
             stepping=self._stepping(),
+            channels=self._channels,
         )
 
     def stepped_scheduler(self, steps: int) -> Any:
@@ -314,7 +315,13 @@ class Source:
         Raises:
             UsageError: the number of steps is out of range, or the scheduler breaks on it.
         """
-        check_steps(self.scheduler, steps, self.image_tokens, self._stepping())
+        tokens, channels = self.image_tokens, self._channels
+        check_steps(self.scheduler, steps, tokens, self._stepping(), channels)
+
+    @property
+    def _channels(self) -> int:
+        """Channels of one sample as the scheduler sees it."""
+        return int(self.denoiser.config.in_channels)
 
     def _stepping(self) -> Stepping:
         found = stepping_of(self.pipeline)

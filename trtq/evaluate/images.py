@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trtq.diffusion.cut import warn_of_cuts
 from trtq.diffusion.encode import takes_negative
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import at_once
@@ -114,6 +115,9 @@ def draw(
     chosen = source.guidance if guidance is None else guidance
     if negative_prompt is not None:
         _check_negative(source, negative_prompt, chosen)
+    if subjects.prompts is not None:
+        told = [] if not negative_prompt else [negative_prompt]
+        warn_of_cuts(source.pipeline, [*subjects.prompts, *told])
     if batch is None:
         most = BATCH if subjects.prompts is None else TEXT_BATCH
         batch = at_once(source.sample_shape, most)

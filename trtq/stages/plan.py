@@ -22,6 +22,7 @@ from trtq.calib.sensitivity import (
     weight_sensitivity,
     with_bits,
 )
+from trtq.diffusion.cut import warn_of_cuts
 from trtq.diffusion.encode import check_inputs
 from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.sampling import at_once, seeded_noise, spread
@@ -161,6 +162,8 @@ def plan_quantize(
             raise UsageError(f"{source.name} takes no prompts")
         lines = read_lines(Path(recipe.prompts))
         source.prompts = source.prompts.model_copy(update={"calibration": lines})
+    if source.prompts is not None:
+        warn_of_cuts(source.pipeline, source.prompts.calibration, "calibration prompts")
     policy = load_policy(
         type(source.denoiser).__name__, None if recipe.policy is None else Path(recipe.policy)
     )
