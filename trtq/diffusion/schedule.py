@@ -74,6 +74,7 @@ _CLIPS = (
 )
 _WHAT_SCHEDULERS_RAISE = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     ImportError,
     LookupError,
