@@ -4,8 +4,8 @@
 
 Rows that are in the output already are not measured again, so it can be interrupted, and run beside
 other work: it takes no times (`benchmarks/digits.py` does). Fréchet distance and accuracy are of 4,000
-images, with the same starting noise in every row. QuEST rows have one activation scale per tensor and step,
-not one per input channel and step as the authors have at 4 bits, which no integer product computes.
+images, with the same starting noise in every row. QuEST rows have one activation scale per tensor and
+step, not one per input channel and step as the authors' at 4 bits, which no integer product computes.
 """
 
 from __future__ import annotations
