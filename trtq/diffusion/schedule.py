@@ -114,18 +114,18 @@ class Stepping:
     max_shift: float = 1.15
 
 
-_BARE = {"scales_noise": False, "scales_input": False}
+_BARE = Stepping(scales_noise=False, scales_input=False)
 _STEPPING = {
     "ClassConditionalPipeline": Stepping(lenient=True),
-    "DDIMPipeline": Stepping(**_BARE, generator=True, eta=True),
-    "DDPMPipeline": Stepping(**_BARE, generator=True),
+    "DDIMPipeline": replace(_BARE, generator=True, eta=True),
+    "DDPMPipeline": replace(_BARE, generator=True),
     "DiTPipeline": Stepping(scales_noise=False),
-    "FluxPipeline": Stepping(**_BARE, linear_sigmas=True, shift="always"),
+    "FluxPipeline": replace(_BARE, linear_sigmas=True, shift="always"),
     "LDMPipeline": Stepping(),
-    "LDMTextToImagePipeline": Stepping(**_BARE),
+    "LDMTextToImagePipeline": _BARE,
     "PixArtAlphaPipeline": Stepping(),
     "PixArtSigmaPipeline": Stepping(),
-    "StableDiffusion3Pipeline": Stepping(**_BARE, shift="dynamic", max_shift=1.16),
+    "StableDiffusion3Pipeline": replace(_BARE, shift="dynamic", max_shift=1.16),
     "StableDiffusionPipeline": Stepping(),
     "StableDiffusionXLPipeline": Stepping(),
 }

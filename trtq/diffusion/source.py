@@ -321,7 +321,8 @@ class Source:
     @property
     def _channels(self) -> int:
         """Channels of one sample as the scheduler sees it."""
-        return int(self.denoiser.config.in_channels)
+        config: Any = self.denoiser.config
+        return int(config.in_channels)
 
     def _stepping(self) -> Stepping:
         found = stepping_of(self.pipeline)

@@ -120,7 +120,11 @@ class PipelineModel(ServedModel):
         texts = [drawing.prompt, *filter(None, [drawing.negative_prompt])]
         for cut in find_cuts(self._source.pipeline, texts):
             field = "prompt" if cut.prompt == drawing.prompt else "negative_prompt"
-            facts = {"model": self.card.name, "field": field, "encoder": cut.encoder}
+            facts: dict[str, Any] = {
+                "model": self.card.name,
+                "field": field,
+                "encoder": cut.encoder,
+            }
             facts |= {"tokens": cut.tokens, "kept": cut.kept}
             logger.warning("prompt cut off", extra={FIELDS: facts})
 
