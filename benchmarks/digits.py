@@ -40,6 +40,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "W4A4 static, search": {"method": "search", "bits": "w4a4", "tables": "static"},
     "W4A4 per-step, search": {"method": "search", "bits": "w4a4"},
     "W4A4 per-step, QuEST": {"method": "quest", "bits": "w4a4"},
+    "W4A4 per-step, QuEST, rounding off": {
+        "method": "quest",
+        "bits": "w4a4",
+        "quest": {"adaround": 0},
+    },
     "W4A4 per-step, EfficientDM": {"method": "efficientdm", "bits": "w4a4"},
     "W4A4 per-step, combined": {"method": "combined", "bits": "w4a4"},
     "W3A4 per-step, combined": {"method": "combined", "bits": "w3a4"},

@@ -53,6 +53,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "W4A4 search": {"method": "search", "bits": "w4a4"},
     "W4A4 EfficientDM": {"method": "efficientdm", "bits": "w4a4"},
     "W4A4 QuEST": {"method": "quest", "bits": "w4a4"},
+    "W4A4 QuEST, rounding off": {
+        "method": "quest",
+        "bits": "w4a4",
+        "quest": {"adaround": 0},
+    },
     "W4A4 combined": {"method": "combined", "bits": "w4a4"},
 }
 SWAPPED = "W4A8 search"

@@ -155,7 +155,7 @@ class Quest(_Strict):
     weight_travel: _Float = Field(1.0, gt=0, le=1e6)
     """How many weight levels a tuned weight can travel, as `lora_travel` of the adapters."""
     adaround: _Int = Field(0, ge=0, le=MOST_ITERATIONS)
-    """Iterations per layer of learned rounding before stage 1; 0 rounds to nearest."""
+    """Iterations per layer of learned rounding before stage 1; 0 rounds to nearest. `quest` has 200."""
 
 
 class Recipe(_Strict):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tests.conftest import tiny_pipeline
+from trtq.calib.recipe import load_recipe
 from trtq.manifest import read_manifest, sha256
 from trtq.stages.load import load
 from trtq.stages.quantize import quantize
@@ -18,7 +19,7 @@ def recipe(method="quest", **quest):
         "steps": 4,
         "calibration": {"images": 8, "samples_per_step": 256},
         "training": {"iterations": 6, "batch": 4, "checkpoint_every": 2},
-        "quest": quest,
+        "quest": {"adaround": 0} | quest,
     }
 
 
@@ -40,6 +41,11 @@ def test_it_makes_a_run_that_can_be_loaded(method, tmp_path):
     assert {(row.activation_bits, row.right_bits) for row in products} <= {(4, 4), (8, 4)}
     images = load(tmp_path / "run")([1, 2], num_inference_steps=2, output_type="pt").images
     assert bool(torch.isfinite(images).all())
+
+
+def test_quest_starts_with_learned_rounding_as_the_paper_does():
+    assert load_recipe(overrides={"method": "quest"}).quest.adaround == 200
+    assert load_recipe(overrides={"method": "combined"}).quest.adaround == 0
 
 
 @pytest.mark.parametrize("weighting", ["released", "global"])

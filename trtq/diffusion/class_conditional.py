@@ -78,11 +78,14 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
             x = torch.randn((len(labels), *shape), generator=generator)
         device = self._execution_device
         x, conditions = x.to(device), conditions.to(device)
-        x = x * self.scheduler.init_noise_sigma
+        # Schedulers of flow matching scale neither their first noise nor the denoiser's inputs.
+        x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self.scheduler.set_timesteps(num_inference_steps)
         extra = self.prepare_extra_step_kwargs(generator, eta)
         for t in self.progress_bar(self.scheduler.timesteps):
-            scaled = self.scheduler.scale_model_input(x, t)
+            scaled = x
+            if hasattr(self.scheduler, "scale_model_input"):
+                scaled = self.scheduler.scale_model_input(x, t)
             epsilon = predict(self.unet, scaled, t, conditions, guidance_scale)
             x = self.scheduler.step(epsilon, t, x, **extra).prev_sample
         if output_type == "pt":

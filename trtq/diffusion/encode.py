@@ -23,6 +23,7 @@ __all__ = [
     "EMBEDDED_GUIDANCE",
     "ENCODED_PIPELINES",
     "Encoded",
+    "check_inputs",
     "class_conditions",
     "class_count",
     "encode_prompts",
@@ -180,6 +181,23 @@ ENCODED_PIPELINES = frozenset(_ENCODERS)
 """Names of the pipelines whose prompts can be encoded."""
 
 
+_TOLD: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
+    (
+        "time_cond_proj_dim",
+        (),
+        "the guidance as an embedding (timestep_cond, latent consistency models)",
+        "take a model without it, e.g. the plain one with an LCM LoRA",
+    ),
+    (
+        "encoder_hid_dim_type",
+        ("text_proj",),
+        "an image as well (IP-Adapter)",
+        "call pipe.unload_ip_adapter() before saving it, or take a model without it",
+    ),
+)
+"""Settings of a UNet, the values that ask for nothing else, what is passed otherwise, and what to do."""
+
+
 _WITHOUT_NEGATIVE = ("LDMTextToImagePipeline", "FluxPipeline")
 """The first has no such argument; the second's takes a guidance of its own, beside the embedded one."""
 
@@ -192,6 +210,23 @@ def encodes_text(pipeline: Any) -> bool:
 def takes_negative(pipeline: Any) -> bool:
     """Whether a text may stand in the place of "no prompt"."""
     return encodes_text(pipeline) and type(pipeline).__name__ not in _WITHOUT_NEGATIVE
+
+
+def check_inputs(pipeline: Any) -> None:
+    """Nothing, if trtq passes this pipeline's denoiser all that the pipeline itself passes it.
+
+    Raises:
+        UsageError: it is told more, e.g. the guidance or an image.
+    """
+    denoiser = getattr(pipeline, "unet", None)
+    config = getattr(denoiser, "config", None)
+    for name, allowed, what, advice in _TOLD:
+        value = getattr(config, name, None)
+        if value is not None and value not in allowed:
+            raise UsageError(
+                f"the {type(pipeline).__name__}'s UNet has {name}={value!r}: its pipeline passes it "
+                f"{what}, which trtq does not record yet, so it would be calibrated without; {advice}"
+            )
 
 
 @torch.no_grad()
@@ -218,6 +253,7 @@ def encode_prompts(
         raise UsageError(f"{name} is not supported; supported are {', '.join(sorted(_ENCODERS))}")
     if negative and not takes_negative(pipeline):
         raise UsageError(f"{name} takes no negative prompt")
+    check_inputs(pipeline)
     with quiet_diffusers():
         found = _ENCODERS[name](pipeline, prompts, latent, negative)
     return Encoded(

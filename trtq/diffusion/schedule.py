@@ -6,6 +6,12 @@ its own step, so it needs the update as a plain function. Letters: B images, C, 
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,67 +19,394 @@ import torch
 from torch import Tensor
 
 from trtq.diffusion.prediction import PREDICTIONS, clean_and_noise
+from trtq.diffusion.quiet import quiet_diffusers
 from trtq.errors import UsageError
 
-__all__ = ["NoiseSchedule", "inference_timesteps", "set_timesteps"]
+__all__ = [
+    "KNOWN_PIPELINES",
+    "KNOWN_SCHEDULERS",
+    "NoiseSchedule",
+    "Stepping",
+    "check_steps",
+    "inference_timesteps",
+    "set_timesteps",
+    "stepping_of",
+]
 
 _LEAST_SIGNAL = 1e-3
 
+# Per class, whether `sigmas[i]` is the noise level at `timesteps[i]`. Where it is not, the level is read
+# off the cumulative alphas.
+_ALPHAS = {
+    "DDIMParallelScheduler": False,
+    "DDIMScheduler": False,
+    "DDPMParallelScheduler": False,
+    "DDPMScheduler": False,
+    "DEISMultistepScheduler": True,
+    "DPMSolverMultistepScheduler": True,
+    "DPMSolverSDEScheduler": False,
+    "DPMSolverSinglestepScheduler": True,
+    "EulerAncestralDiscreteScheduler": True,
+    "EulerDiscreteScheduler": True,
+    "HeunDiscreteScheduler": True,
+    "KDPM2AncestralDiscreteScheduler": False,
+    "KDPM2DiscreteScheduler": False,
+    "LCMScheduler": False,
+    "LMSDiscreteScheduler": True,
+    "PNDMScheduler": False,
+    "TCDScheduler": False,
+    "UniPCMultistepScheduler": True,
+}
+_FLOW = {
+    "FlowMatchEulerDiscreteScheduler": True,
+    "FlowMatchHeunDiscreteScheduler": True,
+    "FlowMatchLCMScheduler": True,
+}
+KNOWN_SCHEDULERS = tuple(sorted(_ALPHAS | _FLOW))
+"""Those of diffusers whose timesteps and noise levels are known in closed form."""
+_CLIPS = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+)
+_WHAT_SCHEDULERS_RAISE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_REHEARSED: dict[tuple[Any, ...], str | None] = {}
+_MOST_REHEARSED = 4096
 
-def set_timesteps(scheduler: Any, steps: int, tokens: int | None) -> Any:
+
+@dataclass(frozen=True)
+class Stepping:
+    """What a pipeline of diffusers does with its scheduler.
+
+    Attributes:
+        scales_noise: it multiplies its first noise by `init_noise_sigma`.
+        scales_input: it passes every input of the denoiser through `scale_model_input`.
+        lenient: it does both only where the scheduler has such a thing.
+        generator: it passes `step` a generator, whether the scheduler takes one or not.
+        eta: it passes `step` an `eta`, whether the scheduler takes one or not.
+        linear_sigmas: it passes noise levels of its own, evenly spaced from 1 to 1 / steps, unless the
+            scheduler has `use_flow_sigmas`.
+        shift: when it passes `mu`, the shift by image size: `never`, where the scheduler has
+            `use_dynamic_shifting` (`dynamic`), or `always`.
+        max_shift: the largest shift where the scheduler names none.
+    """
+
+    scales_noise: bool = True
+    scales_input: bool = True
+    lenient: bool = False
+    generator: bool = False
+    eta: bool = False
+    linear_sigmas: bool = False
+    shift: str = "never"
+    max_shift: float = 1.15
+
+
+_BARE = Stepping(scales_noise=False, scales_input=False)
+_STEPPING = {
+    "ClassConditionalPipeline": Stepping(lenient=True),
+    "DDIMPipeline": replace(_BARE, generator=True, eta=True),
+    "DDPMPipeline": replace(_BARE, generator=True),
+    "DiTPipeline": Stepping(scales_noise=False),
+    "FluxPipeline": replace(_BARE, linear_sigmas=True, shift="always"),
+    "LDMPipeline": Stepping(),
+    "LDMTextToImagePipeline": _BARE,
+    "PixArtAlphaPipeline": Stepping(),
+    "PixArtSigmaPipeline": Stepping(),
+    "StableDiffusion3Pipeline": replace(_BARE, shift="dynamic", max_shift=1.16),
+    "StableDiffusionPipeline": Stepping(),
+    "StableDiffusionXLPipeline": Stepping(),
+}
+KNOWN_PIPELINES = tuple(sorted(set(_STEPPING) - {"ClassConditionalPipeline"}))
+"""Pipelines of diffusers of which it is known what they do with their scheduler."""
+_ANY = Stepping(linear_sigmas=True, shift="dynamic")
+
+
+def stepping_of(pipeline: Any) -> Stepping | None:
+    """What this pipeline does with its scheduler; None for one that is not known.
+
+    What counts is the class that brings the call: a subclass that draws in another way is not known.
+    """
+    for cls in type(pipeline).__mro__:
+        if "__call__" in vars(cls):
+            return _STEPPING.get(cls.__name__)
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what diffusers says of its own code and of outdated settings."""
+    with quiet_diffusers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _name(scheduler: Any) -> str:
+    return type(scheduler).__name__
+
+
+def _refused(
+    scheduler: Any, reason: str, stepping: Stepping | None = None, advice: str | None = None
+) -> UsageError:
+    """An error that names the scheduler and says what to do: by default what to put in its place."""
+    if advice is None:
+        flow = _name(scheduler) in _FLOW if stepping is None else stepping.shift != "never"
+        other = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
+        if other == _name(scheduler):
+            advice = f"change its settings, or take those of a plain {other}()"
+        else:
+            advice = (
+                f"put another in, e.g. pipe.scheduler = {other}.from_config(pipe.scheduler.config)"
+            )
+    return UsageError(f"the scheduler {_name(scheduler)} {reason}; {advice}")
+
+
+def _own_settings(scheduler: Any) -> dict[str, Any]:
+    """The settings that this class has.
+
+    One made of another scheduler's configuration keeps that one's settings in its own, unused.
+    """
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return {key: value for key, value in scheduler.config.items() if key in known}
+
+
+def _first_line(err: Exception) -> str:
+    lines = str(err).strip().splitlines() or [""]
+    return f"{type(err).__name__}: {lines[0][:200]}"
+
+
+def _trained(scheduler: Any) -> int:
+    return int(scheduler.config.get("num_train_timesteps", 1000))
+
+
+def _fresh(scheduler: Any, steps: int, tokens: int | None, stepping: Stepping | None) -> Any:
+    """`set_timesteps`, before anything is checked that diffusers itself does not check."""
+    trained = _trained(scheduler)
+    if not 1 <= steps <= trained:
+        raise UsageError(f"steps={steps} is out of range; choose 1 .. {trained}")
+    config = scheduler.config
+    chosen = _ANY if stepping is None else stepping
+    dynamic = bool(config.get("use_dynamic_shifting", False))
+    arguments: dict[str, Any] = {}
+    linear = chosen.linear_sigmas and not config.get("use_flow_sigmas", False)
+    if linear and (stepping is not None or dynamic):
+        # In double precision, as the pipelines do.
+        sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
+        arguments["sigmas"] = sigmas
+    else:
+        arguments["num_inference_steps"] = steps
+    if chosen.shift == "always" or (chosen.shift == "dynamic" and dynamic):
+        if tokens is None:
+            raise UsageError(
+                f"the timesteps of {_name(scheduler)} with use_dynamic_shifting depend on the image "
+                "size, which this model does not tell"
+            )
+        arguments["mu"] = _shift(config, tokens, chosen.max_shift)
+    try:
+        with _quiet():
+            fresh = type(scheduler).from_config(config)
+            fresh.set_timesteps(**arguments)
+    except _WHAT_SCHEDULERS_RAISE as err:
+        reason = f"gives no timesteps for steps={steps} ({_first_line(err)})"
+        raise _refused(scheduler, reason, stepping) from err
+    return fresh
+
+
+def _shift(config: Any, tokens: int, max_shift: float) -> float:
+    """As diffusers' `calculate_shift`, it grows linearly with the number of image tokens."""
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+    slope = (most - least) / (many - few)
+    return float(tokens * slope + (least - slope * few))
+
+
+def set_timesteps(
+    scheduler: Any, steps: int, tokens: int | None, stepping: Stepping | None = None
+) -> Any:
     """A fresh scheduler of this kind with its steps set, as diffusers' own pipelines set them.
 
     Args:
         scheduler: it is not changed.
         steps: number of denoising steps.
         tokens: see `inference_timesteps`.
+        stepping: what the pipeline passes; None: noise levels and shift of Flux where the scheduler
+            depends on the image size, nothing elsewhere.
 
     Raises:
-        UsageError: the number of steps is out of range, alone or with the scheduler's offset.
+        UsageError: the number of steps is out of range, alone or with the scheduler's offset, or the
+            scheduler does not take these settings.
     """
-    trained = int(scheduler.config.num_train_timesteps)
-    if not 1 <= steps <= trained:
-        raise UsageError(f"steps={steps} is out of range; choose 1 .. {trained}")
-    fresh = type(scheduler).from_config(scheduler.config)
-    if not scheduler.config.get("use_dynamic_shifting", False):
-        fresh.set_timesteps(steps)
-        noisiest = fresh.timesteps.max()
-        if hasattr(fresh, "alphas_cumprod") and noisiest >= trained:
-            raise UsageError(
-                f"steps={steps} is out of range: {type(fresh).__name__} would go to timestep "
-                f"{noisiest:g}, and the model knows 0 .. {trained - 1}; choose fewer"
-            )
-        return fresh
-    if tokens is None:
+    fresh = _fresh(scheduler, steps, tokens, stepping)
+    timesteps = torch.as_tensor(fresh.timesteps).double()
+    if not len(timesteps) or not bool(torch.isfinite(timesteps).all()):
+        reason = f"gives timesteps for steps={steps} that are not finite numbers"
+        raise _refused(scheduler, reason, stepping)
+    trained, noisiest = _trained(scheduler), float(timesteps.max())
+    if hasattr(fresh, "alphas_cumprod") and (noisiest >= trained or float(timesteps.min()) < 0):
+        wrong = noisiest if noisiest >= trained else float(timesteps.min())
         raise UsageError(
-            f"the timesteps of {type(scheduler).__name__} with use_dynamic_shifting depend on the image "
-            "size, which this model does not tell"
+            f"steps={steps} is out of range: {_name(scheduler)} would go to timestep "
+            f"{wrong:g}, and the model knows 0 .. {trained - 1}; choose fewer"
         )
-    # The shift grows linearly with the number of image tokens (diffusers' `calculate_shift`).
-    config = scheduler.config
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    shift = least + (most - least) * (tokens - few) / (many - few)
-    # In double precision, as the pipelines do.
-    sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
-    fresh.set_timesteps(sigmas=sigmas, mu=shift)
     return fresh
 
 
-def inference_timesteps(scheduler: Any, steps: int, tokens: int | None = None) -> list[float]:
-    """The timesteps that this scheduler visits in `steps` steps, noisiest first.
+def check_steps(
+    scheduler: Any,
+    steps: int,
+    tokens: int | None = None,
+    stepping: Stepping | None = None,
+    channels: int = 3,
+) -> None:
+    """Nothing, if a pipeline can walk this scheduler's steps from the first to the last.
+
+    The scheduler is walked on a sample of a few zeros, so what breaks inside diffusers, breaks before
+    any work is done. Results are kept: a walk costs a millisecond per step.
+
+    Args:
+        scheduler: it is not changed.
+        steps: number of denoising steps.
+        tokens: see `inference_timesteps`.
+        stepping: what the pipeline does with it, see `set_timesteps`.
+        channels: of one sample; some solvers take the first three for the image.
+
+    Raises:
+        UsageError: the number of steps is out of range, or the scheduler breaks on these settings.
+    """
+    chosen = Stepping() if stepping is None else stepping
+    config = json.dumps(dict(scheduler.config), sort_keys=True, default=_plain)
+    key = (type(scheduler), config, steps, tokens, stepping, channels)
+    if key not in _REHEARSED:
+        fresh = set_timesteps(scheduler, steps, tokens, stepping)
+        if len(_REHEARSED) >= _MOST_REHEARSED:
+            _REHEARSED.clear()
+        _REHEARSED[key] = _rehearse(fresh, chosen, channels)
+    broken = _REHEARSED[key]
+    if broken is not None:
+        reason = f"cannot go {steps} steps with these settings: {broken}"
+        raise _refused(scheduler, reason, stepping)
+
+
+def _plain(value: Any) -> Any:
+    """A setting that JSON has no form for."""
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
+
+
+def _rehearse(scheduler: Any, stepping: Stepping, channels: int) -> str | None:
+    """What goes wrong when a pipeline steps this scheduler, or None. The scheduler is used up."""
+    initial = getattr(scheduler, "init_noise_sigma", None)
+    if initial is None and stepping.scales_noise and not stepping.lenient:
+        return "the pipeline asks it for init_noise_sigma, which it does not have"
+    if not stepping.scales_noise and initial is not None and abs(float(initial) - 1) > 1e-3:
+        return "it wants its first noise scaled, and the pipeline does not do that"
+    if (
+        not hasattr(scheduler, "scale_model_input")
+        and stepping.scales_input
+        and not stepping.lenient
+    ):
+        return "the pipeline asks it for scale_model_input, which it does not have"
+    x = torch.zeros(1, channels, 2, 2)
+    learned = str(_own_settings(scheduler).get("variance_type", "")).startswith("learned")
+    predicted = torch.cat([x, x], 1) if learned and stepping.generator else x
+    takes = inspect.signature(scheduler.step).parameters
+    extra: dict[str, Any] = {}
+    if stepping.generator or "generator" in takes:
+        extra["generator"] = torch.Generator().manual_seed(0)
+    if stepping.eta or "eta" in takes:
+        extra["eta"] = 0.0
+    try:
+        with _quiet():
+            if hasattr(scheduler, "scale_model_input"):
+                ones = torch.ones(1, 1, 1, 1)
+                scaled = scheduler.scale_model_input(ones, scheduler.timesteps[0])
+                if not stepping.scales_input and not torch.allclose(scaled, ones, atol=1e-3):
+                    return (
+                        "it wants the denoiser's inputs scaled, and the pipeline does not do that"
+                    )
+            for t in scheduler.timesteps:
+                if stepping.scales_input and hasattr(scheduler, "scale_model_input"):
+                    scheduler.scale_model_input(x, t)
+                x = scheduler.step(predicted, t, x, **extra, return_dict=False)[0]
+    except _WHAT_SCHEDULERS_RAISE as err:
+        return f"diffusers itself breaks ({_first_line(err)})"
+    if not bool(torch.isfinite(x).all()):
+        return "its samples become NaN or infinite"
+    return None
+
+
+def inference_timesteps(
+    scheduler: Any, steps: int, tokens: int | None = None, stepping: Stepping | None = None
+) -> list[float]:
+    """The timesteps that this scheduler visits in `steps` steps, each once, noisiest first.
 
     Args:
         scheduler: a diffusers scheduler; it is not changed.
         steps: number of denoising steps.
         tokens: image tokens of a transformer, on which some schedulers depend.
+        stepping: what the pipeline passes, see `set_timesteps`.
 
     Raises:
-        UsageError: the number of steps is out of range.
+        UsageError: the number of steps is out of range, or the scheduler is not known.
     """
-    # Second-order solvers list a timestep twice, once per evaluation.
-    timesteps = set_timesteps(scheduler, steps, tokens).timesteps.tolist()
-    return list(dict.fromkeys(float(t) for t in timesteps))
+    return _visited(scheduler, steps, tokens, stepping)[0].tolist()
+
+
+def _visited(
+    scheduler: Any, steps: int, tokens: int | None, stepping: Stepping | None
+) -> tuple[Tensor, Tensor | None]:
+    """Timesteps, float32[T], noisiest first; the scheduler's own sigma of each where it tells."""
+    _check_known(scheduler, stepping)
+    fresh = set_timesteps(scheduler, steps, tokens, stepping)
+    listed = torch.as_tensor(fresh.timesteps).float()
+    if float(listed[0]) != float(listed.max()):
+        raise _refused(scheduler, "does not begin at its noisiest timestep", stepping)
+    aligned = (_ALPHAS | _FLOW)[_name(scheduler)]
+    # Second-order solvers list a timestep twice, once per evaluation, or go back to one; steps that are
+    # close together may share one.
+    first: dict[float, int] = {}
+    for position, timestep in enumerate(listed.tolist()):
+        first.setdefault(timestep, position)
+    timesteps = sorted(first, reverse=True)
+    sigmas = None
+    if aligned:
+        every = torch.as_tensor(fresh.sigmas).float().cpu()
+        sigmas = every[torch.tensor([first[t] for t in timesteps])]
+    return torch.tensor(timesteps), sigmas
+
+
+def _check_known(scheduler: Any, stepping: Stepping | None) -> None:
+    """Nothing, if timesteps and noise levels of this scheduler are known.
+
+    Raises:
+        UsageError: they are not; the message says what is allowed.
+    """
+    import diffusers
+
+    name = _name(scheduler)
+    if name not in KNOWN_SCHEDULERS or type(scheduler) is not getattr(diffusers, name, None):
+        known = ", ".join(one.removesuffix("Scheduler") for one in KNOWN_SCHEDULERS)
+        reason = f"is not one whose timesteps and noise levels are known; known are {known}"
+        raise _refused(scheduler, reason, stepping)
+    own = _own_settings(scheduler)
+    kind = own.get("timestep_type", "discrete")
+    if kind != "discrete":
+        reason = f"has timestep_type={kind!r}; known is 'discrete'"
+        raise _refused(scheduler, reason, stepping)
+    if own.get("invert_sigmas", False):
+        reason = "has invert_sigmas=True, which goes from clean to noisy; known is False"
+        raise _refused(scheduler, reason, stepping)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +421,7 @@ class NoiseSchedule:
         sigma: that of the noise, likewise.
         prediction: what the denoiser predicts, one of `PREDICTIONS`.
         clip: bound of the predicted clean sample, or None.
+        threshold: share of its values and largest bound of dynamic thresholding, or None.
     """
 
     timesteps: Tensor
@@ -95,10 +429,18 @@ class NoiseSchedule:
     sigma: Tensor
     prediction: str
     clip: float | None
+    threshold: tuple[float, float] | None = None
 
     @classmethod
     def of(
-        cls, scheduler: Any, steps: int, *, tokens: int | None = None, timestep_scale: float = 1.0
+        cls,
+        scheduler: Any,
+        steps: int,
+        *,
+        tokens: int | None = None,
+        timestep_scale: float = 1.0,
+        stepping: Stepping | None = None,
+        channels: int = 3,
     ) -> NoiseSchedule:
         """Read it off a diffusers scheduler.
 
@@ -107,37 +449,48 @@ class NoiseSchedule:
             steps: number of denoising steps.
             tokens: see `inference_timesteps`.
             timestep_scale: what a pipeline multiplies timesteps by before the denoiser sees them.
+            stepping: what the pipeline passes, see `set_timesteps`.
+            channels: see `check_steps`.
 
         Raises:
             UsageError: the scheduler's noise levels are not known, or its prediction type is not.
         """
-        timesteps = torch.tensor(inference_timesteps(scheduler, steps, tokens))
-        config = scheduler.config
-        alphas = getattr(scheduler, "alphas_cumprod", None)
-        flow = alphas is None or config.get("use_flow_sigmas", False)
-        prediction = config.get("prediction_type", "flow_prediction" if flow else "epsilon")
-        if prediction not in PREDICTIONS or (alphas is None and not hasattr(scheduler, "sigmas")):
-            raise UsageError(
-                f"cannot follow the trajectory of {type(scheduler).__name__} with prediction type "
-                f"{prediction!r}; needed are cumulative alphas or sigmas, and one of "
-                f"{', '.join(PREDICTIONS)}"
+        timesteps, sigmas = _visited(scheduler, steps, tokens, stepping)
+        own = _own_settings(scheduler)
+        flow = _name(scheduler) in _FLOW or bool(own.get("use_flow_sigmas", False))
+        prediction = own.get("prediction_type", "flow_prediction" if flow else "epsilon")
+        known = [
+            one for one in PREDICTIONS if one != ("v_prediction" if flow else "flow_prediction")
+        ]
+        if prediction not in known:
+            raise _refused(
+                scheduler,
+                f"has prediction_type={prediction!r}; known with its noise levels are "
+                f"{', '.join(known)}",
+                advice="set the one that the model was trained with",
             )
         if flow:
-            sigma = timesteps / float(config.num_train_timesteps)
+            trained = float(_trained(scheduler))
+            sigma = timesteps / trained if sigmas is None else sigmas
             signal = 1 - sigma
+        elif sigmas is not None:
+            signal = 1 / (1 + sigmas.double().square()).sqrt()
+            sigma = (sigmas * signal).float()
+            signal = signal.float()
         else:
-            alpha = _interpolate(torch.as_tensor(alphas).float(), timesteps)
+            alpha = _interpolate(torch.as_tensor(scheduler.alphas_cumprod).float(), timesteps)
             signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
-        clip = None
-        if config.get("clip_sample", False):
-            clip = float(config.get("clip_sample_range", 1.0))
+        _check_levels(scheduler, signal, sigma, prediction)
+        check_steps(scheduler, steps, tokens, stepping, channels)
+        clips = _name(scheduler) in _CLIPS and own.get("clip_sample", False)
         end = torch.ones(1), torch.zeros(1)
         return cls(
-            (timesteps * timestep_scale).float(),
+            (timesteps.double() * timestep_scale).float(),
             torch.cat([signal, end[0]]),
             torch.cat([sigma, end[1]]),
             prediction,
-            clip,
+            float(own.get("clip_sample_range", 1.0)) if clips else None,
+            _threshold(own),
         )
 
     def __len__(self) -> int:
@@ -209,7 +562,9 @@ class NoiseSchedule:
         """
         at = position.reshape(-1, *(1,) * (x.ndim - 1))
         clean, epsilon = self._parts(x, predicted, at)
-        if self.clip is not None:
+        if self.threshold is not None:
+            clean = _thresholded(clean, *self.threshold)
+        elif self.clip is not None:
             # The direction follows the model's own noise even where the clean sample was clipped, as
             # diffusers' DDIM does unless told otherwise.
             clean = clean.clamp(-self.clip, self.clip)
@@ -223,6 +578,49 @@ class NoiseSchedule:
         direction = (sigma_next.square() - added.square()).clamp_min(0).sqrt()
         stepped = signal_next * clean + direction * epsilon
         return stepped if noise is None else stepped + added * noise
+
+
+def _check_levels(scheduler: Any, signal: Tensor, sigma: Tensor, prediction: str) -> None:
+    """Nothing, if these are shares of clean sample and noise along a trajectory.
+
+    Raises:
+        UsageError: they are negative, not finite or not falling.
+    """
+    level = sigma.double() / signal.double()
+    fine = bool(torch.isfinite(signal).all() and torch.isfinite(sigma).all())
+    fine = fine and float(signal.min()) >= 0 and float(sigma.min()) > 0
+    if not fine or bool((level.diff() >= 0).any()):
+        shown = [f"{value:.4g}" for value in level.tolist()]
+        ends = shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-3:]]
+        reason = (
+            "has noise levels that are negative, not finite or not falling with these settings "
+            f"({', '.join(ends)})"
+        )
+        advice = "set others, such as the betas that the model was trained with"
+        raise _refused(scheduler, reason, advice=advice)
+    if prediction == "epsilon" and not math.isfinite(float(level[0])):
+        raise _refused(
+            scheduler,
+            "begins at pure noise, where prediction_type='epsilon' says nothing of the image",
+            advice="set rescale_betas_zero_snr=False, or the prediction_type of the model's training",
+        )
+
+
+def _threshold(own: dict[str, Any]) -> tuple[float, float] | None:
+    """Settings of dynamic thresholding; of solvers in terms of noise only those of clean samples."""
+    if not own.get("thresholding", False):
+        return None
+    if str(own.get("algorithm_type", "dpmsolver++")) in ("dpmsolver", "sde-dpmsolver"):
+        return None
+    return float(own["dynamic_thresholding_ratio"]), float(own["sample_max_value"])
+
+
+def _thresholded(clean: Tensor, ratio: float, most: float) -> Tensor:
+    """Clean samples `[B, ...]` within the quantile of their own values (arXiv 2205.11487)."""
+    values = clean.flatten(1)
+    bound = torch.quantile(values.float().abs(), ratio, dim=1, keepdim=True).to(clean)
+    bound = bound.clamp(1, most)
+    return (values.clamp(-bound, bound) / bound).reshape(clean.shape)
 
 
 def _interpolate(table: Tensor, timesteps: Tensor) -> Tensor:

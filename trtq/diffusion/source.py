@@ -33,7 +33,14 @@ from trtq.diffusion.prepared import plain_pipeline
 from trtq.diffusion.prompts import PromptSet, load_prompts
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import Conditions
-from trtq.diffusion.schedule import NoiseSchedule
+from trtq.diffusion.schedule import (
+    KNOWN_PIPELINES,
+    NoiseSchedule,
+    Stepping,
+    check_steps,
+    set_timesteps,
+    stepping_of,
+)
 from trtq.diffusion.shipped import shipped_model, shipped_models
 from trtq.diffusion.weights import single_file_refusal
 from trtq.errors import ArtefactError, QuantizationError, UsageError
@@ -50,6 +57,8 @@ __all__ = [
 DENOISERS = ("unet", "transformer")
 _LARGEST = 8192
 """Limit of the cells along one side of a latent, as in `trtq.diffusion.checkpoint`."""
+_WITHOUT_LABELS = ("DDIMPipeline", "DDPMPipeline")
+"""Pipelines of diffusers that hold a `UNet2DModel` and a scheduler and pass no class."""
 _ENCODE_BATCH = 64
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PROMPT_GROUP = 4
@@ -302,18 +311,68 @@ class Source:
         """What the denoiser is told in `steps` steps of the pipeline's own scheduler, noisiest first."""
         return self.schedule(steps).timesteps.tolist()
 
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler.
+
+        Raises:
+            UsageError: it has none.
+        """
+        found = getattr(self.pipeline, "scheduler", None)
+        if not hasattr(found, "set_timesteps") or not hasattr(found, "config"):
+            raise UsageError(f"{type(self.pipeline).__name__} has no scheduler of diffusers")
+        return found
+
     def schedule(self, steps: int) -> NoiseSchedule:
         """The noise levels of `steps` steps of the pipeline's own scheduler.
 
+        Its timesteps are those that the pipeline itself passes to its denoiser.
+
         Raises:
-            UsageError: the number of steps is out of range, or the scheduler is of an unknown kind.
+            UsageError: the number of steps is out of range, the scheduler is not one whose noise levels
+                are known, or it is not known what this kind of pipeline does with it.
         """
         return NoiseSchedule.of(
-            self.pipeline.scheduler,
+            self.scheduler,
             steps,
             tokens=self.image_tokens,
             timestep_scale=self.family.timestep_scale,
+            stepping=self._stepping(),
+            channels=self._channels,
         )
+
+    def stepped_scheduler(self, steps: int) -> Any:
+        """A fresh scheduler of the pipeline's kind, its steps set as the pipeline sets them.
+
+        Raises:
+            UsageError: it cannot go so many steps, or it is not known how the pipeline sets them.
+        """
+        self.check_steps(steps)
+        return set_timesteps(self.scheduler, steps, self.image_tokens, self._stepping())
+
+    def check_steps(self, steps: int) -> None:
+        """Nothing, if the pipeline can draw in so many steps; its scheduler may be of any kind.
+
+        Raises:
+            UsageError: the number of steps is out of range, or the scheduler breaks on it.
+        """
+        tokens, channels = self.image_tokens, self._channels
+        check_steps(self.scheduler, steps, tokens, self._stepping(), channels)
+
+    @property
+    def _channels(self) -> int:
+        """Channels of one sample as the scheduler sees it."""
+        config: Any = self.denoiser.config
+        return int(config.in_channels)
+
+    def _stepping(self) -> Stepping:
+        found = stepping_of(self.pipeline)
+        if found is None:
+            raise UsageError(
+                f"{type(self.pipeline).__name__} is not supported: it is not known which timesteps it "
+                f"passes to its denoiser; supported are {', '.join(KNOWN_PIPELINES)}"
+            )
+        return found
 
     def draw_conditions(self, count: int, generator: torch.Generator) -> Conditions:
         """Conditions for `count` images: classes in equal numbers, shuffled; prompts; or none.
@@ -326,6 +385,7 @@ class Source:
             return self.conditions(labels[torch.randperm(count, generator=generator)])
         if self.prompts is None:
             if self.model_class == "UNet2DModel":
+                self._check_unlabelled()
                 return Conditions({}, family=self.family)
             raise UsageError(
                 f"{type(self.pipeline).__name__} with a {self.model_class} is not supported"
@@ -343,6 +403,16 @@ class Source:
             for name in first.conditional
         }
         return Conditions(conditional, unconditional, first.shared, self.family)
+
+    def _check_unlabelled(self) -> None:
+        config: Any = self.denoiser.config
+        for name in ("num_class_embeds", "class_embed_type"):
+            if getattr(config, name, None) is not None:
+                raise UsageError(
+                    f"the UNet2DModel has {name}={getattr(config, name)!r}, and "
+                    f"{type(self.pipeline).__name__} passes no class; a UNet with num_class_embeds is "
+                    f"taken in a {' or '.join(_WITHOUT_LABELS)}"
+                )
 
     def conditions(self, labels: Tensor) -> Conditions:
         """Conditions for images of these classes, labels[B].
@@ -417,17 +487,31 @@ def _no_pipeline(path: Path) -> str:
     return f"{path} holds no {INDEX_NAME}; give the folder of a whole pipeline{hint}"
 
 
-def wrap_pipeline(pipeline: Any, null_class: int | None = None) -> Any:
-    """Give a class-conditional `UNet2DModel` the pipeline that can call it; others stay."""
+def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any = None) -> Any:
+    """Give a class-conditional `UNet2DModel` the pipeline that can call it; others stay.
+
+    Those that stay are also pipelines of another kind, whose sampler is their own.
+
+    Args:
+        pipeline: any.
+        null_class: the label that stands for "no class".
+        scheduler: to draw with, where the pipeline has put another in its place; None: the pipeline's.
+
+    Raises:
+        ArtefactError: the model does not know the label.
+    """
     unet = getattr(pipeline, "unet", None)
     if unet is None or getattr(unet.config, "num_class_embeds", None) is None:
         return pipeline
     if "encoder_hid_dim" in unet.config or hasattr(pipeline, "classes"):
         return pipeline
+    if type(pipeline).__name__ not in _WITHOUT_LABELS:
+        return pipeline
     from trtq.diffusion.class_conditional import ClassConditionalPipeline
 
     check_null_class(null_class, int(unet.config.num_class_embeds))
-    return ClassConditionalPipeline(unet, pipeline.scheduler, null_class)
+    chosen = pipeline.scheduler if scheduler is None else scheduler
+    return ClassConditionalPipeline(unet, chosen, null_class)
 
 
 def load_source(model: str | Path | Any) -> Source:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trtq.diffusion.cut import warn_of_cuts
 from trtq.diffusion.encode import takes_negative
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import at_once
@@ -120,10 +121,13 @@ def draw(
         UsageError: the number of steps, or a negative prompt that would change nothing.
         NonFiniteError: an image holds NaN.
     """
-    source.timesteps(steps)
+    source.check_steps(steps)
     chosen = source.guidance if guidance is None else guidance
     if negative_prompt is not None:
         _check_negative(source, negative_prompt, chosen)
+    if subjects.prompts is not None:
+        told = [] if not negative_prompt else [negative_prompt]
+        warn_of_cuts(source.pipeline, [*subjects.prompts, *told])
     if batch is None:
         most = BATCH if subjects.prompts is None else TEXT_BATCH
         batch = at_once(source.sample_shape, most)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtq.diffusion.encode import Encoded, takes_negative
+from trtq.diffusion.cut import find_cuts
+from trtq.diffusion.encode import Encoded, check_inputs, takes_negative
 from trtq.diffusion.latents import draw_noise, latent_decoder
 from trtq.diffusion.layout import class_names
 from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.schedule import set_timesteps
 from trtq.diffusion.source import Source
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.openvino import OpenVinoEngine
@@ -27,10 +28,13 @@ from trtq.manifest import artefact_kind, read_manifest
 from trtq.seeds import seeded_generator
 from trtq.serve.graph import GraphCall
 from trtq.serve.light import DEFAULT_STEPS, pixels
+from trtq.serve.logs import FIELDS
 from trtq.serve.model import Arrays, Card, Drawing, Inputs, ServedModel, Sizes, Start, class_label
 from trtq.serve.solver import Ddim, SchedulerSolver, Solver
 
 __all__ = ["PipelineModel"]
+
+logger = logging.getLogger(__name__)
 
 
 class PipelineModel(ServedModel):
@@ -65,6 +69,11 @@ class PipelineModel(ServedModel):
         self._lock = threading.Lock()
         sizes = None if self.fixed_shapes else _sizes(source)
         self.card = replace(_card(source, name, provider), sizes=sizes)
+        if self.card.kind == "text":
+            check_inputs(source.pipeline)
+        if self._ddim is None:
+            # Before the first request: a scheduler that breaks would refuse every one.
+            source.check_steps(self.card.steps)
 
     @torch.no_grad()
     def starts(self, drawing: Drawing) -> Sequence[Start]:
@@ -85,7 +94,7 @@ class PipelineModel(ServedModel):
     def _solver(self, source: Source, steps: int, generator: torch.Generator) -> Solver:
         if self._ddim is not None:
             return self._ddim.solver(steps)
-        scheduler = set_timesteps(source.pipeline.scheduler, steps, source.image_tokens)
+        scheduler = source.stepped_scheduler(steps)
         return SchedulerSolver(scheduler, generator, source.family.timestep_scale)
 
     def _inputs(self, source: Source, drawing: Drawing) -> Inputs:
@@ -98,12 +107,26 @@ class PipelineModel(ServedModel):
             encoded = Encoded(conditions.conditional, conditions.unconditional)
         else:
             encoded = source.encode([drawing.prompt], drawing.negative_prompt)
+            self._log_cuts(drawing)
         unconditional = None
         if drawing.guidance != 1:
             if encoded.unconditional is None:
                 raise UsageError(f"{self.card.name} takes no guidance; it must be 1")
             unconditional = _arrays(encoded.unconditional)
         return Inputs(_arrays(encoded.conditional), unconditional, _arrays(encoded.shared))
+
+    def _log_cuts(self, drawing: Drawing) -> None:
+        """Say in the log that a prompt is cut, but not what it says: prompts are not logged."""
+        texts = [drawing.prompt, *filter(None, [drawing.negative_prompt])]
+        for cut in find_cuts(self._source.pipeline, texts):
+            field = "prompt" if cut.prompt == drawing.prompt else "negative_prompt"
+            facts: dict[str, Any] = {
+                "model": self.card.name,
+                "field": field,
+                "encoder": cut.encoder,
+            }
+            facts |= {"tokens": cut.tokens, "kept": cut.kept}
+            logger.warning("prompt cut off", extra={FIELDS: facts})
 
     @torch.no_grad()
     def denoise(

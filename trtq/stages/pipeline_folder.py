@@ -108,7 +108,15 @@ def _library(cls: type) -> str:
 
 
 def _diffusers_class(pipeline: Any) -> Any:
-    """The class that diffusers itself knows: the nearest ancestor outside this package."""
+    """The class that diffusers itself knows: the nearest ancestor outside this package.
+
+    DDIMPipeline turns every scheduler into DDIM; with another one a pipeline is a DDPMPipeline, which
+    keeps it.
+    """
+    if hasattr(pipeline, "classes") and type(pipeline.scheduler).__name__ != "DDIMScheduler":
+        from diffusers import DDPMPipeline
+
+        return DDPMPipeline
     for cls in type(pipeline).__mro__:
         if cls.__module__.startswith("diffusers"):
             return cls
@@ -206,9 +214,13 @@ def load_pipeline_parts(
     Raises:
         ArtefactError: a part is missing, or not one of diffusers' classes.
     """
+    parts: dict[str, Any] = {}
 
     def load(name: str, cls: Any) -> Any:
         found = None if cls is None or load_graph is None else load_graph(name, cls)
-        return load_part(folder, name, cls) if found is None else found
+        parts[name] = load_part(folder, name, cls) if found is None else found
+        return parts[name]
 
-    return wrap_pipeline(assemble(folder, load, (denoiser_name, denoiser)), read_null_class(folder))
+    pipeline = assemble(folder, load, (denoiser_name, denoiser))
+    # The part, not the pipeline's: runs of earlier versions say DDIMPipeline of every scheduler.
+    return wrap_pipeline(pipeline, read_null_class(folder), parts.get("scheduler"))

@@ -23,6 +23,8 @@ from trtq.calib.sensitivity import (
     with_bits,
 )
 from trtq.diffusion.checkpoint import one_line
+from trtq.diffusion.cut import warn_of_cuts
+from trtq.diffusion.encode import check_inputs
 from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.sampling import at_once, seeded_noise, spread
 from trtq.diffusion.source import Source, load_source
@@ -137,6 +139,10 @@ def plan_quantize(
             f"{source.name} is quantised already (its denoiser is a "
             f"{type(source.denoiser).__name__}); give the float pipeline"
         )
+    # What cannot be calibrated is refused before anything else is done.
+    source.schedule(recipe.steps)
+    if source.prompts is not None:
+        check_inputs(source.pipeline)
     if not isinstance(model, str | Path):
         # The caller's pipeline stays as it is, and its weights may be shared.
         pipeline = copy.copy(source.pipeline)
@@ -163,6 +169,8 @@ def plan_quantize(
             raise UsageError(f"{source.name} takes no prompts")
         lines = read_lines(Path(recipe.prompts))
         source.prompts = source.prompts.model_copy(update={"calibration": lines})
+    if source.prompts is not None:
+        warn_of_cuts(source.pipeline, source.prompts.calibration, "calibration prompts")
     policy = load_policy(
         type(source.denoiser).__name__, None if recipe.policy is None else Path(recipe.policy)
     )
@@ -183,7 +191,7 @@ def plan_quantize(
             f"zero layers of {type(source.denoiser).__name__} would be quantised: the policy for "
             f"{policy.family} matches none of its {len(layers)} layers"
         )
-    calls = _probe(source, layers)
+    calls = _probe(source, layers, recipe.steps)
     if recipe.calibration.share_inputs:
         layers = with_shared_inputs(layers, calls)
     timesteps = source.timesteps(recipe.steps)
@@ -197,7 +205,7 @@ def plan_quantize(
     return replace(plan, layers=_spend_budget(plan, parse_budget(recipe.budget), report))
 
 
-def _probe(source: Source, layers: Sequence[LayerPlan]) -> dict[str, LayerCall]:
+def _probe(source: Source, layers: Sequence[LayerPlan], steps: int) -> dict[str, LayerCall]:
     """What each layer is called with in one call of the denoiser on its pipeline's own conditions.
 
     Raises:
@@ -209,7 +217,7 @@ def _probe(source: Source, layers: Sequence[LayerPlan]) -> dict[str, LayerCall]:
             source.denoiser,
             [layer.name for layer in layers],
             source.sample_shape,
-            source.timesteps(1)[0],
+            source.timesteps(steps)[0],
             conditions,
         )
     except TrtqError:

@@ -12,6 +12,11 @@ learned rounding (`trtq.quant.adaround`) the direction stays frozen while the we
 Of the weighting of the two losses there are three forms: the paper's, with one global term; that of the
 release, which adds the global term once per tuned layer; and the one the release has for stage 2 of its
 unconditional and ImageNet models, with the global term alone.
+
+Not as released: at 4 bits the authors have one activation scale per input channel and step, which no
+integer product computes; here it is one per tensor and step. Under guidance they compare both halves of
+the batch, here the guided output is compared, which weighs the half without a condition
+`(guidance - 1)^2` times. Their rates are constant, here they fall linearly to 0.
 """
 
 from __future__ import annotations
