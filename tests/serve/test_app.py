@@ -321,7 +321,7 @@ def connect(client, **options):
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.connect((client.base_url.host, client.base_url.port))
     body = json.dumps({"prompt": "one", "stream": True} | options).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     return connection
 
@@ -338,7 +338,7 @@ def test_who_does_not_read_keeps_no_place(serve, toy):
 def test_who_hangs_up_in_the_middle_of_a_body_is_no_error_of_the_server(serve, caplog):
     _, client = serve()
     with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
-        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
     wait_until(lambda: "client_gone" in client.get("/metrics").text)
     assert "internal_error" not in client.get("/metrics").text

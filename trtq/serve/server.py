@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -22,6 +23,7 @@ from trtq.engine.openvino import MOST_SHAPES
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError, TrtqError, UsageError
 from trtq.manifest import artefact_kind, read_manifest
+from trtq.serve.access import Access
 from trtq.serve.batcher import Batching, batch_sizes
 from trtq.serve.logs import FIELDS
 from trtq.serve.metrics import Metrics
@@ -68,6 +70,8 @@ class ServeOptions:
         limits: what to take on.
         drain_s: after SIGTERM, how long to finish what was taken on, up to the exit.
         api_key: what requests to `/v1` have to bring.
+        allowed_hosts: names that requests may call the server by, see `Access`.
+        allowed_origins: origins of pages that may use the server from elsewhere, see `Access`.
     """
 
     path: str
@@ -81,6 +85,13 @@ class ServeOptions:
     limits: Limits = field(default_factory=Limits)
     drain_s: float = 30.0
     api_key: str | None = field(default=None, repr=False)
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+
+    @property
+    def access(self) -> Access:
+        """Who may ask."""
+        return Access(bound=self.host, hosts=self.allowed_hosts, origins=self.allowed_origins)
 
 
 def read_api_key(path: Path | None) -> str | None:
@@ -335,14 +346,22 @@ async def _run(
             await super().startup(sockets)
             ready()
 
+    access = options.access
+    for text in access.warnings:
+        logger.warning(text)
+
+    def refused(status: int, code: str) -> None:
+        metrics.error(code)
+        metrics.request("other", status, 0.0)
+
     config = uvicorn.Config(
-        create_app(service, metrics, options.api_key),
+        create_app(service, metrics, options.api_key, access),
         log_config=None,
         access_log=False,
         lifespan="off",
         ws="none",
         server_header=False,
-        http=BoundedProtocol,
+        http=cast(Any, partial(BoundedProtocol, refused=refused)),
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=int(_LAST_ANSWERS_S),
     )
