@@ -269,13 +269,17 @@ class Batcher:
         self._wake.notify()
 
     def _run(self) -> None:
-        while chosen := self._next():
-            try:
-                self._call_while_unchanged(chosen)
-            except Exception as error:
-                # Whatever the engine threw is the answer to these images; the thread has to live on.
-                logger.exception("a call of the denoiser failed")
-                self._finish(chosen, error)
+        try:
+            while chosen := self._next():
+                try:
+                    self._call_while_unchanged(chosen)
+                except Exception as error:
+                    # Whatever the engine threw is the answer to these images; the thread has to live on.
+                    logger.exception("a call of the denoiser failed")
+                    self._finish(chosen, error)
+        except BaseException:  # Of this thread nobody else would hear.
+            logger.critical("the batcher died; start the server again", exc_info=True)
+            self.refuse(RuntimeError("its batcher has died; the server has to be started again"))
 
     def _next(self) -> list[Item]:
         """The images of the next call, as soon as there are any; none at the end."""

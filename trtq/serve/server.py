@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import logging
 import os
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from trtq.manifest import artefact_kind, read_manifest
 from trtq.serve.access import Access
 from trtq.serve.batcher import Batching, batch_sizes
 from trtq.serve.logs import FIELDS
+from trtq.serve.memory import mapped_files, own_mapped_files
 from trtq.serve.metrics import Metrics
 from trtq.serve.service import Drawer, Hosted, Limits, Service
 
@@ -203,6 +205,7 @@ def _host(
     sizes = limits.batch_sizes or batch_sizes(limits.batch)
     is_onnx = Path(path).is_dir() and artefact_kind(Path(path)) == "onnx"
     provider = options.provider if provided or is_onnx else None
+    mapped = mapped_files()
     model = open_model(path, name, provider=provider, threads=options.threads, shapes=len(sizes))
     if model.most_rows is not None and model.most_rows < limits.batch:
         raise UsageError(
@@ -218,6 +221,7 @@ def _host(
         raise
     except Exception as err:  # An engine's own exceptions share no base but Exception.
         raise ArtefactError(f"{path} was opened and cannot be run: {err}") from err
+    own_mapped_files(mapped)
     ready = sizes if limits.batch_sizes else None
     rest = [size for size in sizes if size != first]
     hosted = Hosted(
@@ -231,15 +235,16 @@ def _host(
     )
     if model.fixed_shapes and rest:
         threading.Thread(
-            target=_compile_rest, args=(hosted, rest), name=f"compile-{name}", daemon=True
+            target=_compile_rest, args=(hosted, rest, mapped), name=f"compile-{name}", daemon=True
         ).start()
     return hosted
 
 
-def _compile_rest(hosted: Hosted, sizes: Sequence[int]) -> None:
+def _compile_rest(hosted: Hosted, sizes: Sequence[int], mapped: set[str]) -> None:
     try:
         for size in sizes:
             hosted.model.warm(size)
+            own_mapped_files(mapped)
             hosted.batcher.add_size(size)
     except Exception:  # The sizes before it still serve.
         logger.exception("cannot compile", extra={FIELDS: {"batch": size}})
@@ -286,9 +291,10 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
         announce: called with `url`, `models` and `seconds` when requests are taken on.
 
     Raises:
-        TrtqError: the models or the port cannot be had.
+        TrtqError: the models or the port cannot be had, or a batcher died.
     """
     begun = time.monotonic()
+    _tell_of_crashes()
     require("fastapi")
     require("uvicorn")
     require("httptools")
@@ -313,6 +319,7 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
 
         try:
             asyncio.run(_run(options, service, metrics, bound, ready))
+            alive = service.alive
         finally:
             ended = service.close(_LAST_ANSWERS_S)
     if not ended:
@@ -320,7 +327,15 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
         logger.warning("leaving a call of the engine behind")
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(0 if alive else 1)
+    if not alive:
+        raise TrtqError("a batcher died while it served; its line in the log above says why")
+
+
+def _tell_of_crashes() -> None:
+    """Have a crash of the runtime's own code leave its place on standard error."""
+    with suppress(OSError, ValueError, AttributeError):  # Standard error need not be a file.
+        faulthandler.enable(sys.stderr)
 
 
 async def _run(
