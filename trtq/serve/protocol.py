@@ -31,7 +31,7 @@ _PART = 8 << 10
 _LINGER_S = 2.0
 _LINGER_BYTES = 4 << 20
 _METHODS = "GET, HEAD, POST"
-_REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32} [^ \r\n]+ HTTP/1\.[01]\r\n")
+_METHOD = re.compile(rb"([A-Za-z][A-Za-z-]{0,31}) ")
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)([^#]*)", re.IGNORECASE)
 
 
@@ -180,10 +180,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Its body begins."""
         self._silent_bytes = 0
-        self._in_head = False
         self._stop_waiting()
         self._check_head()
         super().on_headers_complete()
+        self._in_head = False
         # A connection whose client has not said all when he is answered is closed.
         self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
 
@@ -360,9 +360,9 @@ def _explain(error: Exception, part: bytes) -> ApiError:
             return found.error
         found = found.__context__
     if isinstance(error, httptools.HttpParserInvalidMethodError):
-        line = _REQUEST_LINE.match(part)
-        if line is not None:
-            return _no_method(line[0].split(b" ")[0].decode())
+        method = _METHOD.match(part)
+        if method is not None:
+            return _no_method(method[1].decode())
         if part.startswith(b"\x16\x03"):
             text = "this is TLS; the server speaks plain HTTP: begin the address with http://"
             return ApiError(400, "invalid_http", text)
