@@ -319,7 +319,6 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
 
         try:
             asyncio.run(_run(options, service, metrics, bound, ready))
-            alive = service.alive
         finally:
             ended = service.close(_LAST_ANSWERS_S)
     if not ended:
@@ -327,8 +326,8 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
         logger.warning("leaving a call of the engine behind")
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(0 if alive else 1)
-    if not alive:
+        os._exit(1 if service.died else 0)
+    if service.died:
         raise TrtqError("a batcher died while it served; its line in the log above says why")
 
 
