@@ -7,12 +7,13 @@ come is reset, and the answer with it; then it is closed.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -92,7 +93,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """A client connected."""
         self._raw = transport
-        super().connection_made(_Transport(transport, self._close))
+        super().connection_made(cast(asyncio.Transport, _Transport(transport, self._close)))
         self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
