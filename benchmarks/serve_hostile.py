@@ -59,7 +59,7 @@ FOREIGN_ORIGINS: tuple[dict[str, str], ...] = (
     {"Sec-Fetch-Site": "same-site", "Origin": "http://localhost"},
 )
 NO_REQUESTS = (
-    b"\x16\x03\x01\x02\x00\x01\x00\x01", b"PRI * HTTP/2.0\r\n\r\n", b"GET /\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET /\r\n\r\n",
     b"BREW / HTTP/1.1\r\n\r\n",
     b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nA: \0\r\n\r\n",
     b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
