@@ -32,7 +32,7 @@ async def application(scope, receive, send):
     await send({"type": "http.response.body", "body": path})
 
 
-TOLD = []
+TOLD: list[tuple[int, str]] = []
 """Status and code of each request that was refused."""
 
 
