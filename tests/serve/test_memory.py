@@ -82,6 +82,20 @@ def test_a_file_that_was_cut_short_before_is_named(file):
             own_mapped_files(before)
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
+def test_a_file_that_is_there_no_more_is_copied_as_it_was(file, replaced):
+    before, content = mapped_files(), file.read_bytes()
+    with (
+        file.open("rb") as opened,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
+        file.unlink()
+        if replaced:
+            file.write_bytes(b"short")
+        assert own_mapped_files(before) == 4 * mmap.PAGESIZE
+        assert mapped[:] == content
+
+
 def test_where_the_system_does_not_tell_nothing_is_done(file, monkeypatch):
     monkeypatch.setattr(memory, "_MAPS", file.parent / "nowhere")
     assert (mapped_files(), own_mapped_files(set())) == (set(), 0)

@@ -32,6 +32,7 @@ class _Mapping:
     end: int
     writable: bool
     offset: int
+    inode: int
     path: str
 
 
@@ -45,13 +46,15 @@ def _mappings() -> list[_Mapping]:
     rows = [row for row in rows if len(row) == 6 and row[5].startswith("/")]
     programs = {row[5] for row in rows if "x" in row[1]}
     found = []
-    for addresses, rights, offset, _, _, path in rows:
+    for addresses, rights, offset, _, inode, path in rows:
         # What a program writes into a file this way ("s") is not to be taken away.
         shared = rights[3] == "s" and "w" in rights
         if path in programs or path.startswith(_NO_DATA) or "r" not in rights or shared:
             continue
         start, _, end = addresses.partition("-")
-        found.append(_Mapping(int(start, 16), int(end, 16), "w" in rights, int(offset, 16), path))
+        found.append(
+            _Mapping(int(start, 16), int(end, 16), "w" in rights, int(offset, 16), int(inode), path)
+        )
     return found
 
 
@@ -89,9 +92,12 @@ def own_mapped_files(before: set[str]) -> int:
 
 def _check_length(one: _Mapping) -> None:
     try:
-        length = os.stat(one.path).st_size
+        found = os.stat(one.path)
     except OSError:
-        return  # It was deleted or renamed; what is mapped of it stays.
+        return  # It was deleted; what is mapped of it stays.
+    if found.st_ino != one.inode:
+        return  # It was replaced, by renaming.
+    length = found.st_size
     if one.offset + (one.end - one.start) >= length + mmap.PAGESIZE:
         raise ArtefactError(
             f"{one.path} has become shorter while it was opened; put the whole file there again"
