@@ -1100,6 +1100,21 @@ def serve(
         Path | None,
         typer.Option("--api-key-file", help="Key that requests must bring; or TRTQ_API_KEY."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            help="A name that requests may call the server by, beside localhost and its own address; "
+            "repeat it for more, '*' allows all.",
+        ),
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-origin",
+            help="Origin whose pages may draw here, e.g. http://localhost:3000; repeat it for more.",
+        ),
+    ] = None,
     on_ray: Annotated[
         bool, typer.Option("--ray", help="Replicas on a local Ray, which is joined or started.")
     ] = False,
@@ -1115,6 +1130,7 @@ def serve(
     Example: trtq serve onnx --provider openvino --beside digits
     """
     with _command(verbose):
+        from trtq.serve.access import allowed_hosts, allowed_origins
         from trtq.serve.logs import log_to
         from trtq.serve.server import ServeOptions, parse_batching, read_api_key
         from trtq.serve.server import serve as run_server
@@ -1142,6 +1158,8 @@ def serve(
             "limits": limits,
             "drain_s": drain_seconds,
             "api_key": read_api_key(api_key_file),
+            "allowed_hosts": allowed_hosts(allowed_host or ()),
+            "allowed_origins": allowed_origins(allowed_origin or ()),
         }
 
         def announce(found: dict[str, Any]) -> None:

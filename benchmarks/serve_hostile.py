@@ -3,10 +3,12 @@
     python benchmarks/serve_hostile.py ONNX [--minutes 10] [--schemathesis PATH_OF_st]
 
 Clients of each kind run side by side against one `trtq serve`, one kind in crowds that the queue has no
-room for. Counted are the answers by status; every request that was not hung up on must be answered
-once, none with 5xx, and the server's own `/metrics` may know of no internal error and of no image still
-under way. Resident memory and open files: the median of the samples between a tenth and three tenths of
-the time against that of the last fifth. With `--schemathesis` its own generator joins in, on the
+room for, one with bodies that never end: these go on sending when they are answered, and may find their
+connection open for so long. Counted are the answers by status, in all and by kind; every request that
+was not hung up on must be answered once, none with 5xx, and the server's own `/metrics` may know of no
+internal error and of no image still under way. Resident memory and open files: the median of the samples
+between a tenth and three tenths of the time against that of the last fifth.
+With `--schemathesis` its own generator joins in, on the
 OpenAPI schema.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -24,8 +27,9 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,39 @@ LIMIT = 64 << 10
 PATIENCE_S = 60.0
 MOST_UNDER_WAY = 24
 """Images: 8 in a call and 16 that wait."""
+OPEN_S = 15.0
+"""So long after its answer no connection may be open, whatever its client does."""
+KIND = ContextVar("kind", default="")
+FOREIGN_HOSTS = (
+    "evil.example", "evil.example:8000", "localhost.evil.example", "8.8.8.8", "[2001:db8::1]", "0.0.0.0",
+    "user@localhost", "localhost:99999", "", "localhost, evil.example", "a" * 300,
+)  # fmt: skip
+FOREIGN_ORIGINS: tuple[dict[str, str], ...] = (
+    {"Origin": "http://evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://localhost:1"},
+    {"Origin": "https://localhost.evil.example"},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site", "Origin": "http://localhost"},
+)
+NO_REQUESTS = (
+    b"\x16\x03\x01\x02\x00\x01\x00\x01", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET /\r\n\r\n",
+    b"BREW / HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nA: \0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 10_000 + b"\r\n",
+    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example:443\r\n\r\n",
+    b"GET http://evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+)  # fmt: skip
+ENDLESS = (
+    (b"Transfer-Encoding: chunked", b"1\r\n \r\n", 0.5),
+    (b"Transfer-Encoding: chunked", b"2000\r\n" + b" " * 8192 + b"\r\n", 0.01),
+    (b"Transfer-Encoding: chunked", b"1;" + b"x" * 100 + b"\r\n \r\n", 0.1),
+    (b"Content-Length: 1000000000000", b" " * 8192, 0.01),
+    (b"Content-Length: 1000000000000", b" ", 0.5),
+)
 ATOMS: list[Any] = [
     None, True, -1, 0, 1, 2, 10**30, 0.5, -1e308, "", "7", "cat", "\0", "\ud800", "é" * 5000, [], {},
 ]  # fmt: skip
@@ -55,6 +92,9 @@ class Client:
         self.port = port
         self.random = random.Random(seed)
         self.statuses: Counter[str] = Counter()
+        self.kinds: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.still_open: list[str] = []
+        self.open_s: list[float] = []
         self.cut_off: Counter[str] = Counter()
         self.unanswered: list[str] = []
         self.wrong: list[str] = []
@@ -71,24 +111,30 @@ class Client:
         lines = {"Host": "localhost", "Content-Type": "application/json", "Connection": "close"}
         lines |= {"Content-Length": str(len(body))} | (headers or {})
         head = f"POST {PATH} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items())
+        return await self.raw(head.encode() + b"\r\n", body, until=until, chunk=chunk)
+
+    async def raw(
+        self, head: bytes, body: bytes = b"", *, until: float = PATIENCE_S, chunk: int = 0
+    ) -> bytes:
+        """The same with these bytes as its head."""
         with socket.socket() as connection:
             connection.setblocking(False)
             loop = asyncio.get_running_loop()
             await loop.sock_connect(connection, ("127.0.0.1", self.port))
             try:
                 async with asyncio.timeout(until):
-                    stopped = await _send_all(connection, head.encode() + b"\r\n", body, chunk)
+                    stopped = await _send_all(connection, head, body, chunk)
                     answer, reset = await _read_all(connection)
             except TimeoutError:
                 if until < PATIENCE_S:
                     raise  # It was to hang up.
                 stopped, answer, reset = f"nothing in {until:g} s", b"", ""
         status = answer.partition(b"\r\n")[0].split(b" ")[1:2]
-        request = f"{head.partition(chr(13))[0]} {headers or ''} {len(body)} bytes {body[:100]!r}"
+        request = f"{KIND.get()}: {head[:200]!r} {len(body)} bytes {body[:100]!r}"
         if not status:
             self.unanswered.append(f"{stopped or reset or 'closed'}: {request}")
             return b""
-        self.statuses[status[0].decode()] += 1
+        self.count(status[0].decode())
         # The answer was there; that it could be read to the end is what counts.
         if stopped or reset:
             self.cut_off[f"{status[0].decode()}: {stopped or reset}"] += 1
@@ -97,6 +143,68 @@ class Client:
         if status[0].startswith(b"5"):
             self.wrong.append(f"{answer[:200]!r} to {request}")
         return answer
+
+    def count(self, status: str) -> None:
+        """A request was answered so."""
+        self.statuses[status] += 1
+        self.kinds[KIND.get()][status] += 1
+
+    def refused(self, answer: bytes, *statuses: int) -> None:
+        """It has to be one of these, in OpenAI's form and with an id."""
+        head, _, body = answer.partition(b"\r\n\r\n")
+        right = any(answer.startswith(b"HTTP/1.1 %d " % status) for status in statuses)
+        if answer and not (right and b"x-request-id: " in head.lower() and b'{"error"' in body):
+            self.wrong.append(f"{KIND.get()}: no clear refusal: {answer[:200]!r}")
+
+    async def foreign_hosts(self) -> None:
+        """Names that a page may have made to point here."""
+        host = self.random.choice(FOREIGN_HOSTS)
+        self.refused(await self.send(b'{"prompt": "1"}', {"Host": host}), 400, 421)
+        await asyncio.sleep(0.02)
+
+    async def foreign_origins(self) -> None:
+        """What a browser sends for a page of another site."""
+        headers = self.random.choice(FOREIGN_ORIGINS)
+        self.refused(await self.send(b'{"prompt": "1"}', headers), 403)
+        await asyncio.sleep(0.02)
+
+    async def no_requests(self) -> None:
+        """What the parser cannot read."""
+        self.refused(await self.raw(self.random.choice(NO_REQUESTS)), 400, 405, 431)
+        await asyncio.sleep(0.02)
+
+    async def endless(self) -> None:
+        """A body that never ends: its connection must not stay open behind the answer."""
+        how, piece, pause = self.random.choice(ENDLESS)
+        head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        loop = asyncio.get_running_loop()
+        with socket.socket() as connection:
+            connection.setblocking(False)
+            await loop.sock_connect(connection, ("127.0.0.1", self.port))
+            answering = asyncio.create_task(_read_all(connection))
+            answered, end = None, time.monotonic() + PATIENCE_S
+            try:
+                await loop.sock_sendall(connection, head.encode() + how + b"\r\n\r\n")
+                while time.monotonic() < end:
+                    await asyncio.wait_for(loop.sock_sendall(connection, piece), OPEN_S)
+                    await asyncio.sleep(pause)
+                    if answered is None and answering.done():
+                        answered = time.monotonic()
+                        end = answered + OPEN_S
+                else:
+                    self.still_open.append(
+                        f"{how!r} {piece[:20]!r}, answered {answered is not None}"
+                    )
+            except (ConnectionError, TimeoutError):
+                pass
+            if answered is not None:
+                self.open_s.append(round(time.monotonic() - answered, 2))
+            answer, _ = await answering
+        if answer:
+            self.count(answer.split(b" ", 2)[1].decode())
+            self.refused(answer, 408, 413)
+        else:
+            self.count("reset before it was read")
 
     async def good(self) -> None:
         """Right requests; each must bring its own number of images."""
@@ -164,7 +272,7 @@ class Client:
         try:
             await self.send(body.encode(), until=self.random.uniform(0.01, 0.4))
         except TimeoutError:
-            self.statuses["hung up"] += 1
+            self.count("hung up")
 
     async def odd_headers(self) -> None:
         """Headers that lie or make no sense."""
@@ -218,6 +326,7 @@ def _is_whole(answer: bytes) -> bool:
 
 async def until(end: float, work: Callable[[], Awaitable[None]]) -> None:
     """Do it again and again."""
+    KIND.set(work.__name__)
     while time.monotonic() < end:
         await work()
 
@@ -232,6 +341,15 @@ def open_files(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
+def sockets(pid: int) -> int:
+    """Sockets that a process holds open."""
+    found = 0
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # It is closed meanwhile.
+            found += os.readlink(path).startswith("socket:")
+    return found
+
+
 async def attack(client: Client, pid: int, seconds: float) -> dict[str, list[int]]:
     """All kinds of clients at once; gives the server's memory and open files every few seconds."""
     end = time.monotonic() + seconds
@@ -242,6 +360,10 @@ async def attack(client: Client, pid: int, seconds: float) -> dict[str, list[int
         client.slow,
         client.cancelled,
         client.odd_headers,
+        client.foreign_hosts,
+        client.foreign_origins,
+        client.no_requests,
+        client.endless,
     ]
     tasks = [asyncio.create_task(until(end, kind)) for kind in kinds for _ in range(2)]
     tasks.append(asyncio.create_task(until(end, client.crowd)))
@@ -297,6 +419,7 @@ def main() -> None:
     )
     assert server.stdout is not None
     url = json.loads(server.stdout.readline())["url"]
+    idle = sockets(server.pid)
     client = Client(int(url.rpartition(":")[2]), seed=0)
     fuzz = None
     if arguments.schemathesis:
@@ -307,7 +430,8 @@ def main() -> None:
         )  # fmt: skip
     samples = asyncio.run(attack(client, server.pid, 60 * arguments.minutes))
     said = fuzz.communicate()[0] if fuzz is not None else ""
-    time.sleep(1)
+    time.sleep(OPEN_S)
+    connections = sockets(server.pid) - idle
     counted = told(url)
     server.send_signal(signal.SIGTERM)
     code = server.wait(60)
@@ -316,6 +440,13 @@ def main() -> None:
         "device": f"{processor()}, {os.cpu_count()} threads",
         "minutes": arguments.minutes,
         "statuses": dict(sorted(client.statuses.items())),
+        "kinds": {kind: dict(sorted(seen.items())) for kind, seen in sorted(client.kinds.items())},
+        "endless_bodies": {
+            "open_15_s_after_the_answer": len(client.still_open),
+            "examples": client.still_open[:20],
+            "longest_open_after_the_answer_s": max(client.open_s, default=0.0),
+        },
+        "connections_open_at_the_end": connections,
         "requests": client.statuses.total() + len(client.unanswered),
         "cut_off_after_the_answer": dict(sorted(client.cut_off.items())),
         "unanswered": len(client.unanswered),

@@ -287,6 +287,23 @@ def serve_hostile(record: dict[str, Any]) -> str:
         f"against those when all had settled: memory {memory['ratio']:.3f} x, open files "
         f"{files['last']:g} against {files['settled']:g}. Exit code {record['exit_code']}."
     )
+    if "endless_bodies" in record:
+        endless, kinds = record["endless_bodies"], record["kinds"]
+        shown = {
+            "bodies without end": "endless",
+            "foreign hosts": "foreign_hosts",
+            "foreign origins": "foreign_origins",
+            "what is no request": "no_requests",
+        }
+        text += " Among them " + "; ".join(
+            f"{name}: {', '.join(f'{n:,} x {status}' for status, n in kinds.get(kind, {}).items())}"
+            for name, kind in shown.items()
+        )
+        text += (
+            f". Of the bodies without end {endless['open_15_s_after_the_answer']} connections were open "
+            f"15 s after their answer (longest: {endless['longest_open_after_the_answer_s']:g} s); "
+            f"{record['connections_open_at_the_end']} of all 15 s after the end."
+        )
     cases = [line.strip() for line in record["schemathesis"] if "generated" in line]
     return text + (f" Schemathesis beside it: {cases[-1]}." if cases else "")
 

@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 
 from tests.serve.conftest import TextToy, ToyModel, running
+from tests.serve.test_protocol import send_until_hung_up_on
 from trtq.serve.app import create_app
 from trtq.serve.errors import ApiError
 from trtq.serve.metrics import Metrics
 from trtq.serve.model import Drawing
+from trtq.serve.protocol import BoundedProtocol
 from trtq.serve.service import Hosted, Limits, Service
 
 PATH = "/v1/images/generations"
@@ -45,7 +47,7 @@ def serve(toy):
 
     def start(models=(), api_key=None, **limits):
         server = Server([toy, *models], Limits(**limits), api_key=api_key)
-        context = running(server.app)
+        context = running(server.app, http=BoundedProtocol)
         client = httpx.Client(base_url=context.__enter__(), timeout=30)
         made.append((server, context, client))
         return server, client
@@ -169,6 +171,42 @@ def test_what_is_not_understood_is_refused_by_name(serve, fields, param, message
     assert error["type"] == "invalid_request_error"
 
 
+NULLABLE = (
+    "model", "n", "size", "quality", "response_format", "output_format", "background", "stream",
+    "partial_images", "style", "moderation", "output_compression", "input_fidelity", "user",
+    "negative_prompt", "progress", "seed", "steps", "guidance", "deadline",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NULLABLE)
+def test_a_field_that_is_null_is_left_out(serve, name):
+    _, client = serve()
+    plain = {"prompt": "one"} | ({} if name == "seed" else {"seed": 1})
+    found, without = (client.post(PATH, json=plain | more) for more in ({name: None}, {}))
+    assert found.status_code == 200
+    assert len(found.json()["data"]) == 1
+    if name != "seed":
+        assert found.json()["data"] == without.json()["data"]
+
+
+def test_all_fields_but_the_prompt_may_be_null_at_once(serve):
+    _, client = serve()
+    answer = client.post(PATH, json={"prompt": "one"} | dict.fromkeys(NULLABLE))
+    assert (answer.status_code, len(answer.json()["data"])) == (200, 1)
+    schema = client.get("/openapi.json").json()["paths"][PATH]["post"]["requestBody"]
+    fields = schema["content"]["application/json"]["schema"]["properties"]
+    assert set(fields) <= {*NULLABLE, "prompt"}
+    assert "null" in fields["n"]["type"]
+
+
+@pytest.mark.parametrize("name", ["prompt", "stpes", "num_inference_steps", "Model", ""])
+def test_null_does_not_make_a_field_known_or_the_prompt_optional(serve, name):
+    _, client = serve()
+    answer = client.post(PATH, json={"prompt": "one"} | {name: None})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == name
+
+
 def test_a_model_of_several_sizes_draws_the_one_asked_for(serve):
     server, client = serve(models=[TextToy()])
     found = server.post(client, model="text", size="12x8", n=2).json()
@@ -261,6 +299,24 @@ def test_large_slow_and_foreign_bodies_are_refused(serve):
     assert (slow.status_code, slow.json()["error"]["code"]) == (408, "body_timeout")
 
 
+@pytest.mark.parametrize(
+    ("piece", "code"),
+    [(b"1\r\n \r\n", "body_timeout"), (b"2000\r\n" + b" " * 8192 + b"\r\n", "body_too_large")],
+    ids=["trickle", "flood"],
+)
+def test_a_body_without_end_is_answered_and_its_connection_closed(serve, monkeypatch, piece, code):
+    monkeypatch.setattr("trtq.serve.protocol._LINGER_S", 0.3)
+    server, client = serve(body_bytes=1000, body_s=0.5)
+    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        with pytest.raises(ConnectionError):
+            send_until_hung_up_on(connection, piece)
+    text = client.get("/metrics").text
+    assert f'trtq_errors_total{{code="{code}"}} 1.0' in text
+    assert server.post(client).status_code == 200
+
+
 def test_other_paths_and_methods_are_errors_of_the_same_form(serve):
     _, client = serve()
     for method, path, status in (("GET", PATH, 405), ("GET", "/nothing", 404), ("PUT", "/", 405)):
@@ -324,7 +380,7 @@ def connect(client, **options):
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.connect((client.base_url.host, client.base_url.port))
     body = json.dumps({"prompt": "one", "stream": True} | options).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     return connection
 
@@ -341,7 +397,7 @@ def test_who_does_not_read_keeps_no_place(serve, toy):
 def test_who_hangs_up_in_the_middle_of_a_body_is_no_error_of_the_server(serve, caplog):
     _, client = serve()
     with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
-        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
     wait_until(lambda: "client_gone" in client.get("/metrics").text)
     assert "internal_error" not in client.get("/metrics").text
@@ -388,6 +444,20 @@ def test_a_dead_batcher_is_told_by_the_health_checks(serve, toy):
     assert client.head("/healthz").status_code == client.head("/readyz").status_code == 200
     server.service.hosted["toy"].batcher.close(RuntimeError("gone"))
     assert client.get("/healthz").status_code == client.get("/readyz").status_code == 503
+
+
+def test_a_batcher_that_dies_says_so_and_answers_what_it_had(serve, toy, caplog):
+    server, client = serve()
+    toy.fail = SystemExit("out of everything")
+    failed = server.post(client)
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "engine_error")
+    assert "its batcher has died" in failed.json()["error"]["message"]
+    wait_until(lambda: not server.service.alive)
+    assert client.get("/readyz").status_code == client.get("/healthz").status_code == 503
+    assert server.post(client).status_code == 500
+    (record,) = (one for one in caplog.records if "the batcher died" in one.message)
+    assert record.levelname == "CRITICAL"
+    assert "out of everything" in str(record.exc_info[1])
 
 
 def test_an_engine_that_fails_is_500_and_the_server_lives(serve, toy):

@@ -20,7 +20,7 @@ from tests.serve.test_app import PATH
 from trtq.errors import UsageError
 from trtq.serve.errors import ApiError
 from trtq.serve.model import Card, Drawing
-from trtq.serve.ray import RayOptions, RemoteDrawer, app, replicas_wanted
+from trtq.serve.ray import Front, RayOptions, RemoteDrawer, app, replicas_wanted
 from trtq.serve.server import drain
 from trtq.serve.service import Event, Limits
 
@@ -162,6 +162,8 @@ def test_what_is_given_up_is_503_and_nothing_stays_under_way():
         ({"path": "x", "batching": "none"}, "'batching': input should be 'step' or 'request'"),
         ({"path": "x", "batch_sizes": "1,16"}, "from 1 to 8"),
         ({"path": "x", "api_key_file": "nowhere"}, "cannot read the API key"),
+        ({"path": "x", "allowed_hosts": "http://a"}, "the host 'http://a' is not understood"),
+        ({"path": "x", "allowed_origins": "a"}, "the origin 'a' is not understood"),
         ({"path": "x", "api_key": "secret"}, "'api_key': extra inputs"),
     ],
     ids=str,
@@ -180,7 +182,8 @@ def test_arguments_are_those_of_the_server_and_its_limits(monkeypatch, tmp_path)
             "path": "onnx", "beside": "digits", "batching": "request", "batch": "4", "queue": "2",
             "batch_sizes": "2,4", "images": "3", "steps": "50", "body_bytes": "1000",
             "deadline_s": "20", "body_s": "2", "max_replicas": "4", "target": "3",
-            "api_key_file": str(tmp_path / "key"),
+            "api_key_file": str(tmp_path / "key"), "allowed_hosts": "A.example, *.b.example",
+            "allowed_origins": "http://ui.example",
         }
     )  # fmt: skip
     (replica, options), (front, _) = seen
@@ -190,14 +193,47 @@ def test_arguments_are_those_of_the_server_and_its_limits(monkeypatch, tmp_path)
     )  # fmt: skip
     wanted = RayOptions(
         path="onnx", beside="digits", batching="request", threads=1, limits=limits, max_replicas=4,
-        target=3.0,
+        target=3.0, allowed_hosts=("a.example", "*.b.example"), allowed_origins=("http://ui.example",),
     )  # fmt: skip
     assert replica == (wanted,)
     assert front[1] == limits
     assert options["max_ongoing_requests"] == 6
     assert options["autoscaling_config"]["target_ongoing_requests"] == 3
     assert front[2].get_secret_value() == "sesame"
+    assert front[3] == wanted.access
     assert "sesame" not in repr((replica, front, RayOptions(path="x", api_key="sesame")))
+
+
+@pytest.mark.parametrize(
+    ("headers", "pieces", "closes"),
+    [
+        ([], [False], False),
+        ([(b"content-length", b"2")], [False], False),
+        ([(b"content-length", b"2")], [], True),
+        ([(b"transfer-encoding", b"chunked")], [True, True], True),
+        ([(b"transfer-encoding", b"chunked")], [True, False], False),
+    ],
+    ids=["no body", "read", "not read", "read in part", "read in pieces"],
+)
+def test_a_connection_whose_body_was_not_read_to_the_end_is_closed(headers, pieces, closes):
+    async def application(scope, receive, send):
+        for _ in pieces:
+            await receive()
+        await send({"type": "http.response.start", "status": 413, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    front = object.__new__(Front)
+    front._app = application
+    left, sent = list(pieces), []
+
+    async def receive():
+        return {"type": "http.request", "body": b"x", "more_body": left.pop(0)}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(front.answer({"type": "http", "headers": headers}, receive, send))
+    assert ((b"connection", b"close") in sent[0]["headers"]) is closes
 
 
 class Bound:

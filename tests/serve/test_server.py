@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -142,6 +143,94 @@ def test_digits_are_served_without_torch_and_diffusers(served_onnx, start, provi
         assert process.process.stdout.read().strip() == ""
 
 
+@pytest.mark.parametrize("provider", ["cpu", "openvino", "torch"])
+def test_a_model_whose_files_are_cut_short_goes_on_as_it_was(
+    served_onnx, tmp_path, start, provider
+):
+    folder = tmp_path / "model"
+    shutil.copytree(served_onnx.parent / ("run" if provider == "torch" else "onnx"), folder)
+    process = start(folder, "--provider", provider, "--batch-sizes", "1,2")
+    wish = {"prompt": "1", "seed": 3}
+    before = process.client.post(PATH, json=wish).json()["data"]
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.truncate(path, min(10, path.stat().st_size))
+    after = process.client.post(PATH, json=wish)
+    assert (after.status_code, after.json()["data"]) == (200, before)
+    assert process.client.post(PATH, json=wish | {"n": 2}).status_code == 200
+    assert process.client.get("/readyz").status_code == 200
+    assert process.end(signal.SIGTERM)[0] == 0
+
+
+def test_a_process_that_crashes_says_where(served_onnx, start):
+    probe = (
+        "import faulthandler; from trtq.serve.light import LightModel; from trtq.cli import app;"
+        "quick = LightModel.denoise;"
+        "LightModel.denoise = lambda self, x, *rest: faulthandler._sigsegv()"
+        " if len(x) == 2 else quick(self, x, *rest); app()"
+    )
+    process = start(served_onnx, probe=probe)
+    with pytest.raises(httpx.HTTPError):
+        process.client.post(PATH, json={"prompt": "1", "n": 2})
+    _, log = process.process.communicate(timeout=60)
+    assert process.process.returncode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in log
+    assert "denoise" in log or "_run" in log
+
+
+def test_a_batcher_that_died_is_the_exit_code(served_onnx, start):
+    probe = (
+        "from trtq.serve.light import LightModel; from trtq.cli import app;"
+        "quick = LightModel.denoise;"
+        "LightModel.denoise = lambda self, x, *rest: exit('gone')"
+        " if len(x) == 2 else quick(self, x, *rest); app()"
+    )
+    process = start(served_onnx, probe=probe)
+    assert process.client.post(PATH, json={"prompt": "1", "n": 2}).status_code == 500
+    assert process.client.get("/readyz").status_code == 503
+    process.process.send_signal(signal.SIGTERM)
+    _, log = process.process.communicate(timeout=60)
+    assert process.process.returncode == 1
+    assert '"event": "the batcher died' in log
+    assert log.splitlines()[-1].startswith("error: a batcher died while it served")
+
+
+def test_only_hosts_and_origins_that_are_allowed_are_answered(served_onnx, start):
+    process = start(
+        served_onnx, "--allowed-host", "images.example", "--allowed-host", "*.b.example",
+        "--allowed-origin", "http://ui.example",
+    )  # fmt: skip
+
+    def status(**headers):
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return process.client.post(
+            PATH, json={"prompt": "1", "steps": 1}, headers=named
+        ).status_code
+
+    assert status() == status(Host="images.example:80") == status(Host="a.b.example") == 200
+    assert status(Host="evil.example") == 421
+    assert status(Origin="http://ui.example", Sec_Fetch_Site="cross-site") == 200
+    assert status(Origin="http://evil.example") == 403
+    with socket.create_connection(("127.0.0.1", process.client.base_url.port)) as connection:
+        connection.sendall(b"NONSENSE\r\n")
+        assert b'"code": "invalid_http"' in connection.recv(10_000)
+    assert 'trtq_errors_total{code="invalid_http"} 1.0' in process.client.get("/metrics").text
+    code, log = process.end(signal.SIGTERM)
+    assert code == 0
+    told = [line.get("error") for line in log if line["event"] == "request"]
+    assert [one for one in told if one] == [
+        "host_not_allowed", "origin_not_allowed", "invalid_http",
+    ]  # fmt: skip
+
+
+def test_that_all_hosts_or_origins_are_allowed_is_said(served_onnx, start):
+    process = start(served_onnx, "--allowed-host", "*", "--allowed-origin", "*")
+    assert process.client.get("/v1/models", headers={"Host": "any.example"}).status_code == 200
+    _, log = process.end(signal.SIGTERM)
+    warnings = [line["event"] for line in log if line["level"] == "warning"]
+    assert ["every host" in warnings[0], "every origin" in warnings[1]] == [True, True]
+
+
 def test_openvino_serves_at_once_and_compiles_further_sizes_meanwhile(served_onnx, start):
     process = start(served_onnx, "--provider", "openvino", "--max-batch", 4)
     threads, answers = under_load(process, 5, steps=150)
@@ -246,6 +335,8 @@ def test_a_call_that_does_not_end_does_not_hold_up_the_exit(served_onnx, start):
         (("{onnx}", "--host", "256.0.0.1"), 1, "cannot listen"),
         (("{onnx}", "--host", "ü" * 70), 1, "cannot listen"),
         (("{onnx}", "--api-key-file", "nowhere"), 2, "cannot read the API key"),
+        (("{onnx}", "--allowed-host", "http://a.example"), 2, "the host 'http://a.example' is not"),
+        (("{onnx}", "--allowed-origin", "a.example"), 2, "the origin 'a.example' is not"),
     ],
     ids=str,
 )  # fmt: skip
@@ -258,8 +349,6 @@ def test_what_cannot_be_served_is_one_line(served_onnx, arguments, code, message
 
 
 def test_a_changed_file_is_not_served(served_onnx, tmp_path):
-    import shutil
-
     folder = tmp_path / "onnx"
     shutil.copytree(served_onnx, folder)
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")

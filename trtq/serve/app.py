@@ -6,9 +6,7 @@ import base64
 import hashlib
 import hmac
 import logging
-import re
 import time
-import uuid
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
@@ -18,7 +16,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import trtq
-from trtq.serve.errors import ApiError
+from trtq.serve.access import Access
+from trtq.serve.errors import ApiError, request_id_of
 from trtq.serve.images import NOTES, ClientGoneError, Images, Message, Receive, Send, refusal
 from trtq.serve.logs import FIELDS
 from trtq.serve.metrics import Metrics
@@ -33,7 +32,11 @@ logger = logging.getLogger(__name__)
 _GONE = 499
 _IMAGES_PATH = "/v1/images/generations"
 _STATUS_CODES = {404: "not_found", 405: "method_not_allowed"}
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_ALWAYS = [
+    (b"x-content-type-options", b"nosniff"),
+    # No other site's page may show or run an answer as an image, a frame or a script of its own.
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
 _ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
@@ -52,13 +55,19 @@ _ERROR_SCHEMA = {
 }
 
 
-def create_app(service: Drawer, metrics: Metrics, api_key: str | None = None) -> Any:
+def create_app(
+    service: Drawer,
+    metrics: Metrics,
+    api_key: str | None = None,
+    access: Access | None = None,
+) -> Any:
     """The ASGI application.
 
     Args:
         service: draws.
         metrics: what `/metrics` shows.
         api_key: what requests to `/v1` have to bring; None: nothing.
+        access: the hosts and origins that are answered to; None: those of a server on the loopback.
     """
     app = FastAPI(
         title="trtq",
@@ -73,7 +82,7 @@ def create_app(service: Drawer, metrics: Metrics, api_key: str | None = None) ->
     _add_health(app, service, metrics)
     _add_page(app)
     _add_error_handlers(app, metrics)
-    return _Guard(app, images, metrics, api_key)
+    return _Guard(app, images, metrics, api_key, access or Access())
 
 
 def _add_images(app: FastAPI, images: Images) -> None:
@@ -83,10 +92,12 @@ def _add_images(app: FastAPI, images: Images) -> None:
         for status, text in {
             400: "The request is not understood; `param` names the field.",
             401: "The API key is missing or wrong.",
+            403: "A page of another site may not draw here.",
             404: "There is no such model.",
             408: "The body or the images took too long.",
             413: "The body is too large.",
             415: "The body is no JSON.",
+            421: "The server does not answer to this host.",
             429: "Too many images are under way; see Retry-After.",
             503: "The server is about to stop.",
         }.items()
@@ -130,16 +141,15 @@ def _add_health(app: FastAPI, service: Drawer, metrics: Metrics) -> None:
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     fails = {503: {"description": "The server cannot draw any more; start it again."}}
-    asked = ["GET", "HEAD"]
 
-    @app.api_route("/healthz", methods=asked, responses=fails)  # type: ignore[arg-type]
-    @app.api_route("/v2/health/live", methods=asked, responses=fails)  # type: ignore[arg-type]
+    @app.get("/healthz", responses=fails)  # type: ignore[arg-type]
+    @app.get("/v2/health/live", responses=fails)  # type: ignore[arg-type]
     async def live() -> JSONResponse:
         """Whether the process answers, and its batchers run."""
         return JSONResponse({"live": service.alive}, 200 if service.alive else 503)
 
-    @app.api_route("/readyz", methods=asked, responses=stops)  # type: ignore[arg-type]
-    @app.api_route("/v2/health/ready", methods=asked, responses=stops)  # type: ignore[arg-type]
+    @app.get("/readyz", responses=stops)  # type: ignore[arg-type]
+    @app.get("/v2/health/ready", responses=stops)  # type: ignore[arg-type]
     async def ready() -> JSONResponse:
         """Whether requests are taken on."""
         return readiness()
@@ -172,8 +182,9 @@ def _add_page(app: FastAPI) -> None:
     headers = {
         "Content-Security-Policy": "; ".join(f"{key} {value}" for key, value in policy.items())
         + "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
         "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
     }
 
     @app.get("/", include_in_schema=False)
@@ -192,7 +203,10 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
         code = _STATUS_CODES.get(error.status_code, "invalid_request")
         found = refusal(ApiError(error.status_code, code, str(error.detail)), metrics)
-        found.headers.update(error.headers or {})
+        headers = dict(error.headers or {})
+        if "GET" in headers.get("Allow", ""):
+            headers["Allow"] = "GET, HEAD"  # See `_Guard`.
+        found.headers.update(headers)
         return found
 
     @app.exception_handler(Exception)
@@ -205,56 +219,56 @@ def _internal_error() -> ApiError:
 
 
 class _Guard:
-    """Around every request: its id, the API key, its measurement and its line in the log.
+    """Around every request: its id, who asks, the API key, its measurement and its line in the log.
 
     Requests for images go past FastAPI's layers, which take as long as all else that is done for one
-    before it is drawn; FastAPI describes them in the schema.
+    before it is drawn; FastAPI describes them in the schema. HEAD is GET without the body, everywhere.
     """
 
-    def __init__(self, app: Any, images: Images, metrics: Metrics, api_key: str | None) -> None:
+    def __init__(
+        self, app: Any, images: Images, metrics: Metrics, api_key: str | None, access: Access
+    ) -> None:
         self._app = app
         self._images = images
         self._metrics = metrics
         self._key = None if api_key is None else api_key.encode()
+        self._access = access
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         begun = time.monotonic()
-        given = dict(scope["headers"])
-        request_id = given.get(b"x-request-id", b"")
-        if not _REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex.encode()
+        request_id = request_id_of(scope["headers"])
+        own = [*_ALWAYS, *self._access.cors(scope), (b"x-request-id", request_id)]
         notes: dict[str, Any] = {}
-        scope[NOTES] = notes
+        head = scope["method"] == "HEAD"
+        inner = scope | {NOTES: notes, "method": "GET" if head else scope["method"]}
         status: int | None = None
 
         async def send_on(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                message["headers"] = [*message.get("headers", []), *own]
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
-            if not self._may(scope["path"], given):
-                text = "give the API key as 'Authorization: Bearer KEY'"
-                error = ApiError(401, "invalid_api_key", text)
-                await refusal(error, self._metrics)(scope, receive, send_on)
-            elif _asks_for_images(scope):
-                await (await self._images.answer(scope, receive))(scope, receive, send_on)
-            else:
-                await self._app(scope, receive, send_on)
+            await self._answer(inner, receive, send_on)
         except ClientGoneError:
             status = _GONE
             self._metrics.error("client_gone")
+        except ApiError as error:
+            notes["error"] = error.code
+            await refusal(error, self._metrics)(scope, receive, send_on)
         except Exception:
             logger.exception("request failed", extra={FIELDS: {"request_id": request_id.decode()}})
             if status is None:
                 await refusal(_internal_error(), self._metrics)(scope, receive, send_on)
         finally:
             seconds = time.monotonic() - begun
-            route = _IMAGES_PATH if _asks_for_images(scope) else _route(scope)
+            route = _IMAGES_PATH if _asks_for_images(scope) else _route(inner)
             self._metrics.request(route, status or 500, seconds)
             facts = {
                 "request_id": request_id.decode(),
@@ -268,11 +282,28 @@ class _Guard:
             level = logging.DEBUG if quiet else logging.INFO
             logger.log(level, "request", extra={FIELDS: facts | notes})
 
-    def _may(self, path: str, headers: dict[bytes, bytes]) -> bool:
-        if self._key is None or not path.startswith("/v1"):
-            return True
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key, self._key)
+    async def _answer(self, scope: Any, receive: Receive, send: Send) -> None:
+        self._access.check(scope)
+        preflight = self._access.preflight(scope)
+        if preflight is not None:  # A browser asks it without the key.
+            answer = Response(status_code=204)
+            answer.raw_headers = preflight
+            await answer(scope, receive, send)
+            return
+        self._check_key(scope)
+        if _asks_for_images(scope):
+            await (await self._images.answer(scope, receive))(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _check_key(self, scope: Any) -> None:
+        if self._key is None or not scope["path"].startswith("/v1"):
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, key = given.partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key, self._key):
+            text = "give the API key as 'Authorization: Bearer KEY'"
+            raise ApiError(401, "invalid_api_key", text)
 
 
 def _asks_for_images(scope: Any) -> bool:

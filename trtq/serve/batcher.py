@@ -176,6 +176,9 @@ class Batcher:
             and the same guidance, and nothing joins until it is done. This is how servers that call
             whole pipelines batch, and there to be compared with.
         observer: is told what happens.
+
+    Attributes:
+        died: whether its thread ended by what it could not answer anybody with.
     """
 
     def __init__(
@@ -200,6 +203,7 @@ class Batcher:
         self._in_call = 0
         self._wake = threading.Condition()
         self._closed: Exception | None = None
+        self.died = False
         self._calls = 0
         self._thread = threading.Thread(target=self._run, name=f"denoise-{model.card.name}")
         self._thread.daemon = True
@@ -269,13 +273,18 @@ class Batcher:
         self._wake.notify()
 
     def _run(self) -> None:
-        while chosen := self._next():
-            try:
-                self._call_while_unchanged(chosen)
-            except Exception as error:
-                # Whatever the engine threw is the answer to these images; the thread has to live on.
-                logger.exception("a call of the denoiser failed")
-                self._finish(chosen, error)
+        try:
+            while chosen := self._next():
+                try:
+                    self._call_while_unchanged(chosen)
+                except Exception as error:
+                    # Whatever the engine threw is the answer to these images; the thread has to live on.
+                    logger.exception("a call of the denoiser failed")
+                    self._finish(chosen, error)
+        except BaseException:  # Of this thread nobody else would hear.
+            self.died = True
+            logger.critical("the batcher died; start the server again", exc_info=True)
+            self.refuse(RuntimeError("its batcher has died; the server has to be started again"))
 
     def _next(self) -> list[Item]:
         """The images of the next call, as soon as there are any; none at the end."""

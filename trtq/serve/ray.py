@@ -24,6 +24,7 @@ from pydantic import ConfigDict, Field, SecretStr, ValidationError, create_model
 
 from trtq._optional import require
 from trtq.errors import UsageError
+from trtq.serve.access import Access, allowed_hosts, allowed_origins
 from trtq.serve.app import create_app
 from trtq.serve.errors import ApiError
 from trtq.serve.images import Message, Receive, Send
@@ -74,7 +75,8 @@ class RayOptions(ServeOptions):
             )
 
 
-_ELSEWHERE = ("host", "port", "drain_s", "api_key", "limits")
+_LISTS = {"allowed_hosts": allowed_hosts, "allowed_origins": allowed_origins}
+_ELSEWHERE = ("host", "port", "drain_s", "api_key", "limits", *_LISTS)
 """Not said by arguments of `serve run`: those are Ray's own, or given otherwise."""
 
 
@@ -86,7 +88,8 @@ def _arguments() -> dict[str, Any]:
         for one in fields(cls):
             if one.name not in _ELSEWHERE:
                 known[one.name] = hints[one.name], ... if one.name == "path" else one.default
-    return known | {"batch_sizes": (str | None, None), "api_key_file": (Path | None, None)}
+    known |= {"batch_sizes": (str | None, None), "api_key_file": (Path | None, None)}
+    return known | dict.fromkeys(_LISTS, (str, ""))
 
 
 def _parse(given: dict[str, Any]) -> RayOptions:
@@ -102,6 +105,8 @@ def _parse(given: dict[str, Any]) -> RayOptions:
             f"{name!r}: {first['msg'].lower()}; the arguments are {', '.join(known)}"
         ) from err
     key = read_api_key(values.pop("api_key_file"))
+    for name, read in _LISTS.items():
+        values[name] = read(text for text in values[name].split(",") if text.strip())
     limits = {one.name: values.pop(one.name) for one in fields(Limits)}
     if limits["batch_sizes"] is not None:
         limits["batch_sizes"] = parse_batch_sizes(limits["batch_sizes"], limits["batch"])
@@ -265,15 +270,18 @@ class Front:
         replicas: Ray's handle of the deployment.
         limits: of one replica.
         api_key: what requests to `/v1` have to bring; a secret, so that no message and no page shows it.
+        access: the hosts and origins that are answered to.
     """
 
     async def __init__(  # type: ignore[misc]
-        self, replicas: Any, limits: Limits, api_key: SecretStr | None
+        self, replicas: Any, limits: Limits, api_key: SecretStr | None, access: Access
     ) -> None:
         log_to()
         self._drawer = RemoteDrawer(replicas, await replicas.cards.remote(), limits)
         key = None if api_key is None else api_key.get_secret_value()
-        self._app = create_app(self._drawer, Metrics(), key)
+        self._app = create_app(self._drawer, Metrics(), key, access)
+        for text in access.warnings:
+            logger.warning(text)
         facts = {"models": list(self._drawer.cards), "api_key": key is not None}
         logger.info("ready", extra={FIELDS: facts})
 
@@ -287,14 +295,25 @@ class Front:
 
     async def answer(self, scope: Any, receive: Receive, send: Send) -> None:
         """One HTTP request."""
+        names = {name for name, _ in scope["headers"]}
+        more = b"content-length" in names or b"transfer-encoding" in names
+
+        async def receive_on() -> Message:
+            nonlocal more
+            message = await receive()
+            more = more and bool(message.get("more_body"))
+            return message
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # Ray Serve names the request itself, by the same id.
                 message["headers"] = [one for one in message["headers"] if one[0] != _REQUEST_ID]
+                if more:
+                    # Its proxy would go on reading what nobody wants.
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
-        await self._app(scope, receive, send_on)
+        await self._app(scope, receive_on, send_on)
 
 
 async def _answer(scope: Any, receive: Receive, send: Send) -> None:
@@ -346,4 +365,4 @@ def app(given: RayOptions | dict[str, Any]) -> Any:
         graceful_shutdown_timeout_s=limits.deadline_s,
         ray_actor_options={"num_cpus": 0},
     )
-    return front.bind(replicas, limits, key)
+    return front.bind(replicas, limits, key, options.access)

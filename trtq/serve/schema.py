@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trtq.serve.errors import ApiError
+from trtq.serve.errors import ApiError, printable
 from trtq.serve.model import Card
 from trtq.serve.service import Limits
 
@@ -44,7 +44,9 @@ class ImageRequest(BaseModel):
         None, max_length=4000, description="What is not to be shown; needs guidance other than 1."
     )
     model: str | None = Field(None, description="By default the server's first model.")
-    n: int = Field(1, ge=1, description="Number of images.")
+    n: int = Field(
+        1, ge=1, description="Number of images.", json_schema_extra={"type": ["integer", "null"]}
+    )
     size: str | None = Field(None, description="WIDTHxHEIGHT, or 'auto': the model's own size.")
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png"] | None = None
@@ -69,7 +71,7 @@ class ImageRequest(BaseModel):
 
 
 def parse_request(body: bytes) -> ImageRequest:
-    """The request in a body.
+    """The request in a body; a field that is null is one that was left out, as OpenAI has it.
 
     Raises:
         ApiError: 400, with the name of the field.
@@ -82,14 +84,23 @@ def parse_request(body: bytes) -> ImageRequest:
         raise ApiError(400, "invalid_json", "the body must be a JSON object")
     for name, value in found.items():
         if not (_is_text(name) and _is_text(value)):
-            shown = _printable(name)
+            shown = printable(name)
             raise ApiError(
                 400, "invalid_value", f"{shown!r} holds characters that are no text", param=shown
             )
+    given = {
+        name: value for name, value in found.items() if value is not None or not _optional(name)
+    }
     try:
-        return ImageRequest.model_validate(found)
+        return ImageRequest.model_validate(given)
     except ValidationError as err:
         raise _explain(err, found) from err
+
+
+def _optional(name: str) -> bool:
+    """Whether a request may leave a field out that is known here, or to OpenAI."""
+    field = ImageRequest.model_fields.get(name)
+    return name in _UNSUPPORTED if field is None else not field.is_required()
 
 
 def _is_text(value: Any) -> bool:
@@ -99,15 +110,11 @@ def _is_text(value: Any) -> bool:
     return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
-def _printable(value: str) -> str:
-    return value[:80].encode("ascii", "backslashreplace").decode()
-
-
 def _explain(error: ValidationError, found: dict[str, Any]) -> ApiError:
     """The first thing that is wrong, by the name of its field."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
-    shown = _printable(name)
+    shown = printable(name)
     if first["type"] == "extra_forbidden":
         fields = list(ImageRequest.model_fields)
         if name in _UNSUPPORTED:
@@ -119,7 +126,7 @@ def _explain(error: ValidationError, found: dict[str, Any]) -> ApiError:
     if first["type"] == "missing":
         return ApiError(400, "missing_parameter", f"the field {shown!r} is missing", param=shown)
     message = _REASONS.get(name, first["msg"][:1].lower() + first["msg"][1:])
-    given = _printable(repr(found[name]))
+    given = printable(repr(found[name]))
     return ApiError(400, "invalid_value", f"{shown!r} cannot be {given}: {message}", param=shown)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import logging
 import os
@@ -12,8 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -23,8 +25,10 @@ from trtq.engine.openvino import MOST_SHAPES
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError, TrtqError, UsageError
 from trtq.manifest import artefact_kind, read_manifest
+from trtq.serve.access import Access
 from trtq.serve.batcher import Batching, batch_sizes
 from trtq.serve.logs import FIELDS
+from trtq.serve.memory import mapped_files, own_mapped_files
 from trtq.serve.metrics import Metrics
 from trtq.serve.service import Drawer, Hosted, Limits, Service
 
@@ -73,6 +77,8 @@ class ServeOptions:
         limits: what to take on.
         drain_s: after SIGTERM, how long to finish what was taken on, up to the exit.
         api_key: what requests to `/v1` have to bring.
+        allowed_hosts: names that requests may call the server by, see `Access`.
+        allowed_origins: origins of pages that may use the server from elsewhere, see `Access`.
     """
 
     path: str
@@ -86,6 +92,13 @@ class ServeOptions:
     limits: Limits = field(default_factory=Limits)
     drain_s: float = 30.0
     api_key: str | None = field(default=None, repr=False)
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+
+    @property
+    def access(self) -> Access:
+        """Who may ask."""
+        return Access(bound=self.host, hosts=self.allowed_hosts, origins=self.allowed_origins)
 
 
 def read_api_key(path: Path | None) -> str | None:
@@ -207,6 +220,7 @@ def _host(
     sizes = limits.batch_sizes or batch_sizes(limits.batch)
     is_onnx = Path(path).is_dir() and artefact_kind(Path(path)) == "onnx"
     provider = options.provider if provided or is_onnx else None
+    mapped = mapped_files()
     model = open_model(path, name, provider=provider, threads=options.threads, shapes=len(sizes))
     if model.most_rows is not None and model.most_rows < limits.batch:
         raise UsageError(
@@ -222,6 +236,7 @@ def _host(
         raise
     except Exception as err:  # An engine's own exceptions share no base but Exception.
         raise ArtefactError(f"{path} was opened and cannot be run: {err}") from err
+    own_mapped_files(mapped)
     compiled = sizes if limits.batch_sizes else None
     rest = [size for size in sizes if size != first]
     hosted = Hosted(
@@ -235,7 +250,10 @@ def _host(
     )
     if model.fixed_shapes and rest:
         threading.Thread(
-            target=_compile_rest, args=(hosted, rest, ready), name=f"{_COMPILES}{name}", daemon=True
+            target=_compile_rest,
+            args=(hosted, rest, ready, mapped),
+            name=f"{_COMPILES}{name}",
+            daemon=True,
         ).start()
     return hosted
 
@@ -245,13 +263,19 @@ def _compiling() -> bool:
     return any(thread.name.startswith(_COMPILES) for thread in threading.enumerate())
 
 
-def _compile_rest(hosted: Hosted, sizes: Sequence[int], ready: threading.Event | None) -> None:
+def _compile_rest(
+    hosted: Hosted,
+    sizes: Sequence[int],
+    ready: threading.Event | None,
+    mapped: set[str],
+) -> None:
     if ready is not None:
         # Compiling takes all the cores; a server that never listens is of no use to anybody.
         ready.wait(_LISTENING_S)
     try:
         for size in sizes:
             hosted.model.warm(size)
+            own_mapped_files(mapped)
             hosted.batcher.add_size(size)
     except Exception:  # The sizes before it still serve.
         logger.exception("cannot compile", extra={FIELDS: {"batch": size}})
@@ -298,9 +322,10 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
         announce: called with `url`, `models` and `seconds` when requests are taken on.
 
     Raises:
-        TrtqError: the models or the port cannot be had.
+        TrtqError: the models or the port cannot be had, or a batcher died.
     """
     begun = time.monotonic()
+    _tell_of_crashes()
     require("fastapi")
     require("uvicorn")
     require("httptools")
@@ -335,7 +360,15 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
         # Neither can be interrupted, and all that was taken on has been answered.
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(1 if service.died else 0)
+    if service.died:
+        raise TrtqError("a batcher died while it served; its line in the log above says why")
+
+
+def _tell_of_crashes() -> None:
+    """Have a crash of the runtime's own code leave its place on standard error."""
+    with suppress(OSError, ValueError, AttributeError):  # Standard error need not be a file.
+        faulthandler.enable(sys.stderr)
 
 
 async def _run(
@@ -361,14 +394,22 @@ async def _run(
             await super().startup(sockets)
             ready()
 
+    access = options.access
+    for text in access.warnings:
+        logger.warning(text)
+
+    def refused(status: int, code: str) -> None:
+        metrics.error(code)
+        metrics.request("other", status, 0.0)
+
     config = uvicorn.Config(
-        create_app(service, metrics, options.api_key),
+        create_app(service, metrics, options.api_key, access),
         log_config=None,
         access_log=False,
         lifespan="off",
         ws="none",
         server_header=False,
-        http=BoundedProtocol,
+        http=cast(Any, partial(BoundedProtocol, refused=refused)),
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=int(_LAST_ANSWERS_S),
     )

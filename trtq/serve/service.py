@@ -271,6 +271,11 @@ class Service(Drawer):
         """Whether all batchers run."""
         return all(one.batcher.alive for one in self.hosted.values())
 
+    @property
+    def died(self) -> bool:
+        """Whether a batcher ended by itself."""
+        return any(one.batcher.died for one in self.hosted.values())
+
     async def draw(
         self,
         name: str,
