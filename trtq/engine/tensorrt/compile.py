@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from trtq.engine.tensorrt.backends import CURRENT, Backend
-from trtq.engine.tensorrt.job import Answer, Job
+from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job
 from trtq.errors import BuildError
 from trtq.manifest import sha256
 from trtq.processes import worker_command
@@ -37,6 +37,7 @@ _BYTES_PER_GRAPH_BYTE = 4
 """Peak of TensorRT-RTX 1.7 per byte of the graph, with a margin: 3.9 GB of 0.9 GB and 6.2 GB of 1.7 GB,
 Stable Diffusion 1.5's UNet in integers and in half precision."""
 _LAST_LINES = 5
+_PLUGINS = {"engine": "the engine itself, which needs no Python", "python": "this package"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ def compile_engine(backend: Backend, job: Job, *, use_cache: bool = True) -> Com
             free / _GIB,
         )
     answer = _run_worker(job, free)
+    if answer.plugins is not None:
+        logger.info("plugins of %s are those of %s", job.engine.parent.name, _PLUGINS[answer.plugins])
+    for text in answer.warnings:
+        if text.startswith(NEEDS_PYTHON):
+            logger.warning("%s: %s", job.engine.parent.name, text)
     compiled = Compiled(answer, cached=False, engine_bytes=job.engine.stat().st_size)
     if key is not None:
         _to_cache(key, job.engine, answer)
