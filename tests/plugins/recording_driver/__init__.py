@@ -94,3 +94,14 @@ class RecordingDriver:
 @pytest.fixture(scope="session")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> RecordingDriver:
     return RecordingDriver(tmp_path_factory.mktemp("driver"))
+
+
+def image(name: str, architecture: str) -> bytes:
+    """As much of a cubin as the driver looks at: its version, its architecture, the kernel's name."""
+    header = bytearray(64)
+    header[:4], header[8] = b"\x7fELF", 8
+    header[48:52] = (int(architecture.removeprefix("sm")) << 8).to_bytes(4, "little")
+    text = name.encode() + b"\0"
+    # Where the table of sections would begin is where the file ends.
+    header[40:48] = (len(header) + len(text)).to_bytes(8, "little")
+    return bytes(header) + text

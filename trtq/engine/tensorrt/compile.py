@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from trtq.engine.tensorrt.backends import CURRENT, Backend
 from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job
 from trtq.errors import BuildError
 from trtq.manifest import sha256
-from trtq.processes import worker_command
+from trtq.processes import crash_name, was_killed, worker_command
 from trtq.resources import available_bytes, cache_folder
 
 __all__ = ["ENGINE_FILE", "Compiled", "compile_engine", "estimated_peak_bytes"]
@@ -178,7 +177,10 @@ def _environment(module: str, folder: Path) -> dict[str, str]:
         for library in Path(place).glob("lib*.so.*"):
             link = folder / (library.name.partition(".so")[0] + ".so")
             if not link.exists():
-                link.symlink_to(library)
+                try:
+                    link.symlink_to(library)
+                except OSError:  # Where users may not make links.
+                    shutil.copyfile(library, link)
     paths = [str(folder), environment.get("LD_LIBRARY_PATH", "")]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
     return environment
@@ -186,13 +188,13 @@ def _environment(module: str, folder: Path) -> dict[str, str]:
 
 def _why_it_died(job: Job, code: int, stderr: str, free: int) -> str:
     said = " / ".join(line.strip() for line in stderr.strip().splitlines()[-_LAST_LINES:])
-    if code == -signal.SIGKILL:
+    if was_killed(code):
         return (
             "the builder was killed, most likely for want of memory: it needs about "
             f"{estimated_peak_bytes(job.graph) / _GIB:.1f} GiB, and {free / _GIB:.1f} GiB were free"
         )
-    if code < 0:
-        name = signal.Signals(-code).name
+    name = crash_name(code)
+    if name is not None:
         return (
             f"the builder of {job.module} crashed ({name}); `trtq verify` lists what it takes badly. It "
             f"said last: {said or 'nothing'}"
