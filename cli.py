@@ -143,7 +143,16 @@ def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
         result = look()
 
         def human(found: dict[str, Any]) -> None:
-            keys = ("python", "machine", "vnni", "driver", "cuda", "providers", "builders", "models")
+            keys = (
+                "python",
+                "machine",
+                "vnni",
+                "driver",
+                "cuda",
+                "providers",
+                "builders",
+                "models",
+            )
             rows = {k: found[k] for k in keys}
             rows |= {k: v or "-" for k, v in found["packages"].items()}
             _pairs("trtq doctor", rows)
@@ -632,7 +641,9 @@ def bench_layers(
         if output is not None and output.exists():
             raise UsageError(f"{output} is already there; give another file, or delete it")
         if output is not None and not output.parent.is_dir():
-            raise UsageError(f"there is no folder {output.parent} to write {output.name} to; make it")
+            raise UsageError(
+                f"there is no folder {output.parent} to write {output.name} to; make it"
+            )
         result = bench_kernels(forms or list(FORMS), report=LineReporter())
 
         def human(found: dict[str, Any]) -> None:

@@ -88,7 +88,9 @@ def first_gpu_uuid() -> str | None:
     if library.cuDeviceGetUuid(found, device):
         return None
     digits = bytes(found).hex()
-    return "GPU-" + "-".join(digits[a:b] for a, b in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
+    return "GPU-" + "-".join(
+        digits[a:b] for a, b in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32))
+    )
 
 
 def cuda_text(version: tuple[int, int]) -> str:
@@ -114,9 +116,7 @@ def old_driver() -> str | None:
         if found[0] == 12
         else ""
     )
-    return (
-        f"{wanted} is needed for CUDA {needed}, you have {cuda_text(found)}; update the driver{other}"
-    )
+    return f"{wanted} is needed for CUDA {needed}, you have {cuda_text(found)}; update the driver{other}"
 
 
 def _needed_cuda() -> int | None:

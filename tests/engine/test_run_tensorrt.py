@@ -246,7 +246,9 @@ def test_what_a_plugin_raised_is_the_engines_error(file):
 
 
 def test_a_runtime_that_cannot_start_is_one_error(file):
-    message = "tensorrt-rtx cannot start on this machine: CUDA initialization failure with error: 35"
+    message = (
+        "tensorrt-rtx cannot start on this machine: CUDA initialization failure with error: 35"
+    )
     with pytest.raises(UsageError, match=message):
         TensorRtEngine(file, RTX, stand_in(starts=False), Memory())
 

@@ -120,7 +120,12 @@ def test_a_thread_without_a_context_is_told(use):
         ((12, 9), "13.5.0", (12, 9), "580 or later.*you have 575"),
         # cuda-bindings 12.9 loads an NVRTC of 13 if there is one, whose kernels this driver refuses.
         ((12, 9), "12.9.10", (13, 5), "580 or later.*pip uninstall nvidia-cuda-nvrtc"),
-        ((11, 8), "12.9.10", (12, 8), r"525 or later is needed for CUDA 12.*\(?CUDA 11.8\)?; update"),
+        (
+            (11, 8),
+            "12.9.10",
+            (12, 8),
+            r"525 or later is needed for CUDA 12.*\(?CUDA 11.8\)?; update",
+        ),
         ((13, 0), "14.0.0", (14, 0), "a driver for CUDA 14 is needed.*you have 580"),
     ],
 )
@@ -145,9 +150,7 @@ def test_a_driver_must_be_as_new_as_the_packages(driver, bindings, nvrtc, wanted
         assert ("cuda-bindings<13" in found) == (driver[0] == 12)
 
 
-@pytest.mark.parametrize(
-    ("platform", "name"), [("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")]
-)
+@pytest.mark.parametrize(("platform", "name"), [("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")])
 def test_the_drivers_library_has_its_systems_name(platform, name, monkeypatch):
     asked = []
 

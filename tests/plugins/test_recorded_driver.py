@@ -293,11 +293,15 @@ def test_an_old_driver_is_told_before_anything_else(recording):
         cuda=12040,
     )
     lines = record.stdout.splitlines()
-    assert lines == [
-        "no GPU can be used: driver 580 or later is needed for CUDA 13, you have 550 (CUDA 12.4); update "
-        "the driver, or `pip install 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12` and `pip uninstall "
-        "nvidia-cuda-nvrtc`"
-    ] * 4
+    assert (
+        lines
+        == [
+            "no GPU can be used: driver 580 or later is needed for CUDA 13, you have 550 (CUDA 12.4); update "
+            "the driver, or `pip install 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12` and `pip uninstall "
+            "nvidia-cuda-nvrtc`"
+        ]
+        * 4
+    )
     assert set(record.names) == {"cuDriverGetVersion"}
 
 
@@ -356,7 +360,9 @@ def test_the_first_gpu_is_that_which_the_process_may_see(recording):
     code = "from trtq.plugins.driver import first_gpu_uuid; print(first_gpu_uuid())"
     for seen, byte in (("0,1", "10"), ("2", "12"), ("1,0", "11")):
         record = recording.run(code, gpus="89,89,120", CUDA_VISIBLE_DEVICES=seen)
-        assert record.stdout.strip() == f"GPU-{byte * 4}-{byte * 2}-{byte * 2}-{byte * 2}-{byte * 6}"
+        assert (
+            record.stdout.strip() == f"GPU-{byte * 4}-{byte * 2}-{byte * 2}-{byte * 2}-{byte * 6}"
+        )
 
 
 def test_a_gpu_without_integer_tensor_cores_is_refused(recording):
@@ -387,7 +393,8 @@ def test_a_gpu_without_integer_tensor_cores_is_refused(recording):
 )
 def test_the_doctor_says_what_the_driver_is(settings, row, hint, recording):
     record = recording.run(
-        "import json; from trtq.stages.doctor import doctor; print(json.dumps(doctor()))", **settings
+        "import json; from trtq.stages.doctor import doctor; print(json.dumps(doctor()))",
+        **settings,
     )
     found = json.loads(record.stdout.splitlines()[-1])
     assert found["driver"] == row

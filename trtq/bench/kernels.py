@@ -27,7 +27,15 @@ from trtq.plugins.low_bit.op import flat_fields, low_bit
 from trtq.plugins.spec import Geometry, LayerSpec
 from trtq.progress import Reporter, silent
 
-__all__ = ["FORMS", "SHAPES", "Shape", "bench_kernels", "draw_operands", "failed_rows", "operations"]
+__all__ = [
+    "FORMS",
+    "SHAPES",
+    "Shape",
+    "bench_kernels",
+    "draw_operands",
+    "failed_rows",
+    "operations",
+]
 
 FORMS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
 _CALLS, _TURNS, _WARM_UP = 20, 15, 3

@@ -88,7 +88,9 @@ def compile_engine(backend: Backend, job: Job, *, use_cache: bool = True) -> Com
         )
     answer = _run_worker(job, free)
     if answer.plugins is not None:
-        logger.info("plugins of %s are those of %s", job.engine.parent.name, _PLUGINS[answer.plugins])
+        logger.info(
+            "plugins of %s are those of %s", job.engine.parent.name, _PLUGINS[answer.plugins]
+        )
     for text in answer.warnings:
         if text.startswith(NEEDS_PYTHON):
             logger.warning("%s: %s", job.engine.parent.name, text)

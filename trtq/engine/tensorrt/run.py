@@ -126,7 +126,9 @@ class TensorRtEngine:
         self._logger = collecting_logger(trt, self._errors, [])
         try:
             self._runtime = trt.Runtime(self._logger)
-        except Exception as err:  # The bindings' own, without a base: most often for want of a driver.
+        except (
+            Exception
+        ) as err:  # The bindings' own, without a base: most often for want of a driver.
             why = "; ".join(self._errors[-3:]) or str(err)
             raise UsageError(
                 f"{backend.name} cannot start on this machine: {why}; `trtq doctor` says what driver it "

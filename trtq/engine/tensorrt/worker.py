@@ -97,7 +97,9 @@ def _builder(trt: Any, logger: Any, errors: list[str]) -> Any:
         return trt.Builder(logger)
     except Exception as err:  # The bindings' own, without a base: most often for want of a driver.
         why = "; ".join(errors) or str(err)
-        raise _BuildError(f"the builder cannot start on this machine: {old_driver() or why}") from err
+        raise _BuildError(
+            f"the builder cannot start on this machine: {old_driver() or why}"
+        ) from err
 
 
 def _has_plugins(trt: Any, network: Any) -> bool:
