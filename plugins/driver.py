@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -120,18 +121,18 @@ def old_driver() -> str | None:
 
 
 def _needed_cuda() -> int | None:
-    """The major version of CUDA that cuda-bindings and NVRTC are of: cubins of a later one than the
-    driver's are refused, while minor versions do not matter."""
+    """The major version of CUDA that cuda-bindings and NVRTC are of; None: they are not installed.
+
+    Cubins of a later one than the driver's are refused, while minor versions do not matter.
+    """
     try:
         import cuda.bindings
     except ImportError:
         return None
     majors = [int(str(cuda.bindings.__version__).partition(".")[0])]
-    try:
+    with suppress(MissingDependencyError):
         # Not always that of cuda-bindings: 12.9 prefers an NVRTC of 13, and 13 takes one of 12.
         majors.append(nvrtc_version()[0])
-    except MissingDependencyError:
-        pass
     return max(majors)
 
 

@@ -240,8 +240,8 @@ class Tile:
 TILES = (Tile(64, 64, 2, 2), Tile(128, 128, 2, 4), Tile(128, 256, 2, 4))
 """From many small blocks to few large ones."""
 ONE_LAUNCH_TILES = (Tile(64, 64, 2, 2), Tile(128, 128, 2, 4, stages=2))
-"""Of the form in one launch, which TensorRT starts and asks no memory for: 48 KiB is all it may have, and
-on sm90 and later the system takes 1 KiB of them."""
+"""Of the form in one launch, which TensorRT starts and asks no memory for: 48 KiB is all it may have,
+and on sm90 and later the system takes 1 KiB of them."""
 
 
 @dataclass(frozen=True)

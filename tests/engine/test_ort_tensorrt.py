@@ -87,7 +87,7 @@ def test_models_of_one_shape_keep_their_engines_apart(digits_onnx, provider, tmp
     places = []
 
     def session(model, options, providers):
-        ((name, settings),) = providers
+        ((_, settings),) = providers
         places.append(next(v for k, v in settings.items() if k.endswith("cache_path")))
         return Session(model, options, providers)
 

@@ -47,6 +47,19 @@ def test_in_half_precision_it_gives_back_what_it_was_given(run):
     assert torch.isfinite(found).all()
 
 
+def test_where_torch_does_not_see_the_gpu_that_is_said(digits_run, monkeypatch, caplog):
+    """As with torch for CPUs on a machine with a card: slower by far, and silent before."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(loading, "driver_cuda", lambda: None)
+    trtq.load(digits_run, provider="torch")
+    assert caplog.text == ""
+    monkeypatch.setattr(loading, "driver_cuda", lambda: (12, 4))
+    trtq.load(digits_run)
+    assert caplog.text == ""
+    trtq.load(digits_run, provider="torch")
+    assert "on the CPU: there is an NVIDIA driver, 550 (CUDA 12.4), but torch" in caplog.text
+
+
 def test_torch_by_name_is_the_gpu_where_there_is_one(digits_run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(loading, "GpuDenoiser", lambda q: GpuDenoiser(q, "cpu", torch.float32))

@@ -1,4 +1,4 @@
-"""Our code above the real cuda-bindings and NVRTC, on a driver that records and refuses as a real one."""
+"""Our code above the real cuda-bindings and NVRTC, on a driver that records and refuses."""
 
 from __future__ import annotations
 
@@ -293,15 +293,12 @@ def test_an_old_driver_is_told_before_anything_else(recording):
         cuda=12040,
     )
     lines = record.stdout.splitlines()
-    assert (
-        lines
-        == [
-            "no GPU can be used: driver 580 or later is needed for CUDA 13, you have 550 (CUDA 12.4); update "
-            "the driver, or `pip install 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12` and `pip uninstall "
-            "nvidia-cuda-nvrtc`"
-        ]
-        * 4
+    text = (
+        "no GPU can be used: driver 580 or later is needed for CUDA 13, you have 550 (CUDA 12.4); "
+        "update the driver, or `pip install 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12` and "
+        "`pip uninstall nvidia-cuda-nvrtc`"
     )
+    assert lines == [text] * 4
     assert set(record.names) == {"cuDriverGetVersion"}
 
 

@@ -1,9 +1,9 @@
 """Our kernels against cuBLAS and cuDNN in half precision, one layer at a time, on the GPU that is there.
 
-Every row is held to the integers: the same layer computed in float64 on the same GPU, scaled in float32
-as the kernel does it, must agree bit by bit. Then kernel and rival take turns, each as one CUDA graph of
-several calls, and so do the kernel's two launches alone. A row that is wrong or fails is recorded, and the
-others go on.
+Every row is held to the integers: the same layer computed in float64 on the same GPU, scaled in
+float32 as the kernel does it, must agree bit by bit. Then kernel and rival take turns, each as one CUDA
+graph of several calls, and so do the kernel's two launches alone. A row that is wrong or fails is
+recorded, and the others go on.
 """
 
 from __future__ import annotations
@@ -300,13 +300,13 @@ def bench_kernels(
 
     Returns:
         `gpu`, `driver`, `cuda` (that the driver takes), `torch`, and `rows`, each with `model`, `shape`,
-        `form`, `wrong_values` (None: it did not come to that), `error` (None: there was none), `state` (the
-        GPU after the row, see `trtq.bench.device.Nvml.state`); and, unless there was an error,
+        `form`, `wrong_values` (None: it did not come to that), `error` (None: there was none), `state`
+        (the GPU after the row, see `trtq.bench.device.Nvml.state`); and, unless there was an error,
         `microseconds` (quantising included), `quantise_microseconds` and `product_microseconds` (either
         launch alone), `tile` (of the product), `fp16_microseconds` (cuBLAS or cuDNN through torch),
-        `speedup` and its quartiles over the turns, `against_constant_scale` (time with a table of 20 steps
-        over time with one), `tera_operations`, `share_of_peak` (of int8; None where it is not known),
-        `weight_bytes`, `fp16_weight_bytes`. See `failed_rows`.
+        `speedup` and its quartiles over the turns, `against_constant_scale` (time with a table of 20
+        steps over time with one), `tera_operations`, `share_of_peak` (of int8; None where it is not
+        known), `weight_bytes`, `fp16_weight_bytes`. See `failed_rows`.
 
     Raises:
         UsageError: there is no NVIDIA GPU, or an unknown form.

@@ -77,8 +77,9 @@ def build_engines(
         largest; 0 if none ran), `backend`, `version`, `architectures`, and `engines`: per graph `name`,
         `engine_bytes`, `layers`, `cached`, `float` (how many of the manifest's layers stay in float;
         None of parts that are float altogether), and of the build, or of that which a cached engine
-        comes from, `parse_seconds`, `build_seconds`, `peak_rss_bytes`, `warnings`, `plugins` (where the
-        kernels of its plugins are: `engine`, which then needs no Python, or `python`; None: it has none).
+        comes from, `parse_seconds`, `build_seconds`, `peak_rss_bytes`, `warnings`, `plugins` (where
+        the kernels of its plugins are: `engine`, which then needs no Python, or `python`; None: it has
+        none).
 
     Raises:
         UsageError: the backend cannot do what is asked, or there is no artefact.

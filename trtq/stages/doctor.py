@@ -75,8 +75,8 @@ def doctor() -> dict[str, Any]:
         `ok`, `problems` (what stands in the way of the main path, and what to do), `hints` (what else
         could be had), `python`, `machine`, `vnni` (whether the CPU adds int8 products without loss),
         `packages`, `providers` (what `--provider` can be here), `builders` (of engines), `cuda` (the GPU
-        that torch sees), `driver` (NVIDIA's first of the CUDA version that it takes, and that version; None:
-        there is none), `models` (that ship with trtq).
+        that torch sees), `driver` (NVIDIA's first of the CUDA version that it takes, and that version;
+        None: there is none), `models` (that ship with trtq).
     """
     packages = {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
     problems = [f"{name} is missing: pip install trtq" for name in _REQUIRED if not packages[name]]

@@ -1,8 +1,8 @@
 """A driver library that writes down what it is asked and refuses what a real one refuses.
 
-It is `libcuda.so.1` on the library path of a child process, so everything above it is real: cuda-bindings,
-NVRTC and our own code. What it knows and what the environment tells it stands in libcuda.c beside this
-file.
+It is `libcuda.so.1` on the library path of a child process, so everything above it is real:
+cuda-bindings, NVRTC and our own code. What it knows, and what the environment tells it, stands in
+libcuda.c beside this file.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job, PluginForm, Prof
 from trtq.engine.tensorrt.log import collecting_logger
 from trtq.errors import KernelError, MissingDependencyError
 from trtq.plugins.compile import nvrtc_version, ptx
-from trtq.plugins.driver import Gpu, current_device, old_driver
+from trtq.plugins.driver import Gpu, current_device, driver_cuda, old_driver
 from trtq.plugins.low_bit.tensorrt import register, take_failures
 from trtq.plugins.low_bit.tensorrt_aot import register_all
 from trtq.resources import peak_rss_bytes
@@ -39,6 +39,11 @@ def build(job: Job) -> Answer:
     form, why = _register_plugins(trt)
     start = time.perf_counter()
     try:
+        if CURRENT in job.architectures and driver_cuda() is None:
+            raise _BuildError(
+                "building for the GPU that is there needs one, and there is no NVIDIA driver on this "
+                "machine; TensorRT-RTX builds for others: --backend tensorrt-rtx --arch sm89"
+            )
         builder = _builder(trt, logger, errors)
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(flags)

@@ -1,7 +1,7 @@
 """As much of full TensorRT as our builder asks for; its one network has one plugin.
 
-Building does with a plugin of the ahead-of-time form what TensorRT does with its kernel: loads it through
-the driver, and starts it without asking for more shared memory.
+Building does with a plugin of the ahead-of-time form what TensorRT does with its kernel: loads it
+through the driver, and starts it without asking for more shared memory.
 """
 
 import ctypes
