@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from trtq.engine import ort_tensorrt
-from trtq.engine.ort import OWN_PACKAGES, PROVIDERS
+from trtq.engine.ort import OWN_PACKAGES, PROVIDERS, OrtSession
 from trtq.engine.ort_tensorrt import provider_settings
-from trtq.errors import UsageError
+from trtq.errors import ArtefactError, UsageError
 from trtq.manifest import read_manifest
 from trtq.stages.build import exported_profile
 from trtq.stages.graph_file import DATA_NAME
@@ -79,6 +79,21 @@ def test_every_call_computes_its_own_input(digits_onnx, provider, monkeypatch):
     for value in range(4):
         x = np.full(3, value, np.float32)
         assert np.array_equal(engine.run({"x": x})["y"], x + 1)
+
+
+def test_a_session_that_fails_is_one_error():
+    class Failing(Session):
+        def run(self, names, feeds):
+            raise RuntimeError(
+                "Failed to allocate memory for requested buffer of size 9\nMore of it"
+            )
+
+    engine = OrtSession(Failing("", None, [("CUDAExecutionProvider", {})]), "cuda")
+    with pytest.raises(
+        ArtefactError, match="failed on cuda: Failed to allocate.*a smaller batch"
+    ) as e:
+        engine.run({})
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("provider", ["tensorrt", "tensorrt-rtx"])

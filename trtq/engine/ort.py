@@ -194,8 +194,19 @@ class OrtSession:
         return found
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once; arrays by name, batch first."""
-        return dict(zip(self._names, self._session.run(self._names, dict(feeds)), strict=True))
+        """Run once; arrays by name, batch first.
+
+        Raises:
+            ArtefactError: onnxruntime fails, e.g. for want of memory on a GPU.
+        """
+        try:
+            found = self._session.run(self._names, dict(feeds))
+        except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
+            first = (str(err).strip() or type(err).__name__).splitlines()[0]
+            full = "memory" in first or "CUBLAS_STATUS_ALLOC_FAILED" in first
+            advice = "; take a smaller batch or size" if full else ""
+            raise ArtefactError(f"onnxruntime failed on {self._provider}: {first}{advice}") from err
+        return dict(zip(self._names, found, strict=True))
 
 
 class OrtEngine(OrtSession):

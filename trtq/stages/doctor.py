@@ -116,6 +116,11 @@ def doctor() -> dict[str, Any]:
     cuda = None
     if packages["torch"]:
         cuda = _torch_gpu()
+    if driver is not None and packages["torch"] and cuda is None:
+        hints.append(
+            f"torch {packages['torch']} sees no GPU, so runs are computed on the CPU: install torch for "
+            f"CUDA, of a version that the driver {cuda_text(driver)} takes"
+        )
     models = shipped_models()
     if not models:
         problems.append("the models that ship with trtq are not installed: install it again")
