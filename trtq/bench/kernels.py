@@ -322,7 +322,6 @@ def bench_kernels(
             + "; `trtq plugins build` compiles them without one"
         )
     device = torch.device("cuda")
-    torch.cuda.init()
     name = torch.cuda.get_device_name(device)
     gpu, nvml = current_device(torch.cuda.current_device()), Nvml()
     rows = []

@@ -58,7 +58,7 @@ class RecordingDriver:
 
     def environment(self, log: Path | None = None, **settings: object) -> dict[str, str]:
         """For a child process; settings without `RECORDING_` and in lower case, others as they are."""
-        found = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES",)}
+        found = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
         paths = [str(self.folder), found.get("LD_LIBRARY_PATH", "")]
         found["LD_LIBRARY_PATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
         found["PYTHONPATH"] = os.pathsep.join([str(ROOT), found.get("PYTHONPATH", "")])
@@ -68,14 +68,13 @@ class RecordingDriver:
             found[name if name.isupper() else f"RECORDING_{name.upper()}"] = str(value)
         return found
 
-    def command(self, arguments: list[str], cwd: Path | None = None, **settings: object) -> Record:
+    def command(self, arguments: list[str], **settings: object) -> Record:
         """Run a command with this driver."""
         log = self.folder / "calls.jsonl"
         log.unlink(missing_ok=True)
         done = subprocess.run(
             arguments,
             env=self.environment(log, **settings),
-            cwd=cwd,
             capture_output=True,
             text=True,
             timeout=300,

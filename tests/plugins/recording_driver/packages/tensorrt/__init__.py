@@ -60,7 +60,7 @@ class MemoryPoolType:
 
 PluginField = _Base
 PluginFieldCollection = list
-created = {}
+created: dict = {}
 
 
 class _Registry:

@@ -4,7 +4,8 @@ import copy
 
 import numpy as np
 
-described, implemented = {}, {}
+described: dict = {}
+implemented: dict = {}
 
 
 class TensorDesc:
