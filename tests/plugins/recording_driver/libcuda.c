@@ -416,9 +416,15 @@ int cuGetProcAddress_v2(const char *symbol, void **address, int version, uint64_
   Dl_info own;
   /* Of this file: another library may export the same name. */
   void *self = dladdr((void *)cuInit, &own) ? dlopen(own.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : NULL;
+  /* From 12.0 on the name without a number stands for the second form. */
+  if (!strcmp(symbol, "cuGetProcAddress") && version >= 12000) symbol = "cuGetProcAddress_v2";
   *address = self && version <= driver_version() ? dlsym(self, symbol) : NULL;
   if (query) *query = *address ? 0 : 1;
   return *address ? OK : NOT_FOUND;
+}
+
+int cuGetProcAddress(const char *symbol, void **address, int version, uint64_t flags) {
+  return cuGetProcAddress_v2(symbol, address, version, flags, NULL);
 }
 
 /* NVRTC looks for private tables, and does without. */
