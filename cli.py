@@ -824,11 +824,12 @@ def bench_layers(
 ) -> None:
     """Measure our CUDA kernels against cuBLAS and cuDNN in half precision, layer by layer.
 
-    Needs an NVIDIA GPU. Each layer is first compared with its definition, integer by integer.
+    Needs an NVIDIA GPU. Each layer is first compared with its definition, integer by integer; exit 1 if
+    one is wrong or fails, after all are measured.
 
     Example: trtq bench kernels -o kernels.json
     """
-    from trtq.bench.kernels import FORMS, bench_kernels
+    from trtq.bench.kernels import FORMS, bench_kernels, failed_rows
     from trtq.outputs import check_file, new_file
 
     with _command(verbose):
@@ -838,15 +839,20 @@ def bench_layers(
 
         def human(found: dict[str, Any]) -> None:
             table = Table(title=str(found["gpu"]), title_justify="left")
-            for key in ("model", "shape", "form", "us", "fp16 us", "times", "TOP/s", "of peak"):
+            times = ("us", "quantise", "product", "fp16 us", "times", "TOP/s", "of peak")
+            for key in ("model", "shape", "form", *times):
                 table.add_column(key)
             for row in found["rows"]:
+                where = (row["model"], row["shape"], row["form"])
+                if row["error"] is not None:
+                    table.add_row(*where, "failed")
+                    continue
                 share = row["share_of_peak"]
                 table.add_row(
-                    row["model"],
-                    row["shape"],
-                    row["form"],
-                    f"{row['microseconds']:.1f}",
+                    *where,
+                    f"{row['microseconds']:.1f}" + ("!" if row["wrong_values"] else ""),
+                    f"{row['quantise_microseconds']:.1f}",
+                    f"{row['product_microseconds']:.1f}",
                     f"{row['fp16_microseconds']:.1f}",
                     f"{row['speedup']:.2f}",
                     f"{row['tera_operations']:.0f}",
@@ -854,10 +860,16 @@ def bench_layers(
                 )
             _out.print(table)
 
+        # Printed first: a full disk must not cost what took so long to measure.
         _show(result, as_json, human)
         if output is not None:
             with new_file(output, overwrite=overwrite) as partial:
                 partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        failed = failed_rows(result)
+        if failed:
+            for text in failed[1:]:
+                _print_error(f"error: {text}")
+            raise GateError(failed[0])
 
 
 plugins_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False)

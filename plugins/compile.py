@@ -20,7 +20,7 @@ from trtq.plugins.spec import ARCHITECTURES, Variant, all_variants
 from trtq.progress import Reporter, silent
 from trtq.resources import cache_folder
 
-__all__ = ["build_all", "cubin", "ptx", "sources"]
+__all__ = ["build_all", "cubin", "nvrtc_version", "ptx", "sources"]
 
 _FOLDER = Path(__file__).parent
 _HEADERS = ("ptx.cuh", "codes.cuh")
@@ -37,19 +37,33 @@ def sources(kernel: str) -> dict[str, str]:
 def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
-
-        nvrtc.nvrtcVersion()
-    except (ImportError, RuntimeError) as err:  # RuntimeError: the library itself is not there.
+    except ImportError as err:
         raise MissingDependencyError(
             "kernels are compiled by NVRTC, which is not installed: pip install 'trtq[plugins]'"
+        ) from err
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError as err:  # The library itself is not there.
+        raise MissingDependencyError(
+            "kernels are compiled by NVRTC, whose library is not installed: pip install "
+            "nvidia-cuda-nvrtc, or for a driver below 580 nvidia-cuda-nvrtc-cu12"
         ) from err
     return nvrtc
 
 
 @cache
-def _version() -> str:
+def nvrtc_version() -> tuple[int, int]:
+    """Major and minor version of the NVRTC that compiles here.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
     _, major, minor = _nvrtc().nvrtcVersion()
-    return f"{major}.{minor}"
+    return int(major), int(minor)
+
+
+def _version() -> str:
+    return "{}.{}".format(*nvrtc_version())
 
 
 def cubin(variant: Variant, architecture: str) -> bytes:
@@ -87,19 +101,47 @@ def _keep(path: Path, code: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(code)
-        Path(partial).replace(path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(code)
+            Path(partial).replace(path)
+        finally:
+            Path(partial).unlink(missing_ok=True)
     except OSError:
         return
+
+
+_PTX_VERSIONS = {
+    "sm75": b"6.5",
+    "sm80": b"7.0",
+    "sm86": b"7.1",
+    "sm87": b"7.4",
+    "sm89": b"7.8",
+    "sm90": b"7.8",
+    "sm100": b"8.6",
+    "sm103": b"8.8",
+    "sm110": b"9.0",
+    "sm120": b"8.7",
+    "sm121": b"8.8",
+}
+"""The first version of PTX with an architecture and all that our kernels use of it: a driver that knows
+the GPU reads it."""
 
 
 def ptx(variant: Variant, architecture: str) -> bytes:
     """A kernel in the form that later GPUs and TensorRT's own loader take; not kept.
 
+    NVRTC writes its own version of PTX, which only drivers as new as it read: with cubins any minor
+    version of a driver's CUDA will do, with PTX it will not. The text is therefore said to be of the
+    version that the architecture came with.
+
     Arguments and errors are those of `cubin`.
     """
-    return _compile(variant, architecture.replace("sm", "compute"), "PTX")
+    code = _compile(variant, architecture.replace("sm", "compute"), "PTX")
+    version = _PTX_VERSIONS.get(architecture)
+    if version is None:  # Of a GPU that came later: its drivers are new.
+        return code
+    return re.sub(rb"(?m)^\.version \S+$", b".version " + version, code, count=1)
 
 
 def _compile(variant: Variant, architecture: str, form: str = "CUBIN") -> bytes:

@@ -18,6 +18,7 @@ __all__ = [
     "Pointers",
     "choose_tile",
     "layer_launches",
+    "prepare_any_shape",
     "prepare_layer",
     "shape_arguments",
     "start_layer",
@@ -132,6 +133,35 @@ def prepare_layer(device: Device, layer: LayerSpec, problem: Problem, *, half: b
     nowhere = Pointers(0, 0, 0, 0, 0, 0, 0)
     for launch in _chosen(device, layer, problem, nowhere, half=half, silu=False):
         device.prepare(launch)
+
+
+def prepare_any_shape(device: Device, layer: LayerSpec) -> None:
+    """Compile and load all that `start_layer` may start, whatever the input's shape and type.
+
+    Raises:
+        KernelError: a kernel cannot be compiled or loaded.
+    """
+    nowhere = Pointers(0, 0, 0, 0, 0, 0, 0)
+    if layer.geometry is None:
+        shape: tuple[int, ...] = (1, layer.channels)
+    else:
+        g = layer.geometry
+        sides = (g.dilation[axis] * (g.kernel[axis] - 1) + 1 for axis in (0, 1))
+        shape = (1, layer.channels, *sides)
+    problem = layer.problem(shape)
+    for half in (True, False):
+        for tile in TILES:
+            if not fits(tile, device.architecture):
+                continue
+            for launch in layer_launches(
+                problem,
+                nowhere,
+                tile,
+                half=half,
+                weight_bits=layer.weight_bits,
+                native_4=layer.native_4(device.architecture),
+            ):
+                device.prepare(launch)
 
 
 def _chosen(

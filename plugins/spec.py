@@ -22,6 +22,7 @@ from trtq.errors import UsageError
 __all__ = [
     "ARCHITECTURES",
     "CHANNEL_BLOCK",
+    "ONE_LAUNCH_TILES",
     "TILES",
     "Geometry",
     "LayerSpec",
@@ -238,6 +239,9 @@ class Tile:
 
 TILES = (Tile(64, 64, 2, 2), Tile(128, 128, 2, 4), Tile(128, 256, 2, 4))
 """From many small blocks to few large ones."""
+ONE_LAUNCH_TILES = (Tile(64, 64, 2, 2), Tile(128, 128, 2, 4, stages=2))
+"""Of the form in one launch, which TensorRT starts and asks no memory for: 48 KiB is all it may have,
+and on sm90 and later the system takes 1 KiB of them."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +281,9 @@ class Variant:
             parts.append(f"w{self.weight_bits}")
         parts += ["a4"] if self.native_4 else []
         parts += ["fused"] if self.fused else []
-        parts += [f"{self.tile.m}x{self.tile.n}"] if self.tile else []
+        if self.tile:
+            stages = "" if self.tile.stages == TILES[0].stages else f"x{self.tile.stages}"
+            parts.append(f"{self.tile.m}x{self.tile.n}{stages}")
         return "-".join(parts)
 
 
@@ -289,11 +295,11 @@ def all_variants(architecture: str) -> list[Variant]:
         for tile in TILES:
             if not fits(tile, architecture):
                 continue
-            # In one launch only with the shared memory that TensorRT gives without being asked.
-            for fused in (False, True) if tile.shared_bytes <= 48 << 10 else (False,):
-                found += [Variant("low_bit", half, False, bits, fused, tile) for bits in (4, 8)]
+            found += [Variant("low_bit", half, False, bits, False, tile) for bits in (4, 8)]
             if True in natives:
                 found.append(Variant("low_bit", half, True, 4, False, tile))
+        for tile in ONE_LAUNCH_TILES:
+            found += [Variant("low_bit", half, False, bits, True, tile) for bits in (4, 8)]
     return found
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 __all__ = [
     "StoppedBySignal",
+    "crash_name",
     "end_with_lifeline",
     "ending_on_signals",
     "lifeline",
     "processors",
+    "was_killed",
     "worker_command",
 ]
 
@@ -36,6 +38,25 @@ def worker_command(module: str, *arguments: str | Path) -> list[str]:
     code += "from trtq.processes import end_with_lifeline; end_with_lifeline(); "
     code += f"from {module} import main; sys.exit(main())"
     return [sys.executable, "-P", "-c", code, *map(str, arguments)]
+
+
+_WINDOWS_FAILURES = 0xC0000000
+"""Exit codes from here on are exceptions that ended a process of Windows."""
+
+
+def was_killed(code: int) -> bool:
+    """Whether a process with this exit code was killed, as for want of memory."""
+    return code == -getattr(signal, "SIGKILL", 9)  # Windows has no such signal.
+
+
+def crash_name(code: int) -> str | None:
+    """What ended a process that crashed, e.g. `SIGSEGV` or `0xC0000005`; None: it ended by itself."""
+    if code < 0:
+        try:
+            return signal.Signals(-code).name
+        except ValueError:  # A real-time signal.
+            return f"signal {-code}"
+    return f"0x{code:08X}" if code >= _WINDOWS_FAILURES else None
 
 
 def processors() -> int:

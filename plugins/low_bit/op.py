@@ -15,7 +15,7 @@ from trtq.plugins.driver import current_device
 from trtq.plugins.launch import Pointers, start_layer
 from trtq.plugins.low_bit.pack import unpack_bytes, unpack_nibbles
 from trtq.plugins.low_bit.tensorrt import PLUGINS, fields_of, spec_of
-from trtq.plugins.spec import LayerSpec
+from trtq.plugins.spec import LayerSpec, Problem
 
 __all__ = ["FLAT_FIELDS", "flat_fields", "low_bit", "spec_from_flat"]
 
@@ -152,11 +152,22 @@ def low_bit(
         sums.data_ptr(),
         0 if residual is None else residual.data_ptr(),
     )
-    half = x.dtype == torch.float16
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        start_layer(current_device(), spec, problem, at, stream, half=half, silu=silu)
+    _start(spec, problem, at, x.device, half=x.dtype == torch.float16, silu=silu)
     return out
+
+
+def _start(
+    layer: LayerSpec, problem: Problem, at: Pointers, gpu: torch.device, *, half: bool, silu: bool
+) -> None:
+    """Start a layer on torch's current stream, in any thread.
+
+    A thread whose first work on the GPU is this has no context yet: torch makes it known to a thread
+    when it changes the device or allocates, and neither need have happened.
+    """
+    with torch.cuda.device(gpu):
+        stream = torch.cuda.current_stream().cuda_stream
+        device = current_device(torch.cuda.current_device())
+        start_layer(device, layer, problem, at, stream, half=half, silu=silu)
 
 
 @low_bit.register_fake

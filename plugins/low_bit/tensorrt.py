@@ -11,6 +11,8 @@ of `LayerSpec`. An engine with such nodes needs the plugins when it is loaded: c
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +20,16 @@ import numpy as np
 
 from trtq.errors import TrtqError, UsageError
 from trtq.plugins.driver import current_device
-from trtq.plugins.launch import Device, Pointers, prepare_layer, start_layer
+from trtq.plugins.launch import (
+    Device,
+    Pointers,
+    prepare_any_shape,
+    prepare_layer,
+    start_layer,
+)
 from trtq.plugins.spec import Geometry, LayerSpec
 
-__all__ = ["NAMESPACE", "PLUGINS", "VERSION", "fields_of", "register", "spec_of"]
+__all__ = ["NAMESPACE", "PLUGINS", "VERSION", "fields_of", "register", "spec_of", "take_failures"]
 
 NAMESPACE, VERSION = "trtq", "1"
 PLUGINS = ("LowBitLinear", "LowBitConv2d")
@@ -95,6 +103,35 @@ def _field_collection(trt: Any, fields: dict[str, list[int]]) -> tuple[list[Any]
     return owned, trt.PluginFieldCollection(owned[len(fields) :])
 
 
+_failures: deque[str] = deque(maxlen=3)
+
+
+def take_failures() -> list[str]:
+    """The last errors of plugins since they were taken before.
+
+    TensorRT prints what a plugin in Python raises on standard error, and tells its caller nothing.
+    """
+    found = list(_failures)
+    _failures.clear()
+    return found
+
+
+def _kept(method: Any) -> Any:
+    """A plugin's method whose errors are kept for `take_failures`, and raised as before."""
+
+    @functools.wraps(method)
+    def call(self: Any, *arguments: Any) -> Any:
+        try:
+            return method(self, *arguments)
+        except Exception as err:
+            text = str(err) if isinstance(err, TrtqError) else f"{type(err).__name__}: {err}"
+            name = getattr(self, "plugin_name", None) or getattr(self, "name", "")
+            _failures.append(f"plugin {name}: {text}")
+            raise
+
+    return call
+
+
 def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
     class LowBitPlugin(
         trt.IPluginV3,  # type: ignore[misc]
@@ -122,8 +159,17 @@ def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
         def clone(self) -> Any:
             return LowBitPlugin(self.plugin_name, self.layer)
 
+        @_kept
         def attach_to_context(self, _: Any) -> Any:
-            return self.clone()
+            found = self.clone()
+            try:
+                gpu = device()
+            except TrtqError:  # While building there may be none.
+                return found
+            # Shapes may come to be known within the first `enqueue`, while a CUDA graph is captured,
+            # and then no kernel can be loaded.
+            prepare_any_shape(gpu, self.layer)
+            return found
 
         def get_fields_to_serialize(self) -> Any:
             return self._collection
@@ -131,6 +177,7 @@ def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
         def get_output_data_types(self, types: Any) -> Any:
             return [types[0]]
 
+        @_kept
         def get_output_shapes(self, inputs: Any, _: Any, build: Any) -> Any:
             shape, layer = trt.DimsExprs(inputs[0]), self.layer
             if layer.geometry is None:
@@ -160,6 +207,7 @@ def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
                 return tensor.type in (trt.DataType.HALF, trt.DataType.FLOAT)
             return bool(tensor.type == fixed.get(pos, tensors[0].desc.type))
 
+        @_kept
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             weight = tuple(inputs[1].desc.dims)
             if weight != self.layer.weight_shape():
@@ -168,22 +216,25 @@ def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
                     f"say {list(self.layer.weight_shape())}"
                 )
 
+        @_kept
         def get_workspace_size(self, inputs: Any, _: Any) -> int:
             problem = self.layer.problem(tuple(inputs[0].max))
             return _aligned(problem.code_bytes(native_4=False)) + problem.sum_bytes
 
+        @_kept
         def on_shape_change(self, inputs: Any, _: Any) -> None:
             problem = self.layer.problem(tuple(inputs[0].dims))
             try:
                 gpu = device()
             except TrtqError:  # While building there may be none.
                 return
-            # Not in `enqueue`, which may be captured into a CUDA graph.
+            # They are loaded already, unless the context was made where there was no GPU.
             prepare_layer(gpu, self.layer, problem, half=inputs[0].type == trt.DataType.HALF)
 
         def set_tactic(self, _: int) -> None:
             """There is one; its tile is chosen for the shape when it runs."""
 
+        @_kept
         def enqueue(
             self, inputs: Any, _: Any, sources: Any, targets: Any, workspace: int, stream: int
         ) -> None:
@@ -211,6 +262,7 @@ def _creator_class(trt: Any, plugin: type, name: str) -> type:
             self.plugin_namespace, self.plugin_version = NAMESPACE, VERSION
             self._fields, self.field_names = _field_collection(trt, {key: [] for key in _FIELDS})
 
+        @_kept
         def create_plugin(self, _: str, fields: Any, phase: Any) -> Any:
             given = {
                 field.name: [int(value) for value in np.atleast_1d(field.data)]

@@ -16,19 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from trtq.plugins.low_bit.tensorrt import NAMESPACE, PLUGINS, fields_of, spec_of
-from trtq.plugins.spec import TILES, Geometry, LayerSpec, Tile, Variant
+from trtq.plugins.spec import ONE_LAUNCH_TILES, Geometry, LayerSpec, Tile, Variant
 
 __all__ = ["register_ahead_of_time", "register_all"]
 
 _TENSORS = ("x", "weight", "terms", "tables", "step")
 _FIELDS = tuple(fields_of(LayerSpec(1, 1, 1, 8, 8)))
 _WIDE = 128
-"""Output channels from which on the larger tile pays; both fit the memory that needs no asking."""
+"""Output channels from which on the larger tile pays."""
 
 
 def _tile(layer: LayerSpec) -> Tile:
     groups = 1 if layer.geometry is None else layer.geometry.groups
-    return TILES[1] if layer.out_channels // groups >= _WIDE else TILES[0]
+    return ONE_LAUNCH_TILES[layer.out_channels // groups >= _WIDE]
 
 
 def _out_size(size: Any, geometry: Geometry, axis: int) -> Any:

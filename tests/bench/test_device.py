@@ -6,6 +6,7 @@ import types
 
 import pytest
 
+from trtq.bench import device
 from trtq.bench.cost import count_operations, roofline
 from trtq.bench.device import GpuMemory, Nvml, Peak, cpu_peak, gpu_peak
 
@@ -15,10 +16,13 @@ def pynvml(monkeypatch):
     class NVMLError(Exception):
         pass
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     module = types.ModuleType("pynvml")
     module.NVMLError = NVMLError
     module.nvmlInit = lambda: None
+    module.nvmlDeviceGetCount = lambda: 1
     module.nvmlDeviceGetHandleByIndex = lambda index: index
+    module.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
     module.nvmlDeviceGetName = lambda device: b"NVIDIA GeForce RTX 4090"
     module.nvmlDeviceGetMigMode = lambda device: (0, 0)
     module.nvmlSystemGetDriverVersion = lambda: "580.1"
@@ -46,6 +50,48 @@ def test_a_gpu_says_its_name_energy_and_memory(pynvml):
     nvml = Nvml()
     assert (nvml.name, nvml.driver) == ("NVIDIA GeForce RTX 4090", "580.1")
     assert (nvml.joules, nvml.memory) == (2.5, GpuMemory(7 << 20, 9 << 20))
+
+
+@pytest.mark.parametrize("takes", [str, bytes], ids=["text", "bytes"])
+def test_it_is_the_gpu_that_cuda_calls_its_first(takes, pynvml, monkeypatch):
+    """NVML counts along the bus; CUDA the fastest first, and those that it may see."""
+
+    def by_uuid(uuid):
+        if not isinstance(uuid, takes):
+            raise TypeError
+        return uuid if isinstance(uuid, str) else uuid.decode()
+
+    pynvml.nvmlDeviceGetCount = lambda: 3
+    pynvml.nvmlDeviceGetHandleByUUID = by_uuid
+    pynvml.nvmlDeviceGetName = lambda handle: f"card {handle}"
+    monkeypatch.setattr(device, "first_gpu_uuid", lambda: "GPU-12")
+    assert Nvml().name == "card GPU-12"
+
+
+def test_where_it_cannot_be_told_which_gpu_is_meant_nothing_is_said(pynvml, monkeypatch):
+    monkeypatch.setattr(device, "first_gpu_uuid", lambda: None)
+    pynvml.nvmlDeviceGetCount = lambda: 3
+    assert Nvml().name is None
+    pynvml.nvmlDeviceGetCount = lambda: 1
+    assert Nvml().name == "NVIDIA GeForce RTX 4090"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert Nvml().name is None
+
+
+def test_what_bounds_its_speed_is_told(pynvml):
+    pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM, pynvml.NVML_TEMPERATURE_GPU = 1, 2, 0
+    pynvml.nvmlDeviceGetClockInfo = lambda device, kind: {1: 2520, 2: 10501}[kind]
+    pynvml.nvmlDeviceGetPowerUsage = lambda device: 449_800
+    pynvml.nvmlDeviceGetEnforcedPowerLimit = lambda device: 450_000
+    pynvml.nvmlDeviceGetTemperature = lambda device, sensor: 71
+    assert Nvml().state == {
+        "sm_mhz": 2520,
+        "memory_mhz": 10501,
+        "watts": 449.8,
+        "watts_limit": 450.0,
+        "celsius": 71,
+        "slowed": None,  # The module is too old to ask it.
+    }
 
 
 def test_what_a_card_does_not_count_is_none(pynvml):

@@ -1,8 +1,13 @@
 """What the benchmark of kernels says of a layer; the timing itself needs a GPU."""
 
+import contextlib
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from trtq.bench import kernels as benching
 from trtq.bench.kernels import (
     FORMS,
     SHAPES,
@@ -10,10 +15,12 @@ from trtq.bench.kernels import (
     bench_kernels,
     draw_operands,
     expected,
+    failed_rows,
     operations,
 )
 from trtq.errors import UsageError
 from trtq.plugins.spec import Geometry
+from trtq.progress import silent
 
 SMALL = (
     Shape("linear", (2, 7, 40), 24),
@@ -48,3 +55,131 @@ def test_without_a_gpu_the_command_says_what_goes_without():
 def test_on_a_gpu_every_value_is_the_definitions():
     found = bench_kernels(shapes=SMALL)
     assert [row["wrong_values"] for row in found["rows"]] == [0] * 6
+
+
+class Gpu:
+    """Writes down what is started."""
+
+    architecture, processors = "sm89", 128
+
+    def __init__(self):
+        self.started = []
+
+    def prepare(self, launch):
+        pass
+
+    def start(self, launch, stream):
+        self.started.append((launch.variant.kernel, stream))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine whose GPU is the CPU: all but kernels and times is real."""
+    found = Gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))
+    monkeypatch.setattr(benching.torch, "device", lambda _: "cpu")
+    monkeypatch.setattr(benching, "current_device", lambda index: found)
+    monkeypatch.setattr(benching, "driver_cuda", lambda: (13, 0))
+    nvml = SimpleNamespace(driver="580.65", state={"sm_mhz": 2520, "watts": 449.8})
+    monkeypatch.setattr(benching, "Nvml", lambda: nvml)
+
+    def turns(calls):
+        for call in calls:
+            call()
+        return [[(place + 1) * 1e-6] * 4 for place, _ in enumerate(calls)]
+
+    monkeypatch.setattr(benching, "_seconds_in_turns", turns)
+    return found
+
+
+def test_a_row_tells_its_launches_apart_and_what_the_gpu_was_doing(gpu):
+    found = bench_kernels(["w4a4"], SMALL)
+    assert (found["gpu"], found["driver"], found["cuda"]) == (
+        "NVIDIA GeForce RTX 4090",
+        "580.65",
+        "13.0",
+    )
+    for row in found["rows"]:
+        assert (row["error"], row["wrong_values"]) == (None, 0)
+        assert row["quantise_microseconds"] == pytest.approx(4)
+        assert row["product_microseconds"] == pytest.approx(5)
+        assert row["tile"] == "64x64"
+        assert row["state"] == {"sm_mhz": 2520, "watts": 449.8}
+    assert gpu.started == [("quantize", 5), ("low_bit", 5)] * 2
+    assert failed_rows(found) == []
+
+
+def test_a_wrong_value_or_an_error_is_a_row_and_the_others_go_on(gpu, monkeypatch):
+    real, rows = benching.expected, []
+
+    def wrong_then_failing(operands):
+        rows.append(operands)
+        if len(rows) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        return real(operands) + (len(rows) == 1)
+
+    monkeypatch.setattr(benching, "expected", wrong_then_failing)
+    found = bench_kernels(["w8a8"], (*SMALL, *SMALL))
+    first, second, third, fourth = found["rows"]
+    assert first["wrong_values"] == 2 * 7 * 24
+    assert first["microseconds"] == pytest.approx(1)
+    assert (second["wrong_values"], second["error"]) == (
+        None,
+        "OutOfMemoryError: CUDA out of memory.",
+    )
+    assert third["wrong_values"] == fourth["wrong_values"] == 0
+    assert failed_rows(found) == [
+        "w8a8 at 14 x 40 -> 24: 336 values are not the layer's",
+        "w8a8 at 2 x 24 x 9 x 8 -> 16, 3 x 3: OutOfMemoryError: CUDA out of memory.",
+    ]
+
+
+def test_the_command_keeps_all_rows_and_ends_with_1(gpu, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from trtq.cli import app
+
+    real, rows = benching.expected, []
+
+    def wrong(operands):
+        rows.append(operands)
+        return real(operands) + (len(rows) == 1)
+
+    monkeypatch.setattr(benching, "expected", wrong)
+    monkeypatch.setattr(benching, "SHAPES", SMALL)
+    monkeypatch.setattr(benching.bench_kernels, "__defaults__", (("w8a8",), SMALL, silent))
+    out = tmp_path / "kernels.json"
+    done = CliRunner().invoke(app, ["bench", "kernels", "--form", "w8a8", "-o", str(out)])
+    assert done.exit_code == 1
+    assert "error: w8a8 at 14 x 40 -> 24: 336 values are not the layer's" in done.output
+    assert [row["wrong_values"] for row in json.loads(out.read_text())["rows"]] == [336, 0]
+    assert "Traceback" not in done.output
+    nowhere = str(tmp_path / "none" / "kernels.json")
+    done = CliRunner().invoke(app, ["bench", "kernels", "-o", nowhere])
+    assert done.exit_code == 2
+    assert "there is no folder" in done.output
+    assert len(rows) == 2, "the folder is looked for before anything is measured"
+
+
+def test_what_made_the_operands_is_waited_for(monkeypatch):
+    """Warm-up runs on a stream of its own."""
+    said = []
+
+    class Stream:
+        def wait_stream(self, other):
+            said.append(("wait", other))
+
+    class Graph(contextlib.nullcontext):
+        pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "torch's")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("synchronize"))
+    benching._captured(lambda: said.append("call"))
+    assert said[:2] == [("wait", "torch's"), "call"]

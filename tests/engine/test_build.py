@@ -1,7 +1,11 @@
 """Engines of TensorRT-RTX are built without a GPU, and whatever goes wrong is one clear error."""
 
+import json
 import os
+import re
+import shutil
 import signal
+import sys
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +15,7 @@ import torch
 import trtq
 from trtq.engine.base import SIZES_KEY
 from trtq.engine.tensorrt import compile as compiling
+from trtq.engine.tensorrt import worker
 from trtq.engine.tensorrt.backends import BACKENDS, Backend, check_architectures, find_backend
 from trtq.engine.tensorrt.compile import compile_engine
 from trtq.engine.tensorrt.job import Answer, Job
@@ -146,6 +151,59 @@ def test_a_builder_that_dies_is_one_error(body, message, tmp_path, monkeypatch):
     monkeypatch.setattr(compiling, "_WORKER", "dying_worker")
     with pytest.raises(BuildError, match=message):
         compile_engine(RTX, job(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (0xC0000005, r"crashed \(0xC0000005\).*trtq verify"),
+        (-11, r"crashed \(SIGSEGV\)"),
+        (-9, "for want of memory"),
+        (-35, r"crashed \(signal 35\)"),
+        (3, "ended with code 3: it said nothing"),
+    ],
+)
+def test_a_builder_dies_on_any_system(code, message, tmp_path, monkeypatch):
+    """Windows has no SIGKILL, and gives exceptions as exit codes."""
+    monkeypatch.delattr(signal, "SIGKILL")
+    assert re.search(message, compiling._why_it_died(job(tmp_path), code, "", 1 << 30))
+
+
+def test_a_builder_that_cannot_start_says_why(tmp_path, monkeypatch):
+    """As of CUDA 13 with an older driver: the bindings raise TypeError, and their log has the reason."""
+    import types
+
+    class Builder:
+        def __init__(self, logger):
+            logger.log(0, "CUDA initialization failure with error: 35")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    module = types.ModuleType("failing_tensorrt")
+    module.ILogger = type("ILogger", (), {"ERROR": 1, "WARNING": 2, "__init__": lambda self: None})
+    module.Builder = Builder
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(worker, "_register_plugins", lambda trt: ("python", None))
+    answer = worker.build(job(tmp_path, module=module.__name__))
+    assert answer.error == (
+        "the builder cannot start on this machine: CUDA initialization failure with error: 35"
+    )
+    old = "driver 580 or later is needed for CUDA 13, you have 550 (CUDA 12.4); update the driver"
+    monkeypatch.setattr(worker, "old_driver", lambda: old)
+    assert worker.build(job(tmp_path, module=module.__name__)).error.endswith(old)
+
+
+def test_weights_of_plugins_are_not_streamed(digits_onnx, tmp_path, monkeypatch):
+    folder = tmp_path / "onnx"
+    shutil.copytree(digits_onnx, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["options"]["target"] = "plugin"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr("trtq.stages.build.find_backend", lambda _: RTX)
+    with pytest.raises(
+        UsageError, match=r"leave out --weight-streaming, or export with --target qdq"
+    ):
+        build_engines(folder, tmp_path / "engine", weight_streaming=True)
+    assert not (tmp_path / "engine").exists()
 
 
 def test_nothing_is_left_when_a_build_fails(digits_onnx, tmp_path, monkeypatch):

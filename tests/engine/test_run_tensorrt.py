@@ -1,7 +1,9 @@
 """Running engines, against a stand-in for TensorRT: none can be run where tests run."""
 
+import contextlib
 import ctypes
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import trtq
 from trtq.engine.tensorrt import run as running
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.engine.tensorrt.run import TensorRtEngine, open_tensorrt
-from trtq.errors import ArtefactError, UsageError
+from trtq.errors import ArtefactError, KernelError, UsageError
+from trtq.plugins.low_bit import tensorrt as plugins
 from trtq.stages.inspect import inspect_artefact
 
 RTX = BACKENDS["tensorrt-rtx"]
@@ -46,14 +49,19 @@ class Memory:
         pass
 
 
-def stand_in(loads=True, works=True):
+def stand_in(loads=True, works=True, starts=True, streamable=0, automatic=0, raises=None):
     """A module whose only engine adds one to x[batch, 3], for 1 to 4 items."""
+
+    kept = {"cache": b""}
+
+    def fail(self):
+        raise KernelError(raises)
 
     class Cache:
         restored = None
 
         def serialize(self):
-            return b"compiled kernels"
+            return kept["cache"]
 
         def deserialize(self, content):
             Cache.restored = content
@@ -83,6 +91,11 @@ def stand_in(loads=True, works=True):
 
         def execute_async_v3(self, stream):
             assert stream == Memory.stream
+            if raises is not None:  # As a plugin in Python; TensorRT prints it, and says no more.
+                with contextlib.suppress(KernelError):
+                    plugins._kept(fail)(SimpleNamespace(plugin_name="LowBitLinear"))
+                return False
+            kept["cache"] = f"kernels of {self.shape[0]}".encode()
             count = int(np.prod(self.shape))
             x, y = (
                 np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.addresses[name]))
@@ -94,6 +107,11 @@ def stand_in(loads=True, works=True):
     class Engine:
         num_io_tensors = 2
         config = None
+        streamable_weights_size = streamable
+        weight_streaming_budget_v2 = streamable
+
+        def get_weight_streaming_automatic_budget(self):
+            return automatic
 
         def get_tensor_name(self, index):
             return "xy"[index]
@@ -115,6 +133,7 @@ def stand_in(loads=True, works=True):
             return Engine.config
 
         def create_execution_context(self, config):
+            Engine.budget_of_context = self.weight_streaming_budget_v2
             return Context()
 
         def create_engine_inspector(self):
@@ -133,6 +152,9 @@ def stand_in(loads=True, works=True):
     class Runtime:
         def __init__(self, logger):
             self.logger = logger
+            if not starts:
+                logger.log(0, "CUDA initialization failure with error: 35")
+                raise TypeError("pybind11::init(): factory function returned nullptr")
 
         def deserialize_cuda_engine(self, content):
             if not loads:
@@ -186,12 +208,49 @@ def test_another_thread_is_let_in_first(file):
     assert memory.entered == thread.ident
 
 
-def test_what_was_compiled_on_first_use_is_kept(file):
+def test_what_was_compiled_on_first_use_is_kept(file, tmp_path):
+    """Of every shape: more is compiled for each."""
     module = stand_in()
-    TensorRtEngine(file, RTX, module, Memory()).run({"x": np.zeros((1, 3))})
+    engine = TensorRtEngine(file, RTX, module, Memory())
+    for batch in (1, 3, 1):
+        engine.run({"x": np.zeros((batch, 3))})
     assert module.cache.restored is None
     TensorRtEngine(file, RTX, module, Memory())
-    assert module.cache.restored == b"compiled kernels"
+    assert module.cache.restored == b"kernels of 3"
+    assert [path.suffix for path in (tmp_path / "cache" / "runtime").iterdir()] == [".bin"]
+
+
+def test_a_cache_that_cannot_be_kept_is_said_once(file, tmp_path, monkeypatch, caplog):
+    engine = TensorRtEngine(file, RTX, stand_in(), Memory())
+    (tmp_path / "cache").write_text("")
+    for batch in (1, 2):
+        engine.run({"x": np.zeros((batch, 3))})
+    assert caplog.text.count("the runtime cache cannot be kept") == 1
+
+
+@pytest.mark.parametrize(("automatic", "budget"), [(300, 300), (5000, 1000), (0, 0)])
+def test_weights_that_may_be_streamed_get_the_memory_that_is_free(file, automatic, budget):
+    """Untold, TensorRT keeps all of them on the GPU, which is what was not to be."""
+    module = stand_in(streamable=1000, automatic=automatic)
+    TensorRtEngine(file, RTX, module, Memory())
+    assert module.engine.budget_of_context == budget
+
+
+def test_what_a_plugin_raised_is_the_engines_error(file):
+    engine = TensorRtEngine(file, RTX, stand_in(raises="cannot start low_bit on sm89"), Memory())
+    for _ in range(2):
+        with pytest.raises(ArtefactError) as caught:
+            engine.run({"x": np.zeros((1, 3))})
+        wanted = "the engine failed: plugin LowBitLinear: cannot start low_bit on sm89"
+        assert str(caught.value) == wanted
+
+
+def test_a_runtime_that_cannot_start_is_one_error(file):
+    message = (
+        "tensorrt-rtx cannot start on this machine: CUDA initialization failure with error: 35"
+    )
+    with pytest.raises(UsageError, match=message):
+        TensorRtEngine(file, RTX, stand_in(starts=False), Memory())
 
 
 def test_the_inspectors_layers_have_names(file):

@@ -5,6 +5,7 @@ import torch
 
 import trtq
 from trtq.engine.torch_gpu import GpuDenoiser
+from trtq.errors import KernelError
 from trtq.quant.kernel_form import KernelLayer
 from trtq.stages import load as loading
 from trtq.stages.run_folder import open_run
@@ -45,6 +46,30 @@ def test_in_half_precision_it_gives_back_what_it_was_given(run):
     assert layers
     assert all(layer.weight.is_contiguous() for layer in layers)
     assert torch.isfinite(found).all()
+
+
+def test_full_memory_is_one_error(run, monkeypatch):
+    denoiser = GpuDenoiser(run.denoiser(kernels=True), "cpu", torch.float32)
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it")
+    monkeypatch.setattr(denoiser, "_call", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(
+        KernelError, match=r"memory is full: CUDA out of memory.*; take a smaller"
+    ) as e:
+        denoiser(torch.randn(1, *run.source().sample_shape), 400, torch.tensor([3]))
+    assert "\n" not in str(e.value)
+
+
+def test_where_torch_does_not_see_the_gpu_that_is_said(digits_run, monkeypatch, caplog):
+    """As with torch for CPUs on a machine with a card: slower by far, and silent before."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(loading, "driver_cuda", lambda: None)
+    trtq.load(digits_run, provider="torch")
+    assert caplog.text == ""
+    monkeypatch.setattr(loading, "driver_cuda", lambda: (12, 4))
+    trtq.load(digits_run)
+    assert caplog.text == ""
+    trtq.load(digits_run, provider="torch")
+    assert "on the CPU: there is an NVIDIA driver, 550 (CUDA 12.4), but torch" in caplog.text
 
 
 def test_torch_by_name_is_the_gpu_where_there_is_one(digits_run, monkeypatch):

@@ -1,6 +1,7 @@
 """What the driver says no to, against a stand-in for it."""
 
 import ctypes
+import re
 from enum import IntEnum
 from types import SimpleNamespace
 
@@ -39,6 +40,7 @@ class Driver:
         answers = {
             "cuDeviceGetAttribute": lambda which, _: {75: 8, 76: 9, 16: 128}[which],
             "cuCtxGetCurrent": lambda: 0,
+            "cuCtxGetId": lambda _: 1,
         }
 
         def call(*arguments):
@@ -54,6 +56,9 @@ def use(monkeypatch):
     def install(**refuses):
         driver = Driver(**refuses)
         monkeypatch.setattr(driving, "_driver", lambda: driver)
+        monkeypatch.setattr(driving, "driver_cuda", lambda: (13, 0))
+        monkeypatch.setattr(driving, "old_driver", lambda: None)
+        driving._check_driver.cache_clear()
         monkeypatch.setattr(driving, "cubin", lambda variant, architecture: b"cubin")
         return driver
 
@@ -103,12 +108,83 @@ def test_a_thread_without_a_context_is_told(use):
         current_device()
 
 
+@pytest.mark.parametrize(
+    ("driver", "bindings", "nvrtc", "wanted"),
+    [
+        ((13, 0), "13.5.0", (13, 5), None),
+        ((14, 1), "13.5.0", (13, 5), None),
+        ((12, 4), "12.9.10", (12, 8), None),
+        (None, "13.5.0", (13, 5), None),
+        ((12, 4), None, (13, 5), None),
+        ((12, 4), "13.5.0", None, "580 or later.*CUDA 13, you have 550.*'cuda-bindings<13'"),
+        ((12, 9), "13.5.0", (12, 9), "580 or later.*you have 575"),
+        # cuda-bindings 12.9 loads an NVRTC of 13 if there is one, whose kernels this driver refuses.
+        ((12, 9), "12.9.10", (13, 5), "580 or later.*pip uninstall nvidia-cuda-nvrtc"),
+        (
+            (11, 8),
+            "12.9.10",
+            (12, 8),
+            r"525 or later is needed for CUDA 12.*\(?CUDA 11.8\)?; update",
+        ),
+        ((13, 0), "14.0.0", (14, 0), "a driver for CUDA 14 is needed.*you have 580"),
+    ],
+)
+def test_a_driver_must_be_as_new_as_the_packages(driver, bindings, nvrtc, wanted, monkeypatch):
+    import sys
+
+    def version():
+        if nvrtc is None:
+            raise MissingDependencyError("no NVRTC")
+        return nvrtc
+
+    package = None if bindings is None else SimpleNamespace(__version__=bindings)
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(bindings=package))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", package)
+    monkeypatch.setattr(driving, "driver_cuda", lambda: driver)
+    monkeypatch.setattr(driving, "nvrtc_version", version)
+    found = driving.old_driver()
+    assert (found is None) == (wanted is None)
+    if wanted is not None:
+        assert re.search(wanted, found), found
+        # NVRTC and cuda-bindings of 12 serve drivers of 12 only.
+        assert ("cuda-bindings<13" in found) == (driver[0] == 12)
+
+
+@pytest.mark.parametrize(("platform", "name"), [("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")])
+def test_the_drivers_library_has_its_systems_name(platform, name, monkeypatch):
+    asked = []
+
+    def load(library):
+        asked.append(library)
+        raise OSError
+
+    monkeypatch.setattr(driving.ctypes, "CDLL", load)
+    monkeypatch.setattr(driving.sys, "platform", platform)
+    driving._library.cache_clear()
+    assert (driving.driver_cuda(), driving.first_gpu_uuid()) == (None, None)
+    assert asked == [name]
+    driving._library.cache_clear()
+
+
+def test_a_driver_that_lacks_a_function_is_not_called_missing(use, monkeypatch):
+    class Old:
+        def __getattr__(self, name):
+            raise RuntimeError(f"function {name} is not found")
+
+    use()
+    monkeypatch.setattr(driving, "_driver", Old)
+    with pytest.raises(KernelError, match=r"the driver is too old, update it \(function cuInit"):
+        Gpu()
+
+
 def test_without_a_driver_that_is_said(monkeypatch):
     class Missing:
         def __getattr__(self, name):
             raise RuntimeError("libcuda.so.1 cannot be loaded")
 
     monkeypatch.setattr(driving, "_driver", Missing)
+    monkeypatch.setattr(driving, "driver_cuda", lambda: None)
+    driving._check_driver.cache_clear()
     with pytest.raises(KernelError, match="there is no NVIDIA driver on this machine"):
         Gpu()
 

@@ -9,7 +9,7 @@ from tests.plugins.emulator import Emulator, Memory, needs_compiler
 from tests.plugins.layers import draw
 from trtq.plugins.launch import Pointers, layer_launches
 from trtq.plugins.low_bit import reference
-from trtq.plugins.spec import TILES, Geometry
+from trtq.plugins.spec import ONE_LAUNCH_TILES, TILES, Geometry
 
 pytestmark = needs_compiler
 
@@ -138,6 +138,27 @@ def test_one_launch_gives_the_same(emulator, half, form, geometry, channels_last
         channels_last=channels_last,
     )
     assert np.array_equal(run(emulator, case, fused=True), expected(case))
+
+
+@pytest.mark.parametrize("form", ["w8a8", "w4a8"])
+def test_one_launch_with_two_stages_gives_the_same(emulator, form):
+    """The larger tile of engines of full TensorRT: fewer stages than tiles along k, several blocks."""
+    bits, activation_bits, _ = FORMS[form]
+    for seed, geometry in ((2, LINEAR), (3, SAME)):
+        case = draw(
+            seed,
+            batch=3,
+            height=7,
+            width=7,
+            channels=232,
+            out=136,
+            geometry=geometry,
+            bits=bits,
+            activation_bits=activation_bits,
+            channels_last=geometry is LINEAR,
+        )
+        found = run(emulator, case, tile=ONE_LAUNCH_TILES[1], fused=True, seed=seed)
+        assert np.array_equal(found, expected(case))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])

@@ -6,7 +6,7 @@ import pytest
 from tests.plugins.emulator import Emulator, needs_compiler
 from tests.plugins.layers import draw
 from trtq.engine.tensorrt.backends import BACKENDS
-from trtq.errors import UsageError
+from trtq.errors import KernelError, UsageError
 from trtq.plugins.low_bit import reference
 from trtq.plugins.low_bit import tensorrt as plugins
 from trtq.plugins.spec import Geometry, LayerSpec
@@ -88,6 +88,68 @@ def test_what_it_starts_computes_the_layer(tmp_path, architecture, geometry):
     wanted = reference.low_bit(case.x, case.integers, case.terms, case.tables, case.step, geometry)
     found = out.transpose(0, 3, 1, 2) if linear else out
     assert np.array_equal(found, wanted)
+
+
+@needs_rtx
+def test_all_kernels_are_loaded_when_a_context_is_made(tmp_path):
+    """Before any shape is known, and so before any graph is captured."""
+    import tensorrt_rtx as trt
+
+    device = EmulatedDevice(tmp_path, "sm89")
+    layer = LayerSpec(64, 32, 20, 4, 4, SAME)
+    plugin = plugins._plugin_class(trt, lambda: device)("LowBitConv2d", layer)
+    assert plugin.attach_to_context(None).layer == layer
+    assert {str(variant) for variant in device.prepared} == {
+        *(f"quantize-{value}-a4" for value in ("f16", "f32")),
+        *(
+            f"low_bit-{value}-w4-a4-{tile}"
+            for value in ("f16", "f32")
+            for tile in ("64x64", "128x128", "128x256")
+        ),
+    }
+
+
+@needs_rtx
+def test_a_context_can_be_made_where_there_is_no_gpu():
+    """As a builder does."""
+    import tensorrt_rtx as trt
+
+    def nothing():
+        raise KernelError("no GPU can be used")
+
+    plugin = plugins._plugin_class(trt, nothing)("LowBitLinear", LayerSpec(64, 32, 20, 4, 8))
+    assert plugin.attach_to_context(None).layer == plugin.layer
+    assert plugins.take_failures() == []
+
+
+@needs_rtx
+@pytest.mark.parametrize("method", ["enqueue", "on_shape_change", "attach_to_context"])
+@pytest.mark.parametrize("error", [KernelError("cannot start it"), RuntimeError("cannot start it")])
+def test_what_a_plugin_raises_is_kept(method, error):
+    """TensorRT prints it on standard error, and says no more than that the engine failed."""
+    import tensorrt_rtx as trt
+
+    class Failing:
+        architecture, processors = "sm89", 4
+
+        def prepare(self, launch):
+            raise error
+
+        start = lambda self, launch, stream: self.prepare(launch)  # noqa: E731
+
+    plugin = plugins._plugin_class(trt, Failing)("LowBitLinear", LayerSpec(64, 32, 20, 4, 8))
+    at = [Desc((2, 7, 64), trt.DataType.HALF)]
+    arguments = {
+        "enqueue": (at, [], [256] * 5, [256], 256, 77),
+        "on_shape_change": (at, []),
+        "attach_to_context": (None,),
+    }
+    plugins.take_failures()
+    with pytest.raises(type(error)):
+        getattr(plugin, method)(*arguments[method])
+    kind = "RuntimeError: " if isinstance(error, RuntimeError) else ""
+    assert plugins.take_failures() == [f"plugin LowBitLinear: {kind}cannot start it"]
+    assert plugins.take_failures() == []
 
 
 @needs_rtx

@@ -14,7 +14,7 @@ from trtq.plugins.compile import ptx
 from trtq.plugins.launch import shape_arguments
 from trtq.plugins.low_bit.tensorrt import PLUGINS, fields_of
 from trtq.plugins.low_bit.tensorrt_aot import register_all
-from trtq.plugins.spec import TILES, Geometry, LayerSpec, Variant
+from trtq.plugins.spec import ONE_LAUNCH_TILES, TILES, Geometry, LayerSpec, Variant
 
 
 class TensorDesc:
@@ -84,14 +84,15 @@ def test_the_launch_is_that_of_the_kernel_in_one_launch(plugins, name, layer, sh
         x, *others, *fields, (out,), 0
     )
     groups = layer.geometry.groups if layer.geometry else 1
-    tile = TILES[1] if layer.out_channels // groups >= 128 else TILES[0]
+    tile = ONE_LAUNCH_TILES[layer.out_channels // groups >= 128]
     variant = Variant("low_bit", True, False, layer.weight_bits, fused=True, tile=tile)
     assert (kernel, code) == ("low_bit", str(variant).encode())
     assert tuple(extra) == shape_arguments(problem, silu=False)
     blocks = -(-layer.out_channels // groups // tile.n), -(-problem.rows // tile.m), groups
     assert (launch.grid_x, launch.grid_y, launch.grid_z) == blocks
     assert (launch.block_x, launch.shared_mem) == (tile.threads, tile.shared_bytes)
-    assert launch.shared_mem <= 48 << 10
+    # Of what TensorRT gives without being asked, the system takes 1 KiB on sm90 and later.
+    assert launch.shared_mem <= 47 << 10
 
 
 def test_the_signatures_are_what_tensorrt_reads(plugins):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtq.plugins.driver import first_gpu_uuid
+
 __all__ = ["GpuMemory", "Nvml", "Peak", "cpu_count", "cpu_name", "cpu_peak", "gpu_peak"]
 
 _MATRIX = 1024
@@ -107,6 +109,25 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+def _cuda_first(nvml: Any) -> Any:
+    """NVML's handle of the GPU that CUDA calls its first.
+
+    Raises:
+        Exception: of the module; there is none, or it cannot be told which one it is.
+    """
+    uuid = first_gpu_uuid()
+    if uuid is not None:
+        # Older versions of the module take bytes.
+        for form in (uuid, uuid.encode()):
+            try:
+                return nvml.nvmlDeviceGetHandleByUUID(form)
+            except (nvml.NVMLError, TypeError):
+                continue
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is not None or nvml.nvmlDeviceGetCount() != 1:
+        raise LookupError("which of NVML's GPUs is CUDA's first is not known")
+    return nvml.nvmlDeviceGetHandleByIndex(0)
+
+
 @dataclass(frozen=True)
 class GpuMemory:
     """Bytes in use on a GPU at a moment; None where the driver does not tell.
@@ -130,14 +151,19 @@ class GpuMemory:
 
 
 class Nvml:
-    """The first NVIDIA GPU as its driver counts; without one, or without nvidia-ml-py, it says None."""
+    """The GPU that CUDA calls its first, as the driver counts what it does.
+
+    Without one, or without nvidia-ml-py, it says None. NVML numbers GPUs by their place on the bus,
+    whatever `CUDA_VISIBLE_DEVICES` says, and CUDA those it may see, the fastest first: where they are
+    several, only the GPU's own identifier tells which one is meant.
+    """
 
     def __init__(self) -> None:
         self._nvml: Any = None
         try:
             nvml = importlib.import_module("pynvml")
             nvml.nvmlInit()
-            self._device = nvml.nvmlDeviceGetHandleByIndex(0)
+            self._device = _cuda_first(nvml)
         except Exception:  # No module, no driver, no device: the module's errors share no base.
             return
         self._nvml = nvml
@@ -148,8 +174,27 @@ class Nvml:
             return None
         try:
             return question()
-        except self._nvml.NVMLError:
+        except (self._nvml.NVMLError, AttributeError):  # An older module asks less.
             return None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What bounds its speed at this moment; None of what it does not tell.
+
+        `sm_mhz` and `memory_mhz` (clocks now), `watts`, `watts_limit`, `celsius`, and `slowed` (NVML's
+        bits of why the clock is held down; 0 and 1 are none and idle).
+        """
+        n, device = self._nvml, getattr(self, "_device", None)
+        return {
+            "sm_mhz": self._ask(lambda: n.nvmlDeviceGetClockInfo(device, n.NVML_CLOCK_SM)),
+            "memory_mhz": self._ask(lambda: n.nvmlDeviceGetClockInfo(device, n.NVML_CLOCK_MEM)),
+            "watts": self._ask(lambda: n.nvmlDeviceGetPowerUsage(device) / 1e3),
+            "watts_limit": self._ask(lambda: n.nvmlDeviceGetEnforcedPowerLimit(device) / 1e3),
+            "celsius": self._ask(
+                lambda: n.nvmlDeviceGetTemperature(device, n.NVML_TEMPERATURE_GPU)
+            ),
+            "slowed": self._ask(lambda: n.nvmlDeviceGetCurrentClocksThrottleReasons(device)),
+        }
 
     @property
     def name(self) -> str | None:

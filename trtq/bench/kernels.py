@@ -1,8 +1,9 @@
 """Our kernels against cuBLAS and cuDNN in half precision, one layer at a time, on the GPU that is there.
 
-Every row is first held to the integers: the same layer computed in float64 on the same GPU, scaled in
+Every row is held to the integers: the same layer computed in float64 on the same GPU, scaled in
 float32 as the kernel does it, must agree bit by bit. Then kernel and rival take turns, each as one CUDA
-graph of several calls.
+graph of several calls, and so do the kernel's two launches alone. A row that is wrong or fails is
+recorded, and the others go on.
 """
 
 from __future__ import annotations
@@ -17,14 +18,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trtq.bench.device import gpu_peak
-from trtq.errors import GateError, UsageError
+from trtq.bench.device import Nvml, gpu_peak
+from trtq.errors import TrtqError, UsageError
+from trtq.plugins.driver import current_device, driver_cuda, old_driver
+from trtq.plugins.launch import Device, Launch, Pointers, choose_tile, layer_launches
 from trtq.plugins.low_bit import pack
 from trtq.plugins.low_bit.op import flat_fields, low_bit
 from trtq.plugins.spec import Geometry, LayerSpec
 from trtq.progress import Reporter, silent
 
-__all__ = ["FORMS", "SHAPES", "Shape", "bench_kernels", "draw_operands", "operations"]
+__all__ = [
+    "FORMS",
+    "SHAPES",
+    "Shape",
+    "bench_kernels",
+    "draw_operands",
+    "failed_rows",
+    "operations",
+]
 
 FORMS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
 _CALLS, _TURNS, _WARM_UP = 20, 15, 3
@@ -177,8 +188,36 @@ def expected(operands: Operands) -> Tensor:
     return found
 
 
+def _launches(operands: Operands, device: Device) -> tuple[list[Launch], list[Tensor]]:
+    """The layer's two launches, as the operator makes them, and the memory that they need."""
+    o, spec = operands, operands.spec
+    problem = spec.problem(o.x.shape, channels_last=spec.geometry is not None)
+    sizes = (problem.code_bytes(native_4=False), problem.sum_bytes)
+    codes, sums = (torch.empty(size, dtype=torch.uint8, device=o.x.device) for size in sizes)
+    out = torch.empty(problem.out_shape, dtype=o.x.dtype, device=o.x.device)
+    tensors = (o.x, o.weight, o.terms, o.tables, o.step, out, codes, sums)
+    launches = layer_launches(
+        problem,
+        Pointers(*(tensor.data_ptr() for tensor in tensors)),
+        choose_tile(problem, device.processors, device.architecture),
+        half=True,
+        weight_bits=spec.weight_bits,
+        native_4=spec.native_4(device.architecture),
+    )
+    return launches, [out, codes, sums]
+
+
+def _starts(launches: Sequence[Launch], device: Device) -> list[Callable[[], object]]:
+    def start(launch: Launch) -> Callable[[], object]:
+        return lambda: device.start(launch, torch.cuda.current_stream().cuda_stream)
+
+    return [start(launch) for launch in launches]
+
+
 def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    # What made the operands may still be at work on the stream before.
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP):
             call()
@@ -207,10 +246,10 @@ def _seconds_in_turns(calls: Sequence[Callable[[], object]]) -> list[list[float]
     return found
 
 
-def _row(shape: Shape, form: str, device: torch.device, name: str) -> dict[str, Any]:
-    operands = draw_operands(shape, form, device)
-    constant = draw_operands(shape, form, device, steps=1)
-    wrong = int((operands.call() != expected(operands)).sum())
+def _row(
+    operands: Operands, constant: Operands, shape: Shape, form: str, gpu: Device, name: str
+) -> dict[str, Any]:
+    """The times of a layer, of its launches and of its rival."""
     half = operands.integers.half()
     bias = operands.terms[1].half()
     if shape.geometry is None:
@@ -222,23 +261,26 @@ def _row(shape: Shape, form: str, device: torch.device, name: str) -> dict[str, 
         rival = lambda: functional.conv2d(  # noqa: E731
             operands.x, half, bias, g.stride, g.padding, g.dilation, g.groups
         )
-    own, fixed, theirs = _seconds_in_turns((operands.call, constant.call, rival))
+    launches, _memory = _launches(operands, gpu)
+    own, fixed, theirs, *parts = _seconds_in_turns(
+        (operands.call, constant.call, rival, *_starts(launches, gpu))
+    )
+    quantising, product = (statistics.median(part) for part in parts)
     seconds, other = statistics.median(own), statistics.median(theirs)
     count = operations(shape)
     peak = gpu_peak(name, integers=True)
     quartiles = statistics.quantiles([a / b for a, b in zip(theirs, own, strict=True)], n=4)
     return {
-        "model": shape.model,
-        "shape": shape.text,
-        "form": form,
         "microseconds": seconds * 1e6,
+        "quantise_microseconds": quantising * 1e6,
+        "product_microseconds": product * 1e6,
+        "tile": str(launches[-1].variant).rpartition("-")[2],
         "fp16_microseconds": other * 1e6,
         "speedup": other / seconds,
         "speedup_quartiles": [quartiles[0], quartiles[2]],
         "against_constant_scale": seconds / statistics.median(fixed),
         "tera_operations": count / seconds / 1e12,
         "share_of_peak": None if peak is None else count / seconds / peak.operations,
-        "wrong_values": wrong,
         "weight_bytes": operands.weight.numel(),
         "fp16_weight_bytes": 2 * half.numel(),
     }
@@ -257,32 +299,69 @@ def bench_kernels(
         report: called as work goes on.
 
     Returns:
-        `gpu`, `torch`, and `rows`, each with `model`, `shape`, `form`, `microseconds` (quantising
-        included), `fp16_microseconds` (cuBLAS or cuDNN through torch), `speedup` and its quartiles over
-        the turns, `against_constant_scale` (time with a table of 20 steps over time with one),
-        `tera_operations`, `share_of_peak` (of int8; None where it is not known), `wrong_values`,
-        `weight_bytes`, `fp16_weight_bytes`.
+        `gpu`, `driver`, `cuda` (that the driver takes), `torch`, and `rows`, each with `model`, `shape`,
+        `form`, `wrong_values` (None: it did not come to that), `error` (None: there was none), `state`
+        (the GPU after the row, see `trtq.bench.device.Nvml.state`); and, unless there was an error,
+        `microseconds` (quantising included), `quantise_microseconds` and `product_microseconds` (either
+        launch alone), `tile` (of the product), `fp16_microseconds` (cuBLAS or cuDNN through torch),
+        `speedup` and its quartiles over the turns, `against_constant_scale` (time with a table of 20
+        steps over time with one), `tera_operations`, `share_of_peak` (of int8; None where it is not
+        known), `weight_bytes`, `fp16_weight_bytes`. See `failed_rows`.
 
     Raises:
         UsageError: there is no NVIDIA GPU, or an unknown form.
-        GateError: a kernel computes something else than the layer.
     """
     unknown = [form for form in forms if form not in FORMS]
     if unknown:
         raise UsageError(f"unknown form {unknown[0]!r}; choose of {', '.join(FORMS)}")
     if not torch.cuda.is_available():
+        old = old_driver()
         raise UsageError(
-            "kernels are measured on an NVIDIA GPU, and torch sees none here; `trtq plugins build` "
-            "compiles them without one"
+            "kernels are measured on an NVIDIA GPU, and torch sees none here"
+            + ("" if old is None else f" ({old})")
+            + "; `trtq plugins build` compiles them without one"
         )
     device = torch.device("cuda")
     name = torch.cuda.get_device_name(device)
+    gpu, nvml = current_device(torch.cuda.current_device()), Nvml()
     rows = []
     for index, (shape, form) in enumerate((s, f) for s in shapes for f in forms):
         report("bench kernels", index, len(shapes) * len(forms))
-        rows.append(_row(shape, form, device, name))
-        if rows[-1]["wrong_values"]:
-            raise GateError(
-                f"{form} at {shape.text}: {rows[-1]['wrong_values']} values are not the layer's"
-            )
-    return {"gpu": name, "torch": torch.__version__, "rows": rows}
+        rows.append(_whole_row(shape, form, device, gpu, name) | {"state": nvml.state})
+    cuda = driver_cuda()
+    return {
+        "gpu": name,
+        "driver": nvml.driver,
+        "cuda": None if cuda is None else f"{cuda[0]}.{cuda[1]}",
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+
+
+def _whole_row(
+    shape: Shape, form: str, device: torch.device, gpu: Device, name: str
+) -> dict[str, Any]:
+    """A row, whatever happens: what was measured before it, and what comes after, must not be lost."""
+    row: dict[str, Any] = {"model": shape.model, "shape": shape.text, "form": form}
+    row |= {"wrong_values": None, "error": None}
+    try:
+        operands = draw_operands(shape, form, device)
+        constant = draw_operands(shape, form, device, steps=1)
+        row["wrong_values"] = int((operands.call() != expected(operands)).sum())
+        row |= _row(operands, constant, shape, form, gpu, name)
+    except Exception as err:  # Memory, a kernel that fails: torch's errors, ours, the driver's.
+        first = (str(err).strip() or type(err).__name__).splitlines()[0]
+        row["error"] = first if isinstance(err, TrtqError) else f"{type(err).__name__}: {first}"
+    return row
+
+
+def failed_rows(result: dict[str, Any]) -> list[str]:
+    """What is wrong with a result of `bench_kernels`, one sentence a row."""
+    found = []
+    for row in result["rows"]:
+        where = f"{row['form']} at {row['shape']}"
+        if row["wrong_values"]:
+            found.append(f"{where}: {row['wrong_values']} values are not the layer's")
+        if row["error"] is not None:
+            found.append(f"{where}: {row['error']}")
+    return found

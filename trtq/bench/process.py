@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any, TextIO
 
 import trtq.errors
 from trtq.errors import MeasurementError, TrtqError
+from trtq.processes import crash_name, was_killed
 
 __all__ = ["Worker", "answer_questions"]
 
@@ -89,10 +89,11 @@ class Worker:
 
     def _why_it_ended(self) -> str:
         code = self._process.wait()
-        if code == -signal.SIGKILL:
+        if was_killed(code):
             return "its process was killed, most likely for want of memory"
         said = self._stderr.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
-        what = f"crashed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+        crash = crash_name(code)
+        what = f"ended with code {code}" if crash is None else f"crashed ({crash})"
         return f"its process {what}; it said last: {' / '.join(said) or 'nothing'}"
 
 

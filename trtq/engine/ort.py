@@ -194,7 +194,7 @@ def _mentions_plugins(path: Path) -> bool:
 
 
 def run_session(
-    session: Any, names: Sequence[str], feeds: Mapping[str, np.ndarray]
+    session: Any, names: Sequence[str], feeds: Mapping[str, np.ndarray], provider: str = "cpu"
 ) -> list[np.ndarray]:
     """What a session gives, by name of the output.
 
@@ -204,7 +204,12 @@ def run_session(
     try:
         found: list[np.ndarray] = session.run(list(names), dict(feeds))
     except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
-        raise ArtefactError(f"onnxruntime cannot run the graph: {_line(err)}") from err
+        line = _line(err)
+        full = "memory" in line or "CUBLAS_STATUS_ALLOC_FAILED" in line
+        advice = "; take a smaller batch or size" if full else ""
+        raise ArtefactError(
+            f"onnxruntime cannot run the graph on {provider}: {line}{advice}"
+        ) from err
     return found
 
 
@@ -246,9 +251,10 @@ class OrtSession:
         """Run once; arrays by name, batch first.
 
         Raises:
-            ArtefactError: onnxruntime gives up on it.
+            ArtefactError: onnxruntime gives up on it, e.g. for want of memory on a GPU.
         """
-        return dict(zip(self._names, run_session(self._session, self._names, feeds), strict=True))
+        found = run_session(self._session, self._names, feeds, self._provider)
+        return dict(zip(self._names, found, strict=True))
 
 
 class OrtEngine(OrtSession):

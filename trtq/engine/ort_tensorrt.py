@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,19 +17,30 @@ from trtq.engine.ort import OWN_PACKAGES, PROVIDERS, OrtSession, open_graph, ses
 from trtq.engine.tensorrt.job import Profile
 from trtq.errors import UsageError
 from trtq.export.targets import load_graph, prepare
+from trtq.manifest import sha256
 from trtq.resources import cache_folder
 
 __all__ = ["OrtTensorRtEngine", "provider_settings"]
 
+logger = logging.getLogger(__name__)
+
 _SHAPES = ("min", "opt", "max")
+_registered: set[str] = set()
+"""Providers whose packages this process has given to onnxruntime, which takes each once."""
 
 
-def provider_settings(provider: str, profile: Profile) -> dict[str, str]:
-    """Options of a provider: ranges of the inputs, CUDA graphs, and where it keeps what it builds.
+def provider_settings(provider: str, profile: Profile, key: str) -> dict[str, str]:
+    """Options of a provider: ranges of the inputs, and where it keeps what it builds.
+
+    CUDA graphs stay off: a session is called with arrays of the host, whose copies on the device may
+    move, and a captured graph reads and writes where they were when it was captured. Each later call
+    would give the first one's result.
 
     Args:
         provider: `tensorrt` or `tensorrt-rtx`.
         profile: smallest, most frequent and largest shape of every input.
+        key: of the graph and its weights. The provider names engines after the graph's nodes, so two
+            models of one shape, e.g. two fine-tunings, would share an engine, and the first's weights.
     """
     short = "trt" if provider == "tensorrt" else "nv"
     found = {}
@@ -35,19 +48,23 @@ def provider_settings(provider: str, profile: Profile) -> dict[str, str]:
         shapes = (f"{key}:{'x'.join(map(str, three[place]))}" for key, three in profile.items())
         found[f"{short}_profile_{name}_shapes"] = ",".join(shapes)
     try:
-        cache = cache_folder("onnxruntime")
+        cache = cache_folder("onnxruntime") / key
         cache.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # No place to keep anything: it is built at each start.
-        return found | (
-            {"enable_cuda_graph": "1"} if short == "nv" else {"trt_cuda_graph_enable": "1"}
-        )
+    except (OSError, RuntimeError) as err:  # Without a place for them, engines are built each time.
+        logger.warning("engines of onnxruntime are not kept: %s", err)
+        return found
     if provider == "tensorrt":
-        return found | {
-            "trt_engine_cache_enable": "1",
-            "trt_engine_cache_path": str(cache),
-            "trt_cuda_graph_enable": "1",
-        }
-    return found | {"nv_runtime_cache_path": str(cache), "enable_cuda_graph": "1"}
+        return found | {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
+    return found | {"nv_runtime_cache_path": str(cache)}
+
+
+def _key(path: Path) -> str:
+    """Of a graph and of all that lies beside it: weights are not in the file of the graph."""
+    found = hashlib.sha256()
+    for file in sorted(path.parent.iterdir()):
+        if file.is_file():
+            found.update(f"{file.name}:{sha256(file)};".encode())
+    return found.hexdigest()[:32]
 
 
 class OrtTensorRtEngine(OrtSession):
@@ -70,7 +87,7 @@ class OrtTensorRtEngine(OrtSession):
         name: Literal["tensorrt", "tensorrt-rtx"]
         name = "tensorrt" if provider == "tensorrt" else "tensorrt-rtx"
         options = session_options(threads)
-        settings = provider_settings(name, profile)
+        settings = provider_settings(name, profile, _key(path))
         present = require("onnxruntime").get_available_providers()
         listed: Mapping[str, str] | None = settings
         if PROVIDERS[name] not in present:
@@ -100,9 +117,11 @@ def _add_plugin(options: Any, provider: str, settings: Mapping[str, str]) -> Non
         raise UsageError(advice) from err
     runtime = require("onnxruntime")
     try:
-        runtime.register_execution_provider_library(
-            package.get_ep_name(), package.get_library_path()
-        )
+        if provider not in _registered:
+            runtime.register_execution_provider_library(
+                package.get_ep_name(), package.get_library_path()
+            )
+            _registered.add(provider)
         devices = [d for d in runtime.get_ep_devices() if d.ep_name == PROVIDERS[provider]]
     except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
         raise UsageError(f"the provider {provider!r} cannot start on this machine: {err}") from err

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trtq.diffusion.families import family_named
+from trtq.errors import KernelError
 from trtq.quant.convert import QuantizedDenoiser
 from trtq.quant.stand_in import StandIn
 from trtq.quant.timestep import step_scope
@@ -20,6 +22,17 @@ __all__ = ["GpuDenoiser"]
 
 _WARM_UP = 2
 """Calls before a graph is captured: kernels are loaded and libraries choose their algorithms in them."""
+
+
+@contextmanager
+def _full_memory_said() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as err:
+        first = str(err).splitlines()[0]
+        raise KernelError(
+            f"the GPU's memory is full: {first}; take a smaller batch or size"
+        ) from err
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,8 @@ class GpuDenoiser(StandIn):
         dtype: torch.dtype = torch.float16,
     ) -> None:
         super().__init__()
-        self.model = quantized.denoiser.to(device=device, dtype=dtype)
+        with _full_memory_said():
+            self.model = quantized.denoiser.to(device=device, dtype=dtype)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model_class = type(self.model)
         self.table = quantized.table
@@ -65,7 +79,11 @@ class GpuDenoiser(StandIn):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes what the diffusers model takes; gives `(prediction,)` or an output with `.sample`."""
+        """Takes what the diffusers model takes; gives `(prediction,)` or an output with `.sample`.
+
+        Raises:
+            KernelError: a kernel cannot be started, or the GPU's memory is full.
+        """
         from diffusers.models.unets.unet_2d import UNet2DOutput
 
         given = dict(zip(self._names, args, strict=False)) | kwargs
@@ -78,7 +96,7 @@ class GpuDenoiser(StandIn):
         sample = flat[self.family.sample]
         step = self.table.index(flat["timestep"].cpu()).expand(len(sample))
         inputs = {name: self._on_device(name, value) for name, value in flat.items()}
-        with self._lock:
+        with self._lock, _full_memory_said():
             prediction = self._predict(inputs, step)
         prediction = prediction.to(sample.device, sample.dtype)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)

@@ -299,7 +299,9 @@ def doctor_rows(result: Mapping[str, Any]) -> Rows:
     rows = [
         ("python", result["python"]),
         ("machine", result["machine"]),
+        ("processor", _value(result.get("cpu_features") or ["-"])),
         ("VNNI (int8 products)", _value(result["vnni"])),
+        ("NVIDIA driver", _value(result.get("driver") or "none")),
         ("CUDA device", result["cuda"] or "none"),
         ("providers", _value(result["providers"])),
         ("engine builders", _value(result["builders"])),
@@ -313,6 +315,8 @@ def doctor_rows(result: Mapping[str, Any]) -> Rows:
         "python",
         "machine",
         "vnni",
+        "cpu_features",
+        "driver",
         "cuda",
         "providers",
         "builders",

@@ -82,7 +82,9 @@ def build_engines(
         largest; 0 if none ran), `backend`, `version`, `architectures`, and `engines`: per graph `name`,
         `engine_bytes`, `layers`, `cached`, `float` (how many of the manifest's layers stay in float;
         None of parts that are float altogether), and of the build, or of that which a cached engine
-        comes from, `parse_seconds`, `build_seconds`, `peak_rss_bytes`, `warnings`.
+        comes from, `parse_seconds`, `build_seconds`, `peak_rss_bytes`, `warnings`, `plugins` (where
+        the kernels of its plugins are: `engine`, which then needs no Python, or `python`; None: it has
+        none).
 
     Raises:
         UsageError: the backend cannot do what is asked, or there is no artefact.
@@ -102,6 +104,11 @@ def build_engines(
     if not (folder / MANIFEST_NAME).is_file():
         raise UsageError(f"{path} is not an ONNX folder; make one first: trtq export RUN -o ONNX")
     manifest = read_manifest(folder, "onnx")
+    if weight_streaming and manifest.options.get("target") == "plugin":
+        raise UsageError(
+            "TensorRT streams no weights of plugins, and these are in 4 or 8 bits already; leave out "
+            "--weight-streaming, or export with --target qdq"
+        )
     _check_opened(folder, manifest, report)
     graphs = graphs_of(manifest)
     rows, profiles = [], {}
@@ -320,6 +327,7 @@ def _row(name: str, compiled: Compiled, floats: int | None) -> dict[str, Any]:
         "peak_rss_bytes": answer.peak_rss_bytes,
         "cached": compiled.cached,
         "warnings": answer.warnings,
+        "plugins": answer.plugins,
     }
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import warnings
 from importlib import metadata
 from typing import Any
 
 from trtq.diffusion.shipped import shipped_models
 from trtq.engine.tensorrt.backends import BACKENDS
-from trtq.errors import MissingDependencyError
+from trtq.errors import KernelError, MissingDependencyError
+from trtq.plugins.driver import cuda_text, driver_cuda, first_gpu, old_driver
 from trtq.processor import has_vnni, processor_features
 
 __all__ = ["doctor"]
@@ -23,6 +25,7 @@ _OPTIONAL = {
     "tensorrt-rtx": "rtx",
     "cuda-bindings": "plugins",
     "nvidia-cuda-nvrtc": "plugins",
+    "nvidia-cuda-nvrtc-cu12": "plugins",
     "matplotlib": "eval",
     "jinja2": "eval",
 }
@@ -44,15 +47,37 @@ def _providers() -> list[str]:
         return []
 
 
+def _torch_gpu() -> str | None:
+    """The GPU that torch sees; what it warns of, such as an old driver, is said by `doctor`."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+        except RuntimeError:
+            return None
+
+
+def _no_gpu() -> str | None:
+    """Why no GPU can be used although there is a driver; None: one can."""
+    try:
+        first_gpu()
+    except KernelError as err:
+        return str(err)
+    return None
+
+
 def doctor() -> dict[str, Any]:
     """Look around; nothing is changed.
 
     Returns:
         `ok`, `problems` (what stands in the way of the main path, and what to do), `hints` (what else
         could be had), `python`, `machine`, `vnni` (whether the CPU adds int8 products without loss),
-        `cpu_features` (those of `trtq.processor.FEATURES` that it is taken to have),
-        `packages`, `providers` (what `--provider` can be here), `builders` (of engines), `cuda`,
-        `models` (that ship with trtq).
+        `cpu_features` (those of `trtq.processor.FEATURES` that it is taken to have), `packages`,
+        `providers` (what `--provider` can be here), `builders` (of engines), `cuda` (the GPU that
+        torch sees), `driver` (NVIDIA's first of the CUDA version that it takes, and that version;
+        None: there is none), `models` (that ship with trtq).
     """
     packages = {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
     problems = [f"{name} is missing: pip install trtq" for name in _REQUIRED if not packages[name]]
@@ -74,8 +99,16 @@ def doctor() -> dict[str, Any]:
     builders = [name for name, backend in BACKENDS.items() if backend.installed]
     if not builders:
         hints.append("engines need a builder: pip install 'trtq[rtx]'")
-    if not (packages["cuda-bindings"] and packages["nvidia-cuda-nvrtc"]):
+    nvrtc = packages["nvidia-cuda-nvrtc"] or packages["nvidia-cuda-nvrtc-cu12"]
+    if not (packages["cuda-bindings"] and nvrtc):
         hints.append("our own GPU kernels need NVRTC: pip install 'trtq[plugins]'")
+    driver = driver_cuda()
+    old = old_driver()
+    if old is not None:
+        hints.append(f"nothing of ours runs on the GPU: {old}")
+    elif driver is not None and packages["cuda-bindings"]:
+        why = _no_gpu()
+        hints += [] if why is None else [f"nothing of ours runs on a GPU: {why}"]
     if not has_vnni():
         hints.append(
             "this CPU has no VNNI: the openvino provider runs weights of at most 7 bits in integers "
@@ -83,9 +116,12 @@ def doctor() -> dict[str, Any]:
         )
     cuda = None
     if packages["torch"]:
-        import torch
-
-        cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+        cuda = _torch_gpu()
+    if driver is not None and packages["torch"] and cuda is None:
+        hints.append(
+            f"torch {packages['torch']} sees no GPU, so runs are computed on the CPU: install torch for "
+            f"CUDA, of a version that the driver {cuda_text(driver)} takes"
+        )
     models = shipped_models()
     if not models:
         problems.append("the models that ship with trtq are not installed: install it again")
@@ -101,5 +137,6 @@ def doctor() -> dict[str, Any]:
         "providers": ["torch", *providers] if packages["torch"] else providers,
         "builders": builders,
         "cuda": cuda,
+        "driver": None if driver is None else cuda_text(driver),
         "models": models,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from trtq.engine.tensorrt.job import Profile
 from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import ArtefactError, UsageError
 from trtq.manifest import artefact_kind, read_manifest
+from trtq.plugins.driver import cuda_text, driver_cuda
 from trtq.stages.build import exported_profile
 from trtq.stages.components import load_component
 from trtq.stages.graph_file import model_file
@@ -26,6 +28,8 @@ from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
 from trtq.stages.run_folder import OpenRun, open_run
 
 __all__ = ["artefact_guidance", "calibrated_steps", "engine_source", "load", "open_any"]
+
+logger = logging.getLogger(__name__)
 
 TORCH = "torch"
 
@@ -90,7 +94,17 @@ def open_any(
 
 def _on_gpu(run: OpenRun) -> nn.Module | None:
     """The denoiser on our kernels, where torch sees an NVIDIA GPU."""
-    return GpuDenoiser(run.denoiser(kernels=True)) if torch.cuda.is_available() else None
+    if torch.cuda.is_available():
+        return GpuDenoiser(run.denoiser(kernels=True))
+    driver = driver_cuda()
+    if driver is not None:
+        logger.warning(
+            "the run is computed on the CPU: there is an NVIDIA driver, %s, but torch %s sees no GPU; "
+            "install torch for CUDA of that version, and see trtq doctor",
+            cuda_text(driver),
+            torch.__version__,
+        )
+    return None
 
 
 def engine_source(

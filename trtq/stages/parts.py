@@ -7,7 +7,6 @@ cost next to nothing beside the denoiser where there is a second one.
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 from trtq import errors
 from trtq.diffusion.source import Source
 from trtq.errors import ArtefactError, TrtqError
-from trtq.processes import lifeline, processors, worker_command
+from trtq.processes import lifeline, processors, was_killed, worker_command
 from trtq.progress import silent
 from trtq.quant.storage import FILE_NAME
 from trtq.resources import peak_rss_bytes
@@ -94,7 +93,7 @@ def _outcome(process: subprocess.Popen[bytes], answer: Path, said: Path) -> Part
 
 
 def _why_it_died(code: int, said: str) -> str:
-    if code == -signal.SIGKILL:
+    if was_killed(code):
         return (
             "the process that exports text encoders and autoencoder was killed, most likely for want of "
             "memory"

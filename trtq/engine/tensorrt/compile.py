@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from trtq.engine.tensorrt.backends import CURRENT, Backend
-from trtq.engine.tensorrt.job import Answer, Job
+from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job
 from trtq.errors import BuildError
 from trtq.manifest import sha256
-from trtq.processes import lifeline, worker_command
+from trtq.processes import crash_name, lifeline, was_killed, worker_command
 from trtq.resources import available_bytes, cache_folder
 
 __all__ = ["ENGINE_FILE", "Compiled", "compile_engine", "estimated_peak_bytes"]
@@ -37,6 +36,7 @@ _BYTES_PER_GRAPH_BYTE = 4
 """Peak of TensorRT-RTX 1.7 per byte of the graph, with a margin: 3.9 GB of 0.9 GB and 6.2 GB of 1.7 GB,
 Stable Diffusion 1.5's UNet in integers and in half precision."""
 _LAST_LINES = 5
+_PLUGINS = {"engine": "the engine itself, which needs no Python", "python": "this package"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,13 @@ def compile_engine(backend: Backend, job: Job, *, use_cache: bool = True) -> Com
             free / _GIB,
         )
     answer = _run_worker(job, free)
+    if answer.plugins is not None:
+        logger.info(
+            "plugins of %s are those of %s", job.engine.parent.name, _PLUGINS[answer.plugins]
+        )
+    for text in answer.warnings:
+        if text.startswith(NEEDS_PYTHON):
+            logger.warning("%s: %s", job.engine.parent.name, text)
     compiled = Compiled(answer, cached=False, engine_bytes=job.engine.stat().st_size)
     if key is not None:
         _to_cache(key, job.engine, answer)
@@ -173,7 +180,10 @@ def _environment(module: str, folder: Path) -> dict[str, str]:
         for library in Path(place).glob("lib*.so.*"):
             link = folder / (library.name.partition(".so")[0] + ".so")
             if not link.exists():
-                link.symlink_to(library)
+                try:
+                    link.symlink_to(library)
+                except OSError:  # Where users may not make links.
+                    shutil.copyfile(library, link)
     paths = [str(folder), environment.get("LD_LIBRARY_PATH", "")]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
     return environment
@@ -181,13 +191,13 @@ def _environment(module: str, folder: Path) -> dict[str, str]:
 
 def _why_it_died(job: Job, code: int, stderr: str, free: int) -> str:
     said = " / ".join(line.strip() for line in stderr.strip().splitlines()[-_LAST_LINES:])
-    if code == -signal.SIGKILL:
+    if was_killed(code):
         return (
             "the builder was killed, most likely for want of memory: it needs about "
             f"{estimated_peak_bytes(job.graph) / _GIB:.1f} GiB, and {free / _GIB:.1f} GiB were free"
         )
-    if code < 0:
-        name = signal.Signals(-code).name
+    name = crash_name(code)
+    if name is not None:
         return (
             f"the builder of {job.module} crashed ({name}); `trtq verify` lists what it takes badly. It "
             f"said last: {said or 'nothing'}"

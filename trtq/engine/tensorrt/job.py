@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Answer", "Job", "Profile"]
+__all__ = ["NEEDS_PYTHON", "Answer", "Job", "PluginForm", "Profile"]
 
 Profile = dict[str, tuple[list[int], list[int], list[int]]]
 """Smallest, most frequent and largest shape of every input with a free axis."""
+
+PluginForm = Literal["engine", "python"]
+"""Where an engine's own kernels are: inside it, or in this package, which it then needs to run."""
+
+NEEDS_PYTHON = "the engine needs Python and trtq to run"
+"""Begins the warning of an engine whose kernels could be inside it and are not."""
 
 
 class _Strict(BaseModel):
@@ -51,6 +58,7 @@ class Answer(_Strict):
         build_seconds: from a network to an engine.
         peak_rss_bytes: of the builder's process.
         warnings: what the builder said beside.
+        plugins: where the kernels of the engine's plugins are; None: it has no plugins.
     """
 
     error: str | None = None
@@ -60,3 +68,4 @@ class Answer(_Strict):
     build_seconds: float = 0.0
     peak_rss_bytes: int = 0
     warnings: list[str] = []
+    plugins: PluginForm | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +19,14 @@ from trtq.engine.tensorrt.log import collecting_logger
 from trtq.errors import ArtefactError, KernelError, MissingDependencyError, UsageError
 from trtq.manifest import sha256
 from trtq.plugins.driver import Gpu, first_gpu
-from trtq.plugins.low_bit.tensorrt import register
+from trtq.plugins.low_bit.tensorrt import register, take_failures
 from trtq.resources import cache_folder
 
 __all__ = ["Memory", "TensorRtEngine", "obstacle", "open_tensorrt"]
 
 logger = logging.getLogger(__name__)
+
+_GIB = 1 << 30
 
 
 class Memory(Protocol):
@@ -103,6 +107,7 @@ class TensorRtEngine:
         metadata: what the manifest says about the graph.
 
     Raises:
+        UsageError: the backend cannot start on this machine.
         ArtefactError: the backend does not take the file.
     """
 
@@ -119,13 +124,23 @@ class TensorRtEngine:
         self._errors: list[str] = []
         register(trt)
         self._logger = collecting_logger(trt, self._errors, [])
-        self._runtime = trt.Runtime(self._logger)
+        try:
+            self._runtime = trt.Runtime(self._logger)
+        except (
+            Exception
+        ) as err:  # The bindings' own, without a base: most often for want of a driver.
+            why = "; ".join(self._errors[-3:]) or str(err)
+            raise UsageError(
+                f"{backend.name} cannot start on this machine: {why}; `trtq doctor` says what driver it "
+                "has"
+            ) from err
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise ArtefactError(
                 f"{backend.name} cannot load {path}: {self._said()}; build it again on this machine: "
                 "trtq build ONNX -o ENGINE"
             )
+        self._stream_weights()
         self._cache: Any = None
         self._cache_file: Path | None = None
         self._context = self._engine.create_execution_context(*self._configured(path))
@@ -133,9 +148,27 @@ class TensorRtEngine:
             raise ArtefactError(f"{backend.name} cannot start {path}: {self._said()}")
         self._inputs, self._outputs = self._specs()
         self._buffers: dict[str, tuple[int, int]] = {}
+        self._seen: set[tuple[tuple[int, ...], ...]] = set()
 
     def _said(self) -> str:
-        return "; ".join(self._errors[-3:]) or "it gave no reason"
+        """Why the last call failed: what plugins raised, and what the backend said of it."""
+        return "; ".join([*take_failures(), *self._errors[-3:]]) or "it gave no reason"
+
+    def _stream_weights(self) -> None:
+        """Give an engine that was built for it as much of the GPU as is free; it streams the rest.
+
+        Until it is told, it keeps all weights on the GPU, as if it had not been built for it.
+        """
+        streamable = getattr(self._engine, "streamable_weights_size", 0)
+        if not streamable:
+            return
+        budget = min(int(self._engine.get_weight_streaming_automatic_budget()), streamable)
+        self._engine.weight_streaming_budget_v2 = budget
+        logger.info(
+            "%.2f of %.2f GiB of weights stay on the GPU, the others are streamed",
+            budget / _GIB,
+            streamable / _GIB,
+        )
 
     def _configured(self, path: Path) -> list[Any]:
         """The settings that only TensorRT-RTX has."""
@@ -204,6 +237,8 @@ class TensorRtEngine:
             ArtefactError: the engine fails.
         """
         self._memory.enter()
+        self._errors.clear()
+        take_failures()
         uploaded = []  # Kept until the copies are done.
         for name, spec in self._inputs.items():
             array = np.ascontiguousarray(feeds[name], dtype=spec.dtype)
@@ -224,7 +259,10 @@ class TensorRtEngine:
         for name, array in found.items():
             self._memory.download(array, self._buffers[name][0])
         self._memory.wait()
-        self._keep_cache()
+        shapes = tuple(array.shape for array in uploaded)
+        if shapes not in self._seen:
+            self._seen.add(shapes)
+            self._keep_cache()
         return found
 
     def largest(self, name: str) -> tuple[int, ...]:
@@ -247,14 +285,19 @@ class TensorRtEngine:
         return address
 
     def _keep_cache(self) -> None:
-        """After the first run everything is compiled; a full disk must not fail it."""
+        """After the first run of new shapes more is compiled; a full disk must not fail it."""
         if self._cache is None or self._cache_file is None:
             return
         try:
             self._cache_file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._cache_file.with_suffix(".partial")
-            partial.write_bytes(bytes(self._cache.serialize()))
-            partial.replace(self._cache_file)
+            # Another process may do the same at this moment.
+            handle, name = tempfile.mkstemp(prefix=".partial-", dir=self._cache_file.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(bytes(self._cache.serialize()))
+                Path(name).replace(self._cache_file)
+            finally:
+                Path(name).unlink(missing_ok=True)
         except OSError as err:
             logger.warning("the runtime cache cannot be kept: %s", err)
-        self._cache_file = None
+            self._cache_file = None

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from trtq.engine.tensorrt.backends import CURRENT
-from trtq.engine.tensorrt.job import Answer, Job, Profile
+from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job, PluginForm, Profile
 from trtq.engine.tensorrt.log import collecting_logger
-from trtq.errors import KernelError
-from trtq.plugins.compile import ptx
-from trtq.plugins.driver import current_device
-from trtq.plugins.low_bit.tensorrt import register
+from trtq.errors import KernelError, MissingDependencyError
+from trtq.plugins.compile import nvrtc_version, ptx
+from trtq.plugins.driver import Gpu, current_device, driver_cuda, old_driver
+from trtq.plugins.low_bit.tensorrt import register, take_failures
 from trtq.plugins.low_bit.tensorrt_aot import register_all
 from trtq.resources import peak_rss_bytes
 
@@ -36,22 +36,32 @@ def build(job: Job) -> Answer:
     errors: list[str] = []
     warnings: list[str] = []
     logger = collecting_logger(trt, errors, warnings)
-    _register_plugins(trt)
-    builder = trt.Builder(logger)
-    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(flags)
+    form, why = _register_plugins(trt)
     start = time.perf_counter()
     try:
+        if CURRENT in job.architectures and driver_cuda() is None:
+            raise _BuildError(
+                "building for the GPU that is there needs one, and there is no NVIDIA driver on this "
+                "machine; TensorRT-RTX builds for others: --backend tensorrt-rtx --arch sm89"
+            )
+        builder = _builder(trt, logger, errors)
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(flags)
+        start = time.perf_counter()
         _parse(trt, network, logger, job.graph, errors)
         parsed = time.perf_counter()
         config = _configure(trt, builder, network, job)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise _BuildError("; ".join(errors) or "the builder gave no reason", _named(errors))
+            said = [*take_failures(), *errors]
+            raise _BuildError("; ".join(said) or "the builder gave no reason", _named(errors))
     except _BuildError as err:
         return Answer(
             error=str(err), layer=err.layer, warnings=warnings, peak_rss_bytes=peak_rss_bytes()
         )
+    plugins = _has_plugins(trt, network)
+    if plugins and why is not None:
+        warnings.append(f"{NEEDS_PYTHON}: {why}")
     with job.engine.open("wb") as file:
         file.write(plan)
     return Answer(
@@ -60,21 +70,46 @@ def build(job: Job) -> Answer:
         build_seconds=time.perf_counter() - parsed,
         peak_rss_bytes=peak_rss_bytes(),
         warnings=warnings,
+        plugins=form if plugins else None,
     )
 
 
-def _register_plugins(trt: Any) -> None:
-    """In full TensorRT with kernels inside the engine, which then needs no Python; else as Python's."""
+def _register_plugins(trt: Any) -> tuple[PluginForm, str | None]:
+    """In full TensorRT with kernels inside the engine, which then needs no Python; else as Python's.
+
+    Returns:
+        Which it is, and why kernels cannot be inside an engine where they could be.
+    """
     try:
         plugin = importlib.import_module(f"{trt.__name__}.plugin")
-        device = current_device()
-    except (
-        ImportError,
-        KernelError,
-    ):  # TensorRT-RTX has no such module, and needs no GPU to build.
+    except ImportError:  # TensorRT-RTX has no such module, and needs no GPU to build.
         register(trt)
-        return
+        return "python", None
+    try:
+        # A fresh process has no context yet; TensorRT takes the same one, the GPU's primary.
+        Gpu()
+        device = current_device()
+        nvrtc_version()
+    except (KernelError, MissingDependencyError) as err:
+        register(trt)
+        return "python", str(err)
     register_all(trt, plugin, lambda variant: ptx(variant, device.architecture))
+    return "engine", None
+
+
+def _builder(trt: Any, logger: Any, errors: list[str]) -> Any:
+    try:
+        return trt.Builder(logger)
+    except Exception as err:  # The bindings' own, without a base: most often for want of a driver.
+        why = "; ".join(errors) or str(err)
+        raise _BuildError(
+            f"the builder cannot start on this machine: {old_driver() or why}"
+        ) from err
+
+
+def _has_plugins(trt: Any, network: Any) -> bool:
+    kinds = [network.get_layer(index).type for index in range(network.num_layers)]
+    return trt.LayerType.PLUGIN_V3 in kinds
 
 
 def _parse(trt: Any, network: Any, logger: Any, graph: Path, errors: list[str]) -> None:
@@ -82,10 +117,13 @@ def _parse(trt: Any, network: Any, logger: Any, graph: Path, errors: list[str]) 
     if parser.parse_from_file(str(graph)):
         return
     found = [parser.get_error(index) for index in range(parser.num_errors)]
+    said = take_failures()
     if not found:
-        raise _BuildError("; ".join(errors) or "the graph cannot be parsed", _named(errors))
+        said += errors
+        raise _BuildError("; ".join(said) or "the graph cannot be parsed", _named(errors))
     first = found[0]
-    raise _BuildError(f"{first.node_operator()}: {first.desc()}", first.node_name() or None)
+    said.append(f"{first.node_operator()}: {first.desc()}")
+    raise _BuildError("; ".join(said), first.node_name() or None)
 
 
 def _named(errors: list[str]) -> str | None:

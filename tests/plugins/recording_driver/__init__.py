@@ -1,0 +1,106 @@
+"""A driver library that writes down what it is asked and refuses what a real one refuses.
+
+It is `libcuda.so.1` on the library path of a child process, so everything above it is real:
+cuda-bindings, NVRTC and our own code. What it knows, and what the environment tells it, stands in
+libcuda.c beside this file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent.parent
+COMPILER = shutil.which("gcc")
+needs_recording = pytest.mark.skipif(
+    COMPILER is None or sys.platform != "linux" or importlib.util.find_spec("cuda") is None,
+    reason="the recording driver needs gcc, Linux and cuda-bindings",
+)
+
+
+@dataclass
+class Record:
+    """What a child process did."""
+
+    code: int
+    stdout: str
+    stderr: str
+    calls: list[dict[str, Any]]
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        return [call for call in self.calls if call["call"] == name]
+
+    @property
+    def names(self) -> list[str]:
+        return [call["call"] for call in self.calls]
+
+
+class RecordingDriver:
+    """Compiled once into a folder; each child process that it runs begins with a fresh one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        library = folder / "libcuda.so.1"
+        assert COMPILER is not None
+        flags = ("-std=c11", "-O1", "-Wall", "-Werror", "-fPIC", "-shared", "-pthread")
+        subprocess.run([COMPILER, *flags, str(HERE / "libcuda.c"), "-o", str(library)], check=True)
+
+    def environment(self, log: Path | None = None, **settings: object) -> dict[str, str]:
+        """For a child process; settings without `RECORDING_` and in lower case, others as they are."""
+        found = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+        paths = [str(self.folder), found.get("LD_LIBRARY_PATH", "")]
+        found["LD_LIBRARY_PATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
+        found["PYTHONPATH"] = os.pathsep.join([str(ROOT), found.get("PYTHONPATH", "")])
+        if log is not None:
+            found["RECORDING_LOG"] = str(log)
+        for name, value in settings.items():
+            found[name if name.isupper() else f"RECORDING_{name.upper()}"] = str(value)
+        return found
+
+    def command(self, arguments: list[str], **settings: object) -> Record:
+        """Run a command with this driver."""
+        log = self.folder / "calls.jsonl"
+        log.unlink(missing_ok=True)
+        done = subprocess.run(
+            arguments,
+            env=self.environment(log, **settings),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        lines = log.read_text().splitlines() if log.exists() else []
+        return Record(done.returncode, done.stdout, done.stderr, [json.loads(li) for li in lines])
+
+    def run(self, code: str, **settings: object) -> Record:
+        """Run Python that must not fail."""
+        record = self.command([sys.executable, "-c", textwrap.dedent(code)], **settings)
+        assert record.code == 0, record.stderr
+        return record
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> RecordingDriver:
+    return RecordingDriver(tmp_path_factory.mktemp("driver"))
+
+
+def image(name: str, architecture: str) -> bytes:
+    """As much of a cubin as the driver looks at: its version, its architecture, the kernel's name."""
+    header = bytearray(64)
+    header[:4], header[8] = b"\x7fELF", 8
+    header[48:52] = (int(architecture.removeprefix("sm")) << 8).to_bytes(4, "little")
+    text = name.encode() + b"\0"
+    # Where the table of sections would begin is where the file ends.
+    header[40:48] = (len(header) + len(text)).to_bytes(8, "little")
+    return bytes(header) + text
