@@ -241,26 +241,26 @@ def _layers(rows: Sequence[dict[str, Any]]) -> None:
     notes = {reason: f"[{number}]" for number, reason in enumerate(reasons, 1)}
     cells = []
     for row in rows:
-        widths = (row.get(f"{what}_bits") for what in ("weight", "activation", "right"))
+        bits = (row.get(f"{what}_bits") for what in ("weight", "activation", "right"))
         shape = "x".join(str(side) for side in row["shape"]) if "shape" in row else ""
         points = ", ".join(str(z) for z in row.get("zero_points", []))
         cells.append(
             (
                 row["name"],
                 row.get("kind", ""),
-                precision_text(*widths) if "kind" in row else "float",
+                precision_text(*bits) if "kind" in row else "float",
                 scale_range(row) or shape,
                 f"zero {points}" if points else "",
                 notes.get(row.get("reason", ""), ""),
             )
         )
     _out.print(f"\n{len(rows)} layers: kind, bits, scale over the steps, zero points, why")
-    widths = [max((len(row[i]) for row in cells), default=0) for i in range(6)]
+    widths = [max((len(texts[i]) for texts in cells), default=0) for i in range(6)]
     narrow = sum(widths) + 10 > _out.width
-    for row in cells:
-        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+    for texts in cells:
+        padded = [text.ljust(width) for text, width in zip(texts, widths, strict=True)]
         if narrow:
-            _out.print(row[0], soft_wrap=True)
+            _out.print(texts[0], soft_wrap=True)
             _out.print(("    " + "  ".join(padded[1:])).rstrip(), soft_wrap=True)
         else:
             _out.print("  ".join(padded).rstrip(), soft_wrap=True)
