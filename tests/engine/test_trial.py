@@ -14,12 +14,6 @@ from trtq.engine.trial import try_graph
 from trtq.errors import UsageError
 
 
-@pytest.fixture(autouse=True)
-def _no_rewrites(monkeypatch):
-    """So that the child starts no other one: what it does is the same."""
-    monkeypatch.setenv("TRTQ_CPU", "-vnni")
-
-
 def write(folder, *nodes, axes=("batch", 4), constants=None, **changes):
     """A graph from x to y of these nodes."""
     tensors = [numpy_helper.from_array(value, name) for name, value in (constants or {}).items()]

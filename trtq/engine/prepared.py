@@ -179,7 +179,8 @@ def prepare_in_process(path: Path, runtime: OnCpu) -> PreparedGraph:
         for value in [*graph.outputs, *(value for node in graph for value in node.outputs)]:
             value.shape = None
         for value in graph.inputs:
-            value.shape = ir.Shape([f"{value.name}.{axis}" for axis in range(len(value.shape))])
+            axes = range(len(inputs[value.name or ""].shape))
+            value.shape = ir.Shape([f"{value.name}.{axis}" for axis in axes])
     try:
         serialized = ir.to_proto(model).SerializeToString()
     except Exception as err:  # protobuf's EncodeError has no public base.

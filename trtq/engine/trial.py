@@ -23,6 +23,7 @@ import numpy as np
 from trtq.engine.base import Engine, TensorSpec
 from trtq.errors import ArtefactError, MissingDependencyError, TrtqError, UsageError
 from trtq.processes import processors, worker_command
+from trtq.processor import VARIABLE
 from trtq.resources import available_bytes
 
 __all__ = ["TRIAL_SECONDS", "Trial", "try_graph"]
@@ -83,9 +84,12 @@ def try_graph(
             "seconds": seconds,
         }
         command = worker_command(__name__, json.dumps(job), answer)
+        # onnxruntime's own provider then opens the file itself, which it computes rightly everywhere.
+        environment = os.environ | ({VARIABLE: "-vnni"} if provider == "cpu" else {})
         with said.open("wb") as stderr:
             process = subprocess.Popen(
                 command,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -139,12 +143,12 @@ def _outcome(answer: Path, code: int, said: Path, limit: int, seconds: float) ->
         problem = (
             f"it takes more memory than the {limit / (1 << 30):.1f} GiB that it may have: {problem}"
         )
-    specs = (
+    inputs, outputs = (
         {name: TensorSpec(np.dtype(one[0]), tuple(one[1])) for name, one in found[key].items()}
         for key in ("inputs", "outputs")
     )
     given = {name: tuple(shape) for name, shape in found["given"].items()}
-    return Trial(problem, *specs, given)
+    return Trial(problem, inputs, outputs, given)
 
 
 def _why_it_died(code: int, said: str, limit: int, seconds: float) -> str:
