@@ -73,12 +73,17 @@ def test_a_recipe_that_cannot_be_is_refused(text, tmp_path):
     assert len(said) < 1500
 
 
+def sparse(path):
+    path.touch()
+    os.truncate(path, 10 << 30)
+
+
 PLACES = {
     "missing": lambda path: None,
     "folder": lambda path: path.mkdir(),
     "pipe": os.mkfifo,
     "device": lambda path: path.symlink_to("/dev/zero"),
-    "huge": lambda path: (path.touch(), os.truncate(path, 10 << 30)),
+    "huge": sparse,
     "latin-1": lambda path: path.write_bytes(b'bits = "\xe9"'),
     "utf-16": lambda path: path.write_bytes("seed = 1".encode("utf-16")),
 }

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -165,6 +165,14 @@ def _attribute(module: Any, name: str) -> Any:
         return None
 
 
+def _is_class(found: Any, base: type) -> bool:
+    return isinstance(found, type) and issubclass(found, base)
+
+
+def _settings(cls: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(cls.__init__).parameters
+
+
 def _said(err: BaseException) -> str:
     """The first line of what another library said, and of what kind its error is."""
     lines = str(err).strip().splitlines()
@@ -186,8 +194,8 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
             f"{folder / INDEX_NAME} names no {denoiser_name!r}, which is its denoiser"
         )
     library, class_name = entry
-    cls = _attribute(diffusers, class_name) if library == "diffusers" else None
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "load_config")):
+    cls: Any = _attribute(diffusers, class_name) if library == "diffusers" else None
+    if not (_is_class(cls, nn.Module) and hasattr(cls, "load_config")):
         raise ArtefactError(
             f"{folder}: {library}.{class_name} is not a model of diffusers; only those are loaded"
         )
@@ -221,16 +229,14 @@ def load_pipeline_parts(
     import diffusers
 
     index = read_index(folder)
-    pipeline_class = _attribute(diffusers, index["_class_name"])
-    if not (
-        isinstance(pipeline_class, type) and issubclass(pipeline_class, diffusers.DiffusionPipeline)
-    ):
+    pipeline_class: Any = _attribute(diffusers, index["_class_name"])
+    if not _is_class(pipeline_class, diffusers.DiffusionPipeline):
         raise ArtefactError(
             f"{folder / INDEX_NAME} names {index['_class_name']!r}, which is no pipeline of diffusers"
         )
     if isinstance(index.get("scheduler"), list):
         read_scheduler(folder)
-    settings = inspect.signature(pipeline_class.__init__).parameters
+    settings = _settings(pipeline_class)
     parts: dict[str, Any] = {}
     for part, entry in index.items():
         if part == denoiser_name:
