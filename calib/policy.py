@@ -130,7 +130,7 @@ def explain(error: ValidationError) -> str:
     problems = error.errors()
     lines = []
     for problem in problems[:_MOST_PROBLEMS]:
-        place = ".".join(str(part) for part in problem["loc"]) or "the file"
+        place = ".".join(shown(part).strip("'\"") for part in problem["loc"]) or "the file"
         message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
         lines.append(f"{place}: {message} (got {shown(problem['input'])})")
     if len(problems) > _MOST_PROBLEMS:

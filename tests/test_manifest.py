@@ -108,6 +108,11 @@ def changed(found, place, value):
     return found
 
 
+def sparse(path):
+    path.touch()
+    os.truncate(path, 10 << 30)
+
+
 def refusal(folder):
     """What is said of a manifest; None: it is fine. Any other exception is not caught."""
     try:
@@ -117,7 +122,7 @@ def refusal(folder):
     return None
 
 
-WRONG = (
+WRONG: tuple = (
     *(None, True, False, 0, 1, -1, 3.5, 2**31, 2**63 - 1, -(2**63), 1e300, -0.0),
     *(
         "",
@@ -331,7 +336,7 @@ def test_what_is_no_manifest_is_refused(folder, text):
         (lambda path: path.mkdir(), "it is a folder"),
         (os.mkfifo, "it is a named pipe"),
         (lambda path: path.symlink_to("nowhere"), "No such file"),
-        (lambda path: (path.touch(), os.truncate(path, 10 << 30)), "10,737,418,240 bytes"),
+        (sparse, "10,737,418,240 bytes"),
     ],
 )
 def test_what_is_no_file_in_its_place_is_refused(folder, make, message):

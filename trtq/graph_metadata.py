@@ -46,7 +46,9 @@ def check_timesteps(metadata: Mapping[str, str], timesteps: Sequence[float] | No
     if text is None:
         return
     own = graph_timesteps(text)
-    if timesteps is None or not np.array_equal(np.float32(own), np.float32(timesteps)):
+    if timesteps is None or not np.array_equal(
+        np.asarray(own, np.float32), np.asarray(timesteps, np.float32)
+    ):
         raise ArtefactError(
             f"the graph was calibrated at the timesteps {shown(own)}, its manifest says "
             f"{shown(timesteps)}; the manifest was edited, or the graph is another one's"

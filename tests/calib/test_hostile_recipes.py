@@ -69,8 +69,13 @@ def test_a_recipe_that_cannot_be_is_refused(text, tmp_path):
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     said = str(caught.value)
-    assert "\n" not in said.replace("\n  ", "")
-    assert len(said) < 3000 or text.startswith("k" * 1000)
+    assert "\n" not in said
+    assert len(said) < 1500
+
+
+def sparse(path):
+    path.touch()
+    os.truncate(path, 10 << 30)
 
 
 PLACES = {
@@ -78,7 +83,7 @@ PLACES = {
     "folder": lambda path: path.mkdir(),
     "pipe": os.mkfifo,
     "device": lambda path: path.symlink_to("/dev/zero"),
-    "huge": lambda path: (path.touch(), os.truncate(path, 10 << 30)),
+    "huge": sparse,
     "latin-1": lambda path: path.write_bytes(b'bits = "\xe9"'),
     "utf-16": lambda path: path.write_bytes("seed = 1".encode("utf-16")),
 }

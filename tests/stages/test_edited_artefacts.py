@@ -146,23 +146,23 @@ def test_a_class_that_cannot_be_there_is_refused(digits_run, tmp_path, change):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *(
-            (key, value)
-            for key in ("num_train_timesteps", "steps_offset")
-            for value in ("x", None, -1, 1e9)
-        ),
-        *(("num_train_timesteps", value) for value in (0, 10**12, True, [1000])),
-        *(("beta_start", value) for value in ("x", None, -0.1, 2, float("nan"), float("inf"), [])),
-        *(("clip_sample", value) for value in ("x", 1, [])),
-        *(("clip_sample_range", value) for value in ("x", None, 0, float("inf"))),
-        *(("trained_betas", value) for value in ("x", [2.0], [None])),
-        *(("prediction_type", value) for value in (5, [], "x" * 1000)),
-        ("timestep_spacing", {"a": 1}),
-    ],
-)
+SETTINGS: list = [
+    *(
+        (key, value)
+        for key in ("num_train_timesteps", "steps_offset")
+        for value in ("x", None, -1, 1e9)
+    ),
+    *(("num_train_timesteps", value) for value in (0, 10**12, True, [1000])),
+    *(("beta_start", value) for value in ("x", None, -0.1, 2, float("nan"), float("inf"), [])),
+    *(("clip_sample", value) for value in ("x", 1, [])),
+    *(("clip_sample_range", value) for value in ("x", None, 0, float("inf"))),
+    *(("trained_betas", value) for value in ("x", [2.0], [None])),
+    *(("prediction_type", value) for value in (5, [], "x" * 1000)),
+    ("timestep_spacing", {"a": 1}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), SETTINGS)
 def test_settings_of_a_scheduler_have_types_and_ranges(digits_run, tmp_path, key, value):
     file = "scheduler/scheduler_config.json"
     copy = edited(digits_run, tmp_path, lambda config: config.update({key: value}), file)

@@ -178,7 +178,7 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
             f"{folder / INDEX_NAME} names no {denoiser_name!r}, which is its denoiser"
         )
     library, class_name = entry
-    cls = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
+    cls: Any = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "load_config")):
         raise ArtefactError(
             f"{folder}: {library}.{class_name} is not a model of diffusers; only those are loaded"
