@@ -290,7 +290,8 @@ def check_finite(module: nn.Module, where: str) -> None:
         if parameter.numel() and parameter.is_floating_point():
             low, high = torch.aminmax(parameter.detach())
             if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                raise NonFiniteError(f"{where}: the weight {name!r} holds NaN or infinity")
+                layer, _, leaf = name.rpartition(".")
+                raise NonFiniteError(f"{where}: layer {layer!r}: its {leaf} holds NaN or infinity")
 
 
 def _leaves(value: Any) -> Iterator[Any]:
