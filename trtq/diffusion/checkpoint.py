@@ -135,7 +135,7 @@ def pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:
         )
     if not isinstance(name, str) or not name:
         raise ArtefactError(f"{path}: _class_name is the name of a pipeline, got {name!r}")
-    cls = getattr(diffusers, name.removeprefix("Flax"), None)
+    cls: Any = getattr(diffusers, name.removeprefix("Flax"), None)
     if getattr(cls, "_backends", None):
         raise ArtefactError(
             f"{path}: {name} needs {' and '.join(cls._backends)}, not all installed"
@@ -167,7 +167,7 @@ def part_class(folder: Path, part: str, library: Any = None, class_name: Any = N
             )
         library = f"diffusers.pipelines.{library}"
     module = importlib.import_module(library)
-    cls = getattr(module, str(class_name), None)
+    cls: Any = getattr(module, str(class_name), None)
     if cls is None and str(class_name).endswith("FeatureExtractor"):
         # transformers 5 dropped the old names of its image processors.
         cls = getattr(module, class_name.removesuffix("FeatureExtractor") + "ImageProcessor", None)

@@ -163,7 +163,7 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     if not isinstance(entry, list) or len(entry) != 2:
         raise ArtefactError(f"{folder / INDEX_NAME} names no denoiser {denoiser_name!r}")
     library, class_name = entry
-    cls = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
+    cls: Any = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise ArtefactError(
             f"{folder}: {library}.{class_name} is not a model of diffusers; only those are loaded"
