@@ -119,7 +119,7 @@ def pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:
         )
     if not isinstance(name, str) or not name:
         raise ArtefactError(f"{path}: _class_name is the name of a pipeline, got {name!r}")
-    cls = _attribute(diffusers, name.removeprefix("Flax"))
+    cls: Any = _attribute(diffusers, name.removeprefix("Flax"))
     if getattr(cls, "_backends", None):
         raise ArtefactError(
             f"{path}: {name} needs {' and '.join(cls._backends)}, not all installed"
@@ -154,7 +154,7 @@ def part_class(folder: Path, part: str, library: Any = None, class_name: Any = N
         module = importlib.import_module(library)
     except ImportError as err:
         raise ArtefactError(f"{path} wants {part!r} from {library!r}: {one_line(err)}") from err
-    cls = _attribute(module, str(class_name))
+    cls: Any = _attribute(module, str(class_name))
     if cls is None and str(class_name).endswith("FeatureExtractor"):
         # transformers 5 dropped the old names of its image processors.
         cls = _attribute(module, class_name.removesuffix("FeatureExtractor") + "ImageProcessor")
@@ -277,7 +277,8 @@ def check_finite(module: nn.Module, where: str) -> None:
         if parameter.numel() and parameter.is_floating_point():
             low, high = torch.aminmax(parameter.detach())
             if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                raise NonFiniteError(f"{where}: the weight {name!r} holds NaN or infinity")
+                layer, _, leaf = name.rpartition(".")
+                raise NonFiniteError(f"{where}: layer {layer!r}: its {leaf} holds NaN or infinity")
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -183,8 +183,9 @@ def plain_model(model: nn.Module, name: str) -> nn.Module:
         {key: _float(key, state[key], own[key], name) for key in own}, assign=True
     )
     _float_buffers(fresh)
-    if hasattr(fresh, "tie_weights"):
-        fresh.tie_weights()
+    tie: Any = getattr(fresh, "tie_weights", None)
+    if tie is not None:
+        tie()
     if any(tensor.is_meta for tensor in [*fresh.parameters(), *fresh.buffers()]):
         raise QuantizationError(f"{name!r} has tensors without a value")
     check_finite(fresh, repr(name))

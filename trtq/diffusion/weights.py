@@ -172,14 +172,15 @@ def _other_format(head: bytes) -> str:
 
 
 def _entries(path: Path, header: dict[str, Any], size: int) -> Iterator[tuple[str, TensorInfo]]:
-    end = 0
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         if not isinstance(entry, dict):
             raise ArtefactError(f"{path}: the header's entry of {name!r} is no object")
-        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-        if dtype not in _BYTES:
+        dtype: Any = entry.get("dtype")
+        shape: Any = entry.get("shape")
+        offsets: Any = entry.get("data_offsets")
+        if not isinstance(dtype, str) or dtype not in _BYTES:
             raise ArtefactError(f"{path}: {name!r} has the unknown dtype {dtype!r}")
         if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
             raise ArtefactError(
@@ -197,7 +198,6 @@ def _entries(path: Path, header: dict[str, Any], size: int) -> Iterator[tuple[st
                 f"{path} is cut short: {name!r} ends at byte {offsets[1]:,} of its data, and "
                 f"{size:,} are there; download it again"
             )
-        end = max(end, offsets[1])
         yield name, tensor
 
 
