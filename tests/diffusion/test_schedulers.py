@@ -12,6 +12,7 @@ from trtq.diffusion.schedule import KNOWN_SCHEDULERS, NoiseSchedule, check_steps
 from trtq.diffusion.source import load_source
 from trtq.errors import UsageError
 from trtq.evaluate.images import draw, subjects_for
+from trtq.stages.export import export_onnx
 from trtq.stages.load import open_any
 from trtq.stages.quantize import quantize
 
@@ -243,6 +244,16 @@ def test_a_scheduler_that_is_not_understood_is_refused_before_any_work(name, tmp
         quantize(pipe, RECIPE, tmp_path / "run")
     assert "\n" not in str(err.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_nor_is_it_exported(tmp_path, monkeypatch):
+    pipe = build("sd_1")
+    pipe.scheduler = make("EDMEulerScheduler")
+    pipe.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("trtq.stages.export.write_graph", None)
+    with pytest.raises(UsageError, match="the scheduler EDMEulerScheduler is not one"):
+        export_onnx(tmp_path / "model", tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_a_users_own_subclass_is_not_understood():

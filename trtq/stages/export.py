@@ -152,6 +152,8 @@ def export_onnx(
         source, traced, run, manifest = _opened(path, precision)
         name = source.denoiser_name
         smallest, largest = _sizes(source, size)
+        # What torch cannot be compared along in the end is refused before the graph is made.
+        source.schedule(int((manifest.recipe or {}).get("steps") or 20))
         half = precision == "fp16"
         write_graph(folder / name, traced, source, run, largest, half=half, target=target)
         # Its codes are in the graph and in the denoiser now, and take memory a third time.
