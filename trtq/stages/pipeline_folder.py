@@ -188,7 +188,7 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     check_config(path, config, cls)
     try:
         with init_empty_weights():
-            model: nn.Module = cls.from_config(config).eval()
+            model: nn.Module = cls.from_config(config).eval()  # type: ignore[attr-defined]
     # What a constructor raises of a wrong setting is anything.
     except Exception as err:
         raise ArtefactError(
