@@ -146,20 +146,17 @@ def test_a_class_that_cannot_be_there_is_refused(digits_run, tmp_path, change):
     assert "\n" not in str(caught.value)
 
 
-SETTINGS: list = [
-    *(
-        (key, value)
-        for key in ("num_train_timesteps", "steps_offset")
-        for value in ("x", None, -1, 1e9)
-    ),
-    *(("num_train_timesteps", value) for value in (0, 10**12, True, [1000])),
-    *(("beta_start", value) for value in ("x", None, -0.1, 2, float("nan"), float("inf"), [])),
-    *(("clip_sample", value) for value in ("x", 1, [])),
-    *(("clip_sample_range", value) for value in ("x", None, 0, float("inf"))),
-    *(("trained_betas", value) for value in ("x", [2.0], [None])),
-    *(("prediction_type", value) for value in (5, [], "x" * 1000)),
-    ("timestep_spacing", {"a": 1}),
-]
+VALUES: dict[str, list] = {
+    "num_train_timesteps": ["x", None, -1, 1e9, 0, 10**12, True, [1000]],
+    "steps_offset": ["x", None, -1, 1e9],
+    "beta_start": ["x", None, -0.1, 2, float("nan"), float("inf"), []],
+    "clip_sample": ["x", 1, []],
+    "clip_sample_range": ["x", None, 0, float("inf")],
+    "trained_betas": ["x", [2.0], [None]],
+    "prediction_type": [5, [], "x" * 1000],
+    "timestep_spacing": [{"a": 1}],
+}
+SETTINGS = [(key, value) for key, values in VALUES.items() for value in values]
 
 
 @pytest.mark.parametrize(("key", "value"), SETTINGS)
