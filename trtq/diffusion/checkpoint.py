@@ -177,9 +177,10 @@ def part_class(folder: Path, part: str, library: Any = None, class_name: Any = N
             "(version "
             f"{getattr(importlib.import_module(library.partition('.')[0]), '__version__', '?')})"
         )
-    if getattr(cls, "_backends", None) and cls.__module__.startswith("diffusers.utils.dummy"):
+    backends = getattr(cls, "_backends", None)
+    if backends and cls.__module__.startswith("diffusers.utils.dummy"):
         raise ArtefactError(
-            f"{path}: {class_name} needs {' and '.join(cls._backends)}, not all installed"
+            f"{path}: {class_name} needs {' and '.join(backends)}, not all installed"
         )
     if cls.__name__.endswith("Pipeline"):
         raise ArtefactError(f"{path} names the pipeline {class_name!r} as its component {part!r}")

@@ -164,7 +164,7 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
         raise ArtefactError(f"{folder / INDEX_NAME} names no denoiser {denoiser_name!r}")
     library, class_name = entry
     cls: Any = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
-    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+    if not inspect.isclass(cls) or not issubclass(cls, diffusers.ModelMixin):
         raise ArtefactError(
             f"{folder}: {library}.{class_name} is not a model of diffusers; only those are loaded"
         )
@@ -173,7 +173,8 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     check_config(path, config, cls)
     try:
         with init_empty_weights():
-            model: nn.Module = cls.from_config(config).eval()
+            build: Any = cls
+            model: nn.Module = build.from_config(config).eval()
     # What a constructor raises of a wrong setting is anything.
     except Exception as err:
         raise ArtefactError(
