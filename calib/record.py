@@ -28,11 +28,24 @@ class Recording:
         low: smallest value seen, `[T]`.
         high: largest value seen, `[T]`.
         sample: values drawn at random from all inputs of the step, `[T, S]`.
+        images: trajectories that were walked.
     """
 
     low: Tensor
     high: Tensor
     sample: Tensor
+    images: int = 0
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """Estimates of the smallest and largest value of any image, `low[T]` and `high[T]`.
+
+        The largest of n draws underestimates the end of the distribution. For a uniform one the
+        unbiased estimate of least variance is `(1 + 1/n)` times the largest draw (Goodman 1952,
+        doi 10.1080/01621459.1952.10501182). At 64 images it is 1.6 % wider; where only a few images
+        are walked, it keeps the inputs of other images from being clipped.
+        """
+        share = 1 + 1 / self.images if self.images else 1.0
+        return self.low * share, self.high * share
 
 
 def _hook(
@@ -114,6 +127,7 @@ def record(
                 torch.full((len(table),), torch.inf),
                 torch.full((len(table),), -torch.inf),
                 torch.zeros(len(table), batches * share),
+                images,
             )
             hook = _hook(plan.name, position, seen, where, share, generator)
             handles.append(modules[plan.name].register_forward_pre_hook(hook))
@@ -168,6 +182,8 @@ def activation_tables(
             path = f"{plan.name}.{operand}"
             seen = recordings[path]
             low, high, sample = seen.low, seen.high, seen.sample
+            if method == "minmax":
+                low, high = seen.extremes()
             if static:
                 low, high, sample = low.amin()[None], high.amax()[None], sample.reshape(1, -1)
             with named_errors(plan.name):

@@ -179,7 +179,7 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
         )
     library, class_name = entry
     cls: Any = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "load_config")):
+    if not inspect.isclass(cls) or not issubclass(cls, diffusers.ModelMixin):
         raise ArtefactError(
             f"{folder}: {library}.{class_name} is not a model of diffusers; only those are loaded"
         )
@@ -188,7 +188,8 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     check_config(path, config, cls)
     try:
         with init_empty_weights():
-            model: nn.Module = cls.from_config(config).eval()  # type: ignore[attr-defined]
+            build: Any = cls
+            model: nn.Module = build.from_config(config).eval()
     # What a constructor raises of a wrong setting is anything.
     except Exception as err:
         raise ArtefactError(
