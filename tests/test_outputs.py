@@ -16,6 +16,7 @@ import pytest
 from trtq import outputs
 from trtq.errors import ArtefactError, IntegrityError, UsageError
 from trtq.manifest import (
+    LayerRow,
     Manifest,
     SourceRow,
     artefact_kind,
@@ -38,13 +39,33 @@ from trtq.outputs import (
 from trtq.report.folder import check_report_folder, write_report
 from trtq.report.page import Page
 
+LAYER = {
+    "name": "conv_in",
+    "kind": "conv2d",
+    "weight_bits": 8,
+    "activation_bits": 8,
+    "reason": "first convolution",
+}
+LOW_BIT = {
+    "recipe": {"method": "minmax", "bits": "w8a8", "steps": 1},
+    "timesteps": [1.0],
+    "layers": [LayerRow(**LAYER)],
+}
+DESCRIBED = {
+    "run": LOW_BIT,
+    "onnx": {"options": {"size": "8x8"}},
+    "engine": {
+        "options": {"size": "8x8", "backend": "tensorrt-rtx", "architectures": ["sm86"]},
+    },
+}
+
 
 def fill(folder, content="one", kind="run"):
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "unet" / "config.json").write_text(content)
     (folder / "quantized.safetensors").write_text(content)
     source = SourceRow(name="digits", files={})
-    write_manifest(folder, Manifest(kind=kind, source=source, denoiser="unet"))
+    write_manifest(folder, Manifest(kind=kind, source=source, denoiser="unet", **DESCRIBED[kind]))
 
 
 def make(place, content="one", kind="run", **options):
@@ -376,7 +397,8 @@ with new_artefact(place, kind="run", overwrite=True) as folder:
     print("writing", flush=True)
     sys.stdin.readline()
     source = SourceRow(name="x", files={})
-    write_manifest(folder, Manifest(kind="run", source=source, denoiser="unet"))
+    options = {"size": "8x8"}
+    write_manifest(folder, Manifest(kind="onnx", source=source, denoiser="unet", options=options))
 """
 
 

@@ -13,6 +13,7 @@ import os
 import reprlib
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -111,6 +112,13 @@ def read_text(
         refuse(f"byte {content[err.start]:#04x} at {err.start} is not UTF-8; save it as UTF-8", err)
 
 
+@dataclass(frozen=True)
+class _Fault:
+    """Stands for a number that is not taken, until its key is known."""
+
+    text: str
+
+
 def parse_json(text: str, *, finite: bool = True) -> Any:
     """The value that a JSON text stands for, more strictly than `json.loads`.
 
@@ -125,27 +133,30 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
+        for key, value in pairs:
+            for fault in value if isinstance(value, list) else (value,):
+                if isinstance(fault, _Fault):
+                    raise ValueError(f"{shown(key)}: {fault.text}")
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
             doubled = next(key for key in keys if keys.count(key) > 1)
             raise ValueError(f"the key {shown(doubled)} is given twice")
         return found
 
-    def whole(digits: str) -> int:
+    # A number is parsed before the key that it belongs to is known.
+    def whole(digits: str) -> int | _Fault:
         if len(digits) > _DIGITS + 1 or int(digits) not in _INT64:
-            raise ValueError(f"the number {shown(digits)} does not fit 64 bits")
+            return _Fault(f"the number {shown(digits)} does not fit 64 bits")
         return int(digits)
 
-    def real(digits: str) -> float:
+    def real(digits: str) -> float | _Fault:
         value = float(digits)
         if finite and value in (float("inf"), -float("inf")):
-            raise ValueError(f"the number {shown(digits)} is too large")
+            return _Fault(f"the number {shown(digits)} is too large")
         return value
 
-    def constant(name: str) -> float:
-        if finite:
-            raise ValueError(f"{name} is no number of JSON")
-        return float(name)
+    def constant(name: str) -> float | _Fault:
+        return _Fault(f"{name} is no number of JSON") if finite else float(name)
 
     try:
         found = json.loads(
@@ -158,7 +169,12 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
     except RecursionError as err:
         raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep") from err
     check_depth(found)
-    if "\\u" in text and not all(_is_text(value) for value in _strings(found)):
+    faults = [value for value in _leaves(found) if isinstance(value, _Fault)]
+    if faults:  # In a list of lists, or without any key.
+        raise ValueError(faults[0].text)
+    if "\\u" in text and not all(
+        _is_text(value) for value in _leaves(found) if isinstance(value, str)
+    ):
         raise ValueError("it holds half of a surrogate pair, which is no character")
     return found
 
@@ -182,17 +198,18 @@ def check_depth(value: Any, most: int = MOST_LEVELS) -> None:
     raise ValueError(f"it is nested more than {most} levels deep")
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _leaves(value: Any) -> Iterator[Any]:
+    """Keys of objects, and all values that are neither object nor list."""
     waiting = [value]
     while waiting:
         one = waiting.pop()
-        if isinstance(one, str):
-            yield one
-        elif isinstance(one, dict):
+        if isinstance(one, dict):
             yield from one
             waiting += one.values()
         elif isinstance(one, list):
             waiting += one
+        else:
+            yield one
 
 
 def _is_text(value: str) -> bool:
