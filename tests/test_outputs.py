@@ -196,7 +196,7 @@ def test_a_manifest_that_lists_files_elsewhere_removes_nothing_there(tmp_path):
     record = json.loads((place / "manifest.json").read_text())
     record["files"]["../thesis.txt"] = outputs.sha256(tmp_path / "thesis.txt")
     (place / "manifest.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match="leaves the folder"):
+    with pytest.raises(UsageError, match="is not an artefact of trtq"):
         make(place, "two", overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years"
 
@@ -392,7 +392,7 @@ import sys, time
 from pathlib import Path
 from trtq.manifest import Manifest, SourceRow, new_artefact, write_manifest
 place, content = Path(sys.argv[1]), sys.argv[2]
-with new_artefact(place, kind="run", overwrite=True) as folder:
+with new_artefact(place, kind="onnx", overwrite=True) as folder:
     (folder / "quantized.safetensors").write_text(content)
     print("writing", flush=True)
     sys.stdin.readline()
@@ -422,7 +422,7 @@ def test_the_second_process_is_refused_and_the_first_one_wins(tmp_path):
     _, said = first.communicate("go\n", timeout=60)
     assert first.returncode == 0, said
     assert (place / "quantized.safetensors").read_text() == "first"
-    assert read_manifest(place).kind == "run"
+    assert read_manifest(place).kind == "onnx"
     assert hidden(tmp_path) == []
 
 

@@ -372,10 +372,7 @@ def artefact_kind(folder: Path) -> Kind | None:
         ArtefactError: it has a manifest that cannot be read.
     """
     path = folder / MANIFEST_NAME
-    special = special_kind(path)
-    if special is not None:
-        raise IntegrityError(f"{path} is {special}; it is not read")
-    # Anything else that is there and is no file is refused when it is read.
+    # What is there and is no file, a pipe for instance, is refused when it is read.
     if not path.exists() and not path.is_symlink():
         return None
     return _parse(folder).kind

@@ -196,8 +196,9 @@ class Source:
                 f"{self.name} cannot draw {size} pixels; height and width must be multiples of "
                 f"{step}"
             )
-        most = [_MOST_ENLARGED * side * self.cell_pixels for side in self._own_size]
-        if height > most[0] or width > most[1]:
+        own = self._known_size
+        most = [_MOST_ENLARGED * side * self.cell_pixels for side in own or ()]
+        if most and (height > most[0] or width > most[1]):
             raise UsageError(
                 f"{self.name} cannot draw {size} pixels; choose HEIGHTxWIDTH up to {most[0]}x{most[1]}, "
                 f"{_MOST_ENLARGED} times the model's own"
