@@ -35,7 +35,7 @@ from trtq import errors
 from trtq.engine.base import TensorSpec
 from trtq.errors import ArtefactError, TrtqError
 from trtq.manifest import sha256
-from trtq.processes import worker_command
+from trtq.processes import lifeline, worker_command
 from trtq.processor import has_vnni
 from trtq.resources import cache_folder
 
@@ -268,15 +268,16 @@ def _from_child(path: Path, runtime: str, key: str) -> PreparedGraph:
     with tempfile.TemporaryDirectory(prefix="trtq-graph-") as name:
         scratch = Path(name)
         try:
-            done = subprocess.run(
-                worker_command(__name__, path.resolve(), runtime, scratch),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                check=False,
-                timeout=_SECONDS,
-            )
+            with lifeline() as stdin:
+                done = subprocess.run(
+                    worker_command(__name__, path.resolve(), runtime, scratch),
+                    stdin=stdin,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    check=False,
+                    timeout=_SECONDS,
+                )
         except subprocess.TimeoutExpired as err:
             raise ArtefactError(
                 f"rewriting {path} for {runtime} took more than {_SECONDS:.0f} s and was ended"

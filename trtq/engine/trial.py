@@ -22,7 +22,7 @@ import numpy as np
 
 from trtq.engine.base import Engine, TensorSpec
 from trtq.errors import ArtefactError, MissingDependencyError, TrtqError, UsageError
-from trtq.processes import processors, worker_command
+from trtq.processes import lifeline, processors, worker_command
 from trtq.processor import VARIABLE
 from trtq.resources import available_bytes
 
@@ -86,24 +86,25 @@ def try_graph(
         command = worker_command(__name__, json.dumps(job), answer)
         # onnxruntime's own provider then opens the file itself, which it computes rightly everywhere.
         environment = os.environ | ({VARIABLE: "-vnni"} if provider == "cpu" else {})
-        with said.open("wb") as stderr:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                start_new_session=True,  # It may have children, and Ctrl-C is ours to handle.
-            )
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return Trial(
-                f"opening and calling it once took more than {seconds:g} s and was ended: a graph "
-                "without end, or one that is too large for this machine (--timeout gives it longer)"
-            )
-        finally:
-            _end(process)
+        with lifeline() as stdin:
+            with said.open("wb") as stderr:
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=stdin,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    start_new_session=True,  # It may have children, and Ctrl-C is ours to handle.
+                )
+            try:
+                code = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return Trial(
+                    f"opening and calling it once took more than {seconds:g} s and was ended: a graph "
+                    "without end, or one that is too large for this machine (--timeout gives it longer)"
+                )
+            finally:
+                _end(process)
         return _outcome(answer, code, said, limit, seconds)
 
 
