@@ -46,7 +46,7 @@ def generation_texts(
     """
     facts: dict[str, Any] = {
         "prompt": prompt,
-        "negative_prompt": negative_prompt,
+        "negative_prompt": negative_prompt or None,
         "class": label,
         "seed": seed,
         "image": image,

@@ -160,7 +160,7 @@ def test_the_command_keeps_all_rows_and_ends_with_1(gpu, tmp_path, monkeypatch):
     nowhere = str(tmp_path / "none" / "kernels.json")
     done = CliRunner().invoke(app, ["bench", "kernels", "-o", nowhere])
     assert done.exit_code == 2
-    assert "there is no folder" in done.output
+    assert f"the folder {tmp_path / 'none'} does not exist" in done.output
     assert len(rows) == 2, "the folder is looked for before anything is measured"
 
 

@@ -89,9 +89,7 @@ def test_a_session_that_fails_is_one_error():
             )
 
     engine = OrtSession(Failing("", None, [("CUDAExecutionProvider", {})]), "cuda")
-    with pytest.raises(
-        ArtefactError, match=r"failed on cuda: Failed to allocate.*a smaller batch"
-    ) as e:
+    with pytest.raises(ArtefactError, match=r"on cuda: Failed to allocate.*a smaller batch") as e:
         engine.run({})
     assert "\n" not in str(e.value)
 

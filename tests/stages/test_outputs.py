@@ -109,9 +109,9 @@ def test_a_picture_is_not_put_into_an_artefact(digits_onnx):
 def test_a_picture_that_cannot_be_written_leaves_nothing(digits_onnx, tmp_path, monkeypatch):
     save = generate_stage.save_png
 
-    def fail(sheet, path, **options):
+    def fail(sheet, path, texts, **options):
         monkeypatch.setattr("PIL.Image.Image.save", lambda *_, **__: full())
-        save(sheet, path, **options)
+        save(sheet, path, texts, **options)
 
     def full():
         raise OSError(28, "No space left on device")

@@ -110,15 +110,13 @@ def pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:
     """
     import diffusers
 
-    path, name = folder / INDEX_NAME, index.get("_class_name")
-    if isinstance(name, list) or (isinstance(name, str) and (folder / "pipeline.py").is_file()):
+    path, name = folder / INDEX_NAME, str(index.get("_class_name"))
+    if (folder / "pipeline.py").is_file():
         raise ArtefactError(
             f"{path} names a custom pipeline ({name!r}), i.e. code that comes with the model, "
             "which trtq does not run; if its parts make a pipeline of diffusers, put that one's "
             "name into _class_name"
         )
-    if not isinstance(name, str) or not name:
-        raise ArtefactError(f"{path}: _class_name is the name of a pipeline, got {name!r}")
     cls: Any = _attribute(diffusers, name.removeprefix("Flax"))
     if getattr(cls, "_backends", None):
         raise ArtefactError(

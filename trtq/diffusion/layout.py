@@ -30,6 +30,8 @@ INDEX_NAME = "model_index.json"
 CLASSES_NAME = "classes.json"
 MOST_TRAINED = 100_000
 """Timesteps of a noise schedule; diffusers' have a thousand."""
+_PARTS = ("scheduler", "unet", "transformer")
+"""Components whatever stands there; a list of numbers elsewhere is a setting of the pipeline."""
 _NAME = re.compile(r"[A-Za-z0-9_]{1,128}")
 _MOST_CLASSES = 1 << 24
 _Word = Annotated[str, Field(strict=True, max_length=128)]
@@ -60,8 +62,19 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = folder / INDEX_NAME
     index = read_json(path)
+    name = index.get("_class_name")
+    if isinstance(name, list) and all(isinstance(one, str) for one in name):
+        raise ArtefactError(
+            f"{path} names a custom pipeline ({shown(name)}), i.e. code that comes with the model, "
+            "which trtq does not run; if its parts make a pipeline of diffusers, put that one's "
+            "name into _class_name"
+        )
+    if not isinstance(name, str) or not name:
+        raise ArtefactError(f"{path}: _class_name is the name of a pipeline, got {shown(name)}")
     for part, entry in index.items():
-        if part.startswith("_") or not _is_text_list(entry):
+        if part.startswith("_") or not isinstance(entry, list):
+            continue
+        if part not in _PARTS and not _is_text_list(entry):
             continue
         if not part.isidentifier() or _NAME.fullmatch(part) is None:
             raise ArtefactError(
@@ -78,8 +91,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _is_text_list(entry: Any) -> bool:
-    return isinstance(entry, list) and any(item is None or isinstance(item, str) for item in entry)
+def _is_text_list(entry: list[Any]) -> bool:
+    return any(item is None or isinstance(item, str) for item in entry)
 
 
 class _Scheduler(BaseModel):

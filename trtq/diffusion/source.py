@@ -15,6 +15,7 @@ from trtq.diffusion.checkpoint import load_pipeline, one_line
 from trtq.diffusion.encode import (
     EMBEDDED_GUIDANCE,
     Encoded,
+    check_inputs,
     class_conditions,
     class_count,
     encode_prompts,
@@ -549,6 +550,8 @@ def _object_source(pipeline: Any) -> Source:
         )
     name = find_denoiser(pipeline)
     if not isinstance(getattr(pipeline, name), StandIn):
+        # Before it is built again as well: what an adapter has added makes no plain model.
+        check_inputs(pipeline)
         pipeline = wrap_pipeline(plain_pipeline(pipeline))
         check_needs(pipeline, name, type(pipeline).__name__)
     return Source(type(pipeline).__name__, None, pipeline, name)

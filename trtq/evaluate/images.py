@@ -254,6 +254,6 @@ def save_png(
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, format="PNG")
     with new_file(path, overwrite=overwrite) as partial:
+        Image.fromarray(sheet).save(buffer, format="PNG")
         partial.write_bytes(with_texts(buffer.getvalue(), texts or {}))
