@@ -164,7 +164,7 @@ def test_eval_counts_what_the_prompts_say(onnx, model):
     assert result["guidance"] == 2.0
     assert result["passed"]
     with pytest.raises(
-        UsageError, match="class_accuracy>0 cannot be checked: .* does not give it for this model"
+        UsageError, match=r"class_accuracy>0 cannot be checked: .* does not give it for this model"
     ):
         evaluate(onnx, model, images=4, gates=(parse_gate("class_accuracy>0"),))
 
