@@ -6,13 +6,14 @@ is hidden, they leave alone: a README, what git, the hub or a file manager puts 
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from trtq.documents import read_object
+from trtq.errors import ArtefactError
 from trtq.outputs import CHECKPOINTS, sha256, special_kind
 
 __all__ = ["Stray", "changed_source_file", "find_strays", "source_hashes"]
@@ -116,10 +117,11 @@ def _parts_named(folder: Path) -> frozenset[str]:
     """The components that a pipeline's index names."""
     path = folder / _INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return frozenset(name for name, entry in index.items() if isinstance(entry, list))
-    except (OSError, ValueError, AttributeError, RecursionError):
+        # The reader of those who load the folder: what it takes, a byte-order mark say, counts here.
+        index = read_object(path) if path.is_file() else {}
+    except (ArtefactError, OSError):
         return frozenset()
+    return frozenset(name for name, entry in index.items() if isinstance(entry, list))
 
 
 def _files_through_links(folder: Path, parts: Collection[str]) -> list[str]:

@@ -87,6 +87,7 @@ __all__ = [
     "owned_by_trtq",
     "package_versions",
     "partial_folder",
+    "peek_manifest",
     "put_in_place",
     "read_manifest",
     "sha256",
@@ -376,6 +377,16 @@ def artefact_kind(folder: Path) -> Kind | None:
     if not path.exists() and not path.is_symlink():
         return None
     return _parse(folder).kind
+
+
+def peek_manifest(folder: Path) -> Manifest:
+    """The manifest of an artefact, without hashing its files: for one that is verified elsewhere.
+
+    Raises:
+        ArtefactError: it cannot be read.
+        IntegrityError: it is not a manifest of trtq, or of another version.
+    """
+    return _parse(folder)
 
 
 def _parse(folder: Path) -> Manifest:

@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from trtq.documents import read_object
 from trtq.errors import ArtefactError, UsageError
 
 __all__ = [
@@ -142,14 +143,15 @@ def is_empty(folder: Path) -> bool:
 def read_listing(folder: Path) -> Owned | None:
     """What `write_listing` wrote; None where there is no valid listing of ours."""
     try:
-        found = json.loads((folder / LISTING_NAME).read_text(encoding="utf-8"))
-        if found["trtq_listing"] != LISTING_VERSION:
-            return None
-        kind, files = found["kind"], found["files"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = read_object(folder / LISTING_NAME)
+    except ArtefactError:
         return None
-    texts = isinstance(kind, str) and isinstance(files, dict)
-    if not texts or not all(isinstance(digest, str) for digest in files.values()):
+    if found.get("trtq_listing") != LISTING_VERSION:
+        return None
+    kind, files = found.get("kind"), found.get("files")
+    if not isinstance(kind, str) or not isinstance(files, dict):
+        return None
+    if not all(isinstance(digest, str) for digest in files.values()):
         return None
     return Owned(kind, files, LISTING_NAME)
 

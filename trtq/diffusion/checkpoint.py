@@ -20,10 +20,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from trtq.diffusion.layout import INDEX_NAME, read_index, read_json, read_scheduler
+from trtq.diffusion.layout import (
+    INDEX_NAME,
+    MOST_TRAINED,
+    read_index,
+    read_json,
+    read_scheduler,
+)
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.weights import FLOATS, TensorInfo, Weights, check_pointers, find_weights
 from trtq.errors import ArtefactError, NonFiniteError
+from trtq.limits import MOST_SIDE
 
 __all__ = [
     "assemble",
@@ -41,8 +48,6 @@ logger = logging.getLogger(__name__)
 _CONFIG_NAME = "config.json"
 _SCHEDULER_NAME = "scheduler_config.json"
 _LARGEST = 1 << 31
-_LARGEST_SAMPLE = 8192
-_LONGEST_SCHEDULE = 100_000
 _LONGEST_TEXT = 1 << 20
 _COUNTS = re.compile(r"channels|layers|heads|groups|_dim$|_size$|_dim_|_blocks")
 _POSITIVE = (
@@ -358,9 +363,9 @@ def _check_integer(path: Path, key: str, value: int) -> None:
     allowed = f"below {_LARGEST}"
     fits = abs(value) < _LARGEST
     if key == "num_train_timesteps":
-        fits, allowed = 1 <= value <= _LONGEST_SCHEDULE, f"1 .. {_LONGEST_SCHEDULE}"
+        fits, allowed = 1 <= value <= MOST_TRAINED, f"1 .. {MOST_TRAINED}"
     elif key == "sample_size":
-        fits, allowed = 1 <= value <= _LARGEST_SAMPLE, f"1 .. {_LARGEST_SAMPLE}"
+        fits, allowed = 1 <= value <= MOST_SIDE, f"1 .. {MOST_SIDE}"
     elif key in _POSITIVE and value < 1:
         fits, allowed = False, "at least 1"
     elif _COUNTS.search(key) and value < 0:

@@ -16,6 +16,7 @@ from trtq.limits import MOST_SIDE, parse_whole
 __all__ = [
     "CLASSES_NAME",
     "INDEX_NAME",
+    "MOST_TRAINED",
     "check_null_class",
     "class_names",
     "parse_size",

@@ -283,7 +283,7 @@ def _no_weights(folder: Path, names: list[str], stem: str) -> str:
 
 
 def _sharded(index: Path) -> dict[str, TensorInfo]:
-    # Imported here: layout imports nothing of this module, and reads JSON with the same limits.
+    # Imported here: layout imports this module.
     from trtq.diffusion.layout import read_json
 
     where = read_json(index).get("weight_map")

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from trtq import errors
 from trtq.engine.base import TensorSpec
 from trtq.errors import ArtefactError, TrtqError
 from trtq.manifest import sha256
-from trtq.processes import lifeline, worker_command
+from trtq.processes import crash_name, lifeline, worker_command
 from trtq.processor import has_vnni
 from trtq.resources import cache_folder
 
@@ -299,7 +298,8 @@ def _from_child(path: Path, runtime: str, key: str) -> PreparedGraph:
 
 def _why_it_died(path: Path, code: int, said: str) -> str:
     last = " / ".join(line.strip() for line in said.strip().splitlines()[-_LAST_LINES:])
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    crash = crash_name(code)
+    how = f"ended with code {code}" if crash is None else f"was ended by {crash}"
     return f"the process that rewrites {path} {how}; it said last: {last or 'nothing'}"
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from trtq.engine.base import Engine, TensorSpec
 from trtq.errors import ArtefactError, MissingDependencyError, TrtqError, UsageError
-from trtq.processes import lifeline, processors, worker_command
+from trtq.processes import crash_name, lifeline, processors, was_killed, worker_command
 from trtq.processor import VARIABLE
 from trtq.resources import available_bytes
 
@@ -157,11 +157,12 @@ def _why_it_died(code: int, said: str, limit: int, seconds: float) -> str:
     memory = f"{limit / (1 << 30):.1f} GiB"
     if "bad_alloc" in said or "MemoryError" in said:
         return f"it takes more memory than the {memory} that it may have"
-    if code == -signal.SIGKILL:
+    if was_killed(code):
         return f"its process was killed, most likely for want of memory (it may take {memory})"
     if hasattr(signal, "SIGXCPU") and code == -signal.SIGXCPU:
         return f"opening and calling it once took more than {seconds:g} s and was ended"
-    how = f"crashed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+    crash = crash_name(code)
+    how = f"ended with code {code}" if crash is None else f"crashed ({crash})"
     return f"the runtime {how} on it; it said last: {last or 'nothing'}"
 
 

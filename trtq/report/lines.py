@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
+    "INTERVALS",
     "bytes_text",
     "doctor_rows",
     "evaluation_rows",
@@ -204,7 +205,7 @@ def generate_rows(result: Mapping[str, Any]) -> Rows:
     return rows + _rest(result, known) + _cost(result)
 
 
-_INTERVALS = {
+INTERVALS = {
     "fd": "fd_interval",
     "class_accuracy": "accuracy_interval",
     "faithfulness": "accuracy_interval",
@@ -231,7 +232,7 @@ def evaluation_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rows = []
     for key, (label, form) in _METRICS.items():
         if result.get(key) is not None:
-            interval = _INTERVALS.get(key, "")
+            interval = INTERVALS.get(key, "")
             own = _with_interval(result[key], result.get(interval), form)
             other = result.get(f"{key}_reference")
             float_interval = result.get(f"{interval}_reference")

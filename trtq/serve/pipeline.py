@@ -24,7 +24,7 @@ from trtq.engine.openvino import OpenVinoEngine
 from trtq.engine.tensorrt.run import TensorRtEngine
 from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import UsageError
-from trtq.manifest import artefact_kind, read_manifest
+from trtq.manifest import artefact_kind, peek_manifest
 from trtq.seeds import seeded_generator
 from trtq.serve.graph import GraphCall
 from trtq.serve.light import DEFAULT_STEPS, pixels
@@ -182,7 +182,7 @@ def _sizes(source: Source) -> Sizes | None:
 def _card(source: Source, name: str, provider: str) -> Card:
     folder = source.folder
     known = folder is not None and artefact_kind(folder) is not None
-    recipe = (read_manifest(folder).recipe or {}) if known and folder is not None else {}
+    recipe = (peek_manifest(folder).recipe or {}) if known and folder is not None else {}
     kind = "class" if source.classes is not None else "none" if source.prompts is None else "text"
     if kind == "none" and source.model_class != "UNet2DModel":
         raise UsageError(

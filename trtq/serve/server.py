@@ -24,7 +24,7 @@ from trtq.documents import read_text
 from trtq.engine.openvino import MOST_SHAPES
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError, TrtqError, UsageError
-from trtq.manifest import artefact_kind, read_manifest
+from trtq.manifest import artefact_kind, peek_manifest, read_manifest
 from trtq.serve.access import Access
 from trtq.serve.batcher import Batching, batch_sizes
 from trtq.serve.logs import FIELDS
@@ -159,8 +159,9 @@ def open_model(
     folder = Path(path)
     plain = provider not in (TORCH, *BACKENDS)
     if plain and folder.is_dir() and artefact_kind(folder) == "onnx":
-        manifest = read_manifest(folder, "onnx")
-        if LightModel.serves(folder, manifest):
+        # Whoever opens it verifies it: hashing takes seconds for each gigabyte.
+        if LightModel.serves(folder, peek_manifest(folder)):
+            manifest = read_manifest(folder, "onnx")
             return LightModel(
                 folder, manifest, name, provider=provider or "cpu", threads=threads, shapes=shapes
             )

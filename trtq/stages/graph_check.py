@@ -18,7 +18,7 @@ from trtq.manifest import Manifest
 from trtq.progress import Reporter, silent
 from trtq.seeds import seeded_generator
 from trtq.stages.build import axis_ranges
-from trtq.stages.graph_file import MODEL_FILE
+from trtq.stages.graph_file import MODEL_FILE, graphs_of
 from trtq.stages.load import engine_source
 
 __all__ = ["check_engines", "check_graphs", "require_graphs"]
@@ -53,9 +53,8 @@ def check_graphs(
     Raises:
         UsageError: onnxruntime or the provider is not installed.
     """
-    names = sorted(
-        {manifest.denoiser} | {file.parent.name for file in folder.glob(f"*/{MODEL_FILE}")}
-    )
+    # What the manifest does not list is left alone: nothing would open it.
+    names = sorted({manifest.denoiser, *graphs_of(manifest)})
     found: dict[str, str | None] = {}
     trials: dict[str, Trial] = {}
     for index, name in enumerate(names):
@@ -94,7 +93,7 @@ def check_engines(folder: Path, manifest: Manifest) -> dict[str, str | None]:
         By component, what is wrong with its engine; None: nothing.
     """
     backend = str(manifest.options.get("backend"))
-    files = sorted(folder.glob(f"*/{ENGINE_FILE}"))
+    files = [folder / name / ENGINE_FILE for name in graphs_of(manifest, ENGINE_FILE)]
     found: dict[str, str | None] = {file.parent.name: _damage(file, backend) for file in files}
     if manifest.denoiser not in found:
         found[manifest.denoiser] = f"there is no {ENGINE_FILE} of it"

@@ -25,10 +25,10 @@ def model_file(folder: Path) -> Path:
     return engine if engine.is_file() else folder / MODEL_FILE
 
 
-def graphs_of(manifest: Manifest) -> list[str]:
-    """The folders of an artefact's graphs, sorted."""
+def graphs_of(manifest: Manifest, file: str = MODEL_FILE) -> list[str]:
+    """The folders of an artefact's graphs, or of its engines, sorted."""
     paths = [PurePosixPath(name) for name in manifest.files]
-    return sorted(str(p.parent) for p in paths if p.name == MODEL_FILE and len(p.parts) == 2)
+    return sorted(str(p.parent) for p in paths if p.name == file and len(p.parts) == 2)
 
 
 def save_graph(model: Any, folder: Path) -> None:

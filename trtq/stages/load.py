@@ -19,7 +19,7 @@ from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.engine.tensorrt.job import Profile
 from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import ArtefactError, UsageError
-from trtq.manifest import artefact_kind, read_manifest
+from trtq.manifest import artefact_kind, peek_manifest, read_manifest
 from trtq.plugins.driver import cuda_text, driver_cuda
 from trtq.stages.build import exported_profile
 from trtq.stages.components import load_component
@@ -158,7 +158,7 @@ def calibrated_steps(path: str | Path | Any) -> int | None:
     folder = Path(path) if isinstance(path, str | Path) else None
     if folder is None or not folder.is_dir() or artefact_kind(folder) is None:
         return None
-    recipe = read_manifest(folder).recipe
+    recipe = peek_manifest(folder).recipe
     return int(recipe["steps"]) if recipe else None
 
 
@@ -167,5 +167,5 @@ def artefact_guidance(path: str | Path | Any) -> float | None:
     folder = Path(path) if isinstance(path, str | Path) else None
     if folder is None or not folder.is_dir() or artefact_kind(folder) is None:
         return None
-    guidance = (read_manifest(folder).recipe or {}).get("guidance")
+    guidance = (peek_manifest(folder).recipe or {}).get("guidance")
     return None if guidance is None else float(guidance)

@@ -144,7 +144,10 @@ def has_parts(folder: Path) -> bool:
     """
     index = read_index(folder)
     names = (*TEXT_ENCODERS, *AUTOENCODERS)
-    return any(part in names and (entry or [None])[0] is not None for part, entry in index.items())
+    return any(
+        part in names and isinstance(entry, list) and entry[:1] not in ([], [None])
+        for part, entry in index.items()
+    )
 
 
 def import_classes(folder: Path) -> None:
@@ -157,7 +160,8 @@ def import_classes(folder: Path) -> None:
     with suppress(ArtefactError):
         pipeline_class(folder, index)
     for part, entry in index.items():
-        if isinstance(entry, list) and not part.startswith("_"):
+        # Lists of another length are settings.
+        if isinstance(entry, list) and len(entry) == 2 and not part.startswith("_"):
             # What cannot be imported is the business of whoever loads it.
             with suppress(ArtefactError):
                 part_class(folder, part, *entry)
@@ -173,7 +177,7 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     from accelerate import init_empty_weights
 
     entry = read_index(folder).get(denoiser_name)
-    if not isinstance(entry, list):
+    if not isinstance(entry, list) or len(entry) != 2:
         raise ArtefactError(
             f"{folder / INDEX_NAME} names no {denoiser_name!r}, which is its denoiser"
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from trtq.evaluate.images import contact_sheet
 from trtq.manifest import artefact_kind
 from trtq.quant import precision_text
+from trtq.report.lines import INTERVALS
 from trtq.report.page import Page, Picture, Section, Table, picture
 from trtq.report.plots import model_colours, scale_map, snr_curves
 from trtq.stages.evaluate import METRICS, Evaluation
@@ -162,15 +163,6 @@ def evaluation_page(path: str, evaluation: Evaluation) -> Page:
     return Page(f"{name} against {reference.source.name}", lead, tuple(sections))
 
 
-_INTERVALS = {
-    "fd": "fd_interval",
-    "class_accuracy": "accuracy_interval",
-    "faithfulness": "accuracy_interval",
-    "psnr_db": "psnr_db_interval",
-    "ssim": "ssim_interval",
-}
-
-
 def _numbers(result: dict[str, Any], name: str, colours: Mapping[str, str]) -> Table:
     """Every metric that there is, of both models, with its 95 % interval."""
 
@@ -185,7 +177,7 @@ def _numbers(result: dict[str, Any], name: str, colours: Mapping[str, str]) -> T
     for key, meaning in METRICS.items():
         if result.get(key) is None:
             continue
-        interval = _INTERVALS.get(key)
+        interval = INTERVALS.get(key)
         theirs = shown(f"{key}_reference", interval and f"{interval}_reference")
         rows.append((key, shown(key, interval), theirs, meaning))
     header = ("metric", name, FLOAT, "what it is")
