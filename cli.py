@@ -114,6 +114,9 @@ Guidance = Annotated[
         help="Up to 1 is none; by default as calibrated.",
     ),
 ]
+Timeout = Annotated[
+    float, typer.Option("--timeout", help="Max seconds for opening and calling one graph.")
+]
 Steps = Annotated[
     int | None, typer.Option("--steps", callback=_within(1, MOST_STEPS), help="Denoising steps.")
 ]
@@ -503,6 +506,7 @@ def build(
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Use engines that were built before.")
     ] = True,
+    timeout: Timeout = 300.0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -525,6 +529,7 @@ def build(
             refit=refit,
             workspace_bytes=None if workspace is None else workspace << 20,
             use_cache=cache,
+            timeout=timeout,
             overwrite=overwrite,
             report=LineReporter(),
         )
@@ -909,6 +914,7 @@ def triton(
         Path | None,
         typer.Option("--onnx", help="The ONNX folder that engines were built from, if it moved."),
     ] = None,
+    timeout: Timeout = 300.0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -920,7 +926,14 @@ def triton(
     from trtq.stages.package_triton import package_triton
 
     with _command(verbose):
-        result = package_triton(path, output, onnx=onnx, overwrite=overwrite, report=LineReporter())
+        result = package_triton(
+            path,
+            output,
+            onnx=onnx,
+            timeout=timeout,
+            overwrite=overwrite,
+            report=LineReporter(),
+        )
 
         def human(found: dict[str, Any]) -> None:
             table = Table(title=f"model repository: {output}", title_justify="left")
@@ -975,10 +988,7 @@ def verify(
     layers: Annotated[
         bool, typer.Option("--layers", help="Compare the output of every low-bit layer.")
     ] = False,
-    timeout: Annotated[
-        float,
-        typer.Option("--timeout", help="Seconds that opening and calling one graph may take."),
-    ] = 300.0,
+    timeout: Timeout = 300.0,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:

@@ -87,3 +87,9 @@ def test_pipes_are_not_opened(folder):
     (folder / "classes.json").unlink()
     os.mkfifo(folder / "classes.json")
     assert set(source_hashes(folder)) == set(OURS) - {"classes.json"}
+
+
+def test_a_byte_order_mark_in_the_index_hides_no_file(folder):
+    index = folder / "model_index.json"
+    index.write_bytes(b"\xef\xbb\xbf" + index.read_bytes())
+    assert set(source_hashes(folder)) == set(OURS)

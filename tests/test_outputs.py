@@ -648,6 +648,12 @@ def test_a_listing_names_what_is_there(tmp_path):
     assert read_listing(tmp_path) is None
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_in_the_place_of_a_listing_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "trtq-files.json")
+    assert read_listing(tmp_path) is None
+
+
 # Reading.
 
 BESIDE = (

@@ -128,3 +128,11 @@ def test_ctrl_c_ends_the_child_too(tmp_path, monkeypatch):
 def test_a_limit_that_is_none_is_refused(seconds, tmp_path):
     with pytest.raises(UsageError, match="time limit"):
         try_graph(write(tmp_path), {}, seconds=seconds)
+
+
+def test_how_a_child_died_is_said_on_systems_without_its_signal(monkeypatch):
+    assert "crashed (signal 62)" in trial._why_it_died(-62, "boom", 1 << 30, 1.0)
+    monkeypatch.delattr(signal, "SIGKILL")
+    monkeypatch.delattr(signal, "SIGXCPU")
+    assert "killed, most likely for want of memory" in trial._why_it_died(-9, "", 1 << 30, 1.0)
+    assert "crashed (0xC0000005)" in trial._why_it_died(0xC0000005, "boom", 1 << 30, 1.0)

@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from collections import Counter
 
 import onnx
 import pytest
 from typer.testing import CliRunner
 
+from trtq import manifest
 from trtq.cli import app
+from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError, IntegrityError, UsageError
 from trtq.manifest import Manifest, SourceRow, read_manifest, sha256
 from trtq.stages import graph_check
+from trtq.stages.generate import generate
 from trtq.stages.graph_check import check_engines, require_graphs
 from trtq.stages.verify import verify
 
@@ -146,6 +150,40 @@ def test_a_graph_that_cannot_be_used_is_a_failed_check(change, said, digits_onnx
     assert said in found["graphs"]["unet"]
     with pytest.raises(ArtefactError, match=r"unet/model\.onnx cannot be used: .*trtq verify"):
         require_graphs(folder, read_manifest(folder))
+
+
+def test_a_graph_that_the_manifest_does_not_list_is_not_opened(digits_onnx, tmp_path, caplog):
+    folder = tmp_path / "onnx"
+    shutil.copytree(digits_onnx, folder)
+    (folder / "backup").mkdir()
+    (folder / "backup" / "model.onnx").write_text("not a graph")
+    found = verify(folder, runtimes=["onnxruntime"])
+    assert found["ok"]
+    assert set(found["graphs"]) == {"unet"}
+    assert "e.g. backup; left alone" in caplog.text
+
+
+@pytest.mark.parametrize("command", [["verify"], ["package", "triton"], ["build"]], ids=" ".join)
+def test_every_command_that_opens_graphs_takes_their_time_limit(command, digits_onnx, tmp_path):
+    out = [] if command == ["verify"] else ["-o", str(tmp_path / "out")]
+    if command == ["build"] and not BACKENDS["tensorrt-rtx"].installed:
+        pytest.skip("needs tensorrt-rtx")
+    done = CliRunner().invoke(app, [*command, str(digits_onnx), *out, "--timeout", "0"])
+    assert done.exit_code == 2
+    assert "time limit of 0 s" in done.stderr
+
+
+def test_generating_hashes_each_file_of_an_artefact_once(digits_onnx, tmp_path, monkeypatch):
+    hashed = Counter()
+
+    def counted(path):
+        hashed[path] += 1
+        return sha256(path)
+
+    monkeypatch.setattr(manifest, "sha256", counted)
+    generate(digits_onnx, tmp_path / "digit.png", steps=1)
+    assert hashed
+    assert set(hashed.values()) == {1}
 
 
 def test_the_command_fails_in_one_line_where_a_graph_has_no_outputs(digits_onnx, tmp_path):

@@ -158,13 +158,13 @@ def open_model(
 
     folder = Path(path)
     plain = provider not in (TORCH, *BACKENDS)
-    if plain and folder.is_dir() and artefact_kind(folder) == "onnx":
-        # Whoever opens it verifies it: hashing takes seconds for each gigabyte.
-        if LightModel.serves(folder, peek_manifest(folder)):
-            manifest = read_manifest(folder, "onnx")
-            return LightModel(
-                folder, manifest, name, provider=provider or "cpu", threads=threads, shapes=shapes
-            )
+    is_onnx = folder.is_dir() and artefact_kind(folder) == "onnx"
+    # The opener verifies the files: hashing takes seconds for each gigabyte.
+    if plain and is_onnx and LightModel.serves(folder, peek_manifest(folder)):
+        manifest = read_manifest(folder, "onnx")
+        return LightModel(
+            folder, manifest, name, provider=provider or "cpu", threads=threads, shapes=shapes
+        )
     from trtq.serve.pipeline import PipelineModel
     from trtq.stages.load import open_any
 

@@ -15,6 +15,7 @@ from trtq.documents import read_object
 from trtq.engine.tensorrt.backends import CURRENT, Backend, check_architectures, find_backend
 from trtq.engine.tensorrt.compile import ENGINE_FILE, Compiled, compile_engine
 from trtq.engine.tensorrt.job import Job, Profile
+from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, LegalityError, MissingDependencyError, UsageError
 from trtq.export.legality import check
 from trtq.export.targets import load_graph, prepare
@@ -57,6 +58,7 @@ def build_engines(
     workspace_bytes: int | None = None,
     use_cache: bool = True,
     overwrite: bool = False,
+    timeout: float = TRIAL_SECONDS,
     report: Reporter = silent,
 ) -> dict[str, Any]:
     """Build an engine of every graph in an ONNX folder.
@@ -75,6 +77,7 @@ def build_engines(
         workspace_bytes: most device memory for one operator's scratch.
         use_cache: look for engines that were built before, and keep these.
         overwrite: replace an engine folder that is already there.
+        timeout: max seconds for opening and calling one graph in onnxruntime before it is built.
         report: called as work goes on.
 
     Returns:
@@ -109,7 +112,7 @@ def build_engines(
             "TensorRT streams no weights of plugins, and these are in 4 or 8 bits already; leave out "
             "--weight-streaming, or export with --target qdq"
         )
-    _check_opened(folder, manifest, report)
+    _check_opened(folder, manifest, timeout, report)
     graphs = graphs_of(manifest)
     rows, profiles = [], {}
     with new_artefact(final, kind="engine", overwrite=overwrite) as partial:
@@ -169,7 +172,7 @@ def build_engines(
     return result
 
 
-def _check_opened(folder: Path, manifest: Manifest, report: Reporter) -> None:
+def _check_opened(folder: Path, manifest: Manifest, timeout: float, report: Reporter) -> None:
     """Refuse what onnxruntime cannot open, before a builder spends minutes on it.
 
     Raises:
@@ -178,7 +181,7 @@ def _check_opened(folder: Path, manifest: Manifest, report: Reporter) -> None:
     from trtq.stages.graph_check import require_graphs  # It takes the ranges of axes from here.
 
     try:
-        require_graphs(folder, manifest, report)
+        require_graphs(folder, manifest, report, seconds=timeout)
     except MissingDependencyError as err:
         logger.warning("the graphs are built without having been opened before: %s", err)
 

@@ -72,13 +72,19 @@ def check_graphs(
     return found
 
 
-def require_graphs(folder: Path, manifest: Manifest, report: Reporter = silent) -> None:
+def require_graphs(
+    folder: Path,
+    manifest: Manifest,
+    report: Reporter = silent,
+    *,
+    seconds: float = TRIAL_SECONDS,
+) -> None:
     """Refuse an ONNX folder that the runtime cannot open, see `check_graphs`.
 
     Raises:
         ArtefactError: there is a graph that it cannot open or call.
     """
-    for name, problem in check_graphs(folder, manifest, report=report).items():
+    for name, problem in check_graphs(folder, manifest, seconds=seconds, report=report).items():
         if problem is not None:
             raise ArtefactError(
                 f"{folder / name / MODEL_FILE} cannot be used: {problem}; export the "

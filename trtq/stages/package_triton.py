@@ -11,6 +11,7 @@ from typing import Any
 from trtq.engine.base import TensorSpec
 from trtq.engine.prepared import graph_specs
 from trtq.engine.tensorrt.compile import ENGINE_FILE
+from trtq.engine.trial import TRIAL_SECONDS
 from trtq.engine.triton import ServedGraph, TritonEngine
 from trtq.errors import ArtefactError, UsageError
 from trtq.export.targets import load_graph
@@ -67,6 +68,7 @@ def package_triton(
     *,
     onnx: str | Path | None = None,
     overwrite: bool = False,
+    timeout: float = TRIAL_SECONDS,
     report: Reporter = silent,
 ) -> dict[str, Any]:
     """Write a model repository: one model per graph, and one for the whole pipeline.
@@ -79,6 +81,7 @@ def package_triton(
         out: the repository; new.
         onnx: the ONNX folder that engines were built from, if it no longer lies beside them.
         overwrite: replace a repository of ours that is already there.
+        timeout: max seconds for opening and calling one graph in onnxruntime before it is packaged.
         report: called as work goes on.
 
     Returns:
@@ -94,7 +97,7 @@ def package_triton(
     final = check_output(Path(out), overwrite=overwrite, source=folder, kind=_KIND)
     graphs = folder if manifest.kind == "onnx" else _onnx_of(folder, manifest, onnx)
     origin = manifest if graphs == folder else read_manifest(graphs, "onnx")
-    require_graphs(graphs, origin, report)
+    require_graphs(graphs, origin, report, seconds=timeout)
     names = graphs_of(origin)
     with new_artefact(final, kind=_KIND, overwrite=overwrite) as partial:
         served, models = {}, {}
