@@ -216,7 +216,11 @@ def test_the_head_of_an_engine_is_read(content, said, tmp_path, monkeypatch):
     (tmp_path / "unet" / "model.engine").write_bytes(content)
     options = {"backend": "tensorrt-rtx"}
     manifest = Manifest(
-        kind="engine", source=SourceRow(name="onnx", files={}), denoiser="unet", options=options
+        kind="engine",
+        files={"unet/model.engine": "0" * 64},
+        source=SourceRow(name="onnx", files={}),
+        denoiser="unet",
+        options=options,
     )
     (problem,) = check_engines(tmp_path, manifest).values()
     assert problem is None if said is None else said in problem
