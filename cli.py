@@ -1126,15 +1126,15 @@ def serve(
         list[str] | None,
         typer.Option(
             "--allowed-host",
-            help="A name that requests may call the server by, beside localhost and its own address; "
-            "repeat it for more, '*' allows all.",
+            help="Another host name that the server answers to, besides localhost and its own address; "
+            "may be repeated; '*' allows every name.",
         ),
     ] = None,
     allowed_origin: Annotated[
         list[str] | None,
         typer.Option(
             "--allowed-origin",
-            help="Origin whose pages may draw here, e.g. http://localhost:3000; repeat it for more.",
+            help="Origin whose pages may send requests, e.g. http://localhost:3000; may be repeated.",
         ),
     ] = None,
     on_ray: Annotated[

@@ -180,17 +180,17 @@ _ADVICE = {
     "(nvidia-smi lists it)",
     "STUB_LIBRARY": "the library path has CUDA's stub for linking in place of the driver's "
     "library; take the folder `stubs` out of LD_LIBRARY_PATH",
-    "DEVICE_UNAVAILABLE": "another process has the GPU for itself (nvidia-smi lists it)",
-    "SYSTEM_DRIVER_MISMATCH": "the driver's library and its kernel module are of two versions, as "
+    "DEVICE_UNAVAILABLE": "another process uses the GPU exclusively (nvidia-smi lists it)",
+    "SYSTEM_DRIVER_MISMATCH": "the driver's library and its kernel module have different versions, as "
     "after an update; restart the machine",
     "SYSTEM_NOT_READY": "the machine's GPU services do not run; start nvidia-fabricmanager",
     "COMPAT_NOT_SUPPORTED_ON_DEVICE": "the CUDA compatibility package does not serve this GPU; take "
     "it out of LD_LIBRARY_PATH, and update the driver",
-    "ERROR_UNKNOWN": "the driver is there and does not answer, as after the machine has slept, or in "
+    "ERROR_UNKNOWN": "the driver does not respond, as after the machine was suspended, or in "
     "a container without its devices; restart the machine, or run the container with --gpus all",
     "ILLEGAL_ADDRESS": "a kernel read or wrote where it must not: this is a bug of trtq; nothing more "
     "runs in this process",
-    "LAUNCH_TIMEOUT": "the screen's watchdog ended a kernel; take a smaller batch",
+    "LAUNCH_TIMEOUT": "the display watchdog stopped a kernel; use a smaller batch",
     "INVALID_CONTEXT": "this thread has no CUDA context",
 }
 

@@ -342,7 +342,7 @@ def test_the_old_one_comes_back_where_a_process_died_between_the_renames(tmp_pat
     with pytest.raises(UsageError, match="pass --overwrite"):
         make(place, "three")
     assert content(place) == "one"
-    assert "is back" in caplog.text
+    assert "restored" in caplog.text
     assert not old_folder(place).exists()
 
 

@@ -156,7 +156,7 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
         return value
 
     def constant(name: str) -> float | _Fault:
-        return _Fault(f"{name} is no number of JSON") if finite else float(name)
+        return _Fault(f"{name} is not a valid JSON number") if finite else float(name)
 
     try:
         found = json.loads(

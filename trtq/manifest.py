@@ -248,7 +248,7 @@ class Manifest(_Strict):
         above: dict[str, LayerRow] = {}
         for row in layers:
             if row.name in above:
-                raise ValueError(f"the layer {row.name!r} is there twice")
+                raise ValueError(f"the layer {row.name!r} is listed twice")
             if row.input_of is not None:
                 owner = above.get(row.input_of)
                 if owner is None:
@@ -291,9 +291,9 @@ class Manifest(_Strict):
         """
         quantized = [row.name for row in self.layers if row.activation_bits is not None]
         if self.kind == "run" and self.recipe is None:
-            raise ValueError("recipe: a run has one")
+            raise ValueError("recipe: is missing, a run has one")
         if (self.recipe is None) != (self.timesteps is None):
-            raise ValueError("timesteps: they come with a recipe, and only with one")
+            raise ValueError("timesteps: must be there if there is a recipe, and only then")
         if self.recipe is None and quantized:
             raise ValueError(f"layers: {quantized[0]!r} is low-bit, though there is no recipe")
         if self.recipe is not None:

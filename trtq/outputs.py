@@ -379,14 +379,14 @@ class _Lock:
                 owner = _read_owner(self._path)
                 os.close(self._file)
                 raise UsageError(
-                    f"{_told(owner)} is writing to {final}; wait for its end, or choose another --output"
+                    f"{_told(owner)} is writing to {final}; wait until it ends, or choose another --output"
                 )
             if self._still_there():
                 break
             # The one before has ended, and taken the file away between opening and locking it.
             os.close(self._file)
         else:
-            raise UsageError(f"cannot lock {final}: {self._path} is taken away again and again")
+            raise UsageError(f"cannot lock {final}: {self._path} keeps being removed")
         # A full disk: the lock holds all the same, and what is written will fail with its own message.
         with suppress(OSError):
             os.ftruncate(self._file, 0)
@@ -525,7 +525,7 @@ def recover(final: Path, owned_by: Owner) -> None:
         return
     if not final.exists():
         old.rename(final)
-        logger.warning("%s is back: a process ended while it was being replaced", final)
+        logger.warning("restored %s: a process died while it replaced it", final)
         return
     left = _retire(old, final, owned_by(old))
     if left:
@@ -573,8 +573,8 @@ def replace_folder(partial: Path, final: Path, owned_by: Owner) -> None:
         return
     if left:
         logger.warning(
-            "%s of what lay in %s is not trtq's and has a name that is taken now, or was changed; left "
-            "in %s: %s",
+            "%s of the former %s kept in %s (changed, or not trtq's and with a name that is taken now): "
+            "%s",
             f"{len(left)} file{'s' if len(left) > 1 else ''}",
             final,
             old,

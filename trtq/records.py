@@ -57,11 +57,11 @@ def path_fault(relative: str) -> str | None:
         if part == "..":
             return "leaves the folder"
         if part in ("", "."):
-            return "is not written as it would be listed"
+            return "is not in normal form"
         if _WINDOWS.fullmatch(part):
-            return "is a device's on Windows"
+            return "is a device name on Windows"
         if part.endswith((".", " ")) or any(mark in part for mark in '<>"|?*'):
-            return "is none on Windows"
+            return "is not valid on Windows"
         if len(part.encode("utf-8", "replace")) > _NAME_BYTES:
             return "is too long"
     return None
@@ -181,7 +181,7 @@ class Options(_Record):
     @model_validator(mode="after")
     def _in_order(self) -> Options:
         if self.batch is not None and self.batch[0] > self.batch[1]:
-            raise ValueError(f"batch is smallest and largest, got {self.batch}")
+            raise ValueError(f"batch must be the smallest and the largest, got {self.batch}")
         for graph, inputs in self.profiles.items():
             for name, (low, often, high) in inputs.items():
                 ranges = zip(low, often, high, strict=False)
@@ -189,7 +189,7 @@ class Options(_Record):
                     not a <= b <= c for a, b, c in ranges
                 ):
                     raise ValueError(
-                        f"profiles.{graph}.{name} is smallest, most frequent and largest shape"
+                        f"profiles.{graph}.{name} must be the smallest, most frequent and largest shape"
                     )
         return self
 

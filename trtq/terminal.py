@@ -116,7 +116,7 @@ def internal_error(error: Exception, say: Callable[[str], None], *, verbose: boo
             f"error: out of memory ({text}); choose fewer images, a smaller batch or a smaller size"
         )
     elif isinstance(error, ImportError):
-        say(f"error: something that trtq needs cannot be imported ({text}); see trtq doctor")
+        say(f"error: a module that trtq needs cannot be imported ({text}); see trtq doctor")
     else:
         say(f"internal error: {text}; run with -v for the traceback; this is a bug")
     return 1

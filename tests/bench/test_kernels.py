@@ -132,7 +132,7 @@ def test_a_wrong_value_or_an_error_is_a_row_and_the_others_go_on(gpu, monkeypatc
     )
     assert third["wrong_values"] == fourth["wrong_values"] == 0
     assert failed_rows(found) == [
-        "w8a8 at 14 x 40 -> 24: 336 values are not the layer's",
+        "w8a8 at 14 x 40 -> 24: 336 values differ from the layer's definition",
         "w8a8 at 2 x 24 x 9 x 8 -> 16, 3 x 3: OutOfMemoryError: CUDA out of memory.",
     ]
 
@@ -154,7 +154,9 @@ def test_the_command_keeps_all_rows_and_ends_with_1(gpu, tmp_path, monkeypatch):
     out = tmp_path / "kernels.json"
     done = CliRunner().invoke(app, ["bench", "kernels", "--form", "w8a8", "-o", str(out)])
     assert done.exit_code == 1
-    assert "error: w8a8 at 14 x 40 -> 24: 336 values are not the layer's" in done.output
+    assert (
+        "error: w8a8 at 14 x 40 -> 24: 336 values differ from the layer's definition" in done.output
+    )
     assert [row["wrong_values"] for row in json.loads(out.read_text())["rows"]] == [336, 0]
     assert "Traceback" not in done.output
     nowhere = str(tmp_path / "none" / "kernels.json")

@@ -324,7 +324,7 @@ def test_missing_weights_and_configurations_are_named(part, model):
         ({"vae": [None, None]}, ""),
         ({"scheduler": ["diffusers", "NoSuchScheduler"]}, "NoSuchScheduler"),
         ({"controlnet": ["diffusers", "ControlNetModel"]}, "no component 'controlnet'"),
-        ({"../x": ["diffusers", "UNet2DModel"]}, "no name of a folder"),
+        ({"../x": ["diffusers", "UNet2DModel"]}, "not a valid folder name"),
         ({"unet": ["diffusers", "UNet2DModel"]}, "UNet2DConditionModel"),
         ({"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder"),
     ],

@@ -205,7 +205,7 @@ def test_steps_that_share_a_timestep_are_calibrated_once():
     )
     source = load_source(with_scheduler("sd_1", scheduler))
     steps = next(n for n in range(2, 12) if _doubled(scheduler, n))
-    with pytest.raises(UsageError, match=r"diffusers itself breaks .*put another in") as raised:
+    with pytest.raises(UsageError, match=r"diffusers itself breaks .*use another one") as raised:
         draw(source, subjects_for(source, 1), steps=20, seed=0, guidance=1.0)
     assert "\n" not in str(raised.value)
     try:

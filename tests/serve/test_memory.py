@@ -78,7 +78,7 @@ def test_a_file_that_was_cut_short_before_is_named(file):
     before = mapped_files()
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ):
         os.truncate(file, 10)
-        with pytest.raises(ArtefactError, match=f"{file} has become shorter"):
+        with pytest.raises(ArtefactError, match=f"{file} was cut short"):
             own_mapped_files(before)
 
 

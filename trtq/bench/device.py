@@ -124,7 +124,7 @@ def _cuda_first(nvml: Any) -> Any:
             except (nvml.NVMLError, TypeError):
                 continue
     if os.environ.get("CUDA_VISIBLE_DEVICES") is not None or nvml.nvmlDeviceGetCount() != 1:
-        raise LookupError("which of NVML's GPUs is CUDA's first is not known")
+        raise LookupError("cannot tell which of NVML's GPUs is CUDA's first")
     return nvml.nvmlDeviceGetHandleByIndex(0)
 
 

@@ -361,7 +361,9 @@ def failed_rows(result: dict[str, Any]) -> list[str]:
     for row in result["rows"]:
         where = f"{row['form']} at {row['shape']}"
         if row["wrong_values"]:
-            found.append(f"{where}: {row['wrong_values']} values are not the layer's")
+            found.append(
+                f"{where}: {row['wrong_values']} values differ from the layer's definition"
+            )
         if row["error"] is not None:
             found.append(f"{where}: {row['error']}")
     return found

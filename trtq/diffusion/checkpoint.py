@@ -163,7 +163,7 @@ def part_class(folder: Path, part: str, library: Any = None, class_name: Any = N
         cls = _attribute(module, class_name.removesuffix("FeatureExtractor") + "ImageProcessor")
     if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
         raise ArtefactError(
-            f"{path} names {class_name!r} as the class of {part!r}, which {library} has not "
+            f"{path} names {class_name!r} as the class of {part!r}, which {library} does not have "
             "(version "
             f"{getattr(importlib.import_module(library.partition('.')[0]), '__version__', '?')})"
         )
@@ -206,7 +206,7 @@ def load_part(folder: Path, part: str, cls: Any) -> Any:
     found = _guarded(place, cls, lambda: cls.from_pretrained(place, local_files_only=True))
     if cls.__name__.startswith("CLIPTokenizer") and found.model_max_length > _LONGEST_TEXT:
         raise ArtefactError(
-            f"{place} does not tell how long a text may be: model_max_length is missing in its "
+            f"{place} does not limit the length of a text: model_max_length is missing in its "
             "tokenizer_config.json"
         )
     return found
@@ -239,7 +239,7 @@ def _load_module(place: Path, cls: Any) -> nn.Module:
     weights = find_weights(place, "diffusion_pytorch_model" if ours else "model")
     _check_layer_counts(path, config, weights)
     if weights.variant is not None:
-        logger.warning("%s: only the variant %r is there; it is read", place, weights.variant)
+        logger.warning("%s: reading the variant %r, the only one there", place, weights.variant)
     model = _meta_model(path, config, cls)
     _check_sizes(path, config, model, weights)
     _check_dtypes(place, model, weights.tensors)
@@ -348,7 +348,7 @@ def check_config(path: Path, config: Mapping[str, Any], cls: Any) -> None:
         for leaf in _leaves(value):
             # Schedulers have infinite bounds.
             if isinstance(leaf, float) and not math.isfinite(leaf) and _is_model(cls):
-                raise ArtefactError(f"{path}: {key} is a finite number, got {leaf}")
+                raise ArtefactError(f"{path}: {key} must be a finite number, got {leaf}")
             if isinstance(leaf, int) and not isinstance(leaf, bool):
                 _check_integer(path, key, leaf)
     if _is_model(cls):
@@ -371,7 +371,7 @@ def _check_integer(path: Path, key: str, value: int) -> None:
     elif _COUNTS.search(key) and value < 0:
         fits, allowed = False, "at least 0"
     if not fits:
-        raise ArtefactError(f"{path}: {key} is {allowed}, got {value}")
+        raise ArtefactError(f"{path}: {key} must be {allowed}, got {value}")
 
 
 def _check_signature(path: Path, config: Mapping[str, Any], cls: Any) -> None:
@@ -391,7 +391,7 @@ def _check_signature(path: Path, config: Mapping[str, Any], cls: Any) -> None:
             continue
         default = parameters[key].default
         if isinstance(value, list) and not value and isinstance(default, tuple | list) and default:
-            raise ArtefactError(f"{path}: {key} is a list of at least one entry, got []")
+            raise ArtefactError(f"{path}: {key} must be a list of at least one entry, got []")
         allowed = _leaf_types(hints[key]) if key in hints else None
         if allowed is None:
             continue
@@ -400,15 +400,15 @@ def _check_signature(path: Path, config: Mapping[str, Any], cls: Any) -> None:
             names = " or ".join(
                 sorted(t.__name__ for t in allowed if t not in (type(None), Ellipsis))
             )
-            raise ArtefactError(f"{path}: {key} is made of {names}, got {one_line(repr(value))}")
+            raise ArtefactError(
+                f"{path}: {key} must consist of {names}, got {one_line(repr(value))}"
+            )
         if key == "sample_size" and isinstance(value, list) and len(value) != 2:
             raise ArtefactError(
-                f"{path}: sample_size is one number or two, got {one_line(repr(value))}"
+                f"{path}: sample_size must be one number or two, got {one_line(repr(value))}"
             )
     if unknown:
-        logger.warning(
-            "%s: %s has no setting %s; it is passed over", path, cls.__name__, _some(unknown)
-        )
+        logger.warning("%s: %s has no setting %s; ignored", path, cls.__name__, _some(unknown))
 
 
 def _check_layer_counts(path: Path, config: Mapping[str, Any], weights: Weights) -> None:
@@ -455,7 +455,7 @@ def _hints(config: Mapping[str, Any], cls: Any) -> str:
         if value is None and key in parameters and parameters[key].default is not None
     ]
     text = f"; null is {_some(nulls)}" if nulls else ""
-    return text + (f"; it lacks {_some(absent)}, whose defaults are taken" if absent else "")
+    return text + (f"; it lacks {_some(absent)}, which take their defaults" if absent else "")
 
 
 def _check_sizes(
@@ -475,12 +475,12 @@ def _check_sizes(
     largest = ", ".join(f"{key} {sizes[key]}" for key in sorted(sizes, key=sizes.__getitem__)[-2:])
     if expected > 2 * held + (1 << 20):
         raise ArtefactError(
-            f"{path} describes {expected:,} parameters (its largest sizes: {largest}), and the "
-            f"weights beside it are {held:,} numbers; one of the two is of another model"
+            f"{path} describes {expected:,} parameters (its largest sizes: {largest}), but the "
+            f"weights next to it hold {held:,} numbers; one of the two is of another model"
         )
     if buffers > 2 * weights.nbytes + _BUFFER_BYTES:
         raise ArtefactError(
-            f"{path} asks for {buffers:,} bytes beside its weights, which are {weights.nbytes:,} "
+            f"{path} asks for {buffers:,} bytes besides its weights, which are {weights.nbytes:,} "
             f"bytes (its largest sizes: {largest})"
         )
 

@@ -191,11 +191,11 @@ _TOLD: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     (
         "encoder_hid_dim_type",
         ("text_proj",),
-        "an image as well (IP-Adapter)",
+        "an image (IP-Adapter)",
         "call pipe.unload_ip_adapter() before saving it, or take a model without it",
     ),
 )
-"""Settings of a UNet, the values that ask for nothing else, what is passed otherwise, and what to do."""
+"""Of a UNet: a setting, its values without a further input, the further input of others, advice."""
 
 
 _WITHOUT_NEGATIVE = ("LDMTextToImagePipeline", "FluxPipeline")
@@ -216,7 +216,7 @@ def check_inputs(pipeline: Any) -> None:
     """Nothing, if trtq passes this pipeline's denoiser all that the pipeline itself passes it.
 
     Raises:
-        UsageError: it is told more, e.g. the guidance or an image.
+        UsageError: the pipeline passes more, e.g. the guidance or an image.
     """
     denoiser = getattr(pipeline, "unet", None)
     config = getattr(denoiser, "config", None)
@@ -224,8 +224,8 @@ def check_inputs(pipeline: Any) -> None:
         value = getattr(config, name, None)
         if value is not None and value not in allowed:
             raise UsageError(
-                f"the {type(pipeline).__name__}'s UNet has {name}={value!r}: its pipeline passes it "
-                f"{what}, which trtq does not record yet, so it would be calibrated without; {advice}"
+                f"the UNet of {type(pipeline).__name__} has {name}={value!r}: the pipeline also passes "
+                f"{what}, which trtq does not record yet, so calibration would miss it; {advice}"
             )
 
 

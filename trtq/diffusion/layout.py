@@ -71,7 +71,9 @@ def read_index(folder: Path) -> dict[str, Any]:
             "name into _class_name"
         )
     if not isinstance(name, str) or not name:
-        raise ArtefactError(f"{path}: _class_name is the name of a pipeline, got {shown(name)}")
+        raise ArtefactError(
+            f"{path}: _class_name must be the name of a pipeline, got {shown(name)}"
+        )
     for part, entry in index.items():
         if part.startswith("_") or not isinstance(entry, list):
             continue
@@ -79,14 +81,14 @@ def read_index(folder: Path) -> dict[str, Any]:
             continue
         if not part.isidentifier() or _NAME.fullmatch(part) is None:
             raise ArtefactError(
-                f"{path} names the component {shown(part)}, which is no name of a folder"
+                f"{path} names the component {shown(part)}, which is not a valid folder name"
             )
         named = len(entry) == 2 and all(
             isinstance(one, str) and _NAME.fullmatch(one) for one in entry
         )
         if not named and entry != [None, None]:
             raise ArtefactError(
-                f"{path}: {shown(part)} is a part, which is [library, class] or [null, null]; got "
+                f"{path}: the component {shown(part)} must be [library, class] or [null, null]; got "
                 f"{shown(entry)}"
             )
     return index
@@ -128,7 +130,7 @@ class _Scheduler(BaseModel):
     @model_validator(mode="after")
     def _can_shift(self) -> _Scheduler:
         if self.base_image_seq_len == self.max_image_seq_len:
-            raise ValueError("base_image_seq_len and max_image_seq_len differ from each other")
+            raise ValueError("base_image_seq_len and max_image_seq_len must differ")
         return self
 
 
@@ -166,7 +168,7 @@ def read_null_class(folder: Path) -> int | None:
         raise ArtefactError(f"cannot read {path}: 'null_class' is missing")
     null_class = found["null_class"]
     if null_class is not None and not (type(null_class) is int and 0 <= null_class < _MOST_CLASSES):
-        raise ArtefactError(f"{path}: null_class is a label or null, got {shown(null_class)}")
+        raise ArtefactError(f"{path}: null_class must be a label or null, got {shown(null_class)}")
     return null_class
 
 
@@ -202,7 +204,9 @@ def class_names(folder: Path | None, count: int) -> list[str]:
         or len(labels) < count
         or not all(type(label) in (str, int) for label in labels)
     ):
-        raise ArtefactError(f"{path}: labels are the names of {count} classes, got {shown(labels)}")
+        raise ArtefactError(
+            f"{path}: labels must be the names of {count} classes, got {shown(labels)}"
+        )
     return [str(label) for label in labels[:count]]
 
 

@@ -84,7 +84,7 @@ def check_needs(pipeline: Any, denoiser_name: str, where: str) -> None:
         _check_text_unet(config, kind, place)
     elif model_class == "UNet2DModel" and config.get("class_embed_type") is not None:
         raise UsageError(
-            f"{place} has class_embed_type {config.class_embed_type!r}, and its input: {_LATER}"
+            f"{place} has class_embed_type {config.class_embed_type!r}: it needs the input of that, and {_LATER}"
         )
     _check_pipeline(pipeline, kind, model_class, where)
     _check_autoencoder(pipeline, config, place, kind)
@@ -102,7 +102,7 @@ def _check_channels(pipeline: Any, config: Any, model_class: str, place: str) ->
         if given == 2 * drawn and drawn == 3:
             extra = "the small image of super-resolution"
     raise UsageError(
-        f"{place} takes {given} channels and gives {drawn}: beside the noisy sample it needs "
+        f"{place} takes {given} channels and returns {drawn}: besides the noisy sample it needs "
         f"{extra}, and {_LATER}"
     )
 
@@ -113,7 +113,7 @@ def _check_text_unet(config: Any, kind: str, place: str) -> None:
             "num_class_embeds" if config.get("num_class_embeds") is not None else "class_embed_type"
         )
         raise UsageError(
-            f"{place} has {key} {config[key]!r}: beside the text it needs class labels, and "
+            f"{place} has {key} {config[key]!r}: besides the text it needs class labels, and "
             f"{_LATER}"
         )
     if config.get("encoder_hid_dim_type") is not None or config.get("encoder_hid_dim") is not None:
@@ -138,9 +138,9 @@ def _check_text_unet(config: Any, kind: str, place: str) -> None:
         raise UsageError(
             f"{place} has addition_embed_type {addition!r}, which does not fit a {kind}: "
             + (
-                "its pooled text and image size are told by StableDiffusionXLPipeline only"
+                "only StableDiffusionXLPipeline passes pooled text and image size"
                 if addition
-                else "that pipeline tells pooled text and image size"
+                else "that pipeline passes pooled text and image size"
             )
         )
     if config.get("attention_type", "default") != "default":
@@ -157,7 +157,7 @@ def _check_pipeline(pipeline: Any, kind: str, model_class: str, where: str) -> N
     if kind not in supported:
         needed = next((what for part, what in _BY_NAME.items() if part in kind), None)
         why = (
-            f": its denoiser is told {needed}, and {_LATER}"
+            f": its denoiser needs {needed}, and {_LATER}"
             if needed
             else f"; {_LATER.partition(': ')[2]}"
         )

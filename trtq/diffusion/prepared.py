@@ -170,7 +170,7 @@ def plain_model(model: nn.Module, name: str) -> nn.Module:
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     for what, keys in (
         ("lacks", missing),
-        ("has besides", unexpected),
+        ("has in addition", unexpected),
         ("has in another shape", shapes),
     ):
         if keys:
@@ -254,12 +254,12 @@ def _check_modules(fresh: nn.Module, users: dict[str, nn.Module], name: str) -> 
             continue
         if path and type(own) is not type(module):
             raise UsageError(
-                f"{where!r} is a {_full(own)} and by its configuration a {_full(module)}; trtq "
-                "would not keep what was put there, give the pipeline without it"
+                f"{where!r} is a {_full(own)}, but by its configuration a {_full(module)}; trtq "
+                "would not keep the replacement, give the pipeline without it"
             )
         if own.extra_repr() != module.extra_repr():
             raise UsageError(
-                f"{where!r} was changed: {type(own).__name__}({one_line(own.extra_repr())}), by "
+                f"{where!r} was changed: {type(own).__name__}({one_line(own.extra_repr())}), but by "
                 f"its configuration ({one_line(module.extra_repr())})"
             )
         for method in _replaced_methods(own):
@@ -412,7 +412,7 @@ def _note_hooks(users: dict[str, nn.Module], name: str) -> None:
     ]
     if hooked:
         logger.warning(
-            "%d hooks on %r (e.g. on %r) are not run: trtq works on a model of its own",
+            "%d hooks on %r (e.g. on %r) are not run: trtq works on a copy of the model",
             len(hooked),
             name,
             hooked[0] or name,

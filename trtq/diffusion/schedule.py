@@ -165,10 +165,10 @@ def _refused(
         flow = _name(scheduler) in _FLOW if stepping is None else stepping.shift != "never"
         other = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
         if other == _name(scheduler):
-            advice = f"change its settings, or take those of a plain {other}()"
+            advice = f"change its settings, or use the defaults of {other}()"
         else:
             advice = (
-                f"put another in, e.g. pipe.scheduler = {other}.from_config(pipe.scheduler.config)"
+                f"use another one, e.g. pipe.scheduler = {other}.from_config(pipe.scheduler.config)"
             )
     return UsageError(f"the scheduler {_name(scheduler)} {reason}; {advice}")
 
@@ -211,7 +211,7 @@ def _fresh(scheduler: Any, steps: int, tokens: int | None, stepping: Stepping | 
         if tokens is None:
             raise UsageError(
                 f"the timesteps of {_name(scheduler)} with use_dynamic_shifting depend on the image "
-                "size, which this model does not tell"
+                "size, which is not known for this model"
             )
         arguments["mu"] = _shift(config, tokens, chosen.max_shift)
     try:
@@ -295,7 +295,7 @@ def check_steps(
         _REHEARSED[key] = _rehearse(fresh, chosen, channels)
     broken = _REHEARSED[key]
     if broken is not None:
-        reason = f"cannot go {steps} steps with these settings: {broken}"
+        reason = f"fails at steps={steps} with these settings: {broken}"
         raise _refused(scheduler, reason, stepping)
 
 
@@ -308,15 +308,15 @@ def _rehearse(scheduler: Any, stepping: Stepping, channels: int) -> str | None:
     """What goes wrong when a pipeline steps this scheduler, or None. The scheduler is used up."""
     initial = getattr(scheduler, "init_noise_sigma", None)
     if initial is None and stepping.scales_noise and not stepping.lenient:
-        return "the pipeline asks it for init_noise_sigma, which it does not have"
+        return "the pipeline reads its init_noise_sigma, which it does not have"
     if not stepping.scales_noise and initial is not None and abs(float(initial) - 1) > 1e-3:
-        return "it wants its first noise scaled, and the pipeline does not do that"
+        return "it requires scaled initial noise, which the pipeline does not pass"
     if (
         not hasattr(scheduler, "scale_model_input")
         and stepping.scales_input
         and not stepping.lenient
     ):
-        return "the pipeline asks it for scale_model_input, which it does not have"
+        return "the pipeline calls its scale_model_input, which it does not have"
     x = torch.zeros(1, channels, 2, 2)
     learned = str(_own_settings(scheduler).get("variance_type", "")).startswith("learned")
     predicted = torch.cat([x, x], 1) if learned and stepping.generator else x
@@ -332,9 +332,7 @@ def _rehearse(scheduler: Any, stepping: Stepping, channels: int) -> str | None:
                 ones = torch.ones(1, 1, 1, 1)
                 scaled = scheduler.scale_model_input(ones, scheduler.timesteps[0])
                 if not stepping.scales_input and not torch.allclose(scaled, ones, atol=1e-3):
-                    return (
-                        "it wants the denoiser's inputs scaled, and the pipeline does not do that"
-                    )
+                    return "it requires scaled denoiser inputs, which the pipeline does not pass"
             for t in scheduler.timesteps:
                 if stepping.scales_input and hasattr(scheduler, "scale_model_input"):
                     scheduler.scale_model_input(x, t)
@@ -465,7 +463,7 @@ class NoiseSchedule:
         if prediction not in known:
             raise _refused(
                 scheduler,
-                f"has prediction_type={prediction!r}; known with its noise levels are "
+                f"has prediction_type={prediction!r}; supported with its noise levels are "
                 f"{', '.join(known)}",
                 advice="set the one that the model was trained with",
             )
@@ -601,7 +599,7 @@ def _check_levels(scheduler: Any, signal: Tensor, sigma: Tensor, prediction: str
     if prediction == "epsilon" and not math.isfinite(float(level[0])):
         raise _refused(
             scheduler,
-            "begins at pure noise, where prediction_type='epsilon' says nothing of the image",
+            "begins at pure noise, where prediction_type='epsilon' carries no information about the image",
             advice="set rescale_betas_zero_snr=False, or the prediction_type of the model's training",
         )
 

@@ -72,7 +72,7 @@ def try_graph(
         UsageError: the provider is not there, or the limit is none.
     """
     if not 0 < seconds < 1e7:
-        raise UsageError(f"a time limit of {seconds:g} s is none; give a number of seconds above 0")
+        raise UsageError(f"the time limit must be a number of seconds above 0, got {seconds:g}")
     limit = _memory_limit(path)
     with tempfile.TemporaryDirectory(prefix="trtq-trial-") as name:
         answer, said = Path(name) / "answer.json", Path(name) / "stderr"
@@ -100,8 +100,8 @@ def try_graph(
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired:
                 return Trial(
-                    f"opening and calling it once took more than {seconds:g} s and was ended: a graph "
-                    "without end, or one that is too large for this machine (--timeout gives it longer)"
+                    f"opening and calling it once took more than {seconds:g} s and was ended: the "
+                    "graph never ends, or is too large for this machine (--timeout raises the limit)"
                 )
             finally:
                 _end(process)
@@ -141,9 +141,7 @@ def _outcome(answer: Path, code: int, said: Path, limit: int, seconds: float) ->
         raise kind(found["problem"])
     problem = found["problem"]
     if problem is not None and any(word in problem for word in ("bad_alloc", "MemoryError")):
-        problem = (
-            f"it takes more memory than the {limit / (1 << 30):.1f} GiB that it may have: {problem}"
-        )
+        problem = f"it needs more memory than its limit of {limit / (1 << 30):.1f} GiB: {problem}"
     inputs, outputs = (
         {name: TensorSpec(np.dtype(one[0]), tuple(one[1])) for name, one in found[key].items()}
         for key in ("inputs", "outputs")
@@ -156,9 +154,9 @@ def _why_it_died(code: int, said: str, limit: int, seconds: float) -> str:
     last = " / ".join(line.strip() for line in said.strip().splitlines()[-_LAST_LINES:])[:_LONGEST]
     memory = f"{limit / (1 << 30):.1f} GiB"
     if "bad_alloc" in said or "MemoryError" in said:
-        return f"it takes more memory than the {memory} that it may have"
+        return f"it needs more memory than its limit of {memory}"
     if was_killed(code):
-        return f"its process was killed, most likely for want of memory (it may take {memory})"
+        return f"its process was killed, most likely for want of memory (its limit is {memory})"
     if hasattr(signal, "SIGXCPU") and code == -signal.SIGXCPU:
         return f"opening and calling it once took more than {seconds:g} s and was ended"
     crash = crash_name(code)
@@ -201,7 +199,7 @@ def _limit_this_process(size: int, seconds: float) -> None:
         try:
             resource.setrlimit(which, (wanted, hard))
         except (OSError, ValueError):
-            logging.getLogger(__name__).warning("cannot limit what the process uses")
+            logging.getLogger(__name__).warning("cannot limit the memory and time of the process")
 
 
 def _open_and_call(
@@ -248,7 +246,7 @@ def _filled(name: str, spec: TensorSpec, sizes: Mapping[str, int]) -> np.ndarray
             shape.append(sizes[axis])
         else:
             raise ArtefactError(
-                f"its input {name!r} has a free axis {axis!r}, whose sizes nothing says; trtq writes "
+                f"its input {name!r} has a free axis {axis!r}, whose sizes are not known; known are "
                 f"{', '.join(sizes) or 'none here'}"
             )
     if any(size <= 0 or size > _LONGEST_AXIS for size in shape):

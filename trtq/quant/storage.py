@@ -304,9 +304,7 @@ def _check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | Non
                 )
         scale, low, high = tables["scale"], tables["low"].int(), tables["high"].int()
         if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
-            raise ArtefactError(
-                f"the table {operand}.scale holds what is no positive finite number"
-            )
+            raise ArtefactError(f"the table {operand}.scale must hold positive finite numbers")
         if not torch.allclose(tables["inv_scale"], scale.reciprocal(), rtol=1e-5, atol=0):
             raise ArtefactError(f"the table {operand}.inv_scale is not the reciprocal of the scale")
         if bool(((low > 0) | (high < 0) | (low < -128) | (high > 127)).any()):
@@ -337,7 +335,7 @@ def _check_weight(named: Mapping[str, Tensor], bits: int, source: Any) -> None:
             f"{tuple(zero_point.shape)}"
         )
     if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
-        raise ArtefactError("the weight's scale holds what is no positive finite number")
+        raise ArtefactError("the weight's scale must hold positive finite numbers")
     bias = named.get("bias")
     if (bias is None) != (source.bias is None) or (bias is not None and bias.shape != (channels,)):
         found = "none" if bias is None else f"one of shape {tuple(bias.shape)}"

@@ -151,9 +151,11 @@ class Access:
         """What an operator ought to know of it."""
         found = []
         if ANY in self.hosts:
-            found.append("every host is allowed: pages that rebind a name of theirs can draw here")
+            found.append("every host is allowed: any page can reach this server by DNS rebinding")
         if ANY in self.origins:
-            found.append("every origin is allowed: any page in a browser that gets here can draw")
+            found.append(
+                "every origin is allowed: any page in a browser can send requests to this server"
+            )
         return found
 
     def check(self, scope: Any) -> None:

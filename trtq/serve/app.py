@@ -92,7 +92,7 @@ def _add_images(app: FastAPI, images: Images) -> None:
         for status, text in {
             400: "The request is not understood; `param` names the field.",
             401: "The API key is missing or wrong.",
-            403: "A page of another site may not draw here.",
+            403: "The request comes from a page of another site.",
             404: "There is no such model.",
             408: "The body or the images took too long.",
             413: "The body is too large.",

@@ -99,9 +99,7 @@ def _check_length(one: _Mapping) -> None:
         return  # It was replaced, by renaming.
     length = found.st_size
     if one.offset + (one.end - one.start) >= length + mmap.PAGESIZE:
-        raise ArtefactError(
-            f"{one.path} has become shorter while it was opened; put the whole file there again"
-        )
+        raise ArtefactError(f"{one.path} was cut short while it was opened; restore the whole file")
 
 
 def _replace(start: int, size: int, writable: bool) -> None:

@@ -104,7 +104,7 @@ def check_engines(folder: Path, manifest: Manifest) -> dict[str, str | None]:
     if manifest.denoiser not in found:
         found[manifest.denoiser] = f"there is no {ENGINE_FILE} of it"
     if backend not in ("tensorrt-rtx", "tensorrt"):
-        return dict.fromkeys(found, f"the manifest names no backend, but {backend[:40]!r}")
+        return dict.fromkeys(found, f"the manifest names the unknown backend {backend[:40]!r}")
     if any(found.values()) or obstacle(backend) is not None:
         return found
     for file in files:
@@ -126,7 +126,7 @@ def _damage(file: Path, backend: str) -> str | None:
     if head[:4] != _RTX_MAGIC:
         return "its file is no engine of TensorRT-RTX"
     if int.from_bytes(head[16:24], "little") != size:
-        return f"its file has {size} bytes, and says that it has another number: it was cut"
+        return f"its file has {size} bytes, but its head gives another size: it was cut"
     return None
 
 
@@ -146,7 +146,7 @@ def _smallest(folder: Path, name: str, manifest: Manifest) -> dict[str, int]:
         if isinstance(err, TrtqError):
             raise
         raise ArtefactError(
-            f"its sizes are not to be read: {type(err).__name__}: {_line(err)}"
+            f"its sizes cannot be read: {type(err).__name__}: {_line(err)}"
         ) from err
     return {axis: least for axis, (least, _, _) in ranges.items()}
 
@@ -226,7 +226,9 @@ def _wrong_types(trial: Trial, sample: str) -> str | None:
         return "its input 'timestep' is of type bool"
     given = trial.given.get(output, ())
     if len(given) != len(trial.inputs[sample].shape):
-        return f"its output {output!r} has the shape {list(given)}, which is none of a prediction"
+        return (
+            f"its output {output!r} has the shape {list(given)}, which is not that of a prediction"
+        )
     return None
 
 

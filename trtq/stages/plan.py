@@ -226,7 +226,7 @@ def _probe(source: Source, layers: Sequence[LayerPlan], steps: int) -> dict[str,
     except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as err:
         raise QuantizationError(
             f"{source.name}: its {source.denoiser_name} cannot be called with what its pipeline "
-            f"gives it ({type(err).__name__}: {one_line(err)}); its parts are not of one model"
+            f"passes ({type(err).__name__}: {one_line(err)}); its parts are not of one model"
         ) from err
 
 
