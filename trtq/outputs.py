@@ -379,7 +379,8 @@ class _Lock:
                 owner = _read_owner(self._path)
                 os.close(self._file)
                 raise UsageError(
-                    f"{_told(owner)} is writing to {final}; wait until it ends, or choose another --output"
+                    f"{_told(owner)} is writing to {final}; wait until it ends, or choose another "
+                    "--output"
                 )
             if self._still_there():
                 break
@@ -573,7 +574,7 @@ def replace_folder(partial: Path, final: Path, owned_by: Owner) -> None:
         return
     if left:
         logger.warning(
-            "%s of the former %s kept in %s (changed, or not trtq's and with a name that is taken now): "
+            "%s of the former %s left in %s (changed, or not trtq's and with a name that is taken now): "
             "%s",
             f"{len(left)} file{'s' if len(left) > 1 else ''}",
             final,

@@ -84,7 +84,8 @@ def check_needs(pipeline: Any, denoiser_name: str, where: str) -> None:
         _check_text_unet(config, kind, place)
     elif model_class == "UNet2DModel" and config.get("class_embed_type") is not None:
         raise UsageError(
-            f"{place} has class_embed_type {config.class_embed_type!r}: it needs the input of that, and {_LATER}"
+            f"{place} has class_embed_type {config.class_embed_type!r}: it needs another input, and "
+            f"{_LATER}"
         )
     _check_pipeline(pipeline, kind, model_class, where)
     _check_autoencoder(pipeline, config, place, kind)

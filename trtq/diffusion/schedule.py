@@ -599,7 +599,7 @@ def _check_levels(scheduler: Any, signal: Tensor, sigma: Tensor, prediction: str
     if prediction == "epsilon" and not math.isfinite(float(level[0])):
         raise _refused(
             scheduler,
-            "begins at pure noise, where prediction_type='epsilon' carries no information about the image",
+            "begins at pure noise, where prediction_type='epsilon' tells nothing about the image",
             advice="set rescale_betas_zero_snr=False, or the prediction_type of the model's training",
         )
 
