@@ -134,7 +134,7 @@ def test_one_variant_is_read_and_said(saved, tmp_path, caplog):
     model = tmp_path / "model"
     build("sd_1").save_pretrained(model, variant="fp16")
     source = load_source(model)
-    assert "only the variant 'fp16' is there" in caplog.text
+    assert "reading the variant 'fp16', the only one there" in caplog.text
     expected = load_source(saved).denoiser.state_dict()
     assert all(torch.equal(t, expected[n]) for n, t in source.denoiser.state_dict().items())
     other = model / "unet/diffusion_pytorch_model.bf16.safetensors"

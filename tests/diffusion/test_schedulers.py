@@ -269,7 +269,7 @@ def test_a_users_own_subclass_is_not_understood():
     [
         ("sd_1", "EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type"),
         ("sd_1", "DDIMScheduler", {"prediction_type": "v"}, "prediction_type='v'.* epsilon"),
-        ("sd_1", "DDIMScheduler", {"prediction_type": "flow_prediction"}, "known .* epsilon"),
+        ("sd_1", "DDIMScheduler", {"prediction_type": "flow_prediction"}, "supported .* epsilon"),
         (
             "sd_1",
             "DDIMScheduler",
@@ -281,11 +281,11 @@ def test_a_users_own_subclass_is_not_understood():
         ("sd_1", "DDIMScheduler", {"rescale_betas_zero_snr": True}, "pure noise"),
         ("sd_1", "FlowMatchEulerDiscreteScheduler", {}, "init_noise_sigma"),
         ("sd_3", "FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas"),
-        ("sd_3", "EulerDiscreteScheduler", {}, "noise scaled"),
+        ("sd_3", "EulerDiscreteScheduler", {}, "scaled initial noise"),
         ("flux", "EulerDiscreteScheduler", {}, "gives no timesteps .*FlowMatchEuler"),
         ("flux", "FlowMatchHeunDiscreteScheduler", {}, "gives no timesteps"),
-        ("dit", "EulerDiscreteScheduler", {}, "noise scaled"),
-        ("unconditional", "EulerDiscreteScheduler", {}, "noise scaled"),
+        ("dit", "EulerDiscreteScheduler", {}, "scaled initial noise"),
+        ("unconditional", "EulerDiscreteScheduler", {}, "scaled initial noise"),
         ("unconditional", "PNDMScheduler", {}, "generator"),
         ("sd_1", "LCMScheduler", {"original_inference_steps": 2}, "gives no timesteps"),
     ],

@@ -1,8 +1,8 @@
 """The HTTP parser of the server, with bounds on what a client may send and for how long.
 
-What the parser cannot read is answered as everything else is: OpenAI's envelope, and a request id. Who
-still sends when he has his answer is heard for a moment, since a connection that is closed while bytes
-come is reset, and the answer with it; then it is closed.
+Input that the parser cannot read is answered like everything else: in OpenAI's envelope, with a request
+id. If a client is still sending when its answer is complete, the server reads on for a moment before it
+closes the connection: closing a connection while bytes arrive resets it, and the answer would be lost.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._check_head()
         super().on_headers_complete()
         self._in_head = False
-        # A connection whose client has not said all when he is answered is closed.
+        # If the answer is complete before the request is, the connection is closed.
         self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
 
     def on_chunk_header(self) -> None:
