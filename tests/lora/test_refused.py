@@ -281,6 +281,13 @@ def settings_in_a_pipe(folder):
     return folder
 
 
+def settings_of_a_terabyte(folder):
+    save_file(good(), folder / "adapter_model.safetensors")
+    with (folder / "adapter_config.json").open("wb") as file:
+        file.truncate(1 << 40)  # A hole takes no place on the disk.
+    return folder
+
+
 def cut(kept):
     def make(folder):
         content = whole(folder)
@@ -347,6 +354,7 @@ FILES = {
     "folder-of-adapters": (folder_with("unet/adapter_config.json"), "its adapters are in folders"),
     "folder-of-pipes": (folder_of_pipes, "is not a file"),
     "settings-in-a-pipe": (settings_in_a_pipe, "is not a file"),
+    "settings-of-a-terabyte": (settings_of_a_terabyte, "bytes; at most 67,108,864 are read"),
 }
 
 
