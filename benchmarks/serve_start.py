@@ -4,8 +4,8 @@
 
 The digits model, quantised at W4A8 and exported first unless its folder is given. Every start is a new
 process with one thread per operator; it ends with the first `/readyz` that says 200. Both settings of
-`TRTQ_CPU` are measured in turns, after one start of each that fills the cache of prepared graphs. A start
-with an empty cache stands beside them.
+`TRTQ_CPU` are measured in turns, after one start of each that fills the cache of prepared graphs. That
+start, with an empty cache, is recorded too.
 """
 
 from __future__ import annotations

@@ -312,10 +312,10 @@ def serve_start(record: dict[str, Any]) -> str:
     """`serve_start.json` as Markdown."""
     lines = [
         f"`python benchmarks/serve_start.py`, {record['device']}, {record['date']}; load of the machine "
-        f"{record['load_before']:g} before, {record['load_after']:g} after. Digits at W4A8, from starting "
-        "the process to ready; *first* is the start that prepares the graph.",
+        f"{record['load_before']:g} before, {record['load_after']:g} after. Digits at W4A8, from "
+        "starting the process to ready; *first* is the start that prepares the graph.",
         "",
-        "| provider | `TRTQ_CPU` | s, median (min-max) | starts | first, s | of torch, onnx, diffusers |",
+        "| provider | `TRTQ_CPU` | s, median (min-max) | starts | first, s | imports |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in record["rows"]:
@@ -323,7 +323,7 @@ def serve_start(record: dict[str, Any]) -> str:
         lines.append(
             f"| {row['provider']} | `{row['TRTQ_CPU']}` | {row['median']:.2f} ({min(seconds):.2f}-"
             f"{max(seconds):.2f}) | {len(seconds)} | {row['cold_seconds']:.2f} | "
-            f"{', '.join(row['heavy_modules']) or 'none'} imported |"
+            f"{', '.join(row['heavy_modules']) or 'no torch, onnx, diffusers'} |"
         )
     return "\n".join(lines)
 
