@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -154,6 +155,9 @@ def _command(verbose: bool) -> Iterator[None]:
         stream=sys.stderr,
         force=True,
     )
+    if not verbose:
+        # Its remarks about image processors that no pipeline here uses; read when it is imported.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for noisy in ("matplotlib", "PIL", "asyncio", "onnx_ir", "onnxscript", "torch", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

@@ -308,6 +308,26 @@ def serve_hostile(record: dict[str, Any]) -> str:
     return text + (f" Schemathesis beside it: {cases[-1]}." if cases else "")
 
 
+def serve_start(record: dict[str, Any]) -> str:
+    """`serve_start.json` as Markdown."""
+    lines = [
+        f"`python benchmarks/serve_start.py`, {record['device']}, {record['date']}; load of the machine "
+        f"{record['load_before']:g} before, {record['load_after']:g} after. Digits at W4A8, from "
+        "starting the process to ready; *first* is the start that prepares the graph.",
+        "",
+        "| provider | `TRTQ_CPU` | s, median (min-max) | starts | first, s | imports |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        seconds = row["seconds"]
+        lines.append(
+            f"| {row['provider']} | `{row['TRTQ_CPU']}` | {row['median']:.2f} ({min(seconds):.2f}-"
+            f"{max(seconds):.2f}) | {len(seconds)} | {row['cold_seconds']:.2f} | "
+            f"{', '.join(row['heavy_modules']) or 'no torch, onnx, diffusers'} |"
+        )
+    return "\n".join(lines)
+
+
 def serve_ray(record: dict[str, Any]) -> str:
     """`serve_ray.json` as Markdown."""
     rates = {
@@ -359,6 +379,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "serve": serve,
     "serve_side_by_side": serve,
     "serve_hostile": serve_hostile,
+    "serve_start": serve_start,
     "serve_ray": serve_ray,
 }
 

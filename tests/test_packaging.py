@@ -22,6 +22,24 @@ def test_link_is_intact(link):
     assert os.readlink(ROOT / link) == LINKS[link]
 
 
+@pytest.mark.parametrize("link", LINKS)
+def test_a_checkout_whose_links_are_text_files_says_what_to_do(link, tmp_path):
+    package = tmp_path / "trtq"
+    package.mkdir()
+    shutil.copy(ROOT / "trtq" / "__init__.py", package)
+    (package / Path(link).name).write_text(LINKS[link])
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import trtq",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={})
+    assert done.returncode == 1
+    assert "was a symbolic link" in done.stderr
+    assert "core.symlinks=true" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """A clean copy of the tree, links kept."""
@@ -50,6 +68,10 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     files = {p.relative_to(ROOT) for p in walk if p.is_file() and "__pycache__" not in p.parts}
     expected = {str(f if f.parts[0] == "trtq" else "trtq" / f) for f in files}
     assert expected - wheel == set()
+
+
+def test_wheel_holds_the_licence(wheel):
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
 
 
 def test_wheel_adds_one_top_level_name(wheel):

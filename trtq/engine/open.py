@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.engine.tensorrt.compile import ENGINE_FILE
 from trtq.engine.tensorrt.job import Profile
 from trtq.engine.tensorrt.run import open_tensorrt
-from trtq.errors import UsageError
+from trtq.errors import ArtefactError, UsageError
 
 __all__ = ["open_engine"]
 
@@ -38,10 +39,11 @@ def open_engine(
 
     Raises:
         UsageError: the provider is unknown or not in the installed onnxruntime.
-        ArtefactError: the file cannot be loaded.
+        ArtefactError: the file cannot be loaded, or the graph holds a loop.
     """
     if path.name == ENGINE_FILE:
         return open_tensorrt(path, provider, metadata)
+    _refuse_loops(path)
     if provider in BACKENDS:
         if profile is None:
             raise UsageError(f"{path} does not say what shapes {provider} is to build for")
@@ -49,3 +51,27 @@ def open_engine(
     if provider == OpenVinoEngine.provider:
         return OpenVinoEngine(path, threads, shapes)
     return OrtEngine(path, provider, threads)
+
+
+_LOOP = b'"\x04Loop'
+"""`op_type: "Loop"` of a node in a serialized graph: field 4, a text of four bytes."""
+
+
+def _refuse_loops(path: Path) -> None:
+    """Refuse a graph that holds a Loop, which trtq never exports.
+
+    A call that never ends cannot be interrupted: runtimes do not return to Python, not even for Ctrl-C.
+
+    Raises:
+        ArtefactError: it holds one.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as graph:
+            found = graph.find(_LOOP) >= 0
+    except (OSError, ValueError):  # The runtime says what is wrong with the file.
+        return
+    if found:
+        raise ArtefactError(
+            f"{path} holds a Loop, which may never end and which trtq never exports; export it again: "
+            "trtq export RUN -o ONNX"
+        )
