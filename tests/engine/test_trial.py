@@ -50,10 +50,18 @@ def body():
     )
 
 
-def test_a_graph_without_end_is_ended(tmp_path):
+def test_a_loop_is_refused_before_it_is_called(tmp_path):
     endless = helper.make_node("Loop", ["", "true", "x"], ["y"], body=body())
     path = write(tmp_path, endless, constants={"true": np.array(True)})
-    assert "took more than 2 s and was ended" in (try_graph(path, {"batch": 1}, seconds=2).problem)
+    assert "holds a Loop, which may never end" in try_graph(path, {"batch": 1}).problem
+
+
+def test_a_call_without_end_is_ended(tmp_path, monkeypatch):
+    sleep = ["-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(trial, "worker_command", lambda *_: [trial.sys.executable, *sleep])
+    problem = try_graph(write(tmp_path), {"batch": 1}, seconds=2).problem
+    assert "took more than 2 s and was ended" in problem
+    assert "--timeout raises the limit" in problem
 
 
 def test_a_graph_that_takes_all_memory_is_refused_it(tmp_path, monkeypatch):
