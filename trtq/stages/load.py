@@ -66,7 +66,9 @@ def open_any(
         if folder is None or kind is None:
             return load_source(path)
         run = open_run(folder)
-        return run.source(_on_gpu(run) if provider == TORCH else None)
+        source = run.source(_on_gpu(run) if provider == TORCH else None)
+        check_calibrated(source, run.manifest)
+        return source
     manifest = read_manifest(folder, kind)
     allowed = list(PROVIDERS) if kind == "onnx" else [str(manifest.options["backend"])]
     chosen = provider or allowed[0]
@@ -89,7 +91,9 @@ def open_any(
             manifest.check_graph(engine.metadata)
         return engine
 
-    return engine_source(folder, manifest.denoiser, manifest.options.get("size"), open_graph)
+    source = engine_source(folder, manifest.denoiser, manifest.options.get("size"), open_graph)
+    check_calibrated(source, manifest)
+    return source
 
 
 def _on_gpu(run: OpenRun) -> nn.Module | None:
@@ -151,6 +155,28 @@ def load(folder: str | Path | Any, provider: str | None = None) -> Any:
         TrtqError: see `trtq.errors`.
     """
     return open_any(folder, provider).pipeline
+
+
+def check_calibrated(source: Source, manifest: Manifest) -> None:
+    """Nothing, if the scheduler calls the denoiser as often as it was calibrated for.
+
+    Args:
+        source: the artefact, opened.
+        manifest: its record.
+
+    Raises:
+        ArtefactError: it does not, in the recipe's number of steps: one of both was edited.
+    """
+    recipe = manifest.recipe
+    if recipe is None or manifest.timesteps is None or recipe.get("tables") == "static":
+        return
+    calls = len(set(source.timesteps(recipe["steps"])))
+    if calls != len(manifest.timesteps):
+        raise ArtefactError(
+            f"{source.name}: {recipe['steps']} steps of its scheduler call the denoiser at {calls} "
+            f"timesteps, and it was calibrated at {len(manifest.timesteps)}; the manifest or the "
+            "scheduler's configuration was edited"
+        )
 
 
 def calibrated_steps(path: str | Path | Any) -> int | None:
