@@ -95,7 +95,9 @@ def sane_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
 
 def one_line(text: str) -> str:
     """A text with what moves the cursor, ends a line or turns the direction of writing escaped."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text.strip())
+    return _CONTROL.sub(
+        lambda found: found[0].encode("unicode_escape").decode("ascii"), text.strip()
+    )
 
 
 def internal_error(error: Exception, say: Callable[[str], None], *, verbose: bool) -> int:

@@ -64,9 +64,9 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
     """
     location = str(tensor.location)
     file = path.parent / location
-    if Path(location).is_absolute() or not Path(
-        os.path.realpath(file)
-    ).is_relative_to(os.path.realpath(path.parent)):
+    if Path(location).is_absolute() or not Path(os.path.realpath(file)).is_relative_to(
+        os.path.realpath(path.parent)
+    ):
         raise ArtefactError(
             f"{path} takes {tensor.name!r} from {location[:100]!r}, outside its folder; do not use it"
         )

@@ -19,7 +19,8 @@ from trtq.progress import Reporter, silent
 from trtq.seeds import seeded_generator
 from trtq.stages.build import axis_ranges
 from trtq.stages.graph_file import MODEL_FILE
-from trtq.stages.load import check_calibrated, engine_source
+from trtq.stages.load import engine_source
+from trtq.stages.run_folder import check_calibrated
 
 if TYPE_CHECKING:
     import onnx_ir as ir

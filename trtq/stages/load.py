@@ -25,7 +25,7 @@ from trtq.stages.build import exported_profile
 from trtq.stages.components import load_component
 from trtq.stages.graph_file import model_file
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
-from trtq.stages.run_folder import OpenRun, open_run
+from trtq.stages.run_folder import OpenRun, check_calibrated, open_run
 
 __all__ = ["artefact_guidance", "calibrated_steps", "engine_source", "load", "open_any"]
 
@@ -51,7 +51,7 @@ def open_any(
         UsageError: the provider cannot run this kind of artefact.
         ArtefactError: it cannot be read, or is not what its manifest says.
     """
-    known = (TORCH, *PROVIDERS, *BACKENDS)
+    known = tuple(dict.fromkeys((TORCH, *PROVIDERS, *BACKENDS)))
     if provider is not None and provider not in known:
         raise UsageError(f"unknown provider {provider!r}; choose one of {', '.join(known)}")
     folder = Path(path) if isinstance(path, str | Path) else None
@@ -66,9 +66,7 @@ def open_any(
         if folder is None or kind is None:
             return load_source(path)
         run = open_run(folder)
-        source = run.source(_on_gpu(run) if provider == TORCH else None)
-        check_calibrated(source, run.manifest)
-        return source
+        return run.source(_on_gpu(run) if provider == TORCH else None)
     manifest = read_manifest(folder, kind)
     allowed = list(PROVIDERS) if kind == "onnx" else [str(manifest.options["backend"])]
     chosen = provider or allowed[0]
@@ -155,28 +153,6 @@ def load(folder: str | Path | Any, provider: str | None = None) -> Any:
         TrtqError: see `trtq.errors`.
     """
     return open_any(folder, provider).pipeline
-
-
-def check_calibrated(source: Source, manifest: Manifest) -> None:
-    """Nothing, if the scheduler calls the denoiser as often as it was calibrated for.
-
-    Args:
-        source: the artefact, opened.
-        manifest: its record.
-
-    Raises:
-        ArtefactError: it does not, in the recipe's number of steps: one of both was edited.
-    """
-    recipe = manifest.recipe
-    if recipe is None or manifest.timesteps is None or recipe.get("tables") == "static":
-        return
-    calls = len(set(source.timesteps(recipe["steps"])))
-    if calls != len(manifest.timesteps):
-        raise ArtefactError(
-            f"{source.name}: {recipe['steps']} steps of its scheduler call the denoiser at {calls} "
-            f"timesteps, and it was calibrated at {len(manifest.timesteps)}; the manifest or the "
-            "scheduler's configuration was edited"
-        )
 
 
 def calibrated_steps(path: str | Path | Any) -> int | None:

@@ -22,8 +22,8 @@ from trtq.quant.deployed import DeployedLayer, DeployedProduct
 from trtq.seeds import seeded_generator
 from trtq.stages.graph_check import check_engines, check_graphs
 from trtq.stages.graph_file import MODEL_FILE
-from trtq.stages.parity import PARITY_DB, step_parities
 from trtq.stages.load import open_any
+from trtq.stages.parity import PARITY_DB, step_parities
 from trtq.stages.run_folder import OpenRun, open_run
 
 __all__ = ["verify"]
