@@ -58,6 +58,13 @@ class _App(typer.Typer):
         """Parse, run, exit."""
         open_streams()
         try:
+            Path.cwd()
+        except OSError as err:
+            _print_error(
+                f"error: the current folder cannot be used ({err.strerror}); change to another"
+            )
+            raise SystemExit(UsageError.exit_code) from err
+        try:
             return super().__call__(*args, **kwargs)
         except BrokenPipeError:
             stop_writing()

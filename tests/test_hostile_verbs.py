@@ -1,8 +1,8 @@
-"""Every verb against inputs that nobody sane gives it: one line that says what came, and nothing of the user's changed.
+"""Every verb against hostile inputs: one line says what came, and nothing of the user's is changed.
 
-Each case says what stands where, which arguments follow, and what the message names. After each, whatever the
-verb answered: no traceback, no internal error, no hang, every file beside the output as it was, and after
-a refusal nothing new at all, not even hidden.
+Each case says what stands where, which arguments follow, and what the message names. After each,
+whatever the verb answered: no traceback, no internal error, no hang, every file beside the output as it
+was, and after a refusal nothing new at all, not even hidden.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def judge(world: World, answer: tuple[int, str], before: dict[str, str], codes, 
         assert strange == [], said
 
 
-# --- Artefacts: damaged or edited, opened by every verb that opens one -----------------------------------
+# --- Artefacts: damaged or edited, opened by every verb that opens one ----------------------------
 
 
 def by_end(end: str, change: Callable[[torch.Tensor], torch.Tensor]):
@@ -640,7 +640,7 @@ OPENING: dict[str, Callable[[World, Path], list[Any]]] = {
 }
 
 
-# --- Arguments, places and what surrounds a process ----------------------------------------------------
+# --- Arguments, places and what surrounds a process -----------------------------------------------
 
 
 def small(w):
@@ -1367,12 +1367,12 @@ CASES: list[tuple[str, Make, tuple[int, ...], str]] = [
 POLICY = 'family = "UNet2DModel"\n'
 
 
-# --- What surrounds a process --------------------------------------------------------------------------
+# --- What surrounds a process ---------------------------------------------------------------------
 
 
 def gone(w):
     """A working folder that is deleted while the process is in it."""
-    place = w.path / "gone"
+    place = w.path.parent / "gone"
     place.mkdir()
     return {"preexec_fn": lambda: (os.chdir(place), place.rmdir())}
 
@@ -1433,10 +1433,10 @@ SURROUNDED: dict[str, Callable[[World], list[Any]]] = {
     "doctor": lambda w: ["doctor"],
     "verify": lambda w: ["verify", w.made / "onnx"],
 }
-QUICKLY = (("inspect", "a folder that is gone"), ("generate", "a cache that is a file"))
+QUICKLY = (("inspect", "a folder that is gone"),)
 
 
-# --- The tests -------------------------------------------------------------------------------------------
+# --- The tests ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1544,11 +1544,20 @@ def _first_of_their_verb(count):
     for name, *_ in CASES:
         verb = name.partition(":")[0]
         seen[verb] = seen.get(verb, 0) + 1
-        if seen[verb] <= count:
+        if seen[verb] <= count and name not in LONG:
             quick.add(name)
     return quick
 
 
+LONG = (
+    *(
+        "build: arch twice",
+        "lora: 1e38",
+        "package: --onnx of a graph",
+        "eval: reference of another model",
+    ),
+    *("verify: against itself", "verify: against another run", "bench: of other models"),
+)
 _QUICK = _first_of_their_verb(4)
 
 
