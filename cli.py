@@ -32,7 +32,13 @@ from trtq.outputs import RESUMABLE
 from trtq.processes import StoppedBySignal, ending_on_signals
 from trtq.progress import LineReporter
 from trtq.report import lines
-from trtq.terminal import internal_error, open_streams, sane_environment, stop_writing
+from trtq.terminal import (
+    internal_error,
+    one_line,
+    open_streams,
+    sane_environment,
+    stop_writing,
+)
 
 
 class _Remembering(typer.core.TyperGroup):
@@ -52,6 +58,13 @@ class _App(typer.Typer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Parse, run, exit."""
         open_streams()
+        try:
+            Path.cwd()
+        except OSError as err:
+            _print_error(
+                f"error: the current folder cannot be used ({err.strerror}); change to another"
+            )
+            raise SystemExit(UsageError.exit_code) from err
         try:
             return super().__call__(*args, **kwargs)
         except BrokenPipeError:
@@ -143,7 +156,8 @@ _out = _Console(_environ=sane_environment(), **_plain)
 
 
 def _print_error(text: str) -> None:
-    _err.print(text, style="red", soft_wrap=True)
+    # One line, whatever names of the user's are in it; a terminal obeys no name.
+    _err.print(one_line(text), style="red", soft_wrap=True)
 
 
 @contextmanager

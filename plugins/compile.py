@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trtq.errors import KernelError, MissingDependencyError
+from trtq.documents import shown
+from trtq.errors import KernelError, MissingDependencyError, UsageError
 from trtq.plugins.spec import ARCHITECTURES, Variant, all_variants
 from trtq.progress import Reporter, silent
 from trtq.resources import cache_folder
@@ -24,6 +25,7 @@ __all__ = ["build_all", "cubin", "nvrtc_version", "ptx", "sources"]
 
 _FOLDER = Path(__file__).parent
 _HEADERS = ("ptx.cuh", "codes.cuh")
+_ARCHITECTURE = re.compile(r"sm[1-9][0-9]{1,2}[af]?")
 _OPTIONS = ("--std=c++17", "--extra-device-vectorization")
 
 
@@ -199,8 +201,14 @@ def build_all(
 
     Raises:
         MissingDependencyError: NVRTC is not installed.
+        UsageError: what is asked for is no architecture.
         KernelError: NVRTC does not know an architecture.
     """
+    for name in architectures:
+        if _ARCHITECTURE.fullmatch(name) is None:
+            raise UsageError(
+                f"unknown architecture {shown(name)}; choose one like {', '.join(ARCHITECTURES)}"
+            )
     wanted = [(name, variant) for name in architectures for variant in all_variants(name)]
     built: dict[str, list[str]] = {name: [] for name in architectures}
     for index, (architecture, variant) in enumerate(wanted):

@@ -131,13 +131,14 @@ def _files_through_links(folder: Path, parts: Collection[str]) -> list[str]:
         below = Path(place).relative_to(folder)
         # Links that lead round in a circle would be followed for ever.
         deep = len(below.parts) >= _DEEPEST
-        around = {Path(place).resolve(), *Path(place).resolve().parents}
+        here = Path(os.path.realpath(place))
+        around = {here, *here.parents}
         folders[:] = sorted(
             name
             for name in folders
             if not (deep or name.startswith("."))
             and (below.parts or name in parts)
-            and Path(place, name).resolve() not in around
+            and Path(os.path.realpath(Path(place, name))) not in around
         )
         found += [(below / name).as_posix() for name in names if Path(place, name).is_file()]
     return sorted(found)

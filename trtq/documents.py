@@ -97,6 +97,8 @@ def read_text(
             refuse(f"it has {info.st_size:,} bytes, at most {most_bytes:,} are read")
         with open(path, "rb") as file:
             content = file.read(most_bytes + 1)
+    except TrtqError:
+        raise
     except OSError as err:
         refuse(err.strerror or str(err), err)
     except ValueError as err:

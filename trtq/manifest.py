@@ -302,6 +302,10 @@ class Manifest(_Strict):
                 raise ValueError(f"recipe.{missing[0]}: is missing")
             if not quantized:
                 raise ValueError("layers: none is low-bit, though there is a recipe")
+            if self.recipe.get("tables") == "static" and len(self.timesteps or ()) != 1:
+                raise ValueError(
+                    f"timesteps: static tables have one, got {len(self.timesteps or ())}"
+                )
         needed = {"run": (), "onnx": ("size",), "engine": ("size", "backend", "architectures")}
         missing = [key for key in needed[self.kind] if self.options.get(key) is None]
         if missing:
@@ -425,7 +429,8 @@ def _checked_path(folder: Path, relative: str) -> Path:
     """
     fault = path_fault(relative)
     path = folder / PurePosixPath(relative) if fault is None else folder
-    if fault is None and not path.resolve().is_relative_to(folder.resolve()):
+    # realpath, since resolve() refuses links that lead round in a circle, in an error of its own.
+    if fault is None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         fault = "leaves the folder"
     if fault is not None:
         raise IntegrityError(

@@ -163,7 +163,7 @@ class RecipeRow(_Record):
 class Options(_Record):
     """The keys of `options` that are read."""
 
-    target: _Word | None = None
+    target: Literal["qdq", "plugin"] | None = None
     precision: Literal["fp32", "fp16"] = "fp32"
     batch: Annotated[list[_Batch], Field(min_length=2, max_length=2)] | None = None
     size: _Size | None = None

@@ -10,7 +10,7 @@ import traceback
 import unicodedata
 from collections.abc import Callable, Mapping
 
-__all__ = ["internal_error", "open_streams", "sane_environment", "stop_writing"]
+__all__ = ["internal_error", "one_line", "open_streams", "sane_environment", "stop_writing"]
 
 _REPLACED = "trtq.replaced"
 _SPELLED = {
@@ -28,6 +28,7 @@ _SPELLED = {
     "µ": "u",  # noqa: RUF001
     "ß": "ss",
 }
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _LEAST_COLUMNS, _MOST_COLUMNS = 20, 1000
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "bad_alloc")
 
@@ -90,6 +91,13 @@ def sane_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
         else:
             found[name] = str(min(int(value), _MOST_COLUMNS))
     return found
+
+
+def one_line(text: str) -> str:
+    """A text with what moves the cursor, ends a line or turns the direction of writing escaped."""
+    return _CONTROL.sub(
+        lambda found: found[0].encode("unicode_escape").decode("ascii"), text.strip()
+    )
 
 
 def internal_error(error: Exception, say: Callable[[str], None], *, verbose: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -63,7 +64,9 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
     """
     location = str(tensor.location)
     file = path.parent / location
-    if Path(location).is_absolute() or not file.resolve().is_relative_to(path.parent.resolve()):
+    if Path(location).is_absolute() or not Path(os.path.realpath(file)).is_relative_to(
+        os.path.realpath(path.parent)
+    ):
         raise ArtefactError(
             f"{path} takes {tensor.name!r} from {location[:100]!r}, outside its folder; do not use it"
         )

@@ -105,9 +105,11 @@ def parse_lora(text: str) -> LoraRequest:
     """`FILE[:SCALE]` -> a `LoraRequest`.
 
     Raises:
-        UsageError: the scale is not a finite number.
+        UsageError: the scale is not a finite number, or there is no file's name.
     """
     path, colon, number = text.rpartition(":")
+    if not text.strip() or (colon and not path.strip()):
+        raise UsageError(f"--lora {text!r} names no file; write FILE or FILE:0.8")
     if not colon or (
         len(path) == 1 and not Path(text).is_file() and number.startswith(("\\", "/"))
     ):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trtq.documents import explain_first, parse_json, shown
-from trtq.errors import ArtefactError
+from trtq.errors import ArtefactError, NonFiniteError
 from trtq.quant.convert import (
     LayerPlan,
     LowBitTensors,
@@ -32,6 +32,7 @@ from trtq.quant.convert import (
 )
 from trtq.quant.deployed import LayerTensors, ProductTensors
 from trtq.quant.modules import QuantLayer, QuantProduct
+from trtq.quant.packing import PackedWeight, unpack_codes
 from trtq.quant.timestep import TimestepTable
 
 __all__ = [
@@ -210,6 +211,7 @@ def load_stored(
     Raises:
         ArtefactError: the file is damaged, or the manifest or the model does not fit it; the message
             names the layer.
+        NonFiniteError: a bias, or a tensor that stayed float, holds NaN or infinity.
     """
     try:
         tensors = load_file(path)
@@ -258,6 +260,9 @@ def load_stored(
                 )
             else:
                 raise ArtefactError("the manifest gives bits that fit no kind of layer")
+    for name, tensor in floats.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"{path}: the tensor {name!r} holds NaN or infinity")
     if grouped:
         raise ArtefactError(
             f"{path} holds layers that its manifest does not: {sorted(grouped)[:3]}"
@@ -336,11 +341,18 @@ def _check_weight(named: Mapping[str, Tensor], bits: int, source: Any) -> None:
         )
     if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
         raise ArtefactError("the weight's scale must hold positive finite numbers")
+    # With 0 .. 128 subtracted, codes of any width fit int8; those of others are looked at.
+    if bool(((zero_point < 2**bits - 128) | (zero_point > 128)).any()):
+        PackedWeight(
+            unpack_codes(codes, bits, channels), scale, zero_point.float(), bits
+        ).integers()
     bias = named.get("bias")
     if (bias is None) != (source.bias is None) or (bias is not None and bias.shape != (channels,)):
         found = "none" if bias is None else f"one of shape {tuple(bias.shape)}"
         needed = "none" if source.bias is None else f"one of shape {(channels,)}"
         raise ArtefactError(f"the denoiser's layer has {needed} as bias, the file {found}")
+    if bias is not None and not bool(torch.isfinite(bias).all()):
+        raise NonFiniteError("the bias holds NaN or infinity")
 
 
 def _tensor(named: Mapping[str, Tensor], leaf: str, dtype: torch.dtype) -> Tensor:

@@ -204,7 +204,7 @@ def build_service(
 
 def _name_of(path: str) -> str:
     """What a model is called unless the user says: its folder's name, also of `.`."""
-    return Path(path).resolve().name
+    return Path(os.path.realpath(path)).name
 
 
 def _host(

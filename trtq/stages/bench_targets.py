@@ -97,7 +97,10 @@ class Target:
         """Time that building took; None where nothing was built."""
         if self.manifest is None or self.kind != "engine":
             return None
-        return float(sum(row["build_seconds"] for row in self.manifest.metrics["engines"]))
+        rows = self.manifest.metrics.get("engines") or []
+        times = [row.get("build_seconds") for row in rows]
+        # What the manifest does not tell is not known; it is not 0.
+        return float(sum(times)) if times and None not in times else None
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:

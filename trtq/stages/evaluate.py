@@ -164,6 +164,7 @@ def draw_reference(
     seed: int,
     guidance: float | None = None,
     features: Path | None = None,
+    judged: Source | None = None,
     report: Reporter = silent,
 ) -> ReferenceSet:
     """Draw and score the float model's images.
@@ -176,10 +177,12 @@ def draw_reference(
         guidance: classifier-free guidance; by default what the model is meant for.
         features: folder of a CLIP vision model or classifier to judge by; by default the model's own
             classifier. With neither, only SNR, PSNR and SSIM are computed.
+        judged: what is compared with it; a reference of another kind of model is refused undrawn.
         report: called as work goes on.
 
     Raises:
-        UsageError: the reference is not a float checkpoint, or `images` is below 2.
+        UsageError: the reference is not a float checkpoint, or not one of `judged`, or `images` is below
+            2.
     """
     if isinstance(reference, str | Path) and Path(reference).is_dir():
         kind = artefact_kind(Path(reference))
@@ -190,6 +193,8 @@ def draw_reference(
     source = load_source(reference)
     if images < 2:
         raise UsageError(f"--images must be at least 2, got {images}")
+    if judged is not None:
+        _match(source, judged)
     extractor = load_extractor(source.folder, features)
     subjects = subjects_for(source, images)
     start = time.monotonic()
@@ -248,6 +253,7 @@ def evaluate(
             seed=seed,
             guidance=artefact_guidance(path) if guidance is None else guidance,
             features=features,
+            judged=target,
             report=report,
         )
     _check_gates(gates, reference)
@@ -287,6 +293,28 @@ def evaluate(
     outcomes = {str(gate): gate.holds(float(result[gate.metric])) for gate in gates}
     result |= {"gates": outcomes, "passed": all(outcomes.values())}
     return Evaluation(result, drawn, reference)
+
+
+def _match(reference: Source, judged: Source) -> None:
+    """Let the reference draw images of the judged model's size, if they are models of one kind.
+
+    Raises:
+        UsageError: they are not: images of different things cannot be compared.
+    """
+    if judged.resized and reference.image_size != judged.image_size:
+        height, width = judged.image_size
+        reference.resize(f"{height}x{width}")
+    for what, own, other in (
+        ("classes", judged.classes, reference.classes),
+        ("prompts", judged.prompts is not None, reference.prompts is not None),
+        ("HEIGHT, WIDTH in pixels", judged.image_size, reference.image_size),
+        ("sample of shape", judged.sample_shape, reference.sample_shape),
+    ):
+        if own != other:
+            raise UsageError(
+                f"the reference {reference.name} is another model than {judged.name}: {what} {other}, "
+                f"not {own}; give the float checkpoint that it was made from"
+            )
 
 
 _WITHOUT_FEATURES = ("psnr_db", "ssim", "snr_db_min")

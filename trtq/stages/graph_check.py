@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from trtq.seeds import seeded_generator
 from trtq.stages.build import axis_ranges
 from trtq.stages.graph_file import MODEL_FILE, graphs_of
 from trtq.stages.load import engine_source
+from trtq.stages.run_folder import check_calibrated
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["check_engines", "check_graphs", "require_graphs"]
 
@@ -141,6 +145,7 @@ def _smallest(folder: Path, name: str, manifest: Manifest) -> dict[str, int]:
     if foreign:
         raise ArtefactError(f"it takes weights from {foreign[0]}, which the manifest does not list")
     try:
+        _check_numbers(model)
         ranges = axis_ranges(folder, name, manifest, model, None)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as err:
         if isinstance(err, TrtqError):
@@ -149,6 +154,21 @@ def _smallest(folder: Path, name: str, manifest: Manifest) -> dict[str, int]:
             f"its sizes cannot be read: {type(err).__name__}: {_line(err)}"
         ) from err
     return {axis: least for axis, (least, _, _) in ranges.items()}
+
+
+def _check_numbers(model: ir.Model) -> None:
+    """Weights and tables are numbers: casts and roundings make some other number of a NaN, silently.
+
+    Raises:
+        ArtefactError: one is not a number.
+    """
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or not tensor.dtype.is_floating_point():
+                continue
+            if bool(np.isnan(tensor.numpy().astype(np.float32, copy=False)).any()):
+                raise ArtefactError(f"its tensor {name[:100]!r} holds NaN")
 
 
 class _Dummy:
@@ -189,6 +209,7 @@ def _why_not_called(folder: Path, manifest: Manifest, trials: Mapping[str, Trial
 
     try:
         source = engine_source(folder, manifest.denoiser, manifest.options.get("size"), dummy)
+        check_calibrated(source, manifest)
         trial = trials[manifest.denoiser]
         wrong = _wrong_types(trial, source.family.sample)
         if wrong is not None:

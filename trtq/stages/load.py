@@ -25,7 +25,7 @@ from trtq.stages.build import exported_profile
 from trtq.stages.components import load_component
 from trtq.stages.graph_file import model_file
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
-from trtq.stages.run_folder import OpenRun, open_run
+from trtq.stages.run_folder import OpenRun, check_calibrated, open_run
 
 __all__ = ["artefact_guidance", "calibrated_steps", "engine_source", "load", "open_any"]
 
@@ -51,7 +51,7 @@ def open_any(
         UsageError: the provider cannot run this kind of artefact.
         ArtefactError: it cannot be read, or is not what its manifest says.
     """
-    known = (TORCH, *PROVIDERS, *BACKENDS)
+    known = tuple(dict.fromkeys((TORCH, *PROVIDERS, *BACKENDS)))
     if provider is not None and provider not in known:
         raise UsageError(f"unknown provider {provider!r}; choose one of {', '.join(known)}")
     folder = Path(path) if isinstance(path, str | Path) else None
@@ -89,7 +89,9 @@ def open_any(
             manifest.check_graph(engine.metadata)
         return engine
 
-    return engine_source(folder, manifest.denoiser, manifest.options.get("size"), open_graph)
+    source = engine_source(folder, manifest.denoiser, manifest.options.get("size"), open_graph)
+    check_calibrated(source, manifest)
+    return source
 
 
 def _on_gpu(run: OpenRun) -> nn.Module | None:

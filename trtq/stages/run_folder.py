@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from trtq.diffusion.source import Source
+from trtq.errors import ArtefactError
 from trtq.manifest import Manifest, artefact_kind, read_manifest
 from trtq.quant import LayerPlan, QuantizedDenoiser, Structure, TimestepTable, apply_structure
 from trtq.quant.storage import FILE_NAME, StoredDenoiser, load_stored
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
 
-__all__ = ["OpenRun", "is_run", "layer_plans", "open_run"]
+__all__ = ["OpenRun", "check_calibrated", "is_run", "layer_plans", "open_run"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,30 @@ class OpenRun:
         size = (self.manifest.recipe or {}).get("size")
         if size is not None:
             source.resize(size)
+        check_calibrated(source, self.manifest)
         return source
+
+
+def check_calibrated(source: Source, manifest: Manifest) -> None:
+    """Nothing, if the scheduler calls the denoiser as often as it was calibrated for.
+
+    Args:
+        source: the artefact, opened.
+        manifest: its record.
+
+    Raises:
+        ArtefactError: it does not, in the recipe's number of steps: one of both was edited.
+    """
+    recipe = manifest.recipe
+    if recipe is None or manifest.timesteps is None or recipe.get("tables") == "static":
+        return
+    calls = len(set(source.timesteps(recipe["steps"])))
+    if calls != len(manifest.timesteps):
+        raise ArtefactError(
+            f"{source.name}: {recipe['steps']} steps of its scheduler call the denoiser at {calls} "
+            f"timesteps, and it was calibrated at {len(manifest.timesteps)}; the manifest or the "
+            "scheduler's configuration was edited"
+        )
 
 
 def _fresh(folder: Path, manifest: Manifest) -> nn.Module:

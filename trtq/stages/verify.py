@@ -22,6 +22,7 @@ from trtq.quant.deployed import DeployedLayer, DeployedProduct
 from trtq.seeds import seeded_generator
 from trtq.stages.graph_check import check_engines, check_graphs
 from trtq.stages.graph_file import MODEL_FILE
+from trtq.stages.load import open_any
 from trtq.stages.parity import PARITY_DB, step_parities
 from trtq.stages.run_folder import OpenRun, open_run
 
@@ -77,7 +78,8 @@ def verify(
         if against is not None:
             raise UsageError(f"{path} is of kind {kind!r}; --against is for ONNX folders")
         if kind == "run":
-            open_run(folder)
+            # Its other files, too: what it is drawn with.
+            open_any(folder)
         else:
             result["graphs"] = check_engines(folder, manifest)
             result["ok"] = not any(result["graphs"].values())
