@@ -27,8 +27,8 @@ _DEVICES = ("cpu", "cuda")
 def own_settings() -> Iterator[None]:
     """Inside the block torch and numpy are set as in a fresh process; afterwards as before.
 
-    Only one thread at a time is inside, others wait: diffusers and accelerate exchange functions of torch
-    while they load, which every thread would see.
+    Only one thread at a time is inside, others wait: diffusers and accelerate exchange functions of
+    torch while they load, which every thread would see.
     """
     with _ALONE, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -30,7 +30,7 @@ _INSTEAD = {
 """What users call on diffusers' models and a low-bit one cannot do, and what to do."""
 
 
-class _NotOfLowBit(UsageError, AttributeError):
+class _NotOfLowBitError(UsageError, AttributeError):
     """Asked for by name; `hasattr` says that it is not there."""
 
 
@@ -45,7 +45,7 @@ class StandIn(nn.Module):
         """
         advice = _INSTEAD.get(name)
         if advice is not None:
-            raise _NotOfLowBit(f"a low-bit denoiser has no {name}: {advice}")
+            raise _NotOfLowBitError(f"a low-bit denoiser has no {name}: {advice}")
         return super().__getattr__(name)
 
     @contextmanager

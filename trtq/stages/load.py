@@ -164,7 +164,7 @@ def load(folder: str | Path | Any, provider: str | None = None) -> Any:
 
 def _refuse_to_save(folder: str, *_: Any, **__: Any) -> None:
     raise UsageError(
-        f"a low-bit pipeline is not saved in diffusers' format; copy the folder {folder} it was loaded from"
+        f"a low-bit pipeline is not saved in diffusers' format; copy its folder {folder}"
     )
 
 
