@@ -13,6 +13,7 @@ from tests.families import pipelines
 from tests.test_torch_settings import RECIPE
 from trtq.engine.components import EngineAutoencoder, EngineTextEncoder
 from trtq.errors import UsageError
+from trtq.export.components import autoencoder_components
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,23 @@ def test_copies_of_graphs_share_them():
     copied = deepcopy(EngineAutoencoder(*engines, {"a": 1}))
     assert (copied.decoder, copied.encoder) == engines
     assert copied.config == {"a": 1}
+
+
+def test_a_decoder_that_draws_noise_is_refused_by_the_export():
+    from diffusers import ConsistencyDecoderVAE
+
+    decoder = ConsistencyDecoderVAE(
+        encoder_block_out_channels=(8, 8),
+        encoder_down_block_types=("DownEncoderBlock2D",) * 2,
+        encoder_norm_num_groups=2,
+        decoder_block_out_channels=(8, 8),
+        decoder_down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        decoder_up_block_types=("ResnetUpsampleBlock2D",) * 2,
+        decoder_norm_num_groups=2,
+        decoder_layers_per_block=1,
+    )
+    with pytest.raises(UsageError, match="ConsistencyDecoderVAE cannot be exported"):
+        autoencoder_components(decoder)
 
 
 def test_optional_components_need_not_be_named(tmp_path):
