@@ -648,6 +648,10 @@ def assemble(
             classes[name] = part_class(folder, name, *entry)
         else:
             parts[name] = entry
+    # As diffusers: what a pipeline can do without need not be named.
+    for name in getattr(cls, "_optional_components", ()):
+        if name in settings and name not in index and name not in parts:
+            parts[name] = None
     # First every class, then the loading: what is missing is said before anything large is read.
     for name, part in classes.items():
         parts[name] = load(name, part)

@@ -46,6 +46,7 @@ from trtq.diffusion.shipped import shipped_model, shipped_models
 from trtq.diffusion.weights import single_file_refusal
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 from trtq.quant.stand_in import StandIn
+from trtq.torch_settings import with_own_settings
 
 __all__ = [
     "DENOISERS",
@@ -516,6 +517,7 @@ def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any =
     return ClassConditionalPipeline(unet, chosen, null_class)
 
 
+@with_own_settings
 def load_source(model: str | Path | Any) -> Source:
     """Load a pipeline in float32, from safetensors only; every tensor is checked.
 

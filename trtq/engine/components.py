@@ -9,19 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from trtq.engine.base import Engine
+from trtq.engine.shared import SharesEngines
 from trtq.errors import ArtefactError, UsageError
 
 __all__ = ["EngineAutoencoder", "EngineTextEncoder"]
 
 
-class _EngineModule(nn.Module):
-    """A module without tensors of its own; diffusers asks it where and in what it computes."""
+class _EngineModule(SharesEngines, nn.Module):
+    """A module without weights of its own; diffusers asks it where and in what it computes."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self.device = torch.device("cpu")
         self.dtype = torch.float32
+        # The hooks of `enable_model_cpu_offload` ask the first parameter where the model is.
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
 def _run(engine: Engine, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -48,6 +51,17 @@ class EngineTextEncoder(_EngineModule):
     def __init__(self, engine: Engine, config: Any) -> None:
         super().__init__(config)
         self.engine = engine
+
+    def get_input_embeddings(self) -> Any:
+        """Not to be had: what `load_textual_inversion` asks for.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "this text encoder is an exported graph, whose embeddings are fixed; call "
+            "load_textual_inversion on the float pipeline before trtq quantize"
+        )
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trtq.diffusion.families import family_named
 from trtq.engine.base import Engine, only_output
+from trtq.engine.shared import SharesEngines
 from trtq.errors import ArtefactError, UsageError
 from trtq.graph_metadata import free_sizes
 from trtq.quant.stand_in import StandIn
@@ -18,7 +19,7 @@ from trtq.quant.stand_in import StandIn
 __all__ = ["EngineDenoiser"]
 
 
-class EngineDenoiser(StandIn):
+class EngineDenoiser(SharesEngines, StandIn):
     """Stands where a diffusers pipeline expects its UNet or transformer.
 
     Args:
@@ -49,6 +50,8 @@ class EngineDenoiser(StandIn):
             torch.float16 if self._specs[self.family.sample].dtype == np.float16 else torch.float32
         )
         self.device = torch.device("cpu")
+        # The hooks of `enable_model_cpu_offload` ask the first parameter where the model is.
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
         sizes = free_sizes(engine.metadata)
         self._sizes = None if sizes is None else sizes.model_dump()
 

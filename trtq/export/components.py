@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trtq.errors import UsageError
+
 __all__ = ["Component", "autoencoder_components", "text_component"]
 
 _BATCH = 2
@@ -138,11 +140,20 @@ def autoencoder_components(autoencoder: Any) -> list[Component]:
 
     Args:
         autoencoder: the model.
+
+    Raises:
+        UsageError: it is of another kind, and its configuration does not tell what it takes.
     """
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     latents = torch.zeros(_BATCH, autoencoder.config.latent_channels, _LATENT, _LATENT)
     side = _LATENT * factor
-    pixels = torch.zeros(_BATCH, autoencoder.config.in_channels, side, side)
+    channels = getattr(autoencoder.config, "in_channels", None)
+    if channels is None:
+        raise UsageError(
+            f"the autoencoder {type(autoencoder).__name__} cannot be exported: its configuration has no "
+            "in_channels; put an AutoencoderKL into the pipeline before trtq quantize"
+        )
+    pixels = torch.zeros(_BATCH, channels, side, side)
     variational = hasattr(autoencoder.encode(pixels[:1]), "latent_dist")
     parameters = "latent_parameters" if variational else "latents"
     halves = (

@@ -51,6 +51,7 @@ from trtq.stages.parity import PARITY_DB, step_parities
 from trtq.stages.parts import Parts, exporting_parts
 from trtq.stages.pipeline_folder import save_pipeline_parts
 from trtq.stages.run_folder import OpenRun, open_run
+from trtq.torch_settings import with_own_settings
 
 __all__ = ["PARITY_DB", "export_onnx", "parse_batch", "write_graph"]
 
@@ -96,6 +97,7 @@ def _rows(denoiser: nn.Module) -> list[LayerRow]:
 
 
 @claims_output
+@with_own_settings
 def export_onnx(
     path: str | Path,
     out: str | Path,

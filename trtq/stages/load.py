@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from trtq.diffusion.source import Source, load_source
+from trtq.diffusion.source import DENOISERS, Source, load_source
 from trtq.engine.base import Engine
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.open import open_engine
@@ -21,11 +22,13 @@ from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import ArtefactError, UsageError
 from trtq.manifest import artefact_kind, peek_manifest, read_manifest
 from trtq.plugins.driver import cuda_text, driver_cuda
+from trtq.quant.stand_in import StandIn
 from trtq.stages.build import exported_profile
 from trtq.stages.components import load_component
 from trtq.stages.graph_file import model_file
 from trtq.stages.pipeline_folder import load_pipeline_parts, skeleton
 from trtq.stages.run_folder import OpenRun, check_calibrated, open_run
+from trtq.torch_settings import with_own_settings
 
 __all__ = ["artefact_guidance", "calibrated_steps", "engine_source", "load", "open_any"]
 
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 TORCH = "torch"
 
 
+@with_own_settings
 def open_any(
     path: str | Path | Any, provider: str | None = None, threads: int | None = None
 ) -> Source:
@@ -152,7 +156,18 @@ def load(folder: str | Path | Any, provider: str | None = None) -> Any:
     Raises:
         TrtqError: see `trtq.errors`.
     """
-    return open_any(folder, provider).pipeline
+    pipeline = open_any(folder, provider).pipeline
+    name = next((name for name in DENOISERS if hasattr(pipeline, name)), None)
+    if name is not None and isinstance(getattr(pipeline, name), StandIn):
+        # diffusers would leave out what it does not know, with a line in the log.
+        pipeline.save_pretrained = partial(_refuse_to_save, str(folder))
+    return pipeline
+
+
+def _refuse_to_save(folder: str, *_: Any, **__: Any) -> None:
+    raise UsageError(
+        f"a low-bit pipeline is not saved in diffusers' format; copy its folder {folder}"
+    )
 
 
 def calibrated_steps(path: str | Path | Any) -> int | None:

@@ -48,6 +48,7 @@ from trtq.seeds import seeded_generator
 from trtq.stages.fine_tune import FineTuning, accelerator_for, fine_tune
 from trtq.stages.pipeline_folder import save_pipeline_parts
 from trtq.stages.plan import QuantizePlan, plan_quantize
+from trtq.torch_settings import with_own_settings
 
 __all__ = ["quantize"]
 
@@ -143,6 +144,7 @@ def _clear_partial(final: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 @claims_output
+@with_own_settings
 def quantize(
     pipeline_or_path: str | Path | Any,
     recipe: Recipe | str | Path | dict[str, Any] | None = None,

@@ -30,6 +30,7 @@ from trtq.resources import peak_rss_bytes
 from trtq.seeds import seeded_generator
 from trtq.stages.pipeline_folder import save_pipeline_parts
 from trtq.stages.run_folder import OpenRun, layer_plans, open_run
+from trtq.torch_settings import with_own_settings
 
 __all__ = ["requantize"]
 
@@ -73,6 +74,7 @@ def _snr(source: Source, denoiser: Any, teacher: Any, steps: int) -> float:
 
 
 @claims_output
+@with_own_settings
 def requantize(
     path: str | Path,
     loras: Sequence[LoraRequest],

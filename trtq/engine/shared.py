@@ -1,0 +1,34 @@
+"""Copies of modules that engines stand behind."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, Self
+
+from trtq.errors import UsageError
+
+__all__ = ["SharesEngines"]
+
+_ENGINES = ("engine", "decoder", "encoder")
+
+
+class SharesEngines:
+    """A module whose copies run on the same engines, which keep nothing between two calls."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Another module on the same engines."""
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        for name, value in vars(self).items():
+            vars(other)[name] = value if name in _ENGINES else deepcopy(value, memo)
+        return other
+
+    def __getstate__(self) -> Any:
+        """Not to be had: engines belong to their process.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "a graph that is open cannot be pickled; call trtq.load on its folder in the other process"
+        )

@@ -1,0 +1,57 @@
+"""The settings of torch and numpy that our work runs under, whatever the caller has set.
+
+Applications change them for their own models: `autocast`, a default dtype or device, `inference_mode`. A
+model that is loaded, calibrated or traced under them is another model, or none.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+__all__ = ["own_settings", "with_own_settings"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_ALONE = threading.RLock()
+_DEVICES = ("cpu", "cuda")
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Inside the block torch and numpy are set as in a fresh process; afterwards as before.
+
+    Only one thread at a time is inside, others wait: diffusers and accelerate exchange functions of
+    torch while they load, which every thread would see.
+    """
+    with _ALONE, ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for name in _DEVICES:
+            if torch.is_autocast_enabled(name):
+                stack.enter_context(torch.autocast(name, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        default = torch.get_default_dtype()
+        if default != torch.float32:
+            stack.callback(torch.set_default_dtype, default)
+            torch.set_default_dtype(torch.float32)
+        stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
+        yield
+
+
+def with_own_settings(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function run under `own_settings`."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with own_settings():
+            return function(*args, **kwargs)
+
+    return call
