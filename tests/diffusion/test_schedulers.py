@@ -421,3 +421,15 @@ def test_a_walk_is_tried_once_per_settings(monkeypatch):
     ):
         check_steps(scheduler, 5)
     assert len(walks) == 2
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_pixart_goes_one_step_only_with_schedulers_that_predict_the_image(name):
+    pipeline = build("pixart")
+    pipeline.scheduler = getattr(diffusers, name)()
+    source = load_source(pipeline)
+    source.check_steps(2)
+    with pytest.raises(UsageError, match="second result, which it does not give"):
+        source.check_steps(1)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler()
+    load_source(pipeline).check_steps(1)

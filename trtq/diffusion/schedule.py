@@ -102,6 +102,7 @@ class Stepping:
         shift: when it passes `mu`, the shift by image size: `never`, where the scheduler has
             `use_dynamic_shifting` (`dynamic`), or `always`.
         max_shift: the largest shift where the scheduler names none.
+        second_of_one: of a single step it takes the second result, which not every scheduler has.
     """
 
     scales_noise: bool = True
@@ -112,6 +113,7 @@ class Stepping:
     linear_sigmas: bool = False
     shift: str = "never"
     max_shift: float = 1.15
+    second_of_one: bool = False
 
 
 _BARE = Stepping(scales_noise=False, scales_input=False)
@@ -123,7 +125,7 @@ _STEPPING = {
     "FluxPipeline": replace(_BARE, linear_sigmas=True, shift="always"),
     "LDMPipeline": Stepping(),
     "LDMTextToImagePipeline": _BARE,
-    "PixArtAlphaPipeline": Stepping(),
+    "PixArtAlphaPipeline": Stepping(second_of_one=True),
     "PixArtSigmaPipeline": Stepping(),
     "StableDiffusion3Pipeline": replace(_BARE, shift="dynamic", max_shift=1.16),
     "StableDiffusionPipeline": Stepping(),
@@ -336,7 +338,10 @@ def _rehearse(scheduler: Any, stepping: Stepping, channels: int) -> str | None:
             for t in scheduler.timesteps:
                 if stepping.scales_input and hasattr(scheduler, "scale_model_input"):
                     scheduler.scale_model_input(x, t)
-                x = scheduler.step(predicted, t, x, **extra, return_dict=False)[0]
+                found = scheduler.step(predicted, t, x, **extra, return_dict=False)
+                if stepping.second_of_one and len(scheduler.timesteps) == len(found) == 1:
+                    return "of one step the pipeline takes a second result, which it does not give"
+                x = found[0]
     except _WHAT_SCHEDULERS_RAISE as err:
         return f"diffusers itself breaks ({_first_line(err)})"
     if not bool(torch.isfinite(x).all()):
