@@ -51,6 +51,12 @@ ANY = (0, 1, 2)
 REFUSED = (1, 2)
 
 
+def put(path, make):
+    """A path, after something was made there."""
+    make(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """A tiny class-conditional model as folders: float, run and onnx."""
@@ -202,7 +208,7 @@ def start(*arguments, env=None, **how) -> tuple[int, str]:
     environment = {name: value for name, value in environment.items() if value is not None}
     command = [sys.executable, "-c", "from trtq.cli import app; app()", *map(str, arguments)]
     how = {"stdin": subprocess.DEVNULL} | how
-    done = subprocess.run(
+    done: Any = subprocess.run(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -333,11 +339,11 @@ RUNS: dict[str, Callable[[World], Path]] = {
     "link to itself": loop,
     "named pipe": fifo,
     "artefact is a file": lambda w: w.file("run", "not a folder"),
-    "artefact is empty": lambda w: (w.path / "run").mkdir() or w.path / "run",
+    "artefact is empty": lambda w: put(w.path / "run", Path.mkdir),
     "no such": lambda w: w.path / "run",
     "name with a line end": lambda w: w.path / "no\nsuch\x1b[31m",
     "name of 300 characters": lambda w: w.path / ("x" * 300),
-    "dangling link": lambda w: (w.path / "run").symlink_to("nowhere") or w.path / "run",
+    "dangling link": lambda w: put(w.path / "run", lambda path: path.symlink_to("nowhere")),
     "manifest is a folder": lambda w: as_folder(w, "run", "manifest.json"),
     "manifest is empty": lambda w: w.file("run/manifest.json", "").parent,
     "manifest is no object": lambda w: w.file("run/manifest.json", "[1,2]").parent,
@@ -894,7 +900,7 @@ CASES: list[tuple[str, Make, tuple[int, ...], str]] = [
     ("recipe: /dev/zero", quantizing("--recipe", "/dev/zero"), REFUSED, ""),
     (
         "recipe: a pipe",
-        quantizing("--recipe", lambda w: os.mkfifo(w.path / "p") or w.path / "p"),
+        quantizing("--recipe", lambda w: put(w.path / "p", os.mkfifo)),
         REFUSED,
         "",
     ),
@@ -966,7 +972,7 @@ CASES: list[tuple[str, Make, tuple[int, ...], str]] = [
     ("lora: /dev/zero", with_lora("/dev/zero"), REFUSED, ""),
     (
         "lora: a pipe",
-        with_lora(lambda w: os.mkfifo(w.path / "p") or str(w.path / "p")),
+        with_lora(lambda w: str(put(w.path / "p", os.mkfifo))),
         REFUSED,
         "",
     ),
