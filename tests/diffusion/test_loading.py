@@ -550,3 +550,13 @@ def test_weights_with_fused_projections_say_what_to_do(tmp_path):
 def test_a_tokenizer_without_a_length_is_refused(model):
     (model / "tokenizer/tokenizer_config.json").unlink()
     assert "model_max_length" in refusal(model, ArtefactError)
+
+
+@pytest.mark.parametrize("files", [[], ["vocab.json"], ["added_tokens.json"]], ids=str)
+def test_a_tokenizer_without_a_vocabulary_is_refused(files, saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    for name in files:
+        (folder / "tokenizer" / name).write_text("{}")
+    with pytest.raises(ArtefactError, match=r"tokenizer holds no vocabulary: tokenizer\.json is"):
+        load_source(folder)

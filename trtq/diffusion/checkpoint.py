@@ -203,6 +203,7 @@ def load_part(folder: Path, part: str, cls: Any) -> Any:
         return _load_module(place, cls)
     if (place / _SCHEDULER_NAME).is_file():
         check_config(place / _SCHEDULER_NAME, read_scheduler(folder, part), cls)
+    _check_vocabulary(place, cls)
     found = _guarded(place, cls, lambda: cls.from_pretrained(place, local_files_only=True))
     if cls.__name__.startswith("CLIPTokenizer") and found.model_max_length > _LONGEST_TEXT:
         raise ArtefactError(
@@ -210,6 +211,27 @@ def load_part(folder: Path, part: str, cls: Any) -> Any:
             "tokenizer_config.json"
         )
     return found
+
+
+def _check_vocabulary(place: Path, cls: Any) -> None:
+    """Refuse a tokenizer's folder without a vocabulary, of which transformers makes an empty one.
+
+    Raises:
+        ArtefactError: neither the file of the fast form nor those of the slow one are there.
+    """
+    names = getattr(cls, "vocab_files_names", None)
+    if not isinstance(names, dict) or not names:
+        return
+    fast = names.get("tokenizer_file", "tokenizer.json")
+    slow = [name for key, name in names.items() if key != "tokenizer_file"]
+    missing = [name for name in slow if not (place / name).is_file()]
+    if (place / fast).is_file() or (slow and not missing) or any(place.glob("*.model")):
+        return
+    raise ArtefactError(
+        f"{place} holds no vocabulary: {fast} is missing"
+        + (f", and {' and '.join(missing)}" if missing else "")
+        + "; download the tokenizer again"
+    )
 
 
 def _guarded(place: Path, cls: Any, load: Callable[[], Any]) -> Any:

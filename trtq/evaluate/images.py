@@ -18,7 +18,7 @@ from trtq.diffusion.encode import takes_negative
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.source import Source
-from trtq.errors import NonFiniteError, UsageError
+from trtq.errors import ArtefactError, NonFiniteError, TrtqError, UsageError
 from trtq.limits import MOST_IMAGES
 from trtq.outputs import new_file
 from trtq.png_text import with_texts
@@ -26,6 +26,15 @@ from trtq.seeds import seeded_generator
 
 __all__ = ["Subjects", "check_sheet", "contact_sheet", "draw", "save_png", "subjects_for"]
 
+_FROM_PIPELINES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+)
+"""What diffusers' pipelines raise where their components do not fit each other."""
 BATCH = 125
 TEXT_BATCH = 50
 MOST_PIXELS = 1 << 27
@@ -192,8 +201,17 @@ def _call(
         raise UsageError(
             f"{type(source.pipeline).__name__} draws images of the model's own size only"
         )
-    with quiet_diffusers():
-        images = source.pipeline(**{k: v for k, v in offered.items() if k in accepted}).images
+    try:
+        with quiet_diffusers():
+            images = source.pipeline(**{k: v for k, v in offered.items() if k in accepted}).images
+    except TrtqError:
+        raise
+    except _FROM_PIPELINES as err:
+        lines = str(err).strip().splitlines() or ["without a reason"]
+        raise ArtefactError(
+            f"{source.name}: its {type(source.pipeline).__name__} cannot be called: "
+            f"{type(err).__name__}: {lines[0]}"
+        ) from err
     if source.gives_raw_images:
         return images  # type: ignore[no-any-return]
     if not isinstance(images, Tensor):
