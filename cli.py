@@ -33,6 +33,7 @@ from trtq.processes import StoppedBySignal, ending_on_signals
 from trtq.progress import LineReporter
 from trtq.report import lines
 from trtq.terminal import (
+    StderrHandler,
     internal_error,
     one_line,
     open_streams,
@@ -166,7 +167,7 @@ def _command(verbose: bool) -> Iterator[None]:
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.WARNING,
         format="%(levelname)s: %(message)s",
-        stream=sys.stderr,
+        handlers=[StderrHandler()],
         force=True,
     )
     if not verbose:

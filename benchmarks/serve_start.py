@@ -58,7 +58,7 @@ def main() -> None:
     default = Path("benchmarks/results/serve_start.json")
     parser.add_argument("-o", "--output", type=Path, default=default)
     options = parser.parse_args()
-    before = os.getloadavg()[0]
+    before, device = os.getloadavg()[0], f"{processor()}, {os.cpu_count()} threads"
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -84,7 +84,7 @@ def main() -> None:
                 rows.append(row)
                 print(row)
     record = {
-        "device": f"{processor()}, {os.cpu_count()} threads",
+        "device": device,
         "date": datetime.now(UTC).date().isoformat(),
         "load_before": round(before, 2),
         "load_after": round(os.getloadavg()[0], 2),

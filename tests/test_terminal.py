@@ -1,6 +1,7 @@
 """The command line in any terminal: every text is shown, and no error is a traceback."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from trtq import cli
 from trtq.progress import LineReporter
-from trtq.terminal import internal_error, open_streams, sane_environment
+from trtq.terminal import StderrHandler, internal_error, open_streams, sane_environment
 
 
 def run(*arguments):
@@ -243,3 +244,20 @@ def test_every_text_is_understood_or_refused(verb, option, tmp_path):
         # A name of a file is quoted whole, by the system.
         assert len(result.stderr) < 2000 or option == "--lora", text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_records_go_to_what_standard_error_is_and_nowhere_when_it_is_closed(monkeypatch, capsys):
+    logger = logging.getLogger("trtq.test_terminal")
+    logger.propagate = False
+    handler = StderrHandler()
+    logger.addHandler(handler)
+    first, second = io.StringIO(), io.StringIO()
+    for stream in (first, second):
+        monkeypatch.setattr("sys.stderr", stream)
+        logger.warning("seen")
+    second.close()
+    logger.warning("not seen")
+    logger.removeHandler(handler)
+    assert first.getvalue() == "seen\n"
+    monkeypatch.undo()
+    assert "Logging error" not in capsys.readouterr().err

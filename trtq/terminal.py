@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import os
 import re
 import sys
 import traceback
 import unicodedata
 from collections.abc import Callable, Mapping
+from typing import TextIO
 
-__all__ = ["internal_error", "one_line", "open_streams", "sane_environment", "stop_writing"]
+__all__ = [
+    "StderrHandler",
+    "internal_error",
+    "one_line",
+    "open_streams",
+    "sane_environment",
+    "stop_writing",
+]
 
 _REPLACED = "trtq.replaced"
 _SPELLED = {
@@ -44,6 +53,17 @@ def _replaced(error: UnicodeError) -> tuple[str, int]:
         ).decode("ascii")
         found.append(plain or character.encode("ascii", "backslashreplace").decode("ascii"))
     return "".join(found), error.end
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes log records to what standard error is at the time, and to nothing where it is closed."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        if sys.stderr is None or sys.stderr.closed:
+            return
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def open_streams() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from datetime import UTC, datetime
 from typing import TextIO
+
+from trtq.terminal import StderrHandler
 
 __all__ = ["JsonFormatter", "log_to"]
 
@@ -28,7 +29,7 @@ class JsonFormatter(logging.Formatter):
 
 def log_to(stream: TextIO | None = None, level: int = logging.INFO) -> None:
     """Send this package's log, and the HTTP server's, to a stream; by default standard error."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = StderrHandler() if stream is None else logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     for name in ("trtq.serve", "uvicorn"):
         logger = logging.getLogger(name)
