@@ -16,6 +16,7 @@ __all__ = [
     "crash_name",
     "end_with_lifeline",
     "ending_on_signals",
+    "last_words",
     "lifeline",
     "processors",
     "was_killed",
@@ -57,6 +58,22 @@ def crash_name(code: int) -> str | None:
         except ValueError:  # A real-time signal.
             return f"signal {-code}"
     return f"0x{code:08X}" if code >= _WINDOWS_FAILURES else None
+
+
+def last_words(said: str, lines: int = 3) -> str:
+    """The end of what a process wrote to standard error, on one line; of a traceback its last line.
+
+    Args:
+        said: the text.
+        lines: how many of its last lines.
+
+    Returns:
+        An empty text if there is none.
+    """
+    found = [line.strip() for line in said.splitlines() if line.strip()]
+    if "Traceback (most recent call last):" in found:
+        lines = 1
+    return " / ".join(found[-lines:])
 
 
 def processors() -> int:

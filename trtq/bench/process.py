@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import trtq.errors
 from trtq.errors import MeasurementError, TrtqError
-from trtq.processes import crash_name, was_killed
+from trtq.processes import crash_name, last_words, was_killed
 
 __all__ = ["Worker", "answer_questions"]
 
@@ -91,10 +91,10 @@ class Worker:
         code = self._process.wait()
         if was_killed(code):
             return "its process was killed, most likely for want of memory"
-        said = self._stderr.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
+        said = last_words(self._stderr.read_text(errors="replace"), _LAST_LINES)
         crash = crash_name(code)
         what = f"ended with code {code}" if crash is None else f"crashed ({crash})"
-        return f"its process {what}; it said last: {' / '.join(said) or 'nothing'}"
+        return f"its process {what}; it said last: {said or 'nothing'}"
 
 
 def answer_questions(answers: Mapping[str, Callable[..., dict[str, Any]]]) -> None:

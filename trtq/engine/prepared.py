@@ -34,7 +34,7 @@ from trtq import errors
 from trtq.engine.base import TensorSpec
 from trtq.errors import ArtefactError, TrtqError
 from trtq.manifest import sha256
-from trtq.processes import crash_name, lifeline, worker_command
+from trtq.processes import crash_name, last_words, lifeline, worker_command
 from trtq.processor import has_vnni
 from trtq.resources import cache_folder
 
@@ -297,7 +297,7 @@ def _from_child(path: Path, runtime: str, key: str) -> PreparedGraph:
 
 
 def _why_it_died(path: Path, code: int, said: str) -> str:
-    last = " / ".join(line.strip() for line in said.strip().splitlines()[-_LAST_LINES:])
+    last = last_words(said, _LAST_LINES)
     crash = crash_name(code)
     how = f"ended with code {code}" if crash is None else f"was ended by {crash}"
     return f"the process that rewrites {path} {how}; it said last: {last or 'nothing'}"

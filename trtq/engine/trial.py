@@ -22,7 +22,7 @@ import numpy as np
 
 from trtq.engine.base import Engine, TensorSpec
 from trtq.errors import ArtefactError, MissingDependencyError, TrtqError, UsageError
-from trtq.processes import crash_name, lifeline, processors, was_killed, worker_command
+from trtq.processes import crash_name, last_words, lifeline, processors, was_killed, worker_command
 from trtq.processor import VARIABLE
 from trtq.resources import available_bytes
 
@@ -151,7 +151,7 @@ def _outcome(answer: Path, code: int, said: Path, limit: int, seconds: float) ->
 
 
 def _why_it_died(code: int, said: str, limit: int, seconds: float) -> str:
-    last = " / ".join(line.strip() for line in said.strip().splitlines()[-_LAST_LINES:])[:_LONGEST]
+    last = last_words(said, _LAST_LINES)[:_LONGEST]
     memory = f"{limit / (1 << 30):.1f} GiB"
     if "bad_alloc" in said or "MemoryError" in said:
         return f"it needs more memory than its limit of {memory}"

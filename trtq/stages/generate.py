@@ -69,11 +69,11 @@ def generate(
     """
     target = Path(out)
     files = _files(target, str(out), images)
+    if files != [target]:
+        check_place(target, source=path)
     if files == [target] or target.is_dir():
         for file in files:
             check_file(file, overwrite=overwrite, source=path)
-    else:
-        check_place(target, source=path)
     check_outside_artefacts(files[0])
     source = open_any(path, provider)
     if size is not None:

@@ -19,7 +19,7 @@ from typing import Any
 from trtq import errors
 from trtq.diffusion.source import Source
 from trtq.errors import ArtefactError, TrtqError
-from trtq.processes import lifeline, processors, was_killed, worker_command
+from trtq.processes import last_words, lifeline, processors, was_killed, worker_command
 from trtq.progress import silent
 from trtq.quant.storage import FILE_NAME
 from trtq.resources import peak_rss_bytes
@@ -98,7 +98,7 @@ def _why_it_died(code: int, said: str) -> str:
             "the process that exports text encoders and autoencoder was killed, most likely for want of "
             "memory"
         )
-    last = " / ".join(line.strip() for line in said.strip().splitlines()[-_LAST_LINES:])
+    last = last_words(said, _LAST_LINES)
     return f"exporting text encoders and autoencoder ended with code {code}: {last or 'no message'}"
 
 

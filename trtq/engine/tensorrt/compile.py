@@ -19,7 +19,7 @@ from trtq.engine.tensorrt.backends import CURRENT, Backend
 from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job
 from trtq.errors import BuildError
 from trtq.manifest import sha256
-from trtq.processes import crash_name, lifeline, was_killed, worker_command
+from trtq.processes import crash_name, last_words, lifeline, was_killed, worker_command
 from trtq.resources import available_bytes, cache_folder
 
 __all__ = ["ENGINE_FILE", "Compiled", "compile_engine", "estimated_peak_bytes"]
@@ -190,7 +190,7 @@ def _environment(module: str, folder: Path) -> dict[str, str]:
 
 
 def _why_it_died(job: Job, code: int, stderr: str, free: int) -> str:
-    said = " / ".join(line.strip() for line in stderr.strip().splitlines()[-_LAST_LINES:])
+    said = last_words(stderr, _LAST_LINES)
     if was_killed(code):
         return (
             "the builder was killed, most likely for want of memory: it needs about "
