@@ -39,7 +39,7 @@ def test_differences_are_enlarged_by_a_power_of_two_that_is_said(largest, gain):
     images = torch.zeros(2, 1, 4, 4)
     section = grid_section({FLOAT: images, "low": images + largest}, model_colours([FLOAT, "low"]))
     assert section.images[-1].caption == f"low minus float, {gain} x"
-    assert f"{gain} times" in section.text
+    assert f"multiplied by {gain}." in section.text
 
 
 def test_colours_repeat_after_ten_models():

@@ -51,7 +51,7 @@ def grid_section(sets: Mapping[str, Tensor], colours: Mapping[str, str]) -> Sect
             _sheet((error * gain).clamp(-1, 1), f"{name} minus float, {gain} x", colours[name])
             for name, error in errors.items()
         ]
-        text += f" Grey in a difference: equal pixels; differences are shown {gain} times enlarged."
+        text += f" In the differences grey means equal; differences are multiplied by {gain}."
     return Section("Images", text, images=tuple(pictures), side_by_side=True)
 
 
@@ -67,11 +67,11 @@ def _scale_of(images: Tensor) -> int:
 
 
 def _gain(errors: Sequence[Tensor]) -> int:
-    """The largest power of two, 64 at most, by which 99.9 % of the differences stay within [-1, 1]."""
+    """The largest power of two, 64 at most, by which 95 % of the differences stay within [-1, 1]."""
     if not errors:
         return 1
     values = torch.cat([error.abs().flatten() for error in errors])
-    rank = min(len(values), int(0.999 * len(values)) + 1)
+    rank = min(len(values), int(0.95 * len(values)) + 1)
     bound = float(values.kthvalue(rank).values)
     return _MAX_GAIN if bound == 0 else max(1, min(_MAX_GAIN, 2 ** math.floor(-math.log2(bound))))
 
