@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST_BYTES",
+    "SPECIAL_KINDS",
     "check_depth",
     "explain_first",
     "parse_json",
@@ -38,13 +39,14 @@ MOST_LEVELS = 64
 """Lists and objects inside each other."""
 _INT64 = range(-(1 << 63), 1 << 63)
 _DIGITS = 19
-_KINDS = {
-    stat.S_IFDIR: "a folder",
+SPECIAL_KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+"""Neither files nor folders, by the format bits of their mode: opening one may wait for ever."""
+_KINDS = {stat.S_IFDIR: "a folder"} | SPECIAL_KINDS
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 _repr = reprlib.Repr()

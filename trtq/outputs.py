@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trtq.documents import read_object
+from trtq.documents import SPECIAL_KINDS, read_object
 from trtq.errors import ArtefactError, UsageError
 
 __all__ = [
@@ -67,12 +67,6 @@ _CHECKPOINT_FILE = re.compile(
     rf"{CHECKPOINTS}/[^/]+/\.?iteration-\d+(\.partial)?/"
     r"(checkpoint\.json|model\.safetensors|process-\d+-of-\d+\.safetensors)"
 )
-_KINDS = {
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _BOOKKEEPING = frozenset(
     {".DS_Store", ".localized", "Thumbs.db", "desktop.ini", ".directory", ".gitkeep", ".gitignore"}
@@ -117,7 +111,7 @@ def special_kind(path: Path) -> str | None:
         mode = path.stat().st_mode
     except (OSError, ValueError):
         return None
-    return _KINDS.get(stat.S_IFMT(mode))
+    return SPECIAL_KINDS.get(stat.S_IFMT(mode))
 
 
 def files_below(folder: Path) -> Iterator[str]:

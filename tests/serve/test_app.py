@@ -387,8 +387,11 @@ def connect(client, **options):
 
 def test_who_does_not_read_keeps_no_place(serve, toy):
     server, client = serve(batch=2, queue=8)
+    # Held until all are seen under way: on a busy machine they are done before anybody looks.
+    toy.go.clear()
     with connect(client, n=10, steps=200, progress=True):
         wait_until(lambda: server.service.under_way == 10)
+        toy.go.set()
         wait_until(lambda: server.service.under_way == 0, seconds=30)
         assert toy.decoded == 10
         assert server.post(client).status_code == 200

@@ -13,7 +13,7 @@ from typing import Any
 
 from trtq.plugins.driver import first_gpu_uuid
 
-__all__ = ["GpuMemory", "Nvml", "Peak", "cpu_count", "cpu_name", "cpu_peak", "gpu_peak"]
+__all__ = ["GpuMemory", "Nvml", "Peak", "cpu_name", "cpu_peak", "gpu_peak"]
 
 _MATRIX = 1024
 _COPIED_BYTES = 1 << 27
@@ -100,13 +100,6 @@ def cpu_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def cpu_count() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cuda_first(nvml: Any) -> Any:

@@ -19,8 +19,7 @@ from trtq.errors import ArtefactError
 
 __all__ = ["Settings", "parse_json", "read_settings"]
 
-# PEFT's defaults.
-_RANK = 8
+# PEFT's default.
 _ALPHA = 8
 
 # What may stand in a configuration without changing what is merged.

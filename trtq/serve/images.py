@@ -98,7 +98,7 @@ class Images:
             return _EventStream(_server_sent(events, drawing, card, self._metrics))
         pictures = await _while_connected(receive, _pictures(events, drawing.count))
         data = [
-            {"b64_json": _base64(with_texts(png, _texts(drawing, card, index)))}
+            {"b64_json": _base64(_described(png, drawing, card, index))}
             for index, png in enumerate(pictures)
         ]
         return JSONResponse({"created": int(time.time()), "data": data} | _facts(drawing, card))
@@ -131,10 +131,10 @@ def _facts(drawing: Drawing, card: Card) -> dict[str, Any]:
     }
 
 
-def _texts(drawing: Drawing, card: Card, index: int) -> dict[str, str]:
-    """What the file of one picture says of itself."""
+def _described(png: bytes, drawing: Drawing, card: Card, index: int) -> bytes:
+    """The file of one picture, with what made it as text inside."""
     text = card.kind == "text"
-    return generation_texts(
+    texts = generation_texts(
         model=card.name,
         prompt=drawing.prompt if text else None,
         label=drawing.prompt if card.kind == "class" else None,
@@ -145,6 +145,7 @@ def _texts(drawing: Drawing, card: Card, index: int) -> dict[str, str]:
         size=drawing.size or card.image_size,
         negative_prompt=drawing.negative_prompt,
     )
+    return with_texts(png, texts)
 
 
 def _base64(png: bytes) -> str:
@@ -174,7 +175,7 @@ async def _server_sent(
                     continue
                 png = event.png
                 if event.kind == "image":
-                    png = with_texts(png, _texts(drawing, card, event.index))
+                    png = _described(png, drawing, card, event.index)
                 facts |= {"b64_json": _base64(png), "created_at": int(time.time())}
                 facts |= _facts(drawing, card)
                 if event.kind == "preview":

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from trtq.bench.cost import roofline
-from trtq.bench.device import Nvml, Peak, cpu_count, cpu_name, gpu_peak
+from trtq.bench.device import Nvml, Peak, cpu_name, gpu_peak
 from trtq.bench.history import FORMAT_VERSION, check_same_run, compare, read_former
 from trtq.bench.process import Worker
 from trtq.bench.summary import least_turns, median_interval, speedup, summarize
@@ -25,6 +25,7 @@ from trtq.engine.tensorrt.run import obstacle
 from trtq.errors import MeasurementError, TrtqError, UsageError
 from trtq.evaluate.metrics import psnr_db
 from trtq.manifest import package_versions
+from trtq.processes import processors
 from trtq.processor import has_vnni, processor_features
 from trtq.progress import Reporter, silent
 from trtq.stages.bench_targets import Target, baseline, parse_targets
@@ -185,7 +186,7 @@ def bench(
     targets = parse_targets(paths, providers)
     notes: list[str] = []
     targets += baseline(targets, notes)
-    count = threads or cpu_count()
+    count = threads or processors()
     device = _describe_device(count)
     path = None if against is None else Path(against)
     former = None if path is None else read_former(path, device)
