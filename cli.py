@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import trtq
+from trtq.artefact.outputs import RESUMABLE
 from trtq.documents import shown
 from trtq.errors import ArtefactError, GateError, TrtqError, UsageError
 from trtq.limits import (
@@ -28,7 +29,6 @@ from trtq.limits import (
     MOST_STEPS,
     MOST_THREADS,
 )
-from trtq.outputs import RESUMABLE
 from trtq.processes import StoppedBySignal, ending_on_signals
 from trtq.progress import LineReporter
 from trtq.report import lines
@@ -256,8 +256,8 @@ def _lines(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()
 
 def _layers(rows: Sequence[dict[str, Any]]) -> None:
     """Layers with their whole names: one line each where the terminal is wide enough, else two."""
+    from trtq.evaluation.page import scale_range
     from trtq.quant import precision_text
-    from trtq.stages.show import scale_range
 
     reasons = list(dict.fromkeys(row["reason"] for row in rows if row.get("reason")))
     notes = {reason: f"[{number}]" for number, reason in enumerate(reasons, 1)}
@@ -323,7 +323,7 @@ def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
 
     Example: trtq doctor
     """
-    from trtq.stages.doctor import doctor as look
+    from trtq.engine.doctor import doctor as look
 
     with _command(verbose):
         result = look()
@@ -404,11 +404,11 @@ def quantize(
     """
     from trtq.calib.recipe import load_recipe
     from trtq.lora import parse_lora
-    from trtq.stages.estimate import estimate
-    from trtq.stages.plan import describe_plan, plan_quantize
-    from trtq.stages.quantize import quantize as run_stage
-    from trtq.stages.requantize import requantize
-    from trtq.stages.run_folder import is_run
+    from trtq.runs.estimate import estimate
+    from trtq.runs.exchange_loras import requantize
+    from trtq.runs.folder import is_run
+    from trtq.runs.plan import describe_plan, plan_quantize
+    from trtq.runs.quantize import quantize as run_stage
 
     with _command(verbose):
         given: dict[str, Any] = {
@@ -477,7 +477,7 @@ def export(
 
     Example: trtq export run -o onnx
     """
-    from trtq.stages.export import export_onnx, parse_batch
+    from trtq.exporter.export import export_onnx, parse_batch
 
     with _command(verbose):
         result = export_onnx(
@@ -534,8 +534,8 @@ def build(
 
     Example: trtq build onnx -o engine --arch sm86 --arch sm89
     """
-    from trtq.stages.build import build_engines
-    from trtq.stages.export import parse_batch
+    from trtq.exporter.build import build_engines
+    from trtq.exporter.export import parse_batch
 
     with _command(verbose):
         result = build_engines(
@@ -602,7 +602,7 @@ def generate(
 
     Example: trtq generate onnx -o digits.png --images 20 --provider openvino
     """
-    from trtq.stages.generate import generate as run_stage
+    from trtq.pipelines.generate import generate as run_stage
 
     with _command(verbose):
         result = run_stage(
@@ -652,9 +652,9 @@ def evaluate(
 
     Example: trtq eval onnx --reference digits -o report --gate "fd<=2"
     """
+    from trtq.evaluation.evaluate import evaluate as run_stage
+    from trtq.evaluation.evaluate import parse_gate
     from trtq.report.folder import report_folder, write_report
-    from trtq.stages.evaluate import evaluate as run_stage
-    from trtq.stages.evaluate import parse_gate
 
     with _command(verbose), report_folder(output, kind="eval", overwrite=overwrite):
         gates = tuple(parse_gate(text) for text in gate or [])
@@ -698,7 +698,7 @@ def evaluate(
         place = {} if output is None else {"report": str(output / "index.html")}
         _show(result | place, as_json, human)
         if output is not None:
-            from trtq.stages.show import evaluation_page
+            from trtq.evaluation.page import evaluation_page
 
             page = evaluation_page(path, evaluation)
             write_report(output, page, result, kind="eval", overwrite=overwrite)
@@ -795,10 +795,10 @@ def bench(
 
     Example: trtq bench onnx@openvino onnx@cpu float_onnx@openvino --batch 1,4 -o report
     """
+    from trtq.bench.artefacts import parse_batches
+    from trtq.bench.page import bench_page, bench_tables, failures, statements
+    from trtq.bench.run import bench as run_stage
     from trtq.report.folder import report_folder, write_report
-    from trtq.stages.bench import bench as run_stage
-    from trtq.stages.bench_page import bench_page, bench_tables, failures, statements
-    from trtq.stages.bench_targets import parse_batches
 
     with _command(verbose), report_folder(output, kind="bench", overwrite=overwrite):
         sizes = parse_batches(batch)
@@ -853,8 +853,8 @@ def bench_layers(
 
     Example: trtq bench kernels -o kernels.json
     """
+    from trtq.artefact.outputs import check_file, new_file
     from trtq.bench.kernels import FORMS, bench_kernels, failed_rows
-    from trtq.outputs import check_file, new_file
 
     with _command(verbose):
         if output is not None:
@@ -942,7 +942,7 @@ def triton(
 
     Example: trtq package triton onnx -o model_repository
     """
-    from trtq.stages.package_triton import package_triton
+    from trtq.serve.triton.package import package_triton
 
     with _command(verbose):
         result = package_triton(
@@ -978,7 +978,7 @@ def inspect(
 
     Example: trtq inspect run
     """
-    from trtq.stages.inspect import inspect_artefact
+    from trtq.pipelines.inspect import inspect_artefact
 
     with _command(verbose):
 
@@ -1015,8 +1015,8 @@ def verify(
 
     Example: trtq verify onnx --against run --layers
     """
-    from trtq.export.targets import RUNTIMES
-    from trtq.stages.verify import verify as check
+    from trtq.exporter.verify import verify as check
+    from trtq.graph.runtimes.prepare import RUNTIMES
 
     with _command(verbose):
         result = check(
@@ -1171,7 +1171,7 @@ def serve(
     Example: trtq serve onnx --provider openvino --beside digits
     """
     with _command(verbose):
-        from trtq.serve.access import allowed_hosts, allowed_origins
+        from trtq.serve.http.access import allowed_hosts, allowed_origins
         from trtq.serve.logs import log_to
         from trtq.serve.server import ServeOptions, parse_batching, read_api_key
         from trtq.serve.server import serve as run_server
@@ -1212,8 +1212,8 @@ def serve(
 
         log_to(level=logging.DEBUG if verbose else logging.INFO)
         if on_ray:
-            from trtq.serve.ray import RayOptions
-            from trtq.serve.ray_server import parse_replicas, serve_on_ray
+            from trtq.serve.ray.deployment import RayOptions
+            from trtq.serve.ray.local import parse_replicas, serve_on_ray
 
             least, most = parse_replicas(replicas or "1:2")
             chosen = RayOptions(min_replicas=least, max_replicas=most, **asked)

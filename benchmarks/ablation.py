@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from trtq.manifest import package_versions
+from trtq.artefact.manifest import package_versions
+from trtq.evaluation.evaluate import draw_reference, evaluate
 from trtq.progress import LineReporter
-from trtq.stages.evaluate import draw_reference, evaluate
-from trtq.stages.quantize import quantize
+from trtq.runs.quantize import quantize
 
 STEPS = 20
 ATTENTION = {"attention": {"quantize": True}}

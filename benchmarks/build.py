@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from trtq.artefact.manifest import read_manifest
 from trtq.bench.device import cpu_name
 from trtq.engine.tensorrt.backends import BACKENDS
-from trtq.manifest import read_manifest
 from trtq.processor import processor_features
 
 ROOT = Path(__file__).parent

@@ -31,13 +31,13 @@ import numpy as np
 import torch
 from sd_size import stage, write_checkpoint
 
+from trtq.artefact.manifest import package_versions
 from trtq.bench.device import cpu_name
 from trtq.bench.turns import take_turns, time_calls
 from trtq.engine.base import TensorSpec
 from trtq.engine.open import open_engine
 from trtq.engine.prepared import graph_specs
-from trtq.export.targets import load_graph
-from trtq.manifest import package_versions
+from trtq.graph.runtimes.prepare import load_graph
 from trtq.processor import has_vnni, processor_features
 from trtq.quant.deployed import LayerTensors
 from trtq.resources import peak_rss_bytes
@@ -80,8 +80,8 @@ def make(folder: Path) -> None:
 
 def _write_constant(run_folder: Path, out: Path) -> None:
     """The graph of a run whose layers use the scales of its first step at all steps."""
-    from trtq.stages.export import write_graph
-    from trtq.stages.run_folder import open_run
+    from trtq.exporter.export import write_graph
+    from trtq.runs.folder import open_run
 
     run = open_run(run_folder)
     for name, layer in run.stored.layers.items():

@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from trtq.artefact.manifest import package_versions
 from trtq.bench.device import cpu_name
 from trtq.bench.summary import summarize
 from trtq.bench.turns import take_turns
 from trtq.engine.open import open_engine
-from trtq.manifest import package_versions
+from trtq.evaluation.evaluate import draw_reference, evaluate
+from trtq.exporter.export import export_onnx
 from trtq.processor import processor_features
 from trtq.progress import LineReporter
-from trtq.stages.evaluate import draw_reference, evaluate
-from trtq.stages.export import export_onnx
-from trtq.stages.quantize import quantize
+from trtq.runs.quantize import quantize
 
 STEPS = 20
 ROWS: dict[str, dict[str, Any]] = {

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtq.diffusion.source import load_source
+from trtq.artefact.manifest import package_versions
+from trtq.diffusion.pipeline import load_source
 from trtq.engine.torch_gpu import GpuDenoiser
-from trtq.export.parity import snr_db
-from trtq.manifest import package_versions
-from trtq.stages.run_folder import open_run
+from trtq.runs.folder import open_run
+from trtq.snr import snr_db
 
 ROOT = Path(__file__).parent
 BATCH, TURNS, CALLS, WARM_UP = 2, 15, 10, 5

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 import trtq
-from trtq.diffusion.source import load_source
-from trtq.manifest import package_versions
+from trtq.artefact.manifest import package_versions
+from trtq.diffusion.pipeline import load_source
+from trtq.exporter.export import export_onnx
 from trtq.progress import LineReporter
-from trtq.stages.export import export_onnx
-from trtq.stages.quantize import quantize
+from trtq.runs.quantize import quantize
 
 STEPS, GUIDANCE, IMAGES = 20, 3.0, 20
 EQUAL = 1 / 255  # less than a level of a PNG anywhere in the picture

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trtq.artefact.manifest import package_versions, read_manifest
 from trtq.demo.train_shapes import build_tokenizer
-from trtq.manifest import package_versions, read_manifest
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -41,10 +41,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from trtq.artefact.manifest import package_versions
 from trtq.engine.open import open_engine
-from trtq.manifest import package_versions
 from trtq.processor import processor_features
-from trtq.serve.solver import Ddim
+from trtq.serve.models.solver import Ddim
 
 PATH = "/v1/images/generations"
 STEPS = 20
@@ -346,8 +346,8 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def exported(model: str, folder: Path) -> Path:
     """A shipped model at W4A8, quantised and exported."""
-    from trtq.stages.export import export_onnx
-    from trtq.stages.quantize import quantize
+    from trtq.exporter.export import export_onnx
+    from trtq.runs.quantize import quantize
 
     run, onnx = folder / f"{model}-run", folder / f"{model}-onnx"
     quantize(model, {"method": "search", "bits": "w4a8", "steps": STEPS}, run)

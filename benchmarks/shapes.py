@@ -25,18 +25,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trtq.artefact.manifest import package_versions
 from trtq.demo.shapes import COLOURS, Scene, draw_scenes, random_scene
-from trtq.diffusion.source import Source, load_source
-from trtq.evaluate.extractor import Extractor
-from trtq.evaluate.images import Subjects, draw
+from trtq.diffusion.pipeline import Source, load_source
+from trtq.evaluation.evaluate import ReferenceSet, draw_reference, evaluate
+from trtq.evaluation.extractor import Extractor
+from trtq.exporter.export import export_onnx
 from trtq.lora import LoraRequest
-from trtq.manifest import package_versions
+from trtq.pipelines.draw import Subjects, draw
+from trtq.pipelines.open import open_any
 from trtq.progress import LineReporter
-from trtq.stages.evaluate import ReferenceSet, draw_reference, evaluate
-from trtq.stages.export import export_onnx
-from trtq.stages.load import open_any
-from trtq.stages.quantize import quantize
-from trtq.stages.requantize import requantize
+from trtq.runs.exchange_loras import requantize
+from trtq.runs.quantize import quantize
 
 STEPS = 20
 STYLE = list(COLOURS).index("purple")

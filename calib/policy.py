@@ -14,11 +14,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 
+from trtq.artefact.records import Text
 from trtq.documents import check_depth, read_text, shown
 from trtq.errors import RecipeError
 from trtq.quant.convert import LayerPlan, layer_kind, quantizable_layers
 from trtq.quant.ranges import check_bits
-from trtq.records import Text
 
 __all__ = ["Policy", "load_policy", "parse_bits", "plan_layers"]
 

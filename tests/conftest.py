@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from trtq.diffusion.source import load_source
+from trtq.diffusion.pipeline import load_source
+from trtq.exporter.export import export_onnx
 from trtq.processor import VARIABLE, has_vnni
-from trtq.stages.export import export_onnx
-from trtq.stages.quantize import quantize
+from trtq.runs.quantize import quantize
 
 # Threads of one operator wait for each other by turning in circles. Where something else runs, too,
 # tests of tiny models have so taken many times as long as with one.

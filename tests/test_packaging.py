@@ -120,7 +120,7 @@ def test_import_stays_light():
 def test_public_names():
     probe = (
         "import trtq; print(callable(trtq.quantize), callable(trtq.load), callable(trtq.export));"
-        "import trtq.export.trace; print(callable(trtq.export))"
+        "import trtq.exporter.trace; print(callable(trtq.export))"
     )
     out = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=True, capture_output=True)
     assert out.stdout.decode().split() == ["True"] * 4

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from trtq.png_text import generation_texts, read_texts, with_texts
-from trtq.serve.png import png_bytes
+from trtq.serve.http.png import png_bytes
 
 FACTS = {"model": "m", "seed": 7, "image": 2, "steps": 20, "guidance": 2.5, "size": (8, 16)}
 

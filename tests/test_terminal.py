@@ -106,7 +106,7 @@ def test_what_nobody_foresaw_is_one_line(error, message, monkeypatch, capsys):
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("trtq.stages.doctor.doctor", fail)
+    monkeypatch.setattr("trtq.engine.doctor.doctor", fail)
     result = run("doctor")
     said = " ".join(result.stderr.split())
     assert result.exit_code == 1

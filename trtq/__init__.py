@@ -46,28 +46,24 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "build", "export", "load", "quantize"]
 
 if TYPE_CHECKING:
-    from trtq.stages.build import build_engines as build
-    from trtq.stages.export import export_onnx as export
-    from trtq.stages.load import load
-    from trtq.stages.quantize import quantize
+    from trtq.exporter.build import build_engines as build
+    from trtq.exporter.export import export_onnx as export
+    from trtq.pipelines.open import load
+    from trtq.runs.quantize import quantize
+
+_PUBLIC = {
+    "build": ("trtq.exporter.build", "build_engines"),
+    "export": ("trtq.exporter.export", "export_onnx"),
+    "load": ("trtq.pipelines.open", "load"),
+    "quantize": ("trtq.runs.quantize", "quantize"),
+}
+"""Module and name of what is imported when it is asked for."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "quantize":
-        from trtq.stages.quantize import quantize
+    from importlib import import_module
 
-        return quantize
-    if name == "build":
-        from trtq.stages.build import build_engines
-
-        return build_engines
-    if name == "load":
-        from trtq.stages.load import load
-
-        return load
-    if name == "export":
-        # The package of that name is callable, so this is right before and after it is imported.
-        import importlib
-
-        return importlib.import_module("trtq.export")
-    raise AttributeError(f"module 'trtq' has no attribute {name!r}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'trtq' has no attribute {name!r}")
+    module, function = _PUBLIC[name]
+    return getattr(import_module(module), function)

@@ -10,11 +10,11 @@ from tests.conftest import tiny_pipeline
 from trtq.calib.policy import load_policy, parse_bits, plan_layers
 from trtq.calib.recipe import load_recipe
 from trtq.calib.record import activation_tables, record
+from trtq.diffusion.pipeline import load_source
 from trtq.diffusion.schedule import NoiseSchedule
-from trtq.diffusion.source import load_source
 from trtq.errors import NonFiniteError, RecipeError
 from trtq.quant import TimestepTable
-from trtq.stages.quantize import quantize
+from trtq.runs.quantize import quantize
 
 
 @pytest.mark.parametrize("text", ["4", "w4", "w4a", "a4w4", "w9a4", "w4a1", ""])

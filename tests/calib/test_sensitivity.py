@@ -7,8 +7,8 @@ from tests.conftest import tiny_pipeline
 from trtq.calib.sensitivity import parse_budget, spend, weight_sensitivity
 from trtq.diffusion.sampling import Conditions
 from trtq.errors import NonFiniteError, RecipeError
-from trtq.quant.storage import FILE_NAME
-from trtq.stages.quantize import quantize
+from trtq.runs.quantize import quantize
+from trtq.runs.weights import FILE_NAME
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from tests.families.pipelines import build
 from trtq.calib.recipe import load_recipe
 from trtq.diffusion import cut
 from trtq.diffusion.cut import find_cuts, warn_of_cuts
-from trtq.diffusion.source import load_source
-from trtq.evaluate.images import draw, subjects_for
-from trtq.serve.model import Drawing
-from trtq.serve.pipeline import PipelineModel
-from trtq.stages.plan import plan_quantize
+from trtq.diffusion.pipeline import load_source
+from trtq.pipelines.draw import draw, subjects_for
+from trtq.runs.plan import plan_quantize
+from trtq.serve.models.base import Drawing
+from trtq.serve.models.pipeline import PipelineModel
 
 LONG = "a red circle beside a blue square, " * 40
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from trtq.diffusion.pipeline import load_source
 from trtq.diffusion.sampling import Conditions, at_once, predict, seeded_noise
 from trtq.diffusion.schedule import NoiseSchedule, inference_timesteps, set_timesteps
-from trtq.diffusion.source import load_source
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 
 
@@ -117,7 +117,7 @@ def test_noise_does_not_depend_on_the_batch():
 
 
 def test_images_do_not_depend_on_the_batch(tiny):
-    from trtq.evaluate.images import draw, subjects_for
+    from trtq.pipelines.draw import draw, subjects_for
 
     one, many = (
         draw(tiny, subjects_for(tiny, 5), steps=3, seed=0, batch=batch) for batch in (1, 5)

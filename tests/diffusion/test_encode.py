@@ -5,7 +5,7 @@ import torch
 
 from tests.families.pipelines import build
 from trtq.diffusion.encode import takes_negative
-from trtq.diffusion.source import load_source
+from trtq.diffusion.pipeline import load_source
 from trtq.errors import UsageError
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.families.pipelines import PIPELINES, build
-from trtq.diffusion.source import load_source
+from trtq.diffusion.pipeline import load_source
 from trtq.errors import ArtefactError, NonFiniteError, TrtqError, UsageError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from tests.families.pipelines import PIPELINES, build, conditional_unet, diffusion, stable_diffusion
-from trtq.diffusion.source import load_source
+from trtq.diffusion.pipeline import load_source
 from trtq.errors import NonFiniteError, QuantizationError, TrtqError, UsageError
-from trtq.evaluate.images import draw, subjects_for
-from trtq.export.parity import snr_db
-from trtq.stages.load import open_any
-from trtq.stages.quantize import quantize
+from trtq.pipelines.draw import draw, subjects_for
+from trtq.pipelines.open import open_any
+from trtq.runs.quantize import quantize
+from trtq.snr import snr_db
 
 RECIPE = {
     "method": "minmax",

@@ -8,13 +8,13 @@ import torch
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 from tests.families.pipelines import build, conditional_unet, stable_diffusion
+from trtq.diffusion.pipeline import load_source
 from trtq.diffusion.schedule import KNOWN_SCHEDULERS, NoiseSchedule, check_steps, stepping_of
-from trtq.diffusion.source import load_source
 from trtq.errors import UsageError
-from trtq.evaluate.images import draw, subjects_for
-from trtq.stages.export import export_onnx
-from trtq.stages.load import open_any
-from trtq.stages.quantize import quantize
+from trtq.exporter.export import export_onnx
+from trtq.pipelines.draw import draw, subjects_for
+from trtq.pipelines.open import open_any
+from trtq.runs.quantize import quantize
 
 # Of diffusers' own code.
 pytestmark = [
@@ -237,7 +237,7 @@ def _doubled(scheduler, steps):
 )
 def test_a_scheduler_that_is_not_understood_is_refused_before_any_work(name, tmp_path, monkeypatch):
     pipe = with_scheduler("sd_1", make(name))
-    monkeypatch.setattr("trtq.stages.plan.merge_loras", None)
+    monkeypatch.setattr("trtq.runs.plan.merge_loras", None)
     with pytest.raises(
         UsageError, match=rf"scheduler {name} .*Euler.*pipe\.scheduler = DDIM"
     ) as err:
@@ -250,7 +250,7 @@ def test_nor_is_it_exported(tmp_path, monkeypatch):
     pipe = build("sd_1")
     pipe.scheduler = make("EDMEulerScheduler")
     pipe.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("trtq.stages.export.write_graph", None)
+    monkeypatch.setattr("trtq.exporter.export.write_graph", None)
     with pytest.raises(UsageError, match="the scheduler EDMEulerScheduler is not one"):
         export_onnx(tmp_path / "model", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
@@ -352,8 +352,8 @@ def test_a_run_of_an_earlier_version_draws_with_its_scheduler_too(tmp_path):
     quantize(model, RECIPE, tmp_path / "run")
     index = tmp_path / "run" / "model_index.json"
     index.write_text(index.read_text().replace("DDPMPipeline", "DDIMPipeline"))
+    from trtq.diffusion.folder import load_pipeline_parts
     from trtq.diffusion.layout import read_null_class
-    from trtq.stages.pipeline_folder import load_pipeline_parts
 
     assert read_null_class(tmp_path / "run") is None
     loaded = load_pipeline_parts(tmp_path / "run", "unet", unet(num_class_embeds=5))

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from trtq.artefact.manifest import read_manifest
 from trtq.engine import ort_tensorrt
 from trtq.engine.ort import OWN_PACKAGES, PROVIDERS, OrtSession
 from trtq.engine.ort_tensorrt import provider_settings
+from trtq.engine.profile import exported_profile
 from trtq.errors import ArtefactError, UsageError
-from trtq.manifest import read_manifest
-from trtq.stages.build import exported_profile
-from trtq.stages.graph_file import DATA_NAME
-from trtq.stages.load import open_any
+from trtq.graph.file import DATA_NAME
+from trtq.pipelines.open import open_any
 
 PROFILE = {"sample": ([1, 4, 8, 8], [2, 4, 8, 8], [16, 4, 8, 8]), "timestep": ([1], [2], [16])}
 

@@ -13,8 +13,8 @@ from trtq.engine.tensorrt import run as running
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.engine.tensorrt.run import TensorRtEngine, open_tensorrt
 from trtq.errors import ArtefactError, KernelError, UsageError
+from trtq.pipelines.inspect import inspect_artefact
 from trtq.plugins.low_bit import tensorrt as plugins
-from trtq.stages.inspect import inspect_artefact
 
 RTX = BACKENDS["tensorrt-rtx"]
 
@@ -306,7 +306,7 @@ def test_an_engine_folder_is_a_pipeline(digits_onnx, tmp_path, monkeypatch):
     images = pipeline(class_labels=[3], num_inference_steps=2, output_type="np").images
     assert images.shape[0] == 1
     assert opened == [(out / "unet" / "model.engine", "tensorrt-rtx")]
-    monkeypatch.setattr("trtq.stages.inspect.obstacle", lambda backend: f"no GPU for {backend}")
+    monkeypatch.setattr("trtq.pipelines.inspect.obstacle", lambda backend: f"no GPU for {backend}")
     found = inspect_artefact(out)
     assert found["engine_layers"] is None
     assert found["engine_layers_missing"] == "no GPU for tensorrt-rtx"

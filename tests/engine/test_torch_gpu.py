@@ -6,9 +6,9 @@ import torch
 import trtq
 from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import KernelError
+from trtq.pipelines import open as loading
 from trtq.quant.kernel_form import KernelLayer
-from trtq.stages import load as loading
-from trtq.stages.run_folder import open_run
+from trtq.runs.folder import open_run
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,17 @@ import torch
 
 import trtq
 from tests.families.pipelines import PIPELINES, build
-from tests.serve.test_pipeline import furthest, served, whole
+from tests.serve.models.test_pipeline import furthest, served, whole
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.diffusion.families import FAMILIES
-from trtq.diffusion.source import load_source
+from trtq.diffusion.pipeline import load_source
 from trtq.errors import LegalityError, UsageError
-from trtq.evaluate.images import draw, subjects_for
-from trtq.serve.model import Sizes
-from trtq.serve.pipeline import PipelineModel
-from trtq.stages.export import export_onnx
-from trtq.stages.load import open_any
-from trtq.stages.quantize import quantize
+from trtq.exporter.export import export_onnx
+from trtq.pipelines.draw import draw, subjects_for
+from trtq.pipelines.open import open_any
+from trtq.runs.quantize import quantize
+from trtq.serve.models.base import Sizes
+from trtq.serve.models.pipeline import PipelineModel
 
 SIZES = {"flux": "16x32", "pixart": "16x32", "sd_xl": "8x24"}
 RECIPE = {

@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 from tests.conftest import tiny_pipeline
 from tests.families import pipelines
 from tests.lora.merged_by_diffusers import by_diffusers, matrices, write
-from trtq.diffusion.source import load_source
+from trtq.artefact.manifest import read_manifest
+from trtq.bench.artefacts import find_checkpoint
+from trtq.diffusion.pipeline import load_source
 from trtq.errors import ArtefactError, UsageError
 from trtq.lora import LoraRequest
-from trtq.manifest import read_manifest
-from trtq.stages.bench_targets import find_checkpoint
-from trtq.stages.quantize import quantize
-from trtq.stages.requantize import _snr, requantize
-from trtq.stages.run_folder import open_run
+from trtq.runs.exchange_loras import _snr, requantize
+from trtq.runs.folder import open_run
+from trtq.runs.quantize import quantize
 
 TARGETS = ("mid_block.attentions.0.to_q", "mid_block.resnets.0.conv1")
 RANK = 2

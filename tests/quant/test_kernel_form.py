@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_named():
 
 
 def test_a_denoiser_of_kernel_layers_predicts_what_the_deployed_one_does(digits_run):
-    from trtq.stages.run_folder import open_run
+    from trtq.runs.folder import open_run
 
     run = open_run(digits_run)
     sample = torch.randn(4, *run.source().sample_shape, generator=torch.Generator().manual_seed(0))

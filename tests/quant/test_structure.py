@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.conftest import tiny_pipeline
 from trtq.calib.policy import load_policy, plan_layers
-from trtq.diffusion.source import load_source
+from trtq.diffusion.pipeline import load_source
 from trtq.errors import QuantizationError
 from trtq.quant import (
     ActivationTensors,

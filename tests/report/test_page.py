@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
+from trtq.evaluation.page import FLOAT, _gain, grid_section
 from trtq.report.page import Page, Section, Table, render
 from trtq.report.plots import model_colours
-from trtq.stages.show import FLOAT, _gain, grid_section
 
 
 def test_a_model_has_one_colour_in_tables_and_pictures():

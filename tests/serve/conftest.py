@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import tiny_pipeline
-from trtq.serve.model import Card, Inputs, ServedModel, Sizes, Start, class_label
-from trtq.serve.solver import Ddim
-from trtq.stages.export import export_onnx
-from trtq.stages.quantize import quantize
+from trtq.exporter.export import export_onnx
+from trtq.runs.quantize import quantize
+from trtq.serve.models.base import Card, Inputs, ServedModel, Sizes, Start, class_label
+from trtq.serve.models.solver import Ddim
 
 DDIM = {"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample": True}
 

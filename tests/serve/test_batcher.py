@@ -9,8 +9,8 @@ import pytest
 import trtq
 from trtq.seeds import seeded_generator
 from trtq.serve.batcher import Batcher, Item, batch_sizes
-from trtq.serve.model import Drawing
-from trtq.serve.pipeline import PipelineModel
+from trtq.serve.models.base import Drawing
+from trtq.serve.models.pipeline import PipelineModel
 from trtq.serve.server import open_model
 
 

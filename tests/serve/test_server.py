@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from trtq.cli import app
 from trtq.errors import UsageError
 from trtq.serve import server
-from trtq.serve.light import LightModel
+from trtq.serve.models.torch_free import LightModel
 from trtq.serve.server import open_model, read_api_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,7 +164,8 @@ def test_a_model_whose_files_are_cut_short_goes_on_as_it_was(
 
 def test_a_process_that_crashes_says_where(served_onnx, start):
     probe = (
-        "import faulthandler; from trtq.serve.light import LightModel; from trtq.cli import app;"
+        "import faulthandler; from trtq.serve.models.torch_free import LightModel;"
+        "from trtq.cli import app;"
         "quick = LightModel.denoise;"
         "LightModel.denoise = lambda self, x, *rest: faulthandler._sigsegv()"
         " if len(x) == 2 else quick(self, x, *rest); app()"
@@ -180,7 +181,8 @@ def test_a_process_that_crashes_says_where(served_onnx, start):
 
 def test_a_batcher_that_died_is_the_exit_code(served_onnx, start):
     probe = (
-        "from trtq.serve.light import LightModel; from trtq.cli import app;"
+        "from trtq.serve.models.torch_free import LightModel;"
+        "from trtq.cli import app;"
         "quick = LightModel.denoise;"
         "LightModel.denoise = lambda self, x, *rest: exit('gone')"
         " if len(x) == 2 else quick(self, x, *rest); app()"
@@ -297,7 +299,8 @@ def test_an_engine_for_fewer_rows_is_not_given_more(served_onnx, monkeypatch):
 
 def test_a_call_that_does_not_end_does_not_hold_up_the_exit(served_onnx, start):
     probe = (
-        "import time; from trtq.serve.light import LightModel; from trtq.cli import app;"
+        "import time; from trtq.serve.models.torch_free import LightModel;"
+        "from trtq.cli import app;"
         "quick = LightModel.denoise;"
         "LightModel.denoise = lambda self, x, t, *rest: "
         "(time.sleep(60 if len(x) == 2 else 0), quick(self, x, t, *rest))[1]; app()"
@@ -380,7 +383,7 @@ def test_keys_that_no_header_can_hold_are_refused(key, tmp_path, monkeypatch):
 
 
 def test_prompts_that_name_no_class_are_refused(served_onnx):
-    from trtq.serve.model import Drawing
+    from trtq.serve.models.base import Drawing
 
     model = open_model(str(served_onnx), "tiny")
     assert model.card.classes == ("0", "1", "2")

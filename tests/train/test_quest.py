@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from tests.conftest import tiny_pipeline
+from trtq.artefact.manifest import read_manifest, sha256
 from trtq.calib.recipe import load_recipe
-from trtq.manifest import read_manifest, sha256
-from trtq.stages.load import load
-from trtq.stages.quantize import quantize
+from trtq.pipelines.open import load
+from trtq.runs.quantize import quantize
 from trtq.train import rounding
 from trtq.train.table_adam import TableAdamW
 

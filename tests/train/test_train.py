@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import tiny_pipeline
+from trtq.artefact.manifest import sha256
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.calib.recipe import Training
+from trtq.diffusion.pipeline import load_source
 from trtq.diffusion.schedule import NoiseSchedule
-from trtq.diffusion.source import load_source
 from trtq.errors import ArtefactError, NonFiniteError
-from trtq.manifest import sha256
 from trtq.quant import TimestepTable, convert
-from trtq.stages.quantize import quantize
+from trtq.runs.quantize import quantize
 from trtq.train.distill import Rates
 from trtq.train.efficientdm import EfficientDM
 from trtq.train.recompute import recompute_blocks

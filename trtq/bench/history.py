@@ -16,7 +16,7 @@ from trtq.limits import MOST_BATCH, MOST_STEPS
 __all__ = ["FORMAT_VERSION", "Former", "check_same_run", "compare", "read_former"]
 
 FORMAT_VERSION = 2
-"""Of the result of `trtq.stages.bench.bench`."""
+"""Of the result of `trtq.bench.run.bench`."""
 
 _WHAT = "give what `trtq bench --json` printed, or the report.json of a report"
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -58,7 +58,7 @@ class _Row(BaseModel):
 
 
 class Former(BaseModel):
-    """What is compared of a result: see `trtq.stages.bench.bench`."""
+    """What is compared of a result: see `trtq.bench.run.bench`."""
 
     device: dict[str, Any]
     date: str | None

@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtq.artefact.manifest import check_output, claimed, claims_output, owned_by_trtq
+from trtq.artefact.outputs import remove_partial, write_listing
 from trtq.engine.ort import available_providers
 from trtq.errors import TrtqError, UsageError
-from trtq.evaluate.images import contact_sheet, save_png
-from trtq.manifest import check_output, claimed, claims_output, owned_by_trtq
-from trtq.outputs import remove_partial, write_listing
+from trtq.evaluation.evaluate import Evaluation, ReferenceSet, draw_reference, evaluate
+from trtq.evaluation.page import FLOAT, grid_section, layer_sections, snr_section
+from trtq.exporter.export import export_onnx
+from trtq.pipelines.draw import contact_sheet, save_png
 from trtq.progress import Reporter, silent
 from trtq.report.folder import check_report_folder, write_report
 from trtq.report.page import Page, Section, Table
 from trtq.report.plots import model_colours
-from trtq.stages.evaluate import Evaluation, ReferenceSet, draw_reference, evaluate
-from trtq.stages.export import export_onnx
-from trtq.stages.quantize import quantize
-from trtq.stages.show import FLOAT, grid_section, layer_sections, snr_section
+from trtq.runs.quantize import quantize
 
 __all__ = ["demo"]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trtq.evaluate.classifier import ImageClassifier, save_classifier
+from trtq.evaluation.classifier import ImageClassifier, save_classifier
 
 CLASSES = 10
 NO_CLASS = 10

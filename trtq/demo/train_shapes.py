@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trtq.demo.shapes import ATTRIBUTES, COLOURS, SHAPES, SIZE, Scene, draw_scenes, random_scene
-from trtq.evaluate.classifier import ImageClassifier, load_classifier, save_classifier
+from trtq.evaluation.classifier import ImageClassifier, load_classifier, save_classifier
 
 CAPTION_DROP = 0.1
 GUIDANCE = 3.0

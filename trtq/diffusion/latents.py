@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trtq.diffusion.source import Source
+from trtq.diffusion.pipeline import Source
 
 __all__ = ["draw_noise", "latent_decoder"]
 

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from trtq.artefact.graph_metadata import SIZES_KEY
 from trtq.errors import ArtefactError
-from trtq.graph_metadata import SIZES_KEY
 
 __all__ = ["NO_METADATA", "SIZES_KEY", "Engine", "TensorSpec", "only_output"]
 

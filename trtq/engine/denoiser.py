@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trtq.artefact.graph_metadata import free_sizes
 from trtq.diffusion.families import family_named
 from trtq.engine.base import Engine, only_output
 from trtq.engine.shared import SharesEngines
 from trtq.errors import ArtefactError, UsageError
-from trtq.graph_metadata import free_sizes
 from trtq.quant.stand_in import StandIn
 
 __all__ = ["EngineDenoiser"]

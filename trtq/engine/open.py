@@ -11,10 +11,10 @@ from trtq.engine.openvino import MOST_SHAPES, OpenVinoEngine
 from trtq.engine.ort import OrtEngine
 from trtq.engine.ort_tensorrt import OrtTensorRtEngine
 from trtq.engine.tensorrt.backends import BACKENDS
-from trtq.engine.tensorrt.compile import ENGINE_FILE
 from trtq.engine.tensorrt.job import Profile
 from trtq.engine.tensorrt.run import open_tensorrt
 from trtq.errors import ArtefactError, UsageError
+from trtq.graph.file import ENGINE_FILE
 
 __all__ = ["open_engine"]
 

@@ -15,7 +15,7 @@ from trtq._optional import require
 from trtq.engine.base import TensorSpec
 from trtq.engine.prepared import prepared_graph
 from trtq.errors import ArtefactError, UsageError
-from trtq.export.nodes import DOMAIN
+from trtq.graph.nodes import DOMAIN
 from trtq.processor import has_vnni
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trtq._optional import require
+from trtq.artefact.manifest import sha256
 from trtq.engine.ort import OWN_PACKAGES, PROVIDERS, OrtSession, open_graph, session_options
 from trtq.engine.tensorrt.job import Profile
 from trtq.errors import UsageError
-from trtq.export.targets import load_graph, prepare
-from trtq.manifest import sha256
+from trtq.graph.runtimes.prepare import load_graph, prepare
 from trtq.resources import cache_folder
 
 __all__ = ["OrtTensorRtEngine", "provider_settings"]

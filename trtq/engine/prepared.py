@@ -1,14 +1,9 @@
 """Graphs as a runtime takes them, rewritten once: kept in the user's cache, or by a child process.
 
-`trtq.export.targets.prepare` needs onnx_ir, onnx and torch. What only opens graphs, a server above all,
-gets bytes from here and imports none of them. They are in the user's cache since the export on this
-machine, or since the first time; else a process of its own rewrites the graph. Where onnx_ir is loaded
-already, the graph is rewritten here and now.
-
-What is in the cache is used if nobody but its owner, who must be us, can have written it, and if it
-has the SHA-256 that its record names. Its key is the SHA-256 of the graph, the runtime with its version,
-what the rewrites ask of the processor, and the rewrites' own source text. TRTQ_CACHE moves the cache, or
-switches it `off`.
+`trtq.graph.runtimes.prepare.prepare` needs onnx_ir, onnx and torch. What only opens graphs, a server
+above all, gets bytes from here and imports none of them. They are in the user's cache since the
+export on this machine, or since the first time; else a process of its own rewrites the graph. Where
+onnx_ir is loaded already, the graph is rewritten here and now.
 """
 
 from __future__ import annotations
@@ -31,9 +26,9 @@ from typing import Any, Literal
 import numpy as np
 
 from trtq import errors
+from trtq.artefact.manifest import sha256
 from trtq.engine.base import TensorSpec
 from trtq.errors import ArtefactError, TrtqError
-from trtq.manifest import sha256
 from trtq.processes import crash_name, last_words, lifeline, worker_command
 from trtq.processor import has_vnni
 from trtq.resources import cache_folder
@@ -56,7 +51,7 @@ _MOST_BYTES = 256 << 20
 """Of a graph in the cache; a larger one takes long to read, too."""
 _SECONDS = 1800.0
 _LAST_LINES = 3
-_PASSES = Path(__file__).parents[1] / "export"
+_PASSES = Path(__file__).parents[1] / "graph"
 _RUNTIMES = ("onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu")
 
 
@@ -168,7 +163,7 @@ def prepare_in_process(path: Path, runtime: OnCpu) -> PreparedGraph:
     """
     import onnx_ir as ir
 
-    from trtq.export.targets import load_graph, prepare
+    from trtq.graph.runtimes.prepare import load_graph, prepare
 
     model = prepare(load_graph(path), runtime)
     graph = model.graph

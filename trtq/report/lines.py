@@ -185,7 +185,7 @@ def export_rows(result: Mapping[str, Any]) -> Rows:
 
 
 _EXACT_DB = 200.0
-"""What `trtq.export.parity` gives for equal values."""
+"""What `trtq.exporter.parity` gives for equal values."""
 
 
 def _decibel(value: float) -> str:

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from trtq.serve.model import ServedModel, Start
+from trtq.serve.models.base import ServedModel, Start
 
 __all__ = ["Batcher", "Batching", "Item", "Observer", "batch_sizes"]
 

@@ -20,20 +20,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from trtq._optional import require
+from trtq.artefact.manifest import artefact_kind, peek_manifest, read_manifest
 from trtq.documents import read_text
 from trtq.engine.openvino import MOST_SHAPES
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError, TrtqError, UsageError
-from trtq.manifest import artefact_kind, peek_manifest, read_manifest
-from trtq.serve.access import Access
 from trtq.serve.batcher import Batching, batch_sizes
+from trtq.serve.http.access import Access
 from trtq.serve.logs import FIELDS
 from trtq.serve.memory import mapped_files, own_mapped_files
 from trtq.serve.metrics import Metrics
 from trtq.serve.service import Drawer, Hosted, Limits, Service
 
 if TYPE_CHECKING:
-    from trtq.serve.model import ServedModel
+    from trtq.serve.models.base import ServedModel
 
 __all__ = [
     "ServeOptions",
@@ -152,9 +152,9 @@ def open_model(
         shapes: batch sizes that may be in use at once.
 
     Raises:
-        TrtqError: as `trtq.stages.load.open_any`.
+        TrtqError: as `trtq.pipelines.open.open_any`.
     """
-    from trtq.serve.light import LightModel
+    from trtq.serve.models.torch_free import LightModel
 
     folder = Path(path)
     plain = provider not in (TORCH, *BACKENDS)
@@ -165,8 +165,8 @@ def open_model(
         return LightModel(
             folder, manifest, name, provider=provider or "cpu", threads=threads, shapes=shapes
         )
-    from trtq.serve.pipeline import PipelineModel
-    from trtq.stages.load import open_any
+    from trtq.pipelines.open import open_any
+    from trtq.serve.models.pipeline import PipelineModel
 
     source = open_any(path, provider, threads)
     engine = getattr(source.denoiser, "engine", None)
@@ -381,8 +381,8 @@ async def _run(
 ) -> None:
     import uvicorn
 
-    from trtq.serve.app import create_app
-    from trtq.serve.protocol import BoundedProtocol
+    from trtq.serve.http.app import create_app
+    from trtq.serve.http.protocol import BoundedProtocol
 
     class Server(uvicorn.Server):
         """Leaves signals to us, and says when it listens."""

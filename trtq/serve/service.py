@@ -19,10 +19,10 @@ from trtq.documents import shown
 from trtq.errors import UsageError
 from trtq.limits import parse_whole
 from trtq.serve.batcher import Batcher, Batching, Item
-from trtq.serve.errors import ApiError
+from trtq.serve.http.errors import ApiError
+from trtq.serve.http.png import png_bytes
 from trtq.serve.metrics import Metrics
-from trtq.serve.model import Card, Drawing, ServedModel
-from trtq.serve.png import png_bytes
+from trtq.serve.models.base import Card, Drawing, ServedModel
 
 __all__ = ["Drawer", "Event", "Hosted", "Limits", "Service", "parse_batch_sizes", "too_late"]
 

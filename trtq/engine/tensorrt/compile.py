@@ -15,18 +15,18 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from trtq.artefact.manifest import sha256
 from trtq.engine.tensorrt.backends import CURRENT, Backend
 from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job
 from trtq.errors import BuildError
-from trtq.manifest import sha256
+from trtq.graph.file import ENGINE_FILE
 from trtq.processes import crash_name, last_words, lifeline, was_killed, worker_command
 from trtq.resources import available_bytes, cache_folder
 
-__all__ = ["ENGINE_FILE", "Compiled", "compile_engine", "estimated_peak_bytes"]
+__all__ = ["Compiled", "compile_engine", "estimated_peak_bytes"]
 
 logger = logging.getLogger(__name__)
 
-ENGINE_FILE = "model.engine"
 _ENTRY_FILE = "entry.json"
 _CACHE = "engines"
 _WORKER = "trtq.engine.tensorrt.worker"

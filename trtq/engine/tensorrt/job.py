@@ -28,7 +28,7 @@ class Job(_Strict):
 
     Attributes:
         module: of the builder, see `Backend`.
-        graph: ONNX file as the builder takes it, see `trtq.export.targets.prepare`.
+        graph: ONNX file as the builder takes it, see `trtq.graph.runtimes.prepare.prepare`.
         engine: where to write.
         architectures: to build for.
         profiles: one optimisation profile each.

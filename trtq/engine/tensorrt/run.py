@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from trtq.artefact.manifest import sha256
 from trtq.engine.base import NO_METADATA, TensorSpec
 from trtq.engine.tensorrt.backends import BACKENDS, Backend
 from trtq.engine.tensorrt.log import collecting_logger
 from trtq.errors import ArtefactError, KernelError, MissingDependencyError, UsageError
-from trtq.manifest import sha256
 from trtq.plugins.driver import Gpu, first_gpu
 from trtq.plugins.low_bit.tensorrt import register, take_failures
 from trtq.resources import cache_folder

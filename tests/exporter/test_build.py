@@ -1,0 +1,350 @@
+"""Engines of TensorRT-RTX are built without a GPU, and whatever goes wrong is one clear error."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+import trtq
+from trtq.artefact.manifest import Manifest, SourceRow, read_manifest
+from trtq.engine.base import SIZES_KEY
+from trtq.engine.profile import axis_ranges, profile_of
+from trtq.engine.tensorrt import compile as compiling
+from trtq.engine.tensorrt import worker
+from trtq.engine.tensorrt.backends import BACKENDS, Backend, check_architectures, find_backend
+from trtq.engine.tensorrt.compile import compile_engine
+from trtq.engine.tensorrt.job import Answer, Job
+from trtq.engine.tensorrt.worker import _named
+from trtq.errors import (
+    ArtefactError,
+    BuildError,
+    IntegrityError,
+    LegalityError,
+    MissingDependencyError,
+    UsageError,
+)
+from trtq.exporter.build import build_engines
+from trtq.exporter.export import export_onnx
+from trtq.exporter.verify import verify
+from trtq.resources import cache_folder
+
+RTX = BACKENDS["tensorrt-rtx"]
+needs_rtx = pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")
+SMALL = """<ir_version: 10, opset_import: ["" : 21]>
+g (float16[batch,8] x) => (float16[batch,4] y) { y = MatMul(x, w) }"""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))
+
+
+def write_graph(folder, operator="MatMul"):
+    import onnx
+
+    folder.mkdir()
+    proto = onnx.parser.parse_model(SMALL.replace("MatMul", operator))
+    weight = onnx.numpy_helper.from_array(np.ones((8, 4), np.float16), "w")
+    proto.graph.initializer.append(weight)
+    onnx.save(proto, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def job(tmp_path, **options):
+    graph = tmp_path / "graph"
+    settings = {
+        "module": RTX.module,
+        "graph": graph / "model.onnx" if graph.exists() else write_graph(graph),
+        "engine": tmp_path / "model.engine",
+        "architectures": ["sm86"],
+        "profiles": [{"x": ([1, 8], [2, 8], [4, 8])}],
+    }
+    return Job(**settings | options)
+
+
+@needs_rtx
+def test_the_digits_become_an_engine_for_several_architectures(digits_onnx, tmp_path):
+    out = tmp_path / "engine"
+    result = trtq.build(digits_onnx, out, architectures=["sm86", "sm89", "SM120"])
+    assert result["architectures"] == ["sm86", "sm89", "sm120"]
+    (row,) = result["engines"]
+    assert row["name"] == "unet"
+    assert row["float"] == 0
+    assert result["engine_bytes"] == (out / "unet" / "model.engine").stat().st_size > 1 << 20
+    assert result["peak_rss_bytes"] > 1 << 28
+    manifest = read_manifest(out, "engine")
+    assert manifest.options["architectures"] == result["architectures"]
+    assert manifest.source.files["unet/model.onnx"]
+    assert (out / "scheduler" / "scheduler_config.json").is_file()
+    assert not list(out.rglob("*.onnx*"))
+    found = {"kind": "engine", "files": len(manifest.files), "ok": True, "graphs": {"unet": None}}
+    assert verify(out) == found
+    (out / "unet" / "model.engine").write_bytes(b"another")
+    with pytest.raises(IntegrityError, match=r"model\.engine is not what the manifest says"):
+        verify(out)
+
+
+@needs_rtx
+def test_an_engine_is_built_once_and_a_changed_copy_is_not_used(tmp_path):
+    first = compile_engine(RTX, job(tmp_path))
+    content = (tmp_path / "model.engine").read_bytes()
+    again = compile_engine(RTX, job(tmp_path))
+    assert (first.cached, again.cached) == (False, True)
+    assert (tmp_path / "model.engine").read_bytes() == content
+    assert not compile_engine(RTX, job(tmp_path, architectures=["sm89"])).cached
+    wider = [{"x": ([1, 8], [2, 8], [16, 8])}]
+    assert not compile_engine(RTX, job(tmp_path, profiles=wider)).cached
+    assert not compile_engine(RTX, job(tmp_path), use_cache=False).cached
+    for engine in cache_folder("engines").glob("*/model.engine"):
+        engine.write_bytes(engine.read_bytes()[:-1] + b"?")
+    assert not compile_engine(RTX, job(tmp_path)).cached
+    assert compile_engine(RTX, job(tmp_path)).cached
+
+
+@needs_rtx
+def test_an_operator_that_the_builder_does_not_know_is_named(tmp_path):
+    write_graph(tmp_path / "graph", operator="MatMulInteger")
+    with pytest.raises(BuildError, match="MatMulInteger"):
+        compile_engine(RTX, job(tmp_path))
+    assert not (tmp_path / "model.engine").exists()
+
+
+@needs_rtx
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_building_for_the_gpu_that_is_there_needs_one(tmp_path):
+    with pytest.raises(BuildError, match=r"driver|CUDA|cannot build for current"):
+        compile_engine(RTX, job(tmp_path, architectures=["current"]))
+
+
+@needs_rtx
+def test_an_architecture_without_the_kernels_is_an_error_of_the_builder(tmp_path):
+    """TensorRT-RTX 1.7 has no float32 products for Turing."""
+    graph = write_graph(tmp_path / "graph")
+    model = ir.load(graph)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.dtype = ir.DataType.FLOAT
+    weight = model.graph.initializers["w"]
+    weight.const_value = ir.tensor(np.ones((8, 4), np.float32), name="w")
+    weight.dtype = ir.DataType.FLOAT
+    ir.save(model, graph)
+    with pytest.raises(BuildError, match="SM75"):
+        compile_engine(RTX, job(tmp_path, architectures=["sm75"]))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (f"os.kill(os.getpid(), {int(signal.SIGSEGV)})", r"crashed \(SIGSEGV\).*trtq verify"),
+        (f"os.kill(os.getpid(), {int(signal.SIGKILL)})", "for want of memory: it needs about 1.0"),
+        ("sys.exit('no library')", "ended with code 1: no library"),
+    ],
+    ids=["crash", "killed", "no answer"],
+)
+def test_a_builder_that_dies_is_one_error(body, message, tmp_path, monkeypatch):
+    (tmp_path / "dying_worker.py").write_text(f"import os, sys\n{body}\nmain = int\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(compiling, "_WORKER", "dying_worker")
+    with pytest.raises(BuildError, match=message):
+        compile_engine(RTX, job(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (0xC0000005, r"crashed \(0xC0000005\).*trtq verify"),
+        (-11, r"crashed \(SIGSEGV\)"),
+        (-9, "for want of memory"),
+        (-35, r"crashed \(signal 35\)"),
+        (3, "ended with code 3: it said nothing"),
+    ],
+)
+def test_a_builder_dies_on_any_system(code, message, tmp_path, monkeypatch):
+    """Windows has no SIGKILL, and gives exceptions as exit codes."""
+    monkeypatch.delattr(signal, "SIGKILL")
+    assert re.search(message, compiling._why_it_died(job(tmp_path), code, "", 1 << 30))
+
+
+def test_a_builder_that_cannot_start_says_why(tmp_path, monkeypatch):
+    """As of CUDA 13 with an older driver: the bindings raise TypeError, and their log has the reason."""
+    import types
+
+    class Builder:
+        def __init__(self, logger):
+            logger.log(0, "CUDA initialization failure with error: 35")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    module = types.ModuleType("failing_tensorrt")
+    module.ILogger = type("ILogger", (), {"ERROR": 1, "WARNING": 2, "__init__": lambda self: None})
+    module.Builder = Builder
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(worker, "_register_plugins", lambda trt: ("python", None))
+    answer = worker.build(job(tmp_path, module=module.__name__))
+    assert answer.error == (
+        "the builder cannot start on this machine: CUDA initialization failure with error: 35"
+    )
+    old = "driver 580 or later is needed for CUDA 13, you have 550 (CUDA 12.4); update the driver"
+    monkeypatch.setattr(worker, "old_driver", lambda: old)
+    assert worker.build(job(tmp_path, module=module.__name__)).error.endswith(old)
+
+
+def test_weights_of_plugins_are_not_streamed(digits_onnx, tmp_path, monkeypatch):
+    folder = tmp_path / "onnx"
+    shutil.copytree(digits_onnx, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["options"]["target"] = "plugin"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr("trtq.exporter.build.find_backend", lambda _: RTX)
+    with pytest.raises(
+        UsageError, match=r"leave out --weight-streaming, or export with --target qdq"
+    ):
+        build_engines(folder, tmp_path / "engine", weight_streaming=True)
+    assert not (tmp_path / "engine").exists()
+
+
+def test_nothing_is_left_when_a_build_fails(digits_onnx, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise BuildError("no")
+
+    monkeypatch.setattr("trtq.exporter.build.compile_engine", fail)
+    monkeypatch.setattr("trtq.exporter.build.find_backend", lambda _: RTX)
+    with pytest.raises(BuildError, match="no"):
+        build_engines(digits_onnx, tmp_path / "engine")
+    assert [path for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+def test_a_graph_that_would_be_computed_wrongly_is_not_built(digits_onnx, tmp_path, monkeypatch):
+    from trtq.graph.runtimes.legality import Finding
+
+    monkeypatch.setattr("trtq.exporter.build.find_backend", lambda _: RTX)
+    monkeypatch.setattr(
+        "trtq.exporter.build.check", lambda *_: [Finding("conv_in", "a rule", "a mend")]
+    )
+    with pytest.raises(LegalityError, match="does not take 'conv_in': a rule; a mend"):
+        build_engines(digits_onnx, tmp_path / "engine")
+
+
+@pytest.mark.parametrize(
+    ("backend", "wanted", "message"),
+    [
+        ("tensorrt-rtx", ["sm90"], "cannot build for 'sm90'; it can for sm75, sm80"),
+        ("tensorrt-rtx", ["sm86", "current"], "one of several"),
+        ("tensorrt", ["sm86"], "the GPU that is there"),
+    ],
+)
+def test_architectures_that_a_backend_has_not(backend, wanted, message):
+    with pytest.raises(UsageError, match=message):
+        check_architectures(BACKENDS[backend], wanted)
+
+
+def test_architectures_are_taken_in_any_spelling_and_once():
+    assert check_architectures(RTX, ["SM_86", "sm86"]) == ["sm86"]
+    assert check_architectures(RTX, []) == ["sm86", "sm89", "sm120"]
+    assert check_architectures(BACKENDS["tensorrt"], []) == ["current"]
+
+
+def test_a_backend_that_is_not_there_says_how_to_install_it(monkeypatch):
+    with pytest.raises(UsageError, match="choose one of tensorrt-rtx, tensorrt"):
+        find_backend("trt")
+    monkeypatch.setattr(Backend, "installed", False)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'trtq\[rtx\]' or install"):
+        find_backend()
+    with pytest.raises(MissingDependencyError, match="tensorrt is not installed"):
+        find_backend("tensorrt")
+
+
+def test_only_an_onnx_folder_is_built(digits_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("trtq.exporter.build.find_backend", lambda _: RTX)
+    with pytest.raises(UsageError, match="trtq export RUN -o ONNX"):
+        build_engines(tmp_path / "nothing", tmp_path / "engine")
+    with pytest.raises(ArtefactError, match="of kind 'run'"):
+        build_engines(digits_run, tmp_path / "engine")
+    with pytest.raises(UsageError, match="where there is a GPU"):
+        build_engines(tmp_path / "nothing", tmp_path / "engine", refit=True)
+
+
+class Graph:
+    """As much of a model as the ranges ask for."""
+
+    def __init__(self, **metadata):
+        self.metadata_props = metadata
+
+
+def manifest(recipe=None, **options):
+    source = SourceRow(name="run", files={})
+    return Manifest(kind="onnx", source=source, denoiser="unet", recipe=recipe, options=options)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "batch", "expected"),
+    [
+        ("unet", {"guidance": 7.5}, None, (1, 2, 16)),
+        ("unet", {"guidance": 1.0}, None, (1, 1, 8)),
+        ("unet", None, None, (1, 2, 16)),
+        ("text_encoder", {"guidance": 7.5}, None, (1, 1, 8)),
+        ("unet", {"guidance": 7.5}, (2, 3), (2, 4, 6)),
+    ],
+)
+def test_a_denoiser_with_guidance_takes_twice_as_many_items(
+    name, recipe, batch, expected, tmp_path
+):
+    found = axis_ranges(tmp_path, name, manifest(recipe, batch=[1, 8]), Graph(), batch)
+    assert found["batch"] == expected
+    assert found["timesteps"] == (1, *expected[1:])
+    assert found["tokens"] == (1, 77, 512)
+
+
+def test_sizes_are_latents_for_the_decoder_and_pixels_for_the_encoder(tmp_path):
+    (tmp_path / "vae_decoder").mkdir()
+    config = tmp_path / "vae_decoder" / "config.json"
+    config.write_text('{"block_out_channels": [1, 2, 4, 8]}')
+    exported = manifest(batch=[1, 1], size="512x256:1024x768")
+
+    def sides(name, **metadata):
+        found = axis_ranges(tmp_path, name, exported, Graph(**metadata), None)
+        return found["height"], found["width"]
+
+    assert sides("vae_encoder") == ((512, 512, 1024), (256, 256, 768))
+    assert sides("vae_decoder") == ((64, 64, 128), (32, 32, 96))
+    latents = '{"low": [64, 32], "high": [128, 96], "cell": 8}'
+    assert sides("unet", **{SIZES_KEY: latents}) == ((64, 64, 128), (32, 32, 96))
+    config.write_text("{}")
+    with pytest.raises(ArtefactError, match="how many levels"):
+        sides("vae_decoder")
+
+
+def test_turing_is_refused_before_a_long_build(digits_onnx, tmp_path, monkeypatch):
+    monkeypatch.setattr("trtq.exporter.build.find_backend", lambda _: RTX)
+    monkeypatch.setattr("trtq.exporter.build.compile_engine", pytest.fail)
+    export_onnx("digits", tmp_path / "float")
+    with pytest.raises(UsageError, match="no products in float32, and unet has some"):
+        build_engines(tmp_path / "float", tmp_path / "engine", architectures=["sm75"])
+    assert not (tmp_path / "engine").exists()
+
+
+def test_free_axes_without_a_range_are_refused(tmp_path):
+    model = ir.load(write_graph(tmp_path / "graph"))
+    assert profile_of(model, {"batch": (1, 2, 8)}) == {"x": ([1, 8], [2, 8], [8, 8])}
+    with pytest.raises(UsageError, match="free axis 'batch' of unknown range"):
+        profile_of(model, {})
+
+
+def test_the_layer_is_read_out_of_what_the_builder_says():
+    assert _named(["x", "Error Code 10: could not find any implementation for node {a}"]) is None
+    assert _named(["IBuilder: node [conv_in/conv]: unsupported"]) == "conv_in/conv"
+
+
+def test_the_cache_survives_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("TRTQ_CACHE", str(blocked))
+    monkeypatch.setattr(
+        compiling, "_run_worker", lambda job, _: job.engine.write_bytes(b"e") and Answer()
+    )
+    assert not compile_engine(RTX, job(tmp_path)).cached

@@ -1,0 +1,122 @@
+"""Text encoders and autoencoder by a second process: the same files, and its errors are ours."""
+
+import contextlib
+import json
+import subprocess
+import sys
+
+import onnx
+import pytest
+
+from tests.families.pipelines import build
+from trtq.artefact.manifest import file_hashes
+from trtq.errors import ArtefactError, GateError, UsageError
+from trtq.exporter import component_worker as parts
+from trtq.exporter import export as stage
+from trtq.exporter.component_worker import exporting_parts
+from trtq.runs.quantize import quantize
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("parts") / "run"
+    settings = {"method": "minmax", "steps": 2, "calibration": {"images": 2}}
+    quantize(build("sd_1"), settings, out)
+    return out
+
+
+@pytest.fixture
+def worthwhile(monkeypatch):
+    monkeypatch.setattr(parts, "_WORTH_BYTES", 0)
+    monkeypatch.setattr(parts, "processors", lambda: 2)
+
+
+def does(monkeypatch, body):
+    """Let the process run this instead; its answer's file is `sys.argv[3]`."""
+    code = f"import json, os, sys, time\n{body}"
+    monkeypatch.setattr(
+        parts, "worker_command", lambda _, *a: [sys.executable, "-c", code, *map(str, a)]
+    )
+
+
+def test_a_second_process_writes_the_same_graphs(run, tmp_path, worthwhile):
+    beside, alone = tmp_path / "beside", tmp_path / "alone"
+    with exporting_parts(run, beside) as waiting:
+        found = waiting()
+    assert found.parity.keys() == {"text_encoder", "vae_decoder", "vae_encoder"}
+    assert found.peak_rss_bytes > 1e8
+    assert parts._export(run, alone)["parity"].keys() == found.parity.keys()
+    assert len(file_hashes(beside)) >= 6
+    assert file_hashes(beside).keys() == file_hashes(alone).keys()
+    for path in beside.glob("*/model.onnx"):
+        nodes = [
+            [(node.op_type, len(node.input)) for node in onnx.load(each).graph.node]
+            for each in (path, alone / path.relative_to(beside))
+        ]
+        assert nodes[0] == nodes[1]
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "message"),
+    [
+        ("print('no such thing', file=sys.stderr); sys.exit(3)", ArtefactError, "3: no such thing"),
+        ("os.kill(os.getpid(), 9)", ArtefactError, "for want of memory"),
+        (
+            "json.dump({'error': 'GateError', 'message': 'only 3 dB'}, open(sys.argv[3], 'w'))",
+            GateError,
+            "only 3 dB",
+        ),
+    ],
+    ids=["crash", "killed", "gate"],
+)
+def test_its_errors_are_ours(body, error, message, run, tmp_path, worthwhile, monkeypatch):
+    does(monkeypatch, body)
+    with exporting_parts(run, tmp_path) as waiting, pytest.raises(error, match=message):
+        waiting()
+
+
+def test_an_export_whose_parts_fail_leaves_nothing(run, tmp_path, worthwhile, monkeypatch):
+    does(
+        monkeypatch,
+        "json.dump({'error': 'OSError', 'message': 'disk full'}, open(sys.argv[3], 'w'))",
+    )
+    monkeypatch.setattr(stage, "write_graph", lambda folder, *_, **__: folder.mkdir())
+    monkeypatch.setattr(stage, "_held_to_torch", lambda *_: {})
+    with pytest.raises(ArtefactError, match=r"nothing of it is left: (\S+: )?disk full"):
+        stage.export_onnx(run, tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_ends_with_the_block(run, tmp_path, worthwhile, monkeypatch):
+    does(monkeypatch, "time.sleep(600)")
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
+    )
+    with contextlib.suppress(UsageError), exporting_parts(run, tmp_path):
+        assert started[0].poll() is None
+        raise UsageError("stop")
+    assert started[0].poll() is not None
+
+
+def test_what_it_cannot_read_is_part_of_its_answer(run, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "X", "unet": ["a", "b"]}))
+    found = parts._export(tmp_path, tmp_path)
+    assert found["error"] == "ArtefactError"
+    assert "not a model of diffusers" in found["message"]
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "count"), [(1 << 40, 2), (0, 1)], ids=["small", "one processor"]
+)
+def test_it_is_only_started_where_it_pays(bytes_, count, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_WORTH_BYTES", bytes_)
+    monkeypatch.setattr(parts, "processors", lambda: count)
+    with exporting_parts(run, tmp_path) as waiting:
+        assert waiting is None
+
+
+def test_a_pipeline_without_parts_needs_no_process(digits_run, tmp_path, worthwhile):
+    with exporting_parts(digits_run, tmp_path) as waiting:
+        assert waiting is None

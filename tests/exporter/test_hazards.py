@@ -1,0 +1,74 @@
+"""The constructs that TensorRT builds without complaint and computes wrongly are never written.
+
+Each is one of those found in TensorRT-RTX 1.7: sums of integers kept in float16, block scales that land
+behind the product, activations scaled in blocks, INT4 weights of a convolution of INT8.
+"""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from tests.conftest import tiny_pipeline
+from trtq.exporter import export as stage
+from trtq.exporter.export import export_onnx
+from trtq.graph.runtimes.legality import check
+from trtq.graph.runtimes.prepare import load_graph, prepare
+from trtq.runs.quantize import quantize
+
+PAIR = ("QuantizeLinear", "DequantizeLinear")
+
+
+@pytest.fixture(scope="module", params=["w8a8", "w4a4"])
+def half_run(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    recipe = {"method": "search", "bits": request.param, "steps": 2, "calibration": {"images": 4}}
+    quantize(tiny_pipeline(), recipe, out)
+    return out
+
+
+@pytest.fixture(scope="module", params=["qdq", "plugin"])
+def built_graph(half_run, request, tmp_path_factory):
+    """The half-precision graph as TensorRT gets it."""
+    out = tmp_path_factory.mktemp("onnx") / "onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        # Random weights make half precision at 4 bits a matter of chance; the form is what is tested.
+        patch.setitem(stage.PARITY_DB, "fp16", 0.0)
+        export_onnx(half_run, out, target=request.param, precision="fp16")
+    return prepare(load_graph(out / "unet" / "model.onnx"), "tensorrt-rtx")
+
+
+def test_no_sum_of_integers_is_kept_in_half_precision(built_graph):
+    for node in built_graph.graph:
+        if node.op_type in PAIR:
+            assert node.inputs[1].const_value.dtype == ir.DataType.FLOAT
+        if node.domain == "trtq":
+            assert [value.dtype for value in node.inputs[2:4]] == [ir.DataType.FLOAT] * 2
+
+
+def test_nothing_is_scaled_in_blocks(built_graph):
+    for node in built_graph.graph:
+        assert "block_size" not in node.attributes
+
+
+def test_activations_have_one_constant_scale(built_graph):
+    for node in built_graph.graph:
+        if node.op_type == "QuantizeLinear":
+            assert node.inputs[1].const_value.size == 1
+
+
+def test_no_four_bit_constant_meets_an_integer_product(built_graph):
+    stored = built_graph.graph.initializers.values()
+    assert not any(
+        value.const_value.dtype in (ir.DataType.INT4, ir.DataType.UINT4) for value in stored
+    )
+
+
+def test_the_checker_finds_nothing(built_graph):
+    assert check(built_graph, "tensorrt-rtx") == []
+    weights = [
+        value.const_value
+        for value in built_graph.graph.initializers.values()
+        if value.const_value.dtype == ir.DataType.INT8 and value.const_value.size > 1
+    ]
+    assert weights
+    assert all(weight.numpy().dtype == np.int8 for weight in weights)

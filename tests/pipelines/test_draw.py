@@ -1,0 +1,21 @@
+"""Drawing: what a pipeline raises is one line."""
+
+import pytest
+
+from trtq.errors import ArtefactError
+from trtq.pipelines.draw import draw, subjects_for
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError, IndexError, AttributeError])
+def test_what_a_pipeline_raises_is_one_line_with_its_name(tiny, monkeypatch, error):
+    def fail(*_, **__):
+        raise error("unsupported operand\nmore of it")
+
+    subjects = subjects_for(tiny, 2)
+    draw(tiny, subjects, steps=2, seed=0)
+    monkeypatch.setattr(tiny.model, "forward", fail)
+    with pytest.raises(ArtefactError) as caught:
+        draw(tiny, subjects, steps=2, seed=0)
+    name = type(tiny.pipeline).__name__
+    line = f"its {name} cannot be called: {error.__name__}: unsupported operand"
+    assert str(caught.value).endswith(line)

@@ -1,0 +1,165 @@
+"""The page in a real browser: keyboard, phone width, preview, side by side, a server that restarts."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import socket
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.serve.conftest import TextToy, ToyModel, running
+from tests.serve.http.test_app import Server
+from trtq.png_text import read_texts
+from trtq.serve.service import Limits
+
+pytestmark = pytest.mark.slow
+DONE = re.compile("^Done")
+
+
+@pytest.fixture
+def page():
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium here")
+    with playwright.sync_playwright() as runtime:
+        browser = runtime.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        opened = browser.new_page(viewport={"width": 360, "height": 740})
+        opened.complaints = []
+        opened.on("pageerror", lambda error: opened.complaints.append(str(error)))
+        opened.until = lambda text, seconds=20: playwright.expect(
+            opened.locator("#status")
+        ).to_have_text(text, timeout=1000 * seconds)
+        yield opened
+        browser.close()
+        assert opened.complaints == []
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(*models, port, api_key=None):
+    server = Server(models, Limits(), api_key=api_key)
+    return server, running(server.app, port)
+
+
+def test_it_draws_by_keyboard_on_a_phone_and_shows_models_side_by_side(page, port):
+    toy, other = ToyModel(), ToyModel("float")
+    toy.seconds = 0.05
+    server, context = start(toy, other, port=port)
+    with context as url:
+        page.goto(url)
+        page.until("Ready.")
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        for key in ("Tab", "Tab", "ArrowRight", "ArrowRight", "Enter"):
+            page.keyboard.press(key)
+        preview = page.locator("#now img[src^='data:image/png']").first
+        preview.wait_for(timeout=10000)
+        page.until(DONE)
+        captions = page.locator("#now figcaption").all_inner_texts()
+        assert [text.split(" · ")[0] for text in captions] == ["two", "two"]
+        assert [text.split(" · ")[-1] for text in captions] == ["toy", "float"]
+        sources = [image.get_attribute("src") for image in page.locator("#now img").all()]
+        pngs = [base64.b64decode(source.partition(",")[2]) for source in sources]
+        pixels = [np.asarray(Image.open(io.BytesIO(png))) for png in pngs]
+        assert (pixels[0] == pixels[1]).all()
+        with page.expect_download() as download:
+            page.locator("#now a").first.click()
+        assert download.value.suggested_filename == "two_seed_0_5_steps_toy.png"
+        saved = read_texts(download.value.path().read_bytes())
+        facts = json.loads(saved["trtq"])
+        assert (facts["class"], facts["seed"], facts["image"]) == ("two", 0, 0)
+        page.click("#next")
+        page.until(DONE)
+        assert page.input_value("#seed") == "1"
+        assert page.locator("#gallery figure").count() == 2
+        # The two pictures of one seed stay together.
+        assert page.locator("#gallery > .set").count() == 1
+        page.fill("#steps", "100")
+        page.click("#draw")
+        page.until("Drawing …")
+        page.keyboard.press("Escape")
+        page.until("Stopped.")
+    server.service.close()
+
+
+def test_a_size_and_a_negative_prompt_are_asked_for_only_where_they_are_taken(page, port):
+    server, context = start(ToyModel(), TextToy(), port=port)
+    fields = ("#width", "#height", "#negative")
+    with context as url:
+        page.goto(url)
+        page.until("Ready.")
+        assert not any(page.is_visible(field) for field in fields)
+        # Side by side only with a model that takes the same prompts.
+        assert not page.is_visible("#beside")
+        # Hidden fields do not keep the form from being sent.
+        page.click("#draw")
+        page.until(DONE)
+        page.select_option("#model", index=1)
+        assert all(page.is_visible(field) for field in fields)
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        page.focus("#prompt")
+        page.keyboard.type("a cat")
+        page.keyboard.press("Tab")
+        page.keyboard.type("a dog")
+        page.fill("#guidance", "3")
+        for _ in range(2):
+            page.keyboard.press("Tab")
+            page.keyboard.press("ArrowUp")
+        page.keyboard.press("Enter")
+        page.until(DONE)
+        (caption,) = page.locator("#now figcaption").all_inner_texts()
+        assert caption == "a cat · without a dog · seed 0 · 5 steps · 8x8 · text"
+        size = page.locator("#now img").evaluate(
+            "image => [image.naturalWidth, image.naturalHeight]"
+        )
+        assert size == [8, 8]
+        page.fill("#guidance", "1")
+        page.click("#draw")
+        page.until(re.compile("a negative prompt changes nothing at guidance 1"))
+        page.fill("#width", "6")
+        page.click("#draw")
+        assert page.evaluate("document.querySelector('#width').validity.stepMismatch")
+    server.service.close()
+
+
+def test_it_survives_a_restart_of_the_server_and_says_so(page, port):
+    toy = ToyModel()
+    server, context = start(toy, port=port)
+    with context as url:
+        page.goto(url)
+        page.until("Ready.")
+        toy.seconds = 0.05
+        page.fill("#steps", "60")
+        page.click("#draw")
+        page.until("Drawing …")
+        server.service.give_up()
+        page.until(re.compile("went away|about to stop|does not answer"))
+    page.until(re.compile("does not answer; trying again"))
+    server.service.close()
+    again, context = start(ToyModel(), port=port)
+    with context:
+        page.until(DONE, 30)
+        assert page.locator("#now img[src^='data:image/png']").count() == 1
+    again.service.close()
+
+
+def test_it_asks_for_the_key(page, port):
+    server, context = start(ToyModel(), port=port, api_key="sesame")
+    with context as url:
+        page.goto(url)
+        page.until(re.compile("API key"))
+        page.fill("#key", "sesame")
+        page.keyboard.press("Tab")
+        page.until("Ready.")
+        page.click("#draw")
+        page.until(DONE)
+    server.service.close()

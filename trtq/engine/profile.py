@@ -1,0 +1,102 @@
+"""Ranges of a graph's free axes, as engines are built and opened for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trtq.artefact.graph_metadata import free_sizes
+from trtq.artefact.manifest import (
+    Manifest,
+)
+from trtq.diffusion.folder import DECODER
+from trtq.diffusion.layout import parse_size, parse_sizes
+from trtq.documents import read_object
+from trtq.engine.tensorrt.job import Profile
+from trtq.errors import ArtefactError, UsageError
+from trtq.graph.file import MODEL_FILE
+from trtq.graph.runtimes.prepare import load_graph
+
+Range = tuple[int, int, int]
+
+
+_TOKENS: Range = (1, 77, 512)
+"""Lengths of texts, for encoders that take any."""
+
+
+def axis_ranges(
+    folder: Path, name: str, manifest: Manifest, model: Any, batch: tuple[int, int] | None
+) -> dict[str, Range]:
+    """Smallest, most frequent and largest length of every free axis, by its name.
+
+    Args:
+        folder: the ONNX folder.
+        name: of the graph in it.
+        manifest: the folder's.
+        model: the graph.
+        batch: smallest and largest number of images; None: what the folder was exported for.
+    """
+    low, high = batch or tuple(manifest.options.get("batch", (1, 1)))
+    # With guidance the pipeline gives the denoiser both halves in one batch.
+    guided = name == manifest.denoiser and (manifest.recipe or {}).get("guidance", 2.0) not in (
+        None,
+        1.0,
+    )
+    often, high = (2 * low, 2 * high) if guided else (low, high)
+    ranges: dict[str, Range] = {"batch": (low, often, high), "timesteps": (1, often, high)}
+    ranges["tokens"] = _TOKENS
+    sizes = free_sizes(model.metadata_props)
+    if sizes is not None:
+        for axis, side in enumerate(("height", "width")):
+            ranges[side] = (sizes.low[axis], sizes.low[axis], sizes.high[axis])
+    elif manifest.options.get("size") is not None:
+        smallest, largest = (parse_size(text) for text in parse_sizes(manifest.options["size"]))
+        factor = _pixels_of_a_latent(folder / name) if name == DECODER else 1
+        for axis, side in enumerate(("height", "width")):
+            least, most = smallest[axis] // factor, largest[axis] // factor
+            ranges[side] = (least, least, most)
+    return ranges
+
+
+def _pixels_of_a_latent(folder: Path) -> int:
+    """Side of what an autoencoder makes of one latent: twice per level but the first.
+
+    Raises:
+        ArtefactError: its configuration does not say.
+    """
+    try:
+        levels = len(read_object(folder / "config.json", finite=False)["block_out_channels"])
+    except (KeyError, TypeError) as err:
+        raise ArtefactError(
+            f"{folder / 'config.json'} does not say how many levels it has"
+        ) from err
+    return int(2 ** (levels - 1))
+
+
+def exported_profile(folder: Path, name: str, manifest: Manifest) -> Profile:
+    """The ranges of a graph's inputs that its folder was exported for."""
+    model = load_graph(folder / name / MODEL_FILE)
+    return profile_of(model, axis_ranges(folder, name, manifest, model, None))
+
+
+def profile_of(model: Any, ranges: dict[str, Range]) -> Profile:
+    """The ranges of a graph's inputs, from those of its free axes.
+
+    Raises:
+        UsageError: an axis is free of which nothing is known.
+    """
+    profile: Profile = {}
+    for value in model.graph.inputs:
+        shapes: tuple[list[int], list[int], list[int]] = ([], [], [])
+        for size in value.shape:
+            axis = size if isinstance(size, int) else str(size)
+            if isinstance(axis, str) and axis not in ranges:
+                raise UsageError(
+                    f"the input {value.name!r} has a free axis {axis!r} of unknown range; export the "
+                    "model again with this version"
+                )
+            three = (axis,) * 3 if isinstance(axis, int) else ranges[axis]
+            for shape, length in zip(shapes, three, strict=True):
+                shape.append(length)
+        profile[value.name] = shapes
+    return profile

@@ -1,0 +1,276 @@
+"""The numbers of an evaluation. Letters: B images, C, H, W, F features, K values of a question."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trtq._optional import require
+from trtq.diffusion.pipeline import Source
+from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread, walk
+from trtq.evaluation.extractor import Extractor
+from trtq.evaluation.frechet import (
+    Statistics,
+    bootstrap_interval,
+    feature_statistics,
+    frechet_distance,
+)
+from trtq.seeds import seeded_generator
+from trtq.snr import snr_db
+
+__all__ = [
+    "ImageScores",
+    "inception_score",
+    "layer_snr",
+    "noise_prediction_snr",
+    "pixel_scores",
+    "precision_recall",
+    "psnr_db",
+    "score_images",
+    "share_interval",
+    "spatial_distance",
+]
+
+_NEIGHBOURS = 3
+_SCORE_SPLITS = 10
+_MOST_PSNR = 100.0
+
+
+@dataclass(frozen=True, eq=False)
+class ImageScores:
+    """What an extractor makes of a set of images.
+
+    Attributes:
+        features: `[B,F]`.
+        spatial: `[B,F']`.
+        fd: Fréchet distance to the real images, or None without statistics of them.
+        fd_interval: its 95 % bootstrap interval, or None.
+        accuracy: share of images in which every question is answered as asked for, or None.
+        accuracy_interval: its 95 % interval (Wilson's), or None.
+        inception_score: see `inception_score`; None if there are no questions.
+    """
+
+    features: Tensor
+    spatial: Tensor
+    fd: float | None
+    fd_interval: tuple[float, float] | None
+    accuracy: float | None
+    accuracy_interval: tuple[float, float] | None
+    inception_score: float | None
+
+
+def score_images(images: Tensor, labels: Mapping[str, Tensor], extractor: Extractor) -> ImageScores:
+    """Judge images[B,C,H,W] that were asked to show `labels` (LongTensor[B] by question)."""
+    features = torch.cat([extractor.features(part) for part in torch.split(images, 500)])
+    spatial = torch.cat([extractor.spatial_features(part) for part in torch.split(images, 500)])
+    fd = fd_interval = accuracy = accuracy_interval = None
+    if extractor.reference is not None:
+        fd = frechet_distance(feature_statistics(features), extractor.reference)
+        fd_interval = bootstrap_interval(features, extractor.reference)
+    answers = extractor.answers(features)
+    asked = [name for name in answers if name in labels]
+    if asked:
+        right = torch.stack([answers[name].argmax(1) == labels[name] for name in asked]).all(0)
+        accuracy = float(right.float().mean())
+        accuracy_interval = share_interval(accuracy, len(images))
+    score = inception_score(answers) if answers else None
+    return ImageScores(features, spatial, fd, fd_interval, accuracy, accuracy_interval, score)
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share of `count` images, by Wilson's score (doi 10.2307/2276774).
+
+    Where all images are right the normal approximation has no width; this one has.
+    """
+    z2 = 1.96**2 / count
+    centre = (share + z2 / 2) / (1 + z2)
+    half = (z2 * (share * (1 - share) + z2 / 4)) ** 0.5 / (1 + z2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+class _Logits(nn.Module):
+    """Hands torchmetrics logits that are already there, in place of images."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits
+
+
+def inception_score(answers: Mapping[str, Tensor]) -> float:
+    """`exp E KL(p(y|x) || p(y))` (arXiv 1606.03498) on a classifier's answers, ten splits.
+
+    With several questions their logits are joined into one over all combinations of values, as if they
+    were independent given the image; the largest value is then the number of combinations.
+
+    Args:
+        answers: logits[B,K] by question.
+    """
+    image: Any = require("torchmetrics.image.inception")
+    joint = torch.zeros(len(next(iter(answers.values()))), 1)
+    for logits in answers.values():
+        joint = (joint[:, :, None] + logits.log_softmax(1)[:, None, :]).flatten(1)
+    # It warns that it keeps all logits, and shuffles them, from torch's global randomness.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", UserWarning)
+        metric = image.InceptionScore(_Logits(), splits=min(_SCORE_SPLITS, len(joint)))
+        torch.manual_seed(0)
+        metric.update(joint)
+        mean, _ = metric.compute()
+    return float(mean)
+
+
+def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Improved precision and recall (arXiv 1904.06991) with three neighbours.
+
+    Args:
+        features: of the images to judge, `[B,F]`.
+        reference: of the images that set the standard, `[B',F]`.
+
+    Returns:
+        Share of the images that lie within the reference's manifold, and the reverse.
+    """
+
+    def radii(points: Tensor) -> Tensor:
+        count = min(_NEIGHBOURS + 1, len(points))
+        return torch.cdist(points, points).kthvalue(count, dim=1).values
+
+    distance = torch.cdist(features, reference)
+    precision = (distance <= radii(reference)[None, :]).any(1).float().mean()
+    recall = (radii(features)[None, :] >= distance.T).any(1).float().mean()
+    return float(precision), float(recall)
+
+
+def pixel_scores(images: Tensor, reference: Tensor) -> dict[str, Any]:
+    """Mean PSNR (dB) and SSIM of images[B,C,H,W] in [-1, 1] against others from the same noise.
+
+    An image that is equal counts with 100 dB.
+
+    SSIM's window is 11 pixels, or on smaller images the largest odd number that fits.
+
+    Returns:
+        `psnr_db`, `ssim`, and the 95 % interval of each mean over the images (normal
+        approximation): `psnr_db_interval`, `ssim_interval`.
+    """
+    functional: Any = require("torchmetrics.functional.image")
+    side = min(images.shape[-2:])
+    window = min(11, side - 1 + side % 2)
+    ssim = functional.structural_similarity_index_measure(
+        images,
+        reference,
+        data_range=2.0,
+        kernel_size=window,
+        gaussian_kernel=window == 11,
+        reduction="none",
+    ).double()
+    psnr = _psnr_of_each(images, reference)
+    return {
+        "psnr_db": float(psnr.mean()),
+        "psnr_db_interval": _interval_of_mean(psnr),
+        "ssim": float(ssim.mean()),
+        "ssim_interval": _interval_of_mean(ssim),
+    }
+
+
+def _psnr_of_each(images: Tensor, reference: Tensor) -> Tensor:
+    errors = (images - reference).double().square().flatten(1).mean(1)
+    return (10 * (4 / errors).log10()).clamp_max(_MOST_PSNR)
+
+
+def _interval_of_mean(values: Tensor) -> tuple[float, float]:
+    """95 % interval of the mean of values[B], by the normal approximation."""
+    half = 1.96 * float(values.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    mean = float(values.mean())
+    return mean - half, mean + half
+
+
+def psnr_db(images: Tensor, reference: Tensor) -> float:
+    """Mean PSNR in dB of images[B,C,H,W] in [-1, 1]; an image that is equal counts with 100 dB."""
+    return float(_psnr_of_each(images, reference).mean())
+
+
+def spatial_distance(scores: ImageScores, reference: ImageScores) -> float:
+    """Fréchet distance of both sets' spatial features (the form of sFID, arXiv 2103.03841)."""
+    statistics: list[Statistics] = [feature_statistics(s.spatial) for s in (scores, reference)]
+    return frechet_distance(*statistics)
+
+
+def noise_prediction_snr(
+    source: Source,
+    reference: Source,
+    *,
+    steps: int,
+    seed: int,
+    images: int = 64,
+    guidance: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """SNR in dB of the noise prediction against the float model's, per step, cleanest first.
+
+    Both see the same points of the float model's trajectory, so errors do not add up along it.
+    """
+    schedule = reference.schedule(steps)
+    images = at_once(reference.sample_shape, images)
+    conditions = reference.draw_conditions(images, seeded_generator(seed, "snr conditions"))
+    noise = seeded_noise(reference.sample_shape, seed, 0, images)
+    rows = []
+    for point in walk(reference.denoiser, schedule, noise, conditions, guidance):
+        with torch.no_grad():
+            other = predict(source.denoiser, point.x, point.timestep, conditions, guidance)
+        rows.append(snr_db(point.predicted, other))
+        if progress is not None:
+            progress(point.position + 1, len(schedule))
+    return rows[::-1]
+
+
+def layer_snr(
+    source: Source, reference: Source, *, steps: int, seed: int, images: int = 16
+) -> dict[str, float]:
+    """SNR in dB of each linear's and convolution's output against the float model's, worst first.
+
+    Both models get the same inputs, which stand at steps all along the float model's trajectory; a
+    layer's error includes what reaches it from the layers before.
+    """
+    schedule = reference.schedule(steps)
+    images = at_once(reference.sample_shape, images)
+    conditions = reference.draw_conditions(images, seeded_generator(seed, "layer conditions"))
+    noise = seeded_noise(reference.sample_shape, seed, 0, images)
+    x, timesteps = spread(reference.denoiser, schedule, noise, conditions)
+    names = [
+        name
+        for name, module in reference.model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    outputs = []
+    for model in (reference, source):
+        with _collected(model.model, names) as seen, torch.no_grad():
+            predict(model.denoiser, x, timesteps, conditions)
+        outputs.append(seen)
+    found = {
+        name: snr_db(outputs[0][name], outputs[1][name]) for name in names if name in outputs[1]
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+@contextmanager
+def _collected(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of the named modules that the model has."""
+    seen: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            seen[name] = output
+
+        return hook
+
+    handles = [modules[n].register_forward_hook(keep(n)) for n in names if n in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,6 +1,0 @@
-"""Names of the nodes that stand for low-bit layers, see `trtq.export.trace`."""
-
-__all__ = ["DOMAIN", "LOW_BIT_OPERATORS"]
-
-DOMAIN = "trtq"
-LOW_BIT_OPERATORS = ("LowBitLinear", "LowBitConv2d", "LowBitMatMul")

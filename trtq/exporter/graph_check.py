@@ -1,0 +1,256 @@
+"""Does the runtime open an artefact's graphs, and is that what the pipeline around them calls?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trtq.artefact.manifest import Manifest
+from trtq.engine.base import NO_METADATA, Engine, TensorSpec
+from trtq.engine.profile import axis_ranges
+from trtq.engine.tensorrt.run import obstacle, open_tensorrt
+from trtq.engine.trial import TRIAL_SECONDS, Trial, try_graph
+from trtq.errors import ArtefactError, TrtqError
+from trtq.graph.file import ENGINE_FILE, MODEL_FILE, graphs_of
+from trtq.graph.runtimes.prepare import external_files, load_graph
+from trtq.pipelines.open import engine_source
+from trtq.progress import Reporter, silent
+from trtq.runs.folder import check_calibrated
+from trtq.seeds import seeded_generator
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["check_engines", "check_graphs", "require_graphs"]
+
+_RTX_MAGIC = b"vtrt"
+_LONGEST = 400
+
+
+def check_graphs(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    provider: str = "cpu",
+    seconds: float = TRIAL_SECONDS,
+    report: Reporter = silent,
+) -> dict[str, str | None]:
+    """Open every graph of an ONNX folder in onnxruntime and call it once, at its smallest sizes.
+
+    Each in a process of its own. Then the pipeline is put together round what their inputs and outputs
+    are said to be, and calls its denoiser, which computes nothing there.
+
+    Args:
+        folder: the ONNX folder.
+        manifest: its manifest, verified.
+        provider: `cpu` or `openvino`.
+        seconds: for one graph.
+        report: called as work goes on.
+
+    Returns:
+        By graph, what is wrong with it, in one line; None: nothing.
+
+    Raises:
+        UsageError: onnxruntime or the provider is not installed.
+    """
+    # What the manifest does not list is left alone: nothing would open it.
+    names = sorted({manifest.denoiser, *graphs_of(manifest)})
+    found: dict[str, str | None] = {}
+    trials: dict[str, Trial] = {}
+    for index, name in enumerate(names):
+        report("open in the runtime", index, len(names))
+        try:
+            sizes = _smallest(folder, name, manifest)
+        except TrtqError as err:  # Its files are not what it says; the runtime would say it worse.
+            found[name] = _line(err)
+            continue
+        trials[name] = try_graph(folder / name / MODEL_FILE, sizes, provider, seconds)
+        found[name] = trials[name].problem
+    report("open in the runtime", len(names), len(names))
+    if not any(found.values()):
+        found[manifest.denoiser] = _why_not_called(folder, manifest, trials)
+    return found
+
+
+def require_graphs(
+    folder: Path,
+    manifest: Manifest,
+    report: Reporter = silent,
+    *,
+    seconds: float = TRIAL_SECONDS,
+) -> None:
+    """Refuse an ONNX folder that the runtime cannot open, see `check_graphs`.
+
+    Raises:
+        ArtefactError: there is a graph that it cannot open or call.
+    """
+    for name, problem in check_graphs(folder, manifest, seconds=seconds, report=report).items():
+        if problem is not None:
+            raise ArtefactError(
+                f"{folder / name / MODEL_FILE} cannot be used: {problem}; export the "
+                f"model again, or see trtq verify {folder}"
+            )
+
+
+def check_engines(folder: Path, manifest: Manifest) -> dict[str, str | None]:
+    """As far as this machine can: the head of each engine's file, and with a GPU its opening.
+
+    Returns:
+        By component, what is wrong with its engine; None: nothing.
+    """
+    backend = str(manifest.options.get("backend"))
+    files = [folder / name / ENGINE_FILE for name in graphs_of(manifest, ENGINE_FILE)]
+    found: dict[str, str | None] = {file.parent.name: _damage(file, backend) for file in files}
+    if manifest.denoiser not in found:
+        found[manifest.denoiser] = f"there is no {ENGINE_FILE} of it"
+    if backend not in ("tensorrt-rtx", "tensorrt"):
+        return dict.fromkeys(found, f"the manifest names the unknown backend {backend[:40]!r}")
+    if any(found.values()) or obstacle(backend) is not None:
+        return found
+    for file in files:
+        try:
+            open_tensorrt(file, backend)
+        except TrtqError as err:
+            found[file.parent.name] = _line(err)
+    return found
+
+
+def _damage(file: Path, backend: str) -> str | None:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        head = opened.read(24)
+    if not any(head):
+        return "its file is empty"
+    if backend != "tensorrt-rtx":
+        return None
+    if head[:4] != _RTX_MAGIC:
+        return "its file is no engine of TensorRT-RTX"
+    if int.from_bytes(head[16:24], "little") != size:
+        return f"its file has {size} bytes, but its head gives another size: it was cut"
+    return None
+
+
+def _smallest(folder: Path, name: str, manifest: Manifest) -> dict[str, int]:
+    """Length of every free axis in the call, by its name.
+
+    Raises:
+        TrtqError: the graph or the folder does not say.
+    """
+    model = load_graph(folder / name / MODEL_FILE)
+    foreign = sorted({f"{name}/{file}" for file in external_files(model)} - set(manifest.files))
+    if foreign:
+        raise ArtefactError(f"it takes weights from {foreign[0]}, which the manifest does not list")
+    try:
+        _check_numbers(model)
+        ranges = axis_ranges(folder, name, manifest, model, None)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as err:
+        if isinstance(err, TrtqError):
+            raise
+        raise ArtefactError(
+            f"its sizes cannot be read: {type(err).__name__}: {_line(err)}"
+        ) from err
+    return {axis: least for axis, (least, _, _) in ranges.items()}
+
+
+def _check_numbers(model: ir.Model) -> None:
+    """Weights and tables are numbers: casts and roundings make some other number of a NaN, silently.
+
+    Raises:
+        ArtefactError: one is not a number.
+    """
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or not tensor.dtype.is_floating_point():
+                continue
+            if bool(np.isnan(tensor.numpy().astype(np.float32, copy=False)).any()):
+                raise ArtefactError(f"its tensor {name[:100]!r} holds NaN")
+
+
+class _Dummy:
+    """Says what a graph takes and gives, and gives ones."""
+
+    provider = "none"
+
+    def __init__(self, trial: Trial) -> None:
+        self.inputs = trial.inputs
+        self.outputs = trial.outputs
+        self.metadata = NO_METADATA
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        axes: dict[str, int] = {}
+        for name, spec in self.inputs.items():
+            if name not in feeds:
+                raise ArtefactError(f"the pipeline does not give its input {name!r}")
+            given = feeds[name].shape
+            if len(given) != len(spec.shape):
+                raise ArtefactError(
+                    f"its input {name!r} has {len(spec.shape)} axes, and the pipeline gives {len(given)}"
+                )
+            axes |= {a: n for a, n in zip(spec.shape, given, strict=True) if isinstance(a, str)}
+        return {
+            name: np.ones(
+                [n if isinstance(n, int) else axes.get(n, 1) for n in spec.shape], spec.dtype
+            )
+            for name, spec in self.outputs.items()
+        }
+
+
+def _why_not_called(folder: Path, manifest: Manifest, trials: Mapping[str, Trial]) -> str | None:
+    """What keeps the pipeline from calling its denoiser."""
+    import torch
+
+    def dummy(name: str) -> Engine | None:
+        return _Dummy(trials[name]) if name in trials else None
+
+    try:
+        source = engine_source(folder, manifest.denoiser, manifest.options.get("size"), dummy)
+        check_calibrated(source, manifest)
+        trial = trials[manifest.denoiser]
+        wrong = _wrong_types(trial, source.family.sample)
+        if wrong is not None:
+            return wrong
+        conditions = source.draw_conditions(1, seeded_generator(0, "verify"))
+        x = torch.ones(1, *source.sample_shape)
+        timestep = torch.tensor([(manifest.timesteps or [1.0])[0]])
+        arguments = conditions.family.arguments(
+            x, timestep, conditions.conditional | conditions.shared
+        )
+        source.denoiser(**arguments, return_dict=False)
+    except TrtqError as err:
+        return f"the pipeline cannot call it: {_line(err)}"
+    except Exception as err:  # Of torch, diffusers or transformers, on what an edited folder says.
+        return f"the pipeline cannot call it: {type(err).__name__}: {_line(err)}"
+    return None
+
+
+def _wrong_types(trial: Trial, sample: str) -> str | None:
+    """Numbers that a cast would bend silently, and predictions that are no prediction."""
+    if len(trial.outputs) != 1:
+        return (
+            f"it has {len(trial.outputs)} outputs ({', '.join(trial.outputs)}), a denoiser has one"
+        )
+    ((output, spec),) = trial.outputs.items()
+    named: dict[str, TensorSpec] = {output: spec}
+    for name in (sample, "timestep"):
+        if name not in trial.inputs:
+            return f"it has no input {name!r}; it has {', '.join(trial.inputs)}"
+    named[sample] = trial.inputs[sample]
+    for name, one in named.items():
+        if not np.issubdtype(one.dtype, np.floating):
+            return f"{name!r} is of type {one.dtype.name}; images and predictions are float32 or float16"
+    if trial.inputs["timestep"].dtype == np.bool_:
+        return "its input 'timestep' is of type bool"
+    given = trial.given.get(output, ())
+    if len(given) != len(trial.inputs[sample].shape):
+        return (
+            f"its output {output!r} has the shape {list(given)}, which is not that of a prediction"
+        )
+    return None
+
+
+def _line(err: Any) -> str:
+    return " ".join(str(err).split())[:_LONGEST]

@@ -1,0 +1,89 @@
+"""An exported graph against the torch denoiser that it was made from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from trtq.artefact.manifest import Manifest
+from trtq.diffusion.pipeline import Source
+from trtq.diffusion.sampling import seeded_noise
+from trtq.engine.denoiser import EngineDenoiser
+from trtq.engine.ort import OrtEngine
+from trtq.errors import GateError
+from trtq.exporter.layer_outputs import looked_up_steps
+from trtq.exporter.parity import StepParity, noise_parity, step_parity
+from trtq.quant import TimestepTable
+from trtq.seeds import seeded_generator
+
+__all__ = ["PARITY_DB", "step_parities"]
+
+PARITY_DB: dict[str, float] = {"fp32": 40.0, "fp16": 20.0}
+"""Least SNR, in dB, of the exported noise prediction at any calibrated step. In a half-precision
+graph values near a rounding tie fall on the other code, so a 4-bit model cannot be held to more."""
+_PARITY_VALUES = 1 << 18
+_PARITY_IMAGES = (4, 128)
+_PARITY_WEIGHTS = 2 << 30
+"""Images times weights that a step is looked at with: a billion weights with two images, not 128."""
+
+
+def step_parities(
+    source: Source, model: Path, manifest: Manifest, *, thorough: bool = False
+) -> list[StepParity]:
+    """Compare a graph on onnxruntime's CPU provider with torch.
+
+    The lookup of the step must be right at every calibrated timestep and on both sides of each border
+    between two. Predictions are compared at every step; those of a model of more than half a billion
+    weights with one image at the middle step, unless `thorough`, since each image more is a minute on a
+    CPU and gigabytes of activations.
+
+    Args:
+        source: the pipeline around the torch denoiser, at the size to compare at.
+        model: the graph's file.
+        manifest: what is known of it; timesteps and recipe count.
+        thorough: every step, however large the model.
+
+    Returns:
+        One row per step, cleanest first, and last one of a batch of mixed steps; or one alone.
+
+    Raises:
+        GateError: the graph uses another step of the tables than torch does.
+    """
+    table = TimestepTable(manifest.timesteps) if manifest.timesteps else None
+    if table is not None and len(table) > 1:
+        _check_lookup(source, model, table)
+    exported = EngineDenoiser(
+        OrtEngine(model, frugal=True), source.model.config, type(source.model)
+    )
+    steps = len(table) if table is not None and len(table) > 1 else 20
+    schedule = source.schedule(int((manifest.recipe or {}).get("steps", steps)))
+    generator = seeded_generator(0, "parity conditions")
+    # Many small images, so that rare ties show; few large ones, since each step is a forward pass.
+    fewest, most = _PARITY_IMAGES
+    images = max(fewest, min(most, _PARITY_VALUES // math.prod(source.sample_shape)))
+    weights = sum(tensor.numel() for tensor in source.denoiser.state_dict().values())
+    large = weights * fewest > _PARITY_WEIGHTS and not thorough
+    images = 1 if large else max(1, min(images, _PARITY_WEIGHTS // weights))
+    conditions = source.draw_conditions(images, generator)
+    noise = seeded_noise(source.sample_shape, 0, 0, images)
+    compared = noise_parity if large else step_parity
+    return compared(source.denoiser, exported, schedule, noise, conditions)
+
+
+def _check_lookup(source: Source, model: Path, table: TimestepTable) -> None:
+    up, down = torch.tensor(float("inf")), torch.tensor(-float("inf"))
+    borders = [table.edges.nextafter(down), table.edges, table.edges.nextafter(up)]
+    timesteps = torch.cat([table.timesteps.float(), *borders])
+    steps = looked_up_steps(model, source.family.sample, timesteps)
+    if steps is None:
+        return
+    wrong = (steps != table.index(timesteps)).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        expected = int(table.index(timesteps)[first])
+        raise GateError(
+            f"at timestep {float(timesteps[first]):g} the exported graph uses step "
+            f"{int(steps[first])} of its tables, torch step {expected}"
+        )

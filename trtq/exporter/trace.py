@@ -1,0 +1,298 @@
+"""From a torch denoiser to an ONNX graph in which each low-bit layer is one node.
+
+A layer that is to be low-bit is traced as a single node of the domain `trtq`, without its weights:
+
+    trtq::LowBitLinear(x) {name}        trtq::LowBitConv2d(x) {name, strides, pads, dilations, group}
+    trtq::LowBitMatMul(a, b) {name}     a product of two activations
+
+The rewrites in `trtq.graph.passes` then give these nodes their numbers, in the form that the target
+wants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trtq.diffusion.families import Family
+from trtq.diffusion.sampling import Conditions
+from trtq.errors import LegalityError
+from trtq.graph.nodes import DOMAIN
+from trtq.quant.convert import deploy_timesteps, quantizable_layers
+from trtq.quant.modules import ConvGeometry
+from trtq.quant.structure import Product, replace_module
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["OPSET", "trace", "trace_module"]
+
+OPSET = 21
+IR_VERSION = 10
+HEIGHT, WIDTH = "height", "width"
+
+
+class _LowBitNode(nn.Module):
+    """Stands for a low-bit layer while tracing: one node, named after the layer."""
+
+    def __init__(self, name: str, source: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.name = name
+        self.out_features = int(source.weight.shape[0])
+        self.geometry: ConvGeometry | None = None
+        self.kernel: tuple[int, int] = (1, 1)
+        if isinstance(source, nn.Conv2d):
+            self.geometry = ConvGeometry.of(source)
+            self.kernel = (int(source.kernel_size[0]), int(source.kernel_size[1]))
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        attributes: dict[str, Any] = {"name": self.name}
+        if self.geometry is None:
+            operator, shape = "LowBitLinear", [*x.shape[:-1], self.out_features]
+        else:
+            g = self.geometry
+            operator = "LowBitConv2d"
+            size = [
+                (x.shape[2 + axis] + 2 * g.padding[axis] - g.dilation[axis] * (kernel - 1) - 1)
+                // g.stride[axis]
+                + 1
+                for axis, kernel in enumerate(self.kernel)
+            ]
+            shape = [x.shape[0], self.out_features, *size]
+            attributes |= {
+                "strides": list(g.stride),
+                "pads": [*g.padding, *g.padding],
+                "dilations": list(g.dilation),
+                "group": g.groups,
+            }
+        return _symbolic(operator, (x,), attributes, shape)
+
+
+class _LowBitProduct(nn.Module):
+    """Stands for a low-bit product while tracing: one node, named after the layer."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, a: Tensor, b: Tensor, *_: Any) -> Tensor:
+        shape = [*a.shape[:-1], b.shape[-1]]
+        return _symbolic("LowBitMatMul", (a, b), {"name": self.name}, shape)
+
+
+def _symbolic(
+    operator: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], shape: list[Any]
+) -> Tensor:
+    result: Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{operator}", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=1
+    )
+    return result
+
+
+class _Denoiser(nn.Module):
+    """Calls a denoiser with positional tensors and gives back the bare prediction."""
+
+    def __init__(self, denoiser: nn.Module, names: list[str], family: Family) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.names = names
+        self.family = family
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        arguments = self.family.nest(dict(zip(self.names, tensors, strict=True)))
+        prediction: Tensor = self.denoiser(**arguments, return_dict=False)[0]
+        return prediction
+
+
+class _Batched(nn.Module):
+    """Calls a module with positional tensors, of which those at `batched` have one batch."""
+
+    def __init__(self, module: nn.Module, batched: list[int]) -> None:
+        super().__init__()
+        self.module = module
+        self.batched = batched
+
+    def forward(self, *tensors: Tensor) -> Any:
+        for place in self.batched:
+            # Each input has a symbol of its own for its batch, until it is told that they agree.
+            same = tensors[place].shape[0] == tensors[0].shape[0]
+            torch._check(same)  # type: ignore[no-untyped-call]
+        return self.module(*tensors)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter talks a lot; an error still carries what it has to say."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def trace(
+    denoiser: nn.Module,
+    x: Tensor,
+    conditions: Conditions,
+    low_bit: set[str],
+    *,
+    half: bool = False,
+    cell: int | None = None,
+) -> ir.Model:
+    """Export a denoiser with a dynamic batch; changes it in place.
+
+    Args:
+        denoiser: a float diffusers model.
+        x: a small batch of noisy samples, `[B, ...]`, B > 1.
+        conditions: of the B images.
+        low_bit: module paths that become nodes of the domain `trtq`.
+        half: compute in half precision; timesteps stay float32.
+        cell: leave height and width of the samples free, in multiples of this; None: they are fixed.
+
+    Returns:
+        The graph, with diffusers' inputs by flat name; the output is named after the family.
+
+    Raises:
+        LegalityError: torch cannot trace it, e.g. at a size that the model does not take.
+    """
+    family = conditions.family
+    for name, source in quantizable_layers(denoiser).items():
+        if name in low_bit:
+            product = isinstance(source, Product)
+            node = _LowBitProduct(name) if product else _LowBitNode(name, source)
+            replace_module(denoiser, name, node)
+    if low_bit:
+        deploy_timesteps(denoiser)
+    examples = {family.sample: x, "timestep": torch.zeros(len(x))}
+    examples |= conditions.conditional | conditions.shared
+    if half:
+        denoiser.half()
+        for key, value in examples.items():
+            if value.is_floating_point() and key != "timestep":
+                examples[key] = value.half()
+    caller = _Denoiser(denoiser, list(examples), family)
+    try:
+        return trace_module(
+            caller,
+            examples,
+            [family.output],
+            shared=set(conditions.shared),
+            images={family.sample: cell},
+        )
+    except torch.onnx.OnnxExporterError as err:
+        cause = str(err.__cause__ or err).strip().splitlines()
+        raise LegalityError(
+            f"torch cannot trace {type(denoiser).__name__} for samples of "
+            f"{'x'.join(map(str, x.shape[1:]))}; does it take this size? {' '.join(cause[:2])}"
+        ) from err
+
+
+def trace_module(
+    module: nn.Module,
+    examples: Mapping[str, Tensor],
+    outputs: list[str],
+    *,
+    shared: Collection[str] = (),
+    axes: Mapping[int, str] = MappingProxyType({}),
+    images: Mapping[str, int | None] = MappingProxyType({}),
+) -> ir.Model:
+    """Export a module that takes and gives bare tensors, with a dynamic batch.
+
+    Args:
+        module: called with the examples in order; gives a tensor or a tuple.
+        examples: inputs by name, with B > 1.
+        outputs: names of what it gives.
+        shared: names of inputs without a batch axis.
+        axes: further axes of all inputs whose length is free, and what to call them.
+        images: inputs `[B,C,H,W]` whose H and W are free in multiples of this; None: they are fixed.
+    """
+    # diffusers' upsampling asks whether there are 64 items or more; without the bound torch finds that
+    # out at the end of a first export, and begins a second. The graph itself takes any number.
+    free = {0: torch.export.Dim("batch", min=1, max=63)}
+    free |= {axis: torch.export.Dim(name, min=1) for axis, name in axes.items()}
+    shapes: dict[str, dict[int, Any]] = {}
+    for name in examples:
+        shapes[name] = {} if name in shared else dict(free)
+        cell = images.get(name)
+        if cell is not None:
+            sides = {2: torch.export.Dim(HEIGHT, min=1), 3: torch.export.Dim(WIDTH, min=1)}
+            shapes[name] |= {
+                axis: cell * side if cell > 1 else side for axis, side in sides.items()
+            }
+    batched = [place for place, name in enumerate(examples) if name not in shared]
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            _Batched(module, batched).eval(),
+            tuple(examples.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(examples),
+            output_names=outputs,
+            dynamic_shapes=(tuple(shapes.values()),),
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    import onnx_ir as ir
+
+    model: ir.Model = program.model
+    _simplify(model)
+    model.ir_version = IR_VERSION
+    for value in model.graph.inputs:
+        if images.get(value.name or "") is not None and value.shape is not None:
+            value.shape = ir.Shape([*list(value.shape)[:2], HEIGHT, WIDTH])
+    return model
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold constants and drop what does nothing, in place.
+
+    Of onnxscript's own collection those rules that denoisers give work to. All of it leaves the same
+    graphs in ten times the time: at Stable Diffusion's size one rule, for slices, takes most of it.
+    """
+    import onnx_ir as ir
+    import onnx_ir.passes.common as passes
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules import common as rules
+
+    passes.InlinePass()(model)
+    optimizer.fold_constants(model, onnx_shape_inference=False)
+    rewriter.rewrite(
+        model,
+        [
+            rules.materialize_reshape_shape_rule,
+            rules.reshape_reshape_rule,
+            rules.transpose_transpose_rule,
+            rules.no_op_transpose_rule,
+            rules.no_op_expand_rule,
+            rules.no_op_cast_rule,
+            rules.unsqueeze_unsqueeze_rule,
+            rules.squeeze_reshape_1d_rule,
+            rules.add_0_rule,
+            rules.sub_0_rule,
+            rules.mul_by_1_rule,
+            rules.div_by_1_rule,
+        ],
+    )
+    ir.passes.Sequential(
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )(model)

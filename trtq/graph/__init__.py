@@ -1,0 +1,1 @@
+"""ONNX graphs: files, node names and rewrites."""

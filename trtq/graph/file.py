@@ -1,0 +1,60 @@
+"""Writing a graph: checked for NaN, small tensors inside, large ones in a file beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from trtq.artefact.manifest import Manifest
+from trtq.errors import NonFiniteError
+
+__all__ = ["DATA_NAME", "ENGINE_FILE", "MODEL_FILE", "graphs_of", "model_file", "save_graph"]
+
+MODEL_FILE = "model.onnx"
+DATA_NAME = "model.onnx_data"
+_INLINE_BYTES = 1 << 14
+"""Smaller tensors stay in the graph: shape inference reads sizes of splits there and nowhere else."""
+
+
+def model_file(folder: Path) -> Path:
+    """The engine or graph in a component's folder, whether it is there or not."""
+    engine = folder / ENGINE_FILE
+    return engine if engine.is_file() else folder / MODEL_FILE
+
+
+def graphs_of(manifest: Manifest, file: str = MODEL_FILE) -> list[str]:
+    """The folders of an artefact's graphs, or of its engines, sorted."""
+    paths = [PurePosixPath(name) for name in manifest.files]
+    return sorted(str(p.parent) for p in paths if p.name == file and len(p.parts) == 2)
+
+
+def save_graph(model: Any, folder: Path) -> None:
+    """Write an `onnx_ir` model into a new folder.
+
+    Raises:
+        NonFiniteError: a constant holds NaN or infinity; the message names it.
+    """
+    import onnx
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    # The rewrites leave constants behind that nothing reads any more.
+    RemoveUnusedNodesPass()(model)
+    _check_finite(model)
+    folder.mkdir(parents=True)
+    ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME, size_threshold_bytes=_INLINE_BYTES)
+    onnx.checker.check_model(str(folder / MODEL_FILE))
+
+
+def _check_finite(model: Any) -> None:
+    for name, value in model.graph.initializers.items():
+        data = value.const_value
+        if data is None or not np.issubdtype(data.dtype.numpy(), np.floating):
+            continue
+        if not np.isfinite(data.numpy()).all():
+            raise NonFiniteError(f"the exported graph holds NaN or infinity in {name!r}")
+
+
+ENGINE_FILE = "model.engine"

@@ -1,0 +1,169 @@
+"""Low-bit nodes with their numbers as inputs: the form that plugins run.
+
+    trtq::LowBitLinear(x, weight, terms, tables, step) -> y
+    trtq::LowBitConv2d(x, weight, terms, tables, step) -> y
+
+`trtq.plugins.spec` has the layouts, `trtq.plugins.low_bit.tensorrt` the attributes. x and y have the
+graph's own type. The step is looked up once per graph. Everything else, products of activations
+included, is as in the quantise-dequantise form. For runtimes without the plugins `ExpandPlugins` turns
+the nodes back into that form, from what lies in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from trtq.artefact.graph_metadata import TIMESTEPS_KEY, graph_timesteps
+from trtq.errors import ArtefactError, LegalityError
+from trtq.graph.nodes import DOMAIN
+from trtq.graph.passes.builder import GraphBuilder
+from trtq.graph.passes.low_bit_to_qdq import ExpandLowBitToQdq
+from trtq.graph.passes.step_lookup import look_up_step
+from trtq.plugins.low_bit.tensorrt import NAMESPACE, PLUGINS, VERSION, fields_of, spec_of
+from trtq.plugins.spec import LayerSpec
+from trtq.quant.convert import LowBitTensors
+from trtq.quant.deployed import LayerTensors
+from trtq.quant.kernel_form import layer_tensors, packed_operands
+from trtq.quant.modules import ConvGeometry
+from trtq.quant.timestep import TimestepTable
+
+__all__ = [
+    "TIMESTEPS_KEY",
+    "ExpandPlugins",
+    "LowBitToPlugins",
+    "has_plugins",
+]
+
+_RESTORED = "restored_steps"
+_OPERANDS = ("weight", "terms", "tables")
+
+
+def has_plugins(model: ir.Model) -> bool:
+    """Whether a graph has nodes that only plugins run."""
+    return any(node.domain == DOMAIN for node in model.graph)
+
+
+class LowBitToPlugins(ir.passes.InPlacePass):
+    """Give every `trtq::LowBitLinear` and `trtq::LowBitConv2d` its operands.
+
+    Args:
+        layers: the numbers of the layers, by the nodes' attribute `name`.
+        table: the calibrated timesteps.
+    """
+
+    def __init__(self, layers: Mapping[str, LowBitTensors], table: TimestepTable) -> None:
+        super().__init__()
+        self.layers = layers
+        self.table = table
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fires when there is such a node.
+
+        Raises:
+            LegalityError: a node names a layer that has no numbers.
+        """
+        graph = model.graph
+        nodes = [n for n in graph if n.domain == DOMAIN and n.op_type in PLUGINS]
+        if not nodes:
+            return ir.passes.PassResult(model, modified=False)
+        step = look_up_step(graph, self.table)
+        for node in nodes:
+            name = node.attributes["name"].as_string()
+            layer = self.layers.get(name)
+            if not isinstance(layer, LayerTensors):
+                raise LegalityError(f"the graph has a low-bit node {name!r} without its numbers")
+            self._give_operands(graph, node, name, layer, step)
+        return ir.passes.PassResult(model, modified=True)
+
+    @staticmethod
+    def _give_operands(
+        graph: ir.Graph, node: ir.Node, name: str, layer: LayerTensors, step: ir.Value
+    ) -> None:
+        geometry = None
+        if node.op_type == "LowBitConv2d":
+            stride, pads, dilation = (
+                tuple(node.attributes[key].as_ints()[:2])
+                for key in ("strides", "pads", "dilations")
+            )
+            group = node.attributes["group"].as_int()
+            geometry = ConvGeometry(stride, pads, dilation, group)  # type: ignore[arg-type]
+        spec, operands = packed_operands(layer, geometry)
+        builder = GraphBuilder(graph, name)
+        # Not just "weight": a rewrite to pairs has a constant of that name.
+        constants = [builder.constant(f"plugin_{key}", operands[key]) for key in _OPERANDS]
+        attributes: dict[str, Any] = {"name": name}
+        attributes |= {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
+        (out,) = node.outputs
+        made = ir.node(
+            node.op_type,
+            [node.inputs[0], *constants, step],
+            attributes | fields_of(spec),
+            domain=DOMAIN,
+            name=f"{name}/plugin",
+        )
+        made.outputs[0].shape, made.outputs[0].type = out.shape, out.type
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [made], [out], made.outputs)
+
+
+class ExpandPlugins(ir.passes.InPlacePass):
+    """Plugin nodes back to quantise-dequantise form, read from the graph itself."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fires when there is a plugin node.
+
+        Raises:
+            ArtefactError: a node's operands are not constants of ours, or the timesteps are missing.
+        """
+        nodes = [node for node in model.graph if node.domain == DOMAIN]
+        if not nodes:
+            return ir.passes.PassResult(model, modified=False)
+        timesteps = model.metadata_props.get(TIMESTEPS_KEY)
+        if timesteps is None:
+            raise ArtefactError("the graph does not say what timesteps it was calibrated at")
+        layers = {}
+        for node in nodes:
+            spec, operands = _read(node)
+            layers[node.attributes["name"].as_string()] = layer_tensors(spec, operands)
+            _strip(node, spec)
+        table = TimestepTable(graph_timesteps(timesteps))
+        return ExpandLowBitToQdq(layers, table, PLUGINS, prefix=_RESTORED)(model)
+
+
+def _read(node: ir.Node) -> tuple[LayerSpec, dict[str, np.ndarray]]:
+    fields = {
+        key: list(attribute.as_ints())
+        for key, attribute in node.attributes.items()
+        if attribute.type == ir.AttributeType.INTS
+    }
+    spec = spec_of(node.op_type, fields)
+    stored = [value.const_value if value is not None else None for value in node.inputs[1:4]]
+    if len(stored) != len(_OPERANDS) or any(tensor is None for tensor in stored):
+        raise ArtefactError(f"the plugin node {node.name!r} has operands that are no constants")
+    operands = {
+        key: tensor.numpy()  # type: ignore[union-attr]
+        for key, tensor in zip(_OPERANDS, stored, strict=True)
+    }
+    if operands["weight"].shape != spec.weight_shape():
+        raise ArtefactError(
+            f"the weight of {node.name!r} has the shape {list(operands['weight'].shape)}, its "
+            f"attributes say {list(spec.weight_shape())}"
+        )
+    return spec, operands
+
+
+def _strip(node: ir.Node, spec: LayerSpec) -> None:
+    """Back to the node that tracing gives: x alone, and the attributes of a convolution."""
+    node.resize_inputs(1)
+    name = node.attributes["name"]
+    node.attributes.clear()
+    node.attributes["name"] = name
+    if spec.geometry is not None:
+        g = spec.geometry
+        node.attributes["strides"] = ir.AttrInt64s("strides", g.stride)
+        node.attributes["pads"] = ir.AttrInt64s("pads", [*g.padding, *g.padding])
+        node.attributes["dilations"] = ir.AttrInt64s("dilations", g.dilation)
+        node.attributes["group"] = ir.AttrInt64("group", g.groups)

@@ -1,0 +1,78 @@
+"""Products with integer weights as convolutions of one pixel, for OpenVINO without VNNI."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from trtq.graph.passes.builder import GraphBuilder
+
+__all__ = ["LinearAsConv"]
+
+
+class LinearAsConv(ir.passes.InPlacePass):
+    """`MatMul([B, L, K], DequantizeLinear([K, N]))` as `Conv([B, K, 1, L], [N, K, 1, 1])`.
+
+    OpenVINO's integer product of matrices on AVX2 is no faster than its float one; its convolution is
+    twice as fast, and as it works with channels last, both transposes are free. The whole numbers are
+    the same, and so is the result.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fires on every MatMul of an activation of rank 3 with a quantised weight."""
+        graph = model.graph
+        modified = False
+        for node in [n for n in graph if n.op_type == "MatMul"]:
+            x, weight = node.inputs
+            dequantize = weight.producer() if weight is not None else None
+            if x is None or x.shape is None or len(x.shape) != 3 or not _is_weight(dequantize):
+                continue
+            codes = x.producer()
+            if codes is None or codes.op_type != "DequantizeLinear":
+                continue
+            assert dequantize is not None
+            build = GraphBuilder(graph, f"{node.name}/as_conv")
+            y = self._conv(build, x, self._kernel(build, dequantize))
+            (out,) = node.outputs
+            y.shape, y.type = out.shape, out.type
+            ir.convenience.replace_nodes_and_values(graph, node, [node], build.nodes, [out], [y])
+            if not dequantize.outputs[0].uses():
+                graph.remove(dequantize, safe=True)
+            modified = True
+        return ir.passes.PassResult(model, modified=modified)
+
+    @staticmethod
+    def _kernel(build: GraphBuilder, dequantize: ir.Node) -> ir.Value:
+        """`[N, K, 1, 1]` of the weight `[K, N]`, turned while it is integers."""
+        integers, scale = dequantize.inputs[:2]
+        assert integers is not None
+        assert scale is not None
+        turned = build.op("Transpose", [integers], "turned", {"perm": [1, 0]})
+        pixel = build.constant("pixel", np.array([2, 3], np.int64))
+        kernel = build.op("Unsqueeze", [turned, pixel], "kernel")
+        y: ir.Value = build.op("DequantizeLinear", [kernel, scale], "kernel_float", {"axis": 0})
+        return y
+
+    @staticmethod
+    def _conv(build: GraphBuilder, x: ir.Value, kernel: ir.Value) -> ir.Value:
+        """`[B, L, K]` to `[B, L, N]`."""
+        row = build.constant("row", np.array([1], np.int64))
+        y = build.op("Unsqueeze", [x, row], "image")
+        y = build.op("Transpose", [y], "channels_first", {"perm": [0, 3, 1, 2]})
+        y = build.op("Conv", [y, kernel], "conv")
+        y = build.op("Transpose", [y], "channels_last", {"perm": [0, 2, 3, 1]})
+        out: ir.Value = build.op("Squeeze", [y, row], "sequence")
+        return out
+
+
+def _is_weight(node: ir.Node | None) -> bool:
+    """Whether it is the DequantizeLinear of a layer's weight, in units of one."""
+    if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 2:
+        return False
+    integers, scale = node.inputs
+    if integers is None or scale is None or scale.const_value is None:
+        return False
+    producer = integers.producer()
+    # An activation's codes come from QuantizeLinear; 4-bit weights from Sub, see `ExpandLowBitToQdq`.
+    constant = integers.const_value is not None or (producer and producer.op_type == "Sub")
+    return bool(constant) and len(scale.const_value.shape) == 1

@@ -1,0 +1,66 @@
+"""Products of two wide activations in float, for processors whose integer products saturate."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from trtq.graph.passes.builder import GraphBuilder
+
+__all__ = ["FloatWideProducts"]
+
+_INT8 = (-128.0, 127.0)
+
+
+class FloatWideProducts(ir.passes.InPlacePass):
+    """Round and clip in float in front of a MatMul of activations whose codes go beyond `PAIR_SAFE`.
+
+    The counterpart of `FloatWideWeights`: the codes stay what they are, so the result does, too. Such
+    products are told by the Cast of their codes, see `ExpandLowBitToQdq`.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fires on every MatMul of two activations whose codes are cast."""
+        graph = model.graph
+        found = [
+            node
+            for node in graph
+            if node.op_type == "MatMul" and all(map(self._quantize, node.inputs))
+        ]
+        for node in found:
+            for index, value in enumerate(node.inputs):
+                assert value is not None
+                node.replace_input_with(index, self._rounded(graph, node, value, index))
+        if found:
+            self._drop_unused(graph)
+        return ir.passes.PassResult(model, modified=bool(found))
+
+    @staticmethod
+    def _quantize(value: ir.Value | None) -> ir.Node | None:
+        """The QuantizeLinear whose codes are cast; None if it is something else."""
+        cast = value.producer() if value is not None else None
+        if cast is None or cast.op_type != "Cast":
+            return None
+        codes = cast.inputs[0]
+        quantize = codes.producer() if codes is not None else None
+        return quantize if quantize is not None and quantize.op_type == "QuantizeLinear" else None
+
+    def _rounded(self, graph: ir.Graph, node: ir.Node, value: ir.Value, index: int) -> ir.Value:
+        quantize = self._quantize(value)
+        assert quantize is not None
+        build = GraphBuilder(graph, f"{node.name}/wide_{index}")
+        y = build.op("Round", [quantize.inputs[0]], "rounded")  # type: ignore[list-item]
+        for operator, limit in zip(("Max", "Min"), _INT8, strict=True):
+            bound = build.constant(operator.lower(), np.array(limit, np.float32))
+            y = build.op(operator, [y, bound], f"clipped_{operator.lower()}")
+        y.shape, y.type = value.shape, value.type
+        graph.insert_before(node, build.nodes)
+        result: ir.Value = y
+        return result
+
+    @staticmethod
+    def _drop_unused(graph: ir.Graph) -> None:
+        for kind in ("Cast", "QuantizeLinear"):
+            for node in [n for n in graph if n.op_type == kind]:
+                if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
+                    graph.remove(node, safe=True)

@@ -1,0 +1,50 @@
+"""Weights beyond seven bits as float, for processors whose integer products saturate."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from trtq.errors import LegalityError
+from trtq.graph.passes.builder import GraphBuilder
+from trtq.graph.passes.low_bit_to_qdq import PAIR_SAFE
+
+__all__ = ["FloatWideWeights"]
+
+
+class FloatWideWeights(ir.passes.InPlacePass):
+    """A Cast instead of DequantizeLinear for int8 weights with larger integers than `PAIR_SAFE`.
+
+    Without VNNI, x86 adds two uint8 x int8 products in int16, which saturates. The layer is then
+    computed in float from the same whole numbers, to the same result. The weights themselves stay
+    bytes, since a graph of more than two gigabytes could not be handed over.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fires on weights stored as int8.
+
+        Raises:
+            LegalityError: such a weight has a scale or zero point of its own.
+        """
+        graph = model.graph
+        modified = False
+        for node in [n for n in graph if n.op_type == "DequantizeLinear"]:
+            weight = node.inputs[0]
+            stored = weight.const_value if weight is not None else None
+            if weight is None or stored is None or stored.dtype != ir.DataType.INT8:
+                continue
+            integers = stored.numpy()
+            if np.abs(integers.astype(np.int16)).max() <= PAIR_SAFE:
+                continue
+            scale = node.inputs[1].const_value if node.inputs[1] is not None else None
+            if len(node.inputs) > 2 or scale is None or not bool((scale.numpy() == 1).all()):
+                raise LegalityError(
+                    f"the weight of {node.name!r} is scaled before its product, not behind it"
+                )
+            build = GraphBuilder(graph, f"{node.name}/wide")
+            y = build.op("Cast", [weight], "float", {"to": ir.DataType.FLOAT.value})
+            (out,) = node.outputs
+            y.shape, y.type = out.shape, out.type
+            ir.convenience.replace_nodes_and_values(graph, node, [node], build.nodes, [out], [y])
+            modified = True
+        return ir.passes.PassResult(model, modified=modified)

@@ -1,0 +1,1 @@
+"""Any artefact or checkpoint as a diffusers pipeline, and images drawn with it."""

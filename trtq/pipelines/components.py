@@ -1,0 +1,44 @@
+"""A pipeline's text encoders and autoencoders behind engines."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trtq.diffusion.folder import AUTOENCODERS, DECODER, ENCODER, TEXT_ENCODERS
+from trtq.engine.base import Engine
+from trtq.engine.components import EngineAutoencoder, EngineTextEncoder
+from trtq.errors import ArtefactError
+
+
+def load_component(
+    folder: Path, name: str, cls: Any, open_graph: Callable[[str], Engine | None]
+) -> nn.Module | None:
+    """The part of this name behind an engine; None if there is no graph of it.
+
+    Args:
+        folder: its configurations, in the layout of an ONNX folder.
+        name: of the part in its pipeline.
+        cls: the class whose place it takes.
+        open_graph: the engine of a graph by its folder's name; None if there is none.
+
+    Raises:
+        ArtefactError: its configuration cannot be read.
+    """
+    try:
+        if name in TEXT_ENCODERS and (engine := open_graph(name)) is not None:
+            config = cls.config_class.from_pretrained(folder / name, local_files_only=True)
+            return EngineTextEncoder(engine, config)
+        if name in AUTOENCODERS and (decoder := open_graph(DECODER)) is not None:
+            encoder = open_graph(ENCODER)
+            if encoder is None:
+                raise ArtefactError(f"{folder} has a {DECODER} and no {ENCODER}")
+            frozen = importlib.import_module("diffusers.configuration_utils").FrozenDict
+            return EngineAutoencoder(decoder, encoder, frozen(cls.load_config(folder / DECODER)))
+    except (OSError, ValueError, KeyError, AttributeError) as err:
+        raise ArtefactError(f"{folder}: cannot load {name!r}: {err}") from err
+    return None

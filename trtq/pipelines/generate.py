@@ -1,0 +1,177 @@
+"""Images from any artefact."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trtq.artefact.manifest import check_outside_artefacts
+from trtq.artefact.outputs import check_file, check_place
+from trtq.errors import UsageError
+from trtq.pipelines.draw import check_sheet, contact_sheet, draw, save_png, subjects_for
+from trtq.pipelines.open import artefact_guidance, calibrated_steps, open_any
+from trtq.png_text import generation_texts
+from trtq.progress import Reporter, silent
+
+__all__ = ["generate"]
+
+_SHEET_PIXELS = 96
+
+
+def generate(
+    path: str | Path | Any,
+    out: str | Path,
+    *,
+    images: int = 1,
+    class_label: int | None = None,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    size: str | None = None,
+    seed: int = 0,
+    provider: str | None = None,
+    overwrite: bool = False,
+    report: Reporter = silent,
+) -> dict[str, Any]:
+    """Generate images, on one PNG sheet or as a PNG file each.
+
+    Every file holds prompt, seed and settings as PNG text, see `trtq.png_text`.
+
+    Args:
+        path: a run, an ONNX folder or a checkpoint.
+        out: a name that ends in `.png` for one sheet; a folder for one file per image
+            (`image-0000.png` and so on).
+        images: how many.
+        class_label: the class of all of them; by default all classes in turn.
+        prompt: a text; only for text-to-image models.
+        negative_prompt: what the images are not to show; needs guidance above 1.
+        steps: denoising steps; by default what the artefact was calibrated for, else 20.
+        guidance: classifier-free guidance; by default what the artefact was calibrated with.
+        size: `HEIGHTxWIDTH` in pixels; by default the model's own.
+        seed: image i of a seed is the same in every call.
+        provider: what runs it.
+        overwrite: replace a file that is already there.
+        report: called as work goes on.
+
+    Returns:
+        `output`, `files`, `images`, `labels`, `prompts`, `steps`, `seed`, `seconds`.
+
+    Raises:
+        TrtqError: see `trtq.errors`; no file is left.
+    """
+    target = Path(out)
+    files = _files(target, str(out), images)
+    if files != [target]:
+        check_place(target, source=path)
+    if files == [target] or target.is_dir():
+        for file in files:
+            check_file(file, overwrite=overwrite, source=path)
+    check_outside_artefacts(files[0])
+    source = open_any(path, provider)
+    if size is not None:
+        source.resize(size)
+    check_sheet(images, *source.image_size)
+    subjects = subjects_for(source, images, class_label=class_label, prompt=prompt)
+    if guidance is None:
+        guidance = artefact_guidance(path)
+    count = steps or calibrated_steps(path) or 20
+    start = time.monotonic()
+    drawn = draw(
+        source,
+        subjects,
+        steps=count,
+        seed=seed,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        progress=lambda done, total: report("draw", done, total),
+    )
+    seconds = time.monotonic() - start
+
+    def texts(index: int) -> dict[str, str]:
+        return generation_texts(
+            model=source.name,
+            prompt=None if subjects.prompts is None else subjects.prompts[index],
+            label=None if subjects.classes is None else int(subjects.classes[index]),
+            seed=seed,
+            image=index,
+            steps=count,
+            guidance=source.guidance if guidance is None else guidance,
+            size=(drawn.shape[-2], drawn.shape[-1]),
+            negative_prompt=negative_prompt,
+        )
+
+    if files == [target]:
+        columns = min(images, 10) if images % 10 == 0 else math.ceil(math.sqrt(images))
+        scale = max(1, _SHEET_PIXELS // drawn.shape[-1])
+        sheet = contact_sheet(drawn, columns, scale, gap=scale)
+        save_png(sheet, target, texts(0), overwrite=overwrite)
+    else:
+        sheets = [contact_sheet(drawn[index : index + 1], 1) for index in range(images)]
+        _save_each(sheets, files, texts, overwrite=overwrite)
+    return {
+        "output": str(target),
+        "files": [str(file) for file in files],
+        "images": images,
+        "labels": None if subjects.classes is None else subjects.classes.tolist(),
+        "prompts": None if subjects.prompts is None else list(subjects.prompts),
+        "steps": count,
+        "seed": seed,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _save_each(
+    sheets: Sequence[np.ndarray],
+    files: Sequence[Path],
+    texts: Callable[[int], dict[str, str]],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write a PNG per image; where one cannot be written, those that are new go again."""
+    folder = files[0].parent
+    made = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    written: list[Path] = []
+    try:
+        for index, (sheet, file) in enumerate(zip(sheets, files, strict=True)):
+            new = not file.exists()
+            save_png(sheet, file, texts(index), overwrite=overwrite)
+            written += [file] if new else []
+    except BaseException:
+        for file in written:
+            file.unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _files(target: Path, given: str, images: int) -> list[Path]:
+    """The files to write: one sheet, or one per image in a folder.
+
+    Raises:
+        UsageError: the name is neither that of a PNG nor that of a folder, or the folder above it does
+            not exist.
+    """
+    folder = target.is_dir() or given.endswith(("/", os.sep)) or not target.suffix
+    if not folder and target.suffix.lower() != ".png":
+        raise UsageError(
+            f"--output must end in .png for one sheet, or name a folder for one file per image; got "
+            f"{target.name!r}"
+        )
+    if not target.parent.is_dir():
+        raise UsageError(f"the folder {target.parent} does not exist")
+    if not folder:
+        return [target]
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file; give a name that ends in .png, or a folder")
+    digits = max(4, len(str(images - 1)))
+    return [target / f"image-{index:0{digits}d}.png" for index in range(images)]

@@ -1,0 +1,1 @@
+"""Runs: how a run is made, stored, opened and changed."""

@@ -1,0 +1,98 @@
+"""How long a quantisation will take here and how much memory, before any long work.
+
+The speed of one convolution is measured on the spot. How many passes through the denoiser each stage
+costs was measured once, on the shipped models and at Stable Diffusion's size; expect a factor of two.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from trtq.diffusion.sampling import at_once
+
+if TYPE_CHECKING:
+    from trtq.runs.plan import QuantizePlan
+
+__all__ = ["estimate"]
+
+_UTILISATION = 0.8
+"""Speed of a whole denoiser in float, relative to one well-shaped convolution."""
+_LAYER_SECONDS = 1e-4
+"""What calling one layer costs beside its arithmetic."""
+_FORWARDS_PER_ITERATION = 6
+"""Teacher, student and backward pass of one fine-tuning iteration, in float forward passes."""
+_RECOMPUTE_FORWARDS = 2
+_SEARCH_SECONDS = 1e-8
+"""Of one candidate range for one value, on one thread."""
+_CANDIDATES = 80
+_KEPT_PER_VALUE = 5
+"""float32 values kept for the backward pass, per value that enters or leaves a layer."""
+_BASE_BYTES = 600 << 20
+"""The interpreter with torch and diffusers."""
+
+
+def _multiplications_per_second() -> float:
+    """Of a 3 x 3 convolution of 128 channels on 32 x 32, in float32 on the CPU."""
+    x, weight = torch.randn(4, 128, 32, 32), torch.randn(128, 128, 3, 3)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        functional.conv2d(x, weight, padding=1)
+        best = min(best, time.perf_counter() - start)
+    return 4 * 128 * 32 * 32 * weight[0].numel() / best
+
+
+@torch.no_grad()
+def estimate(plan: QuantizePlan) -> dict[str, float]:
+    """What `trtq quantize` would cost on this machine's CPU.
+
+    Returns:
+        `estimated_seconds` and `estimated_peak_bytes`.
+    """
+    recipe, calls = plan.recipe, plan.calls
+    guided = 1 if recipe.guidance in (None, 1.0) else 2
+    steps, images = recipe.steps, recipe.calibration.images
+    each = sum(call.multiplications for call in calls.values())
+    rate = _multiplications_per_second() * _UTILISATION
+
+    def forward(items: int) -> float:
+        return items * each / rate + len(calls) * _LAYER_SECONDS
+
+    batch = at_once(plan.source.sample_shape, recipe.calibration.batch)
+    batches = -(-images // batch)
+    seconds = batches * steps * forward(guided * min(batch, images))
+    weights = sum(
+        module.weight.numel()
+        for name, module in plan.source.denoiser.named_modules()
+        if name in calls and getattr(module, "weight", None) is not None
+    )
+    searched = 0
+    if recipe.calibration.weights == "search":
+        searched += weights
+    if recipe.calibration.activations == "search":
+        searched += len(plan.layers) * steps * recipe.calibration.samples_per_step
+    seconds += searched * _CANDIDATES * _SEARCH_SECONDS / torch.get_num_threads()
+
+    parameters = plan.bytes_before()
+    values = sum(call.input_values + call.output_values for call in calls.values())
+    widest = max(call.input_values + call.output_values for call in calls.values())
+    recorded = 4 * len(plan.layers) * steps * recipe.calibration.samples_per_step
+    peak = parameters + recorded + 8 * widest * guided * min(batch, images)
+    training = recipe.training
+    if training is not None:
+        recompute = training.recomputes(parameters // 4)
+        passes = _FORWARDS_PER_ITERATION + (_RECOMPUTE_FORWARDS if recompute else 0)
+        rounds = training.iterations * training.accumulate
+        seconds += rounds * passes * forward(guided * training.batch)
+        kept = 12 * widest if recompute else values
+        peak += 4 * _KEPT_PER_VALUE * kept * guided * training.batch
+        # Fake-quantised weights of what is kept, adapters, their gradients and Adam's two moments.
+        peak += 0 if recompute else 2 * parameters
+    return {
+        "estimated_seconds": seconds,
+        "estimated_peak_bytes": _BASE_BYTES + peak + plan.bytes_after(),
+    }

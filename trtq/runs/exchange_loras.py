@@ -1,0 +1,162 @@
+"""A run with other LoRAs in its weights, without fine-tuning again: tables kept, codes recomputed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtq.artefact.contents import changed_source_file
+from trtq.artefact.manifest import (
+    check_output,
+    claims_output,
+    new_artefact,
+    read_manifest,
+    write_manifest,
+)
+from trtq.diffusion.folder import save_pipeline_parts
+from trtq.diffusion.pipeline import Source, load_source
+from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
+from trtq.errors import ArtefactError, UsageError
+from trtq.lora import LoraRequest, merge_loras
+from trtq.progress import Reporter, silent
+from trtq.quant import Structure, apply_structure, convert, merge
+from trtq.resources import peak_rss_bytes
+from trtq.runs.folder import OpenRun, layer_plans, open_run
+from trtq.runs.trained import TRAINED_NAME, restore_trained, save_trained
+from trtq.runs.weights import FILE_NAME, save_denoiser
+from trtq.seeds import seeded_generator
+from trtq.snr import snr_db
+from trtq.torch_settings import with_own_settings
+
+__all__ = ["requantize"]
+
+_IMAGES = 16
+
+
+def _float_source(run: OpenRun, model: str | Path | None) -> Source:
+    """The checkpoint that the run was made of.
+
+    Raises:
+        ArtefactError: it is not where it was, or has changed.
+    """
+    name = model or run.manifest.source.name
+    try:
+        source = load_source(name)
+    except ArtefactError as err:
+        raise ArtefactError(
+            f"{run.folder} was made of {run.manifest.source.name!r}, which is needed for its float "
+            f"weights: {err}. Say where it is with --base"
+        ) from err
+    recorded = run.manifest.source.files
+    changed = source.folder and changed_source_file(source.folder, recorded, all_there=False)
+    if changed:
+        raise ArtefactError(
+            f"{name} is not the checkpoint that {run.folder} was made of (its files have changed: "
+            f"{changed}); say where that one is with --base, or quantise this one"
+        )
+    return source
+
+
+@torch.no_grad()
+def _snr(source: Source, denoiser: Any, teacher: Any, steps: int) -> float:
+    """SNR in dB of a low-bit prediction against a float one, at points all along a trajectory."""
+    schedule = source.schedule(steps)
+    images = at_once(source.sample_shape, _IMAGES)
+    conditions = source.draw_conditions(images, seeded_generator(0, "requantize"))
+    noise = seeded_noise(source.sample_shape, 0, 0, images)
+    x, timestep = spread(teacher, schedule, noise, conditions)
+    expected = predict(teacher, x, timestep, conditions)
+    return snr_db(expected, predict(denoiser, x, timestep, conditions))
+
+
+@claims_output
+@with_own_settings
+def requantize(
+    path: str | Path,
+    loras: Sequence[LoraRequest],
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    report: Reporter = silent,
+) -> dict[str, Any]:
+    """Make a run with exactly these LoRAs from a run with others or none.
+
+    Args:
+        path: the run.
+        loras: files and strengths; those of the run are left out unless they are given again.
+        out: folder of the new run.
+        base: the float checkpoint, if it is no longer where the run's manifest says.
+        overwrite: replace a run that is already there.
+        report: called as work goes on.
+
+    Returns:
+        `seconds`, `peak_rss_bytes`, `loras`, `snr_db_before` and `snr_db_after` (of the noise
+        prediction against the float model with the same LoRAs), and what `quantize` says of sizes.
+
+    Raises:
+        UsageError: the run has these LoRAs already.
+        ArtefactError: a LoRA or the checkpoint does not fit.
+    """
+    start = time.monotonic()
+    final = check_output(Path(out), overwrite=overwrite, source=path, kind="run")
+    run = open_run(Path(path))
+    manifest = read_manifest(Path(path), "run")
+    if not (run.folder / TRAINED_NAME).is_file():
+        raise ArtefactError(
+            f"{run.folder} holds no {TRAINED_NAME}; make it again with this version"
+        )
+    recipe = manifest.recipe or {}
+    report("merge LoRAs", 1, 3)
+    source = _float_source(run, base)
+    before = _snr(source, run.denoiser(), source.denoiser, int(recipe["steps"]))
+    components = {
+        name: part
+        for name, part in source.pipeline.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    merged = [one.as_dict() for one in merge_loras(components, loras, source.denoiser_name)]
+
+    def identity(rows: list[dict[str, Any]]) -> set[tuple[Any, Any]]:
+        return {(row.get("sha256"), row.get("scale")) for row in rows}
+
+    if identity(merged) == identity(manifest.loras):
+        names = ", ".join(f"{row['file']} at {row['scale']:g}" for row in merged)
+        raise UsageError(f"{path} has these LoRAs already merged: {names}; nothing to do")
+    source.forget_prompts()
+    structure = Structure(tuple(manifest.structure.attention), manifest.structure.splits)
+    apply_structure(source.denoiser, structure)
+    training = recipe.get("training") or {}
+    report("quantise", 2, 3)
+    quantized = convert(
+        source.denoiser,
+        layer_plans(manifest),
+        run.table,
+        rank=training.get("rank", 0),
+        base=training.get("base", "fp"),
+    )
+    restore_trained(run.folder / TRAINED_NAME, quantized, run.stored.layers)
+    after = _snr(source, quantized, quantized.teacher, int(recipe["steps"]))
+    with new_artefact(final, kind="run", overwrite=overwrite) as folder:
+        save_denoiser(folder / FILE_NAME, quantized, merge(quantized))
+        save_trained(folder / TRAINED_NAME, quantized)
+        save_pipeline_parts(source, folder)
+        metrics = {
+            "layers_quantized": sum(row.activation_bits is not None for row in manifest.layers),
+            "layers_float": sum(row.activation_bits is None for row in manifest.layers),
+            "bytes_before": manifest.metrics["bytes_before"],
+            "bytes_after": (folder / FILE_NAME).stat().st_size,
+            "snr_db_before": before,
+            "snr_db_after": after,
+            "loras": merged,
+            "seconds": round(time.monotonic() - start, 2),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        update = {"loras": merged, "metrics": manifest.metrics | metrics}
+        write_manifest(folder, manifest.model_copy(update=update))
+    report("quantise", 3, 3)
+    return metrics

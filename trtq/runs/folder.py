@@ -1,0 +1,124 @@
+"""Opening a run: its manifest, its numbers and the torch denoiser they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trtq.artefact.manifest import Manifest, artefact_kind, read_manifest
+from trtq.diffusion.folder import load_pipeline_parts, skeleton
+from trtq.diffusion.pipeline import Source
+from trtq.errors import ArtefactError
+from trtq.quant import LayerPlan, QuantizedDenoiser, Structure, TimestepTable, apply_structure
+from trtq.runs.weights import FILE_NAME, StoredDenoiser, load_stored
+
+__all__ = ["OpenRun", "check_calibrated", "is_run", "layer_plans", "open_run"]
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A verified run.
+
+    Attributes:
+        folder: where it lies.
+        manifest: its record.
+        stored: its tensors.
+        table: the calibrated timesteps.
+    """
+
+    folder: Path
+    manifest: Manifest
+    stored: StoredDenoiser
+    table: TimestepTable
+
+    def float_skeleton(self) -> nn.Module:
+        """The denoiser with its float tensors; the weights of its quantised layers have no memory."""
+        model = _fresh(self.folder, self.manifest)
+        self.stored.load_floats(model)
+        return model
+
+    def denoiser(self, *, kernels: bool = False) -> QuantizedDenoiser:
+        """The low-bit denoiser in torch; `kernels`: its layers run by ours, see `trtq.quant.deploy`."""
+        skeleton = _fresh(self.folder, self.manifest)
+        return self.stored.build(skeleton, self.table, kernels=kernels)
+
+    def source(self, denoiser: nn.Module | None = None) -> Source:
+        """A pipeline around the low-bit denoiser in torch, or around one that stands for it."""
+        pipeline: Any = load_pipeline_parts(
+            self.folder, self.manifest.denoiser, denoiser or self.denoiser()
+        )
+        source = Source(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
+        size = (self.manifest.recipe or {}).get("size")
+        if size is not None:
+            source.resize(size)
+        check_calibrated(source, self.manifest)
+        return source
+
+
+def check_calibrated(source: Source, manifest: Manifest) -> None:
+    """Nothing, if the scheduler calls the denoiser as often as it was calibrated for.
+
+    Args:
+        source: the artefact, opened.
+        manifest: its record.
+
+    Raises:
+        ArtefactError: it does not, in the recipe's number of steps: one of both was edited.
+    """
+    recipe = manifest.recipe
+    if recipe is None or manifest.timesteps is None or recipe.get("tables") == "static":
+        return
+    calls = len(set(source.timesteps(recipe["steps"])))
+    if calls != len(manifest.timesteps):
+        raise ArtefactError(
+            f"{source.name}: {recipe['steps']} steps of its scheduler call the denoiser at {calls} "
+            f"timesteps, and it was calibrated at {len(manifest.timesteps)}; the manifest or the "
+            "scheduler's configuration was edited"
+        )
+
+
+def _fresh(folder: Path, manifest: Manifest) -> nn.Module:
+    """A model of the denoiser's class in the run's structure, without memory for its weights."""
+    model = skeleton(folder, manifest.denoiser)
+    structure = Structure(tuple(manifest.structure.attention), manifest.structure.splits)
+    apply_structure(model, structure)
+    return model
+
+
+def layer_plans(manifest: Manifest) -> list[LayerPlan]:
+    """The layers as the manifest lists them."""
+    return [
+        LayerPlan(
+            row.name,
+            row.kind,
+            row.weight_bits,
+            row.activation_bits,
+            row.reason,
+            adapters=row.adapters,
+            right_bits=row.right_bits,
+            input_of=row.input_of,
+        )
+        for row in manifest.layers
+    ]
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is the folder of a run."""
+    return Path(path).is_dir() and artefact_kind(Path(path)) == "run"
+
+
+def open_run(folder: Path) -> OpenRun:
+    """Read and verify a run.
+
+    Raises:
+        ArtefactError: it is not a run, or damaged.
+        IntegrityError: its files are not what the manifest says.
+    """
+    manifest = read_manifest(folder, "run")
+    fresh = _fresh(folder, manifest)
+    timesteps = manifest.timesteps or []
+    stored = load_stored(folder / FILE_NAME, fresh, layer_plans(manifest), timesteps)
+    return OpenRun(folder, manifest, stored, TimestepTable(timesteps))

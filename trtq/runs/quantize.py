@@ -1,0 +1,286 @@
+"""Checkpoint to run: calibrate, fine-tune, merge, pack."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtq.artefact.contents import source_hashes
+from trtq.artefact.manifest import (
+    CHECKPOINTS,
+    LayerRow,
+    Manifest,
+    SourceRow,
+    StructureRow,
+    check_output,
+    claims_output,
+    new_artefact,
+    partial_folder,
+    write_manifest,
+)
+from trtq.artefact.outputs import has_checkpoint, remove_partial, strip_partial
+from trtq.calib.recipe import Recipe, load_recipe
+from trtq.calib.record import activation_tables, record
+from trtq.diffusion.folder import save_pipeline_parts
+from trtq.diffusion.pipeline import Source
+from trtq.diffusion.sampling import at_once
+from trtq.diffusion.schedule import NoiseSchedule
+from trtq.errors import UsageError
+from trtq.lora import LoraRequest
+from trtq.progress import Reporter, silent
+from trtq.quant import (
+    QuantizedDenoiser,
+    TimestepTable,
+    convert,
+    merge,
+)
+from trtq.resources import peak_rss_bytes
+from trtq.runs.fine_tune import FineTuning, accelerator_for, fine_tune
+from trtq.runs.plan import QuantizePlan, plan_quantize
+from trtq.runs.trained import TRAINED_NAME, save_trained
+from trtq.runs.weights import FILE_NAME, save_denoiser
+from trtq.seeds import seeded_generator
+from trtq.torch_settings import with_own_settings
+
+__all__ = ["quantize"]
+
+logger = logging.getLogger(__name__)
+
+
+def _as_recipe(recipe: Recipe | str | Path | dict[str, Any] | None) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe is None or isinstance(recipe, dict):
+        return load_recipe(None, recipe)
+    if str(recipe).endswith(".toml"):
+        return load_recipe(Path(recipe))
+    return load_recipe(None, {"method": str(recipe)})
+
+
+def _calibrate(
+    plan: QuantizePlan, schedule: NoiseSchedule, device: torch.device, report: Reporter
+) -> dict[str, tuple[Tensor, Tensor]]:
+    recipe, source = plan.recipe, plan.source
+    assert recipe.guidance is not None
+    recordings = record(
+        source.denoiser,
+        plan.layers,
+        schedule,
+        TimestepTable(schedule.timesteps.tolist()),
+        source.draw_conditions(
+            recipe.calibration.images, seeded_generator(recipe.seed, "calibration conditions")
+        ),
+        source.sample_shape,
+        images=recipe.calibration.images,
+        batch=at_once(source.sample_shape, recipe.calibration.batch),
+        samples_per_step=recipe.calibration.samples_per_step,
+        seed=recipe.seed,
+        guidance=recipe.guidance,
+        device=device,
+        progress=lambda done, total: report("calibrate", done, total),
+    )
+    return activation_tables(
+        recordings,
+        plan.layers,
+        recipe.calibration.activations,
+        static=recipe.tables == "static",
+        progress=lambda done, total: report("find ranges", done, total),
+    )
+
+
+def _fingerprint(plan: QuantizePlan, files: dict[str, str]) -> str:
+    parts = [plan.recipe.model_dump_json(), json.dumps(files, sort_keys=True)]
+    parts += [repr(layer) for layer in plan.layers]
+    parts += [repr(lora) for lora in plan.loras]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _zero_point_note(plan: QuantizePlan) -> dict[str, Any]:
+    if plan.recipe.training is not None and plan.recipe.training.zero_points == "float":
+        return {"zero_points_rounded_after_training": True}
+    return {}
+
+
+def _source_files(source: Source) -> dict[str, str]:
+    """Hashes of the checkpoint's files; without files, of the denoiser's tensors."""
+    if source.folder is not None:
+        return source_hashes(source.folder)
+    digest = hashlib.sha256()
+    for name, tensor in source.denoiser.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return {f"{source.denoiser_name} (tensors)": digest.hexdigest()}
+
+
+def _clear_partial(final: Path, *, resume: bool, overwrite: bool) -> None:
+    """Remove what an interrupted run left, unless it is to be resumed.
+
+    Raises:
+        UsageError: there is a checkpoint, and neither `resume` nor `overwrite` was asked for.
+    """
+    partial = partial_folder(final)
+    whole = has_checkpoint(partial)
+    if resume and whole:
+        strip_partial(partial)
+        return
+    if whole and not overwrite:
+        raise UsageError(
+            f"an interrupted run for {final} left checkpoints; pass --resume to go on from them, or "
+            "--overwrite to start again"
+        )
+    if resume:
+        logger.warning(
+            "there is no complete checkpoint for %s; the run starts at its beginning", final
+        )
+    remove_partial(final)
+
+
+@claims_output
+@with_own_settings
+def quantize(
+    pipeline_or_path: str | Path | Any,
+    recipe: Recipe | str | Path | dict[str, Any] | None = None,
+    out: str | Path = "run",
+    *,
+    loras: Sequence[LoraRequest] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Reporter = silent,
+) -> dict[str, Any]:
+    """Make a low-bit run of a diffusers checkpoint.
+
+    Under `accelerate launch` every process calibrates alike, the fine-tuning is shared, and the first
+    process writes.
+
+    Args:
+        pipeline_or_path: a diffusers folder, a shipped model's name, a hub id or a pipeline object.
+        recipe: a `Recipe`, the name of a method, a TOML file, or a dict of overrides.
+        out: folder of the run.
+        loras: merged into the float weights first.
+        resume: go on from the newest checkpoint of an interrupted run.
+        overwrite: replace a run that is already there.
+        report: called as work goes on.
+
+    Returns:
+        `seconds`, `peak_rss_bytes`, `layers_quantized`, `layers_float`, `bytes_before`,
+        `bytes_after`, and what fine-tuning measured. Empty in all processes but the first.
+
+    Raises:
+        TrtqError: see `trtq.errors`; nothing half-written is left under `out`.
+    """
+    start = time.monotonic()
+    final = check_output(Path(out), overwrite=overwrite, source=pipeline_or_path, kind="run")
+    chosen = _as_recipe(recipe)
+    plan = plan_quantize(pipeline_or_path, chosen, loras, report)
+    chosen = plan.recipe
+    files = _source_files(plan.source)
+    accelerator = accelerator_for(chosen)
+    if not accelerator.is_main_process:
+        _share(plan, files, accelerator, partial_folder(final), resume, silent)
+        return {}
+    _clear_partial(final, resume=resume, overwrite=overwrite)
+    keep = chosen.training is not None
+    with new_artefact(final, kind="run", overwrite=overwrite, keep_partial=keep) as folder:
+        bytes_before = plan.bytes_before()
+        quantized, tuning = _share(plan, files, accelerator, folder, resume, report)
+        save_trained(folder / TRAINED_NAME, quantized)
+        save_denoiser(folder / FILE_NAME, quantized, merge(quantized, release=True))
+        save_pipeline_parts(plan.source, folder)
+        metrics = tuning | _zero_point_note(plan)
+        metrics |= {
+            "layers_quantized": plan.quantized,
+            "layers_float": len(plan.layers) - plan.quantized,
+            "bytes_before": bytes_before,
+            "bytes_after": (folder / FILE_NAME).stat().st_size,
+            "seconds": round(time.monotonic() - start, 2),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        write_manifest(folder, _manifest(plan, files, metrics))
+    return metrics
+
+
+def _share(
+    plan: QuantizePlan,
+    files: dict[str, str],
+    accelerator: Any,
+    folder: Path,
+    resume: bool,
+    report: Reporter,
+) -> tuple[QuantizedDenoiser, dict[str, Any]]:
+    """The part that every process does: calibrate, convert, fine-tune.
+
+    Returns:
+        The quantised denoiser, on the CPU, and what fine-tuning measured.
+    """
+    recipe, source = plan.recipe, plan.source
+    schedule = source.schedule(recipe.steps)
+    fingerprint = _fingerprint(plan, files)
+    source.denoiser.to(accelerator.device)
+    tables = _calibrate(plan, schedule, accelerator.device, report)
+    training = recipe.training
+    quantized = convert(
+        source.denoiser,
+        plan.layers,
+        plan.table,
+        rank=training.rank if training else 0,
+        base=training.base if training else "fp",
+        weight_method=recipe.calibration.weights,
+        zero_point_mode=training.zero_points if training else "frozen",
+        split_step=training.split_step if training else False,
+        generator=seeded_generator(recipe.seed, "adapters"),
+    )
+    for path, quantizer in quantized.activations():
+        quantizer.set_range(*tables[path])
+    metrics: dict[str, Any] = {}
+    if training is not None:
+        quantized.to(accelerator.device)
+        setup = FineTuning(
+            quantized,
+            schedule,
+            source.sample_shape,
+            source.draw_conditions,
+            plan.policy,
+            accelerator,
+            folder / CHECKPOINTS,
+            fingerprint,
+            resume,
+            report,
+        )
+        metrics = fine_tune(setup, recipe)
+    return quantized.cpu(), metrics
+
+
+def _manifest(plan: QuantizePlan, files: dict[str, str], metrics: dict[str, Any]) -> Manifest:
+    return Manifest(
+        kind="run",
+        source=SourceRow(name=plan.source.name, files=files),
+        denoiser=plan.source.denoiser_name,
+        recipe=plan.recipe.model_dump(mode="json"),
+        timesteps=plan.table.timesteps.tolist(),
+        layers=[
+            LayerRow(
+                name=layer.name,
+                kind=layer.kind,
+                weight_bits=layer.weight_bits,
+                activation_bits=layer.activation_bits,
+                right_bits=layer.right_bits,
+                adapters=layer.adapters and plan.recipe.training is not None,
+                reason=layer.reason,
+                input_of=layer.input_of,
+            )
+            for layer in plan.layers
+        ],
+        structure=StructureRow(
+            attention=list(plan.structure.attention), splits=dict(plan.structure.splits)
+        ),
+        loras=[lora.as_dict() for lora in plan.loras],
+        metrics=metrics,
+    )

@@ -1,0 +1,1 @@
+"""Served models: what computes the images of a request."""

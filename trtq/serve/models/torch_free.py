@@ -1,0 +1,198 @@
+"""ONNX folders that can be served without torch: UNets of images, with classes or without, on DDIM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trtq.artefact.manifest import Manifest
+from trtq.diffusion.layout import (
+    check_null_class,
+    class_names,
+    parse_size,
+    read_index,
+    read_json,
+    read_null_class,
+    read_scheduler,
+)
+from trtq.documents import shown
+from trtq.engine.open import open_engine
+from trtq.engine.openvino import OpenVinoEngine
+from trtq.errors import ArtefactError, NonFiniteError, UsageError
+from trtq.seeds import seeded_normal
+from trtq.serve.models.base import (
+    Arrays,
+    Card,
+    Drawing,
+    Inputs,
+    ServedModel,
+    Sizes,
+    Start,
+    class_label,
+)
+from trtq.serve.models.graph import GraphCall
+from trtq.serve.models.solver import Ddim
+
+__all__ = ["LightModel", "pixels"]
+
+_LEAST_VALUES = 16
+_QUICK_VALUES = 1 << 12
+DEFAULT_STEPS = 20
+_MOST_CHANNELS = 4096
+_MOST_CLASSES = 1 << 24
+
+
+class LightModel(ServedModel):
+    """A graph of a `UNet2DModel` that draws images themselves, not latents.
+
+    Args:
+        folder: an ONNX folder that `serves`.
+        manifest: its manifest, verified.
+        name: by which requests ask for it.
+        provider: what runs it.
+        threads: threads of one operator; None: as many as there are cores.
+        shapes: batch sizes that may be in use at once.
+
+    Raises:
+        UsageError: the provider is not there.
+        ArtefactError: a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        name: str,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        shapes: int = 2,
+    ) -> None:
+        config = read_json(folder / manifest.denoiser / "config.json")
+        graph = folder / manifest.denoiser / "model.onnx"
+        self._graph = GraphCall(open_engine(graph, provider, threads, shapes=shapes))
+        manifest.check_graph(self._graph.engine.metadata)
+        self.fixed_shapes = provider == OpenVinoEngine.provider
+        self._ddim = Ddim(_scheduler_config(folder))
+        self._null_class = read_null_class(folder)
+        self._shape = _sample_shape(config, manifest)
+        card = _card(folder, manifest, name, provider, config, self._ddim, self._null_class)
+        sizes = None if self.fixed_shapes else Sizes.of_graph(self._graph.engine.metadata)
+        self.card = replace(card, sizes=sizes)
+        largest = self._shape[1:] if sizes is None else sizes.largest
+        self.quick = self._shape[0] * math.prod(largest) <= _QUICK_VALUES
+
+    @staticmethod
+    def serves(folder: Path, manifest: Manifest) -> bool:
+        """Whether this folder can be served so; otherwise `PipelineModel` can."""
+        index = read_index(folder)
+        config = read_json(folder / manifest.denoiser / "config.json")
+        return (
+            config.get("_class_name") == "UNet2DModel"
+            and not any(part in index for part in ("vae", "vqvae"))
+            and Ddim.knows(_scheduler_config(folder))
+            and math.prod(_sample_shape(config, manifest)) >= _LEAST_VALUES
+        )
+
+    def starts(self, drawing: Drawing) -> Sequence[Start]:
+        """The images of a request before their first step."""
+        solver = self._ddim.solver(drawing.steps)
+        inputs = self._inputs(drawing)
+        channels, *own = self._shape
+        return [
+            Start(
+                seeded_normal((1, channels, *(drawing.size or own)), drawing.seed, "image", index),
+                inputs,
+                solver,
+                drawing.guidance,
+            )
+            for index in range(drawing.count)
+        ]
+
+    def _inputs(self, drawing: Drawing) -> Inputs:
+        if not self.card.classes:
+            if drawing.prompt.strip():
+                raise UsageError(f"{self.card.name} takes no prompt; leave it empty")
+            return Inputs({})
+        label = np.array([class_label(self.card, drawing.prompt)])
+        if drawing.guidance == 1:
+            return Inputs({"class_labels": label})
+        if self._null_class is None:
+            raise UsageError(f"{self.card.name} has no label for 'no class', so guidance must be 1")
+        return Inputs({"class_labels": label}, {"class_labels": np.array([self._null_class])})
+
+    def denoise(
+        self, x: np.ndarray, timestep: np.ndarray, conditional: Arrays, shared: Arrays
+    ) -> np.ndarray:
+        """x[B,C,H,W], timestep float32[B] -> the prediction `[B,C,H,W]`."""
+        return self._graph({"sample": x, "timestep": timestep, **conditional})
+
+    def decode(self, x: np.ndarray) -> np.ndarray:
+        """A clean image `[1,C,H,W]` in [-1, 1] -> uint8[H,W] or uint8[H,W,3]."""
+        return pixels(x, self.card.name)
+
+
+def pixels(x: np.ndarray, name: str) -> np.ndarray:
+    """An image `[1,C,H,W]` in [-1, 1] -> uint8[H,W] where C is 1, else uint8[H,W,3].
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity; `name` is the model's.
+    """
+    if not np.isfinite(x).all():
+        raise NonFiniteError(f"{name} drew an image that holds NaN or infinity")
+    values = np.rint((x[0].clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+    return values[0] if len(values) == 1 else np.moveaxis(values[:3], 0, -1)
+
+
+def _scheduler_config(folder: Path) -> dict[str, Any]:
+    return read_scheduler(folder)
+
+
+def _sample_shape(config: dict[str, Any], manifest: Manifest) -> tuple[int, int, int]:
+    """Channels, height and width; of a graph for several sizes the smallest, as `open_any` has it."""
+    channels = _whole(config, "in_channels", 1, _MOST_CHANNELS)
+    return channels, *parse_size(manifest.options["size"].partition(":")[0])
+
+
+def _whole(config: dict[str, Any], key: str, least: int, most: int) -> int:
+    value = config.get(key)
+    if type(value) is not int or not least <= value <= most:
+        raise ArtefactError(
+            f"the denoiser's config.json: {key} is a number from {least} to {most}, got {shown(value)}"
+        )
+    return value
+
+
+def _card(
+    folder: Path,
+    manifest: Manifest,
+    name: str,
+    provider: str,
+    config: dict[str, Any],
+    ddim: Ddim,
+    null_class: int | None,
+) -> Card:
+    count = 0
+    if config.get("num_class_embeds") is not None:
+        embeds = _whole(config, "num_class_embeds", 1, _MOST_CLASSES)
+        check_null_class(null_class, embeds)
+        count = embeds - (null_class is not None)
+    recipe = manifest.recipe or {}
+    _, height, width = _sample_shape(config, manifest)
+    return Card(
+        name=name,
+        kind="class" if count else "none",
+        classes=tuple(class_names(folder, count)),
+        image_size=(height, width),
+        steps=int(recipe.get("steps") or DEFAULT_STEPS),
+        most_steps=ddim.trained,
+        guidance=float(recipe.get("guidance") or 1.0),
+        takes_guidance=null_class is not None,
+        provider=provider,
+        bits=recipe.get("bits"),
+    )

@@ -1,0 +1,1 @@
+"""NVIDIA Triton Inference Server: packaging, and the Python backend that serves a package."""

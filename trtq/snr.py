@@ -1,0 +1,19 @@
+"""Signal-to-noise ratio of tensors."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+EXACT_DB = 200.0
+"""Stands for "equal bit for bit"; float32 cannot come near it otherwise."""
+
+
+def snr_db(reference: Tensor, other: Tensor) -> float:
+    """Signal-to-noise ratio of `other` against `reference`, in dB; `EXACT_DB` when they are equal."""
+    noise = (other.double() - reference.double()).square().sum().item()
+    signal = reference.double().square().sum().item()
+    if noise == 0:
+        return EXACT_DB
+    return 10 * math.log10(signal / noise) if signal > 0 else -EXACT_DB

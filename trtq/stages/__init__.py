@@ -1,1 +1,0 @@
-"""One library function per verb of the command line."""
