@@ -22,15 +22,15 @@ from trtq.artefact.outputs import RESUMABLE
 from trtq.documents import shown
 from trtq.errors import ArtefactError, GateError, TrtqError, UsageError
 from trtq.limits import (
-    MOST_BATCH,
-    MOST_GUIDANCE,
-    MOST_IMAGES,
-    MOST_ITERATIONS,
-    MOST_STEPS,
-    MOST_THREADS,
+    MAX_BATCH,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_ITERATIONS,
+    MAX_STEPS,
+    MAX_THREADS,
 )
 from trtq.processes import StoppedBySignal, ending_on_signals
-from trtq.progress import LineReporter
+from trtq.progress import ProgressPrinter
 from trtq.report import lines
 from trtq.terminal import (
     StderrHandler,
@@ -125,7 +125,7 @@ Guidance = Annotated[
     float | None,
     typer.Option(
         "--guidance",
-        callback=_within(0, MOST_GUIDANCE),
+        callback=_within(0, MAX_GUIDANCE),
         help="Up to 1 is none; by default as calibrated.",
     ),
 ]
@@ -133,7 +133,7 @@ Timeout = Annotated[
     float, typer.Option("--timeout", help="Max seconds for opening and calling one graph.")
 ]
 Steps = Annotated[
-    int | None, typer.Option("--steps", callback=_within(1, MOST_STEPS), help="Denoising steps.")
+    int | None, typer.Option("--steps", callback=_within(1, MAX_STEPS), help="Denoising steps.")
 ]
 
 _BROKEN_PIPE = 141
@@ -368,7 +368,7 @@ def quantize(
     iterations: Annotated[
         int | None,
         typer.Option(
-            "--iterations", callback=_within(1, MOST_ITERATIONS), help="Fine-tuning iterations."
+            "--iterations", callback=_within(1, MAX_ITERATIONS), help="Fine-tuning iterations."
         ),
     ] = None,
     size: Annotated[
@@ -429,7 +429,7 @@ def quantize(
                     "--overwrite and --output"
                 )
             result = requantize(
-                model, loras, output, base=base, overwrite=overwrite, report=LineReporter()
+                model, loras, output, base=base, overwrite=overwrite, progress=ProgressPrinter()
             )
             _show(result, as_json, lambda r: _lines(f"run: {output}", lines.quantize_rows(r)))
             return
@@ -448,7 +448,7 @@ def quantize(
             loras=loras,
             resume=resume,
             overwrite=overwrite,
-            report=LineReporter(),
+            progress=ProgressPrinter(),
         )
         if result:  # Empty in all processes of accelerate but the first.
             _show(result, as_json, lambda r: _lines(f"run: {output}", lines.quantize_rows(r)))
@@ -488,7 +488,7 @@ def export(
             batch=parse_batch(batch),
             size=size,
             overwrite=overwrite,
-            report=LineReporter(),
+            progress=ProgressPrinter(),
         )
 
         _show(result, as_json, lambda r: _lines(f"onnx: {output}", lines.export_rows(r)))
@@ -550,7 +550,7 @@ def build(
             use_cache=cache,
             timeout=timeout,
             overwrite=overwrite,
-            report=LineReporter(),
+            progress=ProgressPrinter(),
         )
 
         def human(found: dict[str, Any]) -> None:
@@ -576,7 +576,7 @@ def generate(
     path: Annotated[str, typer.Argument(help="A run, an ONNX folder or a checkpoint.")],
     output: Output,
     images: Annotated[
-        int, typer.Option("--images", callback=_within(1, MOST_IMAGES), help="How many.")
+        int, typer.Option("--images", callback=_within(1, MAX_IMAGES), help="How many.")
     ] = 1,
     class_label: Annotated[
         int | None,
@@ -618,7 +618,7 @@ def generate(
             seed=seed,
             provider=provider,
             overwrite=overwrite,
-            report=LineReporter(),
+            progress=ProgressPrinter(),
         )
         _show(result, as_json, lambda r: _lines("generated", lines.generate_rows(r)))
 
@@ -631,7 +631,7 @@ def evaluate(
         Path | None, typer.Option("-o", "--output", help="Folder of the report.")
     ] = None,
     images: Annotated[
-        int, typer.Option("--images", callback=_within(2, MOST_IMAGES), help="Drawn with each.")
+        int, typer.Option("--images", callback=_within(2, MAX_IMAGES), help="Drawn with each.")
     ] = 1000,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -668,7 +668,7 @@ def evaluate(
             provider=provider,
             features=features,
             gates=gates,
-            report=LineReporter(),
+            progress=ProgressPrinter(),
         )
         result = evaluation.result
 
@@ -755,7 +755,7 @@ def bench(
     images: Annotated[
         int,
         typer.Option(
-            "--images", callback=_within(1, MOST_IMAGES), help="Drawn with each row, at the least."
+            "--images", callback=_within(1, MAX_IMAGES), help="Drawn with each row, at the least."
         ),
     ] = 8,
     turns: Annotated[
@@ -771,7 +771,7 @@ def bench(
         int | None,
         typer.Option(
             "--threads",
-            callback=_within(1, MOST_THREADS),
+            callback=_within(1, MAX_THREADS),
             help="Of every row; by default all cores.",
         ),
     ] = None,
@@ -814,7 +814,7 @@ def bench(
             seed=seed,
             against=against,
             judge=gate,
-            report=LineReporter(),
+            progress=ProgressPrinter(),
         )
 
         def human(found: dict[str, Any]) -> None:
@@ -859,7 +859,7 @@ def bench_layers(
     with _command(verbose):
         if output is not None:
             check_file(output, overwrite=overwrite)
-        result = bench_kernels(forms or list(FORMS), report=LineReporter())
+        result = bench_kernels(forms or list(FORMS), progress=ProgressPrinter())
 
         def human(found: dict[str, Any]) -> None:
             table = Table(title=str(found["gpu"]), title_justify="left")
@@ -916,7 +916,7 @@ def build_plugins(
     from trtq.plugins.spec import ARCHITECTURES
 
     with _command(verbose):
-        found = build_all(tuple(arch or ARCHITECTURES), LineReporter())
+        found = build_all(tuple(arch or ARCHITECTURES), ProgressPrinter())
         counts = [(name, f"{len(variants)} kernels") for name, variants in found.items()]
         _show(found, as_json, lambda _: _lines("kernels", counts))
 
@@ -951,7 +951,7 @@ def triton(
             onnx=onnx,
             timeout=timeout,
             overwrite=overwrite,
-            report=LineReporter(),
+            progress=ProgressPrinter(),
         )
 
         def human(found: dict[str, Any]) -> None:
@@ -1025,7 +1025,7 @@ def verify(
             runtimes=runtime or RUNTIMES,
             layers=layers,
             timeout=timeout,
-            report=LineReporter(),
+            progress=ProgressPrinter(),
         )
         _show(result, as_json, lambda found: _show_verified(path, found))
     if not result["ok"]:
@@ -1054,7 +1054,7 @@ def _show_verified(path: str, found: dict[str, Any]) -> None:
             _out.print(f"{name}: {problem}", soft_wrap=True)
     for name, runtime in found.get("runtimes", {}).items():
         for finding in runtime["findings"]:
-            text = f"{name}: {finding['layer']}: {finding['rule']}. {finding['mend']}"
+            text = f"{name}: {finding['layer']}: {finding['rule']}. {finding['fix']}"
             _out.print(text, soft_wrap=True)
     if found.get("layers"):
         table = Table(title="layers against torch", title_justify="left")
@@ -1085,7 +1085,7 @@ def serve(
     threads: Annotated[
         int | None,
         typer.Option(
-            "--threads", callback=_within(1, MOST_THREADS), help="Threads of one operator."
+            "--threads", callback=_within(1, MAX_THREADS), help="Threads of one operator."
         ),
     ] = None,
     max_batch: Annotated[
@@ -1107,18 +1107,18 @@ def serve(
         typer.Option("--batching", help="step: images join at any step; request: whole batches."),
     ] = "step",
     queue: Annotated[
-        int, typer.Option("--queue", callback=_within(0, MOST_IMAGES), help="Images that may wait.")
+        int, typer.Option("--queue", callback=_within(0, MAX_IMAGES), help="Images that may wait.")
     ] = 64,
     max_images: Annotated[
         int,
         typer.Option(
-            "--max-images", callback=_within(1, MOST_BATCH), help="Most images of one request."
+            "--max-images", callback=_within(1, MAX_BATCH), help="Most images of one request."
         ),
     ] = 10,
     max_steps: Annotated[
         int,
         typer.Option(
-            "--max-steps", callback=_within(1, MOST_STEPS), help="Most denoising steps of an image."
+            "--max-steps", callback=_within(1, MAX_STEPS), help="Most denoising steps of an image."
         ),
     ] = 200,
     deadline_seconds: Annotated[
@@ -1229,12 +1229,12 @@ def demo(
     ] = Path("trtq-demo"),
     images: Annotated[
         int,
-        typer.Option("--images", callback=_within(20, MOST_IMAGES), help="Drawn with each model."),
+        typer.Option("--images", callback=_within(20, MAX_IMAGES), help="Drawn with each model."),
     ] = 500,
     iterations: Annotated[
         int,
         typer.Option(
-            "--iterations", callback=_within(1, MOST_ITERATIONS), help="Fine-tuning iterations."
+            "--iterations", callback=_within(1, MAX_ITERATIONS), help="Fine-tuning iterations."
         ),
     ] = 350,
     provider: Annotated[str, typer.Option("--provider", help="cpu or openvino.")] = "cpu",
@@ -1257,7 +1257,7 @@ def demo(
             provider=provider,
             seed=seed,
             overwrite=overwrite,
-            report=LineReporter(),
+            progress=ProgressPrinter(),
         )
 
         def human(found: dict[str, Any]) -> None:

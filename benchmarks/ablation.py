@@ -22,7 +22,7 @@ import torch
 
 from trtq.artefact.manifest import package_versions
 from trtq.evaluation.evaluate import draw_reference, evaluate
-from trtq.progress import LineReporter
+from trtq.progress import ProgressPrinter
 from trtq.runs.quantize import quantize
 
 STEPS = 20
@@ -80,12 +80,12 @@ def main() -> None:
         "-o", "--output", type=Path, default=Path("benchmarks/results/ablation.json")
     )
     arguments = parser.parse_args()
-    report = LineReporter()
+    progress = ProgressPrinter()
     record: dict[str, Any] = {"rows": []}
     if arguments.output.is_file():
         record = json.loads(arguments.output.read_text())
     reference = draw_reference(
-        "digits", images=arguments.images, steps=STEPS, seed=1, report=report
+        "digits", images=arguments.images, steps=STEPS, seed=1, progress=progress
     )
     record |= {
         "images": arguments.images,
@@ -103,8 +103,8 @@ def main() -> None:
             print(f"== {name}, seed {seed}", file=sys.stderr)
             with tempfile.TemporaryDirectory() as scratch:
                 run = Path(scratch) / "run"
-                made = quantize("digits", ROWS[name] | {"seed": seed}, run, report=report)
-                result = evaluate(run, reference, report=report).result
+                made = quantize("digits", ROWS[name] | {"seed": seed}, run, progress=progress)
+                result = evaluate(run, reference, progress=progress).result
             kept = ("fd", "fd_ratio", "fd_interval", "class_accuracy", "psnr_db", "snr_db")
             row = {"name": name, "seed": seed} | {key: result[key] for key in kept}
             row |= {key: made.get(key) for key in ("bytes_after", "tuned_share")}

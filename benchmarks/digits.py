@@ -28,7 +28,7 @@ from trtq.engine.open import open_engine
 from trtq.evaluation.evaluate import draw_reference, evaluate
 from trtq.exporter.export import export_onnx
 from trtq.processor import processor_features
-from trtq.progress import LineReporter
+from trtq.progress import ProgressPrinter
 from trtq.runs.quantize import quantize
 
 STEPS = 20
@@ -83,9 +83,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/digits.json"))
     arguments = parser.parse_args()
-    report = LineReporter()
+    progress = ProgressPrinter()
     reference = draw_reference(
-        "digits", images=arguments.images, steps=STEPS, seed=arguments.seed, report=report
+        "digits", images=arguments.images, steps=STEPS, seed=arguments.seed, progress=progress
     )
     rows: list[dict[str, Any]] = [
         {
@@ -100,9 +100,11 @@ def main() -> None:
         for index, (name, recipe) in enumerate(ROWS.items()):
             print(f"== {name}", file=sys.stderr)
             run, onnx = Path(scratch) / f"{index}-run", Path(scratch) / f"{index}-onnx"
-            made = quantize("digits", recipe, run, report=report)
-            exported = export_onnx(run, onnx, report=report)
-            result = evaluate(onnx, reference, provider=arguments.provider, report=report).result
+            made = quantize("digits", recipe, run, progress=progress)
+            exported = export_onnx(run, onnx, progress=progress)
+            result = evaluate(
+                onnx, reference, provider=arguments.provider, progress=progress
+            ).result
             folders[name] = onnx
             kept = ("fd", "fd_ratio", "class_accuracy", "snr_db", "provider")
             rows.append(

@@ -26,7 +26,7 @@ import trtq
 from trtq.artefact.manifest import package_versions
 from trtq.diffusion.pipeline import load_source
 from trtq.exporter.export import export_onnx
-from trtq.progress import LineReporter
+from trtq.progress import ProgressPrinter
 from trtq.runs.quantize import quantize
 
 STEPS, GUIDANCE, IMAGES = 20, 3.0, 20
@@ -81,8 +81,8 @@ def main() -> None:
     for name, recipe in RECIPES.items():
         with tempfile.TemporaryDirectory() as scratch:
             run, onnx, theirs = (Path(scratch) / part for part in ("run", "onnx", "theirs.npy"))
-            quantize("shapes", recipe, run, report=LineReporter())
-            export_onnx(run, onnx, report=LineReporter())
+            quantize("shapes", recipe, run, progress=ProgressPrinter())
+            export_onnx(run, onnx, progress=ProgressPrinter())
             task = {
                 "folder": str(onnx),
                 "prompts": prompts,

@@ -41,7 +41,7 @@ from trtq.artefact.manifest import package_versions
 PATH = "/v1/images/generations"
 LIMIT = 64 << 10
 PATIENCE_S = 60.0
-MOST_UNDER_WAY = 24
+MAX_UNDER_WAY = 24
 """Images: 8 in a call and 16 that wait."""
 OPEN_S = 15.0
 """So long after its answer no connection may be open, whatever its client does."""
@@ -225,7 +225,7 @@ class Client:
         """More images at once than the queue has room for: all of a request, or 429 with a time."""
         wishes = [
             {"prompt": "4", "n": 10, "steps": self.random.randint(5, 15)}
-            for _ in range(MOST_UNDER_WAY // 10 + 2)
+            for _ in range(MAX_UNDER_WAY // 10 + 2)
         ]
         answers = await asyncio.gather(*(self.send(json.dumps(wish).encode()) for wish in wishes))
         for answer in answers:
@@ -412,7 +412,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=output)
     arguments = parser.parse_args()
     server = subprocess.Popen(
-        [*serve_command(arguments.onnx), "--queue", str(MOST_UNDER_WAY - 8)],
+        [*serve_command(arguments.onnx), "--queue", str(MAX_UNDER_WAY - 8)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

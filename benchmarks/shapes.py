@@ -27,14 +27,14 @@ from torch.nn import functional
 
 from trtq.artefact.manifest import package_versions
 from trtq.demo.shapes import COLOURS, Scene, draw_scenes, random_scene
-from trtq.diffusion.pipeline import Source, load_source
+from trtq.diffusion.pipeline import LoadedPipeline, load_source
 from trtq.evaluation.evaluate import ReferenceSet, draw_reference, evaluate
 from trtq.evaluation.extractor import Extractor
 from trtq.exporter.export import export_onnx
 from trtq.lora import LoraRequest
-from trtq.pipelines.draw import Subjects, draw
+from trtq.pipelines.draw import Conditioning, draw
 from trtq.pipelines.open import open_any
-from trtq.progress import LineReporter
+from trtq.progress import ProgressPrinter
 from trtq.runs.exchange_loras import requantize
 from trtq.runs.quantize import quantize
 
@@ -127,9 +127,9 @@ def _purple(scene: Scene) -> Scene:
 
 
 def _style_share(
-    source: Source, extractor: Extractor, subjects: Subjects, guidance: float
+    source: LoadedPipeline, extractor: Extractor, conditioning: Conditioning, guidance: float
 ) -> float:
-    images = draw(source, subjects, steps=STEPS, seed=1, guidance=guidance)
+    images = draw(source, conditioning, steps=STEPS, seed=1, guidance=guidance)
     answers = extractor.answers(extractor.features(images))
     return float((answers["first_colour"].argmax(1) == STYLE).float().mean())
 
@@ -141,11 +141,11 @@ def swap(reference: ReferenceSet, run: Path, scratch: Path) -> dict[str, Any]:
     lora = LoraRequest(scratch / "purple.safetensors")
     train_style(lora.path)
     result = requantize(run, [lora], scratch / "styled")
-    count = min(200, reference.subjects.count)
-    assert reference.subjects.prompts is not None
-    subjects = Subjects(count, prompts=reference.subjects.prompts[:count])
+    count = min(200, reference.conditioning.count)
+    assert reference.conditioning.prompts is not None
+    conditioning = Conditioning(count, prompts=reference.conditioning.prompts[:count])
     styled = load_source("shapes")
-    plain = _style_share(styled, reference.extractor, subjects, reference.guidance)
+    plain = _style_share(styled, reference.extractor, conditioning, reference.guidance)
     merge_loras({"unet": styled.pipeline.unet}, [lora])
     return {
         "seconds": result["seconds"],
@@ -153,9 +153,9 @@ def swap(reference: ReferenceSet, run: Path, scratch: Path) -> dict[str, Any]:
         "snr_db_after": result["snr_db_after"],
         "images": count,
         "style_without": plain,
-        "style_float": _style_share(styled, reference.extractor, subjects, reference.guidance),
+        "style_float": _style_share(styled, reference.extractor, conditioning, reference.guidance),
         "style_low_bit": _style_share(
-            open_any(scratch / "styled"), reference.extractor, subjects, reference.guidance
+            open_any(scratch / "styled"), reference.extractor, conditioning, reference.guidance
         ),
     }
 
@@ -167,12 +167,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/shapes.json"))
     arguments = parser.parse_args()
-    report = LineReporter()
+    progress = ProgressPrinter()
     record: dict[str, Any] = {"rows": []}
     if arguments.output.is_file():
         record = json.loads(arguments.output.read_text())
     reference = draw_reference(
-        "shapes", images=arguments.images, steps=STEPS, seed=1, report=report
+        "shapes", images=arguments.images, steps=STEPS, seed=1, progress=progress
     )
     record |= {
         "images": arguments.images,
@@ -190,9 +190,9 @@ def main() -> None:
         print(f"== {name}", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)
-            made = quantize("shapes", ROWS[name], scratch / "run", report=report)
-            exported = export_onnx(scratch / "run", scratch / "onnx", report=report)
-            result = evaluate(scratch / "onnx", reference, report=report).result
+            made = quantize("shapes", ROWS[name], scratch / "run", progress=progress)
+            exported = export_onnx(scratch / "run", scratch / "onnx", progress=progress)
+            result = evaluate(scratch / "onnx", reference, progress=progress).result
             if name == SWAPPED and "lora" not in record:
                 start = time.monotonic()
                 record["lora"] = swap(reference, scratch / "run", scratch)

@@ -28,10 +28,10 @@ _FOLDER = Path(__file__).parent / "policies"
 _BITS = re.compile(r"w([0-9]{1,3})a([0-9]{1,3})")
 GENERIC = "generic"
 PROBABILITIES = "probabilities"
-_MOST_PATTERN = 1024
-_MOST_PROBLEMS = 5
-_MOST_BYTES = 256 << 10
-_MOST_LEVELS = 16
+_MAX_PATTERN = 1024
+_MAX_PROBLEMS = 5
+_MAX_BYTES = 256 << 10
+_MAX_LEVELS = 16
 _MANY_KEYS = re.compile(r"(?<![\w\"'-])(?:[\w\"'-]+[ \t]*\.[ \t]*){100}")
 """A dotted key so deep that the parser would take minutes for it."""
 
@@ -56,7 +56,7 @@ def _pattern(value: str) -> str:
     return value
 
 
-_Pattern = Annotated[str, Field(strict=True, max_length=_MOST_PATTERN), AfterValidator(_pattern)]
+_Pattern = Annotated[str, Field(strict=True, max_length=_MAX_PATTERN), AfterValidator(_pattern)]
 
 
 class Rule(BaseModel):
@@ -111,12 +111,12 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     Raises:
         RecipeError: it cannot be read or is not TOML.
     """
-    text = read_text(path, f"the {what}", error=RecipeError, most_bytes=_MOST_BYTES)
+    text = read_text(path, f"the {what}", error=RecipeError, max_bytes=_MAX_BYTES)
     try:
         if _MANY_KEYS.search(text):
             raise ValueError("a key has more than 100 parts")
         found = tomllib.loads(text)
-        check_depth(found, _MOST_LEVELS)
+        check_depth(found, _MAX_LEVELS)
     except RecursionError as err:
         raise RecipeError(f"cannot read the {what} {path}: it is nested too deep") from err
     except ValueError as err:
@@ -129,12 +129,12 @@ def explain(error: ValidationError) -> str:
     """Pydantic's complaints, of the first few, each as `place: what is wrong`."""
     problems = error.errors()
     lines = []
-    for problem in problems[:_MOST_PROBLEMS]:
+    for problem in problems[:_MAX_PROBLEMS]:
         place = ".".join(shown(part).strip("'\"") for part in problem["loc"]) or "the file"
         message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
         lines.append(f"{place}: {message} (got {shown(problem['input'])})")
-    if len(problems) > _MOST_PROBLEMS:
-        lines.append(f"and {len(problems) - _MOST_PROBLEMS} more")
+    if len(problems) > _MAX_PROBLEMS:
+        lines.append(f"and {len(problems) - _MAX_PROBLEMS} more")
     return "; ".join(lines)
 
 

@@ -9,14 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from trtq.calib.policy import explain, parse_bits, read_toml
 from trtq.calib.sensitivity import parse_budget
 from trtq.diffusion.layout import parse_size
 from trtq.documents import check_depth, shown
 from trtq.errors import RecipeError
-from trtq.limits import MOST_BATCH, MOST_GUIDANCE, MOST_ITERATIONS, MOST_STEPS
+from trtq.limits import MAX_BATCH, MAX_GUIDANCE, MAX_ITERATIONS, MAX_STEPS
 from trtq.quant.ranges import check_bits
 
 __all__ = ["Attention", "Calibration", "Quest", "Recipe", "Training", "load_recipe", "methods"]
@@ -60,7 +68,7 @@ class Calibration(_Strict):
     """Values kept of each layer's input at each step."""
     weights: Literal["minmax", "search"] = "search"
     activations: Literal["minmax", "search"] = "search"
-    batch: _Int = Field(64, ge=1, le=MOST_BATCH)
+    batch: _Int = Field(64, ge=1, le=MAX_BATCH)
     """Most images walked at once; large ones fewer, see `trtq.diffusion.sampling.at_once`."""
     share_inputs: _Bool = True
     """One quantiser for layers that get the same tensor, e.g. queries, keys and values; the methods as
@@ -83,13 +91,21 @@ class Attention(_Strict):
 class Training(_Strict):
     """Data-free fine-tuning; the defaults are those of EfficientDM's release (arXiv 2310.03270)."""
 
-    iterations: _Int = Field(ge=1, le=MOST_ITERATIONS)
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names(cls, values: Any) -> Any:
+        """Accept `split_step`, the former name of `split_scale`, for one release."""
+        if isinstance(values, dict) and "split_step" in values and "split_scale" not in values:
+            values = {("split_scale" if k == "split_step" else k): v for k, v in values.items()}
+        return values
+
+    iterations: _Int = Field(ge=1, le=MAX_ITERATIONS)
     """Optimiser steps, of all stages together."""
-    batch: _Int = Field(ge=1, le=MOST_BATCH)
+    batch: _Int = Field(ge=1, le=MAX_BATCH)
     """Images per process and accumulation step."""
     accumulate: _Int = Field(1, ge=1, le=65536)
     """Gradient accumulation steps per optimiser step."""
-    at_once: _Int | None = Field(None, ge=1, le=MOST_BATCH)
+    at_once: _Int | None = Field(None, ge=1, le=MAX_BATCH)
     """Most images in one forward and backward pass; a larger batch is accumulated from several. None:
     the whole batch, or 2 from a hundred million parameters on."""
     rank: _Int = Field(32, ge=0, le=65536)
@@ -114,7 +130,7 @@ class Training(_Strict):
     """Learning rate of the activation scales and zero points."""
     activation_lr_relative: _Bool = False
     """Multiply `activation_lr` by the layer's mean scale, so that all layers move alike."""
-    split_step: _Bool = False
+    split_scale: _Bool = False
     """Update the weight step twice per iteration, as released; needs base `int`."""
     weight_decay: _Float = Field(0.01, ge=0, le=1e3)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -123,7 +139,7 @@ class Training(_Strict):
     more time. None: from a hundred million parameters on."""
     table_state: Literal["dense", "persistent", "reset"] = "dense"
     """How the optimiser treats the entries of a timestep table; see `trtq.train.table_adam`."""
-    checkpoint_every: _Int = Field(200, ge=1, le=MOST_ITERATIONS)
+    checkpoint_every: _Int = Field(200, ge=1, le=MAX_ITERATIONS)
     """Iterations between checkpoints."""
 
     def divided(self, parameters: int) -> Training:
@@ -154,7 +170,7 @@ class Quest(_Strict):
     global_weight: _Float = Field(1.0, ge=0, le=1e6)
     weight_travel: _Float = Field(1.0, gt=0, le=1e6)
     """How many weight levels a tuned weight can travel, as `lora_travel` of the adapters."""
-    adaround: _Int = Field(0, ge=0, le=MOST_ITERATIONS)
+    adaround: _Int = Field(0, ge=0, le=MAX_ITERATIONS)
     """Iterations per layer of learned rounding before stage 1; 0 rounds to nearest. `quest` has 200."""
 
 
@@ -164,9 +180,9 @@ class Recipe(_Strict):
     method: str
     bits: str = "w4a4"
     tables: Literal["per-step", "static"] = "per-step"
-    steps: _Int = Field(20, ge=1, le=MOST_STEPS)
+    steps: _Int = Field(20, ge=1, le=MAX_STEPS)
     """Calibrated denoising steps."""
-    guidance: _Float | None = Field(None, ge=0, le=MOST_GUIDANCE)
+    guidance: _Float | None = Field(None, ge=0, le=MAX_GUIDANCE)
     """Classifier-free guidance of the trajectories; by default what the model is meant for."""
     prompts: _Path | None = None
     """A text file with a prompt per line to calibrate and fine-tune with, for text models."""
@@ -257,8 +273,12 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
         recipe = Recipe.model_validate(values)
     except ValidationError as err:
         raise RecipeError(f"the recipe is not valid: {explain(err)}") from err
-    if recipe.training is not None and recipe.training.split_step and recipe.training.base != "int":
-        raise RecipeError('training.split_step=true needs training.base="int"')
+    if (
+        recipe.training is not None
+        and recipe.training.split_scale
+        and recipe.training.base != "int"
+    ):
+        raise RecipeError('training.split_scale=true needs training.base="int"')
     if recipe.quest is not None and (recipe.training is None or recipe.training.iterations < 2):
         raise RecipeError("a [quest] section needs a [training] section with 2 iterations or more")
     if recipe.quest is None and recipe.training is not None and recipe.training.rank == 0:

@@ -18,7 +18,7 @@ from typing import Any
 from trtq.documents import shown
 from trtq.errors import KernelError, MissingDependencyError, UsageError
 from trtq.plugins.spec import ARCHITECTURES, Variant, all_variants
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 from trtq.resources import cache_folder
 
 __all__ = ["build_all", "cubin", "nvrtc_version", "ptx", "sources"]
@@ -188,13 +188,13 @@ def _check(nvrtc: Any, status: Any, what: str) -> None:
 
 
 def build_all(
-    architectures: tuple[str, ...] = ARCHITECTURES, report: Reporter = silent
+    architectures: tuple[str, ...] = ARCHITECTURES, progress: ProgressCallback = silent
 ) -> dict[str, list[str]]:
     """Compile every variant for every architecture, so that nothing has to be when it is needed.
 
     Args:
         architectures: e.g. `sm89`.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         The variants' names by architecture.
@@ -212,8 +212,8 @@ def build_all(
     wanted = [(name, variant) for name in architectures for variant in all_variants(name)]
     built: dict[str, list[str]] = {name: [] for name in architectures}
     for index, (architecture, variant) in enumerate(wanted):
-        report("plugins build", index, len(wanted))
+        progress("plugins build", index, len(wanted))
         cubin(variant, architecture)
         built[architecture].append(str(variant))
-    report("plugins build", len(wanted), len(wanted))
+    progress("plugins build", len(wanted), len(wanted))
     return built

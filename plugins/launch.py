@@ -27,7 +27,7 @@ __all__ = [
 _CHANNELS_LAST, _SILU = 1, 2
 _QUANTIZE_PIXELS, _QUANTIZE_THREADS = 32, 128
 _ALIGNMENT = 16
-_MOST_BLOCKS = 65_535
+_MAX_BLOCKS = 65_535
 """CUDA's bound on y and z of a grid."""
 
 
@@ -273,9 +273,9 @@ def _quantize(problem: Problem, at: Pointers, *, half: bool, native_4: bool) -> 
 
 
 def _check_grid(grid: tuple[int, int, int]) -> None:
-    if max(grid[1:]) > _MOST_BLOCKS:
+    if max(grid[1:]) > _MAX_BLOCKS:
         raise UsageError(
-            f"a grid of {grid[0]}x{grid[1]}x{grid[2]} blocks is beyond CUDA's {_MOST_BLOCKS}; use a "
+            f"a grid of {grid[0]}x{grid[1]}x{grid[2]} blocks is beyond CUDA's {_MAX_BLOCKS}; use a "
             "smaller batch"
         )
 

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from trtq.documents import MOST_BYTES, check_depth, parse_json, read_object, read_text, shown
+from trtq.documents import MAX_BYTES, check_depth, parse_json, read_object, read_text, shown
 from trtq.errors import ArtefactError, RecipeError
 from trtq.limits import parse_whole
 
@@ -86,7 +86,7 @@ def test_a_byte_order_mark_is_accepted(tmp_path):
     path.write_text('{"a": 1}', encoding="utf-8-sig")
     assert read_object(path) == {"a": 1}
     assert stat.S_ISREG(path.stat().st_mode)
-    assert MOST_BYTES == 64 << 20
+    assert MAX_BYTES == 64 << 20
 
 
 def test_any_value_can_be_quoted():

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from trtq import cli
-from trtq.progress import LineReporter
+from trtq.progress import ProgressPrinter
 from trtq.terminal import StderrHandler, internal_error, open_streams, sane_environment
 
 
@@ -66,10 +66,10 @@ def test_progress_goes_on_when_nobody_reads_it(monkeypatch):
         def write(self, text):
             raise BrokenPipeError
 
-    report = LineReporter(Broken())
+    report = ProgressPrinter(Broken())
     report("work", 1, 1)
     monkeypatch.setattr(sys, "stderr", None)
-    LineReporter()("work", 1, 1)
+    ProgressPrinter()("work", 1, 1)
 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch):
@@ -80,7 +80,7 @@ def test_a_dumb_terminal_gets_lines(monkeypatch):
     for name, escapes in (("dumb", False), ("xterm", True)):
         monkeypatch.setenv("TERM", name)
         stream = Terminal()
-        LineReporter(stream)("work", 1, 1)
+        ProgressPrinter(stream)("work", 1, 1)
         assert ("\x1b" in stream.getvalue()) == escapes
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 __all__ = [
-    "MOST_BYTES",
+    "MAX_BYTES",
     "SPECIAL_KINDS",
     "check_depth",
     "explain_first",
@@ -33,9 +33,9 @@ __all__ = [
     "shown",
 ]
 
-MOST_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 """Of a file of text; the manifest of a model with ten thousand layers has three million."""
-MOST_LEVELS = 64
+MAX_LEVELS = 64
 """Lists and objects inside each other."""
 _INT64 = range(-(1 << 63), 1 << 63)
 _DIGITS = 19
@@ -67,7 +67,7 @@ def read_text(
     what: str = "",
     *,
     error: type[TrtqError] = ArtefactError,
-    most_bytes: int = MOST_BYTES,
+    max_bytes: int = MAX_BYTES,
 ) -> str:
     """The text of a file.
 
@@ -75,7 +75,7 @@ def read_text(
         path: the file; a link to one is followed.
         what: what it is to be, for the message, e.g. `the recipe`.
         error: what to raise.
-        most_bytes: a larger file is refused unread.
+        max_bytes: a larger file is refused unread.
 
     Returns:
         Its text without a byte-order mark.
@@ -95,10 +95,10 @@ def read_text(
         if not stat.S_ISREG(info.st_mode) and not piped:
             kind = _KINDS.get(stat.S_IFMT(info.st_mode), "no file")
             refuse(f"it is {kind}; give a file")
-        if info.st_size > most_bytes:
-            refuse(f"it has {info.st_size:,} bytes, at most {most_bytes:,} are read")
+        if info.st_size > max_bytes:
+            refuse(f"it has {info.st_size:,} bytes, at most {max_bytes:,} are read")
         with open(path, "rb") as file:
-            content = file.read(most_bytes + 1)
+            content = file.read(max_bytes + 1)
     except TrtqError:
         raise
     except OSError as err:
@@ -106,8 +106,8 @@ def read_text(
     except ValueError as err:
         # A NUL, which the operating system takes for the end of the name.
         refuse(str(err), err)
-    if len(content) > most_bytes:
-        refuse(f"it has more than the {most_bytes:,} bytes that are read")
+    if len(content) > max_bytes:
+        refuse(f"it has more than the {max_bytes:,} bytes that are read")
     if content.startswith(_UTF16):
         refuse("it is UTF-16; save it as UTF-8")
     try:
@@ -132,7 +132,7 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
 
     Raises:
         ValueError: it is no JSON, gives a key twice, holds a number beyond 64 bits or half a character,
-            or is nested more than `MOST_LEVELS` deep.
+            or is nested more than `MAX_LEVELS` deep.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
             parse_constant=constant,
         )
     except RecursionError as err:
-        raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep") from err
+        raise ValueError(f"it is nested more than {MAX_LEVELS} levels deep") from err
     check_depth(found)
     faults = [value for value in _leaves(found) if isinstance(value, _Fault)]
     if faults:  # In a list of lists, or without any key.
@@ -183,7 +183,7 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
     return found
 
 
-def check_depth(value: Any, most: int = MOST_LEVELS) -> None:
+def check_depth(value: Any, most: int = MAX_LEVELS) -> None:
     """Nothing, if lists and dicts are nested no deeper than `most`.
 
     Raises:
@@ -229,7 +229,7 @@ def read_object(
     what: str = "",
     *,
     error: type[TrtqError] = ArtefactError,
-    most_bytes: int = MOST_BYTES,
+    max_bytes: int = MAX_BYTES,
     finite: bool = True,
 ) -> dict[str, Any]:
     """The object in a JSON file; arguments as in `read_text` and `parse_json`.
@@ -238,7 +238,7 @@ def read_object(
         TrtqError: it cannot be read, is no JSON, or holds something else; of the class `error`.
     """
     name = f"{what} {path}" if what else str(path)
-    text = read_text(path, what, error=error, most_bytes=most_bytes)
+    text = read_text(path, what, error=error, max_bytes=max_bytes)
     try:
         found = parse_json(text, finite=finite)
     except ValueError as err:

@@ -9,29 +9,29 @@ from __future__ import annotations
 import re
 
 __all__ = [
-    "MOST_BATCH",
-    "MOST_GUIDANCE",
-    "MOST_IMAGES",
-    "MOST_ITERATIONS",
-    "MOST_SIDE",
-    "MOST_STEPS",
-    "MOST_THREADS",
+    "MAX_BATCH",
+    "MAX_GUIDANCE",
+    "MAX_IMAGES",
+    "MAX_ITERATIONS",
+    "MAX_SIDE",
+    "MAX_STEPS",
+    "MAX_THREADS",
     "parse_whole",
 ]
 
-MOST_IMAGES = 100_000
+MAX_IMAGES = 100_000
 """Images of one evaluation or drawing."""
-MOST_SIDE = 8192
+MAX_SIDE = 8192
 """Height or width of an image in pixels."""
-MOST_STEPS = 1000
+MAX_STEPS = 1000
 """Denoising steps; the schedules of diffusion models have as many."""
-MOST_GUIDANCE = 1000.0
+MAX_GUIDANCE = 1000.0
 """Classifier-free guidance; models are used with 1 .. 20."""
-MOST_BATCH = 4096
+MAX_BATCH = 4096
 """Images or rows in one call."""
-MOST_ITERATIONS = 10_000_000
+MAX_ITERATIONS = 10_000_000
 """Optimiser steps."""
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 """Threads of one operator."""
 
 _WHOLE = re.compile(r"[0-9]{1,18}")

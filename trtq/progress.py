@@ -1,7 +1,7 @@
-"""How long work reports where it stands.
+"""Progress reporting for long-running work.
 
-Library functions take a `Reporter` and call it; the command line gives one that prints to standard
-error: a bar on a terminal, a line now and then elsewhere.
+Library functions take a `ProgressCallback` and call it. The command line passes one that prints to
+standard error: a bar on a terminal, a line every ten seconds elsewhere.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import time
 from contextlib import suppress
 from typing import Protocol, TextIO
 
-__all__ = ["LineReporter", "Reporter", "silent"]
+__all__ = ["ProgressCallback", "ProgressPrinter", "silent"]
 
 
-class Reporter(Protocol):
+class ProgressCallback(Protocol):
     """Called with the stage's name, what is done and how much there is."""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -31,7 +31,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-class LineReporter:
+class ProgressPrinter:
     """Prints `stage done/total, time left`: rewritten in place on a terminal, else every ten seconds.
 
     Args:

@@ -38,7 +38,7 @@ _SPELLED = {
     "ß": "ss",
 }
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-_LEAST_COLUMNS, _MOST_COLUMNS = 20, 1000
+_MIN_COLUMNS, _MAX_COLUMNS = 20, 1000
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "bad_alloc")
 
 
@@ -102,14 +102,14 @@ def sane_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
     A terminal that is not attached has 0 of them, and then a table of no width is printed.
     """
     found = dict(os.environ if environment is None else environment)
-    for name, least in (("COLUMNS", _LEAST_COLUMNS), ("LINES", 1)):
+    for name, least in (("COLUMNS", _MIN_COLUMNS), ("LINES", 1)):
         value = found.get(name)
         if value is None:
             continue
         if re.fullmatch(r"[0-9]{1,6}", value) is None or int(value) < least:
             del found[name]
         else:
-            found[name] = str(min(int(value), _MOST_COLUMNS))
+            found[name] = str(min(int(value), _MAX_COLUMNS))
     return found
 
 

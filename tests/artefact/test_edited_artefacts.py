@@ -12,7 +12,7 @@ from trtq.artefact.manifest import read_manifest
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
 from trtq.diffusion.layout import read_index, read_null_class, read_scheduler
 from trtq.errors import ArtefactError, TrtqError, UsageError
-from trtq.pipelines.draw import check_sheet, subjects_for
+from trtq.pipelines.draw import check_sheet, conditioning_for
 from trtq.pipelines.inspect import inspect_artefact
 from trtq.pipelines.open import open_any
 from trtq.runs.folder import open_run
@@ -224,10 +224,10 @@ def test_sizes_of_a_graph_are_checked(low):
 def test_numbers_of_images_and_classes_are_bounded(tiny):
     for count in (0, -1, 10**9, 10**30):
         with pytest.raises(UsageError, match=r"1 \.\. 100000"):
-            subjects_for(tiny, count)
+            conditioning_for(tiny, count)
     for label in (-1, 3, 10**30):
         with pytest.raises(UsageError, match=r"0 \.\. 2"):
-            subjects_for(tiny, 1, class_label=label)
+            conditioning_for(tiny, 1, class_label=label)
     check_sheet(128, 1024, 1024)
     with pytest.raises(UsageError, match="choose at most 128"):
         check_sheet(129, 1024, 1024)

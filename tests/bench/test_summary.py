@@ -7,8 +7,8 @@ import pytest
 
 from trtq.bench.summary import (
     compare_medians,
-    least_turns,
     median_interval,
+    min_turns,
     quantile,
     speedup,
     summarize,
@@ -40,7 +40,7 @@ def test_p99_needs_a_hundred_calls(calls, measured):
     ("comparisons", "turns"), [(1, 6), (2, 7), (4, 8), (8, 9), (16, 10), (25, 10), (26, 11)]
 )
 def test_the_whole_range_of_the_fewest_turns_just_has_the_confidence(comparisons, turns):
-    assert least_turns(comparisons) == turns
+    assert min_turns(comparisons) == turns
     missed = [comparisons * 2 / 2**count for count in (turns, turns - 1)]
     assert missed[0] <= 0.05 < missed[1]
     assert median_interval(range(turns), comparisons) == (0, turns - 1)
@@ -71,7 +71,7 @@ def test_equal_rows_are_seldom_told_apart(turns, comparisons):
         wrong += bool(verdicts & {"faster", "slower"})
     # Four standard deviations of a count of the allowed share.
     assert wrong <= 0.05 * runs + 4 * math.sqrt(0.05 * 0.95 * runs)
-    if turns < least_turns(comparisons):
+    if turns < min_turns(comparisons):
         assert verdicts == {"too few turns"}
 
 

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from trtq.bench.device import GpuMemory
-from trtq.bench.worker import Subject, _import_libraries
+from trtq.bench.worker import MeasuredArtefact, _import_libraries
 from trtq.engine.denoiser import EngineDenoiser
 
 
@@ -58,7 +58,7 @@ def opened(monkeypatch):
         monkeypatch.setattr("trtq.bench.worker.open_any", lambda *_: source)
         monkeypatch.setattr("trtq.bench.worker._import_libraries", lambda *_: None)
         monkeypatch.setattr("trtq.bench.worker.Nvml", Driver)
-        subject = Subject()
+        subject = MeasuredArtefact()
         return subject, subject.open("somewhere", provider, 1, None)
 
     return open_subject

@@ -63,7 +63,7 @@ def test_layers_no_rule_names_stay_float_with_a_warning(caplog, tmp_path):
         ("steps = 0", "steps: .*greater than or equal to 1"),
         ("tables = 'per-layer'", "tables: .*'per-step' or 'static'"),
         ("this is no toml", "cannot read the recipe"),
-        ("[training]\nsplit_step = true", "split_step=true needs"),
+        ("[training]\nsplit_step = true", "split_scale=true needs"),
         ("[training]\nrank = 0", "leaves nothing to train"),
         ("method = 'minmax'\n[quest]\nfirst_stage = 0.5", "needs a .training. section"),
         ("[attention]\nprobability_bits = 9", "attention.probability_bits"),

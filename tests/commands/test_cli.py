@@ -63,8 +63,8 @@ def test_dry_run_says_what_would_happen_and_does_nothing(tmp_path):
 
 
 def test_json_keys_of_quantize_and_export_are_there(tmp_path):
-    quick = ["--method", "minmax", "--steps", 2, "--bits", "w4a8", "--json"]
-    made = run("quantize", "digits", "-o", tmp_path / "run", *quick)
+    cheap_codec = ["--method", "minmax", "--steps", 2, "--bits", "w4a8", "--json"]
+    made = run("quantize", "digits", "-o", tmp_path / "run", *cheap_codec)
     assert made.exit_code == 0, made.stderr
     assert {
         "seconds",

@@ -39,7 +39,7 @@ from trtq.runs.quantize import quantize
 diffusers.utils.logging.get_logger()
 transformers.utils.logging.get_logger()
 
-MOST_SECONDS = 60
+MAX_SECONDS = 60
 RECIPE = {
     "method": "minmax",
     "bits": "w4a8",
@@ -194,7 +194,7 @@ def at_most(seconds):
 
 def invoke(*arguments) -> tuple[int, str]:
     """Exit code and all that was printed, in this process."""
-    with at_most(MOST_SECONDS):
+    with at_most(MAX_SECONDS):
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     error = result.exception
     if error is not None and not isinstance(error, SystemExit):
@@ -213,7 +213,7 @@ def start(*arguments, env=None, **how) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment,
-        timeout=MOST_SECONDS,
+        timeout=MAX_SECONDS,
         check=False,
         **how,
     )
@@ -1462,10 +1462,10 @@ def world(tmp_path, made, monkeypatch):
         undo()
 
 
-def some(keys, quick):
+def some(keys, cheap_codec):
     """The keys as parameters, of which all but the quick ones are marked slow."""
     return [
-        pytest.param(*key, marks=() if quick(*key) else pytest.mark.slow, id=" ".join(key))
+        pytest.param(*key, marks=() if cheap_codec(*key) else pytest.mark.slow, id=" ".join(key))
         for key in keys
     ]
 
@@ -1546,13 +1546,13 @@ def test_a_hostile_place_is_not_written_to(world, verb, name, overwrite):
 
 def _first_of_their_verb(count):
     seen: dict[str, int] = {}
-    quick = set()
+    cheap_codec = set()
     for name, *_ in CASES:
         verb = name.partition(":")[0]
         seen[verb] = seen.get(verb, 0) + 1
         if seen[verb] <= count and name not in LONG:
-            quick.add(name)
-    return quick
+            cheap_codec.add(name)
+    return cheap_codec
 
 
 LONG = (

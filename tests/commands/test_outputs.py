@@ -141,8 +141,8 @@ def test_a_half_written_first_checkpoint_is_in_nobodys_way(resume, tmp_path):
     for name in (".iteration-0000002.partial", "iteration-0000002"):
         (stage / name).mkdir(parents=True)
         (stage / name / "model.safetensors").write_text("half")
-    quick = ("--method", "minmax", "--steps", 2)
-    result = run("quantize", "digits", "-o", tmp_path / "run", *quick, *resume)
+    cheap_codec = ("--method", "minmax", "--steps", 2)
+    result = run("quantize", "digits", "-o", tmp_path / "run", *cheap_codec, *resume)
     assert result.exit_code == 0, result.stderr
     assert ("no complete checkpoint" in said(result)) == bool(resume)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -10,9 +10,9 @@ from trtq.calib.recipe import load_recipe
 from trtq.diffusion import cut
 from trtq.diffusion.cut import find_cuts, warn_of_cuts
 from trtq.diffusion.pipeline import load_source
-from trtq.pipelines.draw import draw, subjects_for
+from trtq.pipelines.draw import conditioning_for, draw
 from trtq.runs.plan import plan_quantize
-from trtq.serve.models.base import Drawing
+from trtq.serve.models.base import GenerationRequest
 from trtq.serve.models.pipeline import PipelineModel
 
 LONG = "a red circle beside a blue square, " * 40
@@ -67,7 +67,7 @@ def test_a_pipeline_without_text_has_nothing_to_cut(tiny):
 def test_drawing_says_it_once(caplog):
     source = load_source(build("sd_1"))
     for _ in range(2):
-        draw(source, subjects_for(source, 2, prompt=LONG), steps=1, seed=0)
+        draw(source, conditioning_for(source, 2, prompt=LONG), steps=1, seed=0)
     said = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == 1
     assert "too long for text_encoder" in said[0].getMessage()
@@ -75,8 +75,8 @@ def test_drawing_says_it_once(caplog):
 
 def test_a_negative_prompt_is_said_too(caplog):
     source = load_source(build("sd_1"))
-    subjects = subjects_for(source, 1, prompt="a red circle")
-    draw(source, subjects, steps=1, seed=0, guidance=3.0, negative_prompt=LONG)
+    conditioning = conditioning_for(source, 1, prompt="a red circle")
+    draw(source, conditioning, steps=1, seed=0, guidance=3.0, negative_prompt=LONG)
     assert "1 of 2 prompts are cut" in caplog.text
 
 
@@ -96,7 +96,7 @@ def test_prompts_to_calibrate_with_are_looked_at(tmp_path, caplog):
 
 def test_the_server_logs_the_numbers_but_not_the_prompt(caplog):
     model = PipelineModel(load_source(build("sd_1")), "sd", "torch")
-    model.starts(Drawing(LONG, count=1, seed=0, steps=1, guidance=1.0))
+    model.starts(GenerationRequest(LONG, count=1, seed=0, steps=1, guidance=1.0))
     (record,) = [one for one in caplog.records if one.getMessage() == "prompt cut off"]
     assert record.fields["field"] == "prompt"
     assert record.fields["tokens"] > record.fields["kept"]

@@ -117,10 +117,10 @@ def test_noise_does_not_depend_on_the_batch():
 
 
 def test_images_do_not_depend_on_the_batch(tiny):
-    from trtq.pipelines.draw import draw, subjects_for
+    from trtq.pipelines.draw import conditioning_for, draw
 
     one, many = (
-        draw(tiny, subjects_for(tiny, 5), steps=3, seed=0, batch=batch) for batch in (1, 5)
+        draw(tiny, conditioning_for(tiny, 5), steps=3, seed=0, batch=batch) for batch in (1, 5)
     )
     torch.testing.assert_close(one, many, rtol=0, atol=1e-5)
 

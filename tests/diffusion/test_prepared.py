@@ -10,7 +10,7 @@ from torch import nn
 from tests.families.pipelines import PIPELINES, build, conditional_unet, diffusion, stable_diffusion
 from trtq.diffusion.pipeline import load_source
 from trtq.errors import NonFiniteError, QuantizationError, TrtqError, UsageError
-from trtq.pipelines.draw import draw, subjects_for
+from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
 from trtq.runs.quantize import quantize
 from trtq.snr import snr_db
@@ -29,7 +29,7 @@ def models(pipeline):
 
 def drawn(pipeline):
     source = load_source(pipeline)
-    return draw(source, subjects_for(source, 1), steps=2, seed=0, guidance=1.0)
+    return draw(source, conditioning_for(source, 1), steps=2, seed=0, guidance=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_a_run_of_a_prepared_pipeline_is_opened_and_draws_the_same(prepare, plai
     images = []
     for folder in (plain_run, tmp_path / "run"):
         source = open_any(folder)
-        images.append(draw(source, subjects_for(source, 1), steps=2, seed=0, guidance=1.0))
+        images.append(draw(source, conditioning_for(source, 1), steps=2, seed=0, guidance=1.0))
     assert snr_db(*images) >= 40
 
 

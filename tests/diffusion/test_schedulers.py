@@ -12,7 +12,7 @@ from trtq.diffusion.pipeline import load_source
 from trtq.diffusion.schedule import KNOWN_SCHEDULERS, NoiseSchedule, check_steps, stepping_of
 from trtq.errors import UsageError
 from trtq.exporter.export import export_onnx
-from trtq.pipelines.draw import draw, subjects_for
+from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
 from trtq.runs.quantize import quantize
 
@@ -206,7 +206,7 @@ def test_steps_that_share_a_timestep_are_calibrated_once():
     source = load_source(with_scheduler("sd_1", scheduler))
     steps = next(n for n in range(2, 12) if _doubled(scheduler, n))
     with pytest.raises(UsageError, match=r"diffusers itself breaks .*use another one") as raised:
-        draw(source, subjects_for(source, 1), steps=20, seed=0, guidance=1.0)
+        draw(source, conditioning_for(source, 1), steps=20, seed=0, guidance=1.0)
     assert "\n" not in str(raised.value)
     try:
         ours = source.timesteps(steps)
@@ -339,7 +339,7 @@ def test_a_class_conditional_run_draws_with_the_checkpoints_scheduler(name, tmp_
     quantize(tmp_path / "model", RECIPE, tmp_path / "run")
     before, after = open_any(tmp_path / "model"), open_any(tmp_path / "run")
     assert type(after.pipeline.scheduler).__name__ == name
-    float_image, image = (draw(s, subjects_for(s, 2), steps=4, seed=0) for s in (before, after))
+    float_image, image = (draw(s, conditioning_for(s, 2), steps=4, seed=0) for s in (before, after))
     noise = (float_image - image).square().mean()
     assert 10 * (float_image.square().mean() / noise).log10() > 12
     # Also where diffusers itself loads it.

@@ -66,7 +66,7 @@ def test_a_call_without_end_is_ended(tmp_path, monkeypatch):
 
 def test_a_graph_that_takes_all_memory_is_refused_it(tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "_BASE_BYTES", 1 << 30)
-    monkeypatch.setattr(trial, "_LEAST_BYTES", 1 << 29)
+    monkeypatch.setattr(trial, "_MIN_BYTES", 1 << 29)
     nodes = (
         helper.make_node("Expand", ["x", "shape"], ["large"]),
         helper.make_node("ReduceMax", ["large"], ["y"], keepdims=0),

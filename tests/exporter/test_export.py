@@ -157,7 +157,7 @@ def test_openvino_runs_it(digits_run, digits_onnx, computed_vnni):
 
 
 def test_openvino_keeps_a_session_for_each_of_the_latest_shapes(digits_onnx):
-    engine = OpenVinoEngine(digits_onnx / "unet" / "model.onnx", threads=1, most_shapes=2)
+    engine = OpenVinoEngine(digits_onnx / "unet" / "model.onnx", threads=1, max_shapes=2)
     inputs = feeds()
     assert engine.inputs["sample"].shape == ("batch", 1, 8, 8)
     whole = engine.run(inputs)["out_sample"]

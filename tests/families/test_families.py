@@ -13,7 +13,7 @@ from trtq.diffusion.families import FAMILIES
 from trtq.diffusion.pipeline import load_source
 from trtq.errors import LegalityError, UsageError
 from trtq.exporter.export import export_onnx
-from trtq.pipelines.draw import draw, subjects_for
+from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
 from trtq.runs.quantize import quantize
 from trtq.serve.models.base import Sizes
@@ -50,14 +50,14 @@ def test_a_pipeline_goes_the_whole_way(name, tmp_path):
     assert type(trtq.load(onnx)).__name__ == type(build(name)).__name__
     if name in SIZES:
         assert "{}x{}".format(*source.image_size) == SIZES[name]
-    subjects = subjects_for(source, 2)
-    images = draw(source, subjects, steps=2, seed=0)
+    conditioning = conditioning_for(source, 2)
+    images = draw(source, conditioning, steps=2, seed=0)
     assert images.shape == (2, 3, *source.image_size)
-    expected = draw(open_any(run), subjects, steps=2, seed=0)
+    expected = draw(open_any(run), conditioning, steps=2, seed=0)
     # After two whole steps and a decoder; a wrong scale or step would leave nothing of the image.
     assert float((images - expected).abs().mean()) < 0.02
     model = PipelineModel(source, name, "cpu")
-    assert model.card.takes_guidance or model.card.guidance == 1.0
+    assert model.info.takes_guidance or model.info.guidance == 1.0
     assert furthest(served(model, 1), whole(source, model, 1)) <= 1
 
 
@@ -165,24 +165,24 @@ def test_one_graph_for_a_range_of_sizes(name, tmp_path):
     source = open_any(onnx)
     assert source.image_size == (16, 16)
     model = PipelineModel(source, name, "cpu")
-    assert model.card.sizes == Sizes((16, 16), (24, 32), 4)
+    assert model.info.sizes == Sizes((16, 16), (24, 32), 4)
     (image,) = served(model, 1, size=(24, 32))
     source.resize("24x32")
     assert furthest([image], whole(source, model, 1)) <= 1
-    subjects = subjects_for(source, 1)
-    assert draw(source, subjects, steps=1, seed=0).shape == (1, 3, 24, 32)
+    conditioning = conditioning_for(source, 1)
+    assert draw(source, conditioning, steps=1, seed=0).shape == (1, 3, 24, 32)
     source.resize("24x40")
     with pytest.raises(
         UsageError, match=r"12x20 \(HEIGHTxWIDTH\) are not .* 8x8 to 12x16, multiples of 2"
     ):
-        draw(source, subjects, steps=1, seed=0)
+        draw(source, conditioning, steps=1, seed=0)
 
 
 def test_a_pipeline_that_draws_one_size_says_so():
     source = load_source(build("dit"))
     source.resize("32x32")
     with pytest.raises(UsageError, match="DiTPipeline draws images of the model's own size only"):
-        draw(source, subjects_for(source, 1), steps=1, seed=0)
+        draw(source, conditioning_for(source, 1), steps=1, seed=0)
 
 
 def test_a_size_that_the_model_cannot_be_traced_at_is_one_error(tmp_path):

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from trtq.graph.passes import WidenInt4
+from trtq.graph.passes import CastInt4ToInt8
 from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import RUNTIMES, prepare
 
@@ -97,7 +97,7 @@ def test_tensorrt_refuses(hazard, runtime):
     (finding,) = [found for found in findings if message in found.rule]
     assert finding.fatal
     assert finding.layer == "layer"
-    assert finding.mend
+    assert finding.fix
 
 
 WIDE = {
@@ -173,8 +173,8 @@ def test_widened_weights_hold_the_same_integers(digits_onnx):
     outputs = []
     for widened in (False, True):
         if widened:
-            assert WidenInt4()(model).modified
-            assert not WidenInt4()(model).modified
+            assert CastInt4ToInt8()(model).modified
+            assert not CastInt4ToInt8()(model).modified
             kinds = {v.dtype for v in model.graph.initializers.values() if v.uses()}
             assert ir.DataType.INT4 not in kinds
         session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)

@@ -13,20 +13,20 @@ from diffusers.models.embeddings import Timesteps
 from trtq.errors import LegalityError
 from trtq.exporter.trace import trace_module
 from trtq.graph.passes import (
+    BreakUniformScales,
     BroadcastTimestep,
-    DropIdleSqueeze,
+    CastFloat64ToFloat32,
+    CastLayerNormToFloat64,
+    CastsToQdq,
+    DecomposeGroupNorm,
+    DecomposeSilu,
+    DecomposeTimestepEmbedding,
+    DropNoopSqueeze,
     ExpandLowBitToQdq,
-    FloatWideProducts,
-    FloatWideWeights,
     FuseGroupNorm,
-    LinearAsConv,
-    NarrowDoubles,
-    PairCastCodes,
-    SpellOutAngles,
-    SpellOutGroupNorm,
-    SpellOutSilu,
-    UnevenScales,
-    WidenLayerNorm,
+    MatMulToConv,
+    WideProductsToFloat,
+    WideWeightsToFloat,
 )
 from trtq.quant import TimestepTable
 from trtq.quant.deployed import ActivationTensors, LayerTensors
@@ -65,10 +65,10 @@ def test_silu_is_spelled_out(order):
     body = f"g (float[2,6,2,2] x) => (float[2,6,2,2] y) {{ gate = Sigmoid(x) y = Mul({order}) }}"
     model = parse(body)
     before = run(model, x=X)
-    assert SpellOutSilu()(model).modified
+    assert DecomposeSilu()(model).modified
     assert "Sigmoid" not in operators(model)
     np.testing.assert_allclose(run(model, x=X)[0], before[0], rtol=1e-6, atol=1e-6)
-    assert not SpellOutSilu()(model).modified
+    assert not DecomposeSilu()(model).modified
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_silu_is_spelled_out(order):
 def test_what_is_no_silu_stays(body):
     model = parse(body)
     before = operators(model)
-    assert not SpellOutSilu()(model).modified
+    assert not DecomposeSilu()(model).modified
     assert operators(model) == before
 
 
@@ -94,7 +94,7 @@ def test_a_sigmoid_that_others_use_stays():
         "z = Neg(gate) }"
     )
     model = parse(body)
-    assert SpellOutSilu()(model).modified
+    assert DecomposeSilu()(model).modified
     assert operators(model).count("Sigmoid") == 1
 
 
@@ -111,15 +111,15 @@ AFFINE = {
 def test_group_norm_is_spelled_out_in_float64():
     model = parse(GROUP_NORM, **AFFINE)
     before = run(model, x=X)
-    assert SpellOutGroupNorm()(model).modified
+    assert DecomposeGroupNorm()(model).modified
     assert "GroupNormalization" not in operators(model)
     np.testing.assert_allclose(run(model, x=X)[0], before[0], rtol=1e-4, atol=1e-5)
-    assert not SpellOutGroupNorm()(model).modified
+    assert not DecomposeGroupNorm()(model).modified
 
 
 def test_a_spelled_out_group_norm_is_one_operator_again():
     model = parse(GROUP_NORM, **AFFINE)
-    SpellOutGroupNorm()(model)
+    DecomposeGroupNorm()(model)
     before = run(model, x=X)
     assert FuseGroupNorm()(model).modified
     kept = {"Reshape", "InstanceNormalization", "Shape", "Mul", "Add"}
@@ -153,29 +153,29 @@ def test_layer_norms_are_the_same_bits_in_torch_and_in_the_graph(affine):
             source.bias.copy_(torch.linspace(5, -1, 96))
         scale, inputs = {k: v.numpy() for k, v in source.state_dict().items()}, "x, weight, bias"
     model = parse(LAYER_NORM.format(inputs), **scale)
-    assert WidenLayerNorm()(model).modified
+    assert CastLayerNormToFloat64()(model).modified
     assert operators(model) == ["Cast", "LayerNormalization", "Cast"]
-    assert not WidenLayerNorm()(model).modified
+    assert not CastLayerNormToFloat64()(model).modified
     x = torch.randn(50, 7, 96, generator=torch.Generator().manual_seed(0)) * 3 + 1
     with torch.no_grad():
         deployed = DeployedLayerNorm(source)(x).numpy()
         plain = source(x).numpy()
     np.testing.assert_array_equal(run(model, x=x.numpy())[0], deployed)
     np.testing.assert_allclose(deployed, plain, rtol=1e-4, atol=1e-5)
-    assert NarrowDoubles()(model).modified
+    assert CastFloat64ToFloat32()(model).modified
     np.testing.assert_allclose(run(model, x=x.numpy())[0], plain, rtol=1e-4, atol=1e-5)
 
 
 def test_doubles_are_narrowed():
     model = parse(GROUP_NORM, **AFFINE)
-    SpellOutGroupNorm()(model)
+    DecomposeGroupNorm()(model)
     before = run(model, x=X)
-    assert NarrowDoubles()(model).modified
+    assert CastFloat64ToFloat32()(model).modified
     types = {value.dtype for node in model.graph for value in node.outputs}
     types |= {value.dtype for value in model.graph.initializers.values()}
     assert ir.DataType.DOUBLE not in types
     np.testing.assert_allclose(run(model, x=X)[0], before[0], rtol=1e-4, atol=1e-5)
-    assert not NarrowDoubles()(model).modified
+    assert not CastFloat64ToFloat32()(model).modified
 
 
 def test_one_timestep_serves_the_batch():
@@ -202,18 +202,18 @@ def test_wide_weights_become_float_and_narrow_ones_stay():
     ones, x = np.ones(4, np.float32), np.ones((2, 3), np.float32)
     model = parse(WEIGHT.format("q, one"), q=wide(100), one=ones)
     before = run(model, x=x)
-    assert FloatWideWeights()(model).modified
+    assert WideWeightsToFloat()(model).modified
     assert operators(model) == ["Cast", "MatMul"]
     np.testing.assert_array_equal(run(model, x=x)[0], before[0])
     model = parse(WEIGHT.format("q, one"), q=wide(64), one=ones)
-    assert not FloatWideWeights()(model).modified
+    assert not WideWeightsToFloat()(model).modified
     assert operators(model) == ["DequantizeLinear", "MatMul"]
 
 
 def test_wide_weights_with_a_scale_of_their_own_are_refused():
     model = parse(WEIGHT.format("q, half"), q=wide(100), half=np.full(4, 0.5, np.float32))
     with pytest.raises(LegalityError, match="scaled before its product"):
-        FloatWideWeights()(model)
+        WideWeightsToFloat()(model)
 
 
 SEQUENCE = """g (int8[2,5,3] k) => (float[2,5,4] y) {{
@@ -231,11 +231,11 @@ def test_products_of_sequences_become_convolutions_of_the_same_numbers(codes):
     model = parse(body, q=q, zero=np.array([1, 0, 2, -1], np.int8), **numbers)
     k = np.arange(30, dtype=np.int8).reshape(2, 5, 3) - 15
     before = run(model, k=k)
-    assert LinearAsConv()(model).modified
+    assert MatMulToConv()(model).modified
     assert "Conv" in operators(model)
     assert "MatMul" not in operators(model)
     np.testing.assert_array_equal(run(model, k=k)[0], before[0])
-    assert not LinearAsConv()(model).modified
+    assert not MatMulToConv()(model).modified
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -249,7 +249,7 @@ def test_uneven_scales_change_no_digit(sequence):
         model = parse(
             body, q=q.reshape(3, 4), s=np.array([0.3, 0.1, 7, 1e-3], np.float32), **numbers
         )
-        assert LinearAsConv()(model).modified
+        assert MatMulToConv()(model).modified
         k = np.arange(30, dtype=np.int8).reshape(2, 5, 3)
     else:
         body = """g (int8[2,3,2,2] k) => (float[2,4,2,2] y) { x = DequantizeLinear(k, unit)
@@ -258,16 +258,16 @@ def test_uneven_scales_change_no_digit(sequence):
         model = parse(body, q=q.reshape(4, 3, 1, 1), s=s, **numbers)
         k = np.arange(24, dtype=np.int8).reshape(2, 3, 2, 2)
     before = run(model, k=k)
-    assert UnevenScales()(model).modified
+    assert BreakUniformScales()(model).modified
     np.testing.assert_array_equal(run(model, k=k)[0], before[0])
-    assert not UnevenScales()(model).modified
+    assert not BreakUniformScales()(model).modified
 
 
 def test_products_without_a_sequence_or_of_two_activations_stay():
     model = parse(WEIGHT.format("q, one"), q=wide(64), one=np.ones(4, np.float32))
-    assert not LinearAsConv()(model).modified
+    assert not MatMulToConv()(model).modified
     model = parse(PRODUCT.format(**PAIRS), **UNIT)
-    assert not LinearAsConv()(model).modified
+    assert not MatMulToConv()(model).modified
 
 
 def test_a_low_bit_node_without_numbers_is_refused_and_none_is_left_alone():
@@ -294,34 +294,34 @@ B = np.array([[127.4, -129.0, 3.0, 1.0]] * 3, np.float32)
 def test_wide_products_are_rounded_in_float():
     model = parse(PRODUCT.format(**CASTS), **UNIT)
     before = run(model, a=A, b=B)
-    assert FloatWideProducts()(model).modified
+    assert WideProductsToFloat()(model).modified
     assert not {"QuantizeLinear", "Cast"} & set(operators(model))
     np.testing.assert_array_equal(run(model, a=A, b=B)[0], before[0])
-    assert not FloatWideProducts()(model).modified
+    assert not WideProductsToFloat()(model).modified
 
 
 def test_narrow_products_and_constant_weights_stay_integer():
     model = parse(PRODUCT.format(**PAIRS), **UNIT)
-    assert not FloatWideProducts()(model).modified
+    assert not WideProductsToFloat()(model).modified
     model = parse(WEIGHT.format("q, one"), q=wide(100), one=np.ones(4, np.float32))
-    assert not FloatWideProducts()(model).modified
+    assert not WideProductsToFloat()(model).modified
 
 
 def test_cast_codes_of_two_activations_become_pairs():
     model = parse(PRODUCT.format(**CASTS), **UNIT)
     before = run(model, a=A, b=B)
-    assert PairCastCodes()(model).modified
+    assert CastsToQdq()(model).modified
     assert Counter(operators(model)) == {"QuantizeLinear": 2, "DequantizeLinear": 2, "MatMul": 1}
     assert all(len(n.inputs) == 3 for n in model.graph if n.op_type == "DequantizeLinear")
     np.testing.assert_array_equal(run(model, a=A, b=B)[0], before[0])
-    assert not PairCastCodes()(model).modified
+    assert not CastsToQdq()(model).modified
 
 
 def test_casts_of_other_things_than_codes_stay():
     body = """g (int8[2,3] a) => (float[2,4] y) {
         x = Cast <to = 1> (a) w = Cast <to = 1> (q) y = MatMul(x, w) }"""
     model = parse(body, q=wide(100))
-    assert not PairCastCodes()(model).modified
+    assert not CastsToQdq()(model).modified
     assert operators(model) == ["Cast", "Cast", "MatMul"]
 
 
@@ -366,7 +366,7 @@ def test_products_that_could_saturate_cast_their_codes_and_so_does_what_shares_t
     )
     for found, expected in zip(plain.run(None, feeds), before, strict=True):
         np.testing.assert_array_equal(found, expected)
-    assert PairCastCodes()(model).modified is casts
+    assert CastsToQdq()(model).modified is casts
     assert Counter(operators(model))["DequantizeLinear"] == 3
     for found, expected in zip(run(model, **feeds), before, strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -387,7 +387,7 @@ def test_convolutions_are_always_pairs():
 @pytest.mark.parametrize("kind", ["float", "double"])
 def test_angles_are_right_after_a_thousand_turns(operator, kind):
     model = parse(f"g ({kind}[4000] x) => ({kind}[4000] y) {{ y = {operator}(x) }}")
-    assert SpellOutAngles()(model).modified
+    assert DecomposeTimestepEmbedding()(model).modified
     dtype = np.float32 if kind == "float" else np.float64
     angles = np.linspace(-7000, 7000, 4000).astype(dtype)
     exact = np.sin(angles.astype(np.float64)) if operator == "Sin" else np.cos(angles.astype(float))
@@ -396,19 +396,19 @@ def test_angles_are_right_after_a_thousand_turns(operator, kind):
     np.testing.assert_allclose(
         found, exact.astype(dtype), rtol=0, atol=0 if kind == "float" else 3e-12
     )
-    assert not SpellOutAngles()(model).modified
+    assert not DecomposeTimestepEmbedding()(model).modified
 
 
 def test_angles_in_half_precision_are_left_alone():
     model = parse("g (float16[4] x) => (float16[4] y) { y = Cos(x) }")
-    assert not SpellOutAngles()(model).modified
+    assert not DecomposeTimestepEmbedding()(model).modified
 
 
 @pytest.mark.parametrize(("shape", "exact"), [("2,6,2,2", False), ("8,6", True)])
 def test_silu_of_an_embedding_is_rounded_from_double(shape, exact):
     body = f"g (float[{shape}] x) => (float[{shape}] y) {{ gate = Sigmoid(x) y = Mul(x, gate) }}"
     model = parse(body)
-    assert SpellOutSilu()(model).modified
+    assert DecomposeSilu()(model).modified
     assert ("Cast" in operators(model)) is exact
     x = X.reshape([int(size) for size in shape.split(",")])
     wide = x.astype(np.float64)
@@ -424,7 +424,7 @@ def test_silu_of_an_embedding_is_rounded_from_double(shape, exact):
 def test_a_squeeze_of_a_long_axis_is_dropped(shape, modified):
     body = f"g (float[{shape}] x) => (y) <int64[1] axis = {{1}}> {{ y = Squeeze(x, axis) }}"
     model = ir.from_proto(onnx.parser.parse_model(f"{HEAD}\n{body}"))
-    assert DropIdleSqueeze()(model).modified == modified
+    assert DropNoopSqueeze()(model).modified == modified
     assert ("Squeeze" not in operators(model)) == modified
 
 
@@ -436,7 +436,7 @@ def test_time_embeddings_are_the_same_bits_in_torch_and_in_the_graph(channels, f
     source = Timesteps(channels, flip_sin_to_cos=flip, downscale_freq_shift=shift)
     module = DeployedTimesteps(source)
     model = trace_module(module, {"timestep": torch.zeros(2)}, ["embedding"])
-    assert SpellOutAngles()(model).modified
+    assert DecomposeTimestepEmbedding()(model).modified
     timesteps = torch.arange(1000, dtype=torch.float32)
     found = run(model, timestep=timesteps.numpy())[0]
     np.testing.assert_array_equal(found, module(timesteps).numpy())

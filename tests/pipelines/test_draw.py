@@ -3,7 +3,7 @@
 import pytest
 
 from trtq.errors import ArtefactError
-from trtq.pipelines.draw import draw, subjects_for
+from trtq.pipelines.draw import conditioning_for, draw
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError, IndexError, AttributeError])
@@ -11,11 +11,11 @@ def test_what_a_pipeline_raises_is_one_line_with_its_name(tiny, monkeypatch, err
     def fail(*_, **__):
         raise error("unsupported operand\nmore of it")
 
-    subjects = subjects_for(tiny, 2)
-    draw(tiny, subjects, steps=2, seed=0)
+    conditioning = conditioning_for(tiny, 2)
+    draw(tiny, conditioning, steps=2, seed=0)
     monkeypatch.setattr(tiny.model, "forward", fail)
     with pytest.raises(ArtefactError) as caught:
-        draw(tiny, subjects, steps=2, seed=0)
+        draw(tiny, conditioning, steps=2, seed=0)
     name = type(tiny.pipeline).__name__
     line = f"its {name} cannot be called: {error.__name__}: unsupported operand"
     assert str(caught.value).endswith(line)

@@ -110,7 +110,7 @@ def test_weight_ranges(kind, method, bits):
     np.testing.assert_array_equal(codes.numpy(), data[f"{kind}.ints"][place])
 
 
-def qalora_layer(data, kind, split_step=False):
+def qalora_layer(data, kind, split_scale=False):
     weight = tensor(data["w_fp"])
     if kind == "linear":
         source = nn.Linear(weight.shape[1], weight.shape[0])
@@ -121,13 +121,13 @@ def qalora_layer(data, kind, split_step=False):
         source.bias.copy_(tensor(data["bias"]))
     cls = QuantLinear if kind == "linear" else QuantConv2d
     table = TimestepTable(range(4))
-    return cls(source, table, rank=32, base="int", zero_point_mode="float", split_step=split_step)
+    return cls(source, table, rank=32, base="int", zero_point_mode="float", split_scale=split_scale)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_qalora_layer(kind):
     data = oracle(f"qalora_{kind}_w4a4")
-    layer = qalora_layer(data, kind, split_step=True)
+    layer = qalora_layer(data, kind, split_scale=True)
     close(layer.weight_scale, data["w_delta"], atol=1e-8)
     np.testing.assert_array_equal(layer.base_codes.numpy(), data["base_ints"])
     np.testing.assert_array_equal(pack_codes(layer.base_codes, 4).numpy(), data["packed"])
@@ -183,7 +183,7 @@ def test_one_step_parameter_gets_the_sum_of_both_gradients():
 
 def test_eight_optimiser_steps():
     data = oracle("effdm_optim_steps")
-    layer = qalora_layer(data, "linear", split_step=True)
+    layer = qalora_layer(data, "linear", split_scale=True)
     with torch.no_grad():
         layer.weight_scale.copy_(tensor(data["w_delta0"]))
         layer.lora_A.copy_(tensor(data["loraA0"]))

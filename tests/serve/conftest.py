@@ -12,18 +12,18 @@ import pytest
 from tests.conftest import tiny_pipeline
 from trtq.exporter.export import export_onnx
 from trtq.runs.quantize import quantize
-from trtq.serve.models.base import Card, Inputs, ServedModel, Sizes, Start, class_label
+from trtq.serve.models.base import ImageModel, InitialState, Inputs, ModelInfo, Sizes, class_label
 from trtq.serve.models.solver import Ddim
 
 DDIM = {"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample": True}
 
 
-class ToyModel(ServedModel):
+class ToyModel(ImageModel):
     """Predicts noise by a formula; counts its calls, and can be held up or made to fail."""
 
     def __init__(self, name="toy"):
         classes = ("zero", "one", "two")
-        self.card = Card(name, "class", classes, (4, 4), 5, 1000, 1.0, True, "cpu", None)
+        self.info = ModelInfo(name, "class", classes, (4, 4), 5, 1000, 1.0, True, "cpu", None)
         self._ddim = Ddim(DDIM)
         self.calls = []
         self.go = threading.Event()
@@ -33,17 +33,17 @@ class ToyModel(ServedModel):
         self.seconds = 0.0
 
     def inputs(self, drawing):
-        label = np.array([class_label(self.card, drawing.prompt)])
+        label = np.array([class_label(self.info, drawing.prompt)])
         return Inputs({"class_labels": label}, {"class_labels": np.array([3])})
 
     def starts(self, drawing):
-        shape = (1, *(drawing.size or self.card.image_size))
+        shape = (1, *(drawing.size or self.info.image_size))
         inputs = self.inputs(drawing)
         solver = self._ddim.solver(drawing.steps)
         found = []
         for index in range(drawing.count):
             noise = np.random.default_rng([drawing.seed, index]).standard_normal((1, *shape))
-            found.append(Start(noise.astype(np.float32), inputs, solver, drawing.guidance))
+            found.append(InitialState(noise.astype(np.float32), inputs, solver, drawing.guidance))
         return found
 
     def denoise(self, x, timestep, conditional, shared):
@@ -67,8 +67,8 @@ class TextToy(ToyModel):
     def __init__(self, name="text"):
         super().__init__(name)
         sizes = Sizes((4, 4), (8, 12), 4)
-        self.card = replace(
-            self.card, kind="text", classes=(), sizes=sizes, takes_negative_prompt=True
+        self.info = replace(
+            self.info, kind="text", classes=(), sizes=sizes, takes_negative_prompt=True
         )
 
     def inputs(self, drawing):

@@ -9,7 +9,7 @@ import pytest
 import trtq
 from trtq.seeds import seeded_generator
 from trtq.serve.batcher import Batcher, Item, batch_sizes
-from trtq.serve.models.base import Drawing
+from trtq.serve.models.base import GenerationRequest
 from trtq.serve.models.pipeline import PipelineModel
 from trtq.serve.server import open_model
 
@@ -24,7 +24,7 @@ class Crowd:
         self.all_done = threading.Condition()
 
     def items(self, seed, steps=5, guidance=1.0, count=1, prompt="1", **wish):
-        starts = self.model.starts(Drawing(prompt, count, seed, steps, guidance, **wish))
+        starts = self.model.starts(GenerationRequest(prompt, count, seed, steps, guidance, **wish))
         items = []
         for index, start in enumerate(starts):
             item = Item(start, index, None, self._finish)
@@ -50,7 +50,7 @@ def start(toy):
     made = []
 
     def make(model=toy, **options):
-        made.append(Batcher(model, **{"most_rows": 8} | options))
+        made.append(Batcher(model, **{"max_rows": 8} | options))
         return made[-1]
 
     yield make
@@ -78,12 +78,12 @@ def test_an_image_joins_at_the_next_call_and_leaves_when_done(toy, start):
     batcher, crowd = start(), Crowd(toy)
     late = crowd.items(2, steps=2)
 
-    def after_step(item):
+    def after_update(item):
         if item.position == 3:
             batcher.put(late)
 
     (first,) = crowd.items(1, steps=8)
-    first.after_step = after_step
+    first.after_update = after_update
     batcher.put([first])
     crowd.wait(2)
     assert [len(call) for call in toy.calls] == [1, 1, 1, 2, 2, 1, 1, 1]
@@ -113,7 +113,7 @@ def test_a_low_bit_graph_gives_the_same_bits_alone_and_in_company(served_onnx, p
     requests = [(seed, 2 + seed % 5, 1.0 + 2 * (seed % 2)) for seed in range(9)]
 
     def draw(chosen):
-        crowd, batcher = Crowd(model), Batcher(model, most_rows=4, sizes=[4])
+        crowd, batcher = Crowd(model), Batcher(model, max_rows=4, sizes=[4])
         for seed, steps, guidance in chosen:
             batcher.put(crowd.items(seed, steps, guidance))
         found = crowd.wait(len(chosen))
@@ -129,7 +129,7 @@ def test_a_low_bit_graph_gives_the_same_bits_alone_and_in_company(served_onnx, p
 
 def drawn_by_both(model, pipeline, steps, guidance):
     """Three images of class 2 by the batcher and by the pipeline itself, [3,C,H,W]."""
-    crowd, batcher = Crowd(model), Batcher(model, most_rows=4)
+    crowd, batcher = Crowd(model), Batcher(model, max_rows=4)
     batcher.put(crowd.items(5, steps, guidance, count=3, prompt="2"))
     found = crowd.wait(3)
     batcher.close(RuntimeError("closed"))
@@ -159,7 +159,7 @@ def test_the_batcher_draws_what_the_pipeline_draws(tiny, scheduler, guidance):
 def test_a_graph_without_torch_draws_what_its_pipeline_draws(served_onnx):
     # One step: in an untrained network at 4 bits, what differs in its last bit soon differs visibly.
     model = open_model(str(served_onnx), "tiny")
-    assert type(model).__name__ == "LightModel"
+    assert type(model).__name__ == "TorchFreeModel"
     found, expected = drawn_by_both(model, trtq.load(served_onnx), 1, 3.0)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -221,7 +221,7 @@ def test_who_fails_to_take_an_answer_harms_nobody_else(toy, start, caplog):
     (deaf,) = crowd.items(1, steps=2)
     deaf.done = fail
     (confused,) = crowd.items(2, steps=3)
-    confused.after_step = fail
+    confused.after_update = fail
     toy.go.clear()
     batcher.put([deaf, confused, *crowd.items(3, steps=4)])
     toy.go.set()
@@ -246,7 +246,7 @@ def test_an_end_does_not_wait_for_a_call_that_does_not(toy, start):
 
 
 def test_a_request_for_many_does_not_keep_a_small_one_waiting(toy, start):
-    batcher, crowd = start(most_rows=2), Crowd(toy)
+    batcher, crowd = start(max_rows=2), Crowd(toy)
     toy.go.clear()
     batcher.put(crowd.items(1, steps=4, count=8))
     batcher.put(crowd.items(2, steps=4))
@@ -257,7 +257,7 @@ def test_a_request_for_many_does_not_keep_a_small_one_waiting(toy, start):
 
 
 def test_nothing_waits_for_ever_behind_those_that_come_later(toy, start):
-    batcher, crowd = start(most_rows=2), Crowd(toy)
+    batcher, crowd = start(max_rows=2), Crowd(toy)
     seeds = iter(range(1, 40))
 
     def another(*_):
@@ -265,7 +265,7 @@ def test_nothing_waits_for_ever_behind_those_that_come_later(toy, start):
         seed = next(seeds, None)
         if seed is not None:
             (item,) = crowd.items(seed, steps=2)
-            item.after_step = another
+            item.after_update = another
             batcher.put([item])
 
     toy.go.clear()

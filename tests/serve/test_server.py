@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from trtq.cli import app
 from trtq.errors import UsageError
 from trtq.serve import server
-from trtq.serve.models.torch_free import LightModel
+from trtq.serve.models.torch_free import TorchFreeModel
 from trtq.serve.server import open_model, read_api_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,10 +164,10 @@ def test_a_model_whose_files_are_cut_short_goes_on_as_it_was(
 
 def test_a_process_that_crashes_says_where(served_onnx, start):
     probe = (
-        "import faulthandler; from trtq.serve.models.torch_free import LightModel;"
+        "import faulthandler; from trtq.serve.models.torch_free import TorchFreeModel;"
         "from trtq.cli import app;"
-        "quick = LightModel.denoise;"
-        "LightModel.denoise = lambda self, x, *rest: faulthandler._sigsegv()"
+        "quick = TorchFreeModel.denoise;"
+        "TorchFreeModel.denoise = lambda self, x, *rest: faulthandler._sigsegv()"
         " if len(x) == 2 else quick(self, x, *rest); app()"
     )
     process = start(served_onnx, probe=probe)
@@ -181,10 +181,10 @@ def test_a_process_that_crashes_says_where(served_onnx, start):
 
 def test_a_batcher_that_died_is_the_exit_code(served_onnx, start):
     probe = (
-        "from trtq.serve.models.torch_free import LightModel;"
+        "from trtq.serve.models.torch_free import TorchFreeModel;"
         "from trtq.cli import app;"
-        "quick = LightModel.denoise;"
-        "LightModel.denoise = lambda self, x, *rest: exit('gone')"
+        "quick = TorchFreeModel.denoise;"
+        "TorchFreeModel.denoise = lambda self, x, *rest: exit('gone')"
         " if len(x) == 2 else quick(self, x, *rest); app()"
     )
     process = start(served_onnx, probe=probe)
@@ -290,7 +290,7 @@ def test_a_port_that_is_taken_meanwhile_is_one_line(served_onnx, monkeypatch):
 
 
 def test_an_engine_for_fewer_rows_is_not_given_more(served_onnx, monkeypatch):
-    monkeypatch.setattr(LightModel, "most_rows", 4)
+    monkeypatch.setattr(TorchFreeModel, "max_rows", 4)
     result = run(served_onnx, "--port", 0)
     assert result.exit_code == 2
     assert "takes up to 4 rows" in result.stderr
@@ -299,10 +299,10 @@ def test_an_engine_for_fewer_rows_is_not_given_more(served_onnx, monkeypatch):
 
 def test_a_call_that_does_not_end_does_not_hold_up_the_exit(served_onnx, start):
     probe = (
-        "import time; from trtq.serve.models.torch_free import LightModel;"
+        "import time; from trtq.serve.models.torch_free import TorchFreeModel;"
         "from trtq.cli import app;"
-        "quick = LightModel.denoise;"
-        "LightModel.denoise = lambda self, x, t, *rest: "
+        "quick = TorchFreeModel.denoise;"
+        "TorchFreeModel.denoise = lambda self, x, t, *rest: "
         "(time.sleep(60 if len(x) == 2 else 0), quick(self, x, t, *rest))[1]; app()"
     )
     process = start(served_onnx, "--drain-seconds", 1, probe=probe)
@@ -383,12 +383,12 @@ def test_keys_that_no_header_can_hold_are_refused(key, tmp_path, monkeypatch):
 
 
 def test_prompts_that_name_no_class_are_refused(served_onnx):
-    from trtq.serve.models.base import Drawing
+    from trtq.serve.models.base import GenerationRequest
 
     model = open_model(str(served_onnx), "tiny")
-    assert model.card.classes == ("0", "1", "2")
+    assert model.info.classes == ("0", "1", "2")
     for prompt in ("3", "-1", "cat", "", "²", "9" * 30):
         with pytest.raises(UsageError, match="one of 0, 1, 2, or a number from 0 to 2"):
-            model.starts(Drawing(prompt, 1, 0, 4, 1.0))
+            model.starts(GenerationRequest(prompt, 1, 0, 4, 1.0))
     with pytest.raises(UsageError, match=r"choose 1 \.\. 999"):
-        model.starts(Drawing("1", 1, 0, 1000, 1.0))
+        model.starts(GenerationRequest("1", 1, 0, 1000, 1.0))

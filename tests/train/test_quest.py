@@ -81,7 +81,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(where, tmp_path):
     settings = recipe(first_stage=0.5)
     quantize(tiny_pipeline(), settings, whole)
     with pytest.raises(Stop):
-        quantize(tiny_pipeline(), settings, cut, report=report)
+        quantize(tiny_pipeline(), settings, cut, progress=report)
     quantize(tiny_pipeline(), settings, cut, resume=where != ("time embedding", 2), overwrite=True)
     file = "quantized.safetensors"
     assert sha256(whole / file) == sha256(cut / file)

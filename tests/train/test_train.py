@@ -66,7 +66,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     quantize(tiny_pipeline(), recipe(), whole)
     with pytest.raises(Stop):
-        quantize(tiny_pipeline(), recipe(), cut, report=interrupt_at(5))
+        quantize(tiny_pipeline(), recipe(), cut, progress=interrupt_at(5))
     assert not cut.exists()
     with pytest.raises(ArtefactError, match="another model or recipe"):
         quantize(tiny_pipeline(), recipe(rank=5), cut, resume=True)
@@ -79,7 +79,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(Stop):
-        quantize(tiny_pipeline(), recipe(), out, report=interrupt_at(4))
+        quantize(tiny_pipeline(), recipe(), out, progress=interrupt_at(4))
     (weights,) = (tmp_path / ".run.trtq-partial").rglob("model.safetensors")
     weights.write_bytes(b"nonsense")
     with pytest.raises(ArtefactError, match="damaged"):
@@ -98,7 +98,7 @@ def test_the_seed_decides(tmp_path):
     "options",
     [
         {"base": "int"},
-        {"base": "int", "split_step": True},
+        {"base": "int", "split_scale": True},
         {"zero_points": "float"},
         {"zero_points": "frozen"},
         {"trajectory": "sequential"},
@@ -159,7 +159,7 @@ def test_training_reduces_the_error_and_leaves_the_teacher_alone():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        method.after_step()
+        method.after_update()
         losses.append(loss.item())
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     after = dict(model.named_parameters())
@@ -209,7 +209,7 @@ def test_scales_stay_near_their_calibrated_values():
     with torch.no_grad():
         layer.activation.scale[0] = -5.0
         layer.activation.scale[1] = 99.0
-    method.after_step()
+    method.after_update()
     assert layer.activation.scale.tolist() == pytest.approx([0.05, 0.8, 0.2, 0.2]), name
 
 

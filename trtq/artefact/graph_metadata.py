@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from trtq.documents import explain_first, parse_json, shown
 from trtq.errors import ArtefactError
-from trtq.limits import MOST_SIDE
+from trtq.limits import MAX_SIDE
 
 __all__ = [
     "LAYERS_KEY",
@@ -104,7 +104,7 @@ def graph_timesteps(text: str) -> list[float]:
     return [float(one) for one in found]
 
 
-_Cells = Annotated[int, Field(strict=True, ge=1, le=MOST_SIDE)]
+_Cells = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
 _Side = Annotated[list[_Cells], Field(min_length=2, max_length=2)]
 
 

@@ -15,11 +15,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from trtq.documents import check_depth, explain_first, shown
 from trtq.limits import (
-    MOST_BATCH,
-    MOST_GUIDANCE,
-    MOST_ITERATIONS,
-    MOST_SIDE,
-    MOST_STEPS,
+    MAX_BATCH,
+    MAX_GUIDANCE,
+    MAX_ITERATIONS,
+    MAX_SIDE,
+    MAX_STEPS,
     parse_whole,
 )
 
@@ -42,7 +42,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206
 _WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 _NAME_BYTES, _PATH_BYTES = 255, 2048
 _TEXT = 4096
-_MOST_BYTES = 1 << 60
+_MAX_BYTES = 1 << 60
 
 
 def path_fault(relative: str) -> str | None:
@@ -89,9 +89,9 @@ def _size(value: str) -> str:
     for one in value.split(":"):
         height, _, width = one.partition("x")
         sides.append((parse_whole(height), parse_whole(width)))
-    if len(sides) > 2 or not all(1 <= side <= MOST_SIDE for pair in sides for side in pair):
+    if len(sides) > 2 or not all(1 <= side <= MAX_SIDE for pair in sides for side in pair):
         raise ValueError(
-            f"a size is HEIGHTxWIDTH or SMALLEST:LARGEST, of 1 .. {MOST_SIDE} pixels a side"
+            f"a size is HEIGHTxWIDTH or SMALLEST:LARGEST, of 1 .. {MAX_SIDE} pixels a side"
         )
     if any(low > high for low, high in zip(sides[0], sides[-1], strict=True)):
         raise ValueError("the largest size is smaller than the smallest")
@@ -109,9 +109,9 @@ ModulePath = Annotated[
 ]
 FileName = Annotated[str, Field(strict=True), AfterValidator(_file_name)]
 _Flag = Annotated[bool, Field(strict=True)]
-_Bytes = Annotated[int, Field(strict=True, ge=0, le=_MOST_BYTES)]
+_Bytes = Annotated[int, Field(strict=True, ge=0, le=_MAX_BYTES)]
 _Seconds = Annotated[Number, Field(ge=0)]
-_Batch = Annotated[int, Field(strict=True, ge=1, le=2 * MOST_BATCH)]
+_Batch = Annotated[int, Field(strict=True, ge=1, le=2 * MAX_BATCH)]
 _Axis = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
 _Size = Annotated[Text, AfterValidator(_size)]
 _Word = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_.+-]{1,64}$")]
@@ -125,7 +125,7 @@ class _Record(BaseModel):
 class _Training(_Record):
     rank: Annotated[int, Field(strict=True, ge=0, le=65536)] = 0
     base: Literal["fp", "int"] = "fp"
-    iterations: Annotated[int, Field(strict=True, ge=1, le=MOST_ITERATIONS)] = 1
+    iterations: Annotated[int, Field(strict=True, ge=1, le=MAX_ITERATIONS)] = 1
     batch: Annotated[int, Field(strict=True, ge=1)] = 1
 
 
@@ -146,8 +146,8 @@ class RecipeRow(_Record):
     method: _Word | None = None
     bits: _Widths | None = None
     tables: Literal["per-step", "static"] = "per-step"
-    steps: Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)] | None = None
-    guidance: Annotated[Number, Field(ge=0, le=MOST_GUIDANCE)] | None = None
+    steps: Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)] | None = None
+    guidance: Annotated[Number, Field(ge=0, le=MAX_GUIDANCE)] | None = None
     prompts: Given | None = None
     size: _Size | None = None
     seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 31)] = 0

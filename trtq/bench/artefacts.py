@@ -19,13 +19,13 @@ from trtq.documents import read_object, shown
 from trtq.engine.ort import PROVIDERS, check_provider
 from trtq.errors import ArtefactError, UsageError
 from trtq.graph.file import DATA_NAME, MODEL_FILE, model_file
-from trtq.limits import MOST_BATCH, parse_whole
+from trtq.limits import MAX_BATCH, parse_whole
 from trtq.pipelines.open import TORCH
 from trtq.runs.weights import FILE_NAME
 
 __all__ = ["Target", "baseline", "find_checkpoint", "parse_batches", "parse_targets"]
 
-_MOST_SIZES = 16
+_MAX_SIZES = 16
 RESERVED = ("kernels",)
 """Words of the command line that are no paths."""
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -134,13 +134,13 @@ def parse_batches(text: str) -> tuple[int, ...]:
         UsageError: not of that form.
     """
     try:
-        sizes = tuple(parse_whole(part) for part in text.split(",", _MOST_SIZES))
+        sizes = tuple(parse_whole(part) for part in text.split(",", _MAX_SIZES))
     except ValueError:
         sizes = ()
-    if not sizes or not 1 <= min(sizes) <= max(sizes) <= MOST_BATCH or len(set(sizes)) < len(sizes):
+    if not sizes or not 1 <= min(sizes) <= max(sizes) <= MAX_BATCH or len(set(sizes)) < len(sizes):
         raise UsageError(
             f"--batch {shown(text)} is not understood; write e.g. 1 or 1,4: different numbers from 1 to "
-            f"{MOST_BATCH}, at most {_MOST_SIZES}"
+            f"{MAX_BATCH}, at most {_MAX_SIZES}"
         )
     return sizes
 

@@ -75,8 +75,8 @@ def cpu_peak(threads: int) -> Peak:
     left, right = torch.rand(_MATRIX, _MATRIX), torch.rand(_MATRIX, _MATRIX)
     source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
-    product = _least_seconds(lambda: torch.mm(left, right))
-    copied = _least_seconds(lambda: target.copy_(source))
+    product = _min_seconds(lambda: torch.mm(left, right))
+    copied = _min_seconds(lambda: target.copy_(source))
     return Peak(
         2 * _MATRIX**3 / product,
         2 * _COPIED_BYTES / copied,
@@ -84,7 +84,7 @@ def cpu_peak(threads: int) -> Peak:
     )
 
 
-def _least_seconds(call: Callable[[], object]) -> float:
+def _min_seconds(call: Callable[[], object]) -> float:
     seconds = []
     for _ in range(_PEAK_TRIES):
         start = time.perf_counter()
@@ -128,19 +128,19 @@ class GpuMemory:
     Attributes:
         process: of this process, which is unknown until it has used the GPU, and where process ids are
             not the driver's, as in a container.
-        card: of everything on the card.
+        info: of everything on the card.
     """
 
     process: int | None = None
-    card: int | None = None
+    info: int | None = None
 
     def added_to(self, before: GpuMemory) -> int | None:
         """Bytes that came between an earlier moment and this one: by this process, else on the card."""
         if self.process is not None:
             return max(self.process - (before.process or 0), 0)
-        if self.card is None or before.card is None:
+        if self.info is None or before.info is None:
             return None
-        return max(self.card - before.card, 0)
+        return max(self.info - before.info, 0)
 
 
 class Nvml:

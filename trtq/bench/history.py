@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from trtq.bench.summary import compare_medians
 from trtq.documents import parse_json, read_text, shown
 from trtq.errors import ArtefactError, UsageError
-from trtq.limits import MOST_BATCH, MOST_STEPS
+from trtq.limits import MAX_BATCH, MAX_STEPS
 
 __all__ = ["FORMAT_VERSION", "Former", "check_same_run", "compare", "read_former"]
 
@@ -28,7 +28,7 @@ class _Turns(BaseModel):
 
 
 class _Batch(BaseModel):
-    batch: Annotated[int, Field(ge=1, le=MOST_BATCH)]
+    batch: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     parts: dict[str, _Turns]
     batch_of_images: _Turns
 
@@ -62,7 +62,7 @@ class Former(BaseModel):
 
     device: dict[str, Any]
     date: str | None
-    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     guidance: Annotated[float, Field(allow_inf_nan=False)]
     model_class: str
     shape: list[int]

@@ -25,7 +25,7 @@ from trtq.plugins.launch import Device, Launch, Pointers, choose_tile, layer_lau
 from trtq.plugins.low_bit import pack
 from trtq.plugins.low_bit.op import flat_fields, low_bit
 from trtq.plugins.spec import Geometry, LayerSpec
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 
 __all__ = [
     "FORMS",
@@ -289,14 +289,14 @@ def _row(
 def bench_kernels(
     forms: Sequence[str] = tuple(FORMS),
     shapes: Sequence[Shape] = SHAPES,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> dict[str, Any]:
     """Measure every layer in every form.
 
     Args:
         forms: of `FORMS`.
         shapes: the layers.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         `gpu`, `driver`, `cuda` (that the driver takes), `torch`, and `rows`, each with `model`, `shape`,
@@ -326,7 +326,7 @@ def bench_kernels(
     gpu, nvml = current_device(torch.cuda.current_device()), Nvml()
     rows = []
     for index, (shape, form) in enumerate((s, f) for s in shapes for f in forms):
-        report("bench kernels", index, len(shapes) * len(forms))
+        progress("bench kernels", index, len(shapes) * len(forms))
         rows.append(_whole_row(shape, form, device, gpu, name) | {"state": nvml.state})
     cuda = driver_cuda()
     return {

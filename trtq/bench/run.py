@@ -21,7 +21,7 @@ from trtq.bench.cost import roofline
 from trtq.bench.device import Nvml, Peak, cpu_name, gpu_peak
 from trtq.bench.history import FORMAT_VERSION, check_same_run, compare, read_former
 from trtq.bench.process import Worker
-from trtq.bench.summary import least_turns, median_interval, speedup, summarize
+from trtq.bench.summary import median_interval, min_turns, speedup, summarize
 from trtq.bench.turns import rotated
 from trtq.bench.worker import DENOISER
 from trtq.engine.tensorrt.run import obstacle
@@ -29,7 +29,7 @@ from trtq.errors import MeasurementError, TrtqError, UsageError
 from trtq.evaluation.metrics import psnr_db
 from trtq.processes import processors
 from trtq.processor import has_vnni, processor_features
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 
 __all__ = ["bench"]
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_STEPS = 20
 DEFAULT_TURNS = 10
 _WORKER = "trtq.bench.worker"
-_LEAST_DRAWS = 3
+_MIN_DRAWS = 3
 _SPEEDUPS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "speedup": lambda one: one["parts"][DENOISER],
     "images_speedup": lambda one: one["batch_of_images"],
@@ -124,7 +124,7 @@ class _Plan:
     def draws(self, batch: int) -> int:
         """Batches of images to draw: as many turns as a verdict needs, if the parts have so many."""
         wanted = math.ceil(self.images / batch)
-        return max(_LEAST_DRAWS, wanted, min(self.turns, least_turns(self.comparisons)))
+        return max(_MIN_DRAWS, wanted, min(self.turns, min_turns(self.comparisons)))
 
 
 def bench(
@@ -140,7 +140,7 @@ def bench(
     seed: int = 0,
     against: str | Path | None = None,
     judge: bool = False,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> dict[str, Any]:
     """Measure artefacts side by side; the float model is among them wherever it can be found.
 
@@ -160,7 +160,7 @@ def bench(
         seed: of the images.
         against: a former result to compare with, as this function gave it, as JSON.
         judge: refuse to begin with too few turns for a verdict.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         `rows`, each with `path`, `provider`, `kind`, `bits`, `low_bit`, `added`, `device` (where the
@@ -193,7 +193,7 @@ def bench(
     with ExitStack() as stack:
         rows = [_start(target, stack) for target in targets]
         size = next((target.size for target in targets if target.size is not None), None)
-        _open(rows, count, size, report)
+        _open(rows, count, size, progress)
         _check_any_left(rows)
         _check_same_model(rows)
         opened = next(row.opened for row in rows if row.opened)
@@ -202,7 +202,7 @@ def bench(
         if former is not None and path is not None:
             check_same_run(former, path, steps=sampling[0], guidance=sampling[1], **model)
         comparisons = _comparisons(rows, len(batches))
-        turns = turns or max(DEFAULT_TURNS, least_turns(comparisons))
+        turns = turns or max(DEFAULT_TURNS, min_turns(comparisons))
         if judge:
             _check_turns(turns, comparisons)
         plan = _Plan(
@@ -210,8 +210,8 @@ def bench(
         )
         with tempfile.TemporaryDirectory(prefix="trtq-bench-") as scratch:
             for batch in plan.batches:
-                _measure_parts(rows, batch, plan, report)
-                _measure_images(rows, batch, plan, Path(scratch), report)
+                _measure_parts(rows, batch, plan, progress)
+                _measure_images(rows, batch, plan, Path(scratch), progress)
         _finish(rows, plan)
         _check_any_left(rows)
         peaks = _peaks(stack, rows, count)
@@ -244,16 +244,16 @@ def _live(rows: list[_Row]) -> list[_Row]:
     return [row for row in rows if row.worker is not None]
 
 
-def _open(rows: list[_Row], threads: int, size: str | None, report: Reporter) -> None:
+def _open(rows: list[_Row], threads: int, size: str | None, progress: ProgressCallback) -> None:
     for index, row in enumerate(rows):
-        report("load", index, len(rows))
+        progress("load", index, len(rows))
         target = row.target
         resized = size if target.manifest is None else None
         found = row.ask(
             "open", path=target.path, provider=target.provider, threads=threads, size=resized
         )
         row.opened = found or {}
-    report("load", len(rows), len(rows))
+    progress("load", len(rows), len(rows))
 
 
 def _check_any_left(rows: list[_Row]) -> None:
@@ -301,7 +301,7 @@ def _comparisons(rows: list[_Row], batches: int) -> int:
 
 def _check_turns(turns: int, comparisons: int) -> None:
     """Raises UsageError where no verdict can come of it."""
-    if turns < (least := least_turns(comparisons)):
+    if turns < (least := min_turns(comparisons)):
         raise UsageError(
             f"{turns} turns are too few to tell slower from chance in {comparisons} comparisons of "
             f"rows, batch sizes, steps and images; measure at least {least} turns, or fewer rows"
@@ -320,7 +320,7 @@ def _sampling(rows: list[_Row], steps: int | None, guidance: float | None) -> tu
     return count, float(guidance)
 
 
-def _measure_parts(rows: list[_Row], batch: int, plan: _Plan, report: Reporter) -> None:
+def _measure_parts(rows: list[_Row], batch: int, plan: _Plan, progress: ProgressCallback) -> None:
     """Timings of every part at one batch size, in turns."""
     sampling = {"steps": plan.steps, "guidance": plan.guidance}
     for row in _live(rows):
@@ -332,7 +332,7 @@ def _measure_parts(rows: list[_Row], batch: int, plan: _Plan, report: Reporter) 
                 row.batches[batch]["first_call_seconds"] = found["first_call_seconds"]
         turns: dict[str, list[list[float]]] = {row.target.label: [] for row in rows}
         for turn in range(plan.turns):
-            report(f"time {part}, batch {batch}", turn + 1, plan.turns)
+            progress(f"time {part}, batch {batch}", turn + 1, plan.turns)
             for row in rotated(_live(rows), turn):
                 found = row.ask("time")
                 if found is not None:
@@ -342,7 +342,7 @@ def _measure_parts(rows: list[_Row], batch: int, plan: _Plan, report: Reporter) 
 
 
 def _measure_images(
-    rows: list[_Row], batch: int, plan: _Plan, scratch: Path, report: Reporter
+    rows: list[_Row], batch: int, plan: _Plan, scratch: Path, progress: ProgressCallback
 ) -> None:
     """Whole images at one batch size, in turns; those of the first size are kept."""
     count = plan.draws(batch)
@@ -358,7 +358,7 @@ def _measure_images(
     seconds: dict[str, list[list[float]]] = {row.target.label: [] for row in rows}
     joules: dict[str, list[float]] = {row.target.label: [] for row in rows}
     for turn in range(count):
-        report(f"draw, batch {batch}", turn + 1, count)
+        progress(f"draw, batch {batch}", turn + 1, count)
         for row in rotated(_live(rows), turn):
             out = scratch / "images.npy" if batch == plan.batches[0] else None
             found = row.ask("draw", turn=turn, out=None if out is None else str(out), **ask)

@@ -11,8 +11,8 @@ __all__ = [
     "CONFIDENCE",
     "Verdict",
     "compare_medians",
-    "least_turns",
     "median_interval",
+    "min_turns",
     "quantile",
     "speedup",
     "summarize",
@@ -21,7 +21,7 @@ __all__ = [
 CONFIDENCE = 0.95
 Verdict = Literal["faster", "slower", "better", "worse", "within the spread", "too few turns"]
 
-_LEAST_CALLS_P99 = 100
+_MIN_CALLS_P99 = 100
 """With fewer, none is expected beyond the 99th percentile: it would be read off the slowest call."""
 
 
@@ -43,7 +43,7 @@ def summarize(turns: Sequence[Sequence[float]]) -> dict[str, Any]:
     """
     milliseconds = [1e3 * value for turn in turns for value in turn]
     shares = {"p50": 0.5, "p90": 0.9, "q1": 0.25, "q3": 0.75}
-    enough = len(milliseconds) >= _LEAST_CALLS_P99
+    enough = len(milliseconds) >= _MIN_CALLS_P99
     return {name: quantile(milliseconds, share) for name, share in shares.items()} | {
         "p99": quantile(milliseconds, 0.99) if enough else None,
         "calls": len(milliseconds),
@@ -66,7 +66,7 @@ def median_interval(values: Sequence[float], comparisons: int = 1) -> tuple[floa
         None with fewer than `least_turns(comparisons)` values: not even their whole range will do.
     """
     ordered, count = sorted(values), len(values)
-    if count < least_turns(comparisons):
+    if count < min_turns(comparisons):
         return None
     outside, skipped = 0.0, 0
     for index in range(count // 2):
@@ -77,7 +77,7 @@ def median_interval(values: Sequence[float], comparisons: int = 1) -> tuple[floa
     return ordered[skipped], ordered[count - 1 - skipped]
 
 
-def least_turns(comparisons: int = 1) -> int:
+def min_turns(comparisons: int = 1) -> int:
     """The fewest values whose whole range holds the median with 95 % confidence in all comparisons.
 
     All n lie on one side of the median with a chance of 2 / 2^n: six values for one comparison.

@@ -9,13 +9,13 @@ from typing import TypeVar
 __all__ = ["calls_per_turn", "rotated", "take_turns", "time_call", "time_calls"]
 
 TURN_SECONDS = 0.5
-MOST_CALLS = 50
+MAX_CALLS = 50
 _Item = TypeVar("_Item")
 
 
 def calls_per_turn(call_seconds: float) -> int:
     """How many calls of this length make a turn: about half a second, but 1 .. 50."""
-    return max(1, min(MOST_CALLS, round(TURN_SECONDS / max(call_seconds, 1e-6))))
+    return max(1, min(MAX_CALLS, round(TURN_SECONDS / max(call_seconds, 1e-6))))
 
 
 def time_call(call: Callable[[], object]) -> float:

@@ -19,25 +19,25 @@ from trtq.bench.device import GpuMemory, Nvml, cpu_peak
 from trtq.bench.process import answer_questions
 from trtq.bench.turns import calls_per_turn, time_call, time_calls
 from trtq.diffusion.folder import AUTOENCODERS, import_classes
-from trtq.diffusion.pipeline import Source, resolve_model
+from trtq.diffusion.pipeline import LoadedPipeline, resolve_model
 from trtq.diffusion.sampling import Conditions, predict, seeded_noise
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import GPU_PROVIDERS
 from trtq.engine.tensorrt.backends import BACKENDS
-from trtq.pipelines.draw import Subjects, draw
+from trtq.pipelines.draw import Conditioning, draw
 from trtq.pipelines.open import TORCH, open_any
 from trtq.resources import forget_peak_rss, peak_rss_bytes, rss_bytes
 from trtq.seeds import seeded_generator
 
-__all__ = ["Subject", "main"]
+__all__ = ["MeasuredArtefact", "main"]
 
 DENOISER, TEXT, DECODER = "denoiser", "text encoder", "VAE decoder"
 _WARM_STEPS = 2
-_MOST_PROMPTS = 64
+_MAX_PROMPTS = 64
 _Call = Callable[[], object]
 
 
-class Subject:
+class MeasuredArtefact:
     """A loaded artefact, and how its parts are called. Every method answers with JSON."""
 
     def __init__(self) -> None:
@@ -70,7 +70,9 @@ class Subject:
         libraries = rss_bytes()
         self._gpu_before = self._nvml.memory
         start = time.perf_counter()
-        self.source: Source = open_any(path, provider, None if provider == TORCH else threads)
+        self.source: LoadedPipeline = open_any(
+            path, provider, None if provider == TORCH else threads
+        )
         seconds = time.perf_counter() - start
         if size is not None:
             self.source.resize(size)
@@ -105,7 +107,7 @@ class Subject:
     def _prompts(self) -> list[str] | None:
         if self.source.prompts is None:
             return None
-        return list(self.source.prompts.calibration[:_MOST_PROMPTS])
+        return list(self.source.prompts.calibration[:_MAX_PROMPTS])
 
     def _autoencoder(self) -> Any:
         found = (getattr(self.source.pipeline, name, None) for name in AUTOENCODERS)
@@ -184,7 +186,7 @@ class Subject:
             turn, steps = 0, min(steps, _WARM_STEPS)
         classes = self.source.classes
         places = range(batch * turn, batch * (turn + 1))
-        subjects = Subjects(
+        conditioning = Conditioning(
             batch,
             classes=None if classes is None else torch.tensor(places) % classes,
             prompts=None if not prompts else [prompts[place % len(prompts)] for place in places],
@@ -192,7 +194,7 @@ class Subject:
         before = self._nvml.joules if self._on_gpu else None
         start = time.perf_counter()
         images = draw(
-            self.source, subjects, steps=steps, seed=seed + turn, guidance=guidance, batch=batch
+            self.source, conditioning, steps=steps, seed=seed + turn, guidance=guidance, batch=batch
         )
         seconds = time.perf_counter() - start
         after = self._nvml.joules if before is not None else None
@@ -264,6 +266,6 @@ def _cpu_peak(threads: int) -> dict[str, Any]:
 
 def main() -> None:
     """Answer questions about one artefact, or about the processor."""
-    subject = Subject()
+    subject = MeasuredArtefact()
     names = ("open", "prepare", "time", "draw", "memory", "operations")
     answer_questions({name: getattr(subject, name) for name in names} | {"cpu_peak": _cpu_peak})

@@ -18,7 +18,7 @@ from trtq.evaluation.evaluate import Evaluation, ReferenceSet, draw_reference, e
 from trtq.evaluation.page import FLOAT, grid_section, layer_sections, snr_section
 from trtq.exporter.export import export_onnx
 from trtq.pipelines.draw import contact_sheet, save_png
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 from trtq.report.folder import check_report_folder, write_report
 from trtq.report.page import Page, Section, Table
 from trtq.report.plots import model_colours
@@ -66,7 +66,7 @@ def demo(
     provider: str = "cpu",
     seed: int = 0,
     overwrite: bool = False,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> dict[str, Any]:
     """Quantise to W4A4, export, draw, evaluate, and write an HTML report.
 
@@ -77,7 +77,7 @@ def demo(
         provider: what runs the ONNX folders.
         seed: of everything.
         overwrite: replace what is there.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         `rows` (one per model: `name`, `fd`, `fd_interval`, `class_accuracy`, `accuracy_interval`,
@@ -101,21 +101,21 @@ def demo(
     folder.mkdir(exist_ok=True)
     if owned_by_trtq(folder) is None:
         write_listing(folder, _KIND, [])
-    reference = draw_reference(MODEL, images=images, steps=STEPS, seed=seed + 1, report=report)
+    reference = draw_reference(MODEL, images=images, steps=STEPS, seed=seed + 1, progress=progress)
     results: dict[str, Evaluation] = {}
     sizes: dict[str, dict[str, Any]] = {}
     for entry in _entries(iterations, seed):
         run, onnx = folder / entry.folder / "run", folder / entry.folder / "onnx"
         try:
-            made = quantize(MODEL, entry.recipe, run, overwrite=overwrite, report=report)
+            made = quantize(MODEL, entry.recipe, run, overwrite=overwrite, progress=progress)
         except BaseException:
             # The demonstration cannot be gone on with, so its checkpoints are of no use.
             with suppress(UsageError), claimed(run.resolve()):
                 remove_partial(run.resolve())
             raise
         sizes[entry.name] = made
-        export_onnx(run, onnx, overwrite=overwrite, report=report)
-        results[entry.name] = evaluate(onnx, reference, provider=provider, report=report)
+        export_onnx(run, onnx, overwrite=overwrite, progress=progress)
+        results[entry.name] = evaluate(onnx, reference, provider=provider, progress=progress)
     last = results[entry.name]
     sheet = contact_sheet(last.images[:100], 10, scale=6, gap=6)
     rows = _rows(reference, results, sizes)

@@ -22,7 +22,7 @@ from torch import nn
 
 from trtq.diffusion.layout import (
     INDEX_NAME,
-    MOST_TRAINED,
+    MAX_TRAINED,
     read_index,
     read_json,
     read_scheduler,
@@ -30,7 +30,7 @@ from trtq.diffusion.layout import (
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.weights import FLOATS, TensorInfo, Weights, check_pointers, find_weights
 from trtq.errors import ArtefactError, NonFiniteError
-from trtq.limits import MOST_SIDE
+from trtq.limits import MAX_SIDE
 
 __all__ = [
     "assemble",
@@ -385,9 +385,9 @@ def _check_integer(path: Path, key: str, value: int) -> None:
     allowed = f"below {_LARGEST}"
     fits = abs(value) < _LARGEST
     if key == "num_train_timesteps":
-        fits, allowed = 1 <= value <= MOST_TRAINED, f"1 .. {MOST_TRAINED}"
+        fits, allowed = 1 <= value <= MAX_TRAINED, f"1 .. {MAX_TRAINED}"
     elif key == "sample_size":
-        fits, allowed = 1 <= value <= MOST_SIDE, f"1 .. {MOST_SIDE}"
+        fits, allowed = 1 <= value <= MAX_SIDE, f"1 .. {MAX_SIDE}"
     elif key in _POSITIVE and value < 1:
         fits, allowed = False, "at least 1"
     elif _COUNTS.search(key) and value < 0:

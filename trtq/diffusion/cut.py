@@ -27,7 +27,7 @@ _FIXED = {"LDMTextToImagePipeline": 77}
 _SHOWN = 120
 _AT_ONCE = 256
 _said: set[str] = set()
-_MOST_SAID = 1024
+_MAX_SAID = 1024
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def warn_of_cuts(pipeline: Any, prompts: Sequence[str], what: str = "prompts") -
         line = f"{len(cuts)} of {len(set(prompts))} {what} are cut; of {start!r}...: {line}"
     if line in _said:
         return
-    if len(_said) >= _MOST_SAID:
+    if len(_said) >= _MAX_SAID:
         _said.clear()
     _said.add(line)
     logger.warning("%s", line)

@@ -27,7 +27,7 @@ from trtq.diffusion.layout import (
     read_json,
     read_null_class,
 )
-from trtq.diffusion.pipeline import DENOISERS, Source, wrap_pipeline
+from trtq.diffusion.pipeline import DENOISERS, LoadedPipeline, wrap_pipeline
 from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.errors import ArtefactError, UsageError
@@ -55,7 +55,7 @@ TEXT_ENCODERS = {
 AUTOENCODERS = ("vae", "vqvae")
 
 
-def save_pipeline_parts(source: Source, folder: Path, *, graphs: bool = False) -> None:
+def save_pipeline_parts(source: LoadedPipeline, folder: Path, *, graphs: bool = False) -> None:
     """Write all of the pipeline but the denoiser's weights, in diffusers' layout.
 
     Args:

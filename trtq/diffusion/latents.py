@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trtq.diffusion.pipeline import Source
+from trtq.diffusion.pipeline import LoadedPipeline
 
 __all__ = ["draw_noise", "latent_decoder"]
 
@@ -19,7 +19,7 @@ _BY_CHANNEL = ("StableDiffusionXLPipeline",)
 """Others have these numbers in their autoencoder's configuration, too, and do not use them."""
 
 
-def draw_noise(source: Source, generator: torch.Generator) -> Tensor:
+def draw_noise(source: LoadedPipeline, generator: torch.Generator) -> Tensor:
     """Standard normal noise for one image, in the order in which its pipeline draws it, `[1, ...]`."""
     if not source.packed:
         return torch.randn((1, *source.sample_shape), generator=generator)
@@ -30,7 +30,7 @@ def draw_noise(source: Source, generator: torch.Generator) -> Tensor:
     return packed
 
 
-def latent_decoder(source: Source) -> Callable[[Tensor], Tensor]:
+def latent_decoder(source: LoadedPipeline) -> Callable[[Tensor], Tensor]:
     """What turns clean samples `[B, ...]` into images in [-1, 1], as the pipeline itself does."""
     pipeline = source.pipeline
     autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)

@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trtq.diffusion.weights import check_pointers, is_pointer
 from trtq.documents import explain_first, read_object, shown
 from trtq.errors import ArtefactError, UsageError
-from trtq.limits import MOST_SIDE, parse_whole
+from trtq.limits import MAX_SIDE, parse_whole
 
 __all__ = [
     "CLASSES_NAME",
     "INDEX_NAME",
-    "MOST_TRAINED",
+    "MAX_TRAINED",
     "check_null_class",
     "class_names",
     "parse_size",
@@ -29,12 +29,12 @@ __all__ = [
 
 INDEX_NAME = "model_index.json"
 CLASSES_NAME = "classes.json"
-MOST_TRAINED = 100_000
+MAX_TRAINED = 100_000
 """Timesteps of a noise schedule; diffusers' have a thousand."""
 _PARTS = ("scheduler", "unet", "transformer")
 """Components whatever stands there; a list of numbers elsewhere is a setting of the pipeline."""
 _NAME = re.compile(r"[A-Za-z0-9_]{1,128}")
-_MOST_CLASSES = 1 << 24
+_MAX_CLASSES = 1 << 24
 _Word = Annotated[str, Field(strict=True, max_length=128)]
 _Flag = Annotated[bool, Field(strict=True)]
 _Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -104,14 +104,14 @@ class _Scheduler(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     class_name: _Word | None = Field(None, alias="_class_name")
-    num_train_timesteps: Annotated[int, Field(strict=True, ge=1, le=MOST_TRAINED)] = 1000
+    num_train_timesteps: Annotated[int, Field(strict=True, ge=1, le=MAX_TRAINED)] = 1000
     beta_start: _Share = 0.0
     beta_end: _Share = 0.0
     beta_schedule: _Word | None = None
     trained_betas: list[_Share] | None = None
     prediction_type: _Word | None = None
     timestep_spacing: _Word | None = None
-    steps_offset: Annotated[int, Field(strict=True, ge=0, le=MOST_TRAINED)] = 0
+    steps_offset: Annotated[int, Field(strict=True, ge=0, le=MAX_TRAINED)] = 0
     clip_sample: _Flag | None = None
     clip_sample_range: _Positive = 1.0
     set_alpha_to_one: _Flag | None = None
@@ -167,7 +167,7 @@ def read_null_class(folder: Path) -> int | None:
     if "null_class" not in found:
         raise ArtefactError(f"cannot read {path}: 'null_class' is missing")
     null_class = found["null_class"]
-    if null_class is not None and not (type(null_class) is int and 0 <= null_class < _MOST_CLASSES):
+    if null_class is not None and not (type(null_class) is int and 0 <= null_class < _MAX_CLASSES):
         raise ArtefactError(f"{path}: null_class must be a label or null, got {shown(null_class)}")
     return null_class
 
@@ -214,17 +214,17 @@ def parse_size(text: str) -> tuple[int, int]:
     """`512x768` -> (512, 768), height and width in pixels.
 
     Raises:
-        UsageError: not of that form, or a side is longer than `MOST_SIDE`.
+        UsageError: not of that form, or a side is longer than `MAX_SIDE`.
     """
     height, _, width = text.lower().partition("x")
     try:
         size = parse_whole(height), parse_whole(width)
     except ValueError:
         size = 0, 0
-    if not 1 <= min(size) <= max(size) <= MOST_SIDE:
+    if not 1 <= min(size) <= max(size) <= MAX_SIDE:
         raise UsageError(
             f"the size {shown(text)} is not understood; write HEIGHTxWIDTH in pixels, each 1 .. "
-            f"{MOST_SIDE}, e.g. 512x512"
+            f"{MAX_SIDE}, e.g. 512x512"
         )
     return size
 

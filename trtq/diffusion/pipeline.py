@@ -50,7 +50,7 @@ from trtq.torch_settings import with_own_settings
 
 __all__ = [
     "DENOISERS",
-    "Source",
+    "LoadedPipeline",
     "load_source",
     "resolve_model",
     "wrap_pipeline",
@@ -64,11 +64,11 @@ _WITHOUT_LABELS = ("DDIMPipeline", "DDPMPipeline")
 _ENCODE_BATCH = 64
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PROMPT_GROUP = 4
-_MOST_ENLARGED = 16
+_MAX_ENLARGED = 16
 """Times the model's own height or width; at twice that, pictures fall apart already."""
 
 
-class Source:
+class LoadedPipeline:
     """A loaded pipeline and where it came from.
 
     Attributes:
@@ -171,7 +171,7 @@ class Source:
         self._size = self.latents_of(size)
         self.forget_prompts()
 
-    def sized(self, size: str) -> Source:
+    def sized(self, size: str) -> LoadedPipeline:
         """The same pipeline, working on images of this size; this source stays as it is.
 
         Args:
@@ -199,11 +199,11 @@ class Source:
                 f"{step}"
             )
         own = self._known_size
-        most = [_MOST_ENLARGED * side * self.cell_pixels for side in own or ()]
+        most = [_MAX_ENLARGED * side * self.cell_pixels for side in own or ()]
         if most and (height > most[0] or width > most[1]):
             raise UsageError(
                 f"{self.name} cannot draw {size} pixels; choose HEIGHTxWIDTH up to {most[0]}x{most[1]}, "
-                f"{_MOST_ENLARGED} times the model's own"
+                f"{_MAX_ENLARGED} times the model's own"
             )
         return height // self.cell_pixels, width // self.cell_pixels
 
@@ -518,7 +518,7 @@ def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any =
 
 
 @with_own_settings
-def load_source(model: str | Path | Any) -> Source:
+def load_source(model: str | Path | Any) -> LoadedPipeline:
     """Load a pipeline in float32, from safetensors only; every tensor is checked.
 
     Args:
@@ -540,10 +540,10 @@ def load_source(model: str | Path | Any) -> Source:
     pipeline = wrap_pipeline(pipeline, read_null_class(folder) if folder is not None else None)
     pipeline.set_progress_bar_config(disable=True)
     check_needs(pipeline, name, str(model))
-    return Source(str(model), folder, pipeline, name)
+    return LoadedPipeline(str(model), folder, pipeline, name)
 
 
-def _object_source(pipeline: Any) -> Source:
+def _object_source(pipeline: Any) -> LoadedPipeline:
     """A pipeline object; one that trtq itself has made low-bit stays as it is."""
     if isinstance(pipeline, nn.Module):
         raise UsageError(
@@ -556,7 +556,7 @@ def _object_source(pipeline: Any) -> Source:
         check_inputs(pipeline)
         pipeline = wrap_pipeline(plain_pipeline(pipeline))
         check_needs(pipeline, name, type(pipeline).__name__)
-    return Source(type(pipeline).__name__, None, pipeline, name)
+    return LoadedPipeline(type(pipeline).__name__, None, pipeline, name)
 
 
 def _downloaded(name: str) -> Path:

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from trtq.documents import explain_first, read_object, read_text, shown
 from trtq.errors import ArtefactError, UsageError
-from trtq.limits import MOST_GUIDANCE
+from trtq.limits import MAX_GUIDANCE
 
 __all__ = [
     "PROMPTS_NAME",
@@ -33,7 +33,7 @@ __all__ = [
 
 PROMPTS_NAME = "prompts.json"
 DEFAULT_GUIDANCE = 7.5
-MOST_CHARACTERS = 32_768
+MAX_CHARACTERS = 32_768
 """Of one prompt; text encoders cut at some hundred tokens."""
 
 
@@ -68,7 +68,7 @@ class PromptSet(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     guidance: float = Field(
-        DEFAULT_GUIDANCE, strict=True, ge=0, le=MOST_GUIDANCE, allow_inf_nan=False
+        DEFAULT_GUIDANCE, strict=True, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False
     )
     calibration: tuple[_Prompt, ...] = Field(min_length=1)
     evaluation: tuple[JudgedPrompt, ...] = ()
@@ -93,8 +93,8 @@ def read_lines(path: Path) -> tuple[str, ...]:
 
 def _fault(prompt: str) -> str | None:
     """What is wrong with a prompt; None: nothing."""
-    if len(prompt) > MOST_CHARACTERS:
-        return f"has {len(prompt)} characters; at most {MOST_CHARACTERS} are taken"
+    if len(prompt) > MAX_CHARACTERS:
+        return f"has {len(prompt)} characters; at most {MAX_CHARACTERS} are taken"
     return "holds a NUL character" if "\0" in prompt else None
 
 

@@ -33,7 +33,7 @@ __all__ = [
     "stepping_of",
 ]
 
-_LEAST_SIGNAL = 1e-3
+_MIN_SIGNAL = 1e-3
 
 # Per class, whether `sigmas[i]` is the noise level at `timesteps[i]`. Where it is not, the level is read
 # off the cumulative alphas.
@@ -84,7 +84,7 @@ _WHAT_SCHEDULERS_RAISE = (
     ValueError,
 )
 _REHEARSED: dict[tuple[Any, ...], str | None] = {}
-_MOST_REHEARSED = 4096
+_MAX_REHEARSED = 4096
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def check_steps(
     key = (type(scheduler), config, steps, tokens, stepping, channels)
     if key not in _REHEARSED:
         fresh = set_timesteps(scheduler, steps, tokens, stepping)
-        if len(_REHEARSED) >= _MOST_REHEARSED:
+        if len(_REHEARSED) >= _MAX_REHEARSED:
             _REHEARSED.clear()
         _REHEARSED[key] = _rehearse(fresh, chosen, channels)
     broken = _REHEARSED[key]
@@ -525,14 +525,14 @@ class NoiseSchedule:
         """
         signal, sigma = self.signal.double(), self.sigma.double()
         # A flow starts at pure noise, where `n` is infinite; all that follows are ratios of it.
-        level = sigma / signal.clamp_min(_LEAST_SIGNAL)
+        level = sigma / signal.clamp_min(_MIN_SIGNAL)
         here, after = level[:-1], level[1:]
         weight = (here - after).square() / (1 + after.square())
         if self.prediction == "sample":
             weight = weight / here.square()
         elif self.prediction != "epsilon":
             # An error e of the velocity, or of the flow, is one of `signal e` of the noise.
-            weight = weight * signal[:-1].clamp_min(_LEAST_SIGNAL).square()
+            weight = weight * signal[:-1].clamp_min(_MIN_SIGNAL).square()
         return (weight / weight.mean()).float()
 
     def _parts(self, x: Tensor, predicted: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:

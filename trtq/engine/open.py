@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from trtq.engine.base import NO_METADATA, Engine
-from trtq.engine.openvino import MOST_SHAPES, OpenVinoEngine
+from trtq.engine.openvino import MAX_SHAPES, OpenVinoEngine
 from trtq.engine.ort import OrtEngine
 from trtq.engine.ort_tensorrt import OrtTensorRtEngine
 from trtq.engine.tensorrt.backends import BACKENDS
@@ -25,7 +25,7 @@ def open_engine(
     threads: int | None = None,
     metadata: Mapping[str, str] = NO_METADATA,
     profile: Callable[[], Profile] | None = None,
-    shapes: int = MOST_SHAPES,
+    shapes: int = MAX_SHAPES,
 ) -> Engine:
     """Open an ONNX file, or an engine of TensorRT.
 

@@ -17,9 +17,9 @@ from trtq.engine.base import TensorSpec
 from trtq.engine.ort import check_provider, open_serialized, run_session, session_options
 from trtq.engine.prepared import prepared_graph
 
-__all__ = ["MOST_SHAPES", "OpenVinoEngine"]
+__all__ = ["MAX_SHAPES", "OpenVinoEngine"]
 
-MOST_SHAPES = 2
+MAX_SHAPES = 2
 """Shapes that are kept compiled unless more are asked for."""
 
 _NAME: Literal["openvino"] = "openvino"
@@ -32,7 +32,7 @@ class OpenVinoEngine:
     Args:
         path: the graph; its external data lie beside it.
         threads: of one inference; None: as many as there are cores.
-        most_shapes: sessions kept; each holds the weights in memory.
+        max_shapes: sessions kept; each holds the weights in memory.
 
     Shapes that have been called with may be run while another thread compiles a new one.
 
@@ -44,12 +44,12 @@ class OpenVinoEngine:
     provider = _NAME
 
     def __init__(
-        self, path: Path, threads: int | None = None, most_shapes: int = MOST_SHAPES
+        self, path: Path, threads: int | None = None, max_shapes: int = MAX_SHAPES
     ) -> None:
         check_provider(_NAME)
         self._path = path
         self._threads = threads
-        self.most_shapes = most_shapes
+        self.max_shapes = max_shapes
         self._graph = prepared_graph(path, _NAME)
         self._sessions: OrderedDict[_Shapes, Any] = OrderedDict()
 
@@ -79,7 +79,7 @@ class OpenVinoEngine:
         session = self._sessions.get(shapes)
         if session is None:
             session = self._sessions[shapes] = self._open(shapes)
-            while len(self._sessions) > self.most_shapes:
+            while len(self._sessions) > self.max_shapes:
                 self._sessions.popitem(last=False)
         self._sessions.move_to_end(shapes)
         names = list(self.outputs)

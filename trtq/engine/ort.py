@@ -264,7 +264,7 @@ class OrtEngine(OrtSession):
         path: the graph; its external data lie beside it.
         provider: `cpu` or `cuda`; the others have modules of their own.
         threads: threads of one operator; None: as many as there are cores.
-        frugal: give memory back after every operator, for one or two runs of a large graph.
+        low_memory: give memory back after every operator, for one or two runs of a large graph.
 
     Raises:
         UsageError: the provider is unknown or not in the installed onnxruntime.
@@ -277,12 +277,12 @@ class OrtEngine(OrtSession):
         provider: str = "cpu",
         threads: int | None = None,
         *,
-        frugal: bool = False,
+        low_memory: bool = False,
     ) -> None:
         check_provider(provider)
         options = session_options(threads)
         # A plan of memory for a shape is as large as the arena, and saves time only when it comes again.
-        options.enable_mem_pattern = options.enable_cpu_mem_arena = not frugal
+        options.enable_mem_pattern = options.enable_cpu_mem_arena = not low_memory
         if _mentions_plugins(path) or (provider == "cpu" and has_vnni()):
             model = prepared_graph(path, "onnxruntime").model
             session = open_serialized(path, model, options, provider, {})

@@ -47,7 +47,7 @@ _CACHE = "graphs"
 _GRAPH_FILE, _RECORD_FILE = "graph.onnx", "record.json"
 _KEPT = 64
 """Graphs in the cache; those that were not used for longest go first."""
-_MOST_BYTES = 256 << 20
+_MAX_BYTES = 256 << 20
 """Of a graph in the cache; a larger one takes long to read, too."""
 _SECONDS = 1800.0
 _LAST_LINES = 3
@@ -236,7 +236,7 @@ def _from_cache(key: str) -> PreparedGraph | None:
 def _keep(key: str, scratch: Path) -> None:
     """Move a prepared graph into the cache, if that is possible; without it the next start is slower."""
     try:
-        if (scratch / _GRAPH_FILE).stat().st_size > _MOST_BYTES:
+        if (scratch / _GRAPH_FILE).stat().st_size > _MAX_BYTES:
             return
         cache = cache_folder(_CACHE)
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)

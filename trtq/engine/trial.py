@@ -33,7 +33,7 @@ TRIAL_SECONDS = 300.0
 _BASE_BYTES = 2 << 30
 _BYTES_PER_FILE_BYTE = 16
 """Of memory: weights of four bits become float32, and runtimes keep them twice while they load."""
-_LEAST_BYTES = 1 << 30
+_MIN_BYTES = 1 << 30
 _LAST_LINES = 3
 _LONGEST = 400
 _LONGEST_AXIS = 1 << 24
@@ -128,7 +128,7 @@ def _memory_limit(path: Path) -> int:
     except OSError:
         needed = _BASE_BYTES
     free = available_bytes()
-    return max(_LEAST_BYTES, min(needed, free)) if free else needed
+    return max(_MIN_BYTES, min(needed, free)) if free else needed
 
 
 def _outcome(answer: Path, code: int, said: Path, limit: int, seconds: float) -> Trial:

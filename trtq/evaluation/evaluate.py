@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from trtq.artefact.manifest import artefact_kind
-from trtq.diffusion.pipeline import Source, load_source
+from trtq.diffusion.pipeline import LoadedPipeline, load_source
 from trtq.documents import shown
 from trtq.errors import UsageError
 from trtq.evaluation.extractor import Extractor, load_extractor
@@ -26,9 +26,9 @@ from trtq.evaluation.metrics import (
     score_images,
     spatial_distance,
 )
-from trtq.pipelines.draw import Subjects, draw, subjects_for
+from trtq.pipelines.draw import Conditioning, conditioning_for, draw
 from trtq.pipelines.open import artefact_guidance, calibrated_steps, open_any
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 
 __all__ = [
     "METRICS",
@@ -109,7 +109,7 @@ class ReferenceSet:
 
     Attributes:
         source: the float model.
-        subjects: what was drawn.
+        conditioning: what was drawn.
         images: float32[B,C,H,W] in [-1, 1].
         extractor: computes features of images; None if there is no classifier and no `--features`.
         scores: the extractor's numbers for these images; None without an extractor.
@@ -119,8 +119,8 @@ class ReferenceSet:
         seconds: time to draw them.
     """
 
-    source: Source
-    subjects: Subjects
+    source: LoadedPipeline
+    conditioning: Conditioning
     images: Tensor
     extractor: Extractor | None
     scores: ImageScores | None
@@ -164,8 +164,8 @@ def draw_reference(
     seed: int,
     guidance: float | None = None,
     features: Path | None = None,
-    judged: Source | None = None,
-    report: Reporter = silent,
+    judged: LoadedPipeline | None = None,
+    progress: ProgressCallback = silent,
 ) -> ReferenceSet:
     """Draw and score the float model's images.
 
@@ -178,7 +178,7 @@ def draw_reference(
         features: folder of a CLIP vision model or classifier to judge by; by default the model's own
             classifier. With neither, only SNR, PSNR and SSIM are computed.
         judged: what is compared with it; a reference of another kind of model is refused undrawn.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Raises:
         UsageError: the reference is not a float checkpoint, or not one of `judged`, or `images` is below
@@ -196,20 +196,22 @@ def draw_reference(
     if judged is not None:
         _match(source, judged)
     extractor = load_extractor(source.folder, features)
-    subjects = subjects_for(source, images)
+    conditioning = conditioning_for(source, images)
     start = time.monotonic()
     drawn = draw(
         source,
-        subjects,
+        conditioning,
         steps=steps,
         seed=seed,
         guidance=guidance,
-        progress=lambda done, total: report("draw with the float model", done, total),
+        progress=lambda done, total: progress("draw with the float model", done, total),
     )
     seconds = time.monotonic() - start
-    scores = None if extractor is None else score_images(drawn, subjects.labels, extractor)
+    scores = None if extractor is None else score_images(drawn, conditioning.labels, extractor)
     strength = source.guidance if guidance is None else guidance
-    return ReferenceSet(source, subjects, drawn, extractor, scores, steps, seed, strength, seconds)
+    return ReferenceSet(
+        source, conditioning, drawn, extractor, scores, steps, seed, strength, seconds
+    )
 
 
 def evaluate(
@@ -223,7 +225,7 @@ def evaluate(
     provider: str | None = None,
     features: Path | None = None,
     gates: tuple[Gate, ...] = (),
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> Evaluation:
     """Compare an artefact with the float model: same noise, same subjects, same steps.
 
@@ -238,7 +240,7 @@ def evaluate(
         provider: what runs the artefact.
         features: see `draw_reference`.
         gates: conditions; see `passed` in the result.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Raises:
         UsageError: a gate on a number that this model has not.
@@ -254,17 +256,17 @@ def evaluate(
             guidance=artefact_guidance(path) if guidance is None else guidance,
             features=features,
             judged=target,
-            report=report,
+            progress=progress,
         )
     _check_gates(gates, reference)
     start = time.monotonic()
     drawn = draw(
         target,
-        reference.subjects,
+        reference.conditioning,
         steps=reference.steps,
         seed=reference.seed,
         guidance=reference.guidance,
-        progress=lambda done, total: report("draw", done, total),
+        progress=lambda done, total: progress("draw", done, total),
     )
     seconds = time.monotonic() - start
     snr = noise_prediction_snr(
@@ -273,7 +275,7 @@ def evaluate(
         steps=reference.steps,
         seed=reference.seed,
         guidance=reference.guidance,
-        progress=lambda done, total: report("compare predictions", done, total),
+        progress=lambda done, total: progress("compare predictions", done, total),
     )
     result = _compare(drawn, reference) | {
         "snr_db": snr,
@@ -295,7 +297,7 @@ def evaluate(
     return Evaluation(result, drawn, reference)
 
 
-def _match(reference: Source, judged: Source) -> None:
+def _match(reference: LoadedPipeline, judged: LoadedPipeline) -> None:
     """Let the reference draw images of the judged model's size, if they are models of one kind.
 
     Raises:
@@ -349,7 +351,7 @@ def _compare(drawn: Tensor, reference: ReferenceSet) -> dict[str, Any]:
     if reference.scores is None or reference.extractor is None:
         missing = [name for name in METRICS if name not in _WITHOUT_FEATURES]
         return {"fd": None, "fd_reference": None, **pixels, "not_computed": missing}
-    scores = score_images(drawn, reference.subjects.labels, reference.extractor)
+    scores = score_images(drawn, reference.conditioning.labels, reference.extractor)
     return _compare_features(scores, reference.scores, reference.accuracy_name) | pixels
 
 

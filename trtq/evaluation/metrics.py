@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq._optional import require
-from trtq.diffusion.pipeline import Source
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread, walk
 from trtq.evaluation.extractor import Extractor
 from trtq.evaluation.frechet import (
@@ -39,7 +39,7 @@ __all__ = [
 
 _NEIGHBOURS = 3
 _SCORE_SPLITS = 10
-_MOST_PSNR = 100.0
+_MAX_PSNR = 100.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +178,7 @@ def pixel_scores(images: Tensor, reference: Tensor) -> dict[str, Any]:
 
 def _psnr_of_each(images: Tensor, reference: Tensor) -> Tensor:
     errors = (images - reference).double().square().flatten(1).mean(1)
-    return (10 * (4 / errors).log10()).clamp_max(_MOST_PSNR)
+    return (10 * (4 / errors).log10()).clamp_max(_MAX_PSNR)
 
 
 def _interval_of_mean(values: Tensor) -> tuple[float, float]:
@@ -200,8 +200,8 @@ def spatial_distance(scores: ImageScores, reference: ImageScores) -> float:
 
 
 def noise_prediction_snr(
-    source: Source,
-    reference: Source,
+    source: LoadedPipeline,
+    reference: LoadedPipeline,
     *,
     steps: int,
     seed: int,
@@ -228,7 +228,7 @@ def noise_prediction_snr(
 
 
 def layer_snr(
-    source: Source, reference: Source, *, steps: int, seed: int, images: int = 16
+    source: LoadedPipeline, reference: LoadedPipeline, *, steps: int, seed: int, images: int = 16
 ) -> dict[str, float]:
     """SNR in dB of each linear's and convolution's output against the float model's, worst first.
 

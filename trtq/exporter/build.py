@@ -29,7 +29,7 @@ from trtq.errors import LegalityError, MissingDependencyError, UsageError
 from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
 from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import load_graph, prepare
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 
 __all__ = ["build_engines"]
 
@@ -53,7 +53,7 @@ def build_engines(
     use_cache: bool = True,
     overwrite: bool = False,
     timeout: float = TRIAL_SECONDS,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> dict[str, Any]:
     """Build an engine of every graph in an ONNX folder.
 
@@ -72,7 +72,7 @@ def build_engines(
         use_cache: look for engines that were built before, and keep these.
         overwrite: replace an engine folder that is already there.
         timeout: max seconds for opening and calling one graph in onnxruntime before it is built.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         `engine_bytes` (all together), `seconds`, `peak_rss_bytes` (of the builder's processes, the
@@ -106,12 +106,12 @@ def build_engines(
             "TensorRT streams no weights of plugins, and these are in 4 or 8 bits already; leave out "
             "--weight-streaming, or export with --target qdq"
         )
-    _check_opened(folder, manifest, timeout, report)
+    _check_opened(folder, manifest, timeout, progress)
     graphs = graphs_of(manifest)
     rows, profiles = [], {}
     with new_artefact(final, kind="engine", overwrite=overwrite) as partial:
         for index, name in enumerate(graphs):
-            report("build", index, len(graphs))
+            progress("build", index, len(graphs))
             # Beside the result, where there is room: the temporary folder may lie in memory.
             with tempfile.TemporaryDirectory(prefix=".trtq-graph-", dir=partial) as scratch:
                 graph = Path(scratch) / MODEL_FILE
@@ -129,7 +129,7 @@ def build_engines(
                 )
                 job.engine.parent.mkdir()
                 rows.append(_row(name, compile_engine(chosen, job, use_cache=use_cache), floats))
-        report("build", len(graphs), len(graphs))
+        progress("build", len(graphs), len(graphs))
         _copy_parts(folder, manifest, partial)
         result = {
             "engine_bytes": sum(row["engine_bytes"] for row in rows),
@@ -166,7 +166,9 @@ def build_engines(
     return result
 
 
-def _check_opened(folder: Path, manifest: Manifest, timeout: float, report: Reporter) -> None:
+def _check_opened(
+    folder: Path, manifest: Manifest, timeout: float, progress: ProgressCallback
+) -> None:
     """Refuse what onnxruntime cannot open, before a builder spends minutes on it.
 
     Raises:
@@ -175,7 +177,7 @@ def _check_opened(folder: Path, manifest: Manifest, timeout: float, report: Repo
     from trtq.exporter.graph_check import require_graphs  # It takes the ranges of axes from here.
 
     try:
-        require_graphs(folder, manifest, report, seconds=timeout)
+        require_graphs(folder, manifest, progress, seconds=timeout)
     except MissingDependencyError as err:
         logger.warning("the graphs are built without having been opened before: %s", err)
 
@@ -210,7 +212,7 @@ def _prepare(
         if fatal:
             first = fatal[0]
             raise LegalityError(
-                f"{backend.name} does not take {first.layer!r}: {first.rule}; {first.mend}"
+                f"{backend.name} does not take {first.layer!r}: {first.rule}; {first.fix}"
             )
         floats = sum(row.activation_bits is None for row in manifest.layers)
     if _NO_FLOAT32 in targets and _computes_in_float32(model):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from trtq.diffusion.folder import AUTOENCODERS, TEXT_ENCODERS
-from trtq.diffusion.pipeline import Source
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.engine.ort import OrtEngine
 from trtq.errors import GateError
 from trtq.exporter.components import Component, autoencoder_components, text_component
 from trtq.exporter.trace import trace_module
 from trtq.graph.file import MODEL_FILE, save_graph
-from trtq.graph.passes import WidenLayerNorm
-from trtq.progress import Reporter
+from trtq.graph.passes import CastLayerNormToFloat64
+from trtq.progress import ProgressCallback
 from trtq.seeds import seeded_generator
 from trtq.snr import snr_db
 
@@ -28,7 +28,7 @@ _ASK_HIDDEN_STATES = ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
 _PASS_MASKS = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
 
-def _components(source: Source) -> list[Component]:
+def _components(source: LoadedPipeline) -> list[Component]:
     pipeline = source.pipeline
     kind = type(pipeline).__name__
     found = []
@@ -50,13 +50,15 @@ def _components(source: Source) -> list[Component]:
     return found
 
 
-def export_components(source: Source, folder: Path, report: Reporter) -> dict[str, float]:
+def export_components(
+    source: LoadedPipeline, folder: Path, progress: ProgressCallback
+) -> dict[str, float]:
     """Write every text encoder and autoencoder of a pipeline, and compare each with torch.
 
     Args:
         source: the pipeline.
         folder: of the whole pipeline.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         The SNR of each graph in dB, by folder.
@@ -67,7 +69,7 @@ def export_components(source: Source, folder: Path, report: Reporter) -> dict[st
     parity = {}
     components = _components(source)
     for index, component in enumerate(components):
-        report("export parts", index + 1, len(components))
+        progress("export parts", index + 1, len(components))
         target = folder / component.folder
         graph = trace_module(
             component.module,
@@ -76,7 +78,7 @@ def export_components(source: Source, folder: Path, report: Reporter) -> dict[st
             axes=component.axes,
             images=component.cells,
         )
-        WidenLayerNorm()(graph)
+        CastLayerNormToFloat64()(graph)
         save_graph(graph, target)
         component.save_config(target)
         found = _parity(component, target / MODEL_FILE)
@@ -107,7 +109,7 @@ def _parity(component: Component, model: Path) -> float:
             inputs[name] = example
     expected = component.module(*inputs.values())
     expected = expected if isinstance(expected, tuple) else (expected,)
-    engine = OrtEngine(model, frugal=True)
+    engine = OrtEngine(model, low_memory=True)
     arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
     given = engine.run(arrays)
     return min(

@@ -18,7 +18,7 @@ from typing import Any
 
 from trtq import errors
 from trtq.diffusion.folder import denoiser_in, has_parts, load_pipeline_parts, skeleton
-from trtq.diffusion.pipeline import Source
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.errors import ArtefactError, TrtqError
 from trtq.exporter.component_graphs import export_components
 from trtq.processes import last_words, lifeline, processors, was_killed, worker_command
@@ -107,7 +107,7 @@ def _export(run: Path, folder: Path) -> dict[str, Any]:
     try:
         name = denoiser_in(run)
         pipeline = load_pipeline_parts(run, name, skeleton(run, name))
-        parity = export_components(Source(str(run), run, pipeline, name), folder, silent)
+        parity = export_components(LoadedPipeline(str(run), run, pipeline, name), folder, silent)
     except TrtqError as err:
         return {"error": type(err).__name__, "message": str(err)}
     except OSError as err:

@@ -25,7 +25,7 @@ from trtq.artefact.manifest import (
 )
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.layout import parse_sizes
-from trtq.diffusion.pipeline import Source, load_source
+from trtq.diffusion.pipeline import LoadedPipeline, load_source
 from trtq.documents import shown
 from trtq.engine.prepared import keep_prepared
 from trtq.errors import GateError, UsageError
@@ -37,16 +37,16 @@ from trtq.graph.file import MODEL_FILE, save_graph
 from trtq.graph.nodes import LOW_BIT_OPERATORS
 from trtq.graph.passes import (
     BroadcastTimestep,
-    DropIdleSqueeze,
+    CastLayerNormToFloat64,
+    DecomposeGroupNorm,
+    DecomposeSilu,
+    DecomposeTimestepEmbedding,
+    DropNoopSqueeze,
     ExpandLowBitToQdq,
     LowBitToPlugins,
-    SpellOutAngles,
-    SpellOutGroupNorm,
-    SpellOutSilu,
-    WidenLayerNorm,
 )
-from trtq.limits import MOST_BATCH, parse_whole
-from trtq.progress import Reporter, silent
+from trtq.limits import MAX_BATCH, parse_whole
+from trtq.progress import ProgressCallback, silent
 from trtq.quant import layer_kind, quantizable_layers
 from trtq.resources import peak_rss_bytes
 from trtq.runs.folder import OpenRun, open_run
@@ -76,9 +76,9 @@ def parse_batch(text: str) -> tuple[int, int]:
         bounds = parse_whole(low), parse_whole(high or low)
     except ValueError:
         bounds = 0, 0
-    if not 1 <= bounds[0] <= bounds[1] <= MOST_BATCH:
+    if not 1 <= bounds[0] <= bounds[1] <= MAX_BATCH:
         raise UsageError(
-            f"--batch {shown(text)} is not understood; write MIN:MAX, each 1 .. {MOST_BATCH}, e.g. 1:8"
+            f"--batch {shown(text)} is not understood; write MIN:MAX, each 1 .. {MAX_BATCH}, e.g. 1:8"
         )
     return bounds
 
@@ -107,7 +107,7 @@ def export_onnx(
     batch: tuple[int, int] = (1, 8),
     size: str | None = None,
     overwrite: bool = False,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> dict[str, Any]:
     """Write the ONNX folder of a run, or of a plain checkpoint as the float baseline.
 
@@ -124,7 +124,7 @@ def export_onnx(
         size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST` of them; by default what
             the run was calibrated at.
         overwrite: replace an ONNX folder that is already there.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         `parity_db_min`, `parity_db` (per step, cleanest first; last the mixed batch; of models beyond
@@ -146,7 +146,7 @@ def export_onnx(
     if precision not in PARITY_DB:
         raise UsageError(f"unknown precision {precision!r}; choose one of {', '.join(PARITY_DB)}")
     final = check_output(Path(out), overwrite=overwrite, source=path, kind="onnx")
-    report("export", 1, 3)
+    progress("export", 1, 3)
     with (
         new_artefact(final, kind="onnx", overwrite=overwrite) as folder,
         exporting_parts(Path(path), folder) as parts,
@@ -161,8 +161,8 @@ def export_onnx(
         # Its codes are in the graph and in the denoiser now, and take memory a third time.
         del run, traced
         save_pipeline_parts(source, folder, graphs=True)
-        report("export", 2, 3)
-        made = parts() if parts else Parts(export_components(source, folder, report), 0)
+        progress("export", 2, 3)
+        made = parts() if parts else Parts(export_components(source, folder, progress), 0)
         # The second process has ended; what follows is in this one alone.
         both = peak_rss_bytes() + made.peak_rss_bytes
         metrics: dict[str, Any] = _held_to_torch(
@@ -183,11 +183,13 @@ def export_onnx(
         write_manifest(folder, manifest.model_copy(update={"options": options, "metrics": metrics}))
         if source.model_class in _SERVED_WITHOUT_TORCH:
             keep_prepared(folder / name / MODEL_FILE)
-    report("export", 3, 3)
+    progress("export", 3, 3)
     return metrics
 
 
-def _opened(path: str | Path, precision: str) -> tuple[Source, nn.Module, OpenRun | None, Manifest]:
+def _opened(
+    path: str | Path, precision: str
+) -> tuple[LoadedPipeline, nn.Module, OpenRun | None, Manifest]:
     """The pipeline, the denoiser to trace, the run if it is one, and the manifest's beginnings."""
     if not _is_run(path):
         source = load_source(path)
@@ -198,7 +200,7 @@ def _opened(path: str | Path, precision: str) -> tuple[Source, nn.Module, OpenRu
     return run.source(), run.float_skeleton(), run, _run_manifest(run)
 
 
-def _sizes(source: Source, size: str | None) -> tuple[str, str]:
+def _sizes(source: LoadedPipeline, size: str | None) -> tuple[str, str]:
     """Smallest and largest image size of the graph; the source then works on the smallest.
 
     Raises:
@@ -219,7 +221,7 @@ def _is_run(path: str | Path) -> bool:
     return Path(path).is_dir() and artefact_kind(Path(path)) is not None
 
 
-def _float_manifest(source: Source) -> Manifest:
+def _float_manifest(source: LoadedPipeline) -> Manifest:
     files = source_hashes(source.folder) if source.folder is not None else {}
     return Manifest(
         kind="onnx",
@@ -237,7 +239,7 @@ def _run_manifest(run: OpenRun) -> Manifest:
 def write_graph(
     folder: Path,
     denoiser: nn.Module,
-    source: Source,
+    source: LoadedPipeline,
     run: OpenRun | None,
     largest: str,
     *,
@@ -264,11 +266,11 @@ def write_graph(
     if cell is not None:
         model.metadata_props[SIZES_KEY] = json.dumps({"low": low, "high": high, "cell": cell})
     BroadcastTimestep()(model)
-    DropIdleSqueeze()(model)
-    SpellOutGroupNorm()(model)
-    WidenLayerNorm()(model)
-    SpellOutSilu()(model)
-    SpellOutAngles()(model)
+    DropNoopSqueeze()(model)
+    DecomposeGroupNorm()(model)
+    CastLayerNormToFloat64()(model)
+    DecomposeSilu()(model)
+    DecomposeTimestepEmbedding()(model)
     if run is not None:
         operators = _PRODUCTS if target == "plugin" else LOW_BIT_OPERATORS
         ExpandLowBitToQdq(layers, run.table, operators)(model)
@@ -279,12 +281,12 @@ def write_graph(
 
 
 def _held_to_torch(
-    source: Source, model: Path, manifest: Manifest, sizes: tuple[str, str], least_db: float
+    source: LoadedPipeline, model: Path, manifest: Manifest, sizes: tuple[str, str], min_db: float
 ) -> dict[str, Any]:
     """Compare a graph with torch at its smallest and its largest size.
 
     Raises:
-        GateError: it is further from torch than `least_db` allows.
+        GateError: it is further from torch than `min_db` allows.
     """
     smallest, largest = sizes
     parity = step_parities(source, model, manifest)
@@ -294,9 +296,9 @@ def _held_to_torch(
         checked += step_parities(source, model, manifest)
         source.resize(smallest)
     least = min(row.db for row in checked)
-    if not all(row.holds(least_db) for row in checked):
+    if not all(row.holds(min_db) for row in checked):
         raise GateError(
-            f"the exported graph is only {least:.1f} dB from torch, {least_db:g} dB are required, or "
+            f"the exported graph is only {least:.1f} dB from torch, {min_db:g} dB are required, or "
             "what torch keeps when the inputs of its layers move by the last bit; per step: "
             + ", ".join(f"{row.db:.1f} ({row.floor_db:.1f})" for row in checked)
         )

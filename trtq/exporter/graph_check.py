@@ -17,7 +17,7 @@ from trtq.errors import ArtefactError, TrtqError
 from trtq.graph.file import ENGINE_FILE, MODEL_FILE, graphs_of
 from trtq.graph.runtimes.prepare import external_files, load_graph
 from trtq.pipelines.open import engine_source
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 from trtq.runs.folder import check_calibrated
 from trtq.seeds import seeded_generator
 
@@ -36,7 +36,7 @@ def check_graphs(
     *,
     provider: str = "cpu",
     seconds: float = TRIAL_SECONDS,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> dict[str, str | None]:
     """Open every graph of an ONNX folder in onnxruntime and call it once, at its smallest sizes.
 
@@ -48,7 +48,7 @@ def check_graphs(
         manifest: its manifest, verified.
         provider: `cpu` or `openvino`.
         seconds: for one graph.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         By graph, what is wrong with it, in one line; None: nothing.
@@ -61,7 +61,7 @@ def check_graphs(
     found: dict[str, str | None] = {}
     trials: dict[str, Trial] = {}
     for index, name in enumerate(names):
-        report("open in the runtime", index, len(names))
+        progress("open in the runtime", index, len(names))
         try:
             sizes = _smallest(folder, name, manifest)
         except TrtqError as err:  # Its files are not what it says; the runtime would say it worse.
@@ -69,7 +69,7 @@ def check_graphs(
             continue
         trials[name] = try_graph(folder / name / MODEL_FILE, sizes, provider, seconds)
         found[name] = trials[name].problem
-    report("open in the runtime", len(names), len(names))
+    progress("open in the runtime", len(names), len(names))
     if not any(found.values()):
         found[manifest.denoiser] = _why_not_called(folder, manifest, trials)
     return found
@@ -78,7 +78,7 @@ def check_graphs(
 def require_graphs(
     folder: Path,
     manifest: Manifest,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
     *,
     seconds: float = TRIAL_SECONDS,
 ) -> None:
@@ -87,7 +87,7 @@ def require_graphs(
     Raises:
         ArtefactError: there is a graph that it cannot open or call.
     """
-    for name, problem in check_graphs(folder, manifest, seconds=seconds, report=report).items():
+    for name, problem in check_graphs(folder, manifest, seconds=seconds, progress=progress).items():
         if problem is not None:
             raise ArtefactError(
                 f"{folder / name / MODEL_FILE} cannot be used: {problem}; export the "

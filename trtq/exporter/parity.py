@@ -16,18 +16,18 @@ from trtq.errors import NonFiniteError
 from trtq.quant.deployed import DeployedLayer, DeployedProduct
 from trtq.snr import EXACT_DB, snr_db
 
-__all__ = ["MOST_TIES", "StepParity", "compare", "noise_parity", "step_parity"]
+__all__ = ["MAX_TIES", "StepParity", "compare", "noise_parity", "step_parity"]
 
 TIE_DB = 60.0
 """Images nearer than this hold no flipped code; without one they agree to 100 dB or more."""
-MOST_TIES = 0.05
+MAX_TIES = 0.05
 """Share of images with a flipped code, over all steps, that may be set aside."""
-MOST_TIES_OF_A_STEP = 0.15
+MAX_TIES_PER_STEP = 0.15
 """The same of one step: of 128 images a few more or less fall on a tie by chance."""
-_MOST_TIES_EVER = 0.4
+_MAX_TIES_EVER = 0.4
 _LAST_BIT = 2.0**-22
 _FLOOR_MARGIN_DB = 6.0
-FEWEST_ITEMS = 3
+MIN_ITEMS = 3
 """Items of one step in a mixed batch from which on most of them being off is no coincidence."""
 
 
@@ -42,7 +42,7 @@ class StepParity:
 
     Attributes:
         db: SNR over the images without a flipped code, or over all of them when those with one are
-            more than may be set aside: `MOST_TIES_OF_A_STEP`, and `MOST_TIES` over all steps, or half
+            more than may be set aside: `MAX_TIES_PER_STEP`, and `MAX_TIES` over all steps, or half
             as many again as flip in the reference when its last bits move, two fifths at most.
         pooled_db: SNR over all images.
         ties: share of images set aside.
@@ -59,9 +59,9 @@ class StepParity:
     floor_db: float = EXACT_DB
     floor_ties: float = 0.0
 
-    def holds(self, least_db: float) -> bool:
-        """Whether it is near enough: `least_db`, or as near as the reference is to itself."""
-        return self.db >= min(least_db, self.floor_db - _FLOOR_MARGIN_DB)
+    def holds(self, min_db: float) -> bool:
+        """Whether it is near enough: `min_db`, or as near as the reference is to itself."""
+        return self.db >= min(min_db, self.floor_db - _FLOOR_MARGIN_DB)
 
 
 def compare(reference: Tensor, other: Tensor, moved: Tensor | None = None) -> StepParity:
@@ -79,7 +79,7 @@ def compare(reference: Tensor, other: Tensor, moved: Tensor | None = None) -> St
     if moved is not None:
         floor_ties = float((_each_db(reference, moved) < TIE_DB).float().mean())
         row = replace(row, floor_db=snr_db(reference, moved), floor_ties=floor_ties)
-    if ties > _may_flip(MOST_TIES_OF_A_STEP, row.floor_ties):
+    if ties > _may_flip(MAX_TIES_PER_STEP, row.floor_ties):
         return row
     return replace(row, db=snr_db(reference[same], other[same]), ties=ties)
 
@@ -90,7 +90,7 @@ def _each_db(reference: Tensor, other: Tensor) -> Tensor:
 
 def _may_flip(usual: float, floor: float) -> float:
     """Share of images that may be set aside, where the reference itself has `floor`."""
-    return min(max(usual, 1.5 * floor), _MOST_TIES_EVER)
+    return min(max(usual, 1.5 * floor), _MAX_TIES_EVER)
 
 
 def step_parity(
@@ -118,7 +118,7 @@ def step_parity(
     rows = []
     count, steps = len(noise), len(schedule)
     # At least a few steps side by side, even of a single image.
-    items = torch.arange(max(count, min(steps, FEWEST_ITEMS + 1)))
+    items = torch.arange(max(count, min(steps, MIN_ITEMS + 1)))
     position, image = items * steps // len(items), items % count
     mixed = torch.empty(len(items), *noise.shape[1:], dtype=noise.dtype)
     for point in walk(reference, schedule, noise, conditions):
@@ -132,7 +132,7 @@ def step_parity(
     together = _mixed(reference, exported, mixed, position, schedule, conditions.take(image))
     rows.append(together)
     usual = sum(row.floor_ties for row in rows) / len(rows)
-    if sum(row.ties for row in rows) > _may_flip(MOST_TIES, usual) * len(rows):
+    if sum(row.ties for row in rows) > _may_flip(MAX_TIES, usual) * len(rows):
         return [replace(row, db=row.pooled_db, ties=0.0) for row in rows]
     return rows
 
@@ -200,7 +200,7 @@ def _mixed(
     for step in range(len(schedule)):
         at = position == step
         # Items that look up a wrong step are all of their step's; ties are here and there.
-        if int(at.sum()) >= FEWEST_ITEMS and float((each[at] < TIE_DB).float().mean()) > 0.5:
+        if int(at.sum()) >= MIN_ITEMS and float((each[at] < TIE_DB).float().mean()) > 0.5:
             worst = snr_db(together[at], other[at])
             row = replace(row, db=worst, pooled_db=worst, ties=0.0)
     return row

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from trtq.artefact.manifest import Manifest
-from trtq.diffusion.pipeline import Source
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import seeded_noise
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import OrtEngine
@@ -30,7 +30,7 @@ _PARITY_WEIGHTS = 2 << 30
 
 
 def step_parities(
-    source: Source, model: Path, manifest: Manifest, *, thorough: bool = False
+    source: LoadedPipeline, model: Path, manifest: Manifest, *, thorough: bool = False
 ) -> list[StepParity]:
     """Compare a graph on onnxruntime's CPU provider with torch.
 
@@ -55,7 +55,7 @@ def step_parities(
     if table is not None and len(table) > 1:
         _check_lookup(source, model, table)
     exported = EngineDenoiser(
-        OrtEngine(model, frugal=True), source.model.config, type(source.model)
+        OrtEngine(model, low_memory=True), source.model.config, type(source.model)
     )
     steps = len(table) if table is not None and len(table) > 1 else 20
     schedule = source.schedule(int((manifest.recipe or {}).get("steps", steps)))
@@ -72,7 +72,7 @@ def step_parities(
     return compared(source.denoiser, exported, schedule, noise, conditions)
 
 
-def _check_lookup(source: Source, model: Path, table: TimestepTable) -> None:
+def _check_lookup(source: LoadedPipeline, model: Path, table: TimestepTable) -> None:
     up, down = torch.tensor(float("inf")), torch.tensor(-float("inf"))
     borders = [table.edges.nextafter(down), table.edges, table.edges.nextafter(up)]
     timesteps = torch.cat([table.timesteps.float(), *borders])

@@ -21,7 +21,7 @@ from trtq.graph.file import MODEL_FILE
 from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import RUNTIMES, load_graph, prepare
 from trtq.pipelines.open import open_any
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 from trtq.quant.deployed import DeployedLayer, DeployedProduct
 from trtq.runs.folder import OpenRun, open_run
 from trtq.seeds import seeded_generator
@@ -37,7 +37,7 @@ def verify(
     runtimes: Sequence[str] = RUNTIMES,
     layers: bool = False,
     timeout: float = TRIAL_SECONDS,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> dict[str, Any]:
     """Check files against the manifest, open graphs in the runtime, check its rules, compare with torch.
 
@@ -50,12 +50,12 @@ def verify(
         runtimes: those of `trtq.graph.runtimes.prepare.RUNTIMES` whose rules are checked.
         layers: compare the output of every low-bit layer too, at one mixed batch.
         timeout: seconds that opening and calling one graph may take.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         `kind`, `files` (how many were hashed), `ok`; for an ONNX folder and for engines `graphs`: by
         component what is wrong with its graph or engine, None where nothing is; and for an ONNX folder
-        `runtimes`: by name `legal` and `findings` (`layer`, `rule`, `mend`, `fatal`), empty where a
+        `runtimes`: by name `legal` and `findings` (`layer`, `rule`, `fix`, `fatal`), empty where a
         graph cannot be opened. With `against`, `parity_db` (per step,
         cleanest first, last the mixed batch), `parity_db_min` and `parity_required_db`; with
         `layers`, rows of `name`, `snr_db` and `first` (the first one below `TIE_DB`).
@@ -85,7 +85,7 @@ def verify(
             result["graphs"] = check_engines(folder, manifest)
             result["ok"] = not any(result["graphs"].values())
         return result
-    result["graphs"] = check_graphs(folder, manifest, seconds=timeout, report=report)
+    result["graphs"] = check_graphs(folder, manifest, seconds=timeout, progress=progress)
     result["runtimes"] = {}
     model = folder / manifest.denoiser / MODEL_FILE
     if any(result["graphs"].values()):
@@ -97,7 +97,7 @@ def verify(
         return result
     run = _origin(Path(against), manifest)
     source = run.source()
-    report("compare with torch", 1, 2)
+    progress("compare with torch", 1, 2)
     sizes = str(manifest.options.get("size") or "").partition(":")[0]
     if sizes:
         source.resize(sizes)
@@ -114,7 +114,7 @@ def verify(
         result["first"] = next(
             (row["name"] for row in result["layers"] if row["snr_db"] < TIE_DB), None
         )
-    report("compare with torch", 2, 2)
+    progress("compare with torch", 2, 2)
     return result
 
 
@@ -122,7 +122,8 @@ def _legality(model: Path, runtime: Any) -> dict[str, Any]:
     findings = check(prepare(load_graph(model), runtime), runtime)
     return {
         "legal": not any(finding.fatal for finding in findings),
-        "findings": [asdict(finding) for finding in findings],
+        # `mend` is the former name of `fix`, for one release.
+        "findings": [asdict(finding) | {"mend": finding.fix} for finding in findings],
     }
 
 

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trtq.documents import MOST_BYTES
+from trtq.documents import MAX_BYTES
 from trtq.errors import ArtefactError, NonFiniteError, UsageError
 from trtq.lora.settings import Settings, parse_json, read_settings
 
@@ -422,9 +422,9 @@ def _settings(path: Path, metadata: Any, names: Iterable[str]) -> tuple[dict[str
         if beside.exists():
             _regular(beside, "adapter_config.json")
             try:
-                if (size := beside.stat().st_size) > MOST_BYTES:
+                if (size := beside.stat().st_size) > MAX_BYTES:
                     raise ArtefactError(
-                        f"{beside} has {size:,} bytes; at most {MOST_BYTES:,} are read"
+                        f"{beside} has {size:,} bytes; at most {MAX_BYTES:,} are read"
                     )
                 text = beside.read_bytes()
             except OSError as err:

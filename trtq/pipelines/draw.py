@@ -16,15 +16,15 @@ from torch import Tensor
 from trtq.artefact.outputs import new_file
 from trtq.diffusion.cut import warn_of_cuts
 from trtq.diffusion.encode import takes_negative
-from trtq.diffusion.pipeline import Source
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import at_once
 from trtq.errors import ArtefactError, NonFiniteError, TrtqError, UsageError
-from trtq.limits import MOST_IMAGES
+from trtq.limits import MAX_IMAGES
 from trtq.png_text import with_texts
 from trtq.seeds import seeded_generator
 
-__all__ = ["Subjects", "check_sheet", "contact_sheet", "draw", "save_png", "subjects_for"]
+__all__ = ["Conditioning", "check_sheet", "conditioning_for", "contact_sheet", "draw", "save_png"]
 
 _FROM_PIPELINES = (
     RuntimeError,
@@ -37,12 +37,12 @@ _FROM_PIPELINES = (
 """What diffusers' pipelines raise where their components do not fit each other."""
 BATCH = 125
 TEXT_BATCH = 50
-MOST_PIXELS = 1 << 27
+MAX_PIXELS = 1 << 27
 """Of all images of one sheet together; in float32 they take 1.5 GB."""
 
 
 @dataclass(frozen=True)
-class Subjects:
+class Conditioning:
     """What images are to show.
 
     Attributes:
@@ -58,38 +58,38 @@ class Subjects:
     labels: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def subjects_for(
-    source: Source, count: int, *, class_label: int | None = None, prompt: str | None = None
-) -> Subjects:
+def conditioning_for(
+    source: LoadedPipeline, count: int, *, class_label: int | None = None, prompt: str | None = None
+) -> Conditioning:
     """Classes or evaluation prompts in turn, unless one class or prompt is asked for.
 
     Raises:
         UsageError: the model does not take what was asked for, or the count is no number of images.
     """
-    if not 1 <= count <= MOST_IMAGES:
-        raise UsageError(f"the number of images must be 1 .. {MOST_IMAGES}, got {count}")
+    if not 1 <= count <= MAX_IMAGES:
+        raise UsageError(f"the number of images must be 1 .. {MAX_IMAGES}, got {count}")
     if source.prompts is not None:
         if class_label is not None:
             raise UsageError("this model takes prompts, not classes: use --prompt")
         if prompt is not None:
-            return Subjects(count, prompts=[prompt] * count)
+            return Conditioning(count, prompts=[prompt] * count)
         judged = source.prompts.evaluation
         if not judged:
             turn = [
                 source.prompts.calibration[i % len(source.prompts.calibration)]
                 for i in range(count)
             ]
-            return Subjects(count, prompts=turn)
+            return Conditioning(count, prompts=turn)
         chosen = [judged[index % len(judged)] for index in range(count)]
         questions = set(judged[0].labels).intersection(*(one.labels for one in judged))
         labels = {name: torch.tensor([one.labels[name] for one in chosen]) for name in questions}
-        return Subjects(count, prompts=[one.prompt for one in chosen], labels=labels)
+        return Conditioning(count, prompts=[one.prompt for one in chosen], labels=labels)
     if prompt is not None:
         raise UsageError("this model takes classes, not prompts: use --class-label")
     if source.classes is None:
         if class_label is not None:
             raise UsageError("this model takes no classes")
-        return Subjects(count)
+        return Conditioning(count)
     classes = torch.arange(count) % source.classes
     if class_label is not None:
         if not 0 <= class_label < source.classes:
@@ -97,12 +97,12 @@ def subjects_for(
                 f"class labels must lie in 0 .. {source.classes - 1}, got {class_label}"
             )
         classes = torch.full((count,), class_label)
-    return Subjects(count, classes=classes, labels={"class": classes})
+    return Conditioning(count, classes=classes, labels={"class": classes})
 
 
 def draw(
-    source: Source,
-    subjects: Subjects,
+    source: LoadedPipeline,
+    conditioning: Conditioning,
     *,
     steps: int,
     seed: int,
@@ -115,7 +115,7 @@ def draw(
 
     Args:
         source: any pipeline that `open_any` gives.
-        subjects: what to draw.
+        conditioning: what to draw.
         steps: denoising steps.
         seed: of the starting noise.
         guidance: classifier-free guidance; by default what the model is meant for.
@@ -134,26 +134,26 @@ def draw(
     chosen = source.guidance if guidance is None else guidance
     if negative_prompt is not None:
         _check_negative(source, negative_prompt, chosen)
-    if subjects.prompts is not None:
+    if conditioning.prompts is not None:
         told = [] if not negative_prompt else [negative_prompt]
-        warn_of_cuts(source.pipeline, [*subjects.prompts, *told])
+        warn_of_cuts(source.pipeline, [*conditioning.prompts, *told])
     if batch is None:
-        most = BATCH if subjects.prompts is None else TEXT_BATCH
+        most = BATCH if conditioning.prompts is None else TEXT_BATCH
         batch = at_once(source.sample_shape, most)
     images = []
-    for first in range(0, subjects.count, batch):
-        part = slice(first, min(first + batch, subjects.count))
+    for first in range(0, conditioning.count, batch):
+        part = slice(first, min(first + batch, conditioning.count))
         generators = [seeded_generator(seed, "image", i) for i in range(part.start, part.stop)]
-        drawn = _call(source, subjects, part, steps, generators, chosen, negative_prompt)
+        drawn = _call(source, conditioning, part, steps, generators, chosen, negative_prompt)
         if not bool(torch.isfinite(drawn).all()):
             raise NonFiniteError(f"{source.name} draws images that hold NaN or infinity")
         images.append(drawn.float().cpu().clamp(-1, 1))
         if progress is not None:
-            progress(part.stop, subjects.count)
+            progress(part.stop, conditioning.count)
     return torch.cat(images)
 
 
-def _check_negative(source: Source, negative_prompt: str, guidance: float) -> None:
+def _check_negative(source: LoadedPipeline, negative_prompt: str, guidance: float) -> None:
     """Nothing, if the images depend on the negative prompt, or it is empty."""
     if not negative_prompt:
         return
@@ -167,8 +167,8 @@ def _check_negative(source: Source, negative_prompt: str, guidance: float) -> No
 
 
 def _call(
-    source: Source,
-    subjects: Subjects,
+    source: LoadedPipeline,
+    conditioning: Conditioning,
     part: slice,
     steps: int,
     generators: list[torch.Generator],
@@ -188,12 +188,12 @@ def _call(
     offered["height"], offered["width"] = source.image_size
     told = source.embedded_guidance
     offered["guidance_scale"] = guidance if told is None else told
-    if subjects.prompts is not None:
-        offered["prompt"] = list(subjects.prompts[part])
+    if conditioning.prompts is not None:
+        offered["prompt"] = list(conditioning.prompts[part])
         if negative_prompt is not None:
             offered["negative_prompt"] = [negative_prompt] * len(offered["prompt"])
-    elif subjects.classes is not None:
-        offered["class_labels"] = subjects.classes[part].tolist()
+    elif conditioning.classes is not None:
+        offered["class_labels"] = conditioning.classes[part].tolist()
     else:
         offered["batch_size"] = part.stop - part.start
     accepted = inspect.signature(source.pipeline.__call__).parameters
@@ -225,7 +225,7 @@ def check_sheet(count: int, height: int, width: int) -> None:
     Raises:
         UsageError: they are too many to be held in memory at once.
     """
-    most = max(1, MOST_PIXELS // (height * width))
+    most = max(1, MAX_PIXELS // (height * width))
     if count > most:
         raise UsageError(
             f"{count} images of {height}x{width} pixels (HEIGHTxWIDTH) are too many for one sheet; "

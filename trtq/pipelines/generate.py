@@ -15,10 +15,10 @@ import numpy as np
 from trtq.artefact.manifest import check_outside_artefacts
 from trtq.artefact.outputs import check_file, check_place
 from trtq.errors import UsageError
-from trtq.pipelines.draw import check_sheet, contact_sheet, draw, save_png, subjects_for
+from trtq.pipelines.draw import check_sheet, conditioning_for, contact_sheet, draw, save_png
 from trtq.pipelines.open import artefact_guidance, calibrated_steps, open_any
 from trtq.png_text import generation_texts
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 
 __all__ = ["generate"]
 
@@ -39,7 +39,7 @@ def generate(
     seed: int = 0,
     provider: str | None = None,
     overwrite: bool = False,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> dict[str, Any]:
     """Generate images, on one PNG sheet or as a PNG file each.
 
@@ -59,7 +59,7 @@ def generate(
         seed: image i of a seed is the same in every call.
         provider: what runs it.
         overwrite: replace a file that is already there.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         `output`, `files`, `images`, `labels`, `prompts`, `steps`, `seed`, `seconds`.
@@ -79,27 +79,27 @@ def generate(
     if size is not None:
         source.resize(size)
     check_sheet(images, *source.image_size)
-    subjects = subjects_for(source, images, class_label=class_label, prompt=prompt)
+    conditioning = conditioning_for(source, images, class_label=class_label, prompt=prompt)
     if guidance is None:
         guidance = artefact_guidance(path)
     count = steps or calibrated_steps(path) or 20
     start = time.monotonic()
     drawn = draw(
         source,
-        subjects,
+        conditioning,
         steps=count,
         seed=seed,
         guidance=guidance,
         negative_prompt=negative_prompt,
-        progress=lambda done, total: report("draw", done, total),
+        progress=lambda done, total: progress("draw", done, total),
     )
     seconds = time.monotonic() - start
 
     def texts(index: int) -> dict[str, str]:
         return generation_texts(
             model=source.name,
-            prompt=None if subjects.prompts is None else subjects.prompts[index],
-            label=None if subjects.classes is None else int(subjects.classes[index]),
+            prompt=None if conditioning.prompts is None else conditioning.prompts[index],
+            label=None if conditioning.classes is None else int(conditioning.classes[index]),
             seed=seed,
             image=index,
             steps=count,
@@ -120,8 +120,8 @@ def generate(
         "output": str(target),
         "files": [str(file) for file in files],
         "images": images,
-        "labels": None if subjects.classes is None else subjects.classes.tolist(),
-        "prompts": None if subjects.prompts is None else list(subjects.prompts),
+        "labels": None if conditioning.classes is None else conditioning.classes.tolist(),
+        "prompts": None if conditioning.prompts is None else list(conditioning.prompts),
         "steps": count,
         "seed": seed,
         "seconds": round(seconds, 3),

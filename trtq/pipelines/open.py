@@ -13,7 +13,7 @@ from torch import nn
 
 from trtq.artefact.manifest import artefact_kind, peek_manifest, read_manifest
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
-from trtq.diffusion.pipeline import DENOISERS, Source, load_source
+from trtq.diffusion.pipeline import DENOISERS, LoadedPipeline, load_source
 from trtq.engine.base import Engine
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.open import open_engine
@@ -40,7 +40,7 @@ TORCH = "torch"
 @with_own_settings
 def open_any(
     path: str | Path | Any, provider: str | None = None, threads: int | None = None
-) -> Source:
+) -> LoadedPipeline:
     """Open a run, an ONNX or engine folder or a float checkpoint.
 
     Args:
@@ -115,7 +115,7 @@ def _on_gpu(run: OpenRun) -> nn.Module | None:
 
 def engine_source(
     folder: Path, denoiser: str, size: str | None, open_graph: Callable[[str], Engine | None]
-) -> Source:
+) -> LoadedPipeline:
     """A pipeline whose graphs are run by engines.
 
     Args:
@@ -137,7 +137,7 @@ def engine_source(
         EngineDenoiser(engine, model.config, type(model)),
         lambda name, cls: load_component(folder, name, cls, open_graph),
     )
-    source = Source(str(folder), folder, pipeline, denoiser)
+    source = LoadedPipeline(str(folder), folder, pipeline, denoiser)
     if size is not None:
         source.resize(size.partition(":")[0])
     return source

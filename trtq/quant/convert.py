@@ -222,7 +222,7 @@ def convert(
     base: Base = "fp",
     weight_method: Method = "minmax",
     zero_point_mode: ZeroPointMode = "frozen",
-    split_step: bool = False,
+    split_scale: bool = False,
     generator: torch.Generator | None = None,
 ) -> QuantizedDenoiser:
     """Replace the planned layers by `QuantLinear` and `QuantConv2d`, in place.
@@ -237,7 +237,7 @@ def convert(
         base: what the adapters are added to.
         weight_method: how weight ranges are found.
         zero_point_mode: how activation zero points behave.
-        split_step: the release's double update of the weight step.
+        split_scale: the release's double update of the weight step.
         generator: draws the first values of the adapters.
 
     Raises:
@@ -273,7 +273,7 @@ def convert(
                 base=base,
                 weight_method=weight_method,
                 zero_point_mode=zero_point_mode,
-                split_step=split_step,
+                split_scale=split_scale,
                 generator=generator,
             )
         replace_module(denoiser, plan.name, layer)

@@ -107,7 +107,7 @@ class QuantLayer(nn.Module):
         base: Base = "fp",
         weight_method: Method = "minmax",
         zero_point_mode: ZeroPointMode = "frozen",
-        split_step: bool = False,
+        split_scale: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         """Wrap a float layer.
@@ -121,7 +121,7 @@ class QuantLayer(nn.Module):
             base: what the adapters are added to, see the module docstring.
             weight_method: how the weight range is found.
             zero_point_mode: see `trtq.quant.activation.ZeroPointMode`.
-            split_step: with base "int", keep the step of the dequantiser as a second parameter on
+            split_scale: with base "int", keep the step of the dequantiser as a second parameter on
                 the same memory, so that an optimiser moves it twice, as the release does.
             generator: draws the first values of `lora_A`.
 
@@ -159,7 +159,7 @@ class QuantLayer(nn.Module):
         )
         self.register_buffer("base_scale", scale.clone() if base == "int" else None)
         self.weight_scale_dequant = (
-            nn.Parameter(self.weight_scale.data) if split_step and base == "int" else None
+            nn.Parameter(self.weight_scale.data) if split_scale and base == "int" else None
         )
         self.activation = ActivationQuantizer(activation_bits, table, zero_point_mode)
         self.register_parameter("tuned_weight", None)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from trtq.errors import QuantizationError
 
 __all__ = [
+    "DecomposedAttention",
     "Product",
-    "SpelledAttention",
     "SplitConv2d",
     "Structure",
     "apply_structure",
@@ -40,7 +40,7 @@ class Product(nn.Module):
         return a @ b
 
 
-class SpelledAttention(nn.Module):
+class DecomposedAttention(nn.Module):
     """A diffusers attention processor with its two products as children.
 
     Same result as diffusers' `AttnProcessor2_0`, to rounding.
@@ -180,7 +180,7 @@ def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def attention_modules(denoiser: nn.Module) -> list[str]:
-    """Paths of the attention modules that `SpelledAttention` can stand in for."""
+    """Paths of the attention modules that `DecomposedAttention` can stand in for."""
     from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
     return [
@@ -226,7 +226,7 @@ def apply_structure(denoiser: nn.Module, structure: Structure) -> None:
     for name in structure.attention:
         if not hasattr(modules[name], "set_processor"):
             raise QuantizationError(f"{name!r} is no attention module, it cannot be spelled out")
-        modules[name].set_processor(SpelledAttention())
+        modules[name].set_processor(DecomposedAttention())
     for name, split in structure.splits.items():
         if not isinstance(modules[name], nn.Conv2d):
             raise QuantizationError(f"{name!r} is not a convolution, it cannot be split")

@@ -18,11 +18,11 @@ from trtq.artefact.manifest import (
     write_manifest,
 )
 from trtq.diffusion.folder import save_pipeline_parts
-from trtq.diffusion.pipeline import Source, load_source
+from trtq.diffusion.pipeline import LoadedPipeline, load_source
 from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
 from trtq.errors import ArtefactError, UsageError
 from trtq.lora import LoraRequest, merge_loras
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 from trtq.quant import Structure, apply_structure, convert, merge
 from trtq.resources import peak_rss_bytes
 from trtq.runs.folder import OpenRun, layer_plans, open_run
@@ -37,7 +37,7 @@ __all__ = ["requantize"]
 _IMAGES = 16
 
 
-def _float_source(run: OpenRun, model: str | Path | None) -> Source:
+def _float_source(run: OpenRun, model: str | Path | None) -> LoadedPipeline:
     """The checkpoint that the run was made of.
 
     Raises:
@@ -62,7 +62,7 @@ def _float_source(run: OpenRun, model: str | Path | None) -> Source:
 
 
 @torch.no_grad()
-def _snr(source: Source, denoiser: Any, teacher: Any, steps: int) -> float:
+def _snr(source: LoadedPipeline, denoiser: Any, teacher: Any, steps: int) -> float:
     """SNR in dB of a low-bit prediction against a float one, at points all along a trajectory."""
     schedule = source.schedule(steps)
     images = at_once(source.sample_shape, _IMAGES)
@@ -82,7 +82,7 @@ def requantize(
     *,
     base: str | Path | None = None,
     overwrite: bool = False,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> dict[str, Any]:
     """Make a run with exactly these LoRAs from a run with others or none.
 
@@ -92,7 +92,7 @@ def requantize(
         out: folder of the new run.
         base: the float checkpoint, if it is no longer where the run's manifest says.
         overwrite: replace a run that is already there.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         `seconds`, `peak_rss_bytes`, `loras`, `snr_db_before` and `snr_db_after` (of the noise
@@ -111,7 +111,7 @@ def requantize(
             f"{run.folder} holds no {TRAINED_NAME}; make it again with this version"
         )
     recipe = manifest.recipe or {}
-    report("merge LoRAs", 1, 3)
+    progress("merge LoRAs", 1, 3)
     source = _float_source(run, base)
     before = _snr(source, run.denoiser(), source.denoiser, int(recipe["steps"]))
     components = {
@@ -131,7 +131,7 @@ def requantize(
     structure = Structure(tuple(manifest.structure.attention), manifest.structure.splits)
     apply_structure(source.denoiser, structure)
     training = recipe.get("training") or {}
-    report("quantise", 2, 3)
+    progress("quantise", 2, 3)
     quantized = convert(
         source.denoiser,
         layer_plans(manifest),
@@ -158,5 +158,5 @@ def requantize(
         }
         update = {"loras": merged, "metrics": manifest.metrics | metrics}
         write_manifest(folder, manifest.model_copy(update=update))
-    report("quantise", 3, 3)
+    progress("quantise", 3, 3)
     return metrics

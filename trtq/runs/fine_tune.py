@@ -16,7 +16,7 @@ from trtq.calib.recipe import Recipe, Training
 from trtq.diffusion.sampling import Conditions
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import QuantizationError, RecipeError
-from trtq.progress import Reporter
+from trtq.progress import ProgressCallback
 from trtq.quant import QuantizedDenoiser
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class FineTuning:
         checkpoints: folder; each stage has its own below.
         fingerprint: of model and recipe.
         resume: go on from the newest checkpoint.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
     """
 
     model: QuantizedDenoiser
@@ -76,7 +76,7 @@ class FineTuning:
     checkpoints: Path
     fingerprint: str
     resume: bool
-    report: Reporter
+    progress: ProgressCallback
 
 
 def _trajectories(setup: FineTuning, recipe: Recipe, purpose: str) -> Trajectories:
@@ -140,7 +140,7 @@ def _run(
         resume=setup.resume,
         keep_last=not last,
         table_state=training.table_state,
-        progress=lambda done, total: setup.report(name, done, total),
+        progress=lambda done, total: setup.progress(name, done, total),
     )
     return {
         "name": name,
@@ -276,6 +276,6 @@ def _learn_rounding(setup: FineTuning, recipe: Recipe, iterations: int) -> dict[
         names,
         iterations=iterations,
         seed=recipe.seed,
-        progress=lambda done, total: setup.report("learn rounding", done, total),
+        progress=lambda done, total: setup.progress("learn rounding", done, total),
     )
     return {"name": "learn rounding", "seconds": round(time.monotonic() - start, 2), **found}

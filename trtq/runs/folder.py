@@ -10,7 +10,7 @@ from torch import nn
 
 from trtq.artefact.manifest import Manifest, artefact_kind, read_manifest
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
-from trtq.diffusion.pipeline import Source
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.errors import ArtefactError
 from trtq.quant import LayerPlan, QuantizedDenoiser, Structure, TimestepTable, apply_structure
 from trtq.runs.weights import FILE_NAME, StoredDenoiser, load_stored
@@ -45,12 +45,12 @@ class OpenRun:
         skeleton = _fresh(self.folder, self.manifest)
         return self.stored.build(skeleton, self.table, kernels=kernels)
 
-    def source(self, denoiser: nn.Module | None = None) -> Source:
+    def source(self, denoiser: nn.Module | None = None) -> LoadedPipeline:
         """A pipeline around the low-bit denoiser in torch, or around one that stands for it."""
         pipeline: Any = load_pipeline_parts(
             self.folder, self.manifest.denoiser, denoiser or self.denoiser()
         )
-        source = Source(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
+        source = LoadedPipeline(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
         size = (self.manifest.recipe or {}).get("size")
         if size is not None:
             source.resize(size)
@@ -58,7 +58,7 @@ class OpenRun:
         return source
 
 
-def check_calibrated(source: Source, manifest: Manifest) -> None:
+def check_calibrated(source: LoadedPipeline, manifest: Manifest) -> None:
     """Nothing, if the scheduler calls the denoiser as often as it was calibrated for.
 
     Args:

@@ -26,12 +26,12 @@ from trtq.calib.sensitivity import (
 from trtq.diffusion.checkpoint import one_line
 from trtq.diffusion.cut import warn_of_cuts
 from trtq.diffusion.encode import check_inputs
-from trtq.diffusion.pipeline import Source, load_source
+from trtq.diffusion.pipeline import LoadedPipeline, load_source
 from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.sampling import at_once, seeded_noise, spread
 from trtq.errors import QuantizationError, TrtqError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 from trtq.quant import (
     LayerPlan,
     Structure,
@@ -65,7 +65,7 @@ class QuantizePlan:
         loras: what was merged into the float weights.
     """
 
-    source: Source
+    source: LoadedPipeline
     recipe: Recipe
     layers: Sequence[LayerPlan]
     table: TimestepTable
@@ -118,7 +118,7 @@ def plan_quantize(
     model: str | Path | Any,
     recipe: Recipe,
     loras: Sequence[LoraRequest] = (),
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> QuantizePlan:
     """Load the checkpoint, merge LoRAs into it and decide about every layer.
 
@@ -149,7 +149,7 @@ def plan_quantize(
         for name, part in pipeline.components.items():
             if name == source.denoiser_name or (loras and isinstance(part, nn.Module)):
                 setattr(pipeline, name, copy.deepcopy(part))
-        source = Source(source.name, None, pipeline, source.denoiser_name, source.prompts)
+        source = LoadedPipeline(source.name, None, pipeline, source.denoiser_name, source.prompts)
     components = {
         name: part
         for name, part in source.pipeline.components.items()
@@ -202,10 +202,10 @@ def plan_quantize(
     )
     if recipe.budget is None:
         return plan
-    return replace(plan, layers=_spend_budget(plan, parse_budget(recipe.budget), report))
+    return replace(plan, layers=_spend_budget(plan, parse_budget(recipe.budget), progress))
 
 
-def _probe(source: Source, layers: Sequence[LayerPlan], steps: int) -> dict[str, LayerCall]:
+def _probe(source: LoadedPipeline, layers: Sequence[LayerPlan], steps: int) -> dict[str, LayerCall]:
     """What each layer is called with in one call of the denoiser on its pipeline's own conditions.
 
     Raises:
@@ -230,7 +230,9 @@ def _probe(source: Source, layers: Sequence[LayerPlan], steps: int) -> dict[str,
         ) from err
 
 
-def _spend_budget(plan: QuantizePlan, budget: Budget, report: Reporter) -> list[LayerPlan]:
+def _spend_budget(
+    plan: QuantizePlan, budget: Budget, progress: ProgressCallback
+) -> list[LayerPlan]:
     """Weight bits by sensitivity, for the layers at the recipe's own bits."""
     source, recipe = plan.source, plan.recipe
     names = [layer.name for layer in plan.layers if layer.adapters and layer.weight_bits]
@@ -249,7 +251,7 @@ def _spend_budget(plan: QuantizePlan, budget: Budget, report: Reporter) -> list[
         conditions,
         recipe.calibration.weights,
         guidance=guidance,
-        progress=lambda done, total: report("measure sensitivity", done, total),
+        progress=lambda done, total: progress("measure sensitivity", done, total),
     )
     modules: dict[str, Any] = dict(source.denoiser.named_modules())
     if budget.kind == "size":

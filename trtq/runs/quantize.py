@@ -30,12 +30,12 @@ from trtq.artefact.outputs import has_checkpoint, remove_partial, strip_partial
 from trtq.calib.recipe import Recipe, load_recipe
 from trtq.calib.record import activation_tables, record
 from trtq.diffusion.folder import save_pipeline_parts
-from trtq.diffusion.pipeline import Source
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import UsageError
 from trtq.lora import LoraRequest
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 from trtq.quant import (
     QuantizedDenoiser,
     TimestepTable,
@@ -66,7 +66,7 @@ def _as_recipe(recipe: Recipe | str | Path | dict[str, Any] | None) -> Recipe:
 
 
 def _calibrate(
-    plan: QuantizePlan, schedule: NoiseSchedule, device: torch.device, report: Reporter
+    plan: QuantizePlan, schedule: NoiseSchedule, device: torch.device, progress: ProgressCallback
 ) -> dict[str, tuple[Tensor, Tensor]]:
     recipe, source = plan.recipe, plan.source
     assert recipe.guidance is not None
@@ -85,14 +85,14 @@ def _calibrate(
         seed=recipe.seed,
         guidance=recipe.guidance,
         device=device,
-        progress=lambda done, total: report("calibrate", done, total),
+        progress=lambda done, total: progress("calibrate", done, total),
     )
     return activation_tables(
         recordings,
         plan.layers,
         recipe.calibration.activations,
         static=recipe.tables == "static",
-        progress=lambda done, total: report("find ranges", done, total),
+        progress=lambda done, total: progress("find ranges", done, total),
     )
 
 
@@ -109,7 +109,7 @@ def _zero_point_note(plan: QuantizePlan) -> dict[str, Any]:
     return {}
 
 
-def _source_files(source: Source) -> dict[str, str]:
+def _source_files(source: LoadedPipeline) -> dict[str, str]:
     """Hashes of the checkpoint's files; without files, of the denoiser's tensors."""
     if source.folder is not None:
         return source_hashes(source.folder)
@@ -153,7 +153,7 @@ def quantize(
     loras: Sequence[LoraRequest] = (),
     resume: bool = False,
     overwrite: bool = False,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> dict[str, Any]:
     """Make a low-bit run of a diffusers checkpoint.
 
@@ -167,7 +167,7 @@ def quantize(
         loras: merged into the float weights first.
         resume: go on from the newest checkpoint of an interrupted run.
         overwrite: replace a run that is already there.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         `seconds`, `peak_rss_bytes`, `layers_quantized`, `layers_float`, `bytes_before`,
@@ -179,7 +179,7 @@ def quantize(
     start = time.monotonic()
     final = check_output(Path(out), overwrite=overwrite, source=pipeline_or_path, kind="run")
     chosen = _as_recipe(recipe)
-    plan = plan_quantize(pipeline_or_path, chosen, loras, report)
+    plan = plan_quantize(pipeline_or_path, chosen, loras, progress)
     chosen = plan.recipe
     files = _source_files(plan.source)
     accelerator = accelerator_for(chosen)
@@ -190,7 +190,7 @@ def quantize(
     keep = chosen.training is not None
     with new_artefact(final, kind="run", overwrite=overwrite, keep_partial=keep) as folder:
         bytes_before = plan.bytes_before()
-        quantized, tuning = _share(plan, files, accelerator, folder, resume, report)
+        quantized, tuning = _share(plan, files, accelerator, folder, resume, progress)
         save_trained(folder / TRAINED_NAME, quantized)
         save_denoiser(folder / FILE_NAME, quantized, merge(quantized, release=True))
         save_pipeline_parts(plan.source, folder)
@@ -213,7 +213,7 @@ def _share(
     accelerator: Any,
     folder: Path,
     resume: bool,
-    report: Reporter,
+    progress: ProgressCallback,
 ) -> tuple[QuantizedDenoiser, dict[str, Any]]:
     """The part that every process does: calibrate, convert, fine-tune.
 
@@ -224,7 +224,7 @@ def _share(
     schedule = source.schedule(recipe.steps)
     fingerprint = _fingerprint(plan, files)
     source.denoiser.to(accelerator.device)
-    tables = _calibrate(plan, schedule, accelerator.device, report)
+    tables = _calibrate(plan, schedule, accelerator.device, progress)
     training = recipe.training
     quantized = convert(
         source.denoiser,
@@ -234,7 +234,7 @@ def _share(
         base=training.base if training else "fp",
         weight_method=recipe.calibration.weights,
         zero_point_mode=training.zero_points if training else "frozen",
-        split_step=training.split_step if training else False,
+        split_scale=training.split_scale if training else False,
         generator=seeded_generator(recipe.seed, "adapters"),
     )
     for path, quantizer in quantized.activations():
@@ -252,7 +252,7 @@ def _share(
             folder / CHECKPOINTS,
             fingerprint,
             resume,
-            report,
+            progress,
         )
         metrics = fine_tune(setup, recipe)
     return quantized.cpu(), metrics

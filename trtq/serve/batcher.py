@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from trtq.serve.models.base import ServedModel, Start
+from trtq.serve.models.base import ImageModel, InitialState
 
 __all__ = ["Batcher", "Batching", "Item", "Observer", "batch_sizes"]
 
@@ -43,7 +43,7 @@ class Item:
     Attributes:
         start: what it begins with.
         index: its place in its request.
-        after_step: called in the batcher's thread after each step but the last.
+        after_update: called in the batcher's thread after each step but the last.
         done: called once, mostly in the batcher's thread, with None or with what went wrong; not called
             for an image that was cancelled.
         x: where it stands, `[1, ...]`.
@@ -52,9 +52,9 @@ class Item:
         cancelled: nobody waits for it any more.
     """
 
-    start: Start
+    start: InitialState
     index: int
-    after_step: Callable[[Item], None] | None
+    after_update: Callable[[Item], None] | None
     done: Callable[[Item, Exception | None], None]
     x: np.ndarray = field(init=False)
     clean: np.ndarray = field(init=False)
@@ -108,7 +108,7 @@ class _Group:
         self.rows = sum(item.rows for item in items)
         self.left = min(item.steps - item.position for item in items)
         self.new = [item for item in items if item.position == 0]
-        self.watched = [item for item in items if item.after_step is not None]
+        self.watched = [item for item in items if item.after_update is not None]
         padding = size - self.rows
         halves = [half for item in items for half in item.halves]
         halves += halves[-1:] * padding
@@ -130,7 +130,7 @@ class _Group:
         ]
         return np.array(found, np.float32).T[:, self._places]
 
-    def step(self, model: ServedModel) -> None:
+    def step(self, model: ImageModel) -> None:
         """Move each image one step on."""
         x = _joined([item.start.solver.scaled(item.x, item.position) for item in self.items])
         if len(x) != self.size:
@@ -168,7 +168,7 @@ class Batcher:
 
     Args:
         model: what is called.
-        most_rows: rows in one call, at least 2.
+        max_rows: rows in one call, at least 2.
         sizes: the only batch sizes to call it with, ascending, smaller batches are padded; None: any.
         more_sizes: whether `add_size` will bring others; until `no_more_sizes`, images wait for one that
             they fit in.
@@ -183,16 +183,16 @@ class Batcher:
 
     def __init__(
         self,
-        model: ServedModel,
+        model: ImageModel,
         *,
-        most_rows: int,
+        max_rows: int,
         sizes: Sequence[int] | None = None,
         more_sizes: bool = False,
         batching: Batching = "step",
         observer: Observer | None = None,
     ) -> None:
         self.model = model
-        self.most_rows = most_rows
+        self.max_rows = max_rows
         self.sizes: list[int] | None = None if sizes is None else list(sizes)
         self.batching = batching
         self._more_sizes = more_sizes
@@ -205,7 +205,7 @@ class Batcher:
         self._closed: Exception | None = None
         self.died = False
         self._calls = 0
-        self._thread = threading.Thread(target=self._run, name=f"denoise-{model.card.name}")
+        self._thread = threading.Thread(target=self._run, name=f"denoise-{model.info.name}")
         self._thread.daemon = True
         self._thread.start()
 
@@ -315,7 +315,7 @@ class Batcher:
         return self._batch
 
     def _most(self) -> int:
-        return self.most_rows if self.sizes is None else min(self.most_rows, self.sizes[-1])
+        return self.max_rows if self.sizes is None else min(self.max_rows, self.sizes[-1])
 
     def _fill(self, items: list[Item], fits: Callable[[Item, Item], bool]) -> list[Item]:
         most = self._most()
@@ -347,9 +347,9 @@ class Batcher:
             self._finish([item for item in group.items if item.position == item.steps], None)
         for item in group.watched:
             if item.position < item.steps and not item.cancelled:
-                assert item.after_step is not None
+                assert item.after_update is not None
                 try:
-                    item.after_step(item)
+                    item.after_update(item)
                 except Exception as error:  # Of this image alone.
                     logger.exception("a step could not be told")
                     self._finish([item], error)

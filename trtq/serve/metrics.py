@@ -40,7 +40,7 @@ class Metrics:
         self._waiting = make(
             "Gauge", "images_waiting", "Images that are in no call yet, the queue's depth.", "model"
         )
-        self._most_rows = make(
+        self._max_rows = make(
             "Gauge",
             "batch_rows_limit",
             "Most rows of a call; occupancy is batch_rows by it.",
@@ -84,12 +84,12 @@ class Metrics:
         *,
         under_way: Callable[[], int],
         waiting: Callable[[], int],
-        most_rows: int,
+        max_rows: int,
     ) -> ModelMetrics:
         """The measurements of one model; `under_way` and `waiting` count its images."""
         self._under_way.labels(name).set_function(under_way)
         self._waiting.labels(name).set_function(waiting)
-        self._most_rows.labels(name).set(most_rows)
+        self._max_rows.labels(name).set(max_rows)
         self._load.labels(name).set(load_seconds)
         found = ModelMetrics(
             *(

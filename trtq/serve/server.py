@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from trtq._optional import require
 from trtq.artefact.manifest import artefact_kind, peek_manifest, read_manifest
 from trtq.documents import read_text
-from trtq.engine.openvino import MOST_SHAPES
+from trtq.engine.openvino import MAX_SHAPES
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError, TrtqError, UsageError
 from trtq.serve.batcher import Batching, batch_sizes
@@ -30,10 +30,10 @@ from trtq.serve.http.access import Access
 from trtq.serve.logs import FIELDS
 from trtq.serve.memory import mapped_files, own_mapped_files
 from trtq.serve.metrics import Metrics
-from trtq.serve.service import Drawer, Hosted, Limits, Service
+from trtq.serve.service import ImageGenerator, Limits, ServedModel, Service
 
 if TYPE_CHECKING:
-    from trtq.serve.models.base import ServedModel
+    from trtq.serve.models.base import ImageModel
 
 __all__ = [
     "ServeOptions",
@@ -48,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 _API_KEY_VARIABLE = "TRTQ_API_KEY"
-_MOST_KEY_BYTES = 4096
+_MAX_KEY_BYTES = 4096
 _LAST_ANSWERS_S = 2.0
 """For answers of what is given up to be sent, and again for the engine's last call to return."""
 _COMPILES = "compile-"
@@ -108,7 +108,7 @@ def read_api_key(path: Path | None) -> str | None:
         UsageError: the file cannot be read, or a key is empty or holds characters no header can.
     """
     if path is not None:
-        key = read_text(path, "the API key", error=UsageError, most_bytes=_MOST_KEY_BYTES).strip()
+        key = read_text(path, "the API key", error=UsageError, max_bytes=_MAX_KEY_BYTES).strip()
     elif _API_KEY_VARIABLE in os.environ:
         key = os.environ[_API_KEY_VARIABLE].strip()
     else:
@@ -140,8 +140,8 @@ def open_model(
     *,
     provider: str | None = None,
     threads: int | None = None,
-    shapes: int = MOST_SHAPES,
-) -> ServedModel:
+    shapes: int = MAX_SHAPES,
+) -> ImageModel:
     """Open what is to be served: without torch and diffusers where that can be.
 
     Args:
@@ -154,15 +154,15 @@ def open_model(
     Raises:
         TrtqError: as `trtq.pipelines.open.open_any`.
     """
-    from trtq.serve.models.torch_free import LightModel
+    from trtq.serve.models.torch_free import TorchFreeModel
 
     folder = Path(path)
     plain = provider not in (TORCH, *BACKENDS)
     is_onnx = folder.is_dir() and artefact_kind(folder) == "onnx"
     # The opener verifies the files: hashing takes seconds for each gigabyte.
-    if plain and is_onnx and LightModel.serves(folder, peek_manifest(folder)):
+    if plain and is_onnx and TorchFreeModel.serves(folder, peek_manifest(folder)):
         manifest = read_manifest(folder, "onnx")
-        return LightModel(
+        return TorchFreeModel(
             folder, manifest, name, provider=provider or "cpu", threads=threads, shapes=shapes
         )
     from trtq.pipelines.open import open_any
@@ -195,7 +195,7 @@ def build_service(
     for name in paths:
         if not name.isprintable() or "/" in name or not 0 < len(name) <= _LONGEST_NAME:
             raise UsageError(f"a model cannot be called {name!r}; choose another with --name")
-    hosted: dict[str, Hosted] = {}
+    hosted: dict[str, ServedModel] = {}
     for name, path in paths.items():
         first = not hosted
         hosted[name] = _host(path, name, options, metrics, ready, provided=first)
@@ -215,7 +215,7 @@ def _host(
     ready: threading.Event | None,
     *,
     provided: bool,
-) -> Hosted:
+) -> ServedModel:
     begun = time.monotonic()
     limits = options.limits
     sizes = limits.batch_sizes or batch_sizes(limits.batch)
@@ -223,13 +223,13 @@ def _host(
     provider = options.provider if provided or is_onnx else None
     mapped = mapped_files()
     model = open_model(path, name, provider=provider, threads=options.threads, shapes=len(sizes))
-    if model.most_rows is not None and model.most_rows < limits.batch:
+    if model.max_rows is not None and model.max_rows < limits.batch:
         raise UsageError(
-            f"{path} takes up to {model.most_rows} rows in a call, fewer than {limits.batch}; give "
-            f"--max-batch {max(model.most_rows, 2)}, or build it for more: trtq build --batch"
+            f"{path} takes up to {model.max_rows} rows in a call, fewer than {limits.batch}; give "
+            f"--max-batch {max(model.max_rows, 2)}, or build it for more: trtq build --batch"
         )
     # An image with guidance takes two rows, so what a request gets by default has to fit.
-    least = 2 if model.card.guidance != 1 else 1
+    least = 2 if model.info.guidance != 1 else 1
     first = next(size for size in sizes if size >= least)
     try:
         model.warm(first)
@@ -240,7 +240,7 @@ def _host(
     own_mapped_files(mapped)
     compiled = sizes if limits.batch_sizes else None
     rest = [size for size in sizes if size != first]
-    hosted = Hosted(
+    hosted = ServedModel(
         model,
         limits,
         options.batching,
@@ -265,7 +265,7 @@ def _compiling() -> bool:
 
 
 def _compile_rest(
-    hosted: Hosted,
+    hosted: ServedModel,
     sizes: Sequence[int],
     ready: threading.Event | None,
     mapped: set[str],
@@ -281,7 +281,7 @@ def _compile_rest(
     except Exception:  # The sizes before it still serve.
         logger.exception("cannot compile", extra={FIELDS: {"batch": size}})
     else:
-        facts = {"model": hosted.card.name, "batch_sizes": sizes}
+        facts = {"model": hosted.info.name, "batch_sizes": sizes}
         logger.info("compiled", extra={FIELDS: facts})
     finally:
         hosted.batcher.no_more_sizes()
@@ -435,7 +435,7 @@ async def _drain(service: Service, server: Any, seconds: float) -> None:
     server.should_exit = True
 
 
-async def drain(service: Drawer, seconds: float) -> None:
+async def drain(service: ImageGenerator, seconds: float) -> None:
     """Finish what was taken on; answer the rest with 503. New requests get that at once."""
     service.draining = True
     logger.info("draining", extra={FIELDS: {"images_under_way": service.under_way}})
@@ -446,7 +446,7 @@ async def drain(service: Drawer, seconds: float) -> None:
         await _until_idle(service, _LAST_ANSWERS_S)
 
 
-async def _until_idle(service: Drawer, seconds: float) -> None:
+async def _until_idle(service: ImageGenerator, seconds: float) -> None:
     end = time.monotonic() + seconds
     while service.under_way and time.monotonic() < end:
         await asyncio.sleep(0.02)

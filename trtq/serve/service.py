@@ -22,9 +22,17 @@ from trtq.serve.batcher import Batcher, Batching, Item
 from trtq.serve.http.errors import ApiError
 from trtq.serve.http.png import png_bytes
 from trtq.serve.metrics import Metrics
-from trtq.serve.models.base import Card, Drawing, ServedModel
+from trtq.serve.models.base import GenerationRequest, ImageModel, ModelInfo
 
-__all__ = ["Drawer", "Event", "Hosted", "Limits", "Service", "parse_batch_sizes", "too_late"]
+__all__ = [
+    "Event",
+    "ImageGenerator",
+    "Limits",
+    "ServedModel",
+    "Service",
+    "parse_batch_sizes",
+    "too_late",
+]
 
 _LONGEST_RETRY_S = 60
 
@@ -54,7 +62,7 @@ class Limits:
     body_s: Annotated[float, Field(gt=0)] = 10.0
 
     @property
-    def most_images(self) -> int:
+    def max_images(self) -> int:
         """Images of a request that can be taken on at all."""
         return min(self.images, self.batch + self.queue)
 
@@ -96,7 +104,7 @@ class Event:
     png: bytes = b""
 
 
-class Hosted:
+class ServedModel:
     """A model with its batcher and its bounded number of images.
 
     Args:
@@ -111,7 +119,7 @@ class Hosted:
 
     def __init__(
         self,
-        model: ServedModel,
+        model: ImageModel,
         limits: Limits,
         batching: Batching,
         metrics: Metrics,
@@ -121,23 +129,23 @@ class Hosted:
         load_seconds: float = 0.0,
     ) -> None:
         self.model = model
-        steps, most = model.card.steps, model.card.most_steps
-        self.card = replace(
-            model.card, steps=min(steps, limits.steps), most_steps=min(most, limits.steps)
+        steps, most = model.info.steps, model.info.max_steps
+        self.info = replace(
+            model.info, steps=min(steps, limits.steps), max_steps=min(most, limits.steps)
         )
         self.under_way = 0
         self.metrics = metrics.model(
-            self.card.name,
+            self.info.name,
             load_seconds,
             under_way=lambda: self.under_way,
             waiting=lambda: self.batcher.waiting,
-            most_rows=limits.batch,
+            max_rows=limits.batch,
         )
         self._most = limits.batch + limits.queue
         self._image_s = 0.0
         self.batcher = Batcher(
             model,
-            most_rows=limits.batch,
+            max_rows=limits.batch,
             sizes=sizes,
             more_sizes=more_sizes,
             batching=batching,
@@ -155,7 +163,7 @@ class Hosted:
             raise ApiError(
                 429,
                 "queue_full",
-                f"{self.card.name} has {self.under_way} images under way and takes {self._most} at "
+                f"{self.info.name} has {self.under_way} images under way and takes {self._most} at "
                 "once; try again later",
                 retry_after=min(wait, _LONGEST_RETRY_S),
             )
@@ -167,16 +175,16 @@ class Hosted:
         self._image_s = each if not self._image_s else 0.9 * self._image_s + 0.1 * each
 
 
-class Drawer(ABC):
+class ImageGenerator(ABC):
     """What an HTTP application needs of whoever draws.
 
     Args:
-        cards: models by name, the default first.
+        infos: models by name, the default first.
         limits: what to take on.
     """
 
-    def __init__(self, cards: Mapping[str, Card], limits: Limits) -> None:
-        self.cards = dict(cards)
+    def __init__(self, infos: Mapping[str, ModelInfo], limits: Limits) -> None:
+        self.infos = dict(infos)
         self.limits = limits
         self.draining = False
 
@@ -203,28 +211,28 @@ class Drawer(ABC):
         if self.draining:
             raise _draining()
 
-    def find(self, name: str | None) -> Card:
+    def find(self, name: str | None) -> ModelInfo:
         """The model of a name; the first for None.
 
         Raises:
             ApiError: 404, there is none.
         """
         if name is None:
-            return next(iter(self.cards.values()))
-        if name not in self.cards:
+            return next(iter(self.infos.values()))
+        if name not in self.infos:
             raise ApiError(
                 404,
                 "model_not_found",
-                f"there is no model {name[:80]!r} here; there is {', '.join(self.cards)}",
+                f"there is no model {name[:80]!r} here; there is {', '.join(self.infos)}",
                 param="model",
             )
-        return self.cards[name]
+        return self.infos[name]
 
     @abstractmethod
     def draw(
         self,
         name: str,
-        drawing: Drawing,
+        drawing: GenerationRequest,
         *,
         deadline_s: float | None = None,
         previews: int = 0,
@@ -247,7 +255,7 @@ class Drawer(ABC):
         """
 
 
-class Service(Drawer):
+class Service(ImageGenerator):
     """Draws images for requests, in this process.
 
     Args:
@@ -255,8 +263,8 @@ class Service(Drawer):
         limits: what to take on.
     """
 
-    def __init__(self, hosted: Mapping[str, Hosted], limits: Limits) -> None:
-        super().__init__({name: one.card for name, one in hosted.items()}, limits)
+    def __init__(self, hosted: Mapping[str, ServedModel], limits: Limits) -> None:
+        super().__init__({name: one.info for name, one in hosted.items()}, limits)
         self.hosted = dict(hosted)
         # Where prompts are encoded and pictures decoded, unless that is quick: batchers only denoise.
         self._side = ThreadPoolExecutor(1, "encode-decode")
@@ -279,13 +287,13 @@ class Service(Drawer):
     async def draw(
         self,
         name: str,
-        drawing: Drawing,
+        drawing: GenerationRequest,
         *,
         deadline_s: float | None = None,
         previews: int = 0,
         progress: bool = False,
     ) -> AsyncGenerator[Event]:
-        """See `Drawer`."""
+        """See `ImageGenerator`."""
         hosted = self.hosted[name]
         allowed = self.limits.deadline_s
         longest = allowed if deadline_s is None else min(deadline_s, allowed)
@@ -338,7 +346,12 @@ class _Request:
     """
 
     def __init__(
-        self, service: Service, hosted: Hosted, drawing: Drawing, previews: int, progress: bool
+        self,
+        service: Service,
+        hosted: ServedModel,
+        drawing: GenerationRequest,
+        previews: int,
+        progress: bool,
     ) -> None:
         hosted.take(drawing.count)
         self._left = drawing.count
@@ -357,7 +370,7 @@ class _Request:
     async def begin(self) -> None:
         """Hand the images to the batcher."""
         try:
-            if self._model.quick:
+            if self._model.cheap_codec:
                 starts = self._model.starts(self._drawing)
             else:
                 starts = await self._service.aside(self._model.starts, self._drawing)
@@ -369,9 +382,9 @@ class _Request:
             round((which + 1) * calls / (self._previews + 1)) for which in range(self._previews)
         }
         watched = self._progress or self._preview_at
-        after_step = self._after_step if watched else None
+        after_update = self._after_step if watched else None
         self._items = [
-            Item(start, index, after_step, self._done) for index, start in enumerate(starts)
+            Item(start, index, after_update, self._done) for index, start in enumerate(starts)
         ]
         self._hosted.batcher.put(self._items)
 
@@ -412,7 +425,7 @@ class _Request:
         self._show("image", item, item.x)
 
     def _show(self, kind: str, item: Item, x: np.ndarray) -> None:
-        if self._model.quick:
+        if self._model.cheap_codec:
             self._picture(kind, item, item.position, x)
         else:
             self._service.submit_aside(self._picture, kind, item, item.position, x)

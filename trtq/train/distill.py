@@ -18,7 +18,7 @@ from trtq.quant.convert import QuantizedDenoiser
 from trtq.quant.modules import QuantLayer
 from trtq.train.trajectories import Trajectories
 
-__all__ = ["Distillation", "Rates", "tapped"]
+__all__ = ["Distillation", "Rates", "captured_outputs"]
 
 _SCALE_RANGE = 4.0
 
@@ -43,7 +43,7 @@ class Rates:
 
 
 @contextmanager
-def tapped(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+def captured_outputs(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
     """Collects the last output of each named module while the block runs."""
     outputs: dict[str, Tensor] = {}
 
@@ -133,7 +133,7 @@ class Distillation:
                 entries.append(quantizer.zero_point)
         return [{"params": entries, "lr": rate, "table": True} for rate, entries in by_rate.items()]
 
-    def after_step(self) -> None:
+    def after_update(self) -> None:
         """Keep zero points inside the codes and scales near their calibrated values.
 
         An entry is visited once per trajectory, while Adam's momentum moves it all the time: without

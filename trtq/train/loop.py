@@ -40,7 +40,7 @@ class Objective(Protocol):
     def loss(self, student: Callable[..., Any], slot: int, iteration: int) -> Tensor:
         """The loss of accumulation step `slot`, a scalar."""
 
-    def after_step(self) -> None:
+    def after_update(self) -> None:
         """Called after each optimiser step, e.g. to bring parameters back into range."""
 
     def state(self) -> dict[str, Tensor]:
@@ -263,7 +263,7 @@ def fit(
             total += value / accumulate
         stepper.step()
         stepper.zero_grad()
-        objective.after_step()
+        objective.after_update()
         losses.append(total)
         done = iteration + 1
         if progress is not None:

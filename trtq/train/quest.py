@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trtq.quant.convert import QuantizedDenoiser
-from trtq.train.distill import Distillation, Rates, tapped
+from trtq.train.distill import Distillation, Rates, captured_outputs
 from trtq.train.trajectories import Trajectories
 
 __all__ = ["Quest", "Weighting", "alignment_loss"]
@@ -125,7 +125,7 @@ class Quest(Distillation):
 
     def loss(self, student: Callable[..., Any], slot: int, iteration: int) -> Tensor:
         """Local and global error where the trajectories of this slot stand."""
-        with tapped(self.model.denoiser, self.aligned) as outputs:
+        with captured_outputs(self.model.denoiser, self.aligned) as outputs:
             batch = self.trajectories.next(slot, iteration)
             teacher = dict(outputs)
             predicted = self.trajectories.predict(student, batch)

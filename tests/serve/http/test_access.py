@@ -15,7 +15,7 @@ from trtq.serve.http import protocol
 from trtq.serve.http.access import Access, allowed_hosts, allowed_origins
 from trtq.serve.http.app import create_app
 from trtq.serve.metrics import Metrics
-from trtq.serve.service import Hosted, Limits, Service
+from trtq.serve.service import Limits, ServedModel, Service
 
 BODY = json.dumps({"prompt": "one", "steps": 1})
 GETS = (
@@ -28,7 +28,7 @@ GETS = (
 def serving(model, api_key=None, **access):
     """A server with this access; gives its port."""
     metrics = Metrics()
-    service = Service({"toy": Hosted(model, Limits(), "step", metrics)}, Limits())
+    service = Service({"toy": ServedModel(model, Limits(), "step", metrics)}, Limits())
     app = create_app(service, metrics, api_key, Access(**access))
     with running(app, http=protocol.BoundedProtocol) as url:
         yield httpx.URL(url).port

@@ -18,8 +18,8 @@ from trtq.serve.http.app import create_app
 from trtq.serve.http.errors import ApiError
 from trtq.serve.http.protocol import BoundedProtocol
 from trtq.serve.metrics import Metrics
-from trtq.serve.models.base import Drawing
-from trtq.serve.service import Hosted, Limits, Service
+from trtq.serve.models.base import GenerationRequest
+from trtq.serve.service import Limits, ServedModel, Service
 
 PATH = "/v1/images/generations"
 KEY = "sesame"
@@ -31,7 +31,7 @@ class Server:
     def __init__(self, models, limits, batching="step", api_key=None):
         self.metrics = Metrics()
         hosted = {
-            model.card.name: Hosted(model, limits, batching, self.metrics) for model in models
+            model.info.name: ServedModel(model, limits, batching, self.metrics) for model in models
         }
         self.service = Service(hosted, limits)
         self.app = create_app(self.service, self.metrics, api_key)
@@ -424,7 +424,7 @@ def test_no_time_left_is_a_deadline_too(serve):
     server, _ = serve()
 
     async def draw():
-        drawing = Drawing("one", 1, 0, 5, 1.0)
+        drawing = GenerationRequest("one", 1, 0, 5, 1.0)
         async for _ in server.service.draw("toy", drawing, deadline_s=0.0):
             pass
 

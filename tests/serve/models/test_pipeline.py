@@ -9,7 +9,7 @@ from tests.serve.test_batcher import Crowd
 from trtq.diffusion.pipeline import load_source
 from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import UsageError
-from trtq.pipelines.draw import Subjects, draw
+from trtq.pipelines.draw import Conditioning, draw
 from trtq.quant.stand_in import StandIn
 from trtq.serve.batcher import Batcher
 from trtq.serve.models.base import Sizes
@@ -36,16 +36,16 @@ def opened(name):
 
 def guidance_of(model):
     # DiT's pipeline takes class 1000 for "no class", which a small model has not.
-    return 3.0 if model.card.takes_guidance and model.card.kind == "text" else 1.0
+    return 3.0 if model.info.takes_guidance and model.info.kind == "text" else 1.0
 
 
 def prompt_of(model):
-    return {"text": "a red circle", "class": "1", "none": ""}[model.card.kind]
+    return {"text": "a red circle", "class": "1", "none": ""}[model.info.kind]
 
 
 def served(model, count, **wish):
     """Images of one request, uint8[H,W,3], that share every call of the denoiser."""
-    crowd, batcher = Crowd(model), Batcher(model, most_rows=4)
+    crowd, batcher = Crowd(model), Batcher(model, max_rows=4)
     wish = {"guidance": guidance_of(model), "prompt": prompt_of(model)} | wish
     batcher.put(crowd.items(SEED, STEPS, count=count, **wish))
     found = crowd.wait(count, seconds=300)
@@ -55,13 +55,13 @@ def served(model, count, **wish):
 
 def whole(source, model, count, **wish):
     """The same through the pipeline's own call."""
-    subjects = Subjects(
+    conditioning = Conditioning(
         count,
-        classes=torch.tensor([1] * count) if model.card.kind == "class" else None,
-        prompts=[prompt_of(model)] * count if model.card.kind == "text" else None,
+        classes=torch.tensor([1] * count) if model.info.kind == "class" else None,
+        prompts=[prompt_of(model)] * count if model.info.kind == "text" else None,
     )
     guidance = guidance_of(model)
-    images = draw(source, subjects, steps=STEPS, seed=SEED, guidance=guidance, **wish)
+    images = draw(source, conditioning, steps=STEPS, seed=SEED, guidance=guidance, **wish)
     return [torch.from_numpy(pixels(image[None].numpy(), "whole")).int() for image in images]
 
 
@@ -76,7 +76,7 @@ def test_a_served_pipeline_draws_what_it_draws_whole(name):
     model = PipelineModel(source, name, "torch")
     found = served(model, 2)
     for image in found:
-        assert image.shape == (*model.card.image_size, 3)
+        assert image.shape == (*model.info.image_size, 3)
         assert int(image.max()) - int(image.min()) > 10
     # The pipeline decodes both at once, which may move a value over the edge between two levels.
     assert furthest(found, whole(source, model, 2)) <= 1
@@ -111,8 +111,8 @@ def test_the_normalisation_of_latents_is_undone_where_the_pipeline_does(name, nu
 
 def test_flux_takes_no_guidance_beside_the_one_it_is_told():
     model = PipelineModel(opened("flux"), "flux", "torch")
-    assert not model.card.takes_guidance
-    assert model.card.guidance == 1.0
+    assert not model.info.takes_guidance
+    assert model.info.guidance == 1.0
     with pytest.raises(UsageError, match="flux takes no guidance; it must be 1"):
         Crowd(model).items(1, guidance=3.0, prompt="a red circle")
 
@@ -130,7 +130,7 @@ def test_a_model_without_prompts_refuses_them():
 def test_another_size_is_drawn_as_the_pipeline_draws_it(name, size):
     source = opened(name)
     model = PipelineModel(source, name, "torch")
-    assert size in model.card.sizes
+    assert size in model.info.sizes
     expected = whole(source.sized("{}x{}".format(*size)), model, 1)
     assert furthest(served(model, 1, size=size), expected) <= 1
     # A request of another size leaves the model as it was.
@@ -140,13 +140,13 @@ def test_another_size_is_drawn_as_the_pipeline_draws_it(name, size):
 def test_images_of_different_sizes_are_under_way_together():
     model = PipelineModel(opened("sd_xl"), "sd_xl", "torch")
     sizes = [(16, 16), (8, 32), (32, 8), (16, 16)]
-    crowd, batcher = Crowd(model), Batcher(model, most_rows=8)
+    crowd, batcher = Crowd(model), Batcher(model, max_rows=8)
     for seed, size in enumerate(sizes):
         batcher.put(crowd.items(seed, STEPS, 3.0, prompt="a red circle", size=size))
     found = crowd.wait(len(sizes))
     batcher.close(RuntimeError("closed"))
     for seed, size in enumerate(sizes):
-        crowd, batcher = Crowd(model), Batcher(model, most_rows=8)
+        crowd, batcher = Crowd(model), Batcher(model, max_rows=8)
         batcher.put(crowd.items(seed, STEPS, 3.0, prompt="a red circle", size=size))
         alone = crowd.wait(1)[seed, 0]
         batcher.close(RuntimeError("closed"))
@@ -157,7 +157,7 @@ def test_images_of_different_sizes_are_under_way_together():
 @pytest.mark.parametrize("name", ["ldm_vq", "dit", "pixart", "flux"])
 def test_models_of_one_size_say_so(name):
     """Positions are part of the graph, or the pipeline takes no size."""
-    assert PipelineModel(opened(name), name, "torch").card.sizes is None
+    assert PipelineModel(opened(name), name, "torch").info.sizes is None
 
 
 def test_a_run_on_our_kernels_which_keeps_a_graph_of_each_shape_has_one_size():
@@ -168,21 +168,21 @@ def test_a_run_on_our_kernels_which_keeps_a_graph_of_each_shape_has_one_size():
 
     source = opened("sd_1")
     source.pipeline.unet = OnGpu(source.pipeline.unet)
-    assert PipelineModel(source, "sd", "torch").card.sizes is None
+    assert PipelineModel(source, "sd", "torch").info.sizes is None
 
 
 def test_sizes_in_torch_go_from_one_cell_to_twice_the_models_own():
-    assert PipelineModel(opened("sd_1"), "sd", "torch").card.sizes == Sizes((4, 4), (32, 32), 4)
+    assert PipelineModel(opened("sd_1"), "sd", "torch").info.sizes == Sizes((4, 4), (32, 32), 4)
     source = opened("sd_3")
     source.pipeline.transformer.register_to_config(pos_embed_max_size=7)
-    assert PipelineModel(source, "sd_3", "torch").card.sizes == Sizes((4, 4), (28, 28), 4)
+    assert PipelineModel(source, "sd_3", "torch").info.sizes == Sizes((4, 4), (28, 28), 4)
 
 
 @pytest.mark.parametrize("name", ["sd_1", "sd_xl", "sd_3", "pixart"])
 def test_a_negative_prompt_is_drawn_as_the_pipeline_draws_it(name):
     source = opened(name)
     model = PipelineModel(source, name, "torch")
-    assert model.card.takes_negative_prompt
+    assert model.info.takes_negative_prompt
     found = served(model, 1, negative_prompt="a blue square")
     assert furthest(found, whole(source, model, 1, negative_prompt="a blue square")) <= 1
     assert furthest(found, served(model, 1)) > 1
@@ -190,4 +190,4 @@ def test_a_negative_prompt_is_drawn_as_the_pipeline_draws_it(name):
 
 @pytest.mark.parametrize("name", ["ldm_vq", "ldm_kl", "dit", "flux"])
 def test_models_without_negative_prompts_say_so(name):
-    assert not PipelineModel(opened(name), name, "torch").card.takes_negative_prompt
+    assert not PipelineModel(opened(name), name, "torch").info.takes_negative_prompt

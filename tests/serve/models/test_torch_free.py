@@ -7,9 +7,9 @@ from tests.conftest import tiny_pipeline
 from trtq.exporter.export import export_onnx
 from trtq.pipelines.open import open_any
 from trtq.runs.quantize import quantize
-from trtq.serve.models.base import Drawing, Sizes
+from trtq.serve.models.base import GenerationRequest, Sizes
 from trtq.serve.models.pipeline import PipelineModel
-from trtq.serve.models.torch_free import LightModel
+from trtq.serve.models.torch_free import TorchFreeModel
 from trtq.serve.server import open_model
 
 RECIPE = {"method": "minmax", "bits": "w8a8", "steps": 2, "calibration": {"images": 4}}
@@ -26,13 +26,13 @@ def range_onnx(tmp_path_factory):
 
 def test_a_graph_for_several_sizes_is_served_in_all_of_them(range_onnx):
     light = open_model(str(range_onnx), "tiny")
-    assert isinstance(light, LightModel)
-    assert light.card.image_size == (8, 8)
-    assert light.card.sizes == Sizes((8, 8), (16, 24), 2)
+    assert isinstance(light, TorchFreeModel)
+    assert light.info.image_size == (8, 8)
+    assert light.info.sizes == Sizes((8, 8), (16, 24), 2)
     whole = PipelineModel(open_any(range_onnx), "tiny", "cpu")
-    assert whole.card.sizes == light.card.sizes
+    assert whole.info.sizes == light.info.sizes
     for size in (None, (8, 24), (16, 24)):
-        drawing = Drawing("1", 1, 7, 2, 1.0, size)
+        drawing = GenerationRequest("1", 1, 7, 2, 1.0, size)
         ((one,), (other,)) = light.starts(drawing), whole.starts(drawing)
         np.testing.assert_allclose(one.x, other.x, atol=1e-5)
         timestep = np.array([one.solver.timesteps[0]], np.float32)
@@ -42,4 +42,4 @@ def test_a_graph_for_several_sizes_is_served_in_all_of_them(range_onnx):
 
 
 def test_openvino_which_compiles_each_shape_serves_one_size(range_onnx):
-    assert open_model(str(range_onnx), "tiny", provider="openvino").card.sizes is None
+    assert open_model(str(range_onnx), "tiny", provider="openvino").info.sizes is None

@@ -19,14 +19,14 @@ import pytest
 from tests.serve.http.test_app import PATH
 from trtq.errors import UsageError
 from trtq.serve.http.errors import ApiError
-from trtq.serve.models.base import Card, Drawing
-from trtq.serve.ray.deployment import Front, RayOptions, RemoteDrawer, app, replicas_wanted
+from trtq.serve.models.base import GenerationRequest, ModelInfo
+from trtq.serve.ray.deployment import Ingress, RayOptions, RemoteGenerator, app, replicas_wanted
 from trtq.serve.server import drain
 from trtq.serve.service import Event, Limits
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")
-CARD = Card("toy", "class", ("zero",), (4, 4), 5, 1000, 1.0, True, "cpu", None)
+CARD = ModelInfo("toy", "class", ("zero",), (4, 4), 5, 1000, 1.0, True, "cpu", None)
 ALL = [Event("accepted", 0, 0, 2), *(Event("image", index, 2, 2, b"png") for index in range(3))]
 
 
@@ -68,11 +68,14 @@ class Handle:
 
 def draw(handle, monkeypatch, **options):
     monkeypatch.setattr("trtq.serve.ray.deployment._PAUSE_S", 0.0)
-    drawer = RemoteDrawer(handle, {"toy": CARD}, Limits())
+    drawer = RemoteGenerator(handle, {"toy": CARD}, Limits())
 
     async def collect():
         return [
-            event async for event in drawer.draw("toy", Drawing("zero", 3, 7, 2, 1.0), **options)
+            event
+            async for event in drawer.draw(
+                "toy", GenerationRequest("zero", 3, 7, 2, 1.0), **options
+            )
         ]
 
     return asyncio.run(collect())
@@ -83,7 +86,7 @@ def test_a_lost_replica_is_replaced_and_nothing_comes_twice(monkeypatch):
     first, second = Answers(ALL[:2], lost), Answers(ALL, None)
     handle = Handle(first, second)
     assert draw(handle, monkeypatch) == ALL
-    assert [asked[1] for asked in handle.asked] == [Drawing("zero", 3, 7, 2, 1.0)] * 2
+    assert [asked[1] for asked in handle.asked] == [GenerationRequest("zero", 3, 7, 2, 1.0)] * 2
     assert first.cancelled
 
 
@@ -129,12 +132,12 @@ def test_a_replica_that_does_not_answer_is_408_in_time(monkeypatch):
 
 def test_what_is_given_up_is_503_and_nothing_stays_under_way():
     hung = Answers(ALL[:1], None, hangs=True)
-    drawer = RemoteDrawer(Handle(hung), {"toy": CARD}, Limits())
+    drawer = RemoteGenerator(Handle(hung), {"toy": CARD}, Limits())
     given_up = []
 
     async def ask():
         try:
-            async for _ in drawer.draw("toy", Drawing("zero", 3, 7, 2, 1.0)):
+            async for _ in drawer.draw("toy", GenerationRequest("zero", 3, 7, 2, 1.0)):
                 pass
         except ApiError as error:
             given_up.append((error.status, error.code))
@@ -224,7 +227,7 @@ def test_a_connection_whose_body_was_not_read_to_the_end_is_closed(headers, piec
         await send({"type": "http.response.start", "status": 413, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    front = object.__new__(Front)
+    front = object.__new__(Ingress)
     front._app = application
     left, sent = list(pieces), []
 

@@ -19,7 +19,7 @@ from trtq.cli import app
 from trtq.engine.ort import OrtEngine
 from trtq.errors import ArtefactError, ServerError, UsageError
 from trtq.exporter.export import export_onnx
-from trtq.pipelines.draw import draw, subjects_for
+from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
 from trtq.serve.triton import model as triton_model
 from trtq.serve.triton.package import CHECKSUMS_NAME, package_triton
@@ -151,7 +151,7 @@ def request(**values):
 def expected(path, count, *, steps, seed):
     """What `trtq generate` draws, uint8[B,H,W,C]."""
     source = open_any(path)
-    images = draw(source, subjects_for(source, count), steps=steps, seed=seed, batch=count)
+    images = draw(source, conditioning_for(source, count), steps=steps, seed=seed, batch=count)
     return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 

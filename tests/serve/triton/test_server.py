@@ -28,7 +28,7 @@ import pytest
 import torch
 
 from trtq.exporter.export import export_onnx
-from trtq.pipelines.draw import Subjects, draw
+from trtq.pipelines.draw import Conditioning, draw
 from trtq.pipelines.open import open_any
 from trtq.serve.triton.package import package_triton
 
@@ -205,12 +205,12 @@ def expected(source, wanted):
     """What `trtq generate` draws, uint8[B,H,W,C]."""
     prompts, labels = wanted.get("prompt"), wanted.get("class_label")
     if prompts is not None:
-        subjects = Subjects(len(prompts), prompts=[one.decode() for one in prompts])
+        conditioning = Conditioning(len(prompts), prompts=[one.decode() for one in prompts])
     else:
-        subjects = Subjects(len(labels), classes=torch.tensor(labels))
+        conditioning = Conditioning(len(labels), classes=torch.tensor(labels))
     (steps,), (seed,) = wanted["steps"], wanted["seed"]
     guidance = wanted.get("guidance", [None])[0]
-    images = draw(source, subjects, steps=steps, seed=seed, guidance=guidance, batch=8)
+    images = draw(source, conditioning, steps=steps, seed=seed, guidance=guidance, batch=8)
     return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 

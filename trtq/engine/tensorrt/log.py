@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = ["collecting_logger"]
 
-_MOST_WARNINGS = 20
+_MAX_WARNINGS = 20
 
 
 def collecting_logger(trt: Any, errors: list[str], warnings: list[str]) -> Any:
@@ -19,7 +19,7 @@ def collecting_logger(trt: Any, errors: list[str], warnings: list[str]) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 errors.append(message)
-            elif severity == trt.ILogger.WARNING and len(warnings) < _MOST_WARNINGS:
+            elif severity == trt.ILogger.WARNING and len(warnings) < _MAX_WARNINGS:
                 warnings.append(message)
 
     return Logger()

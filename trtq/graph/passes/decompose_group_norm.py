@@ -7,10 +7,10 @@ import onnx_ir as ir
 
 from trtq.graph.passes.builder import GraphBuilder
 
-__all__ = ["SpellOutGroupNorm"]
+__all__ = ["DecomposeGroupNorm"]
 
 
-class SpellOutGroupNorm(ir.passes.InPlacePass):
+class DecomposeGroupNorm(ir.passes.InPlacePass):
     """Mean and deviation of each group in float64, the rest in float32; see `DeployedGroupNorm`.
 
     onnxruntime has no kernel for GroupNormalization: it inlines the operator's definition, and its

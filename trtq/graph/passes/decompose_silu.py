@@ -7,10 +7,10 @@ import onnx_ir as ir
 
 from trtq.graph.passes.builder import GraphBuilder
 
-__all__ = ["SpellOutSilu"]
+__all__ = ["DecomposeSilu"]
 
 
-class SpellOutSilu(ir.passes.InPlacePass):
+class DecomposeSilu(ir.passes.InPlacePass):
     """Replace Mul(x, Sigmoid(x)).
 
     onnxruntime's Sigmoid is an approximation that differs from torch in half of all values, by an ulp;

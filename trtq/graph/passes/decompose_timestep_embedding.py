@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from trtq.graph.passes.builder import GraphBuilder
 
-__all__ = ["SpellOutAngles"]
+__all__ = ["DecomposeTimestepEmbedding"]
 
 _TERMS = 13
 _TURN_HIGH = 6.28125
@@ -17,7 +17,7 @@ _TURN_HIGH = 6.28125
 _TURN_LOW = 2 * math.pi - _TURN_HIGH
 
 
-class SpellOutAngles(ir.passes.InPlacePass):
+class DecomposeTimestepEmbedding(ir.passes.InPlacePass):
     """Take the angle to -pi .. pi and sum the Taylor series, right to 1e-13.
 
     Runtimes' own sines differ from torch in the last bit. A time embedding is the same for all images of

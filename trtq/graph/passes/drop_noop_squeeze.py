@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-__all__ = ["DropIdleSqueeze"]
+__all__ = ["DropNoopSqueeze"]
 
 
-class DropIdleSqueeze(ir.passes.InPlacePass):
+class DropNoopSqueeze(ir.passes.InPlacePass):
     """Take out a Squeeze of an axis that is longer than 1.
 
     torch leaves such an axis alone, ONNX forbids it, and the exporter writes one where diffusers'

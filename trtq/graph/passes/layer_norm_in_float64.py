@@ -7,10 +7,10 @@ import onnx_ir as ir
 
 from trtq.graph.passes.builder import GraphBuilder
 
-__all__ = ["WidenLayerNorm"]
+__all__ = ["CastLayerNormToFloat64"]
 
 
-class WidenLayerNorm(ir.passes.InPlacePass):
+class CastLayerNormToFloat64(ir.passes.InPlacePass):
     """Cast to float64, normalise, round once; see `DeployedLayerNorm`.
 
     In float32 versions of onnxruntime differ in the last bit (1.24 and 1.31 do), which now and then puts

@@ -17,7 +17,7 @@ it:
 Where the second operand of a MatMul has integers beyond `PAIR_SAFE`, it and all that share its front
 cast both operands to float instead of dequantising them, to the same numbers: `QuantizeLinear -> Cast ->
 MatMul with Cast(int8 W)`. Runtimes whose products do not saturate get the pair back when the graph is
-prepared for them, see `PairCastCodes`.
+prepared for them, see `CastsToQdq`.
 
 Layers that get the same value and have the same table share the front, e.g. queries, keys and values.
 The clip is left out where int8 saturates to the same codes. Weights of up to 4 bits lie in the file

@@ -7,10 +7,10 @@ import onnx_ir as ir
 
 from trtq.graph.passes.builder import GraphBuilder
 
-__all__ = ["UnevenScales"]
+__all__ = ["BreakUniformScales"]
 
 
-class UnevenScales(ir.passes.InPlacePass):
+class BreakUniformScales(ir.passes.InPlacePass):
     """Scale the first channel of a convolution's weight by two, and halve what follows.
 
     OpenVINO 2025.4 shrinks a weight's scales to one number if they are equal, as ours are, and its
@@ -55,7 +55,7 @@ def _ones(node: ir.Node | None) -> np.ndarray | None:
 
 
 def _rescale(conv: ir.Node) -> tuple[ir.Node | None, bool]:
-    """The Mul behind a convolution, and whether channels are last there; see `LinearAsConv`."""
+    """The Mul behind a convolution, and whether channels are last there; see `MatMulToConv`."""
     value, last = conv.outputs[0], False
     while True:
         uses = list(value.uses())

@@ -7,10 +7,10 @@ import onnx_ir as ir
 
 from trtq.graph.passes.builder import GraphBuilder
 
-__all__ = ["PairCastCodes"]
+__all__ = ["CastsToQdq"]
 
 
-class PairCastCodes(ir.passes.InPlacePass):
+class CastsToQdq(ir.passes.InPlacePass):
     """`QuantizeLinear -> DequantizeLinear(1)` and `DequantizeLinear(int8 W, 1)` instead of Casts.
 
     The file casts the codes of products that a plain session of onnxruntime could compute wrongly, see

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["NarrowDoubles"]
+__all__ = ["CastFloat64ToFloat32"]
 
 
-class NarrowDoubles(ir.passes.InPlacePass):
+class CastFloat64ToFloat32(ir.passes.InPlacePass):
     """Turn every Cast to DOUBLE and every DOUBLE constant into FLOAT.
 
     The statistics of the group norms are then summed in float32: a few more values fall on the other

@@ -12,10 +12,10 @@ __all__ = ["FuseGroupNorm"]
 
 
 class FuseGroupNorm(ir.passes.InPlacePass):
-    """Replace what `SpellOutGroupNorm` wrote between its two Reshapes by InstanceNormalization.
+    """Replace what `DecomposeGroupNorm` wrote between its two Reshapes by InstanceNormalization.
 
     With groups as its channels that is the same normalisation, in float32 and in one pass over the
-    values. Unlike GroupNormalization it reaches OpenVINO through onnxruntime, see `SpellOutGroupNorm`.
+    values. Unlike GroupNormalization it reaches OpenVINO through onnxruntime, see `DecomposeGroupNorm`.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["WidenInt4"]
+__all__ = ["CastInt4ToInt8"]
 
 
-class WidenInt4(ir.passes.InPlacePass):
+class CastInt4ToInt8(ir.passes.InPlacePass):
     """Fold `Sub(Cast(INT4 codes, INT8), zero point)` into one int8 constant.
 
     TensorRT's INT4 may feed DequantizeLinear and plugins only, so its graphs hold int8 until they are

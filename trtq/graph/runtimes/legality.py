@@ -20,7 +20,7 @@ __all__ = ["Finding", "check"]
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _PRODUCTS = ("Conv", "MatMul", "Gemm")
-_SPELLED_OUT_INTEGERS = (
+_DECOMPOSED_INTEGERS = (
     "ConvInteger",
     "DynamicQuantizeLinear",
     "MatMulInteger",
@@ -38,13 +38,13 @@ class Finding:
     Attributes:
         layer: its name, or the node's where it belongs to no layer.
         rule: what the runtime asks for, and what is there.
-        mend: what to do.
+        fix: what to do.
         fatal: it is refused or computed wrongly; otherwise it runs, slower than it could.
     """
 
     layer: str
     rule: str
-    mend: str
+    fix: str
     fatal: bool = True
 
 
@@ -82,7 +82,7 @@ def _operands(
 
 
 def _operators(node: ir.Node) -> Iterator[Finding]:
-    if node.op_type in _SPELLED_OUT_INTEGERS:
+    if node.op_type in _DECOMPOSED_INTEGERS:
         yield Finding(
             _layer(node),
             f"{node.op_type} is not among the parser's operators",
@@ -100,7 +100,7 @@ def _doubles(node: ir.Node) -> Iterator[Finding]:
         yield Finding(
             _layer(node),
             f"{node.op_type} computes in float64, which the runtime has not",
-            "run the pass NarrowDoubles over the graph",
+            "run the pass CastFloat64ToFloat32 over the graph",
         )
 
 
@@ -166,7 +166,7 @@ def _int4_uses(node: ir.Node) -> Iterator[Finding]:
             yield Finding(
                 _layer(node),
                 f"an INT4 constant feeds {node.op_type}; only DequantizeLinear and plugins take it",
-                "run the pass WidenInt4 over the graph",
+                "run the pass CastInt4ToInt8 over the graph",
             )
 
 
@@ -181,7 +181,7 @@ def _int4_products(node: ir.Node) -> Iterator[Finding]:
             _layer(node),
             f"{node.op_type} of INT4 weights with quantised activations: a convolution is refused, "
             "a matrix product's block scales are put in the wrong place",
-            "widen the weight to int8 (WidenInt4), or use the plugin's packed form",
+            "widen the weight to int8 (CastInt4ToInt8), or use the plugin's packed form",
         )
     elif node.op_type == "Conv" and "block_size" in weight.attributes:  # type: ignore[union-attr]
         yield Finding(
@@ -223,7 +223,7 @@ def _cast_codes(node: ir.Node) -> Iterator[Finding]:
         yield Finding(
             _layer(node),
             "codes that are cast, not dequantised, are multiplied in float",
-            "run the pass PairCastCodes over the graph",
+            "run the pass CastsToQdq over the graph",
             fatal=False,
         )
 

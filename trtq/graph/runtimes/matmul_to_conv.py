@@ -7,10 +7,10 @@ import onnx_ir as ir
 
 from trtq.graph.passes.builder import GraphBuilder
 
-__all__ = ["LinearAsConv"]
+__all__ = ["MatMulToConv"]
 
 
-class LinearAsConv(ir.passes.InPlacePass):
+class MatMulToConv(ir.passes.InPlacePass):
     """`MatMul([B, L, K], DequantizeLinear([K, N]))` as `Conv([B, K, 1, L], [N, K, 1, 1])`.
 
     OpenVINO's integer product of matrices on AVX2 is no faster than its float one; its convolution is

@@ -116,38 +116,38 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     from trtq.graph.passes import (
+        BreakUniformScales,
+        CastFloat64ToFloat32,
+        CastInt4ToInt8,
+        CastsToQdq,
+        DecomposeGroupNorm,
         ExpandPlugins,
-        FloatWideProducts,
-        FloatWideWeights,
         FuseGroupNorm,
-        LinearAsConv,
-        NarrowDoubles,
-        PairCastCodes,
-        SpellOutGroupNorm,
-        UnevenScales,
-        WidenInt4,
+        MatMulToConv,
+        WideProductsToFloat,
+        WideWeightsToFloat,
     )
 
     if runtime in ("onnxruntime", "openvino"):
         ExpandPlugins()(model)
     if runtime == "onnxruntime":
         if has_vnni():
-            PairCastCodes()(model)
+            CastsToQdq()(model)
         return model
     if runtime == "openvino":
-        SpellOutGroupNorm()(model)  # The autoencoder's graphs still have them.
+        DecomposeGroupNorm()(model)  # The autoencoder's graphs still have them.
     FuseGroupNorm()(model)
-    NarrowDoubles()(model)
+    CastFloat64ToFloat32()(model)
     saturates = runtime == "openvino" and not has_vnni()
     if saturates:
-        FloatWideProducts()(model)
-    PairCastCodes()(model)
+        WideProductsToFloat()(model)
+    CastsToQdq()(model)
     if saturates:
-        FloatWideWeights()(model)
-        LinearAsConv()(model)
-        UnevenScales()(model)
+        WideWeightsToFloat()(model)
+        MatMulToConv()(model)
+        BreakUniformScales()(model)
     if runtime != "openvino":
-        WidenInt4()(model)
+        CastInt4ToInt8()(model)
     # The rewrites leave constants behind; a builder would read them and keep them in memory.
     RemoveUnusedNodesPass()(model)
     return model

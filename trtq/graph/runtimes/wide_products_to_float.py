@@ -7,15 +7,15 @@ import onnx_ir as ir
 
 from trtq.graph.passes.builder import GraphBuilder
 
-__all__ = ["FloatWideProducts"]
+__all__ = ["WideProductsToFloat"]
 
 _INT8 = (-128.0, 127.0)
 
 
-class FloatWideProducts(ir.passes.InPlacePass):
+class WideProductsToFloat(ir.passes.InPlacePass):
     """Round and clip in float in front of a MatMul of activations whose codes go beyond `PAIR_SAFE`.
 
-    The counterpart of `FloatWideWeights`: the codes stay what they are, so the result does, too. Such
+    The counterpart of `WideWeightsToFloat`: the codes stay what they are, so the result does, too. Such
     products are told by the Cast of their codes, see `ExpandLowBitToQdq`.
     """
 

@@ -9,10 +9,10 @@ from trtq.errors import LegalityError
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.low_bit_to_qdq import PAIR_SAFE
 
-__all__ = ["FloatWideWeights"]
+__all__ = ["WideWeightsToFloat"]
 
 
-class FloatWideWeights(ir.passes.InPlacePass):
+class WideWeightsToFloat(ir.passes.InPlacePass):
     """A Cast instead of DequantizeLinear for int8 weights with larger integers than `PAIR_SAFE`.
 
     Without VNNI, x86 adds two uint8 x int8 products in int16, which saturates. The layer is then

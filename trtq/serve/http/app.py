@@ -22,8 +22,8 @@ from trtq.serve.http.images import NOTES, ClientGoneError, Images, Message, Rece
 from trtq.serve.http.schema import ImageRequest
 from trtq.serve.logs import FIELDS
 from trtq.serve.metrics import Metrics
-from trtq.serve.models.base import Card
-from trtq.serve.service import Drawer
+from trtq.serve.models.base import ModelInfo
+from trtq.serve.service import ImageGenerator
 
 __all__ = ["create_app"]
 
@@ -56,7 +56,7 @@ _ERROR_SCHEMA = {
 
 
 def create_app(
-    service: Drawer,
+    service: ImageGenerator,
     metrics: Metrics,
     api_key: str | None = None,
     access: Access | None = None,
@@ -115,17 +115,19 @@ def _add_images(app: FastAPI, images: Images) -> None:
         return await images.answer(request.scope, request.receive)
 
 
-def _add_models(app: FastAPI, service: Drawer) -> None:
-    def described(card: Card) -> dict[str, Any]:
-        facts = asdict(card)
+def _add_models(app: FastAPI, service: ImageGenerator) -> None:
+    def described(info: ModelInfo) -> dict[str, Any]:
+        facts = asdict(info)
         name = facts.pop("name")
-        facts["most_images"] = service.limits.most_images
+        facts["max_images"] = service.limits.max_images
+        # Former names of both, for one release.
+        facts |= {"most_steps": info.max_steps, "most_images": service.limits.max_images}
         return {"id": name, "object": "model", "created": 0, "owned_by": "trtq"} | facts
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """What can be drawn with."""
-        return {"object": "list", "data": [described(card) for card in service.cards.values()]}
+        return {"object": "list", "data": [described(info) for info in service.infos.values()]}
 
     @app.get("/v1/models/{name}", responses={404: {"description": "There is no such model."}})
     async def show_model(name: str) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def _add_models(app: FastAPI, service: Drawer) -> None:
         return described(service.find(name))
 
 
-def _add_health(app: FastAPI, service: Drawer, metrics: Metrics) -> None:
+def _add_health(app: FastAPI, service: ImageGenerator, metrics: Metrics) -> None:
     stops = {503: {"description": "The server is about to stop, or cannot draw."}}
 
     def readiness() -> JSONResponse:

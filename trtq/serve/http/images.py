@@ -18,8 +18,8 @@ from trtq.png_text import generation_texts, with_texts
 from trtq.serve.http.errors import ApiError
 from trtq.serve.http.schema import ImageRequest, check_against, guidance_of, parse_request, size_of
 from trtq.serve.metrics import Metrics
-from trtq.serve.models.base import Card, Drawing
-from trtq.serve.service import Drawer, Event, Limits
+from trtq.serve.models.base import GenerationRequest, ModelInfo
+from trtq.serve.service import Event, ImageGenerator, Limits
 
 __all__ = ["NOTES", "ClientGoneError", "Images", "Message", "Receive", "Send", "refusal"]
 
@@ -57,7 +57,7 @@ class Images:
         metrics: what `/metrics` shows.
     """
 
-    def __init__(self, service: Drawer, metrics: Metrics) -> None:
+    def __init__(self, service: ImageGenerator, metrics: Metrics) -> None:
         self._service = service
         self._metrics = metrics
 
@@ -81,12 +81,12 @@ class Images:
         service = self._service
         service.refuse_when_draining()
         wanted = parse_request(await _read_body(scope, receive, service.limits))
-        card = service.find(wanted.model)
-        check_against(wanted, card, service.limits)
-        drawing = _drawing(wanted, card)
-        notes |= {"model": card.name, "images": drawing.count, "steps": drawing.steps}
+        info = service.find(wanted.model)
+        check_against(wanted, info, service.limits)
+        drawing = _drawing(wanted, info)
+        notes |= {"model": info.name, "images": drawing.count, "steps": drawing.steps}
         events = service.draw(
-            card.name,
+            info.name,
             drawing,
             deadline_s=wanted.deadline,
             previews=wanted.partial_images or 0,
@@ -95,54 +95,54 @@ class Images:
         if wanted.stream:
             # Refusals come before the first byte of an answer.
             await _while_connected(receive, anext(events))
-            return _EventStream(_server_sent(events, drawing, card, self._metrics))
+            return _EventStream(_server_sent(events, drawing, info, self._metrics))
         pictures = await _while_connected(receive, _pictures(events, drawing.count))
         data = [
-            {"b64_json": _base64(_described(png, drawing, card, index))}
+            {"b64_json": _base64(_described(png, drawing, info, index))}
             for index, png in enumerate(pictures)
         ]
-        return JSONResponse({"created": int(time.time()), "data": data} | _facts(drawing, card))
+        return JSONResponse({"created": int(time.time()), "data": data} | _facts(drawing, info))
 
 
-def _drawing(wanted: ImageRequest, card: Card) -> Drawing:
-    return Drawing(
+def _drawing(wanted: ImageRequest, info: ModelInfo) -> GenerationRequest:
+    return GenerationRequest(
         prompt=wanted.prompt,
         count=wanted.n,
         seed=secrets.randbelow(2**31) if wanted.seed is None else wanted.seed,
-        steps=wanted.steps or card.steps,
-        guidance=guidance_of(wanted, card),
-        size=size_of(wanted, card),
+        steps=wanted.steps or info.steps,
+        guidance=guidance_of(wanted, info),
+        size=size_of(wanted, info),
         negative_prompt=wanted.negative_prompt,
     )
 
 
-def _facts(drawing: Drawing, card: Card) -> dict[str, Any]:
+def _facts(drawing: GenerationRequest, info: ModelInfo) -> dict[str, Any]:
     """What an answer says beside the pictures: OpenAI's fields, then ours."""
-    height, width = drawing.size or card.image_size
+    height, width = drawing.size or info.image_size
     return {
         "background": "opaque",
         "output_format": "png",
         "quality": "auto",
         "size": f"{width}x{height}",
-        "model": card.name,
+        "model": info.name,
         "seed": drawing.seed,
         "steps": drawing.steps,
         "guidance": drawing.guidance,
     }
 
 
-def _described(png: bytes, drawing: Drawing, card: Card, index: int) -> bytes:
+def _described(png: bytes, drawing: GenerationRequest, info: ModelInfo, index: int) -> bytes:
     """The file of one picture, with what made it as text inside."""
-    text = card.kind == "text"
+    text = info.kind == "text"
     texts = generation_texts(
-        model=card.name,
+        model=info.name,
         prompt=drawing.prompt if text else None,
-        label=drawing.prompt if card.kind == "class" else None,
+        label=drawing.prompt if info.kind == "class" else None,
         seed=drawing.seed,
         image=index,
         steps=drawing.steps,
         guidance=drawing.guidance,
-        size=drawing.size or card.image_size,
+        size=drawing.size or info.image_size,
         negative_prompt=drawing.negative_prompt,
     )
     return with_texts(png, texts)
@@ -162,7 +162,7 @@ async def _pictures(events: AsyncGenerator[Event], count: int) -> list[bytes]:
 
 
 async def _server_sent(
-    events: AsyncGenerator[Event], drawing: Drawing, card: Card, metrics: Metrics
+    events: AsyncGenerator[Event], drawing: GenerationRequest, info: ModelInfo, metrics: Metrics
 ) -> AsyncGenerator[bytes]:
     """A request's events as OpenAI's clients read them, `trtq.progress` beside them if asked for."""
     shown = [0] * drawing.count
@@ -175,9 +175,9 @@ async def _server_sent(
                     continue
                 png = event.png
                 if event.kind == "image":
-                    png = _described(png, drawing, card, event.index)
+                    png = _described(png, drawing, info, event.index)
                 facts |= {"b64_json": _base64(png), "created_at": int(time.time())}
-                facts |= _facts(drawing, card)
+                facts |= _facts(drawing, info)
                 if event.kind == "preview":
                     facts["partial_image_index"] = shown[event.index]
                     shown[event.index] += 1

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtq.serve.http.errors import ApiError, printable
-from trtq.serve.models.base import Card
+from trtq.serve.models.base import ModelInfo
 from trtq.serve.service import Limits
 
 __all__ = ["ImageRequest", "check_against", "guidance_of", "parse_request", "size_of"]
@@ -130,20 +130,20 @@ def _explain(error: ValidationError, found: dict[str, Any]) -> ApiError:
     return ApiError(400, "invalid_value", f"{shown!r} cannot be {given}: {message}", param=shown)
 
 
-def guidance_of(request: ImageRequest, card: Card) -> float:
+def guidance_of(request: ImageRequest, info: ModelInfo) -> float:
     """The guidance that a request asks for, or the model's own; 1 is none, and so is less."""
-    return card.guidance if request.guidance is None else max(1.0, request.guidance)
+    return info.guidance if request.guidance is None else max(1.0, request.guidance)
 
 
-def size_of(request: ImageRequest, card: Card) -> tuple[int, int] | None:
+def size_of(request: ImageRequest, info: ModelInfo) -> tuple[int, int] | None:
     """Height and width that a request asks for, or the model's own; None if that is no size."""
     if request.size in (None, "auto"):
-        return card.image_size
+        return info.image_size
     found = _SIZE.fullmatch(request.size or "")
     return found and (int(found[2]), int(found[1]))
 
 
-def check_against(request: ImageRequest, card: Card, limits: Limits) -> None:
+def check_against(request: ImageRequest, info: ModelInfo, limits: Limits) -> None:
     """Nothing, if this model on this server draws what is asked for.
 
     Raises:
@@ -153,26 +153,24 @@ def check_against(request: ImageRequest, card: Card, limits: Limits) -> None:
     def refuse(param: str, message: str) -> ApiError:
         return ApiError(400, "invalid_value", message, param=param)
 
-    if request.n > limits.most_images:
-        raise refuse(
-            "n", f"n={request.n} is too many; this server draws up to {limits.most_images}"
-        )
-    if request.steps is not None and request.steps > card.most_steps:
-        raise refuse("steps", f"steps={request.steps} is too many; choose 1 .. {card.most_steps}")
-    size = size_of(request, card)
-    if size != card.image_size and not (size and card.sizes and size in card.sizes):
-        height, width = card.image_size
+    if request.n > limits.max_images:
+        raise refuse("n", f"n={request.n} is too many; this server draws up to {limits.max_images}")
+    if request.steps is not None and request.steps > info.max_steps:
+        raise refuse("steps", f"steps={request.steps} is too many; choose 1 .. {info.max_steps}")
+    size = size_of(request, info)
+    if size != info.image_size and not (size and info.sizes and size in info.sizes):
+        height, width = info.image_size
         raise refuse(
             "size",
-            f"{card.name} draws {card.sizes or f'WIDTHxHEIGHT {width}x{height}'}, got "
+            f"{info.name} draws {info.sizes or f'WIDTHxHEIGHT {width}x{height}'}, got "
             f"{str(request.size)[:40]!r}; or say 'auto' for {width}x{height}",
         )
-    if guidance_of(request, card) != 1 and not card.takes_guidance:
-        raise refuse("guidance", f"{card.name} takes no guidance; it must be 1")
+    if guidance_of(request, info) != 1 and not info.takes_guidance:
+        raise refuse("guidance", f"{info.name} takes no guidance; it must be 1")
     if request.negative_prompt:
-        if not card.takes_negative_prompt:
-            raise refuse("negative_prompt", f"{card.name} takes no negative prompt; leave it out")
-        if guidance_of(request, card) == 1:
+        if not info.takes_negative_prompt:
+            raise refuse("negative_prompt", f"{info.name} takes no negative prompt; leave it out")
+        if guidance_of(request, info) == 1:
             raise refuse(
                 "negative_prompt",
                 "a negative prompt changes nothing at guidance 1; choose another, or leave it out",

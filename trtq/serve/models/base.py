@@ -12,7 +12,15 @@ from trtq.artefact.graph_metadata import free_sizes
 from trtq.errors import UsageError
 from trtq.serve.models.solver import Solver
 
-__all__ = ["Card", "Drawing", "Inputs", "ServedModel", "Sizes", "Start", "class_label"]
+__all__ = [
+    "GenerationRequest",
+    "ImageModel",
+    "InitialState",
+    "Inputs",
+    "ModelInfo",
+    "Sizes",
+    "class_label",
+]
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -61,7 +69,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelInfo:
     """What a server says about a model.
 
     Attributes:
@@ -70,7 +78,7 @@ class Card:
         classes: names of the classes; empty for other kinds.
         image_size: height and width in pixels, unless a request says otherwise.
         steps: denoising steps unless a request says otherwise.
-        most_steps: what the noise schedule has.
+        max_steps: what the noise schedule has.
         guidance: unless a request says otherwise; 1 is none.
         takes_guidance: whether requests may choose it.
         provider: what runs it.
@@ -84,7 +92,7 @@ class Card:
     classes: tuple[str, ...]
     image_size: tuple[int, int]
     steps: int
-    most_steps: int
+    max_steps: int
     guidance: float
     takes_guidance: bool
     provider: str
@@ -94,7 +102,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class GenerationRequest:
     """What one request wants drawn.
 
     Attributes:
@@ -132,7 +140,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialState:
     """One image before its first step.
 
     Attributes:
@@ -148,19 +156,19 @@ class Start:
     guidance: float
 
 
-class ServedModel(ABC):
+class ImageModel(ABC):
     """A model that a batcher can run; its methods are called from several threads."""
 
-    card: Card
+    info: ModelInfo
     fixed_shapes = False
     """Whether each batch size has to be compiled before it runs well."""
-    most_rows: int | None = None
+    max_rows: int | None = None
     """Of a call, where what runs it was built for so many."""
-    quick = False
+    cheap_codec = False
     """Whether `starts` and `decode` take less time than handing them to another thread."""
 
     @abstractmethod
-    def starts(self, drawing: Drawing) -> Sequence[Start]:
+    def starts(self, drawing: GenerationRequest) -> Sequence[InitialState]:
         """The images of a request before their first step.
 
         Raises:
@@ -183,7 +191,7 @@ class ServedModel(ABC):
 
     def warm(self, rows: int) -> None:
         """Make the denoiser ready for calls of so many rows."""
-        drawing = Drawing(self.any_prompt(), 1, 0, self.card.steps, 1.0)
+        drawing = GenerationRequest(self.any_prompt(), 1, 0, self.info.steps, 1.0)
         (start,) = self.starts(drawing)
         many = {
             name: np.repeat(value, rows, axis=0) for name, value in start.inputs.conditional.items()
@@ -194,28 +202,28 @@ class ServedModel(ABC):
 
     def any_prompt(self) -> str:
         """A prompt that the model takes."""
-        return self.card.classes[0] if self.card.classes else ""
+        return self.info.classes[0] if self.info.classes else ""
 
 
-def class_label(card: Card, prompt: str) -> int:
+def class_label(info: ModelInfo, prompt: str) -> int:
     """The label of the class that a prompt names.
 
     Raises:
         UsageError: there is no such class.
     """
     wanted = prompt.strip().casefold()
-    for label, name in enumerate(card.classes):
+    for label, name in enumerate(info.classes):
         if wanted == name.casefold():
             return label
     if (
         wanted.isascii()
         and wanted.isdigit()
         and len(wanted) < 7
-        and int(wanted) < len(card.classes)
+        and int(wanted) < len(info.classes)
     ):
         return int(wanted)
-    shown = ", ".join(card.classes[:20]) + (", ..." if len(card.classes) > 20 else "")
+    shown = ", ".join(info.classes[:20]) + (", ..." if len(info.classes) > 20 else "")
     raise UsageError(
-        f"{prompt[:80]!r} is not a class of {card.name}; the prompt of this model is one of {shown}, or "
-        f"a number from 0 to {len(card.classes) - 1}"
+        f"{prompt[:80]!r} is not a class of {info.name}; the prompt of this model is one of {shown}, or "
+        f"a number from 0 to {len(info.classes) - 1}"
     )

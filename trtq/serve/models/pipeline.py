@@ -18,7 +18,7 @@ from trtq.diffusion.cut import find_cuts
 from trtq.diffusion.encode import Encoded, check_inputs, takes_negative
 from trtq.diffusion.latents import draw_noise, latent_decoder
 from trtq.diffusion.layout import class_names
-from trtq.diffusion.pipeline import Source
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.openvino import OpenVinoEngine
@@ -29,12 +29,12 @@ from trtq.seeds import seeded_generator
 from trtq.serve.logs import FIELDS
 from trtq.serve.models.base import (
     Arrays,
-    Card,
-    Drawing,
+    GenerationRequest,
+    ImageModel,
+    InitialState,
     Inputs,
-    ServedModel,
+    ModelInfo,
     Sizes,
-    Start,
     class_label,
 )
 from trtq.serve.models.graph import GraphCall
@@ -46,7 +46,7 @@ __all__ = ["PipelineModel"]
 logger = logging.getLogger(__name__)
 
 
-class PipelineModel(ServedModel):
+class PipelineModel(ImageModel):
     """A diffusers pipeline, taken apart into what a batcher needs.
 
     Args:
@@ -59,7 +59,7 @@ class PipelineModel(ServedModel):
         UsageError: it is not known what its denoiser has to be told.
     """
 
-    def __init__(self, source: Source, name: str, provider: str, shapes: int = 2) -> None:
+    def __init__(self, source: LoadedPipeline, name: str, provider: str, shapes: int = 2) -> None:
         self._source = source
         self._decode = latent_decoder(source)
         self.fixed_shapes = provider == OpenVinoEngine.provider
@@ -67,9 +67,9 @@ class PipelineModel(ServedModel):
         if isinstance(source.denoiser, EngineDenoiser):
             engine = source.denoiser.engine
             if isinstance(engine, OpenVinoEngine):
-                engine.most_shapes = shapes
+                engine.max_shapes = shapes
             if isinstance(engine, TensorRtEngine):
-                self.most_rows = engine.largest(source.family.sample)[0]
+                self.max_rows = engine.largest(source.family.sample)[0]
             self._graph = GraphCall(engine)
         config = dict(source.pipeline.scheduler.config)
         config.setdefault("_class_name", type(source.pipeline.scheduler).__name__)
@@ -77,15 +77,15 @@ class PipelineModel(ServedModel):
         # Threads of the server and the batcher share a tokenizer and torch's modules.
         self._lock = threading.Lock()
         sizes = None if self.fixed_shapes else _sizes(source)
-        self.card = replace(_card(source, name, provider), sizes=sizes)
-        if self.card.kind == "text":
+        self.info = replace(_info(source, name, provider), sizes=sizes)
+        if self.info.kind == "text":
             check_inputs(source.pipeline)
         if self._ddim is None:
             # Before the first request: a scheduler that breaks would refuse every one.
-            source.check_steps(self.card.steps)
+            source.check_steps(self.info.steps)
 
     @torch.no_grad()
-    def starts(self, drawing: Drawing) -> Sequence[Start]:
+    def starts(self, drawing: GenerationRequest) -> Sequence[InitialState]:
         """The images of a request before their first step."""
         source = self._source
         if drawing.size is not None and drawing.size != source.image_size:
@@ -97,22 +97,24 @@ class PipelineModel(ServedModel):
             generator = seeded_generator(drawing.seed, "image", index)
             noise = draw_noise(source, generator).numpy()
             solver = self._solver(source, drawing.steps, generator)
-            found.append(Start(noise * solver.initial_scale, inputs, solver, drawing.guidance))
+            found.append(
+                InitialState(noise * solver.initial_scale, inputs, solver, drawing.guidance)
+            )
         return found
 
-    def _solver(self, source: Source, steps: int, generator: torch.Generator) -> Solver:
+    def _solver(self, source: LoadedPipeline, steps: int, generator: torch.Generator) -> Solver:
         if self._ddim is not None:
             return self._ddim.solver(steps)
         scheduler = source.stepped_scheduler(steps)
         return SchedulerSolver(scheduler, generator, source.family.timestep_scale)
 
-    def _inputs(self, source: Source, drawing: Drawing) -> Inputs:
-        if self.card.kind == "none":
+    def _inputs(self, source: LoadedPipeline, drawing: GenerationRequest) -> Inputs:
+        if self.info.kind == "none":
             if drawing.prompt.strip():
-                raise UsageError(f"{self.card.name} takes no prompt; leave it empty")
+                raise UsageError(f"{self.info.name} takes no prompt; leave it empty")
             return Inputs({})
-        if self.card.kind == "class":
-            conditions = source.conditions(torch.tensor([class_label(self.card, drawing.prompt)]))
+        if self.info.kind == "class":
+            conditions = source.conditions(torch.tensor([class_label(self.info, drawing.prompt)]))
             encoded = Encoded(conditions.conditional, conditions.unconditional)
         else:
             encoded = source.encode([drawing.prompt], drawing.negative_prompt)
@@ -120,17 +122,17 @@ class PipelineModel(ServedModel):
         unconditional = None
         if drawing.guidance != 1:
             if encoded.unconditional is None:
-                raise UsageError(f"{self.card.name} takes no guidance; it must be 1")
+                raise UsageError(f"{self.info.name} takes no guidance; it must be 1")
             unconditional = _arrays(encoded.unconditional)
         return Inputs(_arrays(encoded.conditional), unconditional, _arrays(encoded.shared))
 
-    def _log_cuts(self, drawing: Drawing) -> None:
+    def _log_cuts(self, drawing: GenerationRequest) -> None:
         """Say in the log that a prompt is cut, but not what it says: prompts are not logged."""
         texts = [drawing.prompt, *filter(None, [drawing.negative_prompt])]
         for cut in find_cuts(self._source.pipeline, texts):
             field = "prompt" if cut.prompt == drawing.prompt else "negative_prompt"
             facts: dict[str, Any] = {
-                "model": self.card.name,
+                "model": self.info.name,
                 "field": field,
                 "encoder": cut.encoder,
             }
@@ -158,14 +160,14 @@ class PipelineModel(ServedModel):
         """A clean sample `[1, ...]` -> uint8[H,W] or uint8[H,W,3]."""
         with self._lock, quiet_diffusers():
             image = self._decode(torch.from_numpy(x))
-        return pixels(image.float().numpy(), self.card.name)
+        return pixels(image.float().numpy(), self.info.name)
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
 
 
-def _sizes(source: Source) -> Sizes | None:
+def _sizes(source: LoadedPipeline) -> Sizes | None:
     """Those that the denoiser's graph takes; in torch up to twice the height and width of its own.
 
     None for one size only.
@@ -188,7 +190,7 @@ def _sizes(source: Source) -> Sizes | None:
     return Sizes((step, step), (height, width), step)
 
 
-def _card(source: Source, name: str, provider: str) -> Card:
+def _info(source: LoadedPipeline, name: str, provider: str) -> ModelInfo:
     folder = source.folder
     known = folder is not None and artefact_kind(folder) is not None
     recipe = (peek_manifest(folder).recipe or {}) if known and folder is not None else {}
@@ -201,13 +203,13 @@ def _card(source: Source, name: str, provider: str) -> Card:
     guidance = source.guidance
     if recipe.get("guidance") is not None and source.embedded_guidance is None:
         guidance = float(recipe["guidance"])
-    card = Card(
+    info = ModelInfo(
         name=name,
         kind=kind,
         classes=tuple(class_names(folder, source.classes)) if source.classes is not None else (),
         image_size=source.image_size,
         steps=int(recipe.get("steps") or DEFAULT_STEPS),
-        most_steps=int(source.pipeline.scheduler.config.num_train_timesteps),
+        max_steps=int(source.pipeline.scheduler.config.num_train_timesteps),
         guidance=guidance,
         takes_guidance=kind == "text" and source.embedded_guidance is None,
         provider=provider,
@@ -215,6 +217,6 @@ def _card(source: Source, name: str, provider: str) -> Card:
         takes_negative_prompt=kind == "text" and takes_negative(source.pipeline),
     )
     if kind != "class" or source.classes is None:
-        return card
+        return info
     label = torch.zeros(1, dtype=torch.long)
-    return replace(card, takes_guidance=source.conditions(label).unconditional is not None)
+    return replace(info, takes_guidance=source.conditions(label).unconditional is not None)

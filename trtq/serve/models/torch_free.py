@@ -27,27 +27,27 @@ from trtq.errors import ArtefactError, NonFiniteError, UsageError
 from trtq.seeds import seeded_normal
 from trtq.serve.models.base import (
     Arrays,
-    Card,
-    Drawing,
+    GenerationRequest,
+    ImageModel,
+    InitialState,
     Inputs,
-    ServedModel,
+    ModelInfo,
     Sizes,
-    Start,
     class_label,
 )
 from trtq.serve.models.graph import GraphCall
 from trtq.serve.models.solver import Ddim
 
-__all__ = ["LightModel", "pixels"]
+__all__ = ["TorchFreeModel", "pixels"]
 
-_LEAST_VALUES = 16
+_MIN_VALUES = 16
 _QUICK_VALUES = 1 << 12
 DEFAULT_STEPS = 20
-_MOST_CHANNELS = 4096
-_MOST_CLASSES = 1 << 24
+_MAX_CHANNELS = 4096
+_MAX_CLASSES = 1 << 24
 
 
-class LightModel(ServedModel):
+class TorchFreeModel(ImageModel):
     """A graph of a `UNet2DModel` that draws images themselves, not latents.
 
     Args:
@@ -81,11 +81,11 @@ class LightModel(ServedModel):
         self._ddim = Ddim(_scheduler_config(folder))
         self._null_class = read_null_class(folder)
         self._shape = _sample_shape(config, manifest)
-        card = _card(folder, manifest, name, provider, config, self._ddim, self._null_class)
+        info = _info(folder, manifest, name, provider, config, self._ddim, self._null_class)
         sizes = None if self.fixed_shapes else Sizes.of_graph(self._graph.engine.metadata)
-        self.card = replace(card, sizes=sizes)
+        self.info = replace(info, sizes=sizes)
         largest = self._shape[1:] if sizes is None else sizes.largest
-        self.quick = self._shape[0] * math.prod(largest) <= _QUICK_VALUES
+        self.cheap_codec = self._shape[0] * math.prod(largest) <= _QUICK_VALUES
 
     @staticmethod
     def serves(folder: Path, manifest: Manifest) -> bool:
@@ -96,16 +96,16 @@ class LightModel(ServedModel):
             config.get("_class_name") == "UNet2DModel"
             and not any(part in index for part in ("vae", "vqvae"))
             and Ddim.knows(_scheduler_config(folder))
-            and math.prod(_sample_shape(config, manifest)) >= _LEAST_VALUES
+            and math.prod(_sample_shape(config, manifest)) >= _MIN_VALUES
         )
 
-    def starts(self, drawing: Drawing) -> Sequence[Start]:
+    def starts(self, drawing: GenerationRequest) -> Sequence[InitialState]:
         """The images of a request before their first step."""
         solver = self._ddim.solver(drawing.steps)
         inputs = self._inputs(drawing)
         channels, *own = self._shape
         return [
-            Start(
+            InitialState(
                 seeded_normal((1, channels, *(drawing.size or own)), drawing.seed, "image", index),
                 inputs,
                 solver,
@@ -114,16 +114,16 @@ class LightModel(ServedModel):
             for index in range(drawing.count)
         ]
 
-    def _inputs(self, drawing: Drawing) -> Inputs:
-        if not self.card.classes:
+    def _inputs(self, drawing: GenerationRequest) -> Inputs:
+        if not self.info.classes:
             if drawing.prompt.strip():
-                raise UsageError(f"{self.card.name} takes no prompt; leave it empty")
+                raise UsageError(f"{self.info.name} takes no prompt; leave it empty")
             return Inputs({})
-        label = np.array([class_label(self.card, drawing.prompt)])
+        label = np.array([class_label(self.info, drawing.prompt)])
         if drawing.guidance == 1:
             return Inputs({"class_labels": label})
         if self._null_class is None:
-            raise UsageError(f"{self.card.name} has no label for 'no class', so guidance must be 1")
+            raise UsageError(f"{self.info.name} has no label for 'no class', so guidance must be 1")
         return Inputs({"class_labels": label}, {"class_labels": np.array([self._null_class])})
 
     def denoise(
@@ -134,7 +134,7 @@ class LightModel(ServedModel):
 
     def decode(self, x: np.ndarray) -> np.ndarray:
         """A clean image `[1,C,H,W]` in [-1, 1] -> uint8[H,W] or uint8[H,W,3]."""
-        return pixels(x, self.card.name)
+        return pixels(x, self.info.name)
 
 
 def pixels(x: np.ndarray, name: str) -> np.ndarray:
@@ -155,7 +155,7 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
 
 def _sample_shape(config: dict[str, Any], manifest: Manifest) -> tuple[int, int, int]:
     """Channels, height and width; of a graph for several sizes the smallest, as `open_any` has it."""
-    channels = _whole(config, "in_channels", 1, _MOST_CHANNELS)
+    channels = _whole(config, "in_channels", 1, _MAX_CHANNELS)
     return channels, *parse_size(manifest.options["size"].partition(":")[0])
 
 
@@ -168,7 +168,7 @@ def _whole(config: dict[str, Any], key: str, least: int, most: int) -> int:
     return value
 
 
-def _card(
+def _info(
     folder: Path,
     manifest: Manifest,
     name: str,
@@ -176,21 +176,21 @@ def _card(
     config: dict[str, Any],
     ddim: Ddim,
     null_class: int | None,
-) -> Card:
+) -> ModelInfo:
     count = 0
     if config.get("num_class_embeds") is not None:
-        embeds = _whole(config, "num_class_embeds", 1, _MOST_CLASSES)
+        embeds = _whole(config, "num_class_embeds", 1, _MAX_CLASSES)
         check_null_class(null_class, embeds)
         count = embeds - (null_class is not None)
     recipe = manifest.recipe or {}
     _, height, width = _sample_shape(config, manifest)
-    return Card(
+    return ModelInfo(
         name=name,
         kind="class" if count else "none",
         classes=tuple(class_names(folder, count)),
         image_size=(height, width),
         steps=int(recipe.get("steps") or DEFAULT_STEPS),
-        most_steps=ddim.trained,
+        max_steps=ddim.trained,
         guidance=float(recipe.get("guidance") or 1.0),
         takes_guidance=null_class is not None,
         provider=provider,

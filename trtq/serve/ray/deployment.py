@@ -30,11 +30,11 @@ from trtq.serve.http.errors import ApiError
 from trtq.serve.http.images import Message, Receive, Send
 from trtq.serve.logs import FIELDS, log_to
 from trtq.serve.metrics import Metrics
-from trtq.serve.models.base import Card, Drawing
+from trtq.serve.models.base import GenerationRequest, ModelInfo
 from trtq.serve.server import ServeOptions, build_service, drain, read_api_key
-from trtq.serve.service import Drawer, Event, Limits, parse_batch_sizes, too_late
+from trtq.serve.service import Event, ImageGenerator, Limits, parse_batch_sizes, too_late
 
-__all__ = ["Front", "RayOptions", "RemoteDrawer", "Replica", "app", "replicas_wanted"]
+__all__ = ["Ingress", "RayOptions", "RemoteGenerator", "Replica", "app", "replicas_wanted"]
 
 logger = logging.getLogger(__name__)
 _TRIES = 10
@@ -120,9 +120,9 @@ class Replica:
         log_to()
         self._service = build_service(options, Metrics())
 
-    async def cards(self) -> dict[str, Card]:
+    async def infos(self) -> dict[str, ModelInfo]:
         """The models by name."""
-        return self._service.cards
+        return self._service.infos
 
     async def process(self) -> int:
         """The id of the process."""
@@ -133,7 +133,12 @@ class Replica:
         return {_IMAGES: self._service.under_way}
 
     async def draw(
-        self, name: str, drawing: Drawing, deadline_s: float, previews: int, progress: bool
+        self,
+        name: str,
+        drawing: GenerationRequest,
+        deadline_s: float,
+        previews: int,
+        progress: bool,
     ) -> AsyncGenerator[Event | ApiError]:
         """The events of a request; what goes wrong is the last of them."""
         begun = time.monotonic()
@@ -170,41 +175,41 @@ def replicas_wanted(context: Any) -> tuple[float, dict[str, Any]]:
     return under_way / context.config.target_ongoing_requests, {}
 
 
-class RemoteDrawer(Drawer):
+class RemoteGenerator(ImageGenerator):
     """Draws with replicas.
 
     Args:
         replicas: Ray's handle of the deployment.
-        cards: models by name.
+        infos: models by name.
         limits: of one replica.
     """
 
-    def __init__(self, replicas: Any, cards: dict[str, Card], limits: Limits) -> None:
-        super().__init__(cards, limits)
+    def __init__(self, replicas: Any, infos: dict[str, ModelInfo], limits: Limits) -> None:
+        super().__init__(infos, limits)
         self._replicas = replicas.options(stream=True)
         self._under_way = 0
         self._waiting: set[asyncio.Future[Event | ApiError | None]] = set()
 
     @property
     def under_way(self) -> int:
-        """See `Drawer`."""
+        """See `ImageGenerator`."""
         return self._under_way
 
     def give_up(self) -> None:
-        """See `Drawer`."""
+        """See `ImageGenerator`."""
         for one in list(self._waiting):
             one.cancel()
 
     async def draw(
         self,
         name: str,
-        drawing: Drawing,
+        drawing: GenerationRequest,
         *,
         deadline_s: float | None = None,
         previews: int = 0,
         progress: bool = False,
     ) -> AsyncGenerator[Event]:
-        """See `Drawer`."""
+        """See `ImageGenerator`."""
         lost = require("ray").exceptions.RayActorError
         longest = min(math.inf if deadline_s is None else deadline_s, self.limits.deadline_s)
         end = time.monotonic() + longest
@@ -263,7 +268,7 @@ class RemoteDrawer(Drawer):
         return event
 
 
-class Front:
+class Ingress:
     """Takes requests over HTTP and hands them on.
 
     Args:
@@ -277,17 +282,17 @@ class Front:
         self, replicas: Any, limits: Limits, api_key: SecretStr | None, access: Access
     ) -> None:
         log_to()
-        self._drawer = RemoteDrawer(replicas, await replicas.cards.remote(), limits)
+        self._drawer = RemoteGenerator(replicas, await replicas.infos.remote(), limits)
         key = None if api_key is None else api_key.get_secret_value()
         self._app = create_app(self._drawer, Metrics(), key, access)
         for text in access.warnings:
             logger.warning(text)
-        facts = {"models": list(self._drawer.cards), "api_key": key is not None}
+        facts = {"models": list(self._drawer.infos), "api_key": key is not None}
         logger.info("ready", extra={FIELDS: facts})
 
     async def models(self) -> list[str]:
         """Their names."""
-        return list(self._drawer.cards)
+        return list(self._drawer.infos)
 
     async def drain(self, seconds: float) -> None:
         """Finish what was taken on; answer the rest, and what still comes, with 503."""
@@ -317,7 +322,7 @@ class Front:
 
 
 async def _answer(scope: Any, receive: Receive, send: Send) -> None:
-    """The ASGI application of the process's `Front`."""
+    """The ASGI application of the process's `Ingress`."""
     if scope["type"] == "http":
         front = require("ray.serve").get_replica_context().servable_object
         await front.answer(scope, receive, send)
@@ -359,7 +364,7 @@ def app(given: RayOptions | dict[str, Any]) -> Any:
     ).bind(replace(options, api_key=None, threads=threads))
     # It only passes on; how much is taken on is for the replicas to say.
     front = serve.deployment(
-        serve.ingress(lambda: _answer)(Front),
+        serve.ingress(lambda: _answer)(Ingress),
         name="Front",
         max_ongoing_requests=2 * most * options.max_replicas,
         graceful_shutdown_timeout_s=limits.deadline_s,

@@ -31,7 +31,7 @@ _NAME = "trtq"
 _POLL_S = 0.1
 _CONNECT_S = 10.0
 _GRACE_S = 30.0
-_MOST_REPLICAS = 1024
+_MAX_REPLICAS = 1024
 _ERROR = re.compile(r"(trtq\.errors|ray\.serve\.exceptions)\.\w+: (.*)")
 
 
@@ -45,10 +45,10 @@ def parse_replicas(text: str) -> tuple[int, int]:
         least, most = (parse_whole(part) for part in text.split(":", 2))
     except ValueError:
         least, most = 0, 0
-    if not 1 <= least <= most <= _MOST_REPLICAS:
+    if not 1 <= least <= most <= _MAX_REPLICAS:
         raise UsageError(
             f"the replicas {shown(text)} are not understood; write MIN:MAX, each 1 .. "
-            f"{_MOST_REPLICAS}, e.g. 1:4"
+            f"{_MAX_REPLICAS}, e.g. 1:4"
         )
     return least, most
 

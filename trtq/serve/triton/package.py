@@ -27,7 +27,7 @@ from trtq.exporter.graph_check import require_graphs
 from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
 from trtq.graph.runtimes.prepare import load_graph
 from trtq.pipelines.open import engine_source
-from trtq.progress import Reporter, silent
+from trtq.progress import ProgressCallback, silent
 from trtq.serve.triton import model as triton_model
 from trtq.serve.triton.engine import ServedGraph, TritonEngine
 from trtq.serve.triton.pipeline import Settings, request_input
@@ -68,7 +68,7 @@ def package_triton(
     onnx: str | Path | None = None,
     overwrite: bool = False,
     timeout: float = TRIAL_SECONDS,
-    report: Reporter = silent,
+    progress: ProgressCallback = silent,
 ) -> dict[str, Any]:
     """Write a model repository: one model per graph, and one for the whole pipeline.
 
@@ -81,7 +81,7 @@ def package_triton(
         onnx: the ONNX folder that engines were built from, if it no longer lies beside them.
         overwrite: replace a repository of ours that is already there.
         timeout: max seconds for opening and calling one graph in onnxruntime before it is packaged.
-        report: called as work goes on.
+        progress: called with the stage's name, the work done and the total.
 
     Returns:
         `models` (by name: `backend`, `max_batch_size`, `files`), `bytes`, `notes`, `output`.
@@ -96,12 +96,12 @@ def package_triton(
     final = check_output(Path(out), overwrite=overwrite, source=folder, kind=_KIND)
     graphs = folder if manifest.kind == "onnx" else _onnx_of(folder, manifest, onnx)
     origin = manifest if graphs == folder else read_manifest(graphs, "onnx")
-    require_graphs(graphs, origin, report, seconds=timeout)
+    require_graphs(graphs, origin, progress, seconds=timeout)
     names = graphs_of(origin)
     with new_artefact(final, kind=_KIND, overwrite=overwrite) as partial:
         served, models = {}, {}
         for index, name in enumerate(names):
-            report("package", index, len(names) + 1)
+            progress("package", index, len(names) + 1)
             served[name], models[served[name].model] = _write_graph(
                 folder, graphs / name, manifest, partial
             )
@@ -109,7 +109,7 @@ def package_triton(
         write_listing(partial, _KIND, unhashed=[CHECKSUMS_NAME])
         _write_checksums(partial)
         total = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    report("package", len(names) + 1, len(names) + 1)
+    progress("package", len(names) + 1, len(names) + 1)
     rtx = manifest.options.get("backend") == "tensorrt-rtx"
     notes = [_RTX_NOTE] if manifest.kind == "engine" and rtx else []
     return {"output": str(final), "models": models, "bytes": total, "notes": notes}
@@ -150,7 +150,7 @@ def _write_graph(
     batched = all(spec.shape and spec.shape[0] in _ONE_BATCH for spec in inputs.values())
     shown = DENOISER if name == manifest.denoiser else name
     served = ServedGraph(shown, inputs, outputs, dict(model.metadata_props), batched)
-    most = _most_items(name, manifest) if batched else 0
+    most = _max_items(name, manifest) if batched else 0
     version = out / shown / "1"
     version.mkdir(parents=True)
     engine = manifest.kind == "engine"
@@ -173,16 +173,16 @@ def _write_graph(
     return served, _row(out / shown, backend, most)
 
 
-def _most_items(name: str, manifest: Manifest) -> int:
+def _max_items(name: str, manifest: Manifest) -> int:
     """Most items of one call: of an engine its profile's, else the export's, twice for guidance."""
     profiles = manifest.options.get("profiles")
     if profiles is not None:
         return min(int(shapes[2][0]) for shapes in profiles[name].values())
-    most = _most_images(manifest)
+    most = _max_images(manifest)
     return 2 * most if name == manifest.denoiser else most
 
 
-def _most_images(manifest: Manifest) -> int:
+def _max_images(manifest: Manifest) -> int:
     return int(manifest.options.get("batch", (1, 1))[1])
 
 
@@ -226,7 +226,7 @@ def _write_pipeline(
         size=manifest.options.get("size"),
         steps=int(recipe.get("steps", _DEFAULT_STEPS)),
         guidance=recipe.get("guidance"),
-        most_images=_most_images(manifest),
+        max_images=_max_images(manifest),
         graphs={name: graph.to_json() for name, graph in served.items()},
     )
     settings.write(parts)

@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from trtq.diffusion.pipeline import Source
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.documents import explain_first, read_object
 from trtq.engine.base import Engine
 from trtq.errors import ArtefactError, CancelledError, UsageError
-from trtq.pipelines.draw import Subjects, draw
+from trtq.pipelines.draw import Conditioning, draw
 from trtq.pipelines.open import engine_source
 from trtq.serve.triton.engine import ServedGraph, TritonEngine
 
 __all__ = ["SETTINGS_NAME", "PackagedPipeline", "Settings", "request_input"]
 
 SETTINGS_NAME = "trtq.json"
-_MOST_IMAGES = 100
+_MAX_IMAGES = 100
 """Of one request, so that none holds the pipeline for hours."""
 
 
@@ -41,7 +41,7 @@ class Settings:
         size: image size that the graphs take, or a range.
         steps: denoising steps where a request names none.
         guidance: where a request names none; None: what the model is meant for.
-        most_images: of one call of the graphs.
+        max_images: of one call of the graphs.
         graphs: `ServedGraph.to_json` by component.
     """
 
@@ -51,7 +51,7 @@ class Settings:
     size: str | None
     steps: int
     guidance: float | None
-    most_images: int
+    max_images: int
     graphs: dict[str, dict[str, Any]]
 
     def write(self, folder: Path) -> None:
@@ -103,7 +103,7 @@ class PackagedPipeline:
 
     def draw(
         self,
-        subjects: list[str] | list[int] | int | None,
+        conditioning: list[str] | list[int] | int | None,
         *,
         seed: int = 0,
         steps: int | None = None,
@@ -113,7 +113,7 @@ class PackagedPipeline:
         """Draw what a request asks for, as `trtq generate` would.
 
         Args:
-            subjects: a prompt or a class for each image; a number of images for a model of neither.
+            conditioning: a prompt or a class for each image; a number of images for a model of neither.
             seed: image i of a seed is the same in every request.
             steps: denoising steps.
             guidance: classifier-free guidance.
@@ -133,11 +133,11 @@ class PackagedPipeline:
         try:
             images = draw(
                 self.source,
-                self._subjects(subjects),
+                self._subjects(conditioning),
                 steps=self.settings.steps if steps is None else steps,
                 seed=seed,
                 guidance=self.settings.guidance if guidance is None else guidance,
-                batch=self.settings.most_images,
+                batch=self.settings.max_images,
             )
         finally:
             self._cancelled = _never  # It holds on to the server's request.
@@ -148,23 +148,23 @@ class PackagedPipeline:
         if self._cancelled():
             raise CancelledError("the client cancelled the request")
 
-    def _subjects(self, given: list[str] | list[int] | int | None) -> Subjects:
+    def _subjects(self, given: list[str] | list[int] | int | None) -> Conditioning:
         name = request_input(self.source)
         if given is None:
             raise UsageError(f"the request has no input {name!r}")
         count = given if isinstance(given, int) else len(given)
-        if not 1 <= count <= _MOST_IMAGES:
+        if not 1 <= count <= _MAX_IMAGES:
             raise UsageError(
-                f"a request may ask for 1 .. {_MOST_IMAGES} images, {name!r} asks for {count}"
+                f"a request may ask for 1 .. {_MAX_IMAGES} images, {name!r} asks for {count}"
             )
         if isinstance(given, int):
-            return Subjects(given)
+            return Conditioning(given)
         if self.source.prompts is not None:
-            return Subjects(count, prompts=[str(one) for one in given])
-        return Subjects(count, classes=torch.tensor([int(one) for one in given]))
+            return Conditioning(count, prompts=[str(one) for one in given])
+        return Conditioning(count, classes=torch.tensor([int(one) for one in given]))
 
 
-def request_input(source: Source) -> str:
+def request_input(source: LoadedPipeline) -> str:
     """Name of the input that says what to draw."""
     if source.prompts is not None:
         return "prompt"
