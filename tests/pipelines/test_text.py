@@ -103,7 +103,7 @@ def test_self_and_cross_attention_are_quantised(run):
         assert any(f"{which}.processor.mix" in name for name in products)
     assert all(row.activation_bits for row in manifest.layers)
     assert manifest.structure.splits
-    assert manifest.recipe["guidance"] == 2.0
+    assert manifest.recipe.guidance == 2.0
 
 
 def test_torch_and_onnxruntime_draw_the_same_from_a_prompt(run, onnx):

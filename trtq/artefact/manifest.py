@@ -21,11 +21,13 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -33,6 +35,14 @@ from safetensors import SafetensorError
 
 from trtq.artefact.contents import find_strays
 from trtq.artefact.graph_metadata import check_layers, check_timesteps
+from trtq.artefact.options import (
+    EngineOptions,
+    ExportOptions,
+    LoraRecord,
+    Metrics,
+    RecipeRecord,
+    parsed_as,
+)
 from trtq.artefact.outputs import (
     CHECKPOINTS,
     RESUMABLE,
@@ -56,13 +66,9 @@ from trtq.artefact.records import (
     Digest,
     FileName,
     Given,
-    Metrics,
     ModulePath,
     Number,
-    Options,
-    RecipeRow,
     Text,
-    checked_by,
     path_fault,
 )
 from trtq.documents import explain_first, parse_json, read_text, shown
@@ -186,15 +192,6 @@ class SourceRow(_Strict):
     files: dict[str, Digest]
 
 
-class LoraRow(_Strict):
-    """A LoRA that was merged: see `trtq.lora.MergedLora`."""
-
-    file: Given
-    sha256: Digest
-    scale: Number
-    modules: Annotated[int, Field(strict=True, ge=0)]
-
-
 class Manifest(_Strict):
     """Contents of `manifest.json`.
 
@@ -219,14 +216,21 @@ class Manifest(_Strict):
     files: dict[FileName, Digest] = {}
     source: SourceRow
     denoiser: Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_]{0,63}$")]
-    recipe: Annotated[dict[str, Any], AfterValidator(checked_by(RecipeRow))] | None = None
+    recipe: Annotated[RecipeRecord, BeforeValidator(parsed_as(RecipeRecord))] | None = None
     timesteps: Annotated[list[Annotated[Number, Field(ge=0)]], Field(min_length=1)] | None = None
     layers: list[LayerRow] = []
     structure: StructureRow = StructureRow()
-    loras: list[Annotated[dict[str, Any], AfterValidator(checked_by(LoraRow))]] = []
-    options: Annotated[dict[str, Any], AfterValidator(checked_by(Options))] = {}
-    metrics: Annotated[dict[str, Any], AfterValidator(checked_by(Metrics))] = {}
+    loras: list[Annotated[LoraRecord, BeforeValidator(parsed_as(LoraRecord))]] = []
+    options: SerializeAsAny[ExportOptions] = ExportOptions()
+    metrics: Annotated[Metrics, BeforeValidator(parsed_as(Metrics))] = Metrics()
     packages: dict[Text, Text] = {}
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _options_of_kind(cls, options: Any, info: ValidationInfo) -> ExportOptions:
+        if info.data.get("kind") == "engine":
+            return parsed_as(EngineOptions)(options)
+        return parsed_as(ExportOptions)(options)
 
     @field_validator("files")
     @classmethod
@@ -300,17 +304,19 @@ class Manifest(_Strict):
         if self.recipe is None and quantized:
             raise ValueError(f"layers: {quantized[0]!r} is low-bit, though there is no recipe")
         if self.recipe is not None:
-            missing = [key for key in ("method", "bits", "steps") if self.recipe.get(key) is None]
+            missing = [
+                key for key in ("method", "bits", "steps") if getattr(self.recipe, key) is None
+            ]
             if missing:
                 raise ValueError(f"recipe.{missing[0]}: is missing")
             if not quantized:
                 raise ValueError("layers: none is low-bit, though there is a recipe")
-            if self.recipe.get("tables") == "static" and len(self.timesteps or ()) != 1:
+            if self.recipe.tables == "static" and len(self.timesteps or ()) != 1:
                 raise ValueError(
                     f"timesteps: static tables have one, got {len(self.timesteps or ())}"
                 )
         needed = {"run": (), "onnx": ("size",), "engine": ("size", "backend", "architectures")}
-        missing = [key for key in needed[self.kind] if self.options.get(key) is None]
+        missing = [key for key in needed[self.kind] if getattr(self.options, key) is None]
         if missing:
             raise ValueError(f"options.{missing[0]}: is missing")
 

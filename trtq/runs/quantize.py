@@ -27,6 +27,7 @@ from trtq.artefact.manifest import (
     write_manifest,
 )
 from trtq.artefact.opened import Opened
+from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
 from trtq.artefact.outputs import has_checkpoint, remove_partial, strip_partial
 from trtq.calib.recipe import Recipe, load_recipe
 from trtq.calib.record import activation_tables, record
@@ -266,7 +267,7 @@ def _manifest(plan: QuantizePlan, files: dict[str, str], result: RunResult) -> M
         kind="run",
         source=SourceRow(name=plan.source.name, files=files),
         denoiser=plan.source.denoiser_name,
-        recipe=plan.recipe.model_dump(mode="json"),
+        recipe=RecipeRecord(**plan.recipe.model_dump(mode="json")),
         timesteps=plan.table.timesteps.tolist(),
         layers=[
             LayerRow(
@@ -284,6 +285,6 @@ def _manifest(plan: QuantizePlan, files: dict[str, str], result: RunResult) -> M
         structure=StructureRow(
             attention=list(plan.structure.attention), splits=dict(plan.structure.splits)
         ),
-        loras=[lora.as_dict() for lora in plan.loras],
-        metrics=result.to_json(),
+        loras=[LoraRecord(**lora.as_dict()) for lora in plan.loras],
+        metrics=Metrics(**result.to_json()),
     )
