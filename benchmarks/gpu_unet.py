@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 from trtq.artefact.opened import open_artefact
 from trtq.diffusion.pipeline import load_source
 from trtq.engine.torch_gpu import GpuDenoiser

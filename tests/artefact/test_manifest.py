@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from trtq.artefact.manifest import artefact_kind, read_manifest
+from trtq.artefact.manifest_file import artefact_kind, read_manifest
 from trtq.errors import ArtefactError, IntegrityError, TrtqError
 
 DIGEST = hashlib.sha256(b"").hexdigest()

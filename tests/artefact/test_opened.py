@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trtq.artefact.manifest import parse_manifest
+from trtq.artefact.manifest_file import parse_manifest
 from trtq.artefact.opened import (
     Checkpoint,
     EngineFolder,

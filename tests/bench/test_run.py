@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from trtq.artefact.manifest import Manifest, read_manifest, write_manifest
+from trtq.artefact.manifest import Manifest
+from trtq.artefact.manifest_file import read_manifest, write_manifest
 from trtq.bench.artefacts import (
     Target,
     baseline,

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import trtq
-from trtq.artefact.manifest import Manifest, SourceRow, read_manifest
+from trtq.artefact.manifest import Manifest, SourceRow
+from trtq.artefact.manifest_file import read_manifest
 from trtq.engine.base import SIZES_KEY
 from trtq.engine.profile import axis_ranges, profile_of
 from trtq.engine.tensorrt import compile as compiling

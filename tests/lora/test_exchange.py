@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.conftest import tiny_pipeline
 from tests.families import pipelines
 from tests.lora.merged_by_diffusers import by_diffusers, matrices, write
-from trtq.artefact.manifest import read_manifest
+from trtq.artefact.manifest_file import read_manifest
 from trtq.bench.artefacts import find_checkpoint
 from trtq.diffusion.pipeline import load_source
 from trtq.errors import ArtefactError, UsageError

@@ -94,7 +94,7 @@ def onnx(run):
 
 
 def test_self_and_cross_attention_are_quantised(run):
-    from trtq.artefact.manifest import read_manifest
+    from trtq.artefact.manifest_file import read_manifest
 
     manifest = read_manifest(run, "run")
     products = {row.name for row in manifest.layers if row.kind == "product"}
@@ -200,7 +200,8 @@ def test_prompts_of_the_user(model, tmp_path):
 def test_a_part_from_elsewhere_is_refused(run, tmp_path):
     import shutil
 
-    from trtq.artefact.manifest import Manifest, write_manifest
+    from trtq.artefact.manifest import Manifest
+    from trtq.artefact.manifest_file import write_manifest
 
     folder = tmp_path / "run"
     shutil.copytree(run, folder)

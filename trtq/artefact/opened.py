@@ -11,14 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from trtq.artefact.manifest import (
-    Kind,
-    Manifest,
-    artefact_kind,
-    check_kind,
-    parse_manifest,
-    verify_files,
-)
+from trtq.artefact.manifest import Kind, Manifest
+from trtq.artefact.manifest_file import artefact_kind, check_kind, parse_manifest, verify_files
 from trtq.artefact.options import EngineOptions
 
 __all__ = [

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtq.artefact.contents import changed_source_file
-from trtq.artefact.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    find_origin,
-)
+from trtq.artefact.manifest import MANIFEST_NAME, Manifest
+from trtq.artefact.manifest_file import find_origin
 from trtq.artefact.opened import StoredArtefact, open_artefact, open_folder
 from trtq.artefact.options import EngineOptions
 from trtq.diffusion.pipeline import DENOISERS, resolve_model

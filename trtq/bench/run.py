@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 from trtq.artefact.opened import DEFAULT_STEPS
 from trtq.bench.artefacts import Target, baseline, parse_targets
 from trtq.bench.cost import roofline

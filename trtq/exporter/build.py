@@ -10,15 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from trtq.artefact.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    check_output,
-    claims_output,
-    made_from,
-    new_artefact,
-    write_manifest,
-)
+from trtq.artefact.folder import check_output, claims_output, new_artefact
+from trtq.artefact.manifest import MANIFEST_NAME, Manifest
+from trtq.artefact.manifest_file import made_from, write_manifest
 from trtq.artefact.opened import Opened, open_folder
 from trtq.artefact.options import EngineOptions, Metrics
 from trtq.engine.profile import axis_ranges, profile_of

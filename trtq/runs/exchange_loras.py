@@ -10,12 +10,8 @@ from typing import Any
 import torch
 
 from trtq.artefact.contents import changed_source_file
-from trtq.artefact.manifest import (
-    check_output,
-    claims_output,
-    new_artefact,
-    write_manifest,
-)
+from trtq.artefact.folder import check_output, claims_output, new_artefact
+from trtq.artefact.manifest_file import write_manifest
 from trtq.artefact.opened import Opened
 from trtq.artefact.options import LoraRecord
 from trtq.diffusion.folder import save_pipeline_parts

@@ -14,7 +14,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from trtq.artefact.manifest import Manifest, made_from, read_manifest, write_manifest
+from trtq.artefact.manifest import Manifest
+from trtq.artefact.manifest_file import made_from, read_manifest, write_manifest
 from trtq.cli import app
 from trtq.engine.ort import OrtEngine
 from trtq.errors import ArtefactError, ServerError, UsageError

@@ -8,15 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from trtq.artefact.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    check_output,
-    claims_output,
-    find_origin,
-    new_artefact,
-    sha256,
-)
+from trtq.artefact.files import sha256
+from trtq.artefact.folder import check_output, claims_output, new_artefact
+from trtq.artefact.listing import write_listing
+from trtq.artefact.manifest import MANIFEST_NAME, Manifest
+from trtq.artefact.manifest_file import find_origin
 from trtq.artefact.opened import (
     DEFAULT_STEPS,
     EngineFolder,
@@ -26,7 +22,6 @@ from trtq.artefact.opened import (
     open_folder,
 )
 from trtq.artefact.options import EngineOptions
-from trtq.artefact.outputs import write_listing
 from trtq.engine.base import TensorSpec
 from trtq.engine.prepared import graph_specs
 from trtq.engine.trial import TRIAL_SECONDS
