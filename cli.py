@@ -656,7 +656,7 @@ def evaluate(
     Example: trtq eval onnx --reference digits -o report --gate "fd<=2"
     """
     from trtq.evaluation.evaluate import evaluate as run_stage
-    from trtq.evaluation.evaluate import parse_gate
+    from trtq.evaluation.gates import parse_gate
     from trtq.report.folder import report_folder, write_report
 
     with _command(verbose), report_folder(output, kind="eval", overwrite=overwrite):

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from trtq.artefact.manifest_file import package_versions
-from trtq.evaluation.evaluate import draw_reference, evaluate
+from trtq.evaluation.evaluate import evaluate
+from trtq.evaluation.reference import draw_reference
 from trtq.progress import ProgressPrinter
 from trtq.runs.quantize import quantize
 

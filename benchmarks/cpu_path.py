@@ -80,7 +80,7 @@ def make(folder: Path) -> None:
 
 def _write_constant(run_folder: Path, out: Path) -> None:
     """The graph of a run whose layers use the scales of its first step at all steps."""
-    from trtq.exporter.export import write_graph
+    from trtq.exporter.graph import write_graph
     from trtq.runs.folder import open_run
 
     run = open_run(run_folder)

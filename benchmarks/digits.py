@@ -25,7 +25,8 @@ from trtq.bench.device import cpu_name
 from trtq.bench.summary import summarize
 from trtq.bench.turns import take_turns
 from trtq.engine.open import open_engine
-from trtq.evaluation.evaluate import draw_reference, evaluate
+from trtq.evaluation.evaluate import evaluate
+from trtq.evaluation.reference import draw_reference
 from trtq.exporter.export import export
 from trtq.processor import processor_features
 from trtq.progress import ProgressPrinter

@@ -28,8 +28,9 @@ from torch.nn import functional
 from trtq.artefact.manifest_file import package_versions
 from trtq.demo.shapes import COLOURS, Scene, draw_scenes, random_scene
 from trtq.diffusion.pipeline import LoadedPipeline, load_source
-from trtq.evaluation.evaluate import ReferenceSet, draw_reference, evaluate
+from trtq.evaluation.evaluate import evaluate
 from trtq.evaluation.extractor import Extractor
+from trtq.evaluation.reference import ReferenceSet, draw_reference
 from trtq.exporter.export import export
 from trtq.lora import LoraRequest
 from trtq.pipelines.draw import Conditioning, draw

@@ -12,9 +12,10 @@ from trtq.artefact.manifest_file import read_manifest
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
 from trtq.diffusion.layout import read_index, read_null_class, read_scheduler
 from trtq.errors import ArtefactError, TrtqError, UsageError
-from trtq.pipelines.draw import check_sheet, conditioning_for
+from trtq.pipelines.draw import conditioning_for
 from trtq.pipelines.inspect import inspect
 from trtq.pipelines.open import open_any
+from trtq.pipelines.sheet import check_sheet
 from trtq.runs.folder import open_run
 
 

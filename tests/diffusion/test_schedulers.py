@@ -250,7 +250,7 @@ def test_nor_is_it_exported(tmp_path, monkeypatch):
     pipe = build("sd_1")
     pipe.scheduler = make("EDMEulerScheduler")
     pipe.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("trtq.exporter.export.write_graph", None)
+    monkeypatch.setattr("trtq.exporter.graph.write_graph", None)
     with pytest.raises(UsageError, match="the scheduler EDMEulerScheduler is not one"):
         export(tmp_path / "model", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()

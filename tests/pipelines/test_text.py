@@ -10,7 +10,8 @@ from trtq.demo.train_shapes import build_text_encoder, build_tokenizer
 from trtq.diffusion.pipeline import load_source
 from trtq.errors import ArtefactError, UsageError
 from trtq.evaluation.classifier import ImageClassifier, save_classifier
-from trtq.evaluation.evaluate import evaluate, parse_gate
+from trtq.evaluation.evaluate import evaluate
+from trtq.evaluation.gates import parse_gate
 from trtq.exporter.export import export
 from trtq.pipelines.generate import generate
 from trtq.runs.quantize import quantize

@@ -15,10 +15,11 @@ from trtq.artefact.listing import write_listing
 from trtq.artefact.partial import remove_partial
 from trtq.engine.ort import available_providers
 from trtq.errors import TrtqError, UsageError
-from trtq.evaluation.evaluate import Evaluation, ReferenceSet, draw_reference, evaluate
+from trtq.evaluation.evaluate import Evaluation, evaluate
 from trtq.evaluation.page import FLOAT, grid_section, layer_sections, snr_section
+from trtq.evaluation.reference import ReferenceSet, draw_reference
 from trtq.exporter.export import export
-from trtq.pipelines.draw import contact_sheet, save_png
+from trtq.pipelines.sheet import contact_sheet, save_png
 from trtq.progress import ProgressCallback, silent
 from trtq.report.folder import check_report_folder, write_report
 from trtq.report.page import Page, Section, Table

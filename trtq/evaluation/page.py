@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from trtq.artefact.opened import Checkpoint, Opened, open_artefact
-from trtq.evaluation.evaluate import METRICS, Evaluation
-from trtq.pipelines.draw import contact_sheet
+from trtq.evaluation.evaluate import Evaluation
+from trtq.evaluation.gates import METRICS
 from trtq.pipelines.inspect import inspect
+from trtq.pipelines.sheet import contact_sheet
 from trtq.quant import precision_text
 from trtq.report.lines import INTERVALS
 from trtq.report.page import Page, Picture, Section, Table, picture

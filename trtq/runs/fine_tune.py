@@ -265,13 +265,19 @@ def _quest(
         )
         last = index == len(stages) - 1
         rows.append(_run(setup, training, objective, name, iterations, last=last))
+    return rows, _tuned_share(setup, tuned)
+
+
+def _tuned_share(setup: FineTuning, tuned: list[str]) -> float:
+    """Share of the denoiser's weights and biases that belong to these layers."""
+    layers = dict(setup.model.layers())
     count = sum(
         p.numel() for n in tuned for p in (layers[n].weight, layers[n].bias) if p is not None
     )
     total = sum(
         p.numel() for n, p in setup.model.named_parameters() if n.endswith((".weight", ".bias"))
     )
-    return rows, count / total
+    return count / total
 
 
 def _learn_rounding(setup: FineTuning, recipe: Recipe, iterations: int) -> FineTuneStage:

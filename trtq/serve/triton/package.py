@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from trtq.artefact.files import sha256
 from trtq.artefact.folder import check_output, claims_output, new_artefact
@@ -27,16 +26,17 @@ from trtq.engine.prepared import graph_specs
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError
 from trtq.exporter.graph_check import require_graphs
+from trtq.exporter.parts import copy_parts
 from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
 from trtq.graph.runtimes.prepare import load_graph
 from trtq.pipelines.open import engine_source
 from trtq.progress import ProgressCallback, silent
-from trtq.results import Result
 from trtq.serve.triton import model as triton_model
 from trtq.serve.triton.engine import ServedGraph, TritonEngine
 from trtq.serve.triton.pipeline import Settings, request_input
+from trtq.serve.triton.result import PackagedModel, TritonPackageResult
 
-__all__ = ["CHECKSUMS_NAME", "PackagedModel", "TritonPackageResult", "package_triton"]
+__all__ = ["CHECKSUMS_NAME", "package_triton"]
 
 CHECKSUMS_NAME = "SHA256SUMS"
 ARTEFACT_NAME = "artefact.json"
@@ -61,38 +61,6 @@ _RTX_NOTE = (
     "these engines are of TensorRT-RTX; the tensorrt backend of NVIDIA's own server images reads "
     "engines of full TensorRT (trtq build --backend tensorrt, on the GPU that serves)"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackagedModel(Result):
-    """One model of the repository.
-
-    Attributes:
-        backend: Triton backend that runs it.
-        max_batch_size: maximum batch size; 0 if the server must not batch.
-        files: its files.
-    """
-
-    backend: str
-    max_batch_size: int
-    files: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TritonPackageResult(Result):
-    """A finished model repository.
-
-    Attributes:
-        output: its folder.
-        models: its models by name.
-        bytes: size of all files.
-        notes: sentences for the reader.
-    """
-
-    output: str
-    models: dict[str, PackagedModel]
-    bytes: int
-    notes: list[str]
 
 
 @claims_output
@@ -250,10 +218,7 @@ def _write_pipeline(
 ) -> PackagedModel:
     """The loop, and everything of the pipeline that is no graph."""
     parts = out / PIPELINE / "1" / "parts"
-    for name in origin.files:
-        if PurePosixPath(name).name not in (MODEL_FILE, DATA_NAME):
-            (parts / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(graphs / name, parts / name)
+    copy_parts(graphs, origin, parts)
     recipe = manifest.recipe
     settings = Settings(
         denoiser=manifest.denoiser,
