@@ -376,7 +376,7 @@ def test_a_link_under_the_name_of_the_lock_is_not_followed(tmp_path):
 WRITER = """
 import sys, time
 from pathlib import Path
-from tests.test_outputs import fill
+from tests.artefact.test_outputs import fill
 from trtq.artefact.folder import new_artefact
 place, content = Path(sys.argv[1]), sys.argv[2]
 with new_artefact(place, kind="run", overwrite=True) as folder:

@@ -102,7 +102,7 @@ class StructureRow(_Strict):
     """What was brought into another form before quantising.
 
     Attributes:
-        attention: paths of attention modules that are spelled out.
+        attention: paths of attention modules that are decomposed into their products.
         splits: input channels of the first part, by path of a split convolution.
     """
 
@@ -133,7 +133,7 @@ class Manifest(_Strict):
         denoiser: name of the denoiser component, e.g. `unet`.
         recipe: how it was quantised; None for a float model.
         timesteps: the calibrated timesteps, cleanest first; None for a float model.
-        layers: one row per linear, convolution and spelled-out product of the denoiser.
+        layers: one row per linear, convolution and product of activations of the denoiser.
         structure: modules that were brought into another form, see `trtq.quant.structure`.
         loras: LoRAs merged into the weights before quantising.
         options: what the stage was asked for beyond the recipe.
@@ -211,22 +211,22 @@ class Manifest(_Strict):
         return kinds
 
     def check_graph(self, metadata: Mapping[str, str]) -> None:
-        """Nothing, if the denoiser's graph is the one that this manifest describes.
+        """Raise unless the denoiser's graph is the one that this manifest describes.
 
         Args:
-            metadata: what the graph says about itself.
+            metadata: metadata of the graph.
 
         Raises:
-            ArtefactError: it was calibrated at other timesteps, or holds other layers or bits.
+            ArtefactError: the graph was calibrated at other timesteps, or holds other layers or bits.
         """
         check_timesteps(metadata, self.timesteps)
         check_layers(metadata, self.layer_kinds())
 
     def check_whole(self) -> None:
-        """Nothing, if what must be there for its kind is there.
+        """Raise unless the manifest holds every entry that its kind requires.
 
         Raises:
-            ValueError: it is not; the message names the entry.
+            ValueError: an entry is missing; the message names it.
         """
         quantized = [row.name for row in self.layers if row.activation_bits is not None]
         if self.kind == "run" and self.recipe is None:

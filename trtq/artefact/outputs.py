@@ -109,7 +109,7 @@ def check_file(path: str | Path, *, overwrite: bool, source: Any = None) -> Path
 
 @contextmanager
 def new_file(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
-    """Write a file beside its place and move it there when the block ends well.
+    """Write a file next to its place and move it there when the block ends well.
 
     Yields:
         The path to write to.
