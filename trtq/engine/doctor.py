@@ -1,4 +1,4 @@
-"""What is installed, and what can run here."""
+"""What is installed, and what can run on this machine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _providers() -> list[str]:
 
 
 def _torch_gpu() -> str | None:
-    """The GPU that torch sees; what it warns of, such as an old driver, is said by `doctor`."""
+    """The GPU that torch sees; its warnings are dropped, since `doctor` has hints for them."""
     import torch
 
     with warnings.catch_warnings():
@@ -61,7 +61,7 @@ def _torch_gpu() -> str | None:
 
 
 def _no_gpu() -> str | None:
-    """Why no GPU can be used although there is a driver; None: one can."""
+    """Why no GPU can be used although there is a driver; None if one can."""
     try:
         first_gpu()
     except KernelError as err:

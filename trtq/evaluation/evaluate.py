@@ -1,4 +1,4 @@
-"""How good is it? Images and noise predictions against the float model."""
+"""Evaluation: images and noise predictions of an artefact against the float model."""
 
 from __future__ import annotations
 
@@ -105,24 +105,24 @@ def evaluate(
     gates: tuple[Gate, ...] = (),
     progress: ProgressCallback = silent,
 ) -> Evaluation:
-    """Compare an artefact with the float model: same noise, same subjects, same steps.
+    """Compare an artefact with the float model, from the same noise, prompts or classes, and steps.
 
     Args:
         artefact: a run, an ONNX or engine folder, a checkpoint, a pipeline object, or one of them
             opened.
-        reference: the float model, or its images from `draw_reference`; then `images`, `steps`,
-            `seed`, `guidance` and `features` are those that it was drawn with.
-        images: images to draw with each.
-        steps: denoising steps; by default what the artefact was calibrated for.
-        seed: of the starting noise.
-        guidance: classifier-free guidance; by default what the artefact was calibrated for.
-        provider: what runs the artefact.
-        features: see `draw_reference`.
-        gates: conditions; see `passed` in the result.
-        progress: called with the stage's name, the work done and the total.
+        reference: the float model, or its images from `draw_reference`, whose number, steps, seed,
+            guidance and features are then used.
+        images: number of images to generate with each model.
+        steps: denoising steps; by default the number that the artefact was calibrated for, or 20.
+        seed: seed of the starting noise.
+        guidance: classifier-free guidance scale; by default the value used for calibration.
+        provider: what runs the artefact, see `trtq.pipelines.open.open_any`.
+        features: folder of a CLIP vision model or classifier, see `draw_reference`.
+        gates: conditions on the metrics, see `Evaluation.gates`.
+        progress: callback that receives the stage's name, the work done and the total.
 
     Raises:
-        UsageError: a gate on a number that this model has not.
+        UsageError: a gate names a metric that cannot be computed for this model.
         TrtqError: see `trtq.errors`.
     """
     opened = open_artefact(artefact, verify=False)
@@ -186,32 +186,40 @@ def _compare(drawn: Tensor, reference: ReferenceSet) -> tuple[dict[str, Any], li
     return _compare_features(scores, reference.scores, reference.accuracy_name) | pixels, None
 
 
-def _compare_features(scores: ImageScores, own: ImageScores, accuracy_name: str) -> dict[str, Any]:
-    """The numbers that features give: this model's beside the float model's (`own`)."""
+def _compare_features(
+    scores: ImageScores, reference: ImageScores, accuracy_name: str
+) -> dict[str, Any]:
+    """Metrics of features, of this model and of the float model.
+
+    Args:
+        scores: scores of this model's images.
+        reference: scores of the float model's images.
+        accuracy_name: name of the metric for correctly recognised images.
+    """
     fd, interval = scores.fd, scores.fd_interval
     if fd is None:
-        statistics = feature_statistics(own.features)
+        statistics = feature_statistics(reference.features)
         fd = frechet_distance(feature_statistics(scores.features), statistics)
         interval = bootstrap_interval(scores.features, statistics)
-    precision, recall = precision_recall(scores.features, own.features)
+    precision, recall = precision_recall(scores.features, reference.features)
     result: dict[str, Any] = {
         "fd": fd,
         "fd_interval": interval,
-        "fd_reference": own.fd,
-        "fd_interval_reference": own.fd_interval,
-        "sfd": spatial_distance(scores, own),
+        "fd_reference": reference.fd,
+        "fd_interval_reference": reference.fd_interval,
+        "sfd": spatial_distance(scores, reference),
         "precision": precision,
         "recall": recall,
     }
-    if own.fd is not None:
-        result["fd_ratio"] = fd / own.fd
+    if reference.fd is not None:
+        result["fd_ratio"] = fd / reference.fd
     if scores.accuracy is not None:
-        result |= {accuracy_name: scores.accuracy, f"{accuracy_name}_reference": own.accuracy}
+        result |= {accuracy_name: scores.accuracy, f"{accuracy_name}_reference": reference.accuracy}
         result |= {
             "accuracy_interval": scores.accuracy_interval,
-            "accuracy_interval_reference": own.accuracy_interval,
+            "accuracy_interval_reference": reference.accuracy_interval,
         }
     if scores.inception_score is not None:
         result["inception_score"] = scores.inception_score
-        result["inception_score_reference"] = own.inception_score
+        result["inception_score_reference"] = reference.inception_score
     return result

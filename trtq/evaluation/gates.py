@@ -23,13 +23,9 @@ METRICS = {
     "recall": "share of the float model's images within these images' manifold",
     "psnr_db": "against the float model's images from the same noise",
     "ssim": "against the float model's images from the same noise",
-    "snr_db_min": "least signal-to-noise ratio of the noise prediction over the steps",
+    "snr_db_min": "minimum signal-to-noise ratio of the noise prediction over the steps",
 }
-
-
 _GATE = re.compile(r"\s*([a-z_]+)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
-
-
 _OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 
 
@@ -40,7 +36,7 @@ class Gate:
     Attributes:
         metric: one of `METRICS`.
         operator: `<=`, `>=`, `<` or `>`.
-        bound: the number.
+        bound: the number that the metric is compared with.
     """
 
     metric: str
@@ -57,10 +53,10 @@ class Gate:
 
 
 def parse_gate(text: str) -> Gate:
-    """`fd<=1.5` -> a `Gate`.
+    """Parse a gate such as `fd<=1.5`.
 
     Raises:
-        UsageError: not of that form, or an unknown metric.
+        UsageError: the text has another form, or the metric is unknown.
     """
     match = _GATE.fullmatch(text)
     try:
@@ -83,7 +79,11 @@ PIXEL_METRICS = ("psnr_db", "ssim", "snr_db_min")
 
 
 def check_gates(gates: tuple[Gate, ...], reference: ReferenceSet) -> None:
-    """Refuse a gate on a number that there will not be, before any drawing."""
+    """Refuse a gate on a metric that cannot be computed, before any image is generated.
+
+    Raises:
+        UsageError: there is such a gate; the message names it.
+    """
     if reference.scores is None or reference.extractor is None:
         missing = set(METRICS) - set(PIXEL_METRICS)
         advice = (

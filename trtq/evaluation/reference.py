@@ -25,18 +25,18 @@ __all__ = ["ReferenceSet", "draw_reference"]
 
 @dataclass(frozen=True, eq=False)
 class ReferenceSet:
-    """The float model's images; drawn once, they serve several evaluations.
+    """The float model's images; generated once, they serve several evaluations.
 
     Attributes:
         source: the float model.
-        conditioning: what was drawn.
-        images: float32[B,C,H,W] in [-1, 1].
-        extractor: computes features of images; None if there is no classifier and no `--features`.
-        scores: the extractor's numbers for these images; None without an extractor.
+        conditioning: what the images show.
+        images: generated images, float32[B,C,H,W] in [-1, 1].
+        extractor: computes features of images; None without a classifier and without `--features`.
+        scores: scores of these images by the extractor; None without an extractor.
         steps: denoising steps.
-        seed: of the starting noise.
-        guidance: classifier-free guidance.
-        seconds: time to draw them.
+        seed: seed of the starting noise.
+        guidance: classifier-free guidance scale.
+        seconds: duration of generating the images, in seconds.
     """
 
     source: LoadedPipeline
@@ -56,7 +56,7 @@ class ReferenceSet:
 
     @property
     def accuracy_name(self) -> str:
-        """What the share of right answers is called for this kind of model."""
+        """Name of the metric for the share of correctly recognised images, for this kind of model."""
         return "class_accuracy" if self.source.prompts is None else "faithfulness"
 
 
@@ -71,22 +71,23 @@ def draw_reference(
     judged: LoadedPipeline | None = None,
     progress: ProgressCallback = silent,
 ) -> ReferenceSet:
-    """Draw and score the float model's images.
+    """Generate and score the float model's images.
 
     Args:
         reference: the float model.
-        images: how many.
+        images: number of images.
         steps: denoising steps.
-        seed: of the starting noise.
-        guidance: classifier-free guidance; by default what the model is meant for.
+        seed: seed of the starting noise.
+        guidance: classifier-free guidance scale; by default the scale that suits the model.
         features: folder of a CLIP vision model or classifier to judge by; by default the model's own
             classifier. With neither, only SNR, PSNR and SSIM are computed.
-        judged: what is compared with it; a reference of another kind of model is refused undrawn.
-        progress: called with the stage's name, the work done and the total.
+        judged: the model to compare with it; a reference of another kind of model is refused before
+            any image is generated.
+        progress: callback that receives the stage's name, the work done and the total.
 
     Raises:
-        UsageError: the reference is not a float checkpoint, or not one of `judged`, or `images` is below
-            2.
+        UsageError: the reference is not a float checkpoint, or another model than `judged`, or `images`
+            is below 2.
     """
     opened = open_artefact(reference, verify=False)
     if opened.kind != "checkpoint":
@@ -118,22 +119,22 @@ def draw_reference(
 
 
 def _match(reference: LoadedPipeline, judged: LoadedPipeline) -> None:
-    """Let the reference draw images of the judged model's size, if they are models of one kind.
+    """Set the reference to the judged model's image size.
 
     Raises:
-        UsageError: they are not: images of different things cannot be compared.
+        UsageError: they are different models, whose images cannot be compared.
     """
     if judged.resized and reference.image_size != judged.image_size:
         height, width = judged.image_size
         reference.resize(f"{height}x{width}")
-    for what, own, other in (
+    for what, judged_value, value in (
         ("classes", judged.classes, reference.classes),
         ("prompts", judged.prompts is not None, reference.prompts is not None),
         ("HEIGHT, WIDTH in pixels", judged.image_size, reference.image_size),
         ("sample of shape", judged.sample_shape, reference.sample_shape),
     ):
-        if own != other:
+        if judged_value != value:
             raise UsageError(
-                f"the reference {reference.name} is another model than {judged.name}: {what} {other}, "
-                f"not {own}; give the float checkpoint that it was made from"
+                f"the reference {reference.name} is another model than {judged.name}: {what} {value}, "
+                f"not {judged_value}; give the float checkpoint that it was made from"
             )

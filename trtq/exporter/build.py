@@ -59,24 +59,25 @@ def build(
 
     Args:
         artefact: an ONNX folder, or the opened one.
-        out: the engine folder: the same layout, `model.engine` in place of `model.onnx`.
+        out: the engine folder, in the same layout with `model.engine` in place of `model.onnx`.
         backend: `tensorrt-rtx` or `tensorrt`; None: the first that is installed.
-        architectures: e.g. `sm86`; by default those of current RTX cards, or the GPU that is there.
-        batch: smallest and largest number of images, instead of the export's.
+        architectures: GPU architectures, e.g. `sm86`; by default those of current RTX cards, or that of
+            the GPU in this machine.
+        batch: minimum and maximum number of images; by default those of the export.
         weight_streaming: let weights stay on the host, for models larger than the GPU's memory.
         refit: let weights be exchanged in the finished engine; needs a GPU while building.
-        workspace_bytes: most device memory for one operator's scratch.
-        use_cache: look for engines that were built before, and keep these.
-        overwrite: replace an engine folder that is already there.
+        workspace_bytes: maximum device memory for one operator's scratch; None: no limit.
+        use_cache: reuse engines that were built before, and keep the new ones.
+        overwrite: replace an existing engine folder.
         timeout: max seconds for opening and calling one graph in onnxruntime before it is built.
-        progress: called with the stage's name, the work done and the total.
+        progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
         Sizes and durations, together and for each engine.
 
     Raises:
-        UsageError: the backend cannot do what is asked, or there is no artefact.
-        ArtefactError: it is no ONNX folder, damaged, or onnxruntime cannot open it.
+        UsageError: the backend does not support the options, or there is no artefact.
+        ArtefactError: the folder is no ONNX folder, is damaged, or onnxruntime cannot open it.
         LegalityError: the backend would refuse a layer, or compute it wrongly.
         BuildError: the builder refused, crashed or was killed.
     """

@@ -37,14 +37,14 @@ __all__ = ["PARITY_DB", "export", "parse_batch"]
 
 
 _SERVED_WITHOUT_TORCH = ("UNet2DModel",)
-"""What a server opens without the means to rewrite a graph: it is done at once, once."""
+"""Models that a server opens without torch: their graphs are prepared for the runtimes at export."""
 
 
 def parse_batch(text: str) -> tuple[int, int]:
-    """`1:8` -> (1, 8), the batch sizes an engine is to take; `4` -> (4, 4).
+    """Parse a range of batch sizes: `1:8` -> (1, 8); `4` -> (4, 4).
 
     Raises:
-        UsageError: not of that form.
+        UsageError: the text has another form.
     """
     low, _, high = text.partition(":")
     try:
@@ -191,7 +191,7 @@ def _sizes(source: LoadedPipeline, size: str | None) -> tuple[str, str]:
     """Smallest and largest image size of the graph; the source then works on the smallest.
 
     Raises:
-        UsageError: the model cannot draw them, or one graph cannot take several.
+        UsageError: the model cannot generate these sizes, or one graph cannot take several.
     """
     smallest, largest = parse_sizes("x".join(map(str, source.image_size)) if size is None else size)
     if smallest != largest and not source.family.free_size:
@@ -224,8 +224,11 @@ def _compare_with_torch(
 ) -> dict[str, Any]:
     """Compare a graph with torch at its smallest and its largest size.
 
+    Returns:
+        The fields `parity_*` of `ExportResult`.
+
     Raises:
-        GateError: it is further from torch than `min_db` allows.
+        GateError: the graph is further from torch than `min_db` allows.
     """
     smallest, largest = sizes
     parity = step_parities(source, model, manifest)
@@ -234,15 +237,15 @@ def _compare_with_torch(
         source.resize(largest)
         checked += step_parities(source, model, manifest)
         source.resize(smallest)
-    least = min(row.db for row in checked)
+    minimum = min(row.db for row in checked)
     if not all(row.holds(min_db) for row in checked):
         raise GateError(
-            f"the exported graph is only {least:.1f} dB from torch, {min_db:g} dB are required, or "
+            f"the exported graph is only {minimum:.1f} dB from torch, {min_db:g} dB are required, or "
             "what torch keeps when the inputs of its layers move by the last bit; per step: "
             + ", ".join(f"{row.db:.1f} ({row.floor_db:.1f})" for row in checked)
         )
     return {
-        "parity_db_min": least,
+        "parity_db_min": minimum,
         "parity_db": [row.db for row in parity],
         "parity_db_pooled_min": min(row.pooled_db for row in parity),
         "parity_ties": sum(row.ties for row in parity) / len(parity),

@@ -12,7 +12,13 @@ __all__ = ["copy_parts"]
 
 
 def copy_parts(folder: Path, manifest: Manifest, out: Path) -> None:
-    """Everything of a pipeline that is no graph: configurations, tokenizers, the scheduler."""
+    """Copy everything of a pipeline except its graphs: configurations, tokenizers, the scheduler.
+
+    Args:
+        folder: the ONNX folder.
+        manifest: manifest of the ONNX folder.
+        out: folder that gets the copies.
+    """
     for name in manifest.files:
         if PurePosixPath(name).name in (MODEL_FILE, DATA_NAME):
             continue

@@ -157,7 +157,7 @@ def _rules(model: Path, runtime: Any) -> RuntimeRules:
     findings = check(prepare(load_graph(model), runtime), runtime)
     return RuntimeRules(
         legal=not any(finding.fatal for finding in findings),
-        findings=[RuleFinding(**asdict(finding), mend=finding.fix) for finding in findings],
+        findings=[RuleFinding(**asdict(finding), former_fix=finding.fix) for finding in findings],
     )
 
 

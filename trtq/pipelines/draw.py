@@ -1,4 +1,4 @@
-"""Drawing images for an evaluation, and putting them on one sheet."""
+"""Generating images with any pipeline, from the same noise for the same seed."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _FROM_PIPELINES = (
     ArithmeticError,
     AttributeError,
 )
-"""What diffusers' pipelines raise where their components do not fit each other."""
+"""Exceptions of diffusers' pipelines whose components do not fit each other."""
 BATCH = 125
 TEXT_BATCH = 50
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What images are to show.
+    """What a set of images shows.
 
     Attributes:
         count: number of images B.
-        classes: LongTensor[B], for a model with classes.
-        prompts: B texts, for a text-to-image model.
-        labels: what a classifier must answer, LongTensor[B] by question.
+        classes: class of each image, LongTensor[B], for a model with classes.
+        prompts: prompt of each image, for a text-to-image model.
+        labels: expected answer of a classifier for each image, LongTensor[B], by question.
     """
 
     count: int
@@ -55,10 +55,10 @@ class Conditioning:
 def conditioning_for(
     source: LoadedPipeline, count: int, *, class_label: int | None = None, prompt: str | None = None
 ) -> Conditioning:
-    """Classes or evaluation prompts in turn, unless one class or prompt is asked for.
+    """Choose classes or evaluation prompts in turn, or one class or prompt for all images.
 
     Raises:
-        UsageError: the model does not take what was asked for, or the count is no number of images.
+        UsageError: the model does not take the class or prompt, or the count is out of range.
     """
     if not 1 <= count <= MAX_IMAGES:
         raise UsageError(f"the number of images must be 1 .. {MAX_IMAGES}, got {count}")
@@ -75,9 +75,9 @@ def conditioning_for(
             ]
             return Conditioning(count, prompts=turn)
         chosen = [judged[index % len(judged)] for index in range(count)]
-        questions = set(judged[0].labels).intersection(*(one.labels for one in judged))
-        labels = {name: torch.tensor([one.labels[name] for one in chosen]) for name in questions}
-        return Conditioning(count, prompts=[one.prompt for one in chosen], labels=labels)
+        questions = set(judged[0].labels).intersection(*(row.labels for row in judged))
+        labels = {name: torch.tensor([row.labels[name] for row in chosen]) for name in questions}
+        return Conditioning(count, prompts=[row.prompt for row in chosen], labels=labels)
     if prompt is not None:
         raise UsageError("this model takes classes, not prompts: use --class-label")
     if source.classes is None:
@@ -105,35 +105,35 @@ def draw(
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Draw images; image i of a seed starts from the same noise whatever draws it.
+    """Draw images; image i of a seed starts from the same noise in every pipeline.
 
     Args:
-        source: any pipeline that `open_any` gives.
-        conditioning: what to draw.
+        source: a pipeline from `open_any`.
+        conditioning: what the images show.
         steps: denoising steps.
-        seed: of the starting noise.
-        guidance: classifier-free guidance; by default what the model is meant for.
-        negative_prompt: what the images are not to show; by default what the pipeline has for none.
-        batch: images drawn at once.
-        progress: called with (images done, images in all).
+        seed: seed of the starting noise.
+        guidance: classifier-free guidance scale; by default the scale that suits the model.
+        negative_prompt: what the images must not show; by default the pipeline's own default.
+        batch: maximum number of images per call of the pipeline.
+        progress: callback that receives the number of finished images and the total.
 
     Returns:
         float32[B,C,H,W] in [-1, 1].
 
     Raises:
-        UsageError: the number of steps, or a negative prompt that would change nothing.
-        NonFiniteError: an image holds NaN.
+        UsageError: the number of steps is invalid, or the negative prompt would have no effect.
+        NonFiniteError: an image holds NaN or infinity.
     """
     source.check_steps(steps)
     chosen = source.guidance if guidance is None else guidance
     if negative_prompt is not None:
         _check_negative(source, negative_prompt, chosen)
     if conditioning.prompts is not None:
-        told = [] if not negative_prompt else [negative_prompt]
-        warn_of_cuts(source.pipeline, [*conditioning.prompts, *told])
+        negatives = [] if not negative_prompt else [negative_prompt]
+        warn_of_cuts(source.pipeline, [*conditioning.prompts, *negatives])
     if batch is None:
-        most = BATCH if conditioning.prompts is None else TEXT_BATCH
-        batch = at_once(source.sample_shape, most)
+        max_batch = BATCH if conditioning.prompts is None else TEXT_BATCH
+        batch = at_once(source.sample_shape, max_batch)
     images = []
     for first in range(0, conditioning.count, batch):
         part = slice(first, min(first + batch, conditioning.count))
@@ -148,7 +148,7 @@ def draw(
 
 
 def _check_negative(source: LoadedPipeline, negative_prompt: str, guidance: float) -> None:
-    """Nothing, if the images depend on the negative prompt, or it is empty."""
+    """Raise if a negative prompt would have no effect, unless it is empty."""
     if not negative_prompt:
         return
     if source.prompts is None or not takes_negative(source.pipeline):
@@ -169,9 +169,9 @@ def _call(
     guidance: float,
     negative_prompt: str | None,
 ) -> Tensor:
-    """Some of the images through the pipeline's own call, float[B,C,H,W] in [-1, 1].
+    """Generate a part of the images by the pipeline's own call, float[B,C,H,W] in [-1, 1].
 
-    Pipelines differ in what they take and give: each is asked for what its signature knows.
+    Pipelines differ in their arguments: each gets the arguments that its signature names.
     """
     offered: dict[str, Any] = {
         "num_inference_steps": steps,
@@ -180,8 +180,8 @@ def _call(
         "use_resolution_binning": False,
     }
     offered["height"], offered["width"] = source.image_size
-    told = source.embedded_guidance
-    offered["guidance_scale"] = guidance if told is None else told
+    embedded = source.embedded_guidance
+    offered["guidance_scale"] = guidance if embedded is None else embedded
     if conditioning.prompts is not None:
         offered["prompt"] = list(conditioning.prompts[part])
         if negative_prompt is not None:

@@ -17,25 +17,25 @@ from trtq.png_text import with_texts
 __all__ = ["check_sheet", "contact_sheet", "save_png"]
 
 MAX_PIXELS = 1 << 27
-"""Of all images of one sheet together; in float32 they take 1.5 GB."""
+"""Maximum number of pixels of all images on one sheet; in float32 they take 1.5 GB."""
 
 
 def check_sheet(count: int, height: int, width: int) -> None:
-    """Nothing, if so many images of `height` times `width` pixels fit on one sheet.
+    """Raise unless `count` images of `height` times `width` pixels fit on one sheet.
 
     Raises:
-        UsageError: they are too many to be held in memory at once.
+        UsageError: the images do not fit into memory together.
     """
-    most = max(1, MAX_PIXELS // (height * width))
-    if count > most:
+    max_count = max(1, MAX_PIXELS // (height * width))
+    if count > max_count:
         raise UsageError(
             f"{count} images of {height}x{width} pixels (HEIGHTxWIDTH) are too many for one sheet; "
-            f"choose at most {most}"
+            f"choose at max_count {max_count}"
         )
 
 
 def contact_sheet(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
-    """images[B,C,H,W] in [-1, 1] on one uint8[H',W',3] sheet, row by row, on white."""
+    """Arrange images[B,C,H,W] in [-1, 1] on one sheet uint8[H',W',3], row by row, on white."""
     pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     if pixels.shape[-1] == 1:
         pixels = pixels.repeat(3, axis=-1)
@@ -61,13 +61,13 @@ def save_png(
     """Write uint8[H,W,3] as PNG, complete or not at all.
 
     Args:
-        sheet: pixels.
+        sheet: pixels, uint8[H,W,3].
         path: the file.
-        texts: what the file says of itself, see `trtq.png_text`.
-        overwrite: replace a file that is there.
+        texts: PNG texts by keyword, see `trtq.png_text`.
+        overwrite: replace an existing file.
 
     Raises:
-        UsageError: the folder does not exist or cannot be written, or the file is there already.
+        UsageError: the folder does not exist or cannot be written, or the file exists.
         ArtefactError: the disk is full, or fails.
     """
     from PIL import Image

@@ -50,13 +50,13 @@ class QuantizePlan:
 
     Attributes:
         source: the loaded checkpoint.
-        recipe: what to make of it.
-        layers: one plan per linear, convolution and spelled-out product.
+        recipe: the recipe, with every default filled in.
+        layers: one plan per linear, convolution and product of activations.
         table: the calibrated timesteps.
-        structure: what was brought into another form; the source's denoiser is in it already.
+        structure: modules in another form; the source's denoiser is changed already.
         policy: the rules that decided about the layers.
-        calls: what each layer is called with, by its name.
-        loras: what was merged into the float weights.
+        calls: shapes and operations of each layer's call, by its name.
+        loras: LoRAs that were merged into the float weights.
     """
 
     source: LoadedPipeline

@@ -36,7 +36,9 @@ def check_plans(path: Path, plans: Sequence[LayerPlan], sources: Mapping[str, nn
             )
     missing = set(sources) - {plan.name for plan in plans}
     if missing:
-        raise ArtefactError(f"the manifest beside {path} has no row for the layer {min(missing)!r}")
+        raise ArtefactError(
+            f"the manifest next to {path} has no row for the layer {min(missing)!r}"
+        )
 
 
 def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None) -> None:
@@ -93,9 +95,9 @@ def check_weight(named: Mapping[str, Tensor], bits: int, source: Any) -> None:
         ).integers()
     bias = named.get("bias")
     if (bias is None) != (source.bias is None) or (bias is not None and bias.shape != (channels,)):
-        found = "none" if bias is None else f"one of shape {tuple(bias.shape)}"
+        stored = "none" if bias is None else f"one of shape {tuple(bias.shape)}"
         needed = "none" if source.bias is None else f"one of shape {(channels,)}"
-        raise ArtefactError(f"the denoiser's layer has {needed} as bias, the file {found}")
+        raise ArtefactError(f"the denoiser's layer has {needed} as bias, the file {stored}")
     if bias is not None and not bool(torch.isfinite(bias).all()):
         raise NonFiniteError("the bias holds NaN or infinity")
 
@@ -110,10 +112,10 @@ def _tensor(named: Mapping[str, Tensor], leaf: str, dtype: torch.dtype) -> Tenso
 
 def check_shared(layers: Mapping[str, LowBitTensors], name: str, owner: str) -> None:
     """Layers that share a quantiser have the same tables."""
-    own, shared = layers[name].operands, layers[owner].operands
-    if own.keys() != shared.keys() or not all(
-        torch.equal(getattr(one, leaf), getattr(shared[operand], leaf))
-        for operand, one in own.items()
+    operands, shared = layers[name].operands, layers[owner].operands
+    if operands.keys() != shared.keys() or not all(
+        torch.equal(getattr(tables, leaf), getattr(shared[operand], leaf))
+        for operand, tables in operands.items()
         for leaf in ("scale", "low", "high")
     ):
         raise ArtefactError(

@@ -89,13 +89,13 @@ def save_denoiser(
 
 
 def _described(quantized: QuantizedDenoiser, merged: Mapping[str, LowBitTensors]) -> dict[str, str]:
-    """The file's own word for what its manifest says too: timesteps, and bits by sorted name."""
-    own = {
+    """Metadata of the file, which its manifest repeats: timesteps, and bits by sorted name."""
+    description = {
         "timesteps": quantized.table.timesteps.tolist(),
         "bits": [_precision(merged[name]) for name in sorted(merged)],
     }
-    # One key: safetensors writes several in any order, and the same run is to be the same file.
-    return {_DESCRIBED_KEY: json.dumps(own)}
+    # A single key: safetensors writes several in any order, and the same run must give the same file.
+    return {_DESCRIBED_KEY: json.dumps(description)}
 
 
 def _precision(layer: LowBitTensors) -> str:
@@ -105,7 +105,7 @@ def _precision(layer: LowBitTensors) -> str:
 
 
 def described_bytes(steps: int, layers: int) -> int:
-    """What the file's own word takes of it, at most."""
+    """Maximum size of the file's metadata."""
     return 25 * steps + 8 * layers + 100
 
 
@@ -127,7 +127,7 @@ class _Described(BaseModel):
             raise ArtefactError(f"{path} is damaged: its metadata: {err}") from err
 
     def check_timesteps(self, path: Path, timesteps: Sequence[float]) -> None:
-        """Nothing, if the manifest lists the timesteps that the tables were made at."""
+        """Raise unless the manifest lists the timesteps that the tables were calibrated at."""
         if self.timesteps != torch.tensor(timesteps, dtype=torch.float32).tolist():
             raise ArtefactError(
                 f"{path} was calibrated at the timesteps {shown(self.timesteps)}, its manifest says "
@@ -135,7 +135,10 @@ class _Described(BaseModel):
             )
 
     def check_bits(self, path: Path, layers: Mapping[str, LowBitTensors]) -> None:
-        """What few channels do not show: one code of 4 bits takes a byte, like one of 8."""
+        """Raise unless every layer has the bits of the manifest.
+
+        The sizes of few channels do not show it: one code of 4 bits takes a byte, like one of 8.
+        """
         names = sorted(layers)
         if len(self.bits) != len(names):
             raise ArtefactError(f"{path} is damaged: its metadata tell the bits of other layers")
