@@ -23,9 +23,9 @@ def edited(folder, target, change, file="manifest.json"):
     """A copy in which one document was changed, and all hashes made again."""
     copy = target / "copy"
     shutil.copytree(folder, copy)
-    found = json.loads((copy / file).read_text())
-    found = change(found) or found
-    (copy / file).write_text(json.dumps(found))
+    record = json.loads((copy / file).read_text())
+    record = change(record) or record
+    (copy / file).write_text(json.dumps(record))
     if file != "manifest.json":
         manifest = json.loads((copy / "manifest.json").read_text())
         manifest["files"][file] = hashlib.sha256((copy / file).read_bytes()).hexdigest()

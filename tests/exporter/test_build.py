@@ -1,4 +1,4 @@
-"""Engines of TensorRT-RTX are built without a GPU, and whatever goes wrong is one clear error."""
+"""Engines of TensorRT-RTX are built without a GPU, and every failure is one clear error."""
 
 import json
 import os
@@ -85,8 +85,13 @@ def test_the_digits_become_an_engine_for_several_architectures(digits_onnx, tmp_
     assert manifest.source.files["unet/model.onnx"]
     assert (out / "scheduler" / "scheduler_config.json").is_file()
     assert not list(out.rglob("*.onnx*"))
-    found = {"kind": "engine", "files": len(manifest.files), "ok": True, "graphs": {"unet": None}}
-    assert verify(out).to_json() == found
+    expected = {
+        "kind": "engine",
+        "files": len(manifest.files),
+        "ok": True,
+        "graphs": {"unet": None},
+    }
+    assert verify(out).to_json() == expected
     (out / "unet" / "model.engine").write_bytes(b"another")
     with pytest.raises(IntegrityError, match=r"model\.engine is not what the manifest says"):
         verify(out)
@@ -225,9 +230,9 @@ def test_a_graph_that_would_be_computed_wrongly_is_not_built(digits_onnx, tmp_pa
 
     monkeypatch.setattr("trtq.exporter.build.find_backend", lambda _: RTX)
     monkeypatch.setattr(
-        "trtq.exporter.build.check", lambda *_: [Finding("conv_in", "a rule", "a mend")]
+        "trtq.exporter.build.check", lambda *_: [Finding("conv_in", "a rule", "a fix")]
     )
-    with pytest.raises(LegalityError, match="does not take 'conv_in': a rule; a mend"):
+    with pytest.raises(LegalityError, match="does not take 'conv_in': a rule; a fix"):
         build(digits_onnx, tmp_path / "engine")
 
 
@@ -295,10 +300,10 @@ def manifest(recipe=None, **options):
 def test_a_denoiser_with_guidance_takes_twice_as_many_items(
     name, recipe, batch, expected, tmp_path
 ):
-    found = axis_ranges(tmp_path, name, manifest(recipe, batch=[1, 8]), Graph(), batch)
-    assert found["batch"] == expected
-    assert found["timesteps"] == (1, *expected[1:])
-    assert found["tokens"] == (1, 77, 512)
+    ranges = axis_ranges(tmp_path, name, manifest(recipe, batch=[1, 8]), Graph(), batch)
+    assert ranges["batch"] == expected
+    assert ranges["timesteps"] == (1, *expected[1:])
+    assert ranges["tokens"] == (1, 77, 512)
 
 
 def test_sizes_are_latents_for_the_decoder_and_pixels_for_the_encoder(tmp_path):
@@ -308,8 +313,8 @@ def test_sizes_are_latents_for_the_decoder_and_pixels_for_the_encoder(tmp_path):
     exported = manifest(batch=[1, 1], size="512x256:1024x768")
 
     def sides(name, **metadata):
-        found = axis_ranges(tmp_path, name, exported, Graph(**metadata), None)
-        return found["height"], found["width"]
+        ranges = axis_ranges(tmp_path, name, exported, Graph(**metadata), None)
+        return ranges["height"], ranges["width"]
 
     assert sides("vae_encoder") == ((512, 512, 1024), (256, 256, 768))
     assert sides("vae_decoder") == ((64, 64, 128), (32, 32, 96))

@@ -138,9 +138,6 @@ def requantize(
         overwrite: replace an existing run.
         progress: callback that receives the stage's name, the work done and the total.
 
-    Returns:
-        Sizes and durations, the LoRAs, and the SNR of the noise prediction before and after.
-
     Raises:
         UsageError: the run has these LoRAs already.
         ArtefactError: a LoRA or the checkpoint does not fit.
@@ -154,6 +151,7 @@ def requantize(
     assert manifest.recipe is not None
     assert manifest.recipe.steps is not None
     steps = manifest.recipe.steps
+    low_bit = sum(row.activation_bits is not None for row in manifest.layers)
     before = _snr(source, run.denoiser(), source.denoiser, steps)
     merged = _merge(source, run, loras)
     progress("quantise", 2, 3)
@@ -163,7 +161,6 @@ def requantize(
         save_denoiser(folder / FILE_NAME, quantized, merge(quantized))
         save_trained(folder / TRAINED_NAME, quantized)
         save_pipeline_parts(source, folder)
-        low_bit = sum(row.activation_bits is not None for row in manifest.layers)
         result = RunResult(
             layers_quantized=low_bit,
             layers_float=len(manifest.layers) - low_bit,
