@@ -130,7 +130,7 @@ def _files_through_links(folder: Path, parts: Collection[str]) -> list[str]:
     paths = []
     for place, folders, names in os.walk(folder, followlinks=True):
         below = Path(place).relative_to(folder)
-        # Links that lead round in a circle would be followed for ever.
+        # Circular links would be followed for ever.
         deep = len(below.parts) >= _MAX_DEPTH
         here = Path(os.path.realpath(place))
         around = {here, *here.parents}

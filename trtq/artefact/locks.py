@@ -43,14 +43,14 @@ _held = threading.local()
 
 @contextmanager
 def claim(final: Path) -> Iterator[None]:
-    """Be the only one that writes to a place, inside the block; the same thread may claim it again.
+    """Hold the lock of a place inside the block; the same thread may claim it again.
 
     Args:
-        final: the place, absolute; folders around it that are missing are made, and go again if nothing
-            comes to lie in them.
+        final: the absolute place; missing folders around it are made, and removed again if they stay
+            empty.
 
     Raises:
-        UsageError: another process or thread writes there, or nobody can.
+        UsageError: another process or thread writes there, or nothing can be written.
     """
     places: set[Path] = _held.__dict__.setdefault("places", set())
     if final in places:

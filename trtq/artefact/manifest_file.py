@@ -134,7 +134,7 @@ def parse_manifest(folder: Path) -> Manifest:
 
     Raises:
         ArtefactError: the manifest cannot be read.
-        IntegrityError: it is no manifest of trtq, or one of another version.
+        IntegrityError: the file is no manifest of trtq, or has another version.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -164,14 +164,14 @@ def parse_manifest(folder: Path) -> Manifest:
 
 
 def checked_path(folder: Path, relative: str) -> Path:
-    """The file that a manifest names.
+    """Path of a file that a manifest names.
 
     Raises:
         IntegrityError: the path leaves the folder.
     """
     fault = path_fault(relative)
     path = folder / PurePosixPath(relative) if fault is None else folder
-    # realpath, since resolve() refuses links that lead round in a circle, in an error of its own.
+    # realpath, since resolve() refuses circular links with an error of its own.
     if fault is None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         fault = "leaves the folder"
     if fault is not None:
@@ -186,12 +186,12 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
 
     Args:
         folder: the artefact.
-        kinds: what it may be; any kind if none is given.
+        kinds: permitted kinds; every kind if none is given.
 
     Raises:
         ArtefactError: there is no such artefact, or it is of another kind.
         IntegrityError: the version is unknown, a path leaves the folder, a file is missing or has
-            another content than the manifest says, or would be read and is not in it.
+            another content than the manifest says, or would be read without being listed.
     """
     manifest = parse_manifest(folder)
     check_kind(folder, manifest, *kinds)
@@ -200,7 +200,7 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
 
 
 def check_kind(folder: Path, manifest: Manifest, *kinds: Kind) -> None:
-    """Raise unless an artefact is of one of these kinds; every kind will do if none is given.
+    """Raise unless an artefact is of one of these kinds; every kind is permitted if none is given.
 
     Raises:
         ArtefactError: it is of another kind.
@@ -236,7 +236,7 @@ _warned: set[Path] = set()
 
 
 def _look_for_strays(folder: Path, manifest: Manifest) -> None:
-    """Warn once of what is not in the manifest.
+    """Warn once of files that the manifest does not list.
 
     Raises:
         IntegrityError: something that opens the artefact would read it.

@@ -54,13 +54,13 @@ def write_graph(
     """Trace a denoiser and write its graph, unchecked.
 
     Args:
-        folder: new; gets the graph and its external data.
-        denoiser: the float model, or the skeleton of a run's; changed in place.
-        source: its pipeline, at the (smallest) size of the graph.
-        run: the numbers of its low-bit layers; None: it stays float.
-        largest: image size `HEIGHTxWIDTH`; another than the source's makes a graph for the range.
-        half: everything that is not an integer in half precision.
-        target: the form of its low-bit layers.
+        folder: new folder of the graph and its external data.
+        denoiser: the float model, or the float skeleton of a run; changed in place.
+        source: pipeline of the denoiser, at the (smallest) image size of the graph.
+        run: the run with the integers of the low-bit layers; None for a float model.
+        largest: largest image size `HEIGHTxWIDTH`; the graph takes the range up to it.
+        half: whether everything that is not an integer is in half precision.
+        target: form of the low-bit layers.
     """
     layers = run.stored.layers if run else {}
     conditions = source.draw_conditions(_TRACED_BATCH, seeded_generator(0, "traced conditions"))

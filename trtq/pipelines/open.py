@@ -1,4 +1,4 @@
-"""Any artefact or checkpoint as a diffusers pipeline."""
+"""Loading any artefact or checkpoint as a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -124,16 +124,16 @@ def _on_gpu(run: OpenRun) -> nn.Module | None:
 def engine_source(
     folder: Path, denoiser: str, size: str | None, open_graph: Callable[[str], Engine | None]
 ) -> LoadedPipeline:
-    """A pipeline whose graphs are run by engines.
+    """Assemble a pipeline whose graphs run on engines.
 
     Args:
-        folder: what is no graph, in the layout of an ONNX folder.
-        denoiser: name of that component.
+        folder: folder of everything except the graphs, in the layout of an ONNX folder.
+        denoiser: name of the denoiser component.
         size: image size in pixels, or a range; None: the model's own.
-        open_graph: the engine of a graph by its folder's name; None if there is none.
+        open_graph: opens the engine of a graph by its folder's name; returns None if there is none.
 
     Raises:
-        ArtefactError: a part is missing, or cannot be read.
+        ArtefactError: a component is missing, or cannot be read.
     """
     model: Any = skeleton(folder, denoiser)
     engine = open_graph(denoiser)

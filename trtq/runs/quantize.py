@@ -139,10 +139,10 @@ def _source_files(source: LoadedPipeline) -> dict[str, str]:
 
 
 def _clear_partial(final: Path, *, resume: bool, overwrite: bool) -> None:
-    """Remove what an interrupted run left, unless it is to be resumed.
+    """Remove the remains of an interrupted run, unless the run is resumed.
 
     Raises:
-        UsageError: there is a checkpoint, and neither `resume` nor `overwrite` was asked for.
+        UsageError: there is a checkpoint, and neither `resume` nor `overwrite` is set.
     """
     partial = partial_folder(final)
     whole = has_checkpoint(partial)
@@ -226,7 +226,7 @@ def _share(
     resume: bool,
     progress: ProgressCallback,
 ) -> tuple[QuantizedDenoiser, FineTuneResult | None]:
-    """The part that every process does: calibrate, convert, fine-tune.
+    """Calibrate, convert and fine-tune: the part that every process does.
 
     Returns:
         The quantised denoiser, on the CPU, and the measurements of the fine-tuning; None without one.

@@ -21,7 +21,7 @@ __all__ = ["check_plans", "check_shared", "check_tables", "check_weight"]
 
 
 def check_plans(path: Path, plans: Sequence[LayerPlan], sources: Mapping[str, nn.Module]) -> None:
-    """Every layer of the model is in the manifest, under its kind, and no other."""
+    """Raise unless the manifest lists exactly the layers of the model, with their kinds."""
     for plan in plans:
         source = sources.get(plan.name)
         if source is None:
@@ -42,7 +42,7 @@ def check_plans(path: Path, plans: Sequence[LayerPlan], sources: Mapping[str, nn
 
 
 def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None) -> None:
-    """The tables of every quantised input: one entry per timestep, and codes of the manifest's bits."""
+    """Raise unless every table has one entry per timestep, and codes of the manifest's bits."""
     for operand, bits in plan.operands.items():
         kinds = {"scale": torch.float32, "inv_scale": torch.float32}
         kinds |= {"low": torch.int16, "high": torch.int16}
@@ -60,7 +60,7 @@ def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None
         if not torch.allclose(tables["inv_scale"], scale.reciprocal(), rtol=1e-5, atol=0):
             raise ArtefactError(f"the table {operand}.inv_scale is not the reciprocal of the scale")
         if bool(((low > 0) | (high < 0) | (low < -128) | (high > 127)).any()):
-            raise ArtefactError(f"the codes of {operand} do not lie round zero within int8")
+            raise ArtefactError(f"the codes of {operand} do not lie around zero within int8")
         if bool((high - low != 2**bits - 1).any()):
             raise ArtefactError(
                 f"the manifest says {bits} bits for {operand}, its codes span "
@@ -69,7 +69,7 @@ def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None
 
 
 def check_weight(named: Mapping[str, Tensor], bits: int, source: Any) -> None:
-    """Codes, scales, zero points and bias of one layer, against the layer of the model."""
+    """Raise unless codes, scales, zero points and bias of a layer fit the layer of the model."""
     channels, *rest = source.weight.shape
     codes = _tensor(named, "weight.codes", torch.uint8)
     packed = (-(-channels * bits // 8), *rest)
@@ -111,7 +111,7 @@ def _tensor(named: Mapping[str, Tensor], leaf: str, dtype: torch.dtype) -> Tenso
 
 
 def check_shared(layers: Mapping[str, LowBitTensors], name: str, owner: str) -> None:
-    """Layers that share a quantiser have the same tables."""
+    """Raise unless two layers that share a quantiser have the same tables."""
     operands, shared = layers[name].operands, layers[owner].operands
     if operands.keys() != shared.keys() or not all(
         torch.equal(getattr(tables, leaf), getattr(shared[operand], leaf))

@@ -48,7 +48,7 @@ _DESCRIBED_KEY = "trtq"
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """Half precision where that loses nothing."""
+    """Convert a tensor to half precision if that loses nothing."""
     tensor = tensor.detach()
     if tensor.dtype != torch.float32:
         return tensor.contiguous()
@@ -57,7 +57,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """What a float tensor takes in the file."""
+    """Size of a float tensor in the file."""
     return _compact(tensor).nbytes
 
 
@@ -68,8 +68,8 @@ def save_denoiser(
 
     Args:
         path: the file.
-        quantized: it, with its `QuantLayer`s still inside.
-        merged: the integers of its layers, from `merge`.
+        quantized: the converted denoiser, before its `QuantLayer`s are replaced.
+        merged: integers of its layers, from `merge`.
     """
     inside = {
         f"{name}.{leaf}"
