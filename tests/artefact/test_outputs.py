@@ -504,9 +504,9 @@ def test_a_function_claims_its_output_before_its_work(tmp_path):
 ENDED = """
 import sys, time
 from pathlib import Path
-from trtq.cli import _command
+from trtq.commands.output import command
 from trtq.artefact.manifest import new_artefact
-with _command(False), new_artefact(Path(sys.argv[1]), keep_partial=True) as folder:
+with command(False), new_artefact(Path(sys.argv[1]), keep_partial=True) as folder:
     if sys.argv[2]:
         (folder / "checkpoints/fine-tune/iteration-0000002").mkdir(parents=True)
         (folder / "checkpoints/fine-tune/iteration-0000002/checkpoint.json").write_text("{}")
