@@ -173,12 +173,22 @@ def serve(
         limits = _limits(max_batch, batch_sizes, queue, max_images, max_steps, deadline_seconds)
         if replicas is not None and not on_ray:
             raise UsageError("--replicas needs --ray")
-        model = {"path": artefact, "name": name, "beside": beside, "provider": provider}
-        address = {"host": host, "port": port, "drain_s": drain_seconds}
-        work = {"threads": threads, "batching": batching, "limits": limits}
-        access = _access(api_key_file, allowed_host or (), allowed_origin or ())
-        options = model | address | work | access
-        _run(options, (replicas or "1:2") if on_ray else None, as_json, verbose)
+        _run(
+            (replicas or "1:2") if on_ray else None,
+            as_json,
+            verbose,
+            batching,
+            path=artefact,
+            name=name,
+            beside=beside,
+            host=host,
+            port=port,
+            provider=provider,
+            threads=threads,
+            limits=limits,
+            drain_s=drain_seconds,
+            **_access(api_key_file, allowed_host or (), allowed_origin or ()),
+        )
 
 
 def _limits(
@@ -209,12 +219,13 @@ def _access(
     }
 
 
-def _run(options: dict[str, Any], replicas: str | None, as_json: bool, verbose: bool) -> None:
+def _run(replicas: str | None, as_json: bool, verbose: bool, batching: str, **options: Any) -> None:
+    """Serve until the process is stopped: on Ray if `replicas` is given, else in this process."""
     from trtq.serve.logs import log_to
     from trtq.serve.server import ServeOptions, parse_batching
     from trtq.serve.server import serve as run_server
 
-    options["batching"] = parse_batching(options["batching"])
+    options["batching"] = parse_batching(batching)
     log_to(level=logging.DEBUG if verbose else logging.INFO)
     if replicas is None:
         run_server(ServeOptions(**options), lambda record: show(record, as_json, _print_ready))
