@@ -146,7 +146,7 @@ def bench(
     """
     from trtq.bench.artefacts import parse_batches
     from trtq.bench.page import bench_page, failures
-    from trtq.bench.run import bench as measure
+    from trtq.bench.run import benchmark as measure
     from trtq.report.folder import report_folder, write_report
 
     with command(verbose), report_folder(output, kind="bench", overwrite=overwrite):
