@@ -1,4 +1,4 @@
-"""trtq: low-bit diffusion models, from checkpoint to images.
+"""Low-bit diffusion models: from a checkpoint to images.
 
     import trtq
 

@@ -30,6 +30,39 @@ def test_the_help_of_every_verb_has_an_example():
         assert f"Example: trtq {verb}" in result.stdout
 
 
+def test_help_lists_the_verbs_in_the_order_of_the_path():
+    text = run("--help").stdout
+    listed = [line.split()[0] for line in text[text.index("Commands:") :].splitlines()[1:]]
+    assert listed == [
+        *("doctor", "quantize", "export", "build", "generate", "eval", "bench", "inspect"),
+        *("verify", "serve", "package", "plugins", "demo"),
+    ]
+
+
+FORMER_NAMES = {
+    "export": (("export", "digits", "-o", "{}"), "--batch", "--batch-range", "9:1"),
+    "build": (("build", "digits", "-o", "{}"), "--batch", "--batch-range", "9:1"),
+    "bench": (("bench", "digits", "-o", "{}"), "--batch", "--batch-sizes", "0"),
+    "bench, baseline": (("bench", "digits"), "--against", "--baseline", "/nonexistent"),
+    "verify": (("verify", "digits"), "--against", "--run", "/nonexistent"),
+}
+
+
+@pytest.mark.parametrize("form", ["{} {}", "{}={}"], ids=["space", "equals"])
+@pytest.mark.parametrize(
+    ("arguments", "former", "name", "value"), FORMER_NAMES.values(), ids=FORMER_NAMES.keys()
+)
+def test_former_names_of_options_are_accepted(arguments, former, name, value, form, tmp_path):
+    filled = [argument.format(tmp_path / "out") for argument in arguments]
+    results = [run(*filled, *form.format(option, value).split()) for option in (former, name)]
+    assert results[0].exit_code == results[1].exit_code != 0
+    assert results[0].stderr == results[1].stderr
+    assert "No such option" not in results[0].stderr
+    text = run(arguments[0], "--help").stdout
+    assert f"{name} " in text
+    assert f"{former} " not in text
+
+
 def test_doctor_lists_providers_and_models():
     result = run("doctor", "--json")
     record = json.loads(result.stdout)
