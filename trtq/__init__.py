@@ -100,11 +100,11 @@ if TYPE_CHECKING:
         UsageError,
     )
     from trtq.evaluation.evaluate import evaluate
-    from trtq.exporter.build import build_engines as build
-    from trtq.exporter.export import export_onnx as export
+    from trtq.exporter.build import build
+    from trtq.exporter.export import export
     from trtq.exporter.verify import verify
     from trtq.pipelines.generate import generate
-    from trtq.pipelines.inspect import inspect_artefact as inspect
+    from trtq.pipelines.inspect import inspect
     from trtq.pipelines.open import load
     from trtq.runs.quantize import quantize
 
@@ -122,7 +122,6 @@ _MODULES = {
     "verify": "trtq.exporter.verify",
 }
 """Module of each public name; the exceptions are in `trtq.errors`."""
-_RENAMED = {"build": "build_engines", "export": "export_onnx", "inspect": "inspect_artefact"}
 
 
 def __getattr__(name: str) -> Any:
@@ -131,7 +130,7 @@ def __getattr__(name: str) -> Any:
 
     if name not in __all__:
         raise AttributeError(f"module 'trtq' has no attribute {name!r}")
-    value = getattr(import_module(_MODULES.get(name, "trtq.errors")), _RENAMED.get(name, name))
+    value = getattr(import_module(_MODULES.get(name, "trtq.errors")), name)
     globals()[name] = value
     return value
 

@@ -53,10 +53,10 @@ def inspect(artefact: Artefact, as_json: AsJson = False, verbose: Verbose = Fals
 
     Example: trtq inspect run
     """
-    from trtq.pipelines.inspect import inspect_artefact
+    from trtq.pipelines.inspect import inspect as read_contents
 
     with command(verbose):
-        show(inspect_artefact(artefact), as_json, lambda r: _print_contents(artefact, r))
+        show(read_contents(artefact), as_json, lambda r: _print_contents(artefact, r))
 
 
 def _print_contents(artefact: str, record: dict[str, Any]) -> None:

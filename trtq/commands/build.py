@@ -73,7 +73,7 @@ def build(
 
     Example: trtq build onnx -o engine --arch sm86 --arch sm89
     """
-    from trtq.exporter.build import build_engines
+    from trtq.exporter.build import build as build_engines
     from trtq.exporter.export import parse_batch
 
     with command(verbose):

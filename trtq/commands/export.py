@@ -62,11 +62,12 @@ def export(
 
     Example: trtq export run -o onnx
     """
-    from trtq.exporter.export import export_onnx, parse_batch
+    from trtq.exporter.export import export as write_graphs
+    from trtq.exporter.export import parse_batch
     from trtq.report.lines import export_rows
 
     with command(verbose):
-        result = export_onnx(
+        result = write_graphs(
             artefact,
             output,
             target=target,

@@ -155,7 +155,7 @@ def evaluate(
             gates=tuple(parse_gate(text) for text in gate or []),
             progress=ProgressPrinter(),
         )
-        record = evaluation.result
+        record = evaluation.to_json()
         # Printed before the report is written: a full disk must not cost a long measurement.
         place = {} if output is None else {"report": str(output / "index.html")}
         show(record | place, as_json, lambda r: _print_evaluation(artefact, r))

@@ -171,7 +171,7 @@ def quantize(
                 _show_plan(model, settings, loras, as_json)
                 return
             result = make_run(model, settings, output, loras=loras, resume=resume, **outcome)
-        if result:  # Empty in all processes of accelerate except the first.
+        if result is not None:  # None in all processes of accelerate except the first.
             show(result, as_json, lambda r: print_lines(f"run: {output}", quantize_rows(r)))
 
 
@@ -181,9 +181,8 @@ def _without_none(options: dict[str, Any]) -> dict[str, Any]:
 
 def _show_plan(model: str, recipe: Any, loras: list[Any], as_json: bool) -> None:
     from trtq.report.lines import plan_rows
-    from trtq.runs.estimate import estimate
-    from trtq.runs.plan import describe_plan, plan_quantize
+    from trtq.runs.describe import describe_plan
+    from trtq.runs.plan import plan_quantize
 
     plan = plan_quantize(model, recipe, loras)
-    record = describe_plan(plan) | estimate(plan)
-    show(record, as_json, lambda r: print_lines("would quantize", plan_rows(r)))
+    show(describe_plan(plan), as_json, lambda r: print_lines("would quantize", plan_rows(r)))
