@@ -71,7 +71,7 @@ def verify(
     if unknown:
         raise UsageError(f"unknown runtime {unknown[0]!r}; choose one of {', '.join(RUNTIMES)}")
     if layers and against is None:
-        raise UsageError("--layers compares with torch; name the run with --against RUN")
+        raise UsageError("--layers compares with torch; name the run with --run RUN")
     manifest = read_manifest(folder)
     if kind != "onnx":
         if against is not None:
