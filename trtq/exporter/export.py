@@ -79,7 +79,8 @@ def parse_batch(text: str) -> tuple[int, int]:
         bounds = 0, 0
     if not 1 <= bounds[0] <= bounds[1] <= MAX_BATCH:
         raise UsageError(
-            f"--batch-range {shown(text)} is not understood; write MIN:MAX, each 1 .. {MAX_BATCH}, e.g. 1:8"
+            f"--batch-range {shown(text)} is not understood; "
+            f"write MIN:MAX, each 1 .. {MAX_BATCH}, e.g. 1:8"
         )
     return bounds
 
