@@ -141,11 +141,12 @@ def quantize(
 
     Example: trtq quantize digits -o run --bits w4a4
     """
+    from trtq.artefact.opened import Run, open_artefact
     from trtq.calib.recipe import load_recipe
     from trtq.lora import parse_lora
     from trtq.report.lines import quantize_rows
-    from trtq.runs.folder import is_run
     from trtq.runs.quantize import quantize as make_run
+    from trtq.runs.result import RunResult
 
     with command(verbose):
         overrides = _without_none(
@@ -154,7 +155,8 @@ def quantize(
         )
         loras = [parse_lora(text) for text in lora or []]
         outcome: dict[str, Any] = {"overwrite": overwrite, "progress": ProgressPrinter()}
-        if loras and is_run(model):
+        result: RunResult | None
+        if loras and isinstance(open_artefact(model, verify=False), Run):
             if overrides or recipe or iterations or resume or dry_run:
                 raise UsageError(
                     "a run whose LoRAs are exchanged keeps its recipe; give only --lora, --base, "
