@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from trtq.artefact.outputs import RESUMABLE
+from trtq.artefact.partial import RESUMABLE
 from trtq.errors import ArtefactError, TrtqError
 from trtq.processes import StoppedBySignal, ending_on_signals
 from trtq.terminal import StderrHandler, internal_error, one_line, sane_environment, stop_writing
