@@ -25,8 +25,8 @@ POSIX_ONLY = {
         "os": (
             "chown fchown fork forkpty geteuid getuid getgid getpgid getppid killpg lchown mkfifo nice "
             "pread preadv pwrite posix_fadvise posix_fallocate posix_spawn sched_getaffinity sendfile "
-            "setsid setuid statvfs fstatvfs sysconf uname wait4 waitid WNOHANG O_CLOEXEC O_DIRECTORY O_NOCTTY "
-            "O_NOFOLLOW O_NONBLOCK register_at_fork"
+            "setsid setuid statvfs fstatvfs sysconf uname wait4 waitid WNOHANG O_DIRECTORY O_NOCTTY "
+            "O_CLOEXEC O_NOFOLLOW O_NONBLOCK register_at_fork"
         ),
         "signal": (
             "SIGALRM SIGCHLD SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGUSR1 SIGUSR2 setitimer"
