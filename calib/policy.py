@@ -17,15 +17,15 @@ from torch import nn
 from trtq.artefact.records import Text
 from trtq.documents import check_depth, read_text, shown
 from trtq.errors import RecipeError
-from trtq.quant.convert import LayerPlan, layer_kind, quantizable_layers
-from trtq.quant.ranges import check_bits
+from trtq.quant.bits import parse_bits
+from trtq.quant.plan import LayerPlan, layer_kind, quantizable_layers
 
-__all__ = ["Policy", "load_policy", "parse_bits", "plan_layers"]
+__all__ = ["Policy", "load_policy", "plan_layers"]
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent / "policies"
-_BITS = re.compile(r"w([0-9]{1,3})a([0-9]{1,3})")
+
 GENERIC = "generic"
 PROBABILITIES = "probabilities"
 _MAX_PATTERN = 1024
@@ -34,18 +34,6 @@ _MAX_BYTES = 256 << 10
 _MAX_LEVELS = 16
 _MANY_KEYS = re.compile(r"(?<![\w\"'-])(?:[\w\"'-]+[ \t]*\.[ \t]*){100}")
 """A dotted key so deep that the parser would take minutes for it."""
-
-
-def parse_bits(text: str) -> tuple[int, int]:
-    """`w4a8` -> (4, 8), the bits of weights and activations.
-
-    Raises:
-        RecipeError: not of that form, or bits that are not supported.
-    """
-    match = _BITS.fullmatch(text.lower())
-    if match is None:
-        raise RecipeError(f"bits={shown(text)} is not understood; write them like w4a4 or w8a8")
-    return check_bits(int(match[1])), check_bits(int(match[2]))
 
 
 def _pattern(value: str) -> str:

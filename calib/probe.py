@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trtq.diffusion.sampling import Conditions, predict
-from trtq.quant.convert import LayerPlan
+from trtq.quant.hooks import output_hooks
+from trtq.quant.plan import LayerPlan
 
 __all__ = ["LayerCall", "probe", "with_shared_inputs"]
 
@@ -58,29 +59,25 @@ def probe(
     # By identity, as long as the tensor lives: a freed one's address may be used again.
     seen: dict[int, tuple[ref[Tensor], str]] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def look(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            x = inputs[0]
-            found = seen.get(id(x))
-            first = found[1] if found is not None and found[0]() is x else name
-            seen[id(x)] = (ref(x), first)
-            weight = getattr(module, "weight", None)
-            each = x.shape[-1] if weight is None else weight[0].numel()
-            operands = [value for value in inputs if isinstance(value, Tensor)]
-            calls[name] = LayerCall(
-                output.numel() * each, sum(map(torch.numel, operands)), output.numel(), first
-            )
-
-        return look
-
     modules = dict(denoiser.named_modules())
-    handles = [modules[name].register_forward_hook(watch(name)) for name in names]
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            predict(denoiser, torch.empty(1, *shape), timestep, conditions)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def count(name: str, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x = inputs[0]
+        earlier = seen.get(id(x))
+        first = earlier[1] if earlier is not None and earlier[0]() is x else name
+        seen[id(x)] = (ref(x), first)
+        weight: Any = getattr(modules[name], "weight", None)
+        each = x.shape[-1] if weight is None else weight[0].numel()
+        operands = [value for value in inputs if isinstance(value, Tensor)]
+        calls[name] = LayerCall(
+            output.numel() * each, sum(map(torch.numel, operands)), output.numel(), first
+        )
+
+    with (
+        output_hooks({name: modules[name] for name in names}, count),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        predict(denoiser, torch.empty(1, *shape), timestep, conditions)
     return calls
 
 

@@ -19,13 +19,13 @@ from pydantic import (
     model_validator,
 )
 
-from trtq.calib.policy import explain, parse_bits, read_toml
+from trtq.calib.policy import explain, read_toml
 from trtq.calib.sensitivity import parse_budget
 from trtq.diffusion.layout import parse_size
 from trtq.documents import check_depth, shown
 from trtq.errors import RecipeError
 from trtq.limits import MAX_BATCH, MAX_GUIDANCE, MAX_ITERATIONS, MAX_STEPS
-from trtq.quant.ranges import check_bits
+from trtq.quant.bits import check_bits, parse_bits
 
 __all__ = ["Attention", "Calibration", "Quest", "Recipe", "Training", "load_recipe", "methods"]
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from trtq.diffusion.sampling import Conditions, predict
 from trtq.documents import shown
 from trtq.errors import NonFiniteError, RecipeError
-from trtq.quant.convert import LayerPlan
+from trtq.quant.bits import symmetric_weights
 from trtq.quant.fake_quant import fake_quant
-from trtq.quant.ranges import Method, symmetric_weights, weight_qparams
+from trtq.quant.plan import LayerPlan
+from trtq.quant.ranges import Method, weight_qparams
 
 __all__ = [
     "CANDIDATES",

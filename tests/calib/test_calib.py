@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from tests.conftest import tiny_pipeline
-from trtq.calib.policy import load_policy, parse_bits, plan_layers
+from trtq.calib.policy import load_policy, plan_layers
 from trtq.calib.recipe import load_recipe
 from trtq.calib.record import activation_tables, record
 from trtq.diffusion.pipeline import load_source
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError, RecipeError
 from trtq.quant import TimestepTable
+from trtq.quant.bits import parse_bits
 from trtq.runs.quantize import quantize
 
 

@@ -62,9 +62,10 @@ def test_weights_whose_zero_point_is_no_nibble_lie_in_bytes():
 def test_the_reference_is_what_a_deployed_layer_of_torch_computes(geometry):
     import torch
 
-    from trtq.quant.deployed import ActivationTensors, DeployedLayer, LayerTensors
-    from trtq.quant.modules import ConvGeometry
+    from trtq.quant.deployed import DeployedLayer
+    from trtq.quant.geometry import ConvGeometry
     from trtq.quant.packing import PackedWeight
+    from trtq.quant.tensors import ActivationTensors, LayerTensors
 
     case = draw(3, geometry=geometry, half=False)
     columns = (-1, 1, 1, 1)

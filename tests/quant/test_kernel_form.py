@@ -7,10 +7,11 @@ import torch
 from trtq.errors import StepError, UsageError
 from trtq.plugins.low_bit.op import flat_fields, low_bit, spec_from_flat
 from trtq.plugins.spec import Geometry, LayerSpec
-from trtq.quant.deployed import ActivationTensors, DeployedLayer, LayerTensors
+from trtq.quant.deployed import DeployedLayer
+from trtq.quant.geometry import ConvGeometry
 from trtq.quant.kernel_form import KernelLayer, layer_tensors, packed_operands
-from trtq.quant.modules import ConvGeometry
 from trtq.quant.packing import PackedWeight
+from trtq.quant.tensors import ActivationTensors, LayerTensors
 
 SAME = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 

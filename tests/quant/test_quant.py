@@ -26,7 +26,7 @@ from trtq.quant import (
     unpack_codes,
     weight_qparams,
 )
-from trtq.quant.modules import ConvGeometry
+from trtq.quant.geometry import ConvGeometry
 
 
 def test_ties_round_to_even():

@@ -7,18 +7,17 @@ which parameters it trains (`parameter_groups`) and what it compares (`loss`).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from trtq.quant.convert import QuantizedDenoiser
+from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.modules import QuantLayer
 from trtq.train.trajectories import Trajectories
 
-__all__ = ["Distillation", "Rates", "captured_outputs"]
+__all__ = ["Distillation", "Rates"]
 
 _SCALE_RANGE = 4.0
 
@@ -40,29 +39,6 @@ class Rates:
     activation: float
     activation_relative: bool = False
     tuned: float = 0.0
-
-
-@contextmanager
-def captured_outputs(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
-    """Collects the last output of each named module while the block runs."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            outputs[name] = output
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(keep(name))
-        for name, module in model.named_modules()
-        if name in names
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Distillation:

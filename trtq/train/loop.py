@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError
-from trtq.quant.convert import QuantizedDenoiser
+from trtq.quant.denoiser import QuantizedDenoiser
+from trtq.quant.hooks import output_hooks
 from trtq.train.table_adam import TableAdamW, TableState
 
 __all__ = ["FitResult", "Objective", "fit", "latest_checkpoint"]
@@ -165,19 +166,12 @@ def _first_bad_layer(model: QuantizedDenoiser) -> Iterator[list[str]]:
     """Collects the names of layers whose output is not finite, in the order they are called."""
     bad: list[str] = []
 
-    def watch(name: str) -> Callable[..., None]:
-        def check(_: nn.Module, __: Any, output: Tensor) -> None:
-            if not bool(torch.isfinite(output).all()):
-                bad.append(name)
+    def check(name: str, _: tuple[Any, ...], output: Tensor) -> None:
+        if not bool(torch.isfinite(output).all()):
+            bad.append(name)
 
-        return check
-
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in model.layers()]
-    try:
+    with output_hooks(dict(model.layers()), check):
         yield bad
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _stop_on_bad_loss(

@@ -27,8 +27,9 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional
 
-from trtq.quant.convert import QuantizedDenoiser
-from trtq.train.distill import Distillation, Rates, captured_outputs
+from trtq.quant.denoiser import QuantizedDenoiser
+from trtq.quant.hooks import captured_outputs
+from trtq.train.distill import Distillation, Rates
 from trtq.train.trajectories import Trajectories
 
 __all__ = ["Quest", "Weighting", "alignment_loss"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from trtq.quant.convert import QuantizedDenoiser
+from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.timestep import current_step, step_scope
 
 __all__ = ["recompute_blocks"]

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from trtq.errors import NonFiniteError
 from trtq.quant.adaround import hard_direction, initial_alpha, rounding_loss
-from trtq.quant.convert import QuantizedDenoiser
+from trtq.quant.denoiser import QuantizedDenoiser
+from trtq.quant.hooks import output_hooks
 from trtq.quant.modules import QuantLayer
 from trtq.quant.timestep import step_scope
 from trtq.seeds import seeded_generator
@@ -43,21 +44,18 @@ def _rows(
     model: QuantizedDenoiser, layer: QuantLayer, trajectories: Trajectories, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer's inputs in the quantised model, its outputs in the float model, and their steps."""
-    seen: dict[str, Tensor] = {}
+    last: dict[str, Tensor] = {}
 
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["input"], seen["output"] = inputs[0].detach(), output.detach()
+    def keep(_: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        last["input"], last["output"] = inputs[0].detach(), output.detach()
 
-    handle = layer.register_forward_hook(hook)
-    try:
+    with output_hooks({"layer": layer}, keep):
         trajectories.predict(model.teacher, batch)
-        target = seen["output"]
+        teacher_output = last["output"]
         with torch.no_grad():
             trajectories.predict(model, batch)
-    finally:
-        handle.remove()
-    timestep = batch.timestep.repeat(len(target) // len(batch.timestep))
-    return seen["input"], target, model.table.index(timestep)
+    timestep = batch.timestep.repeat(len(teacher_output) // len(batch.timestep))
+    return last["input"], teacher_output, model.table.index(timestep)
 
 
 def learn_rounding(

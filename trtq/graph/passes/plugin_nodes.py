@@ -25,10 +25,10 @@ from trtq.graph.passes.low_bit_to_qdq import ExpandLowBitToQdq
 from trtq.graph.passes.step_lookup import look_up_step
 from trtq.plugins.low_bit.tensorrt import NAMESPACE, PLUGINS, VERSION, fields_of, spec_of
 from trtq.plugins.spec import LayerSpec
-from trtq.quant.convert import LowBitTensors
-from trtq.quant.deployed import LayerTensors
+from trtq.quant.geometry import ConvGeometry
 from trtq.quant.kernel_form import layer_tensors, packed_operands
-from trtq.quant.modules import ConvGeometry
+from trtq.quant.plan import LowBitTensors
+from trtq.quant.tensors import LayerTensors
 from trtq.quant.timestep import TimestepTable
 
 __all__ = [
