@@ -1,4 +1,4 @@
-"""What each layer is called with, found in one call of the denoiser without any arithmetic."""
+"""Operands and sizes of each layer's call, from one call of the denoiser without arithmetic."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class LayerCall:
     """One layer in one call of the denoiser, for one image.
 
     Attributes:
-        multiplications: of its product.
-        input_values: values that enter it, of all operands together.
-        output_values: values that leave it.
-        input_of: the first layer that is called with the very same tensor; itself, if none is before.
+        multiplications: number of multiplications.
+        input_values: number of input values of all operands.
+        output_values: number of output values.
+        input_of: first layer that is called with the same tensor object; the layer itself if there is no
+            earlier one.
     """
 
     multiplications: int
@@ -43,20 +44,20 @@ def probe(
     timestep: float,
     conditions: Conditions,
 ) -> dict[str, LayerCall]:
-    """Call the denoiser once with tensors that have shapes and no values.
+    """Call the denoiser once with tensors that have shapes but no values.
 
     Args:
-        denoiser: the float model, on the CPU or without memory.
-        names: linears, convolutions and products to look at.
-        shape: of one sample, (C, H, W).
-        timestep: any that the model takes.
-        conditions: of one image.
+        denoiser: float model, on the CPU or the meta device.
+        names: paths of linear layers, convolutions and products.
+        shape: shape (C, H, W) of one sample.
+        timestep: a valid timestep of the model.
+        conditions: conditions of one image.
 
     Returns:
-        The calls by layer; a layer that was not called is not in it.
+        The calls by layer, without layers that were not called.
     """
     calls: dict[str, LayerCall] = {}
-    # By identity, as long as the tensor lives: a freed one's address may be used again.
+    # Weak references, because the address of a freed tensor may be used again.
     seen: dict[int, tuple[ref[Tensor], str]] = {}
 
     modules = dict(denoiser.named_modules())
@@ -84,10 +85,14 @@ def probe(
 def with_shared_inputs(
     plans: Sequence[LayerPlan], calls: Mapping[str, LayerCall]
 ) -> list[LayerPlan]:
-    """The plans with one input quantiser for layers that get the same tensor at the same bits.
+    """The plans with a shared input quantiser for layers with the same input and the same bits.
 
-    Queries, keys and values of an attention are the usual case: quantised once, an engine can run their
-    three products as one.
+    The usual case is an attention's queries, keys and values: with one quantiser, an engine can run
+    their three products as one.
+
+    Args:
+        plans: plans of all layers.
+        calls: calls of the layers, see `probe`.
     """
     owners: dict[tuple[str, int | None], str] = {}
     shared = []

@@ -1,4 +1,4 @@
-"""What the inputs of the layers look like along the float model's own trajectory, step by step."""
+"""Recording the inputs of layers along the float model's trajectories, step by step."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["Recording", "activation_tables", "record"]
 
 @dataclass
 class Recording:
-    """The inputs of one layer; T steps, S kept values per step, index 0 = cleanest.
+    """The inputs of one layer; T steps, S kept values per step, index 0 is the cleanest step.
 
     Attributes:
-        low: smallest value seen, `[T]`.
-        high: largest value seen, `[T]`.
-        sample: values drawn at random from all inputs of the step, `[T, S]`.
-        images: trajectories that were walked.
+        low: smallest value at each step, `[T]`.
+        high: largest value at each step, `[T]`.
+        sample: values drawn at random from the inputs at each step, `[T, S]`.
+        images: number of trajectories.
     """
 
     low: Tensor
@@ -38,19 +38,19 @@ class Recording:
     images: int = 0
 
     def extremes(self) -> tuple[Tensor, Tensor]:
-        """Estimates of the smallest and largest value of any image, `low[T]` and `high[T]`.
+        """Estimates of the smallest and largest value over all images, `low[T]` and `high[T]`.
 
-        The largest of n draws underestimates the end of the distribution. For a uniform one the
-        unbiased estimate of least variance is `(1 + 1/n)` times the largest draw (Goodman 1952,
-        doi 10.1080/01621459.1952.10501182). At 64 images it is 1.6 % wider; where only a few images
-        are walked, it keeps the inputs of other images from being clipped.
+        The largest of n draws underestimates the end of the distribution. For a uniform distribution the
+        unbiased estimate of minimum variance is `(1 + 1/n)` times the largest draw (Goodman 1952,
+        doi 10.1080/01621459.1952.10501182). With 64 images the range becomes 1.6 % wider; with only a
+        few images the margin avoids clipping the inputs of other images.
         """
         share = 1 + 1 / self.images if self.images else 1.0
         return self.low * share, self.high * share
 
 
 class _Recorder:
-    """Files every observed input under the timestep and the trajectories that are walked.
+    """Records extremes and samples of layer inputs, filed under the current step.
 
     Args:
         layers: layers to observe; layers that use another layer's quantiser are skipped.
@@ -59,6 +59,11 @@ class _Recorder:
         share: values kept per layer, step and batch.
         images: number of trajectories.
         seed: seed of the choice of values.
+
+    Attributes:
+        step: index of the current denoising step.
+        batch: index of the current batch of trajectories.
+        recordings: recordings by path of the input quantiser.
     """
 
     def __init__(
@@ -188,15 +193,15 @@ def activation_tables(
     """Scales and zero points of every activation quantiser.
 
     Args:
-        recordings: what `record` saw.
-        plans: the layers and their bits.
+        recordings: result of `record`.
+        plans: layers and their bits.
         method: `minmax` or `search`.
-        static: one entry for all steps instead of one per step.
-        progress: called with (layers done, layers in all).
+        static: use one entry for all steps instead of one per step.
+        progress: called with (layers done, total layers).
 
     Returns:
-        `(scale[T], zero_point[T])` by path of the quantiser; T = 1 when static. Ranges contain zero, so
-        that float zero is a code. A layer that uses another's quantiser has none.
+        `(scale[T], zero_point[T])` by path of the quantiser; T = 1 if static. Ranges contain zero, so
+        float zero is a code. A layer that uses another layer's quantiser has no entry.
     """
     tables = {}
     quantized = [plan for plan in plans if plan.quantized and plan.input_of is None]
@@ -205,10 +210,10 @@ def activation_tables(
             progress(done + 1, len(quantized))
         for operand, bits in plan.operands.items():
             path = f"{plan.name}.{operand}"
-            seen = recordings[path]
-            low, high, sample = seen.low, seen.high, seen.sample
+            recording = recordings[path]
+            low, high, sample = recording.low, recording.high, recording.sample
             if method == "minmax":
-                low, high = seen.extremes()
+                low, high = recording.extremes()
             if static:
                 low, high, sample = low.amin()[None], high.amax()[None], sample.reshape(1, -1)
             with named_errors(plan.name):

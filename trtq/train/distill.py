@@ -117,7 +117,9 @@ class Distillation:
         return [{"params": entries, "lr": rate, "table": True} for rate, entries in by_rate.items()]
 
     def after_update(self) -> None:
-        """An entry gets a gradient once per trajectory, but Adam's momentum moves it in every update.
+        """Clamp zero points to the codes, and scales to a factor of their calibrated values.
+
+        An entry gets a gradient once per trajectory, but Adam's momentum moves it in every update.
         Without a bound, a scale with little effect on the loss can drift to zero.
         """
         for path, quantizer in self.model.activations():
