@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from trtq.errors import KernelError, MissingDependencyError
+from trtq.plugins import device as devices
 from trtq.plugins import driver as driving
-from trtq.plugins.driver import CudaDevice, Gpu, current_device
+from trtq.plugins.device import CudaDevice, Gpu, current_device
 from trtq.plugins.launch import Launch
-from trtq.plugins.spec import TILES, Variant
+from trtq.plugins.variants import TILES, Variant
 
 
 class Status(IntEnum):
@@ -55,11 +56,11 @@ class Driver:
 def use(monkeypatch):
     def install(**refuses):
         driver = Driver(**refuses)
-        monkeypatch.setattr(driving, "_driver", lambda: driver)
+        monkeypatch.setattr(driving, "bindings", lambda: driver)
         monkeypatch.setattr(driving, "driver_cuda", lambda: (13, 0))
         monkeypatch.setattr(driving, "old_driver", lambda: None)
-        driving._check_driver.cache_clear()
-        monkeypatch.setattr(driving, "cubin", lambda variant, architecture: b"cubin")
+        driving.check_driver.cache_clear()
+        monkeypatch.setattr(devices, "cubin", lambda variant, architecture: b"cubin")
         return driver
 
     return install
@@ -98,7 +99,7 @@ def test_a_kernel_that_cannot_start_is_named(use):
 
 def test_full_memory_is_said(use):
     use(cuMemAlloc=Status.CUDA_ERROR_OUT_OF_MEMORY)
-    with pytest.raises(KernelError, match=r"cannot have 100 bytes.*memory is full"):
+    with pytest.raises(KernelError, match=r"cannot allocate 100 bytes.*memory is full"):
         Gpu().allocate(100)
 
 
@@ -172,7 +173,7 @@ def test_a_driver_that_lacks_a_function_is_not_called_missing(use, monkeypatch):
             raise RuntimeError(f"function {name} is not found")
 
     use()
-    monkeypatch.setattr(driving, "_driver", Old)
+    monkeypatch.setattr(driving, "bindings", Old)
     with pytest.raises(KernelError, match=r"the driver is too old, update it \(function cuInit"):
         Gpu()
 
@@ -182,9 +183,9 @@ def test_without_a_driver_that_is_said(monkeypatch):
         def __getattr__(self, name):
             raise RuntimeError("libcuda.so.1 cannot be loaded")
 
-    monkeypatch.setattr(driving, "_driver", Missing)
+    monkeypatch.setattr(driving, "bindings", Missing)
     monkeypatch.setattr(driving, "driver_cuda", lambda: None)
-    driving._check_driver.cache_clear()
+    driving.check_driver.cache_clear()
     with pytest.raises(KernelError, match="there is no NVIDIA driver on this machine"):
         Gpu()
 
@@ -194,4 +195,4 @@ def test_without_the_package_its_extra_is_named(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(MissingDependencyError, match=r"trtq\[plugins\]"):
-        driving._driver()
+        driving.bindings()

@@ -9,7 +9,8 @@ from tests.plugins.emulator import Emulator, Memory, needs_compiler
 from tests.plugins.layers import draw
 from trtq.plugins.launch import Pointers, layer_launches
 from trtq.plugins.low_bit import reference
-from trtq.plugins.spec import ONE_LAUNCH_TILES, TILES, Geometry
+from trtq.plugins.spec import Geometry
+from trtq.plugins.variants import ONE_LAUNCH_TILES, TILES
 
 pytestmark = needs_compiler
 

@@ -14,15 +14,15 @@ from trtq.engine.tensorrt.compile import compile_engine
 from trtq.engine.tensorrt.job import NEEDS_PYTHON, Job
 from trtq.errors import BuildError
 from trtq.plugins import compile as compiling
-from trtq.plugins.spec import TILES, Variant
+from trtq.plugins.variants import TILES, Variant
 
 pytestmark = needs_recording
 
 RTX = BACKENDS["tensorrt-rtx"]
 NO_COMPILER = """
 from tests.plugins.recording_driver import image
-from trtq.plugins import driver as driving
-driving.cubin = lambda variant, architecture: image(variant.kernel, architecture)
+from trtq.plugins import device as devices
+devices.cubin = lambda variant, architecture: image(variant.kernel, architecture)
 """
 
 
@@ -216,13 +216,13 @@ class Desc:
         self.dims = self.max = dims
         self.type = type_
 
-gpu = driving.Gpu()
+gpu = devices.Gpu()
 layers = [
     ("LowBitLinear", LayerSpec(64, 512, 4, 4, 4), [(2, 7, 64), (2, 2048, 64), (8, 65536, 64)]),
     ("LowBitConv2d", LayerSpec(64, 512, 4, 8, 8, Geometry((3, 3))), [(1, 64, 9, 9), (4, 64, 256, 256)]),
 ]
 for name, layer, shapes in layers:
-    plugin = plugins._plugin_class(trt, driving.current_device)(name, layer).attach_to_context(None)
+    plugin = plugins._plugin_class(trt, devices.current_device)(name, layer).attach_to_context(None)
     for half in (trt.DataType.HALF, trt.DataType.FLOAT):
         for shape in shapes:
             at = [Desc(shape, half)]
@@ -247,7 +247,7 @@ def test_work_of_torch_does_not_void_a_capture(recording):
     record = recording.run(
         """
         from cuda.bindings import driver as d
-        from trtq.plugins.driver import Gpu
+        from trtq.plugins.device import Gpu
         gpu = Gpu()
         address = gpu.allocate(4)
         d.cuStreamBeginCapture(gpu.stream, d.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
@@ -265,13 +265,13 @@ def test_after_a_reset_kernels_are_loaded_again(recording):
 import ctypes
 from cuda.bindings import driver as d
 from trtq.plugins.launch import Launch
-from trtq.plugins.spec import Variant
+from trtq.plugins.variants import Variant
 
-gpu = driving.Gpu()
+gpu = devices.Gpu()
 launch = Launch(Variant("quantize", True, False), (1, 1, 1), 128, 0, (ctypes.c_int(1),))
 for _ in range(2):
     for _ in range(2):
-        driving.current_device().start(launch, gpu.stream)
+        devices.current_device().start(launch, gpu.stream)
     d.cuDevicePrimaryCtxReset(0)
 """
     )
@@ -283,7 +283,7 @@ def test_an_old_driver_is_told_before_anything_else(recording):
     record = recording.run(
         """
         from trtq.errors import KernelError
-        from trtq.plugins.driver import Gpu, current_device, first_gpu
+        from trtq.plugins.device import Gpu, current_device, first_gpu
         for call in (Gpu, first_gpu, current_device, lambda: current_device(0)):
             try:
                 call()
@@ -307,7 +307,7 @@ def test_what_the_driver_says_is_explained(recording):
         """
         import json, os
         from trtq.errors import KernelError
-        from trtq.plugins.driver import Gpu
+        from trtq.plugins.device import Gpu
         said = {}
         for refused in ("cuInit=34", "cuInit=46", "cuInit=802", "cuInit=803", "cuInit=804", "cuInit=999",
                         "cuDevicePrimaryCtxRetain=2", "cuStreamCreate=702"):
@@ -339,7 +339,8 @@ def test_hidden_gpus_are_told(seen, recording):
     record = recording.run(
         """
         from trtq.errors import KernelError
-        from trtq.plugins.driver import Gpu, first_gpu_uuid
+        from trtq.plugins.device import Gpu
+        from trtq.plugins.driver import first_gpu_uuid
         try:
             Gpu()
         except KernelError as err:
@@ -366,7 +367,7 @@ def test_a_gpu_without_integer_tensor_cores_is_refused(recording):
     record = recording.run(
         """
         from trtq.errors import KernelError
-        from trtq.plugins.driver import Gpu, current_device
+        from trtq.plugins.device import Gpu, current_device
         Gpu()
         try:
             current_device()

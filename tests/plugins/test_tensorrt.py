@@ -9,6 +9,7 @@ from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import KernelError, UsageError
 from trtq.plugins.low_bit import reference
 from trtq.plugins.low_bit import tensorrt as plugins
+from trtq.plugins.low_bit.attributes import fields_of, spec_of
 from trtq.plugins.spec import Geometry, LayerSpec
 
 RTX = BACKENDS["tensorrt-rtx"]
@@ -47,13 +48,13 @@ class EmulatedDevice:
 def test_a_layer_survives_its_attributes(geometry):
     layer = LayerSpec(64, 32, 20, 4, 8, geometry)
     name = "LowBitLinear" if geometry is None else "LowBitConv2d"
-    assert plugins.spec_of(name, plugins.fields_of(layer)) == layer
+    assert spec_of(name, fields_of(layer)) == layer
 
 
 def test_a_missing_attribute_is_named():
-    fields = plugins.fields_of(LayerSpec(64, 32, 20, 4, 8))
+    fields = fields_of(LayerSpec(64, 32, 20, 4, 8))
     with pytest.raises(UsageError, match="takes strides as 2 integers, got None; export"):
-        plugins.spec_of("LowBitLinear", {k: v for k, v in fields.items() if k != "strides"})
+        spec_of("LowBitLinear", {k: v for k, v in fields.items() if k != "strides"})
 
 
 @needs_rtx
@@ -162,7 +163,7 @@ def test_attributes_stay_in_memory_as_long_as_the_plugin():
     collection = plugin.get_fields_to_serialize()
     rubbish = [np.full(2, -5, np.int32) for _ in range(4000)]
     found = {field.name: np.array(field.data).reshape(-1).tolist() for field in collection}
-    assert found == plugins.fields_of(layer)
+    assert found == fields_of(layer)
     assert len(rubbish) == 4000
 
 

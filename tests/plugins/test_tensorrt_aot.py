@@ -12,9 +12,10 @@ import pytest
 
 from trtq.plugins.compile import ptx
 from trtq.plugins.launch import shape_arguments
-from trtq.plugins.low_bit.tensorrt import PLUGINS, fields_of
+from trtq.plugins.low_bit.attributes import PLUGINS, fields_of
 from trtq.plugins.low_bit.tensorrt_aot import register_all
-from trtq.plugins.spec import ONE_LAUNCH_TILES, TILES, Geometry, LayerSpec, Variant
+from trtq.plugins.spec import Geometry, LayerSpec
+from trtq.plugins.variants import ONE_LAUNCH_TILES, TILES, Variant
 
 
 class TensorDesc:

@@ -13,7 +13,7 @@ import pytest
 
 from trtq.plugins.compile import sources
 from trtq.plugins.launch import Launch
-from trtq.plugins.spec import Variant
+from trtq.plugins.variants import Variant
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
