@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trtq.plugins.low_bit.attributes import INPUTS, NAMESPACE, PLUGINS, spec_of
+from trtq.plugins.low_bit.attributes import FIELDS, INPUTS, NAMESPACE, PLUGINS, spec_of
 from trtq.plugins.spec import Geometry, LayerSpec
 from trtq.plugins.variants import ONE_LAUNCH_TILES, Tile, Variant
 
