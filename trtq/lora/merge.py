@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError, UsageError
-from trtq.lora.names import Layer, Names, Site, base_model_of
-from trtq.lora.read import Lora, LoraRequest, LowRank, read_lora
+from trtq.lora.base_model import base_model_of
+from trtq.lora.names import Layer, Names, Site
+from trtq.lora.read import Lora, LowRank, read_lora
+from trtq.lora.request import LoraRequest
 from trtq.lora.settings import strength
 
 __all__ = ["MergedLora", "merge_loras"]

@@ -1,0 +1,118 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from trtq.errors import ArtefactError
+
+_MAX_HEADER = 100_000_000
+
+
+_PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+_LFS = b"version https://git-lfs"
+
+
+def _regular(path: Path, what: str) -> None:
+    """Refuse what is no file, without opening it.
+
+    Raises:
+        ArtefactError: it is missing, or a folder, a pipe or the like.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as err:
+        raise ArtefactError(f"there is no {what} {path}") from err
+    if not stat.S_ISREG(mode):
+        raise ArtefactError(f"{path} is not a file (a pipe, a socket or a device); give a {what}")
+
+
+def _located(path: Path) -> Path:
+    """The file that is meant by a file or a folder.
+
+    Raises:
+        ArtefactError: there is none, or more than one.
+    """
+    try:
+        is_folder = path.is_dir()
+    except (OSError, ValueError) as err:
+        raise ArtefactError(f"there is no LoRA file {path}") from err
+    if not is_folder:
+        _regular(path, "LoRA file")
+        return path
+    names = sorted(file.name for file in path.iterdir())
+    for usual in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        if usual in names:
+            _regular(path / usual, "LoRA file")
+            return path / usual
+    files = [name for name in names if name.endswith(".safetensors")]
+    if len(files) == 1:
+        _regular(path / files[0], "LoRA file")
+        return path / files[0]
+    if files:
+        raise ArtefactError(
+            f"{path} holds {len(files)} files; give one of them: {', '.join(files[:4])}"
+        )
+    pickled = [name for name in names if Path(name).suffix in _PICKLED]
+    inside = [name for name in names if (path / name / "adapter_config.json").is_file()]
+    if inside:
+        hint = f"its adapters are in folders; give {path / inside[0]}"
+    elif pickled:
+        hint = f"{pickled[0]} is a pickle, which can run any code: save it as safetensors"
+    else:
+        hint = "give a .safetensors file, or a folder that PEFT or diffusers wrote"
+    raise ArtefactError(f"the folder {path} holds no adapter_model.safetensors: {hint}")
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: dtype and shape of every tensor, and its metadata.
+
+    Raises:
+        ArtefactError: it is no whole safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+            size = path.stat().st_size
+            if not start:
+                raise ArtefactError(f"{path} is empty; give a .safetensors file of a LoRA")
+            if start.startswith(_LFS):
+                raise ArtefactError(
+                    f"{path} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+                )
+            # The header's length comes first, and may begin as a pickle does.
+            if start[8:9] != b"{" and (
+                path.suffix in _PICKLED or start.startswith((b"PK\x03\x04", b"\x80"))
+            ):
+                raise ArtefactError(
+                    f"{path} is a pickle, not a safetensors file; LoRAs are read from safetensors only, "
+                    "since a pickle can run any code: save it as safetensors"
+                )
+            length = int.from_bytes(start[:8], "little")
+            if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
+                raise ArtefactError(f"{path} is not a safetensors file, or is cut short")
+            file.seek(8)
+            text = file.read(length)
+    except OSError as err:
+        raise ArtefactError(f"{path} cannot be read ({err.strerror or err})") from err
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name stands twice in it")
+        return found
+
+    try:
+        found = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as err:
+        raise ArtefactError(
+            f"{path} is not a safetensors file (its header is damaged: {err})"
+        ) from err
+    if not isinstance(found, dict) or not all(isinstance(row, dict) for row in found.values()):
+        raise ArtefactError(f"{path} is not a safetensors file (its header is no table of tensors)")
+    return found
