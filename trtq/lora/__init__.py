@@ -1,4 +1,4 @@
-"""Users' LoRAs: reading them in the layouts they come in, and merging them into float weights."""
+"""LoRAs of users: reading files of all layouts, and merging them into float weights."""
 
 from trtq.lora.merge import MergedLora, merge_loras
 from trtq.lora.read import Lora, read_lora

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Guessing the base model of a LoRA from its layers, for messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from collections.abc import Iterable, Mapping
 
 
 def base_model_of(names: Iterable[str], inputs: Mapping[str, int]) -> str | None:
-    """The base model that a LoRA looks like, from its names and the input widths of its layers."""
+    """The probable base model of a LoRA; None if its layers fit no known model.
+
+    Args:
+        names: names of the layers in the file.
+        inputs: number of input channels of each layer, by name.
+    """
     text = "\n".join(names)
     widths = {
         width

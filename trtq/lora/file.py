@@ -1,28 +1,31 @@
-"""TODO."""
+"""Finding and checking a LoRA file: a regular, complete safetensors file."""
 
 from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trtq.errors import ArtefactError
 
+__all__ = ["check_regular", "locate", "read_header"]
+
 _MAX_HEADER = 100_000_000
-
-
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-
-
 _LFS = b"version https://git-lfs"
 
 
-def _regular(path: Path, what: str) -> None:
-    """Refuse what is no file, without opening it.
+def check_regular(path: Path, what: str) -> None:
+    """Raise unless a path is a regular file, without opening it.
+
+    Args:
+        path: path to check.
+        what: kind of file, for messages.
 
     Raises:
-        ArtefactError: it is missing, or a folder, a pipe or the like.
+        ArtefactError: the path does not exist, or is a folder, a pipe, a socket or a device.
     """
     try:
         mode = path.stat().st_mode
@@ -32,11 +35,11 @@ def _regular(path: Path, what: str) -> None:
         raise ArtefactError(f"{path} is not a file (a pipe, a socket or a device); give a {what}")
 
 
-def _located(path: Path) -> Path:
-    """The file that is meant by a file or a folder.
+def locate(path: Path) -> Path:
+    """The LoRA file at a path: the file itself, or the only LoRA in a folder.
 
     Raises:
-        ArtefactError: there is none, or more than one.
+        ArtefactError: there is no LoRA file, or more than one.
     """
     try:
         is_folder = path.is_dir()
@@ -69,11 +72,38 @@ def _located(path: Path) -> Path:
     raise ArtefactError(f"the folder {path} holds no adapter_model.safetensors: {hint}")
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: dtype and shape of every tensor, and its metadata.
+def read_header(path: Path) -> Mapping[str, Any]:
+    """The header of a safetensors file: dtype and shape of every tensor, and the metadata.
 
     Raises:
-        ArtefactError: it is no whole safetensors file.
+        ArtefactError: the file is not a complete safetensors file.
+    """
+    text = _header_text(path)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            raise ValueError("a name appears twice")
+        return entries
+
+    try:
+        header = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as err:
+        raise ArtefactError(
+            f"{path} is not a safetensors file (its header is damaged: {err})"
+        ) from err
+    if not isinstance(header, dict) or not all(isinstance(row, dict) for row in header.values()):
+        raise ArtefactError(
+            f"{path} is not a safetensors file (its header is not a table of tensors)"
+        )
+    return header
+
+
+def _header_text(path: Path) -> bytes:
+    """The JSON text of a safetensors header.
+
+    Raises:
+        ArtefactError: the file cannot be read, or is not a complete safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -85,7 +115,7 @@ def _header(path: Path) -> dict[str, Any]:
                 raise ArtefactError(
                     f"{path} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
                 )
-            # The header's length comes first, and may begin as a pickle does.
+            # The header's length comes first, and its bytes may equal those of a pickle.
             if start[8:9] != b"{" and (
                 path.suffix in _PICKLED or start.startswith((b"PK\x03\x04", b"\x80"))
             ):
@@ -97,22 +127,6 @@ def _header(path: Path) -> dict[str, Any]:
             if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
                 raise ArtefactError(f"{path} is not a safetensors file, or is cut short")
             file.seek(8)
-            text = file.read(length)
+            return file.read(length)
     except OSError as err:
         raise ArtefactError(f"{path} cannot be read ({err.strerror or err})") from err
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name stands twice in it")
-        return found
-
-    try:
-        found = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as err:
-        raise ArtefactError(
-            f"{path} is not a safetensors file (its header is damaged: {err})"
-        ) from err
-    if not isinstance(found, dict) or not all(isinstance(row, dict) for row in found.values()):
-        raise ArtefactError(f"{path} is not a safetensors file (its header is no table of tensors)")
-    return found

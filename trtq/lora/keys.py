@@ -1,4 +1,4 @@
-"""TODO."""
+"""Keys of the tensors in LoRA files: the part of an update that a key names, and keys of other adapters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 from trtq.errors import ArtefactError
 
+__all__ = ["SIDES", "check_tensor", "part_of", "unknown_keys"]
+
 _ADAPTER_NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"
-
-
-# The ends of keys, and the part of an update that they are.
+# Endings of keys, with the part of an update that they name.
 _PARTS = tuple(
     (re.compile(rf"^(.+?){end}$"), part)
     for end, part in (
@@ -33,14 +33,10 @@ _PARTS = tuple(
 )
 
 
-# Old processors of diffusers, and those of XLabs, name their own layers: `to_q_lora.down.weight`,
+# Keys of diffusers' old attention processors and of XLabs: `to_q_lora.down.weight`,
 # `qkv_lora2.up.weight`.
 _PROCESSOR = re.compile(r"^(.+)_lora(\d?)\.(down|up)\.weight$")
-
-
-_SIDES = {"down": "lora_A/lora_down", "up": "lora_B/lora_up"}
-
-
+SIDES = {"down": "lora_A/lora_down", "up": "lora_B/lora_up"}
 _FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -49,12 +45,8 @@ _FLOATS = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-
-
 _ALPHA_TYPES = {*_FLOATS, "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
-
-
-# Other adapters, by what stands in their keys.
+# Other adapters, by patterns of their keys.
 _OTHERS = (
     (r"\.hada_", "LoHa"),
     (r"\.lokr_", "LoKr"),
@@ -76,8 +68,8 @@ _OTHERS = (
 )
 
 
-def _part(key: str) -> tuple[str, str] | None:
-    """A key -> (name of the layer, part of its update); `None` if it is of no LoRA."""
+def part_of(key: str) -> tuple[str, str] | None:
+    """The name of the layer and the part of its update that a key names; None for other keys."""
     for pattern, part in _PARTS:
         if match := pattern.match(key):
             return match[1], part
@@ -86,16 +78,22 @@ def _part(key: str) -> tuple[str, str] | None:
     return None
 
 
-def _unknown(path: Path, keys: list[str], known: int) -> ArtefactError:
-    """What to say of keys that are of no LoRA."""
-    plain = "what is read are LoRA and DoRA in the layouts of PEFT, diffusers, kohya and ComfyUI"
+def unknown_keys(path: Path, keys: list[str], known: int) -> ArtefactError:
+    """The error for a file with keys that do not belong to a LoRA.
+
+    Args:
+        path: path of the file.
+        keys: unknown keys.
+        known: number of known keys in the file.
+    """
+    plain = "supported are LoRA and DoRA in the layouts of PEFT, diffusers, kohya and ComfyUI"
     for key in keys:
         for pattern, kind in _OTHERS:
             if re.search(pattern, key):
                 return ArtefactError(f"{path} holds {kind} ({key!r}), which is not merged; {plain}")
     if known:
         return ArtefactError(
-            f"{path} holds {len(keys)} tensors that are no part of a LoRA, e.g. {keys[0]!r}; {plain}"
+            f"{path} holds {len(keys)} tensors that are not part of a LoRA, e.g. {keys[0]!r}; {plain}"
         )
     text = "\n".join(keys)
     if re.search(r"^(encoder|decoder|first_stage_model)\.", text, re.MULTILINE):
@@ -107,22 +105,28 @@ def _unknown(path: Path, keys: list[str], known: int) -> ArtefactError:
     else:
         looks = "weights of a model"
     return ArtefactError(
-        f"{path} is not a LoRA: none of its {len(keys)} tensors is part of one, e.g. {keys[0]!r}; it "
+        f"{path} is not a LoRA: none of its {len(keys)} tensors is part of a LoRA, e.g. {keys[0]!r}; it "
         f"looks like {looks}; {plain}"
     )
 
 
-def _checked(path: Path, key: str, part: str, row: Mapping[str, Any]) -> None:
-    """Refuse a tensor by its header.
+def check_tensor(path: Path, key: str, part: str, row: Mapping[str, Any]) -> None:
+    """Raise unless a tensor can be the given part of an update, according to the file's header.
+
+    Args:
+        path: path of the file.
+        key: key of the tensor.
+        part: part of an update, see `part_of`.
+        row: the tensor's entry in the header.
 
     Raises:
-        ArtefactError: it has a type or a shape that its part of an update cannot have.
+        ArtefactError: the type or the shape is not valid for the part.
     """
     kind, shape = row.get("dtype"), row.get("shape")
     if not isinstance(kind, str) or kind not in (_ALPHA_TYPES if part == "alpha" else _FLOATS):
         raise ArtefactError(
-            f"{path}: {key!r} is of type {kind}; what is allowed is float32, float16, bfloat16, float64 "
-            "and float8 (e4m3fn, e5m2)"
+            f"{path}: {key!r} is of type {kind}; it must be float32, float16, bfloat16, float64 or "
+            "float8 (e4m3fn, e5m2)"
         )
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise ArtefactError(f"{path}: {key!r} has no shape; the file is damaged")
@@ -131,7 +135,7 @@ def _checked(path: Path, key: str, part: str, row: Mapping[str, Any]) -> None:
         count *= size
     if part == "alpha" and count != 1:
         raise ArtefactError(f"{path}: {key!r} has shape {shape}; an alpha is one number")
-    if part in _SIDES and len(shape) < 2:
+    if part in SIDES and len(shape) < 2:
         raise ArtefactError(
             f"{path}: {key!r} has shape {shape}; a matrix has at least two dimensions"
         )

@@ -1,4 +1,4 @@
-"""LoRA files of every layout, from safetensors only.
+"""Reading LoRA files of all layouts, from safetensors only.
 
     PEFT             base_model.model.….to_q.lora_A.weight, …lora_B.weight and adapter_config.json
     diffusers        unet.down_blocks.0.….to_q.lora_A.weight, …lora_B.weight, settings in the metadata
@@ -7,8 +7,8 @@
     kohya            lora_unet_down_blocks_0_…_to_q.lora_down.weight, …lora_up.weight, ….alpha
     ComfyUI          diffusion_model.….lora_A.weight or lora_down.weight
 
-An update is `scale * alpha / rank * up @ down`; without an `alpha` it is `scale * up @ down`. What
-the names mean is in `trtq.lora.names`, what PEFT's settings mean in `trtq.lora.settings`.
+An update is `scale * alpha / rank * up @ down`; without an `alpha` it is `scale * up @ down`.
+`trtq.lora.names` finds the layers behind the names, `trtq.lora.settings` interprets PEFT's settings.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from trtq.documents import MAX_BYTES
 from trtq.errors import ArtefactError, NonFiniteError
-from trtq.lora.file import _header, _located, _regular
-from trtq.lora.keys import _SIDES, _checked, _part, _unknown
+from trtq.lora.file import check_regular, locate, read_header
+from trtq.lora.keys import SIDES, check_tensor, part_of, unknown_keys
 from trtq.lora.settings import Settings, parse_json, read_settings
 
 __all__ = ["Lora", "LowRank", "read_lora"]
@@ -34,15 +34,15 @@ __all__ = ["Lora", "LowRank", "read_lora"]
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """One update, as the file holds it; all tensors in float32.
+    """The update of one layer in a file; all tensors in float32.
 
     Attributes:
-        down: `[R, K, ...]`.
-        up: `[N, R, ...]`.
-        mid: `[R, R, kh, kw]` of a convolution that LoCon takes apart in three, or `None`.
-        alpha: of the file; `None` where it says none.
-        bias: `[N]`, added to the layer's bias (`lora_bias`), or `None`.
-        magnitude: DoRA's norm of each output channel, `[N]`, or `None`.
+        down: first matrix, `[R, K, ...]`.
+        up: second matrix, `[N, R, ...]`.
+        mid: middle convolution of LoCon's three, `[R, R, kh, kw]`, or None.
+        alpha: alpha in the file, or None.
+        bias: values added to the layer's bias (`lora_bias`), `[N]`, or None.
+        magnitude: DoRA's norm of each output channel, `[N]`, or None.
     """
 
     down: Tensor
@@ -54,19 +54,19 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """Rank R."""
         return len(self.down)
 
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A LoRA file.
+    """Content of a LoRA file.
 
     Attributes:
-        name: the file's, with its folder's if that was given.
-        sha256: of its content, and of the `adapter_config.json` that gives its strength.
-        updates: by the name that the file gives the layer.
-        settings: PEFT's, by component; under `""` for all of them.
+        name: name of the file, preceded by the folder's name if a folder was given.
+        sha256: hash of the file, including the `adapter_config.json` that determines its strength.
+        updates: updates by the file's name for the layer.
+        settings: PEFT's settings by component; the key `""` applies to all components.
     """
 
     name: str
@@ -82,7 +82,7 @@ def _loaded(path: Path, keys: Mapping[str, tuple[str, str]]) -> dict[str, dict[s
         ArtefactError: the file is damaged, or names a layer twice.
         NonFiniteError: a tensor holds NaN or infinity.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
             for key, (name, part) in keys.items():
@@ -91,23 +91,23 @@ def _loaded(path: Path, keys: Mapping[str, tuple[str, str]]) -> dict[str, dict[s
                     raise NonFiniteError(
                         f"{path}: {key!r} holds NaN or infinity; the LoRA is damaged"
                     )
-                if part in found.setdefault(name, {}):
+                if part in tensors.setdefault(name, {}):
                     raise ArtefactError(
                         f"{path} gives {name!r} twice (again as {key!r}); a file holds one adapter"
                     )
-                found[name][part] = tensor
+                tensors[name][part] = tensor
     except (OSError, SafetensorError) as err:
         raise ArtefactError(f"{path} is not a safetensors file, or is cut short ({err})") from err
-    return found
+    return tensors
 
 
 def _update(path: Path, name: str, parts: Mapping[str, Tensor]) -> LowRank:
     """One layer's update from its tensors.
 
     Raises:
-        ArtefactError: a part is missing, or they do not fit one another.
+        ArtefactError: a part is missing, or the parts do not fit each other.
     """
-    for side, words in _SIDES.items():
+    for side, words in SIDES.items():
         if side not in parts:
             raise ArtefactError(
                 f"{path} is not a whole LoRA: {name!r} has only {', '.join(sorted(parts))}; its "
@@ -122,22 +122,22 @@ def _update(path: Path, name: str, parts: Mapping[str, Tensor]) -> LowRank:
         shapes = " and ".join(str(tuple(t.shape)) for t in (up, down, mid) if t is not None)
         raise ArtefactError(
             f"{path}: the matrices of {name!r} do not fit each other: {shapes}; the second size of "
-            "lora_B (up) must be the first of lora_A (down), the rank"
+            "lora_B (up) must equal the first size of lora_A (down), the rank"
         )
     if "magnitude" in parts and "dora_scale" in parts:
         raise ArtefactError(
             f"{path} gives DoRA's magnitude of {name!r} twice; a file holds one adapter"
         )
     for part in ("bias", "magnitude", "dora_scale"):
-        # LyCORIS can keep the norms of input channels, `[1, K]`; those of PEFT and kohya are of outputs.
-        # PEFT writes `[1, N, 1, 1]` for a convolution.
+        # PEFT and kohya store norms of output channels (PEFT as `[1, N, 1, 1]` for a convolution),
+        # LyCORIS possibly norms of input channels, `[1, K]`.
         if part in parts and (
             parts[part].numel() != len(up) or (part == "dora_scale" and len(parts[part]) != len(up))
         ):
             kind = "the bias" if part == "bias" else "DoRA's magnitude"
             raise ArtefactError(
-                f"{path}: {kind} of {name!r} has shape {tuple(parts[part].shape)}; what is merged is "
-                f"one number for each of its {len(up)} output channels"
+                f"{path}: {kind} of {name!r} has shape {tuple(parts[part].shape)}; it must have one "
+                f"number for each of its {len(up)} output channels"
             )
     alpha = float(parts["alpha"]) if "alpha" in parts else None
     bias, magnitude = parts.get("bias"), parts.get("magnitude", parts.get("dora_scale"))
@@ -152,29 +152,21 @@ def _update(path: Path, name: str, parts: Mapping[str, Tensor]) -> LowRank:
 
 
 def _settings(path: Path, metadata: Any, names: Iterable[str]) -> tuple[dict[str, Settings], bytes]:
-    """PEFT's settings of a file, and what of them lies outside the file.
+    """PEFT's settings of a file, and the bytes of `adapter_config.json` if they come from there.
 
     Raises:
-        ArtefactError: they are damaged, or cannot be followed.
+        ArtefactError: the settings are damaged or not supported.
     """
-    beside = path.parent / "adapter_config.json"
-    # PEFT keeps them beside the one file that it writes; a folder may hold other LoRAs, too.
+    config = path.parent / "adapter_config.json"
+    # The configuration belongs to PEFT's file; the folder may also contain other LoRAs.
     if path.name == "adapter_model.safetensors" or any(n.startswith("base_model.") for n in names):
-        if beside.exists():
-            _regular(beside, "adapter_config.json")
-            try:
-                if (size := beside.stat().st_size) > MAX_BYTES:
-                    raise ArtefactError(
-                        f"{beside} has {size:,} bytes; at most {MAX_BYTES:,} are read"
-                    )
-                text = beside.read_bytes()
-            except OSError as err:
-                raise ArtefactError(f"{beside} cannot be read ({err.strerror or err})") from err
-            return {"": read_settings(parse_json(text, str(beside)), str(beside))}, text
+        if config.exists():
+            text = _config_text(config)
+            return {"": read_settings(parse_json(text, str(config)), str(config))}, text
         if path.name == "adapter_model.safetensors":
             raise ArtefactError(
-                f"{path} is an adapter of PEFT, whose strength is in adapter_config.json; there is none "
-                "beside it"
+                f"{path} is a PEFT adapter, whose strength is in adapter_config.json; that file is "
+                "missing in its folder"
             )
     note = metadata.get("lora_adapter_metadata") if isinstance(metadata, dict) else None
     if note is None:
@@ -186,35 +178,50 @@ def _settings(path: Path, metadata: Any, names: Iterable[str]) -> tuple[dict[str
     for key, value in parse_json(note, where).items():
         component, dot, setting = key.partition(".")
         components.setdefault(component if dot else "", {})[setting if dot else component] = value
-    return {name: read_settings(found, where) for name, found in components.items()}, b""
+    return {name: read_settings(values, where) for name, values in components.items()}, b""
+
+
+def _config_text(config: Path) -> bytes:
+    """The content of `adapter_config.json`.
+
+    Raises:
+        ArtefactError: the file cannot be read or is too large.
+    """
+    check_regular(config, "adapter_config.json")
+    try:
+        if (size := config.stat().st_size) > MAX_BYTES:
+            raise ArtefactError(f"{config} has {size:,} bytes; at most {MAX_BYTES:,} are read")
+        return config.read_bytes()
+    except OSError as err:
+        raise ArtefactError(f"{config} cannot be read ({err.strerror or err})") from err
 
 
 def read_lora(path: Path) -> Lora:
     """Read a LoRA.
 
     Args:
-        path: a safetensors file, or a folder of PEFT or diffusers with one.
+        path: safetensors file, or folder of PEFT or diffusers with a safetensors file.
 
     Raises:
-        ArtefactError: it cannot be read, is not safetensors, or holds what is no LoRA.
-        NonFiniteError: it holds NaN or infinity.
+        ArtefactError: the file cannot be read, is not safetensors, or is not a supported LoRA.
+        NonFiniteError: the file holds NaN or infinity.
     """
-    file = _located(Path(path))
-    header = _header(file)
+    file = locate(Path(path))
+    header = dict(read_header(file))
     metadata = header.pop("__metadata__", {})
     if not header:
         raise ArtefactError(f"{file} is not a LoRA: it holds no tensors")
-    keys = {key: found for key in header if (found := _part(key)) is not None}
-    strange = [key for key in header if key not in keys]
-    if strange or not any(part == "down" for _, part in keys.values()):
-        if not strange:
-            raise ArtefactError(
-                f"{file} is not a LoRA: it holds no matrices (lora_A or lora_down), only e.g. "
-                f"{next(iter(keys))!r}"
-            )
-        raise _unknown(file, strange, len(keys))
+    keys = {key: named for key in header if (named := part_of(key)) is not None}
+    unknown = [key for key in header if key not in keys]
+    if unknown:
+        raise unknown_keys(file, unknown, len(keys))
+    if not any(part == "down" for _, part in keys.values()):
+        raise ArtefactError(
+            f"{file} is not a LoRA: it holds no matrices (lora_A or lora_down), only e.g. "
+            f"{next(iter(keys))!r}"
+        )
     for key, (_, part) in keys.items():
-        _checked(file, key, part, header[key])
+        check_tensor(file, key, part, header[key])
     settings, outside = _settings(file, metadata, (name for name, _ in keys.values()))
     updates = {name: _update(file, name, parts) for name, parts in _loaded(file, keys).items()}
     try:

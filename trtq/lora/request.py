@@ -1,4 +1,4 @@
-"""TODO."""
+"""A LoRA as requested on the command line: file and scale."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 
 from trtq.errors import UsageError
 
+__all__ = ["LoraRequest", "parse_lora"]
+
 
 @dataclass(frozen=True)
 class LoraRequest:
-    """A LoRA as it was asked for.
+    """A requested LoRA.
 
     Attributes:
-        path: the file, or a folder of PEFT or diffusers that holds one.
-        scale: its strength.
+        path: LoRA file, or folder of PEFT or diffusers with a LoRA file.
+        scale: strength of the LoRA.
     """
 
     path: Path
@@ -25,7 +27,7 @@ def parse_lora(text: str) -> LoraRequest:
     """`FILE[:SCALE]` -> a `LoraRequest`.
 
     Raises:
-        UsageError: the scale is not a finite number, or there is no file's name.
+        UsageError: the scale is not a finite number, or the name of the file is missing.
     """
     path, colon, number = text.rpartition(":")
     if not text.strip() or (colon and not path.strip()):
