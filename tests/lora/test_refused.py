@@ -433,7 +433,7 @@ def test_settings_in_the_metadata_that_are_refused(name, pipe, tmp_path):
 def test_an_adapter_of_peft_without_its_settings_is_refused(pipe, tmp_path):
     tensors = {key.replace("unet.", "base_model.model."): value for key, value in good().items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    refused(pipe, tmp_path, ArtefactError, "strength is in adapter_config.json; there is none")
+    refused(pipe, tmp_path, ArtefactError, "strength is in adapter_config.json; that file is")
 
 
 def test_two_strengths_that_differ_are_refused(pipe, tmp_path):

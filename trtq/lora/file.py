@@ -46,16 +46,16 @@ def locate(path: Path) -> Path:
     except (OSError, ValueError) as err:
         raise ArtefactError(f"there is no LoRA file {path}") from err
     if not is_folder:
-        _regular(path, "LoRA file")
+        check_regular(path, "LoRA file")
         return path
     names = sorted(file.name for file in path.iterdir())
     for usual in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
         if usual in names:
-            _regular(path / usual, "LoRA file")
+            check_regular(path / usual, "LoRA file")
             return path / usual
     files = [name for name in names if name.endswith(".safetensors")]
     if len(files) == 1:
-        _regular(path / files[0], "LoRA file")
+        check_regular(path / files[0], "LoRA file")
         return path / files[0]
     if files:
         raise ArtefactError(

@@ -1,4 +1,4 @@
-"""Keys of the tensors in LoRA files: the part of an update that a key names, and keys of other adapters."""
+"""Keys of tensors in LoRA files: the part of an update that a key names, and keys of other adapters."""
 
 from __future__ import annotations
 

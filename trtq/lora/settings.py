@@ -189,8 +189,8 @@ def read_settings(values: Mapping[str, Any], where: str) -> Settings:
     initialisation = str(values.get("init_lora_weights", True)).lower()
     if initialisation not in _INITIALISATIONS:
         raise ArtefactError(
-            f"{where}: init_lora_weights is {initialisation[:40]!r}, which also changes the base model's "
-            "weights; convert the adapter to a plain LoRA first (PEFT: save_pretrained with "
+            f"{where}: init_lora_weights is {initialisation[:40]!r}, which also changes the base "
+            "model's weights; convert the adapter to a plain LoRA first (PEFT: save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
     bias = values.get("bias", "none")
