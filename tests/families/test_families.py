@@ -31,7 +31,7 @@ RECIPE = {
 
 @pytest.mark.parametrize(
     "name",
-    # Those that differ least from others, for the time that nine exports take.
+    # The two families closest to others are slow, to limit the time of nine exports.
     [pytest.param(n, marks=pytest.mark.slow) if n in ("sd_2", "ldm_kl") else n for n in PIPELINES],
 )
 def test_a_pipeline_goes_the_whole_way(name, tmp_path):
@@ -101,7 +101,7 @@ def test_the_policy_of_a_family_names_every_layer(name, caplog):
     ],
 )
 def test_schedulers_of_every_kind_give_noise_levels(name, predicts, timesteps):
-    """The timesteps are those that the denoiser is told; Flux is told them in 0 .. 1."""
+    """Timesteps are the denoiser's inputs; Flux takes timesteps in 0 .. 1."""
     source = load_source(build(name))
     schedule = source.schedule(2)
     assert schedule.prediction == predicts

@@ -365,7 +365,7 @@ def test_files_that_are_refused(name, pipe, tmp_path):
 
 
 DEEP = '{"r": ' + "[" * 100_000 + "]" * 100_000 + "}"
-# What stands in adapter_config.json, as text or as settings beside the usual ones.
+# What stands in adapter_config.json, as text or as additional settings.
 SETTINGS = {
     "no-json": ("{", "is not JSON"),
     "empty": ("", "is not JSON"),

@@ -143,12 +143,12 @@ def test_a_driver_must_be_as_new_as_the_packages(driver, bindings, nvrtc, wanted
     monkeypatch.setitem(sys.modules, "cuda.bindings", package)
     monkeypatch.setattr(driving, "driver_cuda", lambda: driver)
     monkeypatch.setattr(driving, "nvrtc_version", version)
-    found = driving.old_driver()
-    assert (found is None) == (wanted is None)
+    advice = driving.old_driver()
+    assert (advice is None) == (wanted is None)
     if wanted is not None:
-        assert re.search(wanted, found), found
+        assert re.search(wanted, advice), advice
         # NVRTC and cuda-bindings of 12 serve drivers of 12 only.
-        assert ("cuda-bindings<13" in found) == (driver[0] == 12)
+        assert ("cuda-bindings<13" in advice) == (driver[0] == 12)
 
 
 @pytest.mark.parametrize(("platform", "name"), [("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")])

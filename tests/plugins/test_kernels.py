@@ -158,8 +158,8 @@ def test_one_launch_with_two_stages_gives_the_same(emulator, form):
             activation_bits=activation_bits,
             channels_last=geometry is LINEAR,
         )
-        found = run(emulator, case, tile=ONE_LAUNCH_TILES[1], fused=True, seed=seed)
-        assert np.array_equal(found, expected(case))
+        actual = run(emulator, case, tile=ONE_LAUNCH_TILES[1], fused=True, seed=seed)
+        assert np.array_equal(actual, expected(case))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -177,11 +177,11 @@ def test_residual_is_added_before_silu(emulator, width, form, channels_last):
         channels_last=channels_last,
     )
     residual = draw(5, width=width, height=4, channels=case.problem.out_channels).x
-    found = run(emulator, case, native_4=native, residual=residual, silu=True)
+    actual = run(emulator, case, native_4=native, residual=residual, silu=True)
     wanted = expected(case, residual=residual, silu=True)
     # The exponential differs in its last bit of float32, the result by at most one of half precision.
     spacing = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float32)
-    assert (np.abs(found.astype(np.float32) - wanted.astype(np.float32)) <= spacing).all()
+    assert (np.abs(actual.astype(np.float32) - wanted.astype(np.float32)) <= spacing).all()
     exact = run(emulator, case, native_4=native, residual=residual)
     assert np.array_equal(exact, expected(case, residual=residual))
 
@@ -210,10 +210,10 @@ def test_a_step_outside_the_table_gives_nothing_but_nan(emulator, form):
     bits, activation_bits, native = FORMS[form]
     case = draw(7, bits=bits, activation_bits=activation_bits)
     case.step = np.array([case.problem.steps, 1])
-    found = run(emulator, case, native_4=native)
-    assert np.isnan(found[0]).all()
+    actual = run(emulator, case, native_4=native)
+    assert np.isnan(actual[0]).all()
     case.step = np.array([1, 1])
-    assert np.array_equal(found[1], expected(case)[1])
+    assert np.array_equal(actual[1], expected(case)[1])
 
 
 def test_nan_and_infinity_take_the_outermost_codes(emulator):

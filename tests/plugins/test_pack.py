@@ -82,6 +82,6 @@ def test_the_reference_is_what_a_deployed_layer_of_torch_computes(geometry):
         LayerTensors(weight, activation, torch.from_numpy(case.bias)),
         ConvGeometry(g.stride, g.padding, g.dilation, g.groups),
     )
-    found = layer(torch.from_numpy(case.x), torch.from_numpy(case.step))
+    actual = layer(torch.from_numpy(case.x), torch.from_numpy(case.step))
     wanted = reference.low_bit(case.x, case.integers, case.terms, case.tables, case.step, geometry)
-    assert np.array_equal(found.numpy(), wanted)
+    assert np.array_equal(actual.numpy(), wanted)

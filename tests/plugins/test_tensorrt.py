@@ -87,8 +87,8 @@ def test_what_it_starts_computes_the_layer(tmp_path, architecture, geometry):
         77,
     )
     wanted = reference.low_bit(case.x, case.integers, case.terms, case.tables, case.step, geometry)
-    found = out.transpose(0, 3, 1, 2) if linear else out
-    assert np.array_equal(found, wanted)
+    actual = out.transpose(0, 3, 1, 2) if linear else out
+    assert np.array_equal(actual, wanted)
 
 
 @needs_rtx
@@ -162,8 +162,8 @@ def test_attributes_stay_in_memory_as_long_as_the_plugin():
     plugin = plugins._plugin_class(trt, lambda: None)("LowBitConv2d", layer)
     collection = plugin.get_fields_to_serialize()
     rubbish = [np.full(2, -5, np.int32) for _ in range(4000)]
-    found = {field.name: np.array(field.data).reshape(-1).tolist() for field in collection}
-    assert found == fields_of(layer)
+    actual = {field.name: np.array(field.data).reshape(-1).tolist() for field in collection}
+    assert actual == fields_of(layer)
     assert len(rubbish) == 4000
 
 

@@ -51,9 +51,9 @@ class TensorRt:
 
 @pytest.fixture
 def plugins():
-    found = Plugins()
-    register_all(TensorRt, found, lambda variant: str(variant).encode())
-    return found
+    registry = Plugins()
+    register_all(TensorRt, registry, lambda variant: str(variant).encode())
+    return registry
 
 
 @pytest.mark.parametrize(

@@ -139,9 +139,9 @@ def test_a_denoiser_of_kernel_layers_predicts_what_the_deployed_one_does(digits_
     with torch.no_grad():
         wanted = run.denoiser()(sample, timestep, labels).sample
         kernels = run.denoiser(kernels=True)
-        found = kernels(sample, timestep, labels).sample
+        actual = kernels(sample, timestep, labels).sample
     layers = [m for m in kernels.modules() if isinstance(m, KernelLayer)]
     assert len(layers) == len(run.manifest.layers)
     # Its group norms are torch's own: values on a tie may fall on the other code.
-    noise = (found - wanted).square().mean() / wanted.square().mean()
+    noise = (actual - wanted).square().mean() / wanted.square().mean()
     assert noise < 1e-3

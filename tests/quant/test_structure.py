@@ -1,4 +1,4 @@
-"""Attention spelled out, split convolutions, learned rounding: the same in float, exact in integers."""
+"""Decomposed attention, split convolutions, learned rounding: equal in float, exact in integers."""
 
 import pytest
 import torch
@@ -119,10 +119,10 @@ def test_product_tensors_survive_storage():
     product = QuantProduct(TABLE, 8, 4)
     merged = ProductTensors.merge(product)
     again = ProductTensors.from_tensors(merged.tensors(), left_bits=8, right_bits=4)
-    for one, other in zip(merged.operands.values(), again.operands.values(), strict=True):
-        assert isinstance(other, ActivationTensors)
-        assert torch.equal(one.scale, other.scale)
-        assert torch.equal(one.low, other.low)
+    for expected, actual in zip(merged.operands.values(), again.operands.values(), strict=True):
+        assert isinstance(actual, ActivationTensors)
+        assert torch.equal(expected.scale, actual.scale)
+        assert torch.equal(expected.low, actual.low)
 
 
 def test_rounding_starts_at_nearest_and_stays_put_while_the_weight_moves():

@@ -1,4 +1,4 @@
-"""Runs our CUDA kernels on the CPU, thread by thread; see ptx.cuh beside this file."""
+"""Runs our CUDA kernels on the CPU, thread by thread; see ptx.cuh in this folder."""
 
 from __future__ import annotations
 
