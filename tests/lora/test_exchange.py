@@ -81,7 +81,7 @@ def test_swapping_keeps_the_tables_and_recomputes_the_codes(base, model, tmp_pat
     assert read_manifest(tmp_path / "styled").loras == result["loras"]
 
 
-def test_a_lora_that_is_merged_already_is_refused(model, tmp_path):
+def test_an_already_merged_lora_is_refused(model, tmp_path):
     lora = LoraRequest(tmp_path / "style.safetensors", 0.5)
     quantize(model, {"method": "minmax", "steps": 4}, tmp_path / "run", loras=[lora])
     assert read_manifest(tmp_path / "run").loras[0]["scale"] == 0.5
@@ -187,14 +187,14 @@ def assert_is_diffusers_merge(out, lora, scale):
         torch.testing.assert_close(kept.float(), expected[key], rtol=1e-6, atol=0)
 
 
-def test_a_lora_is_merged_before_a_model_is_brought_into_another_form(decomposed_folder):
+def test_a_lora_is_merged_before_the_model_is_decomposed(decomposed_folder):
     lora = decomposed_folder / "style.safetensors"
     out = decomposed_folder / "styled"
     quantize(decomposed_folder / "model", DECOMPOSED, out, loras=[LoraRequest(lora, 0.7)])
     assert_is_diffusers_merge(out, lora, 0.7)
 
 
-def test_a_lora_is_exchanged_in_a_run_of_another_form(decomposed_folder):
+def test_a_lora_is_exchanged_in_a_decomposed_run(decomposed_folder):
     lora = decomposed_folder / "style.safetensors"
     out = decomposed_folder / "exchanged"
     result = requantize(decomposed_folder / "run", [LoraRequest(lora, 0.7)], out)

@@ -423,7 +423,7 @@ def test_files_of_any_float_type_are_merged_in_float32(dtype, tmp_path, generato
 
 
 @pytest.mark.parametrize("scales", [(0.5, -0.25, 2.0), (1.0, 0.0, 0.3)], ids=str)
-def test_several_at_once_each_at_its_own_scale(scales, tmp_path, generator):
+def test_several_loras_with_different_scales(scales, tmp_path, generator):
     pipe = build("sd_1")
     before = weights(pipe)
     makers = (kohya_sd, diffusers_metadata, dora)
@@ -898,7 +898,7 @@ def test_every_layer_of_every_pipeline_is_known_by_its_diffusers_name(name, pref
         assert layer.module is paths[path]
 
 
-def test_a_unet_of_other_blocks_is_no_reason_to_fail():
+def test_a_unet_with_other_blocks_is_supported():
     from diffusers import Kandinsky3UNet
 
     unet = Kandinsky3UNet(

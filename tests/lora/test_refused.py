@@ -225,7 +225,7 @@ def test_a_scale_that_makes_weights_infinite_is_refused(scale, pipe, tmp_path):
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
-def test_a_scale_that_is_no_number_is_refused(scale, pipe, tmp_path):
+def test_a_scale_that_is_not_finite_is_refused(scale, pipe, tmp_path):
     save_file(good(), tmp_path / "style.safetensors")
     refused(pipe, tmp_path / "style.safetensors", UsageError, "finite number", scale)
 

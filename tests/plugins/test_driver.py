@@ -1,4 +1,4 @@
-"""What the driver says no to, against a stand-in for it."""
+"""Refusals of the driver, with a stand-in for it."""
 
 import ctypes
 import re
@@ -72,7 +72,7 @@ def launch(tile=TILES[2]):
     return Launch(variant, (1, 2, 3), tile.threads, tile.shared_bytes, arguments)
 
 
-def test_a_kernel_is_loaded_once_and_told_of_its_shared_memory(use):
+def test_a_kernel_is_loaded_once_with_its_shared_memory_attribute(use):
     driver = use()
     device = CudaDevice(1)
     assert (device.architecture, device.processors) == ("sm89", 128)
@@ -85,7 +85,7 @@ def test_a_kernel_is_loaded_once_and_told_of_its_shared_memory(use):
     assert started[0][:9] == (7, 1, 2, 3, 256, 1, 1, TILES[2].shared_bytes, 5)
 
 
-def test_a_driver_older_than_the_kernel_says_what_to_do(use):
+def test_the_error_for_an_old_driver_names_the_fix(use):
     use(cuModuleLoadData=Status.CUDA_ERROR_NO_BINARY_FOR_GPU)
     with pytest.raises(KernelError, match=r"low_bit-f16-w4-128x256 for sm89.*too old.*update it"):
         CudaDevice(1).start(launch(), stream=0)
@@ -97,13 +97,13 @@ def test_a_kernel_that_cannot_start_is_named(use):
         CudaDevice(1).start(launch(), stream=0)
 
 
-def test_full_memory_is_said(use):
+def test_full_memory_is_reported(use):
     use(cuMemAlloc=Status.CUDA_ERROR_OUT_OF_MEMORY)
     with pytest.raises(KernelError, match=r"cannot allocate 100 bytes.*memory is full"):
         Gpu().allocate(100)
 
 
-def test_a_thread_without_a_context_is_told(use):
+def test_a_thread_without_a_context_is_reported(use):
     use()
     with pytest.raises(KernelError, match="this thread has no CUDA context"):
         current_device()
@@ -167,7 +167,7 @@ def test_the_drivers_library_has_its_systems_name(platform, name, monkeypatch):
     driving._library.cache_clear()
 
 
-def test_a_driver_that_lacks_a_function_is_not_called_missing(use, monkeypatch):
+def test_a_driver_without_a_function_is_reported_as_old(use, monkeypatch):
     class Old:
         def __getattr__(self, name):
             raise RuntimeError(f"function {name} is not found")
@@ -178,7 +178,7 @@ def test_a_driver_that_lacks_a_function_is_not_called_missing(use, monkeypatch):
         Gpu()
 
 
-def test_without_a_driver_that_is_said(monkeypatch):
+def test_a_missing_driver_is_reported(monkeypatch):
     class Missing:
         def __getattr__(self, name):
             raise RuntimeError("libcuda.so.1 cannot be loaded")

@@ -118,7 +118,7 @@ def full_tensorrt(recording, tmp_path, monkeypatch, **settings):
 
 
 @pytest.mark.parametrize("capability", [75, 89, 90, 120])
-def test_kernels_lie_in_the_engine_of_full_tensorrt(capability, recording, tmp_path, monkeypatch):
+def test_engines_of_full_tensorrt_contain_the_kernels(capability, recording, tmp_path, monkeypatch):
     """The worker creates a context; TensorRT loads and starts the kernel on the oldest driver."""
     answer = full_tensorrt(recording, tmp_path, monkeypatch, gpus=capability)
     assert (answer.error, answer.plugins, answer.warnings) == (None, "engine", [])
