@@ -179,7 +179,8 @@ def test_residual_is_added_before_silu(emulator, width, form, channels_last):
     residual = draw(5, width=width, height=4, channels=case.problem.out_channels).x
     actual = run(emulator, case, native_4=native, residual=residual, silu=True)
     wanted = expected(case, residual=residual, silu=True)
-    # The exponential differs in the last bit of float32, the result by at most one bit of half precision.
+    # The exponential differs in the last bit of float32, the result by at most one bit of half
+    # precision.
     spacing = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float32)
     assert (np.abs(actual.astype(np.float32) - wanted.astype(np.float32)) <= spacing).all()
     exact = run(emulator, case, native_4=native, residual=residual)
