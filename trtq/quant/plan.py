@@ -89,7 +89,7 @@ def layer_kind(module: nn.Module) -> Kind | None:
     return "product" if isinstance(module, Product) else None
 
 
-def quantizable_layers(denoiser: nn.Module) -> dict[str, Any]:
+def quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
     """Every `nn.Linear`, `nn.Conv2d` and `Product` by its module path, in module order."""
     return {
         name: module for name, module in denoiser.named_modules() if layer_kind(module) is not None
