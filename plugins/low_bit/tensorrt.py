@@ -93,7 +93,7 @@ class _PluginMethods:
     """
 
     _trt: ClassVar[Any]
-    _device: ClassVar[Callable[[], Device]]
+    _device: ClassVar[Any]  # A static method that returns the GPU.
     layer: LayerSpec
     plugin_name: str
     _collection: Any
@@ -117,9 +117,10 @@ class _PluginMethods:
     def _gpu(self) -> Device | None:
         """The GPU; None if there is no GPU, which is allowed while an engine is built."""
         try:
-            return self._device()
+            device: Device = self._device()
         except TrtqError:
             return None
+        return device
 
     def get_fields_to_serialize(self) -> Any:
         return self._collection
