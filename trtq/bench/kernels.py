@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from trtq.bench.device import Nvml, gpu_peak
 from trtq.errors import TrtqError, UsageError
-from trtq.plugins.driver import current_device, driver_cuda, old_driver
+from trtq.plugins.device import current_device
+from trtq.plugins.driver import driver_cuda, old_driver
 from trtq.plugins.launch import Device, Launch, Pointers, choose_tile, layer_launches
 from trtq.plugins.low_bit import pack
 from trtq.plugins.low_bit.op import flat_fields, low_bit
