@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from trtq.artefact.manifest import package_versions
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.runs.folder import open_run
 from trtq.snr import snr_db
@@ -44,7 +44,7 @@ def inputs(source: Any) -> dict[str, Tensor]:
 
 def compiled(checkpoint: Path, given: dict[str, Tensor]) -> Callable[[], Tensor]:
     """Diffusers' UNet in half precision, compiled."""
-    model = load_source(str(checkpoint)).denoiser.cuda().half()
+    model = open_pipeline(str(checkpoint)).denoiser.cuda().half()
     model = torch.compile(model.to(memory_format=torch.channels_last), mode="max-autotune")
     moved = {
         name: value.cuda().half() if value.is_floating_point() else value.cuda()
@@ -99,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("torch sees no NVIDIA GPU here; nothing was measured")
-    source = load_source(str(options.checkpoint))
+    source = open_pipeline(str(options.checkpoint))
     given = inputs(source)
     half_bytes = 2 * sum(p.numel() for p in source.denoiser.parameters())
     calls = {"float": compiled(options.checkpoint, given)}

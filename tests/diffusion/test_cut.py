@@ -9,7 +9,7 @@ from tests.families.pipelines import build
 from trtq.calib.recipe import load_recipe
 from trtq.diffusion import cut
 from trtq.diffusion.cut import find_cuts, warn_of_cuts
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.pipelines.draw import conditioning_for, draw
 from trtq.runs.plan import plan_quantize
 from trtq.serve.models.base import GenerationRequest
@@ -65,7 +65,7 @@ def test_a_pipeline_without_text_has_nothing_to_cut(tiny):
 
 
 def test_drawing_says_it_once(caplog):
-    source = load_source(build("sd_1"))
+    source = open_pipeline(build("sd_1"))
     for _ in range(2):
         draw(source, conditioning_for(source, 2, prompt=LONG), steps=1, seed=0)
     said = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -74,7 +74,7 @@ def test_drawing_says_it_once(caplog):
 
 
 def test_a_negative_prompt_is_said_too(caplog):
-    source = load_source(build("sd_1"))
+    source = open_pipeline(build("sd_1"))
     conditioning = conditioning_for(source, 1, prompt="a red circle")
     draw(source, conditioning, steps=1, seed=0, guidance=3.0, negative_prompt=LONG)
     assert "1 of 2 prompts are cut" in caplog.text
@@ -95,7 +95,7 @@ def test_prompts_to_calibrate_with_are_looked_at(tmp_path, caplog):
 
 
 def test_the_server_logs_the_numbers_but_not_the_prompt(caplog):
-    model = PipelineModel(load_source(build("sd_1")), "sd", "torch")
+    model = PipelineModel(open_pipeline(build("sd_1")), "sd", "torch")
     model.starts(GenerationRequest(LONG, count=1, seed=0, steps=1, guidance=1.0))
     (record,) = [one for one in caplog.records if one.getMessage() == "prompt cut off"]
     assert record.fields["field"] == "prompt"

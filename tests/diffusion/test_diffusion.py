@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.sampling import Conditions, at_once, predict, seeded_noise
-from trtq.diffusion.schedule import NoiseSchedule, inference_timesteps, set_timesteps
+from trtq.diffusion.schedule import NoiseSchedule
+from trtq.diffusion.timesteps import inference_timesteps, set_timesteps
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 
 
@@ -152,7 +153,7 @@ def test_shipped_model_is_small():
 def test_unknown_models(model, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtefactError, match=message):
-        load_source(model)
+        open_pipeline(model)
 
 
 def test_corrupt_weights(tmp_path):
@@ -165,7 +166,7 @@ def test_corrupt_weights(tmp_path):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ArtefactError, match=r"no whole safetensors file.*download it again"):
-        load_source(folder)
+        open_pipeline(folder)
 
 
 def test_a_pipeline_without_a_denoiser():
@@ -173,4 +174,4 @@ def test_a_pipeline_without_a_denoiser():
         components = {"vae": None}
 
     with pytest.raises(QuantizationError, match=r"no denoiser.*vae"):
-        load_source(Empty())
+        open_pipeline(Empty())

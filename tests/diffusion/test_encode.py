@@ -5,7 +5,7 @@ import torch
 
 from tests.families.pipelines import build
 from trtq.diffusion.encode import takes_negative
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import UsageError
 
 
@@ -29,8 +29,8 @@ def told_by_the_pipeline(source, **prompts):
 @pytest.mark.parametrize("negative", [None, "", "a blue square"], ids=repr)
 @pytest.mark.parametrize("name", ["sd_1", "sd_xl", "pixart", "sd_3"])
 def test_no_condition_is_what_the_pipeline_makes_of_the_negative_prompt(name, negative):
-    source = load_source(build(name))
-    source.resize("16x16")
+    source = open_pipeline(build(name))
+    source = source.sized("16x16")
     for part in source.pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
@@ -44,7 +44,7 @@ def test_no_condition_is_what_the_pipeline_makes_of_the_negative_prompt(name, ne
 
 def test_an_empty_negative_prompt_is_not_none_for_stable_diffusion_xl():
     """It has zeros where there is no text."""
-    source = load_source(build("sd_xl"))
+    source = open_pipeline(build("sd_xl"))
     none, empty = (
         source.encode(["a"], negative).unconditional["encoder_hidden_states"]
         for negative in (None, "")
@@ -55,7 +55,7 @@ def test_an_empty_negative_prompt_is_not_none_for_stable_diffusion_xl():
 
 @pytest.mark.parametrize("name", ["ldm_kl", "flux"])
 def test_pipelines_without_a_negative_prompt_refuse_one(name):
-    source = load_source(build(name))
+    source = open_pipeline(build(name))
     assert not takes_negative(source.pipeline)
     with pytest.raises(UsageError, match="takes no negative prompt"):
         source.encode(["a"], "b")
@@ -63,7 +63,7 @@ def test_pipelines_without_a_negative_prompt_refuse_one(name):
 
 
 def test_a_sized_source_leaves_the_first_as_it_is():
-    source = load_source(build("sd_xl"))
+    source = open_pipeline(build("sd_xl"))
     other = source.sized("24x32")
     assert (source.image_size, other.image_size) == ((16, 16), (24, 32))
     assert other.encode(["a"]).conditional["time_ids"].tolist() == [[24, 32, 0, 0, 24, 32]]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.families.pipelines import PIPELINES, build
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import ArtefactError, NonFiniteError, TrtqError, UsageError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -46,7 +46,7 @@ def edit_json(model, file, **changes):
 
 def refusal(model, error=TrtqError):
     with pytest.raises(error) as caught:
-        load_source(model)
+        open_pipeline(model)
     message = str(caught.value)
     assert "\n" not in message
     assert type(caught.value) is not TrtqError
@@ -54,7 +54,7 @@ def refusal(model, error=TrtqError):
 
 
 def test_what_is_loaded_is_what_the_files_hold(saved):
-    source = load_source(saved)
+    source = open_pipeline(saved)
     for part, file in (("unet", UNET), ("text_encoder", TEXT), ("vae", VAE)):
         state = getattr(source.pipeline, part).state_dict()
         held = load_file(saved / file)
@@ -67,7 +67,7 @@ def test_what_is_loaded_is_what_the_files_hold(saved):
 def test_pipelines_of_every_family_pass_the_checks(name, tmp_path):
     pipeline = build(name)
     pipeline.save_pretrained(tmp_path)
-    source = load_source(tmp_path)
+    source = open_pipeline(tmp_path)
     own = getattr(pipeline, source.denoiser_name).state_dict()
     assert all(torch.equal(t, own[n]) for n, t in source.denoiser.state_dict().items())
 
@@ -124,7 +124,7 @@ def test_other_float_weights_are_read_as_float32(dtype, model):
     for file in (UNET, TEXT, VAE):
         edit_tensors(model, file, lambda t: {n: v.to(dtype) for n, v in t.items()})
         held[file] = load_file(model / file)
-    source = load_source(model)
+    source = open_pipeline(model)
     for name, tensor in source.denoiser.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, held[UNET][name].float())
@@ -133,9 +133,9 @@ def test_other_float_weights_are_read_as_float32(dtype, model):
 def test_one_variant_is_read_and_said(saved, tmp_path, caplog):
     model = tmp_path / "model"
     build("sd_1").save_pretrained(model, variant="fp16")
-    source = load_source(model)
+    source = open_pipeline(model)
     assert "reading the variant 'fp16', the only one there" in caplog.text
-    expected = load_source(saved).denoiser.state_dict()
+    expected = open_pipeline(saved).denoiser.state_dict()
     assert all(torch.equal(t, expected[n]) for n, t in source.denoiser.state_dict().items())
     other = model / "unet/diffusion_pytorch_model.bf16.safetensors"
     shutil.copy(model / "unet/diffusion_pytorch_model.fp16.safetensors", other)
@@ -144,7 +144,7 @@ def test_one_variant_is_read_and_said(saved, tmp_path, caplog):
 
 def test_a_plain_file_goes_before_variants(model, caplog):
     shutil.copy(model / UNET, model / "unet/diffusion_pytorch_model.fp16.safetensors")
-    load_source(model)
+    open_pipeline(model)
     assert "variant" not in caplog.text
 
 
@@ -154,8 +154,8 @@ def test_shards_are_read_and_a_missing_one_is_named(variant, saved, tmp_path):
     build("sd_1").save_pretrained(model, max_shard_size="40KB", variant=variant)
     shards = sorted((model / "unet").glob("*-of-*"))
     assert len(shards) > 1
-    expected = load_source(saved).denoiser.state_dict()
-    found = load_source(model).denoiser.state_dict()
+    expected = open_pipeline(saved).denoiser.state_dict()
+    found = open_pipeline(model).denoiser.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     shards[1].unlink()
     assert shards[1].name in refusal(model, ArtefactError)
@@ -342,7 +342,7 @@ def test_names_that_transformers_dropped_still_load(model):
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"image_processor_type": "CLIPFeatureExtractor", "crop_size": 8, "size": 8})
     )
-    assert load_source(model).pipeline.feature_extractor is not None
+    assert open_pipeline(model).pipeline.feature_extractor is not None
 
 
 @pytest.mark.parametrize(
@@ -403,17 +403,17 @@ def test_a_configuration_that_makes_no_model_is_named_with_its_key(file, changes
 
 def test_a_size_that_is_not_told_has_to_be_given(model):
     edit_json(model, "unet/config.json", sample_size=None)
-    source = load_source(model)
+    source = open_pipeline(model)
     with pytest.raises(UsageError, match="--size HEIGHTxWIDTH"):
         _ = source.latent_size
-    source.resize("16x32")
+    source = source.sized("16x32")
     assert source.image_size == (16, 32)
     assert source.resized
 
 
 def test_settings_that_are_not_known_are_said(model, caplog):
     edit_json(model, "unet/config.json", use_ema_warmup=True)
-    load_source(model)
+    open_pipeline(model)
     assert "'use_ema_warmup'" in caplog.text
     assert "unet/config.json" in caplog.text
 
@@ -432,7 +432,7 @@ def test_a_byte_order_mark_is_passed_over(model):
     assert "unet/config.json begins with a byte-order mark" in refusal(model, ArtefactError)
     edit = (model / "unet/config.json").read_bytes()
     (model / "unet/config.json").write_bytes(edit[3:])
-    load_source(model)
+    open_pipeline(model)
 
 
 @pytest.mark.parametrize("file", [UNET, TEXT, "unet/config.json", "model_index.json"])
@@ -450,7 +450,7 @@ def test_files_that_are_links_into_a_cache_are_read(saved, tmp_path):
         link = snapshot / path.relative_to(saved)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
-    load_source(snapshot)
+    open_pipeline(snapshot)
     (blobs / "0").unlink()
     refusal(snapshot, ArtefactError)
 
@@ -487,7 +487,7 @@ def test_files_that_are_links_into_a_cache_are_read(saved, tmp_path):
 def test_names_that_are_no_model_are_refused(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtefactError, match=message) as caught:
-        load_source(name)
+        open_pipeline(name)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
 
@@ -510,7 +510,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
 def test_old_names_of_attention_weights_are_read(model):
     """As the autoencoders of Stable Diffusion 1.x are stored."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    expected = load_source(model).pipeline.vae.state_dict()
+    expected = open_pipeline(model).pipeline.vae.state_dict()
 
     def change(tensors):
         renamed = {}
@@ -523,20 +523,20 @@ def test_old_names_of_attention_weights_are_read(model):
         return renamed
 
     edit_tensors(model, VAE, change)
-    found = load_source(model).pipeline.vae.state_dict()
+    found = open_pipeline(model).pipeline.vae.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_old_names_of_text_encoder_weights_are_read(model):
     """As transformers 4 wrote them, positions included."""
-    expected = load_source(model).pipeline.text_encoder.state_dict()
+    expected = open_pipeline(model).pipeline.text_encoder.state_dict()
 
     def change(tensors):
         old = {f"text_model.{n}": t for n, t in tensors.items() if not n.startswith("text_model.")}
         return old | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
 
     edit_tensors(model, TEXT, change)
-    found = load_source(model).pipeline.text_encoder.state_dict()
+    found = open_pipeline(model).pipeline.text_encoder.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
@@ -559,4 +559,4 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(files, saved, tmp_path):
     for name in files:
         (folder / "tokenizer" / name).write_text("{}")
     with pytest.raises(ArtefactError, match=r"tokenizer holds no vocabulary: tokenizer\.json is"):
-        load_source(folder)
+        open_pipeline(folder)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.families.pipelines import PIPELINES, build, conditional_unet, diffusion, stable_diffusion
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import NonFiniteError, QuantizationError, TrtqError, UsageError
 from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
@@ -28,7 +28,7 @@ def models(pipeline):
 
 
 def drawn(pipeline):
-    source = load_source(pipeline)
+    source = open_pipeline(pipeline)
     return draw(source, conditioning_for(source, 1), steps=2, seed=0, guidance=1.0)
 
 
@@ -201,9 +201,9 @@ def test_a_run_of_a_prepared_pipeline_is_opened_and_draws_the_same(prepare, plai
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_half_precision_pipeline_of_every_family_becomes_its_float_self(name):
     pipeline = build(name)
-    denoiser = load_source(build(name)).denoiser
+    denoiser = open_pipeline(build(name)).denoiser
     pipeline.to(dtype=torch.float16)
-    source = load_source(pipeline)
+    source = open_pipeline(pipeline)
     for key, tensor in source.denoiser.state_dict().items():
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor, denoiser.state_dict()[key], rtol=1e-3, atol=1e-6)
@@ -366,7 +366,7 @@ def test_a_fused_adapter_is_part_of_the_weights():
     pipeline.unet.fuse_lora()
     with torch.no_grad():
         merged = pipeline.unet.up_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
-    found = load_source(pipeline).denoiser
+    found = open_pipeline(pipeline).denoiser
     own = found.up_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
     assert type(own) is nn.Linear
     assert torch.equal(own.weight, merged.base_layer.weight)
@@ -397,7 +397,7 @@ def test_a_subclass_that_overrides_nothing_is_its_ancestor(expected):
     parts = build("sd_1").components | {"requires_safety_checker": False}
     assert snr_db(expected, drawn(Mine(**parts))) >= 200
     with pytest.raises(UsageError, match="Theirs, which overrides encode_prompt of StableDiff"):
-        load_source(Theirs(**parts))
+        open_pipeline(Theirs(**parts))
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_a_subclass_that_overrides_nothing_is_its_ancestor(expected):
 )
 def test_what_is_no_pipeline_is_refused(thing, message):
     with pytest.raises(TrtqError, match=message):
-        load_source(thing)
+        open_pipeline(thing)
 
 
 def text(**options):
@@ -451,13 +451,13 @@ def test_an_ip_adapter_is_not_left_out_in_silence(saved, tmp_path):
     if saved:
         pipeline.save_pretrained(tmp_path)
     with pytest.raises(TrtqError, match="unload_ip_adapter"):
-        load_source(tmp_path if saved else pipeline)
+        open_pipeline(tmp_path if saved else pipeline)
 
 
 def test_settings_that_were_changed_on_the_object_are_its_settings():
     pipeline = build("sd_1")
     pipeline.unet.register_to_config(sample_size=16)
-    assert load_source(pipeline).latent_size == (16, 16)
+    assert open_pipeline(pipeline).latent_size == (16, 16)
 
 
 @pytest.mark.parametrize("size", [0, 10**9, (8, 8, 8), "big"], ids=repr)
@@ -476,7 +476,7 @@ def test_parts_of_different_models_are_refused(tmp_path):
 
 def test_a_low_bit_pipeline_is_not_quantised_again(digits_run, tmp_path):
     pipeline = open_any(digits_run).pipeline
-    assert load_source(pipeline).pipeline is pipeline
+    assert open_pipeline(pipeline).pipeline is pipeline
     with pytest.raises(UsageError, match="quantised already"):
         quantize(pipeline, RECIPE, tmp_path / "run")
 

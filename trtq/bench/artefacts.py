@@ -14,7 +14,7 @@ from trtq.artefact.manifest import (
     find_origin,
     read_manifest,
 )
-from trtq.diffusion.pipeline import DENOISERS, resolve_model
+from trtq.diffusion.loading import DENOISERS, resolve_model
 from trtq.documents import read_object, shown
 from trtq.engine.ort import PROVIDERS, check_provider
 from trtq.errors import ArtefactError, UsageError

@@ -27,7 +27,8 @@ from trtq.diffusion.layout import (
     read_json,
     read_null_class,
 )
-from trtq.diffusion.pipeline import DENOISERS, LoadedPipeline, wrap_pipeline
+from trtq.diffusion.loading import DENOISERS, wrap_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.errors import ArtefactError, UsageError

@@ -25,7 +25,8 @@ from trtq.artefact.manifest import (
 )
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.layout import parse_sizes
-from trtq.diffusion.pipeline import LoadedPipeline, load_source
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.documents import shown
 from trtq.engine.prepared import keep_prepared
 from trtq.errors import GateError, UsageError
@@ -154,6 +155,7 @@ def export_onnx(
         source, traced, run, manifest = _opened(path, precision)
         name = source.denoiser_name
         smallest, largest = _sizes(source, size)
+        source = source.sized(smallest)
         # What torch cannot be compared along in the end is refused before the graph is made.
         source.schedule(int((manifest.recipe or {}).get("steps") or 20))
         half = precision == "fp16"
@@ -192,16 +194,16 @@ def _opened(
 ) -> tuple[LoadedPipeline, nn.Module, OpenRun | None, Manifest]:
     """The pipeline, the denoiser to trace, the run if it is one, and the manifest's beginnings."""
     if not _is_run(path):
-        source = load_source(path)
+        source = open_pipeline(path)
         # Tracing in half precision changes the model, and the other one is compared with.
-        traced = source.denoiser if precision == "fp32" else load_source(path).denoiser
+        traced = source.denoiser if precision == "fp32" else open_pipeline(path).denoiser
         return source, traced, None, _float_manifest(source)
     run = open_run(Path(path))
     return run.source(), run.float_skeleton(), run, _run_manifest(run)
 
 
 def _sizes(source: LoadedPipeline, size: str | None) -> tuple[str, str]:
-    """Smallest and largest image size of the graph; the source then works on the smallest.
+    """Smallest and largest image size of the graph.
 
     Raises:
         UsageError: the model cannot draw them, or one graph cannot take several.
@@ -213,7 +215,6 @@ def _sizes(source: LoadedPipeline, size: str | None) -> tuple[str, str]:
             "of it; export once for each size"
         )
     source.latents_of(largest)
-    source.resize(smallest)
     return smallest, largest
 
 
@@ -292,9 +293,7 @@ def _held_to_torch(
     parity = step_parities(source, model, manifest)
     checked = list(parity)
     if smallest != largest:
-        source.resize(largest)
-        checked += step_parities(source, model, manifest)
-        source.resize(smallest)
+        checked += step_parities(source.sized(largest), model, manifest)
     least = min(row.db for row in checked)
     if not all(row.holds(min_db) for row in checked):
         raise GateError(

@@ -100,7 +100,7 @@ def verify(
     progress("compare with torch", 1, 2)
     sizes = str(manifest.options.get("size") or "").partition(":")[0]
     if sizes:
-        source.resize(sizes)
+        source = source.sized(sizes)
     required = PARITY_DB[manifest.options.get("precision", "fp32")]
     rows = step_parities(source, model, run.manifest, thorough=True)
     result |= {

@@ -77,7 +77,7 @@ def generate(
     check_outside_artefacts(files[0])
     source = open_any(path, provider)
     if size is not None:
-        source.resize(size)
+        source = source.sized(size)
     check_sheet(images, *source.image_size)
     conditioning = conditioning_for(source, images, class_label=class_label, prompt=prompt)
     if guidance is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trtq.artefact.manifest import Manifest, artefact_kind, read_manifest
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.engine.tensorrt.run import obstacle, open_tensorrt
 from trtq.graph.file import MODEL_FILE, model_file
 from trtq.graph.runtimes.prepare import load_graph
@@ -84,7 +84,7 @@ def _precisions(manifest: Manifest) -> dict[str, int]:
 
 
 def _checkpoint(path: str | Path) -> dict[str, Any]:
-    source = load_source(path)
+    source = open_pipeline(path)
     layers = quantizable_layers(source.denoiser)
     return {
         "kind": "checkpoint",

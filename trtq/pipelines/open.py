@@ -13,7 +13,8 @@ from torch import nn
 
 from trtq.artefact.manifest import artefact_kind, peek_manifest, read_manifest
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
-from trtq.diffusion.pipeline import DENOISERS, LoadedPipeline, load_source
+from trtq.diffusion.loading import DENOISERS, open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.engine.base import Engine
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.open import open_engine
@@ -68,7 +69,7 @@ def open_any(
                 f"trtq export {path} -o ONNX"
             )
         if folder is None or kind is None:
-            return load_source(path)
+            return open_pipeline(path)
         run = open_run(folder)
         return run.source(_on_gpu(run) if provider == TORCH else None)
     manifest = read_manifest(folder, kind)
@@ -139,7 +140,7 @@ def engine_source(
     )
     source = LoadedPipeline(str(folder), folder, pipeline, denoiser)
     if size is not None:
-        source.resize(size.partition(":")[0])
+        source = source.sized(size.partition(":")[0])
     return source
 
 

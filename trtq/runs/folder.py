@@ -53,7 +53,7 @@ class OpenRun:
         source = LoadedPipeline(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
         size = (self.manifest.recipe or {}).get("size")
         if size is not None:
-            source.resize(size)
+            source = source.sized(size)
         check_calibrated(source, self.manifest)
         return source
 

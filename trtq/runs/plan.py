@@ -26,7 +26,8 @@ from trtq.calib.sensitivity import (
 from trtq.diffusion.checkpoint import one_line
 from trtq.diffusion.cut import warn_of_cuts
 from trtq.diffusion.encode import check_inputs
-from trtq.diffusion.pipeline import LoadedPipeline, load_source
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.sampling import at_once, seeded_noise, spread
 from trtq.errors import QuantizationError, TrtqError, UsageError
@@ -133,7 +134,7 @@ def plan_quantize(
                 f"{model} is of kind {kind!r} and quantised already; give a float checkpoint, or a "
                 "run together with --lora to change its LoRAs"
             )
-    source = load_source(model)
+    source = open_pipeline(model)
     if isinstance(source.denoiser, StandIn):
         raise UsageError(
             f"{source.name} is quantised already (its denoiser is a "
@@ -157,7 +158,7 @@ def plan_quantize(
     }
     merged = merge_loras(components, loras, source.denoiser_name)
     if recipe.size is not None:
-        source.resize(recipe.size)
+        source = source.sized(recipe.size)
     if recipe.guidance is None:
         recipe = recipe.model_copy(update={"guidance": source.guidance})
     if recipe.training is not None:
