@@ -165,7 +165,7 @@ def test_corrupt_weights(tmp_path):
     shutil.copytree(shipped_model("digits"), folder)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ArtefactError, match=r"no whole safetensors file.*download it again"):
+    with pytest.raises(ArtefactError, match=r"not a complete safetensors file.*download it again"):
         open_pipeline(folder)
 
 

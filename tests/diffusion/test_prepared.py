@@ -343,7 +343,7 @@ REFUSED = {
     "resized": (resized, UsageError, "text_encoder"),
     "weight norm": (weight_norm, UsageError, "unet.conv_in"),
     "own scheduler": (own_scheduler, UsageError, "'scheduler' of the pipeline is a Mine"),
-    "own vae": (own_vae, UsageError, "neither of diffusers"),
+    "own vae": (own_vae, UsageError, "neither by diffusers"),
 }
 
 

@@ -12,14 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from trtq.diffusion.checkpoint import (
-    assemble,
-    check_config,
-    load_part,
-    one_line,
-    part_class,
-    pipeline_class,
-)
+from trtq.diffusion.checkpoint import assemble, load_part
+from trtq.diffusion.component_classes import part_class, pipeline_class
+from trtq.diffusion.configs import check_config
 from trtq.diffusion.layout import (
     CLASSES_NAME,
     INDEX_NAME,
@@ -31,6 +26,7 @@ from trtq.diffusion.loading import DENOISERS, wrap_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.quiet import quiet_diffusers
+from trtq.diffusion.wording import one_line
 from trtq.errors import ArtefactError, UsageError
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from trtq.diffusion.checkpoint import load_pipeline, one_line
+from trtq.diffusion.checkpoint import load_pipeline
 from trtq.diffusion.conditioning import UNLABELLED_PIPELINES
 from trtq.diffusion.encode import check_inputs
 from trtq.diffusion.layout import (
@@ -22,7 +22,8 @@ from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prepared import plain_pipeline
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.shipped import shipped_model, shipped_models
-from trtq.diffusion.weights import single_file_refusal
+from trtq.diffusion.weight_files import single_file_refusal
+from trtq.diffusion.wording import one_line
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 from trtq.quant.stand_in import StandIn
 from trtq.torch_settings import with_own_settings

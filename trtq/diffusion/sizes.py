@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trtq.diffusion.checkpoint import one_line
 from trtq.diffusion.layout import parse_size
+from trtq.diffusion.wording import one_line
 from trtq.errors import UsageError
 
 __all__ = ["ModelSizes", "cell_pixels", "coarsest_cell", "trained_size"]

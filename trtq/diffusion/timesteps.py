@@ -167,7 +167,9 @@ def _rehearsal_failure(scheduler: Any, stepping: Stepping, channels: int) -> str
                     scheduler.scale_model_input(x, t)
                 results = scheduler.step(predicted, t, x, **options, return_dict=False)
                 if stepping.second_of_one and len(scheduler.timesteps) == len(results) == 1:
-                    return "for one step, the pipeline reads a second result, which it does not return"
+                    return (
+                        "for one step, the pipeline reads a second result, which it does not return"
+                    )
                 x = results[0]
     except SCHEDULER_ERRORS as err:
         return f"diffusers raises an error ({first_line(err)})"

@@ -23,13 +23,13 @@ from trtq.calib.sensitivity import (
     weight_sensitivity,
     with_bits,
 )
-from trtq.diffusion.checkpoint import one_line
 from trtq.diffusion.cut import warn_of_cuts
 from trtq.diffusion.encode import check_inputs
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.sampling import at_once, seeded_noise, spread
+from trtq.diffusion.wording import one_line
 from trtq.errors import QuantizationError, TrtqError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
 from trtq.progress import ProgressCallback, silent
