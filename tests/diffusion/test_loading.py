@@ -499,7 +499,7 @@ def test_the_folder_of_one_component_says_what_is_missing(model):
 
 
 def test_a_pipeline_one_folder_down_is_pointed_at(model):
-    assert "'model' inside it does" in refusal(model.parent, ArtefactError)
+    assert "its subfolder 'model'" in refusal(model.parent, ArtefactError)
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):

@@ -389,7 +389,7 @@ def test_a_pipeline_with_a_sampler_of_its_own_stays_what_it_is():
 def test_a_pipeline_that_passes_no_class_is_refused_a_unet_with_classes():
     pipe = build("ldm_vq")
     pipe.unet = unet(num_class_embeds=5)
-    with pytest.raises(UsageError, match="num_class_embeds=5, and LDMPipeline passes no class"):
+    with pytest.raises(UsageError, match="num_class_embeds=5, but LDMPipeline passes no class"):
         open_pipeline(pipe).draw_conditions(1, torch.Generator())
 
 

@@ -12,6 +12,7 @@ from trtq.diffusion.checkpoint import load_pipeline
 from trtq.diffusion.conditioning import UNLABELLED_PIPELINES
 from trtq.diffusion.encode import check_inputs
 from trtq.diffusion.layout import (
+    CONFIG_NAME,
     INDEX_NAME,
     check_null_class,
     read_json,
@@ -35,36 +36,41 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCI
 
 
 def find_denoiser(pipeline: Any) -> str:
-    """The name of the component that predicts the noise.
+    """Name of the component that predicts the noise.
 
     Raises:
-        QuantizationError: there is none.
+        QuantizationError: the pipeline has none.
     """
     for name in DENOISERS:
         if getattr(pipeline, name, None) is not None:
             return name
     components = ", ".join(sorted(getattr(pipeline, "components", {}))) or "none"
     raise QuantizationError(
-        f"{type(pipeline).__name__} has no denoiser: looked for {' and '.join(DENOISERS)}, "
-        f"its components are {components}"
+        f"{type(pipeline).__name__} has no denoiser: a component {' or '.join(DENOISERS)} is required, "
+        f"its components are: {components}"
     )
 
 
 def resolve_model(model: str | Path) -> Path | str:
-    """The folder that a model argument means, or the argument itself if it is a hub id.
+    """The folder that a model argument denotes, or the argument itself if it is a hub id.
+
+    Args:
+        model: folder of a pipeline, name of a shipped model, or hub id.
 
     Raises:
-        ArtefactError: neither a folder with a pipeline, nor a shipped name, nor shaped like an id.
+        ArtefactError: the argument is none of the three.
     """
     shipped = shipped_model(str(model))
     if shipped is not None and not Path(model).is_dir():
         return shipped
     folder, name = Path(model), str(model)
     if "\0" in name:
-        raise ArtefactError(f"the model's name {name!r} holds a NUL")
+        raise ArtefactError(
+            f"the model name {one_line(repr(name))} holds a NUL character; remove it"
+        )
     try:
-        is_folder, there = folder.is_dir(), folder.exists()
-        if (is_folder and not (folder / INDEX_NAME).is_file()) or (there and not is_folder):
+        is_folder, exists = folder.is_dir(), folder.exists()
+        if (is_folder and not (folder / INDEX_NAME).is_file()) or (exists and not is_folder):
             raise ArtefactError(_no_pipeline(folder))
     except OSError as err:
         raise ArtefactError(f"cannot read {one_line(repr(name))}: {err.strerror}") from err
@@ -73,39 +79,39 @@ def resolve_model(model: str | Path) -> Path | str:
     if _HUB_ID.fullmatch(name) and ".." not in name and "--" not in name:
         return name
     raise ArtefactError(
-        f"there is no model {one_line(repr(name))}: not a folder, not a hub id (owner/name), and "
-        f"not one that ships with trtq ({', '.join(shipped_models()) or 'none'})"
+        f"there is no model {one_line(repr(name))}: it is not a folder, not a hub id (owner/name), and "
+        f"not a model that ships with trtq ({', '.join(shipped_models()) or 'none'})"
     )
 
 
 def _no_pipeline(path: Path) -> str:
-    """Why a file or folder that is there is no pipeline's, and what to do."""
-    single = None if (path / "config.json").is_file() else single_file_refusal(path)
+    """Message about an existing file or folder that is not a pipeline."""
+    single = None if (path / CONFIG_NAME).is_file() else single_file_refusal(path)
     if single is not None:
         return single
     if not path.is_dir():
-        return f"{path} is a file and no pipeline; give the folder that holds its {INDEX_NAME}"
-    if (path / "config.json").is_file():
-        named = read_json(path / "config.json").get("_class_name")
+        return f"{path} is a file, not a pipeline; give the folder that holds its {INDEX_NAME}"
+    if (path / CONFIG_NAME).is_file():
+        class_name = read_json(path / CONFIG_NAME).get("_class_name")
         return (
-            f"{path} is the folder of one component ({named or 'its config.json names no class'}) "
+            f"{path} is the folder of one component ({class_name or 'of an unnamed class'}) "
             f"and holds no {INDEX_NAME}; give the folder of the whole pipeline, with scheduler, "
             "text encoders and autoencoder"
         )
-    inside = sorted(p.parent.name for p in path.glob(f"*/{INDEX_NAME}"))
-    hint = f"; {inside[0]!r} inside it does" if inside else ""
+    subfolders = sorted(p.parent.name for p in path.glob(f"*/{INDEX_NAME}"))
+    hint = f", e.g. its subfolder {subfolders[0]!r}" if subfolders else ""
     return f"{path} holds no {INDEX_NAME}; give the folder of a whole pipeline{hint}"
 
 
 def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any = None) -> Any:
-    """Give a class-conditional `UNet2DModel` the pipeline that can call it; others stay.
+    """Put a class-conditional `UNet2DModel` into a pipeline that passes class labels.
 
-    Those that stay are also pipelines of another kind, whose sampler is their own.
+    Pipelines without such a UNet and pipelines with their own sampler are returned unchanged.
 
     Args:
-        pipeline: any.
-        null_class: the label that stands for "no class".
-        scheduler: to draw with, where the pipeline has put another in its place; None: the pipeline's.
+        pipeline: diffusers pipeline.
+        null_class: label that stands for "no class", or None.
+        scheduler: scheduler to use if the pipeline has replaced it; None: the pipeline's scheduler.
 
     Raises:
         ArtefactError: the model does not know the label.
@@ -126,20 +132,20 @@ def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any =
 
 @with_own_settings
 def open_pipeline(model: str | Path | Any) -> LoadedPipeline:
-    """Load a pipeline in float32, from safetensors only; every tensor is checked.
+    """Load a pipeline in float32, from safetensors only, with all tensors checked.
 
     Args:
-        model: a diffusers folder, the name of a shipped model, a hub id, or a pipeline object. An
-            object is not changed: its models are built again, see `trtq.diffusion.prepared`.
+        model: diffusers folder, name of a shipped model, hub id, or pipeline object. An object is not
+            changed: its models are built again, see `trtq.diffusion.prepared`.
 
     Raises:
-        ArtefactError: it cannot be found or read, or its weights do not fit.
-        QuantizationError: it has no denoiser, or weights that are no finite numbers.
-        UsageError: its denoiser needs inputs that trtq does not pass, or the object was changed in a way
-            that would be lost.
+        ArtefactError: the model is missing or cannot be read, or its weights do not fit.
+        QuantizationError: the pipeline has no denoiser, or a weight is not a finite number.
+        UsageError: the denoiser needs inputs that trtq does not pass, or the object has a change that
+            would be lost.
     """
     if not isinstance(model, str | Path):
-        return _opened_object(model)
+        return _open_object(model)
     place = resolve_model(model)
     folder = place if isinstance(place, Path) else None
     pipeline = load_pipeline(folder if folder is not None else _downloaded(str(place)))
@@ -150,16 +156,16 @@ def open_pipeline(model: str | Path | Any) -> LoadedPipeline:
     return LoadedPipeline(str(model), folder, pipeline, name)
 
 
-def _opened_object(pipeline: Any) -> LoadedPipeline:
-    """A pipeline object; one that trtq itself has made low-bit stays as it is."""
+def _open_object(pipeline: Any) -> LoadedPipeline:
+    """Open a pipeline object; a low-bit pipeline of trtq is used as it is."""
     if isinstance(pipeline, nn.Module):
         raise UsageError(
-            f"a whole pipeline is needed, got the model {type(pipeline).__name__} alone; put it "
-            "into one, or give the pipeline's folder"
+            f"a whole pipeline is required, got the model {type(pipeline).__name__} alone; put the "
+            "model into a pipeline, or give the folder of the pipeline"
         )
     name = find_denoiser(pipeline)
     if not isinstance(getattr(pipeline, name), StandIn):
-        # Before it is built again as well: what an adapter has added makes no plain model.
+        # Checked before rebuilding, too: settings that an adapter added do not fit a plain model.
         check_inputs(pipeline)
         pipeline = wrap_pipeline(plain_pipeline(pipeline))
         check_needs(pipeline, name, type(pipeline).__name__)
@@ -167,20 +173,20 @@ def _opened_object(pipeline: Any) -> LoadedPipeline:
 
 
 def _downloaded(name: str) -> Path:
-    """The folder of a hub id, in the hub's own cache.
+    """Download a hub id into the hub's cache.
 
     Raises:
-        ArtefactError: there is no such repository, or it cannot be reached.
+        ArtefactError: the repository does not exist or cannot be reached.
     """
     from diffusers import DiffusionPipeline
 
     try:
         with quiet_diffusers():
-            found = DiffusionPipeline.download(name, use_safetensors=True)
-    # The hub's client and diffusers raise what their network libraries do.
+            folder = DiffusionPipeline.download(name, use_safetensors=True)
+    # The hub's client and diffusers pass on any exception of their network libraries.
     except Exception as err:
         raise ArtefactError(
             f"cannot load the pipeline {name!r} from the hub ({one_line(err)}); check the name and "
-            "the connection, or download it (`hf download`) and give its folder"
+            "the connection, or download the pipeline (`hf download`) and give its folder"
         ) from err
-    return Path(found)
+    return Path(folder)

@@ -1,6 +1,6 @@
 """Checks of a component's tensors: names, shapes, sizes and dtypes against its configuration.
 
-Most checks compare file headers with a model without memory, before any weight is read.
+File headers are compared with a model without memory, before any weight is read.
 """
 
 from __future__ import annotations

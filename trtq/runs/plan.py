@@ -23,12 +23,12 @@ from trtq.calib.sensitivity import (
     weight_sensitivity,
     with_bits,
 )
-from trtq.diffusion.cut import warn_of_cuts
 from trtq.diffusion.encode import check_inputs
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.sampling import at_once, seeded_noise, spread
+from trtq.diffusion.truncation import warn_of_truncation
 from trtq.diffusion.wording import one_line
 from trtq.errors import QuantizationError, TrtqError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
@@ -171,7 +171,7 @@ def plan_quantize(
         lines = read_lines(Path(recipe.prompts))
         source.prompts = source.prompts.model_copy(update={"calibration": lines})
     if source.prompts is not None:
-        warn_of_cuts(source.pipeline, source.prompts.calibration, "calibration prompts")
+        warn_of_truncation(source.pipeline, source.prompts.calibration, "calibration prompts")
     policy = load_policy(
         type(source.denoiser).__name__, None if recipe.policy is None else Path(recipe.policy)
     )
