@@ -65,18 +65,18 @@ def test_a_pipeline_without_text_truncates_nothing(tiny):
 
 
 def test_drawing_warns_once(caplog):
-    source = open_pipeline(build("sd_1"))
+    loaded = open_pipeline(build("sd_1"))
     for _ in range(2):
-        draw(source, conditioning_for(source, 2, prompt=LONG), steps=1, seed=0)
+        draw(loaded, conditioning_for(loaded, 2, prompt=LONG), steps=1, seed=0)
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert "too long for text_encoder" in warnings[0].getMessage()
 
 
 def test_a_truncated_negative_prompt_is_reported_too(caplog):
-    source = open_pipeline(build("sd_1"))
-    conditioning = conditioning_for(source, 1, prompt="a red circle")
-    draw(source, conditioning, steps=1, seed=0, guidance=3.0, negative_prompt=LONG)
+    loaded = open_pipeline(build("sd_1"))
+    conditioning = conditioning_for(loaded, 1, prompt="a red circle")
+    draw(loaded, conditioning, steps=1, seed=0, guidance=3.0, negative_prompt=LONG)
     assert "1 of 2 prompts are truncated" in caplog.text
 
 
