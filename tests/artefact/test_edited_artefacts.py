@@ -254,5 +254,5 @@ def test_sizes_without_end_are_refused(tiny, size):
 
 def test_sizes_far_beyond_the_model_are_refused(tiny):
     assert tiny.latents_of("128x128") == (128, 128)
-    with pytest.raises(UsageError, match="up to 128x128, 16 times the model's own"):
+    with pytest.raises(UsageError, match="up to 128x128, 16 times the size of its training"):
         tiny.latents_of("130x128")

@@ -1,4 +1,4 @@
-"""Image and latent sizes: the size a model was trained for, and the sizes it can generate.
+"""Image and latent sizes: the size that a model was trained for, and the sizes that it supports.
 
 A latent consists of cells; an autoencoder turns one cell into `cell_pixels` x `cell_pixels` pixels. A
 model without latents has cells of one pixel.
@@ -18,7 +18,7 @@ __all__ = ["ModelSizes", "cell_pixels", "coarsest_cell", "trained_size"]
 _MAX_CELLS = 8192
 """Limit of the cells along one side of a latent, as in `trtq.diffusion.checkpoint`."""
 _MAX_ENLARGED = 16
-"""Maximum ratio of the image size to the model's own; images fall apart from a ratio of 2 already."""
+"""Maximum ratio of a height or width to that of the training; images degrade from a ratio of 2 on."""
 
 
 def cell_pixels(pipeline: Any) -> int:
@@ -68,7 +68,7 @@ def trained_size(pipeline: Any, denoiser_name: str, name: str) -> tuple[int, int
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes that a pipeline can generate.
+    """The image sizes that a pipeline supports.
 
     Attributes:
         name: name of the pipeline in messages.
@@ -86,20 +86,20 @@ class ModelSizes:
         """Height and width, in latent cells, of images of `HEIGHTxWIDTH` pixels.
 
         Raises:
-            UsageError: `size` cannot be parsed, or the model cannot generate it.
+            UsageError: `size` cannot be parsed, or the model does not support it.
         """
         height, width = parse_size(size)
         too_small = min(height, width) < self.multiple_of
         if too_small or height % self.multiple_of or width % self.multiple_of:
             raise UsageError(
-                f"{self.name} cannot draw {size} pixels; height and width must be multiples of "
-                f"{self.multiple_of}"
+                f"{self.name} cannot generate images of {size} pixels; height and width must be "
+                f"multiples of {self.multiple_of}"
             )
         if self.trained is not None:
             limits = [_MAX_ENLARGED * side * self.cell_pixels for side in self.trained]
             if height > limits[0] or width > limits[1]:
                 raise UsageError(
-                    f"{self.name} cannot draw {size} pixels; choose HEIGHTxWIDTH up to "
-                    f"{limits[0]}x{limits[1]}, {_MAX_ENLARGED} times the model's own"
+                    f"{self.name} cannot generate images of {size} pixels; choose HEIGHTxWIDTH up to "
+                    f"{limits[0]}x{limits[1]}, {_MAX_ENLARGED} times the size of its training"
                 )
         return height // self.cell_pixels, width // self.cell_pixels
