@@ -248,7 +248,7 @@ def test_numbers_of_images_and_classes_are_bounded(tiny):
     ],
 )
 def test_sizes_without_end_are_refused(tiny, size):
-    with pytest.raises(UsageError, match=r"HEIGHTxWIDTH in pixels, each 1 \.\. 8192"):
+    with pytest.raises(UsageError, match=r"HEIGHTxWIDTH in pixels, each in 1 \.\. 8192"):
         tiny.latents_of(size)
 
 

@@ -93,23 +93,27 @@ def check_needs(pipeline: Any, denoiser_name: str, where: str) -> None:
 
 
 def _check_channels(pipeline: Any, config: Any, model_class: str, place: str) -> None:
+    """Raise if the denoiser takes more channels than it returns."""
     given = config.get("in_channels")
-    drawn = config.get("out_channels") or given
-    if not isinstance(given, int) or not isinstance(drawn, int) or given <= drawn:
+    returned = config.get("out_channels") or given
+    if not isinstance(given, int) or not isinstance(returned, int) or given <= returned:
         return
-    if model_class == "FluxTransformer2DModel" and given != drawn:
+    if model_class == "FluxTransformer2DModel" and given != returned:
         extra = "the latents of an image (Fill, Control, Kontext)"
     else:
-        extra = _EXTRA_CHANNELS.get(given, "another image") if drawn in (3, 4) else "another image"
-        if given == 2 * drawn and drawn == 3:
+        extra = (
+            _EXTRA_CHANNELS.get(given, "another image") if returned in (3, 4) else "another image"
+        )
+        if given == 2 * returned and returned == 3:
             extra = "the small image of super-resolution"
     raise UsageError(
-        f"{place} takes {given} channels and returns {drawn}: in addition to the noisy sample it "
+        f"{place} takes {given} channels and returns {returned}: in addition to the noisy sample it "
         f"needs {extra}, {_NOT_PASSED}"
     )
 
 
 def _check_text_unet(config: Any, kind: str, place: str) -> None:
+    """Raise if a text-conditional UNet needs more than the text of its pipeline."""
     if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
         key = (
             "num_class_embeds" if config.get("num_class_embeds") is not None else "class_embed_type"
@@ -153,6 +157,7 @@ def _check_text_unet(config: Any, kind: str, place: str) -> None:
 
 
 def _check_pipeline(pipeline: Any, kind: str, model_class: str, where: str) -> None:
+    """Raise unless the pipeline is of a supported class and has its text encoders."""
     supported = (*sorted(ENCODED_PIPELINES), "DiTPipeline", *_UNCONDITIONAL)
     if hasattr(pipeline, "classes"):
         return
@@ -174,6 +179,7 @@ def _check_pipeline(pipeline: Any, kind: str, model_class: str, where: str) -> N
 
 
 def _check_autoencoder(pipeline: Any, config: Any, place: str, kind: str) -> None:
+    """Raise unless the autoencoder is of a supported class and fits the denoiser."""
     for name in ("vae", "vqvae"):
         autoencoder = getattr(pipeline, name, None)
         settings = getattr(autoencoder, "config", None)

@@ -179,7 +179,7 @@ def _rehearsal_failure(scheduler: Any, stepping: Stepping, channels: int) -> str
 
 
 def _interface_mismatch(scheduler: Any, stepping: Stepping) -> str | None:
-    """What the pipeline expects of a scheduler, or the scheduler of it, in vain; None if they fit."""
+    """The reason why a pipeline and a scheduler do not fit together; None if they do."""
     initial = getattr(scheduler, "init_noise_sigma", None)
     if initial is None and stepping.scales_noise and not stepping.lenient:
         return "the pipeline reads its init_noise_sigma, which it does not define"
