@@ -14,7 +14,7 @@ from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS
 from trtq.diffusion.stepping import stepping_of
 from trtq.diffusion.timesteps import check_steps
 from trtq.errors import UsageError
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
 from trtq.runs.quantize import quantize
@@ -255,7 +255,7 @@ def test_a_model_with_an_unsupported_scheduler_is_not_exported(tmp_path, monkeyp
     pipe.save_pretrained(tmp_path / "model")
     monkeypatch.setattr("trtq.exporter.export.write_graph", None)
     with pytest.raises(UsageError, match="the scheduler EDMEulerScheduler is not supported"):
-        export_onnx(tmp_path / "model", tmp_path / "onnx")
+        export(tmp_path / "model", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 

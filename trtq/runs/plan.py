@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from trtq.artefact.manifest import artefact_kind
+from trtq.artefact.opened import Opened, open_artefact
 from trtq.calib.policy import Policy, load_policy, plan_layers
 from trtq.calib.probe import LayerCall, probe, with_shared_inputs
 from trtq.calib.recipe import Recipe
@@ -45,7 +44,7 @@ from trtq.quant.stand_in import StandIn
 from trtq.runs.weights import described_bytes, stored_bytes
 from trtq.seeds import seeded_generator
 
-__all__ = ["QuantizePlan", "describe_plan", "plan_quantize"]
+__all__ = ["QuantizePlan", "plan_quantize"]
 
 _SENSITIVITY_IMAGES = 20
 _HEADER_BYTES = 16
@@ -116,7 +115,7 @@ def _weight_bytes(weight: nn.Parameter, bits: int) -> int:
 
 
 def plan_quantize(
-    model: str | Path | Any,
+    model: str | Path | Opened | Any,
     recipe: Recipe,
     loras: Sequence[LoraRequest] = (),
     progress: ProgressCallback = silent,
@@ -127,14 +126,13 @@ def plan_quantize(
         ArtefactError: the checkpoint cannot be read.
         QuantizationError: no layer would be quantised.
     """
-    if isinstance(model, str | Path) and Path(model).is_dir():
-        kind = artefact_kind(Path(model))
-        if kind is not None:
-            raise UsageError(
-                f"{model} is of kind {kind!r} and quantised already; give a float checkpoint, or a "
-                "run together with --lora to change its LoRAs"
-            )
-    source = open_pipeline(model)
+    opened = open_artefact(model, verify=False)
+    if opened.kind != "checkpoint":
+        raise UsageError(
+            f"{opened.place} is of kind {opened.kind!r} and quantised already; give a float checkpoint, "
+            "or a run together with --lora to change its LoRAs"
+        )
+    source = open_pipeline(opened.place)
     if isinstance(source.denoiser, StandIn):
         raise UsageError(
             f"{source.name} is quantised already (its denoiser is a "
@@ -144,7 +142,7 @@ def plan_quantize(
     source.schedule(recipe.steps)
     if source.prompts is not None:
         check_inputs(source.pipeline)
-    if not isinstance(model, str | Path):
+    if not isinstance(opened.place, str | Path):
         # The caller's pipeline stays as it is, and its weights may be shared.
         pipeline = copy.copy(source.pipeline)
         for name, part in pipeline.components.items():
@@ -281,29 +279,3 @@ def _spend_budget(
             return counts[name] * bits * (widths[name][1] or 16)
 
     return with_bits(plan.layers, spend(sensitivity, cost, available))
-
-
-def describe_plan(plan: QuantizePlan) -> dict[str, Any]:
-    """What `--dry-run` says: layers by precision, sizes, steps and tunable parameters."""
-    modules = dict(plan.source.denoiser.named_modules())
-    training = plan.recipe.training
-    adapters = 0
-    for layer in plan.layers:
-        if training is not None and layer.weight_bits is not None and layer.adapters:
-            weight: Any = modules[layer.name].weight
-            adapters += training.rank * (len(weight) + weight[0].numel())
-    precisions = Counter(layer.precision for layer in plan.layers)
-    return {
-        "model": plan.source.name,
-        "denoiser": type(plan.source.denoiser).__name__,
-        "method": plan.recipe.method,
-        "layers_quantized": plan.quantized,
-        "layers_float": len(plan.layers) - plan.quantized,
-        "precisions": dict(precisions),
-        "float": [layer.name for layer in plan.layers if not layer.quantized],
-        "timesteps": len(plan.table),
-        "bytes_before": plan.bytes_before(),
-        "bytes_after": plan.bytes_after(),
-        "iterations": training.iterations if training else 0,
-        "adapter_parameters": adapters,
-    }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from trtq.artefact.manifest import (
     MANIFEST_NAME,
@@ -15,8 +15,15 @@ from trtq.artefact.manifest import (
     claims_output,
     find_origin,
     new_artefact,
-    read_manifest,
     sha256,
+)
+from trtq.artefact.opened import (
+    DEFAULT_STEPS,
+    EngineFolder,
+    Opened,
+    Run,
+    StoredArtefact,
+    open_folder,
 )
 from trtq.artefact.outputs import write_listing
 from trtq.engine.base import TensorSpec
@@ -28,11 +35,12 @@ from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
 from trtq.graph.runtimes.prepare import load_graph
 from trtq.pipelines.open import engine_source
 from trtq.progress import ProgressCallback, silent
+from trtq.results import Result
 from trtq.serve.triton import model as triton_model
 from trtq.serve.triton.engine import ServedGraph, TritonEngine
 from trtq.serve.triton.pipeline import Settings, request_input
 
-__all__ = ["CHECKSUMS_NAME", "package_triton"]
+__all__ = ["CHECKSUMS_NAME", "PackagedModel", "TritonPackageResult", "package_triton"]
 
 CHECKSUMS_NAME = "SHA256SUMS"
 ARTEFACT_NAME = "artefact.json"
@@ -40,7 +48,6 @@ ARTEFACT_NAME = "artefact.json"
 DENOISER, PIPELINE = "denoiser", "pipeline"
 _KIND = "triton"
 _PLAN = "model.plan"
-_DEFAULT_STEPS = 20
 _INSTANCES = 4
 """Of the pipeline. While the call of one runs, those of the others wait and are put together; of two
 instances, one waits alone."""
@@ -60,42 +67,71 @@ _RTX_NOTE = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackagedModel(Result):
+    """One model of the repository.
+
+    Attributes:
+        backend: Triton backend that runs it.
+        max_batch_size: maximum batch size; 0 if the server must not batch.
+        files: its files.
+    """
+
+    backend: str
+    max_batch_size: int
+    files: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonPackageResult(Result):
+    """A finished model repository.
+
+    Attributes:
+        output: its folder.
+        models: its models by name.
+        bytes: size of all files.
+        notes: sentences for the reader.
+    """
+
+    output: str
+    models: dict[str, PackagedModel]
+    bytes: int
+    notes: list[str]
+
+
 @claims_output
 def package_triton(
-    path: str | Path,
+    artefact: str | Path | Opened,
     out: str | Path,
     *,
     onnx: str | Path | None = None,
     overwrite: bool = False,
     timeout: float = TRIAL_SECONDS,
     progress: ProgressCallback = silent,
-) -> dict[str, Any]:
+) -> TritonPackageResult:
     """Write a model repository: one model per graph, and one for the whole pipeline.
 
     The pipeline's model is Python: the denoising loop, with calls to the others. Its step index is one
     per item, so the server may put denoiser calls of different requests, at different steps, together.
 
     Args:
-        path: an ONNX folder, whose graphs the onnxruntime backend runs, or an engine folder.
+        artefact: an ONNX folder, whose graphs the onnxruntime backend runs, or an engine folder.
         out: the repository; new.
         onnx: the ONNX folder that engines were built from, if it no longer lies beside them.
         overwrite: replace a repository of ours that is already there.
         timeout: max seconds for opening and calling one graph in onnxruntime before it is packaged.
         progress: called with the stage's name, the work done and the total.
 
-    Returns:
-        `models` (by name: `backend`, `max_batch_size`, `files`), `bytes`, `notes`, `output`.
-
     Raises:
         UsageError: it is neither, or something is in the way.
         ArtefactError: it is damaged, onnxruntime does not open its graphs, or the ONNX folder of engines
             is not to be found.
     """
-    folder = Path(path)
-    manifest = _read(folder)
-    final = check_output(Path(out), overwrite=overwrite, source=folder, kind=_KIND)
-    graphs = folder if manifest.kind == "onnx" else _onnx_of(folder, manifest, onnx)
-    origin = manifest if graphs == folder else read_manifest(graphs, "onnx")
+    opened = _open(artefact)
+    folder, manifest = opened.folder, opened.manifest
+    final = check_output(Path(out), overwrite=overwrite, source=artefact, kind=_KIND)
+    exported = _onnx_of(opened, onnx) if isinstance(opened, EngineFolder) else opened
+    graphs, origin = exported.folder, exported.manifest
     require_graphs(graphs, origin, progress, seconds=timeout)
     names = graphs_of(origin)
     with new_artefact(final, kind=_KIND, overwrite=overwrite) as partial:
@@ -110,39 +146,41 @@ def package_triton(
         _write_checksums(partial)
         total = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     progress("package", len(names) + 1, len(names) + 1)
-    rtx = manifest.options.get("backend") == "tensorrt-rtx"
-    notes = [_RTX_NOTE] if manifest.kind == "engine" and rtx else []
-    return {"output": str(final), "models": models, "bytes": total, "notes": notes}
+    rtx = isinstance(opened, EngineFolder) and opened.backend == "tensorrt-rtx"
+    notes = [_RTX_NOTE] if rtx else []
+    return TritonPackageResult(output=str(final), models=models, bytes=total, notes=notes)
 
 
-def _read(folder: Path) -> Manifest:
-    if not (folder / MANIFEST_NAME).is_file():
+def _open(place: str | Path | Opened) -> StoredArtefact:
+    """The ONNX or engine folder to package."""
+    if not isinstance(place, Opened) and not (Path(place) / MANIFEST_NAME).is_file():
         raise UsageError(
-            f"{folder} is no artefact of trtq; make an ONNX folder first: trtq export RUN -o ONNX"
+            f"{place} is no artefact of trtq; make an ONNX folder first: trtq export RUN -o ONNX"
         )
-    manifest = read_manifest(folder)
-    if manifest.kind == "run":
+    opened = open_folder(place)
+    if isinstance(opened, Run):
         raise UsageError(
-            f"{folder} is a run, which no server loads; export it first: trtq export {folder} -o ONNX"
+            f"{opened.folder} is a run, which no server loads; export it first: trtq export "
+            f"{opened.folder} -o ONNX"
         )
-    return manifest
+    return opened
 
 
-def _onnx_of(folder: Path, manifest: Manifest, given: str | Path | None) -> Path:
-    """The ONNX folder of engines, which says what their inputs are."""
-    found = find_origin(folder, manifest, given)
-    if found is None:
+def _onnx_of(engines: EngineFolder, given: str | Path | None) -> StoredArtefact:
+    """The ONNX folder of engines, which describes their inputs."""
+    folder = find_origin(engines.folder, engines.manifest, given)
+    if folder is None:
         raise ArtefactError(
-            f"the ONNX folder that {folder} was built from ({manifest.source.name!r}) is not beside it "
-            "and unchanged; say where it is with --onnx"
+            f"the ONNX folder that {engines.folder} was built from "
+            f"({engines.manifest.source.name!r}) is not beside it and unchanged; say where it is with "
+            "--onnx"
         )
-    read_manifest(found, "onnx")
-    return found
+    return open_folder(folder, "onnx")
 
 
 def _write_graph(
     folder: Path, graph: Path, manifest: Manifest, out: Path
-) -> tuple[ServedGraph, dict[str, Any]]:
+) -> tuple[ServedGraph, PackagedModel]:
     """One graph as a model."""
     name = graph.name
     model = load_graph(graph / MODEL_FILE)
@@ -213,7 +251,7 @@ def _tensor(direction: str, name: str, spec: TensorSpec, *, batched: bool) -> st
 
 def _write_pipeline(
     graphs: Path, origin: Manifest, manifest: Manifest, served: Mapping[str, ServedGraph], out: Path
-) -> dict[str, Any]:
+) -> PackagedModel:
     """The loop, and everything of the pipeline that is no graph."""
     parts = out / PIPELINE / "1" / "parts"
     for name in origin.files:
@@ -224,7 +262,7 @@ def _write_pipeline(
     settings = Settings(
         denoiser=manifest.denoiser,
         size=manifest.options.get("size"),
-        steps=int(recipe.get("steps", _DEFAULT_STEPS)),
+        steps=int(recipe.get("steps", DEFAULT_STEPS)),
         guidance=recipe.get("guidance"),
         max_images=_max_images(manifest),
         graphs={name: graph.to_json() for name, graph in served.items()},
@@ -265,11 +303,11 @@ def _write_config(folder: Path, lines: list[str]) -> None:
     (folder / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _row(folder: Path, backend: str, most: int) -> dict[str, Any]:
+def _row(folder: Path, backend: str, most: int) -> PackagedModel:
     files = sorted(
         file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
     )
-    return {"backend": backend, "max_batch_size": most, "files": files}
+    return PackagedModel(backend=backend, max_batch_size=most, files=files)
 
 
 def _write_checksums(folder: Path) -> None:
