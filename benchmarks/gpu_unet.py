@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trtq.artefact.manifest_file import package_versions
 from trtq.artefact.opened import open_artefact
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.runs.folder import open_run
 from trtq.snr import snr_db
@@ -45,7 +45,7 @@ def inputs(source: Any) -> dict[str, Tensor]:
 
 def compiled(checkpoint: Path, given: dict[str, Tensor]) -> Callable[[], Tensor]:
     """Diffusers' UNet in half precision, compiled."""
-    model = load_source(str(checkpoint)).denoiser.cuda().half()
+    model = open_pipeline(str(checkpoint)).denoiser.cuda().half()
     model = torch.compile(model.to(memory_format=torch.channels_last), mode="max-autotune")
     moved = {
         name: value.cuda().half() if value.is_floating_point() else value.cuda()
@@ -100,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("torch sees no NVIDIA GPU here; nothing was measured")
-    source = load_source(str(options.checkpoint))
+    source = open_pipeline(str(options.checkpoint))
     given = inputs(source)
     half_bytes = 2 * sum(p.numel() for p in source.denoiser.parameters())
     calls = {"float": compiled(options.checkpoint, given)}

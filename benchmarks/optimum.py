@@ -24,7 +24,7 @@ import torch
 
 import trtq
 from trtq.artefact.manifest_file import package_versions
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.exporter.export import export
 from trtq.progress import ProgressPrinter
 from trtq.runs.quantize import quantize
@@ -74,7 +74,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     python = environment(arguments.environment)
-    source = load_source("shapes")
+    source = open_pipeline("shapes")
     assert source.prompts is not None
     prompts = [judged.prompt for judged in source.prompts.evaluation[:IMAGES]]
     rows = []

@@ -27,7 +27,8 @@ from torch.nn import functional
 
 from trtq.artefact.manifest_file import package_versions
 from trtq.demo.shapes import COLOURS, Scene, draw_scenes, random_scene
-from trtq.diffusion.pipeline import LoadedPipeline, load_source
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.evaluation.evaluate import ReferenceSet, draw_reference, evaluate
 from trtq.evaluation.extractor import Extractor
 from trtq.exporter.export import export
@@ -81,7 +82,7 @@ def train_style(path: Path, iterations: int = 300, batch: int = 48, rank: int = 
     """Train a LoRA of the cross-attention and feed-forward layers, and write it in PEFT's layout."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    source = load_source("shapes")
+    source = open_pipeline("shapes")
     pipeline: Any = source.pipeline
     unet = pipeline.unet.requires_grad_(False)
     adapted: dict[str, _Adapted] = {}
@@ -144,7 +145,7 @@ def swap(reference: ReferenceSet, run: Path, scratch: Path) -> dict[str, Any]:
     count = min(200, reference.conditioning.count)
     assert reference.conditioning.prompts is not None
     conditioning = Conditioning(count, prompts=reference.conditioning.prompts[:count])
-    styled = load_source("shapes")
+    styled = open_pipeline("shapes")
     plain = _style_share(styled, reference.extractor, conditioning, reference.guidance)
     merge_loras({"unet": styled.pipeline.unet}, [lora])
     return {

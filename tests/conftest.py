@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.skips import unexpected
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.exporter.export import export
 from trtq.processor import VARIABLE, has_vnni
 from trtq.runs.quantize import quantize
@@ -107,7 +107,7 @@ def tiny_pipeline(seed=0):
 
 @pytest.fixture
 def tiny():
-    return load_source(tiny_pipeline())
+    return open_pipeline(tiny_pipeline())
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from tests.conftest import tiny_pipeline
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.calib.recipe import load_recipe
 from trtq.calib.record import activation_tables, record
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError, RecipeError
 from trtq.quant import TimestepTable
@@ -25,7 +25,7 @@ def test_invalid_bits_are_refused(text):
 
 
 def test_the_policy_of_efficientdm_for_the_digits_model():
-    unet = load_source("digits").denoiser
+    unet = open_pipeline("digits").denoiser
     plans = {p.name: p for p in plan_layers(unet, load_policy("UNet2DModel"), "w4a4")}
     eight = {name for name, plan in plans.items() if plan.weight_bits == 8}
     assert {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"} <= eight

@@ -10,7 +10,7 @@ from tests.families.pipelines import PIPELINES, build
 from tests.serve.models.test_pipeline import furthest, served, whole
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.diffusion.families import FAMILIES
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import LegalityError, UsageError
 from trtq.exporter.export import export
 from trtq.pipelines.draw import conditioning_for, draw
@@ -66,7 +66,7 @@ def test_a_pipeline_is_quantised_exported_and_served(name, tmp_path):
 def test_a_run_is_exported_at_another_size_than_it_was_calibrated_at(name, tmp_path):
     """At every step and at mixed steps; four items at least stand at two steps."""
     run = tmp_path / "run"
-    side = 16 if name in SIZES else load_source(build(name)).image_size[0]
+    side = 16 if name in SIZES else open_pipeline(build(name)).image_size[0]
     quantize(build(name), RECIPE | {"size": f"{side}x{side}"}, run)
     # DiT takes square images only.
     for size in (f"{2 * side}x{side if name != 'dit' else 2 * side}", f"{3 * side}x{3 * side}"):
@@ -78,7 +78,7 @@ def test_a_run_is_exported_at_another_size_than_it_was_calibrated_at(name, tmp_p
 
 @pytest.mark.parametrize("name", ["sd_1", "dit", "pixart", "sd_3", "flux"])
 def test_the_policy_of_a_family_names_every_layer(name, caplog):
-    source = load_source(build(name))
+    source = open_pipeline(build(name))
     assert source.model_class in FAMILIES
     plans = plan_layers(source.denoiser, load_policy(source.model_class), "w4a4")
     assert not caplog.records
@@ -102,7 +102,7 @@ def test_the_policy_of_a_family_names_every_layer(name, caplog):
 )
 def test_schedulers_of_all_kinds_have_noise_levels(name, predicts, timesteps):
     """Timesteps are the denoiser's inputs; Flux takes timesteps in 0 .. 1."""
-    source = load_source(build(name))
+    source = open_pipeline(build(name))
     schedule = source.schedule(2)
     assert schedule.prediction == predicts
     assert schedule.timesteps.tolist() == timesteps
@@ -114,7 +114,7 @@ def test_schedulers_of_all_kinds_have_noise_levels(name, predicts, timesteps):
 def test_a_flow_step_equals_that_of_diffusers():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    source = load_source(build("sd_3"))
+    source = open_pipeline(build("sd_3"))
     schedule = source.schedule(5)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(source.pipeline.scheduler.config)
     scheduler.set_timesteps(5)
@@ -167,11 +167,11 @@ def test_one_graph_for_a_range_of_sizes(name, tmp_path):
     model = PipelineModel(source, name, "cpu")
     assert model.info.sizes == Sizes((16, 16), (24, 32), 4)
     (image,) = served(model, 1, size=(24, 32))
-    source.resize("24x32")
+    source = source.sized("24x32")
     assert furthest([image], whole(source, model, 1)) <= 1
     conditioning = conditioning_for(source, 1)
     assert draw(source, conditioning, steps=1, seed=0).shape == (1, 3, 24, 32)
-    source.resize("24x40")
+    source = source.sized("24x40")
     with pytest.raises(
         UsageError, match=r"12x20 \(HEIGHTxWIDTH\) are not .* 8x8 to 12x16, multiples of 2"
     ):
@@ -179,8 +179,8 @@ def test_one_graph_for_a_range_of_sizes(name, tmp_path):
 
 
 def test_a_pipeline_with_a_fixed_size_refuses_others():
-    source = load_source(build("dit"))
-    source.resize("32x32")
+    source = open_pipeline(build("dit"))
+    source = source.sized("32x32")
     with pytest.raises(UsageError, match="DiTPipeline draws images of the model's own size only"):
         draw(source, conditioning_for(source, 1), steps=1, seed=0)
 

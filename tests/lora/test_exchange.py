@@ -11,7 +11,7 @@ from tests.families import pipelines
 from tests.lora.merged_by_diffusers import by_diffusers, matrices, write
 from trtq.artefact.manifest_file import read_manifest
 from trtq.bench.artefacts import find_checkpoint
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import ArtefactError, UsageError
 from trtq.lora import LoraRequest
 from trtq.runs.exchange_loras import _snr, requantize
@@ -174,7 +174,7 @@ def assert_is_diffusers_merge(out, lora, scale):
     start = pipelines.build("sd_1").unet
     expected = by_diffusers(pipe, [(lora, scale)])
     run = open_run(out)
-    source = load_source(pipe)
+    source = open_pipeline(pipe)
     assert _snr(source, run.denoiser(), source.denoiser, 2) > 20
     assert _snr(source, start, source.denoiser, 2) < 16
     text_weights = load_file(out / "text_encoder" / "model.safetensors")

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.conftest import tiny_pipeline
 from trtq.calib.policy import load_policy, plan_layers
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import QuantizationError
 from trtq.quant import (
     ActivationTensors,
@@ -167,7 +167,7 @@ def test_the_teacher_does_not_see_tuned_weights():
 
 
 def test_merging_can_release_the_float_weights():
-    source = load_source(tiny_pipeline())
+    source = open_pipeline(tiny_pipeline())
     plans = plan_layers(source.denoiser, load_policy("UNet2DModel"), "w4a8")
     quantized = convert(source.denoiser, plans, TABLE)
     for _, quantizer in quantized.activations():

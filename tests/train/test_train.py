@@ -14,7 +14,7 @@ from tests.conftest import tiny_pipeline
 from trtq.artefact.files import sha256
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.calib.recipe import Training
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import ArtefactError, NonFiniteError
 from trtq.quant import TimestepTable, convert
@@ -134,7 +134,7 @@ def test_batches_are_split_into_micro_batches_that_fit(options, parameters, expe
 
 
 def test_micro_batches_of_a_split_batch_are_at_different_steps():
-    source = load_source(tiny_pipeline())
+    source = open_pipeline(tiny_pipeline())
     trajectories = Trajectories(
         source.denoiser,
         source.schedule(4),
@@ -149,7 +149,7 @@ def test_micro_batches_of_a_split_batch_are_at_different_steps():
 
 def test_training_reduces_the_error_and_leaves_the_teacher_alone():
     torch.manual_seed(0)
-    source = load_source(tiny_pipeline())
+    source = open_pipeline(tiny_pipeline())
     model, method = objective(source, lora=0.3)
     before = {n: p.clone() for n, p in model.named_parameters() if n.endswith((".weight", ".bias"))}
     optimizer = torch.optim.AdamW(method.parameter_groups())
@@ -167,7 +167,7 @@ def test_training_reduces_the_error_and_leaves_the_teacher_alone():
 
 
 def test_adapter_rates_are_per_layer_and_eight_bit_layers_have_no_adapters():
-    model, method = objective(load_source(tiny_pipeline()))
+    model, method = objective(open_pipeline(tiny_pipeline()))
     groups = method.parameter_groups()
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     expected = set()
@@ -182,7 +182,7 @@ def test_adapter_rates_are_per_layer_and_eight_bit_layers_have_no_adapters():
 
 
 def test_staggered_items_are_at_different_steps_and_advance():
-    _, method = objective(load_source(tiny_pipeline()))
+    _, method = objective(open_pipeline(tiny_pipeline()))
     method.loss(method.model, 0, 0)
     (pool,) = method.trajectories._pools
     # Eight items over four steps, each advanced by one step after the first loss.
@@ -190,7 +190,7 @@ def test_staggered_items_are_at_different_steps_and_advance():
 
 
 def test_staggered_trajectories_follow_the_teacher():
-    source = load_source(tiny_pipeline())
+    source = open_pipeline(tiny_pipeline())
     _, method = objective(source, eta=0.0)
     walked = method.trajectories
     pool = walked._new_pool(0)
@@ -204,7 +204,7 @@ def test_staggered_trajectories_follow_the_teacher():
 
 
 def test_scales_stay_near_their_calibrated_values():
-    model, method = objective(load_source(tiny_pipeline()))
+    model, method = objective(open_pipeline(tiny_pipeline()))
     name, layer = next(iter(model.layers()))
     with torch.no_grad():
         layer.activation.scale[0] = -5.0
@@ -218,7 +218,7 @@ def test_nan_in_training_names_the_layer(tmp_path):
 
     from trtq.train.loop import fit
 
-    model, method = objective(load_source(tiny_pipeline()))
+    model, method = objective(open_pipeline(tiny_pipeline()))
     name, layer = next((n, m) for n, m in model.layers() if "mid_block" in n and m.rank)
     with torch.no_grad():
         layer.lora_A.fill_(torch.nan)
@@ -283,7 +283,7 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients():
     results = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model, _ = objective(load_source(tiny_pipeline()))
+        model, _ = objective(open_pipeline(tiny_pipeline()))
         if recompute:
             assert recompute_blocks(model)
         trainable = [p for n, p in model.named_parameters() if "lora" in n or n.endswith(".scale")]

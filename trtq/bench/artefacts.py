@@ -11,7 +11,7 @@ from trtq.artefact.manifest import MANIFEST_NAME, Manifest
 from trtq.artefact.manifest_file import find_origin
 from trtq.artefact.opened import StoredArtefact, open_artefact, open_folder
 from trtq.artefact.options import EngineOptions
-from trtq.diffusion.pipeline import DENOISERS, resolve_model
+from trtq.diffusion.loading import DENOISERS, resolve_model
 from trtq.documents import read_object, shown
 from trtq.engine.ort import PROVIDERS, check_provider
 from trtq.errors import ArtefactError, UsageError

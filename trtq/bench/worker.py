@@ -19,7 +19,8 @@ from trtq.bench.device import GpuMemory, Nvml, cpu_peak
 from trtq.bench.process import answer_questions
 from trtq.bench.turns import calls_per_turn, time_call, time_calls
 from trtq.diffusion.folder import AUTOENCODERS, import_classes
-from trtq.diffusion.pipeline import LoadedPipeline, resolve_model
+from trtq.diffusion.loading import resolve_model
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import Conditions, predict, seeded_noise
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import GPU_PROVIDERS
@@ -75,7 +76,7 @@ class MeasuredArtefact:
         )
         seconds = time.perf_counter() - start
         if size is not None:
-            self.source.resize(size)
+            self.source = self.source.sized(size)
         self._loaded = rss_bytes()
         peak = peak_rss_bytes()
         self._forgot = forget_peak_rss()

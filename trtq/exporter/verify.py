@@ -136,7 +136,7 @@ def _compare(
     source = run.source()
     progress("compare with torch", 1, 2)
     if opened.smallest_size is not None:
-        source.resize(opened.smallest_size)
+        source = source.sized(opened.smallest_size)
     required = PARITY_DB[opened.precision]
     steps = step_parities(source, model, run.manifest, thorough=True)
     parities = _layers(source, model, run) if layers else None
