@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trtq.artefact.manifest import package_versions, read_manifest
-from trtq.demo.train_shapes import build_tokenizer
+from trtq.demo.shapes_model import build_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

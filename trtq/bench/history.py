@@ -1,10 +1,10 @@
-"""A former result, and what has become better or worse since."""
+"""Comparison of a result with an earlier result of `trtq bench`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -16,7 +16,7 @@ from trtq.limits import MAX_BATCH, MAX_STEPS
 __all__ = ["FORMAT_VERSION", "Former", "check_same_run", "compare", "read_former"]
 
 FORMAT_VERSION = 2
-"""Of the result of `trtq.bench.run.bench`."""
+"""Format version of the JSON result of `trtq bench`."""
 
 _WHAT = "give what `trtq bench --json` printed, or the report.json of a report"
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -58,7 +58,7 @@ class _Row(BaseModel):
 
 
 class Former(BaseModel):
-    """What is compared of a result: see `trtq.bench.run.bench`."""
+    """The compared part of an earlier JSON result of `trtq bench`."""
 
     device: dict[str, Any]
     date: str | None
@@ -69,79 +69,133 @@ class Former(BaseModel):
     rows: list[_Row]
 
 
+class HistoryRow(TypedDict):
+    """One number of both results.
+
+    Attributes:
+        row: label of the row, `PATH@PROVIDER`.
+        batch: batch size; None for a number of the whole row.
+        what: name of the number, in `unit`.
+        before: value in the earlier result.
+        after: value in this result.
+        ratio: improvement factor, above 1 is better; None if a value is zero.
+        verdict: a `Verdict`, `equal`, or `one value each` for numbers without a spread.
+    """
+
+    row: str
+    batch: int | None
+    what: str
+    unit: str
+    before: float
+    after: float
+    ratio: float | None
+    verdict: str
+
+
+class HistoryComparison(TypedDict):
+    """An earlier result compared with this one.
+
+    Attributes:
+        file: file name of the earlier result, made on `date`.
+        rows: numbers that both results contain.
+        missing: sentences about rows and batch sizes that only one result contains.
+        different: sentences about rows that are not compared, because bits or device differ.
+    """
+
+    file: str
+    date: str | None
+    rows: list[HistoryRow]
+    missing: list[str]
+    different: list[str]
+
+
 def read_former(path: Path, device: dict[str, Any]) -> Former:
-    """A result to compare with.
+    """Read an earlier result to compare with.
+
+    Args:
+        path: JSON file.
+        device: description of the current device.
 
     Raises:
-        UsageError: it is none, or of another device.
+        UsageError: the file is not a result of `trtq bench`, or is from another device.
     """
     try:
-        # Numbers that are not finite are refused with their place.
-        found = parse_json(read_text(path), finite=False)
+        # Non-finite numbers are rejected by the validation below, which names their place.
+        document = parse_json(read_text(path), finite=False)
     except ArtefactError as err:
         raise UsageError(f"--against: {err}; {_WHAT}") from err
     except ValueError as err:
         raise UsageError(f"--against: cannot read {path}: {err}; {_WHAT}") from err
-    if not isinstance(found, dict) or not {"format_version", "rows", "device"} <= set(found):
-        raise UsageError(f"--against: {path} is no result of trtq bench; {_WHAT}")
-    if found["format_version"] != FORMAT_VERSION:
+    if not isinstance(document, dict) or not {"format_version", "rows", "device"} <= set(document):
+        raise UsageError(f"--against: {path} is not a result of trtq bench; {_WHAT}")
+    if document["format_version"] != FORMAT_VERSION:
         raise UsageError(
-            f"--against: {path} has format version {shown(found['format_version'])}, this trtq reads "
-            f"{FORMAT_VERSION}; measure again"
+            f"--against: {path} has format version {shown(document['format_version'])}; this version of "
+            f"trtq reads {FORMAT_VERSION}; measure again"
         )
-    former = _validate(path, found)
+    former = _validate(path, document)
     for key, value in device.items():
-        if former.device.get(key, value) != value:  # Earlier versions wrote less about it.
-            raise _different(path, key, former.device.get(key), value, "the same device compares")
+        if former.device.get(key, value) != value:  # Earlier versions recorded fewer keys.
+            raise _different(
+                path,
+                key,
+                former.device.get(key),
+                value,
+                "results of the same device are comparable",
+            )
     return former
 
 
-def _validate(path: Path, found: dict[str, Any]) -> Former:
+def _validate(path: Path, document: Mapping[str, Any]) -> Former:
     try:
-        return Former.model_validate(found)
+        return Former.model_validate(document)
     except ValidationError as err:
         first = err.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UsageError(
-            f"--against: {path} is no result of trtq bench: {place}: {first['msg']}; {_WHAT}"
+            f"--against: {path} is not a result of trtq bench: {place}: {first['msg']}; {_WHAT}"
         ) from err
 
 
 def _different(path: Path, key: str, then: Any, now: Any, only: str) -> UsageError:
     return UsageError(
-        f"--against: {path} was measured with {key} {shown(then)}, here it is {now!r}; only {only}"
+        f"--against: {path} was measured with {key} {shown(then)}, this run has {now!r}; only {only}"
     )
 
 
 def check_same_run(
     former: Former, path: Path, *, steps: int, guidance: float, model_class: str, shape: list[int]
 ) -> None:
-    """Nothing, if what is about to be measured is what was measured.
+    """Raise unless the earlier result has the same model, size and sampling as this run.
 
     Raises:
-        UsageError: another model or size, or another number of steps or guidance.
+        UsageError: the model, the image size, the number of steps or the guidance differs.
     """
     now = {"model_class": model_class, "shape": shape, "steps": steps, "guidance": guidance}
     for key, value in now.items():
         then = getattr(former, key)
         if then != value:
-            raise _different(path, key, then, value, "the same model, size and sampling compare")
+            raise _different(
+                path,
+                key,
+                then,
+                value,
+                "results of the same model, size and sampling are comparable",
+            )
 
 
-def compare(former: Former, result: dict[str, Any], name: str) -> dict[str, Any]:
-    """Every number of every row and batch size that both have.
+def compare(former: Former, result: Mapping[str, Any], name: str) -> HistoryComparison:
+    """Compare every number of every row and batch size that both results contain.
 
-    Returns:
-        `file`, `date`; `rows`, each with `row`, `batch` (None: of the whole row), `what`, `unit`,
-        `before`, `after`, `ratio` (above 1 is better; None with a zero) and `verdict`: `better`,
-        `worse`, `within the spread`, `too few turns`, `equal`, or `one value each`, which has no spread
-        to judge by; `missing`: sentences about rows and batch sizes that only one side has; `different`:
-        about rows of other bits or another device, which are not compared.
+    Args:
+        former: earlier result.
+        result: JSON result of this run.
+        name: file name of the earlier result, for the output.
     """
     before = {row.label: row for row in former.rows}
     now = _validate(Path(name), result)
     after = {row.label: row for row in now.rows}
-    rows: list[dict[str, Any]] = []
+    rows: list[HistoryRow] = []
     different = []
     missing = _only_one_side(before, after)
     for label in [label for label in after if label in before]:
@@ -157,7 +211,7 @@ def compare(former: Former, result: dict[str, Any], name: str) -> dict[str, Any]
             different.append(f"{label}: {', '.join(unlike)}")
         else:
             missing += _only_one_side_batches(old, new)
-            rows += [{"row": label} | found for found in _compare_rows(old, new)]
+            rows += _compare_rows(old, new)
     return {
         "file": name,
         "date": former.date,
@@ -174,30 +228,38 @@ def _only_one_side(before: dict[str, _Row], after: dict[str, _Row]) -> list[str]
 
 
 def _only_one_side_batches(old: _Row, new: _Row) -> list[str]:
-    then, now = ({one.batch for one in row.batches} for row in (old, new))
+    then, now = ({entry.batch for entry in row.batches} for row in (old, new))
     return [
         f"{new.label}, batch {batch}: only {'now' if batch in now else 'then'}"
         for batch in sorted(then ^ now)
     ]
 
 
-def _compare_rows(old: _Row, new: _Row) -> Iterator[dict[str, Any]]:
-    batches = {one.batch: one for one in old.batches}
+def _compare_rows(old: _Row, new: _Row) -> Iterator[HistoryRow]:
+    batches = {entry.batch: entry for entry in old.batches}
     for now in new.batches:
         then = batches.get(now.batch)
         if then is None:
             continue
         for part in [name for name in now.parts if name in then.parts]:
-            found = compare_medians(then.parts[part].turns, now.parts[part].turns)
-            yield {"batch": now.batch, "what": part, "unit": "ms"} | found
-        rates = (
-            [1e3 * now.batch / milliseconds for milliseconds in one.batch_of_images.turns]
-            for one in (then, now)
-        )
-        found = compare_medians(*rates, more_is_better=True)
-        yield {"batch": now.batch, "what": "whole images", "unit": "images/s"} | found
-    yield from _compare_amounts(old, new, _SINGLE)
-    yield from _compare_amounts(old.memory or _Memory(), new.memory or _Memory(), _MEMORY)
+            medians = compare_medians(then.parts[part].turns, now.parts[part].turns)
+            yield {"row": new.label, "batch": now.batch, "what": part, "unit": "ms", **medians}
+        medians = compare_medians(_rates(then), _rates(now), more_is_better=True)
+        yield {
+            "row": new.label,
+            "batch": now.batch,
+            "what": "whole images",
+            "unit": "images/s",
+            **medians,
+        }
+    yield from _compare_amounts(new.label, old, new, _SINGLE)
+    memories = (old.memory or _Memory(), new.memory or _Memory())
+    yield from _compare_amounts(new.label, *memories, _MEMORY)
+
+
+def _rates(entry: _Batch) -> list[float]:
+    """Images per second in each round."""
+    return [1e3 * entry.batch / milliseconds for milliseconds in entry.batch_of_images.turns]
 
 
 _SINGLE = (
@@ -214,9 +276,9 @@ _MEMORY = (
 
 
 def _compare_amounts(
-    old: BaseModel, new: BaseModel, entries: tuple[tuple[str, str, str, float], ...]
-) -> Iterator[dict[str, Any]]:
-    """What there is one value of in a run; only the size of files is the same each time."""
+    label: str, old: BaseModel, new: BaseModel, entries: tuple[tuple[str, str, str, float], ...]
+) -> Iterator[HistoryRow]:
+    """Compare numbers that a run measures once; of these, only file sizes are reproducible."""
     for what, key, unit, factor in entries:
         before, after = getattr(old, key), getattr(new, key)
         if before is None or after is None:
@@ -226,12 +288,13 @@ def _compare_amounts(
             verdict = "equal"
         elif key == "denoiser_bytes":
             verdict = "better" if after < before else "worse"
-        ratio = before / after if before and after else None
-        shown = {"before": factor * before, "after": factor * after}
         yield {
+            "row": label,
             "batch": None,
             "what": what,
             "unit": unit,
-            "ratio": ratio,
+            "ratio": before / after if before and after else None,
             "verdict": verdict,
-        } | shown
+            "before": factor * before,
+            "after": factor * after,
+        }
