@@ -27,9 +27,9 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 ARRANGEMENTS = ("single", "above", "left of")
 CONVERSE = {"above": "below", "left of": "right of"}
-# 1 of CONVERSE_EVERY captions names the lower or right shape first. With 1 of 2, neither the order of the
-# words nor the relation alone would be correlated with the positions, and a small model does not learn
-# more than chance.
+# 1 of CONVERSE_EVERY captions names the lower or right shape first. With 1 of 2, neither the order of
+# the words nor the relation alone would be correlated with the positions, and a small model does not
+# learn more than chance.
 CONVERSE_EVERY = 4
 ATTRIBUTES = {
     "arrangement": len(ARRANGEMENTS),
@@ -105,7 +105,7 @@ def random_scene(generator: torch.Generator) -> Scene:
 
 
 def _distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Signed distance to the outline in pixels, negative inside; `x`, `y` relative to the centre, y down."""
+    """Signed distance to the outline in pixels, negative inside; `x`, `y` from the centre, y down."""
     slope = math.sqrt(0.75)
     arm = 0.36 * radius
     square = torch.maximum(x.abs(), y.abs())
@@ -120,7 +120,7 @@ def _distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def draw_scenes(scenes: list[Scene], generator: torch.Generator) -> Tensor:
-    """Render B scenes as float32[B,3,H,W] in [-1, 1]; positions and sizes are random within the caption."""
+    """Render B scenes as float32[B,3,H,W] in [-1, 1], with random positions and sizes."""
     count = len(scenes)
     palette = torch.tensor([*COLOURS.values(), (1.0, 1.0, 1.0)])
     arrangement = torch.tensor([scene.arrangement for scene in scenes])
