@@ -57,8 +57,8 @@ class MeasuredArtefact:
 
         Returns:
             `load_seconds`; `memory`: `libraries_bytes` (resident before loading), `weights_bytes` (added
-            by loading), `load_peak_bytes`; `shape` and `model_class` of the denoiser; `parts` that can be
-            timed; default `guidance`; calibration `prompts`, or None; `weight_bytes` of the denoiser if
+            by loading), `load_peak_bytes`; `shape` and `model_class` of the denoiser; `parts` to time;
+            default `guidance`; calibration `prompts`, or None; `weight_bytes` of the denoiser if
             torch holds its weights; `device` of the denoiser, `gpu` or `cpu`.
 
         Raises:
@@ -206,8 +206,8 @@ class MeasuredArtefact:
         """Report the peak resident memory and the GPU memory.
 
         Returns:
-            `activations_bytes`, the maximum added by calls (None if the operating system cannot reset its
-            peak counter); `run_peak_bytes`, the peak since loading; on a GPU also `gpu_weights_bytes`
+            `activations_bytes`, the maximum added by calls (None if the system cannot reset its peak
+            counter); `run_peak_bytes`, the peak since loading; on a GPU also `gpu_weights_bytes`
             (added by loading) and `gpu_bytes` (in use now), None if the driver does not report them.
         """
         peak = peak_rss_bytes()
