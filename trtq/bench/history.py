@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from trtq.bench.result import ComparedValue, HistoryComparison
 from trtq.bench.summary import compare_medians
 from trtq.documents import parse_json, read_text, shown
 from trtq.errors import ArtefactError, UsageError
@@ -67,46 +68,6 @@ class Former(BaseModel):
     model_class: str
     shape: list[int]
     rows: list[_Row]
-
-
-class HistoryRow(TypedDict):
-    """One number of both results.
-
-    Attributes:
-        row: label of the row, `PATH@PROVIDER`.
-        batch: batch size; None for a number of the whole row.
-        what: name of the number, in `unit`.
-        before: value in the earlier result.
-        after: value in this result.
-        ratio: improvement factor, above 1 is better; None if a value is zero.
-        verdict: a `Verdict`, `equal`, or `one value each` for numbers without a spread.
-    """
-
-    row: str
-    batch: int | None
-    what: str
-    unit: str
-    before: float
-    after: float
-    ratio: float | None
-    verdict: str
-
-
-class HistoryComparison(TypedDict):
-    """An earlier result compared with this one.
-
-    Attributes:
-        file: file name of the earlier result, made on `date`.
-        rows: numbers that both results contain.
-        missing: sentences about rows and batch sizes that only one result contains.
-        different: sentences about rows that are not compared, because bits or device differ.
-    """
-
-    file: str
-    date: str | None
-    rows: list[HistoryRow]
-    missing: list[str]
-    different: list[str]
 
 
 def read_former(path: Path, device: dict[str, Any]) -> Former:
@@ -195,7 +156,7 @@ def compare(former: Former, result: Mapping[str, Any], name: str) -> HistoryComp
     before = {row.label: row for row in former.rows}
     now = _validate(Path(name), result)
     after = {row.label: row for row in now.rows}
-    rows: list[HistoryRow] = []
+    rows: list[ComparedValue] = []
     different = []
     missing = _only_one_side(before, after)
     for label in [label for label in after if label in before]:
@@ -212,13 +173,9 @@ def compare(former: Former, result: Mapping[str, Any], name: str) -> HistoryComp
         else:
             missing += _only_one_side_batches(old, new)
             rows += _compare_rows(old, new)
-    return {
-        "file": name,
-        "date": former.date,
-        "rows": rows,
-        "missing": missing,
-        "different": different,
-    }
+    return HistoryComparison(
+        file=name, date=former.date, rows=rows, missing=missing, different=different
+    )
 
 
 def _only_one_side(before: dict[str, _Row], after: dict[str, _Row]) -> list[str]:
@@ -235,7 +192,7 @@ def _only_one_side_batches(old: _Row, new: _Row) -> list[str]:
     ]
 
 
-def _compare_rows(old: _Row, new: _Row) -> Iterator[HistoryRow]:
+def _compare_rows(old: _Row, new: _Row) -> Iterator[ComparedValue]:
     batches = {entry.batch: entry for entry in old.batches}
     for now in new.batches:
         then = batches.get(now.batch)
@@ -243,15 +200,11 @@ def _compare_rows(old: _Row, new: _Row) -> Iterator[HistoryRow]:
             continue
         for part in [name for name in now.parts if name in then.parts]:
             medians = compare_medians(then.parts[part].turns, now.parts[part].turns)
-            yield {"row": new.label, "batch": now.batch, "what": part, "unit": "ms", **medians}
+            yield ComparedValue(row=new.label, batch=now.batch, what=part, unit="ms", **medians)
         medians = compare_medians(_rates(then), _rates(now), more_is_better=True)
-        yield {
-            "row": new.label,
-            "batch": now.batch,
-            "what": "whole images",
-            "unit": "images/s",
-            **medians,
-        }
+        yield ComparedValue(
+            row=new.label, batch=now.batch, what="whole images", unit="images/s", **medians
+        )
     yield from _compare_amounts(new.label, old, new, _SINGLE)
     memories = (old.memory or _Memory(), new.memory or _Memory())
     yield from _compare_amounts(new.label, *memories, _MEMORY)
@@ -277,7 +230,7 @@ _MEMORY = (
 
 def _compare_amounts(
     label: str, old: BaseModel, new: BaseModel, entries: tuple[tuple[str, str, str, float], ...]
-) -> Iterator[HistoryRow]:
+) -> Iterator[ComparedValue]:
     """Compare numbers that a run measures once; of these, only file sizes are reproducible."""
     for what, key, unit, factor in entries:
         before, after = getattr(old, key), getattr(new, key)
@@ -288,13 +241,13 @@ def _compare_amounts(
             verdict = "equal"
         elif key == "denoiser_bytes":
             verdict = "better" if after < before else "worse"
-        yield {
-            "row": label,
-            "batch": None,
-            "what": what,
-            "unit": unit,
-            "ratio": before / after if before and after else None,
-            "verdict": verdict,
-            "before": factor * before,
-            "after": factor * after,
-        }
+        yield ComparedValue(
+            row=label,
+            batch=None,
+            what=what,
+            unit=unit,
+            before=factor * before,
+            after=factor * after,
+            ratio=before / after if before and after else None,
+            verdict=verdict,
+        )
