@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from trtq.artefact.manifest import Manifest, read_manifest, write_manifest
 from trtq.bench.artefacts import (
-    Target,
+    BenchRow,
     baseline,
     find_checkpoint,
     parse_batches,
-    parse_targets,
+    parse_rows,
 )
 from trtq.bench.page import bench_tables, failures, statements
 from trtq.bench.run import benchmark
@@ -114,7 +114,7 @@ def test_different_models_do_not_stand_side_by_side():
 
 def test_providers_of_paths(digits_run, digits_onnx):
     onnx, run_folder = str(digits_onnx), str(digits_run)
-    found = parse_targets([f"{onnx}@openvino", onnx, run_folder, "digits"], ["cpu"])
+    found = parse_rows([f"{onnx}@openvino", onnx, run_folder, "digits"], ["cpu"])
     assert [(one.path, one.provider) for one in found] == [
         (onnx, "openvino"),
         (onnx, "cpu"),
@@ -131,16 +131,16 @@ def test_a_provider_with_a_package_of_its_own_is_offered_where_that_is_installed
 ):
     text = f"{digits_onnx}@tensorrt-rtx"
     with pytest.raises(UsageError, match="has no provider 'tensorrt-rtx'"):
-        parse_targets([text])
+        parse_rows([text])
     (tmp_path / "onnxruntime_ep_nv_tensorrt_rtx.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    assert parse_targets([text])[0].provider == "tensorrt-rtx"
+    assert parse_rows([text])[0].provider == "tensorrt-rtx"
 
 
 def test_a_folder_with_an_at_sign_is_a_folder(digits_run, tmp_path):
     folder = tmp_path / "run@home"
     shutil.copytree(digits_run, folder)
-    (target,) = parse_targets([str(folder)])
+    (target,) = parse_rows([str(folder)])
     assert (target.path, target.provider) == (str(folder), "torch")
 
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
     digits_onnx, paths, providers, error, message
 ):
     with pytest.raises(error, match=message):
-        parse_targets([path.format(onnx=digits_onnx) for path in paths], providers)
+        parse_rows([path.format(onnx=digits_onnx) for path in paths], providers)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_the_size_of_a_checkpoint_is_that_of_what_is_loaded(tmp_path, files, siz
     for name, content in files.items():
         data = bytes(content) if isinstance(content, int) else json.dumps(content).encode()
         (tmp_path / "unet" / name).write_bytes(data)
-    assert Target(str(tmp_path), "torch").denoiser_bytes == size
+    assert BenchRow(str(tmp_path), "torch").denoiser_bytes == size
 
 
 @pytest.mark.parametrize("text", ["0", "a", "1,1", "", "1,,2"])
@@ -219,7 +219,7 @@ def test_the_checkpoint_is_followed_through_the_run(digits_run, digits_onnx, tmp
     shutil.copytree(digits_onnx, alone)
     assert find_checkpoint(alone, manifest) is None
     notes = []
-    assert baseline(parse_targets([str(alone)]), notes) == []
+    assert baseline(parse_rows([str(alone)]), notes) == []
     assert "was not found (it was made from 'run'); give it as one more PATH" in notes[0]
 
 
@@ -233,7 +233,7 @@ def test_a_changed_checkpoint_is_not_the_baseline(digits_run):
 
 def test_nothing_is_added_where_a_float_row_is_asked_for(digits_run):
     notes = []
-    assert baseline(parse_targets([str(digits_run), "digits"]), notes) == []
+    assert baseline(parse_rows([str(digits_run), "digits"]), notes) == []
     assert notes == []
 
 

@@ -23,7 +23,7 @@ from trtq.limits import MAX_BATCH, parse_whole
 from trtq.pipelines.open import TORCH
 from trtq.runs.weights import FILE_NAME
 
-__all__ = ["Target", "baseline", "find_checkpoint", "parse_batches", "parse_targets"]
+__all__ = ["BenchRow", "baseline", "find_checkpoint", "parse_batches", "parse_rows"]
 
 _MAX_SIZES = 16
 RESERVED = ("kernels",)
@@ -33,7 +33,7 @@ _KINDS = {"checkpoint": "a float checkpoint", "run": "a run", "onnx": "an ONNX f
 
 
 @dataclass(frozen=True)
-class Target:
+class BenchRow:
     """What one row measures.
 
     Attributes:
@@ -145,7 +145,7 @@ def parse_batches(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def parse_targets(paths: Sequence[str], providers: Sequence[str] = ()) -> list[Target]:
+def parse_rows(paths: Sequence[str], providers: Sequence[str] = ()) -> list[BenchRow]:
     """`PATH` and `PATH@PROVIDER` -> rows, in that order.
 
     Args:
@@ -156,7 +156,7 @@ def parse_targets(paths: Sequence[str], providers: Sequence[str] = ()) -> list[T
         UsageError: a provider is unknown, not installed, or cannot run what it is to run.
         ArtefactError: there is no such artefact, or it is damaged.
     """
-    targets: list[Target] = []
+    targets: list[BenchRow] = []
     for provider in providers:
         _check_provider(provider)
     for text in paths:
@@ -167,7 +167,7 @@ def parse_targets(paths: Sequence[str], providers: Sequence[str] = ()) -> list[T
             path, named = text, ""
         manifest = _manifest_of(path)
         targets += [
-            Target(path, provider, manifest)
+            BenchRow(path, provider, manifest)
             for provider in _providers_for(path, manifest, named, providers)
         ]
     doubled = {one.label for one in targets if [o.label for o in targets].count(one.label) > 1}
@@ -240,7 +240,7 @@ def _unchanged(folder: Path, recorded: dict[str, str]) -> bool:
     return bool(recorded) and changed_source_file(folder, recorded, all_there=True) is None
 
 
-def baseline(targets: list[Target], notes: list[str]) -> list[Target]:
+def baseline(targets: list[BenchRow], notes: list[str]) -> list[BenchRow]:
     """The checkpoint of a low-bit artefact, where no float row was asked for.
 
     Args:
@@ -258,7 +258,7 @@ def baseline(targets: list[Target], notes: list[str]) -> list[Target]:
                 f"added the float model {found}, which {target.path} was made from, in torch; for the "
                 f"same runtime on both sides, export it: trtq export {found} -o FLOAT, and give FLOAT"
             )
-            return [Target(found, TORCH, added=True)]
+            return [BenchRow(found, TORCH, added=True)]
     first = low_bit[0]
     assert first.manifest is not None
     notes.append(
