@@ -57,7 +57,7 @@ def test_the_interval_of_the_median_has_the_confidence(count, skipped):
 
 @pytest.mark.parametrize("turns", [2, 3, 4, 5, 6, 8, 10, 20])
 @pytest.mark.parametrize("comparisons", [1, 8])
-def test_family_wise_false_positive_rate_is_at_most_5_percent(turns, comparisons):
+def test_family_wise_false_positive_rate_is_limited_to_5_percent(turns, comparisons):
     """In at most one of twenty runs does any comparison of equal rows get a verdict."""
     rng = np.random.default_rng(turns)
     runs = 2000

@@ -263,6 +263,6 @@ def baseline(targets: list[BenchRow], notes: list[str]) -> list[BenchRow]:
     assert first.manifest is not None
     notes.append(
         f"the float model of {first.path} was not found (it was made from "
-        f"{first.manifest.source.name!r}); give it as one more PATH"
+        f"{first.manifest.source.name!r}); give it as another PATH"
     )
     return []
