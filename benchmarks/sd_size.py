@@ -110,7 +110,7 @@ def build_sd_1() -> DiffusionPipeline:
 
 
 def build_sd_xl() -> DiffusionPipeline:
-    """Build a pipeline of Stable Diffusion XL's size, in float16, the usual format of its checkpoints."""
+    """Build a pipeline of Stable Diffusion XL's size, in float16 (as published)."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
