@@ -27,7 +27,7 @@ from trtq.bench.summary import summarize
 from trtq.bench.turns import take_turns
 from trtq.engine.open import open_engine
 from trtq.evaluation.evaluate import ReferenceSet, draw_reference, evaluate
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.processor import processor_features
 from trtq.progress import ProgressPrinter
 from trtq.runs.quantize import quantize
@@ -84,8 +84,8 @@ def measure_rows(
         print(f"== {name}", file=sys.stderr)
         run, onnx = scratch / f"{index}-run", scratch / f"{index}-onnx"
         made = quantize("digits", recipe, run, progress=progress)
-        exported = export_onnx(run, onnx, progress=progress)
-        result = evaluate(onnx, reference, provider=provider, progress=progress).result
+        exported = export(run, onnx, progress=progress)
+        result = evaluate(onnx, reference, provider=provider, progress=progress).to_json()
         kept = ("fd", "fd_ratio", "class_accuracy", "snr_db", "provider")
         parity = ("parity_db_min", "parity_db", "parity_db_pooled_min", "parity_ties")
         rows.append(

@@ -16,13 +16,14 @@ from trtq.engine.ort import available_providers
 from trtq.errors import TrtqError, UsageError
 from trtq.evaluation.evaluate import Evaluation, ReferenceSet, draw_reference, evaluate
 from trtq.evaluation.page import FLOAT, grid_section, layer_sections, snr_section
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.pipelines.draw import contact_sheet, save_png
 from trtq.progress import ProgressCallback, silent
 from trtq.report.folder import check_report_folder, write_report
 from trtq.report.page import Page, Section, Table
 from trtq.report.plots import model_colours
 from trtq.runs.quantize import quantize
+from trtq.runs.result import RunResult
 
 __all__ = ["demo"]
 
@@ -63,7 +64,7 @@ class _Model:
 
     name: str
     run: Path
-    quantized: dict[str, Any]
+    quantized: RunResult
     evaluation: Evaluation
 
 
@@ -118,7 +119,7 @@ def demo(
     for entry in entries:
         run, onnx = folder / entry.folder / "run", folder / entry.folder / "onnx"
         quantized = _quantize(entry.recipe, run, overwrite=overwrite, progress=progress)
-        export_onnx(run, onnx, overwrite=overwrite, progress=progress)
+        export(run, onnx, overwrite=overwrite, progress=progress)
         evaluation = evaluate(onnx, reference, provider=provider, progress=progress)
         models.append(_Model(entry.name, run, quantized, evaluation))
     rows = _rows(reference, models)
@@ -168,14 +169,16 @@ def _prepare_folder(
 
 def _quantize(
     recipe: dict[str, Any], run: Path, *, overwrite: bool, progress: ProgressCallback
-) -> dict[str, Any]:
+) -> RunResult:
     try:
-        return quantize(MODEL, recipe, run, overwrite=overwrite, progress=progress)
+        result = quantize(MODEL, recipe, run, overwrite=overwrite, progress=progress)
     except BaseException:
         # The demo cannot be resumed, so its checkpoints are useless.
         with suppress(UsageError), claimed(run.resolve()):
             remove_partial(run.resolve())
         raise
+    assert result is not None  # This is the first process.
+    return result
 
 
 def _page(
@@ -193,7 +196,7 @@ def _page(
         _numbers(rows, colours),
         grid_section({FLOAT: reference.images} | images, colours),
         snr_section(
-            {model.name: model.evaluation.result["snr_db"] for model in models},
+            {model.name: model.evaluation.snr_db for model in models},
             sorted(reference.source.timesteps(STEPS)),
             colours,
         ),
@@ -203,7 +206,7 @@ def _page(
     lead = (
         f"{len(reference.images)} images per model, {STEPS} DDIM steps, low-bit models on onnxruntime "
         f"({provider}). Total time {seconds:.0f} s, of which fine-tuning took "
-        f"{tuned['fine_tune_seconds']:.0f} s ({tuned['fine_tune_iterations']} iterations, no training "
+        f"{tuned.fine_tune_seconds:.0f} s ({tuned.fine_tune_iterations} iterations, no training "
         "data)."
     )
     return Page("Handwritten digits in four bits", lead, sections)
@@ -235,13 +238,13 @@ def _rows(reference: ReferenceSet, models: list[_Model]) -> list[dict[str, Any]]
             "class_accuracy": scores.accuracy,
             "accuracy_interval": scores.accuracy_interval,
             "snr_db": None,
-            "bytes": models[0].quantized["bytes_before"],
+            "bytes": models[0].quantized.bytes_before,
         }
     ]
     for model in models:
-        result = model.evaluation.result
+        result = model.evaluation.to_json()
         rows.append(
-            {"name": model.name, "bytes": model.quantized["bytes_after"]}
+            {"name": model.name, "bytes": model.quantized.bytes_after}
             | {key: result[key] for key in _ROW_KEYS}
         )
     return rows
