@@ -863,7 +863,7 @@ def bench_layers(
     with _command(verbose):
         if output is not None:
             check_file(output, overwrite=overwrite)
-        result = bench_kernels(forms or list(FORMS), progress=ProgressPrinter())
+        result = bench_kernels(forms or list(FORMS), progress=ProgressPrinter()).to_json()
 
         def human(found: dict[str, Any]) -> None:
             table = Table(title=str(found["gpu"]), title_justify="left")
@@ -1274,7 +1274,7 @@ def demo(
             _out.print(table)
             _out.print(f"{found['seconds']:.0f} s; open {found['report']}", soft_wrap=True)
 
-        _show(result, as_json, human)
+        _show(result.to_json(), as_json, human)
 
 
 if __name__ == "__main__":

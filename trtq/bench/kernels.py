@@ -9,7 +9,7 @@ and the benchmark continues with the next row.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from trtq.bench.kernel_operands import (
     expected,
     operations,
 )
+from trtq.bench.result import KernelResult, KernelRow, KernelTimings
 from trtq.errors import TrtqError, UsageError
 from trtq.plugins.driver import current_device, driver_cuda, old_driver
 from trtq.plugins.launch import Device, Launch, Pointers, choose_tile, layer_launches
@@ -94,9 +95,7 @@ def _round_seconds(calls: Sequence[Callable[[], object]]) -> list[list[float]]:
     return seconds
 
 
-def _timings(
-    operands: Operands, constant: Operands, shape: Shape, form: str, gpu: Device, name: str
-) -> dict[str, Any]:
+def _timings(operands: Operands, constant: Operands, shape: Shape, gpu: Device) -> KernelTimings:
     """Times of a layer, of its two launches and of the half-precision kernel."""
     weight = operands.integers.half()
     bias = operands.terms[1].half()
@@ -116,47 +115,36 @@ def _timings(
     quantising, product = (statistics.median(part) for part in parts)
     seconds, fp16_seconds = statistics.median(low_bit_seconds), statistics.median(half_seconds)
     count = operations(shape)
-    peak = gpu_peak(name, integers=True)
+    peak = gpu_peak(torch.cuda.get_device_name(operands.x.device), integers=True)
     ratios = [half / low for half, low in zip(half_seconds, low_bit_seconds, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
-    return {
-        "microseconds": seconds * 1e6,
-        "quantise_microseconds": quantising * 1e6,
-        "product_microseconds": product * 1e6,
-        "tile": str(launches[-1].variant).rpartition("-")[2],
-        "fp16_microseconds": fp16_seconds * 1e6,
-        "speedup": fp16_seconds / seconds,
-        "speedup_quartiles": [quartiles[0], quartiles[2]],
-        "against_constant_scale": seconds / statistics.median(constant_seconds),
-        "tera_operations": count / seconds / 1e12,
-        "share_of_peak": None if peak is None else count / seconds / peak.operations,
-        "weight_bytes": operands.weight.numel(),
-        "fp16_weight_bytes": 2 * weight.numel(),
-    }
+    return KernelTimings(
+        microseconds=seconds * 1e6,
+        quantise_microseconds=quantising * 1e6,
+        product_microseconds=product * 1e6,
+        tile=str(launches[-1].variant).rpartition("-")[2],
+        fp16_microseconds=fp16_seconds * 1e6,
+        speedup=fp16_seconds / seconds,
+        speedup_quartiles=[quartiles[0], quartiles[2]],
+        against_constant_scale=seconds / statistics.median(constant_seconds),
+        tera_operations=count / seconds / 1e12,
+        share_of_peak=None if peak is None else count / seconds / peak.operations,
+        weight_bytes=operands.weight.numel(),
+        fp16_weight_bytes=2 * weight.numel(),
+    )
 
 
 def bench_kernels(
     forms: Sequence[str] = tuple(FORMS),
     shapes: Sequence[Shape] = SHAPES,
     progress: ProgressCallback = silent,
-) -> dict[str, Any]:
+) -> KernelResult:
     """Measure every layer in every form.
 
     Args:
         forms: names of `FORMS`.
         shapes: layer shapes.
         progress: callback with the name of the stage, the rows done and the total.
-
-    Returns:
-        `gpu`, `driver`, `cuda` (the newest version that the driver supports), `torch`, and `rows`, each
-        with `model`, `shape`, `form`, `wrong_values` (None if the row failed before the check), `error`
-        (None for success), `state` (of the GPU after the row, see `trtq.bench.device.Nvml.state`); and,
-        for a row without an error, `microseconds` (quantisation included), `quantise_microseconds` and
-        `product_microseconds` (each launch alone), `tile` (tile size of the product),
-        `fp16_microseconds` (cuBLAS or cuDNN through torch), `speedup` and its quartiles over the rounds,
-        `against_constant_scale` (time with a table of 20 steps divided by the time with one step),
-        `tera_operations`, `share_of_peak` (share of the int8 peak; None for an unknown GPU),
-        `weight_bytes`, `fp16_weight_bytes`. See `failed_rows`.
 
     Raises:
         UsageError: torch sees no NVIDIA GPU, or a form is unknown.
@@ -177,38 +165,43 @@ def bench_kernels(
     rows = []
     for index, (shape, form) in enumerate((s, f) for s in shapes for f in forms):
         progress("bench kernels", index, len(shapes) * len(forms))
-        rows.append(_measured_row(shape, form, device, gpu, name) | {"state": nvml.state})
+        rows.append(_measured_row(shape, form, device, gpu, nvml))
     cuda = driver_cuda()
-    return {
-        "gpu": name,
-        "driver": nvml.driver,
-        "cuda": None if cuda is None else f"{cuda[0]}.{cuda[1]}",
-        "torch": torch.__version__,
-        "rows": rows,
-    }
+    return KernelResult(
+        gpu=name,
+        driver=nvml.driver,
+        cuda=None if cuda is None else f"{cuda[0]}.{cuda[1]}",
+        torch=torch.__version__,
+        rows=rows,
+    )
 
 
 def _measured_row(
-    shape: Shape, form: str, device: torch.device, gpu: Device, name: str
-) -> dict[str, Any]:
+    shape: Shape, form: str, device: torch.device, gpu: Device, nvml: Nvml
+) -> KernelRow:
     """Measure one row; an exception becomes the row's `error`, so the other rows are kept."""
-    row: dict[str, Any] = {"model": shape.model, "shape": shape.text, "form": form}
-    row |= {"wrong_values": None, "error": None}
+    wrong_values, error, timings = None, None, None
     try:
         operands = draw_operands(shape, form, device)
         constant = draw_operands(shape, form, device, steps=1)
-        row["wrong_values"] = int((operands.call() != expected(operands)).sum())
-        row |= _timings(operands, constant, shape, form, gpu, name)
-    except (
-        Exception
-    ) as err:  # Out of memory, a failing kernel: errors of torch, of trtq or of the driver.
+        wrong_values = int((operands.call() != expected(operands)).sum())
+        timings = _timings(operands, constant, shape, gpu)
+    except Exception as err:  # Out of memory, or a failing kernel: errors of torch, trtq or driver.
         first = (str(err).strip() or type(err).__name__).splitlines()[0]
-        row["error"] = first if isinstance(err, TrtqError) else f"{type(err).__name__}: {first}"
-    return row
+        error = first if isinstance(err, TrtqError) else f"{type(err).__name__}: {first}"
+    return KernelRow(
+        model=shape.model,
+        shape=shape.text,
+        form=form,
+        wrong_values=wrong_values,
+        error=error,
+        timings=timings,
+        state=nvml.state,
+    )
 
 
-def failed_rows(result: dict[str, Any]) -> list[str]:
-    """Describe each wrong or failed row of a `bench_kernels` result in one sentence."""
+def failed_rows(result: Mapping[str, Any]) -> list[str]:
+    """Describe each wrong or failed row of a result or its JSON in one sentence."""
     sentences = []
     for row in result["rows"]:
         where = f"{row['form']} at {row['shape']}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from trtq.artefact.manifest import check_output, claimed, claims_output, owned_by_trtq
 from trtq.artefact.outputs import remove_partial, write_listing
+from trtq.demo.result import DemoResult, DemoRow
 from trtq.engine.ort import available_providers
 from trtq.errors import TrtqError, UsageError
 from trtq.evaluation.evaluate import Evaluation, ReferenceSet, draw_reference, evaluate
@@ -91,7 +92,7 @@ def demo(
     seed: int = 0,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
-) -> dict[str, Any]:
+) -> DemoResult:
     """Quantise the digits model to W4A4, export it, generate and evaluate images, write an HTML report.
 
     Args:
@@ -102,10 +103,6 @@ def demo(
         seed: seed of quantisation and evaluation.
         overwrite: replace existing output.
         progress: callback with the name of the stage, the work done and the total.
-
-    Returns:
-        `rows` (one per model: `name`, `fd`, `fd_interval`, `class_accuracy`, `accuracy_interval`,
-        `snr_db`, `bytes`), `seconds`, `report`.
 
     Raises:
         TrtqError: see `trtq.errors`.
@@ -124,21 +121,23 @@ def demo(
         models.append(_Model(entry.name, run, quantized, evaluation))
     rows = _rows(reference, models)
     seconds = round(time.monotonic() - start, 1)
-    result = {"rows": rows, "seconds": seconds, "report": str(folder / REPORT / "index.html")}
+    index = str(folder / REPORT / "index.html")
+    result = DemoResult(rows=rows, seconds=seconds, report=index)
     page = _page(reference, models, rows, provider=provider, seconds=seconds)
     sheet = contact_sheet(models[-1].evaluation.images[:100], 10, scale=6, gap=6)
     try:
         save_png(sheet, folder / SHEET, overwrite=overwrite)
         write_listing(folder, _KIND, [SHEET])
-        write_report(folder / REPORT, page, result, kind=_REPORT_KIND, overwrite=overwrite)
+        numbers = result.to_json()
+        write_report(folder / REPORT, page, numbers, kind=_REPORT_KIND, overwrite=overwrite)
     except (OSError, TrtqError):
         # The measurements took minutes: log them even if the disk is full.
         for row in rows:
             logger.warning(
                 "measured: %s: FD %.2f, class accuracy %.1f %%",
-                row["name"],
-                row["fd"],
-                100 * row["class_accuracy"],
+                row.name,
+                row.fd,
+                100 * row.class_accuracy,
             )
         raise
     return result
@@ -184,13 +183,13 @@ def _quantize(
 def _page(
     reference: ReferenceSet,
     models: list[_Model],
-    rows: list[dict[str, Any]],
+    rows: list[DemoRow],
     *,
     provider: str,
     seconds: float,
 ) -> Page:
     """The report of the demo."""
-    colours = model_colours(row["name"] for row in rows)
+    colours = model_colours(row.name for row in rows)
     images = {model.name: model.evaluation.images for model in models}
     sections = (
         _numbers(rows, colours),
@@ -227,37 +226,39 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{folder / SHEET} was not created by trtq; move it first")
 
 
-def _rows(reference: ReferenceSet, models: list[_Model]) -> list[dict[str, Any]]:
+def _rows(reference: ReferenceSet, models: list[_Model]) -> list[DemoRow]:
     scores = reference.scores
-    assert scores is not None  # The model ships with a classifier.
-    rows: list[dict[str, Any]] = [
-        {
-            "name": FLOAT,
-            "fd": scores.fd,
-            "fd_interval": scores.fd_interval,
-            "class_accuracy": scores.accuracy,
-            "accuracy_interval": scores.accuracy_interval,
-            "snr_db": None,
-            "bytes": models[0].quantized.bytes_before,
-        }
-    ]
+    # The model ships with a classifier and its statistics.
+    assert scores is not None
+    assert scores.fd is not None
+    assert scores.fd_interval is not None
+    assert scores.accuracy is not None
+    assert scores.accuracy_interval is not None
+    row = DemoRow(
+        name=FLOAT,
+        fd=scores.fd,
+        fd_interval=scores.fd_interval,
+        class_accuracy=scores.accuracy,
+        accuracy_interval=scores.accuracy_interval,
+        snr_db=None,
+        bytes=models[0].quantized.bytes_before,
+    )
+    rows = [row]
     for model in models:
         result = model.evaluation.to_json()
-        rows.append(
-            {"name": model.name, "bytes": model.quantized.bytes_after}
-            | {key: result[key] for key in _ROW_KEYS}
-        )
+        values = {key: result[key] for key in _ROW_KEYS}
+        rows.append(DemoRow(name=model.name, bytes=model.quantized.bytes_after, **values))
     return rows
 
 
-def _numbers(rows: list[dict[str, Any]], colours: Mapping[str, str]) -> Section:
+def _numbers(rows: list[DemoRow], colours: Mapping[str, str]) -> Section:
     shown = tuple(
         (
-            row["name"],
-            f"{row['fd']:.2f} ({row['fd_interval'][0]:.2f} .. {row['fd_interval'][1]:.2f})",
-            f"{row['class_accuracy']:.1%} ({row['accuracy_interval'][0]:.1%} .. "
-            f"{row['accuracy_interval'][1]:.1%})",
-            f"{row['bytes'] / 1e6:.2f} MB",
+            row.name,
+            f"{row.fd:.2f} ({row.fd_interval[0]:.2f} .. {row.fd_interval[1]:.2f})",
+            f"{row.class_accuracy:.1%} ({row.accuracy_interval[0]:.1%} .. "
+            f"{row.accuracy_interval[1]:.1%})",
+            f"{row.bytes / 1e6:.2f} MB",
         )
         for row in rows
     )
