@@ -149,13 +149,13 @@ def test_a_folder_name_may_contain_an_at_sign(digits_run, tmp_path):
 @pytest.mark.parametrize(
     ("paths", "providers", "error", "message"),
     [
-        (["{onnx}@torch"], [], UsageError, "an ONNX folder, which torch cannot run; choose one of"),
-        (["digits@cpu"], [], UsageError, "a float checkpoint, which cpu cannot run"),
+        (["{onnx}@torch"], [], UsageError, "an ONNX folder, which torch does not support; choose"),
+        (["digits@cpu"], [], UsageError, "a float checkpoint, which cpu does not support"),
         (["digits@tpu"], [], UsageError, "unknown provider 'tpu'"),
         (["{onnx}"], ["tpu"], UsageError, "unknown provider 'tpu'"),
         (["{onnx}@cuda"], [], UsageError, "has no provider 'cuda'"),
         (["{onnx}", "{onnx}@cpu"], [], UsageError, "is given twice"),
-        (["kernels"], [], UsageError, "is no path here; write ./kernels"),
+        (["kernels"], [], UsageError, "is a subcommand; write ./kernels"),
         (["nothing"], [], ArtefactError, "there is no model 'nothing'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What `trtq bench` measures: artefacts, what runs each, and the float model they came from."""
+"""Rows of a benchmark: artefacts, their providers, and the float checkpoint they were made from."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ __all__ = ["BenchRow", "baseline", "find_checkpoint", "parse_batches", "parse_ro
 
 _MAX_SIZES = 16
 RESERVED = ("kernels",)
-"""Words of the command line that are no paths."""
+"""Subcommands of `trtq bench`, which are not paths."""
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _KINDS = {"checkpoint": "a float checkpoint", "run": "a run", "onnx": "an ONNX folder"}
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """What one row measures.
+    """One artefact on one provider.
 
     Attributes:
-        path: as the user gave it.
-        provider: what runs it.
-        manifest: of an artefact; None for a float checkpoint.
-        added: it was not asked for, and stands here for comparison.
+        path: path, as given by the user.
+        provider: runtime, e.g. `cpu`.
+        manifest: manifest of the artefact; None for a float checkpoint.
+        added: whether trtq added the row as a baseline.
     """
 
     path: str
@@ -55,7 +55,7 @@ class BenchRow:
 
     @property
     def low_bit(self) -> bool:
-        """Whether it was quantised."""
+        """Whether the model is quantised."""
         return self.manifest is not None and self.manifest.recipe is not None
 
     @property
@@ -65,7 +65,7 @@ class BenchRow:
 
     @property
     def bits(self) -> str:
-        """E.g. `w4a8`; of a float model its precision."""
+        """Bit widths, e.g. `w4a8`; the precision of a float model."""
         if self.manifest is None:
             return "fp32"
         recipe = self.manifest.recipe
@@ -73,15 +73,15 @@ class BenchRow:
 
     @property
     def size(self) -> str | None:
-        """Image size that it was made for, `HEIGHTxWIDTH`; None: the model's own."""
+        """Image size of the artefact, `HEIGHTxWIDTH`; None for the model's default size."""
         if self.manifest is None:
             return None
-        found = self.manifest.options.get("size") or (self.manifest.recipe or {}).get("size")
-        return None if found is None else str(found).partition(":")[0]
+        size = self.manifest.options.get("size") or (self.manifest.recipe or {}).get("size")
+        return None if size is None else str(size).partition(":")[0]
 
     @property
     def denoiser_bytes(self) -> int | None:
-        """Size of the denoiser's files that are loaded; None where they are not found in a folder."""
+        """Size of the denoiser files that loading reads; None if they are not in a local folder."""
         place = resolve_model(self.path) if self.manifest is None else Path(self.path)
         if isinstance(place, str):
             return None
@@ -100,19 +100,19 @@ class BenchRow:
 
     @property
     def build_seconds(self) -> float | None:
-        """Time that building took; None where nothing was built."""
+        """Duration of building the engines in seconds; None if unknown or not built."""
         if self.manifest is None or self.kind != "engine":
             return None
         rows = self.manifest.metrics.get("engines") or []
         times = [row.get("build_seconds") for row in rows]
-        # What the manifest does not tell is not known; it is not 0.
+        # A missing duration means unknown, not zero.
         return float(sum(times)) if times and None not in times else None
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
-    """The denoiser's weights in a checkpoint, as diffusers chooses them: not the copies in other forms.
+    """The denoiser's weight files in a checkpoint, as diffusers selects them.
 
-    Variants (`.fp16`, `.non_ema`) and pickles are not loaded; shards are those that the index names.
+    Variants (`.fp16`, `.non_ema`) and pickle files are not loaded; the index names the shards.
     """
     for name in DENOISERS:
         whole, index = folder / name / _WEIGHTS, folder / name / f"{_WEIGHTS}.index.json"
@@ -128,10 +128,10 @@ def _checkpoint_files(folder: Path) -> list[Path]:
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
-    """`1,4` -> (1, 4).
+    """Parse batch sizes: `1,4` -> (1, 4).
 
     Raises:
-        UsageError: not of that form.
+        UsageError: the text is not a list of different batch sizes.
     """
     try:
         sizes = tuple(parse_whole(part) for part in text.split(",", _MAX_SIZES))
@@ -139,41 +139,42 @@ def parse_batches(text: str) -> tuple[int, ...]:
         sizes = ()
     if not sizes or not 1 <= min(sizes) <= max(sizes) <= MAX_BATCH or len(set(sizes)) < len(sizes):
         raise UsageError(
-            f"--batch {shown(text)} is not understood; write e.g. 1 or 1,4: different numbers from 1 to "
-            f"{MAX_BATCH}, at most {_MAX_SIZES}"
+            f"invalid --batch {shown(text)}; write e.g. 1 or 1,4: up to {_MAX_SIZES} different numbers "
+            f"from 1 to {MAX_BATCH}"
         )
     return sizes
 
 
 def parse_rows(paths: Sequence[str], providers: Sequence[str] = ()) -> list[BenchRow]:
-    """`PATH` and `PATH@PROVIDER` -> rows, in that order.
+    """Parse `PATH` and `PATH@PROVIDER` into rows, in the given order.
 
     Args:
-        paths: artefacts, checkpoints, or one of them and a provider after the last `@`.
-        providers: for paths that name none; each is run on those that can run it.
+        paths: artefacts and checkpoints, with an optional provider after the last `@`.
+        providers: providers for paths without `@`; a path gets one row per provider that supports it.
 
     Raises:
-        UsageError: a provider is unknown, not installed, or cannot run what it is to run.
-        ArtefactError: there is no such artefact, or it is damaged.
+        UsageError: a provider is unknown, not installed, or does not support the artefact.
+        ArtefactError: an artefact does not exist or is damaged.
     """
-    targets: list[BenchRow] = []
+    rows: list[BenchRow] = []
     for provider in providers:
         _check_provider(provider)
     for text in paths:
         if text in RESERVED:
-            raise UsageError(f"{text!r} is no path here; write ./{text} for a folder of that name")
+            raise UsageError(f"{text!r} is a subcommand; write ./{text} for a folder of that name")
         path, at, named = text.rpartition("@")
         if not at or not path or Path(text).exists():
             path, named = text, ""
         manifest = _manifest_of(path)
-        targets += [
+        rows += [
             BenchRow(path, provider, manifest)
             for provider in _providers_for(path, manifest, named, providers)
         ]
-    doubled = {one.label for one in targets if [o.label for o in targets].count(one.label) > 1}
-    if doubled:
-        raise UsageError(f"{min(doubled)} is given twice; every row is measured once")
-    return targets
+    labels = [row.label for row in rows]
+    repeated = {label for label in labels if labels.count(label) > 1}
+    if repeated:
+        raise UsageError(f"{min(repeated)} is given twice; give each row once")
+    return rows
 
 
 def _check_provider(provider: str) -> None:
@@ -196,29 +197,30 @@ def _manifest_of(path: str) -> Manifest | None:
 def _providers_for(
     path: str, manifest: Manifest | None, named: str, offered: Sequence[str]
 ) -> list[str]:
-    """What is to run an artefact: what stands after its `@`, or those on offer that can."""
+    """Providers of a path: the provider after its `@`, else the offered providers that support it."""
     kind = "checkpoint" if manifest is None else manifest.kind
     if manifest is not None and kind == "engine":
         return [str(manifest.options["backend"])]
-    can = [*PROVIDERS] if kind == "onnx" else [TORCH]
+    supported = [*PROVIDERS] if kind == "onnx" else [TORCH]
     if named:
         _check_provider(named)
-        if named not in can:
+        if named not in supported:
             raise UsageError(
-                f"{path} is {_KINDS[kind]}, which {named} cannot run; choose one of {', '.join(can)}"
+                f"{path} is {_KINDS[kind]}, which {named} does not support; choose one of "
+                f"{', '.join(supported)}"
             )
         return [named]
-    fitting = [provider for provider in dict.fromkeys(offered) if provider in can]
+    fitting = [provider for provider in dict.fromkeys(offered) if provider in supported]
     if fitting:
         return fitting
-    _check_provider(can[0])
-    return [can[0]]
+    _check_provider(supported[0])
+    return [supported[0]]
 
 
 def find_checkpoint(folder: Path, manifest: Manifest) -> str | None:
-    """The float checkpoint that an artefact was made from, unchanged; None if it is not to be found.
+    """Find the unchanged float checkpoint that an artefact was made from; None if there is none.
 
-    An artefact that was made from another one is followed to it, when it lies beside.
+    If the artefact was made from another artefact in a sibling folder, that artefact is searched, too.
     """
     recorded = manifest.source.files
     name = manifest.source.name
@@ -227,11 +229,11 @@ def find_checkpoint(folder: Path, manifest: Manifest) -> str | None:
         return None if place is None else find_checkpoint(place, read_manifest(place))
     for named in (name, str(folder.resolve().parent / name)):
         try:
-            found = resolve_model(named)
+            model = resolve_model(named)
         except ArtefactError:
             continue
-        # A hub id stays one only while it is no folder; it is not downloaded for a comparison.
-        if isinstance(found, Path) and _unchanged(found, recorded):
+        # Hub ids are not downloaded for a comparison.
+        if isinstance(model, Path) and _unchanged(model, recorded):
             return named
     return None
 
@@ -240,25 +242,25 @@ def _unchanged(folder: Path, recorded: dict[str, str]) -> bool:
     return bool(recorded) and changed_source_file(folder, recorded, all_there=True) is None
 
 
-def baseline(targets: list[BenchRow], notes: list[str]) -> list[BenchRow]:
-    """The checkpoint of a low-bit artefact, where no float row was asked for.
+def baseline(rows: list[BenchRow], notes: list[str]) -> list[BenchRow]:
+    """A row for the float checkpoint of the first low-bit row, unless there is a float row.
 
     Args:
-        targets: what was asked for.
-        notes: gets a sentence about what was added, or why nothing was.
+        rows: rows that the caller asked for.
+        notes: list to which a sentence about the baseline is appended.
     """
-    low_bit = [target for target in targets if target.low_bit]
-    if not low_bit or len(low_bit) < len(targets):
+    low_bit = [row for row in rows if row.low_bit]
+    if not low_bit or len(low_bit) < len(rows):
         return []
-    for target in low_bit:
-        assert target.manifest is not None
-        found = find_checkpoint(Path(target.path), target.manifest)
-        if found is not None:
+    for row in low_bit:
+        assert row.manifest is not None
+        model = find_checkpoint(Path(row.path), row.manifest)
+        if model is not None:
             notes.append(
-                f"added the float model {found}, which {target.path} was made from, in torch; for the "
-                f"same runtime on both sides, export it: trtq export {found} -o FLOAT, and give FLOAT"
+                f"added the float model {model}, which {row.path} was made from, in torch; to compare "
+                f"on the same runtime, export it: trtq export {model} -o FLOAT, and add FLOAT"
             )
-            return [BenchRow(found, TORCH, added=True)]
+            return [BenchRow(model, TORCH, added=True)]
     first = low_bit[0]
     assert first.manifest is not None
     notes.append(
