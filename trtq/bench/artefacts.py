@@ -139,8 +139,8 @@ def parse_batches(text: str) -> tuple[int, ...]:
         sizes = ()
     if not sizes or not 1 <= min(sizes) <= max(sizes) <= MAX_BATCH or len(set(sizes)) < len(sizes):
         raise UsageError(
-            f"invalid --batch {shown(text)}; write e.g. 1 or 1,4: up to {_MAX_SIZES} different numbers "
-            f"from 1 to {MAX_BATCH}"
+            f"invalid --batch-sizes {shown(text)}; write e.g. 1 or 1,4: up to {_MAX_SIZES} different "
+            f"numbers from 1 to {MAX_BATCH}"
         )
     return sizes
 

@@ -84,15 +84,15 @@ def read_former(path: Path, device: dict[str, Any]) -> Former:
         # Non-finite numbers are rejected by the validation below, which names their place.
         document = parse_json(read_text(path), finite=False)
     except ArtefactError as err:
-        raise UsageError(f"--against: {err}; {_WHAT}") from err
+        raise UsageError(f"--baseline: {err}; {_WHAT}") from err
     except ValueError as err:
-        raise UsageError(f"--against: cannot read {path}: {err}; {_WHAT}") from err
+        raise UsageError(f"--baseline: cannot read {path}: {err}; {_WHAT}") from err
     if not isinstance(document, dict) or not {"format_version", "rows", "device"} <= set(document):
-        raise UsageError(f"--against: {path} is not a result of trtq bench; {_WHAT}")
+        raise UsageError(f"--baseline: {path} is not a result of trtq bench; {_WHAT}")
     if document["format_version"] != FORMAT_VERSION:
         raise UsageError(
-            f"--against: {path} has format version {shown(document['format_version'])}; this version of "
-            f"trtq reads {FORMAT_VERSION}; measure again"
+            f"--baseline: {path} has format version {shown(document['format_version'])}; this trtq reads "
+            f"{FORMAT_VERSION}; measure again"
         )
     former = _validate(path, document)
     for key, value in device.items():
@@ -114,13 +114,13 @@ def _validate(path: Path, document: Mapping[str, Any]) -> Former:
         first = err.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UsageError(
-            f"--against: {path} is not a result of trtq bench: {place}: {first['msg']}; {_WHAT}"
+            f"--baseline: {path} is not a result of trtq bench: {place}: {first['msg']}; {_WHAT}"
         ) from err
 
 
 def _different(path: Path, key: str, then: Any, now: Any, only: str) -> UsageError:
     return UsageError(
-        f"--against: {path} was measured with {key} {shown(then)}, this run has {now!r}; only {only}"
+        f"--baseline: {path} was measured with {key} {shown(then)}, this run has {now!r}; only {only}"
     )
 
 
