@@ -91,7 +91,7 @@ def read_former(path: Path, device: dict[str, Any]) -> Former:
         raise UsageError(f"--baseline: {path} is not a result of trtq bench; {_WHAT}")
     if document["format_version"] != FORMAT_VERSION:
         raise UsageError(
-            f"--baseline: {path} has format version {shown(document['format_version'])}; this trtq reads "
+            f"--baseline: {path} has format version {shown(document['format_version'])}; trtq reads "
             f"{FORMAT_VERSION}; measure again"
         )
     former = _validate(path, document)
