@@ -97,5 +97,5 @@ def test_tables_omit_the_common_folder_of_all_rows(paths, names, shared):
         assert [cells[0] for cells in table.rows] == [f"{name}@cpu" for name in names]
     lines = statements(benchmark_result)
     assert [line for line in lines if "row names" in line] == (
-        [f"row names are relative to {shared}"] if shared else []
+        [f"row names in the tables are relative to {shared}"] if shared else []
     )

@@ -24,7 +24,7 @@ __all__ = ["bench_page", "bench_tables", "failures", "statements"]
 def statements(result: Mapping[str, Any]) -> list[str]:
     """Summary sentences: each low-bit row compared with float, missing rows, notes."""
     shared, _ = short_names(result)
-    lines = [f"row names are relative to {shared}"] if shared else []
+    lines = [f"row names in the tables are relative to {shared}"] if shared else []
     for row in result["rows"]:
         if not row["measured"]:
             lines.append(f"{row_label(row)}: not measured: {row['reason']}")
