@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from trtq.artefact.opened import DEFAULT_STEPS
 from trtq.bench.artefacts import BenchRow
 from trtq.bench.process import Worker
 from trtq.bench.summary import min_turns
@@ -29,7 +30,6 @@ __all__ = [
     "open_rows",
 ]
 
-DEFAULT_STEPS = 20
 DEFAULT_TURNS = 10
 _MIN_BATCHES = 3
 TIMINGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
