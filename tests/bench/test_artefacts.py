@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from trtq.artefact.manifest import read_manifest
+from trtq.artefact.opened import Checkpoint
 from trtq.bench.artefacts import (
     BenchRow,
     baseline,
@@ -106,7 +107,7 @@ def test_the_size_of_a_checkpoint_is_that_of_the_loaded_files(tmp_path, files, s
     for name, content in files.items():
         data = bytes(content) if isinstance(content, int) else json.dumps(content).encode()
         (tmp_path / "unet" / name).write_bytes(data)
-    assert BenchRow(str(tmp_path), "torch").denoiser_bytes == size
+    assert BenchRow(str(tmp_path), "torch", Checkpoint(str(tmp_path))).denoiser_bytes == size
 
 
 @pytest.mark.parametrize("text", ["0", "a", "1,1", "", "1,,2"])

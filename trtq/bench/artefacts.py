@@ -12,7 +12,16 @@ from trtq.artefact.manifest import (
     Manifest,
     find_origin,
 )
-from trtq.artefact.opened import StoredArtefact, open_artefact, open_folder
+from trtq.artefact.opened import (
+    Checkpoint,
+    EngineFolder,
+    OnnxFolder,
+    Opened,
+    Run,
+    StoredArtefact,
+    open_artefact,
+    open_folder,
+)
 from trtq.diffusion.pipeline import DENOISERS, resolve_model
 from trtq.documents import read_object, shown
 from trtq.engine.ort import PROVIDERS, check_provider
@@ -38,13 +47,13 @@ class BenchRow:
     Attributes:
         path: path, as given by the user.
         provider: runtime, e.g. `cpu`.
-        manifest: manifest of the artefact; None for a float checkpoint.
+        opened: the artefact or checkpoint.
         added: whether trtq added the row as a baseline.
     """
 
     path: str
     provider: str
-    manifest: Manifest | None = None
+    opened: Opened
     added: bool = False
 
     @property
@@ -55,57 +64,52 @@ class BenchRow:
     @property
     def low_bit(self) -> bool:
         """Whether the model is quantised."""
-        return self.manifest is not None and self.manifest.recipe is not None
+        return self.opened.low_bit
 
     @property
     def kind(self) -> str:
         """`checkpoint`, `run`, `onnx` or `engine`."""
-        return "checkpoint" if self.manifest is None else self.manifest.kind
+        return self.opened.kind
 
     @property
     def bits(self) -> str:
         """Bit widths, e.g. `w4a8`; the precision of a float model."""
-        if self.manifest is None:
-            return "fp32"
-        recipe = self.manifest.recipe
-        return str(recipe["bits"] if recipe else self.manifest.options.get("precision", "fp32"))
+        return self.opened.bits
 
     @property
     def size(self) -> str | None:
         """Image size of the artefact, `HEIGHTxWIDTH`; None for the model's default size."""
-        if self.manifest is None:
-            return None
-        size = self.manifest.options.get("size") or (self.manifest.recipe or {}).get("size")
-        return None if size is None else str(size).partition(":")[0]
+        return self.opened.smallest_size
 
     @property
     def denoiser_bytes(self) -> int | None:
         """Size of the denoiser files that loading reads; None if they are not in a local folder."""
-        place = resolve_model(self.path) if self.manifest is None else Path(self.path)
-        if isinstance(place, str):
-            return None
-        if self.manifest is None:
-            files = _checkpoint_files(place)
-        elif self.kind == "run":
-            files = [place / FILE_NAME]
+        if isinstance(self.opened, StoredArtefact):
+            files = _artefact_files(self.opened)
         else:
-            folder = place / self.manifest.denoiser
-            graph = model_file(folder)
-            files = [graph]
-            if graph.name == MODEL_FILE:
-                files += folder.glob(f"{DATA_NAME}*")
+            model = resolve_model(self.path)
+            files = [] if isinstance(model, str) else _checkpoint_files(model)
         sizes = [file.stat().st_size for file in files if file.is_file()]
         return sum(sizes) if sizes and len(sizes) == len(files) else None
 
     @property
     def build_seconds(self) -> float | None:
         """Duration of building the engines in seconds; None if unknown or not built."""
-        if self.manifest is None or self.kind != "engine":
+        if not isinstance(self.opened, EngineFolder):
             return None
-        rows = self.manifest.metrics.get("engines") or []
+        rows = self.opened.manifest.metrics.get("engines") or []
         times = [row.get("build_seconds") for row in rows]
         # A missing duration means unknown, not zero.
         return float(sum(times)) if times and None not in times else None
+
+
+def _artefact_files(artefact: StoredArtefact) -> list[Path]:
+    """The denoiser's weight file in a run, or its graph and external data."""
+    if isinstance(artefact, Run):
+        return [artefact.folder / FILE_NAME]
+    folder = artefact.folder / artefact.denoiser
+    graph = model_file(folder)
+    return [graph, *(folder.glob(f"{DATA_NAME}*") if graph.name == MODEL_FILE else ())]
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
@@ -164,10 +168,10 @@ def parse_rows(paths: Sequence[str], providers: Sequence[str] = ()) -> list[Benc
         path, at, named = text.rpartition("@")
         if not at or not path or Path(text).exists():
             path, named = text, ""
-        manifest = _manifest_of(path)
+        opened = _open(path)
         rows += [
-            BenchRow(path, provider, manifest)
-            for provider in _providers_for(path, manifest, named, providers)
+            BenchRow(path, provider, opened)
+            for provider in _providers_for(path, opened, named, providers)
         ]
     labels = [row.label for row in rows]
     repeated = {label for label in labels if labels.count(label) > 1}
@@ -185,27 +189,24 @@ def _check_provider(provider: str) -> None:
     check_provider(provider)
 
 
-def _manifest_of(path: str) -> Manifest | None:
+def _open(path: str) -> Opened:
+    """Open an artefact; for a checkpoint, check only that it exists."""
     opened = open_artefact(path)
-    if isinstance(opened, StoredArtefact):
-        return opened.manifest
-    resolve_model(path)
-    return None
+    if isinstance(opened, Checkpoint):
+        resolve_model(path)
+    return opened
 
 
-def _providers_for(
-    path: str, manifest: Manifest | None, named: str, offered: Sequence[str]
-) -> list[str]:
+def _providers_for(path: str, opened: Opened, named: str, offered: Sequence[str]) -> list[str]:
     """Providers of a path: the provider after its `@`, else the offered providers that support it."""
-    kind = "checkpoint" if manifest is None else manifest.kind
-    if manifest is not None and kind == "engine":
-        return [str(manifest.options["backend"])]
-    supported = [*PROVIDERS] if kind == "onnx" else [TORCH]
+    if isinstance(opened, EngineFolder):
+        return [opened.backend]
+    supported = [*PROVIDERS] if isinstance(opened, OnnxFolder) else [TORCH]
     if named:
         _check_provider(named)
         if named not in supported:
             raise UsageError(
-                f"{path} is {_KINDS[kind]}, which {named} does not support; choose one of "
+                f"{path} is {_KINDS[opened.kind]}, which {named} does not support; choose one of "
                 f"{', '.join(supported)}"
             )
         return [named]
@@ -252,18 +253,22 @@ def baseline(rows: list[BenchRow], notes: list[str]) -> list[BenchRow]:
     if not low_bit or len(low_bit) < len(rows):
         return []
     for row in low_bit:
-        assert row.manifest is not None
-        model = find_checkpoint(Path(row.path), row.manifest)
+        model = _checkpoint_of(row)
         if model is not None:
             notes.append(
                 f"added the float model {model}, which {row.path} was made from, in torch; to compare "
                 f"on the same runtime, export it: trtq export {model} -o FLOAT, and add FLOAT"
             )
-            return [BenchRow(model, TORCH, added=True)]
-    first = low_bit[0]
-    assert first.manifest is not None
+            return [BenchRow(model, TORCH, Checkpoint(model), added=True)]
+    first = low_bit[0].opened
+    assert isinstance(first, StoredArtefact)
     notes.append(
-        f"the float model of {first.path} was not found (it was made from "
+        f"the float model of {low_bit[0].path} was not found (it was made from "
         f"{first.manifest.source.name!r}); give it as another PATH"
     )
     return []
+
+
+def _checkpoint_of(row: BenchRow) -> str | None:
+    assert isinstance(row.opened, StoredArtefact)
+    return find_checkpoint(Path(row.path), row.opened.manifest)

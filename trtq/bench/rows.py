@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from trtq.artefact.opened import DEFAULT_STEPS
+from trtq.artefact.opened import DEFAULT_STEPS, Checkpoint
 from trtq.bench.artefacts import BenchRow
 from trtq.bench.process import Worker
 from trtq.bench.summary import min_turns
@@ -183,11 +183,10 @@ def _sampling(
     rows: list[ActiveRow], steps: int | None, guidance: float | None
 ) -> tuple[int, float]:
     """Steps and guidance: the caller's, else those that the first artefact was calibrated for."""
-    recipes = [row.spec.manifest.recipe for row in rows if row.spec.manifest is not None]
-    recipe = next((recipe for recipe in recipes if recipe), {})
-    count = steps or int(recipe.get("steps", DEFAULT_STEPS))
-    if guidance is None:
-        guidance = recipe.get("guidance")
+    calibrated = next((row.spec.opened for row in rows if row.spec.low_bit), None)
+    count = steps or (calibrated and calibrated.steps) or DEFAULT_STEPS
+    if guidance is None and calibrated is not None:
+        guidance = calibrated.guidance
     if guidance is None:
         guidance = next((row.opened["guidance"] for row in rows if row.opened), 1.0)
     return count, float(guidance)
@@ -209,7 +208,7 @@ def open_rows(rows: list[ActiveRow], threads: int, progress: ProgressCallback) -
     for index, row in enumerate(rows):
         progress("load", index, len(rows))
         spec = row.spec
-        resized = size if spec.manifest is None else None
+        resized = size if isinstance(spec.opened, Checkpoint) else None
         answer = row.ask(
             "open", path=spec.path, provider=spec.provider, threads=threads, size=resized
         )
