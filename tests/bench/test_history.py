@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trtq.bench.history import FORMAT_VERSION, Former, check_same_run, compare, read_former
+from trtq.bench.history import FORMAT_VERSION, EarlierResult, check_same_run, compare, read_earlier
 from trtq.errors import UsageError
 
 DEVICE = {"cpu": "a processor", "threads": 2}
@@ -24,7 +24,7 @@ def result(turns=(1.0,) * 6, path="onnx", batches=(1,), **changes):
 
 
 def compared(old, new):
-    return compare(Former.model_validate(old), new, "old.json")
+    return compare(EarlierResult.model_validate(old), new, "old.json")
 
 
 def verdicts(old, new):
@@ -110,15 +110,15 @@ def test_rejects_files_that_are_not_comparable(tmp_path, text, message):
     path = tmp_path / "old.json"
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
-        read_former(path, DEVICE)
+        read_earlier(path, DEVICE)
 
 
 def test_reads_a_result_of_the_same_device(tmp_path):
     path = tmp_path / "old.json"
     path.write_text(json.dumps(result()))
-    assert read_former(path, DEVICE).date == "then"
+    assert read_earlier(path, DEVICE).date == "then"
     with pytest.raises(UsageError, match="cannot read"):
-        read_former(tmp_path / "none.json", DEVICE)
+        read_earlier(tmp_path / "none.json", DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_reads_a_result_of_the_same_device(tmp_path):
 )
 def test_rejects_a_different_model_size_or_sampling(changes):
     same = {"steps": 4, "guidance": 1.0, "model_class": "UNet", "shape": [1, 8, 8]}
-    former = Former.model_validate(result())
-    check_same_run(former, Path("old.json"), **same)
+    earlier = EarlierResult.model_validate(result())
+    check_same_run(earlier, Path("old.json"), **same)
     with pytest.raises(
         UsageError, match="only results of the same model, size and sampling are comparable"
     ):
-        check_same_run(former, Path("old.json"), **same | changes)
+        check_same_run(earlier, Path("old.json"), **same | changes)

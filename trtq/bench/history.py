@@ -14,7 +14,7 @@ from trtq.documents import parse_json, read_text, shown
 from trtq.errors import ArtefactError, UsageError
 from trtq.limits import MAX_BATCH, MAX_STEPS
 
-__all__ = ["FORMAT_VERSION", "Former", "check_same_run", "compare", "read_former"]
+__all__ = ["FORMAT_VERSION", "EarlierResult", "check_same_run", "compare", "read_earlier"]
 
 FORMAT_VERSION = 2
 """Format version of the JSON result of `trtq bench`."""
@@ -58,7 +58,7 @@ class _Row(BaseModel):
         return f"{self.path}@{self.provider}"
 
 
-class Former(BaseModel):
+class EarlierResult(BaseModel):
     """The compared part of an earlier JSON result of `trtq bench`."""
 
     device: dict[str, Any]
@@ -70,7 +70,7 @@ class Former(BaseModel):
     rows: list[_Row]
 
 
-def read_former(path: Path, device: dict[str, Any]) -> Former:
+def read_earlier(path: Path, device: dict[str, Any]) -> EarlierResult:
     """Read an earlier result to compare with.
 
     Args:
@@ -94,22 +94,22 @@ def read_former(path: Path, device: dict[str, Any]) -> Former:
             f"--baseline: {path} has format version {shown(document['format_version'])}; trtq reads "
             f"{FORMAT_VERSION}; measure again"
         )
-    former = _validate(path, document)
+    earlier = _validate(path, document)
     for key, value in device.items():
-        if former.device.get(key, value) != value:  # Earlier versions recorded fewer keys.
+        if earlier.device.get(key, value) != value:  # Earlier versions recorded fewer keys.
             raise _different(
                 path,
                 key,
-                former.device.get(key),
+                earlier.device.get(key),
                 value,
                 "results of the same device are comparable",
             )
-    return former
+    return earlier
 
 
-def _validate(path: Path, document: Mapping[str, Any]) -> Former:
+def _validate(path: Path, document: Mapping[str, Any]) -> EarlierResult:
     try:
-        return Former.model_validate(document)
+        return EarlierResult.model_validate(document)
     except ValidationError as err:
         first = err.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -125,7 +125,13 @@ def _different(path: Path, key: str, then: Any, now: Any, only: str) -> UsageErr
 
 
 def check_same_run(
-    former: Former, path: Path, *, steps: int, guidance: float, model_class: str, shape: list[int]
+    earlier: EarlierResult,
+    path: Path,
+    *,
+    steps: int,
+    guidance: float,
+    model_class: str,
+    shape: list[int],
 ) -> None:
     """Raise unless the earlier result has the same model, size and sampling as this run.
 
@@ -134,7 +140,7 @@ def check_same_run(
     """
     now = {"model_class": model_class, "shape": shape, "steps": steps, "guidance": guidance}
     for key, value in now.items():
-        then = getattr(former, key)
+        then = getattr(earlier, key)
         if then != value:
             raise _different(
                 path,
@@ -145,15 +151,15 @@ def check_same_run(
             )
 
 
-def compare(former: Former, result: Mapping[str, Any], name: str) -> HistoryComparison:
+def compare(earlier: EarlierResult, result: Mapping[str, Any], name: str) -> HistoryComparison:
     """Compare every number of every row and batch size that both results contain.
 
     Args:
-        former: earlier result.
+        earlier: earlier result.
         result: JSON result of this run.
         name: file name of the earlier result, for the output.
     """
-    before = {row.label: row for row in former.rows}
+    before = {row.label: row for row in earlier.rows}
     now = _validate(Path(name), result)
     after = {row.label: row for row in now.rows}
     rows: list[ComparedValue] = []
@@ -174,7 +180,7 @@ def compare(former: Former, result: Mapping[str, Any], name: str) -> HistoryComp
             missing += _only_one_side_batches(old, new)
             rows += _compare_rows(old, new)
     return HistoryComparison(
-        file=name, date=former.date, rows=rows, missing=missing, different=different
+        file=name, date=earlier.date, rows=rows, missing=missing, different=different
     )
 
 

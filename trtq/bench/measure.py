@@ -79,7 +79,7 @@ def _measure_images(
     seconds: dict[str, list[list[float]]] = {row.label: [] for row in rows}
     joules: dict[str, list[float]] = {row.label: [] for row in rows}
     for turn in range(count):
-        progress(f"draw, batch {batch}", turn + 1, count)
+        progress(f"generate, batch {batch}", turn + 1, count)
         for row in rotated(live_rows(rows), turn):
             answer = row.ask("draw", turn=turn, out=out, **sampling)
             if answer is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from trtq.bench.artefacts import BenchRow, baseline, parse_rows
 from trtq.bench.device import Nvml, Peak, cpu_name, gpu_peak
-from trtq.bench.history import check_same_run, compare, read_former
+from trtq.bench.history import check_same_run, compare, read_earlier
 from trtq.bench.measure import ask_optional, measure
 from trtq.bench.process import Worker
 from trtq.bench.result import BenchResult
@@ -69,22 +69,22 @@ def benchmark(
     specs += baseline(specs, notes)
     threads = threads or processors()
     device = _describe_device(threads)
-    former = None if against is None else read_former(Path(against), device)
+    earlier = None if against is None else read_earlier(Path(against), device)
     with ExitStack() as stack:
         rows = [_start(spec, stack) for spec in specs]
         open_rows(rows, threads, progress)
         amounts = Amounts(tuple(batches), turns, images, steps, guidance, seed, threads)
         plan = make_plan(rows, amounts)
-        if former is not None:
-            check_same_run(former, Path(str(against)), **plan.model_and_sampling)
+        if earlier is not None:
+            check_same_run(earlier, Path(str(against)), **plan.model_and_sampling)
         if judge:
             check_turns(plan)
         measure(rows, plan, progress)
         peaks = _peaks(stack, rows, threads)
     result = make_result(rows, plan, peaks, device, notes)
-    if former is None:
+    if earlier is None:
         return result
-    return replace(result, against=compare(former, result.to_json(), str(against)))
+    return replace(result, against=compare(earlier, result.to_json(), str(against)))
 
 
 def _describe_device(threads: int) -> dict[str, Any]:
