@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from trtq.artefact.manifest import read_manifest
+from trtq.artefact.manifest_file import read_manifest
 from trtq.artefact.opened import Checkpoint
 from trtq.bench.artefacts import (
     BenchRow,

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.bench.stub_worker import StubWorker, write_result
-from trtq.artefact.manifest import Manifest, read_manifest, write_manifest
+from trtq.artefact.manifest import Manifest
+from trtq.artefact.manifest_file import read_manifest, write_manifest
 from trtq.bench.page import bench_tables, failures, statements
 from trtq.bench.run import benchmark
 from trtq.errors import (
@@ -146,7 +147,7 @@ def test_an_engine_that_cannot_run_is_an_unmeasured_row(
 ):
     monkeypatch.setattr("trtq.bench.run.obstacle", lambda provider: f"no GPU for {provider}")
     manifest = read_manifest(digits_onnx)
-    options = manifest.options | {"backend": "tensorrt-rtx", "architectures": ["sm86"]}
+    options = manifest.options.to_json() | {"backend": "tensorrt-rtx", "architectures": ["sm86"]}
     metrics = {"engines": [{"build_seconds": 1.5}, {"build_seconds": 2.0}]}
     update = {"kind": "engine", "options": options, "metrics": metrics, "files": {}}
     engine = tmp_path / "engine"

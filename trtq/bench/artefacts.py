@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtq.artefact.contents import changed_source_file
-from trtq.artefact.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    find_origin,
-)
+from trtq.artefact.manifest import MANIFEST_NAME, Manifest
+from trtq.artefact.manifest_file import find_origin
 from trtq.artefact.opened import (
     Checkpoint,
     EngineFolder,
@@ -97,10 +94,9 @@ class BenchRow:
         """Duration of building the engines in seconds; None if unknown or not built."""
         if not isinstance(self.opened, EngineFolder):
             return None
-        rows = self.opened.manifest.metrics.get("engines") or []
-        times = [row.get("build_seconds") for row in rows]
-        # A missing duration means unknown, not zero.
-        return float(sum(times)) if times and None not in times else None
+        times = [engine.build_seconds for engine in self.opened.manifest.metrics.engines]
+        known = [seconds for seconds in times if seconds is not None]
+        return sum(known) if known and len(known) == len(times) else None
 
 
 def _artefact_files(artefact: StoredArtefact) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 from trtq.bench.cost import roofline
 from trtq.bench.device import Peak
 from trtq.bench.history import FORMAT_VERSION
