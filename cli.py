@@ -917,7 +917,7 @@ def build_plugins(
     Example: trtq plugins build --arch sm89
     """
     from trtq.plugins.compile import build_all
-    from trtq.plugins.spec import ARCHITECTURES
+    from trtq.plugins.variants import ARCHITECTURES
 
     with _command(verbose):
         found = build_all(tuple(arch or ARCHITECTURES), ProgressPrinter())

@@ -39,7 +39,7 @@ from trtq.engine.open import open_engine
 from trtq.engine.prepared import graph_specs
 from trtq.graph.runtimes.prepare import load_graph
 from trtq.processor import has_vnni, processor_features
-from trtq.quant.deployed import LayerTensors
+from trtq.quant.tensors import LayerTensors
 from trtq.resources import peak_rss_bytes
 
 BITS = ("w8a8", "w7a8", "w4a8")

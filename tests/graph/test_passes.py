@@ -29,9 +29,9 @@ from trtq.graph.passes import (
     WideWeightsToFloat,
 )
 from trtq.quant import TimestepTable
-from trtq.quant.deployed import ActivationTensors, LayerTensors
 from trtq.quant.exact import DeployedLayerNorm, DeployedTimesteps
 from trtq.quant.packing import PackedWeight
+from trtq.quant.tensors import ActivationTensors, LayerTensors
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "trtq" : 1]>'
 

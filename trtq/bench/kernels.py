@@ -28,7 +28,8 @@ from trtq.bench.kernel_operands import (
 )
 from trtq.bench.result import KernelResult, KernelRow, KernelTimings
 from trtq.errors import TrtqError, UsageError
-from trtq.plugins.driver import current_device, driver_cuda, old_driver
+from trtq.plugins.device import current_device
+from trtq.plugins.driver import driver_cuda, old_driver
 from trtq.plugins.launch import Device, Launch, Pointers, choose_tile, layer_launches
 from trtq.progress import ProgressCallback, silent
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trtq.diffusion.families import family_named
 from trtq.errors import KernelError
-from trtq.quant.convert import QuantizedDenoiser
+from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.stand_in import StandIn
 from trtq.quant.timestep import step_scope
 

@@ -26,8 +26,9 @@ from trtq.diffusion.families import Family
 from trtq.diffusion.sampling import Conditions
 from trtq.errors import LegalityError
 from trtq.graph.nodes import DOMAIN
-from trtq.quant.convert import deploy_timesteps, quantizable_layers
-from trtq.quant.modules import ConvGeometry
+from trtq.quant.convert import deploy_timesteps
+from trtq.quant.geometry import ConvGeometry
+from trtq.quant.plan import quantizable_layers
 from trtq.quant.structure import Product, replace_module
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from trtq.engine.base import NO_METADATA, TensorSpec
 from trtq.engine.tensorrt.backends import BACKENDS, Backend
 from trtq.engine.tensorrt.log import collecting_logger
 from trtq.errors import ArtefactError, KernelError, MissingDependencyError, UsageError
-from trtq.plugins.driver import Gpu, first_gpu
+from trtq.plugins.device import Gpu, first_gpu
 from trtq.plugins.low_bit.tensorrt import register, take_failures
 from trtq.resources import cache_folder
 
@@ -30,7 +30,7 @@ _GIB = 1 << 30
 
 
 class Memory(Protocol):
-    """Of the GPU; `trtq.plugins.driver.Gpu` is one."""
+    """Of the GPU; `trtq.plugins.device.Gpu` is one."""
 
     stream: int
 

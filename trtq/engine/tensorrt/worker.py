@@ -14,7 +14,8 @@ from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job, PluginForm, Prof
 from trtq.engine.tensorrt.log import collecting_logger
 from trtq.errors import KernelError, MissingDependencyError
 from trtq.plugins.compile import nvrtc_version, ptx
-from trtq.plugins.driver import Gpu, current_device, driver_cuda, old_driver
+from trtq.plugins.device import Gpu, current_device
+from trtq.plugins.driver import driver_cuda, old_driver
 from trtq.plugins.low_bit.tensorrt import register, take_failures
 from trtq.plugins.low_bit.tensorrt_aot import register_all
 from trtq.resources import peak_rss_bytes

@@ -41,8 +41,8 @@ from trtq.errors import LegalityError
 from trtq.graph.nodes import DOMAIN, LOW_BIT_OPERATORS
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.step_lookup import STEPS_PREFIX, look_up_step
-from trtq.quant.convert import LowBitTensors
-from trtq.quant.deployed import ActivationTensors, LayerTensors, ProductTensors
+from trtq.quant.plan import LowBitTensors
+from trtq.quant.tensors import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
 
 __all__ = ["PAIR_SAFE", "ExpandLowBitToQdq"]

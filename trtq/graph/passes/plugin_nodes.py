@@ -3,7 +3,7 @@
     trtq::LowBitLinear(x, weight, terms, tables, step) -> y
     trtq::LowBitConv2d(x, weight, terms, tables, step) -> y
 
-`trtq.plugins.spec` has the layouts, `trtq.plugins.low_bit.tensorrt` the attributes. x and y have the
+`trtq.plugins.spec` has the layouts, `trtq.plugins.low_bit.attributes` the attributes. x and y have the
 graph's own type. The step is looked up once per graph. Everything else, products of activations
 included, is as in the quantise-dequantise form. For runtimes without the plugins `ExpandPlugins` turns
 the nodes back into that form, from what lies in the graph.
@@ -23,12 +23,12 @@ from trtq.graph.nodes import DOMAIN
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.low_bit_to_qdq import ExpandLowBitToQdq
 from trtq.graph.passes.step_lookup import look_up_step
-from trtq.plugins.low_bit.tensorrt import NAMESPACE, PLUGINS, VERSION, fields_of, spec_of
+from trtq.plugins.low_bit.attributes import NAMESPACE, PLUGINS, VERSION, fields_of, spec_of
 from trtq.plugins.spec import LayerSpec
-from trtq.quant.convert import LowBitTensors
-from trtq.quant.deployed import LayerTensors
+from trtq.quant.geometry import ConvGeometry
 from trtq.quant.kernel_form import layer_tensors, packed_operands
-from trtq.quant.modules import ConvGeometry
+from trtq.quant.plan import LowBitTensors
+from trtq.quant.tensors import LayerTensors
 from trtq.quant.timestep import TimestepTable
 
 __all__ = [
