@@ -6,8 +6,7 @@ Letters: B images, C channels, H, W pixels, F features, K answers of a question.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -24,6 +23,7 @@ from trtq.evaluation.frechet import (
     feature_statistics,
     frechet_distance,
 )
+from trtq.quant.hooks import captured_outputs
 from trtq.seeds import seeded_generator
 from trtq.snr import snr_db
 
@@ -263,28 +263,8 @@ def layer_snr(
     ]
     outputs = []
     for model in (reference, source):
-        with _collected(model.model, names) as seen, torch.no_grad():
+        with captured_outputs(model.model, names) as seen, torch.no_grad():
             predict(model.denoiser, x, timesteps, conditions)
         outputs.append(seen)
     snr = {name: snr_db(outputs[0][name], outputs[1][name]) for name in names if name in outputs[1]}
     return dict(sorted(snr.items(), key=lambda item: item[1]))
-
-
-@contextmanager
-def _collected(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of the named modules; names that the model lacks are skipped."""
-    seen: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            seen[name] = output
-
-        return hook
-
-    handles = [modules[n].register_forward_hook(keep(n)) for n in names if n in modules]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

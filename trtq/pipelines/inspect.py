@@ -22,7 +22,7 @@ from trtq.pipelines.result import (
     InspectResult,
 )
 from trtq.quant import precision_text, quantizable_layers
-from trtq.quant.convert import LowBitTensors
+from trtq.quant.plan import LowBitTensors
 from trtq.runs.folder import open_run
 
 __all__ = ["inspect"]
