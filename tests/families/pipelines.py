@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trtq.demo.train_shapes import build_text_encoder, build_tokenizer
+from trtq.demo.shapes_model import build_text_encoder, build_tokenizer
 
 WORDS = ("a", "red", "blue", "circle", "square")
 CLIP_WIDTH = 64

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import trtq
-from trtq.demo.train_shapes import build_text_encoder, build_tokenizer
+from trtq.demo.shapes_model import build_text_encoder, build_tokenizer
 from trtq.diffusion.loading import open_pipeline
 from trtq.errors import ArtefactError, UsageError
 from trtq.evaluation.classifier import ImageClassifier, save_classifier
