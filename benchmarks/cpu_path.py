@@ -36,7 +36,7 @@ from trtq.bench.device import cpu_name
 from trtq.bench.turns import take_turns, time_calls
 from trtq.engine.base import TensorSpec
 from trtq.engine.open import open_engine
-from trtq.engine.prepared import graph_specs
+from trtq.engine.base import graph_specs
 from trtq.graph.runtimes.prepare import load_graph
 from trtq.processor import has_vnni, processor_features
 from trtq.quant.deployed import LayerTensors

@@ -20,7 +20,7 @@ PROFILE = {"sample": ([1, 4, 8, 8], [2, 4, 8, 8], [16, 4, 8, 8]), "timestep": ([
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))
 
 
@@ -34,8 +34,8 @@ def test_ranges_are_written_as_the_provider_reads_them(provider, short, tmp_path
 
 
 class Session:
-    """Of onnxruntime, with CUDA graphs as its TensorRT providers have them: captured once, replayed on
-    the addresses of that call, wherever the caller's arrays are now."""
+    """A session of onnxruntime whose CUDA graphs, as in the TensorRT providers, are captured once and
+    then replayed on the addresses of the first call, even if the caller's arrays have moved."""
 
     def __init__(self, model, options, providers=None):
         (chosen,) = providers
@@ -52,7 +52,10 @@ class Session:
         return []
 
     def get_outputs(self):
-        return [SimpleNamespace(name="y")]
+        return [SimpleNamespace(name="y", type="tensor(float)", shape=[3])]
+
+    def get_modelmeta(self):
+        return SimpleNamespace(custom_metadata_map={})
 
     def run(self, names, feeds):
         on = [key for key, value in self.settings.items() if "cuda_graph" in key and value != "0"]
@@ -139,7 +142,7 @@ def test_without_the_provider_its_packages_are_named(digits_onnx, provider, monk
 
 
 def test_the_providers_own_package_registers_itself(monkeypatch):
-    """Against a stand-in: with a GPU its device joins the session, without one that is said."""
+    """Against a stand-in: with a GPU its device joins the session, without a GPU it is an error."""
     registered, added = [], []
     package = SimpleNamespace(get_ep_name=lambda: "Nv", get_library_path=lambda: "nv.so")
     monkeypatch.setitem(sys.modules, OWN_PACKAGES["tensorrt-rtx"], package)
@@ -163,5 +166,5 @@ def test_the_providers_own_package_registers_itself(monkeypatch):
     assert registered == [("Nv", "nv.so")]
     assert added == [(devices, {"key": "value"})] * 2
     devices.clear()
-    with pytest.raises(UsageError, match="sees no NVIDIA GPU"):
+    with pytest.raises(UsageError, match="finds no NVIDIA GPU"):
         ort_tensorrt._add_plugin(options, "tensorrt-rtx", {})

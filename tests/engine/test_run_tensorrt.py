@@ -254,8 +254,8 @@ def test_a_runtime_that_cannot_start_is_one_error(file):
 
 
 def test_the_inspectors_layers_have_names(file):
-    found = TensorRtEngine(file, RTX, stand_in(), Memory()).describe()
-    assert found == [{"Name": "first"}, {"Name": "second", "Precision": "INT8"}]
+    rows = TensorRtEngine(file, RTX, stand_in(), Memory()).describe()
+    assert rows == [{"Name": "first"}, {"Name": "second", "Precision": "INT8"}]
 
 
 def test_a_shape_outside_the_profile_says_what_is_inside(file):
@@ -307,8 +307,8 @@ def test_an_engine_folder_is_a_pipeline(digits_onnx, tmp_path, monkeypatch):
     assert images.shape[0] == 1
     assert opened == [(out / "unet" / "model.engine", "tensorrt-rtx")]
     monkeypatch.setattr("trtq.pipelines.inspect.obstacle", lambda backend: f"no GPU for {backend}")
-    found = inspect_artefact(out)
-    assert found["engine_layers"] is None
-    assert found["engine_layers_missing"] == "no GPU for tensorrt-rtx"
+    result = inspect_artefact(out)
+    assert result["engine_layers"] is None
+    assert result["engine_layers_missing"] == "no GPU for tensorrt-rtx"
     with pytest.raises(UsageError, match="folder of engines; run it with tensorrt-rtx, not cpu"):
         trtq.load(out, provider="cpu")

@@ -27,8 +27,7 @@ from trtq.bench.worker import DENOISER
 from trtq.engine.tensorrt.run import obstacle
 from trtq.errors import MeasurementError, TrtqError, UsageError
 from trtq.evaluation.metrics import psnr_db
-from trtq.processes import processors
-from trtq.processor import has_vnni, processor_features
+from trtq.processor import has_vnni, processor_features, processors
 from trtq.progress import ProgressCallback, silent
 
 __all__ = ["bench"]

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from trtq.engine.tensorrt.backends import CURRENT, Backend
 from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job
 from trtq.errors import BuildError
 from trtq.graph.file import ENGINE_FILE
-from trtq.processes import crash_name, last_words, lifeline, was_killed, worker_command
+from trtq.processes import Child, ChildDiedError, Exit
 from trtq.resources import available_bytes, cache_folder
 
 __all__ = ["Compiled", "compile_engine", "estimated_peak_bytes"]
@@ -35,7 +34,6 @@ _BASE_BYTES = 1 << 30
 _BYTES_PER_GRAPH_BYTE = 4
 """Peak of TensorRT-RTX 1.7 per byte of the graph, with a margin: 3.9 GB of 0.9 GB and 6.2 GB of 1.7 GB,
 Stable Diffusion 1.5's UNet in integers and in half precision."""
-_LAST_LINES = 5
 _PLUGINS = {"engine": "the engine itself, which needs no Python", "python": "this package"}
 
 
@@ -147,23 +145,17 @@ def _to_cache(key: str, engine: Path, answer: Answer) -> None:
 
 
 def _run_worker(job: Job, free: int) -> Answer:
-    with tempfile.TemporaryDirectory(prefix="trtq-build-") as scratch, lifeline() as stdin:
+    with tempfile.TemporaryDirectory(prefix="trtq-build-") as scratch:
         folder = Path(scratch)
-        job_file, answer_file = folder / "job.json", folder / "answer.json"
+        job_file = folder / "job.json"
         job_file.write_text(job.model_dump_json(), encoding="utf-8")
-        done = subprocess.run(
-            worker_command(_WORKER, job_file, answer_file),
-            stdin=stdin,
-            env=_environment(job.module, folder),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        try:
-            answer = Answer.model_validate_json(answer_file.read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as err:
-            raise BuildError(_why_it_died(job, done.returncode, done.stderr, free)) from err
+        with Child(_WORKER, job_file, env=_environment(job.module, folder)) as child:
+            try:
+                answer = Answer.model_validate(child.answer())
+            except ChildDiedError as err:
+                raise BuildError(_explain(job, err.exit, free)) from err
+            except ValidationError as err:
+                raise BuildError(_explain(job, child.wait(), free)) from err
     if answer.error is not None:
         at = f" at layer {answer.layer!r}" if answer.layer else ""
         raise BuildError(f"{job.module} cannot build {job.graph.name}{at}: {answer.error}")
@@ -189,17 +181,10 @@ def _environment(module: str, folder: Path) -> dict[str, str]:
     return environment
 
 
-def _why_it_died(job: Job, code: int, stderr: str, free: int) -> str:
-    said = last_words(stderr, _LAST_LINES)
-    if was_killed(code):
-        return (
-            "the builder was killed, most likely for want of memory: it needs about "
-            f"{estimated_peak_bytes(job.graph) / _GIB:.1f} GiB, and {free / _GIB:.1f} GiB were free"
-        )
-    name = crash_name(code)
-    if name is not None:
-        return (
-            f"the builder of {job.module} crashed ({name}); `trtq verify` lists what it takes badly. It "
-            f"said last: {said or 'nothing'}"
-        )
-    return f"the builder of {job.module} ended with code {code}: {said or 'it said nothing'}"
+def _explain(job: Job, how: Exit, free: int) -> str:
+    return how.explain(
+        f"the builder of {job.module}",
+        memory=f": it needs about {estimated_peak_bytes(job.graph) / _GIB:.1f} GiB, and "
+        f"{free / _GIB:.1f} GiB were free",
+        advice="; `trtq verify` lists what it does not support",
+    )

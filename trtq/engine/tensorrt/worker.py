@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trtq.child import write_answer
 from trtq.engine.tensorrt.backends import CURRENT
 from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job, PluginForm, Profile
 from trtq.engine.tensorrt.log import collecting_logger
@@ -176,5 +177,5 @@ def main() -> int:
     """Read the job, write the answer; 0 if there is an engine."""
     job_file, answer_file = (Path(argument) for argument in sys.argv[1:3])
     answer = build(Job.model_validate_json(job_file.read_text(encoding="utf-8")))
-    answer_file.write_text(answer.model_dump_json(), encoding="utf-8")
+    write_answer(answer_file, answer.model_dump(mode="json"))
     return 0 if answer.error is None else 1

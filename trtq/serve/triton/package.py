@@ -19,8 +19,7 @@ from trtq.artefact.manifest import (
     sha256,
 )
 from trtq.artefact.outputs import write_listing
-from trtq.engine.base import TensorSpec
-from trtq.engine.prepared import graph_specs
+from trtq.engine.base import TensorSpec, graph_specs
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError
 from trtq.exporter.graph_check import require_graphs
