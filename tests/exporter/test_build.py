@@ -239,7 +239,7 @@ def test_a_graph_that_would_be_computed_wrongly_is_not_built(digits_onnx, tmp_pa
     [
         ("tensorrt-rtx", ["sm90"], "cannot build for 'sm90'; it can for sm75, sm80"),
         ("tensorrt-rtx", ["sm86", "current"], "one of several"),
-        ("tensorrt", ["sm86"], "the GPU that is there"),
+        ("tensorrt", ["sm86"], "the GPU of this machine"),
     ],
 )
 def test_architectures_that_a_backend_has_not(backend, wanted, message):

@@ -1,7 +1,7 @@
-"""A graph opened and called once by its runtime, in a process of its own.
+"""Opens a graph and calls it once in a child process.
 
-Whatever the graph does there, crash, loop without end or take all memory, the process that asks gets one
-line about it: the child has a limit of time and of memory, and ends with the one that started it.
+If the graph crashes its runtime, never ends or takes all memory, the parent gets one line about it: the
+child has a limit of time and of memory, and ends with the parent.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from trtq.resources import available_bytes
 __all__ = ["TRIAL_SECONDS", "Trial", "try_graph"]
 
 TRIAL_SECONDS = 300.0
-"""For one graph, unless the user says otherwise; Stable Diffusion's UNet takes about 20 on two cores."""
+"""Default time limit for one graph; Stable Diffusion's UNet takes about 20 s on two cores."""
 _BASE_BYTES = 2 << 30
 _BYTES_PER_FILE_BYTE = 16
-"""Of memory: weights of four bits become float32, and runtimes keep them twice while they load."""
+"""Memory per byte of the graph's files: 4-bit weights become float32, held twice during loading."""
 _MIN_BYTES = 1 << 30
 _MAX_LENGTH = 400
 _MAX_AXIS = 1 << 24
@@ -41,13 +41,13 @@ _OUT_OF_MEMORY = ("bad_alloc", "MemoryError")
 
 @dataclass(frozen=True)
 class Trial:
-    """How it went.
+    """Result of a trial.
 
     Attributes:
-        problem: in one line; None: the graph was opened and called.
-        inputs: of the graph, by name; empty where it cannot be opened.
-        outputs: of the graph, by name.
-        given: shapes that came out of the call, by name of the output.
+        problem: what went wrong, in one line; None: the graph was opened and called.
+        inputs: inputs of the graph by name; empty if the graph cannot be opened.
+        outputs: outputs of the graph by name.
+        given: shapes of the returned arrays, by name of the output.
     """
 
     problem: str | None
@@ -59,16 +59,16 @@ class Trial:
 def try_graph(
     path: Path, sizes: Mapping[str, int], provider: str = "cpu", seconds: float = TRIAL_SECONDS
 ) -> Trial:
-    """Open a graph and call it once, in a process of its own; Ctrl-C ends that, too.
+    """Open a graph and call it once in a child process, which Ctrl-C ends, too.
 
     Args:
-        path: the graph, with its external data beside it.
-        sizes: of free axes, by name.
+        path: file of the graph, in one folder with its external data.
+        sizes: sizes of free axes by name.
         provider: `cpu` or `openvino`.
-        seconds: after which it counts as a graph without end.
+        seconds: time limit.
 
     Raises:
-        UsageError: the provider is not there, or the limit is none.
+        UsageError: the provider is not installed, or the limit is not a positive number.
     """
     if not 0 < seconds < 1e7:
         raise UsageError(f"the time limit must be a number of seconds above 0, got {seconds:g}")
@@ -96,7 +96,7 @@ def try_graph(
 
 
 def _memory_limit(path: Path) -> int:
-    """What the child may take: in proportion to the graph's files, and not more than is free."""
+    """Memory limit in bytes: in proportion to the graph's files, and not more than is free."""
     try:
         files = [file for file in path.parent.iterdir() if file.is_file()]
         needed = _BASE_BYTES + _BYTES_PER_FILE_BYTE * sum(file.stat().st_size for file in files)
@@ -126,7 +126,7 @@ def _explain(how: Exit, limit: int, seconds: float) -> str:
 
 
 def main() -> int:
-    """In the child: the job and the answer's file; 0 if the graph was opened and called."""
+    """In the child: a job and the answer's file; exit code 0 if the graph was opened and called."""
     job, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
     limit_resources(job["bytes"], job["seconds"])
     result: dict[str, Any] = {"problem": None, "inputs": {}, "outputs": {}, "given": {}}
@@ -157,7 +157,7 @@ def _open_and_call(
         engine = open_engine(path, provider, threads)
     except ArtefactError:
         if provider == "cpu":
-            # What the runtime says of the file itself is of more use than where a rewrite stopped.
+            # The runtime's error about the file is more useful than the place where a rewrite stopped.
             open_session(path, str(path), session_options(threads), provider, {})
         raise
     inputs, outputs = engine.inputs, engine.outputs
@@ -179,7 +179,7 @@ def _called(engine: Engine, feeds: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 
 def _filled(name: str, spec: TensorSpec, sizes: Mapping[str, int]) -> np.ndarray:
-    """Ones, which are a label, a token, a mask, a timestep and an image alike."""
+    """Ones, which are valid as label, token, mask, timestep and image."""
     shape: list[int] = []
     for axis in spec.shape:
         if isinstance(axis, int):
