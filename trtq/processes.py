@@ -201,7 +201,7 @@ class Child:
         return _checked(json.loads(line), Exit(0))
 
     def close(self) -> None:
-        """Kill the process, and the session that it leads, if it has not ended yet."""
+        """Kill the process, and the session that it leads, unless it has ended."""
         try:
             if self._new_session and hasattr(os, "killpg"):
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -49,7 +49,7 @@ def children(monkeypatch, tmp_path):
             with monkeypatch.context() as patch:
                 patch.setattr(sys, "argv", ["child", *self.arguments])
                 code = child.main()
-            # The rewrites have imported it again.
+            # The rewrites have imported onnx_ir again.
             sys.modules.pop("onnx_ir", None)
             return Exit(code)
 
@@ -111,7 +111,7 @@ def test_a_changed_entry_or_one_that_others_can_write_is_not_used(graph, childre
 
 
 @pytest.mark.parametrize("way", ["off", "a file", "others write"])
-def test_without_a_cache_it_is_prepared_each_time(
+def test_without_a_cache_a_graph_is_prepared_each_time(
     graph, children, cache, way, tmp_path, monkeypatch
 ):
     if way == "off":
@@ -139,7 +139,7 @@ def test_the_cache_drops_the_graph_that_was_used_first(graph, children, cache, m
 
 
 def test_a_graph_that_cannot_be_prepared_is_one_line(tmp_path):
-    """In a real child."""
+    """Runs a real child process."""
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no graph")
     code = (

@@ -1,4 +1,4 @@
-"""Running engines, against a stand-in for TensorRT: none can be run where tests run."""
+"""Running engines, with a fake TensorRT: tests run without a GPU."""
 
 import contextlib
 import ctypes
@@ -20,7 +20,7 @@ RTX = BACKENDS["tensorrt-rtx"]
 
 
 class Memory:
-    """The GPU's memory is the host's."""
+    """A fake of the GPU's memory, on the host."""
 
     stream = 5
 
@@ -50,7 +50,7 @@ class Memory:
 
 
 def stand_in(loads=True, works=True, starts=True, streamable=0, automatic=0, raises=None):
-    """A module whose only engine adds one to x[batch, 3], for 1 to 4 items."""
+    """A fake module whose only engine adds one to x[batch, 3], for 1 to 4 items."""
 
     kept = {"cache": b""}
 
@@ -198,8 +198,8 @@ def test_arrays_go_in_and_come_out_in_buffers_that_grow(file):
     assert module.engine.config.cuda_graph_strategy == "whole"
 
 
-def test_another_thread_is_let_in_first(file):
-    """A server draws in a thread of its own, and CUDA's context belongs to threads."""
+def test_the_calling_thread_enters_the_context(file):
+    """A server denoises in a thread of its own, and CUDA contexts are current per thread."""
     memory = Memory()
     engine = TensorRtEngine(file, RTX, stand_in(), memory)
     thread = threading.Thread(target=engine.run, args=({"x": np.zeros((1, 3))},))
@@ -209,7 +209,7 @@ def test_another_thread_is_let_in_first(file):
 
 
 def test_what_was_compiled_on_first_use_is_kept(file, tmp_path):
-    """Of every shape: more is compiled for each."""
+    """For every shape, since new shapes compile more kernels."""
     module = stand_in()
     engine = TensorRtEngine(file, RTX, module, Memory())
     for batch in (1, 3, 1):
@@ -220,7 +220,7 @@ def test_what_was_compiled_on_first_use_is_kept(file, tmp_path):
     assert [path.suffix for path in (tmp_path / "cache" / "runtime").iterdir()] == [".bin"]
 
 
-def test_a_cache_that_cannot_be_kept_is_said_once(file, tmp_path, monkeypatch, caplog):
+def test_a_cache_that_cannot_be_kept_is_reported_once(file, tmp_path, monkeypatch, caplog):
     engine = TensorRtEngine(file, RTX, stand_in(), Memory())
     (tmp_path / "cache").write_text("")
     for batch in (1, 2):
@@ -229,14 +229,14 @@ def test_a_cache_that_cannot_be_kept_is_said_once(file, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(("automatic", "budget"), [(300, 300), (5000, 1000), (0, 0)])
-def test_weights_that_may_be_streamed_get_the_memory_that_is_free(file, automatic, budget):
-    """Untold, TensorRT keeps all of them on the GPU, which is what was not to be."""
+def test_streamable_weights_get_the_free_memory_as_their_budget(file, automatic, budget):
+    """Without a budget TensorRT keeps all weights on the GPU."""
     module = stand_in(streamable=1000, automatic=automatic)
     TensorRtEngine(file, RTX, module, Memory())
     assert module.engine.budget_of_context == budget
 
 
-def test_what_a_plugin_raised_is_the_engines_error(file):
+def test_an_error_of_a_plugin_is_the_engines_error(file):
     engine = TensorRtEngine(file, RTX, stand_in(raises="cannot start low_bit on sm89"), Memory())
     for _ in range(2):
         with pytest.raises(ArtefactError) as caught:
@@ -258,13 +258,13 @@ def test_the_inspectors_layers_have_names(file):
     assert rows == [{"Name": "first"}, {"Name": "second", "Precision": "INT8"}]
 
 
-def test_a_shape_outside_the_profile_says_what_is_inside(file):
+def test_a_shape_outside_the_profile_names_the_range(file):
     engine = TensorRtEngine(file, RTX, stand_in(), Memory())
     with pytest.raises(UsageError, match=r"'x' of shape \[5, 3\], but \[1, 3\] \.\. \[4, 3\]"):
         engine.run({"x": np.zeros((5, 3))})
 
 
-def test_an_engine_of_another_version_is_to_be_built_again(file):
+def test_an_engine_of_another_version_must_be_built_again(file):
     with pytest.raises(ArtefactError, match="Version tag does not match; build it again"):
         TensorRtEngine(file, RTX, stand_in(loads=False), Memory())
 
@@ -276,7 +276,7 @@ def test_a_failing_engine_is_an_error(file):
 
 
 @pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")
-def test_without_a_gpu_the_other_way_is_named(file, monkeypatch):
+def test_without_a_gpu_the_alternative_is_named(file, monkeypatch):
     from trtq.errors import KernelError
 
     def no_gpu():
@@ -289,7 +289,7 @@ def test_without_a_gpu_the_other_way_is_named(file, monkeypatch):
 
 @pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")
 def test_an_engine_folder_is_a_pipeline(digits_onnx, tmp_path, monkeypatch):
-    """Loaded as any other artefact; its denoiser runs what lies in the folder."""
+    """Loaded like any other artefact; its denoiser runs the engine in the folder."""
     from trtq.engine.ort import OrtEngine
 
     monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))

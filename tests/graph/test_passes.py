@@ -1,4 +1,4 @@
-"""Each graph rewrite: it fires where it should, nowhere else, and the numbers stay the same."""
+"""Each graph rewrite fires where it should and nowhere else, and does not change the numbers."""
 
 from collections import Counter
 
@@ -44,7 +44,8 @@ def parse(body, **initializers):
 
 
 def run(model, **feeds):
-    """As written: onnxruntime 1.24's own rewrites of turned int8 weights give zeros."""
+    """Without onnxruntime's own rewrites: those of version 1.24 turn transposed int8 weights into
+    zeros."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(
@@ -61,7 +62,7 @@ X = np.linspace(-9, 9, 2 * 6 * 4, dtype=np.float32).reshape(2, 6, 2, 2)
 
 
 @pytest.mark.parametrize("order", ["x, gate", "gate, x"])
-def test_silu_is_spelled_out(order):
+def test_silu_is_decomposed(order):
     body = f"g (float[2,6,2,2] x) => (float[2,6,2,2] y) {{ gate = Sigmoid(x) y = Mul({order}) }}"
     model = parse(body)
     before = run(model, x=X)
@@ -81,7 +82,7 @@ def test_silu_is_spelled_out(order):
     ],
     ids=["gate of another value", "half precision", "square"],
 )
-def test_what_is_no_silu_stays(body):
+def test_other_products_than_silu_stay(body):
     model = parse(body)
     before = operators(model)
     assert not DecomposeSilu()(model).modified
@@ -108,7 +109,7 @@ AFFINE = {
 }
 
 
-def test_group_norm_is_spelled_out_in_float64():
+def test_group_norm_is_decomposed_in_float64():
     model = parse(GROUP_NORM, **AFFINE)
     before = run(model, x=X)
     assert DecomposeGroupNorm()(model).modified
@@ -117,7 +118,7 @@ def test_group_norm_is_spelled_out_in_float64():
     assert not DecomposeGroupNorm()(model).modified
 
 
-def test_a_spelled_out_group_norm_is_one_operator_again():
+def test_a_decomposed_group_norm_is_one_operator_again():
     model = parse(GROUP_NORM, **AFFINE)
     DecomposeGroupNorm()(model)
     before = run(model, x=X)
@@ -128,7 +129,7 @@ def test_a_spelled_out_group_norm_is_one_operator_again():
     assert not FuseGroupNorm()(model).modified
 
 
-def test_statistics_that_are_no_group_norm_stay():
+def test_other_statistics_than_group_norm_stay():
     body = (
         "g (float[2,3] x) => (float[2,3] y) { mean = ReduceMean(x, axis) moved = Sub(x, mean) "
         "spread = Sqrt(guard) inverse = Reciprocal(spread) y = Mul(moved, inverse) }"
@@ -166,7 +167,7 @@ def test_layer_norms_are_the_same_bits_in_torch_and_in_the_graph(affine):
     np.testing.assert_allclose(run(model, x=x.numpy())[0], plain, rtol=1e-4, atol=1e-5)
 
 
-def test_doubles_are_narrowed():
+def test_doubles_are_cast_to_float():
     model = parse(GROUP_NORM, **AFFINE)
     DecomposeGroupNorm()(model)
     before = run(model, x=X)
@@ -194,24 +195,24 @@ WEIGHT = (
 )
 
 
-def wide(largest):
+def integers(largest):
     return np.array([[largest, -5, 3, 1]] * 3, np.int8)
 
 
-def test_wide_weights_become_float_and_narrow_ones_stay():
+def test_weights_beyond_pair_safe_become_float_and_others_stay():
     ones, x = np.ones(4, np.float32), np.ones((2, 3), np.float32)
-    model = parse(WEIGHT.format("q, one"), q=wide(100), one=ones)
+    model = parse(WEIGHT.format("q, unit"), q=integers(100), unit=ones)
     before = run(model, x=x)
     assert WideWeightsToFloat()(model).modified
     assert operators(model) == ["Cast", "MatMul"]
     np.testing.assert_array_equal(run(model, x=x)[0], before[0])
-    model = parse(WEIGHT.format("q, one"), q=wide(64), one=ones)
+    model = parse(WEIGHT.format("q, unit"), q=integers(64), unit=ones)
     assert not WideWeightsToFloat()(model).modified
     assert operators(model) == ["DequantizeLinear", "MatMul"]
 
 
-def test_wide_weights_with_a_scale_of_their_own_are_refused():
-    model = parse(WEIGHT.format("q, half"), q=wide(100), half=np.full(4, 0.5, np.float32))
+def test_weights_beyond_pair_safe_with_their_own_scale_are_refused():
+    model = parse(WEIGHT.format("q, half"), q=integers(100), half=np.full(4, 0.5, np.float32))
     with pytest.raises(LegalityError, match="scaled before its product"):
         WideWeightsToFloat()(model)
 
@@ -239,7 +240,7 @@ def test_products_of_sequences_become_convolutions_of_the_same_numbers(codes):
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_uneven_scales_change_no_digit(sequence):
+def test_unequal_scales_change_no_digit(sequence):
     numbers = {"one": np.ones(4, np.float32), "unit": np.array(1, np.float32)}
     q = np.arange(-6, 6, dtype=np.int8)
     if sequence:
@@ -264,13 +265,13 @@ def test_uneven_scales_change_no_digit(sequence):
 
 
 def test_products_without_a_sequence_or_of_two_activations_stay():
-    model = parse(WEIGHT.format("q, one"), q=wide(64), one=np.ones(4, np.float32))
+    model = parse(WEIGHT.format("q, unit"), q=integers(64), unit=np.ones(4, np.float32))
     assert not MatMulToConv()(model).modified
     model = parse(PRODUCT.format(**PAIRS), **UNIT)
     assert not MatMulToConv()(model).modified
 
 
-def test_a_low_bit_node_without_numbers_is_refused_and_none_is_left_alone():
+def test_a_low_bit_node_without_numbers_is_refused_and_a_graph_without_nodes_stays():
     body = (
         "g (float[2,3] sample, float[2] timestep) => (float[2,4] y) "
         '{ y = trtq.LowBitLinear <name = "a"> (sample) }'
@@ -291,7 +292,7 @@ A = np.array([[200.0, -300.0, 0.5], [1.5, 2.5, -0.5]], np.float32)
 B = np.array([[127.4, -129.0, 3.0, 1.0]] * 3, np.float32)
 
 
-def test_wide_products_are_rounded_in_float():
+def test_products_beyond_pair_safe_are_rounded_in_float():
     model = parse(PRODUCT.format(**CASTS), **UNIT)
     before = run(model, a=A, b=B)
     assert WideProductsToFloat()(model).modified
@@ -300,10 +301,10 @@ def test_wide_products_are_rounded_in_float():
     assert not WideProductsToFloat()(model).modified
 
 
-def test_narrow_products_and_constant_weights_stay_integer():
+def test_pairs_and_constant_weights_stay_integer():
     model = parse(PRODUCT.format(**PAIRS), **UNIT)
     assert not WideProductsToFloat()(model).modified
-    model = parse(WEIGHT.format("q, one"), q=wide(100), one=np.ones(4, np.float32))
+    model = parse(WEIGHT.format("q, unit"), q=integers(100), unit=np.ones(4, np.float32))
     assert not WideProductsToFloat()(model).modified
 
 
@@ -317,16 +318,16 @@ def test_cast_codes_of_two_activations_become_pairs():
     assert not CastsToQdq()(model).modified
 
 
-def test_casts_of_other_things_than_codes_stay():
+def test_casts_of_values_that_are_not_codes_stay():
     body = """g (int8[2,3] a) => (float[2,4] y) {
         x = Cast <to = 1> (a) w = Cast <to = 1> (q) y = MatMul(x, w) }"""
-    model = parse(body, q=wide(100))
+    model = parse(body, q=integers(100))
     assert not CastsToQdq()(model).modified
     assert operators(model) == ["Cast", "Cast", "MatMul"]
 
 
 def low_bit(bits, shape=(4, 3), largest=None):
-    """A layer's numbers; `largest` is the largest of its whole numbers."""
+    """Tensors of a layer; `largest` is its largest integer."""
     middle = 2 ** (bits - 1)
     codes = (middle + torch.arange(int(np.prod(shape))).reshape(shape) % 7 - 3).to(torch.uint8)
     if largest is not None:
@@ -349,9 +350,9 @@ TWO_LAYERS = """g (float[2,3] sample, float[2] timestep) => (float[2,4] y, float
         (low_bit(8, largest=65), low_bit(8, largest=64), True),
         (low_bit(4), low_bit(8, largest=127), True),
     ],
-    ids=["narrow", "wide beside narrow", "wide beside 4 bits"],
+    ids=["all safe", "one exceeds", "one exceeds next to 4 bits"],
 )
-def test_products_that_could_saturate_cast_their_codes_and_so_does_what_shares_them(a, b, casts):
+def test_products_that_could_saturate_cast_their_codes_and_so_do_all_that_share_them(a, b, casts):
     model = parse(TWO_LAYERS)
     ExpandLowBitToQdq({"a": a, "b": b}, TimestepTable([1, 501]))(model)
     counts = Counter(operators(model))
@@ -364,12 +365,12 @@ def test_products_that_could_saturate_cast_their_codes_and_so_does_what_shares_t
     plain = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    for found, expected in zip(plain.run(None, feeds), before, strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for result, expected in zip(plain.run(None, feeds), before, strict=True):
+        np.testing.assert_array_equal(result, expected)
     assert CastsToQdq()(model).modified is casts
     assert Counter(operators(model))["DequantizeLinear"] == 3
-    for found, expected in zip(run(model, **feeds), before, strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for result, expected in zip(run(model, **feeds), before, strict=True):
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_convolutions_are_always_pairs():
@@ -391,15 +392,15 @@ def test_angles_are_right_after_a_thousand_turns(operator, kind):
     dtype = np.float32 if kind == "float" else np.float64
     angles = np.linspace(-7000, 7000, 4000).astype(dtype)
     exact = np.sin(angles.astype(np.float64)) if operator == "Sin" else np.cos(angles.astype(float))
-    found = run(model, x=angles)[0]
-    # Multiples of 2 pi lose 1e-16 of 7000, the series 1e-13; float32 is then the nearest there is.
+    result = run(model, x=angles)[0]
+    # Multiples of 2 pi lose 1e-16 of 7000, the series 1e-13; rounded to float32 the result is exact.
     np.testing.assert_allclose(
-        found, exact.astype(dtype), rtol=0, atol=0 if kind == "float" else 3e-12
+        result, exact.astype(dtype), rtol=0, atol=0 if kind == "float" else 3e-12
     )
     assert not DecomposeTimestepEmbedding()(model).modified
 
 
-def test_angles_in_half_precision_are_left_alone():
+def test_angles_in_half_precision_stay():
     model = parse("g (float16[4] x) => (float16[4] y) { y = Cos(x) }")
     assert not DecomposeTimestepEmbedding()(model).modified
 
@@ -432,13 +433,13 @@ def test_a_squeeze_of_a_long_axis_is_dropped(shape, modified):
     ("channels", "flip", "shift"), [(66, True, 0), (66, False, 1), (67, True, 1)]
 )
 def test_time_embeddings_are_the_same_bits_in_torch_and_in_the_graph(channels, flip, shift):
-    """One value on a rounding tie would move all images of a step."""
+    """One value on a rounding tie would change all images of a step."""
     source = Timesteps(channels, flip_sin_to_cos=flip, downscale_freq_shift=shift)
     module = DeployedTimesteps(source)
     model = trace_module(module, {"timestep": torch.zeros(2)}, ["embedding"])
     assert DecomposeTimestepEmbedding()(model).modified
     timesteps = torch.arange(1000, dtype=torch.float32)
-    found = run(model, timestep=timesteps.numpy())[0]
-    np.testing.assert_array_equal(found, module(timesteps).numpy())
-    # diffusers' own frequencies are off by a last bit or two, which a thousand radians multiply.
-    np.testing.assert_allclose(found, source(timesteps).numpy(), rtol=0, atol=1000 * 2.0**-22)
+    result = run(model, timestep=timesteps.numpy())[0]
+    np.testing.assert_array_equal(result, module(timesteps).numpy())
+    # diffusers' own frequencies differ by a last bit or two, multiplied by a thousand radians.
+    np.testing.assert_allclose(result, source(timesteps).numpy(), rtol=0, atol=1000 * 2.0**-22)

@@ -17,7 +17,7 @@ _ERRORS: dict[Action, tuple[type[TrtqError], str]] = {
     "run": (ArtefactError, "onnxruntime cannot run the graph on {}: {}"),
     "start": (UsageError, "the provider {!r} cannot start on this machine: {}"),
 }
-"""Class and message by what failed; the message takes the subject and onnxruntime's text."""
+"""Class and message by what failed; the message takes the file or provider and onnxruntime's text."""
 _OUT_OF_MEMORY = ("memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _MAX_LENGTH = 400
 _SOURCE_PLACE = re.compile(
@@ -27,12 +27,12 @@ _SOURCE_PLACE = re.compile(
 
 
 @contextmanager
-def onnxruntime_errors(action: Action, subject: object) -> Iterator[None]:
+def onnxruntime_errors(action: Action, name: object) -> Iterator[None]:
     """Inside the block, raise errors of onnxruntime as errors of trtq, in one line.
 
     Args:
         action: what the block does.
-        subject: the file to load, or the provider.
+        name: file to load, or name of the provider.
 
     Raises:
         ArtefactError: the graph cannot be loaded or run.
@@ -47,7 +47,7 @@ def onnxruntime_errors(action: Action, subject: object) -> Iterator[None]:
         text = _line(err)
         full = action == "run" and any(word in text for word in _OUT_OF_MEMORY)
         advice = "; take a smaller batch or size" if full else ""
-        raise kind(message.format(subject, text) + advice) from err
+        raise kind(message.format(name, text) + advice) from err
 
 
 def _line(err: Exception) -> str:

@@ -39,7 +39,7 @@ def provider_settings(provider: str, profile: Profile, key: str) -> dict[str, st
 
     Args:
         provider: `tensorrt` or `tensorrt-rtx`.
-        profile: smallest, most frequent and largest shape of every input.
+        profile: minimum, optimum and maximum shape of every input.
         key: hash of the graph and its weights. The provider names cached engines after the graph's
             nodes, so two models of one shape, e.g. two fine-tunings, would otherwise share the engine
             and the weights of the first.

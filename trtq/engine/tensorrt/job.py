@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 __all__ = ["NEEDS_PYTHON", "Answer", "Job", "PluginForm", "Profile"]
 
 Profile = dict[str, tuple[list[int], list[int], list[int]]]
-"""Smallest, most frequent and largest shape of every input with a free axis."""
+"""Minimum, optimum and maximum shape of every input with a free axis."""
 
 PluginForm = Literal["engine", "python"]
 """Where the kernels of an engine's plugins are: in the engine, or in this package, which it then

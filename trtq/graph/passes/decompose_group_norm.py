@@ -7,7 +7,7 @@
 
 onnxruntime has no kernel for GroupNormalization: it inlines the operator's definition, and its OpenVINO
 provider then splits the graph and fails. In float32, mean and deviation depend on the order of the
-additions, which differs between runtimes; this was the most frequent cause of values on the other side
+additions, which differs between runtimes; this was the main cause of values on the other side
 of a rounding tie. For a runtime without float64 the statistics may be cast to float32.
 """
 
