@@ -1,5 +1,4 @@
-"""Finds the layers of a graph that a runtime refuses, computes wrongly or runs in float, and how to fix
-them.
+"""Finds the layers of a graph that a runtime refuses, computes wrongly or runs in float.
 
 The rules come from observations with TensorRT-RTX 1.7, onnxruntime 1.31 and OpenVINO 2026.4, and from
 the guides of TensorRT 10.16 and 11.4. A graph is checked as the runtime gets it, after `prepare`.
@@ -77,8 +76,7 @@ def _dequantized(value: ir.Value | None) -> ir.Node | None:
 def _operands(
     node: ir.Node,
 ) -> tuple[ir.Node | None, ir.Node | None, ir.TensorProtocol | None]:
-    """The DequantizeLinear of a product's activation and of its weight, and the weight's constant
-    codes."""
+    """The DequantizeLinear nodes of activation and weight, and the weight's constant codes."""
     activation, weight = (_dequantized(_input(node, index)) for index in (0, 1))
     return activation, weight, _constant(weight.inputs[0]) if weight is not None else None
 
