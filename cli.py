@@ -797,12 +797,12 @@ def bench(
     """
     from trtq.bench.artefacts import parse_batches
     from trtq.bench.page import bench_page, bench_tables, failures, statements
-    from trtq.bench.run import bench as run_stage
+    from trtq.bench.run import benchmark as run_stage
     from trtq.report.folder import report_folder, write_report
 
     with _command(verbose), report_folder(output, kind="bench", overwrite=overwrite):
         sizes = parse_batches(batch)
-        result = run_stage(
+        measured = run_stage(
             paths,
             providers=provider or [],
             batches=sizes,
@@ -816,6 +816,7 @@ def bench(
             judge=gate,
             progress=ProgressPrinter(),
         )
+        result = measured.to_json()
 
         def human(found: dict[str, Any]) -> None:
             for title, shown in bench_tables(found).items():
