@@ -85,7 +85,7 @@ def fake_module(loads=True, works=True, starts=True, streamable=0, automatic=0, 
             assert stream == Memory.stream
             if (
                 raises is not None
-            ):  # Like a plugin in Python; TensorRT prints the error and reports nothing else.
+            ):  # Like a plugin in Python, whose error TensorRT only prints.
                 with contextlib.suppress(KernelError):
                     plugins._kept(fail)(SimpleNamespace(plugin_name="LowBitLinear"))
                 return False
