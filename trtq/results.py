@@ -7,23 +7,21 @@ Until version 0.2 a result can also be read by key, as the dictionary that it wa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
-__all__ = ["Result", "named_in_json", "omitted_if_none"]
+__all__ = ["OMITTED_IF_NONE", "Result", "json_key", "to_plain"]
 
 _KEY = "trtq_key"
 _OMITTED = "trtq_omitted"
+OMITTED_IF_NONE = MappingProxyType({_OMITTED: True})
+"""Metadata of a field whose JSON key is left out while its value is None."""
 
 
-def omitted_if_none() -> Any:
-    """Declare a field of a result whose JSON key is left out while its value is None."""
-    return field(default=None, metadata={_OMITTED: True})
-
-
-def named_in_json(key: str) -> Any:
-    """Declare a field of a result whose JSON key differs from its name, e.g. a Python keyword."""
-    return field(metadata={_KEY: key})
+def json_key(key: str) -> Mapping[str, str]:
+    """Metadata of a field whose JSON key differs from its name."""
+    return MappingProxyType({_KEY: key})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +38,7 @@ class Result(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         """Deprecated: read a value by its JSON key."""
-        values = self._by_key()
-        return values[key]
+        return self._by_key()[key]
 
     def __iter__(self) -> Iterator[str]:
         """Deprecated: iterate over the JSON keys."""

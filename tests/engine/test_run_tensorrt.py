@@ -11,7 +11,7 @@ from trtq.engine.tensorrt import run as running
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.engine.tensorrt.run import TensorRtEngine, open_tensorrt
 from trtq.errors import ArtefactError, KernelError, UsageError
-from trtq.pipelines.inspect import inspect_artefact
+from trtq.pipelines.inspect import inspect
 
 RTX = BACKENDS["tensorrt-rtx"]
 
@@ -147,7 +147,7 @@ def test_an_engine_folder_is_a_pipeline(digits_onnx, tmp_path, monkeypatch):
     assert images.shape[0] == 1
     assert opened == [(out / "unet" / "model.engine", "tensorrt-rtx")]
     monkeypatch.setattr("trtq.pipelines.inspect.obstacle", lambda backend: f"no GPU for {backend}")
-    result = inspect_artefact(out)
+    result = inspect(out)
     assert result["engine_layers"] is None
     assert result["engine_layers_missing"] == "no GPU for tensorrt-rtx"
     with pytest.raises(UsageError, match="folder of engines; run it with tensorrt-rtx, not cpu"):
