@@ -43,7 +43,7 @@ BROKEN = {
     "decomposed integers": (
         "g (int8[2,3] a) => (int32[2,4] y) { y = MatMulInteger(a, w) }",
         {"w": np.ones((3, 4), np.int8)},
-        "MatMulInteger is not among",
+        "MatMulInteger, which is not among",
     ),
     "float64": (
         "g (float[2] x) => (double[2] y) { y = Cast <to = 11> (x) }",
