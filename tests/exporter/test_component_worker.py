@@ -10,7 +10,7 @@ import pytest
 
 from tests.families.pipelines import build
 from trtq import processes
-from trtq.artefact.manifest import file_hashes
+from trtq.artefact.manifest_file import file_hashes
 from trtq.errors import ArtefactError, GateError, UsageError
 from trtq.exporter import component_worker as parts
 from trtq.exporter import export as stage

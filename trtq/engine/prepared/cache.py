@@ -12,7 +12,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from trtq.artefact.manifest import sha256
+from trtq.artefact.files import sha256
 from trtq.engine import base
 from trtq.engine.prepared.graph import PreparedGraph
 from trtq.processor import has_vnni

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trtq.artefact.manifest import sha256
+from trtq.artefact.files import sha256
 from trtq.resources import cache_folder
 
 __all__ = ["RuntimeCache"]
