@@ -34,9 +34,8 @@ from sd_size import stage, write_checkpoint
 from trtq.artefact.manifest_file import package_versions
 from trtq.bench.device import cpu_name
 from trtq.bench.turns import take_turns, time_calls
-from trtq.engine.base import TensorSpec
+from trtq.engine.base import TensorSpec, graph_specs
 from trtq.engine.open import open_engine
-from trtq.engine.prepared import graph_specs
 from trtq.graph.runtimes.prepare import load_graph
 from trtq.processor import has_vnni, processor_features
 from trtq.quant.tensors import LayerTensors

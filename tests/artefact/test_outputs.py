@@ -541,10 +541,10 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
     )
     body = (
         "import os, subprocess, sys\n"
-        "from trtq.processes import lifeline, worker_command\n"
+        "from trtq.processes import worker_command\n"
         "paths = [sys.argv[1], os.environ.get('PYTHONPATH', '')]\n"
         "os.environ['PYTHONPATH'] = os.pathsep.join(paths)\n"
-        "with lifeline() as stdin:\n subprocess.run(worker_command('slow_worker'), stdin=stdin)\n"
+        "subprocess.Popen(worker_command('slow_worker'), stdin=subprocess.PIPE).wait()\n"
     )
     parent = writer(tmp_path, "", body)
     assert int(parent.stdout.readline()) > 0

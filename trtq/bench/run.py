@@ -18,8 +18,7 @@ from trtq.bench.rows import ActiveRow, Amounts, check_turns, live_rows, make_pla
 from trtq.bench.verdicts import make_result
 from trtq.engine.tensorrt.run import obstacle
 from trtq.errors import MeasurementError
-from trtq.processes import processors
-from trtq.processor import has_vnni, processor_features
+from trtq.processor import has_vnni, processor_features, processors
 from trtq.progress import ProgressCallback, silent
 
 __all__ = ["benchmark"]
