@@ -28,7 +28,7 @@ from trtq.graph.nodes import DOMAIN
 from trtq.quant.convert import deploy_timesteps
 from trtq.quant.geometry import ConvGeometry
 from trtq.quant.plan import quantizable_layers
-from trtq.quant.structure import Product, replace_module
+from trtq.quant.structure import replace_module
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -173,9 +173,10 @@ def trace(
     family = conditions.family
     for name, source in quantizable_layers(denoiser).items():
         if name in low_bit:
-            product = isinstance(source, Product)
-            node = _LowBitProduct(name) if product else _LowBitNode(name, source)
-            replace_module(denoiser, name, node)
+            if isinstance(source, nn.Linear | nn.Conv2d):
+                replace_module(denoiser, name, _LowBitNode(name, source))
+            else:
+                replace_module(denoiser, name, _LowBitProduct(name))
     if low_bit:
         deploy_timesteps(denoiser)
     examples = {family.sample: x, "timestep": torch.zeros(len(x))}

@@ -108,7 +108,7 @@ def _checkpoint(place: str | Path | Any) -> InspectedCheckpoint:
         scheduler=type(source.pipeline.scheduler).__name__,
         precisions={"float": len(layers)},
         layers=[
-            CheckpointLayer(name=name, shape=list(module.weight.shape))
+            CheckpointLayer(name=name, shape=list(module.get_parameter("weight").shape))
             for name, module in layers.items()
         ],
     )

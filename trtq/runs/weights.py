@@ -251,7 +251,7 @@ def load_stored(
                 _check_weight(named, plan.weight_bits, sources[plan.name])
                 layers[plan.name] = LayerTensors.from_tensors(
                     named,
-                    channels=len(sources[plan.name].weight),
+                    channels=len(sources[plan.name].get_parameter("weight")),
                     weight_bits=plan.weight_bits,
                     activation_bits=plan.activation_bits,
                 )
