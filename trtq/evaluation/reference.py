@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from trtq.artefact.opened import Opened, open_artefact
-from trtq.diffusion.pipeline import LoadedPipeline, load_source
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.errors import UsageError
 from trtq.evaluation.extractor import Extractor, load_extractor
 from trtq.evaluation.metrics import (
@@ -94,11 +95,11 @@ def draw_reference(
         raise UsageError(
             f"the reference {opened.place} is of kind {opened.kind!r}; give the float checkpoint of it"
         )
-    source = load_source(opened.place)
+    source = open_pipeline(opened.place)
     if images < 2:
         raise UsageError(f"--images must be at least 2, got {images}")
     if judged is not None:
-        _match(source, judged)
+        source = _match(source, judged)
     extractor = load_extractor(source.folder, features)
     conditioning = conditioning_for(source, images)
     start = time.monotonic()
@@ -118,15 +119,15 @@ def draw_reference(
     )
 
 
-def _match(reference: LoadedPipeline, judged: LoadedPipeline) -> None:
-    """Set the reference to the judged model's image size.
+def _match(reference: LoadedPipeline, judged: LoadedPipeline) -> LoadedPipeline:
+    """The reference at the judged model's image size.
 
     Raises:
         UsageError: they are different models, whose images cannot be compared.
     """
     if judged.resized and reference.image_size != judged.image_size:
         height, width = judged.image_size
-        reference.resize(f"{height}x{width}")
+        reference = reference.sized(f"{height}x{width}")
     for what, judged_value, value in (
         ("classes", judged.classes, reference.classes),
         ("prompts", judged.prompts is not None, reference.prompts is not None),
@@ -138,3 +139,4 @@ def _match(reference: LoadedPipeline, judged: LoadedPipeline) -> None:
                 f"the reference {reference.name} is another model than {judged.name}: {what} {value}, "
                 f"not {judged_value}; give the float checkpoint that it was made from"
             )
+    return reference

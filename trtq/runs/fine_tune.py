@@ -297,4 +297,5 @@ def _learn_rounding(setup: FineTuning, recipe: Recipe, iterations: int) -> FineT
         progress=lambda done, total: setup.progress("learn rounding", done, total),
     )
     seconds = round(time.monotonic() - start, 2)
-    return FineTuneStage(name="learn rounding", seconds=seconds, **measured)
+    share = measured["rounded_up_share_changed"]
+    return FineTuneStage(name="learn rounding", seconds=seconds, rounded_up_share_changed=share)

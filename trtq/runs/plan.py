@@ -17,11 +17,12 @@ from trtq.calib.recipe import Recipe
 from trtq.calib.sensitivity import (
     parse_budget,
 )
-from trtq.diffusion.checkpoint import one_line
-from trtq.diffusion.cut import warn_of_cuts
 from trtq.diffusion.encode import check_inputs
-from trtq.diffusion.pipeline import LoadedPipeline, load_source
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import read_lines
+from trtq.diffusion.truncation import warn_of_truncation
+from trtq.diffusion.wording import one_line
 from trtq.errors import QuantizationError, TrtqError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
 from trtq.progress import ProgressCallback, silent
@@ -119,7 +120,7 @@ def plan_quantize(
     source = _load_float(model, recipe.steps, copy_all=bool(loras))
     merged = merge_loras(_modules(source), loras, source.denoiser_name)
     if recipe.size is not None:
-        source.resize(recipe.size)
+        source = source.sized(recipe.size)
     recipe = _with_defaults(recipe, source)
     _choose_prompts(source, recipe)
     policy = load_policy(
@@ -159,7 +160,7 @@ def _load_float(model: str | Path | Opened | Any, steps: int, *, copy_all: bool)
             f"{opened.place} is of kind {opened.kind!r} and quantised already; give a float checkpoint, "
             "or a run together with --lora to change its LoRAs"
         )
-    source = load_source(opened.place)
+    source = open_pipeline(opened.place)
     if isinstance(source.denoiser, StandIn):
         raise UsageError(
             f"{source.name} is quantised already (its denoiser is a "
@@ -210,7 +211,7 @@ def _choose_prompts(source: LoadedPipeline, recipe: Recipe) -> None:
         lines = read_lines(Path(recipe.prompts))
         source.prompts = source.prompts.model_copy(update={"calibration": lines})
     if source.prompts is not None:
-        warn_of_cuts(source.pipeline, source.prompts.calibration, "calibration prompts")
+        warn_of_truncation(source.pipeline, source.prompts.calibration, "calibration prompts")
 
 
 def _plan_layers(

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError
-from trtq.quant.convert import (
+from trtq.quant.packing import PackedWeight, unpack_codes
+from trtq.quant.plan import (
     LayerPlan,
     LowBitTensors,
     layer_kind,
 )
-from trtq.quant.packing import PackedWeight, unpack_codes
 
 __all__ = ["check_plans", "check_shared", "check_tables", "check_weight"]
 
