@@ -43,8 +43,27 @@ EDGES = {
     "trtq.diffusion.layout.read_json",
     "trtq.documents.read_object",
     "trtq.lora.settings.parse_json",
-    # The form that another library prescribes: torch's parameter groups, diffusers' arguments, OpenAI's
-    # errors, Ray's policies.
+    # The record that a command prints as JSON.
+    "trtq.commands.output.record_of",
+    # Questions to worker processes and their answers: lines and files of JSON.
+    "trtq.bench.measure.ask_optional",
+    "trtq.bench.process.ask",
+    "trtq.bench.rows.ask",
+    "trtq.bench.worker.draw",
+    "trtq.bench.worker.memory",
+    "trtq.bench.worker.open",
+    "trtq.bench.worker.operations",
+    "trtq.bench.worker.prepare",
+    "trtq.bench.worker.time",
+    "trtq.child.questions",
+    "trtq.engine.prepared.graph.record",
+    "trtq.processes.answer",
+    "trtq.processes.ask",
+    # The form that another library prescribes: torch's parameter groups, diffusers' arguments and
+    # scheduler settings, TensorRT's inspector, OpenAI's errors, Ray's policies.
+    "trtq.diffusion.layout.read_scheduler",
+    "trtq.diffusion.scheduler_rules.used_settings",
+    "trtq.engine.tensorrt.run.describe",
     "trtq.diffusion.class_conditional.prepare_extra_step_kwargs",
     "trtq.diffusion.families.flatten",
     "trtq.diffusion.families.nest",

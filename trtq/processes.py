@@ -161,7 +161,7 @@ class Child:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired as err:
             raise TimeoutError(f"the process took more than {timeout:g} s") from err
-        return Exit(code, self._stderr.read_text(errors="replace"))
+        return Exit(code, self._stderr.read_text(errors="replace", encoding="utf-8"))
 
     def answer(self, timeout: float | None = None) -> dict[str, Any]:
         """Wait for the end of the process and return what it wrote to its answer's file.

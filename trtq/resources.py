@@ -42,7 +42,7 @@ def forget_peak_rss() -> bool:
         Whether the operating system supports this.
     """
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True
@@ -50,7 +50,7 @@ def forget_peak_rss() -> bool:
 
 def _status_bytes(key: str) -> int:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:")), 0)
@@ -62,13 +62,13 @@ def available_bytes() -> int:
     The limit is that of the machine or of the container (cgroup v2), whichever is smaller.
     """
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     limits = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     try:
         limit, used = (
-            int((Path("/sys/fs/cgroup") / name).read_text())
+            int((Path("/sys/fs/cgroup") / name).read_text(encoding="utf-8"))
             for name in ("memory.max", "memory.current")
         )
         limits.append(max(limit - used, 0))

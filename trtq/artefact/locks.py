@@ -165,7 +165,9 @@ def _try_lock(file: int) -> bool | None:
 def _start_of(pid: int) -> str | None:
     """Start time of a process, in the system's clock ticks; None if the system does not report it."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return (
+            Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19]
+        )
     except (OSError, IndexError):
         return None
 

@@ -96,7 +96,7 @@ def _min_seconds(call: Callable[[], object]) -> float:
 def cpu_name() -> str:
     """Name of the processor; its architecture if the system does not report a name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -180,7 +180,9 @@ def main() -> None:
     pipeline = DDIMPipeline(unet.half(), DDIMScheduler(**SCHEDULER))
     pipeline.save_pretrained(arguments.output, safe_serialization=True)
     classes = {"labels": [str(label) for label in range(CLASSES)], "null_class": NO_CLASS}
-    (arguments.output / "classes.json").write_text(json.dumps(classes, indent=2) + "\n")
+    (arguments.output / "classes.json").write_text(
+        json.dumps(classes, indent=2) + "\n", encoding="utf-8"
+    )
     record = {
         "seed": arguments.seed,
         "iterations": arguments.iterations,
@@ -189,7 +191,9 @@ def main() -> None:
         "classifier_accuracy_held_out": accuracy,
         "torch": torch.__version__,
     }
-    (arguments.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (arguments.output / "training.json").write_text(
+        json.dumps(record, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def write_prompts(path: Path, seed: int) -> None:
         "calibration": [scene.caption for scene in scenes(256, generator)],
         "evaluation": [{"prompt": scene.caption, "labels": scene.labels} for scene in evaluated],
     }
-    path.write_text(json.dumps(prompts) + "\n")
+    path.write_text(json.dumps(prompts) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -255,7 +255,7 @@ def main() -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
     write_prompts(folder / "prompts.json", arguments.seed)
     record["torch"] = torch.__version__
-    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

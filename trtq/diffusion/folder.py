@@ -85,11 +85,11 @@ def save_pipeline_parts(loaded: LoadedPipeline, folder: Path, *, graphs: bool = 
         shutil.copyfile(loaded.folder / CLASSES_NAME, folder / CLASSES_NAME)
     elif pipeline.config.get("null_class") is not None:
         classes = {"null_class": pipeline.config.null_class}
-        (folder / CLASSES_NAME).write_text(json.dumps(classes) + "\n")
+        (folder / CLASSES_NAME).write_text(json.dumps(classes) + "\n", encoding="utf-8")
     if loaded.prompts is not None:
         kept = loaded.prompts.model_copy(update={"evaluation": ()})
         (folder / PROMPTS_NAME).write_text(kept.model_dump_json() + "\n", encoding="utf-8")
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     loaded.model.save_config(folder / name)
 
 

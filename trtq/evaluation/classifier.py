@@ -89,7 +89,7 @@ def save_classifier(model: ImageClassifier, folder: Path, reference: dict[str, T
         reference: `mean[F]` and `covariance[F,F]` (float64) of the features of real images.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(json.dumps(model.config, indent=2) + "\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(model.config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     tensors |= {f"reference.{name}": value.contiguous() for name, value in reference.items()}
     save_file(tensors, folder / WEIGHTS_NAME)

@@ -81,7 +81,7 @@ class CheckpointState:
         if accelerator.is_main_process:
             save_file(self._tensors(), partial / "model.safetensors")
             record = {"iteration": iteration, "fingerprint": self.fingerprint}
-            (partial / "checkpoint.json").write_text(json.dumps(record))
+            (partial / "checkpoint.json").write_text(json.dumps(record), encoding="utf-8")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             older = [path for path in folder.glob("iteration-*") if path != final]
@@ -109,7 +109,7 @@ class CheckpointState:
                 processes.
         """
         try:
-            record = json.loads((checkpoint / "checkpoint.json").read_text())
+            record = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))
             if record["fingerprint"] != self.fingerprint:
                 raise ArtefactError(
                     f"{checkpoint} was made with another model or recipe; resume with the same ones, or "

@@ -113,7 +113,7 @@ def _from_cache(key: str, engine: Path) -> Compiled | None:
     """Copy an engine out of the cache; a damaged entry is removed."""
     try:
         folder = cache_folder(_CACHE) / key
-        entry = json.loads((folder / _ENTRY_FILE).read_text())
+        entry = json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8"))
         answer = Answer.model_validate(entry["answer"])
         shutil.copyfile(folder / ENGINE_FILE, engine)
         whole = sha256(engine) == entry["sha256"]
@@ -137,7 +137,7 @@ def _to_cache(key: str, engine: Path, answer: Answer) -> None:
     try:
         shutil.copyfile(engine, partial / ENGINE_FILE)
         entry = {"answer": answer.model_dump(), "sha256": sha256(engine)}
-        (partial / _ENTRY_FILE).write_text(json.dumps(entry))
+        (partial / _ENTRY_FILE).write_text(json.dumps(entry), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError:
