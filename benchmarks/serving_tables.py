@@ -141,6 +141,6 @@ def serve_ray(record: dict[str, Any]) -> str:
         f"{len(kills)} times: {total['requests']:,} requests, {total['under_way_at_the_kill']} of them "
         f"under way then, {total['answered_once']:,} answered once and with 200; drawn to the end "
         f"{drawn}; {total['pictures_equal']:,} pictures equal to those of one process, largest "
-        f"difference of the rest {different} of 255. The slowest waited {slowest:.1f} s (median before the kill "
-        f"{median:.1f} s)."
+        f"difference of the rest {different} of 255. The slowest waited {slowest:.1f} s (median before "
+        f"the kill {median:.1f} s)."
     )
