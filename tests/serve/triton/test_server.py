@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.pipelines.draw import Conditioning, draw
 from trtq.pipelines.open import open_any
 from trtq.serve.triton.package import package_triton
@@ -332,7 +332,7 @@ def test_only_the_backend_is_missing_for_the_graphs_as_packaged(
 @pytest.fixture(scope="module")
 def shapes_onnx(tmp_path_factory):
     out = tmp_path_factory.mktemp("shapes") / "onnx"
-    export_onnx("shapes", out)
+    export("shapes", out)
     return out
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from trtq.artefact.manifest import (
     MANIFEST_NAME,
@@ -28,11 +28,12 @@ from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
 from trtq.graph.runtimes.prepare import load_graph
 from trtq.pipelines.open import engine_source
 from trtq.progress import ProgressCallback, silent
+from trtq.results import Result
 from trtq.serve.triton import model as triton_model
 from trtq.serve.triton.engine import ServedGraph, TritonEngine
 from trtq.serve.triton.pipeline import Settings, request_input
 
-__all__ = ["CHECKSUMS_NAME", "package_triton"]
+__all__ = ["CHECKSUMS_NAME", "PackagedModel", "TritonPackageResult", "package_triton"]
 
 CHECKSUMS_NAME = "SHA256SUMS"
 ARTEFACT_NAME = "artefact.json"
@@ -60,38 +61,67 @@ _RTX_NOTE = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackagedModel(Result):
+    """One model of the repository.
+
+    Attributes:
+        backend: Triton backend that runs it.
+        max_batch_size: maximum batch size; 0 if the server must not batch.
+        files: its files.
+    """
+
+    backend: str
+    max_batch_size: int
+    files: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonPackageResult(Result):
+    """A finished model repository.
+
+    Attributes:
+        output: its folder.
+        models: its models by name.
+        bytes: size of all files.
+        notes: sentences for the reader.
+    """
+
+    output: str
+    models: dict[str, PackagedModel]
+    bytes: int
+    notes: list[str]
+
+
 @claims_output
 def package_triton(
-    path: str | Path,
+    artefact: str | Path,
     out: str | Path,
     *,
     onnx: str | Path | None = None,
     overwrite: bool = False,
     timeout: float = TRIAL_SECONDS,
     progress: ProgressCallback = silent,
-) -> dict[str, Any]:
+) -> TritonPackageResult:
     """Write a model repository: one model per graph, and one for the whole pipeline.
 
     The pipeline's model is Python: the denoising loop, with calls to the others. Its step index is one
     per item, so the server may put denoiser calls of different requests, at different steps, together.
 
     Args:
-        path: an ONNX folder, whose graphs the onnxruntime backend runs, or an engine folder.
+        artefact: an ONNX folder, whose graphs the onnxruntime backend runs, or an engine folder.
         out: the repository; new.
         onnx: the ONNX folder that engines were built from, if it no longer lies beside them.
         overwrite: replace a repository of ours that is already there.
         timeout: max seconds for opening and calling one graph in onnxruntime before it is packaged.
         progress: called with the stage's name, the work done and the total.
 
-    Returns:
-        `models` (by name: `backend`, `max_batch_size`, `files`), `bytes`, `notes`, `output`.
-
     Raises:
         UsageError: it is neither, or something is in the way.
         ArtefactError: it is damaged, onnxruntime does not open its graphs, or the ONNX folder of engines
             is not to be found.
     """
-    folder = Path(path)
+    folder = Path(artefact)
     manifest = _read(folder)
     final = check_output(Path(out), overwrite=overwrite, source=folder, kind=_KIND)
     graphs = folder if manifest.kind == "onnx" else _onnx_of(folder, manifest, onnx)
@@ -112,7 +142,7 @@ def package_triton(
     progress("package", len(names) + 1, len(names) + 1)
     rtx = manifest.options.get("backend") == "tensorrt-rtx"
     notes = [_RTX_NOTE] if manifest.kind == "engine" and rtx else []
-    return {"output": str(final), "models": models, "bytes": total, "notes": notes}
+    return TritonPackageResult(output=str(final), models=models, bytes=total, notes=notes)
 
 
 def _read(folder: Path) -> Manifest:
@@ -142,7 +172,7 @@ def _onnx_of(folder: Path, manifest: Manifest, given: str | Path | None) -> Path
 
 def _write_graph(
     folder: Path, graph: Path, manifest: Manifest, out: Path
-) -> tuple[ServedGraph, dict[str, Any]]:
+) -> tuple[ServedGraph, PackagedModel]:
     """One graph as a model."""
     name = graph.name
     model = load_graph(graph / MODEL_FILE)
@@ -213,7 +243,7 @@ def _tensor(direction: str, name: str, spec: TensorSpec, *, batched: bool) -> st
 
 def _write_pipeline(
     graphs: Path, origin: Manifest, manifest: Manifest, served: Mapping[str, ServedGraph], out: Path
-) -> dict[str, Any]:
+) -> PackagedModel:
     """The loop, and everything of the pipeline that is no graph."""
     parts = out / PIPELINE / "1" / "parts"
     for name in origin.files:
@@ -265,11 +295,11 @@ def _write_config(folder: Path, lines: list[str]) -> None:
     (folder / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _row(folder: Path, backend: str, most: int) -> dict[str, Any]:
+def _row(folder: Path, backend: str, most: int) -> PackagedModel:
     files = sorted(
         file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
     )
-    return {"backend": backend, "max_batch_size": most, "files": files}
+    return PackagedModel(backend=backend, max_batch_size=most, files=files)
 
 
 def _write_checksums(folder: Path) -> None:
