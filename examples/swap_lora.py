@@ -40,7 +40,7 @@ def main() -> None:
 
     # On the command line: trtq quantize first -o second --lora FILE:STRENGTH --base MODEL
     exchanged = requantize(first, [options.second], second, base=options.model)
-    print(f"exchanged in {exchanged['seconds']:.1f} s")
+    print(f"exchanged in {exchanged.seconds:.1f} s")
 
     # Same seed, same noise: the pictures differ by the LoRA alone.
     for run in (first, second):
