@@ -47,9 +47,12 @@ def main() -> None:
     trtq.generate(onnx, options.output / "digits.png", images=20)
 
     # Same noise, same classes, same steps as the float model.
-    result = trtq.evaluate(onnx, reference="digits", images=options.images)
-    print(f"Fréchet distance {result.fd:.2f}, float model {result.fd_reference:.2f}")
-    print(f"class accuracy {result.class_accuracy:.1%}, {result.class_accuracy_reference:.1%}")
+    scores = trtq.evaluate(onnx, reference="digits", images=options.images).scores
+    print(f"Fréchet distance {scores['fd']:.2f}, float model {scores['fd_reference']:.2f}")
+    accuracy = (
+        f"{scores['class_accuracy']:.1%}, float model {scores['class_accuracy_reference']:.1%}"
+    )
+    print(f"class accuracy {accuracy}")
 
 
 if __name__ == "__main__":
