@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,20 @@ def test_every_command_is_in_the_reference():
         for child in getattr(command, "commands", {}):
             assert f"## trtq {name} {child}\n" in text
     assert "--output" in text
+
+
+def test_every_field_of_a_request_is_documented():
+    from trtq.serve.http.schema import ImageRequest
+
+    text = (ROOT / "docs" / "serving" / "api.md").read_text(encoding="utf-8")
+    assert not {name for name in ImageRequest.model_fields if f"`{name}`" not in text}
+
+
+def test_every_extra_is_documented():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    extras = set(project["optional-dependencies"]) - {"dev", "docs"}
+    assert not {name for name in extras if f"`{name}`" not in text}
 
 
 def run_example(monkeypatch, name, *arguments):
