@@ -117,6 +117,13 @@ def test_every_room_is_explained():
     assert not {room for room in rooms if f"trtq.{room} " not in text}
 
 
+def test_files_that_contributing_names_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"[a-z_]+/[a-z_/]+\.(?:py|cu)\b", text))
+    assert len(names) > 10
+    assert not {n for n in names if not any((ROOT / top / n).is_file() for top in ("", "trtq"))}
+
+
 def referenced():
     """Names after `:::` in the pages of the reference."""
     text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs/reference").glob("*.md"))
