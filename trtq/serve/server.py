@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from trtq._optional import require
-from trtq.artefact.manifest import artefact_kind, peek_manifest, read_manifest
+from trtq.artefact.opened import OnnxFolder, Opened, open_artefact
 from trtq.documents import read_text
 from trtq.engine.openvino import MAX_SHAPES
 from trtq.engine.tensorrt.backends import BACKENDS
@@ -135,7 +135,7 @@ def parse_batching(text: str) -> Batching:
 
 
 def open_model(
-    path: str,
+    path: str | Path | Opened,
     name: str,
     *,
     provider: str | None = None,
@@ -156,21 +156,20 @@ def open_model(
     """
     from trtq.serve.models.torch_free import TorchFreeModel
 
-    folder = Path(path)
+    # Files are verified once, by what loads them: hashing takes seconds for each gigabyte.
+    opened = open_artefact(path, verify=False)
     plain = provider not in (TORCH, *BACKENDS)
-    is_onnx = folder.is_dir() and artefact_kind(folder) == "onnx"
-    # The opener verifies the files: hashing takes seconds for each gigabyte.
-    if plain and is_onnx and TorchFreeModel.serves(folder, peek_manifest(folder)):
-        manifest = read_manifest(folder, "onnx")
+    if plain and isinstance(opened, OnnxFolder) and TorchFreeModel.serves(opened):
         return TorchFreeModel(
-            folder, manifest, name, provider=provider or "cpu", threads=threads, shapes=shapes
+            opened.verified(), name, provider=provider or "cpu", threads=threads, shapes=shapes
         )
     from trtq.pipelines.open import open_any
     from trtq.serve.models.pipeline import PipelineModel
 
-    source = open_any(path, provider, threads)
+    source = open_any(opened, provider, threads)
     engine = getattr(source.denoiser, "engine", None)
-    return PipelineModel(source, name, TORCH if engine is None else engine.provider, shapes)
+    running = TORCH if engine is None else engine.provider
+    return PipelineModel(source, name, running, shapes, opened)
 
 
 def build_service(
@@ -219,10 +218,10 @@ def _host(
     begun = time.monotonic()
     limits = options.limits
     sizes = limits.batch_sizes or batch_sizes(limits.batch)
-    is_onnx = Path(path).is_dir() and artefact_kind(Path(path)) == "onnx"
-    provider = options.provider if provided or is_onnx else None
+    opened = open_artefact(path, verify=False)
+    provider = options.provider if provided or isinstance(opened, OnnxFolder) else None
     mapped = mapped_files()
-    model = open_model(path, name, provider=provider, threads=options.threads, shapes=len(sizes))
+    model = open_model(opened, name, provider=provider, threads=options.threads, shapes=len(sizes))
     if model.max_rows is not None and model.max_rows < limits.batch:
         raise UsageError(
             f"{path} takes up to {model.max_rows} rows in a call, fewer than {limits.batch}; give "

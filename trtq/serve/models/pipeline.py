@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtq.artefact.manifest import artefact_kind, peek_manifest
+from trtq.artefact.opened import DEFAULT_STEPS, Opened, open_artefact
 from trtq.diffusion.cut import find_cuts
 from trtq.diffusion.encode import Encoded, check_inputs, takes_negative
 from trtq.diffusion.latents import draw_noise, latent_decoder
@@ -39,7 +39,7 @@ from trtq.serve.models.base import (
 )
 from trtq.serve.models.graph import GraphCall
 from trtq.serve.models.solver import Ddim, SchedulerSolver, Solver
-from trtq.serve.models.torch_free import DEFAULT_STEPS, pixels
+from trtq.serve.models.torch_free import pixels
 
 __all__ = ["PipelineModel"]
 
@@ -54,12 +54,20 @@ class PipelineModel(ImageModel):
         name: by which requests ask for it.
         provider: what runs it.
         shapes: batch sizes that may be in use at once.
+        artefact: what `source` was loaded from; by default its folder.
 
     Raises:
         UsageError: it is not known what its denoiser has to be told.
     """
 
-    def __init__(self, source: LoadedPipeline, name: str, provider: str, shapes: int = 2) -> None:
+    def __init__(
+        self,
+        source: LoadedPipeline,
+        name: str,
+        provider: str,
+        shapes: int = 2,
+        artefact: Opened | None = None,
+    ) -> None:
         self._source = source
         self._decode = latent_decoder(source)
         self.fixed_shapes = provider == OpenVinoEngine.provider
@@ -77,7 +85,9 @@ class PipelineModel(ImageModel):
         # Threads of the server and the batcher share a tokenizer and torch's modules.
         self._lock = threading.Lock()
         sizes = None if self.fixed_shapes else _sizes(source)
-        self.info = replace(_info(source, name, provider), sizes=sizes)
+        if artefact is None:
+            artefact = open_artefact(source.folder, verify=False)
+        self.info = replace(_info(source, name, provider, artefact), sizes=sizes)
         if self.info.kind == "text":
             check_inputs(source.pipeline)
         if self._ddim is None:
@@ -190,10 +200,8 @@ def _sizes(source: LoadedPipeline) -> Sizes | None:
     return Sizes((step, step), (height, width), step)
 
 
-def _info(source: LoadedPipeline, name: str, provider: str) -> ModelInfo:
+def _info(source: LoadedPipeline, name: str, provider: str, artefact: Opened) -> ModelInfo:
     folder = source.folder
-    known = folder is not None and artefact_kind(folder) is not None
-    recipe = (peek_manifest(folder).recipe or {}) if known and folder is not None else {}
     kind = "class" if source.classes is not None else "none" if source.prompts is None else "text"
     if kind == "none" and source.model_class != "UNet2DModel":
         raise UsageError(
@@ -201,19 +209,19 @@ def _info(source: LoadedPipeline, name: str, provider: str) -> ModelInfo:
             "known what its denoiser has to be told"
         )
     guidance = source.guidance
-    if recipe.get("guidance") is not None and source.embedded_guidance is None:
-        guidance = float(recipe["guidance"])
+    if artefact.guidance is not None and source.embedded_guidance is None:
+        guidance = artefact.guidance
     info = ModelInfo(
         name=name,
         kind=kind,
         classes=tuple(class_names(folder, source.classes)) if source.classes is not None else (),
         image_size=source.image_size,
-        steps=int(recipe.get("steps") or DEFAULT_STEPS),
+        steps=artefact.steps or DEFAULT_STEPS,
         max_steps=int(source.pipeline.scheduler.config.num_train_timesteps),
         guidance=guidance,
         takes_guidance=kind == "text" and source.embedded_guidance is None,
         provider=provider,
-        bits=recipe.get("bits"),
+        bits=artefact.bits if artefact.low_bit else None,
         takes_negative_prompt=kind == "text" and takes_negative(source.pipeline),
     )
     if kind != "class" or source.classes is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trtq.artefact.manifest import Manifest
+from trtq.artefact.opened import DEFAULT_STEPS, OnnxFolder
 from trtq.diffusion.layout import (
     check_null_class,
     class_names,
@@ -42,7 +42,6 @@ __all__ = ["TorchFreeModel", "pixels"]
 
 _MIN_VALUES = 16
 _QUICK_VALUES = 1 << 12
-DEFAULT_STEPS = 20
 _MAX_CHANNELS = 4096
 _MAX_CLASSES = 1 << 24
 
@@ -51,8 +50,7 @@ class TorchFreeModel(ImageModel):
     """A graph of a `UNet2DModel` that draws images themselves, not latents.
 
     Args:
-        folder: an ONNX folder that `serves`.
-        manifest: its manifest, verified.
+        artefact: an ONNX folder that `serves` accepts, verified.
         name: by which requests ask for it.
         provider: what runs it.
         threads: threads of one operator; None: as many as there are cores.
@@ -65,38 +63,39 @@ class TorchFreeModel(ImageModel):
 
     def __init__(
         self,
-        folder: Path,
-        manifest: Manifest,
+        artefact: OnnxFolder,
         name: str,
         *,
         provider: str = "cpu",
         threads: int | None = None,
         shapes: int = 2,
     ) -> None:
-        config = read_json(folder / manifest.denoiser / "config.json")
-        graph = folder / manifest.denoiser / "model.onnx"
+        folder, manifest = artefact.folder, artefact.manifest
+        config = read_json(folder / artefact.denoiser / "config.json")
+        graph = folder / artefact.denoiser / "model.onnx"
         self._graph = GraphCall(open_engine(graph, provider, threads, shapes=shapes))
         manifest.check_graph(self._graph.engine.metadata)
         self.fixed_shapes = provider == OpenVinoEngine.provider
         self._ddim = Ddim(_scheduler_config(folder))
         self._null_class = read_null_class(folder)
-        self._shape = _sample_shape(config, manifest)
-        info = _info(folder, manifest, name, provider, config, self._ddim, self._null_class)
+        self._shape = _sample_shape(config, artefact)
+        info = _info(artefact, name, provider, config, self._ddim, self._null_class)
         sizes = None if self.fixed_shapes else Sizes.of_graph(self._graph.engine.metadata)
         self.info = replace(info, sizes=sizes)
         largest = self._shape[1:] if sizes is None else sizes.largest
         self.cheap_codec = self._shape[0] * math.prod(largest) <= _QUICK_VALUES
 
     @staticmethod
-    def serves(folder: Path, manifest: Manifest) -> bool:
+    def serves(artefact: OnnxFolder) -> bool:
         """Whether this folder can be served so; otherwise `PipelineModel` can."""
+        folder = artefact.folder
         index = read_index(folder)
-        config = read_json(folder / manifest.denoiser / "config.json")
+        config = read_json(folder / artefact.denoiser / "config.json")
         return (
             config.get("_class_name") == "UNet2DModel"
             and not any(part in index for part in ("vae", "vqvae"))
             and Ddim.knows(_scheduler_config(folder))
-            and math.prod(_sample_shape(config, manifest)) >= _MIN_VALUES
+            and math.prod(_sample_shape(config, artefact)) >= _MIN_VALUES
         )
 
     def starts(self, drawing: GenerationRequest) -> Sequence[InitialState]:
@@ -153,10 +152,10 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
     return read_scheduler(folder)
 
 
-def _sample_shape(config: dict[str, Any], manifest: Manifest) -> tuple[int, int, int]:
+def _sample_shape(config: dict[str, Any], artefact: OnnxFolder) -> tuple[int, int, int]:
     """Channels, height and width; of a graph for several sizes the smallest, as `open_any` has it."""
     channels = _whole(config, "in_channels", 1, _MAX_CHANNELS)
-    return channels, *parse_size(manifest.options["size"].partition(":")[0])
+    return channels, *parse_size(artefact.smallest_size or "")
 
 
 def _whole(config: dict[str, Any], key: str, least: int, most: int) -> int:
@@ -169,8 +168,7 @@ def _whole(config: dict[str, Any], key: str, least: int, most: int) -> int:
 
 
 def _info(
-    folder: Path,
-    manifest: Manifest,
+    artefact: OnnxFolder,
     name: str,
     provider: str,
     config: dict[str, Any],
@@ -182,17 +180,16 @@ def _info(
         embeds = _whole(config, "num_class_embeds", 1, _MAX_CLASSES)
         check_null_class(null_class, embeds)
         count = embeds - (null_class is not None)
-    recipe = manifest.recipe or {}
-    _, height, width = _sample_shape(config, manifest)
+    _, height, width = _sample_shape(config, artefact)
     return ModelInfo(
         name=name,
         kind="class" if count else "none",
-        classes=tuple(class_names(folder, count)),
+        classes=tuple(class_names(artefact.folder, count)),
         image_size=(height, width),
-        steps=int(recipe.get("steps") or DEFAULT_STEPS),
+        steps=artefact.steps or DEFAULT_STEPS,
         max_steps=ddim.trained,
-        guidance=float(recipe.get("guidance") or 1.0),
+        guidance=artefact.guidance or 1.0,
         takes_guidance=null_class is not None,
         provider=provider,
-        bits=recipe.get("bits"),
+        bits=artefact.bits if artefact.low_bit else None,
     )
