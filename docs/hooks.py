@@ -18,17 +18,14 @@ FOREIGN = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*(?:src|href)=["']?(?:
 CANONICAL = re.compile(r"<link rel=[\"']?canonical[^>]*>")
 
 
-def walk(command: Any, words: tuple[str, ...] = ("trtq",)) -> Iterator[tuple[str, str]]:
-    """Full name and help text of a command and of every command below it.
+def walk(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words that reach a command and every visible command below it, without `trtq`.
 
     Args:
         command: node of the command tree that `typer.main.get_command` makes.
         words: words that the user types to reach `command`.
     """
-    context = command.make_context(
-        " ".join(words), [], resilient_parsing=True, max_content_width=WIDTH, terminal_width=WIDTH
-    )
-    yield " ".join(words), command.get_help(context).strip()
+    yield words
     for name, child in getattr(command, "commands", {}).items():
         if not child.hidden:
             yield from walk(child, (*words, name))
@@ -37,12 +34,18 @@ def walk(command: Any, words: tuple[str, ...] = ("trtq",)) -> Iterator[tuple[str
 def command_reference() -> str:
     """The help text of every command, as Markdown."""
     import typer
+    from typer.testing import CliRunner
 
     from trtq.cli import app
 
-    sections = [
-        f"## {name}\n\n```text\n{text}\n```" for name, text in walk(typer.main.get_command(app))
-    ]
+    settings = {"prog_name": "trtq", "terminal_width": WIDTH, "max_content_width": WIDTH}
+    sections = []
+    for words in walk(typer.main.get_command(app)):
+        result = CliRunner().invoke(app, [*words, "--help"], **settings)
+        if result.exit_code != 0:
+            raise ValueError(f"trtq {' '.join(words)} --help fails: {result.output}")
+        name = " ".join(("trtq", *words))
+        sections.append(f"## {name}\n\n```text\n{result.stdout.strip()}\n```")
     return "\n\n".join(sections)
 
 

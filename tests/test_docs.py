@@ -156,9 +156,42 @@ def test_every_command_is_in_the_reference():
     assert {"quantize", "export", "bench", "serve"} <= set(commands)
     for name, command in commands.items():
         assert f"## trtq {name}\n" in text
-        for child in getattr(command, "commands", {}):
-            assert f"## trtq {name} {child}\n" in text
+        for child in getattr(command, "commands", {}).values():
+            assert child.hidden or f"## trtq {name} {child.name}\n" in text
     assert "--output" in text
+    assert "--batch-sizes" in text.partition("## trtq bench\n")[2].partition("\n## ")[0]
+
+
+def options_of(words):
+    """Options of the command that the first words name; the names of all commands are checked."""
+    node = typer.main.get_command(app)
+    for word in words:
+        children = getattr(node, "commands", {})
+        if word not in children:
+            break
+        node = children[word]
+    else:
+        word = ""
+    assert node.name != "trtq" or word.startswith("-"), f"{word!r} is not a command"
+    names = {
+        name for parameter in node.params for name in parameter.opts + parameter.secondary_opts
+    }
+    for child in getattr(node, "commands", {}).values():
+        names |= {name for parameter in child.params for name in parameter.opts}
+    return names | {"--help"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_documented_commands_and_options_exist(page):
+    fences = re.findall(r"^```sh\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    for line in "".join(fences).splitlines():
+        for part in line.partition("  #")[0].split("&&"):
+            words = shlex.split(part, comments=True)
+            if words[:1] != ["trtq"]:
+                continue
+            known = options_of(words[1:])
+            options = {word.partition("=")[0] for word in words if word.startswith("-")}
+            assert options <= known, f"{line}: {sorted(options - known)}"
 
 
 def test_every_field_of_a_request_is_documented():
