@@ -50,7 +50,12 @@ NAMES = [
     Rule(r"drawer|drawing|card|hosted|front|remote drawer|light model", "see CONTRIBUTING", "name"),
     Rule(r"subjects?|source set", "conditioning, measured artefact", "name"),
     Rule(r"reporter|line reporter", "ProgressCallback, ProgressPrinter", "name"),
-    Rule(r"(split|weight|size|optimiser|optimizer|after) steps?", "scale, update", "name"),
+    Rule(
+        r"(split|weight|size|optimiser|optimizer|after) steps?",
+        "scale, update",
+        "name",
+        except_in=("trtq/quant/convert.py", "trtq/quant/modules.py"),  # A former keyword.
+    ),
 ]
 TEXTS = [
     Rule(r"\btold\b|\bsaid\b", "reported; name the speaker", "text"),

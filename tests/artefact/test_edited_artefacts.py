@@ -248,11 +248,11 @@ def test_numbers_of_images_and_classes_are_bounded(tiny):
     ],
 )
 def test_sizes_without_end_are_refused(tiny, size):
-    with pytest.raises(UsageError, match=r"HEIGHTxWIDTH in pixels, each 1 \.\. 8192"):
+    with pytest.raises(UsageError, match=r"HEIGHTxWIDTH in pixels, each in 1 \.\. 8192"):
         tiny.latents_of(size)
 
 
 def test_sizes_far_beyond_the_model_are_refused(tiny):
     assert tiny.latents_of("128x128") == (128, 128)
-    with pytest.raises(UsageError, match="up to 128x128, 16 times the model's own"):
+    with pytest.raises(UsageError, match="up to 128x128, 16 times the size of its training"):
         tiny.latents_of("130x128")

@@ -490,9 +490,9 @@ def test_a_function_claims_its_output_before_its_work(tmp_path):
 ENDED = """
 import sys, time
 from pathlib import Path
-from trtq.cli import _command
+from trtq.commands.output import command
 from trtq.artefact.folder import new_artefact
-with _command(False), new_artefact(Path(sys.argv[1]), keep_partial=True) as folder:
+with command(False), new_artefact(Path(sys.argv[1]), keep_partial=True) as folder:
     if sys.argv[2]:
         (folder / "checkpoints/fine-tune/iteration-0000002").mkdir(parents=True)
         (folder / "checkpoints/fine-tune/iteration-0000002/checkpoint.json").write_text("{}")
@@ -541,10 +541,10 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
     )
     body = (
         "import os, subprocess, sys\n"
-        "from trtq.processes import lifeline, worker_command\n"
+        "from trtq.processes import worker_command\n"
         "paths = [sys.argv[1], os.environ.get('PYTHONPATH', '')]\n"
         "os.environ['PYTHONPATH'] = os.pathsep.join(paths)\n"
-        "with lifeline() as stdin:\n subprocess.run(worker_command('slow_worker'), stdin=stdin)\n"
+        "subprocess.Popen(worker_command('slow_worker'), stdin=subprocess.PIPE).wait()\n"
     )
     parent = writer(tmp_path, "", body)
     assert int(parent.stdout.readline()) > 0

@@ -34,6 +34,7 @@ from trtq.errors import (
 from trtq.exporter.build import build
 from trtq.exporter.export import export
 from trtq.exporter.verify import verify
+from trtq.processes import Exit
 from trtq.resources import cache_folder
 
 RTX = BACKENDS["tensorrt-rtx"]
@@ -143,8 +144,11 @@ def test_an_architecture_without_the_kernels_is_an_error_of_the_builder(tmp_path
     ("body", "message"),
     [
         (f"os.kill(os.getpid(), {int(signal.SIGSEGV)})", r"crashed \(SIGSEGV\).*trtq verify"),
-        (f"os.kill(os.getpid(), {int(signal.SIGKILL)})", "for want of memory: it needs about 1.0"),
-        ("sys.exit('no library')", "ended with code 1: no library"),
+        (
+            f"os.kill(os.getpid(), {int(signal.SIGKILL)})",
+            "because memory ran out: it needs about 1.0",
+        ),
+        ("sys.exit('no library')", "ended with code 1; last output: no library"),
     ],
     ids=["crash", "killed", "no answer"],
 )
@@ -161,15 +165,15 @@ def test_a_builder_that_dies_is_one_error(body, message, tmp_path, monkeypatch):
     [
         (0xC0000005, r"crashed \(0xC0000005\).*trtq verify"),
         (-11, r"crashed \(SIGSEGV\)"),
-        (-9, "for want of memory"),
+        (-9, "because memory ran out"),
         (-35, r"crashed \(signal 35\)"),
-        (3, "ended with code 3: it said nothing"),
+        (3, "ended with code 3; last output: none"),
     ],
 )
 def test_a_builder_dies_on_any_system(code, message, tmp_path, monkeypatch):
     """Windows has no SIGKILL, and gives exceptions as exit codes."""
     monkeypatch.delattr(signal, "SIGKILL")
-    assert re.search(message, compiling._why_it_died(job(tmp_path), code, "", 1 << 30))
+    assert re.search(message, compiling._explain(job(tmp_path), Exit(code), 1 << 30))
 
 
 def test_a_builder_that_cannot_start_says_why(tmp_path, monkeypatch):
@@ -236,7 +240,7 @@ def test_a_graph_that_would_be_computed_wrongly_is_not_built(digits_onnx, tmp_pa
     [
         ("tensorrt-rtx", ["sm90"], "cannot build for 'sm90'; it can for sm75, sm80"),
         ("tensorrt-rtx", ["sm86", "current"], "one of several"),
-        ("tensorrt", ["sm86"], "the GPU that is there"),
+        ("tensorrt", ["sm86"], "the GPU of this machine"),
     ],
 )
 def test_architectures_that_a_backend_has_not(backend, wanted, message):

@@ -69,7 +69,7 @@ def test_wrong_use_says_what_to_do(digits_run, digits_onnx, tmp_path):
         verify(tmp_path)
     with pytest.raises(UsageError, match="choose one of onnxruntime"):
         verify(digits_onnx, runtimes=["tensorflow"])
-    with pytest.raises(UsageError, match="--against RUN"):
+    with pytest.raises(UsageError, match="--run RUN"):
         verify(digits_onnx, layers=True)
     with pytest.raises(UsageError, match="for ONNX folders"):
         verify(digits_run, against=digits_run)

@@ -12,7 +12,8 @@ from importlib import metadata
 from trtq.diffusion.shipped import shipped_models
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import KernelError, MissingDependencyError
-from trtq.plugins.driver import cuda_text, driver_cuda, first_gpu, old_driver
+from trtq.plugins.device import first_gpu
+from trtq.plugins.driver import cuda_text, driver_cuda, old_driver
 from trtq.processor import has_vnni, processor_features
 from trtq.results import Result
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from trtq.artefact.opened import DEFAULT_STEPS, Opened, open_artefact
-from trtq.diffusion.pipeline import LoadedPipeline, load_source
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.documents import shown
 from trtq.errors import UsageError
 from trtq.evaluation.extractor import Extractor, load_extractor
@@ -229,11 +230,11 @@ def draw_reference(
         raise UsageError(
             f"the reference {opened.place} is of kind {opened.kind!r}; give the float checkpoint of it"
         )
-    source = load_source(opened.place)
+    source = open_pipeline(opened.place)
     if images < 2:
         raise UsageError(f"--images must be at least 2, got {images}")
     if judged is not None:
-        _match(source, judged)
+        source = _match(source, judged)
     extractor = load_extractor(source.folder, features)
     conditioning = conditioning_for(source, images)
     start = time.monotonic()
@@ -337,15 +338,15 @@ def evaluate(
     )
 
 
-def _match(reference: LoadedPipeline, judged: LoadedPipeline) -> None:
-    """Let the reference draw images of the judged model's size, if they are models of one kind.
+def _match(reference: LoadedPipeline, judged: LoadedPipeline) -> LoadedPipeline:
+    """The reference at the judged model's image size.
 
     Raises:
-        UsageError: they are not: images of different things cannot be compared.
+        UsageError: the models are of different kinds, so their images cannot be compared.
     """
     if judged.resized and reference.image_size != judged.image_size:
         height, width = judged.image_size
-        reference.resize(f"{height}x{width}")
+        reference = reference.sized(f"{height}x{width}")
     for what, own, other in (
         ("classes", judged.classes, reference.classes),
         ("prompts", judged.prompts is not None, reference.prompts is not None),
@@ -357,6 +358,7 @@ def _match(reference: LoadedPipeline, judged: LoadedPipeline) -> None:
                 f"the reference {reference.name} is another model than {judged.name}: {what} {other}, "
                 f"not {own}; give the float checkpoint that it was made from"
             )
+    return reference
 
 
 _WITHOUT_FEATURES = ("psnr_db", "ssim", "snr_db_min")

@@ -19,7 +19,8 @@ from trtq.artefact.opened import DEFAULT_STEPS, Checkpoint, Opened, open_artefac
 from trtq.artefact.options import ExportOptions, Metrics
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.layout import parse_sizes
-from trtq.diffusion.pipeline import LoadedPipeline, load_source
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.documents import shown
 from trtq.engine.prepared import keep_prepared
 from trtq.errors import GateError, UsageError
@@ -73,7 +74,8 @@ def parse_batch(text: str) -> tuple[int, int]:
         bounds = 0, 0
     if not 1 <= bounds[0] <= bounds[1] <= MAX_BATCH:
         raise UsageError(
-            f"--batch {shown(text)} is not understood; write MIN:MAX, each 1 .. {MAX_BATCH}, e.g. 1:8"
+            f"--batch-range {shown(text)} is not understood; "
+            f"write MIN:MAX, each 1 .. {MAX_BATCH}, e.g. 1:8"
         )
     return bounds
 
@@ -144,6 +146,7 @@ def export(
         source, traced, run, manifest = _load(opened, precision)
         name = source.denoiser_name
         smallest, largest = _sizes(source, size)
+        source = source.sized(smallest)
         # What torch cannot be compared along in the end is refused before the graph is made.
         source.schedule(opened.steps or DEFAULT_STEPS)
         half = precision == "fp16"
@@ -184,16 +187,16 @@ def _load(
 ) -> tuple[LoadedPipeline, nn.Module, OpenRun | None, Manifest]:
     """The pipeline, the denoiser to trace, the run if there is one, and the manifest's beginnings."""
     if isinstance(opened, Checkpoint):
-        source = load_source(opened.place)
+        source = open_pipeline(opened.place)
         # Tracing in half precision changes the model, and the comparison needs the original.
-        traced = source.denoiser if precision == "fp32" else load_source(opened.place).denoiser
+        traced = source.denoiser if precision == "fp32" else open_pipeline(opened.place).denoiser
         return source, traced, None, _float_manifest(source)
     run = open_run(opened)
     return run.source(), run.float_skeleton(), run, _run_manifest(run)
 
 
 def _sizes(source: LoadedPipeline, size: str | None) -> tuple[str, str]:
-    """Smallest and largest image size of the graph; the source then works on the smallest.
+    """Smallest and largest image size of the graph.
 
     Raises:
         UsageError: the model cannot draw them, or one graph cannot take several.
@@ -205,7 +208,6 @@ def _sizes(source: LoadedPipeline, size: str | None) -> tuple[str, str]:
             "of it; export once for each size"
         )
     source.latents_of(largest)
-    source.resize(smallest)
     return smallest, largest
 
 
@@ -280,9 +282,7 @@ def _held_to_torch(
     parity = step_parities(source, model, manifest)
     checked = list(parity)
     if smallest != largest:
-        source.resize(largest)
-        checked += step_parities(source, model, manifest)
-        source.resize(smallest)
+        checked += step_parities(source.sized(largest), model, manifest)
     least = min(row.db for row in checked)
     if not all(row.holds(min_db) for row in checked):
         raise GateError(

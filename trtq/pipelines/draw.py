@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from trtq.artefact.outputs import new_file
-from trtq.diffusion.cut import warn_of_cuts
 from trtq.diffusion.encode import takes_negative
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import at_once
+from trtq.diffusion.truncation import warn_of_truncation
 from trtq.errors import ArtefactError, NonFiniteError, TrtqError, UsageError
 from trtq.limits import MAX_IMAGES
 from trtq.png_text import with_texts
@@ -136,7 +136,7 @@ def draw(
         _check_negative(source, negative_prompt, chosen)
     if conditioning.prompts is not None:
         told = [] if not negative_prompt else [negative_prompt]
-        warn_of_cuts(source.pipeline, [*conditioning.prompts, *told])
+        warn_of_truncation(source.pipeline, [*conditioning.prompts, *told])
     if batch is None:
         most = BATCH if conditioning.prompts is None else TEXT_BATCH
         batch = at_once(source.sample_shape, most)

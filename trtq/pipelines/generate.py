@@ -81,7 +81,7 @@ def generate(
     opened = open_artefact(artefact, verify=False)
     source = open_any(opened, provider)
     if size is not None:
-        source.resize(size)
+        source = source.sized(size)
     check_sheet(images, *source.image_size)
     conditioning = conditioning_for(source, images, class_label=class_label, prompt=prompt)
     if guidance is None:

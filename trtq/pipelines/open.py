@@ -13,7 +13,8 @@ from torch import nn
 
 from trtq.artefact.opened import Checkpoint, EngineFolder, GraphFolder, Opened, open_artefact
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
-from trtq.diffusion.pipeline import DENOISERS, LoadedPipeline, load_source
+from trtq.diffusion.loading import DENOISERS, open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.engine.base import Engine
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.open import open_engine
@@ -68,7 +69,7 @@ def open_any(
             f"trtq export {opened.place} -o ONNX"
         )
     if isinstance(opened, Checkpoint):
-        return load_source(opened.place)
+        return open_pipeline(opened.place)
     run = open_run(opened)
     return run.source(_on_gpu(run) if provider == TORCH else None)
 
@@ -147,7 +148,7 @@ def engine_source(
     )
     source = LoadedPipeline(str(folder), folder, pipeline, denoiser)
     if size is not None:
-        source.resize(size.partition(":")[0])
+        source = source.sized(size.partition(":")[0])
     return source
 
 

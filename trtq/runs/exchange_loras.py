@@ -15,7 +15,8 @@ from trtq.artefact.manifest_file import write_manifest
 from trtq.artefact.opened import Opened
 from trtq.artefact.options import LoraRecord
 from trtq.diffusion.folder import save_pipeline_parts
-from trtq.diffusion.pipeline import LoadedPipeline, load_source
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
 from trtq.errors import ArtefactError, UsageError
 from trtq.lora import LoraRequest, merge_loras
@@ -43,7 +44,7 @@ def _float_source(run: OpenRun, model: str | Path | None) -> LoadedPipeline:
     """
     name = model or run.manifest.source.name
     try:
-        source = load_source(name)
+        source = open_pipeline(name)
     except ArtefactError as err:
         raise ArtefactError(
             f"{run.folder} was made of {run.manifest.source.name!r}, which is needed for its float "

@@ -54,7 +54,7 @@ class OpenRun:
         source = LoadedPipeline(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
         recipe = self.manifest.recipe
         if recipe is not None and recipe.size is not None:
-            source.resize(recipe.size)
+            source = source.sized(recipe.size)
         check_calibrated(source, self.manifest)
         return source
 

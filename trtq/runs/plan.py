@@ -22,12 +22,13 @@ from trtq.calib.sensitivity import (
     weight_sensitivity,
     with_bits,
 )
-from trtq.diffusion.checkpoint import one_line
-from trtq.diffusion.cut import warn_of_cuts
 from trtq.diffusion.encode import check_inputs
-from trtq.diffusion.pipeline import LoadedPipeline, load_source
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.sampling import at_once, seeded_noise, spread
+from trtq.diffusion.truncation import warn_of_truncation
+from trtq.diffusion.wording import one_line
 from trtq.errors import QuantizationError, TrtqError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
 from trtq.progress import ProgressCallback, silent
@@ -131,7 +132,7 @@ def plan_quantize(
             f"{opened.place} is of kind {opened.kind!r} and quantised already; give a float checkpoint, "
             "or a run together with --lora to change its LoRAs"
         )
-    source = load_source(opened.place)
+    source = open_pipeline(opened.place)
     if isinstance(source.denoiser, StandIn):
         raise UsageError(
             f"{source.name} is quantised already (its denoiser is a "
@@ -155,7 +156,7 @@ def plan_quantize(
     }
     merged = merge_loras(components, loras, source.denoiser_name)
     if recipe.size is not None:
-        source.resize(recipe.size)
+        source = source.sized(recipe.size)
     if recipe.guidance is None:
         recipe = recipe.model_copy(update={"guidance": source.guidance})
     if recipe.training is not None:
@@ -168,7 +169,7 @@ def plan_quantize(
         lines = read_lines(Path(recipe.prompts))
         source.prompts = source.prompts.model_copy(update={"calibration": lines})
     if source.prompts is not None:
-        warn_of_cuts(source.pipeline, source.prompts.calibration, "calibration prompts")
+        warn_of_truncation(source.pipeline, source.prompts.calibration, "calibration prompts")
     policy = load_policy(
         type(source.denoiser).__name__, None if recipe.policy is None else Path(recipe.policy)
     )

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError
-from trtq.quant.convert import LowBitTensors, QuantizedDenoiser, named_errors
-from trtq.quant.deployed import LayerTensors
+from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.fake_quant import quantize_codes
 from trtq.quant.modules import QuantLayer
+from trtq.quant.plan import LowBitTensors, named_errors
+from trtq.quant.tensors import LayerTensors
 
 __all__ = ["TRAINED_NAME", "restore_trained", "save_trained"]
 

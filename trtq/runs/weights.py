@@ -20,19 +20,20 @@ from torch import Tensor, nn
 
 from trtq.documents import explain_first, parse_json, shown
 from trtq.errors import ArtefactError, NonFiniteError
-from trtq.quant.convert import (
+from trtq.quant.convert import deploy
+from trtq.quant.denoiser import QuantizedDenoiser
+from trtq.quant.modules import QuantLayer
+from trtq.quant.packing import PackedWeight, unpack_codes
+from trtq.quant.plan import (
     LayerPlan,
     LowBitTensors,
-    QuantizedDenoiser,
-    deploy,
     layer_kind,
     named_errors,
     precision_text,
     quantizable_layers,
 )
-from trtq.quant.deployed import LayerTensors, ProductTensors
-from trtq.quant.modules import QuantLayer, QuantProduct
-from trtq.quant.packing import PackedWeight, unpack_codes
+from trtq.quant.product import QuantProduct
+from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from trtq.documents import shown
-from trtq.engine.base import TensorSpec
+from trtq.engine.base import Engine, TensorSpec, specs_from_json, specs_to_json
 from trtq.errors import ArtefactError, ServerError
 
 __all__ = ["ServedGraph", "TritonEngine", "array_of", "tensor_of"]
@@ -39,8 +39,8 @@ class ServedGraph:
         """For a file."""
         return {
             "model": self.model,
-            "inputs": {name: _plain(spec) for name, spec in self.inputs.items()},
-            "outputs": {name: _plain(spec) for name, spec in self.outputs.items()},
+            "inputs": specs_to_json(self.inputs),
+            "outputs": specs_to_json(self.outputs),
             "metadata": dict(self.metadata),
             "batched": self.batched,
         }
@@ -53,13 +53,7 @@ class ServedGraph:
             ArtefactError: it is something else.
         """
         try:
-            inputs, outputs = (
-                {
-                    name: TensorSpec(np.dtype(one[0]), tuple(one[1]))
-                    for name, one in found[key].items()
-                }
-                for key in ("inputs", "outputs")
-            )
+            inputs, outputs = (specs_from_json(found[key]) for key in ("inputs", "outputs"))
             return cls(
                 str(found["model"]),
                 inputs,
@@ -71,11 +65,7 @@ class ServedGraph:
             raise ArtefactError(f"{shown(found)} describes no graph: {err}") from err
 
 
-def _plain(spec: TensorSpec) -> list[Any]:
-    return [spec.dtype.name, list(spec.shape)]
-
-
-class TritonEngine:
+class TritonEngine(Engine):
     """A graph that the server runs.
 
     Args:
@@ -84,29 +74,13 @@ class TritonEngine:
         before_run: called before each run; what it raises ends the drawing.
     """
 
-    provider = "triton"
-
     def __init__(
         self, graph: ServedGraph, backend_utils: Any, before_run: Callable[[], None] | None = None
     ) -> None:
+        super().__init__("triton", graph.inputs, graph.outputs, graph.metadata)
         self._graph = graph
         self._utils = backend_utils
         self._before_run = before_run
-
-    @property
-    def inputs(self) -> Mapping[str, TensorSpec]:
-        """The graph's inputs by name."""
-        return self._graph.inputs
-
-    @property
-    def outputs(self) -> Mapping[str, TensorSpec]:
-        """The graph's outputs by name."""
-        return self._graph.outputs
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """What the graph's file says about itself."""
-        return self._graph.metadata
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; arrays by name, batch first.

@@ -22,8 +22,7 @@ from trtq.artefact.opened import (
     open_folder,
 )
 from trtq.artefact.options import EngineOptions
-from trtq.engine.base import TensorSpec
-from trtq.engine.prepared import graph_specs
+from trtq.engine.base import TensorSpec, graph_specs
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError
 from trtq.exporter.graph_check import require_graphs
