@@ -8,7 +8,7 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow coverage check browser bench clean
+.PHONY: demo test test-slow coverage check docs browser bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/trtq demo -o trtq-demo --overwrite
@@ -33,6 +33,10 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Builds site/ without network access; a warning is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/digits.py
 
@@ -47,5 +51,9 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install -q -e '.[cpu,eval,rtx,plugins,serve,dev]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install -q -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
