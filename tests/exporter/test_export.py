@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -357,3 +358,10 @@ def test_a_wrong_lookup_of_the_step_is_seen_in_a_model_of_any_size(
     onnx.save(model, wrong)
     with pytest.raises(GateError, match=r"uses step \d of its tables, torch step \d"):
         parity_stage.step_parities(run.source(), wrong, run.manifest)
+
+
+def test_a_graph_holds_no_path_of_the_machine_that_exported_it(digits_onnx):
+    text = (digits_onnx / "unet" / "model.onnx").read_bytes()
+    for path in (Path(__file__).parents[2], Path(torch.__file__).parent, digits_onnx.parent):
+        assert str(path).encode() not in text
+    assert b"stack_trace" not in text

@@ -48,10 +48,23 @@ def save_graph(model: Any, folder: Path) -> None:
 
     # The rewrites leave unused constants behind.
     RemoveUnusedNodesPass()(model)
+    _drop_export_notes(model)
     _check_finite(model)
     folder.mkdir(parents=True)
     ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME, size_threshold_bytes=_INLINE_BYTES)
     onnx.checker.check_model(str(folder / MODEL_FILE))
+
+
+def _drop_export_notes(model: Any) -> None:
+    """Drop the notes of torch's exporter about nodes: source lines with paths of this machine.
+
+    They are more than half of the file of a small graph, and nothing reads them.
+    """
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for node in graph:
+            node.metadata_props.clear()
+            for output in node.outputs:
+                output.metadata_props.clear()
 
 
 def _check_finite(model: Any) -> None:
