@@ -1173,9 +1173,14 @@ def serve(
     with _command(verbose):
         from trtq.serve.http.access import allowed_hosts, allowed_origins
         from trtq.serve.logs import log_to
-        from trtq.serve.server import ServeOptions, parse_batching, read_api_key
+        from trtq.serve.options import (
+            Limits,
+            ServeOptions,
+            parse_batch_sizes,
+            parse_batching,
+            read_api_key,
+        )
         from trtq.serve.server import serve as run_server
-        from trtq.serve.service import Limits, parse_batch_sizes
 
         limits = Limits(
             batch=max_batch,
@@ -1212,8 +1217,8 @@ def serve(
 
         log_to(level=logging.DEBUG if verbose else logging.INFO)
         if on_ray:
-            from trtq.serve.ray.deployment import RayOptions
             from trtq.serve.ray.local import parse_replicas, serve_on_ray
+            from trtq.serve.ray.options import RayOptions
 
             least, most = parse_replicas(replicas or "1:2")
             chosen = RayOptions(min_replicas=least, max_replicas=most, **asked)

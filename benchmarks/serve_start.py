@@ -39,7 +39,7 @@ def start(onnx: Path, provider: str, setting: str, cache: Path) -> float:
 def imported(onnx: Path, provider: str, setting: str, cache: Path) -> list[str]:
     """Which heavy modules opening the model for serving imports."""
     code = (
-        "import sys; from trtq.serve.server import open_model;"
+        "import sys; from trtq.serve.hosting import open_model;"
         f"open_model({str(onnx)!r}, 'x', provider={provider!r}, threads=1);"
         f"print(*[name for name in {HEAVY} if name in sys.modules])"
     )

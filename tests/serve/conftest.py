@@ -32,18 +32,18 @@ class ToyModel(ImageModel):
         self.decoded = 0
         self.seconds = 0.0
 
-    def inputs(self, drawing):
-        label = np.array([class_label(self.info, drawing.prompt)])
+    def inputs(self, request):
+        label = np.array([class_label(self.info, request.prompt)])
         return Inputs({"class_labels": label}, {"class_labels": np.array([3])})
 
-    def starts(self, drawing):
-        shape = (1, *(drawing.size or self.info.image_size))
-        inputs = self.inputs(drawing)
-        solver = self._ddim.solver(drawing.steps)
+    def starts(self, request):
+        shape = (1, *(request.size or self.info.image_size))
+        inputs = self.inputs(request)
+        solver = self._ddim.solver(request.steps)
         found = []
-        for index in range(drawing.count):
-            noise = np.random.default_rng([drawing.seed, index]).standard_normal((1, *shape))
-            found.append(InitialState(noise.astype(np.float32), inputs, solver, drawing.guidance))
+        for index in range(request.count):
+            noise = np.random.default_rng([request.seed, index]).standard_normal((1, *shape))
+            found.append(InitialState(noise.astype(np.float32), inputs, solver, request.guidance))
         return found
 
     def denoise(self, x, timestep, conditional, shared):
@@ -71,8 +71,8 @@ class TextToy(ToyModel):
             self.info, kind="text", classes=(), sizes=sizes, takes_negative_prompt=True
         )
 
-    def inputs(self, drawing):
-        lengths = len(drawing.prompt) % 3, len(drawing.negative_prompt or "???") % 5
+    def inputs(self, request):
+        lengths = len(request.prompt) % 3, len(request.negative_prompt or "???") % 5
         conditional, without = ({"class_labels": np.array([length])} for length in lengths)
         return Inputs(conditional, without)
 

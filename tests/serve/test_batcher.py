@@ -8,10 +8,11 @@ import pytest
 
 import trtq
 from trtq.seeds import seeded_generator
-from trtq.serve.batcher import Batcher, Item, batch_sizes
+from trtq.serve.batch import Item
+from trtq.serve.batcher import Batcher, batch_sizes
+from trtq.serve.hosting import open_model
 from trtq.serve.models.base import GenerationRequest
 from trtq.serve.models.pipeline import PipelineModel
-from trtq.serve.server import open_model
 
 
 class Crowd:
@@ -78,12 +79,12 @@ def test_an_image_joins_at_the_next_call_and_leaves_when_done(toy, start):
     batcher, crowd = start(), Crowd(toy)
     late = crowd.items(2, steps=2)
 
-    def after_update(item):
+    def on_step(item):
         if item.position == 3:
             batcher.put(late)
 
     (first,) = crowd.items(1, steps=8)
-    first.after_update = after_update
+    first.on_step = on_step
     batcher.put([first])
     crowd.wait(2)
     assert [len(call) for call in toy.calls] == [1, 1, 1, 2, 2, 1, 1, 1]
@@ -219,9 +220,9 @@ def test_who_fails_to_take_an_answer_harms_nobody_else(toy, start, caplog):
         raise ValueError("nobody home")
 
     (deaf,) = crowd.items(1, steps=2)
-    deaf.done = fail
+    deaf.on_done = fail
     (confused,) = crowd.items(2, steps=3)
-    confused.after_update = fail
+    confused.on_step = fail
     toy.go.clear()
     batcher.put([deaf, confused, *crowd.items(3, steps=4)])
     toy.go.set()
@@ -265,7 +266,7 @@ def test_nothing_waits_for_ever_behind_those_that_come_later(toy, start):
         seed = next(seeds, None)
         if seed is not None:
             (item,) = crowd.items(seed, steps=2)
-            item.after_update = another
+            item.on_step = another
             batcher.put([item])
 
     toy.go.clear()

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from trtq.cli import app
 from trtq.errors import UsageError
 from trtq.serve import server
+from trtq.serve.hosting import open_model
 from trtq.serve.models.torch_free import TorchFreeModel
-from trtq.serve.server import open_model, read_api_key
+from trtq.serve.options import read_api_key
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = "/v1/images/generations"

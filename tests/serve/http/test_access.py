@@ -15,7 +15,9 @@ from trtq.serve.http import protocol
 from trtq.serve.http.access import Access, allowed_hosts, allowed_origins
 from trtq.serve.http.app import create_app
 from trtq.serve.metrics import Metrics
-from trtq.serve.service import Limits, ServedModel, Service
+from trtq.serve.options import Limits
+from trtq.serve.served import ServedModel
+from trtq.serve.service import Service
 
 BODY = json.dumps({"prompt": "one", "steps": 1})
 GETS = (

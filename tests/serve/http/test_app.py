@@ -19,7 +19,10 @@ from trtq.serve.http.errors import ApiError
 from trtq.serve.http.protocol import BoundedProtocol
 from trtq.serve.metrics import Metrics
 from trtq.serve.models.base import GenerationRequest
-from trtq.serve.service import Limits, ServedModel, Service
+from trtq.serve.options import Limits
+from trtq.serve.requests import DrawOptions
+from trtq.serve.served import ServedModel
+from trtq.serve.service import Service
 
 PATH = "/v1/images/generations"
 KEY = "sesame"
@@ -135,14 +138,14 @@ def test_a_stream_tells_progress_previews_and_the_end(serve):
     [
         ({"prompt": "three"}, None, "one of zero, one, two, or a number from 0 to 2"),
         ({"prompt": 7}, "prompt", "should be a valid string"),
-        ({"prompt": "\ud800"}, "prompt", "no text"),
+        ({"prompt": "\ud800"}, "prompt", "not text"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 11}, "n", "up to 10"),
         ({"n": "2"}, "n", "valid integer"),
         ({"n": 10**400}, "n", "n"),
         ({"steps": 0}, "steps", "greater than or equal to 1"),
         ({"steps": 201}, "steps", "choose 1 .. 200"),
-        ({"size": "1024x1024"}, "size", "toy draws WIDTHxHEIGHT 4x4, got '1024x1024'; or say 'au"),
+        ({"size": "1024x1024"}, "size", "toy draws WIDTHxHEIGHT 4x4, got '1024x1024'; or use 'au"),
         ({"size": "0x4"}, "size", "draws WIDTHxHEIGHT 4x4"),
         ({"size": "4 x 4"}, "size", "draws WIDTHxHEIGHT 4x4"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
@@ -217,7 +220,9 @@ def test_a_model_of_several_sizes_draws_the_one_asked_for(serve):
     assert (done["size"], picture(done).size) == ("8x4", (8, 4))
     models = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
     assert models["toy"]["sizes"] is None
-    assert models["text"]["sizes"] == {"smallest": [4, 4], "largest": [8, 12], "step": 4}
+    assert models["text"]["sizes"] == {
+        "smallest": [4, 4], "largest": [8, 12], "multiple_of": 4, "step": 4,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("size", ["16x8", "8x12", "6x8", "8", "0x8", "8x8x8", "-4x8", "9" * 4000])
@@ -230,7 +235,7 @@ def test_a_size_that_is_not_drawn_is_refused_with_those_that_are(serve, size):
         "draws WIDTHxHEIGHT from 4x4 to 12x8, width and height multiples of 4, got"
         in error["message"]
     )
-    assert error["message"].endswith("or say 'auto' for 4x4")
+    assert error["message"].endswith("or use 'auto' for 4x4")
 
 
 def test_guidance_up_to_one_is_none_as_in_diffusers(serve):
@@ -250,7 +255,7 @@ def test_a_negative_prompt_changes_the_picture_where_there_is_guidance(serve):
     assert with_it == drawn(guidance=3, negative_prompt="ugly").json()["data"]
     useless = drawn(guidance=1, negative_prompt="ugly")
     assert (useless.status_code, useless.json()["error"]["param"]) == (400, "negative_prompt")
-    assert "changes nothing at guidance 1" in useless.json()["error"]["message"]
+    assert "has no effect at guidance 1" in useless.json()["error"]["message"]
     assert drawn(guidance=1, negative_prompt="").status_code == 200
     found = client.get("/v1/models").json()["data"]
     assert [model["takes_negative_prompt"] for model in found] == [False, True]
@@ -424,8 +429,8 @@ def test_no_time_left_is_a_deadline_too(serve):
     server, _ = serve()
 
     async def draw():
-        drawing = GenerationRequest("one", 1, 0, 5, 1.0)
-        async for _ in server.service.draw("toy", drawing, deadline_s=0.0):
+        request = GenerationRequest("one", 1, 0, 5, 1.0)
+        async for _ in server.service.draw("toy", request, DrawOptions(deadline_s=0.0)):
             pass
 
     with pytest.raises(ApiError, match="within 0 s"):
@@ -445,7 +450,7 @@ def test_the_servers_limits_hold_for_what_is_not_asked_for(serve):
 def test_a_dead_batcher_is_told_by_the_health_checks(serve, toy):
     server, client = serve()
     assert client.head("/healthz").status_code == client.head("/readyz").status_code == 200
-    server.service.hosted["toy"].batcher.close(RuntimeError("gone"))
+    server.service.served["toy"].batcher.close(RuntimeError("gone"))
     assert client.get("/healthz").status_code == client.get("/readyz").status_code == 503
 
 
@@ -498,7 +503,7 @@ def test_giving_up_answers_503(serve, toy):
     thread = threading.Thread(target=lambda: answers.append(server.post(client, n=2)))
     thread.start()
     wait_until(lambda: server.service.under_way == 2)
-    wait_until(lambda: server.service.hosted["toy"].batcher._items)
+    wait_until(lambda: server.service.served["toy"].batcher._items)
     server.service.give_up()
     thread.join()
     assert answers[0].status_code == 503

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.serve.conftest import TextToy, ToyModel, running
 from tests.serve.http.test_app import Server
 from trtq.png_text import read_texts
-from trtq.serve.service import Limits
+from trtq.serve.options import Limits
 
 pytestmark = pytest.mark.slow
 DONE = re.compile("^Done")
@@ -124,7 +124,7 @@ def test_a_size_and_a_negative_prompt_are_asked_for_only_where_they_are_taken(pa
         assert size == [8, 8]
         page.fill("#guidance", "1")
         page.click("#draw")
-        page.until(re.compile("a negative prompt changes nothing at guidance 1"))
+        page.until(re.compile("a negative prompt has no effect at guidance 1"))
         page.fill("#width", "6")
         page.click("#draw")
         assert page.evaluate("document.querySelector('#width').validity.stepMismatch")

@@ -7,10 +7,10 @@ from tests.conftest import tiny_pipeline
 from trtq.exporter.export import export_onnx
 from trtq.pipelines.open import open_any
 from trtq.runs.quantize import quantize
+from trtq.serve.hosting import open_model
 from trtq.serve.models.base import GenerationRequest, Sizes
 from trtq.serve.models.pipeline import PipelineModel
 from trtq.serve.models.torch_free import TorchFreeModel
-from trtq.serve.server import open_model
 
 RECIPE = {"method": "minmax", "bits": "w8a8", "steps": 2, "calibration": {"images": 4}}
 

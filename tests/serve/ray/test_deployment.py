@@ -20,13 +20,17 @@ from tests.serve.http.test_app import PATH
 from trtq.errors import UsageError
 from trtq.serve.http.errors import ApiError
 from trtq.serve.models.base import GenerationRequest, ModelInfo
-from trtq.serve.ray.deployment import Ingress, RayOptions, RemoteGenerator, app, replicas_wanted
+from trtq.serve.options import Limits
+from trtq.serve.ray.deployment import Ingress, app, replicas_wanted
+from trtq.serve.ray.generator import RemoteGenerator
+from trtq.serve.ray.options import RayOptions
+from trtq.serve.requests import DrawOptions, Event
 from trtq.serve.server import drain
-from trtq.serve.service import Event, Limits
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")
-CARD = ModelInfo("toy", "class", ("zero",), (4, 4), 5, 1000, 1.0, True, "cpu", None)
+INFO = ModelInfo("toy", "class", ("zero",), (4, 4), 5, 1000, 1.0, True, "cpu", None)
+REQUEST = GenerationRequest("zero", 3, 7, 2, 1.0)
 ALL = [Event("accepted", 0, 0, 2), *(Event("image", index, 2, 2, b"png") for index in range(3))]
 
 
@@ -54,7 +58,7 @@ class Handle:
 
     def __init__(self, *answers):
         self.answers = list(answers)
-        self.asked = []
+        self.calls = []
         self.draw = self
 
     def options(self, stream):
@@ -62,21 +66,17 @@ class Handle:
         return self
 
     def remote(self, *arguments):
-        self.asked.append(arguments)
-        return self.answers[min(len(self.asked), len(self.answers)) - 1]
+        self.calls.append(arguments)
+        return self.answers[min(len(self.calls), len(self.answers)) - 1]
 
 
 def draw(handle, monkeypatch, **options):
-    monkeypatch.setattr("trtq.serve.ray.deployment._PAUSE_S", 0.0)
-    drawer = RemoteGenerator(handle, {"toy": CARD}, Limits())
+    monkeypatch.setattr("trtq.serve.ray.generator._PAUSE_S", 0.0)
+    generator = RemoteGenerator(handle, {"toy": INFO}, Limits())
+    events = generator.draw("toy", REQUEST, DrawOptions(**options))
 
     async def collect():
-        return [
-            event
-            async for event in drawer.draw(
-                "toy", GenerationRequest("zero", 3, 7, 2, 1.0), **options
-            )
-        ]
+        return [event async for event in events]
 
     return asyncio.run(collect())
 
@@ -86,7 +86,7 @@ def test_a_lost_replica_is_replaced_and_nothing_comes_twice(monkeypatch):
     first, second = Answers(ALL[:2], lost), Answers(ALL, None)
     handle = Handle(first, second)
     assert draw(handle, monkeypatch) == ALL
-    assert [asked[1] for asked in handle.asked] == [GenerationRequest("zero", 3, 7, 2, 1.0)] * 2
+    assert [arguments[1] for arguments in handle.calls] == [REQUEST] * 2
     assert first.cancelled
 
 
@@ -95,7 +95,7 @@ def test_replicas_that_keep_failing_are_503(monkeypatch):
     with pytest.raises(ApiError, match="keep failing") as caught:
         draw(handle, monkeypatch)
     assert caught.value.status == 503
-    assert len(handle.asked) == 10
+    assert len(handle.calls) == 10
 
 
 def test_refusals_of_a_replica_are_the_answer(monkeypatch):
@@ -111,13 +111,13 @@ def test_refusals_of_a_replica_are_the_answer(monkeypatch):
 def test_no_time_left_after_a_lost_replica_is_408(monkeypatch):
     clock = itertools.count(0.0, 1.0)
     monkeypatch.setattr(
-        "trtq.serve.ray.deployment.time", types.SimpleNamespace(monotonic=clock.__next__)
+        "trtq.serve.ray.generator.time", types.SimpleNamespace(monotonic=clock.__next__)
     )
     handle = Handle(Answers([], ray.exceptions.RayActorError()))
     with pytest.raises(ApiError, match="within 5 s") as caught:
         draw(handle, monkeypatch, deadline_s=5)
     assert caught.value.status == 408
-    left = [asked[2] for asked in handle.asked]
+    left = [options.deadline_s for _, _, options in handle.calls]
     assert left == sorted(left, reverse=True)
     assert all(0 < seconds <= 5 for seconds in left)
     assert len(left) == 2
@@ -132,27 +132,27 @@ def test_a_replica_that_does_not_answer_is_408_in_time(monkeypatch):
 
 def test_what_is_given_up_is_503_and_nothing_stays_under_way():
     hung = Answers(ALL[:1], None, hangs=True)
-    drawer = RemoteGenerator(Handle(hung), {"toy": CARD}, Limits())
+    generator = RemoteGenerator(Handle(hung), {"toy": INFO}, Limits())
     given_up = []
 
     async def ask():
         try:
-            async for _ in drawer.draw("toy", GenerationRequest("zero", 3, 7, 2, 1.0)):
+            async for _ in generator.draw("toy", REQUEST, DrawOptions()):
                 pass
         except ApiError as error:
             given_up.append((error.status, error.code))
 
     async def stop():
         asking = asyncio.create_task(ask())
-        while not drawer.under_way:
+        while not generator.under_way:
             await asyncio.sleep(0)
-        assert drawer.under_way == 3
-        await drain(drawer, 0.05)
+        assert generator.under_way == 3
+        await drain(generator, 0.05)
         await asking
 
     asyncio.run(stop())
     assert given_up == [(503, "draining")]
-    assert drawer.under_way == 0
+    assert generator.under_way == 0
 
 
 @pytest.mark.parametrize(
@@ -186,27 +186,27 @@ def test_arguments_are_those_of_the_server_and_its_limits(monkeypatch, tmp_path)
         {
             "path": "onnx", "beside": "digits", "batching": "request", "batch": "4", "queue": "2",
             "batch_sizes": "2,4", "images": "3", "steps": "50", "body_bytes": "1000",
-            "deadline_s": "20", "body_s": "2", "max_replicas": "4", "target": "3",
+            "deadline_s": "20", "body_s": "2", "max_replicas": "4", "images_per_replica": "3",
             "api_key_file": str(tmp_path / "key"), "allowed_hosts": "A.example, *.b.example",
             "allowed_origins": "http://ui.example",
         }
     )  # fmt: skip
-    (replica, options), (front, _) = seen
+    (replica, options), (ingress, _) = seen
     limits = Limits(
         batch=4, batch_sizes=(2, 4), queue=2, images=3, steps=50, body_bytes=1000, deadline_s=20.0,
         body_s=2.0,
     )  # fmt: skip
     wanted = RayOptions(
         path="onnx", beside="digits", batching="request", threads=1, limits=limits, max_replicas=4,
-        target=3.0, allowed_hosts=("a.example", "*.b.example"), allowed_origins=("http://ui.example",),
+        images_per_replica=3.0, allowed_hosts=("a.example", "*.b.example"), allowed_origins=("http://ui.example",),
     )  # fmt: skip
     assert replica == (wanted,)
-    assert front[1] == limits
+    assert ingress[1] == limits
     assert options["max_ongoing_requests"] == 6
     assert options["autoscaling_config"]["target_ongoing_requests"] == 3
-    assert front[2].get_secret_value() == "sesame"
-    assert front[3] == wanted.access
-    assert "sesame" not in repr((replica, front, RayOptions(path="x", api_key="sesame")))
+    assert ingress[2].get_secret_value() == "sesame"
+    assert ingress[3] == wanted.access
+    assert "sesame" not in repr((replica, ingress, RayOptions(path="x", api_key="sesame")))
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_a_connection_whose_body_was_not_read_to_the_end_is_closed(headers, piec
         await send({"type": "http.response.start", "status": 413, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    front = object.__new__(Ingress)
-    front._app = application
+    ingress = object.__new__(Ingress)
+    ingress._app = application
     left, sent = list(pieces), []
 
     async def receive():
@@ -237,7 +237,7 @@ def test_a_connection_whose_body_was_not_read_to_the_end_is_closed(headers, piec
     async def send(message):
         sent.append(message)
 
-    asyncio.run(front.answer({"type": "http", "headers": headers}, receive, send))
+    asyncio.run(ingress.answer({"type": "http", "headers": headers}, receive, send))
     assert ((b"connection", b"close") in sent[0]["headers"]) is closes
 
 
