@@ -40,11 +40,11 @@ class ToyModel(ImageModel):
         shape = (1, *(request.size or self.info.image_size))
         inputs = self.inputs(request)
         solver = self._ddim.solver(request.steps)
-        found = []
+        states = []
         for index in range(request.count):
             noise = np.random.default_rng([request.seed, index]).standard_normal((1, *shape))
-            found.append(InitialState(noise.astype(np.float32), inputs, solver, request.guidance))
-        return found
+            states.append(InitialState(noise.astype(np.float32), inputs, solver, request.guidance))
+        return states
 
     def denoise(self, x, timestep, conditional, shared):
         assert self.go.wait(10)

@@ -117,9 +117,9 @@ def test_a_low_bit_graph_gives_the_same_bits_alone_and_in_company(served_onnx, p
         crowd, batcher = Crowd(model), Batcher(model, max_rows=4, sizes=[4])
         for seed, steps, guidance in chosen:
             batcher.put(crowd.items(seed, steps, guidance))
-        found = crowd.wait(len(chosen))
+        drawn = crowd.wait(len(chosen))
         batcher.close(RuntimeError("closed"))
-        return found
+        return drawn
 
     together = draw(requests)
     for request in requests:
@@ -132,7 +132,7 @@ def drawn_by_both(model, pipeline, steps, guidance):
     """Three images of class 2 by the batcher and by the pipeline itself, [3,C,H,W]."""
     crowd, batcher = Crowd(model), Batcher(model, max_rows=4)
     batcher.put(crowd.items(5, steps, guidance, count=3, prompt="2"))
-    found = crowd.wait(3)
+    samples = crowd.wait(3)
     batcher.close(RuntimeError("closed"))
     expected = pipeline(
         [2, 2, 2],
@@ -141,7 +141,7 @@ def drawn_by_both(model, pipeline, steps, guidance):
         generator=[seeded_generator(5, "image", index) for index in range(3)],
         output_type="pt",
     ).images.numpy()
-    return np.concatenate([found[5, index] for index in range(3)]), expected
+    return np.concatenate([samples[5, index] for index in range(3)]), expected
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -153,16 +153,16 @@ def test_the_batcher_draws_what_the_pipeline_draws(tiny, scheduler, guidance):
     cls = getattr(diffusers, scheduler)
     pipeline.scheduler = cls.from_config(pipeline.scheduler.config)
     model = PipelineModel(tiny, "tiny", "torch")
-    found, expected = drawn_by_both(model, pipeline, 7, guidance)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    drawn, expected = drawn_by_both(model, pipeline, 7, guidance)
+    np.testing.assert_allclose(drawn, expected, atol=1e-4)
 
 
 def test_a_graph_without_torch_draws_what_its_pipeline_draws(served_onnx):
     # One step: in an untrained network at 4 bits, what differs in its last bit soon differs visibly.
     model = open_model(str(served_onnx), "tiny")
     assert type(model).__name__ == "TorchFreeModel"
-    found, expected = drawn_by_both(model, trtq.load(served_onnx), 1, 3.0)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    drawn, expected = drawn_by_both(model, trtq.load(served_onnx), 1, 3.0)
+    np.testing.assert_allclose(drawn, expected, atol=1e-4)
 
 
 def test_sizes_are_filled_up_and_no_others_are_called(toy, start):
@@ -322,7 +322,7 @@ def test_request_batching_lets_nothing_join(toy, start):
     assert all(len(set(call)) == 1 for call in toy.calls)
 
 
-def test_batch_sizes_are_powers_of_two_up_to_the_most():
+def test_batch_sizes_are_powers_of_two_up_to_the_maximum():
     assert batch_sizes(8) == (1, 2, 4, 8)
     assert batch_sizes(6) == (1, 2, 4, 6)
     assert batch_sizes(2) == (1, 2)

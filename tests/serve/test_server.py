@@ -65,11 +65,11 @@ def start():
         return made[-1]
 
     yield make
-    for one in made:
-        if one.process.poll() is None:
-            one.process.kill()
-        one.process.communicate()
-        one.client.close()
+    for process in made:
+        if process.process.poll() is None:
+            process.process.kill()
+        process.process.communicate()
+        process.client.close()
 
 
 def under_load(process, requests, steps):
@@ -220,8 +220,8 @@ def test_only_hosts_and_origins_that_are_allowed_are_answered(served_onnx, start
     assert 'trtq_errors_total{code="invalid_http"} 1.0' in process.client.get("/metrics").text
     code, log = process.end(signal.SIGTERM)
     assert code == 0
-    told = [line.get("error") for line in log if line["event"] == "request"]
-    assert [one for one in told if one] == [
+    errors = [line.get("error") for line in log if line["event"] == "request"]
+    assert [error for error in errors if error] == [
         "host_not_allowed", "origin_not_allowed", "invalid_http",
     ]  # fmt: skip
 
@@ -252,11 +252,11 @@ def test_openvino_serves_at_once_and_compiles_further_sizes_meanwhile(served_onn
     assert process.end(signal.SIGTERM)[0] == 0
 
 
-def _calls(text, most):
+def _calls(text, max_rows):
     (line,) = (
         line
         for line in text.splitlines()
-        if line.startswith(f'trtq_batch_rows_bucket{{le="{most}"')
+        if line.startswith(f'trtq_batch_rows_bucket{{le="{max_rows}"')
     )
     return float(line.split()[-1])
 
@@ -308,9 +308,9 @@ def test_a_call_that_does_not_end_does_not_hold_up_the_exit(served_onnx, start):
     )
     process = start(served_onnx, "--drain-seconds", 1, probe=probe)
     body = {"prompt": "1", "n": 2, "seed": 0}
-    found = []
+    statuses = []
     asking = threading.Thread(
-        target=lambda: found.append(process.client.post(PATH, json=body).status_code)
+        target=lambda: statuses.append(process.client.post(PATH, json=body).status_code)
     )
     asking.start()
     while "under_way" not in (text := process.client.get("/metrics").text) or "} 2.0" not in text:
@@ -318,7 +318,7 @@ def test_a_call_that_does_not_end_does_not_hold_up_the_exit(served_onnx, start):
     begun = time.monotonic()
     code, log = process.end(signal.SIGTERM)
     asking.join()
-    assert (code, found) == (0, [503])
+    assert (code, statuses) == (0, [503])
     assert time.monotonic() - begun < 30
     assert "leaving a call of the engine behind" in [line["event"] for line in log]
 

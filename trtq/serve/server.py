@@ -207,14 +207,14 @@ async def drain(generator: ImageGenerator, seconds: float) -> None:
     """
     generator.draining = True
     logger.info("draining", extra={FIELDS: {"images_under_way": generator.under_way}})
-    await _until_idle(generator, seconds)
+    await _wait_until_finished(generator, seconds)
     if generator.under_way:
         logger.warning("giving up", extra={FIELDS: {"images_under_way": generator.under_way}})
         generator.give_up()
-        await _until_idle(generator, _LAST_RESPONSES_S)
+        await _wait_until_finished(generator, _LAST_RESPONSES_S)
 
 
-async def _until_idle(generator: ImageGenerator, seconds: float) -> None:
+async def _wait_until_finished(generator: ImageGenerator, seconds: float) -> None:
     end = time.monotonic() + seconds
     while generator.under_way and time.monotonic() < end:
         await asyncio.sleep(0.02)

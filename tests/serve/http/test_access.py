@@ -1,4 +1,4 @@
-"""Another site's page gets nothing out of a server, whatever it calls it; the own page does."""
+"""Pages of other sites get nothing out of a server, under any host name; the server's page does."""
 
 import contextlib
 import json
@@ -52,8 +52,8 @@ def model():
 @pytest.fixture(scope="module")
 def port(model):
     """A server as it is by default."""
-    with serving(model) as found:
-        yield found
+    with serving(model) as number:
+        yield number
 
 
 @pytest.fixture
@@ -84,10 +84,10 @@ class Answer:
 def send(port, raw):
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(raw)
-        found = b""
+        raw_answer = b""
         while part := connection.recv(1 << 16):
-            found += part
-    return Answer(found)
+            raw_answer += part
+    return Answer(raw_answer)
 
 
 def ask(port, *lines, method="GET", path="/v1/models", body=""):
@@ -262,7 +262,7 @@ def test_the_name_that_the_server_was_told_to_listen_at_is_a_host():
         ("Sec-Fetch-Site: cross-site",),
         ("Sec-Fetch-Site: same-site",),
         ("Sec-Fetch-Site: Cross-Site",),
-        ("Sec-Fetch-Site: whatever",),
+        ("Sec-Fetch-Site: nonsense",),
         ("Origin: http://localhost:PORT", "Sec-Fetch-Site: cross-site"),
     ],
     ids=lambda lines: "|".join(lines),

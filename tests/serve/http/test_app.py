@@ -33,10 +33,10 @@ class Server:
 
     def __init__(self, models, limits, batching="step", api_key=None):
         self.metrics = Metrics()
-        hosted = {
+        served = {
             model.info.name: ServedModel(model, limits, batching, self.metrics) for model in models
         }
-        self.service = Service(hosted, limits)
+        self.service = Service(served, limits)
         self.app = create_app(self.service, self.metrics, api_key)
 
     def post(self, client, **fields):
@@ -77,19 +77,19 @@ def picture(data):
 def events(response):
     for block in response.read().decode().strip().split("\n\n"):
         name, data = block.split("\n")
-        found = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {found['type']}"
-        yield found
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        yield event
 
 
 def test_images_come_as_openai_sends_them(serve):
     server, client = serve()
     answer = server.post(client, n=3, steps=4)
     assert answer.status_code == 200
-    found = answer.json()
-    assert [picture(data).size for data in found["data"]] == [(4, 4)] * 3
-    assert len({data["b64_json"] for data in found["data"]}) == 3
-    assert (found["size"], found["output_format"], found["seed"]) == ("4x4", "png", 1)
+    body = answer.json()
+    assert [picture(data).size for data in body["data"]] == [(4, 4)] * 3
+    assert len({data["b64_json"] for data in body["data"]}) == 3
+    assert (body["size"], body["output_format"], body["seed"]) == ("4x4", "png", 1)
     assert server.service.under_way == 0
 
 
@@ -123,14 +123,16 @@ def test_the_official_client_generates_and_streams(serve):
 
 def test_a_stream_tells_progress_previews_and_the_end(serve):
     server, client = serve()
-    found = list(events(server.post(client, stream=True, partial_images=3, progress=True, steps=8)))
-    progress = [event for event in found if event["type"] == "trtq.progress"]
+    received = list(
+        events(server.post(client, stream=True, partial_images=3, progress=True, steps=8))
+    )
+    progress = [event for event in received if event["type"] == "trtq.progress"]
     assert [event["step"] for event in progress] == list(range(1, 8))
-    previews = [event for event in found if event["type"].endswith("partial_image")]
+    previews = [event for event in received if event["type"].endswith("partial_image")]
     assert [event["partial_image_index"] for event in previews] == [0, 1, 2]
     assert [event["step"] for event in previews] == [2, 4, 6]
-    assert found[-1]["type"] == "image_generation.completed"
-    assert found[-1]["b64_json"] == server.post(client, steps=8).json()["data"][0]["b64_json"]
+    assert received[-1]["type"] == "image_generation.completed"
+    assert received[-1]["b64_json"] == server.post(client, steps=8).json()["data"][0]["b64_json"]
 
 
 @pytest.mark.parametrize(
@@ -185,11 +187,11 @@ NULLABLE = (
 def test_a_field_that_is_null_is_left_out(serve, name):
     _, client = serve()
     plain = {"prompt": "one"} | ({} if name == "seed" else {"seed": 1})
-    found, without = (client.post(PATH, json=plain | more) for more in ({name: None}, {}))
-    assert found.status_code == 200
-    assert len(found.json()["data"]) == 1
+    with_null, without = (client.post(PATH, json=plain | more) for more in ({name: None}, {}))
+    assert with_null.status_code == 200
+    assert len(with_null.json()["data"]) == 1
     if name != "seed":
-        assert found.json()["data"] == without.json()["data"]
+        assert with_null.json()["data"] == without.json()["data"]
 
 
 def test_all_fields_but_the_prompt_may_be_null_at_once(serve):
@@ -212,9 +214,9 @@ def test_null_does_not_make_a_field_known_or_the_prompt_optional(serve, name):
 
 def test_a_model_of_several_sizes_draws_the_one_asked_for(serve):
     server, client = serve(models=[TextToy()])
-    found = server.post(client, model="text", size="12x8", n=2).json()
-    assert found["size"] == "12x8"
-    assert [picture(data).size for data in found["data"]] == [(12, 8)] * 2
+    body = server.post(client, model="text", size="12x8", n=2).json()
+    assert body["size"] == "12x8"
+    assert [picture(data).size for data in body["data"]] == [(12, 8)] * 2
     assert server.post(client, model="text", size="auto").json()["size"] == "4x4"
     done = list(events(server.post(client, model="text", size="8x4", stream=True)))[-1]
     assert (done["size"], picture(done).size) == ("8x4", (8, 4))
@@ -257,8 +259,8 @@ def test_a_negative_prompt_changes_the_picture_where_there_is_guidance(serve):
     assert (useless.status_code, useless.json()["error"]["param"]) == (400, "negative_prompt")
     assert "has no effect at guidance 1" in useless.json()["error"]["message"]
     assert drawn(guidance=1, negative_prompt="").status_code == 200
-    found = client.get("/v1/models").json()["data"]
-    assert [model["takes_negative_prompt"] for model in found] == [False, True]
+    models = client.get("/v1/models").json()["data"]
+    assert [model["takes_negative_prompt"] for model in models] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -415,7 +417,7 @@ def test_who_hangs_up_in_the_middle_of_a_body_is_no_error_of_the_server(serve, c
 def test_a_deadline_holds_while_the_prompt_is_encoded(serve, toy):
     server, client = serve()
     starts = toy.starts
-    toy.starts = lambda drawing: (time.sleep(1), starts(drawing))[1]
+    toy.starts = lambda request: (time.sleep(1), starts(request))[1]
     begun = time.monotonic()
     late = server.post(client, deadline=0.1)
     assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
@@ -463,7 +465,7 @@ def test_a_batcher_that_dies_says_so_and_answers_what_it_had(serve, toy, caplog)
     wait_until(lambda: not server.service.alive)
     assert client.get("/readyz").status_code == client.get("/healthz").status_code == 503
     assert server.post(client).status_code == 500
-    (record,) = (one for one in caplog.records if "the batcher died" in one.message)
+    (record,) = (entry for entry in caplog.records if "the batcher died" in entry.message)
     assert record.levelname == "CRITICAL"
     assert "out of everything" in str(record.exc_info[1])
 
@@ -515,10 +517,10 @@ def test_health_and_models(serve):
     assert client.get("/v2/health/live").json() == {"live": True}
     assert client.get("/v2/models/float/ready").json() == {"ready": True}
     assert client.get("/v2/models/none/ready").status_code == 404
-    found = client.get("/v1/models").json()["data"]
-    assert [model["id"] for model in found] == ["toy", "float"]
-    assert found[0]["classes"] == ["zero", "one", "two"]
-    assert client.get("/v1/models/float").json() == found[1]
+    models = client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in models] == ["toy", "float"]
+    assert models[0]["classes"] == ["zero", "one", "two"]
+    assert client.get("/v1/models/float").json() == models[1]
     assert client.get("/v1/models/none").status_code == 404
 
 
@@ -592,10 +594,10 @@ def test_the_log_is_one_json_object_per_line(serve):
     client.post(PATH, json={"prompt": "one", "steps": 3}, headers={"X-Request-ID": "me"})
     server.post(client, n=99)
     wait_until(lambda: lines.getvalue().count("\n") == 2)  # A line follows its answer.
-    found = [json.loads(line) for line in lines.getvalue().splitlines()]
-    assert [line["status"] for line in found] == [200, 400]
-    assert (found[0]["request_id"], found[0]["steps"], found[0]["images"]) == ("me", 3, 1)
-    assert found[1]["error"] == "invalid_value"
+    entries = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert [line["status"] for line in entries] == [200, 400]
+    assert (entries[0]["request_id"], entries[0]["steps"], entries[0]["images"]) == ("me", 3, 1)
+    assert entries[1]["error"] == "invalid_value"
     assert "one" not in lines.getvalue()  # What people draw is theirs.
 
 

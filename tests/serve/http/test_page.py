@@ -99,7 +99,7 @@ def test_a_size_and_a_negative_prompt_are_asked_for_only_where_they_are_taken(pa
         page.until("Ready.")
         assert not any(page.is_visible(field) for field in fields)
         # Side by side only with a model that takes the same prompts.
-        assert not page.is_visible("#beside")
+        assert not page.is_visible("#compare")
         # Hidden fields do not keep the form from being sent.
         page.click("#draw")
         page.until(DONE)
@@ -142,8 +142,8 @@ def test_it_survives_a_restart_of_the_server_and_says_so(page, port):
         page.click("#draw")
         page.until("Drawing …")
         server.service.give_up()
-        page.until(re.compile("went away|about to stop|does not answer"))
-    page.until(re.compile("does not answer; trying again"))
+        page.until(re.compile("was lost|about to stop|does not respond"))
+    page.until(re.compile("does not respond; trying again"))
     server.service.close()
     again, context = start(ToyModel(), port=port)
     with context:

@@ -32,13 +32,15 @@ async def application(scope, receive, send):
     await send({"type": "http.response.body", "body": path})
 
 
-TOLD: list[tuple[int, str]] = []
+REFUSED: list[tuple[int, str]] = []
 """Status and code of each request that was refused."""
 
 
 @pytest.fixture(scope="module")
 def address():
-    http = partial(protocol.BoundedProtocol, refused=lambda *told: TOLD.append(told))
+    http = partial(
+        protocol.BoundedProtocol, refused=lambda status, code: REFUSED.append((status, code))
+    )
     with running(application, http=http, limit_concurrency=20) as url:
         yield url
 
@@ -49,10 +51,10 @@ def connect(address):
 
 
 def one_answer(connection):
-    found = b""
-    while b"\r\n\r\n" not in found or found.endswith(b"\r\n\r\n"):
-        found += connection.recv(10_000)
-    return found
+    answer = b""
+    while b"\r\n\r\n" not in answer or answer.endswith(b"\r\n\r\n"):
+        answer += connection.recv(10_000)
+    return answer
 
 
 def send_until_hung_up_on(connection, piece, pause=0.01):
@@ -64,15 +66,15 @@ def send_until_hung_up_on(connection, piece, pause=0.01):
 def ask(address, *parts):
     """Send all of it; gives what comes until the end of the connection."""
     with connect(address) as connection:
-        found = b""
+        answer = b""
         try:
             for part in parts:
                 connection.sendall(part)
             while part := connection.recv(1 << 16):
-                found += part
+                answer += part
         except ConnectionError:
             pass
-        return found
+        return answer
 
 
 def refusal(raw):
@@ -183,13 +185,13 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
     ids=lambda value: repr(value)[:60],
 )  # fmt: skip
 def test_what_is_no_request_is_refused_as_all_else(address, monkeypatch, raw, status, message):
-    TOLD.clear()
+    REFUSED.clear()
     monkeypatch.setattr(protocol, "_HEAD_S", 0.2)
     for parts in ((raw,), (raw[:7], raw[7:])):
         answer = refusal(ask(address, *parts))
         assert answer[0] == status
         assert message in answer[2] or len(parts) == 2
-    assert [told[0] for told in TOLD] == [status] * 2
+    assert [status for status, _ in REFUSED] == [status] * 2
 
 
 def test_a_request_that_is_refused_keeps_its_id(address):
@@ -206,33 +208,35 @@ def test_what_a_head_may_have_passes_also_behind_a_large_body(address):
 
 def test_requests_in_a_row_are_answered_in_order_and_what_is_none_is_refused_at_its_place(address):
     rows = [b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % number for number in range(2000)]
-    found = ask(address, b"".join(rows) + b"NONSENSE\r\n\r\n")
-    *good, bad = found.split(b"HTTP/1.1 ")[1:]
-    assert [one.rpartition(b"\r\n\r\n")[2] for one in good] == [b"/%d" % n for n in range(2000)]
+    answers = ask(address, b"".join(rows) + b"NONSENSE\r\n\r\n")
+    *good, bad = answers.split(b"HTTP/1.1 ")[1:]
+    assert [answer.rpartition(b"\r\n\r\n")[2] for answer in good] == [
+        b"/%d" % n for n in range(2000)
+    ]
     assert refusal(b"HTTP/1.1 " + bad)[0] == 400
 
 
 def test_few_of_many_requests_in_a_row_are_held(address, monkeypatch):
-    most = []
+    lengths = []
     parse = protocol.BoundedProtocol._parse
 
     def watched(self):
         parse(self)
-        most.append(len(self.pipeline))
+        lengths.append(len(self.pipeline))
 
     monkeypatch.setattr(protocol.BoundedProtocol, "_parse", watched)
     row = b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
     with connect(address) as connection:
         connection.sendall(row * 5000)
         assert one_answer(connection).startswith(b"HTTP/1.1 200 OK")
-    assert 0 < max(most) <= protocol._PART // len(row) + 1
+    assert 0 < max(lengths) <= protocol._PART // len(row) + 1
 
 
 @pytest.mark.parametrize("second", [b"zz\r\n", b"1\r\na", b"0\r\n\r\n"], ids=repr)
 def test_a_bad_body_behind_a_slow_answer_waits_for_it(address, second):
     slow = b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
-    found = ask(address, slow + CHUNKED + second + b"zz\r\n\r\n")
-    first, last = found.split(b"HTTP/1.1 ")[1:3]
+    answers = ask(address, slow + CHUNKED + second + b"zz\r\n\r\n")
+    first, last = answers.split(b"HTTP/1.1 ")[1:3]
     assert first.endswith(b"/slow")
     assert last.startswith(b"200" if second.startswith(b"0") else b"400")
 

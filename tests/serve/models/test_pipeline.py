@@ -35,7 +35,7 @@ def opened(name):
 
 
 def guidance_of(model):
-    # DiT's pipeline takes class 1000 for "no class", which a small model has not.
+    # DiT's pipeline takes class 1000 for "no class", which a small model does not have.
     return 3.0 if model.info.takes_guidance and model.info.kind == "text" else 1.0
 
 
@@ -48,9 +48,9 @@ def served(model, count, **wish):
     crowd, batcher = Crowd(model), Batcher(model, max_rows=4)
     wish = {"guidance": guidance_of(model), "prompt": prompt_of(model)} | wish
     batcher.put(crowd.items(SEED, STEPS, count=count, **wish))
-    found = crowd.wait(count, seconds=300)
+    samples = crowd.wait(count, seconds=300)
     batcher.close(RuntimeError("closed"))
-    return [torch.from_numpy(model.decode(found[SEED, index])).int() for index in range(count)]
+    return [torch.from_numpy(model.decode(samples[SEED, index])).int() for index in range(count)]
 
 
 def whole(source, model, count, **wish):
@@ -65,21 +65,21 @@ def whole(source, model, count, **wish):
     return [torch.from_numpy(pixels(image[None].numpy(), "whole")).int() for image in images]
 
 
-def furthest(found, expected):
+def furthest(drawn, expected):
     """The largest difference of two lists of images, in levels of 256."""
-    return max(int((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    return max(int((a - b).abs().max()) for a, b in zip(drawn, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_served_pipeline_draws_what_it_draws_whole(name):
     source = opened(name)
     model = PipelineModel(source, name, "torch")
-    found = served(model, 2)
-    for image in found:
+    drawn = served(model, 2)
+    for image in drawn:
         assert image.shape == (*model.info.image_size, 3)
         assert int(image.max()) - int(image.min()) > 10
     # The pipeline decodes both at once, which may move a value over the edge between two levels.
-    assert furthest(found, whole(source, model, 2)) <= 1
+    assert furthest(drawn, whole(source, model, 2)) <= 1
 
 
 @pytest.mark.parametrize("name", ["sd_2", "sd_3", "flux"])
@@ -104,9 +104,9 @@ def test_the_normalisation_of_latents_is_undone_where_the_pipeline_does(name, nu
     plain = served(PipelineModel(source, "plain", "torch"), 1)
     source.pipeline.vae.register_to_config(**numbers)
     model = PipelineModel(source, "normalised", "torch")
-    found = served(model, 1)
-    assert furthest(found, whole(source, model, 1)) <= 1
-    assert (furthest(found, plain) > 10) == (name != "sd_1")
+    drawn = served(model, 1)
+    assert furthest(drawn, whole(source, model, 1)) <= 1
+    assert (furthest(drawn, plain) > 10) == (name != "sd_1")
 
 
 def test_flux_takes_no_guidance_beside_the_one_it_is_told():
@@ -143,7 +143,7 @@ def test_images_of_different_sizes_are_under_way_together():
     crowd, batcher = Crowd(model), Batcher(model, max_rows=8)
     for seed, size in enumerate(sizes):
         batcher.put(crowd.items(seed, STEPS, 3.0, prompt="a red circle", size=size))
-    found = crowd.wait(len(sizes))
+    drawn = crowd.wait(len(sizes))
     batcher.close(RuntimeError("closed"))
     for seed, size in enumerate(sizes):
         crowd, batcher = Crowd(model), Batcher(model, max_rows=8)
@@ -151,7 +151,7 @@ def test_images_of_different_sizes_are_under_way_together():
         alone = crowd.wait(1)[seed, 0]
         batcher.close(RuntimeError("closed"))
         assert model.decode(alone).shape == (*size, 3)
-        np.testing.assert_allclose(found[seed, 0], alone, atol=1e-4)
+        np.testing.assert_allclose(drawn[seed, 0], alone, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ldm_vq", "dit", "pixart", "flux"])
@@ -183,9 +183,9 @@ def test_a_negative_prompt_is_drawn_as_the_pipeline_draws_it(name):
     source = opened(name)
     model = PipelineModel(source, name, "torch")
     assert model.info.takes_negative_prompt
-    found = served(model, 1, negative_prompt="a blue square")
-    assert furthest(found, whole(source, model, 1, negative_prompt="a blue square")) <= 1
-    assert furthest(found, served(model, 1)) > 1
+    drawn = served(model, 1, negative_prompt="a blue square")
+    assert furthest(drawn, whole(source, model, 1, negative_prompt="a blue square")) <= 1
+    assert furthest(drawn, served(model, 1)) > 1
 
 
 @pytest.mark.parametrize("name", ["ldm_vq", "ldm_kl", "dit", "flux"])

@@ -64,9 +64,9 @@ def test_what_is_not_spelled_out_is_not_taken_on(settings):
 def test_trailing_timesteps_are_as_many_as_steps_and_none_below_zero():
     trailing = Ddim({"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"})
     for steps in range(1, 1001):
-        found = trailing.timesteps(steps)
-        assert len(found) == steps
-        assert found.min() >= 0
+        timesteps = trailing.timesteps(steps)
+        assert len(timesteps) == steps
+        assert timesteps.min() >= 0
 
 
 def test_steps_out_of_range_are_refused():

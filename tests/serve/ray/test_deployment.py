@@ -33,6 +33,8 @@ INFO = ModelInfo("toy", "class", ("zero",), (4, 4), 5, 1000, 1.0, True, "cpu", N
 REQUEST = GenerationRequest("zero", 3, 7, 2, 1.0)
 ALL = [Event("accepted", 0, 0, 2), *(Event("image", index, 2, 2, b"png") for index in range(3))]
 
+FIRST_ARGUMENTS = ("path", "name", "beside", "provider")
+
 
 class Answers:
     """What one replica answers before it dies, if it does."""
@@ -158,7 +160,7 @@ def test_what_is_given_up_is_503_and_nothing_stays_under_way():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "'path': field required; the arguments are path, name, beside, provider"),
+        ({}, f"'path': field required; the arguments are {', '.join(FIRST_ARGUMENTS)}"),
         ({"path": "x", "replicas": "2"}, "'replicas': extra inputs"),
         ({"path": "x", "max_replicas": "no"}, "'max_replicas'"),
         ({"path": "x", "min_replicas": "3"}, "min_replicas=3 and max_replicas=2 are no range"),
@@ -333,11 +335,11 @@ def processes(count):
     from ray import serve
 
     replicas = serve.get_deployment_handle("Replica", app_name="trtq")
-    found, end = set(), time.monotonic() + 60
-    while len(found) < count:
+    ids, end = set(), time.monotonic() + 60
+    while len(ids) < count:
         assert time.monotonic() < end
-        found.add(replicas.process.remote().result())
-    return found
+        ids.add(replicas.process.remote().result())
+    return ids
 
 
 @pytest.mark.slow
@@ -408,8 +410,8 @@ def test_replicas_grow_under_load_and_shrink_after_it_and_nothing_is_lost(
 def running():
     from ray import serve
 
-    found = serve.status().applications["trtq"].deployments["Replica"]
-    return found.replica_states.get("RUNNING", 0)
+    status = serve.status().applications["trtq"].deployments["Replica"]
+    return status.replica_states.get("RUNNING", 0)
 
 
 def until_running(count):

@@ -29,8 +29,8 @@ PARTS = "pipeline/1/parts"
 
 def schema():
     """Triton's own, as its client ships it; the rest of the client needs grpc."""
-    found = importlib.metadata.distribution("tritonclient")
-    path = found.locate_file("tritonclient/grpc/model_config_pb2.py")
+    distribution = importlib.metadata.distribution("tritonclient")
+    path = distribution.locate_file("tritonclient/grpc/model_config_pb2.py")
     spec = importlib.util.spec_from_file_location("model_config_pb2", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -61,7 +61,7 @@ class FakeTensor:
 
 class FakeResponse:
     def __init__(self, tensors=(), error=None):
-        self.tensors, self.failure = {one.name: one for one in tensors}, error
+        self.tensors, self.failure = {tensor.name: tensor for tensor in tensors}, error
 
     def has_error(self):
         return self.failure is not None
@@ -109,8 +109,8 @@ def fake_backend(repository):
             calls.append((self.model, len(self.inputs[0].array)))
             if self.model not in engines:
                 engines[self.model] = OrtEngine(repository / self.model / "1" / "model.onnx")
-            found = engines[self.model].run(feeds)
-            return FakeResponse(FakeTensor(name, found[name]) for name in self.wanted)
+            outputs = engines[self.model].run(feeds)
+            return FakeResponse(FakeTensor(name, outputs[name]) for name in self.wanted)
 
     module = types.ModuleType("triton_python_backend_utils")
     module.Tensor, module.InferenceRequest = FakeTensor, Request
@@ -145,7 +145,7 @@ class FakeRequest(dict):
 
 
 def request(**values):
-    return FakeRequest({name: FakeTensor(name, np.array(one)) for name, one in values.items()})
+    return FakeRequest({name: FakeTensor(name, np.array(value)) for name, value in values.items()})
 
 
 def expected(path, count, *, steps, seed):
@@ -167,17 +167,22 @@ def repository(digits_onnx, tmp_path_factory):
 def test_configurations_are_of_tritons_schema(repository):
     denoiser = config(repository / "denoiser")
     assert (denoiser.backend, denoiser.max_batch_size) == ("onnxruntime", 16)
-    assert [(one.name, list(one.dims)) for one in denoiser.input] == [
+    assert [(tensor.name, list(tensor.dims)) for tensor in denoiser.input] == [
         ("sample", [1, 8, 8]),
         ("timestep", [1]),
         ("class_labels", [1]),
     ]
-    assert [one.HasField("reshape") for one in denoiser.input] == [False, True, True]
+    assert [tensor.HasField("reshape") for tensor in denoiser.input] == [False, True, True]
     assert denoiser.HasField("dynamic_batching")
     pipeline = config(repository / "pipeline")
     assert (pipeline.backend, pipeline.max_batch_size) == ("python", 0)
-    assert [one.name for one in pipeline.input] == ["class_label", "seed", "steps", "guidance"]
-    assert [one.optional for one in pipeline.input] == [False, True, True, True]
+    assert [tensor.name for tensor in pipeline.input] == [
+        "class_label",
+        "seed",
+        "steps",
+        "guidance",
+    ]
+    assert [tensor.optional for tensor in pipeline.input] == [False, True, True, True]
 
 
 def test_every_file_has_its_checksum(repository):
@@ -192,10 +197,10 @@ def test_every_file_has_its_checksum(repository):
 
 
 def test_what_was_packaged_is_on_record(repository, digits_onnx):
-    found = json.loads((repository / PARTS / "artefact.json").read_text())
+    record = json.loads((repository / PARTS / "artefact.json").read_text())
     manifest = read_manifest(digits_onnx)
-    assert found["files"] == manifest.files
-    assert found["timesteps"] == manifest.timesteps
+    assert record["files"] == manifest.files
+    assert record["timesteps"] == manifest.timesteps
 
 
 def test_the_served_loop_draws_what_generate_draws(repository, digits_onnx, monkeypatch):
@@ -300,12 +305,12 @@ def engine_folder(digits_onnx, out, backend="tensorrt-rtx", architectures=("sm86
 
 def test_engines_are_named_by_compute_capability(digits_onnx, tmp_path):
     engine = engine_folder(digits_onnx, tmp_path / "engine")
-    with pytest.raises(ArtefactError, match="say where it is with --onnx"):
+    with pytest.raises(ArtefactError, match="give its path with --onnx"):
         package_triton(engine, tmp_path / "repository")
     result = package_triton(engine, tmp_path / "repository", onnx=digits_onnx)
-    found = config(tmp_path / "repository" / "denoiser")
-    assert (found.platform, found.max_batch_size) == ("tensorrt_plan", 6)
-    assert dict(found.cc_model_filenames) == {"8.6": "model.plan", "12.0": "model.plan"}
+    settings = config(tmp_path / "repository" / "denoiser")
+    assert (settings.platform, settings.max_batch_size) == ("tensorrt_plan", 6)
+    assert dict(settings.cc_model_filenames) == {"8.6": "model.plan", "12.0": "model.plan"}
     assert (tmp_path / "repository/denoiser/1/model.plan").read_bytes() == b"plan"
     assert not list((tmp_path / "repository").rglob("*.onnx*"))
     assert "TensorRT-RTX" in result["notes"][0]
@@ -314,9 +319,9 @@ def test_engines_are_named_by_compute_capability(digits_onnx, tmp_path):
 def test_an_engine_for_the_gpu_that_is_there_is_the_default(digits_onnx, tmp_path):
     engine = engine_folder(digits_onnx, tmp_path / "engine", "tensorrt", ("current",))
     result = package_triton(engine, tmp_path / "repository", onnx=digits_onnx)
-    found = config(tmp_path / "repository" / "denoiser")
-    assert found.default_model_filename == "model.plan"
-    assert not found.cc_model_filenames
+    settings = config(tmp_path / "repository" / "denoiser")
+    assert settings.default_model_filename == "model.plan"
+    assert not settings.cc_model_filenames
     assert result["notes"] == []
 
 
@@ -326,7 +331,7 @@ def test_another_onnx_folder_than_the_engines_is_refused(digits_onnx, tmp_path):
     shutil.copytree(digits_onnx, other)
     text = (other / "manifest.json").read_text().replace('"seed": 0', '"seed": 1')
     (other / "manifest.json").write_text(text)
-    with pytest.raises(ArtefactError, match="not beside it and unchanged"):
+    with pytest.raises(ArtefactError, match="is missing or has changed"):
         package_triton(engine, tmp_path / "repository", onnx=other)
 
 

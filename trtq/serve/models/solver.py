@@ -1,6 +1,6 @@
 """Solvers: the trajectory of one image from noise to the clean sample.
 
-DDIM, which the shipped models and most class-conditional models use, is implemented with numpy. It needs
+DDIM, which the shipped models and many class-conditional models use, is implemented with numpy. It needs
 neither torch nor diffusers, whose imports take five times as long as the rest of a server's start. All
 other schedulers are those of diffusers, one copy per image.
 """
