@@ -262,7 +262,7 @@ def _one_at_a_time(record: dict[str, Any]) -> str:
     launches = cost["launches"]
     low, high = min(launches["overhead"]), max(launches["overhead"])
     return (
-        f"Digits: start to ready {started['median']:.2f} s (least {started['least']:.2f}); one request "
+        f"Digits: start to ready {started['median']:.2f} s (least {started['min']:.2f}); one request "
         f"at a time against bare calls of the graph, {cost['images']} images in turns, "
         f"{len(launches['overhead'])} launches: {cost['overhead']:+.1%} by the clock "
         f"({low:+.1%} to {high:+.1%}), {cost['overhead_processor']:+.1%} of processor time, of "
@@ -351,7 +351,7 @@ def serve_ray(record: dict[str, Any]) -> str:
         f"{record['load_before']:.1f} before, {record['load_after']:.1f} after: one process "
         f"{rates['one process']}, two replicas of one thread each on Ray Serve {rates['two replicas']}; "
         f"ratio of a round, median of {len(record['ratio_rounds'])}: {ratio['median']:.2f} x (quartiles "
-        f"{ratio['q1']:.2f}-{ratio['q3']:.2f}, {ratio['least']:.2f}-{ratio['most']:.2f} in all). A "
+        f"{ratio['q1']:.2f}-{ratio['q3']:.2f}, {ratio['min']:.2f}-{ratio['max']:.2f} in all). A "
         f"replica killed in the middle of {record['kill_seconds']:g} s of {record['clients']} clients, "
         f"{len(kills)} times: {total['requests']:,} requests, {total['under_way_at_the_kill']} of them "
         f"under way then, {total['answered_once']:,} answered once and with 200; drawn to the end "
