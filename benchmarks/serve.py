@@ -16,7 +16,8 @@ and requests.
   times at a server that batches by step and at a server that batches whole requests of the same
   steps and guidance, as one call of a pipeline can. Both servers run at the same time, since the
   speed of a shared machine drifts, and each has about one of two cores. With `--in-turns` they run
-  one after the other."""
+  one after the other.
+"""
 
 from __future__ import annotations
 

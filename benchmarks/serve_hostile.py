@@ -8,7 +8,8 @@ The script counts responses by status, in total and by kind. Every request whose
 connected must get one response, none with 5xx, and the server's `/metrics` must show no internal
 error and no image in progress. For resident memory and open files, the median of the samples between
 10 % and 30 % of the time is compared with the median of the last 20 %. With `--schemathesis` its
-generator for OpenAPI schemas joins in."""
+generator for OpenAPI schemas joins in.
+"""
 
 from __future__ import annotations
 

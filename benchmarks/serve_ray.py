@@ -7,7 +7,8 @@ them in interleaved rounds, and the result is the ratio of each round. Then the 
 steady load, in the middle of which one replica is killed (SIGKILL), several times over. Each request
 has its own id and seed. The script counts the responses of a request by id, and how often it was
 drawn completely by the replicas' logs, and compares its image with the image that the one process
-draws for that seed."""
+draws for that seed.
+"""
 
 from __future__ import annotations
 
