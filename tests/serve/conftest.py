@@ -19,7 +19,7 @@ DDIM = {"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample": True}
 
 
 class ToyModel(ImageModel):
-    """Predicts noise by a formula; counts its calls, and can be held up or made to fail."""
+    """Predicts noise by a formula, counts its calls, and can wait or fail on demand."""
 
     def __init__(self, name="toy"):
         classes = ("zero", "one", "two")
@@ -62,7 +62,7 @@ class ToyModel(ImageModel):
 
 
 class TextToy(ToyModel):
-    """Draws texts, in several sizes; what is not to be shown counts by its length."""
+    """Draws texts in several sizes; the lengths of prompt and negative prompt count."""
 
     def __init__(self, name="text"):
         super().__init__(name)
@@ -96,7 +96,7 @@ def served_onnx(tmp_path_factory):
 
 @contextlib.contextmanager
 def running(app, port=0, **options):
-    """An ASGI application on a real port of the loopback, in a thread; gives its address."""
+    """Run an ASGI application on a loopback port, in a thread, and yield its address."""
     import uvicorn
 
     config = uvicorn.Config(app, port=port, log_config=None, lifespan="off", ws="none", **options)

@@ -1,4 +1,4 @@
-"""What a process has mapped of files it can hold in memory of its own, at the same addresses."""
+"""Mapped files are replaced by anonymous memory at the same addresses."""
 
 import mmap
 import os
@@ -23,7 +23,7 @@ def file(tmp_path):
 
 @pytest.mark.parametrize("access", [mmap.ACCESS_READ, mmap.ACCESS_COPY], ids=["shared", "private"])
 @pytest.mark.parametrize("part", [mmap.PAGESIZE, 64 << 20], ids=["in parts", "at once"])
-def test_content_and_address_stay_when_the_file_is_cut_short(file, monkeypatch, access, part):
+def test_content_and_address_stay_when_the_file_is_truncated(file, monkeypatch, access, part):
     monkeypatch.setattr(memory, "_PART", part)
     before, content = mapped_files(), file.read_bytes()
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=access) as mapped:
@@ -40,7 +40,7 @@ def test_content_and_address_stay_when_the_file_is_cut_short(file, monkeypatch, 
         del values
 
 
-def test_who_reads_meanwhile_always_reads_the_same(file):
+def test_a_concurrent_reader_always_reads_the_same(file):
     before = mapped_files()
     with (
         file.open("rb") as opened,
@@ -62,7 +62,7 @@ def test_who_reads_meanwhile_always_reads_the_same(file):
         assert not wrong
 
 
-def test_what_was_mapped_before_or_is_written_to_the_file_is_left_alone(file):
+def test_earlier_and_writable_mappings_are_left_alone(file):
     with file.open("r+b") as opened:
         with mmap.mmap(opened.fileno(), 0) as written:
             copy_mapped_files(set())
@@ -74,7 +74,7 @@ def test_what_was_mapped_before_or_is_written_to_the_file_is_left_alone(file):
             assert str(file) in mapped_files()
 
 
-def test_a_file_that_was_cut_short_before_is_named(file):
+def test_a_truncated_file_is_named(file):
     before = mapped_files()
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ):
         os.truncate(file, 10)
@@ -83,7 +83,7 @@ def test_a_file_that_was_cut_short_before_is_named(file):
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
-def test_a_file_that_is_there_no_more_is_copied_as_it_was(file, replaced):
+def test_the_mapping_of_a_missing_file_is_copied_unchanged(file, replaced):
     before, content = mapped_files(), file.read_bytes()
     with (
         file.open("rb") as opened,
@@ -96,6 +96,6 @@ def test_a_file_that_is_there_no_more_is_copied_as_it_was(file, replaced):
         assert mapped[:] == content
 
 
-def test_where_the_system_does_not_tell_nothing_is_done(file, monkeypatch):
+def test_nothing_is_copied_if_the_system_lists_no_mappings(file, monkeypatch):
     monkeypatch.setattr(memory, "_MAPS", file.parent / "nowhere")
     assert (mapped_files(), copy_mapped_files(set())) == (set(), 0)

@@ -1,4 +1,4 @@
-"""The server as clients meet it: OpenAI's API, refusals by name, streams, health, metrics, the page."""
+"""The server from the client's side: OpenAI's API, errors, streams, health, metrics, the page."""
 
 import asyncio
 import base64
@@ -45,7 +45,7 @@ class Server:
 
 @pytest.fixture
 def serve(toy):
-    """Start a server over the toy; gives it, and a client."""
+    """A function that starts a server over the toy model and returns it with a client."""
     made = []
 
     def start(models=(), api_key=None, **limits):
@@ -82,7 +82,7 @@ def events(response):
         yield event
 
 
-def test_images_come_as_openai_sends_them(serve):
+def test_images_are_sent_in_openais_format(serve):
     server, client = serve()
     answer = server.post(client, n=3, steps=4)
     assert answer.status_code == 200
@@ -93,7 +93,7 @@ def test_images_come_as_openai_sends_them(serve):
     assert server.service.under_way == 0
 
 
-def test_a_seed_gives_the_same_images_and_none_a_new_one(serve):
+def test_a_seed_gives_the_same_images_and_the_default_seed_is_random(serve):
     server, client = serve()
     first, again = (server.post(client).json()["data"] for _ in range(2))
     assert first == again
@@ -121,7 +121,7 @@ def test_the_official_client_generates_and_streams(serve):
             client.images.generate(prompt="two", model="dall-e-3")
 
 
-def test_a_stream_tells_progress_previews_and_the_end(serve):
+def test_a_stream_has_progress_previews_and_the_image(serve):
     server, client = serve()
     received = list(
         events(server.post(client, stream=True, partial_images=3, progress=True, steps=8))
@@ -165,7 +165,7 @@ def test_a_stream_tells_progress_previews_and_the_end(serve):
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_what_is_not_understood_is_refused_by_name(serve, fields, param, message):
+def test_an_invalid_field_is_refused_by_name(serve, fields, param, message):
     _, client = serve()
     body = json.dumps({"prompt": "one"} | fields)
     answer = client.post(PATH, content=body, headers={"Content-Type": "application/json"})
@@ -184,7 +184,7 @@ NULLABLE = (
 
 
 @pytest.mark.parametrize("name", NULLABLE)
-def test_a_field_that_is_null_is_left_out(serve, name):
+def test_a_null_field_counts_as_missing(serve, name):
     _, client = serve()
     plain = {"prompt": "one"} | ({} if name == "seed" else {"seed": 1})
     with_null, without = (client.post(PATH, json=plain | more) for more in ({name: None}, {}))
@@ -212,7 +212,7 @@ def test_null_does_not_make_a_field_known_or_the_prompt_optional(serve, name):
     assert answer.json()["error"]["param"] == name
 
 
-def test_a_model_of_several_sizes_draws_the_one_asked_for(serve):
+def test_a_model_of_several_sizes_draws_the_requested_size(serve):
     server, client = serve(models=[TextToy()])
     body = server.post(client, model="text", size="12x8", n=2).json()
     assert body["size"] == "12x8"
@@ -228,7 +228,7 @@ def test_a_model_of_several_sizes_draws_the_one_asked_for(serve):
 
 
 @pytest.mark.parametrize("size", ["16x8", "8x12", "6x8", "8", "0x8", "8x8x8", "-4x8", "9" * 4000])
-def test_a_size_that_is_not_drawn_is_refused_with_those_that_are(serve, size):
+def test_an_unsupported_size_is_refused_and_the_sizes_are_named(serve, size):
     server, client = serve(models=[TextToy()])
     answer = server.post(client, model="text", size=size)
     error = answer.json()["error"]
@@ -240,13 +240,13 @@ def test_a_size_that_is_not_drawn_is_refused_with_those_that_are(serve, size):
     assert error["message"].endswith("or use 'auto' for 4x4")
 
 
-def test_guidance_up_to_one_is_none_as_in_diffusers(serve):
+def test_guidance_up_to_one_disables_it_as_in_diffusers(serve):
     server, client = serve()
     drawn = [server.post(client, guidance=guidance).json()["data"] for guidance in (1, 0.5, 0)]
     assert drawn[0] == drawn[1] == drawn[2] != server.post(client, guidance=1.5).json()["data"]
 
 
-def test_a_negative_prompt_changes_the_picture_where_there_is_guidance(serve):
+def test_a_negative_prompt_changes_the_image_if_there_is_guidance(serve):
     server, client = serve(models=[TextToy()])
 
     def drawn(**fields):
@@ -282,7 +282,7 @@ def test_a_negative_prompt_changes_the_picture_where_there_is_guidance(serve):
     ],
     ids=lambda body: repr(body[:24]),
 )
-def test_hostile_bodies_are_the_clients_fault(serve, body):
+def test_malformed_bodies_are_refused(serve, body):
     server, client = serve()
     answer = client.post(PATH, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
@@ -324,7 +324,7 @@ def test_a_body_without_end_is_answered_and_its_connection_closed(serve, monkeyp
     assert server.post(client).status_code == 200
 
 
-def test_other_paths_and_methods_are_errors_of_the_same_form(serve):
+def test_other_paths_and_methods_are_errors_in_the_same_format(serve):
     _, client = serve()
     for method, path, status in (("GET", PATH, 405), ("GET", "/nothing", 404), ("PUT", "/", 405)):
         answer = client.request(method, path)
@@ -332,7 +332,7 @@ def test_other_paths_and_methods_are_errors_of_the_same_form(serve):
         assert answer.json()["error"]["code"] in ("not_found", "method_not_allowed")
 
 
-def test_a_full_queue_is_429_with_a_time_to_come_back(serve, toy):
+def test_a_full_queue_is_429_with_retry_after(serve, toy):
     server, client = serve(batch=2, queue=3)
     toy.go.clear()
     waiting = [threading.Thread(target=server.post, args=(client,)) for _ in range(5)]
@@ -351,7 +351,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back(serve, toy):
     assert server.post(client).status_code == 200
 
 
-def test_a_deadline_is_kept_and_the_image_given_up(serve, toy):
+def test_a_deadline_is_kept_and_the_image_is_cancelled(serve, toy):
     server, client = serve()
     toy.seconds = 0.05
     late = server.post(client, steps=100, deadline=0.3)
@@ -364,7 +364,7 @@ def test_a_deadline_is_kept_and_the_image_given_up(serve, toy):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_when_the_client_goes_its_image_is_given_up(serve, toy, stream):
+def test_when_the_client_disconnects_its_image_is_cancelled(serve, toy, stream):
     server, client = serve()
     toy.seconds = 0.02
     with pytest.raises(httpx.ReadTimeout):
@@ -382,7 +382,7 @@ def test_when_the_client_goes_its_image_is_given_up(serve, toy, stream):
 
 
 def connect(client, **options):
-    """A bare connection to a server, its request for a stream sent."""
+    """A raw connection to a server on which a request for a stream is sent."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.connect((client.base_url.host, client.base_url.port))
@@ -392,9 +392,9 @@ def connect(client, **options):
     return connection
 
 
-def test_who_does_not_read_keeps_no_place(serve, toy):
+def test_slow_readers_do_not_occupy_queue_slots(serve, toy):
     server, client = serve(batch=2, queue=8)
-    # Held until all are seen under way: on a busy machine they are done before anybody looks.
+    # The model waits until the test has seen all images in progress; otherwise they might be complete.
     toy.go.clear()
     with connect(client, n=10, steps=200, progress=True):
         wait_until(lambda: server.service.under_way == 10)
@@ -404,7 +404,7 @@ def test_who_does_not_read_keeps_no_place(serve, toy):
         assert server.post(client).status_code == 200
 
 
-def test_who_hangs_up_in_the_middle_of_a_body_is_no_error_of_the_server(serve, caplog):
+def test_a_disconnect_during_the_body_is_not_an_error_of_the_server(serve, caplog):
     _, client = serve()
     with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
         head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -427,7 +427,7 @@ def test_a_deadline_holds_while_the_prompt_is_encoded(serve, toy):
     assert toy.calls == []
 
 
-def test_no_time_left_is_a_deadline_too(serve):
+def test_a_deadline_of_zero_has_passed(serve):
     server, _ = serve()
 
     async def draw():
@@ -440,7 +440,7 @@ def test_no_time_left_is_a_deadline_too(serve):
     assert server.service.under_way == 0
 
 
-def test_the_servers_limits_hold_for_what_is_not_asked_for(serve):
+def test_the_servers_limits_apply_to_defaults(serve):
     server, client = serve(steps=3, batch=2, queue=1)
     assert client.post(PATH, json={"prompt": "one"}).json()["steps"] == 3
     model = client.get("/v1/models/toy").json()
@@ -449,14 +449,14 @@ def test_the_servers_limits_hold_for_what_is_not_asked_for(serve):
     assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
 
 
-def test_a_dead_batcher_is_told_by_the_health_checks(serve, toy):
+def test_the_health_checks_report_a_dead_batcher(serve, toy):
     server, client = serve()
     assert client.head("/healthz").status_code == client.head("/readyz").status_code == 200
     server.service.served["toy"].batcher.close(RuntimeError("gone"))
     assert client.get("/healthz").status_code == client.get("/readyz").status_code == 503
 
 
-def test_a_batcher_that_dies_says_so_and_answers_what_it_had(serve, toy, caplog):
+def test_a_batcher_that_dies_logs_it_and_answers_its_requests(serve, toy, caplog):
     server, client = serve()
     toy.fail = SystemExit("out of everything")
     failed = server.post(client)
@@ -524,7 +524,7 @@ def test_health_and_models(serve):
     assert client.get("/v1/models/none").status_code == 404
 
 
-def test_the_model_is_the_one_asked_for(serve):
+def test_the_requested_model_draws(serve):
     other = ToyModel("float")
     server, client = serve(models=[other])
     assert server.post(client, model="float").json()["model"] == "float"
@@ -548,7 +548,7 @@ def test_metrics_count_what_happened(serve):
     assert "process_resident_memory_bytes" in text
 
 
-def test_request_ids_come_back_and_bad_ones_are_replaced(serve):
+def test_request_ids_are_returned_and_invalid_ids_replaced(serve):
     _, client = serve()
     assert (
         client.get("/healthz", headers={"X-Request-ID": "abc-1"}).headers["X-Request-ID"] == "abc-1"
@@ -559,7 +559,7 @@ def test_request_ids_come_back_and_bad_ones_are_replaced(serve):
     assert "X-Request-ID" in client.get("/nothing").headers
 
 
-def test_an_api_key_is_asked_for_where_it_matters(serve):
+def test_the_api_key_is_required_for_v1_only(serve):
     server, client = serve(api_key=KEY)
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
         answer = client.post(PATH, json={"prompt": "one"}, headers=headers)
@@ -574,7 +574,7 @@ def test_an_api_key_is_asked_for_where_it_matters(serve):
     assert client.get("/readyz").status_code == 200
 
 
-def test_the_page_needs_nothing_from_elsewhere(serve):
+def test_the_page_loads_nothing_from_elsewhere(serve):
     _, client = serve()
     answer = client.get("/")
     assert answer.status_code == 200
@@ -593,12 +593,12 @@ def test_the_log_is_one_json_object_per_line(serve):
     server, client = serve()
     client.post(PATH, json={"prompt": "one", "steps": 3}, headers={"X-Request-ID": "me"})
     server.post(client, n=99)
-    wait_until(lambda: lines.getvalue().count("\n") == 2)  # A line follows its answer.
+    wait_until(lambda: lines.getvalue().count("\n") == 2)  # The log line follows the response.
     entries = [json.loads(line) for line in lines.getvalue().splitlines()]
     assert [line["status"] for line in entries] == [200, 400]
     assert (entries[0]["request_id"], entries[0]["steps"], entries[0]["images"]) == ("me", 3, 1)
     assert entries[1]["error"] == "invalid_value"
-    assert "one" not in lines.getvalue()  # What people draw is theirs.
+    assert "one" not in lines.getvalue()  # Prompts are private.
 
 
 def test_many_clients_at_once_each_get_their_own_image(serve):

@@ -51,7 +51,7 @@ def start(*models, port, api_key=None):
     return server, running(server.app, port)
 
 
-def test_it_draws_by_keyboard_on_a_phone_and_shows_models_side_by_side(page, port):
+def test_the_page_draws_by_keyboard_on_a_phone_and_shows_models_side_by_side(page, port):
     toy, other = ToyModel(), ToyModel("float")
     toy.seconds = 0.05
     server, context = start(toy, other, port=port)
@@ -81,7 +81,7 @@ def test_it_draws_by_keyboard_on_a_phone_and_shows_models_side_by_side(page, por
         page.until(DONE)
         assert page.input_value("#seed") == "1"
         assert page.locator("#gallery figure").count() == 2
-        # The two pictures of one seed stay together.
+        # The two images of one seed stay together.
         assert page.locator("#gallery > .set").count() == 1
         page.fill("#steps", "100")
         page.click("#draw")
@@ -91,16 +91,16 @@ def test_it_draws_by_keyboard_on_a_phone_and_shows_models_side_by_side(page, por
     server.service.close()
 
 
-def test_a_size_and_a_negative_prompt_are_asked_for_only_where_they_are_taken(page, port):
+def test_size_and_negative_prompt_are_shown_only_for_models_that_take_them(page, port):
     server, context = start(ToyModel(), TextToy(), port=port)
     fields = ("#width", "#height", "#negative")
     with context as url:
         page.goto(url)
         page.until("Ready.")
         assert not any(page.is_visible(field) for field in fields)
-        # Side by side only with a model that takes the same prompts.
+        # Models are compared only if they accept the same prompts.
         assert not page.is_visible("#compare")
-        # Hidden fields do not keep the form from being sent.
+        # Hidden fields do not block the form.
         page.click("#draw")
         page.until(DONE)
         page.select_option("#model", index=1)
@@ -131,7 +131,7 @@ def test_a_size_and_a_negative_prompt_are_asked_for_only_where_they_are_taken(pa
     server.service.close()
 
 
-def test_it_survives_a_restart_of_the_server_and_says_so(page, port):
+def test_the_page_survives_a_restart_of_the_server_and_reports_it(page, port):
     toy = ToyModel()
     server, context = start(toy, port=port)
     with context as url:
@@ -152,7 +152,7 @@ def test_it_survives_a_restart_of_the_server_and_says_so(page, port):
     again.service.close()
 
 
-def test_it_asks_for_the_key(page, port):
+def test_the_page_asks_for_the_key(page, port):
     server, context = start(ToyModel(), port=port, api_key="sesame")
     with context as url:
         page.goto(url)

@@ -1,4 +1,4 @@
-"""On Ray Serve a replica may die: what was taken on is answered, and once."""
+"""A replica on Ray Serve may die: every accepted request gets exactly one response."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ FIRST_ARGUMENTS = ("path", "name", "beside", "provider")
 
 
 class Answers:
-    """What one replica answers before it dies, if it does."""
+    """The events of one replica, and how it ends."""
 
     def __init__(self, events, end, *, hangs=False):
         self.events, self.end, self.hangs = events, end, hangs
@@ -56,7 +56,7 @@ class Answers:
 
 
 class Handle:
-    """Stands where Ray's handle of the replicas does."""
+    """Replaces Ray's handle of the replicas."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -83,7 +83,7 @@ def draw(handle, monkeypatch, **options):
     return asyncio.run(collect())
 
 
-def test_a_lost_replica_is_replaced_and_nothing_comes_twice(monkeypatch):
+def test_a_lost_replica_is_replaced_and_no_event_is_repeated(monkeypatch):
     lost = ray.exceptions.RayActorError()
     first, second = Answers(ALL[:2], lost), Answers(ALL, None)
     handle = Handle(first, second)
@@ -100,7 +100,7 @@ def test_replicas_that_keep_failing_are_503(monkeypatch):
     assert len(handle.calls) == 10
 
 
-def test_refusals_of_a_replica_are_the_answer(monkeypatch):
+def test_an_error_of_a_replica_is_the_response(monkeypatch):
     import pickle
 
     refusal = ApiError(429, "queue_full", "later", param="n", retry_after=3)
@@ -132,7 +132,7 @@ def test_a_replica_that_does_not_answer_is_408_in_time(monkeypatch):
     assert hung.cancelled
 
 
-def test_what_is_given_up_is_503_and_nothing_stays_under_way():
+def test_cancelled_requests_are_503_and_no_image_stays_under_way():
     hung = Answers(ALL[:1], None, hangs=True)
     generator = RemoteGenerator(Handle(hung), {"toy": INFO}, Limits())
     given_up = []
@@ -175,7 +175,7 @@ def test_what_is_given_up_is_503_and_nothing_stays_under_way():
     ],
     ids=str,
 )  # fmt: skip
-def test_arguments_that_are_not_understood_are_named(given, message):
+def test_invalid_arguments_are_named(given, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         app(given)
 
@@ -222,7 +222,7 @@ def test_arguments_are_those_of_the_server_and_its_limits(monkeypatch, tmp_path)
     ],
     ids=["no body", "read", "not read", "read in part", "read in pieces"],
 )
-def test_a_connection_whose_body_was_not_read_to_the_end_is_closed(headers, pieces, closes):
+def test_a_connection_is_closed_unless_its_body_was_read_completely(headers, pieces, closes):
     async def application(scope, receive, send):
         for _ in pieces:
             await receive()
@@ -244,7 +244,7 @@ def test_a_connection_whose_body_was_not_read_to_the_end_is_closed(headers, piec
 
 
 class Bound:
-    """Stands where a deployment of Ray Serve does; notes what it is bound to."""
+    """Replaces a deployment of Ray Serve and records its arguments."""
 
     def __init__(self, cls, options, seen):
         self.options, self.seen = options, seen
@@ -272,13 +272,13 @@ KEY = "sesame-open-7391"
 
 @pytest.fixture(scope="module")
 def started(served_onnx):
-    """A Ray with nothing of the API key in its processes' environment; gives address and log folder."""
+    """A Ray without the API key in its environment; yields the address and the log folder."""
     from ray import serve
 
     patch = pytest.MonkeyPatch()
     patch.delenv("TRTQ_API_KEY", raising=False)
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    # How often replicas tell; the default is ten seconds.
+    # The interval at which replicas report; the default is ten seconds.
     patch.setenv("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -315,7 +315,7 @@ def client_of(url):
 
 
 @pytest.mark.slow
-def test_the_api_key_arrives_and_is_written_nowhere(url, started):
+def test_the_api_key_reaches_the_ingress_and_is_written_nowhere(url, started):
     from ray import serve
 
     assert httpx.post(url + PATH, json={"prompt": "1"}).status_code == 401
@@ -385,7 +385,7 @@ def test_replicas_grow_under_load_and_shrink_after_it_and_nothing_is_lost(
         answers, over = [], threading.Event()
 
         def keep_asking(seed):
-            # Two requests at a time: not more than fill a batch, but of ten images each.
+            # Two requests at a time, which is no more than a batch, but with ten images each.
             while not over.is_set():
                 body = {"prompt": "1", "n": 10, "seed": seed, "steps": 50}
                 answers.append(client.post(PATH, json=body))
@@ -399,7 +399,7 @@ def test_replicas_grow_under_load_and_shrink_after_it_and_nothing_is_lost(
             over.set()
             for thread in threads:
                 thread.join()
-        # The next ones come while a replica is being ended.
+        # The next requests arrive while a replica ends.
         while running() > 1:
             answers.append(client.post(PATH, json={"prompt": "1", "n": 1, "seed": 0, "steps": 50}))
             time.sleep(1)

@@ -41,7 +41,7 @@ def installed():
 
 
 def lacking():
-    """What these tests miss here, in words."""
+    """The reason why these tests cannot run here; empty if they can."""
     if FOLDER is None:
         return "no Triton server: set TRTQ_PYTRITON (see the head of this file)"
     if not STUB.is_dir():
@@ -153,7 +153,7 @@ class Server:
         return self.log_file.read_text(errors="replace")
 
     def wait(self):
-        """Until all models are ready."""
+        """Wait until all models are ready."""
         end = time.monotonic() + START_S
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(OSError), self.connection() as connection:
@@ -204,7 +204,7 @@ def ask(server, kind, wanted):
 
 
 def expected(source, wanted):
-    """What `trtq generate` draws, uint8[B,H,W,C]."""
+    """The images of `trtq generate`, uint8[B,H,W,C]."""
     prompts, labels = wanted.get("prompt"), wanted.get("class_label")
     if prompts is not None:
         conditioning = Conditioning(len(prompts), prompts=[prompt.decode() for prompt in prompts])
@@ -273,7 +273,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
-def test_a_bad_request_is_told_why_and_the_server_lives_on(digits, kind):
+def test_an_invalid_request_gets_the_reason_and_the_server_lives_on(digits, kind):
     from tritonclient.utils import InferenceServerException
 
     for message, wanted in BAD.items():
@@ -294,7 +294,7 @@ def test_a_cancelled_request_leaves_the_denoiser_at_once(digits):
             time.sleep(0.05)
         call.cancel()
         assert ended.wait(30)
-    while True:  # A step that had begun may end; then nothing moves.
+    while True:  # A step in progress may end; then the counter must not move.
         seen = digits.statistics("denoiser")["execution_count"]
         time.sleep(1)
         if digits.statistics("denoiser")["execution_count"] == seen:
@@ -321,9 +321,7 @@ def test_a_denoiser_that_is_not_loaded_is_named(digits):
     ('backend: "onnxruntime"', "onnxruntime"),
     ('platform: "tensorrt_plan"\ncc_model_filenames { key: "8.6" value: "model.plan" }', "tensorrt"),
 ], ids=["onnxruntime", "tensorrt"])  # fmt: skip
-def test_only_the_backend_is_missing_for_the_graphs_as_packaged(
-    digits_onnx, tmp_path, platform, backend
-):
+def test_packaged_graphs_lack_only_their_backend_here(digits_onnx, tmp_path, platform, backend):
     package_triton(digits_onnx, tmp_path / "packaged")
     config = tmp_path / "packaged" / "denoiser" / "config.pbtxt"
     config.write_text(config.read_text().replace('backend: "onnxruntime"', platform))
