@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import signal
 import socket
 import threading
@@ -17,7 +16,6 @@ import httpx
 import pytest
 
 from tests.serve.http.test_app import PATH
-from trtq.errors import UsageError
 from trtq.serve.http.errors import ApiError
 from trtq.serve.models.base import GenerationRequest, ModelInfo
 from trtq.serve.options import Limits
@@ -32,8 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 INFO = ModelInfo("toy", "class", ("zero",), (4, 4), 5, 1000, 1.0, True, "cpu", None)
 REQUEST = GenerationRequest("zero", 3, 7, 2, 1.0)
 ALL = [Event("accepted", 0, 0, 2), *(Event("image", index, 2, 2, b"png") for index in range(3))]
-
-FIRST_ARGUMENTS = ("path", "name", "beside", "provider")
 
 
 class Answers:
@@ -155,29 +151,6 @@ def test_cancelled_requests_are_503_and_no_image_stays_under_way():
     asyncio.run(stop())
     assert given_up == [(503, "draining")]
     assert generator.under_way == 0
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({}, f"'path': field required; the arguments are {', '.join(FIRST_ARGUMENTS)}"),
-        ({"path": "x", "replicas": "2"}, "'replicas': extra inputs"),
-        ({"path": "x", "max_replicas": "no"}, "'max_replicas'"),
-        ({"path": "x", "min_replicas": "3"}, "min_replicas=3 and max_replicas=2 are no range"),
-        ({"path": "x", "steps": "0"}, "'steps': input should be greater than or equal to 1"),
-        ({"path": "x", "deadline_s": "-1"}, "'deadline_s': input should be greater than 0"),
-        ({"path": "x", "batching": "none"}, "'batching': input should be 'step' or 'request'"),
-        ({"path": "x", "batch_sizes": "1,16"}, "from 1 to 8"),
-        ({"path": "x", "api_key_file": "nowhere"}, "cannot read the API key"),
-        ({"path": "x", "allowed_hosts": "http://a"}, "the host 'http://a' is not understood"),
-        ({"path": "x", "allowed_origins": "a"}, "the origin 'a' is not understood"),
-        ({"path": "x", "api_key": "secret"}, "'api_key': extra inputs"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_invalid_arguments_are_named(given, message):
-    with pytest.raises(UsageError, match=re.escape(message)):
-        app(given)
 
 
 def test_arguments_are_those_of_the_server_and_its_limits(monkeypatch, tmp_path):

@@ -185,6 +185,11 @@ def test_configurations_follow_tritons_schema(repository):
     assert [tensor.optional for tensor in pipeline.input] == [False, True, True, True]
 
 
+def test_the_pipelines_model_imports_a_versioned_name(repository):
+    lines = (repository / "pipeline/1/model.py").read_text().splitlines()
+    assert lines[1:] == ["", "from trtq.serve.triton.v1 import TritonPythonModel"]
+
+
 def test_every_file_has_its_checksum(repository):
     lines = (repository / CHECKSUMS_NAME).read_text().splitlines()
     listed = dict(reversed(line.split("  ")) for line in lines)
