@@ -326,7 +326,7 @@ def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
     from trtq.engine.doctor import doctor as look
 
     with _command(verbose):
-        result = look()
+        result = look().to_json()
 
         def human(found: dict[str, Any]) -> None:
             _lines("trtq doctor", lines.doctor_rows(found))
@@ -404,10 +404,10 @@ def quantize(
     """
     from trtq.calib.recipe import load_recipe
     from trtq.lora import parse_lora
-    from trtq.runs.estimate import estimate
+    from trtq.runs.describe import describe_plan
     from trtq.runs.exchange_loras import requantize
     from trtq.runs.folder import is_run
-    from trtq.runs.plan import describe_plan, plan_quantize
+    from trtq.runs.plan import plan_quantize
     from trtq.runs.quantize import quantize as run_stage
 
     with _command(verbose):
@@ -428,9 +428,10 @@ def quantize(
                     "a run whose LoRAs are exchanged keeps its recipe; give only --lora, --base, "
                     "--overwrite and --output"
                 )
-            result = requantize(
+            exchanged = requantize(
                 model, loras, output, base=base, overwrite=overwrite, progress=ProgressPrinter()
             )
+            result = exchanged.to_json()
             _show(result, as_json, lambda r: _lines(f"run: {output}", lines.quantize_rows(r)))
             return
         if iterations is not None:
@@ -438,10 +439,10 @@ def quantize(
         chosen = load_recipe(recipe, overrides)
         if dry_run:
             plan = plan_quantize(model, chosen, loras)
-            result = describe_plan(plan) | estimate(plan)
+            result = describe_plan(plan).to_json()
             _show(result, as_json, lambda r: _lines("would quantize", lines.plan_rows(r)))
             return
-        result = run_stage(
+        run = run_stage(
             model,
             chosen,
             output,
@@ -450,7 +451,8 @@ def quantize(
             overwrite=overwrite,
             progress=ProgressPrinter(),
         )
-        if result:  # Empty in all processes of accelerate but the first.
+        if run is not None:  # None in all processes of accelerate except the first.
+            result = run.to_json()
             _show(result, as_json, lambda r: _lines(f"run: {output}", lines.quantize_rows(r)))
 
 
@@ -477,10 +479,11 @@ def export(
 
     Example: trtq export run -o onnx
     """
-    from trtq.exporter.export import export_onnx, parse_batch
+    from trtq.exporter.export import export as run_stage
+    from trtq.exporter.export import parse_batch
 
     with _command(verbose):
-        result = export_onnx(
+        result = run_stage(
             path,
             output,
             target=target,
@@ -491,7 +494,7 @@ def export(
             progress=ProgressPrinter(),
         )
 
-        _show(result, as_json, lambda r: _lines(f"onnx: {output}", lines.export_rows(r)))
+        _show(result.to_json(), as_json, lambda r: _lines(f"onnx: {output}", lines.export_rows(r)))
 
 
 @app.command()
@@ -534,11 +537,11 @@ def build(
 
     Example: trtq build onnx -o engine --arch sm86 --arch sm89
     """
-    from trtq.exporter.build import build_engines
+    from trtq.exporter.build import build as run_stage
     from trtq.exporter.export import parse_batch
 
     with _command(verbose):
-        result = build_engines(
+        result = run_stage(
             path,
             output,
             backend=backend,
@@ -568,7 +571,7 @@ def build(
             ]
             _lines(f"engine: {output}", rows, header)
 
-        _show(result, as_json, human)
+        _show(result.to_json(), as_json, human)
 
 
 @app.command()
@@ -620,7 +623,7 @@ def generate(
             overwrite=overwrite,
             progress=ProgressPrinter(),
         )
-        _show(result, as_json, lambda r: _lines("generated", lines.generate_rows(r)))
+        _show(result.to_json(), as_json, lambda r: _lines("generated", lines.generate_rows(r)))
 
 
 @app.command(name="eval")
@@ -670,7 +673,7 @@ def evaluate(
             gates=gates,
             progress=ProgressPrinter(),
         )
-        result = evaluation.result
+        result = evaluation.to_json()
 
         def human(found: dict[str, Any]) -> None:
             features = found["features"] or "none"
@@ -797,12 +800,12 @@ def bench(
     """
     from trtq.bench.artefacts import parse_batches
     from trtq.bench.page import bench_page, bench_tables, failures, statements
-    from trtq.bench.run import bench as run_stage
+    from trtq.bench.run import benchmark as run_stage
     from trtq.report.folder import report_folder, write_report
 
     with _command(verbose), report_folder(output, kind="bench", overwrite=overwrite):
         sizes = parse_batches(batch)
-        result = run_stage(
+        measured = run_stage(
             paths,
             providers=provider or [],
             batches=sizes,
@@ -816,6 +819,7 @@ def bench(
             judge=gate,
             progress=ProgressPrinter(),
         )
+        result = measured.to_json()
 
         def human(found: dict[str, Any]) -> None:
             for title, shown in bench_tables(found).items():
@@ -965,7 +969,7 @@ def triton(
             for note in found["notes"]:
                 _out.print(f"note: {note}", soft_wrap=True)
 
-        _show(result, as_json, human)
+        _show(result.to_json(), as_json, human)
 
 
 @app.command()
@@ -978,7 +982,7 @@ def inspect(
 
     Example: trtq inspect run
     """
-    from trtq.pipelines.inspect import inspect_artefact
+    from trtq.pipelines.inspect import inspect as look
 
     with _command(verbose):
 
@@ -988,7 +992,7 @@ def inspect(
             for row in found.get("engine_layers") or []:
                 _out.print(str(row.get("Name")), soft_wrap=True)
 
-        _show(inspect_artefact(path), as_json, human)
+        _show(look(path).to_json(), as_json, human)
 
 
 @app.command()
@@ -1027,8 +1031,8 @@ def verify(
             timeout=timeout,
             progress=ProgressPrinter(),
         )
-        _show(result, as_json, lambda found: _show_verified(path, found))
-    if not result["ok"]:
+        _show(result.to_json(), as_json, lambda found: _show_verified(path, found))
+    if not result.ok:
         raise typer.Exit(1)
 
 

@@ -104,7 +104,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 run = Path(scratch) / "run"
                 made = quantize("digits", ROWS[name] | {"seed": seed}, run, progress=progress)
-                result = evaluate(run, reference, progress=progress).result
+                result = evaluate(run, reference, progress=progress).to_json()
             kept = ("fd", "fd_ratio", "fd_interval", "class_accuracy", "psnr_db", "snr_db")
             row = {"name": name, "seed": seed} | {key: result[key] for key in kept}
             row |= {key: made.get(key) for key in ("bytes_after", "tuned_share")}

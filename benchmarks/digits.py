@@ -26,7 +26,7 @@ from trtq.bench.summary import summarize
 from trtq.bench.turns import take_turns
 from trtq.engine.open import open_engine
 from trtq.evaluation.evaluate import draw_reference, evaluate
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.processor import processor_features
 from trtq.progress import ProgressPrinter
 from trtq.runs.quantize import quantize
@@ -101,10 +101,10 @@ def main() -> None:
             print(f"== {name}", file=sys.stderr)
             run, onnx = Path(scratch) / f"{index}-run", Path(scratch) / f"{index}-onnx"
             made = quantize("digits", recipe, run, progress=progress)
-            exported = export_onnx(run, onnx, progress=progress)
+            exported = export(run, onnx, progress=progress)
             result = evaluate(
                 onnx, reference, provider=arguments.provider, progress=progress
-            ).result
+            ).to_json()
             folders[name] = onnx
             kept = ("fd", "fd_ratio", "class_accuracy", "snr_db", "provider")
             rows.append(

@@ -25,7 +25,7 @@ import torch
 import trtq
 from trtq.artefact.manifest import package_versions
 from trtq.diffusion.pipeline import load_source
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.progress import ProgressPrinter
 from trtq.runs.quantize import quantize
 
@@ -82,7 +82,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             run, onnx, theirs = (Path(scratch) / part for part in ("run", "onnx", "theirs.npy"))
             quantize("shapes", recipe, run, progress=ProgressPrinter())
-            export_onnx(run, onnx, progress=ProgressPrinter())
+            export(run, onnx, progress=ProgressPrinter())
             task = {
                 "folder": str(onnx),
                 "prompts": prompts,

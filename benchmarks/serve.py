@@ -348,12 +348,12 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def exported(model: str, folder: Path) -> Path:
     """A shipped model at W4A8, quantised and exported."""
-    from trtq.exporter.export import export_onnx
+    from trtq.exporter.export import export
     from trtq.runs.quantize import quantize
 
     run, onnx = folder / f"{model}-run", folder / f"{model}-onnx"
     quantize(model, {"method": "search", "bits": "w4a8", "steps": STEPS}, run)
-    export_onnx(run, onnx)
+    export(run, onnx)
     return onnx
 
 

@@ -30,7 +30,7 @@ from trtq.demo.shapes import COLOURS, Scene, draw_scenes, random_scene
 from trtq.diffusion.pipeline import LoadedPipeline, load_source
 from trtq.evaluation.evaluate import ReferenceSet, draw_reference, evaluate
 from trtq.evaluation.extractor import Extractor
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.lora import LoraRequest
 from trtq.pipelines.draw import Conditioning, draw
 from trtq.pipelines.open import open_any
@@ -191,8 +191,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)
             made = quantize("shapes", ROWS[name], scratch / "run", progress=progress)
-            exported = export_onnx(scratch / "run", scratch / "onnx", progress=progress)
-            result = evaluate(scratch / "onnx", reference, progress=progress).result
+            exported = export(scratch / "run", scratch / "onnx", progress=progress)
+            result = evaluate(scratch / "onnx", reference, progress=progress).to_json()
             if name == SWAPPED and "lora" not in record:
                 start = time.monotonic()
                 record["lora"] = swap(reference, scratch / "run", scratch)

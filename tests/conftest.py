@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trtq.diffusion.pipeline import load_source
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.processor import VARIABLE, has_vnni
 from trtq.runs.quantize import quantize
 
@@ -84,5 +84,5 @@ def digits_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits_onnx(digits_run):
     out = digits_run.parent / "onnx"
-    export_onnx(digits_run, out)
+    export(digits_run, out)
     return out

@@ -46,14 +46,14 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "build", "export", "load", "quantize"]
 
 if TYPE_CHECKING:
-    from trtq.exporter.build import build_engines as build
-    from trtq.exporter.export import export_onnx as export
+    from trtq.exporter.build import build
+    from trtq.exporter.export import export
     from trtq.pipelines.open import load
     from trtq.runs.quantize import quantize
 
 _PUBLIC = {
-    "build": ("trtq.exporter.build", "build_engines"),
-    "export": ("trtq.exporter.export", "export_onnx"),
+    "build": ("trtq.exporter.build", "build"),
+    "export": ("trtq.exporter.export", "export"),
     "load": ("trtq.pipelines.open", "load"),
     "quantize": ("trtq.runs.quantize", "quantize"),
 }

@@ -13,7 +13,7 @@ from trtq.diffusion.folder import load_pipeline_parts, skeleton
 from trtq.diffusion.layout import read_index, read_null_class, read_scheduler
 from trtq.errors import ArtefactError, TrtqError, UsageError
 from trtq.pipelines.draw import check_sheet, conditioning_for
-from trtq.pipelines.inspect import inspect_artefact
+from trtq.pipelines.inspect import inspect
 from trtq.pipelines.open import open_any
 from trtq.runs.folder import open_run
 
@@ -91,7 +91,7 @@ EDITS = {
 def test_a_manifest_that_does_not_fit_the_weights_is_refused(digits_run, tmp_path, change, message):
     copy = edited(digits_run, tmp_path, change)
     read_manifest(copy)
-    for opened in (open_run, inspect_artefact):
+    for opened in (open_run, inspect):
         with pytest.raises(TrtqError, match=message) as caught:
             opened(copy)
         assert "\n" not in str(caught.value)
@@ -191,12 +191,12 @@ def test_a_graph_whose_manifest_was_edited_is_refused(digits_onnx, tmp_path):
         manifest["timesteps"][0] = 0.5
 
     copy = edited(digits_onnx, tmp_path, other)
-    for opened in (open_any, inspect_artefact):
+    for opened in (open_any, inspect):
         with pytest.raises(ArtefactError, match="calibrated at the timesteps"):
             opened(copy)
     shutil.rmtree(copy)
     copy = edited(digits_onnx, tmp_path, layer("conv_in", weight_bits=5))
-    for opened in (open_any, inspect_artefact):
+    for opened in (open_any, inspect):
         with pytest.raises(ArtefactError, match="'conv_in': the manifest says 'conv2d w5a8'"):
             opened(copy)
 

@@ -17,7 +17,7 @@ from trtq.bench.artefacts import (
     parse_targets,
 )
 from trtq.bench.page import bench_tables, failures, statements
-from trtq.bench.run import bench
+from trtq.bench.run import benchmark
 from trtq.cli import app
 from trtq.errors import (
     ArtefactError,
@@ -427,7 +427,7 @@ def stubbed(monkeypatch):
 
 
 def test_speed_is_told_against_the_fastest_float_row(stubbed, digits_onnx):
-    found = bench([str(digits_onnx)], batches=[1, 2], turns=8, images=2, threads=1)
+    found = benchmark([str(digits_onnx)], batches=[1, 2], turns=8, images=2, threads=1)
     low_bit, float_row = found["rows"]
     assert low_bit["latency_ms"]["p50"] == pytest.approx(1.0)
     assert low_bit["speedup"]["ratio"] == pytest.approx(4.0)
@@ -449,13 +449,13 @@ def test_speed_is_told_against_the_fastest_float_row(stubbed, digits_onnx):
 
 
 def test_turns_are_as_many_as_a_verdict_needs(stubbed, digits_onnx):
-    few = bench([str(digits_onnx)], batches=[1], turns=6, images=1, threads=1)
+    few = benchmark([str(digits_onnx)], batches=[1], turns=6, images=1, threads=1)
     assert few["rows"][0]["speedup"]["verdict"] == "too few turns"
     assert few["undecided"] == [f"{digits_onnx}@cpu"]
-    many = bench([str(digits_onnx)], batches=[1], images=1, threads=1)
+    many = benchmark([str(digits_onnx)], batches=[1], images=1, threads=1)
     assert (many["turns"], many["undecided"]) == (10, [])
     sizes = range(1, 17)
-    most = bench([str(digits_onnx)], batches=sizes, images=1, threads=1)
+    most = benchmark([str(digits_onnx)], batches=sizes, images=1, threads=1)
     assert (most["comparisons"], most["turns"], most["undecided"]) == (32, 11, [])
 
 
@@ -468,7 +468,7 @@ def test_the_gate_does_not_begin_with_too_few_turns(stubbed, digits_onnx):
 
 def test_images_that_are_slower_count_as_slower(stubbed, monkeypatch, digits_onnx):
     monkeypatch.setattr(StubWorker, "draw_pace", {"slow": 1e-3, "fast": 4e-3})
-    found = bench([str(digits_onnx)], batches=[1], images=1, threads=1)
+    found = benchmark([str(digits_onnx)], batches=[1], images=1, threads=1)
     row = found["rows"][0]
     verdicts = [row[key]["verdict"] for key in ("speedup", "images_speedup")]
     assert verdicts == ["faster", "slower"]
@@ -478,7 +478,7 @@ def test_images_that_are_slower_count_as_slower(stubbed, monkeypatch, digits_onn
 
 def test_float_rows_that_cannot_be_measured_are_said_to_be_missing(stubbed, digits_onnx):
     stubbed.dying["digits@torch"] = "draw"
-    lines = statements(bench([str(digits_onnx), "digits"], batches=[1], turns=2, threads=1))
+    lines = statements(benchmark([str(digits_onnx), "digits"], batches=[1], turns=2, threads=1))
     assert (
         f"note: {digits_onnx}@cpu is compared with nothing: no float row could be measured" in lines
     )
@@ -486,7 +486,9 @@ def test_float_rows_that_cannot_be_measured_are_said_to_be_missing(stubbed, digi
 
 def former(path, digits_onnx, **changes):
     """A result on disk, with some of its fields changed."""
-    found = bench([str(digits_onnx), "digits"], batches=[1], turns=2, threads=1) | changes
+    found = (
+        benchmark([str(digits_onnx), "digits"], batches=[1], turns=2, threads=1).to_json() | changes
+    )
     path.write_text(json.dumps(found))
     return path
 
@@ -516,7 +518,7 @@ def test_a_result_that_does_not_compare_is_refused_before_measuring(
 def test_the_comparison_is_shown_with_plain_words(stubbed, monkeypatch, digits_onnx, tmp_path):
     path = former(tmp_path / "old.json", digits_onnx)
     monkeypatch.setattr(StubWorker, "pace", {"slow": 8e-3, "fast": 1e-3})
-    found = bench([str(digits_onnx), "digits"], batches=[1, 2], threads=1, against=path)
+    found = benchmark([str(digits_onnx), "digits"], batches=[1, 2], threads=1, against=path)
     table = bench_tables(found)[f"against {path}"]
     names = [cells[0] for cells in table.rows]
     assert set(names) == {"onnx@cpu", "digits@torch"}
@@ -547,7 +549,7 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(
     label = f"{digits_onnx}@openvino"
     stubbed.dying[label] = question
     monkeypatch.setattr(stubbed, "error", error)
-    found = bench(
+    found = benchmark(
         [str(digits_onnx)], providers=["cpu", "openvino"], batches=[1], turns=8, images=1, threads=1
     )
     rows = {f"{row['path']}@{row['provider']}": row for row in found["rows"]}
@@ -565,7 +567,7 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(
 )
 def test_a_roof_that_cannot_be_found_costs_no_row(stubbed, digits_onnx, name, question, caplog):
     stubbed.dying[name.format(digits_onnx)] = question
-    found = bench([str(digits_onnx)], batches=[1], turns=2, images=1, threads=1)
+    found = benchmark([str(digits_onnx)], batches=[1], turns=2, images=1, threads=1)
     assert [row["measured"] for row in found["rows"]] == [True, True]
     assert [row["roofline"] for row in found["rows"]] == [None, None]
     assert f"no {question}" in caplog.text
@@ -588,7 +590,7 @@ def test_a_float_model_of_another_device_is_no_baseline(
     monkeypatch.setattr("trtq.bench.artefacts.check_provider", lambda provider: None)
     label = f"{digits_onnx}@{provider}"
     stubbed.on_gpu.add(label)
-    found = bench([label, "digits"], batches=[1], turns=2, images=1, threads=1)
+    found = benchmark([label, "digits"], batches=[1], turns=2, images=1, threads=1)
     assert [row["device"] for row in found["rows"]] == ["gpu", "cpu"]
     assert found["rows"][0]["speedup"] is None
     assert found["unjudged"] == [label]
@@ -601,7 +603,7 @@ def test_a_run_on_the_gpu_has_the_gpu_s_roof_and_no_cpu_baseline(stubbed, monkey
     monkeypatch.setattr("trtq.bench.run.Nvml", lambda: SimpleNamespace(name=name, driver="1"))
     label = f"{digits_run}@torch"
     stubbed.on_gpu.add(label)
-    found = bench([str(digits_run), "digits"], batches=[1], turns=2, images=1, threads=1)
+    found = benchmark([str(digits_run), "digits"], batches=[1], turns=2, images=1, threads=1)
     on_gpu, on_cpu = found["rows"]
     assert on_gpu["roofline"]["peak_is"] == "published peak of GeForce RTX 4090, int8, dense"
     assert on_cpu["roofline"]["peak_is"] == "a stub"
@@ -617,7 +619,7 @@ def test_engines_stand_there_unmeasured(stubbed, digits_onnx, tmp_path, monkeypa
     engine = tmp_path / "engine"
     engine.mkdir()
     write_manifest(engine, Manifest(**manifest.model_dump() | update))
-    found = bench([str(engine), "digits"], batches=[1], turns=2, images=1, threads=1)
+    found = benchmark([str(engine), "digits"], batches=[1], turns=2, images=1, threads=1)
     row = found["rows"][0]
     assert (row["provider"], row["measured"], row["build_seconds"]) == ("tensorrt-rtx", False, 3.5)
     assert row["reason"] == "no GPU for tensorrt-rtx"

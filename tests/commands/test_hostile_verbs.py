@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 
 from tests.conftest import tiny_pipeline
 from trtq.cli import app
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.runs.quantize import quantize
 
 # Their logs are bound to the stream that stands when they are first used.
@@ -69,7 +69,7 @@ def made(tmp_path_factory):
     classes = {"labels": ["a", "b", "c"], "null_class": 3}
     (model / "classes.json").write_text(json.dumps(classes))
     quantize(str(model), RECIPE, place / "run")
-    export_onnx(place / "run", place / "onnx")
+    export(place / "run", place / "onnx")
     _move_weights_out(place / "onnx")
     return place
 

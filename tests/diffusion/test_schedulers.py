@@ -11,7 +11,7 @@ from tests.families.pipelines import build, conditional_unet, stable_diffusion
 from trtq.diffusion.pipeline import load_source
 from trtq.diffusion.schedule import KNOWN_SCHEDULERS, NoiseSchedule, check_steps, stepping_of
 from trtq.errors import UsageError
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
 from trtq.runs.quantize import quantize
@@ -252,7 +252,7 @@ def test_nor_is_it_exported(tmp_path, monkeypatch):
     pipe.save_pretrained(tmp_path / "model")
     monkeypatch.setattr("trtq.exporter.export.write_graph", None)
     with pytest.raises(UsageError, match="the scheduler EDMEulerScheduler is not one"):
-        export_onnx(tmp_path / "model", tmp_path / "onnx")
+        export(tmp_path / "model", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 

@@ -13,7 +13,7 @@ from trtq.engine.tensorrt import run as running
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.engine.tensorrt.run import TensorRtEngine, open_tensorrt
 from trtq.errors import ArtefactError, KernelError, UsageError
-from trtq.pipelines.inspect import inspect_artefact
+from trtq.pipelines.inspect import inspect
 from trtq.plugins.low_bit import tensorrt as plugins
 
 RTX = BACKENDS["tensorrt-rtx"]
@@ -307,7 +307,7 @@ def test_an_engine_folder_is_a_pipeline(digits_onnx, tmp_path, monkeypatch):
     assert images.shape[0] == 1
     assert opened == [(out / "unet" / "model.engine", "tensorrt-rtx")]
     monkeypatch.setattr("trtq.pipelines.inspect.obstacle", lambda backend: f"no GPU for {backend}")
-    found = inspect_artefact(out)
+    found = inspect(out)
     assert found["engine_layers"] is None
     assert found["engine_layers_missing"] == "no GPU for tensorrt-rtx"
     with pytest.raises(UsageError, match="folder of engines; run it with tensorrt-rtx, not cpu"):

@@ -30,8 +30,8 @@ from trtq.errors import (
     MissingDependencyError,
     UsageError,
 )
-from trtq.exporter.build import build_engines
-from trtq.exporter.export import export_onnx
+from trtq.exporter.build import build
+from trtq.exporter.export import export
 from trtq.exporter.verify import verify
 from trtq.resources import cache_folder
 
@@ -85,7 +85,7 @@ def test_the_digits_become_an_engine_for_several_architectures(digits_onnx, tmp_
     assert (out / "scheduler" / "scheduler_config.json").is_file()
     assert not list(out.rglob("*.onnx*"))
     found = {"kind": "engine", "files": len(manifest.files), "ok": True, "graphs": {"unet": None}}
-    assert verify(out) == found
+    assert verify(out).to_json() == found
     (out / "unet" / "model.engine").write_bytes(b"another")
     with pytest.raises(IntegrityError, match=r"model\.engine is not what the manifest says"):
         verify(out)
@@ -204,7 +204,7 @@ def test_weights_of_plugins_are_not_streamed(digits_onnx, tmp_path, monkeypatch)
     with pytest.raises(
         UsageError, match=r"leave out --weight-streaming, or export with --target qdq"
     ):
-        build_engines(folder, tmp_path / "engine", weight_streaming=True)
+        build(folder, tmp_path / "engine", weight_streaming=True)
     assert not (tmp_path / "engine").exists()
 
 
@@ -215,7 +215,7 @@ def test_nothing_is_left_when_a_build_fails(digits_onnx, tmp_path, monkeypatch):
     monkeypatch.setattr("trtq.exporter.build.compile_engine", fail)
     monkeypatch.setattr("trtq.exporter.build.find_backend", lambda _: RTX)
     with pytest.raises(BuildError, match="no"):
-        build_engines(digits_onnx, tmp_path / "engine")
+        build(digits_onnx, tmp_path / "engine")
     assert [path for path in tmp_path.iterdir() if path.name != "cache"] == []
 
 
@@ -227,7 +227,7 @@ def test_a_graph_that_would_be_computed_wrongly_is_not_built(digits_onnx, tmp_pa
         "trtq.exporter.build.check", lambda *_: [Finding("conv_in", "a rule", "a mend")]
     )
     with pytest.raises(LegalityError, match="does not take 'conv_in': a rule; a mend"):
-        build_engines(digits_onnx, tmp_path / "engine")
+        build(digits_onnx, tmp_path / "engine")
 
 
 @pytest.mark.parametrize(
@@ -262,11 +262,11 @@ def test_a_backend_that_is_not_there_says_how_to_install_it(monkeypatch):
 def test_only_an_onnx_folder_is_built(digits_run, tmp_path, monkeypatch):
     monkeypatch.setattr("trtq.exporter.build.find_backend", lambda _: RTX)
     with pytest.raises(UsageError, match="trtq export RUN -o ONNX"):
-        build_engines(tmp_path / "nothing", tmp_path / "engine")
+        build(tmp_path / "nothing", tmp_path / "engine")
     with pytest.raises(ArtefactError, match="of kind 'run'"):
-        build_engines(digits_run, tmp_path / "engine")
+        build(digits_run, tmp_path / "engine")
     with pytest.raises(UsageError, match="where there is a GPU"):
-        build_engines(tmp_path / "nothing", tmp_path / "engine", refit=True)
+        build(tmp_path / "nothing", tmp_path / "engine", refit=True)
 
 
 class Graph:
@@ -322,9 +322,9 @@ def test_sizes_are_latents_for_the_decoder_and_pixels_for_the_encoder(tmp_path):
 def test_turing_is_refused_before_a_long_build(digits_onnx, tmp_path, monkeypatch):
     monkeypatch.setattr("trtq.exporter.build.find_backend", lambda _: RTX)
     monkeypatch.setattr("trtq.exporter.build.compile_engine", pytest.fail)
-    export_onnx("digits", tmp_path / "float")
+    export("digits", tmp_path / "float")
     with pytest.raises(UsageError, match="no products in float32, and unet has some"):
-        build_engines(tmp_path / "float", tmp_path / "engine", architectures=["sm75"])
+        build(tmp_path / "float", tmp_path / "engine", architectures=["sm75"])
     assert not (tmp_path / "engine").exists()
 
 

@@ -20,7 +20,7 @@ from trtq.engine.ort import OrtEngine
 from trtq.errors import GateError, NonFiniteError, UsageError
 from trtq.exporter import export as stage
 from trtq.exporter import step_check as parity_stage
-from trtq.exporter.export import export_onnx, parse_batch
+from trtq.exporter.export import export, parse_batch
 from trtq.graph.file import save_graph
 from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import load_graph, prepare
@@ -178,7 +178,7 @@ def test_bits_and_precisions(bits, precision, tmp_path, monkeypatch):
     monkeypatch.setitem(stage.PARITY_DB, "fp16", 0.0)
     settings = {"method": "minmax", "steps": 3, "bits": bits, "calibration": {"images": 8}}
     quantize(tiny_pipeline(), settings, tmp_path / "run")
-    result = export_onnx(tmp_path / "run", tmp_path / "onnx", precision=precision)
+    result = export(tmp_path / "run", tmp_path / "onnx", precision=precision)
     assert len(result["parity_db"]) == 4
     kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
     g = graph(tmp_path / "onnx")
@@ -192,12 +192,12 @@ def test_bits_and_precisions(bits, precision, tmp_path, monkeypatch):
 def test_static_tables_are_constants(tmp_path):
     settings = {"method": "minmax", "steps": 3, "tables": "static", "calibration": {"images": 8}}
     quantize(tiny_pipeline(), settings, tmp_path / "run")
-    export_onnx(tmp_path / "run", tmp_path / "onnx")
+    export(tmp_path / "run", tmp_path / "onnx")
     assert not [n for n in graph(tmp_path / "onnx").node if n.name.startswith("steps/")]
 
 
 def test_float_baseline(tmp_path):
-    result = export_onnx("digits", tmp_path / "onnx")
+    result = export("digits", tmp_path / "onnx")
     assert result["parity_db_min"] > 100
 
 
@@ -208,7 +208,7 @@ def test_a_failed_parity_check_leaves_nothing(digits_run, tmp_path, monkeypatch)
         "trtq.exporter.step_check.step_parity", lambda *_: [StepParity(39, 39, 0.0, 200)]
     )
     with pytest.raises(GateError, match=r"only 39\.0 dB from torch, 40 dB are required"):
-        export_onnx(digits_run, tmp_path / "onnx")
+        export(digits_run, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -330,7 +330,7 @@ def test_without_vnni_openvino_gets_seven_bit_weights_as_integers(tmp_path, vnni
     """Of a trained model; first, last, time, skip and downsampling layers keep 8 bits, in float."""
     run, onnx_folder = tmp_path / "run", tmp_path / "onnx"
     quantize("digits", {"method": "minmax", "bits": "w7a8", "steps": 2}, run)
-    export_onnx(run, onnx_folder)
+    export(run, onnx_folder)
     rows = {row.name: row for row in read_manifest(run).layers}
     path = onnx_folder / "unet" / "model.onnx"
     model = prepare(load_graph(path), "openvino")

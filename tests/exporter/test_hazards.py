@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import tiny_pipeline
 from trtq.exporter import export as stage
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import load_graph, prepare
 from trtq.runs.quantize import quantize
@@ -33,7 +33,7 @@ def built_graph(half_run, request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # Random weights make half precision at 4 bits a matter of chance; the form is what is tested.
         patch.setitem(stage.PARITY_DB, "fp16", 0.0)
-        export_onnx(half_run, out, target=request.param, precision="fp16")
+        export(half_run, out, target=request.param, precision="fp16")
     return prepare(load_graph(out / "unet" / "model.onnx"), "tensorrt-rtx")
 
 

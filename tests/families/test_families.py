@@ -12,7 +12,7 @@ from trtq.calib.policy import load_policy, plan_layers
 from trtq.diffusion.families import FAMILIES
 from trtq.diffusion.pipeline import load_source
 from trtq.errors import LegalityError, UsageError
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
 from trtq.runs.quantize import quantize
@@ -41,7 +41,7 @@ def test_a_pipeline_goes_the_whole_way(name, tmp_path):
     (checkpoint / "prompts.json").write_text(json.dumps({"calibration": ["a red circle", "a"]}))
     made = quantize(checkpoint, RECIPE | {"size": SIZES.get(name)}, run)
     assert made["layers_quantized"] >= 25
-    exported = export_onnx(run, onnx)
+    exported = export(run, onnx)
     assert exported["parity_db_min"] >= 40
     assert all(db >= 60 for db in exported["parity_parts_db"].values())
     # Nothing is left that needs torch: neither text encoders nor the autoencoder.
@@ -71,7 +71,7 @@ def test_a_run_is_exported_at_another_size_than_it_was_calibrated_at(name, tmp_p
     # DiT takes square images only.
     for size in (f"{2 * side}x{side if name != 'dit' else 2 * side}", f"{3 * side}x{3 * side}"):
         onnx = tmp_path / size
-        exported = export_onnx(run, onnx, size=size)
+        exported = export(run, onnx, size=size)
         assert len(exported["parity_db"]) == RECIPE["steps"] + 1
         assert exported["parity_db_min"] >= 40
 
@@ -147,7 +147,7 @@ def test_an_image_of_another_size_than_the_graph_takes(tmp_path):
     checkpoint, run, onnx = tmp_path / "model", tmp_path / "run", tmp_path / "onnx"
     build("ldm_vq").save_pretrained(checkpoint)
     quantize(checkpoint, RECIPE, run)
-    export_onnx(run, onnx)
+    export(run, onnx)
     source = open_any(onnx)
     with pytest.raises(UsageError, match=r"\[batch, 3, 8, 8\], got \[2, 3, 16, 16\]"):
         source.denoiser(torch.zeros(2, 3, 16, 16), 1)
@@ -159,7 +159,7 @@ def test_one_graph_for_a_range_of_sizes(name, tmp_path):
     build(name).save_pretrained(checkpoint)
     (checkpoint / "prompts.json").write_text(json.dumps({"calibration": ["a red circle", "a"]}))
     quantize(checkpoint, RECIPE, run)
-    exported = export_onnx(run, onnx, size="16x16:24x32")
+    exported = export(run, onnx, size="16x16:24x32")
     assert exported["parity_db_min"] >= 40
     assert exported["parity_largest_db"] >= 40
     source = open_any(onnx)
@@ -188,12 +188,12 @@ def test_a_pipeline_that_draws_one_size_says_so():
 def test_a_size_that_the_model_cannot_be_traced_at_is_one_error(tmp_path):
     build("dit").save_pretrained(tmp_path / "model")
     with pytest.raises(LegalityError, match="torch cannot trace DiTTransformer2DModel"):
-        export_onnx(tmp_path / "model", tmp_path / "onnx", size="16x32")
+        export(tmp_path / "model", tmp_path / "onnx", size="16x32")
     assert not (tmp_path / "onnx").exists()
 
 
 def test_a_model_with_positions_inside_takes_one_size(tmp_path):
     build("dit").save_pretrained(tmp_path / "model")
     with pytest.raises(UsageError, match="export once for each size"):
-        export_onnx(tmp_path / "model", tmp_path / "onnx", size="16x16:32x32")
+        export(tmp_path / "model", tmp_path / "onnx", size="16x16:32x32")
     assert not (tmp_path / "onnx").exists()

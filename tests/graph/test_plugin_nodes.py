@@ -8,7 +8,7 @@ import trtq
 from trtq.engine.ort import OrtEngine
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.graph.passes.plugin_nodes import ExpandPlugins, has_plugins
 from trtq.graph.runtimes.prepare import load_graph, prepare
 
@@ -18,7 +18,7 @@ needs_rtx = pytest.mark.skipif(not BACKENDS["tensorrt-rtx"].installed, reason="n
 @pytest.fixture(scope="module")
 def plugin_onnx(digits_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("plugin") / "onnx"
-    export_onnx(digits_run, out, target="plugin")
+    export(digits_run, out, target="plugin")
     return out
 
 

@@ -11,7 +11,7 @@ from trtq.diffusion.pipeline import load_source
 from trtq.errors import ArtefactError, UsageError
 from trtq.evaluation.classifier import ImageClassifier, save_classifier
 from trtq.evaluation.evaluate import evaluate, parse_gate
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.pipelines.generate import generate
 from trtq.runs.quantize import quantize
 
@@ -88,7 +88,7 @@ def run(model):
 @pytest.fixture(scope="module")
 def onnx(run):
     out = run.parent / "onnx"
-    result = export_onnx(run, out)
+    result = export(run, out)
     assert result["parity_db_min"] >= 40
     return out
 

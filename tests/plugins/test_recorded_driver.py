@@ -390,7 +390,7 @@ def test_a_gpu_without_integer_tensor_cores_is_refused(recording):
 )
 def test_the_doctor_says_what_the_driver_is(settings, row, hint, recording):
     record = recording.run(
-        "import json; from trtq.engine.doctor import doctor; print(json.dumps(doctor()))",
+        "import json; from trtq.engine.doctor import doctor; print(json.dumps(doctor().to_json()))",
         **settings,
     )
     found = json.loads(record.stdout.splitlines()[-1])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import tiny_pipeline
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.runs.quantize import quantize
 from trtq.serve.models.base import ImageModel, InitialState, Inputs, ModelInfo, Sizes, class_label
 from trtq.serve.models.solver import Ddim
@@ -90,7 +90,7 @@ def served_onnx(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     recipe = {"method": "minmax", "bits": "w4a8", "steps": 4, "calibration": {"images": 8}}
     quantize(tiny_pipeline(), recipe, folder / "run")
-    export_onnx(folder / "run", folder / "onnx")
+    export(folder / "run", folder / "onnx")
     return folder / "onnx"
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from trtq.bench.result import ComparedValue, HistoryComparison
 from trtq.bench.summary import compare_medians
 from trtq.documents import parse_json, read_text, shown
 from trtq.errors import ArtefactError, UsageError
@@ -16,7 +17,7 @@ from trtq.limits import MAX_BATCH, MAX_STEPS
 __all__ = ["FORMAT_VERSION", "Former", "check_same_run", "compare", "read_former"]
 
 FORMAT_VERSION = 2
-"""Of the result of `trtq.bench.run.bench`."""
+"""Of the result of `trtq.bench.run.benchmark`."""
 
 _WHAT = "give what `trtq bench --json` printed, or the report.json of a report"
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -58,7 +59,7 @@ class _Row(BaseModel):
 
 
 class Former(BaseModel):
-    """What is compared of a result: see `trtq.bench.run.bench`."""
+    """What is compared of a result: see `trtq.bench.run.benchmark`."""
 
     device: dict[str, Any]
     date: str | None
@@ -128,20 +129,18 @@ def check_same_run(
             raise _different(path, key, then, value, "the same model, size and sampling compare")
 
 
-def compare(former: Former, result: dict[str, Any], name: str) -> dict[str, Any]:
-    """Every number of every row and batch size that both have.
+def compare(former: Former, result: dict[str, Any], name: str) -> HistoryComparison:
+    """Compare every number of every row and batch size that both results have.
 
-    Returns:
-        `file`, `date`; `rows`, each with `row`, `batch` (None: of the whole row), `what`, `unit`,
-        `before`, `after`, `ratio` (above 1 is better; None with a zero) and `verdict`: `better`,
-        `worse`, `within the spread`, `too few turns`, `equal`, or `one value each`, which has no spread
-        to judge by; `missing`: sentences about rows and batch sizes that only one side has; `different`:
-        about rows of other bits or another device, which are not compared.
+    Args:
+        former: the earlier result.
+        result: JSON of this result.
+        name: path of the earlier result.
     """
     before = {row.label: row for row in former.rows}
     now = _validate(Path(name), result)
     after = {row.label: row for row in now.rows}
-    rows: list[dict[str, Any]] = []
+    rows: list[ComparedValue] = []
     different = []
     missing = _only_one_side(before, after)
     for label in [label for label in after if label in before]:
@@ -157,14 +156,10 @@ def compare(former: Former, result: dict[str, Any], name: str) -> dict[str, Any]
             different.append(f"{label}: {', '.join(unlike)}")
         else:
             missing += _only_one_side_batches(old, new)
-            rows += [{"row": label} | found for found in _compare_rows(old, new)]
-    return {
-        "file": name,
-        "date": former.date,
-        "rows": rows,
-        "missing": missing,
-        "different": different,
-    }
+            rows += _compare_rows(old, new)
+    return HistoryComparison(
+        file=name, date=former.date, rows=rows, missing=missing, different=different
+    )
 
 
 def _only_one_side(before: dict[str, _Row], after: dict[str, _Row]) -> list[str]:
@@ -181,23 +176,26 @@ def _only_one_side_batches(old: _Row, new: _Row) -> list[str]:
     ]
 
 
-def _compare_rows(old: _Row, new: _Row) -> Iterator[dict[str, Any]]:
+def _compare_rows(old: _Row, new: _Row) -> Iterator[ComparedValue]:
     batches = {one.batch: one for one in old.batches}
     for now in new.batches:
         then = batches.get(now.batch)
         if then is None:
             continue
         for part in [name for name in now.parts if name in then.parts]:
-            found = compare_medians(then.parts[part].turns, now.parts[part].turns)
-            yield {"batch": now.batch, "what": part, "unit": "ms"} | found
+            medians = compare_medians(then.parts[part].turns, now.parts[part].turns)
+            yield ComparedValue(row=new.label, batch=now.batch, what=part, unit="ms", **medians)
         rates = (
             [1e3 * now.batch / milliseconds for milliseconds in one.batch_of_images.turns]
             for one in (then, now)
         )
-        found = compare_medians(*rates, more_is_better=True)
-        yield {"batch": now.batch, "what": "whole images", "unit": "images/s"} | found
-    yield from _compare_amounts(old, new, _SINGLE)
-    yield from _compare_amounts(old.memory or _Memory(), new.memory or _Memory(), _MEMORY)
+        medians = compare_medians(*rates, more_is_better=True)
+        yield ComparedValue(
+            row=new.label, batch=now.batch, what="whole images", unit="images/s", **medians
+        )
+    yield from _compare_amounts(new.label, old, new, _SINGLE)
+    memories = (old.memory or _Memory(), new.memory or _Memory())
+    yield from _compare_amounts(new.label, *memories, _MEMORY)
 
 
 _SINGLE = (
@@ -214,8 +212,8 @@ _MEMORY = (
 
 
 def _compare_amounts(
-    old: BaseModel, new: BaseModel, entries: tuple[tuple[str, str, str, float], ...]
-) -> Iterator[dict[str, Any]]:
+    label: str, old: BaseModel, new: BaseModel, entries: tuple[tuple[str, str, str, float], ...]
+) -> Iterator[ComparedValue]:
     """What there is one value of in a run; only the size of files is the same each time."""
     for what, key, unit, factor in entries:
         before, after = getattr(old, key), getattr(new, key)
@@ -226,12 +224,13 @@ def _compare_amounts(
             verdict = "equal"
         elif key == "denoiser_bytes":
             verdict = "better" if after < before else "worse"
-        ratio = before / after if before and after else None
-        shown = {"before": factor * before, "after": factor * after}
-        yield {
-            "batch": None,
-            "what": what,
-            "unit": unit,
-            "ratio": ratio,
-            "verdict": verdict,
-        } | shown
+        yield ComparedValue(
+            row=label,
+            batch=None,
+            what=what,
+            unit=unit,
+            before=factor * before,
+            after=factor * after,
+            ratio=before / after if before and after else None,
+            verdict=verdict,
+        )

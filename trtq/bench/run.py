@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from trtq.bench.cost import roofline
 from trtq.bench.device import Nvml, Peak, cpu_name, gpu_peak
 from trtq.bench.history import FORMAT_VERSION, check_same_run, compare, read_former
 from trtq.bench.process import Worker
+from trtq.bench.result import BenchResult, MeasuredRow
 from trtq.bench.summary import median_interval, min_turns, speedup, summarize
 from trtq.bench.turns import rotated
 from trtq.bench.worker import DENOISER
@@ -31,7 +32,7 @@ from trtq.processes import processors
 from trtq.processor import has_vnni, processor_features
 from trtq.progress import ProgressCallback, silent
 
-__all__ = ["bench"]
+__all__ = ["benchmark"]
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +128,8 @@ class _Plan:
         return max(_MIN_DRAWS, wanted, min(self.turns, min_turns(self.comparisons)))
 
 
-def bench(
-    paths: Sequence[str],
+def benchmark(
+    artefacts: Sequence[str],
     *,
     providers: Sequence[str] = (),
     batches: Sequence[int] = (1, 4),
@@ -141,14 +142,14 @@ def bench(
     against: str | Path | None = None,
     judge: bool = False,
     progress: ProgressCallback = silent,
-) -> dict[str, Any]:
+) -> BenchResult:
     """Measure artefacts side by side; the float model is among them wherever it can be found.
 
     Every row has a process of its own. All are loaded, and then called in turns: a turn is about half a
     second of calls of one row, then of the next.
 
     Args:
-        paths: see `parse_targets`.
+        artefacts: paths and `PATH@PROVIDER`, see `parse_targets`.
         providers: see `parse_targets`.
         batches: images at once.
         turns: of the timings of parts; by default 10, or more where a verdict needs more.
@@ -163,18 +164,7 @@ def bench(
         progress: called with the stage's name, the work done and the total.
 
     Returns:
-        `rows`, each with `path`, `provider`, `kind`, `bits`, `low_bit`, `added`, `device` (where the
-        denoiser was found to be; None if it was not loaded), `measured`, `reason`, `latency_ms` (of the
-        denoiser's call at the first batch size: `p50`, `p90`, `p99`, quartiles `q1`, `q3`, `calls`,
-        `turns`), `images_per_second` (whole images, likewise) and its 95 % interval
-        `images_per_second_interval`, `batches` (the same for each batch size and part), `speedup` and
-        `images_speedup` (of the step and of whole images, against the row that is fastest in it among
-        the float ones of the same device), `psnr_db` (of the images to the float model's),
-        `load_seconds`, `build_seconds`, `denoiser_bytes`, `memory`, `roofline`; `slower` (labels of
-        low-bit rows that are, in steps or whole images), `undecided` (of those with too few turns),
-        `unjudged` (of those that stand beside no float row), `notes`, `against`; and of the run
-        `model_class`, `shape`, `device`, `steps`, `guidance`, `turns`, `comparisons` (that the intervals
-        of all speedups hold for together), `threads`, `seed`, `date`, `packages`.
+        One row per artefact and provider, verdicts and the run's settings.
 
     Raises:
         UsageError: see `parse_targets`; the rows are different models; `against` is no such result, or
@@ -183,7 +173,7 @@ def bench(
         ArtefactError: an artefact's manifest cannot be read.
         MeasurementError: no row could be measured; a single one that fails says why instead.
     """
-    targets = parse_targets(paths, providers)
+    targets = parse_targets(artefacts, providers)
     notes: list[str] = []
     targets += baseline(targets, notes)
     count = threads or processors()
@@ -215,9 +205,10 @@ def bench(
         _finish(rows, plan)
         _check_any_left(rows)
         peaks = _peaks(stack, rows, count)
-    result = model | _result(rows, plan, peaks, device, notes)
-    result["against"] = None if former is None else compare(former, result, str(against))
-    return result
+    result = _result(rows, plan, peaks, device, notes, **model)
+    if former is None:
+        return result
+    return replace(result, against=compare(former, result.to_json(), str(against)))
 
 
 def _describe_device(threads: int) -> dict[str, Any]:
@@ -428,35 +419,40 @@ def _result(
     peaks: dict[str, Peak | None],
     device: dict[str, Any],
     notes: list[str],
-) -> dict[str, Any]:
+    *,
+    model_class: str,
+    shape: list[int],
+) -> BenchResult:
     for batch in plan.batches:
         _add_speedups(rows, batch, plan.comparisons)
     shown = [_row_result(row, rows, plan, peaks) for row in rows]
-    judged = [row for row in shown if row["low_bit"] and row["measured"]]
-    unjudged = [f"{row['path']}@{row['provider']}" for row in judged if row["speedup"] is None]
-    floats = [row for row in shown if not row["low_bit"]]
+    judged = [row for row in shown if row.low_bit and row.measured]
+    unjudged = [row.label for row in judged if row.speedup is None]
+    floats = [row for row in shown if not row.low_bit]
     notes += [_why_unjudged(label, floats) for label in unjudged if floats]
-    return {
-        "format_version": FORMAT_VERSION,
-        "device": device,
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "steps": plan.steps,
-        "guidance": plan.guidance,
-        "turns": plan.turns,
-        "comparisons": plan.comparisons,
-        "threads": plan.threads,
-        "seed": plan.seed,
-        "packages": package_versions(),
-        "rows": shown,
-        "slower": _with_verdict(judged, "slower"),
-        "undecided": _with_verdict(judged, "too few turns"),
-        "unjudged": unjudged,
-        "notes": notes,
-    }
+    return BenchResult(
+        model_class=model_class,
+        shape=shape,
+        format_version=FORMAT_VERSION,
+        device=device,
+        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        steps=plan.steps,
+        guidance=plan.guidance,
+        turns=plan.turns,
+        comparisons=plan.comparisons,
+        threads=plan.threads,
+        seed=plan.seed,
+        packages=package_versions(),
+        rows=shown,
+        slower=_with_verdict(judged, "slower"),
+        undecided=_with_verdict(judged, "too few turns"),
+        unjudged=unjudged,
+        notes=notes,
+    )
 
 
-def _why_unjudged(label: str, floats: list[dict[str, Any]]) -> str:
-    if not any(row["measured"] for row in floats):
+def _why_unjudged(label: str, floats: list[MeasuredRow]) -> str:
+    if not any(row.measured for row in floats):
         return f"{label} is compared with nothing: no float row could be measured"
     return (
         f"{label} runs on another device than every float row that was measured; give the float model "
@@ -464,15 +460,13 @@ def _why_unjudged(label: str, floats: list[dict[str, Any]]) -> str:
     )
 
 
-def _with_verdict(judged: list[dict[str, Any]], verdict: str) -> list[str]:
+def _with_verdict(judged: list[MeasuredRow], verdict: str) -> list[str]:
     """Labels of rows with that verdict at some batch size, in steps or in whole images."""
     return [
-        f"{row['path']}@{row['provider']}"
+        row.label
         for row in judged
         if any(
-            one[key] and one[key]["verdict"] == verdict
-            for one in row["batches"]
-            for key in _SPEEDUPS
+            one[key] and one[key]["verdict"] == verdict for one in row.batches for key in _SPEEDUPS
         )
     ]
 
@@ -506,33 +500,33 @@ def _leads(row: _Row, mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 def _row_result(
     row: _Row, rows: list[_Row], plan: _Plan, peaks: dict[str, Peak | None]
-) -> dict[str, Any]:
+) -> MeasuredRow:
     target = row.target
     measured = row.error is None
     first = row.batches[plan.batches[0]] if measured else {}
-    return {
-        "path": target.path,
-        "provider": target.provider,
-        "kind": target.kind,
-        "bits": target.bits,
-        "low_bit": target.low_bit,
-        "added": target.added,
-        "device": row.device,
-        "measured": measured,
-        "reason": row.reason,
-        "latency_ms": first["parts"][DENOISER] if first else None,
-        "images_per_second": first["images_per_second"] if first else None,
-        "images_per_second_interval": first["images_per_second_interval"] if first else None,
-        "speedup": first["speedup"] if first else None,
-        "images_speedup": first["images_speedup"] if first else None,
-        "psnr_db": _psnr(row, rows) if measured else None,
-        "load_seconds": row.opened.get("load_seconds"),
-        "build_seconds": target.build_seconds,
-        "denoiser_bytes": target.denoiser_bytes,
-        "memory": row.memory or None,
-        "batches": [row.batches[batch] for batch in plan.batches] if measured else [],
-        "roofline": _roofline(row, plan.batches[0], peaks) if measured else None,
-    }
+    return MeasuredRow(
+        path=target.path,
+        provider=target.provider,
+        kind=target.kind,
+        bits=target.bits,
+        low_bit=target.low_bit,
+        added=target.added,
+        device=row.device,
+        measured=measured,
+        reason=row.reason,
+        latency_ms=first["parts"][DENOISER] if first else None,
+        images_per_second=first["images_per_second"] if first else None,
+        images_per_second_interval=first["images_per_second_interval"] if first else None,
+        speedup=first["speedup"] if first else None,
+        images_speedup=first["images_speedup"] if first else None,
+        psnr_db=_psnr(row, rows) if measured else None,
+        load_seconds=row.opened.get("load_seconds"),
+        build_seconds=target.build_seconds,
+        denoiser_bytes=target.denoiser_bytes,
+        memory=row.memory or None,
+        batches=[row.batches[batch] for batch in plan.batches] if measured else [],
+        roofline=_roofline(row, plan.batches[0], peaks) if measured else None,
+    )
 
 
 def _psnr(row: _Row, rows: list[_Row]) -> float | None:

@@ -16,13 +16,14 @@ from trtq.engine.ort import available_providers
 from trtq.errors import TrtqError, UsageError
 from trtq.evaluation.evaluate import Evaluation, ReferenceSet, draw_reference, evaluate
 from trtq.evaluation.page import FLOAT, grid_section, layer_sections, snr_section
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.pipelines.draw import contact_sheet, save_png
 from trtq.progress import ProgressCallback, silent
 from trtq.report.folder import check_report_folder, write_report
 from trtq.report.page import Page, Section, Table
 from trtq.report.plots import model_colours
 from trtq.runs.quantize import quantize
+from trtq.runs.result import RunResult
 
 __all__ = ["demo"]
 
@@ -103,7 +104,7 @@ def demo(
         write_listing(folder, _KIND, [])
     reference = draw_reference(MODEL, images=images, steps=STEPS, seed=seed + 1, progress=progress)
     results: dict[str, Evaluation] = {}
-    sizes: dict[str, dict[str, Any]] = {}
+    sizes: dict[str, RunResult] = {}
     for entry in _entries(iterations, seed):
         run, onnx = folder / entry.folder / "run", folder / entry.folder / "onnx"
         try:
@@ -113,8 +114,9 @@ def demo(
             with suppress(UsageError), claimed(run.resolve()):
                 remove_partial(run.resolve())
             raise
+        assert made is not None  # This is the first process.
         sizes[entry.name] = made
-        export_onnx(run, onnx, overwrite=overwrite, progress=progress)
+        export(run, onnx, overwrite=overwrite, progress=progress)
         results[entry.name] = evaluate(onnx, reference, provider=provider, progress=progress)
     last = results[entry.name]
     sheet = contact_sheet(last.images[:100], 10, scale=6, gap=6)
@@ -126,7 +128,7 @@ def demo(
             {FLOAT: reference.images} | {n: e.images for n, e in results.items()}, colours
         ),
         snr_section(
-            {name: e.result["snr_db"] for name, e in results.items()},
+            {name: e.snr_db for name, e in results.items()},
             sorted(reference.source.timesteps(STEPS)),
             colours,
         ),
@@ -136,8 +138,8 @@ def demo(
     tuned = sizes[entry.name]
     lead = (
         f"{images} images with each model, {STEPS} DDIM steps, the low-bit models on onnxruntime "
-        f"({provider}). Everything took {seconds:.0f} s, {tuned['fine_tune_seconds']:.0f} s of it "
-        f"fine-tuning ({tuned['fine_tune_iterations']} iterations, no training data)."
+        f"({provider}). Everything took {seconds:.0f} s, {tuned.fine_tune_seconds:.0f} s of it "
+        f"fine-tuning ({tuned.fine_tune_iterations} iterations, no training data)."
     )
     result = {"rows": rows, "seconds": seconds, "report": str(folder / REPORT / "index.html")}
     page = Page("Handwritten digits in four bits", lead, sections)
@@ -174,7 +176,7 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def _rows(
-    reference: ReferenceSet, results: dict[str, Evaluation], sizes: dict[str, dict[str, Any]]
+    reference: ReferenceSet, results: dict[str, Evaluation], sizes: dict[str, RunResult]
 ) -> list[dict[str, Any]]:
     first = next(iter(sizes.values()))
     scores = reference.scores
@@ -187,13 +189,13 @@ def _rows(
             "class_accuracy": scores.accuracy,
             "accuracy_interval": scores.accuracy_interval,
             "snr_db": None,
-            "bytes": first["bytes_before"],
+            "bytes": first.bytes_before,
         }
     ]
     for name, evaluation in results.items():
-        result = evaluation.result
+        result = evaluation.to_json()
         rows.append(
-            {"name": name, "bytes": sizes[name]["bytes_after"]}
+            {"name": name, "bytes": sizes[name].bytes_after}
             | {key: result[key] for key in _ROW_KEYS}
         )
     return rows

@@ -6,16 +6,17 @@ import os
 import platform
 import sys
 import warnings
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 from trtq.diffusion.shipped import shipped_models
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import KernelError, MissingDependencyError
 from trtq.plugins.driver import cuda_text, driver_cuda, first_gpu, old_driver
 from trtq.processor import has_vnni, processor_features
+from trtq.results import Result
 
-__all__ = ["doctor"]
+__all__ = ["DoctorResult", "doctor"]
 
 _REQUIRED = ("torch", "diffusers", "accelerate", "onnx", "onnxscript", "safetensors", "numpy")
 _OPTIONAL = {
@@ -68,17 +69,43 @@ def _no_gpu() -> str | None:
     return None
 
 
-def doctor() -> dict[str, Any]:
-    """Look around; nothing is changed.
+@dataclass(frozen=True, kw_only=True)
+class DoctorResult(Result):
+    """What is installed, and what can run on this machine.
 
-    Returns:
-        `ok`, `problems` (what stands in the way of the main path, and what to do), `hints` (what else
-        could be had), `python`, `machine`, `vnni` (whether the CPU adds int8 products without loss),
-        `cpu_features` (those of `trtq.processor.FEATURES` that it is taken to have), `packages`,
-        `providers` (what `--provider` can be here), `builders` (of engines), `cuda` (the GPU that
-        torch sees), `driver` (NVIDIA's first of the CUDA version that it takes, and that version;
-        None: there is none), `models` (that ship with trtq).
+    Attributes:
+        ok: whether there are no problems.
+        problems: what prevents the main path from working, and what to do.
+        hints: what else could be installed or fixed.
+        python: version of Python.
+        machine: operating system, processor architecture and number of cores.
+        vnni: whether the processor adds int8 products without loss.
+        cpu_features: instruction sets of `trtq.processor.FEATURES` that the processor supports.
+        packages: installed version by package; None if it is not installed.
+        providers: values of `--provider` that work here.
+        builders: backends that can build engines here.
+        cuda: name of the GPU that torch sees.
+        driver: the NVIDIA driver and the CUDA version that it supports; None without a driver.
+        models: models that ship with trtq.
     """
+
+    ok: bool
+    problems: list[str]
+    hints: list[str]
+    python: str
+    machine: str
+    vnni: bool
+    cpu_features: list[str]
+    packages: dict[str, str | None]
+    providers: list[str]
+    builders: list[str]
+    cuda: str | None
+    driver: str | None
+    models: list[str]
+
+
+def doctor() -> DoctorResult:
+    """Report what is installed and what can run on this machine; nothing is changed."""
     packages = {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
     problems = [f"{name} is missing: pip install trtq" for name in _REQUIRED if not packages[name]]
     providers = _providers()
@@ -125,18 +152,18 @@ def doctor() -> dict[str, Any]:
     models = shipped_models()
     if not models:
         problems.append("the models that ship with trtq are not installed: install it again")
-    return {
-        "ok": not problems,
-        "problems": problems,
-        "hints": hints,
-        "python": sys.version.split()[0],
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "vnni": has_vnni(),
-        "cpu_features": sorted(processor_features()),
-        "packages": packages,
-        "providers": ["torch", *providers] if packages["torch"] else providers,
-        "builders": builders,
-        "cuda": cuda,
-        "driver": None if driver is None else cuda_text(driver),
-        "models": models,
-    }
+    return DoctorResult(
+        ok=not problems,
+        problems=problems,
+        hints=hints,
+        python=sys.version.split()[0],
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        vnni=has_vnni(),
+        cpu_features=sorted(processor_features()),
+        packages=packages,
+        providers=["torch", *providers] if packages["torch"] else providers,
+        builders=builders,
+        cuda=cuda,
+        driver=None if driver is None else cuda_text(driver),
+        models=models,
+    )

@@ -29,6 +29,7 @@ from trtq.evaluation.metrics import (
 from trtq.pipelines.draw import Conditioning, conditioning_for, draw
 from trtq.pipelines.open import artefact_guidance, calibrated_steps, open_any
 from trtq.progress import ProgressCallback, silent
+from trtq.results import Result
 
 __all__ = [
     "METRICS",
@@ -135,25 +136,65 @@ class ReferenceSet:
         return "class_accuracy" if self.source.prompts is None else "faithfulness"
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation(Result):
     """Numbers and images of one evaluation.
 
     Attributes:
-        result: those of `METRICS` that there are; `fd_reference`, `class_accuracy_reference` or
-            `faithfulness_reference`, `inception_score_reference`; intervals `fd_interval`,
-            `fd_interval_reference`, `accuracy_interval`, `accuracy_interval_reference`; `snr_db` (per
-            step, cleanest first); `layers_worst` (name and dB, for a run); `images`, `steps`, `seed`,
-            `guidance`, `features`, `provider`, `seconds`, `gates`, `passed`. Without an extractor
-            `fd`, `fd_reference` and `features` are None, the other numbers of features are left out,
-            and `not_computed` names them.
-        images: float32[B,C,H,W] of the evaluated model.
-        reference: the float model's images.
+        scores: the available metrics of `METRICS` by name; metrics of the float model under
+            `fd_reference`, `class_accuracy_reference` or `faithfulness_reference` and
+            `inception_score_reference`; 95 % intervals under `fd_interval`, `fd_interval_reference`,
+            `accuracy_interval`, `accuracy_interval_reference`, `psnr_db_interval` and `ssim_interval`.
+        not_computed: metrics that need a feature extractor; None if there is one.
+        snr_db: SNR of the noise prediction per step, in dB, cleanest first.
+        images: generated images, float32[B,C,H,W] in [-1, 1]; in JSON their number.
+        seconds: duration of generating the images, in seconds.
+        provider: what ran the artefact.
+        layers_worst: SNR of the ten worst layers by name, in dB; None unless the artefact is a run.
+        gates: whether each gate is met.
+        reference: the float model's images, seed, steps and guidance.
     """
 
-    result: dict[str, Any]
+    scores: dict[str, Any]
+    not_computed: list[str] | None
+    snr_db: list[float]
     images: Tensor
+    seconds: float
+    provider: str
+    layers_worst: dict[str, float] | None
+    gates: dict[str, bool]
     reference: ReferenceSet
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate is met."""
+        return all(self.gates.values())
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """Deprecated, remains for one release: the same as `to_json()`."""
+        return self.to_json()
+
+    def _by_key(self) -> dict[str, Any]:
+        reference = self.reference
+        values = dict(self.scores)
+        if self.not_computed is not None:
+            values["not_computed"] = self.not_computed
+        values |= {
+            "snr_db": self.snr_db,
+            "snr_db_min": min(self.snr_db),
+            "images": len(self.images),
+            "steps": reference.steps,
+            "seed": reference.seed,
+            "guidance": reference.guidance,
+            "features": None if reference.extractor is None else reference.extractor.name,
+            "provider": self.provider,
+            "seconds": round(self.seconds, 2),
+            "seconds_reference": round(reference.seconds, 2),
+        }
+        if self.layers_worst is not None:
+            values["layers_worst"] = self.layers_worst
+        return values | {"gates": self.gates, "passed": self.passed}
 
 
 def draw_reference(
@@ -215,7 +256,7 @@ def draw_reference(
 
 
 def evaluate(
-    path: str | Path | Any,
+    artefact: str | Path | Any,
     reference: str | Path | Any | ReferenceSet,
     *,
     images: int = 1000,
@@ -230,7 +271,7 @@ def evaluate(
     """Compare an artefact with the float model: same noise, same subjects, same steps.
 
     Args:
-        path: what to judge: a run, an ONNX folder or a checkpoint.
+        artefact: a run, an ONNX or engine folder, a checkpoint or a pipeline object.
         reference: the float model, or its images from `draw_reference`; then `images`, `steps`,
             `seed`, `guidance` and `features` are those that it was drawn with.
         images: images to draw with each.
@@ -246,14 +287,14 @@ def evaluate(
         UsageError: a gate on a number that this model has not.
         TrtqError: see `trtq.errors`.
     """
-    target = open_any(path, provider)
+    target = open_any(artefact, provider)
     if not isinstance(reference, ReferenceSet):
         reference = draw_reference(
             reference,
             images=images,
-            steps=steps or calibrated_steps(path) or DEFAULT_STEPS,
+            steps=steps or calibrated_steps(artefact) or DEFAULT_STEPS,
             seed=seed,
-            guidance=artefact_guidance(path) if guidance is None else guidance,
+            guidance=artefact_guidance(artefact) if guidance is None else guidance,
             features=features,
             judged=target,
             progress=progress,
@@ -277,24 +318,23 @@ def evaluate(
         guidance=reference.guidance,
         progress=lambda done, total: progress("compare predictions", done, total),
     )
-    result = _compare(drawn, reference) | {
-        "snr_db": snr,
-        "snr_db_min": min(snr),
-        "images": len(drawn),
-        "steps": reference.steps,
-        "seed": reference.seed,
-        "guidance": reference.guidance,
-        "features": None if reference.extractor is None else reference.extractor.name,
-        "provider": provider or ("cpu" if hasattr(target.denoiser, "engine") else "torch"),
-        "seconds": round(seconds, 2),
-        "seconds_reference": round(reference.seconds, 2),
-    }
+    worst = None
     if hasattr(target.denoiser, "table"):
-        worst = layer_snr(target, reference.source, steps=reference.steps, seed=reference.seed)
-        result["layers_worst"] = dict(list(worst.items())[:10])
-    outcomes = {str(gate): gate.holds(float(result[gate.metric])) for gate in gates}
-    result |= {"gates": outcomes, "passed": all(outcomes.values())}
-    return Evaluation(result, drawn, reference)
+        by_layer = layer_snr(target, reference.source, steps=reference.steps, seed=reference.seed)
+        worst = dict(list(by_layer.items())[:10])
+    scores, not_computed = _compare(drawn, reference)
+    known = scores | {"snr_db_min": min(snr)}
+    return Evaluation(
+        scores=scores,
+        not_computed=not_computed,
+        snr_db=snr,
+        images=drawn,
+        seconds=seconds,
+        provider=provider or ("cpu" if hasattr(target.denoiser, "engine") else "torch"),
+        layers_worst=worst,
+        gates={str(gate): gate.holds(float(known[gate.metric])) for gate in gates},
+        reference=reference,
+    )
 
 
 def _match(reference: LoadedPipeline, judged: LoadedPipeline) -> None:
@@ -345,14 +385,14 @@ def _check_gates(gates: tuple[Gate, ...], reference: ReferenceSet) -> None:
             raise UsageError(f"the gate {gate} cannot be checked: {advice}")
 
 
-def _compare(drawn: Tensor, reference: ReferenceSet) -> dict[str, Any]:
-    """The numbers of images against the real ones and the float model's."""
+def _compare(drawn: Tensor, reference: ReferenceSet) -> tuple[dict[str, Any], list[str] | None]:
+    """Scores of images, and the names of metrics that cannot be computed without an extractor."""
     pixels = pixel_scores(drawn, reference.images)
     if reference.scores is None or reference.extractor is None:
         missing = [name for name in METRICS if name not in _WITHOUT_FEATURES]
-        return {"fd": None, "fd_reference": None, **pixels, "not_computed": missing}
+        return {"fd": None, "fd_reference": None, **pixels}, missing
     scores = score_images(drawn, reference.conditioning.labels, reference.extractor)
-    return _compare_features(scores, reference.scores, reference.accuracy_name) | pixels
+    return _compare_features(scores, reference.scores, reference.accuracy_name) | pixels, None
 
 
 def _compare_features(scores: ImageScores, own: ImageScores, accuracy_name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from trtq.artefact.manifest import artefact_kind
 from trtq.evaluation.evaluate import METRICS, Evaluation
 from trtq.pipelines.draw import contact_sheet
-from trtq.pipelines.inspect import inspect_artefact
+from trtq.pipelines.inspect import inspect
 from trtq.quant import precision_text
 from trtq.report.lines import INTERVALS
 from trtq.report.page import Page, Picture, Section, Table, picture
@@ -93,14 +93,14 @@ def snr_section(
 
 
 def scale_range(row: dict[str, Any]) -> str:
-    """Smallest and largest scale of a layer's inputs, from its row of `inspect_artefact`."""
+    """Smallest and largest scale of a layer's inputs, from its row of `inspect`."""
     ranges = [f"{min(s):.3g} .. {max(s):.3g}" for s in row.get("scale", {}).values()]
     return "; ".join(ranges)
 
 
 def layer_sections(path: str | Path) -> tuple[Section, ...]:
     """Layers and bits of a run or ONNX folder; for a run with tables also their map."""
-    found = inspect_artefact(path)
+    found = inspect(path).to_json()
     scales = [scale_range(row) for row in found["layers"]]
     shown = any(scales)  # Only a run holds its scales in a readable form.
     rows = tuple(
@@ -133,7 +133,7 @@ def layer_sections(path: str | Path) -> tuple[Section, ...]:
 
 def evaluation_page(path: str, evaluation: Evaluation) -> Page:
     """The report of `trtq eval`."""
-    result = evaluation.result
+    result = evaluation.to_json()
     reference = evaluation.reference
     name = Path(path).name or path
     if name == FLOAT:

@@ -26,12 +26,13 @@ from trtq.engine.tensorrt.compile import Compiled, compile_engine
 from trtq.engine.tensorrt.job import Job, Profile
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import LegalityError, MissingDependencyError, UsageError
+from trtq.exporter.result import BuildResult, BuiltEngine
 from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
 from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import load_graph, prepare
 from trtq.progress import ProgressCallback, silent
 
-__all__ = ["build_engines"]
+__all__ = ["build"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ _NO_FLOAT32 = "sm75"
 
 
 @claims_output
-def build_engines(
-    path: str | Path,
+def build(
+    artefact: str | Path,
     out: str | Path,
     *,
     backend: str | None = None,
@@ -54,14 +55,14 @@ def build_engines(
     overwrite: bool = False,
     timeout: float = TRIAL_SECONDS,
     progress: ProgressCallback = silent,
-) -> dict[str, Any]:
+) -> BuildResult:
     """Build an engine of every graph in an ONNX folder.
 
     The profiles take the batch and sizes that the folder was exported for; the denoiser's twice as many
     items where guidance doubles them.
 
     Args:
-        path: an ONNX folder.
+        artefact: an ONNX folder.
         out: the engine folder: the same layout, `model.engine` in place of `model.onnx`.
         backend: `tensorrt-rtx` or `tensorrt`; None: the first that is installed.
         architectures: e.g. `sm86`; by default those of current RTX cards, or the GPU that is there.
@@ -75,13 +76,7 @@ def build_engines(
         progress: called with the stage's name, the work done and the total.
 
     Returns:
-        `engine_bytes` (all together), `seconds`, `peak_rss_bytes` (of the builder's processes, the
-        largest; 0 if none ran), `backend`, `version`, `architectures`, and `engines`: per graph `name`,
-        `engine_bytes`, `layers`, `cached`, `float` (how many of the manifest's layers stay in float;
-        None of parts that are float altogether), and of the build, or of that which a cached engine
-        comes from, `parse_seconds`, `build_seconds`, `peak_rss_bytes`, `warnings`, `plugins` (where
-        the kernels of its plugins are: `engine`, which then needs no Python, or `python`; None: it has
-        none).
+        Sizes and durations, together and for each engine.
 
     Raises:
         UsageError: the backend cannot do what is asked, or there is no artefact.
@@ -90,16 +85,18 @@ def build_engines(
         BuildError: the builder refused, crashed or was killed.
     """
     start = time.monotonic()
-    folder = Path(path)
+    folder = Path(artefact)
     chosen = find_backend(backend)
     targets = check_architectures(chosen, list(architectures))
     if refit and chosen.architectures and CURRENT not in targets:
         raise UsageError(
             "refit engines can only be built where there is a GPU; pass --arch current there"
         )
-    final = check_output(Path(out), overwrite=overwrite, source=path, kind="engine")
+    final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="engine")
     if not (folder / MANIFEST_NAME).is_file():
-        raise UsageError(f"{path} is not an ONNX folder; make one first: trtq export RUN -o ONNX")
+        raise UsageError(
+            f"{artefact} is not an ONNX folder; make one first: trtq export RUN -o ONNX"
+        )
     manifest = read_manifest(folder, "onnx")
     if weight_streaming and manifest.options.get("target") == "plugin":
         raise UsageError(
@@ -108,7 +105,8 @@ def build_engines(
         )
     _check_opened(folder, manifest, timeout, progress)
     graphs = graphs_of(manifest)
-    rows, profiles = [], {}
+    rows: list[BuiltEngine] = []
+    profiles = {}
     with new_artefact(final, kind="engine", overwrite=overwrite) as partial:
         for index, name in enumerate(graphs):
             progress("build", index, len(graphs))
@@ -131,17 +129,15 @@ def build_engines(
                 rows.append(_row(name, compile_engine(chosen, job, use_cache=use_cache), floats))
         progress("build", len(graphs), len(graphs))
         _copy_parts(folder, manifest, partial)
-        result = {
-            "engine_bytes": sum(row["engine_bytes"] for row in rows),
-            "seconds": round(time.monotonic() - start, 2),
-            "peak_rss_bytes": max(
-                (row["peak_rss_bytes"] for row in rows if not row["cached"]), default=0
-            ),
-            "backend": chosen.name,
-            "version": chosen.version,
-            "architectures": targets,
-            "engines": rows,
-        }
+        result = BuildResult(
+            engine_bytes=sum(row.engine_bytes for row in rows),
+            seconds=round(time.monotonic() - start, 2),
+            peak_rss_bytes=max((row.peak_rss_bytes for row in rows if not row.cached), default=0),
+            backend=chosen.name,
+            version=chosen.version,
+            architectures=targets,
+            engines=rows,
+        )
         options = manifest.options | {
             "backend": chosen.name,
             "version": chosen.version,
@@ -156,13 +152,13 @@ def build_engines(
         }
         if batch is not None:
             options["batch"] = list(batch)
-        source = made_from(folder, manifest)
-        write_manifest(
-            partial,
-            manifest.model_copy(
-                update={"kind": "engine", "source": source, "options": options, "metrics": result}
-            ),
-        )
+        update = {
+            "kind": "engine",
+            "source": made_from(folder, manifest),
+            "options": options,
+            "metrics": result.to_json(),
+        }
+        write_manifest(partial, manifest.model_copy(update=update))
     return result
 
 
@@ -236,20 +232,20 @@ def _computes_in_float32(model: Any) -> bool:
     )
 
 
-def _row(name: str, compiled: Compiled, floats: int | None) -> dict[str, Any]:
+def _row(name: str, compiled: Compiled, floats: int | None) -> BuiltEngine:
     answer = compiled.answer
-    return {
-        "name": name,
-        "engine_bytes": compiled.engine_bytes,
-        "layers": answer.layers,
-        "float": floats,
-        "parse_seconds": round(answer.parse_seconds, 2),
-        "build_seconds": round(answer.build_seconds, 2),
-        "peak_rss_bytes": answer.peak_rss_bytes,
-        "cached": compiled.cached,
-        "warnings": answer.warnings,
-        "plugins": answer.plugins,
-    }
+    return BuiltEngine(
+        name=name,
+        engine_bytes=compiled.engine_bytes,
+        layers=answer.layers,
+        float_layers=floats,
+        parse_seconds=round(answer.parse_seconds, 2),
+        build_seconds=round(answer.build_seconds, 2),
+        peak_rss_bytes=answer.peak_rss_bytes,
+        cached=compiled.cached,
+        warnings=answer.warnings,
+        plugins=answer.plugins,
+    )
 
 
 def _copy_parts(folder: Path, manifest: Manifest, out: Path) -> None:

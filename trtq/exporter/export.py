@@ -31,6 +31,7 @@ from trtq.engine.prepared import keep_prepared
 from trtq.errors import GateError, UsageError
 from trtq.exporter.component_graphs import export_components
 from trtq.exporter.component_worker import Parts, exporting_parts
+from trtq.exporter.result import ExportResult
 from trtq.exporter.step_check import PARITY_DB, step_parities
 from trtq.exporter.trace import trace
 from trtq.graph.file import MODEL_FILE, save_graph
@@ -53,7 +54,7 @@ from trtq.runs.folder import OpenRun, open_run
 from trtq.seeds import seeded_generator
 from trtq.torch_settings import with_own_settings
 
-__all__ = ["PARITY_DB", "export_onnx", "parse_batch", "write_graph"]
+__all__ = ["PARITY_DB", "export", "parse_batch", "write_graph"]
 
 Target = Literal["qdq", "plugin"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -98,8 +99,8 @@ def _rows(denoiser: nn.Module) -> list[LayerRow]:
 
 @claims_output
 @with_own_settings
-def export_onnx(
-    path: str | Path,
+def export(
+    artefact: str | Path,
     out: str | Path,
     *,
     target: str = "qdq",
@@ -108,33 +109,26 @@ def export_onnx(
     size: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
-) -> dict[str, Any]:
+) -> ExportResult:
     """Write the ONNX folder of a run, or of a plain checkpoint as the float baseline.
 
     The denoiser keeps diffusers' inputs and takes one timestep per batch item, or one for all. After
     writing, torch and onnxruntime are compared, see `trtq.exporter.step_check.step_parities`.
 
     Args:
-        path: a run, a diffusers folder, a shipped model's name or a hub id.
+        artefact: a run, a diffusers folder, the name of a shipped model or a hub id.
         out: the ONNX folder, in the pipeline's own layout.
         target: form of the low-bit layers: `qdq`, which every runtime takes, or `plugin`, which our
-            kernels run in TensorRT with 4-bit weights in memory (elsewhere it is turned into `qdq`).
-        precision: `fp32` or `fp16`, of everything that is not an integer.
-        batch: smallest and largest batch that engines built from it are to take.
-        size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST` of them; by default what
-            the run was calibrated at.
-        overwrite: replace an ONNX folder that is already there.
-        progress: called with the stage's name, the work done and the total.
+            kernels run in TensorRT with 4-bit weights in memory (other runtimes convert it to `qdq`).
+        precision: `fp32` or `fp16`, for everything that is not an integer.
+        batch: minimum and maximum batch size of the engines that are built from the folder.
+        size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; by default the size
+            that the run was calibrated at.
+        overwrite: replace an existing ONNX folder.
+        progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
-        `parity_db_min`, `parity_db` (per step, cleanest first; last the mixed batch; of models beyond
-        half a billion weights one, see `trtq.exporter.step_check.step_parities`; images in which a
-        value fell on the other side of a rounding tie are set aside, see `StepParity`),
-        `parity_db_pooled_min` (nothing set aside), `parity_ties` (share of such images),
-        `parity_floor_db` (torch against itself, see `StepParity`), `parity_largest_db` (the least at the
-        largest size of a range), `parity_parts_db` (of text encoders and
-        autoencoder), `seconds`, `peak_rss_bytes` (while `trtq.exporter.component_worker`
-        has a second process, of both together at most), `bytes`.
+        SNR of the graph against torch, sizes and durations.
 
     Raises:
         GateError: the graph is further from torch than `PARITY_DB` allows; nothing is left.
@@ -145,13 +139,13 @@ def export_onnx(
         raise UsageError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
     if precision not in PARITY_DB:
         raise UsageError(f"unknown precision {precision!r}; choose one of {', '.join(PARITY_DB)}")
-    final = check_output(Path(out), overwrite=overwrite, source=path, kind="onnx")
+    final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="onnx")
     progress("export", 1, 3)
     with (
         new_artefact(final, kind="onnx", overwrite=overwrite) as folder,
-        exporting_parts(Path(path), folder) as parts,
+        exporting_parts(Path(artefact), folder) as parts,
     ):
-        source, traced, run, manifest = _opened(path, precision)
+        source, traced, run, manifest = _opened(artefact, precision)
         name = source.denoiser_name
         smallest, largest = _sizes(source, size)
         # What torch cannot be compared along in the end is refused before the graph is made.
@@ -165,26 +159,28 @@ def export_onnx(
         made = parts() if parts else Parts(export_components(source, folder, progress), 0)
         # The second process has ended; what follows is in this one alone.
         both = peak_rss_bytes() + made.peak_rss_bytes
-        metrics: dict[str, Any] = _held_to_torch(
+        parity = _held_to_torch(
             source, folder / name / MODEL_FILE, manifest, (smallest, largest), PARITY_DB[precision]
         )
-        metrics |= {
-            "parity_parts_db": made.parity,
-            "bytes": sum(path.stat().st_size for path in (folder / name).iterdir()),
-            "seconds": round(time.monotonic() - start, 2),
-            "peak_rss_bytes": max(both, peak_rss_bytes()),
-        }
+        result = ExportResult(
+            **parity,
+            parity_parts_db=made.parity,
+            bytes=sum(path.stat().st_size for path in (folder / name).iterdir()),
+            seconds=round(time.monotonic() - start, 2),
+            peak_rss_bytes=max(both, peak_rss_bytes()),
+        )
         options = {
             "target": target,
             "precision": precision,
             "batch": list(batch),
             "size": smallest if smallest == largest else f"{smallest}:{largest}",
         }
-        write_manifest(folder, manifest.model_copy(update={"options": options, "metrics": metrics}))
+        update = {"options": options, "metrics": result.to_json()}
+        write_manifest(folder, manifest.model_copy(update=update))
         if source.model_class in _SERVED_WITHOUT_TORCH:
             keep_prepared(folder / name / MODEL_FILE)
     progress("export", 3, 3)
-    return metrics
+    return result
 
 
 def _opened(

@@ -1,9 +1,9 @@
-"""Is an artefact what its manifest says, may a runtime have it, and does it compute what torch does?"""
+"""Verify an artefact: file hashes, runtime restrictions, and parity with torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from trtq.errors import ArtefactError, UsageError
 from trtq.exporter.graph_check import check_engines, check_graphs
 from trtq.exporter.layer_outputs import layer_outputs
 from trtq.exporter.parity import TIE_DB
+from trtq.exporter.result import LayerParity, RuleFinding, RuntimeRules, VerifyResult
 from trtq.exporter.step_check import PARITY_DB, step_parities
 from trtq.graph.file import MODEL_FILE
 from trtq.graph.runtimes.legality import check
@@ -31,107 +32,139 @@ __all__ = ["verify"]
 
 
 def verify(
-    path: str | Path,
+    artefact: str | Path,
     *,
     against: str | Path | None = None,
     runtimes: Sequence[str] = RUNTIMES,
     layers: bool = False,
     timeout: float = TRIAL_SECONDS,
     progress: ProgressCallback = silent,
-) -> dict[str, Any]:
+) -> VerifyResult:
     """Check files against the manifest, open graphs in the runtime, check its rules, compare with torch.
 
     Each graph is opened and called once by onnxruntime, in a process of its own with a limit of time and
-    memory, so a graph that crashes, never ends or takes all memory is a failed check and nothing more.
+    memory, so a graph that crashes, never ends or takes all memory only fails its check.
 
     Args:
-        path: a run, an ONNX folder or engines; without a GPU of engines only the files can be checked.
+        artefact: a run, an ONNX folder or an engine folder; without a GPU only the files of engines can
+            be checked.
         against: the run that an ONNX folder was exported from; compared at every calibrated step.
-        runtimes: those of `trtq.graph.runtimes.prepare.RUNTIMES` whose rules are checked.
+        runtimes: runtimes whose rules are checked, from `trtq.graph.runtimes.prepare.RUNTIMES`.
         layers: compare the output of every low-bit layer too, at one mixed batch.
-        timeout: seconds that opening and calling one graph may take.
-        progress: called with the stage's name, the work done and the total.
+        timeout: max seconds for opening and calling one graph.
+        progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
-        `kind`, `files` (how many were hashed), `ok`; for an ONNX folder and for engines `graphs`: by
-        component what is wrong with its graph or engine, None where nothing is; and for an ONNX folder
-        `runtimes`: by name `legal` and `findings` (`layer`, `rule`, `fix`, `fatal`), empty where a
-        graph cannot be opened. With `against`, `parity_db` (per step,
-        cleanest first, last the mixed batch), `parity_db_min` and `parity_required_db`; with
-        `layers`, rows of `name`, `snr_db` and `first` (the first one below `TIE_DB`).
+        The outcome of every check; `ok` is False if one failed.
 
     Raises:
         UsageError: the options do not fit the artefact.
-        ArtefactError: it is damaged, or `against` is not what it was made from.
+        ArtefactError: it is damaged, or `against` is not the run that it was exported from.
     """
-    folder = Path(path)
+    folder = Path(artefact)
     kind = artefact_kind(folder) if folder.is_dir() else None
     if kind is None:
-        raise UsageError(f"{path} is no artefact of trtq; give a run, an ONNX folder or engines")
+        raise UsageError(
+            f"{artefact} is no artefact of trtq; give a run, an ONNX folder or engines"
+        )
     unknown = [name for name in runtimes if name not in RUNTIMES]
     if unknown:
         raise UsageError(f"unknown runtime {unknown[0]!r}; choose one of {', '.join(RUNTIMES)}")
     if layers and against is None:
         raise UsageError("--layers compares with torch; name the run with --against RUN")
     manifest = read_manifest(folder)
-    result: dict[str, Any] = {"kind": kind, "files": len(manifest.files), "ok": True}
     if kind != "onnx":
         if against is not None:
-            raise UsageError(f"{path} is of kind {kind!r}; --against is for ONNX folders")
-        if kind == "run":
-            # Its other files, too: what it is drawn with.
-            open_any(folder)
-        else:
-            result["graphs"] = check_engines(folder, manifest)
-            result["ok"] = not any(result["graphs"].values())
+            raise UsageError(f"{artefact} is of kind {kind!r}; --against is for ONNX folders")
+        return _verify_run(folder, manifest) if kind == "run" else _verify_engines(folder, manifest)
+    result = _verify_graphs(folder, manifest, runtimes, timeout, progress)
+    if against is None or any((result.graphs or {}).values()):
         return result
-    result["graphs"] = check_graphs(folder, manifest, seconds=timeout, progress=progress)
-    result["runtimes"] = {}
+    return _compare(result, folder, manifest, Path(against), layers=layers, progress=progress)
+
+
+def _verify_run(folder: Path, manifest: Manifest) -> VerifyResult:
+    """Open a run with everything that it is drawn with."""
+    open_any(folder)
+    return VerifyResult(kind="run", files=len(manifest.files), ok=True)
+
+
+def _verify_engines(folder: Path, manifest: Manifest) -> VerifyResult:
+    """Check the engines' files, and with a GPU open them."""
+    graphs = check_engines(folder, manifest)
+    ok = not any(graphs.values())
+    return VerifyResult(kind="engine", files=len(manifest.files), ok=ok, graphs=graphs)
+
+
+def _verify_graphs(
+    folder: Path,
+    manifest: Manifest,
+    runtimes: Sequence[str],
+    timeout: float,
+    progress: ProgressCallback,
+) -> VerifyResult:
+    """Open and call the graphs of an ONNX folder, and check the rules of the runtimes."""
+    graphs = check_graphs(folder, manifest, seconds=timeout, progress=progress)
+    rules: dict[str, RuntimeRules] = {}
+    if not any(graphs.values()):
+        model = folder / manifest.denoiser / MODEL_FILE
+        manifest.check_graph(load_graph(model).metadata_props)
+        rules = {name: _rules(model, name) for name in runtimes}
+    return VerifyResult(
+        kind="onnx",
+        files=len(manifest.files),
+        ok=not any(graphs.values()) and all(checked.legal for checked in rules.values()),
+        graphs=graphs,
+        runtimes=rules,
+    )
+
+
+def _compare(
+    result: VerifyResult,
+    folder: Path,
+    manifest: Manifest,
+    against: Path,
+    *,
+    layers: bool,
+    progress: ProgressCallback,
+) -> VerifyResult:
+    """Add the comparison of the denoiser's graph with the run that it was exported from."""
     model = folder / manifest.denoiser / MODEL_FILE
-    if any(result["graphs"].values()):
-        return result | {"ok": False}
-    manifest.check_graph(load_graph(model).metadata_props)
-    result["runtimes"] = {name: _legality(model, name) for name in runtimes}
-    result["ok"] = all(found["legal"] for found in result["runtimes"].values())
-    if against is None:
-        return result
-    run = _origin(Path(against), manifest)
+    run = _origin(against, manifest)
     source = run.source()
     progress("compare with torch", 1, 2)
-    sizes = str(manifest.options.get("size") or "").partition(":")[0]
-    if sizes:
-        source.resize(sizes)
+    size = str(manifest.options.get("size") or "").partition(":")[0]
+    if size:
+        source.resize(size)
     required = PARITY_DB[manifest.options.get("precision", "fp32")]
-    rows = step_parities(source, model, run.manifest, thorough=True)
-    result |= {
-        "parity_db": [row.db for row in rows],
-        "parity_db_min": min(row.db for row in rows),
-        "parity_required_db": required,
-    }
-    result["ok"] &= all(row.holds(required) for row in rows)
-    if layers:
-        result["layers"] = _layers(source, model, run)
-        result["first"] = next(
-            (row["name"] for row in result["layers"] if row["snr_db"] < TIE_DB), None
-        )
+    steps = step_parities(source, model, run.manifest, thorough=True)
+    parities = _layers(source, model, run) if layers else None
     progress("compare with torch", 2, 2)
-    return result
+    return replace(
+        result,
+        ok=result.ok and all(step.holds(required) for step in steps),
+        parity_db=[step.db for step in steps],
+        parity_db_min=min(step.db for step in steps),
+        parity_required_db=required,
+        layers=parities,
+        first=next((layer.name for layer in parities or () if layer.snr_db < TIE_DB), None),
+    )
 
 
-def _legality(model: Path, runtime: Any) -> dict[str, Any]:
+def _rules(model: Path, runtime: Any) -> RuntimeRules:
+    """The denoiser's graph against the rules of a runtime."""
     findings = check(prepare(load_graph(model), runtime), runtime)
-    return {
-        "legal": not any(finding.fatal for finding in findings),
-        # `mend` is the former name of `fix`, for one release.
-        "findings": [asdict(finding) | {"mend": finding.fix} for finding in findings],
-    }
+    return RuntimeRules(
+        legal=not any(finding.fatal for finding in findings),
+        findings=[RuleFinding(**asdict(finding), mend=finding.fix) for finding in findings],
+    )
 
 
 def _origin(against: Path, manifest: Manifest) -> OpenRun:
     """The run that a graph was exported from.
 
     Raises:
-        ArtefactError: it is another one.
+        ArtefactError: `against` is another run.
     """
     run = open_run(against)
     made_from = manifest.source.files.get(MANIFEST_NAME)
@@ -144,7 +177,7 @@ def _origin(against: Path, manifest: Manifest) -> OpenRun:
 
 
 @torch.no_grad()
-def _layers(source: Any, model: Path, run: OpenRun) -> list[dict[str, Any]]:
+def _layers(source: Any, model: Path, run: OpenRun) -> list[LayerParity]:
     """Every low-bit layer's output in torch and in the graph, in the order of execution."""
     steps = len(run.table)
     images = min(4, steps)
@@ -171,8 +204,8 @@ def _layers(source: Any, model: Path, run: OpenRun) -> list[dict[str, Any]]:
         for handle in handles:
             handle.remove()
     flat = conditions.family.flatten(arguments)
-    found = layer_outputs(model, list(expected), {k: torch.as_tensor(v) for k, v in flat.items()})
+    outputs = layer_outputs(model, list(expected), {k: torch.as_tensor(v) for k, v in flat.items()})
     return [
-        {"name": name, "snr_db": snr_db(expected[name], found[name].reshape(expected[name].shape))}
-        for name in expected
+        LayerParity(name=name, snr_db=snr_db(value, outputs[name].reshape(value.shape)))
+        for name, value in expected.items()
     ]

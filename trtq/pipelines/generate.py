@@ -17,6 +17,7 @@ from trtq.artefact.outputs import check_file, check_place
 from trtq.errors import UsageError
 from trtq.pipelines.draw import check_sheet, conditioning_for, contact_sheet, draw, save_png
 from trtq.pipelines.open import artefact_guidance, calibrated_steps, open_any
+from trtq.pipelines.result import GenerateResult
 from trtq.png_text import generation_texts
 from trtq.progress import ProgressCallback, silent
 
@@ -26,7 +27,7 @@ _SHEET_PIXELS = 96
 
 
 def generate(
-    path: str | Path | Any,
+    artefact: str | Path | Any,
     out: str | Path,
     *,
     images: int = 1,
@@ -40,29 +41,29 @@ def generate(
     provider: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
-) -> dict[str, Any]:
+) -> GenerateResult:
     """Generate images, on one PNG sheet or as a PNG file each.
 
     Every file holds prompt, seed and settings as PNG text, see `trtq.png_text`.
 
     Args:
-        path: a run, an ONNX folder or a checkpoint.
-        out: a name that ends in `.png` for one sheet; a folder for one file per image
+        artefact: a run, an ONNX or engine folder, a checkpoint or a pipeline object.
+        out: a file name that ends in `.png` for one sheet, or a folder for one file per image
             (`image-0000.png` and so on).
-        images: how many.
-        class_label: the class of all of them; by default all classes in turn.
-        prompt: a text; only for text-to-image models.
-        negative_prompt: what the images are not to show; needs guidance above 1.
-        steps: denoising steps; by default what the artefact was calibrated for, else 20.
-        guidance: classifier-free guidance; by default what the artefact was calibrated with.
-        size: `HEIGHTxWIDTH` in pixels; by default the model's own.
-        seed: image i of a seed is the same in every call.
-        provider: what runs it.
-        overwrite: replace a file that is already there.
-        progress: called with the stage's name, the work done and the total.
+        images: number of images.
+        class_label: class of every image; by default all classes in turn.
+        prompt: prompt of every image, for a text-to-image model.
+        negative_prompt: what the images must not show; requires a guidance scale above 1.
+        steps: denoising steps; by default the number that the artefact was calibrated for, or 20.
+        guidance: classifier-free guidance scale; by default the value used for calibration.
+        size: `HEIGHTxWIDTH` in pixels; by default the size of the artefact.
+        seed: seed of the starting noise; image i of a seed is the same in every call.
+        provider: what runs the artefact, see `trtq.pipelines.open.open_any`.
+        overwrite: replace existing files.
+        progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
-        `output`, `files`, `images`, `labels`, `prompts`, `steps`, `seed`, `seconds`.
+        The written files and how they were made.
 
     Raises:
         TrtqError: see `trtq.errors`; no file is left.
@@ -70,19 +71,19 @@ def generate(
     target = Path(out)
     files = _files(target, str(out), images)
     if files != [target]:
-        check_place(target, source=path)
+        check_place(target, source=artefact)
     if files == [target] or target.is_dir():
         for file in files:
-            check_file(file, overwrite=overwrite, source=path)
+            check_file(file, overwrite=overwrite, source=artefact)
     check_outside_artefacts(files[0])
-    source = open_any(path, provider)
+    source = open_any(artefact, provider)
     if size is not None:
         source.resize(size)
     check_sheet(images, *source.image_size)
     conditioning = conditioning_for(source, images, class_label=class_label, prompt=prompt)
     if guidance is None:
-        guidance = artefact_guidance(path)
-    count = steps or calibrated_steps(path) or 20
+        guidance = artefact_guidance(artefact)
+    count = steps or calibrated_steps(artefact) or 20
     start = time.monotonic()
     drawn = draw(
         source,
@@ -116,16 +117,16 @@ def generate(
     else:
         sheets = [contact_sheet(drawn[index : index + 1], 1) for index in range(images)]
         _save_each(sheets, files, texts, overwrite=overwrite)
-    return {
-        "output": str(target),
-        "files": [str(file) for file in files],
-        "images": images,
-        "labels": None if conditioning.classes is None else conditioning.classes.tolist(),
-        "prompts": None if conditioning.prompts is None else list(conditioning.prompts),
-        "steps": count,
-        "seed": seed,
-        "seconds": round(seconds, 3),
-    }
+    return GenerateResult(
+        output=str(target),
+        files=[str(file) for file in files],
+        images=images,
+        labels=None if conditioning.classes is None else conditioning.classes.tolist(),
+        prompts=None if conditioning.prompts is None else list(conditioning.prompts),
+        steps=count,
+        seed=seed,
+        seconds=round(seconds, 3),
+    )
 
 
 def _save_each(

@@ -1,80 +1,91 @@
-"""What is inside an artefact."""
+"""Contents of an artefact: layers, bits, tables, sizes and origin."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-from trtq.artefact.manifest import Manifest, artefact_kind, read_manifest
+from trtq.artefact.manifest import LayerRow, Manifest, artefact_kind, read_manifest
 from trtq.diffusion.pipeline import load_source
 from trtq.engine.tensorrt.run import obstacle, open_tensorrt
 from trtq.graph.file import MODEL_FILE, model_file
 from trtq.graph.runtimes.prepare import load_graph
+from trtq.pipelines.result import (
+    CheckpointLayer,
+    InspectedArtefact,
+    InspectedCheckpoint,
+    InspectedEngines,
+    InspectedLayer,
+    InspectResult,
+)
 from trtq.quant import precision_text, quantizable_layers
+from trtq.quant.convert import LowBitTensors
 from trtq.runs.folder import open_run
 
-__all__ = ["inspect_artefact"]
+__all__ = ["inspect"]
 
 
-def inspect_artefact(path: str | Path) -> dict[str, Any]:
-    """Layers, bits, tables, sizes and origin.
+def inspect(artefact: str | Path) -> InspectResult:
+    """Read layers, bits, tables, sizes and origin of an artefact, and verify it first.
 
     Args:
-        path: a run, an ONNX or engine folder or a float checkpoint; it is verified first.
+        artefact: a run, an ONNX or engine folder, or a float checkpoint.
 
     Returns:
-        `kind`, `source`, `bytes`, `precisions` (count by precision), `timesteps`, `layers` (one row
-        each; for a run with `scale` (per step, by input) and `zero_points`), `options`,
-        `metrics`; of engines also `engine_layers` (what the backend's inspector says of the
-        denoiser's; None where there is no GPU to load it) and `engine_layers_missing` (why).
+        An `InspectedCheckpoint`, an `InspectedArtefact`, or `InspectedEngines`.
 
     Raises:
         ArtefactError: it cannot be read, or is not what its manifest says.
     """
-    folder = Path(path)
+    folder = Path(artefact)
     if not folder.is_dir() or artefact_kind(folder) is None:
-        return _checkpoint(path)
+        return _checkpoint(artefact)
     manifest = read_manifest(folder)
-    result: dict[str, Any] = {
-        "kind": manifest.kind,
-        "source": manifest.source.name,
-        "bytes": sum((folder / name).stat().st_size for name in manifest.files),
-        "precisions": _precisions(manifest),
-        "recipe": manifest.recipe,
-        "timesteps": manifest.timesteps,
-        "layers": [row.model_dump() for row in manifest.layers],
-        "options": manifest.options,
-        "metrics": manifest.metrics,
-        "packages": manifest.packages,
-    }
     graph = folder / manifest.denoiser / MODEL_FILE
     if manifest.kind == "onnx" and graph.is_file():
         manifest.check_graph(load_graph(graph).metadata_props)
-    if manifest.kind == "engine":
-        result |= _engine_layers(folder, manifest)
-    if manifest.kind == "run":
-        stored = open_run(folder).stored
-        for row in result["layers"]:
-            tensors = stored.layers.get(row["name"])
-            if tensors is None:
-                continue
-            operands = tensors.operands
-            row["scale"] = {name: one.scale.tolist() for name, one in operands.items()}
-            row["zero_points"] = sorted({-int(z) for one in operands.values() for z in one.low})
-    return result
+    stored = open_run(folder).stored.layers if manifest.kind == "run" else {}
+    result = InspectedArtefact(
+        kind=manifest.kind,
+        source=manifest.source.name,
+        bytes=sum((folder / name).stat().st_size for name in manifest.files),
+        precisions=_precisions(manifest),
+        recipe=manifest.recipe,
+        timesteps=manifest.timesteps,
+        layers=[_layer(row, stored.get(row.name)) for row in manifest.layers],
+        options=manifest.options,
+        metrics=manifest.metrics,
+        packages=manifest.packages,
+    )
+    return result if manifest.kind != "engine" else _with_engine(result, folder, manifest)
 
 
-def _engine_layers(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def _layer(row: LayerRow, tensors: LowBitTensors | None) -> InspectedLayer:
+    """A layer of the manifest; of a run also with its tables."""
+    if tensors is None:
+        return InspectedLayer(**row.model_dump())
+    operands = tensors.operands
+    return InspectedLayer(
+        **row.model_dump(),
+        scale={name: operand.scale.tolist() for name, operand in operands.items()},
+        zero_points=sorted({-int(z) for operand in operands.values() for z in operand.low}),
+    )
+
+
+def _with_engine(result: InspectedArtefact, folder: Path, manifest: Manifest) -> InspectedEngines:
+    """Add the layers of the denoiser's engine, where a GPU can load it."""
     backend = str(manifest.options["backend"])
     reason = obstacle(backend)
-    if reason is not None:
-        return {"engine_layers": None, "engine_layers_missing": reason}
-    engine = open_tensorrt(model_file(folder / manifest.denoiser), backend)
-    return {"engine_layers": engine.describe(), "engine_layers_missing": None}
+    layers = None
+    if reason is None:
+        layers = open_tensorrt(model_file(folder / manifest.denoiser), backend).describe()
+    known = {entry.name: getattr(result, entry.name) for entry in fields(result)}
+    return InspectedEngines(**known, engine_layers=layers, engine_layers_missing=reason)
 
 
 def _precisions(manifest: Manifest) -> dict[str, int]:
+    """Number of layers by precision."""
     return dict(
         Counter(
             precision_text(row.weight_bits, row.activation_bits, row.right_bits)
@@ -83,17 +94,18 @@ def _precisions(manifest: Manifest) -> dict[str, int]:
     )
 
 
-def _checkpoint(path: str | Path) -> dict[str, Any]:
+def _checkpoint(path: str | Path) -> InspectedCheckpoint:
     source = load_source(path)
     layers = quantizable_layers(source.denoiser)
-    return {
-        "kind": "checkpoint",
-        "source": source.name,
-        "denoiser": type(source.denoiser).__name__,
-        "parameters": sum(p.numel() for p in source.denoiser.parameters()),
-        "scheduler": type(source.pipeline.scheduler).__name__,
-        "precisions": {"float": len(layers)},
-        "layers": [
-            {"name": name, "shape": list(module.weight.shape)} for name, module in layers.items()
+    return InspectedCheckpoint(
+        kind="checkpoint",
+        source=source.name,
+        denoiser=type(source.denoiser).__name__,
+        parameters=sum(p.numel() for p in source.denoiser.parameters()),
+        scheduler=type(source.pipeline.scheduler).__name__,
+        precisions={"float": len(layers)},
+        layers=[
+            CheckpointLayer(name=name, shape=list(module.weight.shape))
+            for name, module in layers.items()
         ],
-    }
+    )

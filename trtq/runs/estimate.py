@@ -7,6 +7,7 @@ costs was measured once, on the shipped models and at Stable Diffusion's size; e
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from trtq.diffusion.sampling import at_once
 if TYPE_CHECKING:
     from trtq.runs.plan import QuantizePlan
 
-__all__ = ["estimate"]
+__all__ = ["Estimate", "estimate"]
 
 _UTILISATION = 0.8
 """Speed of a whole denoiser in float, relative to one well-shaped convolution."""
@@ -35,6 +36,19 @@ _BASE_BYTES = 600 << 20
 """The interpreter with torch and diffusers."""
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """Cost of a quantisation.
+
+    Attributes:
+        seconds: duration, in seconds.
+        peak_bytes: peak memory.
+    """
+
+    seconds: float
+    peak_bytes: float
+
+
 def _multiplications_per_second() -> float:
     """Of a 3 x 3 convolution of 128 channels on 32 x 32, in float32 on the CPU."""
     x, weight = torch.randn(4, 128, 32, 32), torch.randn(128, 128, 3, 3)
@@ -47,12 +61,8 @@ def _multiplications_per_second() -> float:
 
 
 @torch.no_grad()
-def estimate(plan: QuantizePlan) -> dict[str, float]:
-    """What `trtq quantize` would cost on this machine's CPU.
-
-    Returns:
-        `estimated_seconds` and `estimated_peak_bytes`.
-    """
+def estimate(plan: QuantizePlan) -> Estimate:
+    """Estimate what `trtq quantize` costs on this machine's CPU."""
     recipe, calls = plan.recipe, plan.calls
     guided = 1 if recipe.guidance in (None, 1.0) else 2
     steps, images = recipe.steps, recipe.calibration.images
@@ -92,7 +102,4 @@ def estimate(plan: QuantizePlan) -> dict[str, float]:
         peak += 4 * _KEPT_PER_VALUE * kept * guided * training.batch
         # Fake-quantised weights of what is kept, adapters, their gradients and Adam's two moments.
         peak += 0 if recompute else 2 * parameters
-    return {
-        "estimated_seconds": seconds,
-        "estimated_peak_bytes": _BASE_BYTES + peak + plan.bytes_after(),
-    }
+    return Estimate(seconds, _BASE_BYTES + peak + plan.bytes_after())

@@ -14,7 +14,6 @@ from trtq.artefact.manifest import (
     check_output,
     claims_output,
     new_artefact,
-    read_manifest,
     write_manifest,
 )
 from trtq.diffusion.folder import save_pipeline_parts
@@ -23,9 +22,10 @@ from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
 from trtq.errors import ArtefactError, UsageError
 from trtq.lora import LoraRequest, merge_loras
 from trtq.progress import ProgressCallback, silent
-from trtq.quant import Structure, apply_structure, convert, merge
+from trtq.quant import QuantizedDenoiser, Structure, apply_structure, convert, merge
 from trtq.resources import peak_rss_bytes
 from trtq.runs.folder import OpenRun, layer_plans, open_run
+from trtq.runs.result import RunResult
 from trtq.runs.trained import TRAINED_NAME, restore_trained, save_trained
 from trtq.runs.weights import FILE_NAME, save_denoiser
 from trtq.seeds import seeded_generator
@@ -73,65 +73,39 @@ def _snr(source: LoadedPipeline, denoiser: Any, teacher: Any, steps: int) -> flo
     return snr_db(expected, predict(denoiser, x, timestep, conditions))
 
 
-@claims_output
-@with_own_settings
-def requantize(
-    path: str | Path,
-    loras: Sequence[LoraRequest],
-    out: str | Path,
-    *,
-    base: str | Path | None = None,
-    overwrite: bool = False,
-    progress: ProgressCallback = silent,
-) -> dict[str, Any]:
-    """Make a run with exactly these LoRAs from a run with others or none.
-
-    Args:
-        path: the run.
-        loras: files and strengths; those of the run are left out unless they are given again.
-        out: folder of the new run.
-        base: the float checkpoint, if it is no longer where the run's manifest says.
-        overwrite: replace a run that is already there.
-        progress: called with the stage's name, the work done and the total.
-
-    Returns:
-        `seconds`, `peak_rss_bytes`, `loras`, `snr_db_before` and `snr_db_after` (of the noise
-        prediction against the float model with the same LoRAs), and what `quantize` says of sizes.
+def _merge(
+    source: LoadedPipeline, run: OpenRun, loras: Sequence[LoraRequest]
+) -> list[dict[str, Any]]:
+    """Merge LoRAs into a float checkpoint, in place, and give their rows of the manifest.
 
     Raises:
-        UsageError: the run has these LoRAs already.
-        ArtefactError: a LoRA or the checkpoint does not fit.
+        UsageError: the run has exactly these LoRAs.
+        ArtefactError: a LoRA does not fit the checkpoint.
     """
-    start = time.monotonic()
-    final = check_output(Path(out), overwrite=overwrite, source=path, kind="run")
-    run = open_run(Path(path))
-    manifest = read_manifest(Path(path), "run")
-    if not (run.folder / TRAINED_NAME).is_file():
-        raise ArtefactError(
-            f"{run.folder} holds no {TRAINED_NAME}; make it again with this version"
-        )
-    recipe = manifest.recipe or {}
-    progress("merge LoRAs", 1, 3)
-    source = _float_source(run, base)
-    before = _snr(source, run.denoiser(), source.denoiser, int(recipe["steps"]))
     components = {
-        name: part
-        for name, part in source.pipeline.components.items()
-        if isinstance(part, torch.nn.Module)
+        name: component
+        for name, component in source.pipeline.components.items()
+        if isinstance(component, torch.nn.Module)
     }
-    merged = [one.as_dict() for one in merge_loras(components, loras, source.denoiser_name)]
+    merged = [lora.as_dict() for lora in merge_loras(components, loras, source.denoiser_name)]
 
     def identity(rows: list[dict[str, Any]]) -> set[tuple[Any, Any]]:
         return {(row.get("sha256"), row.get("scale")) for row in rows}
 
-    if identity(merged) == identity(manifest.loras):
+    if identity(merged) == identity(run.manifest.loras):
         names = ", ".join(f"{row['file']} at {row['scale']:g}" for row in merged)
-        raise UsageError(f"{path} has these LoRAs already merged: {names}; nothing to do")
+        raise UsageError(f"{run.folder} has these LoRAs already merged: {names}; nothing to do")
     source.forget_prompts()
-    structure = Structure(tuple(manifest.structure.attention), manifest.structure.splits)
-    apply_structure(source.denoiser, structure)
-    training = recipe.get("training") or {}
-    progress("quantise", 2, 3)
+    return merged
+
+
+def _quantize_again(source: LoadedPipeline, run: OpenRun) -> QuantizedDenoiser:
+    """Quantise a float checkpoint with the run's layers, tables and trained tensors."""
+    manifest = run.manifest
+    apply_structure(
+        source.denoiser, Structure(tuple(manifest.structure.attention), manifest.structure.splits)
+    )
+    training = (manifest.recipe or {}).get("training") or {}
     quantized = convert(
         source.denoiser,
         layer_plans(manifest),
@@ -140,23 +114,69 @@ def requantize(
         base=training.get("base", "fp"),
     )
     restore_trained(run.folder / TRAINED_NAME, quantized, run.stored.layers)
-    after = _snr(source, quantized, quantized.teacher, int(recipe["steps"]))
+    return quantized
+
+
+@claims_output
+@with_own_settings
+def requantize(
+    artefact: str | Path,
+    loras: Sequence[LoraRequest],
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    progress: ProgressCallback = silent,
+) -> RunResult:
+    """Make a run with exactly these LoRAs from a run with others or none.
+
+    Args:
+        artefact: the run.
+        loras: files and strengths; LoRAs of the run are dropped unless they are given again.
+        out: folder of the new run.
+        base: the float checkpoint, if it is no longer where the run's manifest says.
+        overwrite: replace an existing run.
+        progress: callback that receives the stage's name, the work done and the total.
+
+    Returns:
+        Sizes and durations, the LoRAs, and the SNR of the noise prediction before and after.
+
+    Raises:
+        UsageError: the run has these LoRAs already.
+        ArtefactError: a LoRA or the checkpoint does not fit.
+    """
+    start = time.monotonic()
+    final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="run")
+    run = open_run(Path(artefact))
+    manifest = run.manifest
+    if not (run.folder / TRAINED_NAME).is_file():
+        raise ArtefactError(
+            f"{run.folder} holds no {TRAINED_NAME}; make it again with this version"
+        )
+    progress("merge LoRAs", 1, 3)
+    source = _float_source(run, base)
+    steps = int((manifest.recipe or {})["steps"])
+    before = _snr(source, run.denoiser(), source.denoiser, steps)
+    merged = _merge(source, run, loras)
+    progress("quantise", 2, 3)
+    quantized = _quantize_again(source, run)
+    after = _snr(source, quantized, quantized.teacher, steps)
     with new_artefact(final, kind="run", overwrite=overwrite) as folder:
         save_denoiser(folder / FILE_NAME, quantized, merge(quantized))
         save_trained(folder / TRAINED_NAME, quantized)
         save_pipeline_parts(source, folder)
-        metrics = {
-            "layers_quantized": sum(row.activation_bits is not None for row in manifest.layers),
-            "layers_float": sum(row.activation_bits is None for row in manifest.layers),
-            "bytes_before": manifest.metrics["bytes_before"],
-            "bytes_after": (folder / FILE_NAME).stat().st_size,
-            "snr_db_before": before,
-            "snr_db_after": after,
-            "loras": merged,
-            "seconds": round(time.monotonic() - start, 2),
-            "peak_rss_bytes": peak_rss_bytes(),
-        }
-        update = {"loras": merged, "metrics": manifest.metrics | metrics}
+        result = RunResult(
+            layers_quantized=sum(row.activation_bits is not None for row in manifest.layers),
+            layers_float=sum(row.activation_bits is None for row in manifest.layers),
+            bytes_before=manifest.metrics["bytes_before"],
+            bytes_after=(folder / FILE_NAME).stat().st_size,
+            snr_db_before=before,
+            snr_db_after=after,
+            loras=merged,
+            seconds=round(time.monotonic() - start, 2),
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        update = {"loras": merged, "metrics": manifest.metrics | result.to_json()}
         write_manifest(folder, manifest.model_copy(update=update))
     progress("quantise", 3, 3)
-    return metrics
+    return result

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +18,8 @@ from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import QuantizationError, RecipeError
 from trtq.progress import ProgressCallback
 from trtq.quant import QuantizedDenoiser
+from trtq.results import OMITTED_IF_NONE, Result
+from trtq.runs.result import FineTuneStage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from trtq.train.distill import Distillation, Rates
     from trtq.train.trajectories import Trajectories
 
-__all__ = ["FineTuning", "accelerator_for", "fine_tune"]
+__all__ = ["FineTuneResult", "FineTuning", "accelerator_for", "fine_tune"]
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ def _run(
     iterations: int,
     *,
     last: bool,
-) -> dict[str, Any]:
+) -> FineTuneStage:
     from trtq.train.loop import fit
 
     result = fit(
@@ -142,13 +144,13 @@ def _run(
         table_state=training.table_state,
         progress=lambda done, total: setup.progress(name, done, total),
     )
-    return {
-        "name": name,
-        "seconds": round(result.seconds, 2),
-        "iterations": result.iterations,
-        "loss_first": result.loss_first,
-        "loss_last": result.loss_last,
-    }
+    return FineTuneStage(
+        name=name,
+        seconds=round(result.seconds, 2),
+        iterations=result.iterations,
+        loss_first=result.loss_first,
+        loss_last=result.loss_last,
+    )
 
 
 def _save_memory(setup: FineTuning, training: Training) -> None:
@@ -168,12 +170,18 @@ def _save_memory(setup: FineTuning, training: Training) -> None:
     logger.warning("%s: fine-tuning keeps all activations", message)
 
 
-def fine_tune(setup: FineTuning, recipe: Recipe) -> dict[str, Any]:
-    """Run all stages of the recipe.
+@dataclass(frozen=True, kw_only=True)
+class FineTuneResult(Result):
+    """Measurements of a fine-tuning; see `trtq.runs.result.RunResult` for the fields."""
 
-    Returns:
-        `fine_tune_seconds`, `fine_tune_iterations`, `stages` (one row each), and for QuEST
-        `tuned_share`, the share of the denoiser's parameters whose float values are trained.
+    fine_tune_seconds: float
+    fine_tune_iterations: int
+    stages: list[FineTuneStage]
+    tuned_share: float | None = field(default=None, metadata=OMITTED_IF_NONE)
+
+
+def fine_tune(setup: FineTuning, recipe: Recipe) -> FineTuneResult:
+    """Run all stages of the recipe.
 
     Raises:
         RecipeError: the policy has no such set of layers.
@@ -189,21 +197,25 @@ def fine_tune(setup: FineTuning, recipe: Recipe) -> dict[str, Any]:
         rates = _rates(training, training.iterations, 1.0)
         objective = EfficientDM(setup.model, _trajectories(setup, recipe, "efficientdm"), rates)
         rows = [_run(setup, training, objective, "fine-tune", training.iterations, last=True)]
-        extra: dict[str, Any] = {}
+        tuned_share = None
     else:
-        rows, extra = _quest(setup, recipe, training, recipe.quest)
-    return {
-        "fine_tune_seconds": round(sum(row["seconds"] for row in rows), 2),
-        "fine_tune_iterations": sum(row.get("iterations", 0) for row in rows),
-        "stages": rows,
-        **extra,
-    }
+        rows, tuned_share = _quest(setup, recipe, training, recipe.quest)
+    return FineTuneResult(
+        fine_tune_seconds=round(sum(row.seconds for row in rows), 2),
+        fine_tune_iterations=sum(row.iterations or 0 for row in rows),
+        stages=rows,
+        tuned_share=tuned_share,
+    )
 
 
 def _quest(
     setup: FineTuning, recipe: Recipe, training: Training, quest: QuestRecipe
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Learned rounding if asked for, then the time embedding, then the attention-related layers."""
+) -> tuple[list[FineTuneStage], float]:
+    """Run learned rounding if asked for, then the time embedding, then the attention-related layers.
+
+    Returns:
+        One entry per stage, and the share of the denoiser's parameters whose float values are trained.
+    """
     from trtq.train.quest import Quest
 
     layers = dict(setup.model.layers())
@@ -259,10 +271,10 @@ def _quest(
     total = sum(
         p.numel() for n, p in setup.model.named_parameters() if n.endswith((".weight", ".bias"))
     )
-    return rows, {"tuned_share": count / total}
+    return rows, count / total
 
 
-def _learn_rounding(setup: FineTuning, recipe: Recipe, iterations: int) -> dict[str, Any]:
+def _learn_rounding(setup: FineTuning, recipe: Recipe, iterations: int) -> FineTuneStage:
     import time
 
     from trtq.train.rounding import learn_rounding
@@ -270,7 +282,7 @@ def _learn_rounding(setup: FineTuning, recipe: Recipe, iterations: int) -> dict[
     # Not part of the checkpoints: a resumed run learns the same directions again.
     start = time.monotonic()
     names = [name for name, layer in setup.model.layers() if layer.weight_bits < 8]
-    found = learn_rounding(
+    measured = learn_rounding(
         setup.model,
         _trajectories(setup, recipe, "rounding"),
         names,
@@ -278,4 +290,5 @@ def _learn_rounding(setup: FineTuning, recipe: Recipe, iterations: int) -> dict[
         seed=recipe.seed,
         progress=lambda done, total: setup.progress("learn rounding", done, total),
     )
-    return {"name": "learn rounding", "seconds": round(time.monotonic() - start, 2), **found}
+    seconds = round(time.monotonic() - start, 2)
+    return FineTuneStage(name="learn rounding", seconds=seconds, **measured)

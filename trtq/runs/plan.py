@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +43,7 @@ from trtq.quant.stand_in import StandIn
 from trtq.runs.weights import described_bytes, stored_bytes
 from trtq.seeds import seeded_generator
 
-__all__ = ["QuantizePlan", "describe_plan", "plan_quantize"]
+__all__ = ["QuantizePlan", "plan_quantize"]
 
 _SENSITIVITY_IMAGES = 20
 _HEADER_BYTES = 16
@@ -280,29 +279,3 @@ def _spend_budget(
             return counts[name] * bits * (widths[name][1] or 16)
 
     return with_bits(plan.layers, spend(sensitivity, cost, available))
-
-
-def describe_plan(plan: QuantizePlan) -> dict[str, Any]:
-    """What `--dry-run` says: layers by precision, sizes, steps and tunable parameters."""
-    modules = dict(plan.source.denoiser.named_modules())
-    training = plan.recipe.training
-    adapters = 0
-    for layer in plan.layers:
-        if training is not None and layer.weight_bits is not None and layer.adapters:
-            weight: Any = modules[layer.name].weight
-            adapters += training.rank * (len(weight) + weight[0].numel())
-    precisions = Counter(layer.precision for layer in plan.layers)
-    return {
-        "model": plan.source.name,
-        "denoiser": type(plan.source.denoiser).__name__,
-        "method": plan.recipe.method,
-        "layers_quantized": plan.quantized,
-        "layers_float": len(plan.layers) - plan.quantized,
-        "precisions": dict(precisions),
-        "float": [layer.name for layer in plan.layers if not layer.quantized],
-        "timesteps": len(plan.table),
-        "bytes_before": plan.bytes_before(),
-        "bytes_after": plan.bytes_after(),
-        "iterations": training.iterations if training else 0,
-        "adapter_parameters": adapters,
-    }

@@ -43,8 +43,9 @@ from trtq.quant import (
     merge,
 )
 from trtq.resources import peak_rss_bytes
-from trtq.runs.fine_tune import FineTuning, accelerator_for, fine_tune
+from trtq.runs.fine_tune import FineTuneResult, FineTuning, accelerator_for, fine_tune
 from trtq.runs.plan import QuantizePlan, plan_quantize
+from trtq.runs.result import RunResult
 from trtq.runs.trained import TRAINED_NAME, save_trained
 from trtq.runs.weights import FILE_NAME, save_denoiser
 from trtq.seeds import seeded_generator
@@ -103,10 +104,9 @@ def _fingerprint(plan: QuantizePlan, files: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _zero_point_note(plan: QuantizePlan) -> dict[str, Any]:
-    if plan.recipe.training is not None and plan.recipe.training.zero_points == "float":
-        return {"zero_points_rounded_after_training": True}
-    return {}
+def _rounds_zero_points(plan: QuantizePlan) -> bool:
+    """Whether zero points are trained as float numbers and rounded afterwards."""
+    return plan.recipe.training is not None and plan.recipe.training.zero_points == "float"
 
 
 def _source_files(source: LoadedPipeline) -> dict[str, str]:
@@ -146,7 +146,7 @@ def _clear_partial(final: Path, *, resume: bool, overwrite: bool) -> None:
 @claims_output
 @with_own_settings
 def quantize(
-    pipeline_or_path: str | Path | Any,
+    model: str | Path | Any,
     recipe: Recipe | str | Path | dict[str, Any] | None = None,
     out: str | Path = "run",
     *,
@@ -154,38 +154,38 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
-) -> dict[str, Any]:
+) -> RunResult | None:
     """Make a low-bit run of a diffusers checkpoint.
 
     Under `accelerate launch` every process calibrates alike, the fine-tuning is shared, and the first
     process writes.
 
     Args:
-        pipeline_or_path: a diffusers folder, a shipped model's name, a hub id or a pipeline object.
+        model: a diffusers folder, the name of a shipped model, a hub id or a pipeline object.
         recipe: a `Recipe`, the name of a method, a TOML file, or a dict of overrides.
         out: folder of the run.
-        loras: merged into the float weights first.
-        resume: go on from the newest checkpoint of an interrupted run.
-        overwrite: replace a run that is already there.
-        progress: called with the stage's name, the work done and the total.
+        loras: LoRAs to merge into the float weights first.
+        resume: continue from the newest checkpoint of an interrupted run.
+        overwrite: replace an existing run.
+        progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
-        `seconds`, `peak_rss_bytes`, `layers_quantized`, `layers_float`, `bytes_before`,
-        `bytes_after`, and what fine-tuning measured. Empty in all processes but the first.
+        Sizes, durations and the measurements of the fine-tuning; None in all processes of `accelerate
+        launch` except the first.
 
     Raises:
         TrtqError: see `trtq.errors`; nothing half-written is left under `out`.
     """
     start = time.monotonic()
-    final = check_output(Path(out), overwrite=overwrite, source=pipeline_or_path, kind="run")
+    final = check_output(Path(out), overwrite=overwrite, source=model, kind="run")
     chosen = _as_recipe(recipe)
-    plan = plan_quantize(pipeline_or_path, chosen, loras, progress)
+    plan = plan_quantize(model, chosen, loras, progress)
     chosen = plan.recipe
     files = _source_files(plan.source)
     accelerator = accelerator_for(chosen)
     if not accelerator.is_main_process:
         _share(plan, files, accelerator, partial_folder(final), resume, silent)
-        return {}
+        return None
     _clear_partial(final, resume=resume, overwrite=overwrite)
     keep = chosen.training is not None
     with new_artefact(final, kind="run", overwrite=overwrite, keep_partial=keep) as folder:
@@ -194,17 +194,18 @@ def quantize(
         save_trained(folder / TRAINED_NAME, quantized)
         save_denoiser(folder / FILE_NAME, quantized, merge(quantized, release=True))
         save_pipeline_parts(plan.source, folder)
-        metrics = tuning | _zero_point_note(plan)
-        metrics |= {
-            "layers_quantized": plan.quantized,
-            "layers_float": len(plan.layers) - plan.quantized,
-            "bytes_before": bytes_before,
-            "bytes_after": (folder / FILE_NAME).stat().st_size,
-            "seconds": round(time.monotonic() - start, 2),
-            "peak_rss_bytes": peak_rss_bytes(),
-        }
-        write_manifest(folder, _manifest(plan, files, metrics))
-    return metrics
+        result = RunResult(
+            **({} if tuning is None else dict(tuning)),
+            zero_points_rounded_after_training=_rounds_zero_points(plan) or None,
+            layers_quantized=plan.quantized,
+            layers_float=len(plan.layers) - plan.quantized,
+            bytes_before=bytes_before,
+            bytes_after=(folder / FILE_NAME).stat().st_size,
+            seconds=round(time.monotonic() - start, 2),
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        write_manifest(folder, _manifest(plan, files, result))
+    return result
 
 
 def _share(
@@ -214,11 +215,11 @@ def _share(
     folder: Path,
     resume: bool,
     progress: ProgressCallback,
-) -> tuple[QuantizedDenoiser, dict[str, Any]]:
+) -> tuple[QuantizedDenoiser, FineTuneResult | None]:
     """The part that every process does: calibrate, convert, fine-tune.
 
     Returns:
-        The quantised denoiser, on the CPU, and what fine-tuning measured.
+        The quantised denoiser, on the CPU, and the measurements of the fine-tuning; None without one.
     """
     recipe, source = plan.recipe, plan.source
     schedule = source.schedule(recipe.steps)
@@ -239,7 +240,7 @@ def _share(
     )
     for path, quantizer in quantized.activations():
         quantizer.set_range(*tables[path])
-    metrics: dict[str, Any] = {}
+    tuning = None
     if training is not None:
         quantized.to(accelerator.device)
         setup = FineTuning(
@@ -254,11 +255,11 @@ def _share(
             resume,
             progress,
         )
-        metrics = fine_tune(setup, recipe)
-    return quantized.cpu(), metrics
+        tuning = fine_tune(setup, recipe)
+    return quantized.cpu(), tuning
 
 
-def _manifest(plan: QuantizePlan, files: dict[str, str], metrics: dict[str, Any]) -> Manifest:
+def _manifest(plan: QuantizePlan, files: dict[str, str], result: RunResult) -> Manifest:
     return Manifest(
         kind="run",
         source=SourceRow(name=plan.source.name, files=files),
@@ -282,5 +283,5 @@ def _manifest(plan: QuantizePlan, files: dict[str, str], metrics: dict[str, Any]
             attention=list(plan.structure.attention), splits=dict(plan.structure.splits)
         ),
         loras=[lora.as_dict() for lora in plan.loras],
-        metrics=metrics,
+        metrics=result.to_json(),
     )

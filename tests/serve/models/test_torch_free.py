@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import tiny_pipeline
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.pipelines.open import open_any
 from trtq.runs.quantize import quantize
 from trtq.serve.hosting import open_model
@@ -20,7 +20,7 @@ def range_onnx(tmp_path_factory):
     """An ONNX folder for images of 8x8 to 16x24."""
     folder = tmp_path_factory.mktemp("range")
     quantize(tiny_pipeline(), RECIPE, folder / "run")
-    export_onnx(folder / "run", folder / "onnx", size="8x8:16x24")
+    export(folder / "run", folder / "onnx", size="8x8:16x24")
     return folder / "onnx"
 
 

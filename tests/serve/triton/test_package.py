@@ -18,7 +18,7 @@ from trtq.artefact.manifest import Manifest, made_from, read_manifest, write_man
 from trtq.cli import app
 from trtq.engine.ort import OrtEngine
 from trtq.errors import ArtefactError, ServerError, UsageError
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
 from trtq.serve.triton import model as triton_model
@@ -276,7 +276,7 @@ def test_a_server_whose_arrays_have_wrong_strides_is_refused(monkeypatch):
 @pytest.mark.slow
 def test_a_text_pipeline_is_served_whole(tmp_path, monkeypatch):
     onnx, out = tmp_path / "onnx", tmp_path / "repository"
-    export_onnx("shapes", onnx)
+    export("shapes", onnx)
     models = package_triton(onnx, out)["models"]
     assert set(models) == {"denoiser", "text_encoder", "vae_decoder", "vae_encoder", "pipeline"}
     for name in models:

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 
-from trtq.exporter.export import export_onnx
+from trtq.exporter.export import export
 from trtq.pipelines.draw import Conditioning, draw
 from trtq.pipelines.open import open_any
 from trtq.serve.triton.package import package_triton
@@ -334,7 +334,7 @@ def test_packaged_graphs_lack_only_their_backend_here(digits_onnx, tmp_path, pla
 @pytest.fixture(scope="module")
 def shapes_onnx(tmp_path_factory):
     out = tmp_path_factory.mktemp("shapes") / "onnx"
-    export_onnx("shapes", out)
+    export("shapes", out)
     return out
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from trtq.artefact.manifest import (
     MANIFEST_NAME,
@@ -26,12 +26,13 @@ from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
 from trtq.graph.runtimes.prepare import load_graph
 from trtq.pipelines.open import engine_source
 from trtq.progress import ProgressCallback, silent
+from trtq.results import Result
 from trtq.serve.triton.config import PLAN_NAME, write_graph_config, write_pipeline_config
 from trtq.serve.triton.engine import ServedGraph, TritonEngine
 from trtq.serve.triton.pipeline import Settings, request_input
 from trtq.serve.triton.v1 import MODEL_PY
 
-__all__ = ["CHECKSUMS_NAME", "package_triton"]
+__all__ = ["CHECKSUMS_NAME", "PackagedModel", "TritonPackageResult", "package_triton"]
 
 CHECKSUMS_NAME = "SHA256SUMS"
 ARTEFACT_NAME = "artefact.json"
@@ -47,38 +48,67 @@ _RTX_NOTE = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackagedModel(Result):
+    """One model of a repository.
+
+    Attributes:
+        backend: Triton backend that runs the model.
+        max_batch_size: maximum batch size; 0 if the server must not batch.
+        files: paths of the model's files, relative to its folder.
+    """
+
+    backend: str
+    max_batch_size: int
+    files: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonPackageResult(Result):
+    """A finished model repository.
+
+    Attributes:
+        output: path of the repository.
+        models: the models by name.
+        bytes: total size of the files, in bytes.
+        notes: hints for the user.
+    """
+
+    output: str
+    models: dict[str, PackagedModel]
+    bytes: int
+    notes: list[str]
+
+
 @claims_output
 def package_triton(
-    path: str | Path,
+    artefact: str | Path,
     out: str | Path,
     *,
     onnx: str | Path | None = None,
     overwrite: bool = False,
     timeout: float = TRIAL_SECONDS,
     progress: ProgressCallback = silent,
-) -> dict[str, Any]:
+) -> TritonPackageResult:
     """Write a model repository: one model per graph, and one for the whole pipeline.
 
     The pipeline's model is Python: the denoising loop, which calls the other models. Each item has its
     own step index, so the server may batch denoiser calls of different requests at different steps.
 
     Args:
-        path: an ONNX folder, whose graphs the onnxruntime backend runs, or an engine folder.
+        artefact: an ONNX folder, whose graphs the onnxruntime backend runs, or an engine folder.
         out: folder of the new repository.
         onnx: ONNX folder that the engines were built from; None: the folder that the manifest names.
         overwrite: whether to replace an existing repository made by trtq.
         timeout: maximum time for opening and calling one graph in onnxruntime, in seconds.
         progress: called with the stage's name, the work done and the total.
 
-    Returns:
-        `models` (by name: `backend`, `max_batch_size`, `files`), `bytes`, `notes`, `output`.
-
     Raises:
-        UsageError: the path is neither an ONNX folder nor an engine folder, or `out` is in use.
+        UsageError: the artefact is neither an ONNX folder nor an engine folder, or `out` is in use.
         ArtefactError: the artefact is damaged, onnxruntime does not open its graphs, or the ONNX folder
             of the engines is missing.
     """
-    folder = Path(path)
+    folder = Path(artefact)
     manifest = _read(folder)
     final = check_output(Path(out), overwrite=overwrite, source=folder, kind=_KIND)
     graphs = folder if manifest.kind == "onnx" else _onnx_of(folder, manifest, onnx)
@@ -99,7 +129,7 @@ def package_triton(
     progress("package", len(names) + 1, len(names) + 1)
     rtx = manifest.options.get("backend") == "tensorrt-rtx"
     notes = [_RTX_NOTE] if manifest.kind == "engine" and rtx else []
-    return {"output": str(final), "models": models, "bytes": total, "notes": notes}
+    return TritonPackageResult(output=str(final), models=models, bytes=total, notes=notes)
 
 
 def _read(folder: Path) -> Manifest:
@@ -129,7 +159,7 @@ def _onnx_of(folder: Path, manifest: Manifest, given: str | Path | None) -> Path
 
 def _write_graph(
     folder: Path, graph: Path, manifest: Manifest, out: Path
-) -> tuple[ServedGraph, dict[str, Any]]:
+) -> tuple[ServedGraph, PackagedModel]:
     """Write the model of one graph and describe it."""
     name = graph.name
     model = load_graph(graph / MODEL_FILE)
@@ -173,7 +203,7 @@ def _max_images(manifest: Manifest) -> int:
 
 def _write_pipeline(
     graphs: Path, origin: Manifest, manifest: Manifest, served: Mapping[str, ServedGraph], out: Path
-) -> dict[str, Any]:
+) -> PackagedModel:
     """Write the pipeline's model: the loop, and all components of the pipeline that are not graphs."""
     parts = out / PIPELINE / "1" / "parts"
     for name in origin.files:
@@ -207,11 +237,11 @@ def _input_name(parts: Path, manifest: Manifest, served: Mapping[str, ServedGrap
     return request_input(source)
 
 
-def _row(folder: Path, backend: str, max_items: int) -> dict[str, Any]:
+def _row(folder: Path, backend: str, max_items: int) -> PackagedModel:
     files = sorted(
         file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
     )
-    return {"backend": backend, "max_batch_size": max_items, "files": files}
+    return PackagedModel(backend=backend, max_batch_size=max_items, files=files)
 
 
 def _write_checksums(folder: Path) -> None:

@@ -1,0 +1,146 @@
+"""What `trtq.generate` and `trtq.inspect` return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trtq.results import OMITTED_IF_NONE, Result
+
+__all__ = [
+    "CheckpointLayer",
+    "GenerateResult",
+    "InspectResult",
+    "InspectedArtefact",
+    "InspectedCheckpoint",
+    "InspectedEngines",
+    "InspectedLayer",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateResult(Result):
+    """Written images.
+
+    Attributes:
+        output: file or folder that was asked for.
+        files: written PNG files.
+        images: number of images.
+        labels: class of each image; None for a model without classes.
+        prompts: prompt of each image; None for a model without prompts.
+        steps: denoising steps.
+        seed: seed of the starting noise.
+        seconds: duration of generating all images, in seconds.
+    """
+
+    output: str
+    files: list[str]
+    images: int
+    labels: list[int] | None
+    prompts: list[str] | None
+    steps: int
+    seed: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedLayer(Result):
+    """A layer of an artefact; see `trtq.artefact.manifest.LayerRow` for the fields of its manifest.
+
+    Attributes:
+        scale: scale per step, by input; None unless the artefact is a run.
+        zero_points: distinct zero points; None unless the artefact is a run.
+    """
+
+    name: str
+    kind: str
+    weight_bits: int | None
+    activation_bits: int | None
+    right_bits: int | None
+    adapters: bool
+    reason: str
+    input_of: str | None
+    scale: dict[str, list[float]] | None = field(default=None, metadata=OMITTED_IF_NONE)
+    zero_points: list[int] | None = field(default=None, metadata=OMITTED_IF_NONE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointLayer(Result):
+    """A layer of a float checkpoint.
+
+    Attributes:
+        name: module path in the denoiser.
+        shape: shape of the weight.
+    """
+
+    name: str
+    shape: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectResult(Result):
+    """Contents of an artefact or a checkpoint.
+
+    Attributes:
+        kind: `checkpoint`, `run`, `onnx` or `engine`.
+        source: what it was made from; name of a checkpoint.
+        precisions: number of layers by precision.
+    """
+
+    kind: str
+    source: str
+    precisions: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedCheckpoint(InspectResult):
+    """Contents of a float checkpoint.
+
+    Attributes:
+        denoiser: class of the denoiser.
+        parameters: number of the denoiser's parameters.
+        scheduler: class of the scheduler.
+        layers: layers that can be quantised.
+    """
+
+    denoiser: str
+    parameters: int
+    scheduler: str
+    layers: list[CheckpointLayer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedArtefact(InspectResult):
+    """Contents of a run or an ONNX folder.
+
+    Attributes:
+        bytes: size of all files.
+        recipe: how the model was quantised; None for a float model.
+        timesteps: calibrated timesteps, cleanest first; None for a float model.
+        layers: one entry per layer of the denoiser.
+        options: options of the export or the build, as in the manifest.
+        metrics: measurements while the artefact was made, as in the manifest.
+        packages: versions of the packages that made it.
+    """
+
+    bytes: int
+    recipe: dict[str, Any] | None
+    timesteps: list[float] | None
+    layers: list[InspectedLayer]
+    options: dict[str, Any]
+    metrics: dict[str, Any]
+    packages: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedEngines(InspectedArtefact):
+    """Contents of a folder of engines.
+
+    Attributes:
+        engine_layers: layers of the denoiser's engine as the backend's inspector reports them; None
+            without a GPU to load the engine.
+        engine_layers_missing: why there are none.
+    """
+
+    engine_layers: list[dict[str, Any]] | None
+    engine_layers_missing: str | None
