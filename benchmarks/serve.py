@@ -310,8 +310,10 @@ def load(
             rate = SHARE * min(capacity.values())
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in BATCHINGS}
             for turn in range(rounds):
-                asked = partial(poisson, workload=workload, rate=rate, seconds=seconds, seed=turn)
-                for name, run in asyncio.run(order(ports, asked)).items():
+                arrivals = partial(
+                    poisson, workload=workload, rate=rate, seconds=seconds, seed=turn
+                )
+                for name, run in asyncio.run(order(ports, arrivals)).items():
                     runs[name].append(run)
             rows = {name: _row(runs[name]) for name in BATCHINGS}
             ratios = {name: _ratios(runs, share) for name, share in (("p95", 0.95), ("p50", 0.5))}

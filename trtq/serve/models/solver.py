@@ -210,7 +210,7 @@ class SchedulerSolver:
     def step(
         self, x: np.ndarray, predicted: np.ndarray, position: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The sample at the next position, and the clean sample, or the former if there is none."""
+        """The next sample and the clean sample; the same array twice if the scheduler has only one."""
         import torch
 
         sample, prediction = torch.from_numpy(x), torch.from_numpy(predicted)
