@@ -402,11 +402,11 @@ def quantize(
 
     Example: trtq quantize digits -o run --bits w4a4
     """
+    from trtq.artefact.opened import Run, open_artefact
     from trtq.calib.recipe import load_recipe
     from trtq.lora import parse_lora
     from trtq.runs.describe import describe_plan
     from trtq.runs.exchange_loras import requantize
-    from trtq.runs.folder import is_run
     from trtq.runs.plan import plan_quantize
     from trtq.runs.quantize import quantize as run_stage
 
@@ -422,7 +422,7 @@ def quantize(
         }
         overrides = {key: value for key, value in given.items() if value is not None}
         loras = [parse_lora(text) for text in lora or []]
-        if loras and is_run(model):
+        if loras and isinstance(open_artefact(model, verify=False), Run):
             if overrides or recipe or iterations or resume or dry_run:
                 raise UsageError(
                     "a run whose LoRAs are exchanged keeps its recipe; give only --lora, --base, "

@@ -71,11 +71,13 @@ from trtq.errors import ArtefactError, IntegrityError, UsageError
 __all__ = [
     "CHECKPOINTS",
     "MANIFEST_NAME",
+    "Kind",
     "LayerRow",
     "Manifest",
     "SourceRow",
     "StructureRow",
     "artefact_kind",
+    "check_kind",
     "check_output",
     "check_outside_artefacts",
     "claimed",
@@ -86,11 +88,12 @@ __all__ = [
     "new_artefact",
     "owned_by_trtq",
     "package_versions",
+    "parse_manifest",
     "partial_folder",
-    "peek_manifest",
     "put_in_place",
     "read_manifest",
     "sha256",
+    "verify_files",
     "write_manifest",
 ]
 
@@ -380,20 +383,16 @@ def artefact_kind(folder: Path) -> Kind | None:
     # What is there and is no file, a pipe for instance, is refused when it is read.
     if not path.exists() and not path.is_symlink():
         return None
-    return _parse(folder).kind
+    return parse_manifest(folder).kind
 
 
-def peek_manifest(folder: Path) -> Manifest:
-    """The manifest of an artefact, without hashing its files: for one that is verified elsewhere.
+def parse_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an artefact, without hashing its files.
 
     Raises:
-        ArtefactError: it cannot be read.
-        IntegrityError: it is not a manifest of trtq, or of another version.
+        ArtefactError: the manifest cannot be read.
+        IntegrityError: it is no manifest of trtq, or one of another version.
     """
-    return _parse(folder)
-
-
-def _parse(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
         found = parse_json(read_text(path))
@@ -451,11 +450,31 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
         IntegrityError: the version is unknown, a path leaves the folder, a file is missing or has
             another content than the manifest says, or would be read and is not in it.
     """
-    manifest = _parse(folder)
+    manifest = parse_manifest(folder)
+    check_kind(folder, manifest, *kinds)
+    verify_files(folder, manifest)
+    return manifest
+
+
+def check_kind(folder: Path, manifest: Manifest, *kinds: Kind) -> None:
+    """Raise unless an artefact is of one of these kinds; every kind will do if none is given.
+
+    Raises:
+        ArtefactError: it is of another kind.
+    """
     if kinds and manifest.kind not in kinds:
         raise ArtefactError(
             f"{folder} is of kind {manifest.kind!r}; needed is {' or '.join(kinds)}"
         )
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Raise unless every file of an artefact is what its manifest says.
+
+    Raises:
+        IntegrityError: a path leaves the folder, a file is missing or has another content than the
+            manifest says, or would be read and is not listed.
+    """
     for relative, expected in manifest.files.items():
         path = _checked_path(folder, relative)
         special = special_kind(path)
@@ -468,7 +487,6 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
                 f"{path} is not what the manifest says (SHA-256 differs): it was changed or damaged"
             )
     _look_for_strays(folder, manifest)
-    return manifest
 
 
 _warned: set[Path] = set()
@@ -501,7 +519,7 @@ def owned_by_trtq(folder: Path) -> Owned | None:
         return None
     if (folder / MANIFEST_NAME).is_file():
         try:
-            manifest = _parse(folder)
+            manifest = parse_manifest(folder)
         except (ArtefactError, RecursionError):
             return None
         return Owned(manifest.kind, manifest.files, MANIFEST_NAME)

@@ -236,6 +236,7 @@ def check_place(place: str | Path, *, source: Any = None) -> Path:
             f"the output {final} is a mount point, which cannot be replaced; give a new folder in it, "
             f"e.g. {final / 'result'}"
         )
+    source = getattr(source, "place", source)  # What an opened artefact was opened from.
     if isinstance(source, str | Path):
         try:
             there = Path(source).exists()

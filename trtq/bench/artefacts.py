@@ -10,10 +10,9 @@ from trtq.artefact.contents import changed_source_file
 from trtq.artefact.manifest import (
     MANIFEST_NAME,
     Manifest,
-    artefact_kind,
     find_origin,
-    read_manifest,
 )
+from trtq.artefact.opened import StoredArtefact, open_artefact, open_folder
 from trtq.diffusion.pipeline import DENOISERS, resolve_model
 from trtq.documents import read_object, shown
 from trtq.engine.ort import PROVIDERS, check_provider
@@ -186,9 +185,9 @@ def _check_provider(provider: str) -> None:
 
 
 def _manifest_of(path: str) -> Manifest | None:
-    folder = Path(path)
-    if folder.is_dir() and artefact_kind(folder) is not None:
-        return read_manifest(folder)
+    opened = open_artefact(path)
+    if isinstance(opened, StoredArtefact):
+        return opened.manifest
     resolve_model(path)
     return None
 
@@ -224,7 +223,7 @@ def find_checkpoint(folder: Path, manifest: Manifest) -> str | None:
     name = manifest.source.name
     if MANIFEST_NAME in recorded:
         place = find_origin(folder, manifest)
-        return None if place is None else find_checkpoint(place, read_manifest(place))
+        return None if place is None else find_checkpoint(place, open_folder(place).manifest)
     for named in (name, str(folder.resolve().parent / name)):
         try:
             found = resolve_model(named)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from trtq.artefact.manifest import package_versions
+from trtq.artefact.opened import DEFAULT_STEPS
 from trtq.bench.artefacts import Target, baseline, parse_targets
 from trtq.bench.cost import roofline
 from trtq.bench.device import Nvml, Peak, cpu_name, gpu_peak
@@ -36,7 +37,6 @@ __all__ = ["benchmark"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_STEPS = 20
 DEFAULT_TURNS = 10
 _WORKER = "trtq.bench.worker"
 _MIN_DRAWS = 3

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trtq.artefact.manifest import artefact_kind
+from trtq.artefact.opened import DEFAULT_STEPS, Opened, open_artefact
 from trtq.diffusion.pipeline import LoadedPipeline, load_source
 from trtq.documents import shown
 from trtq.errors import UsageError
@@ -27,7 +27,7 @@ from trtq.evaluation.metrics import (
     spatial_distance,
 )
 from trtq.pipelines.draw import Conditioning, conditioning_for, draw
-from trtq.pipelines.open import artefact_guidance, calibrated_steps, open_any
+from trtq.pipelines.open import open_any
 from trtq.progress import ProgressCallback, silent
 from trtq.results import Result
 
@@ -41,7 +41,6 @@ __all__ = [
     "parse_gate",
 ]
 
-DEFAULT_STEPS = 20
 METRICS = {
     "fd": "Fréchet distance to real images (to the float model's, where there are none)",
     "fd_ratio": "the same over the float model's own",
@@ -198,7 +197,7 @@ class Evaluation(Result):
 
 
 def draw_reference(
-    reference: str | Path | Any,
+    reference: str | Path | Opened | Any,
     *,
     images: int,
     steps: int,
@@ -225,13 +224,12 @@ def draw_reference(
         UsageError: the reference is not a float checkpoint, or not one of `judged`, or `images` is below
             2.
     """
-    if isinstance(reference, str | Path) and Path(reference).is_dir():
-        kind = artefact_kind(Path(reference))
-        if kind is not None:
-            raise UsageError(
-                f"the reference {reference} is of kind {kind!r}; give the float checkpoint of it"
-            )
-    source = load_source(reference)
+    opened = open_artefact(reference, verify=False)
+    if opened.kind != "checkpoint":
+        raise UsageError(
+            f"the reference {opened.place} is of kind {opened.kind!r}; give the float checkpoint of it"
+        )
+    source = load_source(opened.place)
     if images < 2:
         raise UsageError(f"--images must be at least 2, got {images}")
     if judged is not None:
@@ -256,8 +254,8 @@ def draw_reference(
 
 
 def evaluate(
-    artefact: str | Path | Any,
-    reference: str | Path | Any | ReferenceSet,
+    artefact: str | Path | Opened | Any,
+    reference: str | Path | Opened | Any | ReferenceSet,
     *,
     images: int = 1000,
     steps: int | None = None,
@@ -271,7 +269,8 @@ def evaluate(
     """Compare an artefact with the float model: same noise, same subjects, same steps.
 
     Args:
-        artefact: a run, an ONNX or engine folder, a checkpoint or a pipeline object.
+        artefact: a run, an ONNX or engine folder, a checkpoint, a pipeline object, or one of them
+            opened.
         reference: the float model, or its images from `draw_reference`; then `images`, `steps`,
             `seed`, `guidance` and `features` are those that it was drawn with.
         images: images to draw with each.
@@ -287,14 +286,15 @@ def evaluate(
         UsageError: a gate on a number that this model has not.
         TrtqError: see `trtq.errors`.
     """
-    target = open_any(artefact, provider)
+    opened = open_artefact(artefact, verify=False)
+    target = open_any(opened, provider)
     if not isinstance(reference, ReferenceSet):
         reference = draw_reference(
             reference,
             images=images,
-            steps=steps or calibrated_steps(artefact) or DEFAULT_STEPS,
+            steps=steps or opened.steps or DEFAULT_STEPS,
             seed=seed,
-            guidance=artefact_guidance(artefact) if guidance is None else guidance,
+            guidance=opened.guidance if guidance is None else guidance,
             features=features,
             judged=target,
             progress=progress,

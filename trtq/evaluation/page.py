@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtq.artefact.manifest import artefact_kind
+from trtq.artefact.opened import Checkpoint, Opened, open_artefact
 from trtq.evaluation.evaluate import METRICS, Evaluation
 from trtq.pipelines.draw import contact_sheet
 from trtq.pipelines.inspect import inspect
@@ -98,7 +98,7 @@ def scale_range(row: dict[str, Any]) -> str:
     return "; ".join(ranges)
 
 
-def layer_sections(path: str | Path) -> tuple[Section, ...]:
+def layer_sections(path: str | Path | Opened) -> tuple[Section, ...]:
     """Layers and bits of a run or ONNX folder; for a run with tables also their map."""
     found = inspect(path).to_json()
     scales = [scale_range(row) for row in found["layers"]]
@@ -152,8 +152,9 @@ def evaluation_page(path: str, evaluation: Evaluation) -> Page:
             "of the denoiser; a layer's error includes what reaches it from the layers before."
         )
         sections.append(Section("Layers that hurt most", text, Table(("layer", "dB"), rows)))
-    if Path(path).is_dir() and artefact_kind(Path(path)) is not None:
-        sections += layer_sections(path)
+    opened = open_artefact(path, verify=False)
+    if not isinstance(opened, Checkpoint):
+        sections += layer_sections(opened)
     features = result["features"]
     lead = (
         f"{result['images']} images with each model, {result['steps']} steps, seed {result['seed']}, "

@@ -17,9 +17,9 @@ from trtq.artefact.manifest import (
     claims_output,
     made_from,
     new_artefact,
-    read_manifest,
     write_manifest,
 )
+from trtq.artefact.opened import Opened, open_folder
 from trtq.engine.profile import axis_ranges, profile_of
 from trtq.engine.tensorrt.backends import CURRENT, Backend, check_architectures, find_backend
 from trtq.engine.tensorrt.compile import Compiled, compile_engine
@@ -42,7 +42,7 @@ _NO_FLOAT32 = "sm75"
 
 @claims_output
 def build(
-    artefact: str | Path,
+    artefact: str | Path | Opened,
     out: str | Path,
     *,
     backend: str | None = None,
@@ -62,7 +62,7 @@ def build(
     items where guidance doubles them.
 
     Args:
-        artefact: an ONNX folder.
+        artefact: an ONNX folder, or the opened one.
         out: the engine folder: the same layout, `model.engine` in place of `model.onnx`.
         backend: `tensorrt-rtx` or `tensorrt`; None: the first that is installed.
         architectures: e.g. `sm86`; by default those of current RTX cards, or the GPU that is there.
@@ -85,7 +85,6 @@ def build(
         BuildError: the builder refused, crashed or was killed.
     """
     start = time.monotonic()
-    folder = Path(artefact)
     chosen = find_backend(backend)
     targets = check_architectures(chosen, list(architectures))
     if refit and chosen.architectures and CURRENT not in targets:
@@ -93,11 +92,12 @@ def build(
             "refit engines can only be built where there is a GPU; pass --arch current there"
         )
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="engine")
-    if not (folder / MANIFEST_NAME).is_file():
+    if not isinstance(artefact, Opened) and not (Path(artefact) / MANIFEST_NAME).is_file():
         raise UsageError(
             f"{artefact} is not an ONNX folder; make one first: trtq export RUN -o ONNX"
         )
-    manifest = read_manifest(folder, "onnx")
+    opened = open_folder(artefact, "onnx")
+    folder, manifest = opened.folder, opened.manifest
     if weight_streaming and manifest.options.get("target") == "plugin":
         raise UsageError(
             "TensorRT streams no weights of plugins, and these are in 4 or 8 bits already; leave out "

@@ -16,13 +16,13 @@ from trtq.artefact.manifest import (
     LayerRow,
     Manifest,
     SourceRow,
-    artefact_kind,
     check_output,
     claims_output,
     made_from,
     new_artefact,
     write_manifest,
 )
+from trtq.artefact.opened import DEFAULT_STEPS, Checkpoint, Opened, open_artefact
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.layout import parse_sizes
 from trtq.diffusion.pipeline import LoadedPipeline, load_source
@@ -100,7 +100,7 @@ def _rows(denoiser: nn.Module) -> list[LayerRow]:
 @claims_output
 @with_own_settings
 def export(
-    artefact: str | Path,
+    artefact: str | Path | Opened,
     out: str | Path,
     *,
     target: str = "qdq",
@@ -116,7 +116,8 @@ def export(
     writing, torch and onnxruntime are compared, see `trtq.exporter.step_check.step_parities`.
 
     Args:
-        artefact: a run, a diffusers folder, the name of a shipped model or a hub id.
+        artefact: a run, a diffusers folder, the name of a shipped model or a hub id, or one of them
+            opened.
         out: the ONNX folder, in the pipeline's own layout.
         target: form of the low-bit layers: `qdq`, which every runtime takes, or `plugin`, which our
             kernels run in TensorRT with 4-bit weights in memory (other runtimes convert it to `qdq`).
@@ -140,16 +141,17 @@ def export(
     if precision not in PARITY_DB:
         raise UsageError(f"unknown precision {precision!r}; choose one of {', '.join(PARITY_DB)}")
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="onnx")
+    opened = open_artefact(artefact, verify=False)
     progress("export", 1, 3)
     with (
         new_artefact(final, kind="onnx", overwrite=overwrite) as folder,
-        exporting_parts(Path(artefact), folder) as parts,
+        exporting_parts(Path(opened.place), folder) as parts,
     ):
-        source, traced, run, manifest = _opened(artefact, precision)
+        source, traced, run, manifest = _load(opened, precision)
         name = source.denoiser_name
         smallest, largest = _sizes(source, size)
         # What torch cannot be compared along in the end is refused before the graph is made.
-        source.schedule(int((manifest.recipe or {}).get("steps") or 20))
+        source.schedule(opened.steps or DEFAULT_STEPS)
         half = precision == "fp16"
         write_graph(folder / name, traced, source, run, largest, half=half, target=target)
         # Its codes are in the graph and in the denoiser now, and take memory a third time.
@@ -183,16 +185,16 @@ def export(
     return result
 
 
-def _opened(
-    path: str | Path, precision: str
+def _load(
+    opened: Opened, precision: str
 ) -> tuple[LoadedPipeline, nn.Module, OpenRun | None, Manifest]:
-    """The pipeline, the denoiser to trace, the run if it is one, and the manifest's beginnings."""
-    if not _is_run(path):
-        source = load_source(path)
-        # Tracing in half precision changes the model, and the other one is compared with.
-        traced = source.denoiser if precision == "fp32" else load_source(path).denoiser
+    """The pipeline, the denoiser to trace, the run if there is one, and the manifest's beginnings."""
+    if isinstance(opened, Checkpoint):
+        source = load_source(opened.place)
+        # Tracing in half precision changes the model, and the comparison needs the original.
+        traced = source.denoiser if precision == "fp32" else load_source(opened.place).denoiser
         return source, traced, None, _float_manifest(source)
-    run = open_run(Path(path))
+    run = open_run(opened)
     return run.source(), run.float_skeleton(), run, _run_manifest(run)
 
 
@@ -211,10 +213,6 @@ def _sizes(source: LoadedPipeline, size: str | None) -> tuple[str, str]:
     source.latents_of(largest)
     source.resize(smallest)
     return smallest, largest
-
-
-def _is_run(path: str | Path) -> bool:
-    return Path(path).is_dir() and artefact_kind(Path(path)) is not None
 
 
 def _float_manifest(source: LoadedPipeline) -> Manifest:

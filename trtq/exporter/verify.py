@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtq.artefact.manifest import MANIFEST_NAME, Manifest, artefact_kind, read_manifest, sha256
+from trtq.artefact.manifest import MANIFEST_NAME, Manifest, sha256
+from trtq.artefact.opened import Opened, Run, StoredArtefact, open_artefact
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError
 from trtq.exporter.graph_check import check_engines, check_graphs
@@ -32,9 +33,9 @@ __all__ = ["verify"]
 
 
 def verify(
-    artefact: str | Path,
+    artefact: str | Path | Opened,
     *,
-    against: str | Path | None = None,
+    against: str | Path | Opened | None = None,
     runtimes: Sequence[str] = RUNTIMES,
     layers: bool = False,
     timeout: float = TRIAL_SECONDS,
@@ -46,8 +47,8 @@ def verify(
     memory, so a graph that crashes, never ends or takes all memory only fails its check.
 
     Args:
-        artefact: a run, an ONNX folder or an engine folder; without a GPU only the files of engines can
-            be checked.
+        artefact: a run, an ONNX folder or an engine folder, or one of them opened; without a GPU only
+            the files of engines can be checked.
         against: the run that an ONNX folder was exported from; compared at every calibrated step.
         runtimes: runtimes whose rules are checked, from `trtq.graph.runtimes.prepare.RUNTIMES`.
         layers: compare the output of every low-bit layer too, at one mixed batch.
@@ -61,49 +62,50 @@ def verify(
         UsageError: the options do not fit the artefact.
         ArtefactError: it is damaged, or `against` is not the run that it was exported from.
     """
-    folder = Path(artefact)
-    kind = artefact_kind(folder) if folder.is_dir() else None
-    if kind is None:
+    opened = open_artefact(artefact, verify=False)
+    if not isinstance(opened, StoredArtefact):
         raise UsageError(
-            f"{artefact} is no artefact of trtq; give a run, an ONNX folder or engines"
+            f"{opened.place} is no artefact of trtq; give a run, an ONNX folder or engines"
         )
     unknown = [name for name in runtimes if name not in RUNTIMES]
     if unknown:
         raise UsageError(f"unknown runtime {unknown[0]!r}; choose one of {', '.join(RUNTIMES)}")
     if layers and against is None:
         raise UsageError("--layers compares with torch; name the run with --against RUN")
-    manifest = read_manifest(folder)
-    if kind != "onnx":
+    opened = opened.verified()
+    if opened.kind != "onnx":
         if against is not None:
-            raise UsageError(f"{artefact} is of kind {kind!r}; --against is for ONNX folders")
-        return _verify_run(folder, manifest) if kind == "run" else _verify_engines(folder, manifest)
-    result = _verify_graphs(folder, manifest, runtimes, timeout, progress)
+            raise UsageError(
+                f"{opened.place} is of kind {opened.kind!r}; --against is for ONNX folders"
+            )
+        return _verify_run(opened) if isinstance(opened, Run) else _verify_engines(opened)
+    result = _verify_graphs(opened, runtimes, timeout, progress)
     if against is None or any((result.graphs or {}).values()):
         return result
-    return _compare(result, folder, manifest, Path(against), layers=layers, progress=progress)
+    return _compare(result, opened, against, layers=layers, progress=progress)
 
 
-def _verify_run(folder: Path, manifest: Manifest) -> VerifyResult:
+def _verify_run(opened: Run) -> VerifyResult:
     """Open a run with everything that it is drawn with."""
-    open_any(folder)
-    return VerifyResult(kind="run", files=len(manifest.files), ok=True)
+    open_any(opened)
+    return VerifyResult(kind=opened.kind, files=len(opened.manifest.files), ok=True)
 
 
-def _verify_engines(folder: Path, manifest: Manifest) -> VerifyResult:
+def _verify_engines(opened: StoredArtefact) -> VerifyResult:
     """Check the engines' files, and with a GPU open them."""
-    graphs = check_engines(folder, manifest)
-    ok = not any(graphs.values())
-    return VerifyResult(kind="engine", files=len(manifest.files), ok=ok, graphs=graphs)
+    graphs = check_engines(opened.folder, opened.manifest)
+    files, ok = len(opened.manifest.files), not any(graphs.values())
+    return VerifyResult(kind=opened.kind, files=files, ok=ok, graphs=graphs)
 
 
 def _verify_graphs(
-    folder: Path,
-    manifest: Manifest,
+    opened: StoredArtefact,
     runtimes: Sequence[str],
     timeout: float,
     progress: ProgressCallback,
 ) -> VerifyResult:
     """Open and call the graphs of an ONNX folder, and check the rules of the runtimes."""
+    folder, manifest = opened.folder, opened.manifest
     graphs = check_graphs(folder, manifest, seconds=timeout, progress=progress)
     rules: dict[str, RuntimeRules] = {}
     if not any(graphs.values()):
@@ -111,7 +113,7 @@ def _verify_graphs(
         manifest.check_graph(load_graph(model).metadata_props)
         rules = {name: _rules(model, name) for name in runtimes}
     return VerifyResult(
-        kind="onnx",
+        kind=opened.kind,
         files=len(manifest.files),
         ok=not any(graphs.values()) and all(checked.legal for checked in rules.values()),
         graphs=graphs,
@@ -121,22 +123,20 @@ def _verify_graphs(
 
 def _compare(
     result: VerifyResult,
-    folder: Path,
-    manifest: Manifest,
-    against: Path,
+    opened: StoredArtefact,
+    against: str | Path | Opened,
     *,
     layers: bool,
     progress: ProgressCallback,
 ) -> VerifyResult:
     """Add the comparison of the denoiser's graph with the run that it was exported from."""
-    model = folder / manifest.denoiser / MODEL_FILE
-    run = _origin(against, manifest)
+    model = opened.folder / opened.denoiser / MODEL_FILE
+    run = _origin(against, opened.manifest)
     source = run.source()
     progress("compare with torch", 1, 2)
-    size = str(manifest.options.get("size") or "").partition(":")[0]
-    if size:
-        source.resize(size)
-    required = PARITY_DB[manifest.options.get("precision", "fp32")]
+    if opened.smallest_size is not None:
+        source.resize(opened.smallest_size)
+    required = PARITY_DB[opened.precision]
     steps = step_parities(source, model, run.manifest, thorough=True)
     parities = _layers(source, model, run) if layers else None
     progress("compare with torch", 2, 2)
@@ -160,7 +160,7 @@ def _rules(model: Path, runtime: Any) -> RuntimeRules:
     )
 
 
-def _origin(against: Path, manifest: Manifest) -> OpenRun:
+def _origin(against: str | Path | Opened, manifest: Manifest) -> OpenRun:
     """The run that a graph was exported from.
 
     Raises:
@@ -168,9 +168,9 @@ def _origin(against: Path, manifest: Manifest) -> OpenRun:
     """
     run = open_run(against)
     made_from = manifest.source.files.get(MANIFEST_NAME)
-    if made_from != sha256(against / MANIFEST_NAME):
+    if made_from != sha256(run.folder / MANIFEST_NAME):
         raise ArtefactError(
-            f"the ONNX folder was not exported from {against} as it is now, but from "
+            f"the ONNX folder was not exported from {run.folder} as it is now, but from "
             f"{manifest.source.name!r}; export it again, or give that run"
         )
     return run

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from trtq.artefact.manifest import check_outside_artefacts
+from trtq.artefact.opened import DEFAULT_STEPS, Opened, open_artefact
 from trtq.artefact.outputs import check_file, check_place
 from trtq.errors import UsageError
 from trtq.pipelines.draw import check_sheet, conditioning_for, contact_sheet, draw, save_png
-from trtq.pipelines.open import artefact_guidance, calibrated_steps, open_any
+from trtq.pipelines.open import open_any
 from trtq.pipelines.result import GenerateResult
 from trtq.png_text import generation_texts
 from trtq.progress import ProgressCallback, silent
@@ -27,7 +28,7 @@ _SHEET_PIXELS = 96
 
 
 def generate(
-    artefact: str | Path | Any,
+    artefact: str | Path | Opened | Any,
     out: str | Path,
     *,
     images: int = 1,
@@ -47,7 +48,8 @@ def generate(
     Every file holds prompt, seed and settings as PNG text, see `trtq.png_text`.
 
     Args:
-        artefact: a run, an ONNX or engine folder, a checkpoint or a pipeline object.
+        artefact: a run, an ONNX or engine folder, a checkpoint, a pipeline object, or one of them
+            opened.
         out: a file name that ends in `.png` for one sheet, or a folder for one file per image
             (`image-0000.png` and so on).
         images: number of images.
@@ -76,14 +78,15 @@ def generate(
         for file in files:
             check_file(file, overwrite=overwrite, source=artefact)
     check_outside_artefacts(files[0])
-    source = open_any(artefact, provider)
+    opened = open_artefact(artefact, verify=False)
+    source = open_any(opened, provider)
     if size is not None:
         source.resize(size)
     check_sheet(images, *source.image_size)
     conditioning = conditioning_for(source, images, class_label=class_label, prompt=prompt)
     if guidance is None:
-        guidance = artefact_guidance(artefact)
-    count = steps or calibrated_steps(artefact) or 20
+        guidance = opened.guidance
+    count = steps or opened.steps or DEFAULT_STEPS
     start = time.monotonic()
     drawn = draw(
         source,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from trtq.artefact.manifest import LayerRow, Manifest, artefact_kind, read_manifest
+from trtq.artefact.manifest import LayerRow, Manifest
+from trtq.artefact.opened import Opened, StoredArtefact, open_artefact
 from trtq.diffusion.pipeline import load_source
 from trtq.engine.tensorrt.run import obstacle, open_tensorrt
 from trtq.graph.file import MODEL_FILE, model_file
@@ -26,11 +28,11 @@ from trtq.runs.folder import open_run
 __all__ = ["inspect"]
 
 
-def inspect(artefact: str | Path) -> InspectResult:
+def inspect(artefact: str | Path | Opened | Any) -> InspectResult:
     """Read layers, bits, tables, sizes and origin of an artefact, and verify it first.
 
     Args:
-        artefact: a run, an ONNX or engine folder, or a float checkpoint.
+        artefact: a run, an ONNX or engine folder, a float checkpoint, or one of them opened.
 
     Returns:
         An `InspectedCheckpoint`, an `InspectedArtefact`, or `InspectedEngines`.
@@ -38,14 +40,14 @@ def inspect(artefact: str | Path) -> InspectResult:
     Raises:
         ArtefactError: it cannot be read, or is not what its manifest says.
     """
-    folder = Path(artefact)
-    if not folder.is_dir() or artefact_kind(folder) is None:
-        return _checkpoint(artefact)
-    manifest = read_manifest(folder)
+    opened = open_artefact(artefact)
+    if not isinstance(opened, StoredArtefact):
+        return _checkpoint(opened.place)
+    folder, manifest = opened.folder, opened.manifest
     graph = folder / manifest.denoiser / MODEL_FILE
     if manifest.kind == "onnx" and graph.is_file():
         manifest.check_graph(load_graph(graph).metadata_props)
-    stored = open_run(folder).stored.layers if manifest.kind == "run" else {}
+    stored = open_run(opened).stored.layers if manifest.kind == "run" else {}
     result = InspectedArtefact(
         kind=manifest.kind,
         source=manifest.source.name,
@@ -94,8 +96,8 @@ def _precisions(manifest: Manifest) -> dict[str, int]:
     )
 
 
-def _checkpoint(path: str | Path) -> InspectedCheckpoint:
-    source = load_source(path)
+def _checkpoint(place: str | Path | Any) -> InspectedCheckpoint:
+    source = load_source(place)
     layers = quantizable_layers(source.denoiser)
     return InspectedCheckpoint(
         kind="checkpoint",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trtq.artefact.manifest import artefact_kind, peek_manifest, read_manifest
+from trtq.artefact.opened import Checkpoint, EngineFolder, GraphFolder, Opened, open_artefact
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
 from trtq.diffusion.pipeline import DENOISERS, LoadedPipeline, load_source
 from trtq.engine.base import Engine
@@ -30,7 +30,7 @@ from trtq.quant.stand_in import StandIn
 from trtq.runs.folder import OpenRun, check_calibrated, open_run
 from trtq.torch_settings import with_own_settings
 
-__all__ = ["artefact_guidance", "calibrated_steps", "engine_source", "load", "open_any"]
+__all__ = ["TORCH", "engine_source", "load", "open_any"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +39,16 @@ TORCH = "torch"
 
 @with_own_settings
 def open_any(
-    path: str | Path | Any, provider: str | None = None, threads: int | None = None
+    artefact: str | Path | Opened | Any, provider: str | None = None, threads: int | None = None
 ) -> LoadedPipeline:
-    """Open a run, an ONNX or engine folder or a float checkpoint.
+    """Load a run, an ONNX or engine folder or a float checkpoint as a pipeline.
 
     Args:
-        path: the folder, a shipped model's name, a hub id or a pipeline object.
-        provider: `torch` for runs and checkpoints (their default; a run that asks for it by name is
-            computed by our kernels, in half precision, where torch sees an NVIDIA GPU); `cpu`,
-            `openvino` or `cuda` for ONNX folders (default `cpu`); engines run on the backend that built
-            them.
+        artefact: a folder, the name of a shipped model, a hub id, a pipeline object, or one of them
+            opened.
+        provider: `torch` for runs and checkpoints (their default; a run with an explicit `torch` runs
+            on our kernels, in half precision, where torch sees an NVIDIA GPU); `cpu`, `openvino` or
+            `cuda` for ONNX folders (default `cpu`); engines run on the backend that built them.
         threads: threads of one operator, for ONNX folders.
 
     Raises:
@@ -58,42 +58,50 @@ def open_any(
     known = tuple(dict.fromkeys((TORCH, *PROVIDERS, *BACKENDS)))
     if provider is not None and provider not in known:
         raise UsageError(f"unknown provider {provider!r}; choose one of {', '.join(known)}")
-    folder = Path(path) if isinstance(path, str | Path) else None
-    kind = artefact_kind(folder) if folder is not None and folder.is_dir() else None
-    if folder is None or kind not in ("onnx", "engine"):
-        if provider not in (None, TORCH):
-            what = "a run" if kind == "run" else "a float checkpoint"
-            raise UsageError(
-                f"{path} is {what}, which only torch runs; make an ONNX folder of it first: "
-                f"trtq export {path} -o ONNX"
-            )
-        if folder is None or kind is None:
-            return load_source(path)
-        run = open_run(folder)
-        return run.source(_on_gpu(run) if provider == TORCH else None)
-    manifest = read_manifest(folder, kind)
-    allowed = list(PROVIDERS) if kind == "onnx" else [str(manifest.options["backend"])]
+    opened = open_artefact(artefact, verify=False)
+    if isinstance(opened, GraphFolder):
+        return _open_graphs(opened, provider, threads)
+    if provider not in (None, TORCH):
+        what = "a float checkpoint" if isinstance(opened, Checkpoint) else "a run"
+        raise UsageError(
+            f"{opened.place} is {what}, which only torch runs; make an ONNX folder of it first: "
+            f"trtq export {opened.place} -o ONNX"
+        )
+    if isinstance(opened, Checkpoint):
+        return load_source(opened.place)
+    run = open_run(opened)
+    return run.source(_on_gpu(run) if provider == TORCH else None)
+
+
+def _open_graphs(opened: GraphFolder, provider: str | None, threads: int | None) -> LoadedPipeline:
+    """Load an ONNX or engine folder as a pipeline; see `open_any`."""
+    opened = opened.verified()
+    folder, manifest = opened.folder, opened.manifest
+    engines = isinstance(opened, EngineFolder)
+    allowed = [opened.backend] if isinstance(opened, EngineFolder) else list(PROVIDERS)
     chosen = provider or allowed[0]
     if chosen not in allowed:
-        what = "an ONNX folder" if kind == "onnx" else "a folder of engines"
-        raise UsageError(f"{path} is {what}; run it with {' or '.join(allowed)}, not {chosen}")
-    metadata = manifest.options.get("graph_metadata", {})
+        what = "a folder of engines" if engines else "an ONNX folder"
+        raise UsageError(
+            f"{opened.place} is {what}; run it with {' or '.join(allowed)}, not {chosen}"
+        )
 
     def open_graph(name: str) -> Engine | None:
         file = model_file(folder / name)
-        own = metadata if name == manifest.denoiser else {}
+        is_denoiser = name == manifest.denoiser
+        metadata = opened.graph_metadata if is_denoiser else {}
 
         def profile() -> Profile:
             return exported_profile(folder, name, manifest)
 
         if f"{name}/{file.name}" not in manifest.files:
             return None
-        engine = open_engine(file, chosen, threads, own, profile)
-        if name == manifest.denoiser:
+        engine = open_engine(file, chosen, threads, metadata, profile)
+        if is_denoiser:
             manifest.check_graph(engine.metadata)
         return engine
 
-    source = engine_source(folder, manifest.denoiser, manifest.options.get("size"), open_graph)
+    source = engine_source(folder, manifest.denoiser, opened.size, open_graph)
     check_calibrated(source, manifest)
     return source
 
@@ -143,24 +151,26 @@ def engine_source(
     return source
 
 
-def load(folder: str | Path | Any, provider: str | None = None) -> Any:
-    """A diffusers pipeline whose denoiser is the low-bit one.
+def load(artefact: str | Path | Opened | Any, provider: str | None = None) -> Any:
+    """Load an artefact as a diffusers pipeline whose denoiser is the low-bit one.
 
     Args:
-        folder: a run, an ONNX or engine folder, or a float checkpoint for comparison.
-        provider: see `open_any`.
+        artefact: a run, an ONNX or engine folder, a float checkpoint for comparison, or one of them
+            opened.
+        provider: what runs it, see `open_any`.
 
     Returns:
-        A `DiffusionPipeline`: call it as diffusers' own.
+        A `DiffusionPipeline`; call it like one of diffusers' own.
 
     Raises:
         TrtqError: see `trtq.errors`.
     """
-    pipeline = open_any(folder, provider).pipeline
+    opened = open_artefact(artefact, verify=False)
+    pipeline = open_any(opened, provider).pipeline
     name = next((name for name in DENOISERS if hasattr(pipeline, name)), None)
     if name is not None and isinstance(getattr(pipeline, name), StandIn):
         # diffusers would leave out what it does not know, with a line in the log.
-        pipeline.save_pretrained = partial(_refuse_to_save, str(folder))
+        pipeline.save_pretrained = partial(_refuse_to_save, str(opened.place))
     return pipeline
 
 
@@ -168,21 +178,3 @@ def _refuse_to_save(folder: str, *_: Any, **__: Any) -> None:
     raise UsageError(
         f"a low-bit pipeline is not saved in diffusers' format; copy its folder {folder}"
     )
-
-
-def calibrated_steps(path: str | Path | Any) -> int | None:
-    """The number of denoising steps an artefact was calibrated for; None for a float checkpoint."""
-    folder = Path(path) if isinstance(path, str | Path) else None
-    if folder is None or not folder.is_dir() or artefact_kind(folder) is None:
-        return None
-    recipe = peek_manifest(folder).recipe
-    return int(recipe["steps"]) if recipe else None
-
-
-def artefact_guidance(path: str | Path | Any) -> float | None:
-    """The guidance an artefact was calibrated with; None for a float checkpoint."""
-    folder = Path(path) if isinstance(path, str | Path) else None
-    if folder is None or not folder.is_dir() or artefact_kind(folder) is None:
-        return None
-    guidance = (peek_manifest(folder).recipe or {}).get("guidance")
-    return None if guidance is None else float(guidance)

@@ -16,6 +16,7 @@ from trtq.artefact.manifest import (
     new_artefact,
     write_manifest,
 )
+from trtq.artefact.opened import Opened
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.pipeline import LoadedPipeline, load_source
 from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
@@ -120,7 +121,7 @@ def _quantize_again(source: LoadedPipeline, run: OpenRun) -> QuantizedDenoiser:
 @claims_output
 @with_own_settings
 def requantize(
-    artefact: str | Path,
+    artefact: str | Path | Opened,
     loras: Sequence[LoraRequest],
     out: str | Path,
     *,
@@ -131,7 +132,7 @@ def requantize(
     """Make a run with exactly these LoRAs from a run with others or none.
 
     Args:
-        artefact: the run.
+        artefact: the run, or its folder.
         loras: files and strengths; LoRAs of the run are dropped unless they are given again.
         out: folder of the new run.
         base: the float checkpoint, if it is no longer where the run's manifest says.
@@ -147,7 +148,7 @@ def requantize(
     """
     start = time.monotonic()
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="run")
-    run = open_run(Path(artefact))
+    run = open_run(artefact)
     manifest = run.manifest
     if not (run.folder / TRAINED_NAME).is_file():
         raise ArtefactError(

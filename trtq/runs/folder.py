@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from trtq.artefact.manifest import Manifest, artefact_kind, read_manifest
+from trtq.artefact.manifest import Manifest
+from trtq.artefact.opened import Opened, open_folder
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.errors import ArtefactError
 from trtq.quant import LayerPlan, QuantizedDenoiser, Structure, TimestepTable, apply_structure
 from trtq.runs.weights import FILE_NAME, StoredDenoiser, load_stored
 
-__all__ = ["OpenRun", "check_calibrated", "is_run", "layer_plans", "open_run"]
+__all__ = ["OpenRun", "check_calibrated", "layer_plans", "open_run"]
 
 
 @dataclass(frozen=True)
@@ -105,19 +106,18 @@ def layer_plans(manifest: Manifest) -> list[LayerPlan]:
     ]
 
 
-def is_run(path: str | Path) -> bool:
-    """Whether a path is the folder of a run."""
-    return Path(path).is_dir() and artefact_kind(Path(path)) == "run"
-
-
-def open_run(folder: Path) -> OpenRun:
+def open_run(place: str | Path | Opened) -> OpenRun:
     """Read and verify a run.
+
+    Args:
+        place: its folder, or the opened run.
 
     Raises:
         ArtefactError: it is not a run, or damaged.
         IntegrityError: its files are not what the manifest says.
     """
-    manifest = read_manifest(folder, "run")
+    opened = open_folder(place, "run")
+    folder, manifest = opened.folder, opened.manifest
     fresh = _fresh(folder, manifest)
     timesteps = manifest.timesteps or []
     stored = load_stored(folder / FILE_NAME, fresh, layer_plans(manifest), timesteps)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from trtq.artefact.manifest import artefact_kind
+from trtq.artefact.opened import Opened, open_artefact
 from trtq.calib.policy import Policy, load_policy, plan_layers
 from trtq.calib.probe import LayerCall, probe, with_shared_inputs
 from trtq.calib.recipe import Recipe
@@ -114,7 +114,7 @@ def _weight_bytes(weight: nn.Parameter, bits: int) -> int:
 
 
 def plan_quantize(
-    model: str | Path | Any,
+    model: str | Path | Opened | Any,
     recipe: Recipe,
     loras: Sequence[LoraRequest] = (),
     progress: ProgressCallback = silent,
@@ -125,14 +125,13 @@ def plan_quantize(
         ArtefactError: the checkpoint cannot be read.
         QuantizationError: no layer would be quantised.
     """
-    if isinstance(model, str | Path) and Path(model).is_dir():
-        kind = artefact_kind(Path(model))
-        if kind is not None:
-            raise UsageError(
-                f"{model} is of kind {kind!r} and quantised already; give a float checkpoint, or a "
-                "run together with --lora to change its LoRAs"
-            )
-    source = load_source(model)
+    opened = open_artefact(model, verify=False)
+    if opened.kind != "checkpoint":
+        raise UsageError(
+            f"{opened.place} is of kind {opened.kind!r} and quantised already; give a float checkpoint, "
+            "or a run together with --lora to change its LoRAs"
+        )
+    source = load_source(opened.place)
     if isinstance(source.denoiser, StandIn):
         raise UsageError(
             f"{source.name} is quantised already (its denoiser is a "
@@ -142,7 +141,7 @@ def plan_quantize(
     source.schedule(recipe.steps)
     if source.prompts is not None:
         check_inputs(source.pipeline)
-    if not isinstance(model, str | Path):
+    if not isinstance(opened.place, str | Path):
         # The caller's pipeline stays as it is, and its weights may be shared.
         pipeline = copy.copy(source.pipeline)
         for name, part in pipeline.components.items():

@@ -26,6 +26,7 @@ from trtq.artefact.manifest import (
     partial_folder,
     write_manifest,
 )
+from trtq.artefact.opened import Opened
 from trtq.artefact.outputs import has_checkpoint, remove_partial, strip_partial
 from trtq.calib.recipe import Recipe, load_recipe
 from trtq.calib.record import activation_tables, record
@@ -146,7 +147,7 @@ def _clear_partial(final: Path, *, resume: bool, overwrite: bool) -> None:
 @claims_output
 @with_own_settings
 def quantize(
-    model: str | Path | Any,
+    model: str | Path | Opened | Any,
     recipe: Recipe | str | Path | dict[str, Any] | None = None,
     out: str | Path = "run",
     *,
@@ -161,7 +162,8 @@ def quantize(
     process writes.
 
     Args:
-        model: a diffusers folder, the name of a shipped model, a hub id or a pipeline object.
+        model: a diffusers folder, the name of a shipped model, a hub id, a pipeline object, or one of
+            them opened.
         recipe: a `Recipe`, the name of a method, a TOML file, or a dict of overrides.
         out: folder of the run.
         loras: LoRAs to merge into the float weights first.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtq.artefact.manifest import artefact_kind, peek_manifest, read_manifest
+from trtq.artefact.opened import OnnxFolder, Opened, open_artefact
 from trtq.engine.openvino import MAX_SHAPES
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError, TrtqError, UsageError
@@ -37,7 +37,7 @@ TORCH = "torch"
 
 
 def open_model(
-    path: str,
+    path: str | Path | Opened,
     name: str,
     *,
     provider: str | None = None,
@@ -58,21 +58,20 @@ def open_model(
     """
     from trtq.serve.models.torch_free import TorchFreeModel
 
-    folder = Path(path)
+    # Hashing takes seconds per gigabyte, so the files are verified once, by the code that loads them.
+    opened = open_artefact(path, verify=False)
     plain = provider not in (TORCH, *BACKENDS)
-    is_onnx = folder.is_dir() and artefact_kind(folder) == "onnx"
-    # The opener verifies the files: hashing takes seconds for each gigabyte.
-    if plain and is_onnx and TorchFreeModel.serves(folder, peek_manifest(folder)):
-        manifest = read_manifest(folder, "onnx")
+    if plain and isinstance(opened, OnnxFolder) and TorchFreeModel.serves(opened):
         return TorchFreeModel(
-            folder, manifest, name, provider=provider or "cpu", threads=threads, shapes=shapes
+            opened.verified(), name, provider=provider or "cpu", threads=threads, shapes=shapes
         )
     from trtq.pipelines.open import open_any
     from trtq.serve.models.pipeline import PipelineModel
 
-    source = open_any(path, provider, threads)
+    source = open_any(opened, provider, threads)
     engine = getattr(source.denoiser, "engine", None)
-    return PipelineModel(source, name, TORCH if engine is None else engine.provider, shapes)
+    engine_provider = TORCH if engine is None else engine.provider
+    return PipelineModel(source, name, engine_provider, shapes, opened)
 
 
 def build_service(
@@ -184,12 +183,12 @@ class _Host:
         return served
 
     def _open(self, shapes: int) -> ImageModel:
-        path, options = Path(self.path), self.options
-        is_onnx = path.is_dir() and artefact_kind(path) == "onnx"
+        options, opened = self.options, open_artefact(self.path, verify=False)
+        takes_provider = self.takes_provider or isinstance(opened, OnnxFolder)
         model = open_model(
-            self.path,
+            opened,
             self.name,
-            provider=options.provider if self.takes_provider or is_onnx else None,
+            provider=options.provider if takes_provider else None,
             threads=options.threads,
             shapes=shapes,
         )

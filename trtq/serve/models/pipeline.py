@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtq.artefact.manifest import artefact_kind, peek_manifest
+from trtq.artefact.opened import DEFAULT_STEPS, Opened, open_artefact
 from trtq.diffusion.cut import find_cuts
 from trtq.diffusion.encode import Encoded, check_inputs, takes_negative
 from trtq.diffusion.latents import draw_noise, latent_decoder
@@ -39,7 +39,7 @@ from trtq.serve.models.base import (
 )
 from trtq.serve.models.graph import GraphCall
 from trtq.serve.models.solver import Ddim, SchedulerSolver, Solver
-from trtq.serve.models.torch_free import DEFAULT_STEPS, pixels
+from trtq.serve.models.torch_free import pixels
 
 __all__ = ["PipelineModel"]
 
@@ -54,12 +54,20 @@ class PipelineModel(ImageModel):
         name: model name used in requests.
         provider: execution provider of the denoiser.
         shapes: number of batch sizes that may be in use at once.
+        artefact: the artefact that `source` was loaded from; None: the artefact in its folder.
 
     Raises:
         UsageError: the inputs of the pipeline's denoiser are unknown.
     """
 
-    def __init__(self, source: LoadedPipeline, name: str, provider: str, shapes: int = 2) -> None:
+    def __init__(
+        self,
+        source: LoadedPipeline,
+        name: str,
+        provider: str,
+        shapes: int = 2,
+        artefact: Opened | None = None,
+    ) -> None:
         self._source = source
         self._decode = latent_decoder(source)
         self.fixed_shapes = provider == OpenVinoEngine.provider
@@ -77,7 +85,9 @@ class PipelineModel(ImageModel):
         # The threads of the server and of the batcher share the tokenizer and torch's modules.
         self._lock = threading.Lock()
         sizes = None if self.fixed_shapes else _sizes(source)
-        self.info = replace(_info(source, name, provider), sizes=sizes)
+        if artefact is None:
+            artefact = open_artefact(source.folder, verify=False)
+        self.info = replace(_info(source, name, provider, artefact), sizes=sizes)
         if self.info.kind == "text":
             check_inputs(source.pipeline)
         if self._ddim is None:
@@ -185,10 +195,8 @@ def _sizes(source: LoadedPipeline) -> Sizes | None:
     return Sizes((multiple_of, multiple_of), (height, width), multiple_of)
 
 
-def _info(source: LoadedPipeline, name: str, provider: str) -> ModelInfo:
+def _info(source: LoadedPipeline, name: str, provider: str, artefact: Opened) -> ModelInfo:
     folder = source.folder
-    known = folder is not None and artefact_kind(folder) is not None
-    recipe = (peek_manifest(folder).recipe or {}) if known and folder is not None else {}
     kind = "class" if source.classes is not None else "none" if source.prompts is None else "text"
     if kind == "none" and source.model_class != "UNet2DModel":
         raise UsageError(
@@ -196,19 +204,19 @@ def _info(source: LoadedPipeline, name: str, provider: str) -> ModelInfo:
             "inputs of its denoiser are unknown"
         )
     guidance = source.guidance
-    if recipe.get("guidance") is not None and source.embedded_guidance is None:
-        guidance = float(recipe["guidance"])
+    if artefact.guidance is not None and source.embedded_guidance is None:
+        guidance = artefact.guidance
     info = ModelInfo(
         name=name,
         kind=kind,
         classes=tuple(class_names(folder, source.classes)) if source.classes is not None else (),
         image_size=source.image_size,
-        steps=int(recipe.get("steps") or DEFAULT_STEPS),
+        steps=artefact.steps or DEFAULT_STEPS,
         max_steps=int(source.pipeline.scheduler.config.num_train_timesteps),
         guidance=guidance,
         takes_guidance=kind == "text" and source.embedded_guidance is None,
         provider=provider,
-        bits=recipe.get("bits"),
+        bits=artefact.bits if artefact.low_bit else None,
         takes_negative_prompt=kind == "text" and takes_negative(source.pipeline),
     )
     if kind != "class" or source.classes is None:

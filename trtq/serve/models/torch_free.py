@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trtq.artefact.manifest import Manifest
+from trtq.artefact.opened import DEFAULT_STEPS, OnnxFolder
 from trtq.diffusion.layout import (
     check_null_class,
     class_names,
@@ -43,7 +43,6 @@ __all__ = ["TorchFreeModel", "pixels"]
 _MIN_VALUES = 16
 _CHEAP_VALUES = 1 << 12
 """Number of values in an image up to which its noise and its PNG file take little time."""
-DEFAULT_STEPS = 20
 _MAX_CHANNELS = 4096
 _MAX_CLASSES = 1 << 24
 
@@ -52,8 +51,7 @@ class TorchFreeModel(ImageModel):
     """The graph of a `UNet2DModel` that draws images rather than latents.
 
     Args:
-        folder: an ONNX folder for which `serves` is true.
-        manifest: manifest of the folder, verified.
+        artefact: an ONNX folder that `serves` accepts, verified.
         name: model name used in requests.
         provider: execution provider.
         threads: number of threads per operator; None: the number of cores.
@@ -66,38 +64,39 @@ class TorchFreeModel(ImageModel):
 
     def __init__(
         self,
-        folder: Path,
-        manifest: Manifest,
+        artefact: OnnxFolder,
         name: str,
         *,
         provider: str = "cpu",
         threads: int | None = None,
         shapes: int = 2,
     ) -> None:
-        config = read_json(folder / manifest.denoiser / "config.json")
-        graph = folder / manifest.denoiser / "model.onnx"
+        folder, manifest = artefact.folder, artefact.manifest
+        config = read_json(folder / artefact.denoiser / "config.json")
+        graph = folder / artefact.denoiser / "model.onnx"
         self._graph = GraphCall(open_engine(graph, provider, threads, shapes=shapes))
         manifest.check_graph(self._graph.engine.metadata)
         self.fixed_shapes = provider == OpenVinoEngine.provider
         self._ddim = Ddim(_scheduler_config(folder))
         self._null_class = read_null_class(folder)
-        self._shape = _sample_shape(config, manifest)
-        info = _info(folder, manifest, name, provider, config, self._ddim, self._null_class)
+        self._shape = _sample_shape(config, artefact)
+        info = _info(artefact, name, provider, config, self._ddim, self._null_class)
         sizes = None if self.fixed_shapes else Sizes.of_graph(self._graph.engine.metadata)
         self.info = replace(info, sizes=sizes)
         largest = self._shape[1:] if sizes is None else sizes.largest
         self.cheap_codec = self._shape[0] * math.prod(largest) <= _CHEAP_VALUES
 
     @staticmethod
-    def serves(folder: Path, manifest: Manifest) -> bool:
+    def serves(artefact: OnnxFolder) -> bool:
         """Whether this class can serve the folder; otherwise `PipelineModel` can."""
+        folder = artefact.folder
         index = read_index(folder)
-        config = read_json(folder / manifest.denoiser / "config.json")
+        config = read_json(folder / artefact.denoiser / "config.json")
         return (
             config.get("_class_name") == "UNet2DModel"
             and not any(part in index for part in ("vae", "vqvae"))
             and Ddim.knows(_scheduler_config(folder))
-            and math.prod(_sample_shape(config, manifest)) >= _MIN_VALUES
+            and math.prod(_sample_shape(config, artefact)) >= _MIN_VALUES
         )
 
     def starts(self, request: GenerationRequest) -> Sequence[InitialState]:
@@ -156,10 +155,10 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
     return read_scheduler(folder)
 
 
-def _sample_shape(config: dict[str, Any], manifest: Manifest) -> tuple[int, int, int]:
+def _sample_shape(config: dict[str, Any], artefact: OnnxFolder) -> tuple[int, int, int]:
     """Channels, height and width; the minimum size of a graph for several sizes, as in `open_any`."""
     channels = _whole(config, "in_channels", 1, _MAX_CHANNELS)
-    return channels, *parse_size(manifest.options["size"].partition(":")[0])
+    return channels, *parse_size(artefact.smallest_size or "")
 
 
 def _whole(config: dict[str, Any], key: str, low: int, high: int) -> int:
@@ -178,8 +177,7 @@ def _whole(config: dict[str, Any], key: str, low: int, high: int) -> int:
 
 
 def _info(
-    folder: Path,
-    manifest: Manifest,
+    artefact: OnnxFolder,
     name: str,
     provider: str,
     config: dict[str, Any],
@@ -191,17 +189,16 @@ def _info(
         embeds = _whole(config, "num_class_embeds", 1, _MAX_CLASSES)
         check_null_class(null_class, embeds)
         count = embeds - (null_class is not None)
-    recipe = manifest.recipe or {}
-    _, height, width = _sample_shape(config, manifest)
+    _, height, width = _sample_shape(config, artefact)
     return ModelInfo(
         name=name,
         kind="class" if count else "none",
-        classes=tuple(class_names(folder, count)),
+        classes=tuple(class_names(artefact.folder, count)),
         image_size=(height, width),
-        steps=int(recipe.get("steps") or DEFAULT_STEPS),
+        steps=artefact.steps or DEFAULT_STEPS,
         max_steps=ddim.trained,
-        guidance=float(recipe.get("guidance") or 1.0),
+        guidance=artefact.guidance or 1.0,
         takes_guidance=null_class is not None,
         provider=provider,
-        bits=recipe.get("bits"),
+        bits=artefact.bits if artefact.low_bit else None,
     )

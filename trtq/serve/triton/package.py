@@ -14,8 +14,15 @@ from trtq.artefact.manifest import (
     claims_output,
     find_origin,
     new_artefact,
-    read_manifest,
     sha256,
+)
+from trtq.artefact.opened import (
+    DEFAULT_STEPS,
+    EngineFolder,
+    Opened,
+    Run,
+    StoredArtefact,
+    open_folder,
 )
 from trtq.artefact.outputs import write_listing
 from trtq.engine.prepared import graph_specs
@@ -39,7 +46,6 @@ ARTEFACT_NAME = "artefact.json"
 """File name of the artefact's manifest: layers, timesteps, LoRAs, hashes and versions."""
 DENOISER, PIPELINE = "denoiser", "pipeline"
 _KIND = "triton"
-_DEFAULT_STEPS = 20
 _BATCH_AXES = ("batch", "timesteps")
 """Names of first axes whose size is the number of items."""
 _RTX_NOTE = (
@@ -82,7 +88,7 @@ class TritonPackageResult(Result):
 
 @claims_output
 def package_triton(
-    artefact: str | Path,
+    artefact: str | Path | Opened,
     out: str | Path,
     *,
     onnx: str | Path | None = None,
@@ -108,11 +114,11 @@ def package_triton(
         ArtefactError: the artefact is damaged, onnxruntime does not open its graphs, or the ONNX folder
             of the engines is missing.
     """
-    folder = Path(artefact)
-    manifest = _read(folder)
-    final = check_output(Path(out), overwrite=overwrite, source=folder, kind=_KIND)
-    graphs = folder if manifest.kind == "onnx" else _onnx_of(folder, manifest, onnx)
-    origin = manifest if graphs == folder else read_manifest(graphs, "onnx")
+    opened = _open(artefact)
+    folder, manifest = opened.folder, opened.manifest
+    final = check_output(Path(out), overwrite=overwrite, source=artefact, kind=_KIND)
+    exported = _onnx_of(opened, onnx) if isinstance(opened, EngineFolder) else opened
+    graphs, origin = exported.folder, exported.manifest
     require_graphs(graphs, origin, progress, seconds=timeout)
     names = graphs_of(origin)
     with new_artefact(final, kind=_KIND, overwrite=overwrite) as partial:
@@ -127,34 +133,43 @@ def package_triton(
         _write_checksums(partial)
         total = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     progress("package", len(names) + 1, len(names) + 1)
-    rtx = manifest.options.get("backend") == "tensorrt-rtx"
-    notes = [_RTX_NOTE] if manifest.kind == "engine" and rtx else []
+    rtx = isinstance(opened, EngineFolder) and opened.backend == "tensorrt-rtx"
+    notes = [_RTX_NOTE] if rtx else []
     return TritonPackageResult(output=str(final), models=models, bytes=total, notes=notes)
 
 
-def _read(folder: Path) -> Manifest:
-    if not (folder / MANIFEST_NAME).is_file():
+def _open(artefact: str | Path | Opened) -> StoredArtefact:
+    """Open the ONNX or engine folder to package.
+
+    Raises:
+        UsageError: the artefact is of another kind, or is none.
+    """
+    if not isinstance(artefact, Opened) and not (Path(artefact) / MANIFEST_NAME).is_file():
         raise UsageError(
-            f"{folder} is no artefact of trtq; make an ONNX folder first: trtq export RUN -o ONNX"
+            f"{artefact} is no artefact of trtq; make an ONNX folder first: trtq export RUN -o ONNX"
         )
-    manifest = read_manifest(folder)
-    if manifest.kind == "run":
+    opened = open_folder(artefact)
+    if isinstance(opened, Run):
         raise UsageError(
-            f"{folder} is a run, which no server loads; export it first: trtq export {folder} -o ONNX"
+            f"{opened.folder} is a run, which no server loads; export it first: trtq export "
+            f"{opened.folder} -o ONNX"
         )
-    return manifest
+    return opened
 
 
-def _onnx_of(folder: Path, manifest: Manifest, given: str | Path | None) -> Path:
-    """The ONNX folder of engines, whose graphs describe their inputs."""
-    onnx = find_origin(folder, manifest, given)
-    if onnx is None:
+def _onnx_of(engines: EngineFolder, given: str | Path | None) -> StoredArtefact:
+    """Open the ONNX folder of engines, whose graphs describe their inputs.
+
+    Raises:
+        ArtefactError: the folder is missing or has changed.
+    """
+    folder = find_origin(engines.folder, engines.manifest, given)
+    if folder is None:
         raise ArtefactError(
-            f"the ONNX folder that {folder} was built from ({manifest.source.name!r}) is missing or has "
-            "changed; give its path with --onnx"
+            f"the ONNX folder that {engines.folder} was built from "
+            f"({engines.manifest.source.name!r}) is missing or has changed; give its path with --onnx"
         )
-    read_manifest(onnx, "onnx")
-    return onnx
+    return open_folder(folder, "onnx")
 
 
 def _write_graph(
@@ -214,7 +229,7 @@ def _write_pipeline(
     settings = Settings(
         denoiser=manifest.denoiser,
         size=manifest.options.get("size"),
-        steps=int(recipe.get("steps", _DEFAULT_STEPS)),
+        steps=int(recipe.get("steps", DEFAULT_STEPS)),
         guidance=recipe.get("guidance"),
         max_images=_max_images(manifest),
         graphs={name: graph.to_json() for name, graph in served.items()},

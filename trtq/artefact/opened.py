@@ -1,0 +1,269 @@
+"""An opened artefact: its place resolved, its manifest read, its files verified once.
+
+Every verb takes a place or an opened artefact and passes the opened one on, so that no file is hashed
+twice and every default has one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from trtq.artefact.manifest import (
+    Kind,
+    Manifest,
+    artefact_kind,
+    check_kind,
+    parse_manifest,
+    verify_files,
+)
+
+__all__ = [
+    "DEFAULT_STEPS",
+    "Checkpoint",
+    "EngineFolder",
+    "GraphFolder",
+    "OnnxFolder",
+    "Opened",
+    "Run",
+    "StoredArtefact",
+    "open_artefact",
+    "open_folder",
+]
+
+DEFAULT_STEPS = 20
+"""Denoising steps where neither the caller nor a calibration names their number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """Base class of what `open_artefact` returns.
+
+    Attributes:
+        place: folder, name, hub id or pipeline object, as given by the caller.
+    """
+
+    place: Any
+
+    kind: ClassVar[str]
+
+    @property
+    def low_bit(self) -> bool:
+        """Whether the model is quantised."""
+        return False
+
+    @property
+    def steps(self) -> int | None:
+        """Number of denoising steps of the calibration; None for a float model."""
+        return None
+
+    @property
+    def guidance(self) -> float | None:
+        """Guidance scale of the calibration; None for a float model."""
+        return None
+
+    @property
+    def bits(self) -> str:
+        """Bits of weights and activations, e.g. `w4a8`; of a float model its precision."""
+        return self.precision
+
+    @property
+    def precision(self) -> str:
+        """Precision of everything that is not an integer: `fp32` or `fp16`."""
+        return "fp32"
+
+    @property
+    def size(self) -> str | None:
+        """Image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; None: the model's own."""
+        return None
+
+    @property
+    def smallest_size(self) -> str | None:
+        """Smallest image size `HEIGHTxWIDTH` in pixels; None: the model's own."""
+        return None if self.size is None else self.size.partition(":")[0]
+
+    def verified(self) -> Self:
+        """This artefact after its files were compared with its manifest, at most once.
+
+        Raises:
+            IntegrityError: a file is missing, was changed or damaged, or would be read without being
+                listed.
+        """
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint(Opened):
+    """A float model: a diffusers folder, the name of a shipped model, a hub id or a pipeline object."""
+
+    kind: ClassVar[str] = "checkpoint"
+
+
+@dataclass(frozen=True, eq=False)
+class StoredArtefact(Opened):
+    """Base class of artefacts with a manifest.
+
+    Attributes:
+        folder: folder of the artefact.
+        manifest: its manifest.
+        is_verified: whether its files were compared with the manifest.
+    """
+
+    folder: Path
+    manifest: Manifest
+    is_verified: bool = False
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the denoiser component, e.g. `unet`."""
+        return self.manifest.denoiser
+
+    @property
+    def low_bit(self) -> bool:
+        """Whether the model is quantised."""
+        return self.manifest.recipe is not None
+
+    @property
+    def steps(self) -> int | None:
+        """Number of denoising steps of the calibration; None for a float model."""
+        recipe = self.manifest.recipe
+        return None if recipe is None else int(recipe["steps"])
+
+    @property
+    def guidance(self) -> float | None:
+        """Guidance scale of the calibration; None for a float model."""
+        guidance = (self.manifest.recipe or {}).get("guidance")
+        return None if guidance is None else float(guidance)
+
+    @property
+    def bits(self) -> str:
+        """Bits of weights and activations, e.g. `w4a8`; of a float model its precision."""
+        recipe = self.manifest.recipe
+        return self.precision if recipe is None else str(recipe["bits"])
+
+    @property
+    def precision(self) -> str:
+        """Precision of everything that is not an integer: `fp32` or `fp16`."""
+        return str(self.manifest.options.get("precision", "fp32"))
+
+    @property
+    def size(self) -> str | None:
+        """Image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; None: the model's own."""
+        size = self.manifest.options.get("size") or (self.manifest.recipe or {}).get("size")
+        return None if size is None else str(size)
+
+    def verified(self) -> Self:
+        """This artefact after its files were compared with its manifest, at most once.
+
+        Raises:
+            IntegrityError: a file is missing, was changed or damaged, or would be read without being
+                listed.
+        """
+        if self.is_verified:
+            return self
+        verify_files(self.folder, self.manifest)
+        return replace(self, is_verified=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Run(StoredArtefact):
+    """A low-bit model in torch."""
+
+    kind: ClassVar[str] = "run"
+
+
+@dataclass(frozen=True, eq=False)
+class GraphFolder(StoredArtefact):
+    """Base class of ONNX and engine folders."""
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Minimum and maximum number of images that engines of these graphs take."""
+        low, high = self.manifest.options.get("batch", (1, 1))
+        return int(low), int(high)
+
+    @property
+    def graph_metadata(self) -> Mapping[str, str]:
+        """Metadata of the denoiser's graph, for an engine, which does not keep it; else empty."""
+        metadata: Mapping[str, str] = self.manifest.options.get("graph_metadata", {})
+        return metadata
+
+    @property
+    def target(self) -> str | None:
+        """Form of the low-bit layers: `qdq` or `plugin`; None if it was not recorded."""
+        target = self.manifest.options.get("target")
+        return None if target is None else str(target)
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxFolder(GraphFolder):
+    """Graphs for onnxruntime."""
+
+    kind: ClassVar[str] = "onnx"
+
+
+@dataclass(frozen=True, eq=False)
+class EngineFolder(GraphFolder):
+    """Engines of TensorRT, built from an ONNX folder."""
+
+    kind: ClassVar[str] = "engine"
+
+    @property
+    def backend(self) -> str:
+        """Backend that built the engines and runs them: `tensorrt-rtx` or `tensorrt`."""
+        return str(self.manifest.options["backend"])
+
+
+_CLASSES: dict[Kind, type[StoredArtefact]] = {
+    "run": Run,
+    "onnx": OnnxFolder,
+    "engine": EngineFolder,
+}
+
+
+def open_artefact(place: str | Path | Any, *, verify: bool = True) -> Opened:
+    """Open an artefact or a checkpoint.
+
+    Args:
+        place: a folder, the name of a shipped model, a hub id or a pipeline object; an opened artefact
+            is returned as it is.
+        verify: compare every file with the manifest now; otherwise `Opened.verified` does it later.
+
+    Returns:
+        A `Checkpoint`, `Run`, `OnnxFolder` or `EngineFolder`. A checkpoint is not looked for here.
+
+    Raises:
+        ArtefactError: the folder has a manifest that cannot be read.
+        IntegrityError: a file is not what the manifest says.
+    """
+    if isinstance(place, Opened):
+        opened = place
+    elif isinstance(place, str | Path) and Path(place).is_dir() and artefact_kind(Path(place)):
+        opened = open_folder(place, verify=False)
+    else:
+        return Checkpoint(place)
+    return opened.verified() if verify else opened
+
+
+def open_folder(place: str | Path | Opened, *kinds: Kind, verify: bool = True) -> StoredArtefact:
+    """Open a folder that must hold an artefact.
+
+    Args:
+        place: the folder, or an opened artefact.
+        kinds: permitted kinds; every kind if there are none.
+        verify: see `open_artefact`.
+
+    Raises:
+        ArtefactError: there is no such artefact, or it is of another kind.
+        IntegrityError: a file is not what the manifest says.
+    """
+    if isinstance(place, StoredArtefact):
+        opened = place
+    else:
+        folder = Path(place.place if isinstance(place, Opened) else place)
+        manifest = parse_manifest(folder)
+        opened = _CLASSES[manifest.kind](place, folder, manifest)
+    check_kind(opened.folder, opened.manifest, *kinds)
+    return opened.verified() if verify else opened
