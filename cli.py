@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import trtq
-from trtq.artefact.outputs import RESUMABLE
+from trtq.artefact.partial import RESUMABLE
 from trtq.documents import shown
 from trtq.errors import ArtefactError, GateError, TrtqError, UsageError
 from trtq.limits import (

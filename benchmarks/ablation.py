@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 from trtq.evaluation.evaluate import draw_reference, evaluate
 from trtq.progress import ProgressPrinter
 from trtq.runs.quantize import quantize

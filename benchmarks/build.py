@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trtq.artefact.manifest import read_manifest
+from trtq.artefact.manifest_file import read_manifest
 from trtq.bench.device import cpu_name
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.processor import processor_features

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from sd_size import stage, write_checkpoint
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 from trtq.bench.device import cpu_name
 from trtq.bench.turns import take_turns, time_calls
 from trtq.engine.base import TensorSpec

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 from trtq.bench.device import cpu_name
 from trtq.bench.summary import summarize
 from trtq.bench.turns import take_turns

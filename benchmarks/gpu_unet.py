@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
+from trtq.artefact.opened import open_artefact
 from trtq.diffusion.pipeline import load_source
 from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.runs.folder import open_run
@@ -109,7 +110,7 @@ def main() -> None:
         with torch.no_grad():
             reference = open_run(run).denoiser()(**given, return_dict=False)[0]
         rows[str(run)] = {
-            "bits": open_run(run).manifest.recipe["bits"],  # type: ignore[index]
+            "bits": open_artefact(run, verify=False).bits,
             "weight_bytes": weight_bytes(denoiser),
             "snr_db": snr_db(reference, calls[str(run)]().float().cpu()),
         }

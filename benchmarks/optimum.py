@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import trtq
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 from trtq.diffusion.pipeline import load_source
 from trtq.exporter.export import export
 from trtq.progress import ProgressPrinter

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trtq.artefact.manifest import package_versions, read_manifest
+from trtq.artefact.manifest_file import package_versions
+from trtq.artefact.opened import open_folder
 from trtq.demo.train_shapes import build_tokenizer
 
 if TYPE_CHECKING:
@@ -163,10 +164,11 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     if not checkpoint.is_dir():
         print(f"{write_checkpoint(checkpoint, arguments.model):,} parameters", file=sys.stderr)
     if arguments.export_only:
-        recipe = read_manifest(run, "run").recipe or {}
+        recipe = open_folder(run, "run").manifest.recipe
+        assert recipe is not None
         for key in ("method", "bits", "steps"):
-            setattr(arguments, key, recipe[key])
-        arguments.images = recipe["calibration"]["images"]
+            setattr(arguments, key, getattr(recipe, key))
+        arguments.images = recipe.calibration.images
         return {"export": stage("export", str(run), "-o", str(onnx), "--overwrite")}
     settings = folder / "recipe.toml"
     text = f"[calibration]\nimages = {arguments.images}\n"

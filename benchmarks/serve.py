@@ -43,7 +43,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 from trtq.engine.open import open_engine
 from trtq.processor import processor_features
 from trtq.serve.models.solver import Ddim

@@ -35,7 +35,7 @@ from typing import Any
 
 from serve import processor, serve_command
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 
 PATH = "/v1/images/generations"
 LIMIT = 64 << 10

@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 from serve import DIGITS, PATH, processor, saturate, serve_command
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 
 WORKLOAD = DIGITS | {"steps": (20,)}
 CLIENTS, STEPS = 24, 50

@@ -23,7 +23,7 @@ from typing import Any
 
 from serve import exported, processor, start_seconds
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 
 SETTINGS = ("+vnni", "-vnni")
 HEAVY = ("torch", "onnx", "onnx_ir", "diffusers", "transformers")

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 from trtq.demo.shapes import COLOURS, Scene, draw_scenes, random_scene
 from trtq.diffusion.pipeline import LoadedPipeline, load_source
 from trtq.evaluation.evaluate import ReferenceSet, draw_reference, evaluate

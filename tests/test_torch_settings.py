@@ -9,7 +9,7 @@ import torch
 
 import trtq
 from tests.families import pipelines
-from trtq.artefact.manifest import sha256
+from trtq.artefact.files import sha256
 from trtq.torch_settings import own_settings
 
 RECIPE = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trtq.artefact.graph_metadata import check_layers, check_timesteps, free_sizes
-from trtq.artefact.manifest import read_manifest
+from trtq.artefact.manifest_file import read_manifest
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
 from trtq.diffusion.layout import read_index, read_null_class, read_scheduler
 from trtq.errors import ArtefactError, TrtqError, UsageError

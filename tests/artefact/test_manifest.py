@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from trtq.artefact.manifest import artefact_kind, read_manifest
+from trtq.artefact.manifest_file import artefact_kind, read_manifest
 from trtq.errors import ArtefactError, IntegrityError, TrtqError
 
 DIGEST = hashlib.sha256(b"").hexdigest()
@@ -146,8 +146,9 @@ def test_a_valid_manifest_is_read(folder, kind):
     found = valid(kind)
     manifest = read_manifest(write(folder, found), kind)
     assert artefact_kind(folder) == kind
-    # The bags stay as they were written.
-    assert (manifest.recipe, manifest.options) == (found["recipe"], found["options"])
+    # Recipe and options stay as they were written.
+    assert manifest.recipe.to_json() == found["recipe"]
+    assert manifest.options.to_json() == found["options"]
     assert manifest.layer_kinds()["a.scores"] == "product a8a4"
     assert manifest.layer_kinds()["conv_out"] == "conv2d float"
 

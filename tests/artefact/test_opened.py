@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from trtq.artefact.manifest_file import parse_manifest
 from trtq.artefact.opened import (
     Checkpoint,
     EngineFolder,
@@ -141,3 +142,14 @@ def test_engines_know_their_backend(digits_onnx, tmp_path):
     assert type(engines) is EngineFolder
     assert engines.backend == "tensorrt-rtx"
     assert engines.graph_metadata == {"trtq.timesteps": "[1.0]"}
+
+
+@pytest.mark.parametrize("kind", ["run", "onnx"])
+def test_a_manifest_is_rewritten_as_it_was(digits_run, digits_onnx, tmp_path, kind):
+    folder = Path({"run": digits_run, "onnx": digits_onnx}[kind])
+    record = json.loads((folder / "manifest.json").read_text())
+    record["options"]["of_a_later_version"] = {"nested": [1, None]}
+    record["metrics"]["another"] = 2
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    text = parse_manifest(tmp_path).model_dump_json()
+    assert json.dumps(json.loads(text)) == json.dumps(record)

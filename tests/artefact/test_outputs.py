@@ -13,28 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from trtq.artefact import outputs
-from trtq.artefact.manifest import (
-    LayerRow,
-    Manifest,
-    SourceRow,
-    artefact_kind,
-    check_output,
-    claims_output,
-    new_artefact,
-    put_in_place,
-    read_manifest,
-    write_manifest,
-)
-from trtq.artefact.outputs import (
-    check_file,
-    claim,
-    new_file,
-    old_folder,
-    partial_folder,
-    read_listing,
-    write_listing,
-)
+from trtq.artefact import files, locks
+from trtq.artefact.folder import check_output, claims_output, new_artefact, put_in_place
+from trtq.artefact.listing import read_listing, write_listing
+from trtq.artefact.locks import claim
+from trtq.artefact.manifest import LayerRow, Manifest, SourceRow
+from trtq.artefact.manifest_file import artefact_kind, read_manifest, write_manifest
+from trtq.artefact.outputs import check_file, new_file
+from trtq.artefact.partial import old_folder, partial_folder
 from trtq.errors import ArtefactError, IntegrityError, UsageError
 from trtq.report.folder import check_report_folder, write_report
 from trtq.report.page import Page
@@ -194,7 +180,7 @@ def test_a_manifest_that_lists_files_elsewhere_removes_nothing_there(tmp_path):
     place = make(tmp_path / "run")
     (tmp_path / "thesis.txt").write_text("years")
     record = json.loads((place / "manifest.json").read_text())
-    record["files"]["../thesis.txt"] = outputs.sha256(tmp_path / "thesis.txt")
+    record["files"]["../thesis.txt"] = files.sha256(tmp_path / "thesis.txt")
     (place / "manifest.json").write_text(json.dumps(record))
     with pytest.raises(UsageError, match="is not an artefact of trtq"):
         make(place, "two", overwrite=True)
@@ -283,7 +269,7 @@ def test_a_folder_that_cannot_be_written_is_wrong_use(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", "there")
 
-    monkeypatch.setattr(outputs.os, "open", refuse)
+    monkeypatch.setattr(locks.os, "open", refuse)
     with pytest.raises(UsageError, match=r"cannot write to .*Permission denied"):
         make(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -391,7 +377,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 from tests.test_outputs import fill
-from trtq.artefact.manifest import new_artefact
+from trtq.artefact.folder import new_artefact
 place, content = Path(sys.argv[1]), sys.argv[2]
 with new_artefact(place, kind="run", overwrite=True) as folder:
     print("writing", flush=True)
@@ -459,13 +445,13 @@ def test_a_second_thread_is_refused_and_the_same_one_is_not(tmp_path):
 def test_without_locks_of_the_system_the_record_tells_the_living_from_the_dead(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(outputs, "_try_lock", lambda _: None)
+    monkeypatch.setattr(locks, "_try_lock", lambda _: None)
     lock = tmp_path / ".run.trtq-lock"
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     here = socket.gethostname()
     for owner, message in (
-        ({"pid": os.getppid(), "host": here, "start": outputs._start_of(os.getppid())}, "process"),
+        ({"pid": os.getppid(), "host": here, "start": locks._start_of(os.getppid())}, "process"),
         ({"pid": 5, "host": "another machine"}, "on another machine"),
     ):
         lock.write_text(json.dumps(owner))
@@ -505,7 +491,7 @@ ENDED = """
 import sys, time
 from pathlib import Path
 from trtq.cli import _command
-from trtq.artefact.manifest import new_artefact
+from trtq.artefact.folder import new_artefact
 with _command(False), new_artefact(Path(sys.argv[1]), keep_partial=True) as folder:
     if sys.argv[2]:
         (folder / "checkpoints/fine-tune/iteration-0000002").mkdir(parents=True)
@@ -643,7 +629,7 @@ def test_a_listing_names_what_is_there(tmp_path):
     write_listing(tmp_path, "triton", unhashed=["SUMS"])
     found = read_listing(tmp_path)
     assert found.kind == "triton"
-    assert found.files == {"a/b": outputs.sha256(tmp_path / "a" / "b"), "SUMS": ""}
+    assert found.files == {"a/b": files.sha256(tmp_path / "a" / "b"), "SUMS": ""}
     (tmp_path / "trtq-files.json").write_text('{"trtq_listing": 1, "kind": "x", "files": [1]}')
     assert read_listing(tmp_path) is None
 

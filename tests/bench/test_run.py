@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from trtq.artefact.manifest import Manifest, read_manifest, write_manifest
+from trtq.artefact.manifest import Manifest
+from trtq.artefact.manifest_file import read_manifest, write_manifest
 from trtq.bench.artefacts import (
     Target,
     baseline,
@@ -613,7 +614,7 @@ def test_a_run_on_the_gpu_has_the_gpu_s_roof_and_no_cpu_baseline(stubbed, monkey
 def test_engines_stand_there_unmeasured(stubbed, digits_onnx, tmp_path, monkeypatch):
     monkeypatch.setattr("trtq.bench.run.obstacle", lambda provider: f"no GPU for {provider}")
     manifest = read_manifest(digits_onnx)
-    options = manifest.options | {"backend": "tensorrt-rtx", "architectures": ["sm86"]}
+    options = manifest.options.to_json() | {"backend": "tensorrt-rtx", "architectures": ["sm86"]}
     metrics = {"engines": [{"build_seconds": 1.5}, {"build_seconds": 2.0}]}
     update = {"kind": "engine", "options": options, "metrics": metrics, "files": {}}
     engine = tmp_path / "engine"

@@ -340,7 +340,7 @@ def test_a_link_out_of_the_folder_is_refused(digits_run, tmp_path):
 
 
 def test_corrupt_tensors_with_a_matching_hash(digits_run, tmp_path):
-    from trtq.artefact.manifest import sha256
+    from trtq.artefact.files import sha256
 
     def change(folder):
         path = folder / "quantized.safetensors"

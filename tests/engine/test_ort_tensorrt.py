@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from trtq.artefact.manifest import read_manifest
+from trtq.artefact.manifest_file import read_manifest
 from trtq.engine import ort_tensorrt
 from trtq.engine.ort import OWN_PACKAGES, PROVIDERS, OrtSession
 from trtq.engine.ort_tensorrt import provider_settings

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import trtq
-from trtq.artefact.manifest import Manifest, SourceRow, read_manifest
+from trtq.artefact.manifest import Manifest, SourceRow
+from trtq.artefact.manifest_file import read_manifest
 from trtq.engine.base import SIZES_KEY
 from trtq.engine.profile import axis_ranges, profile_of
 from trtq.engine.tensorrt import compile as compiling
@@ -80,7 +81,7 @@ def test_the_digits_become_an_engine_for_several_architectures(digits_onnx, tmp_
     assert result["engine_bytes"] == (out / "unet" / "model.engine").stat().st_size > 1 << 20
     assert result["peak_rss_bytes"] > 1 << 28
     manifest = read_manifest(out, "engine")
-    assert manifest.options["architectures"] == result["architectures"]
+    assert manifest.options.architectures == result["architectures"]
     assert manifest.source.files["unet/model.onnx"]
     assert (out / "scheduler" / "scheduler_config.json").is_file()
     assert not list(out.rglob("*.onnx*"))

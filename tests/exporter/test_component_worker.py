@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from tests.families.pipelines import build
-from trtq.artefact.manifest import file_hashes
+from trtq.artefact.manifest_file import file_hashes
 from trtq.errors import ArtefactError, GateError, UsageError
 from trtq.exporter import component_worker as parts
 from trtq.exporter import export as stage

@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.conftest import tiny_pipeline
-from trtq.artefact.manifest import read_manifest
+from trtq.artefact.manifest_file import read_manifest
 from trtq.engine import ort
 from trtq.engine.open import open_engine
 from trtq.engine.openvino import OpenVinoEngine

@@ -8,8 +8,10 @@ import onnx
 import pytest
 from typer.testing import CliRunner
 
-from trtq.artefact import manifest
-from trtq.artefact.manifest import Manifest, SourceRow, read_manifest, sha256
+from trtq.artefact import manifest_file
+from trtq.artefact.files import sha256
+from trtq.artefact.manifest import Manifest, SourceRow
+from trtq.artefact.manifest_file import read_manifest
 from trtq.cli import app
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError, IntegrityError, UsageError
@@ -180,7 +182,7 @@ def test_generating_hashes_each_file_of_an_artefact_once(digits_onnx, tmp_path, 
         hashed[path] += 1
         return sha256(path)
 
-    monkeypatch.setattr(manifest, "sha256", counted)
+    monkeypatch.setattr(manifest_file, "sha256", counted)
     generate(digits_onnx, tmp_path / "digit.png", steps=1)
     assert hashed
     assert set(hashed.values()) == {1}

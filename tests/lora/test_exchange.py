@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.conftest import tiny_pipeline
 from tests.families import pipelines
 from tests.lora.merged_by_diffusers import by_diffusers, matrices, write
-from trtq.artefact.manifest import read_manifest
+from trtq.artefact.manifest_file import read_manifest
 from trtq.bench.artefacts import find_checkpoint
 from trtq.diffusion.pipeline import load_source
 from trtq.errors import ArtefactError, UsageError
@@ -78,13 +78,13 @@ def test_swapping_keeps_the_tables_and_recomputes_the_codes(base, model, tmp_pat
     assert changed == set(TARGETS)
     assert nothing["snr_db_after"] == pytest.approx(nothing["snr_db_before"], abs=0.01)
     assert result["loras"][0]["modules"] == len(TARGETS)
-    assert read_manifest(tmp_path / "styled").loras == result["loras"]
+    assert read_manifest(tmp_path / "styled").model_dump()["loras"] == result["loras"]
 
 
 def test_a_lora_that_is_merged_already_is_refused(model, tmp_path):
     lora = LoraRequest(tmp_path / "style.safetensors", 0.5)
     quantize(model, {"method": "minmax", "steps": 4}, tmp_path / "run", loras=[lora])
-    assert read_manifest(tmp_path / "run").loras[0]["scale"] == 0.5
+    assert read_manifest(tmp_path / "run").loras[0].scale == 0.5
     with pytest.raises(UsageError, match="already merged"):
         requantize(tmp_path / "run", [lora], tmp_path / "again")
     assert not (tmp_path / "again").exists()

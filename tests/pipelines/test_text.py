@@ -94,7 +94,7 @@ def onnx(run):
 
 
 def test_self_and_cross_attention_are_quantised(run):
-    from trtq.artefact.manifest import read_manifest
+    from trtq.artefact.manifest_file import read_manifest
 
     manifest = read_manifest(run, "run")
     products = {row.name for row in manifest.layers if row.kind == "product"}
@@ -103,7 +103,7 @@ def test_self_and_cross_attention_are_quantised(run):
         assert any(f"{which}.processor.mix" in name for name in products)
     assert all(row.activation_bits for row in manifest.layers)
     assert manifest.structure.splits
-    assert manifest.recipe["guidance"] == 2.0
+    assert manifest.recipe.guidance == 2.0
 
 
 def test_torch_and_onnxruntime_draw_the_same_from_a_prompt(run, onnx):
@@ -200,7 +200,8 @@ def test_prompts_of_the_user(model, tmp_path):
 def test_a_part_from_elsewhere_is_refused(run, tmp_path):
     import shutil
 
-    from trtq.artefact.manifest import Manifest, write_manifest
+    from trtq.artefact.manifest import Manifest
+    from trtq.artefact.manifest_file import write_manifest
 
     folder = tmp_path / "run"
     shutil.copytree(run, folder)

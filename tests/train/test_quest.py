@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from tests.conftest import tiny_pipeline
-from trtq.artefact.manifest import read_manifest, sha256
+from trtq.artefact.files import sha256
+from trtq.artefact.manifest_file import read_manifest
 from trtq.calib.recipe import load_recipe
 from trtq.pipelines.open import load
 from trtq.runs.quantize import quantize

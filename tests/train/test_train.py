@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import tiny_pipeline
-from trtq.artefact.manifest import sha256
+from trtq.artefact.files import sha256
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.calib.recipe import Training
 from trtq.diffusion.pipeline import load_source

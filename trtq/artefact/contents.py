@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from trtq.artefact.outputs import CHECKPOINTS, sha256, special_kind
+from trtq.artefact.files import sha256, special_kind
+from trtq.artefact.listing import CHECKPOINTS
 from trtq.documents import read_object
 from trtq.errors import ArtefactError
 

@@ -11,14 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from trtq.artefact.manifest import (
-    Kind,
-    Manifest,
-    artefact_kind,
-    check_kind,
-    parse_manifest,
-    verify_files,
-)
+from trtq.artefact.manifest import Kind, Manifest
+from trtq.artefact.manifest_file import artefact_kind, check_kind, parse_manifest, verify_files
+from trtq.artefact.options import EngineOptions
 
 __all__ = [
     "DEFAULT_STEPS",
@@ -129,30 +124,30 @@ class StoredArtefact(Opened):
     def steps(self) -> int | None:
         """Number of denoising steps of the calibration; None for a float model."""
         recipe = self.manifest.recipe
-        return None if recipe is None else int(recipe["steps"])
+        return None if recipe is None else recipe.steps
 
     @property
     def guidance(self) -> float | None:
         """Guidance scale of the calibration; None for a float model."""
-        guidance = (self.manifest.recipe or {}).get("guidance")
-        return None if guidance is None else float(guidance)
+        recipe = self.manifest.recipe
+        return None if recipe is None else recipe.guidance
 
     @property
     def bits(self) -> str:
         """Bits of weights and activations, e.g. `w4a8`; of a float model its precision."""
         recipe = self.manifest.recipe
-        return self.precision if recipe is None else str(recipe["bits"])
+        return self.precision if recipe is None else str(recipe.bits)
 
     @property
     def precision(self) -> str:
         """Precision of everything that is not an integer: `fp32` or `fp16`."""
-        return str(self.manifest.options.get("precision", "fp32"))
+        return self.manifest.options.precision
 
     @property
     def size(self) -> str | None:
         """Image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; None: the model's own."""
-        size = self.manifest.options.get("size") or (self.manifest.recipe or {}).get("size")
-        return None if size is None else str(size)
+        recipe = self.manifest.recipe
+        return self.manifest.options.size or (None if recipe is None else recipe.size)
 
     def verified(self) -> Self:
         """This artefact after its files were compared with its manifest, at most once.
@@ -181,20 +176,17 @@ class GraphFolder(StoredArtefact):
     @property
     def batch(self) -> tuple[int, int]:
         """Minimum and maximum number of images that engines of these graphs take."""
-        low, high = self.manifest.options.get("batch", (1, 1))
-        return int(low), int(high)
+        return self.manifest.options.batch
 
     @property
     def graph_metadata(self) -> Mapping[str, str]:
-        """Metadata of the denoiser's graph, for an engine, which does not keep it; else empty."""
-        metadata: Mapping[str, str] = self.manifest.options.get("graph_metadata", {})
-        return metadata
+        """Metadata of the denoiser's graph, if its file does not hold it."""
+        return {}
 
     @property
     def target(self) -> str | None:
         """Form of the low-bit layers: `qdq` or `plugin`; None if it was not recorded."""
-        target = self.manifest.options.get("target")
-        return None if target is None else str(target)
+        return self.manifest.options.target
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,9 +203,21 @@ class EngineFolder(GraphFolder):
     kind: ClassVar[str] = "engine"
 
     @property
+    def options(self) -> EngineOptions:
+        """Options of the build."""
+        options = self.manifest.options
+        assert isinstance(options, EngineOptions)
+        return options
+
+    @property
     def backend(self) -> str:
         """Backend that built the engines and runs them: `tensorrt-rtx` or `tensorrt`."""
-        return str(self.manifest.options["backend"])
+        return str(self.options.backend)
+
+    @property
+    def graph_metadata(self) -> Mapping[str, str]:
+        """Metadata of the denoiser's graph, which an engine does not keep."""
+        return self.options.graph_metadata
 
 
 _CLASSES: dict[Kind, type[StoredArtefact]] = {

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtq.artefact.contents import changed_source_file
-from trtq.artefact.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    find_origin,
-)
+from trtq.artefact.manifest import MANIFEST_NAME, Manifest
+from trtq.artefact.manifest_file import find_origin
 from trtq.artefact.opened import StoredArtefact, open_artefact, open_folder
+from trtq.artefact.options import EngineOptions
 from trtq.diffusion.pipeline import DENOISERS, resolve_model
 from trtq.documents import read_object, shown
 from trtq.engine.ort import PROVIDERS, check_provider
@@ -68,15 +66,16 @@ class Target:
         if self.manifest is None:
             return "fp32"
         recipe = self.manifest.recipe
-        return str(recipe["bits"] if recipe else self.manifest.options.get("precision", "fp32"))
+        return self.manifest.options.precision if recipe is None else str(recipe.bits)
 
     @property
     def size(self) -> str | None:
         """Image size that it was made for, `HEIGHTxWIDTH`; None: the model's own."""
         if self.manifest is None:
             return None
-        found = self.manifest.options.get("size") or (self.manifest.recipe or {}).get("size")
-        return None if found is None else str(found).partition(":")[0]
+        recipe = self.manifest.recipe
+        size = self.manifest.options.size or (None if recipe is None else recipe.size)
+        return None if size is None else size.partition(":")[0]
 
     @property
     def denoiser_bytes(self) -> int | None:
@@ -102,10 +101,9 @@ class Target:
         """Time that building took; None where nothing was built."""
         if self.manifest is None or self.kind != "engine":
             return None
-        rows = self.manifest.metrics.get("engines") or []
-        times = [row.get("build_seconds") for row in rows]
-        # What the manifest does not tell is not known; it is not 0.
-        return float(sum(times)) if times and None not in times else None
+        times = [engine.build_seconds for engine in self.manifest.metrics.engines]
+        known = [seconds for seconds in times if seconds is not None]
+        return sum(known) if known and len(known) == len(times) else None
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
@@ -197,8 +195,8 @@ def _providers_for(
 ) -> list[str]:
     """What is to run an artefact: what stands after its `@`, or those on offer that can."""
     kind = "checkpoint" if manifest is None else manifest.kind
-    if manifest is not None and kind == "engine":
-        return [str(manifest.options["backend"])]
+    if manifest is not None and isinstance(manifest.options, EngineOptions):
+        return [str(manifest.options.backend)]
     can = [*PROVIDERS] if kind == "onnx" else [TORCH]
     if named:
         _check_provider(named)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtq.artefact.manifest import package_versions
+from trtq.artefact.manifest_file import package_versions
 from trtq.artefact.opened import DEFAULT_STEPS
 from trtq.bench.artefacts import Target, baseline, parse_targets
 from trtq.bench.cost import roofline
@@ -302,10 +302,10 @@ def _check_turns(turns: int, comparisons: int) -> None:
 def _sampling(rows: list[_Row], steps: int | None, guidance: float | None) -> tuple[int, float]:
     """Steps and guidance for all rows: as asked for, else as the first artefact was calibrated."""
     recipes = [row.target.manifest.recipe for row in rows if row.target.manifest is not None]
-    recipe = next((found for found in recipes if found), {})
-    count = steps or int(recipe.get("steps", DEFAULT_STEPS))
-    if guidance is None:
-        guidance = recipe.get("guidance")
+    recipe = next((recipe for recipe in recipes if recipe is not None), None)
+    count = steps or (recipe and recipe.steps) or DEFAULT_STEPS
+    if guidance is None and recipe is not None:
+        guidance = recipe.guidance
     if guidance is None:
         guidance = next((row.opened["guidance"] for row in rows if row.opened), 1.0)
     return count, float(guidance)

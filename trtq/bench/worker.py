@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from trtq._optional import require
-from trtq.artefact.manifest import artefact_kind
+from trtq.artefact.manifest_file import artefact_kind
 from trtq.bench.cost import count_operations
 from trtq.bench.device import GpuMemory, Nvml, cpu_peak
 from trtq.bench.process import answer_questions

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtq.artefact.manifest import check_output, claimed, claims_output, owned_by_trtq
-from trtq.artefact.outputs import remove_partial, write_listing
+from trtq.artefact.folder import check_output, claimed, claims_output, owned_by_trtq
+from trtq.artefact.listing import write_listing
+from trtq.artefact.partial import remove_partial
 from trtq.engine.ort import available_providers
 from trtq.errors import TrtqError, UsageError
 from trtq.evaluation.evaluate import Evaluation, ReferenceSet, draw_reference, evaluate

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trtq._optional import require
-from trtq.artefact.manifest import sha256
+from trtq.artefact.files import sha256
 from trtq.engine.ort import OWN_PACKAGES, PROVIDERS, OrtSession, open_graph, session_options
 from trtq.engine.tensorrt.job import Profile
 from trtq.errors import UsageError

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trtq import errors
-from trtq.artefact.manifest import sha256
+from trtq.artefact.files import sha256
 from trtq.engine.base import TensorSpec
 from trtq.errors import ArtefactError, TrtqError
 from trtq.processes import crash_name, last_words, lifeline, worker_command

@@ -36,12 +36,10 @@ def axis_ranges(
         model: the graph.
         batch: smallest and largest number of images; None: what the folder was exported for.
     """
-    low, high = batch or tuple(manifest.options.get("batch", (1, 1)))
+    low, high = batch or manifest.options.batch
     # With guidance the pipeline gives the denoiser both halves in one batch.
-    guided = name == manifest.denoiser and (manifest.recipe or {}).get("guidance", 2.0) not in (
-        None,
-        1.0,
-    )
+    recipe = manifest.recipe
+    guided = name == manifest.denoiser and (recipe is None or recipe.guided)
     often, high = (2 * low, 2 * high) if guided else (low, high)
     ranges: dict[str, Range] = {"batch": (low, often, high), "timesteps": (1, often, high)}
     ranges["tokens"] = _TOKENS
@@ -49,8 +47,8 @@ def axis_ranges(
     if sizes is not None:
         for axis, side in enumerate(("height", "width")):
             ranges[side] = (sizes.low[axis], sizes.low[axis], sizes.high[axis])
-    elif manifest.options.get("size") is not None:
-        smallest, largest = (parse_size(text) for text in parse_sizes(manifest.options["size"]))
+    elif manifest.options.size is not None:
+        smallest, largest = (parse_size(text) for text in parse_sizes(manifest.options.size))
         factor = _pixels_of_a_latent(folder / name) if name == DECODER else 1
         for axis, side in enumerate(("height", "width")):
             least, most = smallest[axis] // factor, largest[axis] // factor

@@ -10,16 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from trtq.artefact.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    check_output,
-    claims_output,
-    made_from,
-    new_artefact,
-    write_manifest,
-)
+from trtq.artefact.folder import check_output, claims_output, new_artefact
+from trtq.artefact.manifest import MANIFEST_NAME, Manifest
+from trtq.artefact.manifest_file import made_from, write_manifest
 from trtq.artefact.opened import Opened, open_folder
+from trtq.artefact.options import EngineOptions, Metrics
 from trtq.engine.profile import axis_ranges, profile_of
 from trtq.engine.tensorrt.backends import CURRENT, Backend, check_architectures, find_backend
 from trtq.engine.tensorrt.compile import Compiled, compile_engine
@@ -98,7 +93,7 @@ def build(
         )
     opened = open_folder(artefact, "onnx")
     folder, manifest = opened.folder, opened.manifest
-    if weight_streaming and manifest.options.get("target") == "plugin":
+    if weight_streaming and manifest.options.target == "plugin":
         raise UsageError(
             "TensorRT streams no weights of plugins, and these are in 4 or 8 bits already; leave out "
             "--weight-streaming, or export with --target qdq"
@@ -138,7 +133,8 @@ def build(
             architectures=targets,
             engines=rows,
         )
-        options = manifest.options | {
+        options = {
+            **manifest.options.to_json(),
             "backend": chosen.name,
             "version": chosen.version,
             "architectures": targets,
@@ -151,12 +147,12 @@ def build(
             ),
         }
         if batch is not None:
-            options["batch"] = list(batch)
+            options["batch"] = batch
         update = {
             "kind": "engine",
             "source": made_from(folder, manifest),
-            "options": options,
-            "metrics": result.to_json(),
+            "options": EngineOptions(**options),
+            "metrics": Metrics(**result.to_json()),
         }
         write_manifest(partial, manifest.model_copy(update=update))
     return result

@@ -11,18 +11,12 @@ import torch
 from torch import nn
 
 from trtq.artefact.contents import source_hashes
+from trtq.artefact.folder import check_output, claims_output, new_artefact
 from trtq.artefact.graph_metadata import LAYERS_KEY, SIZES_KEY, TIMESTEPS_KEY
-from trtq.artefact.manifest import (
-    LayerRow,
-    Manifest,
-    SourceRow,
-    check_output,
-    claims_output,
-    made_from,
-    new_artefact,
-    write_manifest,
-)
+from trtq.artefact.manifest import LayerRow, Manifest, SourceRow
+from trtq.artefact.manifest_file import made_from, write_manifest
 from trtq.artefact.opened import DEFAULT_STEPS, Checkpoint, Opened, open_artefact
+from trtq.artefact.options import ExportOptions, Metrics
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.layout import parse_sizes
 from trtq.diffusion.pipeline import LoadedPipeline, load_source
@@ -171,13 +165,13 @@ def export(
             seconds=round(time.monotonic() - start, 2),
             peak_rss_bytes=max(both, peak_rss_bytes()),
         )
-        options = {
-            "target": target,
-            "precision": precision,
-            "batch": list(batch),
-            "size": smallest if smallest == largest else f"{smallest}:{largest}",
-        }
-        update = {"options": options, "metrics": result.to_json()}
+        options = ExportOptions(
+            target=target,
+            precision=precision,
+            batch=batch,
+            size=smallest if smallest == largest else f"{smallest}:{largest}",
+        )
+        update = {"options": options, "metrics": Metrics(**result.to_json())}
         write_manifest(folder, manifest.model_copy(update=update))
         if source.model_class in _SERVED_WITHOUT_TORCH:
             keep_prepared(folder / name / MODEL_FILE)

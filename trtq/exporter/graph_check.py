@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtq.artefact.manifest import Manifest
+from trtq.artefact.options import EngineOptions
 from trtq.engine.base import NO_METADATA, Engine, TensorSpec
 from trtq.engine.profile import axis_ranges
 from trtq.engine.tensorrt.run import obstacle, open_tensorrt
@@ -101,7 +102,7 @@ def check_engines(folder: Path, manifest: Manifest) -> dict[str, str | None]:
     Returns:
         By component, what is wrong with its engine; None: nothing.
     """
-    backend = str(manifest.options.get("backend"))
+    backend = _backend(manifest)
     files = [folder / name / ENGINE_FILE for name in graphs_of(manifest, ENGINE_FILE)]
     found: dict[str, str | None] = {file.parent.name: _damage(file, backend) for file in files}
     if manifest.denoiser not in found:
@@ -116,6 +117,11 @@ def check_engines(folder: Path, manifest: Manifest) -> dict[str, str | None]:
         except TrtqError as err:
             found[file.parent.name] = _line(err)
     return found
+
+
+def _backend(manifest: Manifest) -> str:
+    options = manifest.options
+    return str(options.backend) if isinstance(options, EngineOptions) else "none"
 
 
 def _damage(file: Path, backend: str) -> str | None:
@@ -207,7 +213,7 @@ def _why_not_called(folder: Path, manifest: Manifest, trials: Mapping[str, Trial
         return _Dummy(trials[name]) if name in trials else None
 
     try:
-        source = engine_source(folder, manifest.denoiser, manifest.options.get("size"), dummy)
+        source = engine_source(folder, manifest.denoiser, manifest.options.size, dummy)
         check_calibrated(source, manifest)
         trial = trials[manifest.denoiser]
         wrong = _wrong_types(trial, source.family.sample)

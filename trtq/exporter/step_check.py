@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from trtq.artefact.manifest import Manifest
+from trtq.artefact.opened import DEFAULT_STEPS
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import seeded_noise
 from trtq.engine.denoiser import EngineDenoiser
@@ -57,8 +58,10 @@ def step_parities(
     exported = EngineDenoiser(
         OrtEngine(model, low_memory=True), source.model.config, type(source.model)
     )
-    steps = len(table) if table is not None and len(table) > 1 else 20
-    schedule = source.schedule(int((manifest.recipe or {}).get("steps", steps)))
+    steps = len(table) if table is not None and len(table) > 1 else DEFAULT_STEPS
+    if manifest.recipe is not None and manifest.recipe.steps is not None:
+        steps = manifest.recipe.steps
+    schedule = source.schedule(steps)
     generator = seeded_generator(0, "parity conditions")
     # Many small images, so that rare ties show; few large ones, since each step is a forward pass.
     fewest, most = _PARITY_IMAGES

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtq.artefact.manifest import MANIFEST_NAME, Manifest, sha256
+from trtq.artefact.files import sha256
+from trtq.artefact.manifest import MANIFEST_NAME, Manifest
 from trtq.artefact.opened import Opened, Run, StoredArtefact, open_artefact
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError

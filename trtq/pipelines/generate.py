@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trtq.artefact.manifest import check_outside_artefacts
+from trtq.artefact.folder import check_outside_artefacts
 from trtq.artefact.opened import DEFAULT_STEPS, Opened, open_artefact
 from trtq.artefact.outputs import check_file, check_place
 from trtq.errors import UsageError

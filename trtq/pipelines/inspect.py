@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trtq.artefact.manifest import LayerRow, Manifest
-from trtq.artefact.opened import Opened, StoredArtefact, open_artefact
+from trtq.artefact.opened import EngineFolder, Opened, StoredArtefact, open_artefact
 from trtq.diffusion.pipeline import load_source
 from trtq.engine.tensorrt.run import obstacle, open_tensorrt
 from trtq.graph.file import MODEL_FILE, model_file
@@ -53,14 +53,14 @@ def inspect(artefact: str | Path | Opened | Any) -> InspectResult:
         source=manifest.source.name,
         bytes=sum((folder / name).stat().st_size for name in manifest.files),
         precisions=_precisions(manifest),
-        recipe=manifest.recipe,
+        recipe=None if manifest.recipe is None else manifest.recipe.to_json(),
         timesteps=manifest.timesteps,
         layers=[_layer(row, stored.get(row.name)) for row in manifest.layers],
-        options=manifest.options,
-        metrics=manifest.metrics,
+        options=manifest.options.to_json(),
+        metrics=manifest.metrics.to_json(),
         packages=manifest.packages,
     )
-    return result if manifest.kind != "engine" else _with_engine(result, folder, manifest)
+    return _with_engine(result, opened) if isinstance(opened, EngineFolder) else result
 
 
 def _layer(row: LayerRow, tensors: LowBitTensors | None) -> InspectedLayer:
@@ -75,13 +75,14 @@ def _layer(row: LayerRow, tensors: LowBitTensors | None) -> InspectedLayer:
     )
 
 
-def _with_engine(result: InspectedArtefact, folder: Path, manifest: Manifest) -> InspectedEngines:
+def _with_engine(result: InspectedArtefact, opened: EngineFolder) -> InspectedEngines:
     """Add the layers of the denoiser's engine, where a GPU can load it."""
-    backend = str(manifest.options["backend"])
-    reason = obstacle(backend)
+    reason = obstacle(opened.backend)
     layers = None
     if reason is None:
-        layers = open_tensorrt(model_file(folder / manifest.denoiser), backend).describe()
+        layers = open_tensorrt(
+            model_file(opened.folder / opened.denoiser), opened.backend
+        ).describe()
     known = {entry.name: getattr(result, entry.name) for entry in fields(result)}
     return InspectedEngines(**known, engine_layers=layers, engine_layers_missing=reason)
 

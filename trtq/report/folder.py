@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from trtq._optional import require
-from trtq.artefact.manifest import check_output, claimed, new_artefact
-from trtq.artefact.outputs import check_place, write_listing
+from trtq.artefact.folder import check_output, claimed, new_artefact
+from trtq.artefact.listing import write_listing
+from trtq.artefact.outputs import check_place
 from trtq.report.page import Page, render
 
 __all__ = ["check_report_folder", "report_folder", "write_report"]

@@ -10,13 +10,10 @@ from typing import Any
 import torch
 
 from trtq.artefact.contents import changed_source_file
-from trtq.artefact.manifest import (
-    check_output,
-    claims_output,
-    new_artefact,
-    write_manifest,
-)
+from trtq.artefact.folder import check_output, claims_output, new_artefact
+from trtq.artefact.manifest_file import write_manifest
 from trtq.artefact.opened import Opened
+from trtq.artefact.options import LoraRecord
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.pipeline import LoadedPipeline, load_source
 from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
@@ -90,10 +87,8 @@ def _merge(
     }
     merged = [lora.as_dict() for lora in merge_loras(components, loras, source.denoiser_name)]
 
-    def identity(rows: list[dict[str, Any]]) -> set[tuple[Any, Any]]:
-        return {(row.get("sha256"), row.get("scale")) for row in rows}
-
-    if identity(merged) == identity(run.manifest.loras):
+    present = {(lora.sha256, lora.scale) for lora in run.manifest.loras}
+    if {(row["sha256"], row["scale"]) for row in merged} == present:
         names = ", ".join(f"{row['file']} at {row['scale']:g}" for row in merged)
         raise UsageError(f"{run.folder} has these LoRAs already merged: {names}; nothing to do")
     source.forget_prompts()
@@ -106,13 +101,13 @@ def _quantize_again(source: LoadedPipeline, run: OpenRun) -> QuantizedDenoiser:
     apply_structure(
         source.denoiser, Structure(tuple(manifest.structure.attention), manifest.structure.splits)
     )
-    training = (manifest.recipe or {}).get("training") or {}
+    training = manifest.recipe.training if manifest.recipe is not None else None
     quantized = convert(
         source.denoiser,
         layer_plans(manifest),
         run.table,
-        rank=training.get("rank", 0),
-        base=training.get("base", "fp"),
+        rank=training.rank if training else 0,
+        base=training.base if training else "fp",
     )
     restore_trained(run.folder / TRAINED_NAME, quantized, run.stored.layers)
     return quantized
@@ -156,7 +151,8 @@ def requantize(
         )
     progress("merge LoRAs", 1, 3)
     source = _float_source(run, base)
-    steps = int((manifest.recipe or {})["steps"])
+    steps = manifest.recipe.steps if manifest.recipe is not None else None
+    assert steps is not None  # Every run has a recipe with its steps.
     before = _snr(source, run.denoiser(), source.denoiser, steps)
     merged = _merge(source, run, loras)
     progress("quantise", 2, 3)
@@ -169,7 +165,7 @@ def requantize(
         result = RunResult(
             layers_quantized=sum(row.activation_bits is not None for row in manifest.layers),
             layers_float=sum(row.activation_bits is None for row in manifest.layers),
-            bytes_before=manifest.metrics["bytes_before"],
+            bytes_before=manifest.metrics.bytes_before or 0,
             bytes_after=(folder / FILE_NAME).stat().st_size,
             snr_db_before=before,
             snr_db_after=after,
@@ -177,7 +173,10 @@ def requantize(
             seconds=round(time.monotonic() - start, 2),
             peak_rss_bytes=peak_rss_bytes(),
         )
-        update = {"loras": merged, "metrics": manifest.metrics | result.to_json()}
+        update = {
+            "loras": [LoraRecord(**row) for row in merged],
+            "metrics": manifest.metrics.updated(result.to_json()),
+        }
         write_manifest(folder, manifest.model_copy(update=update))
     progress("quantise", 3, 3)
     return result

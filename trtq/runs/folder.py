@@ -52,9 +52,9 @@ class OpenRun:
             self.folder, self.manifest.denoiser, denoiser or self.denoiser()
         )
         source = LoadedPipeline(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
-        size = (self.manifest.recipe or {}).get("size")
-        if size is not None:
-            source.resize(size)
+        recipe = self.manifest.recipe
+        if recipe is not None and recipe.size is not None:
+            source.resize(recipe.size)
         check_calibrated(source, self.manifest)
         return source
 
@@ -70,12 +70,14 @@ def check_calibrated(source: LoadedPipeline, manifest: Manifest) -> None:
         ArtefactError: it does not, in the recipe's number of steps: one of both was edited.
     """
     recipe = manifest.recipe
-    if recipe is None or manifest.timesteps is None or recipe.get("tables") == "static":
+    if recipe is None or manifest.timesteps is None or recipe.tables == "static":
         return
-    calls = len(set(source.timesteps(recipe["steps"])))
+    steps = recipe.steps
+    assert steps is not None  # Every recipe in a manifest has its steps.
+    calls = len(set(source.timesteps(steps)))
     if calls != len(manifest.timesteps):
         raise ArtefactError(
-            f"{source.name}: {recipe['steps']} steps of its scheduler call the denoiser at {calls} "
+            f"{source.name}: {steps} steps of its scheduler call the denoiser at {calls} "
             f"timesteps, and it was calibrated at {len(manifest.timesteps)}; the manifest or the "
             "scheduler's configuration was edited"
         )

@@ -14,20 +14,18 @@ import torch
 from torch import Tensor
 
 from trtq.artefact.contents import source_hashes
-from trtq.artefact.manifest import (
-    CHECKPOINTS,
-    LayerRow,
-    Manifest,
-    SourceRow,
-    StructureRow,
-    check_output,
-    claims_output,
-    new_artefact,
-    partial_folder,
-    write_manifest,
-)
+from trtq.artefact.folder import check_output, claims_output, new_artefact
+from trtq.artefact.listing import CHECKPOINTS
+from trtq.artefact.manifest import LayerRow, Manifest, SourceRow, StructureRow
+from trtq.artefact.manifest_file import write_manifest
 from trtq.artefact.opened import Opened
-from trtq.artefact.outputs import has_checkpoint, remove_partial, strip_partial
+from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
+from trtq.artefact.partial import (
+    has_checkpoint,
+    partial_folder,
+    remove_partial,
+    strip_partial,
+)
 from trtq.calib.recipe import Recipe, load_recipe
 from trtq.calib.record import activation_tables, record
 from trtq.diffusion.folder import save_pipeline_parts
@@ -266,7 +264,7 @@ def _manifest(plan: QuantizePlan, files: dict[str, str], result: RunResult) -> M
         kind="run",
         source=SourceRow(name=plan.source.name, files=files),
         denoiser=plan.source.denoiser_name,
-        recipe=plan.recipe.model_dump(mode="json"),
+        recipe=RecipeRecord(**plan.recipe.model_dump(mode="json")),
         timesteps=plan.table.timesteps.tolist(),
         layers=[
             LayerRow(
@@ -284,6 +282,6 @@ def _manifest(plan: QuantizePlan, files: dict[str, str], result: RunResult) -> M
         structure=StructureRow(
             attention=list(plan.structure.attention), splits=dict(plan.structure.splits)
         ),
-        loras=[lora.as_dict() for lora in plan.loras],
-        metrics=result.to_json(),
+        loras=[LoraRecord(**lora.as_dict()) for lora in plan.loras],
+        metrics=Metrics(**result.to_json()),
     )

@@ -14,7 +14,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from trtq.artefact.manifest import Manifest, made_from, read_manifest, write_manifest
+from trtq.artefact.manifest import Manifest
+from trtq.artefact.manifest_file import made_from, read_manifest, write_manifest
 from trtq.cli import app
 from trtq.engine.ort import OrtEngine
 from trtq.errors import ArtefactError, ServerError, UsageError
@@ -301,7 +302,10 @@ def engine_folder(digits_onnx, out, backend="tensorrt-rtx", architectures=("sm86
     (out / "unet" / "model.engine").write_bytes(b"plan")
     profile = {"sample": [[1, 1, 8, 8], [1, 1, 8, 8], [6, 1, 8, 8]]}
     profile |= {"timestep": [[1], [1], [6]], "class_labels": [[1], [1], [6]]}
-    options = manifest.options | {"backend": backend, "architectures": list(architectures)}
+    options = manifest.options.to_json() | {
+        "backend": backend,
+        "architectures": list(architectures),
+    }
     options["profiles"] = {"unet": profile}
     update = {"kind": "engine", "options": options, "source": made_from(digits_onnx, manifest)}
     write_manifest(out, Manifest(**(manifest.model_dump() | {"files": {}}) | update))

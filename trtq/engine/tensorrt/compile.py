@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from trtq.artefact.manifest import sha256
+from trtq.artefact.files import sha256
 from trtq.engine.tensorrt.backends import CURRENT, Backend
 from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job
 from trtq.errors import BuildError

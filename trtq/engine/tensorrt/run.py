@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trtq.artefact.manifest import sha256
+from trtq.artefact.files import sha256
 from trtq.engine.base import NO_METADATA, TensorSpec
 from trtq.engine.tensorrt.backends import BACKENDS, Backend
 from trtq.engine.tensorrt.log import collecting_logger

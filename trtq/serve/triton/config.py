@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trtq.artefact.manifest import Manifest
+from trtq.artefact.options import EngineOptions
 from trtq.engine.base import TensorSpec
 from trtq.graph.file import MODEL_FILE
 from trtq.serve.triton.engine import ServedGraph
@@ -41,8 +42,8 @@ def write_graph_config(
         dynamic_batching: whether the server batches calls of different requests.
     """
     lines = [f"name: {_quoted(graph.model)}"]
-    if manifest.kind == "engine":
-        lines += ['platform: "tensorrt_plan"', *_plan_lines(manifest)]
+    if isinstance(manifest.options, EngineOptions):
+        lines += ['platform: "tensorrt_plan"', *_plan_lines(manifest.options)]
     else:
         lines += ['backend: "onnxruntime"', f"default_model_filename: {_quoted(MODEL_FILE)}"]
     lines.append(f"max_batch_size: {max_items}")
@@ -81,10 +82,10 @@ def write_pipeline_config(folder: Path, name: str, input_name: str) -> None:
     )
 
 
-def _plan_lines(manifest: Manifest) -> list[str]:
+def _plan_lines(options: EngineOptions) -> list[str]:
     """The plan of each compute capability: TensorRT-RTX puts all of them into one file."""
     lines = [f"default_model_filename: {_quoted(PLAN_NAME)}"]
-    for architecture in manifest.options["architectures"]:
+    for architecture in options.architectures or ():
         digits = architecture.removeprefix("sm")
         if digits.isdigit():
             key = _quoted(f"{digits[:-1]}.{digits[-1]}")

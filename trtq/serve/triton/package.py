@@ -7,15 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from trtq.artefact.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    check_output,
-    claims_output,
-    find_origin,
-    new_artefact,
-    sha256,
-)
+from trtq.artefact.files import sha256
+from trtq.artefact.folder import check_output, claims_output, new_artefact
+from trtq.artefact.listing import write_listing
+from trtq.artefact.manifest import MANIFEST_NAME, Manifest
+from trtq.artefact.manifest_file import find_origin
 from trtq.artefact.opened import (
     DEFAULT_STEPS,
     EngineFolder,
@@ -24,7 +20,7 @@ from trtq.artefact.opened import (
     StoredArtefact,
     open_folder,
 )
-from trtq.artefact.outputs import write_listing
+from trtq.artefact.options import EngineOptions
 from trtq.engine.prepared import graph_specs
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError
@@ -205,15 +201,14 @@ def _write_graph(
 
 def _max_items(name: str, manifest: Manifest) -> int:
     """Maximum number of items per call: of the engine's profile or the export, doubled for guidance."""
-    profiles = manifest.options.get("profiles")
-    if profiles is not None:
-        return min(int(shapes[2][0]) for shapes in profiles[name].values())
+    if isinstance(manifest.options, EngineOptions) and manifest.options.profiles:
+        return min(int(shapes[2][0]) for shapes in manifest.options.profiles[name].values())
     max_images = _max_images(manifest)
     return 2 * max_images if name == manifest.denoiser else max_images
 
 
 def _max_images(manifest: Manifest) -> int:
-    return int(manifest.options.get("batch", (1, 1))[1])
+    return manifest.options.batch[1]
 
 
 def _write_pipeline(
@@ -225,12 +220,12 @@ def _write_pipeline(
         if PurePosixPath(name).name not in (MODEL_FILE, DATA_NAME):
             (parts / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(graphs / name, parts / name)
-    recipe = manifest.recipe or {}
+    recipe = manifest.recipe
     settings = Settings(
         denoiser=manifest.denoiser,
-        size=manifest.options.get("size"),
-        steps=int(recipe.get("steps", DEFAULT_STEPS)),
-        guidance=recipe.get("guidance"),
+        size=manifest.options.size,
+        steps=(recipe.steps if recipe else None) or DEFAULT_STEPS,
+        guidance=recipe.guidance if recipe else None,
         max_images=_max_images(manifest),
         graphs={name: graph.to_json() for name, graph in served.items()},
     )
@@ -246,7 +241,7 @@ def _input_name(parts: Path, manifest: Manifest, served: Mapping[str, ServedGrap
     source = engine_source(
         parts,
         manifest.denoiser,
-        manifest.options.get("size"),
+        manifest.options.size,
         lambda name: TritonEngine(served[name], None) if name in served else None,
     )
     return request_input(source)

@@ -1,0 +1,52 @@
+"""Files of a folder: their SHA-256, their kinds, and which there are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from trtq.documents import SPECIAL_KINDS
+
+__all__ = ["files_below", "is_empty", "sha256", "special_kind"]
+
+_BOOKKEEPING = frozenset(
+    {".DS_Store", ".localized", "Thumbs.db", "desktop.ini", ".directory", ".gitkeep", ".gitignore"}
+)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def special_kind(path: Path) -> str | None:
+    """What a path is that is neither file nor folder, e.g. `a named pipe`; it is not opened."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return None
+    return SPECIAL_KINDS.get(stat.S_IFMT(mode))
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Relative POSIX paths of everything below a folder that is no folder, sorted.
+
+    Links are not followed.
+    """
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            for below in files_below(folder / entry.name):
+                yield f"{entry.name}/{below}"
+        else:
+            yield entry.name
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing in a folder but what file managers and git leave in empty ones."""
+    return folder.is_dir() and all(path.name in _BOOKKEEPING for path in folder.iterdir())

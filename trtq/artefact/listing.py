@@ -1,0 +1,99 @@
+"""Which files of a folder are trtq's: `trtq-files.json` for reports, repositories and demonstrations.
+
+Only files that trtq wrote are removed when a folder is replaced. An artefact lists its files in its
+manifest; every other folder of trtq has a listing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtq.artefact.files import files_below, sha256
+from trtq.documents import read_object
+from trtq.errors import ArtefactError
+
+__all__ = ["CHECKPOINTS", "LISTING_NAME", "Owned", "read_listing", "write_listing"]
+
+LISTING_NAME = "trtq-files.json"
+"""Names the files of a folder of ours that is no artefact: a report, a Triton repository, a demo."""
+
+
+LISTING_VERSION = 1
+
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that is being made; its files are in no manifest, so that they can be deleted."""
+
+
+_CHECKPOINT_FILE = re.compile(
+    rf"{CHECKPOINTS}/[^/]+/\.?iteration-\d+(\.partial)?/"
+    r"(checkpoint\.json|model\.safetensors|process-\d+-of-\d+\.safetensors)"
+)
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What is trtq's in a folder.
+
+    Attributes:
+        kind: what the folder is: `run`, `onnx`, `engine`, or one of those that `write_listing` wrote.
+        files: SHA-256 by relative POSIX path; empty of a file that is trtq's whatever it holds.
+        record: name of the file that says so; trtq's, too.
+    """
+
+    kind: str
+    files: dict[str, str]
+    record: str
+
+    def holds(self, relative: str) -> bool:
+        """Whether a file is trtq's by its name."""
+        return (
+            relative in self.files
+            or relative == self.record
+            or _CHECKPOINT_FILE.fullmatch(relative) is not None
+        )
+
+
+def read_listing(folder: Path) -> Owned | None:
+    """What `write_listing` wrote; None where there is no valid listing of ours."""
+    try:
+        found = read_object(folder / LISTING_NAME)
+    except ArtefactError:
+        return None
+    if found.get("trtq_listing") != LISTING_VERSION:
+        return None
+    kind, files = found.get("kind"), found.get("files")
+    if not isinstance(kind, str) or not isinstance(files, dict):
+        return None
+    if not all(isinstance(digest, str) for digest in files.values()):
+        return None
+    return Owned(kind, files, LISTING_NAME)
+
+
+def write_listing(
+    folder: Path, kind: str, names: Sequence[str] | None = None, *, unhashed: Sequence[str] = ()
+) -> None:
+    """Say which files of a folder are trtq's.
+
+    Args:
+        folder: where they lie.
+        kind: what the folder is.
+        names: of the files; None: all that are there.
+        unhashed: those that are still to come.
+    """
+    chosen = list(files_below(folder)) if names is None else names
+    files = {name: sha256(folder / name) for name in chosen if name != LISTING_NAME}
+    files |= dict.fromkeys(unhashed, "")
+    record = {"trtq_listing": LISTING_VERSION, "kind": kind, "files": files}
+    text = json.dumps(record, indent=2) + "\n"
+    partial = folder / f".{LISTING_NAME}.trtq-partial"
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / LISTING_NAME)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,256 @@
+"""Reading and writing `manifest.json`, and comparing an artefact's files with it.
+
+Reading verifies the format version, that every path stays inside the folder, and every hash. A file that
+the manifest does not list (a README, files of a file manager or of git) is left alone and reported once
+in a warning, unless something that opens the artefact would read it: that is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+
+from pydantic import (
+    ValidationError,
+)
+
+from trtq.artefact.contents import find_strays
+from trtq.artefact.files import files_below, sha256, special_kind
+from trtq.artefact.listing import CHECKPOINTS
+from trtq.artefact.manifest import FORMAT_VERSION, MANIFEST_NAME, Kind, Manifest, SourceRow
+from trtq.artefact.records import (
+    path_fault,
+)
+from trtq.documents import explain_first, parse_json, read_text, shown
+from trtq.errors import ArtefactError, IntegrityError
+
+__all__ = [
+    "artefact_kind",
+    "check_kind",
+    "checked_path",
+    "file_hashes",
+    "find_origin",
+    "made_from",
+    "package_versions",
+    "parse_manifest",
+    "read_manifest",
+    "verify_files",
+    "write_manifest",
+]
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = (
+    "trtq",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime-openvino",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt-rtx",
+    "tensorrt",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that shape an artefact."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, the manifest and checkpoints left out."""
+    return {
+        name: sha256(folder / name)
+        for name in files_below(folder)
+        if name != MANIFEST_NAME
+        and not name.startswith(f"{CHECKPOINTS}/")
+        and (folder / name).is_file()
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash the files of a finished folder and write its manifest, last of all."""
+    complete = manifest.model_copy(
+        update={"files": file_hashes(folder), "packages": package_versions()}
+    )
+    (folder / MANIFEST_NAME).write_text(complete.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return complete
+
+
+def made_from(folder: Path, manifest: Manifest) -> SourceRow:
+    """What an artefact that is made from another one says of it."""
+    own = {MANIFEST_NAME: sha256(folder / MANIFEST_NAME)}
+    return SourceRow(name=folder.name, files=own | manifest.files)
+
+
+def find_origin(folder: Path, manifest: Manifest, given: str | Path | None = None) -> Path | None:
+    """The artefact that another one was made from, if it is still what it was.
+
+    Args:
+        folder: the other one.
+        manifest: of the other one.
+        given: where it lies; by default it is looked for beside the other one, then where we are.
+
+    Returns:
+        None if it is not there, or changed, or what it was made from was no artefact of ours.
+    """
+    expected = manifest.source.files.get(MANIFEST_NAME)
+    name = manifest.source.name
+    places = (folder.resolve().parent / name, Path(name)) if given is None else (Path(given),)
+    for place in places:
+        own = place / MANIFEST_NAME
+        if expected is not None and own.is_file() and sha256(own) == expected:
+            return place
+    return None
+
+
+def artefact_kind(folder: Path) -> Kind | None:
+    """What kind of artefact a folder is; None if it is none of ours.
+
+    Raises:
+        ArtefactError: it has a manifest that cannot be read.
+    """
+    path = folder / MANIFEST_NAME
+    # What is there and is no file, a pipe for instance, is refused when it is read.
+    if not path.exists() and not path.is_symlink():
+        return None
+    return parse_manifest(folder).kind
+
+
+def parse_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an artefact, without hashing its files.
+
+    Raises:
+        ArtefactError: the manifest cannot be read.
+        IntegrityError: it is no manifest of trtq, or one of another version.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        found = parse_json(read_text(path))
+    except ValueError as err:
+        raise IntegrityError(f"{path} is not a manifest of trtq: {err}") from err
+    if not isinstance(found, dict) or "format_version" not in found:
+        raise IntegrityError(f"{path} is not a manifest of trtq: 'format_version' is missing")
+    version = found["format_version"]
+    if type(version) is not int:
+        raise IntegrityError(
+            f"{path} is not a manifest of trtq: format_version is a number, got {shown(version)}"
+        )
+    if version != FORMAT_VERSION:
+        raise IntegrityError(
+            f"{folder} has format version {version}, this trtq reads {FORMAT_VERSION}; make it again "
+            "with this version"
+        )
+    try:
+        manifest = Manifest.model_validate(found)
+        manifest.check_whole()
+    except ValidationError as err:
+        raise IntegrityError(f"{path} is not a manifest of trtq: {explain_first(err)}") from err
+    except ValueError as err:
+        raise IntegrityError(f"{path} is not a manifest of trtq: {err}") from err
+    return manifest
+
+
+def checked_path(folder: Path, relative: str) -> Path:
+    """The file that a manifest names.
+
+    Raises:
+        IntegrityError: the path leaves the folder.
+    """
+    fault = path_fault(relative)
+    path = folder / PurePosixPath(relative) if fault is None else folder
+    # realpath, since resolve() refuses links that lead round in a circle, in an error of its own.
+    if fault is None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        fault = "leaves the folder"
+    if fault is not None:
+        raise IntegrityError(
+            f"{folder / MANIFEST_NAME} names {shown(relative)}, which {fault}; do not use it"
+        )
+    return path
+
+
+def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
+    """Read and verify the manifest of an artefact.
+
+    Args:
+        folder: the artefact.
+        kinds: what it may be; any kind if none is given.
+
+    Raises:
+        ArtefactError: there is no such artefact, or it is of another kind.
+        IntegrityError: the version is unknown, a path leaves the folder, a file is missing or has
+            another content than the manifest says, or would be read and is not in it.
+    """
+    manifest = parse_manifest(folder)
+    check_kind(folder, manifest, *kinds)
+    verify_files(folder, manifest)
+    return manifest
+
+
+def check_kind(folder: Path, manifest: Manifest, *kinds: Kind) -> None:
+    """Raise unless an artefact is of one of these kinds; every kind will do if none is given.
+
+    Raises:
+        ArtefactError: it is of another kind.
+    """
+    if kinds and manifest.kind not in kinds:
+        raise ArtefactError(
+            f"{folder} is of kind {manifest.kind!r}; needed is {' or '.join(kinds)}"
+        )
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Raise unless every file of an artefact is what its manifest says.
+
+    Raises:
+        IntegrityError: a path leaves the folder, a file is missing or has another content than the
+            manifest says, or would be read and is not listed.
+    """
+    for relative, expected in manifest.files.items():
+        path = checked_path(folder, relative)
+        special = special_kind(path)
+        if special is not None:
+            raise IntegrityError(f"{path} is {special}, though the manifest lists it as a file")
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing, though the manifest lists it")
+        if sha256(path) != expected:
+            raise IntegrityError(
+                f"{path} is not what the manifest says (SHA-256 differs): it was changed or damaged"
+            )
+    _look_for_strays(folder, manifest)
+
+
+_warned: set[Path] = set()
+
+
+def _look_for_strays(folder: Path, manifest: Manifest) -> None:
+    """Warn once of what is not in the manifest.
+
+    Raises:
+        IntegrityError: something that opens the artefact would read it.
+    """
+    strays = find_strays(folder, manifest.files, MANIFEST_NAME)
+    for stray in strays:
+        if stray.problem is not None:
+            raise IntegrityError(f"{folder / stray.name} {stray.problem}; move it out of {folder}")
+    place = folder.resolve()
+    if strays and place not in _warned:
+        _warned.add(place)
+        logger.warning(
+            "%s holds %s that the manifest does not list, e.g. %s; left alone and not read",
+            folder,
+            f"{len(strays)} entries" if len(strays) > 1 else "1 entry",
+            strays[0].name,
+        )

@@ -1,0 +1,62 @@
+"""Hidden folders next to a result's place: one until it is complete, one while it is being replaced."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from trtq.artefact.listing import CHECKPOINTS
+from trtq.errors import UsageError
+
+__all__ = [
+    "RESUMABLE",
+    "has_checkpoint",
+    "old_folder",
+    "partial_folder",
+    "remove_partial",
+    "strip_partial",
+]
+
+RESUMABLE = "its checkpoints are kept; go on from them with --resume"
+"""Note of an exception that ended something that can be gone on with."""
+
+
+def partial_folder(final: Path) -> Path:
+    """Where a folder is written until it is complete; hidden, and named so that it is ours."""
+    return final.with_name(f".{final.name}.trtq-partial")
+
+
+def old_folder(final: Path) -> Path:
+    """Where a folder that is being replaced waits until the new one is in its place."""
+    return final.with_name(f".{final.name}.trtq-old")
+
+
+def remove_partial(final: Path) -> None:
+    """Remove what a dead process left of a place that is ours now, see `claim`.
+
+    Raises:
+        UsageError: it cannot be removed.
+    """
+    partial = partial_folder(final)
+    if partial.is_dir() and not partial.is_symlink():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    if partial.exists() or partial.is_symlink():
+        raise UsageError(f"{partial} is in the way and cannot be removed; move it away")
+
+
+def has_checkpoint(partial: Path) -> bool:
+    """Whether a partial folder holds a complete checkpoint to go on from."""
+    return any(partial.glob(f"{CHECKPOINTS}/*/iteration-*/checkpoint.json"))
+
+
+def strip_partial(partial: Path) -> None:
+    """Leave nothing of a partial folder but complete checkpoints."""
+    for path in partial.glob("*"):
+        if path.name != CHECKPOINTS:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in partial.glob(f"{CHECKPOINTS}/*/.iteration-*"):
+        shutil.rmtree(path, ignore_errors=True)
