@@ -1,20 +1,22 @@
-"""What serving costs and what batching by step brings: start, overhead, Poisson load; on real servers.
+"""Benchmarks of the server: start, overhead, and batching by step under Poisson load.
 
     python benchmarks/serve.py [--digits ONNX] [--shapes ONNX] [--rounds 3] [--seconds 20]
 
-Models whose folder is not given are quantised at W4A8 and exported first. Start and overhead are those
-of the digits, the smallest model, where they show most. All servers run with one thread per operator.
-Rows that are compared are measured in turns, with the same arrivals and requests.
+Models whose folder is not given are quantised at W4A8 and exported first. Start and overhead are
+measured with digits, the smallest model, where their share is the largest. All servers run with one
+thread per operator. Rows that are compared are measured in interleaved rounds, with the same arrivals
+and requests.
 
-- start: from starting the process to the first `/readyz` that says 200.
-- overhead: one request at a time over one connection, against the same number of calls of the same graph
-  in this process, image by image in turns, several times with new processes; by the clock and by the
-  processor's time of each process, which other work on the machine disturbs less.
-- load: capacity is what each way of batching does when there is always more to do; then requests come at
-  random (Poisson) at 80 % of the smaller capacity, the same at the same times to a server that batches
-  by step and to one that batches whole requests: those of the same steps and guidance, as one call of a
-  pipeline can. Both run at once, as the speed of a machine that others share drifts: each has about one
-  of two cores. With `--in-turns` one after the other.
+- start: time from starting the process to the first `/readyz` with status 200.
+- overhead: one request at a time over one connection, against the same number of calls of the same
+  graph in this process, alternating image by image, several times with new processes; as elapsed
+  time and as processor time of each process, which other work on the machine disturbs less.
+- load: the capacity of a batching strategy is its throughput when the queue is never empty. Then
+  requests arrive at random (Poisson) at 80 % of the smaller capacity, the same requests at the same
+  times at a server that batches by step and at a server that batches whole requests of the same
+  steps and guidance, as one call of a pipeline can. Both servers run at the same time, since the
+  speed of a shared machine drifts, and each has about one of two cores. With `--in-turns` they run
+  one after the other.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ from trtq.serve.models.solver import Ddim
 PATH = "/v1/images/generations"
 STEPS = 20
 Workload = dict[str, tuple[Any, ...]]
-"""What requests choose from at random, by field."""
+"""Values of each request field, from which requests choose at random."""
 DIGITS: Workload = {"prompt": tuple("0123456789"), "seed": tuple(range(1000))}
 SHAPES: Workload = {
     "prompt": tuple(
@@ -78,13 +80,13 @@ WARM = 20
 
 
 def serve_command(onnx: Path) -> list[str]:
-    """A server on a free port, which it names in JSON on its first line."""
+    """The command of a server on a free port, which it prints as JSON on its first line."""
     return [sys.executable, "-m", "trtq.cli", "serve", str(onnx), "--port", "0", "--json"]
 
 
 @contextmanager
 def served(onnx: Path, *options: str) -> Iterator[tuple[int, int]]:
-    """A server in a process of its own; gives its port and process, and checks how it ends."""
+    """Run a server in another process, yield its port and process id, and check its exit code."""
     process = subprocess.Popen(
         [*serve_command(onnx), "--threads", "1", *options],
         stdout=subprocess.PIPE,
@@ -107,21 +109,21 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 
 def start_seconds(onnx: Path, provider: str, rounds: int) -> list[float]:
-    """From starting the process to ready, several times."""
-    found = []
+    """Times from starting the process to ready, in seconds."""
+    seconds = []
     for _ in range(rounds):
         begun = time.perf_counter()
         with served(onnx, "--provider", provider) as (port, _):
             connection = http.client.HTTPConnection("127.0.0.1", port)
             connection.request("GET", "/readyz")
             assert connection.getresponse().status == 200
-            found.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - begun)
             connection.close()
-    return found
+    return seconds
 
 
 def bare_calls(onnx: Path, provider: str) -> Callable[[], None]:
-    """The calls of the denoiser that one image takes, and nothing else."""
+    """A function that makes the denoiser calls of one image, and nothing else."""
     engine = open_engine(onnx / "unet" / "model.onnx", provider, threads=1)
     config = json.loads((onnx / "scheduler" / "scheduler_config.json").read_text())
     sample = np.random.default_rng(0).standard_normal((1, 1, 8, 8)).astype(np.float32)
@@ -139,7 +141,7 @@ def bare_calls(onnx: Path, provider: str) -> Callable[[], None]:
 
 
 def exchange(connection: socket.socket, request: bytes) -> None:
-    """Send a request and read the answer; next to nothing beside what the server takes."""
+    """Send a request and read the response, at next to no cost."""
     connection.sendall(request)
     answer = b""
     while b"\r\n\r\n" not in answer:
@@ -152,16 +154,16 @@ def exchange(connection: socket.socket, request: bytes) -> None:
 
 
 def overhead(onnx: Path, provider: str, images: int, launches: int) -> dict[str, Any]:
-    """One image through the server and by bare calls, in turns; seconds per image.
+    """Time per image through the server and by bare calls, alternating, in seconds.
 
-    Where memory lies makes two processes that do the same differ by some per cent: so each launch is a
-    server of its own and an engine of its own.
+    Memory layout makes equal processes differ by some per cent, so each launch has a new server and a
+    new engine.
     """
     body = json.dumps({"prompt": "3", "steps": STEPS, "seed": 0}).encode()
     head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-    found = [_overhead_once(onnx, provider, images, request) for _ in range(launches)]
-    rows = {name: [one[name] for one in found] for name in found[0]}
+    launched = [_overhead_once(onnx, provider, images, request) for _ in range(launches)]
+    rows = {name: [launch[name] for launch in launched] for name in launched[0]}
     return {
         "images": images,
         "overhead": statistics.median(rows["overhead"]),
@@ -197,21 +199,21 @@ def _overhead_once(onnx: Path, provider: str, images: int, request: bytes) -> di
         "server_seconds": statistics.median(through),
         "bare_seconds": statistics.median(bare),
         "overhead": statistics.median(through) / statistics.median(bare) - 1,
-        "overhead_least": min(through) / min(bare) - 1,
+        "overhead_min": min(through) / min(bare) - 1,
         "overhead_processor": served_processor / bare_processor - 1,
     }
 
 
 def processor_seconds(process: int) -> float:
-    """What a process has used of the processor."""
+    """Processor time of a process, in seconds."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def ask(port: int, workload: Workload, chance: random.Random) -> float:
-    """One image; gives the seconds that it took."""
-    wish = {name: chance.choice(values) for name, values in workload.items()}
-    body = json.dumps(wish).encode()
+    """Request one image and return the latency, in seconds."""
+    fields = {name: chance.choice(values) for name, values in workload.items()}
+    body = json.dumps(fields).encode()
     begun = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -224,8 +226,8 @@ async def ask(port: int, workload: Workload, chance: random.Random) -> float:
 
 
 async def saturate(port: int, workload: Workload, seconds: float, clients: int) -> float:
-    """Images per second when there is always more to do."""
-    lead = seconds / 4  # Not counted: the first images come late.
+    """Images per second while the queue is never empty."""
+    lead = seconds / 4  # Not counted, since the first images are late.
     begun = time.perf_counter() + lead
     end = begun + seconds
     done = 0
@@ -244,7 +246,7 @@ async def saturate(port: int, workload: Workload, seconds: float, clients: int) 
 async def poisson(
     port: int, workload: Workload, rate: float, seconds: float, seed: int
 ) -> dict[str, Any]:
-    """Requests at random times, `rate` per second on average; their latencies."""
+    """Send requests at random times, `rate` per second on average, and return their latencies."""
     chance = random.Random(seed)
     begun = time.perf_counter()
     tasks, at = [], 0.0
@@ -266,14 +268,14 @@ def percentile(values: list[float], share: float) -> float:
 async def at_once(
     ports: dict[str, int], measure: Callable[[int], Awaitable[Result]]
 ) -> dict[str, Result]:
-    """The same of several servers at the same time, so that what disturbs one disturbs all."""
+    """Measure several servers at the same time, so that a disturbance affects all of them."""
     return dict(zip(ports, await asyncio.gather(*map(measure, ports.values())), strict=True))
 
 
 async def in_turns(
     ports: dict[str, int], measure: Callable[[int], Awaitable[Result]]
 ) -> dict[str, Result]:
-    """The same of several servers one after the other, each with the machine to itself."""
+    """Measure several servers one after the other, each alone on the machine."""
     return {name: await measure(port) for name, port in ports.items()}
 
 
@@ -287,14 +289,14 @@ def load(
     only: Sequence[str],
     order: Callable[..., Any],
 ) -> dict[str, Any]:
-    """Both ways of batching under each workload of a model, or under those of these names."""
-    found: dict[str, Any] = {}
+    """Measure both batching strategies under each workload of a model, or under the named ones."""
+    results: dict[str, Any] = {}
     with ExitStack() as stack:
         ports = {}
         for name in BATCHINGS:
             options = ["--provider", provider, "--batching", name, "--max-batch", str(batch)]
             ports[name], _ = stack.enter_context(served(onnx, *options, "--queue", "1000"))
-        if provider == "openvino":  # All sizes are compiled, then what is measured begins.
+        if provider == "openvino":  # Wait until all sizes are compiled.
             time.sleep(30)
         for named, workload in WORKLOADS[model].items():
             if only and named not in only:
@@ -308,12 +310,14 @@ def load(
             rate = SHARE * min(capacity.values())
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in BATCHINGS}
             for turn in range(rounds):
-                asked = partial(poisson, workload=workload, rate=rate, seconds=seconds, seed=turn)
-                for name, run in asyncio.run(order(ports, asked)).items():
+                arrivals = partial(
+                    poisson, workload=workload, rate=rate, seconds=seconds, seed=turn
+                )
+                for name, run in asyncio.run(order(ports, arrivals)).items():
                     runs[name].append(run)
             rows = {name: _row(runs[name]) for name in BATCHINGS}
             ratios = {name: _ratios(runs, share) for name, share in (("p95", 0.95), ("p50", 0.5))}
-            found[f"{model}, {named}"] = {
+            results[f"{model}, {named}"] = {
                 "capacity_images_per_second": capacities,
                 "capacity_ratio": capacity["step"] / capacity["request"],
                 "arrivals_per_second": rate,
@@ -322,11 +326,11 @@ def load(
                 "p95_ratio_rounds": ratios["p95"],
                 "p50_ratio": statistics.median(ratios["p50"]),
             }
-    return found
+    return results
 
 
 def _ratios(runs: dict[str, list[dict[str, Any]]], share: float) -> list[float]:
-    """Latencies by step over those by request, round by round: both had the same arrivals."""
+    """Ratios of the latencies by step and by request, per round with the same arrivals."""
     return [
         percentile(ours["latencies"], share) / percentile(base["latencies"], share)
         for ours, base in zip(runs["step"], runs["request"], strict=True)
@@ -366,7 +370,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument(
-        "--workload", action="append", default=[], help="the load of these only, by name"
+        "--workload",
+        action="append",
+        default=[],
+        help="name of a workload to measure; default: all",
     )
     parser.add_argument("--in-turns", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/serve.json"))
@@ -386,14 +393,14 @@ def main() -> None:
             "provider": provider,
             "max_batch": arguments.batch,
             "seconds": arguments.seconds,
-            "load_order": "in turns" if arguments.in_turns else "both servers at once",
+            "load_order": "one after the other" if arguments.in_turns else "both servers at once",
             "load": {},
         }
         if not only:
             digits, launches = folders["digits"], max(5, rounds)
             starts = start_seconds(digits, provider, launches)
             record |= {
-                "start_seconds": {"least": min(starts), "median": statistics.median(starts)},
+                "start_seconds": {"min": min(starts), "median": statistics.median(starts)},
                 "overhead": overhead(digits, provider, arguments.images, launches),
             }
         for model, folder in folders.items():
@@ -407,7 +414,7 @@ def main() -> None:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells, and what graphs and kernels depend on of it."""
+    """The name of the processor, if known, and the features that graphs and kernels depend on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)

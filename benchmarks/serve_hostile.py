@@ -1,15 +1,14 @@
-"""A server under good, bad, huge, slow and cancelled requests at once: does it fail, leak or lose any?
+"""A server under valid, invalid, huge, slow and cancelled requests: does it fail, leak or lose any?
 
     python benchmarks/serve_hostile.py ONNX [--minutes 10] [--schemathesis PATH_OF_st]
 
-Clients of each kind run side by side against one `trtq serve`, one kind in crowds that the queue has no
-room for, one with bodies that never end: these go on sending when they are answered, and may find their
-connection open for so long. Counted are the answers by status, in all and by kind; every request that
-was not hung up on must be answered once, none with 5xx, and the server's own `/metrics` may know of no
-internal error and of no image still under way. Resident memory and open files: the median of the samples
-between a tenth and three tenths of the time against that of the last fifth.
-With `--schemathesis` its own generator joins in, on the
-OpenAPI schema.
+Clients of each kind run at the same time against one `trtq serve`. One kind asks for more images
+than the queue has room for, one sends bodies that never end and goes on sending after the response.
+The script counts responses by status, in total and by kind. Every request whose client stays
+connected must get one response, none with 5xx, and the server's `/metrics` must show no internal
+error and no image in progress. For resident memory and open files, the median of the samples between
+10 % and 30 % of the time is compared with the median of the last 20 %. With `--schemathesis` its
+generator for OpenAPI schemas joins in.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ PATH = "/v1/images/generations"
 LIMIT = 64 << 10
 PATIENCE_S = 60.0
 MAX_UNDER_WAY = 24
-"""Images: 8 in a call and 16 that wait."""
+"""Maximum number of images in progress: 8 in a call and 16 that wait."""
 OPEN_S = 15.0
-"""So long after its answer no connection may be open, whatever its client does."""
+"""Time after its response by which a connection must be closed, in seconds."""
 KIND = ContextVar("kind", default="")
 FOREIGN_HOSTS = (
     "evil.example", "evil.example:8000", "localhost.evil.example", "8.8.8.8", "[2001:db8::1]", "0.0.0.0",
@@ -86,7 +85,7 @@ FIELDS = (
 
 
 class Client:
-    """Counts what a server answers to raw requests."""
+    """Sends raw requests and counts the responses."""
 
     def __init__(self, port: int, seed: int) -> None:
         self.port = port
@@ -107,7 +106,7 @@ class Client:
         until: float = PATIENCE_S,
         chunk: int = 0,
     ) -> bytes:
-        """One request on a connection of its own; gives the whole answer."""
+        """Send a request on a new connection and return the whole response."""
         lines = {"Host": "localhost", "Content-Type": "application/json", "Connection": "close"}
         lines |= {"Content-Length": str(len(body))} | (headers or {})
         head = f"POST {PATH} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items())
@@ -116,7 +115,7 @@ class Client:
     async def raw(
         self, head: bytes, body: bytes = b"", *, until: float = PATIENCE_S, chunk: int = 0
     ) -> bytes:
-        """The same with these bytes as its head."""
+        """Send a request whose head is these bytes, and return the whole response."""
         with socket.socket() as connection:
             connection.setblocking(False)
             loop = asyncio.get_running_loop()
@@ -127,7 +126,7 @@ class Client:
                     answer, reset = await _read_all(connection)
             except TimeoutError:
                 if until < PATIENCE_S:
-                    raise  # It was to hang up.
+                    raise  # The caller wanted to close the connection early.
                 stopped, answer, reset = f"nothing in {until:g} s", b"", ""
         status = answer.partition(b"\r\n")[0].split(b" ")[1:2]
         request = f"{KIND.get()}: {head[:200]!r} {len(body)} bytes {body[:100]!r}"
@@ -135,7 +134,7 @@ class Client:
             self.unanswered.append(f"{stopped or reset or 'closed'}: {request}")
             return b""
         self.count(status[0].decode())
-        # The answer was there; that it could be read to the end is what counts.
+        # The response arrived; count connections that ended before it was read completely.
         if stopped or reset:
             self.cut_off[f"{status[0].decode()}: {stopped or reset}"] += 1
         if not _is_whole(answer):
@@ -145,36 +144,36 @@ class Client:
         return answer
 
     def count(self, status: str) -> None:
-        """A request was answered so."""
+        """Count a response by its status."""
         self.statuses[status] += 1
         self.kinds[KIND.get()][status] += 1
 
     def refused(self, answer: bytes, *statuses: int) -> None:
-        """It has to be one of these, in OpenAI's form and with an id."""
+        """Check that a response has one of these statuses, OpenAI's format and a request id."""
         head, _, body = answer.partition(b"\r\n\r\n")
         right = any(answer.startswith(b"HTTP/1.1 %d " % status) for status in statuses)
         if answer and not (right and b"x-request-id: " in head.lower() and b'{"error"' in body):
             self.wrong.append(f"{KIND.get()}: no clear refusal: {answer[:200]!r}")
 
     async def foreign_hosts(self) -> None:
-        """Names that a page may have made to point here."""
+        """Send host names that a page could let resolve to this server."""
         host = self.random.choice(FOREIGN_HOSTS)
         self.refused(await self.send(b'{"prompt": "1"}', {"Host": host}), 400, 421)
         await asyncio.sleep(0.02)
 
     async def foreign_origins(self) -> None:
-        """What a browser sends for a page of another site."""
+        """Send what a browser sends for a page of another site."""
         headers = self.random.choice(FOREIGN_ORIGINS)
         self.refused(await self.send(b'{"prompt": "1"}', headers), 403)
         await asyncio.sleep(0.02)
 
     async def no_requests(self) -> None:
-        """What the parser cannot read."""
+        """Send bytes that the parser cannot read."""
         self.refused(await self.raw(self.random.choice(NO_REQUESTS)), 400, 405, 431)
         await asyncio.sleep(0.02)
 
     async def endless(self) -> None:
-        """A body that never ends: its connection must not stay open behind the answer."""
+        """Send a body that never ends; the connection must not stay open after the response."""
         how, piece, pause = self.random.choice(ENDLESS)
         head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         loop = asyncio.get_running_loop()
@@ -207,22 +206,22 @@ class Client:
             self.count("reset before it was read")
 
     async def good(self) -> None:
-        """Right requests; each must bring its own number of images."""
+        """Send valid requests; each must return its number of images."""
         count = self.random.randint(1, 3)
-        wish = {
+        fields = {
             "prompt": str(self.random.randrange(10)),
             "n": count,
             "steps": self.random.randint(1, 30),
             "guidance": self.random.choice([1, 3]),
             "stream": self.random.random() < 0.3,
         }
-        answer = await self.send(json.dumps(wish).encode())
-        found = answer.count(b'image_generation.completed"' if wish["stream"] else b'"b64_json"')
-        if found != count and b"queue_full" not in answer:
-            self.wrong.append(f"{found} images for {wish}: {answer[:200]!r}")
+        answer = await self.send(json.dumps(fields).encode())
+        images = answer.count(b'image_generation.completed"' if fields["stream"] else b'"b64_json"')
+        if images != count and b"queue_full" not in answer:
+            self.wrong.append(f"{images} images for {fields}: {answer[:200]!r}")
 
     async def crowd(self) -> None:
-        """More images at once than the queue has room for: all of a request, or 429 with a time."""
+        """Ask for more images than the queue has room for; a request gets all images or a 429."""
         wishes = [
             {"prompt": "4", "n": 10, "steps": self.random.randint(5, 15)}
             for _ in range(MAX_UNDER_WAY // 10 + 2)
@@ -236,10 +235,10 @@ class Client:
         await asyncio.sleep(3)
 
     async def bad(self) -> None:
-        """JSON of the right form with wrong values, and things that are no JSON."""
+        """Send JSON with invalid values, and malformed JSON."""
         names = self.random.sample(FIELDS, self.random.randint(0, 6))
-        wish = {"prompt": "1"} | {name: self.random.choice(ATOMS) for name in names}
-        body = json.dumps(wish).encode()
+        fields = {"prompt": "1"} | {name: self.random.choice(ATOMS) for name in names}
+        body = json.dumps(fields).encode()
         if self.random.random() < 0.4:
             cut = self.random.randrange(len(body))
             body = body[:cut] + self.random.randbytes(self.random.randint(0, 8)) + body[cut + 1 :]
@@ -247,7 +246,7 @@ class Client:
         await asyncio.sleep(0.02)
 
     async def huge(self) -> None:
-        """Bodies beyond the limit, deep nesting, long numbers."""
+        """Send bodies beyond the limit, deep nesting, long numbers."""
         body = self.random.choice(
             [
                 b'{"prompt": "' + b"x" * (4 * LIMIT) + b'"}',
@@ -260,12 +259,12 @@ class Client:
         await asyncio.sleep(0.1)
 
     async def slow(self) -> None:
-        """Bodies that come in small pieces, in time or too late."""
+        """Send bodies in small pieces, in time or too late."""
         body = json.dumps({"prompt": "1", "steps": 2, "user": "x" * 200}).encode()
         await self.send(body, chunk=self.random.choice([2, 40, 100]))
 
     async def cancelled(self) -> None:
-        """Clients that hang up in the middle."""
+        """Close the connection during the request."""
         body = json.dumps(
             {"prompt": "1", "n": 2, "steps": 100, "stream": self.random.random() < 0.5}
         )
@@ -275,7 +274,7 @@ class Client:
             self.count("hung up")
 
     async def odd_headers(self) -> None:
-        """Headers that lie or make no sense."""
+        """Send headers that are wrong or make no sense."""
         headers = self.random.choice(
             [
                 {"Content-Type": "text/plain"},
@@ -290,7 +289,7 @@ class Client:
 
 
 async def _send_all(connection: socket.socket, head: bytes, body: bytes, chunk: int) -> str:
-    """Send all of it, in small pieces if asked for; says what stopped that, if anything did."""
+    """Send a request, in pieces of `chunk` bytes if that is not 0, and return the error, if any."""
     loop = asyncio.get_running_loop()
     try:
         await loop.sock_sendall(connection, head)
@@ -298,13 +297,13 @@ async def _send_all(connection: socket.socket, head: bytes, body: bytes, chunk: 
             await loop.sock_sendall(connection, body[first : first + (chunk or len(body))])
             if chunk:
                 await asyncio.sleep(0.2)
-    except ConnectionError as error:  # It need not read what it has refused.
+    except ConnectionError as error:  # The server need not read a request that it has refused.
         return f"{type(error).__name__} while sending"
     return ""
 
 
 async def _read_all(connection: socket.socket) -> tuple[bytes, str]:
-    """What comes until the end of the connection, and how that ended if not in order."""
+    """The bytes up to the end of the connection, and the error that ended it, if any."""
     answer = b""
     loop = asyncio.get_running_loop()
     try:
@@ -316,7 +315,7 @@ async def _read_all(connection: socket.socket) -> tuple[bytes, str]:
 
 
 def _is_whole(answer: bytes) -> bool:
-    """Whether an answer is as long as it says; those in chunks end with an empty one."""
+    """Whether a response is complete, by its length or its last chunk."""
     head, _, body = answer.partition(b"\r\n\r\n")
     lines = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
     if b"content-length" in lines:
@@ -325,33 +324,33 @@ def _is_whole(answer: bytes) -> bool:
 
 
 async def until(end: float, work: Callable[[], Awaitable[None]]) -> None:
-    """Do it again and again."""
+    """Repeat `work` until a time of `time.monotonic`."""
     KIND.set(work.__name__)
     while time.monotonic() < end:
         await work()
 
 
 def resident(pid: int) -> int:
-    """Bytes that a process holds in memory."""
+    """Resident memory of a process, in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def open_files(pid: int) -> int:
-    """Files and connections that a process holds open."""
+    """Number of open files and connections of a process."""
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def sockets(pid: int) -> int:
-    """Sockets that a process holds open."""
-    found = 0
+    """Number of open sockets of a process."""
+    count = 0
     for path in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):  # It is closed meanwhile.
-            found += os.readlink(path).startswith("socket:")
-    return found
+        with contextlib.suppress(OSError):  # The file was closed meanwhile.
+            count += os.readlink(path).startswith("socket:")
+    return count
 
 
 async def attack(client: Client, pid: int, seconds: float) -> dict[str, list[int]]:
-    """All kinds of clients at once; gives the server's memory and open files every few seconds."""
+    """Run all kinds of clients, and sample the server's memory and open files."""
     end = time.monotonic() + seconds
     kinds = [
         client.good,
@@ -377,20 +376,20 @@ async def attack(client: Client, pid: int, seconds: float) -> dict[str, list[int
 
 
 def flatness(samples: list[int]) -> dict[str, float]:
-    """Medians when all has settled and at the end."""
+    """Medians after the start and at the end."""
     count = len(samples)
     settled = statistics.median(samples[count // 10 : 3 * count // 10])
     last = statistics.median(samples[-(count // 5) :])
-    return {"settled": settled, "last": last, "most": max(samples), "ratio": last / settled}
+    return {"settled": settled, "last": last, "max": max(samples), "ratio": last / settled}
 
 
-def told(url: str) -> dict[str, float]:
-    """What the server itself has counted: errors, answers of 5xx, images still under way."""
+def server_counts(url: str) -> dict[str, float]:
+    """Counters of the server: errors, responses with 5xx, images in progress."""
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
     values = {key: float(value) for key, _, value in (line.rpartition(" ") for line in lines[::-1])
               if key.startswith("trtq_")}  # fmt: skip
-    found = {
+    return {
         "internal_errors": sum(v for k, v in values.items() if 'code="internal_error"' in k),
         "engine_errors": sum(v for k, v in values.items() if 'code="engine_error"' in k),
         "answers_of_5xx": sum(
@@ -399,40 +398,44 @@ def told(url: str) -> dict[str, float]:
         "images_under_way": sum(v for k, v in values.items() if "images_under_way" in k),
         "images_drawn": sum(v for k, v in values.items() if k.startswith("trtq_images_total")),
     }
-    return found
 
 
-def main() -> None:
-    """Run the attack and write what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("onnx", type=Path)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--schemathesis", help="its command, e.g. st")
-    output = Path("benchmarks/results/serve_hostile.json")
-    parser.add_argument("-o", "--output", type=Path, default=output)
-    arguments = parser.parse_args()
+def started(onnx: Path) -> tuple[subprocess.Popen[str], str]:
+    """Start a server; returns its process and its URL."""
     server = subprocess.Popen(
-        [*serve_command(arguments.onnx), "--queue", str(MAX_UNDER_WAY - 8)],
+        [*serve_command(onnx), "--queue", str(MAX_UNDER_WAY - 8)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
     assert server.stdout is not None
-    url = json.loads(server.stdout.readline())["url"]
-    idle = sockets(server.pid)
+    return server, json.loads(server.stdout.readline())["url"]
+
+
+def main() -> None:
+    """Run the attack and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("onnx", type=Path)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--schemathesis", help="command of schemathesis, e.g. st")
+    output = Path("benchmarks/results/serve_hostile.json")
+    parser.add_argument("-o", "--output", type=Path, default=output)
+    arguments = parser.parse_args()
+    server, url = started(arguments.onnx)
+    sockets_before = sockets(server.pid)
     client = Client(int(url.rpartition(":")[2]), seed=0)
     fuzz = None
     if arguments.schemathesis:
         fuzz = subprocess.Popen(
             [arguments.schemathesis, "run", f"{url}/openapi.json", "--checks", "not_a_server_error",
              "--max-examples", "300", "--exclude-path-regex", "metrics"],
-            stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir(),  # It leaves notes.
+            stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir(),  # It writes files.
         )  # fmt: skip
     samples = asyncio.run(attack(client, server.pid, 60 * arguments.minutes))
-    said = fuzz.communicate()[0] if fuzz is not None else ""
+    fuzz_output = fuzz.communicate()[0] if fuzz is not None else ""
     time.sleep(OPEN_S)
-    connections = sockets(server.pid) - idle
-    counted = told(url)
+    connections = sockets(server.pid) - sockets_before
+    counted = server_counts(url)
     server.send_signal(signal.SIGTERM)
     code = server.wait(60)
     record = {
@@ -460,12 +463,12 @@ def main() -> None:
         "samples": len(samples["memory_bytes"]),
         "exit_code": code,
         "schemathesis_exit_code": None if fuzz is None else fuzz.returncode,
-        "schemathesis": said.splitlines()[-25:],
+        "schemathesis": fuzz_output.splitlines()[-25:],
         "packages": package_versions(),
     }
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps({key: record[key] for key in list(record)[:-3]}, indent=2))
-    print(said[-3000:])
+    print(fuzz_output[-3000:])
 
 
 if __name__ == "__main__":

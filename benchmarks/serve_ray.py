@@ -1,12 +1,13 @@
-"""Two replicas on Ray Serve against one process on the same processors, and replicas that are killed.
+"""Two replicas on Ray Serve compared with one process on the same processors, and killed replicas.
 
     python benchmarks/serve_ray.py ONNX [--rounds 8] [--seconds 10] [--kills 5] [--load-seconds 30]
 
-`trtq serve` and `trtq serve --ray --replicas 2:2` run side by side and are asked by the same clients in
-turns, each with more to do than it can; what is reported are the ratios of each round. Then comes steady
-load on the replicas, and in the middle of it one of them is killed (SIGKILL), several times over. Each
-request has an id and a seed of its own. Counted are its answers, by id, and how often it was drawn to
-the end, from the replicas' logs; its picture is compared with what the one process draws for that seed.
+`trtq serve` and `trtq serve --ray --replicas 2:2` run at the same time. The same clients saturate
+them in interleaved rounds, and the result is the ratio of each round. Then the replicas are under
+steady load, in the middle of which one replica is killed (SIGKILL), several times over. Each request
+has its own id and seed. The script counts the responses of a request by id, and how often it was
+drawn completely by the replicas' logs, and compares its image with the image that the one process
+draws for that seed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ WAIT_S = 60.0
 
 @contextmanager
 def served(onnx: Path, *options: str) -> Iterator[dict[str, Any]]:
-    """A server in a process of its own; gives what it says when ready, and checks how it ends."""
+    """Run a server in another process, yield its announcement, and check its exit code."""
     process = Popen([*serve_command(onnx), *options], stdout=PIPE, stderr=DEVNULL, text=True)
     try:
         assert process.stdout is not None
@@ -57,15 +58,15 @@ def served(onnx: Path, *options: str) -> Iterator[dict[str, Any]]:
 
 @dataclass
 class Answer:
-    """What came back for one request.
+    """The response to one request.
 
     Attributes:
-        seed: of the request, and part of its id.
-        answers: HTTP answers on its connection that bear its id.
-        status: of the first.
-        png: the picture.
-        sent: when, by `time.monotonic`.
-        seconds: until the end of the answer.
+        seed: seed of the request, and part of its id.
+        answers: number of HTTP responses on the connection with the request's id.
+        status: status of the first response.
+        png: the image.
+        sent: `time.monotonic()` at which the request was sent.
+        seconds: time until the end of the response.
     """
 
     seed: int
@@ -77,7 +78,7 @@ class Answer:
 
 
 async def ask(port: int, seed: int) -> Answer:
-    """One picture; the connection is read to its end."""
+    """Request one image and read the connection to its end."""
     body = json.dumps({"prompt": str(seed % 10), "seed": seed, "steps": STEPS}).encode()
     name = f"serve-ray-{seed}"
     head = (
@@ -85,38 +86,38 @@ async def ask(port: int, seed: int) -> Answer:
     )
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     sent = time.monotonic()
-    found = b""
+    raw = b""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(head.encode() + body)
-        found = await asyncio.wait_for(reader.read(), 4 * WAIT_S)
+        raw = await asyncio.wait_for(reader.read(), 4 * WAIT_S)
         writer.close()
     except (OSError, TimeoutError):
         return Answer(seed, 0, 0, b"", sent, time.monotonic() - sent)
-    status = int(found.split(b" ", 2)[1]) if found.startswith(b"HTTP/1.1 ") else 0
-    answers = found.lower().count(f"x-request-id: {name}\r\n".encode())
+    status = int(raw.split(b" ", 2)[1]) if raw.startswith(b"HTTP/1.1 ") else 0
+    answers = raw.lower().count(f"x-request-id: {name}\r\n".encode())
     png = b""
     if status == 200:
-        # Ray's proxy sends answers in chunks; there is one picture, in one of them.
-        _, _, rest = found.partition(b'"b64_json":"')
+        # Ray's proxy sends responses in chunks, one of which holds the image.
+        _, _, rest = raw.partition(b'"b64_json":"')
         png = base64.b64decode(rest.partition(b'"')[0])
     return Answer(seed, answers, status, png, sent, time.monotonic() - sent)
 
 
 def drawn(logs: Path) -> dict[int, Counter[int]]:
-    """Seeds that were drawn to the end, by process, from the replicas' logs."""
-    found: dict[int, Counter[int]] = {}
+    """Seeds that were drawn completely, by process, from the replicas' logs."""
+    seeds: dict[int, Counter[int]] = {}
     for path in logs.glob("worker-*.err"):
         lines = (line for line in path.read_text(errors="replace").splitlines() if "drawn" in line)
         events = [json.loads(line) for line in lines if line.startswith("{")]
         if events:
             process = int(path.stem.rpartition("-")[2])
-            found[process] = Counter(one["seed"] for one in events if one["event"] == "drawn")
-    return found
+            seeds[process] = Counter(event["seed"] for event in events if event["event"] == "drawn")
+    return seeds
 
 
 async def under_kill(port: int, logs: Path, first: int, seconds: float) -> dict[str, Any]:
-    """Steady load, and in the middle of it a replica is killed; gives the answers and when that was."""
+    """Kill a replica under steady load; returns the responses and the time of the kill."""
     answers: list[Answer] = []
     seeds = iter(range(first, 2**31))
     begun = time.monotonic()
@@ -127,9 +128,11 @@ async def under_kill(port: int, logs: Path, first: int, seconds: float) -> dict[
 
     clients = [asyncio.create_task(client()) for _ in range(CLIENTS)]
     await asyncio.sleep(seconds / 2)
-    recent = {one.seed for one in answers if one.sent + one.seconds > time.monotonic() - 5}
+    recent = {
+        answer.seed for answer in answers if answer.sent + answer.seconds > time.monotonic() - 5
+    }
     victims = [process for process, seen in drawn(logs).items() if recent & seen.keys()]
-    assert len(victims) == 2, f"two replicas were to draw, there are {victims}"
+    assert len(victims) == 2, f"expected two replicas, got {victims}"
     os.kill(victims[0], signal.SIGKILL)
     killed = time.monotonic()
     await asyncio.gather(*clients)
@@ -137,31 +140,31 @@ async def under_kill(port: int, logs: Path, first: int, seconds: float) -> dict[
 
 
 def largest_difference(left: bytes, right: bytes) -> int:
-    """Of two pictures, in 255ths."""
+    """Maximum difference of two images, in levels of 255."""
     a, b = (np.asarray(Image.open(io.BytesIO(png)), int) for png in (left, right))
     return int(abs(a - b).max())
 
 
 async def drawn_by(port: int, seeds: list[int]) -> dict[int, bytes]:
-    """The pictures of a server that nothing happens to."""
-    found: dict[int, bytes] = {}
+    """The images of a server that is not disturbed."""
+    pngs: dict[int, bytes] = {}
     left = iter(seeds)
 
     async def client() -> None:
         for seed in left:
-            found[seed] = (await ask(port, seed)).png
+            pngs[seed] = (await ask(port, seed)).png
 
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
-    return found
+    return pngs
 
 
-def kill(one: int, port: int, logs: Path, first: int, seconds: float) -> dict[str, Any]:
-    """One round under kill, checked against the server at port `one`."""
+def kill(reference_port: int, port: int, logs: Path, first: int, seconds: float) -> dict[str, Any]:
+    """One round with a kill, checked against the server at `reference_port`."""
     run = asyncio.run(under_kill(port, logs, first, seconds))
     answers: list[Answer] = run["answers"]
     time.sleep(1)  # The logs are written.
     times = sum(drawn(logs).values(), Counter())
-    reference = asyncio.run(drawn_by(one, [answer.seed for answer in answers]))
+    reference = asyncio.run(drawn_by(reference_port, [answer.seed for answer in answers]))
     pairs = [(a.png, reference[a.seed]) for a in answers if a.png and reference[a.seed]]
     caught = [a for a in answers if a.sent < run["killed"] < a.sent + a.seconds]
     others = [a.seconds for a in answers if a.sent + a.seconds < run["killed"]]
@@ -181,9 +184,9 @@ def kill(one: int, port: int, logs: Path, first: int, seconds: float) -> dict[st
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
-    """Median, quartiles and both ends."""
+    """Median, quartiles, minimum and maximum."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return {"least": min(values), "q1": q1, "median": median, "q3": q3, "most": max(values)}
+    return {"min": min(values), "q1": q1, "median": median, "q3": q3, "max": max(values)}
 
 
 def main() -> None:
@@ -201,19 +204,21 @@ def main() -> None:
     rates: dict[str, list[float]] = {"one process": [], "two replicas": []}
     onnx = arguments.onnx.resolve()
     with (
-        served(onnx) as one,
-        served(onnx, "--ray", "--replicas", "2:2", "--threads", "1") as two,
+        served(onnx) as single,
+        served(onnx, "--ray", "--replicas", "2:2", "--threads", "1") as replicas,
     ):
-        servers = list(zip(rates, (one["port"], two["port"]), strict=True))
+        servers = list(zip(rates, (single["port"], replicas["port"]), strict=True))
         for turn in range(arguments.rounds):
-            # The one that was second is first in the next round.
+            # The order alternates from round to round.
             for name, port in servers[:: 1 if turn % 2 == 0 else -1]:
-                found = asyncio.run(saturate(port, WORKLOAD, arguments.seconds, CLIENTS))
-                rates[name].append(found)
+                rate = asyncio.run(saturate(port, WORKLOAD, arguments.seconds, CLIENTS))
+                rates[name].append(rate)
         kills = []
         for turn in range(arguments.kills):
             first, seconds = (turn + 1) * 100_000, arguments.load_seconds
-            kills.append(kill(one["port"], two["port"], Path(two["logs"]), first, seconds))
+            kills.append(
+                kill(single["port"], replicas["port"], Path(replicas["logs"]), first, seconds)
+            )
             print(json.dumps(kills[-1]), flush=True)
     ratios = [b / a for a, b in zip(*rates.values(), strict=True)]
     record = {

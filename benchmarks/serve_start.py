@@ -1,11 +1,11 @@
-"""From starting `trtq serve` to ready, with and without VNNI, and what the server has imported.
+"""Start of `trtq serve`, with and without VNNI, and the modules that it imports.
 
     python benchmarks/serve_start.py [--digits ONNX] [--rounds 10]
 
 The digits model, quantised at W4A8 and exported first unless its folder is given. Every start is a new
-process with one thread per operator; it ends with the first `/readyz` that says 200. Both settings of
-`TRTQ_CPU` are measured in turns, after one start of each that fills the cache of prepared graphs. That
-start, with an empty cache, is recorded too.
+process with one thread per operator; it ends with the first `/readyz` with status 200. Both settings of
+`TRTQ_CPU` are measured in interleaved rounds, after one start each that fills the cache of prepared
+graphs. That start, with an empty cache, is recorded, too.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ HEAVY = ("torch", "onnx", "onnx_ir", "diffusers", "transformers")
 
 
 def start(onnx: Path, provider: str, setting: str, cache: Path) -> float:
-    """Seconds of one start, with a setting of `TRTQ_CPU` and a cache folder."""
+    """Time of one start in seconds, with a setting of `TRTQ_CPU` and a cache folder."""
     os.environ |= {"TRTQ_CPU": setting, "TRTQ_CACHE": str(cache)}
     (seconds,) = start_seconds(onnx, provider, 1)
     return seconds
 
 
 def imported(onnx: Path, provider: str, setting: str, cache: Path) -> list[str]:
-    """Which heavy modules opening the model for serving imports."""
+    """The heavy modules that are imported by opening the model to serve."""
     code = (
-        "import sys; from trtq.serve.server import open_model;"
+        "import sys; from trtq.serve.hosting import open_model;"
         f"open_model({str(onnx)!r}, 'x', provider={provider!r}, threads=1);"
         f"print(*[name for name in {HEAVY} if name in sys.modules])"
     )
     environment = os.environ | {"TRTQ_CPU": setting, "TRTQ_CACHE": str(cache)}
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
     )
-    return found.stdout.split()
+    return result.stdout.split()
 
 
 def main() -> None:

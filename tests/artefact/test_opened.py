@@ -23,7 +23,7 @@ from trtq.exporter.verify import verify
 from trtq.pipelines.generate import generate
 from trtq.pipelines.inspect import inspect
 from trtq.pipelines.open import load
-from trtq.serve.server import open_model
+from trtq.serve.hosting import open_model
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ DDIM = {"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample": True}
 
 
 class ToyModel(ImageModel):
-    """Predicts noise by a formula; counts its calls, and can be held up or made to fail."""
+    """Predicts noise by a formula, counts its calls, and can wait or fail on demand."""
 
     def __init__(self, name="toy"):
         classes = ("zero", "one", "two")
@@ -32,19 +32,19 @@ class ToyModel(ImageModel):
         self.decoded = 0
         self.seconds = 0.0
 
-    def inputs(self, drawing):
-        label = np.array([class_label(self.info, drawing.prompt)])
+    def inputs(self, request):
+        label = np.array([class_label(self.info, request.prompt)])
         return Inputs({"class_labels": label}, {"class_labels": np.array([3])})
 
-    def starts(self, drawing):
-        shape = (1, *(drawing.size or self.info.image_size))
-        inputs = self.inputs(drawing)
-        solver = self._ddim.solver(drawing.steps)
-        found = []
-        for index in range(drawing.count):
-            noise = np.random.default_rng([drawing.seed, index]).standard_normal((1, *shape))
-            found.append(InitialState(noise.astype(np.float32), inputs, solver, drawing.guidance))
-        return found
+    def starts(self, request):
+        shape = (1, *(request.size or self.info.image_size))
+        inputs = self.inputs(request)
+        solver = self._ddim.solver(request.steps)
+        states = []
+        for index in range(request.count):
+            noise = np.random.default_rng([request.seed, index]).standard_normal((1, *shape))
+            states.append(InitialState(noise.astype(np.float32), inputs, solver, request.guidance))
+        return states
 
     def denoise(self, x, timestep, conditional, shared):
         assert self.go.wait(10)
@@ -62,7 +62,7 @@ class ToyModel(ImageModel):
 
 
 class TextToy(ToyModel):
-    """Draws texts, in several sizes; what is not to be shown counts by its length."""
+    """Draws texts in several sizes; the lengths of prompt and negative prompt count."""
 
     def __init__(self, name="text"):
         super().__init__(name)
@@ -71,8 +71,8 @@ class TextToy(ToyModel):
             self.info, kind="text", classes=(), sizes=sizes, takes_negative_prompt=True
         )
 
-    def inputs(self, drawing):
-        lengths = len(drawing.prompt) % 3, len(drawing.negative_prompt or "???") % 5
+    def inputs(self, request):
+        lengths = len(request.prompt) % 3, len(request.negative_prompt or "???") % 5
         conditional, without = ({"class_labels": np.array([length])} for length in lengths)
         return Inputs(conditional, without)
 
@@ -96,7 +96,7 @@ def served_onnx(tmp_path_factory):
 
 @contextlib.contextmanager
 def running(app, port=0, **options):
-    """An ASGI application on a real port of the loopback, in a thread; gives its address."""
+    """Run an ASGI application on a loopback port, in a thread, and yield its address."""
     import uvicorn
 
     config = uvicorn.Config(app, port=port, log_config=None, lifespan="off", ws="none", **options)

@@ -1,4 +1,4 @@
-"""Images at different steps share calls, and what each becomes depends on no other."""
+"""Images at different steps share calls, and no image depends on the others."""
 
 import threading
 import time
@@ -8,14 +8,15 @@ import pytest
 
 import trtq
 from trtq.seeds import seeded_generator
-from trtq.serve.batcher import Batcher, Item, batch_sizes
+from trtq.serve.batch import Item
+from trtq.serve.batcher import Batcher, batch_sizes
+from trtq.serve.hosting import open_model
 from trtq.serve.models.base import GenerationRequest
 from trtq.serve.models.pipeline import PipelineModel
-from trtq.serve.server import open_model
 
 
 class Crowd:
-    """Images for a batcher, and what became of them."""
+    """Images for a batcher, and their results."""
 
     def __init__(self, model):
         self.model = model
@@ -67,7 +68,7 @@ def test_requests_at_different_steps_share_calls(toy, start):
     batcher.put(crowd.items(3, steps=2, guidance=2.0))
     toy.go.set()
     crowd.wait(3)
-    # The first call may have begun before the others came; after it all are together.
+    # The first call may begin before the other images arrive; later calls contain all of them.
     together = [call for call in toy.calls if len(call) == 4]
     assert together
     assert len(toy.calls) <= 6
@@ -78,12 +79,12 @@ def test_an_image_joins_at_the_next_call_and_leaves_when_done(toy, start):
     batcher, crowd = start(), Crowd(toy)
     late = crowd.items(2, steps=2)
 
-    def after_update(item):
+    def on_step(item):
         if item.position == 3:
             batcher.put(late)
 
     (first,) = crowd.items(1, steps=8)
-    first.after_update = after_update
+    first.on_step = on_step
     batcher.put([first])
     crowd.wait(2)
     assert [len(call) for call in toy.calls] == [1, 1, 1, 2, 2, 1, 1, 1]
@@ -91,7 +92,7 @@ def test_an_image_joins_at_the_next_call_and_leaves_when_done(toy, start):
 
 
 @pytest.mark.parametrize("sizes", [None, (8,), (1, 2, 4, 8)], ids=str)
-def test_beside_others_an_image_is_what_it_is_alone(toy, start, sizes):
+def test_an_image_does_not_depend_on_its_batch(toy, start, sizes):
     alone = {}
     for seed in range(6):
         crowd = Crowd(toy)
@@ -108,7 +109,7 @@ def test_beside_others_an_image_is_what_it_is_alone(toy, start, sizes):
 
 
 @pytest.mark.parametrize("provider", ["cpu", "openvino"])
-def test_a_low_bit_graph_gives_the_same_bits_alone_and_in_company(served_onnx, provider):
+def test_a_low_bit_graph_gives_the_same_bits_alone_and_in_a_batch(served_onnx, provider):
     model = open_model(str(served_onnx), "tiny", provider=provider)
     requests = [(seed, 2 + seed % 5, 1.0 + 2 * (seed % 2)) for seed in range(9)]
 
@@ -116,9 +117,9 @@ def test_a_low_bit_graph_gives_the_same_bits_alone_and_in_company(served_onnx, p
         crowd, batcher = Crowd(model), Batcher(model, max_rows=4, sizes=[4])
         for seed, steps, guidance in chosen:
             batcher.put(crowd.items(seed, steps, guidance))
-        found = crowd.wait(len(chosen))
+        drawn = crowd.wait(len(chosen))
         batcher.close(RuntimeError("closed"))
-        return found
+        return drawn
 
     together = draw(requests)
     for request in requests:
@@ -128,10 +129,10 @@ def test_a_low_bit_graph_gives_the_same_bits_alone_and_in_company(served_onnx, p
 
 
 def drawn_by_both(model, pipeline, steps, guidance):
-    """Three images of class 2 by the batcher and by the pipeline itself, [3,C,H,W]."""
+    """Three images of class 2 drawn by the batcher and by the pipeline itself, [3,C,H,W]."""
     crowd, batcher = Crowd(model), Batcher(model, max_rows=4)
     batcher.put(crowd.items(5, steps, guidance, count=3, prompt="2"))
-    found = crowd.wait(3)
+    samples = crowd.wait(3)
     batcher.close(RuntimeError("closed"))
     expected = pipeline(
         [2, 2, 2],
@@ -140,7 +141,7 @@ def drawn_by_both(model, pipeline, steps, guidance):
         generator=[seeded_generator(5, "image", index) for index in range(3)],
         output_type="pt",
     ).images.numpy()
-    return np.concatenate([found[5, index] for index in range(3)]), expected
+    return np.concatenate([samples[5, index] for index in range(3)]), expected
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -152,19 +153,19 @@ def test_the_batcher_draws_what_the_pipeline_draws(tiny, scheduler, guidance):
     cls = getattr(diffusers, scheduler)
     pipeline.scheduler = cls.from_config(pipeline.scheduler.config)
     model = PipelineModel(tiny, "tiny", "torch")
-    found, expected = drawn_by_both(model, pipeline, 7, guidance)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    drawn, expected = drawn_by_both(model, pipeline, 7, guidance)
+    np.testing.assert_allclose(drawn, expected, atol=1e-4)
 
 
 def test_a_graph_without_torch_draws_what_its_pipeline_draws(served_onnx):
-    # One step: in an untrained network at 4 bits, what differs in its last bit soon differs visibly.
+    # One step only: an untrained network at 4 bits amplifies differences in the last bit.
     model = open_model(str(served_onnx), "tiny")
     assert type(model).__name__ == "TorchFreeModel"
-    found, expected = drawn_by_both(model, trtq.load(served_onnx), 1, 3.0)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    drawn, expected = drawn_by_both(model, trtq.load(served_onnx), 1, 3.0)
+    np.testing.assert_allclose(drawn, expected, atol=1e-4)
 
 
-def test_sizes_are_filled_up_and_no_others_are_called(toy, start):
+def test_batches_are_padded_to_the_given_sizes(toy, start):
     sizes = set()
     denoise = toy.denoise
     toy.denoise = lambda x, *rest: (sizes.add(len(x)), denoise(x, *rest))[1]
@@ -190,17 +191,17 @@ def test_a_size_added_later_is_used(toy, start):
     assert max(len(call) for call in toy.calls) == 4
 
 
-def test_an_image_that_fits_in_no_size_yet_is_drawn_as_soon_as_one_comes(toy, start):
+def test_an_image_that_fits_in_no_size_waits_for_a_larger_size(toy, start):
     batcher, crowd = start(sizes=(1,), more_sizes=True), Crowd(toy)
     batcher.put(crowd.items(1, steps=2, guidance=2.0))
-    time.sleep(0.1)  # Its thread waits by now; nothing else will wake it.
+    time.sleep(0.1)  # By now the thread waits, and only `add_size` can wake it.
     assert (batcher.waiting, crowd.done) == (1, {})
     batcher.add_size(2)
     assert isinstance(crowd.wait(1)[1, 0], np.ndarray)
     assert batcher.waiting == 0
 
 
-def test_where_no_size_will_come_an_image_does_not_wait_for_it(toy, start):
+def test_an_image_fails_if_no_larger_size_will_follow(toy, start):
     batcher, crowd = start(sizes=(1,), more_sizes=True), Crowd(toy)
     batcher.put(crowd.items(1, guidance=2.0))
     batcher.no_more_sizes()
@@ -212,18 +213,18 @@ def test_where_no_size_will_come_an_image_does_not_wait_for_it(toy, start):
     assert isinstance(done[3, 0], np.ndarray)
 
 
-def test_who_fails_to_take_an_answer_harms_nobody_else(toy, start, caplog):
+def test_a_failing_callback_affects_its_image_only(toy, start, caplog):
     batcher, crowd = start(), Crowd(toy)
 
     def fail(*_):
         raise ValueError("nobody home")
 
-    (deaf,) = crowd.items(1, steps=2)
-    deaf.done = fail
-    (confused,) = crowd.items(2, steps=3)
-    confused.after_update = fail
+    (silent,) = crowd.items(1, steps=2)
+    silent.on_done = fail
+    (failing,) = crowd.items(2, steps=3)
+    failing.on_step = fail
     toy.go.clear()
-    batcher.put([deaf, confused, *crowd.items(3, steps=4)])
+    batcher.put([silent, failing, *crowd.items(3, steps=4)])
     toy.go.set()
     done = crowd.wait(2)
     assert isinstance(done[2, 0], ValueError)
@@ -232,7 +233,7 @@ def test_who_fails_to_take_an_answer_harms_nobody_else(toy, start, caplog):
     assert "could not be answered" in caplog.text
 
 
-def test_an_end_does_not_wait_for_a_call_that_does_not(toy, start):
+def test_close_does_not_wait_for_a_call_that_hangs(toy, start):
     toy.go.clear()
     batcher, crowd = start(), Crowd(toy)
     batcher.put(crowd.items(1))
@@ -245,7 +246,7 @@ def test_an_end_does_not_wait_for_a_call_that_does_not(toy, start):
     assert list(crowd.done) == [(1, 0)]
 
 
-def test_a_request_for_many_does_not_keep_a_small_one_waiting(toy, start):
+def test_a_large_request_does_not_delay_a_small_request(toy, start):
     batcher, crowd = start(max_rows=2), Crowd(toy)
     toy.go.clear()
     batcher.put(crowd.items(1, steps=4, count=8))
@@ -256,16 +257,16 @@ def test_a_request_for_many_does_not_keep_a_small_one_waiting(toy, start):
     assert [name for name in crowd.order if name[0] == 1] == [(1, index) for index in range(8)]
 
 
-def test_nothing_waits_for_ever_behind_those_that_come_later(toy, start):
+def test_no_image_waits_forever_behind_later_images(toy, start):
     batcher, crowd = start(max_rows=2), Crowd(toy)
     seeds = iter(range(1, 40))
 
     def another(*_):
-        # Each image on its way is followed by another request, so the queue never runs dry.
+        # Each image is followed by another request, so the queue never becomes empty.
         seed = next(seeds, None)
         if seed is not None:
             (item,) = crowd.items(seed, steps=2)
-            item.after_update = another
+            item.on_step = another
             batcher.put([item])
 
     toy.go.clear()
@@ -299,7 +300,7 @@ def test_a_failing_call_fails_its_images_and_no_others(toy, start, caplog):
     assert "a call of the denoiser failed" in caplog.text
 
 
-def test_giving_up_answers_each_image_once(toy, start):
+def test_refusing_finishes_each_image_once(toy, start):
     toy.go.clear()
     batcher, crowd = start(), Crowd(toy)
     batcher.put(crowd.items(1, count=3))
@@ -321,7 +322,7 @@ def test_request_batching_lets_nothing_join(toy, start):
     assert all(len(set(call)) == 1 for call in toy.calls)
 
 
-def test_batch_sizes_are_powers_of_two_up_to_the_most():
+def test_batch_sizes_are_powers_of_two_up_to_the_maximum():
     assert batch_sizes(8) == (1, 2, 4, 8)
     assert batch_sizes(6) == (1, 2, 4, 6)
     assert batch_sizes(2) == (1, 2)

@@ -1,4 +1,4 @@
-"""What a process has mapped of files it can hold in memory of its own, at the same addresses."""
+"""Mapped files are replaced by anonymous memory at the same addresses."""
 
 import mmap
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from trtq.errors import ArtefactError
 from trtq.serve import memory
-from trtq.serve.memory import mapped_files, own_mapped_files
+from trtq.serve.memory import copy_mapped_files, mapped_files
 
 SIZE = 3 * mmap.PAGESIZE + 100
 
@@ -23,14 +23,14 @@ def file(tmp_path):
 
 @pytest.mark.parametrize("access", [mmap.ACCESS_READ, mmap.ACCESS_COPY], ids=["shared", "private"])
 @pytest.mark.parametrize("part", [mmap.PAGESIZE, 64 << 20], ids=["in parts", "at once"])
-def test_content_and_address_stay_when_the_file_is_cut_short(file, monkeypatch, access, part):
+def test_content_and_address_stay_when_the_file_is_truncated(file, monkeypatch, access, part):
     monkeypatch.setattr(memory, "_PART", part)
     before, content = mapped_files(), file.read_bytes()
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=access) as mapped:
         values = np.frombuffer(mapped, np.uint8)
         address = values.ctypes.data
         assert str(file) in mapped_files()
-        assert own_mapped_files(before) == 4 * mmap.PAGESIZE
+        assert copy_mapped_files(before) == 4 * mmap.PAGESIZE
         assert str(file) not in mapped_files()
         os.truncate(file, 0)
         assert (values.tobytes(), values.ctypes.data) == (content, address)
@@ -40,7 +40,7 @@ def test_content_and_address_stay_when_the_file_is_cut_short(file, monkeypatch, 
         del values
 
 
-def test_who_reads_meanwhile_always_reads_the_same(file):
+def test_a_concurrent_reader_always_reads_the_same(file):
     before = mapped_files()
     with (
         file.open("rb") as opened,
@@ -56,34 +56,34 @@ def test_who_reads_meanwhile_always_reads_the_same(file):
 
         thread = threading.Thread(target=read)
         thread.start()
-        own_mapped_files(before)
+        copy_mapped_files(before)
         done.set()
         thread.join()
         assert not wrong
 
 
-def test_what_was_mapped_before_or_is_written_to_the_file_is_left_alone(file):
+def test_earlier_and_writable_mappings_are_left_alone(file):
     with file.open("r+b") as opened:
         with mmap.mmap(opened.fileno(), 0) as written:
-            own_mapped_files(set())
+            copy_mapped_files(set())
             written[0] = 65
             written.flush()
             assert file.read_bytes()[0] == 65
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ):
-            own_mapped_files(mapped_files())
+            copy_mapped_files(mapped_files())
             assert str(file) in mapped_files()
 
 
-def test_a_file_that_was_cut_short_before_is_named(file):
+def test_a_truncated_file_is_named(file):
     before = mapped_files()
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ):
         os.truncate(file, 10)
         with pytest.raises(ArtefactError, match=f"{file} was cut short"):
-            own_mapped_files(before)
+            copy_mapped_files(before)
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
-def test_a_file_that_is_there_no_more_is_copied_as_it_was(file, replaced):
+def test_the_mapping_of_a_missing_file_is_copied_unchanged(file, replaced):
     before, content = mapped_files(), file.read_bytes()
     with (
         file.open("rb") as opened,
@@ -92,10 +92,10 @@ def test_a_file_that_is_there_no_more_is_copied_as_it_was(file, replaced):
         file.unlink()
         if replaced:
             file.write_bytes(b"short")
-        assert own_mapped_files(before) == 4 * mmap.PAGESIZE
+        assert copy_mapped_files(before) == 4 * mmap.PAGESIZE
         assert mapped[:] == content
 
 
-def test_where_the_system_does_not_tell_nothing_is_done(file, monkeypatch):
+def test_nothing_is_copied_if_the_system_lists_no_mappings(file, monkeypatch):
     monkeypatch.setattr(memory, "_MAPS", file.parent / "nowhere")
-    assert (mapped_files(), own_mapped_files(set())) == (set(), 0)
+    assert (mapped_files(), copy_mapped_files(set())) == (set(), 0)

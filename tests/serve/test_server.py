@@ -1,4 +1,4 @@
-"""The process as an operator meets it: start, SIGTERM under load, refusals in one line."""
+"""The process from the operator's side: start, SIGTERM under load, one-line errors."""
 
 import json
 import os
@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from trtq.cli import app
 from trtq.errors import UsageError
 from trtq.serve import server
+from trtq.serve.hosting import open_model
 from trtq.serve.models.torch_free import TorchFreeModel
-from trtq.serve.server import open_model, read_api_key
+from trtq.serve.options import read_api_key
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = "/v1/images/generations"
@@ -30,7 +31,7 @@ def run(*arguments):
 
 
 class Process:
-    """`trtq serve` in a process of its own, at a port that was free."""
+    """`trtq serve` in another process, on a free port."""
 
     def __init__(self, *arguments, probe="from trtq.cli import app; app()"):
         command = [sys.executable, "-c", probe, "serve", *map(str, arguments)]
@@ -46,7 +47,7 @@ class Process:
         self.client = httpx.Client(base_url=self.ready["url"], timeout=60)
 
     def end(self, *signals):
-        """Send signals; gives the exit code and the lines of the log."""
+        """Send signals and return the exit code and the lines of the log."""
         for number in signals:
             self.process.send_signal(number)
             time.sleep(0.1)
@@ -64,15 +65,15 @@ def start():
         return made[-1]
 
     yield make
-    for one in made:
-        if one.process.poll() is None:
-            one.process.kill()
-        one.process.communicate()
-        one.client.close()
+    for process in made:
+        if process.process.poll() is None:
+            process.process.kill()
+        process.process.communicate()
+        process.client.close()
 
 
 def under_load(process, requests, steps):
-    """Send requests at once; gives the threads and a list that fills with their answers."""
+    """Send requests at the same time; returns the threads and the list of their responses."""
     answers = []
 
     def ask(seed):
@@ -94,7 +95,7 @@ def under_load(process, requests, steps):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_was_taken_on_is_finished_before_the_end(served_onnx, start, number):
+def test_accepted_requests_are_finished_before_the_exit(served_onnx, start, number):
     process = start(served_onnx, "--max-batch", 2, "--max-steps", 500)
     threads, answers = under_load(process, 6, steps=100)
     code, log = process.end(number)
@@ -105,7 +106,7 @@ def test_what_was_taken_on_is_finished_before_the_end(served_onnx, start, number
     assert "draining" in [line["event"] for line in log]
 
 
-def test_what_does_not_end_in_time_is_answered_503(served_onnx, start):
+def test_requests_that_do_not_end_in_time_are_answered_503(served_onnx, start):
     process = start(served_onnx, "--max-batch", 2, "--max-steps", 500, "--drain-seconds", 0.2)
     threads, answers = under_load(process, 5, steps=500)
     code, log = process.end(signal.SIGTERM)
@@ -118,7 +119,7 @@ def test_what_does_not_end_in_time_is_answered_503(served_onnx, start):
     assert "giving up" in [line["event"] for line in log]
 
 
-def test_a_second_signal_ends_it_now(served_onnx, start):
+def test_a_second_signal_stops_the_server_at_once(served_onnx, start):
     process = start(served_onnx, "--max-batch", 2, "--max-steps", 500)
     threads, answers = under_load(process, 5, steps=500)
     code, _ = process.end(signal.SIGTERM, signal.SIGTERM)
@@ -130,7 +131,7 @@ def test_a_second_signal_ends_it_now(served_onnx, start):
 
 @pytest.mark.parametrize("provider", ["cpu", "openvino"])
 def test_digits_are_served_without_torch_and_diffusers(served_onnx, start, provider, vnni):
-    """On any processor; also at the first start, when a process of its own rewrites the graph."""
+    """On any processor, and also at the first start, when a child process rewrites the graph."""
     probe = (
         "import atexit, sys; heavy = ('torch', 'diffusers', 'transformers', 'onnx', 'onnx_ir');"
         "atexit.register(lambda: print(*(name for name in heavy if name in sys.modules)));"
@@ -144,31 +145,31 @@ def test_digits_are_served_without_torch_and_diffusers(served_onnx, start, provi
 
 
 @pytest.mark.parametrize("provider", ["cpu", "openvino", "torch"])
-def test_a_model_whose_files_are_cut_short_goes_on_as_it_was(
+def test_a_model_draws_the_same_after_its_files_are_truncated(
     served_onnx, tmp_path, start, provider
 ):
     folder = tmp_path / "model"
     shutil.copytree(served_onnx.parent / ("run" if provider == "torch" else "onnx"), folder)
     process = start(folder, "--provider", provider, "--batch-sizes", "1,2")
-    wish = {"prompt": "1", "seed": 3}
-    before = process.client.post(PATH, json=wish).json()["data"]
+    body = {"prompt": "1", "seed": 3}
+    before = process.client.post(PATH, json=body).json()["data"]
     for path in folder.rglob("*"):
         if path.is_file():
             os.truncate(path, min(10, path.stat().st_size))
-    after = process.client.post(PATH, json=wish)
+    after = process.client.post(PATH, json=body)
     assert (after.status_code, after.json()["data"]) == (200, before)
-    assert process.client.post(PATH, json=wish | {"n": 2}).status_code == 200
+    assert process.client.post(PATH, json=body | {"n": 2}).status_code == 200
     assert process.client.get("/readyz").status_code == 200
     assert process.end(signal.SIGTERM)[0] == 0
 
 
-def test_a_process_that_crashes_says_where(served_onnx, start):
+def test_a_process_that_crashes_prints_a_traceback(served_onnx, start):
     probe = (
         "import faulthandler; from trtq.serve.models.torch_free import TorchFreeModel;"
         "from trtq.cli import app;"
-        "quick = TorchFreeModel.denoise;"
+        "original = TorchFreeModel.denoise;"
         "TorchFreeModel.denoise = lambda self, x, *rest: faulthandler._sigsegv()"
-        " if len(x) == 2 else quick(self, x, *rest); app()"
+        " if len(x) == 2 else original(self, x, *rest); app()"
     )
     process = start(served_onnx, probe=probe)
     with pytest.raises(httpx.HTTPError):
@@ -179,13 +180,13 @@ def test_a_process_that_crashes_says_where(served_onnx, start):
     assert "denoise" in log or "_run" in log
 
 
-def test_a_batcher_that_died_is_the_exit_code(served_onnx, start):
+def test_the_exit_code_reports_a_batcher_that_died(served_onnx, start):
     probe = (
         "from trtq.serve.models.torch_free import TorchFreeModel;"
         "from trtq.cli import app;"
-        "quick = TorchFreeModel.denoise;"
+        "original = TorchFreeModel.denoise;"
         "TorchFreeModel.denoise = lambda self, x, *rest: exit('gone')"
-        " if len(x) == 2 else quick(self, x, *rest); app()"
+        " if len(x) == 2 else original(self, x, *rest); app()"
     )
     process = start(served_onnx, probe=probe)
     assert process.client.post(PATH, json={"prompt": "1", "n": 2}).status_code == 500
@@ -219,13 +220,13 @@ def test_only_hosts_and_origins_that_are_allowed_are_answered(served_onnx, start
     assert 'trtq_errors_total{code="invalid_http"} 1.0' in process.client.get("/metrics").text
     code, log = process.end(signal.SIGTERM)
     assert code == 0
-    told = [line.get("error") for line in log if line["event"] == "request"]
-    assert [one for one in told if one] == [
+    errors = [line.get("error") for line in log if line["event"] == "request"]
+    assert [error for error in errors if error] == [
         "host_not_allowed", "origin_not_allowed", "invalid_http",
     ]  # fmt: skip
 
 
-def test_that_all_hosts_or_origins_are_allowed_is_said(served_onnx, start):
+def test_allowing_all_hosts_or_origins_logs_warnings(served_onnx, start):
     process = start(served_onnx, "--allowed-host", "*", "--allowed-origin", "*")
     assert process.client.get("/v1/models", headers={"Host": "any.example"}).status_code == 200
     _, log = process.end(signal.SIGTERM)
@@ -233,7 +234,7 @@ def test_that_all_hosts_or_origins_are_allowed_is_said(served_onnx, start):
     assert ["every host" in warnings[0], "every origin" in warnings[1]] == [True, True]
 
 
-def test_openvino_serves_at_once_and_compiles_further_sizes_meanwhile(served_onnx, start):
+def test_openvino_serves_at_once_and_compiles_more_sizes_meanwhile(served_onnx, start):
     process = start(served_onnx, "--provider", "openvino", "--max-batch", 4)
     threads, answers = under_load(process, 5, steps=150)
     for thread in threads:
@@ -251,11 +252,11 @@ def test_openvino_serves_at_once_and_compiles_further_sizes_meanwhile(served_onn
     assert process.end(signal.SIGTERM)[0] == 0
 
 
-def _calls(text, most):
+def _calls(text, max_rows):
     (line,) = (
         line
         for line in text.splitlines()
-        if line.startswith(f'trtq_batch_rows_bucket{{le="{most}"')
+        if line.startswith(f'trtq_batch_rows_bucket{{le="{max_rows}"')
     )
     return float(line.split()[-1])
 
@@ -272,7 +273,7 @@ def test_a_port_in_use_is_one_line(served_onnx):
     assert "--port" in line
 
 
-def test_a_port_that_is_taken_meanwhile_is_one_line(served_onnx, monkeypatch):
+def test_a_port_that_is_taken_during_the_start_is_one_line(served_onnx, monkeypatch):
     with socket.socket() as rival:
         rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         rival.bind(("127.0.0.1", 0))
@@ -289,7 +290,7 @@ def test_a_port_that_is_taken_meanwhile_is_one_line(served_onnx, monkeypatch):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_an_engine_for_fewer_rows_is_not_given_more(served_onnx, monkeypatch):
+def test_an_engine_for_fewer_rows_is_refused(served_onnx, monkeypatch):
     monkeypatch.setattr(TorchFreeModel, "max_rows", 4)
     result = run(served_onnx, "--port", 0)
     assert result.exit_code == 2
@@ -297,19 +298,19 @@ def test_an_engine_for_fewer_rows_is_not_given_more(served_onnx, monkeypatch):
     assert "--max-batch 4" in result.stderr
 
 
-def test_a_call_that_does_not_end_does_not_hold_up_the_exit(served_onnx, start):
+def test_a_call_that_hangs_does_not_delay_the_exit(served_onnx, start):
     probe = (
         "import time; from trtq.serve.models.torch_free import TorchFreeModel;"
         "from trtq.cli import app;"
-        "quick = TorchFreeModel.denoise;"
+        "original = TorchFreeModel.denoise;"
         "TorchFreeModel.denoise = lambda self, x, t, *rest: "
-        "(time.sleep(60 if len(x) == 2 else 0), quick(self, x, t, *rest))[1]; app()"
+        "(time.sleep(60 if len(x) == 2 else 0), original(self, x, t, *rest))[1]; app()"
     )
     process = start(served_onnx, "--drain-seconds", 1, probe=probe)
     body = {"prompt": "1", "n": 2, "seed": 0}
-    found = []
+    statuses = []
     asking = threading.Thread(
-        target=lambda: found.append(process.client.post(PATH, json=body).status_code)
+        target=lambda: statuses.append(process.client.post(PATH, json=body).status_code)
     )
     asking.start()
     while "under_way" not in (text := process.client.get("/metrics").text) or "} 2.0" not in text:
@@ -317,7 +318,7 @@ def test_a_call_that_does_not_end_does_not_hold_up_the_exit(served_onnx, start):
     begun = time.monotonic()
     code, log = process.end(signal.SIGTERM)
     asking.join()
-    assert (code, found) == (0, [503])
+    assert (code, statuses) == (0, [503])
     assert time.monotonic() - begun < 30
     assert "leaving a call of the engine behind" in [line["event"] for line in log]
 
@@ -343,7 +344,7 @@ def test_a_call_that_does_not_end_does_not_hold_up_the_exit(served_onnx, start):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_cannot_be_served_is_one_line(served_onnx, arguments, code, message):
+def test_a_model_that_cannot_be_served_is_one_line(served_onnx, arguments, code, message):
     given = [argument.format(onnx=served_onnx) for argument in arguments]
     result = run("--port", 0, *given)
     assert result.exit_code == code

@@ -194,7 +194,7 @@ def serve(
 def _limits(
     max_batch: int, batch_sizes: str | None, queue: int, images: int, steps: int, deadline_s: float
 ) -> Any:
-    from trtq.serve.service import Limits, parse_batch_sizes
+    from trtq.serve.options import Limits, parse_batch_sizes
 
     return Limits(
         batch=max_batch,
@@ -210,7 +210,7 @@ def _access(
     api_key_file: Path | None, hosts: Sequence[str], origins: Sequence[str]
 ) -> dict[str, Any]:
     from trtq.serve.http.access import allowed_hosts, allowed_origins
-    from trtq.serve.server import read_api_key
+    from trtq.serve.options import read_api_key
 
     return {
         "api_key": read_api_key(api_key_file),
@@ -222,7 +222,7 @@ def _access(
 def _run(replicas: str | None, as_json: bool, verbose: bool, batching: str, **options: Any) -> None:
     """Serve until the process is stopped: on Ray if `replicas` is given, else in this process."""
     from trtq.serve.logs import log_to
-    from trtq.serve.server import ServeOptions, parse_batching
+    from trtq.serve.options import ServeOptions, parse_batching
     from trtq.serve.server import serve as run_server
 
     options["batching"] = parse_batching(batching)
@@ -230,8 +230,8 @@ def _run(replicas: str | None, as_json: bool, verbose: bool, batching: str, **op
     if replicas is None:
         run_server(ServeOptions(**options), lambda record: show(record, as_json, _print_ready))
         return
-    from trtq.serve.ray.deployment import RayOptions
     from trtq.serve.ray.local import parse_replicas, serve_on_ray
+    from trtq.serve.ray.options import RayOptions
 
     min_replicas, max_replicas = parse_replicas(replicas)
     ray_options = RayOptions(min_replicas=min_replicas, max_replicas=max_replicas, **options)

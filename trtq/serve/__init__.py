@@ -1,1 +1,1 @@
-"""Serving images over HTTP, requests at different denoising steps in one call of the denoiser."""
+"""An HTTP server for images; requests at different denoising steps share denoiser calls."""

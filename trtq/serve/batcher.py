@@ -1,10 +1,9 @@
 """Step-level continuous batching: images at different denoising steps share one call of the denoiser.
 
-The step index is computed inside the graph, from the timestep, for each row of a batch. So a call may
-hold images at different steps, of different step counts, seeds and guidance: an image joins at the
-next call and leaves when it is done. What an image becomes depends on no other: alone or beside others,
-in a batch of the same size it is the same bit for bit.
-Letters: B rows of a call; an image with guidance takes two, one without takes one.
+The graph computes the step index from the timestep, for each row of a batch. So the images of a call may
+be at different steps and have different step counts, seeds and guidance: an image joins at the next call
+and leaves when it is complete. No image depends on the others in its batch: in a batch of the same size
+an image is the same, bit for bit, alone or with others.
 """
 
 from __future__ import annotations
@@ -13,172 +12,53 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
-import numpy as np
+from trtq.serve.batch import Batch, Item
+from trtq.serve.models.base import ImageModel
+from trtq.serve.options import Batching
 
-from trtq.serve.models.base import ImageModel, InitialState
-
-__all__ = ["Batcher", "Batching", "Item", "Observer", "batch_sizes"]
+__all__ = ["Batcher", "Observer", "batch_sizes"]
 
 logger = logging.getLogger(__name__)
-Batching = Literal["step", "request"]
 
 
 class Observer(Protocol):
-    """Is told what a batcher does; called from its thread."""
+    """Callbacks for the work of a batcher, called from its thread."""
 
     def called(self, seconds: float, rows: int, size: int) -> None:
-        """One call of the denoiser: `rows` of images in a batch of `size`."""
+        """Called after each denoiser call: `rows` rows of images in a batch of `size` rows."""
 
     def waited(self, seconds: float) -> None:
-        """An image was denoised for the first time, so long after it came."""
+        """Called when an image gets its first denoising step; `seconds` is its queueing time."""
 
 
-@dataclass(eq=False)
-class Item:
-    """One image under way.
-
-    Attributes:
-        start: what it begins with.
-        index: its place in its request.
-        after_update: called in the batcher's thread after each step but the last.
-        done: called once, mostly in the batcher's thread, with None or with what went wrong; not called
-            for an image that was cancelled.
-        x: where it stands, `[1, ...]`.
-        clean: the clean sample that the last prediction meant.
-        position: calls of the denoiser so far.
-        cancelled: nobody waits for it any more.
-    """
-
-    start: InitialState
-    index: int
-    after_update: Callable[[Item], None] | None
-    done: Callable[[Item, Exception | None], None]
-    x: np.ndarray = field(init=False)
-    clean: np.ndarray = field(init=False)
-    position: int = 0
-    cancelled: bool = False
-    order: float = 0.0
-    came: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.x = self.clean = self.start.x
-        inputs = self.start.inputs
-        both = inputs.unconditional is not None and self.start.guidance != 1
-        self.rows = 2 if both else 1
-        halves = [inputs.unconditional, inputs.conditional] if both else [inputs.conditional]
-        self.halves = [half for half in halves if half is not None]
-        # Only arrays of the same shapes can lie in one batch.
-        arrays = [*inputs.conditional.items(), *inputs.shared.items()]
-        self.kind = (self.x.shape, tuple((name, value.shape[1:]) for name, value in arrays))
-
-    @property
-    def steps(self) -> int:
-        """Calls of the denoiser in all."""
-        return len(self.start.solver.timesteps)
-
-    def answer(self, error: Exception | None) -> None:
-        """Call `done`, unless nobody waits."""
-        if self.cancelled:
-            return
-        try:
-            self.done(self, error)
-        except Exception:  # The batcher has others to serve.
-            logger.exception("an image could not be answered")
-
-
-class _Group:
-    """Images in calls together until one comes or goes; what stays the same is put together once.
-
-    Args:
-        items: the images, all of one kind.
-        size: rows of a call; those that no image needs repeat the last one.
-
-    Attributes:
-        left: calls until the first of them is done.
-        new: those that were in no call yet.
-        watched: those that tell somebody after each step.
-    """
-
-    def __init__(self, items: Sequence[Item], size: int) -> None:
-        self.items = items
-        self.size = size
-        self.rows = sum(item.rows for item in items)
-        self.left = min(item.steps - item.position for item in items)
-        self.new = [item for item in items if item.position == 0]
-        self.watched = [item for item in items if item.after_update is not None]
-        padding = size - self.rows
-        halves = [half for item in items for half in item.halves]
-        halves += halves[-1:] * padding
-        inputs = items[0].start.inputs
-        self._conditional = {
-            name: _joined([half[name] for half in halves]) for name in inputs.conditional
-        }
-        self._shared = inputs.shared
-        # Of each row of a call, which image it belongs to: in order, "no condition" first, then padding.
-        places = [place for place, item in enumerate(items) for _ in range(item.rows)]
-        self._places = [*places, *places[-1:] * padding]
-        self._timesteps = self._all_timesteps()
-
-    def _all_timesteps(self) -> np.ndarray:
-        """Those of all calls until the first is done, float32[left, size]."""
-        found = [
-            item.start.solver.timesteps[item.position : item.position + self.left]
-            for item in self.items
-        ]
-        return np.array(found, np.float32).T[:, self._places]
-
-    def step(self, model: ImageModel) -> None:
-        """Move each image one step on."""
-        x = _joined([item.start.solver.scaled(item.x, item.position) for item in self.items])
-        if len(x) != self.size:
-            x = x[self._places]
-        timesteps = self._timesteps[-self.left]
-        predicted = model.denoise(x, timesteps, self._conditional, self._shared)
-        first = 0
-        for item in self.items:
-            own = predicted[first : first + item.rows, : item.x.shape[1]]
-            first += item.rows
-            if item.rows == 2:
-                without, with_condition = own[:1], own[1:]
-                own = without + item.start.guidance * (with_condition - without)
-            item.x, item.clean = item.start.solver.step(item.x, own, item.position)
-            item.position += 1
-        self.left -= 1
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def batch_sizes(most: int) -> tuple[int, ...]:
-    """Powers of two up to `most`, and `most` itself."""
-    powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
-    return (*powers, most)
+def batch_sizes(max_rows: int) -> tuple[int, ...]:
+    """The powers of two below `max_rows`, and `max_rows` itself."""
+    powers = [1 << power for power in range(max_rows.bit_length()) if 1 << power < max_rows]
+    return (*powers, max_rows)
 
 
 class Batcher:
-    """One thread that calls one model's denoiser.
+    """A thread that calls the denoiser of one model.
 
-    Images that came first are in every call until they are done. The images of one request come after
-    each other: its image k counts as if it had come k images later, so a request for many does not keep
-    one for a single image waiting, and none waits for ever.
+    The images that arrive first are in every call until they are complete. The images of one request are
+    interleaved with other requests: image k queues as if it had arrived k images later, so a large
+    request cannot delay a single-image request, and no image waits forever.
 
     Args:
-        model: what is called.
-        max_rows: rows in one call, at least 2.
-        sizes: the only batch sizes to call it with, ascending, smaller batches are padded; None: any.
-        more_sizes: whether `add_size` will bring others; until `no_more_sizes`, images wait for one that
-            they fit in.
-        batching: `step`, or `request`: a batch begins together, all of it with the same number of steps
-            and the same guidance, and nothing joins until it is done. This is how servers that call
-            whole pipelines batch, and there to be compared with.
-        observer: is told what happens.
+        model: the model whose denoiser is called.
+        max_rows: maximum number of rows per call, at least 2.
+        sizes: the only batch sizes of calls, ascending, to which smaller batches are padded; None: any.
+        more_sizes: whether `add_size` will add sizes; until `no_more_sizes`, an image that fits in no
+            size waits for a larger one.
+        batching: `step`, or `request`: a batch starts together, its images have the same number of steps
+            and the same guidance, and no image joins until the batch is complete. Servers that call
+            whole pipelines batch this way; the strategy exists for comparison.
+        observer: callbacks for metrics.
 
     Attributes:
-        died: whether its thread ended by what it could not answer anybody with.
+        died: whether the thread ended because of an error.
     """
 
     def __init__(
@@ -198,7 +78,7 @@ class Batcher:
         self._more_sizes = more_sizes
         self._observer = observer
         self._items: list[Item] = []
-        self._batch: list[Item] = []
+        self._request_batch: list[Item] = []
         self._changed = False
         self._in_call = 0
         self._wake = threading.Condition()
@@ -210,31 +90,31 @@ class Batcher:
         self._thread.start()
 
     def put(self, items: Sequence[Item]) -> None:
-        """Take on the images of one request."""
+        """Queue the images of one request."""
         now = time.monotonic()
         with self._wake:
             refusal = self._closed
-            if not self._more_sizes and any(item.rows > self._most() for item in items):
+            if not self._more_sizes and any(item.rows > self._max_batch() for item in items):
                 refusal = refusal or _does_not_fit()
             if refusal is None:
                 for item in items:
-                    item.came = now
+                    item.queued_at = now
                     item.order = self._calls + item.index * item.steps
                 self._items += items
                 self._items.sort(key=lambda item: item.order)
-                self._change()
+                self._notify()
                 return
         for item in items:
-            item.answer(refusal)
+            item.finish(refusal)
 
     @property
     def waiting(self) -> int:
-        """Images that are not in the call under way."""
+        """Number of images that are not in the current call."""
         return max(0, len(self._items) - self._in_call)
 
     @property
     def alive(self) -> bool:
-        """Whether its thread runs."""
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     def add_size(self, size: int) -> None:
@@ -242,33 +122,41 @@ class Batcher:
         assert self.sizes is not None
         with self._wake:
             self.sizes = sorted({*self.sizes, size})
-            self._change()
+            self._notify()
 
     def no_more_sizes(self) -> None:
-        """Images that fit in none of the sizes need not wait any longer."""
+        """Fail the images that fit in none of the batch sizes, since no further size will be added."""
         with self._wake:
             self._more_sizes = False
-            hopeless = [item for item in self._items if item.rows > self._most()]
+            hopeless = [item for item in self._items if item.rows > self._max_batch()]
         self._finish(hopeless, _does_not_fit())
 
     def refuse(self, error: Exception) -> None:
-        """Give up all images, and those that still come; the call that is running is still finished."""
+        """Fail all current and future images with `error`; a call in progress runs to its end."""
         with self._wake:
             self._closed = error
-            self._change()
-            given_up, self._items, self._batch = self._items, [], []
+            self._notify()
+            given_up, self._items, self._request_batch = self._items, [], []
         for item in given_up:
-            item.answer(error)
+            item.finish(error)
             item.cancelled = True
 
     def close(self, error: Exception, seconds: float | None = None) -> bool:
-        """The same, and wait so long for the end of the thread; whether it came."""
+        """Refuse all images and wait for the end of the thread.
+
+        Args:
+            error: the error of the images.
+            seconds: maximum waiting time; None: no limit.
+
+        Returns:
+            Whether the thread ended in time.
+        """
         self.refuse(error)
         self._thread.join(seconds)
         return not self.alive
 
-    def _change(self) -> None:
-        """Have the images of the next call chosen anew; the lock is held."""
+    def _notify(self) -> None:
+        """Make the thread choose the images of the next call again; the lock is held."""
         self._changed = True
         self._wake.notify()
 
@@ -278,16 +166,16 @@ class Batcher:
                 try:
                     self._call_while_unchanged(chosen)
                 except Exception as error:
-                    # Whatever the engine threw is the answer to these images; the thread has to live on.
+                    # An engine may raise anything: it ends these images, and the thread has to live on.
                     logger.exception("a call of the denoiser failed")
                     self._finish(chosen, error)
-        except BaseException:  # Of this thread nobody else would hear.
+        except BaseException:  # Nothing else would report the end of this thread.
             self.died = True
             logger.critical("the batcher died; start the server again", exc_info=True)
             self.refuse(RuntimeError("its batcher has died; the server has to be started again"))
 
     def _next(self) -> list[Item]:
-        """The images of the next call, as soon as there are any; none at the end."""
+        """Wait for images and return those of the next call; an empty list after `refuse`."""
         with self._wake:
             while not (chosen := self._choose()) and self._closed is None:
                 self._wake.wait()
@@ -299,70 +187,70 @@ class Batcher:
         rows = size = sum(item.rows for item in chosen)
         if self.sizes is not None:
             size = next(size for size in self.sizes if size >= rows)
-        group = _Group(chosen, size)
-        # While nobody comes or goes the next call is of the same images: no lock, no choice.
+        batch = Batch(chosen, size)
+        # While no image joins or leaves, the next call has the same images: no lock, no choice.
         while not self._changed and not any(item.cancelled for item in chosen):
-            self._call(group)
+            self._call(batch)
 
     def _choose(self) -> list[Item]:
-        """The images of the next call; cancelled ones are dropped."""
+        """Choose the images of the next call and drop the cancelled images."""
         if any(item.cancelled for item in self._items):
             self._drop(item for item in self._items if item.cancelled)
         if self.batching == "step":
             return self._fill(self._items, lambda item, first: item.kind == first.kind)
-        if not self._batch:
-            self._batch = self._fill(self._items, _same_call)
-        return self._batch
+        if not self._request_batch:
+            self._request_batch = self._fill(self._items, _same_call)
+        return self._request_batch
 
-    def _most(self) -> int:
+    def _max_batch(self) -> int:
         return self.max_rows if self.sizes is None else min(self.max_rows, self.sizes[-1])
 
     def _fill(self, items: list[Item], fits: Callable[[Item, Item], bool]) -> list[Item]:
-        most = self._most()
+        max_rows = self._max_batch()
         chosen: list[Item] = []
         rows = 0
         for item in items:
-            if rows == most:
+            if rows == max_rows:
                 break
-            if rows + item.rows <= most and (not chosen or fits(item, chosen[0])):
+            if rows + item.rows <= max_rows and (not chosen or fits(item, chosen[0])):
                 chosen.append(item)
                 rows += item.rows
         return chosen
 
     def _drop(self, items: Iterable[Item]) -> None:
-        gone = set(items)
-        self._items = [item for item in self._items if item not in gone]
-        self._batch = [item for item in self._batch if item not in gone]
+        dropped = set(items)
+        self._items = [item for item in self._items if item not in dropped]
+        self._request_batch = [item for item in self._request_batch if item not in dropped]
 
-    def _call(self, group: _Group) -> None:
+    def _call(self, batch: Batch) -> None:
         begun = time.monotonic()
-        group.step(self.model)
+        batch.step(self.model)
         self._calls += 1
         if self._observer is not None:
-            self._observer.called(time.monotonic() - begun, group.rows, group.size)
-            for item in group.new:
-                self._observer.waited(begun - item.came)
-            group.new = []
-        if not group.left:
-            self._finish([item for item in group.items if item.position == item.steps], None)
-        for item in group.watched:
+            self._observer.called(time.monotonic() - begun, batch.rows, batch.size)
+            for item in batch.new:
+                self._observer.waited(begun - item.queued_at)
+            batch.new = []
+        if not batch.remaining:
+            self._finish([item for item in batch.items if item.position == item.steps], None)
+        for item in batch.watched:
             if item.position < item.steps and not item.cancelled:
-                assert item.after_update is not None
+                assert item.on_step is not None
                 try:
-                    item.after_update(item)
-                except Exception as error:  # Of this image alone.
-                    logger.exception("a step could not be told")
+                    item.on_step(item)
+                except Exception as error:  # Ends this image only.
+                    logger.exception("the progress of an image could not be reported")
                     self._finish([item], error)
 
     def _finish(self, items: Sequence[Item], error: Exception | None) -> None:
-        """Answer images, unless somebody else has: whoever takes one off the list answers it."""
+        """Finish images; the caller that takes an image off the list finishes it, so each ends once."""
         with self._wake:
             listed = set(self._items)
-            mine = [item for item in items if item in listed]
+            taken = [item for item in items if item in listed]
             self._drop(items)
-            self._change()
-        for item in mine:
-            item.answer(error)
+            self._notify()
+        for item in taken:
+            item.finish(error)
 
 
 def _does_not_fit() -> Exception:
@@ -370,7 +258,7 @@ def _does_not_fit() -> Exception:
 
 
 def _same_call(item: Item, first: Item) -> bool:
-    """Whether a pipeline could draw both in one call."""
+    """Whether a pipeline could draw both images in one call."""
     return (
         item.kind == first.kind
         and item.steps == first.steps

@@ -1,4 +1,4 @@
-"""One JSON object per line and event."""
+"""The server's log: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FIELDS = "fields"
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, message, the fields given as `extra={"fields": {...}}`, and a traceback if any."""
+    """Formats time, level, message, the fields in `extra={"fields": {...}}` and the traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record on one line."""
+        """Return the record as one line of JSON."""
         when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {"time": when, "level": record.levelname.lower(), "event": record.getMessage()}
         line |= getattr(record, FIELDS, {})
@@ -28,7 +28,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_to(stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Send this package's log, and the HTTP server's, to a stream; by default standard error."""
+    """Send the logs of this package and of the HTTP server to a stream, by default standard error."""
     handler = StderrHandler() if stream is None else logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     for name in ("trtq.serve", "uvicorn"):

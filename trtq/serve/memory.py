@@ -1,8 +1,8 @@
-"""Weights that a server holds in memory of its own, whatever happens to their files.
+"""Copies of mapped weights in the server's own memory, which do not depend on the files any more.
 
-Runtimes map files instead of reading them. Where such a file is cut short, in place, the next access
-ends the process (SIGBUS); where it is overwritten, the model draws with other weights. Files that are
-replaced by renaming do neither.
+Runtimes map files instead of reading them. If such a file is truncated in place, the next access ends
+the process (SIGBUS); if it is overwritten, the model draws with other weights. A file that is replaced
+by renaming does no harm.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 from trtq.errors import ArtefactError
 
-__all__ = ["mapped_files", "own_mapped_files"]
+__all__ = ["copy_mapped_files", "mapped_files"]
 
 _MAPS = Path("/proc/self/maps")
 _PART = 64 << 20
-"""Bytes that are copied at a time; so many are in memory twice."""
+"""Number of bytes that are copied at a time, and thus are in memory twice."""
 _MAY_MOVE_TO = 1 | 2
 """Flags of mremap: MREMAP_MAYMOVE and MREMAP_FIXED."""
 _NO_DATA = ("/dev/", "/memfd:", "/SYSV", "/run/shm/")
@@ -37,7 +37,7 @@ class _Mapping:
 
 
 def _mappings() -> list[_Mapping]:
-    """The mappings of data files; none where the system does not tell."""
+    """The mappings of data files; empty if the operating system does not list them."""
     try:
         lines = _MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -45,64 +45,65 @@ def _mappings() -> list[_Mapping]:
     rows = [line.split(maxsplit=5) for line in lines]
     rows = [row for row in rows if len(row) == 6 and row[5].startswith("/")]
     programs = {row[5] for row in rows if "x" in row[1]}
-    found = []
+    mappings = []
     for addresses, rights, offset, _, inode, path in rows:
-        # What a program writes into a file this way ("s") is not to be taken away.
+        # A shared writable mapping ("s") writes to its file, so it has to stay.
         shared = rights[3] == "s" and "w" in rights
         if path in programs or path.startswith(_NO_DATA) or "r" not in rights or shared:
             continue
         start, _, end = addresses.partition("-")
-        found.append(
+        mappings.append(
             _Mapping(int(start, 16), int(end, 16), "w" in rights, int(offset, 16), int(inode), path)
         )
-    return found
+    return mappings
 
 
 def mapped_files() -> set[str]:
-    """The data files that this process has mapped, by absolute path."""
-    return {one.path for one in _mappings()}
+    """The absolute paths of the data files that this process has mapped."""
+    return {mapping.path for mapping in _mappings()}
 
 
-def own_mapped_files(before: set[str]) -> int:
-    """Put memory of the process's own in the place of files it has mapped, with the same content.
+def copy_mapped_files(before: set[str]) -> int:
+    """Replace file mappings of the process by anonymous memory with the same content.
 
-    Addresses stay, and other threads may read meanwhile. Only Linux has what it takes; elsewhere
-    nothing is done.
+    Addresses stay the same, and other threads may read meanwhile. The function works on Linux only; on
+    other systems it does nothing.
 
     Args:
-        before: files to leave alone: those that were mapped before the model was opened.
+        before: files to leave alone: the files that were mapped before the model was opened.
 
     Returns:
-        Bytes that were copied.
+        Number of bytes copied.
 
     Raises:
-        ArtefactError: a file is shorter than what was mapped of it.
+        ArtefactError: a file is shorter than its mapping.
     """
     copied = 0
-    for one in _mappings():
-        if one.path in before:
+    for mapping in _mappings():
+        if mapping.path in before:
             continue
-        _check_length(one)
-        for start in range(one.start, one.end, _PART):
-            size = min(_PART, one.end - start)
-            _replace(start, size, one.writable)
+        _check_length(mapping)
+        for start in range(mapping.start, mapping.end, _PART):
+            size = min(_PART, mapping.end - start)
+            _replace(start, size, writable=mapping.writable)
             copied += size
     return copied
 
 
-def _check_length(one: _Mapping) -> None:
+def _check_length(mapping: _Mapping) -> None:
     try:
-        found = os.stat(one.path)
+        status = os.stat(mapping.path)
     except OSError:
-        return  # It was deleted; what is mapped of it stays.
-    if found.st_ino != one.inode:
-        return  # It was replaced, by renaming.
-    length = found.st_size
-    if one.offset + (one.end - one.start) >= length + mmap.PAGESIZE:
-        raise ArtefactError(f"{one.path} was cut short while it was opened; restore the whole file")
+        return  # The file is deleted; its mapping stays valid.
+    if status.st_ino != mapping.inode:
+        return  # The file is replaced, by renaming.
+    if mapping.offset + (mapping.end - mapping.start) >= status.st_size + mmap.PAGESIZE:
+        raise ArtefactError(
+            f"{mapping.path} was cut short while it was opened; restore the whole file"
+        )
 
 
-def _replace(start: int, size: int, writable: bool) -> None:
+def _replace(start: int, size: int, *, writable: bool) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -117,7 +118,7 @@ def _replace(start: int, size: int, writable: bool) -> None:
     ctypes.memmove(copy, start, size)
     if not writable:
         libc.mprotect(copy, size, mmap.PROT_READ)
-    # In one move: whoever reads there meanwhile finds the one or the other, which are the same.
+    # mremap is atomic: a concurrent reader sees the old or the new pages, which have the same content.
     if libc.mremap(copy, size, size, _MAY_MOVE_TO, start) != start:
         raise MemoryError(f"cannot put {size} bytes of weights in place: {_reason()}")
 

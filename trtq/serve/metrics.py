@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus: one registry per server, so two in a process do not mix."""
+"""Prometheus metrics of a server: one registry per server, so two servers of a process do not mix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CALLS_KEPT = 256
 
 
 class Metrics:
-    """All measurements of a server."""
+    """All metrics of a server."""
 
     def __init__(self) -> None:
         prometheus = require("prometheus_client")
@@ -38,44 +38,47 @@ class Metrics:
             "Gauge", "images_under_way", "Images accepted and not finished.", "model"
         )
         self._waiting = make(
-            "Gauge", "images_waiting", "Images that are in no call yet, the queue's depth.", "model"
+            "Gauge",
+            "images_waiting",
+            "Images that are not in the current call: the depth of the queue.",
+            "model",
         )
         self._max_rows = make(
             "Gauge",
             "batch_rows_limit",
-            "Most rows of a call; occupancy is batch_rows by it.",
+            "Maximum rows of a call; occupancy is batch_rows divided by this.",
             "model",
         )
-        self._load = make("Gauge", "model_load_seconds", "Opening the model took so long.", "model")
+        self._load = make("Gauge", "model_load_seconds", "Time for opening the model.", "model")
         self._wait = make(
             "Histogram",
             "queue_wait_seconds",
-            "From accepted to the first denoising step.",
+            "Time from accepting an image to its first denoising step.",
             "model",
             buckets=_REQUEST_S,
         )
         self._step = make(
             "Histogram",
             "step_seconds",
-            "One call of the denoiser, and moving its images on.",
+            "Time of a denoiser call, including the update of its images.",
             "model",
             buckets=_STEP_S,
         )
         self._rows = make(
             "Histogram", "batch_rows", "Rows of images in a call.", "model", buckets=_ROWS
         )
-        self._padding = make("Counter", "padding_rows", "Rows that filled a batch.", "model")
+        self._padding = make("Counter", "padding_rows", "Rows that padded a batch.", "model")
         self._images = make("Counter", "images", "Images drawn.", "model")
         self._requests = make(
             "Histogram",
             "request_seconds",
-            "From a request's headers to the end of the answer.",
+            "Time from the headers of a request to the end of its response.",
             "path",
             "status",
             buckets=_REQUEST_S,
         )
         self._models: list[ModelMetrics] = []
-        self._errors = make("Counter", "errors", "Requests that were not served.", "code")
+        self._errors = make("Counter", "errors", "Requests that failed or were refused.", "code")
 
     def model(
         self,
@@ -86,38 +89,46 @@ class Metrics:
         waiting: Callable[[], int],
         max_rows: int,
     ) -> ModelMetrics:
-        """The measurements of one model; `under_way` and `waiting` count its images."""
+        """Create the metrics of one model.
+
+        Args:
+            name: name of the model.
+            load_seconds: time that opening the model took, in seconds.
+            under_way: function that returns the number of accepted images that are not complete.
+            waiting: function that returns the number of images that are in no call.
+            max_rows: maximum number of rows per denoiser call.
+        """
         self._under_way.labels(name).set_function(under_way)
         self._waiting.labels(name).set_function(waiting)
         self._max_rows.labels(name).set(max_rows)
         self._load.labels(name).set(load_seconds)
-        found = ModelMetrics(
+        model_metrics = ModelMetrics(
             *(
                 metric.labels(name)
                 for metric in (self._wait, self._step, self._rows, self._padding, self._images)
             )
         )
-        self._models.append(found)
-        return found
+        self._models.append(model_metrics)
+        return model_metrics
 
     def request(self, path: str, status: int, seconds: float) -> None:
-        """A request was answered; `path` is a route's, not what a client made up."""
+        """Count a response; `path` is the path of a route, so that clients cannot create labels."""
         self._requests.labels(path, str(status)).observe(seconds)
 
     def error(self, code: str) -> None:
-        """A request was not served; `code` as in the answer."""
+        """Count a request that failed or was refused, by the error code of the response."""
         self._errors.labels(code).inc()
 
     def expose(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         for model in self._models:
-            model.tell()
-        found: bytes = self._expose(self.registry)
-        return found
+            model.flush()
+        text: bytes = self._expose(self.registry)
+        return text
 
 
 class ModelMetrics:
-    """The measurements of one model; a batcher's observer."""
+    """The metrics of one model, which observe its batcher."""
 
     def __init__(self, wait: Any, step: Any, rows: Any, padding: Any, images: Any) -> None:
         self._wait = wait
@@ -128,15 +139,15 @@ class ModelMetrics:
         self._calls: deque[tuple[float, int, int]] = deque()
 
     def called(self, seconds: float, rows: int, size: int) -> None:
-        """One call of the denoiser: `rows` of images in a batch of `size`."""
-        # Between two calls of a small model telling Prometheus would take a noticeable part of the time.
+        """Count a denoiser call: `rows` rows of images in a batch of `size` rows."""
+        # Updating Prometheus after every call of a small model would take a noticeable part of the time.
         self._calls.append((seconds, rows, size))
         if len(self._calls) >= _CALLS_KEPT:
-            self.tell()
+            self.flush()
 
-    def tell(self) -> None:
-        """Hand on what was kept back."""
-        with suppress(IndexError):  # Another thread may have taken the last one.
+    def flush(self) -> None:
+        """Pass the collected calls on to Prometheus."""
+        with suppress(IndexError):  # Another thread may have taken the last call.
             while True:
                 seconds, rows, size = self._calls.popleft()
                 self._step.observe(seconds)
@@ -145,9 +156,9 @@ class ModelMetrics:
                     self._padding.inc(size - rows)
 
     def waited(self, seconds: float) -> None:
-        """An image was denoised for the first time, so long after it came."""
+        """Count the queueing time of an image, up to its first denoising step."""
         self._wait.observe(seconds)
 
     def drawn(self) -> None:
-        """An image is finished."""
+        """Count a complete image."""
         self._images.inc()

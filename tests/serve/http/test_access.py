@@ -1,4 +1,4 @@
-"""Another site's page gets nothing out of a server, whatever it calls it; the own page does."""
+"""Pages of other sites get nothing out of a server, under any host name; the server's page does."""
 
 import contextlib
 import json
@@ -15,7 +15,9 @@ from trtq.serve.http import protocol
 from trtq.serve.http.access import Access, allowed_hosts, allowed_origins
 from trtq.serve.http.app import create_app
 from trtq.serve.metrics import Metrics
-from trtq.serve.service import Limits, ServedModel, Service
+from trtq.serve.options import Limits
+from trtq.serve.served import ServedModel
+from trtq.serve.service import Service
 
 BODY = json.dumps({"prompt": "one", "steps": 1})
 GETS = (
@@ -26,7 +28,7 @@ GETS = (
 
 @contextlib.contextmanager
 def serving(model, api_key=None, **access):
-    """A server with this access; gives its port."""
+    """Run a server with these access options and yield its port."""
     metrics = Metrics()
     service = Service({"toy": ServedModel(model, Limits(), "step", metrics)}, Limits())
     app = create_app(service, metrics, api_key, Access(**access))
@@ -37,7 +39,7 @@ def serving(model, api_key=None, **access):
 
 @pytest.fixture
 def serve(toy):
-    """Start a server with this access; gives its port."""
+    """A function that starts a server with these access options and returns its port."""
     with contextlib.ExitStack() as stack:
         yield lambda *given, **access: stack.enter_context(serving(toy, *given, **access))
 
@@ -49,21 +51,21 @@ def model():
 
 @pytest.fixture(scope="module")
 def port(model):
-    """A server as it is by default."""
-    with serving(model) as found:
-        yield found
+    """The port of a server with the default options."""
+    with serving(model) as number:
+        yield number
 
 
 @pytest.fixture
 def untouched(model):
-    """The model is asked for nothing."""
+    """Checks that the denoiser is not called."""
     calls = len(model.calls)
     yield
     assert len(model.calls) == calls
 
 
 class Answer:
-    """What came back on a connection, up to its end."""
+    """The response on a connection, read up to its end."""
 
     def __init__(self, raw):
         head, _, self.body = raw.partition(b"\r\n\r\n")
@@ -82,14 +84,14 @@ class Answer:
 def send(port, raw):
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(raw)
-        found = b""
+        raw_answer = b""
         while part := connection.recv(1 << 16):
-            found += part
-    return Answer(found)
+            raw_answer += part
+    return Answer(raw_answer)
 
 
 def ask(port, *lines, method="GET", path="/v1/models", body=""):
-    """One request with exactly these header lines; a connection of its own."""
+    """Send a request with exactly these header lines on a new connection."""
     lines = [*lines, "Connection: close"]
     if method == "POST":
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
@@ -124,7 +126,7 @@ def test_loopback_names_are_answered_to(port, host):
         "169.254.169.254", "metadata.google.internal",
     ],
 )  # fmt: skip
-def test_other_names_are_not(port, untouched, host):
+def test_other_names_are_refused(port, untouched, host):
     for answer in (ask(port, f"Host: {host}"), draw(port, f"Host: {host}")):
         assert answer.status == 421
         assert answer.error["code"] == "host_not_allowed"
@@ -161,7 +163,7 @@ def test_other_names_are_not(port, untouched, host):
     ],
     ids=lambda lines: "|".join(lines)[:50],
 )
-def test_a_request_that_names_no_one_host_is_refused(port, untouched, lines):
+def test_a_request_without_exactly_one_valid_host_is_refused(port, untouched, lines):
     for answer in (ask(port, *lines), draw(port, *lines)):
         assert answer.status == 400
         assert answer.error["code"] == "invalid_host"
@@ -188,7 +190,7 @@ def test_a_probe_of_http_1_0_need_not_name_a_host(port):
         ("localhost/v1/models", "localhost", 400),
     ],
 )
-def test_the_host_of_a_whole_target_counts(port, target, host, status):
+def test_the_host_of_an_absolute_target_counts(port, target, host, status):
     answer = ask(port, f"Host: {host}", path=target)
     assert answer.status == status
     if status != 200:
@@ -208,7 +210,7 @@ def test_names_can_be_allowed(serve):
         assert ask(port, f"Host: {host}").status == 421
 
 
-def test_all_names_can_be_allowed_which_is_said(serve):
+def test_all_names_can_be_allowed_with_a_warning(serve):
     access = Access(hosts=allowed_hosts(["*"]))
     port = serve(hosts=access.hosts)
     assert ask(port, "Host: evil.example").status == 200
@@ -221,7 +223,7 @@ def scope(host, server="10.1.2.3", method="GET"):
     return {"headers": [(b"host", host.encode())], "server": (server, 8000), "method": method}
 
 
-def test_the_address_that_a_connection_came_to_is_a_host_as_probes_have_it():
+def test_the_local_address_of_a_connection_is_allowed_for_probes():
     everywhere = Access(bound="0.0.0.0")
     everywhere.check(scope("10.1.2.3:8000"))
     everywhere.check(scope("0.0.0.0:8000"))
@@ -233,7 +235,7 @@ def test_the_address_that_a_connection_came_to_is_a_host_as_probes_have_it():
             everywhere.check(scope(host))
 
 
-def test_the_name_that_the_server_was_told_to_listen_at_is_a_host():
+def test_the_name_that_the_server_listens_on_is_allowed():
     Access(bound="Box.Example").check(scope("box.example:8000"))
     Access(bound="192.168.1.5").check(scope("192.168.1.5:8000", server="192.168.1.5"))
     with pytest.raises(Exception, match="does not answer"):
@@ -260,13 +262,13 @@ def test_the_name_that_the_server_was_told_to_listen_at_is_a_host():
         ("Sec-Fetch-Site: cross-site",),
         ("Sec-Fetch-Site: same-site",),
         ("Sec-Fetch-Site: Cross-Site",),
-        ("Sec-Fetch-Site: whatever",),
+        ("Sec-Fetch-Site: nonsense",),
         ("Origin: http://localhost:PORT", "Sec-Fetch-Site: cross-site"),
     ],
     ids=lambda lines: "|".join(lines),
 )
 @pytest.mark.parametrize("path", [PATH, "/v1/models", "/nothing"])
-def test_a_page_of_another_site_can_change_nothing(port, untouched, lines, path):
+def test_pages_of_other_sites_are_refused(port, untouched, lines, path):
     lines = [line.replace("PORT", str(port)) for line in lines]
     answer = ask(port, f"Host: localhost:{port}", *lines, method="POST", path=path, body=BODY)
     assert answer.status == 403
@@ -288,7 +290,7 @@ def test_a_page_of_another_site_can_change_nothing(port, untouched, lines, path)
         ("localhost", None, None),
     ],
 )
-def test_the_own_page_and_programs_draw(port, host, origin, site):
+def test_the_servers_page_and_programs_draw(port, host, origin, site):
     lines = [f"Host: {host}"]
     lines += [f"Origin: {origin}"] if origin else []
     lines += [f"Sec-Fetch-Site: {site}"] if site else []
@@ -302,7 +304,7 @@ def test_the_own_page_and_programs_draw(port, host, origin, site):
     ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
      "text/plain; application/json", "application/jsonx", ""],
 )  # fmt: skip
-def test_what_a_form_of_another_page_can_send_is_no_request(port, untouched, kind):
+def test_content_types_that_forms_can_send_are_refused(port, untouched, kind):
     raw = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     raw += f"Content-Type: {kind}\r\nContent-Length: {len(BODY)}\r\n\r\n{BODY}"
     answer = send(port, raw.encode())
@@ -310,7 +312,7 @@ def test_what_a_form_of_another_page_can_send_is_no_request(port, untouched, kin
     assert answer.error["code"] == "unsupported_media_type"
 
 
-def test_no_page_is_told_by_default_that_it_may(port):
+def test_by_default_no_page_is_allowed_by_cors(port):
     answer = ask(port, "Host: localhost", "Origin: http://evil.example")
     assert not [name for name in answer.headers if name.startswith("access-control")]
     preflight = ("Access-Control-Request-Method: POST", "Origin: http://evil.example")
@@ -360,7 +362,7 @@ def test_with_a_key_foreign_hosts_and_origins_are_refused_first(serve):
     "text",
     ["", "http://images.example", "images.example:8000", "a b", "*.*", "x/y", "[::1]:80", "*x"],
 )
-def test_hosts_that_are_none_are_refused_at_the_start(text):
+def test_invalid_hosts_are_refused_at_the_start(text):
     with pytest.raises(UsageError, match=re.escape(f"the host {text!r} is not understood")):
         allowed_hosts([text])
 
@@ -369,7 +371,7 @@ def test_hosts_that_are_none_are_refused_at_the_start(text):
     "text",
     ["", "images.example", "http://", "http://a/b", "http://a:99999", "http://u@a", "a b://c"],
 )
-def test_origins_that_are_none_are_refused_at_the_start(text):
+def test_invalid_origins_are_refused_at_the_start(text):
     with pytest.raises(UsageError, match=re.escape(f"the origin {text!r} is not understood")):
         allowed_origins([text])
 
@@ -400,17 +402,17 @@ def test_head_is_get_without_the_body(port, path):
     "method", ["OPTIONS", "TRACE", "PUT", "DELETE", "PATCH", "PROPFIND", "BREW", "get"]
 )
 @pytest.mark.parametrize("path", [*GETS, PATH])
-def test_other_methods_are_405_with_those_that_there_are(port, method, path):
+def test_other_methods_are_405_and_name_the_allowed_methods(port, method, path):
     answer = ask(port, "Host: localhost", method=method, path=path)
     assert answer.status == 405
     assert answer.error["code"] == "method_not_allowed"
-    if method in ("BREW", "get"):  # The parser knows of no path yet.
+    if method in ("BREW", "get"):  # The parser refuses the method before it reads the path.
         assert answer.headers["allow"] == "GET, HEAD, POST"
     else:
         assert answer.headers["allow"] == ("POST" if path == PATH else "GET, HEAD")
 
 
-def test_answers_cannot_be_shown_or_run_by_another_page(port):
+def test_other_pages_cannot_show_or_run_a_response(port):
     for path in (*GETS, "/nothing"):
         headers = ask(port, "Host: localhost", path=path).headers
         assert headers["x-content-type-options"] == "nosniff"

@@ -1,4 +1,4 @@
-"""The server as clients meet it: OpenAI's API, refusals by name, streams, health, metrics, the page."""
+"""The server from the client's side: OpenAI's API, errors, streams, health, metrics, the page."""
 
 import asyncio
 import base64
@@ -19,7 +19,10 @@ from trtq.serve.http.errors import ApiError
 from trtq.serve.http.protocol import BoundedProtocol
 from trtq.serve.metrics import Metrics
 from trtq.serve.models.base import GenerationRequest
-from trtq.serve.service import Limits, ServedModel, Service
+from trtq.serve.options import Limits
+from trtq.serve.requests import DrawOptions
+from trtq.serve.served import ServedModel
+from trtq.serve.service import Service
 
 PATH = "/v1/images/generations"
 KEY = "sesame"
@@ -30,10 +33,10 @@ class Server:
 
     def __init__(self, models, limits, batching="step", api_key=None):
         self.metrics = Metrics()
-        hosted = {
+        served = {
             model.info.name: ServedModel(model, limits, batching, self.metrics) for model in models
         }
-        self.service = Service(hosted, limits)
+        self.service = Service(served, limits)
         self.app = create_app(self.service, self.metrics, api_key)
 
     def post(self, client, **fields):
@@ -42,7 +45,7 @@ class Server:
 
 @pytest.fixture
 def serve(toy):
-    """Start a server over the toy; gives it, and a client."""
+    """A function that starts a server over the toy model and returns it with a client."""
     made = []
 
     def start(models=(), api_key=None, **limits):
@@ -74,23 +77,23 @@ def picture(data):
 def events(response):
     for block in response.read().decode().strip().split("\n\n"):
         name, data = block.split("\n")
-        found = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {found['type']}"
-        yield found
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        yield event
 
 
-def test_images_come_as_openai_sends_them(serve):
+def test_images_are_sent_in_openais_format(serve):
     server, client = serve()
     answer = server.post(client, n=3, steps=4)
     assert answer.status_code == 200
-    found = answer.json()
-    assert [picture(data).size for data in found["data"]] == [(4, 4)] * 3
-    assert len({data["b64_json"] for data in found["data"]}) == 3
-    assert (found["size"], found["output_format"], found["seed"]) == ("4x4", "png", 1)
+    body = answer.json()
+    assert [picture(data).size for data in body["data"]] == [(4, 4)] * 3
+    assert len({data["b64_json"] for data in body["data"]}) == 3
+    assert (body["size"], body["output_format"], body["seed"]) == ("4x4", "png", 1)
     assert server.service.under_way == 0
 
 
-def test_a_seed_gives_the_same_images_and_none_a_new_one(serve):
+def test_a_seed_gives_the_same_images_and_the_default_seed_is_random(serve):
     server, client = serve()
     first, again = (server.post(client).json()["data"] for _ in range(2))
     assert first == again
@@ -118,16 +121,18 @@ def test_the_official_client_generates_and_streams(serve):
             client.images.generate(prompt="two", model="dall-e-3")
 
 
-def test_a_stream_tells_progress_previews_and_the_end(serve):
+def test_a_stream_has_progress_previews_and_the_image(serve):
     server, client = serve()
-    found = list(events(server.post(client, stream=True, partial_images=3, progress=True, steps=8)))
-    progress = [event for event in found if event["type"] == "trtq.progress"]
+    received = list(
+        events(server.post(client, stream=True, partial_images=3, progress=True, steps=8))
+    )
+    progress = [event for event in received if event["type"] == "trtq.progress"]
     assert [event["step"] for event in progress] == list(range(1, 8))
-    previews = [event for event in found if event["type"].endswith("partial_image")]
+    previews = [event for event in received if event["type"].endswith("partial_image")]
     assert [event["partial_image_index"] for event in previews] == [0, 1, 2]
     assert [event["step"] for event in previews] == [2, 4, 6]
-    assert found[-1]["type"] == "image_generation.completed"
-    assert found[-1]["b64_json"] == server.post(client, steps=8).json()["data"][0]["b64_json"]
+    assert received[-1]["type"] == "image_generation.completed"
+    assert received[-1]["b64_json"] == server.post(client, steps=8).json()["data"][0]["b64_json"]
 
 
 @pytest.mark.parametrize(
@@ -135,14 +140,14 @@ def test_a_stream_tells_progress_previews_and_the_end(serve):
     [
         ({"prompt": "three"}, None, "one of zero, one, two, or a number from 0 to 2"),
         ({"prompt": 7}, "prompt", "should be a valid string"),
-        ({"prompt": "\ud800"}, "prompt", "no text"),
+        ({"prompt": "\ud800"}, "prompt", "not text"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 11}, "n", "up to 10"),
         ({"n": "2"}, "n", "valid integer"),
         ({"n": 10**400}, "n", "n"),
         ({"steps": 0}, "steps", "greater than or equal to 1"),
         ({"steps": 201}, "steps", "choose 1 .. 200"),
-        ({"size": "1024x1024"}, "size", "toy draws WIDTHxHEIGHT 4x4, got '1024x1024'; or say 'au"),
+        ({"size": "1024x1024"}, "size", "toy draws WIDTHxHEIGHT 4x4, got '1024x1024'; or use 'au"),
         ({"size": "0x4"}, "size", "draws WIDTHxHEIGHT 4x4"),
         ({"size": "4 x 4"}, "size", "draws WIDTHxHEIGHT 4x4"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
@@ -160,7 +165,7 @@ def test_a_stream_tells_progress_previews_and_the_end(serve):
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_what_is_not_understood_is_refused_by_name(serve, fields, param, message):
+def test_an_invalid_field_is_refused_by_name(serve, fields, param, message):
     _, client = serve()
     body = json.dumps({"prompt": "one"} | fields)
     answer = client.post(PATH, content=body, headers={"Content-Type": "application/json"})
@@ -179,14 +184,14 @@ NULLABLE = (
 
 
 @pytest.mark.parametrize("name", NULLABLE)
-def test_a_field_that_is_null_is_left_out(serve, name):
+def test_a_null_field_counts_as_missing(serve, name):
     _, client = serve()
     plain = {"prompt": "one"} | ({} if name == "seed" else {"seed": 1})
-    found, without = (client.post(PATH, json=plain | more) for more in ({name: None}, {}))
-    assert found.status_code == 200
-    assert len(found.json()["data"]) == 1
+    with_null, without = (client.post(PATH, json=plain | more) for more in ({name: None}, {}))
+    assert with_null.status_code == 200
+    assert len(with_null.json()["data"]) == 1
     if name != "seed":
-        assert found.json()["data"] == without.json()["data"]
+        assert with_null.json()["data"] == without.json()["data"]
 
 
 def test_all_fields_but_the_prompt_may_be_null_at_once(serve):
@@ -207,21 +212,23 @@ def test_null_does_not_make_a_field_known_or_the_prompt_optional(serve, name):
     assert answer.json()["error"]["param"] == name
 
 
-def test_a_model_of_several_sizes_draws_the_one_asked_for(serve):
+def test_a_model_of_several_sizes_draws_the_requested_size(serve):
     server, client = serve(models=[TextToy()])
-    found = server.post(client, model="text", size="12x8", n=2).json()
-    assert found["size"] == "12x8"
-    assert [picture(data).size for data in found["data"]] == [(12, 8)] * 2
+    body = server.post(client, model="text", size="12x8", n=2).json()
+    assert body["size"] == "12x8"
+    assert [picture(data).size for data in body["data"]] == [(12, 8)] * 2
     assert server.post(client, model="text", size="auto").json()["size"] == "4x4"
     done = list(events(server.post(client, model="text", size="8x4", stream=True)))[-1]
     assert (done["size"], picture(done).size) == ("8x4", (8, 4))
     models = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
     assert models["toy"]["sizes"] is None
-    assert models["text"]["sizes"] == {"smallest": [4, 4], "largest": [8, 12], "step": 4}
+    assert models["text"]["sizes"] == {
+        "smallest": [4, 4], "largest": [8, 12], "multiple_of": 4, "step": 4,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("size", ["16x8", "8x12", "6x8", "8", "0x8", "8x8x8", "-4x8", "9" * 4000])
-def test_a_size_that_is_not_drawn_is_refused_with_those_that_are(serve, size):
+def test_an_unsupported_size_is_refused_and_the_sizes_are_named(serve, size):
     server, client = serve(models=[TextToy()])
     answer = server.post(client, model="text", size=size)
     error = answer.json()["error"]
@@ -230,16 +237,16 @@ def test_a_size_that_is_not_drawn_is_refused_with_those_that_are(serve, size):
         "draws WIDTHxHEIGHT from 4x4 to 12x8, width and height multiples of 4, got"
         in error["message"]
     )
-    assert error["message"].endswith("or say 'auto' for 4x4")
+    assert error["message"].endswith("or use 'auto' for 4x4")
 
 
-def test_guidance_up_to_one_is_none_as_in_diffusers(serve):
+def test_guidance_up_to_one_disables_it_as_in_diffusers(serve):
     server, client = serve()
     drawn = [server.post(client, guidance=guidance).json()["data"] for guidance in (1, 0.5, 0)]
     assert drawn[0] == drawn[1] == drawn[2] != server.post(client, guidance=1.5).json()["data"]
 
 
-def test_a_negative_prompt_changes_the_picture_where_there_is_guidance(serve):
+def test_a_negative_prompt_changes_the_image_if_there_is_guidance(serve):
     server, client = serve(models=[TextToy()])
 
     def drawn(**fields):
@@ -250,10 +257,10 @@ def test_a_negative_prompt_changes_the_picture_where_there_is_guidance(serve):
     assert with_it == drawn(guidance=3, negative_prompt="ugly").json()["data"]
     useless = drawn(guidance=1, negative_prompt="ugly")
     assert (useless.status_code, useless.json()["error"]["param"]) == (400, "negative_prompt")
-    assert "changes nothing at guidance 1" in useless.json()["error"]["message"]
+    assert "has no effect at guidance 1" in useless.json()["error"]["message"]
     assert drawn(guidance=1, negative_prompt="").status_code == 200
-    found = client.get("/v1/models").json()["data"]
-    assert [model["takes_negative_prompt"] for model in found] == [False, True]
+    models = client.get("/v1/models").json()["data"]
+    assert [model["takes_negative_prompt"] for model in models] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +282,7 @@ def test_a_negative_prompt_changes_the_picture_where_there_is_guidance(serve):
     ],
     ids=lambda body: repr(body[:24]),
 )
-def test_hostile_bodies_are_the_clients_fault(serve, body):
+def test_malformed_bodies_are_refused(serve, body):
     server, client = serve()
     answer = client.post(PATH, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
@@ -317,7 +324,7 @@ def test_a_body_without_end_is_answered_and_its_connection_closed(serve, monkeyp
     assert server.post(client).status_code == 200
 
 
-def test_other_paths_and_methods_are_errors_of_the_same_form(serve):
+def test_other_paths_and_methods_are_errors_in_the_same_format(serve):
     _, client = serve()
     for method, path, status in (("GET", PATH, 405), ("GET", "/nothing", 404), ("PUT", "/", 405)):
         answer = client.request(method, path)
@@ -325,7 +332,7 @@ def test_other_paths_and_methods_are_errors_of_the_same_form(serve):
         assert answer.json()["error"]["code"] in ("not_found", "method_not_allowed")
 
 
-def test_a_full_queue_is_429_with_a_time_to_come_back(serve, toy):
+def test_a_full_queue_is_429_with_retry_after(serve, toy):
     server, client = serve(batch=2, queue=3)
     toy.go.clear()
     waiting = [threading.Thread(target=server.post, args=(client,)) for _ in range(5)]
@@ -344,7 +351,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back(serve, toy):
     assert server.post(client).status_code == 200
 
 
-def test_a_deadline_is_kept_and_the_image_given_up(serve, toy):
+def test_a_deadline_is_kept_and_the_image_is_cancelled(serve, toy):
     server, client = serve()
     toy.seconds = 0.05
     late = server.post(client, steps=100, deadline=0.3)
@@ -357,7 +364,7 @@ def test_a_deadline_is_kept_and_the_image_given_up(serve, toy):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_when_the_client_goes_its_image_is_given_up(serve, toy, stream):
+def test_when_the_client_disconnects_its_image_is_cancelled(serve, toy, stream):
     server, client = serve()
     toy.seconds = 0.02
     with pytest.raises(httpx.ReadTimeout):
@@ -375,7 +382,7 @@ def test_when_the_client_goes_its_image_is_given_up(serve, toy, stream):
 
 
 def connect(client, **options):
-    """A bare connection to a server, its request for a stream sent."""
+    """A raw connection to a server on which a request for a stream is sent."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.connect((client.base_url.host, client.base_url.port))
@@ -385,9 +392,9 @@ def connect(client, **options):
     return connection
 
 
-def test_who_does_not_read_keeps_no_place(serve, toy):
+def test_slow_readers_do_not_occupy_queue_slots(serve, toy):
     server, client = serve(batch=2, queue=8)
-    # Held until all are seen under way: on a busy machine they are done before anybody looks.
+    # The model waits until the test has seen all images in progress; otherwise they might be complete.
     toy.go.clear()
     with connect(client, n=10, steps=200, progress=True):
         wait_until(lambda: server.service.under_way == 10)
@@ -397,7 +404,7 @@ def test_who_does_not_read_keeps_no_place(serve, toy):
         assert server.post(client).status_code == 200
 
 
-def test_who_hangs_up_in_the_middle_of_a_body_is_no_error_of_the_server(serve, caplog):
+def test_a_disconnect_during_the_body_is_not_an_error_of_the_server(serve, caplog):
     _, client = serve()
     with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
         head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -410,7 +417,7 @@ def test_who_hangs_up_in_the_middle_of_a_body_is_no_error_of_the_server(serve, c
 def test_a_deadline_holds_while_the_prompt_is_encoded(serve, toy):
     server, client = serve()
     starts = toy.starts
-    toy.starts = lambda drawing: (time.sleep(1), starts(drawing))[1]
+    toy.starts = lambda request: (time.sleep(1), starts(request))[1]
     begun = time.monotonic()
     late = server.post(client, deadline=0.1)
     assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
@@ -420,12 +427,12 @@ def test_a_deadline_holds_while_the_prompt_is_encoded(serve, toy):
     assert toy.calls == []
 
 
-def test_no_time_left_is_a_deadline_too(serve):
+def test_a_deadline_of_zero_has_passed(serve):
     server, _ = serve()
 
     async def draw():
-        drawing = GenerationRequest("one", 1, 0, 5, 1.0)
-        async for _ in server.service.draw("toy", drawing, deadline_s=0.0):
+        request = GenerationRequest("one", 1, 0, 5, 1.0)
+        async for _ in server.service.draw("toy", request, DrawOptions(deadline_s=0.0)):
             pass
 
     with pytest.raises(ApiError, match="within 0 s"):
@@ -433,7 +440,7 @@ def test_no_time_left_is_a_deadline_too(serve):
     assert server.service.under_way == 0
 
 
-def test_the_servers_limits_hold_for_what_is_not_asked_for(serve):
+def test_the_servers_limits_apply_to_defaults(serve):
     server, client = serve(steps=3, batch=2, queue=1)
     assert client.post(PATH, json={"prompt": "one"}).json()["steps"] == 3
     model = client.get("/v1/models/toy").json()
@@ -442,14 +449,14 @@ def test_the_servers_limits_hold_for_what_is_not_asked_for(serve):
     assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
 
 
-def test_a_dead_batcher_is_told_by_the_health_checks(serve, toy):
+def test_the_health_checks_report_a_dead_batcher(serve, toy):
     server, client = serve()
     assert client.head("/healthz").status_code == client.head("/readyz").status_code == 200
-    server.service.hosted["toy"].batcher.close(RuntimeError("gone"))
+    server.service.served["toy"].batcher.close(RuntimeError("gone"))
     assert client.get("/healthz").status_code == client.get("/readyz").status_code == 503
 
 
-def test_a_batcher_that_dies_says_so_and_answers_what_it_had(serve, toy, caplog):
+def test_a_batcher_that_dies_logs_it_and_answers_its_requests(serve, toy, caplog):
     server, client = serve()
     toy.fail = SystemExit("out of everything")
     failed = server.post(client)
@@ -458,7 +465,7 @@ def test_a_batcher_that_dies_says_so_and_answers_what_it_had(serve, toy, caplog)
     wait_until(lambda: not server.service.alive)
     assert client.get("/readyz").status_code == client.get("/healthz").status_code == 503
     assert server.post(client).status_code == 500
-    (record,) = (one for one in caplog.records if "the batcher died" in one.message)
+    (record,) = (entry for entry in caplog.records if "the batcher died" in entry.message)
     assert record.levelname == "CRITICAL"
     assert "out of everything" in str(record.exc_info[1])
 
@@ -498,7 +505,7 @@ def test_giving_up_answers_503(serve, toy):
     thread = threading.Thread(target=lambda: answers.append(server.post(client, n=2)))
     thread.start()
     wait_until(lambda: server.service.under_way == 2)
-    wait_until(lambda: server.service.hosted["toy"].batcher._items)
+    wait_until(lambda: server.service.served["toy"].batcher._items)
     server.service.give_up()
     thread.join()
     assert answers[0].status_code == 503
@@ -510,14 +517,14 @@ def test_health_and_models(serve):
     assert client.get("/v2/health/live").json() == {"live": True}
     assert client.get("/v2/models/float/ready").json() == {"ready": True}
     assert client.get("/v2/models/none/ready").status_code == 404
-    found = client.get("/v1/models").json()["data"]
-    assert [model["id"] for model in found] == ["toy", "float"]
-    assert found[0]["classes"] == ["zero", "one", "two"]
-    assert client.get("/v1/models/float").json() == found[1]
+    models = client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in models] == ["toy", "float"]
+    assert models[0]["classes"] == ["zero", "one", "two"]
+    assert client.get("/v1/models/float").json() == models[1]
     assert client.get("/v1/models/none").status_code == 404
 
 
-def test_the_model_is_the_one_asked_for(serve):
+def test_the_requested_model_draws(serve):
     other = ToyModel("float")
     server, client = serve(models=[other])
     assert server.post(client, model="float").json()["model"] == "float"
@@ -541,7 +548,7 @@ def test_metrics_count_what_happened(serve):
     assert "process_resident_memory_bytes" in text
 
 
-def test_request_ids_come_back_and_bad_ones_are_replaced(serve):
+def test_request_ids_are_returned_and_invalid_ids_replaced(serve):
     _, client = serve()
     assert (
         client.get("/healthz", headers={"X-Request-ID": "abc-1"}).headers["X-Request-ID"] == "abc-1"
@@ -552,7 +559,7 @@ def test_request_ids_come_back_and_bad_ones_are_replaced(serve):
     assert "X-Request-ID" in client.get("/nothing").headers
 
 
-def test_an_api_key_is_asked_for_where_it_matters(serve):
+def test_the_api_key_is_required_for_v1_only(serve):
     server, client = serve(api_key=KEY)
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
         answer = client.post(PATH, json={"prompt": "one"}, headers=headers)
@@ -567,7 +574,7 @@ def test_an_api_key_is_asked_for_where_it_matters(serve):
     assert client.get("/readyz").status_code == 200
 
 
-def test_the_page_needs_nothing_from_elsewhere(serve):
+def test_the_page_loads_nothing_from_elsewhere(serve):
     _, client = serve()
     answer = client.get("/")
     assert answer.status_code == 200
@@ -586,12 +593,12 @@ def test_the_log_is_one_json_object_per_line(serve):
     server, client = serve()
     client.post(PATH, json={"prompt": "one", "steps": 3}, headers={"X-Request-ID": "me"})
     server.post(client, n=99)
-    wait_until(lambda: lines.getvalue().count("\n") == 2)  # A line follows its answer.
-    found = [json.loads(line) for line in lines.getvalue().splitlines()]
-    assert [line["status"] for line in found] == [200, 400]
-    assert (found[0]["request_id"], found[0]["steps"], found[0]["images"]) == ("me", 3, 1)
-    assert found[1]["error"] == "invalid_value"
-    assert "one" not in lines.getvalue()  # What people draw is theirs.
+    wait_until(lambda: lines.getvalue().count("\n") == 2)  # The log line follows the response.
+    entries = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert [line["status"] for line in entries] == [200, 400]
+    assert (entries[0]["request_id"], entries[0]["steps"], entries[0]["images"]) == ("me", 3, 1)
+    assert entries[1]["error"] == "invalid_value"
+    assert "one" not in lines.getvalue()  # Prompts are private.
 
 
 def test_many_clients_at_once_each_get_their_own_image(serve):

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.serve.conftest import TextToy, ToyModel, running
 from tests.serve.http.test_app import Server
 from trtq.png_text import read_texts
-from trtq.serve.service import Limits
+from trtq.serve.options import Limits
 
 DONE = re.compile("^Done")
 
@@ -52,7 +52,7 @@ def start(*models, port, api_key=None):
     return server, running(server.app, port)
 
 
-def test_it_draws_by_keyboard_on_a_phone_and_shows_models_side_by_side(page, port):
+def test_the_page_draws_by_keyboard_on_a_phone_and_shows_models_side_by_side(page, port):
     toy, other = ToyModel(), ToyModel("float")
     toy.seconds = 0.05
     server, context = start(toy, other, port=port)
@@ -82,7 +82,7 @@ def test_it_draws_by_keyboard_on_a_phone_and_shows_models_side_by_side(page, por
         page.until(DONE)
         assert page.input_value("#seed") == "1"
         assert page.locator("#gallery figure").count() == 2
-        # The two pictures of one seed stay together.
+        # The two images of one seed stay together.
         assert page.locator("#gallery > .set").count() == 1
         page.fill("#steps", "100")
         page.click("#draw")
@@ -92,16 +92,16 @@ def test_it_draws_by_keyboard_on_a_phone_and_shows_models_side_by_side(page, por
     server.service.close()
 
 
-def test_a_size_and_a_negative_prompt_are_asked_for_only_where_they_are_taken(page, port):
+def test_size_and_negative_prompt_are_shown_only_for_models_that_take_them(page, port):
     server, context = start(ToyModel(), TextToy(), port=port)
     fields = ("#width", "#height", "#negative")
     with context as url:
         page.goto(url)
         page.until("Ready.")
         assert not any(page.is_visible(field) for field in fields)
-        # Side by side only with a model that takes the same prompts.
-        assert not page.is_visible("#beside")
-        # Hidden fields do not keep the form from being sent.
+        # Models are compared only if they accept the same prompts.
+        assert not page.is_visible("#compare")
+        # Hidden fields do not block the form.
         page.click("#draw")
         page.until(DONE)
         page.select_option("#model", index=1)
@@ -125,14 +125,14 @@ def test_a_size_and_a_negative_prompt_are_asked_for_only_where_they_are_taken(pa
         assert size == [8, 8]
         page.fill("#guidance", "1")
         page.click("#draw")
-        page.until(re.compile("a negative prompt changes nothing at guidance 1"))
+        page.until(re.compile("a negative prompt has no effect at guidance 1"))
         page.fill("#width", "6")
         page.click("#draw")
         assert page.evaluate("document.querySelector('#width').validity.stepMismatch")
     server.service.close()
 
 
-def test_it_survives_a_restart_of_the_server_and_says_so(page, port):
+def test_the_page_survives_a_restart_of_the_server_and_reports_it(page, port):
     toy = ToyModel()
     server, context = start(toy, port=port)
     with context as url:
@@ -143,8 +143,8 @@ def test_it_survives_a_restart_of_the_server_and_says_so(page, port):
         page.click("#draw")
         page.until("Drawing …")
         server.service.give_up()
-        page.until(re.compile("went away|about to stop|does not answer"))
-    page.until(re.compile("does not answer; trying again"))
+        page.until(re.compile("was lost|about to stop|does not respond"))
+    page.until(re.compile("does not respond; trying again"))
     server.service.close()
     again, context = start(ToyModel(), port=port)
     with context:
@@ -153,7 +153,7 @@ def test_it_survives_a_restart_of_the_server_and_says_so(page, port):
     again.service.close()
 
 
-def test_it_asks_for_the_key(page, port):
+def test_the_page_asks_for_the_key(page, port):
     server, context = start(ToyModel(), port=port, api_key="sesame")
     with context as url:
         page.goto(url)

@@ -1,4 +1,4 @@
-"""Connections that send no request, or a head without end, are hung up on; others are not."""
+"""Connections without a request, or with an endless head, are closed; others are not."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from trtq.serve.http import protocol
 
 
 async def application(scope, receive, send):
-    """Answers everything with 200, once the body is there; at once, or later, if so called."""
+    """Answers 200 once the body has arrived, at once or later, by the path of the request."""
     assert scope["path"] != "/bad"
     while scope["path"] != "/at-once" and (message := await receive()).get("more_body"):
         if message["type"] == "http.disconnect":
@@ -32,13 +32,15 @@ async def application(scope, receive, send):
     await send({"type": "http.response.body", "body": path})
 
 
-TOLD: list[tuple[int, str]] = []
-"""Status and code of each request that was refused."""
+REFUSED: list[tuple[int, str]] = []
+"""Status and code of each refused request."""
 
 
 @pytest.fixture(scope="module")
 def address():
-    http = partial(protocol.BoundedProtocol, refused=lambda *told: TOLD.append(told))
+    http = partial(
+        protocol.BoundedProtocol, refused=lambda status, code: REFUSED.append((status, code))
+    )
     with running(application, http=http, limit_concurrency=20) as url:
         yield url
 
@@ -49,10 +51,10 @@ def connect(address):
 
 
 def one_answer(connection):
-    found = b""
-    while b"\r\n\r\n" not in found or found.endswith(b"\r\n\r\n"):
-        found += connection.recv(10_000)
-    return found
+    answer = b""
+    while b"\r\n\r\n" not in answer or answer.endswith(b"\r\n\r\n"):
+        answer += connection.recv(10_000)
+    return answer
 
 
 def send_until_hung_up_on(connection, piece, pause=0.01):
@@ -62,21 +64,21 @@ def send_until_hung_up_on(connection, piece, pause=0.01):
 
 
 def ask(address, *parts):
-    """Send all of it; gives what comes until the end of the connection."""
+    """Send all parts and return the bytes up to the end of the connection."""
     with connect(address) as connection:
-        found = b""
+        answer = b""
         try:
             for part in parts:
                 connection.sendall(part)
             while part := connection.recv(1 << 16):
-                found += part
+                answer += part
         except ConnectionError:
             pass
-        return found
+        return answer
 
 
 def refusal(raw):
-    """Status, code and message of what is to be one answer in OpenAI's form."""
+    """Status, code and message of a response, which must be a single error in OpenAI's format."""
     head, _, body = raw.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").lower().split("\r\n")
     headers = dict(line.split(": ", 1) for line in lines)
@@ -89,7 +91,7 @@ def refusal(raw):
     return int(first.split()[1]), error["code"], error["message"]
 
 
-def test_requests_pass(address):
+def test_valid_requests_pass(address):
     with httpx.Client(base_url=address) as client:
         for size in (0, 1, 200_000):
             assert client.post("/", content=b"x" * size, headers={"X": "y" * 50_000}).text == "/"
@@ -106,11 +108,11 @@ def test_a_head_without_end_is_refused(address, line):
                 time.sleep(0.001)
             answer = connection.recv(1000)
         except ConnectionError:
-            return  # It was refused while we were still sending.
+            return  # The server refused the request while the test was still sending.
     assert answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))
 
 
-def test_who_says_nothing_or_stops_in_the_head_is_hung_up_on(address, monkeypatch):
+def test_a_connection_without_a_complete_head_is_closed_in_time(address, monkeypatch):
     monkeypatch.setattr(protocol, "_HEAD_S", 0.2)
     with connect(address) as connection, contextlib.suppress(ConnectionError):
         assert connection.recv(10) == b""
@@ -141,21 +143,21 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
         (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 400, "not 2.0"),
         (b"GET / HTTP/1.9\r\nHost: x\r\n\r\n", 400, "HTTP/1.1"),
         (b"GET / HTTP/1.1\nHost: x\n\n", 400, "CRLF"),
-        (b"GET /a b HTTP/1.1\r\n\r\n", 400, "no HTTP/1.1"),
-        (b"GET /\xff HTTP/1.1\r\n\r\n", 400, "no HTTP/1.1"),
-        (b"GET /\0 HTTP/1.1\r\n\r\n", 400, "no HTTP/1.1"),
-        (b"GET * HTTP/1.1\r\nHost: x\r\n\r\n", 400, "'*' is no path"),
+        (b"GET /a b HTTP/1.1\r\n\r\n", 400, "not valid HTTP/1.1"),
+        (b"GET /\xff HTTP/1.1\r\n\r\n", 400, "not valid HTTP/1.1"),
+        (b"GET /\0 HTTP/1.1\r\n\r\n", 400, "not valid HTTP/1.1"),
+        (b"GET * HTTP/1.1\r\nHost: x\r\n\r\n", 400, "'*' is not a path"),
         (b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n", 405, "no method 'CONNECT' here, but GET"),
         (b"BREW /coffee HTTP/1.1\r\nHost: x\r\n\r\n", 405, "no method 'BREW'"),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", 400, "no HTTP/1.1"),
-        (b"GET", 408, "head did not come"),
-        (b"\xff\xfe\0\0", 400, "no HTTP/1.1"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", 400, "not valid HTTP/1.1"),
+        (b"GET", 408, "head did not arrive"),
+        (b"\xff\xfe\0\0", 400, "not valid HTTP/1.1"),
         (GET + b"Name : x\r\n\r\n", 400, "Invalid header token"),
         (GET + b"no colon\r\n\r\n", 400, "Invalid header token"),
         (GET + b": x\r\n\r\n", 400, "Invalid header token"),
         (GET + b"A: b\0c\r\n\r\n", 400, "Invalid header value"),
         (GET + b"A: b\r\n folded\r\n\r\n", 400, "whitespace"),
-        (GET + b"A: b\rc\r\n\r\n", 400, "no HTTP/1.1"),
+        (GET + b"A: b\rc\r\n\r\n", 400, "not valid HTTP/1.1"),
         (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nab", 400, "Duplicate Content-Length"),
         (HEAD + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\nab", 400, "Duplicate Content-Length"),
         (HEAD + b"Content-Length: -1\r\n\r\n", 400, "Content-Length"),
@@ -167,7 +169,7 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
         (CHUNKED + b"zz\r\n", 400, "chunk size"),
         (CHUNKED + b"-1\r\n", 400, "chunk size"),
         (CHUNKED + b"F" * 20 + b"\r\n", 400, "overflow"),
-        (CHUNKED + b"2\r\nabXX", 400, "no HTTP/1.1"),
+        (CHUNKED + b"2\r\nabXX", 400, "not valid HTTP/1.1"),
         (CHUNKED + b"0\r\nbad trailer\r\n\r\n", 400, "Invalid header token"),
         (CHUNKED + b"1;" + b"x" * 100_000, 431, "65536 bytes"),
         (CHUNKED + b"0\r\n" + b"X: y\r\n" * 300, 431, "256 header fields"),
@@ -182,14 +184,16 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
     ],
     ids=lambda value: repr(value)[:60],
 )  # fmt: skip
-def test_what_is_no_request_is_refused_as_all_else(address, monkeypatch, raw, status, message):
-    TOLD.clear()
+def test_malformed_requests_are_refused_in_the_same_format(
+    address, monkeypatch, raw, status, message
+):
+    REFUSED.clear()
     monkeypatch.setattr(protocol, "_HEAD_S", 0.2)
     for parts in ((raw,), (raw[:7], raw[7:])):
         answer = refusal(ask(address, *parts))
         assert answer[0] == status
         assert message in answer[2] or len(parts) == 2
-    assert [told[0] for told in TOLD] == [status] * 2
+    assert [status for status, _ in REFUSED] == [status] * 2
 
 
 def test_a_request_that_is_refused_keeps_its_id(address):
@@ -197,47 +201,49 @@ def test_a_request_that_is_refused_keeps_its_id(address):
     assert b"x-request-id: mine\r\n" in answer
 
 
-def test_what_a_head_may_have_passes_also_behind_a_large_body(address):
+def test_a_head_up_to_the_limit_passes_also_after_a_large_body(address):
     first = HEAD + b"Content-Length: 200000\r\n\r\n" + b"x" * 200_000
     second = GET + (b"X: " + b"y" * 1000 + b"\r\n") * 60 + b"Connection: close\r\n\r\n"
     assert ask(address, first + second).count(b"HTTP/1.1 200 OK") == 2
     assert ask(address, GET + b"X: y\r\n" * 250 + b"Connection: close\r\n\r\n").endswith(b"/")
 
 
-def test_requests_in_a_row_are_answered_in_order_and_what_is_none_is_refused_at_its_place(address):
+def test_pipelined_requests_are_answered_in_order_and_a_malformed_one_in_its_place(address):
     rows = [b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % number for number in range(2000)]
-    found = ask(address, b"".join(rows) + b"NONSENSE\r\n\r\n")
-    *good, bad = found.split(b"HTTP/1.1 ")[1:]
-    assert [one.rpartition(b"\r\n\r\n")[2] for one in good] == [b"/%d" % n for n in range(2000)]
+    answers = ask(address, b"".join(rows) + b"NONSENSE\r\n\r\n")
+    *good, bad = answers.split(b"HTTP/1.1 ")[1:]
+    assert [answer.rpartition(b"\r\n\r\n")[2] for answer in good] == [
+        b"/%d" % n for n in range(2000)
+    ]
     assert refusal(b"HTTP/1.1 " + bad)[0] == 400
 
 
-def test_few_of_many_requests_in_a_row_are_held(address, monkeypatch):
-    most = []
+def test_few_pipelined_requests_are_held_in_memory(address, monkeypatch):
+    lengths = []
     parse = protocol.BoundedProtocol._parse
 
     def watched(self):
         parse(self)
-        most.append(len(self.pipeline))
+        lengths.append(len(self.pipeline))
 
     monkeypatch.setattr(protocol.BoundedProtocol, "_parse", watched)
     row = b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
     with connect(address) as connection:
         connection.sendall(row * 5000)
         assert one_answer(connection).startswith(b"HTTP/1.1 200 OK")
-    assert 0 < max(most) <= protocol._PART // len(row) + 1
+    assert 0 < max(lengths) <= protocol._PART // len(row) + 1
 
 
 @pytest.mark.parametrize("second", [b"zz\r\n", b"1\r\na", b"0\r\n\r\n"], ids=repr)
-def test_a_bad_body_behind_a_slow_answer_waits_for_it(address, second):
+def test_the_error_of_a_malformed_body_waits_for_an_earlier_slow_response(address, second):
     slow = b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
-    found = ask(address, slow + CHUNKED + second + b"zz\r\n\r\n")
-    first, last = found.split(b"HTTP/1.1 ")[1:3]
+    answers = ask(address, slow + CHUNKED + second + b"zz\r\n\r\n")
+    first, last = answers.split(b"HTTP/1.1 ")[1:3]
     assert first.endswith(b"/slow")
     assert last.startswith(b"200" if second.startswith(b"0") else b"400")
 
 
-def test_a_bad_chunk_ends_the_request_that_it_is_in(address):
+def test_a_malformed_chunk_ends_its_request(address):
     with connect(address) as connection:
         connection.sendall(CHUNKED + b"1\r\na\r\n")
         time.sleep(0.1)
@@ -247,7 +253,7 @@ def test_a_bad_chunk_ends_the_request_that_it_is_in(address):
 
 
 @pytest.mark.parametrize("piece", [b"1\r\n \r\n", b"2000\r\n" + b" " * 8192 + b"\r\n", b" "])
-def test_who_sends_on_after_his_answer_is_hung_up_on(address, monkeypatch, piece):
+def test_a_client_that_sends_on_after_its_response_is_disconnected(address, monkeypatch, piece):
     monkeypatch.setattr(protocol, "_LINGER_S", 0.3)
     kind = b"Content-Length: 1000000000" if len(piece) == 1 else b"Transfer-Encoding: chunked"
     answer = b""
@@ -262,7 +268,7 @@ def test_who_sends_on_after_his_answer_is_hung_up_on(address, monkeypatch, piece
     assert answer.endswith(b"/at-once")
 
 
-def test_who_floods_after_his_answer_is_read_no_more_than_a_bit(address, monkeypatch):
+def test_little_is_read_of_a_flood_after_the_response(address, monkeypatch):
     monkeypatch.setattr(protocol, "_LINGER_S", 60)
     with connect(address) as connection:
         connection.sendall(
@@ -273,12 +279,12 @@ def test_who_floods_after_his_answer_is_read_no_more_than_a_bit(address, monkeyp
             send_until_hung_up_on(connection, b" " * (1 << 20), pause=0)
 
 
-def test_an_answer_is_read_although_its_client_sends_much_first(address):
+def test_a_client_that_sends_much_first_can_read_the_response(address):
     answer = ask(address, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 300_000)
     assert refusal(answer)[0] == 431
 
 
-def test_empty_lines_keep_no_connection(address, monkeypatch):
+def test_empty_lines_do_not_keep_a_connection_open(address, monkeypatch):
     monkeypatch.setattr(protocol, "_HEAD_S", 0.3)
     with connect(address) as connection:
         connection.sendall(GET + b"\r\n")
@@ -295,7 +301,7 @@ def test_a_connection_is_kept_between_requests(address):
             assert b"connection" not in answer
 
 
-def test_who_is_asked_to_wait_for_100_gets_it_or_an_answer(address):
+def test_a_client_that_expects_100_gets_it_or_a_response(address):
     with connect(address) as connection:
         expect = b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\n"
         connection.sendall(HEAD + expect)
@@ -308,14 +314,14 @@ def test_who_is_asked_to_wait_for_100_gets_it_or_an_answer(address):
         assert b"connection: close\r\n" in answer
 
 
-def test_a_request_for_another_protocol_is_answered_in_this_one(address):
+def test_a_request_for_another_protocol_is_answered_over_http(address):
     upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
     answer = ask(address, GET + upgrade + b"\x81\x05hello" + GET + b"\r\n")
     assert answer.startswith(b"HTTP/1.1 200 OK")
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
-def test_when_there_are_too_many_connections_it_is_said_in_the_same_form(address):
+def test_too_many_connections_are_refused_in_the_same_format(address):
     with contextlib.ExitStack() as stack:
         for _ in range(20):
             stack.enter_context(connect(address))
@@ -327,8 +333,8 @@ def test_when_there_are_too_many_connections_it_is_said_in_the_same_form(address
     assert ask(address, GET + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
 
 
-def test_who_hangs_up_is_noticed_whatever_he_sent_after_it():
-    # That the server ends, without patience, shows that it waits for none of them.
+def test_a_disconnect_is_noticed_after_any_further_bytes():
+    # The server stops quickly, which shows that it waits for none of the connections.
     with running(application, http=protocol.BoundedProtocol) as address:
         for rest in (b"", b"GET / HTTP/1.1\r\n\r\n", b"NONSENSE\r\n\r\n"):
             with connect(address) as connection:

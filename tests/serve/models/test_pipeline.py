@@ -1,4 +1,4 @@
-"""Every kind of pipeline is served: taken apart, it draws what it draws whole."""
+"""Every kind of pipeline can be served, and draws the images of its own call."""
 
 import numpy as np
 import pytest
@@ -19,11 +19,11 @@ from trtq.serve.models.torch_free import pixels
 STEPS = 3
 SEED = 4
 SMALLER = ("pixart", "flux")
-"""At their own size nine tenths of the time is attention over 4,096 and 16,384 cells."""
+"""At their default size, attention over 4,096 and 16,384 cells takes 90 % of the time."""
 
 
 def opened(name):
-    """As from a folder: in training labels and texts are dropped at random."""
+    """The pipeline in evaluation mode: in training mode labels and texts are dropped at random."""
     pipeline = build(name)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
@@ -35,7 +35,7 @@ def opened(name):
 
 
 def guidance_of(model):
-    # DiT's pipeline takes class 1000 for "no class", which a small model has not.
+    # DiT's pipeline takes class 1000 for "no class", which a small model does not have.
     return 3.0 if model.info.takes_guidance and model.info.kind == "text" else 1.0
 
 
@@ -48,13 +48,13 @@ def served(model, count, **wish):
     crowd, batcher = Crowd(model), Batcher(model, max_rows=4)
     wish = {"guidance": guidance_of(model), "prompt": prompt_of(model)} | wish
     batcher.put(crowd.items(SEED, STEPS, count=count, **wish))
-    found = crowd.wait(count, seconds=300)
+    samples = crowd.wait(count, seconds=300)
     batcher.close(RuntimeError("closed"))
-    return [torch.from_numpy(model.decode(found[SEED, index])).int() for index in range(count)]
+    return [torch.from_numpy(model.decode(samples[SEED, index])).int() for index in range(count)]
 
 
 def whole(source, model, count, **wish):
-    """The same through the pipeline's own call."""
+    """The same images by the pipeline's own call."""
     conditioning = Conditioning(
         count,
         classes=torch.tensor([1] * count) if model.info.kind == "class" else None,
@@ -65,25 +65,25 @@ def whole(source, model, count, **wish):
     return [torch.from_numpy(pixels(image[None].numpy(), "whole")).int() for image in images]
 
 
-def furthest(found, expected):
+def furthest(drawn, expected):
     """The largest difference of two lists of images, in levels of 256."""
-    return max(int((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    return max(int((a - b).abs().max()) for a, b in zip(drawn, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_served_pipeline_draws_what_it_draws_whole(name):
+def test_a_served_pipeline_draws_the_images_of_its_own_call(name):
     source = opened(name)
     model = PipelineModel(source, name, "torch")
-    found = served(model, 2)
-    for image in found:
+    drawn = served(model, 2)
+    for image in drawn:
         assert image.shape == (*model.info.image_size, 3)
         assert int(image.max()) - int(image.min()) > 10
-    # The pipeline decodes both at once, which may move a value over the edge between two levels.
-    assert furthest(found, whole(source, model, 2)) <= 1
+    # The pipeline decodes both images at once, which may round a value to the next level.
+    assert furthest(drawn, whole(source, model, 2)) <= 1
 
 
 @pytest.mark.parametrize("name", ["sd_2", "sd_3", "flux"])
-def test_where_diffusers_scheduler_steps_an_image_alone_is_the_same_bit_for_bit(name):
+def test_a_single_image_with_diffusers_scheduler_is_equal_bit_for_bit(name):
     source = opened(name)
     model = PipelineModel(source, name, "torch")
     assert furthest(served(model, 1), whole(source, model, 1)) == 0
@@ -98,18 +98,18 @@ def test_where_diffusers_scheduler_steps_an_image_alone_is_the_same_bit_for_bit(
         ("sd_1", {"latents_mean": [3.0] * 4, "latents_std": [0.5] * 4, "shift_factor": 3.0}),
     ],
 )
-def test_the_normalisation_of_latents_is_undone_where_the_pipeline_does(name, numbers):
-    """Numbers so large that the decoder's group norms do not hide them."""
+def test_latents_are_denormalised_exactly_if_the_pipeline_does_it(name, numbers):
+    """The numbers are so large that the decoder's group norms do not hide them."""
     source = opened(name)
     plain = served(PipelineModel(source, "plain", "torch"), 1)
     source.pipeline.vae.register_to_config(**numbers)
     model = PipelineModel(source, "normalised", "torch")
-    found = served(model, 1)
-    assert furthest(found, whole(source, model, 1)) <= 1
-    assert (furthest(found, plain) > 10) == (name != "sd_1")
+    drawn = served(model, 1)
+    assert furthest(drawn, whole(source, model, 1)) <= 1
+    assert (furthest(drawn, plain) > 10) == (name != "sd_1")
 
 
-def test_flux_takes_no_guidance_beside_the_one_it_is_told():
+def test_flux_takes_no_classifier_free_guidance():
     model = PipelineModel(opened("flux"), "flux", "torch")
     assert not model.info.takes_guidance
     assert model.info.guidance == 1.0
@@ -137,13 +137,13 @@ def test_another_size_is_drawn_as_the_pipeline_draws_it(name, size):
     assert furthest(served(model, 1), whole(source, model, 1)) <= 1
 
 
-def test_images_of_different_sizes_are_under_way_together():
+def test_images_of_different_sizes_can_be_in_progress_together():
     model = PipelineModel(opened("sd_xl"), "sd_xl", "torch")
     sizes = [(16, 16), (8, 32), (32, 8), (16, 16)]
     crowd, batcher = Crowd(model), Batcher(model, max_rows=8)
     for seed, size in enumerate(sizes):
         batcher.put(crowd.items(seed, STEPS, 3.0, prompt="a red circle", size=size))
-    found = crowd.wait(len(sizes))
+    drawn = crowd.wait(len(sizes))
     batcher.close(RuntimeError("closed"))
     for seed, size in enumerate(sizes):
         crowd, batcher = Crowd(model), Batcher(model, max_rows=8)
@@ -151,16 +151,16 @@ def test_images_of_different_sizes_are_under_way_together():
         alone = crowd.wait(1)[seed, 0]
         batcher.close(RuntimeError("closed"))
         assert model.decode(alone).shape == (*size, 3)
-        np.testing.assert_allclose(found[seed, 0], alone, atol=1e-4)
+        np.testing.assert_allclose(drawn[seed, 0], alone, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ldm_vq", "dit", "pixart", "flux"])
-def test_models_of_one_size_say_so(name):
+def test_models_of_one_size_report_no_sizes(name):
     """Positions are part of the graph, or the pipeline takes no size."""
     assert PipelineModel(opened(name), name, "torch").info.sizes is None
 
 
-def test_a_run_on_our_kernels_which_keeps_a_graph_of_each_shape_has_one_size():
+def test_a_run_on_our_kernels_has_one_size_since_each_shape_needs_a_cuda_graph():
     class OnGpu(GpuDenoiser):
         def __init__(self, model):
             StandIn.__init__(self)
@@ -171,7 +171,7 @@ def test_a_run_on_our_kernels_which_keeps_a_graph_of_each_shape_has_one_size():
     assert PipelineModel(source, "sd", "torch").info.sizes is None
 
 
-def test_sizes_in_torch_go_from_one_cell_to_twice_the_models_own():
+def test_sizes_in_torch_range_from_one_cell_to_twice_the_default_size():
     assert PipelineModel(opened("sd_1"), "sd", "torch").info.sizes == Sizes((4, 4), (32, 32), 4)
     source = opened("sd_3")
     source.pipeline.transformer.register_to_config(pos_embed_max_size=7)
@@ -183,11 +183,11 @@ def test_a_negative_prompt_is_drawn_as_the_pipeline_draws_it(name):
     source = opened(name)
     model = PipelineModel(source, name, "torch")
     assert model.info.takes_negative_prompt
-    found = served(model, 1, negative_prompt="a blue square")
-    assert furthest(found, whole(source, model, 1, negative_prompt="a blue square")) <= 1
-    assert furthest(found, served(model, 1)) > 1
+    drawn = served(model, 1, negative_prompt="a blue square")
+    assert furthest(drawn, whole(source, model, 1, negative_prompt="a blue square")) <= 1
+    assert furthest(drawn, served(model, 1)) > 1
 
 
 @pytest.mark.parametrize("name", ["ldm_vq", "ldm_kl", "dit", "flux"])
-def test_models_without_negative_prompts_say_so(name):
+def test_models_without_negative_prompts_report_it(name):
     assert not PipelineModel(opened(name), name, "torch").info.takes_negative_prompt

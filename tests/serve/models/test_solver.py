@@ -1,4 +1,4 @@
-"""DDIM without diffusers is diffusers' DDIM; other schedulers are diffusers' own."""
+"""DDIM without diffusers equals diffusers' DDIM; other schedulers are those of diffusers."""
 
 import numpy as np
 import pytest
@@ -54,19 +54,19 @@ def test_ddim_steps_as_diffusers_does(name, steps):
     ],
     ids=str,
 )
-def test_what_is_not_spelled_out_is_not_taken_on(settings):
+def test_unsupported_schedulers_are_refused(settings):
     config = {"_class_name": "DDIMScheduler"} | settings
     assert not Ddim.knows(config)
     with pytest.raises(UsageError, match="needs diffusers"):
         Ddim(config)
 
 
-def test_trailing_timesteps_are_as_many_as_steps_and_none_below_zero():
+def test_there_is_one_trailing_timestep_per_step_and_none_is_negative():
     trailing = Ddim({"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"})
     for steps in range(1, 1001):
-        found = trailing.timesteps(steps)
-        assert len(found) == steps
-        assert found.min() >= 0
+        timesteps = trailing.timesteps(steps)
+        assert len(timesteps) == steps
+        assert timesteps.min() >= 0
 
 
 def test_steps_out_of_range_are_refused():
@@ -74,7 +74,7 @@ def test_steps_out_of_range_are_refused():
     with pytest.raises(UsageError, match=r"1 \.\. 1000"):
         ours.solver(1001)
     with pytest.raises(UsageError, match=r"1 \.\. 999"):
-        ours.solver(1000)  # diffusers itself steps past its table here.
+        ours.solver(1000)  # Here diffusers itself reads past the end of its table.
     assert ours.solver(20) is ours.solver(20)
 
 
@@ -104,7 +104,7 @@ def test_other_schedulers_keep_their_state_per_image(name):
 
 
 @pytest.mark.parametrize("shape", [(16,), (1, 8, 8), (3, 7, 5), (4, 64, 64)], ids=str)
-def test_noise_without_torch_is_torchs(shape):
+def test_noise_without_torch_equals_torchs_noise(shape):
     for seed in (0, 1, 2**31 - 1):
         theirs = torch.randn(shape, generator=seeded_generator(seed, "image", 3)).numpy()
         ours = seeded_normal(shape, seed, "image", 3)

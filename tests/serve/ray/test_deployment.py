@@ -1,11 +1,10 @@
-"""On Ray Serve a replica may die: what was taken on is answered, and once."""
+"""A replica on Ray Serve may die: every accepted request gets exactly one response."""
 
 import asyncio
 import contextlib
 import itertools
 import json
 import os
-import re
 import signal
 import socket
 import threading
@@ -17,21 +16,24 @@ import httpx
 import pytest
 
 from tests.serve.http.test_app import PATH
-from trtq.errors import UsageError
 from trtq.serve.http.errors import ApiError
 from trtq.serve.models.base import GenerationRequest, ModelInfo
-from trtq.serve.ray.deployment import Ingress, RayOptions, RemoteGenerator, app, replicas_wanted
+from trtq.serve.options import Limits
+from trtq.serve.ray.deployment import Ingress, app, replicas_wanted
+from trtq.serve.ray.generator import RemoteGenerator
+from trtq.serve.ray.options import RayOptions
+from trtq.serve.requests import DrawOptions, Event
 from trtq.serve.server import drain
-from trtq.serve.service import Event, Limits
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")
-CARD = ModelInfo("toy", "class", ("zero",), (4, 4), 5, 1000, 1.0, True, "cpu", None)
+INFO = ModelInfo("toy", "class", ("zero",), (4, 4), 5, 1000, 1.0, True, "cpu", None)
+REQUEST = GenerationRequest("zero", 3, 7, 2, 1.0)
 ALL = [Event("accepted", 0, 0, 2), *(Event("image", index, 2, 2, b"png") for index in range(3))]
 
 
 class Answers:
-    """What one replica answers before it dies, if it does."""
+    """The events of one replica, and how it ends."""
 
     def __init__(self, events, end, *, hangs=False):
         self.events, self.end, self.hangs = events, end, hangs
@@ -50,11 +52,11 @@ class Answers:
 
 
 class Handle:
-    """Stands where Ray's handle of the replicas does."""
+    """Replaces Ray's handle of the replicas."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
-        self.asked = []
+        self.calls = []
         self.draw = self
 
     def options(self, stream):
@@ -62,31 +64,27 @@ class Handle:
         return self
 
     def remote(self, *arguments):
-        self.asked.append(arguments)
-        return self.answers[min(len(self.asked), len(self.answers)) - 1]
+        self.calls.append(arguments)
+        return self.answers[min(len(self.calls), len(self.answers)) - 1]
 
 
 def draw(handle, monkeypatch, **options):
-    monkeypatch.setattr("trtq.serve.ray.deployment._PAUSE_S", 0.0)
-    drawer = RemoteGenerator(handle, {"toy": CARD}, Limits())
+    monkeypatch.setattr("trtq.serve.ray.generator._PAUSE_S", 0.0)
+    generator = RemoteGenerator(handle, {"toy": INFO}, Limits())
+    events = generator.draw("toy", REQUEST, DrawOptions(**options))
 
     async def collect():
-        return [
-            event
-            async for event in drawer.draw(
-                "toy", GenerationRequest("zero", 3, 7, 2, 1.0), **options
-            )
-        ]
+        return [event async for event in events]
 
     return asyncio.run(collect())
 
 
-def test_a_lost_replica_is_replaced_and_nothing_comes_twice(monkeypatch):
+def test_a_lost_replica_is_replaced_and_no_event_is_repeated(monkeypatch):
     lost = ray.exceptions.RayActorError()
     first, second = Answers(ALL[:2], lost), Answers(ALL, None)
     handle = Handle(first, second)
     assert draw(handle, monkeypatch) == ALL
-    assert [asked[1] for asked in handle.asked] == [GenerationRequest("zero", 3, 7, 2, 1.0)] * 2
+    assert [arguments[1] for arguments in handle.calls] == [REQUEST] * 2
     assert first.cancelled
 
 
@@ -95,10 +93,10 @@ def test_replicas_that_keep_failing_are_503(monkeypatch):
     with pytest.raises(ApiError, match="keep failing") as caught:
         draw(handle, monkeypatch)
     assert caught.value.status == 503
-    assert len(handle.asked) == 10
+    assert len(handle.calls) == 10
 
 
-def test_refusals_of_a_replica_are_the_answer(monkeypatch):
+def test_an_error_of_a_replica_is_the_response(monkeypatch):
     import pickle
 
     refusal = ApiError(429, "queue_full", "later", param="n", retry_after=3)
@@ -111,13 +109,13 @@ def test_refusals_of_a_replica_are_the_answer(monkeypatch):
 def test_no_time_left_after_a_lost_replica_is_408(monkeypatch):
     clock = itertools.count(0.0, 1.0)
     monkeypatch.setattr(
-        "trtq.serve.ray.deployment.time", types.SimpleNamespace(monotonic=clock.__next__)
+        "trtq.serve.ray.generator.time", types.SimpleNamespace(monotonic=clock.__next__)
     )
     handle = Handle(Answers([], ray.exceptions.RayActorError()))
     with pytest.raises(ApiError, match="within 5 s") as caught:
         draw(handle, monkeypatch, deadline_s=5)
     assert caught.value.status == 408
-    left = [asked[2] for asked in handle.asked]
+    left = [options.deadline_s for _, _, options in handle.calls]
     assert left == sorted(left, reverse=True)
     assert all(0 < seconds <= 5 for seconds in left)
     assert len(left) == 2
@@ -130,52 +128,29 @@ def test_a_replica_that_does_not_answer_is_408_in_time(monkeypatch):
     assert hung.cancelled
 
 
-def test_what_is_given_up_is_503_and_nothing_stays_under_way():
+def test_cancelled_requests_are_503_and_no_image_stays_under_way():
     hung = Answers(ALL[:1], None, hangs=True)
-    drawer = RemoteGenerator(Handle(hung), {"toy": CARD}, Limits())
+    generator = RemoteGenerator(Handle(hung), {"toy": INFO}, Limits())
     given_up = []
 
     async def ask():
         try:
-            async for _ in drawer.draw("toy", GenerationRequest("zero", 3, 7, 2, 1.0)):
+            async for _ in generator.draw("toy", REQUEST, DrawOptions()):
                 pass
         except ApiError as error:
             given_up.append((error.status, error.code))
 
     async def stop():
         asking = asyncio.create_task(ask())
-        while not drawer.under_way:
+        while not generator.under_way:
             await asyncio.sleep(0)
-        assert drawer.under_way == 3
-        await drain(drawer, 0.05)
+        assert generator.under_way == 3
+        await drain(generator, 0.05)
         await asking
 
     asyncio.run(stop())
     assert given_up == [(503, "draining")]
-    assert drawer.under_way == 0
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({}, "'path': field required; the arguments are path, name, beside, provider"),
-        ({"path": "x", "replicas": "2"}, "'replicas': extra inputs"),
-        ({"path": "x", "max_replicas": "no"}, "'max_replicas'"),
-        ({"path": "x", "min_replicas": "3"}, "min_replicas=3 and max_replicas=2 are no range"),
-        ({"path": "x", "steps": "0"}, "'steps': input should be greater than or equal to 1"),
-        ({"path": "x", "deadline_s": "-1"}, "'deadline_s': input should be greater than 0"),
-        ({"path": "x", "batching": "none"}, "'batching': input should be 'step' or 'request'"),
-        ({"path": "x", "batch_sizes": "1,16"}, "from 1 to 8"),
-        ({"path": "x", "api_key_file": "nowhere"}, "cannot read the API key"),
-        ({"path": "x", "allowed_hosts": "http://a"}, "the host 'http://a' is not understood"),
-        ({"path": "x", "allowed_origins": "a"}, "the origin 'a' is not understood"),
-        ({"path": "x", "api_key": "secret"}, "'api_key': extra inputs"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_arguments_that_are_not_understood_are_named(given, message):
-    with pytest.raises(UsageError, match=re.escape(message)):
-        app(given)
+    assert generator.under_way == 0
 
 
 def test_arguments_are_those_of_the_server_and_its_limits(monkeypatch, tmp_path):
@@ -186,27 +161,27 @@ def test_arguments_are_those_of_the_server_and_its_limits(monkeypatch, tmp_path)
         {
             "path": "onnx", "beside": "digits", "batching": "request", "batch": "4", "queue": "2",
             "batch_sizes": "2,4", "images": "3", "steps": "50", "body_bytes": "1000",
-            "deadline_s": "20", "body_s": "2", "max_replicas": "4", "target": "3",
+            "deadline_s": "20", "body_s": "2", "max_replicas": "4", "images_per_replica": "3",
             "api_key_file": str(tmp_path / "key"), "allowed_hosts": "A.example, *.b.example",
             "allowed_origins": "http://ui.example",
         }
     )  # fmt: skip
-    (replica, options), (front, _) = seen
+    (replica, options), (ingress, _) = seen
     limits = Limits(
         batch=4, batch_sizes=(2, 4), queue=2, images=3, steps=50, body_bytes=1000, deadline_s=20.0,
         body_s=2.0,
     )  # fmt: skip
     wanted = RayOptions(
         path="onnx", beside="digits", batching="request", threads=1, limits=limits, max_replicas=4,
-        target=3.0, allowed_hosts=("a.example", "*.b.example"), allowed_origins=("http://ui.example",),
+        images_per_replica=3.0, allowed_hosts=("a.example", "*.b.example"), allowed_origins=("http://ui.example",),
     )  # fmt: skip
     assert replica == (wanted,)
-    assert front[1] == limits
+    assert ingress[1] == limits
     assert options["max_ongoing_requests"] == 6
     assert options["autoscaling_config"]["target_ongoing_requests"] == 3
-    assert front[2].get_secret_value() == "sesame"
-    assert front[3] == wanted.access
-    assert "sesame" not in repr((replica, front, RayOptions(path="x", api_key="sesame")))
+    assert ingress[2].get_secret_value() == "sesame"
+    assert ingress[3] == wanted.access
+    assert "sesame" not in repr((replica, ingress, RayOptions(path="x", api_key="sesame")))
 
 
 @pytest.mark.parametrize(
@@ -220,15 +195,15 @@ def test_arguments_are_those_of_the_server_and_its_limits(monkeypatch, tmp_path)
     ],
     ids=["no body", "read", "not read", "read in part", "read in pieces"],
 )
-def test_a_connection_whose_body_was_not_read_to_the_end_is_closed(headers, pieces, closes):
+def test_a_connection_is_closed_unless_its_body_was_read_completely(headers, pieces, closes):
     async def application(scope, receive, send):
         for _ in pieces:
             await receive()
         await send({"type": "http.response.start", "status": 413, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    front = object.__new__(Ingress)
-    front._app = application
+    ingress = object.__new__(Ingress)
+    ingress._app = application
     left, sent = list(pieces), []
 
     async def receive():
@@ -237,12 +212,12 @@ def test_a_connection_whose_body_was_not_read_to_the_end_is_closed(headers, piec
     async def send(message):
         sent.append(message)
 
-    asyncio.run(front.answer({"type": "http", "headers": headers}, receive, send))
+    asyncio.run(ingress.answer({"type": "http", "headers": headers}, receive, send))
     assert ((b"connection", b"close") in sent[0]["headers"]) is closes
 
 
 class Bound:
-    """Stands where a deployment of Ray Serve does; notes what it is bound to."""
+    """Replaces a deployment of Ray Serve and records its arguments."""
 
     def __init__(self, cls, options, seen):
         self.options, self.seen = options, seen
@@ -270,13 +245,13 @@ KEY = "sesame-open-7391"
 
 @pytest.fixture(scope="module")
 def started(served_onnx):
-    """A Ray with nothing of the API key in its processes' environment; gives address and log folder."""
+    """A Ray without the API key in its environment; yields the address and the log folder."""
     from ray import serve
 
     patch = pytest.MonkeyPatch()
     patch.delenv("TRTQ_API_KEY", raising=False)
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    # How often replicas tell; the default is ten seconds.
+    # The interval at which replicas report; the default is ten seconds.
     patch.setenv("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -313,7 +288,7 @@ def client_of(url):
 
 
 @pytest.mark.slow
-def test_the_api_key_arrives_and_is_written_nowhere(url, started):
+def test_the_api_key_reaches_the_ingress_and_is_written_nowhere(url, started):
     from ray import serve
 
     assert httpx.post(url + PATH, json={"prompt": "1"}).status_code == 401
@@ -333,11 +308,11 @@ def processes(count):
     from ray import serve
 
     replicas = serve.get_deployment_handle("Replica", app_name="trtq")
-    found, end = set(), time.monotonic() + 60
-    while len(found) < count:
+    ids, end = set(), time.monotonic() + 60
+    while len(ids) < count:
         assert time.monotonic() < end
-        found.add(replicas.process.remote().result())
-    return found
+        ids.add(replicas.process.remote().result())
+    return ids
 
 
 @pytest.mark.slow
@@ -383,7 +358,7 @@ def test_replicas_grow_under_load_and_shrink_after_it_and_nothing_is_lost(
         answers, over = [], threading.Event()
 
         def keep_asking(seed):
-            # Two requests at a time: not more than fill a batch, but of ten images each.
+            # Two requests at a time, which is no more than a batch, but with ten images each.
             while not over.is_set():
                 body = {"prompt": "1", "n": 10, "seed": seed, "steps": 50}
                 answers.append(client.post(PATH, json=body))
@@ -397,7 +372,7 @@ def test_replicas_grow_under_load_and_shrink_after_it_and_nothing_is_lost(
             over.set()
             for thread in threads:
                 thread.join()
-        # The next ones come while a replica is being ended.
+        # The next requests arrive while a replica ends.
         while running() > 1:
             answers.append(client.post(PATH, json={"prompt": "1", "n": 1, "seed": 0, "steps": 50}))
             time.sleep(1)
@@ -408,8 +383,8 @@ def test_replicas_grow_under_load_and_shrink_after_it_and_nothing_is_lost(
 def running():
     from ray import serve
 
-    found = serve.status().applications["trtq"].deployments["Replica"]
-    return found.replica_states.get("RUNNING", 0)
+    status = serve.status().applications["trtq"].deployments["Replica"]
+    return status.replica_states.get("RUNNING", 0)
 
 
 def until_running(count):

@@ -1,4 +1,4 @@
-"""`trtq serve --ray` as an operator meets it: start, SIGTERM under load, refusals in one line."""
+"""`trtq serve --ray` from the operator's side: start, SIGTERM under load, one-line errors."""
 
 import json
 import os
@@ -24,7 +24,7 @@ KEY = "open-sesame-4452"
 
 
 @pytest.mark.parametrize("text", ["", "2", "0:2", "3:2", "a:b", "1:2:3"], ids=repr)
-def test_replicas_that_are_no_range_are_refused(text):
+def test_invalid_ranges_of_replicas_are_refused(text):
     with pytest.raises(UsageError, match="write MIN:MAX, e"):
         parse_replicas(text)
     assert parse_replicas("1:4") == (1, 4)
@@ -47,7 +47,7 @@ def test_wrong_use_is_one_line(served_onnx, monkeypatch, arguments, address, mes
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_an_address_where_no_ray_is_is_one_line(served_onnx, monkeypatch):
+def test_an_address_without_ray_is_one_line(served_onnx, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free.getsockname()[1]}")
@@ -58,7 +58,7 @@ def test_an_address_where_no_ray_is_is_one_line(served_onnx, monkeypatch):
 
 
 def start(*arguments):
-    """The command in a process of its own, with a Ray of its own."""
+    """Run the command in another process, which starts its own Ray."""
     command = [sys.executable, "-m", "trtq.cli", "serve", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {"RAY_ADDRESS": "", "TRTQ_API_KEY": KEY}
@@ -77,7 +77,7 @@ def start(*arguments):
     [(60, 1, {200}), (0.5, 1, {200, 503}), (60, 2, {200, 503})],
     ids=["finished", "given up in time", "given up when asked twice"],
 )
-def test_sigterm_answers_all_that_was_taken_on(served_onnx, drain_s, signals, statuses):
+def test_sigterm_answers_all_accepted_requests(served_onnx, drain_s, signals, statuses):
     process = start(
         served_onnx, "--replicas", "1:1", "--threads", 1, "--max-batch", 2, "--max-steps", 500,
         "--drain-seconds", drain_s,
@@ -117,7 +117,7 @@ def test_sigterm_answers_all_that_was_taken_on(served_onnx, drain_s, signals, st
 
 
 @pytest.mark.slow
-def test_what_cannot_be_served_is_said_in_one_line(tmp_path):
+def test_a_model_that_cannot_be_served_is_one_line(tmp_path):
     process = start(tmp_path / "nowhere")
     _, log = process.communicate(timeout=120)
     assert process.returncode == 1

@@ -1,4 +1,4 @@
-"""The Triton repository: its files, Triton's own schema, and the loop against `trtq generate`."""
+"""The Triton repository: its files, Triton's schema, and images equal to `trtq generate`."""
 
 import hashlib
 import importlib.metadata
@@ -29,9 +29,9 @@ PARTS = "pipeline/1/parts"
 
 
 def schema():
-    """Triton's own, as its client ships it; the rest of the client needs grpc."""
-    found = importlib.metadata.distribution("tritonclient")
-    path = found.locate_file("tritonclient/grpc/model_config_pb2.py")
+    """Triton's schema, from its client; the rest of the client needs grpc."""
+    distribution = importlib.metadata.distribution("tritonclient")
+    path = distribution.locate_file("tritonclient/grpc/model_config_pb2.py")
     spec = importlib.util.spec_from_file_location("model_config_pb2", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -62,7 +62,7 @@ class FakeTensor:
 
 class FakeResponse:
     def __init__(self, tensors=(), error=None):
-        self.tensors, self.failure = {one.name: one for one in tensors}, error
+        self.tensors, self.failure = {tensor.name: tensor for tensor in tensors}, error
 
     def has_error(self):
         return self.failure is not None
@@ -85,7 +85,7 @@ NUMPY = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}
 
 
 def fake_backend(repository):
-    """`triton_python_backend_utils` whose other models run on onnxruntime, as their configs say."""
+    """A `triton_python_backend_utils` that runs the other models with onnxruntime, by their configs."""
     engines, calls = {}, []
 
     class Request:
@@ -110,8 +110,8 @@ def fake_backend(repository):
             calls.append((self.model, len(self.inputs[0].array)))
             if self.model not in engines:
                 engines[self.model] = OrtEngine(repository / self.model / "1" / "model.onnx")
-            found = engines[self.model].run(feeds)
-            return FakeResponse(FakeTensor(name, found[name]) for name in self.wanted)
+            outputs = engines[self.model].run(feeds)
+            return FakeResponse(FakeTensor(name, outputs[name]) for name in self.wanted)
 
     module = types.ModuleType("triton_python_backend_utils")
     module.Tensor, module.InferenceRequest = FakeTensor, Request
@@ -136,7 +136,7 @@ def served(repository, monkeypatch):
 
 
 class FakeRequest(dict):
-    """Inputs by name; cancelled once it was asked about `patience` times."""
+    """Inputs by name; cancelled after `patience` calls of `is_cancelled`."""
 
     patience = 10**9
 
@@ -146,11 +146,11 @@ class FakeRequest(dict):
 
 
 def request(**values):
-    return FakeRequest({name: FakeTensor(name, np.array(one)) for name, one in values.items()})
+    return FakeRequest({name: FakeTensor(name, np.array(value)) for name, value in values.items()})
 
 
 def expected(path, count, *, steps, seed):
-    """What `trtq generate` draws, uint8[B,H,W,C]."""
+    """The images of `trtq generate`, uint8[B,H,W,C]."""
     source = open_any(path)
     images = draw(source, conditioning_for(source, count), steps=steps, seed=seed, batch=count)
     return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -165,20 +165,30 @@ def repository(digits_onnx, tmp_path_factory):
     return out
 
 
-def test_configurations_are_of_tritons_schema(repository):
+def test_configurations_follow_tritons_schema(repository):
     denoiser = config(repository / "denoiser")
     assert (denoiser.backend, denoiser.max_batch_size) == ("onnxruntime", 16)
-    assert [(one.name, list(one.dims)) for one in denoiser.input] == [
+    assert [(tensor.name, list(tensor.dims)) for tensor in denoiser.input] == [
         ("sample", [1, 8, 8]),
         ("timestep", [1]),
         ("class_labels", [1]),
     ]
-    assert [one.HasField("reshape") for one in denoiser.input] == [False, True, True]
+    assert [tensor.HasField("reshape") for tensor in denoiser.input] == [False, True, True]
     assert denoiser.HasField("dynamic_batching")
     pipeline = config(repository / "pipeline")
     assert (pipeline.backend, pipeline.max_batch_size) == ("python", 0)
-    assert [one.name for one in pipeline.input] == ["class_label", "seed", "steps", "guidance"]
-    assert [one.optional for one in pipeline.input] == [False, True, True, True]
+    assert [tensor.name for tensor in pipeline.input] == [
+        "class_label",
+        "seed",
+        "steps",
+        "guidance",
+    ]
+    assert [tensor.optional for tensor in pipeline.input] == [False, True, True, True]
+
+
+def test_the_pipelines_model_imports_a_versioned_name(repository):
+    lines = (repository / "pipeline/1/model.py").read_text().splitlines()
+    assert lines[1:] == ["", "from trtq.serve.triton.v1 import TritonPythonModel"]
 
 
 def test_every_file_has_its_checksum(repository):
@@ -192,14 +202,14 @@ def test_every_file_has_its_checksum(repository):
     assert listed == files
 
 
-def test_what_was_packaged_is_on_record(repository, digits_onnx):
-    found = json.loads((repository / PARTS / "artefact.json").read_text())
+def test_the_manifest_of_the_artefact_is_packaged(repository, digits_onnx):
+    record = json.loads((repository / PARTS / "artefact.json").read_text())
     manifest = read_manifest(digits_onnx)
-    assert found["files"] == manifest.files
-    assert found["timesteps"] == manifest.timesteps
+    assert record["files"] == manifest.files
+    assert record["timesteps"] == manifest.timesteps
 
 
-def test_the_served_loop_draws_what_generate_draws(repository, digits_onnx, monkeypatch):
+def test_the_packaged_pipeline_draws_what_generate_draws(repository, digits_onnx, monkeypatch):
     model, utils = served(repository, monkeypatch)
     (response,) = model.execute([request(class_label=[0, 1, 2, 3], seed=[5])])
     assert not response.has_error()
@@ -216,7 +226,7 @@ def test_more_images_than_a_batch_are_drawn_in_several(repository, monkeypatch):
     assert utils.calls == [("denoiser", 8)] * 2 + [("denoiser", 2)] * 2
 
 
-def test_a_bad_request_is_its_own_error(repository, monkeypatch):
+def test_an_invalid_request_gets_an_error_of_its_own(repository, monkeypatch):
     model, _ = served(repository, monkeypatch)
     good = request(class_label=[1])
     bad = {
@@ -256,7 +266,7 @@ def test_an_error_of_the_denoiser_reaches_the_client(repository, monkeypatch):
     assert response.error().code == FakeError.INTERNAL
 
 
-def test_a_server_whose_arrays_have_wrong_strides_is_told_apart(monkeypatch):
+def test_a_server_whose_arrays_have_wrong_strides_is_refused(monkeypatch):
     utils = types.SimpleNamespace(Tensor=FakeTensor)
     triton_model._check_strings(utils)
     monkeypatch.setattr(FakeTensor, "as_numpy", lambda self: self.array[[0, 0]])
@@ -286,7 +296,7 @@ def test_a_text_pipeline_is_served_whole(tmp_path, monkeypatch):
 
 
 def engine_folder(digits_onnx, out, backend="tensorrt-rtx", architectures=("sm86", "sm120")):
-    """What `trtq build` leaves, with a plan that nobody could run."""
+    """A folder as `trtq build` writes it, with a plan that cannot run."""
     manifest = read_manifest(digits_onnx)
     (out / "unet").mkdir(parents=True)
     (out / "unet" / "model.engine").write_bytes(b"plan")
@@ -304,37 +314,37 @@ def engine_folder(digits_onnx, out, backend="tensorrt-rtx", architectures=("sm86
 
 def test_engines_are_named_by_compute_capability(digits_onnx, tmp_path):
     engine = engine_folder(digits_onnx, tmp_path / "engine")
-    with pytest.raises(ArtefactError, match="say where it is with --onnx"):
+    with pytest.raises(ArtefactError, match="give its path with --onnx"):
         package_triton(engine, tmp_path / "repository")
     result = package_triton(engine, tmp_path / "repository", onnx=digits_onnx)
-    found = config(tmp_path / "repository" / "denoiser")
-    assert (found.platform, found.max_batch_size) == ("tensorrt_plan", 6)
-    assert dict(found.cc_model_filenames) == {"8.6": "model.plan", "12.0": "model.plan"}
+    settings = config(tmp_path / "repository" / "denoiser")
+    assert (settings.platform, settings.max_batch_size) == ("tensorrt_plan", 6)
+    assert dict(settings.cc_model_filenames) == {"8.6": "model.plan", "12.0": "model.plan"}
     assert (tmp_path / "repository/denoiser/1/model.plan").read_bytes() == b"plan"
     assert not list((tmp_path / "repository").rglob("*.onnx*"))
     assert "TensorRT-RTX" in result["notes"][0]
 
 
-def test_an_engine_for_the_gpu_that_is_there_is_the_default(digits_onnx, tmp_path):
+def test_an_engine_for_the_current_gpu_is_the_default(digits_onnx, tmp_path):
     engine = engine_folder(digits_onnx, tmp_path / "engine", "tensorrt", ("current",))
     result = package_triton(engine, tmp_path / "repository", onnx=digits_onnx)
-    found = config(tmp_path / "repository" / "denoiser")
-    assert found.default_model_filename == "model.plan"
-    assert not found.cc_model_filenames
+    settings = config(tmp_path / "repository" / "denoiser")
+    assert settings.default_model_filename == "model.plan"
+    assert not settings.cc_model_filenames
     assert result["notes"] == []
 
 
-def test_another_onnx_folder_than_the_engines_is_refused(digits_onnx, tmp_path):
+def test_an_onnx_folder_of_other_engines_is_refused(digits_onnx, tmp_path):
     engine = engine_folder(digits_onnx, tmp_path / "engine")
     other = tmp_path / "onnx"
     shutil.copytree(digits_onnx, other)
     text = (other / "manifest.json").read_text().replace('"seed": 0', '"seed": 1')
     (other / "manifest.json").write_text(text)
-    with pytest.raises(ArtefactError, match="not beside it and unchanged"):
+    with pytest.raises(ArtefactError, match="is missing or has changed"):
         package_triton(engine, tmp_path / "repository", onnx=other)
 
 
-def test_what_cannot_be_packaged_says_what_to_do(digits_run, digits_onnx, tmp_path):
+def test_errors_of_packaging_say_what_to_do(digits_run, digits_onnx, tmp_path):
     out = tmp_path / "repository"
     with pytest.raises(UsageError, match="is a run, which no server loads; export it first"):
         package_triton(digits_run, out)
@@ -350,7 +360,7 @@ def test_what_cannot_be_packaged_says_what_to_do(digits_run, digits_onnx, tmp_pa
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
 
-def test_the_command_writes_and_overwrites_only_when_told_to(digits_onnx, tmp_path):
+def test_the_command_writes_and_overwrites_only_with_its_option(digits_onnx, tmp_path):
     def run(*arguments):
         return CliRunner().invoke(app, ["package", "triton", *map(str, arguments)])
 

@@ -35,13 +35,13 @@ from trtq.serve.triton.package import package_triton
 
 def installed():
     """The folder that holds `pytriton/` with its server, or None."""
-    found = importlib.util.find_spec("pytriton")
-    given = os.environ.get("TRTQ_PYTRITON") or (found and Path(found.origin).parents[1])
+    spec = importlib.util.find_spec("pytriton")
+    given = os.environ.get("TRTQ_PYTRITON") or (spec and Path(spec.origin).parents[1])
     return given and Path(given)
 
 
 def lacking():
-    """What these tests miss here, in words."""
+    """The reason why these tests cannot run here; empty if they can."""
     if FOLDER is None:
         return "no Triton server: set TRTQ_PYTRITON (see the head of this file)"
     if not STUB.is_dir():
@@ -81,18 +81,20 @@ class TritonPythonModel:
         return [self.answer(request) for request in requests]
 
     def answer(self, request):
-        inputs = {one.name(): torch.from_dlpack(one.to_dlpack()).numpy() for one in request.inputs()}
+        inputs = {
+            tensor.name(): torch.from_dlpack(tensor.to_dlpack()).numpy() for tensor in request.inputs()
+        }
         names = sorted(request.requested_output_names())
-        found = zip(names, self.session.run(names, inputs))
-        tensors = [utils.Tensor.from_dlpack(name, torch.from_numpy(one)) for name, one in found]
+        outputs = zip(names, self.session.run(names, inputs))
+        tensors = [utils.Tensor.from_dlpack(name, torch.from_numpy(array)) for name, array in outputs]
         return utils.InferenceResponse(tensors)
 """
 
 
 def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def runnable(repository, out):
@@ -151,12 +153,12 @@ class Server:
         return self.log_file.read_text(errors="replace")
 
     def wait(self):
-        """Until all models are ready."""
+        """Wait until all models are ready."""
         end = time.monotonic() + START_S
         while time.monotonic() < end and self.process.poll() is None:
-            with contextlib.suppress(OSError), self.connection() as one:
-                one.request("GET", "/v2/health/ready")
-                if one.getresponse().status == 200:
+            with contextlib.suppress(OSError), self.connection() as connection:
+                connection.request("GET", "/v2/health/ready")
+                if connection.getresponse().status == 200:
                     return self
             time.sleep(0.5)
         self.stop()
@@ -184,16 +186,16 @@ class Server:
 
 def inputs(kind, wanted):
     types = {"class_label": "INT64", "seed": "INT64", "steps": "INT32", "guidance": "FP32"}
-    found = []
+    tensors = []
     for name, value in wanted.items():
         array = np.array(
             value,
             {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32}.get(types.get(name), object),
         )
-        one = CLIENTS[kind].InferInput(name, list(array.shape), types.get(name, "BYTES"))
-        one.set_data_from_numpy(array)
-        found.append(one)
-    return found
+        tensor = CLIENTS[kind].InferInput(name, list(array.shape), types.get(name, "BYTES"))
+        tensor.set_data_from_numpy(array)
+        tensors.append(tensor)
+    return tensors
 
 
 def ask(server, kind, wanted):
@@ -202,10 +204,10 @@ def ask(server, kind, wanted):
 
 
 def expected(source, wanted):
-    """What `trtq generate` draws, uint8[B,H,W,C]."""
+    """The images of `trtq generate`, uint8[B,H,W,C]."""
     prompts, labels = wanted.get("prompt"), wanted.get("class_label")
     if prompts is not None:
-        conditioning = Conditioning(len(prompts), prompts=[one.decode() for one in prompts])
+        conditioning = Conditioning(len(prompts), prompts=[prompt.decode() for prompt in prompts])
     else:
         conditioning = Conditioning(len(labels), classes=torch.tensor(labels))
     (steps,), (seed,) = wanted["steps"], wanted["seed"]
@@ -242,13 +244,15 @@ def test_requests_at_different_steps_share_calls_of_the_denoiser(digits, digits_
     wanted = [{"class_label": [i % 10], "seed": [i], "steps": [4 + 3 * (i % 5)]} for i in range(24)]
     before = digits.statistics("denoiser")
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda i: ask(digits, ("http", "grpc")[i % 2], wanted[i]), range(24)))
+        results = list(
+            pool.map(lambda i: ask(digits, ("http", "grpc")[i % 2], wanted[i]), range(24))
+        )
     after = digits.statistics("denoiser")
     source = open_any(digits_onnx)
-    for images, one in zip(found, wanted, strict=True):
-        np.testing.assert_array_equal(images, expected(source, one))
+    for images, request in zip(results, wanted, strict=True):
+        np.testing.assert_array_equal(images, expected(source, request))
     items, calls = (after[key] - before[key] for key in ("inference_count", "execution_count"))
-    assert items == sum(one["steps"][0] for one in wanted)
+    assert items == sum(request["steps"][0] for request in wanted)
     assert calls < items
     print(f"{items} items of one image in {calls} calls")  # noqa: T201
 
@@ -269,7 +273,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
-def test_a_bad_request_is_told_why_and_the_server_lives_on(digits, kind):
+def test_an_invalid_request_gets_the_reason_and_the_server_lives_on(digits, kind):
     from tritonclient.utils import InferenceServerException
 
     for message, wanted in BAD.items():
@@ -290,7 +294,7 @@ def test_a_cancelled_request_leaves_the_denoiser_at_once(digits):
             time.sleep(0.05)
         call.cancel()
         assert ended.wait(30)
-    while True:  # A step that had begun may end; then nothing moves.
+    while True:  # A step in progress may end; then the counter must not move.
         seen = digits.statistics("denoiser")["execution_count"]
         time.sleep(1)
         if digits.statistics("denoiser")["execution_count"] == seen:
@@ -317,9 +321,7 @@ def test_a_denoiser_that_is_not_loaded_is_named(digits):
     ('backend: "onnxruntime"', "onnxruntime"),
     ('platform: "tensorrt_plan"\ncc_model_filenames { key: "8.6" value: "model.plan" }', "tensorrt"),
 ], ids=["onnxruntime", "tensorrt"])  # fmt: skip
-def test_only_the_backend_is_missing_for_the_graphs_as_packaged(
-    digits_onnx, tmp_path, platform, backend
-):
+def test_packaged_graphs_lack_only_their_backend_here(digits_onnx, tmp_path, platform, backend):
     package_triton(digits_onnx, tmp_path / "packaged")
     config = tmp_path / "packaged" / "denoiser" / "config.pbtxt"
     config.write_text(config.read_text().replace('backend: "onnxruntime"', platform))
@@ -338,7 +340,7 @@ def shapes_onnx(tmp_path_factory):
 
 def test_a_text_pipeline_is_served_whole(tmp_path, shapes_onnx):
     if not (FOLDER / "numpy").is_dir():
-        pytest.skip("this server reads prompts only with NumPy 1, which is not beside it")
+        pytest.skip("this server reads prompts only with NumPy 1, which the folder lacks")
     package_triton(shapes_onnx, tmp_path / "packaged")
     repository = runnable(tmp_path / "packaged", tmp_path / "repository")
     server = Server(repository, tmp_path, old_numpy=True).wait()
@@ -356,8 +358,8 @@ def test_a_text_pipeline_is_served_whole(tmp_path, shapes_onnx):
             with pytest.raises(InferenceServerException, match=message):
                 ask(server, "grpc", bad)
         with server.client("http") as client:
-            names = {one["name"] for one in client.get_model_repository_index()}
-        assert names == {one.parent.name for one in repository.glob("*/config.pbtxt")}
+            names = {entry["name"] for entry in client.get_model_repository_index()}
+        assert names == {entry.parent.name for entry in repository.glob("*/config.pbtxt")}
     finally:
         server.stop()
 

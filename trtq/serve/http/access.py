@@ -1,8 +1,8 @@
-"""Who may ask: the hosts that a server answers to, and the origins whose pages may use it.
+"""Access control: the hosts that a server answers to, and the origins whose pages may use it.
 
-A browser sends requests of any page to any address. Two things tell them from the user's own: the `Host`
-that the page's author called the server by (a name of his may be made to point at 127.0.0.1: DNS
-rebinding), and the `Origin` of the page. Programs send no `Origin`, and the host that they were given.
+A browser sends requests of any page to any address. Two headers distinguish such requests from the
+user's own: `Host`, the name of the server in the page's URL (the author of a page can let a name resolve
+to 127.0.0.1: DNS rebinding), and `Origin`, the origin of the page. Programs send no `Origin`.
 """
 
 from __future__ import annotations
@@ -21,34 +21,35 @@ __all__ = ["Access", "allowed_hosts", "allowed_origins"]
 
 ANY = "*"
 _SAFE = ("GET", "HEAD", "OPTIONS", "TRACE")
-_OWN_SITE = (b"same-origin", b"none")
+_SAME_SITE = (b"same-origin", b"none")
 _PORTS = {"http": 80, "https": 443}
 _NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*"
 _AUTHORITY = re.compile(rf"(?:\[([0-9a-f:.]+)\]|({_NAME})\.?)(?::([0-9]{{0,5}}))?")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#\s@]+)/?")
 _ALLOWED = re.compile(rf"\*|(?:\*\.)?{_NAME}")
+_MAX_AUTHORITY = 260
 _FIELD_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,1024}")
 
 Headers = Sequence[tuple[bytes, bytes]]
 
 
 def _address(text: str) -> str | None:
-    """An IP address in the one form that two of them can be compared in; None for a name."""
+    """An IP address in canonical form, for comparison; None if the text is a name."""
     try:
-        found = ipaddress.ip_address(text.partition("%")[0])
+        address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return None
-    return str(getattr(found, "ipv4_mapped", None) or found)
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def _parse(authority: str) -> tuple[str, int | None] | None:
-    """`NAME:PORT` -> the name in small letters, or the address, and the port; None: it is neither."""
-    found = _AUTHORITY.fullmatch(authority.lower())
-    if found is None or len(authority) > 260:
+    """`NAME:PORT` -> the lower-case name or the canonical address, and the port; None if malformed."""
+    match = _AUTHORITY.fullmatch(authority.lower())
+    if match is None or len(authority) > _MAX_AUTHORITY:
         return None
-    name, inside = found[2], found[1] or ""
+    name, inside = match[2], match[1] or ""
     host = _address(name) or name if name else _address(inside) if ":" in inside else None
-    port = int(found[3]) if found[3] else None
+    port = int(match[3]) if match[3] else None
     return None if host is None or (port or 0) > 65535 else (host, port)
 
 
@@ -58,14 +59,14 @@ def _is_loopback(host: str) -> bool:
     )
 
 
-def allowed_hosts(given: Iterable[str]) -> tuple[str, ...]:
-    """Values of `--allowed-host` in the form that `Access` compares.
+def allowed_hosts(texts: Iterable[str]) -> tuple[str, ...]:
+    """Normalise values of `--allowed-host` for `Access`.
 
     Raises:
-        UsageError: one is no name or address.
+        UsageError: a value is neither a host name nor an address.
     """
-    found = []
-    for text in given:
+    hosts = []
+    for text in texts:
         name = text.strip().lower().removeprefix("[").removesuffix("]").rstrip(".")
         if not name.isascii():
             try:
@@ -76,29 +77,29 @@ def allowed_hosts(given: Iterable[str]) -> tuple[str, ...]:
         if address is None and not _ALLOWED.fullmatch(name):
             raise UsageError(
                 f"the host {text[:80]!r} is not understood; write a name or an address without http:// "
-                "and without a port, e.g. --allowed-host images.example; *.images.example stands for "
-                "the names below it, '*' for all"
+                "and without a port, e.g. --allowed-host images.example; *.images.example means all "
+                "names below it, '*' all names"
             )
-        found.append(address or name)
-    return tuple(found)
+        hosts.append(address or name)
+    return tuple(hosts)
 
 
-def allowed_origins(given: Iterable[str]) -> tuple[str, ...]:
-    """Values of `--allowed-origin` as browsers write them.
+def allowed_origins(texts: Iterable[str]) -> tuple[str, ...]:
+    """Normalise values of `--allowed-origin` to the form that browsers send.
 
     Raises:
-        UsageError: one is no origin.
+        UsageError: a value is not an origin.
     """
-    found = []
-    for text in given:
+    origins = []
+    for text in texts:
         origin = _normal_origin(text.strip())
         if origin is None:
             raise UsageError(
-                f"the origin {text[:80]!r} is not understood; write what the page's address begins "
-                "with, e.g. --allowed-origin http://localhost:3000; '*' stands for all pages"
+                f"the origin {text[:80]!r} is not understood; write the beginning of the page's URL, "
+                "e.g. --allowed-origin http://localhost:3000; '*' means all pages"
             )
-        found.append(origin)
-    return tuple(found)
+        origins.append(origin)
+    return tuple(origins)
 
 
 def _normal_origin(text: str) -> str | None:
@@ -121,17 +122,17 @@ def _normal_origin(text: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """What a server answers to.
+    """The hosts and origins that a server answers to.
 
-    Loopback names and addresses, and the address that a connection came to, are always among the hosts:
-    so an address is right where it is the machine's own, as the probes of Kubernetes and Prometheus have
-    it, and a name has to be allowed.
+    Loopback names and addresses, and the local address of a connection, are always allowed: an address
+    of the machine itself, as the probes of Kubernetes and Prometheus send it, is fine, and other names
+    have to be allowed.
 
     Attributes:
-        bound: what the server was told to listen at; where that is all addresses, the machine's own name
-            is a host, too.
-        hosts: further ones, as `allowed_hosts` gives them.
-        origins: of pages that may use the server from elsewhere, as `allowed_origins` gives them.
+        bound: address or name that the server listens on; if it means all addresses, the machine's name
+            is allowed, too.
+        hosts: additional hosts, as `allowed_hosts` returns them.
+        origins: other origins whose pages may use the server, as `allowed_origins` returns them.
     """
 
     bound: str = "127.0.0.1"
@@ -148,46 +149,48 @@ class Access:
 
     @property
     def warnings(self) -> list[str]:
-        """What an operator ought to know of it."""
-        found = []
+        """Warnings about this configuration for the operator."""
+        texts = []
         if ANY in self.hosts:
-            found.append("every host is allowed: any page can reach this server by DNS rebinding")
+            texts.append("every host is allowed: any page can reach this server by DNS rebinding")
         if ANY in self.origins:
-            found.append(
+            texts.append(
                 "every origin is allowed: any page in a browser can send requests to this server"
             )
-        return found
+        return texts
 
     def check(self, scope: Any) -> None:
-        """Nothing, if a request may be answered.
+        """Raise unless the server may answer a request.
 
         Args:
-            scope: of ASGI.
+            scope: ASGI scope of the request.
 
         Raises:
-            ApiError: 400 there is no host, several, or one that is none; 421 the server does not
-                answer to it; 403 another site's page wants something done.
+            ApiError: 400 the request does not name exactly one valid host; 421 the server does not
+                answer to this host; 403 the request is from a page of another site.
         """
         headers: Headers = scope["headers"]
-        given = [value for name, value in headers if name == b"host"]
-        # Only HTTP/1.0 knows requests without it, and no browser sends those.
+        values = [value for name, value in headers if name == b"host"]
+        # Only HTTP/1.0 allows requests without a host, and no browser sends those.
         host = None
-        if given or scope.get("http_version") != "1.0":
-            host = self._checked_host(given, scope)
+        if values or scope.get("http_version") != "1.0":
+            host = self._checked_host(values, scope)
         if scope["method"] not in _SAFE:
             self._check_origin(headers, host)
 
-    def _checked_host(self, given: list[bytes], scope: Any) -> tuple[str, int | None]:
-        if len(given) != 1:
-            told = "names no host" if not given else f"names {len(given)} hosts"
-            raise ApiError(400, "invalid_host", f"the request {told}; send one Host header")
-        text = given[0].decode("latin-1").strip()
+    def _checked_host(self, values: list[bytes], scope: Any) -> tuple[str, int | None]:
+        if len(values) != 1:
+            count = len(values) or "no"
+            raise ApiError(
+                400, "invalid_host", f"the request has {count} Host headers; send exactly one"
+            )
+        text = values[0].decode("latin-1").strip()
         parsed = _parse(text)
         if parsed is None:
             raise ApiError(
                 400,
                 "invalid_host",
-                f"{printable(text)!r} is no host; send NAME or NAME:PORT as Host",
+                f"{printable(text)!r} is not a valid host; send NAME or NAME:PORT as Host",
             )
         if not self._answers_to(parsed[0], (scope.get("server") or ("",))[0]):
             raise ApiError(
@@ -201,7 +204,7 @@ class Access:
     def _answers_to(self, host: str, local: str) -> bool:
         if _is_loopback(host) or host in self._names or ANY in self._names:
             return True
-        if any(one.startswith("*.") and host.endswith(one[1:]) for one in self.hosts):
+        if any(name.startswith("*.") and host.endswith(name[1:]) for name in self.hosts):
             return True
         return bool(local) and host == _address(local)
 
@@ -210,62 +213,62 @@ class Access:
         sites = [value.strip().lower() for name, value in headers if name == b"sec-fetch-site"]
         if origins and all(map(self.allows_origin, origins)):
             return
-        foreign = [origin for origin in origins if not _is_own(origin, host)]
+        foreign = [origin for origin in origins if not _is_same_origin(origin, host)]
         if foreign:
             raise ApiError(
                 403,
                 "origin_not_allowed",
-                f"a page of {printable(foreign[0])!r} may not use this server; start it with "
-                "--allowed-origin and the page's origin if it should",
+                f"pages of {printable(foreign[0])!r} may not use this server; to allow them, start it "
+                "with --allowed-origin and their origin",
             )
-        if any(site not in _OWN_SITE for site in sites):
+        if any(site not in _SAME_SITE for site in sites):
             raise ApiError(
                 403,
                 "origin_not_allowed",
-                "a page of another site may not use this server; start it with --allowed-origin and the "
-                "page's origin if it should",
+                "pages of other sites may not use this server; to allow them, start it with "
+                "--allowed-origin and their origin",
             )
 
     def allows_origin(self, origin: str) -> bool:
-        """Whether the pages of an origin may use the server from elsewhere."""
+        """Whether pages of this origin may use the server although they are of another site."""
         return bool(self.origins) and (
             ANY in self.origins or _normal_origin(origin) in self.origins
         )
 
     def cors(self, scope: Any) -> list[tuple[bytes, bytes]]:
-        """The headers by which a browser lets a page of an allowed origin read the answer."""
+        """The headers that allow a page of an allowed origin to read the response."""
         if not self.origins:
             return []
-        found = [(b"vary", b"Origin")]
+        headers = [(b"vary", b"Origin")]
         origins = [value for name, value in scope["headers"] if name == b"origin"]
         if len(origins) == 1 and self.allows_origin(origins[0].decode("latin-1")):
-            found += [
+            headers += [
                 (b"access-control-allow-origin", origins[0]),
                 (b"access-control-expose-headers", b"X-Request-ID, Retry-After, X-Should-Retry"),
             ]
-        return found
+        return headers
 
     def preflight(self, scope: Any) -> list[tuple[bytes, bytes]] | None:
-        """The headers that answer a browser which asks before it sends; None where it does not."""
-        given = dict(scope["headers"])
-        if scope["method"] != "OPTIONS" or b"access-control-request-method" not in given:
+        """The headers of the response to a CORS preflight; None if the request is not a preflight."""
+        sent = dict(scope["headers"])
+        if scope["method"] != "OPTIONS" or b"access-control-request-method" not in sent:
             return None
         if len(self.cors(scope)) < 2:
             return None
-        found = [
+        headers = [
             (b"access-control-allow-methods", b"GET, HEAD, POST"),
             (b"access-control-max-age", b"600"),
         ]
-        wanted = given.get(b"access-control-request-headers", b"")
-        if _FIELD_NAMES.fullmatch(wanted):
-            found.append((b"access-control-allow-headers", wanted))
-        if given.get(b"access-control-request-private-network") == b"true":
-            found.append((b"access-control-allow-private-network", b"true"))
-        return found
+        names = sent.get(b"access-control-request-headers", b"")
+        if _FIELD_NAMES.fullmatch(names):
+            headers.append((b"access-control-allow-headers", names))
+        if sent.get(b"access-control-request-private-network") == b"true":
+            headers.append((b"access-control-allow-private-network", b"true"))
+        return headers
 
 
-def _is_own(origin: str, host: tuple[str, int | None] | None) -> bool:
-    """Whether an origin is that of the server's own page: same host, same port."""
+def _is_same_origin(origin: str, host: tuple[str, int | None] | None) -> bool:
+    """Whether an origin is that of the server's page: same host, same port."""
     parts = _ORIGIN.fullmatch(origin.lower())
     if parts is None or parts[1] not in _PORTS or host is None:
         return False

@@ -1,4 +1,4 @@
-"""What a client is told when a request is not served: OpenAI's envelope, a status, a code."""
+"""The errors that clients receive: a status, a code, and OpenAI's envelope."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """A request is refused or given up.
+    """A request is refused or cancelled.
 
     Args:
-        status: of the answer.
-        code: stable, for programs.
-        message: for people: what came, what is allowed, what to do.
-        param: the field of the request that is meant.
-        retry_after: seconds after which it is worth another try.
-        allow: the methods that there are.
+        status: HTTP status of the response.
+        code: stable error code, for programs.
+        message: error message, for people: what was received, what is allowed, what to do.
+        param: name of the invalid field of the request.
+        retry_after: time after which the client should try again, in seconds.
+        allow: allowed methods, for the header `Allow`.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class ApiError(Exception):
         self.allow = allow
 
     def __reduce__(self) -> Any:
-        """For pickle, which would call with the message alone."""
+        """Support pickle, which would otherwise pass the message alone."""
         make = partial(ApiError, param=self.param, retry_after=self.retry_after, allow=self.allow)
         return make, (self.status, self.code, self.message)
 
     @property
     def envelope(self) -> dict[str, Any]:
-        """The body of the answer, as OpenAI's clients read it."""
+        """The body of the response, as OpenAI's clients expect it."""
         fallback = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
             "error": {
@@ -64,10 +64,10 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that belong to the answer."""
+        """The headers of the response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == 408:
-            # OpenAI's clients would ask again, twice, a server that is too slow already.
+            # OpenAI's clients would otherwise try twice more, on a server that is already too slow.
             headers["X-Should-Retry"] = "false"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
@@ -77,11 +77,11 @@ class ApiError(Exception):
 
 
 def printable(value: str) -> str:
-    """What a client sent, as a message may show it: ASCII, and not too much of it."""
+    """Escape text from a client for a message: ASCII, shortened."""
     return value[:80].encode("ascii", "backslashreplace").decode()
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The id that a request brings in X-Request-ID, or a new one where that is none."""
+    """The request id in X-Request-ID, or a new id if that is missing or invalid."""
     given = dict(headers).get(b"x-request-id", b"")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()

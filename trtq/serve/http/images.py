@@ -1,4 +1,4 @@
-"""`POST /v1/images/generations`: a body in, pictures out, at once or as server-sent events."""
+"""`POST /v1/images/generations`: JSON in, images out, in one response or as server-sent events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from trtq.serve.http.errors import ApiError
 from trtq.serve.http.schema import ImageRequest, check_against, guidance_of, parse_request, size_of
 from trtq.serve.metrics import Metrics
 from trtq.serve.models.base import GenerationRequest, ModelInfo
-from trtq.serve.service import Event, ImageGenerator, Limits
+from trtq.serve.options import Limits
+from trtq.serve.requests import DrawOptions, Event, ImageGenerator
 
 __all__ = ["NOTES", "ClientGoneError", "Images", "Message", "Receive", "Send", "refusal"]
 
@@ -30,16 +31,17 @@ Send = Callable[[Message], Awaitable[None]]
 Result = TypeVar("Result")
 
 NOTES = "trtq"
-"""Where an ASGI scope keeps what the log will say about a request."""
+"""Key of an ASGI scope whose value holds the fields of the request's log line."""
 _DISCARDED = 16
+"""Factor by which a body may exceed its limit before the server stops reading and discarding it."""
 
 
 class ClientGoneError(Exception):
-    """The client hung up before the answer."""
+    """The client closed the connection before the response."""
 
 
 def refusal(error: ApiError, metrics: Metrics) -> JSONResponse:
-    """The answer to a request that is not served."""
+    """The response to a request that is refused or failed."""
     metrics.error(error.code)
     return JSONResponse(error.envelope, error.status, error.headers)
 
@@ -53,19 +55,23 @@ class Images:
     """Answers requests for images.
 
     Args:
-        service: draws.
-        metrics: what `/metrics` shows.
+        generator: the image generator.
+        metrics: metrics of the server.
     """
 
-    def __init__(self, service: ImageGenerator, metrics: Metrics) -> None:
-        self._service = service
+    def __init__(self, generator: ImageGenerator, metrics: Metrics) -> None:
+        self._generator = generator
         self._metrics = metrics
 
     async def answer(self, scope: Mapping[str, Any], receive: Receive) -> Response:
-        """What to send, a refusal if need be.
+        """The response to a request, which may be an error.
+
+        Args:
+            scope: ASGI scope of the request, with a dict under `NOTES`.
+            receive: ASGI function that receives the body.
 
         Raises:
-            ClientGoneError: nobody is there to read it.
+            ClientGoneError: the client closed the connection.
         """
         notes = scope[NOTES]
         try:
@@ -78,72 +84,71 @@ class Images:
     async def _draw(
         self, scope: Mapping[str, Any], receive: Receive, notes: dict[str, Any]
     ) -> Response:
-        service = self._service
-        service.refuse_when_draining()
-        wanted = parse_request(await _read_body(scope, receive, service.limits))
-        info = service.find(wanted.model)
-        check_against(wanted, info, service.limits)
-        drawing = _drawing(wanted, info)
-        notes |= {"model": info.name, "images": drawing.count, "steps": drawing.steps}
-        events = service.draw(
-            info.name,
-            drawing,
-            deadline_s=wanted.deadline,
-            previews=wanted.partial_images or 0,
-            progress=bool(wanted.progress),
+        generator = self._generator
+        generator.refuse_when_draining()
+        body = parse_request(await _read_body(scope, receive, generator.limits))
+        info = generator.find(body.model)
+        check_against(body, info, generator.limits)
+        request = _generation_request(body, info)
+        notes |= {"model": info.name, "images": request.count, "steps": request.steps}
+        options = DrawOptions(
+            deadline_s=body.deadline,
+            previews=body.partial_images or 0,
+            progress=bool(body.progress),
         )
-        if wanted.stream:
-            # Refusals come before the first byte of an answer.
+        events = generator.draw(info.name, request, options)
+        if body.stream:
+            # The first event is awaited, so that a refusal has an HTTP status of its own.
             await _while_connected(receive, anext(events))
-            return _EventStream(_server_sent(events, drawing, info, self._metrics))
-        pictures = await _while_connected(receive, _pictures(events, drawing.count))
+            return _EventStream(_server_sent(events, request, info, self._metrics))
+        pngs = await _while_connected(receive, _collect(events, request.count))
         data = [
-            {"b64_json": _base64(_described(png, drawing, info, index))}
-            for index, png in enumerate(pictures)
+            {"b64_json": _base64(_described(png, request, info, index))}
+            for index, png in enumerate(pngs)
         ]
-        return JSONResponse({"created": int(time.time()), "data": data} | _facts(drawing, info))
+        fields = _response_fields(request, info)
+        return JSONResponse({"created": int(time.time()), "data": data} | fields)
 
 
-def _drawing(wanted: ImageRequest, info: ModelInfo) -> GenerationRequest:
+def _generation_request(body: ImageRequest, info: ModelInfo) -> GenerationRequest:
     return GenerationRequest(
-        prompt=wanted.prompt,
-        count=wanted.n,
-        seed=secrets.randbelow(2**31) if wanted.seed is None else wanted.seed,
-        steps=wanted.steps or info.steps,
-        guidance=guidance_of(wanted, info),
-        size=size_of(wanted, info),
-        negative_prompt=wanted.negative_prompt,
+        prompt=body.prompt,
+        count=body.n,
+        seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+        steps=body.steps or info.steps,
+        guidance=guidance_of(body, info),
+        size=size_of(body, info),
+        negative_prompt=body.negative_prompt,
     )
 
 
-def _facts(drawing: GenerationRequest, info: ModelInfo) -> dict[str, Any]:
-    """What an answer says beside the pictures: OpenAI's fields, then ours."""
-    height, width = drawing.size or info.image_size
+def _response_fields(request: GenerationRequest, info: ModelInfo) -> dict[str, Any]:
+    """The fields of a response in addition to the images: OpenAI's fields, then ours."""
+    height, width = request.size or info.image_size
     return {
         "background": "opaque",
         "output_format": "png",
         "quality": "auto",
         "size": f"{width}x{height}",
         "model": info.name,
-        "seed": drawing.seed,
-        "steps": drawing.steps,
-        "guidance": drawing.guidance,
+        "seed": request.seed,
+        "steps": request.steps,
+        "guidance": request.guidance,
     }
 
 
-def _described(png: bytes, drawing: GenerationRequest, info: ModelInfo, index: int) -> bytes:
-    """The file of one picture, with what made it as text inside."""
-    text = info.kind == "text"
+def _described(png: bytes, request: GenerationRequest, info: ModelInfo, index: int) -> bytes:
+    """Add prompt, seed and settings to a PNG file as text chunks."""
     texts = generation_texts(
         model=info.name,
-        prompt=drawing.prompt if text else None,
-        label=drawing.prompt if info.kind == "class" else None,
-        seed=drawing.seed,
+        prompt=request.prompt if info.kind == "text" else None,
+        label=request.prompt if info.kind == "class" else None,
+        seed=request.seed,
         image=index,
-        steps=drawing.steps,
-        guidance=drawing.guidance,
-        size=drawing.size or info.image_size,
-        negative_prompt=drawing.negative_prompt,
+        steps=request.steps,
+        guidance=request.guidance,
+        size=request.size or info.image_size,
+        negative_prompt=request.negative_prompt,
     )
     return with_texts(png, texts)
 
@@ -152,38 +157,39 @@ def _base64(png: bytes) -> str:
     return base64.b64encode(png).decode()
 
 
-async def _pictures(events: AsyncGenerator[Event], count: int) -> list[bytes]:
-    found = [b""] * count
+async def _collect(events: AsyncGenerator[Event], count: int) -> list[bytes]:
+    """The PNG files of all images of a request, by index."""
+    pngs = [b""] * count
     async with aclosing(events):
         async for event in events:
             if event.kind == "image":
-                found[event.index] = event.png
-    return found
+                pngs[event.index] = event.png
+    return pngs
 
 
 async def _server_sent(
-    events: AsyncGenerator[Event], drawing: GenerationRequest, info: ModelInfo, metrics: Metrics
+    events: AsyncGenerator[Event], request: GenerationRequest, info: ModelInfo, metrics: Metrics
 ) -> AsyncGenerator[bytes]:
-    """A request's events as OpenAI's clients read them, `trtq.progress` beside them if asked for."""
-    shown = [0] * drawing.count
+    """The events of a request in OpenAI's format, and `trtq.progress` events if requested."""
+    previews = [0] * request.count
     try:
         async with aclosing(events):
             async for event in events:
-                facts: dict[str, Any] = {"image_index": event.index, "step": event.step}
+                fields: dict[str, Any] = {"image_index": event.index, "step": event.step}
                 if event.kind == "progress":
-                    yield _sse("trtq.progress", facts | {"steps": event.steps})
+                    yield _sse("trtq.progress", fields | {"steps": event.steps})
                     continue
                 png = event.png
                 if event.kind == "image":
-                    png = _described(png, drawing, info, event.index)
-                facts |= {"b64_json": _base64(png), "created_at": int(time.time())}
-                facts |= _facts(drawing, info)
+                    png = _described(png, request, info, event.index)
+                fields |= {"b64_json": _base64(png), "created_at": int(time.time())}
+                fields |= _response_fields(request, info)
                 if event.kind == "preview":
-                    facts["partial_image_index"] = shown[event.index]
-                    shown[event.index] += 1
-                    yield _sse("image_generation.partial_image", facts)
+                    fields["partial_image_index"] = previews[event.index]
+                    previews[event.index] += 1
+                    yield _sse("image_generation.partial_image", fields)
                 else:
-                    yield _sse("image_generation.completed", facts)
+                    yield _sse("image_generation.completed", fields)
     except ApiError as error:
         metrics.error(error.code)
         _log_failure(error)
@@ -195,49 +201,50 @@ def _sse(name: str, data: dict[str, Any]) -> bytes:
 
 
 async def _read_body(scope: Mapping[str, Any], receive: Receive, limits: Limits) -> bytes:
-    """The whole body, of bounded size and in bounded time.
+    """Read the body of a request, of limited size and in limited time.
 
     Raises:
-        ApiError: 408, 413 or 415.
-        ClientGoneError: it does not come.
+        ApiError: 408 the body takes too long; 413 it is too large; 415 it is not JSON.
+        ClientGoneError: the client closed the connection.
     """
-    given = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
-    kind = given.partition(";")[0].strip().lower()
-    if kind != "application/json":
+    content_type = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type != "application/json":
         raise ApiError(
             415,
             "unsupported_media_type",
-            f"the body must be application/json, got {kind[:80] or 'no content type'!r}",
+            f"the body must be application/json, got {media_type[:80] or 'no content type'!r}",
         )
     body = bytearray()
-    come = 0
+    size = 0
     more = True
     try:
         async with asyncio.timeout(limits.body_s):
-            # A client that is still sending does not read: some more is taken and thrown away.
-            while more and come <= _DISCARDED * limits.body_bytes:
+            # A client reads no response while it sends, so part of a large body is read and discarded.
+            while more and size <= _DISCARDED * limits.body_bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGoneError
                 chunk = message.get("body", b"")
-                come += len(chunk)
-                if come <= limits.body_bytes:
+                size += len(chunk)
+                if size <= limits.body_bytes:
                     body += chunk
                 more = message.get("more_body", False)
     except TimeoutError as err:
         raise ApiError(
-            408, "body_timeout", f"the body did not come within {limits.body_s:g} s"
+            408, "body_timeout", f"the body did not arrive within {limits.body_s:g} s"
         ) from err
-    if come > limits.body_bytes:
-        raise ApiError(413, "body_too_large", f"the body may have {limits.body_bytes} bytes")
+    if size > limits.body_bytes:
+        text = f"the body may have up to {limits.body_bytes} bytes"
+        raise ApiError(413, "body_too_large", text)
     return bytes(body)
 
 
 async def _while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
-    """The result of some work, which is cancelled when the client hangs up.
+    """The result of `work`, which is cancelled if the client closes the connection.
 
     Raises:
-        ClientGoneError: it did.
+        ClientGoneError: the client closed the connection.
     """
     working = asyncio.current_task()
     assert working is not None
@@ -262,7 +269,7 @@ async def _while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
 
 
 class _EventStream(Response):
-    """Server-sent events that end when the client hangs up."""
+    """A response of server-sent events, which ends if the client closes the connection."""
 
     media_type = "text/event-stream"
 

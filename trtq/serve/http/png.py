@@ -1,4 +1,4 @@
-"""PNG, without an imaging library."""
+"""PNG files without an imaging library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     """uint8[H,W] or uint8[H,W,3] -> the bytes of a PNG file."""
     height, width = pixels.shape[:2]
     colour = _GREY if pixels.ndim == 2 else _RGB
-    # Each row begins with the number of its filter; 0 is none.
+    # Each row begins with the number of its filter; 0 means no filter.
     rows = np.zeros((height, 1 + pixels[0].size), np.uint8)
     rows[:, 1:] = pixels.reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)

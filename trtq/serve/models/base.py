@@ -1,4 +1,4 @@
-"""What a server needs of a model, whatever lies behind it. Letters: B rows of a call, C, H, W images."""
+"""The interface between the batcher and a model. Letters: B rows of a call; C, H, W of an image."""
 
 from __future__ import annotations
 
@@ -27,64 +27,66 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Image sizes that a model draws: heights and widths in pixels, multiples of `step`.
+    """The image sizes that a model draws.
 
     Attributes:
-        smallest: height and width.
-        largest: height and width.
-        step: between two heights, and between two widths.
+        smallest: minimum height and width, in pixels.
+        largest: maximum height and width, in pixels.
+        multiple_of: common divisor of all heights and widths, in pixels.
     """
 
     smallest: tuple[int, int]
     largest: tuple[int, int]
-    step: int
+    multiple_of: int
 
     def __contains__(self, size: tuple[int, int]) -> bool:
         """Whether images of this height and width can be drawn."""
         return all(
-            least <= side <= most and side % self.step == 0
-            for least, side, most in zip(self.smallest, size, self.largest, strict=True)
+            low <= side <= high and side % self.multiple_of == 0
+            for low, side, high in zip(self.smallest, size, self.largest, strict=True)
         )
 
     def __str__(self) -> str:
         (low, left), (high, right) = self.smallest, self.largest
         return (
             f"WIDTHxHEIGHT from {left}x{low} to {right}x{high}, width and height multiples of "
-            f"{self.step}"
+            f"{self.multiple_of}"
         )
 
     @classmethod
-    def of_graph(cls, metadata: Mapping[str, str], pixels: int = 1) -> Sizes | None:
-        """Those that a denoiser's graph takes; None for one size only.
+    def of_graph(cls, metadata: Mapping[str, str], cell_pixels: int = 1) -> Sizes | None:
+        """The sizes that the graph of a denoiser accepts; None if it accepts one size only.
 
         Args:
-            metadata: of the graph.
-            pixels: along one side of a cell of its latents.
+            metadata: metadata of the graph.
+            cell_pixels: side of a latent cell, in pixels.
         """
-        found = free_sizes(metadata)
-        if found is None:
+        cells = free_sizes(metadata)
+        if cells is None:
             return None
-        low, high = ((side[0] * pixels, side[1] * pixels) for side in (found.low, found.high))
-        return cls(low, high, found.cell * pixels)
+        low, high = (
+            (height * cell_pixels, width * cell_pixels) for height, width in (cells.low, cells.high)
+        )
+        return cls(low, high, cells.cell * cell_pixels)
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a server says about a model.
+    """The description of a model.
 
     Attributes:
-        name: by which requests ask for it.
-        kind: what a prompt is: `class`, `text`, or `none` for a model without conditions.
+        name: model name used in requests.
+        kind: meaning of a prompt: `class`, `text`, or `none` for a model without conditions.
         classes: names of the classes; empty for other kinds.
-        image_size: height and width in pixels, unless a request says otherwise.
-        steps: denoising steps unless a request says otherwise.
-        max_steps: what the noise schedule has.
-        guidance: unless a request says otherwise; 1 is none.
-        takes_guidance: whether requests may choose it.
-        provider: what runs it.
-        bits: of weights and activations, e.g. `w4a8`; None for a float model.
-        sizes: that requests may choose; None: `image_size` only.
-        takes_negative_prompt: whether requests may say what is not to be shown.
+        image_size: default height and width, in pixels.
+        steps: default number of denoising steps.
+        max_steps: maximum number of denoising steps, the length of the noise schedule.
+        guidance: default classifier-free guidance; 1 is no guidance.
+        takes_guidance: whether requests may set the guidance.
+        provider: execution provider.
+        bits: bit widths of weights and activations, e.g. `w4a8`; None for a float model.
+        sizes: sizes that requests may ask for; None: `image_size` only.
+        takes_negative_prompt: whether requests may set a negative prompt.
     """
 
     name: str
@@ -103,16 +105,16 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What one request wants drawn.
+    """The images that one request asks for.
 
     Attributes:
-        prompt: a text or the name of a class.
+        prompt: a text, or the name or number of a class.
         count: number of images; image i of a seed is the same in every request.
-        seed: of the starting noise.
-        steps: denoising steps.
-        guidance: classifier-free guidance; 1 is none.
-        size: height and width in pixels; None: the model's own.
-        negative_prompt: what is not to be shown; None: what the pipeline has where none is given.
+        seed: seed of the initial noise.
+        steps: number of denoising steps.
+        guidance: classifier-free guidance; 1 is no guidance.
+        size: height and width, in pixels; None: the model's default size.
+        negative_prompt: description of what the images must not show; None: the pipeline's default.
     """
 
     prompt: str
@@ -126,12 +128,12 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The denoiser's inputs of one image beside sample and timestep.
+    """The denoiser's inputs for one image, except sample and timestep.
 
     Attributes:
-        conditional: by flat name, each `[1, ...]`.
-        unconditional: the same for "no condition"; None: one row is enough.
-        shared: inputs without a batch axis.
+        conditional: arrays by flat name, each `[1, ...]`.
+        unconditional: the same arrays for "no condition"; None: the image needs one row only.
+        shared: arrays without a batch axis, by flat name.
     """
 
     conditional: Arrays
@@ -141,13 +143,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class InitialState:
-    """One image before its first step.
+    """One image before its first denoising step.
 
     Attributes:
-        x: starting noise, `[1, ...]`.
-        inputs: what the denoiser is told.
-        solver: its trajectory.
-        guidance: weight of the condition where `inputs` has both halves.
+        x: initial noise, `[1, ...]`.
+        inputs: the denoiser's conditions.
+        solver: trajectory of the image.
+        guidance: classifier-free guidance, used if `inputs.unconditional` is given.
     """
 
     x: np.ndarray
@@ -157,22 +159,26 @@ class InitialState:
 
 
 class ImageModel(ABC):
-    """A model that a batcher can run; its methods are called from several threads."""
+    """A model that a batcher can run. Its methods are called from several threads.
+
+    Attributes:
+        info: the description of the model.
+        fixed_shapes: whether each batch size has to be compiled before it runs fast.
+        max_rows: maximum batch size the engine was built for; None if unlimited.
+        cheap_codec: whether `starts` and `decode` take less time than handing them to another thread.
+    """
 
     info: ModelInfo
     fixed_shapes = False
-    """Whether each batch size has to be compiled before it runs well."""
     max_rows: int | None = None
-    """Of a call, where what runs it was built for so many."""
     cheap_codec = False
-    """Whether `starts` and `decode` take less time than handing them to another thread."""
 
     @abstractmethod
-    def starts(self, drawing: GenerationRequest) -> Sequence[InitialState]:
-        """The images of a request before their first step.
+    def starts(self, request: GenerationRequest) -> Sequence[InitialState]:
+        """The images of a request before their first denoising step.
 
         Raises:
-            UsageError: the prompt, the steps or the guidance are not what the model takes.
+            UsageError: the model does not accept the prompt, the number of steps or the guidance.
         """
 
     @abstractmethod
@@ -186,30 +192,34 @@ class ImageModel(ABC):
         """A clean sample `[1, ...]` -> uint8[H,W] or uint8[H,W,3].
 
         Raises:
-            NonFiniteError: it holds NaN or infinity.
+            NonFiniteError: the sample holds NaN or infinity.
         """
 
     def warm(self, rows: int) -> None:
-        """Make the denoiser ready for calls of so many rows."""
-        drawing = GenerationRequest(self.any_prompt(), 1, 0, self.info.steps, 1.0)
-        (start,) = self.starts(drawing)
-        many = {
+        """Run the denoiser once with `rows` rows, so that later calls of this size are fast."""
+        request = GenerationRequest(self.any_prompt(), 1, 0, self.info.steps, 1.0)
+        (start,) = self.starts(request)
+        conditional = {
             name: np.repeat(value, rows, axis=0) for name, value in start.inputs.conditional.items()
         }
         x = np.repeat(start.x, rows, axis=0)
         timestep = np.full(rows, start.solver.timesteps[0], np.float32)
-        self.denoise(x, timestep, many, start.inputs.shared)
+        self.denoise(x, timestep, conditional, start.inputs.shared)
 
     def any_prompt(self) -> str:
-        """A prompt that the model takes."""
+        """A prompt that the model accepts."""
         return self.info.classes[0] if self.info.classes else ""
 
 
 def class_label(info: ModelInfo, prompt: str) -> int:
-    """The label of the class that a prompt names.
+    """The index of the class that a prompt names.
+
+    Args:
+        info: description of the model.
+        prompt: name or number of a class.
 
     Raises:
-        UsageError: there is no such class.
+        UsageError: the model has no such class.
     """
     wanted = prompt.strip().casefold()
     for label, name in enumerate(info.classes):

@@ -1,4 +1,4 @@
-"""A denoiser's graph, called with numpy arrays and without torch."""
+"""Calls of a denoiser's graph with numpy arrays, without torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["GraphCall"]
 
 
 class GraphCall:
-    """Feeds an engine arrays of the types that its graph takes.
+    """Converts arrays to the types of a graph's inputs and runs its engine.
 
     Args:
-        engine: of a graph with one output.
+        engine: engine of a graph with one output.
 
     Raises:
-        ArtefactError: it has another number of them.
+        ArtefactError: the graph does not have exactly one output.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -26,9 +26,9 @@ class GraphCall:
         self._output = only_output(engine)
         self._dtypes = {name: spec.dtype for name, spec in engine.inputs.items()}
 
-    def __call__(self, given: Mapping[str, np.ndarray]) -> np.ndarray:
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Inputs by name, batch first -> the prediction in float32."""
         feeds = {
-            name: given[name].astype(dtype, copy=False) for name, dtype in self._dtypes.items()
+            name: inputs[name].astype(dtype, copy=False) for name, dtype in self._dtypes.items()
         }
         return self.engine.run(feeds)[self._output].astype(np.float32, copy=False)

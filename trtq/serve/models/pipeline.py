@@ -1,4 +1,4 @@
-"""Any pipeline that trtq opens, served through torch and diffusers."""
+"""The model of any pipeline that trtq opens, run with torch and diffusers."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ logger = logging.getLogger(__name__)
 
 
 class PipelineModel(ImageModel):
-    """A diffusers pipeline, taken apart into what a batcher needs.
+    """A diffusers pipeline as an `ImageModel`.
 
     Args:
-        source: as `open_any` gives it.
-        name: by which requests ask for it.
-        provider: what runs it.
-        shapes: batch sizes that may be in use at once.
-        artefact: what `source` was loaded from; by default its folder.
+        source: the pipeline, as `open_any` returns it.
+        name: model name used in requests.
+        provider: execution provider of the denoiser.
+        shapes: number of batch sizes that may be in use at once.
+        artefact: the artefact that `source` was loaded from; None: the artefact in its folder.
 
     Raises:
-        UsageError: it is not known what its denoiser has to be told.
+        UsageError: the inputs of the pipeline's denoiser are unknown.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class PipelineModel(ImageModel):
         config = dict(source.pipeline.scheduler.config)
         config.setdefault("_class_name", type(source.pipeline.scheduler).__name__)
         self._ddim = Ddim(config) if Ddim.knows(config) else None
-        # Threads of the server and the batcher share a tokenizer and torch's modules.
+        # The threads of the server and of the batcher share the tokenizer and torch's modules.
         self._lock = threading.Lock()
         sizes = None if self.fixed_shapes else _sizes(source)
         if artefact is None:
@@ -91,26 +91,25 @@ class PipelineModel(ImageModel):
         if self.info.kind == "text":
             check_inputs(source.pipeline)
         if self._ddim is None:
-            # Before the first request: a scheduler that breaks would refuse every one.
+            # A scheduler that fails would fail every request, so check it before the first one.
             source.check_steps(self.info.steps)
 
     @torch.no_grad()
-    def starts(self, drawing: GenerationRequest) -> Sequence[InitialState]:
-        """The images of a request before their first step."""
+    def starts(self, request: GenerationRequest) -> Sequence[InitialState]:
+        """The images of a request before their first denoising step."""
         source = self._source
-        if drawing.size is not None and drawing.size != source.image_size:
-            source = source.sized("{}x{}".format(*drawing.size))
+        if request.size is not None and request.size != source.image_size:
+            source = source.sized("{}x{}".format(*request.size))
         with self._lock:
-            inputs = self._inputs(source, drawing)
-        found = []
-        for index in range(drawing.count):
-            generator = seeded_generator(drawing.seed, "image", index)
+            inputs = self._inputs(source, request)
+        states = []
+        for index in range(request.count):
+            generator = seeded_generator(request.seed, "image", index)
             noise = draw_noise(source, generator).numpy()
-            solver = self._solver(source, drawing.steps, generator)
-            found.append(
-                InitialState(noise * solver.initial_scale, inputs, solver, drawing.guidance)
-            )
-        return found
+            solver = self._solver(source, request.steps, generator)
+            x = noise * solver.initial_scale
+            states.append(InitialState(x, inputs, solver, request.guidance))
+        return states
 
     def _solver(self, source: LoadedPipeline, steps: int, generator: torch.Generator) -> Solver:
         if self._ddim is not None:
@@ -118,52 +117,48 @@ class PipelineModel(ImageModel):
         scheduler = source.stepped_scheduler(steps)
         return SchedulerSolver(scheduler, generator, source.family.timestep_scale)
 
-    def _inputs(self, source: LoadedPipeline, drawing: GenerationRequest) -> Inputs:
+    def _inputs(self, source: LoadedPipeline, request: GenerationRequest) -> Inputs:
         if self.info.kind == "none":
-            if drawing.prompt.strip():
+            if request.prompt.strip():
                 raise UsageError(f"{self.info.name} takes no prompt; leave it empty")
             return Inputs({})
         if self.info.kind == "class":
-            conditions = source.conditions(torch.tensor([class_label(self.info, drawing.prompt)]))
+            conditions = source.conditions(torch.tensor([class_label(self.info, request.prompt)]))
             encoded = Encoded(conditions.conditional, conditions.unconditional)
         else:
-            encoded = source.encode([drawing.prompt], drawing.negative_prompt)
-            self._log_cuts(drawing)
+            encoded = source.encode([request.prompt], request.negative_prompt)
+            self._log_cuts(request)
         unconditional = None
-        if drawing.guidance != 1:
+        if request.guidance != 1:
             if encoded.unconditional is None:
                 raise UsageError(f"{self.info.name} takes no guidance; it must be 1")
             unconditional = _arrays(encoded.unconditional)
         return Inputs(_arrays(encoded.conditional), unconditional, _arrays(encoded.shared))
 
-    def _log_cuts(self, drawing: GenerationRequest) -> None:
-        """Say in the log that a prompt is cut, but not what it says: prompts are not logged."""
-        texts = [drawing.prompt, *filter(None, [drawing.negative_prompt])]
+    def _log_cuts(self, request: GenerationRequest) -> None:
+        """Log that a prompt is truncated, without its text: prompts are private."""
+        texts = [request.prompt, *filter(None, [request.negative_prompt])]
         for cut in find_truncations(self._source.pipeline, texts):
-            field = "prompt" if cut.prompt == drawing.prompt else "negative_prompt"
-            facts: dict[str, Any] = {
-                "model": self.info.name,
-                "field": field,
-                "encoder": cut.encoder,
-            }
-            facts |= {"tokens": cut.tokens, "kept": cut.kept}
-            logger.warning("prompt cut off", extra={FIELDS: facts})
+            field = "prompt" if cut.prompt == request.prompt else "negative_prompt"
+            fields = {"model": self.info.name, "field": field, "encoder": cut.encoder}
+            counts = {"tokens": cut.tokens, "kept": cut.kept}
+            logger.warning("prompt cut off", extra={FIELDS: fields | counts})
 
     @torch.no_grad()
     def denoise(
         self, x: np.ndarray, timestep: np.ndarray, conditional: Arrays, shared: Arrays
     ) -> np.ndarray:
         """x[B, ...], timestep float32[B] -> the prediction `[B, ...]`."""
-        given = {**conditional, **shared}
+        conditions = {**conditional, **shared}
         if self._graph is not None:
-            return self._graph({self._source.family.sample: x, "timestep": timestep, **given})
-        values = {name: torch.from_numpy(value) for name, value in given.items()}
+            return self._graph({self._source.family.sample: x, "timestep": timestep, **conditions})
+        values = {name: torch.from_numpy(value) for name, value in conditions.items()}
         arguments = self._source.family.arguments(
             torch.from_numpy(x), torch.from_numpy(timestep), values
         )
-        predicted: Tensor = self._source.denoiser(**arguments, return_dict=False)[0]
-        found: np.ndarray = predicted.float().cpu().numpy()
-        return found
+        output: Tensor = self._source.denoiser(**arguments, return_dict=False)[0]
+        predicted: np.ndarray = output.float().cpu().numpy()
+        return predicted
 
     @torch.no_grad()
     def decode(self, x: np.ndarray) -> np.ndarray:
@@ -178,26 +173,26 @@ def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def _sizes(source: LoadedPipeline) -> Sizes | None:
-    """Those that the denoiser's graph takes; in torch up to twice the height and width of its own.
+    """The sizes that the denoiser accepts, in torch up to twice the default height and width.
 
-    None for one size only.
+    None if the denoiser accepts one size only.
     """
-    pixels = source.cell_pixels
     if isinstance(source.denoiser, EngineDenoiser):
-        return Sizes.of_graph(source.denoiser.engine.metadata, pixels)
+        return Sizes.of_graph(source.denoiser.engine.metadata, source.cell_pixels)
     if isinstance(source.denoiser, GpuDenoiser):
-        return None  # Each shape is a CUDA graph, and keeps its memory.
+        return None  # Each shape needs a CUDA graph, which occupies memory.
     takes_size = "height" in inspect.signature(source.pipeline.__call__).parameters
     if not (source.family.free_size and takes_size):
         return None
-    step = pixels * source.coarsest
+    multiple_of = source.cell_pixels * source.coarsest
     config: Any = source.denoiser.config
-    # Stable Diffusion 3 cuts the positions of its patches out of a table.
-    most = config.get("pos_embed_max_size")
+    # Stable Diffusion 3 reads the positions of its patches from a table of this size.
+    max_cells = config.get("pos_embed_max_size")
     height, width = (
-        2 * side if most is None else min(2 * side, most * step) for side in source.image_size
+        2 * side if max_cells is None else min(2 * side, max_cells * multiple_of)
+        for side in source.image_size
     )
-    return Sizes((step, step), (height, width), step)
+    return Sizes((multiple_of, multiple_of), (height, width), multiple_of)
 
 
 def _info(source: LoadedPipeline, name: str, provider: str, artefact: Opened) -> ModelInfo:
@@ -205,8 +200,8 @@ def _info(source: LoadedPipeline, name: str, provider: str, artefact: Opened) ->
     kind = "class" if source.classes is not None else "none" if source.prompts is None else "text"
     if kind == "none" and source.model_class != "UNet2DModel":
         raise UsageError(
-            f"{type(source.pipeline).__name__} with a {source.model_class} cannot be served: it is not "
-            "known what its denoiser has to be told"
+            f"{type(source.pipeline).__name__} with a {source.model_class} cannot be served: the "
+            "inputs of its denoiser are unknown"
         )
     guidance = source.guidance
     if artefact.guidance is not None and source.embedded_guidance is None:

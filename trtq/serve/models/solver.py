@@ -1,8 +1,8 @@
-"""Stepping one image along its trajectory: what each request has of its own.
+"""Solvers: the trajectory of one image from noise to the clean sample.
 
-DDIM, which the shipped models and most class-conditional ones use, is spelled out on numpy: it needs
-neither torch nor diffusers, whose imports take five times as long as everything else that a server does
-before it is ready. All other schedulers are diffusers' own, a copy per image.
+DDIM, which the shipped models and many class-conditional models use, is implemented with numpy. It needs
+neither torch nor diffusers, whose imports take five times as long as the rest of a server's start. All
+other schedulers are those of diffusers, one copy per image.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ class Solver(Protocol):
     """The trajectory of one image, from noise to the clean sample.
 
     Attributes:
-        timesteps: what the denoiser is told at each call, noisiest first.
-        initial_scale: what standard normal noise is multiplied by to start.
+        timesteps: timestep of each denoiser call, noisiest first.
+        initial_scale: standard deviation of the initial noise.
     """
 
     timesteps: Sequence[float]
     initial_scale: float
 
     def scaled(self, x: np.ndarray, position: int) -> np.ndarray:
-        """The denoiser's input at a position, `[1, ...]`."""
+        """Scale a sample `[1, ...]` to the denoiser's input at a position."""
 
     def step(
         self, x: np.ndarray, predicted: np.ndarray, position: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The sample at the next position and the clean sample that this prediction means."""
+        """The sample at the next position, and the clean sample that the prediction implies."""
 
 
 class Ddim:
-    """The noise levels of a `DDIMScheduler` of diffusers, read from its configuration.
+    """The noise levels of diffusers' `DDIMScheduler`, read from its configuration.
 
     Args:
-        config: what `scheduler_config.json` holds.
+        config: content of `scheduler_config.json`.
 
     Raises:
-        UsageError: it is another scheduler, or one with settings that only diffusers knows.
+        UsageError: the configuration is that of another scheduler, or has settings that only diffusers
+            implements.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -64,7 +65,7 @@ class Ddim:
 
     @staticmethod
     def knows(config: Mapping[str, Any]) -> bool:
-        """Whether this is DDIM with settings that are spelled out here."""
+        """Whether this is DDIM with settings that `DdimSolver` implements."""
         return (
             config.get("_class_name") == "DDIMScheduler"
             and config.get("beta_schedule", "linear") in ("linear", "scaled_linear")
@@ -76,27 +77,31 @@ class Ddim:
         )
 
     def timesteps(self, steps: int) -> np.ndarray:
-        """Those visited in a number of steps, int64[steps], noisiest first.
+        """The timesteps of a trajectory, int64[steps], noisiest first.
+
+        Args:
+            steps: number of denoising steps.
 
         Raises:
             UsageError: the number of steps is out of range.
         """
-        most = self.trained
-        if not 1 <= steps <= most:
-            raise UsageError(f"steps={steps} is out of range; choose 1 .. {most}")
+        trained = self.trained
+        if not 1 <= steps <= trained:
+            raise UsageError(f"steps={steps} is out of range; choose 1 .. {trained}")
         if self.spacing == "leading":
-            found = np.arange(steps)[::-1] * (most // steps) + self.offset
+            timesteps = np.arange(steps)[::-1] * (trained // steps) + self.offset
         elif self.spacing == "trailing":
-            # Rounding errors of some step counts give one more, beyond the last.
-            found = np.round(np.arange(most, 0, -most / steps)[:steps]).astype(np.int64) - 1
+            # For some step counts, rounding errors add a timestep after the last one.
+            spaced = np.arange(trained, 0, -trained / steps)[:steps]
+            timesteps = np.round(spaced).astype(np.int64) - 1
         else:
-            found = np.linspace(0, most - 1, steps).round()[::-1].astype(np.int64)
-        if found[0] >= most:
-            raise UsageError(f"steps={steps} is out of range; choose 1 .. {most - self.offset}")
-        return found
+            timesteps = np.linspace(0, trained - 1, steps).round()[::-1].astype(np.int64)
+        if timesteps[0] >= trained:
+            raise UsageError(f"steps={steps} is out of range; choose 1 .. {trained - self.offset}")
+        return timesteps
 
     def solver(self, steps: int) -> DdimSolver:
-        """The trajectory of so many steps; it keeps no state, so images share it.
+        """The solver for this number of steps; it has no state, so all images share it.
 
         Raises:
             UsageError: the number of steps is out of range.
@@ -121,14 +126,14 @@ def _betas(config: Mapping[str, Any], count: int) -> np.ndarray:
 
 
 class DdimSolver:
-    """One image's deterministic DDIM steps (arXiv 2010.02502, eq. 12).
+    """The deterministic denoising steps of DDIM (arXiv 2010.02502, eq. 12).
 
     Args:
         timesteps: int64[T], noisiest first.
-        alpha: cumulative alpha at each, float32[T].
-        alpha_next: that of the next one, float32[T].
-        prediction: what the denoiser predicts, see `trtq.diffusion.prediction`.
-        clip: bound of the predicted clean sample, or None.
+        alpha: cumulative alpha at each timestep, float32[T].
+        alpha_next: cumulative alpha at the timestep that follows each, float32[T].
+        prediction: quantity that the denoiser predicts, see `trtq.diffusion.prediction`.
+        clip: bound of the absolute value of the predicted clean sample; None: no bound.
     """
 
     initial_scale = 1.0
@@ -142,7 +147,7 @@ class DdimSolver:
         clip: float | None,
     ) -> None:
         self.timesteps: Sequence[float] = [float(t) for t in timesteps]
-        # As arrays without axes: numbers, Python's or numpy's own, take half as long again.
+        # Arrays without axes: with Python floats or numpy scalars a step takes 1.5 times as long.
         levels = zip(
             np.sqrt(alpha),
             np.sqrt(1 - alpha),
@@ -150,20 +155,20 @@ class DdimSolver:
             np.sqrt(1 - alpha_next),
             strict=True,
         )
-        self._levels = [tuple(np.array(level) for level in one) for one in levels]
+        self._levels = [tuple(np.array(value) for value in values) for values in levels]
         self._prediction = prediction
         self._bounds = (
             None if clip is None else (np.array(-clip, np.float32), np.array(clip, np.float32))
         )
 
     def scaled(self, x: np.ndarray, position: int) -> np.ndarray:
-        """DDIM's denoisers take the sample as it is."""
+        """The sample itself: the denoisers of DDIM do not scale their input."""
         return x
 
     def step(
         self, x: np.ndarray, predicted: np.ndarray, position: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The sample at the next position and the clean sample that this prediction means."""
+        """The sample at the next position, and the clean sample that the prediction implies."""
         signal, sigma, signal_next, sigma_next = self._levels[position]
         clean, noise = clean_and_noise(self._prediction, x, predicted, signal, sigma)
         if self._bounds is not None:
@@ -172,40 +177,45 @@ class DdimSolver:
 
 
 class SchedulerSolver:
-    """One image's steps by a scheduler of diffusers, which may keep a state.
+    """The denoising steps of a scheduler of diffusers, which may have a state.
 
     Args:
-        scheduler: a copy of its own, its timesteps set.
-        generator: of the noise that some schedulers add at each step.
-        timestep_scale: what the pipeline multiplies timesteps by before the denoiser sees them.
+        scheduler: a copy for this image, its timesteps set.
+        generator: generator of the noise that some schedulers add at each step.
+        timestep_scale: factor by which the pipeline multiplies the denoiser's timesteps.
     """
 
     def __init__(self, scheduler: Any, generator: Any = None, timestep_scale: float = 1.0) -> None:
         self._scheduler = scheduler
-        takes = inspect.signature(scheduler.step).parameters
-        self._extra = {"generator": generator} if "generator" in takes else {}
-        self._own = list(scheduler.timesteps)
-        self.timesteps: Sequence[float] = [float(t) * timestep_scale for t in self._own]
+        parameters = inspect.signature(scheduler.step).parameters
+        self._extra = {"generator": generator} if "generator" in parameters else {}
+        self._scheduler_timesteps = list(scheduler.timesteps)
+        self.timesteps: Sequence[float] = [
+            float(t) * timestep_scale for t in self._scheduler_timesteps
+        ]
         self.initial_scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
 
     def scaled(self, x: np.ndarray, position: int) -> np.ndarray:
-        """The denoiser's input at a position, `[1, ...]`."""
+        """Scale a sample `[1, ...]` to the denoiser's input at a position."""
         if not hasattr(self._scheduler, "scale_model_input"):
             return x
         import torch
 
-        scaled = self._scheduler.scale_model_input(torch.from_numpy(x), self._own[position])
+        scaled = self._scheduler.scale_model_input(
+            torch.from_numpy(x), self._scheduler_timesteps[position]
+        )
         array: np.ndarray = scaled.numpy()
         return array
 
     def step(
         self, x: np.ndarray, predicted: np.ndarray, position: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The sample at the next position and the clean one; the next again where it is not told."""
+        """The next sample and the clean sample; the same array twice if the scheduler has only one."""
         import torch
 
         sample, prediction = torch.from_numpy(x), torch.from_numpy(predicted)
-        moved = self._scheduler.step(prediction, self._own[position], sample, **self._extra)
-        clean = getattr(moved, "pred_original_sample", None)
-        after: np.ndarray = moved.prev_sample.numpy()
-        return after, after if clean is None else clean.numpy()
+        timestep = self._scheduler_timesteps[position]
+        output = self._scheduler.step(prediction, timestep, sample, **self._extra)
+        clean = getattr(output, "pred_original_sample", None)
+        following: np.ndarray = output.prev_sample.numpy()
+        return following, following if clean is None else clean.numpy()

@@ -1,4 +1,4 @@
-"""ONNX folders that can be served without torch: UNets of images, with classes or without, on DDIM."""
+"""The model of an ONNX folder that needs no torch: a UNet on images, with DDIM."""
 
 from __future__ import annotations
 
@@ -41,23 +41,24 @@ from trtq.serve.models.solver import Ddim
 __all__ = ["TorchFreeModel", "pixels"]
 
 _MIN_VALUES = 16
-_QUICK_VALUES = 1 << 12
+_CHEAP_VALUES = 1 << 12
+"""Number of values in an image up to which its noise and its PNG file take little time."""
 _MAX_CHANNELS = 4096
 _MAX_CLASSES = 1 << 24
 
 
 class TorchFreeModel(ImageModel):
-    """A graph of a `UNet2DModel` that draws images themselves, not latents.
+    """The graph of a `UNet2DModel` that draws images rather than latents.
 
     Args:
         artefact: an ONNX folder that `serves` accepts, verified.
-        name: by which requests ask for it.
-        provider: what runs it.
-        threads: threads of one operator; None: as many as there are cores.
-        shapes: batch sizes that may be in use at once.
+        name: model name used in requests.
+        provider: execution provider.
+        threads: number of threads per operator; None: the number of cores.
+        shapes: number of batch sizes that may be in use at once.
 
     Raises:
-        UsageError: the provider is not there.
+        UsageError: the provider is not available.
         ArtefactError: a file cannot be read.
     """
 
@@ -83,11 +84,11 @@ class TorchFreeModel(ImageModel):
         sizes = None if self.fixed_shapes else Sizes.of_graph(self._graph.engine.metadata)
         self.info = replace(info, sizes=sizes)
         largest = self._shape[1:] if sizes is None else sizes.largest
-        self.cheap_codec = self._shape[0] * math.prod(largest) <= _QUICK_VALUES
+        self.cheap_codec = self._shape[0] * math.prod(largest) <= _CHEAP_VALUES
 
     @staticmethod
     def serves(artefact: OnnxFolder) -> bool:
-        """Whether this folder can be served so; otherwise `PipelineModel` can."""
+        """Whether this class can serve the folder; otherwise `PipelineModel` can."""
         folder = artefact.folder
         index = read_index(folder)
         config = read_json(folder / artefact.denoiser / "config.json")
@@ -98,28 +99,26 @@ class TorchFreeModel(ImageModel):
             and math.prod(_sample_shape(config, artefact)) >= _MIN_VALUES
         )
 
-    def starts(self, drawing: GenerationRequest) -> Sequence[InitialState]:
-        """The images of a request before their first step."""
-        solver = self._ddim.solver(drawing.steps)
-        inputs = self._inputs(drawing)
-        channels, *own = self._shape
+    def starts(self, request: GenerationRequest) -> Sequence[InitialState]:
+        """The images of a request before their first denoising step."""
+        solver = self._ddim.solver(request.steps)
+        inputs = self._inputs(request)
+        channels, *default_size = self._shape
+        shape = (1, channels, *(request.size or default_size))
         return [
             InitialState(
-                seeded_normal((1, channels, *(drawing.size or own)), drawing.seed, "image", index),
-                inputs,
-                solver,
-                drawing.guidance,
+                seeded_normal(shape, request.seed, "image", index), inputs, solver, request.guidance
             )
-            for index in range(drawing.count)
+            for index in range(request.count)
         ]
 
-    def _inputs(self, drawing: GenerationRequest) -> Inputs:
+    def _inputs(self, request: GenerationRequest) -> Inputs:
         if not self.info.classes:
-            if drawing.prompt.strip():
+            if request.prompt.strip():
                 raise UsageError(f"{self.info.name} takes no prompt; leave it empty")
             return Inputs({})
-        label = np.array([class_label(self.info, drawing.prompt)])
-        if drawing.guidance == 1:
+        label = np.array([class_label(self.info, request.prompt)])
+        if request.guidance == 1:
             return Inputs({"class_labels": label})
         if self._null_class is None:
             raise UsageError(f"{self.info.name} has no label for 'no class', so guidance must be 1")
@@ -137,10 +136,14 @@ class TorchFreeModel(ImageModel):
 
 
 def pixels(x: np.ndarray, name: str) -> np.ndarray:
-    """An image `[1,C,H,W]` in [-1, 1] -> uint8[H,W] where C is 1, else uint8[H,W,3].
+    """An image `[1,C,H,W]` in [-1, 1] -> uint8[H,W] if C is 1, else uint8[H,W,3].
+
+    Args:
+        x: the image.
+        name: name of the model, for messages.
 
     Raises:
-        NonFiniteError: it holds NaN or infinity; `name` is the model's.
+        NonFiniteError: the image holds NaN or infinity.
     """
     if not np.isfinite(x).all():
         raise NonFiniteError(f"{name} drew an image that holds NaN or infinity")
@@ -153,16 +156,22 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
 
 
 def _sample_shape(config: dict[str, Any], artefact: OnnxFolder) -> tuple[int, int, int]:
-    """Channels, height and width; of a graph for several sizes the smallest, as `open_any` has it."""
+    """Channels, height and width; the minimum size of a graph for several sizes, as in `open_any`."""
     channels = _whole(config, "in_channels", 1, _MAX_CHANNELS)
     return channels, *parse_size(artefact.smallest_size or "")
 
 
-def _whole(config: dict[str, Any], key: str, least: int, most: int) -> int:
+def _whole(config: dict[str, Any], key: str, low: int, high: int) -> int:
+    """Read a whole number from `low` to `high` of the denoiser's configuration.
+
+    Raises:
+        ArtefactError: the value is not such a number.
+    """
     value = config.get(key)
-    if type(value) is not int or not least <= value <= most:
+    if type(value) is not int or not low <= value <= high:
         raise ArtefactError(
-            f"the denoiser's config.json: {key} is a number from {least} to {most}, got {shown(value)}"
+            f"the denoiser's config.json: {key} must be a number from {low} to {high}, got "
+            f"{shown(value)}"
         )
     return value
 

@@ -1,4 +1,4 @@
-"""Ray Serve: `trtq.serve.ray:app` is the public import path."""
+"""The server on Ray Serve; `trtq.serve.ray:app` is the public import path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`trtq serve --ray`: the application of `trtq.serve.ray.deployment` on a local Ray, until SIGTERM."""
+"""`trtq serve --ray`: runs the application of `trtq.serve.ray.deployment` on Ray until SIGTERM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from trtq.documents import shown
 from trtq.errors import ArtefactError, UsageError
 from trtq.limits import parse_whole
 from trtq.serve.logs import FIELDS
-from trtq.serve.ray.deployment import RayOptions, app
+from trtq.serve.ray.deployment import app
+from trtq.serve.ray.options import RayOptions
 from trtq.serve.server import listen
 
 __all__ = ["parse_replicas", "serve_on_ray"]
@@ -39,56 +40,56 @@ def parse_replicas(text: str) -> tuple[int, int]:
     """`1:4` -> (1, 4).
 
     Raises:
-        UsageError: not of that form.
+        UsageError: the text is malformed or out of range.
     """
     try:
-        least, most = (parse_whole(part) for part in text.split(":", 2))
+        low, high = (parse_whole(part) for part in text.split(":", 2))
     except ValueError:
-        least, most = 0, 0
-    if not 1 <= least <= most <= _MAX_REPLICAS:
+        low, high = 0, 0
+    if not 1 <= low <= high <= _MAX_REPLICAS:
         raise UsageError(
             f"the replicas {shown(text)} are not understood; write MIN:MAX, each 1 .. "
             f"{_MAX_REPLICAS}, e.g. 1:4"
         )
-    return least, most
+    return low, high
 
 
 def serve_on_ray(options: RayOptions, announce: Callable[[dict[str, Any]], None]) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    The Ray at RAY_ADDRESS (`auto`: the one that runs on this machine) is joined and keeps running.
-    Without that variable one is started.
+    If RAY_ADDRESS is set (`auto`: the Ray of this machine), the server joins that Ray, which keeps
+    running afterwards. Otherwise the server starts a Ray and stops it.
 
     Args:
-        options: see there.
-        announce: called with `url`, `models`, `seconds`, `replicas` and `logs` (a folder) when requests
-            are taken on.
+        options: options of the server.
+        announce: called with `url`, `models`, `seconds`, `replicas` and `logs` (a folder) once the
+            server accepts requests.
 
     Raises:
-        TrtqError: the models or the port cannot be had.
+        TrtqError: a model or the port is not available.
     """
     begun = time.monotonic()
     require("fastapi")
-    own = sys.stdout
-    # Ray prints to standard output what it has to say; there stands only what `announce` prints.
+    stdout = sys.stdout
+    # Ray prints messages to standard output, which is for the output of `announce` only.
     with redirect_stdout(sys.stderr), _ray() as (logs, joined), _stopping() as stops:
         options = _started(options, joined)
         try:
-            front = _deployed(options)
-            facts = {
+            ingress = _deployed(options)
+            fields = {
                 "url": _checked_url(options),
-                "models": front.models.remote().result(),
+                "models": ingress.model_names.remote().result(),
                 "seconds": round(time.monotonic() - begun, 3),
                 "replicas": [options.min_replicas, options.max_replicas],
                 "logs": logs,
             }
-            with redirect_stdout(own):
-                announce(facts)
+            with redirect_stdout(stdout):
+                announce(fields)
             while not stops.wait(1):
                 pass
-            _drain(front, options.drain_s, stops)
+            _drain(ingress, options.drain_s, stops)
         finally:
-            # Nothing is under way any more but the last bytes of answers, which Ray waits for.
+            # Only the last bytes of responses may be missing, and Ray waits for them.
             serve = require("ray.serve")
             if joined:
                 serve.delete(_NAME)
@@ -97,7 +98,7 @@ def serve_on_ray(options: RayOptions, announce: Callable[[dict[str, Any]], None]
 
 
 class _Stops:
-    """Counts the signals that ask for the end."""
+    """Counts the signals that ask the server to stop."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -123,22 +124,25 @@ def _stopping() -> Iterator[_Stops]:
 
 @contextmanager
 def _ray() -> Iterator[tuple[str, bool]]:
-    """A Ray; gives the folder of its logs and whether it ran before.
+    """Join or start a Ray.
+
+    Yields:
+        The folder of its logs, and whether it was running before.
 
     Raises:
-        UsageError: RAY_ADDRESS is that of a proxy into a cluster.
+        UsageError: RAY_ADDRESS is the address of a proxy to a cluster.
         ArtefactError: there is no Ray at RAY_ADDRESS.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
         raise UsageError(
-            f"RAY_ADDRESS={address} leads into a cluster from outside; on one of its machines use "
+            f"RAY_ADDRESS={address} connects to a cluster from outside; on a machine of the cluster use "
             "RAY_ADDRESS=auto, or 'serve run trtq.serve.ray:app'"
         )
     _check_reachable(address)
     ray, _ = require("ray"), require("ray.serve")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Its own messages would stand between our lines, of which each is one JSON object.
+    # Each line of the log is a JSON object, which messages of Ray are not.
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -157,7 +161,11 @@ def _ray() -> Iterator[tuple[str, bool]]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raises ArtefactError where nobody listens; Ray itself would try for minutes."""
+    """Raise unless the address accepts connections; Ray itself would try for minutes.
+
+    Raises:
+        ArtefactError: the address accepts no connections.
+    """
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
         try:
@@ -167,10 +175,17 @@ def _check_reachable(address: str) -> None:
 
 
 def _started(options: RayOptions, joined: bool) -> RayOptions:
-    """Start Ray Serve at the address asked for; a port of 0 is replaced by one that is free.
+    """Start Ray Serve at the address of the options.
+
+    Args:
+        options: options of the server.
+        joined: whether the Ray was running before.
+
+    Returns:
+        The options; a port of 0 is replaced by a free port.
 
     Raises:
-        ArtefactError: the port cannot be had, or an application of this name runs there.
+        ArtefactError: the port is not available, or an application of this name is already running.
     """
     serve = require("ray.serve")
     running = serve.status() if joined else None
@@ -180,39 +195,40 @@ def _started(options: RayOptions, joined: bool) -> RayOptions:
         serve.start(http_options={"host": options.host, "port": options.port})
     elif _NAME in running.applications:
         raise ArtefactError(
-            f"Ray Serve already runs an application {_NAME!r} here; end it first, or run "
+            f"Ray Serve already runs an application {_NAME!r} here; stop it first, or run "
             "'serve run trtq.serve.ray:app --name NAME --route-prefix /NAME path=...'"
         )
     return options
 
 
 def _deployed(options: RayOptions) -> Any:
-    """Run the application; gives the handle of its front.
+    """Run the application and return the handle of its ingress.
 
     Raises:
-        ArtefactError: a replica could not be started, or another application is in the way.
+        ArtefactError: a replica does not start, or another application uses the route.
     """
     serve = require("ray.serve")
     try:
         return serve.run(app(options), name=_NAME, route_prefix="/")
     except (RuntimeError, require("ray.serve.exceptions").RayServeException) as err:
-        found = serve.status().applications.get(_NAME)
-        told = [] if found is None else [one.message for one in found.deployments.values()]
-        raise ArtefactError(f"the replicas do not start: {_reason([str(err), *told])}") from err
+        status = serve.status().applications.get(_NAME)
+        deployments = [] if status is None else status.deployments.values()
+        messages = [str(err), *(deployment.message for deployment in deployments)]
+        raise ArtefactError(f"the replicas do not start: {_reason(messages)}") from err
 
 
 def _reason(texts: list[str]) -> str:
-    """What stands last in the tracebacks that Ray gives, or the first text's last line."""
+    """The last error of trtq in Ray's tracebacks, or else the last line of the first text."""
     lines = [line.strip() for text in texts for line in text.splitlines()]
-    ours = [found[2] for line in lines if (found := _ERROR.match(line))]
-    return ours[-1] if ours else texts[0].strip().rpartition("\n")[2]
+    errors = [match[2] for line in lines if (match := _ERROR.match(line))]
+    return errors[-1] if errors else texts[0].strip().rpartition("\n")[2]
 
 
 def _checked_url(options: RayOptions) -> str:
-    """Where the server is.
+    """The URL of the server.
 
     Raises:
-        ArtefactError: it is elsewhere, as Ray Serve ran before.
+        ArtefactError: Ray Serve was running before and listens on another address.
     """
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{options.port}"
@@ -221,15 +237,21 @@ def _checked_url(options: RayOptions) -> str:
             return url
     except OSError as err:
         raise ArtefactError(
-            f"Ray Serve does not answer at {url} ({err}); it ran before and listens elsewhere: give its "
-            "--host and --port, or end it with 'serve shutdown'"
+            f"Ray Serve does not answer at {url} ({err}); it was already running and listens "
+            "elsewhere: give its --host and --port, or stop it with 'serve shutdown'"
         ) from err
 
 
-def _drain(front: Any, seconds: float, stops: _Stops) -> None:
-    """Have the front finish what it has; asked a second time: now."""
+def _drain(ingress: Any, seconds: float, stops: _Stops) -> None:
+    """Let the ingress finish its requests; a second signal stops it at once.
+
+    Args:
+        ingress: Ray's handle of the ingress.
+        seconds: maximum time for finishing accepted requests.
+        stops: counts the signals.
+    """
     end = time.monotonic() + seconds + _GRACE_S
-    draining = front.drain.remote(seconds)
+    draining = ingress.drain.remote(seconds)
     hurried = False
     while True:
         try:
@@ -237,8 +259,10 @@ def _drain(front: Any, seconds: float, stops: _Stops) -> None:
             return
         except TimeoutError:
             if time.monotonic() > end:
-                logger.warning("giving up", extra={FIELDS: {"reason": "no answer of the front"}})
+                logger.warning(
+                    "giving up", extra={FIELDS: {"reason": "the ingress does not respond"}}
+                )
                 return
         if stops.count > 1 and not hurried:
             hurried = True
-            front.drain.remote(0.0)
+            ingress.drain.remote(0.0)

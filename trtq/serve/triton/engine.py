@@ -1,4 +1,4 @@
-"""Graphs that another model of the same Triton Inference Server runs, called from its Python backend."""
+"""Graphs that other models of a Triton Inference Server run, called from its Python backend."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ __all__ = ["ServedGraph", "TritonEngine", "array_of", "tensor_of"]
 
 @dataclass(frozen=True)
 class ServedGraph:
-    """What has to be known of a model to call it.
+    """The signature of a model that runs a graph.
 
     Attributes:
-        model: its name in the server.
-        inputs: by name.
-        outputs: by name.
-        metadata: of the graph's file.
-        batched: whether the server may put calls together; then every input has a batch axis first.
+        model: name of the model in the server.
+        inputs: specifications of the inputs by name.
+        outputs: specifications of the outputs by name.
+        metadata: metadata of the graph's file.
+        batched: whether the server may batch calls, in which case the first axis of every input is the
+            batch.
     """
 
     model: str
@@ -36,7 +37,7 @@ class ServedGraph:
     batched: bool
 
     def to_json(self) -> dict[str, Any]:
-        """For a file."""
+        """The signature as JSON, for `from_json`."""
         return {
             "model": self.model,
             "inputs": specs_to_json(self.inputs),
@@ -46,32 +47,32 @@ class ServedGraph:
         }
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> ServedGraph:
-        """From what `to_json` gave.
+    def from_json(cls, document: Mapping[str, Any]) -> ServedGraph:
+        """Read the result of `to_json`.
 
         Raises:
-            ArtefactError: it is something else.
+            ArtefactError: the document is malformed.
         """
         try:
-            inputs, outputs = (specs_from_json(found[key]) for key in ("inputs", "outputs"))
+            inputs, outputs = (specs_from_json(document[key]) for key in ("inputs", "outputs"))
             return cls(
-                str(found["model"]),
+                str(document["model"]),
                 inputs,
                 outputs,
-                dict(found["metadata"]),
-                bool(found["batched"]),
+                dict(document["metadata"]),
+                bool(document["batched"]),
             )
         except (LookupError, TypeError, ValueError, AttributeError) as err:
-            raise ArtefactError(f"{shown(found)} describes no graph: {err}") from err
+            raise ArtefactError(f"{shown(document)} does not describe a graph: {err}") from err
 
 
 class TritonEngine(Engine):
-    """A graph that the server runs.
+    """An engine whose graph is run by another model of the server.
 
     Args:
-        graph: the model that holds it.
+        graph: signature of that model.
         backend_utils: the server's module `triton_python_backend_utils`.
-        before_run: called before each run; what it raises ends the drawing.
+        before_run: called before each run; an exception that it raises ends the request.
     """
 
     def __init__(
@@ -83,10 +84,16 @@ class TritonEngine(Engine):
         self._before_run = before_run
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once; arrays by name, batch first.
+        """Run the graph once.
+
+        Args:
+            feeds: arrays by name, batch first.
+
+        Returns:
+            The outputs by name.
 
         Raises:
-            ServerError: the model answered with an error.
+            ServerError: the model returned an error.
         """
         if self._before_run is not None:
             self._before_run()
@@ -108,7 +115,7 @@ class TritonEngine(Engine):
         }
 
     def _shaped(self, value: np.ndarray, items: int) -> np.ndarray:
-        """In a batched model every item has its own value, and none of them is without an axis."""
+        """The form that a batched model accepts: one value per item, with an axis after the batch."""
         if not self._graph.batched:
             return value
         if len(value) == 1 < items:
@@ -116,18 +123,18 @@ class TritonEngine(Engine):
         return value[:, None] if value.ndim == 1 else value
 
 
-# Both by torch's DLPack. What Triton 2.51 gives to and takes from NumPy 2 directly has the wrong
-# strides: every item is the first one, or the tensor is empty. With NumPy 1.26's own DLPack the
-# process ends, since the server renames a capsule in a way that only torch bears.
+# Both functions use torch's DLPack. Arrays that Triton 2.51 exchanges with NumPy 2 directly have wrong
+# strides: every item is the first item, or the tensor is empty. NumPy 1.26's DLPack ends the process,
+# since the server renames a capsule in a way that only torch supports.
 
 
 def tensor_of(backend_utils: Any, name: str, value: np.ndarray) -> Any:
-    """The server's tensor of an array of numbers."""
-    whole = np.require(value, requirements=["C", "W"])  # torch warns of what it may not write.
+    """A tensor of the server with the numbers of an array."""
+    whole = np.require(value, requirements=["C", "W"])  # torch warns about read-only arrays.
     return backend_utils.Tensor.from_dlpack(name, torch.from_numpy(whole))
 
 
 def array_of(tensor: Any) -> np.ndarray:
-    """The numbers of a tensor of the server's, on whatever device it lies."""
-    found: np.ndarray = from_dlpack(tensor.to_dlpack()).cpu().numpy()
-    return found
+    """The numbers of a tensor of the server, on any device."""
+    array: np.ndarray = from_dlpack(tensor.to_dlpack()).cpu().numpy()
+    return array

@@ -1,6 +1,7 @@
-"""The pipeline as a model of Triton's Python backend; `trtq package triton` copies this file as it is.
+"""The pipeline as a model of Triton's Python backend.
 
-The server's Python needs trtq (`pip install trtq`). Inputs are named in `config.pbtxt` beside it.
+Repositories import this class by its stable name in `trtq.serve.triton.v1`. The names of the inputs are
+in the model's `config.pbtxt`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ __all__ = ["TritonPythonModel"]
 
 
 class TritonPythonModel:
-    """What the backend looks for."""
+    """The class that Triton's Python backend instantiates."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the parts of the pipeline that are no graphs."""
+        """Open the components of the pipeline that are not graphs.
+
+        Args:
+            args: arguments of the backend, among them the paths of the repository and the version.
+        """
         self.utils: Any = importlib.import_module("triton_python_backend_utils")
         version = Path(args["model_repository"]) / args["model_version"]
         self.pipeline = PackagedPipeline(version / "parts", self.utils)
@@ -30,14 +35,14 @@ class TritonPythonModel:
             _check_strings(self.utils)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One response for each request; what a request does wrong is its own error."""
+        """Answer each request; an invalid request gets an error of its own."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
         try:
             images = self.pipeline.draw(
-                self._subjects(request),
-                seed=int(self._one(request, "seed", 0)),
+                self._conditioning(request),
+                seed=int(self._first(request, "seed", 0)),
                 steps=self._optional(request, "steps", int),
                 guidance=self._optional(request, "guidance", float),
                 cancelled=request.is_cancelled,
@@ -52,29 +57,29 @@ class TritonPythonModel:
             return kind(str(err), kind.CANCELLED)
         return kind(str(err), kind.INVALID_ARG if isinstance(err, UsageError) else kind.INTERNAL)
 
-    def _subjects(self, request: Any) -> list[str] | list[int] | int | None:
-        """What a request asks for; none: nothing, which the server lets pass."""
+    def _conditioning(self, request: Any) -> list[str] | list[int] | int | None:
+        """Prompts, classes or number of images; None if the request has no such input."""
         prompts = self._values(request, "prompt")
         if prompts is not None:
             return [_decoded(value) for value in prompts]
         labels = self._values(request, "class_label")
-        return self._one(request, "count", None) if labels is None else labels
+        return self._first(request, "count", None) if labels is None else labels
 
     def _values(self, request: Any, name: str) -> list[Any] | None:
         tensor = self.utils.get_input_tensor_by_name(request, name)
         if tensor is None:
             return None
-        # Strings have no DLPack form.
+        # DLPack does not support strings.
         array = tensor.as_numpy() if name == "prompt" else array_of(tensor)
-        found: list[Any] = array.ravel().tolist()
-        return found
+        values: list[Any] = array.ravel().tolist()
+        return values
 
-    def _one(self, request: Any, name: str, default: Any) -> Any:
+    def _first(self, request: Any, name: str, default: Any) -> Any:
         return (self._values(request, name) or [default])[0]
 
     def _optional(self, request: Any, name: str, kind: type) -> Any:
-        found = self._one(request, name, None)
-        return None if found is None else kind(found)
+        value = self._first(request, name, None)
+        return None if value is None else kind(value)
 
 
 def _decoded(prompt: str | bytes) -> str:
@@ -85,10 +90,14 @@ def _decoded(prompt: str | bytes) -> str:
 
 
 def _check_strings(backend_utils: Any) -> None:
-    """Of a server whose arrays have wrong strides, the first prompt would end the process."""
-    given = np.arange(2)
-    if not np.array_equal(tensor_of(backend_utils, "probe", given).as_numpy(), given):
+    """Raise unless the server can read prompts; otherwise the first prompt would end the process.
+
+    Raises:
+        ServerError: arrays from the server have wrong strides.
+    """
+    probe = np.arange(2)
+    if not np.array_equal(tensor_of(backend_utils, "probe", probe).as_numpy(), probe):
         raise ServerError(
             f"this server's Python backend cannot read prompts with NumPy {np.__version__}: "
-            "pip install 'numpy<2' into the server's Python, or take a newer server"
+            "pip install 'numpy<2' into the server's Python, or use a newer server"
         )

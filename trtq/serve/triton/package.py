@@ -1,8 +1,7 @@
-"""A Triton Inference Server model repository of an ONNX folder or of engines."""
+"""Packaging an ONNX folder or engines as a model repository of Triton Inference Server."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from trtq.artefact.opened import (
     open_folder,
 )
 from trtq.artefact.options import EngineOptions
-from trtq.engine.base import TensorSpec, graph_specs
+from trtq.engine.base import graph_specs
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError
 from trtq.exporter.graph_check import require_graphs
@@ -30,35 +29,24 @@ from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
 from trtq.graph.runtimes.prepare import load_graph
 from trtq.pipelines.open import engine_source
 from trtq.progress import ProgressCallback, silent
-from trtq.serve.triton import model as triton_model
+from trtq.serve.triton.config import PLAN_NAME, write_graph_config, write_pipeline_config
 from trtq.serve.triton.engine import ServedGraph, TritonEngine
 from trtq.serve.triton.pipeline import Settings, request_input
 from trtq.serve.triton.result import PackagedModel, TritonPackageResult
+from trtq.serve.triton.v1 import MODEL_PY
 
 __all__ = ["CHECKSUMS_NAME", "package_triton"]
 
 CHECKSUMS_NAME = "SHA256SUMS"
 ARTEFACT_NAME = "artefact.json"
-"""The manifest of what was packaged: its layers, timesteps, LoRAs, hashes and versions."""
+"""File name of the artefact's manifest: layers, timesteps, LoRAs, hashes and versions."""
 DENOISER, PIPELINE = "denoiser", "pipeline"
 _KIND = "triton"
-_PLAN = "model.plan"
-_INSTANCES = 4
-"""Of the pipeline. While the call of one runs, those of the others wait and are put together; of two
-instances, one waits alone."""
-_QUEUE_MICROSECONDS = 500
-_TYPES = {
-    "float32": "TYPE_FP32",
-    "float16": "TYPE_FP16",
-    "int64": "TYPE_INT64",
-    "int32": "TYPE_INT32",
-    "bool": "TYPE_BOOL",
-}
-_ONE_BATCH = ("batch", "timesteps")
-"""Names of first axes that grow with the number of items."""
+_BATCH_AXES = ("batch", "timesteps")
+"""Names of first axes whose size is the number of items."""
 _RTX_NOTE = (
-    "these engines are of TensorRT-RTX; the tensorrt backend of NVIDIA's own server images reads "
-    "engines of full TensorRT (trtq build --backend tensorrt, on the GPU that serves)"
+    "these engines are for TensorRT-RTX; the tensorrt backend of NVIDIA's server images needs engines "
+    "of full TensorRT (trtq build --backend tensorrt, on the GPU of the server)"
 )
 
 
@@ -74,21 +62,21 @@ def package_triton(
 ) -> TritonPackageResult:
     """Write a model repository: one model per graph, and one for the whole pipeline.
 
-    The pipeline's model is Python: the denoising loop, with calls to the others. Its step index is one
-    per item, so the server may put denoiser calls of different requests, at different steps, together.
+    The pipeline's model is Python: the denoising loop, which calls the other models. Each item has its
+    own step index, so the server may batch denoiser calls of different requests at different steps.
 
     Args:
         artefact: an ONNX folder, whose graphs the onnxruntime backend runs, or an engine folder.
-        out: the repository; new.
-        onnx: the ONNX folder that engines were built from, if it no longer lies beside them.
-        overwrite: replace a repository of ours that is already there.
-        timeout: max seconds for opening and calling one graph in onnxruntime before it is packaged.
+        out: folder of the new repository.
+        onnx: ONNX folder that the engines were built from; None: the folder that the manifest names.
+        overwrite: whether to replace an existing repository made by trtq.
+        timeout: maximum time for opening and calling one graph in onnxruntime, in seconds.
         progress: called with the stage's name, the work done and the total.
 
     Raises:
-        UsageError: it is neither, or something is in the way.
-        ArtefactError: it is damaged, onnxruntime does not open its graphs, or the ONNX folder of engines
-            is not to be found.
+        UsageError: the artefact is neither an ONNX folder nor an engine folder, or `out` is in use.
+        ArtefactError: the artefact is damaged, onnxruntime does not open its graphs, or the ONNX folder
+            of the engines is missing.
     """
     opened = _open(artefact)
     folder, manifest = opened.folder, opened.manifest
@@ -114,13 +102,17 @@ def package_triton(
     return TritonPackageResult(output=str(final), models=models, bytes=total, notes=notes)
 
 
-def _open(place: str | Path | Opened) -> StoredArtefact:
-    """The ONNX or engine folder to package."""
-    if not isinstance(place, Opened) and not (Path(place) / MANIFEST_NAME).is_file():
+def _open(artefact: str | Path | Opened) -> StoredArtefact:
+    """Open the ONNX or engine folder to package.
+
+    Raises:
+        UsageError: the artefact is of another kind, or is none.
+    """
+    if not isinstance(artefact, Opened) and not (Path(artefact) / MANIFEST_NAME).is_file():
         raise UsageError(
-            f"{place} is no artefact of trtq; make an ONNX folder first: trtq export RUN -o ONNX"
+            f"{artefact} is no artefact of trtq; make an ONNX folder first: trtq export RUN -o ONNX"
         )
-    opened = open_folder(place)
+    opened = open_folder(artefact)
     if isinstance(opened, Run):
         raise UsageError(
             f"{opened.folder} is a run, which no server loads; export it first: trtq export "
@@ -130,13 +122,16 @@ def _open(place: str | Path | Opened) -> StoredArtefact:
 
 
 def _onnx_of(engines: EngineFolder, given: str | Path | None) -> StoredArtefact:
-    """The ONNX folder of engines, which describes their inputs."""
+    """Open the ONNX folder of engines, whose graphs describe their inputs.
+
+    Raises:
+        ArtefactError: the folder is missing or has changed.
+    """
     folder = find_origin(engines.folder, engines.manifest, given)
     if folder is None:
         raise ArtefactError(
             f"the ONNX folder that {engines.folder} was built from "
-            f"({engines.manifest.source.name!r}) is not beside it and unchanged; say where it is with "
-            "--onnx"
+            f"({engines.manifest.source.name!r}) is missing or has changed; give its path with --onnx"
         )
     return open_folder(folder, "onnx")
 
@@ -144,78 +139,50 @@ def _onnx_of(engines: EngineFolder, given: str | Path | None) -> StoredArtefact:
 def _write_graph(
     folder: Path, graph: Path, manifest: Manifest, out: Path
 ) -> tuple[ServedGraph, PackagedModel]:
-    """One graph as a model."""
+    """Write the model of one graph and describe it."""
     name = graph.name
     model = load_graph(graph / MODEL_FILE)
     inputs, outputs = graph_specs(model.graph.inputs), graph_specs(model.graph.outputs)
-    batched = all(spec.shape and spec.shape[0] in _ONE_BATCH for spec in inputs.values())
-    shown = DENOISER if name == manifest.denoiser else name
-    served = ServedGraph(shown, inputs, outputs, dict(model.metadata_props), batched)
-    most = _max_items(name, manifest) if batched else 0
-    version = out / shown / "1"
+    batched = all(spec.shape and spec.shape[0] in _BATCH_AXES for spec in inputs.values())
+    model_name = DENOISER if name == manifest.denoiser else name
+    served = ServedGraph(model_name, inputs, outputs, dict(model.metadata_props), batched)
+    max_items = _max_items(name, manifest) if batched else 0
+    version = out / model_name / "1"
     version.mkdir(parents=True)
-    engine = manifest.kind == "engine"
-    if engine:
-        shutil.copyfile(folder / name / ENGINE_FILE, version / _PLAN)
+    if manifest.kind == "engine":
+        backend = "tensorrt"
+        shutil.copyfile(folder / name / ENGINE_FILE, version / PLAN_NAME)
     else:
+        backend = "onnxruntime"
         for file in (MODEL_FILE, DATA_NAME):
             if (graph / file).is_file():
                 shutil.copyfile(graph / file, version / file)
-    lines = [f"name: {_text(shown)}"]
-    lines += ['platform: "tensorrt_plan"'] if engine else ['backend: "onnxruntime"']
-    lines += _engine_lines(manifest) if engine else [f"default_model_filename: {_text(MODEL_FILE)}"]
-    lines.append(f"max_batch_size: {most}")
-    lines += [_tensor("input", key, spec, batched=batched) for key, spec in inputs.items()]
-    lines += [_tensor("output", key, spec, batched=batched) for key, spec in outputs.items()]
-    if batched and name == manifest.denoiser:
-        lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {_QUEUE_MICROSECONDS} }}")
-    _write_config(out / shown, lines)
-    backend = "tensorrt" if engine else "onnxruntime"
-    return served, _row(out / shown, backend, most)
+    write_graph_config(
+        out / model_name,
+        served,
+        manifest,
+        max_items=max_items,
+        dynamic_batching=batched and name == manifest.denoiser,
+    )
+    return served, _row(out / model_name, backend, max_items)
 
 
 def _max_items(name: str, manifest: Manifest) -> int:
-    """Most items of one call: of an engine its profile's, else the export's, twice for guidance."""
+    """Maximum number of items per call: of the engine's profile or the export, doubled for guidance."""
     if isinstance(manifest.options, EngineOptions) and manifest.options.profiles:
         return min(int(shapes[2][0]) for shapes in manifest.options.profiles[name].values())
-    most = _max_images(manifest)
-    return 2 * most if name == manifest.denoiser else most
+    max_images = _max_images(manifest)
+    return 2 * max_images if name == manifest.denoiser else max_images
 
 
 def _max_images(manifest: Manifest) -> int:
     return manifest.options.batch[1]
 
 
-def _engine_lines(manifest: Manifest) -> list[str]:
-    """The plan of each compute capability: TensorRT-RTX puts all into one file."""
-    lines = [f"default_model_filename: {_text(_PLAN)}"]
-    assert isinstance(manifest.options, EngineOptions)
-    for architecture in manifest.options.architectures or ():
-        digits = architecture.removeprefix("sm")
-        if digits.isdigit():
-            capability = f"{digits[:-1]}.{digits[-1]}"
-            lines.append(f"cc_model_filenames {{ key: {_text(capability)} value: {_text(_PLAN)} }}")
-    return lines
-
-
-def _text(value: str) -> str:
-    return json.dumps(value)
-
-
-def _tensor(direction: str, name: str, spec: TensorSpec, *, batched: bool) -> str:
-    """One `input` or `output`; the server leaves out the batch axis of a batched model."""
-    shape = [size if isinstance(size, int) else -1 for size in spec.shape]
-    sizes = shape[1:] if batched else shape
-    reshaped = "" if sizes else " reshape { shape: [ ] }"
-    dims = ", ".join(str(size) for size in sizes or [1])
-    kind = _TYPES[spec.dtype.name]
-    return f"{direction} {{ name: {_text(name)} data_type: {kind} dims: [ {dims} ]{reshaped} }}"
-
-
 def _write_pipeline(
     graphs: Path, origin: Manifest, manifest: Manifest, served: Mapping[str, ServedGraph], out: Path
 ) -> PackagedModel:
-    """The loop, and everything of the pipeline that is no graph."""
+    """Write the pipeline's model: the loop, and all components of the pipeline that are not graphs."""
     parts = out / PIPELINE / "1" / "parts"
     copy_parts(graphs, origin, parts)
     recipe = manifest.recipe
@@ -229,49 +196,31 @@ def _write_pipeline(
     )
     settings.write(parts)
     (parts / ARTEFACT_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(str(triton_model.__file__), parts.parent / "model.py")
-    lines = [f"name: {_text(PIPELINE)}", 'backend: "python"', "max_batch_size: 0"]
-    lines += _request_lines(parts, manifest, served)
-    lines.append(
-        'output { name: "images" data_type: TYPE_UINT8 dims: [ -1, -1, -1, -1 ] }',
-    )
-    lines.append(f"instance_group {{ count: {_INSTANCES} kind: KIND_CPU }}")
-    _write_config(out / PIPELINE, lines)
+    (parts.parent / "model.py").write_text(MODEL_PY, encoding="utf-8")
+    write_pipeline_config(out / PIPELINE, PIPELINE, _input_name(parts, manifest, served))
     return _row(out / PIPELINE, "python", 0)
 
 
-def _request_lines(parts: Path, manifest: Manifest, served: Mapping[str, ServedGraph]) -> list[str]:
-    """What a request says: prompts, classes or a number of images, and how to draw them."""
+def _input_name(parts: Path, manifest: Manifest, served: Mapping[str, ServedGraph]) -> str:
+    """Name of the input that says what to draw: prompts, classes or a number of images."""
     source = engine_source(
         parts,
         manifest.denoiser,
         manifest.options.size,
         lambda name: TritonEngine(served[name], None) if name in served else None,
     )
-    name = request_input(source)
-    kind = "TYPE_STRING" if name == "prompt" else "TYPE_INT64"
-    size = 1 if name == "count" else -1
-    first = f"input {{ name: {_text(name)} data_type: {kind} dims: [ {size} ] }}"
-    options = {"seed": "TYPE_INT64", "steps": "TYPE_INT32", "guidance": "TYPE_FP32"}
-    return [first] + [
-        f"input {{ name: {_text(name)} data_type: {kind} dims: [ 1 ] optional: true }}"
-        for name, kind in options.items()
-    ]
+    return request_input(source)
 
 
-def _write_config(folder: Path, lines: list[str]) -> None:
-    (folder / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _row(folder: Path, backend: str, most: int) -> PackagedModel:
+def _row(folder: Path, backend: str, max_items: int) -> PackagedModel:
     files = sorted(
         file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
     )
-    return PackagedModel(backend=backend, max_batch_size=most, files=files)
+    return PackagedModel(backend=backend, max_batch_size=max_items, files=files)
 
 
 def _write_checksums(folder: Path) -> None:
-    """As `sha256sum --check SHA256SUMS` reads them."""
+    """Write the hash of each file in the format of `sha256sum --check SHA256SUMS`."""
     lines = [
         f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n"
         for file in sorted(folder.rglob("*"))

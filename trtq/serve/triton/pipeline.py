@@ -1,4 +1,4 @@
-"""The pipeline inside a Triton Inference Server; its graphs are other models of the server."""
+"""The pipeline in a Triton Inference Server, whose graphs are other models of the server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["SETTINGS_NAME", "PackagedPipeline", "Settings", "request_input"]
 
 SETTINGS_NAME = "trtq.json"
 _MAX_IMAGES = 100
-"""Of one request, so that none holds the pipeline for hours."""
+"""Maximum number of images per request, so that no request occupies the pipeline for hours."""
 
 
 def _never() -> bool:
@@ -34,14 +34,14 @@ def _never() -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the pipeline's model knows beside the parts in its folder.
+    """The settings of the pipeline's model, stored with the components in its folder.
 
     Attributes:
-        denoiser: name of that component.
-        size: image size that the graphs take, or a range.
-        steps: denoising steps where a request names none.
-        guidance: where a request names none; None: what the model is meant for.
-        max_images: of one call of the graphs.
+        denoiser: name of the denoiser's component.
+        size: image size that the graphs accept, or a range of sizes.
+        steps: default number of denoising steps.
+        guidance: default classifier-free guidance; None: the model's default.
+        max_images: maximum number of images per call of the graphs.
         graphs: `ServedGraph.to_json` by component.
     """
 
@@ -55,16 +55,16 @@ class Settings:
     graphs: dict[str, dict[str, Any]]
 
     def write(self, folder: Path) -> None:
-        """Into the folder of the parts."""
+        """Write the settings into the folder of the components."""
         text = json.dumps(asdict(self), indent=2) + "\n"
         (folder / SETTINGS_NAME).write_text(text, encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Settings:
-        """From the folder of the parts.
+        """Read the settings from the folder of the components.
 
         Raises:
-            ArtefactError: there are none that can be read.
+            ArtefactError: the settings are missing or malformed.
         """
         path = folder / SETTINGS_NAME
         try:
@@ -80,23 +80,23 @@ class PackagedPipeline:
     """Draws images for requests.
 
     Args:
-        folder: of the parts.
+        folder: folder of the components.
         backend_utils: the server's module `triton_python_backend_utils`.
 
     Raises:
-        ArtefactError: a part is missing, or cannot be read.
+        ArtefactError: a component is missing or cannot be read.
     """
 
     def __init__(self, folder: Path, backend_utils: Any) -> None:
         self.settings = Settings.read(folder)
         graphs = {
-            name: ServedGraph.from_json(found) for name, found in self.settings.graphs.items()
+            name: ServedGraph.from_json(graph) for name, graph in self.settings.graphs.items()
         }
 
         def open_graph(name: str) -> Engine | None:
             if name not in graphs:
                 return None
-            return TritonEngine(graphs[name], backend_utils, self._go_on)
+            return TritonEngine(graphs[name], backend_utils, self._check_cancelled)
 
         self._cancelled: Callable[[], bool] = _never
         self.source = engine_source(folder, self.settings.denoiser, self.settings.size, open_graph)
@@ -110,14 +110,15 @@ class PackagedPipeline:
         guidance: float | None = None,
         cancelled: Callable[[], bool] = _never,
     ) -> np.ndarray:
-        """Draw what a request asks for, as `trtq generate` would.
+        """Draw the images of a request, exactly as `trtq generate` does.
 
         Args:
-            conditioning: a prompt or a class for each image; a number of images for a model of neither.
-            seed: image i of a seed is the same in every request.
-            steps: denoising steps.
-            guidance: classifier-free guidance.
-            cancelled: asked before every call of a graph.
+            conditioning: prompt or class of each image, or the number of images of a model without
+                conditions.
+            seed: seed of the initial noise; image i of a seed is the same in every request.
+            steps: number of denoising steps; None: the default of the settings.
+            guidance: classifier-free guidance; None: the default of the settings.
+            cancelled: called before each call of a graph; returns whether the client has cancelled.
 
         Returns:
             uint8[B,H,W,C].
@@ -133,22 +134,22 @@ class PackagedPipeline:
         try:
             images = draw(
                 self.source,
-                self._subjects(conditioning),
+                self._conditioning(conditioning),
                 steps=self.settings.steps if steps is None else steps,
                 seed=seed,
                 guidance=self.settings.guidance if guidance is None else guidance,
                 batch=self.settings.max_images,
             )
         finally:
-            self._cancelled = _never  # It holds on to the server's request.
+            self._cancelled = _never  # The function refers to the server's request.
         pixels = ((images + 1) * 127.5).round().to(torch.uint8)
         return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
 
-    def _go_on(self) -> None:
+    def _check_cancelled(self) -> None:
         if self._cancelled():
             raise CancelledError("the client cancelled the request")
 
-    def _subjects(self, given: list[str] | list[int] | int | None) -> Conditioning:
+    def _conditioning(self, given: list[str] | list[int] | int | None) -> Conditioning:
         name = request_input(self.source)
         if given is None:
             raise UsageError(f"the request has no input {name!r}")
@@ -160,12 +161,12 @@ class PackagedPipeline:
         if isinstance(given, int):
             return Conditioning(given)
         if self.source.prompts is not None:
-            return Conditioning(count, prompts=[str(one) for one in given])
-        return Conditioning(count, classes=torch.tensor([int(one) for one in given]))
+            return Conditioning(count, prompts=[str(prompt) for prompt in given])
+        return Conditioning(count, classes=torch.tensor([int(label) for label in given]))
 
 
 def request_input(source: LoadedPipeline) -> str:
-    """Name of the input that says what to draw."""
+    """Name of the input that says what to draw: `prompt`, `class_label` or `count`."""
     if source.prompts is not None:
         return "prompt"
     return "count" if source.classes is None else "class_label"

@@ -1,0 +1,240 @@
+"""Opening the models of a server and getting them ready to draw."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trtq.artefact.opened import OnnxFolder, Opened, open_artefact
+from trtq.engine.openvino import MAX_SHAPES
+from trtq.engine.tensorrt.backends import BACKENDS
+from trtq.errors import ArtefactError, TrtqError, UsageError
+from trtq.serve.batcher import batch_sizes
+from trtq.serve.logs import FIELDS
+from trtq.serve.memory import copy_mapped_files, mapped_files
+from trtq.serve.metrics import Metrics
+from trtq.serve.options import ServeOptions
+from trtq.serve.served import ServedModel
+from trtq.serve.service import Service
+
+if TYPE_CHECKING:
+    from trtq.serve.models.base import ImageModel
+
+__all__ = ["build_service", "is_compiling", "open_model"]
+
+logger = logging.getLogger(__name__)
+_COMPILE_THREAD = "compile-"
+_LISTENING_S = 10.0
+"""Maximum time from opening the models until the server listens."""
+_MAX_NAME = 100
+TORCH = "torch"
+
+
+def open_model(
+    path: str | Path | Opened,
+    name: str,
+    *,
+    provider: str | None = None,
+    threads: int | None = None,
+    shapes: int = MAX_SHAPES,
+) -> ImageModel:
+    """Open a model to serve, without torch and diffusers if possible.
+
+    Args:
+        path: an ONNX folder, a run or a checkpoint.
+        name: model name used in requests.
+        provider: execution provider; None: the default of the path's kind.
+        threads: number of threads per operator; None: the number of cores.
+        shapes: number of batch sizes that may be in use at once.
+
+    Raises:
+        TrtqError: see `trtq.pipelines.open.open_any`.
+    """
+    from trtq.serve.models.torch_free import TorchFreeModel
+
+    # Hashing takes seconds per gigabyte, so the files are verified once, by the code that loads them.
+    opened = open_artefact(path, verify=False)
+    plain = provider not in (TORCH, *BACKENDS)
+    if plain and isinstance(opened, OnnxFolder) and TorchFreeModel.serves(opened):
+        return TorchFreeModel(
+            opened.verified(), name, provider=provider or "cpu", threads=threads, shapes=shapes
+        )
+    from trtq.pipelines.open import open_any
+    from trtq.serve.models.pipeline import PipelineModel
+
+    source = open_any(opened, provider, threads)
+    engine = getattr(source.denoiser, "engine", None)
+    engine_provider = TORCH if engine is None else engine.provider
+    return PipelineModel(source, name, engine_provider, shapes, opened)
+
+
+def build_service(
+    options: ServeOptions, metrics: Metrics, ready: threading.Event | None = None
+) -> Service:
+    """Open all models and warm each up for its smallest batch size; the other sizes follow in a thread.
+
+    Args:
+        options: options of the server.
+        metrics: metrics of the server.
+        ready: event that is set when the server listens, from which on the other sizes are compiled;
+            None: they are compiled at once.
+
+    Raises:
+        TrtqError: a model cannot be opened or run.
+    """
+    served: dict[str, ServedModel] = {}
+    for name, path in _named_paths(options).items():
+        host = _Host(path, name, options, metrics, ready, takes_provider=not served)
+        served[name] = host.start()
+    return Service(served, options.limits)
+
+
+def _named_paths(options: ServeOptions) -> dict[str, str]:
+    """The paths of the models by name, the default model first.
+
+    Raises:
+        UsageError: two models have the same name, or a name cannot be used in requests.
+    """
+    paths = {_folder_name(options.path) if options.name is None else options.name: options.path}
+    if options.beside is not None:
+        name = _folder_name(options.beside)
+        if name in paths:
+            raise UsageError(
+                f"both models have the name {name!r}; give the first another name with --name"
+            )
+        paths[name] = options.beside
+    for name in paths:
+        if not name.isprintable() or "/" in name or not 0 < len(name) <= _MAX_NAME:
+            raise UsageError(f"a model cannot be called {name!r}; choose another name with --name")
+    return paths
+
+
+def _folder_name(path: str) -> str:
+    """The default name of a model: the name of its folder, also for `.`."""
+    return Path(os.path.realpath(path)).name
+
+
+def is_compiling() -> bool:
+    """Whether a batch size is being compiled, during which the process cannot exit cleanly."""
+    return any(thread.name.startswith(_COMPILE_THREAD) for thread in threading.enumerate())
+
+
+@dataclass
+class _Host:
+    """One model on its way from a path to a `ServedModel`.
+
+    Attributes:
+        path: an ONNX folder, a run or a checkpoint.
+        name: model name used in requests.
+        options: options of the server.
+        metrics: metrics of the server.
+        ready: event that is set when the server listens; None: compile without waiting.
+        takes_provider: whether `options.provider` applies even if the path is not an ONNX folder.
+    """
+
+    path: str
+    name: str
+    options: ServeOptions
+    metrics: Metrics
+    ready: threading.Event | None
+    takes_provider: bool
+
+    def start(self) -> ServedModel:
+        """Open the model, run it once and start compiling its other batch sizes.
+
+        Raises:
+            UsageError: the model was built for smaller batches than the options ask for.
+            ArtefactError: the model opens but does not run.
+        """
+        begun = time.monotonic()
+        limits = self.options.limits
+        sizes = limits.batch_sizes or batch_sizes(limits.batch)
+        mapped = mapped_files()
+        model = self._open(len(sizes))
+        # An image with guidance takes two rows, and a request with the default guidance has to fit.
+        rows = 2 if model.info.guidance != 1 else 1
+        first = next(size for size in sizes if size >= rows)
+        self._warm(model, first)
+        copy_mapped_files(mapped)
+        rest = [size for size in sizes if size != first] if model.fixed_shapes else []
+        compiled = sizes if limits.batch_sizes else None
+        served = ServedModel(
+            model,
+            limits,
+            self.options.batching,
+            self.metrics,
+            sizes=[first] if model.fixed_shapes else compiled,
+            more_sizes=bool(rest),
+            load_seconds=time.monotonic() - begun,
+        )
+        if rest:
+            threading.Thread(
+                target=_compile_rest,
+                args=(served, rest, self.ready, mapped),
+                name=f"{_COMPILE_THREAD}{self.name}",
+                daemon=True,
+            ).start()
+        return served
+
+    def _open(self, shapes: int) -> ImageModel:
+        options, opened = self.options, open_artefact(self.path, verify=False)
+        takes_provider = self.takes_provider or isinstance(opened, OnnxFolder)
+        model = open_model(
+            opened,
+            self.name,
+            provider=options.provider if takes_provider else None,
+            threads=options.threads,
+            shapes=shapes,
+        )
+        batch = options.limits.batch
+        if model.max_rows is not None and model.max_rows < batch:
+            raise UsageError(
+                f"{self.path} takes up to {model.max_rows} rows in a call, fewer than {batch}; give "
+                f"--max-batch {max(model.max_rows, 2)}, or build it for more: trtq build --batch"
+            )
+        return model
+
+    def _warm(self, model: ImageModel, rows: int) -> None:
+        try:
+            model.warm(rows)
+        except TrtqError:
+            raise
+        except Exception as err:  # Exceptions of engines share no base class but Exception.
+            raise ArtefactError(f"{self.path} opens but cannot be run: {err}") from err
+
+
+def _compile_rest(
+    served: ServedModel,
+    sizes: Sequence[int],
+    ready: threading.Event | None,
+    mapped: set[str],
+) -> None:
+    """Compile further batch sizes, one by one, and let the batcher use them.
+
+    Args:
+        served: the model.
+        sizes: batch sizes to compile.
+        ready: event to wait for first; None: start at once.
+        mapped: files to leave alone, see `copy_mapped_files`.
+    """
+    if ready is not None:
+        # Compiling uses all cores, which would delay the start of the server.
+        ready.wait(_LISTENING_S)
+    try:
+        for size in sizes:
+            served.model.warm(size)
+            copy_mapped_files(mapped)
+            served.batcher.add_size(size)
+    except Exception:  # The sizes compiled so far can still be used.
+        logger.exception("cannot compile", extra={FIELDS: {"batch": size}})
+    else:
+        fields = {"model": served.info.name, "batch_sizes": sizes}
+        logger.info("compiled", extra={FIELDS: fields})
+    finally:
+        served.batcher.no_more_sizes()
