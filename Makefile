@@ -32,6 +32,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) docs
 
 # Builds site/ without network access; a warning is an error.
 docs: $(VENV)/.docs
@@ -48,8 +49,8 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/pip
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
-	$(BIN)/pip install -q -e '.[cpu,eval,rtx,plugins,serve,dev]'
-	touch $@ $(VENV)/.demo
+	$(BIN)/pip install -q -e '.[cpu,eval,rtx,plugins,serve,docs,dev]'
+	touch $@ $(VENV)/.demo $(VENV)/.docs
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install -q -e '.[docs]'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -22,6 +22,14 @@ from trtq.pipelines.draw import Conditioning, conditioning_for, draw
 from trtq.progress import ProgressCallback, silent
 
 __all__ = ["ReferenceSet", "draw_reference"]
+
+
+class Sampling(TypedDict):
+    """Arguments with which images were generated."""
+
+    steps: int
+    seed: int
+    guidance: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +59,7 @@ class ReferenceSet:
     seconds: float
 
     @property
-    def sampling(self) -> dict[str, Any]:
+    def sampling(self) -> Sampling:
         """Arguments `steps`, `seed` and `guidance` that the images were generated with."""
         return {"steps": self.steps, "seed": self.seed, "guidance": self.guidance}
 

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +105,8 @@ def _check_length(mapping: _Mapping) -> None:
 
 
 def _replace(start: int, size: int, *, writable: bool) -> None:
+    if sys.platform != "linux":  # `_mappings` reads /proc, so nothing else gets here.
+        raise OSError("only Linux replaces mapped memory in place")
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
