@@ -20,6 +20,7 @@ from trtq.diffusion.sampling import Conditions, predict, walk
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError
 from trtq.quant.deployed import DeployedLayer, DeployedProduct
+from trtq.quant.hooks import input_hooks
 from trtq.snr import EXACT_DB, snr_db
 
 __all__ = ["MAX_TIES", "StepParity", "compare", "noise_parity", "step_parity"]
@@ -226,7 +227,7 @@ def _mixed(
 def _last_bit_moved(reference: Any) -> Iterator[None]:
     """Inside the block, change every input of a low-bit layer by about its last bit."""
 
-    def move(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def move(_: str, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         moved = []
         for x in inputs:
             signs = torch.ones(x.numel(), device=x.device)
@@ -234,14 +235,11 @@ def _last_bit_moved(reference: Any) -> Iterator[None]:
             moved.append(x * (1 + _LAST_BIT * signs.reshape(x.shape)))
         return tuple(moved)
 
-    layers = [
-        module
-        for module in (reference.modules() if isinstance(reference, nn.Module) else ())
+    named = reference.named_modules() if isinstance(reference, nn.Module) else ()
+    layers = {
+        name: module
+        for name, module in named
         if isinstance(module, DeployedLayer | DeployedProduct)
-    ]
-    handles = [layer.register_forward_pre_hook(move) for layer in layers]
-    try:
+    }
+    with input_hooks(layers, move):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

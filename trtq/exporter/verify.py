@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trtq.artefact.files import sha256
 from trtq.artefact.manifest import MANIFEST_NAME, Manifest
@@ -26,6 +26,7 @@ from trtq.graph.runtimes.prepare import RUNTIMES, load_graph, prepare
 from trtq.pipelines.open import open_any
 from trtq.progress import ProgressCallback, silent
 from trtq.quant.deployed import DeployedLayer, DeployedProduct
+from trtq.quant.hooks import captured_outputs
 from trtq.runs.folder import OpenRun, open_run
 from trtq.seeds import seeded_generator
 from trtq.snr import snr_db
@@ -187,23 +188,15 @@ def _layers(source: Any, model: Path, run: OpenRun) -> list[LayerParity]:
     timestep = run.table.timesteps[torch.arange(images) * steps // images]
     conditions = source.draw_conditions(images, generator)
     arguments = conditions.family.arguments(x, timestep, conditions.conditional | conditions.shared)
-    expected: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        return lambda _, __, output: expected.update({name: output})
-
     denoiser: nn.Module = source.denoiser
     wrapped = getattr(denoiser, "denoiser", denoiser)
-    handles = [
-        module.register_forward_hook(keep(name))
+    low_bit = {
+        name
         for name, module in wrapped.named_modules()
         if isinstance(module, DeployedLayer | DeployedProduct)
-    ]
-    try:
+    }
+    with captured_outputs(wrapped, low_bit) as expected:
         denoiser(**arguments, return_dict=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     flat = conditions.family.flatten(arguments)
     outputs = layer_outputs(model, list(expected), {k: torch.as_tensor(v) for k, v in flat.items()})
     return [
