@@ -1,11 +1,12 @@
-"""What each part of the methods buys, on the digits model: each row is quantised and judged in torch.
+"""Ablation of the quantisation methods on the digits model; every row is evaluated in torch.
 
     python benchmarks/ablation.py [--seeds 0 1 2] [--only NAME ...]
 
-Rows that are in the output already are not measured again, so it can be interrupted, and run beside
-other work: it takes no times (`benchmarks/digits.py` does). Fréchet distance and accuracy are of 4,000
-images, with the same starting noise in every row. QuEST rows have one activation scale per tensor and
-step, not one per input channel and step as the authors' at 4 bits, which no integer product computes.
+Rows that are already in the output are skipped, so the script can be interrupted. It does not measure
+time (`benchmarks/digits.py` does), so other programs may run at the same time. Fréchet distance and
+accuracy use 4,000 images with the same starting noise in every row. QuEST rows have one activation scale
+per tensor and step. The authors' 4-bit models have one per input channel and step, which integer matrix
+products do not support.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 
 from trtq.artefact.manifest_file import package_versions
-from trtq.evaluation.evaluate import draw_reference, evaluate
+from trtq.evaluation.evaluate import evaluate
+from trtq.evaluation.reference import draw_reference
 from trtq.progress import ProgressPrinter
 from trtq.runs.quantize import quantize
 
@@ -71,7 +73,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Measure what is missing and write it down after every row."""
+    """Measure the missing rows and write the output after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -3,9 +3,9 @@
     python benchmarks/sd_size.py --folder DIR          (makes DIR/checkpoint and the W4A8 run DIR/run)
     python benchmarks/build.py DIR
 
-Exports the float checkpoint and the run in half precision, the run in both forms, and builds each for
-one card and for three: time, memory, size. Nothing comes from the engine cache. Weights are random: no
-quality is measured. No engine is run.
+Exports the float checkpoint, and the run in both graph forms, in half precision. Builds each graph for
+one GPU architecture and for three, without the engine cache, and records time, memory and size. The
+weights are random, so quality is not measured; the engines do not run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.processor import processor_features
 
 ROOT = Path(__file__).parent
-ONE, SEVERAL = ("sm89",), ("sm86", "sm89", "sm120")
+ONE_GPU, THREE_GPUS = ("sm89",), ("sm86", "sm89", "sm120")
 GRAPHS = {
     "float": ("checkpoint", "qdq"),
     "W4A8, pairs": ("run", "qdq"),
@@ -33,15 +33,15 @@ GRAPHS = {
 
 
 def trtq(*arguments: str) -> dict[str, Any]:
-    """One command in a process of its own."""
+    """Run one command in a separate process and return its JSON output."""
     command = [sys.executable, "-m", "trtq.cli", *arguments, "--json"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def exported(folder: Path, name: str) -> Path:
-    """The half-precision graph of one row; made unless it is there."""
+    """Folder of the half-precision graph of one row; exported if it does not exist."""
     source, target = GRAPHS[name]
     out = folder / f"half_{source}_{target}"
     if not out.is_dir():
@@ -51,12 +51,12 @@ def exported(folder: Path, name: str) -> Path:
 
 
 def measure(folder: Path, name: str, architectures: tuple[str, ...]) -> dict[str, Any]:
-    """Build one graph, and keep what concerns its denoiser."""
+    """Build one graph and return the values of its denoiser."""
     onnx, engine = exported(folder, name), folder / "engine"
     chosen = [part for architecture in architectures for part in ("--arch", architecture)]
-    found = trtq("build", str(onnx), "-o", str(engine), *chosen, "--no-cache", "--overwrite")
+    result = trtq("build", str(onnx), "-o", str(engine), *chosen, "--no-cache", "--overwrite")
     denoiser = read_manifest(onnx).denoiser
-    (row,) = [row for row in found["engines"] if row["name"] == denoiser]
+    (row,) = [row for row in result["engines"] if row["name"] == denoiser]
     return {
         "graph": name,
         "architectures": list(architectures),
@@ -64,12 +64,12 @@ def measure(folder: Path, name: str, architectures: tuple[str, ...]) -> dict[str
         "peak_rss_bytes": row["peak_rss_bytes"],
         "engine_bytes": row["engine_bytes"],
         "layers": row["layers"],
-        "pipeline_seconds": found["seconds"],
+        "pipeline_seconds": result["seconds"],
     }
 
 
 def main() -> None:
-    """Measure every row and write them."""
+    """Measure and write every row."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "results" / "build.json")
@@ -82,7 +82,7 @@ def main() -> None:
         "rows": [],
     }
     for name in GRAPHS:
-        for architectures in (ONE, SEVERAL):
+        for architectures in (ONE_GPU, THREE_GPUS):
             record["rows"].append(measure(options.folder, name, architectures))
             options.output.write_text(json.dumps(record, indent=2) + "\n")
             print(json.dumps(record["rows"][-1]), flush=True)

@@ -4,12 +4,12 @@
     python benchmarks/cpu_path.py --folder DIR --pair       (per-step against constant scales)
 
 Random weights in the published configuration, 64 x 64 latents, batch 1. Checkpoint, runs and graphs are
-kept in DIR and not made again. Every row is timed in a process of its own, in turns; the first call of
-each process, which compiles, is not counted. "constant" is a graph with the scales of one step; W7A8 is
-what a processor without VNNI can multiply in integers. With the package nncf there is one row more:
-OpenVINO's own runtime on its own post-training int8 of the same float graph. The difference between
-per-step and constant scales is smaller than what processes differ by, so `--pair` loads both in one and
-calls them in turns.
+kept in DIR and reused. Every row is timed in a separate process, in interleaved rounds; the first call
+of each process includes compilation and is not counted. "constant" is a graph with the scales of one
+step. W7A8 is the widest format that a processor without VNNI multiplies in integers. If nncf is
+installed, an additional row measures OpenVINO's runtime on OpenVINO's post-training int8 model of the
+same float graph. The difference between per-step and constant scales is smaller than the variation
+between processes, so `--pair` loads both graphs in one process and interleaves their calls.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ from sd_size import stage, write_checkpoint
 from trtq.artefact.manifest_file import package_versions
 from trtq.bench.device import cpu_name
 from trtq.bench.turns import take_turns, time_calls
-from trtq.engine.base import TensorSpec
+from trtq.engine.base import TensorSpec, graph_specs
 from trtq.engine.open import open_engine
-from trtq.engine.prepared import graph_specs
 from trtq.graph.runtimes.prepare import load_graph
 from trtq.processor import has_vnni, processor_features
-from trtq.quant.deployed import LayerTensors
+from trtq.quant.tensors import LayerTensors
 from trtq.resources import peak_rss_bytes
 
 BITS = ("w8a8", "w7a8", "w4a8")
@@ -56,7 +55,7 @@ RIVAL = ("nncf", "openvino")
 
 
 def make(folder: Path) -> None:
-    """Checkpoint, runs and graphs that are not there yet."""
+    """Create the missing checkpoint, runs and graphs."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint"
     if not checkpoint.is_dir():
@@ -79,8 +78,8 @@ def make(folder: Path) -> None:
 
 
 def _write_constant(run_folder: Path, out: Path) -> None:
-    """The graph of a run whose layers use the scales of its first step at all steps."""
-    from trtq.exporter.export import write_graph
+    """Write the graph of a run that uses the scales of its first step at all steps."""
+    from trtq.exporter.graph import write_graph
     from trtq.runs.folder import open_run
 
     run = open_run(run_folder)
@@ -98,7 +97,7 @@ def _write_constant(run_folder: Path, out: Path) -> None:
 
 
 def make_rival(folder: Path) -> bool:
-    """NNCF's post-training int8 of the float graph, if nncf is here and it is not there yet."""
+    """Create NNCF's int8 model of the float graph; False if nncf is not installed."""
     try:
         import nncf
         import openvino
@@ -118,12 +117,12 @@ def make_rival(folder: Path) -> bool:
 
 
 def _specs(graph: Path) -> dict[str, TensorSpec]:
-    """Inputs of a graph, without its weights in memory."""
+    """Input specifications of a graph, read without loading its weights."""
     return graph_specs(load_graph(graph).graph.inputs)
 
 
 def _feeds(specs: Mapping[str, TensorSpec], seed: int = 0) -> dict[str, np.ndarray]:
-    """One input of each, of batch 1."""
+    """Random inputs of batch size 1."""
     generator = np.random.default_rng(seed)
     feeds = {}
     for key, spec in specs.items():
@@ -134,7 +133,7 @@ def _feeds(specs: Mapping[str, TensorSpec], seed: int = 0) -> dict[str, np.ndarr
 
 
 def time_one(folder: Path, name: str, provider: str, calls: int) -> dict[str, Any]:
-    """Load one graph and call it."""
+    """Load one graph and time `calls` calls."""
     start = time.perf_counter()
     call: Callable[[], object]
     if (name, provider) == RIVAL:
@@ -154,14 +153,16 @@ def time_one(folder: Path, name: str, provider: str, calls: int) -> dict[str, An
 
 
 def time_pair(folder: Path, calls: int) -> dict[str, Any]:
-    """Calls of the per-step and of the constant graph in turns, in one process."""
+    """Time interleaved calls of the per-step and the constant graph in one process."""
     engines = {
         name: open_engine(folder / name / "unet" / "model.onnx", "openvino")
         for name in ("w7a8", "constant")
     }
     feeds = _feeds(engines["w7a8"].inputs)
-    # The first call compiles.
-    seconds = take_turns({name: partial(one.run, feeds) for name, one in engines.items()}, calls)
+    # The uncounted warm-up call compiles.
+    seconds = take_turns(
+        {name: partial(engine.run, feeds) for name, engine in engines.items()}, calls
+    )
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
     return {
@@ -173,13 +174,15 @@ def time_pair(folder: Path, calls: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make what is missing, measure, write one JSON file."""
+    """Create missing files, measure, and write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=3)
-    parser.add_argument("--pair", action="store_true", help="Only per-step against constant.")
-    parser.add_argument("--row", nargs=2, help="Time this one only, in this process.")
+    parser.add_argument(
+        "--pair", action="store_true", help="Compare per-step with constant scales only."
+    )
+    parser.add_argument("--row", nargs=2, help="Time one row in this process.")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("benchmarks/results/cpu_path.json")
     )
@@ -198,11 +201,11 @@ def main() -> None:
     present = (*ROWS, RIVAL) if make_rival(arguments.folder) else ROWS
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {row: [] for row in present}
     for _ in range(arguments.rounds):
-        for row, found in rows.items():
+        for row, timings in rows.items():
             command = [sys.executable, __file__, "--folder", str(arguments.folder), "--row", *row]
             command += ["--calls", str(arguments.calls)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found.append(json.loads(done.stdout.splitlines()[-1]))
+            timings.append(json.loads(done.stdout.splitlines()[-1]))
     record = {
         "device": cpu_name(),
         "vnni": has_vnni(),
@@ -212,16 +215,16 @@ def main() -> None:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "rows": [],
     }
-    for (name, provider), found in rows.items():
-        seconds = sorted(second for one in found for second in one["seconds"])
+    for (name, provider), timings in rows.items():
+        seconds = sorted(second for timing in timings for second in timing["seconds"])
         quartiles = statistics.quantiles(seconds, n=4)
         row = {
             "name": name,
             "provider": provider,
             "median_seconds": statistics.median(seconds),
             "quartiles": [quartiles[0], quartiles[2]],
-            "load_seconds": statistics.median(one["load_seconds"] for one in found),
-            "peak_rss_bytes": max(one["peak_rss_bytes"] for one in found),
+            "load_seconds": statistics.median(timing["load_seconds"] for timing in timings),
+            "peak_rss_bytes": max(timing["peak_rss_bytes"] for timing in timings),
         }
         record["rows"].append(row)
         print(f"{name:10s} {provider:9s} {row['median_seconds']:.2f} s")

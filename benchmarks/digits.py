@@ -1,9 +1,10 @@
-"""The table of the README: the digits model at several bit-widths, in one run.
+"""The digits model at several bit widths: quality, parity, size and latency.
 
     python benchmarks/digits.py [--images 1000] [--output benchmarks/results/digits.json]
 
-Every low-bit row is quantised, exported and drawn with onnxruntime; the float row is the same model in
-torch. Latencies of per-step and static tables are of graphs that differ in nothing else, taken in turns.
+Every low-bit row is quantised, exported and evaluated with onnxruntime; the float row runs in torch.
+The latencies of per-step and static scales are those of otherwise equal graphs, called in interleaved
+rounds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from trtq.bench.device import cpu_name
 from trtq.bench.summary import summarize
 from trtq.bench.turns import take_turns
 from trtq.engine.open import open_engine
-from trtq.evaluation.evaluate import draw_reference, evaluate
+from trtq.evaluation.evaluate import evaluate
+from trtq.evaluation.reference import ReferenceSet, draw_reference
 from trtq.exporter.export import export
 from trtq.processor import processor_features
 from trtq.progress import ProgressPrinter
@@ -53,7 +55,7 @@ PER_STEP, STATIC = "W4A4 per-step, search", "W4A4 static, search"
 
 
 def latencies(folders: dict[str, Path], provider: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Median and quartiles in ms of one denoiser call of each, measured in turns."""
+    """Median and quartiles of one denoiser call in ms, by name, from interleaved rounds."""
     engines = {
         name: open_engine(folder / "unet" / "model.onnx", provider)
         for name, folder in folders.items()
@@ -74,8 +76,32 @@ def latencies(folders: dict[str, Path], provider: str, batch: int, rounds: int) 
     }
 
 
+def measure_rows(
+    reference: ReferenceSet, scratch: Path, provider: str, progress: ProgressPrinter
+) -> list[dict[str, Any]]:
+    """Quantise, export and evaluate every low-bit row; each row names its ONNX `folder`."""
+    rows = []
+    for index, (name, recipe) in enumerate(ROWS.items()):
+        print(f"== {name}", file=sys.stderr)
+        run, onnx = scratch / f"{index}-run", scratch / f"{index}-onnx"
+        made = quantize("digits", recipe, run, progress=progress)
+        exported = export(run, onnx, progress=progress)
+        result = evaluate(onnx, reference, provider=provider, progress=progress).to_json()
+        kept = ("fd", "fd_ratio", "class_accuracy", "snr_db", "provider")
+        parity = ("parity_db_min", "parity_db", "parity_db_pooled_min", "parity_ties")
+        rows.append(
+            {"name": name}
+            | {key: result[key] for key in kept}
+            | {key: made[key] for key in ("bytes_before", "bytes_after", "seconds")}
+            | {"fine_tune_seconds": made.get("fine_tune_seconds")}
+            | {key: exported[key] for key in parity}
+            | {"folder": onnx}
+        )
+    return rows
+
+
 def main() -> None:
-    """Measure everything and write one JSON file."""
+    """Measure all rows and write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
@@ -96,27 +122,9 @@ def main() -> None:
         }
     ]
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {}
-        for index, (name, recipe) in enumerate(ROWS.items()):
-            print(f"== {name}", file=sys.stderr)
-            run, onnx = Path(scratch) / f"{index}-run", Path(scratch) / f"{index}-onnx"
-            made = quantize("digits", recipe, run, progress=progress)
-            exported = export(run, onnx, progress=progress)
-            result = evaluate(
-                onnx, reference, provider=arguments.provider, progress=progress
-            ).to_json()
-            folders[name] = onnx
-            kept = ("fd", "fd_ratio", "class_accuracy", "snr_db", "provider")
-            rows.append(
-                {"name": name}
-                | {key: result[key] for key in kept}
-                | {key: made[key] for key in ("bytes_before", "bytes_after", "seconds")}
-                | {"fine_tune_seconds": made.get("fine_tune_seconds")}
-                | {
-                    key: exported[key]
-                    for key in ("parity_db_min", "parity_db", "parity_db_pooled_min", "parity_ties")
-                }
-            )
+        low_bit = measure_rows(reference, Path(scratch), arguments.provider, progress)
+        folders = {row["name"]: row.pop("folder") for row in low_bit}
+        rows += low_bit
         pair = {name: folders[name] for name in (PER_STEP, STATIC)}
         speed = {
             f"{provider}, batch {batch}": latencies(pair, provider, batch, arguments.rounds)
@@ -140,7 +148,7 @@ def main() -> None:
         print(f"{row['name']:28s} FD {row['fd']:6.2f}  accuracy {row['class_accuracy']:.1%}")
     for name, values in speed.items():
         ratio = values[PER_STEP]["median"] / values[STATIC]["median"]
-        print(f"{name:20s} per-step against static tables: {ratio:.3f} x")
+        print(f"{name:20s} per-step vs static scales: {ratio:.3f} x")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Does optimum-onnx draw with our ONNX folder, and the same pictures as we?
+"""Compatibility of exported ONNX folders with optimum-onnx: same images as trtq?
 
     python benchmarks/optimum.py [--environment DIR]
 
-The shapes model is quantised and exported; its folder is then opened, unchanged, by optimum-onnx's own
-pipeline class in a virtual environment of its own (it wants another transformers than trtq), which is
-made in DIR unless it is there. Both draw the same prompts from the same noise.
+The shapes model is quantised and exported. The pipeline class of optimum-onnx opens the unchanged
+folder in a separate virtual environment in DIR (it needs a different version of transformers), which is
+created if it does not exist. Both generate images of the same prompts from the same noise.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import torch
 
 import trtq
 from trtq.artefact.manifest_file import package_versions
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.exporter.export import export
 from trtq.progress import ProgressPrinter
 from trtq.runs.quantize import quantize
 
 STEPS, GUIDANCE, IMAGES = 20, 3.0, 20
-EQUAL = 1 / 255  # less than a level of a PNG anywhere in the picture
+EQUAL = 1 / 255  # maximum difference below one level of a PNG
 PACKAGES = ["optimum-onnx[onnxruntime]==0.1.0", "diffusers", "torch>=2.11,<2.14"]
 RECIPES: dict[str, dict[str, Any]] = {
     "W4A4 search": {"method": "search", "bits": "w4a4"},
     "W8A8 search": {"method": "search", "bits": "w8a8"},
 }
-THEIRS = """
+OPTIMUM_SCRIPT = """
 import json, sys
 import numpy as np, torch
 from importlib.metadata import version
@@ -57,7 +57,7 @@ print(json.dumps({"class": type(pipeline).__name__} | {name: version(name) for n
 
 
 def environment(folder: Path) -> Path:
-    """The Python of a virtual environment with optimum-onnx, made if it is not there."""
+    """Python of a virtual environment with optimum-onnx, which is created if it does not exist."""
     python = folder / "bin" / "python"
     if not python.is_file():
         venv.create(folder, with_pip=True)
@@ -74,7 +74,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     python = environment(arguments.environment)
-    source = load_source("shapes")
+    source = open_pipeline("shapes")
     assert source.prompts is not None
     prompts = [judged.prompt for judged in source.prompts.evaluation[:IMAGES]]
     rows = []
@@ -91,8 +91,8 @@ def main() -> None:
                 "size": source.image_size[0],
                 "output": str(theirs),
             }
-            said = subprocess.run(
-                [python, "-c", THEIRS, json.dumps(task)],
+            done = subprocess.run(
+                [python, "-c", OPTIMUM_SCRIPT, json.dumps(task)],
                 check=True,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -112,7 +112,7 @@ def main() -> None:
             "pictures_equal": int((difference < EQUAL).sum()),
             "largest_difference": float(difference.max()),
             "median_largest_difference": float(np.median(difference)),
-            "theirs": json.loads(said.stdout.splitlines()[-1]),
+            "theirs": json.loads(done.stdout.splitlines()[-1]),
         }
         print(json.dumps(row), file=sys.stderr)
         rows.append(row)

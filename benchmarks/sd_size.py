@@ -4,11 +4,10 @@
     python benchmarks/sd_size.py --method efficientdm --bits w4a4 --iterations 2   (its memory)
     python benchmarks/sd_size.py --model sd_xl --method minmax --steps 1 --images 1
 
-diffusers' true classes in the published configurations: UNet of 1.5 (859.5 M parameters, 64 x 64
-latents) or of XL (2,567 M, 128 x 128); VAE; CLIP text encoders, those of XL with one layer each, since
-only their width matters to the UNet. Weights are random: no quality is measured, only what the path
-costs. Each stage runs in a process of its own, so that its peak memory is its own. Rows with other
-options are kept.
+The diffusers classes in the published configurations: UNet of 1.5 (859.5 M parameters, 64 x 64 latents)
+or of XL (2,567 M, 128 x 128), VAE, and CLIP text encoders (for XL with one layer each, because the UNet
+depends only on their width). The weights are random: only the cost is measured, not the quality. Each
+stage runs in a separate process, for a separate peak memory. Rows with other options are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import torch
 
 from trtq.artefact.manifest_file import package_versions
 from trtq.artefact.opened import open_folder
-from trtq.demo.train_shapes import build_tokenizer
+from trtq.demo.shapes_model import build_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -89,7 +88,7 @@ def _text_config(
 
 
 def build_sd_1() -> DiffusionPipeline:
-    """A pipeline of Stable Diffusion 1.5's size, in float32."""
+    """Build a pipeline of Stable Diffusion 1.5's size, in float32."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
@@ -112,7 +111,7 @@ def build_sd_1() -> DiffusionPipeline:
 
 
 def build_sd_xl() -> DiffusionPipeline:
-    """A pipeline of Stable Diffusion XL's size, in float16, as its checkpoints mostly are."""
+    """Build a pipeline of Stable Diffusion XL's size, in float16 (as published)."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
@@ -138,7 +137,7 @@ MODELS: dict[str, Callable[[], DiffusionPipeline]] = {"sd_1": build_sd_1, "sd_xl
 
 
 def write_checkpoint(folder: Path, model: str = "sd_1") -> int:
-    """Write the pipeline; returns the number of the UNet's parameters."""
+    """Write the pipeline; return the number of parameters of the UNet."""
     torch.manual_seed(0)
     pipeline = MODELS[model]()
     pipeline.save_pretrained(folder)
@@ -146,7 +145,7 @@ def write_checkpoint(folder: Path, model: str = "sd_1") -> int:
 
 
 def stage(*arguments: str) -> dict[str, Any]:
-    """One command of trtq in a process of its own; what it says as JSON."""
+    """Run one trtq command in a separate process; return its JSON output."""
     done = subprocess.run(
         [sys.executable, "-m", "trtq.cli", *arguments, "--json"],
         check=True,
@@ -158,7 +157,7 @@ def stage(*arguments: str) -> dict[str, Any]:
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Quantise and export once."""
+    """Quantise and export once; return the results of both."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, run, onnx = folder / "checkpoint", folder / "run", folder / "onnx"
     if not checkpoint.is_dir():
@@ -194,11 +193,15 @@ def main() -> None:
     parser.add_argument("--bits", default="w4a8")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--iterations", type=int, help="Of fine-tuning; nothing is exported then.")
-    parser.add_argument("--batch", type=int, default=1, help="Of fine-tuning.")
-    parser.add_argument("--folder", type=Path, help="Keep checkpoint, run and ONNX here.")
     parser.add_argument(
-        "--export-only", action="store_true", help="Of the run that lies in --folder."
+        "--iterations", type=int, help="Fine-tuning iterations; disables the export."
+    )
+    parser.add_argument("--batch", type=int, default=1, help="Fine-tuning batch size.")
+    parser.add_argument(
+        "--folder", type=Path, help="Folder to keep checkpoint, run and ONNX files in."
+    )
+    parser.add_argument(
+        "--export-only", action="store_true", help="Export the existing run in --folder."
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("benchmarks/results/sd_size.json")

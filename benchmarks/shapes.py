@@ -1,11 +1,11 @@
-"""The text-to-image model at several bit-widths, and the exchange of a LoRA in a quantised run.
+"""The shapes model at several bit widths, and the exchange of a LoRA in a quantised run.
 
     python benchmarks/shapes.py [--only NAME ...] [--images 1000]
 
-Faithfulness is the share of pictures in which the shipped classifier finds everything that the prompt
-says: arrangement, colours and shapes. Rows that are in the output already are not measured again. The
-LoRA is trained here, on pictures in which every shape is purple whatever the caption says; its style is
-judged by the share of pictures whose first shape is purple.
+Faithfulness is the share of images in which the shipped classifier detects everything in the prompt:
+arrangement, colours and shapes. Rows that are already in the output are skipped. The LoRA is trained by
+this script on pictures in which every shape is purple, independent of the caption; its effect is the
+share of images whose first shape is purple.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from torch.nn import functional
 
 from trtq.artefact.manifest_file import package_versions
 from trtq.demo.shapes import COLOURS, Scene, draw_scenes, random_scene
-from trtq.diffusion.pipeline import LoadedPipeline, load_source
-from trtq.evaluation.evaluate import ReferenceSet, draw_reference, evaluate
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
+from trtq.evaluation.evaluate import evaluate
 from trtq.evaluation.extractor import Extractor
+from trtq.evaluation.reference import ReferenceSet, draw_reference
 from trtq.exporter.export import export
 from trtq.lora import LoraRequest
 from trtq.pipelines.draw import Conditioning, draw
@@ -64,7 +66,7 @@ SWAPPED = "W4A8 search"
 
 
 class _Adapted(nn.Module):
-    """A linear with a trainable low-rank update; `down[R, K]`, `up[N, R]`."""
+    """A linear layer with a trainable low-rank update: `down[R, K]`, `up[N, R]`."""
 
     def __init__(self, source: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -78,10 +80,10 @@ class _Adapted(nn.Module):
 
 
 def train_style(path: Path, iterations: int = 300, batch: int = 48, rank: int = 4) -> None:
-    """Train a LoRA of the cross-attention and feed-forward layers, and write it in PEFT's layout."""
+    """Train a LoRA of the attention and feed-forward layers, and write it in PEFT's layout."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    source = load_source("shapes")
+    source = open_pipeline("shapes")
     pipeline: Any = source.pipeline
     unet = pipeline.unet.requires_grad_(False)
     adapted: dict[str, _Adapted] = {}
@@ -135,7 +137,7 @@ def _style_share(
 
 
 def swap(reference: ReferenceSet, run: Path, scratch: Path) -> dict[str, Any]:
-    """Exchange the LoRA of a run, and compare its style with the float model's."""
+    """Exchange the LoRA of a run; compare its effect with that in the float model."""
     from trtq.lora import merge_loras
 
     lora = LoraRequest(scratch / "purple.safetensors")
@@ -144,7 +146,7 @@ def swap(reference: ReferenceSet, run: Path, scratch: Path) -> dict[str, Any]:
     count = min(200, reference.conditioning.count)
     assert reference.conditioning.prompts is not None
     conditioning = Conditioning(count, prompts=reference.conditioning.prompts[:count])
-    styled = load_source("shapes")
+    styled = open_pipeline("shapes")
     plain = _style_share(styled, reference.extractor, conditioning, reference.guidance)
     merge_loras({"unet": styled.pipeline.unet}, [lora])
     return {
@@ -161,7 +163,7 @@ def swap(reference: ReferenceSet, run: Path, scratch: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what is missing and write it down after every row."""
+    """Measure the missing rows and write the output after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))

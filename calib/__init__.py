@@ -1,1 +1,1 @@
-"""Trajectories, recordings, policies and recipes: what is calibrated, and how."""
+"""Calibration: policies, recipes, recordings along trajectories, and sensitivities."""

@@ -1,4 +1,4 @@
-"""Which layers become low-bit: named module by module, per family, in TOML files beside this one."""
+"""Policies: which layers of a denoiser become low-bit, per family, as TOML files in `policies`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,42 +17,30 @@ from torch import nn
 from trtq.artefact.records import Text
 from trtq.documents import check_depth, read_text, shown
 from trtq.errors import RecipeError
-from trtq.quant.convert import LayerPlan, layer_kind, quantizable_layers
-from trtq.quant.ranges import check_bits
+from trtq.quant.bits import parse_bits
+from trtq.quant.plan import LayerPlan, layer_kind, quantizable_layers
 
-__all__ = ["Policy", "load_policy", "parse_bits", "plan_layers"]
+__all__ = ["Policy", "load_policy", "plan_layers"]
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent / "policies"
-_BITS = re.compile(r"w([0-9]{1,3})a([0-9]{1,3})")
 GENERIC = "generic"
+RECIPE = "recipe"
 PROBABILITIES = "probabilities"
 _MAX_PATTERN = 1024
 _MAX_PROBLEMS = 5
 _MAX_BYTES = 256 << 10
 _MAX_LEVELS = 16
 _MANY_KEYS = re.compile(r"(?<![\w\"'-])(?:[\w\"'-]+[ \t]*\.[ \t]*){100}")
-"""A dotted key so deep that the parser would take minutes for it."""
-
-
-def parse_bits(text: str) -> tuple[int, int]:
-    """`w4a8` -> (4, 8), the bits of weights and activations.
-
-    Raises:
-        RecipeError: not of that form, or bits that are not supported.
-    """
-    match = _BITS.fullmatch(text.lower())
-    if match is None:
-        raise RecipeError(f"bits={shown(text)} is not understood; write them like w4a4 or w8a8")
-    return check_bits(int(match[1])), check_bits(int(match[2]))
+"""A dotted key with 100 parts or more, on which the parser would spend minutes."""
 
 
 def _pattern(value: str) -> str:
     try:
         fnmatchcase("", value)
     except re.error as err:
-        raise ValueError(f"{shown(value)} is no shell pattern: {err}") from err
+        raise ValueError(f"{shown(value)} is not a shell pattern: {err}") from err
     return value
 
 
@@ -60,7 +48,7 @@ _Pattern = Annotated[str, Field(strict=True, max_length=_MAX_PATTERN), AfterVali
 
 
 class Rule(BaseModel):
-    """One entry of a policy; see the TOML files for the meaning of the fields."""
+    """One rule of a policy; `policies/UNet2DModel.toml` documents the fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,17 +60,19 @@ class Rule(BaseModel):
     @field_validator("bits")
     @classmethod
     def _known_bits(cls, value: str) -> str:
-        if value not in ("target", "float", PROBABILITIES):
+        if value == "target":  # The former name, accepted for one release.
+            return RECIPE
+        if value not in (RECIPE, "float", PROBABILITIES):
             parse_bits(value)
         return value
 
 
 class Policy(BaseModel):
-    """The rules of one family of denoisers.
+    """The rules for one family of denoisers.
 
     Attributes:
-        family: diffusers' class.
-        rule: tried in order for every layer.
+        family: name of the diffusers class.
+        rule: rules in order of precedence; the first match decides.
         tune: named sets of layers that a method may tune, as shell patterns.
     """
 
@@ -93,10 +83,14 @@ class Policy(BaseModel):
     tune: dict[str, list[_Pattern]] = {}
 
     def select(self, name: str, layers: Iterable[str]) -> list[str]:
-        """The layers in the set of this name.
+        """The layers in a named set.
+
+        Args:
+            name: name of the set.
+            layers: layers to choose from.
 
         Raises:
-            RecipeError: the policy has no such set.
+            RecipeError: the policy has no set of this name.
         """
         if name not in self.tune:
             known = ", ".join(sorted(self.tune)) or "none"
@@ -106,27 +100,31 @@ class Policy(BaseModel):
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The table in a TOML file.
+    """The content of a TOML file.
+
+    Args:
+        path: path of the file.
+        what: kind of file, for messages.
 
     Raises:
-        RecipeError: it cannot be read or is not TOML.
+        RecipeError: the file cannot be read or is not TOML.
     """
     text = read_text(path, f"the {what}", error=RecipeError, max_bytes=_MAX_BYTES)
     try:
         if _MANY_KEYS.search(text):
             raise ValueError("a key has more than 100 parts")
-        found = tomllib.loads(text)
-        check_depth(found, _MAX_LEVELS)
+        content = tomllib.loads(text)
+        check_depth(content, _MAX_LEVELS)
     except RecursionError as err:
         raise RecipeError(f"cannot read the {what} {path}: it is nested too deep") from err
     except ValueError as err:
-        # Of TOML, and of a number with more digits than Python reads.
+        # Invalid TOML, or a number with more digits than Python reads.
         raise RecipeError(f"cannot read the {what} {path}: {err}") from err
-    return found
+    return content
 
 
 def explain(error: ValidationError) -> str:
-    """Pydantic's complaints, of the first few, each as `place: what is wrong`."""
+    """The first few errors of a validation, each as `place: message`."""
     problems = error.errors()
     lines = []
     for problem in problems[:_MAX_PROBLEMS]:
@@ -139,7 +137,11 @@ def explain(error: ValidationError) -> str:
 
 
 def load_policy(family: str, path: Path | None = None) -> Policy:
-    """The policy of a family, or the generic one with a warning, or the user's own file.
+    """The policy of a family, or the generic policy with a warning.
+
+    Args:
+        family: name of the diffusers class.
+        path: policy file of the user, or None.
 
     Raises:
         RecipeError: the file is not a policy.
@@ -158,43 +160,66 @@ def load_policy(family: str, path: Path | None = None) -> Policy:
 def plan_layers(
     denoiser: nn.Module, policy: Policy, bits: str, probability_bits: int | None = 8
 ) -> list[LayerPlan]:
-    """What becomes of every linear, convolution and spelled-out product, in module order.
+    """Plans of all linear layers, convolutions and products of decomposed attention, in module order.
 
     Args:
-        denoiser: the float model.
-        policy: its rules.
-        bits: what "target" means, e.g. `w4a4`.
-        probability_bits: of attention probabilities; None leaves their product in float.
+        denoiser: float model.
+        policy: rules for the model's family.
+        bits: bits for rules with `bits = "recipe"`, e.g. `w4a4`.
+        probability_bits: bits of attention probabilities; None keeps their product in float.
 
     Raises:
-        RecipeError: bits that are not supported.
+        RecipeError: the bits are not supported.
     """
     layers = quantizable_layers(denoiser)
     names = list(layers)
-    target = parse_bits(bits)
+    recipe_bits = parse_bits(bits)
     special = {"{first}": names[0], "{last}": names[-1]} if names else {}
     plans = []
     for name, module in layers.items():
-        rule = next(
-            (
-                rule
-                for rule in policy.rule
-                if any(fnmatchcase(name, special.get(pattern, pattern)) for pattern in rule.layers)
-            ),
-            None,
-        )
-        reason = rule.reason if rule else f"not named by the policy for {policy.family}"
         kind = layer_kind(module)
         assert kind is not None
-        if kind == "product":
-            left, right = _product_bits(rule.bits if rule else "float", target, probability_bits)
-            plans.append(LayerPlan(name, kind, None, left, reason, False, right))
-            continue
-        widths: tuple[int | None, int | None] = (None, None)
-        if rule is not None and rule.bits != "float":
-            widths = target if rule.bits == "target" else parse_bits(rule.bits)
-        adapters = rule.adapters if rule else False
-        plans.append(LayerPlan(name, kind, *widths, reason, adapters))
+        rule = _matching_rule(policy, name, special)
+        if rule is None:
+            reason = f"not named by the policy for {policy.family}"
+            plans.append(LayerPlan(name, kind, None, None, reason, adapters=False))
+        elif kind == "product":
+            left, right = _product_bits(rule.bits, recipe_bits, probability_bits)
+            plans.append(LayerPlan(name, kind, None, left, rule.reason, False, right))
+        else:
+            widths = _layer_bits(rule.bits, recipe_bits)
+            plans.append(LayerPlan(name, kind, *widths, rule.reason, rule.adapters))
+    _warn_about(policy, plans)
+    return plans
+
+
+def _matching_rule(policy: Policy, layer: str, special: Mapping[str, str]) -> Rule | None:
+    """The first rule whose patterns match a layer; `special` replaces whole patterns."""
+    for rule in policy.rule:
+        if any(fnmatchcase(layer, special.get(pattern, pattern)) for pattern in rule.layers):
+            return rule
+    return None
+
+
+def _layer_bits(rule: str, recipe_bits: tuple[int, int]) -> tuple[int | None, int | None]:
+    """Bits of a layer's weight and activation."""
+    if rule == "float":
+        return None, None
+    return recipe_bits if rule == RECIPE else parse_bits(rule)
+
+
+def _product_bits(
+    rule: str, recipe_bits: tuple[int, int], probability_bits: int | None
+) -> tuple[int | None, int | None]:
+    """Bits of both inputs of a product."""
+    if rule == PROBABILITIES:
+        return (None, None) if probability_bits is None else (probability_bits, recipe_bits[1])
+    _, activation_bits = _layer_bits(rule, recipe_bits)
+    return activation_bits, activation_bits
+
+
+def _warn_about(policy: Policy, plans: Sequence[LayerPlan]) -> None:
+    """Log layers without a rule, and the outcome of the generic policy."""
     unnamed = [plan.name for plan in plans if not plan.quantized and "not named" in plan.reason]
     if unnamed:
         logger.warning("left in float, since no rule names them: %s", ", ".join(unnamed))
@@ -204,16 +229,3 @@ def plan_layers(
             "the generic policy makes %s",
             ", ".join(f"{count} layers {precision}" for precision, count in sorted(counts.items())),
         )
-    return plans
-
-
-def _product_bits(
-    rule: str, target: tuple[int, int], probability_bits: int | None
-) -> tuple[int | None, int | None]:
-    """Bits of both inputs of a product."""
-    if rule == PROBABILITIES:
-        return (None, None) if probability_bits is None else (probability_bits, target[1])
-    if rule == "float":
-        return None, None
-    bits = target[1] if rule == "target" else parse_bits(rule)[1]
-    return bits, bits

@@ -1,8 +1,8 @@
-"""What each layer is called with, found in one call of the denoiser without any arithmetic."""
+"""Operands and sizes of each layer's call, from one call of the denoiser without arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trtq.diffusion.sampling import Conditions, predict
-from trtq.quant.convert import LayerPlan
+from trtq.quant.hooks import output_hooks
+from trtq.quant.plan import LayerPlan
 
 __all__ = ["LayerCall", "probe", "with_shared_inputs"]
 
@@ -22,10 +23,11 @@ class LayerCall:
     """One layer in one call of the denoiser, for one image.
 
     Attributes:
-        multiplications: of its product.
-        input_values: values that enter it, of all operands together.
-        output_values: values that leave it.
-        input_of: the first layer that is called with the very same tensor; itself, if none is before.
+        multiplications: number of multiplications.
+        input_values: number of input values of all operands.
+        output_values: number of output values.
+        input_of: first layer that is called with the same tensor object; the layer itself if there is no
+            earlier one.
     """
 
     multiplications: int
@@ -42,55 +44,55 @@ def probe(
     timestep: float,
     conditions: Conditions,
 ) -> dict[str, LayerCall]:
-    """Call the denoiser once with tensors that have shapes and no values.
+    """Call the denoiser once with tensors that have shapes but no values.
 
     Args:
-        denoiser: the float model, on the CPU or without memory.
-        names: linears, convolutions and products to look at.
-        shape: of one sample, (C, H, W).
-        timestep: any that the model takes.
-        conditions: of one image.
+        denoiser: float model, on the CPU or the meta device.
+        names: paths of linear layers, convolutions and products.
+        shape: shape (C, H, W) of one sample.
+        timestep: a valid timestep of the model.
+        conditions: conditions of one image.
 
     Returns:
-        The calls by layer; a layer that was not called is not in it.
+        The calls by layer, without layers that were not called.
     """
     calls: dict[str, LayerCall] = {}
-    # By identity, as long as the tensor lives: a freed one's address may be used again.
+    # Weak references, because the address of a freed tensor may be used again.
     seen: dict[int, tuple[ref[Tensor], str]] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def look(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            x = inputs[0]
-            found = seen.get(id(x))
-            first = found[1] if found is not None and found[0]() is x else name
-            seen[id(x)] = (ref(x), first)
-            weight = getattr(module, "weight", None)
-            each = x.shape[-1] if weight is None else weight[0].numel()
-            operands = [value for value in inputs if isinstance(value, Tensor)]
-            calls[name] = LayerCall(
-                output.numel() * each, sum(map(torch.numel, operands)), output.numel(), first
-            )
-
-        return look
-
     modules = dict(denoiser.named_modules())
-    handles = [modules[name].register_forward_hook(watch(name)) for name in names]
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            predict(denoiser, torch.empty(1, *shape), timestep, conditions)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def count(name: str, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x = inputs[0]
+        earlier = seen.get(id(x))
+        first = earlier[1] if earlier is not None and earlier[0]() is x else name
+        seen[id(x)] = (ref(x), first)
+        weight: Any = getattr(modules[name], "weight", None)
+        each = x.shape[-1] if weight is None else weight[0].numel()
+        operands = [value for value in inputs if isinstance(value, Tensor)]
+        calls[name] = LayerCall(
+            output.numel() * each, sum(map(torch.numel, operands)), output.numel(), first
+        )
+
+    with (
+        output_hooks({name: modules[name] for name in names}, count),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        predict(denoiser, torch.empty(1, *shape), timestep, conditions)
     return calls
 
 
 def with_shared_inputs(
     plans: Sequence[LayerPlan], calls: Mapping[str, LayerCall]
 ) -> list[LayerPlan]:
-    """The plans with one input quantiser for layers that get the same tensor at the same bits.
+    """The plans with a shared input quantiser for layers with the same input and the same bits.
 
-    Queries, keys and values of an attention are the usual case: quantised once, an engine can run their
-    three products as one.
+    The usual case is an attention's queries, keys and values: with one quantiser, an engine can run
+    their three products as one.
+
+    Args:
+        plans: plans of all layers.
+        calls: calls of the layers, see `probe`.
     """
     owners: dict[tuple[str, int | None], str] = {}
     shared = []

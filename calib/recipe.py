@@ -1,7 +1,7 @@
-"""A recipe: everything that decides what `trtq quantize` makes of a checkpoint.
+"""A recipe: all options that determine the result of `trtq quantize` for a checkpoint.
 
-The recipes that ship with trtq lie as TOML files in `calib/recipes`, one per method; a user's file
-names a method and overrides what it likes. A key nobody knows is an error.
+The recipes that ship with trtq are TOML files in `calib/recipes`, one per method. A user's file names a
+method and overrides values of its recipe. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pydantic import (
     model_validator,
 )
 
-from trtq.calib.policy import explain, parse_bits, read_toml
+from trtq.calib.policy import explain, read_toml
 from trtq.calib.sensitivity import parse_budget
 from trtq.diffusion.layout import parse_size
 from trtq.documents import check_depth, shown
 from trtq.errors import RecipeError
 from trtq.limits import MAX_BATCH, MAX_GUIDANCE, MAX_ITERATIONS, MAX_STEPS
-from trtq.quant.ranges import check_bits
+from trtq.quant.bits import check_bits, parse_bits
 
 __all__ = ["Attention", "Calibration", "Quest", "Recipe", "Training", "load_recipe", "methods"]
 
@@ -36,10 +36,10 @@ _LARGE_AT_ONCE = 2
 
 
 def check_path(value: str) -> str:
-    """A path of the user's; any character but NUL is one of a path.
+    """Return a path of the user if it has no NUL character.
 
     Raises:
-        ValueError: it holds NUL.
+        ValueError: the path contains NUL.
     """
     if "\0" in value:
         raise ValueError("it holds a NUL character, which no path does")
@@ -47,7 +47,7 @@ def check_path(value: str) -> str:
 
 
 class _Strict(BaseModel):
-    # A number is no text, and true is no number; not-a-number and infinity are no values.
+    # Fields are strict: numbers in quotes, booleans as numbers, NaN and infinity are refused.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -60,27 +60,29 @@ _Path = Annotated[
 
 
 class Calibration(_Strict):
-    """How ranges are found before any training."""
+    """How ranges are determined before any training."""
 
     images: _Int = Field(64, ge=1, le=65536)
-    """Images whose trajectories are recorded."""
+    """Number of images whose trajectories are recorded."""
     samples_per_step: _Int = Field(4096, ge=16, le=1 << 20)
-    """Values kept of each layer's input at each step."""
+    """Number of values kept per layer and step."""
     weights: Literal["minmax", "search"] = "search"
     activations: Literal["minmax", "search"] = "search"
     batch: _Int = Field(64, ge=1, le=MAX_BATCH)
-    """Most images walked at once; large ones fewer, see `trtq.diffusion.sampling.at_once`."""
+    """Maximum number of images denoised together; fewer for large images, see
+    `trtq.diffusion.sampling.at_once`."""
     share_inputs: _Bool = True
-    """One quantiser for layers that get the same tensor, e.g. queries, keys and values; the methods as
-    published give every layer its own."""
+    """Use one quantiser for layers with the same input, e.g. queries, keys and values; the published
+    methods use one per layer."""
 
 
 class Attention(_Strict):
-    """Whether attention's products run on codes too, as in QuEST (arXiv 2402.03666)."""
+    """Quantisation of attention's products, as in QuEST (arXiv 2402.03666)."""
 
     quantize: _Bool = False
     probability_bits: _Int | Literal["float"] = 8
-    """Of the softmax output, 2 .. 8; `float` leaves its product with the values in float."""
+    """Bits of the softmax output, 2 .. 8; `float` keeps the product of probabilities and values in
+    float."""
 
     @field_validator("probability_bits")
     @classmethod
@@ -89,7 +91,7 @@ class Attention(_Strict):
 
 
 class Training(_Strict):
-    """Data-free fine-tuning; the defaults are those of EfficientDM's release (arXiv 2310.03270)."""
+    """Data-free fine-tuning; defaults follow EfficientDM's release (arXiv 2310.03270)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -100,101 +102,110 @@ class Training(_Strict):
         return values
 
     iterations: _Int = Field(ge=1, le=MAX_ITERATIONS)
-    """Optimiser steps, of all stages together."""
+    """Total number of updates in all stages."""
     batch: _Int = Field(ge=1, le=MAX_BATCH)
-    """Images per process and accumulation step."""
+    """Images per process and micro-batch."""
     accumulate: _Int = Field(1, ge=1, le=65536)
-    """Gradient accumulation steps per optimiser step."""
+    """Micro-batches per update."""
     at_once: _Int | None = Field(None, ge=1, le=MAX_BATCH)
-    """Most images in one forward and backward pass; a larger batch is accumulated from several. None:
-    the whole batch, or 2 from a hundred million parameters on."""
+    """Maximum number of images per forward and backward pass; a larger batch is split into several
+    micro-batches. None: the whole batch, or 2 images for models of 100 million parameters or more."""
     rank: _Int = Field(32, ge=0, le=65536)
-    """Of the QALoRA adapters; 0 for none."""
+    """Rank of the QALoRA adapters; 0 for no adapters."""
     base: Literal["fp", "int"] = "fp"
-    """What the adapters are added to: `fp` the float weight, `int` its codes, as released."""
+    """Operand to which the adapters are added: `fp` the float weight, `int` its codes, as released."""
     zero_points: Literal["frozen", "rounded", "float"] = "frozen"
+    """Behaviour of activation zero points, see `trtq.quant.activation.ZeroPointMode`."""
     trajectory: Literal["staggered", "sequential"] = "staggered"
-    """`sequential`: the whole batch stands at one step, as released. `staggered`: the items of a
-    batch stand at different steps, so every iteration sees the whole trajectory."""
+    """`sequential`: all items of a batch are at the same step, as released. `staggered`: the items of a
+    batch are at different steps, so every update covers the whole trajectory."""
     eta: _Float = Field(1.0, ge=0, le=1)
     """Noise of the teacher's DDIM trajectory; 1 as released."""
     step_weights: Literal["uniform", "influence"] = "uniform"
-    """`influence`: an error counts by what it does to the final sample, see
-    `trtq.diffusion.schedule.NoiseSchedule.influence`; `uniform`: alike at every step, as published."""
+    """Weight of an error at each step. `influence`: by its effect on the final sample, see
+    `trtq.diffusion.schedule.NoiseSchedule.influence`. `uniform`: 1 at every step, as published."""
     lora_travel: _Float = Field(3.2, gt=0, le=1e6)
-    """How many weight levels an adapter entry can travel under a steady gradient. The learning rate
-    of a layer is `2 * lora_travel * mean(d_w) / iterations`: with linear decay the released
+    """Number of weight levels that an adapter entry can travel under a constant gradient. The learning
+    rate of a layer is `2 * lora_travel * mean(d_w) / iterations`; with linear decay the released
     `mean(d_w) / 2500` over 16,000 iterations is a travel of 3.2."""
     weight_scale_lr: _Float = Field(1e-6, ge=0, le=1e3)
+    """Learning rate of the weight scales."""
     activation_lr: _Float = Field(5e-4, ge=0, le=1e3)
     """Learning rate of the activation scales and zero points."""
     activation_lr_relative: _Bool = False
-    """Multiply `activation_lr` by the layer's mean scale, so that all layers move alike."""
+    """Multiply `activation_lr` by the layer's mean scale, so that relative changes are equal."""
     split_scale: _Bool = False
-    """Update the weight step twice per iteration, as released; needs base `int`."""
+    """Update the weight scale twice per iteration, as released; requires base `int`."""
     weight_decay: _Float = Field(0.01, ge=0, le=1e3)
+    """Weight decay of AdamW."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the student's forward pass, see accelerate."""
     gradient_checkpointing: _Bool | None = None
-    """Compute activations again in the backward pass instead of keeping them: much less memory, a third
-    more time. None: from a hundred million parameters on."""
+    """Recompute activations in the backward pass: much less memory, a third more time. None: enabled for
+    models of 100 million parameters or more."""
     table_state: Literal["dense", "persistent", "reset"] = "dense"
     """How the optimiser treats the entries of a timestep table; see `trtq.train.table_adam`."""
     checkpoint_every: _Int = Field(200, ge=1, le=MAX_ITERATIONS)
     """Iterations between checkpoints."""
 
     def divided(self, parameters: int) -> Training:
-        """The same images per optimiser step for a model of this size, in equal passes that fit."""
-        whole = self.batch if parameters < _LARGE_MODEL else _LARGE_AT_ONCE
-        most = min(self.batch, self.at_once or whole)
-        batch = next(size for size in range(most, 0, -1) if self.batch % size == 0)
+        """The same number of images per update, split into micro-batches that fit the model's size."""
+        default = self.batch if parameters < _LARGE_MODEL else _LARGE_AT_ONCE
+        limit = min(self.batch, self.at_once or default)
+        batch = next(size for size in range(limit, 0, -1) if self.batch % size == 0)
         accumulate = self.accumulate * (self.batch // batch)
         return self.model_copy(update={"batch": batch, "accumulate": accumulate})
 
     def recomputes(self, parameters: int) -> bool:
-        """Whether a model of this size is fine-tuned with gradient checkpointing."""
-        wanted = self.gradient_checkpointing
-        return parameters >= _LARGE_MODEL if wanted is None else wanted
+        """Whether gradient checkpointing is used for a model of this size."""
+        choice = self.gradient_checkpointing
+        return parameters >= _LARGE_MODEL if choice is None else choice
 
 
 class Quest(_Strict):
     """Selective, progressive fine-tuning (QuEST, arXiv 2402.03666)."""
 
     embedding: str = "time_embedding"
-    """The policy's set of layers tuned in stage 1."""
+    """Name of the policy's set of layers tuned in stage 1."""
     attention: str = "attention"
-    """The policy's set of layers tuned in stage 2."""
+    """Name of the policy's set of layers tuned in stage 2."""
     first_stage: _Float = Field(0.2, gt=0, lt=1)
-    """Share of the iterations that stage 1 gets."""
+    """Share of the iterations in stage 1."""
     weighting: Literal["paper", "released", "global"] = "paper"
     """See `trtq.train.quest.alignment_loss`."""
     global_weight: _Float = Field(1.0, ge=0, le=1e6)
+    """See `trtq.train.quest.alignment_loss`."""
     weight_travel: _Float = Field(1.0, gt=0, le=1e6)
-    """How many weight levels a tuned weight can travel, as `lora_travel` of the adapters."""
+    """Number of weight levels that a tuned weight can travel, see `Training.lora_travel`."""
     adaround: _Int = Field(0, ge=0, le=MAX_ITERATIONS)
     """Iterations per layer of learned rounding before stage 1; 0 rounds to nearest. `quest` has 200."""
 
 
 class Recipe(_Strict):
-    """What to make of a checkpoint."""
+    """All options of quantisation, from calibration to fine-tuning."""
 
     method: str
+    """Name of the method, see `methods`."""
     bits: str = "w4a4"
+    """Bits of weights and activations, e.g. `w4a8`."""
     tables: Literal["per-step", "static"] = "per-step"
+    """Activation scales per denoising step, or one for all steps."""
     steps: _Int = Field(20, ge=1, le=MAX_STEPS)
-    """Calibrated denoising steps."""
+    """Number of calibrated denoising steps."""
     guidance: _Float | None = Field(None, ge=0, le=MAX_GUIDANCE)
-    """Classifier-free guidance of the trajectories; by default what the model is meant for."""
+    """Classifier-free guidance scale of the trajectories; default: the scale of the model's pipeline."""
     prompts: _Path | None = None
-    """A text file with a prompt per line to calibrate and fine-tune with, for text models."""
+    """Text file with one prompt per line for calibration and fine-tuning, for text models."""
     size: str | None = None
-    """Image size `HEIGHTxWIDTH` in pixels to calibrate and fine-tune at; by default the model's own."""
+    """Image size `HEIGHTxWIDTH` in pixels for calibration and fine-tuning; default: the model's size."""
     seed: _Int = Field(0, ge=0, lt=1 << 31)
+    """Seed of all random numbers."""
     policy: _Path | None = None
-    """A policy file to use instead of the family's."""
+    """Policy file to use instead of the family's policy."""
     budget: str | None = None
     """Mixed precision: weight bits by sensitivity within e.g. `size=0.15x`, see `calib.sensitivity`."""
     split_skips: _Bool = False
-    """Quantisers of their own for both sources of a decoder's skip convolutions (QuEST)."""
+    """Separate quantisers for the two sources of a decoder's skip convolutions (QuEST)."""
     attention: Attention = Attention()
     calibration: Calibration = Calibration()
     training: Training | None = None
@@ -231,7 +242,7 @@ class Recipe(_Strict):
 
 
 def methods() -> list[str]:
-    """The methods that a recipe can name."""
+    """Names of all methods."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
@@ -246,14 +257,15 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The method's own recipe, with the user's file over it, and the overrides over both.
+    """The method's recipe, updated with the user's file and then with the overrides.
 
     Args:
-        path: the user's TOML file, or None.
-        overrides: values that win over both, e.g. from the command line; nested like the file.
+        path: TOML file of the user, or None.
+        overrides: values with precedence over both files, e.g. from the command line; nested like a
+            file.
 
     Raises:
-        RecipeError: an unknown key, a value out of range, or a file that cannot be read.
+        RecipeError: a key is unknown, a value is out of range, or a file cannot be read.
     """
     given = _merge(read_toml(path, "recipe") if path else {}, overrides or {})
     try:

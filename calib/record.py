@@ -1,4 +1,4 @@
-"""What the inputs of the layers look like along the float model's own trajectory, step by step."""
+"""Recording the inputs of layers along the float model's trajectories, step by step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from trtq.diffusion.sampling import Conditions, seeded_noise, walk
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError
-from trtq.quant.convert import LayerPlan, named_errors
+from trtq.quant.hooks import input_hooks
+from trtq.quant.plan import LayerPlan, named_errors
 from trtq.quant.ranges import Method, row_qparams
 from trtq.quant.timestep import TimestepTable
 from trtq.seeds import seeded_generator
@@ -22,13 +23,13 @@ __all__ = ["Recording", "activation_tables", "record"]
 
 @dataclass
 class Recording:
-    """The inputs of one layer; T steps, S kept values per step, index 0 = cleanest.
+    """The inputs of one layer; T steps, S kept values per step, index 0 is the cleanest step.
 
     Attributes:
-        low: smallest value seen, `[T]`.
-        high: largest value seen, `[T]`.
-        sample: values drawn at random from all inputs of the step, `[T, S]`.
-        images: trajectories that were walked.
+        low: smallest value at each step, `[T]`.
+        high: largest value at each step, `[T]`.
+        sample: values drawn at random from the inputs at each step, `[T, S]`.
+        images: number of trajectories.
     """
 
     low: Tensor
@@ -37,40 +38,87 @@ class Recording:
     images: int = 0
 
     def extremes(self) -> tuple[Tensor, Tensor]:
-        """Estimates of the smallest and largest value of any image, `low[T]` and `high[T]`.
+        """Estimates of the smallest and largest value over all images, `low[T]` and `high[T]`.
 
-        The largest of n draws underestimates the end of the distribution. For a uniform one the
-        unbiased estimate of least variance is `(1 + 1/n)` times the largest draw (Goodman 1952,
-        doi 10.1080/01621459.1952.10501182). At 64 images it is 1.6 % wider; where only a few images
-        are walked, it keeps the inputs of other images from being clipped.
+        The largest of n draws underestimates the end of the distribution. For a uniform distribution the
+        unbiased estimate of minimum variance is `(1 + 1/n)` times the largest draw (Goodman 1952,
+        doi 10.1080/01621459.1952.10501182). With 64 images the range becomes 1.6 % wider; with only a
+        few images the margin avoids clipping the inputs of other images.
         """
         share = 1 + 1 / self.images if self.images else 1.0
         return self.low * share, self.high * share
 
 
-def _hook(
-    name: str,
-    operand: int,
-    recording: Recording,
-    where: dict[str, int],
-    share: int,
-    generator: torch.Generator,
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[operand].detach().float().cpu().reshape(-1)
+class _Recorder:
+    """Records extremes and samples of layer inputs, filed under the current step.
+
+    Args:
+        layers: layers to observe; layers that use another layer's quantiser are skipped.
+        table: the calibrated timesteps.
+        batches: number of batches of trajectories.
+        share: values kept per layer, step and batch.
+        images: number of trajectories.
+        seed: seed of the choice of values.
+
+    Attributes:
+        step: index of the current denoising step.
+        batch: index of the current batch of trajectories.
+        recordings: recordings by path of the input quantiser.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerPlan],
+        table: TimestepTable,
+        batches: int,
+        share: int,
+        images: int,
+        seed: int,
+    ) -> None:
+        self.step = self.batch = 0
+        self.share = share
+        self.recordings: dict[str, Recording] = {}
+        # Paths of the quantisers of each layer, in the order of the layer's arguments.
+        self._paths: dict[str, list[str]] = {}
+        self._generator = seeded_generator(seed, "recorded values")
+        for plan in layers:
+            if plan.input_of is not None or not plan.operands:
+                continue
+            self._paths[plan.name] = [f"{plan.name}.{operand}" for operand in plan.operands]
+            for path in self._paths[plan.name]:
+                self.recordings[path] = Recording(
+                    torch.full((len(table),), torch.inf),
+                    torch.full((len(table),), -torch.inf),
+                    torch.zeros(len(table), batches * share),
+                    images,
+                )
+
+    @property
+    def layers(self) -> list[str]:
+        """The observed layers."""
+        return list(self._paths)
+
+    def observe(self, layer: str, inputs: tuple[Any, ...]) -> None:
+        """Take extremes and a sample of a layer's inputs.
+
+        Raises:
+            NonFiniteError: an input holds NaN or infinity.
+        """
+        for path, x in zip(self._paths[layer], inputs, strict=False):
+            self._keep(layer, self.recordings[path], x.detach().float().cpu().reshape(-1))
+
+    def _keep(self, layer: str, recording: Recording, x: Tensor) -> None:
         low, high = torch.aminmax(x)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise NonFiniteError(
-                f"layer {name!r}: its input holds NaN or infinity at step {where['index']}; "
+                f"layer {layer!r}: its input holds NaN or infinity at step {self.step}; "
                 "the float model itself is broken there"
             )
-        index, start = where["index"], where["batch"] * share
-        recording.low[index] = torch.minimum(recording.low[index], low)
-        recording.high[index] = torch.maximum(recording.high[index], high)
-        slot = recording.sample[index, start : start + share]
-        slot.copy_(x[torch.randint(len(x), (len(slot),), generator=generator)])
-
-    return keep
+        recording.low[self.step] = torch.minimum(recording.low[self.step], low)
+        recording.high[self.step] = torch.maximum(recording.high[self.step], high)
+        start = self.batch * self.share
+        slot = recording.sample[self.step, start : start + self.share]
+        slot.copy_(x[torch.randint(len(x), (len(slot),), generator=self._generator)])
 
 
 def record(
@@ -89,67 +137,49 @@ def record(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Recording]:
-    """Walk the float model's trajectories and look at what enters each layer.
+    """Record the input of every layer along the float model's trajectories.
 
-    Every input is filed under its own timestep; with guidance both halves are seen. The result goes by
-    the path of the input's quantiser, e.g. `mid_block.resnets.0.conv1.activation`.
+    Every input is filed under its timestep; with guidance both halves are recorded. Keys of the result
+    are paths of input quantisers, e.g. `mid_block.resnets.0.conv1.activation`.
 
     Args:
         denoiser: the float model; it is not changed.
-        layers: those to look at; float ones and those that use another's quantiser are passed over.
-        schedule: the trajectory.
-        table: the calibrated timesteps; those of the schedule.
-        conditions: of all images.
-        shape: of one sample, (C, H, W).
+        layers: layers to record; float layers and layers that use another layer's quantiser are skipped.
+        schedule: schedule of the trajectories.
+        table: the calibrated timesteps, equal to those of the schedule.
+        conditions: conditions of all images.
+        shape: shape (C, H, W) of one sample.
         images: number of trajectories.
-        batch: trajectories walked at once.
-        samples_per_step: values S kept per layer and step.
-        seed: of the starting noise and of the choice of values.
-        guidance: classifier-free guidance of the trajectory.
-        device: where the denoiser is.
-        progress: called with (steps done, steps in all).
+        batch: number of trajectories that are walked together.
+        samples_per_step: number S of values kept per layer and step.
+        seed: seed of the starting noise and of the choice of values.
+        guidance: classifier-free guidance scale of the trajectories.
+        device: device of the denoiser.
+        progress: called with (steps done, total steps).
 
     Raises:
         NonFiniteError: an input is NaN or infinite; the message names the layer.
     """
     batches = -(-images // batch)
     share = -(-samples_per_step // batches)
-    recordings: dict[str, Recording] = {}
-    where = {"index": 0, "batch": 0}
-    generator = seeded_generator(seed, "recorded values")
-    modules = dict(denoiser.named_modules())
-    handles = []
-    for plan in layers:
-        if plan.input_of is not None:
-            continue
-        for position, operand in enumerate(plan.operands):
-            seen = recordings[f"{plan.name}.{operand}"] = Recording(
-                torch.full((len(table),), torch.inf),
-                torch.full((len(table),), -torch.inf),
-                torch.zeros(len(table), batches * share),
-                images,
-            )
-            hook = _hook(plan.name, position, seen, where, share, generator)
-            handles.append(modules[plan.name].register_forward_pre_hook(hook))
+    recorder = _Recorder(layers, table, batches, share, images, seed)
+    modules = {name: denoiser.get_submodule(name) for name in recorder.layers}
 
-    def located(**inputs: Any) -> Any:
-        where["index"] = int(table.index(inputs["timestep"])[0])
+    def at_step(**inputs: Any) -> Any:
+        recorder.step = int(table.index(inputs["timestep"])[0])
         return denoiser(**inputs)
 
-    try:
-        for where["batch"] in range(batches):
-            first = where["batch"] * batch
+    with input_hooks(modules, recorder.observe):
+        for recorder.batch in range(batches):
+            first = recorder.batch * batch
             count = min(batch, images - first)
             noise = seeded_noise(shape, seed, first, count, "calibration").to(device)
-            chosen = conditions.take(slice(first, first + count)).to(device)
-            for point in walk(located, schedule.to(device), noise, chosen, guidance):
+            part = conditions.take(slice(first, first + count)).to(device)
+            for point in walk(at_step, schedule.to(device), noise, part, guidance):
                 if progress is not None:
-                    done = where["batch"] * len(schedule) + point.position + 1
+                    done = recorder.batch * len(schedule) + point.position + 1
                     progress(done, batches * len(schedule))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return recordings
+    return recorder.recordings
 
 
 def activation_tables(
@@ -163,15 +193,15 @@ def activation_tables(
     """Scales and zero points of every activation quantiser.
 
     Args:
-        recordings: what `record` saw.
-        plans: the layers and their bits.
+        recordings: result of `record`.
+        plans: layers and their bits.
         method: `minmax` or `search`.
-        static: one entry for all steps instead of one per step.
-        progress: called with (layers done, layers in all).
+        static: use one entry for all steps instead of one per step.
+        progress: called with (layers done, total layers).
 
     Returns:
-        `(scale[T], zero_point[T])` by path of the quantiser; T = 1 when static. Ranges contain zero, so
-        that float zero is a code. A layer that uses another's quantiser has none.
+        `(scale[T], zero_point[T])` by path of the quantiser; T = 1 if static. Ranges contain zero, so
+        float zero is a code. A layer that uses another layer's quantiser has no entry.
     """
     tables = {}
     quantized = [plan for plan in plans if plan.quantized and plan.input_of is None]
@@ -180,10 +210,10 @@ def activation_tables(
             progress(done + 1, len(quantized))
         for operand, bits in plan.operands.items():
             path = f"{plan.name}.{operand}"
-            seen = recordings[path]
-            low, high, sample = seen.low, seen.high, seen.sample
+            recording = recordings[path]
+            low, high, sample = recording.low, recording.high, recording.sample
             if method == "minmax":
-                low, high = seen.extremes()
+                low, high = recording.extremes()
             if static:
                 low, high, sample = low.amin()[None], high.amax()[None], sample.reshape(1, -1)
             with named_errors(plan.name):

@@ -1,10 +1,10 @@
-"""Mixed precision: how much each layer's weight bits cost, and where a budget is best spent.
+"""Mixed precision: the error of each layer's weight bits, and the choice of bits within a budget.
 
-A layer's sensitivity at `b` bits is the squared error of the noise prediction, relative to its power,
-when this layer's weight alone is rounded to `b` bits, at points all along the float model's trajectory.
-Errors of layers are taken to add up. From the most bits downwards, the next bits are taken from the
-layer that loses least error per unit of cost, until the budget holds (the greedy solution of the
-knapsack, on each layer's lower convex hull).
+A layer's sensitivity at `b` bits is the squared error of the noise prediction, relative to its power, if
+this layer's weight alone is rounded to `b` bits, at points along the float model's trajectories. Errors
+of layers are assumed to be additive. All layers start at the largest number of bits; bits are then
+removed from the layer with the smallest added error per unit of saved cost until the budget is met (the
+greedy solution of the knapsack problem, on each layer's lower convex hull).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from trtq.diffusion.sampling import Conditions, predict
 from trtq.documents import shown
 from trtq.errors import NonFiniteError, RecipeError
-from trtq.quant.convert import LayerPlan
+from trtq.quant.bits import symmetric_weights
 from trtq.quant.fake_quant import fake_quant
-from trtq.quant.ranges import Method, symmetric_weights, weight_qparams
+from trtq.quant.plan import LayerPlan
+from trtq.quant.ranges import Method, weight_qparams
 
 __all__ = [
     "CANDIDATES",
@@ -41,12 +42,12 @@ FLOAT_BITOPS = 16 * 16
 
 @dataclass(frozen=True)
 class Budget:
-    """What a mixed-precision model may cost, relative to the float one.
+    """Cost limit of a mixed-precision model, relative to the float model.
 
     Attributes:
-        kind: `size`: bytes of the denoiser, to its float32 parameters; `bitops`: weight bits times
-            activation bits of every multiplication, to half precision.
-        share: e.g. 0.15.
+        kind: `size`: bytes of the denoiser, relative to float32 parameters; `bitops`: weight bits times
+            activation bits of every multiplication, relative to half precision.
+        share: share of the float model's cost, e.g. 0.15.
     """
 
     kind: Literal["size", "bitops"]
@@ -57,7 +58,7 @@ def parse_budget(text: str) -> Budget:
     """`size=0.3x` -> a `Budget`.
 
     Raises:
-        RecipeError: not of that form, or no share between 0 and 1.
+        RecipeError: the text has another form, or the share is not between 0 and 1.
     """
     match = _BUDGET.fullmatch(text)
     try:
@@ -84,28 +85,28 @@ def weight_sensitivity(
     guidance: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[int, float]]:
-    """Relative error of the prediction, by layer and weight bits; the weights are as before afterwards.
+    """Relative error of the prediction, by layer and weight bits.
 
     Args:
-        denoiser: the float model.
-        names: layers to measure.
-        x: inputs, `[B,C,H,W]`.
-        timestep: of each, `[B]`.
-        conditions: of each.
-        method: how weight ranges are found.
-        guidance: classifier-free guidance.
-        progress: called with (layers done, layers in all).
+        denoiser: float model; its weights are restored after each measurement.
+        names: paths of the layers to measure.
+        x: noisy samples, `[B,C,H,W]`.
+        timestep: timesteps of the samples, `[B]`.
+        conditions: conditions of the samples.
+        method: method that determines the weight ranges.
+        guidance: classifier-free guidance scale.
+        progress: called with (layers done, total layers).
 
     Raises:
         NonFiniteError: the prediction is NaN or infinite; the message names the layer.
     """
     exact = predict(denoiser, x, timestep, conditions, guidance)
     power = float(exact.square().mean())
-    found: dict[str, dict[int, float]] = {}
+    errors: dict[str, dict[int, float]] = {}
     for done, name in enumerate(names):
         weight: Any = denoiser.get_submodule(name).weight
         kept = weight.detach().clone()
-        found[name] = {}
+        errors[name] = {}
         try:
             for bits in CANDIDATES:
                 scale, zero_point = weight_qparams(
@@ -113,16 +114,16 @@ def weight_sensitivity(
                 )
                 weight.copy_(fake_quant(kept, scale, zero_point, 0, 2**bits - 1))
                 error = predict(denoiser, x, timestep, conditions, guidance) - exact
-                found[name][bits] = float(error.square().mean()) / power
+                errors[name][bits] = float(error.square().mean()) / power
         finally:
             weight.copy_(kept)
-        if not all(value < float("inf") for value in found[name].values()):
+        if not all(value < float("inf") for value in errors[name].values()):
             raise NonFiniteError(
-                f"layer {name!r}: the prediction is NaN or infinite when it is rounded"
+                f"layer {name!r}: the prediction is NaN or infinite when the layer is rounded"
             )
         if progress is not None:
             progress(done + 1, len(names))
-    return found
+    return errors
 
 
 def spend(
@@ -130,15 +131,15 @@ def spend(
     cost: Callable[[str, int], float],
     available: float,
 ) -> dict[str, int]:
-    """Bits of every layer, with the least summed error whose cost is available.
+    """Bits of every layer, with the smallest total error within the available cost.
 
     Args:
         sensitivity: error by layer and bits.
-        cost: of a layer at a number of bits; grows with the bits.
-        available: what all layers together may cost.
+        cost: cost of a layer at a number of bits; increases with the bits.
+        available: maximum total cost of all layers.
 
     Raises:
-        RecipeError: even the fewest bits cost more.
+        RecipeError: the cost is exceeded even with the smallest number of bits in every layer.
     """
     bits = {name: max(choices) for name, choices in sensitivity.items()}
     total = sum(cost(name, count) for name, count in bits.items())
@@ -162,7 +163,7 @@ def spend(
 
 
 def with_bits(plans: Sequence[LayerPlan], bits: Mapping[str, int]) -> list[LayerPlan]:
-    """The plans with other weight bits where `bits` names them."""
+    """The plans with the weight bits of the layers in `bits` replaced."""
     return [
         replace(
             plan,

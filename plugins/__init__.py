@@ -1,14 +1,16 @@
-"""The low-bit core on NVIDIA GPUs: CUDA kernels, one folder each, and what carries calls to them.
+"""Low-bit layers on NVIDIA GPUs: CUDA kernels, one folder per kernel, and the code that launches them.
 
-    spec      sizes, layouts and variants: what a layer is to a kernel
-    quantize  kernel.cu: values to codes, channels side by side
-    low_bit   kernel.cu: the product of a linear layer or convolution, with everything behind it;
-              reference.py in numpy, pack.py, and its faces: op.py (torch), tensorrt.py (a plugin in
-              Python), tensorrt_aot.py (a kernel inside the engine)
-    cuda      what both kernels include
-    compile   CUDA C to cubins, by NVRTC
-    launch    from a call of a layer to grids and arguments
-    driver    loads cubins and starts them on the GPU that is there
+    spec      a layer as the kernels see it: sizes and layouts
+    variants  compilations of the kernels: tiles, architectures, macros
+    quantize  kernel.cu: values to codes, with adjacent channels
+    low_bit   kernel.cu: product of a linear layer or convolution with scale, bias, residual and SiLU;
+              reference.py (numpy), pack.py (weights), and three interfaces: op.py (torch), tensorrt.py
+              (plugin in Python), tensorrt_aot.py (kernel inside the engine)
+    cuda      headers of both kernels
+    compile   compilation of CUDA C to cubins with NVRTC
+    launch    grids and arguments of a layer's kernels
+    driver    versions and calls of the CUDA driver
+    device    GPUs, loaded kernels and memory
 
-Nothing here knows of diffusers, runs or graphs. `tests/plugins` runs the kernels on a CPU.
+The package depends on neither diffusers nor runs nor graphs. `tests/plugins` runs the kernels on a CPU.
 """

@@ -1,7 +1,7 @@
-"""CUDA C to cubins, by NVRTC: no GPU, no driver and no nvcc are needed.
+"""Compilation of CUDA C to cubins with NVRTC, which needs no GPU, no driver and no nvcc.
 
-Cubins lie in the user's cache, named after everything that shapes them. They are made when they are
-first asked for, or ahead by `trtq plugins build`.
+The user's cache holds cubins under a hash of all inputs of the compilation. A cubin is compiled at its
+first use, or in advance by `trtq plugins build`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from trtq.documents import shown
 from trtq.errors import KernelError, MissingDependencyError, UsageError
-from trtq.plugins.spec import ARCHITECTURES, Variant, all_variants
+from trtq.plugins.variants import ARCHITECTURES, Variant, all_variants
 from trtq.progress import ProgressCallback, silent
 from trtq.resources import cache_folder
 
@@ -30,10 +30,10 @@ _OPTIONS = ("--std=c++17", "--extra-device-vectorization")
 
 
 def sources(kernel: str) -> dict[str, str]:
-    """The files that a kernel consists of, the main one as `kernel.cu`."""
-    found = {name: (_FOLDER / "cuda" / name).read_text(encoding="utf-8") for name in _HEADERS}
-    found["kernel.cu"] = (_FOLDER / kernel / "kernel.cu").read_text(encoding="utf-8")
-    return found
+    """Source files of a kernel by name; the main file is `kernel.cu`."""
+    files = {name: (_FOLDER / "cuda" / name).read_text(encoding="utf-8") for name in _HEADERS}
+    files["kernel.cu"] = (_FOLDER / kernel / "kernel.cu").read_text(encoding="utf-8")
+    return files
 
 
 def _nvrtc() -> Any:
@@ -45,7 +45,7 @@ def _nvrtc() -> Any:
         ) from err
     try:
         nvrtc.nvrtcVersion()
-    except RuntimeError as err:  # The library itself is not there.
+    except RuntimeError as err:  # The library itself is missing.
         raise MissingDependencyError(
             "kernels are compiled by NVRTC, whose library is not installed: pip install "
             "nvidia-cuda-nvrtc, or for a driver below 580 nvidia-cuda-nvrtc-cu12"
@@ -55,10 +55,10 @@ def _nvrtc() -> Any:
 
 @cache
 def nvrtc_version() -> tuple[int, int]:
-    """Major and minor version of the NVRTC that compiles here.
+    """Major and minor version of the installed NVRTC.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: NVRTC is not installed.
     """
     _, major, minor = _nvrtc().nvrtcVersion()
     return int(major), int(minor)
@@ -69,15 +69,15 @@ def _version() -> str:
 
 
 def cubin(variant: Variant, architecture: str) -> bytes:
-    """A kernel for an architecture, from the cache or compiled.
+    """A kernel for an architecture, from the cache or newly compiled.
 
     Args:
-        variant: what to compile.
-        architecture: one of `ARCHITECTURES`, or another that NVRTC knows by its number, e.g. `sm87`.
+        variant: compilation of the kernel.
+        architecture: one of `ARCHITECTURES`, or another that NVRTC knows, e.g. `sm87`.
 
     Raises:
-        MissingDependencyError: it has to be compiled, and NVRTC is not installed.
-        KernelError: NVRTC refuses it.
+        MissingDependencyError: the kernel is not cached and NVRTC is not installed.
+        KernelError: NVRTC cannot compile the kernel.
     """
     key = _key(variant, architecture)
     try:
@@ -85,7 +85,7 @@ def cubin(variant: Variant, architecture: str) -> bytes:
         return path.read_bytes()
     except OSError:
         pass
-    except RuntimeError:  # The user has no home.
+    except RuntimeError:  # The user has no home folder.
         return _compile(variant, architecture)
     code = _compile(variant, architecture)
     _keep(path, code)
@@ -99,7 +99,7 @@ def _key(variant: Variant, architecture: str) -> str:
 
 
 def _keep(path: Path, code: bytes) -> None:
-    """Write beside, then rename; without a place for it, it is compiled again next time."""
+    """Write a temporary file, then rename it; if the cache cannot be written, nothing is kept."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
@@ -126,22 +126,22 @@ _PTX_VERSIONS = {
     "sm120": b"8.7",
     "sm121": b"8.8",
 }
-"""The first version of PTX with an architecture and all that our kernels use of it: a driver that knows
-the GPU reads it."""
+"""First version of PTX that supports an architecture and the instructions of the kernels; every driver
+that supports the GPU reads this version."""
 
 
 def ptx(variant: Variant, architecture: str) -> bytes:
-    """A kernel in the form that later GPUs and TensorRT's own loader take; not kept.
+    """A kernel as PTX, which later GPUs and TensorRT's loader accept; not cached.
 
-    NVRTC writes its own version of PTX, which only drivers as new as it read: with cubins any minor
-    version of a driver's CUDA will do, with PTX it will not. The text is therefore said to be of the
-    version that the architecture came with.
+    NVRTC marks its PTX with the newest version of PTX, which only drivers of the same minor CUDA version
+    or later read (for cubins the minor version does not matter). The text is therefore marked with the
+    version in which the architecture was introduced.
 
     Arguments and errors are those of `cubin`.
     """
     code = _compile(variant, architecture.replace("sm", "compute"), "PTX")
     version = _PTX_VERSIONS.get(architecture)
-    if version is None:  # Of a GPU that came later: its drivers are new.
+    if version is None:  # A later GPU, whose drivers are new.
         return code
     return re.sub(rb"(?m)^\.version \S+$", b".version " + version, code, count=1)
 
@@ -155,9 +155,9 @@ def _compile(variant: Variant, architecture: str, form: str = "CUBIN") -> bytes:
     )
     _check(nvrtc, status, f"{variant} cannot be read")
     try:
-        target = re.sub(r"(?<=[a-z])(?=\d)", "_", architecture, count=1)
-        options = [f"--gpu-architecture={target}", *_OPTIONS]
-        options += [f"-D{name}={value}" for name, value in variant.defines.items()]
+        name = re.sub(r"(?<=[a-z])(?=\d)", "_", architecture, count=1)
+        options = [f"--gpu-architecture={name}", *_OPTIONS]
+        options += [f"-D{macro}={value}" for macro, value in variant.defines.items()]
         (status,) = nvrtc.nvrtcCompileProgram(
             program, len(options), [option.encode() for option in options]
         )
@@ -190,19 +190,19 @@ def _check(nvrtc: Any, status: Any, what: str) -> None:
 def build_all(
     architectures: tuple[str, ...] = ARCHITECTURES, progress: ProgressCallback = silent
 ) -> dict[str, list[str]]:
-    """Compile every variant for every architecture, so that nothing has to be when it is needed.
+    """Compile every variant for every architecture in advance.
 
     Args:
-        architectures: e.g. `sm89`.
+        architectures: architectures, e.g. `sm89`.
         progress: called with the stage's name, the work done and the total.
 
     Returns:
-        The variants' names by architecture.
+        Names of the variants by architecture.
 
     Raises:
         MissingDependencyError: NVRTC is not installed.
-        UsageError: what is asked for is no architecture.
-        KernelError: NVRTC does not know an architecture.
+        UsageError: a name is not that of an architecture.
+        KernelError: NVRTC does not support an architecture.
     """
     for name in architectures:
         if _ARCHITECTURE.fullmatch(name) is None:

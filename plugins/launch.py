@@ -1,6 +1,6 @@
-"""From a call of a low-bit layer to launches of kernels: which variant, which grid, which arguments.
+"""Kernel launches for a call of a low-bit layer: variant, grid and arguments.
 
-Pointers are plain addresses of device memory; nothing here knows of torch or TensorRT.
+Pointers are plain addresses of device memory; the module depends on neither torch nor TensorRT.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trtq.errors import UsageError
-from trtq.plugins.spec import TILES, LayerSpec, Problem, Tile, Variant, fits
+from trtq.plugins.spec import LayerSpec, Problem
+from trtq.plugins.variants import TILES, Tile, Variant, fits
 
 __all__ = [
     "Device",
@@ -28,19 +29,19 @@ _CHANNELS_LAST, _SILU = 1, 2
 _QUANTIZE_PIXELS, _QUANTIZE_THREADS = 32, 128
 _ALIGNMENT = 16
 _MAX_BLOCKS = 65_535
-"""CUDA's bound on y and z of a grid."""
+"""CUDA's limit for y and z of a grid."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel to start.
+    """One launch of a kernel.
 
     Attributes:
-        variant: the kernel.
-        grid: blocks along x, y, z.
-        threads: of a block.
-        shared_bytes: of a block, beyond what the kernel itself declares.
-        arguments: in the kernel's order, as ctypes values.
+        variant: compilation of the kernel.
+        grid: number of blocks along x, y and z.
+        threads: threads per block.
+        shared_bytes: dynamic shared memory per block, in bytes.
+        arguments: ctypes values in the kernel's order.
     """
 
     variant: Variant
@@ -51,11 +52,11 @@ class Launch:
 
 
 class Device(Protocol):
-    """A GPU, or what stands in for one in a test.
+    """A GPU, or its stand-in in a test.
 
     Attributes:
-        architecture: e.g. `sm89`.
-        processors: its streaming multiprocessors.
+        architecture: architecture, e.g. `sm89`.
+        processors: number of streaming multiprocessors.
     """
 
     architecture: str
@@ -65,23 +66,23 @@ class Device(Protocol):
         """Compile and load a kernel."""
 
     def start(self, launch: Launch, stream: int) -> None:
-        """Start a kernel on a stream; returns before it is done."""
+        """Start a kernel on a stream, asynchronously."""
 
 
 @dataclass(frozen=True)
 class Pointers:
-    """Where the operands of a layer lie on the device, see `trtq.plugins.spec` for their layouts.
+    """Addresses of a layer's operands on the device; `trtq.plugins.spec` documents the layouts.
 
     Attributes:
         x: values of the input.
-        weight: packed.
+        weight: packed weight.
         terms: float32[4, N].
         tables: float32[4, T].
         step: int64[B].
         out: values of the output.
-        codes: scratch of `Problem.code_bytes`.
-        sums: scratch of `Problem.sum_bytes`, for 4-bit products.
-        residual: values laid out as the output; 0: none.
+        codes: scratch memory of `Problem.code_bytes`.
+        sums: scratch memory of `Problem.sum_bytes`, for native 4-bit products.
+        residual: values in the layout of the output; 0 for no residual.
     """
 
     x: int
@@ -105,16 +106,16 @@ def start_layer(
     half: bool,
     silu: bool = False,
 ) -> None:
-    """Start a whole layer on a stream, as it runs fastest on the device.
+    """Start all kernels of a layer on a stream, in the fastest form for the device.
 
     Args:
         device: the GPU.
-        layer: what it is.
-        problem: `layer.problem` of the input's shape.
-        at: operands, on the device.
-        stream: of CUDA, as an integer.
-        half: values are half precision, otherwise float32.
-        silu: applied last.
+        layer: properties of the layer.
+        problem: sizes of the call, see `LayerSpec.problem`.
+        at: addresses of the operands.
+        stream: handle of a CUDA stream.
+        half: whether values are half precision; otherwise float32.
+        silu: whether SiLU is applied to the result.
 
     Raises:
         UsageError: an operand is not aligned.
@@ -125,7 +126,7 @@ def start_layer(
 
 
 def prepare_layer(device: Device, layer: LayerSpec, problem: Problem, *, half: bool) -> None:
-    """Compile and load what `start_layer` will start; arguments are its own.
+    """Compile and load the kernels that `start_layer` starts for the same arguments.
 
     Raises:
         KernelError: a kernel cannot be compiled or loaded.
@@ -136,7 +137,7 @@ def prepare_layer(device: Device, layer: LayerSpec, problem: Problem, *, half: b
 
 
 def prepare_any_shape(device: Device, layer: LayerSpec) -> None:
-    """Compile and load all that `start_layer` may start, whatever the input's shape and type.
+    """Compile and load all kernels that `start_layer` may start, for any shape and type of the input.
 
     Raises:
         KernelError: a kernel cannot be compiled or loaded.
@@ -179,27 +180,27 @@ def _chosen(
 
 
 def choose_tile(problem: Problem, processors: int, architecture: str) -> Tile:
-    """The tile whose waves of blocks compute the least beside the problem.
+    """The tile whose waves of blocks have the minimum work, padding included.
 
     Args:
-        problem: what is computed.
-        processors: streaming multiprocessors of the GPU.
-        architecture: of the GPU.
+        problem: sizes of the call.
+        processors: number of streaming multiprocessors of the GPU.
+        architecture: architecture of the GPU.
     """
     groups = problem.geometry.groups
     per_group = problem.out_channels // groups
 
     def work(tile: Tile) -> tuple[int, int]:
         blocks = -(-problem.rows // tile.m) * -(-per_group // tile.n) * groups
-        # Blocks that share a processor share its tensor cores: a wave is one block on each. Among
-        # equals the larger tile loads less per product.
+        # Blocks on one processor share its tensor cores, so a wave is one block per processor. Among
+        # equal tiles the larger one loads less per product.
         return -(-blocks // processors) * tile.m * tile.n, -tile.m * tile.n
 
     return min((tile for tile in TILES if fits(tile, architecture)), key=work)
 
 
 def shape_arguments(problem: Problem, *, silu: bool) -> tuple[int, ...]:
-    """The integers that the product kernel takes, in its order."""
+    """The integer arguments of the product kernel, in its order."""
     g = problem.geometry
     flags = _CHANNELS_LAST * problem.channels_last | _SILU * silu
     sizes = (problem.batch, problem.height, problem.width, problem.group_channels)
@@ -218,28 +219,28 @@ def layer_launches(
     silu: bool = False,
     fused: bool = False,
 ) -> list[Launch]:
-    """The launches of one layer: quantise, then multiply; or both in one.
+    """The launches of one layer: a quantise and a product kernel, or the fused kernel.
 
     Args:
-        problem: sizes.
-        at: operands; codes and sums are not needed when fused.
-        tile: see `choose_tile`.
-        half: values are half precision, otherwise float32.
-        weight_bits: 4 or 8, as the weights lie.
-        native_4: quantise to nibbles and multiply them as they are.
-        silu: applied last.
-        fused: one launch that quantises as it reads; takes no residual.
+        problem: sizes of the call.
+        at: addresses of the operands; the fused kernel uses neither codes nor sums.
+        tile: tile of the product, see `choose_tile`.
+        half: whether values are half precision; otherwise float32.
+        weight_bits: storage bits of the weights, 4 or 8.
+        native_4: whether activation codes are nibbles that are multiplied without unpacking.
+        silu: whether SiLU is applied to the result.
+        fused: use the fused kernel, which supports no residual.
 
     Raises:
-        UsageError: an operand is not aligned, or a combination that no kernel computes.
+        UsageError: an operand is not aligned, or no kernel computes the combination.
     """
     if weight_bits not in (4, 8) or (native_4 and (weight_bits == 8 or fused)):
         raise UsageError(
             f"no kernel has weight_bits={weight_bits}, native_4={native_4} and fused={fused}; weights "
-            "lie in 4 or 8 bits, and native 4-bit products take 4-bit weights in two launches"
+            "have 4 or 8 storage bits, and native 4-bit products need 4-bit weights and two launches"
         )
     if fused and at.residual:
-        raise UsageError("the kernel in one launch adds no residual; use two launches")
+        raise UsageError("the fused kernel adds no residual; use two launches")
     _check_alignment(at, fused=fused)
     launches = [] if fused else [_quantize(problem, at, half=half, native_4=native_4)]
     variant = Variant("low_bit", half, native_4, weight_bits, fused, tile)
@@ -275,8 +276,8 @@ def _quantize(problem: Problem, at: Pointers, *, half: bool, native_4: bool) -> 
 def _check_grid(grid: tuple[int, int, int]) -> None:
     if max(grid[1:]) > _MAX_BLOCKS:
         raise UsageError(
-            f"a grid of {grid[0]}x{grid[1]}x{grid[2]} blocks is beyond CUDA's {_MAX_BLOCKS}; use a "
-            "smaller batch"
+            f"a grid of {grid[0]}x{grid[1]}x{grid[2]} blocks exceeds CUDA's limit of {_MAX_BLOCKS}; use "
+            "a smaller batch"
         )
 
 
@@ -285,6 +286,6 @@ def _check_alignment(at: Pointers, *, fused: bool) -> None:
     for name, address in wanted.items():
         if address % _ALIGNMENT:
             raise UsageError(
-                f"{name} lies at an address that is no multiple of {_ALIGNMENT} bytes; give a tensor of "
-                "its own, not a slice of one"
+                f"the address of {name} is not a multiple of {_ALIGNMENT} bytes; pass a whole tensor, "
+                "not a slice"
             )

@@ -5,15 +5,52 @@ import os
 import pytest
 import torch
 
-from trtq.diffusion.pipeline import load_source
+from tests.skips import unexpected
+from trtq.diffusion.loading import open_pipeline
 from trtq.exporter.export import export
 from trtq.processor import VARIABLE, has_vnni
 from trtq.runs.quantize import quantize
 
-# Threads of one operator wait for each other by turning in circles. Where something else runs, too,
-# tests of tiny models have so taken many times as long as with one.
+# Intra-op threads spin. On a busy machine tests of tiny models ran many times slower with two threads
+# than with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+_STRICT = os.environ.get("TRTQ_STRICT_SKIPS") == "1"
+_skipped: dict[str, str] = {}
+
+
+def _note_skip(report):
+    """Note a skipped test or file, and the reason; an expected failure is reported as skipped, too."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        place = report.longrepr
+        _skipped[report.nodeid] = place[2] if isinstance(place, tuple) else str(place)
+
+
+def pytest_runtest_logreport(report):
+    _note_skip(report)
+
+
+def pytest_collectreport(report):
+    _note_skip(report)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """List the skips that `tests/skips.py` does not allow."""
+    rows = [f"{node}: {reason}" for node, reason in _skipped.items() if unexpected(node, reason)]
+    if rows and _STRICT:
+        terminalreporter.section("unexpected skips: install what is missing, or see tests/skips.py")
+        for row in rows:
+            terminalreporter.write_line(row)
+
+
+def pytest_sessionfinish(session):
+    """End with 1 if a test was skipped without permission, in the process that sums up."""
+    in_worker = hasattr(session.config, "workerinput")
+    bad = any(unexpected(node, reason) for node, reason in _skipped.items())
+    if _STRICT and bad and not in_worker and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
 
 _COMPUTED_RIGHTLY = [True, False] if has_vnni() else [False]
 
@@ -70,7 +107,7 @@ def tiny_pipeline(seed=0):
 
 @pytest.fixture
 def tiny():
-    return load_source(tiny_pipeline())
+    return open_pipeline(tiny_pipeline())
 
 
 @pytest.fixture(scope="session")

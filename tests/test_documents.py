@@ -1,4 +1,4 @@
-"""Text files from outside: read whole and bounded, or refused in one line."""
+"""Untrusted text files: read within bounds, or refused in one line."""
 
 import os
 import random
@@ -33,7 +33,7 @@ def test_json_is_read_strictly(text, message):
         parse_json(text)
 
 
-def test_json_of_diffusers_may_hold_infinity():
+def test_infinity_is_allowed_in_diffusers_json():
     assert parse_json('{"lambda_min_clipped": -Infinity}', finite=False) == {
         "lambda_min_clipped": -float("inf")
     }
@@ -51,12 +51,21 @@ HOSTILE = {
     "link to nowhere": (lambda path: path.symlink_to("nowhere"), "No such file"),
     "link to itself": (lambda path: path.symlink_to(path), "symbolic links"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "it is a device"),
-    "huge": (lambda path: os.truncate(_made(path), 10 << 30), "bytes, at most 67,108,864 are read"),
-    "utf-16": (lambda path: path.write_bytes("{}".encode("utf-16")), "UTF-16; save it as UTF-8"),
-    "latin-1": (lambda path: path.write_bytes(b'{"\xe9": 1}'), "byte 0xe9 at 2 is not UTF-8"),
+    "huge": (
+        lambda path: os.truncate(_made(path), 10 << 30),
+        "bytes; at most 67,108,864 are allowed",
+    ),
+    "utf-16": (
+        lambda path: path.write_bytes("{}".encode("utf-16")),
+        "UTF-16; save the file as UTF-8",
+    ),
+    "latin-1": (
+        lambda path: path.write_bytes(b'{"\xe9": 1}'),
+        "byte 0xe9 at offset 2 is not UTF-8",
+    ),
     "nul": (lambda path: path.write_bytes(b"\0" * 10), "cannot read"),
-    "list": (lambda path: path.write_text("[1]"), r"holds no object, but \[1\]"),
-    "null": (lambda path: path.write_text("null"), "holds no object"),
+    "list": (lambda path: path.write_text("[1]"), r"must hold a JSON object, got \[1\]"),
+    "null": (lambda path: path.write_text("null"), "must hold a JSON object, got None"),
 }
 
 
@@ -66,7 +75,7 @@ def _made(path):
 
 
 @pytest.mark.parametrize(("make", "message"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_what_is_no_document_is_refused_with_its_name(make, message, tmp_path):
+def test_an_unreadable_file_is_refused_with_its_role_and_path(make, message, tmp_path):
     path = tmp_path / "a.json"
     make(path)
     with pytest.raises(RecipeError, match=message) as caught:
@@ -76,7 +85,7 @@ def test_what_is_no_document_is_refused_with_its_name(make, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_path_with_nul_is_refused(tmp_path):
+def test_a_path_with_a_nul_is_refused(tmp_path):
     with pytest.raises(ArtefactError, match="null byte"):
         read_text(tmp_path / "a\0b")
 

@@ -1,4 +1,4 @@
-"""What made a picture travels with its file."""
+"""Generation parameters are stored in the PNG file."""
 
 import io
 import json
@@ -32,11 +32,11 @@ def test_an_imaging_library_reads_prompt_and_settings(prompt):
     assert read_texts(png) == texts
 
 
-def test_a_prompt_that_is_no_unicode_text_does_not_break_the_file():
+def test_a_lone_surrogate_in_a_prompt_does_not_break_the_file():
     png = with_texts(png_bytes(np.zeros((2, 2), np.uint8)), {"parameters": "a\ud800b"})
     assert read_texts(png) == {"parameters": "a?b"}
 
 
-def test_bytes_that_are_no_png_are_refused():
-    with pytest.raises(ValueError, match="no PNG"):
+def test_bytes_that_are_not_a_png_file_are_refused():
+    with pytest.raises(ValueError, match="not a PNG"):
         with_texts(b"GIF89a" + b"0" * 100, {})

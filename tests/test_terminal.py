@@ -1,4 +1,4 @@
-"""The command line in any terminal: every text is shown, and no error is a traceback."""
+"""The command line in any terminal: every text is printed, and no error is a traceback."""
 
 import io
 import logging
@@ -33,13 +33,13 @@ def run(*arguments):
         ),
     ],
 )
-def test_a_width_in_which_nothing_can_be_shown_is_none(columns, kept):
-    found = sane_environment({"COLUMNS": columns, "LINES": columns, "HOME": "/"})
-    assert found.get("COLUMNS") == kept
-    assert found["HOME"] == "/"
+def test_an_unusable_width_is_dropped(columns, kept):
+    variables = sane_environment({"COLUMNS": columns, "LINES": columns, "HOME": "/"})
+    assert variables.get("COLUMNS") == kept
+    assert variables["HOME"] == "/"
 
 
-def test_characters_that_a_stream_has_not_are_spelled(monkeypatch):
+def test_characters_that_an_encoding_lacks_are_written_in_ascii(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     open_streams()
@@ -50,7 +50,7 @@ def test_characters_that_a_stream_has_not_are_spelled(monkeypatch):
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_error(closed, tmp_path):
-    # What is opened next must not become what prints go to.
+    # The next file that is opened must not receive what is printed.
     code = (
         "from trtq.terminal import open_streams; open_streams(); import os, sys;"
         "f = open(sys.argv[1], 'w'); assert f.fileno() > 2; print('x'); sys.stderr.write('x'); f.close()"
@@ -61,13 +61,13 @@ def test_closed_streams_are_no_error(closed, tmp_path):
     assert (tmp_path / "data").read_bytes() == b""
 
 
-def test_progress_goes_on_when_nobody_reads_it(monkeypatch):
+def test_the_work_continues_when_its_progress_cannot_be_printed(monkeypatch):
     class Broken(io.StringIO):
         def write(self, text):
             raise BrokenPipeError
 
-    report = ProgressPrinter(Broken())
-    report("work", 1, 1)
+    progress = ProgressPrinter(Broken())
+    progress("work", 1, 1)
     monkeypatch.setattr(sys, "stderr", None)
     ProgressPrinter()("work", 1, 1)
 
@@ -85,7 +85,7 @@ def test_a_dumb_terminal_gets_lines(monkeypatch):
 
 
 ERRORS = {
-    "own kind": (
+    "arithmetic": (
         ZeroDivisionError("division\nby zero"),
         "internal error: ZeroDivisionError: division",
     ),
@@ -102,16 +102,16 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("error", "message"), ERRORS.values(), ids=ERRORS.keys())
-def test_what_nobody_foresaw_is_one_line(error, message, monkeypatch, capsys):
+def test_an_unexpected_error_is_one_line(error, message, monkeypatch, capsys):
     def fail(*arguments, **options):
         raise error
 
     monkeypatch.setattr("trtq.engine.doctor.doctor", fail)
     result = run("doctor")
-    said = " ".join(result.stderr.split())
+    message_text = " ".join(result.stderr.split())
     assert result.exit_code == 1
-    assert message in said
-    assert "Traceback" not in said
+    assert message in message_text
+    assert "Traceback" not in message_text
     assert len(result.stderr.strip().splitlines()) == 1
     assert "Traceback" in run("doctor", "-v").stderr
     lines = []
@@ -120,7 +120,7 @@ def test_what_nobody_foresaw_is_one_line(error, message, monkeypatch, capsys):
     assert "\n" not in lines[0]
 
 
-def test_an_error_outside_of_a_verb_s_work_is_one_line_too(monkeypatch, capsys):
+def test_an_error_outside_a_command_is_one_line_too(monkeypatch, capsys):
     monkeypatch.setattr(typer.Typer, "__call__", lambda *a, **k: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["trtq", "doctor"])
     with pytest.raises(SystemExit) as caught:
@@ -154,14 +154,14 @@ def test_results_are_shown_in_any_terminal(environment):
     out.decode("latin-1" if environment.get("PYTHONIOENCODING") == "latin-1" else "utf-8")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_closed_pipe_is_no_error():
     with trtq("doctor", "--json") as process:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(120) == 141
 
 
-def test_a_full_disk_behind_the_output_is_said():
+def test_a_full_disk_behind_stdout_is_reported():
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
             [sys.executable, "-c", "from trtq.cli import app; app()", "doctor"],
@@ -211,19 +211,20 @@ def test_every_number_is_bounded(verb, option, tmp_path):
 
 TEXTS = {
     "size": ("export", "--size"),
-    "batch": ("export", "--batch"),
+    "batch": ("export", "--batch-range"),
+    "former batch": ("export", "--batch"),
     "budget": ("quantize", "--budget"),
     "bits": ("quantize", "--bits"),
     "lora": ("quantize", "--lora"),
     "quantize size": ("quantize", "--size"),
-    "bench batch": ("bench", "--batch"),
+    "bench batch": ("bench", "--batch-sizes"),
     "gate": ("eval", "--gate"),
     "sizes": ("serve", "--batch-sizes"),
 }
 
 
 @pytest.mark.parametrize(("verb", "option"), TEXTS.values(), ids=TEXTS.keys())
-def test_every_text_is_understood_or_refused(verb, option, tmp_path):
+def test_every_text_is_parsed_or_refused(verb, option, tmp_path):
     more = {"eval": ["--reference", "digits"], "quantize": ["--dry-run"]}.get(verb, [])
     place = [] if verb == "serve" else ["-o", tmp_path / "out"]
     for text in (
@@ -241,12 +242,12 @@ def test_every_text_is_understood_or_refused(verb, option, tmp_path):
         result = run(verb, "digits", *place, *more, f"{option}={text}")
         assert result.exit_code in (1, 2), (text, result.output)
         assert "internal error" not in result.stderr, (text, result.stderr)
-        # A name of a file is quoted whole, by the system.
+        # File names are quoted unabridged by the operating system.
         assert len(result.stderr) < 2000 or option == "--lora", text
     assert list(tmp_path.iterdir()) == []
 
 
-def test_records_go_to_what_standard_error_is_and_nowhere_when_it_is_closed(monkeypatch, capsys):
+def test_log_records_go_to_the_current_stderr_and_nowhere_when_it_is_closed(monkeypatch, capsys):
     logger = logging.getLogger("trtq.test_terminal")
     logger.propagate = False
     handler = StderrHandler()

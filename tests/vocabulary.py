@@ -50,7 +50,12 @@ NAMES = [
     Rule(r"drawer|drawing|card|hosted|front|remote drawer|light model", "see CONTRIBUTING", "name"),
     Rule(r"subjects?|source set", "conditioning, measured artefact", "name"),
     Rule(r"reporter|line reporter", "ProgressCallback, ProgressPrinter", "name"),
-    Rule(r"(split|weight|size|optimiser|optimizer|after) steps?", "scale, update", "name"),
+    Rule(
+        r"(split|weight|size|optimiser|optimizer|after) steps?",
+        "scale, update",
+        "name",
+        except_in=("trtq/quant/convert.py", "trtq/quant/modules.py"),  # A former keyword.
+    ),
 ]
 TEXTS = [
     Rule(r"\btold\b|\bsaid\b", "reported; name the speaker", "text"),
@@ -58,8 +63,7 @@ TEXTS = [
     Rule(r"\bspell(s|ed|ing)?[- ]out\b", "decompose", "text"),
     Rule(r"\bso many\b|\bas many as there\b", "n, the number of", "text"),
     Rule(r"\bwhoever\b|\bwhatever\b", "the caller, any", "text"),
-    # `--beside` is an option of `trtq serve`.
-    Rule(r"(?<![-\"`])\bbeside\b(?![:\"`])", "next to; in addition to", "text"),
+    Rule(r"(?<!--)(?<!`)\bbeside\b", "next to; in addition to", "text"),  # `--beside` is an option
     Rule(r"\b(has|have|had) not\b(?! been| yet| already)", "does not have, has no", "text"),
     Rule(r"(?<!at )\b(most|least)\b(?! recent| likely| of the)", "maximum, minimum", "text"),
     Rule(r"\bNothing, if\b", "Raise unless", "text"),

@@ -1,4 +1,4 @@
-"""Optional packages, named by the extra that brings them."""
+"""Import of optional packages; the error names the extra that installs them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def require(module: str) -> Any:
     """Import an optional package.
 
     Raises:
-        MissingDependencyError: it is not installed; the message says what to install.
+        MissingDependencyError: the package is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(module)
     except ImportError as err:
         extra = _EXTRAS[module.partition(".")[0]]
         raise MissingDependencyError(
-            f"{module} is needed here and not installed: pip install 'trtq[{extra}]'"
+            f"{module} is required here but not installed: pip install 'trtq[{extra}]'"
         ) from err

@@ -1,8 +1,8 @@
-"""Text files that come from outside: read whole, bounded, and refused in one line.
+"""Reading of untrusted text files: bounded in size, strict, with errors of one line.
 
-Manifests, configurations, recipes, prompts and former results are all read here, so that a pipe without
-a writer, ten gigabytes, a hundred thousand brackets or bytes in another encoding are the same error
-wherever they are met. A byte-order mark, which editors on Windows write, is accepted.
+All manifests, configurations, recipes, prompts and earlier results are read here. A pipe without a
+writer, ten gigabytes, a hundred thousand brackets or another encoding give the same error everywhere. A
+byte-order mark, which editors on Windows write, is accepted.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ __all__ = [
 ]
 
 MAX_BYTES = 64 << 20
-"""Of a file of text; the manifest of a model with ten thousand layers has three million."""
+"""Maximum size of a text file; the manifest of a model with ten thousand layers has 3 MB."""
 MAX_LEVELS = 64
-"""Lists and objects inside each other."""
+"""Maximum nesting depth of lists and objects."""
 _INT64 = range(-(1 << 63), 1 << 63)
 _DIGITS = 19
 SPECIAL_KINDS = {
@@ -45,7 +45,7 @@ SPECIAL_KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-"""Neither files nor folders, by the format bits of their mode: opening one may wait for ever."""
+"""Names of special files by the format bits of their mode; opening such a file may block forever."""
 _KINDS = {stat.S_IFDIR: "a folder"} | SPECIAL_KINDS
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -54,11 +54,11 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = 60
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it: its `repr`, cut where it is long, deep or cannot be written."""
+    """A value for a message: its `repr`, shortened if it is long or deep."""
     try:
         return _repr.repr(value)
     except (ValueError, RecursionError):
-        # An integer of more digits than Python turns into text.
+        # E.g. an integer with more digits than Python converts to text.
         return f"a value of type {type(value).__name__}"
 
 
@@ -72,16 +72,16 @@ def read_text(
     """The text of a file.
 
     Args:
-        path: the file; a link to one is followed.
-        what: what it is to be, for the message, e.g. `the recipe`.
-        error: what to raise.
-        max_bytes: a larger file is refused unread.
+        path: file, or link to a file.
+        what: role of the file in the message, e.g. `the recipe`.
+        error: class of the error to raise.
+        max_bytes: maximum size; a larger file is not read.
 
     Returns:
-        Its text without a byte-order mark.
+        Text without a byte-order mark.
 
     Raises:
-        TrtqError: it is missing, no file, too large or not UTF-8; of the class `error`.
+        TrtqError: the file is missing, irregular, too large, or not UTF-8; of the class `error`.
     """
     name = f"{what} {path}" if what else str(path)
 
@@ -90,13 +90,13 @@ def read_text(
 
     try:
         info = os.stat(path)
-        # What a shell hands over as `<(command)` is a pipe with a writer.
+        # A shell passes `<(command)` as a pipe with a writer.
         piped = stat.S_ISFIFO(info.st_mode) and path.parts[:2] in (("/", "dev"), ("/", "proc"))
         if not stat.S_ISREG(info.st_mode) and not piped:
-            kind = _KINDS.get(stat.S_IFMT(info.st_mode), "no file")
-            refuse(f"it is {kind}; give a file")
+            kind = _KINDS.get(stat.S_IFMT(info.st_mode), "not a regular file")
+            refuse(f"it is {kind}; give a regular file")
         if info.st_size > max_bytes:
-            refuse(f"it has {info.st_size:,} bytes, at most {max_bytes:,} are read")
+            refuse(f"it has {info.st_size:,} bytes; at most {max_bytes:,} are allowed")
         with open(path, "rb") as file:
             content = file.read(max_bytes + 1)
     except TrtqError:
@@ -104,116 +104,121 @@ def read_text(
     except OSError as err:
         refuse(err.strerror or str(err), err)
     except ValueError as err:
-        # A NUL, which the operating system takes for the end of the name.
+        # The name holds a NUL, which ends it for the operating system.
         refuse(str(err), err)
     if len(content) > max_bytes:
-        refuse(f"it has more than the {max_bytes:,} bytes that are read")
+        refuse(f"it has more than {max_bytes:,} bytes; at most {max_bytes:,} are allowed")
     if content.startswith(_UTF16):
-        refuse("it is UTF-16; save it as UTF-8")
+        refuse("it is UTF-16; save the file as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as err:
-        refuse(f"byte {content[err.start]:#04x} at {err.start} is not UTF-8; save it as UTF-8", err)
+        refuse(
+            f"byte {content[err.start]:#04x} at offset {err.start} is not UTF-8; save the file as UTF-8",
+            err,
+        )
 
 
 @dataclass(frozen=True)
 class _Fault:
-    """Stands for a number that is not taken, until its key is known."""
+    """Placeholder of an invalid number until its key is known."""
 
     text: str
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The dict of an object's pairs; raises `ValueError` for a repeated key or an invalid number."""
+    entries = dict(pairs)
+    for key, value in pairs:
+        for fault in value if isinstance(value, list) else (value,):
+            if isinstance(fault, _Fault):
+                raise ValueError(f"{shown(key)}: {fault.text}")
+    if len(entries) < len(pairs):
+        keys = [key for key, _ in pairs]
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {shown(duplicate)} is given twice")
+    return entries
+
+
 def parse_json(text: str, *, finite: bool = True) -> Any:
-    """The value that a JSON text stands for, more strictly than `json.loads`.
+    """Parse JSON more strictly than `json.loads`.
 
     Args:
-        text: the text.
-        finite: refuse `NaN` and `Infinity`, which are no JSON, and numbers that become infinite.
+        text: JSON text.
+        finite: whether to refuse `NaN` and `Infinity`, which are not JSON, and numbers that overflow.
 
     Raises:
-        ValueError: it is no JSON, gives a key twice, holds a number beyond 64 bits or half a character,
-            or is nested more than `MAX_LEVELS` deep.
+        ValueError: the text is not JSON, repeats a key, holds a number beyond 64 bits or a lone
+            surrogate, or is nested more than `MAX_LEVELS` deep.
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        for key, value in pairs:
-            for fault in value if isinstance(value, list) else (value,):
-                if isinstance(fault, _Fault):
-                    raise ValueError(f"{shown(key)}: {fault.text}")
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            doubled = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {shown(doubled)} is given twice")
-        return found
-
-    # A number is parsed before the key that it belongs to is known.
+    # A number is parsed before its key is known.
     def whole(digits: str) -> int | _Fault:
         if len(digits) > _DIGITS + 1 or int(digits) not in _INT64:
             return _Fault(f"the number {shown(digits)} does not fit 64 bits")
         return int(digits)
 
     def real(digits: str) -> float | _Fault:
-        value = float(digits)
-        if finite and value in (float("inf"), -float("inf")):
+        number = float(digits)
+        if finite and number in (float("inf"), -float("inf")):
             return _Fault(f"the number {shown(digits)} is too large")
-        return value
+        return number
 
     def constant(name: str) -> float | _Fault:
         return _Fault(f"{name} is not a valid JSON number") if finite else float(name)
 
     try:
-        found = json.loads(
+        value = json.loads(
             text,
-            object_pairs_hook=unique,
+            object_pairs_hook=_unique,
             parse_int=whole,
             parse_float=real,
             parse_constant=constant,
         )
     except RecursionError as err:
         raise ValueError(f"it is nested more than {MAX_LEVELS} levels deep") from err
-    check_depth(found)
-    faults = [value for value in _leaves(found) if isinstance(value, _Fault)]
-    if faults:  # In a list of lists, or without any key.
+    check_depth(value)
+    faults = [leaf for leaf in _leaves(value) if isinstance(leaf, _Fault)]
+    if faults:  # The number is in a list of lists, or has no key.
         raise ValueError(faults[0].text)
     if "\\u" in text and not all(
-        _is_text(value) for value in _leaves(found) if isinstance(value, str)
+        _is_text(leaf) for leaf in _leaves(value) if isinstance(leaf, str)
     ):
-        raise ValueError("it holds half of a surrogate pair, which is no character")
-    return found
+        raise ValueError("it holds half of a surrogate pair, which is not a character")
+    return value
 
 
-def check_depth(value: Any, most: int = MAX_LEVELS) -> None:
-    """Nothing, if lists and dicts are nested no deeper than `most`.
+def check_depth(value: Any, max_levels: int = MAX_LEVELS) -> None:
+    """Raise unless lists and dicts are nested at most `max_levels` deep.
 
     Raises:
-        ValueError: they are.
+        ValueError: the nesting is deeper.
     """
     level = [value]
-    for _ in range(most + 1):
+    for _ in range(max_levels + 1):
         level = [
             item
-            for one in level
-            if isinstance(one, dict | list)
-            for item in (one.values() if isinstance(one, dict) else one)
+            for parent in level
+            if isinstance(parent, dict | list)
+            for item in (parent.values() if isinstance(parent, dict) else parent)
         ]
         if not level:
             return
-    raise ValueError(f"it is nested more than {most} levels deep")
+    raise ValueError(f"it is nested more than {max_levels} levels deep")
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Keys of objects, and all values that are neither object nor list."""
+    """The keys of all objects, and all values that are neither object nor list."""
     waiting = [value]
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, dict):
-            yield from one
-            waiting += one.values()
-        elif isinstance(one, list):
-            waiting += one
+        item = waiting.pop()
+        if isinstance(item, dict):
+            yield from item
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
         else:
-            yield one
+            yield item
 
 
 def _is_text(value: str) -> bool:
@@ -232,24 +237,24 @@ def read_object(
     max_bytes: int = MAX_BYTES,
     finite: bool = True,
 ) -> dict[str, Any]:
-    """The object in a JSON file; arguments as in `read_text` and `parse_json`.
+    """The object in a JSON file; see `read_text` and `parse_json` for the arguments.
 
     Raises:
-        TrtqError: it cannot be read, is no JSON, or holds something else; of the class `error`.
+        TrtqError: the file cannot be read, is not JSON, or holds no object; of the class `error`.
     """
     name = f"{what} {path}" if what else str(path)
     text = read_text(path, what, error=error, max_bytes=max_bytes)
     try:
-        found = parse_json(text, finite=finite)
+        document = parse_json(text, finite=finite)
     except ValueError as err:
         raise error(f"cannot read {name}: {err}") from err
-    if not isinstance(found, dict):
-        raise error(f"cannot read {name}: it holds no object, but {shown(found)}")
-    return found
+    if not isinstance(document, dict):
+        raise error(f"cannot read {name}: it must hold a JSON object, got {shown(document)}")
+    return document
 
 
 def explain_first(error: ValidationError) -> str:
-    """Pydantic's first complaint in one line, as `place: what is wrong (got value)`."""
+    """The first of pydantic's errors in one line: `place: problem (got value)`."""
     problem = error.errors(include_url=False)[0]
     place = ".".join(shown(p).strip("'\"") for p in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")

@@ -1,24 +1,25 @@
-"""What can go wrong, as a tree of exceptions.
+"""The tree of exceptions that trtq raises.
 
 ```
-TrtqError                  anything trtq raises on purpose
-├── UsageError             the caller asked for something that cannot be: exit code 2
-│   ├── RecipeError        an unknown key, a value out of range, bits no one supports
-│   └── MissingDependencyError   an optional package is not installed
-├── ArtefactError          a file or folder is missing, damaged or not what it claims to be
-│   └── IntegrityError     a hash, a path or a format version in a manifest does not hold
-├── QuantizationError      a stage met a state it cannot quantise: zero layers, ...
-│   ├── NonFiniteError     NaN or infinity, with the name of the layer
-│   └── StepError          a quantised layer was called without its denoising step
-├── LegalityError          the graph would hold something the target does not accept
-├── BuildError             an engine's builder refused, crashed or ran out of memory
-├── KernelError            a kernel cannot be compiled, loaded or started
-├── MeasurementError       a process that was being measured failed or was killed
-├── ServerError            a server that runs a graph for us answered with an error
-└── GateError              a check or a gate was not met: parity after export, `--gate`
+TrtqError                       any error that trtq raises on purpose
+├── UsageError                  invalid argument or unsupported combination: exit code 2
+│   ├── RecipeError             unknown key, value out of range, or unsupported bits in a recipe
+│   └── MissingDependencyError  an optional package is not installed
+├── ArtefactError               a file or folder is missing, damaged or not what it claims to be
+│   └── IntegrityError          a hash, path or format version in a manifest does not match
+├── QuantizationError           the model is in a state that cannot be quantised, e.g. zero layers
+│   ├── NonFiniteError          NaN or infinity, with the name of the layer
+│   └── StepError               a quantised layer was called without a denoising step
+├── LegalityError               the graph would contain something that the runtime does not accept
+├── BuildError                  an engine builder refused the graph, crashed or ran out of memory
+├── KernelError                 a CUDA kernel cannot be compiled, loaded or launched
+├── MeasurementError            a measured process failed or was killed
+├── ServerError                 a remote inference server answered with an error
+├── CancelledError              the caller cancelled the request
+└── GateError                   a check or a gate was not met: parity after export, `--gate`
 ```
 
-A message says what came, what is allowed and what to do.
+A message states the given value, the allowed values and what to do.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from __future__ import annotations
 __all__ = [
     "ArtefactError",
     "BuildError",
+    "CancelledError",
     "GateError",
     "IntegrityError",
     "KernelError",
@@ -43,23 +45,23 @@ __all__ = [
 
 
 class TrtqError(Exception):
-    """Anything trtq raises on purpose; the command line prints it without a traceback."""
+    """Any error that trtq raises on purpose; the command line prints it without a traceback."""
 
     exit_code = 1
 
 
 class UsageError(TrtqError, ValueError):
-    """The caller asked for something that cannot be."""
+    """An argument is invalid, or a combination of arguments is not supported."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe or policy holds an unknown key or a value out of range."""
+    """A recipe or policy holds an unknown key, a value out of range or unsupported bits."""
 
 
 class MissingDependencyError(UsageError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that installs it."""
 
 
 class ArtefactError(TrtqError):
@@ -67,43 +69,43 @@ class ArtefactError(TrtqError):
 
 
 class IntegrityError(ArtefactError):
-    """A hash, a path or a format version in a manifest does not hold."""
+    """A hash, a path or a format version in a manifest does not match."""
 
 
 class QuantizationError(TrtqError):
-    """A stage met a state it cannot quantise."""
+    """The model is in a state that cannot be quantised, e.g. zero layers."""
 
 
 class NonFiniteError(QuantizationError):
-    """NaN or infinity where numbers are needed; the message names the layer."""
+    """A tensor holds NaN or infinity; the message names the layer."""
 
 
 class StepError(QuantizationError, RuntimeError):
-    """A quantised layer was called without its denoising step."""
+    """A quantised layer was called without a denoising step."""
 
 
 class LegalityError(TrtqError):
-    """The graph would hold something the target does not accept."""
+    """The graph would contain something that the runtime does not accept."""
 
 
 class BuildError(TrtqError):
-    """An engine's builder refused the graph, crashed or ran out of memory."""
+    """An engine builder refused the graph, crashed or ran out of memory."""
 
 
 class KernelError(TrtqError):
-    """A kernel of ours cannot be compiled, loaded or started; the message says on what."""
+    """A CUDA kernel cannot be compiled, loaded or launched; the message names the device."""
 
 
 class MeasurementError(TrtqError):
-    """A process that was being measured failed or was killed."""
+    """A measured process failed or was killed."""
 
 
 class ServerError(TrtqError):
-    """A server that runs a graph for us answered with an error."""
+    """A remote inference server answered with an error."""
 
 
 class CancelledError(TrtqError):
-    """Whoever asked for it no longer wants it."""
+    """The caller cancelled the request."""
 
 
 class GateError(TrtqError):

@@ -1,7 +1,7 @@
-"""The most that a number from outside may be: a larger one is refused before anything is made of it.
+"""Upper bounds of numbers from outside: a larger number is refused before any work.
 
-None of them is a limit of the methods. Each lies well beyond what a model of today is used with, and far
-below where memory, 64-bit integers or patience end, so that a slip of the keyboard is told at once.
+The bounds are not limits of the methods. Each lies well beyond the values that models are used with, and
+far below the limits of memory, 64-bit integers or patience, so that a typing error is reported at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ __all__ = [
     "MAX_GUIDANCE",
     "MAX_IMAGES",
     "MAX_ITERATIONS",
+    "MAX_SEED",
     "MAX_SIDE",
     "MAX_STEPS",
     "MAX_THREADS",
@@ -20,28 +21,30 @@ __all__ = [
 ]
 
 MAX_IMAGES = 100_000
-"""Images of one evaluation or drawing."""
+"""Images per evaluation or generation."""
 MAX_SIDE = 8192
-"""Height or width of an image in pixels."""
+"""Height or width of an image, in pixels."""
 MAX_STEPS = 1000
-"""Denoising steps; the schedules of diffusion models have as many."""
+"""Denoising steps; the schedules of diffusion models have 1000."""
 MAX_GUIDANCE = 1000.0
-"""Classifier-free guidance; models are used with 1 .. 20."""
+"""Classifier-free guidance scale; models are used with 1 .. 20."""
 MAX_BATCH = 4096
-"""Images or rows in one call."""
+"""Images or rows per call."""
 MAX_ITERATIONS = 10_000_000
-"""Optimiser steps."""
+"""Iterations of the optimiser."""
+MAX_SEED = 2**31 - 1
+"""Random seed on the command line."""
 MAX_THREADS = 1024
-"""Threads of one operator."""
+"""Threads per operator."""
 
 _WHOLE = re.compile(r"[0-9]{1,18}")
 
 
 def parse_whole(text: str) -> int:
-    """A whole number of at most 18 plain digits; unlike `int` no sign, space or underscore.
+    """A whole number of at most 18 plain digits; unlike `int` without sign, space or underscore.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not such a number.
     """
     if _WHOLE.fullmatch(text) is None:
         raise ValueError(f"{text!r} is no whole number")

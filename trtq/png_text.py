@@ -1,8 +1,8 @@
-"""Text inside PNG files: what made a picture travels with it.
+"""Generation parameters as text inside PNG files.
 
-Two entries are written: `parameters`, a line in the form that image viewers of this field read, and
-`trtq`, the same as JSON. Both are `iTXt` chunks (PNG specification, section 11.3.3.4): UTF-8, not
-compressed.
+Two entries are written: `parameters`, in the format that viewers of generated images read, and `trtq`,
+the same facts as JSON. Both are uncompressed `iTXt` chunks in UTF-8 (PNG specification, section
+11.3.3.4).
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ def generation_texts(
     negative_prompt: str | None = None,
     label: int | str | None = None,
 ) -> dict[str, str]:
-    """The two entries of one generated picture.
+    """The two entries of one generated image.
 
     Args:
         model: name of the model.
-        prompt: the text; None for a model without prompts.
+        prompt: prompt; None for a model without prompts.
         seed: seed of the request.
-        image: index of the picture among the pictures of that seed, from 0.
-        steps: denoising steps.
+        image: index of the image among the images of that seed, from 0.
+        steps: number of denoising steps.
         guidance: classifier-free guidance scale.
         size: height and width in pixels.
-        negative_prompt: the negative prompt, if there was one.
-        label: the class, of class-conditional models.
+        negative_prompt: negative prompt, or None.
+        label: class of the image; None for a model without classes.
+
+    Returns:
+        Texts by keyword.
     """
     facts: dict[str, Any] = {
         "prompt": prompt,
@@ -67,26 +70,26 @@ def generation_texts(
 
 
 def with_texts(png: bytes, texts: Mapping[str, str]) -> bytes:
-    """A PNG file with text entries put before its pixels.
+    """Insert text entries before the pixels of a PNG file.
 
     Args:
         png: bytes of a PNG file.
         texts: entries by keyword (Latin-1, 1 to 79 bytes).
 
     Raises:
-        ValueError: the bytes are no PNG.
+        ValueError: the bytes are not a PNG file.
     """
-    # The signature, then the header chunk: 4 bytes of length, 4 of kind, 13 of data, 4 of checksum.
+    # Signature and header chunk: 4 bytes of length, 4 of kind, 13 of data, 4 of checksum.
     end = len(_SIGNATURE) + 4 + 4 + 13 + 4
     if not png.startswith(_SIGNATURE) or len(png) < end:
-        raise ValueError("these bytes are no PNG file")
+        raise ValueError("these bytes are not a PNG file")
     chunks = b"".join(_chunk(key, text) for key, text in texts.items())
     return png[:end] + chunks + png[end:]
 
 
 def _chunk(keyword: str, text: str) -> bytes:
-    # Keyword, its end, no compression (flag and method), no language, no translated keyword.
-    # A lone surrogate, which JSON may hold, has no UTF-8 form.
+    # Keyword, terminator, no compression (flag and method), no language, no translated keyword.
+    # A lone surrogate, which JSON may hold, has no UTF-8 form and is replaced.
     data = keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode("utf-8", "replace")
     return struct.pack(">I", len(data)) + _KIND + data + struct.pack(">I", zlib.crc32(_KIND + data))
 

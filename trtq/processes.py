@@ -1,96 +1,268 @@
-"""Starting a module of ours in a process of its own, and ending well when one is told to end."""
+"""Child processes that run a module of trtq, and an orderly end of this process on signals.
+
+The protocol of a child:
+
+1. `Child` starts `MODULE.main()` in a new Python process.
+2. Standard input is a pipe that the parent never closes before the end. When the parent ends, for any
+   reason, the pipe closes and the child ends too: nothing else would stop the child, and it would go on
+   writing to a place that belongs to another process by then.
+3. A child has one job, in `sys.argv[1:]`, and writes its answer to the file named by the last argument;
+   or it gets questions as lines of JSON on standard input and answers with lines on standard output.
+4. An answer with the key `raised` is an exception of the child that the parent raises again.
+5. Standard error goes to a file. If the child ends without an answer, `Exit.explain` says how it ended
+   and quotes the last lines.
+
+`trtq.child` is the side of the child.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtq import errors
+
 __all__ = [
+    "Child",
+    "ChildDiedError",
+    "Exit",
     "StoppedBySignal",
-    "crash_name",
-    "end_with_lifeline",
     "ending_on_signals",
     "last_words",
-    "lifeline",
-    "processors",
-    "was_killed",
     "worker_command",
 ]
 
 _PACKAGE = Path(__file__).parent
+_LAST_LINES = 5
+_WINDOWS_FAILURES = 0xC0000000
+"""Exit codes from this value on are exceptions that ended a process on Windows."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a process ended.
+
+    Attributes:
+        code: exit code as `subprocess` gives it; negative: the number of a signal.
+        stderr: text on standard error.
+    """
+
+    code: int
+    stderr: str = ""
+
+    @property
+    def killed(self) -> bool:
+        """Whether the process was killed, as the system does when memory runs out."""
+        return self.code == -getattr(signal, "SIGKILL", 9)  # Windows has no such signal.
+
+    @property
+    def crash(self) -> str | None:
+        """What ended a process that crashed, e.g. `SIGSEGV` or `0xC0000005`; None: no crash."""
+        if self.code < 0:
+            try:
+                return signal.Signals(-self.code).name
+            except ValueError:  # A real-time signal.
+                return f"signal {-self.code}"
+        return f"0x{self.code:08X}" if self.code >= _WINDOWS_FAILURES else None
+
+    def explain(
+        self, process: str, *, memory: str = "", advice: str = "", max_length: int | None = None
+    ) -> str:
+        """Why the process died, on one line.
+
+        Args:
+            process: subject of the sentence, e.g. `the builder`.
+            memory: details for a killed process, e.g. `: it needs about 3 GiB`.
+            advice: what to do about a crash, e.g. `; see trtq verify`.
+            max_length: characters of the last output that are quoted; None: all.
+        """
+        last = last_words(self.stderr)[:max_length]
+        if self.killed:
+            quoted = f"; last output: {last}" if last else ""
+            return f"{process} was killed, most likely because memory ran out{memory}{quoted}"
+        how = f"ended with code {self.code}" if self.crash is None else f"crashed ({self.crash})"
+        return f"{process} {how}{advice if self.crash else ''}; last output: {last or 'none'}"
+
+
+class ChildDiedError(Exception):
+    """A child ended without an answer; callers raise an error of trtq from it.
+
+    Attributes:
+        exit: how the child ended.
+    """
+
+    def __init__(self, how: Exit) -> None:
+        super().__init__(how.explain("the process"))
+        self.exit = how
+
+
+class Child:
+    """A child process that runs a module of trtq; use it as a context, which ends the process.
+
+    Args:
+        module: name of the module whose `main` runs in the process.
+        arguments: `sys.argv[1:]` there; the answer's file follows unless `asked`.
+        env: environment variables; None: those of this process.
+        asked: the child gets questions on standard input instead of one job.
+        new_session: start a session: Ctrl-C does not reach the child, and its own children end with it.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *arguments: str | Path,
+        env: Mapping[str, str] | None = None,
+        asked: bool = False,
+        new_session: bool = False,
+    ) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="trtq-child-")
+        self.answer_file = Path(self._scratch.name) / "answer.json"
+        self._stderr = Path(self._scratch.name) / "stderr"
+        self._new_session = new_session
+        command = worker_command(module, *arguments, *(() if asked else (self.answer_file,)))
+        with self._stderr.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if asked else subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=new_session,
+            )
+
+    def __enter__(self) -> Child:
+        """The child itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self.close()
+
+    def wait(self, timeout: float | None = None) -> Exit:
+        """Wait for the end of the process.
+
+        Args:
+            timeout: limit in seconds; None: no limit.
+
+        Raises:
+            TimeoutError: the process is still running.
+        """
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired as err:
+            raise TimeoutError(f"the process took more than {timeout:g} s") from err
+        return Exit(code, self._stderr.read_text(errors="replace", encoding="utf-8"))
+
+    def answer(self, timeout: float | None = None) -> dict[str, Any]:
+        """Wait for the end of the process and return what it wrote to its answer's file.
+
+        Args:
+            timeout: limit in seconds; None: no limit.
+
+        Raises:
+            TimeoutError: the process is still running.
+            ChildDiedError: the process ended without an answer.
+            TrtqError: the child raised it; likewise OSError.
+        """
+        how = self.wait(timeout)
+        try:
+            answer = json.loads(self.answer_file.read_bytes())
+        except (OSError, ValueError) as err:
+            raise ChildDiedError(how) from err
+        return _checked(answer, how)
+
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a question and wait for the answer.
+
+        Raises:
+            ChildDiedError: the process ended without an answer.
+            TrtqError: the child raised it.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            raise ChildDiedError(self.wait())
+        return _checked(json.loads(line), Exit(0))
+
+    def close(self) -> None:
+        """Kill the process, and the session that it leads, unless it has ended."""
+        try:
+            if self._new_session and hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+        except (ProcessLookupError, PermissionError):  # It has ended; macOS raises the second.
+            pass
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+        self._scratch.cleanup()
+
+
+def _checked(answer: Any, how: Exit) -> dict[str, Any]:
+    """The answer, unless it is an exception of the child, which is raised, or not an object."""
+    if not isinstance(answer, dict):
+        raise ChildDiedError(how)
+    if "raised" not in answer:
+        return answer
+    name = answer["raised"]
+    kind = OSError if name == "OSError" else getattr(errors, name, errors.TrtqError)
+    raise kind(answer["message"])
 
 
 def worker_command(module: str, *arguments: str | Path) -> list[str]:
-    """The command that calls `main` of a module; its arguments are in `sys.argv[1:]`.
+    """The command that calls `main` of a module in a child, see the module docstring.
 
-    Its standard input is a `lifeline`: the process ends when this one has ended, in whatever way. Nobody
-    else would stop it, and it would go on writing to a place that is another process's by then.
-
-    The package is found where this one was, after everything else: nothing in the user's folder, nor a
-    module beside the package, takes the place of a library.
+    The child finds the package where this process found it, after everything else on the path: no module
+    in the user's folder, nor one next to the package, takes the place of a library.
     """
     code = f"import sys; sys.path.append({str(_PACKAGE.parent)!r}); "
-    code += "from trtq.processes import end_with_lifeline; end_with_lifeline(); "
+    code += "from trtq.child import serve_parent; serve_parent(); "
     code += f"from {module} import main; sys.exit(main())"
     return [sys.executable, "-P", "-c", code, *map(str, arguments)]
 
 
-_WINDOWS_FAILURES = 0xC0000000
-"""Exit codes from here on are exceptions that ended a process of Windows."""
-
-
-def was_killed(code: int) -> bool:
-    """Whether a process with this exit code was killed, as for want of memory."""
-    return code == -getattr(signal, "SIGKILL", 9)  # Windows has no such signal.
-
-
-def crash_name(code: int) -> str | None:
-    """What ended a process that crashed, e.g. `SIGSEGV` or `0xC0000005`; None: it ended by itself."""
-    if code < 0:
-        try:
-            return signal.Signals(-code).name
-        except ValueError:  # A real-time signal.
-            return f"signal {-code}"
-    return f"0x{code:08X}" if code >= _WINDOWS_FAILURES else None
-
-
-def last_words(said: str, lines: int = 3) -> str:
-    """The end of what a process wrote to standard error, on one line; of a traceback its last line.
+def last_words(text: str, lines: int = _LAST_LINES) -> str:
+    """The end of a process's standard error on one line; of a traceback, its last line.
 
     Args:
-        said: the text.
-        lines: how many of its last lines.
+        text: standard error.
+        lines: maximum number of lines.
 
     Returns:
-        An empty text if there is none.
+        An empty text if there is no line.
     """
-    found = [line.strip() for line in said.splitlines() if line.strip()]
-    if "Traceback (most recent call last):" in found:
+    rows = [line.strip() for line in text.splitlines() if line.strip()]
+    if "Traceback (most recent call last):" in rows:
         lines = 1
-    return " / ".join(found[-lines:])
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows.
-        return os.cpu_count() or 1
+    return " / ".join(rows[-lines:])
 
 
 class StoppedBySignal(SystemExit):
-    """A signal asked this process to end; what it was writing is cleaned up on the way out.
+    """A signal asked this process to end; unfinished files are removed on the way out.
 
-    Its code is the conventional one, 128 and the signal's number.
+    The exit code is the conventional 128 plus the signal's number.
 
     Attributes:
-        name: of the signal, e.g. `SIGTERM`.
+        name: name of the signal, e.g. `SIGTERM`.
     """
 
     def __init__(self, number: int) -> None:
@@ -100,11 +272,11 @@ class StoppedBySignal(SystemExit):
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does: by an exception, and things are tidied.
+    """Let SIGTERM and SIGHUP end the block by an exception, as Ctrl-C does, so that cleanup runs.
 
-    Those that whoever started us has told us to ignore (nohup does) stay ignored.
+    Signals that this process was started to ignore (as nohup does) stay ignored.
     """
-    names = ("SIGTERM", "SIGHUP", "SIGBREAK")  # The last is Windows' own.
+    names = ("SIGTERM", "SIGHUP", "SIGBREAK")  # The last exists on Windows only.
     numbers = [number for name in names if (number := getattr(signal, name, None)) is not None]
     numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
     if threading.current_thread() is not threading.main_thread() or not numbers:
@@ -112,9 +284,9 @@ def ending_on_signals() -> Iterator[None]:
         return
 
     def stop(number: int, _: Any) -> None:
-        # The second of them must not cut off the tidying.
-        for one in numbers:
-            signal.signal(one, signal.SIG_IGN)
+        # A second signal must not interrupt the cleanup.
+        for ignored in numbers:
+            signal.signal(ignored, signal.SIG_IGN)
         raise StoppedBySignal(number)
 
     for number in numbers:
@@ -123,29 +295,6 @@ def ending_on_signals() -> Iterator[None]:
         yield
     finally:
         for number in numbers:
-            # A server may have handlers of its own by now.
+            # A server may have installed handlers in the meantime.
             if signal.getsignal(number) in (stop, signal.SIG_IGN):
                 signal.signal(number, signal.SIG_DFL)
-
-
-@contextmanager
-def lifeline() -> Iterator[int]:
-    """Standard input for a worker: a pipe that nothing is written to, and that closes when this ends."""
-    theirs, ours = os.pipe()
-    try:
-        yield theirs
-    finally:
-        os.close(theirs)
-        os.close(ours)
-
-
-def end_with_lifeline() -> None:
-    """End this process, a worker's, when its standard input is closed on the other side."""
-
-    def wait() -> None:
-        with suppress(OSError, ValueError):
-            while os.read(0, 1):
-                pass
-        os._exit(1)
-
-    threading.Thread(target=wait, name="lifeline", daemon=True).start()

@@ -1,4 +1,4 @@
-"""What the processor can do, as far as graphs and kernels depend on it: one setting for everything."""
+"""Number and features of the processors, as far as graphs and kernels depend on them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from trtq.errors import UsageError
 
-__all__ = ["FEATURES", "VARIABLE", "has_vnni", "processor_features"]
+__all__ = ["FEATURES", "VARIABLE", "has_vnni", "processor_features", "processors"]
 
 VARIABLE = "TRTQ_CPU"
-"""Environment variable that changes what is assumed: `-vnni`, `+vnni,-bf16`, ..."""
+"""Environment variable that overrides the detected features: `-vnni`, `+vnni,-bf16`, ..."""
 FEATURES = {
     "avx2": ("avx2",),
     "avx512": ("avx512f",),
@@ -19,20 +19,30 @@ FEATURES = {
     "bf16": ("avx512_bf16", "amx_bf16"),
     "amx": ("amx_int8",),
 }
-"""By our name, what `/proc/cpuinfo` calls it; `vnni` adds int8 products in int32, without loss."""
+"""Flags of `/proc/cpuinfo` by feature, any of which suffices; `vnni` adds int8 products in int32, which
+cannot saturate."""
+
+
+def processors() -> int:
+    """Number of processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows.
+        return os.cpu_count() or 1
 
 
 def processor_features() -> frozenset[str]:
-    """Those of `FEATURES` that this processor is taken to have.
+    """The names in `FEATURES` that this processor is assumed to have.
 
-    The system says it; TRTQ_CPU changes it, a comma-separated list of `+name` and `-name`. It changes
-    what trtq prepares, not what runtimes use, so `+` of what is not there may compute wrongly. Where the
-    system does not tell, `vnni` is assumed.
+    The operating system reports the features, and TRTQ_CPU, a comma-separated list of `+name` and
+    `-name`, overrides them. TRTQ_CPU changes how trtq prepares graphs, not which instructions runtimes
+    use, so `+` of a missing feature may compute wrong results. If the system reports nothing, `vnni` is
+    assumed.
 
     Raises:
-        UsageError: TRTQ_CPU names something else.
+        UsageError: TRTQ_CPU names another feature.
     """
-    found = set(_detected())
+    features = set(_detected())
     for word in os.environ.get(VARIABLE, "").replace(",", " ").split():
         name = word.removeprefix("-") if word.startswith("-") else word.removeprefix("+")
         if name not in FEATURES:
@@ -41,14 +51,14 @@ def processor_features() -> frozenset[str]:
                 f"one of {', '.join(FEATURES)}"
             )
         if word.startswith("-"):
-            found.discard(name)
+            features.discard(name)
         else:
-            found.add(name)
-    return frozenset(found)
+            features.add(name)
+    return frozenset(features)
 
 
 def has_vnni() -> bool:
-    """Whether the processor is taken to add int8 products in int32, see `processor_features`."""
+    """Whether the processor is assumed to add int8 products in int32, see `processor_features`."""
     return "vnni" in processor_features()
 
 
@@ -60,6 +70,6 @@ def _detected() -> frozenset[str]:
         return frozenset({"vnni"})
     lines = (line.partition(":") for line in text.splitlines())
     flags = next((set(value.split()) for key, _, value in lines if key.strip() == "flags"), None)
-    if flags is None:  # Not of x86, whose older processors are the only ones known to saturate.
+    if flags is None:  # Not x86, whose older processors are the only ones known to saturate.
         return frozenset({"vnni"})
     return frozenset(name for name, known in FEATURES.items() if flags & set(known))

@@ -16,14 +16,14 @@ __all__ = ["ProgressCallback", "ProgressPrinter", "silent"]
 
 
 class ProgressCallback(Protocol):
-    """Called with the stage's name, what is done and how much there is."""
+    """Called with the stage's name, the work done and the total."""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Take note."""
+        """Report progress."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """A reporter that says nothing."""
+    """A `ProgressCallback` that prints nothing."""
 
 
 def _duration(seconds: float) -> str:
@@ -35,13 +35,13 @@ class ProgressPrinter:
     """Prints `stage done/total, time left`: rewritten in place on a terminal, else every ten seconds.
 
     Args:
-        stream: where to print, by default standard error.
-        interval_s: seconds between lines when the stream is no terminal.
+        stream: output stream; default: standard error.
+        interval_s: seconds between lines, unless the stream is a terminal.
     """
 
     def __init__(self, stream: TextIO | None = None, interval_s: float = 10.0) -> None:
         self.stream = stream or sys.stderr
-        # A dumb terminal shows escape sequences instead of obeying them.
+        # A dumb terminal prints escape sequences verbatim.
         dumb = os.environ.get("TERM", "") == "dumb"
         self.terminal = self.stream is not None and self.stream.isatty() and not dumb
         self.interval_s = 0.1 if self.terminal else interval_s
@@ -50,7 +50,7 @@ class ProgressPrinter:
         self._last = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Print, if it is time to."""
+        """Print, unless the last line was printed less than an interval ago."""
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._first, self._last = stage, (now, done - 1), -1e9
@@ -71,7 +71,7 @@ class ProgressPrinter:
             text = f"\r\x1b[K{text}" + ("\n" if finished else "")
         else:
             text += "\n"
-        # Work goes on when nobody reads where it stands: a closed pipe, a full disk.
+        # The work continues when its progress cannot be printed: a closed pipe, a full disk.
         with suppress(OSError, ValueError):
             if self.stream is not None:
                 self.stream.write(text)

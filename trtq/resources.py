@@ -1,4 +1,4 @@
-"""What this process uses, and where it keeps what it made."""
+"""Memory of this process and of the machine, and the cache folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = [
 
 
 def rss_bytes() -> int:
-    """The resident memory of this process now, in bytes; 0 where the system does not say."""
+    """Resident memory of this process, in bytes; 0 if the operating system does not report it."""
     return _status_bytes("VmRSS")
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident memory this process has had so far, in bytes; 0 where nobody counts it."""
-    # What getrusage counts in a child begins with the peak of the process that started it.
+    """Peak resident memory of this process, in bytes; 0 if the operating system does not report it."""
+    # In a child process, getrusage starts from the peak of the parent process.
     counted = _status_bytes("VmHWM")
     if counted:
         return counted
@@ -36,9 +36,13 @@ def peak_rss_bytes() -> int:
 
 
 def forget_peak_rss() -> bool:
-    """Let `peak_rss_bytes` count from now on; whether the system can."""
+    """Reset `peak_rss_bytes` to the current memory.
+
+    Returns:
+        Whether the operating system supports this.
+    """
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True
@@ -46,43 +50,43 @@ def forget_peak_rss() -> bool:
 
 def _status_bytes(key: str) -> int:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def available_bytes() -> int:
-    """Memory that a new process could take, in bytes; 0 where the system does not say.
+    """Memory available to a new process, in bytes; 0 if the operating system does not report it.
 
-    Of the machine, or of the container (cgroup v2) where that is less.
+    The limit is that of the machine or of the container (cgroup v2), whichever is smaller.
     """
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
-    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    limits = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     try:
-        most, used = (
-            int((Path("/sys/fs/cgroup") / name).read_text())
+        limit, used = (
+            int((Path("/sys/fs/cgroup") / name).read_text(encoding="utf-8"))
             for name in ("memory.max", "memory.current")
         )
-        found.append(max(most - used, 0))
+        limits.append(max(limit - used, 0))
     except (OSError, ValueError):  # No such files, or "max".
         pass
-    return min(found, default=0)
+    return min(limits, default=0)
 
 
 def cache_folder(kind: str) -> Path:
-    """Where things of a kind are kept: in `TRTQ_CACHE`, or in the user's own cache folder.
+    """Cache folder of one kind of data, in `TRTQ_CACHE` or in the user's cache folder.
 
     Raises:
-        RuntimeError: the user has no home, or `TRTQ_CACHE` is `off`.
+        RuntimeError: the user has no home folder, or `TRTQ_CACHE` is `off`.
     """
-    own = os.environ.get("TRTQ_CACHE")
-    if own == "off":
-        raise RuntimeError("TRTQ_CACHE switches the cache off")
-    if own:
-        return Path(own) / kind
+    configured = os.environ.get("TRTQ_CACHE")
+    if configured == "off":
+        raise RuntimeError("TRTQ_CACHE=off disables the cache")
+    if configured:
+        return Path(configured) / kind
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "trtq" / kind

@@ -1,4 +1,4 @@
-"""Random streams that depend on what they are for, and on nothing that ran before."""
+"""Random streams that depend on their key only, not on earlier draws."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["seeded_generator", "seeded_normal"]
 
 _CHUNK = 16
-# Seeding a stream again takes a hundredth of the time of making one.
+# Reseeding a stream takes a hundredth of the time of creating one.
 _STREAM = np.random.RandomState(0)
 _STREAM_LOCK = threading.Lock()
 
@@ -25,27 +25,30 @@ def _number(key: tuple[int | str, ...]) -> int:
 
 
 def seeded_generator(*key: int | str) -> torch.Generator:
-    """A torch generator for this key, e.g. `(seed, "noise", image)`; different keys, other streams."""
+    """A torch generator for a key, e.g. `(seed, "noise", image)`; each key has a different stream."""
     import torch
 
     return torch.Generator().manual_seed(_number(key))
 
 
 def seeded_normal(shape: tuple[int, ...], *key: int | str) -> np.ndarray:
-    """What `torch.randn(shape, generator=seeded_generator(*key))` gives, without torch.
+    """The values of `torch.randn(shape, generator=seeded_generator(*key))`, without torch.
 
-    The same stream (MT19937) and the same pairing of the Box-Muller transform as torch's on a CPU, so
-    float32 equal to torch's but for the last bits of its logarithms and cosines.
+    Stream (MT19937) and pairing in the Box-Muller transform are those of torch on a CPU, so the values
+    equal torch's except for the last bits of logarithms and cosines.
 
     Args:
-        shape: of at least 16 values; torch draws fewer in another way.
-        key: see `seeded_generator`.
+        shape: shape of at least 16 values; torch draws fewer values with another algorithm.
+        key: key of the stream, see `seeded_generator`.
+
+    Returns:
+        Standard normal values, float32[*shape].
     """
     count = math.prod(shape)
     assert count >= _CHUNK
     whole, rest = count - count % _CHUNK, count % _CHUNK
     drawn = count + (_CHUNK if rest else 0)
-    # torch seeds MT19937 with the low 32 bits, and draws the last 16 values anew if they are no chunk.
+    # torch seeds MT19937 with the low 32 bits, and redraws the last 16 values after an incomplete chunk.
     with _STREAM_LOCK:
         _STREAM.seed(_number(key) & 0xFFFFFFFF)
         words = _STREAM.randint(0, 1 << 32, size=drawn, dtype=np.uint32)
@@ -58,7 +61,7 @@ def seeded_normal(shape: tuple[int, ...], *key: int | str) -> np.ndarray:
 
 
 def _box_muller(uniform: np.ndarray, out: np.ndarray) -> None:
-    """Uniform in [0, 1) -> standard normal, of chunks of 16 the first 8 radii and the last 8 angles."""
+    """Uniform in [0, 1) -> standard normal; in chunks of 16: 8 radii, then 8 angles."""
     half = _CHUNK // 2
     chunks, normal = uniform.reshape(-1, _CHUNK), out.reshape(-1, _CHUNK)
     radius = np.sqrt(np.float32(-2) * np.log(1 - chunks[:, :half]))

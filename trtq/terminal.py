@@ -1,4 +1,4 @@
-"""What the command line stands on: streams that take every text, and a width that is one."""
+"""Standard streams that accept any text, a usable terminal width, and internal errors as one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 _REPLACED = "trtq.replaced"
-_SPELLED = {
+_ASCII_FORMS = {
     "…": "...",
     "–": "-",  # noqa: RUF001
     "—": "-",
@@ -43,20 +43,20 @@ _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory",
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:
-    """What a stream of another encoding gets of a character it has not: its ASCII form or its number."""
+    """ASCII forms or code points of characters that an encoding lacks; a codec error handler."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    found = []
+    texts = []
     for character in error.object[error.start : error.end]:
-        plain = _SPELLED.get(character) or unicodedata.normalize("NFKD", character).encode(
+        plain = _ASCII_FORMS.get(character) or unicodedata.normalize("NFKD", character).encode(
             "ascii", "ignore"
         ).decode("ascii")
-        found.append(plain or character.encode("ascii", "backslashreplace").decode("ascii"))
-    return "".join(found), error.end
+        texts.append(plain or character.encode("ascii", "backslashreplace").decode("ascii"))
+    return "".join(texts), error.end
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes log records to what standard error is at the time, and to nothing where it is closed."""
+    """Writes log records to the current `sys.stderr`, and discards them where it is closed."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
@@ -67,11 +67,11 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 def open_streams() -> None:
-    """Make the standard streams fit for use, once, before anything is printed.
+    """Prepare the standard streams, once, before anything is printed.
 
-    Characters that a stream's encoding has not are spelled in ASCII, so that no text is lost and none is
-    an error. Descriptors that were closed lead nowhere, so that no file is opened in their place and
-    written to by what prints.
+    Characters that a stream's encoding lacks are written in ASCII, so that no text is lost or raises an
+    error. Closed descriptors are connected to the null device; otherwise the next file that is opened
+    would take their place and receive what is printed.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -88,45 +88,45 @@ def open_streams() -> None:
 
 
 def stop_writing() -> None:
-    """Let what is still to be printed go nowhere: nobody reads it, and that is no second error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Discard all further output to stdout, whose reader is gone, so that it raises no second error."""
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 1)
+        os.dup2(null, 1)
     finally:
-        os.close(nowhere)
+        os.close(null)
 
 
 def sane_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment, without a number of columns or lines in which nothing can be shown.
+    """The environment without unusable values of `COLUMNS` and `LINES`.
 
-    A terminal that is not attached has 0 of them, and then a table of no width is printed.
+    A detached terminal reports 0 columns, and a table would be printed without any width.
     """
-    found = dict(os.environ if environment is None else environment)
-    for name, least in (("COLUMNS", _MIN_COLUMNS), ("LINES", 1)):
-        value = found.get(name)
+    variables = dict(os.environ if environment is None else environment)
+    for name, min_value in (("COLUMNS", _MIN_COLUMNS), ("LINES", 1)):
+        value = variables.get(name)
         if value is None:
             continue
-        if re.fullmatch(r"[0-9]{1,6}", value) is None or int(value) < least:
-            del found[name]
+        if re.fullmatch(r"[0-9]{1,6}", value) is None or int(value) < min_value:
+            del variables[name]
         else:
-            found[name] = str(min(int(value), _MAX_COLUMNS))
-    return found
+            variables[name] = str(min(int(value), _MAX_COLUMNS))
+    return variables
 
 
 def one_line(text: str) -> str:
-    """A text with what moves the cursor, ends a line or turns the direction of writing escaped."""
+    """The text, with characters escaped that move the cursor, end a line or change the direction."""
     return _CONTROL.sub(
-        lambda found: found[0].encode("unicode_escape").decode("ascii"), text.strip()
+        lambda match: match[0].encode("unicode_escape").decode("ascii"), text.strip()
     )
 
 
-def internal_error(error: Exception, say: Callable[[str], None], *, verbose: bool) -> int:
-    """Say in one line what nobody foresaw; the traceback only where it was asked for.
+def internal_error(error: Exception, print_line: Callable[[str], None], *, verbose: bool) -> int:
+    """Print an unexpected error as one line.
 
     Args:
-        error: not one of trtq's own.
-        say: prints a line.
-        verbose: print the traceback, too.
+        error: an exception that is no `TrtqError`.
+        print_line: prints a line.
+        verbose: print the traceback too.
 
     Returns:
         The exit code.
@@ -140,11 +140,11 @@ def internal_error(error: Exception, say: Callable[[str], None], *, verbose: boo
         words in str(error).lower() for words in _OUT_OF_MEMORY
     )
     if memory:
-        say(
+        print_line(
             f"error: out of memory ({text}); choose fewer images, a smaller batch or a smaller size"
         )
     elif isinstance(error, ImportError):
-        say(f"error: a module that trtq needs cannot be imported ({text}); see trtq doctor")
+        print_line(f"error: a module that trtq needs cannot be imported ({text}); see trtq doctor")
     else:
-        say(f"internal error: {text}; run with -v for the traceback; this is a bug")
+        print_line(f"internal error: {text}; run with -v for the traceback; this is a bug")
     return 1

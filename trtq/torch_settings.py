@@ -1,7 +1,7 @@
-"""The settings of torch and numpy that our work runs under, whatever the caller has set.
+"""Settings of torch and numpy that trtq works under, regardless of the caller's settings.
 
-Applications change them for their own models: `autocast`, a default dtype or device, `inference_mode`. A
-model that is loaded, calibrated or traced under them is another model, or none.
+Applications change the settings for their own models: `autocast`, a default dtype or device,
+`inference_mode`. Under such settings loading, calibration or tracing fails or gives a different model.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _DEVICES = ("cpu", "cuda")
 
 @contextmanager
 def own_settings() -> Iterator[None]:
-    """Inside the block torch and numpy are set as in a fresh process; afterwards as before.
+    """Inside the block, torch and numpy have the settings of a fresh process.
 
-    Only one thread at a time is inside, others wait: diffusers and accelerate exchange functions of
-    torch while they load, which every thread would see.
+    One thread at a time is inside the block, and others wait: while diffusers and accelerate load a
+    model they replace functions of torch, which would affect every thread.
     """
     with _ALONE, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -47,7 +47,7 @@ def own_settings() -> Iterator[None]:
 
 
 def with_own_settings(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function run under `own_settings`."""
+    """Decorate a function to run under `own_settings`."""
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:

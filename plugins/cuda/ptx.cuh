@@ -1,13 +1,13 @@
-// What the kernels need of the machine below C: conversions, asynchronous copies, tensor cores.
-// Each function says what one thread gives and gets; the tests replace this file by one that computes
-// the same on a CPU, so nothing else in the kernels may use inline assembly.
+// Machine instructions of the kernels: conversions, asynchronous copies, tensor cores. Comments
+// describe the operands of one thread. The tests replace this file with one that computes the same
+// on a CPU, so no other file of the kernels may use inline assembly.
 //
 // Letters: g = lane / 4, t = lane % 4 of a warp's 32 lanes.
 
 #pragma once
 
 typedef unsigned char u8;
-typedef unsigned short f16;  // Bits of a half; no header of CUDA is needed.
+typedef unsigned short f16;  // Bits of a half, without CUDA's headers.
 typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
@@ -30,30 +30,31 @@ DEVICE void from_float(float value, f16 *out) {
 
 DEVICE void from_float(float value, float *out) { *out = value; }
 
-// A multiplication and an addition that are never contracted to one rounding, as torch has them.
+// Multiplication and addition that are never fused into one rounding, as in torch.
 DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 // Half to even.
 DEVICE float round_even(float value) { return rintf(value); }
 
-// Copies 16 bytes from global to shared memory; both aligned to 16. It is there after `copies_wait`.
+// Copies 16 bytes from global to shared memory; both aligned to 16 bytes. Complete after
+// `copies_wait`.
 DEVICE void copy_16(u8 *shared, const u8 *global) {
 #if __CUDA_ARCH__ >= 800
-  u32 target = (u32)__cvta_generic_to_shared(shared);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+  u32 destination = (u32)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(global) : "memory");
 #else
   *(uint4 *)shared = *(const uint4 *)global;
 #endif
 }
 
-// Closes a group of copies, which may be empty.
+// Ends a group of copies, which may be empty.
 DEVICE void copies_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Waits until at most `NEWER` of this thread's groups are under way.
+// Waits until at most `NEWER` of this thread's groups are pending.
 template <int NEWER>
 DEVICE void copies_wait() {
 #if __CUDA_ARCH__ >= 800
@@ -61,12 +62,12 @@ DEVICE void copies_wait() {
 #endif
 }
 
-// Four 8-row matrices of 16 bytes per row. Lane l gives the address of row l % 8 of matrix l / 8 and
-// gets bytes 4t .. 4t + 3 of row g of every matrix.
-DEVICE void load_matrices(u32 (&found)[4], const u8 *row) {
+// Loads four matrices of 8 rows with 16 bytes each. Lane l passes the address of row l % 8 of
+// matrix l / 8 and receives bytes 4t .. 4t + 3 of row g of every matrix.
+DEVICE void load_matrices(u32 (&words)[4], const u8 *row) {
   u32 source = (u32)__cvta_generic_to_shared(row);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(found[0]), "=r"(found[1]), "=r"(found[2]), "=r"(found[3])
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(source)
                : "memory");
 }
@@ -84,7 +85,7 @@ DEVICE void load_matrices(u32 (&found)[4], const u8 *row) {
   }
 MMA_16(multiply_s8, "m16n8k32", "s8.s8")
 MMA_16(multiply_u4, "m16n8k64", "u4.u4")
-#else  // Turing has the quarter of it: 8 rows, 16 bytes.
+#else  // Turing has a quarter of the size: 8 rows, 16 bytes.
 #define MMA_8(NAME, SHAPE, TYPES)                                                               \
   DEVICE void NAME##_8(int &s0, int &s1, u32 a, u32 b) {                                        \
     asm volatile("mma.sync.aligned." SHAPE ".row.col.s32." TYPES                                \
@@ -102,7 +103,7 @@ MMA_8(multiply_s8, "m8n8k16", "s8.s8")
 MMA_8(multiply_u4, "m8n8k32", "u4.u4")
 #endif
 
-// One of the lanes whose number differs in the bits of `mask`.
+// The value of the lane whose number differs in the bits of `mask`.
 DEVICE int from_lane(int value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 #define DYNAMIC_SHARED(NAME) extern __shared__ __align__(128) u8 NAME[]

@@ -1,34 +1,34 @@
-// A linear layer or 2-D convolution of whole-number codes: implicit matrix product on tensor cores.
+// Linear layer or 2-D convolution of integer codes: implicit matrix product on tensor cores.
 //
 //   out[m, n] = sum_k A[m, k] * W[n, k] * (d[n] * s[step]) + bias[n]      (+ residual, then SiLU)
 //
-// m runs over images and output pixels, n over the output channels of a group (blockIdx.z), k over
-// kernel rows, kernel columns and channels of the group, padded to 32. A linear layer is the
-// convolution with a 1 x 1 kernel over an image of one column.
+// m counts images and output pixels, n the output channels of a group (blockIdx.z), k kernel rows,
+// kernel columns and channels of the group, padded to 32. A linear layer is a convolution with a
+// 1 x 1 kernel over an image of one column.
 //
-// One block computes TILE_M x TILE_N outputs and goes through k in tiles of 64 bytes:
+// One block computes TILE_M x TILE_N outputs and loops over k in tiles of 64 bytes:
 //
 //            k ->  64 B                   64 B                 each warp: WARP_M x WARP_N,
 //          +---------+                 +---------+             as m16n8 products of 32 bytes
 //   m      | codes   | TILE_M      n   | weights | TILE_N
 //          +---------+                 +---------+
 //
-// STAGES of them lie in shared memory, filled by asynchronous copies ahead of the product. A row's four
-// chunks of 16 bytes are stored in the order chunk ^ (row / 2 % 4), so that the eight rows that
-// `load_matrices` reads at once lie in different banks.
+// Shared memory holds STAGES tiles, filled by asynchronous copies ahead of the product. The four
+// chunks of 16 bytes in a row are stored in the order chunk ^ (row / 2 % 4), so the eight rows that
+// `load_matrices` reads together are in different banks.
 //
 // Compiled once per combination of
 //   VALUE_HALF   inputs and outputs are half (1) or float (0)
-//   WEIGHT_BITS  8: W[n, k] as signed bytes. 4: two codes q per byte, W = q - z[n], unpacked to bytes on
-//                their way to shared memory
-//   NATIVE_4     1: with WEIGHT_BITS 4, codes A are stored as u = A - lo[step], 4 bits each, and both
-//                factors stay so. Then
+//   WEIGHT_BITS  8: W[n, k] are signed bytes. 4: two codes q per byte, W = q - z[n], unpacked to bytes
+//                while they are loaded to shared memory (layout: trtq/plugins/low_bit/pack.py)
+//   NATIVE_4     1: with WEIGHT_BITS 4, codes A are stored as u = A - lo[step] in 4 bits each, and both
+//                factors are multiplied as nibbles. Then
 //                  sum A W = sum u q - z[n] sum u + lo[step] sum (q - z[n])
-//                with sum u added up over the kernel's window from the sums per pixel.
-//   FUSED        1: A is quantised from the values on its way to shared memory: one launch, no buffer
+//                where sum u over the kernel's window is added up from the sums per pixel.
+//   FUSED        1: the kernel quantises A while it loads shared memory: one launch, no buffer
 //   TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES
 //
-// Sums are int32, exact below 2^31. Scales follow in float32, each operation rounded as torch rounds it.
+// Sums are int32, exact below 2^31. Scaling is in float32, with each operation rounded as in torch.
 
 #include "codes.cuh"
 #include "ptx.cuh"
@@ -48,13 +48,14 @@ static constexpr int WARP_N = TILE_N / WARPS_N;
 static constexpr int A_BYTES = TILE_M * TILE_K;
 static constexpr int STAGE_BYTES = (TILE_M + TILE_N) * TILE_K;
 static constexpr int A_PER_THREAD = TILE_M * CHUNKS / THREADS;
-// Bytes of weights in memory for one chunk of 16 in shared memory.
+// 16-byte chunks in one tile row of weights in global memory: half as many if the codes are
+// unpacked.
 static constexpr bool UNPACK = WEIGHT_BITS == 4 && !NATIVE_4;
 static constexpr int B_CHUNKS = UNPACK ? CHUNKS / 2 : CHUNKS;
 static constexpr int B_PER_THREAD = TILE_N * B_CHUNKS / THREADS;
-// Rows that the warps compute side by side: their blocks of 16 rows are dealt out in turn.
+// Rows that all warps compute together: blocks of 16 rows are assigned to the warps in rotation.
 static constexpr int SLICE = 16 * WARPS_M;
-static constexpr int MOST_COLUMNS = TILE_N + 8;
+static constexpr int MAX_COLUMNS = TILE_N + 8;
 
 static_assert(TILE_M * CHUNKS % THREADS == 0 && TILE_N * B_CHUNKS % THREADS == 0, "even loads");
 static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0, "whole products");
@@ -77,7 +78,7 @@ struct Shape {
 
 static constexpr int CHANNELS_LAST = 1, SILU = 2;
 
-// Where an output row's window begins. `image` < 0: the row lies behind the last one.
+// Start of an output row's window. `image` < 0: the row is beyond the last one.
 struct Row {
   int image, top, left;
 };
@@ -94,7 +95,7 @@ DEVICE Row row_of(const Shape &s, i64 m) {
   return row;
 }
 
-// A place along k: kernel row and column, and byte within the group's channels.
+// A position along k: kernel row and column, and byte within the group's channels.
 struct Tap {
   int row, column, offset;
 };
@@ -116,12 +117,12 @@ DEVICE u8 *place(u8 *tile, int row, int chunk) {
 
 DEVICE void fill_16(u8 *shared, u32 word) { *(uint4 *)shared = make_uint4(word, word, word, word); }
 
-// Four bytes with one code 0 .. 15 each, less z: no byte borrows from its neighbour.
+// Four bytes with one code 0 .. 15 each, minus z, without borrows between bytes.
 DEVICE u32 less_zero_point(u32 codes, u32 zero_points) {
   return ((codes | 0x80808080u) - zero_points) ^ 0x80808080u;
 }
 
-// What the outputs of one row share. `image` < 0: there is no such row.
+// Values shared by the outputs of one row. `image` < 0: the row does not exist.
 struct OutRow {
   float scale;
   int image, pixel, low, window;
@@ -140,7 +141,7 @@ DEVICE OutRow out_row(const Shape &s, i64 m, const float *tables, const i64 *ste
   out.scale = numbers.scale;
 #if NATIVE_4
   out.low = (int)numbers.low;
-  // Sum of u over the window; beyond the edge lies the code of zero.
+  // Sum of u over the window; beyond the edge, u is the code of zero.
   for (int ky = 0; ky < s.kernel_h; ++ky)
     for (int kx = 0; kx < s.kernel_w; ++kx) {
       int y = row.top + ky * s.dilation_h, x = row.left + kx * s.dilation_w;
@@ -152,26 +153,26 @@ DEVICE OutRow out_row(const Shape &s, i64 m, const float *tables, const i64 *ste
   return out;
 }
 
-static_assert(SLICE * MOST_COLUMNS * 4 + TILE_M * (int)sizeof(OutRow) <= STAGES * STAGE_BYTES,
-              "what follows the product fits its memory");
+static_assert(SLICE * MAX_COLUMNS * 4 + TILE_M * (int)sizeof(OutRow) <= STAGES * STAGE_BYTES,
+              "sums and rows fit the memory of the tiles");
 
-// From sums to outputs. A thread finishes eight neighbours in memory at once: of one row with channels
-// last, otherwise of one channel.
+// Converts sums to outputs. A thread handles eight neighbours in memory together: of one row with
+// channels last, otherwise of one channel.
 struct Finish {
   const Shape &s;
   const OutRow *out_rows;
-  const float *channel;
+  const float *terms;
   const Value *residual;
   Value *out;
   i64 first_m;
   int first_n, group, per_group;
 
-  DEVICE Value one(int sum, const OutRow &row, int n, i64 index) const {
+  DEVICE Value finished(int sum, const OutRow &row, int n, i64 index) const {
     if (NATIVE_4)
-      sum += row.low * (int)channel[3 * s.out_channels + n] -
-             (int)channel[2 * s.out_channels + n] * row.window;
-    float y = multiply((float)sum, multiply(channel[n], row.scale));
-    y = add(y, channel[s.out_channels + n]);
+      sum += row.low * (int)terms[3 * s.out_channels + n] -
+             (int)terms[2 * s.out_channels + n] * row.window;
+    float y = multiply((float)sum, multiply(terms[n], row.scale));
+    y = add(y, terms[s.out_channels + n]);
     if (residual) y = add(y, to_float(residual[index]));
     if (s.flags & SILU) y = y / (1.0f + expf(-y));
     Value value;
@@ -182,7 +183,7 @@ struct Finish {
   DEVICE void rows(const int *slice, int columns, int first_row) const {
     const bool last = s.flags & CHANNELS_LAST;
     const int pixels = s.out_height * s.out_width;
-    // Eight neighbours are never of two images, nor the store of them misaligned.
+    // Whether eight neighbours always belong to one image and their store is aligned.
     const bool whole = (last ? per_group : pixels) % 8 == 0 && (u64)out % 16 == 0;
     for (int slot = threadIdx.x; slot < SLICE * TILE_N / 8; slot += THREADS) {
       const int row = last ? slot / (TILE_N / 8) : slot % (SLICE / 8) * 8;
@@ -197,7 +198,8 @@ struct Finish {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           const int sum = slice[last ? row * columns + column + e : (row + e) * columns + column];
-          values[e] = one(sum, last ? head : out_rows[first_row + row + e], last ? n + e : n, start + e);
+          const OutRow &item = last ? head : out_rows[first_row + row + e];
+          values[e] = finished(sum, item, last ? n + e : n, start + e);
         }
 #pragma unroll
         for (int part = 0; part < (int)sizeof(values) / 16; ++part)
@@ -206,19 +208,19 @@ struct Finish {
       }
 #pragma unroll 1
       for (int e = 0; e < 8; ++e) {
-        const OutRow &own = out_rows[first_row + (last ? row : row + e)];
-        if (own.image < 0 || (last && first_n + column + e >= per_group)) break;
+        const OutRow &item = out_rows[first_row + (last ? row : row + e)];
+        if (item.image < 0 || (last && first_n + column + e >= per_group)) break;
         const i64 index = last ? start + e
-                               : ((i64)own.image * s.out_channels + n) * pixels + own.pixel;
+                               : ((i64)item.image * s.out_channels + n) * pixels + item.pixel;
         const int sum = slice[last ? row * columns + column + e : (row + e) * columns + column];
-        out[index] = one(sum, own, last ? n + e : n, index);
+        out[index] = finished(sum, item, last ? n + e : n, index);
       }
     }
   }
 };
 
 #if FUSED
-// Sixteen channels of one input pixel as codes; channels behind the last are 0.
+// Codes of sixteen channels of one input pixel; channels beyond the last are 0.
 DEVICE uint4 quantized_16(const Value *x, const Shape &s, const StepRow &step, int image, i64 pixel,
                           int group, int channel) {
   i64 pixels = (i64)s.height * s.width;
@@ -250,16 +252,16 @@ DEVICE uint4 quantized_16(const Value *x, const Shape &s, const StepRow &step, i
 #endif
 
 // codes     u8[batch, height, width, groups, ceil(channels / 32) * 32], signed bytes, or nibbles
-// sums      int[batch, height, width, groups], sum of u; read with NATIVE_4 only
+// sums      int[batch, height, width, groups], sums of u; read with NATIVE_4 only
 // x         Value[batch, channels, height, width] or channels last
 // weight    u8[out_channels, kernel_h, kernel_w, ceil(channels / 32) * 32], signed bytes, or nibbles
-// channel   float[4, out_channels]: d, bias, z, sum (q - z)
+// terms     float[4, out_channels]: scale d, bias, zero point z, sum of (q - z)
 // tables    float[4, steps]: scale, reciprocal, smallest code, largest code
 // step      i64[batch]
-// residual  Value, laid out as out; null: none
+// residual  Value, in the layout of out, or null
 // out       Value[batch, out_channels, out_height, out_width] or channels last
 extern "C" __global__ void __launch_bounds__(THREADS)
-    low_bit(A_PARAMETERS, const u8 *weight, const float *channel, const float *tables,
+    low_bit(A_PARAMETERS, const u8 *weight, const float *terms, const float *tables,
             const i64 *step,
 #if !FUSED
             const Value *residual,
@@ -280,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int weight_row = WEIGHT_BITS == 4 ? taps * padded / 2 : taps * padded;
   const int tiles = (k_bytes + TILE_K - 1) / TILE_K;
 
-  // What this thread loads: always the same rows and chunk, of one tile after the other.
+  // Loads of this thread: the same rows and chunk of each tile.
   Row rows[A_PER_THREAD];
   Tap tap = {0, 0, 0};
   int a_chunk = threadIdx.x % CHUNKS;
@@ -303,11 +305,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 
   auto load_a = [&](int tile) {
-    u8 *target = shared + tile % STAGES * STAGE_BYTES;
+    u8 *destination = shared + tile % STAGES * STAGE_BYTES;
 #pragma unroll
     for (int i = 0; i < A_PER_THREAD; ++i) {
       int row = threadIdx.x / CHUNKS + i * (THREADS / CHUNKS);
-      u8 *here = place(target, row, a_chunk);
+      u8 *here = place(destination, row, a_chunk);
       int y = rows[i].top + tap.row * s.dilation_h, x_ = rows[i].left + tap.column * s.dilation_w;
       if (rows[i].image < 0 || tap.row >= s.kernel_h) {
         fill_16(here, 0);
@@ -334,13 +336,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < B_PER_THREAD; ++i) {
       int n = first_n + threadIdx.x / B_CHUNKS + i * (THREADS / B_CHUNKS);
       int all = group * per_group + n;
-      zero_points[i] = n < per_group ? 0x01010101u * (u32)(int)channel[2 * s.out_channels + all] : 0;
+      zero_points[i] = n < per_group ? 0x01010101u * (u32)(int)terms[2 * s.out_channels + all] : 0;
     }
   }
 
-  // Weights that need no unpacking are copied straight to shared memory, the others to registers.
+  // Weights without unpacking are copied to shared memory, other weights to registers.
   auto load_b = [&](int tile) {
-    u8 *target = shared + tile % STAGES * STAGE_BYTES + A_BYTES;
+    u8 *destination = shared + tile % STAGES * STAGE_BYTES + A_BYTES;
     int chunk = threadIdx.x % B_CHUNKS;
     i64 offset = (i64)tile * (UNPACK ? TILE_K / 2 : TILE_K) + chunk * CHUNK;
 #pragma unroll
@@ -352,17 +354,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       if (UNPACK) {
         packed[i] = inside ? *(const uint4 *)source : make_uint4(0, 0, 0, 0);
       } else if (inside) {
-        copy_16(place(target, row, chunk), source);
+        copy_16(place(destination, row, chunk), source);
       } else {
-        fill_16(place(target, row, chunk), 0);
+        fill_16(place(destination, row, chunk), 0);
       }
     }
   };
 
-  // A word of eight packed codes holds channels 0 .. 3 in its low nibbles and 4 .. 7 in the high ones.
-  // Rows and chunks behind the last become -z instead of 0; the codes beside them are 0.
+  // A word of eight packed codes holds channels 0 .. 3 in its low nibbles and 4 .. 7 in its high
+  // nibbles. Rows and chunks beyond the last become -z instead of 0; the activation codes for them
+  // are 0.
   auto unpack_b = [&](int tile) {
-    u8 *target = shared + tile % STAGES * STAGE_BYTES + A_BYTES;
+    u8 *destination = shared + tile % STAGES * STAGE_BYTES + A_BYTES;
     int chunk = threadIdx.x % B_CHUNKS;
 #pragma unroll
     for (int i = 0; i < B_PER_THREAD; ++i) {
@@ -374,8 +377,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         bytes[2 * word] = less_zero_point(words[word] & 0x0f0f0f0fu, zero_points[i]);
         bytes[2 * word + 1] = less_zero_point(words[word] >> 4 & 0x0f0f0f0fu, zero_points[i]);
       }
-      *(uint4 *)place(target, row, 2 * chunk) = make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
-      *(uint4 *)place(target, row, 2 * chunk + 1) = make_uint4(bytes[4], bytes[5], bytes[6], bytes[7]);
+      *(uint4 *)place(destination, row, 2 * chunk) =
+          make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
+      *(uint4 *)place(destination, row, 2 * chunk + 1) =
+          make_uint4(bytes[4], bytes[5], bytes[6], bytes[7]);
     }
   };
 
@@ -407,12 +412,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
   };
 
-  // The first rounds only load.
+  // The first iterations only load.
 #pragma unroll 1
   for (int tile = 1 - STAGES; tile < tiles; ++tile) {
     if (tile >= 0) {
       copies_wait<STAGES - 2>();
-      // This tile is there for all threads, and all are done with the one whose place is filled next.
+      // All threads see this tile, and all have finished with the tile that is overwritten next.
       __syncthreads();
     }
     const int ahead = tile + STAGES - 1;
@@ -428,9 +433,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   copies_wait<0>();
   __syncthreads();
 
-  // The tiles' memory becomes that of the sums, SLICE rows at a time, and of what belongs to a row.
+  // The memory of the tiles is reused for the sums, SLICE rows at a time, and for the rows' values.
   int *slice = (int *)shared;
-  OutRow *out_rows = (OutRow *)(slice + SLICE * MOST_COLUMNS);
+  OutRow *out_rows = (OutRow *)(slice + SLICE * MAX_COLUMNS);
   for (int row = threadIdx.x; row < TILE_M; row += THREADS)
 #if NATIVE_4
     out_rows[row] = out_row(s, first_m + row, tables, step, sums, group, padded);
@@ -440,7 +445,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #if FUSED
   const Value *residual = nullptr;
 #endif
-  const Finish finish = {s, out_rows, channel, residual, out, first_m, first_n, group, per_group};
+  const Finish finish = {s, out_rows, terms, residual, out, first_m, first_n, group, per_group};
   const int columns = s.flags & CHANNELS_LAST ? TILE_N + 8 : TILE_N + 1;
 #pragma unroll
   for (int i = 0; i < WARP_M / 16; ++i) {

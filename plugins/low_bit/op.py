@@ -1,7 +1,8 @@
 """The layer as a custom operator of torch: `torch.ops.trtq.low_bit`.
 
-On an NVIDIA GPU it starts our kernels on torch's current stream, with scratch from torch's allocator, so
-it can be part of a CUDA graph. On a CPU it computes the same integers in torch.
+On an NVIDIA GPU the operator starts the CUDA kernels on torch's current stream, with scratch memory from
+torch's allocator, so it can be captured in a CUDA graph. On a CPU it computes the same integers in
+torch.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from trtq.errors import UsageError
-from trtq.plugins.driver import current_device
+from trtq.plugins.device import current_device
 from trtq.plugins.launch import Pointers, start_layer
+from trtq.plugins.low_bit.attributes import PLUGINS, fields_of, spec_of
 from trtq.plugins.low_bit.pack import unpack_bytes, unpack_nibbles
-from trtq.plugins.low_bit.tensorrt import PLUGINS, fields_of, spec_of
 from trtq.plugins.spec import LayerSpec, Problem
 
 __all__ = ["FLAT_FIELDS", "flat_fields", "low_bit", "spec_from_flat"]
 
 FLAT_FIELDS = tuple(fields_of(LayerSpec(1, 1, 1, 8, 8)))
-"""Order of a layer's attributes in one list of integers, after a first that tells convolutions."""
+"""Order of a layer's attributes in a list of integers; the first integer is 1 for a convolution."""
 _ARGUMENTS = {
     "weight": torch.int8,
     "terms": torch.float32,
@@ -30,13 +31,13 @@ _ARGUMENTS = {
 
 
 def flat_fields(layer: LayerSpec) -> list[int]:
-    """A layer as the operator takes it; `spec_from_flat` is the inverse."""
+    """A layer as the operator's list of integers; `spec_from_flat` is the inverse."""
     fields = fields_of(layer)
     return [int(layer.geometry is not None), *(v for name in FLAT_FIELDS for v in fields[name])]
 
 
 def spec_from_flat(flat: list[int]) -> LayerSpec:
-    """A layer from its flat form.
+    """Inverse of `flat_fields`.
 
     Raises:
         UsageError: there are too few integers.
@@ -60,7 +61,7 @@ def _channels_last(x: Tensor, layer: LayerSpec) -> bool:
 
 
 def _empty_out(x: Tensor, layer: LayerSpec) -> Tensor:
-    """The output, laid out as the input is."""
+    """An output tensor in the memory format of the input."""
     if layer.geometry is None:
         return x.new_empty(*x.shape[:-1], layer.out_channels)
     problem = layer.problem(x.shape)
@@ -74,10 +75,10 @@ def _empty_out(x: Tensor, layer: LayerSpec) -> Tensor:
 
 
 def _check(x: Tensor, layer: LayerSpec, **operands: Tensor) -> None:
-    """Types, sizes and devices; the steps' own values stay on the device.
+    """Check types, sizes and devices; values of steps are not read from the device.
 
     Raises:
-        UsageError: an operand is not what the layer takes.
+        UsageError: an operand does not fit the layer.
     """
     if x.dtype not in (torch.float16, torch.float32):
         raise UsageError(f"a low-bit layer takes float16 or float32, got {x.dtype}")
@@ -114,20 +115,20 @@ def low_bit(
     """A low-bit linear layer or convolution.
 
     Args:
-        x: `[B, ..., C]` or `[B, C, H, W]`, float16 or float32.
-        weight: packed int8, see `trtq.plugins.spec`.
-        terms: float32[4, N].
-        tables: float32[4, T].
-        step: int64[B]; one outside the tables makes its image NaN.
-        residual: added, of the output's shape; None: nothing.
-        layer: see `flat_fields`.
-        silu: applied last.
+        x: input, `[B, ..., C]` or `[B, C, H, W]`, float16 or float32.
+        weight: packed weight, int8, see `trtq.plugins.spec`.
+        terms: terms per output channel, float32[4, N].
+        tables: scales and limits per step, float32[4, T].
+        step: index of each image's step, int64[B]; an index outside the tables gives NaN.
+        residual: tensor that is added, in the output's shape, or None.
+        layer: attributes of the layer, see `flat_fields`.
+        silu: whether SiLU is applied to the result.
 
     Returns:
-        `[B, ..., N]` or `[B, N, P, Q]`, of the dtype of x.
+        `[B, ..., N]` or `[B, N, P, Q]`, in the dtype of x.
 
     Raises:
-        UsageError: an operand is not what the layer takes.
+        UsageError: an operand does not fit the layer.
         KernelError: a kernel cannot be compiled, loaded or started.
     """
     spec = spec_from_flat(layer)
@@ -161,8 +162,8 @@ def _start(
 ) -> None:
     """Start a layer on torch's current stream, in any thread.
 
-    A thread whose first work on the GPU is this has no context yet: torch makes it known to a thread
-    when it changes the device or allocates, and neither need have happened.
+    A new thread has no CUDA context until torch changes the device or allocates memory in it, so
+    `current_device` sets the context.
     """
     with torch.cuda.device(gpu):
         stream = torch.cuda.current_stream().cuda_stream
@@ -199,7 +200,7 @@ def _(
     _check(x, spec, weight=weight, terms=terms, tables=tables, step=step)
     items = (-1, *(1,) * (x.ndim - 1))
     scale, inverse, low, high = (row[step].reshape(items) for row in tables)
-    # As in the kernel, NaN takes the smallest code.
+    # As in the kernel, NaN gets the smallest code.
     codes = (x.float() * inverse).round().fmax(low).fmin(high)
     groups = 1 if spec.geometry is None else spec.geometry.groups
     packed, channels = weight.numpy(), spec.channels // groups

@@ -1,9 +1,10 @@
-"""Weights as the kernel reads them.
+"""Weights in the kernel's layout; `trtq.quant.packing` draws it next to those of files and graphs.
 
-Channels lie innermost, padded to 32. Eight codes 0 .. 15 share four bytes: byte j holds the code of
-channel j, and that of channel j + 4 above it. So the codes 1 2 3 4 5 6 7 8 make the bytes 0x51 0x62 0x73
-0x84: the low nibbles of a word are four neighbours, and so are the high ones, and two operations make
-bytes of them. Padding holds the zero point, the code of zero.
+Channels are innermost, padded to a multiple of 32. Eight codes 0 .. 15 share four bytes: byte j holds
+the code of channel j in its low nibble and the code of channel j + 4 in its high nibble. The codes 1 2
+3 4 5 6 7 8 make the bytes 0x51 0x62 0x73 0x84. The four low nibbles of a 32-bit word are neighbours,
+and so are the four high nibbles, so two operations unpack each half to bytes. Padding holds the zero
+point, the code of zero.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _HIGHEST = 15
 
 
 def storage_bits(bits: int, zero_point: _Integers) -> int:
-    """4 where codes and zero points `[N]` fit nibbles, otherwise 8."""
+    """4 if codes and zero points `[N]` fit nibbles, otherwise 8."""
     small = bool(((zero_point >= 0) & (zero_point <= _HIGHEST)).all())
     return 4 if bits <= 4 and small else 8
 
@@ -51,22 +52,26 @@ def _outermost(values: NDArray[_Code], channels: int) -> NDArray[_Code]:
 
 
 def pack_bytes(integers: _Int8) -> _Int8:
-    """int8[N, C] or [N, C, kh, kw], codes less zero points -> int8[N, kh, kw, C32]."""
+    """Pack codes minus zero points: int8[N, C] or [N, C, kh, kw] -> int8[N, kh, kw, C32]."""
     return _innermost(integers, np.zeros(len(integers), np.int8))
 
 
 def unpack_bytes(packed: _Int8, channels: int) -> _Int8:
-    """int8[N, kh, kw, C32] -> int8[N, C, kh, kw]."""
+    """int8[N, kh, kw, C32] -> int8[N, C, kh, kw]; inverse of `pack_bytes`."""
     return _outermost(packed, channels)
 
 
 def pack_nibbles(codes: _UInt8, zero_point: _Integers) -> _Int8:
-    """uint8[N, C] or [N, C, kh, kw] in 0 .. 15, zero points `[N]` -> int8[N, kh, kw, C32 / 2].
+    """Pack codes in 0 .. 15: uint8[N, C] or [N, C, kh, kw] -> int8[N, kh, kw, C32 / 2].
 
-    int8 stands for the bytes, since engines take no other constant of one byte.
+    The bytes have the type int8, because engines accept no other one-byte constants.
+
+    Args:
+        codes: codes of the weight.
+        zero_point: zero points, `[N]`, with which channels are padded.
 
     Raises:
-        QuantizationError: a code or zero point does not fit.
+        QuantizationError: a code or zero point does not fit a nibble.
     """
     for name, values in (("codes", codes), ("zero points", zero_point)):
         if values.size and not (values.min() >= 0 and values.max() <= _HIGHEST):
@@ -83,7 +88,7 @@ def unpack_nibbles(packed: _Int8, channels: int) -> _UInt8:
     """int8[N, kh, kw, C32 / 2] -> uint8[N, C, kh, kw]; inverse of `pack_nibbles`.
 
     Raises:
-        ArtefactError: there are fewer channels in it.
+        ArtefactError: the packed weight has fewer channels.
     """
     if 2 * packed.shape[-1] < channels:
         raise ArtefactError(
@@ -100,16 +105,16 @@ def terms(
     zero_point: _Integers,
     integers: _Int8,
 ) -> NDArray[np.float32]:
-    """What the kernel needs per output channel, float32[4, N].
+    """The kernel's terms per output channel, float32[4, N]: scale, bias, zero point, sum of `q - z`.
 
     Args:
-        scale: `d[N]`.
-        bias: `[N]`; None: zeros.
-        zero_point: `[N]`, of codes that lie as nibbles; zeros for bytes.
-        integers: `q - z`, `[N, ...]`.
+        scale: scales `d`, `[N]`.
+        bias: biases, `[N]`, or None.
+        zero_point: zero points `z` of codes stored as nibbles, `[N]`; zeros for bytes.
+        integers: weights `q - z`, `[N, ...]`.
 
     Raises:
-        QuantizationError: a sum of integers is no float32.
+        QuantizationError: a sum of integers exceeds the whole numbers of float32.
     """
     count = len(scale)
     sums = integers.reshape(count, -1).sum(1, dtype=np.int64)

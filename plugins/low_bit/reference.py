@@ -1,4 +1,4 @@
-"""The layer in numpy, as it is defined; the kernel's integers are held to it exactly.
+"""The layer in numpy, as defined; the kernel's integers must equal the reference exactly.
 
     k = clip(round(x * inv_s[t]), lo[t], hi[t])
     y = sum k (q - z) * (d * s[t]) + bias, plus residual, then SiLU
@@ -19,9 +19,9 @@ _Float = NDArray[np.float32]
 
 
 def quantize(x: NDArray[np.generic], tables: _Float, step: NDArray[np.int64]) -> NDArray[np.int8]:
-    """x[B, ...], tables[4, T], step[B] -> codes, int8[B, ...].
+    """Codes of values: x[B, ...], tables[4, T], step[B] -> int8[B, ...].
 
-    Half to even; NaN gives the smallest code.
+    Rounds half to even; NaN gets the smallest code.
     """
     _, inverse, low, high = (row[step].reshape(-1, *(1,) * (x.ndim - 1)) for row in tables)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -33,7 +33,7 @@ def quantize(x: NDArray[np.generic], tables: _Float, step: NDArray[np.int64]) ->
 def convolve(
     codes: NDArray[np.int8], integers: NDArray[np.int8], geometry: Geometry
 ) -> NDArray[np.int64]:
-    """codes[B, G * C, H, W], integers[N, C, kh, kw] -> int64[B, N, P, Q], exactly."""
+    """Exact convolution: codes[B, G * C, H, W], integers[N, C, kh, kw] -> int64[B, N, P, Q]."""
     g = geometry
     (kernel_h, kernel_w), groups = g.kernel, g.groups
     edges = [(0, 0), (0, 0), *((size, size) for size in g.padding)]
@@ -42,7 +42,7 @@ def convolve(
     windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))
     windows = windows[:, :, :: g.stride[0], :: g.stride[1], :: g.dilation[0], :: g.dilation[1]]
     batch, channels, height, width = windows.shape[:4]
-    # Products of bytes are exact in float64, and so are their sums below 2^53.
+    # Products of bytes and their sums below 2^53 are exact in float64.
     k = channels // groups * kernel_h * kernel_w
     columns = windows.reshape(batch, groups, channels // groups, height, width, kernel_h, kernel_w)
     columns = columns.transpose(1, 0, 3, 4, 2, 5, 6).reshape(groups, -1, k).astype(np.float64)
@@ -66,17 +66,17 @@ def low_bit(
     """The whole layer.
 
     Args:
-        x: values `[B, G * C, H, W]`, half or float32.
-        integers: `q - z`, `[N, C, kh, kw]`.
-        terms: float32[4, N]; scale and bias are read.
-        tables: float32[4, T].
-        step: of every image, `[B]`.
-        geometry: of the convolution; None: 1 x 1.
-        residual: `[B, N, P, Q]`, added.
-        silu: applied last.
+        x: input values, `[B, G * C, H, W]`, half or float32.
+        integers: weights `q - z`, `[N, C, kh, kw]`.
+        terms: terms per output channel, float32[4, N]; the function reads scale and bias.
+        tables: scales and limits per step, float32[4, T].
+        step: index of each image's step, `[B]`.
+        geometry: geometry of the convolution; None for 1 x 1.
+        residual: values that are added, `[B, N, P, Q]`, or None.
+        silu: whether SiLU is applied to the result.
 
     Returns:
-        `[B, N, P, Q]`, of the dtype of x.
+        `[B, N, P, Q]`, in the dtype of x.
     """
     sums = convolve(quantize(x, tables, step), integers, geometry or Geometry())
     scale = tables[0][step].reshape(-1, 1, 1, 1) * terms[0].reshape(1, -1, 1, 1)

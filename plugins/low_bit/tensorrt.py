@@ -1,12 +1,12 @@
 """The layer as a plugin of TensorRT and TensorRT-RTX (`IPluginV3` in Python).
 
-Both parsers make a plugin of a node whose operator is its name:
+Both parsers create a plugin for a node whose operator has the plugin's name:
 
     trtq::LowBitLinear(x, weight, terms, tables, step) -> y
     trtq::LowBitConv2d(x, weight, terms, tables, step) -> y
 
-with x and y in float16 or float32, and the layouts of `trtq.plugins.spec`. The attributes are the fields
-of `LayerSpec`. An engine with such nodes needs the plugins when it is loaded: call `register` before.
+with x and y in float16 or float32 and the layouts of `trtq.plugins.spec`. The attributes are the fields
+of `LayerSpec`. Call `register` before loading an engine with such nodes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from trtq.errors import TrtqError, UsageError
-from trtq.plugins.driver import current_device
+from trtq.plugins.device import current_device
 from trtq.plugins.launch import (
     Device,
     Pointers,
@@ -27,68 +27,20 @@ from trtq.plugins.launch import (
     prepare_layer,
     start_layer,
 )
-from trtq.plugins.spec import Geometry, LayerSpec
+from trtq.plugins.low_bit.attributes import (
+    FIELDS,
+    INPUTS,
+    NAMESPACE,
+    PLUGINS,
+    VERSION,
+    fields_of,
+    spec_of,
+)
+from trtq.plugins.spec import LayerSpec
 
-__all__ = ["NAMESPACE", "PLUGINS", "VERSION", "fields_of", "register", "spec_of", "take_failures"]
+__all__ = ["register", "take_failures"]
 
-NAMESPACE, VERSION = "trtq", "1"
-PLUGINS = ("LowBitLinear", "LowBitConv2d")
-_INPUTS = ("x", "weight", "terms", "tables", "step")
-_FIELDS = {
-    "channels": 1,
-    "out_channels": 1,
-    "steps": 1,
-    "weight_bits": 1,
-    "activation_bits": 1,
-    "kernel_shape": 2,
-    "strides": 2,
-    "pads": 2,
-    "dilations": 2,
-    "group": 1,
-}
 _ALIGNMENT = 256
-
-
-def fields_of(layer: LayerSpec) -> dict[str, list[int]]:
-    """A layer's attributes, as its node and its plugin carry them; `spec_of` is the inverse."""
-    g = layer.geometry or Geometry()
-    found = {name: [int(getattr(layer, name))] for name in list(_FIELDS)[:5]}
-    found |= {"kernel_shape": list(g.kernel), "strides": list(g.stride), "pads": list(g.padding)}
-    return found | {"dilations": list(g.dilation), "group": [g.groups]}
-
-
-def spec_of(name: str, fields: dict[str, list[int]]) -> LayerSpec:
-    """A layer from its attributes.
-
-    Args:
-        name: of the plugin, one of `PLUGINS`.
-        fields: see `fields_of`.
-
-    Raises:
-        UsageError: one is missing or has another length.
-    """
-    for field, count in _FIELDS.items():
-        if len(fields.get(field, [])) != count:
-            raise UsageError(
-                f"the plugin {name} takes {field} as {count} integers, got {fields.get(field)}; export "
-                "the model again with this version"
-            )
-    kernel, stride, padding, dilation = (
-        (fields[field][0], fields[field][1])
-        for field in ("kernel_shape", "strides", "pads", "dilations")
-    )
-    geometry = Geometry(kernel, stride, padding, dilation, fields["group"][0])
-    channels, out_channels, steps, weight_bits, activation_bits = (
-        fields[field][0] for field in list(_FIELDS)[:5]
-    )
-    return LayerSpec(
-        channels,
-        out_channels,
-        steps,
-        weight_bits,
-        activation_bits,
-        geometry if name == "LowBitConv2d" else None,
-    )
 
 
 def _aligned(size: int) -> int:
@@ -96,7 +48,7 @@ def _aligned(size: int) -> int:
 
 
 def _field_collection(trt: Any, fields: dict[str, list[int]]) -> tuple[list[Any], Any]:
-    """Attributes as TensorRT takes them, with the objects that own their memory."""
+    """The attributes as a TensorRT collection, with the objects that own their memory."""
     owned: list[Any] = [np.array(values, np.int32) for values in fields.values()]
     named = zip(fields, list(owned), strict=True)
     owned += [trt.PluginField(name, data, trt.PluginFieldType.INT32) for name, data in named]
@@ -107,17 +59,17 @@ _failures: deque[str] = deque(maxlen=3)
 
 
 def take_failures() -> list[str]:
-    """The last errors of plugins since they were taken before.
+    """The latest errors of plugins since the previous call.
 
-    TensorRT prints what a plugin in Python raises on standard error, and tells its caller nothing.
+    TensorRT prints errors of Python plugins on standard error and does not pass them to its caller.
     """
-    found = list(_failures)
+    failures = list(_failures)
     _failures.clear()
-    return found
+    return failures
 
 
-def _kept(method: Any) -> Any:
-    """A plugin's method whose errors are kept for `take_failures`, and raised as before."""
+def _recording_failures(method: Any) -> Any:
+    """A method of a plugin whose errors are recorded for `take_failures` and raised again."""
 
     @functools.wraps(method)
     def call(self: Any, *arguments: Any) -> Any:
@@ -132,14 +84,130 @@ def _kept(method: Any) -> Any:
     return call
 
 
+class _PluginMethods:
+    """The methods that TensorRT calls on a plugin; `_plugin_class` adds TensorRT's base classes.
+
+    Attributes:
+        layer: layer that the plugin computes.
+        plugin_name: one of `PLUGINS`.
+    """
+
+    _trt: ClassVar[Any]
+    _device: ClassVar[Any]  # A static method that returns the GPU.
+    layer: LayerSpec
+    plugin_name: str
+    _collection: Any
+
+    def clone(self) -> Any:
+        return type(self)(self.plugin_name, self.layer)  # type: ignore[call-arg]
+
+    def get_capability_interface(self, _: Any) -> Any:
+        return self
+
+    @_recording_failures
+    def attach_to_context(self, _: Any) -> Any:
+        clone = self.clone()
+        gpu = self._gpu()
+        if gpu is not None:
+            # Shapes may become known only inside the first `enqueue`, during the capture of a CUDA
+            # graph, when no kernel can be loaded.
+            prepare_any_shape(gpu, self.layer)
+        return clone
+
+    def _gpu(self) -> Device | None:
+        """The GPU; None if there is no GPU, which is allowed while an engine is built."""
+        try:
+            device: Device = self._device()
+        except TrtqError:
+            return None
+        return device
+
+    def get_fields_to_serialize(self) -> Any:
+        return self._collection
+
+    def get_output_data_types(self, types: Any) -> Any:
+        return [types[0]]
+
+    @_recording_failures
+    def get_output_shapes(self, inputs: Any, _: Any, build: Any) -> Any:
+        shape, g = self._trt.DimsExprs(inputs[0]), self.layer.geometry
+        if g is None:
+            shape[len(shape) - 1] = build.constant(self.layer.out_channels)
+            return [shape]
+        shape[1] = build.constant(self.layer.out_channels)
+        operation = self._trt.DimensionOperation
+        for axis in (0, 1):
+            border = g.dilation[axis] * (g.kernel[axis] - 1) + 1 - 2 * g.padding[axis]
+            span = build.operation(operation.SUB, shape[2 + axis], build.constant(border))
+            count = build.operation(operation.FLOOR_DIV, span, build.constant(g.stride[axis]))
+            shape[2 + axis] = build.operation(operation.SUM, count, build.constant(1))
+        return [shape]
+
+    def supports_format_combination(self, pos: int, tensors: Any, count: int) -> bool:
+        tensor, types = tensors[pos].desc, self._trt.DataType
+        if tensor.format != self._trt.TensorFormat.LINEAR or count != len(INPUTS):
+            return False
+        if pos == 0:
+            return tensor.type in (types.HALF, types.FLOAT)
+        fixed = {1: types.INT8, 2: types.FLOAT, 3: types.FLOAT, 4: types.INT64}
+        return bool(tensor.type == fixed.get(pos, tensors[0].desc.type))
+
+    @_recording_failures
+    def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+        weight = tuple(inputs[1].desc.dims)
+        if weight != self.layer.weight_shape():
+            raise UsageError(
+                f"the weight of a {self.plugin_name} has the shape {list(weight)}, its attributes "
+                f"say {list(self.layer.weight_shape())}"
+            )
+
+    @_recording_failures
+    def get_workspace_size(self, inputs: Any, _: Any) -> int:
+        problem = self.layer.problem(tuple(inputs[0].max))
+        return _aligned(problem.code_bytes(native_4=False)) + problem.sum_bytes
+
+    @_recording_failures
+    def on_shape_change(self, inputs: Any, _: Any) -> None:
+        problem = self.layer.problem(tuple(inputs[0].dims))
+        gpu = self._gpu()
+        if gpu is not None:
+            # Kernels are already loaded, unless the context was created where there was no GPU.
+            half = inputs[0].type == self._trt.DataType.HALF
+            prepare_layer(gpu, self.layer, problem, half=half)
+
+    def set_tactic(self, _: int) -> None:
+        """Do nothing: there is one tactic; the tile is chosen for the shape at run time."""
+
+    @_recording_failures
+    def enqueue(
+        self, inputs: Any, _: Any, sources: Any, outputs: Any, workspace: int, stream: int
+    ) -> None:
+        problem = self.layer.problem(tuple(inputs[0].dims))
+        codes = int(workspace)
+        at = Pointers(
+            **dict(zip(INPUTS, map(int, sources), strict=True)),
+            out=int(outputs[0]),
+            codes=codes,
+            sums=codes + _aligned(problem.code_bytes(native_4=False)),
+        )
+        half = inputs[0].type == self._trt.DataType.HALF
+        start_layer(self._device(), self.layer, problem, at, int(stream), half=half)
+
+
 def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
+    """The plugin's class for a module `tensorrt` or `tensorrt_rtx`."""
+
     class LowBitPlugin(
+        _PluginMethods,
         trt.IPluginV3,  # type: ignore[misc]
         trt.IPluginV3OneCore,  # type: ignore[misc]
         trt.IPluginV3OneBuild,  # type: ignore[misc]
         trt.IPluginV3OneRuntime,  # type: ignore[misc]
     ):
         """One layer in one network, engine or context."""
+
+        _trt = trt
+        _device = staticmethod(device)
 
         def __init__(self, name: str, layer: LayerSpec) -> None:
             trt.IPluginV3.__init__(self)
@@ -150,124 +218,28 @@ def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
             self.plugin_namespace, self.plugin_version = NAMESPACE, VERSION
             self.num_outputs = 1
             self.layer = layer
-            # TensorRT keeps pointers to what Python owns: as long as the plugin lives, so do these.
+            # TensorRT keeps pointers to memory of these objects, so they live as long as the plugin.
             self._fields, self._collection = _field_collection(trt, fields_of(layer))
-
-        def get_capability_interface(self, _: Any) -> Any:
-            return self
-
-        def clone(self) -> Any:
-            return LowBitPlugin(self.plugin_name, self.layer)
-
-        @_kept
-        def attach_to_context(self, _: Any) -> Any:
-            found = self.clone()
-            try:
-                gpu = device()
-            except TrtqError:  # While building there may be none.
-                return found
-            # Shapes may come to be known within the first `enqueue`, while a CUDA graph is captured,
-            # and then no kernel can be loaded.
-            prepare_any_shape(gpu, self.layer)
-            return found
-
-        def get_fields_to_serialize(self) -> Any:
-            return self._collection
-
-        def get_output_data_types(self, types: Any) -> Any:
-            return [types[0]]
-
-        @_kept
-        def get_output_shapes(self, inputs: Any, _: Any, build: Any) -> Any:
-            shape, layer = trt.DimsExprs(inputs[0]), self.layer
-            if layer.geometry is None:
-                shape[len(shape) - 1] = build.constant(layer.out_channels)
-                return [shape]
-            shape[1] = build.constant(layer.out_channels)
-            g = layer.geometry
-            for axis in (0, 1):
-                lost = g.dilation[axis] * (g.kernel[axis] - 1) + 1 - 2 * g.padding[axis]
-                operation = trt.DimensionOperation
-                free = build.operation(operation.SUB, shape[2 + axis], build.constant(lost))
-                moved = build.operation(operation.FLOOR_DIV, free, build.constant(g.stride[axis]))
-                shape[2 + axis] = build.operation(operation.SUM, moved, build.constant(1))
-            return [shape]
-
-        def supports_format_combination(self, pos: int, tensors: Any, count: int) -> bool:
-            tensor = tensors[pos].desc
-            fixed = {
-                1: trt.DataType.INT8,
-                2: trt.DataType.FLOAT,
-                3: trt.DataType.FLOAT,
-                4: trt.DataType.INT64,
-            }
-            if tensor.format != trt.TensorFormat.LINEAR or count != len(_INPUTS):
-                return False
-            if pos == 0:
-                return tensor.type in (trt.DataType.HALF, trt.DataType.FLOAT)
-            return bool(tensor.type == fixed.get(pos, tensors[0].desc.type))
-
-        @_kept
-        def configure_plugin(self, inputs: Any, outputs: Any) -> None:
-            weight = tuple(inputs[1].desc.dims)
-            if weight != self.layer.weight_shape():
-                raise UsageError(
-                    f"the weight of a {self.plugin_name} has the shape {list(weight)}, its attributes "
-                    f"say {list(self.layer.weight_shape())}"
-                )
-
-        @_kept
-        def get_workspace_size(self, inputs: Any, _: Any) -> int:
-            problem = self.layer.problem(tuple(inputs[0].max))
-            return _aligned(problem.code_bytes(native_4=False)) + problem.sum_bytes
-
-        @_kept
-        def on_shape_change(self, inputs: Any, _: Any) -> None:
-            problem = self.layer.problem(tuple(inputs[0].dims))
-            try:
-                gpu = device()
-            except TrtqError:  # While building there may be none.
-                return
-            # They are loaded already, unless the context was made where there was no GPU.
-            prepare_layer(gpu, self.layer, problem, half=inputs[0].type == trt.DataType.HALF)
-
-        def set_tactic(self, _: int) -> None:
-            """There is one; its tile is chosen for the shape when it runs."""
-
-        @_kept
-        def enqueue(
-            self, inputs: Any, _: Any, sources: Any, targets: Any, workspace: int, stream: int
-        ) -> None:
-            problem = self.layer.problem(tuple(inputs[0].dims))
-            codes = int(workspace)
-            at = Pointers(
-                **dict(zip(_INPUTS, map(int, sources), strict=True)),
-                out=int(targets[0]),
-                codes=codes,
-                sums=codes + _aligned(problem.code_bytes(native_4=False)),
-            )
-            half = inputs[0].type == trt.DataType.HALF
-            start_layer(device(), self.layer, problem, at, int(stream), half=half)
 
     return LowBitPlugin
 
 
 def _creator_class(trt: Any, plugin: type, name: str) -> type:
     class LowBitCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
-        """Makes plugins of one name, for the parser and for engines that are loaded."""
+        """Creates plugins of one name, for the parser and for engines that are loaded."""
 
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.name = name
             self.plugin_namespace, self.plugin_version = NAMESPACE, VERSION
-            self._fields, self.field_names = _field_collection(trt, {key: [] for key in _FIELDS})
+            self._fields, self.field_names = _field_collection(trt, {key: [] for key in FIELDS})
 
-        @_kept
+        @_recording_failures
         def create_plugin(self, _: str, fields: Any, phase: Any) -> Any:
             given = {
                 field.name: [int(value) for value in np.atleast_1d(field.data)]
                 for field in fields
-                if field.name in _FIELDS
+                if field.name in FIELDS
             }
             return plugin(name, spec_of(name, given))
 
@@ -278,11 +250,11 @@ _registered: list[Any] = []
 
 
 def register(trt: Any, device: Callable[[], Device] = current_device) -> None:
-    """Make the plugins known to a module, once; they stay so until the process ends.
+    """Register the plugins with TensorRT, once per process.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
-        device: gives the GPU when a plugin runs.
+        device: returns the GPU for a plugin that runs.
     """
     registry = trt.get_plugin_registry()
     plugin = _plugin_class(trt, device)
@@ -291,6 +263,6 @@ def register(trt: Any, device: Callable[[], Device] = current_device) -> None:
             continue
         creator = _creator_class(trt, plugin, name)()
         if not registry.register_creator(creator, NAMESPACE):
-            raise UsageError(f"{trt.__name__} does not take the plugin {name}")
-        # The registry does not own what Python makes.
+            raise UsageError(f"{trt.__name__} does not accept the plugin {name}")
+        # The registry does not own Python objects.
         _registered.append(creator)

@@ -1,9 +1,8 @@
-"""The layer as a plugin whose kernel lies in the engine: full TensorRT's `@aot_impl` form.
+"""The layer as a plugin whose kernel is part of the engine, with full TensorRT's `@aot_impl`.
 
-Such an engine needs neither Python nor this package when it runs. TensorRT allows such a plugin one
-launch and no scratch, so it is the kernel that quantises as it reads, with one tile for all shapes. The
-plugins have the names, inputs and attributes of `trtq.plugins.low_bit.tensorrt`, in whose place they are
-registered.
+Such an engine needs neither Python nor this package at run time. TensorRT allows such a plugin one
+launch and no workspace, so the plugin uses the fused kernel, with one tile for all shapes. The plugins
+replace those of `trtq.plugins.low_bit.tensorrt` and have the same names, inputs and attributes.
 
 No `from __future__ import annotations` here: TensorRT reads the annotations of these functions.
 """
@@ -15,30 +14,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trtq.plugins.low_bit.tensorrt import NAMESPACE, PLUGINS, fields_of, spec_of
-from trtq.plugins.spec import ONE_LAUNCH_TILES, Geometry, LayerSpec, Tile, Variant
+from trtq.plugins.low_bit.attributes import FIELDS, INPUTS, NAMESPACE, PLUGINS, spec_of
+from trtq.plugins.spec import Geometry, LayerSpec
+from trtq.plugins.variants import ONE_LAUNCH_TILES, Tile, Variant
 
 __all__ = ["register_ahead_of_time", "register_all"]
 
-_TENSORS = ("x", "weight", "terms", "tables", "step")
-_FIELDS = tuple(fields_of(LayerSpec(1, 1, 1, 8, 8)))
-_WIDE = 128
-"""Output channels from which on the larger tile pays."""
+_LARGE_TILE_CHANNELS = 128
+"""Number of output channels from which on the larger tile is faster."""
 
 
 def _tile(layer: LayerSpec) -> Tile:
     groups = 1 if layer.geometry is None else layer.geometry.groups
-    return ONE_LAUNCH_TILES[layer.out_channels // groups >= _WIDE]
+    return ONE_LAUNCH_TILES[layer.out_channels // groups >= _LARGE_TILE_CHANNELS]
 
 
 def _out_size(size: Any, geometry: Geometry, axis: int) -> Any:
-    """Of an output's side, for sizes that are numbers or TensorRT's expressions."""
-    lost = geometry.dilation[axis] * (geometry.kernel[axis] - 1) + 1 - 2 * geometry.padding[axis]
-    return (size - lost) // geometry.stride[axis] + 1
+    """Output size along an axis; sizes are numbers or TensorRT's expressions."""
+    border = geometry.dilation[axis] * (geometry.kernel[axis] - 1) + 1 - 2 * geometry.padding[axis]
+    return (size - border) // geometry.stride[axis] + 1
 
 
 def _shape_arguments(layer: LayerSpec, shape: Any) -> tuple[list[Any], Any]:
-    """The integers that the kernel takes, as `trtq.plugins.launch` has them, and the output's rows."""
+    """The kernel's integer arguments (see `trtq.plugins.launch.shape_arguments`) and the output rows."""
     g = layer.geometry or Geometry()
     if layer.geometry is None:
         height: Any = 1
@@ -55,7 +53,7 @@ def _shape_arguments(layer: LayerSpec, shape: Any) -> tuple[list[Any], Any]:
 
 
 def _annotated(function: Any, names: dict[str, Any], returns: Any) -> Any:
-    """Give a function of `*arguments` the signature that TensorRT asks for."""
+    """Give a function of `*arguments` the signature that TensorRT inspects."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     function.__signature__ = inspect.Signature(
         [inspect.Parameter(name, kind, annotation=type_) for name, type_ in names.items()],
@@ -72,14 +70,14 @@ def register_ahead_of_time(
     Args:
         trt: the module `tensorrt`.
         trtp: the module `tensorrt.plugin`.
-        code_of: compiles a kernel for the GPU that is there, see `trtq.plugins.compile.ptx`.
-        name: one of `trtq.plugins.low_bit.tensorrt.PLUGINS`.
+        code_of: compiles a kernel for the present GPU, see `trtq.plugins.compile.ptx`.
+        name: one of `trtq.plugins.low_bit.attributes.PLUGINS`.
     """
-    tensors: dict[str, Any] = dict.fromkeys(_TENSORS, trtp.TensorDesc)
-    arguments = tensors | dict.fromkeys(_FIELDS, npt.NDArray[np.int32])
+    tensors: dict[str, Any] = dict.fromkeys(INPUTS, trtp.TensorDesc)
+    arguments = tensors | dict.fromkeys(FIELDS, npt.NDArray[np.int32])
 
     def layer_of(values: tuple[Any, ...]) -> LayerSpec:
-        fields = dict(zip(_FIELDS, values[len(_TENSORS) :], strict=False))
+        fields = dict(zip(FIELDS, values[len(INPUTS) :], strict=False))
         return spec_of(name, {key: [int(v) for v in value] for key, value in fields.items()})
 
     def describe(*values: Any) -> Any:
@@ -118,6 +116,6 @@ def register_ahead_of_time(
 
 
 def register_all(trt: Any, trtp: Any, code_of: Callable[[Variant], bytes]) -> None:
-    """Define both plugins; arguments as of `register_ahead_of_time`."""
+    """Define both plugins; arguments are those of `register_ahead_of_time`."""
     for name in PLUGINS:
         register_ahead_of_time(trt, trtp, code_of, name)

@@ -1,14 +1,14 @@
-// Values to codes, in the layout that the product reads: channels of a pixel side by side.
+// Values to codes, in the layout of the product kernel: channels of a pixel are adjacent.
 //
 //   k = clip(round(x * inv_s[step]), lo[step], hi[step])
 //
-// stored as signed bytes, or, with NATIVE_4, as u = k - lo[step] in 4 bits, beside their sum per pixel and
-// group. Channels are padded to 32 with zeros (u = 0 is no code of zero there: the weights beside it are
-// q = z, whose terms cancel).
+// stored as signed bytes, or, with NATIVE_4, as u = k - lo[step] in 4 bits together with the sum of
+// u per pixel and group. Channels are padded to 32 with zeros. (u = 0 is not the code of zero, but
+// the weights of these channels are q = z, so their terms cancel.)
 //
-// A block takes 32 pixels of one image and one group; its warps share the channels, 32 at a time. With
-// channels last, a lane takes 8 channels of one of 8 pixels; otherwise all 32 of one pixel, so that
-// neighbouring lanes read neighbouring addresses in both.
+// A block handles 32 pixels of one image and one group; its warps divide the channels, 32 at a
+// time. With channels last, a lane handles 8 channels of one of 8 pixels; otherwise all 32 channels
+// of one pixel. In both cases neighbouring lanes read neighbouring addresses.
 //
 // Compiled once per combination of VALUE_HALF and NATIVE_4.
 
@@ -23,7 +23,7 @@ typedef float Value;
 
 static constexpr int WARPS = 4, PIXELS = 32, BLOCK = 32, CHANNELS_LAST = 1;
 
-// Eight codes to their place; gives the sum of u.
+// Store eight codes; the result is the sum of u.
 DEVICE int store_8(u8 *out, const int *codes, const StepRow &row, int valid) {
 #if NATIVE_4
   int shifted[8], sum = 0;
@@ -56,12 +56,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int row_bytes = NATIVE_4 ? padded / 2 : padded;
   const bool last = flags & CHANNELS_LAST;
   const StepRow row = step_row(tables, steps, step[image]);
-  // With channels last four lanes share a pixel, and a warp takes four rounds for the block's 32.
+  // With channels last, four lanes share a pixel, so a warp needs four rounds for the block's 32
+  // pixels.
   const int rounds = last ? 4 : 1, octets = last ? 1 : 4;
   const i64 stride = last ? 1 : pixels;
   for (int round = 0; round < rounds; ++round) {
-    const int own = last ? 8 * round + lane / 4 : lane;
-    const int pixel = blockIdx.x * PIXELS + own;
+    const int slot = last ? 8 * round + lane / 4 : lane;
+    const int pixel = blockIdx.x * PIXELS + slot;
     int sum = 0;
     for (int block = warp * BLOCK; pixel < pixels && block < padded; block += WARPS * BLOCK) {
       for (int octet = 0; octet < octets; ++octet) {
@@ -79,21 +80,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
           for (int i = 0; i < 8; ++i) values[i] = i < valid ? x[first + i * stride] : (Value)0;
         }
-        int found[8];
+        int octet_codes[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) found[i] = i < valid ? code_of(to_float(values[i]), row) : 0;
+        for (int i = 0; i < 8; ++i) octet_codes[i] = i < valid ? code_of(to_float(values[i]), row) : 0;
         const i64 place = ((i64)image * pixels + pixel) * groups + group;
-        sum += store_8(codes + place * row_bytes + (NATIVE_4 ? channel / 2 : channel), found, row,
-                       valid);
+        u8 *out = codes + place * row_bytes + (NATIVE_4 ? channel / 2 : channel);
+        sum += store_8(out, octet_codes, row, valid);
       }
     }
 #if NATIVE_4
     if (last) {
-      // The four lanes of a pixel.
+      // Sum over the four lanes of a pixel.
       sum += from_lane(sum, 1);
       sum += from_lane(sum, 2);
     }
-    partial[warp][own] = sum;
+    partial[warp][slot] = sum;
 #endif
   }
 #if NATIVE_4

@@ -12,9 +12,10 @@ from trtq.artefact.manifest_file import read_manifest
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
 from trtq.diffusion.layout import read_index, read_null_class, read_scheduler
 from trtq.errors import ArtefactError, TrtqError, UsageError
-from trtq.pipelines.draw import check_sheet, conditioning_for
+from trtq.pipelines.draw import conditioning_for
 from trtq.pipelines.inspect import inspect
 from trtq.pipelines.open import open_any
+from trtq.pipelines.sheet import check_sheet
 from trtq.runs.folder import open_run
 
 
@@ -22,9 +23,9 @@ def edited(folder, target, change, file="manifest.json"):
     """A copy in which one document was changed, and all hashes made again."""
     copy = target / "copy"
     shutil.copytree(folder, copy)
-    found = json.loads((copy / file).read_text())
-    found = change(found) or found
-    (copy / file).write_text(json.dumps(found))
+    record = json.loads((copy / file).read_text())
+    record = change(record) or record
+    (copy / file).write_text(json.dumps(record))
     if file != "manifest.json":
         manifest = json.loads((copy / "manifest.json").read_text())
         manifest["files"][file] = hashlib.sha256((copy / file).read_bytes()).hexdigest()
@@ -248,11 +249,11 @@ def test_numbers_of_images_and_classes_are_bounded(tiny):
     ],
 )
 def test_sizes_without_end_are_refused(tiny, size):
-    with pytest.raises(UsageError, match=r"HEIGHTxWIDTH in pixels, each 1 \.\. 8192"):
+    with pytest.raises(UsageError, match=r"HEIGHTxWIDTH in pixels, each in 1 \.\. 8192"):
         tiny.latents_of(size)
 
 
 def test_sizes_far_beyond_the_model_are_refused(tiny):
     assert tiny.latents_of("128x128") == (128, 128)
-    with pytest.raises(UsageError, match="up to 128x128, 16 times the model's own"):
+    with pytest.raises(UsageError, match="up to 128x128, 16 times the size of its training"):
         tiny.latents_of("130x128")

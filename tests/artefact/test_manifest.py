@@ -85,8 +85,8 @@ def folder(tmp_path):
     return made
 
 
-def write(folder, found):
-    (folder / "manifest.json").write_text(json.dumps(found))
+def write(folder, record):
+    (folder / "manifest.json").write_text(json.dumps(record))
     return folder
 
 
@@ -99,13 +99,13 @@ def places(value, place=()):
             yield from places(item, (*place, key))
 
 
-def changed(found, place, value):
-    found = copy.deepcopy(found)
-    owner = found
+def changed(record, place, value):
+    record = copy.deepcopy(record)
+    owner = record
     for key in place[:-1]:
         owner = owner[key]
     owner[place[-1]] = value
-    return found
+    return record
 
 
 def sparse(path):
@@ -114,7 +114,7 @@ def sparse(path):
 
 
 def refusal(folder):
-    """What is said of a manifest; None: it is fine. Any other exception is not caught."""
+    """The message that refuses a manifest; None if it is accepted. Other exceptions are not caught."""
     try:
         read_manifest(folder)
     except TrtqError as err:
@@ -143,24 +143,24 @@ WRONG: tuple = (
 
 @pytest.mark.parametrize("kind", ["run", "onnx", "engine"])
 def test_a_valid_manifest_is_read(folder, kind):
-    found = valid(kind)
-    manifest = read_manifest(write(folder, found), kind)
+    record = valid(kind)
+    manifest = read_manifest(write(folder, record), kind)
     assert artefact_kind(folder) == kind
     # Recipe and options stay as they were written.
-    assert manifest.recipe.to_json() == found["recipe"]
-    assert manifest.options.to_json() == found["options"]
+    assert manifest.recipe.to_json() == record["recipe"]
+    assert manifest.options.to_json() == record["options"]
     assert manifest.layer_kinds()["a.scores"] == "product a8a4"
     assert manifest.layer_kinds()["conv_out"] == "conv2d float"
 
 
 @pytest.mark.parametrize("kind", ["run", "onnx", "engine"])
 def test_every_entry_with_every_wrong_value_is_fine_or_refused(folder, kind):
-    found = valid(kind)
+    record = valid(kind)
     rng = random.Random(kind)
-    every = [(place, value) for place in places(found) for value in WRONG]
+    every = [(place, value) for place in places(record) for value in WRONG]
     refused = 0
     for place, value in rng.sample(every, 500):
-        write(folder, changed(found, place, value))
+        write(folder, changed(record, place, value))
         message = refusal(folder)
         refused += message is not None
         assert message is None or ("\n" not in message and len(message) < 1000), (place, message)
@@ -169,9 +169,9 @@ def test_every_entry_with_every_wrong_value_is_fine_or_refused(folder, kind):
 
 @pytest.mark.parametrize("kind", ["run", "onnx", "engine"])
 def test_every_entry_can_be_missing_or_surplus(folder, kind):
-    found = valid(kind)
-    for place in places(found):
-        lacking = copy.deepcopy(found)
+    record = valid(kind)
+    for place in places(record):
+        lacking = copy.deepcopy(record)
         owner = lacking
         for key in place[:-1]:
             owner = owner[key]

@@ -1,4 +1,4 @@
-"""Opening an artefact: each file is hashed once, whatever verb works on it."""
+"""Opening an artefact: each file is hashed once in every verb."""
 
 import hashlib
 import json

@@ -376,7 +376,7 @@ def test_a_link_under_the_name_of_the_lock_is_not_followed(tmp_path):
 WRITER = """
 import sys, time
 from pathlib import Path
-from tests.test_outputs import fill
+from tests.artefact.test_outputs import fill
 from trtq.artefact.folder import new_artefact
 place, content = Path(sys.argv[1]), sys.argv[2]
 with new_artefact(place, kind="run", overwrite=True) as folder:
@@ -404,8 +404,8 @@ def test_the_second_process_is_refused_and_the_first_one_wins(tmp_path):
     with pytest.raises(UsageError, match=rf"process {first.pid} .* is writing to"):
         make(place, overwrite=True)
     assert partial_folder(place).is_dir()
-    _, said = first.communicate("go\n", timeout=60)
-    assert first.returncode == 0, said
+    _, stderr = first.communicate("go\n", timeout=60)
+    assert first.returncode == 0, stderr
     assert (place / "quantized.safetensors").read_text() == "first"
     assert read_manifest(place).kind == "run"
     assert hidden(tmp_path) == []
@@ -485,14 +485,14 @@ def test_a_function_claims_its_output_before_its_work(tmp_path):
     first.communicate("go\n")
 
 
-# Being told to end.
+# Signals.
 
 ENDED = """
 import sys, time
 from pathlib import Path
-from trtq.cli import _command
+from trtq.commands.output import command
 from trtq.artefact.folder import new_artefact
-with _command(False), new_artefact(Path(sys.argv[1]), keep_partial=True) as folder:
+with command(False), new_artefact(Path(sys.argv[1]), keep_partial=True) as folder:
     if sys.argv[2]:
         (folder / "checkpoints/fine-tune/iteration-0000002").mkdir(parents=True)
         (folder / "checkpoints/fine-tune/iteration-0000002/checkpoint.json").write_text("{}")
@@ -514,9 +514,9 @@ def test_a_signal_leaves_nothing_but_checkpoints(number, code, tmp_path):
         process = writer(tmp_path / "run", checkpoint, body)
         assert process.stdout.readline() == "writing\n"
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == code, said
-        assert "Traceback" not in said
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == code, stderr
+        assert "Traceback" not in stderr
         assert hidden(tmp_path) == ([".run.trtq-partial"] if checkpoint else [])
     left = {path.name for path in partial_folder(tmp_path / "run").rglob("*")}
     assert left == {"checkpoints", "fine-tune", "iteration-0000002", "checkpoint.json"}
@@ -531,8 +531,8 @@ def test_a_signal_that_is_to_be_ignored_stays_ignored(tmp_path):
     process = writer(tmp_path, "", body)
     process.stdout.readline()
     process.send_signal(signal.SIGHUP)
-    out, said = process.communicate("go\n", timeout=60)
-    assert (process.returncode, out) == (0, "done\n"), said
+    out, stderr = process.communicate("go\n", timeout=60)
+    assert (process.returncode, out) == (0, "done\n"), stderr
 
 
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
@@ -541,10 +541,10 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
     )
     body = (
         "import os, subprocess, sys\n"
-        "from trtq.processes import lifeline, worker_command\n"
+        "from trtq.processes import worker_command\n"
         "paths = [sys.argv[1], os.environ.get('PYTHONPATH', '')]\n"
         "os.environ['PYTHONPATH'] = os.pathsep.join(paths)\n"
-        "with lifeline() as stdin:\n subprocess.run(worker_command('slow_worker'), stdin=stdin)\n"
+        "subprocess.Popen(worker_command('slow_worker'), stdin=subprocess.PIPE).wait()\n"
     )
     parent = writer(tmp_path, "", body)
     assert int(parent.stdout.readline()) > 0
@@ -627,9 +627,9 @@ def test_a_listing_names_what_is_there(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_text("x")
     write_listing(tmp_path, "triton", unhashed=["SUMS"])
-    found = read_listing(tmp_path)
-    assert found.kind == "triton"
-    assert found.files == {"a/b": files.sha256(tmp_path / "a" / "b"), "SUMS": ""}
+    owned = read_listing(tmp_path)
+    assert owned.kind == "triton"
+    assert owned.files == {"a/b": files.sha256(tmp_path / "a" / "b"), "SUMS": ""}
     (tmp_path / "trtq-files.json").write_text('{"trtq_listing": 1, "kind": "x", "files": [1]}')
     assert read_listing(tmp_path) is None
 
@@ -663,7 +663,7 @@ BESIDE = (
 
 
 @pytest.mark.parametrize("name", BESIDE)
-def test_what_others_leave_beside_an_artefact_is_left_alone(name, tmp_path, caplog):
+def test_what_others_leave_next_to_an_artefact_is_left_alone(name, tmp_path, caplog):
     place = make(tmp_path / "run")
     (place / name).parent.mkdir(parents=True, exist_ok=True)
     (place / name).write_text("*\n")
@@ -708,7 +708,7 @@ def test_what_a_loader_would_read_must_be_in_the_manifest(name, tmp_path):
 
 
 def graph(*locations):
-    """What stands in a graph about tensors that lie in files beside it."""
+    """What a graph says about tensors that lie in files next to it."""
     return b"".join(b"\x0a\x08location\x12" + bytes([len(where)]) + where for where in locations)
 
 

@@ -1,4 +1,4 @@
-"""A worker for the tests."""
+"""A worker process for tests."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a device says of itself; NVIDIA's library is played by a stand-in."""
+"""Device names, counters and peaks, with a stub for NVIDIA's library."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ def pynvml(monkeypatch):
     return module
 
 
-def test_without_a_driver_everything_is_none(monkeypatch, pynvml):
+def test_every_property_is_none_without_a_driver(monkeypatch, pynvml):
     def fail():
         raise pynvml.NVMLError
 
@@ -46,15 +46,15 @@ def test_without_a_driver_everything_is_none(monkeypatch, pynvml):
     assert Nvml().name is None
 
 
-def test_a_gpu_says_its_name_energy_and_memory(pynvml):
+def test_reads_name_energy_and_memory_of_a_gpu(pynvml):
     nvml = Nvml()
     assert (nvml.name, nvml.driver) == ("NVIDIA GeForce RTX 4090", "580.1")
     assert (nvml.joules, nvml.memory) == (2.5, GpuMemory(7 << 20, 9 << 20))
 
 
 @pytest.mark.parametrize("takes", [str, bytes], ids=["text", "bytes"])
-def test_it_is_the_gpu_that_cuda_calls_its_first(takes, pynvml, monkeypatch):
-    """NVML counts along the bus; CUDA the fastest first, and those that it may see."""
+def test_reads_the_first_device_of_cuda(takes, pynvml, monkeypatch):
+    """NVML numbers GPUs by bus position; CUDA numbers visible GPUs, fastest first."""
 
     def by_uuid(uuid):
         if not isinstance(uuid, takes):
@@ -68,7 +68,7 @@ def test_it_is_the_gpu_that_cuda_calls_its_first(takes, pynvml, monkeypatch):
     assert Nvml().name == "card GPU-12"
 
 
-def test_where_it_cannot_be_told_which_gpu_is_meant_nothing_is_said(pynvml, monkeypatch):
+def test_reads_nothing_if_the_first_device_cannot_be_identified(pynvml, monkeypatch):
     monkeypatch.setattr(device, "first_gpu_uuid", lambda: None)
     pynvml.nvmlDeviceGetCount = lambda: 3
     assert Nvml().name is None
@@ -78,7 +78,7 @@ def test_where_it_cannot_be_told_which_gpu_is_meant_nothing_is_said(pynvml, monk
     assert Nvml().name is None
 
 
-def test_what_bounds_its_speed_is_told(pynvml):
+def test_reads_clocks_power_and_temperature(pynvml):
     pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM, pynvml.NVML_TEMPERATURE_GPU = 1, 2, 0
     pynvml.nvmlDeviceGetClockInfo = lambda device, kind: {1: 2520, 2: 10501}[kind]
     pynvml.nvmlDeviceGetPowerUsage = lambda device: 449_800
@@ -90,11 +90,11 @@ def test_what_bounds_its_speed_is_told(pynvml):
         "watts": 449.8,
         "watts_limit": 450.0,
         "celsius": 71,
-        "slowed": None,  # The module is too old to ask it.
+        "slowed": None,  # The stub module lacks this query, like old versions.
     }
 
 
-def test_what_a_card_does_not_count_is_none(pynvml):
+def test_unsupported_counters_are_none(pynvml):
     def refuse(device):
         raise pynvml.NVMLError
 
@@ -104,17 +104,17 @@ def test_what_a_card_does_not_count_is_none(pynvml):
     assert Nvml().memory == GpuMemory(None, 9 << 20)
 
 
-def test_what_loading_added_is_the_process_s_or_else_the_card_s():
-    # A process is unknown to the driver until it has used the GPU.
+def test_added_memory_is_that_of_the_process_or_else_of_the_card():
+    # The driver lists a process only after its first use of the GPU.
     assert GpuMemory(7, 90).added_to(GpuMemory(None, 80)) == 7
     assert GpuMemory(7, 90).added_to(GpuMemory(5, 80)) == 2
     assert GpuMemory(None, 90).added_to(GpuMemory(None, 80)) == 10
     assert GpuMemory(None, None).added_to(GpuMemory(None, 80)) is None
 
 
-def test_peaks_are_of_the_card_and_of_no_other():
-    found = gpu_peak("NVIDIA GeForce RTX 4090", integers=True)
-    assert (found.operations, found.bytes) == pytest.approx((661e12, 1.008e12))
+def test_peaks_are_those_of_the_named_card():
+    peak = gpu_peak("NVIDIA GeForce RTX 4090", integers=True)
+    assert (peak.operations, peak.bytes) == pytest.approx((661e12, 1.008e12))
     assert gpu_peak("NVIDIA H100 80GB HBM3", integers=False).operations == 989e12
     assert gpu_peak("NVIDIA A100-SXM4-80GB", integers=False).bytes == pytest.approx(2.039e12)
     for smaller in ("NVIDIA A100-SXM4-40GB", "A100-PCIE-40GB"):
@@ -140,25 +140,25 @@ def test_peaks_are_of_the_card_and_of_no_other():
         "",
     ],
 )
-def test_the_peak_of_a_card_that_only_sounds_alike_is_not_known(name):
+def test_similar_names_have_no_known_peak(name):
     assert gpu_peak(name, integers=True) is None
     assert gpu_peak(name, integers=False) is None
 
 
-def test_a_divided_card_says_so(pynvml):
+def test_a_partitioned_card_is_marked_as_mig(pynvml):
     pynvml.nvmlDeviceGetMigMode = lambda device: (1, 1)
     assert Nvml().name == "NVIDIA GeForce RTX 4090 (MIG)"
     assert gpu_peak(Nvml().name, integers=True) is None
 
 
-def test_the_processor_is_measured():
+def test_measures_the_peak_of_the_processor():
     peak = cpu_peak(1)
     assert peak.operations > 1e8
     assert peak.bytes > 1e7
     assert "measured in this run" in peak.what
 
 
-def test_operations_are_two_for_each_multiplication():
+def test_counts_two_operations_per_multiplication():
     import torch
 
     layer = torch.nn.Linear(3, 5, device="meta")
@@ -166,7 +166,7 @@ def test_operations_are_two_for_each_multiplication():
     assert count_operations(lambda: torch.zeros(2, device="meta").tolist()) is None
 
 
-def test_the_roof_is_the_lower_of_computing_and_reading():
+def test_the_roof_is_the_lower_of_compute_and_memory():
     peak = Peak(operations=100.0, bytes=10.0, what="a toy")
     computing = roofline(200, 10, 4.0, peak)
     assert (computing["bound"], computing["peak_share"]) == ("compute", 0.5)

@@ -1,42 +1,42 @@
-"""Comparing with a former result."""
+"""Comparison with an earlier result."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from trtq.bench.history import FORMAT_VERSION, Former, check_same_run, compare, read_former
+from trtq.bench.history import FORMAT_VERSION, EarlierResult, check_same_run, compare, read_earlier
 from trtq.errors import UsageError
 
 DEVICE = {"cpu": "a processor", "threads": 2}
 
 
 def result(turns=(1.0,) * 6, path="onnx", batches=(1,), **changes):
-    """A result of one row whose step and images take so many milliseconds in each turn."""
+    """A result with one row; the denoiser and the images take `turns[i]` ms in round i."""
     timed = {"turns": list(turns)}
     row = {"path": path, "provider": "cpu", "bits": "w4a8", "device": "cpu", "measured": True}
     row |= {"load_seconds": 1.0, "build_seconds": None, "denoiser_bytes": 4_000_000}
     row |= {"memory": {"weights_bytes": 5_000_000, "peak_bytes": 9_000_000}}
     parts = {"parts": {"denoiser": timed}, "batch_of_images": timed}
     row |= {"batches": [{"batch": batch} | parts for batch in batches]} | changes
-    found = {"format_version": FORMAT_VERSION, "device": DEVICE, "date": "then", "rows": [row]}
-    return found | {"steps": 4, "guidance": 1.0, "model_class": "UNet", "shape": [1, 8, 8]}
+    run = {"format_version": FORMAT_VERSION, "device": DEVICE, "date": "then", "rows": [row]}
+    return run | {"steps": 4, "guidance": 1.0, "model_class": "UNet", "shape": [1, 8, 8]}
 
 
 def compared(old, new):
-    return compare(Former.model_validate(old), new, "old.json")
+    return compare(EarlierResult.model_validate(old), new, "old.json")
 
 
-def told(old, new):
-    """Verdict and ratio by what is compared."""
+def verdicts(old, new):
+    """Verdict and ratio by name of the number."""
     rows = compared(old, new)["rows"]
     return {row["what"]: (row["verdict"], row["ratio"]) for row in rows}
 
 
-def test_every_number_of_a_row_is_compared():
+def test_compares_every_number_of_a_row():
     changes = {"load_seconds": 2.0, "denoiser_bytes": 1_000_000}
     changes |= {"memory": {"weights_bytes": 5_000_000, "peak_bytes": 3_000_000, "gpu_bytes": 1}}
-    assert told(result(), result([2.0] * 6, **changes)) == {
+    assert verdicts(result(), result([2.0] * 6, **changes)) == {
         "denoiser": ("worse", 0.5),
         "whole images": ("worse", 0.5),
         "load": ("one value each", 0.5),
@@ -46,7 +46,7 @@ def test_every_number_of_a_row_is_compared():
     }
 
 
-def test_numbers_have_their_units():
+def test_numbers_have_units():
     rows = compared(result(), result([4.0] * 6))["rows"]
     shown = {row["what"]: (row["unit"], row["before"], row["after"], row["batch"]) for row in rows}
     assert shown["denoiser"] == ("ms", 1.0, 4.0, 1)
@@ -54,16 +54,16 @@ def test_numbers_have_their_units():
     assert shown["denoiser's files"] == ("MB", 4.0, 4.0, None)
 
 
-def test_better_and_worse_only_beyond_the_spread():
-    assert told(result(), result([0.5] * 6))["whole images"] == ("better", 2.0)
-    assert told(result(), result([2.0] * 3 + [0.5] * 3))["denoiser"][0] == "within the spread"
-    assert told(result([1.0] * 5), result([2.0] * 6))["denoiser"] == ("too few turns", 0.5)
-    assert told(result(), result(denoiser_bytes=5_000_000))["denoiser's files"][0] == "worse"
+def test_verdict_needs_a_difference_beyond_the_spread():
+    assert verdicts(result(), result([0.5] * 6))["whole images"] == ("better", 2.0)
+    assert verdicts(result(), result([2.0] * 3 + [0.5] * 3))["denoiser"][0] == "within the spread"
+    assert verdicts(result([1.0] * 5), result([2.0] * 6))["denoiser"] == ("too few turns", 0.5)
+    assert verdicts(result(), result(denoiser_bytes=5_000_000))["denoiser's files"][0] == "worse"
     nothing = {"weights_bytes": 0}
-    assert told(result(), result(memory=nothing))["weights"] == ("one value each", None)
+    assert verdicts(result(), result(memory=nothing))["weights"] == ("one value each", None)
 
 
-def test_what_only_one_side_has_is_listed():
+def test_lists_rows_and_batches_of_only_one_result():
     assert compared(result(), result(path="other"))["missing"] == [
         "other@cpu: only now",
         "onnx@cpu: only then",
@@ -77,10 +77,12 @@ def test_what_only_one_side_has_is_listed():
     assert compared(gone, result())["missing"] == ["onnx@cpu: not measured then"]
 
 
-def test_rows_of_other_bits_or_another_device_are_not_compared():
-    found = compared(result(), result([2.0] * 6, bits="w8a8", device="gpu"))
-    assert found["rows"] == []
-    assert found["different"] == ["onnx@cpu: bits w4a8 then, w8a8 now, device cpu then, gpu now"]
+def test_does_not_compare_rows_with_different_bits_or_device():
+    comparison = compared(result(), result([2.0] * 6, bits="w8a8", device="gpu"))
+    assert comparison["rows"] == []
+    assert comparison["different"] == [
+        "onnx@cpu: bits w4a8 then, w8a8 now, device cpu then, gpu now"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -88,8 +90,8 @@ def test_rows_of_other_bits_or_another_device_are_not_compared():
     [
         ("{", "cannot read"),
         ("[" * 100_000, "cannot read"),
-        ("[]", "is no result of trtq bench"),
-        ('{"rows": []}', "is no result of trtq bench"),
+        ("[]", "is not a result of trtq bench"),
+        ('{"rows": []}', "is not a result of trtq bench"),
         (json.dumps(result() | {"format_version": 1}), "format version 1"),
         (json.dumps(result() | {"device": []}), "device: Input should be a valid dictionary"),
         (json.dumps(result() | {"rows": [{}]}), r"rows\.0\.path: Field required"),
@@ -100,31 +102,33 @@ def test_rows_of_other_bits_or_another_device_are_not_compared():
         (json.dumps(result(memory=[])), r"rows\.0\.memory: Input should be a valid dict"),
         (
             json.dumps(result() | {"device": DEVICE | {"threads": 8}}),
-            "with threads 8, here it is 2; only the same device compares",
+            "with threads 8, this run has 2; only results of the same device are comparable",
         ),
     ],
 )
-def test_what_cannot_be_compared_with_is_refused(tmp_path, text, message):
+def test_rejects_files_that_are_not_comparable(tmp_path, text, message):
     path = tmp_path / "old.json"
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
-        read_former(path, DEVICE)
+        read_earlier(path, DEVICE)
 
 
-def test_a_result_of_the_same_device_is_read(tmp_path):
+def test_reads_a_result_of_the_same_device(tmp_path):
     path = tmp_path / "old.json"
     path.write_text(json.dumps(result()))
-    assert read_former(path, DEVICE).date == "then"
+    assert read_earlier(path, DEVICE).date == "then"
     with pytest.raises(UsageError, match="cannot read"):
-        read_former(tmp_path / "none.json", DEVICE)
+        read_earlier(tmp_path / "none.json", DEVICE)
 
 
 @pytest.mark.parametrize(
     "changes", [{"steps": 5}, {"guidance": 2.0}, {"model_class": "DiT"}, {"shape": [1, 16, 16]}]
 )
-def test_another_model_size_or_sampling_is_refused(changes):
+def test_rejects_a_different_model_size_or_sampling(changes):
     same = {"steps": 4, "guidance": 1.0, "model_class": "UNet", "shape": [1, 8, 8]}
-    former = Former.model_validate(result())
-    check_same_run(former, Path("old.json"), **same)
-    with pytest.raises(UsageError, match="only the same model, size and sampling compare"):
-        check_same_run(former, Path("old.json"), **same | changes)
+    earlier = EarlierResult.model_validate(result())
+    check_same_run(earlier, Path("old.json"), **same)
+    with pytest.raises(
+        UsageError, match="only results of the same model, size and sampling are comparable"
+    ):
+        check_same_run(earlier, Path("old.json"), **same | changes)

@@ -1,4 +1,4 @@
-"""What the benchmark of kernels says of a layer; the timing itself needs a GPU."""
+"""The kernel benchmark on a simulated GPU; only the timing itself needs a GPU."""
 
 import contextlib
 import json
@@ -8,16 +8,8 @@ import pytest
 import torch
 
 from trtq.bench import kernels as benching
-from trtq.bench.kernels import (
-    FORMS,
-    SHAPES,
-    Shape,
-    bench_kernels,
-    draw_operands,
-    expected,
-    failed_rows,
-    operations,
-)
+from trtq.bench.kernel_operands import FORMS, SHAPES, Shape, draw_operands, expected, operations
+from trtq.bench.kernels import bench_kernels, failed_rows
 from trtq.errors import UsageError
 from trtq.plugins.spec import Geometry
 from trtq.progress import silent
@@ -30,13 +22,13 @@ SMALL = (
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.model)
-def test_the_definition_that_kernels_are_held_to_is_the_operators(shape, form):
+def test_the_expected_output_is_that_of_the_operator(shape, form):
     operands = draw_operands(shape, form, torch.device("cpu"))
     assert len(operands.step.unique()) == 2
     assert torch.equal(operands.call(), expected(operands))
 
 
-def test_operations_are_counted():
+def test_counts_operations():
     assert operations(SMALL[0]) == 2 * 14 * 40 * 24
     assert operations(SMALL[1]) == 2 * 2 * 5 * 4 * 24 * 16 * 9
     linear = [shape for shape in SHAPES if shape.geometry is None]
@@ -45,20 +37,20 @@ def test_operations_are_counted():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_command_says_what_goes_without():
-    with pytest.raises(UsageError, match="torch sees none here; `trtq plugins build`"):
+def test_without_a_gpu_the_error_names_what_works_without():
+    with pytest.raises(UsageError, match="torch sees none; `trtq plugins build`"):
         bench_kernels()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_on_a_gpu_every_value_is_the_definitions():
-    found = bench_kernels(shapes=SMALL)
-    assert [row["wrong_values"] for row in found["rows"]] == [0] * 6
+def test_on_a_gpu_every_value_is_exact():
+    result = bench_kernels(shapes=SMALL)
+    assert [row["wrong_values"] for row in result["rows"]] == [0] * 6
 
 
 class Gpu:
-    """Writes down what is started."""
+    """Records the started launches."""
 
     architecture, processors = "sm89", 128
 
@@ -74,45 +66,45 @@ class Gpu:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine whose GPU is the CPU: all but kernels and times is real."""
-    found = Gpu()
+    """A simulated GPU that computes on the CPU; only kernels and times are fake."""
+    simulated = Gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))
     monkeypatch.setattr(benching.torch, "device", lambda _: "cpu")
-    monkeypatch.setattr(benching, "current_device", lambda index: found)
+    monkeypatch.setattr(benching, "current_device", lambda index: simulated)
     monkeypatch.setattr(benching, "driver_cuda", lambda: (13, 0))
     nvml = SimpleNamespace(driver="580.65", state={"sm_mhz": 2520, "watts": 449.8})
     monkeypatch.setattr(benching, "Nvml", lambda: nvml)
 
-    def turns(calls):
+    def round_seconds(calls):
         for call in calls:
             call()
-        return [[(place + 1) * 1e-6] * 4 for place, _ in enumerate(calls)]
+        return [[(index + 1) * 1e-6] * 4 for index, _ in enumerate(calls)]
 
-    monkeypatch.setattr(benching, "_seconds_in_turns", turns)
-    return found
+    monkeypatch.setattr(benching, "_round_seconds", round_seconds)
+    return simulated
 
 
-def test_a_row_tells_its_launches_apart_and_what_the_gpu_was_doing(gpu):
-    found = bench_kernels(["w4a4"], SMALL)
-    assert (found["gpu"], found["driver"], found["cuda"]) == (
+def test_a_row_has_the_time_of_each_launch_and_the_state_of_the_gpu(gpu):
+    result = bench_kernels(["w4a4"], SMALL)
+    assert (result["gpu"], result["driver"], result["cuda"]) == (
         "NVIDIA GeForce RTX 4090",
         "580.65",
         "13.0",
     )
-    for row in found["rows"]:
+    for row in result["rows"]:
         assert (row["error"], row["wrong_values"]) == (None, 0)
         assert row["quantise_microseconds"] == pytest.approx(4)
         assert row["product_microseconds"] == pytest.approx(5)
         assert row["tile"] == "64x64"
         assert row["state"] == {"sm_mhz": 2520, "watts": 449.8}
     assert gpu.started == [("quantize", 5), ("low_bit", 5)] * 2
-    assert failed_rows(found) == []
+    assert failed_rows(result) == []
 
 
-def test_a_wrong_value_or_an_error_is_a_row_and_the_others_go_on(gpu, monkeypatch):
+def test_wrong_values_and_errors_are_recorded_and_other_rows_continue(gpu, monkeypatch):
     real, rows = benching.expected, []
 
     def wrong_then_failing(operands):
@@ -122,8 +114,8 @@ def test_a_wrong_value_or_an_error_is_a_row_and_the_others_go_on(gpu, monkeypatc
         return real(operands) + (len(rows) == 1)
 
     monkeypatch.setattr(benching, "expected", wrong_then_failing)
-    found = bench_kernels(["w8a8"], (*SMALL, *SMALL))
-    first, second, third, fourth = found["rows"]
+    result = bench_kernels(["w8a8"], (*SMALL, *SMALL))
+    first, second, third, fourth = result["rows"]
     assert first["wrong_values"] == 2 * 7 * 24
     assert first["microseconds"] == pytest.approx(1)
     assert (second["wrong_values"], second["error"]) == (
@@ -131,13 +123,13 @@ def test_a_wrong_value_or_an_error_is_a_row_and_the_others_go_on(gpu, monkeypatc
         "OutOfMemoryError: CUDA out of memory.",
     )
     assert third["wrong_values"] == fourth["wrong_values"] == 0
-    assert failed_rows(found) == [
+    assert failed_rows(result) == [
         "w8a8 at 14 x 40 -> 24: 336 values differ from the layer's definition",
         "w8a8 at 2 x 24 x 9 x 8 -> 16, 3 x 3: OutOfMemoryError: CUDA out of memory.",
     ]
 
 
-def test_the_command_keeps_all_rows_and_ends_with_1(gpu, tmp_path, monkeypatch):
+def test_the_command_writes_all_rows_and_exits_with_1(gpu, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from trtq.cli import app
@@ -163,16 +155,16 @@ def test_the_command_keeps_all_rows_and_ends_with_1(gpu, tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["bench", "kernels", "-o", nowhere])
     assert done.exit_code == 2
     assert f"the folder {tmp_path / 'none'} does not exist" in done.output
-    assert len(rows) == 2, "the folder is looked for before anything is measured"
+    assert len(rows) == 2, "the folder is checked before the first measurement"
 
 
-def test_what_made_the_operands_is_waited_for(monkeypatch):
-    """Warm-up runs on a stream of its own."""
-    said = []
+def test_warm_up_waits_for_the_kernels_that_create_the_operands(monkeypatch):
+    """Warm-up runs on a separate stream."""
+    events = []
 
     class Stream:
         def wait_stream(self, other):
-            said.append(("wait", other))
+            events.append(("wait", other))
 
     class Graph(contextlib.nullcontext):
         pass
@@ -182,6 +174,6 @@ def test_what_made_the_operands_is_waited_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("synchronize"))
-    benching._captured(lambda: said.append("call"))
-    assert said[:2] == [("wait", "torch's"), "call"]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
+    benching._captured(lambda: events.append("call"))
+    assert events[:2] == [("wait", "torch's"), "call"]

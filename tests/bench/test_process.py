@@ -11,18 +11,18 @@ MODULE = "tests.bench.echo_worker"
 
 
 @pytest.fixture(autouse=True)
-def own_tests(monkeypatch):
-    """Other packages install a `tests`, too."""
+def these_tests(monkeypatch):
+    """Other packages install a module `tests`, too."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
 @pytest.fixture
 def worker():
-    with Worker(MODULE, "a row") as found:
-        yield found
+    with Worker(MODULE, "a row") as process:
+        yield process
 
 
-def test_questions_are_answered_whatever_libraries_print(worker):
+def test_questions_are_answered_even_if_libraries_print(worker):
     assert worker.ask("add", left=1, right=2) == {"sum": 3}
     assert worker.ask("add", left=3, right=4) == {"sum": 7}
 
@@ -43,15 +43,15 @@ def test_a_process_that_ends_says_how(worker):
 
 
 def test_a_process_that_is_killed_is_named(worker):
-    with pytest.raises(MeasurementError, match="killed, most likely for want of memory"):
+    with pytest.raises(MeasurementError, match="killed, most likely because memory ran out"):
         worker.ask("die")
     with pytest.raises(MeasurementError, match="killed"):
         worker.ask("add", left=1, right=1)
-    worker.close()  # And once more when the context ends.
+    worker.close()  # The context closes it a second time.
 
 
 def test_memory_is_counted_from_its_own_start(worker):
-    """What this process has taken before does not count, as it does in getrusage."""
+    """Memory that this process took before does not count, unlike in getrusage."""
     ours = bytearray(1 << 28)
     with Worker(MODULE, "another row") as other:
         assert other.ask("memory")["peak"] < 1 << 28

@@ -15,31 +15,31 @@ from trtq.bench.summary import (
 )
 
 
-def test_quantiles_are_numpys():
+def test_quantiles_equal_numpy():
     values = np.random.default_rng(0).standard_normal(101).tolist()
     for share in (0, 0.25, 0.5, 0.9, 0.99, 1):
         assert quantile(values, share) == pytest.approx(np.quantile(values, share))
 
 
-def test_a_summary_is_in_milliseconds_and_keeps_the_turns():
-    found = summarize([[0.001, 0.003], [0.002]])
-    assert (found["p50"], found["calls"]) == (2.0, 3)
-    assert found["turns"] == [2.0, 2.0]
+def test_a_summary_is_in_milliseconds_and_keeps_the_round_medians():
+    summary = summarize([[0.001, 0.003], [0.002]])
+    assert (summary["p50"], summary["calls"]) == (2.0, 3)
+    assert summary["turns"] == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(
     ("calls", "measured"), [(10, False), (99, False), (100, True), (500, True)]
 )
 def test_p99_needs_a_hundred_calls(calls, measured):
-    found = summarize([[0.001] * calls])
-    assert (found["p99"] is not None) == measured
-    assert found["calls"] == calls
+    summary = summarize([[0.001] * calls])
+    assert (summary["p99"] is not None) == measured
+    assert summary["calls"] == calls
 
 
 @pytest.mark.parametrize(
     ("comparisons", "turns"), [(1, 6), (2, 7), (4, 8), (8, 9), (16, 10), (25, 10), (26, 11)]
 )
-def test_the_whole_range_of_the_fewest_turns_just_has_the_confidence(comparisons, turns):
+def test_the_range_of_the_minimum_number_of_rounds_has_the_confidence(comparisons, turns):
     assert min_turns(comparisons) == turns
     missed = [comparisons * 2 / 2**count for count in (turns, turns - 1)]
     assert missed[0] <= 0.05 < missed[1]
@@ -48,7 +48,7 @@ def test_the_whole_range_of_the_fewest_turns_just_has_the_confidence(comparisons
 
 
 @pytest.mark.parametrize(("count", "skipped"), [(6, 0), (9, 1), (10, 1), (20, 5)])
-def test_the_interval_of_the_median_has_its_confidence(count, skipped):
+def test_the_interval_of_the_median_has_the_confidence(count, skipped):
     low, high = median_interval(list(range(count)))
     assert (low, high) == (skipped, count - 1 - skipped)
     missed = 2 * sum(math.comb(count, k) for k in range(skipped + 1)) / 2**count
@@ -57,8 +57,8 @@ def test_the_interval_of_the_median_has_its_confidence(count, skipped):
 
 @pytest.mark.parametrize("turns", [2, 3, 4, 5, 6, 8, 10, 20])
 @pytest.mark.parametrize("comparisons", [1, 8])
-def test_equal_rows_are_seldom_told_apart(turns, comparisons):
-    """Chance may call one of all the comparisons of a run slower or faster in a run of twenty."""
+def test_family_wise_false_positive_rate_is_limited_to_5_percent(turns, comparisons):
+    """In at most one of twenty runs does any comparison of equal rows get a verdict."""
     rng = np.random.default_rng(turns)
     runs = 2000
     wrong = 0
@@ -69,36 +69,36 @@ def test_equal_rows_are_seldom_told_apart(turns, comparisons):
             for a, b in zip(theirs, ours, strict=True)
         }
         wrong += bool(verdicts & {"faster", "slower"})
-    # Four standard deviations of a count of the allowed share.
+    # Allowed count plus four standard deviations.
     assert wrong <= 0.05 * runs + 4 * math.sqrt(0.05 * 0.95 * runs)
     if turns < min_turns(comparisons):
         assert verdicts == {"too few turns"}
 
 
-def test_faster_only_when_nearly_all_turns_say_so():
+def test_a_verdict_needs_nearly_all_rounds_to_agree():
     ours = [10.0] * 10
-    found = speedup([20.0] * 10, ours)
-    assert (found["ratio"], found["verdict"]) == (2.0, "faster")
+    result = speedup([20.0] * 10, ours)
+    assert (result["ratio"], result["verdict"]) == (2.0, "faster")
     assert speedup([5.0] * 10, ours)["verdict"] == "slower"
     assert speedup([11.0] * 9 + [9.0], ours)["verdict"] == "faster"
     assert speedup([11.0] * 9 + [9.0], ours, 4)["verdict"] == "within the spread"
     assert speedup([11.0] * 8 + [9.0] * 2, ours)["verdict"] == "within the spread"
 
 
-def test_with_too_few_turns_there_is_a_ratio_and_no_interval():
-    found = speedup([20.0] * 5, [10.0] * 5)
-    assert found == {"ratio": 2.0, "low": None, "high": None, "verdict": "too few turns"}
+def test_too_few_rounds_give_a_ratio_without_an_interval():
+    result = speedup([20.0] * 5, [10.0] * 5)
+    assert result == {"ratio": 2.0, "low": None, "high": None, "verdict": "too few turns"}
     assert compare_medians([20.0] * 5, [10.0] * 6)["verdict"] == "too few turns"
 
 
-def test_two_runs_differ_only_beyond_the_spread_of_both():
+def test_two_runs_differ_only_beyond_both_spreads():
     before = [10.0, 10.1, 9.9, 10.2, 9.8, 10.0]
     same = [10.1, 10.3, 10.0, 10.4, 9.9, 10.2]
     twice = [2 * value for value in before]
     assert compare_medians(before, same)["verdict"] == "within the spread"
-    found = compare_medians(before, twice)
-    assert (found["ratio"], found["verdict"]) == (pytest.approx(0.5), "worse")
+    comparison = compare_medians(before, twice)
+    assert (comparison["ratio"], comparison["verdict"]) == (pytest.approx(0.5), "worse")
     assert compare_medians(twice, before)["verdict"] == "better"
-    found = compare_medians(before, twice, more_is_better=True)
-    assert (found["ratio"], found["verdict"]) == (pytest.approx(2.0), "better")
+    comparison = compare_medians(before, twice, more_is_better=True)
+    assert (comparison["ratio"], comparison["verdict"]) == (pytest.approx(2.0), "better")
     assert compare_medians(twice, before, more_is_better=True)["verdict"] == "worse"

@@ -1,4 +1,4 @@
-"""The process of a row: where it says that it ran, and what it counts there."""
+"""The worker process of a row: its device, memory and energy."""
 
 from types import SimpleNamespace
 
@@ -11,21 +11,21 @@ from trtq.engine.denoiser import EngineDenoiser
 
 
 def engine_denoiser(provider):
-    found = EngineDenoiser.__new__(EngineDenoiser)
-    nn.Module.__init__(found)
-    found.engine = SimpleNamespace(provider=provider)
-    return found
+    denoiser = EngineDenoiser.__new__(EngineDenoiser)
+    nn.Module.__init__(denoiser)
+    denoiser.engine = SimpleNamespace(provider=provider)
+    return denoiser
 
 
 class OnCuda(nn.Module):
-    """What torch says of a module that was moved to a GPU."""
+    """A module whose weights are on a GPU."""
 
     def state_dict(self):
         return {"weight": SimpleNamespace(is_cuda=True, numel=lambda: 2, element_size=lambda: 4)}
 
 
 class Driver:
-    """Counts 10 MiB more of this process each time it is asked, and a joule."""
+    """Reports 10 MiB and one joule more with each query."""
 
     def __init__(self):
         self.asked = 0
@@ -43,9 +43,9 @@ class Driver:
 
 @pytest.fixture
 def opened(monkeypatch):
-    """A subject whose artefact has a given denoiser, and what it said when it opened it."""
+    """Open an artefact with a given denoiser; returns the artefact and the result of `open`."""
 
-    def open_subject(denoiser, provider):
+    def open_artefact(denoiser, provider):
         source = SimpleNamespace(
             denoiser=denoiser,
             prompts=None,
@@ -58,10 +58,10 @@ def opened(monkeypatch):
         monkeypatch.setattr("trtq.bench.worker.open_any", lambda *_: source)
         monkeypatch.setattr("trtq.bench.worker._import_libraries", lambda *_: None)
         monkeypatch.setattr("trtq.bench.worker.Nvml", Driver)
-        subject = MeasuredArtefact()
-        return subject, subject.open("somewhere", provider, 1, None)
+        artefact = MeasuredArtefact()
+        return artefact, artefact.open("somewhere", provider, 1, None)
 
-    return open_subject
+    return open_artefact
 
 
 @pytest.mark.parametrize(
@@ -74,18 +74,18 @@ def opened(monkeypatch):
         ("tensorrt-rtx", "gpu"),
     ],
 )
-def test_a_graph_is_where_its_provider_computes(opened, provider, device):
-    subject, said = opened(engine_denoiser(provider), provider)
-    assert said["device"] == device
-    assert ("gpu_bytes" in subject.memory()) == (device == "gpu")
+def test_a_graph_is_on_the_device_of_its_provider(opened, provider, device):
+    artefact, properties = opened(engine_denoiser(provider), provider)
+    assert properties["device"] == device
+    assert ("gpu_bytes" in artefact.memory()) == (device == "gpu")
 
 
-def test_a_run_in_torch_is_where_its_weights_are(opened):
+def test_a_run_in_torch_is_on_the_device_of_its_weights(opened):
     assert opened(nn.Linear(1, 1), "torch")[1]["device"] == "cpu"
-    subject, said = opened(OnCuda(), "torch")
-    assert said["device"] == "gpu"
-    found = subject.memory()
-    assert (found["gpu_weights_bytes"], found["gpu_bytes"]) == (10 << 20, 30 << 20)
+    artefact, properties = opened(OnCuda(), "torch")
+    assert properties["device"] == "gpu"
+    memory = artefact.memory()
+    assert (memory["gpu_weights_bytes"], memory["gpu_bytes"]) == (10 << 20, 30 << 20)
 
 
 @pytest.mark.parametrize(
@@ -97,19 +97,19 @@ def test_a_run_in_torch_is_where_its_weights_are(opened):
         ("run", "torch", []),
     ],
 )
-def test_a_row_asks_for_its_own_runtime_only(tmp_path, monkeypatch, kind, provider, library):
-    asked = []
-    monkeypatch.setattr("trtq.bench.worker.require", asked.append)
-    monkeypatch.setattr("trtq.bench.worker.import_module", asked.append)
+def test_a_row_imports_only_its_runtime(tmp_path, monkeypatch, kind, provider, library):
+    imported = []
+    monkeypatch.setattr("trtq.bench.worker.require", imported.append)
+    monkeypatch.setattr("trtq.bench.worker.import_module", imported.append)
     monkeypatch.setattr("trtq.bench.worker.artefact_kind", lambda folder: kind)
     monkeypatch.setattr("trtq.bench.worker.import_classes", lambda folder: None)
     _import_libraries(str(tmp_path), provider)
-    assert asked == library
+    assert imported == library
 
 
 @pytest.mark.parametrize(("on_gpu", "joules"), [(True, 1.0), (False, None)])
-def test_energy_is_counted_of_what_runs_on_the_gpu(opened, monkeypatch, on_gpu, joules):
+def test_measures_energy_only_on_a_gpu(opened, monkeypatch, on_gpu, joules):
     monkeypatch.setattr("trtq.bench.worker.draw", lambda *_, **__: None)
-    subject, _ = opened(OnCuda() if on_gpu else nn.Linear(1, 1), "torch")
+    artefact, _ = opened(OnCuda() if on_gpu else nn.Linear(1, 1), "torch")
     sampling = {"steps": 1, "seed": 0, "guidance": 1.0, "prompts": None}
-    assert subject.draw(batch=1, turn=0, out=None, **sampling)["joules"] == joules
+    assert artefact.draw(batch=1, turn=0, out=None, **sampling)["joules"] == joules

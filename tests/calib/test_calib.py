@@ -7,24 +7,25 @@ import torch
 from torch import nn
 
 from tests.conftest import tiny_pipeline
-from trtq.calib.policy import load_policy, parse_bits, plan_layers
+from trtq.calib.policy import load_policy, plan_layers
 from trtq.calib.recipe import load_recipe
 from trtq.calib.record import activation_tables, record
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError, RecipeError
 from trtq.quant import TimestepTable
+from trtq.quant.bits import parse_bits
 from trtq.runs.quantize import quantize
 
 
 @pytest.mark.parametrize("text", ["4", "w4", "w4a", "a4w4", "w9a4", "w4a1", ""])
-def test_bits_that_are_not_understood(text):
+def test_invalid_bits_are_refused(text):
     with pytest.raises(RecipeError, match="bits="):
         parse_bits(text)
 
 
-def test_efficientdm_policy_on_the_digits():
-    unet = load_source("digits").denoiser
+def test_the_policy_of_efficientdm_for_the_digits_model():
+    unet = open_pipeline("digits").denoiser
     plans = {p.name: p for p in plan_layers(unet, load_policy("UNet2DModel"), "w4a4")}
     eight = {name for name, plan in plans.items() if plan.weight_bits == 8}
     assert {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"} <= eight
@@ -33,7 +34,7 @@ def test_efficientdm_policy_on_the_digits():
     assert sum(plan.weight_bits == 4 for plan in plans.values()) == 41
 
 
-def test_unknown_family_gets_the_generic_policy_and_says_so(caplog):
+def test_an_unknown_family_gets_the_generic_policy_with_a_warning(caplog):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Conv2d(1, 1, 1))
     with caplog.at_level(logging.WARNING):
         policy = load_policy("NewFancyTransformer")
@@ -43,9 +44,9 @@ def test_unknown_family_gets_the_generic_policy_and_says_so(caplog):
     assert "2 layers w8a8" in caplog.text
 
 
-def test_layers_no_rule_names_stay_float_with_a_warning(caplog, tmp_path):
+def test_layers_without_a_rule_stay_float_with_a_warning(caplog, tmp_path):
     path = tmp_path / "p.toml"
-    path.write_text('family="x"\n[[rule]]\nlayers=["0"]\nbits="target"\nreason="r"\n')
+    path.write_text('family="x"\n[[rule]]\nlayers=["0"]\nbits="recipe"\nreason="r"\n')
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with caplog.at_level(logging.WARNING):
         plans = plan_layers(model, load_policy("x", path), "w4a4")
@@ -76,6 +77,15 @@ def test_recipes_that_are_refused(text, message, tmp_path):
         load_recipe(path)
 
 
+def test_former_names_are_accepted_for_one_release(tmp_path):
+    training = {"base": "int", "split_step": True}
+    assert load_recipe(overrides={"training": training}).training.split_scale
+    path = tmp_path / "p.toml"
+    path.write_text('family="x"\n[[rule]]\nlayers=["*"]\nbits="target"\nreason="r"\n')
+    (plan,) = plan_layers(nn.Sequential(nn.Linear(2, 2)), load_policy("x", path), "w4a8")
+    assert (plan.weight_bits, plan.activation_bits) == (4, 8)
+
+
 def test_overrides_win_over_the_file_and_the_file_over_the_method(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text("bits = 'w4a8'\nsteps = 7\n[training]\nrank = 5\n")
@@ -89,7 +99,7 @@ def recordings(source, guidance=1.0, seed=0):
     table = TimestepTable(schedule.timesteps.tolist())
     plans = plan_layers(source.denoiser, load_policy("UNet2DModel"), "w4a4")
     conditions = source.draw_conditions(6, torch.Generator().manual_seed(0))
-    found = record(
+    recorded = record(
         source.denoiser,
         plans,
         schedule,
@@ -102,27 +112,27 @@ def recordings(source, guidance=1.0, seed=0):
         seed=seed,
         guidance=guidance,
     )
-    return found, plans, table
+    return recorded, plans, table
 
 
-def test_each_input_is_filed_under_its_own_timestep(tiny):
-    found, _, table = recordings(tiny)
+def test_each_input_is_filed_under_its_timestep(tiny):
+    recorded, _, table = recordings(tiny)
     expected = {}
     embed = tiny.denoiser.time_proj
     for index, t in enumerate(table.timesteps):
         expected[index] = embed(t[None])
-    seen = found["time_embedding.linear_1.activation"]
+    recording = recorded["time_embedding.linear_1.activation"]
     for index in range(4):
-        torch.testing.assert_close(seen.low[index], expected[index].min())
-        torch.testing.assert_close(seen.high[index], expected[index].max())
-        assert set(seen.sample[index].tolist()) <= set(expected[index].flatten().tolist())
+        torch.testing.assert_close(recording.low[index], expected[index].min())
+        torch.testing.assert_close(recording.high[index], expected[index].max())
+        assert set(recording.sample[index].tolist()) <= set(expected[index].flatten().tolist())
 
 
 def test_tables_contain_zero_and_have_one_entry_per_step(tiny):
-    found, plans, _ = recordings(tiny)
+    recorded, plans, _ = recordings(tiny)
     for static, length in ((False, 4), (True, 1)):
         for plan in plans:
-            scale, zero = activation_tables(found, plans, "search", static=static)[
+            scale, zero = activation_tables(recorded, plans, "search", static=static)[
                 f"{plan.name}.activation"
             ]
             assert scale.shape == zero.shape == (length,)
@@ -140,15 +150,15 @@ def test_recording_is_deterministic_and_leaves_no_hooks(tiny):
     assert not any(module._forward_pre_hooks for module in tiny.denoiser.modules())
 
 
-def test_guidance_pairs_are_both_seen(tiny):
-    found, _, _ = recordings(tiny, guidance=2.0)
-    # "No class" has an embedding of its own, which only the unconditional half brings.
+def test_both_halves_of_a_guidance_pair_are_recorded(tiny):
+    recorded, _, _ = recordings(tiny, guidance=2.0)
+    # "No class" has a separate embedding, which only the unconditional half uses.
     name = "down_blocks.0.resnets.0.time_emb_proj.activation"
     alone, _, _ = recordings(tiny)
-    assert not torch.equal(found[name].low, alone[name].low)
+    assert not torch.equal(recorded[name].low, alone[name].low)
 
 
-def test_nan_weights_stop_with_the_layers_name(tmp_path):
+def test_nan_weights_stop_the_run_with_the_layers_name(tmp_path):
     pipeline = tiny_pipeline()
     with torch.no_grad():
         pipeline.unet.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = torch.nan

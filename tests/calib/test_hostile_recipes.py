@@ -1,4 +1,4 @@
-"""Recipes, policies and prompts from outside: read, or refused in one line that says what is allowed."""
+"""Recipes, policies and prompts of users: read, or refused with a one-line message."""
 
 import os
 
@@ -63,14 +63,14 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_a_recipe_that_cannot_be_is_refused(text, tmp_path):
+def test_an_invalid_recipe_is_refused(text, tmp_path):
     path = tmp_path / "a.toml"
     path.write_text(text)
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
-    said = str(caught.value)
-    assert "\n" not in said
-    assert len(said) < 1500
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 1500
 
 
 def sparse(path):
@@ -90,7 +90,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("make", PLACES.values(), ids=PLACES.keys())
-def test_what_is_no_file_of_text_is_refused_by_name(make, tmp_path):
+def test_a_path_that_is_not_a_text_file_is_refused_by_name(make, tmp_path):
     path = tmp_path / "a.toml"
     make(path)
     with pytest.raises(RecipeError, match=r"cannot read the recipe .*a\.toml"):
@@ -101,7 +101,7 @@ def test_what_is_no_file_of_text_is_refused_by_name(make, tmp_path):
         read_lines(path)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text('bits = "w8a8"', encoding="utf-8-sig")
     assert load_recipe(path).bits == "w8a8"
@@ -123,7 +123,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
         'layers = ["*"]\nbits = "float"\nreason = "x"\nadapters = "maybe"',
     ],
 )
-def test_a_rule_that_cannot_be_is_refused(rule, tmp_path):
+def test_an_invalid_rule_is_refused(rule, tmp_path):
     path = tmp_path / "a.toml"
     path.write_text(f'family = "UNet2DModel"\n[[rule]]\n{rule}\n')
     with pytest.raises(RecipeError) as caught:
@@ -152,14 +152,14 @@ def test_a_rule_that_cannot_be_is_refused(rule, tmp_path):
         '{"calibration": ["' + "a" * 40_000 + '"]}',
     ],
 )
-def test_prompts_of_a_model_that_cannot_be_are_refused(text, tmp_path):
+def test_invalid_prompts_of_a_model_are_refused(text, tmp_path):
     (tmp_path / "prompts.json").write_text(text)
     with pytest.raises(ArtefactError, match=r"prompts\.json") as caught:
         load_prompts(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_lines_that_are_no_prompts_are_refused(tmp_path):
+def test_invalid_lines_of_prompts_are_refused(tmp_path):
     path = tmp_path / "a.txt"
     for text, message in (
         ("\n \n", "holds no prompts"),

@@ -1,4 +1,4 @@
-"""One call without arithmetic finds what each layer gets, and which layers get the same."""
+"""One call without arithmetic finds the inputs of each layer and shared inputs."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def calls_of(unet):
     return probe(unet, names, (1, 8, 8), 500.0, conditions)
 
 
-def test_counts_are_those_of_a_real_call(unet):
+def test_counts_equal_those_of_a_real_call(unet):
     calls = calls_of(unet)
     seen = {}
 
@@ -43,14 +43,14 @@ def test_counts_are_those_of_a_real_call(unet):
     } == seen
 
 
-def test_queries_keys_and_values_share_their_input_and_nothing_else_does(unet):
+def test_only_queries_keys_and_values_share_their_input(unet):
     shared = {n: call.input_of for n, call in calls_of(unet).items() if call.input_of != n}
     attentions = [n.removesuffix(".to_q") for n in quantizable_layers(unet) if n.endswith(".to_q")]
     assert len(attentions) == 4
     assert shared == {f"{a}.{leaf}": f"{a}.to_q" for a in attentions for leaf in ("to_k", "to_v")}
 
 
-def test_layers_at_other_bits_keep_a_quantiser_of_their_own(unet):
+def test_layers_with_other_bits_keep_separate_quantisers(unet):
     plans = plan_layers(unet, load_policy("UNet2DModel"), "w4a4")
     place = next(i for i, plan in enumerate(plans) if plan.name.endswith(".to_k"))
     plans[place] = replace(plans[place], activation_bits=8)
@@ -61,7 +61,7 @@ def test_layers_at_other_bits_keep_a_quantiser_of_their_own(unet):
     assert with_shared_inputs(plans, calls_of(unet))[place].input_of is None
 
 
-def test_a_shared_quantiser_is_one_module_and_merges_into_each_layer(unet):
+def test_a_shared_quantiser_is_a_single_module_and_merges_into_each_layer(unet):
     plans = with_shared_inputs(
         plan_layers(unet, load_policy("UNet2DModel"), "w4a4"), calls_of(unet)
     )

@@ -1,4 +1,4 @@
-"""Mixed precision: it measures what it says, puts everything back, and keeps to the budget."""
+"""Mixed precision: measurement, restored weights, and budgets."""
 
 import pytest
 import torch
@@ -25,17 +25,17 @@ def measured(unet, names):
     return weight_sensitivity(unet, names, x, t, conditions, "minmax")
 
 
-def test_fewer_bits_cost_more_and_the_weights_stay():
+def test_fewer_bits_have_larger_errors_and_weights_are_restored():
     unet = tiny_pipeline().unet
     before = {name: p.clone() for name, p in unet.named_parameters()}
     names = ["mid_block.resnets.0.conv1", "mid_block.attentions.0.to_q"]
-    found = measured(unet, names)
-    for errors in found.values():
+    sensitivity = measured(unet, names)
+    for errors in sensitivity.values():
         assert errors[2] > errors[4] > errors[8] > 0
     assert all(torch.equal(before[name], p) for name, p in unet.named_parameters())
 
 
-def test_nan_names_the_layer():
+def test_an_error_about_nan_names_the_layer():
     unet = tiny_pipeline().unet
     with torch.no_grad():
         unet.conv_out.bias.fill_(torch.inf)
@@ -43,7 +43,7 @@ def test_nan_names_the_layer():
         measured(unet, ["mid_block.attentions.0.to_q"])
 
 
-def test_the_budget_goes_to_the_layer_that_needs_it():
+def test_the_bits_go_to_the_sensitive_layer():
     sensitivity = {"fragile": {2: 9.0, 4: 3.0, 8: 0.0}, "tough": {2: 0.2, 4: 0.1, 8: 0.0}}
 
     def cost(name, bits):
@@ -56,7 +56,7 @@ def test_the_budget_goes_to_the_layer_that_needs_it():
         spend(sensitivity, cost, 3)
 
 
-def test_the_optimum_is_found_where_all_can_be_tried():
+def test_the_choice_is_close_to_the_optimum_of_an_exhaustive_search():
     generator = torch.Generator().manual_seed(0)
     sensitivity = {}
     for name in "abcd":
@@ -71,12 +71,12 @@ def test_the_optimum_is_found_where_all_can_be_tried():
             for each in torch.cartesian_prod(*[torch.tensor([2, 4, 8])] * 4).tolist()
             if sum(each) <= available
         )
-        # Greedy on the convex hull: at most one layer's step away from the optimum.
+        # Greedy choice on the convex hull: at most one layer differs from the optimum.
         assert error <= best + max(max(errors.values()) for errors in sensitivity.values())
 
 
 @pytest.mark.parametrize("share", [0.86, 0.95])
-def test_the_file_keeps_to_the_size(share, tmp_path):
+def test_the_file_fits_the_size_budget(share, tmp_path):
     recipe = {
         "method": "minmax",
         "steps": 2,

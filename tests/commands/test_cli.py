@@ -1,8 +1,7 @@
-"""The command line as a user meets it: results, refusals, exit codes, nothing half-written."""
+"""The command line as users see it: results, refusals, exit codes, no half-written output."""
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -24,48 +23,85 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_every_verb_helps_with_an_example():
+def test_the_help_of_every_verb_has_an_example():
     for verb in VERBS:
         result = run(verb, "--help")
         assert result.exit_code == 0
         assert f"Example: trtq {verb}" in result.stdout
 
 
-def test_doctor_knows_what_can_run():
+def test_help_lists_the_verbs_in_the_order_of_the_path():
+    text = run("--help").stdout
+    listed = [line.split()[0] for line in text[text.index("Commands:") :].splitlines()[1:]]
+    assert listed == [
+        *("doctor", "quantize", "export", "build", "generate", "eval", "bench", "inspect"),
+        *("verify", "serve", "package", "plugins", "demo"),
+    ]
+
+
+FORMER_NAMES = {
+    "export": (("export", "digits", "-o", "{}"), "--batch", "--batch-range", "9:1"),
+    "build": (("build", "digits", "-o", "{}"), "--batch", "--batch-range", "9:1"),
+    "bench": (("bench", "digits", "-o", "{}"), "--batch", "--batch-sizes", "0"),
+    "bench, baseline": (("bench", "digits"), "--against", "--baseline", "/nonexistent"),
+    "verify": (("verify", "digits"), "--against", "--run", "/nonexistent"),
+}
+
+
+@pytest.mark.parametrize("form", ["{} {}", "{}={}"], ids=["space", "equals"])
+@pytest.mark.parametrize(
+    ("arguments", "former", "name", "value"), FORMER_NAMES.values(), ids=FORMER_NAMES.keys()
+)
+def test_former_names_of_options_are_accepted(arguments, former, name, value, form, tmp_path):
+    filled = [argument.format(tmp_path / "out") for argument in arguments]
+    results = [run(*filled, *form.format(option, value).split()) for option in (former, name)]
+    assert results[0].exit_code == results[1].exit_code != 0
+    assert results[0].stderr == results[1].stderr
+    assert "No such option" not in results[0].stderr
+    text = run(arguments[0], "--help").stdout
+    assert f"{name} " in text
+    assert f"{former} " not in text
+
+
+def test_doctor_lists_providers_and_models():
     result = run("doctor", "--json")
-    found = json.loads(result.stdout)
-    assert result.exit_code == 0, found["problems"]
-    assert {"torch", "cpu"} <= set(found["providers"])
-    assert "digits" in found["models"]
+    record = json.loads(result.stdout)
+    assert result.exit_code == 0, record["problems"]
+    assert {"torch", "cpu"} <= set(record["providers"])
+    assert "digits" in record["models"]
 
 
-def test_doctor_takes_what_is_optional_for_no_problem(monkeypatch):
+def test_a_missing_optional_package_is_no_problem_for_doctor(monkeypatch):
     from trtq.engine import doctor
 
-    have = doctor._version
+    installed_version = doctor._version
     missing = ("matplotlib", "jinja2", "torch")
-    monkeypatch.setattr(doctor, "_version", lambda p: None if p in missing[:2] else have(p))
-    found = doctor.doctor()
-    assert found["ok"]
-    assert any("trtq[eval]" in hint for hint in found["hints"])
-    monkeypatch.setattr(doctor, "_version", lambda p: None if p in missing else have(p))
+    monkeypatch.setattr(
+        doctor, "_version", lambda p: None if p in missing[:2] else installed_version(p)
+    )
+    record = doctor.doctor()
+    assert record["ok"]
+    assert any("trtq[eval]" in hint for hint in record["hints"])
+    monkeypatch.setattr(
+        doctor, "_version", lambda p: None if p in missing else installed_version(p)
+    )
     assert doctor.doctor()["problems"] == ["torch is missing: pip install trtq"]
 
 
-def test_dry_run_says_what_would_happen_and_does_nothing(tmp_path):
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     result = run("quantize", "digits", "-o", tmp_path / "run", "--dry-run", "--json")
-    found = json.loads(result.stdout)
-    assert (found["layers_quantized"], found["layers_float"]) == (51, 0)
-    assert found["bytes_after"] < 0.2 * found["bytes_before"]
-    assert 1 < found["estimated_seconds"] < 10000
-    assert found["estimated_peak_bytes"] > 1e8
+    record = json.loads(result.stdout)
+    assert (record["layers_quantized"], record["layers_float"]) == (51, 0)
+    assert record["bytes_after"] < 0.2 * record["bytes_before"]
+    assert 1 < record["estimated_seconds"] < 10000
+    assert record["estimated_peak_bytes"] > 1e8
     assert list(tmp_path.iterdir()) == []
 
 
 def test_json_keys_of_quantize_and_export_are_there(tmp_path):
-    cheap_codec = ["--method", "minmax", "--steps", 2, "--bits", "w4a8", "--json"]
-    made = run("quantize", "digits", "-o", tmp_path / "run", *cheap_codec)
-    assert made.exit_code == 0, made.stderr
+    fast = ["--method", "minmax", "--steps", 2, "--bits", "w4a8", "--json"]
+    quantized = run("quantize", "digits", "-o", tmp_path / "run", *fast)
+    assert quantized.exit_code == 0, quantized.stderr
     assert {
         "seconds",
         "peak_rss_bytes",
@@ -73,7 +109,7 @@ def test_json_keys_of_quantize_and_export_are_there(tmp_path):
         "layers_float",
         "bytes_before",
         "bytes_after",
-    } <= set(json.loads(made.stdout))
+    } <= set(json.loads(quantized.stdout))
     exported = run("export", tmp_path / "run", "-o", tmp_path / "onnx", "--json")
     assert {"parity_db_min", "seconds", "peak_rss_bytes"} <= set(json.loads(exported.stdout))
 
@@ -112,13 +148,13 @@ def test_eval_needs_no_classifier_for_snr_psnr_and_ssim(digits_run, tmp_path):
     arguments = ["eval", digits_run, "--reference", model, "--images", 10, "--json"]
     result = run(*arguments, "-o", tmp_path / "report", "--gate", "psnr_db>=5")
     assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert found["fd"] is found["fd_reference"] is found["features"] is None
-    assert len(found["snr_db"]) == 4
-    low, high = found["psnr_db_interval"]
-    assert low < found["psnr_db"] < high
-    assert 0 < found["ssim"] <= 1
-    assert "fd" in found["not_computed"]
+    record = json.loads(result.stdout)
+    assert record["fd"] is record["fd_reference"] is record["features"] is None
+    assert len(record["snr_db"]) == 4
+    low, high = record["psnr_db_interval"]
+    assert low < record["psnr_db"] < high
+    assert 0 < record["ssim"] <= 1
+    assert "fd" in record["not_computed"]
     assert "Not computed" in (tmp_path / "report" / "index.html").read_text()
     refused = run(*arguments, "--gate", "fd<=1")
     assert refused.exit_code == 2
@@ -129,10 +165,10 @@ def test_eval_reports_and_gates(digits_onnx, tmp_path):
     arguments = ["eval", digits_onnx, "--reference", "digits", "--images", 40, "--json"]
     good = run(*arguments, "-o", tmp_path / "report", "--gate", "fd<=1000")
     assert good.exit_code == 0, good.stderr
-    found = json.loads(good.stdout)
-    assert {"fd", "fd_reference", "class_accuracy", "class_accuracy_reference"} <= set(found)
-    assert len(found["snr_db"]) == found["steps"] == 4
-    assert found["images"] == 40
+    record = json.loads(good.stdout)
+    assert {"fd", "fd_reference", "class_accuracy", "class_accuracy_reference"} <= set(record)
+    assert len(record["snr_db"]) == record["steps"] == 4
+    assert record["images"] == 40
     page = (tmp_path / "report" / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 4  # Two grids, their difference, a plot.
     assert "http" not in page
@@ -142,10 +178,10 @@ def test_eval_reports_and_gates(digits_onnx, tmp_path):
 
 
 def test_inspect_shows_layers_bits_and_tables(digits_run):
-    found = json.loads(run("inspect", digits_run, "--json").stdout)
-    assert found["precisions"] == {"w8a8": 10, "w4a4": 41}
-    assert len(found["timesteps"]) == 4
-    rows = {row["name"]: row for row in found["layers"]}
+    record = json.loads(run("inspect", digits_run, "--json").stdout)
+    assert record["precisions"] == {"w8a8": 10, "w4a4": 41}
+    assert len(record["timesteps"]) == 4
+    rows = {row["name"]: row for row in record["layers"]}
     assert len(rows["mid_block.resnets.0.conv1"]["scale"]["activation"]) == 4
     assert rows["conv_in"]["zero_points"] == [128]
     code = "from trtq.cli import app; app()"
@@ -156,12 +192,12 @@ def test_inspect_shows_layers_bits_and_tables(digits_run):
         text=True,
         check=True,
     )
-    # Names are whole in the narrowest common terminal, too.
+    # Names are not abbreviated in the narrowest common terminal either.
     assert rows.keys() <= set(shown.stdout.split())
     assert "…" not in shown.stdout
 
 
-def test_pipelines_of_every_form_draw_the_same(digits_run, digits_onnx):
+def test_a_run_and_its_export_generate_the_same_images(digits_run, digits_onnx):
     import numpy as np
     import torch
 
@@ -194,7 +230,7 @@ WRONG_USE = {
     "precision": (("export", "digits", "-o", "{}", "--precision", "fp8"), "fp32, fp16"),
     "target": (("export", "digits", "-o", "{}", "--target", "x"), "choose one of qdq, plugin"),
     "form": (("bench", "kernels", "--form", "w2a2", "-o", "{}"), "choose of w8a8, w4a8, w4a4"),
-    "batch": (("export", "digits", "-o", "{}", "--batch", "9:1"), "MIN:MAX"),
+    "batch": (("export", "digits", "-o", "{}", "--batch-range", "9:1"), "MIN:MAX"),
     "class": (("generate", "digits", "-o", "{}.png", "--class-label", 10), r"0 .. 9"),
     "suffix": (("generate", "digits", "-o", "{}.gif"), "end in .png"),
     "prompt": (("generate", "digits", "-o", "{}.png", "--prompt", "x"), "--class-label"),
@@ -221,7 +257,7 @@ WRONG_USE = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG_USE.values(), ids=WRONG_USE.keys())
-def test_wrong_use_is_two_with_one_line_and_no_file(arguments, message, tmp_path):
+def test_wrong_use_is_exit_code_2_with_one_line_and_no_file(arguments, message, tmp_path):
     filled = [str(a).format(tmp_path / "out") for a in arguments]
     result = run(*filled)
     assert result.exit_code == 2, result.stderr
@@ -230,7 +266,7 @@ def test_wrong_use_is_two_with_one_line_and_no_file(arguments, message, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_lora_is_one(tmp_path):
+def test_a_missing_lora_is_exit_code_1(tmp_path):
     result = run("quantize", "digits", "-o", tmp_path / "run", "--lora", tmp_path / "x.safetensors")
     assert result.exit_code == 1
     assert "there is no LoRA file" in " ".join(result.stderr.split())
@@ -258,7 +294,7 @@ def test_a_run_cannot_be_quantised_again_without_a_lora(digits_run, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["quantize", "export", "generate", "inspect"])
-def test_a_missing_model_is_one(verb, tmp_path):
+def test_a_missing_model_is_exit_code_1(verb, tmp_path):
     output = [] if verb == "inspect" else ["-o", tmp_path / "out.png"]
     result = run(verb, tmp_path / "nowhere", *output)
     assert result.exit_code == 1
@@ -302,13 +338,13 @@ DAMAGE = {
         "leaves the folder",
     ),
     "other version": (rewrite(format_version=99), "format version 99"),
-    "file of nobody that would be read": (
+    "unlisted file that would be read": (
         lambda folder: (folder / "prompts.json").write_text("{}"),
         "is not in the manifest",
     ),
     "unknown key": (rewrite(surprise=1), "not a manifest of trtq: surprise"),
     "no json": (lambda folder: (folder / "manifest.json").write_text("{"), "not a manifest"),
-    "class from elsewhere": (
+    "foreign class": (
         lambda folder: (folder / "model_index.json").write_text('{"unet": ["os", "system"]}'),
         "SHA-256 differs",
     ),
@@ -410,8 +446,10 @@ def test_a_model_with_nan_weights_is_refused(tmp_path):
     ids=["quantize", "export"],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(command, tmp_path):
+    import resource
+
     def limited():
-        # Larger files fail as on a full disk; python ignores the signal that would end it.
+        # Larger files fail as on a full disk; Python ignores the signal that would end the process.
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
 
     done = subprocess.run(

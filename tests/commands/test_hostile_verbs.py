@@ -1,8 +1,8 @@
-"""Every verb against hostile inputs: one line says what came, and nothing of the user's is changed.
+"""Every verb with hostile inputs: one line names the input, and files of the user stay unchanged.
 
-Each case says what stands where, which arguments follow, and what the message names. After each,
-whatever the verb answered: no traceback, no internal error, no hang, every file beside the output as it
-was, and after a refusal nothing new at all, not even hidden.
+Each case creates files, gives arguments, and states what the message must contain. After each case, with
+any exit code: no traceback, no internal error, no hang, every file next to the output unchanged, and
+after a refusal no new file at all, not even a hidden one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trtq.cli import app
 from trtq.exporter.export import export
 from trtq.runs.quantize import quantize
 
-# Their logs are bound to the stream that stands when they are first used.
+# These loggers are bound to the stream that is current at their first use.
 diffusers.utils.logging.get_logger()
 transformers.utils.logging.get_logger()
 
@@ -46,13 +46,13 @@ RECIPE = {
     "steps": 2,
     "calibration": {"images": 4, "batch": 4, "samples_per_step": 64},
 }
-QUICK = "[calibration]\nimages=4\nbatch=4\nsamples_per_step=64\n"
+SMALL_CALIBRATION = "[calibration]\nimages=4\nbatch=4\nsamples_per_step=64\n"
 ANY = (0, 1, 2)
 REFUSED = (1, 2)
 
 
 def put(path, make):
-    """A path, after something was made there."""
+    """A path, after `make` created something there."""
     make(path)
     return path
 
@@ -75,7 +75,7 @@ def made(tmp_path_factory):
 
 
 def _move_weights_out(folder: Path) -> None:
-    """Into the file beside the graph, where those of larger models are."""
+    """Move the weights to a file next to the graph, where weights of larger models are."""
     import onnx
 
     place = folder / "unet/model.onnx"
@@ -86,13 +86,13 @@ def _move_weights_out(folder: Path) -> None:
         str(place),
         save_as_external_data=True,
         location="model.onnx_data",
-        size_threshold=1024,  # Not of shapes: runtimes want them in the graph.
+        size_threshold=1024,  # Runtimes require shapes in the graph itself.
     )
     rehash(folder)
 
 
 class World:
-    """A user's folder: what the case makes, precious files beside it, and copies of artefacts."""
+    """A user's folder: the files of the case, precious files next to them, and copies of artefacts."""
 
     def __init__(self, path: Path, made: Path) -> None:
         self.path, self.made = path, made
@@ -112,7 +112,7 @@ class World:
     def edited(
         self, kind: str, change: Callable[[dict[str, Any]], object], file="manifest.json"
     ) -> Path:
-        """A copy whose document was changed, with all hashes made again."""
+        """A copy with a changed document and recomputed hashes."""
         folder = self.copy(kind)
         document = json.loads((folder / file).read_text())
         change(document)
@@ -120,24 +120,24 @@ class World:
         return folder if file == "manifest.json" else rehash(folder)
 
     def replaced(self, kind: str, file: str, content: str | bytes) -> Path:
-        """A copy in which a file holds something else, with all hashes made again."""
+        """A copy with other content in a file and recomputed hashes."""
         folder = self.copy(kind)
         (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
         return rehash(folder)
 
     def tensors(self, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-        """A run whose packed tensors were changed, with all hashes made again."""
+        """A run with changed packed tensors and recomputed hashes."""
         folder = self.copy("run")
         place = folder / "quantized.safetensors"
         with safe_open(str(place), "pt") as file:
             metadata = file.metadata()
-        found = load_file(str(place))
-        change(found)
-        save_file(found, str(place), metadata)
+        tensors = load_file(str(place))
+        change(tensors)
+        save_file(tensors, str(place), metadata)
         return rehash(folder)
 
     def graph(self, change: Callable[[Any], object]) -> Path:
-        """An ONNX folder whose graph was changed, with all hashes made again."""
+        """An ONNX folder with a changed graph and recomputed hashes."""
         import onnx
 
         folder = self.copy("onnx")
@@ -149,7 +149,7 @@ class World:
 
 
 def rehash(folder: Path) -> Path:
-    """What an attacker does after editing."""
+    """Recompute the hashes of the manifest, as an attacker does after an edit."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
         if (folder / name).is_file():
@@ -159,42 +159,42 @@ def rehash(folder: Path) -> Path:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """What each file, link and folder below one is."""
-    found = {}
+    """The content of each file, link and folder below a folder."""
+    entries = {}
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             path = Path(place, name)
             key = os.fsencode(path.relative_to(folder)).decode("ascii", "backslashreplace")
             if path.is_symlink():
-                found[key] = f"link to {os.readlink(path)}"
+                entries[key] = f"link to {os.readlink(path)}"
             elif path.is_file():
-                found[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+                entries[key] = hashlib.sha256(path.read_bytes()).hexdigest()
             else:
-                found[key] = "folder" if path.is_dir() else "special"
-    return found
+                entries[key] = "folder" if path.is_dir() else "special"
+    return entries
 
 
 class _HungError(BaseException):
-    """No verb catches it."""
+    """Raised after the time limit; no verb catches it."""
 
 
 @contextlib.contextmanager
-def at_most(seconds):
+def time_limit(seconds):
     def ring(number, frame):
         raise _HungError(f"ran past {seconds} s")
 
-    former = signal.signal(signal.SIGALRM, ring)
+    former_handler = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+        signal.signal(signal.SIGALRM, former_handler)
 
 
 def invoke(*arguments) -> tuple[int, str]:
-    """Exit code and all that was printed, in this process."""
-    with at_most(MAX_SECONDS):
+    """Exit code and output of a command run in this process."""
+    with time_limit(MAX_SECONDS):
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     error = result.exception
     if error is not None and not isinstance(error, SystemExit):
@@ -203,7 +203,7 @@ def invoke(*arguments) -> tuple[int, str]:
 
 
 def start(*arguments, env=None, **how) -> tuple[int, str]:
-    """Exit code and all that was printed, in a process of its own."""
+    """Exit code and output of a command run in a process of its own."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
     environment = {name: value for name, value in environment.items() if value is not None}
     command = [sys.executable, "-c", "from trtq.cli import app; app()", *map(str, arguments)]
@@ -222,51 +222,51 @@ def start(*arguments, env=None, **how) -> tuple[int, str]:
 
 def judge(world: World, answer: tuple[int, str], before: dict[str, str], codes, says: str) -> None:
     code, text = answer
-    said = " ".join(text.split())
+    message = " ".join(text.split())
     assert "Traceback" not in text, text
     assert "internal error" not in text, text
-    assert code in codes, (code, said)
-    assert says in said, (code, said)
+    assert code in codes, (code, message)
+    assert says in message, (code, message)
     after = snapshot(world.path)
     changed = [name for name, what in before.items() if after.get(name) != what]
-    assert changed == [], said
+    assert changed == [], message
     new = [name for name in after if name not in before]
     if code:
-        assert new == [], said
+        assert new == [], message
     else:
         strange = [n for n in new if n != "out" and not n.startswith(("out/", "out."))]
-        assert strange == [], said
+        assert strange == [], message
 
 
-# --- Artefacts: damaged or edited, opened by every verb that opens one ----------------------------
+# --- Artefacts: damaged or edited, opened by every verb that opens artefacts ----------------------
 
 
 def by_end(end: str, change: Callable[[torch.Tensor], torch.Tensor]):
-    """Change the first tensor of a layer whose name ends so."""
+    """Change the first layer tensor whose key has this ending."""
 
-    def edit(found):
-        key = next(key for key in sorted(found) if key.startswith("layer:") and key.endswith(end))
-        found[key] = change(found[key].clone())
+    def edit(tensors):
+        key = next(key for key in sorted(tensors) if key.startswith("layer:") and key.endswith(end))
+        tensors[key] = change(tensors[key].clone())
 
     return edit
 
 
-def swap_tables(found):
+def swap_tables(tensors):
     low, high = (
-        next(k for k in sorted(found) if k.endswith(f"activation.{e}")) for e in ("low", "high")
+        next(k for k in sorted(tensors) if k.endswith(f"activation.{e}")) for e in ("low", "high")
     )
-    found[low], found[high] = found[high], found[low]
+    tensors[low], tensors[high] = tensors[high], tensors[low]
 
 
-def swap_layers(found):
-    """Weights of two layers of one shape, exchanged: nothing but the hash can know."""
-    one, two = [k for k in sorted(found) if k.endswith("resnets.0.conv2:weight.codes")][:2]
-    found[one], found[two] = found[two], found[one]
+def swap_layers(tensors):
+    """Exchange the weights of two layers of equal shape: only the hash can detect it."""
+    first, second = [k for k in sorted(tensors) if k.endswith("resnets.0.conv2:weight.codes")][:2]
+    tensors[first], tensors[second] = tensors[second], tensors[first]
 
 
-def swap_unequal(found):
-    one, two = "layer:conv_in:weight.codes", "layer:conv_out:weight.codes"
-    found[one], found[two] = found[two], found[one]
+def swap_unequal(tensors):
+    first, second = "layer:conv_in:weight.codes", "layer:conv_out:weight.codes"
+    tensors[first], tensors[second] = tensors[second], tensors[first]
 
 
 def at(value):
@@ -597,7 +597,7 @@ GRAPHS: dict[str, Callable[[World], Path]] = {
 
 
 def engine(w, content=b"plan", **changes):
-    """What `trtq build` leaves, with a plan of somebody else."""
+    """The output of `trtq build`, with a foreign plan."""
     folder = w.copy("onnx", "engine")
     (folder / "unet/model.onnx").rename(folder / "unet/model.engine")
     (folder / "unet/model.engine").write_bytes(content)
@@ -618,7 +618,7 @@ def engine(w, content=b"plan", **changes):
 
 
 ENGINES: dict[str, Callable[[World], Path]] = {
-    "engine of somebody else": engine,
+    "foreign engine": engine,
     "engine empty": lambda w: engine(w, b""),
     "engine for a tensorrt that is missing": lambda w: engine(w, backend="tensorrt"),
     "engine of an unknown backend": lambda w: engine(w, backend="evil"),
@@ -632,7 +632,7 @@ ENGINES: dict[str, Callable[[World], Path]] = {
     "engine of architectures as text": lambda w: engine(w, architectures="sm86"),
 }
 
-ONE_BATCH = ("--batch", "1", "--images", "1", "--turns", "2", "--threads", "1")
+ONE_BATCH = ("--batch-sizes", "1", "--images", "1", "--turns", "2", "--threads", "1")
 OPENING: dict[str, Callable[[World, Path], list[Any]]] = {
     "inspect": lambda w, p: ["inspect", p],
     "verify": lambda w, p: ["verify", p, "--timeout", "20"],
@@ -646,23 +646,30 @@ OPENING: dict[str, Callable[[World, Path], list[Any]]] = {
 }
 
 
-# --- Arguments, places and what surrounds a process -----------------------------------------------
+# --- Arguments, places and the environment of a process -------------------------------------------
 
 
 def small(w):
-    return ["--recipe", w.file("recipe.toml", QUICK), "--method", "minmax", "--steps", "2"]
+    return [
+        "--recipe",
+        w.file("recipe.toml", SMALL_CALIBRATION),
+        "--method",
+        "minmax",
+        "--steps",
+        "2",
+    ]
 
 
 def quantizing(*extra, out=None, model=None):
     def make(w):
-        given = [one(w) if callable(one) else one for one in extra]
+        values = [value(w) if callable(value) else value for value in extra]
         return [
             "quantize",
             model or w.made / "float",
             "-o",
             out(w) if out else w.out,
             *small(w),
-            *given,
+            *values,
         ]
 
     return make
@@ -693,12 +700,12 @@ def lora(w, name="style.safetensors", **changes):
 
 
 def with_lora(*texts):
-    """LoRAs, of which each text is what `--lora` gets; FILE stands for a good one."""
+    """Values of `--lora`; FILE stands for a valid LoRA file."""
 
     def make(w):
         good = lora(w)
-        given = [one(w) if callable(one) else one.replace("FILE", str(good)) for one in texts]
-        options = [part for one in given for part in ("--lora", one)]
+        values = [text(w) if callable(text) else text.replace("FILE", str(good)) for text in texts]
+        options = [part for value in values for part in ("--lora", value)]
         return ["quantize", w.made / "float", "-o", w.out, *small(w), *options]
 
     return make
@@ -710,15 +717,15 @@ def lora_of(content):
 
 def opening(verb, kind, *extra, path=None):
     def make(w):
-        given = [one(w) if callable(one) else one for one in extra]
+        values = [value(w) if callable(value) else value for value in extra]
         place = path(w) if path else w.made / kind
-        return [*OPENING[verb](w, place), *given]
+        return [*OPENING[verb](w, place), *values]
 
     return make
 
 
 def into(verb, kind, place):
-    """A verb whose output is a hostile place."""
+    """A verb with a hostile output path."""
 
     def make(w):
         arguments = OPENING[verb](w, w.made / kind)
@@ -791,7 +798,7 @@ WRITING = {
 
 
 def other_shape(w):
-    """A float model that draws images of another size."""
+    """A float model with another image size."""
     folder = w.copy("float", "other")
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(config | {"sample_size": 16}))
@@ -801,10 +808,10 @@ def other_shape(w):
 def other_classes(w):
     folder = w.copy("float", "other")
     place = folder / "unet/diffusion_pytorch_model.safetensors"
-    found = load_file(str(place))
+    tensors = load_file(str(place))
     key = "class_embedding.weight"
-    found[key] = torch.cat([found[key], found[key][:2]])
-    save_file(found, str(place))
+    tensors[key] = torch.cat([tensors[key], tensors[key][:2]])
+    save_file(tensors, str(place))
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(config | {"num_class_embeds": 6}))
     (folder / "classes.json").write_text('{"labels": ["a","b","c","d","e"], "null_class": 5}')
@@ -821,8 +828,8 @@ def busy_port(w):
 
 def serving(*extra, path=None):
     def make(w):
-        given = [one(w) if callable(one) else one for one in extra]
-        return ["serve", path(w) if path else w.made / "onnx", "--port", "0", *given]
+        values = [value(w) if callable(value) else value for value in extra]
+        return ["serve", path(w) if path else w.made / "onnx", "--port", "0", *values]
 
     return make
 
@@ -845,8 +852,8 @@ def bench_json(change):
     return make
 
 
-def against(change):
-    return opening("bench", "onnx", "--against", bench_json(change))
+def baseline(change):
+    return opening("bench", "onnx", "--baseline", bench_json(change))
 
 
 Make = Callable[[World], list[Any]]
@@ -1024,11 +1031,11 @@ CASES: list[tuple[str, Make, tuple[int, ...], str]] = [
     # export
     ("export: target", opening("export", "run", "--target", "tpu"), REFUSED, "tpu"),
     ("export: precision", opening("export", "run", "--precision", "fp8"), REFUSED, "fp8"),
-    ("export: batch upside down", opening("export", "run", "--batch", "8:1"), REFUSED, ""),
-    ("export: batch 0", opening("export", "run", "--batch", "0:0"), REFUSED, ""),
-    ("export: batch huge", opening("export", "run", "--batch", f"1:{10**30}"), REFUSED, ""),
-    ("export: batch of three", opening("export", "run", "--batch", "1:2:3"), REFUSED, ""),
-    ("export: batch of words", opening("export", "run", "--batch", "one:two"), REFUSED, ""),
+    ("export: batch upside down", opening("export", "run", "--batch-range", "8:1"), REFUSED, ""),
+    ("export: batch 0", opening("export", "run", "--batch-range", "0:0"), REFUSED, ""),
+    ("export: batch huge", opening("export", "run", "--batch-range", f"1:{10**30}"), REFUSED, ""),
+    ("export: batch of three", opening("export", "run", "--batch-range", "1:2:3"), REFUSED, ""),
+    ("export: batch of words", opening("export", "run", "--batch-range", "one:two"), REFUSED, ""),
     ("export: size upside down", opening("export", "run", "--size", "16x16:8x8"), REFUSED, ""),
     ("export: size huge", opening("export", "run", "--size", "8x8:99999999x99999999"), REFUSED, ""),
     ("export: size odd", opening("export", "run", "--size", "9x9"), REFUSED, ""),
@@ -1044,8 +1051,8 @@ CASES: list[tuple[str, Make, tuple[int, ...], str]] = [
     ("build: arch", opening("build", "onnx", "--arch", "sm_99"), REFUSED, "cannot build for"),
     ("build: arch empty", opening("build", "onnx", "--arch", ""), REFUSED, ""),
     ("build: arch twice", opening("build", "onnx", "--arch", "sm86"), ANY, ""),
-    ("build: batch beyond the export", opening("build", "onnx", "--batch", "1:64"), ANY, ""),
-    ("build: batch 0", opening("build", "onnx", "--batch", "0"), REFUSED, ""),
+    ("build: batch beyond the export", opening("build", "onnx", "--batch-range", "1:64"), ANY, ""),
+    ("build: batch 0", opening("build", "onnx", "--batch-range", "0"), REFUSED, ""),
     ("build: workspace 0", opening("build", "onnx", "--workspace", "0"), REFUSED, ""),
     ("build: workspace huge", opening("build", "onnx", "--workspace", str(1 << 40)), REFUSED, ""),
     ("build: a run", opening("build", "run"), REFUSED, ""),
@@ -1183,10 +1190,10 @@ CASES: list[tuple[str, Make, tuple[int, ...], str]] = [
         REFUSED,
         "evil",
     ),
-    ("bench: batch 0", opening("bench", "onnx", "--batch", "0"), REFUSED, ""),
-    ("bench: batch twice", opening("bench", "onnx", "--batch", "1,1,1"), REFUSED, ""),
-    ("bench: batch empty", opening("bench", "onnx", "--batch", ""), REFUSED, ""),
-    ("bench: batch huge", opening("bench", "onnx", "--batch", "1" * 5000), REFUSED, ""),
+    ("bench: batch 0", opening("bench", "onnx", "--batch-sizes", "0"), REFUSED, ""),
+    ("bench: batch twice", opening("bench", "onnx", "--batch-sizes", "1,1,1"), REFUSED, ""),
+    ("bench: batch empty", opening("bench", "onnx", "--batch-sizes", ""), REFUSED, ""),
+    ("bench: batch huge", opening("bench", "onnx", "--batch-sizes", "1" * 5000), REFUSED, ""),
     ("bench: turns 1", opening("bench", "onnx", "--turns", "1"), REFUSED, ""),
     ("bench: threads 10^9", opening("bench", "onnx", "--threads", "1000000000"), REFUSED, ""),
     ("bench: no paths", lambda w: ["bench"], REFUSED, ""),
@@ -1197,15 +1204,20 @@ CASES: list[tuple[str, Make, tuple[int, ...], str]] = [
         REFUSED,
         "",
     ),
-    ("bench: against nothing", opening("bench", "onnx", "--against", "/nonexistent"), REFUSED, ""),
-    ("bench: against text", against(lambda r: "hello"), REFUSED, ""),
-    ("bench: against a list", against(lambda r: "[1]"), REFUSED, ""),
-    ("bench: against rows of text", against(lambda r: r.update(rows=["x"])), REFUSED, ""),
-    ("bench: against steps as text", against(lambda r: r.update(steps="two")), REFUSED, ""),
-    ("bench: against NaN", against(lambda r: r.update(guidance=float("nan"))), REFUSED, ""),
-    ("bench: against format 99", against(lambda r: r.update(format_version=99)), REFUSED, ""),
-    ("bench: against a list of devices", against(lambda r: r.update(device=[1])), REFUSED, ""),
-    ("bench: against deep JSON", against(lambda r: "[" * 100000), REFUSED, ""),
+    (
+        "bench: baseline missing",
+        opening("bench", "onnx", "--baseline", "/nonexistent"),
+        REFUSED,
+        "",
+    ),
+    ("bench: baseline text", baseline(lambda r: "hello"), REFUSED, ""),
+    ("bench: baseline a list", baseline(lambda r: "[1]"), REFUSED, ""),
+    ("bench: baseline rows of text", baseline(lambda r: r.update(rows=["x"])), REFUSED, ""),
+    ("bench: baseline steps as text", baseline(lambda r: r.update(steps="two")), REFUSED, ""),
+    ("bench: baseline NaN", baseline(lambda r: r.update(guidance=float("nan"))), REFUSED, ""),
+    ("bench: baseline format 99", baseline(lambda r: r.update(format_version=99)), REFUSED, ""),
+    ("bench: baseline a list of devices", baseline(lambda r: r.update(device=[1])), REFUSED, ""),
+    ("bench: baseline deep JSON", baseline(lambda r: "[" * 100000), REFUSED, ""),
     ("bench kernels: no GPU", lambda w: ["bench", "kernels"], REFUSED, ""),
     ("bench kernels: form", lambda w: ["bench", "kernels", "--form", "w1a1"], REFUSED, ""),
     # inspect, verify
@@ -1216,17 +1228,17 @@ CASES: list[tuple[str, Make, tuple[int, ...], str]] = [
     ("inspect: half of a surrogate", lambda w: ["inspect", "a\udcff"], REFUSED, ""),
     ("verify: runtime", opening("verify", "onnx", "--runtime", "tvm"), REFUSED, ""),
     (
-        "verify: against itself",
-        opening("verify", "onnx", "--against", lambda w: w.made / "onnx"),
+        "verify: itself as run",
+        opening("verify", "onnx", "--run", lambda w: w.made / "onnx"),
         REFUSED,
         "",
     ),
     (
-        "verify: against another run",
+        "verify: another run",
         lambda w: [
             "verify",
             w.made / "onnx",
-            "--against",
+            "--run",
             w.edited("run", lambda m: m["recipe"].update(seed=7)),
         ],
         REFUSED,
@@ -1234,8 +1246,8 @@ CASES: list[tuple[str, Make, tuple[int, ...], str]] = [
     ),
     ("verify: layers alone", opening("verify", "onnx", "--layers"), REFUSED, ""),
     (
-        "verify: a run against a run",
-        opening("verify", "run", "--against", lambda w: w.made / "run"),
+        "verify: a run of a run",
+        opening("verify", "run", "--run", lambda w: w.made / "run"),
         REFUSED,
         "",
     ),
@@ -1277,8 +1289,8 @@ CASES: list[tuple[str, Make, tuple[int, ...], str]] = [
     ("serve: replicas upside down", serving("--ray", "--replicas", "2:1"), REFUSED, ""),
     ("serve: replicas without Ray", serving("--replicas", "1:2"), REFUSED, "--ray"),
     ("serve: provider", serving("--provider", "tpu"), REFUSED, ""),
-    ("serve: beside itself", serving("--beside", lambda w: w.made / "onnx"), REFUSED, ""),
-    ("serve: beside nothing", serving("--beside", "/nonexistent"), REFUSED, ""),
+    ("serve: itself as second model", serving("--beside", lambda w: w.made / "onnx"), REFUSED, ""),
+    ("serve: second model missing", serving("--beside", "/nonexistent"), REFUSED, ""),
     ("serve: deadline NaN", serving("--deadline-seconds", "nan"), REFUSED, ""),
     ("serve: allowed host", serving("--allowed-host", "http://x/y"), REFUSED, ""),
     ("serve: allowed origin", serving("--allowed-origin", "not an origin"), REFUSED, ""),
@@ -1373,11 +1385,11 @@ CASES: list[tuple[str, Make, tuple[int, ...], str]] = [
 POLICY = 'family = "UNet2DModel"\n'
 
 
-# --- What surrounds a process ---------------------------------------------------------------------
+# --- The environment of a process -----------------------------------------------------------------
 
 
 def gone(w):
-    """A working folder that is deleted while the process is in it."""
+    """A current folder that is deleted while the process runs."""
     place = w.path.parent / "gone"
     place.mkdir()
     return {"preexec_fn": lambda: (os.chdir(place), place.rmdir())}
@@ -1395,15 +1407,15 @@ def limited(name, amount):
 
 def closed(*descriptors):
     def close(w):
-        return {"preexec_fn": lambda: [os.close(one) for one in descriptors]}
+        return {"preexec_fn": lambda: [os.close(descriptor) for descriptor in descriptors]}
 
     return close
 
 
 def variables(**values):
     def env(w):
-        given = {name: one(w) if callable(one) else one for name, one in values.items()}
-        return {"env": given}
+        env = {name: value(w) if callable(value) else value for name, value in values.items()}
+        return {"env": env}
 
     return env
 
@@ -1439,7 +1451,7 @@ SURROUNDED: dict[str, Callable[[World], list[Any]]] = {
     "doctor": lambda w: ["doctor"],
     "verify": lambda w: ["verify", w.made / "onnx"],
 }
-QUICKLY = (("inspect", "a folder that is gone"),)
+FAST_SURROUNDED = (("inspect", "a folder that is gone"),)
 
 
 # --- The tests ------------------------------------------------------------------------------------
@@ -1447,7 +1459,7 @@ QUICKLY = (("inspect", "a folder that is gone"),)
 
 @pytest.fixture
 def world(tmp_path, made, monkeypatch):
-    """Where a case plays: nothing outside it is written to, and leftovers of any kind are seen."""
+    """The folder of a case; leftovers of any kind are seen, also temporary files."""
     place = tmp_path / "world"
     place.mkdir()
     scratch = tmp_path / "scratch"
@@ -1462,15 +1474,15 @@ def world(tmp_path, made, monkeypatch):
         undo()
 
 
-def some(keys, cheap_codec):
-    """The keys as parameters, of which all but the quick ones are marked slow."""
+def marked(keys, is_fast):
+    """Parameters of the keys; all that are not fast are marked slow."""
     return [
-        pytest.param(*key, marks=() if cheap_codec(*key) else pytest.mark.slow, id=" ".join(key))
+        pytest.param(*key, marks=() if is_fast(*key) else pytest.mark.slow, id=" ".join(key))
         for key in keys
     ]
 
 
-def tried(world, arguments, codes=ANY, says="", how=None):
+def check(world, arguments, codes=ANY, says="", how=None):
     before = snapshot(world.path)
     originals = snapshot(world.made)
     answer = invoke(*arguments) if how is None else start(*arguments, **how)
@@ -1480,124 +1492,121 @@ def tried(world, arguments, codes=ANY, says="", how=None):
 
 @pytest.mark.parametrize(
     ("verb", "name"),
-    some(
+    marked(
         [(v, n) for v in OPENING if v != "bench" for n in RUNS],
         lambda verb, name: verb == "inspect",
     ),
 )
-def test_a_run_that_was_damaged_or_edited_is_refused_in_one_line(world, verb, name):
+def test_a_damaged_or_edited_run_is_refused_in_one_line(world, verb, name):
     place = RUNS[name](world)
-    tried(world, OPENING[verb](world, place), says=SAYS.get(name, "") if verb == "inspect" else "")
+    check(world, OPENING[verb](world, place), says=SAYS.get(name, "") if verb == "inspect" else "")
 
 
 @pytest.mark.parametrize(
     ("verb", "name"),
-    some(
+    marked(
         [(v, n) for v in OPENING if v not in ("bench", "build") for n in GRAPHS],
         lambda verb, name: verb == "inspect" and name in list(GRAPHS)[-12:],
     ),
 )
-def test_a_graph_that_was_damaged_or_edited_is_refused_in_one_line(world, verb, name):
+def test_a_damaged_or_edited_graph_is_refused_in_one_line(world, verb, name):
     place = GRAPHS[name](world)
-    tried(
+    check(
         world, OPENING[verb](world, place), (1,) if verb == "verify" and name not in WELL else ANY
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_verify_says_all_well_of_no_run_that_does_not_draw(world, name):
+def test_verify_accepts_no_run_that_cannot_generate(world, name):
     place = RUNS[name](world)
-    tried(world, ["verify", place], ANY if name in WELL else REFUSED)
+    check(world, ["verify", place], ANY if name in WELL else REFUSED)
 
 
 @pytest.mark.parametrize(
     ("verb", "name"),
-    some(
-        [
-            (v, n)
-            for v in OPENING
-            for n in ENGINES
-            if v != "bench" or n == "engine of somebody else"
-        ],
+    marked(
+        [(v, n) for v in OPENING for n in ENGINES if v != "bench" or n == "foreign engine"],
         lambda verb, name: verb == "inspect",
     ),
 )
-def test_an_engine_of_somebody_else_is_refused_in_one_line(world, verb, name):
+def test_a_foreign_engine_is_refused_in_one_line(world, verb, name):
     place = ENGINES[name](world)
-    tried(world, OPENING[verb](world, place))
+    check(world, OPENING[verb](world, place))
 
 
 @pytest.mark.parametrize(
     ("verb", "name"),
-    some(
+    marked(
         [(v, n) for v in WRITING for n in PLACES],
         lambda verb, name: verb in ("quantize", "bench kernels"),
     ),
 )
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
-def test_a_hostile_place_is_not_written_to(world, verb, name, overwrite):
+def test_nothing_is_written_to_a_hostile_place(world, verb, name, overwrite):
     arguments = WRITING[verb](world)
     arguments[arguments.index("-o") + 1] = PLACES[name](world)
     if verb == "generate" and name in ("the root", "a foreign folder", "a link"):
-        arguments += ["--class-label", "99"]  # It adds its pictures to folders of the user.
-    tried(world, arguments + ["--overwrite"] * overwrite, ANY if name in NEW else REFUSED)
+        arguments += ["--class-label", "99"]  # It adds images to folders of the user.
+    check(world, arguments + ["--overwrite"] * overwrite, ANY if name in NEW else REFUSED)
 
 
 def _first_of_their_verb(count):
     seen: dict[str, int] = {}
-    cheap_codec = set()
+    names = set()
     for name, *_ in CASES:
         verb = name.partition(":")[0]
         seen[verb] = seen.get(verb, 0) + 1
-        if seen[verb] <= count and name not in LONG:
-            cheap_codec.add(name)
-    return cheap_codec
+        if seen[verb] <= count and name not in SLOW:
+            names.add(name)
+    return names
 
 
-LONG = (
+SLOW = (
     *(
         "build: arch twice",
         "lora: 1e38",
         "package: --onnx of a graph",
         "eval: reference of another model",
     ),
-    *("verify: against itself", "verify: against another run", "bench: of other models"),
+    *("verify: itself as run", "verify: another run", "bench: of other models"),
 )
-_QUICK = _first_of_their_verb(4)
+_FAST = _first_of_their_verb(4)
 
 
 @pytest.mark.parametrize(
     ("make", "codes", "says"),
     [
-        pytest.param(*case, id=name, marks=() if name in _QUICK else pytest.mark.slow)
+        pytest.param(*case, id=name, marks=() if name in _FAST else pytest.mark.slow)
         for name, *case in CASES
     ],
 )
-def test_arguments_that_cannot_be_are_refused_in_one_line(world, make, codes, says):
-    tried(world, make(world), codes, says)
+def test_invalid_arguments_are_refused_in_one_line(world, make, codes, says):
+    check(world, make(world), codes, says)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="limits and descriptors are those of POSIX")
+@pytest.mark.skipif(
+    os.name != "posix", reason="resource limits and descriptors exist on POSIX only"
+)
 @pytest.mark.parametrize(
     ("verb", "name"),
-    some([(v, n) for v in SURROUNDED for n in SURROUNDINGS], lambda *key: key in QUICKLY),
+    marked([(v, n) for v in SURROUNDED for n in SURROUNDINGS], lambda *key: key in FAST_SURROUNDED),
 )
-def test_whatever_surrounds_a_process_costs_no_file_and_no_traceback(world, verb, name):
+def test_a_hostile_environment_costs_no_file_and_no_traceback(world, verb, name):
     how = SURROUNDINGS[name](world)
-    tried(world, SURROUNDED[verb](world), ANY, how=how)
+    check(world, SURROUNDED[verb](world), ANY, how=how)
 
 
 @pytest.mark.parametrize("version", [None, "", "nonsense", "999.0", "\x1b[31m"])
-def test_doctor_of_broken_packages_answers(world, monkeypatch, version):
+def test_doctor_answers_with_broken_packages(world, monkeypatch, version):
     from trtq.engine import doctor
 
     monkeypatch.setattr(doctor, "_version", lambda package: version)
-    tried(world, ["doctor"])
-    tried(world, ["doctor", "--json"])
+    check(world, ["doctor"])
+    check(world, ["doctor", "--json"])
 
 
-def test_every_verb_meets_at_least_twelve_hostile_inputs():
+def test_every_verb_is_tested_with_twelve_or_more_hostile_inputs():
     met = {verb: set() for verb in VERBS}
     for name, *_ in CASES:
         verb = name.partition(":")[0].partition(" kernels")[0]
@@ -1622,11 +1631,11 @@ VERBS = (
     *("package", "plugins", "doctor", "demo"),
 )
 NEW = ("inside an artefact",)
-# Changes that leave something that draws what it says.
+# Changes after which the artefact still generates what its manifest claims.
 WELL: tuple[str, ...] = (
     *("trained cut", "source.files above", "recipe of other bits", "recipe with an unknown key"),
     *("classes of 10 MB", "classes too few", "scheduler unknown"),
-    "metadata missing",  # A graph that says nothing of itself is not compared with its manifest.
+    "metadata missing",  # A graph without metadata is not compared with its manifest.
 )
 SAYS: dict[str, str] = {
     "link to itself": "is missing, though the manifest lists it",
@@ -1639,7 +1648,7 @@ SAYS: dict[str, str] = {
     "negative scale": "positive finite numbers",
     "weight scale 0": "the weight's scale",
     "zero point beyond the bits": "layer 'conv_in': 8-bit weights minus their zero points",
-    "low above high": "do not lie round zero",
+    "low above high": "do not lie around zero",
     "bias NaN": "layer 'conv_in': the bias holds NaN",
     "float part infinite": "'conv_norm_out.weight' holds NaN or infinity",
     "tables of 3 steps": "has shape (3,), though the manifest lists 2 timesteps",

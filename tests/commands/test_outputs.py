@@ -1,4 +1,4 @@
-"""Every verb keeps what is the user's: places, files, measurements, checkpoints."""
+"""No verb loses data of the user: folders, files, measurements, checkpoints."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def said(result):
+def message_of(result):
     return " ".join(result.stderr.split())
 
 
@@ -30,12 +30,12 @@ def tree(folder):
 
 @pytest.fixture(scope="module")
 def verbs(digits_onnx):
-    """What writes a folder, and the arguments that come before `-o`."""
+    """The verbs that write a folder, and the arguments before `-o`."""
     return {
         "quantize": ("quantize", "digits", "--method", "minmax", "--steps", 2),
         "export": ("export", "digits"),
         "eval": ("eval", "digits", "--reference", "digits", "--images", 2, "--steps", 2),
-        "bench": ("bench", "digits", "--batch", 1, "--turns", 2),
+        "bench": ("bench", "digits", "--batch-sizes", 1, "--turns", 2),
         "package": ("package", "triton", digits_onnx),
         "demo": ("demo", "--images", 20, "--iterations", 1),
     }
@@ -61,7 +61,7 @@ def test_a_folder_of_the_user_is_refused_with_overwrite(verb, files, verbs, tmp_
     before = tree(tmp_path)
     result = run(*verbs[verb], "-o", place, "--overwrite")
     assert result.exit_code == 2, result.output
-    assert "exists and is not" in said(result)
+    assert "exists and is not" in message_of(result)
     assert tree(tmp_path) == before
 
 
@@ -71,7 +71,7 @@ def test_a_run_is_replaced_by_runs_only(verb, verbs, digits_run, tmp_path):
     before = tree(tmp_path)
     result = run(*verbs[verb], "-o", tmp_path / "run", "--overwrite")
     assert result.exit_code == 2, result.output
-    assert "is a run, which is not replaced by" in said(result)
+    assert "is a run, which is not replaced by" in message_of(result)
     assert tree(tmp_path) == before
 
 
@@ -88,25 +88,25 @@ def test_links_files_and_places_inside_artefacts_are_refused(verb, verbs, digits
     assert tree(tmp_path) == before
 
 
-def test_a_picture_is_replaced_only_when_told_to(digits_onnx, tmp_path):
+def test_an_image_is_replaced_only_with_overwrite(digits_onnx, tmp_path):
     out = tmp_path / "cat.png"
     out.write_bytes(b"mine")
     refused = run("generate", digits_onnx, "-o", out)
     assert (refused.exit_code, out.read_bytes()) == (2, b"mine")
-    assert "pass --overwrite" in said(refused)
+    assert "pass --overwrite" in message_of(refused)
     done = run("generate", digits_onnx, "-o", out, "--steps", 1, "--overwrite")
     assert done.exit_code == 0, done.stderr
     assert out.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["cat.png"]
 
 
-def test_a_picture_is_not_put_into_an_artefact(digits_onnx):
+def test_an_image_is_not_written_into_an_artefact(digits_onnx):
     result = run("generate", "digits", "-o", digits_onnx / "cat.png")
     assert result.exit_code == 2
-    assert "lies inside" in said(result)
+    assert "lies inside" in message_of(result)
 
 
-def test_a_picture_that_cannot_be_written_leaves_nothing(digits_onnx, tmp_path, monkeypatch):
+def test_an_image_that_cannot_be_written_leaves_nothing(digits_onnx, tmp_path, monkeypatch):
     save = generate_stage.save_png
 
     def fail(sheet, path, texts, **options):
@@ -122,39 +122,39 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(digits_onnx, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_evaluation_that_cannot_be_written_is_shown(tmp_path, monkeypatch):
+def test_an_evaluation_that_cannot_be_written_is_printed(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("trtq.report.folder.render", fail)
     arguments = ("--reference", "digits", "--images", 2, "--steps", 2, "--json")
     result = run("eval", "digits", *arguments, "-o", tmp_path / "report")
-    assert (result.exit_code, "No space left" in said(result)) == (1, True)
-    assert str(tmp_path / "report") in said(result)
+    assert (result.exit_code, "No space left" in message_of(result)) == (1, True)
+    assert str(tmp_path / "report") in message_of(result)
     assert json.loads(result.stdout)["images"] == 2
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["again", "resume"])
-def test_a_half_written_first_checkpoint_is_in_nobodys_way(resume, tmp_path):
+def test_a_half_written_first_checkpoint_does_not_block_the_next_run(resume, tmp_path):
     stage = tmp_path / ".run.trtq-partial" / "checkpoints" / "fine-tune"
     for name in (".iteration-0000002.partial", "iteration-0000002"):
         (stage / name).mkdir(parents=True)
         (stage / name / "model.safetensors").write_text("half")
-    cheap_codec = ("--method", "minmax", "--steps", 2)
-    result = run("quantize", "digits", "-o", tmp_path / "run", *cheap_codec, *resume)
+    fast = ("--method", "minmax", "--steps", 2)
+    result = run("quantize", "digits", "-o", tmp_path / "run", *fast, *resume)
     assert result.exit_code == 0, result.stderr
-    assert ("no complete checkpoint" in said(result)) == bool(resume)
+    assert ("no complete checkpoint" in message_of(result)) == bool(resume)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_report_to_compare_with_may_be_no_pipe(tmp_path):
+def test_an_input_file_may_be_no_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for arguments in (
-        ("bench", "digits", "--against", tmp_path / "pipe"),
+        ("bench", "digits", "--baseline", tmp_path / "pipe"),
         ("quantize", "digits", "-o", tmp_path / "run", "--recipe", tmp_path / "pipe"),
         ("serve", "digits", "--api-key-file", tmp_path / "pipe"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2
-        assert "is a named pipe; give a file" in said(result)
+        assert "is a named pipe; give a file" in message_of(result)

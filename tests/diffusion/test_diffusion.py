@@ -1,12 +1,13 @@
-"""Schedules, guidance, loading."""
+"""Schedules, guidance, initial noise and loading."""
 
 import numpy as np
 import pytest
 import torch
 
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.sampling import Conditions, at_once, predict, seeded_noise
-from trtq.diffusion.schedule import NoiseSchedule, inference_timesteps, set_timesteps
+from trtq.diffusion.schedule import NoiseSchedule
+from trtq.diffusion.timesteps import inference_timesteps, set_timesteps
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 
 
@@ -24,7 +25,7 @@ def test_step_is_diffusers_ddim_step(prediction, clip, eta):
     generator = torch.Generator().manual_seed(0)
     positions = torch.arange(20)
     x, predicted, noise = (torch.randn(20, 1, 4, 4, generator=generator) for _ in range(3))
-    # Every item at a step of its own, in one call.
+    # Each item is at its own step, in one call.
     ours = schedule.step(x, predicted, positions, eta, noise)
     for position, t in enumerate(scheduler.timesteps):
         item = slice(position, position + 1)
@@ -35,8 +36,8 @@ def test_step_is_diffusers_ddim_step(prediction, clip, eta):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_influence_is_what_an_error_at_one_step_does_to_the_end(prediction):
-    """On data of unit variance, where the best denoiser is known: the noise in `x` is `sigma x`."""
+def test_influence_is_the_effect_of_an_error_at_one_step_on_the_final_sample(prediction):
+    """On data of unit variance, for which the best denoiser is known: the noise in `x` is `sigma x`."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False)
@@ -59,7 +60,7 @@ def test_influence_is_what_an_error_at_one_step_does_to_the_end(prediction):
     assert schedule.influence().mean().item() == pytest.approx(1)
 
 
-def test_timesteps_are_the_schedulers_own():
+def test_timesteps_are_those_of_the_scheduler():
     from diffusers import DDIMScheduler, HeunDiscreteScheduler
 
     ddim = DDIMScheduler(timestep_spacing="leading", steps_offset=1)
@@ -74,7 +75,7 @@ def test_timesteps_are_the_schedulers_own():
 
 
 @pytest.mark.parametrize("steps", [3, 7, 20])
-def test_noise_levels_that_depend_on_the_size_are_flux_own_bit_for_bit(steps):
+def test_noise_levels_that_depend_on_the_size_equal_those_of_flux_bit_for_bit(steps):
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -103,11 +104,11 @@ def test_guidance_concatenates_unconditional_then_conditional():
 
 
 @pytest.mark.parametrize(
-    ("shape", "most", "count"),
+    ("shape", "max_batch", "count"),
     [((1, 8, 8), 64, 64), ((4, 64, 64), 64, 4), ((4, 128, 128), 64, 1), ((4096, 64), 3, 1)],
 )
-def test_large_samples_go_through_a_few_at_a_time(shape, most, count):
-    assert at_once(shape, most) == count
+def test_large_samples_go_through_a_few_at_a_time(shape, max_batch, count):
+    assert at_once(shape, max_batch) == count
 
 
 def test_noise_does_not_depend_on_the_batch():
@@ -119,13 +120,13 @@ def test_noise_does_not_depend_on_the_batch():
 def test_images_do_not_depend_on_the_batch(tiny):
     from trtq.pipelines.draw import conditioning_for, draw
 
-    one, many = (
+    single, batched = (
         draw(tiny, conditioning_for(tiny, 5), steps=3, seed=0, batch=batch) for batch in (1, 5)
     )
-    torch.testing.assert_close(one, many, rtol=0, atol=1e-5)
+    torch.testing.assert_close(single, batched, rtol=0, atol=1e-5)
 
 
-def test_diffusers_itself_loads_the_shipped_model():
+def test_diffusers_loads_the_shipped_model():
     from diffusers import DDIMPipeline
 
     from trtq.diffusion.shipped import shipped_model
@@ -134,7 +135,7 @@ def test_diffusers_itself_loads_the_shipped_model():
     assert type(pipeline.unet).__name__ == "UNet2DModel"
 
 
-def test_shipped_model_is_small():
+def test_the_shipped_model_is_small():
     from trtq.diffusion.shipped import shipped_model
 
     files = [p for p in shipped_model("digits").rglob("*") if p.is_file()]
@@ -149,13 +150,13 @@ def test_shipped_model_is_small():
         (".", r"holds no model_index\.json"),
     ],
 )
-def test_unknown_models(model, message, tmp_path, monkeypatch):
+def test_an_unknown_model_is_refused(model, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtefactError, match=message):
-        load_source(model)
+        open_pipeline(model)
 
 
-def test_corrupt_weights(tmp_path):
+def test_truncated_weights_are_refused(tmp_path):
     import shutil
 
     from trtq.diffusion.shipped import shipped_model
@@ -164,13 +165,13 @@ def test_corrupt_weights(tmp_path):
     shutil.copytree(shipped_model("digits"), folder)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ArtefactError, match=r"no whole safetensors file.*download it again"):
-        load_source(folder)
+    with pytest.raises(ArtefactError, match=r"not a complete safetensors file.*download it again"):
+        open_pipeline(folder)
 
 
-def test_a_pipeline_without_a_denoiser():
+def test_a_pipeline_without_a_denoiser_is_refused():
     class Empty:
         components = {"vae": None}
 
     with pytest.raises(QuantizationError, match=r"no denoiser.*vae"):
-        load_source(Empty())
+        open_pipeline(Empty())

@@ -1,52 +1,51 @@
-"""What the denoiser is told about prompts is what the pipeline's own call tells it."""
+"""The encoded prompts equal the denoiser inputs of the pipeline's own call."""
 
 import pytest
 import torch
 
 from tests.families.pipelines import build
 from trtq.diffusion.encode import takes_negative
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import UsageError
 
 
-def told_by_the_pipeline(source, **prompts):
-    """The inputs of the denoiser in a call of the pipeline, by flat name; "no prompt" first."""
+def inputs_of_the_call(loaded, **prompts):
+    """Denoiser inputs in a call of the pipeline, by flat name; "no prompt" is the first row."""
     seen = {}
 
     def keep(module, args, kwargs):
-        seen.update(source.family.flatten(kwargs))
+        seen.update(loaded.family.flatten(kwargs))
 
-    hook = source.denoiser.register_forward_pre_hook(keep, with_kwargs=True)
-    height, width = source.image_size
+    hook = loaded.denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+    height, width = loaded.image_size
     options = {"height": height, "width": width, "output_type": "latent", "guidance_scale": 3.0}
-    if "pixart" in type(source.pipeline).__name__.lower():
+    if "pixart" in type(loaded.pipeline).__name__.lower():
         options["use_resolution_binning"] = False
-    source.pipeline(num_inference_steps=2, **prompts, **options)
+    loaded.pipeline(num_inference_steps=2, **prompts, **options)
     hook.remove()
     return seen
 
 
 @pytest.mark.parametrize("negative", [None, "", "a blue square"], ids=repr)
 @pytest.mark.parametrize("name", ["sd_1", "sd_xl", "pixart", "sd_3"])
-def test_no_condition_is_what_the_pipeline_makes_of_the_negative_prompt(name, negative):
-    source = load_source(build(name))
-    source.resize("16x16")
-    for part in source.pipeline.components.values():
+def test_the_unconditional_input_is_the_pipelines_encoding_of_the_negative_prompt(name, negative):
+    loaded = open_pipeline(build(name)).sized("16x16")
+    for part in loaded.pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
     given = {} if negative is None else {"negative_prompt": negative}
-    seen = told_by_the_pipeline(source, prompt="a red circle", **given)
-    encoded = source.encode(["a red circle"], negative)
+    seen = inputs_of_the_call(loaded, prompt="a red circle", **given)
+    encoded = loaded.encode(["a red circle"], negative)
     assert encoded.unconditional.keys() == encoded.conditional.keys()
     for key, value in encoded.unconditional.items():
         assert torch.equal(torch.cat([value, encoded.conditional[key]]), seen[key]), key
 
 
-def test_an_empty_negative_prompt_is_not_none_for_stable_diffusion_xl():
-    """It has zeros where there is no text."""
-    source = load_source(build("sd_xl"))
+def test_stable_diffusion_xl_encodes_an_empty_negative_prompt_unlike_none():
+    """Without a negative prompt the pipeline uses zeros."""
+    loaded = open_pipeline(build("sd_xl"))
     none, empty = (
-        source.encode(["a"], negative).unconditional["encoder_hidden_states"]
+        loaded.encode(["a"], negative).unconditional["encoder_hidden_states"]
         for negative in (None, "")
     )
     assert int(none.count_nonzero()) == 0
@@ -54,17 +53,17 @@ def test_an_empty_negative_prompt_is_not_none_for_stable_diffusion_xl():
 
 
 @pytest.mark.parametrize("name", ["ldm_kl", "flux"])
-def test_pipelines_without_a_negative_prompt_refuse_one(name):
-    source = load_source(build(name))
-    assert not takes_negative(source.pipeline)
+def test_a_negative_prompt_is_refused_if_the_pipeline_takes_none(name):
+    loaded = open_pipeline(build(name))
+    assert not takes_negative(loaded.pipeline)
     with pytest.raises(UsageError, match="takes no negative prompt"):
-        source.encode(["a"], "b")
-    assert source.encode(["a"], "").conditional.keys() == source.encode(["a"]).conditional.keys()
+        loaded.encode(["a"], "b")
+    assert loaded.encode(["a"], "").conditional.keys() == loaded.encode(["a"]).conditional.keys()
 
 
-def test_a_sized_source_leaves_the_first_as_it_is():
-    source = load_source(build("sd_xl"))
-    other = source.sized("24x32")
-    assert (source.image_size, other.image_size) == ((16, 16), (24, 32))
+def test_a_resized_copy_does_not_change_the_original():
+    loaded = open_pipeline(build("sd_xl"))
+    other = loaded.sized("24x32")
+    assert (loaded.image_size, other.image_size) == ((16, 16), (24, 32))
     assert other.encode(["a"]).conditional["time_ids"].tolist() == [[24, 32, 0, 0, 24, 32]]
-    assert source.encode(["a"]).conditional["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
+    assert loaded.encode(["a"]).conditional["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]

@@ -1,4 +1,4 @@
-"""Folders as people have them and as they get damaged: read rightly, or refused in one line."""
+"""Folders of many kinds, intact or damaged: loaded correctly, or refused in one line."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.families.pipelines import PIPELINES, build
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import ArtefactError, NonFiniteError, TrtqError, UsageError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -39,24 +39,24 @@ def edit_tensors(model, file, change):
 
 
 def edit_json(model, file, **changes):
-    found = json.loads((model / file).read_text())
-    found.update(changes)
-    (model / file).write_text(json.dumps(found))
+    document = json.loads((model / file).read_text())
+    document.update(changes)
+    (model / file).write_text(json.dumps(document))
 
 
 def refusal(model, error=TrtqError):
     with pytest.raises(error) as caught:
-        load_source(model)
+        open_pipeline(model)
     message = str(caught.value)
     assert "\n" not in message
     assert type(caught.value) is not TrtqError
     return message
 
 
-def test_what_is_loaded_is_what_the_files_hold(saved):
-    source = load_source(saved)
+def test_loaded_tensors_equal_those_in_the_files(saved):
+    loaded = open_pipeline(saved)
     for part, file in (("unet", UNET), ("text_encoder", TEXT), ("vae", VAE)):
-        state = getattr(source.pipeline, part).state_dict()
+        state = getattr(loaded.pipeline, part).state_dict()
         held = load_file(saved / file)
         assert state.keys() >= {n for n in held if n in state}
         for name in state.keys() & held.keys():
@@ -64,17 +64,17 @@ def test_what_is_loaded_is_what_the_files_hold(saved):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_pipelines_of_every_family_pass_the_checks(name, tmp_path):
+def test_a_pipeline_of_each_family_passes_the_checks(name, tmp_path):
     pipeline = build(name)
     pipeline.save_pretrained(tmp_path)
-    source = load_source(tmp_path)
-    own = getattr(pipeline, source.denoiser_name).state_dict()
-    assert all(torch.equal(t, own[n]) for n, t in source.denoiser.state_dict().items())
+    loaded = open_pipeline(tmp_path)
+    expected = getattr(pipeline, loaded.denoiser_name).state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in loaded.denoiser.state_dict().items())
 
 
 @pytest.mark.parametrize("file", [UNET, TEXT, VAE])
 @pytest.mark.parametrize("kind", ["missing", "stray", "shape"])
-def test_tensors_that_do_not_fit_are_named_and_counted(file, kind, model):
+def test_tensors_that_do_not_fit_are_named(file, kind, model):
     name = sorted(n for n in load_file(model / file) if n.endswith("weight"))[0]
 
     def change(tensors):
@@ -95,7 +95,7 @@ def test_tensors_that_do_not_fit_are_named_and_counted(file, kind, model):
     "prefix", ["_orig_mod.", "module.", "model.", "unet.", "_orig_mod.module."]
 )
 @pytest.mark.parametrize("file", [UNET, VAE, TEXT])
-def test_prefixed_names_are_refused_with_what_to_do(prefix, file, model):
+def test_prefixed_names_are_refused_with_a_remedy(prefix, file, model):
     edit_tensors(model, file, lambda tensors: {prefix + n: t for n, t in tensors.items()})
     message = refusal(model, ArtefactError)
     assert repr(prefix) in message
@@ -104,7 +104,7 @@ def test_prefixed_names_are_refused_with_what_to_do(prefix, file, model):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.uint8, torch.bool], ids=str)
 @pytest.mark.parametrize("file", [UNET, TEXT])
-def test_weights_that_are_no_floats_are_refused(dtype, file, model):
+def test_weights_that_are_not_floats_are_refused(dtype, file, model):
     name = next(n for n, t in load_file(model / file).items() if t.ndim == 2)
     edit_tensors(model, file, lambda t: t.update({name: t[name].to(dtype)}))
     assert "not floating-point" in refusal(model, ArtefactError)
@@ -124,27 +124,27 @@ def test_other_float_weights_are_read_as_float32(dtype, model):
     for file in (UNET, TEXT, VAE):
         edit_tensors(model, file, lambda t: {n: v.to(dtype) for n, v in t.items()})
         held[file] = load_file(model / file)
-    source = load_source(model)
-    for name, tensor in source.denoiser.state_dict().items():
+    loaded = open_pipeline(model)
+    for name, tensor in loaded.denoiser.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, held[UNET][name].float())
 
 
-def test_one_variant_is_read_and_said(saved, tmp_path, caplog):
+def test_a_single_variant_is_read_with_a_warning(saved, tmp_path, caplog):
     model = tmp_path / "model"
     build("sd_1").save_pretrained(model, variant="fp16")
-    source = load_source(model)
-    assert "reading the variant 'fp16', the only one there" in caplog.text
-    expected = load_source(saved).denoiser.state_dict()
-    assert all(torch.equal(t, expected[n]) for n, t in source.denoiser.state_dict().items())
+    loaded = open_pipeline(model)
+    assert "reading the variant 'fp16', the only one present" in caplog.text
+    expected = open_pipeline(saved).denoiser.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in loaded.denoiser.state_dict().items())
     other = model / "unet/diffusion_pytorch_model.bf16.safetensors"
     shutil.copy(model / "unet/diffusion_pytorch_model.fp16.safetensors", other)
     assert "bf16, fp16" in refusal(model, ArtefactError)
 
 
-def test_a_plain_file_goes_before_variants(model, caplog):
+def test_a_plain_file_takes_precedence_over_variants(model, caplog):
     shutil.copy(model / UNET, model / "unet/diffusion_pytorch_model.fp16.safetensors")
-    load_source(model)
+    open_pipeline(model)
     assert "variant" not in caplog.text
 
 
@@ -154,9 +154,9 @@ def test_shards_are_read_and_a_missing_one_is_named(variant, saved, tmp_path):
     build("sd_1").save_pretrained(model, max_shard_size="40KB", variant=variant)
     shards = sorted((model / "unet").glob("*-of-*"))
     assert len(shards) > 1
-    expected = load_source(saved).denoiser.state_dict()
-    found = load_source(model).denoiser.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    expected = open_pipeline(saved).denoiser.state_dict()
+    state = open_pipeline(model).denoiser.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
     shards[1].unlink()
     assert shards[1].name in refusal(model, ArtefactError)
 
@@ -173,13 +173,13 @@ def test_shards_are_read_and_a_missing_one_is_named(variant, saved, tmp_path):
     ],
     ids=["nothing", "empty", "outside", "absent", "number", "list"],
 )
-def test_an_index_of_shards_that_lies_is_refused(content, model):
+def test_an_invalid_index_of_shards_is_refused(content, model):
     index = model / "unet/diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps(content))
     assert "index.json" in refusal(model, ArtefactError)
 
 
-def test_pickles_are_refused_with_what_converts_them(tmp_path):
+def test_pickles_are_refused_with_code_to_convert_them(tmp_path):
     model = tmp_path / "model"
     build("sd_1").save_pretrained(model, safe_serialization=False)
     message = refusal(model, ArtefactError)
@@ -201,15 +201,15 @@ def test_pointers_of_git_lfs_are_named(file, model):
     "suffix", [".safetensors", ".ckpt", ".gguf", ".SAFETENSORS", ".pt", ".bin"]
 )
 @pytest.mark.parametrize("inside", [False, True], ids=["file", "folder"])
-def test_single_files_are_refused_with_the_way_to_a_folder(suffix, inside, tmp_path):
+def test_single_files_are_refused_with_code_to_convert_them(suffix, inside, tmp_path):
     file = tmp_path / f"dream{suffix}"
     save_file({"model.diffusion_model.x.weight": torch.zeros(2)}, file)
     message = refusal(tmp_path if inside else file, ArtefactError)
     assert "single-file" in message
-    assert ("quantised already" if suffix == ".gguf" else "from_single_file") in message
+    assert ("already quantised" if suffix == ".gguf" else "from_single_file") in message
 
 
-def test_a_lora_in_the_place_of_a_model_is_told_from_a_checkpoint(tmp_path):
+def test_a_lora_given_as_the_model_is_recognised(tmp_path):
     file = tmp_path / "style.safetensors"
     save_file(
         {"unet.a.lora_A.weight": torch.zeros(2), "unet.a.lora_B.weight": torch.zeros(2)}, file
@@ -228,7 +228,7 @@ def write_header(file, header, data):
     file.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
 
 
-def lying(kind, file):
+def damage(kind, file):
     header, data = header_of(file)
     name = next(n for n in header if n != "__metadata__")
     entry = header[name]
@@ -282,7 +282,7 @@ def lying(kind, file):
     ],
 )
 def test_damaged_safetensors_are_refused_by_name(kind, file, model):
-    lying(kind, model / file)
+    damage(kind, model / file)
     assert file in refusal(model, ArtefactError)
 
 
@@ -330,19 +330,19 @@ def test_missing_weights_and_configurations_are_named(part, model):
     ],
     ids=str,
 )
-def test_an_index_that_names_what_is_not_there_is_refused(changes, message, model):
+def test_an_invalid_model_index_is_refused(changes, message, model):
     edit_json(model, "model_index.json", **changes)
     assert message in refusal(model)
 
 
-def test_names_that_transformers_dropped_still_load(model):
+def test_class_names_that_transformers_dropped_still_load(model):
     edit_json(model, "model_index.json", feature_extractor=["transformers", "CLIPFeatureExtractor"])
     folder = model / "feature_extractor"
     folder.mkdir()
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"image_processor_type": "CLIPFeatureExtractor", "crop_size": 8, "size": 8})
     )
-    assert load_source(model).pipeline.feature_extractor is not None
+    assert open_pipeline(model).pipeline.feature_extractor is not None
 
 
 @pytest.mark.parametrize(
@@ -394,55 +394,55 @@ def test_names_that_transformers_dropped_still_load(model):
     ],
     ids=str,
 )
-def test_a_configuration_that_makes_no_model_is_named_with_its_key(file, changes, key, model):
+def test_an_invalid_configuration_is_refused_by_file_and_key(file, changes, key, model):
     edit_json(model, file, **changes)
     message = refusal(model)
     assert key in message
     assert file.partition("/")[0] in message
 
 
-def test_a_size_that_is_not_told_has_to_be_given(model):
+def test_a_model_without_a_default_size_requires_one(model):
     edit_json(model, "unet/config.json", sample_size=None)
-    source = load_source(model)
+    loaded = open_pipeline(model)
     with pytest.raises(UsageError, match="--size HEIGHTxWIDTH"):
-        _ = source.latent_size
-    source.resize("16x32")
-    assert source.image_size == (16, 32)
-    assert source.resized
+        _ = loaded.latent_size
+    sized = loaded.sized("16x32")
+    assert sized.image_size == (16, 32)
+    assert sized.resized
 
 
-def test_settings_that_are_not_known_are_said(model, caplog):
+def test_unknown_settings_are_reported(model, caplog):
     edit_json(model, "unet/config.json", use_ema_warmup=True)
-    load_source(model)
+    open_pipeline(model)
     assert "'use_ema_warmup'" in caplog.text
     assert "unet/config.json" in caplog.text
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "unet/config.json"])
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000, "\x00", '{"a": NaN'], ids=repr)
-def test_json_that_cannot_be_read_is_named(file, text, model):
+def test_invalid_json_is_refused_by_file(file, text, model):
     (model / file).write_text(text)
     assert file.rpartition("/")[2] in refusal(model, ArtefactError)
 
 
-def test_a_byte_order_mark_is_passed_over(model):
-    """Where trtq reads; where diffusers does, which does not know it, it is named."""
+def test_a_byte_order_mark_is_accepted_where_trtq_reads(model):
+    """diffusers cannot read it, so in files that diffusers reads it is refused."""
     for file in ("model_index.json", "unet/config.json"):
         (model / file).write_bytes(b"\xef\xbb\xbf" + (model / file).read_bytes())
     assert "unet/config.json begins with a byte-order mark" in refusal(model, ArtefactError)
     edit = (model / "unet/config.json").read_bytes()
     (model / "unet/config.json").write_bytes(edit[3:])
-    load_source(model)
+    open_pipeline(model)
 
 
 @pytest.mark.parametrize("file", [UNET, TEXT, "unet/config.json", "model_index.json"])
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(file, model):
+def test_a_named_pipe_instead_of_a_file_does_not_block(file, model):
     (model / file).unlink()
     os.mkfifo(model / file)
     refusal(model, ArtefactError)
 
 
-def test_files_that_are_links_into_a_cache_are_read(saved, tmp_path):
+def test_links_into_a_cache_are_followed(saved, tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     blobs.mkdir()
     for number, path in enumerate(p for p in sorted(saved.rglob("*")) if p.is_file()):
@@ -450,7 +450,7 @@ def test_files_that_are_links_into_a_cache_are_read(saved, tmp_path):
         link = snapshot / path.relative_to(saved)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
-    load_source(snapshot)
+    open_pipeline(snapshot)
     (blobs / "0").unlink()
     refusal(snapshot, ArtefactError)
 
@@ -484,33 +484,33 @@ def test_files_that_are_links_into_a_cache_are_read(saved, tmp_path):
         "nul",
     ],
 )
-def test_names_that_are_no_model_are_refused(name, message, tmp_path, monkeypatch):
+def test_names_without_a_model_are_refused(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtefactError, match=message) as caught:
-        load_source(name)
+        open_pipeline(name)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
 
 
-def test_the_folder_of_one_component_says_what_is_missing(model):
+def test_the_folder_of_one_component_is_refused_as_incomplete(model):
     message = refusal(model / "unet", ArtefactError)
     assert "UNet2DConditionModel" in message
     assert "whole pipeline" in message
 
 
-def test_a_pipeline_one_folder_down_is_pointed_at(model):
-    assert "'model' inside it does" in refusal(model.parent, ArtefactError)
+def test_a_pipeline_in_a_subfolder_is_suggested(model):
+    assert "its subfolder 'model'" in refusal(model.parent, ArtefactError)
 
 
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     assert "is a file" in refusal(tmp_path / "notes.txt", ArtefactError)
 
 
 def test_old_names_of_attention_weights_are_read(model):
-    """As the autoencoders of Stable Diffusion 1.x are stored."""
+    """The autoencoders of Stable Diffusion 1.x are stored with these names."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    expected = load_source(model).pipeline.vae.state_dict()
+    expected = open_pipeline(model).pipeline.vae.state_dict()
 
     def change(tensors):
         renamed = {}
@@ -523,24 +523,24 @@ def test_old_names_of_attention_weights_are_read(model):
         return renamed
 
     edit_tensors(model, VAE, change)
-    found = load_source(model).pipeline.vae.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    state = open_pipeline(model).pipeline.vae.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
 
 
 def test_old_names_of_text_encoder_weights_are_read(model):
-    """As transformers 4 wrote them, positions included."""
-    expected = load_source(model).pipeline.text_encoder.state_dict()
+    """transformers 4 wrote these names, and the positions."""
+    expected = open_pipeline(model).pipeline.text_encoder.state_dict()
 
     def change(tensors):
         old = {f"text_model.{n}": t for n, t in tensors.items() if not n.startswith("text_model.")}
         return old | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
 
     edit_tensors(model, TEXT, change)
-    found = load_source(model).pipeline.text_encoder.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    state = open_pipeline(model).pipeline.text_encoder.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
 
 
-def test_weights_with_fused_projections_say_what_to_do(tmp_path):
+def test_weights_with_fused_projections_are_refused_with_a_remedy(tmp_path):
     pipeline = build("sd_1")
     pipeline.fuse_qkv_projections()
     pipeline.save_pretrained(tmp_path)
@@ -559,4 +559,4 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(files, saved, tmp_path):
     for name in files:
         (folder / "tokenizer" / name).write_text("{}")
     with pytest.raises(ArtefactError, match=r"tokenizer holds no vocabulary: tokenizer\.json is"):
-        load_source(folder)
+        open_pipeline(folder)

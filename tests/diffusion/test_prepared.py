@@ -1,4 +1,4 @@
-"""Pipeline objects as people prepare them: computed as plain ones, or refused; never changed."""
+"""Prepared pipeline objects: equal results to plain ones, or refused; the object is never changed."""
 
 import copy
 import types
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.families.pipelines import PIPELINES, build, conditional_unet, diffusion, stable_diffusion
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import NonFiniteError, QuantizationError, TrtqError, UsageError
 from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
@@ -28,8 +28,8 @@ def models(pipeline):
 
 
 def drawn(pipeline):
-    source = load_source(pipeline)
-    return draw(source, conditioning_for(source, 1), steps=2, seed=0, guidance=1.0)
+    loaded = open_pipeline(pipeline)
+    return draw(loaded, conditioning_for(loaded, 1), steps=2, seed=0, guidance=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,13 @@ def plain_run(tmp_path_factory):
 
 
 def state_of(pipeline):
-    """All that a pipeline's models have: weights, modes, processors, hooks, patches."""
-    found = {"class": type(pipeline), "attributes": sorted(vars(pipeline))}
+    """The whole state of a pipeline's models: weights, modes, processors, hooks, patches."""
+    state = {"class": type(pipeline), "attributes": sorted(vars(pipeline))}
     for name, model in models(pipeline).items():
-        found[name] = id(model)
+        state[name] = id(model)
         for path, module in model.named_modules():
             key = f"{name}.{path}"
-            found[key] = (
+            state[key] = (
                 type(module),
                 module.training,
                 id(getattr(module, "processor", None)),
@@ -61,7 +61,7 @@ def state_of(pipeline):
                 getattr(module, "gradient_checkpointing", None),
             )
         for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            found[f"{name}:{path}"] = (
+            state[f"{name}:{path}"] = (
                 id(tensor),
                 tensor.dtype,
                 tensor.device,
@@ -69,7 +69,7 @@ def state_of(pipeline):
                 tensor.stride(),
                 tensor._version,
             )
-    return found
+    return state
 
 
 def add_hook(pipeline):
@@ -172,7 +172,7 @@ PREPARED = {
 
 
 @pytest.mark.parametrize("prepare", PREPARED.values(), ids=PREPARED)
-def test_a_prepared_pipeline_gives_what_a_plain_one_gives_and_stays(prepare, expected):
+def test_a_prepared_pipeline_gives_the_results_of_a_plain_one_and_is_not_changed(prepare, expected):
     pipeline = build("sd_1")
     prepare(pipeline)
     before = state_of(pipeline)
@@ -181,34 +181,34 @@ def test_a_prepared_pipeline_gives_what_a_plain_one_gives_and_stays(prepare, exp
 
 
 @pytest.mark.parametrize("prepare", ["half", "training", "fused projections", "compiled"])
-def test_a_run_of_a_prepared_pipeline_is_opened_and_draws_the_same(prepare, plain_run, tmp_path):
+def test_a_run_of_a_prepared_pipeline_gives_the_same_images(prepare, plain_run, tmp_path):
     pipeline = build("sd_1")
     PREPARED[prepare](pipeline)
     before = state_of(pipeline)
     quantize(pipeline, RECIPE, tmp_path / "run")
     assert state_of(pipeline) == before
-    if prepare == "half":  # Its weights are rounded: the same in single precision is the standard.
+    if prepare == "half":  # Compare with the same rounded weights in single precision.
         rounded = build("sd_1").to(dtype=torch.float16).to(dtype=torch.float32)
         quantize(rounded, RECIPE, tmp_path / "plain")
         plain_run = tmp_path / "plain"
     images = []
     for folder in (plain_run, tmp_path / "run"):
-        source = open_any(folder)
-        images.append(draw(source, conditioning_for(source, 1), steps=2, seed=0, guidance=1.0))
+        loaded = open_any(folder)
+        images.append(draw(loaded, conditioning_for(loaded, 1), steps=2, seed=0, guidance=1.0))
     assert snr_db(*images) >= 40
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_half_precision_pipeline_of_every_family_becomes_its_float_self(name):
+def test_a_half_precision_pipeline_of_each_family_is_converted_to_float(name):
     pipeline = build(name)
-    denoiser = load_source(build(name)).denoiser
+    denoiser = open_pipeline(build(name)).denoiser
     pipeline.to(dtype=torch.float16)
-    source = load_source(pipeline)
-    for key, tensor in source.denoiser.state_dict().items():
+    loaded = open_pipeline(pipeline)
+    for key, tensor in loaded.denoiser.state_dict().items():
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor, denoiser.state_dict()[key], rtol=1e-3, atol=1e-6)
-    assert type(source.pipeline) is type(pipeline)
-    assert not source.denoiser.training
+    assert type(loaded.pipeline) is type(pipeline)
+    assert not loaded.denoiser.training
 
 
 def adapter(pipeline):
@@ -343,12 +343,14 @@ REFUSED = {
     "resized": (resized, UsageError, "text_encoder"),
     "weight norm": (weight_norm, UsageError, "unet.conv_in"),
     "own scheduler": (own_scheduler, UsageError, "'scheduler' of the pipeline is a Mine"),
-    "own vae": (own_vae, UsageError, "neither of diffusers"),
+    "own vae": (own_vae, UsageError, "neither by diffusers"),
 }
 
 
 @pytest.mark.parametrize(("prepare", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_a_configuration_does_not_tell_is_refused(prepare, error, message, tmp_path):
+def test_changes_that_a_configuration_does_not_record_are_refused(
+    prepare, error, message, tmp_path
+):
     pipeline = build("sd_1")
     prepare(pipeline)
     before = state_of(pipeline)
@@ -366,15 +368,15 @@ def test_a_fused_adapter_is_part_of_the_weights():
     pipeline.unet.fuse_lora()
     with torch.no_grad():
         merged = pipeline.unet.up_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
-    found = load_source(pipeline).denoiser
-    own = found.up_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
-    assert type(own) is nn.Linear
-    assert torch.equal(own.weight, merged.base_layer.weight)
+    denoiser = open_pipeline(pipeline).denoiser
+    layer = denoiser.up_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    assert type(layer) is nn.Linear
+    assert torch.equal(layer.weight, merged.base_layer.weight)
     plain = build("sd_1").unet.up_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
-    assert not torch.equal(own.weight, plain.weight)
+    assert not torch.equal(layer.weight, plain.weight)
 
 
-def test_an_adapter_that_is_disabled_or_deleted_counts_for_nothing(expected):
+def test_a_disabled_or_deleted_adapter_has_no_effect(expected):
     pipeline = build("sd_1")
     adapter(pipeline)
     pipeline.unet.disable_adapters()
@@ -383,7 +385,7 @@ def test_an_adapter_that_is_disabled_or_deleted_counts_for_nothing(expected):
     assert snr_db(expected, drawn(pipeline)) >= 200
 
 
-def test_a_subclass_that_overrides_nothing_is_its_ancestor(expected):
+def test_a_subclass_without_overrides_is_treated_as_its_ancestor(expected):
     from diffusers import StableDiffusionPipeline
 
     class Mine(StableDiffusionPipeline):
@@ -397,7 +399,7 @@ def test_a_subclass_that_overrides_nothing_is_its_ancestor(expected):
     parts = build("sd_1").components | {"requires_safety_checker": False}
     assert snr_db(expected, drawn(Mine(**parts))) >= 200
     with pytest.raises(UsageError, match="Theirs, which overrides encode_prompt of StableDiff"):
-        load_source(Theirs(**parts))
+        open_pipeline(Theirs(**parts))
 
 
 @pytest.mark.parametrize(
@@ -405,9 +407,9 @@ def test_a_subclass_that_overrides_nothing_is_its_ancestor(expected):
     [(None, "NoneType"), ({}, "dict"), ([], "list"), (3, "int"), (nn.Linear(1, 1), "Linear alone")],
     ids=["None", "dict", "list", "int", "model"],
 )
-def test_what_is_no_pipeline_is_refused(thing, message):
+def test_an_object_that_is_not_a_pipeline_is_refused(thing, message):
     with pytest.raises(TrtqError, match=message):
-        load_source(thing)
+        open_pipeline(thing)
 
 
 def text(**options):
@@ -446,29 +448,29 @@ def ip_adapter():
 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["object", "folder"])
-def test_an_ip_adapter_is_not_left_out_in_silence(saved, tmp_path):
+def test_an_ip_adapter_is_not_dropped_silently(saved, tmp_path):
     pipeline = ip_adapter()
     if saved:
         pipeline.save_pretrained(tmp_path)
     with pytest.raises(TrtqError, match="unload_ip_adapter"):
-        load_source(tmp_path if saved else pipeline)
+        open_pipeline(tmp_path if saved else pipeline)
 
 
-def test_settings_that_were_changed_on_the_object_are_its_settings():
+def test_settings_that_were_changed_on_the_object_are_used():
     pipeline = build("sd_1")
     pipeline.unet.register_to_config(sample_size=16)
-    assert load_source(pipeline).latent_size == (16, 16)
+    assert open_pipeline(pipeline).latent_size == (16, 16)
 
 
 @pytest.mark.parametrize("size", [0, 10**9, (8, 8, 8), "big"], ids=repr)
-def test_a_size_that_is_none_is_refused_on_the_object(size, tmp_path):
+def test_an_invalid_size_on_the_object_is_refused(size, tmp_path):
     pipeline = build("sd_1")
     pipeline.unet.register_to_config(sample_size=size)
     with pytest.raises(UsageError, match=r"sample_size .* 1 \.\. 8192"):
         quantize(pipeline, RECIPE, tmp_path / "run")
 
 
-def test_parts_of_different_models_are_refused(tmp_path):
+def test_components_of_different_models_are_refused(tmp_path):
     pipeline = stable_diffusion(conditional_unet(32), diffusion())
     with pytest.raises(QuantizationError, match="not of one model"):
         quantize(pipeline, RECIPE, tmp_path / "run")
@@ -476,7 +478,7 @@ def test_parts_of_different_models_are_refused(tmp_path):
 
 def test_a_low_bit_pipeline_is_not_quantised_again(digits_run, tmp_path):
     pipeline = open_any(digits_run).pipeline
-    assert load_source(pipeline).pipeline is pipeline
+    assert open_pipeline(pipeline).pipeline is pipeline
     with pytest.raises(UsageError, match="quantised already"):
         quantize(pipeline, RECIPE, tmp_path / "run")
 
@@ -536,7 +538,7 @@ NEEDS = {
 
 
 @pytest.mark.parametrize(("make", "message"), NEEDS.values(), ids=NEEDS)
-def test_a_denoiser_that_needs_more_is_refused_with_what_it_needs(make, message, tmp_path):
+def test_a_denoiser_that_needs_another_input_is_refused_by_that_input(make, message, tmp_path):
     with pytest.raises(TrtqError) as caught:
         quantize(make(), RECIPE, tmp_path / "run")
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""Timesteps and noise levels are those of the pipeline's own call, or they are refused in one line."""
+"""Timesteps and noise levels equal those of the pipeline's own call, or are refused in one line."""
 
 from functools import cache
 
@@ -8,21 +8,24 @@ import torch
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 from tests.families.pipelines import build, conditional_unet, stable_diffusion
-from trtq.diffusion.pipeline import load_source
-from trtq.diffusion.schedule import KNOWN_SCHEDULERS, NoiseSchedule, check_steps, stepping_of
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.schedule import NoiseSchedule
+from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS
+from trtq.diffusion.stepping import stepping_of
+from trtq.diffusion.timesteps import check_steps
 from trtq.errors import UsageError
 from trtq.exporter.export import export
 from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
 from trtq.runs.quantize import quantize
 
-# Of diffusers' own code.
+# diffusers' own code emits these warnings.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 KARRAS = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
-# torchsde, which it needs, is not among the project's packages.
+# This scheduler requires torchsde, which is not a dependency of the project.
 WITHOUT = "DPMSolverSDEScheduler"
 TEXT = {"prompt": "a red circle", "height": 16, "width": 16, "output_type": "latent"}
 CALLS = {
@@ -77,31 +80,31 @@ def with_scheduler(name, scheduler):
     return made
 
 
-def told(pipe, name, steps):
-    """What the pipeline's own call tells its denoiser."""
-    source, seen = load_source(pipe), []
+def timesteps_of_the_call(pipe, name, steps):
+    """Timesteps that the pipeline's own call passes to its denoiser."""
+    loaded, seen = open_pipeline(pipe), []
 
     def spy(_, arguments, options):
         timestep = options["timestep"] if "timestep" in options else arguments[1]
         seen.append(float(torch.as_tensor(timestep).flatten()[0]))
 
-    handle = source.model.register_forward_pre_hook(spy, with_kwargs=True)
+    handle = loaded.model.register_forward_pre_hook(spy, with_kwargs=True)
     try:
         with torch.no_grad():
-            source.pipeline(**CALLS[name], num_inference_steps=steps)
+            loaded.pipeline(**CALLS[name], num_inference_steps=steps)
     finally:
         handle.remove()
     return seen
 
 
-def held(name, scheduler, steps=4):
-    """The calibrated timesteps, which are those of the call, each once."""
+def check_timesteps(name, scheduler, steps=4):
+    """Assert that the calibrated timesteps are those of the pipeline's call, without duplicates."""
     pipe = with_scheduler(name, scheduler)
-    source = load_source(pipe)
+    loaded = open_pipeline(pipe)
     if name == "flux":
-        source.resize("16x16")
-    ours = source.timesteps(steps)
-    assert ours == sorted(set(told(pipe, name, steps)), reverse=True)
+        loaded = loaded.sized("16x16")
+    ours = loaded.timesteps(steps)
+    assert ours == sorted(set(timesteps_of_the_call(pipe, name, steps)), reverse=True)
     return ours
 
 
@@ -111,22 +114,22 @@ def make(name, **settings):
 
 @pytest.mark.parametrize("name", [n for n in KNOWN_SCHEDULERS if n != WITHOUT])
 def test_the_timesteps_are_those_that_the_pipeline_passes(name):
-    """Of every known scheduler, in the pipelines that can use it."""
+    """For each known scheduler, in the pipelines that support it."""
     flow = name.startswith("FlowMatch")
     for pipe in ("sd_3",) if flow else ("sd_1", "classes"):
-        held(pipe, make(name))
+        check_timesteps(pipe, make(name))
 
 
-def test_every_scheduler_that_diffusers_takes_for_its_pipelines_is_known_or_refused():
+def test_all_interchangeable_schedulers_of_diffusers_but_one_are_known():
     assert set(KARRAS) - set(KNOWN_SCHEDULERS) == {"EDMEulerScheduler"}
 
 
 @pytest.mark.parametrize("pipe", ["ldm_vq", "dit", "pixart", "sd_3", "unconditional"])
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
-def test_the_timesteps_are_those_of_every_pipeline(pipe, name):
+def test_the_timesteps_are_those_of_each_pipeline(pipe, name):
     if (pipe, name) == ("unconditional", "DPMSolverMultistepScheduler"):
         name = "DDPMScheduler"
-    held(pipe, make(name))
+    check_timesteps(pipe, make(name))
 
 
 @pytest.mark.parametrize("pipe", ["sd_3", "flux"])
@@ -146,7 +149,7 @@ def test_the_timesteps_are_those_of_every_pipeline(pipe, name):
     ids=str,
 )
 def test_flow_matching_is_stepped_as_the_pipeline_steps_it(pipe, settings):
-    held(pipe, make("FlowMatchEulerDiscreteScheduler", **settings), 4)
+    check_timesteps(pipe, make("FlowMatchEulerDiscreteScheduler", **settings), 4)
 
 
 @pytest.mark.parametrize("pipe", ["sd_1", "sd_3", "flux"])
@@ -158,9 +161,9 @@ def test_solvers_with_flow_sigmas(pipe, dynamic):
         with pytest.raises(
             UsageError, match=r"UniPCMultistepScheduler .*mu.*pipe\.scheduler = DDIM"
         ):
-            load_source(with_scheduler(pipe, scheduler)).timesteps(4)
+            open_pipeline(with_scheduler(pipe, scheduler)).timesteps(4)
         return
-    held(pipe, scheduler, 4)
+    check_timesteps(pipe, scheduler, 4)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +189,11 @@ def test_solvers_with_flow_sigmas(pipe, dynamic):
     ],
     ids=str,
 )
-def test_settings_of_a_scheduler_count(name, settings):
-    held("sd_1", make(name, **settings), 4)
+def test_settings_of_a_scheduler_are_used(name, settings):
+    check_timesteps("sd_1", make(name, **settings), 4)
 
 
-def test_levels_are_the_schedulers_own_where_it_rounds_its_timesteps():
+def test_levels_are_those_of_a_scheduler_that_rounds_its_timesteps():
     scheduler = make("DPMSolverMultistepScheduler", use_karras_sigmas=True)
     schedule = NoiseSchedule.of(scheduler, 6)
     scheduler.set_timesteps(6)
@@ -199,17 +202,17 @@ def test_levels_are_the_schedulers_own_where_it_rounds_its_timesteps():
 
 
 def test_steps_that_share_a_timestep_are_calibrated_once():
-    """Karras' levels on a cosine schedule lie close together at the noisy end."""
+    """Karras' levels on a cosine schedule are close together at the noisy end."""
     scheduler = make(
         "DPMSolverMultistepScheduler", use_karras_sigmas=True, beta_schedule="squaredcos_cap_v2"
     )
-    source = load_source(with_scheduler("sd_1", scheduler))
+    loaded = open_pipeline(with_scheduler("sd_1", scheduler))
     steps = next(n for n in range(2, 12) if _doubled(scheduler, n))
-    with pytest.raises(UsageError, match=r"diffusers itself breaks .*use another one") as raised:
-        draw(source, conditioning_for(source, 1), steps=20, seed=0, guidance=1.0)
+    with pytest.raises(UsageError, match=r"diffusers raises an error .*use another one") as raised:
+        draw(loaded, conditioning_for(loaded, 1), steps=20, seed=0, guidance=1.0)
     assert "\n" not in str(raised.value)
     try:
-        ours = source.timesteps(steps)
+        ours = loaded.timesteps(steps)
     except UsageError:
         return
     assert len(set(ours)) == len(ours) < steps
@@ -235,7 +238,7 @@ def _doubled(scheduler, steps):
         "DDPMWuerstchenScheduler",
     ],
 )
-def test_a_scheduler_that_is_not_understood_is_refused_before_any_work(name, tmp_path, monkeypatch):
+def test_an_unsupported_scheduler_is_refused_before_any_work(name, tmp_path, monkeypatch):
     pipe = with_scheduler("sd_1", make(name))
     monkeypatch.setattr("trtq.runs.plan.merge_loras", None)
     with pytest.raises(
@@ -246,22 +249,22 @@ def test_a_scheduler_that_is_not_understood_is_refused_before_any_work(name, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_nor_is_it_exported(tmp_path, monkeypatch):
+def test_a_model_with_an_unsupported_scheduler_is_not_exported(tmp_path, monkeypatch):
     pipe = build("sd_1")
     pipe.scheduler = make("EDMEulerScheduler")
     pipe.save_pretrained(tmp_path / "model")
     monkeypatch.setattr("trtq.exporter.export.write_graph", None)
-    with pytest.raises(UsageError, match="the scheduler EDMEulerScheduler is not one"):
+    with pytest.raises(UsageError, match="the scheduler EDMEulerScheduler is not supported"):
         export(tmp_path / "model", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 
-def test_a_users_own_subclass_is_not_understood():
+def test_a_subclass_of_a_scheduler_is_refused():
     class Mine(diffusers.EulerDiscreteScheduler):
         pass
 
     with pytest.raises(UsageError, match="'scheduler' of the pipeline is a Mine"):
-        load_source(with_scheduler("sd_1", Mine()))
+        open_pipeline(with_scheduler("sd_1", Mine()))
 
 
 @pytest.mark.parametrize(
@@ -276,8 +279,18 @@ def test_a_users_own_subclass_is_not_understood():
             {"timestep_spacing": "x"},
             "gives no timesteps .*trailing",
         ),
-        ("sd_1", "DDIMScheduler", {"trained_betas": [1.5] * 1000}, "negative, not finite or not"),
-        ("sd_1", "DDIMScheduler", {"trained_betas": [0.0] * 1000}, "negative, not finite or not"),
+        (
+            "sd_1",
+            "DDIMScheduler",
+            {"trained_betas": [1.5] * 1000},
+            "negative, not finite or not decreasing",
+        ),
+        (
+            "sd_1",
+            "DDIMScheduler",
+            {"trained_betas": [0.0] * 1000},
+            "negative, not finite or not decreasing",
+        ),
         ("sd_1", "DDIMScheduler", {"rescale_betas_zero_snr": True}, "pure noise"),
         ("sd_1", "FlowMatchEulerDiscreteScheduler", {}, "init_noise_sigma"),
         ("sd_3", "FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas"),
@@ -291,17 +304,17 @@ def test_a_users_own_subclass_is_not_understood():
     ],
     ids=str,
 )
-def test_what_cannot_be_right_is_refused_in_one_line(pipe, name, settings, message):
+def test_invalid_combinations_are_refused_in_one_line(pipe, name, settings, message):
     if settings.get("rescale_betas_zero_snr"):
         settings = settings | {"timestep_spacing": "trailing"}
-    source = load_source(with_scheduler(pipe, make(name, **settings)))
+    loaded = open_pipeline(with_scheduler(pipe, make(name, **settings)))
     with pytest.raises(UsageError, match=f"{name} .*{message}") as raised:
-        source.schedule(4)
+        loaded.schedule(4)
     assert "\n" not in str(raised.value)
 
 
-def test_settings_that_a_scheduler_took_over_from_another_one_do_not_count():
-    """DDIM clips, Euler does not, also if it was made of DDIM's configuration."""
+def test_settings_inherited_from_another_scheduler_are_ignored():
+    """DDIM clips; Euler does not, even with DDIM's configuration."""
     ddim = make("DDIMScheduler", clip_sample=True)
     euler = diffusers.EulerDiscreteScheduler.from_config(ddim.config)
     assert euler.config.get("clip_sample")
@@ -309,7 +322,7 @@ def test_settings_that_a_scheduler_took_over_from_another_one_do_not_count():
     assert NoiseSchedule.of(ddim, 4).clip == 1
 
 
-def test_a_velocity_is_followed_from_pure_noise():
+def test_a_velocity_prediction_starts_from_pure_noise():
     scheduler = make(
         "DDIMScheduler",
         rescale_betas_zero_snr=True,
@@ -322,7 +335,7 @@ def test_a_velocity_is_followed_from_pure_noise():
     assert bool(torch.isfinite(moved).all())
 
 
-def test_dynamic_thresholding_is_diffusers_own():
+def test_dynamic_thresholding_equals_that_of_diffusers():
     scheduler = make("DDIMScheduler", thresholding=True, sample_max_value=1.5)
     scheduler.set_timesteps(5)
     schedule = NoiseSchedule.of(scheduler, 5)
@@ -342,12 +355,12 @@ def test_a_class_conditional_run_draws_with_the_checkpoints_scheduler(name, tmp_
     float_image, image = (draw(s, conditioning_for(s, 2), steps=4, seed=0) for s in (before, after))
     noise = (float_image - image).square().mean()
     assert 10 * (float_image.square().mean() / noise).log10() > 12
-    # Also where diffusers itself loads it.
+    # diffusers loads the same scheduler.
     assert '"DDPMPipeline"' in (tmp_path / "run" / "model_index.json").read_text()
 
 
-def test_a_run_of_an_earlier_version_draws_with_its_scheduler_too(tmp_path):
-    """It says DDIMPipeline, which turns every scheduler into DDIM."""
+def test_a_run_of_an_earlier_version_keeps_its_scheduler(tmp_path):
+    """Its index names DDIMPipeline, which converts any scheduler to DDIM."""
     model = diffusers.DDPMPipeline(unet(num_class_embeds=5), make("EulerDiscreteScheduler"))
     quantize(model, RECIPE, tmp_path / "run")
     index = tmp_path / "run" / "model_index.json"
@@ -360,24 +373,24 @@ def test_a_run_of_an_earlier_version_draws_with_its_scheduler_too(tmp_path):
     assert type(loaded.scheduler).__name__ == "EulerDiscreteScheduler"
 
 
-def test_a_pipeline_with_a_sampler_of_its_own_stays_what_it_is():
+def test_a_pipeline_with_its_own_sampler_is_not_wrapped():
     scheduler = diffusers.CMStochasticIterativeScheduler()
     pipe = diffusers.ConsistencyModelPipeline(unet(num_class_embeds=5), scheduler)
-    source = load_source(pipe)
-    assert type(source.pipeline) is type(pipe)
-    assert type(source.pipeline.scheduler) is type(scheduler)
+    loaded = open_pipeline(pipe)
+    assert type(loaded.pipeline) is type(pipe)
+    assert type(loaded.pipeline.scheduler) is type(scheduler)
     assert stepping_of(pipe) is None
     with pytest.raises(
         UsageError, match=r"ConsistencyModelPipeline is not supported.* DDPMPipeline"
     ):
-        source.schedule(4)
+        loaded.schedule(4)
 
 
-def test_a_pipeline_that_passes_no_class_is_refused_a_unet_with_classes():
+def test_a_unet_with_classes_is_refused_in_a_pipeline_that_passes_none():
     pipe = build("ldm_vq")
     pipe.unet = unet(num_class_embeds=5)
-    with pytest.raises(UsageError, match="num_class_embeds=5, and LDMPipeline passes no class"):
-        load_source(pipe).draw_conditions(1, torch.Generator())
+    with pytest.raises(UsageError, match="num_class_embeds=5, but LDMPipeline passes no class"):
+        open_pipeline(pipe).draw_conditions(1, torch.Generator())
 
 
 @pytest.mark.parametrize(
@@ -390,16 +403,16 @@ def test_a_pipeline_that_passes_no_class_is_refused_a_unet_with_classes():
 def test_inputs_that_trtq_does_not_pass_are_refused(settings, message, tmp_path):
     built = {k: v for k, v in settings.items() if k != "encoder_hid_dim_type"}
     pipe = stable_diffusion(conditional_unet(64, **built), diffusers.LCMScheduler())
-    # As load_ip_adapter() does; no UNet is built so.
+    # load_ip_adapter() changes these settings after the UNet is built.
     pipe.unet.register_to_config(**settings)
     with pytest.raises(UsageError, match=message):
         quantize(pipe, RECIPE, tmp_path / "run")
     with pytest.raises(UsageError, match=message):
-        load_source(pipe).encode(["a"])
+        open_pipeline(pipe).encode(["a"])
 
 
-def test_one_step_is_not_needed_to_plan_more(tmp_path):
-    """Two-point grids have ends; of one point the exponential one is no number."""
+def test_a_scheduler_that_fails_at_one_step_works_with_two(tmp_path):
+    """The exponential grid is undefined for a single point."""
     scheduler = make(
         "FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, shift_terminal=0.1
     )
@@ -408,28 +421,30 @@ def test_one_step_is_not_needed_to_plan_more(tmp_path):
     assert quantize(pipe, recipe, tmp_path / "run")["layers_quantized"] > 0
 
 
-def test_a_walk_is_tried_once_per_settings(monkeypatch):
-    from trtq.diffusion import schedule
+def test_a_rehearsal_runs_once_per_settings(monkeypatch):
+    from trtq.diffusion import timesteps
 
-    walks = []
-    monkeypatch.setattr(schedule, "_REHEARSED", {})
-    monkeypatch.setattr(schedule, "_rehearse", lambda *given: walks.append(given) or None)
+    rehearsals = []
+    monkeypatch.setattr(timesteps, "_REHEARSALS", {})
+    monkeypatch.setattr(
+        timesteps, "_rehearsal_failure", lambda *given: rehearsals.append(given) or None
+    )
     for scheduler in (
         make("DDIMScheduler"),
         make("DDIMScheduler"),
         make("DDIMScheduler", beta_end=0.03),
     ):
         check_steps(scheduler, 5)
-    assert len(walks) == 2
+    assert len(rehearsals) == 2
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
-def test_pixart_goes_one_step_only_with_schedulers_that_predict_the_image(name):
+def test_pixart_supports_one_step_only_with_schedulers_that_predict_the_image(name):
     pipeline = build("pixart")
     pipeline.scheduler = getattr(diffusers, name)()
-    source = load_source(pipeline)
-    source.check_steps(2)
-    with pytest.raises(UsageError, match="second result, which it does not give"):
-        source.check_steps(1)
+    loaded = open_pipeline(pipeline)
+    loaded.check_steps(2)
+    with pytest.raises(UsageError, match="second result, which it does not return"):
+        loaded.check_steps(1)
     pipeline.scheduler = diffusers.EulerDiscreteScheduler()
-    load_source(pipeline).check_steps(1)
+    open_pipeline(pipeline).check_steps(1)

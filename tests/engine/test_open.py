@@ -1,4 +1,4 @@
-"""What is refused before a runtime sees it."""
+"""Graphs that are refused before a runtime opens them."""
 
 import numpy as np
 import pytest
@@ -33,14 +33,14 @@ def endless():
 
 
 @pytest.mark.parametrize("provider", ["cpu", "openvino"])
-def test_a_graph_with_a_loop_is_refused_unopened(provider, tmp_path):
+def test_a_graph_with_a_loop_is_refused_before_it_is_opened(provider, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(graph(endless()).SerializeToString())
     with pytest.raises(ArtefactError, match="holds a Loop, which may never end"):
         open_engine(path, provider)
 
 
-def test_a_node_that_is_only_called_loop_is_none(tmp_path):
+def test_a_node_whose_name_is_loop_is_accepted(tmp_path):
     path = tmp_path / "model.onnx"
     node = helper.make_node("Identity", ["x"], ["y"], name="Loop")
     path.write_bytes(graph(node).SerializeToString())

@@ -20,22 +20,22 @@ PROFILE = {"sample": ([1, 4, 8, 8], [2, 4, 8, 8], [16, 4, 8, 8]), "timestep": ([
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(("provider", "short"), [("tensorrt", "trt"), ("tensorrt-rtx", "nv")])
 def test_ranges_are_written_as_the_provider_reads_them(provider, short, tmp_path):
-    found = provider_settings(provider, PROFILE, "key")
-    assert found[f"{short}_profile_min_shapes"] == "sample:1x4x8x8,timestep:1"
-    assert found[f"{short}_profile_opt_shapes"] == "sample:2x4x8x8,timestep:2"
-    assert found[f"{short}_profile_max_shapes"] == "sample:16x4x8x8,timestep:16"
-    assert str(tmp_path / "cache" / "onnxruntime" / "key") in found.values()
+    settings = provider_settings(provider, PROFILE, "key")
+    assert settings[f"{short}_profile_min_shapes"] == "sample:1x4x8x8,timestep:1"
+    assert settings[f"{short}_profile_opt_shapes"] == "sample:2x4x8x8,timestep:2"
+    assert settings[f"{short}_profile_max_shapes"] == "sample:16x4x8x8,timestep:16"
+    assert str(tmp_path / "cache" / "onnxruntime" / "key") in settings.values()
 
 
 class Session:
-    """Of onnxruntime, with CUDA graphs as its TensorRT providers have them: captured once, replayed on
-    the addresses of that call, wherever the caller's arrays are now."""
+    """A session of onnxruntime whose CUDA graphs, as in the TensorRT providers, are captured once and
+    then replayed on the addresses of the first call, even if the caller's arrays have moved."""
 
     def __init__(self, model, options, providers=None):
         (chosen,) = providers
@@ -52,7 +52,10 @@ class Session:
         return []
 
     def get_outputs(self):
-        return [SimpleNamespace(name="y")]
+        return [SimpleNamespace(name="y", type="tensor(float)", shape=[3])]
+
+    def get_modelmeta(self):
+        return SimpleNamespace(custom_metadata_map={})
 
     def run(self, names, feeds):
         on = [key for key, value in self.settings.items() if "cuda_graph" in key and value != "0"]
@@ -74,7 +77,7 @@ def open_with(runtime_session, graph, provider, monkeypatch):
 
 @pytest.mark.parametrize("provider", ["tensorrt", "tensorrt-rtx"])
 def test_every_call_computes_its_own_input(digits_onnx, provider, monkeypatch):
-    """A graph that was captured would give the first call's result again and again."""
+    """A captured graph would return the result of the first call every time."""
     engine = open_with(Session, digits_onnx / "unet" / "model.onnx", provider, monkeypatch)
     for value in range(4):
         x = np.full(3, value, np.float32)
@@ -95,8 +98,8 @@ def test_a_session_that_fails_is_one_error():
 
 
 @pytest.mark.parametrize("provider", ["tensorrt", "tensorrt-rtx"])
-def test_models_of_one_shape_keep_their_engines_apart(digits_onnx, provider, tmp_path, monkeypatch):
-    """The provider names an engine after the graph's nodes: another's weights would be in it."""
+def test_models_of_one_shape_have_separate_engines(digits_onnx, provider, tmp_path, monkeypatch):
+    """The provider names cached engines after the graph's nodes, which are the same in both."""
     places = []
 
     def session(model, options, providers):
@@ -115,7 +118,7 @@ def test_models_of_one_shape_keep_their_engines_apart(digits_onnx, provider, tmp
     assert places[0] == places[1] != places[2]
 
 
-def test_without_a_place_for_them_engines_are_not_kept(tmp_path, monkeypatch, caplog):
+def test_without_a_cache_engines_are_not_kept(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "file"))
     for provider in ("tensorrt", "tensorrt-rtx"):
@@ -139,7 +142,7 @@ def test_without_the_provider_its_packages_are_named(digits_onnx, provider, monk
 
 
 def test_the_providers_own_package_registers_itself(monkeypatch):
-    """Against a stand-in: with a GPU its device joins the session, without one that is said."""
+    """With a fake: a GPU becomes a device of the session, no GPU is an error."""
     registered, added = [], []
     package = SimpleNamespace(get_ep_name=lambda: "Nv", get_library_path=lambda: "nv.so")
     monkeypatch.setitem(sys.modules, OWN_PACKAGES["tensorrt-rtx"], package)
@@ -157,11 +160,11 @@ def test_the_providers_own_package_registers_itself(monkeypatch):
     )
     monkeypatch.setattr(ort_tensorrt, "require", lambda _: runtime)
     options = SimpleNamespace(add_provider_for_devices=lambda *given: added.append(given))
-    # A pipeline has several graphs, and onnxruntime takes a library once.
+    # A pipeline has several graphs, and onnxruntime accepts a library once.
     for _ in range(2):
         ort_tensorrt._add_plugin(options, "tensorrt-rtx", {"key": "value"})
     assert registered == [("Nv", "nv.so")]
     assert added == [(devices, {"key": "value"})] * 2
     devices.clear()
-    with pytest.raises(UsageError, match="sees no NVIDIA GPU"):
+    with pytest.raises(UsageError, match="finds no NVIDIA GPU"):
         ort_tensorrt._add_plugin(options, "tensorrt-rtx", {})

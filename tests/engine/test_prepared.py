@@ -1,18 +1,22 @@
-"""Graphs as runtimes take them: prepared once, kept where nobody else can write, by a child process."""
+"""Prepared graphs: made once, by a child process, and kept where no other user can write."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from trtq import processes
 from trtq.engine import prepared
 from trtq.engine.openvino import OpenVinoEngine
 from trtq.engine.ort import OrtEngine
-from trtq.engine.prepared import prepare_in_process, prepared_graph
+from trtq.engine.prepared import cache as cache_module
+from trtq.engine.prepared import child, prepare_in_process, prepared_graph
 from trtq.errors import ArtefactError, UsageError
+from trtq.processes import Child, Exit
 from trtq.processor import FEATURES, has_vnni, processor_features
 
 
@@ -30,18 +34,27 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def children(monkeypatch):
-    """Counts them; each does its work in this process, which is quicker than starting one."""
+def children(monkeypatch, tmp_path):
+    """The child processes, whose work is done in this process, which is faster."""
     count = []
 
-    def run(command, **_):
-        count.append(command)
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["child", *command[-3:]])
-            code = prepared.main()
-        # The rewrites have imported it again.
-        sys.modules.pop("onnx_ir", None)
-        return subprocess.CompletedProcess(command, code, "", "")
+    class InProcess(Child):
+        def __init__(self, module, *arguments):
+            self.answer_file = tmp_path / str(len(count)) / "answer.json"
+            self.answer_file.parent.mkdir()
+            count.append(arguments)
+            self.arguments = [str(value) for value in (*arguments, self.answer_file)]
+
+        def wait(self, timeout=None):
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", ["child", *self.arguments])
+                code = child.main()
+            # The rewrites have imported onnx_ir again.
+            sys.modules.pop("onnx_ir", None)
+            return Exit(code)
+
+        def close(self):
+            shutil.rmtree(self.answer_file.parent)
 
     onnx_ir = sys.modules["onnx_ir"]
 
@@ -49,8 +62,9 @@ def children(monkeypatch):
         sys.modules["onnx_ir"] = onnx_ir
         return prepare_in_process(path, runtime)
 
+    monkeypatch.setattr(child, "prepare_in_process", main)
     monkeypatch.setattr(prepared, "prepare_in_process", main)
-    monkeypatch.setattr(prepared.subprocess, "run", run)
+    monkeypatch.setattr(child, "Child", InProcess)
     yield count
     sys.modules["onnx_ir"] = onnx_ir
 
@@ -67,16 +81,16 @@ def test_a_graph_is_prepared_once_by_a_child_and_then_kept(graph, children, cach
     assert all(not path.stat().st_mode & 0o077 for path in (cache, entry, *entry.iterdir()))
 
 
-def test_both_kinds_of_processors_have_graphs_of_their_own(graph, children, cache, monkeypatch):
-    found = set()
+def test_each_kind_of_processor_has_its_own_graphs(graph, children, cache, monkeypatch):
+    models = set()
     for setting in ("+vnni", "-vnni"):
         monkeypatch.setenv("TRTQ_CPU", setting)
-        found.add(prepared_graph(graph, "openvino").model)
-    assert len(found) == len(children) == len(list(cache.iterdir())) == 2
+        models.add(prepared_graph(graph, "openvino").model)
+    assert len(models) == len(children) == len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["graph", "record", "no json", "others write", "link"])
-def test_what_is_not_what_it_was_or_could_be_anybodys_is_not_used(graph, children, cache, damage):
+def test_a_changed_entry_or_one_that_others_can_write_is_not_used(graph, children, cache, damage):
     expected = prepared_graph(graph, "openvino")
     (entry,) = cache.iterdir()
     if damage == "graph":
@@ -97,7 +111,7 @@ def test_what_is_not_what_it_was_or_could_be_anybodys_is_not_used(graph, childre
 
 
 @pytest.mark.parametrize("way", ["off", "a file", "others write"])
-def test_without_a_cache_it_is_prepared_each_time(
+def test_without_a_cache_a_graph_is_prepared_each_time(
     graph, children, cache, way, tmp_path, monkeypatch
 ):
     if way == "off":
@@ -114,8 +128,8 @@ def test_without_a_cache_it_is_prepared_each_time(
     assert not (tmp_path / "off").exists()
 
 
-def test_the_cache_forgets_what_was_not_used_for_longest(graph, children, cache, monkeypatch):
-    monkeypatch.setattr(prepared, "_KEPT", 1)
+def test_the_cache_drops_the_graph_that_was_used_first(graph, children, cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "_MAX_GRAPHS", 1)
     prepared_graph(graph, "openvino")
     (old,) = cache.iterdir()
     os.utime(old, (0, 0))
@@ -125,7 +139,7 @@ def test_the_cache_forgets_what_was_not_used_for_longest(graph, children, cache,
 
 
 def test_a_graph_that_cannot_be_prepared_is_one_line(tmp_path):
-    """In a real child."""
+    """Runs a real child process."""
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no graph")
     code = (
@@ -135,15 +149,17 @@ def test_a_graph_that_cannot_be_prepared_is_one_line(tmp_path):
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    said, heavy = done.stdout.splitlines()
-    assert said.startswith(f"ArtefactError cannot read {path}")
+    message, heavy = done.stdout.splitlines()
+    assert message.startswith(f"ArtefactError cannot read {path}")
     assert heavy == "False"
 
 
 def test_a_child_that_dies_is_named(graph, cache, monkeypatch):
-    died = subprocess.CompletedProcess([], -9, "", "last words")
-    monkeypatch.setattr(prepared.subprocess, "run", lambda *_, **__: died)
-    with pytest.raises(ArtefactError, match="ended by SIGKILL; it said last: last words"):
+    body = "import os, sys; sys.stderr.write('last words'); sys.stderr.flush(); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(processes, "worker_command", lambda *_: [sys.executable, "-c", body])
+    with pytest.raises(
+        ArtefactError, match=r"rewrites \S+ was killed, .*; last output: last words"
+    ):
         prepared_graph(graph, "openvino")
 
 
@@ -169,3 +185,19 @@ def test_the_processor_is_one_setting(monkeypatch):
     monkeypatch.setenv("TRTQ_CPU", "-avx999")
     with pytest.raises(UsageError, match=r"TRTQ_CPU holds '-avx999'; write \+NAME or -NAME"):
         has_vnni()
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["graph/passes/step_values.py", "engine/prepared/child.py", "engine/prepared/graph.py"],
+)
+def test_the_key_depends_on_the_text_of_every_rewrite(file, monkeypatch):
+    before = cache_module.rewrites_id()
+    assert cache_module.rewrites_id.__wrapped__() == before
+    hashed = cache_module.sha256
+    changed = cache_module._PACKAGE / file
+    assert changed.is_file()
+    monkeypatch.setattr(
+        cache_module, "sha256", lambda path: "other" if path == changed else hashed(path)
+    )
+    assert cache_module.rewrites_id.__wrapped__() != before

@@ -1,4 +1,4 @@
-"""The denoiser that our kernels compute, as far as a CPU goes: everything but the CUDA graphs."""
+"""The denoiser on trtq's kernels, as far as a CPU can run it: everything but the CUDA graphs."""
 
 import pytest
 import torch
@@ -16,36 +16,36 @@ def run(digits_run):
     return open_run(digits_run)
 
 
-def test_it_is_called_as_the_model_it_stands_for(run):
+def test_it_is_called_like_the_model_that_it_replaces(run):
     sample = torch.randn(3, *run.source().sample_shape, generator=torch.Generator().manual_seed(0))
     timestep, labels = torch.tensor([10, 400, 990]), torch.tensor([0, 3, 9])
     kernels = run.denoiser(kernels=True)
     with torch.no_grad():
-        wanted = kernels(sample, timestep, labels).sample
+        expected = kernels(sample, timestep, labels).sample
     denoiser = GpuDenoiser(kernels, "cpu", torch.float32)
-    assert torch.equal(denoiser(sample, timestep, labels).sample, wanted)
+    assert torch.equal(denoiser(sample, timestep, labels).sample, expected)
     assert torch.equal(
-        denoiser(sample, timestep, class_labels=labels, return_dict=False)[0], wanted
+        denoiser(sample, timestep, class_labels=labels, return_dict=False)[0], expected
     )
-    one = denoiser(sample, 400, labels).sample
-    assert torch.equal(one[1], wanted[1])
+    shared = denoiser(sample, 400, labels).sample
+    assert torch.equal(shared[1], expected[1])
 
 
-def test_to_its_pipeline_it_is_of_the_class_that_it_stands_for(run):
+def test_its_pipeline_sees_the_class_that_it_replaces(run):
     denoiser = GpuDenoiser(run.denoiser(kernels=True), "cpu", torch.float32)
     assert run.source(denoiser).model_class == run.source().model_class == "UNet2DModel"
 
 
-def test_in_half_precision_it_gives_back_what_it_was_given(run):
+def test_in_half_precision_it_returns_the_type_of_its_input(run):
     denoiser = GpuDenoiser(run.denoiser(kernels=True), "cpu")
     sample = torch.randn(1, *run.source().sample_shape)
-    found = denoiser(sample, 400, torch.tensor([3])).sample
-    assert (found.dtype, denoiser.dtype) == (torch.float32, torch.float32)
+    prediction = denoiser(sample, 400, torch.tensor([3])).sample
+    assert (prediction.dtype, denoiser.dtype) == (torch.float32, torch.float32)
     assert next(denoiser.model.parameters()).dtype == torch.float16
     layers = [module for module in denoiser.modules() if isinstance(module, KernelLayer)]
     assert layers
     assert all(layer.weight.is_contiguous() for layer in layers)
-    assert torch.isfinite(found).all()
+    assert torch.isfinite(prediction).all()
 
 
 def test_full_memory_is_one_error(run, monkeypatch):
@@ -59,8 +59,8 @@ def test_full_memory_is_one_error(run, monkeypatch):
     assert "\n" not in str(e.value)
 
 
-def test_where_torch_does_not_see_the_gpu_that_is_said(digits_run, monkeypatch, caplog):
-    """As with torch for CPUs on a machine with a card: slower by far, and silent before."""
+def test_a_gpu_that_torch_cannot_use_is_reported(digits_run, monkeypatch, caplog):
+    """E.g. a torch build for CPUs on a machine with a GPU, which is far slower."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(loading, "driver_cuda", lambda: None)
     trtq.load(digits_run, provider="torch")
@@ -72,7 +72,7 @@ def test_where_torch_does_not_see_the_gpu_that_is_said(digits_run, monkeypatch, 
     assert "on the CPU: there is an NVIDIA driver, 550 (CUDA 12.4), but torch" in caplog.text
 
 
-def test_torch_by_name_is_the_gpu_where_there_is_one(digits_run, monkeypatch):
+def test_the_provider_torch_uses_the_gpu_if_there_is_one(digits_run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(loading, "GpuDenoiser", lambda q: GpuDenoiser(q, "cpu", torch.float32))
     assert isinstance(trtq.load(digits_run, provider="torch").unet, GpuDenoiser)

@@ -1,17 +1,20 @@
-"""Graphs tried in a process of their own: whatever they do there is one line here."""
+"""Graphs tried in a process of their own: anything they do there is one line here."""
 
 import os
 import signal
 import subprocess
+import sys
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from trtq import processes
 from trtq.engine import trial
 from trtq.engine.trial import try_graph
 from trtq.errors import UsageError
+from trtq.processes import Exit
 
 
 def write(folder, *nodes, axes=("batch", 4), constants=None, **changes):
@@ -33,19 +36,19 @@ def write(folder, *nodes, axes=("batch", 4), constants=None, **changes):
 
 
 def test_a_graph_is_opened_and_called(tmp_path):
-    found = try_graph(write(tmp_path), {"batch": 3})
-    assert found.problem is None
-    assert found.inputs["x"].shape == ("batch", 4)
-    assert found.given == {"y": (3, 4)}
+    result = try_graph(write(tmp_path), {"batch": 3})
+    assert result.problem is None
+    assert result.inputs["x"].shape == ("batch", 4)
+    assert result.given == {"y": (3, 4)}
 
 
 def body():
-    """Of a Loop that goes on."""
-    one, flag = ([name, kind, []] for name, kind in (("i", 7), ("c", 9)))
+    """Body of a Loop that never ends."""
+    number, flag = ([name, kind, []] for name, kind in (("i", 7), ("c", 9)))
     return helper.make_graph(
         [helper.make_node("Identity", ["c"], ["co"]), helper.make_node("Identity", ["s"], ["so"])],
         "body",
-        [helper.make_tensor_value_info(*what) for what in (one, flag, ["s", 1, None])],
+        [helper.make_tensor_value_info(*what) for what in (number, flag, ["s", 1, None])],
         [helper.make_tensor_value_info(*what) for what in (["co", 9, []], ["so", 1, None])],
     )
 
@@ -58,13 +61,13 @@ def test_a_loop_is_refused_before_it_is_called(tmp_path):
 
 def test_a_call_without_end_is_ended(tmp_path, monkeypatch):
     sleep = ["-c", "import time; time.sleep(600)"]
-    monkeypatch.setattr(trial, "worker_command", lambda *_: [trial.sys.executable, *sleep])
+    monkeypatch.setattr(processes, "worker_command", lambda *_: [sys.executable, *sleep])
     problem = try_graph(write(tmp_path), {"batch": 1}, seconds=2).problem
     assert "took more than 2 s and was ended" in problem
     assert "--timeout raises the limit" in problem
 
 
-def test_a_graph_that_takes_all_memory_is_refused_it(tmp_path, monkeypatch):
+def test_a_graph_that_needs_too_much_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "_BASE_BYTES", 1 << 30)
     monkeypatch.setattr(trial, "_MIN_BYTES", 1 << 29)
     nodes = (
@@ -77,7 +80,7 @@ def test_a_graph_that_takes_all_memory_is_refused_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         ("operator", "No Op registered for EvilOp"),
         ("version", "max supported IR version"),
@@ -86,7 +89,7 @@ def test_a_graph_that_takes_all_memory_is_refused_it(tmp_path, monkeypatch):
         ("missing", "is no file"),
     ],
 )
-def test_what_cannot_be_opened_is_one_line(damage, said, tmp_path):
+def test_what_cannot_be_opened_is_one_line(damage, message, tmp_path):
     nodes = [helper.make_node("EvilOp", ["x"], ["y"])] if damage == "operator" else []
     path = write(tmp_path, *nodes, ir_version=999 if damage == "version" else 10)
     if damage == "empty":
@@ -96,11 +99,11 @@ def test_what_cannot_be_opened_is_one_line(damage, said, tmp_path):
     if damage == "pipe":
         os.mkfifo(path)
     problem = try_graph(path, {"batch": 1}).problem
-    assert said in problem or (damage == "empty" and "ModelProto" in problem)
+    assert message in problem or (damage == "empty" and "ModelProto" in problem)
     assert "\n" not in problem
 
 
-def test_sizes_that_nothing_says_and_impossible_ones_are_named(tmp_path):
+def test_unknown_and_impossible_sizes_are_named(tmp_path):
     assert "free axis 'evil'" in try_graph(write(tmp_path, axes=("evil", 4)), {"batch": 1}).problem
     large = write(tmp_path, axes=(1 << 40, 4))
     assert "impossible shape [1099511627776, 4]" in try_graph(large, {}).problem
@@ -108,9 +111,9 @@ def test_sizes_that_nothing_says_and_impossible_ones_are_named(tmp_path):
 
 def test_a_crash_is_one_line(tmp_path, monkeypatch):
     crash = ["-c", "import os, sys; sys.stderr.write('boom'); os.kill(os.getpid(), 11)"]
-    monkeypatch.setattr(trial, "worker_command", lambda *_: [trial.sys.executable, *crash])
+    monkeypatch.setattr(processes, "worker_command", lambda *_: [sys.executable, *crash])
     problem = try_graph(write(tmp_path), {"batch": 1}).problem
-    assert problem == "the runtime crashed (SIGSEGV) on it; it said last: boom"
+    assert problem == "the runtime's process crashed (SIGSEGV); last output: boom"
 
 
 def test_ctrl_c_ends_the_child_too(tmp_path, monkeypatch):
@@ -124,8 +127,8 @@ def test_ctrl_c_ends_the_child_too(tmp_path, monkeypatch):
             return super().wait()
 
     sleep = ["-c", "import time; time.sleep(600)"]
-    monkeypatch.setattr(trial, "worker_command", lambda *_: [trial.sys.executable, *sleep])
-    monkeypatch.setattr(trial.subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(processes, "worker_command", lambda *_: [sys.executable, *sleep])
+    monkeypatch.setattr(processes.subprocess, "Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         try_graph(write(tmp_path), {"batch": 1})
     (child,) = started
@@ -133,14 +136,14 @@ def test_ctrl_c_ends_the_child_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
-def test_a_limit_that_is_none_is_refused(seconds, tmp_path):
+def test_an_impossible_time_limit_is_refused(seconds, tmp_path):
     with pytest.raises(UsageError, match="time limit"):
         try_graph(write(tmp_path), {}, seconds=seconds)
 
 
-def test_how_a_child_died_is_said_on_systems_without_its_signal(monkeypatch):
-    assert "crashed (signal 62)" in trial._why_it_died(-62, "boom", 1 << 30, 1.0)
+def test_how_a_child_died_is_reported_on_systems_without_its_signal(monkeypatch):
+    assert "crashed (signal 62)" in trial._explain(Exit(-62, "boom"), 1 << 30, 1.0)
     monkeypatch.delattr(signal, "SIGKILL")
     monkeypatch.delattr(signal, "SIGXCPU")
-    assert "killed, most likely for want of memory" in trial._why_it_died(-9, "", 1 << 30, 1.0)
-    assert "crashed (0xC0000005)" in trial._why_it_died(0xC0000005, "boom", 1 << 30, 1.0)
+    assert "killed, most likely because memory ran out" in trial._explain(Exit(-9), 1 << 30, 1.0)
+    assert "crashed (0xC0000005)" in trial._explain(Exit(0xC0000005, "boom"), 1 << 30, 1.0)

@@ -1,4 +1,4 @@
-"""Metrics: against formulas written out, other libraries, and cases with known answers."""
+"""Metrics, compared with formulas, other libraries and known results."""
 
 import numpy as np
 import pytest
@@ -40,14 +40,14 @@ def test_frechet_distance_of_two_normals():
     assert frechet_distance(a, b) == pytest.approx(3.0**2 + (2 - 1) ** 2)
 
 
-def test_features_that_cannot_be_compared():
+def test_rejects_too_few_or_non_finite_features():
     with pytest.raises(UsageError, match="at least 2"):
         feature_statistics(torch.zeros(1, 3))
     with pytest.raises(NonFiniteError):
         feature_statistics(torch.tensor([[0.0], [torch.nan]]))
 
 
-def test_the_interval_holds_the_value_and_narrows_with_more_images():
+def test_the_interval_contains_the_value_and_shrinks_with_more_images():
     generator = torch.Generator().manual_seed(0)
     truth = Statistics(torch.zeros(4).double(), torch.eye(4).double())
     widths = []
@@ -67,7 +67,7 @@ def test_inception_score_of_known_answers(sharp, score):
     assert inception_score({"class": logits}) == pytest.approx(score, rel=5e-2)
 
 
-def test_questions_count_together():
+def test_inception_score_combines_questions():
     first = 50.0 * torch.nn.functional.one_hot(torch.arange(1200) % 2, 2).float()
     second = 50.0 * torch.nn.functional.one_hot(torch.arange(1200) // 2 % 3, 3).float()
     assert inception_score({"a": first, "b": second}) == pytest.approx(6.0, rel=6e-2)
@@ -93,7 +93,7 @@ def test_pixel_scores(size):
     assert shifted["ssim"] < 1.0
 
 
-def test_the_interval_of_a_mean_narrows_with_the_images_and_holds_it():
+def test_the_interval_of_a_mean_contains_it_and_shrinks_with_more_images():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(64, 1, 16, 16, generator=generator) * 2 - 1
     noisy = images + 0.1 * torch.randn(images.shape, generator=generator)
@@ -108,12 +108,12 @@ def test_the_interval_of_a_mean_narrows_with_the_images_and_holds_it():
     ("share", "count", "interval"),
     [(1.0, 20, (0.8389, 1.0)), (0.0, 20, (0.0, 0.1611)), (0.5, 100, (0.4038, 0.5962))],
 )
-def test_shares_have_wilsons_interval(share, count, interval):
-    # Figures of the formula as scipy.stats.binomtest(...).proportion_ci(method="wilson") gives them.
+def test_the_interval_of_a_share_is_wilsons(share, count, interval):
+    # Expected values: scipy.stats.binomtest(...).proportion_ci(method="wilson").
     assert share_interval(share, count) == pytest.approx(interval, abs=1e-4)
 
 
-def test_an_image_is_right_only_if_every_answer_is(tmp_path):
+def test_an_image_is_correct_only_if_every_answer_is(tmp_path):
     torch.manual_seed(0)
     model = ImageClassifier(channels=3, size=8, heads={"colour": 3, "shape": 2})
     statistics = {"mean": torch.zeros(48).double(), "covariance": torch.eye(48).double()}
@@ -127,7 +127,7 @@ def test_an_image_is_right_only_if_every_answer_is(tmp_path):
     assert score_images(images, {}, extractor).accuracy is None
 
 
-def test_a_clip_folder_gives_features(tmp_path):
+def test_a_clip_folder_is_an_extractor(tmp_path):
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(
@@ -149,7 +149,7 @@ def test_a_clip_folder_gives_features(tmp_path):
     assert scores.fd is scores.accuracy is scores.inception_score is None
 
 
-def test_extractors_that_are_refused(tmp_path):
+def test_rejects_folders_without_an_extractor(tmp_path):
     assert load_extractor(tmp_path) is None
     with pytest.raises(UsageError, match="is not a folder"):
         load_extractor(None, tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""Engines of TensorRT-RTX are built without a GPU, and whatever goes wrong is one clear error."""
+"""Engines of TensorRT-RTX are built without a GPU, and every failure is one clear error."""
 
 import json
 import os
@@ -34,6 +34,7 @@ from trtq.errors import (
 from trtq.exporter.build import build
 from trtq.exporter.export import export
 from trtq.exporter.verify import verify
+from trtq.processes import Exit
 from trtq.resources import cache_folder
 
 RTX = BACKENDS["tensorrt-rtx"]
@@ -85,8 +86,13 @@ def test_the_digits_become_an_engine_for_several_architectures(digits_onnx, tmp_
     assert manifest.source.files["unet/model.onnx"]
     assert (out / "scheduler" / "scheduler_config.json").is_file()
     assert not list(out.rglob("*.onnx*"))
-    found = {"kind": "engine", "files": len(manifest.files), "ok": True, "graphs": {"unet": None}}
-    assert verify(out).to_json() == found
+    expected = {
+        "kind": "engine",
+        "files": len(manifest.files),
+        "ok": True,
+        "graphs": {"unet": None},
+    }
+    assert verify(out).to_json() == expected
     (out / "unet" / "model.engine").write_bytes(b"another")
     with pytest.raises(IntegrityError, match=r"model\.engine is not what the manifest says"):
         verify(out)
@@ -143,8 +149,11 @@ def test_an_architecture_without_the_kernels_is_an_error_of_the_builder(tmp_path
     ("body", "message"),
     [
         (f"os.kill(os.getpid(), {int(signal.SIGSEGV)})", r"crashed \(SIGSEGV\).*trtq verify"),
-        (f"os.kill(os.getpid(), {int(signal.SIGKILL)})", "for want of memory: it needs about 1.0"),
-        ("sys.exit('no library')", "ended with code 1: no library"),
+        (
+            f"os.kill(os.getpid(), {int(signal.SIGKILL)})",
+            "because memory ran out: it needs about 1.0",
+        ),
+        ("sys.exit('no library')", "ended with code 1; last output: no library"),
     ],
     ids=["crash", "killed", "no answer"],
 )
@@ -161,15 +170,15 @@ def test_a_builder_that_dies_is_one_error(body, message, tmp_path, monkeypatch):
     [
         (0xC0000005, r"crashed \(0xC0000005\).*trtq verify"),
         (-11, r"crashed \(SIGSEGV\)"),
-        (-9, "for want of memory"),
+        (-9, "because memory ran out"),
         (-35, r"crashed \(signal 35\)"),
-        (3, "ended with code 3: it said nothing"),
+        (3, "ended with code 3; last output: none"),
     ],
 )
 def test_a_builder_dies_on_any_system(code, message, tmp_path, monkeypatch):
     """Windows has no SIGKILL, and gives exceptions as exit codes."""
     monkeypatch.delattr(signal, "SIGKILL")
-    assert re.search(message, compiling._why_it_died(job(tmp_path), code, "", 1 << 30))
+    assert re.search(message, compiling._explain(job(tmp_path), Exit(code), 1 << 30))
 
 
 def test_a_builder_that_cannot_start_says_why(tmp_path, monkeypatch):
@@ -225,9 +234,9 @@ def test_a_graph_that_would_be_computed_wrongly_is_not_built(digits_onnx, tmp_pa
 
     monkeypatch.setattr("trtq.exporter.build.find_backend", lambda _: RTX)
     monkeypatch.setattr(
-        "trtq.exporter.build.check", lambda *_: [Finding("conv_in", "a rule", "a mend")]
+        "trtq.exporter.build.check", lambda *_: [Finding("conv_in", "a rule", "a fix")]
     )
-    with pytest.raises(LegalityError, match="does not take 'conv_in': a rule; a mend"):
+    with pytest.raises(LegalityError, match="does not take 'conv_in': a rule; a fix"):
         build(digits_onnx, tmp_path / "engine")
 
 
@@ -236,7 +245,7 @@ def test_a_graph_that_would_be_computed_wrongly_is_not_built(digits_onnx, tmp_pa
     [
         ("tensorrt-rtx", ["sm90"], "cannot build for 'sm90'; it can for sm75, sm80"),
         ("tensorrt-rtx", ["sm86", "current"], "one of several"),
-        ("tensorrt", ["sm86"], "the GPU that is there"),
+        ("tensorrt", ["sm86"], "the GPU of this machine"),
     ],
 )
 def test_architectures_that_a_backend_has_not(backend, wanted, message):
@@ -295,10 +304,10 @@ def manifest(recipe=None, **options):
 def test_a_denoiser_with_guidance_takes_twice_as_many_items(
     name, recipe, batch, expected, tmp_path
 ):
-    found = axis_ranges(tmp_path, name, manifest(recipe, batch=[1, 8]), Graph(), batch)
-    assert found["batch"] == expected
-    assert found["timesteps"] == (1, *expected[1:])
-    assert found["tokens"] == (1, 77, 512)
+    ranges = axis_ranges(tmp_path, name, manifest(recipe, batch=[1, 8]), Graph(), batch)
+    assert ranges["batch"] == expected
+    assert ranges["timesteps"] == (1, *expected[1:])
+    assert ranges["tokens"] == (1, 77, 512)
 
 
 def test_sizes_are_latents_for_the_decoder_and_pixels_for_the_encoder(tmp_path):
@@ -308,8 +317,8 @@ def test_sizes_are_latents_for_the_decoder_and_pixels_for_the_encoder(tmp_path):
     exported = manifest(batch=[1, 1], size="512x256:1024x768")
 
     def sides(name, **metadata):
-        found = axis_ranges(tmp_path, name, exported, Graph(**metadata), None)
-        return found["height"], found["width"]
+        ranges = axis_ranges(tmp_path, name, exported, Graph(**metadata), None)
+        return ranges["height"], ranges["width"]
 
     assert sides("vae_encoder") == ((512, 512, 1024), (256, 256, 768))
     assert sides("vae_decoder") == ((64, 64, 128), (32, 32, 96))

@@ -1,4 +1,4 @@
-"""Text encoders and autoencoder by a second process: the same files, and its errors are ours."""
+"""Text encoders and autoencoder from a second process: the same files, and its errors are raised."""
 
 import contextlib
 import json
@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from tests.families.pipelines import build
+from trtq import processes
 from trtq.artefact.manifest_file import file_hashes
 from trtq.errors import ArtefactError, GateError, UsageError
 from trtq.exporter import component_worker as parts
@@ -32,26 +33,26 @@ def worthwhile(monkeypatch):
 
 
 def does(monkeypatch, body):
-    """Let the process run this instead; its answer's file is `sys.argv[3]`."""
+    """Let the process run `body` instead; the answer's file is `sys.argv[3]`."""
     code = f"import json, os, sys, time\n{body}"
     monkeypatch.setattr(
-        parts, "worker_command", lambda _, *a: [sys.executable, "-c", code, *map(str, a)]
+        processes, "worker_command", lambda _, *a: [sys.executable, "-c", code, *map(str, a)]
     )
 
 
 def test_a_second_process_writes_the_same_graphs(run, tmp_path, worthwhile):
-    beside, alone = tmp_path / "beside", tmp_path / "alone"
-    with exporting_parts(run, beside) as waiting:
-        found = waiting()
-    assert found.parity.keys() == {"text_encoder", "vae_decoder", "vae_encoder"}
-    assert found.peak_rss_bytes > 1e8
-    assert parts._export(run, alone)["parity"].keys() == found.parity.keys()
-    assert len(file_hashes(beside)) >= 6
-    assert file_hashes(beside).keys() == file_hashes(alone).keys()
-    for path in beside.glob("*/model.onnx"):
+    second, alone = tmp_path / "second", tmp_path / "alone"
+    with exporting_parts(run, second) as waiting:
+        result = waiting()
+    assert result.parity.keys() == {"text_encoder", "vae_decoder", "vae_encoder"}
+    assert result.peak_rss_bytes > 1e8
+    assert parts._export(run, alone)["parity"].keys() == result.parity.keys()
+    assert len(file_hashes(second)) >= 6
+    assert file_hashes(second).keys() == file_hashes(alone).keys()
+    for path in second.glob("*/model.onnx"):
         nodes = [
             [(node.op_type, len(node.input)) for node in onnx.load(each).graph.node]
-            for each in (path, alone / path.relative_to(beside))
+            for each in (path, alone / path.relative_to(second))
         ]
         assert nodes[0] == nodes[1]
 
@@ -59,17 +60,21 @@ def test_a_second_process_writes_the_same_graphs(run, tmp_path, worthwhile):
 @pytest.mark.parametrize(
     ("body", "error", "message"),
     [
-        ("print('no such thing', file=sys.stderr); sys.exit(3)", ArtefactError, "3: no such thing"),
-        ("os.kill(os.getpid(), 9)", ArtefactError, "for want of memory"),
         (
-            "json.dump({'error': 'GateError', 'message': 'only 3 dB'}, open(sys.argv[3], 'w'))",
+            "print('no such thing', file=sys.stderr); sys.exit(3)",
+            ArtefactError,
+            "3; last output: no such thing",
+        ),
+        ("os.kill(os.getpid(), 9)", ArtefactError, "because memory ran out"),
+        (
+            "json.dump({'raised': 'GateError', 'message': 'only 3 dB'}, open(sys.argv[3], 'w'))",
             GateError,
             "only 3 dB",
         ),
     ],
     ids=["crash", "killed", "gate"],
 )
-def test_its_errors_are_ours(body, error, message, run, tmp_path, worthwhile, monkeypatch):
+def test_its_errors_are_raised_here(body, error, message, run, tmp_path, worthwhile, monkeypatch):
     does(monkeypatch, body)
     with exporting_parts(run, tmp_path) as waiting, pytest.raises(error, match=message):
         waiting()
@@ -78,7 +83,7 @@ def test_its_errors_are_ours(body, error, message, run, tmp_path, worthwhile, mo
 def test_an_export_whose_parts_fail_leaves_nothing(run, tmp_path, worthwhile, monkeypatch):
     does(
         monkeypatch,
-        "json.dump({'error': 'OSError', 'message': 'disk full'}, open(sys.argv[3], 'w'))",
+        "json.dump({'raised': 'OSError', 'message': 'disk full'}, open(sys.argv[3], 'w'))",
     )
     monkeypatch.setattr(stage, "write_graph", lambda folder, *_, **__: folder.mkdir())
     monkeypatch.setattr(stage, "_held_to_torch", lambda *_: {})
@@ -100,11 +105,11 @@ def test_it_ends_with_the_block(run, tmp_path, worthwhile, monkeypatch):
     assert started[0].poll() is not None
 
 
-def test_what_it_cannot_read_is_part_of_its_answer(run, tmp_path):
+def test_errors_of_reading_are_part_of_its_answer(run, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "X", "unet": ["a", "b"]}))
-    found = parts._export(tmp_path, tmp_path)
-    assert found["error"] == "ArtefactError"
-    assert "not a model of diffusers" in found["message"]
+    answer = parts._export(tmp_path, tmp_path)
+    assert answer["raised"] == "ArtefactError"
+    assert "not a model of diffusers" in answer["message"]
 
 
 @pytest.mark.parametrize(

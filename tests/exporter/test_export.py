@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -53,8 +54,8 @@ def test_every_quantised_layer_has_the_folded_form(digits_onnx):
             assert len(node.input) == 2, "no bias inside the integer operation"
             quantize_node = made[activation.input[0]]
             assert quantize_node.op_type == "QuantizeLinear"
-            one, zero = (numpy_helper.to_array(constants[n]) for n in quantize_node.input[1:])
-            assert (one, zero, zero.dtype) == (1.0, 0, np.int8)
+            scale, zero = (numpy_helper.to_array(constants[n]) for n in quantize_node.input[1:])
+            assert (scale, zero, zero.dtype) == (1.0, 0, np.int8)
             assert activation.op_type == weight.op_type
             if activation.op_type == "Cast":
                 cast.append(node.name)
@@ -83,7 +84,7 @@ def test_the_step_is_looked_up_once(digits_onnx):
     assert counts["GreaterOrEqual"] == 1
     gathers = [node for node in graph(digits_onnx).node if node.op_type == "Gather"]
     assert sum(node.input[0] == "steps/table" for node in gathers) == 1
-    # Beside it: one for the classes, and one per rank that hands every channel its layer's scale.
+    # In addition: one for the classes, and one per rank that hands every channel its layer's scale.
     assert len(gathers) <= 5
 
 
@@ -141,9 +142,9 @@ def test_each_item_has_a_step_of_its_own_and_one_timestep_serves_all(digits_onnx
     for item in range(6):
         alone = engine.run({k: v[item : item + 1] for k, v in inputs.items()})["out_sample"]
         assert snr_db(torch.from_numpy(together[item]), torch.from_numpy(alone[0])) > 60
-    one = engine.run(inputs | {"timestep": np.array([501], np.float32)})
+    single = engine.run(inputs | {"timestep": np.array([501], np.float32)})
     many = engine.run(inputs | {"timestep": np.full(6, 501, np.float32)})
-    np.testing.assert_array_equal(one["out_sample"], many["out_sample"])
+    np.testing.assert_array_equal(single["out_sample"], many["out_sample"])
 
 
 def test_openvino_runs_it(digits_run, digits_onnx, computed_vnni):
@@ -357,3 +358,10 @@ def test_a_wrong_lookup_of_the_step_is_seen_in_a_model_of_any_size(
     onnx.save(model, wrong)
     with pytest.raises(GateError, match=r"uses step \d of its tables, torch step \d"):
         parity_stage.step_parities(run.source(), wrong, run.manifest)
+
+
+def test_a_graph_holds_no_path_of_the_machine_that_exported_it(digits_onnx):
+    text = (digits_onnx / "unet" / "model.onnx").read_bytes()
+    for path in (Path(__file__).parents[2], Path(torch.__file__).parent, digits_onnx.parent):
+        assert str(path).encode() not in text
+    assert b"stack_trace" not in text

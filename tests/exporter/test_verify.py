@@ -22,20 +22,20 @@ from trtq.pipelines.generate import generate
 
 
 def test_a_run_is_opened_and_its_files_counted(digits_run):
-    found = verify(digits_run)
-    assert found["ok"]
-    assert found["kind"] == "run"
-    assert found["files"] > 3
+    result = verify(digits_run)
+    assert result.ok
+    assert result.kind == "run"
+    assert result.files > 3
 
 
 def test_a_graph_is_compared_with_its_run_layer_by_layer(digits_run, digits_onnx):
-    found = verify(digits_onnx, against=digits_run, layers=True)
-    assert found["ok"]
-    assert found["parity_db_min"] > 40
-    assert len(found["layers"]) == 51
-    assert found["first"] is None
-    assert min(row["snr_db"] for row in found["layers"]) > 60
-    assert set(found["runtimes"]) == {"onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"}
+    result = verify(digits_onnx, against=digits_run, layers=True)
+    assert result.ok
+    assert result.parity_db_min > 40
+    assert len(result.layers) == 51
+    assert result.first is None
+    assert min(layer.snr_db for layer in result.layers) > 60
+    assert set(result.runtimes) == {"onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"}
 
 
 def test_another_run_is_refused(digits_run, digits_onnx, tmp_path):
@@ -69,7 +69,7 @@ def test_wrong_use_says_what_to_do(digits_run, digits_onnx, tmp_path):
         verify(tmp_path)
     with pytest.raises(UsageError, match="choose one of onnxruntime"):
         verify(digits_onnx, runtimes=["tensorflow"])
-    with pytest.raises(UsageError, match="--against RUN"):
+    with pytest.raises(UsageError, match="--run RUN"):
         verify(digits_onnx, layers=True)
     with pytest.raises(UsageError, match="for ONNX folders"):
         verify(digits_run, against=digits_run)
@@ -136,7 +136,7 @@ def _integers_out(model):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "problem"),
     [
         (_unknown_operator, "No Op registered for EvilOp"),
         (_rename_sample, "has no input 'sample'"),
@@ -145,11 +145,11 @@ def _integers_out(model):
         (_integers_out, "'out_sample' is of type int64"),
     ],
 )
-def test_a_graph_that_cannot_be_used_is_a_failed_check(change, said, digits_onnx, tmp_path):
+def test_a_graph_that_cannot_be_used_is_a_failed_check(change, problem, digits_onnx, tmp_path):
     folder = _edited(digits_onnx, tmp_path / "onnx", change)
-    found = verify(folder)
-    assert not found["ok"]
-    assert said in found["graphs"]["unet"]
+    result = verify(folder)
+    assert not result.ok
+    assert problem in result.graphs["unet"]
     with pytest.raises(ArtefactError, match=r"unet/model\.onnx cannot be used: .*trtq verify"):
         require_graphs(folder, read_manifest(folder))
 
@@ -159,9 +159,9 @@ def test_a_graph_that_the_manifest_does_not_list_is_not_opened(digits_onnx, tmp_
     shutil.copytree(digits_onnx, folder)
     (folder / "backup").mkdir()
     (folder / "backup" / "model.onnx").write_text("not a graph")
-    found = verify(folder, runtimes=["onnxruntime"])
-    assert found["ok"]
-    assert set(found["graphs"]) == {"unet"}
+    result = verify(folder, runtimes=["onnxruntime"])
+    assert result.ok
+    assert set(result.graphs) == {"unet"}
     assert "e.g. backup; left alone" in caplog.text
 
 
@@ -204,7 +204,7 @@ def test_the_command_fails_in_one_line_where_a_graph_has_no_outputs(digits_onnx,
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         (b"", "is empty"),
         (b"no engine" * 9, "no engine of TensorRT-RTX"),
@@ -212,7 +212,7 @@ def test_the_command_fails_in_one_line_where_a_graph_has_no_outputs(digits_onnx,
         (b"vtrt" + bytes(12) + (24).to_bytes(8, "little"), None),
     ],
 )
-def test_the_head_of_an_engine_is_read(content, said, tmp_path, monkeypatch):
+def test_the_head_of_an_engine_is_read(content, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(graph_check, "obstacle", lambda _: "no GPU")
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "model.engine").write_bytes(content)
@@ -225,4 +225,4 @@ def test_the_head_of_an_engine_is_read(content, said, tmp_path, monkeypatch):
         options=options,
     )
     (problem,) = check_engines(tmp_path, manifest).values()
-    assert problem is None if said is None else said in problem
+    assert problem is None if expected is None else expected in problem

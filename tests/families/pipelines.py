@@ -1,4 +1,4 @@
-"""Tiny, untrained pipelines of every kind that trtq knows, of diffusers' true classes."""
+"""Tiny, untrained pipelines of all supported families, with diffusers' classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trtq.demo.train_shapes import build_text_encoder, build_tokenizer
+from trtq.demo.shapes_model import build_text_encoder, build_tokenizer
 
 WORDS = ("a", "red", "blue", "circle", "square")
 CLIP_WIDTH = 64
@@ -122,7 +122,7 @@ def sd_2():
 
 
 def sd_xl():
-    """Stable Diffusion XL: two text encoders, told the image's size."""
+    """Stable Diffusion XL: two text encoders, and the image's size as a condition."""
     from diffusers import StableDiffusionXLPipeline
 
     tokenizer, second = build_tokenizer(), build_tokenizer()
@@ -211,7 +211,7 @@ def dit():
 
 
 def pixart():
-    """PixArt: a masked T5 text, told the image's size, DPM-Solver."""
+    """PixArt: a masked T5 text, the image's size as a condition, DPM-Solver."""
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
     tokenizer, encoder = t5()

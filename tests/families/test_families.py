@@ -10,7 +10,7 @@ from tests.families.pipelines import PIPELINES, build
 from tests.serve.models.test_pipeline import furthest, served, whole
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.diffusion.families import FAMILIES
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import LegalityError, UsageError
 from trtq.exporter.export import export
 from trtq.pipelines.draw import conditioning_for, draw
@@ -31,10 +31,10 @@ RECIPE = {
 
 @pytest.mark.parametrize(
     "name",
-    # Those that differ least from others, for the time that nine exports take.
+    # The two families closest to others are slow, to limit the time of nine exports.
     [pytest.param(n, marks=pytest.mark.slow) if n in ("sd_2", "ldm_kl") else n for n in PIPELINES],
 )
-def test_a_pipeline_goes_the_whole_way(name, tmp_path):
+def test_a_pipeline_is_quantised_exported_and_served(name, tmp_path):
     """As a user has it: from a folder, at the pipeline's own size or another one."""
     checkpoint, run, onnx = tmp_path / "model", tmp_path / "run", tmp_path / "onnx"
     build(name).save_pretrained(checkpoint)
@@ -66,7 +66,7 @@ def test_a_pipeline_goes_the_whole_way(name, tmp_path):
 def test_a_run_is_exported_at_another_size_than_it_was_calibrated_at(name, tmp_path):
     """At every step and at mixed steps; four items at least stand at two steps."""
     run = tmp_path / "run"
-    side = 16 if name in SIZES else load_source(build(name)).image_size[0]
+    side = 16 if name in SIZES else open_pipeline(build(name)).image_size[0]
     quantize(build(name), RECIPE | {"size": f"{side}x{side}"}, run)
     # DiT takes square images only.
     for size in (f"{2 * side}x{side if name != 'dit' else 2 * side}", f"{3 * side}x{3 * side}"):
@@ -78,7 +78,7 @@ def test_a_run_is_exported_at_another_size_than_it_was_calibrated_at(name, tmp_p
 
 @pytest.mark.parametrize("name", ["sd_1", "dit", "pixart", "sd_3", "flux"])
 def test_the_policy_of_a_family_names_every_layer(name, caplog):
-    source = load_source(build(name))
+    source = open_pipeline(build(name))
     assert source.model_class in FAMILIES
     plans = plan_layers(source.denoiser, load_policy(source.model_class), "w4a4")
     assert not caplog.records
@@ -100,9 +100,9 @@ def test_the_policy_of_a_family_names_every_layer(name, caplog):
         ("flux", "flow_prediction", [1, pytest.approx(0.7, abs=0.15)]),
     ],
 )
-def test_schedulers_of_every_kind_give_noise_levels(name, predicts, timesteps):
-    """The timesteps are those that the denoiser is told; Flux is told them in 0 .. 1."""
-    source = load_source(build(name))
+def test_schedulers_of_all_kinds_have_noise_levels(name, predicts, timesteps):
+    """Timesteps are the denoiser's inputs; Flux takes timesteps in 0 .. 1."""
+    source = open_pipeline(build(name))
     schedule = source.schedule(2)
     assert schedule.prediction == predicts
     assert schedule.timesteps.tolist() == timesteps
@@ -111,10 +111,10 @@ def test_schedulers_of_every_kind_give_noise_levels(name, predicts, timesteps):
     assert levels[-1] == 0
 
 
-def test_a_flow_step_is_diffusers_own():
+def test_a_flow_step_equals_that_of_diffusers():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    source = load_source(build("sd_3"))
+    source = open_pipeline(build("sd_3"))
     schedule = source.schedule(5)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(source.pipeline.scheduler.config)
     scheduler.set_timesteps(5)
@@ -137,7 +137,7 @@ def test_a_flow_step_is_diffusers_own():
         ("2x2", "multiples of"),
     ],
 )
-def test_sizes_that_cannot_be(size, message, tmp_path):
+def test_invalid_sizes_are_refused(size, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         quantize(build("sd_1"), RECIPE | {"size": size}, tmp_path / "run")
     assert not list(tmp_path.iterdir())
@@ -167,32 +167,32 @@ def test_one_graph_for_a_range_of_sizes(name, tmp_path):
     model = PipelineModel(source, name, "cpu")
     assert model.info.sizes == Sizes((16, 16), (24, 32), 4)
     (image,) = served(model, 1, size=(24, 32))
-    source.resize("24x32")
+    source = source.sized("24x32")
     assert furthest([image], whole(source, model, 1)) <= 1
     conditioning = conditioning_for(source, 1)
     assert draw(source, conditioning, steps=1, seed=0).shape == (1, 3, 24, 32)
-    source.resize("24x40")
+    source = source.sized("24x40")
     with pytest.raises(
         UsageError, match=r"12x20 \(HEIGHTxWIDTH\) are not .* 8x8 to 12x16, multiples of 2"
     ):
         draw(source, conditioning, steps=1, seed=0)
 
 
-def test_a_pipeline_that_draws_one_size_says_so():
-    source = load_source(build("dit"))
-    source.resize("32x32")
+def test_a_pipeline_with_a_fixed_size_refuses_others():
+    source = open_pipeline(build("dit"))
+    source = source.sized("32x32")
     with pytest.raises(UsageError, match="DiTPipeline draws images of the model's own size only"):
         draw(source, conditioning_for(source, 1), steps=1, seed=0)
 
 
-def test_a_size_that_the_model_cannot_be_traced_at_is_one_error(tmp_path):
+def test_a_size_that_cannot_be_traced_is_refused(tmp_path):
     build("dit").save_pretrained(tmp_path / "model")
     with pytest.raises(LegalityError, match="torch cannot trace DiTTransformer2DModel"):
         export(tmp_path / "model", tmp_path / "onnx", size="16x32")
     assert not (tmp_path / "onnx").exists()
 
 
-def test_a_model_with_positions_inside_takes_one_size(tmp_path):
+def test_a_model_with_positional_embeddings_has_one_size(tmp_path):
     build("dit").save_pretrained(tmp_path / "model")
     with pytest.raises(UsageError, match="export once for each size"):
         export(tmp_path / "model", tmp_path / "onnx", size="16x16:32x32")

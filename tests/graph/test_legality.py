@@ -1,4 +1,4 @@
-"""Every hazard that a runtime is known for is found, named and mended; what we write has none."""
+"""Every known hazard of a runtime is found and has a fix; exported graphs have no hazard."""
 
 from collections import Counter
 
@@ -38,12 +38,12 @@ def int4(shape):
     return ir.tensor(codes.astype(ir.DataType.INT4.numpy()), dtype=ir.DataType.INT4)
 
 
-ONE = np.array(1.0, np.float32)
+UNIT = np.array(1.0, np.float32)
 BROKEN = {
-    "spelled-out integers": (
+    "decomposed integers": (
         "g (int8[2,3] a) => (int32[2,4] y) { y = MatMulInteger(a, w) }",
         {"w": np.ones((3, 4), np.int8)},
-        "MatMulInteger is not among",
+        "MatMulInteger, which is not among",
     ),
     "float64": (
         "g (float[2] x) => (double[2] y) { y = Cast <to = 11> (x) }",
@@ -52,12 +52,12 @@ BROKEN = {
     ),
     "zero point": (
         "g (float[2] x) => (int8[2] y) { y = QuantizeLinear(x, one, z) }",
-        {"one": ONE, "z": np.array(3, np.int8)},
+        {"one": UNIT, "z": np.array(3, np.int8)},
         "zero point that is not a constant zero",
     ),
     "unsigned": (
         "g (float[2] x) => (uint8[2] y) { y = QuantizeLinear(x, one, z) }",
-        {"one": ONE, "z": np.array(0, np.uint8)},
+        {"one": UNIT, "z": np.array(0, np.uint8)},
         "unsigned",
     ),
     "computed scale": (
@@ -83,7 +83,7 @@ BROKEN = {
     "INT4 weight, INT8 activation": (
         "g (int8[2,4] a) => (float[2,2] y) { x = DequantizeLinear(a, one) "
         "v = DequantizeLinear <axis = 1> (w, s) y = MatMul(x, v) }",
-        {"one": ONE, "w": int4((4, 2)), "s": np.ones(2, np.float32)},
+        {"one": UNIT, "w": int4((4, 2)), "s": np.ones(2, np.float32)},
         "INT4 weights with quantised activations",
     ),
 }
@@ -94,69 +94,69 @@ BROKEN = {
 def test_tensorrt_refuses(hazard, runtime):
     body, constants, message = BROKEN[hazard]
     findings = check(parse(body, **constants), runtime)
-    (finding,) = [found for found in findings if message in found.rule]
+    (finding,) = [finding for finding in findings if message in finding.rule]
     assert finding.fatal
     assert finding.layer == "layer"
     assert finding.fix
 
 
-WIDE = {
-    "one": ONE,
+LARGE = {
+    "one": UNIT,
     "zero": np.array(0, np.int8),
     "w": np.full((3, 4), 100, np.int8),
     "s": np.ones(4, np.float32),
 }
-WIDE_PAIR = (
+LARGE_PAIR = (
     "g (int8[2,3] a) => (float[2,4] y) {{ x = {} "
     "v = DequantizeLinear <axis = 1> (w, s) y = MatMul(x, v) }}"
 )
 
 
 @pytest.mark.parametrize("pair", ["a, one, zero", "a, one"], ids=["zero point", "none"])
-def test_saturating_pairs_are_found_where_the_processor_saturates(pair, vnni):
+def test_saturating_pairs_are_reported_if_the_processor_saturates(pair, vnni):
     """onnxruntime 1.31 makes a uint8 pair of either."""
-    body = WIDE_PAIR.format(f"DequantizeLinear({pair})")
-    constants = {name: WIDE[name] for name in WIDE if name in pair or name in "ws"}
+    body = LARGE_PAIR.format(f"DequantizeLinear({pair})")
+    constants = {name: LARGE[name] for name in LARGE if name in pair or name in "ws"}
     assert len(check(parse(body, **constants), "onnxruntime")) == (0 if vnni else 1)
 
 
-def test_a_weight_dequantised_beside_a_float_activation_is_found():
-    body = WIDE_PAIR.format("Cast <to = 1> (a)")
-    (finding,) = check(parse(body, w=WIDE["w"], s=WIDE["s"]), "onnxruntime")
+def test_a_dequantised_weight_with_a_float_activation_is_reported():
+    body = LARGE_PAIR.format("Cast <to = 1> (a)")
+    (finding,) = check(parse(body, w=LARGE["w"], s=LARGE["s"]), "onnxruntime")
     assert "1.31 quantises itself" in finding.rule
     assert finding.fatal
 
 
-def test_cast_codes_are_cast_for_compilers_in_vain(digits_onnx):
+def test_compilers_compute_cast_codes_in_float(digits_onnx):
     model = ir.load(digits_onnx / "unet" / "model.onnx")
     for runtime in ("tensorrt-rtx", "openvino"):
         rules = Counter(f.rule for f in check(model, runtime) if "cast, not dequantised" in f.rule)
-        # Both layers of the time embedding, and what shares their front.
+        # Both layers of the time embedding, and the layers that share their quantiser.
         assert sum(rules.values()) >= 2
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_what_we_export_is_legal_everywhere_once_it_is_prepared(runtime, vnni, digits_onnx):
+def test_prepared_exports_are_legal_everywhere(runtime, vnni, digits_onnx):
     model = prepare(ir.load(digits_onnx / "unet" / "model.onnx"), runtime)
     findings = check(model, runtime)
     assert not [finding for finding in findings if finding.fatal]
     in_float = {finding.layer for finding in findings}
     if runtime == "openvino" and not vnni:
-        # The 8-bit layers of a W4A4 model; narrow weights by chance stay.
+        # The 8-bit layers of a W4A4 model; those whose integers happen to be small stay.
         assert "conv_in" in in_float
         assert len(in_float) <= 12
     else:
         assert not in_float
 
 
-def test_unprepared_it_is_not_legal_for_tensorrt(digits_onnx):
+def test_an_unprepared_export_is_not_legal_for_tensorrt(digits_onnx):
     findings = check(ir.load(digits_onnx / "unet" / "model.onnx"), "tensorrt-rtx")
     rules = " ".join(finding.rule for finding in findings)
     assert "float64" in rules
     assert "INT4 constant feeds Cast" in rules
 
 
-def test_widened_weights_hold_the_same_integers(digits_onnx):
+def test_weights_cast_to_int8_have_the_same_integers(digits_onnx):
     path = digits_onnx / "unet" / "model.onnx"
     model = ir.load(path)
     feeds = {
@@ -171,8 +171,8 @@ def test_widened_weights_hold_the_same_integers(digits_onnx):
         "session.model_external_initializers_file_folder_path", str(path.parent)
     )
     outputs = []
-    for widened in (False, True):
-        if widened:
+    for cast in (False, True):
+        if cast:
             assert CastInt4ToInt8()(model).modified
             assert not CastInt4ToInt8()(model).modified
             kinds = {v.dtype for v in model.graph.initializers.values() if v.uses()}

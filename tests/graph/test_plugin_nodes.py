@@ -1,4 +1,4 @@
-"""Graphs in plugin form: packed operands in the file, and the same integers as in the other form."""
+"""Graphs in plugin form: packed operands in the file, and the same integers as in QDQ form."""
 
 import numpy as np
 import onnx_ir as ir
@@ -9,10 +9,15 @@ from trtq.engine.ort import OrtEngine
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError
 from trtq.exporter.export import export
-from trtq.graph.passes.plugin_nodes import ExpandPlugins, has_plugins
+from trtq.graph.nodes import DOMAIN
+from trtq.graph.passes.plugin_nodes import ExpandPlugins
 from trtq.graph.runtimes.prepare import load_graph, prepare
 
 needs_rtx = pytest.mark.skipif(not BACKENDS["tensorrt-rtx"].installed, reason="needs tensorrt-rtx")
+
+
+def has_plugins(model):
+    return any(node.domain == DOMAIN for node in model.graph)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def test_the_pairs_have_no_plugins_left(plugin_onnx):
 def test_damage_is_named(plugin_onnx):
     model = load_graph(plugin_onnx / "unet" / "model.onnx")
     del model.metadata_props["trtq.timesteps"]
-    with pytest.raises(ArtefactError, match="does not say what timesteps"):
+    with pytest.raises(ArtefactError, match="does not specify the timesteps"):
         ExpandPlugins()(model)
     model = load_graph(plugin_onnx / "unet" / "model.onnx")
     node = next(node for node in model.graph if node.domain == "trtq")

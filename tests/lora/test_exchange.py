@@ -11,7 +11,7 @@ from tests.families import pipelines
 from tests.lora.merged_by_diffusers import by_diffusers, matrices, write
 from trtq.artefact.manifest_file import read_manifest
 from trtq.bench.artefacts import find_checkpoint
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import ArtefactError, UsageError
 from trtq.lora import LoraRequest
 from trtq.runs.exchange_loras import _snr, requantize
@@ -40,8 +40,8 @@ def updates(model, paths, name, scale=1.0):
     return tensors
 
 
-def flat(front):
-    return lambda path: front + path.replace(".", "_")
+def flat(prefix):
+    return lambda path: prefix + path.replace(".", "_")
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_swapping_keeps_the_tables_and_recomputes_the_codes(base, model, tmp_pat
     assert read_manifest(tmp_path / "styled").model_dump()["loras"] == result["loras"]
 
 
-def test_a_lora_that_is_merged_already_is_refused(model, tmp_path):
+def test_an_already_merged_lora_is_refused(model, tmp_path):
     lora = LoraRequest(tmp_path / "style.safetensors", 0.5)
     quantize(model, {"method": "minmax", "steps": 4}, tmp_path / "run", loras=[lora])
     assert read_manifest(tmp_path / "run").loras[0].scale == 0.5
@@ -130,7 +130,7 @@ def test_a_changed_readme_or_repository_is_not(model, tmp_path):
     assert requantize(tmp_path / "run", [lora], tmp_path / "new")["loras"][0]["modules"] == 2
 
 
-SPELLED = {
+DECOMPOSED = {
     "method": "minmax",
     "bits": "w8a8",
     "steps": 2,
@@ -153,15 +153,15 @@ TEXT = (
 
 
 @pytest.fixture(scope="module")
-def spelled_run(tmp_path_factory):
-    """Attention as products, skip convolutions split; the checkpoint and a LoRA beside it."""
-    folder = tmp_path_factory.mktemp("spelled")
+def decomposed_folder(tmp_path_factory):
+    """A run with decomposed attention and split skip convolutions, its checkpoint, and a LoRA."""
+    folder = tmp_path_factory.mktemp("decomposed")
     pipe = pipelines.build("sd_1")
     pipe.save_pretrained(folder / "model")
     tensors = updates(pipe.unet, UNET, flat("lora_unet_"), scale=5.0)
     tensors |= updates(pipe.text_encoder, TEXT, flat("lora_te_text_model_"), scale=5.0)
     write(folder, tensors)
-    quantize(folder / "model", SPELLED, folder / "run")
+    quantize(folder / "model", DECOMPOSED, folder / "run")
     structure = read_manifest(folder / "run").structure
     assert structure.splits
     assert structure.attention
@@ -174,38 +174,40 @@ def assert_is_diffusers_merge(out, lora, scale):
     start = pipelines.build("sd_1").unet
     expected = by_diffusers(pipe, [(lora, scale)])
     run = open_run(out)
-    source = load_source(pipe)
+    source = open_pipeline(pipe)
     assert _snr(source, run.denoiser(), source.denoiser, 2) > 20
     assert _snr(source, start, source.denoiser, 2) < 16
-    own = load_file(out / "text_encoder" / "model.safetensors")
+    text_weights = load_file(out / "text_encoder" / "model.safetensors")
     for key in (key for key in expected if key.startswith("text_encoder.")):
         name = key.removeprefix("text_encoder.")
-        kept = next((own[k] for k in (name, f"text_model.{name}") if k in own), None)
+        kept = next(
+            (text_weights[k] for k in (name, f"text_model.{name}") if k in text_weights), None
+        )
         assert kept is not None, key
         torch.testing.assert_close(kept.float(), expected[key], rtol=1e-6, atol=0)
 
 
-def test_a_lora_is_merged_before_a_model_is_brought_into_another_form(spelled_run):
-    lora = spelled_run / "style.safetensors"
-    out = spelled_run / "styled"
-    quantize(spelled_run / "model", SPELLED, out, loras=[LoraRequest(lora, 0.7)])
+def test_a_lora_is_merged_before_the_model_is_decomposed(decomposed_folder):
+    lora = decomposed_folder / "style.safetensors"
+    out = decomposed_folder / "styled"
+    quantize(decomposed_folder / "model", DECOMPOSED, out, loras=[LoraRequest(lora, 0.7)])
     assert_is_diffusers_merge(out, lora, 0.7)
 
 
-def test_a_lora_is_exchanged_in_a_run_of_another_form(spelled_run):
-    lora = spelled_run / "style.safetensors"
-    out = spelled_run / "exchanged"
-    result = requantize(spelled_run / "run", [LoraRequest(lora, 0.7)], out)
+def test_a_lora_is_exchanged_in_a_decomposed_run(decomposed_folder):
+    lora = decomposed_folder / "style.safetensors"
+    out = decomposed_folder / "exchanged"
+    result = requantize(decomposed_folder / "run", [LoraRequest(lora, 0.7)], out)
     assert result["loras"][0]["modules"] == len(UNET) + len(TEXT)
     assert_is_diffusers_merge(out, lora, 0.7)
 
 
-def test_a_lora_that_does_not_fit_leaves_no_run(spelled_run, tmp_path):
+def test_a_lora_that_does_not_fit_leaves_no_run(decomposed_folder, tmp_path):
     tensors = {
         "unet.nowhere.lora_A.weight": torch.ones(2, 4),
         "unet.nowhere.lora_B.weight": torch.ones(4, 2),
     }
     lora = write(tmp_path, tensors, "other.safetensors")
     with pytest.raises(ArtefactError, match="another architecture"):
-        requantize(spelled_run / "run", [LoraRequest(lora)], tmp_path / "new")
+        requantize(decomposed_folder / "run", [LoraRequest(lora)], tmp_path / "new")
     assert not (tmp_path / "new").exists()

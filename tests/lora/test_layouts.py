@@ -82,10 +82,10 @@ def pairs(modules, name, down, up, generator, alpha=None, rank=RANK):
     return tensors
 
 
-def peft_like(modules, front, generator, rank=RANK):
+def peft_like(modules, prefix, generator, rank=RANK):
     return pairs(
         modules,
-        lambda path: f"{front}{path}",
+        lambda path: f"{prefix}{path}",
         ".lora_A.weight",
         ".lora_B.weight",
         generator,
@@ -93,10 +93,10 @@ def peft_like(modules, front, generator, rank=RANK):
     )
 
 
-def kohya(modules, front, generator, alpha=2.0, name=lambda path: path):
+def kohya(modules, prefix, generator, alpha=2.0, name=lambda path: path):
     return pairs(
         modules,
-        lambda path: front + name(path).replace(".", "_"),
+        lambda path: prefix + name(path).replace(".", "_"),
         ".lora_down.weight",
         ".lora_up.weight",
         generator,
@@ -242,9 +242,9 @@ def original_names(unet):
     }
 
     def name(path):
-        front = next(p for p in parts if path == p or path.startswith(f"{p}."))
-        rest = path.removeprefix(front)
-        return parts[front] + inside.get(rest, rest)
+        prefix = next(p for p in parts if path == p or path.startswith(f"{p}."))
+        rest = path.removeprefix(prefix)
+        return parts[prefix] + inside.get(rest, rest)
 
     return name
 
@@ -285,7 +285,7 @@ def flux_new(pipe, g):
     return tensors | peft_like(text, "text_encoder.text_model.", g), None
 
 
-def flux_original(ends, front, g, alpha, *, single=False, rank=RANK):
+def flux_original(ends, prefix, g, alpha, *, single=False, rank=RANK):
     """Layers of Flux as its first release names them; `linear1` only where asked for."""
     d = FLUX_WIDTH
     shapes = {
@@ -304,7 +304,7 @@ def flux_original(ends, front, g, alpha, *, single=False, rank=RANK):
         shapes["single_blocks.0.linear1"] = (7 * d, d)
     tensors = {}
     for name, (outputs, inputs) in shapes.items():
-        key = front + (name.replace(".", "_") if front.endswith("_") else name)
+        key = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
         tensors[key + ends[0]] = torch.randn((rank, inputs), generator=g) * 0.1
         tensors[key + ends[1]] = torch.randn((outputs, rank), generator=g) * 0.1
         if alpha is not None:
@@ -423,7 +423,7 @@ def test_files_of_any_float_type_are_merged_in_float32(dtype, tmp_path, generato
 
 
 @pytest.mark.parametrize("scales", [(0.5, -0.25, 2.0), (1.0, 0.0, 0.3)], ids=str)
-def test_several_at_once_each_at_its_own_scale(scales, tmp_path, generator):
+def test_several_loras_with_different_scales(scales, tmp_path, generator):
     pipe = build("sd_1")
     before = weights(pipe)
     makers = (kohya_sd, diffusers_metadata, dora)
@@ -448,11 +448,11 @@ def peft_folder(pipe, folder, generator, **settings):
     for path, module in layers(pipe, "unet", *config["target_modules"]).items():
         ranks = config.get("rank_pattern", {})
         rank = next((r for end, r in ranks.items() if path.endswith(end)), config["r"])
-        front = "base_model.model."
-        tensors |= peft_like({path: module}, front, generator, rank)
+        prefix = "base_model.model."
+        tensors |= peft_like({path: module}, prefix, generator, rank)
         if config.get("use_dora"):
             norm = module.weight.detach().flatten(1).norm(dim=1) * 1.1
-            tensors[f"{front}{path}.lora_magnitude_vector"] = norm
+            tensors[f"{prefix}{path}.lora_magnitude_vector"] = norm
     path = write(folder, tensors, "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return path
@@ -497,8 +497,8 @@ def test_a_file_that_a_model_saved_without_a_prefix(tmp_path, generator):
 
 
 def test_each_alpha_of_kohyas_files_counts(tmp_path, generator):
-    # diffusers gives every attention layer of such a file the alpha that is most frequent in it; the
-    # trainer's formula is alpha / rank of each layer. The oracle is the same update with alpha = rank.
+    # diffusers applies the file's modal alpha to every attention layer; the trainer's formula is
+    # alpha / rank of each layer. The oracle is the same update with alpha = rank.
     pipe = build("sd_1")
     before = weights(pipe)
     tensors, plain = {}, {}
@@ -580,19 +580,19 @@ def test_locon_convolutions_of_three_parts(tmp_path, generator):
     torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("front", ["lora_unet_", "diffusion_model.", "base_model.model."])
-def test_single_blocks_and_final_layer_of_flux(front, tmp_path, generator):
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", "base_model.model."])
+def test_single_blocks_and_final_layer_of_flux(prefix, tmp_path, generator):
     # diffusers fixes the width of `linear1` at 3072, drops the final layer's alpha and prefix, and
     # does not read these names with lora_A. Its oracle is the same update under diffusers' names.
     pipe = build("flux")
     before = weights(pipe)
-    ends = KOHYA_ENDS if front == "lora_unet_" else PEFT_ENDS
-    alpha = 2.0 if front == "lora_unet_" else None
-    tensors = flux_original(ends, front, generator, alpha, single=True)
-    d, flat = FLUX_WIDTH, front.endswith("_")
+    ends = KOHYA_ENDS if prefix == "lora_unet_" else PEFT_ENDS
+    alpha = 2.0 if prefix == "lora_unet_" else None
+    tensors = flux_original(ends, prefix, generator, alpha, single=True)
+    d, flat = FLUX_WIDTH, prefix.endswith("_")
     final = "final_layer_adaLN_modulation_1" if flat else "final_layer.adaLN_modulation.1"
-    tensors[front + final + ends[0]] = torch.randn((RANK, d), generator=generator) * 0.1
-    tensors[front + final + ends[1]] = torch.randn((2 * d, RANK), generator=generator) * 0.1
+    tensors[prefix + final + ends[0]] = torch.randn((RANK, d), generator=generator) * 0.1
+    tensors[prefix + final + ends[1]] = torch.randn((2 * d, RANK), generator=generator) * 0.1
     factor = 1.0 if alpha is None else alpha / RANK
 
     targets = {"final_layer.adaLN_modulation.1": ["norm_out.linear"]}
@@ -615,7 +615,7 @@ def test_single_blocks_and_final_layer_of_flux(front, tmp_path, generator):
         targets[f"{theirs}_mod.lin"] = [f"{block}.norm1{end}.linear"]
     plain = {}
     for name, paths in targets.items():
-        key = front + (name.replace(".", "_") if flat else name)
+        key = prefix + (name.replace(".", "_") if flat else name)
         # The final layer's alpha is left out above, so its strength is 1.
         strength = factor if f"{key}.alpha" in tensors else 1.0
         up = tensors[key + ends[1]] * strength
@@ -656,8 +656,8 @@ def test_stable_diffusion_3_in_its_first_release_names(tmp_path, generator):
         key = "lora_unet_" + name.replace(".", "_")
         flat |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": torch.cat(ups)}
         for path, up in zip(paths, ups, strict=True):
-            front = f"transformer.transformer_blocks.0.{path}"
-            plain |= {f"{front}.lora_A.weight": down.clone(), f"{front}.lora_B.weight": up}
+            prefix = f"transformer.transformer_blocks.0.{path}"
+            plain |= {f"{prefix}.lora_A.weight": down.clone(), f"{prefix}.lora_B.weight": up}
     text = kohya(
         layers(pipe, "text_encoder_3", "SelfAttention"), "lora_te3_", generator, alpha=RANK
     )
@@ -829,9 +829,9 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize(
-    ("family", "front"), [(name, front) for name, row in FAMILIES.items() for front in row[4]]
+    ("family", "prefix"), [(name, prefix) for name, row in FAMILIES.items() for prefix in row[4]]
 )
-def test_transformers_of_other_families(family, front, tmp_path, generator):
+def test_transformers_of_other_families(family, prefix, tmp_path, generator):
     from diffusers.loaders import lora_pipeline
 
     from trtq.lora import LoraRequest, merge_loras
@@ -844,7 +844,7 @@ def test_transformers_of_other_families(family, front, tmp_path, generator):
             return make()
 
     model = made()
-    ends, alpha = (KOHYA_ENDS, 2.0) if front == "lora_unet_" else (PEFT_ENDS, None)
+    ends, alpha = (KOHYA_ENDS, 2.0) if prefix == "lora_unet_" else (PEFT_ENDS, None)
     shapes = FLUX_2
     if name is not None:
         shapes = {
@@ -854,7 +854,7 @@ def test_transformers_of_other_families(family, front, tmp_path, generator):
         }
     tensors = {}
     for path, (outputs, inputs) in shapes.items():
-        key = front + (path.replace(".", "_") if front.endswith("_") else path)
+        key = prefix + (path.replace(".", "_") if prefix.endswith("_") else path)
         tensors[key + ends[0]] = torch.randn((RANK, inputs), generator=generator) * 0.1
         tensors[key + ends[1]] = torch.randn((outputs, RANK), generator=generator) * 0.1
         if alpha is not None:
@@ -882,23 +882,23 @@ def test_merging_needs_no_peft(tmp_path, generator, monkeypatch):
     assert len(changed(before, by_trtq(pipe, [(path, 1.0)]))) == len(tensors) // 2
 
 
-@pytest.mark.parametrize("front", ["lora_unet_", "diffusion_model.", ""])
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", ""])
 @pytest.mark.parametrize("name", pipelines.PIPELINES)
-def test_every_layer_of_every_pipeline_is_found_by_its_own_name(name, front):
+def test_every_layer_of_every_pipeline_is_known_by_its_diffusers_name(name, prefix):
     pipe = pipelines.build(name)
     denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
     names = Names(parts(pipe), denoiser)
     paths = layers(pipe, denoiser)
-    spelled = {front + (p.replace(".", "_") if front.endswith("_") else p): p for p in paths}
-    found, missing = names.find(spelled)
+    path_of = {prefix + (p.replace(".", "_") if prefix.endswith("_") else p): p for p in paths}
+    sites, missing = names.find(path_of)
     assert missing == []
-    for name_in_file, path in spelled.items():
-        (layer,) = found[name_in_file].layers
+    for name_in_file, path in path_of.items():
+        (layer,) = sites[name_in_file].layers
         assert (layer.component, layer.path) == (denoiser, path)
         assert layer.module is paths[path]
 
 
-def test_a_unet_of_other_blocks_is_no_reason_to_fail():
+def test_a_unet_with_other_blocks_is_supported():
     from diffusers import Kandinsky3UNet
 
     unet = Kandinsky3UNet(
@@ -911,6 +911,6 @@ def test_a_unet_of_other_blocks_is_no_reason_to_fail():
         cross_attention_dim=4,
         encoder_hid_dim=32,
     )
-    found, missing = Names({"unet": unet}, "unet").find(["lora_unet_conv_in"])
+    sites, missing = Names({"unet": unet}, "unet").find(["lora_unet_conv_in"])
     assert missing == []
-    assert found["lora_unet_conv_in"].layers[0].module is unet.conv_in
+    assert sites["lora_unet_conv_in"].layers[0].module is unet.conv_in

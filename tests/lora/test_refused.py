@@ -50,10 +50,10 @@ def both(dtype):
 # name: (tensors, what the message says)
 TENSORS = {
     "rank-0": (good(A=torch.zeros(0, K), B=torch.zeros(K, 0)), "the rank must be at least 1"),
-    "int64": (both(torch.int64), "is of type I64; what is allowed is float32"),
-    "int8": (both(torch.int8), "is of type I8; what is allowed"),
-    "bool": (both(torch.bool), "is of type BOOL; what is allowed"),
-    "complex": (both(torch.complex64), "is of type C64; what is allowed"),
+    "int64": (both(torch.int64), "is of type I64; it must be float32"),
+    "int8": (both(torch.int8), "is of type I8; it must be"),
+    "bool": (both(torch.bool), "is of type BOOL; it must be"),
+    "complex": (both(torch.complex64), "is of type C64; it must be"),
     "other-ranks": (good(B=torch.ones(K, 3)), "do not fit each other"),
     "without-B": (good(B=None), "lora_B/lora_up matrix is missing"),
     "without-A": (
@@ -83,7 +83,7 @@ TENSORS = {
     ),
     "bias-of-a-layer-without": (
         another(f"{KEY}.lora_B.bias", torch.ones(K)),
-        "has a bias for .* the layer has none",
+        "has a bias for .* but the layer has no bias",
     ),
     "magnitude-of-inputs": (
         {
@@ -115,7 +115,7 @@ TENSORS = {
             "unet.down_blocks.7.to_q.lora_A.weight": torch.ones(2, K),
             "unet.down_blocks.7.to_q.lora_B.weight": torch.ones(K, 2),
         },
-        "another architecture: 1 of its 1 targets are not in this model",
+        "another architecture: 1 of its 1 layers are not in this model",
     ),
     "sdxl": (
         {
@@ -126,7 +126,7 @@ TENSORS = {
                 640, 2
             ),
         },
-        "looks like one for Stable Diffusion XL, this model's unet is a UNet2DConditionModel",
+        "looks like a LoRA for Stable Diffusion XL; this model's unet is a UNet2DConditionModel",
     ),
     "second-text-encoder": (
         {
@@ -144,14 +144,14 @@ TENSORS = {
             "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, K),
             "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(K, 2),
         },
-        "looks like one for Flux",
+        "looks like a LoRA for Flux",
     ),
     "wan": (
         {
             "diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2, K),
             "diffusion_model.blocks.0.self_attn.q.lora_B.weight": torch.ones(K, 2),
         },
-        "looks like one for Wan",
+        "looks like a LoRA for Wan",
     ),
     "checkpoint": (
         {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(8, 4, 3, 3)},
@@ -179,9 +179,9 @@ TENSORS = {
     ),
     "norm": (
         another("unet.conv_norm_out.weight", torch.ones(8)),
-        "1 tensors that are no part of a LoRA",
+        "1 tensors that are not part of a LoRA",
     ),
-    "scaled-fp8": (another(f"{KEY}.scale_weight", torch.tensor(1.0)), "no part of a LoRA"),
+    "scaled-fp8": (another(f"{KEY}.scale_weight", torch.tensor(1.0)), "not part of a LoRA"),
     "nothing": ({}, "holds no tensors"),
 }
 
@@ -225,7 +225,7 @@ def test_a_scale_that_makes_weights_infinite_is_refused(scale, pipe, tmp_path):
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
-def test_a_scale_that_is_no_number_is_refused(scale, pipe, tmp_path):
+def test_a_scale_that_is_not_finite_is_refused(scale, pipe, tmp_path):
     save_file(good(), tmp_path / "style.safetensors")
     refused(pipe, tmp_path / "style.safetensors", UsageError, "finite number", scale)
 
@@ -318,11 +318,11 @@ FILES = {
         written(header(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")),
         "its header is damaged",
     ),
-    "list": (written(header(b"[1, 2]")), "its header is no table of tensors"),
-    "numbers": (written(header(b'{"a": 1}')), "its header is no table of tensors"),
+    "list": (written(header(b"[1, 2]")), "its header is not a table of tensors"),
+    "numbers": (written(header(b'{"a": 1}')), "its header is not a table of tensors"),
     "same-name-twice": (
         written(header(b"{" + TENSOR + b"," + TENSOR + b"}", b"1234")),
-        "a name stands twice in it",
+        "a name appears twice",
     ),
     "negative-shape": (
         written(header(b"{" + TENSOR.replace(b"[1,1]", b"[-1,1]") + b"}", b"1234")),
@@ -365,7 +365,7 @@ def test_files_that_are_refused(name, pipe, tmp_path):
 
 
 DEEP = '{"r": ' + "[" * 100_000 + "]" * 100_000 + "}"
-# What stands in adapter_config.json, as text or as settings beside the usual ones.
+# What stands in adapter_config.json, as text or as additional settings.
 SETTINGS = {
     "no-json": ("{", "is not JSON"),
     "empty": ("", "is not JSON"),
@@ -373,36 +373,36 @@ SETTINGS = {
     "deep": (DEEP, "is not JSON"),
     "list": ("[1]", "holds list, not a JSON object"),
     "huge": ('{"r": ' + "9" * 10_000 + "}", "is not JSON"),
-    "rank-text": ({"r": "2"}, "r is '2'; what is allowed is a whole number"),
-    "rank-flag": ({"r": True}, "r is 'True'; what is allowed is a whole number"),
-    "rank-0": ({"r": 0}, "r is '0'; what is allowed is a whole number of at least 1"),
-    "rank-negative": ({"r": -2}, "what is allowed is a whole number"),
+    "rank-text": ({"r": "2"}, "r is '2'; it must be a whole number"),
+    "rank-flag": ({"r": True}, "r is 'True'; it must be a whole number"),
+    "rank-0": ({"r": 0}, "r is '0'; it must be a whole number of at least 1"),
+    "rank-negative": ({"r": -2}, "it must be a whole number"),
     "rank-huge": ({"r": 10**300}, "r is 'a huge number'"),
-    "other-rank": ({"r": 4}, "gives .* the rank 4, its matrices have rank 2"),
-    "alpha-text": ({"lora_alpha": "16"}, "lora_alpha is '16'; what is allowed is a finite number"),
+    "other-rank": ({"r": 4}, "gives .* rank 4, but its matrices have rank 2"),
+    "alpha-text": ({"lora_alpha": "16"}, "lora_alpha is '16'; it must be a finite number"),
     "alpha-null": ({"lora_alpha": None}, "lora_alpha is 'None'"),
     "alpha-nan": ({"lora_alpha": float("nan")}, "lora_alpha is 'nan'"),
     "alpha-infinite": ({"lora_alpha": float("inf")}, "lora_alpha is 'inf'"),
     "alpha-huge": ({"lora_alpha": 10**400}, "lora_alpha is 'a huge number'"),
     "alpha-list": ({"lora_alpha": [1, 2]}, "lora_alpha is"),
-    "rslora-text": ({"use_rslora": "yes"}, "use_rslora is 'yes'; what is allowed is true or false"),
-    "dora-text": ({"use_dora": "yes"}, "use_dora is 'yes'; what is allowed is true or false"),
-    "dora-without-magnitude": ({"use_dora": True}, "use_dora true, the file has no magnitude"),
+    "rslora-text": ({"use_rslora": "yes"}, "use_rslora is 'yes'; it must be true or false"),
+    "dora-text": ({"use_dora": "yes"}, "use_dora is 'yes'; it must be true or false"),
+    "dora-without-magnitude": ({"use_dora": True}, "use_dora true, but the file has no magnitude"),
     "pattern-list": ({"rank_pattern": [2]}, "rank_pattern is .* an object of layer names"),
     "pattern-text": ({"alpha_pattern": {"to_q": "4"}}, r"alpha_pattern\['to_q'\] is '4'"),
-    "pattern-rank": ({"rank_pattern": {"to_q": 3}}, "the rank 3, its matrices have rank 2"),
+    "pattern-rank": ({"rank_pattern": {"to_q": 3}}, "rank 3, but its matrices have rank 2"),
     "pattern-broken": ({"alpha_pattern": {"to_(q": 4}}, "a regular expression"),
     "pattern-slow": ({"alpha_pattern": {"(a+)+b": 4}}, "a plain regular expression"),
     "pattern-slow-too": ({"alpha_pattern": {".*.*.*.*.*.*.*x": 4}}, "a plain regular expression"),
     "pattern-long": ({"alpha_pattern": {"a" * 1000: 4}}, "a plain regular expression"),
-    "loha": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; what is allowed is LORA"),
+    "loha": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; it must be LORA"),
     "peft-type-list": ({"peft_type": ["LORA"]}, "peft_type is"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "also changes the base model's weights"),
     "olora": ({"init_lora_weights": "olora"}, "also changes the base model's weights"),
     "bias": ({"bias": "lora_only"}, "bias is 'lora_only'"),
-    "replication": ({"layer_replication": [[0, 2]]}, "layer_replication changes what"),
-    "parameters": ({"target_parameters": ["x.weight"]}, "target_parameters changes what"),
-    "of-the-future": ({"use_wonder": True}, "use_wonder changes what"),
+    "replication": ({"layer_replication": [[0, 2]]}, "layer_replication changes the adapter"),
+    "parameters": ({"target_parameters": ["x.weight"]}, "target_parameters changes the adapter"),
+    "of-the-future": ({"use_wonder": True}, "use_wonder changes the adapter"),
 }
 
 
@@ -433,7 +433,7 @@ def test_settings_in_the_metadata_that_are_refused(name, pipe, tmp_path):
 def test_an_adapter_of_peft_without_its_settings_is_refused(pipe, tmp_path):
     tensors = {key.replace("unet.", "base_model.model."): value for key, value in good().items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    refused(pipe, tmp_path, ArtefactError, "strength is in adapter_config.json; there is none")
+    refused(pipe, tmp_path, ArtefactError, "strength is in adapter_config.json; that file is")
 
 
 def test_two_strengths_that_differ_are_refused(pipe, tmp_path):

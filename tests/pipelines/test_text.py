@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import trtq
-from trtq.demo.train_shapes import build_text_encoder, build_tokenizer
-from trtq.diffusion.pipeline import load_source
+from trtq.demo.shapes_model import build_text_encoder, build_tokenizer
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import ArtefactError, UsageError
 from trtq.evaluation.classifier import ImageClassifier, save_classifier
-from trtq.evaluation.evaluate import evaluate, parse_gate
+from trtq.evaluation.evaluate import evaluate
+from trtq.evaluation.gates import parse_gate
 from trtq.exporter.export import export
 from trtq.pipelines.generate import generate
 from trtq.runs.quantize import quantize
@@ -170,7 +171,7 @@ def test_eval_counts_what_the_prompts_say(onnx, model):
 
 
 def test_guidance_pairs_unconditional_first(model):
-    source = load_source(model)
+    source = open_pipeline(model)
     conditions = source.draw_conditions(3, torch.Generator().manual_seed(0))
     empty = source.encode([""]).conditional["encoder_hidden_states"]
     unconditional = conditions.unconditional["encoder_hidden_states"]

@@ -1,4 +1,4 @@
-"""Random low-bit layers with everything a kernel needs of them."""
+"""Random low-bit layers with all operands of a kernel."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ import pytest
 from trtq.errors import KernelError, MissingDependencyError
 from trtq.plugins import compile as compiling
 from trtq.plugins.compile import build_all, cubin
-from trtq.plugins.spec import ARCHITECTURES, TILES, Variant, all_variants
+from trtq.plugins.variants import ARCHITECTURES, TILES, Variant, all_variants
 
 ELF = b"\x7fELF"
 

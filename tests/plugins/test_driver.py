@@ -1,4 +1,4 @@
-"""What the driver says no to, against a stand-in for it."""
+"""Refusals of the driver, with a stand-in for it."""
 
 import ctypes
 import re
@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from trtq.errors import KernelError, MissingDependencyError
+from trtq.plugins import device as devices
 from trtq.plugins import driver as driving
-from trtq.plugins.driver import CudaDevice, Gpu, current_device
+from trtq.plugins.device import CudaDevice, Gpu, current_device
 from trtq.plugins.launch import Launch
-from trtq.plugins.spec import TILES, Variant
+from trtq.plugins.variants import TILES, Variant
 
 
 class Status(IntEnum):
@@ -55,11 +56,11 @@ class Driver:
 def use(monkeypatch):
     def install(**refuses):
         driver = Driver(**refuses)
-        monkeypatch.setattr(driving, "_driver", lambda: driver)
+        monkeypatch.setattr(driving, "bindings", lambda: driver)
         monkeypatch.setattr(driving, "driver_cuda", lambda: (13, 0))
         monkeypatch.setattr(driving, "old_driver", lambda: None)
-        driving._check_driver.cache_clear()
-        monkeypatch.setattr(driving, "cubin", lambda variant, architecture: b"cubin")
+        driving.check_driver.cache_clear()
+        monkeypatch.setattr(devices, "cubin", lambda variant, architecture: b"cubin")
         return driver
 
     return install
@@ -71,7 +72,7 @@ def launch(tile=TILES[2]):
     return Launch(variant, (1, 2, 3), tile.threads, tile.shared_bytes, arguments)
 
 
-def test_a_kernel_is_loaded_once_and_told_of_its_shared_memory(use):
+def test_a_kernel_is_loaded_once_with_its_shared_memory_attribute(use):
     driver = use()
     device = CudaDevice(1)
     assert (device.architecture, device.processors) == ("sm89", 128)
@@ -84,7 +85,7 @@ def test_a_kernel_is_loaded_once_and_told_of_its_shared_memory(use):
     assert started[0][:9] == (7, 1, 2, 3, 256, 1, 1, TILES[2].shared_bytes, 5)
 
 
-def test_a_driver_older_than_the_kernel_says_what_to_do(use):
+def test_the_error_for_an_old_driver_names_the_fix(use):
     use(cuModuleLoadData=Status.CUDA_ERROR_NO_BINARY_FOR_GPU)
     with pytest.raises(KernelError, match=r"low_bit-f16-w4-128x256 for sm89.*too old.*update it"):
         CudaDevice(1).start(launch(), stream=0)
@@ -96,13 +97,13 @@ def test_a_kernel_that_cannot_start_is_named(use):
         CudaDevice(1).start(launch(), stream=0)
 
 
-def test_full_memory_is_said(use):
+def test_full_memory_is_reported(use):
     use(cuMemAlloc=Status.CUDA_ERROR_OUT_OF_MEMORY)
-    with pytest.raises(KernelError, match=r"cannot have 100 bytes.*memory is full"):
+    with pytest.raises(KernelError, match=r"cannot allocate 100 bytes.*memory is full"):
         Gpu().allocate(100)
 
 
-def test_a_thread_without_a_context_is_told(use):
+def test_a_thread_without_a_context_is_reported(use):
     use()
     with pytest.raises(KernelError, match="this thread has no CUDA context"):
         current_device()
@@ -142,12 +143,12 @@ def test_a_driver_must_be_as_new_as_the_packages(driver, bindings, nvrtc, wanted
     monkeypatch.setitem(sys.modules, "cuda.bindings", package)
     monkeypatch.setattr(driving, "driver_cuda", lambda: driver)
     monkeypatch.setattr(driving, "nvrtc_version", version)
-    found = driving.old_driver()
-    assert (found is None) == (wanted is None)
+    advice = driving.old_driver()
+    assert (advice is None) == (wanted is None)
     if wanted is not None:
-        assert re.search(wanted, found), found
+        assert re.search(wanted, advice), advice
         # NVRTC and cuda-bindings of 12 serve drivers of 12 only.
-        assert ("cuda-bindings<13" in found) == (driver[0] == 12)
+        assert ("cuda-bindings<13" in advice) == (driver[0] == 12)
 
 
 @pytest.mark.parametrize(("platform", "name"), [("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")])
@@ -166,25 +167,25 @@ def test_the_drivers_library_has_its_systems_name(platform, name, monkeypatch):
     driving._library.cache_clear()
 
 
-def test_a_driver_that_lacks_a_function_is_not_called_missing(use, monkeypatch):
+def test_a_driver_without_a_function_is_reported_as_old(use, monkeypatch):
     class Old:
         def __getattr__(self, name):
             raise RuntimeError(f"function {name} is not found")
 
     use()
-    monkeypatch.setattr(driving, "_driver", Old)
+    monkeypatch.setattr(driving, "bindings", Old)
     with pytest.raises(KernelError, match=r"the driver is too old, update it \(function cuInit"):
         Gpu()
 
 
-def test_without_a_driver_that_is_said(monkeypatch):
+def test_a_missing_driver_is_reported(monkeypatch):
     class Missing:
         def __getattr__(self, name):
             raise RuntimeError("libcuda.so.1 cannot be loaded")
 
-    monkeypatch.setattr(driving, "_driver", Missing)
+    monkeypatch.setattr(driving, "bindings", Missing)
     monkeypatch.setattr(driving, "driver_cuda", lambda: None)
-    driving._check_driver.cache_clear()
+    driving.check_driver.cache_clear()
     with pytest.raises(KernelError, match="there is no NVIDIA driver on this machine"):
         Gpu()
 
@@ -194,4 +195,4 @@ def test_without_the_package_its_extra_is_named(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(MissingDependencyError, match=r"trtq\[plugins\]"):
-        driving._driver()
+        driving.bindings()

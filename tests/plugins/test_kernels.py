@@ -1,4 +1,4 @@
-"""The CUDA kernels themselves, run on the CPU thread by thread: same integers as the reference."""
+"""The CUDA kernels, run on the CPU thread by thread, against the reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from tests.plugins.emulator import Emulator, Memory, needs_compiler
 from tests.plugins.layers import draw
 from trtq.plugins.launch import Pointers, layer_launches
 from trtq.plugins.low_bit import reference
-from trtq.plugins.spec import ONE_LAUNCH_TILES, TILES, Geometry
+from trtq.plugins.spec import Geometry
+from trtq.plugins.variants import ONE_LAUNCH_TILES, TILES
 
 pytestmark = needs_compiler
 
@@ -127,7 +128,7 @@ def test_every_tile_in_any_order_of_threads(emulator, form, tile, seed):
 @pytest.mark.parametrize("geometry", [LINEAR, ODD, GROUPED], ids=["1x1", "odd", "groups"])
 @pytest.mark.parametrize("form", ["w8a8", "w4a8"])
 @pytest.mark.parametrize("half", [True, False], ids=["half", "float"])
-def test_one_launch_gives_the_same(emulator, half, form, geometry, channels_last):
+def test_the_fused_kernel_gives_the_reference(emulator, half, form, geometry, channels_last):
     bits, activation_bits, _ = FORMS[form]
     case = draw(
         2,
@@ -141,7 +142,7 @@ def test_one_launch_gives_the_same(emulator, half, form, geometry, channels_last
 
 
 @pytest.mark.parametrize("form", ["w8a8", "w4a8"])
-def test_one_launch_with_two_stages_gives_the_same(emulator, form):
+def test_the_fused_kernel_with_two_stages_gives_the_reference(emulator, form):
     """The larger tile of engines of full TensorRT: fewer stages than tiles along k, several blocks."""
     bits, activation_bits, _ = FORMS[form]
     for seed, geometry in ((2, LINEAR), (3, SAME)):
@@ -157,8 +158,8 @@ def test_one_launch_with_two_stages_gives_the_same(emulator, form):
             activation_bits=activation_bits,
             channels_last=geometry is LINEAR,
         )
-        found = run(emulator, case, tile=ONE_LAUNCH_TILES[1], fused=True, seed=seed)
-        assert np.array_equal(found, expected(case))
+        actual = run(emulator, case, tile=ONE_LAUNCH_TILES[1], fused=True, seed=seed)
+        assert np.array_equal(actual, expected(case))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -176,11 +177,12 @@ def test_residual_is_added_before_silu(emulator, width, form, channels_last):
         channels_last=channels_last,
     )
     residual = draw(5, width=width, height=4, channels=case.problem.out_channels).x
-    found = run(emulator, case, native_4=native, residual=residual, silu=True)
+    actual = run(emulator, case, native_4=native, residual=residual, silu=True)
     wanted = expected(case, residual=residual, silu=True)
-    # The exponential differs in its last bit of float32, the result by at most one of half precision.
+    # The exponential differs in the last bit of float32, the result by at most one bit of half
+    # precision.
     spacing = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float32)
-    assert (np.abs(found.astype(np.float32) - wanted.astype(np.float32)) <= spacing).all()
+    assert (np.abs(actual.astype(np.float32) - wanted.astype(np.float32)) <= spacing).all()
     exact = run(emulator, case, native_4=native, residual=residual)
     assert np.array_equal(exact, expected(case, residual=residual))
 
@@ -205,17 +207,17 @@ def test_tokens_of_a_linear_layer(emulator, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_outside_the_table_gives_nothing_but_nan(emulator, form):
+def test_a_step_outside_the_table_gives_nan(emulator, form):
     bits, activation_bits, native = FORMS[form]
     case = draw(7, bits=bits, activation_bits=activation_bits)
     case.step = np.array([case.problem.steps, 1])
-    found = run(emulator, case, native_4=native)
-    assert np.isnan(found[0]).all()
+    actual = run(emulator, case, native_4=native)
+    assert np.isnan(actual[0]).all()
     case.step = np.array([1, 1])
-    assert np.array_equal(found[1], expected(case)[1])
+    assert np.array_equal(actual[1], expected(case)[1])
 
 
-def test_nan_and_infinity_take_the_outermost_codes(emulator):
+def test_nan_and_infinity_get_the_outermost_codes(emulator):
     case = draw(8, bits=8, activation_bits=8, channels=8, height=1, width=1, out=3)
     case.x.reshape(-1)[:6] = [np.nan, np.inf, -np.inf, 60000, -60000, 0]
     assert np.array_equal(run(emulator, case), expected(case))

@@ -33,7 +33,7 @@ def test_padding_is_the_code_of_zero():
     assert pack.unpack_nibbles(packed, 32)[:, 3:].reshape(2, -1).tolist() == [[4] * 29, [15] * 29]
 
 
-def test_what_does_not_fit_is_named():
+def test_operands_that_do_not_fit_are_named():
     codes, zero_point = np.full((1, 2), 16, np.uint8), np.zeros(1, int)
     with pytest.raises(QuantizationError, match=r"codes span 16 \.\. 16; nibbles hold 0 \.\. 15"):
         pack.pack_nibbles(codes, zero_point)
@@ -43,7 +43,7 @@ def test_what_does_not_fit_is_named():
         pack.unpack_nibbles(pack.pack_nibbles(codes - 1, zero_point), 33)
 
 
-def test_weights_whose_zero_point_is_no_nibble_lie_in_bytes():
+def test_weights_with_zero_points_beyond_a_nibble_are_stored_in_bytes():
     assert pack.storage_bits(4, np.array([0, 15])) == 4
     assert pack.storage_bits(4, np.array([0, 16])) == 8
     assert pack.storage_bits(3, np.array([-1, 2])) == 8
@@ -59,12 +59,13 @@ def test_weights_whose_zero_point_is_no_nibble_lie_in_bytes():
         Geometry((3, 1), padding=(1, 0), groups=4),
     ],
 )
-def test_the_reference_is_what_a_deployed_layer_of_torch_computes(geometry):
+def test_the_reference_equals_a_deployed_layer_of_torch(geometry):
     import torch
 
-    from trtq.quant.deployed import ActivationTensors, DeployedLayer, LayerTensors
-    from trtq.quant.modules import ConvGeometry
+    from trtq.quant.deployed import DeployedLayer
+    from trtq.quant.geometry import ConvGeometry
     from trtq.quant.packing import PackedWeight
+    from trtq.quant.tensors import ActivationTensors, LayerTensors
 
     case = draw(3, geometry=geometry, half=False)
     columns = (-1, 1, 1, 1)
@@ -81,6 +82,6 @@ def test_the_reference_is_what_a_deployed_layer_of_torch_computes(geometry):
         LayerTensors(weight, activation, torch.from_numpy(case.bias)),
         ConvGeometry(g.stride, g.padding, g.dilation, g.groups),
     )
-    found = layer(torch.from_numpy(case.x), torch.from_numpy(case.step))
+    actual = layer(torch.from_numpy(case.x), torch.from_numpy(case.step))
     wanted = reference.low_bit(case.x, case.integers, case.terms, case.tables, case.step, geometry)
-    assert np.array_equal(found.numpy(), wanted)
+    assert np.array_equal(actual.numpy(), wanted)

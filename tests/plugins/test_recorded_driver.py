@@ -1,4 +1,4 @@
-"""Our code above the real cuda-bindings and NVRTC, on a driver that records and refuses."""
+"""Our code with the real cuda-bindings and NVRTC, on a driver that records calls and refuses them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from trtq.engine.tensorrt.compile import compile_engine
 from trtq.engine.tensorrt.job import NEEDS_PYTHON, Job
 from trtq.errors import BuildError
 from trtq.plugins import compile as compiling
-from trtq.plugins.spec import TILES, Variant
+from trtq.plugins.variants import TILES, Variant
 
 pytestmark = needs_recording
 
 RTX = BACKENDS["tensorrt-rtx"]
 NO_COMPILER = """
 from tests.plugins.recording_driver import image
-from trtq.plugins import driver as driving
-driving.cubin = lambda variant, architecture: image(variant.kernel, architecture)
+from trtq.plugins import device as devices
+devices.cubin = lambda variant, architecture: image(variant.kernel, architecture)
 """
 
 
@@ -33,46 +33,46 @@ def test_the_driver_refuses_what_a_real_one_refuses(recording: RecordingDriver):
         from cuda.bindings import driver as d
         from tests.plugins.recording_driver import image
 
-        def status(found):
-            return int(found[0])
+        def status(answer):
+            return int(answer[0])
 
-        said = {"before cuInit": status(d.cuCtxGetCurrent())}
+        statuses = {"before cuInit": status(d.cuCtxGetCurrent())}
         d.cuInit(0)
-        said["no context"] = status(d.cuStreamCreate(0))
+        statuses["no context"] = status(d.cuStreamCreate(0))
         _, context = d.cuDevicePrimaryCtxRetain(0)
         d.cuCtxSetCurrent(context)
-        thread = lambda: said.update(thread=int(d.cuCtxGetCurrent()[1]))
-        one = threading.Thread(target=thread)
-        one.start()
-        one.join()
+        thread = lambda: statuses.update(thread=int(d.cuCtxGetCurrent()[1]))
+        worker = threading.Thread(target=thread)
+        worker.start()
+        worker.join()
         ptx = lambda version: b"\\n.version %s\\n.target sm_80\\n.entry k()\\0" % version
-        said["PTX of 12.4"] = status(d.cuModuleLoadData(ptx(b"8.4")))
-        said["PTX of 12.5"] = status(d.cuModuleLoadData(ptx(b"8.5")))
-        said["cubin of 13"] = status(d.cuModuleLoadData(image("k", "sm86")))
+        statuses["PTX of 12.4"] = status(d.cuModuleLoadData(ptx(b"8.4")))
+        statuses["PTX of 12.5"] = status(d.cuModuleLoadData(ptx(b"8.5")))
+        statuses["cubin of 13"] = status(d.cuModuleLoadData(image("k", "sm86")))
         _, module = d.cuModuleLoadData(ptx(b"7.0"))
         _, kernel = d.cuModuleGetFunction(module, b"k")
-        said["another name"] = status(d.cuModuleGetFunction(module, b"other"))
+        statuses["another name"] = status(d.cuModuleGetFunction(module, b"other"))
         arguments = d.cuMemAlloc(8)[1]
 
         def start(shared, stream=0):
             return status(d.cuLaunchKernel(kernel, 1, 1, 1, 32, 1, 1, shared, stream, int(arguments), 0))
 
-        said["48 KiB"], said["49 KiB"] = start(48 << 10), start(49 << 10)
-        most = d.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        said["too much asked"] = status(d.cuFuncSetAttribute(kernel, most, 100 << 10))
-        d.cuFuncSetAttribute(kernel, most, 49 << 10)
-        said["49 KiB, asked"] = start(49 << 10)
+        statuses["48 KiB"], statuses["49 KiB"] = start(48 << 10), start(49 << 10)
+        limit = d.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        statuses["too much asked"] = status(d.cuFuncSetAttribute(kernel, limit, 100 << 10))
+        d.cuFuncSetAttribute(kernel, limit, 49 << 10)
+        statuses["49 KiB, asked"] = start(49 << 10)
         for flags in (0, 1):
             _, stream = d.cuStreamCreate(flags)
             d.cuStreamBeginCapture(stream, d.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
-            said[f"default stream beside capture, {flags}"] = start(0)
-            said[f"end, {flags}"] = status(d.cuStreamEndCapture(stream))
+            statuses[f"default stream during capture, {flags}"] = start(0)
+            statuses[f"end, {flags}"] = status(d.cuStreamEndCapture(stream))
         d.cuStreamBeginCapture(stream, d.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
-        said["captured launch"] = start(0, stream)
-        said["loading while capturing"] = status(d.cuModuleLoadData(ptx(b"7.0")))
-        said["launch after it"] = start(0, stream)
+        statuses["captured launch"] = start(0, stream)
+        statuses["loading while capturing"] = status(d.cuModuleLoadData(ptx(b"7.0")))
+        statuses["launch after it"] = start(0, stream)
         import json
-        print(json.dumps(said))
+        print(json.dumps(statuses))
         """,
         cuda=12040,
         gpus=89,
@@ -89,9 +89,9 @@ def test_the_driver_refuses_what_a_real_one_refuses(recording: RecordingDriver):
         "49 KiB": 1,
         "too much asked": 1,
         "49 KiB, asked": 0,
-        "default stream beside capture, 0": 906,
+        "default stream during capture, 0": 906,
         "end, 0": 901,
-        "default stream beside capture, 1": 0,
+        "default stream during capture, 1": 0,
         "end, 1": 0,
         "captured launch": 0,
         "loading while capturing": 900,
@@ -118,8 +118,8 @@ def full_tensorrt(recording, tmp_path, monkeypatch, **settings):
 
 
 @pytest.mark.parametrize("capability", [75, 89, 90, 120])
-def test_kernels_lie_in_the_engine_of_full_tensorrt(capability, recording, tmp_path, monkeypatch):
-    """The worker makes a context, and TensorRT loads and starts the kernel on the oldest driver."""
+def test_engines_of_full_tensorrt_contain_the_kernels(capability, recording, tmp_path, monkeypatch):
+    """The worker creates a context; TensorRT loads and starts the kernel on the oldest driver."""
     answer = full_tensorrt(recording, tmp_path, monkeypatch, gpus=capability)
     assert (answer.error, answer.plugins, answer.warnings) == (None, "engine", [])
     assert (tmp_path / "model.engine").read_bytes() == b"an engine with its kernels inside"
@@ -131,7 +131,7 @@ def test_kernels_lie_in_the_engine_of_full_tensorrt(capability, recording, tmp_p
 
 
 def test_ptx_that_is_newer_than_the_driver_is_refused(recording, tmp_path, monkeypatch):
-    """As NVRTC 13.5 writes it: what the test above would be without the older version."""
+    """PTX as NVRTC 13.5 writes it: the test above without the older version number."""
     (tmp_path / "new").mkdir()
     code = "import trtq.plugins.compile as c; c._PTX_VERSIONS['sm89'] = b'9.5'"
     (tmp_path / "new" / "sitecustomize.py").write_text(code)
@@ -148,7 +148,7 @@ def test_ptx_that_is_newer_than_the_driver_is_refused(recording, tmp_path, monke
     ],
     ids=["old driver", "no GPU"],
 )
-def test_where_kernels_cannot_be_inside_that_is_said(
+def test_a_reason_is_given_where_kernels_cannot_be_part_of_the_engine(
     settings, why, recording, tmp_path, monkeypatch, caplog
 ):
     answer = full_tensorrt(recording, tmp_path, monkeypatch, **settings)
@@ -157,7 +157,7 @@ def test_where_kernels_cannot_be_inside_that_is_said(
     assert why in caplog.text
 
 
-def test_a_version_of_ptx_is_that_of_the_architecture():
+def test_ptx_is_marked_with_the_version_of_its_architecture():
     for architecture, version in (("sm75", "6.5"), ("sm89", "7.8"), ("sm120", "8.7")):
         code = compiling.ptx(Variant("quantize", half=True, native_4=False), architecture)
         assert f"\n.version {version}\n".encode() in code
@@ -165,7 +165,7 @@ def test_a_version_of_ptx_is_that_of_the_architecture():
         assert code.count(b".version") == 1
 
 
-def test_a_thread_that_has_no_context_is_given_that_of_the_operators_gpu(recording):
+def test_a_thread_without_context_gets_the_context_of_the_operators_gpu(recording):
     record = recording.run(
         NO_COMPILER
         + """
@@ -202,7 +202,7 @@ for _ in range(2):
 
 @pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")
 def test_no_kernel_is_loaded_while_a_graph_is_captured(recording):
-    """TensorRT tells a plugin shapes within the first enqueue, which may be captured."""
+    """A plugin learns its shapes in the first enqueue, which may be captured."""
     record = recording.run(
         NO_COMPILER
         + """
@@ -216,13 +216,13 @@ class Desc:
         self.dims = self.max = dims
         self.type = type_
 
-gpu = driving.Gpu()
+gpu = devices.Gpu()
 layers = [
     ("LowBitLinear", LayerSpec(64, 512, 4, 4, 4), [(2, 7, 64), (2, 2048, 64), (8, 65536, 64)]),
     ("LowBitConv2d", LayerSpec(64, 512, 4, 8, 8, Geometry((3, 3))), [(1, 64, 9, 9), (4, 64, 256, 256)]),
 ]
 for name, layer, shapes in layers:
-    plugin = plugins._plugin_class(trt, driving.current_device)(name, layer).attach_to_context(None)
+    plugin = plugins._plugin_class(trt, devices.current_device)(name, layer).attach_to_context(None)
     for half in (trt.DataType.HALF, trt.DataType.FLOAT):
         for shape in shapes:
             at = [Desc(shape, half)]
@@ -243,11 +243,11 @@ print(plugins.take_failures())
 
 
 def test_work_of_torch_does_not_void_a_capture(recording):
-    """Torch's default stream is the legacy one; an engine's stream must not wait for it."""
+    """torch's default stream is the legacy stream; an engine's stream must not synchronise with it."""
     record = recording.run(
         """
         from cuda.bindings import driver as d
-        from trtq.plugins.driver import Gpu
+        from trtq.plugins.device import Gpu
         gpu = Gpu()
         address = gpu.allocate(4)
         d.cuStreamBeginCapture(gpu.stream, d.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
@@ -265,13 +265,13 @@ def test_after_a_reset_kernels_are_loaded_again(recording):
 import ctypes
 from cuda.bindings import driver as d
 from trtq.plugins.launch import Launch
-from trtq.plugins.spec import Variant
+from trtq.plugins.variants import Variant
 
-gpu = driving.Gpu()
+gpu = devices.Gpu()
 launch = Launch(Variant("quantize", True, False), (1, 1, 1), 128, 0, (ctypes.c_int(1),))
 for _ in range(2):
     for _ in range(2):
-        driving.current_device().start(launch, gpu.stream)
+        devices.current_device().start(launch, gpu.stream)
     d.cuDevicePrimaryCtxReset(0)
 """
     )
@@ -279,11 +279,11 @@ for _ in range(2):
     assert len(record.named("cuModuleLoadData")) == 2
 
 
-def test_an_old_driver_is_told_before_anything_else(recording):
+def test_an_old_driver_is_reported_before_any_other_call(recording):
     record = recording.run(
         """
         from trtq.errors import KernelError
-        from trtq.plugins.driver import Gpu, current_device, first_gpu
+        from trtq.plugins.device import Gpu, current_device, first_gpu
         for call in (Gpu, first_gpu, current_device, lambda: current_device(0)):
             try:
                 call()
@@ -302,24 +302,24 @@ def test_an_old_driver_is_told_before_anything_else(recording):
     assert set(record.names) == {"cuDriverGetVersion"}
 
 
-def test_what_the_driver_says_is_explained(recording):
+def test_errors_of_the_driver_are_explained(recording):
     record = recording.run(
         """
         import json, os
         from trtq.errors import KernelError
-        from trtq.plugins.driver import Gpu
-        said = {}
+        from trtq.plugins.device import Gpu
+        messages = {}
         for refused in ("cuInit=34", "cuInit=46", "cuInit=802", "cuInit=803", "cuInit=804", "cuInit=999",
                         "cuDevicePrimaryCtxRetain=2", "cuStreamCreate=702"):
             os.environ["RECORDING_REFUSE"] = refused
             try:
                 Gpu()
             except KernelError as err:
-                said[refused] = str(err)
-        print(json.dumps(said))
+                messages[refused] = str(err)
+        print(json.dumps(messages))
         """
     )
-    said = json.loads(record.stdout)
+    messages = json.loads(record.stdout)
     for refused, text in {
         "cuInit=34": "STUB_LIBRARY: the library path has CUDA's stub",
         "cuInit=46": "DEVICE_UNAVAILABLE: another process",
@@ -330,16 +330,17 @@ def test_what_the_driver_says_is_explained(recording):
         "cuDevicePrimaryCtxRetain=2": "OUT_OF_MEMORY: the GPU's memory is full",
         "cuStreamCreate=702": "LAUNCH_TIMEOUT: .*smaller batch",
     }.items():
-        assert "\n" not in said[refused]
-        assert re.search(text, said[refused]), said[refused]
+        assert "\n" not in messages[refused]
+        assert re.search(text, messages[refused]), messages[refused]
 
 
 @pytest.mark.parametrize("seen", ["", "-1", "7"])
-def test_hidden_gpus_are_told(seen, recording):
+def test_hidden_gpus_are_reported(seen, recording):
     record = recording.run(
         """
         from trtq.errors import KernelError
-        from trtq.plugins.driver import Gpu, first_gpu_uuid
+        from trtq.plugins.device import Gpu
+        from trtq.plugins.driver import first_gpu_uuid
         try:
             Gpu()
         except KernelError as err:
@@ -353,7 +354,7 @@ def test_hidden_gpus_are_told(seen, recording):
     assert uuid == "None"
 
 
-def test_the_first_gpu_is_that_which_the_process_may_see(recording):
+def test_the_first_gpu_is_the_first_visible_one(recording):
     code = "from trtq.plugins.driver import first_gpu_uuid; print(first_gpu_uuid())"
     for seen, byte in (("0,1", "10"), ("2", "12"), ("1,0", "11")):
         record = recording.run(code, gpus="89,89,120", CUDA_VISIBLE_DEVICES=seen)
@@ -366,7 +367,7 @@ def test_a_gpu_without_integer_tensor_cores_is_refused(recording):
     record = recording.run(
         """
         from trtq.errors import KernelError
-        from trtq.plugins.driver import Gpu, current_device
+        from trtq.plugins.device import Gpu, current_device
         Gpu()
         try:
             current_device()
@@ -388,13 +389,13 @@ def test_a_gpu_without_integer_tensor_cores_is_refused(recording):
     ],
     ids=["well", "old", "none", "later"],
 )
-def test_the_doctor_says_what_the_driver_is(settings, row, hint, recording):
+def test_the_doctor_reports_the_driver(settings, row, hint, recording):
     record = recording.run(
         "import json; from trtq.engine.doctor import doctor; print(json.dumps(doctor().to_json()))",
         **settings,
     )
-    found = json.loads(record.stdout.splitlines()[-1])
-    assert found["driver"] == row
-    gpu = [text for text in found["hints"] if text.startswith("nothing of ours runs on")]
+    report = json.loads(record.stdout.splitlines()[-1])
+    assert report["driver"] == row
+    gpu = [text for text in report["hints"] if text.startswith("nothing of ours runs on")]
     assert [hint in text for text in gpu] == ([True] if hint else [])
-    assert found["ok"], "a CPU is all that the main path needs"
+    assert report["ok"], "the main path needs a CPU only"

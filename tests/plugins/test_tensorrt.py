@@ -1,4 +1,4 @@
-"""The plugin of TensorRT: its fields, its shapes, and that what it starts computes the layer."""
+"""The TensorRT plugin: fields, shapes, and the kernels that it starts."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import KernelError, UsageError
 from trtq.plugins.low_bit import reference
 from trtq.plugins.low_bit import tensorrt as plugins
+from trtq.plugins.low_bit.attributes import fields_of, spec_of
 from trtq.plugins.spec import Geometry, LayerSpec
 
 RTX = BACKENDS["tensorrt-rtx"]
@@ -17,7 +18,7 @@ SAME = Geometry((3, 3), padding=(1, 1))
 
 
 class Desc:
-    """What TensorRT says of a tensor when a plugin runs."""
+    """TensorRT's description of a tensor for a plugin."""
 
     def __init__(self, dims, type_):
         self.dims = self.max = dims
@@ -47,20 +48,20 @@ class EmulatedDevice:
 def test_a_layer_survives_its_attributes(geometry):
     layer = LayerSpec(64, 32, 20, 4, 8, geometry)
     name = "LowBitLinear" if geometry is None else "LowBitConv2d"
-    assert plugins.spec_of(name, plugins.fields_of(layer)) == layer
+    assert spec_of(name, fields_of(layer)) == layer
 
 
 def test_a_missing_attribute_is_named():
-    fields = plugins.fields_of(LayerSpec(64, 32, 20, 4, 8))
+    fields = fields_of(LayerSpec(64, 32, 20, 4, 8))
     with pytest.raises(UsageError, match="takes strides as 2 integers, got None; export"):
-        plugins.spec_of("LowBitLinear", {k: v for k, v in fields.items() if k != "strides"})
+        spec_of("LowBitLinear", {k: v for k, v in fields.items() if k != "strides"})
 
 
 @needs_rtx
 @needs_compiler
 @pytest.mark.parametrize("architecture", ["sm86", "sm90"])
 @pytest.mark.parametrize("geometry", [None, SAME], ids=["linear", "conv"])
-def test_what_it_starts_computes_the_layer(tmp_path, architecture, geometry):
+def test_the_started_kernels_compute_the_layer(tmp_path, architecture, geometry):
     """Four-bit activations are multiplied as nibbles on sm86 and as bytes on sm90."""
     import tensorrt_rtx as trt
 
@@ -86,13 +87,13 @@ def test_what_it_starts_computes_the_layer(tmp_path, architecture, geometry):
         77,
     )
     wanted = reference.low_bit(case.x, case.integers, case.terms, case.tables, case.step, geometry)
-    found = out.transpose(0, 3, 1, 2) if linear else out
-    assert np.array_equal(found, wanted)
+    actual = out.transpose(0, 3, 1, 2) if linear else out
+    assert np.array_equal(actual, wanted)
 
 
 @needs_rtx
-def test_all_kernels_are_loaded_when_a_context_is_made(tmp_path):
-    """Before any shape is known, and so before any graph is captured."""
+def test_all_kernels_are_loaded_when_a_context_is_created(tmp_path):
+    """Before shapes are known, so before a graph can be captured."""
     import tensorrt_rtx as trt
 
     device = EmulatedDevice(tmp_path, "sm89")
@@ -110,7 +111,7 @@ def test_all_kernels_are_loaded_when_a_context_is_made(tmp_path):
 
 
 @needs_rtx
-def test_a_context_can_be_made_where_there_is_no_gpu():
+def test_a_context_can_be_created_without_a_gpu():
     """As a builder does."""
     import tensorrt_rtx as trt
 
@@ -125,8 +126,8 @@ def test_a_context_can_be_made_where_there_is_no_gpu():
 @needs_rtx
 @pytest.mark.parametrize("method", ["enqueue", "on_shape_change", "attach_to_context"])
 @pytest.mark.parametrize("error", [KernelError("cannot start it"), RuntimeError("cannot start it")])
-def test_what_a_plugin_raises_is_kept(method, error):
-    """TensorRT prints it on standard error, and says no more than that the engine failed."""
+def test_errors_of_a_plugin_are_recorded(method, error):
+    """TensorRT prints errors on standard error and reports only that the engine failed."""
     import tensorrt_rtx as trt
 
     class Failing:
@@ -154,15 +155,15 @@ def test_what_a_plugin_raises_is_kept(method, error):
 
 @needs_rtx
 def test_attributes_stay_in_memory_as_long_as_the_plugin():
-    """TensorRT reads them after Python has given them: freed, others take their place."""
+    """TensorRT reads the attributes later, when freed memory would hold other values."""
     import tensorrt_rtx as trt
 
     layer = LayerSpec(64, 32, 20, 4, 8, SAME)
     plugin = plugins._plugin_class(trt, lambda: None)("LowBitConv2d", layer)
     collection = plugin.get_fields_to_serialize()
     rubbish = [np.full(2, -5, np.int32) for _ in range(4000)]
-    found = {field.name: np.array(field.data).reshape(-1).tolist() for field in collection}
-    assert found == plugins.fields_of(layer)
+    actual = {field.name: np.array(field.data).reshape(-1).tolist() for field in collection}
+    assert actual == fields_of(layer)
     assert len(rubbish) == 4000
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from trtq.plugins.compile import ptx
 from trtq.plugins.launch import shape_arguments
-from trtq.plugins.low_bit.tensorrt import PLUGINS, fields_of
+from trtq.plugins.low_bit.attributes import PLUGINS, fields_of
 from trtq.plugins.low_bit.tensorrt_aot import register_all
-from trtq.plugins.spec import ONE_LAUNCH_TILES, TILES, Geometry, LayerSpec, Variant
+from trtq.plugins.spec import Geometry, LayerSpec
+from trtq.plugins.variants import ONE_LAUNCH_TILES, TILES, Variant
 
 
 class TensorDesc:
@@ -50,9 +51,9 @@ class TensorRt:
 
 @pytest.fixture
 def plugins():
-    found = Plugins()
-    register_all(TensorRt, found, lambda variant: str(variant).encode())
-    return found
+    registry = Plugins()
+    register_all(TensorRt, registry, lambda variant: str(variant).encode())
+    return registry
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def plugins():
         ),
     ],
 )
-def test_the_launch_is_that_of_the_kernel_in_one_launch(plugins, name, layer, shape):
+def test_the_launch_is_that_of_the_fused_kernel(plugins, name, layer, shape):
     x = TensorDesc(shape, "half")
     others = [TensorDesc((1,), "float")] * 4
     fields = [np.array(values, np.int32) for values in fields_of(layer).values()]
@@ -95,7 +96,7 @@ def test_the_launch_is_that_of_the_kernel_in_one_launch(plugins, name, layer, sh
     assert launch.shared_mem <= 47 << 10
 
 
-def test_the_signatures_are_what_tensorrt_reads(plugins):
+def test_the_signatures_are_those_that_tensorrt_inspects(plugins):
     for name in PLUGINS:
         described = inspect.signature(plugins.described[f"trtq::{name}"])
         implemented = inspect.signature(plugins.implemented[f"trtq::{name}"])
@@ -107,7 +108,7 @@ def test_the_signatures_are_what_tensorrt_reads(plugins):
         assert kinds[:5] == [TensorDesc] * 5
 
 
-def test_its_code_is_text_that_later_gpus_take():
+def test_the_code_is_ptx_for_later_gpus():
     code = ptx(Variant("low_bit", True, False, 4, fused=True, tile=TILES[0]), "sm80")
     assert b".target sm_80" in code
     assert b".visible .entry low_bit" in code

@@ -1,4 +1,4 @@
-"""Layers as our kernels read them, and the operator of torch that runs them."""
+"""Layers in the kernels' layout, and the torch operator that runs them."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,11 @@ import torch
 from trtq.errors import StepError, UsageError
 from trtq.plugins.low_bit.op import flat_fields, low_bit, spec_from_flat
 from trtq.plugins.spec import Geometry, LayerSpec
-from trtq.quant.deployed import ActivationTensors, DeployedLayer, LayerTensors
+from trtq.quant.deployed import DeployedLayer
+from trtq.quant.geometry import ConvGeometry
 from trtq.quant.kernel_form import KernelLayer, layer_tensors, packed_operands
-from trtq.quant.modules import ConvGeometry
 from trtq.quant.packing import PackedWeight
+from trtq.quant.tensors import ActivationTensors, LayerTensors
 
 SAME = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 
@@ -99,7 +100,7 @@ def test_a_layer_survives_the_operators_list_of_integers():
         spec_from_flat(flat_fields(LayerSpec(64, 32, 20, 4, 8))[:-1])
 
 
-def test_the_operator_keeps_torchs_rules():
+def test_the_operator_passes_torchs_checks():
     module = KernelLayer(layer(4, (2, 5, 3, 3), [0, 7]), SAME)
     for form in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 5, 4, 4).contiguous(memory_format=form)
@@ -107,7 +108,7 @@ def test_the_operator_keeps_torchs_rules():
         torch.library.opcheck(low_bit, (x, *operands, None, flat_fields(module.spec), True))
 
 
-def test_what_does_not_fit_is_named():
+def test_operands_that_do_not_fit_are_named():
     module = KernelLayer(layer(4, (2, 40), [3, 15]), None)
     with pytest.raises(StepError):
         module(torch.randn(1, 40))
@@ -138,9 +139,9 @@ def test_a_denoiser_of_kernel_layers_predicts_what_the_deployed_one_does(digits_
     with torch.no_grad():
         wanted = run.denoiser()(sample, timestep, labels).sample
         kernels = run.denoiser(kernels=True)
-        found = kernels(sample, timestep, labels).sample
+        actual = kernels(sample, timestep, labels).sample
     layers = [m for m in kernels.modules() if isinstance(m, KernelLayer)]
     assert len(layers) == len(run.manifest.layers)
-    # Its group norms are torch's own: values on a tie may fall on the other code.
-    noise = (found - wanted).square().mean() / wanted.square().mean()
+    # It uses torch's group norms, so values on a tie may get the neighbouring code.
+    noise = (actual - wanted).square().mean() / wanted.square().mean()
     assert noise < 1e-3

@@ -26,7 +26,7 @@ from trtq.quant import (
     unpack_codes,
     weight_qparams,
 )
-from trtq.quant.modules import ConvGeometry
+from trtq.quant.geometry import ConvGeometry
 
 
 def test_ties_round_to_even():
@@ -198,7 +198,7 @@ def test_teacher_is_the_source_layer(kind):
         assert torch.equal(layer(x), layer(x, 1))
 
 
-def test_one_sided_weights_keep_zero_among_their_codes():
+def test_one_sided_weights_have_a_code_for_zero():
     source = nn.Linear(8, 4)
     with torch.no_grad():
         source.weight.uniform_(1.0, 2.0)
@@ -222,7 +222,7 @@ def test_refuses_what_cannot_be_quantised():
         QuantConv2d(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), TimestepTable([1]))
 
 
-def test_scaling_gradients_does_nothing_under_adam():
+def test_scaling_gradients_has_no_effect_with_adam():
     """Why scale-aware optimisation is a learning rate per layer and not a gradient factor."""
     results = []
     for factor in (1.0, 0.03):

@@ -1,4 +1,4 @@
-"""Attention spelled out, split convolutions, learned rounding: the same in float, exact in integers."""
+"""Decomposed attention, split convolutions, learned rounding: equal in float, exact in integers."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.conftest import tiny_pipeline
 from trtq.calib.policy import load_policy, plan_layers
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import QuantizationError
 from trtq.quant import (
     ActivationTensors,
@@ -58,7 +58,7 @@ def test_cross_attention_with_a_mask_changes_nothing_but_rounding():
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
 
 
-def test_skip_splits_are_where_decoder_and_skip_meet():
+def test_skip_splits_are_at_the_channel_where_decoder_and_skip_join():
     unet = tiny_pipeline().unet
     seen = {}
 
@@ -90,7 +90,7 @@ def test_skip_splits_are_where_decoder_and_skip_meet():
 
 
 @pytest.mark.parametrize(("groups", "split"), [(2, 2), (1, 0), (1, 4)])
-def test_convolutions_that_cannot_be_split(groups, split):
+def test_unsupported_splits_are_refused(groups, split):
     with pytest.raises(QuantizationError, match="cannot split"):
         SplitConv2d(nn.Conv2d(4, 4, 1, groups=groups), split)
 
@@ -119,13 +119,13 @@ def test_product_tensors_survive_storage():
     product = QuantProduct(TABLE, 8, 4)
     merged = ProductTensors.merge(product)
     again = ProductTensors.from_tensors(merged.tensors(), left_bits=8, right_bits=4)
-    for one, other in zip(merged.operands.values(), again.operands.values(), strict=True):
-        assert isinstance(other, ActivationTensors)
-        assert torch.equal(one.scale, other.scale)
-        assert torch.equal(one.low, other.low)
+    for expected, actual in zip(merged.operands.values(), again.operands.values(), strict=True):
+        assert isinstance(actual, ActivationTensors)
+        assert torch.equal(expected.scale, actual.scale)
+        assert torch.equal(expected.low, actual.low)
 
 
-def test_rounding_starts_at_nearest_and_stays_put_while_the_weight_moves():
+def test_rounding_starts_at_nearest_and_stays_fixed_while_the_weight_changes():
     torch.manual_seed(0)
     layer = QuantConv2d(nn.Conv2d(3, 4, 3), TABLE)
     nearest = layer.merge()
@@ -144,7 +144,7 @@ def test_rounding_starts_at_nearest_and_stays_put_while_the_weight_moves():
     assert float((moved[nearest.codes < 15] == 1).float().mean()) > 0.9
 
 
-def test_rounding_loss_vanishes_when_every_direction_is_settled():
+def test_rounding_loss_is_zero_for_hard_directions():
     settled = torch.tensor([-20.0, 20.0])
     assert soft_direction(settled).tolist() == hard_direction(settled).tolist() == [0.0, 1.0]
     assert rounding_loss(settled, 2.0) == 0
@@ -166,8 +166,8 @@ def test_the_teacher_does_not_see_tuned_weights():
         assert not layer(x).any()
 
 
-def test_merging_can_give_the_float_weights_back():
-    source = load_source(tiny_pipeline())
+def test_merging_can_release_the_float_weights():
+    source = open_pipeline(tiny_pipeline())
     plans = plan_layers(source.denoiser, load_policy("UNet2DModel"), "w4a8")
     quantized = convert(source.denoiser, plans, TABLE)
     for _, quantizer in quantized.activations():

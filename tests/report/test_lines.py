@@ -1,4 +1,4 @@
-"""What people read: labels, units, no keys and no Python literals."""
+"""Readable lines have labels and units, and no JSON keys or Python literals."""
 
 import re
 
@@ -21,7 +21,7 @@ from trtq.report import lines
         (5e18, "5000 PB"),
     ],
 )
-def test_bytes_have_a_unit(count, text):
+def test_sizes_have_a_unit(count, text):
     assert lines.bytes_text(count) == text
 
 
@@ -62,7 +62,7 @@ EXPORTED = {
 }
 
 
-def test_a_quantised_run_is_told_in_units_and_percent():
+def test_quantize_rows_have_units_and_percentages():
     rows = dict(lines.quantize_rows(QUANTIZED))
     assert rows == {
         "layers": "51 low-bit, 2 in float",
@@ -73,7 +73,7 @@ def test_a_quantised_run_is_told_in_units_and_percent():
     }
 
 
-def test_equal_values_are_exact_and_others_have_decibel():
+def test_parity_is_exact_or_in_decibels():
     rows = lines.export_rows(EXPORTED)
     assert rows[0] == ("parity with torch", "exact at the worst step")
     assert ("parity of vae_decoder", "61.0 dB") in rows
@@ -106,7 +106,7 @@ def test_no_key_and_no_python_literal_is_shown(rows):
     )
 
 
-def test_a_size_is_shown_with_its_order():
+def test_an_image_size_is_shown_with_its_order():
     result = {"kind": "onnx", "source": "run", "options": {"size": "8x16", "batch": [1, 8]}}
     rows = dict(lines.inspect_rows(result))
     assert rows["size"] == "8x16 (HEIGHTxWIDTH in pixels)"

@@ -1,4 +1,4 @@
-"""The page of a report: one colour per model everywhere, differences enlarged, readable in the dark."""
+"""HTML pages: one colour per model, scaled differences, dark mode."""
 
 import re
 
@@ -10,7 +10,7 @@ from trtq.report.page import Page, Section, Table, render
 from trtq.report.plots import model_colours
 
 
-def test_a_model_has_one_colour_in_tables_and_pictures():
+def test_a_model_has_the_same_colour_in_tables_and_images():
     colours = model_colours([FLOAT, "w4a8"])
     table = Table(
         ("metric", "w4a8", FLOAT), (("fd", "1", "2"), ("w4a8", "3", "4")), colours=colours
@@ -33,7 +33,7 @@ def test_the_page_adapts_to_dark_mode_and_narrow_screens():
 @pytest.mark.parametrize(
     ("largest", "gain"), [(2.0, 1), (1.0, 1), (0.3, 2), (0.25, 4), (0.01, 64), (0.0, 64)]
 )
-def test_differences_are_enlarged_by_a_power_of_two_that_is_said(largest, gain):
+def test_differences_are_multiplied_by_a_stated_power_of_two(largest, gain):
     error = torch.full((2, 1, 4, 4), largest)
     assert _gain([error]) == gain
     images = torch.zeros(2, 1, 4, 4)

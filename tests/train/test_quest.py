@@ -1,4 +1,4 @@
-"""QuEST: it tunes what it says, in stages, and each entry of a table for itself."""
+"""QuEST: stages, learned rounding, and table entries as separate parameters."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("method", ["quest", "combined"])
-def test_it_makes_a_run_that_can_be_loaded(method, tmp_path):
+def test_the_run_can_be_loaded(method, tmp_path):
     result = quantize(tiny_pipeline(), recipe(method, first_stage=0.5), tmp_path / "run")
     assert [(row["name"], row["iterations"]) for row in result["stages"]] == [
         ("time embedding", 3),
@@ -61,7 +61,7 @@ def test_learned_rounding_comes_first(tmp_path):
     assert 0 < result["stages"][0]["rounded_up_share_changed"] < 0.5
 
 
-def test_learned_rounding_sees_every_pass_of_a_divided_batch(tmp_path, monkeypatch):
+def test_learned_rounding_uses_every_micro_batch(tmp_path, monkeypatch):
     seen = []
     rows = rounding._rows
     monkeypatch.setattr(rounding, "_rows", lambda *given: seen.append(given[3]) or rows(*given))
@@ -88,22 +88,22 @@ def test_an_interrupted_run_resumes_to_the_same_bits(where, tmp_path):
     assert sha256(whole / file) == sha256(cut / file)
 
 
-def test_dense_gradients_make_it_adamw():
+def test_with_dense_gradients_it_equals_adamw():
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
-    steps = [
+    optimizers = [
         TableAdamW([{"params": [ours], "lr": 0.1, "table": True}], weight_decay=0.01),
         torch.optim.AdamW([{"params": [theirs], "lr": 0.1}], weight_decay=0.01),
     ]
     for _ in range(7):
         gradient = torch.randn(5)
-        for parameter, optimizer in zip((ours, theirs), steps, strict=True):
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
             parameter.grad = gradient.clone()
             optimizer.step()
     torch.testing.assert_close(ours, theirs)
 
 
-def test_an_entry_that_is_not_visited_does_not_move_and_reset_forgets():
+def test_unvisited_entries_do_not_change_and_reset_forgets_moments():
     moved = {}
     for state in ("persistent", "reset"):
         table = nn.Parameter(torch.ones(2))
@@ -115,6 +115,6 @@ def test_an_entry_that_is_not_visited_does_not_move_and_reset_forgets():
             still = [index for index, g in enumerate(gradient) if g == 0]
             assert torch.equal(table.detach()[still], before[still])
         moved[state] = float((table - before)[0].detach())
-    # Afresh, the last gradient alone decides the direction; with its past it does not.
+    # After a reset only the last gradient decides the direction.
     assert moved["reset"] == pytest.approx(0.1, rel=1e-4)
     assert moved["persistent"] < 0

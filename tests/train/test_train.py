@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, it can be interrupted, it is the same on one process or two."""
+"""Fine-tuning: learning, interruption and resume, and one process against two."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.conftest import tiny_pipeline
 from trtq.artefact.files import sha256
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.calib.recipe import Training
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import ArtefactError, NonFiniteError
 from trtq.quant import TimestepTable, convert
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         quantize(tiny_pipeline(), recipe(), out, resume=True)
 
 
-def test_the_seed_decides(tmp_path):
+def test_the_seed_determines_the_result(tmp_path):
     hashes = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         quantize(tiny_pipeline(), recipe() | {"seed": seed}, tmp_path / name)
@@ -107,7 +107,7 @@ def test_the_seed_decides(tmp_path):
     ],
     ids=str,
 )
-def test_every_variant_makes_a_run(options, tmp_path):
+def test_every_variant_produces_a_run(options, tmp_path):
     result = quantize(tiny_pipeline(), recipe(iterations=2, **options), tmp_path / "run")
     assert result["fine_tune_iterations"] == 2
     record = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -127,14 +127,14 @@ def test_every_variant_makes_a_run(options, tmp_path):
         ({"at_once": 64}, 859_500_000, (40, 1)),
     ],
 )
-def test_batches_are_divided_into_passes_that_fit(options, parameters, expected):
+def test_batches_are_split_into_micro_batches_that_fit(options, parameters, expected):
     divided = Training(**{"iterations": 1, "batch": 40} | options).divided(parameters)
     assert (divided.batch, divided.accumulate) == expected
     assert divided.divided(parameters) == divided
 
 
-def test_the_passes_of_a_divided_batch_stand_at_steps_of_their_own():
-    source = load_source(tiny_pipeline())
+def test_micro_batches_of_a_split_batch_are_at_different_steps():
+    source = open_pipeline(tiny_pipeline())
     trajectories = Trajectories(
         source.denoiser,
         source.schedule(4),
@@ -149,7 +149,7 @@ def test_the_passes_of_a_divided_batch_stand_at_steps_of_their_own():
 
 def test_training_reduces_the_error_and_leaves_the_teacher_alone():
     torch.manual_seed(0)
-    source = load_source(tiny_pipeline())
+    source = open_pipeline(tiny_pipeline())
     model, method = objective(source, lora=0.3)
     before = {n: p.clone() for n, p in model.named_parameters() if n.endswith((".weight", ".bias"))}
     optimizer = torch.optim.AdamW(method.parameter_groups())
@@ -166,8 +166,8 @@ def test_training_reduces_the_error_and_leaves_the_teacher_alone():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_each_layer_has_its_own_adapter_rate_and_eight_bit_layers_none():
-    model, method = objective(load_source(tiny_pipeline()))
+def test_adapter_rates_are_per_layer_and_eight_bit_layers_have_no_adapters():
+    model, method = objective(open_pipeline(tiny_pipeline()))
     groups = method.parameter_groups()
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     expected = set()
@@ -181,16 +181,16 @@ def test_each_layer_has_its_own_adapter_rate_and_eight_bit_layers_none():
     assert len(expected) > 10
 
 
-def test_staggered_items_stand_at_different_steps_and_walk_on():
-    _, method = objective(load_source(tiny_pipeline()))
+def test_staggered_items_are_at_different_steps_and_advance():
+    _, method = objective(open_pipeline(tiny_pipeline()))
     method.loss(method.model, 0, 0)
     (pool,) = method.trajectories._pools
-    # Eight items over four steps, one step further after the first loss.
+    # Eight items over four steps, each advanced by one step after the first loss.
     assert pool.position.tolist() == [1, 1, 2, 2, 3, 3, 0, 0]
 
 
-def test_staggered_trajectories_are_the_teachers_own():
-    source = load_source(tiny_pipeline())
+def test_staggered_trajectories_follow_the_teacher():
+    source = open_pipeline(tiny_pipeline())
     _, method = objective(source, eta=0.0)
     walked = method.trajectories
     pool = walked._new_pool(0)
@@ -204,7 +204,7 @@ def test_staggered_trajectories_are_the_teachers_own():
 
 
 def test_scales_stay_near_their_calibrated_values():
-    model, method = objective(load_source(tiny_pipeline()))
+    model, method = objective(open_pipeline(tiny_pipeline()))
     name, layer = next(iter(model.layers()))
     with torch.no_grad():
         layer.activation.scale[0] = -5.0
@@ -218,7 +218,7 @@ def test_nan_in_training_names_the_layer(tmp_path):
 
     from trtq.train.loop import fit
 
-    model, method = objective(load_source(tiny_pipeline()))
+    model, method = objective(open_pipeline(tiny_pipeline()))
     name, layer = next((n, m) for n, m in model.layers() if "mid_block" in n and m.rank)
     with torch.no_grad():
         layer.lora_A.fill_(torch.nan)
@@ -236,8 +236,8 @@ def test_nan_in_training_names_the_layer(tmp_path):
         )
 
 
-def test_two_processes_equal_one_with_two_accumulation_steps(tmp_path):
-    """Every micro-batch has a random stream of its own, so the same eight images are seen."""
+def test_two_processes_equal_one_with_two_micro_batches(tmp_path):
+    """Each micro-batch has a separate random stream, so both runs use the same eight images."""
     from diffusers import DDIMPipeline
 
     pipeline = tiny_pipeline()
@@ -269,21 +269,21 @@ def test_two_processes_equal_one_with_two_accumulation_steps(tmp_path):
             [*launch, *map(str, arguments)], env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (load_file(tmp_path / f"run{n}" / FILE) for n in (1, 2))
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
+    single, double = (load_file(tmp_path / f"run{n}" / FILE) for n in (1, 2))
+    assert single.keys() == double.keys()
+    for name, tensor in single.items():
         if name.endswith("codes"):
-            assert (tensor != two[name]).float().mean() < 0.02, name
+            assert (tensor != double[name]).float().mean() < 0.02, name
         elif name.endswith("activation.scale"):
-            # Adam turns a gradient that is noise into a full step; four of them stay below this.
-            torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=0)
+            # Adam turns a noisy gradient into a full update; four updates stay below this bound.
+            torch.testing.assert_close(tensor, double[name], rtol=1e-3, atol=0)
 
 
 def test_recomputed_blocks_give_the_same_loss_and_gradients():
     results = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model, _ = objective(load_source(tiny_pipeline()))
+        model, _ = objective(open_pipeline(tiny_pipeline()))
         if recompute:
             assert recompute_blocks(model)
         trainable = [p for n, p in model.named_parameters() if "lora" in n or n.endswith(".scale")]
@@ -302,5 +302,5 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients():
     (loss, gradients), (again, recomputed) = results
     assert loss == again
     assert len(gradients) == len(recomputed) > 50
-    for one, other in zip(gradients, recomputed, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for expected, actual in zip(gradients, recomputed, strict=True):
+        torch.testing.assert_close(expected, actual, rtol=0, atol=0)

@@ -1,7 +1,7 @@
-"""Which files of a pipeline's folder count: those that a loader reads.
+"""Which files of a pipeline's folder count: the files that a loader reads.
 
-diffusers, transformers, onnxruntime and TensorRT choose files by name. What has another name, and what
-is hidden, they leave alone: a README, what git, the hub or a file manager puts there.
+diffusers, transformers, onnxruntime and TensorRT choose files by name. They ignore hidden files and
+files with other names: a README, or files of git, the hub or a file manager.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _INDEX = "model_index.json"
 _ROOT_FILES = frozenset(
     {_INDEX, "classes.json", "prompts.json", "quantized.safetensors", "trained.safetensors"}
 )
-"""What is read from the folder itself, where it is there."""
+"""Files in the pipeline's own folder that are read if they exist."""
 _READ_SUFFIXES = frozenset(
     (
         *(".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack"),
@@ -34,11 +34,11 @@ _READ_SUFFIXES = frozenset(
 )
 _READ_NAMES = frozenset({"vocab.txt", "merges.txt", "dict.txt"})
 _READ_BEGINNINGS = ("model.onnx", "model.engine")
-"""How the names of files end, are, or begin that are read in a component's folder."""
-_DEEPEST = 6
-"""Folders inside each other that a component may have."""
-_SHORT = 128
-"""From this length on, protobuf needs a second byte for it."""
+"""Suffixes, names and prefixes of the files that are read in a component's folder."""
+_MAX_DEPTH = 6
+"""Maximum depth of nested folders in a component."""
+_TWO_BYTE_LENGTH = 128
+"""From this length on, protobuf encodes the length of a string in two bytes."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Stray:
     """Something in an artefact's folder that its manifest does not list.
 
     Attributes:
-        name: relative POSIX path; of a folder without anything of the artefact's, the folder's.
-        problem: why it cannot stay, as the end of a sentence; None: it is nobody's business.
+        name: relative POSIX path of a file, or of a folder that holds nothing of the artefact.
+        problem: why it cannot stay, as the end of a sentence; None if it is harmless.
     """
 
     name: str
@@ -55,28 +55,28 @@ class Stray:
 
 
 def source_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of a pipeline's folder that go into what is made from it, by POSIX path."""
-    parts = _parts_named(folder)
+    """SHA-256 of every file of a pipeline's folder that a loader reads, by POSIX path."""
+    parts = _named_components(folder)
     return {
         name: sha256(folder / name)
         for name in _files_through_links(folder, parts)
-        if _is_read(name, parts)
+        if _would_be_read(name, parts)
     }
 
 
 def changed_source_file(
     folder: Path, recorded: Mapping[str, str], *, all_there: bool
 ) -> str | None:
-    """The first file that went into something and is not what it was; None: all are.
+    """The first file that changed since it was recorded; None if no file did.
 
     Args:
         folder: the pipeline's folder.
-        recorded: what `source_hashes` gave then; older versions recorded every file.
-        all_there: a file that is missing counts as changed.
+        recorded: the earlier result of `source_hashes`; older versions recorded every file.
+        all_there: whether a missing file counts as changed.
     """
-    parts = _parts_named(folder)
+    parts = _named_components(folder)
     for name, digest in recorded.items():
-        if not _is_read(name, parts):
+        if not _would_be_read(name, parts):
             continue
         path = folder / name
         if path.is_file():
@@ -88,21 +88,21 @@ def changed_source_file(
 
 
 def find_strays(folder: Path, files: Mapping[str, str], record: str) -> list[Stray]:
-    """What lies in an artefact's folder without being listed.
+    """Find what lies in an artefact's folder and is not listed.
 
     Args:
         folder: the artefact.
-        files: what is listed, by relative POSIX path.
-        record: the file that lists it.
+        files: the listed files by relative POSIX path.
+        record: name of the file that holds the list.
     """
     parts = frozenset(PurePosixPath(name).parts[0] for name in files if "/" in name)
-    parts |= _parts_named(folder)
+    parts |= _named_components(folder)
     graphs = [name for name in files if name.endswith(".onnx")]
     names = _unlisted(folder, frozenset((*files, record)), parts)
     return [Stray(name, _problem(folder, name, parts, graphs)) for name in names]
 
 
-def _is_read(name: str, parts: Collection[str]) -> bool:
+def _would_be_read(name: str, parts: Collection[str]) -> bool:
     """Whether a loader would read a file of this name in a folder with these components."""
     first, *rest = PurePosixPath(name).parts
     if not rest:
@@ -114,11 +114,11 @@ def _is_read(name: str, parts: Collection[str]) -> bool:
     return suffix in _READ_SUFFIXES or last in _READ_NAMES or last.startswith(_READ_BEGINNINGS)
 
 
-def _parts_named(folder: Path) -> frozenset[str]:
+def _named_components(folder: Path) -> frozenset[str]:
     """The components that a pipeline's index names."""
     path = folder / _INDEX
     try:
-        # The reader of those who load the folder: what it takes, a byte-order mark say, counts here.
+        # The same reader as for loading: what it accepts, a byte-order mark for instance, counts here.
         index = read_object(path) if path.is_file() else {}
     except (ArtefactError, OSError):
         return frozenset()
@@ -127,11 +127,11 @@ def _parts_named(folder: Path) -> frozenset[str]:
 
 def _files_through_links(folder: Path, parts: Collection[str]) -> list[str]:
     """Relative paths of all files in a folder and its components, also where links lead to them."""
-    found = []
+    paths = []
     for place, folders, names in os.walk(folder, followlinks=True):
         below = Path(place).relative_to(folder)
-        # Links that lead round in a circle would be followed for ever.
-        deep = len(below.parts) >= _DEEPEST
+        # Circular links would be followed for ever.
+        deep = len(below.parts) >= _MAX_DEPTH
         here = Path(os.path.realpath(place))
         around = {here, *here.parents}
         folders[:] = sorted(
@@ -141,17 +141,17 @@ def _files_through_links(folder: Path, parts: Collection[str]) -> list[str]:
             and (below.parts or name in parts)
             and Path(os.path.realpath(Path(place, name))) not in around
         )
-        found += [(below / name).as_posix() for name in names if Path(place, name).is_file()]
-    return sorted(found)
+        paths += [(below / name).as_posix() for name in names if Path(place, name).is_file()]
+    return sorted(paths)
 
 
 def _unlisted(folder: Path, known: Collection[str], parts: Collection[str]) -> Iterator[str]:
-    """Relative paths of what is not known; a folder that holds nothing of ours counts as one."""
+    """Relative paths of unknown entries; a folder without any known file counts as one entry."""
     ours = {str(parent) for name in known for parent in PurePosixPath(name).parents}
 
     def below(prefix: str) -> Iterator[str]:
-        with os.scandir(folder / prefix) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        with os.scandir(folder / prefix) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
         for entry in entries:
             name = f"{prefix}{entry.name}"
             folder_itself = entry.is_dir(follow_symlinks=False)
@@ -173,7 +173,7 @@ def _problem(
     kind = special_kind(path)
     if kind is not None:
         return f"is {kind}; an artefact holds files"
-    if _is_read(name, parts):
+    if _would_be_read(name, parts):
         return "is not in the manifest, and what opens the artefact would read it"
     if path.is_symlink() and path.is_dir() and PurePosixPath(name).parts[0] in parts:
         return "is not in the manifest: a link to a folder, which would be read"
@@ -184,12 +184,12 @@ def _problem(
 
 
 def _may_name(folder: Path, graph: str, name: str) -> bool:
-    """Whether a graph may name a file as that of its weights; not parsed, and rather yes than no.
+    """Whether a graph may take its weights from a file; the graph is not parsed, a doubt counts as yes.
 
-    A location is a string of protobuf: a tag, the length, and the path from the graph's folder.
+    A location is a protobuf string: a tag, the length, and the path from the graph's folder.
     """
     inside = name.startswith(f"{PurePosixPath(graph).parent.as_posix()}/")
-    own = PurePosixPath(name).name.encode(errors="surrogateescape")
+    file_name = PurePosixPath(name).name.encode(errors="surrogateescape")
     try:
         with (
             (folder / graph).open("rb") as file,
@@ -202,8 +202,10 @@ def _may_name(folder: Path, graph: str, name: str) -> bool:
             if not has(b"location"):
                 return False
             if not inside:
-                return has(b"../") and has(b"/" + own)
-            whole = len(own) >= _SHORT or has(b"\x12" + bytes([len(own)]) + own)
-            return whole or has(b"/" + own)
+                return has(b"../") and has(b"/" + file_name)
+            whole = len(file_name) >= _TWO_BYTE_LENGTH or has(
+                b"\x12" + bytes([len(file_name)]) + file_name
+            )
+            return whole or has(b"/" + file_name)
     except (OSError, ValueError):  # ValueError: the file is empty.
         return False

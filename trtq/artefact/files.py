@@ -24,7 +24,7 @@ def sha256(path: Path) -> str:
 
 
 def special_kind(path: Path) -> str | None:
-    """What a path is that is neither file nor folder, e.g. `a named pipe`; it is not opened."""
+    """Kind of a path that is neither file nor folder, e.g. `a named pipe`; it is not opened."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
@@ -33,12 +33,12 @@ def special_kind(path: Path) -> str | None:
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """Relative POSIX paths of everything below a folder that is no folder, sorted.
+    """Relative POSIX paths of all files and links below a folder, sorted.
 
     Links are not followed.
     """
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             for below in files_below(folder / entry.name):
@@ -48,5 +48,5 @@ def files_below(folder: Path) -> Iterator[str]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether there is nothing in a folder but what file managers and git leave in empty ones."""
+    """Whether a folder holds nothing but files that file managers and git leave in empty folders."""
     return folder.is_dir() and all(path.name in _BOOKKEEPING for path in folder.iterdir())

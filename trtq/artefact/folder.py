@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def owned_by_trtq(folder: Path) -> Owned | None:
-    """What is trtq's in a folder, as its manifest or its listing says; None: it is not one of ours."""
+    """The files of a folder that are trtq's, from its manifest or listing; None if it has neither."""
     if not folder.is_dir():
         return None
     if (folder / MANIFEST_NAME).is_file():
@@ -70,15 +70,11 @@ _WORDS = {
     "demo": "a folder of trtq demo",
     "triton": "a Triton model repository",
 }
-
-
 _OTHERS = {
     "triton": "a repository that trtq made",
     "demo": "a folder that trtq demo made",
     **dict.fromkeys(("eval", "bench", "demo report"), "a report of trtq"),
 }
-
-
 _OPEN = ("demo",)
 """Kinds of folders that hold further results."""
 
@@ -86,16 +82,16 @@ _OPEN = ("demo",)
 def check_output(
     final: Path, *, overwrite: bool, source: str | Path | Any = None, kind: str | None = None
 ) -> Path:
-    """Refuse an output folder before any long work; its absolute path is given back.
+    """Refuse an output folder before any long work, and return its absolute path.
 
     Args:
         final: the place.
-        overwrite: whether a folder of ours that is there may be replaced.
-        source: what is read; it must not be replaced, nor lie inside what is.
-        kind: what is to be written, see `Owned`; only the same kind is replaced. None: any.
+        overwrite: whether an existing folder of trtq may be replaced.
+        source: the input; it must not be replaced, nor lie inside a replaced folder.
+        kind: kind of the output, see `Owned`; only the same kind is replaced. None: any kind.
 
     Raises:
-        UsageError: something is there that must not be replaced, or nothing may be written there.
+        UsageError: an existing file or folder must not be replaced, or nothing may be written there.
     """
     final = check_place(final, source=source)
     check_outside_artefacts(final)
@@ -123,7 +119,7 @@ def _word(kind: str) -> str:
 
 
 def _check_own_files(final: Path, owned: Owned) -> None:
-    """Nothing, if what `owned` lists is as it was written, and nothing else would be read.
+    """Raise unless the listed files are as they were written, and no other file would be read.
 
     Raises:
         UsageError: the user has changed a file, or put one there that the new artefact would read.
@@ -150,10 +146,10 @@ def _check_own_files(final: Path, owned: Owned) -> None:
 
 
 def check_outside_artefacts(place: Path) -> None:
-    """Nothing, if no folder around a place is an artefact or another result of ours.
+    """Raise if a folder around a place is an artefact or another result of trtq.
 
     Raises:
-        UsageError: one is; what it holds is on record, and nothing is put into it.
+        UsageError: there is such a folder; its files are on record, and nothing is added to them.
     """
     for parent in place.resolve().parents:
         around = owned_by_trtq(parent)
@@ -166,10 +162,10 @@ def check_outside_artefacts(place: Path) -> None:
 
 @contextmanager
 def claimed(final: Path) -> Iterator[None]:
-    """Be the only one that writes to a folder, in order again after a process that died; see `claim`.
+    """Hold the lock of a folder, and repair the folder after an interrupted process; see `claim`.
 
     Raises:
-        UsageError: another process writes there, or nobody can.
+        UsageError: another process writes there, or nothing can be written.
     """
     check_outside_artefacts(final)
     with claim(final):
@@ -178,16 +174,14 @@ def claimed(final: Path) -> Iterator[None]:
 
 
 _P = ParamSpec("_P")
-
-
 _R = TypeVar("_R")
 
 
 def claims_output(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function be the only one that writes to its argument `out`, from its very beginning.
+    """Decorate a function so that it holds the lock of its argument `out` while it runs.
 
-    Its first argument, unless it is that one, is what it reads: one must not be inside the other. Under
-    `accelerate launch` this is the first process's business.
+    The function's first argument, unless that is `out`, is its input: neither place may lie inside the
+    other. Under `accelerate launch` only the first process holds the lock.
     """
     signature = inspect.signature(function)
 
@@ -206,7 +200,7 @@ def claims_output(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Move a complete folder to its place; of what is there, only what is ours is removed."""
+    """Move a complete folder to its place; of an earlier folder, only files of trtq are removed."""
     replace_folder(partial, final, owned_by_trtq)
 
 
@@ -218,21 +212,21 @@ def new_artefact(
     keep_partial: bool = False,
     kind: str | None = None,
 ) -> Iterator[Path]:
-    """Write an artefact beside its place and move it there when the block ends well.
+    """Write an artefact next to its place and move it there when the block ends without an error.
 
     Args:
-        final: where it will lie.
+        final: its place.
         overwrite: replace a folder of the same kind that is already there.
-        keep_partial: leave the partial folder on an error, if there is a checkpoint in it, and start
-            from one that is there; for stages that can be resumed.
-        kind: what it is, see `check_output`.
+        keep_partial: keep a partial folder with a checkpoint on an error, and start from an existing
+            one; for work that can be resumed.
+        kind: kind of the artefact, see `check_output`.
 
     Yields:
         The folder to write into.
 
     Raises:
-        UsageError: something is there already that must not be replaced, another process writes there,
-            or nothing can be written.
+        UsageError: an existing folder must not be replaced, another process writes there, or nothing
+            can be written.
         ArtefactError: the disk is full, or fails.
     """
     final = check_place(final)
@@ -254,7 +248,7 @@ def new_artefact(
 
 
 def _give_up(err: BaseException, partial: Path, final: Path, *, keep_partial: bool) -> None:
-    """Leave nothing of what was not finished but checkpoints to go on from.
+    """Remove an unfinished artefact, except for checkpoints to resume from.
 
     Raises:
         ArtefactError: the disk is full, or fails.
@@ -271,14 +265,14 @@ def _give_up(err: BaseException, partial: Path, final: Path, *, keep_partial: bo
             remove_partial(final)
         except UsageError as left:
             logger.warning("%s", left)
-    # A full disk, mostly; safetensors has an exception of its own for it, which names no file.
+    # Usually a full disk; for that safetensors has an exception of its own, which names no file.
     if isinstance(err, OSError | SafetensorError):
         at = "" if newest is None or newest in str(err) else f"{newest}: "
         raise ArtefactError(f"writing {final} failed, {what}: {at}{err}") from err
 
 
 def _newest_file(folder: Path) -> str | None:
-    """The file that was written last, and so is the one that failed."""
+    """The file that was written last, hence the file whose writing failed."""
     try:
         return max(files_below(folder), key=lambda name: (folder / name).lstat().st_mtime_ns)
     except (OSError, ValueError):

@@ -1,10 +1,11 @@
-"""What a graph's file says about itself, under keys of ours in its metadata."""
+"""Metadata of a graph's file: its layers, calibrated timesteps and latent sizes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,83 +26,84 @@ __all__ = [
 ]
 
 LAYERS_KEY = "trtq.layers"
-"""Kind and precision of every layer by its name, of a graph that was made from a run."""
+"""Kind and precision of every layer by its name, in a graph that was exported from a run."""
 SIZES_KEY = "trtq.latent_sizes"
-"""Of a graph with free sizes: smallest and largest latents, and the step between them."""
+"""`FreeSizes` of a graph that takes latents of several sizes."""
 TIMESTEPS_KEY = "trtq.timesteps"
-"""Metadata of a graph with tables: the timesteps that it was calibrated at, cleanest first."""
+"""The calibrated timesteps of a graph with tables, cleanest first."""
 
 
 def check_timesteps(metadata: Mapping[str, str], timesteps: Sequence[float] | None) -> None:
-    """Nothing, if a graph was calibrated at the timesteps that its manifest lists.
+    """Raise unless a graph was calibrated at the timesteps that its manifest lists.
 
     Args:
-        metadata: of the graph; one that says nothing, as float models do, is not compared.
-        timesteps: from the manifest, cleanest first; None: a float model.
+        metadata: metadata of the graph; not compared if it lists no timesteps, as in float models.
+        timesteps: timesteps of the manifest, cleanest first; None for a float model.
 
     Raises:
-        ArtefactError: it was calibrated at others.
+        ArtefactError: the graph was calibrated at other timesteps.
     """
     text = metadata.get(TIMESTEPS_KEY)
     if text is None:
         return
-    own = graph_timesteps(text)
+    calibrated = graph_timesteps(text)
     if timesteps is None or not np.array_equal(
-        np.asarray(own, np.float32), np.asarray(timesteps, np.float32)
+        np.asarray(calibrated, np.float32), np.asarray(timesteps, np.float32)
     ):
         raise ArtefactError(
-            f"the graph was calibrated at the timesteps {shown(own)}, its manifest says "
-            f"{shown(timesteps)}; the manifest was edited, or the graph is another one's"
+            f"the graph was calibrated at the timesteps {shown(calibrated)}, its manifest says "
+            f"{shown(timesteps)}; the manifest was edited, or the graph belongs to another artefact"
         )
 
 
 def check_layers(metadata: Mapping[str, str], layers: Mapping[str, str]) -> None:
-    """Nothing, if a graph holds the layers that its manifest lists, with these bits.
+    """Raise unless a graph holds the layers that its manifest lists, with the same bits.
 
     Args:
-        metadata: of the graph; one that says nothing is not compared.
+        metadata: metadata of the graph; not compared if it lists no layers.
         layers: kind and precision by name, from the manifest, e.g. `conv2d w4a8`.
 
     Raises:
-        ArtefactError: it holds others; the message names the first.
+        ArtefactError: the layers differ; the message names the first that does.
     """
     text = metadata.get(LAYERS_KEY)
     if text is None:
         return
-    try:
-        own = parse_json(text)
-    except ValueError as err:
-        raise ArtefactError(f"the graph's {LAYERS_KEY} is damaged: {err}") from err
-    if not isinstance(own, dict):
-        raise ArtefactError(f"the graph's {LAYERS_KEY} is damaged: it holds {shown(own)}")
-    for name in (*own, *layers):
-        if own.get(name) != layers.get(name):
+    in_graph = _parse(text, LAYERS_KEY)
+    if not isinstance(in_graph, dict):
+        raise ArtefactError(f"the graph's {LAYERS_KEY} is damaged: it holds {shown(in_graph)}")
+    for name in (*in_graph, *layers):
+        if in_graph.get(name) != layers.get(name):
             raise ArtefactError(
                 f"the graph and its manifest disagree about the layer {shown(name)}: the manifest says "
-                f"{shown(layers.get(name))}, the graph {shown(own.get(name))}"
+                f"{shown(layers.get(name))}, the graph {shown(in_graph.get(name))}"
             )
 
 
 def graph_timesteps(text: str) -> list[float]:
-    """The timesteps in a graph's metadata, cleanest first.
+    """Parse the timesteps in a graph's metadata, cleanest first.
 
     Raises:
-        ArtefactError: it holds something else.
+        ArtefactError: the text is no list of rising numbers.
     """
-    try:
-        found = parse_json(text)
-    except ValueError as err:
-        raise ArtefactError(f"the graph's {TIMESTEPS_KEY} is damaged: {err}") from err
+    timesteps = _parse(text, TIMESTEPS_KEY)
     if (
-        not isinstance(found, list)
-        or not found
-        or not all(type(one) in (int, float) for one in found)
-        or not all(before < after for before, after in pairwise(found))
+        not isinstance(timesteps, list)
+        or not timesteps
+        or not all(type(timestep) in (int, float) for timestep in timesteps)
+        or not all(before < after for before, after in pairwise(timesteps))
     ):
         raise ArtefactError(
-            f"the graph's {TIMESTEPS_KEY} is damaged: timesteps rise, got {shown(found)}"
+            f"the graph's {TIMESTEPS_KEY} is damaged: timesteps rise, got {shown(timesteps)}"
         )
-    return [float(one) for one in found]
+    return [float(timestep) for timestep in timesteps]
+
+
+def _parse(text: str, key: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as err:
+        raise ArtefactError(f"the graph's {key} is damaged: {err}") from err
 
 
 _Cells = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
@@ -109,12 +111,12 @@ _Side = Annotated[list[_Cells], Field(min_length=2, max_length=2)]
 
 
 class FreeSizes(BaseModel):
-    """What `SIZES_KEY` tells of a graph, all in cells of the latents.
+    """The sizes of latents that a graph takes, in cells of the latents.
 
     Attributes:
         low: smallest height and width.
         high: largest height and width.
-        cell: between two of them.
+        cell: every height and width is a multiple of it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -131,9 +133,13 @@ class FreeSizes(BaseModel):
             )
         return self
 
+    def to_metadata(self) -> dict[str, str]:
+        """The entry of the graph's metadata that `free_sizes` reads."""
+        return {SIZES_KEY: json.dumps(self.model_dump())}
+
 
 def free_sizes(metadata: Mapping[str, str]) -> FreeSizes | None:
-    """The sizes that a graph takes, from its metadata; None for one size only.
+    """The sizes that a graph takes, from its metadata; None if it takes a single size.
 
     Raises:
         ArtefactError: the metadata has another form.

@@ -19,16 +19,10 @@ from trtq.errors import ArtefactError
 __all__ = ["CHECKPOINTS", "LISTING_NAME", "Owned", "read_listing", "write_listing"]
 
 LISTING_NAME = "trtq-files.json"
-"""Names the files of a folder of ours that is no artefact: a report, a Triton repository, a demo."""
-
-
+"""Lists the files of a folder that is no artefact: a report, a Triton repository, a demonstration."""
 LISTING_VERSION = 1
-
-
 CHECKPOINTS = "checkpoints"
 """Folder of a run that is being made; its files are in no manifest, so that they can be deleted."""
-
-
 _CHECKPOINT_FILE = re.compile(
     rf"{CHECKPOINTS}/[^/]+/\.?iteration-\d+(\.partial)?/"
     r"(checkpoint\.json|model\.safetensors|process-\d+-of-\d+\.safetensors)"
@@ -37,12 +31,12 @@ _CHECKPOINT_FILE = re.compile(
 
 @dataclass(frozen=True)
 class Owned:
-    """What is trtq's in a folder.
+    """The files of a folder that are trtq's.
 
     Attributes:
         kind: what the folder is: `run`, `onnx`, `engine`, or one of those that `write_listing` wrote.
-        files: SHA-256 by relative POSIX path; empty of a file that is trtq's whatever it holds.
-        record: name of the file that says so; trtq's, too.
+        files: SHA-256 by relative POSIX path; empty for a file that is trtq's with any content.
+        record: name of the file that holds this list; it is trtq's, too.
     """
 
     kind: str
@@ -59,14 +53,14 @@ class Owned:
 
 
 def read_listing(folder: Path) -> Owned | None:
-    """What `write_listing` wrote; None where there is no valid listing of ours."""
+    """Read what `write_listing` wrote; None without a valid listing."""
     try:
-        found = read_object(folder / LISTING_NAME)
+        record = read_object(folder / LISTING_NAME)
     except ArtefactError:
         return None
-    if found.get("trtq_listing") != LISTING_VERSION:
+    if record.get("trtq_listing") != LISTING_VERSION:
         return None
-    kind, files = found.get("kind"), found.get("files")
+    kind, files = record.get("kind"), record.get("files")
     if not isinstance(kind, str) or not isinstance(files, dict):
         return None
     if not all(isinstance(digest, str) for digest in files.values()):
@@ -77,13 +71,13 @@ def read_listing(folder: Path) -> Owned | None:
 def write_listing(
     folder: Path, kind: str, names: Sequence[str] | None = None, *, unhashed: Sequence[str] = ()
 ) -> None:
-    """Say which files of a folder are trtq's.
+    """Record which files of a folder are trtq's.
 
     Args:
-        folder: where they lie.
+        folder: the folder.
         kind: what the folder is.
-        names: of the files; None: all that are there.
-        unhashed: those that are still to come.
+        names: names of the files; None: every file in the folder.
+        unhashed: names of files that are written later.
     """
     chosen = list(files_below(folder)) if names is None else names
     files = {name: sha256(folder / name) for name in chosen if name != LISTING_NAME}

@@ -1,7 +1,7 @@
 """Locks: one process at a time writes to a place.
 
 While a process writes to a place it holds a lock file next to it, which the operating system releases
-when the process ends in whatever way.
+however the process ends.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _held = threading.local()
 
 @contextmanager
 def claim(final: Path) -> Iterator[None]:
-    """Be the only one that writes to a place, inside the block; the same thread may claim it again.
+    """Hold the lock of a place inside the block; the same thread may claim it again.
 
     Args:
-        final: the place, absolute; folders around it that are missing are made, and go again if nothing
-            comes to lie in them.
+        final: the absolute place; missing folders around it are made, and removed again if they stay
+            empty.
 
     Raises:
-        UsageError: another process or thread writes there, or nobody can.
+        UsageError: another process or thread writes there, or nothing can be written.
     """
     places: set[Path] = _held.__dict__.setdefault("places", set())
     if final in places:
@@ -72,7 +72,7 @@ def claim(final: Path) -> Iterator[None]:
 
 
 def _make_parents(final: Path) -> list[Path]:
-    """Make the folders around a place; the new ones, innermost first."""
+    """Make the missing folders around a place and return them, innermost first."""
     missing = [folder for folder in final.parents if not folder.exists()]
     made: list[Path] = []
     try:
@@ -87,10 +87,10 @@ def _make_parents(final: Path) -> list[Path]:
 
 
 class _Lock:
-    """A lock on a place, in a hidden file beside it that says who holds it.
+    """A lock on a place, in a hidden file next to it that names the holder.
 
     Raises:
-        UsageError: somebody else holds it, or the file cannot be made.
+        UsageError: another process or thread holds it, or the file cannot be made.
     """
 
     def __init__(self, final: Path) -> None:
@@ -109,16 +109,16 @@ class _Lock:
                 owner = _read_owner(self._path)
                 os.close(self._file)
                 raise UsageError(
-                    f"{_told(owner)} is writing to {final}; wait until it ends, or choose another "
+                    f"{_owner_text(owner)} is writing to {final}; wait until it ends, or choose another "
                     "--output"
                 )
             if self._still_there():
                 break
-            # The one before has ended, and taken the file away between opening and locking it.
+            # The earlier holder ended and removed the file between our opening and locking it.
             os.close(self._file)
         else:
             raise UsageError(f"cannot lock {final}: {self._path} keeps being removed")
-        # A full disk: the lock holds all the same, and what is written will fail with its own message.
+        # On a full disk the lock holds all the same, and writing fails later with a message of its own.
         with suppress(OSError):
             os.ftruncate(self._file, 0)
             os.write(self._file, json.dumps(_me()).encode())
@@ -130,8 +130,8 @@ class _Lock:
             return False
 
     def release(self) -> None:
-        """Take the file away and let go."""
-        # While it is locked, where that is possible: whoever opened it before sees that it is gone.
+        """Remove the file and release the lock."""
+        # While it is locked, where that is possible: a process that opened the file before sees it gone.
         with suppress(OSError):
             self._path.unlink()
         os.close(self._file)
@@ -141,7 +141,7 @@ class _Lock:
 
 
 def _try_lock(file: int) -> bool | None:
-    """Lock an open file: whether it is ours now; None where the file system has no locks."""
+    """Lock an open file and return whether that worked; None if the file system has no locks."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -163,9 +163,11 @@ def _try_lock(file: int) -> bool | None:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process was started, as the system counts; None where it does not say."""
+    """Start time of a process, in the system's clock ticks; None if the system does not report it."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return (
+            Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19]
+        )
     except (OSError, IndexError):
         return None
 
@@ -178,14 +180,14 @@ def _me() -> dict[str, Any]:
 
 def _read_owner(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        owner = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def _lives(owner: dict[str, Any]) -> bool:
-    """Whether the process that wrote a lock file is alive; of another machine's, nobody knows: yes."""
+    """Whether the process that wrote a lock file is alive; assumed of a process on another machine."""
     pid = owner.get("pid")
     if not isinstance(pid, int) or pid <= 0:
         return False
@@ -202,7 +204,7 @@ def _lives(owner: dict[str, Any]) -> bool:
     return _start_of(pid) == owner.get("start")
 
 
-def _told(owner: dict[str, Any]) -> str:
+def _owner_text(owner: dict[str, Any]) -> str:
     if not owner:
         return "another process"
     return f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')})"

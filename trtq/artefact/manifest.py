@@ -65,12 +65,12 @@ class LayerRow(_Strict):
     Attributes:
         name: module path in the denoiser.
         kind: `linear`, `conv2d` or `product`.
-        weight_bits: None: there is no weight, or the layer runs in float.
-        activation_bits: of the (first) input; None: the layer runs in float.
-        right_bits: of a product's second input.
+        weight_bits: bits of the weight; None if there is no weight, or the layer runs in float.
+        activation_bits: bits of the (first) input; None if the layer runs in float.
+        right_bits: bits of a product's second input.
         adapters: whether fine-tuning gave it QALoRA adapters.
-        reason: why.
-        input_of: an earlier layer that gets the same input, and whose quantiser it uses.
+        reason: why the layer has these bits.
+        input_of: an earlier layer with the same input, whose quantiser this layer uses.
     """
 
     name: ModulePath
@@ -99,11 +99,11 @@ class LayerRow(_Strict):
 
 
 class StructureRow(_Strict):
-    """What was brought into another form before quantising.
+    """Modules that were changed into another form before quantising.
 
     Attributes:
-        attention: paths of attention modules that are spelled out.
-        splits: input channels of the first part, by path of a split convolution.
+        attention: paths of attention modules that are decomposed into their products.
+        splits: number of input channels of the first part, by path of a split convolution.
     """
 
     attention: list[ModulePath] = []
@@ -114,8 +114,8 @@ class SourceRow(_Strict):
     """What an artefact was made from.
 
     Attributes:
-        name: as the user gave it.
-        files: SHA-256 of the files that went in, by path inside the source.
+        name: name or path as given by the user.
+        files: SHA-256 of its files, by path inside the source.
     """
 
     name: Given
@@ -126,19 +126,19 @@ class Manifest(_Strict):
     """Contents of `manifest.json`.
 
     Attributes:
-        format_version: of this record.
-        kind: what the folder is.
+        format_version: version of this record.
+        kind: `run`, `onnx` or `engine`.
         files: SHA-256 of every file in the folder, by relative POSIX path.
-        source: what it was made from.
+        source: the checkpoint or artefact that it was made from.
         denoiser: name of the denoiser component, e.g. `unet`.
-        recipe: how it was quantised; None for a float model.
+        recipe: recipe of the quantisation; None for a float model.
         timesteps: the calibrated timesteps, cleanest first; None for a float model.
-        layers: one row per linear, convolution and spelled-out product of the denoiser.
-        structure: modules that were brought into another form, see `trtq.quant.structure`.
+        layers: one row per linear, convolution and product of activations of the denoiser.
+        structure: modules in another form, see `trtq.quant.structure`.
         loras: LoRAs merged into the weights before quantising.
-        options: what the stage was asked for beyond the recipe.
-        metrics: what was measured while making it.
-        packages: versions of what made it.
+        options: options of the export and the build.
+        metrics: measurements while the artefact was made.
+        packages: versions of the packages that made it.
     """
 
     format_version: Annotated[int, Field(strict=True)] = FORMAT_VERSION
@@ -211,22 +211,22 @@ class Manifest(_Strict):
         return kinds
 
     def check_graph(self, metadata: Mapping[str, str]) -> None:
-        """Nothing, if the denoiser's graph is the one that this manifest describes.
+        """Raise unless the denoiser's graph is the one that this manifest describes.
 
         Args:
-            metadata: what the graph says about itself.
+            metadata: metadata of the graph.
 
         Raises:
-            ArtefactError: it was calibrated at other timesteps, or holds other layers or bits.
+            ArtefactError: the graph was calibrated at other timesteps, or holds other layers or bits.
         """
         check_timesteps(metadata, self.timesteps)
         check_layers(metadata, self.layer_kinds())
 
     def check_whole(self) -> None:
-        """Nothing, if what must be there for its kind is there.
+        """Raise unless the manifest holds every entry that its kind requires.
 
         Raises:
-            ValueError: it is not; the message names the entry.
+            ValueError: an entry is missing; the message names it.
         """
         quantized = [row.name for row in self.layers if row.activation_bits is not None]
         if self.kind == "run" and self.recipe is None:

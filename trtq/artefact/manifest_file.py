@@ -60,13 +60,13 @@ _PACKAGES = (
 
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that shape an artefact."""
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -90,40 +90,40 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def made_from(folder: Path, manifest: Manifest) -> SourceRow:
-    """What an artefact that is made from another one says of it."""
-    own = {MANIFEST_NAME: sha256(folder / MANIFEST_NAME)}
-    return SourceRow(name=folder.name, files=own | manifest.files)
+    """The entry `source` of an artefact that is made from another one."""
+    hashes = {MANIFEST_NAME: sha256(folder / MANIFEST_NAME)}
+    return SourceRow(name=folder.name, files=hashes | manifest.files)
 
 
 def find_origin(folder: Path, manifest: Manifest, given: str | Path | None = None) -> Path | None:
-    """The artefact that another one was made from, if it is still what it was.
+    """Find the unchanged artefact that another artefact was made from.
 
     Args:
-        folder: the other one.
-        manifest: of the other one.
-        given: where it lies; by default it is looked for beside the other one, then where we are.
+        folder: the other artefact.
+        manifest: manifest of the other artefact.
+        given: place to look in; by default next to the other artefact, then in the current folder.
 
     Returns:
-        None if it is not there, or changed, or what it was made from was no artefact of ours.
+        None if the artefact is missing or changed, or if the other one was made from a checkpoint.
     """
     expected = manifest.source.files.get(MANIFEST_NAME)
     name = manifest.source.name
     places = (folder.resolve().parent / name, Path(name)) if given is None else (Path(given),)
     for place in places:
-        own = place / MANIFEST_NAME
-        if expected is not None and own.is_file() and sha256(own) == expected:
+        record = place / MANIFEST_NAME
+        if expected is not None and record.is_file() and sha256(record) == expected:
             return place
     return None
 
 
 def artefact_kind(folder: Path) -> Kind | None:
-    """What kind of artefact a folder is; None if it is none of ours.
+    """Kind of the artefact in a folder; None if the folder has no manifest.
 
     Raises:
         ArtefactError: it has a manifest that cannot be read.
     """
     path = folder / MANIFEST_NAME
-    # What is there and is no file, a pipe for instance, is refused when it is read.
+    # An entry that is no file, a pipe for instance, is refused when it is read.
     if not path.exists() and not path.is_symlink():
         return None
     return parse_manifest(folder).kind
@@ -134,16 +134,16 @@ def parse_manifest(folder: Path) -> Manifest:
 
     Raises:
         ArtefactError: the manifest cannot be read.
-        IntegrityError: it is no manifest of trtq, or one of another version.
+        IntegrityError: the file is no manifest of trtq, or has another version.
     """
     path = folder / MANIFEST_NAME
     try:
-        found = parse_json(read_text(path))
+        record = parse_json(read_text(path))
     except ValueError as err:
         raise IntegrityError(f"{path} is not a manifest of trtq: {err}") from err
-    if not isinstance(found, dict) or "format_version" not in found:
+    if not isinstance(record, dict) or "format_version" not in record:
         raise IntegrityError(f"{path} is not a manifest of trtq: 'format_version' is missing")
-    version = found["format_version"]
+    version = record["format_version"]
     if type(version) is not int:
         raise IntegrityError(
             f"{path} is not a manifest of trtq: format_version is a number, got {shown(version)}"
@@ -154,7 +154,7 @@ def parse_manifest(folder: Path) -> Manifest:
             "with this version"
         )
     try:
-        manifest = Manifest.model_validate(found)
+        manifest = Manifest.model_validate(record)
         manifest.check_whole()
     except ValidationError as err:
         raise IntegrityError(f"{path} is not a manifest of trtq: {explain_first(err)}") from err
@@ -164,14 +164,14 @@ def parse_manifest(folder: Path) -> Manifest:
 
 
 def checked_path(folder: Path, relative: str) -> Path:
-    """The file that a manifest names.
+    """Path of a file that a manifest names.
 
     Raises:
         IntegrityError: the path leaves the folder.
     """
     fault = path_fault(relative)
     path = folder / PurePosixPath(relative) if fault is None else folder
-    # realpath, since resolve() refuses links that lead round in a circle, in an error of its own.
+    # realpath, since resolve() refuses circular links with an error of its own.
     if fault is None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         fault = "leaves the folder"
     if fault is not None:
@@ -186,12 +186,12 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
 
     Args:
         folder: the artefact.
-        kinds: what it may be; any kind if none is given.
+        kinds: permitted kinds; every kind if none is given.
 
     Raises:
         ArtefactError: there is no such artefact, or it is of another kind.
         IntegrityError: the version is unknown, a path leaves the folder, a file is missing or has
-            another content than the manifest says, or would be read and is not in it.
+            another content than the manifest says, or would be read without being listed.
     """
     manifest = parse_manifest(folder)
     check_kind(folder, manifest, *kinds)
@@ -200,7 +200,7 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
 
 
 def check_kind(folder: Path, manifest: Manifest, *kinds: Kind) -> None:
-    """Raise unless an artefact is of one of these kinds; every kind will do if none is given.
+    """Raise unless an artefact is of one of these kinds; every kind is permitted if none is given.
 
     Raises:
         ArtefactError: it is of another kind.
@@ -236,7 +236,7 @@ _warned: set[Path] = set()
 
 
 def _look_for_strays(folder: Path, manifest: Manifest) -> None:
-    """Warn once of what is not in the manifest.
+    """Warn once of files that the manifest does not list.
 
     Raises:
         IntegrityError: something that opens the artefact would read it.

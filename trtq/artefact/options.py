@@ -183,7 +183,7 @@ class EngineOptions(ExportOptions):
         weight_streaming: whether weights may stay on the host.
         refit: whether weights can be exchanged in the finished engines.
         workspace_bytes: maximum device memory for one operator's scratch; None: no limit was set.
-        profiles: smallest, most frequent and largest shape of every input, by graph and input.
+        profiles: minimum, typical and maximum shape of every input, by graph and input.
         graph_metadata: metadata of the denoiser's graph, which an engine does not keep.
     """
 
@@ -205,7 +205,7 @@ class EngineOptions(ExportOptions):
                     not a <= b <= c for a, b, c in ranges
                 ):
                     raise ValueError(
-                        f"profiles.{graph}.{name} must be the smallest, most frequent and largest shape"
+                        f"profiles.{graph}.{name} must be the smallest, typical and largest shape"
                     )
         return self
 

@@ -20,15 +20,15 @@ __all__ = ["check_file", "check_place", "new_file"]
 
 
 def check_place(place: str | Path, *, source: Any = None) -> Path:
-    """Refuse a place where nothing can be written without harm; its absolute path is given back.
+    """Refuse a place where writing would do harm, and return its absolute path.
 
     Args:
-        place: of a file or folder.
-        source: what is read, if it is a path: the place must not be it, in it or around it.
+        place: path of a file or folder.
+        source: path of the input, or the opened input; neither may lie inside the other.
 
     Raises:
-        UsageError: it is a link, neither file nor folder, the root, the user's home, the current folder
-            or one around it, a mount point, or in each other's way with the source.
+        UsageError: the place is a link, neither file nor folder, the root, the user's home, the current
+            folder or a folder around it, a mount point, or overlaps with the input.
     """
     path = Path(place)
     if "\0" in str(path):
@@ -66,7 +66,7 @@ def check_place(place: str | Path, *, source: Any = None) -> Path:
             f"the output {final} is a mount point, which cannot be replaced; give a new folder in it, "
             f"e.g. {final / 'result'}"
         )
-    source = getattr(source, "place", source)  # What an opened artefact was opened from.
+    source = getattr(source, "place", source)  # An opened artefact stands for its place.
     if isinstance(source, str | Path):
         try:
             there = Path(source).exists()
@@ -87,10 +87,10 @@ def _check_apart(final: Path, source: Path) -> None:
 
 
 def check_file(path: str | Path, *, overwrite: bool, source: Any = None) -> Path:
-    """Refuse the place of a single file before any long work; its absolute path is given back.
+    """Refuse the place of a single file before any long work, and return its absolute path.
 
     Raises:
-        UsageError: the folder is not there, or something is there already that must not be replaced.
+        UsageError: the folder does not exist, or an existing file must not be replaced.
     """
     given = Path(path)
     final = check_place(given, source=source)
@@ -109,7 +109,7 @@ def check_file(path: str | Path, *, overwrite: bool, source: Any = None) -> Path
 
 @contextmanager
 def new_file(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
-    """Write a file beside its place and move it there when the block ends well.
+    """Write a file next to its place and move it there when the block ends without an error.
 
     Yields:
         The path to write to.

@@ -19,21 +19,21 @@ __all__ = [
 ]
 
 RESUMABLE = "its checkpoints are kept; go on from them with --resume"
-"""Note of an exception that ended something that can be gone on with."""
+"""Note of an exception after which the work can be resumed."""
 
 
 def partial_folder(final: Path) -> Path:
-    """Where a folder is written until it is complete; hidden, and named so that it is ours."""
+    """Hidden place where a folder is written until it is complete; its name marks it as trtq's."""
     return final.with_name(f".{final.name}.trtq-partial")
 
 
 def old_folder(final: Path) -> Path:
-    """Where a folder that is being replaced waits until the new one is in its place."""
+    """Hidden place where a folder that is being replaced waits until the new one is in its place."""
     return final.with_name(f".{final.name}.trtq-old")
 
 
 def remove_partial(final: Path) -> None:
-    """Remove what a dead process left of a place that is ours now, see `claim`.
+    """Remove what an interrupted process left next to a place that is claimed, see `claim`.
 
     Raises:
         UsageError: it cannot be removed.
@@ -49,12 +49,12 @@ def remove_partial(final: Path) -> None:
 
 
 def has_checkpoint(partial: Path) -> bool:
-    """Whether a partial folder holds a complete checkpoint to go on from."""
+    """Whether a partial folder holds a complete checkpoint to resume from."""
     return any(partial.glob(f"{CHECKPOINTS}/*/iteration-*/checkpoint.json"))
 
 
 def strip_partial(partial: Path) -> None:
-    """Leave nothing of a partial folder but complete checkpoints."""
+    """Remove everything from a partial folder except complete checkpoints."""
     for path in partial.glob("*"):
         if path.name != CHECKPOINTS:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -22,14 +22,14 @@ Owner = Callable[[Path], Owned | None]
 
 
 def recover(final: Path, owned_by: Owner) -> None:
-    """Put a place in order where a process died while it replaced a folder.
+    """Repair a place after a process died while it replaced a folder.
 
     Args:
         final: the place; claimed.
-        owned_by: what is ours in a folder.
+        owned_by: finds the files of trtq in a folder.
 
     Raises:
-        UsageError: there is something in the way that is not ours.
+        UsageError: files of the user are in the way.
     """
     old = old_folder(final)
     if not old.is_dir() or old.is_symlink():
@@ -46,19 +46,19 @@ def recover(final: Path, owned_by: Owner) -> None:
 
 
 def replace_folder(partial: Path, final: Path, owned_by: Owner) -> None:
-    """Move a complete folder to its place; of what is there already, only what is ours is removed.
+    """Move a complete folder to its place; of an earlier folder there, only files of trtq are removed.
 
-    Files of the user move along into the new folder. Where one has a name that is taken there, it stays
-    in the old folder, and a warning says so.
+    Files of the user move along into the new folder. A file whose name is taken there stays in the old
+    folder, and a warning names it.
 
     Args:
         partial: the folder.
         final: its place; claimed.
-        owned_by: what is ours in a folder.
+        owned_by: finds the files of trtq in a folder.
 
     Raises:
-        UsageError: what is there is not ours, or of another kind.
-        OSError: it cannot be moved; what was there is there again.
+        UsageError: the earlier folder is not of trtq, or of another kind.
+        OSError: it cannot be moved; the earlier folder is back in its place.
     """
     if not final.exists():
         partial.rename(final)
@@ -94,12 +94,12 @@ def replace_folder(partial: Path, final: Path, owned_by: Owner) -> None:
 
 
 def _retire(old: Path, final: Path, owned: Owned | None) -> list[str]:
-    """Remove what is ours of an old folder and move the rest into the new one; names of what is left."""
+    """Remove trtq's files from an old folder, move the rest to the new one, and return what is left."""
     record = old / owned.record if owned is not None else None
     left = list(_retired(old, "", final, owned))
     if left:
         return left
-    # Last of all, so that whoever is interrupted here can be followed by another one.
+    # Last of all, so that another process can finish what was interrupted here.
     if record is not None:
         record.unlink(missing_ok=True)
     old.rmdir()
@@ -107,8 +107,8 @@ def _retire(old: Path, final: Path, owned: Owned | None) -> list[str]:
 
 
 def _retired(old: Path, below: str, final: Path, owned: Owned | None) -> Iterator[str]:
-    with os.scandir(old / below) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
+    with os.scandir(old / below) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
     for entry in entries:
         name = f"{below}{entry.name}"
         place = old / name

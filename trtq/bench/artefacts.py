@@ -1,4 +1,4 @@
-"""What `trtq bench` measures: artefacts, what runs each, and the float model they came from."""
+"""Rows of a benchmark: artefacts, their providers, and the float checkpoint they were made from."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from pathlib import Path
 from trtq.artefact.contents import changed_source_file
 from trtq.artefact.manifest import MANIFEST_NAME, Manifest
 from trtq.artefact.manifest_file import find_origin
-from trtq.artefact.opened import StoredArtefact, open_artefact, open_folder
-from trtq.artefact.options import EngineOptions
-from trtq.diffusion.pipeline import DENOISERS, resolve_model
+from trtq.artefact.opened import (
+    Checkpoint,
+    EngineFolder,
+    OnnxFolder,
+    Opened,
+    Run,
+    StoredArtefact,
+    open_artefact,
+    open_folder,
+)
+from trtq.diffusion.loading import DENOISERS, resolve_model
 from trtq.documents import read_object, shown
 from trtq.engine.ort import PROVIDERS, check_provider
 from trtq.errors import ArtefactError, UsageError
@@ -20,29 +28,29 @@ from trtq.limits import MAX_BATCH, parse_whole
 from trtq.pipelines.open import TORCH
 from trtq.runs.weights import FILE_NAME
 
-__all__ = ["Target", "baseline", "find_checkpoint", "parse_batches", "parse_targets"]
+__all__ = ["BenchRow", "baseline", "find_checkpoint", "parse_batches", "parse_rows"]
 
 _MAX_SIZES = 16
 RESERVED = ("kernels",)
-"""Words of the command line that are no paths."""
+"""Subcommands of `trtq bench`, which are not paths."""
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _KINDS = {"checkpoint": "a float checkpoint", "run": "a run", "onnx": "an ONNX folder"}
 
 
 @dataclass(frozen=True)
-class Target:
-    """What one row measures.
+class BenchRow:
+    """One artefact on one provider.
 
     Attributes:
-        path: as the user gave it.
-        provider: what runs it.
-        manifest: of an artefact; None for a float checkpoint.
-        added: it was not asked for, and stands here for comparison.
+        path: path, as given by the user.
+        provider: runtime, e.g. `cpu`.
+        opened: the artefact or checkpoint.
+        added: whether trtq added the row as a baseline.
     """
 
     path: str
     provider: str
-    manifest: Manifest | None = None
+    opened: Opened
     added: bool = False
 
     @property
@@ -52,64 +60,58 @@ class Target:
 
     @property
     def low_bit(self) -> bool:
-        """Whether it was quantised."""
-        return self.manifest is not None and self.manifest.recipe is not None
+        """Whether the model is quantised."""
+        return self.opened.low_bit
 
     @property
     def kind(self) -> str:
         """`checkpoint`, `run`, `onnx` or `engine`."""
-        return "checkpoint" if self.manifest is None else self.manifest.kind
+        return self.opened.kind
 
     @property
     def bits(self) -> str:
-        """E.g. `w4a8`; of a float model its precision."""
-        if self.manifest is None:
-            return "fp32"
-        recipe = self.manifest.recipe
-        return self.manifest.options.precision if recipe is None else str(recipe.bits)
+        """Bit widths, e.g. `w4a8`; the precision of a float model."""
+        return self.opened.bits
 
     @property
     def size(self) -> str | None:
-        """Image size that it was made for, `HEIGHTxWIDTH`; None: the model's own."""
-        if self.manifest is None:
-            return None
-        recipe = self.manifest.recipe
-        size = self.manifest.options.size or (None if recipe is None else recipe.size)
-        return None if size is None else size.partition(":")[0]
+        """Image size of the artefact, `HEIGHTxWIDTH`; None for the model's default size."""
+        return self.opened.smallest_size
 
     @property
     def denoiser_bytes(self) -> int | None:
-        """Size of the denoiser's files that are loaded; None where they are not found in a folder."""
-        place = resolve_model(self.path) if self.manifest is None else Path(self.path)
-        if isinstance(place, str):
-            return None
-        if self.manifest is None:
-            files = _checkpoint_files(place)
-        elif self.kind == "run":
-            files = [place / FILE_NAME]
+        """Size of the denoiser files that loading reads; None if they are not in a local folder."""
+        if isinstance(self.opened, StoredArtefact):
+            files = _artefact_files(self.opened)
         else:
-            folder = place / self.manifest.denoiser
-            graph = model_file(folder)
-            files = [graph]
-            if graph.name == MODEL_FILE:
-                files += folder.glob(f"{DATA_NAME}*")
+            model = resolve_model(self.path)
+            files = [] if isinstance(model, str) else _checkpoint_files(model)
         sizes = [file.stat().st_size for file in files if file.is_file()]
         return sum(sizes) if sizes and len(sizes) == len(files) else None
 
     @property
     def build_seconds(self) -> float | None:
-        """Time that building took; None where nothing was built."""
-        if self.manifest is None or self.kind != "engine":
+        """Duration of building the engines in seconds; None if unknown or not built."""
+        if not isinstance(self.opened, EngineFolder):
             return None
-        times = [engine.build_seconds for engine in self.manifest.metrics.engines]
+        times = [engine.build_seconds for engine in self.opened.manifest.metrics.engines]
         known = [seconds for seconds in times if seconds is not None]
         return sum(known) if known and len(known) == len(times) else None
 
 
-def _checkpoint_files(folder: Path) -> list[Path]:
-    """The denoiser's weights in a checkpoint, as diffusers chooses them: not the copies in other forms.
+def _artefact_files(artefact: StoredArtefact) -> list[Path]:
+    """The denoiser's weight file in a run, or its graph and external data."""
+    if isinstance(artefact, Run):
+        return [artefact.folder / FILE_NAME]
+    folder = artefact.folder / artefact.denoiser
+    graph = model_file(folder)
+    return [graph, *(folder.glob(f"{DATA_NAME}*") if graph.name == MODEL_FILE else ())]
 
-    Variants (`.fp16`, `.non_ema`) and pickles are not loaded; shards are those that the index names.
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """The denoiser's weight files in a checkpoint, as diffusers selects them.
+
+    Variants (`.fp16`, `.non_ema`) and pickle files are not loaded; the index names the shards.
     """
     for name in DENOISERS:
         whole, index = folder / name / _WEIGHTS, folder / name / f"{_WEIGHTS}.index.json"
@@ -125,10 +127,10 @@ def _checkpoint_files(folder: Path) -> list[Path]:
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
-    """`1,4` -> (1, 4).
+    """Parse batch sizes: `1,4` -> (1, 4).
 
     Raises:
-        UsageError: not of that form.
+        UsageError: the text is not a list of different batch sizes.
     """
     try:
         sizes = tuple(parse_whole(part) for part in text.split(",", _MAX_SIZES))
@@ -136,41 +138,42 @@ def parse_batches(text: str) -> tuple[int, ...]:
         sizes = ()
     if not sizes or not 1 <= min(sizes) <= max(sizes) <= MAX_BATCH or len(set(sizes)) < len(sizes):
         raise UsageError(
-            f"--batch {shown(text)} is not understood; write e.g. 1 or 1,4: different numbers from 1 to "
-            f"{MAX_BATCH}, at most {_MAX_SIZES}"
+            f"invalid --batch-sizes {shown(text)}; write e.g. 1 or 1,4: up to {_MAX_SIZES} different "
+            f"numbers from 1 to {MAX_BATCH}"
         )
     return sizes
 
 
-def parse_targets(paths: Sequence[str], providers: Sequence[str] = ()) -> list[Target]:
-    """`PATH` and `PATH@PROVIDER` -> rows, in that order.
+def parse_rows(paths: Sequence[str], providers: Sequence[str] = ()) -> list[BenchRow]:
+    """Parse `PATH` and `PATH@PROVIDER` into rows, in the given order.
 
     Args:
-        paths: artefacts, checkpoints, or one of them and a provider after the last `@`.
-        providers: for paths that name none; each is run on those that can run it.
+        paths: artefacts and checkpoints, with an optional provider after the last `@`.
+        providers: providers for paths without `@`; a path gets one row per provider that supports it.
 
     Raises:
-        UsageError: a provider is unknown, not installed, or cannot run what it is to run.
-        ArtefactError: there is no such artefact, or it is damaged.
+        UsageError: a provider is unknown, not installed, or does not support the artefact.
+        ArtefactError: an artefact does not exist or is damaged.
     """
-    targets: list[Target] = []
+    rows: list[BenchRow] = []
     for provider in providers:
         _check_provider(provider)
     for text in paths:
         if text in RESERVED:
-            raise UsageError(f"{text!r} is no path here; write ./{text} for a folder of that name")
+            raise UsageError(f"{text!r} is a subcommand; write ./{text} for a folder of that name")
         path, at, named = text.rpartition("@")
         if not at or not path or Path(text).exists():
             path, named = text, ""
-        manifest = _manifest_of(path)
-        targets += [
-            Target(path, provider, manifest)
-            for provider in _providers_for(path, manifest, named, providers)
+        opened = _open(path)
+        rows += [
+            BenchRow(path, provider, opened)
+            for provider in _providers_for(path, opened, named, providers)
         ]
-    doubled = {one.label for one in targets if [o.label for o in targets].count(one.label) > 1}
-    if doubled:
-        raise UsageError(f"{min(doubled)} is given twice; every row is measured once")
-    return targets
+    labels = [row.label for row in rows]
+    repeated = {label for label in labels if labels.count(label) > 1}
+    if repeated:
+        raise UsageError(f"{min(repeated)} is given twice; give each row once")
+    return rows
 
 
 def _check_provider(provider: str) -> None:
@@ -182,40 +185,38 @@ def _check_provider(provider: str) -> None:
     check_provider(provider)
 
 
-def _manifest_of(path: str) -> Manifest | None:
+def _open(path: str) -> Opened:
+    """Open an artefact; for a checkpoint, check only that it exists."""
     opened = open_artefact(path)
-    if isinstance(opened, StoredArtefact):
-        return opened.manifest
-    resolve_model(path)
-    return None
+    if isinstance(opened, Checkpoint):
+        resolve_model(path)
+    return opened
 
 
-def _providers_for(
-    path: str, manifest: Manifest | None, named: str, offered: Sequence[str]
-) -> list[str]:
-    """What is to run an artefact: what stands after its `@`, or those on offer that can."""
-    kind = "checkpoint" if manifest is None else manifest.kind
-    if manifest is not None and isinstance(manifest.options, EngineOptions):
-        return [str(manifest.options.backend)]
-    can = [*PROVIDERS] if kind == "onnx" else [TORCH]
+def _providers_for(path: str, opened: Opened, named: str, offered: Sequence[str]) -> list[str]:
+    """Providers of a path: the provider after its `@`, else the offered providers that support it."""
+    if isinstance(opened, EngineFolder):
+        return [opened.backend]
+    supported = [*PROVIDERS] if isinstance(opened, OnnxFolder) else [TORCH]
     if named:
         _check_provider(named)
-        if named not in can:
+        if named not in supported:
             raise UsageError(
-                f"{path} is {_KINDS[kind]}, which {named} cannot run; choose one of {', '.join(can)}"
+                f"{path} is {_KINDS[opened.kind]}, which {named} does not support; choose one of "
+                f"{', '.join(supported)}"
             )
         return [named]
-    fitting = [provider for provider in dict.fromkeys(offered) if provider in can]
+    fitting = [provider for provider in dict.fromkeys(offered) if provider in supported]
     if fitting:
         return fitting
-    _check_provider(can[0])
-    return [can[0]]
+    _check_provider(supported[0])
+    return [supported[0]]
 
 
 def find_checkpoint(folder: Path, manifest: Manifest) -> str | None:
-    """The float checkpoint that an artefact was made from, unchanged; None if it is not to be found.
+    """Find the unchanged float checkpoint that an artefact was made from; None if there is none.
 
-    An artefact that was made from another one is followed to it, when it lies beside.
+    If the artefact was made from another artefact in a sibling folder, that artefact is searched, too.
     """
     recorded = manifest.source.files
     name = manifest.source.name
@@ -224,11 +225,11 @@ def find_checkpoint(folder: Path, manifest: Manifest) -> str | None:
         return None if place is None else find_checkpoint(place, open_folder(place).manifest)
     for named in (name, str(folder.resolve().parent / name)):
         try:
-            found = resolve_model(named)
+            model = resolve_model(named)
         except ArtefactError:
             continue
-        # A hub id stays one only while it is no folder; it is not downloaded for a comparison.
-        if isinstance(found, Path) and _unchanged(found, recorded):
+        # Hub ids are not downloaded for a comparison.
+        if isinstance(model, Path) and _unchanged(model, recorded):
             return named
     return None
 
@@ -237,29 +238,33 @@ def _unchanged(folder: Path, recorded: dict[str, str]) -> bool:
     return bool(recorded) and changed_source_file(folder, recorded, all_there=True) is None
 
 
-def baseline(targets: list[Target], notes: list[str]) -> list[Target]:
-    """The checkpoint of a low-bit artefact, where no float row was asked for.
+def baseline(rows: list[BenchRow], notes: list[str]) -> list[BenchRow]:
+    """A row for the float checkpoint of the first low-bit row, unless there is a float row.
 
     Args:
-        targets: what was asked for.
-        notes: gets a sentence about what was added, or why nothing was.
+        rows: rows that the caller asked for.
+        notes: list to which a sentence about the baseline is appended.
     """
-    low_bit = [target for target in targets if target.low_bit]
-    if not low_bit or len(low_bit) < len(targets):
+    low_bit = [row for row in rows if row.low_bit]
+    if not low_bit or len(low_bit) < len(rows):
         return []
-    for target in low_bit:
-        assert target.manifest is not None
-        found = find_checkpoint(Path(target.path), target.manifest)
-        if found is not None:
+    for row in low_bit:
+        model = _checkpoint_of(row)
+        if model is not None:
             notes.append(
-                f"added the float model {found}, which {target.path} was made from, in torch; for the "
-                f"same runtime on both sides, export it: trtq export {found} -o FLOAT, and give FLOAT"
+                f"added the float model {model}, which {row.path} was made from, in torch; to compare "
+                f"on the same runtime, export it: trtq export {model} -o FLOAT, and add FLOAT"
             )
-            return [Target(found, TORCH, added=True)]
-    first = low_bit[0]
-    assert first.manifest is not None
+            return [BenchRow(model, TORCH, Checkpoint(model), added=True)]
+    first = low_bit[0].opened
+    assert isinstance(first, StoredArtefact)
     notes.append(
-        f"the float model of {first.path} was not found (it was made from "
-        f"{first.manifest.source.name!r}); give it as one more PATH"
+        f"the float model of {low_bit[0].path} was not found (it was made from "
+        f"{first.manifest.source.name!r}); give it as another PATH"
     )
     return []
+
+
+def _checkpoint_of(row: BenchRow) -> str | None:
+    assert isinstance(row.opened, StoredArtefact)
+    return find_checkpoint(Path(row.path), row.opened.manifest)

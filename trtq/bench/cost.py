@@ -1,20 +1,46 @@
-"""How much there is to compute, and how long that must take."""
+"""Operation counts and the roofline model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Literal, TypedDict
 
 from trtq.bench.device import Peak
 
-__all__ = ["count_operations", "roofline"]
+__all__ = ["Roofline", "count_operations", "roofline"]
+
+
+class Roofline(TypedDict):
+    """Position of a call under the device's roofline.
+
+    Attributes:
+        operations: operations of the call.
+        operations_per_byte: operations per byte of weights.
+        operations_per_second: measured rate.
+        peak_operations_per_second: peak rate of the device.
+        peak_bytes_per_second: peak memory bandwidth of the device.
+        peak_share: measured rate divided by the peak rate.
+        bound: the limiting resource.
+        roof_share: measured rate divided by the rate that the limiting resource allows.
+        peak_is: source of the peak values.
+    """
+
+    operations: int
+    operations_per_byte: float
+    operations_per_second: float
+    peak_operations_per_second: float
+    peak_bytes_per_second: float
+    peak_share: float
+    bound: Literal["compute", "memory"]
+    roof_share: float
+    peak_is: str
 
 
 def count_operations(call: Callable[[], object]) -> int | None:
-    """Operations in the products and convolutions of a call in torch, two for each multiplication.
+    """Count the operations in matrix products and convolutions of a torch call, two per multiplication.
 
     Returns:
-        None if there is an operator that cannot be run without values.
+        The number of operations, or None if an operator cannot run without values.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,19 +53,14 @@ def count_operations(call: Callable[[], object]) -> int | None:
     return int(counter.get_total_flops())
 
 
-def roofline(operations: int, weight_bytes: int, seconds: float, peak: Peak) -> dict[str, Any]:
-    """Where a call stands under the roof (Williams 2009): the device's peak, or what memory can feed.
+def roofline(operations: int, weight_bytes: int, seconds: float, peak: Peak) -> Roofline:
+    """Compare a call with the roofline (Williams 2009): the compute peak or the memory bandwidth.
 
     Args:
-        operations: of the call.
-        weight_bytes: read at least once in it; activations are not counted.
-        seconds: it took.
-        peak: of the device.
-
-    Returns:
-        `operations`, `operations_per_byte`, `operations_per_second`, `peak_operations_per_second`,
-        `peak_bytes_per_second`, `peak_share` (of the device's operations), `bound` (`compute` or
-        `memory`), `roof_share` (of what that bound allows), `peak_is`.
+        operations: number of operations in the call.
+        weight_bytes: bytes of weights, each read once per call; activations are not counted.
+        seconds: duration of the call.
+        peak: peak values of the device.
     """
     compute, memory = operations / peak.operations, weight_bytes / peak.bytes
     return {

@@ -1,4 +1,4 @@
-"""What the numbers were measured on, and what it could do at best."""
+"""Devices: names, peak performance, and the memory, power and clocks of an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from trtq.plugins.driver import first_gpu_uuid
 
-__all__ = ["GpuMemory", "Nvml", "Peak", "cpu_name", "cpu_peak", "gpu_peak"]
+__all__ = ["GpuMemory", "GpuState", "Nvml", "Peak", "cpu_name", "cpu_peak", "gpu_peak"]
 
 _MATRIX = 1024
 _COPIED_BYTES = 1 << 27
@@ -22,12 +22,12 @@ _PEAK_TRIES = 15
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that a device does.
+    """Peak performance of a device.
 
     Attributes:
-        operations: per second; one multiplication and one addition are two.
-        bytes: of its memory, read or written per second.
-        what: where the numbers come from.
+        operations: operations per second; a multiplication and an addition count as two.
+        bytes: memory bandwidth in bytes per second, reads plus writes.
+        what: source of the two values.
     """
 
     operations: float
@@ -36,8 +36,8 @@ class Peak:
 
 
 _TERA = 1e12
-# By the driver's name of the card: fp16 with fp32 accumulators, int8 (dense, both in TOP/s), memory in
-# TB/s. SMs x operations per clock and SM x boost clock; those of the A100, H100 and H200 are NVIDIA's.
+# By driver name: fp16 with fp32 accumulation, int8 (both dense, in TOP/s), memory bandwidth in TB/s.
+# Computed as SMs x operations per clock and SM x boost clock; A100, H100 and H200: NVIDIA's figures.
 _NVIDIA = {
     "GeForce RTX 3090": (71, 285, 0.936),
     "GeForce RTX 4090": (165, 661, 1.008),
@@ -52,12 +52,12 @@ _NVIDIA = {
 
 
 def gpu_peak(name: str, *, integers: bool) -> Peak | None:
-    """The published peak of a GPU, for int8 or for fp16; None of one that is not in our table.
+    """Look up the published peak of a GPU; None for a GPU that is not in the table.
 
     Args:
-        name: the driver's. Only a whole one is known: what is sold under a name that begins alike has
-            other numbers, and so has a slice of a card.
-        integers: the peak of int8.
+        name: full name as reported by the driver. Prefixes do not match: products with similar names and
+            MIG slices have other peaks.
+        integers: return the int8 peak, else the fp16 peak.
     """
     known = name.removeprefix("NVIDIA ")
     if known not in _NVIDIA:
@@ -68,15 +68,15 @@ def gpu_peak(name: str, *, integers: bool) -> Peak | None:
 
 
 def cpu_peak(threads: int) -> Peak:
-    """What torch reaches here in a product of float32 matrices and in copying memory, at best."""
+    """Measure the best float32 matrix product and the best memory copy in torch on this processor."""
     import torch
 
     torch.set_num_threads(threads)
     left, right = torch.rand(_MATRIX, _MATRIX), torch.rand(_MATRIX, _MATRIX)
     source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8)
-    target = torch.empty_like(source)
+    destination = torch.empty_like(source)
     product = _min_seconds(lambda: torch.mm(left, right))
-    copied = _min_seconds(lambda: target.copy_(source))
+    copied = _min_seconds(lambda: destination.copy_(source))
     return Peak(
         2 * _MATRIX**3 / product,
         2 * _COPIED_BYTES / copied,
@@ -94,48 +94,48 @@ def _min_seconds(call: Callable[[], object]) -> float:
 
 
 def cpu_name() -> str:
-    """The processor's name, where the system tells."""
+    """Name of the processor; its architecture if the system does not report a name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 
 def _cuda_first(nvml: Any) -> Any:
-    """NVML's handle of the GPU that CUDA calls its first.
+    """NVML handle of CUDA's first device.
 
     Raises:
-        Exception: of the module; there is none, or it cannot be told which one it is.
+        Exception: NVML fails, there is no GPU, or CUDA's first device cannot be identified.
     """
     uuid = first_gpu_uuid()
     if uuid is not None:
-        # Older versions of the module take bytes.
+        # Older versions of the module expect bytes.
         for form in (uuid, uuid.encode()):
             try:
                 return nvml.nvmlDeviceGetHandleByUUID(form)
             except (nvml.NVMLError, TypeError):
                 continue
     if os.environ.get("CUDA_VISIBLE_DEVICES") is not None or nvml.nvmlDeviceGetCount() != 1:
-        raise LookupError("cannot tell which of NVML's GPUs is CUDA's first")
+        raise LookupError("cannot identify CUDA's first device among NVML's GPUs")
     return nvml.nvmlDeviceGetHandleByIndex(0)
 
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes in use on a GPU at a moment; None where the driver does not tell.
+    """GPU memory in use at one moment, in bytes; None if the driver does not report it.
 
     Attributes:
-        process: of this process, which is unknown until it has used the GPU, and where process ids are
-            not the driver's, as in a container.
-        info: of everything on the card.
+        process: memory of this process. Unknown before its first use of the GPU, and in containers whose
+            process ids differ from the driver's.
+        info: memory of all processes on the card.
     """
 
     process: int | None = None
     info: int | None = None
 
     def added_to(self, before: GpuMemory) -> int | None:
-        """Bytes that came between an earlier moment and this one: by this process, else on the card."""
+        """Bytes added since an earlier moment: by this process if known, else on the whole card."""
         if self.process is not None:
             return max(self.process - (before.process or 0), 0)
         if self.info is None or before.info is None:
@@ -143,12 +143,23 @@ class GpuMemory:
         return max(self.info - before.info, 0)
 
 
-class Nvml:
-    """The GPU that CUDA calls its first, as the driver counts what it does.
+class GpuState(TypedDict):
+    """Values that limit the speed of a GPU at one moment; see `Nvml.state`."""
 
-    Without one, or without nvidia-ml-py, it says None. NVML numbers GPUs by their place on the bus,
-    whatever `CUDA_VISIBLE_DEVICES` says, and CUDA those it may see, the fastest first: where they are
-    several, only the GPU's own identifier tells which one is meant.
+    sm_mhz: int | None
+    memory_mhz: int | None
+    watts: float | None
+    watts_limit: float | None
+    celsius: int | None
+    slowed: int | None
+
+
+class Nvml:
+    """Driver counters of CUDA's first device.
+
+    Every property is None without a GPU or without nvidia-ml-py. NVML numbers all GPUs by bus position;
+    CUDA numbers the visible GPUs (`CUDA_VISIBLE_DEVICES`), fastest first. On machines with several GPUs
+    the device is therefore identified by its UUID.
     """
 
     def __init__(self) -> None:
@@ -157,25 +168,24 @@ class Nvml:
             nvml = importlib.import_module("pynvml")
             nvml.nvmlInit()
             self._device = _cuda_first(nvml)
-        except Exception:  # No module, no driver, no device: the module's errors share no base.
+        except Exception:  # No module, driver or device; the errors have no common base class.
             return
         self._nvml = nvml
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """An answer of the driver, or None: not every card counts everything."""
+        """Query the driver; None if the card does not support the query."""
         if self._nvml is None:
             return None
         try:
             return question()
-        except (self._nvml.NVMLError, AttributeError):  # An older module asks less.
+        except (self._nvml.NVMLError, AttributeError):  # Older modules support fewer queries.
             return None
 
     @property
-    def state(self) -> dict[str, Any]:
-        """What bounds its speed at this moment; None of what it does not tell.
+    def state(self) -> GpuState:
+        """Current clocks, power and temperature; None for each value that is not reported.
 
-        `sm_mhz` and `memory_mhz` (clocks now), `watts`, `watts_limit`, `celsius`, and `slowed` (NVML's
-        bits of why the clock is held down; 0 and 1 are none and idle).
+        `slowed` holds NVML's clock throttle reasons as bits; 0 means none and 1 means idle.
         """
         n, device = self._nvml, getattr(self, "_device", None)
         return {
@@ -191,27 +201,29 @@ class Nvml:
 
     @property
     def name(self) -> str | None:
-        """Of the GPU; ends in `(MIG)` where it is divided and a process has only a slice of it."""
-        found = self._ask(lambda: self._nvml.nvmlDeviceGetName(self._device))
-        name: str | None = found.decode() if isinstance(found, bytes) else found
+        """Name of the GPU; ends in `(MIG)` if the GPU is partitioned and the process has one slice."""
+        reported = self._ask(lambda: self._nvml.nvmlDeviceGetName(self._device))
+        name: str | None = reported.decode() if isinstance(reported, bytes) else reported
         divided = self._ask(lambda: self._nvml.nvmlDeviceGetMigMode(self._device))
         return f"{name} (MIG)" if name is not None and divided and divided[0] else name
 
     @property
     def driver(self) -> str | None:
-        """The driver's version."""
-        found = self._ask(lambda: self._nvml.nvmlSystemGetDriverVersion())
-        return found.decode() if isinstance(found, bytes) else found
+        """Version of the driver."""
+        version = self._ask(lambda: self._nvml.nvmlSystemGetDriverVersion())
+        return version.decode() if isinstance(version, bytes) else version
 
     @property
     def joules(self) -> float | None:
-        """Energy used since the driver was loaded."""
-        found = self._ask(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device))
-        return None if found is None else found / 1e3
+        """Energy in joules used since the driver was loaded."""
+        millijoules = self._ask(
+            lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device)
+        )
+        return None if millijoules is None else millijoules / 1e3
 
     @property
     def memory(self) -> GpuMemory:
-        """What is in use now."""
+        """GPU memory in use now."""
         rows = self._ask(lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._device))
         mine = [row.usedGpuMemory for row in rows or () if row.pid == os.getpid()]
         whole = self._ask(lambda: self._nvml.nvmlDeviceGetMemoryInfo(self._device))

@@ -1,8 +1,8 @@
-"""A former result, and what has become better or worse since."""
+"""Comparison of a result with an earlier result of `trtq bench`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +14,10 @@ from trtq.documents import parse_json, read_text, shown
 from trtq.errors import ArtefactError, UsageError
 from trtq.limits import MAX_BATCH, MAX_STEPS
 
-__all__ = ["FORMAT_VERSION", "Former", "check_same_run", "compare", "read_former"]
+__all__ = ["FORMAT_VERSION", "EarlierResult", "check_same_run", "compare", "read_earlier"]
 
 FORMAT_VERSION = 2
-"""Of the result of `trtq.bench.run.benchmark`."""
+"""Format version of the JSON result of `trtq bench`."""
 
 _WHAT = "give what `trtq bench --json` printed, or the report.json of a report"
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -58,8 +58,8 @@ class _Row(BaseModel):
         return f"{self.path}@{self.provider}"
 
 
-class Former(BaseModel):
-    """What is compared of a result: see `trtq.bench.run.benchmark`."""
+class EarlierResult(BaseModel):
+    """The compared part of an earlier JSON result of `trtq bench`."""
 
     device: dict[str, Any]
     date: str | None
@@ -70,74 +70,96 @@ class Former(BaseModel):
     rows: list[_Row]
 
 
-def read_former(path: Path, device: dict[str, Any]) -> Former:
-    """A result to compare with.
+def read_earlier(path: Path, device: dict[str, Any]) -> EarlierResult:
+    """Read an earlier result to compare with.
+
+    Args:
+        path: JSON file.
+        device: description of the current device.
 
     Raises:
-        UsageError: it is none, or of another device.
+        UsageError: the file is not a result of `trtq bench`, or is from another device.
     """
     try:
-        # Numbers that are not finite are refused with their place.
-        found = parse_json(read_text(path), finite=False)
+        # Non-finite numbers are rejected by the validation below, which names their place.
+        document = parse_json(read_text(path), finite=False)
     except ArtefactError as err:
-        raise UsageError(f"--against: {err}; {_WHAT}") from err
+        raise UsageError(f"--baseline: {err}; {_WHAT}") from err
     except ValueError as err:
-        raise UsageError(f"--against: cannot read {path}: {err}; {_WHAT}") from err
-    if not isinstance(found, dict) or not {"format_version", "rows", "device"} <= set(found):
-        raise UsageError(f"--against: {path} is no result of trtq bench; {_WHAT}")
-    if found["format_version"] != FORMAT_VERSION:
+        raise UsageError(f"--baseline: cannot read {path}: {err}; {_WHAT}") from err
+    if not isinstance(document, dict) or not {"format_version", "rows", "device"} <= set(document):
+        raise UsageError(f"--baseline: {path} is not a result of trtq bench; {_WHAT}")
+    if document["format_version"] != FORMAT_VERSION:
         raise UsageError(
-            f"--against: {path} has format version {shown(found['format_version'])}, this trtq reads "
+            f"--baseline: {path} has format version {shown(document['format_version'])}; trtq reads "
             f"{FORMAT_VERSION}; measure again"
         )
-    former = _validate(path, found)
+    earlier = _validate(path, document)
     for key, value in device.items():
-        if former.device.get(key, value) != value:  # Earlier versions wrote less about it.
-            raise _different(path, key, former.device.get(key), value, "the same device compares")
-    return former
+        if earlier.device.get(key, value) != value:  # Earlier versions recorded fewer keys.
+            raise _different(
+                path,
+                key,
+                earlier.device.get(key),
+                value,
+                "results of the same device are comparable",
+            )
+    return earlier
 
 
-def _validate(path: Path, found: dict[str, Any]) -> Former:
+def _validate(path: Path, document: Mapping[str, Any]) -> EarlierResult:
     try:
-        return Former.model_validate(found)
+        return EarlierResult.model_validate(document)
     except ValidationError as err:
         first = err.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UsageError(
-            f"--against: {path} is no result of trtq bench: {place}: {first['msg']}; {_WHAT}"
+            f"--baseline: {path} is not a result of trtq bench: {place}: {first['msg']}; {_WHAT}"
         ) from err
 
 
 def _different(path: Path, key: str, then: Any, now: Any, only: str) -> UsageError:
     return UsageError(
-        f"--against: {path} was measured with {key} {shown(then)}, here it is {now!r}; only {only}"
+        f"--baseline: {path} was measured with {key} {shown(then)}, this run has {now!r}; only {only}"
     )
 
 
 def check_same_run(
-    former: Former, path: Path, *, steps: int, guidance: float, model_class: str, shape: list[int]
+    earlier: EarlierResult,
+    path: Path,
+    *,
+    steps: int,
+    guidance: float,
+    model_class: str,
+    shape: list[int],
 ) -> None:
-    """Nothing, if what is about to be measured is what was measured.
+    """Raise unless the earlier result has the same model, size and sampling as this run.
 
     Raises:
-        UsageError: another model or size, or another number of steps or guidance.
+        UsageError: the model, the image size, the number of steps or the guidance differs.
     """
     now = {"model_class": model_class, "shape": shape, "steps": steps, "guidance": guidance}
     for key, value in now.items():
-        then = getattr(former, key)
+        then = getattr(earlier, key)
         if then != value:
-            raise _different(path, key, then, value, "the same model, size and sampling compare")
+            raise _different(
+                path,
+                key,
+                then,
+                value,
+                "results of the same model, size and sampling are comparable",
+            )
 
 
-def compare(former: Former, result: dict[str, Any], name: str) -> HistoryComparison:
-    """Compare every number of every row and batch size that both results have.
+def compare(earlier: EarlierResult, result: Mapping[str, Any], name: str) -> HistoryComparison:
+    """Compare every number of every row and batch size that both results contain.
 
     Args:
-        former: the earlier result.
-        result: JSON of this result.
-        name: path of the earlier result.
+        earlier: earlier result.
+        result: JSON result of this run.
+        name: file name of the earlier result, for the output.
     """
-    before = {row.label: row for row in former.rows}
+    before = {row.label: row for row in earlier.rows}
     now = _validate(Path(name), result)
     after = {row.label: row for row in now.rows}
     rows: list[ComparedValue] = []
@@ -158,7 +180,7 @@ def compare(former: Former, result: dict[str, Any], name: str) -> HistoryCompari
             missing += _only_one_side_batches(old, new)
             rows += _compare_rows(old, new)
     return HistoryComparison(
-        file=name, date=former.date, rows=rows, missing=missing, different=different
+        file=name, date=earlier.date, rows=rows, missing=missing, different=different
     )
 
 
@@ -169,7 +191,7 @@ def _only_one_side(before: dict[str, _Row], after: dict[str, _Row]) -> list[str]
 
 
 def _only_one_side_batches(old: _Row, new: _Row) -> list[str]:
-    then, now = ({one.batch for one in row.batches} for row in (old, new))
+    then, now = ({entry.batch for entry in row.batches} for row in (old, new))
     return [
         f"{new.label}, batch {batch}: only {'now' if batch in now else 'then'}"
         for batch in sorted(then ^ now)
@@ -177,7 +199,7 @@ def _only_one_side_batches(old: _Row, new: _Row) -> list[str]:
 
 
 def _compare_rows(old: _Row, new: _Row) -> Iterator[ComparedValue]:
-    batches = {one.batch: one for one in old.batches}
+    batches = {entry.batch: entry for entry in old.batches}
     for now in new.batches:
         then = batches.get(now.batch)
         if then is None:
@@ -185,17 +207,18 @@ def _compare_rows(old: _Row, new: _Row) -> Iterator[ComparedValue]:
         for part in [name for name in now.parts if name in then.parts]:
             medians = compare_medians(then.parts[part].turns, now.parts[part].turns)
             yield ComparedValue(row=new.label, batch=now.batch, what=part, unit="ms", **medians)
-        rates = (
-            [1e3 * now.batch / milliseconds for milliseconds in one.batch_of_images.turns]
-            for one in (then, now)
-        )
-        medians = compare_medians(*rates, more_is_better=True)
+        medians = compare_medians(_rates(then), _rates(now), more_is_better=True)
         yield ComparedValue(
             row=new.label, batch=now.batch, what="whole images", unit="images/s", **medians
         )
     yield from _compare_amounts(new.label, old, new, _SINGLE)
     memories = (old.memory or _Memory(), new.memory or _Memory())
     yield from _compare_amounts(new.label, *memories, _MEMORY)
+
+
+def _rates(entry: _Batch) -> list[float]:
+    """Images per second in each round."""
+    return [1e3 * entry.batch / milliseconds for milliseconds in entry.batch_of_images.turns]
 
 
 _SINGLE = (
@@ -214,7 +237,7 @@ _MEMORY = (
 def _compare_amounts(
     label: str, old: BaseModel, new: BaseModel, entries: tuple[tuple[str, str, str, float], ...]
 ) -> Iterator[ComparedValue]:
-    """What there is one value of in a run; only the size of files is the same each time."""
+    """Compare numbers that a run measures once; of these, only file sizes are reproducible."""
     for what, key, unit, factor in entries:
         before, after = getattr(old, key), getattr(new, key)
         if before is None or after is None:

@@ -1,13 +1,22 @@
-"""What `trtq bench` returns."""
+"""Results of `trtq bench` and `trtq bench kernels`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from trtq.bench.device import GpuState
 from trtq.results import Result
 
-__all__ = ["BenchResult", "ComparedValue", "HistoryComparison", "MeasuredRow"]
+__all__ = [
+    "BenchResult",
+    "ComparedValue",
+    "HistoryComparison",
+    "KernelResult",
+    "KernelRow",
+    "KernelTimings",
+    "MeasuredRow",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,28 +25,28 @@ class MeasuredRow(Result):
 
     Attributes:
         path: artefact or checkpoint, as given by the caller.
-        provider: what runs it, e.g. `cpu`.
+        provider: runtime, e.g. `cpu`.
         kind: `checkpoint`, `run`, `onnx` or `engine`.
         bits: e.g. `w4a8`; precision of a float model, e.g. `fp32`.
         low_bit: whether the model is quantised.
-        added: whether the row was added for comparison, without being asked for.
-        device: `cpu` or `gpu`, where the denoiser was loaded; None if loading failed.
-        measured: whether there are measurements.
-        reason: why there are none.
+        added: whether trtq added the row as a baseline.
+        device: device of the denoiser, `cpu` or `gpu`; None if loading failed.
+        measured: whether the row was measured.
+        reason: why the row was not measured, or None.
         latency_ms: one call of the denoiser at the first batch size, in milliseconds: `p50`, `p90`,
             `p99`, quartiles `q1` and `q3`, `calls`, `turns`.
-        images_per_second: whole images at the first batch size.
+        images_per_second: rate of whole images at the first batch size.
         images_per_second_interval: 95 % interval of `images_per_second`.
-        speedup: of the denoiser, against the fastest float row of the same device: `baseline`,
+        speedup: speedup of the denoiser over the fastest float row on the same device: `baseline`,
             `ratio`, `low`, `high`, `verdict`.
-        images_speedup: of whole images, likewise.
-        psnr_db: images against those of the float model, in dB.
-        load_seconds: time of loading, in seconds.
-        build_seconds: time of building the engines, in seconds.
+        images_speedup: speedup of whole images, with the same keys.
+        psnr_db: PSNR of the images relative to the float model, in dB.
+        load_seconds: duration of loading, in seconds.
+        build_seconds: duration of building the engines, in seconds.
         denoiser_bytes: size of the denoiser's files.
         memory: resident and GPU memory in bytes, by purpose.
         batches: measurements by batch size and by part of the pipeline.
-        roofline: place below the device's roofline, see `trtq.bench.cost.roofline`.
+        roofline: position under the device's roofline, see `trtq.bench.cost.Roofline`.
     """
 
     path: str
@@ -76,12 +85,12 @@ class ComparedValue(Result):
         row: `PATH@PROVIDER`.
         batch: batch size; None for a value of the whole row.
         what: name of the value.
-        unit: its unit.
+        unit: unit of the value.
         before: value in the earlier result.
         after: value in this result.
         ratio: above 1 if this result is better; None if a value is 0.
-        verdict: `better`, `worse`, `within the spread`, `too few turns`, `equal`, or `one value each`,
-            which has no spread to judge by.
+        verdict: `better`, `worse`, `within the spread`, `too few turns`, `equal`, or `one value each`
+            for values without a spread.
     """
 
     row: str
@@ -119,20 +128,20 @@ class BenchResult(Result):
 
     Attributes:
         model_class: class of the denoiser.
-        shape: one sample of the denoiser, [C, H, W].
+        shape: shape of one denoiser sample, [C, H, W].
         format_version: version of this record.
         device: processor, GPU and driver.
         date: UTC, ISO 8601.
-        steps: denoising steps.
+        steps: number of denoising steps.
         guidance: classifier-free guidance scale; 1 disables it.
-        turns: timing rounds per row and part.
-        comparisons: number of speedups whose intervals hold together with 95 % confidence.
-        threads: threads of one operator.
+        turns: number of timing rounds per row and part.
+        comparisons: number of low-bit/float comparisons that the intervals correct for.
+        threads: number of threads per operator.
         seed: seed of the images.
         packages: installed versions by package.
         rows: one entry per artefact and provider.
         slower: labels of low-bit rows that are slower than float, in steps or in whole images.
-        undecided: labels of low-bit rows with too few turns for a verdict.
+        undecided: labels of low-bit rows with too few rounds for a verdict.
         unjudged: labels of low-bit rows without a float row on the same device.
         notes: sentences for the reader.
         against: comparison with an earlier result; None unless one was given.
@@ -156,3 +165,83 @@ class BenchResult(Result):
     unjudged: list[str]
     notes: list[str]
     against: HistoryComparison | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelTimings(Result):
+    """Times of one layer on the low-bit kernels and in half precision, and its sizes.
+
+    Attributes:
+        microseconds: duration of the layer, quantisation included.
+        quantise_microseconds: duration of the quantisation launch alone.
+        product_microseconds: duration of the product launch alone.
+        tile: tile size of the product.
+        fp16_microseconds: duration in half precision, with cuBLAS or cuDNN through torch.
+        speedup: `fp16_microseconds` divided by `microseconds`.
+        speedup_quartiles: first and third quartile of the speedup over the rounds.
+        against_constant_scale: duration with a table of 20 steps divided by the duration with one step.
+        tera_operations: 10^12 operations per second.
+        share_of_peak: share of the GPU's int8 peak; None for an unknown GPU.
+        weight_bytes: size of the packed weights.
+        fp16_weight_bytes: size of the weights in half precision.
+    """
+
+    microseconds: float
+    quantise_microseconds: float
+    product_microseconds: float
+    tile: str
+    fp16_microseconds: float
+    speedup: float
+    speedup_quartiles: list[float]
+    against_constant_scale: float
+    tera_operations: float
+    share_of_peak: float | None
+    weight_bytes: int
+    fp16_weight_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRow(Result):
+    """One layer in one form.
+
+    Attributes:
+        model: name of the model that has the layer.
+        shape: input and output sizes, as text.
+        form: bit widths, e.g. `w4a8`.
+        wrong_values: number of wrong output values; None if the row failed before the check.
+        error: error message; None for success.
+        timings: times and sizes; None after an error. In JSON these are keys of the row.
+        state: clocks, power and temperature of the GPU after the row.
+    """
+
+    model: str
+    shape: str
+    form: str
+    wrong_values: int | None
+    error: str | None
+    timings: KernelTimings | None
+    state: GpuState
+
+    def _by_key(self) -> dict[str, Any]:
+        values = super()._by_key()
+        timings, state = values.pop("timings"), values.pop("state")
+        return values | {**(timings or {})} | {"state": state}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelResult(Result):
+    """The result of `trtq bench kernels`.
+
+    Attributes:
+        gpu: name of the GPU.
+        driver: version of the driver; None if unknown.
+        cuda: newest CUDA version that the driver supports; None if unknown.
+        torch: version of torch.
+        rows: one entry per layer and form.
+    """
+
+    gpu: str
+    driver: str | None
+    cuda: str | None
+    torch: str
+    rows: list[KernelRow]

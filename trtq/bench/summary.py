@@ -1,14 +1,17 @@
-"""What a number of timings say, and whether two sets of them differ by more than their spread."""
+"""Statistics of timings: quantiles, intervals of medians, and verdicts about differences."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 __all__ = [
     "CONFIDENCE",
+    "Comparison",
+    "Speedup",
+    "Summary",
     "Verdict",
     "compare_medians",
     "median_interval",
@@ -22,11 +25,65 @@ CONFIDENCE = 0.95
 Verdict = Literal["faster", "slower", "better", "worse", "within the spread", "too few turns"]
 
 _MIN_CALLS_P99 = 100
-"""With fewer, none is expected beyond the 99th percentile: it would be read off the slowest call."""
+"""With fewer calls, no value is expected above the 99th percentile; p99 would be the slowest call."""
+
+
+class Summary(TypedDict):
+    """Statistics of the calls of one part, in milliseconds.
+
+    Attributes:
+        p50: median of all calls.
+        p90: 90th percentile of all calls.
+        p99: 99th percentile of all calls; None with fewer than 100 calls.
+        q1: first quartile of all calls.
+        q3: third quartile of all calls.
+        calls: number of calls.
+        turns: median of each timing round.
+    """
+
+    p50: float
+    p90: float
+    p99: float | None
+    q1: float
+    q3: float
+    calls: int
+    turns: list[float]
+
+
+class Speedup(TypedDict):
+    """Speed relative to a baseline.
+
+    Attributes:
+        ratio: baseline time divided by own time; above 1 is faster.
+        low: lower bound of the ratio's interval; None with too few rounds.
+        high: upper bound of the ratio's interval; None with too few rounds.
+        verdict: `faster`, `slower`, `within the spread` or `too few turns`.
+    """
+
+    ratio: float
+    low: float | None
+    high: float | None
+    verdict: Verdict
+
+
+class Comparison(TypedDict):
+    """Medians of two measurements that were made at different times.
+
+    Attributes:
+        before: median of the earlier measurement.
+        after: median of the later measurement.
+        ratio: improvement factor; above 1, `after` is better.
+        verdict: `better`, `worse`, `within the spread` or `too few turns`.
+    """
+
+    before: float
+    after: float
+    ratio: float
+    verdict: Verdict
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which this share of the values lies, linearly between neighbours."""
+    """The value below which this share of the values lies, interpolated linearly between neighbours."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = math.floor(place)
@@ -34,36 +91,35 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def summarize(turns: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Seconds of single calls, by turn -> milliseconds.
-
-    Returns:
-        `p50`, `p90`, `p99` (None with fewer than 100 calls), quartiles `q1` and `q3`, `calls`, and
-        `turns`: the median of each turn.
-    """
+def summarize(turns: Sequence[Sequence[float]]) -> Summary:
+    """Summarise the durations of single calls, given in seconds by timing round."""
     milliseconds = [1e3 * value for turn in turns for value in turn]
-    shares = {"p50": 0.5, "p90": 0.9, "q1": 0.25, "q3": 0.75}
-    enough = len(milliseconds) >= _MIN_CALLS_P99
-    return {name: quantile(milliseconds, share) for name, share in shares.items()} | {
-        "p99": quantile(milliseconds, 0.99) if enough else None,
+    has_p99 = len(milliseconds) >= _MIN_CALLS_P99
+    return {
+        "p50": quantile(milliseconds, 0.5),
+        "p90": quantile(milliseconds, 0.9),
+        "q1": quantile(milliseconds, 0.25),
+        "q3": quantile(milliseconds, 0.75),
+        "p99": quantile(milliseconds, 0.99) if has_p99 else None,
         "calls": len(milliseconds),
         "turns": [1e3 * statistics.median(turn) for turn in turns],
     }
 
 
 def median_interval(values: Sequence[float], comparisons: int = 1) -> tuple[float, float] | None:
-    """An interval that holds the median with 95 % confidence, whatever the distribution.
+    """Distribution-free confidence interval of the median, at 95 % over all comparisons.
 
-    By order statistics: the k-th smallest and k-th largest value, with the largest k for which a
-    binomial count of n fair throws leaves `k .. n - k` seldom enough.
+    The bounds are order statistics: the k-th smallest and k-th largest of n values, with the largest k
+    for which the median lies outside them rarely enough. The number of values below the median is
+    binomial(n, 1/2), assuming independent values.
 
     Args:
-        values: independent ones.
-        comparisons: this is one of so many intervals, which are to hold all together with that
-            confidence (Bonferroni).
+        values: one value per timing round, assumed independent.
+        comparisons: number of intervals that must hold jointly (Bonferroni correction).
 
     Returns:
-        None with fewer than `least_turns(comparisons)` values: not even their whole range will do.
+        Lower and upper bound, or None with fewer than `min_turns(comparisons)` values: even their full
+        range does not reach the confidence level.
     """
     ordered, count = sorted(values), len(values)
     if count < min_turns(comparisons):
@@ -78,29 +134,23 @@ def median_interval(values: Sequence[float], comparisons: int = 1) -> tuple[floa
 
 
 def min_turns(comparisons: int = 1) -> int:
-    """The fewest values whose whole range holds the median with 95 % confidence in all comparisons.
+    """Minimum number of values whose range holds the median with 95 % confidence in all comparisons.
 
-    All n lie on one side of the median with a chance of 2 / 2^n: six values for one comparison.
+    All n values lie on one side of the median with probability 2 / 2^n: six values for one comparison.
     """
     return math.ceil(math.log2(2 * comparisons / (1 - CONFIDENCE)))
 
 
-def speedup(
-    baseline: Sequence[float], ours: Sequence[float], comparisons: int = 1
-) -> dict[str, Any]:
-    """How many times faster than the baseline, from medians of turns that were taken together.
+def speedup(baseline: Sequence[float], ours: Sequence[float], comparisons: int = 1) -> Speedup:
+    """Compute the speedup over the baseline from the medians of interleaved rounds.
 
     Args:
-        baseline: milliseconds by turn.
-        ours: likewise.
-        comparisons: see `median_interval`.
-
-    Returns:
-        `ratio` (above 1: faster), `low` and `high` (its interval; None with too few turns), `verdict`.
+        baseline: median of each round of the baseline, in milliseconds.
+        ours: median of each round of the compared row, in milliseconds.
+        comparisons: number of comparisons to correct for, see `median_interval`.
     """
     ratios = [theirs / mine for theirs, mine in zip(baseline, ours, strict=True)]
-    found = median_interval(ratios, comparisons)
-    low, high = found or (None, None)
+    low, high = median_interval(ratios, comparisons) or (None, None)
     verdict: Verdict = "within the spread"
     if low is None or high is None:
         verdict = "too few turns"
@@ -111,12 +161,10 @@ def speedup(
 
 def compare_medians(
     before: Sequence[float], after: Sequence[float], *, more_is_better: bool = False
-) -> dict[str, Any]:
-    """Medians of turns of two measurements that were not taken together.
+) -> Comparison:
+    """Compare the medians of two measurements whose rounds were not interleaved.
 
-    Returns:
-        `before` and `after` (medians), `ratio` (above 1: `after` is better), `verdict`: a difference
-        only where the 95 % intervals of both do not touch.
+    The verdict is `better` or `worse` only if the 95 % intervals of both medians do not overlap.
     """
     old, new = statistics.median(before), statistics.median(after)
     then, now = median_interval(before), median_interval(after)

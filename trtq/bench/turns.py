@@ -1,4 +1,4 @@
-"""Calls in turns: what differs between moments of a machine then touches all that is compared."""
+"""Interleaved timing rounds, so that load changes on the machine affect all compared calls alike."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ _Item = TypeVar("_Item")
 
 
 def calls_per_turn(call_seconds: float) -> int:
-    """How many calls of this length make a turn: about half a second, but 1 .. 50."""
+    """Number of calls in one round of about half a second, between 1 and 50."""
     return max(1, min(MAX_CALLS, round(TURN_SECONDS / max(call_seconds, 1e-6))))
 
 
 def time_call(call: Callable[[], object]) -> float:
-    """Seconds of one call."""
+    """Duration of one call in seconds."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def time_calls(call: Callable[[], object], calls: int) -> list[float]:
-    """Seconds of each of a number of calls.
+    """Duration of each of `calls` calls in seconds.
 
-    Before them there is one that is not counted: caches and sleeping threads are not the model's. A slow
-    model gets it as a fast one does, though its turn then takes twice as long: they are compared.
+    One uncounted call runs first, because it pays for cold caches and sleeping threads. Slow models get
+    the uncounted call too, although it doubles their round: all compared models are treated alike.
     """
     call()
     return [time_call(call) for _ in range(calls)]
 
 
 def rotated(items: list[_Item], turn: int) -> list[_Item]:
-    """The items, another one first in every turn, so that none always follows the same one."""
+    """The items in cyclic order, starting with a different item in each round."""
     place = turn % len(items) if items else 0
     return items[place:] + items[:place]
 
@@ -44,17 +44,20 @@ def rotated(items: list[_Item], turn: int) -> list[_Item]:
 def take_turns(
     calls: Mapping[str, Callable[[], object]], turns: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of single calls in this process, one of each per turn.
+    """Time single calls in this process, one call of each name per round.
 
     Args:
-        calls: what to time, by name.
-        turns: calls of each that count.
-        warm_up: turns before that do not.
+        calls: callables by name.
+        turns: number of counted rounds.
+        warm_up: number of uncounted rounds before them.
+
+    Returns:
+        Seconds per round, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-warm_up, turns):
         for name in rotated(list(calls), turn):
-            taken = time_call(calls[name])
+            duration = time_call(calls[name])
             if turn >= 0:
-                seconds[name].append(taken)
+                seconds[name].append(duration)
     return seconds

@@ -1,4 +1,4 @@
-"""One artefact in the process that it is measured in: loaded, called and drawn with when asked to."""
+"""Worker process of the benchmark: loads one artefact and answers requests to measure it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from trtq.bench.device import GpuMemory, Nvml, cpu_peak
 from trtq.bench.process import answer_questions
 from trtq.bench.turns import calls_per_turn, time_call, time_calls
 from trtq.diffusion.folder import AUTOENCODERS, import_classes
-from trtq.diffusion.pipeline import LoadedPipeline, resolve_model
+from trtq.diffusion.loading import resolve_model
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import Conditions, predict, seeded_noise
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import GPU_PROVIDERS
@@ -38,7 +39,7 @@ _Call = Callable[[], object]
 
 
 class MeasuredArtefact:
-    """A loaded artefact, and how its parts are called. Every method answers with JSON."""
+    """One artefact and the calls to its parts. Every public method returns JSON values."""
 
     def __init__(self) -> None:
         self._nvml = Nvml()
@@ -47,23 +48,22 @@ class MeasuredArtefact:
         self._calls = 1
 
     def open(self, path: str, provider: str, threads: int, size: str | None) -> dict[str, Any]:
-        """Load it.
+        """Load the artefact.
 
         Args:
-            path: see `open_any`.
-            provider: see `open_any`.
-            threads: of one operator.
-            size: of the images, `HEIGHTxWIDTH`; None: the artefact's own.
+            path: artefact or checkpoint, see `open_any`.
+            provider: runtime, see `open_any`.
+            threads: number of threads per operator.
+            size: image size, `HEIGHTxWIDTH`; None for the artefact's size.
 
         Returns:
-            `load_seconds`; `memory`: `libraries_bytes` (resident before), `weights_bytes` (what loading
-            added), `load_peak_bytes`; `shape` of the denoiser's sample and its `model_class`; `parts`
-            that can be timed; `guidance` that the model is meant for; `prompts` that it knows, or None;
-            `weight_bytes` of the denoiser, where torch holds them; `device`, `gpu` or `cpu`, that the
-            denoiser is on.
+            `load_seconds`; `memory`: `libraries_bytes` (resident before loading), `weights_bytes` (added
+            by loading), `load_peak_bytes`; `shape` and `model_class` of the denoiser; `parts` to time;
+            default `guidance`; calibration `prompts`, or None; `weight_bytes` of the denoiser if
+            torch holds its weights; `device` of the denoiser, `gpu` or `cpu`.
 
         Raises:
-            TrtqError: it cannot be opened.
+            TrtqError: the artefact cannot be opened.
         """
         torch.set_num_threads(threads)
         _import_libraries(path, provider)
@@ -75,7 +75,7 @@ class MeasuredArtefact:
         )
         seconds = time.perf_counter() - start
         if size is not None:
-            self.source.resize(size)
+            self.source = self.source.sized(size)
         self._loaded = rss_bytes()
         peak = peak_rss_bytes()
         self._forgot = forget_peak_rss()
@@ -110,21 +110,21 @@ class MeasuredArtefact:
         return list(self.source.prompts.calibration[:_MAX_PROMPTS])
 
     def _autoencoder(self) -> Any:
-        found = (getattr(self.source.pipeline, name, None) for name in AUTOENCODERS)
-        return next((one for one in found if one is not None), None)
+        models = (getattr(self.source.pipeline, name, None) for name in AUTOENCODERS)
+        return next((model for model in models if model is not None), None)
 
     @torch.no_grad()
     def prepare(self, part: str, batch: int, steps: int, guidance: float) -> dict[str, Any]:
-        """Make the inputs of a part, and call it until it is warm.
+        """Create the inputs of a part and warm the part up.
 
         Args:
-            part: one of `parts`.
-            batch: images; with guidance the denoiser gets twice as many items, as in a pipeline.
-            steps: the denoiser is timed at the middle one of so many.
-            guidance: 1 is none.
+            part: name of a part, see `open`.
+            batch: number of images; with guidance the denoiser gets twice as many rows.
+            steps: number of denoising steps; the denoiser is timed at the middle step.
+            guidance: classifier-free guidance scale; 1 disables it.
 
         Returns:
-            `first_call_seconds`, which may hold compilation, and `calls` that a turn will have.
+            `first_call_seconds`, which may include compilation, and `calls` per timing round.
         """
         makers: dict[str, Callable[[], _Call]] = {
             DENOISER: lambda: self._denoiser_call(batch, steps, guidance),
@@ -155,7 +155,7 @@ class MeasuredArtefact:
 
     @torch.no_grad()
     def time(self) -> dict[str, Any]:
-        """One turn of the prepared part: `seconds` of each call."""
+        """Time one round of the prepared part; return `seconds` of each call."""
         return {"seconds": time_calls(self._call, self._calls)}
 
     def draw(
@@ -168,19 +168,19 @@ class MeasuredArtefact:
         turn: int | None,
         out: str | None,
     ) -> dict[str, Any]:
-        """Draw a batch of images; those of a turn and seed show the same whatever draws them.
+        """Generate a batch of images; conditions and noise depend only on `seed` and `turn`.
 
         Args:
-            batch: how many.
-            steps: denoising steps.
-            seed: of their starting noise.
-            guidance: 1 is none.
-            prompts: used in turn; None for a model that takes none.
-            turn: which batch; None: only get warm, in a few steps.
-            out: where the images go, as numpy's float32 `[B,C,H,W]`.
+            batch: number of images B.
+            steps: number of denoising steps.
+            seed: seed of the starting noise.
+            guidance: classifier-free guidance scale; 1 disables it.
+            prompts: prompts to cycle through; None for a model without prompts.
+            turn: index of the batch; None for a warm-up with few steps.
+            out: output file for the images as numpy float32[B,C,H,W], or None.
 
         Returns:
-            `seconds` of the whole batch, and `joules` of the GPU where they are counted.
+            `seconds` of the whole batch, and GPU energy in `joules` (None if not reported).
         """
         if turn is None:
             turn, steps = 0, min(steps, _WARM_STEPS)
@@ -200,51 +200,53 @@ class MeasuredArtefact:
         after = self._nvml.joules if before is not None else None
         if out is not None:
             np.save(out, images.numpy())
-        used = None if before is None or after is None else after - before
-        return {"seconds": seconds, "joules": used}
+        joules = None if before is None or after is None else after - before
+        return {"seconds": seconds, "joules": joules}
 
     def memory(self) -> dict[str, Any]:
-        """What calling added to the resident memory at its highest, and the highest of all.
+        """Report the peak resident memory and the GPU memory.
 
         Returns:
-            `activations_bytes`, None where the system does not count from a moment on; `run_peak_bytes`
-            since loading; on a GPU also `gpu_weights_bytes` (what loading added) and `gpu_bytes` (what
-            this process has by now), where the driver tells them.
+            `activations_bytes`, the maximum added by calls (None if the system cannot reset its peak
+            counter); `run_peak_bytes`, the peak since loading; on a GPU also `gpu_weights_bytes`
+            (added by loading) and `gpu_bytes` (in use now), None if the driver does not report them.
         """
         peak = peak_rss_bytes()
-        found: dict[str, Any] = {
+        memory: dict[str, Any] = {
             "activations_bytes": max(peak - self._loaded, 0) if self._forgot else None,
             "run_peak_bytes": peak,
         }
         if self._on_gpu:
-            found["gpu_weights_bytes"] = self._gpu_loaded.added_to(self._gpu_before)
-            found["gpu_bytes"] = self._nvml.memory.process
-        return found
+            memory["gpu_weights_bytes"] = self._gpu_loaded.added_to(self._gpu_before)
+            memory["gpu_bytes"] = self._nvml.memory.process
+        return memory
 
     @torch.no_grad()
     def operations(self, batch: int, steps: int, guidance: float) -> dict[str, Any]:
-        """`operations` of one call of the denoiser, counted on its float form without any weights."""
+        """Count the `operations` of one denoiser call, on the float model without weights."""
         cls = getattr(self.source.denoiser, "model_class", type(self.source.model))
         conditions = self.source.draw_conditions(batch, seeded_generator(0, "bench conditions"))
         timestep = torch.tensor(self.source.timesteps(steps)[steps // 2], device="meta")
         with torch.device("meta"):
             model = cls.from_config(self.source.model.config).eval()
             x = torch.zeros(batch, *self.source.sample_shape)
-        without: Conditions = conditions.to("meta")
+        meta_conditions: Conditions = conditions.to("meta")
         return {
-            "operations": count_operations(lambda: predict(model, x, timestep, without, guidance))
+            "operations": count_operations(
+                lambda: predict(model, x, timestep, meta_conditions, guidance)
+            )
         }
 
 
 def _on_gpu(denoiser: nn.Module) -> bool:
-    """Where a loaded denoiser is, whatever was asked for: a run goes to the GPU only if there is one."""
+    """Whether a loaded denoiser is on a GPU; a run uses the GPU only if there is one."""
     if isinstance(denoiser, EngineDenoiser):
         return denoiser.engine.provider in GPU_PROVIDERS
     return any(value.is_cuda for value in denoiser.state_dict().values())
 
 
 def _import_libraries(path: str, provider: str) -> None:
-    """Import what loading imports: neither its time nor its memory is the model's."""
+    """Import the libraries in advance, so that their time and memory are not attributed to the model."""
     from diffusers import DiffusionPipeline  # noqa: F401
 
     place = Path(path) if Path(path).is_dir() else resolve_model(path)
@@ -265,7 +267,7 @@ def _cpu_peak(threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer questions about one artefact, or about the processor."""
-    subject = MeasuredArtefact()
+    """Answer requests about one artefact, or about the processor."""
+    artefact = MeasuredArtefact()
     names = ("open", "prepare", "time", "draw", "memory", "operations")
-    answer_questions({name: getattr(subject, name) for name in names} | {"cpu_peak": _cpu_peak})
+    answer_questions({name: getattr(artefact, name) for name in names} | {"cpu_peak": _cpu_peak})

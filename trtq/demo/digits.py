@@ -1,4 +1,4 @@
-"""The whole path on the digits model, and a report of it."""
+"""The complete path on the digits model: quantise, export, evaluate, report."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from typing import Any
 from trtq.artefact.folder import check_output, claimed, claims_output, owned_by_trtq
 from trtq.artefact.listing import write_listing
 from trtq.artefact.partial import remove_partial
+from trtq.demo.result import DemoResult, DemoRow
 from trtq.engine.ort import available_providers
 from trtq.errors import TrtqError, UsageError
-from trtq.evaluation.evaluate import Evaluation, ReferenceSet, draw_reference, evaluate
+from trtq.evaluation.evaluate import Evaluation, evaluate
 from trtq.evaluation.page import FLOAT, grid_section, layer_sections, snr_section
+from trtq.evaluation.reference import ReferenceSet, draw_reference
 from trtq.exporter.export import export
-from trtq.pipelines.draw import contact_sheet, save_png
+from trtq.pipelines.sheet import contact_sheet, save_png
 from trtq.progress import ProgressCallback, silent
 from trtq.report.folder import check_report_folder, write_report
 from trtq.report.page import Page, Section, Table
@@ -39,11 +41,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Entry:
-    """One low-bit model of the demonstration."""
+    """Plan for one low-bit model of the demo.
+
+    Attributes:
+        name: name in the report.
+        folder: subfolder for run and ONNX folder.
+        recipe: quantisation recipe.
+    """
 
     name: str
     folder: str
     recipe: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One low-bit model of the demo, quantised and evaluated.
+
+    Attributes:
+        name: name in the report.
+        run: run folder.
+        quantized: result of `quantize`.
+        evaluation: result of `evaluate` on the ONNX folder.
+    """
+
+    name: str
+    run: Path
+    quantized: RunResult
+    evaluation: Evaluation
 
 
 def _entries(iterations: int, seed: int) -> tuple[_Entry, ...]:
@@ -69,154 +94,180 @@ def demo(
     seed: int = 0,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
-) -> dict[str, Any]:
-    """Quantise to W4A4, export, draw, evaluate, and write an HTML report.
+) -> DemoResult:
+    """Quantise the digits model to W4A4, export it, generate and evaluate images, write an HTML report.
 
     Args:
-        out: folder for runs, ONNX folders, `digits.png` and `report/index.html`.
-        images: drawn with each model.
-        iterations: of the fine-tuning.
-        provider: what runs the ONNX folders.
-        seed: of everything.
-        overwrite: replace what is there.
-        progress: called with the stage's name, the work done and the total.
-
-    Returns:
-        `rows` (one per model: `name`, `fd`, `fd_interval`, `class_accuracy`, `accuracy_interval`,
-        `snr_db`, `bytes`), `seconds`, `report`.
+        out: output folder for runs, ONNX folders, `digits.png` and `report/index.html`.
+        images: number of images per model.
+        iterations: number of fine-tuning iterations.
+        provider: runtime of the ONNX folders.
+        seed: seed of quantisation and evaluation.
+        overwrite: replace existing output.
+        progress: callback with the name of the stage, the work done and the total.
 
     Raises:
         TrtqError: see `trtq.errors`.
     """
     start = time.monotonic()
     folder = Path(out)
+    entries = _entries(iterations, seed)
+    _prepare_folder(folder, entries, provider, overwrite=overwrite)
+    reference = draw_reference(MODEL, images=images, steps=STEPS, seed=seed + 1, progress=progress)
+    models = []
+    for entry in entries:
+        run, onnx = folder / entry.folder / "run", folder / entry.folder / "onnx"
+        quantized = _quantize(entry.recipe, run, overwrite=overwrite, progress=progress)
+        export(run, onnx, overwrite=overwrite, progress=progress)
+        evaluation = evaluate(onnx, reference, provider=provider, progress=progress)
+        models.append(_Model(entry.name, run, quantized, evaluation))
+    rows = _rows(reference, models)
+    seconds = round(time.monotonic() - start, 1)
+    index = str(folder / REPORT / "index.html")
+    result = DemoResult(rows=rows, seconds=seconds, report=index)
+    page = _page(reference, models, rows, provider=provider, seconds=seconds)
+    sheet = contact_sheet(models[-1].evaluation.images[:100], 10, scale=6, gap=6)
+    try:
+        save_png(sheet, folder / SHEET, overwrite=overwrite)
+        write_listing(folder, _KIND, [SHEET])
+        numbers = result.to_json()
+        write_report(folder / REPORT, page, numbers, kind=_REPORT_KIND, overwrite=overwrite)
+    except (OSError, TrtqError):
+        # The measurements took minutes: log them even if the disk is full.
+        for row in rows:
+            logger.warning(
+                "measured: %s: FD %.2f, class accuracy %.1f %%",
+                row.name,
+                row.fd,
+                100 * row.class_accuracy,
+            )
+        raise
+    return result
+
+
+def _prepare_folder(
+    folder: Path, entries: tuple[_Entry, ...], provider: str, *, overwrite: bool
+) -> None:
+    """Check provider and output places before any long work, and create the folder.
+
+    Raises:
+        UsageError: the provider is not available, or existing files must not be replaced.
+    """
     if provider not in available_providers():
         raise UsageError(
-            f"the demonstration cannot run on {provider!r}; here there are "
+            f"the demo cannot run on {provider!r}; available providers: "
             f"{', '.join(available_providers())}"
         )
     _check_folder(folder, overwrite=overwrite)
     check_report_folder(folder / REPORT, kind=_REPORT_KIND, overwrite=overwrite)
-    for entry in _entries(iterations, seed):
+    for entry in entries:
         for part in ("run", "onnx"):
             check_output(folder / entry.folder / part, overwrite=overwrite, kind=part)
     folder.mkdir(exist_ok=True)
     if owned_by_trtq(folder) is None:
         write_listing(folder, _KIND, [])
-    reference = draw_reference(MODEL, images=images, steps=STEPS, seed=seed + 1, progress=progress)
-    results: dict[str, Evaluation] = {}
-    sizes: dict[str, RunResult] = {}
-    for entry in _entries(iterations, seed):
-        run, onnx = folder / entry.folder / "run", folder / entry.folder / "onnx"
-        try:
-            made = quantize(MODEL, entry.recipe, run, overwrite=overwrite, progress=progress)
-        except BaseException:
-            # The demonstration cannot be gone on with, so its checkpoints are of no use.
-            with suppress(UsageError), claimed(run.resolve()):
-                remove_partial(run.resolve())
-            raise
-        assert made is not None  # This is the first process.
-        sizes[entry.name] = made
-        export(run, onnx, overwrite=overwrite, progress=progress)
-        results[entry.name] = evaluate(onnx, reference, provider=provider, progress=progress)
-    last = results[entry.name]
-    sheet = contact_sheet(last.images[:100], 10, scale=6, gap=6)
-    rows = _rows(reference, results, sizes)
-    colours = model_colours(row["name"] for row in rows)
+
+
+def _quantize(
+    recipe: dict[str, Any], run: Path, *, overwrite: bool, progress: ProgressCallback
+) -> RunResult:
+    try:
+        result = quantize(MODEL, recipe, run, overwrite=overwrite, progress=progress)
+    except BaseException:
+        # The demo cannot be resumed, so its checkpoints are useless.
+        with suppress(UsageError), claimed(run.resolve()):
+            remove_partial(run.resolve())
+        raise
+    assert result is not None  # This is the first process.
+    return result
+
+
+def _page(
+    reference: ReferenceSet,
+    models: list[_Model],
+    rows: list[DemoRow],
+    *,
+    provider: str,
+    seconds: float,
+) -> Page:
+    """The report of the demo."""
+    colours = model_colours(row.name for row in rows)
+    images = {model.name: model.evaluation.images for model in models}
     sections = (
         _numbers(rows, colours),
-        grid_section(
-            {FLOAT: reference.images} | {n: e.images for n, e in results.items()}, colours
-        ),
+        grid_section({FLOAT: reference.images} | images, colours),
         snr_section(
-            {name: e.snr_db for name, e in results.items()},
+            {model.name: model.evaluation.snr_db for model in models},
             sorted(reference.source.timesteps(STEPS)),
             colours,
         ),
-        *layer_sections(folder / entry.folder / "run"),
+        *layer_sections(models[-1].run),
     )
-    seconds = round(time.monotonic() - start, 1)
-    tuned = sizes[entry.name]
+    tuned = models[-1].quantized
     lead = (
-        f"{images} images with each model, {STEPS} DDIM steps, the low-bit models on onnxruntime "
-        f"({provider}). Everything took {seconds:.0f} s, {tuned.fine_tune_seconds:.0f} s of it "
-        f"fine-tuning ({tuned.fine_tune_iterations} iterations, no training data)."
+        f"{len(reference.images)} images per model, {STEPS} DDIM steps, low-bit models on onnxruntime "
+        f"({provider}). Total time {seconds:.0f} s, of which fine-tuning took "
+        f"{tuned.fine_tune_seconds:.0f} s ({tuned.fine_tune_iterations} iterations, no training "
+        "data)."
     )
-    result = {"rows": rows, "seconds": seconds, "report": str(folder / REPORT / "index.html")}
-    page = Page("Handwritten digits in four bits", lead, sections)
-    try:
-        save_png(sheet, folder / SHEET, overwrite=overwrite)
-        write_listing(folder, _KIND, [SHEET])
-        write_report(folder / REPORT, page, result, kind=_REPORT_KIND, overwrite=overwrite)
-    except (OSError, TrtqError):
-        # A full disk must not cost what took so long to measure.
-        for row in rows:
-            logger.warning(
-                "measured: %s: FD %.2f, class accuracy %.1f %%",
-                row["name"],
-                row["fd"],
-                100 * row["class_accuracy"],
-            )
-        raise
-    return result
+    return Page("Handwritten digits in four bits", lead, sections)
 
 
 _ROW_KEYS = ("fd", "fd_interval", "class_accuracy", "accuracy_interval", "snr_db")
 
 
 def _check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that is not the demonstration's.
+    """Raise unless the folder is new or was created by the demo.
 
     Raises:
-        UsageError: it is the user's, or holds a file of his where one is to be written.
+        UsageError: the folder, or a file that would be replaced, was not created by trtq.
     """
     check_output(folder, overwrite=overwrite, kind=_KIND)
     owned = owned_by_trtq(folder)
     if (folder / SHEET).exists() and (owned is None or not owned.holds(SHEET)):
-        raise UsageError(f"{folder / SHEET} is not what trtq made; move it away first")
+        raise UsageError(f"{folder / SHEET} was not created by trtq; move it first")
 
 
-def _rows(
-    reference: ReferenceSet, results: dict[str, Evaluation], sizes: dict[str, RunResult]
-) -> list[dict[str, Any]]:
-    first = next(iter(sizes.values()))
+def _rows(reference: ReferenceSet, models: list[_Model]) -> list[DemoRow]:
     scores = reference.scores
-    assert scores is not None  # The model ships with its classifier.
-    rows: list[dict[str, Any]] = [
-        {
-            "name": FLOAT,
-            "fd": scores.fd,
-            "fd_interval": scores.fd_interval,
-            "class_accuracy": scores.accuracy,
-            "accuracy_interval": scores.accuracy_interval,
-            "snr_db": None,
-            "bytes": first.bytes_before,
-        }
-    ]
-    for name, evaluation in results.items():
-        result = evaluation.to_json()
-        rows.append(
-            {"name": name, "bytes": sizes[name].bytes_after}
-            | {key: result[key] for key in _ROW_KEYS}
-        )
+    # The model ships with a classifier and its statistics.
+    assert scores is not None
+    assert scores.fd is not None
+    assert scores.fd_interval is not None
+    assert scores.accuracy is not None
+    assert scores.accuracy_interval is not None
+    row = DemoRow(
+        name=FLOAT,
+        fd=scores.fd,
+        fd_interval=scores.fd_interval,
+        class_accuracy=scores.accuracy,
+        accuracy_interval=scores.accuracy_interval,
+        snr_db=None,
+        bytes=models[0].quantized.bytes_before,
+    )
+    rows = [row]
+    for model in models:
+        result = model.evaluation.to_json()
+        values = {key: result[key] for key in _ROW_KEYS}
+        rows.append(DemoRow(name=model.name, bytes=model.quantized.bytes_after, **values))
     return rows
 
 
-def _numbers(rows: list[dict[str, Any]], colours: Mapping[str, str]) -> Section:
+def _numbers(rows: list[DemoRow], colours: Mapping[str, str]) -> Section:
     shown = tuple(
         (
-            row["name"],
-            f"{row['fd']:.2f} ({row['fd_interval'][0]:.2f} .. {row['fd_interval'][1]:.2f})",
-            f"{row['class_accuracy']:.1%} ({row['accuracy_interval'][0]:.1%} .. "
-            f"{row['accuracy_interval'][1]:.1%})",
-            f"{row['bytes'] / 1e6:.2f} MB",
+            row.name,
+            f"{row.fd:.2f} ({row.fd_interval[0]:.2f} .. {row.fd_interval[1]:.2f})",
+            f"{row.class_accuracy:.1%} ({row.accuracy_interval[0]:.1%} .. "
+            f"{row.accuracy_interval[1]:.1%})",
+            f"{row.bytes / 1e6:.2f} MB",
         )
         for row in rows
     )
     header = ("model", "Fréchet distance", "class accuracy", "denoiser")
     text = (
-        "Fréchet distance to the real digits in the features of the classifier that ships with the "
-        "model; lower is better. In brackets: 95 % intervals."
+        "Fréchet distance to the real digits, in the feature space of the shipped classifier; lower is "
+        "better. Brackets: 95 % intervals."
     )
     table = Table(header, shown, best=len(shown) - 1, colours=colours)
     return Section("Numbers", text, table)

@@ -1,7 +1,7 @@
-"""The world of the shapes model: one or two coloured shapes on white, and a caption for them.
+"""Training scenes of the shapes model: one or two coloured shapes on white, with a caption.
 
-A scene is drawn from the distance of each pixel to each shape's outline, so edges are smooth. Two
-shapes stand one above or one left of the other; each arrangement has two captions that mean the same.
+Pixels are coloured by their distance to each shape's outline, so edges are smooth. In a scene with two
+shapes, one is above or left of the other; each arrangement has two equivalent captions.
 Letters: B scenes, H = W = `SIZE` pixels.
 """
 
@@ -27,9 +27,9 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 ARRANGEMENTS = ("single", "above", "left of")
 CONVERSE = {"above": "below", "left of": "right of"}
-# One caption in so many begins with the lower or the right shape. If it were every other one, neither
-# the order of mention nor the relation would say anything alone about where a shape stands, and a
-# small model stays at a coin's toss between the two.
+# 1 of CONVERSE_EVERY captions names the lower or right shape first. With 1 of 2, neither the order of
+# the words nor the relation alone would be correlated with the positions, and a small model does not
+# learn more than chance.
 CONVERSE_EVERY = 4
 ATTRIBUTES = {
     "arrangement": len(ARRANGEMENTS),
@@ -38,19 +38,19 @@ ATTRIBUTES = {
     "second_colour": len(COLOURS) + 1,
     "second_shape": len(SHAPES) + 1,
 }
-"""What a classifier reads off a picture, and how many values each has; the last value of the second
-shape's attributes means that there is none."""
+"""Number of values of each attribute that the classifier predicts; the last value of the second shape's
+attributes means "no second shape"."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
+    """Content of a picture.
 
     Attributes:
         arrangement: index into `ARRANGEMENTS`.
-        first: (colour, shape) indices of the only, the upper or the left shape.
-        second: of the other one, or None.
-        swapped: the caption begins with the second shape.
+        first: (colour, shape) indices of the single, upper or left shape.
+        second: (colour, shape) indices of the lower or right shape; None for a single shape.
+        swapped: whether the caption names the second shape first.
     """
 
     arrangement: int
@@ -60,7 +60,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The scene in words, e.g. `a red circle above a blue square`."""
+        """Caption of the scene, e.g. `a red circle above a blue square`."""
         first = _words(*self.first)
         if self.second is None:
             return first
@@ -72,7 +72,7 @@ class Scene:
 
     @property
     def labels(self) -> dict[str, int]:
-        """The values of `ATTRIBUTES`."""
+        """Value of each attribute in `ATTRIBUTES`."""
         colour, shape = self.second or (len(COLOURS), len(SHAPES))
         return {
             "arrangement": self.arrangement,
@@ -92,7 +92,7 @@ def _integer(high: int, generator: torch.Generator) -> int:
 
 
 def random_scene(generator: torch.Generator) -> Scene:
-    """A third single shapes, a third of each arrangement of two; colours and shapes are uniform."""
+    """Draw a scene: arrangement, colours and shapes are uniformly distributed."""
 
     def thing() -> tuple[int, int]:
         return _integer(len(COLOURS), generator), _integer(len(SHAPES), generator)
@@ -105,7 +105,7 @@ def random_scene(generator: torch.Generator) -> Scene:
 
 
 def _distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Signed distance in pixels to the outline, negative inside; `x`, `y` from the centre, y down."""
+    """Signed distance to the outline in pixels, negative inside; `x`, `y` from the centre, y down."""
     slope = math.sqrt(0.75)
     arm = 0.36 * radius
     square = torch.maximum(x.abs(), y.abs())
@@ -115,12 +115,12 @@ def _distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
         torch.maximum(x.abs() - arm, y.abs() - radius),
         torch.maximum(y.abs() - arm, x.abs() - radius),
     )
-    every = torch.stack([circle, square - 0.85 * radius, triangle, cross])
-    return every.gather(0, shape.expand_as(x)[None])[0]
+    distances = torch.stack([circle, square - 0.85 * radius, triangle, cross])
+    return distances.gather(0, shape.expand_as(x)[None])[0]
 
 
 def draw_scenes(scenes: list[Scene], generator: torch.Generator) -> Tensor:
-    """Pictures float32[B,3,H,W] in [-1, 1]; places and sizes vary, within what the caption says."""
+    """Render B scenes as float32[B,3,H,W] in [-1, 1], with random positions and sizes."""
     count = len(scenes)
     palette = torch.tensor([*COLOURS.values(), (1.0, 1.0, 1.0)])
     arrangement = torch.tensor([scene.arrangement for scene in scenes])

@@ -1,11 +1,11 @@
-"""Train the digit model that ships with trtq, and the classifier that judges it.
+"""Train the digits model that ships with trtq, and its classifier.
 
-`python -m trtq.demo.train_digits --output DIR` draws on nothing but the 1,797 handwritten digits
-inside scikit-learn. On one machine the same seed gives the same files.
+`python -m trtq.demo.train_digits --output DIR` needs only the 1,797 handwritten digits that come with
+scikit-learn. On one machine the same seed gives the same files.
 
 The denoiser is a class-conditional `UNet2DModel` on 8 x 8 pixels that predicts the noise (DDPM,
-arXiv 2006.11239, eq. 14). Class 10 is "no class": labels are dropped for a tenth of the images, so
-classifier-free guidance (arXiv 2207.12598) works too.
+arXiv 2006.11239, eq. 14). Class 10 means "no class": 10 % of the labels are dropped, which enables
+classifier-free guidance (arXiv 2207.12598).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 def shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Move each image by at most one pixel, so the classifier learns shapes and not positions."""
+    """Shift each image by up to one pixel, so that the classifier does not depend on the position."""
     padded = functional.pad(images, (1, 1, 1, 1), value=-1.0)
     dy, dx = torch.randint(0, 3, (2, len(images)), generator=generator)
     size = images.shape[-1]
@@ -75,7 +75,7 @@ def shift(images: Tensor, generator: torch.Generator) -> Tensor:
 def train_classifier(
     images: Tensor, labels: Tensor, seed: int, epochs: int
 ) -> tuple[ImageClassifier, float]:
-    """Train on four fifths of the digits; returns the model and its accuracy on the rest."""
+    """Train on 80 % of the digits; return the model and its accuracy on the other 20 %."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
@@ -83,8 +83,8 @@ def train_classifier(
     model = ImageClassifier(channels=1, size=8, heads={"class": CLASSES})
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     batch = 64
-    steps = epochs * math.ceil(len(train) / batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    updates = epochs * math.ceil(len(train) / batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=updates)
     for _ in range(epochs):
         for chosen in torch.split(train[torch.randperm(len(train), generator=generator)], batch):
             x = shift(images[chosen], generator)
@@ -103,7 +103,7 @@ def train_classifier(
 
 
 def train_denoiser(images: Tensor, labels: Tensor, seed: int, iterations: int, batch: int) -> Any:
-    """Minimise the error of the predicted noise; returns the moving average of the weights."""
+    """Minimise the error of the predicted noise; return the model with moving-average weights."""
     from diffusers import DDIMScheduler, UNet2DModel
 
     torch.manual_seed(seed)
@@ -119,7 +119,7 @@ def train_denoiser(images: Tensor, labels: Tensor, seed: int, iterations: int, b
     running = 1.0
     for iteration in range(iterations):
         chosen = torch.randint(0, len(images), (batch,), generator=generator)
-        # One timestep per stratum: the same expectation as independent draws, with less variance.
+        # One timestep per stratum: same expectation as independent draws, lower variance.
         offsets = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         timesteps = (offsets * TIMESTEPS).long().clamp_max(TIMESTEPS - 1)
         dropped = torch.rand(batch, generator=generator) < LABEL_DROP
@@ -171,7 +171,7 @@ def main() -> None:
         images, labels, arguments.seed, arguments.classifier_epochs
     )
     print(f"classifier: accuracy on held-out digits {accuracy:.4f}")
-    # The statistics must come from the weights that ship, which are rounded to half precision.
+    # Compute the statistics with the shipped weights, which are rounded to half precision.
     classifier.half().float()
     save_classifier(
         classifier, arguments.output / "classifier", feature_statistics(classifier, images)
@@ -180,7 +180,9 @@ def main() -> None:
     pipeline = DDIMPipeline(unet.half(), DDIMScheduler(**SCHEDULER))
     pipeline.save_pretrained(arguments.output, safe_serialization=True)
     classes = {"labels": [str(label) for label in range(CLASSES)], "null_class": NO_CLASS}
-    (arguments.output / "classes.json").write_text(json.dumps(classes, indent=2) + "\n")
+    (arguments.output / "classes.json").write_text(
+        json.dumps(classes, indent=2) + "\n", encoding="utf-8"
+    )
     record = {
         "seed": arguments.seed,
         "iterations": arguments.iterations,
@@ -189,7 +191,9 @@ def main() -> None:
         "classifier_accuracy_held_out": accuracy,
         "torch": torch.__version__,
     }
-    (arguments.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (arguments.output / "training.json").write_text(
+        json.dumps(record, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Train the text-to-image model that ships with trtq, and the classifier that judges it.
 
-`python -m trtq.demo.train_shapes --output DIR` draws its own pictures and captions (`trtq.demo.shapes`)
-and needs no data. The result is a true `StableDiffusionPipeline`: byte-pair tokenizer, CLIP text
-encoder, VAE, and a `UNet2DConditionModel` with cross-attention that predicts the noise of latents
-(DDPM, arXiv 2006.11239, eq. 14). A tenth of the captions is dropped, so classifier-free guidance
-(arXiv 2207.12598) works. On one machine the same seed gives the same files.
+`python -m trtq.demo.train_shapes --output DIR` draws pictures with captions (`trtq.demo.shapes`) and
+needs no data. The result is a `StableDiffusionPipeline`: byte-pair tokenizer, CLIP text encoder, VAE,
+and a `UNet2DConditionModel` with cross-attention that predicts the noise of latents (DDPM,
+arXiv 2006.11239, eq. 14). 10 % of the captions are dropped, which enables classifier-free guidance
+(arXiv 2207.12598). On one machine the same seed gives the same files.
 
-Every part is written when it is finished, and a part that is there is not trained again.
+Each part is written as soon as it is trained; existing parts are not trained again.
 """
 
 from __future__ import annotations
@@ -23,107 +23,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trtq.demo.shapes import ATTRIBUTES, COLOURS, SHAPES, SIZE, Scene, draw_scenes, random_scene
+from trtq.demo.shapes import ATTRIBUTES, SIZE, Scene, draw_scenes, random_scene
+from trtq.demo.shapes_model import (
+    SCHEDULER,
+    TIMESTEPS,
+    UNET,
+    VAE,
+    build_text_encoder,
+    build_tokenizer,
+    tokenize,
+)
 from trtq.evaluation.classifier import ImageClassifier, load_classifier, save_classifier
 
 CAPTION_DROP = 0.1
 GUIDANCE = 3.0
-TIMESTEPS = 1000
-TOKENS = 12
-WORDS = ("a", *COLOURS, *SHAPES, "above", "below", "left", "right", "of")
-SPECIAL = ("<|startoftext|>", "<|endoftext|>")
-
-TEXT_ENCODER: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": TOKENS,
-    "projection_dim": 64,
-}
-VAE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "block_out_channels": (12, 24, 48),
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 6,
-    "sample_size": SIZE,
-}
-UNET = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (64, 112),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 64,
-    "attention_head_dim": 4,
-    "norm_num_groups": 8,
-}
-SCHEDULER = {
-    "num_train_timesteps": TIMESTEPS,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
-
-
-def merges() -> list[tuple[str, str]]:
-    """Byte-pair merges under which every word of the world is one token."""
-    found: list[tuple[str, str]] = []
-    for word in WORDS:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        for pair in found:
-            for place in range(len(pieces) - 1, 0, -1):
-                if (pieces[place - 1], pieces[place]) == pair:
-                    pieces[place - 1 : place + 1] = ["".join(pair)]
-        while len(pieces) > 1:
-            pair = (pieces[0], pieces[1])
-            found.append(pair)
-            pieces[:2] = ["".join(pair)]
-    return found
-
-
-def build_tokenizer() -> Any:
-    """A CLIP tokenizer: 256 bytes, each also as the end of a word, the merges, and two marks."""
-    from transformers import CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = list(bytes_to_unicode().values())  # type: ignore[no-untyped-call]
-    pairs: Any = merges()
-    entries = [*letters, *(letter + "</w>" for letter in letters), *map("".join, pairs), *SPECIAL]
-    vocabulary = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
-    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=TOKENS)
-
-
-def build_text_encoder(tokenizer: Any) -> Any:
-    """A fresh CLIP text encoder for this tokenizer."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    marks: dict[str, Any] = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    config = CLIPTextConfig(vocab_size=len(tokenizer), **marks, **TEXT_ENCODER)
-    return CLIPTextModel(config)
-
-
-def tokenize(tokenizer: Any, captions: list[str]) -> Tensor:
-    """LongTensor[B, TOKENS]."""
-    encoded = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    ids: Tensor = encoded.input_ids
-    return ids
 
 
 def scenes(count: int, generator: torch.Generator) -> list[Scene]:
-    """Random scenes."""
+    """Draw `count` random scenes."""
     return [random_scene(generator) for _ in range(count)]
 
 
@@ -135,7 +52,7 @@ def _train(
     loss_of: Callable[[], Tensor],
     after: Callable[[int], None] | None = None,
 ) -> None:
-    """AdamW with a one-cycle rate; prints the running loss and the time left."""
+    """Optimise with AdamW and a one-cycle rate; print the running loss and the remaining time."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=iterations, pct_start=0.1
@@ -158,9 +75,9 @@ def _train(
 
 
 def train_classifier(folder: Path, seed: int, iterations: int, batch: int) -> float:
-    """Train the judge on pictures it never sees twice; returns its accuracy on fresh ones.
+    """Train the classifier on pictures that do not repeat; return its accuracy on new pictures.
 
-    A picture counts as right only if every attribute is.
+    A picture counts as correct only if every attribute is correct.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -169,7 +86,7 @@ def train_classifier(folder: Path, seed: int, iterations: int, batch: int) -> fl
     def loss_of() -> Tensor:
         shown = scenes(batch, generator)
         pictures = draw_scenes(shown, generator)
-        # Generated pictures are less clean than drawn ones.
+        # Generated pictures are noisier than rendered pictures.
         pictures = pictures + 0.1 * torch.randn(pictures.shape, generator=generator)
         answers = model(pictures)
         return torch.stack(
@@ -180,16 +97,16 @@ def train_classifier(folder: Path, seed: int, iterations: int, batch: int) -> fl
         ).sum()
 
     _train("classifier", list(model.parameters()), iterations, 3e-3, loss_of)
-    # The statistics must come from the weights that ship, which are rounded to half precision.
+    # Compute the statistics with the shipped weights, which are rounded to half precision.
     model.half().float().eval()
     with torch.no_grad():
         shown = scenes(4000, generator)
         pictures = draw_scenes(shown, generator)
         answers = model(pictures)
-        right = torch.stack([a.argmax(1) == _labels(shown, n) for n, a in answers.items()]).all(0)
+        correct = torch.stack([a.argmax(1) == _labels(shown, n) for n, a in answers.items()]).all(0)
         features = model.features(pictures).double()
     save_classifier(model, folder, {"mean": features.mean(0), "covariance": features.T.cov()})
-    return float(right.float().mean())
+    return float(correct.float().mean())
 
 
 def _labels(shown: list[Scene], name: str) -> Tensor:
@@ -197,7 +114,7 @@ def _labels(shown: list[Scene], name: str) -> Tensor:
 
 
 def train_vae(seed: int, iterations: int, batch: int) -> Any:
-    """Squared error of the pictures, and a slight pull of the latents towards a normal."""
+    """Train the VAE with squared error and a small KL term on the latents."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -209,8 +126,8 @@ def train_vae(seed: int, iterations: int, batch: int) -> Any:
         posterior = model.encode(pictures).latent_dist
         decoded = model.decode(posterior.sample(generator)).sample
         error = functional.mse_loss(decoded, pictures)
-        pull: Tensor = 1e-5 * posterior.kl().mean() / 16
-        return error + pull
+        divergence: Tensor = 1e-5 * posterior.kl().mean() / 16
+        return error + divergence
 
     _train("vae", list(model.parameters()), iterations, 4e-3, loss_of)
     model = model.half().float().eval()
@@ -225,7 +142,7 @@ def train_vae(seed: int, iterations: int, batch: int) -> Any:
 
 @torch.no_grad()
 def latent_set(vae: Any, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-    """Scaled latents[count,4,8,8] of fresh pictures, and their captions."""
+    """Scaled latents[count,4,8,8] of new pictures, and their captions."""
     latents, captions = [], []
     for first in range(0, count, 500):
         shown = scenes(min(500, count - first), generator)
@@ -238,7 +155,7 @@ def latent_set(vae: Any, count: int, generator: torch.Generator) -> tuple[Tensor
 def train_denoiser(
     vae: Any, tokenizer: Any, seed: int, iterations: int, batch: int, pictures: int
 ) -> tuple[Any, Any]:
-    """Train UNet and text encoder together; returns the moving averages of both."""
+    """Train UNet and text encoder together; return the moving averages of their weights."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     torch.manual_seed(seed)
@@ -253,7 +170,7 @@ def train_denoiser(
 
     def loss_of() -> Tensor:
         chosen = torch.randint(0, len(latents), (batch,), generator=generator)
-        # One timestep per stratum: the same expectation as independent draws, with less variance.
+        # One timestep per stratum: same expectation as independent draws, lower variance.
         offsets = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         timesteps = (offsets * TIMESTEPS).long().clamp_max(TIMESTEPS - 1)
         dropped = torch.rand(batch, generator=generator) < CAPTION_DROP
@@ -275,19 +192,19 @@ def train_denoiser(
 
 
 def write_prompts(path: Path, seed: int) -> None:
-    """Prompts to calibrate with, and prompts to judge by with what a picture of each must show."""
+    """Write calibration prompts, and evaluation prompts with the attributes that a picture must show."""
     generator = torch.Generator().manual_seed(seed + 3)
-    judged = scenes(1000, generator)
+    evaluated = scenes(1000, generator)
     prompts = {
         "guidance": GUIDANCE,
         "calibration": [scene.caption for scene in scenes(256, generator)],
-        "evaluation": [{"prompt": scene.caption, "labels": scene.labels} for scene in judged],
+        "evaluation": [{"prompt": scene.caption, "labels": scene.labels} for scene in evaluated],
     }
-    path.write_text(json.dumps(prompts) + "\n")
+    path.write_text(json.dumps(prompts) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Train every part that is not there yet and write them as one diffusers folder."""
+    """Train the missing parts and write all parts as one diffusers folder."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -308,14 +225,14 @@ def main() -> None:
         accuracy = train_classifier(
             folder / "classifier", arguments.seed, arguments.classifier_iterations, 64
         )
-        print(f"classifier: every attribute right in {accuracy:.4f} of fresh pictures")
+        print(f"classifier: every attribute correct in {accuracy:.4f} of new pictures")
     load_classifier(folder / "classifier")
     if not (folder / "vae").is_dir():
         train_vae(
             arguments.seed, arguments.vae_iterations, arguments.vae_batch
         ).half().save_pretrained(folder / "vae")
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval()
-    vae.register_to_config(_name_or_path="")  # not where it lay on this machine
+    vae.register_to_config(_name_or_path="")  # omit the local path
     tokenizer = build_tokenizer()
     unet, text_encoder = train_denoiser(
         vae,
@@ -338,7 +255,7 @@ def main() -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
     write_prompts(folder / "prompts.json", arguments.seed)
     record["torch"] = torch.__version__
-    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A diffusers pipeline for `UNet2DModel` with class labels, which diffusers itself does not have."""
+"""A pipeline for a `UNet2DModel` with class labels, which diffusers does not provide."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ __all__ = ["ClassConditionalPipeline"]
 
 
 class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
-    """Draws images of given classes with any diffusers scheduler.
+    """Generates images of given classes with any diffusers scheduler.
 
     Args:
-        unet: a class-conditional `UNet2DModel`, or anything that is called like one.
-        scheduler: a diffusers scheduler.
-        null_class: the label that stands for "no class"; needed for guidance.
+        unet: class-conditional `UNet2DModel`, or an object with the same call signature.
+        scheduler: scheduler of diffusers.
+        null_class: label that stands for "no class", or None; required for guidance.
     """
 
     def __init__(self, unet: Any, scheduler: Any, null_class: int | None = None) -> None:
-        # Not DDIMPipeline's: that one turns every scheduler into DDIM.
+        # Not DDIMPipeline.__init__, which converts any scheduler to DDIM.
         super(DDIMPipeline, self).__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(null_class=null_class)
 
     @property
     def classes(self) -> int:
-        """Number K of classes, "no class" left out."""
+        """Number K of classes, without "no class"."""
         embeds = int(self.unet.config.num_class_embeds)
         return embeds if self.config.null_class is None else embeds - 1
 
@@ -49,26 +49,28 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Draw one image per label.
+        """Generate one image per label.
 
         Args:
-            class_labels: one label or B of them.
+            class_labels: one label, or B labels.
             num_inference_steps: number of denoising steps.
-            guidance_scale: classifier-free guidance; up to 1 is none.
-            eta: noise added per step, where the scheduler knows it.
-            generator: one for the batch, or one per image, so an image does not depend on its
-                neighbours.
+            guidance_scale: classifier-free guidance scale; 1 or less disables it.
+            eta: noise added per step, if the scheduler supports it.
+            generator: one generator for the batch, or one per image, which makes images independent
+                of the batch.
             output_type: `pil`, `np` (float32[B,H,W,C] in [0, 1]) or `pt` (float32[B,C,H,W] in
                 [-1, 1], not clipped).
-            return_dict: give an `ImagePipelineOutput` instead of a tuple.
+            return_dict: whether to return an `ImagePipelineOutput` instead of a tuple.
 
         Raises:
-            UsageError: a label, the guidance or the number of generators does not fit.
+            UsageError: a label, the guidance or the number of generators is invalid.
         """
         labels = torch.as_tensor(class_labels, dtype=torch.long).reshape(-1)
         conditions = class_conditions(self, labels)
         if isinstance(generator, list) and len(generator) != len(labels):
-            raise UsageError(f"got {len(generator)} generators for {len(labels)} images")
+            raise UsageError(
+                f"got {len(generator)} generators for {len(labels)} images; give one per image"
+            )
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (int(self.unet.config.in_channels), height, width)
@@ -78,7 +80,7 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
             x = torch.randn((len(labels), *shape), generator=generator)
         device = self._execution_device
         x, conditions = x.to(device), conditions.to(device)
-        # Schedulers of flow matching scale neither their first noise nor the denoiser's inputs.
+        # Flow-matching schedulers scale neither the initial noise nor the denoiser's inputs.
         x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self.scheduler.set_timesteps(num_inference_steps)
         extra = self.prepare_extra_step_kwargs(generator, eta)
@@ -97,7 +99,7 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
-        """The arguments that this scheduler's `step` takes beyond the usual ones."""
+        """The optional arguments that the scheduler's `step` accepts."""
         import inspect
 
         accepted = inspect.signature(self.scheduler.step).parameters

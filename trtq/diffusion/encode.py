@@ -1,9 +1,8 @@
-"""What a pipeline makes of prompts and classes: the inputs of its denoiser beside sample and timestep.
+"""Encoding of prompts and classes: the inputs of a denoiser in addition to sample and timestep.
 
-For prompts there is one function per kind of pipeline; all give the same: values with a batch axis for
-the prompts, the same for "no prompt" if the model knows guidance by two predictions, and values without
-a batch axis.
-Letters: P prompts, S tokens, D features.
+One function per pipeline class encodes prompts. Each returns values with a batch axis for the prompts,
+the same values for "no prompt" if the model uses classifier-free guidance, and values without a batch
+axis. Letters: P prompts.
 """
 
 from __future__ import annotations
@@ -33,17 +32,18 @@ __all__ = [
 
 
 EMBEDDED_GUIDANCE = 3.5
-"""What models that take guidance as an input are told; the default of Flux's pipeline."""
+"""Guidance scale for models that take it as an input; the default of Flux's pipeline."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Inputs of the denoiser by flat name.
+    """Inputs of a denoiser, by flat name.
 
     Attributes:
-        conditional: of the prompts, each `[P, ...]`.
-        unconditional: of no prompt or a negative one, each `[1, ...]`; None where guidance is an input.
-        shared: values without a batch axis.
+        conditional: inputs for the prompts, `[P, ...]` each.
+        unconditional: inputs for no prompt or a negative prompt, `[1, ...]` each; None if the guidance
+            scale is an input.
+        shared: inputs without a batch axis.
     """
 
     conditional: dict[str, Tensor]
@@ -56,7 +56,7 @@ def _image_size(pipeline: Any, latent: tuple[int, int]) -> tuple[int, int]:
 
 
 def _repeated(negative: str | None, prompts: list[str]) -> list[str] | None:
-    """A negative prompt in the form that pipelines want beside a list of prompts."""
+    """A negative prompt as a list, as pipelines require it together with a list of prompts."""
     return None if negative is None else [negative] * len(prompts)
 
 
@@ -80,7 +80,7 @@ def _stable_diffusion_xl(
         negative_prompt=_repeated(negative, prompts),
     )
     size = _image_size(pipeline, latent)
-    # The base model is told: drawn at this size, not cropped, wanted at this size.
+    # The base model gets original size, crop offset and target size: here the image size, no crop.
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=states.dtype, device=states.device)
     return Encoded(
         {
@@ -103,8 +103,8 @@ def _latent_diffusion(
         ids = pipeline.tokenizer(
             texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids
-        found: Tensor = pipeline.bert(ids.to(pipeline.bert.device))[0]
-        return found
+        hidden: Tensor = pipeline.bert(ids.to(pipeline.bert.device))[0]
+        return hidden
 
     return Encoded(
         {"encoder_hidden_states": states(prompts)}, {"encoder_hidden_states": states([""])}
@@ -124,7 +124,7 @@ def _pixart(
         {"encoder_hidden_states": states, "encoder_attention_mask": mask},
         {"encoder_hidden_states": empty[:1], "encoder_attention_mask": empty_mask[:1]},
     ]
-    # PixArt-alpha at 1024 pixels is told the size; diffusers decides it by the same number.
+    # PixArt-alpha at 1024 pixels takes the size as an input; diffusers checks the same number.
     if pipeline.transformer.config.sample_size == 128:
         height, width = _image_size(pipeline, latent)
         for half in halves:
@@ -178,49 +178,45 @@ _ENCODERS: dict[str, _Encoder] = {
     "FluxPipeline": _flux,
 }
 ENCODED_PIPELINES = frozenset(_ENCODERS)
-"""Names of the pipelines whose prompts can be encoded."""
-
-
-_TOLD: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
+"""Classes of pipelines with supported prompts."""
+_FURTHER_INPUTS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     (
         "time_cond_proj_dim",
         (),
         "the guidance as an embedding (timestep_cond, latent consistency models)",
-        "take a model without it, e.g. the plain one with an LCM LoRA",
+        "choose a model without it, e.g. the base model with an LCM LoRA",
     ),
     (
         "encoder_hid_dim_type",
         ("text_proj",),
         "an image (IP-Adapter)",
-        "call pipe.unload_ip_adapter() before saving it, or take a model without it",
+        "call pipe.unload_ip_adapter() before saving it, or choose a model without it",
     ),
 )
-"""Of a UNet: a setting, its values without a further input, the further input of others, advice."""
-
-
+"""Settings of a UNet: name, values without a further input, the further input of others, advice."""
 _WITHOUT_NEGATIVE = ("LDMTextToImagePipeline", "FluxPipeline")
-"""The first has no such argument; the second's takes a guidance of its own, beside the embedded one."""
+"""The first has no negative prompt; the second uses it with a separate, true guidance scale only."""
 
 
 def encodes_text(pipeline: Any) -> bool:
-    """Whether this kind of pipeline draws what a prompt says."""
+    """Whether a pipeline takes prompts."""
     return type(pipeline).__name__ in _ENCODERS or hasattr(pipeline, "encode_prompt")
 
 
 def takes_negative(pipeline: Any) -> bool:
-    """Whether a text may stand in the place of "no prompt"."""
+    """Whether a pipeline takes a negative prompt."""
     return encodes_text(pipeline) and type(pipeline).__name__ not in _WITHOUT_NEGATIVE
 
 
 def check_inputs(pipeline: Any) -> None:
-    """Nothing, if trtq passes this pipeline's denoiser all that the pipeline itself passes it.
+    """Raise unless trtq passes all inputs that the pipeline itself passes to its denoiser.
 
     Raises:
-        UsageError: the pipeline passes more, e.g. the guidance or an image.
+        UsageError: the pipeline passes a further input, e.g. the guidance scale or an image.
     """
     denoiser = getattr(pipeline, "unet", None)
     config = getattr(denoiser, "config", None)
-    for name, allowed, what, advice in _TOLD:
+    for name, allowed, what, advice in _FURTHER_INPUTS:
         value = getattr(config, name, None)
         if value is not None and value not in allowed:
             raise UsageError(
@@ -236,35 +232,38 @@ def encode_prompts(
     """Encode prompts as the pipeline itself does.
 
     Args:
-        pipeline: a diffusers pipeline.
-        prompts: P texts.
-        latent: height and width of the latents.
-        negative: what the images are not to show, for all prompts; None: what the pipeline makes of
-            no text, which for Stable Diffusion XL is not what it makes of an empty one.
+        pipeline: diffusers pipeline.
+        prompts: P prompts.
+        latent: height and width of the latents, in cells.
+        negative: negative prompt of all images; None: the pipeline's encoding of no prompt, which
+            differs from that of an empty prompt for Stable Diffusion XL.
 
     Returns:
         Tensors on the CPU.
 
     Raises:
-        UsageError: this kind of pipeline is not supported, or takes no negative prompt.
+        UsageError: the pipeline is of an unsupported class, or takes no negative prompt.
     """
     name = type(pipeline).__name__
     if name not in _ENCODERS:
-        raise UsageError(f"{name} is not supported; supported are {', '.join(sorted(_ENCODERS))}")
+        raise UsageError(
+            f"{name} is not supported; supported pipelines: {', '.join(sorted(_ENCODERS))}"
+        )
     if negative and not takes_negative(pipeline):
-        raise UsageError(f"{name} takes no negative prompt")
+        raise UsageError(f"{name} takes no negative prompt; leave it out")
     check_inputs(pipeline)
     with quiet_diffusers():
-        found = _ENCODERS[name](pipeline, prompts, latent, negative)
+        encoded = _ENCODERS[name](pipeline, prompts, latent, negative)
     return Encoded(
-        {key: value.cpu() for key, value in found.conditional.items()},
-        found.unconditional and {key: value.cpu() for key, value in found.unconditional.items()},
-        {key: value.cpu() for key, value in found.shared.items()},
+        {key: value.cpu() for key, value in encoded.conditional.items()},
+        encoded.unconditional
+        and {key: value.cpu() for key, value in encoded.unconditional.items()},
+        {key: value.cpu() for key, value in encoded.shared.items()},
     )
 
 
 def class_count(pipeline: Any) -> int | None:
-    """The number of classes that a pipeline draws, "no class" left out; None if it takes no classes."""
+    """Number of a pipeline's classes, without "no class"; None if it takes no classes."""
     if hasattr(pipeline, "classes"):
         return int(pipeline.classes)
     if type(pipeline).__name__ == "DiTPipeline":
@@ -273,7 +272,7 @@ def class_count(pipeline: Any) -> int | None:
 
 
 def class_conditions(pipeline: Any, labels: Tensor) -> Conditions:
-    """labels[B] -> what the denoiser needs to know.
+    """Conditions for images of the classes `labels[B]`.
 
     Raises:
         UsageError: a label is not one of the model's classes.
@@ -286,7 +285,7 @@ def class_conditions(pipeline: Any, labels: Tensor) -> Conditions:
             f"class labels must lie in 0 .. {classes - 1}, got "
             f"{int(labels.min())} .. {int(labels.max())}"
         )
-    # DiT's label behind the last class stands for "no class".
+    # DiT uses the label after the last class for "no class".
     null = pipeline.config.null_class if hasattr(pipeline, "classes") else classes
     unconditional = None if null is None else {"class_labels": torch.full_like(labels, null)}
     return Conditions({"class_labels": labels}, unconditional)

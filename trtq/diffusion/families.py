@@ -1,7 +1,7 @@
-"""How diffusers' denoisers are called: what they name their inputs, and what their pipelines tell them.
+"""Calling conventions of diffusers' denoisers: names, nesting and scaling of their inputs.
 
-A graph has a flat list of inputs; diffusers' models take some of theirs inside dicts
-(`added_cond_kwargs={"text_embeds": ...}`). Everything here goes by the flat name.
+A graph has a flat list of inputs; diffusers' models take some inputs inside dicts
+(`added_cond_kwargs={"text_embeds": ...}`). This module uses the flat names.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ __all__ = ["FAMILIES", "Family", "family_named"]
 
 @dataclass(frozen=True)
 class Family:
-    """How one class of denoisers is called.
+    """Calling convention of one class of denoisers.
 
     Attributes:
         sample: name of the noisy input.
         output: name of the prediction in an exported graph, as optimum-onnx expects it.
-        timestep_scale: what the pipelines multiply timesteps by.
-        one_timestep: one timestep may stand for the whole batch.
-        free_size: one graph can take images of different sizes; otherwise positions are baked in.
-        nested: by flat name of an input, the dict argument that it belongs into.
+        timestep_scale: factor that pipelines apply to timesteps.
+        one_timestep: whether the model accepts one timestep for the whole batch.
+        free_size: whether one graph supports several image sizes; otherwise positions are constants.
+        nested: dict argument that contains an input, by flat name of the input.
     """
 
     sample: str = "sample"
@@ -37,11 +37,11 @@ class Family:
     nested: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self, x: Tensor, timestep: Tensor | float, values: Mapping[str, Tensor]) -> Any:
-        """Keyword arguments for one call.
+        """Keyword arguments of one call.
 
         Args:
-            x: the noisy samples, `[B, ...]`.
-            timestep: one for all, or `[B]`.
+            x: noisy samples, `[B, ...]`.
+            timestep: timestep of all samples, or `[B]`.
             values: all other inputs by flat name.
         """
         timestep = torch.as_tensor(timestep, device=x.device)
@@ -50,7 +50,7 @@ class Family:
         return {self.sample: x, "timestep": timestep, **self.nest(values)}
 
     def nest(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Put inputs into the dicts that the model takes them in."""
+        """Put inputs into the dict arguments of the model."""
         arguments: dict[str, Any] = {}
         for name, value in values.items():
             if name in self.nested:
@@ -60,12 +60,12 @@ class Family:
         return arguments
 
     def flatten(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Take inputs out of their dicts; what a pipeline passes as None or empty is left out."""
+        """Take inputs out of their dict arguments; None and empty dicts are left out."""
         flat: dict[str, Any] = {}
         for name, value in arguments.items():
-            for key, one in value.items() if isinstance(value, dict) else [(name, value)]:
-                if one is not None:
-                    flat[key] = one
+            for key, item in value.items() if isinstance(value, dict) else [(name, value)]:
+                if item is not None:
+                    flat[key] = item
         return flat
 
 
@@ -83,9 +83,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_named(model_class: str) -> Family:
-    """The family of a class of diffusers.
+    """The family of a diffusers model class.
 
-    One that is not known is called like a transformer if its name says so, else like a UNet.
+    An unknown class with "Transformer" in its name is called like a transformer, others like a UNet.
     """
     if model_class in FAMILIES:
         return FAMILIES[model_class]

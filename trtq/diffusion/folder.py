@@ -1,4 +1,4 @@
-"""The parts of a diffusers folder that travel with a run or an ONNX folder, and back to a pipeline."""
+"""The pipeline components that are stored in a run or an ONNX folder, and loading them again."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ from typing import Any
 
 from torch import nn
 
-from trtq.diffusion.checkpoint import (
-    assemble,
-    check_config,
-    load_part,
-    one_line,
-    part_class,
-    pipeline_class,
-)
+from trtq.diffusion.checkpoint import assemble, load_part
+from trtq.diffusion.component_classes import part_class, pipeline_class
+from trtq.diffusion.configs import check_config
 from trtq.diffusion.layout import (
     CLASSES_NAME,
+    CONFIG_NAME,
     INDEX_NAME,
     read_index,
     read_json,
     read_null_class,
 )
-from trtq.diffusion.pipeline import DENOISERS, LoadedPipeline, wrap_pipeline
+from trtq.diffusion.loading import DENOISERS, wrap_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.quiet import quiet_diffusers
+from trtq.diffusion.wording import one_line
 from trtq.errors import ArtefactError, UsageError
 
 __all__ = [
@@ -51,26 +49,28 @@ TEXT_ENCODERS = {
     "text_encoder_3": "tokenizer_3",
     "bert": "tokenizer",
 }
-"""Names of text encoders in pipelines, and of the tokenizers that belong to them."""
+"""Names of text encoders in pipelines, and of their tokenizers."""
 AUTOENCODERS = ("vae", "vqvae")
+DECODER, ENCODER = "vae_decoder", "vae_encoder"
+"""Names of the graphs of an autoencoder's two halves."""
 
 
-def save_pipeline_parts(source: LoadedPipeline, folder: Path, *, graphs: bool = False) -> None:
-    """Write all of the pipeline but the denoiser's weights, in diffusers' layout.
+def save_pipeline_parts(loaded: LoadedPipeline, folder: Path, *, graphs: bool = False) -> None:
+    """Write a pipeline in diffusers' layout, without the denoiser's weights.
 
     Args:
-        source: the pipeline.
-        folder: where to.
-        graphs: leave out what is written as a graph, too.
+        loaded: pipeline to write.
+        folder: existing folder to write to.
+        graphs: whether to skip text encoders and autoencoders, which are written as graphs.
     """
-    name = source.denoiser_name
-    pipeline = source.pipeline
+    name = loaded.denoiser_name
+    pipeline = loaded.pipeline
     index: dict[str, Any] = {"_class_name": _diffusers_class(pipeline).__name__}
     for part, component in pipeline.components.items():
         if component is None:
             index[part] = [None, None]
         elif part == name:
-            index[part] = ["diffusers", type(source.model).__name__]
+            index[part] = ["diffusers", type(loaded.model).__name__]
         else:
             index[part] = [_library(type(component)), _class_name(type(component))]
             if graphs and part in (*TEXT_ENCODERS, *AUTOENCODERS):
@@ -81,20 +81,20 @@ def save_pipeline_parts(source: LoadedPipeline, folder: Path, *, graphs: bool = 
     index |= {
         key: value for key, value in pipeline.config.items() if key in settings and key not in index
     }
-    if source.folder is not None and (source.folder / CLASSES_NAME).is_file():
-        shutil.copyfile(source.folder / CLASSES_NAME, folder / CLASSES_NAME)
+    if loaded.folder is not None and (loaded.folder / CLASSES_NAME).is_file():
+        shutil.copyfile(loaded.folder / CLASSES_NAME, folder / CLASSES_NAME)
     elif pipeline.config.get("null_class") is not None:
         classes = {"null_class": pipeline.config.null_class}
-        (folder / CLASSES_NAME).write_text(json.dumps(classes) + "\n")
-    if source.prompts is not None:
-        kept = source.prompts.model_copy(update={"evaluation": ()})
+        (folder / CLASSES_NAME).write_text(json.dumps(classes) + "\n", encoding="utf-8")
+    if loaded.prompts is not None:
+        kept = loaded.prompts.model_copy(update={"evaluation": ()})
         (folder / PROMPTS_NAME).write_text(kept.model_dump_json() + "\n", encoding="utf-8")
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    source.model.save_config(folder / name)
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    loaded.model.save_config(folder / name)
 
 
 def _class_name(cls: type) -> str:
-    """What to call a class: tokenizers by the name under which older transformers read their files."""
+    """Name of a class in the index; for tokenizers, the name that older transformers know."""
     import transformers
 
     fast = f"{cls.__name__}Fast"
@@ -102,7 +102,7 @@ def _class_name(cls: type) -> str:
 
 
 def _library(cls: type) -> str:
-    """Where diffusers looks a component up: a library, or one of its own pipeline modules."""
+    """Library of a component in the index; for some classes, a pipeline module of diffusers."""
     library, *modules = cls.__module__.split(".")
     if library == "diffusers" and modules[:1] == ["pipelines"]:
         return modules[1]
@@ -110,10 +110,10 @@ def _library(cls: type) -> str:
 
 
 def _diffusers_class(pipeline: Any) -> Any:
-    """The class that diffusers itself knows: the nearest ancestor outside this package.
+    """The nearest ancestor of a pipeline that diffusers defines.
 
-    DDIMPipeline turns every scheduler into DDIM; with another one a pipeline is a DDPMPipeline, which
-    keeps it.
+    DDIMPipeline converts any scheduler to DDIM, so a class-conditional pipeline with another scheduler
+    is stored as a DDPMPipeline.
     """
     if hasattr(pipeline, "classes") and type(pipeline.scheduler).__name__ != "DDIMScheduler":
         from diffusers import DDPMPipeline
@@ -122,27 +122,29 @@ def _diffusers_class(pipeline: Any) -> Any:
     for cls in type(pipeline).__mro__:
         if cls.__module__.startswith("diffusers"):
             return cls
-    raise UsageError(f"{type(pipeline).__name__} is not a pipeline of diffusers")
+    raise UsageError(f"{type(pipeline).__name__} is not a diffusers pipeline")
 
 
 def denoiser_in(folder: Path) -> str:
-    """The name of the denoiser in a pipeline's folder.
+    """Name of the denoiser in a pipeline's folder.
 
     Raises:
-        ArtefactError: the folder names none.
+        ArtefactError: the index names no denoiser.
     """
     index = read_index(folder)
     for name in DENOISERS:
         if isinstance(index.get(name), list):
             return name
-    raise ArtefactError(f"{folder / INDEX_NAME} names no {' or '.join(DENOISERS)}")
+    raise ArtefactError(
+        f"{folder / INDEX_NAME} names no {' or '.join(DENOISERS)}, i.e. no denoiser"
+    )
 
 
 def has_parts(folder: Path) -> bool:
-    """Whether a pipeline's folder has text encoders or autoencoders.
+    """Whether a pipeline's folder names text encoders or autoencoders.
 
     Raises:
-        ArtefactError: it is no pipeline's folder.
+        ArtefactError: the folder has no valid index.
     """
     index = read_index(folder)
     names = (*TEXT_ENCODERS, *AUTOENCODERS)
@@ -153,10 +155,10 @@ def has_parts(folder: Path) -> bool:
 
 
 def import_classes(folder: Path) -> None:
-    """Import what loading this pipeline would import, for those who time the loading itself.
+    """Import the modules that loading a pipeline needs, so that loading alone can be timed.
 
     Raises:
-        ArtefactError: there is no index to be read.
+        ArtefactError: the folder has no valid index.
     """
     index = read_index(folder)
     with suppress(ArtefactError):
@@ -164,16 +166,20 @@ def import_classes(folder: Path) -> None:
     for part, entry in index.items():
         # Lists of another length are settings.
         if isinstance(entry, list) and len(entry) == 2 and not part.startswith("_"):
-            # What cannot be imported is the business of whoever loads it.
+            # Loading reports an error of the import.
             with suppress(ArtefactError):
                 part_class(folder, part, *entry)
 
 
 def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
-    """The denoiser's class with its configuration; its parameters have shapes but no memory.
+    """The denoiser without weights: its parameters have shapes but no memory.
+
+    Args:
+        folder: folder of a pipeline.
+        denoiser_name: `unet` or `transformer`.
 
     Raises:
-        ArtefactError: the class is not one of diffusers', or the configuration does not fit it.
+        ArtefactError: the class is not a diffusers model, or the configuration does not fit it.
     """
     import diffusers
     from accelerate import init_empty_weights
@@ -181,25 +187,26 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     entry = read_index(folder).get(denoiser_name)
     if not isinstance(entry, list) or len(entry) != 2:
         raise ArtefactError(
-            f"{folder / INDEX_NAME} names no {denoiser_name!r}, which is its denoiser"
+            f"{folder / INDEX_NAME} names no {denoiser_name!r}, which the artefact needs as its denoiser"
         )
     library, class_name = entry
     cls: Any = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
     if not inspect.isclass(cls) or not issubclass(cls, diffusers.ModelMixin):
         raise ArtefactError(
-            f"{folder}: {library}.{class_name} is not a model of diffusers; only those are loaded"
+            f"{folder}: {library}.{class_name} is not a diffusers model; trtq supports diffusers "
+            "models only"
         )
-    path = folder / denoiser_name / "config.json"
+    path = folder / denoiser_name / CONFIG_NAME
     config = read_json(path)
     check_config(path, config, cls)
     try:
         with init_empty_weights():
             build: Any = cls
             model: nn.Module = build.from_config(config).eval()
-    # What a constructor raises of a wrong setting is anything.
+    # A constructor raises any exception for a wrong setting.
     except Exception as err:
         raise ArtefactError(
-            f"{path} does not make a {class_name}: {type(err).__name__}: {one_line(err)}"
+            f"cannot build a {class_name} from {path}: {type(err).__name__}: {one_line(err)}"
         ) from err
     return model
 
@@ -210,27 +217,25 @@ def load_pipeline_parts(
     denoiser: Any,
     load_graph: Callable[[str, Any], Any] | None = None,
 ) -> Any:
-    """A pipeline around a denoiser, from what `save_pipeline_parts` wrote.
+    """Load the components that `save_pipeline_parts` wrote, around a given denoiser.
 
     Args:
-        folder: where it lies.
-        denoiser_name: the part that `denoiser` is.
-        denoiser: a quantised model or an engine.
-        load_graph: `(name, class) -> part`, or None for a part that is no graph.
+        folder: folder of the pipeline.
+        denoiser_name: component name of `denoiser`.
+        denoiser: quantised model or engine.
+        load_graph: function `(name, class) -> component` that loads a graph and returns None for a
+            component without a graph; None if there are no graphs.
 
     Raises:
-        ArtefactError: a part is missing, or not one of diffusers' classes.
+        ArtefactError: a component is missing, or is not of a diffusers class.
     """
     parts: dict[str, Any] = {}
 
     def load(name: str, cls: Any) -> Any:
-        found = None if cls is None or load_graph is None else load_graph(name, cls)
-        parts[name] = load_part(folder, name, cls) if found is None else found
+        graph = None if cls is None or load_graph is None else load_graph(name, cls)
+        parts[name] = load_part(folder, name, cls) if graph is None else graph
         return parts[name]
 
     pipeline = assemble(folder, load, (denoiser_name, denoiser))
-    # The part, not the pipeline's: runs of earlier versions say DDIMPipeline of every scheduler.
+    # Not `pipeline.scheduler`: runs of earlier versions name DDIMPipeline, which converts schedulers.
     return wrap_pipeline(pipeline, read_null_class(folder), parts.get("scheduler"))
-
-
-DECODER, ENCODER = "vae_decoder", "vae_encoder"

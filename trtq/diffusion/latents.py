@@ -1,6 +1,6 @@
-"""Between noise, latents and images: what pipelines do before their first step and after their last.
+"""Initial noise in a pipeline's layout, and decoding of latents to images.
 
-Letters: C, H, W of latents, S tokens.
+Letters: B images, C, H, W of latents.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ __all__ = ["draw_noise", "latent_decoder"]
 
 _SHIFTED = ("StableDiffusion3Pipeline", "FluxPipeline")
 _BY_CHANNEL = ("StableDiffusionXLPipeline",)
-"""Others have these numbers in their autoencoder's configuration, too, and do not use them."""
+"""Other pipelines ignore these numbers, although their autoencoders configure them."""
 
 
-def draw_noise(source: LoadedPipeline, generator: torch.Generator) -> Tensor:
-    """Standard normal noise for one image, in the order in which its pipeline draws it, `[1, ...]`."""
-    if not source.packed:
-        return torch.randn((1, *source.sample_shape), generator=generator)
-    channels = source.sample_shape[-1] // 4
-    height, width = source.latent_size
+def draw_noise(loaded: LoadedPipeline, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of one image in the pipeline's layout and order of drawing, `[1, ...]`."""
+    if not loaded.packed:
+        return torch.randn((1, *loaded.sample_shape), generator=generator)
+    channels = loaded.sample_shape[-1] // 4
+    height, width = loaded.latent_size
     noise = torch.randn((1, channels, height, width), generator=generator)
-    packed: Tensor = source.pipeline._pack_latents(noise, 1, channels, height, width)
+    packed: Tensor = loaded.pipeline._pack_latents(noise, 1, channels, height, width)
     return packed
 
 
-def latent_decoder(source: LoadedPipeline) -> Callable[[Tensor], Tensor]:
-    """What turns clean samples `[B, ...]` into images in [-1, 1], as the pipeline itself does."""
-    pipeline = source.pipeline
+def latent_decoder(loaded: LoadedPipeline) -> Callable[[Tensor], Tensor]:
+    """A function from clean samples `[B, ...]` to images in [-1, 1], as in the pipeline itself."""
+    pipeline = loaded.pipeline
     autoencoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
     if autoencoder is None:
         return lambda x: x
     restore = _restorer(type(pipeline).__name__, autoencoder.config)
 
     def decode(x: Tensor) -> Tensor:
-        if source.packed:
-            x = pipeline._unpack_latents(x, *source.image_size, pipeline.vae_scale_factor)
+        if loaded.packed:
+            x = pipeline._unpack_latents(x, *loaded.image_size, pipeline.vae_scale_factor)
         image: Tensor = autoencoder.decode(restore(x), return_dict=False)[0]
         return image
 
@@ -48,7 +48,7 @@ def latent_decoder(source: LoadedPipeline) -> Callable[[Tensor], Tensor]:
 
 
 def _restorer(pipeline_class: str, config: dict[str, object]) -> Callable[[Tensor], Tensor]:
-    """What undoes the normalisation of latents x[B,C,H,W]."""
+    """A function that reverts the normalisation of latents x[B,C,H,W]."""
 
     def number(name: str, default: float) -> float:
         value = config.get(name)

@@ -1,4 +1,4 @@
-"""What can be read of a diffusers folder without torch and diffusers: its files, sizes, classes."""
+"""The parts of a diffusers folder that can be read without torch: index, scheduler, classes, sizes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from trtq.limits import MAX_SIDE, parse_whole
 
 __all__ = [
     "CLASSES_NAME",
+    "CONFIG_NAME",
     "INDEX_NAME",
     "MAX_TRAINED",
+    "SCHEDULER_NAME",
     "check_null_class",
     "class_names",
     "parse_size",
@@ -29,10 +31,12 @@ __all__ = [
 
 INDEX_NAME = "model_index.json"
 CLASSES_NAME = "classes.json"
+CONFIG_NAME = "config.json"
+SCHEDULER_NAME = "scheduler_config.json"
 MAX_TRAINED = 100_000
-"""Timesteps of a noise schedule; diffusers' have a thousand."""
+"""Maximum number of training timesteps; diffusers' schedulers have 1000."""
 _PARTS = ("scheduler", "unet", "transformer")
-"""Components whatever stands there; a list of numbers elsewhere is a setting of the pipeline."""
+"""Always components; elsewhere a list of numbers is a setting of the pipeline."""
 _NAME = re.compile(r"[A-Za-z0-9_]{1,128}")
 _MAX_CLASSES = 1 << 24
 _Word = Annotated[str, Field(strict=True, max_length=128)]
@@ -46,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model's folder.
 
     Raises:
-        ArtefactError: it cannot be read, is a pointer of Git LFS, or holds something else.
+        ArtefactError: the file cannot be read, is a Git LFS pointer, or holds no object.
     """
     if is_pointer(path):
         check_pointers(path.parent)
@@ -54,21 +58,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """A folder's `model_index.json`: components are `[library, class]`, or `[null, null]` for none.
+    """The `model_index.json` of a folder.
 
-    Lists without text are settings of the pipeline.
+    Components are `[library, class]`, or `[null, null]` for none; lists without text are settings of
+    the pipeline.
 
     Raises:
-        ArtefactError: it cannot be read, or is not of that form.
+        ArtefactError: the file cannot be read, or an entry is malformed.
     """
     path = folder / INDEX_NAME
     index = read_json(path)
     name = index.get("_class_name")
-    if isinstance(name, list) and all(isinstance(one, str) for one in name):
+    if isinstance(name, list) and all(isinstance(item, str) for item in name):
         raise ArtefactError(
-            f"{path} names a custom pipeline ({shown(name)}), i.e. code that comes with the model, "
-            "which trtq does not run; if its parts make a pipeline of diffusers, put that one's "
-            "name into _class_name"
+            f"{path} names a custom pipeline ({shown(name)}), i.e. code that is stored with the "
+            "model; trtq does not run such code. If its components fit a pipeline of diffusers, write "
+            "the name of that pipeline into _class_name"
         )
     if not isinstance(name, str) or not name:
         raise ArtefactError(
@@ -84,11 +89,11 @@ def read_index(folder: Path) -> dict[str, Any]:
                 f"{path} names the component {shown(part)}, which is not a valid folder name"
             )
         named = len(entry) == 2 and all(
-            isinstance(one, str) and _NAME.fullmatch(one) for one in entry
+            isinstance(item, str) and _NAME.fullmatch(item) for item in entry
         )
         if not named and entry != [None, None]:
             raise ArtefactError(
-                f"{path}: the component {shown(part)} must be [library, class] or [null, null]; got "
+                f"{path}: the component {shown(part)} must be [library, class] or [null, null], got "
                 f"{shown(entry)}"
             )
     return index
@@ -99,7 +104,7 @@ def _is_text_list(entry: list[Any]) -> bool:
 
 
 class _Scheduler(BaseModel):
-    """The settings of a scheduler that are computed with; the others are left to diffusers."""
+    """The settings of a scheduler that trtq uses; diffusers checks the others."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -135,27 +140,27 @@ class _Scheduler(BaseModel):
 
 
 def read_scheduler(folder: Path, part: str = "scheduler") -> dict[str, Any]:
-    """The configuration of a pipeline's scheduler, the settings that are computed with checked.
+    """The configuration of a pipeline's scheduler, with checked settings.
 
     Args:
-        folder: the pipeline's folder.
-        part: the scheduler's name in it.
+        folder: folder of the pipeline.
+        part: name of the scheduler's folder in it.
 
     Raises:
-        ArtefactError: it cannot be read, or a setting has another type or lies out of range.
+        ArtefactError: the file cannot be read, or a setting has the wrong type or is out of range.
     """
-    path = folder / part / "scheduler_config.json"
-    # Diffusers writes -Infinity for bounds that are none.
-    found = read_object(path, finite=False)
+    path = folder / part / SCHEDULER_NAME
+    # diffusers writes -Infinity for absent bounds.
+    config = read_object(path, finite=False)
     try:
-        _Scheduler.model_validate(found)
+        _Scheduler.model_validate(config)
     except ValidationError as err:
         raise ArtefactError(f"{path}: {explain_first(err)}") from err
-    return found
+    return config
 
 
 def read_null_class(folder: Path) -> int | None:
-    """The label that means "no class", from a folder's `classes.json`; None without one.
+    """The label that means "no class", from a folder's `classes.json`; None if there is none.
 
     Raises:
         ArtefactError: the file does not hold a label.
@@ -163,24 +168,24 @@ def read_null_class(folder: Path) -> int | None:
     path = folder / CLASSES_NAME
     if not path.is_file():
         return None
-    found = read_json(path)
-    if "null_class" not in found:
+    classes = read_json(path)
+    if "null_class" not in classes:
         raise ArtefactError(f"cannot read {path}: 'null_class' is missing")
-    null_class = found["null_class"]
+    null_class = classes["null_class"]
     if null_class is not None and not (type(null_class) is int and 0 <= null_class < _MAX_CLASSES):
         raise ArtefactError(f"{path}: null_class must be a label or null, got {shown(null_class)}")
     return null_class
 
 
 def check_null_class(null_class: int | None, embeddings: int) -> None:
-    """Nothing, if the label that means "no class" is one that the model knows.
+    """Raise unless the model knows the label that means "no class".
 
     Args:
-        null_class: the label; None: the model has none.
-        embeddings: number of labels that the model knows, that one counted.
+        null_class: label for "no class"; None if the model has none.
+        embeddings: number of the model's labels, including the one for "no class".
 
     Raises:
-        ArtefactError: it is not.
+        ArtefactError: the label is out of range.
     """
     if null_class is not None and not 0 <= null_class < embeddings:
         raise ArtefactError(
@@ -190,10 +195,14 @@ def check_null_class(null_class: int | None, embeddings: int) -> None:
 
 
 def class_names(folder: Path | None, count: int) -> list[str]:
-    """Names of a model's classes, from its `classes.json`; their numbers where it has none.
+    """Names of a model's classes from its `classes.json`; their numbers if it has no names.
+
+    Args:
+        folder: folder of the pipeline, or None.
+        count: number of classes.
 
     Raises:
-        ArtefactError: the file holds something else, or too few.
+        ArtefactError: the file holds too few names, or something else.
     """
     path = None if folder is None else folder / CLASSES_NAME
     labels = None if path is None or not path.is_file() else read_json(path).get("labels")
@@ -214,7 +223,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """`512x768` -> (512, 768), height and width in pixels.
 
     Raises:
-        UsageError: not of that form, or a side is longer than `MAX_SIDE`.
+        UsageError: the text is malformed, or a side is not in 1 .. `MAX_SIDE`.
     """
     height, _, width = text.lower().partition("x")
     try:
@@ -223,22 +232,23 @@ def parse_size(text: str) -> tuple[int, int]:
         size = 0, 0
     if not 1 <= min(size) <= max(size) <= MAX_SIDE:
         raise UsageError(
-            f"the size {shown(text)} is not understood; write HEIGHTxWIDTH in pixels, each 1 .. "
-            f"{MAX_SIDE}, e.g. 512x512"
+            f"invalid size {shown(text)}; write HEIGHTxWIDTH in pixels, each in 1 .. {MAX_SIDE}, "
+            "e.g. 512x512"
         )
     return size
 
 
 def parse_sizes(text: str) -> tuple[str, str]:
-    """`512x512:1024x1024` -> the smallest and the largest size; `512x512` -> twice the same.
+    """`512x512:1024x1024` -> the smallest and the largest size; `512x512` -> the same size twice.
 
     Raises:
-        UsageError: not of that form, or the second is smaller.
+        UsageError: the text is malformed, or the second size is smaller than the first.
     """
     low, _, high = text.partition(":")
     high = high or low
     if any(a > b for a, b in zip(parse_size(low), parse_size(high), strict=True)):
         raise UsageError(
-            f"the sizes {text!r} shrink; write SMALLEST:LARGEST, e.g. 512x512:1024x768"
+            f"the second of the sizes {text!r} is smaller than the first; write SMALLEST:LARGEST, e.g. "
+            "512x512:1024x768"
         )
     return low, high

@@ -1,7 +1,7 @@
-"""What a denoiser needs beside sample, timestep and text or class, and does not get from trtq yet.
+"""Check that a denoiser needs no inputs that trtq does not pass yet.
 
-A denoiser gets what `trtq.diffusion.encode` makes of prompts and classes. One that needs more (an image,
-a mask, frames) would be computed without it, so it is refused.
+trtq passes sample, timestep, and the encodings of prompts or classes (`trtq.diffusion.encode`). A
+denoiser that needs more (an image, a mask, frames) would give wrong results, so it is refused.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trtq.diffusion.encode import ENCODED_PIPELINES
+from trtq.diffusion.layout import INDEX_NAME
 from trtq.errors import UsageError
 
 __all__ = ["check_needs"]
@@ -60,19 +61,19 @@ _TEXT_ENCODERS = {
     "StableDiffusion3Pipeline": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     "FluxPipeline": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
 }
-_LATER = "trtq does not pass it yet: a later version records the pipeline's own calls"
+_NOT_PASSED = "which trtq does not pass yet; choose a model without this input"
 
 
 def check_needs(pipeline: Any, denoiser_name: str, where: str) -> None:
-    """Refuse a pipeline whose denoiser needs inputs that it would not get.
+    """Raise if a pipeline's denoiser needs inputs that trtq does not pass.
 
     Args:
-        pipeline: a diffusers pipeline.
-        denoiser_name: the component that predicts the noise.
-        where: the pipeline as the user named it, for messages.
+        pipeline: diffusers pipeline.
+        denoiser_name: component that predicts the noise.
+        where: name of the pipeline that the user gave, for messages.
 
     Raises:
-        UsageError: it does; the message names the input.
+        UsageError: the denoiser needs another input; the message names it.
     """
     kind = type(pipeline).__name__
     denoiser = getattr(pipeline, denoiser_name)
@@ -84,54 +85,58 @@ def check_needs(pipeline: Any, denoiser_name: str, where: str) -> None:
         _check_text_unet(config, kind, place)
     elif model_class == "UNet2DModel" and config.get("class_embed_type") is not None:
         raise UsageError(
-            f"{place} has class_embed_type {config.class_embed_type!r}: it needs another input, and "
-            f"{_LATER}"
+            f"{place} has class_embed_type {config.class_embed_type!r}: it needs a class embedding, "
+            f"{_NOT_PASSED}"
         )
     _check_pipeline(pipeline, kind, model_class, where)
     _check_autoencoder(pipeline, config, place, kind)
 
 
 def _check_channels(pipeline: Any, config: Any, model_class: str, place: str) -> None:
+    """Raise if the denoiser takes more channels than it returns."""
     given = config.get("in_channels")
-    drawn = config.get("out_channels") or given
-    if not isinstance(given, int) or not isinstance(drawn, int) or given <= drawn:
+    returned = config.get("out_channels") or given
+    if not isinstance(given, int) or not isinstance(returned, int) or given <= returned:
         return
-    if model_class == "FluxTransformer2DModel" and given != drawn:
+    if model_class == "FluxTransformer2DModel" and given != returned:
         extra = "the latents of an image (Fill, Control, Kontext)"
     else:
-        extra = _EXTRA_CHANNELS.get(given, "another image") if drawn in (3, 4) else "another image"
-        if given == 2 * drawn and drawn == 3:
+        extra = (
+            _EXTRA_CHANNELS.get(given, "another image") if returned in (3, 4) else "another image"
+        )
+        if given == 2 * returned and returned == 3:
             extra = "the small image of super-resolution"
     raise UsageError(
-        f"{place} takes {given} channels and returns {drawn}: besides the noisy sample it needs "
-        f"{extra}, and {_LATER}"
+        f"{place} takes {given} channels and returns {returned}: in addition to the noisy sample it "
+        f"needs {extra}, {_NOT_PASSED}"
     )
 
 
 def _check_text_unet(config: Any, kind: str, place: str) -> None:
+    """Raise if a text-conditional UNet needs more than the text of its pipeline."""
     if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
         key = (
             "num_class_embeds" if config.get("num_class_embeds") is not None else "class_embed_type"
         )
         raise UsageError(
-            f"{place} has {key} {config[key]!r}: besides the text it needs class labels, and "
-            f"{_LATER}"
+            f"{place} has {key} {config[key]!r}: in addition to the text it needs class labels, "
+            f"{_NOT_PASSED}"
         )
     if config.get("encoder_hid_dim_type") is not None or config.get("encoder_hid_dim") is not None:
-        found = config.get("encoder_hid_dim_type") or config.get("encoder_hid_dim")
+        setting = config.get("encoder_hid_dim_type") or config.get("encoder_hid_dim")
         needed = (
-            "the images of an IP-Adapter (pipe.unload_ip_adapter() takes it out)"
-            if found == "ip_image_proj"
+            "the images of an IP-Adapter (pipe.unload_ip_adapter() removes it)"
+            if setting == "ip_image_proj"
             else "embeddings of an image or of another text encoder"
         )
         raise UsageError(
-            f"{place} has encoder_hid_dim_type {found!r}: it needs {needed}, and {_LATER}"
+            f"{place} has encoder_hid_dim_type {setting!r}: it needs {needed}, {_NOT_PASSED}"
         )
     addition = config.get("addition_embed_type")
     if addition not in (None, "text_time"):
         raise UsageError(
-            f"{place} has addition_embed_type {addition!r}: it needs more than the text, and "
-            f"{_LATER}"
+            f"{place} has addition_embed_type {addition!r}: in addition to the text it needs an "
+            f"embedding, {_NOT_PASSED}"
         )
     if (addition == "text_time") != (
         kind == "StableDiffusionXLPipeline"
@@ -146,24 +151,21 @@ def _check_text_unet(config: Any, kind: str, place: str) -> None:
         )
     if config.get("attention_type", "default") != "default":
         raise UsageError(
-            f"{place} has attention_type {config.attention_type!r}: it needs boxes or images, and "
-            f"{_LATER}"
+            f"{place} has attention_type {config.attention_type!r}: it needs boxes or images, "
+            f"{_NOT_PASSED}"
         )
 
 
 def _check_pipeline(pipeline: Any, kind: str, model_class: str, where: str) -> None:
+    """Raise unless the pipeline is of a supported class and has its text encoders."""
     supported = (*sorted(ENCODED_PIPELINES), "DiTPipeline", *_UNCONDITIONAL)
     if hasattr(pipeline, "classes"):
         return
     if kind not in supported:
         needed = next((what for part, what in _BY_NAME.items() if part in kind), None)
-        why = (
-            f": its denoiser needs {needed}, and {_LATER}"
-            if needed
-            else f"; {_LATER.partition(': ')[2]}"
-        )
+        reason = f": its denoiser needs {needed}, which trtq does not pass yet" if needed else ""
         raise UsageError(
-            f"{where}: {kind} with a {model_class} is not supported{why}. Supported are "
+            f"{where}: {kind} with a {model_class} is not supported{reason}; supported pipelines: "
             f"{', '.join(supported)}"
         )
     absent = [
@@ -171,30 +173,33 @@ def _check_pipeline(pipeline: Any, kind: str, model_class: str, where: str) -> N
     ]
     if absent:
         raise UsageError(
-            f"{where}: the {kind} has no {', '.join(absent)} (null in its model_index.json), "
-            "without which trtq cannot encode prompts; load it with all its text encoders"
+            f"{where}: the {kind} has no {', '.join(absent)} (null in its {INDEX_NAME}), so trtq cannot "
+            "encode prompts; load the pipeline with all its text encoders"
         )
 
 
 def _check_autoencoder(pipeline: Any, config: Any, place: str, kind: str) -> None:
+    """Raise unless the autoencoder is of a supported class and fits the denoiser."""
     for name in ("vae", "vqvae"):
         autoencoder = getattr(pipeline, name, None)
-        own = getattr(autoencoder, "config", None)
-        if autoencoder is None or own is None:
+        settings = getattr(autoencoder, "config", None)
+        if autoencoder is None or settings is None:
             continue
-        if not own.get("block_out_channels"):
+        if not settings.get("block_out_channels"):
             raise UsageError(
-                f"{place}: its {name} is a {type(autoencoder).__name__}, whose image size trtq "
-                "cannot tell; supported are AutoencoderKL and VQModel"
+                f"{place}: the {name} of its pipeline is a {type(autoencoder).__name__}, which trtq "
+                "does not support; supported are AutoencoderKL and VQModel"
             )
-        latent, given = own.get("latent_channels"), config.get("in_channels")
+        latent, given = settings.get("latent_channels"), config.get("in_channels")
         if kind == "FluxPipeline" and isinstance(given, int):
             given //= 4
         if isinstance(latent, int) and isinstance(given, int) and latent != given:
             raise UsageError(
-                f"{place} takes latents of {given} channels, and its {name} makes latents of "
-                f"{latent}; one of the two is of another model"
+                f"{place} takes latents of {given} channels, but the {name} makes latents of {latent}; "
+                "one of the two is from another model"
             )
     autoencoders = [getattr(pipeline, name, None) for name in ("vae", "vqvae")]
     if kind in ENCODED_PIPELINES and not any(part is not None for part in autoencoders):
-        raise UsageError(f"{place}: the {kind} has no vae, so it draws no images")
+        raise UsageError(
+            f"{place}: the {kind} has no vae, so it cannot make images; load the pipeline with its vae"
+        )

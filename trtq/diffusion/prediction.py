@@ -1,4 +1,4 @@
-"""What a denoiser's prediction says about the clean sample and the noise; for arrays of any kind."""
+"""Clean sample and noise from a denoiser's prediction, for tensors and numpy arrays."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 __all__ = ["PREDICTIONS", "clean_and_noise"]
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
-"""The noise; the velocity `signal noise - sigma x_0`; the clean sample; the flow `noise - x_0`."""
+"""Kinds of predictions: noise; velocity `signal noise - sigma x_0`; clean sample; flow `noise - x_0`."""
 
 
 def clean_and_noise(
     prediction: str, x: Any, predicted: Any, signal: Any, sigma: Any
 ) -> tuple[Any, Any]:
-    """The clean sample and the noise that a prediction means.
+    """The clean sample and the noise implied by a prediction.
 
     Args:
         prediction: one of `PREDICTIONS`.
-        x: `signal x_0 + sigma noise`, a tensor or a numpy array `[B, ...]`.
-        predicted: the denoiser's output at `x`, same shape.
-        signal: share of the clean sample, one for all or `[B, 1, ...]`.
-        sigma: that of the noise, likewise.
+        x: noisy sample `signal x_0 + sigma noise`, `[B, ...]`.
+        predicted: denoiser output at `x`, `[B, ...]`.
+        signal: factor of the clean sample, a scalar or `[B, 1, ...]`.
+        sigma: factor of the noise, a scalar or `[B, 1, ...]`.
 
     Returns:
-        Two of the shape of `x`.
+        Clean sample and noise, `[B, ...]` each.
     """
     if prediction == "epsilon":
         return (x - sigma * predicted) / signal, predicted

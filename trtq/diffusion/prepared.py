@@ -1,52 +1,54 @@
-"""A pipeline object as people prepare it -> a plain one of the same parts; the user's stays as it is.
+"""A plain copy of a pipeline object that may be in any state; the object itself is not changed.
 
 Half precision, compilation, slicing, offloading, training mode and fused projections change how a model
-is computed and not what it is: each model is built again from its configuration, and given the same
-weights in float32. What changes the model itself (adapters that are not fused, layers or processors of
-one's own, FreeU) cannot be seen in a configuration, so it is refused.
+is computed but not its result. Each model is built again from its configuration, with the same weights
+in float32. Other changes are refused, see `trtq.diffusion.modifications`.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trtq.diffusion.checkpoint import check_finite, one_line
+from trtq.diffusion.modifications import (
+    check_freeu,
+    check_instance,
+    check_modules,
+    check_not_quantized,
+    library_class,
+    library_of,
+    modules_by_plain_name,
+    plain_name,
+    warn_of_hooks,
+)
 from trtq.diffusion.quiet import quiet_diffusers
+from trtq.diffusion.tensor_checks import check_finite
+from trtq.diffusion.wording import one_line
 from trtq.errors import QuantizationError, UsageError
 
-__all__ = ["plain_pipeline"]
+__all__ = ["plain_model", "plain_pipeline"]
 
-logger = logging.getLogger(__name__)
-
-_LIBRARIES = ("diffusers", "transformers")
-_SAME_ATTENTION = re.compile(r"(Sliced|XFormers|Fused)?(Joint|Flux)?AttnProcessor(NPU|2_0)?")
-"""diffusers' processors that compute the same attention in other ways."""
 _FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
-_FREEU = ("s1", "s2", "b1", "b2")
-_OFFLOADING = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting", "peft")
 
 
 def plain_pipeline(pipeline: Any) -> Any:
-    """A pipeline of the same class, whose models are float32, on the CPU and in evaluation mode.
+    """A pipeline of the same class with models in float32, on the CPU and in evaluation mode.
 
-    It shares float32 weights on the CPU with the user's pipeline, so they must not be written to.
+    The copy shares float32 weights on the CPU with the user's pipeline; do not write to them.
 
     Args:
-        pipeline: a diffusers pipeline; neither it nor its models are changed.
+        pipeline: diffusers pipeline; it and its models are not changed.
 
     Raises:
-        UsageError: it is no pipeline, or was changed in a way that its configuration does not tell.
-        QuantizationError: a model's weights are not there, or not finite floating-point numbers.
+        UsageError: the object is not a pipeline, or has a change that its configuration does not record.
+        QuantizationError: weights are missing, or are not finite floating-point numbers.
     """
     from diffusers import DiffusionPipeline
 
@@ -55,15 +57,15 @@ def plain_pipeline(pipeline: Any) -> Any:
         if isinstance(pipeline, nn.Module):
             what = f"the model {what} alone"
         raise UsageError(
-            f"a pipeline of diffusers is needed, got {what}; give the whole pipeline, a folder or "
-            "a hub id"
+            f"a diffusers pipeline is required, got {what}; give the whole pipeline, a folder or a "
+            "hub id"
         )
-    cls = _own_class(type(pipeline), "the pipeline")
-    _check_instance(pipeline, cls)
+    cls = library_class(type(pipeline), "the pipeline")
+    check_instance(pipeline, cls)
     plain = copy.copy(pipeline)
     if type(pipeline) is not cls and not type(pipeline).__module__.startswith("trtq."):
         plain.__class__ = cls
-    # Offloading moves the user's own models at the end of a call.
+    # Offloading moves the user's models at the end of a call.
     for name in ("_all_hooks", "hf_device_map", "_offload_device", "_offload_gpu_id"):
         vars(plain).pop(name, None)
     plain._all_hooks = []
@@ -72,66 +74,23 @@ def plain_pipeline(pipeline: Any) -> Any:
             continue
         if isinstance(part, nn.Module):
             part = plain_model(part, name)
-        elif _library(type(part)) is None:
-            hint = "; to do without it, set it to None" if name == "safety_checker" else ""
+        elif library_of(type(part)) is None:
+            hint = (
+                "; if the pipeline works without it, set it to None"
+                if name == "safety_checker"
+                else ""
+            )
             raise UsageError(
-                f"{name!r} of the pipeline is a {type(part).__name__}, which is neither of "
-                f"diffusers nor of transformers; a run could not be opened again with it{hint}"
+                f"{name!r} of the pipeline is a {type(part).__name__}, which is defined neither by "
+                f"diffusers nor by transformers; a run could not be opened again with it{hint}"
             )
         setattr(plain, name, part)
     plain.set_progress_bar_config(disable=True)
     return plain
 
 
-def _library(cls: type) -> str | None:
-    library = cls.__module__.partition(".")[0]
-    return library if library in _LIBRARIES else None
-
-
-def _own_class(cls: type, what: str) -> type:
-    """The nearest ancestor that diffusers, transformers or trtq itself defines.
-
-    Raises:
-        UsageError: there is none, or a subclass overrides what would then be lost.
-    """
-    overridden: list[str] = []
-    for ancestor in cls.__mro__:
-        if _library(ancestor) is not None or ancestor.__module__.startswith("trtq."):
-            changed = sorted({name for name in overridden if hasattr(ancestor, name)})
-            if changed:
-                raise UsageError(
-                    f"{what} is a {cls.__name__}, which overrides {', '.join(changed)} of "
-                    f"{ancestor.__name__}; trtq would not run that. Give a {ancestor.__name__}"
-                    + (
-                        f", e.g. {ancestor.__name__}(**pipe.components)"
-                        if ancestor.__name__.endswith("Pipeline")
-                        else ""
-                    )
-                )
-            return ancestor
-        overridden += [
-            name
-            for name, value in vars(ancestor).items()
-            if (callable(value) or isinstance(value, property)) and name != "__init__"
-        ]
-    raise UsageError(
-        f"{what} is a {cls.__module__}.{cls.__name__}, which is neither of diffusers nor of "
-        "transformers"
-    )
-
-
-def _check_instance(pipeline: Any, cls: type) -> None:
-    """Refuse a pipeline whose methods were replaced on the object."""
-    for name in vars(pipeline):
-        if callable(getattr(cls, name, None)) and not isinstance(getattr(cls, name), type):
-            raise UsageError(
-                f"{name} of the pipeline was replaced by a function of yours, which trtq would not "
-                f"run; give a pipeline as {cls.__name__} makes it"
-            )
-
-
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`'s and data-parallel wrappers."""
+    """The model inside the wrappers of `torch.compile` and of data parallelism."""
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
@@ -142,191 +101,93 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain_model(model: nn.Module, name: str) -> nn.Module:
-    """A fresh model of the same configuration with the same weights in float32, on the CPU.
+    """A fresh model with the same configuration and the same weights in float32, on the CPU.
 
     Args:
-        model: of diffusers or transformers; it is not changed.
-        name: its component's name, for messages.
+        model: model of diffusers or transformers; it is not changed.
+        name: name of the component, for messages.
 
     Raises:
-        UsageError: it was changed in a way that its configuration does not tell.
-        QuantizationError: its weights are not there, or not finite floating-point numbers.
+        UsageError: the model has a change that its configuration does not record.
+        QuantizationError: weights are missing, or are not finite floating-point numbers.
     """
     model = _unwrapped(model)
     if type(model).__module__.startswith("peft."):
         raise UsageError(
-            f"{name!r} is wrapped by peft ({type(model).__name__}); merge it first: "
+            f"{name!r} is wrapped by peft ({type(model).__name__}); merge the adapter first: "
             f"pipe.{name} = pipe.{name}.merge_and_unload()"
         )
-    cls = _own_class(type(model), repr(name))
-    _check_not_quantized(model, name)
-    fresh = _fresh(model, cls, name)
-    users = _users_modules(model)
-    _check_modules(fresh, users, name)
-    _check_freeu(users, name)
-    state = _check_fused(_weights(model, name), name)
-    own = fresh.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    for what, keys in (
-        ("lacks", missing),
-        ("has in addition", unexpected),
-        ("has in another shape", shapes),
-    ):
-        if keys:
-            raise UsageError(
-                f"{name!r} was changed since it was loaded: it {what} {len(keys)} tensors of its "
-                f"configuration, e.g. {sorted(keys)[0]!r}; give it as it is loaded, or with a "
-                "configuration that fits"
-            )
+    cls = library_class(type(model), repr(name))
+    check_not_quantized(model, name)
+    fresh = _empty_model(model, cls, name)
+    modules = modules_by_plain_name(model)
+    check_modules(fresh, modules, name)
+    check_freeu(modules, name)
+    given = _without_fused(_weights(model, name), name)
+    expected = fresh.state_dict()
+    _check_state(expected, given, name)
     fresh.load_state_dict(
-        {key: _float(key, state[key], own[key], name) for key in own}, assign=True
+        {key: _as_float(key, given[key], expected[key], name) for key in expected}, assign=True
     )
-    _float_buffers(fresh)
-    tie: Any = getattr(fresh, "tie_weights", None)
-    if tie is not None:
-        tie()
+    _buffers_to_float(fresh)
+    tie_weights: Any = getattr(fresh, "tie_weights", None)
+    if tie_weights is not None:
+        tie_weights()
     if any(tensor.is_meta for tensor in [*fresh.parameters(), *fresh.buffers()]):
         raise QuantizationError(f"{name!r} has tensors without a value")
     check_finite(fresh, repr(name))
-    _note_hooks(users, name)
+    warn_of_hooks(modules, name)
     return fresh.eval()
 
 
-def _check_not_quantized(model: Any, name: str) -> None:
-    config = getattr(model, "config", None)
-    quantization = getattr(config, "quantization_config", None)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantization is None and quantizer is None and not getattr(model, "is_quantized", False):
-        return
-    method = getattr(quantization, "quant_method", None)
-    if isinstance(quantization, dict):
-        method = quantization.get("quant_method")
-    method = getattr(method, "value", method) or type(quantizer or quantization).__name__
-    raise UsageError(
-        f"{name!r} is quantised already ({method}); give the float pipeline it was made of"
-    )
+def _check_state(expected: dict[str, Tensor], given: dict[str, Tensor], name: str) -> None:
+    """Raise unless a model has the tensors of its configuration, with their shapes."""
+    shapes = [
+        key for key in expected.keys() & given.keys() if expected[key].shape != given[key].shape
+    ]
+    for problem, keys in (
+        ("are missing", expected.keys() - given.keys()),
+        ("are not part of its configuration", given.keys() - expected.keys()),
+        ("have another shape than in its configuration", shapes),
+    ):
+        if keys:
+            raise UsageError(
+                f"{name!r} was changed after loading: {len(keys)} tensors {problem}, e.g. "
+                f"{min(keys)!r}; give the component unchanged, or with a configuration that fits"
+            )
 
 
-def _fresh(model: Any, cls: Any, name: str) -> nn.Module:
-    """A model without memory for its parameters; its other tensors are computed."""
+def _empty_model(model: Any, cls: Any, name: str) -> nn.Module:
+    """A model of the same configuration without memory for its parameters; its buffers are computed."""
     from accelerate import init_empty_weights
 
     if getattr(model, "config", None) is None:
-        raise UsageError(f"{name!r} is a {cls.__name__}, which has no configuration")
+        raise UsageError(
+            f"{name!r} is a {cls.__name__}, which has no configuration; trtq cannot rebuild it"
+        )
     try:
         with quiet_diffusers(), torch.random.fork_rng(devices=[]), init_empty_weights():
             if hasattr(cls, "from_config"):
-                # Private keys, too, would say which settings to take the defaults of.
+                # A private key lists the settings that would be replaced by defaults.
                 config = {k: v for k, v in model.config.items() if not k.startswith("_")}
                 fresh: nn.Module = cls.from_config(config)
             else:
                 fresh = cls(copy.deepcopy(model.config))
-    # A constructor raises anything of a configuration that was changed by hand.
+    # A constructor raises any exception for a configuration that was edited.
     except Exception as err:
         raise UsageError(
-            f"the configuration of {name!r} does not make a {cls.__name__}: {type(err).__name__}: "
+            f"cannot build a {cls.__name__} from the configuration of {name!r}: {type(err).__name__}: "
             f"{one_line(err)}"
         ) from err
     return fresh
 
 
-def _clean(name: str) -> str:
-    """The name that a module or tensor has without the wrappers of `torch.compile` and peft."""
-    parts = [part for part in name.split(".") if part not in ("_orig_mod", "base_layer")]
-    return ".".join(parts)
-
-
-def _users_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by the name that a plain model has for them; of wrapped ones the one inside."""
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        found[_clean(name)] = module
-    return found
-
-
-def _check_modules(fresh: nn.Module, users: dict[str, nn.Module], name: str) -> None:
-    """Refuse modules that are of another class, or set otherwise, than the configuration says."""
-    for path, module in fresh.named_modules(remove_duplicate=False):
-        own = users.get(path)
-        where = f"{name}.{path}" if path else name
-        if own is None:
-            continue
-        if path and type(own) is not type(module):
-            raise UsageError(
-                f"{where!r} is a {_full(own)}, but by its configuration a {_full(module)}; trtq "
-                "would not keep the replacement, give the pipeline without it"
-            )
-        if own.extra_repr() != module.extra_repr():
-            raise UsageError(
-                f"{where!r} was changed: {type(own).__name__}({one_line(own.extra_repr())}), but by "
-                f"its configuration ({one_line(module.extra_repr())})"
-            )
-        for method in _replaced_methods(own):
-            raise UsageError(
-                f"the {method} of {where!r} was replaced by a function of yours or of a patch "
-                "(DeepCache, ToMe, ...), which trtq would not run; give the pipeline without it"
-            )
-        for hook in _registry(own):
-            if not hook.startswith(_OFFLOADING):
-                raise UsageError(
-                    f"{where!r} has diffusers' hook {hook!r}, which changes what is computed; take "
-                    "it off first (e.g. disable_cache())"
-                )
-        _check_processor(module, own, where)
-
-
-def _full(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _replaced_methods(module: Any) -> list[str]:
-    """Methods that were put on the object itself; those of offloading and compiling are passed over."""
-    ours = {"to", "cuda", "xpu", "npu"}
-    if hasattr(module, "_hf_hook") or _registry(module):
-        ours.add("forward")
-    return [
-        name
-        for name, value in vars(module).items()
-        if callable(value) and callable(getattr(type(module), name, None)) and name not in ours
-    ]
-
-
-def _registry(module: Any) -> list[str]:
-    registry = getattr(module, "_diffusers_hook", None)
-    return list(getattr(registry, "hooks", {}) or {})
-
-
-def _check_processor(fresh: Any, own: Any, where: str) -> None:
-    processor = getattr(own, "processor", None)
-    expected = getattr(fresh, "processor", None)
-    if processor is None or expected is None or type(processor) is type(expected):
-        return
-    cls = type(processor)
-    if cls.__module__.startswith("diffusers.") and _SAME_ATTENTION.fullmatch(cls.__name__):
-        return
-    raise UsageError(
-        f"{where!r} has the attention processor {cls.__name__}, which trtq does not keep; call "
-        "set_default_attn_processor() of its model first (unload_ip_adapter() of the pipeline for "
-        "an IP-Adapter)"
-    )
-
-
-def _check_freeu(users: dict[str, nn.Module], name: str) -> None:
-    for path, module in users.items():
-        if "up_blocks" in path and any(getattr(module, key, None) is not None for key in _FREEU):
-            raise UsageError(
-                f"FreeU is enabled on {name!r}, which trtq does not keep; call "
-                "pipe.disable_freeu() first"
-            )
-
-
 def _weights(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Tensors by their plain names; those of fused or disabled adapters are left out.
+    """Tensors by plain name, without those of fused or disabled adapters.
 
     Raises:
-        UsageError: adapters are loaded and not fused.
-        QuantizationError: tensors have no memory.
+        UsageError: an active adapter is not fused.
+        QuantizationError: a tensor has no memory.
     """
     inside: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
@@ -340,30 +201,30 @@ def _weights(model: nn.Module, name: str) -> dict[str, Tensor]:
             active = set()
         if active - merged:
             raise UsageError(
-                f"the LoRA {', '.join(sorted(active - merged))!r} is loaded into {name!r} and not "
-                f"fused ({_clean(path)!r}); call pipe.fuse_lora() first, or "
-                "pipe.unload_lora_weights() and give its file with --lora (loras=[...])"
+                f"the LoRA {', '.join(sorted(active - merged))!r} is loaded into {name!r} but not "
+                f"fused ({plain_name(path)!r}); call pipe.fuse_lora() first, or "
+                "pipe.unload_lora_weights() and give the file of the LoRA with --lora (loras=[...])"
             )
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
         owner = next((path for path in inside if key.startswith(path)), None)
         if owner is not None and not key.startswith(f"{owner}base_layer."):
             continue
         if tensor.is_meta:
             raise QuantizationError(
-                f"{name!r} has no weights in memory ({_clean(key)!r} is on meta: sequential or "
-                "disk offload, or a model that was only built); load the pipeline without "
+                f"{name!r} has no weights in memory ({plain_name(key)!r} is on the meta device: "
+                "sequential or disk offload, or a model without weights); load the pipeline without "
                 "offloading, or give its folder"
             )
-        found[_clean(key)] = tensor
-    return found
+        tensors[plain_name(key)] = tensor
+    return tensors
 
 
-def _check_fused(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Leave fused projections out; the single ones are still there and must be the same.
+def _without_fused(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The state without fused projections; the single projections must still have the same values.
 
     Raises:
-        UsageError: they are not.
+        UsageError: the values differ.
     """
     for key in list(state):
         parent, _, leaf = key.rpartition(".")
@@ -376,20 +237,20 @@ def _check_fused(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         if not torch.equal(torch.cat([state[part] for part in parts]), state[key]):
             raise UsageError(
                 f"{name}.{key} was changed after the projections were fused; call "
-                "pipe.unfuse_qkv_projections() and make the change again"
+                "pipe.unfuse_qkv_projections() and repeat the change"
             )
         del state[key]
     return state
 
 
-def _float(key: str, tensor: Tensor, own: Tensor, name: str) -> Tensor:
-    """One tensor as the fresh model wants it: float32 where it is a float, on the CPU."""
+def _as_float(key: str, tensor: Tensor, expected: Tensor, name: str) -> Tensor:
+    """A tensor for the fresh model, on the CPU; float32 unless the model expects integers."""
     if type(tensor) not in (Tensor, nn.Parameter):
         raise UsageError(
-            f"{name}.{key} is a {type(tensor).__name__}: {name!r} is quantised or spread over "
-            "devices; give the float pipeline it was made of"
+            f"{name}.{key} is a {type(tensor).__name__}: {name!r} is quantised or distributed over "
+            "devices; give the float pipeline that it was made from"
         )
-    if not own.is_floating_point():
+    if not expected.is_floating_point():
         return tensor.detach().cpu()
     if not tensor.is_floating_point():
         raise QuantizationError(
@@ -398,22 +259,9 @@ def _float(key: str, tensor: Tensor, own: Tensor, name: str) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous()
 
 
-def _float_buffers(fresh: nn.Module) -> None:
-    """Tensors that no file holds (positions, frequencies) stay the fresh model's own, in float32."""
+def _buffers_to_float(fresh: nn.Module) -> None:
+    """Convert the fresh model's computed buffers (positions, frequencies) to float32."""
     for module in fresh.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[key] = buffer.float()
-
-
-def _note_hooks(users: dict[str, nn.Module], name: str) -> None:
-    hooked = [
-        path for path, module in users.items() if module._forward_hooks or module._forward_pre_hooks
-    ]
-    if hooked:
-        logger.warning(
-            "%d hooks on %r (e.g. on %r) are not run: trtq works on a copy of the model",
-            len(hooked),
-            name,
-            hooked[0] or name,
-        )

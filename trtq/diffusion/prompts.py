@@ -1,4 +1,4 @@
-"""Prompts of a text-to-image model: to calibrate with, and to judge by.
+"""Prompts of a text-to-image model for calibration and for evaluation.
 
 A model's folder may hold `prompts.json`:
 
@@ -6,8 +6,8 @@ A model's folder may hold `prompts.json`:
      "calibration": ["a red circle", ...],
      "evaluation": [{"prompt": "a red circle", "labels": {"first_colour": 0, ...}}, ...]}
 
-`labels` are what the model's own classifier must see in the picture. A model without the file is
-calibrated on the general prompts in `calib/prompts`.
+`labels` are the answers that the model's classifier must give for the image. A model without this file
+is calibrated on the general prompts in `calib/prompts`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 PROMPTS_NAME = "prompts.json"
 DEFAULT_GUIDANCE = 7.5
 MAX_CHARACTERS = 32_768
-"""Of one prompt; text encoders cut at some hundred tokens."""
+"""Maximum length of a prompt; text encoders read a few hundred tokens."""
 
 
 def _prompt(value: str) -> str:
@@ -48,7 +48,7 @@ _Prompt = Annotated[str, Field(strict=True), AfterValidator(_prompt)]
 
 
 class JudgedPrompt(BaseModel):
-    """A prompt, and the values that a classifier must find for its questions."""
+    """A prompt and the expected answers of a classifier, by question."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,9 +60,9 @@ class PromptSet(BaseModel):
     """The prompts of a model.
 
     Attributes:
-        guidance: classifier-free guidance that the model is meant for.
-        calibration: at least one.
-        evaluation: may be empty.
+        guidance: recommended classifier-free guidance scale.
+        calibration: prompts for calibration, at least one.
+        evaluation: prompts for evaluation; may be empty.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,7 +78,7 @@ def read_lines(path: Path) -> tuple[str, ...]:
     """The prompts of a text file, one per line.
 
     Raises:
-        UsageError: it cannot be read, or holds none.
+        UsageError: the file cannot be read, or holds no prompts.
     """
     text = read_text(path, "the prompts", error=UsageError)
     lines = tuple(line.strip() for line in text.splitlines() if line.strip())
@@ -92,23 +92,26 @@ def read_lines(path: Path) -> tuple[str, ...]:
 
 
 def _fault(prompt: str) -> str | None:
-    """What is wrong with a prompt; None: nothing."""
+    """The reason why a prompt is invalid, or None."""
     if len(prompt) > MAX_CHARACTERS:
-        return f"has {len(prompt)} characters; at most {MAX_CHARACTERS} are taken"
+        return f"has {len(prompt)} characters; at most {MAX_CHARACTERS} are allowed"
     return "holds a NUL character" if "\0" in prompt else None
 
 
 def general_prompts() -> PromptSet:
-    """Prompts about this and that, for models that bring none."""
+    """General prompts for models without their own."""
     text = (files("trtq") / "calib" / "prompts" / "general.txt").read_text(encoding="utf-8")
     return PromptSet(calibration=tuple(text.splitlines()))
 
 
 def load_prompts(folder: Path | None) -> PromptSet:
-    """The prompts of a model's folder, or the general ones.
+    """The prompts in a model's folder, or the general prompts.
+
+    Args:
+        folder: folder of the pipeline, or None.
 
     Raises:
-        ArtefactError: its file is not of that form.
+        ArtefactError: the file of prompts is malformed.
     """
     if folder is None or not (folder / PROMPTS_NAME).is_file():
         return general_prompts()

@@ -1,4 +1,4 @@
-"""Keeping diffusers and transformers off standard error."""
+"""Silencing diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ __all__ = ["quiet_diffusers"]
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Inside the block there are no progress bars and no warnings of diffusers and transformers."""
-    from diffusers.utils import logging as ours
-    from transformers.utils import logging as theirs
+    """Suppress progress bars and warnings of diffusers and transformers inside the block."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
 
-    libraries = (ours, theirs)
-    shown = [log for log in libraries if log.is_progress_bar_enabled()]
+    libraries = (diffusers_log, transformers_log)
+    with_bar = [log for log in libraries if log.is_progress_bar_enabled()]
     levels = [log.get_verbosity() for log in libraries]
     for log in libraries:
         log.set_verbosity_error()
-    for log in shown:
+    for log in with_bar:
         log.disable_progress_bar()
     try:
         yield
     finally:
         for log, level in zip(libraries, levels, strict=True):
             log.set_verbosity(level)
-        for log in shown:
+        for log in with_bar:
             log.enable_progress_bar()

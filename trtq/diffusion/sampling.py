@@ -1,4 +1,4 @@
-"""Guidance, and walking a denoising trajectory. Letters: B images, C, H, W."""
+"""Guidance, initial noise and denoising trajectories. Letters: B images, C, H, W, T steps."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _VALUES_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a denoiser needs to know beside the sample and the timestep.
+    """Inputs of a denoiser in addition to the sample and the timestep.
 
     Attributes:
-        conditional: inputs by flat name, each a tensor `[B, ...]`.
-        unconditional: the same for "no condition"; None if the model has no such thing.
-        shared: inputs without a batch axis.
-        family: how the denoiser is called.
+        conditional: inputs by flat name, `[B, ...]` each.
+        unconditional: the same inputs for "no condition"; None if the model has none.
+        shared: inputs without a batch axis, by flat name.
+        family: calling convention of the denoiser.
     """
 
     conditional: dict[str, Tensor]
@@ -46,7 +46,7 @@ class Conditions:
     family: Family = FAMILIES["UNet2DModel"]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
-        """These conditions with every value with a batch axis changed."""
+        """The same conditions after a change of all values with a batch axis."""
         unconditional = self.unconditional
         return replace(
             self,
@@ -56,27 +56,27 @@ class Conditions:
         )
 
     def take(self, items: Tensor | slice) -> Conditions:
-        """The conditions of some of the images."""
+        """The conditions of a selection of the images."""
         return self._each(lambda value: value[items])
 
     def to(self, device: torch.device | str) -> Conditions:
-        """The conditions on a device."""
+        """The same conditions with their tensors on `device`."""
         shared = {name: value.to(device) for name, value in self.shared.items()}
         return replace(self._each(lambda value: value.to(device)), shared=shared)
 
     def update(self, where: Tensor, other: Conditions) -> Conditions:
-        """These conditions, with those of `other` where `where[B]` is true."""
+        """The conditions of `other` for images where `where[B]` is true, these conditions elsewhere."""
 
-        def pick(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+        def select(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
             return {
-                name: torch.where(where.reshape(-1, *(1,) * (value.ndim - 1)), theirs[name], value)
-                for name, value in mine.items()
+                name: torch.where(where.reshape(-1, *(1,) * (value.ndim - 1)), new[name], value)
+                for name, value in old.items()
             }
 
         unconditional = None
         if self.unconditional is not None and other.unconditional is not None:
-            unconditional = pick(self.unconditional, other.unconditional)
-        conditional = pick(self.conditional, other.conditional)
+            unconditional = select(self.unconditional, other.unconditional)
+        conditional = select(self.conditional, other.conditional)
         return replace(self, conditional=conditional, unconditional=unconditional)
 
 
@@ -87,22 +87,22 @@ def predict(
     conditions: Conditions,
     guidance: float = 1.0,
 ) -> Tensor:
-    """The denoiser's prediction, with classifier-free guidance (arXiv 2207.12598) when asked for.
+    """The denoiser's prediction, optionally with classifier-free guidance (arXiv 2207.12598).
 
-    Both halves go through the denoiser as one batch, in the order unconditional, conditional.
+    With guidance, unconditional and conditional inputs form one batch, in this order.
 
     Args:
-        denoiser: called with the inputs of its family by name, and `return_dict=False`.
-        x: `[B,C,H,W]`.
-        timestep: one for all, or `[B]`.
-        conditions: of the B images.
-        guidance: up to 1 is none, as in diffusers.
+        denoiser: callable that takes its family's inputs by name and `return_dict=False`.
+        x: noisy samples, `[B,C,H,W]`.
+        timestep: timestep of all images, or `[B]`.
+        conditions: conditions of the B images.
+        guidance: guidance scale; 1 or less disables it, as in diffusers.
 
     Returns:
-        `e_u + guidance * (e_c - e_u)`, `[B,C,H,W]`. A learned variance in further channels is cut.
+        `e_u + guidance * (e_c - e_u)`, `[B,C,H,W]`, without the channels of a learned variance.
 
     Raises:
-        UsageError: guidance is asked of a model without an unconditional form.
+        UsageError: guidance is requested for a model without an unconditional prediction.
     """
     channels = x.shape[1]
     family, shared = conditions.family, conditions.shared
@@ -112,8 +112,8 @@ def predict(
         return out[:, :channels]
     if conditions.unconditional is None:
         raise UsageError(
-            f"guidance={guidance:g} needs a model that also predicts without a condition, e.g. with a "
-            "class that means 'no class'"
+            f"guidance={guidance:g} requires a model that also predicts without a condition, e.g. with "
+            "a class that means 'no class'; use guidance=1"
         )
     both = {
         name: torch.cat([conditions.unconditional[name], value])
@@ -131,10 +131,17 @@ def predict(
 def seeded_noise(
     shape: tuple[int, ...], seed: int, first: int, count: int, purpose: str = "image"
 ) -> Tensor:
-    """Starting noise of images `first .. first + count - 1`, `[count, *shape]`.
+    """Initial noise of the images `first .. first + count - 1`, `[count, *shape]`.
 
-    Image i of a seed is the same in whatever batch it is drawn; other purposes have other noise, so
-    nothing is calibrated on what it is judged by.
+    Image i of a seed does not depend on the batch. Noise differs between purposes, so calibration and
+    evaluation use different images.
+
+    Args:
+        shape: shape of one sample.
+        seed: seed of the run.
+        first: index of the first image.
+        count: number of images.
+        purpose: use of the noise, e.g. `image`.
     """
     return torch.stack(
         [
@@ -144,24 +151,24 @@ def seeded_noise(
     )
 
 
-def at_once(shape: tuple[int, ...], most: int) -> int:
-    """How many samples of this shape to put through a denoiser at once, at least 1 and at most `most`.
+def at_once(shape: tuple[int, ...], max_batch: int) -> int:
+    """Number of samples of this shape per denoiser call, in 1 .. `max_batch`.
 
-    Activations of a UNet take some ten thousand times the memory of its input: four images at Stable
-    Diffusion's size are several gigabytes.
+    Activations of a UNet take about ten thousand times the memory of its input: four images at Stable
+    Diffusion's size take several gigabytes.
     """
-    return max(1, min(most, _VALUES_AT_ONCE // math.prod(shape)))
+    return max(1, min(max_batch, _VALUES_AT_ONCE // math.prod(shape)))
 
 
 @dataclass(frozen=True)
 class TrajectoryPoint:
-    """Where a trajectory stands.
+    """One step of a trajectory.
 
     Attributes:
-        position: 0 at the noisiest step.
+        position: index of the step, 0 = noisiest.
         timestep: the scheduler's timestep.
-        x: the denoiser's input, `[B,C,H,W]`.
-        predicted: its guided output, `[B,C,H,W]`.
+        x: denoiser input, `[B,C,H,W]`.
+        predicted: denoiser output with guidance, `[B,C,H,W]`.
     """
 
     position: int
@@ -178,10 +185,10 @@ def spread(
     conditions: Conditions,
     guidance: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Points all along the denoiser's trajectories: item i of B stands at step `i * T // B`.
+    """Samples from all steps of the denoiser's trajectories: item i of B is at step `i * T // B`.
 
     Returns:
-        Inputs `[B,C,H,W]` and their timesteps `[B]`.
+        Denoiser inputs `[B,C,H,W]` and their timesteps `[B]`.
     """
     position = torch.arange(len(noise), device=noise.device) * len(schedule) // len(noise)
     x = torch.empty_like(noise)
@@ -199,7 +206,7 @@ def walk(
     conditions: Conditions,
     guidance: float = 1.0,
 ) -> Iterator[TrajectoryPoint]:
-    """Follow the denoiser's own deterministic trajectory from the noise `x[B,C,H,W]`."""
+    """Follow the denoiser's deterministic trajectory from the noise `x[B,C,H,W]`."""
     for position, timestep in enumerate(schedule.timesteps.tolist()):
         predicted = predict(denoiser, x, timestep, conditions, guidance)
         yield TrajectoryPoint(position, timestep, x, predicted)

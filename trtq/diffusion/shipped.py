@@ -13,11 +13,11 @@ def _root() -> Path:
 
 
 def shipped_models() -> list[str]:
-    """Names that `shipped_model` knows, sorted."""
+    """Names of the shipped models, sorted."""
     root = _root()
     return sorted(p.parent.name for p in root.glob("*/model_index.json")) if root.is_dir() else []
 
 
 def shipped_model(name: str) -> Path | None:
-    """The folder of the model with this name, or None."""
+    """The folder of a shipped model; None for other names."""
     return _root() / name if name in shipped_models() else None

@@ -1,1 +1,1 @@
-"""One way to run a graph, whatever runs it."""
+"""Engines: one interface to run a graph on every runtime."""

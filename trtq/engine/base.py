@@ -1,21 +1,31 @@
-"""What every runtime looks like from outside."""
+"""The interface that every runtime offers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from trtq.artefact.graph_metadata import SIZES_KEY
 from trtq.errors import ArtefactError
 
-__all__ = ["NO_METADATA", "SIZES_KEY", "Engine", "TensorSpec", "only_output"]
+__all__ = [
+    "NO_METADATA",
+    "SIZES_KEY",
+    "Engine",
+    "TensorSpec",
+    "graph_specs",
+    "only_output",
+    "specs_from_json",
+    "specs_to_json",
+]
 
 NO_METADATA: Mapping[str, str] = MappingProxyType({})
-"""Of a graph that says nothing about itself."""
+"""Metadata of a graph without any."""
 
 
 @dataclass(frozen=True)
@@ -23,33 +33,37 @@ class TensorSpec:
     """One input or output of a graph.
 
     Attributes:
-        dtype: numpy's.
-        shape: sizes; a name where the size is free.
+        dtype: numpy's data type.
+        shape: sizes; a name for a free size.
     """
 
     dtype: np.dtype[np.generic]
     shape: tuple[int | str, ...]
 
 
-class Engine(Protocol):
-    """A graph that can be run."""
+class Engine(ABC):
+    """A graph that can be run.
 
-    @property
-    def provider(self) -> str:
-        """Name of what runs it, as `--provider` takes it."""
+    Attributes:
+        provider: name of the runtime, as `--provider` takes it.
+        inputs: the graph's inputs by name.
+        outputs: the graph's outputs by name.
+        metadata: metadata of the graph's file.
+    """
 
-    @property
-    def inputs(self) -> Mapping[str, TensorSpec]:
-        """The graph's inputs by name."""
+    def __init__(
+        self,
+        provider: str,
+        inputs: Mapping[str, TensorSpec],
+        outputs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str] = NO_METADATA,
+    ) -> None:
+        self.provider = provider
+        self.inputs = inputs
+        self.outputs = outputs
+        self.metadata = metadata
 
-    @property
-    def outputs(self) -> Mapping[str, TensorSpec]:
-        """The graph's outputs by name."""
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """What the graph's file says about itself."""
-
+    @abstractmethod
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; arrays by name, batch first."""
 
@@ -58,7 +72,7 @@ def only_output(engine: Engine) -> str:
     """The name of a denoiser's prediction.
 
     Raises:
-        ArtefactError: the graph gives nothing, or several things.
+        ArtefactError: the graph has no output, or several.
     """
     names = list(engine.outputs)
     if len(names) != 1:
@@ -66,3 +80,34 @@ def only_output(engine: Engine) -> str:
             f"the graph of a denoiser has one output, this one has {', '.join(names) or 'none'}"
         )
     return names[0]
+
+
+def graph_specs(values: Iterable[Any]) -> dict[str, TensorSpec]:
+    """Inputs or outputs of an `onnx_ir` graph by name.
+
+    Raises:
+        ArtefactError: a value has no type, or no known rank.
+    """
+    specs = {}
+    for value in values:
+        if value.dtype is None or value.shape is None:
+            raise ArtefactError(f"{value.name!r} of the graph has no type or no shape")
+        sizes = (size if isinstance(size, int) else str(size) for size in value.shape)
+        specs[value.name] = TensorSpec(value.dtype.numpy(), tuple(sizes))
+    return specs
+
+
+def specs_to_json(specs: Mapping[str, TensorSpec]) -> dict[str, list[Any]]:
+    """Specs by name, for a file: `{name: [dtype, sizes]}`."""
+    return {name: [spec.dtype.name, list(spec.shape)] for name, spec in specs.items()}
+
+
+def specs_from_json(record: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """Specs by name, from the result of `specs_to_json`.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError: the record is damaged.
+    """
+    return {
+        name: TensorSpec(np.dtype(dtype), tuple(sizes)) for name, (dtype, sizes) in record.items()
+    }

@@ -1,4 +1,4 @@
-"""Text encoders and autoencoders behind an engine, as diffusers' pipelines call them."""
+"""Text encoders and autoencoders that run on engines, with the interface of diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["EngineAutoencoder", "EngineTextEncoder"]
 
 
 class _EngineModule(SharesEngines, nn.Module):
-    """A module without weights of its own; diffusers asks it where and in what it computes."""
+    """A module without weights; diffusers asks it for its device and data type."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self.device = torch.device("cpu")
         self.dtype = torch.float32
-        # The hooks of `enable_model_cpu_offload` ask the first parameter where the model is.
+        # The hooks of `enable_model_cpu_offload` take the model's device from the first parameter.
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
@@ -41,11 +41,11 @@ def _run(engine: Engine, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class EngineTextEncoder(_EngineModule):
-    """Stands where a pipeline expects a text encoder of transformers.
+    """Replaces the text encoder of transformers in a pipeline.
 
     Args:
-        engine: runs the exported graph.
-        config: of the model that was exported.
+        engine: engine of the exported graph.
+        config: configuration of the exported model.
     """
 
     def __init__(self, engine: Engine, config: Any) -> None:
@@ -53,7 +53,7 @@ class EngineTextEncoder(_EngineModule):
         self.engine = engine
 
     def get_input_embeddings(self) -> Any:
-        """Not to be had: what `load_textual_inversion` asks for.
+        """Not available; `load_textual_inversion` calls it.
 
         Raises:
             UsageError: always.
@@ -70,10 +70,10 @@ class EngineTextEncoder(_EngineModule):
         output_hidden_states: bool = False,
         **_: Any,
     ) -> Any:
-        """input_ids[B,S] -> transformers' `ModelOutput`, with the graph's outputs in order.
+        """input_ids[B,S] -> transformers' `ModelOutput` with the graph's outputs in order.
 
         Raises:
-            UsageError: states between the layers are asked for, and the graph does not give them.
+            UsageError: the graph has no outputs for the hidden states that are requested.
         """
         from transformers.utils.generic import ModelOutput
 
@@ -82,24 +82,25 @@ class EngineTextEncoder(_EngineModule):
             feeds["attention_mask"] = (
                 torch.ones_like(input_ids) if attention_mask is None else attention_mask
             )
-        found: dict[str, Any] = _run(self.engine, feeds)
-        hidden = tuple(found.pop(name) for name in list(found) if name.startswith("hidden_states."))
+        outputs: dict[str, Any] = _run(self.engine, feeds)
+        names = [name for name in outputs if name.startswith("hidden_states.")]
+        hidden = tuple(outputs.pop(name) for name in names)
         if output_hidden_states:
             if not hidden:
                 raise UsageError(
                     "this text encoder was exported without its hidden states (clip_skip needs them)"
                 )
-            found["hidden_states"] = (*hidden, found["last_hidden_state"])
-        return ModelOutput(**found)  # type: ignore[no-untyped-call]
+            outputs["hidden_states"] = (*hidden, outputs["last_hidden_state"])
+        return ModelOutput(**outputs)  # type: ignore[no-untyped-call]
 
 
 class EngineAutoencoder(_EngineModule):
-    """Stands where a pipeline expects an autoencoder of diffusers.
+    """Replaces the autoencoder of diffusers in a pipeline.
 
     Args:
-        decoder: runs the exported decoder.
-        encoder: runs the exported encoder.
-        config: of the model that was exported.
+        decoder: engine of the exported decoder.
+        encoder: engine of the exported encoder.
+        config: configuration of the exported model.
     """
 
     def __init__(self, decoder: Engine, encoder: Engine, config: Any) -> None:
@@ -115,14 +116,14 @@ class EngineAutoencoder(_EngineModule):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def encode(self, sample: Tensor, return_dict: bool = True) -> Any:
-        """images[B,3,H',W'] -> a distribution of latents, or the latents of a quantising model."""
+        """images[B,3,H',W'] -> a distribution of latents, or the latents of a VQ model."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
         from diffusers.models.autoencoders.vq_model import VQEncoderOutput
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-        found = _run(self.encoder, {"sample": sample})
-        if "latents" in found:
-            latents = found["latents"]
+        outputs = _run(self.encoder, {"sample": sample})
+        if "latents" in outputs:
+            latents = outputs["latents"]
             return VQEncoderOutput(latents=latents) if return_dict else (latents,)
-        distribution = DiagonalGaussianDistribution(found["latent_parameters"])
+        distribution = DiagonalGaussianDistribution(outputs["latent_parameters"])
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)

@@ -1,4 +1,4 @@
-"""An engine that diffusers can call as if it were its own denoiser."""
+"""A denoiser that runs on an engine, with the interface of diffusers' models."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["EngineDenoiser"]
 
 
 class EngineDenoiser(SharesEngines, StandIn):
-    """Stands where a diffusers pipeline expects its UNet or transformer.
+    """Replaces the UNet or transformer in a pipeline of diffusers.
 
     Args:
-        engine: runs the exported graph.
-        config: of the model that was exported.
-        model_class: the diffusers class, for the order of its arguments.
+        engine: engine of the exported graph.
+        config: configuration of the exported model.
+        model_class: diffusers class of the model, for the order of its arguments.
 
     Raises:
-        ArtefactError: the graph is none of a denoiser.
+        ArtefactError: the graph is not that of a denoiser.
     """
 
     def __init__(self, engine: Engine, config: Any, model_class: type[nn.Module]) -> None:
@@ -50,16 +50,16 @@ class EngineDenoiser(SharesEngines, StandIn):
             torch.float16 if self._specs[self.family.sample].dtype == np.float16 else torch.float32
         )
         self.device = torch.device("cpu")
-        # The hooks of `enable_model_cpu_offload` ask the first parameter where the model is.
+        # The hooks of `enable_model_cpu_offload` take the model's device from the first parameter.
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)
         sizes = free_sizes(engine.metadata)
         self._sizes = None if sizes is None else sizes.model_dump()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes what the diffusers model takes; gives `(prediction,)` or an output with `.sample`.
+        """Arguments of the diffusers model -> `(prediction,)`, or an output with `.sample`.
 
         Raises:
-            UsageError: an input of the graph is missing, or one was given that the graph has not.
+            UsageError: an argument is missing, or the graph has no such input.
         """
         given = dict(zip(self._positions, args, strict=False)) | kwargs
         return_dict = given.pop("return_dict", True)
@@ -86,21 +86,21 @@ class EngineDenoiser(SharesEngines, StandIn):
 
 
 def _check_size(height: int, width: int, low: list[int], high: list[int], cell: int) -> None:
-    for given, least, most in zip((height, width), low, high, strict=True):
-        if not least <= given <= most or given % cell:
+    for size, min_size, max_size in zip((height, width), low, high, strict=True):
+        if not min_size <= size <= max_size or size % cell:
             raise UsageError(
-                f"latents of {height}x{width} (HEIGHTxWIDTH) are not what the graph takes: "
+                f"the graph does not take latents of {height}x{width} (HEIGHTxWIDTH), but "
                 f"{low[0]}x{low[1]} to {high[0]}x{high[1]}, multiples of {cell}; export it for "
                 "another range with --size"
             )
 
 
-def _check_shape(name: str, given: tuple[int, ...], wanted: tuple[int | str, ...]) -> None:
-    fits = len(given) == len(wanted) and all(
-        size == own for size, own in zip(given, wanted, strict=True) if isinstance(own, int)
+def _check_shape(name: str, given: tuple[int, ...], expected: tuple[int | str, ...]) -> None:
+    fits = len(given) == len(expected) and all(
+        size == fixed for size, fixed in zip(given, expected, strict=True) if isinstance(fixed, int)
     )
     if not fits:
         raise UsageError(
-            f"the graph takes {name!r} of shape [{', '.join(map(str, wanted))}], got {list(given)}; "
+            f"the graph takes {name!r} of shape [{', '.join(map(str, expected))}], got {list(given)}; "
             "images of another size need another export: trtq export ... --size HEIGHTxWIDTH"
         )

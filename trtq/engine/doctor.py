@@ -1,4 +1,4 @@
-"""What is installed, and what can run here."""
+"""What is installed, and what can run on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from importlib import metadata
 from trtq.diffusion.shipped import shipped_models
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import KernelError, MissingDependencyError
-from trtq.plugins.driver import cuda_text, driver_cuda, first_gpu, old_driver
+from trtq.plugins.device import first_gpu
+from trtq.plugins.driver import cuda_text, driver_cuda, old_driver
 from trtq.processor import has_vnni, processor_features
 from trtq.results import Result
 
@@ -49,7 +50,7 @@ def _providers() -> list[str]:
 
 
 def _torch_gpu() -> str | None:
-    """The GPU that torch sees; what it warns of, such as an old driver, is said by `doctor`."""
+    """The GPU that torch sees; its warnings are dropped, since `doctor` has hints for them."""
     import torch
 
     with warnings.catch_warnings():
@@ -61,7 +62,7 @@ def _torch_gpu() -> str | None:
 
 
 def _no_gpu() -> str | None:
-    """Why no GPU can be used although there is a driver; None: one can."""
+    """Why no GPU can be used although there is a driver; None if one can."""
     try:
         first_gpu()
     except KernelError as err:
@@ -107,55 +108,18 @@ class DoctorResult(Result):
 def doctor() -> DoctorResult:
     """Report what is installed and what can run on this machine; nothing is changed."""
     packages = {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
-    problems = [f"{name} is missing: pip install trtq" for name in _REQUIRED if not packages[name]]
     providers = _providers()
-    if not providers:
-        problems.append("no onnxruntime: pip install 'trtq[cpu]' (or [gpu])")
-    runtimes = [
-        name
-        for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
-        if packages[name]
-    ]
-    if len(runtimes) > 1:
-        problems.append(
-            f"{' and '.join(runtimes)} install the same module over each other; keep one of them"
-        )
-    hints = []
-    if any(not packages[name] for name in ("matplotlib", "jinja2")):
-        hints.append("reports need matplotlib and jinja2: pip install 'trtq[eval]'")
     builders = [name for name, backend in BACKENDS.items() if backend.installed]
-    if not builders:
-        hints.append("engines need a builder: pip install 'trtq[rtx]'")
-    nvrtc = packages["nvidia-cuda-nvrtc"] or packages["nvidia-cuda-nvrtc-cu12"]
-    if not (packages["cuda-bindings"] and nvrtc):
-        hints.append("our own GPU kernels need NVRTC: pip install 'trtq[plugins]'")
+    cuda = _torch_gpu() if packages["torch"] else None
     driver = driver_cuda()
-    old = old_driver()
-    if old is not None:
-        hints.append(f"nothing of ours runs on the GPU: {old}")
-    elif driver is not None and packages["cuda-bindings"]:
-        why = _no_gpu()
-        hints += [] if why is None else [f"nothing of ours runs on a GPU: {why}"]
-    if not has_vnni():
-        hints.append(
-            "this CPU has no VNNI: the openvino provider runs weights of at most 7 bits in integers "
-            "(w7a8, w4a8), 8-bit ones in float"
-        )
-    cuda = None
-    if packages["torch"]:
-        cuda = _torch_gpu()
-    if driver is not None and packages["torch"] and cuda is None:
-        hints.append(
-            f"torch {packages['torch']} sees no GPU, so runs are computed on the CPU: install torch for "
-            f"CUDA, of a version that the driver {cuda_text(driver)} takes"
-        )
     models = shipped_models()
+    problems = _package_problems(packages, providers)
     if not models:
         problems.append("the models that ship with trtq are not installed: install it again")
     return DoctorResult(
         ok=not problems,
         problems=problems,
-        hints=hints,
+        hints=[*_package_hints(packages, builders), *_device_hints(packages, driver, cuda)],
         python=sys.version.split()[0],
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         vnni=has_vnni(),
@@ -167,3 +131,57 @@ def doctor() -> DoctorResult:
         driver=None if driver is None else cuda_text(driver),
         models=models,
     )
+
+
+def _package_problems(packages: dict[str, str | None], providers: list[str]) -> list[str]:
+    """Packages without which the main path does not work."""
+    problems = [f"{name} is missing: pip install trtq" for name in _REQUIRED if not packages[name]]
+    if not providers:
+        problems.append("no onnxruntime: pip install 'trtq[cpu]' (or [gpu])")
+    runtimes = [
+        name
+        for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
+        if packages[name]
+    ]
+    if len(runtimes) > 1:
+        problems.append(
+            f"{' and '.join(runtimes)} install the same module over each other; keep one of them"
+        )
+    return problems
+
+
+def _package_hints(packages: dict[str, str | None], builders: list[str]) -> list[str]:
+    """Packages that would add a feature."""
+    hints = []
+    if any(not packages[name] for name in ("matplotlib", "jinja2")):
+        hints.append("reports need matplotlib and jinja2: pip install 'trtq[eval]'")
+    if not builders:
+        hints.append("engines need a builder: pip install 'trtq[rtx]'")
+    nvrtc = packages["nvidia-cuda-nvrtc"] or packages["nvidia-cuda-nvrtc-cu12"]
+    if not (packages["cuda-bindings"] and nvrtc):
+        hints.append("our own GPU kernels need NVRTC: pip install 'trtq[plugins]'")
+    return hints
+
+
+def _device_hints(
+    packages: dict[str, str | None], driver: tuple[int, int] | None, cuda: str | None
+) -> list[str]:
+    """What this machine's processor and GPU cannot do."""
+    hints = []
+    old = old_driver()
+    if old is not None:
+        hints.append(f"nothing of ours runs on the GPU: {old}")
+    elif driver is not None and packages["cuda-bindings"]:
+        why = _no_gpu()
+        hints += [] if why is None else [f"nothing of ours runs on a GPU: {why}"]
+    if not has_vnni():
+        hints.append(
+            "this CPU has no VNNI: the openvino provider runs weights of at most 7 bits in integers "
+            "(w7a8, w4a8), 8-bit ones in float"
+        )
+    if driver is not None and packages["torch"] and cuda is None:
+        hints.append(
+            f"torch {packages['torch']} sees no GPU, so runs are computed on the CPU: install torch for "
+            f"CUDA, of a version that the driver {cuda_text(driver)} takes"
+        )
+    return hints

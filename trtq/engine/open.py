@@ -1,4 +1,4 @@
-"""A graph's or an engine's file as the engine of a provider."""
+"""Opens the file of a graph or an engine with a provider."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def open_engine(
     profile: Callable[[], Profile] | None = None,
     shapes: int = MAX_SHAPES,
 ) -> Engine:
-    """Open an ONNX file, or an engine of TensorRT.
+    """Open an ONNX file or an engine of TensorRT.
 
     Args:
-        path: the graph, with its external data beside it; or the engine.
-        provider: one of `trtq.engine.ort.PROVIDERS`; of an engine, its backend.
-        threads: threads of one operator; None: as many as there are cores.
-        metadata: of an engine, which has none of its own.
-        profile: gives the ranges of a graph's inputs, for the TensorRT providers of onnxruntime.
-        shapes: of inputs that are kept ready where each has to be compiled.
+        path: file of the graph, in one folder with its external data; or file of the engine.
+        provider: one of `trtq.engine.ort.PROVIDERS`; for an engine, its backend.
+        threads: threads of one operator; None: the number of cores.
+        metadata: metadata of an engine, whose file has none.
+        profile: returns the ranges of a graph's inputs, for the TensorRT providers of onnxruntime.
+        shapes: number of compiled input shapes to keep, for providers that compile each shape.
 
     Raises:
-        UsageError: the provider is unknown or not in the installed onnxruntime.
-        ArtefactError: the file cannot be loaded, or the graph holds a loop.
+        UsageError: the provider is unknown or not installed.
+        ArtefactError: the file cannot be loaded, or the graph contains a loop.
     """
     if path.name == ENGINE_FILE:
         return open_tensorrt(path, provider, metadata)
     _refuse_loops(path)
     if provider in BACKENDS:
         if profile is None:
-            raise UsageError(f"{path} does not say what shapes {provider} is to build for")
+            raise UsageError(f"{path} does not specify the shapes that {provider} builds for")
         return OrtTensorRtEngine(path, provider, profile(), threads)
     if provider == OpenVinoEngine.provider:
         return OpenVinoEngine(path, threads, shapes)
@@ -58,19 +58,19 @@ _LOOP = b'"\x04Loop'
 
 
 def _refuse_loops(path: Path) -> None:
-    """Refuse a graph that holds a Loop, which trtq never exports.
+    """Raise if a graph contains a Loop, which trtq never exports.
 
-    A call that never ends cannot be interrupted: runtimes do not return to Python, not even for Ctrl-C.
+    A call without end cannot be interrupted: runtimes do not return to Python, not even for Ctrl-C.
 
     Raises:
-        ArtefactError: it holds one.
+        ArtefactError: the graph contains a Loop.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as graph:
-            found = graph.find(_LOOP) >= 0
-    except (OSError, ValueError):  # The runtime says what is wrong with the file.
+            has_loop = graph.find(_LOOP) >= 0
+    except (OSError, ValueError):  # The runtime reports what is wrong with the file.
         return
-    if found:
+    if has_loop:
         raise ArtefactError(
             f"{path} holds a Loop, which may never end and which trtq never exports; export it again: "
             "trtq export RUN -o ONNX"

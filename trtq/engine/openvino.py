@@ -1,7 +1,7 @@
-"""Graphs on onnxruntime's OpenVINO provider, compiled for each shape they are called with.
+"""Graphs on onnxruntime's OpenVINO provider, compiled for each shape of the inputs.
 
-With free shapes OpenVINO loses most of what integers gain, so every shape of inputs gets a session of
-its own at its first call; the latest few are kept.
+With free shapes OpenVINO loses almost all of the speed that integers gain, so each shape of the inputs
+gets a session of its own at its first call. The most recently used sessions are kept.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trtq.engine.base import TensorSpec
+from trtq.engine.base import Engine
 from trtq.engine.ort import check_provider, open_serialized, run_session, session_options
 from trtq.engine.prepared import prepared_graph
 
 __all__ = ["MAX_SHAPES", "OpenVinoEngine"]
 
 MAX_SHAPES = 2
-"""Shapes that are kept compiled unless more are asked for."""
+"""Default number of compiled shapes that are kept."""
 
 _NAME: Literal["openvino"] = "openvino"
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(Engine):
     """An ONNX file in one OpenVINO session per shape of its inputs.
 
     Args:
-        path: the graph; its external data lie beside it.
-        threads: of one inference; None: as many as there are cores.
-        max_shapes: sessions kept; each holds the weights in memory.
+        path: file of the graph, in one folder with its external data.
+        threads: threads of one inference; None: the number of cores.
+        max_shapes: maximum number of sessions to keep; each holds the weights in memory.
 
-    Shapes that have been called with may be run while another thread compiles a new one.
+    A compiled shape can be run while another thread compiles a new one.
 
     Raises:
         UsageError: the installed onnxruntime has no OpenVINO.
@@ -47,33 +47,20 @@ class OpenVinoEngine:
         self, path: Path, threads: int | None = None, max_shapes: int = MAX_SHAPES
     ) -> None:
         check_provider(_NAME)
+        graph = prepared_graph(path, _NAME)
+        super().__init__(_NAME, graph.inputs, graph.outputs, graph.metadata)
+        self._model = graph.model
         self._path = path
         self._threads = threads
         self.max_shapes = max_shapes
-        self._graph = prepared_graph(path, _NAME)
         self._sessions: OrderedDict[_Shapes, Any] = OrderedDict()
-
-    @property
-    def inputs(self) -> Mapping[str, TensorSpec]:
-        """The graph's inputs by name."""
-        return self._graph.inputs
-
-    @property
-    def outputs(self) -> Mapping[str, TensorSpec]:
-        """The graph's outputs by name."""
-        return self._graph.outputs
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """What the graph's file says about itself."""
-        return self._graph.metadata
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; arrays by name, batch first.
 
         Raises:
             UsageError: OpenVINO cannot start on this machine.
-            ArtefactError: it cannot load the graph.
+            ArtefactError: OpenVINO cannot load or run the graph.
         """
         shapes = tuple((name, feeds[name].shape) for name in self.inputs)
         session = self._sessions.get(shapes)
@@ -97,4 +84,4 @@ class OpenVinoEngine:
         settings = {"device_type": "CPU", "precision": "FP32"}
         if self._threads is not None:
             settings["num_of_threads"] = str(self._threads)
-        return open_serialized(self._path, self._graph.model, options, _NAME, settings)
+        return open_serialized(self._path, self._model, options, _NAME, settings)

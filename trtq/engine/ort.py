@@ -1,10 +1,9 @@
-"""Graphs on onnxruntime: what all its providers share, and those of the CPU and of CUDA."""
+"""Graphs on onnxruntime: sessions for all providers, and the engine for CPU and CUDA."""
 
 from __future__ import annotations
 
 import importlib.util
 import mmap
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtq._optional import require
-from trtq.engine.base import TensorSpec
+from trtq.engine.base import Engine, TensorSpec
+from trtq.engine.foreign_errors import onnxruntime_errors
 from trtq.engine.prepared import prepared_graph
 from trtq.errors import ArtefactError, UsageError
 from trtq.graph.nodes import DOMAIN
@@ -45,17 +45,12 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 OWN_PACKAGES = {"tensorrt-rtx": "onnxruntime_ep_nv_tensorrt_rtx"}
-"""Modules of providers that register themselves with an onnxruntime which does not list them before."""
+"""Python modules of providers that onnxruntime lists only after they have been registered."""
 GPU_PROVIDERS = ("cuda", "tensorrt-rtx", "tensorrt")
-"""Those that compute on an NVIDIA GPU; engines have the names of the last two."""
+"""Providers that compute on an NVIDIA GPU; the last two are also the names of engine builders."""
 
 _PLUGIN_DOMAIN = b"\x3a\x04" + DOMAIN.encode()
-"""A node's field 7, as protobuf writes it."""
-_LONGEST = 400
-_SOURCE_PLACE = re.compile(
-    r"\[ONNXRuntimeError\] : \d+ : \w+ : |/\S+\.(?:cc|h):\d+ \S.*?\) (?=[A-Z])"
-)
-"""Of onnxruntime's messages: codes, and the line and function of its own source."""
+"""The domain of a plugin node in a serialized graph: field 7, a text of four bytes."""
 _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -66,22 +61,22 @@ _DTYPES = {
 
 
 def available_providers() -> list[str]:
-    """Those of `PROVIDERS` that the installed onnxruntime has."""
+    """The names in `PROVIDERS` that the installed onnxruntime lists."""
     present = require("onnxruntime").get_available_providers()
     return [name for name, long in PROVIDERS.items() if long in present]
 
 
 def check_provider(provider: str) -> None:
-    """Nothing, if the installed onnxruntime has it, or a package of the provider's own is installed.
+    """Raise unless onnxruntime lists the provider, or the provider's own package is installed.
 
     Raises:
-        UsageError: the provider is unknown or not there.
+        UsageError: the provider is unknown or not installed.
     """
     if provider not in PROVIDERS:
         raise UsageError(f"unknown provider {provider!r}; choose one of {', '.join(PROVIDERS)}")
     present = available_providers()
-    own = OWN_PACKAGES.get(provider)
-    if provider not in present and (own is None or importlib.util.find_spec(own) is None):
+    package = OWN_PACKAGES.get(provider)
+    if provider not in present and (package is None or importlib.util.find_spec(package) is None):
         raise UsageError(
             f"the installed onnxruntime has no provider {provider!r}, it has {', '.join(present)}; "
             "install trtq with another extra: [cpu] brings cpu and openvino, [gpu] brings cuda; or, for "
@@ -90,7 +85,11 @@ def check_provider(provider: str) -> None:
 
 
 def session_options(threads: int | None) -> Any:
-    """Options that every session of ours has."""
+    """Session options that all sessions of trtq share.
+
+    Args:
+        threads: intra-op threads; None: the number of cores.
+    """
     options = require("onnxruntime").SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
@@ -101,26 +100,25 @@ def session_options(threads: int | None) -> Any:
 def open_session(
     path: Path, model: str | bytes, options: Any, provider: str, settings: Mapping[str, str] | None
 ) -> Any:
-    """An onnxruntime session that runs on the provider and on nothing else.
+    """An onnxruntime session that runs on the provider and on no other.
 
     Args:
-        path: the graph's file, for messages.
-        model: its path or its bytes.
-        options: see `session_options`.
+        path: file of the graph, for messages.
+        model: path or bytes of the graph.
+        options: session options, see `session_options`.
         provider: one of `PROVIDERS`.
-        settings: of the provider; None: the options have its devices already.
+        settings: options of the provider; None: `options` already holds the provider's devices.
 
     Raises:
         UsageError: the provider cannot start.
         ArtefactError: the graph cannot be loaded.
     """
     chosen = None if settings is None else [(PROVIDERS[provider], dict(settings))]
-    try:
-        session = require("onnxruntime").InferenceSession(model, options, providers=chosen)
-        # Otherwise a provider that fails goes over to the CPU's, and says so on standard output.
+    runtime = require("onnxruntime")
+    with onnxruntime_errors("load", path):
+        session = runtime.InferenceSession(model, options, providers=chosen)
+        # By default a provider that fails falls back to the CPU's and prints that on standard output.
         session.disable_fallback()
-    except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
-        raise ArtefactError(f"onnxruntime cannot load {path}: {_line(err)}") from err
     if PROVIDERS[provider] not in session.get_providers():
         raise UsageError(
             f"the provider {provider!r} cannot start on this machine; onnxruntime fell back to "
@@ -132,7 +130,7 @@ def open_session(
 def open_graph(
     path: Path, model: ir.Model, options: Any, provider: str, settings: Mapping[str, str] | None
 ) -> Any:
-    """A session of a graph in memory whose external data lie beside `path`.
+    """A session of a graph in memory whose external data are in the folder of `path`.
 
     Arguments and errors are those of `open_session`.
     """
@@ -146,7 +144,7 @@ def open_graph(
 def open_serialized(
     path: Path, model: bytes, options: Any, provider: str, settings: Mapping[str, str] | None
 ) -> Any:
-    """A session of a serialized graph whose external data lie beside `path`.
+    """A session of a serialized graph whose external data are in the folder of `path`.
 
     Arguments and errors are those of `open_session`.
     """
@@ -156,33 +154,27 @@ def open_serialized(
     return open_session(path, model, options, provider, settings)
 
 
-def _line(err: Exception) -> str:
-    """What onnxruntime says, in one line and without end."""
-    text = _SOURCE_PLACE.sub("", " ".join(str(err).split()))
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-
-
 def input_specs(session: Any) -> dict[str, TensorSpec]:
     """The inputs of a session by name."""
-    return _session_specs(session.get_inputs())
+    return _specs(session.get_inputs())
 
 
-def _session_specs(nodes: Any) -> dict[str, TensorSpec]:
-    found = {}
+def _specs(nodes: Any) -> dict[str, TensorSpec]:
+    specs = {}
     for node in nodes:
         if node.type not in _DTYPES:
             raise ArtefactError(
-                f"{node.name!r} of the graph is a {node.type}, which no graph of trtq takes or gives; "
-                f"it has {', '.join(_DTYPES)}"
+                f"{node.name!r} of the graph is a {node.type}, which trtq does not support; "
+                f"supported are {', '.join(_DTYPES)}"
             )
-        # A free axis without a name has one all the same, as nothing is known of it.
+        # A free axis without a name gets one, since nothing else is known about it.
         sizes = tuple("?" if size is None else size for size in node.shape)
-        found[node.name] = TensorSpec(np.dtype(_DTYPES[node.type]), sizes)
-    return found
+        specs[node.name] = TensorSpec(np.dtype(_DTYPES[node.type]), sizes)
+    return specs
 
 
 def _mentions_plugins(path: Path) -> bool:
-    """Whether the domain of our nodes is in a file; asks nothing of a graph that is damaged."""
+    """Whether a file contains the domain of plugin nodes; the graph is not parsed."""
     try:
         with (
             path.open("rb") as file,
@@ -196,75 +188,51 @@ def _mentions_plugins(path: Path) -> bool:
 def run_session(
     session: Any, names: Sequence[str], feeds: Mapping[str, np.ndarray], provider: str = "cpu"
 ) -> list[np.ndarray]:
-    """What a session gives, by name of the output.
+    """Run a session and return the outputs of these names, in order.
 
     Raises:
-        ArtefactError: onnxruntime gives up on it, in one line.
+        ArtefactError: onnxruntime fails; the message is one line.
     """
-    try:
-        found: list[np.ndarray] = session.run(list(names), dict(feeds))
-    except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
-        line = _line(err)
-        full = "memory" in line or "CUBLAS_STATUS_ALLOC_FAILED" in line
-        advice = "; take a smaller batch or size" if full else ""
-        raise ArtefactError(
-            f"onnxruntime cannot run the graph on {provider}: {line}{advice}"
-        ) from err
-    return found
+    with onnxruntime_errors("run", provider):
+        outputs: list[np.ndarray] = session.run(list(names), dict(feeds))
+    return outputs
 
 
-class OrtSession:
+class OrtSession(Engine):
     """A session of onnxruntime as an engine.
 
     Args:
-        session: onnxruntime's.
-        provider: what runs it, one of `PROVIDERS`.
+        session: session of onnxruntime.
+        provider: one of `PROVIDERS`.
+
+    Raises:
+        ArtefactError: an input or output has a type that trtq does not support.
     """
 
     def __init__(self, session: Any, provider: str) -> None:
+        metadata = session.get_modelmeta().custom_metadata_map
+        super().__init__(provider, input_specs(session), _specs(session.get_outputs()), metadata)
         self._session = session
-        self._provider = provider
-        self._names = [node.name for node in session.get_outputs()]
-
-    @property
-    def provider(self) -> str:
-        """Name of what runs it."""
-        return self._provider
-
-    @property
-    def inputs(self) -> Mapping[str, TensorSpec]:
-        """The graph's inputs by name."""
-        return input_specs(self._session)
-
-    @property
-    def outputs(self) -> Mapping[str, TensorSpec]:
-        """The graph's outputs by name."""
-        return _session_specs(self._session.get_outputs())
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """What the graph's file says about itself."""
-        found: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
-        return found
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; arrays by name, batch first.
 
         Raises:
-            ArtefactError: onnxruntime gives up on it, e.g. for want of memory on a GPU.
+            ArtefactError: onnxruntime fails, e.g. because the GPU's memory is full.
         """
-        found = run_session(self._session, self._names, feeds, self._provider)
-        return dict(zip(self._names, found, strict=True))
+        names = list(self.outputs)
+        values = run_session(self._session, names, feeds, self.provider)
+        return dict(zip(names, values, strict=True))
 
 
 class OrtEngine(OrtSession):
-    """An ONNX file in one onnxruntime session, which takes every shape that the graph takes.
+    """An ONNX file in one onnxruntime session, which accepts every shape that the graph accepts.
 
     Args:
-        path: the graph; its external data lie beside it.
-        provider: `cpu` or `cuda`; the others have modules of their own.
-        threads: threads of one operator; None: as many as there are cores.
-        low_memory: give memory back after every operator, for one or two runs of a large graph.
+        path: file of the graph, in one folder with its external data.
+        provider: `cpu` or `cuda`; the other providers have modules of their own.
+        threads: intra-op threads; None: the number of cores.
+        low_memory: release memory after every operator, for one or two runs of a large graph.
 
     Raises:
         UsageError: the provider is unknown or not in the installed onnxruntime.
@@ -281,7 +249,7 @@ class OrtEngine(OrtSession):
     ) -> None:
         check_provider(provider)
         options = session_options(threads)
-        # A plan of memory for a shape is as large as the arena, and saves time only when it comes again.
+        # A memory plan per shape is as large as the arena and saves time only when the shape recurs.
         options.enable_mem_pattern = options.enable_cpu_mem_arena = not low_memory
         if _mentions_plugins(path) or (provider == "cpu" and has_vnni()):
             model = prepared_graph(path, "onnxruntime").model

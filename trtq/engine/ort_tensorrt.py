@@ -1,7 +1,7 @@
-"""Graphs on onnxruntime's TensorRT providers, with options made from what the graph was exported for.
+"""Graphs on onnxruntime's TensorRT providers, with options from the ranges of the export.
 
-`tensorrt` is part of onnxruntime-gpu and takes the engine's builder from an installed TensorRT 10;
-`tensorrt-rtx` comes as a package of its own, which registers itself with any onnxruntime.
+`tensorrt` is part of onnxruntime-gpu and takes the engine builder from an installed TensorRT 10;
+`tensorrt-rtx` is a package of its own, which registers itself with any onnxruntime.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from trtq._optional import require
 from trtq.artefact.files import sha256
+from trtq.engine.foreign_errors import onnxruntime_errors
 from trtq.engine.ort import OWN_PACKAGES, PROVIDERS, OrtSession, open_graph, session_options
 from trtq.engine.tensorrt.job import Profile
 from trtq.errors import UsageError
@@ -26,58 +27,61 @@ logger = logging.getLogger(__name__)
 
 _SHAPES = ("min", "opt", "max")
 _registered: set[str] = set()
-"""Providers whose packages this process has given to onnxruntime, which takes each once."""
+"""Providers whose packages this process has registered; onnxruntime accepts each once."""
 
 
 def provider_settings(provider: str, profile: Profile, key: str) -> dict[str, str]:
-    """Options of a provider: ranges of the inputs, and where it keeps what it builds.
+    """Options of a provider: ranges of the inputs, and where to cache engines.
 
-    CUDA graphs stay off: a session is called with arrays of the host, whose copies on the device may
-    move, and a captured graph reads and writes where they were when it was captured. Each later call
-    would give the first one's result.
+    CUDA graphs stay off. A session is called with arrays of the host, whose copies on the device may
+    move, but a captured graph keeps reading and writing the addresses of its first call, so each later
+    call would return the first call's result.
 
     Args:
         provider: `tensorrt` or `tensorrt-rtx`.
-        profile: smallest, most frequent and largest shape of every input.
-        key: of the graph and its weights. The provider names engines after the graph's nodes, so two
-            models of one shape, e.g. two fine-tunings, would share an engine, and the first's weights.
+        profile: minimum, optimum and maximum shape of every input.
+        key: hash of the graph and its weights. The provider names cached engines after the graph's
+            nodes, so two models of one shape, e.g. two fine-tunings, would otherwise share the engine
+            and the weights of the first.
     """
     short = "trt" if provider == "tensorrt" else "nv"
-    found = {}
+    settings = {}
     for place, name in enumerate(_SHAPES):
-        shapes = (f"{key}:{'x'.join(map(str, three[place]))}" for key, three in profile.items())
-        found[f"{short}_profile_{name}_shapes"] = ",".join(shapes)
+        shapes = (
+            f"{tensor}:{'x'.join(map(str, three[place]))}" for tensor, three in profile.items()
+        )
+        settings[f"{short}_profile_{name}_shapes"] = ",".join(shapes)
     try:
         cache = cache_folder("onnxruntime") / key
         cache.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as err:  # Without a place for them, engines are built each time.
+    except (OSError, RuntimeError) as err:  # Without a cache engines are built each time.
         logger.warning("engines of onnxruntime are not kept: %s", err)
-        return found
+        return settings
     if provider == "tensorrt":
-        return found | {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
-    return found | {"nv_runtime_cache_path": str(cache)}
+        return settings | {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
+    return settings | {"nv_runtime_cache_path": str(cache)}
 
 
 def _key(path: Path) -> str:
-    """Of a graph and of all that lies beside it: weights are not in the file of the graph."""
-    found = hashlib.sha256()
+    """Hash of all files in a graph's folder: weights are not in the file of the graph."""
+    digest = hashlib.sha256()
     for file in sorted(path.parent.iterdir()):
         if file.is_file():
-            found.update(f"{file.name}:{sha256(file)};".encode())
-    return found.hexdigest()[:32]
+            digest.update(f"{file.name}:{sha256(file)};".encode())
+    return digest.hexdigest()[:32]
 
 
 class OrtTensorRtEngine(OrtSession):
     """An ONNX file in one session of a TensorRT provider.
 
     Args:
-        path: the graph; its external data lie beside it.
+        path: file of the graph, in one folder with its external data.
         provider: `tensorrt` or `tensorrt-rtx`.
-        profile: ranges of its inputs.
-        threads: threads of what the provider leaves to the CPU.
+        profile: ranges of the graph's inputs.
+        threads: intra-op threads of operators that the provider leaves to the CPU.
 
     Raises:
-        UsageError: the provider is not installed, or sees no GPU.
+        UsageError: the provider is not installed, or finds no GPU.
         ArtefactError: the graph cannot be loaded.
     """
 
@@ -98,9 +102,9 @@ class OrtTensorRtEngine(OrtSession):
 
 
 def _add_plugin(options: Any, provider: str, settings: Mapping[str, str]) -> None:
-    """Give a session the devices of the provider's own package."""
+    """Add the devices of the provider's own package to the session options."""
     advice = (
-        f"the installed onnxruntime has no provider {provider!r}: it takes an NVIDIA GPU and "
+        f"the installed onnxruntime has no provider {provider!r}, which needs an NVIDIA GPU and "
         + (
             "pip install onnxruntime-gpu, with TensorRT 10 from NVIDIA's package index"
             if provider == "tensorrt"
@@ -116,15 +120,13 @@ def _add_plugin(options: Any, provider: str, settings: Mapping[str, str]) -> Non
     except ImportError as err:
         raise UsageError(advice) from err
     runtime = require("onnxruntime")
-    try:
+    with onnxruntime_errors("start", provider):
         if provider not in _registered:
             runtime.register_execution_provider_library(
                 package.get_ep_name(), package.get_library_path()
             )
             _registered.add(provider)
         devices = [d for d in runtime.get_ep_devices() if d.ep_name == PROVIDERS[provider]]
-    except Exception as err:  # onnxruntime's own exceptions share no base but Exception.
-        raise UsageError(f"the provider {provider!r} cannot start on this machine: {err}") from err
     if not devices:
-        raise UsageError(f"the provider {provider!r} sees no NVIDIA GPU that it can use")
+        raise UsageError(f"the provider {provider!r} finds no NVIDIA GPU that it can use")
     options.add_provider_for_devices(devices[:1], dict(settings))

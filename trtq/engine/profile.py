@@ -21,23 +21,23 @@ Range = tuple[int, int, int]
 
 
 _TOKENS: Range = (1, 77, 512)
-"""Lengths of texts, for encoders that take any."""
+"""Smallest, typical and largest number of tokens, for encoders that take any number."""
 
 
 def axis_ranges(
     folder: Path, name: str, manifest: Manifest, model: Any, batch: tuple[int, int] | None
 ) -> dict[str, Range]:
-    """Smallest, most frequent and largest length of every free axis, by its name.
+    """Smallest, typical and largest length of every free axis, by its name.
 
     Args:
         folder: the ONNX folder.
-        name: of the graph in it.
-        manifest: the folder's.
+        name: name of the graph in it.
+        manifest: manifest of the folder.
         model: the graph.
-        batch: smallest and largest number of images; None: what the folder was exported for.
+        batch: minimum and maximum number of images; None: those of the export.
     """
     low, high = batch or manifest.options.batch
-    # With guidance the pipeline gives the denoiser both halves in one batch.
+    # With guidance the pipeline passes conditional and unconditional items in one batch.
     recipe = manifest.recipe
     guided = name == manifest.denoiser and (recipe is None or recipe.guided)
     often, high = (2 * low, 2 * high) if guided else (low, high)
@@ -51,16 +51,16 @@ def axis_ranges(
         smallest, largest = (parse_size(text) for text in parse_sizes(manifest.options.size))
         factor = _pixels_of_a_latent(folder / name) if name == DECODER else 1
         for axis, side in enumerate(("height", "width")):
-            least, most = smallest[axis] // factor, largest[axis] // factor
-            ranges[side] = (least, least, most)
+            minimum, maximum = smallest[axis] // factor, largest[axis] // factor
+            ranges[side] = (minimum, minimum, maximum)
     return ranges
 
 
 def _pixels_of_a_latent(folder: Path) -> int:
-    """Side of what an autoencoder makes of one latent: twice per level but the first.
+    """Pixels along one side of a decoded latent: doubled by every level except the first.
 
     Raises:
-        ArtefactError: its configuration does not say.
+        ArtefactError: the autoencoder's configuration does not list its levels.
     """
     try:
         levels = len(read_object(folder / "config.json", finite=False)["block_out_channels"])
@@ -78,10 +78,10 @@ def exported_profile(folder: Path, name: str, manifest: Manifest) -> Profile:
 
 
 def profile_of(model: Any, ranges: dict[str, Range]) -> Profile:
-    """The ranges of a graph's inputs, from those of its free axes.
+    """The ranges of a graph's inputs, from the ranges of its free axes.
 
     Raises:
-        UsageError: an axis is free of which nothing is known.
+        UsageError: the range of a free axis is unknown.
     """
     profile: Profile = {}
     for value in model.graph.inputs:

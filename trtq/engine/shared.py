@@ -1,4 +1,4 @@
-"""Copies of modules that engines stand behind."""
+"""Copies of modules that run on engines."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ENGINES = ("engine", "decoder", "encoder")
 
 
 class SharesEngines:
-    """A module whose copies run on the same engines, which keep nothing between two calls."""
+    """A module whose copies share its engines, which keep no state between calls."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Another module on the same engines."""
+        """A copy on the same engines."""
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         for name, value in vars(self).items():
@@ -24,7 +24,7 @@ class SharesEngines:
         return other
 
     def __getstate__(self) -> Any:
-        """Not to be had: engines belong to their process.
+        """Not available: engines belong to their process.
 
         Raises:
             UsageError: always.

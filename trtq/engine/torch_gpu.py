@@ -1,4 +1,4 @@
-"""A low-bit denoiser on an NVIDIA GPU in torch: our kernels, half precision, a CUDA graph per shape."""
+"""A low-bit denoiser on an NVIDIA GPU in torch, in half precision, with a CUDA graph per shape."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from trtq.diffusion.families import family_named
 from trtq.errors import KernelError
-from trtq.quant.convert import QuantizedDenoiser
+from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.stand_in import StandIn
 from trtq.quant.timestep import step_scope
 
 __all__ = ["GpuDenoiser"]
 
 _WARM_UP = 2
-"""Calls before a graph is captured: kernels are loaded and libraries choose their algorithms in them."""
+"""Number of calls before capture, in which kernels are loaded and libraries choose their algorithms."""
 
 
 @contextmanager
-def _full_memory_said() -> Iterator[None]:
+def _kernel_error_if_full() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as err:
@@ -44,16 +44,16 @@ class _Captured:
 
 
 class GpuDenoiser(StandIn):
-    """Stands where a diffusers pipeline expects its UNet or transformer.
+    """Replaces the UNet or transformer in a pipeline of diffusers.
 
-    Only the denoiser is on the GPU: to its pipeline it is on the CPU, in float32, and takes and gives
-    what is there. The step is looked up on the host, so nothing waits for the GPU between calls; the
-    first calls of a shape record a CUDA graph, and later ones replay it.
+    Only the denoiser is on the GPU. The pipeline sees a module on the CPU in float32 that takes and
+    returns tensors there. The step is looked up on the host, so no call waits for the GPU. The first
+    calls of a shape record a CUDA graph, and later calls replay it.
 
     Args:
-        quantized: a denoiser of `KernelLayer`s; it is moved and cast.
-        device: the GPU; a CPU computes the same integers in torch, without graphs.
-        dtype: of everything that is not an integer.
+        quantized: a denoiser of `KernelLayer`s, which is moved and cast in place.
+        device: the GPU; a CPU computes the same integers in torch, without CUDA graphs.
+        dtype: floating-point type of the computation.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class GpuDenoiser(StandIn):
         dtype: torch.dtype = torch.float16,
     ) -> None:
         super().__init__()
-        with _full_memory_said():
+        with _kernel_error_if_full():
             self.model = quantized.denoiser.to(device=device, dtype=dtype)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model_class = type(self.model)
         self.table = quantized.table
         self.config = quantized.config
         self._device, self._dtype = torch.device(device), dtype
-        # What a pipeline asks for: its other parts and its latents stay where and what they are.
+        # A pipeline reads these; its other parts and its latents stay on the CPU in float32.
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self._lock = threading.Lock()
         self.family = family_named(type(self.model).__name__)
@@ -79,7 +79,7 @@ class GpuDenoiser(StandIn):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes what the diffusers model takes; gives `(prediction,)` or an output with `.sample`.
+        """Arguments of the diffusers model -> `(prediction,)`, or an output with `.sample`.
 
         Raises:
             KernelError: a kernel cannot be started, or the GPU's memory is full.
@@ -96,7 +96,7 @@ class GpuDenoiser(StandIn):
         sample = flat[self.family.sample]
         step = self.table.index(flat["timestep"].cpu()).expand(len(sample))
         inputs = {name: self._on_device(name, value) for name, value in flat.items()}
-        with self._lock, _full_memory_said():
+        with self._lock, _kernel_error_if_full():
             prediction = self._predict(inputs, step)
         prediction = prediction.to(sample.device, sample.dtype)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
@@ -107,8 +107,8 @@ class GpuDenoiser(StandIn):
 
     def _call(self, inputs: Mapping[str, Tensor], step: Tensor) -> Tensor:
         with step_scope(step):
-            found: Tensor = self.model(**self.family.nest(dict(inputs)), return_dict=False)[0]
-        return found
+            output: Tensor = self.model(**self.family.nest(dict(inputs)), return_dict=False)[0]
+        return output
 
     def _predict(self, inputs: dict[str, Tensor], step: Tensor) -> Tensor:
         if self._device.type != "cuda":
@@ -128,15 +128,15 @@ class GpuDenoiser(StandIn):
         return captured.output.clone()
 
     def _capture(self, inputs: Mapping[str, Tensor], step: Tensor) -> _Captured:
-        own = {name: value.clone() for name, value in inputs.items()}
+        copies = {name: value.clone() for name, value in inputs.items()}
         step = step.contiguous().clone()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                self._call(own, step)
+                self._call(copies, step)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = self._call(own, step)
-        return _Captured(graph, own, step, output)
+            output = self._call(copies, step)
+        return _Captured(graph, copies, step, output)

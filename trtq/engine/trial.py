@@ -1,54 +1,53 @@
-"""A graph opened and called once by its runtime, in a process of its own.
+"""Opens a graph and calls it once in a child process.
 
-Whatever the graph does there, crash, loop without end or take all memory, the process that asks gets one
-line about it: the child has a limit of time and of memory, and ends with the one that started it.
+If the graph crashes its runtime, never ends or takes all memory, the parent gets one line about it: the
+child has a limit of time and of memory, and ends with the parent.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
-import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trtq.engine.base import Engine, TensorSpec
-from trtq.errors import ArtefactError, MissingDependencyError, TrtqError, UsageError
-from trtq.processes import crash_name, last_words, lifeline, processors, was_killed, worker_command
-from trtq.processor import VARIABLE
+from trtq.child import error_record, limit_resources, write_answer
+from trtq.engine.base import Engine, TensorSpec, specs_from_json, specs_to_json
+from trtq.errors import ArtefactError, TrtqError, UsageError
+from trtq.processes import Child, ChildDiedError, Exit
+from trtq.processor import VARIABLE, processors
 from trtq.resources import available_bytes
 
 __all__ = ["TRIAL_SECONDS", "Trial", "try_graph"]
 
 TRIAL_SECONDS = 300.0
-"""For one graph, unless the user says otherwise; Stable Diffusion's UNet takes about 20 on two cores."""
+"""Default time limit for one graph; Stable Diffusion's UNet takes about 20 s on two cores."""
 _BASE_BYTES = 2 << 30
 _BYTES_PER_FILE_BYTE = 16
-"""Of memory: weights of four bits become float32, and runtimes keep them twice while they load."""
+"""Memory per byte of the graph's files: 4-bit weights become float32, held twice during loading."""
 _MIN_BYTES = 1 << 30
-_LAST_LINES = 3
-_LONGEST = 400
-_LONGEST_AXIS = 1 << 24
+_MAX_LENGTH = 400
+_MAX_AXIS = 1 << 24
 _THREADS = 4
+_GIB = 1 << 30
+_OUT_OF_MEMORY = ("bad_alloc", "MemoryError")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How it went.
+    """Result of a trial.
 
     Attributes:
-        problem: in one line; None: the graph was opened and called.
-        inputs: of the graph, by name; empty where it cannot be opened.
-        outputs: of the graph, by name.
-        given: shapes that came out of the call, by name of the output.
+        problem: what went wrong, in one line; None: the graph was opened and called.
+        inputs: inputs of the graph by name; empty if the graph cannot be opened.
+        outputs: outputs of the graph by name.
+        given: shapes of the returned arrays, by name of the output.
     """
 
     problem: str | None
@@ -60,68 +59,44 @@ class Trial:
 def try_graph(
     path: Path, sizes: Mapping[str, int], provider: str = "cpu", seconds: float = TRIAL_SECONDS
 ) -> Trial:
-    """Open a graph and call it once, in a process of its own; Ctrl-C ends that, too.
+    """Open a graph and call it once in a child process, which Ctrl-C ends, too.
 
     Args:
-        path: the graph, with its external data beside it.
-        sizes: of free axes, by name.
+        path: file of the graph, in one folder with its external data.
+        sizes: sizes of free axes by name.
         provider: `cpu` or `openvino`.
-        seconds: after which it counts as a graph without end.
+        seconds: time limit.
 
     Raises:
-        UsageError: the provider is not there, or the limit is none.
+        UsageError: the provider is not installed, or the limit is not a positive number.
     """
     if not 0 < seconds < 1e7:
         raise UsageError(f"the time limit must be a number of seconds above 0, got {seconds:g}")
     limit = _memory_limit(path)
-    with tempfile.TemporaryDirectory(prefix="trtq-trial-") as name:
-        answer, said = Path(name) / "answer.json", Path(name) / "stderr"
-        job = {
-            "path": str(path.resolve()),
-            "provider": provider,
-            "sizes": dict(sizes),
-            "bytes": limit,
-            "seconds": seconds,
-        }
-        command = worker_command(__name__, json.dumps(job), answer)
-        # onnxruntime's own provider then opens the file itself, which it computes rightly everywhere.
-        environment = os.environ | ({VARIABLE: "-vnni"} if provider == "cpu" else {})
-        with lifeline() as stdin:
-            with said.open("wb") as stderr:
-                process = subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=stdin,
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                    start_new_session=True,  # It may have children, and Ctrl-C is ours to handle.
-                )
-            try:
-                code = process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                return Trial(
-                    f"opening and calling it once took more than {seconds:g} s and was ended: the "
-                    "graph never ends, or is too large for this machine (--timeout raises the limit)"
-                )
-            finally:
-                _end(process)
-        return _outcome(answer, code, said, limit, seconds)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and what it started, whether or not it has ended itself."""
-    try:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    except (ProcessLookupError, PermissionError):  # It is gone; on macOS the second.
-        pass
-    process.wait()
+    job = {
+        "path": str(path.resolve()),
+        "provider": provider,
+        "sizes": dict(sizes),
+        "bytes": limit,
+        "seconds": seconds,
+    }
+    # With this setting onnxruntime's CPU provider opens the file itself and computes it correctly.
+    env = os.environ | ({VARIABLE: "-vnni"} if provider == "cpu" else {})
+    # The runtime may start processes of its own, and this process handles Ctrl-C.
+    with Child(__name__, json.dumps(job), env=env, new_session=True) as child:
+        try:
+            return _outcome(child.answer(seconds), limit)
+        except TimeoutError:
+            return Trial(
+                f"opening and calling it once took more than {seconds:g} s and was ended: the graph "
+                "never ends, or is too large for this machine (--timeout raises the limit)"
+            )
+        except ChildDiedError as err:
+            return Trial(_explain(err.exit, limit, seconds))
 
 
 def _memory_limit(path: Path) -> int:
-    """What the child may take: in proportion to the graph's files, and not more than is free."""
+    """Memory limit in bytes: in proportion to the graph's files, and not more than is free."""
     try:
         files = [file for file in path.parent.iterdir() if file.is_file()]
         needed = _BASE_BYTES + _BYTES_PER_FILE_BYTE * sum(file.stat().st_size for file in files)
@@ -131,79 +106,46 @@ def _memory_limit(path: Path) -> int:
     return max(_MIN_BYTES, min(needed, free)) if free else needed
 
 
-def _outcome(answer: Path, code: int, said: Path, limit: int, seconds: float) -> Trial:
-    try:
-        found = json.loads(answer.read_bytes())
-    except (OSError, ValueError):
-        return Trial(_why_it_died(code, said.read_text(errors="replace"), limit, seconds))
-    if found.get("usage"):
-        kind = MissingDependencyError if found["usage"] == "missing" else UsageError
-        raise kind(found["problem"])
-    problem = found["problem"]
-    if problem is not None and any(word in problem for word in ("bad_alloc", "MemoryError")):
-        problem = f"it needs more memory than its limit of {limit / (1 << 30):.1f} GiB: {problem}"
-    inputs, outputs = (
-        {name: TensorSpec(np.dtype(one[0]), tuple(one[1])) for name, one in found[key].items()}
-        for key in ("inputs", "outputs")
-    )
-    given = {name: tuple(shape) for name, shape in found["given"].items()}
+def _outcome(answer: Mapping[str, Any], limit: int) -> Trial:
+    problem = answer["problem"]
+    if problem is not None and any(word in problem for word in _OUT_OF_MEMORY):
+        problem = f"it needs more memory than its limit of {limit / _GIB:.1f} GiB: {problem}"
+    inputs, outputs = (specs_from_json(answer[key]) for key in ("inputs", "outputs"))
+    given = {name: tuple(shape) for name, shape in answer["given"].items()}
     return Trial(problem, inputs, outputs, given)
 
 
-def _why_it_died(code: int, said: str, limit: int, seconds: float) -> str:
-    last = last_words(said, _LAST_LINES)[:_LONGEST]
-    memory = f"{limit / (1 << 30):.1f} GiB"
-    if "bad_alloc" in said or "MemoryError" in said:
+def _explain(how: Exit, limit: int, seconds: float) -> str:
+    memory = f"{limit / _GIB:.1f} GiB"
+    if any(word in how.stderr for word in _OUT_OF_MEMORY):
         return f"it needs more memory than its limit of {memory}"
-    if was_killed(code):
-        return f"its process was killed, most likely for want of memory (its limit is {memory})"
-    if hasattr(signal, "SIGXCPU") and code == -signal.SIGXCPU:
+    if hasattr(signal, "SIGXCPU") and how.code == -signal.SIGXCPU:
         return f"opening and calling it once took more than {seconds:g} s and was ended"
-    crash = crash_name(code)
-    how = f"ended with code {code}" if crash is None else f"crashed ({crash})"
-    return f"the runtime {how} on it; it said last: {last or 'nothing'}"
+    memory = f" (its limit is {memory})"
+    return how.explain("the runtime's process", memory=memory, max_length=_MAX_LENGTH)
 
 
 def main() -> int:
-    """In the child: the job and the answer's file; 0 if the graph was opened and called."""
+    """In the child: a job and the answer's file; exit code 0 if the graph was opened and called."""
     job, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
-    _limit_this_process(job["bytes"], job["seconds"])
-    found: dict[str, Any] = {"problem": None, "inputs": {}, "outputs": {}, "given": {}}
+    limit_resources(job["bytes"], job["seconds"])
+    result: dict[str, Any] = {"problem": None, "inputs": {}, "outputs": {}, "given": {}}
     try:
-        _open_and_call(Path(job["path"]), job["provider"], job["sizes"], found)
+        _open_and_call(Path(job["path"]), job["provider"], job["sizes"], result)
     except UsageError as err:
-        missing = isinstance(err, MissingDependencyError)
-        found |= {"problem": _line(err), "usage": "missing" if missing else "other"}
+        result |= {"problem": _line(err)} | error_record(err, _line(err))
     except TrtqError as err:
-        found["problem"] = _line(err)
+        result["problem"] = _line(err)
     except (Exception, MemoryError) as err:
-        found["problem"] = f"{type(err).__name__}: {_line(err)}"
-    partial = answer.with_suffix(".partial")
-    partial.write_text(json.dumps(found), encoding="utf-8")
-    partial.rename(answer)
+        result["problem"] = f"{type(err).__name__}: {_line(err)}"
+    write_answer(answer, result)
     sys.stderr.flush()
     # Threads of the runtime may still be busy with what failed.
-    os._exit(0 if found["problem"] is None else 1)
-
-
-def _limit_this_process(size: int, seconds: float) -> None:
-    """Memory, and time of the processor: should the one that started it die, it ends, too."""
-    try:
-        import resource
-    except ImportError:  # Windows.
-        return
-    busy = int(seconds * (os.cpu_count() or 1)) + 5
-    for which, most in ((resource.RLIMIT_DATA, size), (resource.RLIMIT_CPU, busy)):
-        _, hard = resource.getrlimit(which)
-        wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        try:
-            resource.setrlimit(which, (wanted, hard))
-        except (OSError, ValueError):
-            logging.getLogger(__name__).warning("cannot limit the memory and time of the process")
+    os._exit(0 if result["problem"] is None else 1)
 
 
 def _open_and_call(
-    path: Path, provider: str, sizes: Mapping[str, int], found: dict[str, Any]
+    path: Path, provider: str, sizes: Mapping[str, int], result: dict[str, Any]
 ) -> None:
     from trtq.engine.open import open_engine
     from trtq.engine.ort import open_session, session_options
@@ -215,17 +157,17 @@ def _open_and_call(
         engine = open_engine(path, provider, threads)
     except ArtefactError:
         if provider == "cpu":
-            # What the runtime says of the file itself is of more use than where a rewrite stopped.
+            # The runtime's error about the file is more useful than the place where a rewrite stopped.
             open_session(path, str(path), session_options(threads), provider, {})
         raise
     inputs, outputs = engine.inputs, engine.outputs
-    found["inputs"], found["outputs"] = _plain(inputs), _plain(outputs)
+    result["inputs"], result["outputs"] = specs_to_json(inputs), specs_to_json(outputs)
     if not outputs:
         raise ArtefactError("it has no outputs")
     if not inputs:
         raise ArtefactError("it has no inputs")
     given = _called(engine, {name: _filled(name, spec, sizes) for name, spec in inputs.items()})
-    found["given"] = {name: list(value.shape) for name, value in given.items()}
+    result["given"] = {name: list(value.shape) for name, value in given.items()}
 
 
 def _called(engine: Engine, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -237,7 +179,7 @@ def _called(engine: Engine, feeds: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 
 def _filled(name: str, spec: TensorSpec, sizes: Mapping[str, int]) -> np.ndarray:
-    """Ones, which are a label, a token, a mask, a timestep and an image alike."""
+    """Ones, which are valid as label, token, mask, timestep and image."""
     shape: list[int] = []
     for axis in spec.shape:
         if isinstance(axis, int):
@@ -249,14 +191,10 @@ def _filled(name: str, spec: TensorSpec, sizes: Mapping[str, int]) -> np.ndarray
                 f"its input {name!r} has a free axis {axis!r}, whose sizes are not known; known are "
                 f"{', '.join(sizes) or 'none here'}"
             )
-    if any(size <= 0 or size > _LONGEST_AXIS for size in shape):
+    if any(size <= 0 or size > _MAX_AXIS for size in shape):
         raise ArtefactError(f"its input {name!r} has the impossible shape {shape}")
     return np.ones(shape, spec.dtype)
 
 
-def _plain(specs: Mapping[str, TensorSpec]) -> dict[str, Sequence[Any]]:
-    return {name: [spec.dtype.name, list(spec.shape)] for name, spec in specs.items()}
-
-
 def _line(err: BaseException) -> str:
-    return " ".join(str(err).split())[:_LONGEST] or type(err).__name__
+    return " ".join(str(err).split())[:_MAX_LENGTH] or type(err).__name__

@@ -1,7 +1,7 @@
-"""The small image classifier that ships beside a demo model, and how it is read from a folder.
+"""The small image classifier that ships with a demo model, and its folder format.
 
-It answers one or several questions about an image: which digit, or which colour and which shape.
-Letters: B images, C channels, H, W pixels, F features, K values of a question.
+The classifier answers one or more questions about an image, such as the digit, or colour and shape.
+Letters: B images, C channels, H, W pixels, F features, K answers of a question.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 class ImageClassifier(nn.Module):
-    """Three convolutions and a linear, whose output is the feature space of the metrics, and heads.
+    """Three convolutions, a linear layer whose output is the feature space of the metrics, and heads.
 
     Args:
         channels: image channels C.
         size: image height and width H = W in pixels, a multiple of 4.
-        heads: number of values K of each question.
+        heads: number of answers K of each question.
         width: channels of the first convolution.
         features: dimension F of the feature space.
     """
@@ -81,7 +81,7 @@ class ImageClassifier(nn.Module):
 
 
 def save_classifier(model: ImageClassifier, folder: Path, reference: dict[str, Tensor]) -> None:
-    """Write the classifier in half precision, with the real data's feature statistics.
+    """Write the classifier in half precision, with the feature statistics of the real images.
 
     Args:
         model: the trained classifier.
@@ -89,14 +89,14 @@ def save_classifier(model: ImageClassifier, folder: Path, reference: dict[str, T
         reference: `mean[F]` and `covariance[F,F]` (float64) of the features of real images.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(json.dumps(model.config, indent=2) + "\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(model.config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     tensors |= {f"reference.{name}": value.contiguous() for name, value in reference.items()}
     save_file(tensors, folder / WEIGHTS_NAME)
 
 
 def is_classifier(folder: Path) -> bool:
-    """Whether a folder holds what `save_classifier` writes, to judge by its configuration."""
+    """Whether a folder holds a classifier, according to its configuration."""
     try:
         return "heads" in read_object(folder / CONFIG_NAME, finite=False)
     except ArtefactError:
@@ -104,13 +104,13 @@ def is_classifier(folder: Path) -> bool:
 
 
 def load_classifier(folder: Path) -> tuple[ImageClassifier, dict[str, Tensor]]:
-    """Read what `save_classifier` wrote.
+    """Read a classifier folder.
 
     Returns:
-        The classifier in float32 evaluation mode, and `{"mean": [F], "covariance": [F,F]}` in float64.
+        The classifier in float32 and evaluation mode; `{"mean": [F], "covariance": [F,F]}` in float64.
 
     Raises:
-        ArtefactError: a file is missing or is not what `save_classifier` writes.
+        ArtefactError: a file is missing, or was not written by `save_classifier`.
     """
     try:
         config = read_object(folder / CONFIG_NAME)

@@ -1,6 +1,6 @@
-"""What looks at images for the metrics: the classifier beside a model, or a CLIP vision model.
+"""Feature extractors of the metrics: the classifier of a demo model, or a CLIP vision model.
 
-Letters: B images, C channels, H, W pixels, F features, K values of a question.
+Letters: B images, C channels, H, W pixels, F features, K answers of a question.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ _SPATIAL_CHANNELS = 7
 
 
 class Extractor(Protocol):
-    """Maps images to the features in which they are compared."""
+    """Maps images to the features that the metrics compare."""
 
     name: str
     reference: Statistics | None
-    """Of real images; None: the float model's own images are the reference."""
+    """Statistics of real images; None if the float model's images are the reference."""
 
     def features(self, images: Tensor) -> Tensor:
         """images[B,C,H,W] in [-1, 1] -> features[B,F]."""
 
     def spatial_features(self, images: Tensor) -> Tensor:
-        """images[B,C,H,W] in [-1, 1] -> features[B,F'] that keep where things are."""
+        """images[B,C,H,W] in [-1, 1] -> features[B,F'] that depend on positions."""
 
     def answers(self, features: Tensor) -> dict[str, Tensor]:
-        """features[B,F] -> logits[B,K] by question; empty for a model that answers none."""
+        """features[B,F] -> logits[B,K] by question; empty for a model without questions."""
 
 
 class ClassifierExtractor:
-    """The small classifier that ships beside a demo model.
+    """The small classifier that ships with a demo model.
 
     Args:
-        folder: it.
+        folder: classifier folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,7 +58,7 @@ class ClassifierExtractor:
 
     @torch.no_grad()
     def spatial_features(self, images: Tensor) -> Tensor:
-        """The first seven channels of the last convolution (as sFID, arXiv 2103.03841, takes seven)."""
+        """The first seven channels of the last convolution, as in sFID (arXiv 2103.03841)."""
         maps: Tensor = self.model.body[:-2](images)
         return maps[:, :_SPATIAL_CHANNELS].flatten(1)
 
@@ -72,10 +72,10 @@ class ClipExtractor:
     """A CLIP vision model in a local folder, in transformers' layout and safetensors.
 
     Args:
-        folder: it.
+        folder: model folder.
 
     Raises:
-        ArtefactError: it cannot be loaded.
+        ArtefactError: the model cannot be loaded.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -93,7 +93,7 @@ class ClipExtractor:
         self.reference: Statistics | None = None
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """Resized and normalised as CLIP was trained."""
+        """Resize and normalise images as in CLIP's training."""
         size = int(self.model.config.image_size)
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
@@ -121,20 +121,20 @@ class ClipExtractor:
         return torch.cat(parts)
 
     def answers(self, features: Tensor) -> dict[str, Tensor]:
-        """None: CLIP has no classes of its own."""
+        """Empty: CLIP answers no questions."""
         return {}
 
 
 def load_extractor(model_folder: Path | None, given: Path | None = None) -> Extractor | None:
-    """The extractor that turns images into features.
+    """Load the feature extractor.
 
     Args:
-        model_folder: folder of the float model; its own classifier is the default.
-        given: a folder with a CLIP vision model, or with a classifier of trtq.
+        model_folder: folder of the float model; its classifier is the default.
+        given: folder with a CLIP vision model, or with a classifier of trtq.
 
     Returns:
-        None if the float model has no classifier and no folder is given: numbers that need features
-        (Fréchet distance, precision, recall, inception score) cannot be computed then.
+        The extractor, or None if the float model has no classifier and no folder is given. Without an
+        extractor, Fréchet distance, precision, recall and inception score are not available.
 
     Raises:
         UsageError: the given folder does not exist.

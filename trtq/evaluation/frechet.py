@@ -1,7 +1,7 @@
 """Fréchet distance between two sets of features (FID's formula, arXiv 1706.08500, eq. 6).
 
-Written here rather than taken from torchmetrics because it is compared with stored statistics of real
-images and drawn again hundreds of times for its interval; a test holds it against torchmetrics'.
+Implemented here instead of with torchmetrics, because the reference is given as stored statistics, and
+the bootstrap interval resamples the features hundreds of times. A test compares the distance with SciPy.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class Statistics:
 
 
 def feature_statistics(features: Tensor) -> Statistics:
-    """features[B,F] -> mean and unbiased covariance.
+    """Mean and unbiased covariance of features[B,F].
 
     Raises:
-        UsageError: fewer than two rows.
+        UsageError: there are fewer than two rows.
         NonFiniteError: a feature is NaN or infinite.
     """
     if len(features) < 2:
         raise UsageError(f"a covariance needs at least 2 images, got {len(features)}")
     features = features.double()
     if not bool(torch.isfinite(features).all()):
-        raise NonFiniteError("the features of the images hold NaN or infinity")
+        raise NonFiniteError("the features of the images contain NaN or infinity")
     return Statistics(features.mean(0), features.T.cov().reshape(features.shape[1], -1))
 
 
@@ -50,8 +50,8 @@ def _root(matrix: Tensor) -> Tensor:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """`|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`.
 
-    The trace of the root is taken as that of `(C_a^(1/2) C_b C_a^(1/2))^(1/2)`, which is symmetric,
-    so no complex root is needed. All in float64.
+    The trace of the root is computed from `(C_a^(1/2) C_b C_a^(1/2))^(1/2)`, which is symmetric, so no
+    complex root is needed. All in float64.
     """
     root = _root(a.covariance)
     middle = root @ b.covariance @ root
@@ -65,16 +65,16 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """95 % bootstrap interval of the Fréchet distance of features[B,F] to the reference.
 
-    A set drawn again from itself, with repetitions, lies further from everything than the set does: the
-    more so the fewer images. So the spread of the redrawn distances is taken, and centred on the value.
+    Resampling with replacement biases the distance upwards, more so with fewer images. The interval
+    therefore uses the spread of the resampled distances, centred on the value of the original set.
     """
     value = frechet_distance(feature_statistics(features), reference)
     generator = seeded_generator(seed, "bootstrap")
-    redrawn = []
+    resampled = []
     for _ in range(rounds):
         chosen = torch.randint(len(features), (len(features),), generator=generator)
-        redrawn.append(frechet_distance(feature_statistics(features[chosen]), reference))
-    spread = torch.tensor(redrawn, dtype=torch.float64)
+        resampled.append(frechet_distance(feature_statistics(features[chosen]), reference))
+    spread = torch.tensor(resampled, dtype=torch.float64)
     spread -= spread.mean()
     low, high = spread.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return max(0.0, value + low), value + high

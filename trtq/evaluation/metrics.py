@@ -1,12 +1,14 @@
-"""The numbers of an evaluation. Letters: B images, C, H, W, F features, K values of a question."""
+"""Metrics of an evaluation.
+
+Letters: B images, C channels, H, W pixels, F features, K answers of a question.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +23,13 @@ from trtq.evaluation.frechet import (
     feature_statistics,
     frechet_distance,
 )
+from trtq.quant.hooks import captured_outputs
 from trtq.seeds import seeded_generator
 from trtq.snr import snr_db
 
 __all__ = [
     "ImageScores",
+    "PixelScores",
     "inception_score",
     "layer_snr",
     "noise_prediction_snr",
@@ -44,16 +48,16 @@ _MAX_PSNR = 100.0
 
 @dataclass(frozen=True, eq=False)
 class ImageScores:
-    """What an extractor makes of a set of images.
+    """Features and scores of a set of images.
 
     Attributes:
-        features: `[B,F]`.
-        spatial: `[B,F']`.
-        fd: Fréchet distance to the real images, or None without statistics of them.
-        fd_interval: its 95 % bootstrap interval, or None.
-        accuracy: share of images in which every question is answered as asked for, or None.
-        accuracy_interval: its 95 % interval (Wilson's), or None.
-        inception_score: see `inception_score`; None if there are no questions.
+        features: features `[B,F]`.
+        spatial: spatial features `[B,F']`.
+        fd: Fréchet distance to the real images; None without their statistics.
+        fd_interval: 95 % bootstrap interval of `fd`, or None.
+        accuracy: share of images in which every answer matches the requested label, or None.
+        accuracy_interval: 95 % interval of `accuracy` (Wilson), or None.
+        inception_score: see `inception_score`; None without questions.
     """
 
     features: Tensor
@@ -66,7 +70,7 @@ class ImageScores:
 
 
 def score_images(images: Tensor, labels: Mapping[str, Tensor], extractor: Extractor) -> ImageScores:
-    """Judge images[B,C,H,W] that were asked to show `labels` (LongTensor[B] by question)."""
+    """Score images[B,C,H,W] with the requested `labels` (LongTensor[B] by question)."""
     features = torch.cat([extractor.features(part) for part in torch.split(images, 500)])
     spatial = torch.cat([extractor.spatial_features(part) for part in torch.split(images, 500)])
     fd = fd_interval = accuracy = accuracy_interval = None
@@ -74,10 +78,10 @@ def score_images(images: Tensor, labels: Mapping[str, Tensor], extractor: Extrac
         fd = frechet_distance(feature_statistics(features), extractor.reference)
         fd_interval = bootstrap_interval(features, extractor.reference)
     answers = extractor.answers(features)
-    asked = [name for name in answers if name in labels]
-    if asked:
-        right = torch.stack([answers[name].argmax(1) == labels[name] for name in asked]).all(0)
-        accuracy = float(right.float().mean())
+    labelled = [name for name in answers if name in labels]
+    if labelled:
+        correct = torch.stack([answers[n].argmax(1) == labels[n] for n in labelled]).all(0)
+        accuracy = float(correct.float().mean())
         accuracy_interval = share_interval(accuracy, len(images))
     score = inception_score(answers) if answers else None
     return ImageScores(features, spatial, fd, fd_interval, accuracy, accuracy_interval, score)
@@ -86,7 +90,7 @@ def score_images(images: Tensor, labels: Mapping[str, Tensor], extractor: Extrac
 def share_interval(share: float, count: int) -> tuple[float, float]:
     """95 % interval of a share of `count` images, by Wilson's score (doi 10.2307/2276774).
 
-    Where all images are right the normal approximation has no width; this one has.
+    Unlike the normal approximation, the interval has a width if all images are correct.
     """
     z2 = 1.96**2 / count
     centre = (share + z2 / 2) / (1 + z2)
@@ -95,17 +99,17 @@ def share_interval(share: float, count: int) -> tuple[float, float]:
 
 
 class _Logits(nn.Module):
-    """Hands torchmetrics logits that are already there, in place of images."""
+    """Passes precomputed logits through torchmetrics, which expects images."""
 
     def forward(self, logits: Tensor) -> Tensor:
         return logits
 
 
 def inception_score(answers: Mapping[str, Tensor]) -> float:
-    """`exp E KL(p(y|x) || p(y))` (arXiv 1606.03498) on a classifier's answers, ten splits.
+    """Inception score `exp E KL(p(y|x) || p(y))` (arXiv 1606.03498) of a classifier, with ten splits.
 
-    With several questions their logits are joined into one over all combinations of values, as if they
-    were independent given the image; the largest value is then the number of combinations.
+    The answers to several questions are joined into one distribution over all combinations, assuming
+    independence given the image; the maximum score is then the number of combinations.
 
     Args:
         answers: logits[B,K] by question.
@@ -114,7 +118,7 @@ def inception_score(answers: Mapping[str, Tensor]) -> float:
     joint = torch.zeros(len(next(iter(answers.values()))), 1)
     for logits in answers.values():
         joint = (joint[:, :, None] + logits.log_softmax(1)[:, None, :]).flatten(1)
-    # It warns that it keeps all logits, and shuffles them, from torch's global randomness.
+    # InceptionScore warns that it keeps all logits, and shuffles them with torch's global generator.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)
         metric = image.InceptionScore(_Logits(), splits=min(_SCORE_SPLITS, len(joint)))
@@ -128,11 +132,12 @@ def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]
     """Improved precision and recall (arXiv 1904.06991) with three neighbours.
 
     Args:
-        features: of the images to judge, `[B,F]`.
-        reference: of the images that set the standard, `[B',F]`.
+        features: features of the evaluated images, `[B,F]`.
+        reference: features of the reference images, `[B',F]`.
 
     Returns:
-        Share of the images that lie within the reference's manifold, and the reverse.
+        Share of evaluated images on the reference manifold, and share of reference images on the
+        evaluated manifold.
     """
 
     def radii(points: Tensor) -> Tensor:
@@ -145,16 +150,27 @@ def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]
     return float(precision), float(recall)
 
 
-def pixel_scores(images: Tensor, reference: Tensor) -> dict[str, Any]:
-    """Mean PSNR (dB) and SSIM of images[B,C,H,W] in [-1, 1] against others from the same noise.
+class PixelScores(TypedDict):
+    """Means over images, with 95 % intervals by the normal approximation.
 
-    An image that is equal counts with 100 dB.
+    Attributes:
+        psnr_db: mean PSNR in dB.
+        psnr_db_interval: its interval.
+        ssim: mean SSIM.
+        ssim_interval: its interval.
+    """
 
-    SSIM's window is 11 pixels, or on smaller images the largest odd number that fits.
+    psnr_db: float
+    psnr_db_interval: tuple[float, float]
+    ssim: float
+    ssim_interval: tuple[float, float]
 
-    Returns:
-        `psnr_db`, `ssim`, and the 95 % interval of each mean over the images (normal
-        approximation): `psnr_db_interval`, `ssim_interval`.
+
+def pixel_scores(images: Tensor, reference: Tensor) -> PixelScores:
+    """Compare images[B,C,H,W] in [-1, 1] with reference images from the same noise.
+
+    Equal images count as 100 dB. SSIM uses a window of 11 pixels; on smaller images the largest odd
+    number that fits.
     """
     functional: Any = require("torchmetrics.functional.image")
     side = min(images.shape[-2:])
@@ -189,12 +205,12 @@ def _interval_of_mean(values: Tensor) -> tuple[float, float]:
 
 
 def psnr_db(images: Tensor, reference: Tensor) -> float:
-    """Mean PSNR in dB of images[B,C,H,W] in [-1, 1]; an image that is equal counts with 100 dB."""
+    """Mean PSNR in dB of images[B,C,H,W] in [-1, 1]; equal images count as 100 dB."""
     return float(_psnr_of_each(images, reference).mean())
 
 
 def spatial_distance(scores: ImageScores, reference: ImageScores) -> float:
-    """Fréchet distance of both sets' spatial features (the form of sFID, arXiv 2103.03841)."""
+    """Fréchet distance between the spatial features of both sets (as sFID, arXiv 2103.03841)."""
     statistics: list[Statistics] = [feature_statistics(s.spatial) for s in (scores, reference)]
     return frechet_distance(*statistics)
 
@@ -209,9 +225,9 @@ def noise_prediction_snr(
     guidance: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
-    """SNR in dB of the noise prediction against the float model's, per step, cleanest first.
+    """SNR in dB of the predicted noise relative to the float model, per step, cleanest first.
 
-    Both see the same points of the float model's trajectory, so errors do not add up along it.
+    Both models get the same points of the float model's trajectory, so errors do not accumulate.
     """
     schedule = reference.schedule(steps)
     images = at_once(reference.sample_shape, images)
@@ -230,10 +246,10 @@ def noise_prediction_snr(
 def layer_snr(
     source: LoadedPipeline, reference: LoadedPipeline, *, steps: int, seed: int, images: int = 16
 ) -> dict[str, float]:
-    """SNR in dB of each linear's and convolution's output against the float model's, worst first.
+    """SNR in dB of each linear and convolution output relative to the float model, worst first.
 
-    Both models get the same inputs, which stand at steps all along the float model's trajectory; a
-    layer's error includes what reaches it from the layers before.
+    Both models get the same inputs, from steps along the float model's trajectory. The error of a layer
+    includes the errors of the layers before it.
     """
     schedule = reference.schedule(steps)
     images = at_once(reference.sample_shape, images)
@@ -247,30 +263,8 @@ def layer_snr(
     ]
     outputs = []
     for model in (reference, source):
-        with _collected(model.model, names) as seen, torch.no_grad():
+        with captured_outputs(model.model, names) as seen, torch.no_grad():
             predict(model.denoiser, x, timesteps, conditions)
         outputs.append(seen)
-    found = {
-        name: snr_db(outputs[0][name], outputs[1][name]) for name in names if name in outputs[1]
-    }
-    return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
-@contextmanager
-def _collected(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of the named modules that the model has."""
-    seen: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            seen[name] = output
-
-        return hook
-
-    handles = [modules[n].register_forward_hook(keep(n)) for n in names if n in modules]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    snr = {name: snr_db(outputs[0][name], outputs[1][name]) for name in names if name in outputs[1]}
+    return dict(sorted(snr.items(), key=lambda item: item[1]))

@@ -1,4 +1,4 @@
-"""What an evaluation looks like on a page."""
+"""The HTML report of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from trtq.artefact.opened import Checkpoint, Opened, open_artefact
-from trtq.evaluation.evaluate import METRICS, Evaluation
-from trtq.pipelines.draw import contact_sheet
+from trtq.evaluation.evaluate import Evaluation
+from trtq.evaluation.gates import METRICS
 from trtq.pipelines.inspect import inspect
+from trtq.pipelines.sheet import contact_sheet
 from trtq.quant import precision_text
 from trtq.report.lines import INTERVALS
 from trtq.report.page import Page, Picture, Section, Table, picture
@@ -35,14 +36,14 @@ FLOAT = "float"
 
 
 def grid_section(sets: Mapping[str, Tensor], colours: Mapping[str, str]) -> Section:
-    """The first images of each model side by side, and their difference to the float model's.
+    """Show the first images of each model side by side, and their differences from the float model.
 
     Args:
-        sets: images[B,C,H,W] in [-1, 1] by model; the float model's are named `FLOAT`.
+        sets: images[B,C,H,W] in [-1, 1] by model; the float model is named `FLOAT`.
         colours: `#rrggbb` by model, see `model_colours`.
     """
     pictures = [_sheet(images, name, colours[name]) for name, images in sets.items()]
-    text = "Same starting noise and same classes or prompts in every grid."
+    text = "All grids use the same starting noise, and the same classes or prompts."
     if FLOAT in sets:
         others = {name: images for name, images in sets.items() if name != FLOAT}
         errors = {name: (images - sets[FLOAT])[:_SHOWN] for name, images in others.items()}
@@ -62,12 +63,12 @@ def _sheet(images: Tensor, caption: str, colour: str) -> Picture:
 
 
 def _scale_of(images: Tensor) -> int:
-    """Small images are shown with larger pixels; large ones as they are."""
+    """Magnification for small images; large images are not magnified."""
     return max(1, min(_GRID_SCALE, 128 // images.shape[-1]))
 
 
 def _gain(errors: Sequence[Tensor]) -> int:
-    """The largest power of two, 64 at most, by which 95 % of the differences stay within [-1, 1]."""
+    """The largest power of two up to 64 that keeps 95 % of the scaled differences within [-1, 1]."""
     if not errors:
         return 1
     values = torch.cat([error.abs().flatten() for error in errors])
@@ -81,28 +82,28 @@ def snr_section(
     timesteps: Sequence[float],
     colours: Mapping[str, str],
 ) -> Section:
-    """Error of the noise prediction at each step: dB per step by model."""
+    """Show the error of the noise prediction; `curves` holds dB per step by model."""
     plot = snr_curves(curves, timesteps, colours)
     text = (
-        "Signal-to-noise ratio of the predicted noise against the float model's, at the same points of "
-        "the float model's trajectory. At the last steps the noise to predict is smaller than one "
-        "quantisation interval of the input, so the ratio falls, and so does its effect on the image."
+        "Signal-to-noise ratio of the predicted noise relative to the float model, at the same points "
+        "of the float model's trajectory. At the last steps the noise is smaller than the quantisation "
+        "scale of the input, so the ratio drops, but errors affect the image less."
     )
     caption = "Higher is better."
-    return Section("Every step against float", text, images=(picture(plot, caption),))
+    return Section("Noise prediction per step", text, images=(picture(plot, caption),))
 
 
 def scale_range(row: dict[str, Any]) -> str:
-    """Smallest and largest scale of a layer's inputs, from its row of `inspect`."""
+    """Smallest and largest scale of each input of a layer, given its row of `inspect`."""
     ranges = [f"{min(s):.3g} .. {max(s):.3g}" for s in row.get("scale", {}).values()]
     return "; ".join(ranges)
 
 
 def layer_sections(path: str | Path | Opened) -> tuple[Section, ...]:
-    """Layers and bits of a run or ONNX folder; for a run with tables also their map."""
-    found = inspect(path).to_json()
-    scales = [scale_range(row) for row in found["layers"]]
-    shown = any(scales)  # Only a run holds its scales in a readable form.
+    """Show layers and bits of a run or ONNX folder, and the scale tables of a run."""
+    details = inspect(path).to_json()
+    scales = [scale_range(row) for row in details["layers"]]
+    shown = any(scales)  # Only runs store readable scales.
     rows = tuple(
         (
             row["name"],
@@ -110,29 +111,29 @@ def layer_sections(path: str | Path | Opened) -> tuple[Section, ...]:
             *([scale] if shown else []),
             row["reason"],
         )
-        for row, scale in zip(found["layers"], scales, strict=True)
+        for row, scale in zip(details["layers"], scales, strict=True)
     )
-    header = ("layer", "bits", *(["scale over the steps"] if shown else []), "why")
+    header = ("layer", "bits", *(["range of scales"] if shown else []), "reason")
     sections = [Section("Layers", table=Table(header, rows, words=True))]
     tables = {
         row["name"] if len(row["scale"]) == 1 else f"{row['name']}.{operand}": values
-        for row in found["layers"]
+        for row in details["layers"]
         for operand, values in row.get("scale", {}).items()
         if len(values) > 1
     }
     if tables:
-        plot = scale_map(tables, found["timesteps"])
+        plot = scale_map(tables, details["timesteps"])
         text = (
-            "One activation scale per layer and step. A layer that is the same colour all along "
-            "would do with one scale."
+            "One activation scale per layer and step. A layer with a uniform colour does not need "
+            "separate scales per step."
         )
-        caption = "Red: a larger range than on average, blue: a smaller one."
+        caption = "Red: larger than the layer's average scale. Blue: smaller."
         sections.insert(0, Section("Scale tables", text, images=(picture(plot, caption),)))
     return tuple(sections)
 
 
 def evaluation_page(path: str, evaluation: Evaluation) -> Page:
-    """The report of `trtq eval`."""
+    """Build the HTML report of `trtq eval`."""
     result = evaluation.to_json()
     reference = evaluation.reference
     name = Path(path).name or path
@@ -148,24 +149,26 @@ def evaluation_page(path: str, evaluation: Evaluation) -> Page:
     if result.get("layers_worst"):
         rows = tuple((layer, f"{db:.1f}") for layer, db in result["layers_worst"].items())
         text = (
-            "Signal-to-noise ratio of each layer's output against the float model's, on the same inputs "
-            "of the denoiser; a layer's error includes what reaches it from the layers before."
+            "Signal-to-noise ratio of each layer's output relative to the float model, for the same "
+            "denoiser inputs. The error of a layer includes the errors of the layers before it."
         )
-        sections.append(Section("Layers that hurt most", text, Table(("layer", "dB"), rows)))
+        sections.append(
+            Section("Layers with the largest errors", text, Table(("layer", "dB"), rows))
+        )
     opened = open_artefact(path, verify=False)
     if not isinstance(opened, Checkpoint):
         sections += layer_sections(opened)
     features = result["features"]
     lead = (
-        f"{result['images']} images with each model, {result['steps']} steps, seed {result['seed']}, "
+        f"{result['images']} images per model, {result['steps']} steps, seed {result['seed']}, "
         f"guidance {result['guidance']:g}, provider {result['provider']}"
-        + (f", features of {features}." if features else ".")
+        + (f", features from {features}." if features else ".")
     )
-    return Page(f"{name} against {reference.source.name}", lead, tuple(sections))
+    return Page(f"{name} compared with {reference.source.name}", lead, tuple(sections))
 
 
 def _numbers(result: dict[str, Any], name: str, colours: Mapping[str, str]) -> Table:
-    """Every metric that there is, of both models, with its 95 % interval."""
+    """Table of all available metrics of both models, with 95 % intervals."""
 
     def shown(key: str, interval: str | None) -> str:
         value = result.get(key)
@@ -181,15 +184,16 @@ def _numbers(result: dict[str, Any], name: str, colours: Mapping[str, str]) -> T
         interval = INTERVALS.get(key)
         theirs = shown(f"{key}_reference", interval and f"{interval}_reference")
         rows.append((key, shown(key, interval), theirs, meaning))
-    header = ("metric", name, FLOAT, "what it is")
+    header = ("metric", name, FLOAT, "description")
     return Table(header, tuple(rows), words=True, colours=colours)
 
 
 def _remarks(result: dict[str, Any]) -> str:
-    """Gates, what the brackets are, and what is not there."""
-    remarks = ["In brackets: 95 % intervals."]
+    """Sentences about intervals, gates and missing metrics."""
+    remarks = ["Brackets: 95 % intervals."]
     remarks += [
-        f"Gate {gate}: {'met' if held else 'NOT met'}." for gate, held in result["gates"].items()
+        f"Gate {gate}: {'passed' if passed else 'FAILED'}."
+        for gate, passed in result["gates"].items()
     ]
     if result.get("not_computed"):
         remarks.append(

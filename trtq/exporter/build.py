@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trtq.artefact.folder import check_output, claims_output, new_artefact
 from trtq.artefact.manifest import MANIFEST_NAME, Manifest
 from trtq.artefact.manifest_file import made_from, write_manifest
-from trtq.artefact.opened import Opened, open_folder
+from trtq.artefact.opened import Opened, StoredArtefact, open_folder
 from trtq.artefact.options import EngineOptions, Metrics
 from trtq.engine.profile import axis_ranges, profile_of
 from trtq.engine.tensorrt.backends import CURRENT, Backend, check_architectures, find_backend
@@ -21,6 +21,7 @@ from trtq.engine.tensorrt.compile import Compiled, compile_engine
 from trtq.engine.tensorrt.job import Job, Profile
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import LegalityError, MissingDependencyError, UsageError
+from trtq.exporter.parts import copy_parts
 from trtq.exporter.result import BuildResult, BuiltEngine
 from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
 from trtq.graph.runtimes.legality import check
@@ -58,104 +59,167 @@ def build(
 
     Args:
         artefact: an ONNX folder, or the opened one.
-        out: the engine folder: the same layout, `model.engine` in place of `model.onnx`.
+        out: the engine folder, in the same layout with `model.engine` in place of `model.onnx`.
         backend: `tensorrt-rtx` or `tensorrt`; None: the first that is installed.
-        architectures: e.g. `sm86`; by default those of current RTX cards, or the GPU that is there.
-        batch: smallest and largest number of images, instead of the export's.
+        architectures: GPU architectures, e.g. `sm86`; by default those of current RTX cards, or that of
+            the GPU in this machine.
+        batch: minimum and maximum number of images; by default those of the export.
         weight_streaming: let weights stay on the host, for models larger than the GPU's memory.
         refit: let weights be exchanged in the finished engine; needs a GPU while building.
-        workspace_bytes: most device memory for one operator's scratch.
-        use_cache: look for engines that were built before, and keep these.
-        overwrite: replace an engine folder that is already there.
+        workspace_bytes: maximum device memory for one operator's scratch; None: no limit.
+        use_cache: reuse engines that were built before, and keep the new ones.
+        overwrite: replace an existing engine folder.
         timeout: max seconds for opening and calling one graph in onnxruntime before it is built.
-        progress: called with the stage's name, the work done and the total.
+        progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
         Sizes and durations, together and for each engine.
 
     Raises:
-        UsageError: the backend cannot do what is asked, or there is no artefact.
-        ArtefactError: it is no ONNX folder, damaged, or onnxruntime cannot open it.
+        UsageError: the backend does not support the options, or there is no artefact.
+        ArtefactError: the folder is no ONNX folder, is damaged, or onnxruntime cannot open it.
         LegalityError: the backend would refuse a layer, or compute it wrongly.
         BuildError: the builder refused, crashed or was killed.
     """
     start = time.monotonic()
     chosen = find_backend(backend)
-    targets = check_architectures(chosen, list(architectures))
-    if refit and chosen.architectures and CURRENT not in targets:
-        raise UsageError(
-            "refit engines can only be built where there is a GPU; pass --arch current there"
-        )
+    settings = _Settings(
+        backend=chosen,
+        architectures=check_architectures(chosen, list(architectures)),
+        batch=batch,
+        weight_streaming=weight_streaming,
+        refit=refit,
+        workspace_bytes=workspace_bytes,
+        use_cache=use_cache,
+    )
+    settings.check()
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="engine")
-    if not isinstance(artefact, Opened) and not (Path(artefact) / MANIFEST_NAME).is_file():
-        raise UsageError(
-            f"{artefact} is not an ONNX folder; make one first: trtq export RUN -o ONNX"
+    opened = _open(artefact, settings)
+    _check_opened(opened.folder, opened.manifest, timeout, progress)
+    with new_artefact(final, kind="engine", overwrite=overwrite) as partial:
+        engines, profiles = _build_graphs(opened, settings, partial, progress)
+        copy_parts(opened.folder, opened.manifest, partial)
+        result = BuildResult(
+            engine_bytes=sum(engine.engine_bytes for engine in engines),
+            seconds=round(time.monotonic() - start, 2),
+            peak_rss_bytes=max(
+                (row.peak_rss_bytes for row in engines if not row.cached), default=0
+            ),
+            backend=chosen.name,
+            version=chosen.version,
+            architectures=settings.architectures,
+            engines=engines,
         )
-    opened = open_folder(artefact, "onnx")
-    folder, manifest = opened.folder, opened.manifest
-    if weight_streaming and manifest.options.target == "plugin":
+        update = {
+            "kind": "engine",
+            "source": made_from(opened.folder, opened.manifest),
+            "options": _options(opened, settings, profiles),
+            "metrics": Metrics(**result.to_json()),
+        }
+        write_manifest(partial, opened.manifest.model_copy(update=update))
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What the caller of `build` asked for; see there."""
+
+    backend: Backend
+    architectures: list[str]
+    batch: tuple[int, int] | None
+    weight_streaming: bool
+    refit: bool
+    workspace_bytes: int | None
+    use_cache: bool
+
+    def check(self) -> None:
+        """Raise unless the backend can do it here.
+
+        Raises:
+            UsageError: refit engines need a GPU.
+        """
+        if self.refit and self.backend.architectures and CURRENT not in self.architectures:
+            raise UsageError(
+                "refit engines can only be built where there is a GPU; pass --arch current there"
+            )
+
+
+def _open(place: str | Path | Opened, settings: _Settings) -> StoredArtefact:
+    """The ONNX folder to build from.
+
+    Raises:
+        UsageError: there is none, or the settings do not suit it.
+    """
+    if not isinstance(place, Opened) and not (Path(place) / MANIFEST_NAME).is_file():
+        raise UsageError(f"{place} is not an ONNX folder; make one first: trtq export RUN -o ONNX")
+    opened = open_folder(place, "onnx")
+    if settings.weight_streaming and opened.manifest.options.target == "plugin":
         raise UsageError(
             "TensorRT streams no weights of plugins, and these are in 4 or 8 bits already; leave out "
             "--weight-streaming, or export with --target qdq"
         )
-    _check_opened(folder, manifest, timeout, progress)
-    graphs = graphs_of(manifest)
-    rows: list[BuiltEngine] = []
-    profiles = {}
-    with new_artefact(final, kind="engine", overwrite=overwrite) as partial:
-        for index, name in enumerate(graphs):
-            progress("build", index, len(graphs))
-            # Beside the result, where there is room: the temporary folder may lie in memory.
-            with tempfile.TemporaryDirectory(prefix=".trtq-graph-", dir=partial) as scratch:
-                graph = Path(scratch) / MODEL_FILE
-                profile, floats = _prepare(folder, name, graph, manifest, chosen, targets, batch)
-                profiles[name] = profile
-                job = Job(
-                    module=chosen.module,
-                    graph=graph,
-                    engine=partial / name / ENGINE_FILE,
-                    architectures=targets,
-                    profiles=[profile],
-                    weight_streaming=weight_streaming,
-                    refit=refit,
-                    workspace_bytes=workspace_bytes,
-                )
-                job.engine.parent.mkdir()
-                rows.append(_row(name, compile_engine(chosen, job, use_cache=use_cache), floats))
-        progress("build", len(graphs), len(graphs))
-        _copy_parts(folder, manifest, partial)
-        result = BuildResult(
-            engine_bytes=sum(row.engine_bytes for row in rows),
-            seconds=round(time.monotonic() - start, 2),
-            peak_rss_bytes=max((row.peak_rss_bytes for row in rows if not row.cached), default=0),
-            backend=chosen.name,
-            version=chosen.version,
-            architectures=targets,
-            engines=rows,
-        )
-        options = {
-            **manifest.options.to_json(),
-            "backend": chosen.name,
-            "version": chosen.version,
-            "architectures": targets,
-            "weight_streaming": weight_streaming,
-            "refit": refit,
-            "workspace_bytes": workspace_bytes,
-            "profiles": profiles,
-            "graph_metadata": dict(
-                load_graph(folder / manifest.denoiser / MODEL_FILE).metadata_props
-            ),
-        }
-        if batch is not None:
-            options["batch"] = batch
-        update = {
-            "kind": "engine",
-            "source": made_from(folder, manifest),
-            "options": EngineOptions(**options),
-            "metrics": Metrics(**result.to_json()),
-        }
-        write_manifest(partial, manifest.model_copy(update=update))
-    return result
+    return opened
+
+
+def _build_graphs(
+    opened: StoredArtefact, settings: _Settings, out: Path, progress: ProgressCallback
+) -> tuple[list[BuiltEngine], dict[str, Profile]]:
+    """Build the engine of every graph.
+
+    Args:
+        opened: the ONNX folder.
+        settings: what to build.
+        out: folder of the engines.
+        progress: callback that receives the stage's name, the work done and the total.
+
+    Returns:
+        The engines, and the ranges of their inputs by graph.
+    """
+    graphs = graphs_of(opened.manifest)
+    engines: list[BuiltEngine] = []
+    profiles: dict[str, Profile] = {}
+    for index, name in enumerate(graphs):
+        progress("build", index, len(graphs))
+        # Next to the result, where there is room: the temporary folder may lie in memory.
+        with tempfile.TemporaryDirectory(prefix=".trtq-graph-", dir=out) as scratch:
+            graph = Path(scratch) / MODEL_FILE
+            profiles[name], floats = _prepare(opened, name, graph, settings)
+            job = Job(
+                module=settings.backend.module,
+                graph=graph,
+                engine=out / name / ENGINE_FILE,
+                architectures=settings.architectures,
+                profiles=[profiles[name]],
+                weight_streaming=settings.weight_streaming,
+                refit=settings.refit,
+                workspace_bytes=settings.workspace_bytes,
+            )
+            job.engine.parent.mkdir()
+            compiled = compile_engine(settings.backend, job, use_cache=settings.use_cache)
+            engines.append(_row(name, compiled, floats))
+    progress("build", len(graphs), len(graphs))
+    return engines, profiles
+
+
+def _options(
+    opened: StoredArtefact, settings: _Settings, profiles: Mapping[str, Profile]
+) -> EngineOptions:
+    """The options of the manifest: those of the export, and those of the build."""
+    graph = load_graph(opened.folder / opened.denoiser / MODEL_FILE)
+    options = {
+        **opened.manifest.options.to_json(),
+        "backend": settings.backend.name,
+        "version": settings.backend.version,
+        "architectures": settings.architectures,
+        "weight_streaming": settings.weight_streaming,
+        "refit": settings.refit,
+        "workspace_bytes": settings.workspace_bytes,
+        "profiles": dict(profiles),
+        "graph_metadata": dict(graph.metadata_props),
+    }
+    if settings.batch is not None:
+        options["batch"] = settings.batch
+    return EngineOptions(**options)
 
 
 def _check_opened(
@@ -175,15 +239,9 @@ def _check_opened(
 
 
 def _prepare(
-    folder: Path,
-    name: str,
-    out: Path,
-    manifest: Manifest,
-    backend: Backend,
-    targets: Sequence[str],
-    batch: tuple[int, int] | None,
+    opened: StoredArtefact, name: str, out: Path, settings: _Settings
 ) -> tuple[Profile, int | None]:
-    """Write a graph as the backend takes it.
+    """Write a graph in the form that the backend accepts.
 
     Returns:
         The ranges of its inputs, and how many of the manifest's layers stay in float; None where there
@@ -195,6 +253,7 @@ def _prepare(
     """
     import onnx_ir as ir
 
+    folder, manifest, backend = opened.folder, opened.manifest, settings.backend
     model = load_graph(folder / name / MODEL_FILE)
     denoiser = name == manifest.denoiser
     floats = None
@@ -207,12 +266,12 @@ def _prepare(
                 f"{backend.name} does not take {first.layer!r}: {first.rule}; {first.fix}"
             )
         floats = sum(row.activation_bits is None for row in manifest.layers)
-    if _NO_FLOAT32 in targets and _computes_in_float32(model):
+    if _NO_FLOAT32 in settings.architectures and _computes_in_float32(model):
         raise UsageError(
             f"{_NO_FLOAT32} has no products in float32, and {name} has some; leave it out, or export a "
             "model without text encoders and autoencoder with --precision fp16"
         )
-    ranges = axis_ranges(folder, name, manifest, model, batch)
+    ranges = axis_ranges(folder, name, manifest, model, settings.batch)
     profile = profile_of(model, ranges)
     ir.save(model, out, external_data=DATA_NAME)
     return profile, floats
@@ -242,12 +301,3 @@ def _row(name: str, compiled: Compiled, floats: int | None) -> BuiltEngine:
         warnings=answer.warnings,
         plugins=answer.plugins,
     )
-
-
-def _copy_parts(folder: Path, manifest: Manifest, out: Path) -> None:
-    """Everything of a pipeline that is no graph: configurations, tokenizers, the scheduler."""
-    for name in manifest.files:
-        if PurePosixPath(name).name in (MODEL_FILE, DATA_NAME):
-            continue
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, out / name)

@@ -1,4 +1,4 @@
-"""The parts of a pipeline beside the denoiser, as ONNX and back."""
+"""Export of a pipeline's text encoders and autoencoders to ONNX, compared with torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trtq.snr import snr_db
 __all__ = ["export_components"]
 
 COMPONENT_DB = 60.0
-"""Least SNR, in dB, of an exported text encoder or autoencoder; both sides compute in float32."""
+"""Minimum SNR, in dB, of an exported text encoder or autoencoder; both sides compute in float32."""
 _ASK_HIDDEN_STATES = ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
 _PASS_MASKS = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
@@ -31,14 +31,14 @@ _PASS_MASKS = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 def _components(source: LoadedPipeline) -> list[Component]:
     pipeline = source.pipeline
     kind = type(pipeline).__name__
-    found = []
+    components = []
     for name, tokenizer in TEXT_ENCODERS.items():
         encoder = getattr(pipeline, name, None)
         if encoder is None:
             continue
         masked = kind in _PASS_MASKS or bool(getattr(encoder.config, "use_attention_mask", False))
         hidden = kind in _ASK_HIDDEN_STATES and type(encoder).__name__.startswith("CLIP")
-        found.append(
+        components.append(
             text_component(
                 name, encoder, getattr(pipeline, tokenizer), masked=masked, hidden_states=hidden
             )
@@ -46,8 +46,8 @@ def _components(source: LoadedPipeline) -> list[Component]:
     for name in AUTOENCODERS:
         autoencoder = getattr(pipeline, name, None)
         if autoencoder is not None:
-            found += autoencoder_components(autoencoder)
-    return found
+            components += autoencoder_components(autoencoder)
+    return components
 
 
 def export_components(
@@ -56,21 +56,21 @@ def export_components(
     """Write every text encoder and autoencoder of a pipeline, and compare each with torch.
 
     Args:
-        source: the pipeline.
-        folder: of the whole pipeline.
-        progress: called with the stage's name, the work done and the total.
+        source: the loaded pipeline.
+        folder: folder of the exported pipeline.
+        progress: called with the name of the stage, the work done and the total.
 
     Returns:
-        The SNR of each graph in dB, by folder.
+        SNR of each graph in dB, by folder.
 
     Raises:
-        GateError: a graph is further from torch than `COMPONENT_DB` allows.
+        GateError: the SNR of a graph is below `COMPONENT_DB`.
     """
     parity = {}
     components = _components(source)
     for index, component in enumerate(components):
         progress("export parts", index + 1, len(components))
-        target = folder / component.folder
+        destination = folder / component.folder
         graph = trace_module(
             component.module,
             component.inputs,
@@ -79,15 +79,15 @@ def export_components(
             images=component.cells,
         )
         CastLayerNormToFloat64()(graph)
-        save_graph(graph, target)
-        component.save_config(target)
-        found = _parity(component, target / MODEL_FILE)
-        if not found >= COMPONENT_DB:
+        save_graph(graph, destination)
+        component.save_config(destination)
+        db = _parity(component, destination / MODEL_FILE)
+        if not db >= COMPONENT_DB:
             raise GateError(
-                f"the exported {component.folder} is only {found:.1f} dB from torch, "
+                f"the exported {component.folder} is only {db:.1f} dB from torch, "
                 f"{COMPONENT_DB:g} dB are required"
             )
-        parity[component.folder] = found
+        parity[component.folder] = db
     return parity
 
 
@@ -100,7 +100,7 @@ def _parity(component: Component, model: Path) -> float:
             tokens = int(component.config.config.vocab_size)
             inputs[name] = torch.randint(0, tokens, example.shape, generator=generator)
         elif example.is_floating_point():
-            # Half as high and wide as it was traced with: cheaper, and the size is shown to be free.
+            # Half the traced height and width: cheaper, and shows that the size is free.
             half = 2 if name in component.cells else 1
             *rest, height, width = example.shape
             shape = (*rest, height // half, width // half)

@@ -1,11 +1,11 @@
-"""Text encoders and autoencoders as ONNX, with the inputs and outputs that optimum-onnx gives them.
+"""Text encoders and autoencoders as modules to trace, with the inputs and outputs of optimum-onnx.
 
-    text_encoder*/   input_ids [, attention_mask] -> what the model gives [, hidden_states.0 ...]
-    vae_encoder/     sample -> latent_parameters (mean and log variance), or latents where they have none
+    text_encoder*/   input_ids [, attention_mask] -> outputs of the model [, hidden_states.0 ...]
+    vae_encoder/     sample -> latent_parameters (mean and log variance), or latents without a variance
     vae_decoder/     latent_sample -> sample
 
 They stay in float32: they run once per image, and autoencoders overflow in half precision.
-Letters: B images, C latent channels, H, W, S tokens.
+Letters: B images, C channels, H height, W width, S tokens.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ __all__ = ["Component", "autoencoder_components", "text_component"]
 
 _BATCH = 2
 _LATENT = 16
-"""Height and width of the latents that an autoencoder is traced with; its graph takes any."""
-_LONGEST = 512
+"""Height and width of the latents that an autoencoder is traced with; its graph takes any size."""
+_MAX_TOKENS = 512
+"""Tokens of a text encoder whose configuration gives no limit."""
 HIDDEN_STATES = "hidden_states.{}"
 
 
@@ -34,13 +35,13 @@ class Component:
     """A part of a pipeline that can be traced.
 
     Attributes:
-        folder: where its graph goes.
-        config: the model whose configuration goes beside it, of diffusers or transformers.
-        module: takes and gives bare tensors.
-        inputs: examples by name.
-        outputs: names of what it gives.
-        axes: axes of the inputs, beside the batch, whose length is free.
-        cells: inputs `[B,C,H,W]` whose H and W are free, in multiples of this.
+        folder: name of the folder of the graph.
+        config: model of diffusers or transformers whose configuration goes into the folder.
+        module: takes and returns bare tensors.
+        inputs: example inputs by name.
+        outputs: names of the outputs, in order.
+        axes: names of the inputs' axes, in addition to the batch, whose length is free.
+        cells: granularity of H and W by name of an input `[B,C,H,W]` whose H and W are free.
     """
 
     folder: str
@@ -52,7 +53,7 @@ class Component:
     cells: Mapping[str, int] = field(default_factory=dict)
 
     def save_config(self, folder: Path) -> None:
-        """Write the model's configuration beside its graph."""
+        """Write the model's configuration into the folder of the graph."""
         if isinstance(self.config.config, dict):
             self.config.save_config(folder)
         else:
@@ -69,20 +70,20 @@ class _TextEncoder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        found = _encode(self.encoder, input_ids, attention_mask, hidden_states=self.layers > 0)
-        hidden = tuple(found["hidden_states"][: self.layers]) if self.layers else ()
-        return tuple(found[name] for name in self.names) + hidden
+        outputs = _encode(self.encoder, input_ids, attention_mask, hidden_states=self.layers > 0)
+        hidden = tuple(outputs["hidden_states"][: self.layers]) if self.layers else ()
+        return tuple(outputs[name] for name in self.names) + hidden
 
 
 def _encode(
     encoder: Any, input_ids: Tensor, attention_mask: Tensor | None, *, hidden_states: bool
 ) -> Any:
-    """What the model gives, by name; models that give a bare tuple give the last states first."""
+    """Outputs of the model by name; models that return a bare tuple return the last states first."""
     options: dict[str, Any] = {"output_hidden_states": True} if hidden_states else {}
     if attention_mask is not None:
         options["attention_mask"] = attention_mask
-    found = encoder(input_ids, **options)
-    return {"last_hidden_state": found[0]} if isinstance(found, tuple) else found
+    outputs = encoder(input_ids, **options)
+    return {"last_hidden_state": outputs[0]} if isinstance(outputs, tuple) else outputs
 
 
 @torch.no_grad()
@@ -92,23 +93,23 @@ def text_component(
     """A text encoder.
 
     Args:
-        name: of the component in its pipeline.
+        name: name of the component in the pipeline.
         encoder: the model.
-        tokenizer: what makes its ids.
-        masked: its pipeline passes an attention mask.
-        hidden_states: its pipeline asks for the states between the layers.
+        tokenizer: tokenizer of the model.
+        masked: whether the pipeline passes an attention mask.
+        hidden_states: whether the pipeline uses the states between the layers.
     """
-    longest = getattr(encoder.config, "max_position_embeddings", _LONGEST)
-    length = min(int(tokenizer.model_max_length), int(longest))
+    positions = getattr(encoder.config, "max_position_embeddings", _MAX_TOKENS)
+    length = min(int(tokenizer.model_max_length), int(positions))
     ids = torch.zeros(_BATCH, length, dtype=torch.long)
     inputs = {"input_ids": ids}
     if masked:
         inputs["attention_mask"] = torch.ones_like(ids)
-    found = _encode(encoder, ids, inputs.get("attention_mask"), hidden_states=False)
-    names = [key for key, value in found.items() if isinstance(value, Tensor)]
+    example = _encode(encoder, ids, inputs.get("attention_mask"), hidden_states=False)
+    names = [key for key, value in example.items() if isinstance(value, Tensor)]
     layers = int(encoder.config.num_hidden_layers) if hidden_states else 0
     outputs = names + [HIDDEN_STATES.format(index) for index in range(layers)]
-    # T5 has no bound of its own, and pipelines differ in the length they ask of it.
+    # T5 has no maximum length, and pipelines differ in the length that they use.
     axes = {} if hasattr(encoder.config, "max_position_embeddings") else {1: "tokens"}
     return Component(name, encoder, _TextEncoder(encoder, names, layers), inputs, outputs, axes)
 
@@ -129,8 +130,8 @@ class _Encoder(nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, sample: Tensor) -> Tensor:
-        found = self.autoencoder.encode(sample, return_dict=False)[0]
-        parameters: Tensor = found if isinstance(found, Tensor) else found.parameters
+        encoded = self.autoencoder.encode(sample, return_dict=False)[0]
+        parameters: Tensor = encoded if isinstance(encoded, Tensor) else encoded.parameters
         return parameters
 
 
@@ -142,7 +143,7 @@ def autoencoder_components(autoencoder: Any) -> list[Component]:
         autoencoder: the model.
 
     Raises:
-        UsageError: it is of another kind, and its configuration does not tell what it takes.
+        UsageError: the configuration does not give the number of input channels.
     """
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     latents = torch.zeros(_BATCH, autoencoder.config.latent_channels, _LATENT, _LATENT)

@@ -1,4 +1,4 @@
-"""Does the runtime open an artefact's graphs, and is that what the pipeline around them calls?"""
+"""Check that the runtime opens an artefact's graphs, and that the pipeline can call them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from trtq.artefact.manifest import Manifest
 from trtq.artefact.options import EngineOptions
-from trtq.engine.base import NO_METADATA, Engine, TensorSpec
+from trtq.engine.base import Engine, TensorSpec
 from trtq.engine.profile import axis_ranges
 from trtq.engine.tensorrt.run import obstacle, open_tensorrt
 from trtq.engine.trial import TRIAL_SECONDS, Trial, try_graph
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["check_engines", "check_graphs", "require_graphs"]
 
 _RTX_MAGIC = b"vtrt"
-_LONGEST = 400
+_MAX_LINE = 400
 
 
 def check_graphs(
@@ -41,39 +41,39 @@ def check_graphs(
 ) -> dict[str, str | None]:
     """Open every graph of an ONNX folder in onnxruntime and call it once, at its smallest sizes.
 
-    Each in a process of its own. Then the pipeline is put together round what their inputs and outputs
-    are said to be, and calls its denoiser, which computes nothing there.
+    Each graph runs in a process of its own. Then the pipeline is assembled around stand-ins with the
+    reported inputs and outputs, and calls its denoiser; nothing is computed.
 
     Args:
         folder: the ONNX folder.
         manifest: its manifest, verified.
         provider: `cpu` or `openvino`.
-        seconds: for one graph.
-        progress: called with the stage's name, the work done and the total.
+        seconds: time limit for one graph.
+        progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
-        By graph, what is wrong with it, in one line; None: nothing.
+        By graph, what is wrong with it, in one line; None if nothing is.
 
     Raises:
         UsageError: onnxruntime or the provider is not installed.
     """
-    # What the manifest does not list is left alone: nothing would open it.
+    # A graph that the manifest does not list is ignored: nothing would open it.
     names = sorted({manifest.denoiser, *graphs_of(manifest)})
-    found: dict[str, str | None] = {}
+    problems: dict[str, str | None] = {}
     trials: dict[str, Trial] = {}
     for index, name in enumerate(names):
         progress("open in the runtime", index, len(names))
         try:
             sizes = _smallest(folder, name, manifest)
-        except TrtqError as err:  # Its files are not what it says; the runtime would say it worse.
-            found[name] = _line(err)
+        except TrtqError as err:  # Its files do not fit; the message of the runtime would be worse.
+            problems[name] = _line(err)
             continue
         trials[name] = try_graph(folder / name / MODEL_FILE, sizes, provider, seconds)
-        found[name] = trials[name].problem
+        problems[name] = trials[name].problem
     progress("open in the runtime", len(names), len(names))
-    if not any(found.values()):
-        found[manifest.denoiser] = _why_not_called(folder, manifest, trials)
-    return found
+    if not any(problems.values()):
+        problems[manifest.denoiser] = _why_not_called(folder, manifest, trials)
+    return problems
 
 
 def require_graphs(
@@ -86,7 +86,7 @@ def require_graphs(
     """Refuse an ONNX folder that the runtime cannot open, see `check_graphs`.
 
     Raises:
-        ArtefactError: there is a graph that it cannot open or call.
+        ArtefactError: the runtime cannot open or call a graph.
     """
     for name, problem in check_graphs(folder, manifest, seconds=seconds, progress=progress).items():
         if problem is not None:
@@ -97,26 +97,26 @@ def require_graphs(
 
 
 def check_engines(folder: Path, manifest: Manifest) -> dict[str, str | None]:
-    """As far as this machine can: the head of each engine's file, and with a GPU its opening.
+    """Check the head of each engine's file, and with a GPU open the engine.
 
     Returns:
-        By component, what is wrong with its engine; None: nothing.
+        By component, what is wrong with its engine; None if nothing is.
     """
     backend = _backend(manifest)
     files = [folder / name / ENGINE_FILE for name in graphs_of(manifest, ENGINE_FILE)]
-    found: dict[str, str | None] = {file.parent.name: _damage(file, backend) for file in files}
-    if manifest.denoiser not in found:
-        found[manifest.denoiser] = f"there is no {ENGINE_FILE} of it"
+    problems: dict[str, str | None] = {file.parent.name: _damage(file, backend) for file in files}
+    if manifest.denoiser not in problems:
+        problems[manifest.denoiser] = f"there is no {ENGINE_FILE} of it"
     if backend not in ("tensorrt-rtx", "tensorrt"):
-        return dict.fromkeys(found, f"the manifest names the unknown backend {backend[:40]!r}")
-    if any(found.values()) or obstacle(backend) is not None:
-        return found
+        return dict.fromkeys(problems, f"the manifest names the unknown backend {backend[:40]!r}")
+    if any(problems.values()) or obstacle(backend) is not None:
+        return problems
     for file in files:
         try:
             open_tensorrt(file, backend)
         except TrtqError as err:
-            found[file.parent.name] = _line(err)
-    return found
+            problems[file.parent.name] = _line(err)
+    return problems
 
 
 def _backend(manifest: Manifest) -> str:
@@ -140,10 +140,10 @@ def _damage(file: Path, backend: str) -> str | None:
 
 
 def _smallest(folder: Path, name: str, manifest: Manifest) -> dict[str, int]:
-    """Length of every free axis in the call, by its name.
+    """Smallest length of every free axis, by its name.
 
     Raises:
-        TrtqError: the graph or the folder does not say.
+        TrtqError: neither the graph nor the folder gives it.
     """
     model = load_graph(folder / name / MODEL_FILE)
     foreign = sorted({f"{name}/{file}" for file in external_files(model)} - set(manifest.files))
@@ -158,14 +158,14 @@ def _smallest(folder: Path, name: str, manifest: Manifest) -> dict[str, int]:
         raise ArtefactError(
             f"its sizes cannot be read: {type(err).__name__}: {_line(err)}"
         ) from err
-    return {axis: least for axis, (least, _, _) in ranges.items()}
+    return {axis: minimum for axis, (minimum, _, _) in ranges.items()}
 
 
 def _check_numbers(model: ir.Model) -> None:
-    """Weights and tables are numbers: casts and roundings make some other number of a NaN, silently.
+    """Raise if a weight or table holds NaN, which casts and roundings turn into another number silently.
 
     Raises:
-        ArtefactError: one is not a number.
+        ArtefactError: a tensor holds NaN.
     """
     for graph in (model.graph, *model.graph.subgraphs()):
         for name, value in graph.initializers.items():
@@ -176,15 +176,11 @@ def _check_numbers(model: ir.Model) -> None:
                 raise ArtefactError(f"its tensor {name[:100]!r} holds NaN")
 
 
-class _Dummy:
+class _Dummy(Engine):
     """Says what a graph takes and gives, and gives ones."""
 
-    provider = "none"
-
     def __init__(self, trial: Trial) -> None:
-        self.inputs = trial.inputs
-        self.outputs = trial.outputs
-        self.metadata = NO_METADATA
+        super().__init__("none", trial.inputs, trial.outputs)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         axes: dict[str, int] = {}
@@ -206,7 +202,7 @@ class _Dummy:
 
 
 def _why_not_called(folder: Path, manifest: Manifest, trials: Mapping[str, Trial]) -> str | None:
-    """What keeps the pipeline from calling its denoiser."""
+    """Why the pipeline cannot call its denoiser; None if it can."""
     import torch
 
     def dummy(name: str) -> Engine | None:
@@ -234,7 +230,7 @@ def _why_not_called(folder: Path, manifest: Manifest, trials: Mapping[str, Trial
 
 
 def _wrong_types(trial: Trial, sample: str) -> str | None:
-    """Numbers that a cast would bend silently, and predictions that are no prediction."""
+    """What is wrong with types and shapes of the denoiser's inputs and output; None if nothing is."""
     if len(trial.outputs) != 1:
         return (
             f"it has {len(trial.outputs)} outputs ({', '.join(trial.outputs)}), a denoiser has one"
@@ -245,9 +241,12 @@ def _wrong_types(trial: Trial, sample: str) -> str | None:
         if name not in trial.inputs:
             return f"it has no input {name!r}; it has {', '.join(trial.inputs)}"
     named[sample] = trial.inputs[sample]
-    for name, one in named.items():
-        if not np.issubdtype(one.dtype, np.floating):
-            return f"{name!r} is of type {one.dtype.name}; images and predictions are float32 or float16"
+    for name, tensor in named.items():
+        if not np.issubdtype(tensor.dtype, np.floating):
+            return (
+                f"{name!r} is of type {tensor.dtype.name}; images and predictions are float32 or "
+                "float16"
+            )
     if trial.inputs["timestep"].dtype == np.bool_:
         return "its input 'timestep' is of type bool"
     given = trial.given.get(output, ())
@@ -259,4 +258,4 @@ def _wrong_types(trial: Trial, sample: str) -> str | None:
 
 
 def _line(err: Any) -> str:
-    return " ".join(str(err).split())[:_LONGEST]
+    return " ".join(str(err).split())[:_MAX_LINE]

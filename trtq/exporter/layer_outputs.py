@@ -1,4 +1,4 @@
-"""What every low-bit layer of a graph gives, for comparisons layer by layer."""
+"""Outputs of the low-bit layers of a graph, for comparisons layer by layer."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = ["layer_outputs", "looked_up_steps"]
 
 
 def looked_up_steps(path: Path, sample: str, timesteps: Tensor) -> Tensor | None:
-    """The step of the tables that a graph of ours uses at each timestep.
+    """The step that an exported graph looks up at each timestep.
 
-    Only the lookup is run, so it costs next to nothing however large the graph is.
+    Only the look-up is run, so the cost does not depend on the size of the graph.
 
     Args:
-        path: the graph; its external data lie beside it.
-        sample: name of its input of samples.
-        timesteps: `[B]`.
+        path: file of the graph, in one folder with its external data.
+        sample: name of the graph's input of samples.
+        timesteps: timesteps `[B]`.
 
     Returns:
-        int64 `[B]`; None: nothing in the graph depends on the step.
+        Steps, int64 `[B]`; None: nothing in the graph depends on the step.
 
     Raises:
         ArtefactError: the graph cannot be loaded.
@@ -41,10 +41,10 @@ def looked_up_steps(path: Path, sample: str, timesteps: Tensor) -> Tensor | None
 
     model = load_graph(path)
     graph = model.graph
-    found = [node.outputs[0] for node in graph if node.outputs[0].name == STEP_NAME]
-    if not found:
+    looked_up = [node.outputs[0] for node in graph if node.outputs[0].name == STEP_NAME]
+    if not looked_up:
         return None
-    graph.outputs[:] = found
+    graph.outputs[:] = looked_up
     RemoveUnusedNodesPass()(model)
     for value in [value for value in graph.inputs if not value.uses()]:
         graph.inputs.remove(value)
@@ -62,15 +62,15 @@ def looked_up_steps(path: Path, sample: str, timesteps: Tensor) -> Tensor | None
 def layer_outputs(
     path: Path, layers: Sequence[str], feeds: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Run a graph of ours once on onnxruntime's CPU provider.
+    """Run an exported graph once on onnxruntime's CPU provider.
 
     Args:
-        path: the graph; its external data lie beside it.
-        layers: low-bit layers by name.
+        path: file of the graph, in one folder with its external data.
+        layers: names of low-bit layers.
         feeds: inputs by name.
 
     Returns:
-        Each layer's output, in float32.
+        The output of each layer by name, in float32.
 
     Raises:
         ArtefactError: the graph cannot be loaded, or has no such layer.
@@ -83,15 +83,15 @@ def layer_outputs(
     missing = [name for name in layers if name not in last]
     if missing:
         raise ArtefactError(f"{path} has no layer {missing[0]!r}")
-    own = list(model.graph.outputs)
-    model.graph.outputs.extend(last[name] for name in layers if last[name] not in own)
+    outputs = list(model.graph.outputs)
+    model.graph.outputs.extend(last[name] for name in layers if last[name] not in outputs)
     session = open_graph(path, model, session_options(None), "cpu", {})
     arrays = {
         name: np.atleast_1d(feeds[name].numpy()).astype(spec.dtype)
         for name, spec in input_specs(session).items()
     }
     names = [last[name].name for name in layers]
-    found = session.run(names, arrays)
+    values = session.run(names, arrays)
     return {
-        name: torch.from_numpy(value).float() for name, value in zip(layers, found, strict=True)
+        name: torch.from_numpy(value).float() for name, value in zip(layers, values, strict=True)
     }

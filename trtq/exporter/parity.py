@@ -1,4 +1,10 @@
-"""Does the exported graph say what torch says? Compared at every calibrated step."""
+"""Comparison of the exported graph with torch at every calibrated step.
+
+Float sums differ in their last bits between runtimes, and a value within those bits of a rounding tie is
+rounded to the other code (a code "flips"). In a 4-bit network the flipped code changes the whole output
+of its image, while all other images agree to the last bits or exactly. Images with a flipped code are
+rare and are set aside; an error of the export would change every image.
+"""
 
 from __future__ import annotations
 
@@ -19,37 +25,45 @@ from trtq.snr import EXACT_DB, snr_db
 __all__ = ["MAX_TIES", "StepParity", "compare", "noise_parity", "step_parity"]
 
 TIE_DB = 60.0
-"""Images nearer than this hold no flipped code; without one they agree to 100 dB or more."""
+"""Minimum SNR, in dB, of an image without a flipped code; such images agree to 100 dB or more."""
 MAX_TIES = 0.05
-"""Share of images with a flipped code, over all steps, that may be set aside."""
+"""Maximum share of images, over all steps, that may be set aside. Chosen by hand."""
 MAX_TIES_PER_STEP = 0.15
-"""The same of one step: of 128 images a few more or less fall on a tie by chance."""
-_MAX_TIES_EVER = 0.4
+"""Maximum share at one step, larger because a few images more or fewer fall on a tie by chance. Chosen
+by hand: with 128 images and a true share of 0.05 the standard deviation is sqrt(0.05 * 0.95 / 128) =
+0.019, so this is five standard deviations above `MAX_TIES`."""
+_MAX_TIES_ANYWHERE = 0.4
+"""Maximum share for networks that flip many codes by themselves. Chosen by hand, below one half, so that
+the majority of the images is always compared."""
+_TIES_MARGIN = 1.5
+"""Allowed ratio of flipped images to those that flip in the reference. Chosen by hand: the floor is
+measured with one pattern of last bits, and another runtime's pattern flips other images."""
 _LAST_BIT = 2.0**-22
+"""Relative change of a value in the measurement of the floor: two to four units in the last place of
+float32, whose spacing is 2**-24 to 2**-23 of the value."""
 _FLOOR_MARGIN_DB = 6.0
+"""Allowed distance below the floor: 20 log10(2) = 6.02 dB, twice the floor's noise amplitude. Chosen by
+hand, since the floor is measured with one pattern of last bits only."""
 MIN_ITEMS = 3
-"""Items of one step in a mixed batch from which on most of them being off is no coincidence."""
+"""Minimum number of items at one step of a mixed batch for a majority that differs to be an error.
+Chosen by hand: ties are rare, so that two of three items with a tie are no coincidence."""
 
 
 @dataclass(frozen=True)
 class StepParity:
-    """How near two predictions of the same images are.
-
-    Float sums differ in their last bits between runtimes, and a value within those bits of a rounding
-    tie lands on the other code. In a 4-bit network that one code carries through to the output of its
-    image, while all other images agree to the last bits or exactly. Such images are rare, and set
-    aside; an error of the export would touch every image.
+    """Agreement of two predictions for the same images.
 
     Attributes:
-        db: SNR over the images without a flipped code, or over all of them when those with one are
-            more than may be set aside: `MAX_TIES_PER_STEP`, and `MAX_TIES` over all steps, or half
-            as many again as flip in the reference when its last bits move, two fifths at most.
-        pooled_db: SNR over all images.
+        db: SNR in dB over the images without a flipped code; over all images if more images have a
+            flipped code than may be set aside. The limits are `MAX_TIES_PER_STEP` and, over all steps,
+            `MAX_TIES`; or `_TIES_MARGIN` times the share that flips in the reference when its last bits
+            change, but never more than `_MAX_TIES_ANYWHERE`.
+        pooled_db: SNR in dB over all images.
         ties: share of images set aside.
-        floor_db: SNR over all images of the reference against itself, with what enters its low-bit
-            layers moved by about the last bit: as much as another runtime's norms and activation
-            functions differ. Where a network carries that far, no runtime can be nearer. Only
-            measured where `pooled_db` is below `TIE_DB`; `EXACT_DB` elsewhere.
+        floor_db: SNR in dB, over all images, of the reference against itself with the inputs of its
+            low-bit layers changed by about the last bit, which is how much the norms and activation
+            functions of runtimes differ. No runtime can be expected to agree better. Measured only if
+            `pooled_db` is below `TIE_DB`; `EXACT_DB` otherwise.
         floor_ties: share of images in which a code flips in that measurement.
     """
 
@@ -60,7 +74,7 @@ class StepParity:
     floor_ties: float = 0.0
 
     def holds(self, min_db: float) -> bool:
-        """Whether it is near enough: `min_db`, or as near as the reference is to itself."""
+        """Whether the SNR reaches `min_db`, or comes close to the floor."""
         return self.db >= min(min_db, self.floor_db - _FLOOR_MARGIN_DB)
 
 
@@ -68,9 +82,9 @@ def compare(reference: Tensor, other: Tensor, moved: Tensor | None = None) -> St
     """Compare two predictions `[B, ...]` image by image.
 
     Args:
-        reference: what it should be.
-        other: what it is.
-        moved: the reference with its last bits moved, for the floor.
+        reference: the expected prediction.
+        other: the prediction to check.
+        moved: the reference with changed last bits, for the floor.
     """
     same = _each_db(reference, other) >= TIE_DB
     ties = 1 - float(same.float().mean())
@@ -89,8 +103,8 @@ def _each_db(reference: Tensor, other: Tensor) -> Tensor:
 
 
 def _may_flip(usual: float, floor: float) -> float:
-    """Share of images that may be set aside, where the reference itself has `floor`."""
-    return min(max(usual, 1.5 * floor), _MAX_TIES_EVER)
+    """Share of images that may be set aside if a share `floor` flips in the reference itself."""
+    return min(max(usual, _TIES_MARGIN * floor), _MAX_TIES_ANYWHERE)
 
 
 def step_parity(
@@ -100,24 +114,26 @@ def step_parity(
     noise: Tensor,
     conditions: Conditions,
 ) -> list[StepParity]:
-    """Compare at every step of the reference's trajectory, cleanest first.
+    """Compare at every step of the reference's trajectory.
 
-    Beyond each single step, one batch in which every item stands at another step is compared too;
-    it is the last of the list.
+    One further batch mixes the steps: each item is at another step.
 
     Args:
         reference: the torch denoiser.
-        exported: the same, from the graph.
+        exported: the same denoiser, from the graph.
         schedule: the calibrated steps.
-        noise: where the trajectories start, `[B,C,H,W]`.
-        conditions: of the B images.
+        noise: start of the trajectories, `[B,C,H,W]`.
+        conditions: conditions of the B images.
+
+    Returns:
+        One row per step, cleanest first, and then the row of the mixed batch.
 
     Raises:
         NonFiniteError: the graph gives NaN or infinity.
     """
     rows = []
     count, steps = len(noise), len(schedule)
-    # At least a few steps side by side, even of a single image.
+    # A mixed batch has several steps even for a single image.
     items = torch.arange(max(count, min(steps, MIN_ITEMS + 1)))
     position, image = items * steps // len(items), items % count
     mixed = torch.empty(len(items), *noise.shape[1:], dtype=noise.dtype)
@@ -144,7 +160,7 @@ def noise_parity(
     noise: Tensor,
     conditions: Conditions,
 ) -> list[StepParity]:
-    """Compare at the middle step alone, at the noise itself.
+    """Compare at the middle step only, on the noise itself.
 
     The arguments are those of `step_parity`.
 
@@ -173,7 +189,7 @@ def _with_floor(
     predicted: Tensor,
     other: Tensor,
 ) -> StepParity:
-    """`compare(predicted, other)`, with the floor where they are not equal to the last bits."""
+    """`compare(predicted, other)`, with the floor unless they agree to the last bits."""
     row = compare(predicted, other)
     if row.pooled_db >= TIE_DB:
         return row
@@ -191,7 +207,7 @@ def _mixed(
     schedule: NoiseSchedule,
     conditions: Conditions,
 ) -> StepParity:
-    """One batch in which item i stands at the step `position[i]`."""
+    """Compare one batch in which item i is at the step `position[i]`."""
     timesteps = schedule.timesteps[position]
     together = predict(reference, x, timesteps, conditions)
     other = _exported_at(exported, x, timesteps, conditions)
@@ -199,7 +215,7 @@ def _mixed(
     each = _each_db(together, other)
     for step in range(len(schedule)):
         at = position == step
-        # Items that look up a wrong step are all of their step's; ties are here and there.
+        # A wrong look-up changes all items of a step; ties change single items.
         if int(at.sum()) >= MIN_ITEMS and float((each[at] < TIE_DB).float().mean()) > 0.5:
             worst = snr_db(together[at], other[at])
             row = replace(row, db=worst, pooled_db=worst, ties=0.0)
@@ -208,7 +224,7 @@ def _mixed(
 
 @contextmanager
 def _last_bit_moved(reference: Any) -> Iterator[None]:
-    """Inside the block, every value that enters a low-bit layer is a little larger or smaller."""
+    """Inside the block, change every input of a low-bit layer by about its last bit."""
 
     def move(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         moved = []

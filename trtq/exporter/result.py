@@ -114,14 +114,14 @@ class RuleFinding(Result):
         rule: what the runtime requires.
         fix: what to do about it.
         fatal: whether the runtime refuses the layer; otherwise it runs the layer in float.
-        mend: the same as `fix`, under its earlier name, for one release.
+        former_fix: the same as `fix`, under its earlier JSON key, for one release.
     """
 
     layer: str
     rule: str
     fix: str
     fatal: bool
-    mend: str
+    former_fix: str = field(metadata=json_key("mend"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""An exported graph against the torch denoiser that it was made from."""
+"""Comparison of an exported graph with the torch denoiser that it was made from."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from trtq.seeds import seeded_generator
 __all__ = ["PARITY_DB", "step_parities"]
 
 PARITY_DB: dict[str, float] = {"fp32": 40.0, "fp16": 20.0}
-"""Least SNR, in dB, of the exported noise prediction at any calibrated step. In a half-precision
+"""Minimum SNR, in dB, of the exported noise prediction at any calibrated step. In a half-precision
 graph values near a rounding tie fall on the other code, so a 4-bit model cannot be held to more."""
 _PARITY_VALUES = 1 << 18
 _PARITY_IMAGES = (4, 128)
 _PARITY_WEIGHTS = 2 << 30
-"""Images times weights that a step is looked at with: a billion weights with two images, not 128."""
+"""Limit of images times weights in the comparison of a step: a billion weights with two images."""
 
 
 def step_parities(
@@ -35,19 +35,19 @@ def step_parities(
 ) -> list[StepParity]:
     """Compare a graph on onnxruntime's CPU provider with torch.
 
-    The lookup of the step must be right at every calibrated timestep and on both sides of each border
-    between two. Predictions are compared at every step; those of a model of more than half a billion
-    weights with one image at the middle step, unless `thorough`, since each image more is a minute on a
-    CPU and gigabytes of activations.
+    The step index must be right at every calibrated timestep and on both sides of each border between
+    two timesteps. Predictions are compared at every step. A model with more than half a billion weights
+    is compared with one image at the middle step, unless `thorough`, since every further image costs a
+    minute on a CPU and gigabytes of activations.
 
     Args:
         source: the pipeline around the torch denoiser, at the size to compare at.
         model: the graph's file.
-        manifest: what is known of it; timesteps and recipe count.
-        thorough: every step, however large the model.
+        manifest: manifest with the timesteps and the recipe.
+        thorough: compare every step, however large the model.
 
     Returns:
-        One row per step, cleanest first, and last one of a batch of mixed steps; or one alone.
+        One row per step, cleanest first, then one of a batch of mixed steps; or a single row.
 
     Raises:
         GateError: the graph uses another step of the tables than torch does.
@@ -64,10 +64,10 @@ def step_parities(
     schedule = source.schedule(steps)
     generator = seeded_generator(0, "parity conditions")
     # Many small images, so that rare ties show; few large ones, since each step is a forward pass.
-    fewest, most = _PARITY_IMAGES
-    images = max(fewest, min(most, _PARITY_VALUES // math.prod(source.sample_shape)))
+    min_images, max_images = _PARITY_IMAGES
+    images = max(min_images, min(max_images, _PARITY_VALUES // math.prod(source.sample_shape)))
     weights = sum(tensor.numel() for tensor in source.denoiser.state_dict().values())
-    large = weights * fewest > _PARITY_WEIGHTS and not thorough
+    large = weights * min_images > _PARITY_WEIGHTS and not thorough
     images = 1 if large else max(1, min(images, _PARITY_WEIGHTS // weights))
     conditions = source.draw_conditions(images, generator)
     noise = seeded_noise(source.sample_shape, 0, 0, images)

@@ -1,12 +1,11 @@
-"""From a torch denoiser to an ONNX graph in which each low-bit layer is one node.
+"""Traces a torch denoiser to an ONNX graph in which each low-bit layer is one node.
 
-A layer that is to be low-bit is traced as a single node of the domain `trtq`, without its weights:
+Each layer that is to be low-bit is traced as a single node of the domain `trtq`, without its weights:
 
     trtq::LowBitLinear(x) {name}        trtq::LowBitConv2d(x) {name, strides, pads, dilations, group}
     trtq::LowBitMatMul(a, b) {name}     a product of two activations
 
-The rewrites in `trtq.graph.passes` then give these nodes their numbers, in the form that the target
-wants.
+The rewrites in `trtq.graph.passes` then replace these nodes by the form of the target, with the weights.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ from trtq.diffusion.families import Family
 from trtq.diffusion.sampling import Conditions
 from trtq.errors import LegalityError
 from trtq.graph.nodes import DOMAIN
-from trtq.quant.convert import deploy_timesteps, quantizable_layers
-from trtq.quant.modules import ConvGeometry
-from trtq.quant.structure import Product, replace_module
+from trtq.quant.convert import deploy_timesteps
+from trtq.quant.geometry import ConvGeometry
+from trtq.quant.plan import quantizable_layers
+from trtq.quant.structure import replace_module
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -41,7 +41,7 @@ HEIGHT, WIDTH = "height", "width"
 
 
 class _LowBitNode(nn.Module):
-    """Stands for a low-bit layer while tracing: one node, named after the layer."""
+    """Replaces a low-bit layer during tracing by one node, named after the layer."""
 
     def __init__(self, name: str, source: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class _LowBitNode(nn.Module):
 
 
 class _LowBitProduct(nn.Module):
-    """Stands for a low-bit product while tracing: one node, named after the layer."""
+    """Replaces a low-bit product during tracing by one node, named after the layer."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def _symbolic(
 
 
 class _Denoiser(nn.Module):
-    """Calls a denoiser with positional tensors and gives back the bare prediction."""
+    """Calls a denoiser with positional tensors and returns the bare prediction."""
 
     def __init__(self, denoiser: nn.Module, names: list[str], family: Family) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class _Denoiser(nn.Module):
 
 
 class _Batched(nn.Module):
-    """Calls a module with positional tensors, of which those at `batched` have one batch."""
+    """Calls a module with positional tensors; inputs at `batched` share one batch size."""
 
     def __init__(self, module: nn.Module, batched: list[int]) -> None:
         super().__init__()
@@ -122,7 +122,8 @@ class _Batched(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Any:
         for place in self.batched:
-            # Each input has a symbol of its own for its batch, until it is told that they agree.
+            # torch gives each input its own symbol for the batch size unless the sizes are known to
+            # agree.
             same = tensors[place].shape[0] == tensors[0].shape[0]
             torch._check(same)  # type: ignore[no-untyped-call]
         return self.module(*tensors)
@@ -130,7 +131,7 @@ class _Batched(nn.Module):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter talks a lot; an error still carries what it has to say."""
+    """Inside the block, suppress the messages of the exporter; its errors keep their texts."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -153,28 +154,29 @@ def trace(
     half: bool = False,
     cell: int | None = None,
 ) -> ir.Model:
-    """Export a denoiser with a dynamic batch; changes it in place.
+    """Export a denoiser with a free batch size; changes the denoiser in place.
 
     Args:
         denoiser: a float diffusers model.
         x: a small batch of noisy samples, `[B, ...]`, B > 1.
-        conditions: of the B images.
+        conditions: conditions of the B images.
         low_bit: module paths that become nodes of the domain `trtq`.
-        half: compute in half precision; timesteps stay float32.
-        cell: leave height and width of the samples free, in multiples of this; None: they are fixed.
+        half: whether to compute in half precision; timesteps stay float32.
+        cell: granularity of the samples' free height and width; None: both are fixed.
 
     Returns:
         The graph, with diffusers' inputs by flat name; the output is named after the family.
 
     Raises:
-        LegalityError: torch cannot trace it, e.g. at a size that the model does not take.
+        LegalityError: torch cannot trace the denoiser, e.g. at a size that it does not support.
     """
     family = conditions.family
     for name, source in quantizable_layers(denoiser).items():
         if name in low_bit:
-            product = isinstance(source, Product)
-            node = _LowBitProduct(name) if product else _LowBitNode(name, source)
-            replace_module(denoiser, name, node)
+            if isinstance(source, nn.Linear | nn.Conv2d):
+                replace_module(denoiser, name, _LowBitNode(name, source))
+            else:
+                replace_module(denoiser, name, _LowBitProduct(name))
     if low_bit:
         deploy_timesteps(denoiser)
     examples = {family.sample: x, "timestep": torch.zeros(len(x))}
@@ -210,18 +212,18 @@ def trace_module(
     axes: Mapping[int, str] = MappingProxyType({}),
     images: Mapping[str, int | None] = MappingProxyType({}),
 ) -> ir.Model:
-    """Export a module that takes and gives bare tensors, with a dynamic batch.
+    """Export a module that takes and returns bare tensors, with a free batch size.
 
     Args:
-        module: called with the examples in order; gives a tensor or a tuple.
-        examples: inputs by name, with B > 1.
-        outputs: names of what it gives.
+        module: called with the examples in order; returns a tensor or a tuple.
+        examples: example inputs by name, with B > 1.
+        outputs: names of the outputs, in order.
         shared: names of inputs without a batch axis.
-        axes: further axes of all inputs whose length is free, and what to call them.
-        images: inputs `[B,C,H,W]` whose H and W are free in multiples of this; None: they are fixed.
+        axes: names of further axes of all inputs whose length is free.
+        images: granularity of the free H and W by name of an input `[B,C,H,W]`; None: both are fixed.
     """
-    # diffusers' upsampling asks whether there are 64 items or more; without the bound torch finds that
-    # out at the end of a first export, and begins a second. The graph itself takes any number.
+    # diffusers' upsampling branches on a batch of 64 or more; without the bound torch notices that at
+    # the end of the export and starts again. The graph itself takes any batch size.
     free = {0: torch.export.Dim("batch", min=1, max=63)}
     free |= {axis: torch.export.Dim(name, min=1) for axis, name in axes.items()}
     shapes: dict[str, dict[int, Any]] = {}
@@ -259,10 +261,11 @@ def trace_module(
 
 
 def _simplify(model: ir.Model) -> None:
-    """Fold constants and drop what does nothing, in place.
+    """Fold constants and remove operators without effect, in place.
 
-    Of onnxscript's own collection those rules that denoisers give work to. All of it leaves the same
-    graphs in ten times the time: at Stable Diffusion's size one rule, for slices, takes most of it.
+    The rules are those of onnxscript's collection that match in denoisers. The whole collection gives
+    the same graphs in ten times the time, which at Stable Diffusion's size is spent mainly in one rule,
+    for slices.
     """
     import onnx_ir as ir
     import onnx_ir.passes.common as passes

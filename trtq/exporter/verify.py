@@ -72,12 +72,12 @@ def verify(
     if unknown:
         raise UsageError(f"unknown runtime {unknown[0]!r}; choose one of {', '.join(RUNTIMES)}")
     if layers and against is None:
-        raise UsageError("--layers compares with torch; name the run with --against RUN")
+        raise UsageError("--layers compares with torch; name the run with --run RUN")
     opened = opened.verified()
     if opened.kind != "onnx":
         if against is not None:
             raise UsageError(
-                f"{opened.place} is of kind {opened.kind!r}; --against is for ONNX folders"
+                f"{opened.place} is of kind {opened.kind!r}; --run is for ONNX folders"
             )
         return _verify_run(opened) if isinstance(opened, Run) else _verify_engines(opened)
     result = _verify_graphs(opened, runtimes, timeout, progress)
@@ -136,7 +136,7 @@ def _compare(
     source = run.source()
     progress("compare with torch", 1, 2)
     if opened.smallest_size is not None:
-        source.resize(opened.smallest_size)
+        source = source.sized(opened.smallest_size)
     required = PARITY_DB[opened.precision]
     steps = step_parities(source, model, run.manifest, thorough=True)
     parities = _layers(source, model, run) if layers else None
@@ -157,7 +157,7 @@ def _rules(model: Path, runtime: Any) -> RuntimeRules:
     findings = check(prepare(load_graph(model), runtime), runtime)
     return RuntimeRules(
         legal=not any(finding.fatal for finding in findings),
-        findings=[RuleFinding(**asdict(finding), mend=finding.fix) for finding in findings],
+        findings=[RuleFinding(**asdict(finding), former_fix=finding.fix) for finding in findings],
     )
 
 

@@ -1,4 +1,4 @@
-"""Writing a graph: checked for NaN, small tensors inside, large ones in a file beside it."""
+"""Files of a graph: the graph with small tensors, and a second file with the large tensors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ __all__ = ["DATA_NAME", "ENGINE_FILE", "MODEL_FILE", "graphs_of", "model_file", 
 MODEL_FILE = "model.onnx"
 DATA_NAME = "model.onnx_data"
 _INLINE_BYTES = 1 << 14
-"""Smaller tensors stay in the graph: shape inference reads sizes of splits there and nowhere else."""
+"""Tensors below this size stay in the graph, since shape inference reads the sizes of splits only
+there."""
 
 
 def model_file(folder: Path) -> Path:
-    """The engine or graph in a component's folder, whether it is there or not."""
+    """The engine in a component's folder if there is one, else the graph, which may not exist."""
     engine = folder / ENGINE_FILE
     return engine if engine.is_file() else folder / MODEL_FILE
 
 
 def graphs_of(manifest: Manifest, file: str = MODEL_FILE) -> list[str]:
-    """The folders of an artefact's graphs, or of its engines, sorted."""
+    """The folders of an artefact's graphs or engines, sorted.
+
+    Args:
+        manifest: manifest of the artefact.
+        file: `MODEL_FILE` for graphs, `ENGINE_FILE` for engines.
+    """
     paths = [PurePosixPath(name) for name in manifest.files]
     return sorted(str(p.parent) for p in paths if p.name == file and len(p.parts) == 2)
 
@@ -34,18 +40,31 @@ def save_graph(model: Any, folder: Path) -> None:
     """Write an `onnx_ir` model into a new folder.
 
     Raises:
-        NonFiniteError: a constant holds NaN or infinity; the message names it.
+        NonFiniteError: a constant contains NaN or infinity; the message names it.
     """
     import onnx
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    # The rewrites leave constants behind that nothing reads any more.
+    # The rewrites leave unused constants behind.
     RemoveUnusedNodesPass()(model)
+    _drop_export_notes(model)
     _check_finite(model)
     folder.mkdir(parents=True)
     ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME, size_threshold_bytes=_INLINE_BYTES)
     onnx.checker.check_model(str(folder / MODEL_FILE))
+
+
+def _drop_export_notes(model: Any) -> None:
+    """Drop the notes of torch's exporter about nodes: source lines with paths of this machine.
+
+    They are more than half of the file of a small graph, and nothing reads them.
+    """
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for node in graph:
+            node.metadata_props.clear()
+            for output in node.outputs:
+                output.metadata_props.clear()
 
 
 def _check_finite(model: Any) -> None:
@@ -54,7 +73,7 @@ def _check_finite(model: Any) -> None:
         if data is None or not np.issubdtype(data.dtype.numpy(), np.floating):
             continue
         if not np.isfinite(data.numpy()).all():
-            raise NonFiniteError(f"the exported graph holds NaN or infinity in {name!r}")
+            raise NonFiniteError(f"the exported graph contains NaN or infinity in {name!r}")
 
 
 ENGINE_FILE = "model.engine"

@@ -1,4 +1,4 @@
-"""Names of the nodes that stand for low-bit layers, see `trtq.exporter.trace`."""
+"""Names of the nodes that represent low-bit layers, see `trtq.exporter.trace`."""
 
 __all__ = ["DOMAIN", "LOW_BIT_OPERATORS"]
 

@@ -1,6 +1,7 @@
-"""Users' LoRAs: reading them in the layouts they come in, and merging them into float weights."""
+"""LoRAs of users: reading files of all layouts, and merging them into float weights."""
 
 from trtq.lora.merge import MergedLora, merge_loras
-from trtq.lora.read import Lora, LoraRequest, parse_lora, read_lora
+from trtq.lora.read import Lora, read_lora
+from trtq.lora.request import LoraRequest, parse_lora
 
 __all__ = ["Lora", "LoraRequest", "MergedLora", "merge_loras", "parse_lora", "read_lora"]

@@ -1,4 +1,4 @@
-"""Merging LoRAs into the float weights of a pipeline, all of them or none."""
+"""Merging LoRAs into the float weights of a pipeline: either all or none."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError, UsageError
-from trtq.lora.names import Layer, Names, Site, base_model_of
-from trtq.lora.read import Lora, LoraRequest, LowRank, read_lora
+from trtq.lora.base_model import base_model_of
+from trtq.lora.names import Layer, Names, Site
+from trtq.lora.read import Lora, LowRank, read_lora
+from trtq.lora.request import LoraRequest
 from trtq.lora.settings import strength
 
 __all__ = ["MergedLora", "merge_loras"]
@@ -20,13 +22,13 @@ __all__ = ["MergedLora", "merge_loras"]
 
 @dataclass(frozen=True)
 class MergedLora:
-    """A LoRA that is in the weights; one entry of a manifest's `loras`.
+    """A merged LoRA; one entry of a manifest's `loras`.
 
     Attributes:
-        file: its name.
-        sha256: of its content.
-        scale: its strength.
-        modules: number of layers that it changed.
+        file: name of the file.
+        sha256: hash of the file's content.
+        scale: strength of the LoRA.
+        modules: number of changed layers.
     """
 
     file: str
@@ -35,22 +37,22 @@ class MergedLora:
     modules: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The entry in the manifest."""
         return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
 class _Change:
-    """What one LoRA does to one layer.
+    """Change of one layer by one LoRA.
 
     Attributes:
-        layer: with a weight `[N, K, ...]`.
-        up: `[N, R]`.
-        down: `[R, K, ...]`.
-        mid: `[R, R, kh, kw]`, or `None`.
-        scaling: of the product.
-        bias: `[N]`, added `scaling` times, or `None`.
-        magnitude: DoRA's norms, `[N]`, or `None`.
+        layer: layer with a weight `[N, K, ...]`.
+        up: second matrix, `[N, R]`.
+        down: first matrix, `[R, K, ...]`.
+        mid: middle convolution of LoCon's three, `[R, R, kh, kw]`, or None.
+        scaling: factor of the product and of the bias.
+        bias: values added to the bias, `[N]`, or None.
+        magnitude: DoRA's norms, `[N]`, or None.
     """
 
     layer: Layer
@@ -67,14 +69,14 @@ class _Change:
         if self.mid is None:
             product = self.up @ self.down.flatten(1)
         else:
-            # LoCon: a 1 x 1 convolution, one with the kernel, a 1 x 1 convolution.
+            # LoCon: a 1 x 1 convolution, a convolution with the layer's kernel, a 1 x 1 convolution.
             inner = torch.einsum("ij...,jk->ik...", self.mid, self.down.flatten(1))
             product = torch.einsum("oi,i...->o...", self.up, inner)
         return product.reshape(shape) * self.scaling
 
 
 def _fits(weight: Tensor, update: LowRank) -> bool:
-    """Whether a layer's weight `[N, K, ...]` can take such matrices; output channels aside."""
+    """Whether matrices fit a layer's weight `[N, K, ...]`; output channels are not compared."""
     inputs, kernel = weight.shape[1], tuple(weight.shape[2:])
     points = all(size == 1 for size in kernel)
     if any(size != 1 for size in update.up.shape[2:]) or update.down.shape[1] != inputs:
@@ -82,20 +84,20 @@ def _fits(weight: Tensor, update: LowRank) -> bool:
     inner = tuple(update.down.shape[2:])
     if update.mid is not None:
         return all(size == 1 for size in inner) and tuple(update.mid.shape[2:]) == kernel
-    # A linear layer and a convolution of one point are the same, and are written as either.
+    # Linear layers and 1 x 1 convolutions are equivalent; files use either form.
     return inner == kernel or (points and all(size == 1 for size in inner))
 
 
 def _halves_swapped(tensor: Tensor | None) -> Tensor | None:
-    """Shift and scale -> scale and shift, along the first dimension."""
+    """Swap the halves, shift and scale, along the first dimension."""
     return None if tensor is None else torch.cat(tensor.chunk(2)[::-1])
 
 
 def _changes(lora: Lora, name: str, site: Site, update: LowRank, scaling: float) -> list[_Change]:
-    """One update, for each layer that it means.
+    """The changes of all layers that one update applies to.
 
     Raises:
-        ArtefactError: it does not fit.
+        ArtefactError: the update does not fit the layers.
     """
     rows = [len(layer.module.weight) for layer in site.layers]
     if sum(rows) != len(update.up) or not all(
@@ -104,23 +106,23 @@ def _changes(lora: Lora, name: str, site: Site, update: LowRank, scaling: float)
         weights = " + ".join(str(tuple(layer.module.weight.shape)) for layer in site.layers)
         raise ArtefactError(
             f"the LoRA {lora.name} does not fit {name!r}: its matrices are {tuple(update.up.shape)} and "
-            f"{tuple(update.down.shape)}, the weight is {weights}; it was made for another model"
+            f"{tuple(update.down.shape)}, the weight is {weights}; the LoRA is for another model"
         )
     up, bias, magnitude = update.up.flatten(1), update.bias, update.magnitude
     if site.swapped:
         swapped = _halves_swapped(up)
         assert swapped is not None
         up, bias, magnitude = swapped, _halves_swapped(bias), _halves_swapped(magnitude)
-    found, first = [], 0
+    changes, first = [], 0
     for layer, count in zip(site.layers, rows, strict=True):
         part = slice(first, first + count)
         first += count
         if bias is not None and layer.module.bias is None:
             raise ArtefactError(
-                f"the LoRA {lora.name} has a bias for {name!r}, the layer has none; it was made for "
-                "another model"
+                f"the LoRA {lora.name} has a bias for {name!r}, but the layer has no bias; the LoRA is "
+                "for another model"
             )
-        found.append(
+        changes.append(
             _Change(
                 layer,
                 up[part],
@@ -131,36 +133,36 @@ def _changes(lora: Lora, name: str, site: Site, update: LowRank, scaling: float)
                 None if magnitude is None else magnitude[part],
             )
         )
-    return found
+    return changes
 
 
 def _factor(lora: Lora, name: str, site: Site, names: Names, update: LowRank) -> float:
-    """`alpha / rank` of one update: its own alpha, PEFT's settings, or 1.
+    """`alpha / rank` of one update: by its alpha, by PEFT's settings, or 1.
 
     Raises:
-        ArtefactError: the file gives it two strengths that differ.
+        ArtefactError: alpha and settings differ.
     """
     component, path = names.split(name)
     component = component or site.layers[0].component
     settings = lora.settings.get(component, lora.settings.get(""))
-    own = None if update.alpha is None else strength(update.alpha, update.rank)
+    by_alpha = None if update.alpha is None else strength(update.alpha, update.rank)
     if settings is None:
-        return 1.0 if own is None else own
+        return 1.0 if by_alpha is None else by_alpha
     paths = (*dict.fromkeys((site.layers[0].path, path)),)
     factor = settings.factor(paths, update.rank, update.magnitude is not None)
-    if own is not None and own != factor:
+    if by_alpha is not None and by_alpha != factor:
         raise ArtefactError(
-            f"the LoRA {lora.name} gives {name!r} two strengths: alpha / rank is {own:g} by its alpha "
-            f"and {factor:g} by {settings.where}; remove one of them"
+            f"the LoRA {lora.name} gives {name!r} two strengths: alpha / rank is {by_alpha:g} by its "
+            f"alpha and {factor:g} by {settings.where}; remove one of them"
         )
     return factor
 
 
 def _sites(lora: Lora, names: Names) -> dict[str, Site]:
-    """The layers of each of a LoRA's updates.
+    """The sites of a LoRA's updates, by name.
 
     Raises:
-        ArtefactError: the model has no such layer.
+        ArtefactError: the model does not have a layer that the LoRA names.
     """
     sites, missing = names.find(lora.updates)
     if missing:
@@ -176,22 +178,22 @@ def _sites(lora: Lora, names: Names) -> dict[str, Site]:
         )
         raise ArtefactError(
             f"the LoRA {lora.name} is for another architecture: {len(missing)} of its "
-            f"{len(lora.updates)} targets are not in this model, e.g. {missing[0]!r}"
+            f"{len(lora.updates)} layers are not in this model, e.g. {missing[0]!r}"
             + (f" (this model has no {', '.join(absent)})" if absent else "")
-            + (f"; it looks like one for {looks}" if looks else "")
-            + f", this model's {names.denoiser} is a {names.kind}; give a LoRA that was made for it"
+            + (f"; it looks like a LoRA for {looks}" if looks else "")
+            + f"; this model's {names.denoiser} is a {names.kind}: use a LoRA for this model"
         )
     return sites
 
 
 def _matched(lora: Lora, names: Names, scale: float) -> list[_Change]:
-    """What a LoRA changes.
+    """The changes by a LoRA.
 
     Raises:
-        ArtefactError: a target is not in the model, has another shape, or is named twice.
+        ArtefactError: a layer is not in the model, has another shape, or is named twice.
     """
     owners: dict[int, str] = {}
-    found = []
+    changes = []
     for name, site in _sites(lora, names).items():
         update = lora.updates[name]
         factor = _factor(lora, name, site, names, update)
@@ -208,15 +210,15 @@ def _matched(lora: Lora, names: Names, scale: float) -> list[_Change]:
                     f"{change.layer.path!r} holds {module.weight.dtype}; LoRAs are merged into float "
                     "weights"
                 )
-            found.append(change)
-    return found
+            changes.append(change)
+    return changes
 
 
 def _result(changes: Sequence[tuple[Lora, _Change]]) -> tuple[Tensor, Tensor | None]:
     """A layer's weight and bias after all of its changes.
 
     Raises:
-        NonFiniteError: they are too large for the weight's type.
+        NonFiniteError: the values are too large for the weight's type.
     """
     module = changes[0][1].layer.module
     base = module.weight.detach().float()
@@ -226,7 +228,7 @@ def _result(changes: Sequence[tuple[Lora, _Change]]) -> tuple[Tensor, Tensor | N
         delta = change.delta().to(base)
         weight = weight + delta
         if change.magnitude is not None:
-            # DoRA (arXiv:2402.09353): the norm is that of the model's own weight with the update.
+            # DoRA (arXiv:2402.09353): the norm is that of the original weight plus the update.
             norm = torch.linalg.vector_norm((base + delta).flatten(1), dim=1)
             factor = change.magnitude.to(base) / norm
             weight = factor.reshape(-1, *(1,) * (weight.ndim - 1)) * weight
@@ -247,18 +249,18 @@ def _result(changes: Sequence[tuple[Lora, _Change]]) -> tuple[Tensor, Tensor | N
 def merge_loras(
     components: Mapping[str, nn.Module], requests: Sequence[LoraRequest], denoiser: str = "unet"
 ) -> list[MergedLora]:
-    """Add LoRAs to float weights, in place; nothing is changed unless all of them fit.
+    """Add LoRAs to float weights, in place; no weight changes unless all LoRAs fit.
 
-    The weights are those that diffusers' `load_lora_weights` and `fuse_lora` give, computed in float32.
+    The weights equal those of diffusers' `load_lora_weights` and `fuse_lora`, computed in float32.
 
     Args:
-        components: the float models by their name in the pipeline, e.g. `unet`, `text_encoder`.
+        components: float models by name in the pipeline, e.g. `unet`, `text_encoder`.
         requests: files and strengths.
-        denoiser: the component that is meant where a file names none.
+        denoiser: component for files that name no component.
 
     Raises:
-        UsageError: the same LoRA twice, or a strength that is no number.
-        ArtefactError: a file cannot be read, or is made for another model.
+        UsageError: a LoRA is given twice, or a strength is not a finite number.
+        ArtefactError: a file cannot be read, or is for another model.
         NonFiniteError: a file holds NaN or infinity, or makes weights infinite.
     """
     if not requests:
@@ -278,14 +280,15 @@ def merge_loras(
         seen.add(lora.sha256)
     names = Names(components, denoiser)
     merged = []
-    # A weight that two layers share is changed by the updates of both.
+    # The updates of two layers with a shared weight are added up.
     by_weight: dict[int, list[tuple[Lora, _Change]]] = {}
     for request, lora in zip(requests, loras, strict=True):
         changes = _matched(lora, names, request.scale)
         for change in changes:
             by_weight.setdefault(id(change.layer.module.weight), []).append((lora, change))
         merged.append(MergedLora(lora.name, lora.sha256, request.scale, len(changes)))
-    # Twice: keeping every result until all are known to be finite would take the model's size again.
+    # Results are computed twice: first to check all of them, since keeping them would need the model's
+    # size in memory again.
     for group in by_weight.values():
         _result(group)
     for group in by_weight.values():

@@ -1,9 +1,9 @@
-"""The strength of a LoRA's layers, as PEFT's configuration says it.
+"""Strength of a LoRA's layers according to PEFT's configuration.
 
-PEFT writes `adapter_config.json` beside an adapter; diffusers writes the same settings into the
-file's metadata, as `<component>.<setting>`. An update is `lora_alpha / r` times `lora_B @ lora_A`,
-with rank-stabilised LoRA `lora_alpha / sqrt(r)` (arXiv:2312.03732); `rank_pattern` and
-`alpha_pattern` give some layers their own numbers.
+PEFT writes `adapter_config.json` into the adapter's folder; diffusers writes the same settings into the
+file's metadata, as `<component>.<setting>`. An update is `lora_alpha / r` times `lora_B @ lora_A`, with
+rank-stabilised LoRA `lora_alpha / sqrt(r)` (arXiv:2312.03732). `rank_pattern` and `alpha_pattern`
+override rank and alpha of some layers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Settings", "parse_json", "read_settings"]
 # PEFT's default.
 _ALPHA = 8
 
-# What may stand in a configuration without changing what is merged.
+# Settings that do not affect merging.
 _NEUTRAL = {
     "alpha_pattern",
     "auto_mapping",
@@ -56,9 +56,9 @@ _NEUTRAL = {
     "use_rslora",
     "velora_config",
 }
-# Ways to start that leave the base model as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
-# take the first update out of its weights.
-_STARTS = {"true", "false", "gaussian", "eva", "orthogonal", "none"}
+# Initialisations that do not change the base model; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
+# subtract the first update from its weights.
+_INITIALISATIONS = {"true", "false", "gaussian", "eva", "orthogonal", "none"}
 _MAX_PATTERN = 200
 
 
@@ -67,13 +67,13 @@ class Settings:
     """PEFT's settings of one component.
 
     Attributes:
-        where: the file that says so, for messages.
-        rank: `r`, or `None` where nothing is said.
+        where: source of the settings, for messages.
+        rank: `r`, or None if the settings have no rank.
         alpha: `lora_alpha`.
         rank_stabilised: `use_rslora`.
-        ranks: `rank_pattern`: by the end of a layer's path, a regular expression.
-        alphas: `alpha_pattern`.
-        dora: `use_dora`, or `None` where nothing is said.
+        ranks: `rank_pattern`: ranks by regular expressions for the end of a layer's path.
+        alphas: `alpha_pattern`: alphas by regular expressions.
+        dora: `use_dora`, or None if the settings do not mention it.
     """
 
     where: str
@@ -88,26 +88,26 @@ class Settings:
         """`alpha / r` of a layer.
 
         Args:
-            paths: the names that the layer has, the model's own first.
-            rank: of its matrices.
-            dora: whether the file has DoRA's magnitude of it.
+            paths: names of the layer, the path in the model first.
+            rank: rank of the layer's matrices.
+            dora: whether the file has DoRA's magnitude for the layer.
 
         Raises:
-            ArtefactError: the configuration gives it another rank, or does not agree about DoRA.
+            ArtefactError: settings and file differ in the rank, or in the use of DoRA.
         """
         if self.dora is not None and self.dora != dora:
             has = "a" if dora else "no"
             raise ArtefactError(
-                f"{self.where} says use_dora {str(self.dora).lower()}, the file has {has} magnitude "
-                f"(lora_magnitude_vector) of {paths[0]!r}; the two files do not belong together"
+                f"{self.where} has use_dora {str(self.dora).lower()}, but the file has {has} magnitude "
+                f"(lora_magnitude_vector) for {paths[0]!r}; the two files do not belong together"
             )
-        said = _matching(self.ranks, paths)
-        if said is None:
-            said = self.rank
-        if said is not None and said != rank:
+        expected = _matching(self.ranks, paths)
+        if expected is None:
+            expected = self.rank
+        if expected is not None and expected != rank:
             raise ArtefactError(
-                f"{self.where} gives {paths[0]!r} the rank {said}, its matrices have rank {rank}; the "
-                "two files do not belong together"
+                f"{self.where} gives {paths[0]!r} rank {expected}, but its matrices have rank {rank}; "
+                "the two files do not belong together"
             )
         alpha = _matching(self.alphas, paths)
         return strength(self.alpha if alpha is None else alpha, rank, self.rank_stabilised)
@@ -119,7 +119,7 @@ def strength(alpha: float, rank: int, rank_stabilised: bool = False) -> float:
 
 
 def _matching(pattern: Mapping[str, Any], paths: Sequence[str]) -> Any:
-    """The value of the first key that the end of a path matches, or `None`."""
+    """The value of the first key that matches the end of a path, or None."""
     for path in paths:
         for key, value in pattern.items():
             if key == path or re.match(rf"(.*\.)?({key})$", path):
@@ -129,7 +129,7 @@ def _matching(pattern: Mapping[str, Any], paths: Sequence[str]) -> Any:
 
 def _wrong(where: str, name: str, value: Any, allowed: str) -> ArtefactError:
     text = str(value) if len(str(value)) <= 40 else f"{str(value)[:37]}..."
-    return ArtefactError(f"{where}: {name} is {text!r}; what is allowed is {allowed}")
+    return ArtefactError(f"{where}: {name} is {text!r}; it must be {allowed}")
 
 
 def _number(where: str, name: str, value: Any) -> float:
@@ -139,7 +139,7 @@ def _number(where: str, name: str, value: Any) -> float:
 
 
 def _shown(value: Any) -> Any:
-    """A number of any length, shown without writing all of it."""
+    """A value for a message; huge numbers are not written out."""
     return "a huge number" if isinstance(value, int) and value.bit_length() > 200 else value
 
 
@@ -173,58 +173,64 @@ def _pattern(where: str, name: str, value: Any, read: Any) -> dict[str, Any]:
     return {key: read(where, f"{name}[{key!r}]", number) for key, number in value.items()}
 
 
-def read_settings(found: Mapping[str, Any], where: str) -> Settings:
-    """PEFT's settings of one component, checked.
+def read_settings(values: Mapping[str, Any], where: str) -> Settings:
+    """PEFT's settings of one component, validated.
 
     Args:
-        found: as PEFT writes them.
-        where: the file that they are from.
+        values: settings in PEFT's form.
+        where: source of the settings, for messages.
 
     Raises:
-        ArtefactError: a value is of the wrong type, or asks for what cannot be merged.
+        ArtefactError: a value has the wrong type, or cannot be merged.
     """
-    kind = found.get("peft_type", "LORA")
+    kind = values.get("peft_type", "LORA")
     if not isinstance(kind, str) or kind.upper().removeprefix("PEFTTYPE.") != "LORA":
         raise _wrong(where, "peft_type", kind, "LORA (with or without use_dora)")
-    start = str(found.get("init_lora_weights", True)).lower()
-    if start not in _STARTS:
+    initialisation = str(values.get("init_lora_weights", True)).lower()
+    if initialisation not in _INITIALISATIONS:
         raise ArtefactError(
-            f"{where}: init_lora_weights is {start[:40]!r}, which also changes the base model's "
-            "weights; convert the adapter to a plain LoRA first (PEFT: save_pretrained with "
+            f"{where}: init_lora_weights is {initialisation[:40]!r}, which also changes the base "
+            "model's weights; convert the adapter to a plain LoRA first (PEFT: save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
-    bias = found.get("bias", "none")
+    bias = values.get("bias", "none")
     if bias not in ("none", None):
-        raise _wrong(where, "bias", bias, "none, since the model's own biases are not read")
-    for name, value in found.items():
+        raise _wrong(where, "bias", bias, "none, because trained biases of the model are not read")
+    for name, value in values.items():
         if name not in _NEUTRAL and name != "bias" and value:
             raise ArtefactError(
-                f"{where}: the setting {name} changes what the adapter does and is not understood here; "
-                "merge it with PEFT (merge_and_unload) and give the merged model"
+                f"{where}: the setting {name} changes the adapter's effect and is not supported; merge "
+                "the adapter with PEFT (merge_and_unload) and use the merged model"
             )
-    rank = found.get("r")
+    rank = values.get("r")
     return Settings(
         where,
         None if rank is None else _count(where, "r", rank),
-        _number(where, "lora_alpha", found.get("lora_alpha", _ALPHA)),
-        _flag(where, "use_rslora", found.get("use_rslora")),
-        _pattern(where, "rank_pattern", found.get("rank_pattern"), _count),
-        _pattern(where, "alpha_pattern", found.get("alpha_pattern"), _number),
-        _flag(where, "use_dora", found["use_dora"]) if found.get("use_dora") is not None else None,
+        _number(where, "lora_alpha", values.get("lora_alpha", _ALPHA)),
+        _flag(where, "use_rslora", values.get("use_rslora")),
+        _pattern(where, "rank_pattern", values.get("rank_pattern"), _count),
+        _pattern(where, "alpha_pattern", values.get("alpha_pattern"), _number),
+        _flag(where, "use_dora", values["use_dora"])
+        if values.get("use_dora") is not None
+        else None,
     )
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """A JSON object.
+    """The object in a JSON text.
+
+    Args:
+        text: JSON text.
+        where: source of the text, for messages.
 
     Raises:
-        ArtefactError: it is no JSON, not an object, or nested too deeply.
+        ArtefactError: the text is not JSON, not an object, or nested too deeply.
     """
     try:
-        found = json.loads(text)
+        values = json.loads(text)
     except (ValueError, RecursionError) as err:
         reason = "nested too deeply" if isinstance(err, RecursionError) else str(err)
         raise ArtefactError(f"{where} is not JSON ({reason})") from err
-    if not isinstance(found, dict):
-        raise ArtefactError(f"{where} holds {type(found).__name__}, not a JSON object of settings")
-    return found
+    if not isinstance(values, dict):
+        raise ArtefactError(f"{where} holds {type(values).__name__}, not a JSON object of settings")
+    return values

@@ -18,16 +18,16 @@ from trtq.errors import ArtefactError
 def load_component(
     folder: Path, name: str, cls: Any, open_graph: Callable[[str], Engine | None]
 ) -> nn.Module | None:
-    """The part of this name behind an engine; None if there is no graph of it.
+    """Load a component that runs on an engine; None if there is no graph of it.
 
     Args:
-        folder: its configurations, in the layout of an ONNX folder.
-        name: of the part in its pipeline.
-        cls: the class whose place it takes.
-        open_graph: the engine of a graph by its folder's name; None if there is none.
+        folder: folder of the configurations, in the layout of an ONNX folder.
+        name: name of the component in its pipeline.
+        cls: class of the component that it replaces.
+        open_graph: opens the engine of a graph by its folder's name; returns None if there is none.
 
     Raises:
-        ArtefactError: its configuration cannot be read.
+        ArtefactError: the configuration cannot be read.
     """
     try:
         if name in TEXT_ENCODERS and (engine := open_graph(name)) is not None:

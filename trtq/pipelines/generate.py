@@ -7,6 +7,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ import numpy as np
 from trtq.artefact.folder import check_outside_artefacts
 from trtq.artefact.opened import DEFAULT_STEPS, Opened, open_artefact
 from trtq.artefact.outputs import check_file, check_place
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.errors import UsageError
-from trtq.pipelines.draw import check_sheet, conditioning_for, contact_sheet, draw, save_png
+from trtq.pipelines.draw import Conditioning, conditioning_for, draw
 from trtq.pipelines.open import open_any
 from trtq.pipelines.result import GenerateResult
+from trtq.pipelines.sheet import check_sheet, contact_sheet, save_png
 from trtq.png_text import generation_texts
 from trtq.progress import ProgressCallback, silent
 
@@ -72,46 +76,29 @@ def generate(
     """
     target = Path(out)
     files = _files(target, str(out), images)
-    if files != [target]:
-        check_place(target, source=artefact)
-    if files == [target] or target.is_dir():
-        for file in files:
-            check_file(file, overwrite=overwrite, source=artefact)
-    check_outside_artefacts(files[0])
+    _check_files(target, files, artefact, overwrite=overwrite)
     opened = open_artefact(artefact, verify=False)
     source = open_any(opened, provider)
     if size is not None:
-        source.resize(size)
+        source = source.sized(size)
     check_sheet(images, *source.image_size)
     conditioning = conditioning_for(source, images, class_label=class_label, prompt=prompt)
-    if guidance is None:
-        guidance = opened.guidance
-    count = steps or opened.steps or DEFAULT_STEPS
+    settings = _Settings(
+        steps=steps or opened.steps or DEFAULT_STEPS,
+        seed=seed,
+        guidance=opened.guidance if guidance is None else guidance,
+        negative_prompt=negative_prompt,
+    )
     start = time.monotonic()
     drawn = draw(
         source,
         conditioning,
-        steps=count,
-        seed=seed,
-        guidance=guidance,
-        negative_prompt=negative_prompt,
+        **asdict(settings),
         progress=lambda done, total: progress("draw", done, total),
     )
     seconds = time.monotonic() - start
-
-    def texts(index: int) -> dict[str, str]:
-        return generation_texts(
-            model=source.name,
-            prompt=None if conditioning.prompts is None else conditioning.prompts[index],
-            label=None if conditioning.classes is None else int(conditioning.classes[index]),
-            seed=seed,
-            image=index,
-            steps=count,
-            guidance=source.guidance if guidance is None else guidance,
-            size=(drawn.shape[-2], drawn.shape[-1]),
-            negative_prompt=negative_prompt,
-        )
-
+    shape = (drawn.shape[-2], drawn.shape[-1])
+    texts = partial(_texts, source, conditioning, settings, shape)
     if files == [target]:
         columns = min(images, 10) if images % 10 == 0 else math.ceil(math.sqrt(images))
         scale = max(1, _SHEET_PIXELS // drawn.shape[-1])
@@ -126,9 +113,63 @@ def generate(
         images=images,
         labels=None if conditioning.classes is None else conditioning.classes.tolist(),
         prompts=None if conditioning.prompts is None else list(conditioning.prompts),
-        steps=count,
+        steps=settings.steps,
         seed=seed,
         seconds=round(seconds, 3),
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How every image is generated; see `generate`."""
+
+    steps: int
+    seed: int
+    guidance: float | None
+    negative_prompt: str | None
+
+
+def _check_files(target: Path, files: Sequence[Path], source: Any, *, overwrite: bool) -> None:
+    """Raise unless the files may be written, before any long work.
+
+    Raises:
+        UsageError: a file must not be replaced, or nothing may be written there.
+    """
+    if files != [target]:
+        check_place(target, source=source)
+    if files == [target] or target.is_dir():
+        for file in files:
+            check_file(file, overwrite=overwrite, source=source)
+    check_outside_artefacts(files[0])
+
+
+def _texts(
+    source: LoadedPipeline,
+    conditioning: Conditioning,
+    settings: _Settings,
+    size: tuple[int, int],
+    index: int,
+) -> dict[str, str]:
+    """The PNG texts of one image.
+
+    Args:
+        source: the pipeline.
+        conditioning: what the images show.
+        settings: how they were generated.
+        size: height and width in pixels.
+        index: number of the image.
+    """
+    prompts, classes = conditioning.prompts, conditioning.classes
+    return generation_texts(
+        model=source.name,
+        prompt=None if prompts is None else prompts[index],
+        label=None if classes is None else int(classes[index]),
+        seed=settings.seed,
+        image=index,
+        steps=settings.steps,
+        guidance=source.guidance if settings.guidance is None else settings.guidance,
+        size=size,
+        negative_prompt=settings.negative_prompt,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from trtq.artefact.manifest import LayerRow, Manifest
 from trtq.artefact.opened import EngineFolder, Opened, StoredArtefact, open_artefact
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.engine.tensorrt.run import obstacle, open_tensorrt
 from trtq.graph.file import MODEL_FILE, model_file
 from trtq.graph.runtimes.prepare import load_graph
@@ -22,7 +22,7 @@ from trtq.pipelines.result import (
     InspectResult,
 )
 from trtq.quant import precision_text, quantizable_layers
-from trtq.quant.convert import LowBitTensors
+from trtq.quant.plan import LowBitTensors
 from trtq.runs.folder import open_run
 
 __all__ = ["inspect"]
@@ -98,7 +98,7 @@ def _precisions(manifest: Manifest) -> dict[str, int]:
 
 
 def _checkpoint(place: str | Path | Any) -> InspectedCheckpoint:
-    source = load_source(place)
+    source = open_pipeline(place)
     layers = quantizable_layers(source.denoiser)
     return InspectedCheckpoint(
         kind="checkpoint",
@@ -108,7 +108,7 @@ def _checkpoint(place: str | Path | Any) -> InspectedCheckpoint:
         scheduler=type(source.pipeline.scheduler).__name__,
         precisions={"float": len(layers)},
         layers=[
-            CheckpointLayer(name=name, shape=list(module.weight.shape))
+            CheckpointLayer(name=name, shape=list(module.get_parameter("weight").shape))
             for name, module in layers.items()
         ],
     )

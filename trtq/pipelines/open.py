@@ -1,4 +1,4 @@
-"""Any artefact or checkpoint as a diffusers pipeline."""
+"""Loading any artefact or checkpoint as a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import nn
 
 from trtq.artefact.opened import Checkpoint, EngineFolder, GraphFolder, Opened, open_artefact
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
-from trtq.diffusion.pipeline import DENOISERS, LoadedPipeline, load_source
+from trtq.diffusion.loading import DENOISERS, open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.engine.base import Engine
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.open import open_engine
@@ -68,7 +69,7 @@ def open_any(
             f"trtq export {opened.place} -o ONNX"
         )
     if isinstance(opened, Checkpoint):
-        return load_source(opened.place)
+        return open_pipeline(opened.place)
     run = open_run(opened)
     return run.source(_on_gpu(run) if provider == TORCH else None)
 
@@ -124,16 +125,16 @@ def _on_gpu(run: OpenRun) -> nn.Module | None:
 def engine_source(
     folder: Path, denoiser: str, size: str | None, open_graph: Callable[[str], Engine | None]
 ) -> LoadedPipeline:
-    """A pipeline whose graphs are run by engines.
+    """Assemble a pipeline whose graphs run on engines.
 
     Args:
-        folder: what is no graph, in the layout of an ONNX folder.
-        denoiser: name of that component.
+        folder: folder of everything except the graphs, in the layout of an ONNX folder.
+        denoiser: name of the denoiser component.
         size: image size in pixels, or a range; None: the model's own.
-        open_graph: the engine of a graph by its folder's name; None if there is none.
+        open_graph: opens the engine of a graph by its folder's name; returns None if there is none.
 
     Raises:
-        ArtefactError: a part is missing, or cannot be read.
+        ArtefactError: a component is missing, or cannot be read.
     """
     model: Any = skeleton(folder, denoiser)
     engine = open_graph(denoiser)
@@ -147,7 +148,7 @@ def engine_source(
     )
     source = LoadedPipeline(str(folder), folder, pipeline, denoiser)
     if size is not None:
-        source.resize(size.partition(":")[0])
+        source = source.sized(size.partition(":")[0])
     return source
 
 

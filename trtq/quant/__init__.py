@@ -1,23 +1,17 @@
-"""Quantisers, timestep tables, quantised layers, packing, and converting a model."""
+"""Quantisers, timestep tables, quantised layers, packing, and the conversion of a denoiser."""
 
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
-from trtq.quant.convert import (
-    LayerPlan,
-    LowBitTensors,
-    QuantizedDenoiser,
-    convert,
-    deploy,
-    layer_kind,
-    merge,
-    precision_text,
-    quantizable_layers,
-)
-from trtq.quant.deployed import ActivationTensors, DeployedLayer, LayerTensors, ProductTensors
+from trtq.quant.convert import convert, deploy, merge
+from trtq.quant.denoiser import QuantizedDenoiser
+from trtq.quant.deployed import DeployedLayer
 from trtq.quant.fake_quant import fake_quant
-from trtq.quant.modules import Base, QuantConv2d, QuantLayer, QuantLinear, QuantProduct
+from trtq.quant.modules import Base, QuantConv2d, QuantLayer, QuantLinear
 from trtq.quant.packing import PackedWeight, pack_codes, unpack_codes
+from trtq.quant.plan import LayerPlan, LowBitTensors, layer_kind, precision_text, quantizable_layers
+from trtq.quant.product import QuantProduct
 from trtq.quant.ranges import Method, activation_qparams, weight_qparams
 from trtq.quant.structure import Structure, apply_structure, attention_modules, skip_splits
+from trtq.quant.tensors import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable, current_step, float_scope, step_scope
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""One activation quantiser per layer, with one scale per denoising step (EfficientDM's TALSQ)."""
+"""Activation quantisers with one scale per denoising step (EfficientDM's TALSQ)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import QuantizationError, StepError
+from trtq.quant.bits import check_bits
 from trtq.quant.fake_quant import fake_quant, round_ste
-from trtq.quant.ranges import check_bits
 from trtq.quant.timestep import Step, TimestepTable, current_step
 
 __all__ = ["ActivationQuantizer", "ZeroPointMode", "per_item", "select_step"]
 
 ZeroPointMode = Literal["frozen", "rounded", "float"]
-"""`frozen`: whole numbers that are not trained. `rounded`: trained, rounded in every forward pass.
-`float`: trained and not rounded, as released; it has to be rounded before it can be deployed."""
+"""Behaviour of zero points. `frozen`: whole numbers, not trained. `rounded`: trained, and rounded in
+every forward pass. `float`: trained without rounding, as released; deployment rounds them."""
 
 
 def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
-    """The entries of `table[T]` for this step: shape `[]`, or `[B]` with one entry per batch item.
+    """The entries of `table[T]` for a step: shape `[]`, or `[B]` with one entry per batch item.
 
     Raises:
-        StepError: an index outside the table, or a number of indices that is neither 1 nor B.
+        StepError: an index lies outside the table, or the number of indices is neither 1 nor B.
     """
     if isinstance(step, int):
         if not 0 <= step < len(table):
@@ -34,38 +34,39 @@ def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
             f"got step indices of shape {tuple(step.shape)} for a batch of {batch}; "
             f"give one index, or one per batch item (shape [{batch}])"
         )
-    # On a GPU looking would wait for it, and a CUDA graph cannot: there whoever made the step looks.
-    looked_at = step.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looked_at and (int(step.min()) < 0 or int(step.max()) >= len(table)):
+    # Checking values on a GPU would synchronise, which a CUDA graph cannot; there the caller that
+    # creates the index checks it.
+    checkable = step.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checkable and (int(step.min()) < 0 or int(step.max()) >= len(table)):
         raise StepError(
             f"step indices {step.tolist()} leave the table; it has steps 0 .. {len(table) - 1}"
         )
-    found = table.index_select(0, step)
-    return found if len(step) > 1 else found.reshape(())
+    entries = table.index_select(0, step)
+    return entries if len(step) > 1 else entries.reshape(())
 
 
 def per_item(values: Tensor, x: Tensor) -> Tensor:
-    """Shape `[B]` values so that they broadcast over `x[B, ...]`; a scalar stays as it is."""
+    """Reshape `[B]` values to broadcast over `x[B, ...]`; a scalar is returned unchanged."""
     return values.reshape(-1, *(1,) * (x.ndim - 1)) if values.ndim else values
 
 
 class ActivationQuantizer(nn.Module):
-    """Fake-quantises `x` with the scale and zero point of its denoising step.
+    """Fake-quantise `x` with the scale and zero point of its denoising step.
 
-    Code `k = clip(round(x / s[t]), -z[t], 2**bits - 1 - z[t])`, value `k * s[t]`: float zero is code
-    0, so the zeros that a convolution pads with are exact.
+    Code `k = clip(round(x / s[t]), -z[t], 2**bits - 1 - z[t])`, value `k * s[t]`. Float zero is code 0,
+    so the zero padding of a convolution is exact.
 
     Args:
         bits: width of the codes, 2 .. 8.
-        table: the calibrated timesteps; its length T is the number of entries. One entry makes the
-            quantiser static.
-        zero_point_mode: how the zero points behave, see `ZeroPointMode`.
-        symmetric: zero points stay at `2**(bits - 1)`; by default for 8 bits, because that is the
-            only form in which 8-bit codes fit int8.
+        table: the calibrated timesteps; the quantiser has one entry for each of the T timesteps. A
+            table with one timestep makes the quantiser static.
+        zero_point_mode: behaviour of the zero points, see `ZeroPointMode`.
+        symmetric: keep the zero points at `2**(bits - 1)`; default: only at 8 bits, because 8-bit codes
+            fit int8 in no other form.
 
     Attributes:
-        scale: parameter `[T]`, the steps `s`.
-        zero_point: parameter `[T]`, the zero points `z` in codes.
+        scale: parameter `[T]`, the scales `s`.
+        zero_point: parameter `[T]`, the zero points `z` as codes.
     """
 
     def __init__(
@@ -90,12 +91,12 @@ class ActivationQuantizer(nn.Module):
         """x[B, ...] -> the nearest representable values, same shape and dtype.
 
         Args:
-            x: the activation, batch first.
-            step: index of the denoising step, one or one per batch item; by default that of the
-                enclosing `step_scope`.
+            x: activation, batch first.
+            step: index of the denoising step, one for the batch or one per batch item; default: the
+                step of the enclosing `step_scope`.
 
         Raises:
-            StepError: no step, or one outside the table.
+            StepError: there is no step, or the step is outside the table.
         """
         if step is None:
             step = current_step()
@@ -115,15 +116,17 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Take calibrated `scale[T]` and `zero_point[T]`."""
+        """Set calibrated `scale[T]` and `zero_point[T]`."""
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
     @torch.no_grad()
     def clamp_(self, lowest: Tensor, highest: Tensor) -> None:
-        """Bring trained values back to what can be deployed.
+        """Clamp trained values: zero points to the codes `0 .. 2**bits - 1`, scales to given bounds.
 
-        Scales to `lowest[T] .. highest[T]`, both positive; zero points to `0 .. 2**bits - 1`.
+        Args:
+            lowest: smallest scales, `[T]`, positive.
+            highest: largest scales, `[T]`.
         """
         self.scale.clamp_(lowest, highest)
         self.zero_point.clamp_(0, self.qmax)
@@ -132,7 +135,7 @@ class ActivationQuantizer(nn.Module):
         """The whole-number clip limits `lo[T] <= 0 <= hi[T]`, int32.
 
         Raises:
-            QuantizationError: a zero point outside the codes, which no integer kernel can hold.
+            QuantizationError: a zero point lies outside the codes and does not fit an integer kernel.
         """
         zero_point = self.zero_point.detach().round()
         if bool(((zero_point < 0) | (zero_point > self.qmax)).any()):
@@ -143,16 +146,6 @@ class ActivationQuantizer(nn.Module):
             )
         return (-zero_point).int(), (self.qmax - zero_point).int()
 
-    def resample(self, source: TimestepTable, target: TimestepTable) -> ActivationQuantizer:
-        """A quantiser for other timesteps: each takes the entry of the nearest calibrated one.
-
-        With uniform spacing and `T` a multiple of `T'` this keeps every (T/T')-th entry.
-        """
-        keep = source.index(target.timesteps)
-        result = ActivationQuantizer(self.bits, target, self.zero_point_mode, self.symmetric)
-        result.set_range(self.scale.detach()[keep], self.zero_point.detach()[keep])
-        return result
-
     def extra_repr(self) -> str:
-        """Bits and number of steps."""
+        """Bits, number of steps and zero-point mode."""
         return f"bits={self.bits}, steps={len(self.scale)}, zero_point={self.zero_point_mode}"

@@ -1,10 +1,10 @@
-"""Learned rounding of weights (AdaRound, arXiv 2004.10568), and weights that move under it (QuEST).
+"""Learned rounding of weights (AdaRound, arXiv 2004.10568), with weights that stay trainable (QuEST).
 
     code = clip(floor(w / d) + h + z, 0, 2**bits - 1)
 
-`h` says for each weight whether it is rounded up. While it is learned it is soft,
-`h = clip(1.2 sigmoid(alpha) - 0.1, 0, 1)`; afterwards it is frozen, `h = [alpha >= 0]`, and fine-tuning
-may still move `w`: the floor lets gradients straight through.
+`h` is 1 for a weight that is rounded up and 0 for a weight that is rounded down. While the directions
+are learned they are soft, `h = clip(1.2 sigmoid(alpha) - 0.1, 0, 1)`; afterwards they are frozen,
+`h = [alpha >= 0]`. Fine-tuning may still change `w`: the floor has a straight-through gradient.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def soft_direction(alpha: Tensor) -> Tensor:
 
 
 def hard_direction(alpha: Tensor) -> Tensor:
-    """1 where the weight is rounded up, else 0."""
+    """1 for weights that are rounded up, otherwise 0."""
     return (alpha >= 0).to(alpha.dtype)
 
 
 def initial_alpha(w: Tensor, scale: Tensor) -> Tensor:
     """The `alpha` whose soft direction is the fractional part of `w / scale`.
 
-    Its hard direction is then rounding to nearest.
+    The hard direction of that `alpha` rounds to nearest.
     """
     ratio = w / scale
     rest = ratio - ratio.floor()
@@ -52,19 +52,19 @@ def initial_alpha(w: Tensor, scale: Tensor) -> Tensor:
 def directed_codes(
     w: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, direction: Tensor
 ) -> Tensor:
-    """Codes under the given directions, float32; differentiable in `w` and `direction`.
+    """Codes with the given rounding directions, float32; differentiable in `w` and `direction`.
 
     Args:
-        w: the weight, `[N, ...]`.
-        scale: `d`, broadcastable to `w`.
-        zero_point: `z`, whole numbers, broadcastable to `w`.
+        w: weight, `[N, ...]`.
+        scale: scale `d`, broadcastable to `w`.
+        zero_point: zero point `z`, whole numbers, broadcastable to `w`.
         qmax: largest code.
-        direction: `h`, shaped like `w`.
+        direction: directions `h`, shaped like `w`.
     """
     floor: Tensor = _FloorSte.apply(w / scale)  # type: ignore[no-untyped-call]
     return (floor + direction + zero_point).clamp(0, qmax)
 
 
 def rounding_loss(alpha: Tensor, temperature: float) -> Tensor:
-    """`sum(1 - |2 h - 1|**temperature)`: zero when every soft direction is 0 or 1 (AdaRound, eq. 24)."""
+    """`sum(1 - |2 h - 1|**temperature)`: zero if every soft direction is 0 or 1 (AdaRound, eq. 24)."""
     return (1 - (2 * soft_direction(alpha) - 1).abs().pow(temperature)).sum()

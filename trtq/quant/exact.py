@@ -1,8 +1,8 @@
-"""Float modules between low-bit layers, rounded from float64 where a last bit would be carried on.
+"""Float modules between low-bit layers, computed in float64 where a difference in the last bit matters.
 
-Runtimes add in different orders and have their own exponentials and sines; their last bits differ.
-Values computed in float64 and rounded once are the same everywhere, so torch and the exported graph hand
-the same bits to the quantisers that follow. Letters: B images, C channels, N features.
+Runtimes add in different orders and implement exponentials and sines differently, so their last bits
+differ. Values that are computed in float64 and rounded once are equal in all runtimes, so torch and the
+exported graph pass the same bits to the next quantisers. Letters: B images, C channels, N features.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["DeployedGroupNorm", "DeployedLayerNorm", "DeployedSilu", "DeployedTi
 
 
 class DeployedGroupNorm(nn.Module):
-    """`nn.GroupNorm` with mean and deviation summed in float64, as the exported graph has it.
+    """`nn.GroupNorm` with mean and deviation summed in float64, as in the exported graph.
 
-    Rounded to float32 afterwards they no longer depend on the order of the additions, so torch and
-    onnxruntime hand the same bits to the quantiser that follows.
+    After rounding to float32, mean and deviation do not depend on the order of the additions, so torch
+    and onnxruntime pass the same bits to the next quantiser.
 
     Args:
-        source: the layer; its parameters are shared.
+        source: float layer; its parameters are shared.
     """
 
     def __init__(self, source: nn.GroupNorm) -> None:
@@ -49,10 +49,10 @@ class DeployedGroupNorm(nn.Module):
 
 
 class DeployedLayerNorm(nn.Module):
-    """`nn.LayerNorm` in float64, rounded once, as the exported graph has it.
+    """`nn.LayerNorm` in float64, rounded once, as in the exported graph.
 
     Args:
-        source: the layer; its parameters are shared.
+        source: float layer; its parameters are shared.
     """
 
     def __init__(self, source: nn.LayerNorm) -> None:
@@ -70,10 +70,10 @@ class DeployedLayerNorm(nn.Module):
 
 
 class DeployedSilu(nn.Module):
-    """`nn.SiLU`, which rounds embeddings `[B,N]` from float64 as the exported graph does."""
+    """`nn.SiLU`, computed in float64 for embeddings `[B,N]`, as in the exported graph."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X -> `x / (1 + exp(-x))`, same shape and dtype."""
+        """`x / (1 + exp(-x))`, same shape and dtype as x."""
         if x.ndim != 2:
             return functional.silu(x)
         exact = x.double()
@@ -81,13 +81,14 @@ class DeployedSilu(nn.Module):
 
 
 class DeployedTimesteps(nn.Module):
-    """Diffusers' `Timesteps`, with frequencies, sines and cosines rounded from float64.
+    """diffusers' `Timesteps`, with frequencies, sines and cosines computed in float64.
 
-    It is deployed, and it is what is traced: a time embedding is the same for all images of a step, so
-    one of its values on a rounding tie that torch and a graph break differently would move every image.
+    Deployed denoisers and traced graphs both contain this module. All images of a step share a time
+    embedding, so a single value on a rounding tie that torch and a graph resolve differently would
+    change every image.
 
     Args:
-        source: the module; it has no parameters.
+        source: diffusers module without parameters.
     """
 
     def __init__(self, source: Any) -> None:
@@ -96,16 +97,16 @@ class DeployedTimesteps(nn.Module):
         self.channels = int(source.num_channels)
         self.flip = bool(source.flip_sin_to_cos)
         self.scale = float(source.scale)
-        # No buffer: half precision is for weights, and would take digits off the angles.
-        steps = torch.arange(half, dtype=torch.float64)
-        self.frequencies = (-math.log(10000) * steps / (half - shift)).exp().float()
+        # Not a buffer: converting the model to half precision would make the angles inaccurate.
+        index = torch.arange(half, dtype=torch.float64)
+        self.frequencies = (-math.log(10000) * index / (half - shift)).exp().float()
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """timesteps[B] -> float32[B, channels] (arXiv 1706.03762, section 3.5)."""
         if self.frequencies.device != timesteps.device:
-            # Once, and not again: a CUDA graph cannot hold the copy.
+            # Copied at the first call only: a CUDA graph cannot contain the copy.
             self.frequencies = self.frequencies.to(timesteps.device)
         angles = (self.scale * (timesteps[:, None].float() * self.frequencies)).double()
         parts = [angles.sin().float(), angles.cos().float()]
-        found = torch.cat(parts[::-1] if self.flip else parts, dim=1)
-        return functional.pad(found, (0, self.channels % 2))
+        embedding = torch.cat(parts[::-1] if self.flip else parts, dim=1)
+        return functional.pad(embedding, (0, self.channels % 2))

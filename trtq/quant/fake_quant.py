@@ -1,17 +1,17 @@
-"""Fake quantisation: the one rounding rule that training, merging and every exported graph share.
+"""Fake quantisation: the rounding rule that training, merging and every exported graph share.
 
-With step `d` (scale), zero point `z` and integer range `[qmin, qmax]`:
+With scale `d`, zero point `z` and integer range `[qmin, qmax]`:
 
     k  = round(x / d) + z        round = half to even
     kc = min(max(k, qmin), qmax)
     Q(x) = (kc - z) * d
 
-Activations are multiplied by the float32 reciprocal `1 / d` instead of divided, because that is what
-the exported graphs store; the two differ only for values within one ulp of a rounding tie.
+Activations are multiplied by the float32 reciprocal `1 / d`, which the exported graphs store, instead of
+being divided by `d`; the two differ only for values within one ulp of a rounding tie.
 
-Straight-through gradients for upstream `g`, summed over the elements that share a parameter
-(methods of EfficientDM, arXiv 2310.03270, and QuEST, arXiv 2402.03666, as released; the inside
-test is made after rounding, and there is no LSQ gradient scale):
+Straight-through gradients, multiplied by the upstream gradient and summed over the elements that share a
+parameter (EfficientDM, arXiv 2310.03270, and QuEST, arXiv 2402.03666, as released; an element counts as
+inside according to its rounded code, and there is no LSQ gradient scale):
 
 | element is                   | dQ/dx | dQ/dd                | dQ/dz |
 |------------------------------|-------|----------------------|-------|
@@ -35,12 +35,12 @@ def _ratio(x: Tensor, scale: Tensor, reciprocal: bool) -> Tensor:
 
 
 def quantize_codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """The clipped codes `kc` of `x / d`, as float32 whole numbers (when `zero_point` is one).
+    """The clipped codes `kc` of `x / d`, float32; whole numbers if `zero_point` is whole.
 
     Args:
-        x: any shape, floating point.
-        scale: `d > 0`, float32, broadcastable to `x`.
-        zero_point: `z`, float32, broadcastable to `x`.
+        x: floating-point tensor of any shape.
+        scale: scale `d > 0`, float32, broadcastable to `x`.
+        zero_point: zero point `z`, float32, broadcastable to `x`.
         qmin: smallest code.
         qmax: largest code.
     """
@@ -48,7 +48,7 @@ def quantize_codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax
 
 
 def _sum_to(gradient: Tensor, shape: torch.Size) -> Tensor:
-    """Undo broadcasting: sum `gradient` over the axes that `shape` had stretched."""
+    """Undo broadcasting: sum `gradient` over the axes along which `shape` was expanded."""
     return gradient.sum_to_size(shape) if gradient.shape != shape else gradient
 
 
@@ -102,13 +102,13 @@ def fake_quant(
     """Quantise and dequantise, differentiable in `x`, `scale` and `zero_point`.
 
     Args:
-        x: any shape, floating point; the result has its shape and dtype.
-        scale: step `d > 0`, broadcastable to `x`: a scalar, `[B,1,1,1]` (one step per image) or
-            `[N,1,1,1]` (one per output channel).
-        zero_point: `z`, broadcastable to `x`; a whole number for anything that is to be deployed.
+        x: floating-point tensor of any shape; the result has its shape and dtype.
+        scale: scale `d > 0`, broadcastable to `x`: a scalar, `[B,1,1,1]` (one scale per image) or
+            `[N,1,1,1]` (one scale per output channel).
+        zero_point: zero point `z`, broadcastable to `x`; a deployed layer needs a whole number.
         qmin: smallest code, e.g. 0.
         qmax: largest code, e.g. `2**bits - 1`.
-        reciprocal: multiply by `1 / d` as deployed activations do, instead of dividing.
+        reciprocal: multiply by `1 / d`, as deployed activations do, instead of dividing by `d`.
 
     Returns:
         `Q(x)` as the module docstring defines it.

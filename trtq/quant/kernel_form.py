@@ -1,7 +1,8 @@
-"""Low-bit layers in the form that our kernels read, and the module that runs them.
+"""Low-bit layers in the layout of the CUDA kernels, and the module that runs them on an NVIDIA GPU.
 
-`trtq.plugins.spec` has the layouts. Weights of up to 4 bits lie as nibbles, and no float copy of them is
-made. Beside `trtq.quant.deployed`, which is the reference, this is what runs on an NVIDIA GPU.
+`trtq.plugins.spec` documents the operands; `trtq.quant.packing` compares the layouts of weights.
+Weights of up to 4 bits are stored as nibbles and are never expanded to float. The reference is
+`trtq.quant.deployed`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from trtq.plugins.low_bit.pack import (
     unpack_nibbles,
 )
 from trtq.plugins.spec import Geometry, LayerSpec
-from trtq.quant.deployed import ActivationTensors, LayerTensors, enclosing_step
-from trtq.quant.modules import ConvGeometry
+from trtq.quant.deployed import enclosing_step
+from trtq.quant.geometry import ConvGeometry
 from trtq.quant.packing import PackedWeight
+from trtq.quant.tensors import ActivationTensors, LayerTensors
 from trtq.quant.timestep import Step
 
 __all__ = ["KernelLayer", "layer_tensors", "packed_operands"]
@@ -33,7 +35,7 @@ __all__ = ["KernelLayer", "layer_tensors", "packed_operands"]
 def packed_operands(
     layer: LayerTensors, geometry: ConvGeometry | None
 ) -> tuple[LayerSpec, dict[str, np.ndarray]]:
-    """A layer as the kernels read it: what it is, and `weight`, `terms`, `tables`."""
+    """A layer in the kernels' form: its specification and the arrays `weight`, `terms` and `tables`."""
     weight, activation = layer.weight, layer.activation
     integers = weight.integers().numpy()
     zero_point = weight.zero_point.numpy().reshape(-1).astype(np.int64)
@@ -65,7 +67,7 @@ def packed_operands(
 
 
 def layer_tensors(spec: LayerSpec, operands: Mapping[str, np.ndarray]) -> LayerTensors:
-    """The inverse of `packed_operands`; weights in bytes come back as 8-bit codes."""
+    """Inverse of `packed_operands`; weights that are stored as bytes become 8-bit codes."""
     scale, bias, zero_point, _ = operands["terms"]
     channels = spec.channels // (1 if spec.geometry is None else spec.geometry.groups)
     if spec.weight_bits == 4:
@@ -90,11 +92,11 @@ def layer_tensors(spec: LayerSpec, operands: Mapping[str, np.ndarray]) -> LayerT
 
 
 class KernelLayer(nn.Module):
-    """A linear or 2-D convolution that `torch.ops.trtq.low_bit` computes.
+    """A linear layer or 2-D convolution computed by `torch.ops.trtq.low_bit`.
 
     Args:
-        tensors: its numbers.
-        geometry: of the convolution; None for a linear layer.
+        tensors: integers and scales of the layer.
+        geometry: geometry of a convolution; None for a linear layer.
     """
 
     weight: Tensor
@@ -109,9 +111,10 @@ class KernelLayer(nn.Module):
             self.register_buffer(name, torch.from_numpy(values))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLayer:
-        """Moves with the model, but scales stay float32 and weights in the order they are packed in.
+        """Apply `fn` as for other modules, but keep scales in float32 and weights contiguous.
 
-        A model that becomes channels last takes everything with four axes for an image.
+        Converting a model to channels last would reorder every tensor with four axes, packed weights
+        included.
         """
         scales = {name: getattr(self, name) for name in ("terms", "tables")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -125,14 +128,14 @@ class KernelLayer(nn.Module):
 
         Args:
             x: input, batch first.
-            step: index of the denoising step; by default that of the enclosing `step_scope`.
+            step: index of the denoising step; default: the step of the enclosing `step_scope`.
 
         Raises:
             StepError: there is no step.
-            UsageError: x is not what the layer takes.
+            UsageError: x has a shape or dtype that the layer does not accept.
         """
-        found = torch.as_tensor(enclosing_step(step), device=x.device).expand(len(x))
+        index = torch.as_tensor(enclosing_step(step), device=x.device).expand(len(x))
         result: Tensor = low_bit(
-            x, self.weight, self.terms, self.tables, found.contiguous(), None, self._flat, False
+            x, self.weight, self.terms, self.tables, index.contiguous(), None, self._flat, False
         )
         return result

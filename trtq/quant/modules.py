@@ -1,7 +1,7 @@
-"""Linear and convolution with fake-quantised weights and activations, and QALoRA inside the weight.
+"""Linear layers and convolutions on fake-quantised operands, with QALoRA adapters inside the weight.
 
-The adapters of QALoRA (EfficientDM, arXiv 2310.03270, eq. 6) are added to the weight *before* it is
-quantised, so that after training one low-bit weight is left:
+QALoRA (EfficientDM, arXiv 2310.03270, eq. 6) adds its adapters to the weight *before* quantisation, so
+training ends with a single low-bit weight:
 
     Wq = Q_w(W0 + B A)         base "fp", the paper's formula
     Wq = Q_w((q0 - z) d + B A) base "int", as released; q0 are the codes of W0
@@ -13,75 +13,61 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trtq.errors import NonFiniteError, QuantizationError
+from trtq.errors import NonFiniteError
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
 from trtq.quant.adaround import directed_codes, hard_direction, soft_direction
+from trtq.quant.bits import symmetric_weights
 from trtq.quant.fake_quant import fake_quant, quantize_codes
+from trtq.quant.geometry import ConvGeometry
 from trtq.quant.packing import PackedWeight
-from trtq.quant.ranges import Method, symmetric_weights, weight_qparams
+from trtq.quant.ranges import Method, weight_qparams
 from trtq.quant.timestep import Step, TimestepTable, current_step
 
-__all__ = ["Base", "ConvGeometry", "QuantConv2d", "QuantLayer", "QuantLinear", "QuantProduct"]
+__all__ = ["Base", "QuantConv2d", "QuantLayer", "QuantLinear"]
 
 Base = Literal["fp", "int"]
 
 
-@dataclass(frozen=True)
-class ConvGeometry:
-    """Everything about a 2-D convolution but its weights; pairs are (height, width)."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    @classmethod
-    def of(cls, conv: nn.Conv2d) -> ConvGeometry:
-        """Read it off a layer.
-
-        Raises:
-            QuantizationError: the layer pads with something other than zeros.
-        """
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            raise QuantizationError(
-                f"a convolution with padding={conv.padding!r}, padding_mode={conv.padding_mode!r} "
-                "cannot be quantised; only explicit zero padding is exact in integers"
-            )
-        height_width = (conv.stride, conv.padding, conv.dilation)
-        stride, padding, dilation = ((int(pair[0]), int(pair[1])) for pair in height_width)
-        return cls(stride, padding, dilation, conv.groups)
-
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x[B,K,H,W] -> [B,N,H',W']."""
-        return functional.conv2d(
-            x, weight, bias, self.stride, self.padding, self.dilation, self.groups
-        )
-
-
 class QuantLayer(nn.Module):
-    """What `QuantLinear` and `QuantConv2d` share; not used by itself.
+    """Base class of `QuantLinear` and `QuantConv2d`.
 
-    The float weight stays where it was, frozen: in `float_scope` the layer is the teacher's.
+    The float weight stays in the layer, frozen: inside `float_scope` the layer is the teacher's.
+
+    Args:
+        source: float layer; its parameters are shared, not copied.
+        table: the calibrated timesteps.
+        weight_bits: width of the weight codes; see `trtq.quant.bits.symmetric_weights`.
+        activation_bits: width of the activation codes.
+        rank: rank R of the adapters; 0 for no adapters.
+        base: operand to which the adapters are added, see the module docstring.
+        weight_method: method that determines the weight ranges.
+        zero_point_mode: see `trtq.quant.activation.ZeroPointMode`.
+        split_scale: with base "int", keep the scale of the dequantiser as a second parameter in the same
+            memory, so that an optimiser updates it twice, as the release does.
+        split_step: former name of `split_scale`, accepted for one release.
+        generator: random generator for the initial `lora_A`.
 
     Attributes:
-        weight: the float weight `W0`, `[N, K, ...]`, frozen and shared with the source layer.
-        bias: float, frozen, or None.
+        weight: float weight `W0`, `[N, K, ...]`, frozen and shared with the source layer.
+        bias: float bias, frozen, or None.
         lora_A: `[R, K, ...]`, or None when the rank is 0.
         lora_B: `[N, R, ...]`, or None when the rank is 0.
-        weight_scale: parameter `[N, 1, ...]`, the step `d`.
+        weight_scale: parameter `[N, 1, ...]`, the scales `d`.
         weight_zero_point: buffer `[N, 1, ...]`, whole numbers.
-        tuned_weight: a trained weight that stands for `W0`, see `tune`; None: there is none.
-        tuned_bias: the same of the bias.
-        alpha: learned rounding like the weight, see `trtq.quant.adaround`; None: to nearest.
+        tuned_weight: trained weight that replaces `W0`, see `tune`, or None.
+        tuned_bias: trained bias that replaces `bias`, or None.
+        alpha: learned rounding, shaped like the weight, see `trtq.quant.adaround`, or None.
         soft_rounding: whether `alpha` still rounds softly.
-        activation: the quantiser of the input.
+        activation: quantiser of the input.
+
+    Raises:
+        NonFiniteError: the weight or bias holds NaN or infinity.
     """
 
     kind: ClassVar[Literal["linear", "conv2d"]]
@@ -108,26 +94,9 @@ class QuantLayer(nn.Module):
         weight_method: Method = "minmax",
         zero_point_mode: ZeroPointMode = "frozen",
         split_scale: bool = False,
+        split_step: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Wrap a float layer.
-
-        Args:
-            source: the layer; its parameters are shared, not copied.
-            table: the calibrated timesteps.
-            weight_bits: width of the weight codes. 8 bits are symmetric so that they fit int8.
-            activation_bits: width of the activation codes.
-            rank: rank R of the adapters; 0 for none.
-            base: what the adapters are added to, see the module docstring.
-            weight_method: how the weight range is found.
-            zero_point_mode: see `trtq.quant.activation.ZeroPointMode`.
-            split_scale: with base "int", keep the step of the dequantiser as a second parameter on
-                the same memory, so that an optimiser moves it twice, as the release does.
-            generator: draws the first values of `lora_A`.
-
-        Raises:
-            NonFiniteError: the weight or bias holds NaN or infinity.
-        """
         super().__init__()
         for tensor in (source.weight, source.bias):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
@@ -142,46 +111,53 @@ class QuantLayer(nn.Module):
         self.weight_qmax = 2**weight_bits - 1
         self.base: Base = base
         self.rank = rank
-        scale, zero_point = weight_qparams(
-            self.weight,
-            weight_bits,
-            weight_method,
-            symmetric=symmetric_weights(weight_bits),
-            contain_zero=True,
-        )
-        self.weight_scale = nn.Parameter(scale)
-        self.register_buffer("weight_zero_point", zero_point)
-        self.register_buffer(
-            "base_codes",
-            quantize_codes(self.weight, scale, zero_point, 0, self.weight_qmax).to(torch.uint8)
-            if base == "int"
-            else None,
-        )
-        self.register_buffer("base_scale", scale.clone() if base == "int" else None)
-        self.weight_scale_dequant = (
-            nn.Parameter(self.weight_scale.data) if split_scale and base == "int" else None
-        )
+        self._quantize_weight(weight_method, split_scale or split_step)
         self.activation = ActivationQuantizer(activation_bits, table, zero_point_mode)
         self.register_parameter("tuned_weight", None)
         self.register_parameter("tuned_bias", None)
         self.register_parameter("alpha", None)
         self.soft_rounding = False
-        if rank:
-            a, b = self._adapter_shapes(rank)
-            bound = 1 / math.sqrt(math.prod(self.weight.shape[1:]))
-            self.lora_A = nn.Parameter(torch.empty(a).uniform_(-bound, bound, generator=generator))
-            self.lora_B = nn.Parameter(torch.zeros(b))
-        else:
+        self._add_adapters(generator)
+
+    def _quantize_weight(self, method: Method, split_scale: bool) -> None:
+        """Set scale and zero point of the weight, and with base "int" its codes."""
+        scale, zero_point = weight_qparams(
+            self.weight,
+            self.weight_bits,
+            method,
+            symmetric=symmetric_weights(self.weight_bits),
+            contain_zero=True,
+        )
+        self.weight_scale = nn.Parameter(scale)
+        self.register_buffer("weight_zero_point", zero_point)
+        integer = self.base == "int"
+        codes = None
+        if integer:
+            codes = quantize_codes(self.weight, scale, zero_point, 0, self.weight_qmax)
+        self.register_buffer("base_codes", None if codes is None else codes.to(torch.uint8))
+        self.register_buffer("base_scale", scale.clone() if integer else None)
+        self.weight_scale_dequant = (
+            nn.Parameter(self.weight_scale.data) if split_scale and integer else None
+        )
+
+    def _add_adapters(self, generator: torch.Generator | None) -> None:
+        """Create `lora_A` (uniform) and `lora_B` (zero) unless the rank is 0."""
+        if not self.rank:
             self.register_parameter("lora_A", None)
             self.register_parameter("lora_B", None)
+            return
+        a, b = self._adapter_shapes(self.rank)
+        bound = 1 / math.sqrt(math.prod(self.weight.shape[1:]))
+        self.lora_A = nn.Parameter(torch.empty(a).uniform_(-bound, bound, generator=generator))
+        self.lora_B = nn.Parameter(torch.zeros(b))
 
     def _take_geometry(self, source: nn.Linear | nn.Conv2d) -> None:
-        """Keep what `_operate` needs beside the weight; a linear layer needs nothing."""
+        """Keep the geometry that `_operate` needs; a linear layer has none."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale_dequant is not None:
-            # Both parameters are one memory, also after a move to another device.
+            # Both parameters share one memory, also after a move to another device.
             self.weight_scale_dequant.data = self.weight_scale.data
         return self
 
@@ -201,7 +177,7 @@ class QuantLayer(nn.Module):
         return product.reshape(self.weight.shape)
 
     def tune(self) -> None:
-        """Give the student a weight and bias of its own to train, starting at the float ones (QuEST)."""
+        """Add a trainable copy of weight and bias for the student (QuEST)."""
         self.tuned_weight = nn.Parameter(self.weight.detach().clone())
         if self.bias is not None:
             self.tuned_bias = nn.Parameter(self.bias.detach().clone())
@@ -211,7 +187,7 @@ class QuantLayer(nn.Module):
         return self.bias if self.tuned_bias is None else self.tuned_bias
 
     def updated_weight(self) -> Tensor:
-        """What the weight quantiser sees: the base plus the adapters' update."""
+        """Input of the weight quantiser: the base plus the adapters' update."""
         base: Tensor = self.weight if self.tuned_weight is None else self.tuned_weight
         if self.base_codes is not None:
             scale = self.weight_scale
@@ -223,10 +199,10 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """`Q_w` of the updated weight, float32[N, K, ...], differentiable."""
-        step, zero_point = self.weight_scale, self.weight_zero_point
+        scale, zero_point = self.weight_scale, self.weight_zero_point
         if self.alpha is None:
-            return fake_quant(self.updated_weight(), step, zero_point, 0, self.weight_qmax)
-        return (self._rounded_codes() - zero_point) * step
+            return fake_quant(self.updated_weight(), scale, zero_point, 0, self.weight_qmax)
+        return (self._rounded_codes() - zero_point) * scale
 
     def _rounded_codes(self) -> Tensor:
         """Codes of the updated weight under learned rounding."""
@@ -245,7 +221,7 @@ class QuantLayer(nn.Module):
 
         Args:
             x: input, batch first.
-            step: index of the denoising step; by default that of the enclosing `step_scope`.
+            step: index of the denoising step; default: the step of the enclosing `step_scope`.
         """
         if step is None:
             step = current_step()
@@ -255,16 +231,16 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> PackedWeight:
-        """Fold the adapters into integer weights; what `forward` uses, as codes.
+        """The weight that `forward` uses, as integers, with the adapters merged.
 
         Raises:
             NonFiniteError: the updated weight holds NaN or infinity.
         """
-        weight, step = self.updated_weight(), self.weight_scale
+        weight, scale = self.updated_weight(), self.weight_scale
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError("the fine-tuned weight holds NaN or infinity")
         if self.alpha is None:
-            codes = quantize_codes(weight, step, self.weight_zero_point, 0, self.weight_qmax)
+            codes = quantize_codes(weight, scale, self.weight_zero_point, 0, self.weight_qmax)
         else:
             codes = self._rounded_codes()
         return PackedWeight(
@@ -307,34 +283,3 @@ class QuantConv2d(QuantLayer):
 
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.geometry.convolve(x, weight, bias)
-
-
-class QuantProduct(nn.Module):
-    """`a @ b` of two quantised activations, e.g. queries and keys (QuEST, arXiv 2402.03666).
-
-    Args:
-        table: the calibrated timesteps.
-        left_bits: width of the codes of `a`.
-        right_bits: width of the codes of `b`.
-        zero_point_mode: see `trtq.quant.activation.ZeroPointMode`.
-    """
-
-    def __init__(
-        self,
-        table: TimestepTable,
-        left_bits: int,
-        right_bits: int,
-        zero_point_mode: ZeroPointMode = "frozen",
-    ) -> None:
-        super().__init__()
-        self.left = ActivationQuantizer(left_bits, table, zero_point_mode)
-        self.right = ActivationQuantizer(right_bits, table, zero_point_mode)
-
-    def forward(self, a: Tensor, b: Tensor, step: Step | None = None) -> Tensor:
-        """a[B, ..., M, K], b[B, ..., K, N] -> [B, ..., M, N]; in float inside `float_scope`."""
-        if step is None:
-            step = current_step()
-            if step is None:
-                return a @ b
-        product: Tensor = self.left(a, step) @ self.right(b, step)
-        return product

@@ -1,8 +1,31 @@
-"""Integer weights, and how they lie in a file.
+"""Integer weights, and their layout in a file.
 
-Codes are packed along the output channels, low bits first, as a bit stream. With 4 bits two output
-channels share a byte: the codes 1 (channel 0) and 15 (channel 1) make `0xF1`. With 3 bits eight
-channels share three bytes. A last, partial byte is filled with zeros.
+A file packs codes along the output channels n as a bit stream, low bits first. With 4 bits two output
+channels share a byte: codes 1 (channel 0) and 15 (channel 1) make `0xF1`. With 3 bits eight channels
+share three bytes. Zeros fill the last, partial byte.
+
+The same 4-bit codes `q[n, k]` have three layouts. Each cell below is one byte, written `high low`:
+
+    file     uint8[ceil(N / 2), K, kh, kw]: a byte holds two output channels
+             (this module; `quantized.safetensors`)
+
+        n=0,1    q[1,0] q[0,0]    q[1,1] q[0,1]    q[1,2] q[0,2]    ...
+        n=2,3    q[3,0] q[2,0]    q[3,1] q[2,1]    q[3,2] q[2,2]    ...
+
+    ONNX     INT4 values q - 8 in row-major order: a byte holds two neighbours along the last axis
+             (`trtq.graph.passes.low_bit_to_qdq`)
+
+        convolution, int4[N, K, kh, kw]; k counts all axes but the first
+        n=0      q[0,1] q[0,0]    q[0,3] q[0,2]    q[0,5] q[0,4]    ...
+        linear layer, int4[K, N]
+        k=0      q[1,0] q[0,0]    q[3,0] q[2,0]    q[5,0] q[4,0]    ...
+
+    kernel   uint8[N, kh, kw, ceil(K / 32) * 16]: four bytes hold eight neighbours k of one kernel tap,
+             k = j in the low half of byte j and k = j + 4 in the high half (`trtq.plugins.low_bit.pack`)
+
+        n=0      q[0,4] q[0,0]    q[0,5] q[0,1]    q[0,6] q[0,2]    q[0,7] q[0,3]    ...
+
+The kernel's order lets one mask each extract the four low and the four high codes of a 32-bit word.
 """
 
 from __future__ import annotations
@@ -13,7 +36,7 @@ import torch
 from torch import Tensor
 
 from trtq.errors import ArtefactError, QuantizationError
-from trtq.quant.ranges import check_bits
+from trtq.quant.bits import check_bits
 
 __all__ = ["PackedWeight", "pack_codes", "unpack_codes"]
 
@@ -22,7 +45,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes[N, ...] in `0 .. 2**bits - 1` -> uint8[ceil(N * bits / 8), ...].
 
     Raises:
-        QuantizationError: a code does not fit.
+        QuantizationError: a code does not fit the width.
     """
     check_bits(bits)
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
@@ -59,7 +82,7 @@ def unpack_codes(packed: Tensor, bits: int, channels: int) -> Tensor:
         return packed.clone()
     rest = packed.shape[1:]
     if 8 % bits == 0:
-        # Whole codes in each byte, so no need to take it apart bit by bit.
+        # Each byte holds whole codes, so bits need not be separated.
         places = torch.arange(0, 8, bits, dtype=torch.uint8).reshape(1, -1, *(1,) * len(rest))
         codes = (packed.unsqueeze(1) >> places).bitwise_and_(2**bits - 1)
         return codes.reshape(-1, *rest)[:channels].contiguous()
@@ -91,7 +114,7 @@ class PackedWeight:
         return pack_codes(self.codes, self.bits)
 
     def unpack(self, packed: Tensor | None = None) -> Tensor:
-        """The codes in `packed` (by default in this weight's own `pack()`), uint8[N, ...]."""
+        """The codes in `packed`, uint8[N, ...]; default: the codes in `pack()` of this weight."""
         return unpack_codes(
             self.pack() if packed is None else packed, self.bits, self.codes.shape[0]
         )
@@ -102,7 +125,7 @@ class PackedWeight:
         Raises:
             QuantizationError: a value does not fit int8.
         """
-        # Through int16: an 8-bit code above 127 must not wrap on its way.
+        # int16 in between, because int8 would wrap 8-bit codes above 127.
         values = self.codes.to(torch.int16) - self.zero_point.to(torch.int16)
         if values.numel() and (int(values.min()) < -128 or int(values.max()) > 127):
             raise QuantizationError(
@@ -112,5 +135,5 @@ class PackedWeight:
         return values.to(torch.int8)
 
     def dequantize(self) -> Tensor:
-        """float32[N, ...], the values that the integers stand for."""
+        """The float32[N, ...] values that the integers represent."""
         return (self.codes.float() - self.zero_point) * self.scale

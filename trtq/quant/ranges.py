@@ -1,7 +1,7 @@
 """Scale and zero point from data: min-max, and the search of EfficientDM and QuEST.
 
-All results use the affine form with codes `0 .. 2**bits - 1`. A symmetric quantiser is the one with
-`zero_point = 2**(bits - 1)`; it is what the int8 operand of an engine needs.
+All results use the affine form with codes `0 .. 2**bits - 1`. A symmetric quantiser has
+`zero_point = 2**(bits - 1)`; the int8 operand of an engine needs this form.
 """
 
 from __future__ import annotations
@@ -12,37 +12,18 @@ import torch
 from torch import Tensor
 
 from trtq.errors import NonFiniteError, RecipeError
+from trtq.quant.bits import check_bits
 
-__all__ = [
-    "BITS",
-    "Method",
-    "activation_qparams",
-    "affine_from_range",
-    "check_bits",
-    "row_qparams",
-    "weight_qparams",
-]
+__all__ = ["Method", "activation_qparams", "affine_from_range", "row_qparams", "weight_qparams"]
 
 Method = Literal["minmax", "search"]
 METHODS: tuple[Method, ...] = ("minmax", "search")
-BITS = (2, 3, 4, 5, 6, 7, 8)
 
 _SCALE_FLOOR = 1e-8
 _CANDIDATES = 80
 _SHRINK = 0.01
 _NORM = 2.4
 _VALUES_AT_ONCE = 1 << 17
-
-
-def check_bits(bits: int) -> int:
-    """Returns `bits`.
-
-    Raises:
-        RecipeError: it is not one of 2 .. 8.
-    """
-    if bits not in BITS:
-        raise RecipeError(f"bits={bits} is not supported; choose one of {BITS[0]} .. {BITS[-1]}")
-    return bits
 
 
 def _check(x: Tensor, bits: int, method: str) -> None:
@@ -55,15 +36,6 @@ def _check(x: Tensor, bits: int, method: str) -> None:
         raise NonFiniteError("the data to quantise holds NaN or infinity")
 
 
-def symmetric_weights(bits: int) -> bool:
-    """Whether weights of this width have their zero point in the middle of the codes.
-
-    At 8 bits int8 takes no others. At 7 bits they keep every integer within 64, so that the sum of two
-    products with 8-bit activations fits int16, where processors without VNNI add them.
-    """
-    return bits >= 7
-
-
 def affine_from_range(
     low: Tensor, high: Tensor, bits: int, *, symmetric: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -73,9 +45,9 @@ def affine_from_range(
 
     Args:
         low: lower ends of the ranges, any shape.
-        high: upper ends, same shape.
+        high: upper ends of the ranges, same shape.
         bits: width of the codes.
-        symmetric: instead the smallest scale with `z = 2**(bits - 1)` that reaches both ends.
+        symmetric: use `z = 2**(bits - 1)` and the smallest scale that reaches both ends.
 
     Returns:
         `(scale, zero_point)`, float32, shaped like `low`.
@@ -95,15 +67,15 @@ def affine_from_range(
 def _search(
     rows: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """The best of 80 ranges, both ends shrunk together; the first minimum wins.
+    """The best of 80 ranges whose ends shrink together; the first of equal scores wins.
 
     For `i = 0 .. 79`, `c = 1 - 0.01 i`, the range is `[c low, c high]` and the score the mean of
     `|x - Q(x)|**2.4` (EfficientDM's and QuEST's "mse" mode).
 
     Args:
         rows: data, `[R, n]`; one result per row.
-        low: lower ends, `[R]`.
-        high: upper ends, `[R]`.
+        low: lower ends of the full ranges, `[R]`.
+        high: upper ends of the full ranges, `[R]`.
         bits: width of the codes.
         symmetric: see `affine_from_range`.
     """
@@ -134,9 +106,16 @@ def row_qparams(
     symmetric: bool = False,
     contain_zero: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One scale and zero point per row, `[R]`, of data `rows[R, n]` with extremes `low[R]`, `high[R]`.
+    """One scale and zero point per row, `[R]`, of data `rows[R, n]`.
 
-    The other arguments are those of `weight_qparams`.
+    Args:
+        rows: data, `[R, n]`.
+        low: smallest value of each row, `[R]`.
+        high: largest value of each row, `[R]`.
+        bits: width of the codes, 2 .. 8.
+        method: see `weight_qparams`.
+        symmetric: see `weight_qparams`.
+        contain_zero: see `weight_qparams`.
 
     Raises:
         RecipeError: unsupported bits or method.
@@ -147,15 +126,13 @@ def row_qparams(
         low, high = low.clamp_max(0), high.clamp_min(0)
     if method == "minmax":
         return affine_from_range(low, high, bits, symmetric=symmetric)
-    # Some rows at a time: 80 passes over what a cache holds are four times as fast.
-    some = max(1, _VALUES_AT_ONCE // rows.shape[1])
-    found = [
-        _search(
-            rows[i : i + some], low[i : i + some], high[i : i + some], bits, symmetric=symmetric
-        )
-        for i in range(0, len(rows), some)
+    # 80 passes over rows that fit a processor's cache are four times as fast as over all rows.
+    count = max(1, _VALUES_AT_ONCE // rows.shape[1])
+    parts = [slice(first, first + count) for first in range(0, len(rows), count)]
+    results = [
+        _search(rows[part], low[part], high[part], bits, symmetric=symmetric) for part in parts
     ]
-    scales, zero_points = zip(*found, strict=True)
+    scales, zero_points = zip(*results, strict=True)
     return torch.cat(scales), torch.cat(zero_points)
 
 
@@ -170,14 +147,14 @@ def weight_qparams(
     """Scale and zero point of a weight, one per output channel.
 
     Args:
-        w: `[N, ...]`, output channels first.
-        bits: 2 .. 8.
-        method: `minmax` spreads the codes over each channel's range extended to zero; `search`
-            tries 80 shrunken ranges and keeps the one with the least `|error|**2.4`. As released,
-            the searched range is not extended, so a one-sided channel may get a zero point outside
+        w: weight, `[N, ...]`, output channels first.
+        bits: width of the codes, 2 .. 8.
+        method: `minmax` spreads the codes over each channel's range, extended to zero; `search` tries
+            80 shrunken ranges and keeps the one with the smallest mean of `|error|**2.4`. As released,
+            `search` does not extend the range, so the zero point of a one-sided channel may lie outside
             the codes.
-        symmetric: zero point `2**(bits - 1)`; what 8-bit weights need to fit int8.
-        contain_zero: extend the searched range to zero too, so the zero point is always a code.
+        symmetric: use zero point `2**(bits - 1)`; 8-bit weights fit int8 in this form only.
+        contain_zero: extend the searched range to zero too, so that the zero point is a code.
 
     Returns:
         `(scale, zero_point)`, float32, shape `[N, 1, ...]`; the zero point is a whole number.
@@ -210,14 +187,14 @@ def activation_qparams(
     symmetric: bool = False,
     contain_zero: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of an activation, one for the whole tensor.
+    """Scale and zero point of an activation, one pair for the whole tensor.
 
     Args:
-        x: any shape.
-        bits: 2 .. 8.
-        method: as in `weight_qparams`.
-        symmetric: zero point `2**(bits - 1)`.
-        contain_zero: as in `weight_qparams`.
+        x: activation of any shape.
+        bits: width of the codes, 2 .. 8.
+        method: see `weight_qparams`.
+        symmetric: use zero point `2**(bits - 1)`.
+        contain_zero: see `weight_qparams`.
 
     Returns:
         `(scale, zero_point)`, float32 scalars (shape `[]`).

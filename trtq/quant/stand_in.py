@@ -1,4 +1,4 @@
-"""What diffusers' pipelines ask of their denoiser beside calling it."""
+"""Attributes that diffusers' pipelines use of their denoiser, in addition to calling it."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ _INSTEAD = {
     "set_attn_processor": _FLOAT,
     "set_attention_backend": _FLOAT,
 }
-"""What users call on diffusers' models and a low-bit one cannot do, and what to do."""
+"""Methods of diffusers' models that a low-bit denoiser does not support, with the alternative."""
 
 
 class _NotOfLowBitError(UsageError, AttributeError):
-    """Asked for by name; `hasattr` says that it is not there."""
+    """A method that a low-bit denoiser does not support; `hasattr` returns False for it."""
 
 
 class StandIn(nn.Module):
-    """A module that stands where a pipeline expects its own UNet or transformer; has a `config`."""
+    """Base class of modules that replace a pipeline's UNet or transformer; subclasses have `config`."""
 
     def __getattr__(self, name: str) -> Any:
-        """As of any module; of what only diffusers' models have, the error says what to do.
+        """Attribute of the module.
 
         Raises:
-            UsageError: it is one of those; an `AttributeError` too.
+            UsageError: the attribute is a method of diffusers' models that a low-bit denoiser does not
+                support; the message names the alternative. The error is an `AttributeError` too.
         """
         advice = _INSTEAD.get(name)
         if advice is not None:
@@ -50,12 +51,12 @@ class StandIn(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
-        """Transformers are told which half of the guidance follows; nothing is kept between calls."""
+        """Accept a pipeline's name for the next guidance half; no state is kept between calls."""
         yield
 
     @property
     def add_embedding(self) -> Any:
-        """Stable Diffusion XL's pipeline asks how wide the first layer of this module is."""
+        """Stand-in for a module whose input width Stable Diffusion XL's pipeline reads."""
         config: Any = self.config
         width = config.projection_class_embeddings_input_dim
         return SimpleNamespace(linear_1=SimpleNamespace(in_features=width))

@@ -1,10 +1,10 @@
-"""Float-equivalent forms of modules in which every product that can be low-bit is a module.
+"""Float-equivalent forms of a denoiser in which every product that can be low-bit is a module.
 
-diffusers computes attention in one fused call and feeds a skip connection's concatenated input to one
-convolution. Before a denoiser is quantised, attention is spelled out as two `Product`s, and such a
-convolution is split into one per source (QuEST, arXiv 2402.03666: both halves get quantisers of their
-own). What was changed is a `Structure`, which travels in the manifest, so a fresh model of the same
-class can be brought into the same form.
+diffusers computes attention in one fused call and a skip connection's concatenated input in one
+convolution. Before quantisation, attention is decomposed into two `Product`s, and such a convolution is
+split into one per source, so that each source has a separate quantiser (QuEST, arXiv 2402.03666). A
+`Structure` in the manifest records both changes, so that a new model of the same class can be brought
+into the same form.
 
 Letters: B images, H heads, S, S' tokens, D channels of a head.
 """
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class Product(nn.Module):
-    """`a @ b` of two activations, as a module, so that it can be replaced."""
+    """`a @ b` of two activations, as a module that can be replaced."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """a[..., M, K], b[..., K, N] -> [..., M, N]."""
@@ -43,11 +43,11 @@ class Product(nn.Module):
 class DecomposedAttention(nn.Module):
     """A diffusers attention processor with its two products as children.
 
-    Same result as diffusers' `AttnProcessor2_0`, to rounding.
+    The result equals that of diffusers' `AttnProcessor2_0` up to rounding.
 
     Attributes:
-        scores: query times transposed key.
-        mix: probabilities times value.
+        scores: product of query and transposed key.
+        mix: product of probabilities and value.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class DecomposedAttention(nn.Module):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """What diffusers' `Attention` calls; it reads the names of the arguments off this signature."""
+        """Entry point for diffusers' `Attention`, which inspects the argument names of the signature."""
         result: Tensor = super().__call__(
             attn, hidden_states, encoder_hidden_states, attention_mask, temb
         )
@@ -119,8 +119,8 @@ class SplitConv2d(nn.Module):
     """A convolution of concatenated channels as the sum of one convolution per part.
 
     Args:
-        source: the convolution; its weight is copied in two slices.
-        split: input channels of the first part.
+        source: convolution; its weight is copied in two slices.
+        split: number of input channels of the first part.
     """
 
     def __init__(self, source: nn.Conv2d, split: int) -> None:
@@ -158,11 +158,11 @@ class SplitConv2d(nn.Module):
 
 @dataclass(frozen=True)
 class Structure:
-    """What was brought into another form.
+    """Changes to the structure of a denoiser.
 
     Attributes:
-        attention: paths of the attention modules that are spelled out.
-        splits: input channels of the first part, by path of a split convolution.
+        attention: paths of the decomposed attention modules.
+        splits: number of input channels of the first part, by path of the split convolution.
     """
 
     attention: tuple[str, ...] = ()
@@ -170,7 +170,7 @@ class Structure:
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where the module path `name` points."""
+    """Replace the module at path `name` with `new`."""
     parent, _, leaf = name.rpartition(".")
     owner = root.get_submodule(parent)
     if isinstance(owner, nn.Sequential | nn.ModuleList):
@@ -180,7 +180,7 @@ def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def attention_modules(denoiser: nn.Module) -> list[str]:
-    """Paths of the attention modules that `DecomposedAttention` can stand in for."""
+    """Paths of the attention modules that `DecomposedAttention` can replace."""
     from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
     return [
@@ -193,10 +193,10 @@ def attention_modules(denoiser: nn.Module) -> list[str]:
 
 
 def skip_splits(denoiser: Any) -> dict[str, int]:
-    """Where the skip convolutions of a UNet's decoder join decoder features and encoder skip.
+    """Channels at which the skip convolutions of a UNet's decoder join their two sources.
 
     Returns:
-        By path of each `conv_shortcut`, its input channels that come from the decoder.
+        By path of each `conv_shortcut`, the number of its input channels that come from the decoder.
     """
     splits: dict[str, int] = {}
     middle = getattr(denoiser, "mid_block", None)
@@ -214,10 +214,10 @@ def skip_splits(denoiser: Any) -> dict[str, int]:
 
 
 def apply_structure(denoiser: nn.Module, structure: Structure) -> None:
-    """Bring a float denoiser into the form, in place.
+    """Apply the changes to a float denoiser, in place.
 
     Raises:
-        QuantizationError: the denoiser has no such modules.
+        QuantizationError: the denoiser does not have a module that the structure names.
     """
     modules: dict[str, Any] = dict(denoiser.named_modules())
     missing = [name for name in (*structure.attention, *structure.splits) if name not in modules]
@@ -225,9 +225,9 @@ def apply_structure(denoiser: nn.Module, structure: Structure) -> None:
         raise QuantizationError(f"the denoiser has no module {missing[0]!r}")
     for name in structure.attention:
         if not hasattr(modules[name], "set_processor"):
-            raise QuantizationError(f"{name!r} is no attention module, it cannot be spelled out")
+            raise QuantizationError(f"{name!r} is not an attention module and cannot be decomposed")
         modules[name].set_processor(DecomposedAttention())
     for name, split in structure.splits.items():
         if not isinstance(modules[name], nn.Conv2d):
-            raise QuantizationError(f"{name!r} is not a convolution, it cannot be split")
+            raise QuantizationError(f"{name!r} is not a convolution and cannot be split")
         replace_module(denoiser, name, SplitConv2d(modules[name], split))

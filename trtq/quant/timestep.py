@@ -1,8 +1,8 @@
-"""From a timestep to the index of its scales.
+"""Look-up from a timestep to the index of its scales.
 
-`T` calibrated timesteps lie sorted; a timestep uses the nearest one, and one that lies exactly in the
-middle uses the noisier. The index is a function of the timestep alone, so any scheduler, any number
-of steps and batches that mix steps work, in torch as in the exported graph.
+The `T` calibrated timesteps are sorted. A timestep uses the nearest calibrated one; in the exact middle
+between two it uses the noisier one. The index is a function of the timestep alone, so any scheduler, any
+number of steps and batches that mix steps work, both in torch and in the exported graph.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from trtq.errors import StepError, UsageError
 __all__ = ["Step", "TimestepTable", "current_step", "float_scope", "step_scope"]
 
 Step = int | Tensor
-"""One index for the whole batch, or LongTensor[B] with one per batch item."""
+"""Index of a denoising step: one for the whole batch, or LongTensor[B] with one per batch item."""
 
 
 class TimestepTable:
-    """The calibrated timesteps, and the look-up from any timestep to the index of the nearest.
+    """The calibrated timesteps, with a look-up from any timestep to the index of the nearest one.
 
-    Index 0 is the last, cleanest step; `T - 1` the first, noisiest one.
+    Index 0 is the last, cleanest step; `T - 1` is the first, noisiest step.
 
     Args:
-        timesteps: `T >= 1` different finite numbers, in any order.
+        timesteps: `T >= 1` distinct finite numbers, in any order.
     """
 
     def __init__(self, timesteps: Iterable[float]) -> None:
@@ -49,11 +49,11 @@ class TimestepTable:
         return len(self.timesteps)
 
     def __eq__(self, other: object) -> bool:
-        """Two tables are equal when their timesteps are."""
+        """Whether the timesteps of both tables are equal."""
         return isinstance(other, TimestepTable) and torch.equal(self.timesteps, other.timesteps)
 
     def __hash__(self) -> int:
-        """Consistent with equality."""
+        """Hash of the timesteps."""
         return hash(tuple(self.timesteps.tolist()))
 
     def __repr__(self) -> str:
@@ -64,7 +64,7 @@ class TimestepTable:
         """The index of the nearest calibrated timestep.
 
         Args:
-            timestep: a number, or a tensor of shape `[]` or `[B]`, any dtype.
+            timestep: number, or tensor of shape `[]` or `[B]` and any dtype.
 
         Returns:
             LongTensor[B] (B = 1 for a number) with values in `[0, T)`.
@@ -80,12 +80,12 @@ class TimestepTable:
             )
         if bool(t.isnan().any()):
             raise StepError("timestep is NaN; give finite timesteps")
-        # right=True counts the edges <= t, so a tie goes to the noisier step.
+        # right=True counts the edges <= t, so a tie resolves to the noisier step.
         return torch.bucketize(t, self.edges.to(t.device), right=True)
 
 
 class _Float:
-    """Marks the scope in which quantised layers compute in float."""
+    """Marker of the scope in which quantised layers compute in float."""
 
 
 _FLOAT: Final = _Float()
@@ -94,11 +94,11 @@ _scope: ContextVar[Step | _Float | None] = ContextVar("trtq_step", default=None)
 
 @contextmanager
 def step_scope(step: Step) -> Iterator[None]:
-    """Give every quantised layer called inside the block this denoising step.
+    """Inside the block, quantised layers use this denoising step.
 
-    The denoiser's own forward opens the scope from its `timestep` argument and closes it again, so
-    nothing outside decides which scales a layer uses. diffusers' blocks call our layers with `x`
-    alone; this is the way round their signatures. It is local to the thread.
+    The denoiser's forward opens the scope with the index of its `timestep` argument, so the arguments of
+    the call alone determine which scales a layer uses. A scope is needed because diffusers' blocks call
+    their layers with `x` only. The scope is local to the thread.
     """
     token = _scope.set(step)
     try:
@@ -109,7 +109,7 @@ def step_scope(step: Step) -> Iterator[None]:
 
 @contextmanager
 def float_scope() -> Iterator[None]:
-    """Inside the block quantised layers compute in float: the teacher, on the student's weights."""
+    """Inside the block, quantised layers compute in float, as the teacher's layers."""
     token = _scope.set(_FLOAT)
     try:
         yield

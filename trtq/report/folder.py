@@ -1,4 +1,4 @@
-"""A report on disk: `index.html` and `report.json`, complete or not at all."""
+"""Report folders: `index.html` and `report.json`, written atomically."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ NUMBERS_NAME = "report.json"
 
 
 def check_report_folder(folder: Path, *, kind: str, overwrite: bool) -> Path:
-    """Refuse a place before any long work; the absolute path is given back.
+    """Check the output folder of a report before any long work; return its absolute path.
 
     Args:
-        folder: the place.
-        kind: `eval`, `bench` or `demo report`; only one of the same kind is replaced.
-        overwrite: replace a report of ours that is there.
+        folder: output folder.
+        kind: `eval`, `bench` or `demo report`; only reports of the same kind are replaced.
+        overwrite: replace an existing report.
 
     Raises:
-        UsageError: something is there that must not be replaced.
-        MissingDependencyError: what reports are made with is not installed.
+        UsageError: the folder contains something that must not be replaced.
+        MissingDependencyError: jinja2 or matplotlib is not installed.
     """
     for module in ("jinja2", "matplotlib"):
         require(module)
@@ -39,10 +39,10 @@ def check_report_folder(folder: Path, *, kind: str, overwrite: bool) -> Path:
 
 @contextmanager
 def report_folder(folder: Path | None, *, kind: str, overwrite: bool) -> Iterator[None]:
-    """Keep a place for the report of the work in the block; see `check_report_folder`. None: no report.
+    """Reserve the output folder during the block, see `check_report_folder`; None means no report.
 
     Raises:
-        UsageError: another process writes there.
+        UsageError: another process writes to the folder.
     """
     if folder is None:
         yield
@@ -55,11 +55,18 @@ def report_folder(folder: Path | None, *, kind: str, overwrite: bool) -> Iterato
 def write_report(
     folder: Path, page: Page, numbers: dict[str, Any], *, kind: str, overwrite: bool
 ) -> None:
-    """Write both files into a new folder, beside its place first.
+    """Write both files to a temporary folder, then move it to `folder`.
+
+    Args:
+        folder: output folder.
+        page: content of `index.html`.
+        numbers: content of `report.json`.
+        kind: see `check_report_folder`.
+        overwrite: replace an existing report.
 
     Raises:
-        UsageError: something is there that must not be replaced.
-        ArtefactError: the disk is full, or fails.
+        UsageError: the folder contains something that must not be replaced.
+        ArtefactError: the disk is full or fails.
     """
     folder = check_report_folder(folder, kind=kind, overwrite=overwrite)
     with new_artefact(folder, kind=kind, overwrite=overwrite) as partial:

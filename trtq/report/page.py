@@ -1,4 +1,4 @@
-"""A self-contained HTML page: tables, image grids and plots, everything inside one file."""
+"""Self-contained HTML pages with tables, image grids and plots in one file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Page", "Picture", "Section", "Table", "picture", "render"]
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG inside the page.
+    """A PNG image in a page.
 
     Attributes:
-        base64: its bytes.
-        caption: what it shows.
-        colour: `#rrggbb` of the model that it shows; None if it shows several.
+        base64: encoded PNG bytes.
+        caption: text below the image.
+        colour: `#rrggbb` of the model in the image; None for several models.
     """
 
     base64: str
@@ -33,15 +33,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text.
+    """A table of texts.
 
     Attributes:
-        header: names of the columns.
-        rows: cells as they are shown.
-        best: index of a row to stand out, or None.
-        words: the last column holds sentences, which may take several lines.
-        colours: `#rrggbb` by the text of a cell or of a column's name; a mark of that colour stands
-            before it.
+        header: column titles.
+        rows: cell texts.
+        best: index of the highlighted row, or None.
+        words: whether the last column contains sentences and may wrap.
+        colours: `#rrggbb` by cell text or column title; these cells get a mark in that colour.
     """
 
     header: tuple[str, ...]
@@ -53,14 +52,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it.
+    """A section of a page.
 
     Attributes:
-        title: the heading.
-        text: a paragraph.
-        table: a table.
-        images: pictures.
-        side_by_side: image grids next to each other, pixels kept sharp.
+        title: heading.
+        text: paragraph below the heading.
+        table: table below the paragraph, or None.
+        images: images below the table.
+        side_by_side: whether the images are placed next to each other, with sharp pixels.
     """
 
     title: str
@@ -72,7 +71,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole report."""
+    """A report.
+
+    Attributes:
+        title: title of the page.
+        lead: paragraph below the title.
+        sections: content.
+    """
 
     title: str
     lead: str
@@ -80,7 +85,7 @@ class Page:
 
 
 def png_bytes(sheet: np.ndarray) -> bytes:
-    """uint8[H,W,3] as PNG."""
+    """Encode uint8[H,W,3] as PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -89,13 +94,13 @@ def png_bytes(sheet: np.ndarray) -> bytes:
 
 
 def picture(png: np.ndarray | bytes, caption: str, colour: str | None = None) -> Picture:
-    """A picture from pixels uint8[H,W,3] or from PNG bytes; see `Picture` for the colour."""
+    """Create a `Picture` from pixels uint8[H,W,3] or PNG bytes."""
     data = png if isinstance(png, bytes) else png_bytes(png)
     return Picture(base64.b64encode(data).decode(), caption, colour)
 
 
 def render(page: Page) -> str:
-    """The page as HTML; every text is escaped.
+    """Render the page as HTML; all texts are escaped.
 
     Raises:
         MissingDependencyError: jinja2 is not installed.

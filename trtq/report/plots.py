@@ -1,4 +1,4 @@
-"""Plots as PNG bytes."""
+"""Plots of reports, as PNG bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "throughput_curves",
 ]
 
-# Told apart on white and on a dark page, and by readers who do not see red and green.
+# Distinguishable on light and dark pages, and with red-green colour blindness.
 _COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -35,15 +35,15 @@ _COLOURS = (
 
 
 def model_colours(names: Iterable[str]) -> dict[str, str]:
-    """One colour per model, `#rrggbb` by name in the order given; the whole page uses these.
+    """Assign a colour to each model of a page: `#rrggbb` by name, in the given order.
 
-    Colours repeat from the eleventh name on.
+    Colours repeat after ten names.
     """
     return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure without pyplot, so nothing global is touched."""
+    """Create a figure without pyplot, which would change global state."""
     require("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _text(label: str) -> str:
-    """A label as it is: matplotlib typesets text between dollars, and hides what begins with _."""
+    """Escape a label: matplotlib typesets text between dollars, and hides labels that start with _."""
     plain = label.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
 
@@ -72,12 +72,12 @@ def snr_curves(
     timesteps: Sequence[float],
     colours: Mapping[str, str],
 ) -> bytes:
-    """SNR of the noise prediction over the denoising steps, noisiest on the left.
+    """Plot the SNR of the noise prediction over the denoising steps, noisiest step on the left.
 
     Args:
-        curves: dB per step, cleanest first, by model.
-        timesteps: timesteps of the steps, cleanest first.
-        colours: see `model_colours`.
+        curves: SNR in dB per step, cleanest step first, by model.
+        timesteps: timestep of each step, cleanest step first.
+        colours: colour by model, see `model_colours`.
     """
     figure, axes = _figure(8.5, 3.4)
     for name, values in curves.items():
@@ -85,18 +85,18 @@ def snr_curves(
         axes.plot(timesteps, values, **style)
     axes.invert_xaxis()
     axes.set_xlabel("timestep (noise on the left, image on the right)")
-    axes.set_ylabel("SNR against float, dB")
+    axes.set_ylabel("SNR relative to float, dB")
     axes.grid(axis="y", color="#dde3e9")
     axes.legend(frameon=False)
     return _png(figure)
 
 
 def scale_map(tables: Mapping[str, Sequence[float]], timesteps: Sequence[float]) -> bytes:
-    """Activation scales, layers down and steps across, each relative to the layer's mean over steps.
+    """Plot activation scales relative to each layer's mean: one line per layer, one column per step.
 
     Args:
-        tables: the scale at each step, cleanest first, by layer.
-        timesteps: of the steps, cleanest first.
+        tables: scale at each step, cleanest step first, by layer.
+        timesteps: timestep of each step, cleanest step first.
     """
     rows = np.array([list(values)[::-1] for values in tables.values()])
     relative = np.log2(rows / rows.mean(axis=1, keepdims=True))
@@ -106,16 +106,16 @@ def scale_map(tables: Mapping[str, Sequence[float]], timesteps: Sequence[float])
     axes.set_yticks(range(len(tables)), [_text(name) for name in tables], fontsize=6)
     axes.set_xticks(range(len(timesteps)), [f"{t:g}" for t in reversed(timesteps)], fontsize=7)
     axes.set_xlabel("timestep")
-    figure.colorbar(shown, ax=axes, label="log2 of scale over the layer's mean", shrink=0.6)
+    figure.colorbar(shown, ax=axes, label="log2(scale / mean scale of the layer)", shrink=0.6)
     return _png(figure)
 
 
 def latency_boxes(rows: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> bytes:
-    """Milliseconds of a call: box from first to third quartile, whisker to the 90th percentile.
+    """Plot the duration of a call: box from first to third quartile, whisker to the 90th percentile.
 
     Args:
         rows: `p50`, `q1`, `q3`, `p90` in ms, by label.
-        colours: see `model_colours`.
+        colours: colour by label, see `model_colours`.
     """
     figure, axes = _figure(8.5, 0.9 + 0.42 * len(rows))
     boxes = [
@@ -130,7 +130,7 @@ def latency_boxes(rows: Mapping[str, Mapping[str, Any]], colours: Mapping[str, s
         median.set(color="#1d2733")
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.set_xlabel("ms, shorter is better")
+    axes.set_xlabel("ms (lower is better)")
     axes.grid(axis="x", color="#dde3e9")
     return _png(figure)
 
@@ -138,14 +138,14 @@ def latency_boxes(rows: Mapping[str, Mapping[str, Any]], colours: Mapping[str, s
 def throughput_curves(
     curves: Mapping[str, Mapping[int, float]], colours: Mapping[str, str]
 ) -> bytes:
-    """Images per second over the batch size; values by batch size by label."""
+    """Plot images per second over the batch size; `curves` holds rates by batch size, by label."""
     figure, axes = _figure(8.5, 3.2)
     for label, values in curves.items():
         style = {"marker": "o", "color": colours[label], "label": _text(label)}
         axes.plot(list(values), list(values.values()), **style)
     axes.set_xticks(sorted({batch for values in curves.values() for batch in values}))
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("images at once")
+    axes.set_xlabel("batch size")
     axes.set_ylabel("images per second")
     axes.grid(axis="y", color="#dde3e9")
     axes.legend(frameon=False)
@@ -153,11 +153,11 @@ def throughput_curves(
 
 
 def roofline_plot(rows: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> bytes:
-    """Operations per second over operations per byte of weights, under the device's roof.
+    """Plot operations per second over operations per byte of weights, with the device's roofline.
 
     Args:
-        rows: what `trtq.bench.cost.roofline` gives, by label; one device may have several roofs.
-        colours: see `model_colours`.
+        rows: result of `trtq.bench.cost.roofline` by label; peaks may differ between rows.
+        colours: colour by label, see `model_colours`.
     """
     figure, axes = _figure(8.5, 3.6)
     places = [row["operations_per_byte"] for row in rows.values()]

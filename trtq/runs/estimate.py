@@ -1,4 +1,4 @@
-"""How long a quantisation will take here and how much memory, before any long work.
+"""Estimate of the time and memory that a quantisation takes on this machine.
 
 The speed of one convolution is measured on the spot. How many passes through the denoiser each stage
 costs was measured once, on the shipped models and at Stable Diffusion's size; expect a factor of two.
@@ -23,12 +23,12 @@ __all__ = ["Estimate", "estimate"]
 _UTILISATION = 0.8
 """Speed of a whole denoiser in float, relative to one well-shaped convolution."""
 _LAYER_SECONDS = 1e-4
-"""What calling one layer costs beside its arithmetic."""
+"""Overhead of calling one layer, in seconds."""
 _FORWARDS_PER_ITERATION = 6
 """Teacher, student and backward pass of one fine-tuning iteration, in float forward passes."""
 _RECOMPUTE_FORWARDS = 2
 _SEARCH_SECONDS = 1e-8
-"""Of one candidate range for one value, on one thread."""
+"""Time to try one candidate range for one value, on one thread."""
 _CANDIDATES = 80
 _KEPT_PER_VALUE = 5
 """float32 values kept for the backward pass, per value that enters or leaves a layer."""
@@ -50,7 +50,7 @@ class Estimate:
 
 
 def _multiplications_per_second() -> float:
-    """Of a 3 x 3 convolution of 128 channels on 32 x 32, in float32 on the CPU."""
+    """Speed of a 3 x 3 convolution of 128 channels on 32 x 32, in float32 on the CPU."""
     x, weight = torch.randn(4, 128, 32, 32), torch.randn(128, 128, 3, 3)
     best = float("inf")
     for _ in range(4):

@@ -15,7 +15,8 @@ from trtq.artefact.manifest_file import write_manifest
 from trtq.artefact.opened import Opened
 from trtq.artefact.options import LoraRecord
 from trtq.diffusion.folder import save_pipeline_parts
-from trtq.diffusion.pipeline import LoadedPipeline, load_source
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
 from trtq.errors import ArtefactError, UsageError
 from trtq.lora import LoraRequest, merge_loras
@@ -36,14 +37,18 @@ _IMAGES = 16
 
 
 def _float_source(run: OpenRun, model: str | Path | None) -> LoadedPipeline:
-    """The checkpoint that the run was made of.
+    """Load the float checkpoint that a run was made from.
 
     Raises:
-        ArtefactError: it is not where it was, or has changed.
+        ArtefactError: the checkpoint was moved or changed, or the run is too old.
     """
+    if not (run.folder / TRAINED_NAME).is_file():
+        raise ArtefactError(
+            f"{run.folder} holds no {TRAINED_NAME}; make it again with this version"
+        )
     name = model or run.manifest.source.name
     try:
-        source = load_source(name)
+        source = open_pipeline(name)
     except ArtefactError as err:
         raise ArtefactError(
             f"{run.folder} was made of {run.manifest.source.name!r}, which is needed for its float "
@@ -134,9 +139,6 @@ def requantize(
         overwrite: replace an existing run.
         progress: callback that receives the stage's name, the work done and the total.
 
-    Returns:
-        Sizes and durations, the LoRAs, and the SNR of the noise prediction before and after.
-
     Raises:
         UsageError: the run has these LoRAs already.
         ArtefactError: a LoRA or the checkpoint does not fit.
@@ -145,14 +147,12 @@ def requantize(
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="run")
     run = open_run(artefact)
     manifest = run.manifest
-    if not (run.folder / TRAINED_NAME).is_file():
-        raise ArtefactError(
-            f"{run.folder} holds no {TRAINED_NAME}; make it again with this version"
-        )
     progress("merge LoRAs", 1, 3)
     source = _float_source(run, base)
-    steps = manifest.recipe.steps if manifest.recipe is not None else None
-    assert steps is not None  # Every run has a recipe with its steps.
+    assert manifest.recipe is not None
+    assert manifest.recipe.steps is not None
+    steps = manifest.recipe.steps
+    low_bit = sum(row.activation_bits is not None for row in manifest.layers)
     before = _snr(source, run.denoiser(), source.denoiser, steps)
     merged = _merge(source, run, loras)
     progress("quantise", 2, 3)
@@ -163,8 +163,8 @@ def requantize(
         save_trained(folder / TRAINED_NAME, quantized)
         save_pipeline_parts(source, folder)
         result = RunResult(
-            layers_quantized=sum(row.activation_bits is not None for row in manifest.layers),
-            layers_float=sum(row.activation_bits is None for row in manifest.layers),
+            layers_quantized=low_bit,
+            layers_float=len(manifest.layers) - low_bit,
             bytes_before=manifest.metrics.bytes_before or 0,
             bytes_after=(folder / FILE_NAME).stat().st_size,
             snr_db_before=before,

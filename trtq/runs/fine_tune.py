@@ -54,19 +54,19 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What the stages of a fine-tuning share.
+    """Everything that the stages of a fine-tuning share.
 
     Attributes:
         model: the quantised denoiser; changed in place.
-        schedule: the teacher's trajectory.
-        shape: of one sample, (C, H, W).
+        schedule: noise schedule of the teacher's trajectory.
+        shape: shape of one sample, (C, H, W).
         draw_conditions: `(count, generator) -> Conditions`.
-        policy: names the layers that QuEST tunes.
-        accelerator: accelerate's.
-        checkpoints: folder; each stage has its own below.
-        fingerprint: of model and recipe.
-        resume: go on from the newest checkpoint.
-        progress: called with the stage's name, the work done and the total.
+        policy: policy that names the layers that QuEST tunes.
+        accelerator: accelerate's view of the processes.
+        checkpoints: folder of the checkpoints; each stage has a folder in it.
+        fingerprint: hash of model and recipe; checkpoints with another one are not resumed.
+        resume: continue from the newest checkpoint.
+        progress: callback that receives the stage's name, the work done and the total.
     """
 
     model: QuantizedDenoiser
@@ -154,10 +154,10 @@ def _run(
 
 
 def _save_memory(setup: FineTuning, training: Training) -> None:
-    """Turn gradient checkpointing on, if it is wanted or the model is large.
+    """Turn on gradient checkpointing if the recipe requests it or the model is large.
 
     Raises:
-        RecipeError: it is wanted, and the denoiser cannot.
+        RecipeError: the recipe requests it, and the denoiser does not support it.
     """
     from trtq.train.recompute import recompute_blocks
 
@@ -265,13 +265,19 @@ def _quest(
         )
         last = index == len(stages) - 1
         rows.append(_run(setup, training, objective, name, iterations, last=last))
+    return rows, _tuned_share(setup, tuned)
+
+
+def _tuned_share(setup: FineTuning, tuned: list[str]) -> float:
+    """Share of the denoiser's weights and biases that belong to these layers."""
+    layers = dict(setup.model.layers())
     count = sum(
         p.numel() for n in tuned for p in (layers[n].weight, layers[n].bias) if p is not None
     )
     total = sum(
         p.numel() for n, p in setup.model.named_parameters() if n.endswith((".weight", ".bias"))
     )
-    return rows, count / total
+    return count / total
 
 
 def _learn_rounding(setup: FineTuning, recipe: Recipe, iterations: int) -> FineTuneStage:
@@ -291,4 +297,5 @@ def _learn_rounding(setup: FineTuning, recipe: Recipe, iterations: int) -> FineT
         progress=lambda done, total: setup.progress("learn rounding", done, total),
     )
     seconds = round(time.monotonic() - start, 2)
-    return FineTuneStage(name="learn rounding", seconds=seconds, **measured)
+    share = measured["rounded_up_share_changed"]
+    return FineTuneStage(name="learn rounding", seconds=seconds, rounded_up_share_changed=share)

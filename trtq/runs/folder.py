@@ -24,9 +24,9 @@ class OpenRun:
     """A verified run.
 
     Attributes:
-        folder: where it lies.
-        manifest: its record.
-        stored: its tensors.
+        folder: folder of the run.
+        manifest: manifest of the run.
+        stored: tensors of the denoiser.
         table: the calibrated timesteps.
     """
 
@@ -42,32 +42,32 @@ class OpenRun:
         return model
 
     def denoiser(self, *, kernels: bool = False) -> QuantizedDenoiser:
-        """The low-bit denoiser in torch; `kernels`: its layers run by ours, see `trtq.quant.deploy`."""
+        """The low-bit denoiser in torch; with `kernels` on our kernels, see `trtq.quant.deploy`."""
         skeleton = _fresh(self.folder, self.manifest)
         return self.stored.build(skeleton, self.table, kernels=kernels)
 
     def source(self, denoiser: nn.Module | None = None) -> LoadedPipeline:
-        """A pipeline around the low-bit denoiser in torch, or around one that stands for it."""
+        """A pipeline around the low-bit denoiser in torch, or around a stand-in for it."""
         pipeline: Any = load_pipeline_parts(
             self.folder, self.manifest.denoiser, denoiser or self.denoiser()
         )
         source = LoadedPipeline(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
         recipe = self.manifest.recipe
         if recipe is not None and recipe.size is not None:
-            source.resize(recipe.size)
+            source = source.sized(recipe.size)
         check_calibrated(source, self.manifest)
         return source
 
 
 def check_calibrated(source: LoadedPipeline, manifest: Manifest) -> None:
-    """Nothing, if the scheduler calls the denoiser as often as it was calibrated for.
+    """Raise unless the scheduler calls the denoiser at as many timesteps as were calibrated.
 
     Args:
-        source: the artefact, opened.
-        manifest: its record.
+        source: the pipeline of the artefact.
+        manifest: manifest of the artefact.
 
     Raises:
-        ArtefactError: it does not, in the recipe's number of steps: one of both was edited.
+        ArtefactError: the numbers differ, so the manifest or the scheduler was edited.
     """
     recipe = manifest.recipe
     if recipe is None or manifest.timesteps is None or recipe.tables == "static":

@@ -15,19 +15,14 @@ from trtq.calib.policy import Policy, load_policy, plan_layers
 from trtq.calib.probe import LayerCall, probe, with_shared_inputs
 from trtq.calib.recipe import Recipe
 from trtq.calib.sensitivity import (
-    FLOAT_BITOPS,
-    Budget,
     parse_budget,
-    spend,
-    weight_sensitivity,
-    with_bits,
 )
-from trtq.diffusion.checkpoint import one_line
-from trtq.diffusion.cut import warn_of_cuts
 from trtq.diffusion.encode import check_inputs
-from trtq.diffusion.pipeline import LoadedPipeline, load_source
+from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import read_lines
-from trtq.diffusion.sampling import at_once, seeded_noise, spread
+from trtq.diffusion.truncation import warn_of_truncation
+from trtq.diffusion.wording import one_line
 from trtq.errors import QuantizationError, TrtqError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
 from trtq.progress import ProgressCallback, silent
@@ -40,12 +35,13 @@ from trtq.quant import (
     skip_splits,
 )
 from trtq.quant.stand_in import StandIn
+from trtq.runs.budget import spend_budget
+from trtq.runs.sizes import entry_bytes, weight_bytes
 from trtq.runs.weights import described_bytes, stored_bytes
 from trtq.seeds import seeded_generator
 
 __all__ = ["QuantizePlan", "plan_quantize"]
 
-_SENSITIVITY_IMAGES = 20
 _HEADER_BYTES = 16
 
 
@@ -55,13 +51,13 @@ class QuantizePlan:
 
     Attributes:
         source: the loaded checkpoint.
-        recipe: what to make of it.
-        layers: one plan per linear, convolution and spelled-out product.
+        recipe: the recipe, with every default filled in.
+        layers: one plan per linear, convolution and product of activations.
         table: the calibrated timesteps.
-        structure: what was brought into another form; the source's denoiser is in it already.
+        structure: modules in another form; the source's denoiser is changed already.
         policy: the rules that decided about the layers.
-        calls: what each layer is called with, by its name.
-        loras: what was merged into the float weights.
+        calls: shapes and operations of each layer's call, by its name.
+        loras: LoRAs that were merged into the float weights.
     """
 
     source: LoadedPipeline
@@ -91,26 +87,15 @@ class QuantizePlan:
             if not plan.quantized:
                 continue
             inside |= {f"{plan.name}.weight", f"{plan.name}.bias"}
-            total += len(plan.operands) * (len(self.table) * 12 + 4 * _entry_bytes(plan.name))
+            total += len(plan.operands) * (len(self.table) * 12 + 4 * entry_bytes(plan.name))
             if plan.weight_bits is not None:
                 weight, bias = modules[plan.name].weight, modules[plan.name].bias
-                total += _weight_bytes(weight, plan.weight_bits) + 3 * _entry_bytes(plan.name)
-                total += 0 if bias is None else stored_bytes(bias) + _entry_bytes(plan.name)
+                total += weight_bytes(weight, plan.weight_bits) + 3 * entry_bytes(plan.name)
+                total += 0 if bias is None else stored_bytes(bias) + entry_bytes(plan.name)
         for name, tensor in self.source.denoiser.state_dict().items():
             if name not in inside:
-                total += stored_bytes(tensor) + _entry_bytes(name)
+                total += stored_bytes(tensor) + entry_bytes(name)
         return total
-
-
-def _entry_bytes(name: str) -> int:
-    """An upper bound of what safetensors' header needs for one tensor of a module."""
-    return len(name) + 110
-
-
-def _weight_bytes(weight: nn.Parameter, bits: int) -> int:
-    """Packed codes, scales (float32) and zero points (int16) of one weight."""
-    channels = len(weight)
-    return -(-channels * bits // 8) * (weight.numel() // channels) + 6 * channels
 
 
 def plan_quantize(
@@ -121,54 +106,23 @@ def plan_quantize(
 ) -> QuantizePlan:
     """Load the checkpoint, merge LoRAs into it and decide about every layer.
 
+    Args:
+        model: a diffusers folder, the name of a shipped model, a hub id, a pipeline object, or one of
+            them opened.
+        recipe: the recipe; its missing values are filled in from the model.
+        loras: LoRAs to merge into the float weights first.
+        progress: callback that receives the stage's name, the work done and the total.
+
     Raises:
         ArtefactError: the checkpoint cannot be read.
         QuantizationError: no layer would be quantised.
     """
-    opened = open_artefact(model, verify=False)
-    if opened.kind != "checkpoint":
-        raise UsageError(
-            f"{opened.place} is of kind {opened.kind!r} and quantised already; give a float checkpoint, "
-            "or a run together with --lora to change its LoRAs"
-        )
-    source = load_source(opened.place)
-    if isinstance(source.denoiser, StandIn):
-        raise UsageError(
-            f"{source.name} is quantised already (its denoiser is a "
-            f"{type(source.denoiser).__name__}); give the float pipeline"
-        )
-    # What cannot be calibrated is refused before anything else is done.
-    source.schedule(recipe.steps)
-    if source.prompts is not None:
-        check_inputs(source.pipeline)
-    if not isinstance(opened.place, str | Path):
-        # The caller's pipeline stays as it is, and its weights may be shared.
-        pipeline = copy.copy(source.pipeline)
-        for name, part in pipeline.components.items():
-            if name == source.denoiser_name or (loras and isinstance(part, nn.Module)):
-                setattr(pipeline, name, copy.deepcopy(part))
-        source = LoadedPipeline(source.name, None, pipeline, source.denoiser_name, source.prompts)
-    components = {
-        name: part
-        for name, part in source.pipeline.components.items()
-        if isinstance(part, nn.Module)
-    }
-    merged = merge_loras(components, loras, source.denoiser_name)
+    source = _load_float(model, recipe.steps, copy_all=bool(loras))
+    merged = merge_loras(_modules(source), loras, source.denoiser_name)
     if recipe.size is not None:
-        source.resize(recipe.size)
-    if recipe.guidance is None:
-        recipe = recipe.model_copy(update={"guidance": source.guidance})
-    if recipe.training is not None:
-        parameters = sum(p.numel() for p in source.denoiser.parameters())
-        training = recipe.training.divided(parameters)
-        recipe = recipe.model_copy(update={"training": training})
-    if recipe.prompts is not None:
-        if source.prompts is None:
-            raise UsageError(f"{source.name} takes no prompts")
-        lines = read_lines(Path(recipe.prompts))
-        source.prompts = source.prompts.model_copy(update={"calibration": lines})
-    if source.prompts is not None:
-        warn_of_cuts(source.pipeline, source.prompts.calibration, "calibration prompts")
+        source = source.sized(recipe.size)
+    recipe = _with_defaults(recipe, source)
+    _choose_prompts(source, recipe)
     policy = load_policy(
         type(source.denoiser).__name__, None if recipe.policy is None else Path(recipe.policy)
     )
@@ -177,8 +131,99 @@ def plan_quantize(
         skip_splits(source.denoiser) if recipe.split_skips else {},
     )
     apply_structure(source.denoiser, structure)
+    layers, calls = _plan_layers(source, recipe, policy)
+    timesteps = source.timesteps(recipe.steps)
+    if recipe.tables == "static":
+        timesteps = timesteps[len(timesteps) // 2 :][:1]
+    plan = QuantizePlan(
+        source, recipe, layers, TimestepTable(timesteps), structure, policy, calls, merged
+    )
+    if recipe.budget is None:
+        return plan
+    return replace(plan, layers=spend_budget(plan, parse_budget(recipe.budget), progress))
+
+
+def _load_float(model: str | Path | Opened | Any, steps: int, *, copy_all: bool) -> LoadedPipeline:
+    """Load the float checkpoint, and refuse what cannot be calibrated before anything else is done.
+
+    Args:
+        model: see `plan_quantize`.
+        steps: denoising steps of the calibration.
+        copy_all: whether every component of a pipeline object may change, and not only the denoiser.
+
+    Raises:
+        UsageError: the model is quantised already.
+    """
+    opened = open_artefact(model, verify=False)
+    if opened.kind != "checkpoint":
+        raise UsageError(
+            f"{opened.place} is of kind {opened.kind!r} and quantised already; give a float checkpoint, "
+            "or a run together with --lora to change its LoRAs"
+        )
+    source = open_pipeline(opened.place)
+    if isinstance(source.denoiser, StandIn):
+        raise UsageError(
+            f"{source.name} is quantised already (its denoiser is a "
+            f"{type(source.denoiser).__name__}); give the float pipeline"
+        )
+    source.schedule(steps)
+    if source.prompts is not None:
+        check_inputs(source.pipeline)
+    if isinstance(opened.place, str | Path):
+        return source
+    # The caller's pipeline stays as it is, and its weights may be shared.
+    pipeline = copy.copy(source.pipeline)
+    for name, component in pipeline.components.items():
+        if name == source.denoiser_name or (copy_all and isinstance(component, nn.Module)):
+            setattr(pipeline, name, copy.deepcopy(component))
+    return LoadedPipeline(source.name, None, pipeline, source.denoiser_name, source.prompts)
+
+
+def _modules(source: LoadedPipeline) -> dict[str, nn.Module]:
+    """The components of a pipeline that have weights."""
+    return {
+        name: component
+        for name, component in source.pipeline.components.items()
+        if isinstance(component, nn.Module)
+    }
+
+
+def _with_defaults(recipe: Recipe, source: LoadedPipeline) -> Recipe:
+    """The recipe with the guidance scale and the batch division that suit the model."""
+    update: dict[str, Any] = {}
+    if recipe.guidance is None:
+        update["guidance"] = source.guidance
+    if recipe.training is not None:
+        parameters = sum(p.numel() for p in source.denoiser.parameters())
+        update["training"] = recipe.training.divided(parameters)
+    return recipe.model_copy(update=update)
+
+
+def _choose_prompts(source: LoadedPipeline, recipe: Recipe) -> None:
+    """Give the model the recipe's calibration prompts, and warn of those that are cut off.
+
+    Raises:
+        UsageError: the recipe names prompts, and the model takes none.
+    """
+    if recipe.prompts is not None:
+        if source.prompts is None:
+            raise UsageError(f"{source.name} takes no prompts")
+        lines = read_lines(Path(recipe.prompts))
+        source.prompts = source.prompts.model_copy(update={"calibration": lines})
+    if source.prompts is not None:
+        warn_of_truncation(source.pipeline, source.prompts.calibration, "calibration prompts")
+
+
+def _plan_layers(
+    source: LoadedPipeline, recipe: Recipe, policy: Policy
+) -> tuple[Sequence[LayerPlan], dict[str, LayerCall]]:
+    """Decide about every layer, and record what each is called with.
+
+    Raises:
+        QuantizationError: no layer would be quantised.
+    """
     probability_bits = recipe.attention.probability_bits
-    layers = plan_layers(
+    layers: Sequence[LayerPlan] = plan_layers(
         source.denoiser,
         policy,
         recipe.bits,
@@ -192,15 +237,7 @@ def plan_quantize(
     calls = _probe(source, layers, recipe.steps)
     if recipe.calibration.share_inputs:
         layers = with_shared_inputs(layers, calls)
-    timesteps = source.timesteps(recipe.steps)
-    if recipe.tables == "static":
-        timesteps = timesteps[len(timesteps) // 2 :][:1]
-    plan = QuantizePlan(
-        source, recipe, layers, TimestepTable(timesteps), structure, policy, calls, merged
-    )
-    if recipe.budget is None:
-        return plan
-    return replace(plan, layers=_spend_budget(plan, parse_budget(recipe.budget), progress))
+    return layers, calls
 
 
 def _probe(source: LoadedPipeline, layers: Sequence[LayerPlan], steps: int) -> dict[str, LayerCall]:
@@ -226,55 +263,3 @@ def _probe(source: LoadedPipeline, layers: Sequence[LayerPlan], steps: int) -> d
             f"{source.name}: its {source.denoiser_name} cannot be called with what its pipeline "
             f"passes ({type(err).__name__}: {one_line(err)}); its parts are not of one model"
         ) from err
-
-
-def _spend_budget(
-    plan: QuantizePlan, budget: Budget, progress: ProgressCallback
-) -> list[LayerPlan]:
-    """Weight bits by sensitivity, for the layers at the recipe's own bits."""
-    source, recipe = plan.source, plan.recipe
-    names = [layer.name for layer in plan.layers if layer.adapters and layer.weight_bits]
-    schedule = source.schedule(recipe.steps)
-    generator = seeded_generator(recipe.seed, "sensitivity conditions")
-    images = at_once(source.sample_shape, _SENSITIVITY_IMAGES)
-    conditions = source.draw_conditions(images, generator)
-    noise = seeded_noise(source.sample_shape, recipe.seed, 0, images, "sensitivity")
-    guidance = recipe.guidance or 1.0
-    x, timestep = spread(source.denoiser, schedule, noise, conditions, guidance)
-    sensitivity = weight_sensitivity(
-        source.denoiser,
-        names,
-        x,
-        timestep,
-        conditions,
-        recipe.calibration.weights,
-        guidance=guidance,
-        progress=lambda done, total: progress("measure sensitivity", done, total),
-    )
-    modules: dict[str, Any] = dict(source.denoiser.named_modules())
-    if budget.kind == "size":
-        fixed = plan.bytes_after() - sum(
-            _weight_bytes(modules[layer.name].weight, layer.weight_bits or 0)
-            for layer in plan.layers
-            if layer.name in sensitivity
-        )
-        available = budget.share * plan.bytes_before() - fixed
-
-        def cost(name: str, bits: int) -> float:
-            return _weight_bytes(modules[name].weight, bits)
-    else:
-        counts = {name: call.multiplications for name, call in plan.calls.items()}
-        widths = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in plan.layers}
-        whole = sum(counts.values())
-        spent = sum(
-            count * ((w or 16) * (a or 16))
-            for name, count in counts.items()
-            for w, a in [widths[name]]
-            if name not in sensitivity
-        )
-        available = budget.share * whole * FLOAT_BITOPS - spent
-
-        def cost(name: str, bits: int) -> float:
-            return counts[name] * bits * (widths[name][1] or 16)
-
-    return with_bits(plan.layers, spend(sensitivity, cost, available))

@@ -103,6 +103,25 @@ def _fingerprint(plan: QuantizePlan, files: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _result(
+    plan: QuantizePlan,
+    tuning: FineTuneResult | None,
+    bytes_before: int,
+    folder: Path,
+    start: float,
+) -> RunResult:
+    return RunResult(
+        **({} if tuning is None else dict(tuning)),
+        zero_points_rounded_after_training=_rounds_zero_points(plan) or None,
+        layers_quantized=plan.quantized,
+        layers_float=len(plan.layers) - plan.quantized,
+        bytes_before=bytes_before,
+        bytes_after=(folder / FILE_NAME).stat().st_size,
+        seconds=round(time.monotonic() - start, 2),
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
 def _rounds_zero_points(plan: QuantizePlan) -> bool:
     """Whether zero points are trained as float numbers and rounded afterwards."""
     return plan.recipe.training is not None and plan.recipe.training.zero_points == "float"
@@ -120,10 +139,10 @@ def _source_files(source: LoadedPipeline) -> dict[str, str]:
 
 
 def _clear_partial(final: Path, *, resume: bool, overwrite: bool) -> None:
-    """Remove what an interrupted run left, unless it is to be resumed.
+    """Remove the remains of an interrupted run, unless the run is resumed.
 
     Raises:
-        UsageError: there is a checkpoint, and neither `resume` nor `overwrite` was asked for.
+        UsageError: there is a checkpoint, and neither `resume` nor `overwrite` is set.
     """
     partial = partial_folder(final)
     whole = has_checkpoint(partial)
@@ -194,16 +213,7 @@ def quantize(
         save_trained(folder / TRAINED_NAME, quantized)
         save_denoiser(folder / FILE_NAME, quantized, merge(quantized, release=True))
         save_pipeline_parts(plan.source, folder)
-        result = RunResult(
-            **({} if tuning is None else dict(tuning)),
-            zero_points_rounded_after_training=_rounds_zero_points(plan) or None,
-            layers_quantized=plan.quantized,
-            layers_float=len(plan.layers) - plan.quantized,
-            bytes_before=bytes_before,
-            bytes_after=(folder / FILE_NAME).stat().st_size,
-            seconds=round(time.monotonic() - start, 2),
-            peak_rss_bytes=peak_rss_bytes(),
-        )
+        result = _result(plan, tuning, bytes_before, folder, start)
         write_manifest(folder, _manifest(plan, files, result))
     return result
 
@@ -216,7 +226,7 @@ def _share(
     resume: bool,
     progress: ProgressCallback,
 ) -> tuple[QuantizedDenoiser, FineTuneResult | None]:
-    """The part that every process does: calibrate, convert, fine-tune.
+    """Calibrate, convert and fine-tune: the part that every process does.
 
     Returns:
         The quantised denoiser, on the CPU, and the measurements of the fine-tuning; None without one.

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError
-from trtq.quant.convert import LowBitTensors, QuantizedDenoiser, named_errors
-from trtq.quant.deployed import LayerTensors
+from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.fake_quant import quantize_codes
 from trtq.quant.modules import QuantLayer
+from trtq.quant.plan import LowBitTensors, named_errors
+from trtq.quant.tensors import LayerTensors
 
 __all__ = ["TRAINED_NAME", "restore_trained", "save_trained"]
 
@@ -27,7 +28,7 @@ TRAINED_NAME = "trained.safetensors"
 
 @torch.no_grad()
 def save_trained(path: Path, quantized: QuantizedDenoiser) -> None:
-    """Write adapters, first steps, tuned weights (as differences) and rounding directions."""
+    """Write adapters, initial scales, tuned weights (as differences) and rounding directions."""
     tensors: dict[str, Tensor] = {}
     for name, layer in quantized.layers():
         if layer.lora_A is not None and layer.lora_B is not None:
@@ -48,7 +49,7 @@ def save_trained(path: Path, quantized: QuantizedDenoiser) -> None:
 def restore_trained(
     path: Path, quantized: QuantizedDenoiser, merged: Mapping[str, LowBitTensors]
 ) -> None:
-    """Bring a freshly converted denoiser to where a run's fine-tuning ended, on its own float weights.
+    """Restore the fine-tuned tensors of a run in a freshly converted denoiser.
 
     Args:
         path: the run's file.
@@ -56,7 +57,7 @@ def restore_trained(
         merged: the run's integers, for weight scales and activation tables.
 
     Raises:
-        ArtefactError: the file is damaged, or of another model.
+        ArtefactError: the file is damaged, or belongs to another model.
     """
     try:
         tensors = load_file(path)
@@ -65,42 +66,42 @@ def restore_trained(
     for name, layer in quantized.layers():
         numbers = merged[name]
         assert isinstance(numbers, LayerTensors)
-        own = {
+        trained = {
             key.rpartition(":")[2]: value
             for key, value in tensors.items()
             if key.rpartition(":")[0] == name
         }
         try:
             with named_errors(name):
-                _restore(layer, numbers, own)
+                _restore(layer, numbers, trained)
         except (RuntimeError, KeyError) as err:
             raise ArtefactError(f"{path} does not fit the layer {name!r}: {err}") from err
     operands = {
-        f"{name}.{operand}": one
+        f"{name}.{operand}": tables
         for name, layer in merged.items()
-        for operand, one in layer.operands.items()
+        for operand, tables in layer.operands.items()
     }
     for name, quantizer in quantized.activations():
         quantizer.set_range(operands[name].scale, -operands[name].low.float())
 
 
-def _restore(layer: QuantLayer, numbers: LayerTensors, own: Mapping[str, Tensor]) -> None:
+def _restore(layer: QuantLayer, numbers: LayerTensors, trained: Mapping[str, Tensor]) -> None:
     layer.weight_scale.copy_(numbers.weight.scale)
     layer.weight_zero_point.copy_(numbers.weight.zero_point)
     if layer.base_codes is not None and layer.base_scale is not None:
-        # The codes of the base were found with the step before it was trained.
-        layer.base_scale.copy_(own["base_scale"])
+        # The codes of the base were computed with the scale before its training.
+        layer.base_scale.copy_(trained["base_scale"])
         scale, zero_point = layer.base_scale, layer.weight_zero_point
         codes = quantize_codes(layer.weight, scale, zero_point, 0, layer.weight_qmax)
         layer.base_codes.copy_(codes.to(torch.uint8))
     if layer.lora_A is not None and layer.lora_B is not None:
-        layer.lora_A.copy_(own["lora_A"])
-        layer.lora_B.copy_(own["lora_B"])
-    if "tuned_weight" in own:
+        layer.lora_A.copy_(trained["lora_A"])
+        layer.lora_B.copy_(trained["lora_B"])
+    if "tuned_weight" in trained:
         layer.tune()
         assert layer.tuned_weight is not None
-        layer.tuned_weight.add_(own["tuned_weight"])
+        layer.tuned_weight.add_(trained["tuned_weight"])
         if layer.tuned_bias is not None:
-            layer.tuned_bias.add_(own["tuned_bias"])
-    if "rounded_up" in own:
-        layer.alpha = nn.Parameter(own["rounded_up"].float() - 0.5, requires_grad=False)
+            layer.tuned_bias.add_(trained["tuned_bias"])
+    if "rounded_up" in trained:
+        layer.alpha = nn.Parameter(trained["rounded_up"].float() - 0.5, requires_grad=False)

@@ -20,20 +20,20 @@ from torch import Tensor, nn
 
 from trtq.documents import explain_first, parse_json, shown
 from trtq.errors import ArtefactError, NonFiniteError
-from trtq.quant.convert import (
+from trtq.quant.convert import deploy
+from trtq.quant.denoiser import QuantizedDenoiser
+from trtq.quant.modules import QuantLayer
+from trtq.quant.plan import (
     LayerPlan,
     LowBitTensors,
-    QuantizedDenoiser,
-    deploy,
-    layer_kind,
     named_errors,
     precision_text,
     quantizable_layers,
 )
-from trtq.quant.deployed import LayerTensors, ProductTensors
-from trtq.quant.modules import QuantLayer, QuantProduct
-from trtq.quant.packing import PackedWeight, unpack_codes
+from trtq.quant.product import QuantProduct
+from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
+from trtq.runs.weight_checks import check_plans, check_shared, check_tables, check_weight
 
 __all__ = [
     "FILE_NAME",
@@ -49,7 +49,7 @@ _DESCRIBED_KEY = "trtq"
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """Half precision where that loses nothing."""
+    """Convert a tensor to half precision if that loses nothing."""
     tensor = tensor.detach()
     if tensor.dtype != torch.float32:
         return tensor.contiguous()
@@ -58,7 +58,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """What a float tensor takes in the file."""
+    """Size of a float tensor in the file."""
     return _compact(tensor).nbytes
 
 
@@ -69,8 +69,8 @@ def save_denoiser(
 
     Args:
         path: the file.
-        quantized: it, with its `QuantLayer`s still inside.
-        merged: the integers of its layers, from `merge`.
+        quantized: the converted denoiser, before its `QuantLayer`s are replaced.
+        merged: integers of its layers, from `merge`.
     """
     inside = {
         f"{name}.{leaf}"
@@ -90,13 +90,13 @@ def save_denoiser(
 
 
 def _described(quantized: QuantizedDenoiser, merged: Mapping[str, LowBitTensors]) -> dict[str, str]:
-    """The file's own word for what its manifest says too: timesteps, and bits by sorted name."""
-    own = {
+    """Metadata of the file, which its manifest repeats: timesteps, and bits by sorted name."""
+    description = {
         "timesteps": quantized.table.timesteps.tolist(),
         "bits": [_precision(merged[name]) for name in sorted(merged)],
     }
-    # One key: safetensors writes several in any order, and the same run is to be the same file.
-    return {_DESCRIBED_KEY: json.dumps(own)}
+    # A single key: safetensors writes several in any order, and the same run must give the same file.
+    return {_DESCRIBED_KEY: json.dumps(description)}
 
 
 def _precision(layer: LowBitTensors) -> str:
@@ -106,7 +106,7 @@ def _precision(layer: LowBitTensors) -> str:
 
 
 def described_bytes(steps: int, layers: int) -> int:
-    """What the file's own word takes of it, at most."""
+    """Maximum size of the file's metadata."""
     return 25 * steps + 8 * layers + 100
 
 
@@ -128,7 +128,7 @@ class _Described(BaseModel):
             raise ArtefactError(f"{path} is damaged: its metadata: {err}") from err
 
     def check_timesteps(self, path: Path, timesteps: Sequence[float]) -> None:
-        """Nothing, if the manifest lists the timesteps that the tables were made at."""
+        """Raise unless the manifest lists the timesteps that the tables were calibrated at."""
         if self.timesteps != torch.tensor(timesteps, dtype=torch.float32).tolist():
             raise ArtefactError(
                 f"{path} was calibrated at the timesteps {shown(self.timesteps)}, its manifest says "
@@ -136,7 +136,10 @@ class _Described(BaseModel):
             )
 
     def check_bits(self, path: Path, layers: Mapping[str, LowBitTensors]) -> None:
-        """What few channels do not show: one code of 4 bits takes a byte, like one of 8."""
+        """Raise unless every layer has the bits of the manifest.
+
+        The sizes of few channels do not show it: one code of 4 bits takes a byte, like one of 8.
+        """
         names = sorted(layers)
         if len(self.bits) != len(names):
             raise ArtefactError(f"{path} is damaged: its metadata tell the bits of other layers")
@@ -200,18 +203,56 @@ def load_stored(
     plans: Sequence[LayerPlan],
     timesteps: Sequence[float] | None = None,
 ) -> StoredDenoiser:
-    """Read `quantized.safetensors`, and hold what the manifest says against it.
+    """Read `quantized.safetensors` and compare it with the manifest.
 
     Args:
         path: the file.
         skeleton: a model of the denoiser's class, for the kinds and shapes of its layers.
         plans: kind and bits of each layer, from the manifest.
-        timesteps: the calibrated ones, cleanest first, from the manifest; None: they are not compared.
+        timesteps: the calibrated timesteps, cleanest first, from the manifest; None: not compared.
 
     Raises:
         ArtefactError: the file is damaged, or the manifest or the model does not fit it; the message
             names the layer.
         NonFiniteError: a bias, or a tensor that stayed float, holds NaN or infinity.
+    """
+    described, by_layer, floats = _read(path)
+    if described is not None and timesteps is not None:
+        described.check_timesteps(path, timesteps)
+    sources = quantizable_layers(skeleton)
+    check_plans(path, plans, sources)
+    layers: dict[str, LowBitTensors] = {}
+    for plan in plans:
+        if plan.activation_bits is None:
+            continue
+        if plan.name not in by_layer:
+            raise ArtefactError(
+                f"{path} and its manifest disagree about the layer {plan.name!r}: the file has no "
+                "integers of it"
+            )
+        tensors = by_layer.pop(plan.name)
+        with named_errors(plan.name):
+            steps = None if timesteps is None else len(timesteps)
+            layers[plan.name] = _layer(tensors, plan, sources[plan.name], steps)
+    for name, tensor in floats.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"{path}: the tensor {name!r} holds NaN or infinity")
+    if by_layer:
+        raise ArtefactError(
+            f"{path} holds layers that its manifest does not: {sorted(by_layer)[:3]}"
+        )
+    if described is not None:
+        described.check_bits(path, layers)
+    for plan in plans:
+        if plan.input_of is not None:
+            check_shared(layers, plan.name, plan.input_of)
+    return StoredDenoiser(layers, floats)
+
+
+def _read(path: Path) -> tuple[_Described | None, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The file's description of itself, the tensors of each quantised layer, and all other tensors.
+
+    The description is None for a run made by a version that wrote none; only its tables are compared.
     """
     try:
         tensors = load_file(path)
@@ -219,159 +260,35 @@ def load_stored(
             text = (file.metadata() or {}).get(_DESCRIBED_KEY)
     except (OSError, SafetensorError) as err:
         raise ArtefactError(f"cannot read {path}: {err}") from err
-    # A run made before the file said so itself is held against its tables alone.
     described = None if text is None else _Described.read(path, text)
-    if described is not None and timesteps is not None:
-        described.check_timesteps(path, timesteps)
-    grouped: dict[str, dict[str, Tensor]] = {}
+    by_layer: dict[str, dict[str, Tensor]] = {}
     floats = {}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition(":")
         if kind == "layer":
             name, _, leaf = rest.rpartition(":")
-            grouped.setdefault(name, {})[leaf] = tensor
+            by_layer.setdefault(name, {})[leaf] = tensor
         else:
             floats[rest] = tensor.float() if tensor.is_floating_point() else tensor
-    sources = quantizable_layers(skeleton)
-    _check_plans(path, plans, sources)
-    layers: dict[str, LowBitTensors] = {}
-    for plan in plans:
-        if plan.activation_bits is None:
-            continue
-        if plan.name not in grouped:
-            raise ArtefactError(
-                f"{path} and its manifest disagree about the layer {plan.name!r}: the file has no "
-                "integers of it"
-            )
-        named = grouped.pop(plan.name)
-        with named_errors(plan.name):
-            _check_tables(named, plan, None if timesteps is None else len(timesteps))
-            if plan.weight_bits is not None:
-                _check_weight(named, plan.weight_bits, sources[plan.name])
-                layers[plan.name] = LayerTensors.from_tensors(
-                    named,
-                    channels=len(sources[plan.name].weight),
-                    weight_bits=plan.weight_bits,
-                    activation_bits=plan.activation_bits,
-                )
-            elif plan.right_bits is not None:
-                layers[plan.name] = ProductTensors.from_tensors(
-                    named, left_bits=plan.activation_bits, right_bits=plan.right_bits
-                )
-            else:
-                raise ArtefactError("the manifest gives bits that fit no kind of layer")
-    for name, tensor in floats.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError(f"{path}: the tensor {name!r} holds NaN or infinity")
-    if grouped:
-        raise ArtefactError(
-            f"{path} holds layers that its manifest does not: {sorted(grouped)[:3]}"
+    return described, by_layer, floats
+
+
+def _layer(
+    tensors: Mapping[str, Tensor], plan: LayerPlan, source: Any, steps: int | None
+) -> LowBitTensors:
+    """The integers of one layer, after they were compared with its plan and the layer of the model."""
+    assert plan.activation_bits is not None
+    check_tables(tensors, plan, steps)
+    if plan.weight_bits is not None:
+        check_weight(tensors, plan.weight_bits, source)
+        return LayerTensors.from_tensors(
+            tensors,
+            channels=len(source.weight),
+            weight_bits=plan.weight_bits,
+            activation_bits=plan.activation_bits,
         )
-    if described is not None:
-        described.check_bits(path, layers)
-    for plan in plans:
-        if plan.input_of is not None:
-            _check_shared(layers, plan.name, plan.input_of)
-    return StoredDenoiser(layers, floats)
-
-
-def _check_plans(path: Path, plans: Sequence[LayerPlan], sources: Mapping[str, nn.Module]) -> None:
-    """Every layer of the model is in the manifest, under its kind, and no other."""
-    for plan in plans:
-        source = sources.get(plan.name)
-        if source is None:
-            raise ArtefactError(
-                f"{path} and its manifest disagree about the layer {plan.name!r}: the denoiser has none "
-                "of that name"
-            )
-        if layer_kind(source) != plan.kind:
-            raise ArtefactError(
-                f"{path} and its manifest disagree about the layer {plan.name!r}: the manifest says "
-                f"{plan.kind!r}, in the denoiser it is {layer_kind(source)!r}"
-            )
-    missing = set(sources) - {plan.name for plan in plans}
-    if missing:
-        raise ArtefactError(f"the manifest beside {path} has no row for the layer {min(missing)!r}")
-
-
-def _check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None) -> None:
-    """The tables of every quantised input: one entry per timestep, and codes of the manifest's bits."""
-    for operand, bits in plan.operands.items():
-        kinds = {"scale": torch.float32, "inv_scale": torch.float32}
-        kinds |= {"low": torch.int16, "high": torch.int16}
-        tables = {leaf: _tensor(named, f"{operand}.{leaf}", kind) for leaf, kind in kinds.items()}
-        entries = tables["scale"].numel() if steps is None else steps
-        for leaf, table in tables.items():
-            if table.shape != (entries,):
-                raise ArtefactError(
-                    f"the table {operand}.{leaf} has shape {tuple(table.shape)}, though the manifest "
-                    f"lists {entries} timesteps"
-                )
-        scale, low, high = tables["scale"], tables["low"].int(), tables["high"].int()
-        if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
-            raise ArtefactError(f"the table {operand}.scale must hold positive finite numbers")
-        if not torch.allclose(tables["inv_scale"], scale.reciprocal(), rtol=1e-5, atol=0):
-            raise ArtefactError(f"the table {operand}.inv_scale is not the reciprocal of the scale")
-        if bool(((low > 0) | (high < 0) | (low < -128) | (high > 127)).any()):
-            raise ArtefactError(f"the codes of {operand} do not lie round zero within int8")
-        if bool((high - low != 2**bits - 1).any()):
-            raise ArtefactError(
-                f"the manifest says {bits} bits for {operand}, its codes span "
-                f"{int((high - low).min()) + 1} .. {int((high - low).max()) + 1} values"
-            )
-
-
-def _check_weight(named: Mapping[str, Tensor], bits: int, source: Any) -> None:
-    """Codes, scales, zero points and bias of one layer, against the layer of the model."""
-    channels, *rest = source.weight.shape
-    codes = _tensor(named, "weight.codes", torch.uint8)
-    packed = (-(-channels * bits // 8), *rest)
-    if codes.shape != packed:
-        raise ArtefactError(
-            f"the manifest says {bits} bits, for which the packed weight has shape {packed}; got "
-            f"{tuple(codes.shape)}"
+    if plan.right_bits is not None:
+        return ProductTensors.from_tensors(
+            tensors, left_bits=plan.activation_bits, right_bits=plan.right_bits
         )
-    one_each = (channels, *(1,) * len(rest))
-    scale = _tensor(named, "weight.scale", torch.float32)
-    zero_point = _tensor(named, "weight.zero_point", torch.int16)
-    if scale.shape != one_each or zero_point.shape != one_each:
-        raise ArtefactError(
-            f"the weight's scale and zero point have shape {one_each}, got {tuple(scale.shape)} and "
-            f"{tuple(zero_point.shape)}"
-        )
-    if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
-        raise ArtefactError("the weight's scale must hold positive finite numbers")
-    # With 0 .. 128 subtracted, codes of any width fit int8; those of others are looked at.
-    if bool(((zero_point < 2**bits - 128) | (zero_point > 128)).any()):
-        PackedWeight(
-            unpack_codes(codes, bits, channels), scale, zero_point.float(), bits
-        ).integers()
-    bias = named.get("bias")
-    if (bias is None) != (source.bias is None) or (bias is not None and bias.shape != (channels,)):
-        found = "none" if bias is None else f"one of shape {tuple(bias.shape)}"
-        needed = "none" if source.bias is None else f"one of shape {(channels,)}"
-        raise ArtefactError(f"the denoiser's layer has {needed} as bias, the file {found}")
-    if bias is not None and not bool(torch.isfinite(bias).all()):
-        raise NonFiniteError("the bias holds NaN or infinity")
-
-
-def _tensor(named: Mapping[str, Tensor], leaf: str, dtype: torch.dtype) -> Tensor:
-    if leaf not in named:
-        raise ArtefactError(f"the tensor {leaf!r} is missing")
-    if named[leaf].dtype != dtype:
-        raise ArtefactError(f"the tensor {leaf!r} is of {named[leaf].dtype}, needed is {dtype}")
-    return named[leaf]
-
-
-def _check_shared(layers: Mapping[str, LowBitTensors], name: str, owner: str) -> None:
-    """Layers that share a quantiser have the same tables."""
-    own, shared = layers[name].operands, layers[owner].operands
-    if own.keys() != shared.keys() or not all(
-        torch.equal(getattr(one, leaf), getattr(shared[operand], leaf))
-        for operand, one in own.items()
-        for leaf in ("scale", "low", "high")
-    ):
-        raise ArtefactError(
-            f"layer {name!r}: the manifest says that it has the input of {owner!r}, but their tables "
-            "differ"
-        )
+    raise ArtefactError("the manifest gives bits that fit no kind of layer")

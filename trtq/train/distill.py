@@ -1,26 +1,31 @@
-"""What all methods share: a student that follows its teacher without data.
+"""Base of all methods: a student that learns from its teacher without data.
 
-Teacher and student are the same `QuantizedDenoiser`, on one copy of the float weights. A method says
-which parameters it trains (`parameter_groups`) and what it compares (`loss`).
+Teacher and student are the same `QuantizedDenoiser` with one copy of the float weights. A method defines
+the trained parameters (`parameter_groups`) and the compared outputs (`loss`).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from trtq.quant.convert import QuantizedDenoiser
+from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.modules import QuantLayer
 from trtq.train.trajectories import Trajectories
 
-__all__ = ["Distillation", "Rates", "captured_outputs"]
+__all__ = ["Distillation", "Rates"]
 
 _SCALE_RANGE = 4.0
+"""Largest factor between a trained activation scale and its calibrated value, in both directions.
+
+The bound is a choice of this project, not part of the papers. It only has to stop entries that drift
+towards zero (see `Distillation.after_update`), so it is about as wide as the search of ranges
+(`trtq.quant.ranges`), whose candidates differ by a factor of up to 1 / 0.21 = 4.8.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,12 @@ class Rates:
     """Learning rates at the first iteration; all decay linearly to zero.
 
     Attributes:
-        lora: times the layer's mean weight step, for `lora_A` and `lora_B`. 1/2500 as released.
-        weight_scale: of the weight steps.
-        activation: of activation scales and zero points.
+        lora: rate of `lora_A` and `lora_B`, in units of the layer's mean weight scale; 1/2500 as
+            released.
+        weight_scale: rate of the weight scales.
+        activation: rate of activation scales and zero points.
         activation_relative: multiply `activation` by the layer's mean activation scale.
-        tuned: times the layer's mean weight step, for tuned weights and biases.
+        tuned: rate of tuned weights and biases, in units of the layer's mean weight scale.
     """
 
     lora: float
@@ -42,35 +48,12 @@ class Rates:
     tuned: float = 0.0
 
 
-@contextmanager
-def captured_outputs(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
-    """Collects the last output of each named module while the block runs."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            outputs[name] = output
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(keep(name))
-        for name, module in model.named_modules()
-        if name in names
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class Distillation:
-    """An `Objective` of `trtq.train.loop` without its loss; not used by itself.
+    """Base class of methods: an `Objective` of `trtq.train.loop` without a loss.
 
     Args:
-        model: the quantised denoiser, teacher and student at once.
-        trajectories: where both are compared.
+        model: quantised denoiser, both teacher and student.
+        trajectories: source of the points at which both are compared.
         rates: learning rates.
     """
 
@@ -84,33 +67,33 @@ class Distillation:
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups for AdamW; what is in none of them stays as it is."""
+        """Groups for AdamW; parameters outside the groups stay frozen."""
 
     @abstractmethod
     def loss(self, student: Callable[..., Any], slot: int, iteration: int) -> Tensor:
-        """The loss of accumulation step `slot`, a scalar."""
+        """Loss of micro-batch `slot` of an update, a scalar."""
 
     def adapter_groups(self, layers: Iterable[QuantLayer]) -> list[dict[str, Any]]:
-        """Adapters at a rate per layer, and all weight steps at one rate.
+        """Groups of adapters with a rate per layer, and one group of all weight scales.
 
         Scale-aware optimisation (EfficientDM, eq. 8) multiplies an adapter's gradient by the layer's
-        mean weight step. Adam cancels such a factor, so it is done as the release does it: as a
-        learning rate per layer.
+        mean weight scale. Adam cancels such a factor, so the factor is part of the layer's learning
+        rate, as in the release.
         """
         adapters: list[dict[str, Any]] = []
-        steps: list[Tensor] = []
+        scales: list[Tensor] = []
         for layer in layers:
             if layer.lora_A is None or layer.lora_B is None:
                 continue
             rate = self.rates.lora * float(layer.weight_scale.detach().mean())
             adapters.append({"params": [layer.lora_A, layer.lora_B], "lr": rate})
-            steps.append(layer.weight_scale)
+            scales.append(layer.weight_scale)
             if layer.weight_scale_dequant is not None:
-                steps.append(layer.weight_scale_dequant)
-        return [*adapters, {"params": steps, "lr": self.rates.weight_scale}] if steps else []
+                scales.append(layer.weight_scale_dequant)
+        return [*adapters, {"params": scales, "lr": self.rates.weight_scale}] if scales else []
 
     def tuned_groups(self, layers: Iterable[QuantLayer]) -> list[dict[str, Any]]:
-        """Tuned weights and biases at a rate per layer."""
+        """Groups of tuned weights and biases with a rate per layer."""
         groups: list[dict[str, Any]] = []
         for layer in layers:
             parameters = [p for p in (layer.tuned_weight, layer.tuned_bias) if p is not None]
@@ -119,7 +102,7 @@ class Distillation:
         return groups
 
     def activation_groups(self, paths: Collection[str]) -> list[dict[str, Any]]:
-        """Scales, and zero points that are not frozen, of the quantisers at these paths."""
+        """Groups of scales and trained zero points of the quantisers at these paths."""
         by_rate: dict[float, list[Tensor]] = {}
         for path, quantizer in self.model.activations():
             if path not in paths:
@@ -134,10 +117,10 @@ class Distillation:
         return [{"params": entries, "lr": rate, "table": True} for rate, entries in by_rate.items()]
 
     def after_update(self) -> None:
-        """Keep zero points inside the codes and scales near their calibrated values.
+        """Clamp zero points to the codes, and scales to a factor of their calibrated values.
 
-        An entry is visited once per trajectory, while Adam's momentum moves it all the time: without
-        a bound one layer whose scale hardly matters can run away to zero.
+        An entry gets a gradient once per trajectory, but Adam's momentum moves it in every update.
+        Without a bound, a scale with little effect on the loss can drift to zero.
         """
         for path, quantizer in self.model.activations():
             calibrated = self._calibrated[path]
@@ -148,5 +131,5 @@ class Distillation:
         return self.trajectories.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take up the trajectories where `state` left them."""
+        """Restore the trajectories of `state`."""
         self.trajectories.load_state(state)

@@ -2,11 +2,11 @@
 
     loss = sum || student(x_t, t) - teacher(x_t, t) ||^2        (eq. 7, summed as released)
 
-on the guided predictions, at points of the teacher's own trajectory.
+of the guided predictions, at points of the teacher's trajectories.
 
-Two rates are not what they were in the release's 16,000 iterations: the recipes let an adapter entry
-travel 8 or 16 weight levels where it can travel 3.2 there, since they are shorter; and weight steps, at
-the released rate of 1e-6, hardly move in so few iterations.
+Two rates differ in effect from the release's 16,000 iterations, because the recipes run fewer. The
+recipes let an adapter entry travel 8 or 16 weight levels, the release 3.2. Weight scales have the
+released rate of 1e-6 and hardly change in that number of iterations.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ def guided_error(student: Tensor, teacher: Tensor, weight: Tensor | None = None)
     """Sum of squared differences of two guided predictions (EfficientDM, eq. 7, as released).
 
     Args:
-        student: `[B, ...]`.
-        teacher: the same shape.
-        weight: of each item, `[B]`; by default 1.
+        student: prediction of the quantised model, `[B, ...]`.
+        teacher: prediction of the float model, same shape.
+        weight: weight of each item, `[B]`; default 1.
     """
     error = (student - teacher).square()
     return error.sum() if weight is None else (error.flatten(1).sum(1) * weight).sum()
 
 
 class EfficientDM(Distillation):
-    """The method as an `Objective` of `trtq.train.loop`."""
+    """EfficientDM as an `Objective` of `trtq.train.loop`."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Adapters per layer, weight steps, and activation entries of the layers with adapters.
+        """Groups of adapters, weight scales, and activation entries of layers with adapters.
 
-        Layers without adapters (8 bits) are left as calibrated, as released; products of attention
-        have no weights and are trained.
+        Layers without adapters (8 bits) stay as calibrated, as released. Products of attention have no
+        weights; their activation entries are trained.
         """
         layers = {name: layer for name, layer in self.model.layers() if layer.lora_A is not None}
         paths = {f"{name}.activation" for name in layers}
@@ -49,7 +49,7 @@ class EfficientDM(Distillation):
         return [*self.adapter_groups(layers.values()), *self.activation_groups(paths)]
 
     def loss(self, student: Callable[..., Any], slot: int, iteration: int) -> Tensor:
-        """The squared error where the trajectories of this slot stand."""
+        """Squared error at the current points of this slot's trajectories."""
         batch = self.trajectories.next(slot, iteration)
         predicted = self.trajectories.predict(student, batch)
-        return guided_error(predicted.float(), batch.target, batch.weight)
+        return guided_error(predicted.float(), batch.teacher, batch.weight)

@@ -1,15 +1,13 @@
-"""The fine-tuning loop that every method shares: accumulation, precision, decay, checkpoints.
+"""The fine-tuning loop of all methods: accumulation, precision, decay of rates, checkpoints.
 
-A method brings its parameter groups and the loss of one micro-batch (`Objective`). The loop runs it
-under accelerate on any number of processes. Randomness is drawn from (seed, stream, iteration), so a
-run of two processes, a run with two accumulation steps and a run that was interrupted in between all
-see the same noise.
+A method provides its parameter groups and the loss of one micro-batch (`Objective`). The loop runs under
+accelerate with any number of processes. Random numbers depend on (seed, stream, iteration) only, so a
+run with two processes, a run with two micro-batches per update and a resumed run use the same noise.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,47 +16,39 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from trtq.errors import ArtefactError, NonFiniteError
-from trtq.quant.convert import QuantizedDenoiser
+from trtq.errors import NonFiniteError
+from trtq.quant.denoiser import QuantizedDenoiser
+from trtq.quant.hooks import output_hooks
+from trtq.train.checkpoints import CheckpointState, Stateful, latest_checkpoint
 from trtq.train.table_adam import TableAdamW, TableState
 
-__all__ = ["FitResult", "Objective", "fit", "latest_checkpoint"]
-
-_LOSS_SMOOTHING = 0.05
+__all__ = ["FitResult", "Objective", "fit"]
 
 
-class Objective(Protocol):
-    """What a method brings to the loop."""
+class Objective(Stateful, Protocol):
+    """A fine-tuning method; `state` and `load_state` save and restore its trajectories."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups for AdamW: `params`, `lr` and what else AdamW takes. All else is frozen."""
+        """Groups for AdamW with `params`, `lr` and other options; all other parameters are frozen."""
 
     def loss(self, student: Callable[..., Any], slot: int, iteration: int) -> Tensor:
-        """The loss of accumulation step `slot`, a scalar."""
+        """Loss of micro-batch `slot` of an update, a scalar."""
 
     def after_update(self) -> None:
-        """Called after each optimiser step, e.g. to bring parameters back into range."""
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside parameters and optimiser."""
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Called after each update, e.g. to clamp parameters."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What the loop did.
+    """Result of one run of the loop.
 
     Attributes:
         seconds: wall time of the loop in this process, checkpoints included.
-        loss_first: mean loss of the first tenth of the iterations run here.
-        loss_last: mean loss of the last tenth.
-        iterations: optimiser steps run here (fewer than asked for after a resume).
+        loss_first: mean loss of the first tenth of this run's iterations.
+        loss_last: mean loss of the last tenth of this run's iterations.
+        iterations: number of updates in this run; after a resume, the remaining ones.
     """
 
     seconds: float
@@ -67,117 +57,17 @@ class FitResult:
     iterations: int
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder, or None."""
-    # One without this file was cut off while it was written or removed.
-    found = sorted(path.parent for path in folder.glob("iteration-*/checkpoint.json"))
-    return found[-1] if found else None
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _save_checkpoint(
-    folder: Path,
-    iteration: int,
-    model: QuantizedDenoiser,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    accelerator: Any,
-    fingerprint: str,
-) -> None:
-    """Write `folder/iteration-N`, complete or not at all; older checkpoints are then removed."""
-    final = folder / f"iteration-{iteration:07d}"
-    partial = folder / f".{final.name}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    rank = f"process-{accelerator.process_index}-of-{accelerator.num_processes}.safetensors"
-    save_file({k: v.contiguous() for k, v in objective.state().items()}, partial / rank)
-    if accelerator.is_main_process:
-        tensors = {f"parameter.{k}": v.detach().clone() for k, v in _trainable(model).items()}
-        for index, state in optimizer.state_dict()["state"].items():
-            for key, value in state.items():
-                tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value).clone()
-        save_file(tensors, partial / "model.safetensors")
-        (partial / "checkpoint.json").write_text(
-            json.dumps({"iteration": iteration, "fingerprint": fingerprint})
-        )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        older = [path for path in folder.glob("iteration-*") if path != final]
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for path in older:
-            shutil.rmtree(path)
-    accelerator.wait_for_everyone()
-
-
-def _load_checkpoint(
-    checkpoint: Path,
-    model: QuantizedDenoiser,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    accelerator: Any,
-    fingerprint: str,
-) -> int:
-    """Restore everything; returns the number of iterations already done.
-
-    Raises:
-        ArtefactError: the checkpoint is damaged, or of another recipe or number of processes.
-    """
-    rank = f"process-{accelerator.process_index}-of-{accelerator.num_processes}.safetensors"
-    try:
-        record = json.loads((checkpoint / "checkpoint.json").read_text())
-        if record["fingerprint"] != fingerprint:
-            raise ArtefactError(
-                f"{checkpoint} was made with another model or recipe; resume with the same ones, or "
-                "start again with --overwrite"
-            )
-        if not (checkpoint / rank).is_file():
-            raise ArtefactError(
-                f"{checkpoint} was not written by {accelerator.num_processes} processes; resume with "
-                "the number that wrote it"
-            )
-        tensors = load_file(checkpoint / "model.safetensors")
-        objective.load_state(load_file(checkpoint / rank))
-        with torch.no_grad():
-            for name, parameter in _trainable(model).items():
-                parameter.copy_(tensors[f"parameter.{name}"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = tensor
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-        return int(record["iteration"])
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as err:
-        raise ArtefactError(
-            f"the checkpoint {checkpoint} is damaged ({err}); delete it and start again"
-        ) from err
-
-
 @contextmanager
 def _first_bad_layer(model: QuantizedDenoiser) -> Iterator[list[str]]:
-    """Collects the names of layers whose output is not finite, in the order they are called."""
+    """Collect the names of layers whose output is not finite, in the order of the calls."""
     bad: list[str] = []
 
-    def watch(name: str) -> Callable[..., None]:
-        def check(_: nn.Module, __: Any, output: Tensor) -> None:
-            if not bool(torch.isfinite(output).all()):
-                bad.append(name)
+    def check(name: str, _: tuple[Any, ...], output: Tensor) -> None:
+        if not bool(torch.isfinite(output).all()):
+            bad.append(name)
 
-        return check
-
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in model.layers()]
-    try:
+    with output_hooks(dict(model.layers()), check):
         yield bad
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _stop_on_bad_loss(
@@ -185,11 +75,85 @@ def _stop_on_bad_loss(
 ) -> None:
     with _first_bad_layer(model) as bad, torch.no_grad():
         objective.loss(model, slot, iteration)
-    where = f"; the first layer to give one is {bad[0]!r}" if bad else ""
+    where = f"; the first layer with such an output is {bad[0]!r}" if bad else ""
     raise NonFiniteError(
         f"the loss at iteration {iteration} is NaN or infinite{where}. Lower the learning rates of "
         "the recipe, or train with mixed_precision='no'"
     )
+
+
+class _Optimisation:
+    """Optimiser, learning rates and position of one run of the loop.
+
+    Args:
+        model: quantised denoiser; only the objective's parameters stay trainable.
+        objective: the method.
+        optimizer: optimiser of the objective's parameter groups.
+        iterations: total number of updates.
+        accumulate: micro-batches per update and process.
+        accelerator: an `accelerate.Accelerator`.
+    """
+
+    def __init__(
+        self,
+        model: QuantizedDenoiser,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        iterations: int,
+        accumulate: int,
+        accelerator: Any,
+    ) -> None:
+        self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.iterations, self.accumulate = iterations, accumulate
+        self.accelerator = accelerator
+        self._first_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._student: Any = None
+        self._stepper: Any = None
+
+    def prepare(self) -> None:
+        """Hand model and optimiser to accelerate, after a checkpoint has been loaded."""
+        self._student, self._stepper = self.accelerator.prepare(self.model, self.optimizer)
+
+    def update(self, iteration: int) -> float:
+        """Update the parameters once; the mean loss of the micro-batches.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite.
+        """
+        for group, rate in zip(self.optimizer.param_groups, self._first_rates, strict=True):
+            group["lr"] = rate * (1 - iteration / self.iterations)
+        total = sum(self._accumulate(slot, iteration) for slot in range(self.accumulate))
+        self._stepper.step()
+        self._stepper.zero_grad()
+        self.objective.after_update()
+        return total
+
+    def _accumulate(self, slot: int, iteration: int) -> float:
+        """Add one micro-batch's gradients; its share of the update's loss."""
+        last = slot == self.accumulate - 1
+        with _gradient_sync(self.accelerator, self._student, last), self.accelerator.autocast():
+            loss = self.objective.loss(self._student, slot, iteration)
+            value = float(loss.item())
+            if not math.isfinite(value):
+                _stop_on_bad_loss(self.model, self.objective, slot, iteration)
+            self.accelerator.backward(loss / self.accumulate)
+        return value / self.accumulate
+
+
+def _trainable_optimizer(
+    model: QuantizedDenoiser,
+    groups: list[dict[str, Any]],
+    weight_decay: float,
+    table_state: TableState,
+) -> torch.optim.Optimizer:
+    """Freeze every parameter outside the groups, and optimise those inside."""
+    model.requires_grad_(False)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
+    if table_state == "dense":
+        return torch.optim.AdamW(groups, weight_decay=weight_decay)
+    return TableAdamW(groups, weight_decay, table_state)
 
 
 def fit(
@@ -208,75 +172,51 @@ def fit(
     table_state: TableState = "dense",
     progress: Callable[[int, int], None] | None = None,
 ) -> FitResult:
-    """Minimise the objective with AdamW and learning rates that fall linearly to zero.
+    """Minimise the objective with AdamW and learning rates that decay linearly to zero.
 
     Args:
-        model: the quantised denoiser; its trainable parameters are changed in place.
+        model: quantised denoiser; its trainable parameters are changed in place.
         objective: the method.
-        iterations: optimiser steps in all.
-        accumulate: micro-batches per optimiser step and process.
-        weight_decay: AdamW's.
+        iterations: total number of updates.
+        accumulate: micro-batches per update and process.
+        weight_decay: weight decay of AdamW.
         accelerator: an `accelerate.Accelerator`.
-        checkpoints: where to keep the newest checkpoint; None for none.
-        checkpoint_every: iterations between two of them.
-        fingerprint: of model and recipe; a checkpoint of another one is refused.
-        resume: go on from the newest checkpoint, if there is one.
+        checkpoints: folder of the newest checkpoint; None for no checkpoints.
+        checkpoint_every: iterations between two checkpoints.
+        fingerprint: identifies model and recipe; a checkpoint with another fingerprint is refused.
+        resume: continue from the newest checkpoint, if there is one.
         keep_last: write a checkpoint at the end too, for a stage that others follow.
         table_state: how the optimiser treats the entries of timestep tables.
-        progress: called with (iterations done, iterations in all).
+        progress: called with (iterations done, total iterations).
 
     Raises:
         NonFiniteError: the loss is NaN or infinite; the message names the layer.
         ArtefactError: the checkpoint cannot be used.
     """
-    # Asked for once, before a checkpoint is loaded: rates follow the calibrated scales.
-    groups = objective.parameter_groups()
-    model.requires_grad_(False)
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_(True)
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.AdamW(groups, weight_decay=weight_decay)
-        if table_state == "dense"
-        else TableAdamW(groups, weight_decay, table_state)
-    )
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    first = 0
+    # The groups are taken before a checkpoint is loaded: rates follow the calibrated scales.
+    optimizer = _trainable_optimizer(model, objective.parameter_groups(), weight_decay, table_state)
+    run = _Optimisation(model, objective, optimizer, iterations, accumulate, accelerator)
+    state = CheckpointState(model, optimizer, objective, accelerator, fingerprint)
     checkpoint = latest_checkpoint(checkpoints) if resume and checkpoints else None
-    if checkpoint is not None:
-        first = _load_checkpoint(checkpoint, model, optimizer, objective, accelerator, fingerprint)
-    student, stepper = accelerator.prepare(model, optimizer)
+    first = 0 if checkpoint is None else state.load(checkpoint)
+    run.prepare()
     losses: list[float] = []
     start = time.monotonic()
-    for iteration in range(first, iterations):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 - iteration / iterations)
-        total = 0.0
-        for slot in range(accumulate):
-            synchronise = slot == accumulate - 1
-            with _gradient_sync(accelerator, student, synchronise), accelerator.autocast():
-                loss = objective.loss(student, slot, iteration)
-                value = loss.item()
-                if value != value or abs(value) == float("inf"):
-                    _stop_on_bad_loss(model, objective, slot, iteration)
-                accelerator.backward(loss / accumulate)
-            total += value / accumulate
-        stepper.step()
-        stepper.zero_grad()
-        objective.after_update()
-        losses.append(total)
-        done = iteration + 1
+    for done in range(first + 1, iterations + 1):
+        losses.append(run.update(done - 1))
         if progress is not None:
             progress(done, iterations)
         due = keep_last if done == iterations else done % checkpoint_every == 0
         if checkpoints is not None and due:
-            _save_checkpoint(
-                checkpoints, done, model, optimizer, objective, accelerator, fingerprint
-            )
+            state.save(checkpoints, done)
     accelerator.wait_for_everyone()
+    return _result(losses, time.monotonic() - start)
+
+
+def _result(losses: list[float], seconds: float) -> FitResult:
     tenth = max(1, len(losses) // 10)
     return FitResult(
-        seconds=time.monotonic() - start,
+        seconds=seconds,
         loss_first=sum(losses[:tenth]) / tenth if losses else 0.0,
         loss_last=sum(losses[-tenth:]) / tenth if losses else 0.0,
         iterations=len(losses),
@@ -285,7 +225,7 @@ def fit(
 
 @contextmanager
 def _gradient_sync(accelerator: Any, student: Any, synchronise: bool) -> Iterator[None]:
-    """Exchange gradients between processes only with the last micro-batch of a step."""
+    """Exchange gradients between processes only with the last micro-batch of an update."""
     if synchronise or accelerator.num_processes == 1:
         yield
     else:

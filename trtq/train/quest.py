@@ -1,22 +1,26 @@
 """QuEST (arXiv 2402.03666): selective, progressive fine-tuning of the quantised model, without data.
 
-Two stages tune a few of the original weights, and all activation scales:
+Two stages tune a few of the original weights and all activation scales:
 
     1  the time-embedding projections           sum_l || O_l - O~_l ||^2 + L_G      (eq. 4 and 6)
     2  the attention-related layers             sum_l || O_l - O~_l ||^2 + L_G      (eq. 5 and 6)
 
-`O_l` is the output of a tuned layer in the float model, on float inputs; `O~_l` in the quantised one, on
-its own inputs. `L_G` is the error of the final output. Weight steps and zero points stay fixed. Under
-learned rounding (`trtq.quant.adaround`) the direction stays frozen while the weight moves.
+`O_l` is the output of a tuned layer in the float model, `O~_l` its output in the quantised model, each
+for the inputs in that model. `L_G` is the error of the final output. Weight scales and zero points stay
+fixed. With learned rounding (`trtq.quant.adaround`) the direction stays frozen while the weight
+changes.
 
-Of the weighting of the two losses there are three forms: the paper's, with one global term; that of the
-release, which adds the global term once per tuned layer; and the one the release has for stage 2 of its
-unconditional and ImageNet models, with the global term alone.
+The two losses are weighted in one of three ways: as in the paper, with one global term; as in the
+release, which adds the global term once per tuned layer; or with the global term alone, as in stage 2
+of the release's unconditional and ImageNet models.
 
-Not as released: at 4 bits the authors have one activation scale per input channel and step, which no
-integer product computes; here it is one per tensor and step. Under guidance they compare both halves of
-the batch, here the guided output is compared, which weighs the half without a condition
-`(guidance - 1)^2` times. Their rates are constant, here they fall linearly to 0.
+Differences from the release:
+
+- At 4 bits the authors use one activation scale per input channel and step, which no integer product
+  computes; here there is one scale per tensor and step.
+- With guidance the authors compare both halves of the batch; here the guided outputs are compared, in
+  which the unconditional half has weight `(guidance - 1)^2`.
+- The authors' rates are constant; here they decay linearly to 0.
 """
 
 from __future__ import annotations
@@ -27,8 +31,9 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional
 
-from trtq.quant.convert import QuantizedDenoiser
-from trtq.train.distill import Distillation, Rates, captured_outputs
+from trtq.quant.denoiser import QuantizedDenoiser
+from trtq.quant.hooks import captured_outputs
+from trtq.train.distill import Distillation, Rates
 from trtq.train.trajectories import Trajectories
 
 __all__ = ["Quest", "Weighting", "alignment_loss"]
@@ -39,26 +44,26 @@ Weighting = Literal["paper", "released", "global"]
 def alignment_loss(
     student: Mapping[str, Tensor],
     teacher: Mapping[str, Tensor],
-    predicted: Tensor,
-    target: Tensor,
+    student_output: Tensor,
+    teacher_output: Tensor,
     weighting: Weighting = "paper",
     global_weight: float = 1.0,
     item_weight: Tensor | None = None,
 ) -> Tensor:
-    """Local terms of K layers and the global one; each is a mean of squares.
+    """Sum of the local terms of K layers and the global term; each term is a mean of squares.
 
     Args:
-        student: outputs of the layers in the quantised model, by name, `[B, ...]`; `[2 B, ...]` under
-            guidance.
-        teacher: the same in the float model.
-        predicted: the quantised model's output, `[B, ...]`.
-        target: the float model's.
+        student: outputs of the layers in the quantised model, by name, `[B, ...]`; with guidance
+            `[2 B, ...]`.
+        teacher: outputs of the layers in the float model, by name, same shapes.
+        student_output: output of the quantised model, `[B, ...]`.
+        teacher_output: output of the float model, `[B, ...]`.
         weighting: `paper`: `local + w * global`; `released`: `local + K * w * global`; `global`:
             `K * w * global`.
-        global_weight: `w`.
-        item_weight: how much each of the B items counts; by default 1.
+        global_weight: weight `w` of the global term.
+        item_weight: weights of the items, `[B]`; default 1.
     """
-    task = global_weight * _mean_square(predicted, target, item_weight)
+    task = global_weight * _mean_square(student_output, teacher_output, item_weight)
     if weighting == "global":
         return len(teacher) * task
     local = sum(
@@ -82,14 +87,14 @@ class Quest(Distillation):
     """One stage of the method as an `Objective` of `trtq.train.loop`.
 
     Args:
-        model: the quantised denoiser, teacher and student at once; the tuned layers have been given
-            weights of their own (`QuantLayer.tune`).
-        trajectories: where both are compared.
+        model: quantised denoiser, both teacher and student; `QuantLayer.tune` has been called on the
+            tuned layers.
+        trajectories: source of the points at which both are compared.
         rates: learning rates.
         tuned: layers whose weights are trained.
-        aligned: layers whose outputs are compared; by default the tuned ones.
+        aligned: layers whose outputs are compared; default: the tuned layers.
         activations: paths of the activation quantisers that are trained.
-        adapters: train the QALoRA adapters of all layers that have them, too.
+        adapters: also train the QALoRA adapters of all layers that have adapters.
         weighting: see `alignment_loss`.
         global_weight: see `alignment_loss`.
     """
@@ -116,7 +121,7 @@ class Quest(Distillation):
         self.global_weight = global_weight
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Tuned weights, adapters if asked for, and activation entries."""
+        """Groups of tuned weights, optional adapters, and activation entries."""
         layers = dict(self.model.layers())
         groups = self.tuned_groups(layers[name] for name in sorted(self.tuned))
         if self.adapters:
@@ -124,7 +129,7 @@ class Quest(Distillation):
         return groups + self.activation_groups(self.activations)
 
     def loss(self, student: Callable[..., Any], slot: int, iteration: int) -> Tensor:
-        """Local and global error where the trajectories of this slot stand."""
+        """Local and global error at the current points of this slot's trajectories."""
         with captured_outputs(self.model.denoiser, self.aligned) as outputs:
             batch = self.trajectories.next(slot, iteration)
             teacher = dict(outputs)
@@ -133,7 +138,7 @@ class Quest(Distillation):
             outputs,
             teacher,
             predicted.float(),
-            batch.target,
+            batch.teacher,
             self.weighting,
             self.global_weight,
             batch.weight,

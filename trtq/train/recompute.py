@@ -1,4 +1,4 @@
-"""Gradient checkpointing: activations of a block are computed again in the backward pass, not kept."""
+"""Gradient checkpointing: the backward pass recomputes a block's activations."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from trtq.quant.convert import QuantizedDenoiser
+from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.timestep import current_step, step_scope
 
 __all__ = ["recompute_blocks"]
 
 
 def recompute_blocks(model: QuantizedDenoiser) -> bool:
-    """Let the denoiser's blocks keep their inputs only (arXiv 1604.06174).
+    """Keep only the inputs of the denoiser's blocks for the backward pass (arXiv 1604.06174).
 
     Args:
-        model: changed in place; predictions and gradients stay what they were.
+        model: quantised denoiser, changed in place; predictions and gradients stay the same.
 
     Returns:
-        Whether its class supports that in diffusers.
+        Whether diffusers supports gradient checkpointing for the denoiser's class.
     """
     if not getattr(model.denoiser, "_supports_gradient_checkpointing", False):
         return False
@@ -30,7 +30,7 @@ def recompute_blocks(model: QuantizedDenoiser) -> bool:
 
 
 def _checkpointed(block: Any, *inputs: Any) -> Any:
-    # The backward pass has left the scope of the step, and may run in a thread of its own.
+    # The backward pass runs outside the step's scope, possibly in another thread.
     step = current_step()
 
     def again(*values: Any) -> Any:

@@ -1,31 +1,32 @@
-"""Learning the direction in which each weight is rounded (AdaRound, arXiv 2004.10568), layer by layer.
+"""Learning the rounding direction of each weight (AdaRound, arXiv 2004.10568), layer by layer.
 
     minimise over alpha   mean || op(x~, W(alpha)) - op(x, W) ||^2 + 0.01 / n * rounding_loss(alpha)
 
-with the layer's quantised inputs `x~` in the model quantised so far, and its float inputs `x`, both
-from the teacher's trajectories. The temperature of the rounding loss falls from 20 to 2 after the first
-fifth, in which the loss is left out.
+with the layer's inputs `x~` in the quantised model, in which earlier layers already have learned
+rounding, and its inputs `x` in the float model; both come from the teacher's trajectories. The rounding
+loss is left out in the first fifth of the iterations; then its temperature falls from 20 to 2.
 
-QuEST's authors (arXiv 2402.03666) reconstruct blocks as wholes, 20,000 iterations each at a rate of
-1e-3; their inputs come from the model with quantised weights and float activations, ours from the fully
-quantised one. Their error is a sum over the output's channels and their rounding loss a sum over the
-weights, where both are means here: theirs weighs `C_in k^2` times as much. So in a few hundred
-iterations most directions stay undecided until they are cut off, which costs about half of what was won
-for a single layer; a larger weight has not been seen to help the whole model.
+QuEST's authors (arXiv 2402.03666) reconstruct whole blocks, with 20,000 iterations each at a rate of
+1e-3. Their inputs come from the model with quantised weights and float activations, ours from the fully
+quantised model. Their error is a sum over the output's channels and their rounding loss a sum over the
+weights; both are means here, so their rounding loss has `C_in k^2` times the weight. With a few hundred
+iterations many of our directions are therefore still undecided when they are frozen. Freezing them costs
+about half of a single layer's gain; in our runs a larger weight did not improve the whole model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trtq.errors import NonFiniteError
 from trtq.quant.adaround import hard_direction, initial_alpha, rounding_loss
-from trtq.quant.convert import QuantizedDenoiser
+from trtq.quant.denoiser import QuantizedDenoiser
+from trtq.quant.hooks import output_hooks
 from trtq.quant.modules import QuantLayer
+from trtq.quant.plan import named_errors
 from trtq.quant.timestep import step_scope
 from trtq.seeds import seeded_generator
 from trtq.train.trajectories import Batch, Trajectories
@@ -42,22 +43,63 @@ _ITEMS = 16
 def _rows(
     model: QuantizedDenoiser, layer: QuantLayer, trajectories: Trajectories, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer's inputs in the quantised model, its outputs in the float model, and their steps."""
-    seen: dict[str, Tensor] = {}
+    """A layer's inputs in the quantised model, its outputs in the float model, and their steps."""
+    last: dict[str, Tensor] = {}
 
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["input"], seen["output"] = inputs[0].detach(), output.detach()
+    def keep(_: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        last["input"], last["output"] = inputs[0].detach(), output.detach()
 
-    handle = layer.register_forward_hook(hook)
-    try:
+    with output_hooks({"layer": layer}, keep):
         trajectories.predict(model.teacher, batch)
-        target = seen["output"]
+        teacher_output = last["output"]
         with torch.no_grad():
             trajectories.predict(model, batch)
-    finally:
-        handle.remove()
-    timestep = batch.timestep.repeat(len(target) // len(batch.timestep))
-    return seen["input"], target, model.table.index(timestep)
+    timestep = batch.timestep.repeat(len(teacher_output) // len(batch.timestep))
+    return last["input"], teacher_output, model.table.index(timestep)
+
+
+def _learn_layer(
+    layer: QuantLayer,
+    x: Tensor,
+    teacher_output: Tensor,
+    index: Tensor,
+    iterations: int,
+    generator: torch.Generator,
+) -> int:
+    """Learn the directions of one layer, in place; the number of weights not rounded to nearest.
+
+    Args:
+        layer: layer of the quantised model.
+        x: inputs of the layer in the quantised model, `[R, ...]`.
+        teacher_output: outputs of the layer in the float model, `[R, ...]`.
+        index: indices of the denoising steps, `[R]`.
+        iterations: number of Adam updates.
+        generator: random generator for the choice of items.
+
+    Raises:
+        NonFiniteError: the loss is NaN or infinite.
+    """
+    start = initial_alpha(layer.updated_weight().detach(), layer.weight_scale.detach())
+    alpha = layer.alpha = nn.Parameter(start.clone())
+    layer.soft_rounding = True
+    optimizer = torch.optim.Adam([alpha], lr=_RATE)
+    for iteration in range(iterations):
+        items = torch.randint(len(x), (min(_ITEMS, len(x)),), generator=generator)
+        with step_scope(index[items]):
+            out = layer(x[items])
+        loss = (out - teacher_output[items]).square().mean()
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError("the loss of its rounding is NaN or infinite")
+        rest = (iteration / iterations - _WARM_UP) / (1 - _WARM_UP)
+        if rest > 0:
+            temperature = _COLD + (_HOT - _COLD) * (1 - rest)
+            loss = loss + _REGULARISER * rounding_loss(alpha, temperature) / alpha.numel()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss, inputs=[alpha])
+        optimizer.step()
+    layer.soft_rounding = False
+    alpha.requires_grad_(False)
+    return int((hard_direction(alpha) != hard_direction(start)).sum())
 
 
 def learn_rounding(
@@ -68,16 +110,16 @@ def learn_rounding(
     iterations: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Give layers learned rounding directions, in the order of `names`, in place.
+) -> dict[str, float]:
+    """Learn rounding directions of layers, in the order of `names`, in place.
 
     Args:
-        model: the quantised denoiser.
-        trajectories: where inputs come from.
-        names: the layers.
-        iterations: steps of Adam per layer.
-        seed: of the choice of items.
-        progress: called with (layers done, layers in all).
+        model: quantised denoiser.
+        trajectories: source of the inputs.
+        names: paths of the layers.
+        iterations: number of Adam updates per layer.
+        seed: seed of the choice of items.
+        progress: called with (layers done, total layers).
 
     Returns:
         `rounded_up_share_changed`: share of weights that are no longer rounded to nearest.
@@ -93,30 +135,11 @@ def learn_rounding(
             _rows(model, layer, trajectories, trajectories.next(slot, done))
             for slot in range(len(trajectories.streams))
         ]
-        x, target, index = (torch.cat(part) for part in zip(*parts, strict=True))
-        start = initial_alpha(layer.updated_weight().detach(), layer.weight_scale.detach())
-        alpha = layer.alpha = nn.Parameter(start.clone())
-        layer.soft_rounding = True
-        optimizer = torch.optim.Adam([alpha], lr=_RATE)
+        x, teacher_output, index = (torch.cat(part) for part in zip(*parts, strict=True))
         generator = seeded_generator(seed, "rounding", name)
-        for iteration in range(iterations):
-            items = torch.randint(len(x), (min(_ITEMS, len(x)),), generator=generator)
-            with step_scope(index[items]):
-                out = layer(x[items])
-            loss = (out - target[items]).square().mean()
-            if not bool(torch.isfinite(loss)):
-                raise NonFiniteError(f"layer {name!r}: the loss of its rounding is NaN or infinite")
-            rest = (iteration / iterations - _WARM_UP) / (1 - _WARM_UP)
-            if rest > 0:
-                temperature = _COLD + (_HOT - _COLD) * (1 - rest)
-                loss = loss + _REGULARISER * rounding_loss(alpha, temperature) / alpha.numel()
-            optimizer.zero_grad()
-            torch.autograd.backward(loss, inputs=[alpha])
-            optimizer.step()
-        layer.soft_rounding = False
-        alpha.requires_grad_(False)
-        changed += int((hard_direction(alpha) != hard_direction(start)).sum())
-        total += alpha.numel()
+        with named_errors(name):
+            changed += _learn_layer(layer, x, teacher_output, index, iterations, generator)
+        total += layer.weight.numel()
         if progress is not None:
             progress(done + 1, len(names))
     return {"rounded_up_share_changed": changed / max(total, 1)}

@@ -1,9 +1,9 @@
-"""AdamW that treats every entry of a timestep table as a parameter of its own.
+"""AdamW that treats every entry of a timestep table as a separate parameter.
 
-A table `[T]` gets a gradient at the steps that a batch visits, and zero elsewhere. AdamW on the whole
-table keeps moving the entries that were not visited, by their momentum, and corrects its bias by the
-number of all iterations. Here only visited entries move, and each counts its own visits. QuEST's release
-goes further and forgets an entry's moments whenever its timestep comes up again.
+A table `[T]` has non-zero gradients only at the steps that a batch visits. AdamW on the whole table
+moves unvisited entries too, by their momentum, and corrects the bias of all moments by the number of
+iterations. `TableAdamW` moves visited entries only and corrects each entry by the number of its visits.
+QuEST's release in addition resets an entry's moments whenever its timestep comes up again.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from torch import Tensor
 __all__ = ["TableAdamW", "TableState"]
 
 TableState = Literal["dense", "persistent", "reset"]
-"""`dense`: AdamW on the whole table, as EfficientDM. `persistent`: entries for themselves. `reset`: an
-entry starts afresh when it is visited again after a pause, as QuEST's release."""
+"""Treatment of a table's entries.
+
+`dense`: AdamW on the whole table, as in EfficientDM. `persistent`: one state per entry. `reset`: an
+entry's state is reset when the entry is visited again after a pause, as in QuEST's release.
+"""
 
 
 class TableAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101); groups with `table=True` are updated entry by entry.
 
     Args:
-        groups: of parameters, with `lr`.
-        weight_decay: decoupled.
+        groups: parameter groups with `params` and `lr`.
+        weight_decay: decoupled weight decay.
         state: `persistent` or `reset`.
-        betas: of both moments.
-        eps: added to the root of the second moment.
+        betas: decay factors of the first and second moment.
+        eps: term added to the root of the second moment.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class TableAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update; `closure` is not supported."""
+        """Update all parameters once; `closure` is not supported."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:

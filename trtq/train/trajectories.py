@@ -1,6 +1,6 @@
-"""Where the student learns: points along the float model's own sampling trajectories.
+"""Training points: samples along the float model's sampling trajectories.
 
-They start at pure noise and are walked on with the teacher's predictions, so no image is needed
+A trajectory starts at pure noise and follows the teacher's predictions, so no image is needed
 (EfficientDM, arXiv 2310.03270, eq. 7). Letters: B images per micro-batch, C, H, W.
 """
 
@@ -22,25 +22,25 @@ __all__ = ["Batch", "Trajectories"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of the denoiser and what the teacher says to them.
+    """Inputs of the denoiser with the teacher's predictions.
 
     Attributes:
-        x: `[B,C,H,W]`.
-        timestep: `[B]`.
-        conditions: of the B images.
-        target: the teacher's guided prediction, `[B,C,H,W]`.
-        weight: how much an error counts at each item's step, `[B]`.
+        x: noisy samples, `[B,C,H,W]`.
+        timestep: timesteps of the samples, `[B]`.
+        conditions: conditions of the B samples.
+        teacher: the teacher's guided prediction, `[B,C,H,W]`.
+        weight: weight of an error at each item's step, `[B]`.
     """
 
     x: Tensor
     timestep: Tensor
     conditions: Conditions
-    target: Tensor
+    teacher: Tensor
     weight: Tensor
 
 
 class _Pool:
-    """B trajectories of the teacher, each at a position of its own; LongTensor position[B]."""
+    """B trajectories of the teacher at positions LongTensor position[B] of the schedule."""
 
     def __init__(self, x: Tensor, position: Tensor, conditions: Conditions) -> None:
         self.x = x
@@ -49,26 +49,26 @@ class _Pool:
 
 
 class Trajectories:
-    """B trajectories per accumulation step, moved on by one denoising step with every batch.
+    """B trajectories per micro-batch slot; every batch advances them by one denoising step.
 
     Args:
-        teacher: the float denoiser.
-        schedule: its timesteps are those of the tables.
-        shape: of one sample, (C, H, W).
+        teacher: float denoiser.
+        schedule: noise schedule whose timesteps are those of the tables.
+        shape: shape (C, H, W) of one sample.
         draw_conditions: `(count, generator) -> Conditions`.
-        batch: images B per micro-batch.
-        slots: accumulation steps of this process.
-        stream: first of the `slots` random streams of this process; they are `stream + slot * stride`.
+        batch: number B of images per micro-batch.
+        slots: number of micro-batches per update in this process.
+        stream: first random stream of this process; slot s uses stream `stream + s * stride`.
         stride: number of processes.
-        seed: of all randomness.
-        purpose: keeps the randomness of different stages apart.
-        guidance: classifier-free guidance of the teacher.
-        eta: noise of the teacher's DDIM steps.
-        staggered: each item stands at a step of its own, in all micro-batches of an optimiser step
-            together; otherwise all stand at one step.
-        weighted: errors count by what they do to the final sample (`NoiseSchedule.influence`);
-            otherwise alike at every step.
-        device: where the teacher is. All randomness is drawn on the CPU, so it is the same everywhere.
+        seed: seed of all random numbers.
+        purpose: name that separates the random numbers of different stages.
+        guidance: classifier-free guidance scale of the teacher.
+        eta: noise of the teacher's DDIM steps, 0 .. 1.
+        staggered: spread the items of all micro-batches of an update over the schedule; otherwise all
+            items are at the same step.
+        weighted: weight errors by their effect on the final sample (`NoiseSchedule.influence`);
+            otherwise all steps have weight 1.
+        device: device of the teacher. Random numbers are drawn on the CPU, so they do not depend on it.
     """
 
     def __init__(
@@ -109,26 +109,26 @@ class Trajectories:
         self._pools: list[_Pool] = []
 
     def next(self, slot: int, iteration: int) -> Batch:
-        """The points where the trajectories of this slot stand; the teacher then moves them on."""
+        """The current points of this slot's trajectories; the teacher then advances them."""
         if not self._pools:
             self._pools = [self._new_pool(index) for index in range(len(self.streams))]
         pool = self._pools[slot]
         generator = self._generator(slot, iteration)
-        target = self._teach(pool.x, pool.position, pool.conditions)
+        teacher = self._teach(pool.x, pool.position, pool.conditions)
         timestep = self.schedule.timesteps[pool.position]
-        batch = Batch(pool.x, timestep, pool.conditions, target, self._weights[pool.position])
-        self._advance(pool, target, generator)
+        batch = Batch(pool.x, timestep, pool.conditions, teacher, self._weights[pool.position])
+        self._advance(pool, teacher, generator)
         return batch
 
     def predict(self, student: Callable[..., Any], batch: Batch) -> Tensor:
-        """The student's guided prediction at the batch's points."""
+        """The student's guided prediction for a batch, `[B,C,H,W]`."""
         return predict(student, batch.x, batch.timestep, batch.conditions, self.guidance)
 
     def _generator(self, slot: int, iteration: int) -> torch.Generator:
         return seeded_generator(self.seed, self.purpose, self.streams[slot], iteration)
 
     def _new_pool(self, slot: int) -> _Pool:
-        """Fresh noise; with staggered steps the teacher first walks each item to its place."""
+        """New trajectories; if staggered, the teacher first walks each item to its position."""
         generator = self._generator(slot, -1)
         pool = _Pool(
             self._noise(self.batch, generator),
@@ -136,7 +136,7 @@ class Trajectories:
             self.draw_conditions(self.batch, generator).to(self.device),
         )
         if self.staggered:
-            # Over all processes and accumulation steps: each optimiser step sees all of the trajectory.
+            # Positions are spread over all processes and slots, so each update covers the schedule.
             place = torch.arange(self.batch, device=self.device) * self._all_streams
             place += self.streams[slot]
             places = place * len(self.schedule) // (self.batch * self._all_streams)
@@ -155,13 +155,13 @@ class Trajectories:
 
     def _teach(self, x: Tensor, position: Tensor, conditions: Conditions) -> Tensor:
         timestep = self.schedule.timesteps[position]
-        # The target is the float model's own, whatever the student is trained in.
+        # The teacher predicts in float, independent of the precision that the student is trained in.
         with torch.autocast(x.device.type, enabled=False):
             return predict(self.teacher, x, timestep, conditions, self.guidance)
 
-    def _advance(self, pool: _Pool, target: Tensor, generator: torch.Generator) -> None:
+    def _advance(self, pool: _Pool, teacher: Tensor, generator: torch.Generator) -> None:
         noise = self._noise(self.batch, generator)
-        stepped = self.schedule.step(pool.x, target, pool.position, self.eta, noise)
+        stepped = self.schedule.step(pool.x, teacher, pool.position, self.eta, noise)
         position = pool.position + 1
         finished = position >= len(self.schedule)
         if bool(finished.any()):
@@ -187,7 +187,7 @@ class Trajectories:
         return tensors
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take up the trajectories where `state` left them."""
+        """Restore the trajectories of `state`."""
         self._pools = []
         for slot in range(len(self.streams)):
             halves: dict[str, dict[str, Tensor]] = {"conditional": {}, "unconditional": {}}

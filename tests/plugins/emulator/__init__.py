@@ -1,4 +1,4 @@
-"""Runs our CUDA kernels on the CPU, thread by thread; see ptx.cuh beside this file."""
+"""Runs our CUDA kernels on the CPU, thread by thread; see ptx.cuh in this folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from trtq.plugins.compile import sources
 from trtq.plugins.launch import Launch
-from trtq.plugins.spec import Variant
+from trtq.plugins.variants import Variant
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")

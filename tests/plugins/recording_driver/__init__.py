@@ -2,7 +2,7 @@
 
 It is `libcuda.so.1` on the library path of a child process, so everything above it is real:
 cuda-bindings, NVRTC and our own code. What it knows, and what the environment tells it, stands in
-libcuda.c beside this file.
+libcuda.c in this folder.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ class RecordingDriver:
 
     def environment(self, log: Path | None = None, **settings: object) -> dict[str, str]:
         """For a child process; settings without `RECORDING_` and in lower case, others as they are."""
-        found = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-        paths = [str(self.folder), found.get("LD_LIBRARY_PATH", "")]
-        found["LD_LIBRARY_PATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
-        found["PYTHONPATH"] = os.pathsep.join([str(ROOT), found.get("PYTHONPATH", "")])
+        variables = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+        paths = [str(self.folder), variables.get("LD_LIBRARY_PATH", "")]
+        variables["LD_LIBRARY_PATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
+        variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), variables.get("PYTHONPATH", "")])
         if log is not None:
-            found["RECORDING_LOG"] = str(log)
+            variables["RECORDING_LOG"] = str(log)
         for name, value in settings.items():
-            found[name if name.isupper() else f"RECORDING_{name.upper()}"] = str(value)
-        return found
+            variables[name if name.isupper() else f"RECORDING_{name.upper()}"] = str(value)
+        return variables
 
     def command(self, arguments: list[str], **settings: object) -> Record:
         """Run a command with this driver."""

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,17 +17,17 @@ from tests.serve.http.test_app import Server
 from trtq.png_text import read_texts
 from trtq.serve.options import Limits
 
-pytestmark = pytest.mark.slow
 DONE = re.compile("^Done")
 
 
 @pytest.fixture
 def page():
     playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium here")
+    names = ("chromium", "google-chrome", "chromium-browser")
+    chromium = next(filter(None, map(shutil.which, names)), None)
     with playwright.sync_playwright() as runtime:
+        if chromium is None and not Path(runtime.chromium.executable_path).exists():
+            pytest.skip("no Chromium is installed")
         browser = runtime.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         opened = browser.new_page(viewport={"width": 360, "height": 740})
         opened.complaints = []

@@ -6,7 +6,7 @@ import torch
 
 from tests.families.pipelines import PIPELINES, build
 from tests.serve.test_batcher import Crowd
-from trtq.diffusion.pipeline import load_source
+from trtq.diffusion.loading import open_pipeline
 from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import UsageError
 from trtq.pipelines.draw import Conditioning, draw
@@ -28,9 +28,9 @@ def opened(name):
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
-    source = load_source(pipeline)
+    source = open_pipeline(pipeline)
     if name in SMALLER:
-        source.resize("16x32")
+        source = source.sized("16x32")
     return source
 
 
@@ -118,7 +118,7 @@ def test_flux_takes_no_classifier_free_guidance():
 
 
 def test_a_model_without_prompts_refuses_them():
-    model = PipelineModel(load_source(build("ldm_vq")), "ldm", "torch")
+    model = PipelineModel(open_pipeline(build("ldm_vq")), "ldm", "torch")
     with pytest.raises(UsageError, match="takes no prompt"):
         Crowd(model).items(1, prompt="a cat")
 

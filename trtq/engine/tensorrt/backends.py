@@ -1,4 +1,4 @@
-"""Which TensorRT can build here."""
+"""The builders, and which of them are installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trtq.errors import MissingDependencyError, UsageError
 __all__ = ["BACKENDS", "CURRENT", "Backend", "check_architectures", "find_backend"]
 
 CURRENT = "current"
-"""The architecture of the GPU that is there while building."""
+"""The architecture of the GPU in the building machine."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class Backend:
     """A builder.
 
     Attributes:
-        name: as `--backend` takes it.
-        module: of Python.
-        architectures: it can build for without a GPU; none: only for the GPU that is there.
-        default: those that it builds for when none is named.
-        install: what to do when it is not there.
+        name: value of `--backend`.
+        module: name of the Python module.
+        architectures: GPU architectures that it can build for on any machine; empty: only for the GPU in
+            the building machine.
+        default: architectures that it builds for by default.
+        install: how to install it.
     """
 
     name: Literal["tensorrt-rtx", "tensorrt"]
@@ -35,12 +36,12 @@ class Backend:
 
     @property
     def installed(self) -> bool:
-        """Whether its module can be found; nothing is imported."""
+        """Whether the module can be found; it is not imported."""
         return importlib.util.find_spec(self.module) is not None
 
     @property
     def version(self) -> str:
-        """Of the installed package."""
+        """Version of the installed package."""
         for name in metadata.packages_distributions().get(self.module, [self.module]):
             try:
                 return metadata.version(name)
@@ -71,39 +72,39 @@ BACKENDS: dict[str, Backend] = {
 
 
 def find_backend(name: str | None = None) -> Backend:
-    """The builder of this name, or the first that is installed.
+    """The builder of a name, or the first that is installed.
 
     Raises:
         UsageError: the name is unknown.
-        MissingDependencyError: it is not installed, or none is.
+        MissingDependencyError: the builder is not installed, or no builder is.
     """
     if name is not None and name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    wanted = BACKENDS.values() if name is None else [BACKENDS[name]]
-    for backend in wanted:
+    candidates = BACKENDS.values() if name is None else [BACKENDS[name]]
+    for backend in candidates:
         if backend.installed:
             return backend
     what = "neither TensorRT-RTX nor TensorRT is" if name is None else f"{name} is not"
-    advice = " or ".join(backend.install for backend in wanted)
+    advice = " or ".join(backend.install for backend in candidates)
     raise MissingDependencyError(f"{what} installed: {advice}")
 
 
-def check_architectures(backend: Backend, wanted: list[str]) -> list[str]:
-    """The architectures to build for, without doubles; the backend's own when none is wanted.
+def check_architectures(backend: Backend, names: list[str]) -> list[str]:
+    """The architectures to build for, without duplicates; the backend's default for an empty list.
 
     Raises:
         UsageError: the backend cannot build for one of them.
     """
-    chosen = list(dict.fromkeys(name.lower().replace("_", "") for name in wanted))
+    chosen = list(dict.fromkeys(name.lower().replace("_", "") for name in names))
     allowed = (*backend.architectures, CURRENT)
     for name in chosen:
         if name not in allowed:
             raise UsageError(
                 f"{backend.name} cannot build for {name!r}; it can for {', '.join(allowed)}"
-                + (" (the GPU that is there)" if not backend.architectures else "")
+                + (" (the GPU of this machine)" if not backend.architectures else "")
             )
     if CURRENT in chosen and len(chosen) > 1:
         raise UsageError(
-            f"{CURRENT!r} stands for the GPU that is there, and cannot be one of several"
+            f"{CURRENT!r} stands for the GPU of this machine, and cannot be one of several"
         )
     return chosen or list(backend.default)

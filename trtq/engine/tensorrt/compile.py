@@ -1,4 +1,4 @@
-"""One graph to one engine, in a process of its own, or from the cache."""
+"""Builds the engine of one graph in a child process, or takes it from the cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from trtq.engine.tensorrt.backends import CURRENT, Backend
 from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job
 from trtq.errors import BuildError
 from trtq.graph.file import ENGINE_FILE
-from trtq.processes import crash_name, last_words, lifeline, was_killed, worker_command
+from trtq.processes import Child, ChildDiedError, Exit
 from trtq.resources import available_bytes, cache_folder
 
 __all__ = ["Compiled", "compile_engine", "estimated_peak_bytes"]
@@ -33,20 +32,19 @@ _WORKER = "trtq.engine.tensorrt.worker"
 _GIB = 1 << 30
 _BASE_BYTES = 1 << 30
 _BYTES_PER_GRAPH_BYTE = 4
-"""Peak of TensorRT-RTX 1.7 per byte of the graph, with a margin: 3.9 GB of 0.9 GB and 6.2 GB of 1.7 GB,
-Stable Diffusion 1.5's UNet in integers and in half precision."""
-_LAST_LINES = 5
+"""Peak memory of TensorRT-RTX 1.7 per byte of the graph, with a margin. Measured with Stable Diffusion
+1.5's UNet: 3.9 GB for 0.9 GB in integers, 6.2 GB for 1.7 GB in half precision."""
 _PLUGINS = {"engine": "the engine itself, which needs no Python", "python": "this package"}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """An engine that was built, or found in the cache.
+    """An engine that was built or taken from the cache.
 
     Attributes:
-        answer: how building it went.
-        cached: whether it was found.
-        engine_bytes: size of its file.
+        answer: result of the build.
+        cached: whether the engine comes from the cache.
+        engine_bytes: size of the engine's file.
     """
 
     answer: Answer
@@ -55,7 +53,7 @@ class Compiled:
 
 
 def estimated_peak_bytes(graph: Path) -> int:
-    """Memory that building is likely to take."""
+    """Estimated peak memory of a build, in bytes."""
     size = sum(path.stat().st_size for path in graph.parent.iterdir() if path.is_file())
     return _BASE_BYTES + _BYTES_PER_GRAPH_BYTE * size
 
@@ -64,10 +62,10 @@ def compile_engine(backend: Backend, job: Job, *, use_cache: bool = True) -> Com
     """Build the engine of a job, or copy it from the cache.
 
     Args:
-        backend: whose module the job names.
-        job: what to build; the graph's folder holds nothing but the graph.
-        use_cache: look there first, and leave a copy there. Engines for the GPU that is there are never
-            kept, since nothing says later which one it was.
+        backend: builder of the engine.
+        job: what to build; the graph's folder contains nothing but the graph.
+        use_cache: whether to read and write the cache. Engines for the GPU of this machine are never
+            cached, since they do not record which GPU it was.
 
     Raises:
         BuildError: the builder refused, crashed or was killed.
@@ -75,9 +73,9 @@ def compile_engine(backend: Backend, job: Job, *, use_cache: bool = True) -> Com
     """
     key = _key(backend, job) if use_cache and CURRENT not in job.architectures else None
     if key is not None:
-        found = _from_cache(key, job.engine)
-        if found is not None:
-            return found
+        cached = _from_cache(key, job.engine)
+        if cached is not None:
+            return cached
     needed, free = estimated_peak_bytes(job.graph), available_bytes()
     if 0 < free < needed:
         logger.warning(
@@ -101,7 +99,7 @@ def compile_engine(backend: Backend, job: Job, *, use_cache: bool = True) -> Com
 
 
 def _key(backend: Backend, job: Job) -> str:
-    """Of everything that shapes an engine: graph with its tables, builder, target, options."""
+    """Hash of everything that shapes an engine: graph, weights, builder, architectures, options."""
     record = json.loads(job.model_dump_json(exclude={"graph", "engine"}))
     record |= {"backend": backend.name, "version": backend.version}
     record["worker"] = sha256(Path(__file__).parent / "worker.py")
@@ -112,10 +110,10 @@ def _key(backend: Backend, job: Job) -> str:
 
 
 def _from_cache(key: str, engine: Path) -> Compiled | None:
-    """Copy an engine out of the cache; an entry that is not what it was is thrown away."""
+    """Copy an engine out of the cache; a damaged entry is removed."""
     try:
         folder = cache_folder(_CACHE) / key
-        entry = json.loads((folder / _ENTRY_FILE).read_text())
+        entry = json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8"))
         answer = Answer.model_validate(entry["answer"])
         shutil.copyfile(folder / ENGINE_FILE, engine)
         whole = sha256(engine) == entry["sha256"]
@@ -129,7 +127,7 @@ def _from_cache(key: str, engine: Path) -> Compiled | None:
 
 
 def _to_cache(key: str, engine: Path, answer: Answer) -> None:
-    """Keep a copy, if that is possible: a full disk must not fail a build that is done."""
+    """Write a copy to the cache if possible; a full disk must not fail a finished build."""
     try:
         folder = cache_folder(_CACHE) / key
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +137,7 @@ def _to_cache(key: str, engine: Path, answer: Answer) -> None:
     try:
         shutil.copyfile(engine, partial / ENGINE_FILE)
         entry = {"answer": answer.model_dump(), "sha256": sha256(engine)}
-        (partial / _ENTRY_FILE).write_text(json.dumps(entry))
+        (partial / _ENTRY_FILE).write_text(json.dumps(entry), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError:
@@ -147,23 +145,17 @@ def _to_cache(key: str, engine: Path, answer: Answer) -> None:
 
 
 def _run_worker(job: Job, free: int) -> Answer:
-    with tempfile.TemporaryDirectory(prefix="trtq-build-") as scratch, lifeline() as stdin:
+    with tempfile.TemporaryDirectory(prefix="trtq-build-") as scratch:
         folder = Path(scratch)
-        job_file, answer_file = folder / "job.json", folder / "answer.json"
+        job_file = folder / "job.json"
         job_file.write_text(job.model_dump_json(), encoding="utf-8")
-        done = subprocess.run(
-            worker_command(_WORKER, job_file, answer_file),
-            stdin=stdin,
-            env=_environment(job.module, folder),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        try:
-            answer = Answer.model_validate_json(answer_file.read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as err:
-            raise BuildError(_why_it_died(job, done.returncode, done.stderr, free)) from err
+        with Child(_WORKER, job_file, env=_environment(job.module, folder)) as child:
+            try:
+                answer = Answer.model_validate(child.answer())
+            except ChildDiedError as err:
+                raise BuildError(_explain(job, err.exit, free)) from err
+            except ValidationError as err:
+                raise BuildError(_explain(job, child.wait(), free)) from err
     if answer.error is not None:
         at = f" at layer {answer.layer!r}" if answer.layer else ""
         raise BuildError(f"{job.module} cannot build {job.graph.name}{at}: {answer.error}")
@@ -171,7 +163,7 @@ def _run_worker(job: Job, free: int) -> Answer:
 
 
 def _environment(module: str, folder: Path) -> dict[str, str]:
-    """For TensorRT-RTX a library under the name it looks for: its package has only the numbered one."""
+    """Environment in which TensorRT-RTX finds its library under the name without a number."""
     environment = dict(os.environ)
     libraries = importlib.util.find_spec(f"{module}_libs")
     if libraries is None or not libraries.submodule_search_locations:
@@ -182,24 +174,17 @@ def _environment(module: str, folder: Path) -> dict[str, str]:
             if not link.exists():
                 try:
                     link.symlink_to(library)
-                except OSError:  # Where users may not make links.
+                except OSError:  # The user may not create links.
                     shutil.copyfile(library, link)
     paths = [str(folder), environment.get("LD_LIBRARY_PATH", "")]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
     return environment
 
 
-def _why_it_died(job: Job, code: int, stderr: str, free: int) -> str:
-    said = last_words(stderr, _LAST_LINES)
-    if was_killed(code):
-        return (
-            "the builder was killed, most likely for want of memory: it needs about "
-            f"{estimated_peak_bytes(job.graph) / _GIB:.1f} GiB, and {free / _GIB:.1f} GiB were free"
-        )
-    name = crash_name(code)
-    if name is not None:
-        return (
-            f"the builder of {job.module} crashed ({name}); `trtq verify` lists what it takes badly. It "
-            f"said last: {said or 'nothing'}"
-        )
-    return f"the builder of {job.module} ended with code {code}: {said or 'it said nothing'}"
+def _explain(job: Job, how: Exit, free: int) -> str:
+    return how.explain(
+        f"the builder of {job.module}",
+        memory=f": it needs about {estimated_peak_bytes(job.graph) / _GIB:.1f} GiB, and "
+        f"{free / _GIB:.1f} GiB were free",
+        advice="; `trtq verify` lists what it does not support",
+    )

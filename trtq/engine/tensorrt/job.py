@@ -1,4 +1,4 @@
-"""What the builder's process is asked, and what it answers."""
+"""Job and answer of the builder's process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pydantic import BaseModel, ConfigDict
 __all__ = ["NEEDS_PYTHON", "Answer", "Job", "PluginForm", "Profile"]
 
 Profile = dict[str, tuple[list[int], list[int], list[int]]]
-"""Smallest, most frequent and largest shape of every input with a free axis."""
+"""Minimum, optimum and maximum shape of every input with a free axis."""
 
 PluginForm = Literal["engine", "python"]
-"""Where an engine's own kernels are: inside it, or in this package, which it then needs to run."""
+"""Where the kernels of an engine's plugins are: in the engine, or in this package, which it then
+needs."""
 
 NEEDS_PYTHON = "the engine needs Python and trtq to run"
-"""Begins the warning of an engine whose kernels could be inside it and are not."""
+"""Start of the warning about an engine whose kernels could be in the engine and are not."""
 
 
 class _Strict(BaseModel):
@@ -27,14 +28,14 @@ class Job(_Strict):
     """One engine to build.
 
     Attributes:
-        module: of the builder, see `Backend`.
+        module: Python module of the builder, see `Backend`.
         graph: ONNX file as the builder takes it, see `trtq.graph.runtimes.prepare.prepare`.
-        engine: where to write.
-        architectures: to build for.
-        profiles: one optimisation profile each.
-        weight_streaming: let weights stay on the host, for models larger than the GPU's memory.
-        refit: let weights be exchanged in the finished engine; needs a GPU.
-        workspace_bytes: most memory on the device for one operator's scratch; None: all there is.
+        engine: file to write.
+        architectures: GPU architectures to build for.
+        profiles: shape ranges, one optimisation profile each.
+        weight_streaming: whether weights may stay on the host, for models larger than the GPU's memory.
+        refit: whether weights can be exchanged in the finished engine; needs a GPU.
+        workspace_bytes: maximum scratch memory on the device for one operator; None: no limit.
     """
 
     module: str
@@ -48,17 +49,17 @@ class Job(_Strict):
 
 
 class Answer(_Strict):
-    """How it went.
+    """Result of a build.
 
     Attributes:
-        error: None when the engine is there.
-        layer: that the error is about, if the builder says.
-        layers: of the network after parsing.
-        parse_seconds: from ONNX to a network.
-        build_seconds: from a network to an engine.
-        peak_rss_bytes: of the builder's process.
-        warnings: what the builder said beside.
-        plugins: where the kernels of the engine's plugins are; None: it has no plugins.
+        error: message of the error; None: the engine was built.
+        layer: layer that caused the error, if the builder names it.
+        layers: number of layers of the parsed network.
+        parse_seconds: time from ONNX to a network.
+        build_seconds: time from a network to an engine.
+        peak_rss_bytes: maximum resident memory of the builder's process.
+        warnings: warnings of the builder.
+        plugins: where the kernels of the engine's plugins are; None: the engine has no plugins.
     """
 
     error: str | None = None

@@ -1,4 +1,4 @@
-"""What TensorRT says while it works, kept instead of printed."""
+"""Messages of TensorRT, collected instead of printed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MAX_WARNINGS = 20
 
 
 def collecting_logger(trt: Any, errors: list[str], warnings: list[str]) -> Any:
-    """A logger of a module `tensorrt` or `tensorrt_rtx` that fills both lists as messages come."""
+    """A logger for the module `tensorrt` or `tensorrt_rtx` that appends messages to both lists."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -1,26 +1,23 @@
-"""An engine of TensorRT or TensorRT-RTX, run from arrays to arrays."""
+"""Engines of TensorRT and TensorRT-RTX, run from arrays to arrays."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from trtq.artefact.files import sha256
-from trtq.engine.base import NO_METADATA, TensorSpec
+from trtq.engine.base import NO_METADATA, Engine, TensorSpec
 from trtq.engine.tensorrt.backends import BACKENDS, Backend
 from trtq.engine.tensorrt.log import collecting_logger
+from trtq.engine.tensorrt.runtime_cache import RuntimeCache
 from trtq.errors import ArtefactError, KernelError, MissingDependencyError, UsageError
-from trtq.plugins.driver import Gpu, first_gpu
+from trtq.plugins.device import Gpu, first_gpu
 from trtq.plugins.low_bit.tensorrt import register, take_failures
-from trtq.resources import cache_folder
 
 __all__ = ["Memory", "TensorRtEngine", "obstacle", "open_tensorrt"]
 
@@ -30,18 +27,18 @@ _GIB = 1 << 30
 
 
 class Memory(Protocol):
-    """Of the GPU; `trtq.plugins.driver.Gpu` is one."""
+    """Memory of the GPU; `trtq.plugins.device.Gpu` implements it."""
 
     stream: int
 
     def enter(self) -> None:
-        """Let the calling thread use it."""
+        """Make the GPU's context current in the calling thread."""
 
     def allocate(self, size: int) -> int:
         """Address of new memory."""
 
     def free(self, address: int) -> None:
-        """Give memory back."""
+        """Release memory."""
 
     def upload(self, address: int, host: Any) -> None:
         """Copy an array to the device."""
@@ -50,23 +47,23 @@ class Memory(Protocol):
         """Copy to an array."""
 
     def wait(self) -> None:
-        """Until everything is done."""
+        """Wait until all operations are done."""
 
 
 def open_tensorrt(
     path: Path, provider: str, metadata: Mapping[str, str] = NO_METADATA
 ) -> TensorRtEngine:
-    """Load an engine on the GPU that is there.
+    """Load an engine on the GPU of this machine.
 
     Args:
-        path: the engine's file.
-        provider: the backend that built it.
-        metadata: what the manifest says about the graph.
+        path: file of the engine.
+        provider: backend that built the engine.
+        metadata: metadata of the graph, from the manifest.
 
     Raises:
         MissingDependencyError: the backend or cuda-bindings is not installed.
-        UsageError: there is no GPU that can run it.
-        ArtefactError: the backend does not take the file.
+        UsageError: there is no GPU that can run the engine.
+        ArtefactError: the backend cannot load the file.
     """
     backend = BACKENDS[provider]
     if not backend.installed:
@@ -82,7 +79,7 @@ def open_tensorrt(
 
 
 def obstacle(provider: str) -> str | None:
-    """Why no engine of a backend can run on this machine; None: one can."""
+    """Why engines of a backend cannot run on this machine; None: they can."""
     backend = BACKENDS[provider]
     if not backend.installed:
         return f"{provider} is not installed: {backend.install}"
@@ -93,22 +90,22 @@ def obstacle(provider: str) -> str | None:
     return None
 
 
-class TensorRtEngine:
-    """One engine with one execution context, whose buffers grow with the shapes it is given.
+class TensorRtEngine(Engine):
+    """One engine with one execution context, whose buffers grow with the shapes of the calls.
 
-    What TensorRT-RTX compiles for the GPU on first use is kept in the user's cache, and a call is one
-    CUDA graph once its shapes have been seen.
+    Kernels that TensorRT-RTX compiles for the GPU on first use are kept in the user's cache. A call with
+    shapes that have been seen before runs as one CUDA graph.
 
     Args:
-        path: the engine's file.
-        backend: that built it.
-        trt: its module.
-        memory: of the GPU.
-        metadata: what the manifest says about the graph.
+        path: file of the engine.
+        backend: builder of the engine.
+        trt: Python module of the backend.
+        memory: memory of the GPU.
+        metadata: metadata of the graph, from the manifest.
 
     Raises:
         UsageError: the backend cannot start on this machine.
-        ArtefactError: the backend does not take the file.
+        ArtefactError: the backend cannot load the file.
     """
 
     def __init__(
@@ -119,8 +116,7 @@ class TensorRtEngine:
         memory: Memory,
         metadata: Mapping[str, str] = NO_METADATA,
     ) -> None:
-        self._trt, self._memory, self._metadata = trt, memory, metadata
-        self._provider = backend.name
+        self._trt, self._memory = trt, memory
         self._errors: list[str] = []
         register(trt)
         self._logger = collecting_logger(trt, self._errors, [])
@@ -128,36 +124,34 @@ class TensorRtEngine:
             self._runtime = trt.Runtime(self._logger)
         except (
             Exception
-        ) as err:  # The bindings' own, without a base: most often for want of a driver.
+        ) as err:  # The bindings' exceptions share no base; usually a driver is missing.
             why = "; ".join(self._errors[-3:]) or str(err)
             raise UsageError(
-                f"{backend.name} cannot start on this machine: {why}; `trtq doctor` says what driver it "
-                "has"
+                f"{backend.name} cannot start on this machine: {why}; `trtq doctor` shows its driver"
             ) from err
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise ArtefactError(
-                f"{backend.name} cannot load {path}: {self._said()}; build it again on this machine: "
+                f"{backend.name} cannot load {path}: {self._failure()}; build it again on this machine: "
                 "trtq build ONNX -o ENGINE"
             )
         self._stream_weights()
-        self._cache: Any = None
-        self._cache_file: Path | None = None
+        self._cache: RuntimeCache | None = None
         self._context = self._engine.create_execution_context(*self._configured(path))
         if self._context is None:
-            raise ArtefactError(f"{backend.name} cannot start {path}: {self._said()}")
-        self._inputs, self._outputs = self._specs()
+            raise ArtefactError(f"{backend.name} cannot start {path}: {self._failure()}")
+        super().__init__(backend.name, *self._specs(), metadata)
         self._buffers: dict[str, tuple[int, int]] = {}
         self._seen: set[tuple[tuple[int, ...], ...]] = set()
 
-    def _said(self) -> str:
-        """Why the last call failed: what plugins raised, and what the backend said of it."""
+    def _failure(self) -> str:
+        """Why the last call failed: errors of plugins, and messages of the backend."""
         return "; ".join([*take_failures(), *self._errors[-3:]]) or "it gave no reason"
 
     def _stream_weights(self) -> None:
-        """Give an engine that was built for it as much of the GPU as is free; it streams the rest.
+        """Let an engine built for weight streaming keep as many weights on the GPU as fit.
 
-        Until it is told, it keeps all weights on the GPU, as if it had not been built for it.
+        Without a budget such an engine keeps all weights on the GPU.
         """
         streamable = getattr(self._engine, "streamable_weights_size", 0)
         if not streamable:
@@ -171,19 +165,12 @@ class TensorRtEngine:
         )
 
     def _configured(self, path: Path) -> list[Any]:
-        """The settings that only TensorRT-RTX has."""
+        """Arguments of the execution context that only TensorRT-RTX takes."""
         if not hasattr(self._trt, "CudaGraphStrategy"):
             return []
         config = self._engine.create_runtime_config()
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        try:
-            self._cache = config.create_runtime_cache()
-            self._cache_file = cache_folder("runtime") / f"{sha256(path)}.bin"
-            if self._cache_file.is_file():
-                self._cache.deserialize(self._cache_file.read_bytes())
-            config.set_runtime_cache(self._cache)
-        except (OSError, RuntimeError) as err:  # A cache that cannot be used costs time, no more.
-            logger.warning("the runtime cache is not used: %s", err)
+        self._cache = RuntimeCache(config, path)
         return [config]
 
     def _specs(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
@@ -205,29 +192,9 @@ class TensorRtEngine:
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = self._context
         form = self._trt.LayerInformationFormat.JSON
-        found = json.loads(inspector.get_engine_information(form)).get("Layers", [])
+        rows = json.loads(inspector.get_engine_information(form)).get("Layers", [])
         # Without detailed profiling there are names only.
-        return [row if isinstance(row, dict) else {"Name": row} for row in found]
-
-    @property
-    def provider(self) -> str:
-        """Name of what runs it."""
-        return self._provider
-
-    @property
-    def inputs(self) -> Mapping[str, TensorSpec]:
-        """The engine's inputs by name."""
-        return self._inputs
-
-    @property
-    def outputs(self) -> Mapping[str, TensorSpec]:
-        """The engine's outputs by name."""
-        return self._outputs
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """What the manifest says about the graph."""
-        return self._metadata
+        return [row if isinstance(row, dict) else {"Name": row} for row in rows]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once; arrays by name, batch first.
@@ -240,7 +207,7 @@ class TensorRtEngine:
         self._errors.clear()
         take_failures()
         uploaded = []  # Kept until the copies are done.
-        for name, spec in self._inputs.items():
+        for name, spec in self.inputs.items():
             array = np.ascontiguousarray(feeds[name], dtype=spec.dtype)
             if not self._context.set_input_shape(name, array.shape):
                 raise UsageError(
@@ -250,31 +217,33 @@ class TensorRtEngine:
             address = self._buffer(name, array.nbytes)
             self._memory.upload(address, array)
             uploaded.append(array)
-        found = {}
-        for name, spec in self._outputs.items():
-            found[name] = np.empty(tuple(self._context.get_tensor_shape(name)), spec.dtype)
-            self._buffer(name, found[name].nbytes)
+        results = {}
+        for name, spec in self.outputs.items():
+            results[name] = np.empty(tuple(self._context.get_tensor_shape(name)), spec.dtype)
+            self._buffer(name, results[name].nbytes)
         if not self._context.execute_async_v3(self._memory.stream):
-            raise ArtefactError(f"the engine failed: {self._said()}")
-        for name, array in found.items():
+            raise ArtefactError(f"the engine failed: {self._failure()}")
+        for name, array in results.items():
             self._memory.download(array, self._buffers[name][0])
         self._memory.wait()
         shapes = tuple(array.shape for array in uploaded)
         if shapes not in self._seen:
+            # More kernels are compiled for each new combination of shapes.
             self._seen.add(shapes)
-            self._keep_cache()
-        return found
+            if self._cache is not None:
+                self._cache.save()
+        return results
 
     def largest(self, name: str) -> tuple[int, ...]:
-        """The largest shape of an input that the engine was built for."""
+        """The maximum shape of an input that the engine was built for."""
         return tuple(self._engine.get_tensor_profile_shape(name, 0)[2])
 
     def _range(self, name: str) -> str:
-        least, _, most = (list(shape) for shape in self._engine.get_tensor_profile_shape(name, 0))
-        return f"{least} .. {most}"
+        smallest, _, largest = map(list, self._engine.get_tensor_profile_shape(name, 0))
+        return f"{smallest} .. {largest}"
 
     def _buffer(self, name: str, size: int) -> int:
-        """Memory for a tensor, as large as any so far."""
+        """Address of the memory of a tensor, which grows to the largest size so far."""
         address, capacity = self._buffers.get(name, (0, 0))
         if size > capacity or not address:
             if address:
@@ -283,21 +252,3 @@ class TensorRtEngine:
             self._buffers[name] = address, size
             self._context.set_tensor_address(name, address)
         return address
-
-    def _keep_cache(self) -> None:
-        """After the first run of new shapes more is compiled; a full disk must not fail it."""
-        if self._cache is None or self._cache_file is None:
-            return
-        try:
-            self._cache_file.parent.mkdir(parents=True, exist_ok=True)
-            # Another process may do the same at this moment.
-            handle, name = tempfile.mkstemp(prefix=".partial-", dir=self._cache_file.parent)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(bytes(self._cache.serialize()))
-                Path(name).replace(self._cache_file)
-            finally:
-                Path(name).unlink(missing_ok=True)
-        except OSError as err:
-            logger.warning("the runtime cache cannot be kept: %s", err)
-            self._cache_file = None

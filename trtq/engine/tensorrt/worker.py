@@ -1,4 +1,4 @@
-"""The builder's own process: `main` with the names of a job's file and of the answer's."""
+"""The builder's process: `main` reads a job's file and writes the answer's file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trtq.child import write_answer
 from trtq.engine.tensorrt.backends import CURRENT
 from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job, PluginForm, Profile
 from trtq.engine.tensorrt.log import collecting_logger
 from trtq.errors import KernelError, MissingDependencyError
 from trtq.plugins.compile import nvrtc_version, ptx
-from trtq.plugins.driver import Gpu, current_device, driver_cuda, old_driver
+from trtq.plugins.device import Gpu, current_device
+from trtq.plugins.driver import driver_cuda, old_driver
 from trtq.plugins.low_bit.tensorrt import register, take_failures
 from trtq.plugins.low_bit.tensorrt_aot import register_all
 from trtq.resources import peak_rss_bytes
@@ -31,7 +33,7 @@ class _BuildError(Exception):
 
 
 def build(job: Job) -> Answer:
-    """Parse, build, write. Errors of the builder are part of the answer."""
+    """Parse the graph, build the engine and write it. Errors of the builder are part of the answer."""
     trt = importlib.import_module(job.module)
     errors: list[str] = []
     warnings: list[str] = []
@@ -41,8 +43,8 @@ def build(job: Job) -> Answer:
     try:
         if CURRENT in job.architectures and driver_cuda() is None:
             raise _BuildError(
-                "building for the GPU that is there needs one, and there is no NVIDIA driver on this "
-                "machine; TensorRT-RTX builds for others: --backend tensorrt-rtx --arch sm89"
+                "building for the GPU of this machine needs one, and there is no NVIDIA driver on this "
+                "machine; TensorRT-RTX builds for other GPUs: --backend tensorrt-rtx --arch sm89"
             )
         builder = _builder(trt, logger, errors)
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -53,8 +55,8 @@ def build(job: Job) -> Answer:
         config = _configure(trt, builder, network, job)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            said = [*take_failures(), *errors]
-            raise _BuildError("; ".join(said) or "the builder gave no reason", _named(errors))
+            messages = [*take_failures(), *errors]
+            raise _BuildError("; ".join(messages) or "the builder gave no reason", _named(errors))
     except _BuildError as err:
         return Answer(
             error=str(err), layer=err.layer, warnings=warnings, peak_rss_bytes=peak_rss_bytes()
@@ -75,10 +77,13 @@ def build(job: Job) -> Answer:
 
 
 def _register_plugins(trt: Any) -> tuple[PluginForm, str | None]:
-    """In full TensorRT with kernels inside the engine, which then needs no Python; else as Python's.
+    """Register plugins whose kernels go into the engine, if possible; else plugins in Python.
+
+    Only full TensorRT supports kernels in the engine, which then needs no Python to run.
 
     Returns:
-        Which it is, and why kernels cannot be inside an engine where they could be.
+        The form of the plugins, and why kernels cannot be in the engine although the builder supports
+        it.
     """
     try:
         plugin = importlib.import_module(f"{trt.__name__}.plugin")
@@ -86,7 +91,7 @@ def _register_plugins(trt: Any) -> tuple[PluginForm, str | None]:
         register(trt)
         return "python", None
     try:
-        # A fresh process has no context yet; TensorRT takes the same one, the GPU's primary.
+        # A fresh process has no CUDA context yet; TensorRT uses the same one, the GPU's primary context.
         Gpu()
         device = current_device()
         nvrtc_version()
@@ -100,7 +105,7 @@ def _register_plugins(trt: Any) -> tuple[PluginForm, str | None]:
 def _builder(trt: Any, logger: Any, errors: list[str]) -> Any:
     try:
         return trt.Builder(logger)
-    except Exception as err:  # The bindings' own, without a base: most often for want of a driver.
+    except Exception as err:  # The bindings' exceptions share no base; usually a driver is missing.
         why = "; ".join(errors) or str(err)
         raise _BuildError(
             f"the builder cannot start on this machine: {old_driver() or why}"
@@ -116,18 +121,17 @@ def _parse(trt: Any, network: Any, logger: Any, graph: Path, errors: list[str]) 
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(graph)):
         return
-    found = [parser.get_error(index) for index in range(parser.num_errors)]
-    said = take_failures()
-    if not found:
-        said += errors
-        raise _BuildError("; ".join(said) or "the graph cannot be parsed", _named(errors))
-    first = found[0]
-    said.append(f"{first.node_operator()}: {first.desc()}")
-    raise _BuildError("; ".join(said), first.node_name() or None)
+    messages = take_failures()
+    if not parser.num_errors:
+        messages += errors
+        raise _BuildError("; ".join(messages) or "the graph cannot be parsed", _named(errors))
+    first = parser.get_error(0)
+    messages.append(f"{first.node_operator()}: {first.desc()}")
+    raise _BuildError("; ".join(messages), first.node_name() or None)
 
 
 def _named(errors: list[str]) -> str | None:
-    """The layer that an error message names, if one does."""
+    """The layer that an error message names, if any."""
     for message in errors:
         match = _NODE.search(message)
         if match is not None:
@@ -137,7 +141,7 @@ def _named(errors: list[str]) -> str | None:
 
 def _configure(trt: Any, builder: Any, network: Any, job: Job) -> Any:
     config = builder.create_builder_config()
-    # Full TensorRT builds for the GPU that is there, and knows no other.
+    # Full TensorRT builds for the GPU of this machine only.
     if job.architectures != [CURRENT] or hasattr(trt, "ComputeCapability"):
         config.num_compute_capabilities = len(job.architectures)
         for index, name in enumerate(job.architectures):
@@ -173,8 +177,8 @@ def _profile(builder: Any, shapes: Profile, free: set[str]) -> Any:
 
 
 def main() -> int:
-    """Read the job, write the answer; 0 if there is an engine."""
+    """Read the job and write the answer; exit code 0 if the engine was built."""
     job_file, answer_file = (Path(argument) for argument in sys.argv[1:3])
     answer = build(Job.model_validate_json(job_file.read_text(encoding="utf-8")))
-    answer_file.write_text(answer.model_dump_json(), encoding="utf-8")
+    write_answer(answer_file, answer.model_dump(mode="json"))
     return 0 if answer.error is None else 1

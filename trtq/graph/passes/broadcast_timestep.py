@@ -1,4 +1,11 @@
-"""Let one timestep serve the whole batch."""
+"""Accepts one timestep for the whole batch.
+
+1. The input `timestep[batch]` becomes `timestep[timesteps]`, and every use of it becomes a use of
+   `Expand(timestep, Shape(first input)[0:1])`.
+
+Tracing ties the length of `timestep` to the batch, but callers such as diffusers pass one timestep for
+all items.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +17,10 @@ __all__ = ["BroadcastTimestep"]
 
 
 class BroadcastTimestep(ir.passes.InPlacePass):
-    """Accept `timestep` as `[1]` as well as `[batch]`: expand it to the batch of the first input.
-
-    Tracing ties both lengths together; callers like diffusers give one timestep for all items.
-    """
+    """Accept `timestep` as `[1]` as well as `[batch]`, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires once; a graph whose timestep has an axis of its own is left alone."""
+        """Fires once per graph: not if the timestep already has an axis of its own."""
         graph = model.graph
         sample = graph.inputs[0]
         (timestep,) = (value for value in graph.inputs if value.name == "timestep")

@@ -1,4 +1,4 @@
-"""Writing nodes and initialisers into an `onnx_ir` graph without repeating oneself."""
+"""Builder of nodes and initialisers for an `onnx_ir` graph."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["GraphBuilder"]
 
 
 class GraphBuilder:
-    """Collects new nodes in order; the caller inserts them where they belong.
+    """Collects new nodes in order; the caller inserts them into the graph.
 
     Args:
         graph: the graph that gets the initialisers.
-        prefix: put in front of every node's and value's name.
+        prefix: prefix of the names of all nodes and values.
     """
 
     def __init__(self, graph: ir.Graph, prefix: str) -> None:
@@ -24,11 +24,11 @@ class GraphBuilder:
         self.nodes: list[ir.Node] = []
 
     def constant(self, name: str, tensor: np.ndarray | ir.TensorProtocol) -> ir.Value:
-        """An initialiser; one that is already there under this name is used again."""
+        """An initialiser; an existing one of this name is reused."""
         name = f"{self.prefix}/{name}"
-        found = self.graph.initializers.get(name)
-        if found is not None:
-            return found
+        existing = self.graph.initializers.get(name)
+        if existing is not None:
+            return existing
         data = ir.tensor(tensor, name=name) if isinstance(tensor, np.ndarray) else tensor
         value = ir.Value(
             name=name,
@@ -47,7 +47,7 @@ class GraphBuilder:
         attributes: dict[str, Any] | None = None,
         outputs: int = 1,
     ) -> Any:
-        """Add a node of the ONNX domain; gives its output, or a list when there are several."""
+        """Add a node of the ONNX domain; return its output, or a list of several outputs."""
         full = f"{self.prefix}/{name}"
         node = ir.node(operator, inputs, attributes or {}, num_outputs=outputs, name=full)
         for index, value in enumerate(node.outputs):

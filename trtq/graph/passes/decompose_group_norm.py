@@ -1,4 +1,15 @@
-"""GroupNormalization spelled out, with statistics that every runtime rounds alike."""
+"""Decomposes GroupNormalization, with statistics that every runtime rounds alike.
+
+1. GroupNormalization becomes Reshape to `[B, groups, rest]`, `(x - mean) * (1 / deviation)` with mean
+   and deviation of each group in float64 and the other operations in float32, Reshape back, Mul by the
+   scale and Add of the shift; see `DeployedGroupNorm`.
+2. In half precision, a Cast to float32 goes in front and a Cast back behind.
+
+onnxruntime has no kernel for GroupNormalization: it inlines the operator's definition, and its OpenVINO
+provider then splits the graph and fails. In float32, mean and deviation depend on the order of the
+additions, which differs between runtimes; this was the main cause of values on the other side
+of a rounding tie. For a runtime without float64 the statistics may be cast to float32.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +22,7 @@ __all__ = ["DecomposeGroupNorm"]
 
 
 class DecomposeGroupNorm(ir.passes.InPlacePass):
-    """Mean and deviation of each group in float64, the rest in float32; see `DeployedGroupNorm`.
-
-    onnxruntime has no kernel for GroupNormalization: it inlines the operator's definition, and its
-    OpenVINO provider then splits the graph and fails. Summed in float32, mean and deviation depend on
-    the order of the additions, which is each runtime's own; that was the largest source of values
-    landing on the other side of a rounding tie. A runtime without float64 may read it as float32.
-    """
+    """Decompose GroupNormalization, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires on every GroupNormalization."""
@@ -42,9 +47,9 @@ class DecomposeGroupNorm(ir.passes.InPlacePass):
         build = GraphBuilder(graph, name)
         to_float = {"to": ir.DataType.FLOAT.value}
         half = x.dtype != ir.DataType.FLOAT
-        wide = build.op("Cast", [x], "wide", to_float) if half else x
+        single = build.op("Cast", [x], "wide", to_float) if half else x
         shape = build.constant("grouped_shape", np.array([0, groups, -1], np.int64))
-        rows = build.op("Reshape", [wide, shape], "grouped")
+        rows = build.op("Reshape", [single, shape], "grouped")
         last = build.constant("axis", np.array([2], np.int64))
         epsilon = np.array(node.attributes["epsilon"].as_float(), np.float64)
 

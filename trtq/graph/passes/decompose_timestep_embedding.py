@@ -1,4 +1,14 @@
-"""Sine and cosine as polynomials in float64."""
+"""Computes sine and cosine as polynomials in float64.
+
+1. Sin and Cos of float64 become: subtract whole turns, so that the angle lies in -pi .. pi, and sum the
+   Taylor series, which is right to 1e-13.
+2. Sin and Cos of float32 become the same between a Cast to float64 and a Cast back.
+
+The sines of runtimes differ from torch in the last bit. A time embedding is the same for all images of a
+step, so one of its values on a rounding tie would change every image. Rounded from float64 the results
+are the same everywhere; torch's deployed model takes its sines in float64, too. onnxruntime has no sine
+of float64, which rotary positions need.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +23,12 @@ __all__ = ["DecomposeTimestepEmbedding"]
 
 _TERMS = 13
 _TURN_HIGH = 6.28125
-"""2 pi to eight bits: whole multiples of it are exact, in float32 too."""
+"""2 pi to eight bits, so that whole multiples are exact, in float32 too."""
 _TURN_LOW = 2 * math.pi - _TURN_HIGH
 
 
 class DecomposeTimestepEmbedding(ir.passes.InPlacePass):
-    """Take the angle to -pi .. pi and sum the Taylor series, right to 1e-13.
-
-    Runtimes' own sines differ from torch in the last bit. A time embedding is the same for all images of
-    a step, so one value of it that lies on a rounding tie would move every image. Rounded from float64
-    the results are the same everywhere; torch's deployed model takes its sines in float64 too.
-    onnxruntime has no sine of float64, which rotary positions ask for.
-    """
+    """Replace Sin and Cos, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires on every Sin and Cos of float32 and float64."""
@@ -45,8 +49,12 @@ class DecomposeTimestepEmbedding(ir.passes.InPlacePass):
         (angle,), (out,) = node.inputs, node.outputs
         assert angle is not None
         build = GraphBuilder(graph, name)
-        wide = angle.dtype == ir.DataType.DOUBLE
-        x = angle if wide else build.op("Cast", [angle], "wide", {"to": ir.DataType.DOUBLE.value})
+        is_double = angle.dtype == ir.DataType.DOUBLE
+        x = (
+            angle
+            if is_double
+            else build.op("Cast", [angle], "wide", {"to": ir.DataType.DOUBLE.value})
+        )
 
         def number(key: str, value: float) -> ir.Value:
             return build.constant(key, np.array(value))
@@ -66,7 +74,7 @@ class DecomposeTimestepEmbedding(ir.passes.InPlacePass):
             total = build.op("Add", [grown, number(f"term_{k}", terms[k])], f"sum_{k}")
         if odd:
             total = build.op("Mul", [total, x], "sine")
-        if not wide:
+        if not is_double:
             total = build.op("Cast", [total], "narrow", {"to": ir.DataType.FLOAT.value})
         total.shape, total.type = out.shape, out.type
         ir.convenience.replace_nodes_and_values(graph, node, [node], build.nodes, [out], [total])

@@ -1,4 +1,10 @@
-"""A Squeeze that torch would ignore."""
+"""Removes a Squeeze that torch ignores.
+
+1. A Squeeze of one constant axis whose length is known and not 1 is removed.
+
+torch leaves such an axis alone and ONNX forbids it; the exporter writes one where diffusers'
+transformers squeeze unconditionally.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +14,7 @@ __all__ = ["DropNoopSqueeze"]
 
 
 class DropNoopSqueeze(ir.passes.InPlacePass):
-    """Take out a Squeeze of an axis that is longer than 1.
-
-    torch leaves such an axis alone, ONNX forbids it, and the exporter writes one where diffusers'
-    transformers squeeze "just in case".
-    """
+    """Remove a Squeeze of an axis that is longer than 1, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires on every Squeeze of one constant axis whose length is known and not 1."""

@@ -1,4 +1,11 @@
-"""LayerNormalization in float64, so that every runtime rounds it alike."""
+"""Computes LayerNormalization in float64, so that every runtime rounds it alike.
+
+1. `LayerNormalization(x)` becomes Cast to float64, LayerNormalization in float64, Cast back; see
+   `DeployedLayerNorm`. Constant scales and shifts become float64 constants, others get a Cast.
+
+In float32, versions of onnxruntime differ in the last bit (1.24 and 1.31 do), which sometimes puts a
+value on the other side of a rounding tie. For a runtime without float64 it may be cast to float32.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +18,10 @@ __all__ = ["CastLayerNormToFloat64"]
 
 
 class CastLayerNormToFloat64(ir.passes.InPlacePass):
-    """Cast to float64, normalise, round once; see `DeployedLayerNorm`.
-
-    In float32 versions of onnxruntime differ in the last bit (1.24 and 1.31 do), which now and then puts
-    a value on the other side of a rounding tie. A runtime without float64 may read it as float32.
-    """
+    """Cast LayerNormalization to float64, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires on every LayerNormalization that is not in float64 yet."""
+        """Fires on every LayerNormalization that is not in float64."""
         graph = model.graph
         nodes = [
             node

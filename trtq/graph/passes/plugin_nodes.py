@@ -1,12 +1,15 @@
-"""Low-bit nodes with their numbers as inputs: the form that plugins run.
+"""Low-bit nodes with their tensors as inputs: the form that plugins run.
 
-    trtq::LowBitLinear(x, weight, terms, tables, step) -> y
-    trtq::LowBitConv2d(x, weight, terms, tables, step) -> y
+1. `LowBitToPlugins`: a low-bit layer becomes
 
-`trtq.plugins.spec` has the layouts, `trtq.plugins.low_bit.tensorrt` the attributes. x and y have the
-graph's own type. The step is looked up once per graph. Everything else, products of activations
-included, is as in the quantise-dequantise form. For runtimes without the plugins `ExpandPlugins` turns
-the nodes back into that form, from what lies in the graph.
+       trtq::LowBitLinear(x, weight, terms, tables, step) -> y
+       trtq::LowBitConv2d(x, weight, terms, tables, step) -> y
+
+   `trtq.plugins.spec` describes the layouts, `trtq.plugins.low_bit.attributes` the attributes. x and y
+   have the type of the graph. The step is looked up once per graph. Products of activations are left to
+   the quantise-dequantise form.
+2. `ExpandPlugins`: for runtimes without the plugins, these nodes become quantise-dequantise form again,
+   from the tensors in the graph.
 """
 
 from __future__ import annotations
@@ -23,35 +26,29 @@ from trtq.graph.nodes import DOMAIN
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.low_bit_to_qdq import ExpandLowBitToQdq
 from trtq.graph.passes.step_lookup import look_up_step
-from trtq.plugins.low_bit.tensorrt import NAMESPACE, PLUGINS, VERSION, fields_of, spec_of
+from trtq.plugins.low_bit.attributes import NAMESPACE, PLUGINS, VERSION, fields_of, spec_of
 from trtq.plugins.spec import LayerSpec
-from trtq.quant.convert import LowBitTensors
-from trtq.quant.deployed import LayerTensors
+from trtq.quant.geometry import ConvGeometry
 from trtq.quant.kernel_form import layer_tensors, packed_operands
-from trtq.quant.modules import ConvGeometry
+from trtq.quant.plan import LowBitTensors
+from trtq.quant.tensors import LayerTensors
 from trtq.quant.timestep import TimestepTable
 
 __all__ = [
     "TIMESTEPS_KEY",
     "ExpandPlugins",
     "LowBitToPlugins",
-    "has_plugins",
 ]
 
 _RESTORED = "restored_steps"
 _OPERANDS = ("weight", "terms", "tables")
 
 
-def has_plugins(model: ir.Model) -> bool:
-    """Whether a graph has nodes that only plugins run."""
-    return any(node.domain == DOMAIN for node in model.graph)
-
-
 class LowBitToPlugins(ir.passes.InPlacePass):
     """Give every `trtq::LowBitLinear` and `trtq::LowBitConv2d` its operands.
 
     Args:
-        layers: the numbers of the layers, by the nodes' attribute `name`.
+        layers: tensors of the layers by the nodes' attribute `name`.
         table: the calibrated timesteps.
     """
 
@@ -61,10 +58,10 @@ class LowBitToPlugins(ir.passes.InPlacePass):
         self.table = table
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires when there is such a node.
+        """Fires on such a node.
 
         Raises:
-            LegalityError: a node names a layer that has no numbers.
+            LegalityError: a node names a layer without tensors.
         """
         graph = model.graph
         nodes = [n for n in graph if n.domain == DOMAIN and n.op_type in PLUGINS]
@@ -93,37 +90,40 @@ class LowBitToPlugins(ir.passes.InPlacePass):
             geometry = ConvGeometry(stride, pads, dilation, group)  # type: ignore[arg-type]
         spec, operands = packed_operands(layer, geometry)
         builder = GraphBuilder(graph, name)
-        # Not just "weight": a rewrite to pairs has a constant of that name.
+        # Not "weight": the rewrite to quantise-dequantise form has a constant of that name.
         constants = [builder.constant(f"plugin_{key}", operands[key]) for key in _OPERANDS]
         attributes: dict[str, Any] = {"name": name}
         attributes |= {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
         (out,) = node.outputs
-        made = ir.node(
+        plugin = ir.node(
             node.op_type,
             [node.inputs[0], *constants, step],
             attributes | fields_of(spec),
             domain=DOMAIN,
             name=f"{name}/plugin",
         )
-        made.outputs[0].shape, made.outputs[0].type = out.shape, out.type
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [made], [out], made.outputs)
+        plugin.outputs[0].shape, plugin.outputs[0].type = out.shape, out.type
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], [plugin], [out], plugin.outputs
+        )
 
 
 class ExpandPlugins(ir.passes.InPlacePass):
-    """Plugin nodes back to quantise-dequantise form, read from the graph itself."""
+    """Turn plugin nodes back into quantise-dequantise form, from the tensors in the graph."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires when there is a plugin node.
+        """Fires on a plugin node.
 
         Raises:
-            ArtefactError: a node's operands are not constants of ours, or the timesteps are missing.
+            ArtefactError: a node's operands are not the expected constants, or the timesteps are
+                missing.
         """
         nodes = [node for node in model.graph if node.domain == DOMAIN]
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
         timesteps = model.metadata_props.get(TIMESTEPS_KEY)
         if timesteps is None:
-            raise ArtefactError("the graph does not say what timesteps it was calibrated at")
+            raise ArtefactError("the graph does not specify the timesteps of its calibration")
         layers = {}
         for node in nodes:
             spec, operands = _read(node)
@@ -142,7 +142,7 @@ def _read(node: ir.Node) -> tuple[LayerSpec, dict[str, np.ndarray]]:
     spec = spec_of(node.op_type, fields)
     stored = [value.const_value if value is not None else None for value in node.inputs[1:4]]
     if len(stored) != len(_OPERANDS) or any(tensor is None for tensor in stored):
-        raise ArtefactError(f"the plugin node {node.name!r} has operands that are no constants")
+        raise ArtefactError(f"the plugin node {node.name!r} has operands that are not constants")
     operands = {
         key: tensor.numpy()  # type: ignore[union-attr]
         for key, tensor in zip(_OPERANDS, stored, strict=True)
@@ -156,7 +156,7 @@ def _read(node: ir.Node) -> tuple[LayerSpec, dict[str, np.ndarray]]:
 
 
 def _strip(node: ir.Node, spec: LayerSpec) -> None:
-    """Back to the node that tracing gives: x alone, and the attributes of a convolution."""
+    """Restore the traced node: only the input x, and the attributes of a convolution."""
     node.resize_inputs(1)
     name = node.attributes["name"]
     node.attributes.clear()

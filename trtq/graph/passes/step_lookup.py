@@ -1,4 +1,8 @@
-"""The step of every batch item, found in the graph from its timestep."""
+"""Looks up the step of every batch item from its timestep, in the graph.
+
+1. `step[b]` is the number of edges of the timestep table that are <= `timestep[b]`:
+   Expand -> Unsqueeze -> GreaterOrEqual(edges) -> Cast -> ReduceSum -> Cast(int64).
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,18 @@ __all__ = ["STEPS_PREFIX", "STEP_NAME", "look_up_step"]
 
 STEPS_PREFIX = "steps"
 STEP_NAME = f"{STEPS_PREFIX}/step"
-"""The index of each item's step in a graph of ours."""
+"""Name of the value that holds the index of each item's step."""
 
 
 def look_up_step(graph: ir.Graph, table: TimestepTable) -> ir.Value:
-    """`step = number of edges <= timestep`, int64[B]; one timestep may stand for all items.
+    """The step of each item, int64 `[B]`; `timestep` may be `[1]`, for all items.
 
-    Puts it at the beginning of the graph, unless another rewrite has done so already.
+    The nodes are inserted at the beginning of the graph unless another rewrite has inserted them
+    already.
+
+    Args:
+        graph: the graph, with the input `timestep`.
+        table: the calibrated timesteps.
     """
     for node in graph:
         if node.outputs[0].name == STEP_NAME:

@@ -1,1 +1,1 @@
-"""What a single runtime needs: rewrites and rules applied when a graph is opened or built."""
+"""Rewrites and rules for single runtimes, applied when a graph is opened or built."""

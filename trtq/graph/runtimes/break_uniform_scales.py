@@ -1,4 +1,12 @@
-"""Weight scales that are not all the same, for OpenVINO's integer convolutions without VNNI."""
+"""Makes the scales of a weight unequal, for OpenVINO's integer convolutions without VNNI.
+
+1. In `Conv(x, DequantizeLinear(W, ones)) -> Mul(scale)`, the first of the ones becomes 2, and the first
+   channel of the scale is halved. A Transpose or Squeeze may stand in front of the Mul.
+
+OpenVINO 2025.4 shrinks a weight's scales to one number if they are equal, as trtq's are. Its AVX2 kernel
+then reads one scale per channel: past the end, and from some four thousand channels on it crashes. A
+power of two changes no digit of the result.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +19,10 @@ __all__ = ["BreakUniformScales"]
 
 
 class BreakUniformScales(ir.passes.InPlacePass):
-    """Scale the first channel of a convolution's weight by two, and halve what follows.
-
-    OpenVINO 2025.4 shrinks a weight's scales to one number if they are equal, as ours are, and its
-    AVX2 kernel then reads as many as there are channels: past the end, and into a crash from some
-    four thousand on. A power of two changes no digit of any result.
-    """
+    """Scale the first channel of a convolution's weight by two, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires on every Conv of ours that a Mul rescales."""
+        """Fires on every Conv with a dequantised weight of equal scales and a Mul behind."""
         graph = model.graph
         modified = False
         for node in [n for n in graph if n.op_type == "Conv"]:
@@ -44,7 +47,7 @@ class BreakUniformScales(ir.passes.InPlacePass):
 
 
 def _ones(node: ir.Node | None) -> np.ndarray | None:
-    """The scales of a quantised weight, where they are equal and several."""
+    """The scales of a quantised weight if there are several and all are 1."""
     if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 2:
         return None
     value = node.inputs[1]
@@ -55,7 +58,7 @@ def _ones(node: ir.Node | None) -> np.ndarray | None:
 
 
 def _rescale(conv: ir.Node) -> tuple[ir.Node | None, bool]:
-    """The Mul behind a convolution, and whether channels are last there; see `MatMulToConv`."""
+    """The Mul behind a convolution, and whether channels are the last axis there, see `MatMulToConv`."""
     value, last = conv.outputs[0], False
     while True:
         uses = list(value.uses())

@@ -1,4 +1,11 @@
-"""Quantise pairs again where the file casts codes, for runtimes whose products do not saturate."""
+"""Restores quantise pairs, for runtimes whose products do not saturate.
+
+1. In a MatMul whose operands are both cast codes, `QuantizeLinear -> Cast` becomes
+   `QuantizeLinear -> DequantizeLinear(1)`, and `Cast(int8 W)` becomes `DequantizeLinear(int8 W, 1)`.
+
+The exported file casts the codes of products that a plain session of onnxruntime could compute wrongly,
+see rule 3 of `ExpandLowBitToQdq`. Compilers look for the pair and compute a cast operand in float.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +18,10 @@ __all__ = ["CastsToQdq"]
 
 
 class CastsToQdq(ir.passes.InPlacePass):
-    """`QuantizeLinear -> DequantizeLinear(1)` and `DequantizeLinear(int8 W, 1)` instead of Casts.
-
-    The file casts the codes of products that a plain session of onnxruntime could compute wrongly, see
-    `ExpandLowBitToQdq`; compilers look for the pair, and compute a cast operand in float.
-    """
+    """Replace Casts of codes by DequantizeLinear, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires on every MatMul whose first operand is a Cast of QuantizeLinear's codes."""
+        """Fires on every MatMul whose operands are both Casts of int8 codes."""
         graph = model.graph
         pairs: dict[ir.Value, ir.Value] = {}
         modified = False
@@ -41,7 +44,7 @@ class CastsToQdq(ir.passes.InPlacePass):
 
 
 def _casts_codes(cast: ir.Node) -> bool:
-    """Whether a node casts int8 codes of ours: QuantizeLinear's, constant ones or 4-bit ones."""
+    """Whether a node casts int8 codes: from QuantizeLinear, from a constant, or from 4-bit weights."""
     if cast.op_type != "Cast" or cast.attributes["to"].as_int() != ir.DataType.FLOAT:
         return False
     codes = cast.inputs[0]
@@ -54,12 +57,12 @@ def _casts_codes(cast: ir.Node) -> bool:
 
 
 def _dequantized(build: GraphBuilder, cast: ir.Node, index: int) -> ir.Value:
-    """What the cast gives, from a DequantizeLinear: of an activation, or of a weight's columns."""
+    """The result of the cast from a DequantizeLinear instead, of an activation or of a weight."""
     codes = cast.inputs[0]
     assert codes is not None
     quantize = codes.producer()
     if quantize is not None and quantize.op_type == "QuantizeLinear":
-        # With the pair's own constants; `index` tells the two operands of a product apart.
+        # The constants are those of QuantizeLinear; `index` distinguishes the operands of a product.
         inputs = [codes, *quantize.inputs[1:]]
         y = build.op("DequantizeLinear", inputs, f"paired_{index}")  # type: ignore[arg-type]
     else:
@@ -72,7 +75,7 @@ def _dequantized(build: GraphBuilder, cast: ir.Node, index: int) -> ir.Value:
 
 
 def _columns(value: ir.Value) -> int:
-    """N of a weight `[K, N]`, from the constant that it is made of."""
+    """N of a weight `[K, N]`, from the constant that it is computed from."""
     while value.const_value is None:
         producer = value.producer()
         assert producer is not None

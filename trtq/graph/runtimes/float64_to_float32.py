@@ -1,4 +1,11 @@
-"""float64 to float32, for runtimes that have none."""
+"""Casts float64 to float32, for runtimes without float64.
+
+1. Every Cast to DOUBLE becomes a Cast to FLOAT.
+2. Every DOUBLE constant becomes a FLOAT constant.
+
+The statistics of norms are then summed in float32: a few more values fall on the other side of a
+rounding tie, and nothing else changes.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +16,14 @@ __all__ = ["CastFloat64ToFloat32"]
 
 
 class CastFloat64ToFloat32(ir.passes.InPlacePass):
-    """Turn every Cast to DOUBLE and every DOUBLE constant into FLOAT.
-
-    The statistics of the group norms are then summed in float32: a few more values fall on the other
-    side of a rounding tie, nothing else changes.
-    """
+    """Turn every Cast to DOUBLE and every DOUBLE constant into FLOAT, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires when the graph holds float64."""
+        """Fires on float64."""
         modified = False
         for node in model.graph:
-            target = node.attributes.get("to")
-            if target is not None and target.as_int() == ir.DataType.DOUBLE.value:
+            to = node.attributes.get("to")
+            if to is not None and to.as_int() == ir.DataType.DOUBLE.value:
                 node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
                 modified = True
             for value in node.outputs:

@@ -1,4 +1,11 @@
-"""Spelled-out group statistics back to one operator, for compilers that have a kernel for it."""
+"""Fuses decomposed group statistics to one operator, for compilers that have a kernel for it.
+
+1. A `Reshape -> (x - mean) * (1 / deviation)` with statistics in float64, as `DecomposeGroupNorm` writes
+   it, becomes `Reshape -> InstanceNormalization`.
+
+With groups as channels that is the same normalisation, in float32 and in one pass over the values.
+Unlike GroupNormalization it reaches OpenVINO through onnxruntime, see `DecomposeGroupNorm`.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +19,17 @@ __all__ = ["FuseGroupNorm"]
 
 
 class FuseGroupNorm(ir.passes.InPlacePass):
-    """Replace what `DecomposeGroupNorm` wrote between its two Reshapes by InstanceNormalization.
-
-    With groups as its channels that is the same normalisation, in float32 and in one pass over the
-    values. Unlike GroupNormalization it reaches OpenVINO through onnxruntime, see `DecomposeGroupNorm`.
-    """
+    """Replace decomposed group statistics by InstanceNormalization, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires on `(x - mean) * inverse` with the statistics in float64."""
         graph = model.graph
         modified = False
         for index, node in enumerate([n for n in graph if n.op_type == "Mul"]):
-            found = self._match(node)
-            if found is None:
+            match = self._match(node)
+            if match is None:
                 continue
-            rows, groups, epsilon = found
+            rows, groups, epsilon = match
             build = GraphBuilder(graph, f"fused_norm_{index}")
             ones = build.constant("scale", np.ones(groups, np.float32))
             zeros = build.constant("shift", np.zeros(groups, np.float32))
@@ -42,7 +45,7 @@ class FuseGroupNorm(ir.passes.InPlacePass):
 
     @staticmethod
     def _match(node: ir.Node) -> tuple[ir.Value, int, float] | None:
-        """`(rows, groups, epsilon)` of a normalisation whose last product this is."""
+        """`(rows, groups, epsilon)` of a normalisation that ends with this product; None: no match."""
         moved, inverse = (_producer(value, None) for value in node.inputs)
         if moved is None or inverse is None or (moved.op_type, inverse.op_type) != ("Sub", "Cast"):
             return None
@@ -66,6 +69,6 @@ class FuseGroupNorm(ir.passes.InPlacePass):
 
 
 def _producer(value: ir.Value | None, operator: str | None) -> ir.Node | None:
-    """What makes a value, if it is this operator; None: any."""
+    """The node that computes a value, if its type is `operator`; `operator` None: any type."""
     node = value.producer() if value is not None else None
     return node if node is not None and operator in (None, node.op_type) else None

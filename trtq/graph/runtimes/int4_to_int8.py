@@ -1,4 +1,10 @@
-"""4-bit weights as the int8 constants they stand for, for compilers that take INT4 in few places."""
+"""Casts 4-bit weights to int8 constants, for compilers that support INT4 in few places.
+
+1. `Sub(Cast(INT4 codes, INT8), zero point)` of constants becomes one int8 constant.
+
+In TensorRT, INT4 may feed DequantizeLinear and plugins only, so its graphs contain int8 until they are
+built; rule 6 of `ExpandLowBitToQdq` describes the form in the file.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +15,7 @@ __all__ = ["CastInt4ToInt8"]
 
 
 class CastInt4ToInt8(ir.passes.InPlacePass):
-    """Fold `Sub(Cast(INT4 codes, INT8), zero point)` into one int8 constant.
-
-    TensorRT's INT4 may feed DequantizeLinear and plugins only, so its graphs hold int8 until they are
-    built; see `ExpandLowBitToQdq` for the form in the file.
-    """
+    """Fold 4-bit codes and their zero point into one int8 constant, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires on every such Sub of constants."""
@@ -41,9 +43,9 @@ class CastInt4ToInt8(ir.passes.InPlacePass):
 
     @staticmethod
     def _integers(node: ir.Node) -> np.ndarray | None:
-        """`codes - zero point`, int8; None if the node is something else."""
-        wide, zero_point = node.inputs
-        cast = wide.producer() if wide is not None else None
+        """`codes - zero point`, int8; None if the node does not match."""
+        widened, zero_point = node.inputs
+        cast = widened.producer() if widened is not None else None
         if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:
             return None
         codes = cast.inputs[0].const_value

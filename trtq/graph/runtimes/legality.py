@@ -1,7 +1,7 @@
-"""Which layers of a graph a runtime refuses, computes wrongly or leaves in float, and what mends it.
+"""Finds the layers of a graph that a runtime refuses, computes wrongly or runs in float.
 
-The rules are what was seen with TensorRT-RTX 1.7, onnxruntime 1.31 and OpenVINO 2026.4, and what the
-guides of TensorRT 10.16 and 11.4 say. A graph is checked as the runtime gets it, after `prepare`.
+The rules come from observations with TensorRT-RTX 1.7, onnxruntime 1.31 and OpenVINO 2026.4, and from
+the guides of TensorRT 10.16 and 11.4. A graph is checked as the runtime gets it, after `prepare`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
 
 @dataclass(frozen=True)
 class Finding:
-    """One layer that breaks one rule.
+    """A layer that breaks a rule.
 
     Attributes:
-        layer: its name, or the node's where it belongs to no layer.
-        rule: what the runtime asks for, and what is there.
+        layer: name of the layer, or of the node if it belongs to no layer.
+        rule: what the layer does and why the runtime does not support it.
         fix: what to do.
-        fatal: it is refused or computed wrongly; otherwise it runs, slower than it could.
+        fatal: whether the layer is refused or computed wrongly; otherwise it runs slower than it could.
     """
 
     layer: str
@@ -68,7 +68,7 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _dequantized(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that makes a value, if one does."""
+    """The DequantizeLinear that computes a value, if any."""
     node = _producer(value)
     return node if node is not None and node.op_type == "DequantizeLinear" else None
 
@@ -76,7 +76,7 @@ def _dequantized(value: ir.Value | None) -> ir.Node | None:
 def _operands(
     node: ir.Node,
 ) -> tuple[ir.Node | None, ir.Node | None, ir.TensorProtocol | None]:
-    """What dequantises a product's activation and its weight, and the weight's constant codes."""
+    """The DequantizeLinear nodes of activation and weight, and the weight's constant codes."""
     activation, weight = (_dequantized(_input(node, index)) for index in (0, 1))
     return activation, weight, _constant(weight.inputs[0]) if weight is not None else None
 
@@ -85,13 +85,13 @@ def _operators(node: ir.Node) -> Iterator[Finding]:
     if node.op_type in _DECOMPOSED_INTEGERS:
         yield Finding(
             _layer(node),
-            f"{node.op_type} is not among the parser's operators",
-            "export it with --target qdq, which says the same with quantise-dequantise pairs",
+            f"uses {node.op_type}, which is not among the operators that the parser supports",
+            "export it with --target qdq, which uses quantise-dequantise pairs instead",
         )
 
 
 def _doubles(node: ir.Node) -> Iterator[Finding]:
-    # Types of values between nodes need not be in the file; float64 enters by casts and constants.
+    # Types of values between nodes may be missing in the file; float64 comes from casts and constants.
     to = node.attributes.get("to")
     constants = [_constant(value) for value in node.inputs]
     if (to is not None and to.as_int() == ir.DataType.DOUBLE) or any(
@@ -99,7 +99,7 @@ def _doubles(node: ir.Node) -> Iterator[Finding]:
     ):
         yield Finding(
             _layer(node),
-            f"{node.op_type} computes in float64, which the runtime has not",
+            f"{node.op_type} uses float64, which this runtime does not support",
             "run the pass CastFloat64ToFloat32 over the graph",
         )
 
@@ -112,7 +112,7 @@ def _zero_points(node: ir.Node) -> Iterator[Finding]:
         yield Finding(
             _layer(node),
             f"{node.op_type} has a zero point that is not a constant zero",
-            "use codes lo .. hi around float zero: round, Max(lo), Min(hi), and no zero point",
+            "use signed codes around float zero: round, Max(low), Min(high), and no zero point",
         )
     elif zero_point.dtype == ir.DataType.UINT8:
         yield Finding(
@@ -126,9 +126,9 @@ def _constant_scales(node: ir.Node) -> Iterator[Finding]:
     if node.op_type in _PAIR and _constant(node.inputs[1]) is None:
         yield Finding(
             _layer(node),
-            f"{node.op_type} has a scale that is computed: products fall back to float, and a "
-            "convolution behind it ends the builder's process",
-            "multiply by the step's scale outside, and quantise with the constant 1",
+            f"{node.op_type} has a computed scale: products fall back to float, and a convolution "
+            "behind it ends the builder's process",
+            "multiply by the scale of the step outside, and quantise with the constant 1",
         )
 
 
@@ -138,7 +138,7 @@ def _activation_scales(node: ir.Node) -> Iterator[Finding]:
         yield Finding(
             _layer(node),
             f"an activation has {scale.size} scales; only weights may have one per channel or block",
-            "use one scale per tensor; what differs by channel belongs into the weight",
+            "use one scale per tensor, and put factors per channel into the weight",
         )
 
 
@@ -147,9 +147,9 @@ def _float_scales(node: ir.Node) -> Iterator[Finding]:
     if node.op_type in _PAIR and scale is not None and scale.dtype == ir.DataType.FLOAT16:
         yield Finding(
             _layer(node),
-            f"{node.op_type} has a float16 scale, so the product's sums are kept in float16, which "
-            "ends at 65504",
-            "use float32 scales round the product and cast behind them",
+            f"{node.op_type} has a float16 scale, so the product is summed in float16, whose maximum is "
+            "65504",
+            "use float32 scales around the product, and cast behind them",
         )
 
 
@@ -160,12 +160,14 @@ def _int4_uses(node: ir.Node) -> Iterator[Finding]:
             continue
         if stored.dtype == ir.DataType.UINT4:
             yield Finding(
-                _layer(node), "UINT4 constants are not read", "store the codes as INT4, less 8"
+                _layer(node),
+                "uses UINT4 constants, which this runtime does not support",
+                "store the codes as INT4, minus 8",
             )
         elif node.op_type != "DequantizeLinear":
             yield Finding(
                 _layer(node),
-                f"an INT4 constant feeds {node.op_type}; only DequantizeLinear and plugins take it",
+                f"an INT4 constant feeds {node.op_type}; only DequantizeLinear and plugins support it",
                 "run the pass CastInt4ToInt8 over the graph",
             )
 
@@ -179,20 +181,20 @@ def _int4_products(node: ir.Node) -> Iterator[Finding]:
     if activation is not None:
         yield Finding(
             _layer(node),
-            f"{node.op_type} of INT4 weights with quantised activations: a convolution is refused, "
-            "a matrix product's block scales are put in the wrong place",
-            "widen the weight to int8 (CastInt4ToInt8), or use the plugin's packed form",
+            f"{node.op_type} of INT4 weights with quantised activations: a convolution is refused, and "
+            "the block scales of a matrix product are applied in the wrong place",
+            "cast the weight to int8 (CastInt4ToInt8), or use the packed form of the plugin",
         )
     elif node.op_type == "Conv" and "block_size" in weight.attributes:  # type: ignore[union-attr]
         yield Finding(
             _layer(node),
-            "a convolution's weight is scaled in blocks of input channels",
-            "scale it by output channel",
+            "the weight of a convolution has scales per block of input channels",
+            "use scales per output channel",
         )
 
 
-def _wide_pairs(node: ir.Node) -> Iterator[Finding]:
-    """What onnxruntime's own rewrites of matrix products with constant weights get wrong."""
+def _saturating_pairs(node: ir.Node) -> Iterator[Finding]:
+    """Matrix products with constant weights that onnxruntime's own rewrites compute wrongly."""
     if node.op_type not in ("MatMul", "Gemm"):
         return
     activation, _, stored = _operands(node)
@@ -202,19 +204,19 @@ def _wide_pairs(node: ir.Node) -> Iterator[Finding]:
     if activation is None and node.op_type == "MatMul":
         yield Finding(
             _layer(node),
-            "a dequantised weight beside a float activation, which onnxruntime 1.31 quantises itself",
+            "a dequantised weight with a float activation, which onnxruntime 1.31 quantises itself",
             "cast the weight's codes to float",
         )
     elif activation is not None and largest > PAIR_SAFE and not has_vnni():
         yield Finding(
             _layer(node),
             f"weights up to {largest} in a quantise pair saturate on a processor without VNNI",
-            "export it again: such codes are cast to float instead of dequantised",
+            "export it again, which casts such codes to float instead of dequantising them",
         )
 
 
 def _cast_codes(node: ir.Node) -> Iterator[Finding]:
-    """Codes that compilers leave in float."""
+    """Products of codes that compilers compute in float."""
     if node.op_type not in _PRODUCTS:
         return
     cast = _producer(node.inputs[0])
@@ -229,7 +231,7 @@ def _cast_codes(node: ir.Node) -> Iterator[Finding]:
 
 
 def _float_products(node: ir.Node) -> Iterator[Finding]:
-    """What OpenVINO computes in float although both operands are whole numbers."""
+    """Products of integers that OpenVINO computes in float."""
     if node.op_type not in _PRODUCTS:
         return
     activation, weight, stored = _operands(node)
@@ -243,8 +245,8 @@ def _float_products(node: ir.Node) -> Iterator[Finding]:
     if stored is not None and stored.dtype in _FOUR_BITS:
         yield Finding(
             _layer(node),
-            "a 4-bit weight that feeds DequantizeLinear itself runs in float",
-            "put Cast(int8) and Sub(zero point) between them",
+            "a 4-bit weight that feeds DequantizeLinear directly runs in float",
+            "insert Cast(int8) and Sub(zero point) between them",
             fatal=False,
         )
 
@@ -261,7 +263,7 @@ _TENSORRT: tuple[_Rule, ...] = (
     _cast_codes,
 )
 _RULES: dict[Runtime, tuple[_Rule, ...]] = {
-    "onnxruntime": (_wide_pairs,),
+    "onnxruntime": (_saturating_pairs,),
     "openvino": (_doubles, _float_products, _cast_codes),
     "tensorrt-rtx": _TENSORRT,
     "tensorrt": _TENSORRT,
@@ -269,14 +271,14 @@ _RULES: dict[Runtime, tuple[_Rule, ...]] = {
 
 
 def check(model: ir.Model, runtime: Runtime) -> list[Finding]:
-    """What a runtime would refuse, get wrong or leave in float, each layer once per rule.
+    """Layers that a runtime refuses, computes wrongly or runs in float, each layer once per rule.
 
     Args:
         model: the graph as the runtime gets it, see `trtq.graph.runtimes.prepare.prepare`.
         runtime: one of `RUNTIMES`.
     """
-    found: dict[Finding, None] = {}
+    findings: dict[Finding, None] = {}
     for rule in _RULES[runtime]:
         for node in model.graph:
-            found |= dict.fromkeys(rule(node))
-    return list(found)
+            findings |= dict.fromkeys(rule(node))
+    return list(findings)

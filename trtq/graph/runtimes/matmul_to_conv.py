@@ -1,4 +1,12 @@
-"""Products with integer weights as convolutions of one pixel, for OpenVINO without VNNI."""
+"""Turns products with integer weights into convolutions of one pixel, for OpenVINO without VNNI.
+
+1. `MatMul(x[B, L, K], DequantizeLinear(W[K, N]))` becomes a Conv of `x[B, K, 1, L]` with `W[N, K, 1,
+   1]`, between a Transpose to and a Transpose from channels first.
+
+On AVX2, OpenVINO's integer matrix product is no faster than its float product, but its convolution is
+twice as fast; since it works with channels last, both transposes are free. The integers are the same,
+and so is the result.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +19,10 @@ __all__ = ["MatMulToConv"]
 
 
 class MatMulToConv(ir.passes.InPlacePass):
-    """`MatMul([B, L, K], DequantizeLinear([K, N]))` as `Conv([B, K, 1, L], [N, K, 1, 1])`.
-
-    OpenVINO's integer product of matrices on AVX2 is no faster than its float one; its convolution is
-    twice as fast, and as it works with channels last, both transposes are free. The whole numbers are
-    the same, and so is the result.
-    """
+    """Replace MatMul by Conv, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires on every MatMul of an activation of rank 3 with a quantised weight."""
+        """Fires on every MatMul of a quantised activation of rank 3 with a quantised weight."""
         graph = model.graph
         modified = False
         for node in [n for n in graph if n.op_type == "MatMul"]:
@@ -43,7 +46,7 @@ class MatMulToConv(ir.passes.InPlacePass):
 
     @staticmethod
     def _kernel(build: GraphBuilder, dequantize: ir.Node) -> ir.Value:
-        """`[N, K, 1, 1]` of the weight `[K, N]`, turned while it is integers."""
+        """The weight `[K, N]` as `[N, K, 1, 1]`, transposed as integers."""
         integers, scale = dequantize.inputs[:2]
         assert integers is not None
         assert scale is not None
@@ -55,7 +58,7 @@ class MatMulToConv(ir.passes.InPlacePass):
 
     @staticmethod
     def _conv(build: GraphBuilder, x: ir.Value, kernel: ir.Value) -> ir.Value:
-        """`[B, L, K]` to `[B, L, N]`."""
+        """x[B, L, K] -> y[B, L, N]."""
         row = build.constant("row", np.array([1], np.int64))
         y = build.op("Unsqueeze", [x, row], "image")
         y = build.op("Transpose", [y], "channels_first", {"perm": [0, 3, 1, 2]})
@@ -66,13 +69,13 @@ class MatMulToConv(ir.passes.InPlacePass):
 
 
 def _is_weight(node: ir.Node | None) -> bool:
-    """Whether it is the DequantizeLinear of a layer's weight, in units of one."""
+    """Whether a node is the DequantizeLinear of a layer's weight, with scales per channel."""
     if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 2:
         return False
     integers, scale = node.inputs
     if integers is None or scale is None or scale.const_value is None:
         return False
     producer = integers.producer()
-    # An activation's codes come from QuantizeLinear; 4-bit weights from Sub, see `ExpandLowBitToQdq`.
+    # Codes of activations come from QuantizeLinear, 4-bit weights from Sub, see `ExpandLowBitToQdq`.
     constant = integers.const_value is not None or (producer and producer.op_type == "Sub")
     return bool(constant) and len(scale.const_value.shape) == 1

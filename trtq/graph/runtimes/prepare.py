@@ -1,4 +1,4 @@
-"""What each runtime wants changed in the exported graph before it reads it."""
+"""Reads exported graphs and rewrites them for each runtime."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 __all__ = ["RUNTIMES", "Runtime", "external_files", "has_vnni", "load_graph", "prepare"]
 
 Runtime = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"]
-_LONGEST = 400
+_MAX_LENGTH = 400
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Read a graph; its external data are read when they are needed, and must lie in its folder.
+    """Read a graph; its external data are read on demand.
 
     Raises:
-        ArtefactError: the file cannot be read, or its external data are elsewhere or cut.
+        ArtefactError: the file cannot be read, or its external data are truncated or in another folder.
     """
     import onnx_ir as ir
 
-    if not path.is_file():  # A pipe would be waited for.
+    if not path.is_file():  # Opening a pipe would block.
         raise ArtefactError(f"{path} is no file")
     if path.stat().st_size == 0:
         raise ArtefactError(f"{path} is empty")
     try:
         model = ir.load(path)
     except Exception as err:  # protobuf's DecodeError has no public base.
-        text = " ".join(str(err).split())[:_LONGEST]
+        text = " ".join(str(err).split())[:_MAX_LENGTH]
         raise ArtefactError(f"cannot read {path}: {text or type(err).__name__}") from err
     for tensor in _external_tensors(model):
         _check_external(path, tensor)
@@ -43,7 +43,7 @@ def load_graph(path: Path) -> ir.Model:
 
 
 def external_files(model: ir.Model) -> set[str]:
-    """The files that a graph takes weights from, relative to its folder."""
+    """The files of a graph's external data, relative to its folder."""
     return {Path(str(tensor.location)).as_posix() for tensor in _external_tensors(model)}
 
 
@@ -57,10 +57,14 @@ def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
 
 
 def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
-    """Refuse data outside the graph's folder, in no plain file, or beyond its end.
+    """Raise unless a tensor's data are in a plain file in the graph's folder, and complete.
+
+    Args:
+        path: file of the graph.
+        tensor: tensor of the graph.
 
     Raises:
-        ArtefactError: so they are.
+        ArtefactError: the data are elsewhere, in no plain file, or beyond the end of the file.
     """
     location = str(tensor.location)
     file = path.parent / location
@@ -84,21 +88,26 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
 
 
 def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
-    """Rewrite a graph of ours, in place, into what a runtime takes and computes rightly.
+    """Rewrite an exported graph, in place, so that a runtime supports it and computes it correctly.
 
-    Plugin nodes stay for TensorRT, and become quantise-dequantise pairs for the others. Then
-    onnxruntime's own providers take it as it is, where there is no VNNI; with it their products of cast
-    codes do not saturate as pairs, which run in integers. OpenVINO and TensorRT have no float64 and a
-    kernel for group norms; TensorRT takes no INT4 in front of a Cast. Without VNNI, OpenVINO's integer
-    products saturate where both factors have 8 bits, so those layers are computed in float, and its
-    products of matrices are slow, so the others are given to it as convolutions, whose weights must not
-    all have the same scale.
+    1. Plugin nodes stay for TensorRT, and become quantise-dequantise pairs for the other runtimes.
+    2. onnxruntime's own providers take the graph as it is without VNNI. With VNNI, pairs do not saturate
+       and run in integers, so cast codes become pairs again.
+    3. OpenVINO and TensorRT have no float64, but a kernel for group norms; TensorRT supports no INT4 in
+       front of a Cast.
+    4. OpenVINO without VNNI: integer products saturate if both factors have 8 bits, so those layers are
+       computed in float. Its matrix products are slow, so the other ones become convolutions, whose
+       weights must not have equal scales.
+
+    Args:
+        model: an exported graph.
+        runtime: runtime that is to run the graph.
 
     Returns:
         The model.
 
     Raises:
-        ArtefactError: it is no graph of ours, so that a rewrite does not find what it relies on.
+        ArtefactError: trtq did not export the graph, and a rewrite does not find what it relies on.
     """
     try:
         return _rewritten(model, runtime)
@@ -135,7 +144,9 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
             CastsToQdq()(model)
         return model
     if runtime == "openvino":
-        DecomposeGroupNorm()(model)  # The autoencoder's graphs still have them.
+        DecomposeGroupNorm()(
+            model
+        )  # Only graphs of the autoencoder still contain GroupNormalization.
     FuseGroupNorm()(model)
     CastFloat64ToFloat32()(model)
     saturates = runtime == "openvino" and not has_vnni()
@@ -148,6 +159,6 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
         BreakUniformScales()(model)
     if runtime != "openvino":
         CastInt4ToInt8()(model)
-    # The rewrites leave constants behind; a builder would read them and keep them in memory.
+    # The rewrites leave unused constants behind, which a builder would keep in memory.
     RemoveUnusedNodesPass()(model)
     return model

@@ -1,4 +1,11 @@
-"""Products of two wide activations in float, for processors whose integer products saturate."""
+"""Computes products of two activations in float, for processors whose integer products saturate.
+
+1. In a MatMul of two activations with cast codes, `QuantizeLinear -> Cast` becomes
+   `Round -> Max(-128) -> Min(127)` in float.
+
+The casts mark products with codes beyond `PAIR_SAFE`, see rule 3 of `ExpandLowBitToQdq`. The codes keep
+their values, and so does the result. `WideWeightsToFloat` is the counterpart for weights.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +20,27 @@ _INT8 = (-128.0, 127.0)
 
 
 class WideProductsToFloat(ir.passes.InPlacePass):
-    """Round and clip in float in front of a MatMul of activations whose codes go beyond `PAIR_SAFE`.
-
-    The counterpart of `WideWeightsToFloat`: the codes stay what they are, so the result does, too. Such
-    products are told by the Cast of their codes, see `ExpandLowBitToQdq`.
-    """
+    """Round and clip activations in float in front of a MatMul, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires on every MatMul of two activations whose codes are cast."""
         graph = model.graph
-        found = [
+        products = [
             node
             for node in graph
             if node.op_type == "MatMul" and all(map(self._quantize, node.inputs))
         ]
-        for node in found:
+        for node in products:
             for index, value in enumerate(node.inputs):
                 assert value is not None
                 node.replace_input_with(index, self._rounded(graph, node, value, index))
-        if found:
+        if products:
             self._drop_unused(graph)
-        return ir.passes.PassResult(model, modified=bool(found))
+        return ir.passes.PassResult(model, modified=bool(products))
 
     @staticmethod
     def _quantize(value: ir.Value | None) -> ir.Node | None:
-        """The QuantizeLinear whose codes are cast; None if it is something else."""
+        """The QuantizeLinear whose codes are cast; None if the value is anything else."""
         cast = value.producer() if value is not None else None
         if cast is None or cast.op_type != "Cast":
             return None

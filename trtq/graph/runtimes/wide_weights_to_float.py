@@ -1,4 +1,11 @@
-"""Weights beyond seven bits as float, for processors whose integer products saturate."""
+"""Computes layers with 8-bit weights in float, for processors whose integer products saturate.
+
+1. `DequantizeLinear(int8 W, ones)` becomes `Cast(W)` if W has integers beyond `PAIR_SAFE`.
+
+Without VNNI, x86 adds two uint8 x int8 products in int16, which saturates. The layer is then computed in
+float from the same integers, to the same result. The weights stay bytes, since a graph of more than two
+gigabytes cannot be passed to the runtime.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +20,13 @@ __all__ = ["WideWeightsToFloat"]
 
 
 class WideWeightsToFloat(ir.passes.InPlacePass):
-    """A Cast instead of DequantizeLinear for int8 weights with larger integers than `PAIR_SAFE`.
-
-    Without VNNI, x86 adds two uint8 x int8 products in int16, which saturates. The layer is then
-    computed in float from the same whole numbers, to the same result. The weights themselves stay
-    bytes, since a graph of more than two gigabytes could not be handed over.
-    """
+    """Replace DequantizeLinear by Cast for weights beyond `PAIR_SAFE`, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires on weights stored as int8.
+        """Fires on weights stored as int8 with integers beyond `PAIR_SAFE`.
 
         Raises:
-            LegalityError: such a weight has a scale or zero point of its own.
+            LegalityError: such a weight has a scale other than 1, or a zero point.
         """
         graph = model.graph
         modified = False

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from trtq.artefact.opened import DEFAULT_STEPS, Opened, open_artefact
-from trtq.diffusion.cut import find_cuts
 from trtq.diffusion.encode import Encoded, check_inputs, takes_negative
 from trtq.diffusion.latents import draw_noise, latent_decoder
 from trtq.diffusion.layout import class_names
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.quiet import quiet_diffusers
+from trtq.diffusion.truncation import find_truncations
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.openvino import OpenVinoEngine
 from trtq.engine.tensorrt.run import TensorRtEngine
@@ -138,7 +138,7 @@ class PipelineModel(ImageModel):
     def _log_cuts(self, request: GenerationRequest) -> None:
         """Log that a prompt is truncated, without its text: prompts are private."""
         texts = [request.prompt, *filter(None, [request.negative_prompt])]
-        for cut in find_cuts(self._source.pipeline, texts):
+        for cut in find_truncations(self._source.pipeline, texts):
             field = "prompt" if cut.prompt == request.prompt else "negative_prompt"
             fields = {"model": self.info.name, "field": field, "encoder": cut.encoder}
             counts = {"tokens": cut.tokens, "kept": cut.kept}

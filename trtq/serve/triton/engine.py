@@ -11,7 +11,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from trtq.documents import shown
-from trtq.engine.base import TensorSpec
+from trtq.engine.base import Engine, TensorSpec, specs_from_json, specs_to_json
 from trtq.errors import ArtefactError, ServerError
 
 __all__ = ["ServedGraph", "TritonEngine", "array_of", "tensor_of"]
@@ -40,8 +40,8 @@ class ServedGraph:
         """The signature as JSON, for `from_json`."""
         return {
             "model": self.model,
-            "inputs": {name: _plain(spec) for name, spec in self.inputs.items()},
-            "outputs": {name: _plain(spec) for name, spec in self.outputs.items()},
+            "inputs": specs_to_json(self.inputs),
+            "outputs": specs_to_json(self.outputs),
             "metadata": dict(self.metadata),
             "batched": self.batched,
         }
@@ -54,13 +54,7 @@ class ServedGraph:
             ArtefactError: the document is malformed.
         """
         try:
-            inputs, outputs = (
-                {
-                    name: TensorSpec(np.dtype(dtype), tuple(shape))
-                    for name, (dtype, shape) in document[key].items()
-                }
-                for key in ("inputs", "outputs")
-            )
+            inputs, outputs = (specs_from_json(document[key]) for key in ("inputs", "outputs"))
             return cls(
                 str(document["model"]),
                 inputs,
@@ -72,11 +66,7 @@ class ServedGraph:
             raise ArtefactError(f"{shown(document)} does not describe a graph: {err}") from err
 
 
-def _plain(spec: TensorSpec) -> list[Any]:
-    return [spec.dtype.name, list(spec.shape)]
-
-
-class TritonEngine:
+class TritonEngine(Engine):
     """An engine whose graph is run by another model of the server.
 
     Args:
@@ -85,29 +75,13 @@ class TritonEngine:
         before_run: called before each run; an exception that it raises ends the request.
     """
 
-    provider = "triton"
-
     def __init__(
         self, graph: ServedGraph, backend_utils: Any, before_run: Callable[[], None] | None = None
     ) -> None:
+        super().__init__("triton", graph.inputs, graph.outputs, graph.metadata)
         self._graph = graph
         self._utils = backend_utils
         self._before_run = before_run
-
-    @property
-    def inputs(self) -> Mapping[str, TensorSpec]:
-        """Specifications of the graph's inputs by name."""
-        return self._graph.inputs
-
-    @property
-    def outputs(self) -> Mapping[str, TensorSpec]:
-        """Specifications of the graph's outputs by name."""
-        return self._graph.outputs
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Metadata of the graph's file."""
-        return self._graph.metadata
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the graph once.

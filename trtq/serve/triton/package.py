@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from trtq.artefact.files import sha256
 from trtq.artefact.folder import check_output, claims_output, new_artefact
@@ -21,21 +20,22 @@ from trtq.artefact.opened import (
     open_folder,
 )
 from trtq.artefact.options import EngineOptions
-from trtq.engine.prepared import graph_specs
+from trtq.engine.base import graph_specs
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError
 from trtq.exporter.graph_check import require_graphs
+from trtq.exporter.parts import copy_parts
 from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
 from trtq.graph.runtimes.prepare import load_graph
 from trtq.pipelines.open import engine_source
 from trtq.progress import ProgressCallback, silent
-from trtq.results import Result
 from trtq.serve.triton.config import PLAN_NAME, write_graph_config, write_pipeline_config
 from trtq.serve.triton.engine import ServedGraph, TritonEngine
 from trtq.serve.triton.pipeline import Settings, request_input
+from trtq.serve.triton.result import PackagedModel, TritonPackageResult
 from trtq.serve.triton.v1 import MODEL_PY
 
-__all__ = ["CHECKSUMS_NAME", "PackagedModel", "TritonPackageResult", "package_triton"]
+__all__ = ["CHECKSUMS_NAME", "package_triton"]
 
 CHECKSUMS_NAME = "SHA256SUMS"
 ARTEFACT_NAME = "artefact.json"
@@ -48,38 +48,6 @@ _RTX_NOTE = (
     "these engines are for TensorRT-RTX; the tensorrt backend of NVIDIA's server images needs engines "
     "of full TensorRT (trtq build --backend tensorrt, on the GPU of the server)"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackagedModel(Result):
-    """One model of a repository.
-
-    Attributes:
-        backend: Triton backend that runs the model.
-        max_batch_size: maximum batch size; 0 if the server must not batch.
-        files: paths of the model's files, relative to its folder.
-    """
-
-    backend: str
-    max_batch_size: int
-    files: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TritonPackageResult(Result):
-    """A finished model repository.
-
-    Attributes:
-        output: path of the repository.
-        models: the models by name.
-        bytes: total size of the files, in bytes.
-        notes: hints for the user.
-    """
-
-    output: str
-    models: dict[str, PackagedModel]
-    bytes: int
-    notes: list[str]
 
 
 @claims_output
@@ -216,10 +184,7 @@ def _write_pipeline(
 ) -> PackagedModel:
     """Write the pipeline's model: the loop, and all components of the pipeline that are not graphs."""
     parts = out / PIPELINE / "1" / "parts"
-    for name in origin.files:
-        if PurePosixPath(name).name not in (MODEL_FILE, DATA_NAME):
-            (parts / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(graphs / name, parts / name)
+    copy_parts(graphs, origin, parts)
     recipe = manifest.recipe
     settings = Settings(
         denoiser=manifest.denoiser,

@@ -133,7 +133,7 @@ def _start(name, code, launch):
         ),
         ("cuLaunchKernel", lambda: cuda.cuLaunchKernel(function, *sizes, None, nothing, None)),
     ):
-        found = status()
-        if found:
-            raise RuntimeError(f"{what} failed with {found}")
+        result = status()
+        if result:
+            raise RuntimeError(f"{what} failed with {result}")
     return b"an engine with its kernels inside"

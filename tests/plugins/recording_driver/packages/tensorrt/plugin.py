@@ -38,7 +38,7 @@ def aot_impl(name):
 
 def launch_of(name):
     """Kernel, code and launch of a linear layer of 256 outputs, whose tile is the larger one."""
-    from trtq.plugins.low_bit.tensorrt import fields_of
+    from trtq.plugins.low_bit.attributes import fields_of
     from trtq.plugins.spec import LayerSpec
 
     fields = fields_of(LayerSpec(64, 256, 4, 4, 8)).values()

@@ -1,0 +1,103 @@
+"""Result files of the speed and memory benchmarks as Markdown: sd_size, build, cpu_path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["build", "cpu_path", "sd_size"]
+
+MODELS = {"sd_1": "SD 1.5, 859.5 M", "sd_xl": "SD XL, 2,567 M"}
+KINDS = {
+    "float": "float",
+    "constant": "W7A8, constant scales",
+    "nncf": "int8 by NNCF (W8A8, static)",
+}
+
+
+def sd_size(record: dict[str, Any]) -> str:
+    """`sd_size.json` as Markdown."""
+    lines = [
+        "| UNet | run | stage | seconds | peak memory | run's denoiser to float32 | threads, date |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        options, made = row["options"], row.get("quantize")
+        what = f"{options['bits'].upper()} {options['method']}, {options['steps']} step(s), "
+        what += f"{options['images']} image(s)"
+        if options["iterations"] is not None:
+            what += f", {options['iterations']} iterations of {options['batch']} image(s)"
+        size = f"{made['bytes_after'] / made['bytes_before']:.3f} x" if made else ""
+        for stage in ("quantize", "export"):
+            if stage in row:
+                cells = [
+                    MODELS[options["model"]],
+                    what,
+                    stage,
+                    f"{row[stage]['seconds']:.0f}",
+                    f"{row[stage]['peak_rss_bytes'] / 1e9:.1f} GB",
+                    size if stage == "quantize" else "",
+                    f"{row['threads']}, {row['date']}",
+                ]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def build(record: dict[str, Any]) -> str:
+    """`build.json` as Markdown."""
+    whole = {
+        tuple(row["architectures"]): row["engine_bytes"]
+        for row in record["rows"]
+        if row["graph"] == "float"
+    }
+    lines = [
+        f"`python benchmarks/build.py`, {record['device']}, no GPU, {record['builder']}, "
+        f"{record['date']}, batch 1-8, half precision.",
+        "",
+        "| UNet | built for | seconds | peak memory | engine | to the float engine |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        cells = [
+            row["graph"],
+            ", ".join(row["architectures"]),
+            f"{row['seconds']:.0f}",
+            f"{row['peak_rss_bytes'] / 1e9:.1f} GB",
+            f"{row['engine_bytes'] / 1e6:.0f} MB",
+            f"{row['engine_bytes'] / whole[tuple(row['architectures'])]:.2f} x",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cpu_path(record: dict[str, Any]) -> str:
+    """`cpu_path.json` as Markdown."""
+    median = {(row["name"], row["provider"]): row["median_seconds"] for row in record["rows"]}
+    lines = [
+        f"`python benchmarks/cpu_path.py`, {record['device']} "
+        f"{'with' if record['vnni'] else 'without'} VNNI, {record['threads']} threads, "
+        f"{record['date']}, one run, rows interleaved: seconds of one call, batch 1, median "
+        "(quartiles).",
+        "",
+        "| UNet | runs on | seconds | against float on cpu | against float on openvino | peak memory |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        seconds, (low, high) = row["median_seconds"], row["quartiles"]
+        cells = [
+            KINDS.get(row["name"], row["name"].upper()),
+            "openvino's own runtime" if row["name"] == "nncf" else row["provider"],
+            f"{seconds:.2f} ({low:.2f}-{high:.2f})",
+            f"{median['float', 'cpu'] / seconds:.2f} x",
+            f"{median['float', 'openvino'] / seconds:.2f} x",
+            f"{row['peak_rss_bytes'] / 1e9:.1f} GB",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    pair = record.get("pair")
+    if pair:
+        low, high = pair["quartiles"]
+        lines += [
+            "",
+            "Per-step against constant scales, both in one process, calls interleaved, "
+            f"{pair['calls']} times: {pair['ratio']:.3f} x ({low:.3f}-{high:.3f}).",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""`trtq export`: the ONNX folder of a run or a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtq.commands.options import AsJson, Overwrite, Verbose, one_of, output_option
+from trtq.commands.output import command, print_lines, show
+from trtq.progress import ProgressPrinter
+
+__all__ = ["export"]
+
+OnnxFolder = Annotated[Path, output_option("Folder for the ONNX graphs.")]
+RunOrModel = Annotated[
+    str, typer.Argument(metavar="ARTEFACT", help="Run, or checkpoint for the float baseline.")
+]
+Target = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        autocompletion=one_of("qdq", "plugin"),
+        help="Form of low-bit layers: qdq for every runtime, or plugin for trtq's own kernels in "
+        "TensorRT.",
+    ),
+]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        autocompletion=one_of("fp32", "fp16"),
+        help="Floating-point type of all other tensors: fp32 or fp16.",
+    ),
+]
+BatchRange = Annotated[
+    str, typer.Option("--batch-range", help="Images per call that engines accept, MIN:MAX.")
+]
+SizeRange = Annotated[
+    str | None,
+    typer.Option(
+        "--size",
+        help="Image size in pixels, HEIGHTxWIDTH or MIN:MAX of two such sizes. Default: the size "
+        "of the run.",
+    ),
+]
+
+
+def export(
+    artefact: RunOrModel,
+    output: OnnxFolder,
+    target: Target = "qdq",
+    precision: Precision = "fp32",
+    batch_range: BatchRange = "1:8",
+    size: SizeRange = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write ONNX graphs with the per-step scales, and compare them with torch at every step.
+
+    Example: trtq export run -o onnx
+    """
+    from trtq.exporter.export import export as write_graphs
+    from trtq.exporter.export import parse_batch
+    from trtq.report.lines import export_rows
+
+    with command(verbose):
+        result = write_graphs(
+            artefact,
+            output,
+            target=target,
+            precision=precision,
+            batch=parse_batch(batch_range),
+            size=size,
+            overwrite=overwrite,
+            progress=ProgressPrinter(),
+        )
+        show(result, as_json, lambda r: print_lines(f"onnx: {output}", export_rows(r)))

@@ -1,0 +1,192 @@
+"""`trtq generate` and `trtq eval`: images of an artefact, and their comparison with the float model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trtq.commands.options import (
+    AsJson,
+    Guidance,
+    ImageSize,
+    Overwrite,
+    Provider,
+    ReportFolder,
+    Seed,
+    Steps,
+    Verbose,
+    output_option,
+    within,
+)
+from trtq.commands.output import command, print_line, print_lines, show
+from trtq.errors import GateError
+from trtq.limits import MAX_IMAGES
+from trtq.progress import ProgressPrinter
+
+__all__ = ["evaluate", "generate"]
+
+ImagePath = Annotated[
+    Path, output_option("Contact sheet (NAME.png), or folder for one PNG per image.")
+]
+Artefact = Annotated[
+    str,
+    typer.Argument(metavar="ARTEFACT", help="Run, ONNX folder, engine folder or checkpoint."),
+]
+Images = Annotated[
+    int,
+    typer.Option("--images", callback=within(1, MAX_IMAGES), help="Number of images to generate."),
+]
+ClassLabel = Annotated[
+    int | None,
+    typer.Option(
+        "--class-label",
+        help="Class index, for class-conditional models. Default: all classes in turn.",
+    ),
+]
+Prompt = Annotated[str | None, typer.Option("--prompt", help="Prompt, for text-to-image models.")]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(
+        "--negative-prompt", help="Description of what to avoid; needs a guidance above 1."
+    ),
+]
+Reference = Annotated[
+    str, typer.Option("--reference", help="Float checkpoint to compare with, e.g. digits.")
+]
+EvaluationImages = Annotated[
+    int,
+    typer.Option(
+        "--images", callback=within(2, MAX_IMAGES), help="Number of images to generate per model."
+    ),
+]
+Features = Annotated[
+    Path | None,
+    typer.Option(
+        "--features",
+        help="Folder of a CLIP vision model that replaces the reference's own classifier.",
+    ),
+]
+Gates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gate",
+        help='Condition METRIC<=NUMBER, e.g. "fd<=1.5"; exit code 1 if not met; may be repeated.',
+    ),
+]
+
+
+def generate(
+    artefact: Artefact,
+    output: ImagePath,
+    images: Images = 1,
+    class_label: ClassLabel = None,
+    prompt: Prompt = None,
+    negative_prompt: NegativePrompt = None,
+    size: ImageSize = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    provider: Provider = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Generate images: one contact sheet (-o NAME.png), or one PNG per image (-o FOLDER).
+
+    Example: trtq generate onnx -o digits.png --images 20 --provider openvino
+    """
+    from trtq.pipelines.generate import generate as generate_images
+    from trtq.report.lines import generate_rows
+
+    with command(verbose):
+        result = generate_images(
+            artefact,
+            output,
+            images=images,
+            class_label=class_label,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            size=size,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            provider=provider,
+            overwrite=overwrite,
+            progress=ProgressPrinter(),
+        )
+        show(result, as_json, lambda r: print_lines("generated", generate_rows(r)))
+
+
+def evaluate(
+    artefact: Artefact,
+    reference: Reference,
+    output: ReportFolder = None,
+    images: EvaluationImages = 1000,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    provider: Provider = None,
+    features: Features = None,
+    gate: Gates = None,
+    seed: Seed = 1,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare with the float model: Fréchet distance, class accuracy, error per denoising step.
+
+    Example: trtq eval onnx --reference digits -o report --gate "fd<=2"
+    """
+    from trtq.evaluation.evaluate import evaluate as compare
+    from trtq.evaluation.gates import parse_gate
+    from trtq.report.folder import report_folder, write_report
+
+    with command(verbose), report_folder(output, kind="eval", overwrite=overwrite):
+        evaluation = compare(
+            artefact,
+            reference,
+            images=images,
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            provider=provider,
+            features=features,
+            gates=tuple(parse_gate(text) for text in gate or []),
+            progress=ProgressPrinter(),
+        )
+        record = evaluation.to_json()
+        # Printed before the report is written: a full disk must not cost a long measurement.
+        place = {} if output is None else {"report": str(output / "index.html")}
+        show(record | place, as_json, lambda r: _print_evaluation(artefact, r))
+        if output is not None:
+            from trtq.evaluation.page import evaluation_page
+
+            page = evaluation_page(artefact, evaluation)
+            write_report(output, page, record, kind="eval", overwrite=overwrite)
+        missed = [name for name, met in record["gates"].items() if not met]
+        if missed:
+            raise GateError(f"not met: {', '.join(missed)}")
+
+
+def _print_evaluation(artefact: str, record: dict[str, Any]) -> None:
+    from trtq.report.lines import evaluation_rows, seconds_text
+
+    title = (
+        f"eval: {artefact}, {record['images']} images, {record['steps']} steps, "
+        f"guidance {record['guidance']:g}, seed {record['seed']}, provider "
+        f"{record['provider']}, features: {record['features'] or 'none'}"
+    )
+    header = ("metric (95 % interval)", "this model", "float")
+    print_lines(title, evaluation_rows(record), header)
+    snr = ", ".join(f"{value:.1f}" for value in reversed(record["snr_db"]))
+    print_line(f"prediction SNR per step, noisiest first, dB: {snr}")
+    if record.get("not_computed"):
+        print_line(
+            f"not computed: {', '.join(record['not_computed'])}: the reference model has no "
+            "classifier; pass --features FOLDER with a CLIP vision model"
+        )
+    for condition, met in record["gates"].items():
+        print_line(f"gate {condition}: {'met' if met else 'NOT met'}")
+    for name, key in (("this model", "seconds"), ("float", "seconds_reference")):
+        print_line(f"generation with {name}: {seconds_text(record[key])}")

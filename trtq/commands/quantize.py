@@ -1,0 +1,190 @@
+"""`trtq quantize`: a low-bit run of a checkpoint, or a run with other LoRAs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trtq.commands.options import (
+    AsJson,
+    ImageSize,
+    Overwrite,
+    Verbose,
+    one_of,
+    output_option,
+    within,
+)
+from trtq.commands.output import command, print_lines, show
+from trtq.errors import UsageError
+from trtq.limits import MAX_ITERATIONS, MAX_SEED, MAX_STEPS
+from trtq.progress import ProgressPrinter
+
+__all__ = ["quantize"]
+
+METHODS = ("minmax", "search", "efficientdm", "quest", "combined")
+
+RunFolder = Annotated[Path, output_option("Folder for the run.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Diffusers folder, hub id, or shipped model (digits, shapes); with --lora also a run.",
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        autocompletion=one_of(*METHODS),
+        help="Quantisation method: minmax, search, efficientdm (default), quest or combined.",
+    ),
+]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        "--bits",
+        autocompletion=one_of("w4a4", "w4a8", "w8a8"),
+        help="Bits of weights and activations: w4a4 (default), w4a8, w8a8 or another pair.",
+    ),
+]
+Tables = Annotated[
+    str | None,
+    typer.Option(
+        "--tables",
+        autocompletion=one_of("per-step", "static"),
+        help="Activation scales: per-step (default), one per denoising step, or static.",
+    ),
+]
+RunSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        callback=within(1, MAX_STEPS),
+        help="Number of denoising steps to calibrate. Default: 20.",
+    ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="TOML file with all settings; other options take precedence."),
+]
+RunSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        callback=within(0, MAX_SEED),
+        help="Random seed; the same seed gives the same result.",
+    ),
+]
+Iterations = Annotated[
+    int | None,
+    typer.Option(
+        "--iterations",
+        callback=within(1, MAX_ITERATIONS),
+        help="Number of fine-tuning iterations.",
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="Limit for mixed weight bits, chosen by sensitivity, relative to the float model: "
+        "size=0.15x or bitops=0.1x.",
+    ),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", help="LoRA file to merge before quantisation, FILE[:SCALE]; may be repeated."
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="Float checkpoint of the run whose LoRAs are exchanged. Default: the recorded path.",
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the plan and an estimate of the cost; write nothing."),
+]
+
+
+def quantize(
+    model: Model,
+    output: RunFolder,
+    method: Method = None,
+    bits: Bits = None,
+    tables: Tables = None,
+    steps: RunSteps = None,
+    recipe: RecipeFile = None,
+    seed: RunSeed = None,
+    iterations: Iterations = None,
+    size: ImageSize = None,
+    budget: Budget = None,
+    lora: Loras = None,
+    base: Base = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a low-bit run of a checkpoint: calibrate, fine-tune without data, merge, pack.
+
+    With a run in place of MODEL and --lora, the run's LoRAs are exchanged without fine-tuning again.
+
+    Example: trtq quantize digits -o run --bits w4a4
+    """
+    from trtq.artefact.opened import Run, open_artefact
+    from trtq.calib.recipe import load_recipe
+    from trtq.lora import parse_lora
+    from trtq.report.lines import quantize_rows
+    from trtq.runs.quantize import quantize as make_run
+    from trtq.runs.result import RunResult
+
+    with command(verbose):
+        overrides = _without_none(
+            {"method": method, "bits": bits, "tables": tables, "steps": steps}
+            | {"seed": seed, "budget": budget, "size": size}
+        )
+        loras = [parse_lora(text) for text in lora or []]
+        outcome: dict[str, Any] = {"overwrite": overwrite, "progress": ProgressPrinter()}
+        result: RunResult | None
+        if loras and isinstance(open_artefact(model, verify=False), Run):
+            if overrides or recipe or iterations or resume or dry_run:
+                raise UsageError(
+                    "a run whose LoRAs are exchanged keeps its recipe; give only --lora, --base, "
+                    "--overwrite and --output"
+                )
+            from trtq.runs.exchange_loras import requantize
+
+            result = requantize(model, loras, output, base=base, **outcome)
+        else:
+            if iterations is not None:
+                overrides["training"] = {"iterations": iterations}
+            settings = load_recipe(recipe, overrides)
+            if dry_run:
+                _show_plan(model, settings, loras, as_json)
+                return
+            result = make_run(model, settings, output, loras=loras, resume=resume, **outcome)
+        if result is not None:  # None in all processes of accelerate except the first.
+            show(result, as_json, lambda r: print_lines(f"run: {output}", quantize_rows(r)))
+
+
+def _without_none(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _show_plan(model: str, recipe: Any, loras: list[Any], as_json: bool) -> None:
+    from trtq.report.lines import plan_rows
+    from trtq.runs.describe import describe_plan
+    from trtq.runs.plan import plan_quantize
+
+    plan = plan_quantize(model, recipe, loras)
+    show(describe_plan(plan), as_json, lambda r: print_lines("would quantize", plan_rows(r)))

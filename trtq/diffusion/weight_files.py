@@ -1,0 +1,173 @@
+"""The weight files of a component: plain, sharded, in a variant; advice about other formats.
+
+This module does not import torch and reads no tensor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trtq.diffusion.layout import INDEX_NAME, read_json
+from trtq.diffusion.weights import TensorInfo, Weights, check_pointers, is_pointer, read_header
+from trtq.errors import ArtefactError
+
+__all__ = ["find_weights", "single_file_refusal"]
+
+_STEMS = ("diffusion_pytorch_model", "model")
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_SINGLE_FILE = (".safetensors", ".ckpt", ".gguf", ".bin", ".pt", ".pth", ".sft")
+_SINGLE_FILE_ADVICE = (
+    "convert it to a folder in Python: from diffusers import StableDiffusionPipeline; "
+    "StableDiffusionPipeline.from_single_file({file!r}).save_pretrained('FOLDER') (with the "
+    "pipeline class of the model, e.g. StableDiffusionXLPipeline or FluxPipeline), and give FOLDER"
+)
+
+
+def _variant_of(name: str, stem: str) -> str | None:
+    """The variant in a file name, e.g. `fp16`; "" for a plain name, None for other files.
+
+    File names are `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, and
+    `model.safetensors.index.fp16.json`, with `model` as the stem.
+    """
+    if not name.startswith(f"{stem}.") and not name.startswith(f"{stem}-"):
+        return None
+    rest = name[len(stem) :]
+    if rest == ".safetensors" or rest == ".safetensors.index.json":
+        return ""
+    if rest.startswith(".safetensors.index.") and rest.endswith(".json"):
+        return rest[len(".safetensors.index.") : -len(".json")]
+    if rest.startswith(".") and rest.endswith(".safetensors"):
+        return rest[1 : -len(".safetensors")].partition("-")[0]
+    return None
+
+
+def find_weights(folder: Path, stem: str | None = None) -> Weights:
+    """Headers of the weights in a component's folder, from one file or from shards.
+
+    Args:
+        folder: folder of the component.
+        stem: start of the file names; None: the default of diffusers or of transformers.
+
+    Raises:
+        ArtefactError: there are no safetensors files, several variants, or a damaged file.
+    """
+    check_pointers(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    stems = _STEMS if stem is None else (stem,)
+    chosen = next((s for s in stems if any(_variant_of(n, s) is not None for n in names)), None)
+    if chosen is None:
+        raise ArtefactError(_no_weights(folder, names, stems[0]))
+    variants = {v: n for n in names if (v := _variant_of(n, chosen)) is not None}
+    if "" not in variants and len(variants) > 1:
+        raise ArtefactError(
+            f"{folder} holds its weights in the variants {', '.join(sorted(variants))} but not in a "
+            f"plain file; keep one variant, or rename its file to {chosen}.safetensors"
+        )
+    variant = "" if "" in variants else next(iter(variants))
+    dotted = f".{variant}" if variant else ""
+    index = folder / f"{chosen}.safetensors.index{dotted}.json"
+    single = folder / f"{chosen}{dotted}.safetensors"
+    if not index.is_file() and not single.is_file():
+        raise ArtefactError(
+            f"{folder} holds {variants[variant]} but neither {single.name} nor {index.name}; "
+            "download the whole folder"
+        )
+    # diffusers and transformers prefer an index and then ignore a single file.
+    tensors = _read_shards(index) if index.is_file() else read_header(single)
+    if not tensors:
+        raise ArtefactError(f"{single} holds no tensors; download it again")
+    return Weights(tensors, variant or None)
+
+
+def _no_weights(folder: Path, names: list[str], stem: str) -> str:
+    """Message about a folder without safetensors files of the expected name."""
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    others = [name for name in names if name.endswith((".safetensors", ".gguf", ".msgpack", ".h5"))]
+    if pickles:
+        return (
+            f"{folder} holds its weights only as a pickle ({pickles[0]}). Reading a pickle can run "
+            "any code, so trtq reads safetensors only; if you trust the origin of the file, convert "
+            "the pipeline in Python: pipe = DiffusionPipeline.from_pretrained('THE FOLDER', "
+            "use_safetensors=False); pipe.save_pretrained('NEW FOLDER', safe_serialization=True)"
+        )
+    if others:
+        return (
+            f"{folder} holds no {stem}.safetensors; {others[0]} is ignored, because diffusers "
+            "expects another file name. Rename the file if it holds this component's weights under "
+            "diffusers' tensor names"
+        )
+    return f"{folder} holds no weights: {stem}.safetensors is missing; download the whole folder"
+
+
+def _read_shards(index: Path) -> dict[str, TensorInfo]:
+    """Headers of all shards that an index names.
+
+    Raises:
+        ArtefactError: a shard is missing or damaged, or does not agree with the index.
+    """
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ArtefactError(f"{index} holds no weight_map from tensors to files")
+    tensors: dict[str, TensorInfo] = {}
+    for name in sorted({str(file) for file in files.values()}):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ArtefactError(
+                f"{index} names the shard {name!r}, which is not a file in the same folder"
+            )
+        path = index.parent / name
+        if not path.is_file():
+            raise ArtefactError(
+                f"{index} names the shard {name!r}, which is missing; download the whole folder"
+            )
+        shard = read_header(path)
+        duplicates = sorted(tensors.keys() & shard.keys())
+        if duplicates:
+            raise ArtefactError(
+                f"{index.parent}: {duplicates[0]!r} is in two shards, one of them {name}"
+            )
+        tensors |= shard
+    absent = sorted(name for name in files if name not in tensors)
+    unlisted = sorted(name for name in tensors if name not in files)
+    if absent or unlisted:
+        raise ArtefactError(
+            f"{index} and its shards disagree about {(absent or unlisted)[0]!r} "
+            f"({len(absent)} tensors are not in the shards, {len(unlisted)} not in the index); "
+            "download the whole folder"
+        )
+    return tensors
+
+
+def single_file_refusal(path: Path) -> str | None:
+    """Message about a single-file checkpoint or a folder that holds one; None for anything else.
+
+    Raises:
+        ArtefactError: the file is a Git LFS pointer, or cannot be read.
+    """
+    if path.is_file() and path.suffix.lower() in _SINGLE_FILE:
+        return f"{path} is a single-file checkpoint" + _conversion(path)
+    if path.is_dir():
+        files = sorted(
+            p for p in path.iterdir() if p.suffix.lower() in _SINGLE_FILE and p.is_file()
+        )
+        if files:
+            return (
+                f"{path} holds no {INDEX_NAME}, so it is not a diffusers pipeline, but it holds the "
+                f"single-file checkpoint {files[0].name}"
+            ) + _conversion(files[0])
+    return None
+
+
+def _conversion(path: Path) -> str:
+    """End of a message: the kind of a single file and how to use it."""
+    if is_pointer(path):
+        check_pointers(path.parent)
+    if path.suffix.lower() == ".gguf":
+        return (
+            ", and GGUF is already quantised; give the folder of the float pipeline that it was made "
+            "from"
+        )
+    if path.suffix.lower() in (".safetensors", ".sft"):
+        names = read_header(path)
+        if names and all("lora" in name.lower() or name.endswith(".alpha") for name in names):
+            return " of a LoRA; give a pipeline as the model, and this file with --lora"
+    return ", which trtq does not read yet; " + _SINGLE_FILE_ADVICE.format(file=str(path))

@@ -1,0 +1,98 @@
+"""The quantised denoiser: a diffusers model that derives its scales from its timestep."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trtq.errors import QuantizationError, StepError
+from trtq.quant.activation import ActivationQuantizer
+from trtq.quant.modules import QuantLayer
+from trtq.quant.product import QuantProduct
+from trtq.quant.stand_in import StandIn
+from trtq.quant.timestep import TimestepTable, float_scope, step_scope
+
+__all__ = ["QuantizedDenoiser"]
+
+
+class QuantizedDenoiser(StandIn):
+    """A denoiser that looks up its timestep and passes the step's index to its layers.
+
+    Arguments and result are those of the wrapped diffusers model.
+
+    Args:
+        denoiser: a diffusers model with quantised or deployed layers inside.
+        table: the calibrated timesteps.
+    """
+
+    def __init__(self, denoiser: nn.Module, table: TimestepTable) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.table = table
+        self._signature = inspect.signature(denoiser.forward)
+        if "timestep" not in self._signature.parameters:
+            raise QuantizationError(
+                f"{type(denoiser).__name__}.forward has no argument 'timestep', so its scales "
+                "cannot follow the denoising step"
+            )
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the wrapped model."""
+        return self.denoiser.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the wrapped model's parameters."""
+        return next(self._tensors()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the wrapped model's parameters."""
+        return next(self._tensors()).device
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """Parameters and float buffers; a fully low-bit model may have no parameters."""
+        buffers = list(self.denoiser.buffers())
+        yield from self.denoiser.parameters()
+        yield from (buffer for buffer in buffers if buffer.is_floating_point())
+
+    def _timestep(self, *args: Any, **kwargs: Any) -> Tensor | float:
+        try:
+            timestep: Tensor | float = self._signature.bind(*args, **kwargs).arguments["timestep"]
+        except (TypeError, KeyError) as err:
+            raise StepError(f"the denoiser was called without its timestep: {err}") from err
+        return timestep
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The low-bit prediction; arguments and result are those of the wrapped model."""
+        with step_scope(self.table.index(self._timestep(*args, **kwargs))):
+            return self.denoiser(*args, **kwargs)
+
+    @torch.no_grad()
+    def teacher(self, *args: Any, **kwargs: Any) -> Any:
+        """The float prediction, computed with the same copy of the weights, without gradients."""
+        with float_scope():
+            return self.denoiser(*args, **kwargs)
+
+    def layers(self) -> Iterator[tuple[str, QuantLayer]]:
+        """The quantised linears and convolutions by their path in the wrapped model."""
+        for name, module in self.denoiser.named_modules():
+            if isinstance(module, QuantLayer):
+                yield name, module
+
+    def products(self) -> Iterator[tuple[str, QuantProduct]]:
+        """The quantised products by their path in the wrapped model."""
+        for name, module in self.denoiser.named_modules():
+            if isinstance(module, QuantProduct):
+                yield name, module
+
+    def activations(self) -> Iterator[tuple[str, ActivationQuantizer]]:
+        """The activation quantisers by path in the wrapped model; a shared one by its first path."""
+        for name, module in self.denoiser.named_modules():
+            if isinstance(module, ActivationQuantizer):
+                yield name, module

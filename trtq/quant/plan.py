@@ -1,0 +1,105 @@
+"""Plan of a quantised denoiser: for each layer its kind, its bits and the reason for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from trtq.errors import TrtqError
+from trtq.quant.structure import Product
+from trtq.quant.tensors import LayerTensors, ProductTensors
+
+__all__ = [
+    "Kind",
+    "LayerPlan",
+    "LowBitTensors",
+    "layer_kind",
+    "named_errors",
+    "precision_text",
+    "quantizable_layers",
+]
+
+LowBitTensors = LayerTensors | ProductTensors
+"""Tensors of a deployed layer: linear and convolution, or product of two activations."""
+
+Kind = Literal["linear", "conv2d", "product"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Plan of one linear layer, convolution or product of activations.
+
+    Attributes:
+        name: module path of the layer in the denoiser.
+        kind: `linear`, `conv2d` or `product`.
+        weight_bits: width of the weight codes; None for a product and for a layer that stays float.
+        activation_bits: width of the codes of the (first) input; None for a layer that stays float.
+        reason: reason for the choice, in a few words.
+        adapters: whether fine-tuning adds QALoRA adapters to the layer.
+        right_bits: width of the codes of a product's second input.
+        input_of: earlier layer with the same input, whose input quantiser this layer uses, or None.
+    """
+
+    name: str
+    kind: Kind
+    weight_bits: int | None
+    activation_bits: int | None
+    reason: str
+    adapters: bool = True
+    right_bits: int | None = None
+    input_of: str | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the layer becomes low-bit."""
+        return self.activation_bits is not None
+
+    @property
+    def precision(self) -> str:
+        """Bits as text: `w4a4`, for a product `a8a4`, or `float`."""
+        return precision_text(self.weight_bits, self.activation_bits, self.right_bits)
+
+    @property
+    def operands(self) -> dict[str, int]:
+        """Bits of each quantised input, by the name of the input's quantiser within the layer."""
+        if self.activation_bits is None:
+            return {}
+        if self.right_bits is None:
+            return {"activation": self.activation_bits}
+        return {"left": self.activation_bits, "right": self.right_bits}
+
+
+def precision_text(weight: int | None, activation: int | None, right: int | None = None) -> str:
+    """Bits as text: `w4a4`, for a product `a8a4`, or `float`."""
+    if activation is None:
+        return "float"
+    return f"a{activation}a{right}" if weight is None else f"w{weight}a{activation}"
+
+
+def layer_kind(module: nn.Module) -> Kind | None:
+    """Kind of a float module as a layer; None for a module that cannot be low-bit."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Conv2d):
+        return "conv2d"
+    return "product" if isinstance(module, Product) else None
+
+
+def quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Every `nn.Linear`, `nn.Conv2d` and `Product` by its module path, in module order."""
+    return {
+        name: module for name, module in denoiser.named_modules() if layer_kind(module) is not None
+    }
+
+
+@contextmanager
+def named_errors(layer: str) -> Iterator[None]:
+    """Prefix errors raised inside the block with the layer's name."""
+    try:
+        yield
+    except TrtqError as err:
+        raise type(err)(f"layer {layer!r}: {err}") from err

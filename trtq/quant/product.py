@@ -1,0 +1,41 @@
+"""Product of two quantised activations."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
+from trtq.quant.timestep import Step, TimestepTable, current_step
+
+__all__ = ["QuantProduct"]
+
+
+class QuantProduct(nn.Module):
+    """`a @ b` of two quantised activations, e.g. queries and keys (QuEST, arXiv 2402.03666).
+
+    Args:
+        table: the calibrated timesteps.
+        left_bits: width of the codes of `a`, 2 .. 8.
+        right_bits: width of the codes of `b`, 2 .. 8.
+        zero_point_mode: see `trtq.quant.activation.ZeroPointMode`.
+    """
+
+    def __init__(
+        self,
+        table: TimestepTable,
+        left_bits: int,
+        right_bits: int,
+        zero_point_mode: ZeroPointMode = "frozen",
+    ) -> None:
+        super().__init__()
+        self.left = ActivationQuantizer(left_bits, table, zero_point_mode)
+        self.right = ActivationQuantizer(right_bits, table, zero_point_mode)
+
+    def forward(self, a: Tensor, b: Tensor, step: Step | None = None) -> Tensor:
+        """a[B, ..., M, K], b[B, ..., K, N] -> [B, ..., M, N]; in float inside `float_scope`."""
+        if step is None:
+            step = current_step()
+            if step is None:
+                return a @ b
+        product: Tensor = self.left(a, step) @ self.right(b, step)
+        return product

@@ -1,0 +1,200 @@
+"""Tensors of deployed layers: integer weights, tables of scales, and their names in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trtq.errors import ArtefactError, NonFiniteError, QuantizationError
+from trtq.quant.activation import ActivationQuantizer
+from trtq.quant.modules import QuantLayer
+from trtq.quant.packing import PackedWeight, unpack_codes
+from trtq.quant.product import QuantProduct
+
+__all__ = ["ActivationTensors", "LayerTensors", "ProductTensors"]
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationTensors:
+    """Tensors of one deployed activation quantiser.
+
+    Attributes:
+        scale: float32 `[T]`, value of one code unit at each step.
+        inv_scale: float32 `[T]`, the stored reciprocal of `scale`.
+        low: int32 `[T]`, smallest code.
+        high: int32 `[T]`, largest code.
+        bits: width of the codes.
+    """
+
+    scale: Tensor
+    inv_scale: Tensor
+    low: Tensor
+    high: Tensor
+    bits: int
+
+    @classmethod
+    def merge(cls, quantizer: ActivationQuantizer) -> ActivationTensors:
+        """Tensors of a trained quantiser; trained float zero points are rounded here.
+
+        Raises:
+            NonFiniteError: a scale is not a positive finite number.
+            QuantizationError: the codes do not fit int8.
+        """
+        scale = quantizer.scale.detach().clone()
+        if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
+            raise NonFiniteError("the activation scale is not a positive finite number")
+        low, high = quantizer.integer_bounds()
+        if int(low.min()) < -128 or int(high.max()) > 127:
+            raise QuantizationError(
+                f"{quantizer.bits}-bit activation codes span {int(low.min())} .. "
+                f"{int(high.max())}, which int8 cannot hold; 8-bit activations must be symmetric"
+            )
+        return cls(scale, scale.reciprocal(), low, high, quantizer.bits)
+
+    def tensors(self, operand: str) -> dict[str, Tensor]:
+        """The quantiser's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
+        return {
+            f"{operand}.scale": self.scale,
+            f"{operand}.inv_scale": self.inv_scale,
+            f"{operand}.low": self.low.to(torch.int16),
+            f"{operand}.high": self.high.to(torch.int16),
+        }
+
+    @classmethod
+    def from_tensors(
+        cls, named: Mapping[str, Tensor], operand: str, bits: int
+    ) -> ActivationTensors:
+        """Inverse of `tensors`.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        return cls(
+            named[f"{operand}.scale"],
+            named[f"{operand}.inv_scale"],
+            named[f"{operand}.low"].int(),
+            named[f"{operand}.high"].int(),
+            bits,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTensors:
+    """Tensors of one deployed linear layer or convolution.
+
+    Attributes:
+        weight: integer weight, `[N, K, ...]`.
+        activation: quantiser of the input.
+        bias: float32 `[N]`, or None.
+    """
+
+    weight: PackedWeight
+    activation: ActivationTensors
+    bias: Tensor | None
+
+    @property
+    def operands(self) -> dict[str, ActivationTensors]:
+        """The quantised inputs by name."""
+        return {"activation": self.activation}
+
+    @classmethod
+    @torch.no_grad()
+    def merge(cls, layer: QuantLayer) -> LayerTensors:
+        """Integers of a trained layer, with its adapters merged.
+
+        Raises:
+            NonFiniteError: a scale, the bias or a merged weight is NaN or infinite.
+            QuantizationError: the codes do not fit int8.
+        """
+        weight = layer.merge()
+        if not bool(torch.isfinite(weight.scale).all()) or bool((weight.scale <= 0).any()):
+            raise NonFiniteError("the weight scale is not a positive finite number")
+        bias = layer.updated_bias()
+        if bias is not None and not bool(torch.isfinite(bias).all()):
+            raise NonFiniteError("the bias holds NaN or infinity")
+        weight.integers()
+        activation = ActivationTensors.merge(layer.activation)
+        return cls(weight, activation, None if bias is None else bias.detach().float().clone())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The layer's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
+        named = {
+            "weight.codes": self.weight.pack(),
+            "weight.scale": self.weight.scale.contiguous(),
+            "weight.zero_point": self.weight.zero_point.to(torch.int16),
+            **self.activation.tensors("activation"),
+        }
+        return named if self.bias is None else named | {"bias": self.bias}
+
+    @classmethod
+    def from_tensors(
+        cls, named: Mapping[str, Tensor], *, channels: int, weight_bits: int, activation_bits: int
+    ) -> LayerTensors:
+        """Inverse of `tensors`.
+
+        Raises:
+            ArtefactError: a tensor is missing or has the wrong size.
+        """
+        try:
+            weight = PackedWeight(
+                unpack_codes(named["weight.codes"], weight_bits, channels),
+                named["weight.scale"],
+                named["weight.zero_point"].float(),
+                weight_bits,
+            )
+            bias = named.get("bias")
+            return cls(
+                weight,
+                ActivationTensors.from_tensors(named, "activation", activation_bits),
+                None if bias is None else bias.float(),
+            )
+        except KeyError as err:
+            raise ArtefactError(f"the tensor {err.args[0]!r} is missing") from err
+
+
+@dataclass(frozen=True, eq=False)
+class ProductTensors:
+    """Tensors of one deployed product of two activations.
+
+    Attributes:
+        left: quantiser of the first operand.
+        right: quantiser of the second operand.
+    """
+
+    left: ActivationTensors
+    right: ActivationTensors
+
+    @property
+    def operands(self) -> dict[str, ActivationTensors]:
+        """The quantised inputs by name."""
+        return {"left": self.left, "right": self.right}
+
+    @classmethod
+    @torch.no_grad()
+    def merge(cls, product: QuantProduct) -> ProductTensors:
+        """Tensors of a trained product; errors are those of `ActivationTensors.merge`."""
+        return cls(ActivationTensors.merge(product.left), ActivationTensors.merge(product.right))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The product's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
+        return self.left.tensors("left") | self.right.tensors("right")
+
+    @classmethod
+    def from_tensors(
+        cls, named: Mapping[str, Tensor], *, left_bits: int, right_bits: int
+    ) -> ProductTensors:
+        """Inverse of `tensors`.
+
+        Raises:
+            ArtefactError: a tensor is missing.
+        """
+        try:
+            return cls(
+                ActivationTensors.from_tensors(named, "left", left_bits),
+                ActivationTensors.from_tensors(named, "right", right_bits),
+            )
+        except KeyError as err:
+            raise ArtefactError(f"the tensor {err.args[0]!r} is missing") from err
