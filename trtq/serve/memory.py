@@ -104,6 +104,8 @@ def _check_length(mapping: _Mapping) -> None:
 
 
 def _replace(start: int, size: int, *, writable: bool) -> None:
+    if not hasattr(mmap, "PROT_READ"):  # Elsewhere `_mappings` is empty.
+        return
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
