@@ -63,8 +63,8 @@ TEXTS = [
     Rule(r"\bspell(s|ed|ing)?[- ]out\b", "decompose", "text"),
     Rule(r"\bso many\b|\bas many as there\b", "n, the number of", "text"),
     Rule(r"\bwhoever\b|\bwhatever\b", "the caller, any", "text"),
-    # `--beside` is an option.
-    Rule(r"(?<![-`\"])\bbeside\b(?![:\"])", "next to; in addition to", "text"),
+    # `--beside` is an option of `trtq serve`.
+    Rule(r"(?<![-\"`])\bbeside\b(?![:\"`])", "next to; in addition to", "text"),
     Rule(r"\b(has|have|had) not\b(?! been| yet| already)", "does not have, has no", "text"),
     Rule(r"(?<!at )\b(most|least)\b(?! recent| likely| of the)", "maximum, minimum", "text"),
     Rule(r"\bNothing, if\b", "Raise unless", "text"),
