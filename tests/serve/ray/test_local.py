@@ -33,7 +33,7 @@ def test_invalid_ranges_of_replicas_are_refused(text):
 @pytest.mark.parametrize(
     ("arguments", "address", "message"),
     [
-        (("--replicas", "1:2"), "", "add --ray"),
+        (("--replicas", "1:2"), "", "--replicas needs --ray"),
         (("--ray", "--replicas", "2"), "", "write MIN:MAX"),
         (("--ray",), "ray://elsewhere:10001", "use RAY_ADDRESS=auto"),
     ],

@@ -1,4 +1,4 @@
-"""What `trtq package triton` returns."""
+"""The result of `trtq package triton`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["PackagedModel", "TritonPackageResult"]
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedModel(Result):
-    """One model of the repository.
+    """One model of a repository.
 
     Attributes:
-        backend: Triton backend that runs it.
+        backend: Triton backend that runs the model.
         max_batch_size: maximum batch size; 0 if the server must not batch.
-        files: its files.
+        files: paths of the model's files, relative to its folder.
     """
 
     backend: str
@@ -29,10 +29,10 @@ class TritonPackageResult(Result):
     """A finished model repository.
 
     Attributes:
-        output: its folder.
-        models: its models by name.
-        bytes: size of all files.
-        notes: sentences for the reader.
+        output: path of the repository.
+        models: the models by name.
+        bytes: total size of the files, in bytes.
+        notes: hints for the user.
     """
 
     output: str

@@ -5,9 +5,9 @@ Users keep such a repository, so the import in its `pipeline/1/model.py` is a fi
     from trtq.serve.triton.v1 import TritonPythonModel
 
 This module stays as long as repositories of version 1 are supported. The files that it reads in
-`pipeline/1/parts` belong to the version, too: the file `trtq.json`
-(`trtq.serve.triton.pipeline.Settings`) and the components of the pipeline that are not graphs. A change
-that cannot read the files of version 1 needs a module `v2`, which new repositories then import.
+`pipeline/1/parts` belong to the version, too: the settings (`trtq.serve.triton.pipeline.Settings`) and
+the components of the pipeline that are not graphs. A change that cannot read the files of version 1
+needs a module `v2`, which new repositories then import.
 """
 
 from __future__ import annotations
