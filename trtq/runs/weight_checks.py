@@ -88,7 +88,7 @@ def check_weight(named: Mapping[str, Tensor], bits: int, source: Any) -> None:
         )
     if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
         raise ArtefactError("the weight's scale must hold positive finite numbers")
-    # With 0 .. 128 subtracted, codes of any width fit int8; those of others are looked at.
+    # Zero points in this range keep every possible difference in int8; others need the actual codes.
     if bool(((zero_point < 2**bits - 128) | (zero_point > 128)).any()):
         PackedWeight(
             unpack_codes(codes, bits, channels), scale, zero_point.float(), bits
