@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def owned_by_trtq(folder: Path) -> Owned | None:
-    """trtq's files in a folder, from its manifest or listing; None if it has neither."""
+    """The files of trtq in a folder, from its manifest or listing; None if it has neither."""
     if not folder.is_dir():
         return None
     if (folder / MANIFEST_NAME).is_file():

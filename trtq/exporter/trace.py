@@ -1,6 +1,6 @@
-"""Traces a torch denoiser to an ONNX graph in which each low-bit layer is one node.
+"""Tracing of a torch denoiser to an ONNX graph in which each low-bit layer is one node.
 
-Each layer that is to be low-bit is traced as a single node of the domain `trtq`, without its weights:
+Each low-bit layer is traced as a single node of the domain `trtq`, without its weights:
 
     trtq::LowBitLinear(x) {name}        trtq::LowBitConv2d(x) {name, strides, pads, dilations, group}
     trtq::LowBitMatMul(a, b) {name}     a product of two activations
@@ -113,7 +113,7 @@ class _Denoiser(nn.Module):
 
 
 class _Batched(nn.Module):
-    """Calls a module with positional tensors; inputs at `batched` share one batch size."""
+    """Calls a module with positional tensors; the inputs at the indices `batched` share a batch size."""
 
     def __init__(self, module: nn.Module, batched: list[int]) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ def trace(
 
     Args:
         denoiser: a float diffusers model.
-        x: a small batch of noisy samples, `[B, ...]`, B > 1.
+        x: small batch of noisy samples, `[B, ...]`, B > 1.
         conditions: conditions of the B images.
         low_bit: module paths that become nodes of the domain `trtq`.
         half: whether to compute in half precision; timesteps stay float32.
@@ -215,15 +215,18 @@ def trace_module(
     """Export a module that takes and returns bare tensors, with a free batch size.
 
     Args:
-        module: called with the examples in order; returns a tensor or a tuple.
+        module: module that is called with the examples in order and returns a tensor or a tuple.
         examples: example inputs by name, with B > 1.
         outputs: names of the outputs, in order.
         shared: names of inputs without a batch axis.
-        axes: names of further axes of all inputs whose length is free.
+        axes: names of further free axes of all inputs, by index of the axis.
         images: granularity of the free H and W by name of an input `[B,C,H,W]`; None: both are fixed.
+
+    Returns:
+        The graph, with free axes and the given names of inputs and outputs.
     """
-    # diffusers' upsampling branches on a batch of 64 or more; without the bound torch notices that at
-    # the end of the export and starts again. The graph itself takes any batch size.
+    # diffusers' upsampling branches on a batch of 64 or more. Without the bound torch detects the branch
+    # at the end of the export and starts again. The graph itself accepts any batch size.
     free = {0: torch.export.Dim("batch", min=1, max=63)}
     free |= {axis: torch.export.Dim(name, min=1) for axis, name in axes.items()}
     shapes: dict[str, dict[int, Any]] = {}

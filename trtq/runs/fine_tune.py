@@ -181,14 +181,7 @@ class FineTuneResult(Result):
 
 
 def fine_tune(setup: FineTuning, recipe: Recipe) -> FineTuneResult:
-    """Run all fine-tuning stages of a recipe.
-
-    Args:
-        setup: model, data and processes; the model is changed in place.
-        recipe: the recipe.
-
-    Returns:
-        Durations and losses.
+    """Run all fine-tuning stages of a recipe, change the model in place, and return the measurements.
 
     Raises:
         RecipeError: the policy does not define a set of layers that the recipe names.
