@@ -244,7 +244,7 @@ def last_words(text: str, lines: int = _LAST_LINES) -> str:
     """The end of a process's standard error on one line; only the last line of a traceback.
 
     Args:
-        text: standard error.
+        text: text on standard error.
         lines: maximum number of lines.
 
     Returns:

@@ -15,12 +15,12 @@ __all__ = ["DATA_NAME", "ENGINE_FILE", "MODEL_FILE", "graphs_of", "model_file", 
 MODEL_FILE = "model.onnx"
 DATA_NAME = "model.onnx_data"
 _INLINE_BYTES = 1 << 14
-"""Tensors below this size stay in the graph, since shape inference reads the sizes of splits only
-there."""
+"""Tensors below this size, in bytes, stay in the graph, since shape inference reads the sizes of splits
+only there."""
 
 
 def model_file(folder: Path) -> Path:
-    """The engine in a component's folder if there is one, else the graph, which may not exist."""
+    """Path of the engine in a component's folder, else of the graph, which may not exist."""
     engine = folder / ENGINE_FILE
     return engine if engine.is_file() else folder / MODEL_FILE
 
@@ -56,9 +56,9 @@ def save_graph(model: Any, folder: Path) -> None:
 
 
 def _drop_export_notes(model: Any) -> None:
-    """Drop the notes of torch's exporter about nodes: source lines with paths of this machine.
+    """Drop the metadata of nodes from torch's exporter: source lines with paths of this machine.
 
-    They are more than half of the file of a small graph, and nothing reads them.
+    The metadata make up more than half of a small graph's file, and nothing reads them.
     """
     for graph in (model.graph, *model.graph.subgraphs()):
         for node in graph:
