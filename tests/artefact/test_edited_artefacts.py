@@ -115,7 +115,7 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize("change", ENTRIES.values(), ids=ENTRIES.keys())
-def test_an_index_of_another_form_is_refused(digits_run, tmp_path, change):
+def test_a_malformed_index_is_refused(digits_run, tmp_path, change):
     copy = edited(digits_run, tmp_path, change, "model_index.json")
     with pytest.raises(ArtefactError, match=r"model_index\.json") as caught:
         read_index(copy)
@@ -141,7 +141,7 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("change", CLASSES.values(), ids=CLASSES.keys())
-def test_a_class_that_cannot_be_there_is_refused(digits_run, tmp_path, change):
+def test_an_invalid_component_class_is_refused(digits_run, tmp_path, change):
     copy = edited(digits_run, tmp_path, change, "model_index.json")
     with pytest.raises(ArtefactError) as caught:
         load_pipeline_parts(copy, "unet", skeleton(copy, "unet"))
@@ -179,7 +179,7 @@ def test_settings_that_diffusers_writes_are_read(digits_run, tmp_path):
 
 
 @pytest.mark.parametrize("value", [100_000, 11, -1, 10**30, True, 1.0, "x", [], {}])
-def test_a_null_class_that_the_model_has_not_is_refused(digits_run, tmp_path, value):
+def test_a_null_class_that_the_model_does_not_have_is_refused(digits_run, tmp_path, value):
     copy = edited(digits_run, tmp_path, lambda _: {"null_class": value}, "classes.json")
     with pytest.raises(ArtefactError, match=r"null_class|64 bits"):
         open_run(copy).source()
@@ -205,7 +205,7 @@ def test_a_graph_whose_manifest_was_edited_is_refused(digits_onnx, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{", "null", "[]", "[2, 1]", '["a"]', "[NaN]", "[true]", "{}"]
 )
-def test_metadata_of_a_graph_that_is_damaged_is_refused(text):
+def test_damaged_metadata_of_a_graph_is_refused(text):
     with pytest.raises(ArtefactError, match=r"trtq\.timesteps is damaged"):
         check_timesteps({"trtq.timesteps": text}, [1.0])
     if text != "{}":
@@ -248,7 +248,7 @@ def test_numbers_of_images_and_classes_are_bounded(tiny):
         "\uff18x8",
     ],
 )
-def test_sizes_without_end_are_refused(tiny, size):
+def test_sizes_out_of_range_are_refused(tiny, size):
     with pytest.raises(UsageError, match=r"HEIGHTxWIDTH in pixels, each in 1 \.\. 8192"):
         tiny.latents_of(size)
 

@@ -154,7 +154,7 @@ def test_a_valid_manifest_is_read(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["run", "onnx", "engine"])
-def test_every_entry_with_every_wrong_value_is_fine_or_refused(folder, kind):
+def test_every_wrong_value_in_every_entry_is_accepted_or_refused(folder, kind):
     record = valid(kind)
     rng = random.Random(kind)
     every = [(place, value) for place in places(record) for value in WRONG]
@@ -293,7 +293,7 @@ def test_a_wrong_option_is_named(folder, place, value, message):
         *("./a", "a/", "", "a?", "x" * 300, "manifest.json", "a/" * 2000 + "a"),
     ],
 )
-def test_a_file_that_no_system_has_in_a_folder_is_refused(folder, name):
+def test_an_invalid_file_name_is_refused(folder, name):
     write(folder, changed(valid(), ("files", name), DIGEST))
     with pytest.raises(IntegrityError, match=r"manifest\.json") as caught:
         read_manifest(folder)
@@ -323,7 +323,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_what_is_no_manifest_is_refused(folder, text):
+def test_a_file_that_is_not_a_manifest_is_refused(folder, text):
     (folder / "manifest.json").write_bytes(text)
     for read in (read_manifest, artefact_kind):
         with pytest.raises(ArtefactError, match=r"manifest\.json") as caught:
@@ -340,7 +340,7 @@ def test_what_is_no_manifest_is_refused(folder, text):
         (sparse, "10,737,418,240 bytes"),
     ],
 )
-def test_what_is_no_file_in_its_place_is_refused(folder, make, message):
+def test_a_manifest_that_is_not_a_file_is_refused(folder, make, message):
     make(folder / "manifest.json")
     for read in (read_manifest, artefact_kind):
         with pytest.raises(ArtefactError, match=message):
@@ -352,7 +352,7 @@ def test_a_byte_order_mark_changes_nothing(folder):
     assert read_manifest(folder).kind == "run"
 
 
-def test_a_folder_without_a_manifest_is_no_artefact(folder):
+def test_a_folder_without_a_manifest_is_not_an_artefact(folder):
     assert artefact_kind(folder) is None
     shutil.rmtree(folder)
     assert artefact_kind(folder) is None

@@ -23,14 +23,14 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_the_help_of_every_verb_has_an_example():
+def test_the_help_of_every_command_has_an_example():
     for verb in VERBS:
         result = run(verb, "--help")
         assert result.exit_code == 0
         assert f"Example: trtq {verb}" in result.stdout
 
 
-def test_help_lists_the_verbs_in_the_order_of_the_path():
+def test_help_lists_the_commands_in_the_order_of_use():
     text = run("--help").stdout
     listed = [line.split()[0] for line in text[text.index("Commands:") :].splitlines()[1:]]
     assert listed == [
@@ -71,7 +71,7 @@ def test_doctor_lists_providers_and_models():
     assert "digits" in record["models"]
 
 
-def test_a_missing_optional_package_is_no_problem_for_doctor(monkeypatch):
+def test_a_missing_optional_package_is_not_a_problem_in_doctor(monkeypatch):
     from trtq.engine import doctor
 
     installed_version = doctor._version
@@ -98,7 +98,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_keys_of_quantize_and_export_are_there(tmp_path):
+def test_quantize_and_export_print_their_json_keys(tmp_path):
     fast = ["--method", "minmax", "--steps", 2, "--bits", "w4a8", "--json"]
     quantized = run("quantize", "digits", "-o", tmp_path / "run", *fast)
     assert quantized.exit_code == 0, quantized.stderr
@@ -281,7 +281,7 @@ def test_an_input_is_not_overwritten_by_its_own_output(inside, digits_run):
     assert run("inspect", digits_run).exit_code == 0
 
 
-def test_a_run_is_no_reference(digits_run):
+def test_a_run_is_not_accepted_as_a_reference(digits_run):
     result = run("eval", digits_run, "--reference", digits_run, "--images", 4)
     assert result.exit_code == 2
     assert "give the float checkpoint" in " ".join(result.stderr.split())
@@ -399,7 +399,7 @@ def test_zero_layers_is_an_error(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_output_that_is_there_is_not_lost(digits_run, tmp_path):
+def test_an_existing_output_is_not_lost(digits_run, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")

@@ -1543,7 +1543,7 @@ def test_a_foreign_engine_is_refused_in_one_line(world, verb, name):
     ),
 )
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
-def test_nothing_is_written_to_a_hostile_place(world, verb, name, overwrite):
+def test_nothing_is_written_to_a_hostile_path(world, verb, name, overwrite):
     arguments = WRITING[verb](world)
     arguments[arguments.index("-o") + 1] = PLACES[name](world)
     if verb == "generate" and name in ("the root", "a foreign folder", "a link"):
@@ -1606,7 +1606,7 @@ def test_doctor_answers_with_broken_packages(world, monkeypatch, version):
     check(world, ["doctor", "--json"])
 
 
-def test_every_verb_is_tested_with_twelve_or_more_hostile_inputs():
+def test_every_command_is_tested_with_twelve_or_more_hostile_inputs():
     met = {verb: set() for verb in VERBS}
     for name, *_ in CASES:
         verb = name.partition(":")[0].partition(" kernels")[0]

@@ -25,7 +25,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("provider", "short"), [("tensorrt", "trt"), ("tensorrt-rtx", "nv")])
-def test_ranges_are_written_as_the_provider_reads_them(provider, short, tmp_path):
+def test_ranges_are_written_in_the_format_of_the_provider(provider, short, tmp_path):
     settings = provider_settings(provider, PROFILE, "key")
     assert settings[f"{short}_profile_min_shapes"] == "sample:1x4x8x8,timestep:1"
     assert settings[f"{short}_profile_opt_shapes"] == "sample:2x4x8x8,timestep:2"
@@ -84,7 +84,7 @@ def test_every_call_computes_its_own_input(digits_onnx, provider, monkeypatch):
         assert np.array_equal(engine.run({"x": x})["y"], x + 1)
 
 
-def test_a_session_that_fails_is_one_error():
+def test_a_failing_session_raises_one_error():
     class Failing(Session):
         def run(self, names, feeds):
             raise RuntimeError(

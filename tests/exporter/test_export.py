@@ -65,7 +65,7 @@ def test_every_quantised_layer_has_the_folded_form(digits_onnx):
         assert len(cast) == wide, cast
 
 
-def test_the_cpu_provider_gets_the_pairs_where_there_is_vnni(digits_onnx, vnni, monkeypatch):
+def test_the_cpu_provider_gets_the_pairs_with_vnni(digits_onnx, vnni, monkeypatch):
     given = []
     opened = ort.open_session
     monkeypatch.setattr(ort, "open_session", lambda p, m, *r: given.append(m) or opened(p, m, *r))
@@ -88,7 +88,7 @@ def test_the_step_is_looked_up_once(digits_onnx):
     assert len(gathers) <= 5
 
 
-def test_four_bit_weights_lie_in_the_file_as_int4(digits_onnx):
+def test_four_bit_weights_are_stored_as_int4(digits_onnx):
     kinds = Counter(t.data_type for t in graph(digits_onnx).initializer)
     assert kinds[TensorProto.INT4] == 41
     # Widths of five bits and more stay int8, and nothing else is: the zero points of the pairs.
@@ -96,7 +96,7 @@ def test_four_bit_weights_lie_in_the_file_as_int4(digits_onnx):
     assert Counter(t.data_type for t in large) == {TensorProto.INT4: 41, TensorProto.INT8: 10}
 
 
-def test_inputs_are_diffusers_own(digits_onnx):
+def test_inputs_are_those_of_diffusers(digits_onnx):
     g = graph(digits_onnx)
     assert [i.name for i in g.input] == ["sample", "timestep", "class_labels"]
     assert [o.name for o in g.output] == ["out_sample"]
@@ -135,7 +135,7 @@ def test_plain_onnxruntime_sessions_agree_with_torch(digits_run, digits_onnx, le
     assert snr_db(expected, torch.from_numpy(session.run(None, inputs)[0])) > 60
 
 
-def test_each_item_has_a_step_of_its_own_and_one_timestep_serves_all(digits_onnx, computed_vnni):
+def test_each_item_can_have_its_own_step_and_one_timestep_serves_all(digits_onnx, computed_vnni):
     engine = OrtEngine(digits_onnx / "unet" / "model.onnx")
     inputs = feeds()
     together = engine.run(inputs)["out_sample"]
@@ -147,7 +147,7 @@ def test_each_item_has_a_step_of_its_own_and_one_timestep_serves_all(digits_onnx
     np.testing.assert_array_equal(single["out_sample"], many["out_sample"])
 
 
-def test_openvino_runs_it(digits_run, digits_onnx, computed_vnni):
+def test_openvino_agrees_with_torch(digits_run, digits_onnx, computed_vnni):
     inputs = feeds()
     out = open_engine(digits_onnx / "unet" / "model.onnx", "openvino", 1).run(inputs)["out_sample"]
     expected = torch_prediction(digits_run, inputs)
@@ -231,7 +231,7 @@ def test_nan_in_the_graph_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["8:1", "0:4", "a", "1:b", ""])
-def test_batches_that_are_not_understood(text):
+def test_malformed_batch_ranges_are_refused(text):
     with pytest.raises(UsageError, match="MIN:MAX"):
         parse_batch(text)
 
@@ -240,14 +240,14 @@ def test_batches_that_are_not_understood(text):
     ("db", "floor", "holds"),
     [(41, 200, True), (39, 200, False), (33, 30, True), (33, 38, True), (33, 45, False)],
 )
-def test_a_graph_is_held_to_what_torch_keeps_itself(db, floor, holds):
+def test_parity_holds_above_the_requirement_or_near_the_floor(db, floor, holds):
     from trtq.exporter.parity import StepParity
 
     assert StepParity(db, db, 0.0, floor).holds(40.0) is holds
     assert not StepParity(float("nan"), 0.0, 0.0, floor).holds(40.0)
 
 
-def test_the_floor_is_measured_and_the_model_left_as_it_was(digits_run):
+def test_measuring_the_floor_does_not_change_the_model(digits_run):
     import torch
 
     from trtq.diffusion.sampling import Conditions, seeded_noise
@@ -273,7 +273,7 @@ def test_the_floor_is_measured_and_the_model_left_as_it_was(digits_run):
 
 
 @pytest.mark.parametrize(("wrong_steps", "aside"), [(1, True), (3, False)])
-def test_flipped_codes_are_set_aside_only_while_they_are_rare(tiny, wrong_steps, aside):
+def test_flipped_codes_are_set_aside_only_if_they_are_rare(tiny, wrong_steps, aside):
     """A tenth of the images is wrong at one step of four (2.5 % of all), or at three (7.5 %)."""
     from trtq.diffusion.sampling import seeded_noise
     from trtq.exporter.parity import step_parity
@@ -309,7 +309,7 @@ def test_queries_keys_and_values_are_quantised_once(digits_onnx):
     ("flipped", "moved", "aside"),
     [(2, None, True), (4, None, False), (4, 3, True), (5, 3, False), (8, 8, True), (9, 20, False)],
 )
-def test_as_many_flips_are_set_aside_as_the_reference_has_itself(flipped, moved, aside):
+def test_flips_are_set_aside_in_proportion_to_those_of_the_reference(flipped, moved, aside):
     from trtq.exporter.parity import compare
 
     reference = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -342,7 +342,7 @@ def test_without_vnni_openvino_gets_seven_bit_weights_as_integers(tmp_path, vnni
     assert len(OpenVinoEngine(path).inputs) == 3
 
 
-def test_a_wrong_lookup_of_the_step_is_seen_in_a_model_of_any_size(
+def test_a_wrong_step_lookup_is_detected_in_a_model_of_any_size(
     digits_run, digits_onnx, tmp_path, monkeypatch
 ):
     run = open_run(digits_run)

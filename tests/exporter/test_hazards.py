@@ -56,7 +56,7 @@ def test_activations_have_one_constant_scale(built_graph):
             assert node.inputs[1].const_value.size == 1
 
 
-def test_no_four_bit_constant_meets_an_integer_product(built_graph):
+def test_no_four_bit_constant_is_an_operand_of_an_integer_product(built_graph):
     stored = built_graph.graph.initializers.values()
     assert not any(
         value.const_value.dtype in (ir.DataType.INT4, ir.DataType.UINT4) for value in stored
