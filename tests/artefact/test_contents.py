@@ -1,4 +1,4 @@
-"""Which files of a pipeline's folder count."""
+"""The files of a pipeline's folder that a loader reads."""
 
 import json
 import os

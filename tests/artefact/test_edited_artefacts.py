@@ -1,4 +1,4 @@
-"""Artefacts whose documents were edited: what does not fit the weights is refused when it is opened."""
+"""Artefacts with edited documents: opening raises an error if they do not match the weights."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from trtq.runs.folder import open_run
 
 
 def edited(folder, target, change, file="manifest.json"):
-    """A copy in which one document was changed, and all hashes made again."""
+    """A copy with one changed document and recomputed hashes."""
     copy = target / "copy"
     shutil.copytree(folder, copy)
     record = json.loads((copy / file).read_text())
@@ -67,7 +67,7 @@ EDITS = {
     ),
     "activation bits": (layer("conv_in", activation_bits=4), "'conv_in': the manifest says 4 bits"),
     "weight bits": (layer("conv_in", weight_bits=4), "'conv_in': the manifest says 4 bits"),
-    # One channel of 4 bits takes a byte, like one of 8.
+    # A single 4-bit code takes a byte, like an 8-bit code.
     "bits of one channel": (layer("conv_out", weight_bits=7), "'conv_out': the manifest says w7a8"),
     "product": (layer("conv_in", **PRODUCT), "'conv_in': the manifest says 'product'"),
     "linear": (layer("conv_in", kind="linear"), "'conv_in': the manifest says 'linear'"),

@@ -1,4 +1,4 @@
-"""Manifests from outside: typed and whole, or refused in one line that names the entry."""
+"""Untrusted manifests: typed and complete, or refused in one line that names the entry."""
 
 import copy
 import hashlib
@@ -23,7 +23,7 @@ def row(name, kind="conv2d", **changes):
 
 
 def valid(kind="run"):
-    """A manifest with something in every entry."""
+    """A manifest with a value in every entry."""
     options = {"target": "qdq", "precision": "fp32", "batch": [1, 8], "size": "8x8"}
     if kind == "engine":
         options |= {
@@ -91,7 +91,7 @@ def write(folder, record):
 
 
 def places(value, place=()):
-    """Every entry of a JSON value by its place."""
+    """The path of every entry of a JSON value."""
     if place:
         yield place
     if isinstance(value, dict | list):
@@ -114,7 +114,7 @@ def sparse(path):
 
 
 def refusal(folder):
-    """The message that refuses a manifest; None if it is accepted. Other exceptions are not caught."""
+    """The error message for a manifest; None if it is accepted. Other exceptions are not caught."""
     try:
         read_manifest(folder)
     except TrtqError as err:
@@ -146,7 +146,7 @@ def test_a_valid_manifest_is_read(folder, kind):
     record = valid(kind)
     manifest = read_manifest(write(folder, record), kind)
     assert artefact_kind(folder) == kind
-    # Recipe and options stay as they were written.
+    # Recipe and options are unchanged.
     assert manifest.recipe.to_json() == record["recipe"]
     assert manifest.options.to_json() == record["options"]
     assert manifest.layer_kinds()["a.scores"] == "product a8a4"

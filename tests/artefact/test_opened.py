@@ -1,4 +1,4 @@
-"""Opening an artefact: each file is hashed once in every verb."""
+"""Opening an artefact: every command hashes each file once."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from trtq.serve.hosting import open_model
 
 @pytest.fixture
 def hashed(monkeypatch):
-    """How often the SHA-256 of each file was computed, by path."""
+    """Number of computations of each file's SHA-256, by path."""
     counts = Counter()
     digest = hashlib.file_digest
 

@@ -1,4 +1,4 @@
-"""Where trtq writes: what it replaces, what it leaves alone, and what a killed process leaves behind."""
+"""Outputs of trtq: replaced files, files that must stay, and the remains of a killed process."""
 
 import errno
 import json
@@ -309,7 +309,7 @@ def test_the_existing_folder_is_restored_if_the_new_one_cannot_be_moved(tmp_path
     assert hidden(tmp_path) == []
 
 
-# A process that died: kill -9, or the power.
+# A process that died: kill -9, or a power failure.
 
 
 def test_remains_of_a_dead_process_are_removed(tmp_path):
@@ -371,7 +371,7 @@ def test_a_link_with_the_name_of_the_lock_is_not_followed(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years"
 
 
-# Two at once.
+# Two processes or threads at once.
 
 WRITER = """
 import sys, time
@@ -505,7 +505,7 @@ with command(False), new_artefact(Path(sys.argv[1]), keep_partial=True) as folde
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
 def test_a_signal_leaves_nothing_but_checkpoints(number, code, tmp_path):
-    # typer turns its Exit into the process's code; without typer it is an exception with one.
+    # typer converts its Exit to the exit code of the process; without typer the exception has the code.
     body = f"import typer\ntry:\n{textwrap.indent(ENDED, ' ')}\n"
     body += "except typer.Exit as err:\n sys.exit(err.exit_code)"
     for checkpoint in ("", "checkpoint"):
@@ -547,7 +547,7 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
     parent = writer(tmp_path, "", body)
     assert int(parent.stdout.readline()) > 0
     parent.kill()
-    # The worker holds the other end of this pipe: it is at its end when the worker has ended, too.
+    # The worker holds the other end of this pipe, which closes when the worker ends.
     parent.communicate(timeout=30)
 
 
@@ -706,7 +706,7 @@ def test_a_file_that_a_loader_would_read_must_be_in_the_manifest(name, tmp_path)
 
 
 def graph(*locations):
-    """What a graph says about tensors that lie in files next to it."""
+    """A graph whose external tensors are in a file next to it."""
     return b"".join(b"\x0a\x08location\x12" + bytes([len(where)]) + where for where in locations)
 
 

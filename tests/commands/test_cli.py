@@ -1,4 +1,4 @@
-"""The command line as users see it: results, refusals, exit codes, no half-written output."""
+"""The command line as users see it: results, errors, exit codes, no partial output."""
 
 import json
 import os
@@ -192,7 +192,7 @@ def test_inspect_shows_layers_bits_and_tables(digits_run):
         text=True,
         check=True,
     )
-    # Names are not abbreviated in the narrowest common terminal either.
+    # Names are not abbreviated even in the narrowest common terminal.
     assert rows.keys() <= set(shown.stdout.split())
     assert "…" not in shown.stdout
 

@@ -1,4 +1,4 @@
-"""Shell completion: `trtq --install-completion`, and what a shell is offered for an incomplete line."""
+"""Shell completion: `trtq --install-completion`, and the completions of an incomplete line."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from trtq.cli import app
 
 
 def complete(line, shell="bash"):
-    """The words that a shell is offered at the end of a line."""
+    """The completions at the end of a line."""
     words = line.split(" ")
     env = {
         "_TRTQ_COMPLETE": f"complete_{shell}",
@@ -63,7 +63,7 @@ def test_the_help_names_the_options_of_completion():
     text = CliRunner().invoke(app, ["--help"]).output
     assert "--install-completion" in text
     assert "--show-completion" in text
-    # Subcommands have none.
+    # Subcommands do not have these options.
     assert "completion" not in CliRunner().invoke(app, ["package", "--help"]).output
 
 

@@ -1,8 +1,8 @@
-"""Every verb with hostile inputs: one line names the input, and files of the user stay unchanged.
+"""Every command with hostile inputs: one line names the input, and the user's files do not change.
 
-Each case creates files, gives arguments, and states what the message must contain. After each case, with
-any exit code: no traceback, no internal error, no hang, every file next to the output unchanged, and
-after a refusal no new file at all, not even a hidden one.
+Each case creates files, passes arguments, and defines the text that the message must contain. After each
+case, with any exit code: no traceback, no internal error, no hang, every file next to the output
+unchanged, and after an error no new file, not even a hidden one.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ REFUSED = (1, 2)
 
 
 def put(path, make):
-    """A path, after `make` created something there."""
+    """A path at which `make` has created a file, folder, link or pipe."""
     make(path)
     return path
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """A tiny class-conditional model as folders: float, run and onnx."""
+    """Folders of a tiny class-conditional model: float, run and onnx."""
     place = tmp_path_factory.mktemp("made")
     model = place / "float"
     tiny_pipeline().save_pretrained(model)
@@ -92,7 +92,7 @@ def _move_weights_out(folder: Path) -> None:
 
 
 class World:
-    """A user's folder: the files of the case, precious files next to them, and copies of artefacts."""
+    """A user's folder: the files of the case, files that must not change, and copies of artefacts."""
 
     def __init__(self, path: Path, made: Path) -> None:
         self.path, self.made = path, made
@@ -120,7 +120,7 @@ class World:
         return folder if file == "manifest.json" else rehash(folder)
 
     def replaced(self, kind: str, file: str, content: str | bytes) -> Path:
-        """A copy with other content in a file and recomputed hashes."""
+        """A copy with different content in one file and recomputed hashes."""
         folder = self.copy(kind)
         (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
         return rehash(folder)
@@ -149,7 +149,7 @@ class World:
 
 
 def rehash(folder: Path) -> Path:
-    """Recompute the hashes of the manifest, as an attacker does after an edit."""
+    """Recompute the hashes in the manifest, as an attacker would after an edit."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
         if (folder / name).is_file():
@@ -175,7 +175,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 class _HungError(BaseException):
-    """Raised after the time limit; no verb catches it."""
+    """Raised after the time limit; no command catches this error."""
 
 
 @contextlib.contextmanager
@@ -203,7 +203,7 @@ def invoke(*arguments) -> tuple[int, str]:
 
 
 def start(*arguments, env=None, **how) -> tuple[int, str]:
-    """Exit code and output of a command run in a process of its own."""
+    """Exit code and output of a command run in a separate process."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
     environment = {name: value for name, value in environment.items() if value is not None}
     command = [sys.executable, "-c", "from trtq.cli import app; app()", *map(str, arguments)]
@@ -242,7 +242,7 @@ def judge(world: World, answer: tuple[int, str], before: dict[str, str], codes, 
 
 
 def by_end(end: str, change: Callable[[torch.Tensor], torch.Tensor]):
-    """Change the first layer tensor whose key has this ending."""
+    """Change the first layer tensor whose key ends with a suffix."""
 
     def edit(tensors):
         key = next(key for key in sorted(tensors) if key.startswith("layer:") and key.endswith(end))
@@ -259,7 +259,7 @@ def swap_tables(tensors):
 
 
 def swap_layers(tensors):
-    """Exchange the weights of two layers of equal shape: only the hash can detect it."""
+    """Exchange the weights of two layers of equal shape, which only the hash can detect."""
     first, second = [k for k in sorted(tensors) if k.endswith("resnets.0.conv2:weight.codes")][:2]
     tensors[first], tensors[second] = tensors[second], tensors[first]
 
@@ -700,7 +700,7 @@ def lora(w, name="style.safetensors", **changes):
 
 
 def with_lora(*texts):
-    """Values of `--lora`; FILE stands for a valid LoRA file."""
+    """Values of `--lora`; FILE is replaced by the path of a valid LoRA file."""
 
     def make(w):
         good = lora(w)
@@ -725,7 +725,7 @@ def opening(verb, kind, *extra, path=None):
 
 
 def into(verb, kind, place):
-    """A verb with a hostile output path."""
+    """A command with a hostile output path."""
 
     def make(w):
         arguments = OPENING[verb](w, w.made / kind)
@@ -1389,7 +1389,7 @@ POLICY = 'family = "UNet2DModel"\n'
 
 
 def gone(w):
-    """A current folder that is deleted while the process runs."""
+    """A working directory that is deleted while the process runs."""
     place = w.path.parent / "gone"
     place.mkdir()
     return {"preexec_fn": lambda: (os.chdir(place), place.rmdir())}
@@ -1459,7 +1459,7 @@ FAST_SURROUNDED = (("inspect", "a folder that is gone"),)
 
 @pytest.fixture
 def world(tmp_path, made, monkeypatch):
-    """The folder of a case; leftovers of any kind are seen, also temporary files."""
+    """The folder of a case, which also receives temporary files, so that leftovers are detected."""
     place = tmp_path / "world"
     place.mkdir()
     scratch = tmp_path / "scratch"
@@ -1475,7 +1475,7 @@ def world(tmp_path, made, monkeypatch):
 
 
 def marked(keys, is_fast):
-    """Parameters of the keys; all that are not fast are marked slow."""
+    """Test parameters by key; all except the fast ones are marked slow."""
     return [
         pytest.param(*key, marks=() if is_fast(*key) else pytest.mark.slow, id=" ".join(key))
         for key in keys
@@ -1547,7 +1547,7 @@ def test_nothing_is_written_to_a_hostile_path(world, verb, name, overwrite):
     arguments = WRITING[verb](world)
     arguments[arguments.index("-o") + 1] = PLACES[name](world)
     if verb == "generate" and name in ("the root", "a foreign folder", "a link"):
-        arguments += ["--class-label", "99"]  # It adds images to folders of the user.
+        arguments += ["--class-label", "99"]  # `generate` adds images to the user's folders.
     check(world, arguments + ["--overwrite"] * overwrite, ANY if name in NEW else REFUSED)
 
 
@@ -1631,11 +1631,11 @@ VERBS = (
     *("package", "plugins", "doctor", "demo"),
 )
 NEW = ("inside an artefact",)
-# Changes after which the artefact still generates what its manifest claims.
+# Changes that do not affect the images of an artefact: no error is required.
 WELL: tuple[str, ...] = (
     *("trained cut", "source.files above", "recipe of other bits", "recipe with an unknown key"),
     *("classes of 10 MB", "classes too few", "scheduler unknown"),
-    "metadata missing",  # A graph without metadata is not compared with its manifest.
+    "metadata missing",  # Without metadata a graph is not compared with the manifest.
 )
 SAYS: dict[str, str] = {
     "link to itself": "is missing, though the manifest lists it",

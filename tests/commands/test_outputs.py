@@ -1,4 +1,4 @@
-"""No verb loses data of the user: folders, files, measurements, checkpoints."""
+"""No command loses the user's data: folders, files, measurements, checkpoints."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def tree(folder):
 
 @pytest.fixture(scope="module")
 def verbs(digits_onnx):
-    """The verbs that write a folder, and the arguments before `-o`."""
+    """The commands that write a folder, and their arguments before `-o`."""
     return {
         "quantize": ("quantize", "digits", "--method", "minmax", "--steps", 2),
         "export": ("export", "digits"),

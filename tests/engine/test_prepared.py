@@ -1,4 +1,4 @@
-"""Prepared graphs: made once, by a child process, and kept where no other user can write."""
+"""Prepared graphs: made once, by a child process, and cached where no other user can write."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def graph(digits_onnx):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The cache of this test alone, for a process in which onnx_ir is not loaded."""
+    """A separate cache for each test, in a process in which onnx_ir is not loaded."""
     monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.delitem(sys.modules, "onnx_ir")
     return tmp_path / "cache" / "graphs"
@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def children(monkeypatch, tmp_path):
-    """The child processes, whose work is done in this process, which is faster."""
+    """The list of child processes, which are faked: the work is done faster in this process."""
     count = []
 
     class InProcess(Child):
@@ -49,7 +49,7 @@ def children(monkeypatch, tmp_path):
             with monkeypatch.context() as patch:
                 patch.setattr(sys, "argv", ["child", *self.arguments])
                 code = child.main()
-            # The rewrites have imported onnx_ir again.
+            # The rewrites import onnx_ir again.
             sys.modules.pop("onnx_ir", None)
             return Exit(code)
 
@@ -128,7 +128,7 @@ def test_without_a_cache_a_graph_is_prepared_each_time(
     assert not (tmp_path / "off").exists()
 
 
-def test_the_cache_removes_the_least_recently_used_graph(graph, children, cache, monkeypatch):
+def test_the_cache_evicts_the_graph_with_the_oldest_use(graph, children, cache, monkeypatch):
     monkeypatch.setattr(cache_module, "_MAX_GRAPHS", 1)
     prepared_graph(graph, "openvino")
     (old,) = cache.iterdir()

@@ -1,4 +1,4 @@
-"""Running engines, with a fake TensorRT: tests run without a GPU."""
+"""Running engines with a fake of TensorRT, so that the tests need no GPU."""
 
 import threading
 
@@ -40,7 +40,7 @@ def test_buffers_of_inputs_and_outputs_grow(file):
 
 
 def test_the_calling_thread_makes_the_cuda_context_current(file):
-    """A server denoises in a thread of its own, and CUDA contexts are current per thread."""
+    """A server denoises in a separate thread, and each thread has its own current CUDA context."""
     memory = Memory()
     engine = TensorRtEngine(file, RTX, fake_module(), memory)
     thread = threading.Thread(target=engine.run, args=({"x": np.zeros((1, 3))},))
@@ -50,7 +50,7 @@ def test_the_calling_thread_makes_the_cuda_context_current(file):
 
 
 def test_kernels_compiled_on_first_use_are_cached(file, tmp_path):
-    """For every shape, since new shapes compile more kernels."""
+    """The cache is saved for every new shape, since new shapes compile more kernels."""
     module = fake_module()
     engine = TensorRtEngine(file, RTX, module, Memory())
     for batch in (1, 3, 1):
@@ -129,7 +129,7 @@ def test_without_a_gpu_the_alternative_is_named(file, monkeypatch):
 
 @pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")
 def test_an_engine_folder_is_loaded_as_a_pipeline(digits_onnx, tmp_path, monkeypatch):
-    """Loaded like any other artefact; its denoiser runs the engine in the folder."""
+    """The folder is loaded like any other artefact; the denoiser runs the engine in the folder."""
     from trtq.engine.ort import OrtEngine
 
     monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""The denoiser on trtq's kernels, as far as a CPU can run it: everything but the CUDA graphs."""
+"""The denoiser on trtq's kernels, run on a CPU: everything except the CUDA graphs."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_full_memory_raises_one_error(run, monkeypatch):
 
 
 def test_a_gpu_that_torch_cannot_use_is_reported(digits_run, monkeypatch, caplog):
-    """E.g. a torch build for CPUs on a machine with a GPU, which is far slower."""
+    """An example is a torch build for CPUs on a machine with a GPU, which is far slower."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(loading, "driver_cuda", lambda: None)
     trtq.load(digits_run, provider="torch")

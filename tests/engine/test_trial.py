@@ -1,4 +1,4 @@
-"""Graphs tried in a process of their own: anything they do there is one line here."""
+"""Trials of graphs in a separate process: every failure there is reported in one line."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from trtq.processes import Exit
 
 
 def write(folder, *nodes, axes=("batch", 4), constants=None, **changes):
-    """A graph from x to y of these nodes."""
+    """Write a graph from x to y with these nodes."""
     tensors = [numpy_helper.from_array(value, name) for name, value in (constants or {}).items()]
     graph = helper.make_graph(
         list(nodes) or [helper.make_node("Neg", ["x"], ["y"])],

@@ -1,4 +1,4 @@
-"""Engines of TensorRT-RTX are built without a GPU, and every failure is one clear error."""
+"""Building TensorRT-RTX engines without a GPU; every failure raises one clear error."""
 
 import json
 import os
@@ -176,13 +176,13 @@ def test_a_builder_that_dies_raises_one_error(body, message, tmp_path, monkeypat
     ],
 )
 def test_the_death_of_a_builder_is_explained_on_every_system(code, message, tmp_path, monkeypatch):
-    """Windows has no SIGKILL, and gives exceptions as exit codes."""
+    """Windows has no SIGKILL, and reports exceptions as exit codes."""
     monkeypatch.delattr(signal, "SIGKILL")
     assert re.search(message, compiling._explain(job(tmp_path), Exit(code), 1 << 30))
 
 
 def test_a_builder_that_cannot_start_reports_the_reason(tmp_path, monkeypatch):
-    """As of CUDA 13 with an older driver: the bindings raise TypeError, and their log has the reason."""
+    """With CUDA 13 and an older driver the bindings raise TypeError, and their log has the reason."""
     import types
 
     class Builder:
@@ -282,7 +282,7 @@ def test_only_an_onnx_folder_is_built(digits_run, tmp_path, monkeypatch):
 
 
 class Graph:
-    """As much of a model as the ranges ask for."""
+    """The part of a model that the computation of ranges reads."""
 
     def __init__(self, **metadata):
         self.metadata_props = metadata

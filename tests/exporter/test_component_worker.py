@@ -1,4 +1,4 @@
-"""Text encoders and autoencoder from a second process: the same files, and its errors are raised."""
+"""Export of text encoders and autoencoder in a second process: same files, errors are raised."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def worthwhile(monkeypatch):
 
 
 def does(monkeypatch, body):
-    """Let the process run `body` instead; the answer's file is `sys.argv[3]`."""
+    """Make the process run `body` instead; the answer's file is `sys.argv[3]`."""
     code = f"import json, os, sys, time\n{body}"
     monkeypatch.setattr(
         processes, "worker_command", lambda _, *a: [sys.executable, "-c", code, *map(str, a)]

@@ -1,4 +1,4 @@
-"""The exported graph: its form, and that every runtime reads the same integers from it."""
+"""The exported graph: its structure, and the same integers in every runtime."""
 
 import json
 from collections import Counter
@@ -40,7 +40,7 @@ def producers(g):
 
 
 def test_every_quantised_layer_has_the_folded_form(digits_onnx):
-    """In the file the two layers of the time embedding cast their codes; prepared they do not."""
+    """The two layers of the time embedding cast their codes in the file, but not in a prepared graph."""
     path = digits_onnx / "unet" / "model.onnx"
     prepared = ir.to_proto(prepare(load_graph(path), "tensorrt-rtx")).graph
     for g, wide in ((graph(digits_onnx), 2), (prepared, 0)):
@@ -84,14 +84,14 @@ def test_the_step_is_looked_up_once(digits_onnx):
     assert counts["GreaterOrEqual"] == 1
     gathers = [node for node in graph(digits_onnx).node if node.op_type == "Gather"]
     assert sum(node.input[0] == "steps/table" for node in gathers) == 1
-    # In addition: one for the classes, and one per rank that hands every channel its layer's scale.
+    # Other Gathers: one for the classes, and one per rank for the scales of all channels.
     assert len(gathers) <= 5
 
 
 def test_four_bit_weights_are_stored_as_int4(digits_onnx):
     kinds = Counter(t.data_type for t in graph(digits_onnx).initializer)
     assert kinds[TensorProto.INT4] == 41
-    # Widths of five bits and more stay int8, and nothing else is: the zero points of the pairs.
+    # Weights of five or more bits remain int8; the only other int8 values are zero points of pairs.
     large = [t for t in graph(digits_onnx).initializer if t.name.endswith("/weight")]
     assert Counter(t.data_type for t in large) == {TensorProto.INT4: 41, TensorProto.INT8: 10}
 
@@ -123,7 +123,7 @@ def torch_prediction(folder, inputs):
 
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"])
 def test_plain_onnxruntime_sessions_agree_with_torch(digits_run, digits_onnx, level):
-    """Also with the default optimisations, whose uint8 products saturate on older processors."""
+    """The default optimisations are tested too; their uint8 products saturate on older processors."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
@@ -131,7 +131,7 @@ def test_plain_onnxruntime_sessions_agree_with_torch(digits_run, digits_onnx, le
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     inputs = feeds()
     expected = torch_prediction(digits_run, inputs)
-    # A single flipped code would cost more than this; none may flip on these inputs.
+    # A single flipped code would exceed this tolerance; no code may flip for these inputs.
     assert snr_db(expected, torch.from_numpy(session.run(None, inputs)[0])) > 60
 
 
@@ -152,8 +152,8 @@ def test_openvino_agrees_with_torch(digits_run, digits_onnx, computed_vnni):
     out = open_engine(digits_onnx / "unet" / "model.onnx", "openvino", 1).run(inputs)["out_sample"]
     expected = torch_prediction(digits_run, inputs)
     each = [snr_db(a, b) for a, b in zip(expected, torch.from_numpy(out), strict=True)]
-    # Its group norms are float32, so a code may flip in some items; arithmetic that is wrong (say,
-    # products that saturate) would touch all of them.
+    # OpenVINO's group norms are float32, so a code may flip in some items; wrong arithmetic (e.g.
+    # saturating products) would change all items.
     assert sorted(each)[3] > 60, each
 
 
@@ -165,7 +165,7 @@ def test_openvino_keeps_a_session_for_each_of_the_latest_shapes(digits_onnx):
     for count in (1, 2, 6, 1):
         part = {name: value[:count] for name, value in inputs.items()}
         out = engine.run(part)["out_sample"]
-        # Sums may be split otherwise for another batch, so equality is to the last bits.
+        # Sums may be split differently for another batch size, so equality excludes the last bits.
         assert snr_db(torch.from_numpy(whole[:count]), torch.from_numpy(out)) > 40
     assert len(engine._sessions) == 2
     assert {dict(shapes)["sample"][0] for shapes in engine._sessions} == {6, 1}
@@ -175,7 +175,8 @@ def test_openvino_keeps_a_session_for_each_of_the_latest_shapes(digits_onnx):
     ("bits", "precision"), [("w4a4", "fp16"), ("w8a8", "fp32"), ("w3a8", "fp32")]
 )
 def test_bits_and_precisions(bits, precision, tmp_path, monkeypatch):
-    # Random weights make half precision at 4 bits a matter of chance; the form is what is tested.
+    # With random weights, parity in half precision at 4 bits is a matter of chance; the test is about
+    # the structure of the graph.
     monkeypatch.setitem(stage.PARITY_DB, "fp16", 0.0)
     settings = {"method": "minmax", "steps": 3, "bits": bits, "calibration": {"images": 8}}
     quantize(tiny_pipeline(), settings, tmp_path / "run")
@@ -274,7 +275,7 @@ def test_measuring_the_floor_does_not_change_the_model(digits_run):
 
 @pytest.mark.parametrize(("wrong_steps", "aside"), [(1, True), (3, False)])
 def test_flipped_codes_are_set_aside_only_if_they_are_rare(tiny, wrong_steps, aside):
-    """A tenth of the images is wrong at one step of four (2.5 % of all), or at three (7.5 %)."""
+    """A tenth of the images is wrong at one of four steps (2.5 % of all) or at three (7.5 %)."""
     from trtq.diffusion.sampling import seeded_noise
     from trtq.exporter.parity import step_parity
 
@@ -328,7 +329,7 @@ def test_flips_are_set_aside_in_proportion_to_those_of_the_reference(flipped, mo
 
 @pytest.mark.parametrize("vnni", [False], indirect=True)
 def test_without_vnni_openvino_gets_seven_bit_weights_as_integers(tmp_path, vnni):
-    """Of a trained model; first, last, time, skip and downsampling layers keep 8 bits, in float."""
+    """In a trained model the first, last, time, skip and downsampling layers keep 8 bits, in float."""
     run, onnx_folder = tmp_path / "run", tmp_path / "onnx"
     quantize("digits", {"method": "minmax", "bits": "w7a8", "steps": 2}, run)
     export(run, onnx_folder)

@@ -1,7 +1,7 @@
-"""The constructs that TensorRT builds without complaint and computes wrongly are never written.
+"""Exported graphs never contain constructs that TensorRT silently computes wrongly.
 
-Each is one of those found in TensorRT-RTX 1.7: sums of integers kept in float16, block scales that land
-behind the product, activations scaled in blocks, INT4 weights of a convolution of INT8.
+The constructs were found in TensorRT-RTX 1.7: sums of integers in float16, block scales that are moved
+behind the product, activations scaled in blocks, INT4 weights of INT8 convolutions.
 """
 
 import numpy as np
@@ -28,10 +28,11 @@ def half_run(request, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["qdq", "plugin"])
 def built_graph(half_run, request, tmp_path_factory):
-    """The half-precision graph as TensorRT gets it."""
+    """The half-precision graph, prepared for TensorRT."""
     out = tmp_path_factory.mktemp("onnx") / "onnx"
     with pytest.MonkeyPatch.context() as patch:
-        # Random weights make half precision at 4 bits a matter of chance; the form is what is tested.
+        # With random weights, parity in half precision at 4 bits is a matter of chance; the tests are
+        # about the structure of the graph.
         patch.setitem(stage.PARITY_DB, "fp16", 0.0)
         export(half_run, out, target=request.param, precision="fp16")
     return prepare(load_graph(out / "unet" / "model.onnx"), "tensorrt-rtx")

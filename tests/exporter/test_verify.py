@@ -87,7 +87,7 @@ def test_the_command_reports_the_result_as_json_and_as_text(digits_run, digits_o
 
 
 def _edited(folder, copy, change):
-    """A copy whose graph was changed, with the hashes that belong to it."""
+    """A copy with a changed graph and recomputed hashes."""
     shutil.copytree(folder, copy)
     path = copy / "unet" / "model.onnx"
     model = onnx.load(path, load_external_data=False)

@@ -1,4 +1,4 @@
-"""Each graph rewrite fires where it should and nowhere else, and does not change the numbers."""
+"""Each graph rewrite fires where it should and nowhere else, and does not change the results."""
 
 import numpy as np
 import onnx
@@ -162,7 +162,7 @@ def test_angles_are_exact_after_a_thousand_turns(operator, kind):
     angles = np.linspace(-7000, 7000, 4000).astype(dtype)
     exact = np.sin(angles.astype(np.float64)) if operator == "Sin" else np.cos(angles.astype(float))
     result = run(model, x=angles)[0]
-    # Multiples of 2 pi lose 1e-16 of 7000, the series 1e-13; rounded to float32 the result is exact.
+    # The error is 7000 x 1e-16 from whole turns and 1e-13 from the series, so float32 is exact.
     np.testing.assert_allclose(
         result, exact.astype(dtype), rtol=0, atol=0 if kind == "float" else 3e-12
     )
@@ -210,5 +210,5 @@ def test_time_embeddings_are_bit_identical_in_torch_and_in_the_graph(channels, f
     timesteps = torch.arange(1000, dtype=torch.float32)
     result = run(model, timestep=timesteps.numpy())[0]
     np.testing.assert_array_equal(result, module(timesteps).numpy())
-    # diffusers' own frequencies differ by a last bit or two, multiplied by a thousand radians.
+    # diffusers' frequencies differ in the last one or two bits, multiplied by a thousand radians.
     np.testing.assert_allclose(result, source(timesteps).numpy(), rtol=0, atol=1000 * 2.0**-22)

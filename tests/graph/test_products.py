@@ -1,4 +1,4 @@
-"""Rewrites of products of integers: each fires where it should, and does not change the numbers."""
+"""Rewrites of integer products: each fires where it should, and does not change the results."""
 
 from collections import Counter
 
@@ -159,7 +159,7 @@ def test_casts_of_other_values_than_codes_do_not_change():
 
 
 def low_bit(bits, shape=(4, 3), largest=None):
-    """Tensors of a layer; `largest` is its largest integer."""
+    """Tensors of a layer whose largest integer is `largest`."""
     middle = 2 ** (bits - 1)
     codes = (middle + torch.arange(int(np.prod(shape))).reshape(shape) % 7 - 3).to(torch.uint8)
     if largest is not None:

@@ -1,4 +1,4 @@
-"""Drawing: what a pipeline raises is one line."""
+"""Drawing of images: errors of a pipeline become one line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What people do with a pipeline after `trtq.load`."""
+"""Common uses of a pipeline after `trtq.load`."""
 
 import json
 import pickle

@@ -28,7 +28,7 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A true StableDiffusionPipeline, untrained and tiny."""
+    """A real StableDiffusionPipeline, untrained and tiny."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,

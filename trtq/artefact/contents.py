@@ -130,7 +130,7 @@ def _files_through_links(folder: Path, parts: Collection[str]) -> list[str]:
     paths = []
     for place, folders, names in os.walk(folder, followlinks=True):
         below = Path(place).relative_to(folder)
-        # The limits on depth and the check against `around` end circular links.
+        # Without these limits circular links would be followed endlessly.
         deep = len(below.parts) >= _MAX_DEPTH
         here = Path(os.path.realpath(place))
         around = {here, *here.parents}

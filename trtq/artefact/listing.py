@@ -77,7 +77,7 @@ def write_listing(
         folder: the folder.
         kind: kind of the folder.
         names: names of the files; None: every file in the folder.
-        unhashed: names of files whose content may change later.
+        unhashed: names of files without a recorded hash, since they are written later.
     """
     chosen = list(files_below(folder)) if names is None else names
     files = {name: sha256(folder / name) for name in chosen if name != LISTING_NAME}

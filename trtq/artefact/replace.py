@@ -99,7 +99,7 @@ def _retire(old: Path, final: Path, owned: Owned | None) -> list[str]:
     left = list(_retired(old, "", final, owned))
     if left:
         return left
-    # The record goes last, so that another process can finish an interrupted replacement.
+    # The record is removed last, so that another process can finish an interrupted replacement.
     if record is not None:
         record.unlink(missing_ok=True)
     old.rmdir()

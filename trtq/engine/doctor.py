@@ -76,7 +76,7 @@ class DoctorResult(Result):
 
     Attributes:
         ok: whether there are no problems.
-        problems: obstacles to quantising, exporting or running on the CPU, each with its remedy.
+        problems: faults of the installation that prevent quantising, exporting or running, with remedies.
         hints: optional packages to install, and limitations of this machine.
         python: version of Python.
         machine: operating system, processor architecture and number of cores.
@@ -134,7 +134,7 @@ def doctor() -> DoctorResult:
 
 
 def _package_problems(packages: dict[str, str | None], providers: list[str]) -> list[str]:
-    """Problems with the packages that every installation needs."""
+    """Missing or conflicting packages without which quantising, exporting or running fails."""
     problems = [f"{name} is missing: pip install trtq" for name in _REQUIRED if not packages[name]]
     if not providers:
         problems.append("no onnxruntime: pip install 'trtq[cpu]' (or [gpu])")

@@ -57,7 +57,7 @@ def axis_ranges(
 
 
 def _pixels_of_a_latent(folder: Path) -> int:
-    """Pixels along one side of a latent pixel's image: doubled by every level except the first.
+    """Image pixels per latent pixel along one side: doubled by every level except the first.
 
     Raises:
         ArtefactError: the autoencoder's configuration does not list its levels.

@@ -7,7 +7,7 @@
 
 onnxruntime's Sigmoid is an approximation that differs from torch in half of all values, by an ulp; the
 formula differs in a twentieth of them. In front of a quantiser each difference may put a value on the
-other side of a rounding tie. Compilers fuse both forms. An embedding has few values, and one flipped code
+other side of a rounding tie. Compilers fuse both forms. An embedding has few values, and a flipped code
 in it changes all images of a step, so rule 2 makes embeddings equal to the last bit.
 """
 

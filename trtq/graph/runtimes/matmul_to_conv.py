@@ -4,7 +4,7 @@
    1]`, between a Transpose to and a Transpose from channels first.
 
 On AVX2, OpenVINO's integer matrix product is no faster than its float product, but its integer
-convolution is twice as fast. Convolutions have channels last, so both transposes are free. The integers
+convolution is twice as fast. Its layout is channels last, so both transposes are free. The integers
 and hence the result are the same.
 """
 
