@@ -25,6 +25,9 @@ _EXTRAS = {
 def require(module: str) -> Any:
     """Import an optional package.
 
+    Returns:
+        The imported module.
+
     Raises:
         MissingDependencyError: the package is not installed; the message says how to install it.
     """

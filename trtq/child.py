@@ -51,6 +51,9 @@ def error_record(err: BaseException, message: str | None = None) -> dict[str, st
     Args:
         err: an exception of trtq, or OSError.
         message: message of the raised error; None: the message of `err`.
+
+    Returns:
+        The answer, as a JSON object.
     """
     name = "OSError" if isinstance(err, OSError) else type(err).__name__
     return {"raised": name, "message": str(err) if message is None else message}

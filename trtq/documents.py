@@ -147,6 +147,9 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
         text: JSON text.
         finite: whether to refuse `NaN` and `Infinity`, which are not JSON, and numbers that overflow.
 
+    Returns:
+        The parsed value.
+
     Raises:
         ValueError: the text is not JSON, repeats a key, holds a number beyond 64 bits or a lone
             surrogate, or is nested more than `MAX_LEVELS` deep.

@@ -76,6 +76,9 @@ def with_texts(png: bytes, texts: Mapping[str, str]) -> bytes:
         png: bytes of a PNG file.
         texts: entries by keyword (Latin-1, 1 to 79 bytes).
 
+    Returns:
+        The bytes of the new PNG file.
+
     Raises:
         ValueError: the bytes are not a PNG file.
     """

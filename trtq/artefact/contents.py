@@ -94,6 +94,9 @@ def find_strays(folder: Path, files: Mapping[str, str], record: str) -> list[Str
         folder: folder of the artefact.
         files: SHA-256 of the listed files by relative POSIX path.
         record: name of the file that holds the list.
+
+    Returns:
+        One entry per unlisted file, and per folder without any listed file.
     """
     parts = frozenset(PurePosixPath(name).parts[0] for name in files if "/" in name)
     parts |= _named_components(folder)

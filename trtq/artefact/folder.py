@@ -90,6 +90,9 @@ def check_output(
         source: the input; it must neither be replaced nor lie inside a replaced folder.
         kind: kind of the output, see `Owned`; only the same kind is replaced. None: any kind.
 
+    Returns:
+        The absolute path.
+
     Raises:
         UsageError: an existing file or folder must not be replaced, or the path is not writable.
     """

@@ -83,6 +83,9 @@ def check_layers(metadata: Mapping[str, str], layers: Mapping[str, str]) -> None
 def graph_timesteps(text: str) -> list[float]:
     """Parse the timesteps in a graph's metadata, cleanest first.
 
+    Returns:
+        The timesteps, cleanest first.
+
     Raises:
         ArtefactError: the text is not a list of increasing numbers.
     """

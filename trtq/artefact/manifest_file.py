@@ -133,6 +133,9 @@ def artefact_kind(folder: Path) -> Kind | None:
 def parse_manifest(folder: Path) -> Manifest:
     """Read the manifest of an artefact, without hashing its files.
 
+    Returns:
+        The manifest.
+
     Raises:
         ArtefactError: the manifest cannot be read.
         IntegrityError: the file is not a manifest of trtq, or its version is unknown.
@@ -188,6 +191,9 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
     Args:
         folder: folder of the artefact.
         kinds: permitted kinds; every kind if none is given.
+
+    Returns:
+        The verified manifest.
 
     Raises:
         ArtefactError: there is no artefact in the folder, or it is of another kind.

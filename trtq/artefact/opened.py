@@ -259,6 +259,9 @@ def open_folder(place: str | Path | Opened, *kinds: Kind, verify: bool = True) -
         kinds: permitted kinds; every kind if none is given.
         verify: see `open_artefact`.
 
+    Returns:
+        A `Run`, `OnnxFolder` or `EngineFolder`.
+
     Raises:
         ArtefactError: there is no artefact in the folder, or it is of another kind.
         IntegrityError: a file does not match the manifest.

@@ -26,6 +26,9 @@ def check_place(place: str | Path, *, source: Any = None) -> Path:
         place: path of a file or folder.
         source: path of the input, or the opened input; neither path may lie inside the other.
 
+    Returns:
+        The absolute path.
+
     Raises:
         UsageError: the path is a link, is neither file nor folder, is the root, the user's home, the
             current folder or one of its parents, or a mount point, or overlaps with the input.
@@ -93,6 +96,9 @@ def check_file(path: str | Path, *, overwrite: bool, source: Any = None) -> Path
         path: path of the file.
         overwrite: whether an existing file may be replaced.
         source: path of the input, or the opened input; neither path may lie inside the other.
+
+    Returns:
+        The absolute path.
 
     Raises:
         UsageError: the folder does not exist, or an existing file must not be replaced.

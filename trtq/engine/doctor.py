@@ -76,7 +76,7 @@ class DoctorResult(Result):
 
     Attributes:
         ok: whether there are no problems.
-        problems: faults of the installation that prevent quantising, exporting or running, with remedies.
+        problems: faults of the installation that prevent normal use, with remedies.
         hints: optional packages to install, and limitations of this machine.
         python: version of Python.
         machine: operating system, processor architecture and number of cores.
@@ -134,7 +134,7 @@ def doctor() -> DoctorResult:
 
 
 def _package_problems(packages: dict[str, str | None], providers: list[str]) -> list[str]:
-    """Missing or conflicting packages without which quantising, exporting or running fails."""
+    """Missing or conflicting packages that prevent normal use."""
     problems = [f"{name} is missing: pip install trtq" for name in _REQUIRED if not packages[name]]
     if not providers:
         problems.append("no onnxruntime: pip install 'trtq[cpu]' (or [gpu])")

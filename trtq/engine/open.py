@@ -38,6 +38,9 @@ def open_engine(
             onnxruntime.
         shapes: number of compiled input shapes to keep, for providers that compile each shape.
 
+    Returns:
+        The opened engine, ready to run.
+
     Raises:
         UsageError: the provider is unknown or not installed.
         ArtefactError: the file cannot be loaded, or the graph contains a loop.

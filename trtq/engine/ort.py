@@ -109,6 +109,9 @@ def open_session(
         provider: one of `PROVIDERS`.
         settings: options of the provider; None: `options` already holds the provider's devices.
 
+    Returns:
+        An `onnxruntime.InferenceSession`.
+
     Raises:
         UsageError: the provider cannot start.
         ArtefactError: the graph cannot be loaded.

@@ -43,6 +43,9 @@ def provider_settings(provider: str, profile: Profile, key: str) -> dict[str, st
         key: hash of the graph and its weights. The provider names cached engines after the graph's
             nodes, so two models of one shape, e.g. two fine-tunings, would otherwise share the engine
             and the weights of the first.
+
+    Returns:
+        The options by name, as onnxruntime expects them.
     """
     short = "trt" if provider == "tensorrt" else "nv"
     settings = {}

@@ -35,6 +35,9 @@ def axis_ranges(
         manifest: manifest of the folder.
         model: the graph, an `onnx_ir` model.
         batch: minimum and maximum batch size, in images; None: the batch sizes of the export.
+
+    Returns:
+        The triple `(smallest, typical, largest)` of every free axis, by name of the axis.
     """
     low, high = batch or manifest.options.batch
     # With guidance the pipeline passes conditional and unconditional items in one batch.

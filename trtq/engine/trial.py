@@ -67,6 +67,9 @@ def try_graph(
         provider: `cpu` or `openvino`.
         seconds: time limit in seconds.
 
+    Returns:
+        The problem if there is one, and the inputs and outputs of the graph.
+
     Raises:
         UsageError: the provider is not installed, or the limit is not a positive number.
     """

@@ -44,6 +44,9 @@ _SERVED_WITHOUT_TORCH = ("UNet2DModel",)
 def parse_batch(text: str) -> tuple[int, int]:
     """Parse a range of batch sizes: `1:8` -> (1, 8); `4` -> (4, 4).
 
+    Returns:
+        Minimum and maximum batch size.
+
     Raises:
         UsageError: the text is not a range of batch sizes.
     """

@@ -85,6 +85,9 @@ def compare(reference: Tensor, other: Tensor, moved: Tensor | None = None) -> St
         reference: the expected prediction.
         other: the prediction to check.
         moved: the prediction of the reference with changed last bits, for the floor; None: no floor.
+
+    Returns:
+        The agreement of the predictions.
     """
     same = _each_db(reference, other) >= TIE_DB
     ties = 1 - float(same.float().mean())

@@ -31,6 +31,9 @@ def graphs_of(manifest: Manifest, file: str = MODEL_FILE) -> list[str]:
     Args:
         manifest: manifest of the artefact.
         file: `MODEL_FILE` for graphs, `ENGINE_FILE` for engines.
+
+    Returns:
+        Names of the folders, relative to the artefact.
     """
     paths = [PurePosixPath(name) for name in manifest.files]
     return sorted(str(p.parent) for p in paths if p.name == file and len(p.parts) == 2)

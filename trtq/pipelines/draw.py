@@ -63,6 +63,9 @@ def conditioning_for(
         class_label: class of every image; None: all classes in turn.
         prompt: prompt of every image; None: the evaluation prompts in turn.
 
+    Returns:
+        Classes or prompts of the B images.
+
     Raises:
         UsageError: the model does not take the class or prompt, or the count is out of range.
     """

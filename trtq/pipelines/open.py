@@ -52,6 +52,9 @@ def open_any(
             `cuda` for ONNX folders (default `cpu`); engines run on the backend that built them.
         threads: threads of one operator, for ONNX folders.
 
+    Returns:
+        The pipeline with its denoiser.
+
     Raises:
         UsageError: the provider cannot run this kind of artefact.
         ArtefactError: the artefact cannot be read, or does not match its manifest.
@@ -132,6 +135,9 @@ def engine_source(
         denoiser: name of the denoiser component.
         size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; None: the default.
         open_graph: function from the name of a graph's folder to its engine, or None without a graph.
+
+    Returns:
+        The pipeline with its denoiser.
 
     Raises:
         ArtefactError: a component is missing, or cannot be read.

@@ -42,6 +42,9 @@ def contact_sheet(images: Tensor, columns: int, scale: int = 1, gap: int = 2) ->
         columns: number of images in a row.
         scale: magnification, a whole number.
         gap: distance between images, in pixels.
+
+    Returns:
+        Pixels of the sheet, uint8[H',W',3].
     """
     pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     if pixels.shape[-1] == 1:

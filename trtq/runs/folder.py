@@ -114,6 +114,9 @@ def open_run(place: str | Path | Opened) -> OpenRun:
     Args:
         place: folder of the run, or the opened run.
 
+    Returns:
+        The verified run.
+
     Raises:
         ArtefactError: the folder is not a run, or the run is damaged.
         IntegrityError: a file does not match the manifest.

@@ -113,6 +113,9 @@ def plan_quantize(
         loras: LoRAs to merge into the float weights first.
         progress: callback that receives the stage's name, the work done and the total.
 
+    Returns:
+        The plan, with the loaded checkpoint.
+
     Raises:
         ArtefactError: the checkpoint cannot be read.
         UsageError: the model is quantised already, or does not take the recipe's prompts.

@@ -173,6 +173,9 @@ class StoredDenoiser:
             table: the calibrated timesteps.
             kernels: run the layers on our kernels, see `trtq.quant.deploy`.
 
+        Returns:
+            The quantised denoiser.
+
         Raises:
             ArtefactError: model and file have different layers.
         """
@@ -210,6 +213,9 @@ def load_stored(
         skeleton: a model of the denoiser's class, for the kinds and shapes of its layers.
         plans: kind and bits of each layer, from the manifest.
         timesteps: the calibrated timesteps, cleanest first, from the manifest; None: not compared.
+
+    Returns:
+        The checked tensors.
 
     Raises:
         ArtefactError: the file is damaged, or does not match the manifest or the model; the message

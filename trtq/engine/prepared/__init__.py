@@ -29,6 +29,9 @@ def prepared_graph(path: Path, runtime: OnCpu) -> PreparedGraph:
         path: file of the exported graph, in one folder with its external data.
         runtime: runtime that is to run the graph.
 
+    Returns:
+        The rewritten graph.
+
     Raises:
         ArtefactError: the graph cannot be read or rewritten.
     """

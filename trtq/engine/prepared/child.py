@@ -24,6 +24,9 @@ def prepare_by_child(path: Path, runtime: OnCpu) -> PreparedGraph:
         path: file of the exported graph.
         runtime: runtime that is to run the graph.
 
+    Returns:
+        The rewritten graph.
+
     Raises:
         ArtefactError: the graph cannot be read or rewritten, or the child died.
     """

@@ -67,6 +67,9 @@ def compile_engine(backend: Backend, job: Job, *, use_cache: bool = True) -> Com
         use_cache: whether to read and write the cache. Engines for the GPU of this machine are never
             cached, since they do not record the GPU.
 
+    Returns:
+        Measurements of the build, and whether the engine comes from the cache.
+
     Raises:
         BuildError: the builder refused the graph, crashed or was killed.
         OSError: the disk is full.

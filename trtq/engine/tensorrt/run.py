@@ -60,6 +60,9 @@ def open_tensorrt(
         provider: backend that built the engine.
         metadata: metadata of the graph, from the manifest.
 
+    Returns:
+        The loaded engine.
+
     Raises:
         MissingDependencyError: the backend or cuda-bindings is not installed.
         UsageError: there is no GPU that can run the engine.

@@ -276,6 +276,9 @@ def check(model: ir.Model, runtime: Runtime) -> list[Finding]:
     Args:
         model: the graph, rewritten for the runtime by `trtq.graph.runtimes.prepare.prepare`.
         runtime: one of `RUNTIMES`.
+
+    Returns:
+        One finding per layer and broken rule.
     """
     findings: dict[Finding, None] = {}
     for rule in _RULES[runtime]:

@@ -23,6 +23,9 @@ RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 def load_graph(path: Path) -> ir.Model:
     """Read a graph; its external data are read on demand.
 
+    Returns:
+        The graph as an `onnx_ir` model.
+
     Raises:
         ArtefactError: the file cannot be read, or its external data are truncated or in another folder.
     """
