@@ -29,7 +29,7 @@ def require(module: str) -> Any:
         The imported module.
 
     Raises:
-        MissingDependencyError: the package is not installed; the message says how to install it.
+        MissingDependencyError: the package is not installed; the message explains how to install it.
     """
     try:
         return importlib.import_module(module)

@@ -268,7 +268,7 @@ def _give_up(err: BaseException, partial: Path, final: Path, *, keep_partial: bo
             remove_partial(final)
         except UsageError as left:
             logger.warning("%s", left)
-    # Usually a full disk, for which safetensors raises an exception of its own without a file name.
+    # Usually a full disk, for which safetensors raises a special exception without a file name.
     if isinstance(err, OSError | SafetensorError):
         at = "" if newest is None or newest in str(err) else f"{newest}: "
         raise ArtefactError(f"writing {final} failed, {what}: {at}{err}") from err

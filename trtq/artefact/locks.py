@@ -117,7 +117,7 @@ class _Lock:
                 )
             if self._still_there():
                 break
-            # The previous holder removed the file after this process opened it and before it locked it.
+            # The previous holder removed the file between the calls that opened and locked it here.
             os.close(self._file)
         else:
             raise UsageError(f"cannot lock {final}: {self._path} keeps being removed")

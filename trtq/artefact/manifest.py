@@ -68,7 +68,7 @@ class LayerRow(_Strict):
         weight_bits: bits of the weight; None if there is no weight, or the layer runs in float.
         activation_bits: bits of the (first) input; None if the layer runs in float.
         right_bits: bits of a product's second input.
-        adapters: whether fine-tuning gave it QALoRA adapters.
+        adapters: whether the layer had QALoRA adapters during fine-tuning.
         reason: reason for the choice of bits.
         input_of: an earlier layer with the same input, whose quantiser this layer uses.
     """

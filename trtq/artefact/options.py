@@ -144,7 +144,7 @@ class RecipeRecord(Record):
 
     @property
     def guided(self) -> bool:
-        """Whether the denoiser takes conditional and unconditional items in one batch."""
+        """Whether conditional and unconditional items are denoised in one batch."""
         return "guidance" not in self.model_fields_set or self.guidance not in (None, 1.0)
 
 

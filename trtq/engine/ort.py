@@ -233,7 +233,7 @@ class OrtEngine(OrtSession):
 
     Args:
         path: file of the graph, in one folder with its external data.
-        provider: `cpu` or `cuda`; the other providers have modules of their own.
+        provider: `cpu` or `cuda`; other modules implement the other providers.
         threads: number of intra-op threads; None: the number of cores.
         low_memory: release memory after every operator, for one or two runs of a large graph.
 

@@ -85,7 +85,7 @@ def try_graph(
     }
     # With this setting onnxruntime's CPU provider opens the file itself and computes it correctly.
     env = os.environ | ({VARIABLE: "-vnni"} if provider == "cpu" else {})
-    # The runtime may start processes of its own, and this process handles Ctrl-C.
+    # A new session, since the runtime may start more processes, and this process handles Ctrl-C.
     with Child(__name__, json.dumps(job), env=env, new_session=True) as child:
         try:
             return _outcome(child.answer(seconds), limit)
@@ -160,7 +160,7 @@ def _open_and_call(
         engine = open_engine(path, provider, threads)
     except ArtefactError:
         if provider == "cpu":
-            # The runtime's error about the file is more useful than the place where a rewrite stopped.
+            # The runtime's error about the file is more useful than the traceback of a rewrite.
             open_session(path, str(path), session_options(threads), provider, {})
         raise
     inputs, outputs = engine.inputs, engine.outputs

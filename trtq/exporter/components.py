@@ -24,7 +24,7 @@ __all__ = ["Component", "autoencoder_components", "text_component"]
 
 _BATCH = 2
 _LATENT = 16
-"""Height and width of the latents that an autoencoder is traced with; its graph takes any size."""
+"""Height and width of the latents with which an autoencoder is traced; its graph accepts any size."""
 _MAX_TOKENS = 512
 """Number of tokens for a text encoder whose configuration gives no limit."""
 HIDDEN_STATES = "hidden_states.{}"
@@ -37,7 +37,7 @@ class Component:
     Attributes:
         folder: name of the graph's folder.
         config: model of diffusers or transformers whose configuration is saved in the folder.
-        module: module that takes and returns bare tensors.
+        module: module with bare tensors as inputs and outputs.
         inputs: example inputs by name.
         outputs: names of the outputs, in order.
         axes: names of the inputs' free axes other than the batch.

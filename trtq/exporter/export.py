@@ -100,9 +100,9 @@ def export(
             opened.
         out: the ONNX folder, in the pipeline's own layout.
         target: form of the low-bit layers: `qdq`, which every runtime accepts, or `plugin`, which runs
-            on our kernels in TensorRT with 4-bit weights in memory (converted to `qdq` for other
+            on trtq's kernels in TensorRT with 4-bit weights in memory (converted to `qdq` for other
             runtimes).
-        precision: `fp32` or `fp16`, for everything that is not an integer.
+        precision: `fp32` or `fp16`, for everything except integers.
         batch: minimum and maximum batch size, in images, of engines that are built from the folder.
         size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; by default the size
             that the run was calibrated at.

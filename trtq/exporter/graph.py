@@ -58,7 +58,7 @@ def write_graph(
         denoiser: the float model, or the float skeleton of a run; changed in place.
         source: pipeline of the denoiser, at the smallest image size of the graph.
         run: the run with the integers of the low-bit layers; None for a float model.
-        largest: largest image size `HEIGHTxWIDTH`; the graph takes the range up to it.
+        largest: largest image size `HEIGHTxWIDTH` that the graph accepts, in pixels.
         half: whether everything except integers is in half precision.
         target: form of the low-bit layers.
     """

@@ -206,7 +206,7 @@ class _Dummy(Engine):
 
 
 def _why_not_called(folder: Path, manifest: Manifest, trials: Mapping[str, Trial]) -> str | None:
-    """Why the pipeline cannot call its denoiser; None if it can."""
+    """Reason why the pipeline cannot call its denoiser; None if it can call it."""
     import torch
 
     def dummy(name: str) -> Engine | None:

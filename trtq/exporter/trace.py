@@ -122,8 +122,8 @@ class _Batched(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Any:
         for place in self.batched:
-            # torch gives each input its own symbol for the batch size unless the sizes are known to
-            # agree.
+            # torch uses a separate symbol for the batch size of each input unless the code declares the
+            # sizes equal.
             same = tensors[place].shape[0] == tensors[0].shape[0]
             torch._check(same)  # type: ignore[no-untyped-call]
         return self.module(*tensors)
@@ -212,7 +212,7 @@ def trace_module(
     axes: Mapping[int, str] = MappingProxyType({}),
     images: Mapping[str, int | None] = MappingProxyType({}),
 ) -> ir.Model:
-    """Export a module that takes and returns bare tensors, with a free batch size.
+    """Export a module with bare tensors as inputs and outputs, and with a free batch size.
 
     Args:
         module: module that is called with the examples in order and returns a tensor or a tuple.
@@ -266,9 +266,9 @@ def trace_module(
 def _simplify(model: ir.Model) -> None:
     """Fold constants and remove operators without effect, in place.
 
-    The rules are those of onnxscript's collection that match in denoisers. The whole collection gives
-    the same graphs in ten times the time, which at Stable Diffusion's size is spent mainly in one rule,
-    for slices.
+    Only the rules of onnxscript's collection that match in denoisers are used. The whole collection
+    produces the same graphs in ten times the time; at Stable Diffusion's size, one rule for slices takes
+    the largest part.
     """
     import onnx_ir as ir
     import onnx_ir.passes.common as passes

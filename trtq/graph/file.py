@@ -49,7 +49,7 @@ def save_graph(model: Any, folder: Path) -> None:
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    # The rewrites leave unused constants behind.
+    # The rewrites leave unused constants in the graph.
     RemoveUnusedNodesPass()(model)
     _drop_export_notes(model)
     _check_finite(model)

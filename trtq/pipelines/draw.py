@@ -180,7 +180,7 @@ def _call(
 ) -> Tensor:
     """Generate a part of the images with the pipeline's own call: float[B,C,H,W] in [-1, 1].
 
-    Pipelines differ in their arguments: each gets the arguments that its signature names.
+    Pipelines differ in their arguments, so only the arguments in the pipeline's signature are passed.
     """
     offered: dict[str, Any] = {
         "num_inference_steps": steps,

@@ -48,7 +48,7 @@ def open_any(
         artefact: a folder, the name of a shipped model, a hub id, a pipeline object, or one of them
             opened.
         provider: `torch` for runs and checkpoints (their default; a run with an explicit `torch` runs
-            on our kernels, in half precision, if torch sees an NVIDIA GPU); `cpu`, `openvino` or
+            on trtq's kernels, in half precision, if torch sees an NVIDIA GPU); `cpu`, `openvino` or
             `cuda` for ONNX folders (default `cpu`); engines run on the backend that built them.
         threads: threads of one operator, for ONNX folders.
 
@@ -111,7 +111,7 @@ def _open_graphs(opened: GraphFolder, provider: str | None, threads: int | None)
 
 
 def _on_gpu(run: OpenRun) -> nn.Module | None:
-    """The denoiser on our kernels if torch sees an NVIDIA GPU, else None."""
+    """The denoiser on trtq's kernels if torch sees an NVIDIA GPU, else None."""
     if torch.cuda.is_available():
         return GpuDenoiser(run.denoiser(kernels=True))
     driver = driver_cuda()
@@ -176,7 +176,7 @@ def load(artefact: str | Path | Opened | Any, provider: str | None = None) -> An
     pipeline = open_any(opened, provider).pipeline
     name = next((name for name in DENOISERS if hasattr(pipeline, name)), None)
     if name is not None and isinstance(getattr(pipeline, name), StandIn):
-        # diffusers would save the pipeline without this denoiser, and only log a line about it.
+        # diffusers would save the pipeline without this denoiser, and only log a warning.
         pipeline.save_pretrained = partial(_refuse_to_save, str(opened.place))
     return pipeline
 

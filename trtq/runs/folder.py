@@ -42,7 +42,7 @@ class OpenRun:
         return model
 
     def denoiser(self, *, kernels: bool = False) -> QuantizedDenoiser:
-        """The low-bit denoiser in torch; `kernels`: run it on our kernels, see `trtq.quant.deploy`."""
+        """The low-bit denoiser in torch, on trtq's kernels if `kernels`, see `trtq.quant.deploy`."""
         skeleton = _fresh(self.folder, self.manifest)
         return self.stored.build(skeleton, self.table, kernels=kernels)
 

@@ -207,7 +207,7 @@ def _choose_prompts(source: LoadedPipeline, recipe: Recipe) -> None:
     """Set the recipe's calibration prompts, and warn about prompts that are cut off.
 
     Raises:
-        UsageError: the recipe names prompts, and the model takes none.
+        UsageError: the recipe has prompts, but the model does not accept prompts.
     """
     if recipe.prompts is not None:
         if source.prompts is None:

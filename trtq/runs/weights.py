@@ -171,7 +171,7 @@ class StoredDenoiser:
         Args:
             skeleton: the float model; changed in place.
             table: the calibrated timesteps.
-            kernels: run the layers on our kernels, see `trtq.quant.deploy`.
+            kernels: run the layers on trtq's kernels, see `trtq.quant.deploy`.
 
         Returns:
             The quantised denoiser.

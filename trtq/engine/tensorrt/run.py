@@ -168,7 +168,7 @@ class TensorRtEngine(Engine):
         )
 
     def _configured(self, path: Path) -> list[Any]:
-        """Arguments of the execution context that only TensorRT-RTX takes."""
+        """Arguments of the execution context that only TensorRT-RTX supports."""
         if not hasattr(self._trt, "CudaGraphStrategy"):
             return []
         config = self._engine.create_runtime_config()
@@ -203,7 +203,7 @@ class TensorRtEngine(Engine):
         """Run the engine once; inputs and outputs are arrays by name, batch first.
 
         Raises:
-            UsageError: a shape lies outside the engine's profile.
+            UsageError: a shape is outside the engine's profile.
             ArtefactError: the engine fails.
         """
         self._memory.enter()

@@ -20,7 +20,7 @@ class RuntimeCache:
     """The compiled kernels of one engine; without a usable cache, kernels are compiled again.
 
     Args:
-        config: runtime configuration of the engine, which gets the cache.
+        config: runtime configuration of the engine; changed to use the cache.
         engine_file: file of the engine.
     """
 

@@ -14,7 +14,7 @@ class GraphBuilder:
     """Collects new nodes in order; the caller inserts them into the graph.
 
     Args:
-        graph: the graph that gets the initialisers.
+        graph: the graph to which the initialisers are added.
         prefix: prefix of the names of all nodes and values.
     """
 

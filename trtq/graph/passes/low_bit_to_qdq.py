@@ -6,8 +6,8 @@
          -> DequantizeLinear(1) -> Conv | MatMul with DequantizeLinear(int8 W, 1) -> Mul(d * s[step])
          -> Add(bias) -> Cast
 
-   Both operands of the product are whole numbers, and the weight's scale `d` is applied behind the
-   product; `trtq.quant.deployed` gives the reason. `d * s[step]` has one value per channel and item.
+   Both operands of the product are whole numbers, and the weight's scale `d` is applied after the
+   product; `trtq.quant.deployed` explains the reason. `d * s[step]` has one value per channel and item.
 2. A product of two activations has such a quantiser on each input and no weight, and is rescaled by both
    scales:
 

@@ -89,7 +89,7 @@ class StepTable:
     """The values of all low-bit inputs of a graph. Call `add` for every input, then `insert` once.
 
     Args:
-        graph: the graph that gets the nodes.
+        graph: the graph to which the nodes are added.
         timesteps: the calibrated timesteps.
         prefix: prefix of the names of the new nodes.
     """

@@ -162,6 +162,6 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
         BreakUniformScales()(model)
     if runtime != "openvino":
         CastInt4ToInt8()(model)
-    # The rewrites leave unused constants behind, which a builder would keep in memory.
+    # The rewrites leave unused constants in the graph, which a builder would keep in memory.
     RemoveUnusedNodesPass()(model)
     return model
