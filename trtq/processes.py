@@ -9,8 +9,8 @@ The protocol of a child:
 3. A child has one job, in `sys.argv[1:]`, and writes its answer to the file named by the last argument;
    or it receives questions as lines of JSON on standard input and answers with lines on standard output.
 4. An answer with the key `raised` is an exception of the child that the parent raises again.
-5. Standard error goes to a file. If the child ends without an answer, `Exit.explain` gives the reason and
-   quotes the last lines.
+5. Standard error goes to a file. If the child ends without an answer, `Exit.explain` gives the reason
+   and quotes the last lines.
 
 `trtq.child` implements the child's side.
 """
