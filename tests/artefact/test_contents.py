@@ -89,7 +89,7 @@ def test_pipes_are_not_opened(folder):
     assert set(source_hashes(folder)) == set(OURS) - {"classes.json"}
 
 
-def test_a_byte_order_mark_in_the_index_hides_no_file(folder):
+def test_a_byte_order_mark_in_the_index_does_not_hide_files(folder):
     index = folder / "model_index.json"
     index.write_bytes(b"\xef\xbb\xbf" + index.read_bytes())
     assert set(source_hashes(folder)) == set(OURS)

@@ -245,7 +245,7 @@ def test_a_mount_point_is_refused(tmp_path, monkeypatch):
         check_output(tmp_path / "disk", overwrite=False)
 
 
-def test_a_source_that_is_not_a_path_blocks_no_output(tmp_path):
+def test_a_source_that_is_not_a_path_does_not_block_an_output(tmp_path):
     for source in ("x" * 5000, "a\0b", "digits", object()):
         assert check_output(tmp_path / "run", overwrite=False, source=source)
 
@@ -504,7 +504,7 @@ with command(False), new_artefact(Path(sys.argv[1]), keep_partial=True) as folde
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
-def test_a_signal_leaves_nothing_but_checkpoints(number, code, tmp_path):
+def test_a_signal_leaves_only_checkpoints(number, code, tmp_path):
     # typer converts its Exit to the exit code of the process; without typer the exception has the code.
     body = f"import typer\ntry:\n{textwrap.indent(ENDED, ' ')}\n"
     body += "except typer.Exit as err:\n sys.exit(err.exit_code)"

@@ -139,7 +139,7 @@ def test_generate_writes_one_file_per_image_with_its_settings(digits_onnx, tmp_p
     assert facts[0]["steps"] == 4
 
 
-def test_eval_needs_no_classifier_for_snr_psnr_and_ssim(digits_run, tmp_path):
+def test_snr_psnr_and_ssim_need_no_classifier(digits_run, tmp_path):
     from trtq.diffusion.shipped import shipped_model
 
     model = tmp_path / "model"
@@ -257,7 +257,7 @@ WRONG_USE = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG_USE.values(), ids=WRONG_USE.keys())
-def test_wrong_use_is_exit_code_2_with_one_line_and_no_file(arguments, message, tmp_path):
+def test_wrong_use_exits_with_code_2_and_one_line_and_writes_no_file(arguments, message, tmp_path):
     filled = [str(a).format(tmp_path / "out") for a in arguments]
     result = run(*filled)
     assert result.exit_code == 2, result.stderr
@@ -266,7 +266,7 @@ def test_wrong_use_is_exit_code_2_with_one_line_and_no_file(arguments, message, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_lora_is_exit_code_1(tmp_path):
+def test_a_missing_lora_exits_with_code_1(tmp_path):
     result = run("quantize", "digits", "-o", tmp_path / "run", "--lora", tmp_path / "x.safetensors")
     assert result.exit_code == 1
     assert "there is no LoRA file" in " ".join(result.stderr.split())
@@ -294,7 +294,7 @@ def test_a_run_cannot_be_quantised_again_without_a_lora(digits_run, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["quantize", "export", "generate", "inspect"])
-def test_a_missing_model_is_exit_code_1(verb, tmp_path):
+def test_a_missing_model_exits_with_code_1(verb, tmp_path):
     output = [] if verb == "inspect" else ["-o", tmp_path / "out.png"]
     result = run(verb, tmp_path / "nowhere", *output)
     assert result.exit_code == 1
@@ -375,7 +375,7 @@ def test_a_link_out_of_the_folder_is_refused(digits_run, tmp_path):
     assert "leaves the folder" in result.stderr.replace("\n", " ")
 
 
-def test_corrupt_tensors_with_a_matching_hash(digits_run, tmp_path):
+def test_corrupt_tensors_with_a_matching_hash_are_refused(digits_run, tmp_path):
     from trtq.artefact.files import sha256
 
     def change(folder):
@@ -445,7 +445,7 @@ def test_a_model_with_nan_weights_is_refused(tmp_path):
     [["quantize", "digits", "--method", "minmax", "--steps", "2"], ["export", "digits"]],
     ids=["quantize", "export"],
 )
-def test_a_full_disk_is_one_line_and_leaves_nothing(command, tmp_path):
+def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(command, tmp_path):
     import resource
 
     def limited():

@@ -1594,13 +1594,13 @@ def test_invalid_arguments_are_refused_in_one_line(world, make, codes, says):
     ("verb", "name"),
     marked([(v, n) for v in SURROUNDED for n in SURROUNDINGS], lambda *key: key in FAST_SURROUNDED),
 )
-def test_a_hostile_environment_costs_no_file_and_no_traceback(world, verb, name):
+def test_a_hostile_environment_loses_no_file_and_prints_no_traceback(world, verb, name):
     how = SURROUNDINGS[name](world)
     check(world, SURROUNDED[verb](world), ANY, how=how)
 
 
 @pytest.mark.parametrize("version", [None, "", "nonsense", "999.0", "\x1b[31m"])
-def test_doctor_answers_with_broken_packages(world, monkeypatch, version):
+def test_doctor_works_with_broken_packages(world, monkeypatch, version):
     from trtq.engine import doctor
 
     monkeypatch.setattr(doctor, "_version", lambda package: version)

@@ -134,7 +134,7 @@ def test_ranges_come_from_the_export(digits_onnx):
 
 
 @pytest.mark.parametrize("provider", ["tensorrt", "tensorrt-rtx"])
-def test_without_the_provider_its_packages_are_named(digits_onnx, provider, monkeypatch):
+def test_the_error_about_a_missing_provider_names_its_packages(digits_onnx, provider, monkeypatch):
     monkeypatch.setitem(sys.modules, OWN_PACKAGES["tensorrt-rtx"], None)
     package = "onnxruntime-gpu" if provider == "tensorrt" else "onnxruntime-ep-nv-tensorrt-rtx"
     with pytest.raises(UsageError, match=f"no provider '{provider}'.*{package}"):

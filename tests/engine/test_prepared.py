@@ -154,7 +154,7 @@ def test_a_graph_that_cannot_be_prepared_raises_a_one_line_error(tmp_path):
     assert heavy == "False"
 
 
-def test_a_child_that_dies_is_named(graph, cache, monkeypatch):
+def test_the_death_of_a_child_is_reported(graph, cache, monkeypatch):
     body = "import os, sys; sys.stderr.write('last words'); sys.stderr.flush(); os.kill(os.getpid(), 9)"
     monkeypatch.setattr(processes, "worker_command", lambda *_: [sys.executable, "-c", body])
     with pytest.raises(
@@ -177,7 +177,7 @@ def test_engines_of_cached_graphs_compute_the_same(graph, children, cache, compu
         np.testing.assert_array_equal(*(e.run(feeds)["out_sample"] for e in (first, second)))
 
 
-def test_the_processor_is_one_setting(monkeypatch):
+def test_the_processor_features_are_one_setting(monkeypatch):
     for setting, expected in (("+vnni", True), ("-vnni", False), ("vnni, -bf16", True)):
         monkeypatch.setenv("TRTQ_CPU", setting)
         assert has_vnni() is expected

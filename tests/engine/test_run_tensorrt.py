@@ -70,7 +70,7 @@ def test_an_unwritable_cache_is_reported_once(file, tmp_path, monkeypatch, caplo
 
 
 @pytest.mark.parametrize(("automatic", "budget"), [(300, 300), (5000, 1000), (0, 0)])
-def test_streamable_weights_get_the_free_memory_as_their_budget(file, automatic, budget):
+def test_the_free_memory_is_the_budget_of_streamed_weights(file, automatic, budget):
     """Without a budget TensorRT keeps all weights on the GPU."""
     module = fake_module(streamable=1000, automatic=automatic)
     TensorRtEngine(file, RTX, module, Memory())
@@ -94,7 +94,7 @@ def test_a_runtime_that_cannot_start_raises_one_error(file):
         TensorRtEngine(file, RTX, fake_module(starts=False), Memory())
 
 
-def test_the_inspectors_layers_have_names(file):
+def test_the_inspected_layers_have_names(file):
     rows = TensorRtEngine(file, RTX, fake_module(), Memory()).describe()
     assert rows == [{"Name": "first"}, {"Name": "second", "Precision": "INT8"}]
 
@@ -117,7 +117,7 @@ def test_a_failing_engine_raises_an_error(file):
 
 
 @pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")
-def test_without_a_gpu_the_alternative_is_named(file, monkeypatch):
+def test_the_error_without_a_gpu_names_the_alternative(file, monkeypatch):
 
     def no_gpu():
         raise KernelError("no GPU can be used: there is no NVIDIA driver on this machine")

@@ -218,7 +218,7 @@ def test_weights_of_plugins_are_not_streamed(digits_onnx, tmp_path, monkeypatch)
     assert not (tmp_path / "engine").exists()
 
 
-def test_nothing_is_left_when_a_build_fails(digits_onnx, tmp_path, monkeypatch):
+def test_a_failed_build_leaves_no_output(digits_onnx, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise BuildError("no")
 

@@ -82,7 +82,7 @@ def test_errors_of_the_process_are_raised_in_the_parent(
         waiting()
 
 
-def test_an_export_whose_parts_fail_leaves_nothing(run, tmp_path, worthwhile, monkeypatch):
+def test_an_export_whose_components_fail_leaves_no_output(run, tmp_path, worthwhile, monkeypatch):
     does(
         monkeypatch,
         "json.dump({'raised': 'OSError', 'message': 'disk full'}, open(sys.argv[3], 'w'))",

@@ -174,7 +174,7 @@ def test_openvino_keeps_a_session_for_each_of_the_latest_shapes(digits_onnx):
 @pytest.mark.parametrize(
     ("bits", "precision"), [("w4a4", "fp16"), ("w8a8", "fp32"), ("w3a8", "fp32")]
 )
-def test_bits_and_precisions(bits, precision, tmp_path, monkeypatch):
+def test_all_bits_and_precisions_are_exported(bits, precision, tmp_path, monkeypatch):
     # With random weights, parity in half precision at 4 bits is a matter of chance; the test is about
     # the structure of the graph.
     monkeypatch.setitem(stage.PARITY_DB, "fp16", 0.0)
@@ -198,12 +198,12 @@ def test_static_tables_are_constants(tmp_path):
     assert not [n for n in graph(tmp_path / "onnx").node if n.name.startswith("steps/")]
 
 
-def test_float_baseline(tmp_path):
+def test_a_checkpoint_is_exported_as_the_float_baseline(tmp_path):
     result = export("digits", tmp_path / "onnx")
     assert result["parity_db_min"] > 100
 
 
-def test_a_failed_parity_check_leaves_nothing(digits_run, tmp_path, monkeypatch):
+def test_a_failed_parity_check_leaves_no_output(digits_run, tmp_path, monkeypatch):
     from trtq.exporter.parity import StepParity
 
     monkeypatch.setattr(

@@ -64,7 +64,7 @@ def test_no_four_bit_constant_is_an_operand_of_an_integer_product(built_graph):
     )
 
 
-def test_the_checker_finds_nothing(built_graph):
+def test_the_checker_finds_no_problem(built_graph):
     assert check(built_graph, "tensorrt-rtx") == []
     weights = [
         value.const_value

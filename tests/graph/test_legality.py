@@ -91,7 +91,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("hazard", BROKEN)
 @pytest.mark.parametrize("runtime", TENSORRT)
-def test_tensorrt_refuses(hazard, runtime):
+def test_tensorrt_refuses_a_broken_graph(hazard, runtime):
     body, constants, message = BROKEN[hazard]
     findings = check(parse(body, **constants), runtime)
     (finding,) = [finding for finding in findings if message in finding.rule]

@@ -170,7 +170,7 @@ def test_eval_counts_the_objects_in_the_prompts(onnx, model):
         evaluate(onnx, model, images=4, gates=(parse_gate("class_accuracy>0"),))
 
 
-def test_guidance_pairs_unconditional_first(model):
+def test_guidance_puts_the_unconditional_item_first(model):
     source = open_pipeline(model)
     conditions = source.draw_conditions(3, torch.Generator().manual_seed(0))
     empty = source.encode([""]).conditional["encoder_hidden_states"]
@@ -179,7 +179,7 @@ def test_guidance_pairs_unconditional_first(model):
     assert not torch.equal(conditions.conditional["encoder_hidden_states"], unconditional)
 
 
-def test_prompts_of_the_user(model, tmp_path):
+def test_prompts_given_by_the_user_are_used(model, tmp_path):
     lines = tmp_path / "prompts.txt"
     lines.write_text("a black cross\n\n")
     recipe = {
