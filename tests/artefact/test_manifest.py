@@ -347,7 +347,7 @@ def test_a_manifest_that_is_not_a_file_is_refused(folder, make, message):
             read(folder)
 
 
-def test_a_byte_order_mark_is_accepted(folder):
+def test_a_byte_order_mark_in_a_manifest_is_accepted(folder):
     (folder / "manifest.json").write_text(json.dumps(valid()), encoding="utf-8-sig")
     assert read_manifest(folder).kind == "run"
 

@@ -175,7 +175,7 @@ def checked_path(folder: Path, relative: str) -> Path:
     """
     fault = path_fault(relative)
     path = folder / PurePosixPath(relative) if fault is None else folder
-    # realpath instead of resolve(), which raises RuntimeError for circular links.
+    # realpath, since resolve() raises a different error for circular links.
     if fault is None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         fault = "leaves the folder"
     if fault is not None:
