@@ -8,7 +8,7 @@
     image = pipeline(7).images[0]
 
 The functions are `quantize`, `export`, `build`, `load`, `generate`, `evaluate`, `benchmark`,
-`inspect`, `verify` and `doctor`. `Recipe` holds the settings of a quantisation; `trtq.errors` draws the
+`inspect`, `verify` and `doctor`. `Recipe` holds the settings of a quantisation; `trtq.errors` lists the
 tree of exceptions. Importing this package loads neither torch nor an engine: each name is imported at
 its first use.
 """
@@ -32,7 +32,7 @@ def _check_links(folder: _Path) -> None:
     """
     for name in _LINKS:
         link = folder / name
-        # The real ones are folders, or a larger file.
+        # A real link leads to a folder, or to a larger file.
         if link.is_file() and link.stat().st_size < 64:
             raise ImportError(
                 f"{link} is a text file and was a symbolic link: this checkout was made without "

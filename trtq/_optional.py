@@ -25,8 +25,11 @@ _EXTRAS = {
 def require(module: str) -> Any:
     """Import an optional package.
 
+    Returns:
+        The imported module.
+
     Raises:
-        MissingDependencyError: the package is not installed; the message says how to install it.
+        MissingDependencyError: the package is not installed; the message explains how to install it.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""The side of the child in the protocol of `trtq.processes.Child`."""
+"""The child's side of the protocol of `trtq.processes.Child`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _questions: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
 
 def serve_parent() -> None:
-    """Receive questions in the background, and end this process when the parent has ended."""
+    """Receive the parent's questions in a thread, and end this process when the parent has ended."""
 
     def receive() -> None:
         rest = b""
@@ -33,13 +33,13 @@ def serve_parent() -> None:
 
 
 def questions() -> Iterator[dict[str, Any]]:
-    """The questions of the parent, without end."""
+    """Iterate over the parent's questions; the iterator never ends."""
     while True:
         yield json.loads(_questions.get())
 
 
 def write_answer(path: Path, answer: Mapping[str, Any]) -> None:
-    """Write the answer, which is either there as a whole or not at all."""
+    """Write the answer's file atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(answer), encoding="utf-8")
     partial.replace(path)
@@ -49,8 +49,11 @@ def error_record(err: BaseException, message: str | None = None) -> dict[str, st
     """The answer that makes the parent raise an error.
 
     Args:
-        err: an error of trtq, or OSError.
-        message: text of the error; None: its own.
+        err: an exception of trtq, or OSError.
+        message: message of the raised error; None: the message of `err`.
+
+    Returns:
+        The answer, as a JSON object.
     """
     name = "OSError" if isinstance(err, OSError) else type(err).__name__
     return {"raised": name, "message": str(err) if message is None else message}
@@ -60,8 +63,8 @@ def limit_resources(max_bytes: int, max_seconds: float) -> None:
     """Limit the memory and the processor time of this process; no effect on Windows.
 
     Args:
-        max_bytes: size of the heap.
-        max_seconds: time with all processors busy.
+        max_bytes: maximum size of the heap, in bytes.
+        max_seconds: maximum time with all processors busy, in seconds.
     """
     try:
         import resource

@@ -1,4 +1,4 @@
-"""Reading of untrusted text files: bounded in size, strict, with errors of one line.
+"""Reading of untrusted text files: bounded in size, strict, with one-line errors.
 
 All manifests, configurations, recipes, prompts and earlier results are read here. A pipe without a
 writer, ten gigabytes, a hundred thousand brackets or another encoding give the same error everywhere. A
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 MAX_BYTES = 64 << 20
-"""Maximum size of a text file; the manifest of a model with ten thousand layers has 3 MB."""
+"""Maximum size of a text file, in bytes; the manifest of a model with ten thousand layers has 3 MB."""
 MAX_LEVELS = 64
 """Maximum nesting depth of lists and objects."""
 _INT64 = range(-(1 << 63), 1 << 63)
@@ -54,7 +54,7 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = 60
 
 
 def shown(value: Any) -> str:
-    """A value for a message: its `repr`, shortened if it is long or deep."""
+    """The `repr` of a value for a message, shortened if it is long or deeply nested."""
     try:
         return _repr.repr(value)
     except (ValueError, RecursionError):
@@ -72,16 +72,16 @@ def read_text(
     """The text of a file.
 
     Args:
-        path: file, or link to a file.
+        path: path of a file or of a link to a file.
         what: role of the file in the message, e.g. `the recipe`.
         error: class of the error to raise.
-        max_bytes: maximum size; a larger file is not read.
+        max_bytes: maximum size in bytes; a larger file is not read.
 
     Returns:
         Text without a byte-order mark.
 
     Raises:
-        TrtqError: the file is missing, irregular, too large, or not UTF-8; of the class `error`.
+        TrtqError: the file is missing, irregular, too large, or not UTF-8; its class is `error`.
     """
     name = f"{what} {path}" if what else str(path)
 
@@ -147,6 +147,9 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
         text: JSON text.
         finite: whether to refuse `NaN` and `Infinity`, which are not JSON, and numbers that overflow.
 
+    Returns:
+        The parsed value.
+
     Raises:
         ValueError: the text is not JSON, repeats a key, holds a number beyond 64 bits or a lone
             surrogate, or is nested more than `MAX_LEVELS` deep.
@@ -208,7 +211,7 @@ def check_depth(value: Any, max_levels: int = MAX_LEVELS) -> None:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The keys of all objects, and all values that are neither object nor list."""
+    """The keys of all objects, and all values that are neither objects nor lists."""
     waiting = [value]
     while waiting:
         item = waiting.pop()
@@ -240,7 +243,7 @@ def read_object(
     """The object in a JSON file; see `read_text` and `parse_json` for the arguments.
 
     Raises:
-        TrtqError: the file cannot be read, is not JSON, or holds no object; of the class `error`.
+        TrtqError: the file cannot be read, is not JSON, or holds no object; its class is `error`.
     """
     name = f"{what} {path}" if what else str(path)
     text = read_text(path, what, error=error, max_bytes=max_bytes)

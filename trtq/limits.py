@@ -1,7 +1,7 @@
-"""Upper bounds of numbers from outside: a larger number is refused before any work.
+"""Upper bounds of numbers in user input: larger numbers are rejected before any work.
 
-The bounds are not limits of the methods. Each lies well beyond the values that models are used with, and
-far below the limits of memory, 64-bit integers or patience, so that a typing error is reported at once.
+The bounds are not limits of the methods. Each lies well beyond practical values and far below the limits
+of memory, 64-bit integers or acceptable run time, so that a typing error is reported at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_SIDE = 8192
 MAX_STEPS = 1000
 """Denoising steps; the schedules of diffusion models have 1000."""
 MAX_GUIDANCE = 1000.0
-"""Classifier-free guidance scale; models are used with 1 .. 20."""
+"""Classifier-free guidance scale; practical values are 1 .. 20."""
 MAX_BATCH = 4096
 """Images or rows per call."""
 MAX_ITERATIONS = 10_000_000
@@ -41,7 +41,7 @@ _WHOLE = re.compile(r"[0-9]{1,18}")
 
 
 def parse_whole(text: str) -> int:
-    """A whole number of at most 18 plain digits; unlike `int` without sign, space or underscore.
+    """Parse a whole number of at most 18 plain digits; unlike `int`, without sign, space or underscore.
 
     Raises:
         ValueError: the text is not such a number.

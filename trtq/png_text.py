@@ -31,7 +31,7 @@ def generation_texts(
     negative_prompt: str | None = None,
     label: int | str | None = None,
 ) -> dict[str, str]:
-    """The two entries of one generated image.
+    """Make the two text entries of one generated image.
 
     Args:
         model: name of the model.
@@ -41,7 +41,7 @@ def generation_texts(
         steps: number of denoising steps.
         guidance: classifier-free guidance scale.
         size: height and width in pixels.
-        negative_prompt: negative prompt, or None.
+        negative_prompt: negative prompt; None if there is none.
         label: class of the image; None for a model without classes.
 
     Returns:
@@ -75,6 +75,9 @@ def with_texts(png: bytes, texts: Mapping[str, str]) -> bytes:
     Args:
         png: bytes of a PNG file.
         texts: entries by keyword (Latin-1, 1 to 79 bytes).
+
+    Returns:
+        The bytes of the new PNG file.
 
     Raises:
         ValueError: the bytes are not a PNG file.

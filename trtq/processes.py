@@ -4,15 +4,15 @@ The protocol of a child:
 
 1. `Child` starts `MODULE.main()` in a new Python process.
 2. Standard input is a pipe that the parent never closes before the end. When the parent ends, for any
-   reason, the pipe closes and the child ends too: nothing else would stop the child, and it would go on
-   writing to a place that belongs to another process by then.
+   reason, the pipe closes and the child ends too. Otherwise the child would keep running, and write to a
+   destination that another process may own by then.
 3. A child has one job, in `sys.argv[1:]`, and writes its answer to the file named by the last argument;
-   or it gets questions as lines of JSON on standard input and answers with lines on standard output.
+   or it receives questions as lines of JSON on standard input and answers with lines on standard output.
 4. An answer with the key `raised` is an exception of the child that the parent raises again.
-5. Standard error goes to a file. If the child ends without an answer, `Exit.explain` says how it ended
+5. Standard error goes to a file. If the child ends without an answer, `Exit.explain` gives the reason
    and quotes the last lines.
 
-`trtq.child` is the side of the child.
+`trtq.child` implements the child's side.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Exit:
     """How a process ended.
 
     Attributes:
-        code: exit code as `subprocess` gives it; negative: the number of a signal.
+        code: exit code as `subprocess` returns it; the negated number of a signal if one ended it.
         stderr: text on standard error.
     """
 
@@ -67,7 +67,7 @@ class Exit:
 
     @property
     def crash(self) -> str | None:
-        """What ended a process that crashed, e.g. `SIGSEGV` or `0xC0000005`; None: no crash."""
+        """Signal or exception that crashed the process, e.g. `SIGSEGV` or `0xC0000005`; else None."""
         if self.code < 0:
             try:
                 return signal.Signals(-self.code).name
@@ -78,13 +78,13 @@ class Exit:
     def explain(
         self, process: str, *, memory: str = "", advice: str = "", max_length: int | None = None
     ) -> str:
-        """Why the process died, on one line.
+        """Explain on one line why the process died.
 
         Args:
             process: subject of the sentence, e.g. `the builder`.
             memory: details for a killed process, e.g. `: it needs about 3 GiB`.
-            advice: what to do about a crash, e.g. `; see trtq verify`.
-            max_length: characters of the last output that are quoted; None: all.
+            advice: remedy for a crash, e.g. `; see trtq verify`.
+            max_length: maximum number of quoted characters of the last output; None: all.
         """
         last = last_words(self.stderr)[:max_length]
         if self.killed:
@@ -95,7 +95,7 @@ class Exit:
 
 
 class ChildDiedError(Exception):
-    """A child ended without an answer; callers raise an error of trtq from it.
+    """A child ended without an answer; callers chain an error of trtq to this one.
 
     Attributes:
         exit: how the child ended.
@@ -111,10 +111,10 @@ class Child:
 
     Args:
         module: name of the module whose `main` runs in the process.
-        arguments: `sys.argv[1:]` there; the answer's file follows unless `asked`.
+        arguments: `sys.argv[1:]` of the process; the path of the answer's file follows unless `asked`.
         env: environment variables; None: those of this process.
-        asked: the child gets questions on standard input instead of one job.
-        new_session: start a session: Ctrl-C does not reach the child, and its own children end with it.
+        asked: whether the child receives questions on standard input instead of one job.
+        new_session: start a session: Ctrl-C does not reach the child, and its children end with it.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Child:
             )
 
     def __enter__(self) -> Child:
-        """The child itself."""
+        """Return this child."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,7 +152,7 @@ class Child:
         """Wait for the end of the process.
 
         Args:
-            timeout: limit in seconds; None: no limit.
+            timeout: time limit in seconds; None: no limit.
 
         Raises:
             TimeoutError: the process is still running.
@@ -164,15 +164,15 @@ class Child:
         return Exit(code, self._stderr.read_text(errors="replace", encoding="utf-8"))
 
     def answer(self, timeout: float | None = None) -> dict[str, Any]:
-        """Wait for the end of the process and return what it wrote to its answer's file.
+        """Wait for the end of the process and return the contents of its answer's file.
 
         Args:
-            timeout: limit in seconds; None: no limit.
+            timeout: time limit in seconds; None: no limit.
 
         Raises:
             TimeoutError: the process is still running.
             ChildDiedError: the process ended without an answer.
-            TrtqError: the child raised it; likewise OSError.
+            TrtqError, OSError: the child raised such an error.
         """
         how = self.wait(timeout)
         try:
@@ -186,7 +186,7 @@ class Child:
 
         Raises:
             ChildDiedError: the process ended without an answer.
-            TrtqError: the child raised it.
+            TrtqError: the child raised such an error.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -218,7 +218,7 @@ class Child:
 
 
 def _checked(answer: Any, how: Exit) -> dict[str, Any]:
-    """The answer, unless it is an exception of the child, which is raised, or not an object."""
+    """The answer, if it is an object; an exception of the child is raised."""
     if not isinstance(answer, dict):
         raise ChildDiedError(how)
     if "raised" not in answer:
@@ -231,8 +231,8 @@ def _checked(answer: Any, how: Exit) -> dict[str, Any]:
 def worker_command(module: str, *arguments: str | Path) -> list[str]:
     """The command that calls `main` of a module in a child, see the module docstring.
 
-    The child finds the package where this process found it, after everything else on the path: no module
-    in the user's folder, nor one next to the package, takes the place of a library.
+    The child imports the package from the same folder as this process. The folder is the last entry of
+    the path, so that no module in the user's folder or next to the package can shadow a library.
     """
     code = f"import sys; sys.path.append({str(_PACKAGE.parent)!r}); "
     code += "from trtq.child import serve_parent; serve_parent(); "
@@ -241,14 +241,14 @@ def worker_command(module: str, *arguments: str | Path) -> list[str]:
 
 
 def last_words(text: str, lines: int = _LAST_LINES) -> str:
-    """The end of a process's standard error on one line; of a traceback, its last line.
+    """The end of a process's standard error on one line; only the last line of a traceback.
 
     Args:
-        text: standard error.
+        text: text on standard error.
         lines: maximum number of lines.
 
     Returns:
-        An empty text if there is no line.
+        The last lines, or an empty text if there are none.
     """
     rows = [line.strip() for line in text.splitlines() if line.strip()]
     if "Traceback (most recent call last):" in rows:
@@ -272,7 +272,7 @@ class StoppedBySignal(SystemExit):
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block by an exception, as Ctrl-C does, so that cleanup runs.
+    """Let SIGTERM and SIGHUP end the block with an exception, as Ctrl-C does, so that cleanup runs.
 
     Signals that this process was started to ignore (as nohup does) stay ignored.
     """

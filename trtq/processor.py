@@ -1,4 +1,4 @@
-"""Number and features of the processors, as far as graphs and kernels depend on them."""
+"""Number of processors, and the processor features on which graphs and kernels depend."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FEATURES = {
     "bf16": ("avx512_bf16", "amx_bf16"),
     "amx": ("amx_int8",),
 }
-"""Flags of `/proc/cpuinfo` by feature, any of which suffices; `vnni` adds int8 products in int32, which
-cannot saturate."""
+"""Flags of `/proc/cpuinfo` by feature; one flag suffices. With `vnni`, int8 products are added in int32,
+which cannot saturate."""
 
 
 def processors() -> int:
@@ -40,7 +40,7 @@ def processor_features() -> frozenset[str]:
     assumed.
 
     Raises:
-        UsageError: TRTQ_CPU names another feature.
+        UsageError: TRTQ_CPU names an unknown feature.
     """
     features = set(_detected())
     for word in os.environ.get(VARIABLE, "").replace(",", " ").split():
@@ -70,6 +70,6 @@ def _detected() -> frozenset[str]:
         return frozenset({"vnni"})
     lines = (line.partition(":") for line in text.splitlines())
     flags = next((set(value.split()) for key, _, value in lines if key.strip() == "flags"), None)
-    if flags is None:  # Not x86, whose older processors are the only ones known to saturate.
+    if flags is None:  # Not x86; only old x86 processors are known to saturate.
         return frozenset({"vnni"})
     return frozenset(name for name, known in FEATURES.items() if flags & set(known))

@@ -59,7 +59,7 @@ def _status_bytes(key: str) -> int:
 def available_bytes() -> int:
     """Memory available to a new process, in bytes; 0 if the operating system does not report it.
 
-    The limit is that of the machine or of the container (cgroup v2), whichever is smaller.
+    The result is the smaller of the machine's and the container's (cgroup v2) available memory.
     """
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,6 @@
-"""The base class of what the public functions return: typed attributes, and the JSON of `--json`.
+"""The base class of the public functions' results: typed attributes, and the JSON of `--json`.
 
-Until version 0.2 a result can also be read by key, as the dictionary that it was before:
+Until version 0.2 a result can also be read by key like the dictionary of earlier versions:
 `result["bytes_after"]`. New code reads attributes, or calls `to_json()`.
 """
 
@@ -49,7 +49,7 @@ class Result(Mapping[str, Any]):
         return len(self._by_key())
 
     def _by_key(self) -> dict[str, Any]:
-        """The values by JSON key, nested results as they are."""
+        """The values by JSON key; nested results are not converted."""
         values = {}
         for entry in fields(self):
             value = getattr(self, entry.name)

@@ -1,4 +1,4 @@
-"""Random streams that depend on their key only, not on earlier draws."""
+"""Random streams that depend only on their key, not on earlier draws."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def _replaced(error: UnicodeError) -> tuple[str, int]:
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes log records to the current `sys.stderr`, and discards them where it is closed."""
+    """Writes log records to the current `sys.stderr`, and discards them if it is closed."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
@@ -88,7 +88,7 @@ def open_streams() -> None:
 
 
 def stop_writing() -> None:
-    """Discard all further output to stdout, whose reader is gone, so that it raises no second error."""
+    """Discard further output to stdout after its reader has gone, so that no second error is raised."""
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 1)
@@ -99,7 +99,7 @@ def stop_writing() -> None:
 def sane_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment without unusable values of `COLUMNS` and `LINES`.
 
-    A detached terminal reports 0 columns, and a table would be printed without any width.
+    A detached terminal reports 0 columns, which would give every table a width of 0.
     """
     variables = dict(os.environ if environment is None else environment)
     for name, min_value in (("COLUMNS", _MIN_COLUMNS), ("LINES", 1)):
@@ -114,7 +114,7 @@ def sane_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
 
 
 def one_line(text: str) -> str:
-    """The text, with characters escaped that move the cursor, end a line or change the direction."""
+    """Escape the characters of a text that move the cursor, end a line or change its direction."""
     return _CONTROL.sub(
         lambda match: match[0].encode("unicode_escape").decode("ascii"), text.strip()
     )
@@ -124,9 +124,9 @@ def internal_error(error: Exception, print_line: Callable[[str], None], *, verbo
     """Print an unexpected error as one line.
 
     Args:
-        error: an exception that is no `TrtqError`.
-        print_line: prints a line.
-        verbose: print the traceback too.
+        error: an exception that is not a `TrtqError`.
+        print_line: function that prints a line.
+        verbose: whether to print the traceback too.
 
     Returns:
         The exit code.

@@ -1,4 +1,4 @@
-"""Settings of torch and numpy that trtq works under, regardless of the caller's settings.
+"""The settings of torch and numpy for all of trtq, regardless of the caller's settings.
 
 Applications change the settings for their own models: `autocast`, a default dtype or device,
 `inference_mode`. Under such settings loading, calibration or tracing fails or gives a different model.
@@ -27,8 +27,8 @@ _DEVICES = ("cpu", "cuda")
 def own_settings() -> Iterator[None]:
     """Inside the block, torch and numpy have the settings of a fresh process.
 
-    One thread at a time is inside the block, and others wait: while diffusers and accelerate load a
-    model they replace functions of torch, which would affect every thread.
+    Only one thread at a time is inside the block, because diffusers and accelerate replace functions of
+    torch while they load a model, which would affect every thread.
     """
     with _ALONE, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -1,4 +1,4 @@
-"""Which files of a pipeline's folder count."""
+"""The files of a pipeline's folder that a loader reads."""
 
 import json
 import os
@@ -48,12 +48,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_what_loaders_read_goes_in_and_nothing_else(folder):
+def test_only_files_that_loaders_read_are_hashed(folder):
     assert set(source_hashes(folder)) == set(OURS)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_files_may_change_come_and_go(name, folder):
+def test_other_files_may_be_changed_added_and_removed(name, folder):
     everything = dict.fromkeys(OTHERS, "0" * 64) | source_hashes(folder)
     (folder / name).write_text("changed")
     assert changed_source_file(folder, everything, all_there=True) is None
@@ -62,7 +62,7 @@ def test_other_files_may_change_come_and_go(name, folder):
 
 
 @pytest.mark.parametrize("name", OURS[1:])
-def test_a_file_that_went_in_may_not_change(name, folder):
+def test_a_hashed_file_may_not_change(name, folder):
     recorded = source_hashes(folder)
     (folder / name).write_text("changed")
     assert changed_source_file(folder, recorded, all_there=False) == name
@@ -71,7 +71,7 @@ def test_a_file_that_went_in_may_not_change(name, folder):
     assert changed_source_file(folder, recorded, all_there=True) == name
 
 
-def test_links_are_followed_but_not_for_ever(folder):
+def test_links_are_followed_but_not_in_circles(folder):
     (folder / "unet").rename(folder / "elsewhere")
     (folder / "unet").symlink_to("elsewhere")
     (folder / "elsewhere" / "up").symlink_to("..")
@@ -89,7 +89,7 @@ def test_pipes_are_not_opened(folder):
     assert set(source_hashes(folder)) == set(OURS) - {"classes.json"}
 
 
-def test_a_byte_order_mark_in_the_index_hides_no_file(folder):
+def test_a_byte_order_mark_in_the_index_does_not_hide_files(folder):
     index = folder / "model_index.json"
     index.write_bytes(b"\xef\xbb\xbf" + index.read_bytes())
     assert set(source_hashes(folder)) == set(OURS)

@@ -1,4 +1,4 @@
-"""Artefacts whose documents were edited: what does not fit the weights is refused when it is opened."""
+"""Artefacts with edited documents: opening raises an error if they do not match the weights."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from trtq.runs.folder import open_run
 
 
 def edited(folder, target, change, file="manifest.json"):
-    """A copy in which one document was changed, and all hashes made again."""
+    """A copy with one changed document and recomputed hashes."""
     copy = target / "copy"
     shutil.copytree(folder, copy)
     record = json.loads((copy / file).read_text())
@@ -67,7 +67,7 @@ EDITS = {
     ),
     "activation bits": (layer("conv_in", activation_bits=4), "'conv_in': the manifest says 4 bits"),
     "weight bits": (layer("conv_in", weight_bits=4), "'conv_in': the manifest says 4 bits"),
-    # One channel of 4 bits takes a byte, like one of 8.
+    # A single 4-bit code takes a byte, like an 8-bit code.
     "bits of one channel": (layer("conv_out", weight_bits=7), "'conv_out': the manifest says w7a8"),
     "product": (layer("conv_in", **PRODUCT), "'conv_in': the manifest says 'product'"),
     "linear": (layer("conv_in", kind="linear"), "'conv_in': the manifest says 'linear'"),
@@ -115,7 +115,7 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize("change", ENTRIES.values(), ids=ENTRIES.keys())
-def test_an_index_of_another_form_is_refused(digits_run, tmp_path, change):
+def test_a_malformed_index_is_refused(digits_run, tmp_path, change):
     copy = edited(digits_run, tmp_path, change, "model_index.json")
     with pytest.raises(ArtefactError, match=r"model_index\.json") as caught:
         read_index(copy)
@@ -141,7 +141,7 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("change", CLASSES.values(), ids=CLASSES.keys())
-def test_a_class_that_cannot_be_there_is_refused(digits_run, tmp_path, change):
+def test_an_invalid_component_class_is_refused(digits_run, tmp_path, change):
     copy = edited(digits_run, tmp_path, change, "model_index.json")
     with pytest.raises(ArtefactError) as caught:
         load_pipeline_parts(copy, "unet", skeleton(copy, "unet"))
@@ -179,7 +179,7 @@ def test_settings_that_diffusers_writes_are_read(digits_run, tmp_path):
 
 
 @pytest.mark.parametrize("value", [100_000, 11, -1, 10**30, True, 1.0, "x", [], {}])
-def test_a_null_class_that_the_model_has_not_is_refused(digits_run, tmp_path, value):
+def test_a_null_class_that_the_model_does_not_have_is_refused(digits_run, tmp_path, value):
     copy = edited(digits_run, tmp_path, lambda _: {"null_class": value}, "classes.json")
     with pytest.raises(ArtefactError, match=r"null_class|64 bits"):
         open_run(copy).source()
@@ -205,7 +205,7 @@ def test_a_graph_whose_manifest_was_edited_is_refused(digits_onnx, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{", "null", "[]", "[2, 1]", '["a"]', "[NaN]", "[true]", "{}"]
 )
-def test_metadata_of_a_graph_that_is_damaged_is_refused(text):
+def test_damaged_metadata_of_a_graph_is_refused(text):
     with pytest.raises(ArtefactError, match=r"trtq\.timesteps is damaged"):
         check_timesteps({"trtq.timesteps": text}, [1.0])
     if text != "{}":
@@ -248,7 +248,7 @@ def test_numbers_of_images_and_classes_are_bounded(tiny):
         "\uff18x8",
     ],
 )
-def test_sizes_without_end_are_refused(tiny, size):
+def test_sizes_out_of_range_are_refused(tiny, size):
     with pytest.raises(UsageError, match=r"HEIGHTxWIDTH in pixels, each in 1 \.\. 8192"):
         tiny.latents_of(size)
 

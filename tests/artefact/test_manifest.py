@@ -1,4 +1,4 @@
-"""Manifests from outside: typed and whole, or refused in one line that names the entry."""
+"""Untrusted manifests: typed and complete, or refused in one line that names the entry."""
 
 import copy
 import hashlib
@@ -23,7 +23,7 @@ def row(name, kind="conv2d", **changes):
 
 
 def valid(kind="run"):
-    """A manifest with something in every entry."""
+    """A manifest with a value in every entry."""
     options = {"target": "qdq", "precision": "fp32", "batch": [1, 8], "size": "8x8"}
     if kind == "engine":
         options |= {
@@ -91,7 +91,7 @@ def write(folder, record):
 
 
 def places(value, place=()):
-    """Every entry of a JSON value by its place."""
+    """The path of every entry of a JSON value."""
     if place:
         yield place
     if isinstance(value, dict | list):
@@ -114,7 +114,7 @@ def sparse(path):
 
 
 def refusal(folder):
-    """The message that refuses a manifest; None if it is accepted. Other exceptions are not caught."""
+    """The error message for a manifest; None if it is accepted. Other exceptions are not caught."""
     try:
         read_manifest(folder)
     except TrtqError as err:
@@ -146,7 +146,7 @@ def test_a_valid_manifest_is_read(folder, kind):
     record = valid(kind)
     manifest = read_manifest(write(folder, record), kind)
     assert artefact_kind(folder) == kind
-    # Recipe and options stay as they were written.
+    # Recipe and options are unchanged.
     assert manifest.recipe.to_json() == record["recipe"]
     assert manifest.options.to_json() == record["options"]
     assert manifest.layer_kinds()["a.scores"] == "product a8a4"
@@ -154,7 +154,7 @@ def test_a_valid_manifest_is_read(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["run", "onnx", "engine"])
-def test_every_entry_with_every_wrong_value_is_fine_or_refused(folder, kind):
+def test_every_wrong_value_in_every_entry_is_accepted_or_refused(folder, kind):
     record = valid(kind)
     rng = random.Random(kind)
     every = [(place, value) for place in places(record) for value in WRONG]
@@ -293,7 +293,7 @@ def test_a_wrong_option_is_named(folder, place, value, message):
         *("./a", "a/", "", "a?", "x" * 300, "manifest.json", "a/" * 2000 + "a"),
     ],
 )
-def test_a_file_that_no_system_has_in_a_folder_is_refused(folder, name):
+def test_an_invalid_file_name_is_refused(folder, name):
     write(folder, changed(valid(), ("files", name), DIGEST))
     with pytest.raises(IntegrityError, match=r"manifest\.json") as caught:
         read_manifest(folder)
@@ -323,7 +323,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_what_is_no_manifest_is_refused(folder, text):
+def test_a_file_that_is_not_a_manifest_is_refused(folder, text):
     (folder / "manifest.json").write_bytes(text)
     for read in (read_manifest, artefact_kind):
         with pytest.raises(ArtefactError, match=r"manifest\.json") as caught:
@@ -340,19 +340,19 @@ def test_what_is_no_manifest_is_refused(folder, text):
         (sparse, "10,737,418,240 bytes"),
     ],
 )
-def test_what_is_no_file_in_its_place_is_refused(folder, make, message):
+def test_a_manifest_that_is_not_a_file_is_refused(folder, make, message):
     make(folder / "manifest.json")
     for read in (read_manifest, artefact_kind):
         with pytest.raises(ArtefactError, match=message):
             read(folder)
 
 
-def test_a_byte_order_mark_changes_nothing(folder):
+def test_a_byte_order_mark_in_a_manifest_is_accepted(folder):
     (folder / "manifest.json").write_text(json.dumps(valid()), encoding="utf-8-sig")
     assert read_manifest(folder).kind == "run"
 
 
-def test_a_folder_without_a_manifest_is_no_artefact(folder):
+def test_a_folder_without_a_manifest_is_not_an_artefact(folder):
     assert artefact_kind(folder) is None
     shutil.rmtree(folder)
     assert artefact_kind(folder) is None

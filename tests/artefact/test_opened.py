@@ -1,4 +1,4 @@
-"""Opening an artefact: each file is hashed once in every verb."""
+"""Opening an artefact: every command hashes each file once."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from trtq.serve.hosting import open_model
 
 @pytest.fixture
 def hashed(monkeypatch):
-    """How often the SHA-256 of each file was computed, by path."""
+    """Number of computations of each file's SHA-256, by path."""
     counts = Counter()
     digest = hashlib.file_digest
 
@@ -53,7 +53,7 @@ def verbs(tmp_path):
 
 @pytest.mark.parametrize("kind", ["run", "onnx"])
 @pytest.mark.parametrize("verb", ["generate", "evaluate", "serve", "inspect", "verify", "load"])
-def test_a_verb_hashes_each_file_exactly_once(
+def test_a_command_hashes_each_file_exactly_once(
     digits_run, digits_onnx, tmp_path, hashed, kind, verb
 ):
     folder = Path({"run": digits_run, "onnx": digits_onnx}[kind])
@@ -64,7 +64,9 @@ def test_a_verb_hashes_each_file_exactly_once(
     assert inside == {str((folder / name).resolve()): 1 for name in listed}
 
 
-def test_an_opened_artefact_passes_through_and_is_not_hashed_again(digits_onnx, tmp_path, hashed):
+def test_an_opened_artefact_is_returned_unchanged_and_not_hashed_again(
+    digits_onnx, tmp_path, hashed
+):
     opened = open_artefact(digits_onnx)
     assert set(hashed.values()) == {1}
     hashed.clear()
@@ -74,7 +76,7 @@ def test_an_opened_artefact_passes_through_and_is_not_hashed_again(digits_onnx, 
     assert not [path for path in hashed if Path(path).is_relative_to(digits_onnx)]
 
 
-def test_an_opened_artefact_knows_how_it_was_made(digits_run, digits_onnx):
+def test_an_opened_artefact_has_the_settings_of_its_manifest(digits_run, digits_onnx):
     run, onnx = open_artefact(digits_run), open_artefact(digits_onnx)
     assert type(run) is Run
     assert (run.kind, run.denoiser, run.steps, run.guidance, run.bits) == (
@@ -87,7 +89,7 @@ def test_an_opened_artefact_knows_how_it_was_made(digits_run, digits_onnx):
 
 
 @pytest.mark.parametrize("place", ["digits", "some/hub-id", object()])
-def test_what_is_no_artefact_is_a_checkpoint(place):
+def test_anything_but_an_artefact_is_a_checkpoint(place):
     opened = open_artefact(place)
     assert type(opened) is Checkpoint
     assert opened.place is place
@@ -121,7 +123,7 @@ def test_a_folder_of_another_kind_is_refused_before_it_is_hashed(digits_run, tmp
     assert not hashed
 
 
-def test_an_output_is_kept_apart_from_an_opened_input(digits_run):
+def test_an_output_must_not_overlap_an_opened_input(digits_run):
     from trtq.errors import UsageError
     from trtq.exporter.export import export
 
@@ -130,7 +132,7 @@ def test_an_output_is_kept_apart_from_an_opened_input(digits_run):
         export(opened, Path(digits_run) / "onnx")
 
 
-def test_engines_know_their_backend(digits_onnx, tmp_path):
+def test_an_engine_folder_has_its_backend(digits_onnx, tmp_path):
     copy = tmp_path / "engine"
     shutil.copytree(digits_onnx, copy)
     record = json.loads((copy / "manifest.json").read_text())
@@ -145,7 +147,7 @@ def test_engines_know_their_backend(digits_onnx, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["run", "onnx"])
-def test_a_manifest_is_rewritten_as_it_was(digits_run, digits_onnx, tmp_path, kind):
+def test_a_rewritten_manifest_is_unchanged(digits_run, digits_onnx, tmp_path, kind):
     folder = Path({"run": digits_run, "onnx": digits_onnx}[kind])
     record = json.loads((folder / "manifest.json").read_text())
     record["options"]["of_a_later_version"] = {"nested": [1, None]}

@@ -1,4 +1,4 @@
-"""Where trtq writes: what it replaces, what it leaves alone, and what a killed process leaves behind."""
+"""Outputs of trtq: replaced files, files that must stay, and the remains of a killed process."""
 
 import errno
 import json
@@ -85,7 +85,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN.keys())
 @pytest.mark.parametrize("kind", ["run", "onnx", "engine", "eval", "bench", "demo", "triton"])
-def test_a_folder_of_somebody_else_is_never_replaced(kind, files, tmp_path):
+def test_a_foreign_folder_is_never_replaced(kind, files, tmp_path):
     place = tmp_path / "mine"
     for name, text in (files | {"thesis.txt": "years"}).items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def test_only_the_same_kind_is_replaced(other, tmp_path):
     assert hidden(tmp_path) == []
 
 
-def test_an_artefact_is_replaced_only_when_told_to(tmp_path):
+def test_an_artefact_is_replaced_only_with_overwrite(tmp_path):
     place = make(tmp_path / "run")
     with pytest.raises(UsageError, match="pass --overwrite"):
         make(place, "two")
@@ -140,7 +140,7 @@ def test_files_of_the_user_stay_where_they_are(tmp_path):
     assert read_manifest(place).kind == "run"
 
 
-def test_a_folder_with_nothing_but_bookkeeping_is_empty(tmp_path):
+def test_a_folder_with_only_bookkeeping_files_is_empty(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".DS_Store").write_text("finder")
     make(tmp_path / "run")
@@ -148,7 +148,7 @@ def test_a_folder_with_nothing_but_bookkeeping_is_empty(tmp_path):
     assert hidden(tmp_path) == []
 
 
-def test_a_file_that_was_changed_is_the_users(tmp_path):
+def test_a_changed_file_belongs_to_the_user(tmp_path):
     place = make(tmp_path / "run")
     (place / "unet" / "config.json").write_text("mine")
     with pytest.raises(UsageError, match=r"config\.json was changed since trtq wrote it"):
@@ -156,7 +156,7 @@ def test_a_file_that_was_changed_is_the_users(tmp_path):
     assert content(place) == "mine"
 
 
-def test_a_file_that_was_changed_while_the_new_one_was_made_is_kept(tmp_path, caplog):
+def test_a_file_that_was_changed_during_the_work_is_kept(tmp_path, caplog):
     place = make(tmp_path / "run")
     with new_artefact(place, overwrite=True) as folder:
         fill(folder, "two")
@@ -226,7 +226,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize(("prepare", "message"), PLACES.values(), ids=PLACES.keys())
-def test_places_where_nothing_can_be_written_are_refused(prepare, message, tmp_path, monkeypatch):
+def test_unwritable_paths_are_refused(prepare, message, tmp_path, monkeypatch):
     for folder in ("home", "work/here"):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work" / "here")
@@ -245,19 +245,19 @@ def test_a_mount_point_is_refused(tmp_path, monkeypatch):
         check_output(tmp_path / "disk", overwrite=False)
 
 
-def test_a_source_that_is_no_path_is_in_nobodys_way(tmp_path):
+def test_a_source_that_is_not_a_path_does_not_block_an_output(tmp_path):
     for source in ("x" * 5000, "a\0b", "digits", object()):
         assert check_output(tmp_path / "run", overwrite=False, source=source)
 
 
 @pytest.mark.parametrize("other", ["run", "run/sub", ".", "run/../run"])
-def test_input_and_output_are_apart(other, tmp_path):
+def test_input_and_output_must_not_overlap(other, tmp_path):
     make(tmp_path / "run")
     with pytest.raises(UsageError, match="the same place or inside each other"):
         check_output(tmp_path / other, overwrite=True, source=tmp_path / "run")
 
 
-def test_folders_that_were_made_for_nothing_go_again(tmp_path):
+def test_created_folders_that_stay_empty_are_removed(tmp_path):
     with pytest.raises(RuntimeError), new_artefact(tmp_path / "a" / "b" / "run"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -265,7 +265,7 @@ def test_folders_that_were_made_for_nothing_go_again(tmp_path):
     assert hidden(tmp_path / "a" / "b") == []
 
 
-def test_a_folder_that_cannot_be_written_is_wrong_use(tmp_path, monkeypatch):
+def test_an_unwritable_folder_is_a_usage_error(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", "there")
 
@@ -276,7 +276,7 @@ def test_a_folder_that_cannot_be_written_is_wrong_use(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_full_disk_names_place_and_file_and_leaves_what_was_there(overwrite, tmp_path):
+def test_a_full_disk_names_folder_and_file_and_keeps_the_existing_output(overwrite, tmp_path):
     if overwrite:
         make(tmp_path / "run")
 
@@ -293,7 +293,7 @@ def test_a_full_disk_names_place_and_file_and_leaves_what_was_there(overwrite, t
         assert content(tmp_path / "run") == "one"
 
 
-def test_what_was_there_comes_back_when_the_new_one_cannot_be_moved(tmp_path, monkeypatch):
+def test_the_existing_folder_is_restored_if_the_new_one_cannot_be_moved(tmp_path, monkeypatch):
     place = make(tmp_path / "run")
     rename = Path.rename
 
@@ -309,10 +309,10 @@ def test_what_was_there_comes_back_when_the_new_one_cannot_be_moved(tmp_path, mo
     assert hidden(tmp_path) == []
 
 
-# A process that died: kill -9, or the power.
+# A process that died: kill -9, or a power failure.
 
 
-def test_what_a_dead_process_left_is_swept(tmp_path):
+def test_remains_of_a_dead_process_are_removed(tmp_path):
     fill(partial_folder(tmp_path / "run"), "half")
     (partial_folder(tmp_path / "run") / "half.bin").write_text("x")
     (tmp_path / ".run.trtq-lock").write_text('{"pid": 1, "host": "gone"}')
@@ -321,7 +321,7 @@ def test_what_a_dead_process_left_is_swept(tmp_path):
     assert not (tmp_path / "run" / "half.bin").exists()
 
 
-def test_the_old_one_comes_back_where_a_process_died_between_the_renames(tmp_path, caplog):
+def test_the_old_folder_is_restored_after_a_death_between_the_renames(tmp_path, caplog):
     place = make(tmp_path / "run")
     fill(partial_folder(place), "two")
     place.rename(old_folder(place))
@@ -332,7 +332,7 @@ def test_the_old_one_comes_back_where_a_process_died_between_the_renames(tmp_pat
     assert not old_folder(place).exists()
 
 
-def test_the_old_one_goes_where_a_process_died_after_the_renames(tmp_path):
+def test_the_old_folder_is_removed_after_a_death_after_the_renames(tmp_path):
     place = make(tmp_path / "run")
     (place / "NOTES.md").write_text("mine")
     place.rename(old_folder(place))
@@ -345,7 +345,7 @@ def test_the_old_one_goes_where_a_process_died_after_the_renames(tmp_path):
     assert hidden(tmp_path) == []
 
 
-def test_something_else_under_the_name_of_the_old_one_is_not_touched(tmp_path):
+def test_a_foreign_file_with_the_name_of_the_old_folder_is_not_touched(tmp_path):
     place = make(tmp_path / "run")
     old_folder(place).mkdir()
     (old_folder(place) / "NOTES.md").write_text("mine")
@@ -355,7 +355,7 @@ def test_something_else_under_the_name_of_the_old_one_is_not_touched(tmp_path):
     assert (old_folder(place) / "NOTES.md").read_text() == "mine"
 
 
-def test_a_link_under_the_name_of_the_partial_folder_is_not_followed(tmp_path):
+def test_a_link_with_the_name_of_the_partial_folder_is_not_followed(tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years")
     partial_folder(tmp_path / "run").symlink_to(tmp_path / "precious")
@@ -363,7 +363,7 @@ def test_a_link_under_the_name_of_the_partial_folder_is_not_followed(tmp_path):
     assert [path.name for path in (tmp_path / "precious").iterdir()] == ["thesis.txt"]
 
 
-def test_a_link_under_the_name_of_the_lock_is_not_followed(tmp_path):
+def test_a_link_with_the_name_of_the_lock_is_not_followed(tmp_path):
     (tmp_path / "thesis.txt").write_text("years")
     (tmp_path / ".run.trtq-lock").symlink_to("thesis.txt")
     with pytest.raises(UsageError, match="cannot write to"):
@@ -371,7 +371,7 @@ def test_a_link_under_the_name_of_the_lock_is_not_followed(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years"
 
 
-# Two at once.
+# Two processes or threads at once.
 
 WRITER = """
 import sys, time
@@ -397,7 +397,7 @@ def writer(place, text, body=WRITER):
     )
 
 
-def test_the_second_process_is_refused_and_the_first_one_wins(tmp_path):
+def test_a_second_process_is_refused_and_the_first_one_finishes(tmp_path):
     place = tmp_path / "run"
     first = writer(place, "first")
     assert first.stdout.readline() == "writing\n"
@@ -411,7 +411,7 @@ def test_the_second_process_is_refused_and_the_first_one_wins(tmp_path):
     assert hidden(tmp_path) == []
 
 
-def test_a_killed_process_is_in_nobodys_way(tmp_path):
+def test_the_lock_of_a_killed_process_blocks_no_other_process(tmp_path):
     place = tmp_path / "run"
     first = writer(place, "first")
     first.stdout.readline()
@@ -422,7 +422,7 @@ def test_a_killed_process_is_in_nobodys_way(tmp_path):
     assert hidden(tmp_path) == []
 
 
-def test_a_second_thread_is_refused_and_the_same_one_is_not(tmp_path):
+def test_a_second_thread_is_refused_but_the_same_thread_is_not(tmp_path):
     refused = []
 
     def other():
@@ -442,9 +442,7 @@ def test_a_second_thread_is_refused_and_the_same_one_is_not(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_locks_of_the_system_the_record_tells_the_living_from_the_dead(
-    tmp_path, monkeypatch
-):
+def test_without_file_locks_the_record_shows_whether_the_owner_is_alive(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "_try_lock", lambda _: None)
     lock = tmp_path / ".run.trtq-lock"
     ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -467,7 +465,7 @@ def test_without_locks_of_the_system_the_record_tells_the_living_from_the_dead(
     assert hidden(tmp_path) == []
 
 
-def test_a_function_claims_its_output_before_its_work(tmp_path):
+def test_a_function_locks_its_output_before_its_work(tmp_path):
     @claims_output
     def work(model, out, overwrite=False):
         assert (tmp_path / ".run.trtq-lock").is_file()
@@ -506,8 +504,8 @@ with command(False), new_artefact(Path(sys.argv[1]), keep_partial=True) as folde
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
-def test_a_signal_leaves_nothing_but_checkpoints(number, code, tmp_path):
-    # typer turns its Exit into the process's code; without typer it is an exception with one.
+def test_a_signal_leaves_only_checkpoints(number, code, tmp_path):
+    # typer converts its Exit to the exit code of the process; without typer the exception has the code.
     body = f"import typer\ntry:\n{textwrap.indent(ENDED, ' ')}\n"
     body += "except typer.Exit as err:\n sys.exit(err.exit_code)"
     for checkpoint in ("", "checkpoint"):
@@ -522,7 +520,7 @@ def test_a_signal_leaves_nothing_but_checkpoints(number, code, tmp_path):
     assert left == {"checkpoints", "fine-tune", "iteration-0000002", "checkpoint.json"}
 
 
-def test_a_signal_that_is_to_be_ignored_stays_ignored(tmp_path):
+def test_an_ignored_signal_stays_ignored(tmp_path):
     body = (
         "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "from trtq.processes import ending_on_signals\n"
@@ -549,14 +547,14 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
     parent = writer(tmp_path, "", body)
     assert int(parent.stdout.readline()) > 0
     parent.kill()
-    # The worker holds the other end of this pipe: it is at its end when the worker has ended, too.
+    # The worker holds the other end of this pipe, which closes when the worker ends.
     parent.communicate(timeout=30)
 
 
 # Single files.
 
 
-def test_a_file_is_written_whole_and_replaced_only_when_told_to(tmp_path):
+def test_a_file_is_written_completely_and_replaced_only_with_overwrite(tmp_path):
     place = tmp_path / "x.json"
     with new_file(place, overwrite=False) as partial:
         partial.write_text("one")
@@ -577,7 +575,7 @@ def test_a_file_is_written_whole_and_replaced_only_when_told_to(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path):
+def test_a_file_created_in_the_meantime_is_not_replaced(tmp_path):
     def write():
         with new_file(tmp_path / "x", overwrite=False) as partial:
             partial.write_text("ours")
@@ -592,7 +590,7 @@ def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path):
     ("name", "message"),
     [("no/x.png", "does not exist"), ("folder", "is a folder"), ("link.png", "symbolic link")],
 )
-def test_places_of_files_are_refused(name, message, tmp_path):
+def test_unwritable_file_paths_are_refused(name, message, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "y.png")
     with pytest.raises(UsageError, match=message):
@@ -623,7 +621,7 @@ def test_a_report_is_replaced_by_the_same_rule(tmp_path):
     assert hidden(tmp_path) == []
 
 
-def test_a_listing_names_what_is_there(tmp_path):
+def test_a_listing_names_the_files_of_the_folder(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_text("x")
     write_listing(tmp_path, "triton", unhashed=["SUMS"])
@@ -635,7 +633,7 @@ def test_a_listing_names_what_is_there(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
-def test_a_pipe_in_the_place_of_a_listing_is_not_opened(tmp_path):
+def test_a_pipe_instead_of_a_listing_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "trtq-files.json")
     assert read_listing(tmp_path) is None
 
@@ -663,7 +661,7 @@ BESIDE = (
 
 
 @pytest.mark.parametrize("name", BESIDE)
-def test_what_others_leave_next_to_an_artefact_is_left_alone(name, tmp_path, caplog):
+def test_foreign_files_next_to_an_artefact_are_ignored(name, tmp_path, caplog):
     place = make(tmp_path / "run")
     (place / name).parent.mkdir(parents=True, exist_ok=True)
     (place / name).write_text("*\n")
@@ -694,7 +692,7 @@ READ = (
 
 
 @pytest.mark.parametrize("name", READ)
-def test_what_a_loader_would_read_must_be_in_the_manifest(name, tmp_path):
+def test_a_file_that_a_loader_would_read_must_be_in_the_manifest(name, tmp_path):
     with new_artefact(tmp_path / "run") as folder:
         if name != "model_index.json":
             index = {"tokenizer": ["transformers", "X"], "text_encoder": ["transformers", "Y"]}
@@ -708,7 +706,7 @@ def test_what_a_loader_would_read_must_be_in_the_manifest(name, tmp_path):
 
 
 def graph(*locations):
-    """What a graph says about tensors that lie in files next to it."""
+    """A graph whose external tensors are in a file next to it."""
     return b"".join(b"\x0a\x08location\x12" + bytes([len(where)]) + where for where in locations)
 
 

@@ -1,4 +1,4 @@
-"""The command line as users see it: results, refusals, exit codes, no half-written output."""
+"""The command line as users see it: results, errors, exit codes, no partial output."""
 
 import json
 import os
@@ -23,14 +23,14 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_the_help_of_every_verb_has_an_example():
+def test_the_help_of_every_command_has_an_example():
     for verb in VERBS:
         result = run(verb, "--help")
         assert result.exit_code == 0
         assert f"Example: trtq {verb}" in result.stdout
 
 
-def test_help_lists_the_verbs_in_the_order_of_the_path():
+def test_help_lists_the_commands_in_the_order_of_use():
     text = run("--help").stdout
     listed = [line.split()[0] for line in text[text.index("Commands:") :].splitlines()[1:]]
     assert listed == [
@@ -71,7 +71,7 @@ def test_doctor_lists_providers_and_models():
     assert "digits" in record["models"]
 
 
-def test_a_missing_optional_package_is_no_problem_for_doctor(monkeypatch):
+def test_a_missing_optional_package_is_not_a_problem_in_doctor(monkeypatch):
     from trtq.engine import doctor
 
     installed_version = doctor._version
@@ -98,7 +98,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_keys_of_quantize_and_export_are_there(tmp_path):
+def test_quantize_and_export_print_their_json_keys(tmp_path):
     fast = ["--method", "minmax", "--steps", 2, "--bits", "w4a8", "--json"]
     quantized = run("quantize", "digits", "-o", tmp_path / "run", *fast)
     assert quantized.exit_code == 0, quantized.stderr
@@ -139,7 +139,7 @@ def test_generate_writes_one_file_per_image_with_its_settings(digits_onnx, tmp_p
     assert facts[0]["steps"] == 4
 
 
-def test_eval_needs_no_classifier_for_snr_psnr_and_ssim(digits_run, tmp_path):
+def test_snr_psnr_and_ssim_need_no_classifier(digits_run, tmp_path):
     from trtq.diffusion.shipped import shipped_model
 
     model = tmp_path / "model"
@@ -192,7 +192,7 @@ def test_inspect_shows_layers_bits_and_tables(digits_run):
         text=True,
         check=True,
     )
-    # Names are not abbreviated in the narrowest common terminal either.
+    # Names are not abbreviated even in the narrowest common terminal.
     assert rows.keys() <= set(shown.stdout.split())
     assert "…" not in shown.stdout
 
@@ -257,7 +257,7 @@ WRONG_USE = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG_USE.values(), ids=WRONG_USE.keys())
-def test_wrong_use_is_exit_code_2_with_one_line_and_no_file(arguments, message, tmp_path):
+def test_wrong_use_exits_with_code_2_and_one_line_and_writes_no_file(arguments, message, tmp_path):
     filled = [str(a).format(tmp_path / "out") for a in arguments]
     result = run(*filled)
     assert result.exit_code == 2, result.stderr
@@ -266,7 +266,7 @@ def test_wrong_use_is_exit_code_2_with_one_line_and_no_file(arguments, message, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_lora_is_exit_code_1(tmp_path):
+def test_a_missing_lora_exits_with_code_1(tmp_path):
     result = run("quantize", "digits", "-o", tmp_path / "run", "--lora", tmp_path / "x.safetensors")
     assert result.exit_code == 1
     assert "there is no LoRA file" in " ".join(result.stderr.split())
@@ -281,7 +281,7 @@ def test_an_input_is_not_overwritten_by_its_own_output(inside, digits_run):
     assert run("inspect", digits_run).exit_code == 0
 
 
-def test_a_run_is_no_reference(digits_run):
+def test_a_run_is_not_accepted_as_a_reference(digits_run):
     result = run("eval", digits_run, "--reference", digits_run, "--images", 4)
     assert result.exit_code == 2
     assert "give the float checkpoint" in " ".join(result.stderr.split())
@@ -294,7 +294,7 @@ def test_a_run_cannot_be_quantised_again_without_a_lora(digits_run, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["quantize", "export", "generate", "inspect"])
-def test_a_missing_model_is_exit_code_1(verb, tmp_path):
+def test_a_missing_model_exits_with_code_1(verb, tmp_path):
     output = [] if verb == "inspect" else ["-o", tmp_path / "out.png"]
     result = run(verb, tmp_path / "nowhere", *output)
     assert result.exit_code == 1
@@ -375,7 +375,7 @@ def test_a_link_out_of_the_folder_is_refused(digits_run, tmp_path):
     assert "leaves the folder" in result.stderr.replace("\n", " ")
 
 
-def test_corrupt_tensors_with_a_matching_hash(digits_run, tmp_path):
+def test_corrupt_tensors_with_a_matching_hash_are_refused(digits_run, tmp_path):
     from trtq.artefact.files import sha256
 
     def change(folder):
@@ -399,7 +399,7 @@ def test_zero_layers_is_an_error(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_output_that_is_there_is_not_lost(digits_run, tmp_path):
+def test_an_existing_output_is_not_lost(digits_run, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
@@ -445,7 +445,7 @@ def test_a_model_with_nan_weights_is_refused(tmp_path):
     [["quantize", "digits", "--method", "minmax", "--steps", "2"], ["export", "digits"]],
     ids=["quantize", "export"],
 )
-def test_a_full_disk_is_one_line_and_leaves_nothing(command, tmp_path):
+def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(command, tmp_path):
     import resource
 
     def limited():

@@ -1,4 +1,4 @@
-"""Shell completion: `trtq --install-completion`, and what a shell is offered for an incomplete line."""
+"""Shell completion: `trtq --install-completion`, and the completions of an incomplete line."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from trtq.cli import app
 
 
 def complete(line, shell="bash"):
-    """The words that a shell is offered at the end of a line."""
+    """The completions at the end of a line."""
     words = line.split(" ")
     env = {
         "_TRTQ_COMPLETE": f"complete_{shell}",
@@ -43,11 +43,11 @@ LINES = {
 
 
 @pytest.mark.parametrize(("line", "words"), LINES.values(), ids=LINES.keys())
-def test_bash_is_offered(line, words):
+def test_bash_gets_the_completions(line, words):
     assert complete(line).split() == words
 
 
-def test_zsh_is_offered_verbs_with_their_help():
+def test_zsh_gets_the_commands_with_their_help():
     assert '"verify":"Check an artefact' in complete("trtq ver", "zsh")
 
 
@@ -63,11 +63,11 @@ def test_the_help_names_the_options_of_completion():
     text = CliRunner().invoke(app, ["--help"]).output
     assert "--install-completion" in text
     assert "--show-completion" in text
-    # Subcommands have none.
+    # Subcommands do not have these options.
     assert "completion" not in CliRunner().invoke(app, ["package", "--help"]).output
 
 
-def test_offered_values_are_those_of_the_library():
+def test_completed_values_are_those_of_the_library():
     from trtq.calib.recipe import Recipe, methods
     from trtq.commands.options import PROVIDERS
     from trtq.engine.ort import PROVIDERS as ORT_PROVIDERS
@@ -83,7 +83,7 @@ def test_offered_values_are_those_of_the_library():
 
 
 @pytest.mark.parametrize("instruction", ["complete_bash", "complete_evil", "evil", "source_"])
-def test_a_damaged_request_for_completion_is_no_traceback(instruction):
+def test_a_damaged_completion_request_prints_no_traceback(instruction):
     code = "import sys; sys.argv[0] = 'trtq'; from trtq.cli import app; app()"
     env = os.environ | {"_TRTQ_COMPLETE": instruction}
     env.pop("COMP_WORDS", None)

@@ -1,8 +1,8 @@
-"""Every verb with hostile inputs: one line names the input, and files of the user stay unchanged.
+"""Every command with hostile inputs: one line names the input, and the user's files do not change.
 
-Each case creates files, gives arguments, and states what the message must contain. After each case, with
-any exit code: no traceback, no internal error, no hang, every file next to the output unchanged, and
-after a refusal no new file at all, not even a hidden one.
+Each case creates files, passes arguments, and defines the text that the message must contain. After each
+case, with any exit code: no traceback, no internal error, no hang, every file next to the output
+unchanged, and after an error no new file, not even a hidden one.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ REFUSED = (1, 2)
 
 
 def put(path, make):
-    """A path, after `make` created something there."""
+    """A path at which `make` has created a file, folder, link or pipe."""
     make(path)
     return path
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """A tiny class-conditional model as folders: float, run and onnx."""
+    """Folders of a tiny class-conditional model: float, run and onnx."""
     place = tmp_path_factory.mktemp("made")
     model = place / "float"
     tiny_pipeline().save_pretrained(model)
@@ -92,7 +92,7 @@ def _move_weights_out(folder: Path) -> None:
 
 
 class World:
-    """A user's folder: the files of the case, precious files next to them, and copies of artefacts."""
+    """A user's folder: the files of the case, files that must not change, and copies of artefacts."""
 
     def __init__(self, path: Path, made: Path) -> None:
         self.path, self.made = path, made
@@ -120,7 +120,7 @@ class World:
         return folder if file == "manifest.json" else rehash(folder)
 
     def replaced(self, kind: str, file: str, content: str | bytes) -> Path:
-        """A copy with other content in a file and recomputed hashes."""
+        """A copy with different content in one file and recomputed hashes."""
         folder = self.copy(kind)
         (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
         return rehash(folder)
@@ -149,7 +149,7 @@ class World:
 
 
 def rehash(folder: Path) -> Path:
-    """Recompute the hashes of the manifest, as an attacker does after an edit."""
+    """Recompute the hashes in the manifest, as an attacker would after an edit."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
         if (folder / name).is_file():
@@ -175,7 +175,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 class _HungError(BaseException):
-    """Raised after the time limit; no verb catches it."""
+    """Raised after the time limit; no command catches this error."""
 
 
 @contextlib.contextmanager
@@ -203,7 +203,7 @@ def invoke(*arguments) -> tuple[int, str]:
 
 
 def start(*arguments, env=None, **how) -> tuple[int, str]:
-    """Exit code and output of a command run in a process of its own."""
+    """Exit code and output of a command run in a separate process."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
     environment = {name: value for name, value in environment.items() if value is not None}
     command = [sys.executable, "-c", "from trtq.cli import app; app()", *map(str, arguments)]
@@ -242,7 +242,7 @@ def judge(world: World, answer: tuple[int, str], before: dict[str, str], codes, 
 
 
 def by_end(end: str, change: Callable[[torch.Tensor], torch.Tensor]):
-    """Change the first layer tensor whose key has this ending."""
+    """Change the first layer tensor whose key ends with a suffix."""
 
     def edit(tensors):
         key = next(key for key in sorted(tensors) if key.startswith("layer:") and key.endswith(end))
@@ -259,7 +259,7 @@ def swap_tables(tensors):
 
 
 def swap_layers(tensors):
-    """Exchange the weights of two layers of equal shape: only the hash can detect it."""
+    """Exchange the weights of two layers of equal shape, which only the hash can detect."""
     first, second = [k for k in sorted(tensors) if k.endswith("resnets.0.conv2:weight.codes")][:2]
     tensors[first], tensors[second] = tensors[second], tensors[first]
 
@@ -340,14 +340,14 @@ RUNS: dict[str, Callable[[World], Path]] = {
     "named pipe": fifo,
     "artefact is a file": lambda w: w.file("run", "not a folder"),
     "artefact is empty": lambda w: put(w.path / "run", Path.mkdir),
-    "no such": lambda w: w.path / "run",
+    "missing folder": lambda w: w.path / "run",
     "name with a line end": lambda w: w.path / "no\nsuch\x1b[31m",
     "name of 300 characters": lambda w: w.path / ("x" * 300),
     "dangling link": lambda w: put(w.path / "run", lambda path: path.symlink_to("nowhere")),
     "manifest is a folder": lambda w: as_folder(w, "run", "manifest.json"),
     "manifest is empty": lambda w: w.file("run/manifest.json", "").parent,
-    "manifest is no object": lambda w: w.file("run/manifest.json", "[1,2]").parent,
-    "manifest is no UTF-8": lambda w: w.file("run/manifest.json", b"\xff\xfe{}").parent,
+    "manifest is not an object": lambda w: w.file("run/manifest.json", "[1,2]").parent,
+    "manifest is not UTF-8": lambda w: w.file("run/manifest.json", b"\xff\xfe{}").parent,
     "manifest with a key twice": lambda w: (
         w.file("run/manifest.json", '{"kind":"run","kind":"onnx"}').parent
     ),
@@ -370,8 +370,10 @@ RUNS: dict[str, Callable[[World], Path]] = {
     "weight scale NaN": lambda w: w.tensors(by_end("weight.scale", at(float("nan")))),
     "inverse scale of another": lambda w: w.tensors(by_end("activation.inv_scale", at(1.5))),
     "low above high": lambda w: w.tensors(swap_tables),
-    "high beyond the bits": lambda w: w.tensors(by_end("activation.high", at(30000))),
-    "zero point beyond the bits": lambda w: w.tensors(by_end("weight.zero_point", at(9999))),
+    "high out of range of the bits": lambda w: w.tensors(by_end("activation.high", at(30000))),
+    "zero point out of range of the bits": lambda w: w.tensors(
+        by_end("weight.zero_point", at(9999))
+    ),
     "bias NaN": lambda w: w.tensors(by_end(":bias", at(float("nan")))),
     "float part infinite": lambda w: w.tensors(
         lambda f: f.update({"float:conv_norm_out.weight": torch.full((8,), float("inf")).half()})
@@ -381,19 +383,19 @@ RUNS: dict[str, Callable[[World], Path]] = {
     "codes of int64": lambda w: w.tensors(by_end("weight.codes", lambda t: t.long())),
     "codes of another shape": lambda w: w.tensors(swap_unequal),
     "tensor missing": lambda w: w.tensors(lambda f: f.pop("layer:conv_in:bias")),
-    "tensor too many": lambda w: w.tensors(lambda f: f.update({"layer:evil:bias": torch.ones(2)})),
+    "surplus tensor": lambda w: w.tensors(lambda f: f.update({"layer:evil:bias": torch.ones(2)})),
     "source is empty": lambda w: w.edited("run", key("source", {})),
-    "source.files above": lambda w: w.edited(
+    "source.files in the parent folder": lambda w: w.edited(
         "run", lambda m: m["source"]["files"].update({"../../etc/passwd": "0" * 64})
     ),
-    "source.files of no hash": lambda w: w.edited(
+    "source.files without a hash": lambda w: w.edited(
         "run", lambda m: m["source"]["files"].update({"unet/config.json": "x"})
     ),
-    "denoiser above": lambda w: w.edited("run", key("denoiser", "../x")),
+    "denoiser in the parent folder": lambda w: w.edited("run", key("denoiser", "../x")),
     "denoiser absolute": lambda w: w.edited("run", key("denoiser", "/etc")),
-    "denoiser a scheduler": lambda w: w.edited("run", key("denoiser", "scheduler")),
+    "denoiser is a scheduler": lambda w: w.edited("run", key("denoiser", "scheduler")),
     "denoiser empty": lambda w: w.edited("run", key("denoiser", "")),
-    "files above": lambda w: w.edited(
+    "files in the parent folder": lambda w: w.edited(
         "run", lambda m: m["files"].update({"../thesis.txt": "0" * 64})
     ),
     "files absolute": lambda w: w.edited(
@@ -406,7 +408,7 @@ RUNS: dict[str, Callable[[World], Path]] = {
     "kind unknown": lambda w: w.edited("run", key("kind", "mystery")),
     "kind onnx": lambda w: w.edited("run", key("kind", "onnx")),
     "kind engine": lambda w: w.edited("run", key("kind", "engine")),
-    "format of tomorrow": lambda w: w.edited("run", key("format_version", 99)),
+    "future format version": lambda w: w.edited("run", key("format_version", 99)),
     "format true": lambda w: w.edited("run", key("format_version", True)),
     "layers swapped": lambda w: w.edited("run", swap_rows),
     "layers twice": lambda w: w.edited("run", lambda m: m["layers"].append(m["layers"][0])),
@@ -418,8 +420,8 @@ RUNS: dict[str, Callable[[World], Path]] = {
         "run", lambda m: m["layers"][3].update(input_of=m["layers"][3]["name"])
     ),
     "reason of a megabyte": lambda w: w.edited("run", row(reason="x" * (1 << 20))),
-    "recipe of other bits": lambda w: w.edited("run", recipe(bits="w8a8")),
-    "recipe of nonsense bits": lambda w: w.edited("run", recipe(bits="w99a99")),
+    "recipe with other bits": lambda w: w.edited("run", recipe(bits="w8a8")),
+    "recipe with invalid bits": lambda w: w.edited("run", recipe(bits="w99a99")),
     "recipe with other steps": lambda w: w.edited("run", recipe(steps=7)),
     "recipe static": lambda w: w.edited("run", recipe(tables="static")),
     "recipe with guidance -1": lambda w: w.edited("run", recipe(guidance=-1)),
@@ -432,7 +434,7 @@ RUNS: dict[str, Callable[[World], Path]] = {
     "structure unknown": lambda w: w.edited(
         "run", key("structure", {"attention": ["evil"], "splits": {}})
     ),
-    "loras of nonsense": lambda w: w.edited("run", key("loras", [{"name": "x"}])),
+    "invalid loras": lambda w: w.edited("run", key("loras", [{"name": "x"}])),
     "metrics infinite": lambda w: w.edited("run", key("metrics", {"bytes": 10**400})),
     "classes of 10 MB": lambda w: w.replaced(
         "run", "classes.json", json.dumps({"labels": ["x" * (10 << 20), "b", "c"], "null_class": 3})
@@ -563,7 +565,7 @@ GRAPHS: dict[str, Callable[[World], Path]] = {
     "data offset text": lambda w: w.graph(external(offset="0x10")),
     "data not listed": lambda w: w.edited("onnx", lambda m: m["files"].pop("unet/model.onnx_data")),
     "metadata missing": lambda w: w.graph(no_metadata),
-    "layers of no JSON": lambda w: w.graph(metadata("trtq.layers", "{")),
+    "layers not JSON": lambda w: w.graph(metadata("trtq.layers", "{")),
     "layers of a list": lambda w: w.graph(metadata("trtq.layers", "[]")),
     "layers of other bits": lambda w: w.graph(
         metadata("trtq.layers", '{"conv_in": "conv2d w2a2"}')
@@ -574,14 +576,14 @@ GRAPHS: dict[str, Callable[[World], Path]] = {
     "node that feeds itself": lambda w: w.graph(self_feeding),
     "input renamed": lambda w: w.graph(renamed_input),
     "weights of a petabyte": lambda w: w.graph(huge_dimension),
-    "axis of a tera": lambda w: w.graph(huge_axis),
+    "axis of 10^12": lambda w: w.graph(huge_axis),
     "table NaN": lambda w: w.graph(nan_table),
     "operator of a foreign domain": lambda w: w.graph(custom_domain),
-    "value made twice": lambda w: w.graph(duplicate_output),
+    "value computed twice": lambda w: w.graph(duplicate_output),
     "no nodes": lambda w: w.graph(lambda m: m.graph.ClearField("node")),
     "options.batch of text": lambda w: w.edited("onnx", option(batch="1:8")),
-    "options.batch upside down": lambda w: w.edited("onnx", option(batch=[8, 1])),
-    "options.size of nonsense": lambda w: w.edited("onnx", option(size="evil")),
+    "options.batch reversed": lambda w: w.edited("onnx", option(batch=[8, 1])),
+    "options.size invalid": lambda w: w.edited("onnx", option(size="evil")),
     "options.target unknown": lambda w: w.edited("onnx", option(target="evil")),
     "options.precision unknown": lambda w: w.edited("onnx", option(precision="fp2")),
     "options empty": lambda w: w.edited("onnx", key("options", {})),
@@ -590,7 +592,7 @@ GRAPHS: dict[str, Callable[[World], Path]] = {
     ),
     "kind engine": lambda w: w.edited("onnx", key("kind", "engine")),
     "kind run": lambda w: w.edited("onnx", key("kind", "run")),
-    "denoiser above": lambda w: w.edited("onnx", key("denoiser", "../onnx/unet")),
+    "denoiser in the parent folder": lambda w: w.edited("onnx", key("denoiser", "../onnx/unet")),
     "named pipe": lambda w: fifo(w, "onnx"),
     "link to itself": lambda w: loop(w, "onnx"),
 }
@@ -622,12 +624,12 @@ ENGINES: dict[str, Callable[[World], Path]] = {
     "engine empty": lambda w: engine(w, b""),
     "engine for a tensorrt that is missing": lambda w: engine(w, backend="tensorrt"),
     "engine of an unknown backend": lambda w: engine(w, backend="evil"),
-    "engine of no backend": lambda w: engine(w, backend=None),
-    "engine of nonsense profiles": lambda w: engine(w, profiles={"unet": {"sample": "big"}}),
-    "engine of no profiles": lambda w: engine(w, profiles={}),
-    "engine of profiles above": lambda w: engine(w, profiles={"../x": {}}),
+    "engine without a backend": lambda w: engine(w, backend=None),
+    "engine with invalid profiles": lambda w: engine(w, profiles={"unet": {"sample": "big"}}),
+    "engine without profiles": lambda w: engine(w, profiles={}),
+    "engine with profiles in the parent folder": lambda w: engine(w, profiles={"../x": {}}),
     "engine of a list of architectures": lambda w: engine(w, architectures=[[86]]),
-    "engine of no architecture": lambda w: engine(w, architectures=[]),
+    "engine without an architecture": lambda w: engine(w, architectures=[]),
     "engine of two": lambda w: engine(w, architectures=["sm86", "evil"]),
     "engine of architectures as text": lambda w: engine(w, architectures="sm86"),
 }
@@ -700,7 +702,7 @@ def lora(w, name="style.safetensors", **changes):
 
 
 def with_lora(*texts):
-    """Values of `--lora`; FILE stands for a valid LoRA file."""
+    """Values of `--lora`; FILE is replaced by the path of a valid LoRA file."""
 
     def make(w):
         good = lora(w)
@@ -725,7 +727,7 @@ def opening(verb, kind, *extra, path=None):
 
 
 def into(verb, kind, place):
-    """A verb with a hostile output path."""
+    """A command with a hostile output path."""
 
     def make(w):
         arguments = OPENING[verb](w, w.made / kind)
@@ -1389,7 +1391,7 @@ POLICY = 'family = "UNet2DModel"\n'
 
 
 def gone(w):
-    """A current folder that is deleted while the process runs."""
+    """A working directory that is deleted while the process runs."""
     place = w.path.parent / "gone"
     place.mkdir()
     return {"preexec_fn": lambda: (os.chdir(place), place.rmdir())}
@@ -1421,7 +1423,7 @@ def variables(**values):
 
 
 SURROUNDINGS: dict[str, Callable[[World], dict[str, Any]]] = {
-    "a cache that cannot be": variables(TRTQ_CACHE="/proc/nonexistent"),
+    "an impossible cache path": variables(TRTQ_CACHE="/proc/nonexistent"),
     "a cache that is a file": variables(TRTQ_CACHE=lambda w: str(w.file("cache", "precious"))),
     "an empty cache's name": variables(TRTQ_CACHE="", HOME=None, XDG_CACHE_HOME=None),
     "no home": variables(HOME=None, TRTQ_CACHE=None, XDG_CACHE_HOME="/proc/x"),
@@ -1429,16 +1431,16 @@ SURROUNDINGS: dict[str, Callable[[World], dict[str, Any]]] = {
         HOME=lambda w: str(w.file("home", "precious")), TRTQ_CACHE=None, XDG_CACHE_HOME=None
     ),
     "no folder for temporary files": variables(TMPDIR="/nonexistent"),
-    "threads of nonsense": variables(OMP_NUM_THREADS="abc"),
+    "invalid number of threads": variables(OMP_NUM_THREADS="abc"),
     "columns below 0": variables(COLUMNS="-1", LINES="x"),
     "columns of 10^9": variables(COLUMNS="1000000000"),
     "an ASCII terminal": variables(LANG="C", LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0"),
     "a dumb terminal": variables(TERM="dumb", FORCE_COLOR="1"),
-    "a processor of nonsense": variables(TRTQ_CPU="z80"),
+    "an invalid processor": variables(TRTQ_CPU="z80"),
     "an API key with a line end": variables(TRTQ_API_KEY="a\nb"),
     "standard input closed": closed(0),
     "all streams closed": closed(0, 1, 2),
-    "a folder that is gone": gone,
+    "a deleted working directory": gone,
     "12 open files": limited("RLIMIT_NOFILE", 12),
     "no file above 200 bytes": limited("RLIMIT_FSIZE", 200),
     "no file above 20 kB": limited("RLIMIT_FSIZE", 20_000),
@@ -1451,7 +1453,7 @@ SURROUNDED: dict[str, Callable[[World], list[Any]]] = {
     "doctor": lambda w: ["doctor"],
     "verify": lambda w: ["verify", w.made / "onnx"],
 }
-FAST_SURROUNDED = (("inspect", "a folder that is gone"),)
+FAST_SURROUNDED = (("inspect", "a deleted working directory"),)
 
 
 # --- The tests ------------------------------------------------------------------------------------
@@ -1459,7 +1461,7 @@ FAST_SURROUNDED = (("inspect", "a folder that is gone"),)
 
 @pytest.fixture
 def world(tmp_path, made, monkeypatch):
-    """The folder of a case; leftovers of any kind are seen, also temporary files."""
+    """The folder of a case, which also receives temporary files, so that leftovers are detected."""
     place = tmp_path / "world"
     place.mkdir()
     scratch = tmp_path / "scratch"
@@ -1475,7 +1477,7 @@ def world(tmp_path, made, monkeypatch):
 
 
 def marked(keys, is_fast):
-    """Parameters of the keys; all that are not fast are marked slow."""
+    """Test parameters by key; all except the fast ones are marked slow."""
     return [
         pytest.param(*key, marks=() if is_fast(*key) else pytest.mark.slow, id=" ".join(key))
         for key in keys
@@ -1543,11 +1545,11 @@ def test_a_foreign_engine_is_refused_in_one_line(world, verb, name):
     ),
 )
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
-def test_nothing_is_written_to_a_hostile_place(world, verb, name, overwrite):
+def test_nothing_is_written_to_a_hostile_path(world, verb, name, overwrite):
     arguments = WRITING[verb](world)
     arguments[arguments.index("-o") + 1] = PLACES[name](world)
     if verb == "generate" and name in ("the root", "a foreign folder", "a link"):
-        arguments += ["--class-label", "99"]  # It adds images to folders of the user.
+        arguments += ["--class-label", "99"]  # `generate` adds images to the user's folders.
     check(world, arguments + ["--overwrite"] * overwrite, ANY if name in NEW else REFUSED)
 
 
@@ -1592,13 +1594,13 @@ def test_invalid_arguments_are_refused_in_one_line(world, make, codes, says):
     ("verb", "name"),
     marked([(v, n) for v in SURROUNDED for n in SURROUNDINGS], lambda *key: key in FAST_SURROUNDED),
 )
-def test_a_hostile_environment_costs_no_file_and_no_traceback(world, verb, name):
+def test_a_hostile_environment_loses_no_file_and_prints_no_traceback(world, verb, name):
     how = SURROUNDINGS[name](world)
     check(world, SURROUNDED[verb](world), ANY, how=how)
 
 
 @pytest.mark.parametrize("version", [None, "", "nonsense", "999.0", "\x1b[31m"])
-def test_doctor_answers_with_broken_packages(world, monkeypatch, version):
+def test_doctor_works_with_broken_packages(world, monkeypatch, version):
     from trtq.engine import doctor
 
     monkeypatch.setattr(doctor, "_version", lambda package: version)
@@ -1606,7 +1608,7 @@ def test_doctor_answers_with_broken_packages(world, monkeypatch, version):
     check(world, ["doctor", "--json"])
 
 
-def test_every_verb_is_tested_with_twelve_or_more_hostile_inputs():
+def test_every_command_is_tested_with_twelve_or_more_hostile_inputs():
     met = {verb: set() for verb in VERBS}
     for name, *_ in CASES:
         verb = name.partition(":")[0].partition(" kernels")[0]
@@ -1631,11 +1633,16 @@ VERBS = (
     *("package", "plugins", "doctor", "demo"),
 )
 NEW = ("inside an artefact",)
-# Changes after which the artefact still generates what its manifest claims.
+# Changes that `verify` may accept, since the artefact still generates images.
 WELL: tuple[str, ...] = (
-    *("trained cut", "source.files above", "recipe of other bits", "recipe with an unknown key"),
+    *(
+        "trained cut",
+        "source.files in the parent folder",
+        "recipe with other bits",
+        "recipe with an unknown key",
+    ),
     *("classes of 10 MB", "classes too few", "scheduler unknown"),
-    "metadata missing",  # A graph without metadata is not compared with its manifest.
+    "metadata missing",  # Without metadata a graph is not compared with the manifest.
 )
 SAYS: dict[str, str] = {
     "link to itself": "is missing, though the manifest lists it",
@@ -1647,19 +1654,19 @@ SAYS: dict[str, str] = {
     "NaN in a scale": "layer 'conv_in': the table activation.scale",
     "negative scale": "positive finite numbers",
     "weight scale 0": "the weight's scale",
-    "zero point beyond the bits": "layer 'conv_in': 8-bit weights minus their zero points",
+    "zero point out of range of the bits": "layer 'conv_in': 8-bit weights minus their zero points",
     "low above high": "do not lie around zero",
     "bias NaN": "layer 'conv_in': the bias holds NaN",
     "float part infinite": "'conv_norm_out.weight' holds NaN or infinity",
     "tables of 3 steps": "has shape (3,), though the manifest lists 2 timesteps",
     "tensor missing": "as bias, the file none",
-    "tensor too many": "['evil']",
-    "denoiser above": "got '../x'",
-    "files above": "'../thesis.txt' leaves the folder",
+    "surplus tensor": "['evil']",
+    "denoiser in the parent folder": "got '../x'",
+    "files in the parent folder": "'../thesis.txt' leaves the folder",
     "kind unknown": "got 'mystery'",
-    "format of tomorrow": "format version 99",
+    "future format version": "format version 99",
     "layers twice": "'conv_in' is listed twice",
-    "recipe of nonsense bits": "got 'w99a99'",
+    "recipe with invalid bits": "got 'w99a99'",
     "recipe static": "static tables have one, got 2",
     "timesteps beyond": "the manifest was edited",
     "structure unknown": "'evil'",

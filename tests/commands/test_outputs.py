@@ -1,4 +1,4 @@
-"""No verb loses data of the user: folders, files, measurements, checkpoints."""
+"""No command loses the user's data: folders, files, measurements, checkpoints."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def tree(folder):
 
 @pytest.fixture(scope="module")
 def verbs(digits_onnx):
-    """The verbs that write a folder, and the arguments before `-o`."""
+    """The commands that write a folder, and their arguments before `-o`."""
     return {
         "quantize": ("quantize", "digits", "--method", "minmax", "--steps", 2),
         "export": ("export", "digits"),
@@ -76,7 +76,7 @@ def test_a_run_is_replaced_by_runs_only(verb, verbs, digits_run, tmp_path):
 
 
 @pytest.mark.parametrize("verb", FOLDERS)
-def test_links_files_and_places_inside_artefacts_are_refused(verb, verbs, digits_run, tmp_path):
+def test_links_files_and_paths_inside_artefacts_are_refused(verb, verbs, digits_run, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     shutil.copytree(digits_run, tmp_path / "run")
@@ -148,7 +148,7 @@ def test_a_half_written_first_checkpoint_does_not_block_the_next_run(resume, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_an_input_file_may_be_no_pipe(tmp_path):
+def test_an_input_file_must_not_be_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for arguments in (
         ("bench", "digits", "--baseline", tmp_path / "pipe"),

@@ -83,7 +83,7 @@ def fake_module(loads=True, works=True, starts=True, streamable=0, automatic=0, 
 
         def execute_async_v3(self, stream):
             assert stream == Memory.stream
-            if raises is not None:  # Like a plugin in Python, whose error TensorRT only prints.
+            if raises is not None:  # Like an error in a Python plugin, which TensorRT only prints.
                 with contextlib.suppress(KernelError):
                     plugins._kept(fail)(SimpleNamespace(plugin_name="LowBitLinear"))
                 return False

@@ -25,7 +25,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("provider", "short"), [("tensorrt", "trt"), ("tensorrt-rtx", "nv")])
-def test_ranges_are_written_as_the_provider_reads_them(provider, short, tmp_path):
+def test_ranges_are_written_in_the_format_of_the_provider(provider, short, tmp_path):
     settings = provider_settings(provider, PROFILE, "key")
     assert settings[f"{short}_profile_min_shapes"] == "sample:1x4x8x8,timestep:1"
     assert settings[f"{short}_profile_opt_shapes"] == "sample:2x4x8x8,timestep:2"
@@ -34,8 +34,8 @@ def test_ranges_are_written_as_the_provider_reads_them(provider, short, tmp_path
 
 
 class Session:
-    """A session of onnxruntime whose CUDA graphs, as in the TensorRT providers, are captured once and
-    then replayed on the addresses of the first call, even if the caller's arrays have moved."""
+    """A session whose CUDA graphs, as in onnxruntime's TensorRT providers, are captured once and then
+    replayed on the addresses of the first call, even if the caller's arrays have moved."""
 
     def __init__(self, model, options, providers=None):
         (chosen,) = providers
@@ -84,7 +84,7 @@ def test_every_call_computes_its_own_input(digits_onnx, provider, monkeypatch):
         assert np.array_equal(engine.run({"x": x})["y"], x + 1)
 
 
-def test_a_session_that_fails_is_one_error():
+def test_a_failing_session_raises_one_error():
     class Failing(Session):
         def run(self, names, feeds):
             raise RuntimeError(
@@ -99,7 +99,7 @@ def test_a_session_that_fails_is_one_error():
 
 @pytest.mark.parametrize("provider", ["tensorrt", "tensorrt-rtx"])
 def test_models_of_one_shape_have_separate_engines(digits_onnx, provider, tmp_path, monkeypatch):
-    """The provider names cached engines after the graph's nodes, which are the same in both."""
+    """The provider names cached engines after the graph's nodes, which are the same in both models."""
     places = []
 
     def session(model, options, providers):
@@ -134,7 +134,7 @@ def test_ranges_come_from_the_export(digits_onnx):
 
 
 @pytest.mark.parametrize("provider", ["tensorrt", "tensorrt-rtx"])
-def test_without_the_provider_its_packages_are_named(digits_onnx, provider, monkeypatch):
+def test_the_error_about_a_missing_provider_names_its_packages(digits_onnx, provider, monkeypatch):
     monkeypatch.setitem(sys.modules, OWN_PACKAGES["tensorrt-rtx"], None)
     package = "onnxruntime-gpu" if provider == "tensorrt" else "onnxruntime-ep-nv-tensorrt-rtx"
     with pytest.raises(UsageError, match=f"no provider '{provider}'.*{package}"):
@@ -142,7 +142,7 @@ def test_without_the_provider_its_packages_are_named(digits_onnx, provider, monk
 
 
 def test_the_providers_own_package_registers_itself(monkeypatch):
-    """With a fake: a GPU becomes a device of the session, no GPU is an error."""
+    """With a fake package: a GPU becomes a device of the session; without a GPU an error is raised."""
     registered, added = [], []
     package = SimpleNamespace(get_ep_name=lambda: "Nv", get_library_path=lambda: "nv.so")
     monkeypatch.setitem(sys.modules, OWN_PACKAGES["tensorrt-rtx"], package)

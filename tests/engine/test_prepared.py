@@ -1,4 +1,4 @@
-"""Prepared graphs: made once, by a child process, and kept where no other user can write."""
+"""Prepared graphs: made once, by a child process, and cached where no other user can write."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def graph(digits_onnx):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The cache of this test alone, for a process in which onnx_ir is not loaded."""
+    """A separate cache for each test, in a process in which onnx_ir is not loaded."""
     monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.delitem(sys.modules, "onnx_ir")
     return tmp_path / "cache" / "graphs"
@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def children(monkeypatch, tmp_path):
-    """The child processes, whose work is done in this process, which is faster."""
+    """The list of child processes, which are faked: the work is done faster in this process."""
     count = []
 
     class InProcess(Child):
@@ -49,7 +49,7 @@ def children(monkeypatch, tmp_path):
             with monkeypatch.context() as patch:
                 patch.setattr(sys, "argv", ["child", *self.arguments])
                 code = child.main()
-            # The rewrites have imported onnx_ir again.
+            # The rewrites import onnx_ir again.
             sys.modules.pop("onnx_ir", None)
             return Exit(code)
 
@@ -70,7 +70,7 @@ def children(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_a_graph_is_prepared_once_by_a_child_and_then_kept(graph, children, cache, runtime, vnni):
+def test_a_graph_is_prepared_once_by_a_child_and_then_cached(graph, children, cache, runtime, vnni):
     first = prepared_graph(graph, runtime)
     again = prepared_graph(graph, runtime)
     assert len(children) == 1
@@ -90,7 +90,7 @@ def test_each_kind_of_processor_has_its_own_graphs(graph, children, cache, monke
 
 
 @pytest.mark.parametrize("damage", ["graph", "record", "no json", "others write", "link"])
-def test_a_changed_entry_or_one_that_others_can_write_is_not_used(graph, children, cache, damage):
+def test_an_entry_that_is_changed_or_writable_by_others_is_not_used(graph, children, cache, damage):
     expected = prepared_graph(graph, "openvino")
     (entry,) = cache.iterdir()
     if damage == "graph":
@@ -128,7 +128,7 @@ def test_without_a_cache_a_graph_is_prepared_each_time(
     assert not (tmp_path / "off").exists()
 
 
-def test_the_cache_drops_the_graph_that_was_used_first(graph, children, cache, monkeypatch):
+def test_the_cache_evicts_the_graph_with_the_oldest_use(graph, children, cache, monkeypatch):
     monkeypatch.setattr(cache_module, "_MAX_GRAPHS", 1)
     prepared_graph(graph, "openvino")
     (old,) = cache.iterdir()
@@ -138,7 +138,7 @@ def test_the_cache_drops_the_graph_that_was_used_first(graph, children, cache, m
     assert new != old
 
 
-def test_a_graph_that_cannot_be_prepared_is_one_line(tmp_path):
+def test_a_graph_that_cannot_be_prepared_raises_a_one_line_error(tmp_path):
     """Runs a real child process."""
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no graph")
@@ -154,7 +154,7 @@ def test_a_graph_that_cannot_be_prepared_is_one_line(tmp_path):
     assert heavy == "False"
 
 
-def test_a_child_that_dies_is_named(graph, cache, monkeypatch):
+def test_the_death_of_a_child_is_reported(graph, cache, monkeypatch):
     body = "import os, sys; sys.stderr.write('last words'); sys.stderr.flush(); os.kill(os.getpid(), 9)"
     monkeypatch.setattr(processes, "worker_command", lambda *_: [sys.executable, "-c", body])
     with pytest.raises(
@@ -163,7 +163,7 @@ def test_a_child_that_dies_is_named(graph, cache, monkeypatch):
         prepared_graph(graph, "openvino")
 
 
-def test_engines_of_kept_graphs_compute_the_same(graph, children, cache, computed_vnni):
+def test_engines_of_cached_graphs_compute_the_same(graph, children, cache, computed_vnni):
     feeds = {
         "sample": np.random.default_rng(0).standard_normal((2, 1, 8, 8)).astype(np.float32),
         "timestep": np.array([1, 700], np.float32),
@@ -177,7 +177,7 @@ def test_engines_of_kept_graphs_compute_the_same(graph, children, cache, compute
         np.testing.assert_array_equal(*(e.run(feeds)["out_sample"] for e in (first, second)))
 
 
-def test_the_processor_is_one_setting(monkeypatch):
+def test_the_processor_features_are_one_setting(monkeypatch):
     for setting, expected in (("+vnni", True), ("-vnni", False), ("vnni, -bf16", True)):
         monkeypatch.setenv("TRTQ_CPU", setting)
         assert has_vnni() is expected
@@ -191,7 +191,7 @@ def test_the_processor_is_one_setting(monkeypatch):
     "file",
     ["graph/passes/step_values.py", "engine/prepared/child.py", "engine/prepared/graph.py"],
 )
-def test_the_key_depends_on_the_text_of_every_rewrite(file, monkeypatch):
+def test_the_key_depends_on_the_code_of_every_rewrite(file, monkeypatch):
     before = cache_module.rewrites_id()
     assert cache_module.rewrites_id.__wrapped__() == before
     hashed = cache_module.sha256

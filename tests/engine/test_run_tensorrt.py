@@ -1,4 +1,4 @@
-"""Running engines, with a fake TensorRT: tests run without a GPU."""
+"""Running engines with a fake of TensorRT, so that the tests need no GPU."""
 
 import threading
 
@@ -25,7 +25,7 @@ def file(tmp_path, monkeypatch):
     return path
 
 
-def test_arrays_go_in_and_come_out_in_buffers_that_grow(file):
+def test_buffers_of_inputs_and_outputs_grow(file):
     memory, module = Memory(), fake_module()
     engine = TensorRtEngine(file, RTX, module, memory, {"key": "value"})
     assert engine.provider == "tensorrt-rtx"
@@ -39,8 +39,8 @@ def test_arrays_go_in_and_come_out_in_buffers_that_grow(file):
     assert module.engine.config.cuda_graph_strategy == "whole"
 
 
-def test_the_calling_thread_enters_the_context(file):
-    """A server denoises in a thread of its own, and CUDA contexts are current per thread."""
+def test_the_calling_thread_makes_the_cuda_context_current(file):
+    """A server denoises in a separate thread, and each thread has its own current CUDA context."""
     memory = Memory()
     engine = TensorRtEngine(file, RTX, fake_module(), memory)
     thread = threading.Thread(target=engine.run, args=({"x": np.zeros((1, 3))},))
@@ -49,8 +49,8 @@ def test_the_calling_thread_enters_the_context(file):
     assert memory.entered == thread.ident
 
 
-def test_what_was_compiled_on_first_use_is_kept(file, tmp_path):
-    """For every shape, since new shapes compile more kernels."""
+def test_kernels_compiled_on_first_use_are_cached(file, tmp_path):
+    """The cache is saved for every new shape, since new shapes compile more kernels."""
     module = fake_module()
     engine = TensorRtEngine(file, RTX, module, Memory())
     for batch in (1, 3, 1):
@@ -61,7 +61,7 @@ def test_what_was_compiled_on_first_use_is_kept(file, tmp_path):
     assert [path.suffix for path in (tmp_path / "cache" / "runtime").iterdir()] == [".bin"]
 
 
-def test_a_cache_that_cannot_be_kept_is_reported_once(file, tmp_path, monkeypatch, caplog):
+def test_an_unwritable_cache_is_reported_once(file, tmp_path, monkeypatch, caplog):
     engine = TensorRtEngine(file, RTX, fake_module(), Memory())
     (tmp_path / "cache").write_text("")
     for batch in (1, 2):
@@ -70,14 +70,14 @@ def test_a_cache_that_cannot_be_kept_is_reported_once(file, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("automatic", "budget"), [(300, 300), (5000, 1000), (0, 0)])
-def test_streamable_weights_get_the_free_memory_as_their_budget(file, automatic, budget):
+def test_the_free_memory_is_the_budget_of_streamed_weights(file, automatic, budget):
     """Without a budget TensorRT keeps all weights on the GPU."""
     module = fake_module(streamable=1000, automatic=automatic)
     TensorRtEngine(file, RTX, module, Memory())
     assert module.engine.budget_of_context == budget
 
 
-def test_an_error_of_a_plugin_is_the_engines_error(file):
+def test_an_error_of_a_plugin_is_raised_by_the_engine(file):
     engine = TensorRtEngine(file, RTX, fake_module(raises="cannot start low_bit on sm89"), Memory())
     for _ in range(2):
         with pytest.raises(ArtefactError) as caught:
@@ -86,7 +86,7 @@ def test_an_error_of_a_plugin_is_the_engines_error(file):
         assert str(caught.value) == wanted
 
 
-def test_a_runtime_that_cannot_start_is_one_error(file):
+def test_a_runtime_that_cannot_start_raises_one_error(file):
     message = (
         "tensorrt-rtx cannot start on this machine: CUDA initialization failure with error: 35"
     )
@@ -94,7 +94,7 @@ def test_a_runtime_that_cannot_start_is_one_error(file):
         TensorRtEngine(file, RTX, fake_module(starts=False), Memory())
 
 
-def test_the_inspectors_layers_have_names(file):
+def test_the_inspected_layers_have_names(file):
     rows = TensorRtEngine(file, RTX, fake_module(), Memory()).describe()
     assert rows == [{"Name": "first"}, {"Name": "second", "Precision": "INT8"}]
 
@@ -105,19 +105,19 @@ def test_a_shape_outside_the_profile_names_the_range(file):
         engine.run({"x": np.zeros((5, 3))})
 
 
-def test_an_engine_of_another_version_must_be_built_again(file):
+def test_an_engine_of_another_version_must_be_rebuilt(file):
     with pytest.raises(ArtefactError, match="Version tag does not match; build it again"):
         TensorRtEngine(file, RTX, fake_module(loads=False), Memory())
 
 
-def test_a_failing_engine_is_an_error(file):
+def test_a_failing_engine_raises_an_error(file):
     engine = TensorRtEngine(file, RTX, fake_module(works=False), Memory())
     with pytest.raises(ArtefactError, match="the engine failed"):
         engine.run({"x": np.zeros((1, 3))})
 
 
 @pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")
-def test_without_a_gpu_the_alternative_is_named(file, monkeypatch):
+def test_the_error_without_a_gpu_names_the_alternative(file, monkeypatch):
 
     def no_gpu():
         raise KernelError("no GPU can be used: there is no NVIDIA driver on this machine")
@@ -128,8 +128,8 @@ def test_without_a_gpu_the_alternative_is_named(file, monkeypatch):
 
 
 @pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")
-def test_an_engine_folder_is_a_pipeline(digits_onnx, tmp_path, monkeypatch):
-    """Loaded like any other artefact; its denoiser runs the engine in the folder."""
+def test_an_engine_folder_is_loaded_as_a_pipeline(digits_onnx, tmp_path, monkeypatch):
+    """The folder is loaded like any other artefact; the denoiser runs the engine in the folder."""
     from trtq.engine.ort import OrtEngine
 
     monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))

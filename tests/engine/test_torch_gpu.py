@@ -1,4 +1,4 @@
-"""The denoiser on trtq's kernels, as far as a CPU can run it: everything but the CUDA graphs."""
+"""The denoiser on trtq's kernels, run on a CPU: everything except the CUDA graphs."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def run(digits_run):
     return open_run(digits_run)
 
 
-def test_it_is_called_like_the_model_that_it_replaces(run):
+def test_the_gpu_denoiser_is_called_like_the_model_that_it_replaces(run):
     sample = torch.randn(3, *run.source().sample_shape, generator=torch.Generator().manual_seed(0))
     timestep, labels = torch.tensor([10, 400, 990]), torch.tensor([0, 3, 9])
     kernels = run.denoiser(kernels=True)
@@ -31,12 +31,12 @@ def test_it_is_called_like_the_model_that_it_replaces(run):
     assert torch.equal(shared[1], expected[1])
 
 
-def test_its_pipeline_sees_the_class_that_it_replaces(run):
+def test_the_pipeline_sees_the_class_of_the_replaced_model(run):
     denoiser = GpuDenoiser(run.denoiser(kernels=True), "cpu", torch.float32)
     assert run.source(denoiser).model_class == run.source().model_class == "UNet2DModel"
 
 
-def test_in_half_precision_it_returns_the_type_of_its_input(run):
+def test_in_half_precision_the_output_has_the_type_of_the_input(run):
     denoiser = GpuDenoiser(run.denoiser(kernels=True), "cpu")
     sample = torch.randn(1, *run.source().sample_shape)
     prediction = denoiser(sample, 400, torch.tensor([3])).sample
@@ -48,7 +48,7 @@ def test_in_half_precision_it_returns_the_type_of_its_input(run):
     assert torch.isfinite(prediction).all()
 
 
-def test_full_memory_is_one_error(run, monkeypatch):
+def test_full_memory_raises_one_error(run, monkeypatch):
     denoiser = GpuDenoiser(run.denoiser(kernels=True), "cpu", torch.float32)
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it")
     monkeypatch.setattr(denoiser, "_call", lambda *_: (_ for _ in ()).throw(full))
@@ -60,7 +60,7 @@ def test_full_memory_is_one_error(run, monkeypatch):
 
 
 def test_a_gpu_that_torch_cannot_use_is_reported(digits_run, monkeypatch, caplog):
-    """E.g. a torch build for CPUs on a machine with a GPU, which is far slower."""
+    """An example is a torch build for CPUs on a machine with a GPU, which is far slower."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(loading, "driver_cuda", lambda: None)
     trtq.load(digits_run, provider="torch")

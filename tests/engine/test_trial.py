@@ -1,4 +1,4 @@
-"""Graphs tried in a process of their own: anything they do there is one line here."""
+"""Trials of graphs in a separate process: every failure there is reported in one line."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from trtq.processes import Exit
 
 
 def write(folder, *nodes, axes=("batch", 4), constants=None, **changes):
-    """A graph from x to y of these nodes."""
+    """Write a graph from x to y with these nodes."""
     tensors = [numpy_helper.from_array(value, name) for name, value in (constants or {}).items()]
     graph = helper.make_graph(
         list(nodes) or [helper.make_node("Neg", ["x"], ["y"])],
@@ -59,7 +59,7 @@ def test_a_loop_is_refused_before_it_is_called(tmp_path):
     assert "holds a Loop, which may never end" in try_graph(path, {"batch": 1}).problem
 
 
-def test_a_call_without_end_is_ended(tmp_path, monkeypatch):
+def test_an_endless_call_is_ended(tmp_path, monkeypatch):
     sleep = ["-c", "import time; time.sleep(600)"]
     monkeypatch.setattr(processes, "worker_command", lambda *_: [sys.executable, *sleep])
     problem = try_graph(write(tmp_path), {"batch": 1}, seconds=2).problem
@@ -89,7 +89,7 @@ def test_a_graph_that_needs_too_much_memory_is_refused(tmp_path, monkeypatch):
         ("missing", "is no file"),
     ],
 )
-def test_what_cannot_be_opened_is_one_line(damage, message, tmp_path):
+def test_a_graph_that_cannot_be_opened_is_reported_in_one_line(damage, message, tmp_path):
     nodes = [helper.make_node("EvilOp", ["x"], ["y"])] if damage == "operator" else []
     path = write(tmp_path, *nodes, ir_version=999 if damage == "version" else 10)
     if damage == "empty":
@@ -109,7 +109,7 @@ def test_unknown_and_impossible_sizes_are_named(tmp_path):
     assert "impossible shape [1099511627776, 4]" in try_graph(large, {}).problem
 
 
-def test_a_crash_is_one_line(tmp_path, monkeypatch):
+def test_a_crash_is_reported_in_one_line(tmp_path, monkeypatch):
     crash = ["-c", "import os, sys; sys.stderr.write('boom'); os.kill(os.getpid(), 11)"]
     monkeypatch.setattr(processes, "worker_command", lambda *_: [sys.executable, *crash])
     problem = try_graph(write(tmp_path), {"batch": 1}).problem

@@ -1,4 +1,4 @@
-"""Engines of TensorRT-RTX are built without a GPU, and every failure is one clear error."""
+"""Building TensorRT-RTX engines without a GPU; every failure raises one clear error."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def job(tmp_path, **options):
 
 
 @needs_rtx
-def test_the_digits_become_an_engine_for_several_architectures(digits_onnx, tmp_path):
+def test_the_digits_model_is_built_for_several_architectures(digits_onnx, tmp_path):
     out = tmp_path / "engine"
     result = trtq.build(digits_onnx, out, architectures=["sm86", "sm89", "SM120"])
     assert result["architectures"] == ["sm86", "sm89", "sm120"]
@@ -116,7 +116,7 @@ def test_an_engine_is_built_once_and_a_changed_copy_is_not_used(tmp_path):
 
 
 @needs_rtx
-def test_an_operator_that_the_builder_does_not_know_is_named(tmp_path):
+def test_an_operator_that_the_builder_does_not_support_is_named(tmp_path):
     write_graph(tmp_path / "graph", operator="MatMulInteger")
     with pytest.raises(BuildError, match="MatMulInteger"):
         compile_engine(RTX, job(tmp_path))
@@ -125,13 +125,13 @@ def test_an_operator_that_the_builder_does_not_know_is_named(tmp_path):
 
 @needs_rtx
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_building_for_the_gpu_that_is_there_needs_one(tmp_path):
+def test_building_for_the_installed_gpu_needs_a_gpu(tmp_path):
     with pytest.raises(BuildError, match=r"driver|CUDA|cannot build for current"):
         compile_engine(RTX, job(tmp_path, architectures=["current"]))
 
 
 @needs_rtx
-def test_an_architecture_without_the_kernels_is_an_error_of_the_builder(tmp_path):
+def test_an_architecture_without_the_kernels_raises_the_builders_error(tmp_path):
     """TensorRT-RTX 1.7 has no float32 products for Turing."""
     graph = write_graph(tmp_path / "graph")
     model = ir.load(graph)
@@ -157,7 +157,7 @@ def test_an_architecture_without_the_kernels_is_an_error_of_the_builder(tmp_path
     ],
     ids=["crash", "killed", "no answer"],
 )
-def test_a_builder_that_dies_is_one_error(body, message, tmp_path, monkeypatch):
+def test_a_builder_that_dies_raises_one_error(body, message, tmp_path, monkeypatch):
     (tmp_path / "dying_worker.py").write_text(f"import os, sys\n{body}\nmain = int\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(compiling, "_WORKER", "dying_worker")
@@ -175,14 +175,14 @@ def test_a_builder_that_dies_is_one_error(body, message, tmp_path, monkeypatch):
         (3, "ended with code 3; last output: none"),
     ],
 )
-def test_a_builder_dies_on_any_system(code, message, tmp_path, monkeypatch):
-    """Windows has no SIGKILL, and gives exceptions as exit codes."""
+def test_the_death_of_a_builder_is_explained_on_every_system(code, message, tmp_path, monkeypatch):
+    """Windows has no SIGKILL, and reports exceptions as exit codes."""
     monkeypatch.delattr(signal, "SIGKILL")
     assert re.search(message, compiling._explain(job(tmp_path), Exit(code), 1 << 30))
 
 
-def test_a_builder_that_cannot_start_says_why(tmp_path, monkeypatch):
-    """As of CUDA 13 with an older driver: the bindings raise TypeError, and their log has the reason."""
+def test_a_builder_that_cannot_start_reports_the_reason(tmp_path, monkeypatch):
+    """With CUDA 13 and an older driver the bindings raise TypeError, and their log has the reason."""
     import types
 
     class Builder:
@@ -218,7 +218,7 @@ def test_weights_of_plugins_are_not_streamed(digits_onnx, tmp_path, monkeypatch)
     assert not (tmp_path / "engine").exists()
 
 
-def test_nothing_is_left_when_a_build_fails(digits_onnx, tmp_path, monkeypatch):
+def test_a_failed_build_leaves_no_output(digits_onnx, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise BuildError("no")
 
@@ -229,7 +229,9 @@ def test_nothing_is_left_when_a_build_fails(digits_onnx, tmp_path, monkeypatch):
     assert [path for path in tmp_path.iterdir() if path.name != "cache"] == []
 
 
-def test_a_graph_that_would_be_computed_wrongly_is_not_built(digits_onnx, tmp_path, monkeypatch):
+def test_a_graph_that_the_backend_would_compute_wrongly_is_not_built(
+    digits_onnx, tmp_path, monkeypatch
+):
     from trtq.graph.runtimes.legality import Finding
 
     monkeypatch.setattr("trtq.exporter.build.find_backend", lambda _: RTX)
@@ -248,18 +250,18 @@ def test_a_graph_that_would_be_computed_wrongly_is_not_built(digits_onnx, tmp_pa
         ("tensorrt", ["sm86"], "the GPU of this machine"),
     ],
 )
-def test_architectures_that_a_backend_has_not(backend, wanted, message):
+def test_unsupported_architectures_are_refused(backend, wanted, message):
     with pytest.raises(UsageError, match=message):
         check_architectures(BACKENDS[backend], wanted)
 
 
-def test_architectures_are_taken_in_any_spelling_and_once():
+def test_architectures_are_accepted_in_any_spelling_without_duplicates():
     assert check_architectures(RTX, ["SM_86", "sm86"]) == ["sm86"]
     assert check_architectures(RTX, []) == ["sm86", "sm89", "sm120"]
     assert check_architectures(BACKENDS["tensorrt"], []) == ["current"]
 
 
-def test_a_backend_that_is_not_there_says_how_to_install_it(monkeypatch):
+def test_the_error_about_a_missing_backend_says_how_to_install_it(monkeypatch):
     with pytest.raises(UsageError, match="choose one of tensorrt-rtx, tensorrt"):
         find_backend("trt")
     monkeypatch.setattr(Backend, "installed", False)
@@ -280,7 +282,7 @@ def test_only_an_onnx_folder_is_built(digits_run, tmp_path, monkeypatch):
 
 
 class Graph:
-    """As much of a model as the ranges ask for."""
+    """The part of a model that the computation of ranges reads."""
 
     def __init__(self, **metadata):
         self.metadata_props = metadata
@@ -301,7 +303,7 @@ def manifest(recipe=None, **options):
         ("unet", {"guidance": 7.5}, (2, 3), (2, 4, 6)),
     ],
 )
-def test_a_denoiser_with_guidance_takes_twice_as_many_items(
+def test_a_denoiser_with_guidance_accepts_twice_as_many_items(
     name, recipe, batch, expected, tmp_path
 ):
     ranges = axis_ranges(tmp_path, name, manifest(recipe, batch=[1, 8]), Graph(), batch)
@@ -345,12 +347,12 @@ def test_free_axes_without_a_range_are_refused(tmp_path):
         profile_of(model, {})
 
 
-def test_the_layer_is_read_out_of_what_the_builder_says():
+def test_the_layer_is_read_from_the_builders_message():
     assert _named(["x", "Error Code 10: could not find any implementation for node {a}"]) is None
     assert _named(["IBuilder: node [conv_in/conv]: unsupported"]) == "conv_in/conv"
 
 
-def test_the_cache_survives_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+def test_an_unwritable_cache_folder_does_not_fail_a_build(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("TRTQ_CACHE", str(blocked))

@@ -1,4 +1,4 @@
-"""Text encoders and autoencoder from a second process: the same files, and its errors are raised."""
+"""Export of text encoders and autoencoder in a second process: same files, errors are raised."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def worthwhile(monkeypatch):
 
 
 def does(monkeypatch, body):
-    """Let the process run `body` instead; the answer's file is `sys.argv[3]`."""
+    """Make the process run `body` instead; the answer's file is `sys.argv[3]`."""
     code = f"import json, os, sys, time\n{body}"
     monkeypatch.setattr(
         processes, "worker_command", lambda _, *a: [sys.executable, "-c", code, *map(str, a)]
@@ -74,13 +74,15 @@ def test_a_second_process_writes_the_same_graphs(run, tmp_path, worthwhile):
     ],
     ids=["crash", "killed", "gate"],
 )
-def test_its_errors_are_raised_here(body, error, message, run, tmp_path, worthwhile, monkeypatch):
+def test_errors_of_the_process_are_raised_in_the_parent(
+    body, error, message, run, tmp_path, worthwhile, monkeypatch
+):
     does(monkeypatch, body)
     with exporting_parts(run, tmp_path) as waiting, pytest.raises(error, match=message):
         waiting()
 
 
-def test_an_export_whose_parts_fail_leaves_nothing(run, tmp_path, worthwhile, monkeypatch):
+def test_an_export_whose_components_fail_leaves_no_output(run, tmp_path, worthwhile, monkeypatch):
     does(
         monkeypatch,
         "json.dump({'raised': 'OSError', 'message': 'disk full'}, open(sys.argv[3], 'w'))",
@@ -92,7 +94,7 @@ def test_an_export_whose_parts_fail_leaves_nothing(run, tmp_path, worthwhile, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_it_ends_with_the_block(run, tmp_path, worthwhile, monkeypatch):
+def test_the_process_ends_with_the_block(run, tmp_path, worthwhile, monkeypatch):
     does(monkeypatch, "time.sleep(600)")
     started = []
     popen = subprocess.Popen
@@ -105,7 +107,7 @@ def test_it_ends_with_the_block(run, tmp_path, worthwhile, monkeypatch):
     assert started[0].poll() is not None
 
 
-def test_errors_of_reading_are_part_of_its_answer(run, tmp_path):
+def test_errors_of_reading_are_part_of_the_answer(run, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "X", "unet": ["a", "b"]}))
     answer = parts._export(tmp_path, tmp_path)
     assert answer["raised"] == "ArtefactError"
@@ -115,13 +117,13 @@ def test_errors_of_reading_are_part_of_its_answer(run, tmp_path):
 @pytest.mark.parametrize(
     ("bytes_", "count"), [(1 << 40, 2), (0, 1)], ids=["small", "one processor"]
 )
-def test_it_is_only_started_where_it_pays(bytes_, count, run, tmp_path, monkeypatch):
+def test_the_process_is_only_started_if_it_saves_time(bytes_, count, run, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "_WORTH_BYTES", bytes_)
     monkeypatch.setattr(parts, "processors", lambda: count)
     with exporting_parts(run, tmp_path) as waiting:
         assert waiting is None
 
 
-def test_a_pipeline_without_parts_needs_no_process(digits_run, tmp_path, worthwhile):
+def test_a_pipeline_without_such_components_needs_no_process(digits_run, tmp_path, worthwhile):
     with exporting_parts(digits_run, tmp_path) as waiting:
         assert waiting is None

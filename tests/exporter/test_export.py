@@ -1,4 +1,4 @@
-"""The exported graph: its form, and that every runtime reads the same integers from it."""
+"""The exported graph: its structure, and the same integers in every runtime."""
 
 import json
 from collections import Counter
@@ -40,7 +40,7 @@ def producers(g):
 
 
 def test_every_quantised_layer_has_the_folded_form(digits_onnx):
-    """In the file the two layers of the time embedding cast their codes; prepared they do not."""
+    """The two layers of the time embedding cast their codes in the file, but not in a prepared graph."""
     path = digits_onnx / "unet" / "model.onnx"
     prepared = ir.to_proto(prepare(load_graph(path), "tensorrt-rtx")).graph
     for g, wide in ((graph(digits_onnx), 2), (prepared, 0)):
@@ -65,7 +65,7 @@ def test_every_quantised_layer_has_the_folded_form(digits_onnx):
         assert len(cast) == wide, cast
 
 
-def test_the_cpu_provider_gets_the_pairs_where_there_is_vnni(digits_onnx, vnni, monkeypatch):
+def test_the_cpu_provider_gets_the_pairs_with_vnni(digits_onnx, vnni, monkeypatch):
     given = []
     opened = ort.open_session
     monkeypatch.setattr(ort, "open_session", lambda p, m, *r: given.append(m) or opened(p, m, *r))
@@ -84,19 +84,19 @@ def test_the_step_is_looked_up_once(digits_onnx):
     assert counts["GreaterOrEqual"] == 1
     gathers = [node for node in graph(digits_onnx).node if node.op_type == "Gather"]
     assert sum(node.input[0] == "steps/table" for node in gathers) == 1
-    # In addition: one for the classes, and one per rank that hands every channel its layer's scale.
+    # Other Gathers: one for the classes, and one per rank for the scales of all channels.
     assert len(gathers) <= 5
 
 
-def test_four_bit_weights_lie_in_the_file_as_int4(digits_onnx):
+def test_four_bit_weights_are_stored_as_int4(digits_onnx):
     kinds = Counter(t.data_type for t in graph(digits_onnx).initializer)
     assert kinds[TensorProto.INT4] == 41
-    # Widths of five bits and more stay int8, and nothing else is: the zero points of the pairs.
+    # Weights of five or more bits remain int8; the only other int8 values are zero points of pairs.
     large = [t for t in graph(digits_onnx).initializer if t.name.endswith("/weight")]
     assert Counter(t.data_type for t in large) == {TensorProto.INT4: 41, TensorProto.INT8: 10}
 
 
-def test_inputs_are_diffusers_own(digits_onnx):
+def test_inputs_are_those_of_diffusers(digits_onnx):
     g = graph(digits_onnx)
     assert [i.name for i in g.input] == ["sample", "timestep", "class_labels"]
     assert [o.name for o in g.output] == ["out_sample"]
@@ -123,7 +123,7 @@ def torch_prediction(folder, inputs):
 
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"])
 def test_plain_onnxruntime_sessions_agree_with_torch(digits_run, digits_onnx, level):
-    """Also with the default optimisations, whose uint8 products saturate on older processors."""
+    """The default optimisations are tested too; their uint8 products saturate on older processors."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
@@ -131,11 +131,11 @@ def test_plain_onnxruntime_sessions_agree_with_torch(digits_run, digits_onnx, le
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     inputs = feeds()
     expected = torch_prediction(digits_run, inputs)
-    # A single flipped code would cost more than this; none may flip on these inputs.
+    # A single flipped code would exceed this tolerance; no code may flip for these inputs.
     assert snr_db(expected, torch.from_numpy(session.run(None, inputs)[0])) > 60
 
 
-def test_each_item_has_a_step_of_its_own_and_one_timestep_serves_all(digits_onnx, computed_vnni):
+def test_each_item_can_have_its_own_step_and_one_timestep_serves_all(digits_onnx, computed_vnni):
     engine = OrtEngine(digits_onnx / "unet" / "model.onnx")
     inputs = feeds()
     together = engine.run(inputs)["out_sample"]
@@ -147,13 +147,13 @@ def test_each_item_has_a_step_of_its_own_and_one_timestep_serves_all(digits_onnx
     np.testing.assert_array_equal(single["out_sample"], many["out_sample"])
 
 
-def test_openvino_runs_it(digits_run, digits_onnx, computed_vnni):
+def test_openvino_agrees_with_torch(digits_run, digits_onnx, computed_vnni):
     inputs = feeds()
     out = open_engine(digits_onnx / "unet" / "model.onnx", "openvino", 1).run(inputs)["out_sample"]
     expected = torch_prediction(digits_run, inputs)
     each = [snr_db(a, b) for a, b in zip(expected, torch.from_numpy(out), strict=True)]
-    # Its group norms are float32, so a code may flip in some items; arithmetic that is wrong (say,
-    # products that saturate) would touch all of them.
+    # OpenVINO's group norms are float32, so a code may flip in some items; wrong arithmetic (e.g.
+    # saturating products) would change all items.
     assert sorted(each)[3] > 60, each
 
 
@@ -165,7 +165,7 @@ def test_openvino_keeps_a_session_for_each_of_the_latest_shapes(digits_onnx):
     for count in (1, 2, 6, 1):
         part = {name: value[:count] for name, value in inputs.items()}
         out = engine.run(part)["out_sample"]
-        # Sums may be split otherwise for another batch, so equality is to the last bits.
+        # Sums may be split differently for another batch size, so equality excludes the last bits.
         assert snr_db(torch.from_numpy(whole[:count]), torch.from_numpy(out)) > 40
     assert len(engine._sessions) == 2
     assert {dict(shapes)["sample"][0] for shapes in engine._sessions} == {6, 1}
@@ -174,8 +174,9 @@ def test_openvino_keeps_a_session_for_each_of_the_latest_shapes(digits_onnx):
 @pytest.mark.parametrize(
     ("bits", "precision"), [("w4a4", "fp16"), ("w8a8", "fp32"), ("w3a8", "fp32")]
 )
-def test_bits_and_precisions(bits, precision, tmp_path, monkeypatch):
-    # Random weights make half precision at 4 bits a matter of chance; the form is what is tested.
+def test_all_bits_and_precisions_are_exported(bits, precision, tmp_path, monkeypatch):
+    # With random weights, parity in half precision at 4 bits is a matter of chance; the test is about
+    # the structure of the graph.
     monkeypatch.setitem(stage.PARITY_DB, "fp16", 0.0)
     settings = {"method": "minmax", "steps": 3, "bits": bits, "calibration": {"images": 8}}
     quantize(tiny_pipeline(), settings, tmp_path / "run")
@@ -197,12 +198,12 @@ def test_static_tables_are_constants(tmp_path):
     assert not [n for n in graph(tmp_path / "onnx").node if n.name.startswith("steps/")]
 
 
-def test_float_baseline(tmp_path):
+def test_a_checkpoint_is_exported_as_the_float_baseline(tmp_path):
     result = export("digits", tmp_path / "onnx")
     assert result["parity_db_min"] > 100
 
 
-def test_a_failed_parity_check_leaves_nothing(digits_run, tmp_path, monkeypatch):
+def test_a_failed_parity_check_leaves_no_output(digits_run, tmp_path, monkeypatch):
     from trtq.exporter.parity import StepParity
 
     monkeypatch.setattr(
@@ -231,7 +232,7 @@ def test_nan_in_the_graph_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["8:1", "0:4", "a", "1:b", ""])
-def test_batches_that_are_not_understood(text):
+def test_malformed_batch_ranges_are_refused(text):
     with pytest.raises(UsageError, match="MIN:MAX"):
         parse_batch(text)
 
@@ -240,14 +241,14 @@ def test_batches_that_are_not_understood(text):
     ("db", "floor", "holds"),
     [(41, 200, True), (39, 200, False), (33, 30, True), (33, 38, True), (33, 45, False)],
 )
-def test_a_graph_is_held_to_what_torch_keeps_itself(db, floor, holds):
+def test_parity_holds_above_the_requirement_or_near_the_floor(db, floor, holds):
     from trtq.exporter.parity import StepParity
 
     assert StepParity(db, db, 0.0, floor).holds(40.0) is holds
     assert not StepParity(float("nan"), 0.0, 0.0, floor).holds(40.0)
 
 
-def test_the_floor_is_measured_and_the_model_left_as_it_was(digits_run):
+def test_measuring_the_floor_does_not_change_the_model(digits_run):
     import torch
 
     from trtq.diffusion.sampling import Conditions, seeded_noise
@@ -273,8 +274,8 @@ def test_the_floor_is_measured_and_the_model_left_as_it_was(digits_run):
 
 
 @pytest.mark.parametrize(("wrong_steps", "aside"), [(1, True), (3, False)])
-def test_flipped_codes_are_set_aside_only_while_they_are_rare(tiny, wrong_steps, aside):
-    """A tenth of the images is wrong at one step of four (2.5 % of all), or at three (7.5 %)."""
+def test_flipped_codes_are_set_aside_only_if_they_are_rare(tiny, wrong_steps, aside):
+    """A tenth of the images is wrong at one of four steps (2.5 % of all) or at three (7.5 %)."""
     from trtq.diffusion.sampling import seeded_noise
     from trtq.exporter.parity import step_parity
 
@@ -309,7 +310,7 @@ def test_queries_keys_and_values_are_quantised_once(digits_onnx):
     ("flipped", "moved", "aside"),
     [(2, None, True), (4, None, False), (4, 3, True), (5, 3, False), (8, 8, True), (9, 20, False)],
 )
-def test_as_many_flips_are_set_aside_as_the_reference_has_itself(flipped, moved, aside):
+def test_flips_are_set_aside_in_proportion_to_those_of_the_reference(flipped, moved, aside):
     from trtq.exporter.parity import compare
 
     reference = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -328,7 +329,7 @@ def test_as_many_flips_are_set_aside_as_the_reference_has_itself(flipped, moved,
 
 @pytest.mark.parametrize("vnni", [False], indirect=True)
 def test_without_vnni_openvino_gets_seven_bit_weights_as_integers(tmp_path, vnni):
-    """Of a trained model; first, last, time, skip and downsampling layers keep 8 bits, in float."""
+    """In a trained model the first, last, time, skip and downsampling layers keep 8 bits, in float."""
     run, onnx_folder = tmp_path / "run", tmp_path / "onnx"
     quantize("digits", {"method": "minmax", "bits": "w7a8", "steps": 2}, run)
     export(run, onnx_folder)
@@ -342,7 +343,7 @@ def test_without_vnni_openvino_gets_seven_bit_weights_as_integers(tmp_path, vnni
     assert len(OpenVinoEngine(path).inputs) == 3
 
 
-def test_a_wrong_lookup_of_the_step_is_seen_in_a_model_of_any_size(
+def test_a_wrong_step_lookup_is_detected_in_a_model_of_any_size(
     digits_run, digits_onnx, tmp_path, monkeypatch
 ):
     run = open_run(digits_run)

@@ -1,7 +1,7 @@
-"""The constructs that TensorRT builds without complaint and computes wrongly are never written.
+"""Exported graphs never contain constructs that TensorRT silently computes wrongly.
 
-Each is one of those found in TensorRT-RTX 1.7: sums of integers kept in float16, block scales that land
-behind the product, activations scaled in blocks, INT4 weights of a convolution of INT8.
+The constructs were found in TensorRT-RTX 1.7: sums of integers in float16, block scales that are moved
+behind the product, activations scaled in blocks, INT4 weights of INT8 convolutions.
 """
 
 import numpy as np
@@ -28,10 +28,11 @@ def half_run(request, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["qdq", "plugin"])
 def built_graph(half_run, request, tmp_path_factory):
-    """The half-precision graph as TensorRT gets it."""
+    """The half-precision graph, prepared for TensorRT."""
     out = tmp_path_factory.mktemp("onnx") / "onnx"
     with pytest.MonkeyPatch.context() as patch:
-        # Random weights make half precision at 4 bits a matter of chance; the form is what is tested.
+        # With random weights, parity in half precision at 4 bits is a matter of chance; the tests are
+        # about the structure of the graph.
         patch.setitem(stage.PARITY_DB, "fp16", 0.0)
         export(half_run, out, target=request.param, precision="fp16")
     return prepare(load_graph(out / "unet" / "model.onnx"), "tensorrt-rtx")
@@ -56,14 +57,14 @@ def test_activations_have_one_constant_scale(built_graph):
             assert node.inputs[1].const_value.size == 1
 
 
-def test_no_four_bit_constant_meets_an_integer_product(built_graph):
+def test_no_four_bit_constant_is_an_operand_of_an_integer_product(built_graph):
     stored = built_graph.graph.initializers.values()
     assert not any(
         value.const_value.dtype in (ir.DataType.INT4, ir.DataType.UINT4) for value in stored
     )
 
 
-def test_the_checker_finds_nothing(built_graph):
+def test_the_checker_finds_no_problem(built_graph):
     assert check(built_graph, "tensorrt-rtx") == []
     weights = [
         value.const_value

@@ -64,7 +64,7 @@ def test_damaged_weights_are_found(damage, digits_onnx, tmp_path):
         verify(folder)
 
 
-def test_wrong_use_says_what_to_do(digits_run, digits_onnx, tmp_path):
+def test_the_message_about_wrong_use_names_the_remedy(digits_run, digits_onnx, tmp_path):
     with pytest.raises(UsageError, match="is no artefact"):
         verify(tmp_path)
     with pytest.raises(UsageError, match="choose one of onnxruntime"):
@@ -75,7 +75,7 @@ def test_wrong_use_says_what_to_do(digits_run, digits_onnx, tmp_path):
         verify(digits_run, against=digits_run)
 
 
-def test_the_command_says_so_in_json_and_in_words(digits_run, digits_onnx):
+def test_the_command_reports_the_result_as_json_and_as_text(digits_run, digits_onnx):
     runner = CliRunner()
     done = runner.invoke(app, ["verify", str(digits_onnx), "--runtime", "tensorrt-rtx", "--json"])
     assert done.exit_code == 0, done.output
@@ -87,7 +87,7 @@ def test_the_command_says_so_in_json_and_in_words(digits_run, digits_onnx):
 
 
 def _edited(folder, copy, change):
-    """A copy whose graph was changed, with the hashes that belong to it."""
+    """A copy with a changed graph and recomputed hashes."""
     shutil.copytree(folder, copy)
     path = copy / "unet" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -166,7 +166,7 @@ def test_a_graph_that_the_manifest_does_not_list_is_not_opened(digits_onnx, tmp_
 
 
 @pytest.mark.parametrize("command", [["verify"], ["package", "triton"], ["build"]], ids=" ".join)
-def test_every_command_that_opens_graphs_takes_their_time_limit(command, digits_onnx, tmp_path):
+def test_every_command_that_opens_graphs_accepts_a_time_limit(command, digits_onnx, tmp_path):
     out = [] if command == ["verify"] else ["-o", str(tmp_path / "out")]
     if command == ["build"] and not BACKENDS["tensorrt-rtx"].installed:
         pytest.skip("needs tensorrt-rtx")
@@ -188,7 +188,7 @@ def test_generating_hashes_each_file_of_an_artefact_once(digits_onnx, tmp_path, 
     assert set(hashed.values()) == {1}
 
 
-def test_the_command_fails_in_one_line_where_a_graph_has_no_outputs(digits_onnx, tmp_path):
+def test_the_command_fails_in_one_line_if_a_graph_has_no_outputs(digits_onnx, tmp_path):
     folder = _edited(digits_onnx, tmp_path / "onnx", lambda model: model.graph.ClearField("output"))
     done = CliRunner().invoke(app, ["verify", str(folder)])
     assert done.exit_code == 1
@@ -212,7 +212,7 @@ def test_the_command_fails_in_one_line_where_a_graph_has_no_outputs(digits_onnx,
         (b"vtrt" + bytes(12) + (24).to_bytes(8, "little"), None),
     ],
 )
-def test_the_head_of_an_engine_is_read(content, expected, tmp_path, monkeypatch):
+def test_the_header_of_an_engine_is_checked(content, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(graph_check, "obstacle", lambda _: "no GPU")
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "model.engine").write_bytes(content)

@@ -15,7 +15,7 @@ TENSORRT = ("tensorrt", "tensorrt-rtx")
 
 
 def parse(body, **constants):
-    """A graph in ONNX's own text, its nodes named after their outputs; other inputs by name."""
+    """Parse a graph in ONNX's text format, and name the nodes after their outputs."""
     model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> {body}')
     for name, data in constants.items():
         tensor = data if isinstance(data, ir.Tensor) else ir.tensor(data, name=name)
@@ -91,7 +91,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("hazard", BROKEN)
 @pytest.mark.parametrize("runtime", TENSORRT)
-def test_tensorrt_refuses(hazard, runtime):
+def test_tensorrt_refuses_a_broken_graph(hazard, runtime):
     body, constants, message = BROKEN[hazard]
     findings = check(parse(body, **constants), runtime)
     (finding,) = [finding for finding in findings if message in finding.rule]
@@ -114,7 +114,7 @@ LARGE_PAIR = (
 
 @pytest.mark.parametrize("pair", ["a, one, zero", "a, one"], ids=["zero point", "none"])
 def test_saturating_pairs_are_reported_if_the_processor_saturates(pair, vnni):
-    """onnxruntime 1.31 makes a uint8 pair of either."""
+    """onnxruntime 1.31 rewrites both forms to a uint8 pair."""
     body = LARGE_PAIR.format(f"DequantizeLinear({pair})")
     constants = {name: LARGE[name] for name in LARGE if name in pair or name in "ws"}
     assert len(check(parse(body, **constants), "onnxruntime")) == (0 if vnni else 1)
@@ -142,7 +142,7 @@ def test_prepared_exports_are_legal_everywhere(runtime, vnni, digits_onnx):
     assert not [finding for finding in findings if finding.fatal]
     in_float = {finding.layer for finding in findings}
     if runtime == "openvino" and not vnni:
-        # The 8-bit layers of a W4A4 model; those whose integers happen to be small stay.
+        # The 8-bit layers of a W4A4 model, except those whose integers happen to be small.
         assert "conv_in" in in_float
         assert len(in_float) <= 12
     else:

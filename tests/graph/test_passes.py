@@ -1,4 +1,4 @@
-"""Each graph rewrite fires where it should and nowhere else, and does not change the numbers."""
+"""Each graph rewrite fires where it should and nowhere else, and does not change the results."""
 
 import numpy as np
 import onnx
@@ -45,14 +45,14 @@ def test_silu_is_decomposed(order):
     ],
     ids=["gate of another value", "half precision", "square"],
 )
-def test_other_products_than_silu_stay(body):
+def test_products_other_than_silu_do_not_change(body):
     model = parse(body)
     before = operators(model)
     assert not DecomposeSilu()(model).modified
     assert operators(model) == before
 
 
-def test_a_sigmoid_that_others_use_stays():
+def test_a_sigmoid_with_other_uses_is_kept():
     body = (
         "g (float[2] x) => (float[2] y, float[2] z) { gate = Sigmoid(x) y = Mul(x, gate) "
         "z = Neg(gate) }"
@@ -81,7 +81,7 @@ def test_group_norm_is_decomposed_in_float64():
     assert not DecomposeGroupNorm()(model).modified
 
 
-def test_a_decomposed_group_norm_is_one_operator_again():
+def test_a_decomposed_group_norm_is_fused_to_one_operator():
     model = parse(GROUP_NORM, **AFFINE)
     DecomposeGroupNorm()(model)
     before = run(model, x=X)
@@ -92,7 +92,7 @@ def test_a_decomposed_group_norm_is_one_operator_again():
     assert not FuseGroupNorm()(model).modified
 
 
-def test_other_statistics_than_group_norm_stay():
+def test_statistics_other_than_group_norm_do_not_change():
     body = (
         "g (float[2,3] x) => (float[2,3] y) { mean = ReduceMean(x, axis) moved = Sub(x, mean) "
         "spread = Sqrt(guard) inverse = Reciprocal(spread) y = Mul(moved, inverse) }"
@@ -108,7 +108,7 @@ LAYER_NORM = (
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_layer_norms_are_the_same_bits_in_torch_and_in_the_graph(affine):
+def test_layer_norms_are_bit_identical_in_torch_and_in_the_graph(affine):
     source = torch.nn.LayerNorm(96, elementwise_affine=affine)
     scale, inputs = {"scale": np.ones(96, np.float32)}, "x, scale"
     if affine:
@@ -130,7 +130,7 @@ def test_layer_norms_are_the_same_bits_in_torch_and_in_the_graph(affine):
     np.testing.assert_allclose(run(model, x=x.numpy())[0], plain, rtol=1e-4, atol=1e-5)
 
 
-def test_doubles_are_cast_to_float():
+def test_float64_is_cast_to_float32():
     model = parse(GROUP_NORM, **AFFINE)
     DecomposeGroupNorm()(model)
     before = run(model, x=X)
@@ -155,27 +155,27 @@ def test_one_timestep_serves_the_batch():
 
 @pytest.mark.parametrize("operator", ["Sin", "Cos"])
 @pytest.mark.parametrize("kind", ["float", "double"])
-def test_angles_are_right_after_a_thousand_turns(operator, kind):
+def test_angles_are_exact_after_a_thousand_turns(operator, kind):
     model = parse(f"g ({kind}[4000] x) => ({kind}[4000] y) {{ y = {operator}(x) }}")
     assert DecomposeTimestepEmbedding()(model).modified
     dtype = np.float32 if kind == "float" else np.float64
     angles = np.linspace(-7000, 7000, 4000).astype(dtype)
     exact = np.sin(angles.astype(np.float64)) if operator == "Sin" else np.cos(angles.astype(float))
     result = run(model, x=angles)[0]
-    # Multiples of 2 pi lose 1e-16 of 7000, the series 1e-13; rounded to float32 the result is exact.
+    # The error is 7000 x 1e-16 from whole turns and 1e-13 from the series, so float32 is exact.
     np.testing.assert_allclose(
         result, exact.astype(dtype), rtol=0, atol=0 if kind == "float" else 3e-12
     )
     assert not DecomposeTimestepEmbedding()(model).modified
 
 
-def test_angles_in_half_precision_stay():
+def test_angles_in_half_precision_do_not_change():
     model = parse("g (float16[4] x) => (float16[4] y) { y = Cos(x) }")
     assert not DecomposeTimestepEmbedding()(model).modified
 
 
 @pytest.mark.parametrize(("shape", "exact"), [("2,6,2,2", False), ("8,6", True)])
-def test_silu_of_an_embedding_is_rounded_from_double(shape, exact):
+def test_silu_of_an_embedding_is_rounded_from_float64(shape, exact):
     body = f"g (float[{shape}] x) => (float[{shape}] y) {{ gate = Sigmoid(x) y = Mul(x, gate) }}"
     model = parse(body)
     assert DecomposeSilu()(model).modified
@@ -201,7 +201,7 @@ def test_a_squeeze_of_a_long_axis_is_dropped(shape, modified):
 @pytest.mark.parametrize(
     ("channels", "flip", "shift"), [(66, True, 0), (66, False, 1), (67, True, 1)]
 )
-def test_time_embeddings_are_the_same_bits_in_torch_and_in_the_graph(channels, flip, shift):
+def test_time_embeddings_are_bit_identical_in_torch_and_in_the_graph(channels, flip, shift):
     """One value on a rounding tie would change all images of a step."""
     source = Timesteps(channels, flip_sin_to_cos=flip, downscale_freq_shift=shift)
     module = DeployedTimesteps(source)
@@ -210,5 +210,5 @@ def test_time_embeddings_are_the_same_bits_in_torch_and_in_the_graph(channels, f
     timesteps = torch.arange(1000, dtype=torch.float32)
     result = run(model, timestep=timesteps.numpy())[0]
     np.testing.assert_array_equal(result, module(timesteps).numpy())
-    # diffusers' own frequencies differ by a last bit or two, multiplied by a thousand radians.
+    # diffusers' frequencies differ in the last one or two bits, multiplied by a thousand radians.
     np.testing.assert_allclose(result, source(timesteps).numpy(), rtol=0, atol=1000 * 2.0**-22)

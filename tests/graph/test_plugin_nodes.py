@@ -27,7 +27,7 @@ def plugin_onnx(digits_run, tmp_path_factory):
     return out
 
 
-def test_every_layer_of_the_digits_is_a_plugin(plugin_onnx, digits_onnx):
+def test_every_layer_of_the_digits_model_is_a_plugin(plugin_onnx, digits_onnx):
     model = load_graph(plugin_onnx / "unet" / "model.onnx")
     nodes = [node for node in model.graph if node.domain == "trtq"]
     assert len(nodes) == len(trtq.artefact.manifest_file.read_manifest(plugin_onnx).layers)
@@ -35,7 +35,7 @@ def test_every_layer_of_the_digits_is_a_plugin(plugin_onnx, digits_onnx):
     assert not has_plugins(load_graph(digits_onnx / "unet" / "model.onnx"))
 
 
-def test_onnxruntime_runs_it_as_pairs_with_the_same_bits(plugin_onnx, digits_onnx):
+def test_onnxruntime_runs_plugin_nodes_as_pairs_with_identical_results(plugin_onnx, digits_onnx):
     engines = [OrtEngine(folder / "unet" / "model.onnx") for folder in (plugin_onnx, digits_onnx)]
     rng = np.random.default_rng(0)
     feeds = {
@@ -50,13 +50,13 @@ def test_onnxruntime_runs_it_as_pairs_with_the_same_bits(plugin_onnx, digits_onn
     assert np.array_equal(plugin, pairs)
 
 
-def test_the_pairs_have_no_plugins_left(plugin_onnx):
+def test_no_plugin_nodes_remain_after_the_rewrite_to_pairs(plugin_onnx):
     model = prepare(load_graph(plugin_onnx / "unet" / "model.onnx"), "openvino")
     assert not has_plugins(model)
     assert not ExpandPlugins()(model).modified
 
 
-def test_damage_is_named(plugin_onnx):
+def test_the_message_names_the_damaged_operand(plugin_onnx):
     model = load_graph(plugin_onnx / "unet" / "model.onnx")
     del model.metadata_props["trtq.timesteps"]
     with pytest.raises(ArtefactError, match="does not specify the timesteps"):

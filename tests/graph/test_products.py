@@ -1,4 +1,4 @@
-"""Rewrites of products of integers: each fires where it should, and does not change the numbers."""
+"""Rewrites of integer products: each fires where it should, and does not change the results."""
 
 from collections import Counter
 
@@ -31,7 +31,7 @@ def integers(largest):
     return np.array([[largest, -5, 3, 1]] * 3, np.int8)
 
 
-def test_weights_beyond_pair_safe_become_float_and_others_stay():
+def test_only_weights_beyond_pair_safe_become_float():
     ones, x = np.ones(4, np.float32), np.ones((2, 3), np.float32)
     model = parse(WEIGHT.format("q, unit"), q=integers(100), unit=ones)
     before = run(model, x=x)
@@ -57,7 +57,7 @@ SEQUENCE = """g (int8[2,5,3] k) => (float[2,5,4] y) {{
 @pytest.mark.parametrize(
     "codes", ["", "wide = Cast <to = 3> (q) shifted = Sub(wide, zero)"], ids=["int8", "int4"]
 )
-def test_products_of_sequences_become_convolutions_of_the_same_numbers(codes):
+def test_products_of_sequences_become_convolutions_with_the_same_result(codes):
     body = SEQUENCE.format(codes=codes, weight="shifted" if codes else "q")
     q = np.arange(-6, 6, dtype=np.int8).reshape(3, 4)
     numbers = {"one": np.ones(4, np.float32), "unit": np.array(1, np.float32)}
@@ -72,7 +72,7 @@ def test_products_of_sequences_become_convolutions_of_the_same_numbers(codes):
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_unequal_scales_change_no_digit(sequence):
+def test_unequal_scales_do_not_change_the_result(sequence):
     numbers = {"one": np.ones(4, np.float32), "unit": np.array(1, np.float32)}
     q = np.arange(-6, 6, dtype=np.int8)
     if sequence:
@@ -96,14 +96,14 @@ def test_unequal_scales_change_no_digit(sequence):
     assert not BreakUniformScales()(model).modified
 
 
-def test_products_without_a_sequence_or_of_two_activations_stay():
+def test_products_without_a_sequence_or_of_two_activations_do_not_change():
     model = parse(WEIGHT.format("q, unit"), q=integers(64), unit=np.ones(4, np.float32))
     assert not MatMulToConv()(model).modified
     model = parse(PRODUCT.format(**PAIRS), **UNIT)
     assert not MatMulToConv()(model).modified
 
 
-def test_a_low_bit_node_without_numbers_is_refused_and_a_graph_without_nodes_stays():
+def test_a_low_bit_node_without_tensors_is_refused_and_other_graphs_do_not_change():
     body = (
         "g (float[2,3] sample, float[2] timestep) => (float[2,4] y) "
         '{ y = trtq.LowBitLinear <name = "a"> (sample) }'
@@ -133,7 +133,7 @@ def test_products_beyond_pair_safe_are_rounded_in_float():
     assert not WideProductsToFloat()(model).modified
 
 
-def test_pairs_and_constant_weights_stay_integer():
+def test_pairs_and_constant_weights_remain_integers():
     model = parse(PRODUCT.format(**PAIRS), **UNIT)
     assert not WideProductsToFloat()(model).modified
     model = parse(WEIGHT.format("q, unit"), q=integers(100), unit=np.ones(4, np.float32))
@@ -150,7 +150,7 @@ def test_cast_codes_of_two_activations_become_pairs():
     assert not CastsToQdq()(model).modified
 
 
-def test_casts_of_values_that_are_not_codes_stay():
+def test_casts_of_other_values_than_codes_do_not_change():
     body = """g (int8[2,3] a) => (float[2,4] y) {
         x = Cast <to = 1> (a) w = Cast <to = 1> (q) y = MatMul(x, w) }"""
     model = parse(body, q=integers(100))
@@ -159,7 +159,7 @@ def test_casts_of_values_that_are_not_codes_stay():
 
 
 def low_bit(bits, shape=(4, 3), largest=None):
-    """Tensors of a layer; `largest` is its largest integer."""
+    """Tensors of a layer whose largest integer is `largest`."""
     middle = 2 ** (bits - 1)
     codes = (middle + torch.arange(int(np.prod(shape))).reshape(shape) % 7 - 3).to(torch.uint8)
     if largest is not None:
@@ -184,7 +184,7 @@ TWO_LAYERS = """g (float[2,3] sample, float[2] timestep) => (float[2,4] y, float
     ],
     ids=["all safe", "one exceeds", "one exceeds next to 4 bits"],
 )
-def test_products_that_could_saturate_cast_their_codes_and_so_do_all_that_share_them(a, b, casts):
+def test_products_that_could_saturate_cast_their_codes_and_all_shared_codes(a, b, casts):
     model = parse(TWO_LAYERS)
     ExpandLowBitToQdq({"a": a, "b": b}, TimestepTable([1, 501]))(model)
     counts = Counter(operators(model))

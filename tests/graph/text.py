@@ -1,4 +1,4 @@
-"""Graphs in ONNX's own text."""
+"""Graphs in ONNX's text format."""
 
 import onnx
 import onnx_ir as ir
@@ -15,8 +15,8 @@ def parse(body, **initializers):
 
 
 def run(model, **feeds):
-    """Without onnxruntime's own rewrites: those of version 1.24 turn transposed int8 weights into
-    zeros."""
+    """Run a graph without onnxruntime's own rewrites, which in version 1.24 turn transposed int8
+    weights into zeros."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(

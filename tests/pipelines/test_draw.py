@@ -1,4 +1,4 @@
-"""Drawing: what a pipeline raises is one line."""
+"""Drawing of images: errors of a pipeline become one line."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from trtq.pipelines.draw import conditioning_for, draw
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError, IndexError, AttributeError])
-def test_what_a_pipeline_raises_is_one_line_with_its_name(tiny, monkeypatch, error):
+def test_errors_of_a_pipeline_become_one_line_with_its_name(tiny, monkeypatch, error):
     def fail(*_, **__):
         raise error("unsupported operand\nmore of it")
 

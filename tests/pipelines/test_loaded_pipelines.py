@@ -1,4 +1,4 @@
-"""What people do with a pipeline after `trtq.load`."""
+"""Common uses of a pipeline after `trtq.load`."""
 
 import json
 import pickle
@@ -51,7 +51,7 @@ def test_saving_a_low_bit_pipeline_is_refused_and_nothing_is_written(kind, folde
 @pytest.mark.parametrize(
     "name", ["load_lora_adapter", "enable_freeu", "fuse_qkv_projections", "set_attn_processor"]
 )
-def test_what_only_float_models_have_says_what_to_do(kind, name, folders):
+def test_features_of_float_models_only_are_refused_with_a_remedy(kind, name, folders):
     denoiser = trtq.load(folders / kind).unet
     assert not hasattr(denoiser, name)
     with pytest.raises(UsageError, match=f"a low-bit denoiser has no {name}: "):
@@ -63,7 +63,7 @@ def test_an_open_graph_is_not_pickled(folders):
         pickle.dumps(trtq.load(folders / "onnx").unet)
 
 
-def test_an_exported_text_encoder_takes_no_textual_inversion():
+def test_an_exported_text_encoder_refuses_textual_inversion():
     with pytest.raises(UsageError, match="load_textual_inversion"):
         EngineTextEncoder(None, None).get_input_embeddings()
 

@@ -28,7 +28,7 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A true StableDiffusionPipeline, untrained and tiny."""
+    """A real StableDiffusionPipeline, untrained and tiny."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
@@ -133,7 +133,7 @@ def test_openvino_draws_the_same_as_onnxruntime(onnx):
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=0.03)
 
 
-def test_generate_takes_a_prompt_and_no_class(onnx, tmp_path):
+def test_generate_accepts_a_prompt_and_no_class(onnx, tmp_path):
     out = tmp_path / "x.png"
     result = generate(onnx, out, prompt="a red circle", images=2)
     assert result["prompts"] == ["a red circle"] * 2
@@ -142,7 +142,7 @@ def test_generate_takes_a_prompt_and_no_class(onnx, tmp_path):
         generate(onnx, tmp_path / "y.png", class_label=1)
 
 
-def test_generate_takes_a_negative_prompt_where_it_changes_something(model, tmp_path):
+def test_generate_accepts_a_negative_prompt_only_if_it_has_an_effect(model, tmp_path):
     out = tmp_path / "x.png"
     wish = {"prompt": "a red circle", "steps": 2, "guidance": 3.0}
     pictures = []
@@ -158,7 +158,7 @@ def test_generate_takes_a_negative_prompt_where_it_changes_something(model, tmp_
     assert not out.exists()
 
 
-def test_eval_counts_what_the_prompts_say(onnx, model):
+def test_eval_counts_the_objects_in_the_prompts(onnx, model):
     result = evaluate(onnx, model, images=6, gates=(parse_gate("faithfulness>=0"),)).result
     assert 0 <= result["faithfulness"] <= 1
     assert result["faithfulness_reference"] is not None
@@ -170,7 +170,7 @@ def test_eval_counts_what_the_prompts_say(onnx, model):
         evaluate(onnx, model, images=4, gates=(parse_gate("class_accuracy>0"),))
 
 
-def test_guidance_pairs_unconditional_first(model):
+def test_guidance_puts_the_unconditional_item_first(model):
     source = open_pipeline(model)
     conditions = source.draw_conditions(3, torch.Generator().manual_seed(0))
     empty = source.encode([""]).conditional["encoder_hidden_states"]
@@ -179,7 +179,7 @@ def test_guidance_pairs_unconditional_first(model):
     assert not torch.equal(conditions.conditional["encoder_hidden_states"], unconditional)
 
 
-def test_prompts_of_the_user(model, tmp_path):
+def test_prompts_given_by_the_user_are_used(model, tmp_path):
     lines = tmp_path / "prompts.txt"
     lines.write_text("a black cross\n\n")
     recipe = {
@@ -198,7 +198,7 @@ def test_prompts_of_the_user(model, tmp_path):
         quantize("digits", recipe, tmp_path / "other")
 
 
-def test_a_part_from_elsewhere_is_refused(run, tmp_path):
+def test_a_component_of_another_pipeline_is_refused(run, tmp_path):
     import shutil
 
     from trtq.artefact.manifest import Manifest

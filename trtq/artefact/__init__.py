@@ -1,1 +1,1 @@
-"""Artefacts on disk: manifest, files, locks, and what a graph says about itself."""
+"""Artefacts on disk: manifest, files, locks, and the metadata of graphs."""

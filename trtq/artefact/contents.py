@@ -1,4 +1,4 @@
-"""Which files of a pipeline's folder count: the files that a loader reads.
+"""The files of a pipeline's folder that a loader reads.
 
 diffusers, transformers, onnxruntime and TensorRT choose files by name. They ignore hidden files and
 files with other names: a README, or files of git, the hub or a file manager.
@@ -38,16 +38,16 @@ _READ_BEGINNINGS = ("model.onnx", "model.engine")
 _MAX_DEPTH = 6
 """Maximum depth of nested folders in a component."""
 _TWO_BYTE_LENGTH = 128
-"""From this length on, protobuf encodes the length of a string in two bytes."""
+"""Strings of this length or more have a length prefix of two bytes in protobuf."""
 
 
 @dataclass(frozen=True)
 class Stray:
-    """Something in an artefact's folder that its manifest does not list.
+    """An entry of an artefact's folder that its manifest does not list.
 
     Attributes:
-        name: relative POSIX path of a file, or of a folder that holds nothing of the artefact.
-        problem: why it cannot stay, as the end of a sentence; None if it is harmless.
+        name: relative POSIX path of a file, or of a folder without any file of the artefact.
+        problem: reason why the entry is not allowed, as the end of a sentence; None if it is harmless.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Stray:
 
 
 def source_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a pipeline's folder that a loader reads, by POSIX path."""
+    """SHA-256 of every file of a pipeline's folder that a loader reads, by relative POSIX path."""
     parts = _named_components(folder)
     return {
         name: sha256(folder / name)
@@ -67,7 +67,7 @@ def source_hashes(folder: Path) -> dict[str, str]:
 def changed_source_file(
     folder: Path, recorded: Mapping[str, str], *, all_there: bool
 ) -> str | None:
-    """The first file that changed since it was recorded; None if no file did.
+    """The first file that changed since its hash was recorded; None if no file changed.
 
     Args:
         folder: the pipeline's folder.
@@ -88,12 +88,15 @@ def changed_source_file(
 
 
 def find_strays(folder: Path, files: Mapping[str, str], record: str) -> list[Stray]:
-    """Find what lies in an artefact's folder and is not listed.
+    """Find the entries of an artefact's folder that are not listed.
 
     Args:
-        folder: the artefact.
-        files: the listed files by relative POSIX path.
+        folder: folder of the artefact.
+        files: SHA-256 of the listed files by relative POSIX path.
         record: name of the file that holds the list.
+
+    Returns:
+        One entry per unlisted file, and per folder without any listed file.
     """
     parts = frozenset(PurePosixPath(name).parts[0] for name in files if "/" in name)
     parts |= _named_components(folder)
@@ -118,7 +121,7 @@ def _named_components(folder: Path) -> frozenset[str]:
     """The components that a pipeline's index names."""
     path = folder / _INDEX
     try:
-        # The same reader as for loading: what it accepts, a byte-order mark for instance, counts here.
+        # Use the loader's reader, so that the same files are accepted, e.g. with a byte-order mark.
         index = read_object(path) if path.is_file() else {}
     except (ArtefactError, OSError):
         return frozenset()
@@ -126,11 +129,11 @@ def _named_components(folder: Path) -> frozenset[str]:
 
 
 def _files_through_links(folder: Path, parts: Collection[str]) -> list[str]:
-    """Relative paths of all files in a folder and its components, also where links lead to them."""
+    """Relative paths of all files in a folder and its components; links are followed."""
     paths = []
     for place, folders, names in os.walk(folder, followlinks=True):
         below = Path(place).relative_to(folder)
-        # Circular links would be followed for ever.
+        # Without these limits circular links would be followed endlessly.
         deep = len(below.parts) >= _MAX_DEPTH
         here = Path(os.path.realpath(place))
         around = {here, *here.parents}
@@ -184,7 +187,7 @@ def _problem(
 
 
 def _may_name(folder: Path, graph: str, name: str) -> bool:
-    """Whether a graph may take its weights from a file; the graph is not parsed, a doubt counts as yes.
+    """Whether a graph may read weights from a file; False is certain, since the graph is not parsed.
 
     A location is a protobuf string: a tag, the length, and the path from the graph's folder.
     """

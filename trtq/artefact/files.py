@@ -1,4 +1,4 @@
-"""Files of a folder: their SHA-256, their kinds, and which there are."""
+"""Files of a folder: listing, kinds and SHA-256."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sha256(path: Path) -> str:
 
 
 def special_kind(path: Path) -> str | None:
-    """Kind of a path that is neither file nor folder, e.g. `a named pipe`; it is not opened."""
+    """Kind of a path that is neither file nor folder, e.g. `a named pipe`; the path is not opened."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Writing an artefact: it is complete in its place, or there is nothing of it.
+"""Writing of an artefact's folder: completely, or not at all.
 
-An artefact is written into a hidden folder next to its place and renamed when it is complete, so a
-folder with a manifest is whole.
+An artefact is written into a hidden folder next to its destination and renamed when it is complete, so a
+folder with a manifest is always complete.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def owned_by_trtq(folder: Path) -> Owned | None:
-    """The files of a folder that are trtq's, from its manifest or listing; None if it has neither."""
+    """The files of trtq in a folder, from its manifest or listing; None if it has neither."""
     if not folder.is_dir():
         return None
     if (folder / MANIFEST_NAME).is_file():
@@ -76,22 +76,25 @@ _OTHERS = {
     **dict.fromkeys(("eval", "bench", "demo report"), "a report of trtq"),
 }
 _OPEN = ("demo",)
-"""Kinds of folders that hold further results."""
+"""Kinds of folders that may contain other results."""
 
 
 def check_output(
     final: Path, *, overwrite: bool, source: str | Path | Any = None, kind: str | None = None
 ) -> Path:
-    """Refuse an output folder before any long work, and return its absolute path.
+    """Check an output folder before any long work, and return its absolute path.
 
     Args:
-        final: the place.
+        final: path of the output folder.
         overwrite: whether an existing folder of trtq may be replaced.
-        source: the input; it must not be replaced, nor lie inside a replaced folder.
+        source: the input; it must neither be replaced nor lie inside a replaced folder.
         kind: kind of the output, see `Owned`; only the same kind is replaced. None: any kind.
 
+    Returns:
+        The absolute path.
+
     Raises:
-        UsageError: an existing file or folder must not be replaced, or nothing may be written there.
+        UsageError: an existing file or folder must not be replaced, or the path is not writable.
     """
     final = check_place(final, source=source)
     check_outside_artefacts(final)
@@ -119,10 +122,10 @@ def _word(kind: str) -> str:
 
 
 def _check_own_files(final: Path, owned: Owned) -> None:
-    """Raise unless the listed files are as they were written, and no other file would be read.
+    """Raise unless the listed files are unchanged and a loader would read no other file.
 
     Raises:
-        UsageError: the user has changed a file, or put one there that the new artefact would read.
+        UsageError: the user changed a file, or added one that a loader of the new artefact would read.
     """
     for name, digest in owned.files.items():
         path = final / name
@@ -146,10 +149,10 @@ def _check_own_files(final: Path, owned: Owned) -> None:
 
 
 def check_outside_artefacts(place: Path) -> None:
-    """Raise if a folder around a place is an artefact or another result of trtq.
+    """Raise if a parent folder of a path is an artefact or another result of trtq.
 
     Raises:
-        UsageError: there is such a folder; its files are on record, and nothing is added to them.
+        UsageError: a parent folder is such a result, to which no files may be added.
     """
     for parent in place.resolve().parents:
         around = owned_by_trtq(parent)
@@ -162,10 +165,10 @@ def check_outside_artefacts(place: Path) -> None:
 
 @contextmanager
 def claimed(final: Path) -> Iterator[None]:
-    """Hold the lock of a folder, and repair the folder after an interrupted process; see `claim`.
+    """Repair a folder after an interrupted replacement, and hold its lock; see `claim`.
 
     Raises:
-        UsageError: another process writes there, or nothing can be written.
+        UsageError: another process is writing to the folder, or the path is not writable.
     """
     check_outside_artefacts(final)
     with claim(final):
@@ -178,9 +181,9 @@ _R = TypeVar("_R")
 
 
 def claims_output(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a function so that it holds the lock of its argument `out` while it runs.
+    """Decorate a function so that it holds the lock of the folder `out`, an argument, while it runs.
 
-    The function's first argument, unless that is `out`, is its input: neither place may lie inside the
+    The function's first argument, unless that is `out`, is its input: neither path may lie inside the
     other. Under `accelerate launch` only the first process holds the lock.
     """
     signature = inspect.signature(function)
@@ -200,7 +203,7 @@ def claims_output(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Move a complete folder to its place; of an earlier folder, only files of trtq are removed."""
+    """Move a complete folder to its destination; of an earlier folder, only trtq's files are removed."""
     replace_folder(partial, final, owned_by_trtq)
 
 
@@ -212,11 +215,11 @@ def new_artefact(
     keep_partial: bool = False,
     kind: str | None = None,
 ) -> Iterator[Path]:
-    """Write an artefact next to its place and move it there when the block ends without an error.
+    """Write an artefact next to its destination and move it there if the block ends without an error.
 
     Args:
-        final: its place.
-        overwrite: replace a folder of the same kind that is already there.
+        final: destination folder.
+        overwrite: replace an existing folder of the same kind.
         keep_partial: keep a partial folder with a checkpoint on an error, and start from an existing
             one; for work that can be resumed.
         kind: kind of the artefact, see `check_output`.
@@ -225,9 +228,9 @@ def new_artefact(
         The folder to write into.
 
     Raises:
-        UsageError: an existing folder must not be replaced, another process writes there, or nothing
-            can be written.
-        ArtefactError: the disk is full, or fails.
+        UsageError: an existing folder must not be replaced, another process is writing to it, or the
+            path is not writable.
+        ArtefactError: the disk is full, or writing fails.
     """
     final = check_place(final)
     with claimed(final):
@@ -251,7 +254,7 @@ def _give_up(err: BaseException, partial: Path, final: Path, *, keep_partial: bo
     """Remove an unfinished artefact, except for checkpoints to resume from.
 
     Raises:
-        ArtefactError: the disk is full, or fails.
+        ArtefactError: the disk is full, or writing fails.
     """
     newest = _newest_file(partial)
     kept = keep_partial and has_checkpoint(partial)
@@ -265,14 +268,14 @@ def _give_up(err: BaseException, partial: Path, final: Path, *, keep_partial: bo
             remove_partial(final)
         except UsageError as left:
             logger.warning("%s", left)
-    # Usually a full disk; for that safetensors has an exception of its own, which names no file.
+    # Usually a full disk, for which safetensors raises a special exception without a file name.
     if isinstance(err, OSError | SafetensorError):
         at = "" if newest is None or newest in str(err) else f"{newest}: "
         raise ArtefactError(f"writing {final} failed, {what}: {at}{err}") from err
 
 
 def _newest_file(folder: Path) -> str | None:
-    """The file that was written last, hence the file whose writing failed."""
+    """The file that was written last, which is the one that failed."""
     try:
         return max(files_below(folder), key=lambda name: (folder / name).lstat().st_mtime_ns)
     except (OSError, ValueError):

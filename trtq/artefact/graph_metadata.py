@@ -26,11 +26,11 @@ __all__ = [
 ]
 
 LAYERS_KEY = "trtq.layers"
-"""Kind and precision of every layer by its name, in a graph that was exported from a run."""
+"""Key of the kind and precision of every layer, by name, in a graph that was exported from a run."""
 SIZES_KEY = "trtq.latent_sizes"
-"""`FreeSizes` of a graph that takes latents of several sizes."""
+"""Key of the `FreeSizes` of a graph that accepts latents of several sizes."""
 TIMESTEPS_KEY = "trtq.timesteps"
-"""The calibrated timesteps of a graph with tables, cleanest first."""
+"""Key of the calibrated timesteps of a graph with tables, cleanest first."""
 
 
 def check_timesteps(metadata: Mapping[str, str], timesteps: Sequence[float] | None) -> None:
@@ -61,7 +61,7 @@ def check_layers(metadata: Mapping[str, str], layers: Mapping[str, str]) -> None
 
     Args:
         metadata: metadata of the graph; not compared if it lists no layers.
-        layers: kind and precision by name, from the manifest, e.g. `conv2d w4a8`.
+        layers: kind and precision, e.g. `conv2d w4a8`, by layer name, from the manifest.
 
     Raises:
         ArtefactError: the layers differ; the message names the first that does.
@@ -83,8 +83,11 @@ def check_layers(metadata: Mapping[str, str], layers: Mapping[str, str]) -> None
 def graph_timesteps(text: str) -> list[float]:
     """Parse the timesteps in a graph's metadata, cleanest first.
 
+    Returns:
+        The timesteps, cleanest first.
+
     Raises:
-        ArtefactError: the text is no list of rising numbers.
+        ArtefactError: the text is not a list of increasing numbers.
     """
     timesteps = _parse(text, TIMESTEPS_KEY)
     if (
@@ -111,12 +114,12 @@ _Side = Annotated[list[_Cells], Field(min_length=2, max_length=2)]
 
 
 class FreeSizes(BaseModel):
-    """The sizes of latents that a graph takes, in cells of the latents.
+    """The range of latent sizes that a graph accepts, in latent pixels.
 
     Attributes:
         low: smallest height and width.
         high: largest height and width.
-        cell: every height and width is a multiple of it.
+        cell: granularity; every height and width is a multiple of `cell`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -134,15 +137,15 @@ class FreeSizes(BaseModel):
         return self
 
     def to_metadata(self) -> dict[str, str]:
-        """The entry of the graph's metadata that `free_sizes` reads."""
+        """The metadata entry that `free_sizes` reads."""
         return {SIZES_KEY: json.dumps(self.model_dump())}
 
 
 def free_sizes(metadata: Mapping[str, str]) -> FreeSizes | None:
-    """The sizes that a graph takes, from its metadata; None if it takes a single size.
+    """The sizes that a graph accepts, from its metadata; None if it accepts a single size.
 
     Raises:
-        ArtefactError: the metadata has another form.
+        ArtefactError: the metadata is malformed.
     """
     text = metadata.get(SIZES_KEY)
     if text is None:

@@ -1,4 +1,4 @@
-"""Which files of a folder are trtq's: `trtq-files.json` for reports, repositories and demonstrations.
+"""Lists of trtq's files in a folder: `trtq-files.json` of reports, repositories and demonstrations.
 
 Only files that trtq wrote are removed when a folder is replaced. An artefact lists its files in its
 manifest; every other folder of trtq has a listing.
@@ -19,10 +19,10 @@ from trtq.errors import ArtefactError
 __all__ = ["CHECKPOINTS", "LISTING_NAME", "Owned", "read_listing", "write_listing"]
 
 LISTING_NAME = "trtq-files.json"
-"""Lists the files of a folder that is no artefact: a report, a Triton repository, a demonstration."""
+"""File that lists the files of a report, a Triton repository or a demonstration."""
 LISTING_VERSION = 1
 CHECKPOINTS = "checkpoints"
-"""Folder of a run that is being made; its files are in no manifest, so that they can be deleted."""
+"""Folder of checkpoints in a run; the manifest does not list its files, so that they can be deleted."""
 _CHECKPOINT_FILE = re.compile(
     rf"{CHECKPOINTS}/[^/]+/\.?iteration-\d+(\.partial)?/"
     r"(checkpoint\.json|model\.safetensors|process-\d+-of-\d+\.safetensors)"
@@ -31,12 +31,12 @@ _CHECKPOINT_FILE = re.compile(
 
 @dataclass(frozen=True)
 class Owned:
-    """The files of a folder that are trtq's.
+    """The files of a folder that belong to trtq.
 
     Attributes:
-        kind: what the folder is: `run`, `onnx`, `engine`, or one of those that `write_listing` wrote.
-        files: SHA-256 by relative POSIX path; empty for a file that is trtq's with any content.
-        record: name of the file that holds this list; it is trtq's, too.
+        kind: kind of the folder: `run`, `onnx`, `engine`, or the kind in its listing.
+        files: SHA-256 by relative POSIX path; empty for a file that belongs to trtq with any content.
+        record: name of the file that holds this list, which belongs to trtq too.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Owned:
     record: str
 
     def holds(self, relative: str) -> bool:
-        """Whether a file is trtq's by its name."""
+        """Whether a file with this relative POSIX path belongs to trtq."""
         return (
             relative in self.files
             or relative == self.record
@@ -53,7 +53,7 @@ class Owned:
 
 
 def read_listing(folder: Path) -> Owned | None:
-    """Read what `write_listing` wrote; None without a valid listing."""
+    """Read the listing of a folder; None if there is no valid listing."""
     try:
         record = read_object(folder / LISTING_NAME)
     except ArtefactError:
@@ -71,13 +71,13 @@ def read_listing(folder: Path) -> Owned | None:
 def write_listing(
     folder: Path, kind: str, names: Sequence[str] | None = None, *, unhashed: Sequence[str] = ()
 ) -> None:
-    """Record which files of a folder are trtq's.
+    """Record which files of a folder belong to trtq.
 
     Args:
         folder: the folder.
-        kind: what the folder is.
+        kind: kind of the folder.
         names: names of the files; None: every file in the folder.
-        unhashed: names of files that are written later.
+        unhashed: names of files without a recorded hash, since they are written later.
     """
     chosen = list(files_below(folder)) if names is None else names
     files = {name: sha256(folder / name) for name in chosen if name != LISTING_NAME}

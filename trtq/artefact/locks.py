@@ -1,7 +1,7 @@
-"""Locks: one process at a time writes to a place.
+"""Locks: only one process at a time writes to a destination.
 
-While a process writes to a place it holds a lock file next to it, which the operating system releases
-however the process ends.
+While a process writes to a destination, it holds the lock of a file next to it. The operating system
+releases the lock however the process ends.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _held = threading.local()
 
 @contextmanager
 def claim(final: Path) -> Iterator[None]:
-    """Hold the lock of a place inside the block; the same thread may claim it again.
+    """Hold the lock of a destination inside the block; the same thread may claim it again.
 
     Args:
-        final: the absolute place; missing folders around it are made, and removed again if they stay
-            empty.
+        final: absolute path of the destination; missing parent folders are created, and removed again
+            if they stay empty.
 
     Raises:
-        UsageError: another process or thread writes there, or nothing can be written.
+        UsageError: another process or thread is writing there, or the path is not writable.
     """
     places: set[Path] = _held.__dict__.setdefault("places", set())
     if final in places:
@@ -72,7 +72,7 @@ def claim(final: Path) -> Iterator[None]:
 
 
 def _make_parents(final: Path) -> list[Path]:
-    """Make the missing folders around a place and return them, innermost first."""
+    """Create the missing parent folders of a path and return them, innermost first."""
     missing = [folder for folder in final.parents if not folder.exists()]
     made: list[Path] = []
     try:
@@ -87,10 +87,13 @@ def _make_parents(final: Path) -> list[Path]:
 
 
 class _Lock:
-    """A lock on a place, in a hidden file next to it that names the holder.
+    """A lock on a destination: a hidden file next to it that names the holder.
+
+    Args:
+        final: absolute path of the destination.
 
     Raises:
-        UsageError: another process or thread holds it, or the file cannot be made.
+        UsageError: another process or thread holds the lock, or the file cannot be created.
     """
 
     def __init__(self, final: Path) -> None:
@@ -103,7 +106,7 @@ class _Lock:
                     f"cannot write to {final}: {err}; choose another --output"
                 ) from err
             ours = _try_lock(self._file)
-            if ours is None:  # A file system without locks: what is written in the file must do.
+            if ours is None:  # The file system has no locks: rely on the file's text.
                 ours = not _lives(_read_owner(self._path))
             if not ours:
                 owner = _read_owner(self._path)
@@ -114,11 +117,11 @@ class _Lock:
                 )
             if self._still_there():
                 break
-            # The earlier holder ended and removed the file between our opening and locking it.
+            # The previous holder removed the file between the calls that opened and locked it here.
             os.close(self._file)
         else:
             raise UsageError(f"cannot lock {final}: {self._path} keeps being removed")
-        # On a full disk the lock holds all the same, and writing fails later with a message of its own.
+        # On a full disk the lock is held nevertheless, and writing fails later with its own message.
         with suppress(OSError):
             os.ftruncate(self._file, 0)
             os.write(self._file, json.dumps(_me()).encode())
@@ -131,7 +134,7 @@ class _Lock:
 
     def release(self) -> None:
         """Remove the file and release the lock."""
-        # While it is locked, where that is possible: a process that opened the file before sees it gone.
+        # Removed while still locked, if possible: a process that opened the file before sees it gone.
         with suppress(OSError):
             self._path.unlink()
         os.close(self._file)
@@ -145,7 +148,7 @@ def _try_lock(file: int) -> bool | None:
     if sys.platform == "win32":
         import msvcrt
 
-        os.lseek(file, _UNLOCKED_BYTE, os.SEEK_SET)  # What is locked there cannot be read.
+        os.lseek(file, _UNLOCKED_BYTE, os.SEEK_SET)  # A locked byte cannot be read.
         try:
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         except OSError:
@@ -187,7 +190,7 @@ def _read_owner(path: Path) -> dict[str, Any]:
 
 
 def _lives(owner: dict[str, Any]) -> bool:
-    """Whether the process that wrote a lock file is alive; assumed of a process on another machine."""
+    """Whether the process that wrote a lock file is alive; assumed for a process on another machine."""
     pid = owner.get("pid")
     if not isinstance(pid, int) or pid <= 0:
         return False

@@ -1,6 +1,6 @@
-"""The record that travels with every artefact: `manifest.json`.
+"""The manifest of an artefact, `manifest.json`.
 
-An artefact is a folder whose manifest names the SHA-256 of every file of it; see
+An artefact is a folder whose manifest lists the SHA-256 of each of its files; see
 `trtq.artefact.manifest_file` for reading and writing one.
 """
 
@@ -60,7 +60,7 @@ class _Strict(BaseModel):
 
 
 class LayerRow(_Strict):
-    """What one linear, convolution or product of activations became.
+    """The precision of one linear layer, convolution or product of activations.
 
     Attributes:
         name: module path in the denoiser.
@@ -68,8 +68,8 @@ class LayerRow(_Strict):
         weight_bits: bits of the weight; None if there is no weight, or the layer runs in float.
         activation_bits: bits of the (first) input; None if the layer runs in float.
         right_bits: bits of a product's second input.
-        adapters: whether fine-tuning gave it QALoRA adapters.
-        reason: why the layer has these bits.
+        adapters: whether the layer had QALoRA adapters during fine-tuning.
+        reason: reason for the choice of bits.
         input_of: an earlier layer with the same input, whose quantiser this layer uses.
     """
 
@@ -99,7 +99,7 @@ class LayerRow(_Strict):
 
 
 class StructureRow(_Strict):
-    """Modules that were changed into another form before quantising.
+    """Modules that were rewritten before quantisation.
 
     Attributes:
         attention: paths of attention modules that are decomposed into their products.
@@ -111,7 +111,7 @@ class StructureRow(_Strict):
 
 
 class SourceRow(_Strict):
-    """What an artefact was made from.
+    """The checkpoint or artefact that an artefact was made from.
 
     Attributes:
         name: name or path as given by the user.
@@ -129,16 +129,16 @@ class Manifest(_Strict):
         format_version: version of this record.
         kind: `run`, `onnx` or `engine`.
         files: SHA-256 of every file in the folder, by relative POSIX path.
-        source: the checkpoint or artefact that it was made from.
+        source: the checkpoint or artefact that this artefact was made from.
         denoiser: name of the denoiser component, e.g. `unet`.
         recipe: recipe of the quantisation; None for a float model.
         timesteps: the calibrated timesteps, cleanest first; None for a float model.
         layers: one row per linear, convolution and product of activations of the denoiser.
-        structure: modules in another form, see `trtq.quant.structure`.
+        structure: rewritten modules, see `trtq.quant.structure`.
         loras: LoRAs merged into the weights before quantising.
         options: options of the export and the build.
-        metrics: measurements while the artefact was made.
-        packages: versions of the packages that made it.
+        metrics: measurements taken while the artefact was made.
+        packages: versions of the packages that made the artefact.
     """
 
     format_version: Annotated[int, Field(strict=True)] = FORMAT_VERSION

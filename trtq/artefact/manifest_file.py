@@ -1,8 +1,8 @@
-"""Reading and writing `manifest.json`, and comparing an artefact's files with it.
+"""Reading and writing of `manifest.json`, and its comparison with an artefact's files.
 
 Reading verifies the format version, that every path stays inside the folder, and every hash. A file that
-the manifest does not list (a README, files of a file manager or of git) is left alone and reported once
-in a warning, unless something that opens the artefact would read it: that is an error.
+the manifest does not list (a README, files of a file manager or of git) is ignored and reported once
+in a warning, unless a loader of the artefact would read it, which is an error.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def package_versions() -> dict[str, str]:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, the manifest and checkpoints left out."""
+    """SHA-256 of every file below a folder, by relative POSIX path, without manifest and checkpoints."""
     return {
         name: sha256(folder / name)
         for name in files_below(folder)
@@ -81,7 +81,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Hash the files of a finished folder and write its manifest, last of all."""
+    """Hash the files of a finished folder, write its manifest as the last file, and return it."""
     complete = manifest.model_copy(
         update={"files": file_hashes(folder), "packages": package_versions()}
     )
@@ -90,21 +90,22 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def made_from(folder: Path, manifest: Manifest) -> SourceRow:
-    """The entry `source` of an artefact that is made from another one."""
+    """The entry `source` of an artefact that is made from this artefact."""
     hashes = {MANIFEST_NAME: sha256(folder / MANIFEST_NAME)}
     return SourceRow(name=folder.name, files=hashes | manifest.files)
 
 
 def find_origin(folder: Path, manifest: Manifest, given: str | Path | None = None) -> Path | None:
-    """Find the unchanged artefact that another artefact was made from.
+    """Find the artefact that another artefact was made from, if it is unchanged.
 
     Args:
-        folder: the other artefact.
+        folder: folder of the other artefact.
         manifest: manifest of the other artefact.
-        given: place to look in; by default next to the other artefact, then in the current folder.
+        given: folder to search; by default next to the other artefact, then the current folder.
 
     Returns:
-        None if the artefact is missing or changed, or if the other one was made from a checkpoint.
+        Folder of the artefact; None if it is missing or changed, or if the other artefact was made from
+        a checkpoint.
     """
     expected = manifest.source.files.get(MANIFEST_NAME)
     name = manifest.source.name
@@ -120,10 +121,10 @@ def artefact_kind(folder: Path) -> Kind | None:
     """Kind of the artefact in a folder; None if the folder has no manifest.
 
     Raises:
-        ArtefactError: it has a manifest that cannot be read.
+        ArtefactError: the manifest cannot be read.
     """
     path = folder / MANIFEST_NAME
-    # An entry that is no file, a pipe for instance, is refused when it is read.
+    # An entry that is not a file, e.g. a pipe, is rejected when it is read.
     if not path.exists() and not path.is_symlink():
         return None
     return parse_manifest(folder).kind
@@ -132,9 +133,12 @@ def artefact_kind(folder: Path) -> Kind | None:
 def parse_manifest(folder: Path) -> Manifest:
     """Read the manifest of an artefact, without hashing its files.
 
+    Returns:
+        The manifest.
+
     Raises:
         ArtefactError: the manifest cannot be read.
-        IntegrityError: the file is no manifest of trtq, or has another version.
+        IntegrityError: the file is not a manifest of trtq, or its version is unknown.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -171,7 +175,7 @@ def checked_path(folder: Path, relative: str) -> Path:
     """
     fault = path_fault(relative)
     path = folder / PurePosixPath(relative) if fault is None else folder
-    # realpath, since resolve() refuses circular links with an error of its own.
+    # realpath, since resolve() raises a different error for circular links.
     if fault is None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         fault = "leaves the folder"
     if fault is not None:
@@ -185,13 +189,16 @@ def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
     """Read and verify the manifest of an artefact.
 
     Args:
-        folder: the artefact.
+        folder: folder of the artefact.
         kinds: permitted kinds; every kind if none is given.
 
+    Returns:
+        The verified manifest.
+
     Raises:
-        ArtefactError: there is no such artefact, or it is of another kind.
-        IntegrityError: the version is unknown, a path leaves the folder, a file is missing or has
-            another content than the manifest says, or would be read without being listed.
+        ArtefactError: there is no artefact in the folder, or it is of another kind.
+        IntegrityError: the version is unknown, a path leaves the folder, a file is missing or does not
+            match the manifest, or a loader would read a file that is not listed.
     """
     manifest = parse_manifest(folder)
     check_kind(folder, manifest, *kinds)
@@ -203,7 +210,7 @@ def check_kind(folder: Path, manifest: Manifest, *kinds: Kind) -> None:
     """Raise unless an artefact is of one of these kinds; every kind is permitted if none is given.
 
     Raises:
-        ArtefactError: it is of another kind.
+        ArtefactError: the artefact is of another kind.
     """
     if kinds and manifest.kind not in kinds:
         raise ArtefactError(
@@ -212,11 +219,11 @@ def check_kind(folder: Path, manifest: Manifest, *kinds: Kind) -> None:
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Raise unless every file of an artefact is what its manifest says.
+    """Raise unless every file of an artefact matches its manifest.
 
     Raises:
-        IntegrityError: a path leaves the folder, a file is missing or has another content than the
-            manifest says, or would be read and is not listed.
+        IntegrityError: a path leaves the folder, a file is missing or does not match the manifest, or a
+            loader would read a file that is not listed.
     """
     for relative, expected in manifest.files.items():
         path = checked_path(folder, relative)
@@ -236,10 +243,10 @@ _warned: set[Path] = set()
 
 
 def _look_for_strays(folder: Path, manifest: Manifest) -> None:
-    """Warn once of files that the manifest does not list.
+    """Warn once about files that the manifest does not list.
 
     Raises:
-        IntegrityError: something that opens the artefact would read it.
+        IntegrityError: a loader of the artefact would read such a file.
     """
     strays = find_strays(folder, manifest.files, MANIFEST_NAME)
     for stray in strays:

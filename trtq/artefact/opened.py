@@ -1,7 +1,7 @@
-"""An opened artefact: its place resolved, its manifest read, its files verified once.
+"""Opened artefacts: path resolved, manifest read, files verified once.
 
-Every verb takes a place or an opened artefact and passes the opened one on, so that no file is hashed
-twice and every default has one place.
+Every public function accepts a path or an opened artefact and passes the opened artefact on, so that no
+file is hashed twice and each default is defined once.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = [
 ]
 
 DEFAULT_STEPS = 20
-"""Denoising steps where neither the caller nor a calibration names their number."""
+"""Number of denoising steps if neither the caller nor a calibration gives one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """Base class of what `open_artefact` returns.
+    """Base class of the objects that `open_artefact` returns.
 
     Attributes:
         place: folder, name, hub id or pipeline object, as given by the caller.
@@ -61,7 +61,7 @@ class Opened:
 
     @property
     def bits(self) -> str:
-        """Bits of weights and activations, e.g. `w4a8`; of a float model its precision."""
+        """Bits of weights and activations, e.g. `w4a8`; the precision of a float model."""
         return self.precision
 
     @property
@@ -71,20 +71,20 @@ class Opened:
 
     @property
     def size(self) -> str | None:
-        """Image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; None: the model's own."""
+        """Image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; None: the default."""
         return None
 
     @property
     def smallest_size(self) -> str | None:
-        """Smallest image size `HEIGHTxWIDTH` in pixels; None: the model's own."""
+        """Smallest image size `HEIGHTxWIDTH` in pixels; None: the model's default."""
         return None if self.size is None else self.size.partition(":")[0]
 
     def verified(self) -> Self:
-        """This artefact after its files were compared with its manifest, at most once.
+        """Compare the files with the manifest, at most once, and return the verified artefact.
 
         Raises:
-            IntegrityError: a file is missing, was changed or damaged, or would be read without being
-                listed.
+            IntegrityError: a file is missing, changed or damaged, or a loader would read a file that is
+                not listed.
         """
         return self
 
@@ -102,8 +102,8 @@ class StoredArtefact(Opened):
 
     Attributes:
         folder: folder of the artefact.
-        manifest: its manifest.
-        is_verified: whether its files were compared with the manifest.
+        manifest: manifest of the artefact.
+        is_verified: whether the files were compared with the manifest.
     """
 
     folder: Path
@@ -134,7 +134,7 @@ class StoredArtefact(Opened):
 
     @property
     def bits(self) -> str:
-        """Bits of weights and activations, e.g. `w4a8`; of a float model its precision."""
+        """Bits of weights and activations, e.g. `w4a8`; the precision of a float model."""
         recipe = self.manifest.recipe
         return self.precision if recipe is None else str(recipe.bits)
 
@@ -145,16 +145,16 @@ class StoredArtefact(Opened):
 
     @property
     def size(self) -> str | None:
-        """Image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; None: the model's own."""
+        """Image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; None: the default."""
         recipe = self.manifest.recipe
         return self.manifest.options.size or (None if recipe is None else recipe.size)
 
     def verified(self) -> Self:
-        """This artefact after its files were compared with its manifest, at most once.
+        """Compare the files with the manifest, at most once, and return the verified artefact.
 
         Raises:
-            IntegrityError: a file is missing, was changed or damaged, or would be read without being
-                listed.
+            IntegrityError: a file is missing, changed or damaged, or a loader would read a file that is
+                not listed.
         """
         if self.is_verified:
             return self
@@ -175,12 +175,12 @@ class GraphFolder(StoredArtefact):
 
     @property
     def batch(self) -> tuple[int, int]:
-        """Minimum and maximum number of images that engines of these graphs take."""
+        """Minimum and maximum batch size, in images, of engines of these graphs."""
         return self.manifest.options.batch
 
     @property
     def graph_metadata(self) -> Mapping[str, str]:
-        """Metadata of the denoiser's graph, if its file does not hold it."""
+        """Metadata of the denoiser's graph; empty if the graph's own file holds it."""
         return {}
 
     @property
@@ -232,15 +232,15 @@ def open_artefact(place: str | Path | Any, *, verify: bool = True) -> Opened:
 
     Args:
         place: a folder, the name of a shipped model, a hub id or a pipeline object; an opened artefact
-            is returned as it is.
+            is returned unchanged.
         verify: compare every file with the manifest now; otherwise `Opened.verified` does it later.
 
     Returns:
-        A `Checkpoint`, `Run`, `OnnxFolder` or `EngineFolder`. A checkpoint is not looked for here.
+        A `Checkpoint`, `Run`, `OnnxFolder` or `EngineFolder`. A checkpoint may not exist.
 
     Raises:
         ArtefactError: the folder has a manifest that cannot be read.
-        IntegrityError: a file is not what the manifest says.
+        IntegrityError: a file does not match the manifest.
     """
     if isinstance(place, Opened):
         opened = place
@@ -256,12 +256,15 @@ def open_folder(place: str | Path | Opened, *kinds: Kind, verify: bool = True) -
 
     Args:
         place: the folder, or an opened artefact.
-        kinds: permitted kinds; every kind if there are none.
+        kinds: permitted kinds; every kind if none is given.
         verify: see `open_artefact`.
 
+    Returns:
+        A `Run`, `OnnxFolder` or `EngineFolder`.
+
     Raises:
-        ArtefactError: there is no such artefact, or it is of another kind.
-        IntegrityError: a file is not what the manifest says.
+        ArtefactError: there is no artefact in the folder, or it is of another kind.
+        IntegrityError: a file does not match the manifest.
     """
     if isinstance(place, StoredArtefact):
         opened = place

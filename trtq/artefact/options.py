@@ -1,6 +1,6 @@
 """Typed recipe, options and metrics of a manifest: every key that trtq reads, with its default.
 
-Keys that are not listed here, such as those of later versions, are kept as they are when a manifest is
+Keys that are not listed here, such as those of later versions, are kept unchanged when a manifest is
 rewritten; only `trtq inspect` prints them. Keys that a manifest does not hold are not added to it.
 """
 
@@ -72,7 +72,7 @@ _Widths = Annotated[str, Field(strict=True, pattern=r"^w[2-8]a[2-8]$")]
 
 
 class Record(BaseModel):
-    """A part of a manifest: typed keys, and any others as they are."""
+    """A part of a manifest: typed keys, and any other keys unchanged."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -144,7 +144,7 @@ class RecipeRecord(Record):
 
     @property
     def guided(self) -> bool:
-        """Whether the denoiser takes conditional and unconditional items in one batch."""
+        """Whether conditional and unconditional items are denoised in one batch."""
         return "guidance" not in self.model_fields_set or self.guidance not in (None, 1.0)
 
 
@@ -154,7 +154,7 @@ class ExportOptions(Record):
     Attributes:
         target: form of the low-bit layers.
         precision: precision of everything that is not an integer.
-        batch: minimum and maximum number of images that engines of the graphs take.
+        batch: minimum and maximum batch size, in images, of engines of the graphs.
         size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`.
     """
 
@@ -177,12 +177,12 @@ class EngineOptions(ExportOptions):
     """Options of a build, and of the export before it.
 
     Attributes:
-        backend: what built the engines and runs them.
+        backend: backend that built the engines and runs them.
         version: version of the backend.
         architectures: GPU architectures that the engines run on, e.g. `sm86`.
         weight_streaming: whether weights may stay on the host.
         refit: whether weights can be exchanged in the finished engines.
-        workspace_bytes: maximum device memory for one operator's scratch; None: no limit was set.
+        workspace_bytes: maximum scratch memory on the device for one operator; None: no limit was set.
         profiles: minimum, typical and maximum shape of every input, by graph and input.
         graph_metadata: metadata of the denoiser's graph, which an engine does not keep.
     """
@@ -211,7 +211,7 @@ class EngineOptions(ExportOptions):
 
 
 class EngineMetrics(Record):
-    """Measurements of one engine's build; None where the manifest does not hold them."""
+    """Measurements of one engine's build; None for those that the manifest does not hold."""
 
     name: Text | None = None
     engine_bytes: _Bytes | None = None
@@ -219,7 +219,7 @@ class EngineMetrics(Record):
 
 
 class Metrics(Record):
-    """Measurements while an artefact was made; None where the manifest does not hold them."""
+    """Measurements taken while an artefact was made; None for those that the manifest does not hold."""
 
     layers_quantized: Annotated[int, Field(strict=True, ge=0)] | None = None
     layers_float: Annotated[int, Field(strict=True, ge=0)] | None = None
@@ -229,7 +229,7 @@ class Metrics(Record):
 
 
 class LoraRecord(BaseModel):
-    """A LoRA that was merged: see `trtq.lora.MergedLora`."""
+    """A merged LoRA; see `trtq.lora.MergedLora` for the keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -243,7 +243,7 @@ _R = TypeVar("_R", bound=BaseModel)
 
 
 def parsed_as(record: type[_R]) -> Callable[[Any], _R]:
-    """A parser of a record, for a pydantic validator.
+    """Return a parser of a record, for a pydantic validator.
 
     The parser raises a ValueError that names the key.
     """

@@ -1,4 +1,4 @@
-"""Places that trtq writes to: what may be written there, and single files."""
+"""Checks of output paths, and writing of single files."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ __all__ = ["check_file", "check_place", "new_file"]
 
 
 def check_place(place: str | Path, *, source: Any = None) -> Path:
-    """Refuse a place where writing would do harm, and return its absolute path.
+    """Raise if writing to a path would do harm, and return its absolute form.
 
     Args:
         place: path of a file or folder.
-        source: path of the input, or the opened input; neither may lie inside the other.
+        source: path of the input, or the opened input; neither path may lie inside the other.
+
+    Returns:
+        The absolute path.
 
     Raises:
-        UsageError: the place is a link, neither file nor folder, the root, the user's home, the current
-            folder or a folder around it, a mount point, or overlaps with the input.
+        UsageError: the path is a link, is neither file nor folder, is the root, the user's home, the
+            current folder or one of its parents, or a mount point, or overlaps with the input.
     """
     path = Path(place)
     if "\0" in str(path):
@@ -66,11 +69,11 @@ def check_place(place: str | Path, *, source: Any = None) -> Path:
             f"the output {final} is a mount point, which cannot be replaced; give a new folder in it, "
             f"e.g. {final / 'result'}"
         )
-    source = getattr(source, "place", source)  # An opened artefact stands for its place.
+    source = getattr(source, "place", source)  # Use the path of an opened artefact.
     if isinstance(source, str | Path):
         try:
             there = Path(source).exists()
-        except (OSError, ValueError):  # No path at all: too long, or with a NUL.
+        except (OSError, ValueError):  # Not a valid path: too long, or with a NUL.
             there = False
         if there:
             _check_apart(final, Path(source).resolve())
@@ -87,7 +90,15 @@ def _check_apart(final: Path, source: Path) -> None:
 
 
 def check_file(path: str | Path, *, overwrite: bool, source: Any = None) -> Path:
-    """Refuse the place of a single file before any long work, and return its absolute path.
+    """Check the path of an output file before any long work, and return its absolute form.
+
+    Args:
+        path: path of the file.
+        overwrite: whether an existing file may be replaced.
+        source: path of the input, or the opened input; neither path may lie inside the other.
+
+    Returns:
+        The absolute path.
 
     Raises:
         UsageError: the folder does not exist, or an existing file must not be replaced.
@@ -109,14 +120,18 @@ def check_file(path: str | Path, *, overwrite: bool, source: Any = None) -> Path
 
 @contextmanager
 def new_file(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
-    """Write a file next to its place and move it there when the block ends without an error.
+    """Write a file next to its destination and move it there if the block ends without an error.
+
+    Args:
+        path: destination of the file.
+        overwrite: whether an existing file may be replaced.
 
     Yields:
         The path to write to.
 
     Raises:
         UsageError: see `check_file`.
-        ArtefactError: the disk is full, or fails.
+        ArtefactError: the disk is full, or writing fails.
     """
     final = check_file(path, overwrite=overwrite)
     with claim(final):
@@ -124,7 +139,7 @@ def new_file(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
         remove_partial(final)
         try:
             yield partial
-            # Something may have come there while this one was made.
+            # Another process may have created the destination in the meantime.
             check_file(path, overwrite=overwrite)
             partial.replace(final)
         except OSError as err:

@@ -1,4 +1,4 @@
-"""Hidden folders next to a result's place: one until it is complete, one while it is being replaced."""
+"""Hidden folders next to a result: one for an unfinished result, one for a result being replaced."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ RESUMABLE = "its checkpoints are kept; go on from them with --resume"
 
 
 def partial_folder(final: Path) -> Path:
-    """Hidden place where a folder is written until it is complete; its name marks it as trtq's."""
+    """Hidden path of a folder until it is complete; the name marks the folder as trtq's."""
     return final.with_name(f".{final.name}.trtq-partial")
 
 
 def old_folder(final: Path) -> Path:
-    """Hidden place where a folder that is being replaced waits until the new one is in its place."""
+    """Hidden path of a folder that is being replaced, until the new folder has been moved in."""
     return final.with_name(f".{final.name}.trtq-old")
 
 
 def remove_partial(final: Path) -> None:
-    """Remove what an interrupted process left next to a place that is claimed, see `claim`.
+    """Remove the remains of an interrupted process next to a locked destination, see `claim`.
 
     Raises:
-        UsageError: it cannot be removed.
+        UsageError: the remains cannot be removed.
     """
     partial = partial_folder(final)
     if partial.is_dir() and not partial.is_symlink():

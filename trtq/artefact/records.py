@@ -18,7 +18,7 @@ _TEXT = 4096
 
 
 def path_fault(relative: str) -> str | None:
-    """What is wrong with the name of a file inside a folder; None: nothing, on any system."""
+    """What is wrong with a relative file name; None if it is valid on every operating system."""
     if not relative or len(relative.encode("utf-8", "replace")) > _PATH_BYTES:
         return "is empty or too long"
     if _CONTROL.search(relative):
@@ -58,7 +58,7 @@ def _file_name(value: str) -> str:
 
 Text = Annotated[str, Field(strict=True, max_length=_TEXT), AfterValidator(_text)]
 Given = Annotated[str, Field(strict=True, max_length=_TEXT, pattern=r"^[^\x00]*$")]
-"""A name or path that a user gave; his folders may be called as he likes."""
+"""A name or path given by the user, whose folders may have any name."""
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Bits = Annotated[int, Field(strict=True, ge=2, le=8)]
 Digest = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]

@@ -1,4 +1,4 @@
-"""Replacing a complete folder: only files of trtq are removed, files of the user move along."""
+"""Replacement of a complete folder: only trtq's files are removed, the user's files are kept."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Owner = Callable[[Path], Owned | None]
 
 
 def recover(final: Path, owned_by: Owner) -> None:
-    """Repair a place after a process died while it replaced a folder.
+    """Repair a destination after a process died while replacing it.
 
     Args:
-        final: the place; claimed.
-        owned_by: finds the files of trtq in a folder.
+        final: destination folder, whose lock is held.
+        owned_by: function that returns trtq's files in a folder.
 
     Raises:
-        UsageError: files of the user are in the way.
+        UsageError: the user's files are in the way.
     """
     old = old_folder(final)
     if not old.is_dir() or old.is_symlink():
@@ -46,19 +46,19 @@ def recover(final: Path, owned_by: Owner) -> None:
 
 
 def replace_folder(partial: Path, final: Path, owned_by: Owner) -> None:
-    """Move a complete folder to its place; of an earlier folder there, only files of trtq are removed.
+    """Move a complete folder to its destination; of an earlier folder, only trtq's files are removed.
 
-    Files of the user move along into the new folder. A file whose name is taken there stays in the old
+    The user's files are moved into the new folder. A file whose name is taken there stays in the old
     folder, and a warning names it.
 
     Args:
-        partial: the folder.
-        final: its place; claimed.
-        owned_by: finds the files of trtq in a folder.
+        partial: the complete folder.
+        final: destination folder, whose lock is held.
+        owned_by: function that returns trtq's files in a folder.
 
     Raises:
-        UsageError: the earlier folder is not of trtq, or of another kind.
-        OSError: it cannot be moved; the earlier folder is back in its place.
+        UsageError: the earlier folder does not belong to trtq, or is of another kind.
+        OSError: the folder cannot be moved; the earlier folder has been restored.
     """
     if not final.exists():
         partial.rename(final)
@@ -94,12 +94,12 @@ def replace_folder(partial: Path, final: Path, owned_by: Owner) -> None:
 
 
 def _retire(old: Path, final: Path, owned: Owned | None) -> list[str]:
-    """Remove trtq's files from an old folder, move the rest to the new one, and return what is left."""
+    """Remove trtq's files from an old folder, move the others, and return the names of those left."""
     record = old / owned.record if owned is not None else None
     left = list(_retired(old, "", final, owned))
     if left:
         return left
-    # Last of all, so that another process can finish what was interrupted here.
+    # The record is removed last, so that another process can finish an interrupted replacement.
     if record is not None:
         record.unlink(missing_ok=True)
     old.rmdir()

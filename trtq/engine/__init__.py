@@ -1,1 +1,1 @@
-"""Engines: one interface to run a graph on every runtime."""
+"""Engines: one interface for running graphs on every runtime."""

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 NO_METADATA: Mapping[str, str] = MappingProxyType({})
-"""Metadata of a graph without any."""
+"""Empty metadata, for graphs that have none."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TensorSpec:
 
     Attributes:
         dtype: numpy's data type.
-        shape: sizes; a name for a free size.
+        shape: size of each axis; a name for a free axis.
     """
 
     dtype: np.dtype[np.generic]
@@ -45,7 +45,7 @@ class Engine(ABC):
     """A graph that can be run.
 
     Attributes:
-        provider: name of the runtime, as `--provider` takes it.
+        provider: name of the runtime, a value of `--provider`.
         inputs: the graph's inputs by name.
         outputs: the graph's outputs by name.
         metadata: metadata of the graph's file.
@@ -65,14 +65,14 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once; arrays by name, batch first."""
+        """Run the graph once; inputs and outputs are arrays by name, batch first."""
 
 
 def only_output(engine: Engine) -> str:
-    """The name of a denoiser's prediction.
+    """The name of a denoiser's only output, the prediction.
 
     Raises:
-        ArtefactError: the graph has no output, or several.
+        ArtefactError: the graph does not have exactly one output.
     """
     names = list(engine.outputs)
     if len(names) != 1:
@@ -98,12 +98,12 @@ def graph_specs(values: Iterable[Any]) -> dict[str, TensorSpec]:
 
 
 def specs_to_json(specs: Mapping[str, TensorSpec]) -> dict[str, list[Any]]:
-    """Specs by name, for a file: `{name: [dtype, sizes]}`."""
+    """Convert specs by name to JSON: `{name: [dtype, sizes]}`."""
     return {name: [spec.dtype.name, list(spec.shape)] for name, spec in specs.items()}
 
 
 def specs_from_json(record: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    """Specs by name, from the result of `specs_to_json`.
+    """Convert the result of `specs_to_json` back to specs by name.
 
     Raises:
         LookupError, TypeError, ValueError, AttributeError: the record is damaged.

@@ -16,7 +16,7 @@ __all__ = ["EngineAutoencoder", "EngineTextEncoder"]
 
 
 class _EngineModule(SharesEngines, nn.Module):
-    """A module without weights; diffusers asks it for its device and data type."""
+    """A module without weights, with the device and data type that diffusers reads."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class EngineTextEncoder(_EngineModule):
         self.engine = engine
 
     def get_input_embeddings(self) -> Any:
-        """Not available; `load_textual_inversion` calls it.
+        """Not available; only `load_textual_inversion` calls this method.
 
         Raises:
             UsageError: always.
@@ -109,7 +109,7 @@ class EngineAutoencoder(_EngineModule):
         self.encoder = encoder
 
     def decode(self, latents: Tensor, return_dict: bool = True, **_: Any) -> Any:
-        """latents[B,C,H,W] -> images `[B,3,H',W']`."""
+        """latents[B,C,H,W] -> images[B,3,H',W']."""
         from diffusers.models.autoencoders.vae import DecoderOutput
 
         sample = _run(self.decoder, {"latent_sample": latents})["sample"]

@@ -28,7 +28,7 @@ class EngineDenoiser(SharesEngines, StandIn):
         model_class: diffusers class of the model, for the order of its arguments.
 
     Raises:
-        ArtefactError: the graph is not that of a denoiser.
+        ArtefactError: the graph is not a denoiser's graph.
     """
 
     def __init__(self, engine: Engine, config: Any, model_class: type[nn.Module]) -> None:

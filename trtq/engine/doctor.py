@@ -1,4 +1,4 @@
-"""What is installed, and what can run on this machine."""
+"""Report on the installed packages and on what can run on this machine."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _providers() -> list[str]:
 
 
 def _torch_gpu() -> str | None:
-    """The GPU that torch sees; its warnings are dropped, since `doctor` has hints for them."""
+    """The GPU that torch sees; torch's warnings are dropped, since `doctor` has hints for them."""
     import torch
 
     with warnings.catch_warnings():
@@ -62,7 +62,7 @@ def _torch_gpu() -> str | None:
 
 
 def _no_gpu() -> str | None:
-    """Why no GPU can be used although there is a driver; None if one can."""
+    """Reason why no GPU can be used although there is a driver; None if a GPU can be used."""
     try:
         first_gpu()
     except KernelError as err:
@@ -72,15 +72,15 @@ def _no_gpu() -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorResult(Result):
-    """What is installed, and what can run on this machine.
+    """Installed packages, and what can run on this machine.
 
     Attributes:
         ok: whether there are no problems.
-        problems: what prevents the main path from working, and what to do.
-        hints: what else could be installed or fixed.
+        problems: faults of the installation that prevent normal use, with remedies.
+        hints: optional packages to install, and limitations of this machine.
         python: version of Python.
         machine: operating system, processor architecture and number of cores.
-        vnni: whether the processor adds int8 products without loss.
+        vnni: whether the processor adds int8 products without saturation.
         cpu_features: instruction sets of `trtq.processor.FEATURES` that the processor supports.
         packages: installed version by package; None if it is not installed.
         providers: values of `--provider` that work here.
@@ -106,7 +106,7 @@ class DoctorResult(Result):
 
 
 def doctor() -> DoctorResult:
-    """Report what is installed and what can run on this machine; nothing is changed."""
+    """Report the installed packages and what can run on this machine; nothing is changed."""
     packages = {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
     providers = _providers()
     builders = [name for name, backend in BACKENDS.items() if backend.installed]
@@ -134,7 +134,7 @@ def doctor() -> DoctorResult:
 
 
 def _package_problems(packages: dict[str, str | None], providers: list[str]) -> list[str]:
-    """Packages without which the main path does not work."""
+    """Missing or conflicting packages that prevent normal use."""
     problems = [f"{name} is missing: pip install trtq" for name in _REQUIRED if not packages[name]]
     if not providers:
         problems.append("no onnxruntime: pip install 'trtq[cpu]' (or [gpu])")
@@ -151,7 +151,7 @@ def _package_problems(packages: dict[str, str | None], providers: list[str]) -> 
 
 
 def _package_hints(packages: dict[str, str | None], builders: list[str]) -> list[str]:
-    """Packages that would add a feature."""
+    """Hints about packages that would add a feature."""
     hints = []
     if any(not packages[name] for name in ("matplotlib", "jinja2")):
         hints.append("reports need matplotlib and jinja2: pip install 'trtq[eval]'")
@@ -166,7 +166,7 @@ def _package_hints(packages: dict[str, str | None], builders: list[str]) -> list
 def _device_hints(
     packages: dict[str, str | None], driver: tuple[int, int] | None, cuda: str | None
 ) -> list[str]:
-    """What this machine's processor and GPU cannot do."""
+    """Hints about limitations of this machine's processor and GPU."""
     hints = []
     old = old_driver()
     if old is not None:

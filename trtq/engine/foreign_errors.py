@@ -1,4 +1,4 @@
-"""Errors of onnxruntime as errors of trtq, by one table."""
+"""Conversion of onnxruntime's errors to errors of trtq, by one table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ERRORS: dict[Action, tuple[type[TrtqError], str]] = {
     "run": (ArtefactError, "onnxruntime cannot run the graph on {}: {}"),
     "start": (UsageError, "the provider {!r} cannot start on this machine: {}"),
 }
-"""Class and message by what failed; the message takes the file or provider and onnxruntime's text."""
+"""Exception class and message by failed action; placeholders: file or provider, onnxruntime's text."""
 _OUT_OF_MEMORY = ("memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _MAX_LENGTH = 400
 _SOURCE_PLACE = re.compile(
@@ -31,7 +31,7 @@ def onnxruntime_errors(action: Action, name: object) -> Iterator[None]:
     """Inside the block, raise errors of onnxruntime as errors of trtq, in one line.
 
     Args:
-        action: what the block does.
+        action: action of the block.
         name: file to load, or name of the provider.
 
     Raises:
@@ -51,6 +51,6 @@ def onnxruntime_errors(action: Action, name: object) -> Iterator[None]:
 
 
 def _line(err: Exception) -> str:
-    """Onnxruntime's message in one line of limited length."""
+    """The message of an onnxruntime error in one line of limited length."""
     text = _SOURCE_PLACE.sub("", " ".join(str(err).split()))
     return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]} ..."

@@ -1,4 +1,4 @@
-"""Opens the file of a graph or an engine with a provider."""
+"""Opening the file of a graph or an engine with a provider."""
 
 from __future__ import annotations
 
@@ -34,8 +34,12 @@ def open_engine(
         provider: one of `trtq.engine.ort.PROVIDERS`; for an engine, its backend.
         threads: threads of one operator; None: the number of cores.
         metadata: metadata of an engine, whose file has none.
-        profile: returns the ranges of a graph's inputs, for the TensorRT providers of onnxruntime.
+        profile: function that returns the ranges of a graph's inputs; for the TensorRT providers of
+            onnxruntime.
         shapes: number of compiled input shapes to keep, for providers that compile each shape.
+
+    Returns:
+        The opened engine, ready to run.
 
     Raises:
         UsageError: the provider is unknown or not installed.
@@ -54,13 +58,13 @@ def open_engine(
 
 
 _LOOP = b'"\x04Loop'
-"""`op_type: "Loop"` of a node in a serialized graph: field 4, a text of four bytes."""
+"""`op_type: "Loop"` of a node in a serialised graph: field 4, a text of four bytes."""
 
 
 def _refuse_loops(path: Path) -> None:
     """Raise if a graph contains a Loop, which trtq never exports.
 
-    A call without end cannot be interrupted: runtimes do not return to Python, not even for Ctrl-C.
+    An endless call cannot be interrupted: runtimes do not return to Python, not even on Ctrl-C.
 
     Raises:
         ArtefactError: the graph contains a Loop.

@@ -29,12 +29,12 @@ _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 class OpenVinoEngine(Engine):
     """An ONNX file in one OpenVINO session per shape of its inputs.
 
+    A compiled shape can be run while another thread compiles a new shape.
+
     Args:
         path: file of the graph, in one folder with its external data.
-        threads: threads of one inference; None: the number of cores.
+        threads: number of threads of one inference; None: the number of cores.
         max_shapes: maximum number of sessions to keep; each holds the weights in memory.
-
-    A compiled shape can be run while another thread compiles a new one.
 
     Raises:
         UsageError: the installed onnxruntime has no OpenVINO.
@@ -56,7 +56,7 @@ class OpenVinoEngine(Engine):
         self._sessions: OrderedDict[_Shapes, Any] = OrderedDict()
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once; arrays by name, batch first.
+        """Run the graph once; inputs and outputs are arrays by name, batch first.
 
         Raises:
             UsageError: OpenVINO cannot start on this machine.
@@ -79,7 +79,7 @@ class OpenVinoEngine(Engine):
         for name, shape in shapes:
             for axis, size in enumerate(shape):
                 options.add_free_dimension_override_by_name(f"{name}.{axis}", size)
-        # OpenVINO does its own fusions, and finds fewer of them after onnxruntime's.
+        # OpenVINO finds fewer of its own fusions after those of onnxruntime.
         options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
         settings = {"device_type": "CPU", "precision": "FP32"}
         if self._threads is not None:

@@ -50,7 +50,7 @@ GPU_PROVIDERS = ("cuda", "tensorrt-rtx", "tensorrt")
 """Providers that compute on an NVIDIA GPU; the last two are also the names of engine builders."""
 
 _PLUGIN_DOMAIN = b"\x3a\x04" + DOMAIN.encode()
-"""The domain of a plugin node in a serialized graph: field 7, a text of four bytes."""
+"""The domain of a plugin node in a serialised graph: field 7, a text of four bytes."""
 _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -88,7 +88,7 @@ def session_options(threads: int | None) -> Any:
     """Session options that all sessions of trtq share.
 
     Args:
-        threads: intra-op threads; None: the number of cores.
+        threads: number of intra-op threads; None: the number of cores.
     """
     options = require("onnxruntime").SessionOptions()
     options.log_severity_level = 3
@@ -100,14 +100,17 @@ def session_options(threads: int | None) -> Any:
 def open_session(
     path: Path, model: str | bytes, options: Any, provider: str, settings: Mapping[str, str] | None
 ) -> Any:
-    """An onnxruntime session that runs on the provider and on no other.
+    """Open an onnxruntime session that runs on one provider only.
 
     Args:
         path: file of the graph, for messages.
-        model: path or bytes of the graph.
+        model: path of the graph, or the serialised graph.
         options: session options, see `session_options`.
         provider: one of `PROVIDERS`.
         settings: options of the provider; None: `options` already holds the provider's devices.
+
+    Returns:
+        An `onnxruntime.InferenceSession`.
 
     Raises:
         UsageError: the provider cannot start.
@@ -117,7 +120,7 @@ def open_session(
     runtime = require("onnxruntime")
     with onnxruntime_errors("load", path):
         session = runtime.InferenceSession(model, options, providers=chosen)
-        # By default a provider that fails falls back to the CPU's and prints that on standard output.
+        # By default onnxruntime replaces a failing provider by the CPU's and prints that on stdout.
         session.disable_fallback()
     if PROVIDERS[provider] not in session.get_providers():
         raise UsageError(
@@ -130,7 +133,7 @@ def open_session(
 def open_graph(
     path: Path, model: ir.Model, options: Any, provider: str, settings: Mapping[str, str] | None
 ) -> Any:
-    """A session of a graph in memory whose external data are in the folder of `path`.
+    """Open a session of a graph in memory whose external data are in the folder of `path`.
 
     Arguments and errors are those of `open_session`.
     """
@@ -144,7 +147,7 @@ def open_graph(
 def open_serialized(
     path: Path, model: bytes, options: Any, provider: str, settings: Mapping[str, str] | None
 ) -> Any:
-    """A session of a serialized graph whose external data are in the folder of `path`.
+    """Open a session of a serialised graph whose external data are in the folder of `path`.
 
     Arguments and errors are those of `open_session`.
     """
@@ -167,7 +170,7 @@ def _specs(nodes: Any) -> dict[str, TensorSpec]:
                 f"{node.name!r} of the graph is a {node.type}, which trtq does not support; "
                 f"supported are {', '.join(_DTYPES)}"
             )
-        # A free axis without a name gets one, since nothing else is known about it.
+        # A free axis without a name gets a name, since a spec needs one.
         sizes = tuple("?" if size is None else size for size in node.shape)
         specs[node.name] = TensorSpec(np.dtype(_DTYPES[node.type]), sizes)
     return specs
@@ -188,7 +191,7 @@ def _mentions_plugins(path: Path) -> bool:
 def run_session(
     session: Any, names: Sequence[str], feeds: Mapping[str, np.ndarray], provider: str = "cpu"
 ) -> list[np.ndarray]:
-    """Run a session and return the outputs of these names, in order.
+    """Run a session and return the named outputs, in order.
 
     Raises:
         ArtefactError: onnxruntime fails; the message is one line.
@@ -215,7 +218,7 @@ class OrtSession(Engine):
         self._session = session
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once; arrays by name, batch first.
+        """Run the graph once; inputs and outputs are arrays by name, batch first.
 
         Raises:
             ArtefactError: onnxruntime fails, e.g. because the GPU's memory is full.
@@ -230,8 +233,8 @@ class OrtEngine(OrtSession):
 
     Args:
         path: file of the graph, in one folder with its external data.
-        provider: `cpu` or `cuda`; the other providers have modules of their own.
-        threads: intra-op threads; None: the number of cores.
+        provider: `cpu` or `cuda`; other modules implement the other providers.
+        threads: number of intra-op threads; None: the number of cores.
         low_memory: release memory after every operator, for one or two runs of a large graph.
 
     Raises:

@@ -1,7 +1,7 @@
 """Graphs on onnxruntime's TensorRT providers, with options from the ranges of the export.
 
-`tensorrt` is part of onnxruntime-gpu and takes the engine builder from an installed TensorRT 10;
-`tensorrt-rtx` is a package of its own, which registers itself with any onnxruntime.
+`tensorrt` is part of onnxruntime-gpu and uses the engine builder of an installed TensorRT 10;
+`tensorrt-rtx` is a separate package, which registers itself with any onnxruntime.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 _SHAPES = ("min", "opt", "max")
 _registered: set[str] = set()
-"""Providers whose packages this process has registered; onnxruntime accepts each once."""
+"""Providers whose packages this process has registered; onnxruntime accepts each only once."""
 
 
 def provider_settings(provider: str, profile: Profile, key: str) -> dict[str, str]:
-    """Options of a provider: ranges of the inputs, and where to cache engines.
+    """Options of a provider: ranges of the inputs, and the cache folder of engines.
 
     CUDA graphs stay off. A session is called with arrays of the host, whose copies on the device may
     move, but a captured graph keeps reading and writing the addresses of its first call, so each later
@@ -43,6 +43,9 @@ def provider_settings(provider: str, profile: Profile, key: str) -> dict[str, st
         key: hash of the graph and its weights. The provider names cached engines after the graph's
             nodes, so two models of one shape, e.g. two fine-tunings, would otherwise share the engine
             and the weights of the first.
+
+    Returns:
+        The options by name, as onnxruntime expects them.
     """
     short = "trt" if provider == "tensorrt" else "nv"
     settings = {}
@@ -78,7 +81,7 @@ class OrtTensorRtEngine(OrtSession):
         path: file of the graph, in one folder with its external data.
         provider: `tensorrt` or `tensorrt-rtx`.
         profile: ranges of the graph's inputs.
-        threads: intra-op threads of operators that the provider leaves to the CPU.
+        threads: number of intra-op threads of operators that the provider leaves to the CPU.
 
     Raises:
         UsageError: the provider is not installed, or finds no GPU.

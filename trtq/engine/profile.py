@@ -1,4 +1,4 @@
-"""Ranges of a graph's free axes, as engines are built and opened for them."""
+"""Ranges of a graph's free axes, for which engines are built and opened."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ _TOKENS: Range = (1, 77, 512)
 def axis_ranges(
     folder: Path, name: str, manifest: Manifest, model: Any, batch: tuple[int, int] | None
 ) -> dict[str, Range]:
-    """Smallest, typical and largest length of every free axis, by its name.
+    """Smallest, typical and largest length of every free axis, by name of the axis.
 
     Args:
         folder: the ONNX folder.
-        name: name of the graph in it.
+        name: name of the graph in the folder.
         manifest: manifest of the folder.
-        model: the graph.
-        batch: minimum and maximum number of images; None: those of the export.
+        model: the graph, an `onnx_ir` model.
+        batch: minimum and maximum batch size, in images; None: the batch sizes of the export.
+
+    Returns:
+        The triple `(smallest, typical, largest)` of every free axis, by name of the axis.
     """
     low, high = batch or manifest.options.batch
     # With guidance the pipeline passes conditional and unconditional items in one batch.
@@ -57,7 +60,7 @@ def axis_ranges(
 
 
 def _pixels_of_a_latent(folder: Path) -> int:
-    """Pixels along one side of a decoded latent: doubled by every level except the first.
+    """Image pixels per latent pixel along one side: doubled by every level except the first.
 
     Raises:
         ArtefactError: the autoencoder's configuration does not list its levels.
@@ -72,7 +75,7 @@ def _pixels_of_a_latent(folder: Path) -> int:
 
 
 def exported_profile(folder: Path, name: str, manifest: Manifest) -> Profile:
-    """The ranges of a graph's inputs that its folder was exported for."""
+    """The ranges of a graph's inputs for which its folder was exported."""
     model = load_graph(folder / name / MODEL_FILE)
     return profile_of(model, axis_ranges(folder, name, manifest, model, None))
 

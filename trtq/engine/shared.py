@@ -24,7 +24,7 @@ class SharesEngines:
         return other
 
     def __getstate__(self) -> Any:
-        """Not available: engines belong to their process.
+        """Not available, since engines belong to their process.
 
         Raises:
             UsageError: always.

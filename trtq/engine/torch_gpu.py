@@ -21,7 +21,7 @@ from trtq.quant.timestep import step_scope
 __all__ = ["GpuDenoiser"]
 
 _WARM_UP = 2
-"""Number of calls before capture, in which kernels are loaded and libraries choose their algorithms."""
+"""Number of calls before the capture, which load kernels and let libraries choose their algorithms."""
 
 
 @contextmanager
@@ -70,7 +70,7 @@ class GpuDenoiser(StandIn):
         self.table = quantized.table
         self.config = quantized.config
         self._device, self._dtype = torch.device(device), dtype
-        # A pipeline reads these; its other parts and its latents stay on the CPU in float32.
+        # A pipeline reads these attributes; its other components and latents stay on the CPU in float32.
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self._lock = threading.Lock()
         self.family = family_named(type(self.model).__name__)
@@ -82,7 +82,7 @@ class GpuDenoiser(StandIn):
         """Arguments of the diffusers model -> `(prediction,)`, or an output with `.sample`.
 
         Raises:
-            KernelError: a kernel cannot be started, or the GPU's memory is full.
+            KernelError: a kernel cannot be launched, or the GPU's memory is full.
         """
         from diffusers.models.unets.unet_2d import UNet2DOutput
 

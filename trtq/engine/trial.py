@@ -1,7 +1,7 @@
-"""Opens a graph and calls it once in a child process.
+"""Trial of a graph: a child process opens it and calls it once.
 
-If the graph crashes its runtime, never ends or takes all memory, the parent gets one line about it: the
-child has a limit of time and of memory, and ends with the parent.
+If the graph crashes its runtime, never ends or takes all memory, the parent receives one line about it:
+the child has limits on time and memory, and ends with the parent.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from trtq.resources import available_bytes
 __all__ = ["TRIAL_SECONDS", "Trial", "try_graph"]
 
 TRIAL_SECONDS = 300.0
-"""Default time limit for one graph; Stable Diffusion's UNet takes about 20 s on two cores."""
+"""Default time limit for one graph, in seconds; Stable Diffusion's UNet takes about 20 on two cores."""
 _BASE_BYTES = 2 << 30
 _BYTES_PER_FILE_BYTE = 16
-"""Memory per byte of the graph's files: 4-bit weights become float32, held twice during loading."""
+"""Bytes of memory per byte of the graph's files: 4-bit weights become float32, twice during loading."""
 _MIN_BYTES = 1 << 30
 _MAX_LENGTH = 400
 _MAX_AXIS = 1 << 24
@@ -44,7 +44,7 @@ class Trial:
     """Result of a trial.
 
     Attributes:
-        problem: what went wrong, in one line; None: the graph was opened and called.
+        problem: description of the failure, in one line; None: the graph was opened and called.
         inputs: inputs of the graph by name; empty if the graph cannot be opened.
         outputs: outputs of the graph by name.
         given: shapes of the returned arrays, by name of the output.
@@ -59,13 +59,16 @@ class Trial:
 def try_graph(
     path: Path, sizes: Mapping[str, int], provider: str = "cpu", seconds: float = TRIAL_SECONDS
 ) -> Trial:
-    """Open a graph and call it once in a child process, which Ctrl-C ends, too.
+    """Open a graph and call it once in a child process, which Ctrl-C ends too.
 
     Args:
         path: file of the graph, in one folder with its external data.
-        sizes: sizes of free axes by name.
+        sizes: sizes of the free axes, by name.
         provider: `cpu` or `openvino`.
-        seconds: time limit.
+        seconds: time limit in seconds.
+
+    Returns:
+        The problem if there is one, and the inputs and outputs of the graph.
 
     Raises:
         UsageError: the provider is not installed, or the limit is not a positive number.
@@ -82,7 +85,7 @@ def try_graph(
     }
     # With this setting onnxruntime's CPU provider opens the file itself and computes it correctly.
     env = os.environ | ({VARIABLE: "-vnni"} if provider == "cpu" else {})
-    # The runtime may start processes of its own, and this process handles Ctrl-C.
+    # A new session, since the runtime may start more processes, and this process handles Ctrl-C.
     with Child(__name__, json.dumps(job), env=env, new_session=True) as child:
         try:
             return _outcome(child.answer(seconds), limit)
@@ -96,7 +99,7 @@ def try_graph(
 
 
 def _memory_limit(path: Path) -> int:
-    """Memory limit in bytes: in proportion to the graph's files, and not more than is free."""
+    """Memory limit in bytes: proportional to the graph's files, but at most the free memory."""
     try:
         files = [file for file in path.parent.iterdir() if file.is_file()]
         needed = _BASE_BYTES + _BYTES_PER_FILE_BYTE * sum(file.stat().st_size for file in files)
@@ -126,7 +129,7 @@ def _explain(how: Exit, limit: int, seconds: float) -> str:
 
 
 def main() -> int:
-    """In the child: a job and the answer's file; exit code 0 if the graph was opened and called."""
+    """Run in the child; arguments: job, answer's file. Return 0 if the graph was opened and called."""
     job, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
     limit_resources(job["bytes"], job["seconds"])
     result: dict[str, Any] = {"problem": None, "inputs": {}, "outputs": {}, "given": {}}
@@ -140,7 +143,7 @@ def main() -> int:
         result["problem"] = f"{type(err).__name__}: {_line(err)}"
     write_answer(answer, result)
     sys.stderr.flush()
-    # Threads of the runtime may still be busy with what failed.
+    # Threads of the runtime may still be busy with the failed call.
     os._exit(0 if result["problem"] is None else 1)
 
 
@@ -157,7 +160,7 @@ def _open_and_call(
         engine = open_engine(path, provider, threads)
     except ArtefactError:
         if provider == "cpu":
-            # The runtime's error about the file is more useful than the place where a rewrite stopped.
+            # The runtime's error about the file is more useful than the traceback of a rewrite.
             open_session(path, str(path), session_options(threads), provider, {})
         raise
     inputs, outputs = engine.inputs, engine.outputs
@@ -179,7 +182,7 @@ def _called(engine: Engine, feeds: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 
 def _filled(name: str, spec: TensorSpec, sizes: Mapping[str, int]) -> np.ndarray:
-    """Ones, which are valid as label, token, mask, timestep and image."""
+    """An array of ones, which are valid labels, tokens, masks, timesteps and images."""
     shape: list[int] = []
     for axis in spec.shape:
         if isinstance(axis, int):

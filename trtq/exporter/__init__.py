@@ -1,1 +1,1 @@
-"""torch to ONNX and engines: tracing, export, build and the checks of both."""
+"""From torch to ONNX and engines: tracing, export, build, and checks of the results."""

@@ -1,4 +1,4 @@
-"""An ONNX folder to TensorRT engines, one per graph."""
+"""Building of TensorRT engines from an ONNX folder, one per graph."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["build"]
 logger = logging.getLogger(__name__)
 
 _NO_FLOAT32 = "sm75"
-"""TensorRT-RTX compiles no float32 product for Turing."""
+"""Architecture (Turing) for which TensorRT-RTX compiles no float32 products."""
 
 
 @claims_output
@@ -54,30 +54,30 @@ def build(
 ) -> BuildResult:
     """Build an engine of every graph in an ONNX folder.
 
-    The profiles take the batch and sizes that the folder was exported for; the denoiser's twice as many
-    items where guidance doubles them.
+    The profiles allow the batch and image sizes that the folder was exported for. If guidance doubles
+    the denoiser's batch, its profile allows twice as many items.
 
     Args:
-        artefact: an ONNX folder, or the opened one.
+        artefact: an ONNX folder, or an opened one.
         out: the engine folder, in the same layout with `model.engine` in place of `model.onnx`.
-        backend: `tensorrt-rtx` or `tensorrt`; None: the first that is installed.
-        architectures: GPU architectures, e.g. `sm86`; by default those of current RTX cards, or that of
-            the GPU in this machine.
-        batch: minimum and maximum number of images; by default those of the export.
+        backend: `tensorrt-rtx` or `tensorrt`; None: the first installed backend.
+        architectures: GPU architectures, e.g. `sm86`; by default those of current RTX cards, or the
+            architecture of the GPU in this machine.
+        batch: minimum and maximum batch size, in images; by default the batch sizes of the export.
         weight_streaming: let weights stay on the host, for models larger than the GPU's memory.
         refit: let weights be exchanged in the finished engine; needs a GPU while building.
-        workspace_bytes: maximum device memory for one operator's scratch; None: no limit.
+        workspace_bytes: maximum scratch memory on the device for one operator; None: no limit.
         use_cache: reuse engines that were built before, and keep the new ones.
         overwrite: replace an existing engine folder.
-        timeout: max seconds for opening and calling one graph in onnxruntime before it is built.
+        timeout: time limit, in seconds, for opening and calling one graph in onnxruntime beforehand.
         progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
-        Sizes and durations, together and for each engine.
+        Sizes and durations, in total and for each engine.
 
     Raises:
         UsageError: the backend does not support the options, or there is no artefact.
-        ArtefactError: the folder is no ONNX folder, is damaged, or onnxruntime cannot open it.
+        ArtefactError: the folder is not an ONNX folder, is damaged, or onnxruntime cannot open a graph.
         LegalityError: the backend would refuse a layer, or compute it wrongly.
         BuildError: the builder refused, crashed or was killed.
     """
@@ -122,7 +122,7 @@ def build(
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What the caller of `build` asked for; see there."""
+    """The arguments of `build`."""
 
     backend: Backend
     architectures: list[str]
@@ -133,10 +133,10 @@ class _Settings:
     use_cache: bool
 
     def check(self) -> None:
-        """Raise unless the backend can do it here.
+        """Raise unless the backend can build with these settings on this machine.
 
         Raises:
-            UsageError: refit engines need a GPU.
+            UsageError: `refit` is set and there is no GPU.
         """
         if self.refit and self.backend.architectures and CURRENT not in self.architectures:
             raise UsageError(
@@ -148,7 +148,7 @@ def _open(place: str | Path | Opened, settings: _Settings) -> StoredArtefact:
     """The ONNX folder to build from.
 
     Raises:
-        UsageError: there is none, or the settings do not suit it.
+        UsageError: there is no ONNX folder, or the settings do not suit it.
     """
     if not isinstance(place, Opened) and not (Path(place) / MANIFEST_NAME).is_file():
         raise UsageError(f"{place} is not an ONNX folder; make one first: trtq export RUN -o ONNX")
@@ -168,19 +168,19 @@ def _build_graphs(
 
     Args:
         opened: the ONNX folder.
-        settings: what to build.
+        settings: arguments of `build`.
         out: folder of the engines.
         progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
-        The engines, and the ranges of their inputs by graph.
+        The engines, and their profiles by graph.
     """
     graphs = graphs_of(opened.manifest)
     engines: list[BuiltEngine] = []
     profiles: dict[str, Profile] = {}
     for index, name in enumerate(graphs):
         progress("build", index, len(graphs))
-        # Next to the result, where there is room: the temporary folder may lie in memory.
+        # Next to the result, since the system's temporary folder may be a small one in memory.
         with tempfile.TemporaryDirectory(prefix=".trtq-graph-", dir=out) as scratch:
             graph = Path(scratch) / MODEL_FILE
             profiles[name], floats = _prepare(opened, name, graph, settings)
@@ -204,7 +204,7 @@ def _build_graphs(
 def _options(
     opened: StoredArtefact, settings: _Settings, profiles: Mapping[str, Profile]
 ) -> EngineOptions:
-    """The options of the manifest: those of the export, and those of the build."""
+    """The options for the manifest: the options of the export and of the build."""
     graph = load_graph(opened.folder / opened.denoiser / MODEL_FILE)
     options = {
         **opened.manifest.options.to_json(),
@@ -225,12 +225,12 @@ def _options(
 def _check_opened(
     folder: Path, manifest: Manifest, timeout: float, progress: ProgressCallback
 ) -> None:
-    """Refuse what onnxruntime cannot open, before a builder spends minutes on it.
+    """Raise unless onnxruntime can open every graph, before a builder spends minutes on one.
 
     Raises:
-        ArtefactError: there is such a graph.
+        ArtefactError: onnxruntime cannot open a graph.
     """
-    from trtq.exporter.graph_check import require_graphs  # It takes the ranges of axes from here.
+    from trtq.exporter.graph_check import require_graphs
 
     try:
         require_graphs(folder, manifest, progress, seconds=timeout)
@@ -241,15 +241,15 @@ def _check_opened(
 def _prepare(
     opened: StoredArtefact, name: str, out: Path, settings: _Settings
 ) -> tuple[Profile, int | None]:
-    """Write a graph in the form that the backend accepts.
+    """Rewrite a graph for the backend, and write it to a file.
 
     Returns:
-        The ranges of its inputs, and how many of the manifest's layers stay in float; None where there
-        are no others.
+        The profile of the graph, and the number of the manifest's layers that stay in float (None for
+        a component that is float altogether).
 
     Raises:
         LegalityError: the backend would refuse a layer, or compute it wrongly.
-        UsageError: one of the architectures cannot compute it.
+        UsageError: one of the architectures cannot compute the graph.
     """
     import onnx_ir as ir
 

@@ -58,7 +58,7 @@ def export_components(
     Args:
         source: the loaded pipeline.
         folder: folder of the exported pipeline.
-        progress: called with the name of the stage, the work done and the total.
+        progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
         SNR of each graph in dB, by folder.

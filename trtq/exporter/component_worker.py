@@ -1,7 +1,7 @@
-"""Exports a run's text encoders and autoencoder in a second process while the denoiser is traced.
+"""Export of a run's text encoders and autoencoder in a second process while the denoiser is traced.
 
-Tracing keeps one processor busy for any size of model, so on a second processor text encoders and
-autoencoder cost next to nothing in addition to the denoiser.
+Tracing keeps only one processor busy, so on a second processor text encoders and autoencoder add almost
+nothing to the time of the denoiser.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from trtq.runs.weights import FILE_NAME
 __all__ = ["Parts", "exporting_parts"]
 
 _WORTH_BYTES = 64 << 20
-"""Minimum size of a run's denoiser for its export to take longer than starting a process."""
+"""Minimum size of a run's denoiser, in bytes, whose export takes longer than starting a process."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Result of the process.
+    """Result of the second process.
 
     Attributes:
         parity: SNR of each graph in dB, by folder.
-        peak_rss_bytes: maximum resident memory of the process.
+        peak_rss_bytes: peak resident memory of the process, in bytes.
     """
 
     parity: dict[str, float]
@@ -45,16 +45,16 @@ class Parts:
 
 @contextmanager
 def exporting_parts(run: Path, folder: Path) -> Iterator[Callable[[], Parts] | None]:
-    """Export the parts of a run in the background, inside the block.
+    """Export text encoders and autoencoder of a run in the background, inside the block.
 
     Args:
         run: folder of the run.
         folder: folder of the exported pipeline; must exist until the block ends.
 
     Yields:
-        A function that waits for the process and returns the result; None if a process would not pay: a
-        small denoiser, no parts, or a single processor. The function raises the errors of
-        `trtq.exporter.component_graphs.export_components`, or ArtefactError if the process died.
+        A function that waits for the process and returns the result; None if a process would save no
+        time: a small denoiser, no such components, or a single processor. The function raises the errors
+        of `trtq.exporter.component_graphs.export_components`, or ArtefactError if the process died.
     """
     stored = run / FILE_NAME
     large = stored.is_file() and stored.stat().st_size >= _WORTH_BYTES
@@ -74,7 +74,7 @@ def _outcome(child: Child) -> Parts:
 
 
 def _export(run: Path, folder: Path) -> dict[str, Any]:
-    """Export the parts; errors of trtq and of the file system are part of the answer."""
+    """Export the components; errors of trtq and of the file system are part of the answer."""
     try:
         name = denoiser_in(run)
         pipeline = load_pipeline_parts(run, name, skeleton(run, name))
@@ -85,7 +85,7 @@ def _export(run: Path, folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """In the process: a run's folder, the pipeline's and the answer's file; 0 if all is well."""
+    """Run in the process; arguments: the run's and the pipeline's folder, and the answer's file."""
     run, folder, answer_file = map(Path, sys.argv[1:4])
     answer = _export(run, folder)
     write_answer(answer_file, answer)

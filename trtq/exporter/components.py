@@ -24,9 +24,9 @@ __all__ = ["Component", "autoencoder_components", "text_component"]
 
 _BATCH = 2
 _LATENT = 16
-"""Height and width of the latents that an autoencoder is traced with; its graph takes any size."""
+"""Height and width of the latents with which an autoencoder is traced; its graph accepts any size."""
 _MAX_TOKENS = 512
-"""Tokens of a text encoder whose configuration gives no limit."""
+"""Number of tokens for a text encoder whose configuration gives no limit."""
 HIDDEN_STATES = "hidden_states.{}"
 
 
@@ -35,13 +35,13 @@ class Component:
     """A part of a pipeline that can be traced.
 
     Attributes:
-        folder: name of the folder of the graph.
-        config: model of diffusers or transformers whose configuration goes into the folder.
-        module: takes and returns bare tensors.
+        folder: name of the graph's folder.
+        config: model of diffusers or transformers whose configuration is saved in the folder.
+        module: module with bare tensors as inputs and outputs.
         inputs: example inputs by name.
         outputs: names of the outputs, in order.
-        axes: names of the inputs' axes, in addition to the batch, whose length is free.
-        cells: granularity of H and W by name of an input `[B,C,H,W]` whose H and W are free.
+        axes: names of the inputs' free axes other than the batch.
+        cells: granularity of H and W, by name of an input `[B,C,H,W]` with free H and W.
     """
 
     folder: str
@@ -78,7 +78,7 @@ class _TextEncoder(nn.Module):
 def _encode(
     encoder: Any, input_ids: Tensor, attention_mask: Tensor | None, *, hidden_states: bool
 ) -> Any:
-    """Outputs of the model by name; models that return a bare tuple return the last states first."""
+    """Outputs of the model by name; in a bare tuple the last hidden states come first."""
     options: dict[str, Any] = {"output_hidden_states": True} if hidden_states else {}
     if attention_mask is not None:
         options["attention_mask"] = attention_mask
@@ -90,14 +90,14 @@ def _encode(
 def text_component(
     name: str, encoder: Any, tokenizer: Any, *, masked: bool, hidden_states: bool
 ) -> Component:
-    """A text encoder.
+    """Describe a text encoder for tracing.
 
     Args:
         name: name of the component in the pipeline.
-        encoder: the model.
+        encoder: model of transformers.
         tokenizer: tokenizer of the model.
         masked: whether the pipeline passes an attention mask.
-        hidden_states: whether the pipeline uses the states between the layers.
+        hidden_states: whether the pipeline uses the hidden states between the layers.
     """
     positions = getattr(encoder.config, "max_position_embeddings", _MAX_TOKENS)
     length = min(int(tokenizer.model_max_length), int(positions))
@@ -137,10 +137,10 @@ class _Encoder(nn.Module):
 
 @torch.no_grad()
 def autoencoder_components(autoencoder: Any) -> list[Component]:
-    """Both halves of an autoencoder, for images of any size.
+    """Describe both halves of an autoencoder for tracing, for images of any size.
 
     Args:
-        autoencoder: the model.
+        autoencoder: model of diffusers.
 
     Raises:
         UsageError: the configuration does not give the number of input channels.

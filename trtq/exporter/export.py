@@ -1,4 +1,4 @@
-"""Run or checkpoint to ONNX, with the check that both say the same."""
+"""Export of a run or checkpoint to ONNX, and comparison of the graph with torch."""
 
 from __future__ import annotations
 
@@ -38,14 +38,17 @@ __all__ = ["PARITY_DB", "export", "parse_batch"]
 
 
 _SERVED_WITHOUT_TORCH = ("UNet2DModel",)
-"""Models that a server opens without torch: their graphs are prepared for the runtimes at export."""
+"""Models that a server opens without torch, whose graphs are prepared for the runtimes at export."""
 
 
 def parse_batch(text: str) -> tuple[int, int]:
     """Parse a range of batch sizes: `1:8` -> (1, 8); `4` -> (4, 4).
 
+    Returns:
+        Minimum and maximum batch size.
+
     Raises:
-        UsageError: the text has another form.
+        UsageError: the text is not a range of batch sizes.
     """
     low, _, high = text.partition(":")
     try:
@@ -88,17 +91,19 @@ def export(
 ) -> ExportResult:
     """Write the ONNX folder of a run, or of a plain checkpoint as the float baseline.
 
-    The denoiser keeps diffusers' inputs and takes one timestep per batch item, or one for all. After
-    writing, torch and onnxruntime are compared, see `trtq.exporter.step_check.step_parities`.
+    The graph of the denoiser has diffusers' inputs and accepts one timestep per batch item, or one for
+    all items. After writing, torch and onnxruntime are compared, see
+    `trtq.exporter.step_check.step_parities`.
 
     Args:
         artefact: a run, a diffusers folder, the name of a shipped model or a hub id, or one of them
             opened.
         out: the ONNX folder, in the pipeline's own layout.
-        target: form of the low-bit layers: `qdq`, which every runtime takes, or `plugin`, which our
-            kernels run in TensorRT with 4-bit weights in memory (other runtimes convert it to `qdq`).
-        precision: `fp32` or `fp16`, for everything that is not an integer.
-        batch: minimum and maximum batch size of the engines that are built from the folder.
+        target: form of the low-bit layers: `qdq`, which every runtime accepts, or `plugin`, which runs
+            on trtq's kernels in TensorRT with 4-bit weights in memory (converted to `qdq` for other
+            runtimes).
+        precision: `fp32` or `fp16`, for everything except integers.
+        batch: minimum and maximum batch size, in images, of engines that are built from the folder.
         size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; by default the size
             that the run was calibrated at.
         overwrite: replace an existing ONNX folder.
@@ -108,7 +113,7 @@ def export(
         SNR of the graph against torch, sizes and durations.
 
     Raises:
-        GateError: the graph is further from torch than `PARITY_DB` allows; nothing is left.
+        GateError: the SNR of the graph against torch is below `PARITY_DB`; no output is left.
         TrtqError: see `trtq.errors`.
     """
     start = time.monotonic()
@@ -128,7 +133,7 @@ def export(
         save_pipeline_parts(source, folder, graphs=True)
         progress("export", 2, 3)
         made = parts() if parts else Parts(export_components(source, folder, progress), 0)
-        # The second process has ended; what follows is in this one alone.
+        # The second process has ended, so its memory no longer counts in what follows.
         both = peak_rss_bytes() + made.peak_rss_bytes
         result = ExportResult(
             **_compare_with_torch(source, model, manifest, sizes, PARITY_DB[precision]),
@@ -154,7 +159,7 @@ def export(
 def _write_denoiser(
     opened: Opened, folder: Path, precision: str, target: Target, size: str | None
 ) -> tuple[LoadedPipeline, Manifest, tuple[str, str]]:
-    """Write the denoiser's graph, unchecked.
+    """Write the denoiser's graph without checks.
 
     Args:
         opened: the run or checkpoint.
@@ -164,13 +169,13 @@ def _write_denoiser(
         size: see `export`.
 
     Returns:
-        The pipeline to compare with, the beginnings of the manifest, and the smallest and largest image
-        size of the graph. The run's integers and the traced model are released.
+        The pipeline to compare with, the initial manifest, and the smallest and largest image size of
+        the graph. The run's integers and the traced model are released.
     """
     source, traced, run, manifest = _load(opened, precision)
     smallest, largest = _sizes(source, size)
     source = source.sized(smallest)
-    # A number of steps that torch cannot run is refused before the graph is made.
+    # Raise for a number of steps that torch cannot run, before the graph is traced.
     source.schedule(opened.steps or DEFAULT_STEPS)
     place = folder / source.denoiser_name
     write_graph(place, traced, source, run, largest, half=precision == "fp16", target=target)
@@ -180,7 +185,7 @@ def _write_denoiser(
 def _load(
     opened: Opened, precision: str
 ) -> tuple[LoadedPipeline, nn.Module, OpenRun | None, Manifest]:
-    """The pipeline, the denoiser to trace, the run if there is one, and the manifest's beginnings."""
+    """The pipeline, the denoiser to trace, the run if there is one, and the initial manifest."""
     if isinstance(opened, Checkpoint):
         source = open_pipeline(opened.place)
         # Tracing in half precision changes the model, and the comparison needs the original.
@@ -230,7 +235,7 @@ def _compare_with_torch(
         The fields `parity_*` of `ExportResult`.
 
     Raises:
-        GateError: the graph is further from torch than `min_db` allows.
+        GateError: the SNR of the graph against torch is below `min_db`.
     """
     smallest, largest = sizes
     parity = step_parities(source, model, manifest)

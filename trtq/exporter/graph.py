@@ -51,15 +51,15 @@ def write_graph(
     half: bool,
     target: Target = "qdq",
 ) -> None:
-    """Trace a denoiser and write its graph, unchecked.
+    """Trace a denoiser and write its graph without checks.
 
     Args:
         folder: new folder of the graph and its external data.
         denoiser: the float model, or the float skeleton of a run; changed in place.
-        source: pipeline of the denoiser, at the (smallest) image size of the graph.
+        source: pipeline of the denoiser, at the smallest image size of the graph.
         run: the run with the integers of the low-bit layers; None for a float model.
-        largest: largest image size `HEIGHTxWIDTH`; the graph takes the range up to it.
-        half: whether everything that is not an integer is in half precision.
+        largest: largest image size `HEIGHTxWIDTH` that the graph accepts, in pixels.
+        half: whether everything except integers is in half precision.
         target: form of the low-bit layers.
     """
     layers = run.stored.layers if run else {}

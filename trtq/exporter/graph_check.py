@@ -41,23 +41,23 @@ def check_graphs(
 ) -> dict[str, str | None]:
     """Open every graph of an ONNX folder in onnxruntime and call it once, at its smallest sizes.
 
-    Each graph runs in a process of its own. Then the pipeline is assembled around stand-ins with the
+    Each graph runs in a separate process. Then the pipeline is assembled from stand-ins with the
     reported inputs and outputs, and calls its denoiser; nothing is computed.
 
     Args:
         folder: the ONNX folder.
-        manifest: its manifest, verified.
+        manifest: verified manifest of the folder.
         provider: `cpu` or `openvino`.
-        seconds: time limit for one graph.
+        seconds: time limit for one graph, in seconds.
         progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
-        By graph, what is wrong with it, in one line; None if nothing is.
+        Problem of each graph, in one line, by name of the graph; None for a graph without a problem.
 
     Raises:
         UsageError: onnxruntime or the provider is not installed.
     """
-    # A graph that the manifest does not list is ignored: nothing would open it.
+    # A graph that the manifest does not list is ignored, since no loader would open it.
     names = sorted({manifest.denoiser, *graphs_of(manifest)})
     problems: dict[str, str | None] = {}
     trials: dict[str, Trial] = {}
@@ -65,7 +65,9 @@ def check_graphs(
         progress("open in the runtime", index, len(names))
         try:
             sizes = _smallest(folder, name, manifest)
-        except TrtqError as err:  # Its files do not fit; the message of the runtime would be worse.
+        except (
+            TrtqError
+        ) as err:  # A missing or wrong file; the runtime's message would be less clear.
             problems[name] = _line(err)
             continue
         trials[name] = try_graph(folder / name / MODEL_FILE, sizes, provider, seconds)
@@ -83,7 +85,9 @@ def require_graphs(
     *,
     seconds: float = TRIAL_SECONDS,
 ) -> None:
-    """Refuse an ONNX folder that the runtime cannot open, see `check_graphs`.
+    """Raise unless the runtime can open and call every graph of an ONNX folder.
+
+    The arguments are those of `check_graphs`.
 
     Raises:
         ArtefactError: the runtime cannot open or call a graph.
@@ -97,10 +101,10 @@ def require_graphs(
 
 
 def check_engines(folder: Path, manifest: Manifest) -> dict[str, str | None]:
-    """Check the head of each engine's file, and with a GPU open the engine.
+    """Check the header of each engine's file, and open the engine if there is a GPU.
 
     Returns:
-        By component, what is wrong with its engine; None if nothing is.
+        Problem of each engine, in one line, by component; None for an engine without a problem.
     """
     backend = _backend(manifest)
     files = [folder / name / ENGINE_FILE for name in graphs_of(manifest, ENGINE_FILE)]
@@ -140,10 +144,10 @@ def _damage(file: Path, backend: str) -> str | None:
 
 
 def _smallest(folder: Path, name: str, manifest: Manifest) -> dict[str, int]:
-    """Smallest length of every free axis, by its name.
+    """Smallest length of every free axis of a graph, by name of the axis.
 
     Raises:
-        TrtqError: neither the graph nor the folder gives it.
+        TrtqError: neither the graph nor the folder gives the length of an axis.
     """
     model = load_graph(folder / name / MODEL_FILE)
     foreign = sorted({f"{name}/{file}" for file in external_files(model)} - set(manifest.files))
@@ -162,7 +166,7 @@ def _smallest(folder: Path, name: str, manifest: Manifest) -> dict[str, int]:
 
 
 def _check_numbers(model: ir.Model) -> None:
-    """Raise if a weight or table holds NaN, which casts and roundings turn into another number silently.
+    """Raise if a weight or table holds NaN, which casts and rounding silently turn into a number.
 
     Raises:
         ArtefactError: a tensor holds NaN.
@@ -177,7 +181,7 @@ def _check_numbers(model: ir.Model) -> None:
 
 
 class _Dummy(Engine):
-    """Says what a graph takes and gives, and gives ones."""
+    """Stand-in for a graph, with the same inputs and outputs, that returns ones."""
 
     def __init__(self, trial: Trial) -> None:
         super().__init__("none", trial.inputs, trial.outputs)
@@ -202,7 +206,7 @@ class _Dummy(Engine):
 
 
 def _why_not_called(folder: Path, manifest: Manifest, trials: Mapping[str, Trial]) -> str | None:
-    """Why the pipeline cannot call its denoiser; None if it can."""
+    """Reason why the pipeline cannot call its denoiser; None if it can call it."""
     import torch
 
     def dummy(name: str) -> Engine | None:
@@ -224,13 +228,13 @@ def _why_not_called(folder: Path, manifest: Manifest, trials: Mapping[str, Trial
         source.denoiser(**arguments, return_dict=False)
     except TrtqError as err:
         return f"the pipeline cannot call it: {_line(err)}"
-    except Exception as err:  # Of torch, diffusers or transformers, on what an edited folder says.
+    except Exception as err:  # An edited folder can raise any error in torch or diffusers.
         return f"the pipeline cannot call it: {type(err).__name__}: {_line(err)}"
     return None
 
 
 def _wrong_types(trial: Trial, sample: str) -> str | None:
-    """What is wrong with types and shapes of the denoiser's inputs and output; None if nothing is."""
+    """Problem with the types or shapes of the denoiser's inputs and output; None without a problem."""
     if len(trial.outputs) != 1:
         return (
             f"it has {len(trial.outputs)} outputs ({', '.join(trial.outputs)}), a denoiser has one"

@@ -22,17 +22,17 @@ __all__ = ["layer_outputs", "looked_up_steps"]
 
 
 def looked_up_steps(path: Path, sample: str, timesteps: Tensor) -> Tensor | None:
-    """The step that an exported graph looks up at each timestep.
+    """The step index that an exported graph looks up for each timestep.
 
     Only the look-up is run, so the cost does not depend on the size of the graph.
 
     Args:
         path: file of the graph, in one folder with its external data.
         sample: name of the graph's input of samples.
-        timesteps: timesteps `[B]`.
+        timesteps: timesteps, float `[B]`.
 
     Returns:
-        Steps, int64 `[B]`; None: nothing in the graph depends on the step.
+        Step indices, int64 `[B]`; None if nothing in the graph depends on the step.
 
     Raises:
         ArtefactError: the graph cannot be loaded.
@@ -62,7 +62,7 @@ def looked_up_steps(path: Path, sample: str, timesteps: Tensor) -> Tensor | None
 def layer_outputs(
     path: Path, layers: Sequence[str], feeds: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Run an exported graph once on onnxruntime's CPU provider.
+    """Run an exported graph once on onnxruntime's CPU provider, and return the outputs of its layers.
 
     Args:
         path: file of the graph, in one folder with its external data.

@@ -52,7 +52,7 @@ Chosen by hand: ties are rare, so that two of three items with a tie are no coin
 
 @dataclass(frozen=True)
 class StepParity:
-    """Agreement of two predictions for the same images.
+    """Agreement of two predictions of the noise in the same images.
 
     Attributes:
         db: SNR in dB over the images without a flipped code; over all images if more images have a
@@ -80,12 +80,15 @@ class StepParity:
 
 
 def compare(reference: Tensor, other: Tensor, moved: Tensor | None = None) -> StepParity:
-    """Compare two predictions `[B, ...]` image by image.
+    """Compare two noise predictions `[B, ...]` image by image.
 
     Args:
         reference: the expected prediction.
         other: the prediction to check.
-        moved: the reference with changed last bits, for the floor.
+        moved: the prediction of the reference with changed last bits, for the floor; None: no floor.
+
+    Returns:
+        The agreement of the predictions.
     """
     same = _each_db(reference, other) >= TIE_DB
     ties = 1 - float(same.float().mean())
@@ -104,7 +107,7 @@ def _each_db(reference: Tensor, other: Tensor) -> Tensor:
 
 
 def _may_flip(usual: float, floor: float) -> float:
-    """Share of images that may be set aside if a share `floor` flips in the reference itself."""
+    """Share of images that may be set aside: `usual`, or more if a share `floor` flips by itself."""
     return min(max(usual, _TIES_MARGIN * floor), _MAX_TIES_ANYWHERE)
 
 
@@ -115,13 +118,13 @@ def step_parity(
     noise: Tensor,
     conditions: Conditions,
 ) -> list[StepParity]:
-    """Compare at every step of the reference's trajectory.
+    """Compare predictions at every step of the reference's trajectory.
 
     One further batch mixes the steps: each item is at another step.
 
     Args:
         reference: the torch denoiser.
-        exported: the same denoiser, from the graph.
+        exported: the same denoiser, run by the exported graph.
         schedule: the calibrated steps.
         noise: start of the trajectories, `[B,C,H,W]`.
         conditions: conditions of the B images.
@@ -130,11 +133,11 @@ def step_parity(
         One row per step, cleanest first, and then the row of the mixed batch.
 
     Raises:
-        NonFiniteError: the graph gives NaN or infinity.
+        NonFiniteError: the graph returns NaN or infinity.
     """
     rows = []
     count, steps = len(noise), len(schedule)
-    # A mixed batch has several steps even for a single image.
+    # The mixed batch has items at several steps even for a single image.
     items = torch.arange(max(count, min(steps, MIN_ITEMS + 1)))
     position, image = items * steps // len(items), items % count
     mixed = torch.empty(len(items), *noise.shape[1:], dtype=noise.dtype)
@@ -161,7 +164,7 @@ def noise_parity(
     noise: Tensor,
     conditions: Conditions,
 ) -> list[StepParity]:
-    """Compare at the middle step only, on the noise itself.
+    """Compare predictions at the middle step only, for the noise itself as input.
 
     The arguments are those of `step_parity`.
 

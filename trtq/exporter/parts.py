@@ -1,4 +1,4 @@
-"""The files of a pipeline besides its graphs."""
+"""The files of a pipeline other than its graphs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def copy_parts(folder: Path, manifest: Manifest, out: Path) -> None:
     Args:
         folder: the ONNX folder.
         manifest: manifest of the ONNX folder.
-        out: folder that gets the copies.
+        out: destination folder of the copies.
     """
     for name in manifest.files:
         if PurePosixPath(name).name in (MODEL_FILE, DATA_NAME):

@@ -1,4 +1,4 @@
-"""What `trtq.export`, `trtq.build` and `trtq.verify` return."""
+"""Results of `trtq.export`, `trtq.build` and `trtq.verify`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class ExportResult(Result):
 
     Attributes:
         parity_db_min: minimum SNR of the graph's noise prediction against torch, in dB.
-        parity_db: SNR per step, cleanest first; the last value belongs to a batch of mixed steps.
+        parity_db: SNR per step, in dB, cleanest first; the last value is for a batch of mixed steps.
             Images in which a value fell on the other side of a rounding tie are left out, see
             `trtq.exporter.parity.StepParity`. A model with more than half a billion weights has one
             value, see `trtq.exporter.step_check.step_parities`.
-        parity_db_pooled_min: minimum SNR without leaving out any image.
+        parity_db_pooled_min: minimum SNR over all images, in dB.
         parity_ties: share of images that were left out.
-        parity_floor_db: SNR of torch against itself with inputs that differ in the last bit.
-        parity_largest_db: minimum SNR at the largest size of a range of sizes.
-        parity_parts_db: SNR of text encoders and autoencoder, by component.
-        bytes: size of the denoiser's graph with its weights.
+        parity_floor_db: SNR of torch against itself, in dB, with inputs that differ in the last bit.
+        parity_largest_db: minimum SNR at the largest size of a range of sizes, in dB.
+        parity_parts_db: SNR of text encoders and autoencoder, in dB, by component.
+        bytes: size of the denoiser's graph with its weights, in bytes.
         seconds: duration of the whole call, in seconds.
-        peak_rss_bytes: peak resident memory; of both processes together while
-            `trtq.exporter.component_worker` runs a second one.
+        peak_rss_bytes: peak resident memory, in bytes; the sum of both processes while
+            `trtq.exporter.component_worker` runs a second process.
     """
 
     parity_db_min: float
@@ -57,16 +57,16 @@ class BuiltEngine(Result):
 
     Attributes:
         name: name of the graph's component.
-        engine_bytes: size of the engine.
+        engine_bytes: size of the engine, in bytes.
         layers: number of layers of the engine; None if the builder does not report it.
         float_layers: number of the manifest's layers that stay in float; `float` in JSON. None for a
             component that is float altogether.
-        parse_seconds: time of parsing the graph, in seconds.
-        build_seconds: time of building, in seconds; for a cached engine that of its original build.
-        peak_rss_bytes: peak resident memory of the builder's process.
+        parse_seconds: duration of parsing the graph, in seconds.
+        build_seconds: duration of the build, in seconds; for a cached engine, of its original build.
+        peak_rss_bytes: peak resident memory of the builder's process, in bytes.
         cached: whether the engine comes from the cache.
         warnings: warnings of the builder.
-        plugins: where the kernels of the plugins are: `engine`, which then needs no Python, or
+        plugins: location of the plugins' kernels: `engine` (the engine then needs no Python) or
             `python`; None if there are no plugins.
     """
 
@@ -87,9 +87,10 @@ class BuildResult(Result):
     """A finished folder of engines.
 
     Attributes:
-        engine_bytes: size of all engines together.
+        engine_bytes: total size of all engines, in bytes.
         seconds: duration of the whole call, in seconds.
-        peak_rss_bytes: largest peak of the builder's processes; 0 if all engines were cached.
+        peak_rss_bytes: largest peak resident memory of the builder's processes, in bytes; 0 if all
+            engines were cached.
         backend: `tensorrt-rtx` or `tensorrt`.
         version: version of the backend.
         architectures: GPU architectures that the engines run on, e.g. `sm86`.
@@ -107,14 +108,14 @@ class BuildResult(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class RuleFinding(Result):
-    """One rule of a runtime that a layer breaks.
+    """A rule of a runtime that a layer breaks.
 
     Attributes:
         layer: name of the layer.
-        rule: what the runtime requires.
-        fix: what to do about it.
+        rule: requirement of the runtime.
+        fix: remedy.
         fatal: whether the runtime refuses the layer; otherwise it runs the layer in float.
-        former_fix: the same as `fix`, under its earlier JSON key, for one release.
+        former_fix: same as `fix`, under its earlier JSON key, for one release.
     """
 
     layer: str
@@ -126,7 +127,7 @@ class RuleFinding(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeRules(Result):
-    """A graph against the rules of one runtime.
+    """Result of checking a graph against the rules of one runtime.
 
     Attributes:
         legal: whether the runtime accepts the graph.
@@ -139,11 +140,11 @@ class RuntimeRules(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerParity(Result):
-    """A layer's output in the graph against torch.
+    """Agreement of a layer's output in the graph with torch.
 
     Attributes:
         name: name of the layer.
-        snr_db: SNR, in dB.
+        snr_db: SNR of the output, in dB.
     """
 
     name: str
@@ -158,16 +159,16 @@ class VerifyResult(Result):
         kind: `run`, `onnx` or `engine`.
         files: number of files whose SHA-256 was checked.
         ok: whether every check passed.
-        graphs: by component, what is wrong with its graph or engine; None where nothing is. None
-            altogether for a run.
-        runtimes: rules by runtime; empty if a graph cannot be opened; None unless the artefact is an
+        graphs: problem of each graph or engine by component, None for one without a problem; None for a
+            run.
+        runtimes: result by runtime; empty if a graph cannot be opened; None unless the artefact is an
             ONNX folder.
         parity_db: SNR against torch per step, in dB, cleanest first; the last value belongs to a batch
-            of mixed steps. None without a run to compare with.
+            of mixed steps. None if no run was given.
         parity_db_min: minimum of `parity_db`.
-        parity_required_db: SNR that is required, in dB.
+        parity_required_db: required SNR, in dB.
         layers: SNR by low-bit layer, in the order of execution; None unless requested.
-        first: name of the first layer below the SNR that a flipped code causes; None if there is none.
+        first: name of the first layer with a lower SNR than a flipped code causes; None without one.
     """
 
     kind: str

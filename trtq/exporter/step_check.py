@@ -1,4 +1,4 @@
-"""Comparison of an exported graph with the torch denoiser that it was made from."""
+"""Comparison of an exported graph with the torch denoiser that was exported."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def step_parities(
 
     Args:
         source: the pipeline around the torch denoiser, at the size to compare at.
-        model: the graph's file.
+        model: path of the graph's file.
         manifest: manifest with the timesteps and the recipe.
-        thorough: compare every step, however large the model.
+        thorough: compare every step, for a large model too.
 
     Returns:
-        One row per step, cleanest first, then one of a batch of mixed steps; or a single row.
+        One row per step, cleanest first, then one for a batch of mixed steps; or a single row.
 
     Raises:
         GateError: the graph uses another step of the tables than torch does.

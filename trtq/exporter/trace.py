@@ -1,6 +1,6 @@
-"""Traces a torch denoiser to an ONNX graph in which each low-bit layer is one node.
+"""Tracing of a torch denoiser to an ONNX graph in which each low-bit layer is one node.
 
-Each layer that is to be low-bit is traced as a single node of the domain `trtq`, without its weights:
+Each low-bit layer is traced as a single node of the domain `trtq`, without its weights:
 
     trtq::LowBitLinear(x) {name}        trtq::LowBitConv2d(x) {name, strides, pads, dilations, group}
     trtq::LowBitMatMul(a, b) {name}     a product of two activations
@@ -113,7 +113,7 @@ class _Denoiser(nn.Module):
 
 
 class _Batched(nn.Module):
-    """Calls a module with positional tensors; inputs at `batched` share one batch size."""
+    """Calls a module with positional tensors; the inputs at the indices `batched` share a batch size."""
 
     def __init__(self, module: nn.Module, batched: list[int]) -> None:
         super().__init__()
@@ -122,8 +122,8 @@ class _Batched(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Any:
         for place in self.batched:
-            # torch gives each input its own symbol for the batch size unless the sizes are known to
-            # agree.
+            # torch uses a separate symbol for the batch size of each input unless the code declares the
+            # sizes equal.
             same = tensors[place].shape[0] == tensors[0].shape[0]
             torch._check(same)  # type: ignore[no-untyped-call]
         return self.module(*tensors)
@@ -158,7 +158,7 @@ def trace(
 
     Args:
         denoiser: a float diffusers model.
-        x: a small batch of noisy samples, `[B, ...]`, B > 1.
+        x: small batch of noisy samples, `[B, ...]`, B > 1.
         conditions: conditions of the B images.
         low_bit: module paths that become nodes of the domain `trtq`.
         half: whether to compute in half precision; timesteps stay float32.
@@ -212,18 +212,21 @@ def trace_module(
     axes: Mapping[int, str] = MappingProxyType({}),
     images: Mapping[str, int | None] = MappingProxyType({}),
 ) -> ir.Model:
-    """Export a module that takes and returns bare tensors, with a free batch size.
+    """Export a module with bare tensors as inputs and outputs, and with a free batch size.
 
     Args:
-        module: called with the examples in order; returns a tensor or a tuple.
+        module: module that is called with the examples in order and returns a tensor or a tuple.
         examples: example inputs by name, with B > 1.
         outputs: names of the outputs, in order.
         shared: names of inputs without a batch axis.
-        axes: names of further axes of all inputs whose length is free.
+        axes: names of further free axes of all inputs, by index of the axis.
         images: granularity of the free H and W by name of an input `[B,C,H,W]`; None: both are fixed.
+
+    Returns:
+        The graph, with free axes and the given names of inputs and outputs.
     """
-    # diffusers' upsampling branches on a batch of 64 or more; without the bound torch notices that at
-    # the end of the export and starts again. The graph itself takes any batch size.
+    # diffusers' upsampling branches on a batch of 64 or more. Without the bound torch detects the branch
+    # at the end of the export and starts again. The graph itself accepts any batch size.
     free = {0: torch.export.Dim("batch", min=1, max=63)}
     free |= {axis: torch.export.Dim(name, min=1) for axis, name in axes.items()}
     shapes: dict[str, dict[int, Any]] = {}
@@ -263,9 +266,9 @@ def trace_module(
 def _simplify(model: ir.Model) -> None:
     """Fold constants and remove operators without effect, in place.
 
-    The rules are those of onnxscript's collection that match in denoisers. The whole collection gives
-    the same graphs in ten times the time, which at Stable Diffusion's size is spent mainly in one rule,
-    for slices.
+    Only the rules of onnxscript's collection that match in denoisers are used. The whole collection
+    produces the same graphs in ten times the time; at Stable Diffusion's size, one rule for slices takes
+    the largest part.
     """
     import onnx_ir as ir
     import onnx_ir.passes.common as passes

@@ -43,10 +43,10 @@ def verify(
     timeout: float = TRIAL_SECONDS,
     progress: ProgressCallback = silent,
 ) -> VerifyResult:
-    """Check files against the manifest, open graphs in the runtime, check its rules, compare with torch.
+    """Check an artefact's files, its graphs in the runtime, and on request its agreement with torch.
 
-    Each graph is opened and called once by onnxruntime, in a process of its own with a limit of time and
-    memory, so a graph that crashes, never ends or takes all memory only fails its check.
+    onnxruntime opens and calls each graph once, in a separate process with limits on time and memory, so
+    a graph that crashes, never ends or takes all memory only fails its check.
 
     Args:
         artefact: a run, an ONNX folder or an engine folder, or one of them opened; without a GPU only
@@ -54,7 +54,7 @@ def verify(
         against: the run that an ONNX folder was exported from; compared at every calibrated step.
         runtimes: runtimes whose rules are checked, from `trtq.graph.runtimes.prepare.RUNTIMES`.
         layers: compare the output of every low-bit layer too, at one mixed batch.
-        timeout: max seconds for opening and calling one graph.
+        timeout: time limit for opening and calling one graph, in seconds.
         progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
@@ -62,7 +62,7 @@ def verify(
 
     Raises:
         UsageError: the options do not fit the artefact.
-        ArtefactError: it is damaged, or `against` is not the run that it was exported from.
+        ArtefactError: the artefact is damaged, or was not exported from the run `against`.
     """
     opened = open_artefact(artefact, verify=False)
     if not isinstance(opened, StoredArtefact):
@@ -88,13 +88,13 @@ def verify(
 
 
 def _verify_run(opened: Run) -> VerifyResult:
-    """Open a run with everything that it is drawn with."""
+    """Open a run and every component that image generation needs."""
     open_any(opened)
     return VerifyResult(kind=opened.kind, files=len(opened.manifest.files), ok=True)
 
 
 def _verify_engines(opened: StoredArtefact) -> VerifyResult:
-    """Check the engines' files, and with a GPU open them."""
+    """Check the engines' files, and open the engines if there is a GPU."""
     graphs = check_engines(opened.folder, opened.manifest)
     files, ok = len(opened.manifest.files), not any(graphs.values())
     return VerifyResult(kind=opened.kind, files=files, ok=ok, graphs=graphs)
@@ -154,7 +154,7 @@ def _compare(
 
 
 def _rules(model: Path, runtime: Any) -> RuntimeRules:
-    """The denoiser's graph against the rules of a runtime."""
+    """Check the denoiser's graph against the rules of a runtime."""
     findings = check(prepare(load_graph(model), runtime), runtime)
     return RuntimeRules(
         legal=not any(finding.fatal for finding in findings),

@@ -15,12 +15,12 @@ __all__ = ["DATA_NAME", "ENGINE_FILE", "MODEL_FILE", "graphs_of", "model_file", 
 MODEL_FILE = "model.onnx"
 DATA_NAME = "model.onnx_data"
 _INLINE_BYTES = 1 << 14
-"""Tensors below this size stay in the graph, since shape inference reads the sizes of splits only
-there."""
+"""Tensors below this size, in bytes, stay in the graph, since shape inference reads the sizes of splits
+only there."""
 
 
 def model_file(folder: Path) -> Path:
-    """The engine in a component's folder if there is one, else the graph, which may not exist."""
+    """Path of the engine in a component's folder, else of the graph, which may not exist."""
     engine = folder / ENGINE_FILE
     return engine if engine.is_file() else folder / MODEL_FILE
 
@@ -31,6 +31,9 @@ def graphs_of(manifest: Manifest, file: str = MODEL_FILE) -> list[str]:
     Args:
         manifest: manifest of the artefact.
         file: `MODEL_FILE` for graphs, `ENGINE_FILE` for engines.
+
+    Returns:
+        Names of the folders, relative to the artefact.
     """
     paths = [PurePosixPath(name) for name in manifest.files]
     return sorted(str(p.parent) for p in paths if p.name == file and len(p.parts) == 2)
@@ -46,7 +49,7 @@ def save_graph(model: Any, folder: Path) -> None:
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    # The rewrites leave unused constants behind.
+    # The rewrites leave unused constants in the graph.
     RemoveUnusedNodesPass()(model)
     _drop_export_notes(model)
     _check_finite(model)
@@ -56,9 +59,9 @@ def save_graph(model: Any, folder: Path) -> None:
 
 
 def _drop_export_notes(model: Any) -> None:
-    """Drop the notes of torch's exporter about nodes: source lines with paths of this machine.
+    """Drop the metadata of nodes from torch's exporter: source lines with paths of this machine.
 
-    They are more than half of the file of a small graph, and nothing reads them.
+    The metadata make up more than half of a small graph's file, and nothing reads them.
     """
     for graph in (model.graph, *model.graph.subgraphs()):
         for node in graph:

@@ -1,4 +1,4 @@
-"""A pipeline's text encoders and autoencoders behind engines."""
+"""Text encoders and autoencoders of a pipeline that run on engines."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def load_component(
     Args:
         folder: folder of the configurations, in the layout of an ONNX folder.
         name: name of the component in its pipeline.
-        cls: class of the component that it replaces.
-        open_graph: opens the engine of a graph by its folder's name; returns None if there is none.
+        cls: class of the component that is replaced.
+        open_graph: function from the name of a graph's folder to its engine, or None without a graph.
 
     Raises:
         ArtefactError: the configuration cannot be read.

@@ -1,4 +1,4 @@
-"""Generating images with any pipeline, from the same noise for the same seed."""
+"""Image generation with any pipeline, from the same noise for the same seed."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ TEXT_BATCH = 50
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a set of images shows.
+    """Classes or prompts of a set of images.
 
     Attributes:
         count: number of images B.
         classes: class of each image, LongTensor[B], for a model with classes.
         prompts: prompt of each image, for a text-to-image model.
-        labels: expected answer of a classifier for each image, LongTensor[B], by question.
+        labels: expected label of each image, LongTensor[B], by question to a classifier.
     """
 
     count: int
@@ -56,6 +56,15 @@ def conditioning_for(
     source: LoadedPipeline, count: int, *, class_label: int | None = None, prompt: str | None = None
 ) -> Conditioning:
     """Choose classes or evaluation prompts in turn, or one class or prompt for all images.
+
+    Args:
+        source: pipeline that generates the images.
+        count: number of images B.
+        class_label: class of every image; None: all classes in turn.
+        prompt: prompt of every image; None: the evaluation prompts in turn.
+
+    Returns:
+        Classes or prompts of the B images.
 
     Raises:
         UsageError: the model does not take the class or prompt, or the count is out of range.
@@ -109,11 +118,11 @@ def draw(
 
     Args:
         source: a pipeline from `open_any`.
-        conditioning: what the images show.
-        steps: denoising steps.
+        conditioning: classes or prompts of the images.
+        steps: number of denoising steps.
         seed: seed of the starting noise.
         guidance: classifier-free guidance scale; by default the scale that suits the model.
-        negative_prompt: what the images must not show; by default the pipeline's own default.
+        negative_prompt: text that guidance steers away from; None: the pipeline's default.
         batch: maximum number of images per call of the pipeline.
         progress: callback that receives the number of finished images and the total.
 
@@ -169,9 +178,9 @@ def _call(
     guidance: float,
     negative_prompt: str | None,
 ) -> Tensor:
-    """Generate a part of the images by the pipeline's own call, float[B,C,H,W] in [-1, 1].
+    """Generate a part of the images with the pipeline's own call: float[B,C,H,W] in [-1, 1].
 
-    Pipelines differ in their arguments: each gets the arguments that its signature names.
+    Pipelines differ in their arguments, so only the arguments in the pipeline's signature are passed.
     """
     offered: dict[str, Any] = {
         "num_inference_steps": steps,

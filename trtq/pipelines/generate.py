@@ -1,4 +1,4 @@
-"""Images from any artefact."""
+"""Image generation from any artefact to PNG files."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ def generate(
         images: number of images.
         class_label: class of every image; by default all classes in turn.
         prompt: prompt of every image, for a text-to-image model.
-        negative_prompt: what the images must not show; requires a guidance scale above 1.
-        steps: denoising steps; by default the number that the artefact was calibrated for, or 20.
+        negative_prompt: text that guidance steers away from; requires a guidance scale above 1.
+        steps: number of denoising steps; by default the number of the calibration, or 20.
         guidance: classifier-free guidance scale; by default the value used for calibration.
         size: `HEIGHTxWIDTH` in pixels; by default the size of the artefact.
         seed: seed of the starting noise; image i of a seed is the same in every call.
-        provider: what runs the artefact, see `trtq.pipelines.open.open_any`.
+        provider: provider that runs the artefact, see `trtq.pipelines.open.open_any`.
         overwrite: replace existing files.
         progress: callback that receives the stage's name, the work done and the total.
 
     Returns:
-        The written files and how they were made.
+        The written files and their settings.
 
     Raises:
-        TrtqError: see `trtq.errors`; no file is left.
+        TrtqError: see `trtq.errors`; no new file is left.
     """
     target = Path(out)
     files = _files(target, str(out), images)
@@ -121,7 +121,7 @@ def generate(
 
 @dataclass(frozen=True)
 class _Settings:
-    """How every image is generated; see `generate`."""
+    """Settings that all images share; see `generate`."""
 
     steps: int
     seed: int
@@ -133,7 +133,7 @@ def _check_files(target: Path, files: Sequence[Path], source: Any, *, overwrite:
     """Raise unless the files may be written, before any long work.
 
     Raises:
-        UsageError: a file must not be replaced, or nothing may be written there.
+        UsageError: a file must not be replaced, or a path is not writable.
     """
     if files != [target]:
         check_place(target, source=source)
@@ -154,10 +154,10 @@ def _texts(
 
     Args:
         source: the pipeline.
-        conditioning: what the images show.
-        settings: how they were generated.
+        conditioning: classes or prompts of the images.
+        settings: settings that all images share.
         size: height and width in pixels.
-        index: number of the image.
+        index: index of the image, from 0.
     """
     prompts, classes = conditioning.prompts, conditioning.classes
     return generation_texts(
@@ -180,7 +180,7 @@ def _save_each(
     *,
     overwrite: bool,
 ) -> None:
-    """Write a PNG per image; where one cannot be written, those that are new go again."""
+    """Write one PNG file per image; if a file cannot be written, remove the new files."""
     folder = files[0].parent
     made = not folder.exists()
     folder.mkdir(exist_ok=True)
@@ -203,8 +203,8 @@ def _files(target: Path, given: str, images: int) -> list[Path]:
     """The files to write: one sheet, or one per image in a folder.
 
     Raises:
-        UsageError: the name is neither that of a PNG nor that of a folder, or the folder above it does
-            not exist.
+        UsageError: the name has a suffix other than `.png`, its parent folder does not exist, or a file
+            has the name of the folder.
     """
     folder = target.is_dir() or given.endswith(("/", os.sep)) or not target.suffix
     if not folder and target.suffix.lower() != ".png":

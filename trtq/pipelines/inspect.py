@@ -29,7 +29,7 @@ __all__ = ["inspect"]
 
 
 def inspect(artefact: str | Path | Opened | Any) -> InspectResult:
-    """Read layers, bits, tables, sizes and origin of an artefact, and verify it first.
+    """Verify an artefact, and return its layers, bits, tables, sizes and origin.
 
     Args:
         artefact: a run, an ONNX or engine folder, a float checkpoint, or one of them opened.
@@ -38,7 +38,7 @@ def inspect(artefact: str | Path | Opened | Any) -> InspectResult:
         An `InspectedCheckpoint`, an `InspectedArtefact`, or `InspectedEngines`.
 
     Raises:
-        ArtefactError: it cannot be read, or is not what its manifest says.
+        ArtefactError: the artefact cannot be read, or does not match its manifest.
     """
     opened = open_artefact(artefact)
     if not isinstance(opened, StoredArtefact):
@@ -64,7 +64,7 @@ def inspect(artefact: str | Path | Opened | Any) -> InspectResult:
 
 
 def _layer(row: LayerRow, tensors: LowBitTensors | None) -> InspectedLayer:
-    """A layer of the manifest; of a run also with its tables."""
+    """A layer of the manifest, with its tables if the artefact is a run."""
     if tensors is None:
         return InspectedLayer(**row.model_dump())
     operands = tensors.operands
@@ -76,7 +76,7 @@ def _layer(row: LayerRow, tensors: LowBitTensors | None) -> InspectedLayer:
 
 
 def _with_engine(result: InspectedArtefact, opened: EngineFolder) -> InspectedEngines:
-    """Add the layers of the denoiser's engine, where a GPU can load it."""
+    """Add the layers of the denoiser's engine, if a GPU can load the engine."""
     reason = obstacle(opened.backend)
     layers = None
     if reason is None:

@@ -48,13 +48,16 @@ def open_any(
         artefact: a folder, the name of a shipped model, a hub id, a pipeline object, or one of them
             opened.
         provider: `torch` for runs and checkpoints (their default; a run with an explicit `torch` runs
-            on our kernels, in half precision, where torch sees an NVIDIA GPU); `cpu`, `openvino` or
+            on trtq's kernels, in half precision, if torch sees an NVIDIA GPU); `cpu`, `openvino` or
             `cuda` for ONNX folders (default `cpu`); engines run on the backend that built them.
         threads: threads of one operator, for ONNX folders.
 
+    Returns:
+        The pipeline with its denoiser.
+
     Raises:
         UsageError: the provider cannot run this kind of artefact.
-        ArtefactError: it cannot be read, or is not what its manifest says.
+        ArtefactError: the artefact cannot be read, or does not match its manifest.
     """
     known = tuple(dict.fromkeys((TORCH, *PROVIDERS, *BACKENDS)))
     if provider is not None and provider not in known:
@@ -108,7 +111,7 @@ def _open_graphs(opened: GraphFolder, provider: str | None, threads: int | None)
 
 
 def _on_gpu(run: OpenRun) -> nn.Module | None:
-    """The denoiser on our kernels, where torch sees an NVIDIA GPU."""
+    """The denoiser on trtq's kernels if torch sees an NVIDIA GPU, else None."""
     if torch.cuda.is_available():
         return GpuDenoiser(run.denoiser(kernels=True))
     driver = driver_cuda()
@@ -130,8 +133,11 @@ def engine_source(
     Args:
         folder: folder of everything except the graphs, in the layout of an ONNX folder.
         denoiser: name of the denoiser component.
-        size: image size in pixels, or a range; None: the model's own.
-        open_graph: opens the engine of a graph by its folder's name; returns None if there is none.
+        size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; None: the default.
+        open_graph: function from the name of a graph's folder to its engine, or None without a graph.
+
+    Returns:
+        The pipeline with its denoiser.
 
     Raises:
         ArtefactError: a component is missing, or cannot be read.
@@ -153,15 +159,15 @@ def engine_source(
 
 
 def load(artefact: str | Path | Opened | Any, provider: str | None = None) -> Any:
-    """Load an artefact as a diffusers pipeline whose denoiser is the low-bit one.
+    """Load an artefact as a diffusers pipeline with the artefact's denoiser.
 
     Args:
         artefact: a run, an ONNX or engine folder, a float checkpoint for comparison, or one of them
             opened.
-        provider: what runs it, see `open_any`.
+        provider: provider that runs the artefact, see `open_any`.
 
     Returns:
-        A `DiffusionPipeline`; call it like one of diffusers' own.
+        A `DiffusionPipeline`, to be called like any pipeline of diffusers.
 
     Raises:
         TrtqError: see `trtq.errors`.
@@ -170,7 +176,7 @@ def load(artefact: str | Path | Opened | Any, provider: str | None = None) -> An
     pipeline = open_any(opened, provider).pipeline
     name = next((name for name in DENOISERS if hasattr(pipeline, name)), None)
     if name is not None and isinstance(getattr(pipeline, name), StandIn):
-        # diffusers would leave out what it does not know, with a line in the log.
+        # diffusers would save the pipeline without this denoiser, and only log a warning.
         pipeline.save_pretrained = partial(_refuse_to_save, str(opened.place))
     return pipeline
 

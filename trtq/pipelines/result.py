@@ -1,4 +1,4 @@
-"""What `trtq.generate` and `trtq.inspect` return."""
+"""Results of `trtq.generate` and `trtq.inspect`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class GenerateResult(Result):
     """Written images.
 
     Attributes:
-        output: file or folder that was asked for.
+        output: requested file or folder.
         files: written PNG files.
         images: number of images.
         labels: class of each image; None for a model without classes.
         prompts: prompt of each image; None for a model without prompts.
-        steps: denoising steps.
+        steps: number of denoising steps.
         seed: seed of the starting noise.
         seconds: duration of generating all images, in seconds.
     """
@@ -45,7 +45,7 @@ class GenerateResult(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectedLayer(Result):
-    """A layer of an artefact; see `trtq.artefact.manifest.LayerRow` for the fields of its manifest.
+    """A layer of an artefact; see `trtq.artefact.manifest.LayerRow` for the other fields.
 
     Attributes:
         scale: scale per step, by input; None unless the artefact is a run.
@@ -83,7 +83,7 @@ class InspectResult(Result):
 
     Attributes:
         kind: `checkpoint`, `run`, `onnx` or `engine`.
-        source: what it was made from; name of a checkpoint.
+        source: checkpoint or artefact that the artefact was made from, or the checkpoint's own name.
         precisions: number of layers by precision.
     """
 
@@ -114,13 +114,13 @@ class InspectedArtefact(InspectResult):
     """Contents of a run or an ONNX folder.
 
     Attributes:
-        bytes: size of all files.
+        bytes: size of all files, in bytes.
         recipe: how the model was quantised; None for a float model.
         timesteps: calibrated timesteps, cleanest first; None for a float model.
         layers: one entry per layer of the denoiser.
         options: options of the export or the build, as in the manifest.
-        metrics: measurements while the artefact was made, as in the manifest.
-        packages: versions of the packages that made it.
+        metrics: measurements taken while the artefact was made, as in the manifest.
+        packages: versions of the packages that made the artefact.
     """
 
     bytes: int
@@ -139,7 +139,7 @@ class InspectedEngines(InspectedArtefact):
     Attributes:
         engine_layers: layers of the denoiser's engine as the backend's inspector reports them; None
             without a GPU to load the engine.
-        engine_layers_missing: why there are none.
+        engine_layers_missing: reason why `engine_layers` is None.
     """
 
     engine_layers: list[dict[str, Any]] | None

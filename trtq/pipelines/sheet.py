@@ -1,4 +1,4 @@
-"""Images as PNG files: on one contact sheet, or one by one."""
+"""Images in PNG files: one contact sheet, or one file per image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trtq.png_text import with_texts
 __all__ = ["check_sheet", "contact_sheet", "save_png"]
 
 MAX_PIXELS = 1 << 27
-"""Maximum number of pixels of all images on one sheet; in float32 they take 1.5 GB."""
+"""Maximum number of pixels of all images on one sheet, which take 1.5 GB in float32."""
 
 
 def check_sheet(count: int, height: int, width: int) -> None:
@@ -35,7 +35,17 @@ def check_sheet(count: int, height: int, width: int) -> None:
 
 
 def contact_sheet(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
-    """Arrange images[B,C,H,W] in [-1, 1] on one sheet uint8[H',W',3], row by row, on white."""
+    """Arrange images[B,C,H,W] in [-1, 1] on one white sheet uint8[H',W',3], row by row.
+
+    Args:
+        images: the images.
+        columns: number of images in a row.
+        scale: magnification, a whole number.
+        gap: distance between images, in pixels.
+
+    Returns:
+        Pixels of the sheet, uint8[H',W',3].
+    """
     pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     if pixels.shape[-1] == 1:
         pixels = pixels.repeat(3, axis=-1)
@@ -58,17 +68,17 @@ def save_png(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write uint8[H,W,3] as PNG, complete or not at all.
+    """Write pixels to a PNG file, completely or not at all.
 
     Args:
         sheet: pixels, uint8[H,W,3].
-        path: the file.
+        path: path of the file.
         texts: PNG texts by keyword, see `trtq.png_text`.
         overwrite: replace an existing file.
 
     Raises:
         UsageError: the folder does not exist or cannot be written, or the file exists.
-        ArtefactError: the disk is full, or fails.
+        ArtefactError: the disk is full, or writing fails.
     """
     from PIL import Image
 

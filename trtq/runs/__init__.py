@@ -1,1 +1,1 @@
-"""Runs: how a run is made, stored, opened and changed."""
+"""Runs: making, storing, opening and changing them."""

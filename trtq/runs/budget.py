@@ -1,4 +1,4 @@
-"""Weight bits within a budget of size or operations, by sensitivity."""
+"""Assignment of weight bits within a budget of size or operations, by sensitivity."""
 
 from __future__ import annotations
 
@@ -29,7 +29,16 @@ _SENSITIVITY_IMAGES = 20
 
 
 def spend_budget(plan: QuantizePlan, budget: Budget, progress: ProgressCallback) -> list[LayerPlan]:
-    """Weight bits by sensitivity, for the layers at the recipe's own bits."""
+    """Choose the weight bits of the layers that have the recipe's default bits, by sensitivity.
+
+    Args:
+        plan: plan of the quantisation; not changed.
+        budget: share of the float model's size or bit operations that may be used.
+        progress: callback that receives the stage's name, the work done and the total.
+
+    Returns:
+        One plan per layer, with the chosen weight bits.
+    """
     source, recipe = plan.source, plan.recipe
     names = [layer.name for layer in plan.layers if layer.adapters and layer.weight_bits]
     schedule = source.schedule(recipe.steps)

@@ -1,4 +1,4 @@
-"""What `trtq quantize --dry-run` reports about a plan."""
+"""The report of `trtq quantize --dry-run`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["describe_plan"]
 
 
 def describe_plan(plan: QuantizePlan) -> PlanResult:
-    """Layers by precision, sizes, timesteps and trained parameters, with an estimate of the cost."""
+    """Summarise a plan: layers by precision, sizes, timesteps, trained parameters, estimated cost."""
     training = plan.recipe.training
     cost = estimate(plan)
     return PlanResult(

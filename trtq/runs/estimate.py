@@ -1,7 +1,8 @@
 """Estimate of the time and memory that a quantisation takes on this machine.
 
-The speed of one convolution is measured on the spot. How many passes through the denoiser each stage
-costs was measured once, on the shipped models and at Stable Diffusion's size; expect a factor of two.
+The speed of one convolution is measured at each call. The cost of each stage, in passes through the
+denoiser, was measured once, on the shipped models and at Stable Diffusion's size. The estimate is right
+within a factor of two.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ _UTILISATION = 0.8
 _LAYER_SECONDS = 1e-4
 """Overhead of calling one layer, in seconds."""
 _FORWARDS_PER_ITERATION = 6
-"""Teacher, student and backward pass of one fine-tuning iteration, in float forward passes."""
+"""Cost of teacher, student and backward pass in one fine-tuning iteration, in float forward passes."""
 _RECOMPUTE_FORWARDS = 2
 _SEARCH_SECONDS = 1e-8
-"""Time to try one candidate range for one value, on one thread."""
+"""Time to try one candidate range for one value on one thread, in seconds."""
 _CANDIDATES = 80
 _KEPT_PER_VALUE = 5
-"""float32 values kept for the backward pass, per value that enters or leaves a layer."""
+"""Number of float32 values kept for the backward pass, per value that enters or leaves a layer."""
 _BASE_BYTES = 600 << 20
-"""The interpreter with torch and diffusers."""
+"""Memory of the interpreter with torch and diffusers, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Estimate:
 
     Attributes:
         seconds: duration, in seconds.
-        peak_bytes: peak memory.
+        peak_bytes: peak memory, in bytes.
     """
 
     seconds: float
@@ -50,7 +51,7 @@ class Estimate:
 
 
 def _multiplications_per_second() -> float:
-    """Speed of a 3 x 3 convolution of 128 channels on 32 x 32, in float32 on the CPU."""
+    """Multiplications per second of a 3 x 3 float32 convolution, 128 channels, 32 x 32, on the CPU."""
     x, weight = torch.randn(4, 128, 32, 32), torch.randn(128, 128, 3, 3)
     best = float("inf")
     for _ in range(4):
@@ -62,7 +63,7 @@ def _multiplications_per_second() -> float:
 
 @torch.no_grad()
 def estimate(plan: QuantizePlan) -> Estimate:
-    """Estimate what `trtq quantize` costs on this machine's CPU."""
+    """Estimate the time and memory of `trtq quantize` on this machine's CPU."""
     recipe, calls = plan.recipe, plan.calls
     guided = 1 if recipe.guidance in (None, 1.0) else 2
     steps, images = recipe.steps, recipe.calibration.images
@@ -100,6 +101,6 @@ def estimate(plan: QuantizePlan) -> Estimate:
         seconds += rounds * passes * forward(guided * training.batch)
         kept = 12 * widest if recompute else values
         peak += 4 * _KEPT_PER_VALUE * kept * guided * training.batch
-        # Fake-quantised weights of what is kept, adapters, their gradients and Adam's two moments.
+        # Kept fake-quantised weights, adapters, their gradients and Adam's two moments.
         peak += 0 if recompute else 2 * parameters
     return Estimate(seconds, _BASE_BYTES + peak + plan.bytes_after())

@@ -1,4 +1,4 @@
-"""A run with other LoRAs in its weights, without fine-tuning again: tables kept, codes recomputed."""
+"""Exchange of the LoRAs in a run's weights: tables are kept, codes recomputed, nothing is fine-tuned."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _float_source(run: OpenRun, model: str | Path | None) -> LoadedPipeline:
     """Load the float checkpoint that a run was made from.
 
     Raises:
-        ArtefactError: the checkpoint was moved or changed, or the run is too old.
+        ArtefactError: the checkpoint was moved or changed, or the run's version is too old.
     """
     if not (run.folder / TRAINED_NAME).is_file():
         raise ArtefactError(
@@ -66,7 +66,7 @@ def _float_source(run: OpenRun, model: str | Path | None) -> LoadedPipeline:
 
 @torch.no_grad()
 def _snr(source: LoadedPipeline, denoiser: Any, teacher: Any, steps: int) -> float:
-    """SNR in dB of a low-bit prediction against a float one, at points all along a trajectory."""
+    """SNR in dB of low-bit predictions against float predictions, at points of a whole trajectory."""
     schedule = source.schedule(steps)
     images = at_once(source.sample_shape, _IMAGES)
     conditions = source.draw_conditions(images, seeded_generator(0, "requantize"))
@@ -79,10 +79,10 @@ def _snr(source: LoadedPipeline, denoiser: Any, teacher: Any, steps: int) -> flo
 def _merge(
     source: LoadedPipeline, run: OpenRun, loras: Sequence[LoraRequest]
 ) -> list[dict[str, Any]]:
-    """Merge LoRAs into a float checkpoint, in place, and give their rows of the manifest.
+    """Merge LoRAs into a float checkpoint, in place, and return their rows of the manifest.
 
     Raises:
-        UsageError: the run has exactly these LoRAs.
+        UsageError: the run already has exactly these LoRAs.
         ArtefactError: a LoRA does not fit the checkpoint.
     """
     components = {
@@ -132,16 +132,19 @@ def requantize(
     """Make a run with exactly these LoRAs from a run with others or none.
 
     Args:
-        artefact: the run, or its folder.
+        artefact: the opened run, or its folder.
         loras: files and strengths; LoRAs of the run are dropped unless they are given again.
         out: folder of the new run.
-        base: the float checkpoint, if it is no longer where the run's manifest says.
+        base: path of the float checkpoint, if it differs from the path in the run's manifest.
         overwrite: replace an existing run.
         progress: callback that receives the stage's name, the work done and the total.
 
+    Returns:
+        Sizes, durations and SNR of the new run.
+
     Raises:
-        UsageError: the run has these LoRAs already.
-        ArtefactError: a LoRA or the checkpoint does not fit.
+        UsageError: the run already has exactly these LoRAs.
+        ArtefactError: a LoRA or the checkpoint does not fit the run.
     """
     start = time.monotonic()
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="run")

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def accelerator_for(recipe: Recipe) -> Accelerator:
-    """Accelerate's view of the processes; on a GPU when there is one.
+    """The accelerator of this process, on a GPU if there is one.
 
     Raises:
         RecipeError: the recipe's precision needs a GPU.
@@ -47,24 +47,24 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
         raise RecipeError(
             "training.mixed_precision='fp16' needs a GPU and there is none; use 'bf16' or 'no'"
         )
-    # accelerate keeps its settings for the life of the process; a second call may want others.
+    # accelerate keeps its settings for the life of the process; a second call may need other settings.
     AcceleratorState._reset_state()
     return Accelerator(cpu=not gpu, mixed_precision=precision)
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Everything that the stages of a fine-tuning share.
+    """The state that the stages of a fine-tuning share.
 
     Attributes:
         model: the quantised denoiser; changed in place.
         schedule: noise schedule of the teacher's trajectory.
         shape: shape of one sample, (C, H, W).
-        draw_conditions: `(count, generator) -> Conditions`.
-        policy: policy that names the layers that QuEST tunes.
-        accelerator: accelerate's view of the processes.
+        draw_conditions: function `(count, generator) -> Conditions` that draws random conditions.
+        policy: policy with the sets of layers that QuEST tunes.
+        accelerator: accelerator of this process.
         checkpoints: folder of the checkpoints; each stage has a folder in it.
-        fingerprint: hash of model and recipe; checkpoints with another one are not resumed.
+        fingerprint: hash of model and recipe; checkpoints with another hash are not resumed.
         resume: continue from the newest checkpoint.
         progress: callback that receives the stage's name, the work done and the total.
     """
@@ -106,7 +106,7 @@ def _trajectories(setup: FineTuning, recipe: Recipe, purpose: str) -> Trajectori
 
 
 def _rates(training: Training, iterations: int, weight_travel: float) -> Rates:
-    """With linear decay an entry travels at most `rate * iterations / 2` under a steady gradient."""
+    """The learning rates: with linear decay a value moves by at most `rate * iterations / 2`."""
     from trtq.train.distill import Rates
 
     return Rates(
@@ -181,11 +181,11 @@ class FineTuneResult(Result):
 
 
 def fine_tune(setup: FineTuning, recipe: Recipe) -> FineTuneResult:
-    """Run all stages of the recipe.
+    """Run all fine-tuning stages of a recipe, change the model in place, and return the measurements.
 
     Raises:
-        RecipeError: the policy has no such set of layers.
-        QuantizationError: a set names no quantised layer.
+        RecipeError: the policy does not define a set of layers that the recipe names.
+        QuantizationError: a set contains no quantised layer.
         NonFiniteError: a loss is NaN or infinite.
     """
     training = recipe.training
@@ -211,7 +211,7 @@ def fine_tune(setup: FineTuning, recipe: Recipe) -> FineTuneResult:
 def _quest(
     setup: FineTuning, recipe: Recipe, training: Training, quest: QuestRecipe
 ) -> tuple[list[FineTuneStage], float]:
-    """Run learned rounding if asked for, then the time embedding, then the attention-related layers.
+    """Run learned rounding if requested, then tune the time embedding and the attention-related layers.
 
     Returns:
         One entry per stage, and the share of the denoiser's parameters whose float values are trained.
@@ -228,7 +228,7 @@ def _quest(
             )
     embedding, attention = sets[quest.embedding], sets[quest.attention]
     adapters = training.rank > 0
-    # Where every layer has adapters, the attention-related ones need no weights of their own.
+    # If every layer has adapters, the attention-related layers need no trained weights.
     tuned = embedding if adapters else [*embedding, *attention]
     for name in tuned:
         layers[name].tune()
@@ -285,7 +285,7 @@ def _learn_rounding(setup: FineTuning, recipe: Recipe, iterations: int) -> FineT
 
     from trtq.train.rounding import learn_rounding
 
-    # Not part of the checkpoints: a resumed run learns the same directions again.
+    # The directions are not in the checkpoints: a resumed run learns the same directions again.
     start = time.monotonic()
     names = [name for name, layer in setup.model.layers() if layer.weight_bits < 8]
     measured = learn_rounding(

@@ -1,4 +1,4 @@
-"""Opening a run: its manifest, its numbers and the torch denoiser they make."""
+"""Opening of a run: its manifest, its tensors and the torch denoiser built from them."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class OpenRun:
         return model
 
     def denoiser(self, *, kernels: bool = False) -> QuantizedDenoiser:
-        """The low-bit denoiser in torch; with `kernels` on our kernels, see `trtq.quant.deploy`."""
+        """The low-bit denoiser in torch, on trtq's kernels if `kernels`, see `trtq.quant.deploy`."""
         skeleton = _fresh(self.folder, self.manifest)
         return self.stored.build(skeleton, self.table, kernels=kernels)
 
     def source(self, denoiser: nn.Module | None = None) -> LoadedPipeline:
-        """A pipeline around the low-bit denoiser in torch, or around a stand-in for it."""
+        """A pipeline around the low-bit denoiser in torch, or around `denoiser` in its place."""
         pipeline: Any = load_pipeline_parts(
             self.folder, self.manifest.denoiser, denoiser or self.denoiser()
         )
@@ -60,7 +60,7 @@ class OpenRun:
 
 
 def check_calibrated(source: LoadedPipeline, manifest: Manifest) -> None:
-    """Raise unless the scheduler calls the denoiser at as many timesteps as were calibrated.
+    """Raise unless the scheduler uses as many timesteps as were calibrated.
 
     Args:
         source: the pipeline of the artefact.
@@ -73,7 +73,7 @@ def check_calibrated(source: LoadedPipeline, manifest: Manifest) -> None:
     if recipe is None or manifest.timesteps is None or recipe.tables == "static":
         return
     steps = recipe.steps
-    assert steps is not None  # Every recipe in a manifest has its steps.
+    assert steps is not None  # Every recipe in a manifest gives its number of steps.
     calls = len(set(source.timesteps(steps)))
     if calls != len(manifest.timesteps):
         raise ArtefactError(
@@ -92,7 +92,7 @@ def _fresh(folder: Path, manifest: Manifest) -> nn.Module:
 
 
 def layer_plans(manifest: Manifest) -> list[LayerPlan]:
-    """The layers as the manifest lists them."""
+    """The plans of the layers that a manifest lists."""
     return [
         LayerPlan(
             row.name,
@@ -112,11 +112,14 @@ def open_run(place: str | Path | Opened) -> OpenRun:
     """Read and verify a run.
 
     Args:
-        place: its folder, or the opened run.
+        place: folder of the run, or the opened run.
+
+    Returns:
+        The verified run.
 
     Raises:
-        ArtefactError: it is not a run, or damaged.
-        IntegrityError: its files are not what the manifest says.
+        ArtefactError: the folder is not a run, or the run is damaged.
+        IntegrityError: a file does not match the manifest.
     """
     opened = open_folder(place, "run")
     folder, manifest = opened.folder, opened.manifest

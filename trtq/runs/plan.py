@@ -1,4 +1,4 @@
-"""What a quantisation will do, decided before any long work."""
+"""The plan of a quantisation, made before any long work."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ _HEADER_BYTES = 16
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """What a quantisation will do, before any long work.
+    """The plan of a quantisation, made before any long work.
 
     Attributes:
         source: the loaded checkpoint.
         recipe: the recipe, with every default filled in.
         layers: one plan per linear, convolution and product of activations.
         table: the calibrated timesteps.
-        structure: modules in another form; the source's denoiser is changed already.
-        policy: the rules that decided about the layers.
-        calls: shapes and operations of each layer's call, by its name.
+        structure: rewritten modules; the denoiser of `source` is rewritten already.
+        policy: the rules for the bits of the layers.
+        calls: shapes and operations of each layer's call, by the layer's name.
         loras: LoRAs that were merged into the float weights.
     """
 
@@ -75,11 +75,11 @@ class QuantizePlan:
         return sum(plan.quantized for plan in self.layers)
 
     def bytes_before(self) -> int:
-        """Size of the denoiser's parameters in float32."""
+        """Size of the denoiser's parameters in float32, in bytes."""
         return 4 * sum(p.numel() for p in self.source.denoiser.parameters())
 
     def bytes_after(self) -> int:
-        """Size of the file: packed integers, weight scales and tables, and the rest as it is stored."""
+        """Size of the file in bytes: packed integers, weight scales, tables and float tensors."""
         modules = dict(self.source.denoiser.named_modules())
         inside: set[str] = set()
         total = _HEADER_BYTES + described_bytes(len(self.table), self.quantized)
@@ -104,7 +104,7 @@ def plan_quantize(
     loras: Sequence[LoraRequest] = (),
     progress: ProgressCallback = silent,
 ) -> QuantizePlan:
-    """Load the checkpoint, merge LoRAs into it and decide about every layer.
+    """Load the checkpoint, merge LoRAs into it and choose the bits of every layer.
 
     Args:
         model: a diffusers folder, the name of a shipped model, a hub id, a pipeline object, or one of
@@ -113,8 +113,12 @@ def plan_quantize(
         loras: LoRAs to merge into the float weights first.
         progress: callback that receives the stage's name, the work done and the total.
 
+    Returns:
+        The plan, with the loaded checkpoint.
+
     Raises:
         ArtefactError: the checkpoint cannot be read.
+        UsageError: the model is quantised already, or does not take the recipe's prompts.
         QuantizationError: no layer would be quantised.
     """
     source = _load_float(model, recipe.steps, copy_all=bool(loras))
@@ -144,12 +148,12 @@ def plan_quantize(
 
 
 def _load_float(model: str | Path | Opened | Any, steps: int, *, copy_all: bool) -> LoadedPipeline:
-    """Load the float checkpoint, and refuse what cannot be calibrated before anything else is done.
+    """Load the float checkpoint, and first raise if it cannot be calibrated.
 
     Args:
         model: see `plan_quantize`.
         steps: denoising steps of the calibration.
-        copy_all: whether every component of a pipeline object may change, and not only the denoiser.
+        copy_all: whether components of a pipeline object other than the denoiser may change too.
 
     Raises:
         UsageError: the model is quantised already.
@@ -171,7 +175,7 @@ def _load_float(model: str | Path | Opened | Any, steps: int, *, copy_all: bool)
         check_inputs(source.pipeline)
     if isinstance(opened.place, str | Path):
         return source
-    # The caller's pipeline stays as it is, and its weights may be shared.
+    # The caller's pipeline must not change, and its weights may be shared.
     pipeline = copy.copy(source.pipeline)
     for name, component in pipeline.components.items():
         if name == source.denoiser_name or (copy_all and isinstance(component, nn.Module)):
@@ -200,10 +204,10 @@ def _with_defaults(recipe: Recipe, source: LoadedPipeline) -> Recipe:
 
 
 def _choose_prompts(source: LoadedPipeline, recipe: Recipe) -> None:
-    """Give the model the recipe's calibration prompts, and warn of those that are cut off.
+    """Set the recipe's calibration prompts, and warn about prompts that are cut off.
 
     Raises:
-        UsageError: the recipe names prompts, and the model takes none.
+        UsageError: the recipe has prompts, but the model does not accept prompts.
     """
     if recipe.prompts is not None:
         if source.prompts is None:
@@ -217,7 +221,7 @@ def _choose_prompts(source: LoadedPipeline, recipe: Recipe) -> None:
 def _plan_layers(
     source: LoadedPipeline, recipe: Recipe, policy: Policy
 ) -> tuple[Sequence[LayerPlan], dict[str, LayerCall]]:
-    """Decide about every layer, and record what each is called with.
+    """Choose the bits of every layer, and record the shapes and operations of its call.
 
     Raises:
         QuantizationError: no layer would be quantised.
@@ -241,10 +245,10 @@ def _plan_layers(
 
 
 def _probe(source: LoadedPipeline, layers: Sequence[LayerPlan], steps: int) -> dict[str, LayerCall]:
-    """What each layer is called with in one call of the denoiser on its pipeline's own conditions.
+    """The call of each layer during one call of the denoiser with its pipeline's own conditions.
 
     Raises:
-        QuantizationError: the parts of the pipeline do not fit each other, so it cannot be called.
+        QuantizationError: the pipeline cannot be called, since its components do not fit each other.
     """
     try:
         conditions = source.draw_conditions(1, seeded_generator(0, "probe conditions"))
@@ -257,7 +261,7 @@ def _probe(source: LoadedPipeline, layers: Sequence[LayerPlan], steps: int) -> d
         )
     except TrtqError:
         raise
-    # What torch and the pipeline raise when, say, text encoder and denoiser are of different widths.
+    # torch and the pipeline raise these if, e.g., text encoder and denoiser have different widths.
     except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as err:
         raise QuantizationError(
             f"{source.name}: its {source.denoiser_name} cannot be called with what its pipeline "

@@ -1,4 +1,4 @@
-"""Checkpoint to run: calibrate, fine-tune, merge, pack."""
+"""Quantisation of a checkpoint to a run: calibrate, fine-tune, merge, pack."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _rounds_zero_points(plan: QuantizePlan) -> bool:
 
 
 def _source_files(source: LoadedPipeline) -> dict[str, str]:
-    """Hashes of the checkpoint's files; without files, of the denoiser's tensors."""
+    """Hashes of the checkpoint's files, or of the denoiser's tensors if there are no files."""
     if source.folder is not None:
         return source_hashes(source.folder)
     digest = hashlib.sha256()
@@ -193,7 +193,7 @@ def quantize(
         launch` except the first.
 
     Raises:
-        TrtqError: see `trtq.errors`; nothing half-written is left under `out`.
+        TrtqError: see `trtq.errors`; no partial result is left at `out`.
     """
     start = time.monotonic()
     final = check_output(Path(out), overwrite=overwrite, source=model, kind="run")
@@ -226,10 +226,10 @@ def _share(
     resume: bool,
     progress: ProgressCallback,
 ) -> tuple[QuantizedDenoiser, FineTuneResult | None]:
-    """Calibrate, convert and fine-tune: the part that every process does.
+    """Calibrate, convert and fine-tune: the part that every process runs.
 
     Returns:
-        The quantised denoiser, on the CPU, and the measurements of the fine-tuning; None without one.
+        The quantised denoiser, on the CPU, and the measurements of the fine-tuning (None without one).
     """
     recipe, source = plan.recipe, plan.source
     schedule = source.schedule(recipe.steps)

@@ -1,4 +1,4 @@
-"""What `trtq.quantize`, an exchange of LoRAs and a plan return."""
+"""Results of `trtq.quantize`, of an exchange of LoRAs and of a dry run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FineTuneStage(Result):
 
     Attributes:
         name: name of the stage.
-        seconds: its duration, in seconds.
+        seconds: duration of the stage, in seconds.
         iterations: number of optimiser updates; None for learned rounding.
         loss_first: loss of the first update.
         loss_last: loss of the last update.
@@ -44,13 +44,13 @@ class RunResult(Result):
         zero_points_rounded_after_training: True if zero points were trained as float numbers.
         layers_quantized: number of low-bit layers.
         layers_float: number of layers in float.
-        bytes_before: size of the denoiser's parameters in float32.
-        bytes_after: size of the low-bit denoiser's file.
-        snr_db_before: SNR of the noise prediction against the float model before LoRAs were exchanged.
+        bytes_before: size of the denoiser's parameters in float32, in bytes.
+        bytes_after: size of the low-bit denoiser's file, in bytes.
+        snr_db_before: SNR of the noise prediction against the float model before the exchange, in dB.
         snr_db_after: SNR against the float model with the new LoRAs, in dB.
         loras: LoRAs of the run after an exchange: `file`, `sha256`, `scale`, `modules`.
         seconds: duration of the whole call, in seconds.
-        peak_rss_bytes: peak resident memory of this process.
+        peak_rss_bytes: peak resident memory of this process, in bytes.
     """
 
     fine_tune_seconds: float | None = field(default=None, metadata=OMITTED_IF_NONE)
@@ -71,7 +71,7 @@ class RunResult(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanResult(Result):
-    """What a quantisation would do, and its estimated cost on this machine.
+    """The plan of a quantisation, and its estimated cost on this machine.
 
     Attributes:
         model: name of the checkpoint.
@@ -82,12 +82,12 @@ class PlanResult(Result):
         precisions: number of layers by precision, e.g. `w4a4`.
         float_layers: names of the layers that stay in float; `float` in JSON.
         timesteps: number of calibrated timesteps.
-        bytes_before: size of the denoiser's parameters in float32.
-        bytes_after: size of the low-bit denoiser's file.
+        bytes_before: size of the denoiser's parameters in float32, in bytes.
+        bytes_after: size of the low-bit denoiser's file, in bytes.
         iterations: number of optimiser updates.
         adapter_parameters: number of adapter parameters.
         estimated_seconds: estimated duration, in seconds.
-        estimated_peak_bytes: estimated peak memory.
+        estimated_peak_bytes: estimated peak memory, in bytes.
     """
 
     model: str

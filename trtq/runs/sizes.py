@@ -8,11 +8,11 @@ __all__ = ["entry_bytes", "weight_bytes"]
 
 
 def entry_bytes(name: str) -> int:
-    """An upper bound of what safetensors' header needs for one tensor of a module."""
+    """Upper bound of the size of one tensor's entry in a safetensors header, in bytes."""
     return len(name) + 110
 
 
 def weight_bytes(weight: nn.Parameter, bits: int) -> int:
-    """Packed codes, scales (float32) and zero points (int16) of one weight."""
+    """Size of a weight's packed codes, scales (float32) and zero points (int16), in bytes."""
     channels = len(weight)
     return -(-channels * bits // 8) * (weight.numel() // channels) + 6 * channels

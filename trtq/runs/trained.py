@@ -1,7 +1,7 @@
-"""`trained.safetensors`: what fine-tuning added to the float weights, before it vanished into codes.
+"""`trained.safetensors`: the fine-tuned tensors, before they are merged into integer codes.
 
 With it and the float checkpoint a run can be quantised again, e.g. with a LoRA in the weights, without
-fine-tuning again. Keys are `<module path>:<tensor>`; a run that was not fine-tuned has none.
+fine-tuning again. Keys are `<module path>:<tensor>`; a run that was not fine-tuned has no such file.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def restore_trained(
     """Restore the fine-tuned tensors of a run in a freshly converted denoiser.
 
     Args:
-        path: the run's file.
-        quantized: converted with the run's plans and recipe; changed in place.
-        merged: the run's integers, for weight scales and activation tables.
+        path: path of the run's file.
+        quantized: denoiser converted with the run's plans and recipe; changed in place.
+        merged: integers of the run's layers, which supply weight scales and activation tables.
 
     Raises:
         ArtefactError: the file is damaged, or belongs to another model.
@@ -89,7 +89,7 @@ def _restore(layer: QuantLayer, numbers: LayerTensors, trained: Mapping[str, Ten
     layer.weight_scale.copy_(numbers.weight.scale)
     layer.weight_zero_point.copy_(numbers.weight.zero_point)
     if layer.base_codes is not None and layer.base_scale is not None:
-        # The codes of the base were computed with the scale before its training.
+        # The base weight's codes were computed with the scale as it was before training.
         layer.base_scale.copy_(trained["base_scale"])
         scale, zero_point = layer.base_scale, layer.weight_zero_point
         codes = quantize_codes(layer.weight, scale, zero_point, 0, layer.weight_qmax)

@@ -21,7 +21,11 @@ __all__ = ["check_plans", "check_shared", "check_tables", "check_weight"]
 
 
 def check_plans(path: Path, plans: Sequence[LayerPlan], sources: Mapping[str, nn.Module]) -> None:
-    """Raise unless the manifest lists exactly the layers of the model, with their kinds."""
+    """Raise unless the manifest lists exactly the layers of the model, with their kinds.
+
+    Raises:
+        ArtefactError: a layer is missing, surplus or of another kind.
+    """
     for plan in plans:
         source = sources.get(plan.name)
         if source is None:
@@ -42,7 +46,11 @@ def check_plans(path: Path, plans: Sequence[LayerPlan], sources: Mapping[str, nn
 
 
 def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None) -> None:
-    """Raise unless every table has one entry per timestep, and codes of the manifest's bits."""
+    """Raise unless every table has one entry per timestep, and codes of the manifest's bits.
+
+    Raises:
+        ArtefactError: a table does not fit the manifest, or holds invalid values.
+    """
     for operand, bits in plan.operands.items():
         kinds = {"scale": torch.float32, "inv_scale": torch.float32}
         kinds |= {"low": torch.int16, "high": torch.int16}
@@ -69,7 +77,12 @@ def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None
 
 
 def check_weight(named: Mapping[str, Tensor], bits: int, source: Any) -> None:
-    """Raise unless codes, scales, zero points and bias of a layer fit the layer of the model."""
+    """Raise unless codes, scales, zero points and bias of a layer fit the layer of the model.
+
+    Raises:
+        ArtefactError: a tensor is missing, does not fit the layer, or holds invalid values.
+        NonFiniteError: the bias holds NaN or infinity.
+    """
     channels, *rest = source.weight.shape
     codes = _tensor(named, "weight.codes", torch.uint8)
     packed = (-(-channels * bits // 8), *rest)
@@ -88,7 +101,7 @@ def check_weight(named: Mapping[str, Tensor], bits: int, source: Any) -> None:
         )
     if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
         raise ArtefactError("the weight's scale must hold positive finite numbers")
-    # With 0 .. 128 subtracted, codes of any width fit int8; those of others are looked at.
+    # Zero points in this range keep every possible difference in int8; others need the actual codes.
     if bool(((zero_point < 2**bits - 128) | (zero_point > 128)).any()):
         PackedWeight(
             unpack_codes(codes, bits, channels), scale, zero_point.float(), bits
@@ -111,7 +124,11 @@ def _tensor(named: Mapping[str, Tensor], leaf: str, dtype: torch.dtype) -> Tenso
 
 
 def check_shared(layers: Mapping[str, LowBitTensors], name: str, owner: str) -> None:
-    """Raise unless two layers that share a quantiser have the same tables."""
+    """Raise unless two layers that share a quantiser have the same tables.
+
+    Raises:
+        ArtefactError: the tables differ.
+    """
     operands, shared = layers[name].operands, layers[owner].operands
     if operands.keys() != shared.keys() or not all(
         torch.equal(getattr(tables, leaf), getattr(shared[operand], leaf))

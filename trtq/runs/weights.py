@@ -1,4 +1,4 @@
-"""`quantized.safetensors`: a quantised denoiser as packed integers, tables and what stayed float.
+"""`quantized.safetensors`: a quantised denoiser as packed integers, tables and float tensors.
 
 Keys are `layer:<module path>:<tensor>` for quantised layers (see `LayerTensors.tensors`) and
 `float:<parameter path>` for everything else. A float tensor that half precision holds exactly is
@@ -49,7 +49,7 @@ _DESCRIBED_KEY = "trtq"
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """Convert a tensor to half precision if that loses nothing."""
+    """Convert a tensor to half precision if the conversion is exact."""
     tensor = tensor.detach()
     if tensor.dtype != torch.float32:
         return tensor.contiguous()
@@ -58,7 +58,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Size of a float tensor in the file."""
+    """Size of a float tensor in the file, in bytes."""
     return _compact(tensor).nbytes
 
 
@@ -68,9 +68,9 @@ def save_denoiser(
     """Write a converted denoiser.
 
     Args:
-        path: the file.
+        path: path of the file.
         quantized: the converted denoiser, before its `QuantLayer`s are replaced.
-        merged: integers of its layers, from `merge`.
+        merged: integers of the layers, from `merge`.
     """
     inside = {
         f"{name}.{leaf}"
@@ -90,12 +90,12 @@ def save_denoiser(
 
 
 def _described(quantized: QuantizedDenoiser, merged: Mapping[str, LowBitTensors]) -> dict[str, str]:
-    """Metadata of the file, which its manifest repeats: timesteps, and bits by sorted name."""
+    """Metadata of the file, which the manifest repeats: timesteps, and bits by sorted layer name."""
     description = {
         "timesteps": quantized.table.timesteps.tolist(),
         "bits": [_precision(merged[name]) for name in sorted(merged)],
     }
-    # A single key: safetensors writes several in any order, and the same run must give the same file.
+    # One key only: safetensors writes several keys in any order, and equal runs must give equal files.
     return {_DESCRIBED_KEY: json.dumps(description)}
 
 
@@ -106,12 +106,12 @@ def _precision(layer: LowBitTensors) -> str:
 
 
 def described_bytes(steps: int, layers: int) -> int:
-    """Maximum size of the file's metadata."""
+    """Maximum size of the file's metadata, in bytes."""
     return 25 * steps + 8 * layers + 100
 
 
 class _Described(BaseModel):
-    """What `_described` wrote."""
+    """The metadata that `_described` returns."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -128,7 +128,7 @@ class _Described(BaseModel):
             raise ArtefactError(f"{path} is damaged: its metadata: {err}") from err
 
     def check_timesteps(self, path: Path, timesteps: Sequence[float]) -> None:
-        """Raise unless the manifest lists the timesteps that the tables were calibrated at."""
+        """Raise ArtefactError unless the manifest lists the timesteps of the calibrated tables."""
         if self.timesteps != torch.tensor(timesteps, dtype=torch.float32).tolist():
             raise ArtefactError(
                 f"{path} was calibrated at the timesteps {shown(self.timesteps)}, its manifest says "
@@ -136,9 +136,9 @@ class _Described(BaseModel):
             )
 
     def check_bits(self, path: Path, layers: Mapping[str, LowBitTensors]) -> None:
-        """Raise unless every layer has the bits of the manifest.
+        """Raise ArtefactError unless every layer has the bits of the manifest.
 
-        The sizes of few channels do not show it: one code of 4 bits takes a byte, like one of 8.
+        Tensor sizes do not always reveal the bits: a single 4-bit code takes a byte, like an 8-bit code.
         """
         names = sorted(layers)
         if len(self.bits) != len(names):
@@ -152,7 +152,7 @@ class _Described(BaseModel):
 
 
 class StoredDenoiser:
-    """What `save_denoiser` wrote, in memory.
+    """The contents of a file of `save_denoiser`, in memory.
 
     Attributes:
         layers: the integers of the quantised layers.
@@ -166,24 +166,27 @@ class StoredDenoiser:
     def build(
         self, skeleton: nn.Module, table: TimestepTable, *, kernels: bool = False
     ) -> QuantizedDenoiser:
-        """Put the tensors into a freshly constructed float model of the same class.
+        """Make a quantised denoiser from a freshly constructed float model of the same class.
 
         Args:
-            skeleton: the model.
+            skeleton: the float model; changed in place.
             table: the calibrated timesteps.
-            kernels: run its layers by our kernels, see `trtq.quant.deploy`.
+            kernels: run the layers on trtq's kernels, see `trtq.quant.deploy`.
+
+        Returns:
+            The quantised denoiser.
 
         Raises:
-            ArtefactError: the model has other layers than the file.
+            ArtefactError: model and file have different layers.
         """
         self.load_floats(skeleton)
         return deploy(skeleton, self.layers, table, kernels=kernels).eval()
 
     def load_floats(self, skeleton: nn.Module) -> None:
-        """Give the model its float tensors, not copies of them; quantised layers stay as they are.
+        """Assign the float tensors to a model, without copies; quantised layers do not change.
 
         Raises:
-            ArtefactError: names or shapes do not fit.
+            ArtefactError: names or shapes of the tensors do not match the model.
         """
         try:
             missing, unexpected = skeleton.load_state_dict(self.floats, strict=False, assign=True)
@@ -206,13 +209,16 @@ def load_stored(
     """Read `quantized.safetensors` and compare it with the manifest.
 
     Args:
-        path: the file.
+        path: path of the file.
         skeleton: a model of the denoiser's class, for the kinds and shapes of its layers.
         plans: kind and bits of each layer, from the manifest.
         timesteps: the calibrated timesteps, cleanest first, from the manifest; None: not compared.
 
+    Returns:
+        The checked tensors.
+
     Raises:
-        ArtefactError: the file is damaged, or the manifest or the model does not fit it; the message
+        ArtefactError: the file is damaged, or does not match the manifest or the model; the message
             names the layer.
         NonFiniteError: a bias, or a tensor that stayed float, holds NaN or infinity.
     """
@@ -252,7 +258,7 @@ def load_stored(
 def _read(path: Path) -> tuple[_Described | None, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The file's description of itself, the tensors of each quantised layer, and all other tensors.
 
-    The description is None for a run made by a version that wrote none; only its tables are compared.
+    The description is None for a run of an early version without one, whose tables alone are compared.
     """
     try:
         tensors = load_file(path)
@@ -276,7 +282,7 @@ def _read(path: Path) -> tuple[_Described | None, dict[str, dict[str, Tensor]], 
 def _layer(
     tensors: Mapping[str, Tensor], plan: LayerPlan, source: Any, steps: int | None
 ) -> LowBitTensors:
-    """The integers of one layer, after they were compared with its plan and the layer of the model."""
+    """The integers of one layer, checked against its plan and the model's layer."""
     assert plan.activation_bits is not None
     check_tables(tensors, plan, steps)
     if plan.weight_bits is not None:

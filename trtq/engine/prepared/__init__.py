@@ -1,12 +1,12 @@
-"""Graphs as a runtime takes them, rewritten once.
+"""Graphs rewritten for a runtime, once.
 
 `trtq.graph.runtimes.prepare.prepare` needs onnx_ir, onnx and torch. Callers that only open graphs, above
-all a server, get the rewritten graph from here and import none of these:
+all a server, get the rewritten graph from here and import none of these packages:
 
 1. If onnx_ir is loaded already, the graph is rewritten in this process.
-2. Otherwise the graph comes from the user's cache: since its export on this machine, or since the first
-   call, see `trtq.engine.prepared.cache`.
-3. Otherwise a child process rewrites the graph, see `trtq.engine.prepared.child`.
+2. Otherwise the graph comes from the user's cache, where the export on this machine or the first call
+   has stored it, see `trtq.engine.prepared.cache`.
+3. If the cache does not hold it, a child process rewrites the graph, see `trtq.engine.prepared.child`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ __all__ = ["PreparedGraph", "keep_prepared", "prepare_in_process", "prepared_gra
 
 
 def prepared_graph(path: Path, runtime: OnCpu) -> PreparedGraph:
-    """A graph as a runtime takes it, without loading onnx or torch into this process.
+    """Get a graph rewritten for a runtime, without loading onnx or torch into this process.
 
     Args:
         path: file of the exported graph, in one folder with its external data.
         runtime: runtime that is to run the graph.
+
+    Returns:
+        The rewritten graph.
 
     Raises:
         ArtefactError: the graph cannot be read or rewritten.
@@ -46,7 +49,7 @@ def prepared_graph(path: Path, runtime: OnCpu) -> PreparedGraph:
 
 
 def keep_prepared(path: Path) -> None:
-    """Write a graph, as the runtimes of this machine take it, to the user's cache if possible.
+    """Rewrite a graph for the runtimes of this machine, and store the results in the cache if possible.
 
     Raises:
         ArtefactError: the graph cannot be read or rewritten.

@@ -1,4 +1,4 @@
-"""Prepared graphs in the user's cache, where no other user can have written them."""
+"""Cache of prepared graphs, which ignores entries that another user could have written."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _GRAPH_FILE, _RECORD_FILE = "graph.onnx", "record.json"
 _MAX_GRAPHS = 64
 """Maximum number of graphs in the cache; the least recently used are removed first."""
 _MAX_BYTES = 256 << 20
-"""Maximum size of a graph in the cache; reading a larger one takes long, too."""
+"""Maximum size of a cached graph, in bytes; reading a larger graph from the cache saves little time."""
 _PACKAGE = Path(__file__).parents[2]
 _REWRITES = (_PACKAGE / "graph", Path(__file__).parent, Path(base.__file__))
-"""Folders and files whose text shapes a prepared graph or its record."""
+"""Folders and files whose source code affects a prepared graph or its record."""
 _RUNTIMES = ("onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu")
 
 
 def cache_key(path: Path, runtime: str) -> str:
-    """SHA-256 of the graph's file, the runtime, the processor's kind and the text of the rewrites.
+    """SHA-256 of the graph's file, the runtime, the processor's features and the code of the rewrites.
 
     Args:
         path: file of the exported graph.
@@ -58,7 +58,7 @@ def _runtime_version() -> str:
 
 @functools.cache
 def rewrites_id() -> str:
-    """SHA-256 of the text of everything that shapes a prepared graph, and of this package."""
+    """SHA-256 of the source code that affects a prepared graph or its record."""
     files = {
         file
         for place in _REWRITES
@@ -85,7 +85,7 @@ def _is_private(path: Path, kind: int) -> bool:
 
 
 def read_cache(key: str) -> PreparedGraph | None:
-    """The graph of a key, if it is unchanged and no other user can have written it."""
+    """The cached graph of a key; None if it is missing, changed, or writable by another user."""
     try:
         folder = cache_folder(_CACHE) / key
         files = folder / _GRAPH_FILE, folder / _RECORD_FILE
@@ -99,13 +99,13 @@ def read_cache(key: str) -> PreparedGraph | None:
         else:
             os.utime(folder)
     except (OSError, RuntimeError, ValueError, RecursionError):
-        # RuntimeError: the user has no home, or has turned the cache off.
+        # RuntimeError: the user has no home folder, or has turned the cache off.
         return None
     return graph
 
 
 def write_cache(key: str, graph: PreparedGraph) -> None:
-    """Write a graph to the cache if possible; without the cache the next start is slower."""
+    """Write a graph to the cache if possible; otherwise the next start is slower."""
     if len(graph.model) > _MAX_BYTES:
         return
     try:

@@ -24,6 +24,9 @@ def prepare_by_child(path: Path, runtime: OnCpu) -> PreparedGraph:
         path: file of the exported graph.
         runtime: runtime that is to run the graph.
 
+    Returns:
+        The rewritten graph.
+
     Raises:
         ArtefactError: the graph cannot be read or rewritten, or the child died.
     """
@@ -44,7 +47,7 @@ def prepare_by_child(path: Path, runtime: OnCpu) -> PreparedGraph:
 
 
 def main() -> int:
-    """In the child: a graph, the runtime and the answer's file; 0 if the graph was rewritten."""
+    """Run in the child; arguments: graph, runtime, answer's file. Return 0 if a graph was written."""
     path, answer_file = Path(sys.argv[1]), Path(sys.argv[3])
     runtime: OnCpu = "openvino" if sys.argv[2] == "openvino" else "onnxruntime"
     try:

@@ -1,4 +1,4 @@
-"""A prepared graph, and how the rewrites make one."""
+"""Prepared graphs, and the rewriting that makes them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ OnCpu = Literal["onnxruntime", "openvino"]
 
 @dataclass(frozen=True)
 class PreparedGraph:
-    """What a session is made from; external data stay in the folder of the exported graph.
+    """The input of a session; external data stay in the folder of the exported graph.
 
     Attributes:
-        model: the serialized graph. For OpenVINO every axis of an input has the name `INPUT.AXIS`, so
-            that a session can be given its sizes, and no other value has a shape.
+        model: the serialised graph. For OpenVINO every axis of an input has the name `INPUT.AXIS`, so
+            that a session can set its size, and no other value has a shape.
         inputs: inputs of the exported graph by name.
         outputs: outputs of the exported graph by name.
         metadata: metadata of the graph's file.
@@ -34,7 +34,7 @@ class PreparedGraph:
     metadata: Mapping[str, str]
 
     def record(self) -> dict[str, Any]:
-        """Everything but the graph, and the graph's SHA-256, as JSON."""
+        """Everything except the graph, and the graph's SHA-256, as JSON."""
         return {
             "sha256": hashlib.sha256(self.model).hexdigest(),
             "inputs": specs_to_json(self.inputs),
@@ -44,7 +44,7 @@ class PreparedGraph:
 
     @classmethod
     def of_record(cls, model: bytes, record: Mapping[str, Any]) -> PreparedGraph | None:
-        """From the result of `record`; None: the record is damaged or belongs to another graph."""
+        """Restore a graph from a `record`; None if it is damaged or belongs to another graph."""
         try:
             if hashlib.sha256(model).hexdigest() != record["sha256"]:
                 return None
@@ -61,6 +61,9 @@ def prepare_in_process(path: Path, runtime: OnCpu) -> PreparedGraph:
         path: file of the exported graph, in one folder with its external data.
         runtime: runtime that is to run the graph.
 
+    Returns:
+        The rewritten graph.
+
     Raises:
         ArtefactError: the graph cannot be read or rewritten.
     """
@@ -72,7 +75,7 @@ def prepare_in_process(path: Path, runtime: OnCpu) -> PreparedGraph:
     graph = model.graph
     inputs, outputs = graph_specs(graph.inputs), graph_specs(graph.outputs)
     if runtime == "openvino":
-        # Shapes of the general graph would contradict those that a session is given.
+        # Shapes of the general graph would contradict the sizes that a session sets.
         for value in [*graph.outputs, *(value for node in graph for value in node.outputs)]:
             value.shape = None
         for value in graph.inputs:

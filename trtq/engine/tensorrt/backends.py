@@ -1,4 +1,4 @@
-"""The builders, and which of them are installed."""
+"""Engine builders and their installed versions."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ CURRENT = "current"
 
 @dataclass(frozen=True)
 class Backend:
-    """A builder.
+    """A builder of engines.
 
     Attributes:
         name: value of `--backend`.
         module: name of the Python module.
-        architectures: GPU architectures that it can build for on any machine; empty: only for the GPU in
-            the building machine.
-        default: architectures that it builds for by default.
-        install: how to install it.
+        architectures: GPU architectures that the builder supports on any machine; empty: only the
+            GPU in the building machine.
+        default: architectures that engines are built for by default.
+        install: how to install the builder.
     """
 
     name: Literal["tensorrt-rtx", "tensorrt"]
@@ -72,11 +72,11 @@ BACKENDS: dict[str, Backend] = {
 
 
 def find_backend(name: str | None = None) -> Backend:
-    """The builder of a name, or the first that is installed.
+    """Find the builder with a name, or the first installed builder.
 
     Raises:
         UsageError: the name is unknown.
-        MissingDependencyError: the builder is not installed, or no builder is.
+        MissingDependencyError: the named builder, or any builder, is not installed.
     """
     if name is not None and name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
@@ -90,10 +90,10 @@ def find_backend(name: str | None = None) -> Backend:
 
 
 def check_architectures(backend: Backend, names: list[str]) -> list[str]:
-    """The architectures to build for, without duplicates; the backend's default for an empty list.
+    """Return the architectures to build for, without duplicates; the default for an empty list.
 
     Raises:
-        UsageError: the backend cannot build for one of them.
+        UsageError: the backend cannot build for one of the architectures.
     """
     chosen = list(dict.fromkeys(name.lower().replace("_", "") for name in names))
     allowed = (*backend.architectures, CURRENT)

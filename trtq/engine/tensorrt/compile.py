@@ -1,4 +1,4 @@
-"""Builds the engine of one graph in a child process, or takes it from the cache."""
+"""Building the engine of one graph in a child process, or copying it from the cache."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Compiled:
     Attributes:
         answer: result of the build.
         cached: whether the engine comes from the cache.
-        engine_bytes: size of the engine's file.
+        engine_bytes: size of the engine's file, in bytes.
     """
 
     answer: Answer
@@ -63,12 +63,15 @@ def compile_engine(backend: Backend, job: Job, *, use_cache: bool = True) -> Com
 
     Args:
         backend: builder of the engine.
-        job: what to build; the graph's folder contains nothing but the graph.
+        job: engine to build; the graph's folder contains only the graph.
         use_cache: whether to read and write the cache. Engines for the GPU of this machine are never
-            cached, since they do not record which GPU it was.
+            cached, since they do not record the GPU.
+
+    Returns:
+        Measurements of the build, and whether the engine comes from the cache.
 
     Raises:
-        BuildError: the builder refused, crashed or was killed.
+        BuildError: the builder refused the graph, crashed or was killed.
         OSError: the disk is full.
     """
     key = _key(backend, job) if use_cache and CURRENT not in job.architectures else None
@@ -99,7 +102,7 @@ def compile_engine(backend: Backend, job: Job, *, use_cache: bool = True) -> Com
 
 
 def _key(backend: Backend, job: Job) -> str:
-    """Hash of everything that shapes an engine: graph, weights, builder, architectures, options."""
+    """Hash of everything that affects an engine: graph, weights, builder, architectures, options."""
     record = json.loads(job.model_dump_json(exclude={"graph", "engine"}))
     record |= {"backend": backend.name, "version": backend.version}
     record["worker"] = sha256(Path(__file__).parent / "worker.py")
@@ -127,7 +130,7 @@ def _from_cache(key: str, engine: Path) -> Compiled | None:
 
 
 def _to_cache(key: str, engine: Path, answer: Answer) -> None:
-    """Write a copy to the cache if possible; a full disk must not fail a finished build."""
+    """Copy an engine to the cache if possible; a full disk must not fail a finished build."""
     try:
         folder = cache_folder(_CACHE) / key
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +166,7 @@ def _run_worker(job: Job, free: int) -> Answer:
 
 
 def _environment(module: str, folder: Path) -> dict[str, str]:
-    """Environment in which TensorRT-RTX finds its library under the name without a number."""
+    """Environment in which TensorRT-RTX finds its library by the name without a version number."""
     environment = dict(os.environ)
     libraries = importlib.util.find_spec(f"{module}_libs")
     if libraries is None or not libraries.submodule_search_locations:

@@ -13,11 +13,11 @@ Profile = dict[str, tuple[list[int], list[int], list[int]]]
 """Minimum, optimum and maximum shape of every input with a free axis."""
 
 PluginForm = Literal["engine", "python"]
-"""Where the kernels of an engine's plugins are: in the engine, or in this package, which it then
-needs."""
+"""Location of the kernels of an engine's plugins: in the engine, or in this package, which the engine
+then needs."""
 
 NEEDS_PYTHON = "the engine needs Python and trtq to run"
-"""Start of the warning about an engine whose kernels could be in the engine and are not."""
+"""Start of the warning that kernels are not in the engine although the builder supports that."""
 
 
 class _Strict(BaseModel):
@@ -29,13 +29,13 @@ class Job(_Strict):
 
     Attributes:
         module: Python module of the builder, see `Backend`.
-        graph: ONNX file as the builder takes it, see `trtq.graph.runtimes.prepare.prepare`.
+        graph: ONNX file prepared for the builder, see `trtq.graph.runtimes.prepare.prepare`.
         engine: file to write.
         architectures: GPU architectures to build for.
         profiles: shape ranges, one optimisation profile each.
         weight_streaming: whether weights may stay on the host, for models larger than the GPU's memory.
         refit: whether weights can be exchanged in the finished engine; needs a GPU.
-        workspace_bytes: maximum scratch memory on the device for one operator; None: no limit.
+        workspace_bytes: maximum scratch memory on the device for one operator, in bytes; None: no limit.
     """
 
     module: str
@@ -55,11 +55,11 @@ class Answer(_Strict):
         error: message of the error; None: the engine was built.
         layer: layer that caused the error, if the builder names it.
         layers: number of layers of the parsed network.
-        parse_seconds: time from ONNX to a network.
-        build_seconds: time from a network to an engine.
-        peak_rss_bytes: maximum resident memory of the builder's process.
+        parse_seconds: duration of parsing the ONNX file to a network, in seconds.
+        build_seconds: duration of building the engine from the network, in seconds.
+        peak_rss_bytes: peak resident memory of the builder's process, in bytes.
         warnings: warnings of the builder.
-        plugins: where the kernels of the engine's plugins are; None: the engine has no plugins.
+        plugins: location of the kernels of the engine's plugins; None: the engine has no plugins.
     """
 
     error: str | None = None

@@ -1,4 +1,4 @@
-"""Engines of TensorRT and TensorRT-RTX, run from arrays to arrays."""
+"""Running engines of TensorRT and TensorRT-RTX, with arrays as inputs and outputs."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ class Memory(Protocol):
         """Make the GPU's context current in the calling thread."""
 
     def allocate(self, size: int) -> int:
-        """Address of new memory."""
+        """Allocate memory of a size in bytes, and return its address."""
 
     def free(self, address: int) -> None:
-        """Release memory."""
+        """Release the memory at an address."""
 
     def upload(self, address: int, host: Any) -> None:
-        """Copy an array to the device."""
+        """Copy an array to an address on the device."""
 
     def download(self, host: Any, address: int) -> None:
-        """Copy to an array."""
+        """Copy from an address on the device to an array."""
 
     def wait(self) -> None:
-        """Wait until all operations are done."""
+        """Wait until all operations on the GPU are done."""
 
 
 def open_tensorrt(
@@ -59,6 +59,9 @@ def open_tensorrt(
         path: file of the engine.
         provider: backend that built the engine.
         metadata: metadata of the graph, from the manifest.
+
+    Returns:
+        The loaded engine.
 
     Raises:
         MissingDependencyError: the backend or cuda-bindings is not installed.
@@ -79,7 +82,7 @@ def open_tensorrt(
 
 
 def obstacle(provider: str) -> str | None:
-    """Why engines of a backend cannot run on this machine; None: they can."""
+    """Reason why engines of a backend cannot run on this machine; None if they can."""
     backend = BACKENDS[provider]
     if not backend.installed:
         return f"{provider} is not installed: {backend.install}"
@@ -145,11 +148,11 @@ class TensorRtEngine(Engine):
         self._seen: set[tuple[tuple[int, ...], ...]] = set()
 
     def _failure(self) -> str:
-        """Why the last call failed: errors of plugins, and messages of the backend."""
+        """Reason for the failure of the last call: errors of plugins, and messages of the backend."""
         return "; ".join([*take_failures(), *self._errors[-3:]]) or "it gave no reason"
 
     def _stream_weights(self) -> None:
-        """Let an engine built for weight streaming keep as many weights on the GPU as fit.
+        """Let an engine with weight streaming keep as many weights on the GPU as fit.
 
         Without a budget such an engine keeps all weights on the GPU.
         """
@@ -165,7 +168,7 @@ class TensorRtEngine(Engine):
         )
 
     def _configured(self, path: Path) -> list[Any]:
-        """Arguments of the execution context that only TensorRT-RTX takes."""
+        """Arguments of the execution context that only TensorRT-RTX supports."""
         if not hasattr(self._trt, "CudaGraphStrategy"):
             return []
         config = self._engine.create_runtime_config()
@@ -188,19 +191,19 @@ class TensorRtEngine(Engine):
         return inputs, outputs
 
     def describe(self) -> list[dict[str, Any]]:
-        """The engine's layers as the backend's own inspector names them, in order."""
+        """The engine's layers in order, as reported by the backend's inspector."""
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = self._context
         form = self._trt.LayerInformationFormat.JSON
         rows = json.loads(inspector.get_engine_information(form)).get("Layers", [])
-        # Without detailed profiling there are names only.
+        # Without detailed profiling the inspector reports only names.
         return [row if isinstance(row, dict) else {"Name": row} for row in rows]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once; arrays by name, batch first.
+        """Run the engine once; inputs and outputs are arrays by name, batch first.
 
         Raises:
-            UsageError: a shape lies outside the engine's profile.
+            UsageError: a shape is outside the engine's profile.
             ArtefactError: the engine fails.
         """
         self._memory.enter()
@@ -228,14 +231,14 @@ class TensorRtEngine(Engine):
         self._memory.wait()
         shapes = tuple(array.shape for array in uploaded)
         if shapes not in self._seen:
-            # More kernels are compiled for each new combination of shapes.
+            # Each new combination of shapes compiles more kernels.
             self._seen.add(shapes)
             if self._cache is not None:
                 self._cache.save()
         return results
 
     def largest(self, name: str) -> tuple[int, ...]:
-        """The maximum shape of an input that the engine was built for."""
+        """The maximum shape of an input of this engine."""
         return tuple(self._engine.get_tensor_profile_shape(name, 0)[2])
 
     def _range(self, name: str) -> str:
@@ -243,7 +246,7 @@ class TensorRtEngine(Engine):
         return f"{smallest} .. {largest}"
 
     def _buffer(self, name: str, size: int) -> int:
-        """Address of the memory of a tensor, which grows to the largest size so far."""
+        """Address of a tensor's memory, which grows to the largest size so far, in bytes."""
         address, capacity = self._buffers.get(name, (0, 0))
         if size > capacity or not address:
             if address:

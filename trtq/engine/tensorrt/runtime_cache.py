@@ -1,4 +1,4 @@
-"""Kernels that TensorRT-RTX compiles for the GPU on first use, kept in the user's cache."""
+"""Cache of the kernels that TensorRT-RTX compiles for the GPU on first use."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class RuntimeCache:
-    """The compiled kernels of one engine. A cache that cannot be used costs time only.
+    """The compiled kernels of one engine; without a usable cache, kernels are compiled again.
 
     Args:
-        config: runtime configuration of the engine, which gets the cache.
+        config: runtime configuration of the engine; changed to use the cache.
         engine_file: file of the engine.
     """
 

@@ -77,13 +77,13 @@ def build(job: Job) -> Answer:
 
 
 def _register_plugins(trt: Any) -> tuple[PluginForm, str | None]:
-    """Register plugins whose kernels go into the engine, if possible; else plugins in Python.
+    """Register plugins whose kernels become part of the engine, if possible; else plugins in Python.
 
     Only full TensorRT supports kernels in the engine, which then needs no Python to run.
 
     Returns:
-        The form of the plugins, and why kernels cannot be in the engine although the builder supports
-        it.
+        The form of the plugins, and the reason why kernels cannot be in the engine although the builder
+        supports that.
     """
     try:
         plugin = importlib.import_module(f"{trt.__name__}.plugin")
@@ -91,7 +91,7 @@ def _register_plugins(trt: Any) -> tuple[PluginForm, str | None]:
         register(trt)
         return "python", None
     try:
-        # A fresh process has no CUDA context yet; TensorRT uses the same one, the GPU's primary context.
+        # A fresh process has no CUDA context yet; TensorRT uses the GPU's primary context, too.
         Gpu()
         device = current_device()
         nvrtc_version()
@@ -131,7 +131,7 @@ def _parse(trt: Any, network: Any, logger: Any, graph: Path, errors: list[str]) 
 
 
 def _named(errors: list[str]) -> str | None:
-    """The layer that an error message names, if any."""
+    """The layer that an error message names; None if it names no layer."""
     for message in errors:
         match = _NODE.search(message)
         if match is not None:

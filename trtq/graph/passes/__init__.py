@@ -1,4 +1,4 @@
-"""Graph rewrites, one per file. Each reports whether it changed the graph."""
+"""Graph rewrites, one per file. Each rewrite reports whether it changed the graph."""
 
 from trtq.graph.passes.broadcast_timestep import BroadcastTimestep
 from trtq.graph.passes.decompose_group_norm import DecomposeGroupNorm

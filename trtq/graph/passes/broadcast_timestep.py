@@ -1,4 +1,4 @@
-"""Accepts one timestep for the whole batch.
+"""Makes a graph accept one timestep for the whole batch.
 
 1. The input `timestep[batch]` becomes `timestep[timesteps]`, and every use of it becomes a use of
    `Expand(timestep, Shape(first input)[0:1])`.
@@ -20,7 +20,7 @@ class BroadcastTimestep(ir.passes.InPlacePass):
     """Accept `timestep` as `[1]` as well as `[batch]`, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires once per graph: not if the timestep already has an axis of its own."""
+        """Fires once per graph, unless the timestep already has a separate axis."""
         graph = model.graph
         sample = graph.inputs[0]
         (timestep,) = (value for value in graph.inputs if value.name == "timestep")

@@ -14,7 +14,7 @@ class GraphBuilder:
     """Collects new nodes in order; the caller inserts them into the graph.
 
     Args:
-        graph: the graph that gets the initialisers.
+        graph: the graph to which the initialisers are added.
         prefix: prefix of the names of all nodes and values.
     """
 
@@ -24,7 +24,7 @@ class GraphBuilder:
         self.nodes: list[ir.Node] = []
 
     def constant(self, name: str, tensor: np.ndarray | ir.TensorProtocol) -> ir.Value:
-        """An initialiser; an existing one of this name is reused."""
+        """Add an initialiser, or reuse an existing initialiser with this name."""
         name = f"{self.prefix}/{name}"
         existing = self.graph.initializers.get(name)
         if existing is not None:
@@ -47,7 +47,7 @@ class GraphBuilder:
         attributes: dict[str, Any] | None = None,
         outputs: int = 1,
     ) -> Any:
-        """Add a node of the ONNX domain; return its output, or a list of several outputs."""
+        """Add a node of the ONNX domain, and return its output or a list of its outputs."""
         full = f"{self.prefix}/{name}"
         node = ir.node(operator, inputs, attributes or {}, num_outputs=outputs, name=full)
         for index, value in enumerate(node.outputs):

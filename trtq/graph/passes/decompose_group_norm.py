@@ -1,14 +1,14 @@
-"""Decomposes GroupNormalization, with statistics that every runtime rounds alike.
+"""Decomposes GroupNormalization, with statistics that every runtime rounds to the same value.
 
 1. GroupNormalization becomes Reshape to `[B, groups, rest]`, `(x - mean) * (1 / deviation)` with mean
-   and deviation of each group in float64 and the other operations in float32, Reshape back, Mul by the
-   scale and Add of the shift; see `DeployedGroupNorm`.
-2. In half precision, a Cast to float32 goes in front and a Cast back behind.
+   and deviation of each group in float64 and the other operations in float32, then Reshape back, Mul by
+   the scale and Add of the shift; see `DeployedGroupNorm`.
+2. In half precision, a Cast to float32 precedes these nodes and a Cast back follows them.
 
 onnxruntime has no kernel for GroupNormalization: it inlines the operator's definition, and its OpenVINO
 provider then splits the graph and fails. In float32, mean and deviation depend on the order of the
 additions, which differs between runtimes; this was the main cause of values on the other side
-of a rounding tie. For a runtime without float64 the statistics may be cast to float32.
+of a rounding tie. For a runtime without float64 the statistics may be computed in float32.
 """
 
 from __future__ import annotations

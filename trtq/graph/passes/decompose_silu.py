@@ -2,12 +2,13 @@
 
 1. `Mul(x, Sigmoid(x))` in float32 becomes `x / (1 + exp(-x))`.
 2. If x is `[B, N]`, an embedding of the time or of classes, the formula is computed in float64 and cast
-back. 3. A Sigmoid that has no other use is removed.
+   back.
+3. A Sigmoid that has no other use is removed.
 
 onnxruntime's Sigmoid is an approximation that differs from torch in half of all values, by an ulp; the
-formula differs in a twentieth. In front of a quantiser each difference may put a value on the other side
-of a rounding tie. Compilers fuse both forms. Embeddings have few values, and one flipped code of theirs
-changes all images of a step, so rule 2 makes them equal to the last bit.
+formula differs in a twentieth of them. In front of a quantiser each difference may put a value on the
+other side of a rounding tie. Compilers fuse both forms. An embedding has few values, and a flipped code
+in it changes all images of a step, so rule 2 makes embeddings equal to the last bit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class DecomposeSilu(ir.passes.InPlacePass):
     """Replace `Mul(x, Sigmoid(x))`, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires on every Mul of a float32 value with its own Sigmoid."""
+        """Fires on every Mul of a float32 value and its Sigmoid."""
         graph = model.graph
         modified = False
         for index, node in enumerate([n for n in graph if n.op_type == "Mul"]):

@@ -1,13 +1,13 @@
 """Computes sine and cosine as polynomials in float64.
 
-1. Sin and Cos of float64 become: subtract whole turns, so that the angle lies in -pi .. pi, and sum the
-   Taylor series, which is right to 1e-13.
-2. Sin and Cos of float32 become the same between a Cast to float64 and a Cast back.
+1. Sin and Cos of float64 become nodes that subtract whole turns, so that the angle lies in -pi .. pi,
+   and sum the Taylor series, which is accurate to 1e-13.
+2. Sin and Cos of float32 become the same nodes between a Cast to float64 and a Cast back.
 
 The sines of runtimes differ from torch in the last bit. A time embedding is the same for all images of a
-step, so one of its values on a rounding tie would change every image. Rounded from float64 the results
-are the same everywhere; torch's deployed model takes its sines in float64, too. onnxruntime has no sine
-of float64, which rotary positions need.
+step, so one of its values on a rounding tie would change every image. Rounded from float64, the results
+are the same everywhere; the deployed torch model computes its sines in float64 too. onnxruntime does not
+support Sin of float64, which rotary positions need.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["DecomposeTimestepEmbedding"]
 
 _TERMS = 13
 _TURN_HIGH = 6.28125
-"""2 pi to eight bits, so that whole multiples are exact, in float32 too."""
+"""2 pi rounded to eight bits, so that its whole multiples are exact even in float32."""
 _TURN_LOW = 2 * math.pi - _TURN_HIGH
 
 

@@ -2,8 +2,8 @@
 
 1. A Squeeze of one constant axis whose length is known and not 1 is removed.
 
-torch leaves such an axis alone and ONNX forbids it; the exporter writes one where diffusers'
-transformers squeeze unconditionally.
+torch ignores a Squeeze of such an axis, and ONNX forbids it. The exporter writes such a node if a
+transformer of diffusers squeezes unconditionally.
 """
 
 from __future__ import annotations

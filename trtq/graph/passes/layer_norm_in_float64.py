@@ -1,10 +1,11 @@
-"""Computes LayerNormalization in float64, so that every runtime rounds it alike.
+"""Computes LayerNormalization in float64, so that every runtime rounds it to the same value.
 
 1. `LayerNormalization(x)` becomes Cast to float64, LayerNormalization in float64, Cast back; see
    `DeployedLayerNorm`. Constant scales and shifts become float64 constants, others get a Cast.
 
 In float32, versions of onnxruntime differ in the last bit (1.24 and 1.31 do), which sometimes puts a
-value on the other side of a rounding tie. For a runtime without float64 it may be cast to float32.
+value on the other side of a rounding tie. For a runtime without float64 the norm may be computed in
+float32.
 """
 
 from __future__ import annotations

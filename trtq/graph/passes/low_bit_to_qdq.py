@@ -1,4 +1,4 @@
-"""Low-bit nodes to quantise-dequantise (QDQ) form, which engines run in integers.
+"""Rewrites low-bit nodes to quantise-dequantise (QDQ) form, which engines run in integers.
 
 1. In a float16 or float32 graph, a layer becomes
 
@@ -6,20 +6,20 @@
          -> DequantizeLinear(1) -> Conv | MatMul with DequantizeLinear(int8 W, 1) -> Mul(d * s[step])
          -> Add(bias) -> Cast
 
-   Both operands of the product are whole numbers, and the weight's scale `d` is applied behind the
-   product; `trtq.quant.deployed` gives the reason. `d * s[step]` has one value per channel and item.
-2. A product of two activations gets the same quantiser on both inputs, has no weight, and is rescaled by
-   both scales:
+   Both operands of the product are whole numbers, and the weight's scale `d` is applied after the
+   product; `trtq.quant.deployed` explains the reason. `d * s[step]` has one value per channel and item.
+2. A product of two activations has such a quantiser on each input and no weight, and is rescaled by both
+   scales:
 
        (... -> DequantizeLinear(1)) MatMul (... -> DequantizeLinear(1))
          -> Mul(s_a[step]) -> Mul(s_b[step])
 
 3. If the second operand of a MatMul holds integers beyond `PAIR_SAFE`, this MatMul and all nodes that
-   share its quantiser cast both operands to float instead of dequantising them, which gives the same
-   numbers: `QuantizeLinear -> Cast -> MatMul with Cast(int8 W)`. For runtimes whose products do not
-   saturate, `CastsToQdq` restores the pair when the graph is prepared.
+   share its quantiser cast both operands to float instead of dequantising them, with the same result:
+   `QuantizeLinear -> Cast -> MatMul with Cast(int8 W)`. For runtimes whose products do not saturate,
+   `CastsToQdq` restores the pair when the graph is prepared.
 4. Inputs with the same value and the same table share one quantiser, e.g. queries, keys and values.
-5. The clip is left out where int8 saturates to the same codes.
+5. The clip is left out if int8 saturates to the same codes.
 6. Weights of up to 4 bits are stored as INT4 (`q - 8`), with Cast and Sub (`z - 8`) in front of their
    DequantizeLinear.
 7. Values that depend on the step come from one table, see `trtq.graph.passes.step_values`.
@@ -65,14 +65,14 @@ def _exceeds_pair_safe(layer: LowBitTensors) -> bool:
 
 
 class ExpandLowBitToQdq(ir.passes.InPlacePass):
-    """Replace every `trtq::LowBit*` node by the form in the module docstring.
+    """Replace every `trtq::LowBit*` node as the module docstring describes.
 
     Args:
         layers: tensors of the layers by the nodes' attribute `name`.
         table: the calibrated timesteps.
-        operators: types of the nodes to replace; other nodes stay.
-        prefix: prefix of the names that all layers share; must differ between uses of this pass on one
-            graph.
+        operators: types of the nodes to replace; other nodes do not change.
+        prefix: prefix of the names that all layers share; each use of this pass on a graph needs a
+            different prefix.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     def _operand(
         self, builder: GraphBuilder, x: ir.Value, values: StepValues, prefix: str, *, paired: bool
     ) -> ir.Value:
-        """The codes of an input as float: dequantised if `paired`, else cast."""
+        """The codes of an input as float numbers: dequantised if `paired`, else cast."""
         key = values.quantizer, paired
         if key not in self._floats:
             unit = builder.constant("one", np.array(1.0, np.float32))
@@ -160,7 +160,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
 
     @staticmethod
     def _scaled(builder: GraphBuilder, x: ir.Value, values: StepValues, prefix: str) -> ir.Value:
-        """An input divided by its scale, clipped."""
+        """An input divided by its scale, and clipped."""
         if x.dtype != ir.DataType.FLOAT:
             x = builder.op("Cast", [x], f"{prefix}float", _FLOAT)
         y: ir.Value = builder.op("Mul", [x, values.inv_scale], f"{prefix}scaled")
@@ -228,7 +228,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     def _weight(
         builder: GraphBuilder, layer: LayerTensors, *, transposed: bool, paired: bool
     ) -> ir.Value:
-        """The integers as float: `[N, K, kh, kw]`, or `[K, N]` if transposed."""
+        """The integers of a weight as float numbers: `[N, K, kh, kw]`, or `[K, N]` if transposed."""
         packed = layer.weight
 
         def oriented(array: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Low-bit nodes with their tensors as inputs: the form that plugins run.
+"""Rewrites low-bit nodes to plugin nodes, whose inputs are the tensors of the layer, and back.
 
 1. `LowBitToPlugins`: a low-bit layer becomes
 
@@ -6,10 +6,10 @@
        trtq::LowBitConv2d(x, weight, terms, tables, step) -> y
 
    `trtq.plugins.spec` describes the layouts, `trtq.plugins.low_bit.attributes` the attributes. x and y
-   have the type of the graph. The step is looked up once per graph. Products of activations are left to
+   have the float type of the graph. The step is looked up once per graph. Products of activations use
    the quantise-dequantise form.
-2. `ExpandPlugins`: for runtimes without the plugins, these nodes become quantise-dequantise form again,
-   from the tensors in the graph.
+2. `ExpandPlugins`: for runtimes without the plugins, these nodes are rewritten to quantise-dequantise
+   form, from the tensors in the graph.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _OPERANDS = ("weight", "terms", "tables")
 
 
 class LowBitToPlugins(ir.passes.InPlacePass):
-    """Give every `trtq::LowBitLinear` and `trtq::LowBitConv2d` its operands.
+    """Add the operands of the plugins to every `trtq::LowBitLinear` and `trtq::LowBitConv2d`.
 
     Args:
         layers: tensors of the layers by the nodes' attribute `name`.
@@ -58,7 +58,7 @@ class LowBitToPlugins(ir.passes.InPlacePass):
         self.table = table
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires on such a node.
+        """Fires on every LowBitLinear and LowBitConv2d.
 
         Raises:
             LegalityError: a node names a layer without tensors.
@@ -109,10 +109,10 @@ class LowBitToPlugins(ir.passes.InPlacePass):
 
 
 class ExpandPlugins(ir.passes.InPlacePass):
-    """Turn plugin nodes back into quantise-dequantise form, from the tensors in the graph."""
+    """Rewrite plugin nodes to quantise-dequantise form, from the tensors in the graph."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires on a plugin node.
+        """Fires on every plugin node.
 
         Raises:
             ArtefactError: a node's operands are not the expected constants, or the timesteps are
@@ -156,7 +156,7 @@ def _read(node: ir.Node) -> tuple[LayerSpec, dict[str, np.ndarray]]:
 
 
 def _strip(node: ir.Node, spec: LayerSpec) -> None:
-    """Restore the traced node: only the input x, and the attributes of a convolution."""
+    """Restore the traced node, which has only the input x and the attributes of a convolution."""
     node.resize_inputs(1)
     name = node.attributes["name"]
     node.attributes.clear()

@@ -1,6 +1,6 @@
-"""Looks up the step of every batch item from its timestep, in the graph.
+"""Adds nodes to a graph that look up the step of every batch item from its timestep.
 
-1. `step[b]` is the number of edges of the timestep table that are <= `timestep[b]`:
+1. `step[b]` is the number of edges in the timestep table that are <= `timestep[b]`:
    Expand -> Unsqueeze -> GreaterOrEqual(edges) -> Cast -> ReduceSum -> Cast(int64).
 """
 
@@ -16,18 +16,18 @@ __all__ = ["STEPS_PREFIX", "STEP_NAME", "look_up_step"]
 
 STEPS_PREFIX = "steps"
 STEP_NAME = f"{STEPS_PREFIX}/step"
-"""Name of the value that holds the index of each item's step."""
+"""Name of the value that holds the step index of each item."""
 
 
 def look_up_step(graph: ir.Graph, table: TimestepTable) -> ir.Value:
-    """The step of each item, int64 `[B]`; `timestep` may be `[1]`, for all items.
-
-    The nodes are inserted at the beginning of the graph unless another rewrite has inserted them
-    already.
+    """Insert the nodes that look up the step at the beginning of a graph, unless it has them already.
 
     Args:
-        graph: the graph, with the input `timestep`.
+        graph: the graph, whose input `timestep` is `[B]`, or `[1]` for all items.
         table: the calibrated timesteps.
+
+    Returns:
+        The step index of each item, int64 `[B]`.
     """
     for node in graph:
         if node.outputs[0].name == STEP_NAME:

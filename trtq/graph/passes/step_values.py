@@ -1,4 +1,4 @@
-"""Values of low-bit inputs that depend on the denoising step, fetched by one Gather per graph.
+"""Values of low-bit inputs that depend on the denoising step, fetched with one Gather per graph.
 
 Letters: B batch items, T calibrated steps, N output channels, L layers.
 
@@ -30,10 +30,10 @@ class StepValues:
     """Values of one input at the step of each batch item, shaped to broadcast over the input.
 
     Attributes:
-        quantizer: name of the input whose quantised codes this input uses; often its own.
+        quantizer: name of the input whose quantised codes this input uses; often this input.
         inv_scale: reciprocal of the scale.
-        scale: the scale; of a layer, multiplied by the weight's scales and shaped to broadcast over the
-            output.
+        scale: the scale; for a layer, multiplied by the weight's scales and shaped to broadcast over
+            the output.
         low: smallest code; None if int8 saturates there.
         high: largest code; None if int8 saturates there.
     """
@@ -52,8 +52,8 @@ class _Input:
     Attributes:
         rank: number of axes.
         quantizer: see `StepValues`.
-        columns: values per step by key, float32 `[T]` each.
-        weight_scale: `[N]`; None for an operand of a product of activations.
+        columns: values per step, float32 `[T]` each, by key.
+        weight_scale: scales of the weight, `[N]`; None for an operand of a product of activations.
     """
 
     rank: int
@@ -62,7 +62,7 @@ class _Input:
     weight_scale: np.ndarray | None
 
     def weight_scale_of(self, key: str) -> np.ndarray | None:
-        """The weight's scales if the column `key` is multiplied by them."""
+        """The weight's scales if the column `key` is multiplied by them, else None."""
         return self.weight_scale if key == "scale" else None
 
 
@@ -71,11 +71,11 @@ class _Column:
     """A column of the table: one value of one input at every step.
 
     Attributes:
-        name: the input.
+        name: name of the input.
         key: `inv_scale`, `scale`, `low` or `high`.
         rank: number of axes of the input.
         values: float32 `[T]`.
-        weight_scale: `[N]` to multiply the value by; None: the value is used as it is.
+        weight_scale: factors of the value, `[N]`; None: the value is not multiplied.
     """
 
     name: str
@@ -89,7 +89,7 @@ class StepTable:
     """The values of all low-bit inputs of a graph. Call `add` for every input, then `insert` once.
 
     Args:
-        graph: the graph that gets the nodes.
+        graph: the graph to which the nodes are added.
         timesteps: the calibrated timesteps.
         prefix: prefix of the names of the new nodes.
     """
@@ -117,7 +117,7 @@ class StepTable:
             weight_scale: scales `[N]` of the layer's weight; None for a product of activations.
 
         Returns:
-            The first input with the same tensor and the same columns: both use its codes.
+            Name of the first input with the same tensor and the same columns, whose codes both use.
         """
         assert value.shape is not None
         columns = _columns(tensors)
@@ -169,20 +169,20 @@ class StepTable:
 
 
 def _columns(operand: ActivationTensors) -> dict[str, np.ndarray]:
-    """Values per step that the graph needs of an input, float32 `[T]` each."""
+    """Values of an input that the graph needs at every step, float32 `[T]` each, by key."""
     columns = {
         "inv_scale": operand.inv_scale.numpy(),
         "scale": operand.scale.numpy(),
     }
     low, high = operand.low.numpy(), operand.high.numpy()
-    # At int8's own limits the saturation of QuantizeLinear is the clip.
+    # At the limits of int8, the saturation of QuantizeLinear replaces the clip.
     if not ((low == _INT8[0]).all() and (high == _INT8[1]).all()):
         columns |= {"low": low.astype(np.float32), "high": high.astype(np.float32)}
     return columns
 
 
 def _per_channel(scales: np.ndarray, rank: int) -> np.ndarray:
-    """`[N]` shaped to broadcast over an output: channels last, but second for images."""
+    """Scales `[N]` shaped to broadcast over an output: channels last, but second for images."""
     shape = (1, -1, 1, 1) if rank == 4 else (1,) * (rank - 1) + (-1,)
     return scales.reshape(shape)
 
@@ -193,10 +193,10 @@ def _gather(
     columns: Sequence[_Column],
     values: Mapping[str, dict[str, ir.Value]],
 ) -> None:
-    """Fill in values from one Gather of `[T, values]` by the step.
+    """Fill in the values with one Gather from the table `[T, values]` by step.
 
-    The table holds the plain columns, grouped by rank, and then one column per layer, which is
-    multiplied by the weight's scales, for all layers of a rank at once.
+    The table holds the plain columns, grouped by rank, and then one column per layer. The columns of all
+    layers of a rank are multiplied by their weights' scales at once.
     """
     layers = [column for column in columns if column.weight_scale is not None]
     groups = _by_rank([column for column in columns if column.weight_scale is None])
@@ -247,11 +247,11 @@ def _channel_scales(
     places: Sequence[int],
     rank: int,
 ) -> list[ir.Value]:
-    """`weight scale * scale[step]` of the layers of one rank.
+    """The products `weight scale * scale[step]` of the layers of one rank.
 
     Args:
-        builder: collects the nodes.
-        scales: `[B, L]`, the scales of all layers at the step of each item.
+        builder: builder that collects the nodes.
+        scales: scales of all layers at the step of each item, `[B, L]`.
         layers: the layers of this rank.
         places: index of each of `layers` in `scales`.
         rank: number of axes of the layers' inputs.

@@ -1,1 +1,1 @@
-"""Rewrites and rules for single runtimes, applied when a graph is opened or built."""
+"""Rewrites and rules for individual runtimes, applied when a graph is opened or built."""

@@ -1,11 +1,11 @@
 """Makes the scales of a weight unequal, for OpenVINO's integer convolutions without VNNI.
 
 1. In `Conv(x, DequantizeLinear(W, ones)) -> Mul(scale)`, the first of the ones becomes 2, and the first
-   channel of the scale is halved. A Transpose or Squeeze may stand in front of the Mul.
+   channel of the scale is halved. A Transpose or Squeeze may precede the Mul.
 
-OpenVINO 2025.4 shrinks a weight's scales to one number if they are equal, as trtq's are. Its AVX2 kernel
-then reads one scale per channel: past the end, and from some four thousand channels on it crashes. A
-power of two changes no digit of the result.
+OpenVINO 2025.4 replaces a weight's scales by one number if they are equal, as in graphs of trtq. Its
+AVX2 kernel nevertheless reads one scale per channel, past the end of the array, and crashes from about
+four thousand channels on. A factor of two does not change the digits of the result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class BreakUniformScales(ir.passes.InPlacePass):
     """Scale the first channel of a convolution's weight by two, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires on every Conv with a dequantised weight of equal scales and a Mul behind."""
+        """Fires on every Conv with a dequantised weight of equal scales that is followed by a Mul."""
         graph = model.graph
         modified = False
         for node in [n for n in graph if n.op_type == "Conv"]:
@@ -47,7 +47,7 @@ class BreakUniformScales(ir.passes.InPlacePass):
 
 
 def _ones(node: ir.Node | None) -> np.ndarray | None:
-    """The scales of a quantised weight if there are several and all are 1."""
+    """The scales of a quantised weight if there are several and all are 1, else None."""
     if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 2:
         return None
     value = node.inputs[1]
@@ -58,7 +58,7 @@ def _ones(node: ir.Node | None) -> np.ndarray | None:
 
 
 def _rescale(conv: ir.Node) -> tuple[ir.Node | None, bool]:
-    """The Mul behind a convolution, and whether channels are the last axis there, see `MatMulToConv`."""
+    """The Mul after a convolution, and whether its channels are the last axis, see `MatMulToConv`."""
     value, last = conv.outputs[0], False
     while True:
         uses = list(value.uses())

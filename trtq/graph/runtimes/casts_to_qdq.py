@@ -3,8 +3,8 @@
 1. In a MatMul whose operands are both cast codes, `QuantizeLinear -> Cast` becomes
    `QuantizeLinear -> DequantizeLinear(1)`, and `Cast(int8 W)` becomes `DequantizeLinear(int8 W, 1)`.
 
-The exported file casts the codes of products that a plain session of onnxruntime could compute wrongly,
-see rule 3 of `ExpandLowBitToQdq`. Compilers look for the pair and compute a cast operand in float.
+In an exported graph the codes of products that a plain session of onnxruntime could compute wrongly are
+cast, see rule 3 of `ExpandLowBitToQdq`. Compilers need the pair and compute a cast operand in float.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _casts_codes(cast: ir.Node) -> bool:
 
 
 def _dequantized(build: GraphBuilder, cast: ir.Node, index: int) -> ir.Value:
-    """The result of the cast from a DequantizeLinear instead, of an activation or of a weight."""
+    """The result of a cast, computed by a DequantizeLinear of the activation or weight instead."""
     codes = cast.inputs[0]
     assert codes is not None
     quantize = codes.producer()

@@ -3,8 +3,8 @@
 1. Every Cast to DOUBLE becomes a Cast to FLOAT.
 2. Every DOUBLE constant becomes a FLOAT constant.
 
-The statistics of norms are then summed in float32: a few more values fall on the other side of a
-rounding tie, and nothing else changes.
+The statistics of norms are then summed in float32. The only effect is that a few more values fall on the
+other side of a rounding tie.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class CastFloat64ToFloat32(ir.passes.InPlacePass):
     """Turn every Cast to DOUBLE and every DOUBLE constant into FLOAT, see the module docstring."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fires on float64."""
+        """Fires on every Cast to DOUBLE and every DOUBLE constant."""
         modified = False
         for node in model.graph:
             to = node.attributes.get("to")

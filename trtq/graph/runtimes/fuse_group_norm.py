@@ -1,10 +1,10 @@
-"""Fuses decomposed group statistics to one operator, for compilers that have a kernel for it.
+"""Fuses decomposed group statistics into one operator, for compilers with a kernel for it.
 
-1. A `Reshape -> (x - mean) * (1 / deviation)` with statistics in float64, as `DecomposeGroupNorm` writes
-   it, becomes `Reshape -> InstanceNormalization`.
+1. The nodes `Reshape -> (x - mean) * (1 / deviation)` of `DecomposeGroupNorm`, with statistics in
+   float64, become `Reshape -> InstanceNormalization`.
 
-With groups as channels that is the same normalisation, in float32 and in one pass over the values.
-Unlike GroupNormalization it reaches OpenVINO through onnxruntime, see `DecomposeGroupNorm`.
+With groups as channels the operator computes the same normalisation, in float32 and in one pass over the
+values. Unlike GroupNormalization it reaches OpenVINO through onnxruntime, see `DecomposeGroupNorm`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FuseGroupNorm(ir.passes.InPlacePass):
 
     @staticmethod
     def _match(node: ir.Node) -> tuple[ir.Value, int, float] | None:
-        """`(rows, groups, epsilon)` of a normalisation that ends with this product; None: no match."""
+        """The `(rows, groups, epsilon)` of a normalisation that ends with a product; None: no match."""
         moved, inverse = (_producer(value, None) for value in node.inputs)
         if moved is None or inverse is None or (moved.op_type, inverse.op_type) != ("Sub", "Cast"):
             return None
@@ -69,6 +69,6 @@ class FuseGroupNorm(ir.passes.InPlacePass):
 
 
 def _producer(value: ir.Value | None, operator: str | None) -> ir.Node | None:
-    """The node that computes a value, if its type is `operator`; `operator` None: any type."""
+    """The node that computes a value if its type is `operator` (None: any type), else None."""
     node = value.producer() if value is not None else None
     return node if node is not None and operator in (None, node.op_type) else None

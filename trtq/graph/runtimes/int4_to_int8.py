@@ -1,9 +1,9 @@
-"""Casts 4-bit weights to int8 constants, for compilers that support INT4 in few places.
+"""Folds 4-bit weights into int8 constants, for compilers that support INT4 in few places.
 
 1. `Sub(Cast(INT4 codes, INT8), zero point)` of constants becomes one int8 constant.
 
-In TensorRT, INT4 may feed DequantizeLinear and plugins only, so its graphs contain int8 until they are
-built; rule 6 of `ExpandLowBitToQdq` describes the form in the file.
+In TensorRT only DequantizeLinear and plugins accept INT4, so graphs for TensorRT contain int8 until they
+are built; rule 6 of `ExpandLowBitToQdq` describes the form in the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class CastInt4ToInt8(ir.passes.InPlacePass):
 
     @staticmethod
     def _integers(node: ir.Node) -> np.ndarray | None:
-        """`codes - zero point`, int8; None if the node does not match."""
+        """The difference `codes - zero point`, int8; None if the node does not match."""
         widened, zero_point = node.inputs
         cast = widened.producer() if widened is not None else None
         if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:

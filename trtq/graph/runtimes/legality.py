@@ -1,7 +1,7 @@
 """Finds the layers of a graph that a runtime refuses, computes wrongly or runs in float.
 
 The rules come from observations with TensorRT-RTX 1.7, onnxruntime 1.31 and OpenVINO 2026.4, and from
-the guides of TensorRT 10.16 and 11.4. A graph is checked as the runtime gets it, after `prepare`.
+the guides of TensorRT 10.16 and 11.4. A graph is checked after `prepare` has rewritten it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Finding:
     """A layer that breaks a rule.
 
     Attributes:
-        layer: name of the layer, or of the node if it belongs to no layer.
-        rule: what the layer does and why the runtime does not support it.
-        fix: what to do.
-        fatal: whether the layer is refused or computed wrongly; otherwise it runs slower than it could.
+        layer: name of the layer, or of a node that belongs to no layer.
+        rule: operation of the layer that the runtime does not support, and the reason.
+        fix: remedy.
+        fatal: whether the layer is refused or computed wrongly; otherwise it only runs slower.
     """
 
     layer: str
@@ -68,7 +68,7 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _dequantized(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that computes a value, if any."""
+    """The DequantizeLinear that computes a value, else None."""
     node = _producer(value)
     return node if node is not None and node.op_type == "DequantizeLinear" else None
 
@@ -91,7 +91,7 @@ def _operators(node: ir.Node) -> Iterator[Finding]:
 
 
 def _doubles(node: ir.Node) -> Iterator[Finding]:
-    # Types of values between nodes may be missing in the file; float64 comes from casts and constants.
+    # The file may lack the types of values between nodes, but only casts and constants make float64.
     to = node.attributes.get("to")
     constants = [_constant(value) for value in node.inputs]
     if (to is not None and to.as_int() == ir.DataType.DOUBLE) or any(
@@ -271,11 +271,14 @@ _RULES: dict[Runtime, tuple[_Rule, ...]] = {
 
 
 def check(model: ir.Model, runtime: Runtime) -> list[Finding]:
-    """Layers that a runtime refuses, computes wrongly or runs in float, each layer once per rule.
+    """Find the layers that a runtime refuses, computes wrongly or runs in float, once per rule.
 
     Args:
-        model: the graph as the runtime gets it, see `trtq.graph.runtimes.prepare.prepare`.
+        model: the graph, rewritten for the runtime by `trtq.graph.runtimes.prepare.prepare`.
         runtime: one of `RUNTIMES`.
+
+    Returns:
+        One finding per layer and broken rule.
     """
     findings: dict[Finding, None] = {}
     for rule in _RULES[runtime]:

@@ -1,11 +1,11 @@
-"""Turns products with integer weights into convolutions of one pixel, for OpenVINO without VNNI.
+"""Converts products with integer weights to 1 x 1 convolutions, for OpenVINO without VNNI.
 
 1. `MatMul(x[B, L, K], DequantizeLinear(W[K, N]))` becomes a Conv of `x[B, K, 1, L]` with `W[N, K, 1,
    1]`, between a Transpose to and a Transpose from channels first.
 
-On AVX2, OpenVINO's integer matrix product is no faster than its float product, but its convolution is
-twice as fast; since it works with channels last, both transposes are free. The integers are the same,
-and so is the result.
+On AVX2, OpenVINO's integer matrix product is no faster than its float product, but its integer
+convolution is twice as fast. Its layout is channels last, so both transposes are free. The integers
+and hence the result are the same.
 """
 
 from __future__ import annotations

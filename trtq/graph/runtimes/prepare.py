@@ -1,4 +1,4 @@
-"""Reads exported graphs and rewrites them for each runtime."""
+"""Reading of exported graphs, and rewriting for each runtime."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
 def load_graph(path: Path) -> ir.Model:
     """Read a graph; its external data are read on demand.
+
+    Returns:
+        The graph as an `onnx_ir` model.
 
     Raises:
         ArtefactError: the file cannot be read, or its external data are truncated or in another folder.
@@ -91,12 +94,12 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
     """Rewrite an exported graph, in place, so that a runtime supports it and computes it correctly.
 
     1. Plugin nodes stay for TensorRT, and become quantise-dequantise pairs for the other runtimes.
-    2. onnxruntime's own providers take the graph as it is without VNNI. With VNNI, pairs do not saturate
-       and run in integers, so cast codes become pairs again.
-    3. OpenVINO and TensorRT have no float64, but a kernel for group norms; TensorRT supports no INT4 in
-       front of a Cast.
-    4. OpenVINO without VNNI: integer products saturate if both factors have 8 bits, so those layers are
-       computed in float. Its matrix products are slow, so the other ones become convolutions, whose
+    2. For onnxruntime's own providers the graph does not change without VNNI. With VNNI, pairs do not
+       saturate and run in integers, so cast codes become pairs again.
+    3. OpenVINO and TensorRT do not support float64, but have a kernel for group norms; TensorRT does not
+       support INT4 in front of a Cast.
+    4. In OpenVINO without VNNI, integer products saturate if both factors have 8 bits, so such layers
+       are computed in float. Its matrix products are slow, so all others become convolutions, whose
        weights must not have equal scales.
 
     Args:
@@ -107,7 +110,7 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
         The model.
 
     Raises:
-        ArtefactError: trtq did not export the graph, and a rewrite does not find what it relies on.
+        ArtefactError: trtq did not export the graph, and a rewrite fails on an unexpected structure.
     """
     try:
         return _rewritten(model, runtime)
@@ -159,6 +162,6 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
         BreakUniformScales()(model)
     if runtime != "openvino":
         CastInt4ToInt8()(model)
-    # The rewrites leave unused constants behind, which a builder would keep in memory.
+    # The rewrites leave unused constants in the graph, which a builder would keep in memory.
     RemoveUnusedNodesPass()(model)
     return model

@@ -3,8 +3,8 @@
 1. In a MatMul of two activations with cast codes, `QuantizeLinear -> Cast` becomes
    `Round -> Max(-128) -> Min(127)` in float.
 
-The casts mark products with codes beyond `PAIR_SAFE`, see rule 3 of `ExpandLowBitToQdq`. The codes keep
-their values, and so does the result. `WideWeightsToFloat` is the counterpart for weights.
+The casts mark products with codes beyond `PAIR_SAFE`, see rule 3 of `ExpandLowBitToQdq`. The values of
+codes and result do not change. `WideWeightsToFloat` is the counterpart for weights.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class WideProductsToFloat(ir.passes.InPlacePass):
 
     @staticmethod
     def _quantize(value: ir.Value | None) -> ir.Node | None:
-        """The QuantizeLinear whose codes are cast; None if the value is anything else."""
+        """The QuantizeLinear whose codes are cast to a value; None if the value is not such a cast."""
         cast = value.producer() if value is not None else None
         if cast is None or cast.op_type != "Cast":
             return None

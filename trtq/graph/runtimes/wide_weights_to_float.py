@@ -3,8 +3,8 @@
 1. `DequantizeLinear(int8 W, ones)` becomes `Cast(W)` if W has integers beyond `PAIR_SAFE`.
 
 Without VNNI, x86 adds two uint8 x int8 products in int16, which saturates. The layer is then computed in
-float from the same integers, to the same result. The weights stay bytes, since a graph of more than two
-gigabytes cannot be passed to the runtime.
+float from the same integers, with the same result. The weights remain int8, since a graph of more than
+two gigabytes cannot be passed to the runtime.
 """
 
 from __future__ import annotations
