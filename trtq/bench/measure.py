@@ -127,7 +127,7 @@ def _count_operations(rows: list[ActiveRow], plan: Plan) -> None:
 
 
 def ask_optional(worker: Worker | None, question: str, **arguments: Any) -> dict[str, Any] | None:
-    """Ask a worker for something that no timing depends on; a failure is logged and returns None."""
+    """Send a request that no timing depends on; log a failure and return None."""
     try:
         return None if worker is None else worker.ask(question, **arguments)
     except TrtqError as err:

@@ -1,4 +1,4 @@
-"""Encoding of prompts and classes: the inputs of a denoiser in addition to sample and timestep.
+"""Encode prompts and classes: the inputs of a denoiser other than sample and timestep.
 
 One function per pipeline class encodes prompts. Each returns values with a batch axis for the prompts,
 the same values for "no prompt" if the model uses classifier-free guidance, and values without a batch
@@ -80,7 +80,8 @@ def _stable_diffusion_xl(
         negative_prompt=_repeated(negative, prompts),
     )
     size = _image_size(pipeline, latent)
-    # The base model gets original size, crop offset and target size: here the image size, no crop.
+    # The base model takes original size, crop offset and target size: here the image size and no
+    # crop.
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=states.dtype, device=states.device)
     return Encoded(
         {
@@ -124,7 +125,7 @@ def _pixart(
         {"encoder_hidden_states": states, "encoder_attention_mask": mask},
         {"encoder_hidden_states": empty[:1], "encoder_attention_mask": empty_mask[:1]},
     ]
-    # PixArt-alpha at 1024 pixels takes the size as an input; diffusers checks the same number.
+    # PixArt-alpha at 1024 pixels takes the size as an input; diffusers tests for the same number.
     if pipeline.transformer.config.sample_size == 128:
         height, width = _image_size(pipeline, latent)
         for half in halves:
@@ -236,10 +237,10 @@ def encode_prompts(
         prompts: P prompts.
         latent: height and width of the latents, in cells.
         negative: negative prompt of all images; None: the pipeline's encoding of no prompt, which
-            differs from that of an empty prompt for Stable Diffusion XL.
+            for Stable Diffusion XL differs from the encoding of an empty prompt.
 
     Returns:
-        Tensors on the CPU.
+        The encodings, tensors on the CPU.
 
     Raises:
         UsageError: the pipeline is of an unsupported class, or takes no negative prompt.
@@ -263,7 +264,7 @@ def encode_prompts(
 
 
 def class_count(pipeline: Any) -> int | None:
-    """Number of a pipeline's classes, without "no class"; None if it takes no classes."""
+    """Number of a pipeline's classes, not counting "no class"; None if it takes no classes."""
     if hasattr(pipeline, "classes"):
         return int(pipeline.classes)
     if type(pipeline).__name__ == "DiTPipeline":
@@ -285,7 +286,7 @@ def class_conditions(pipeline: Any, labels: Tensor) -> Conditions:
             f"class labels must lie in 0 .. {classes - 1}, got "
             f"{int(labels.min())} .. {int(labels.max())}"
         )
-    # DiT uses the label after the last class for "no class".
+    # In DiT the label after the last class means "no class".
     null = pipeline.config.null_class if hasattr(pipeline, "classes") else classes
     unconditional = None if null is None else {"class_labels": torch.full_like(labels, null)}
     return Conditions({"class_labels": labels}, unconditional)

@@ -1,6 +1,6 @@
 """Initial noise in a pipeline's layout, and decoding of latents to images.
 
-Letters: B images, C, H, W of latents.
+Letters: B images; C, H, W channels, height and width of latents.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BY_CHANNEL = ("StableDiffusionXLPipeline",)
 
 
 def draw_noise(loaded: LoadedPipeline, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of one image in the pipeline's layout and order of drawing, `[1, ...]`."""
+    """Standard normal noise of one image, `[1, ...]`, in the pipeline's layout and order."""
     if not loaded.packed:
         return torch.randn((1, *loaded.sample_shape), generator=generator)
     channels = loaded.sample_shape[-1] // 4

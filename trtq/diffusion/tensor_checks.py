@@ -56,7 +56,7 @@ def check_finite(module: nn.Module, where: str) -> None:
 
 
 def meta_model(path: Path, config: dict[str, Any], cls: Any) -> nn.Module | None:
-    """A model with shapes but without memory; None if its constructor needs to compute.
+    """Build a model with shapes but without memory; None if its constructor needs tensor values.
 
     Args:
         path: file of the configuration.
@@ -72,7 +72,7 @@ def meta_model(path: Path, config: dict[str, Any], cls: Any) -> nn.Module | None
                 model: nn.Module = cls.from_config(dict(config))
             else:
                 model = cls(cls.config_class.from_pretrained(path.parent, local_files_only=True))
-    # A constructor raises any exception for a wrong setting.
+    # A constructor may raise any exception for a wrong setting.
     except Exception as err:
         if "meta" in str(err).lower():
             return None
@@ -84,7 +84,7 @@ def meta_model(path: Path, config: dict[str, Any], cls: Any) -> nn.Module | None
 
 
 def _missing_settings(config: Mapping[str, Any], cls: Any) -> str:
-    """End of a message: the settings that are null or missing, which are often the wrong ones."""
+    """End of a message: the null or missing settings, which are often the cause."""
     if not is_diffusers(cls):
         return ""
     parameters = inspect.signature(cls.__init__).parameters
@@ -101,7 +101,7 @@ def _missing_settings(config: Mapping[str, Any], cls: Any) -> str:
 def check_sizes(
     path: Path, config: Mapping[str, Any], model: nn.Module | None, weights: Weights
 ) -> None:
-    """Raise if a configuration is of a larger model than the weights, before memory is allocated.
+    """Raise if a configuration describes a larger model than the weights, before allocating memory.
 
     Args:
         path: file of the configuration.
@@ -159,7 +159,7 @@ def check_dtypes(folder: Path, model: nn.Module | None, tensors: Mapping[str, Te
 
 
 def _unexpected_names(model: Any, names: Iterable[str]) -> list[str]:
-    """The names that the model does not ignore as leftovers of older versions."""
+    """The unexpected names, without those that the model ignores for older versions."""
     patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     return [
         name

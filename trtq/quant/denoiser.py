@@ -22,10 +22,10 @@ __all__ = ["QuantizedDenoiser"]
 class QuantizedDenoiser(StandIn):
     """A denoiser that looks up its timestep and passes the step's index to its layers.
 
-    Arguments and result are those of the wrapped diffusers model.
+    Its arguments and result are those of the wrapped diffusers model.
 
     Args:
-        denoiser: a diffusers model with quantised or deployed layers inside.
+        denoiser: diffusers model that contains quantised or deployed layers.
         table: the calibrated timesteps.
     """
 

@@ -1,6 +1,6 @@
 """Low-bit layers in the layout of the CUDA kernels, and the module that runs them on an NVIDIA GPU.
 
-`trtq.plugins.spec` documents the operands; `trtq.quant.packing` compares the layouts of weights.
+`trtq.plugins.spec` documents the operands, and `trtq.quant.packing` the layouts of weights.
 Weights of up to 4 bits are stored as nibbles and are never expanded to float. The reference is
 `trtq.quant.deployed`.
 """
@@ -113,8 +113,8 @@ class KernelLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLayer:
         """Apply `fn` as for other modules, but keep scales in float32 and weights contiguous.
 
-        Converting a model to channels last would reorder every tensor with four axes, packed weights
-        included.
+        Converting a model to channels last would reorder every 4-D tensor, including packed
+        weights.
         """
         scales = {name: getattr(self, name) for name in ("terms", "tables")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -124,14 +124,14 @@ class KernelLayer(nn.Module):
         return self
 
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
-        """x[B, ...] -> the layer's output, same dtype.
+        """x[B, ...] -> the layer's output, with the dtype of x.
 
         Args:
             x: input, batch first.
-            step: index of the denoising step; default: the step of the enclosing `step_scope`.
+            step: index of the denoising step; None: the step of the enclosing `step_scope`.
 
         Raises:
-            StepError: there is no step.
+            StepError: there is no current step.
             UsageError: x has a shape or dtype that the layer does not accept.
         """
         index = torch.as_tensor(enclosing_step(step), device=x.device).expand(len(x))

@@ -1,4 +1,4 @@
-"""Attributes that diffusers' pipelines use of their denoiser, in addition to calling it."""
+"""Attributes of the denoiser that diffusers' pipelines read, in addition to calling it."""
 
 from __future__ import annotations
 

@@ -69,6 +69,11 @@ class ActivationTensors:
     ) -> ActivationTensors:
         """Inverse of `tensors`.
 
+        Args:
+            named: tensors by name.
+            operand: name of the quantised input.
+            bits: width of the codes.
+
         Raises:
             KeyError: a tensor is missing.
         """
@@ -88,7 +93,7 @@ class LayerTensors:
     Attributes:
         weight: integer weight, `[N, K, ...]`.
         activation: quantiser of the input.
-        bias: float32 `[N]`, or None.
+        bias: float32 `[N]`; None: no bias.
     """
 
     weight: PackedWeight

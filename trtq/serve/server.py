@@ -49,7 +49,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # The system closes the connection of a client that reads nothing for this long.
+            # The operating system closes the connection of a client that reads nothing for this
+            # time.
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
         bound.bind((host, port))
     except (OSError, OverflowError, TypeError, UnicodeError) as err:
@@ -92,7 +93,7 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
             raise _cannot_listen(options.host, options.port, err) from err
 
         def ready() -> None:
-            # The objects that exist now stay, so the garbage collector need not visit them again.
+            # The objects that exist now are permanent, so exclude them from garbage collection.
             gc.freeze()
             host, port = bound.getsockname()[:2]
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -110,10 +111,10 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
 def _leave(service: Service, *, ended: bool) -> None:
     """End the process if a call of an engine or a compiler still runs.
 
-    Neither can be interrupted, and all accepted requests are answered.
+    Neither can be interrupted, and all accepted requests have been answered by now.
 
     Args:
-        service: the service, closed.
+        service: the closed service.
         ended: whether the threads of the service ended.
 
     Raises:
@@ -183,8 +184,8 @@ async def _run(
 
     def stop() -> None:
         service.draining = True
-        # A second signal stops the server at once. Otherwise some of the time is left for the last
-        # responses and the engine's last call.
+        # A second signal stops the server at once. Otherwise part of the time is reserved for the
+        # last responses and the engine's last call.
         seconds = 0.0 if drains else max(0.0, options.drain_s - 3 * _LAST_RESPONSES_S)
         drains.append(loop.create_task(_drain_and_exit(service, server, seconds)))
 
@@ -202,7 +203,7 @@ async def drain(generator: ImageGenerator, seconds: float) -> None:
     """Finish accepted requests and answer the rest with 503; new requests get 503 at once.
 
     Args:
-        generator: the generator that stops.
+        generator: the generator to drain.
         seconds: maximum time for finishing accepted requests.
     """
     generator.draining = True

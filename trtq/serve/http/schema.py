@@ -1,4 +1,4 @@
-"""The body of a request for images: OpenAI's fields, and the few others that diffusion models need."""
+"""The body of an image request: OpenAI's fields, and a few more for diffusion models."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def parse_request(body: bytes) -> ImageRequest:
 
 
 def _optional(name: str) -> bool:
-    """Whether this is a field of this server or of OpenAI that a request may leave out."""
+    """Whether this is an optional field of a request, defined by this server or by OpenAI."""
     field = ImageRequest.model_fields.get(name)
     return name in _UNSUPPORTED if field is None else not field.is_required()
 
@@ -175,7 +175,7 @@ def size_of(request: ImageRequest, info: ModelInfo) -> tuple[int, int] | None:
 
 
 def check_against(request: ImageRequest, info: ModelInfo, limits: Limits) -> None:
-    """Raise unless this model on this server can draw what the request asks for.
+    """Raise unless this model, with the limits of this server, can fulfil the request.
 
     Args:
         request: body of the request.

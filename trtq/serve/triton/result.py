@@ -1,4 +1,4 @@
-"""What `trtq package triton` returns."""
+"""The result of `trtq package triton`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class PackagedModel(Result):
     """One model of the repository.
 
     Attributes:
-        backend: Triton backend that runs it.
-        max_batch_size: maximum batch size; 0 if the server must not batch.
-        files: its files.
+        backend: Triton backend that runs the model.
+        max_batch_size: maximum batch size, in items; 0: the server must not batch.
+        files: paths of the model's files, relative to the repository.
     """
 
     backend: str
@@ -29,10 +29,10 @@ class TritonPackageResult(Result):
     """A finished model repository.
 
     Attributes:
-        output: its folder.
-        models: its models by name.
-        bytes: size of all files.
-        notes: sentences for the reader.
+        output: folder of the repository.
+        models: models of the repository by name.
+        bytes: total size of the files, in bytes.
+        notes: remarks for the user, one sentence each.
     """
 
     output: str
