@@ -135,7 +135,7 @@ class GpuMemory:
     info: int | None = None
 
     def added_to(self, before: GpuMemory) -> int | None:
-        """Bytes added since an earlier moment: by this process if known, else on the whole card."""
+        """Memory added since an earlier moment, by this process if known, else by all processes."""
         if self.process is not None:
             return max(self.process - (before.process or 0), 0)
         if self.info is None or before.info is None:

@@ -187,7 +187,7 @@ def _measured_row(
         constant = draw_operands(shape, form, device, steps=1)
         wrong_values = int((operands.call() != expected(operands)).sum())
         timings = _timings(operands, constant, shape, gpu)
-    except Exception as err:  # Out of memory, or a failing kernel: errors of torch, trtq or driver.
+    except Exception as err:  # Out of memory or a failed kernel, from torch, trtq or driver.
         first = (str(err).strip() or type(err).__name__).splitlines()[0]
         error = first if isinstance(err, TrtqError) else f"{type(err).__name__}: {first}"
     return KernelRow(

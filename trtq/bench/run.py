@@ -109,7 +109,7 @@ def _start(spec: BenchRow, stack: ExitStack) -> ActiveRow:
 
 
 def _peaks(stack: ExitStack, rows: list[ActiveRow], threads: int) -> dict[str, Peak | None]:
-    """Peak performance of GPU and processor; the processor is measured after all workers have ended."""
+    """Peak performance of GPU and processor; the latter is measured after all workers ended."""
     for row in live_rows(rows):
         assert row.worker is not None
         row.worker.close()

@@ -34,8 +34,8 @@ def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
             f"got step indices of shape {tuple(step.shape)} for a batch of {batch}; "
             f"give one index, or one per batch item (shape [{batch}])"
         )
-    # Checking values on a GPU would synchronise, which a CUDA graph cannot; there the caller that
-    # creates the index checks it.
+    # Checking values on a GPU would synchronise, which is impossible in a CUDA graph; there the
+    # caller that creates the index checks the values.
     checkable = step.device.type == "cpu" and not torch.compiler.is_compiling()
     if checkable and (int(step.min()) < 0 or int(step.max()) >= len(table)):
         raise StepError(

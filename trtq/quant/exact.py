@@ -32,7 +32,7 @@ class DeployedGroupNorm(nn.Module):
         self.weight = source.weight
         self.bias = source.bias
         self.groups = source.num_groups
-        # ONNX keeps epsilon in float32.
+        # ONNX stores epsilon in float32.
         self.epsilon = float(torch.tensor(source.eps, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class DeployedLayerNorm(nn.Module):
         self.weight = source.weight
         self.bias = source.bias
         self.shape = source.normalized_shape
-        # ONNX keeps epsilon in float32.
+        # ONNX stores epsilon in float32.
         self.epsilon = float(torch.tensor(source.eps, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
