@@ -1,7 +1,7 @@
 """A recipe: all options that determine the result of `trtq quantize` for a checkpoint.
 
-The recipes that ship with trtq are TOML files in `calib/recipes`, one per method. A user's file names a
-method and overrides values of its recipe. An unknown key is an error.
+The recipes that ship with trtq are TOML files in `calib/recipes`, one per method. A user's file
+names a method and overrides values of the method's recipe. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LARGE_AT_ONCE = 2
 
 
 def check_path(value: str) -> str:
-    """Return a path of the user if it has no NUL character.
+    """Return a user's path if it contains no NUL character.
 
     Raises:
         ValueError: the path contains NUL.
@@ -47,7 +47,8 @@ def check_path(value: str) -> str:
 
 
 class _Strict(BaseModel):
-    # Fields are strict: numbers in quotes, booleans as numbers, NaN and infinity are refused.
+    # Fields are strict: numbers in quotes, booleans in place of numbers, NaN and infinity are
+    # refused.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -60,7 +61,7 @@ _Path = Annotated[
 
 
 class Calibration(_Strict):
-    """How ranges are determined before any training."""
+    """Calibration: how ranges are determined before any training."""
 
     images: _Int = Field(64, ge=1, le=65536)
     """Number of images whose trajectories are recorded."""
@@ -91,7 +92,7 @@ class Attention(_Strict):
 
 
 class Training(_Strict):
-    """Data-free fine-tuning; defaults follow EfficientDM's release (arXiv 2310.03270)."""
+    """Data-free fine-tuning; defaults follow EfficientDM's released code (arXiv 2310.03270)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -149,7 +150,11 @@ class Training(_Strict):
     """Iterations between checkpoints."""
 
     def divided(self, parameters: int) -> Training:
-        """The same number of images per update, split into micro-batches that fit the model's size."""
+        """Split each update's images into micro-batches that suit the model's size.
+
+        Args:
+            parameters: number of the model's parameters.
+        """
         default = self.batch if parameters < _LARGE_MODEL else _LARGE_AT_ONCE
         limit = min(self.batch, self.at_once or default)
         batch = next(size for size in range(limit, 0, -1) if self.batch % size == 0)
@@ -157,7 +162,7 @@ class Training(_Strict):
         return self.model_copy(update={"batch": batch, "accumulate": accumulate})
 
     def recomputes(self, parameters: int) -> bool:
-        """Whether gradient checkpointing is used for a model of this size."""
+        """Whether to use gradient checkpointing for a model with this number of parameters."""
         choice = self.gradient_checkpointing
         return parameters >= _LARGE_MODEL if choice is None else choice
 
@@ -257,12 +262,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The method's recipe, updated with the user's file and then with the overrides.
+    """Load the method's recipe, and apply the user's file and then the overrides.
 
     Args:
-        path: TOML file of the user, or None.
-        overrides: values with precedence over both files, e.g. from the command line; nested like a
-            file.
+        path: TOML file of the user; None: no file.
+        overrides: values that take precedence over both files, e.g. from the command line, nested
+            as in a file; None: no overrides.
 
     Raises:
         RecipeError: a key is unknown, a value is out of range, or a file cannot be read.

@@ -137,7 +137,7 @@ def prepare_layer(device: Device, layer: LayerSpec, problem: Problem, *, half: b
 
 
 def prepare_any_shape(device: Device, layer: LayerSpec) -> None:
-    """Compile and load all kernels that `start_layer` may start, for any shape and type of the input.
+    """Compile and load all kernels that `start_layer` may start for any input.
 
     Raises:
         KernelError: a kernel cannot be compiled or loaded.

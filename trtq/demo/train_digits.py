@@ -1,7 +1,7 @@
 """Train the digits model that ships with trtq, and its classifier.
 
 `python -m trtq.demo.train_digits --output DIR` needs only the 1,797 handwritten digits that come with
-scikit-learn. On one machine the same seed gives the same files.
+scikit-learn. On the same machine, the same seed gives the same files.
 
 The denoiser is a class-conditional `UNet2DModel` on 8 x 8 pixels that predicts the noise (DDPM,
 arXiv 2006.11239, eq. 14). Class 10 means "no class": 10 % of the labels are dropped, which enables
@@ -119,7 +119,7 @@ def train_denoiser(images: Tensor, labels: Tensor, seed: int, iterations: int, b
     running = 1.0
     for iteration in range(iterations):
         chosen = torch.randint(0, len(images), (batch,), generator=generator)
-        # One timestep per stratum: same expectation as independent draws, lower variance.
+        # One timestep per stratum has the expectation of independent samples and a lower variance.
         offsets = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         timesteps = (offsets * TIMESTEPS).long().clamp_max(TIMESTEPS - 1)
         dropped = torch.rand(batch, generator=generator) < LABEL_DROP

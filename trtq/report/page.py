@@ -23,7 +23,7 @@ class Picture:
     Attributes:
         base64: encoded PNG bytes.
         caption: text below the image.
-        colour: `#rrggbb` of the model in the image; None for several models.
+        colour: colour `#rrggbb` of the model; None: the image shows several models.
     """
 
     base64: str
@@ -38,9 +38,10 @@ class Table:
     Attributes:
         header: column titles.
         rows: cell texts.
-        best: index of the highlighted row, or None.
+        best: index of the highlighted row; None: no row.
         words: whether the last column contains sentences and may wrap.
-        colours: `#rrggbb` by cell text or column title; these cells get a mark in that colour.
+        colours: colours `#rrggbb` of cells, by cell text or column title; shown as a mark in the
+            cell.
     """
 
     header: tuple[str, ...]
@@ -57,9 +58,9 @@ class Section:
     Attributes:
         title: heading.
         text: paragraph below the heading.
-        table: table below the paragraph, or None.
+        table: table below the paragraph; None: no table.
         images: images below the table.
-        side_by_side: whether the images are placed next to each other, with sharp pixels.
+        side_by_side: whether to place the images next to each other, scaled without smoothing.
     """
 
     title: str
@@ -76,7 +77,7 @@ class Page:
     Attributes:
         title: title of the page.
         lead: paragraph below the title.
-        sections: content.
+        sections: sections of the page, in order.
     """
 
     title: str

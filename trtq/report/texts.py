@@ -81,7 +81,7 @@ _EXACT_DB = 200.0
 
 
 def decibel_text(value: float) -> str:
-    """Format a parity in dB; `exact` for equal values."""
+    """Format an SNR in dB, or `exact` if the values are equal."""
     return "exact" if value >= _EXACT_DB else f"{value:.1f} dB"
 
 

@@ -111,7 +111,7 @@ class Trajectories:
         self._pools: list[_Pool] = []
 
     def next(self, slot: int, iteration: int) -> Batch:
-        """The current points of this slot's trajectories; the teacher then advances them."""
+        """Return the current points of this slot's trajectories, then advance them."""
         if not self._pools:
             self._pools = [self._new_pool(index) for index in range(len(self.streams))]
         pool = self._pools[slot]
@@ -130,7 +130,7 @@ class Trajectories:
         return seeded_generator(self.seed, self.purpose, self.streams[slot], iteration)
 
     def _new_pool(self, slot: int) -> _Pool:
-        """New trajectories; if staggered, the teacher first walks each item to its position."""
+        """Create trajectories; if staggered, the teacher first advances the items."""
         generator = self._generator(slot, -1)
         pool = _Pool(
             self._noise(self.batch, generator),
