@@ -44,6 +44,9 @@ class Recording:
         distribution the unbiased estimate of minimum variance is `(1 + 1/n)` times the maximum
         (Goodman 1952, doi 10.1080/01621459.1952.10501182). With 64 images the range becomes 1.6 %
         wider; with only a few images the margin prevents clipping of the inputs of other images.
+
+        Returns:
+            Estimated minima and maxima, `[T]` each.
         """
         share = 1 + 1 / self.images if self.images else 1.0
         return self.low * share, self.high * share

@@ -163,7 +163,12 @@ def spend(
 
 
 def with_bits(plans: Sequence[LayerPlan], bits: Mapping[str, int]) -> list[LayerPlan]:
-    """Replace the weight bits of the layers in `bits`."""
+    """Replace the weight bits of the layers in `bits`.
+
+    Args:
+        plans: plans of all layers
+        bits: new weight bits by layer.
+    """
     return [
         replace(
             plan,

@@ -77,6 +77,10 @@ class CudaDevice:
     def start(self, launch: Launch, stream: int) -> None:
         """Start a kernel on a stream, asynchronously.
 
+        Args:
+            launch: kernel, grid and arguments
+            stream: handle of a CUDA stream.
+
         Raises:
             KernelError: the kernel cannot be compiled, loaded or started.
         """
@@ -176,14 +180,24 @@ class Gpu:
         driver.call("cuMemFree", address, what="cannot free memory of the GPU")
 
     def upload(self, address: int, host: Any) -> None:
-        """Copy a contiguous numpy array to device memory, in stream order."""
+        """Copy a contiguous numpy array to device memory, in stream order.
+
+        Args:
+            address: device address of the destination
+            host: contiguous numpy array, the source.
+        """
         size, source = host.nbytes, host.ctypes.data
         driver.call(
             "cuMemcpyHtoDAsync", address, source, size, self.stream, what="cannot copy to the GPU"
         )
 
     def download(self, host: Any, address: int) -> None:
-        """Copy device memory to a contiguous numpy array, in stream order."""
+        """Copy device memory to a contiguous numpy array, in stream order.
+
+        Args:
+            host: contiguous numpy array, the destination
+            address: device address of the source.
+        """
         size, destination = host.nbytes, host.ctypes.data
         driver.call(
             "cuMemcpyDtoHAsync",

@@ -66,7 +66,12 @@ class Device(Protocol):
         """Compile and load a kernel."""
 
     def start(self, launch: Launch, stream: int) -> None:
-        """Start a kernel on a stream, asynchronously."""
+        """Start a kernel on a stream, asynchronously.
+
+        Args:
+            launch: kernel, grid and arguments
+            stream: handle of a CUDA stream.
+        """
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,13 @@ def quantize(x: NDArray[np.generic], tables: _Float, step: NDArray[np.int64]) ->
 def convolve(
     codes: NDArray[np.int8], integers: NDArray[np.int8], geometry: Geometry
 ) -> NDArray[np.int64]:
-    """Exact convolution: codes[B, G * C, H, W], integers[N, C, kh, kw] -> int64[B, N, P, Q]."""
+    """Exact convolution: codes[B, G * C, H, W], integers[N, C, kh, kw] -> int64[B, N, P, Q].
+
+    Args:
+        codes: activation codes, int8[B, G * C, H, W]
+        integers: weights `q - z`, int8[N, C, kh, kw]
+        geometry: geometry of the convolution.
+    """
     g = geometry
     (kernel_h, kernel_w), groups = g.kernel, g.groups
     edges = [(0, 0), (0, 0), *((size, size) for size in g.padding)]

@@ -256,6 +256,9 @@ def register(trt: Any, device: Callable[[], Device] = current_device) -> None:
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
         device: function that returns the GPU on which a plugin runs.
+
+    Raises:
+        UsageError: TensorRT does not accept the plugins.
     """
     registry = trt.get_plugin_registry()
     plugin = _plugin_class(trt, device)

@@ -217,6 +217,10 @@ def find_checkpoint(folder: Path, manifest: Manifest) -> str | None:
     """Find the unchanged float checkpoint that an artefact was made from; None if there is none.
 
     If the artefact was made from another artefact in a sibling folder, that artefact is searched, too.
+
+    Args:
+        folder: folder of the artefact
+        manifest: manifest of the artefact.
     """
     recorded = manifest.source.files
     name = manifest.source.name

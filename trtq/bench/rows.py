@@ -79,7 +79,15 @@ class ActiveRow:
         return None if self.error is None else str(self.error).removeprefix(f"{self.label}: ")
 
     def ask(self, question: str, **arguments: Any) -> dict[str, Any] | None:
-        """Send a request to the worker; a failure ends it and becomes the row's error."""
+        """Send a request to the worker; a failure ends it and becomes the row's error.
+
+        Args:
+            question: name of the request
+            arguments: JSON values, the keyword arguments of the request.
+
+        Returns:
+            The answer; None after a failure.
+        """
         if self.worker is None:
             return None
         try:
@@ -160,7 +168,12 @@ class Plan:
 
 
 def make_plan(rows: list[ActiveRow], amounts: Amounts) -> Plan:
-    """Fill in the defaults, which depend on the opened rows; see `trtq.bench.run.benchmark`."""
+    """Fill in the defaults, which depend on the opened rows; see `trtq.bench.run.benchmark`.
+
+    Args:
+        rows: opened rows
+        amounts: values that the caller sets.
+    """
     opened = next(row.opened for row in rows if row.opened)
     steps, guidance = _sampling(rows, amounts.steps, amounts.guidance)
     comparisons = _count_comparisons(rows, len(amounts.batches))
@@ -199,6 +212,11 @@ def live_rows(rows: list[ActiveRow]) -> list[ActiveRow]:
 
 def open_rows(rows: list[ActiveRow], threads: int, progress: ProgressCallback) -> None:
     """Load the artefact of every row; checkpoints get the image size of the first artefact.
+
+    Args:
+        rows: rows with a running worker
+        threads: number of threads per operator
+        progress: callback with the stage's name, the completed work and the total.
 
     Raises:
         UsageError: the rows hold different models, or no row can run with these arguments.

@@ -223,7 +223,13 @@ class MeasuredArtefact:
 
     @torch.no_grad()
     def operations(self, batch: int, steps: int, guidance: float) -> dict[str, Any]:
-        """Count the `operations` of one denoiser call, on the float model without weights."""
+        """Count the `operations` of one denoiser call, on the float model without weights.
+
+        Args:
+            batch: number of images
+            steps: number of denoising steps
+            guidance: classifier-free guidance scale; 1 disables it.
+        """
         cls = getattr(self.source.denoiser, "model_class", type(self.source.model))
         conditions = self.source.draw_conditions(batch, seeded_generator(0, "bench conditions"))
         timestep = torch.tensor(self.source.timesteps(steps)[steps // 2], device="meta")

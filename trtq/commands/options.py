@@ -37,7 +37,15 @@ def _plain(number: float) -> str:
 
 
 def within(min_value: float, max_value: float) -> Callable[[Any], Any]:
-    """Create a check that a number is in a range; NaN is refused."""
+    """Create a check that a number is in a range; NaN is refused.
+
+    Args:
+        min_value: minimum of the range, inclusive
+        max_value: maximum of the range, inclusive.
+
+    Returns:
+        A callback for typer, which raises `typer.BadParameter` for other numbers.
+    """
 
     def check(value: Any) -> Any:
         if value is not None and not min_value <= value <= max_value:

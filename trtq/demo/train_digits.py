@@ -75,7 +75,17 @@ def shift(images: Tensor, generator: torch.Generator) -> Tensor:
 def train_classifier(
     images: Tensor, labels: Tensor, seed: int, epochs: int
 ) -> tuple[ImageClassifier, float]:
-    """Train on 80 % of the digits; return the model and its accuracy on the other 20 %."""
+    """Train on 80 % of the digits; return the model and its accuracy on the other 20 %.
+
+    Args:
+        images: images of digits, float32[B,1,8,8] in [-1, 1]
+        labels: digits, LongTensor[B]
+        seed: seed of weights and batches
+        epochs: number of epochs.
+
+    Returns:
+        The classifier, and its accuracy on the other 20 %, 0 .. 1.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
@@ -103,7 +113,18 @@ def train_classifier(
 
 
 def train_denoiser(images: Tensor, labels: Tensor, seed: int, iterations: int, batch: int) -> Any:
-    """Minimise the error of the predicted noise; return the model with moving-average weights."""
+    """Minimise the error of the predicted noise; return the model with moving-average weights.
+
+    Args:
+        images: images of digits, float32[B,1,8,8] in [-1, 1]
+        labels: digits, LongTensor[B]
+        seed: seed of weights and batches
+        iterations: number of updates
+        batch: number of images per update.
+
+    Returns:
+        The UNet with moving-average weights.
+    """
     from diffusers import DDIMScheduler, UNet2DModel
 
     torch.manual_seed(seed)

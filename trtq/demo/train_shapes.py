@@ -78,6 +78,12 @@ def train_classifier(folder: Path, seed: int, iterations: int, batch: int) -> fl
     """Train the classifier on images that do not repeat; return its accuracy on new images.
 
     An image counts as correct only if every attribute is correct.
+
+    Args:
+        folder: output folder of the classifier
+        seed: seed of weights and scenes
+        iterations: number of updates
+        batch: number of images per update.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +120,13 @@ def _labels(shown: list[Scene], name: str) -> Tensor:
 
 
 def train_vae(seed: int, iterations: int, batch: int) -> Any:
-    """Train the VAE with squared error and a small KL term on the latents."""
+    """Train the VAE with squared error and a small KL term on the latents.
+
+    Args:
+        seed: seed of weights and scenes
+        iterations: number of updates
+        batch: number of images per update.
+    """
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -142,7 +154,13 @@ def train_vae(seed: int, iterations: int, batch: int) -> Any:
 
 @torch.no_grad()
 def latent_set(vae: Any, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-    """Scaled latents[count,4,8,8] of new images, and their captions."""
+    """Scaled latents[count,4,8,8] of new images, and their captions.
+
+    Args:
+        vae: trained VAE
+        count: number of images
+        generator: random generator of the scenes.
+    """
     latents, captions = [], []
     for first in range(0, count, 500):
         shown = scenes(min(500, count - first), generator)
@@ -155,7 +173,19 @@ def latent_set(vae: Any, count: int, generator: torch.Generator) -> tuple[Tensor
 def train_denoiser(
     vae: Any, tokenizer: Any, seed: int, iterations: int, batch: int, pictures: int
 ) -> tuple[Any, Any]:
-    """Train UNet and text encoder together; return the moving averages of their weights."""
+    """Train UNet and text encoder together; return the moving averages of their weights.
+
+    Args:
+        vae: trained VAE
+        tokenizer: tokenizer of the captions
+        seed: seed of weights and batches
+        iterations: number of updates
+        batch: number of latents per update
+        pictures: number of training images.
+
+    Returns:
+        UNet and text encoder.
+    """
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     torch.manual_seed(seed)

@@ -99,7 +99,12 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
-        """The optional arguments that the scheduler's `step` accepts."""
+        """The optional arguments that the scheduler's `step` accepts.
+
+        Args:
+            generator: random generator, or one per image
+            eta: noise added per step.
+        """
         import inspect
 
         accepted = inspect.signature(self.scheduler.step).parameters

@@ -177,7 +177,16 @@ def _check_setting(
 
 
 def check_layer_counts(path: Path, config: Mapping[str, Any], weights: Weights) -> None:
-    """Raise if a configuration has more layers than tensors, before a constructor loops over them."""
+    """Raise if a configuration has more layers than tensors, before a constructor loops over them.
+
+    Args:
+        path: file of the configuration, used in messages
+        config: content of the file
+        weights: headers of the component's weights.
+
+    Raises:
+        ArtefactError: a layer count is too large.
+    """
     for key, value in config.items():
         if not _LAYERS.search(key) or key in _NO_LAYERS:
             continue

@@ -275,6 +275,10 @@ def class_count(pipeline: Any) -> int | None:
 def class_conditions(pipeline: Any, labels: Tensor) -> Conditions:
     """Conditions for images of the classes `labels[B]`.
 
+    Args:
+        pipeline: class-conditional diffusers pipeline
+        labels: class labels, LongTensor[B].
+
     Raises:
         UsageError: a label is not one of the model's classes.
     """

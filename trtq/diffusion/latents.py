@@ -20,7 +20,12 @@ _BY_CHANNEL = ("StableDiffusionXLPipeline",)
 
 
 def draw_noise(loaded: LoadedPipeline, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of one image, `[1, ...]`, in the pipeline's layout and order."""
+    """Standard normal noise of one image, `[1, ...]`, in the pipeline's layout and order.
+
+    Args:
+        loaded: loaded pipeline
+        generator: random generator of the noise.
+    """
     if not loaded.packed:
         return torch.randn((1, *loaded.sample_shape), generator=generator)
     channels = loaded.sample_shape[-1] // 4

@@ -78,7 +78,15 @@ def library_class(cls: type, what: str) -> type:
 
 
 def check_instance(pipeline: Any, cls: type) -> None:
-    """Raise if a method of a pipeline was replaced on the object."""
+    """Raise if a method of a pipeline was replaced on the object.
+
+    Args:
+        pipeline: pipeline object
+        cls: class that defines the expected methods.
+
+    Raises:
+        UsageError: a method was replaced.
+    """
     for name in vars(pipeline):
         if callable(getattr(cls, name, None)) and not isinstance(getattr(cls, name), type):
             raise UsageError(
@@ -93,6 +101,9 @@ def check_not_quantized(model: Any, name: str) -> None:
     Args:
         model: component of the pipeline.
         name: name of the component, for messages.
+
+    Raises:
+        UsageError: the component is already quantised.
     """
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)
@@ -205,6 +216,9 @@ def check_freeu(modules: dict[str, nn.Module], name: str) -> None:
     Args:
         modules: modules of the component, by plain name.
         name: name of the component, for messages.
+
+    Raises:
+        UsageError: FreeU is enabled.
     """
     for path, module in modules.items():
         if "up_blocks" in path and any(getattr(module, key, None) is not None for key in _FREEU):

@@ -165,6 +165,9 @@ class NoiseSchedule:
 
         Returns:
             The sample at the next timestep, `[B,C,H,W]`.
+
+        Raises:
+            UsageError: `eta > 0` for a flow.
         """
         at = position.reshape(-1, *(1,) * (x.ndim - 1))
         clean, epsilon = self._parts(x, predicted, at)

@@ -44,6 +44,10 @@ _PREFIXES = {
 def check_finite(module: nn.Module, where: str) -> None:
     """Raise unless all floating-point parameters of a model are finite.
 
+    Args:
+        module: model to check
+        where: name of the model, used in messages.
+
     Raises:
         NonFiniteError: a parameter holds NaN or infinity; the message names the first one.
     """
@@ -108,6 +112,9 @@ def check_sizes(
         config: content of the file.
         model: result of `meta_model`; None skips the check.
         weights: headers of the component's files.
+
+    Raises:
+        ArtefactError: the configuration describes a larger model.
     """
     if model is None:
         return
@@ -139,6 +146,9 @@ def check_dtypes(folder: Path, model: nn.Module | None, tensors: Mapping[str, Te
         folder: folder of the component.
         model: result of `meta_model`; its integer buffers are allowed.
         tensors: headers of the tensors, by name.
+
+    Raises:
+        ArtefactError: a weight is not a floating-point number.
     """
     state = {} if model is None else model.state_dict()
     integers = {
@@ -178,6 +188,9 @@ def check_names(
         config: configuration of the component.
         model: result of `meta_model`.
         tensors: headers of the tensors, by name.
+
+    Raises:
+        ArtefactError: a tensor is missing, unexpected or of the wrong shape.
     """
     stored: dict[str, Any] = dict(tensors)
     if hasattr(model, "_fix_state_dict_keys_on_load"):
@@ -263,6 +276,9 @@ def check_loading_report(folder: Path, report: Any, tensors: Mapping[str, Tensor
         folder: folder of the component.
         report: loading info of diffusers or transformers.
         tensors: headers of the tensors, by name.
+
+    Raises:
+        ArtefactError: a tensor is missing, unexpected or of the wrong shape.
     """
     report = report if isinstance(report, dict) else {}
     missing = sorted(report.get("missing_keys") or ())

@@ -226,9 +226,18 @@ def visited_timesteps(
 ) -> tuple[Tensor, Tensor | None]:
     """Distinct timesteps and their noise levels; see `inference_timesteps`.
 
+    Args:
+        scheduler: scheduler of diffusers; it is not changed
+        steps: number of denoising steps
+        tokens: length of a transformer's image sequence, or None
+        stepping: the pipeline's use of the scheduler; see `set_timesteps`.
+
     Returns:
         Timesteps, float32[T], noisiest first; the scheduler's sigma of each, float32[T], or None if the
         scheduler defines none.
+
+    Raises:
+        UsageError: see `inference_timesteps`.
     """
     check_known(scheduler, stepping)
     fresh = set_timesteps(scheduler, steps, tokens, stepping)

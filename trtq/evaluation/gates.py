@@ -81,6 +81,10 @@ PIXEL_METRICS = ("psnr_db", "ssim", "snr_db_min")
 def check_gates(gates: tuple[Gate, ...], reference: ReferenceSet) -> None:
     """Refuse a gate on a metric that cannot be computed, before any image is generated.
 
+    Args:
+        gates: gates to check
+        reference: images and extractor of the float model.
+
     Raises:
         UsageError: a metric cannot be computed; the message names the gate.
     """

@@ -219,12 +219,22 @@ def _interval_of_mean(values: Tensor) -> tuple[float, float]:
 
 
 def psnr_db(images: Tensor, reference: Tensor) -> float:
-    """Mean PSNR in dB of images[B,C,H,W] in [-1, 1]; equal images count as 100 dB."""
+    """Mean PSNR in dB of images[B,C,H,W] in [-1, 1]; equal images count as 100 dB.
+
+    Args:
+        images: images, `[B,C,H,W]`, in [-1, 1]
+        reference: reference images from the same noise, `[B,C,H,W]`.
+    """
     return float(_psnr_of_each(images, reference).mean())
 
 
 def spatial_distance(scores: ImageScores, reference: ImageScores) -> float:
-    """Fréchet distance between the spatial features of both sets (as sFID, arXiv 2103.03841)."""
+    """Fréchet distance between the spatial features of both sets (as sFID, arXiv 2103.03841).
+
+    Args:
+        scores: scores of the evaluated images
+        reference: scores of the reference images.
+    """
     statistics: list[Statistics] = [feature_statistics(s.spatial) for s in (scores, reference)]
     return frechet_distance(*statistics)
 

@@ -139,7 +139,12 @@ def layer_sections(path: str | Path | Opened) -> tuple[Section, ...]:
 
 
 def evaluation_page(path: str, evaluation: Evaluation) -> Page:
-    """Build the HTML report of `trtq eval`."""
+    """Build the HTML report of `trtq eval`.
+
+    Args:
+        path: path of the artefact, shown in the title
+        evaluation: result of `evaluate`.
+    """
     result = evaluation.to_json()
     reference = evaluation.reference
     name = Path(path).name or path

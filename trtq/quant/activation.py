@@ -134,6 +134,9 @@ class ActivationQuantizer(nn.Module):
     def integer_bounds(self) -> tuple[Tensor, Tensor]:
         """The integer clip limits `lo[T] <= 0 <= hi[T]`, int32.
 
+        Returns:
+            Lower and upper limits, int32[T] each.
+
         Raises:
             QuantizationError: a zero point lies outside the codes and does not fit an integer kernel.
         """

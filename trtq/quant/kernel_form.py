@@ -35,7 +35,16 @@ __all__ = ["KernelLayer", "layer_tensors", "packed_operands"]
 def packed_operands(
     layer: LayerTensors, geometry: ConvGeometry | None
 ) -> tuple[LayerSpec, dict[str, np.ndarray]]:
-    """A layer in the kernels' form: its specification and the arrays `weight`, `terms` and `tables`."""
+    """A layer in the kernels' form: its specification and the arrays `weight`, `terms` and `tables`.
+
+    Args:
+        layer: tensors of the deployed layer
+        geometry: geometry of a convolution
+        None: a linear layer.
+
+    Raises:
+        QuantizationError: see `trtq.plugins.low_bit.pack`.
+    """
     weight, activation = layer.weight, layer.activation
     integers = weight.integers().numpy()
     zero_point = weight.zero_point.numpy().reshape(-1).astype(np.int64)
@@ -67,7 +76,12 @@ def packed_operands(
 
 
 def layer_tensors(spec: LayerSpec, operands: Mapping[str, np.ndarray]) -> LayerTensors:
-    """Inverse of `packed_operands`; weights that are stored as bytes become 8-bit codes."""
+    """Inverse of `packed_operands`; weights that are stored as bytes become 8-bit codes.
+
+    Args:
+        spec: specification of the layer
+        operands: arrays `weight`, `terms` and `tables`.
+    """
     scale, bias, zero_point, _ = operands["terms"]
     channels = spec.channels // (1 if spec.geometry is None else spec.geometry.groups)
     if spec.weight_bits == 4:

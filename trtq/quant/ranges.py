@@ -117,6 +117,9 @@ def row_qparams(
         symmetric: see `weight_qparams`.
         contain_zero: see `weight_qparams`.
 
+    Returns:
+        `(scale, zero_point)`, float32[R] each.
+
     Raises:
         RecipeError: unsupported bits or method.
         NonFiniteError: the data holds NaN or infinity.

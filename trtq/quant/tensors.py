@@ -140,6 +140,12 @@ class LayerTensors:
     ) -> LayerTensors:
         """Inverse of `tensors`.
 
+        Args:
+            named: tensors by name
+            channels: number of output channels
+            weight_bits: width of the weight codes
+            activation_bits: width of the activation codes.
+
         Raises:
             ArtefactError: a tensor is missing or has the wrong size.
         """
@@ -192,6 +198,11 @@ class ProductTensors:
         cls, named: Mapping[str, Tensor], *, left_bits: int, right_bits: int
     ) -> ProductTensors:
         """Inverse of `tensors`.
+
+        Args:
+            named: tensors by name
+            left_bits: width of the first operand's codes
+            right_bits: width of the second operand's codes.
 
         Raises:
             ArtefactError: a tensor is missing.

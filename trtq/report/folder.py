@@ -42,6 +42,12 @@ def check_report_folder(folder: Path, *, kind: str, overwrite: bool) -> Path:
 def report_folder(folder: Path | None, *, kind: str, overwrite: bool) -> Iterator[None]:
     """Reserve the output folder during the block, see `check_report_folder`; None means no report.
 
+    Args:
+        folder: output folder
+        None: no report
+        kind: see `check_report_folder`
+        overwrite: whether to replace an existing report.
+
     Raises:
         UsageError: another process writes to the folder.
     """

@@ -95,7 +95,13 @@ def png_bytes(sheet: np.ndarray) -> bytes:
 
 
 def picture(png: np.ndarray | bytes, caption: str, colour: str | None = None) -> Picture:
-    """Create a `Picture` from pixels uint8[H,W,3] or PNG bytes."""
+    """Create a `Picture` from pixels uint8[H,W,3] or PNG bytes.
+
+    Args:
+        png: pixels uint8[H,W,3], or the bytes of a PNG file
+        caption: text below the image
+        colour: see `Picture`.
+    """
     data = png if isinstance(png, bytes) else png_bytes(png)
     return Picture(base64.b64encode(data).decode(), caption, colour)
 

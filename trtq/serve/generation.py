@@ -29,11 +29,21 @@ class CodecThread:
         self._executor = ThreadPoolExecutor(1, "encode-decode")
 
     async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Call `work` in the thread and return its result."""
+        """Call `work` in the thread and return its result.
+
+        Args:
+            work: function to call
+            arguments: positional arguments of `work`.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
 
     def submit(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Call `work` in the thread without waiting for it; safe to call from any thread."""
+        """Call `work` in the thread without waiting for it; safe to call from any thread.
+
+        Args:
+            work: function to call
+            arguments: positional arguments of `work`.
+        """
         with suppress(RuntimeError):  # The executor is shut down: no client waits for the result.
             self._executor.submit(work, *arguments)
 

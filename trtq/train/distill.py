@@ -71,7 +71,13 @@ class Distillation:
 
     @abstractmethod
     def loss(self, student: Callable[..., Any], slot: int, iteration: int) -> Tensor:
-        """Loss of micro-batch `slot` of an update, a scalar."""
+        """Loss of micro-batch `slot` of an update, a scalar.
+
+        Args:
+            student: callable that computes the student's prediction
+            slot: index of the micro-batch in the update
+            iteration: index of the update.
+        """
 
     def adapter_groups(self, layers: Iterable[QuantLayer]) -> list[dict[str, Any]]:
         """Groups of adapters with a rate per layer, and one group of all weight scales.

@@ -35,7 +35,13 @@ class Objective(Stateful, Protocol):
         """Groups for AdamW with `params`, `lr` and other options; all other parameters are frozen."""
 
     def loss(self, student: Callable[..., Any], slot: int, iteration: int) -> Tensor:
-        """Loss of micro-batch `slot` of an update, a scalar."""
+        """Loss of micro-batch `slot` of an update, a scalar.
+
+        Args:
+            student: callable that computes the student's prediction
+            slot: index of the micro-batch in the update
+            iteration: index of the update.
+        """
 
     def after_update(self) -> None:
         """Called after each update, e.g. to clamp parameters."""

@@ -111,7 +111,12 @@ class Trajectories:
         self._pools: list[_Pool] = []
 
     def next(self, slot: int, iteration: int) -> Batch:
-        """Return the current points of this slot's trajectories, then advance them."""
+        """Return the current points of this slot's trajectories, then advance them.
+
+        Args:
+            slot: index of the micro-batch in the update
+            iteration: index of the update.
+        """
         if not self._pools:
             self._pools = [self._new_pool(index) for index in range(len(self.streams))]
         pool = self._pools[slot]
@@ -123,7 +128,12 @@ class Trajectories:
         return batch
 
     def predict(self, student: Callable[..., Any], batch: Batch) -> Tensor:
-        """The student's guided prediction for a batch, `[B,C,H,W]`."""
+        """The student's guided prediction for a batch, `[B,C,H,W]`.
+
+        Args:
+            student: callable that computes the student's prediction
+            batch: inputs of the denoiser.
+        """
         return predict(student, batch.x, batch.timestep, batch.conditions, self.guidance)
 
     def _generator(self, slot: int, iteration: int) -> torch.Generator:

@@ -41,7 +41,12 @@ class ClientGoneError(Exception):
 
 
 def refusal(error: ApiError, metrics: Metrics) -> JSONResponse:
-    """The response to a request that is refused or failed."""
+    """The response to a request that is refused or failed.
+
+    Args:
+        error: error to send
+        metrics: metrics in which the error is counted.
+    """
     metrics.error(error.code)
     return JSONResponse(error.envelope, error.status, error.headers)
 

@@ -162,12 +162,22 @@ def _explain(error: ValidationError, document: dict[str, Any]) -> ApiError:
 
 
 def guidance_of(request: ImageRequest, info: ModelInfo) -> float:
-    """The guidance of a request, or the model's default; values below 1 become 1, no guidance."""
+    """The guidance of a request, or the model's default; values below 1 become 1, no guidance.
+
+    Args:
+        request: body of the request
+        info: description of the model.
+    """
     return info.guidance if request.guidance is None else max(1.0, request.guidance)
 
 
 def size_of(request: ImageRequest, info: ModelInfo) -> tuple[int, int] | None:
-    """Height and width of a request, or the model's default; None if the size is malformed."""
+    """Height and width of a request, or the model's default; None if the size is malformed.
+
+    Args:
+        request: body of the request
+        info: description of the model.
+    """
     if request.size in (None, "auto"):
         return info.image_size
     match = _SIZE.fullmatch(request.size or "")

@@ -188,7 +188,17 @@ class ImageModel(ABC):
     def denoise(
         self, x: np.ndarray, timestep: np.ndarray, conditional: Arrays, shared: Arrays
     ) -> np.ndarray:
-        """x[B, ...], timestep float32[B] -> the prediction `[B, ...]`."""
+        """x[B, ...], timestep float32[B] -> the prediction `[B, ...]`.
+
+        Args:
+            x: current samples, float32 `[B, ...]`
+            timestep: timestep of each row, float32[B]
+            conditional: inputs with a batch axis, by flat name, `[B, ...]` each
+            shared: inputs without a batch axis, by flat name.
+
+        Returns:
+            The prediction, float32 `[B, ...]`.
+        """
 
     @abstractmethod
     def decode(self, x: np.ndarray) -> np.ndarray:

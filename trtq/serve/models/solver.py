@@ -31,12 +31,26 @@ class Solver(Protocol):
     initial_scale: float
 
     def scaled(self, x: np.ndarray, position: int) -> np.ndarray:
-        """Scale a sample `[1, ...]` to the denoiser's input at a position."""
+        """Scale a sample `[1, ...]` to the denoiser's input at a position.
+
+        Args:
+            x: current sample, `[1, ...]`
+            position: number of completed denoiser calls.
+        """
 
     def step(
         self, x: np.ndarray, predicted: np.ndarray, position: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The sample at the next position, and the clean sample that the prediction implies."""
+        """The sample at the next position, and the clean sample that the prediction implies.
+
+        Args:
+            x: current sample, `[1, ...]`
+            predicted: the denoiser's prediction, `[1, ...]`
+            position: number of completed denoiser calls.
+
+        Returns:
+            Next sample and clean sample, `[1, ...]` each.
+        """
 
 
 class Ddim:
