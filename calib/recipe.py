@@ -266,8 +266,7 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
 
     Args:
         path: TOML file of the user; None: no file.
-        overrides: values that take precedence over both files, e.g. from the command line, nested
-            as in a file; None: no overrides.
+        overrides: values that take precedence over both files, nested like a file; None: no values.
 
     Raises:
         RecipeError: a key is unknown, a value is out of range, or a file cannot be read.

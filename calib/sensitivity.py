@@ -166,7 +166,7 @@ def with_bits(plans: Sequence[LayerPlan], bits: Mapping[str, int]) -> list[Layer
     """Replace the weight bits of the layers in `bits`.
 
     Args:
-        plans: plans of all layers
+        plans: plans of all layers.
         bits: new weight bits by layer.
     """
     return [

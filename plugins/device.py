@@ -78,7 +78,7 @@ class CudaDevice:
         """Start a kernel on a stream, asynchronously.
 
         Args:
-            launch: kernel, grid and arguments
+            launch: kernel, grid and arguments.
             stream: handle of a CUDA stream.
 
         Raises:
@@ -183,7 +183,7 @@ class Gpu:
         """Copy a contiguous numpy array to device memory, in stream order.
 
         Args:
-            address: device address of the destination
+            address: device address of the destination.
             host: contiguous numpy array, the source.
         """
         size, source = host.nbytes, host.ctypes.data
@@ -195,7 +195,7 @@ class Gpu:
         """Copy device memory to a contiguous numpy array, in stream order.
 
         Args:
-            host: contiguous numpy array, the destination
+            host: contiguous numpy array, the destination.
             address: device address of the source.
         """
         size, destination = host.nbytes, host.ctypes.data

@@ -69,7 +69,7 @@ class Device(Protocol):
         """Start a kernel on a stream, asynchronously.
 
         Args:
-            launch: kernel, grid and arguments
+            launch: kernel, grid and arguments.
             stream: handle of a CUDA stream.
         """
 
@@ -185,7 +185,7 @@ def _chosen(
 
 
 def choose_tile(problem: Problem, processors: int, architecture: str) -> Tile:
-    """The tile whose waves of blocks need the least work, including padding.
+    """The tile whose waves of blocks need the minimum work, including padding.
 
     Args:
         problem: sizes of the call.

@@ -31,7 +31,7 @@ def storage_bits(bits: int, zero_point: _Integers) -> int:
     """4 if codes and zero points `[N]` fit nibbles, otherwise 8.
 
     Args:
-        bits: width of the codes
+        bits: width of the codes.
         zero_point: zero points, integers `[N]`.
     """
     small = bool(((zero_point >= 0) & (zero_point <= _HIGHEST)).all())

@@ -36,8 +36,8 @@ def convolve(
     """Exact convolution: codes[B, G * C, H, W], integers[N, C, kh, kw] -> int64[B, N, P, Q].
 
     Args:
-        codes: activation codes, int8[B, G * C, H, W]
-        integers: weights `q - z`, int8[N, C, kh, kw]
+        codes: activation codes, int8[B, G * C, H, W].
+        integers: weights `q - z`, int8[N, C, kh, kw].
         geometry: geometry of the convolution.
     """
     g = geometry

@@ -219,7 +219,7 @@ def find_checkpoint(folder: Path, manifest: Manifest) -> str | None:
     If the artefact was made from another artefact in a sibling folder, that artefact is searched, too.
 
     Args:
-        folder: folder of the artefact
+        folder: folder of the artefact.
         manifest: manifest of the artefact.
     """
     recorded = manifest.source.files

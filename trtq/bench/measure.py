@@ -26,8 +26,8 @@ def measure(rows: list[ActiveRow], plan: Plan, progress: ProgressCallback) -> No
     """Measure every row as planned; the results are stored in the rows.
 
     Args:
-        rows: opened rows
-        plan: plan of the measurements
+        rows: opened rows.
+        plan: plan of the measurements.
         progress: callback with the stage's name, the completed work and the total.
 
     Raises:
@@ -135,9 +135,8 @@ def ask_optional(worker: Worker | None, question: str, **arguments: Any) -> dict
     """Send a request that no timing depends on; log a failure and return None.
 
     Args:
-        worker: worker process
-        None: do nothing
-        question: name of the request
+        worker: worker process; None: do nothing.
+        question: name of the request.
         arguments: JSON values, the keyword arguments of the request.
     """
     try:

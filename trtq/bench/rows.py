@@ -82,7 +82,7 @@ class ActiveRow:
         """Send a request to the worker; a failure ends it and becomes the row's error.
 
         Args:
-            question: name of the request
+            question: name of the request.
             arguments: JSON values, the keyword arguments of the request.
 
         Returns:
@@ -171,7 +171,7 @@ def make_plan(rows: list[ActiveRow], amounts: Amounts) -> Plan:
     """Fill in the defaults, which depend on the opened rows; see `trtq.bench.run.benchmark`.
 
     Args:
-        rows: opened rows
+        rows: opened rows.
         amounts: values that the caller sets.
     """
     opened = next(row.opened for row in rows if row.opened)
@@ -214,8 +214,8 @@ def open_rows(rows: list[ActiveRow], threads: int, progress: ProgressCallback) -
     """Load the artefact of every row; checkpoints get the image size of the first artefact.
 
     Args:
-        rows: rows with a running worker
-        threads: number of threads per operator
+        rows: rows with a running worker.
+        threads: number of threads per operator.
         progress: callback with the stage's name, the completed work and the total.
 
     Raises:

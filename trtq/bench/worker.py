@@ -226,8 +226,8 @@ class MeasuredArtefact:
         """Count the `operations` of one denoiser call, on the float model without weights.
 
         Args:
-            batch: number of images
-            steps: number of denoising steps
+            batch: number of images.
+            steps: number of denoising steps.
             guidance: classifier-free guidance scale; 1 disables it.
         """
         cls = getattr(self.source.denoiser, "model_class", type(self.source.model))

@@ -40,7 +40,7 @@ def within(min_value: float, max_value: float) -> Callable[[Any], Any]:
     """Create a check that a number is in a range; NaN is refused.
 
     Args:
-        min_value: minimum of the range, inclusive
+        min_value: minimum of the range, inclusive.
         max_value: maximum of the range, inclusive.
 
     Returns:

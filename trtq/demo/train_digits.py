@@ -78,9 +78,9 @@ def train_classifier(
     """Train on 80 % of the digits; return the model and its accuracy on the other 20 %.
 
     Args:
-        images: images of digits, float32[B,1,8,8] in [-1, 1]
-        labels: digits, LongTensor[B]
-        seed: seed of weights and batches
+        images: images of digits, float32[B,1,8,8] in [-1, 1].
+        labels: digits, LongTensor[B].
+        seed: seed of weights and batches.
         epochs: number of epochs.
 
     Returns:
@@ -116,10 +116,10 @@ def train_denoiser(images: Tensor, labels: Tensor, seed: int, iterations: int, b
     """Minimise the error of the predicted noise; return the model with moving-average weights.
 
     Args:
-        images: images of digits, float32[B,1,8,8] in [-1, 1]
-        labels: digits, LongTensor[B]
-        seed: seed of weights and batches
-        iterations: number of updates
+        images: images of digits, float32[B,1,8,8] in [-1, 1].
+        labels: digits, LongTensor[B].
+        seed: seed of weights and batches.
+        iterations: number of updates.
         batch: number of images per update.
 
     Returns:

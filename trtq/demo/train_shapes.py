@@ -80,9 +80,9 @@ def train_classifier(folder: Path, seed: int, iterations: int, batch: int) -> fl
     An image counts as correct only if every attribute is correct.
 
     Args:
-        folder: output folder of the classifier
-        seed: seed of weights and scenes
-        iterations: number of updates
+        folder: output folder of the classifier.
+        seed: seed of weights and scenes.
+        iterations: number of updates.
         batch: number of images per update.
     """
     torch.manual_seed(seed)
@@ -123,8 +123,8 @@ def train_vae(seed: int, iterations: int, batch: int) -> Any:
     """Train the VAE with squared error and a small KL term on the latents.
 
     Args:
-        seed: seed of weights and scenes
-        iterations: number of updates
+        seed: seed of weights and scenes.
+        iterations: number of updates.
         batch: number of images per update.
     """
     from diffusers import AutoencoderKL
@@ -157,8 +157,8 @@ def latent_set(vae: Any, count: int, generator: torch.Generator) -> tuple[Tensor
     """Scaled latents[count,4,8,8] of new images, and their captions.
 
     Args:
-        vae: trained VAE
-        count: number of images
+        vae: trained VAE.
+        count: number of images.
         generator: random generator of the scenes.
     """
     latents, captions = [], []
@@ -176,11 +176,11 @@ def train_denoiser(
     """Train UNet and text encoder together; return the moving averages of their weights.
 
     Args:
-        vae: trained VAE
-        tokenizer: tokenizer of the captions
-        seed: seed of weights and batches
-        iterations: number of updates
-        batch: number of latents per update
+        vae: trained VAE.
+        tokenizer: tokenizer of the captions.
+        seed: seed of weights and batches.
+        iterations: number of updates.
+        batch: number of latents per update.
         pictures: number of training images.
 
     Returns:

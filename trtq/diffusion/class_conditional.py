@@ -102,7 +102,7 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
         """The optional arguments that the scheduler's `step` accepts.
 
         Args:
-            generator: random generator, or one per image
+            generator: random generator, or one per image.
             eta: noise added per step.
         """
         import inspect

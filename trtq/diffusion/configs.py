@@ -180,8 +180,8 @@ def check_layer_counts(path: Path, config: Mapping[str, Any], weights: Weights) 
     """Raise if a configuration has more layers than tensors, before a constructor loops over them.
 
     Args:
-        path: file of the configuration, used in messages
-        config: content of the file
+        path: file of the configuration, used in messages.
+        config: content of the file.
         weights: headers of the component's weights.
 
     Raises:

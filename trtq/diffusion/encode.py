@@ -276,7 +276,7 @@ def class_conditions(pipeline: Any, labels: Tensor) -> Conditions:
     """Conditions for images of the classes `labels[B]`.
 
     Args:
-        pipeline: class-conditional diffusers pipeline
+        pipeline: class-conditional diffusers pipeline.
         labels: class labels, LongTensor[B].
 
     Raises:

@@ -23,7 +23,7 @@ def draw_noise(loaded: LoadedPipeline, generator: torch.Generator) -> Tensor:
     """Standard normal noise of one image, `[1, ...]`, in the pipeline's layout and order.
 
     Args:
-        loaded: loaded pipeline
+        loaded: loaded pipeline.
         generator: random generator of the noise.
     """
     if not loaded.packed:

@@ -81,7 +81,7 @@ def check_instance(pipeline: Any, cls: type) -> None:
     """Raise if a method of a pipeline was replaced on the object.
 
     Args:
-        pipeline: pipeline object
+        pipeline: pipeline object.
         cls: class that defines the expected methods.
 
     Raises:

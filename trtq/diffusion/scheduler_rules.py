@@ -144,9 +144,8 @@ def check_known(scheduler: Any, stepping: Stepping | None) -> None:
     """Raise unless the timesteps and noise levels of a scheduler are known.
 
     Args:
-        scheduler: scheduler of diffusers
-        stepping: the pipeline's use of the scheduler
-        None: unknown.
+        scheduler: scheduler of diffusers.
+        stepping: the pipeline's use of the scheduler; None: unknown.
 
     Raises:
         UsageError: the timesteps or noise levels are unknown; the message lists the supported

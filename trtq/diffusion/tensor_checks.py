@@ -45,7 +45,7 @@ def check_finite(module: nn.Module, where: str) -> None:
     """Raise unless all floating-point parameters of a model are finite.
 
     Args:
-        module: model to check
+        module: model to check.
         where: name of the model, used in messages.
 
     Raises:

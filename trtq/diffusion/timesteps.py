@@ -227,9 +227,9 @@ def visited_timesteps(
     """Distinct timesteps and their noise levels; see `inference_timesteps`.
 
     Args:
-        scheduler: scheduler of diffusers; it is not changed
-        steps: number of denoising steps
-        tokens: length of a transformer's image sequence, or None
+        scheduler: scheduler of diffusers; it is not changed.
+        steps: number of denoising steps.
+        tokens: length of a transformer's image sequence, or None.
         stepping: the pipeline's use of the scheduler; see `set_timesteps`.
 
     Returns:

@@ -82,7 +82,7 @@ def check_gates(gates: tuple[Gate, ...], reference: ReferenceSet) -> None:
     """Refuse a gate on a metric that cannot be computed, before any image is generated.
 
     Args:
-        gates: gates to check
+        gates: gates to check.
         reference: images and extractor of the float model.
 
     Raises:

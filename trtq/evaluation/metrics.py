@@ -55,8 +55,7 @@ class ImageScores:
         spatial: spatial features `[B,F']`.
         fd: Fréchet distance to the real images; None if there are no statistics of real images.
         fd_interval: 95 % bootstrap interval of `fd`; None if `fd` is None.
-        accuracy: share of images in which every answer matches the requested label; None if there
-            are no labels.
+        accuracy: share of images whose answers all match the requested labels; None without labels.
         accuracy_interval: 95 % interval of `accuracy` (Wilson); None if `accuracy` is None.
         inception_score: inception score; None if the extractor has no questions.
     """
@@ -219,22 +218,12 @@ def _interval_of_mean(values: Tensor) -> tuple[float, float]:
 
 
 def psnr_db(images: Tensor, reference: Tensor) -> float:
-    """Mean PSNR in dB of images[B,C,H,W] in [-1, 1]; equal images count as 100 dB.
-
-    Args:
-        images: images, `[B,C,H,W]`, in [-1, 1]
-        reference: reference images from the same noise, `[B,C,H,W]`.
-    """
+    """Mean PSNR in dB of images[B,C,H,W] in [-1, 1]; equal images count as 100 dB."""
     return float(_psnr_of_each(images, reference).mean())
 
 
 def spatial_distance(scores: ImageScores, reference: ImageScores) -> float:
-    """Fréchet distance between the spatial features of both sets (as sFID, arXiv 2103.03841).
-
-    Args:
-        scores: scores of the evaluated images
-        reference: scores of the reference images.
-    """
+    """Fréchet distance between the spatial features of both sets (as sFID, arXiv 2103.03841)."""
     statistics: list[Statistics] = [feature_statistics(s.spatial) for s in (scores, reference)]
     return frechet_distance(*statistics)
 

@@ -142,7 +142,7 @@ def evaluation_page(path: str, evaluation: Evaluation) -> Page:
     """Build the HTML report of `trtq eval`.
 
     Args:
-        path: path of the artefact, shown in the title
+        path: path of the artefact, shown in the title.
         evaluation: result of `evaluate`.
     """
     result = evaluation.to_json()

@@ -117,8 +117,8 @@ def strength(alpha: float, rank: int, rank_stabilised: bool = False) -> float:
     """`alpha / r`, or `alpha / sqrt(r)`.
 
     Args:
-        alpha: alpha of the layer
-        rank: rank `r` of the layer
+        alpha: alpha of the layer.
+        rank: rank `r` of the layer.
         rank_stabilised: whether to divide by `sqrt(r)`.
     """
     return alpha / math.sqrt(rank) if rank_stabilised else alpha / rank

@@ -69,7 +69,7 @@ def rounding_loss(alpha: Tensor, temperature: float) -> Tensor:
     """`sum(1 - |2 h - 1|**temperature)`: zero if every soft direction is 0 or 1 (AdaRound, eq. 24).
 
     Args:
-        alpha: learned rounding, of any shape
+        alpha: learned rounding, of any shape.
         temperature: exponent, positive.
     """
     return (1 - (2 * soft_direction(alpha) - 1).abs().pow(temperature)).sum()

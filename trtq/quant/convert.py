@@ -70,10 +70,8 @@ def convert(
         rank: rank of the QALoRA adapters in the layers whose plan has adapters; 0: no adapters.
         base: operand to which the adapters are added.
         weight_method: method that determines the weight ranges.
-        zero_point_mode: behaviour of activation zero points during fine-tuning, see
-            `ZeroPointMode`.
-        split_scale: whether to update the weight scale twice per iteration, as the released code
-            does.
+        zero_point_mode: behaviour of activation zero points, see `ZeroPointMode`.
+        split_scale: whether to update the weight scale twice per iteration, as in the release.
         split_step: former name of `split_scale`, accepted for one release.
         generator: random generator for the initial adapters; None: torch's default generator.
 

@@ -38,9 +38,8 @@ def packed_operands(
     """A layer in the kernels' form: its specification and the arrays `weight`, `terms` and `tables`.
 
     Args:
-        layer: tensors of the deployed layer
-        geometry: geometry of a convolution
-        None: a linear layer.
+        layer: tensors of the deployed layer.
+        geometry: geometry of a convolution; None: a linear layer.
 
     Raises:
         QuantizationError: see `trtq.plugins.low_bit.pack`.
@@ -79,7 +78,7 @@ def layer_tensors(spec: LayerSpec, operands: Mapping[str, np.ndarray]) -> LayerT
     """Inverse of `packed_operands`; weights that are stored as bytes become 8-bit codes.
 
     Args:
-        spec: specification of the layer
+        spec: specification of the layer.
         operands: arrays `weight`, `terms` and `tables`.
     """
     scale, bias, zero_point, _ = operands["terms"]

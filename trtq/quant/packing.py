@@ -45,7 +45,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes[N, ...] in `0 .. 2**bits - 1` -> uint8[ceil(N * bits / 8), ...].
 
     Args:
-        codes: codes, uint8[N, ...]
+        codes: codes, uint8[N, ...].
         bits: width of the codes.
 
     Raises:
@@ -74,8 +74,8 @@ def unpack_codes(packed: Tensor, bits: int, channels: int) -> Tensor:
     """uint8[ceil(channels * bits / 8), ...] -> uint8 codes[channels, ...]; inverse of `pack_codes`.
 
     Args:
-        packed: bit stream along the output channels, uint8
-        bits: width of the codes
+        packed: bit stream along the output channels, uint8.
+        bits: width of the codes.
         channels: number of output channels.
 
     Raises:

@@ -141,9 +141,9 @@ class LayerTensors:
         """Inverse of `tensors`.
 
         Args:
-            named: tensors by name
-            channels: number of output channels
-            weight_bits: width of the weight codes
+            named: tensors by name.
+            channels: number of output channels.
+            weight_bits: width of the weight codes.
             activation_bits: width of the activation codes.
 
         Raises:
@@ -200,8 +200,8 @@ class ProductTensors:
         """Inverse of `tensors`.
 
         Args:
-            named: tensors by name
-            left_bits: width of the first operand's codes
+            named: tensors by name.
+            left_bits: width of the first operand's codes.
             right_bits: width of the second operand's codes.
 
         Raises:

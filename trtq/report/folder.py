@@ -43,9 +43,8 @@ def report_folder(folder: Path | None, *, kind: str, overwrite: bool) -> Iterato
     """Reserve the output folder during the block, see `check_report_folder`; None means no report.
 
     Args:
-        folder: output folder
-        None: no report
-        kind: see `check_report_folder`
+        folder: output folder; None: no report.
+        kind: see `check_report_folder`.
         overwrite: whether to replace an existing report.
 
     Raises:

@@ -98,8 +98,8 @@ def picture(png: np.ndarray | bytes, caption: str, colour: str | None = None) ->
     """Create a `Picture` from pixels uint8[H,W,3] or PNG bytes.
 
     Args:
-        png: pixels uint8[H,W,3], or the bytes of a PNG file
-        caption: text below the image
+        png: pixels uint8[H,W,3], or the bytes of a PNG file.
+        caption: text below the image.
         colour: see `Picture`.
     """
     data = png if isinstance(png, bytes) else png_bytes(png)

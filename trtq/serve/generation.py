@@ -32,7 +32,7 @@ class CodecThread:
         """Call `work` in the thread and return its result.
 
         Args:
-            work: function to call
+            work: function to call.
             arguments: positional arguments of `work`.
         """
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
@@ -41,7 +41,7 @@ class CodecThread:
         """Call `work` in the thread without waiting for it; safe to call from any thread.
 
         Args:
-            work: function to call
+            work: function to call.
             arguments: positional arguments of `work`.
         """
         with suppress(RuntimeError):  # The executor is shut down: no client waits for the result.

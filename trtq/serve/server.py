@@ -40,9 +40,8 @@ def listen(host: str, port: int) -> socket.socket:
     """Bind a socket to an address; it does not accept connections yet.
 
     Args:
-        host: address or host name
-        port: port
-        0: any free port.
+        host: address or host name.
+        port: port; 0: any free port.
 
     Raises:
         ArtefactError: the address or the port is not available.

@@ -74,8 +74,8 @@ class Distillation:
         """Loss of micro-batch `slot` of an update, a scalar.
 
         Args:
-            student: callable that computes the student's prediction
-            slot: index of the micro-batch in the update
+            student: callable that computes the student's prediction.
+            slot: index of the micro-batch in the update.
             iteration: index of the update.
         """
 

@@ -114,7 +114,7 @@ class Trajectories:
         """Return the current points of this slot's trajectories, then advance them.
 
         Args:
-            slot: index of the micro-batch in the update
+            slot: index of the micro-batch in the update.
             iteration: index of the update.
         """
         if not self._pools:
@@ -131,7 +131,7 @@ class Trajectories:
         """The student's guided prediction for a batch, `[B,C,H,W]`.
 
         Args:
-            student: callable that computes the student's prediction
+            student: callable that computes the student's prediction.
             batch: inputs of the denoiser.
         """
         return predict(student, batch.x, batch.timestep, batch.conditions, self.guidance)
@@ -167,7 +167,7 @@ class Trajectories:
 
     def _teach(self, x: Tensor, position: Tensor, conditions: Conditions) -> Tensor:
         timestep = self.schedule.timesteps[position]
-        # The teacher predicts in float32, whatever the precision of the student's training.
+        # The teacher predicts in float32, independently of the student's training precision.
         with torch.autocast(x.device.type, enabled=False):
             return predict(self.teacher, x, timestep, conditions, self.guidance)
 

@@ -1,4 +1,4 @@
-"""Every kind of pipeline can be served, and draws the images of its own call."""
+"""Every kind of pipeline can be served, with the images of the pipeline's own call."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def opened(name):
 
 
 def guidance_of(model):
-    # DiT's pipeline takes class 1000 for "no class", which a small model does not have.
+    # In DiT's pipeline class 1000 means "no class", but a small model has fewer classes.
     return 3.0 if model.info.takes_guidance and model.info.kind == "text" else 1.0
 
 
@@ -44,7 +44,7 @@ def prompt_of(model):
 
 
 def served(model, count, **wish):
-    """Images of one request, uint8[H,W,3], that share every call of the denoiser."""
+    """Draw the images of one request, uint8[H,W,3] each, in shared denoiser calls."""
     crowd, batcher = Crowd(model), Batcher(model, max_rows=4)
     wish = {"guidance": guidance_of(model), "prompt": prompt_of(model)} | wish
     batcher.put(crowd.items(SEED, STEPS, count=count, **wish))
@@ -54,7 +54,7 @@ def served(model, count, **wish):
 
 
 def whole(source, model, count, **wish):
-    """The same images by the pipeline's own call."""
+    """Draw the same images with the pipeline's own call."""
     conditioning = Conditioning(
         count,
         classes=torch.tensor([1] * count) if model.info.kind == "class" else None,
@@ -66,7 +66,7 @@ def whole(source, model, count, **wish):
 
 
 def furthest(drawn, expected):
-    """The largest difference of two lists of images, in levels of 256."""
+    """The maximum difference between two lists of images, in levels of 0 .. 255."""
     return max(int((a - b).abs().max()) for a, b in zip(drawn, expected, strict=True))
 
 
@@ -109,7 +109,7 @@ def test_latents_are_denormalised_exactly_if_the_pipeline_does_it(name, numbers)
     assert (furthest(drawn, plain) > 10) == (name != "sd_1")
 
 
-def test_flux_takes_no_classifier_free_guidance():
+def test_flux_has_no_classifier_free_guidance():
     model = PipelineModel(opened("flux"), "flux", "torch")
     assert not model.info.takes_guidance
     assert model.info.guidance == 1.0
@@ -133,7 +133,7 @@ def test_another_size_is_drawn_as_the_pipeline_draws_it(name, size):
     assert size in model.info.sizes
     expected = whole(source.sized("{}x{}".format(*size)), model, 1)
     assert furthest(served(model, 1, size=size), expected) <= 1
-    # A request of another size leaves the model as it was.
+    # A request of another size does not change the model.
     assert furthest(served(model, 1), whole(source, model, 1)) <= 1
 
 
@@ -160,7 +160,7 @@ def test_models_of_one_size_report_no_sizes(name):
     assert PipelineModel(opened(name), name, "torch").info.sizes is None
 
 
-def test_a_run_on_our_kernels_has_one_size_since_each_shape_needs_a_cuda_graph():
+def test_a_run_with_kernel_layers_has_one_size_because_each_shape_needs_a_cuda_graph():
     class OnGpu(GpuDenoiser):
         def __init__(self, model):
             StandIn.__init__(self)

@@ -44,7 +44,7 @@ def refusal(error: ApiError, metrics: Metrics) -> JSONResponse:
     """The response to a request that is refused or failed.
 
     Args:
-        error: error to send
+        error: error to send.
         metrics: metrics in which the error is counted.
     """
     metrics.error(error.code)

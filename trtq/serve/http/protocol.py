@@ -1,9 +1,8 @@
 """The HTTP protocol of the server, with limits on the size and duration of requests.
 
 Input that the parser cannot read gets a response like any other error: OpenAI's envelope with a request
-id. If a client is still sending when its response is complete, the server keeps reading for a
-moment before it closes the connection: closing it while bytes arrive would reset it and lose the
-response.
+id. If a client is still sending when its response is complete, the server keeps reading briefly
+before it closes the connection: closing it while bytes arrive would reset it and lose the response.
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """Limits the head of a request and the time between requests, and answers malformed input.
 
     Args:
-        refused: callback for responses that do not come from the application; its arguments are the
-            HTTP status and the error code.
+        refused: callback with the HTTP status and the error code of a response by this class.
     """
 
     transport: Any

@@ -165,7 +165,7 @@ def guidance_of(request: ImageRequest, info: ModelInfo) -> float:
     """The guidance of a request, or the model's default; values below 1 become 1, no guidance.
 
     Args:
-        request: body of the request
+        request: body of the request.
         info: description of the model.
     """
     return info.guidance if request.guidance is None else max(1.0, request.guidance)
@@ -175,7 +175,7 @@ def size_of(request: ImageRequest, info: ModelInfo) -> tuple[int, int] | None:
     """Height and width of a request, or the model's default; None if the size is malformed.
 
     Args:
-        request: body of the request
+        request: body of the request.
         info: description of the model.
     """
     if request.size in (None, "auto"):

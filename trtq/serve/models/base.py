@@ -112,7 +112,7 @@ class GenerationRequest:
 
     Attributes:
         prompt: a text, or the name or number of a class.
-        count: number of images; image i of a seed is the same whatever the count.
+        count: number of images; image i of a seed does not depend on the count.
         seed: seed of the initial noise.
         steps: number of denoising steps.
         guidance: classifier-free guidance; 1 is no guidance.
@@ -191,9 +191,9 @@ class ImageModel(ABC):
         """x[B, ...], timestep float32[B] -> the prediction `[B, ...]`.
 
         Args:
-            x: current samples, float32 `[B, ...]`
-            timestep: timestep of each row, float32[B]
-            conditional: inputs with a batch axis, by flat name, `[B, ...]` each
+            x: current samples, float32 `[B, ...]`.
+            timestep: timestep of each row, float32[B].
+            conditional: inputs with a batch axis, by flat name, `[B, ...]` each.
             shared: inputs without a batch axis, by flat name.
 
         Returns:

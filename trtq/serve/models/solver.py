@@ -34,7 +34,7 @@ class Solver(Protocol):
         """Scale a sample `[1, ...]` to the denoiser's input at a position.
 
         Args:
-            x: current sample, `[1, ...]`
+            x: current sample, `[1, ...]`.
             position: number of completed denoiser calls.
         """
 
@@ -44,8 +44,8 @@ class Solver(Protocol):
         """The sample at the next position, and the clean sample that the prediction implies.
 
         Args:
-            x: current sample, `[1, ...]`
-            predicted: the denoiser's prediction, `[1, ...]`
+            x: current sample, `[1, ...]`.
+            predicted: the denoiser's prediction, `[1, ...]`.
             position: number of completed denoiser calls.
 
         Returns:

@@ -132,8 +132,8 @@ def tensor_of(backend_utils: Any, name: str, value: np.ndarray) -> Any:
     """Create a tensor of the server with the values of an array.
 
     Args:
-        backend_utils: module `triton_python_backend_utils` of the server
-        name: name of the tensor
+        backend_utils: module `triton_python_backend_utils` of the server.
+        name: name of the tensor.
         value: values of the tensor.
     """
     whole = np.require(value, requirements=["C", "W"])  # torch warns about read-only arrays.
