@@ -26,8 +26,8 @@ class LayerCall:
         multiplications: number of multiplications.
         input_values: number of input values of all operands.
         output_values: number of output values.
-        input_of: path of the first layer that is called with the same tensor object, possibly the
-            layer itself.
+        input_of: path of the first layer that is called with the same tensor object, possibly the layer
+            itself.
     """
 
     multiplications: int

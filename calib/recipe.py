@@ -1,7 +1,7 @@
 """A recipe: all options that determine the result of `trtq quantize` for a checkpoint.
 
-The recipes that ship with trtq are TOML files in `calib/recipes`, one per method. A user's file
-names a method and overrides values of the method's recipe. An unknown key is an error.
+The recipes that ship with trtq are TOML files in `calib/recipes`, one per method. A user's file names a
+method and overrides values of the method's recipe. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ def check_path(value: str) -> str:
 
 
 class _Strict(BaseModel):
-    # Fields are strict: numbers in quotes, booleans in place of numbers, NaN and infinity are
-    # refused.
+    # Fields are strict: numbers in quotes, booleans in place of numbers, NaN and infinity are refused.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 

@@ -40,10 +40,10 @@ class Recording:
     def extremes(self) -> tuple[Tensor, Tensor]:
         """Estimates of the smallest and largest value over all images, `low[T]` and `high[T]`.
 
-        The maximum of n samples underestimates the end of the distribution. For a uniform
-        distribution the unbiased estimate of minimum variance is `(1 + 1/n)` times the maximum
-        (Goodman 1952, doi 10.1080/01621459.1952.10501182). With 64 images the range becomes 1.6 %
-        wider; with only a few images the margin prevents clipping of the inputs of other images.
+        The maximum of n samples underestimates the end of the distribution. For a uniform distribution
+        the unbiased estimate of minimum variance is `(1 + 1/n)` times the maximum (Goodman 1952, doi
+        10.1080/01621459.1952.10501182). With 64 images the range becomes 1.6 % wider; with only a few
+        images the margin prevents clipping of the inputs of other images.
 
         Returns:
             Estimated minima and maxima, `[T]` each.
@@ -142,8 +142,8 @@ def record(
 ) -> dict[str, Recording]:
     """Record the input of every layer along the float model's trajectories.
 
-    Every input is recorded under its timestep, with guidance for both halves of the batch. Keys of
-    the result are paths of input quantisers, e.g. `mid_block.resnets.0.conv1.activation`.
+    Every input is recorded under its timestep, with guidance for both halves of the batch. Keys of the
+    result are paths of input quantisers, e.g. `mid_block.resnets.0.conv1.activation`.
 
     Args:
         denoiser: the float model; it is not changed.

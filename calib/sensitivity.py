@@ -1,10 +1,10 @@
 """Mixed precision: measure the error of each layer by weight bits, and choose bits within a budget.
 
-A layer's sensitivity at `b` bits is the squared error of the noise prediction, relative to its power, if
-this layer's weight alone is rounded to `b` bits, at points along the float model's trajectories.
-The errors of layers are assumed to be additive. All layers start with the largest number of bits;
-bits are then removed from the layer with the smallest added error per unit of saved cost until the
-budget is met (the greedy solution of the knapsack problem, on each layer's lower convex hull).
+A layer's sensitivity at `b` bits is the squared error of the noise prediction, relative to its power,
+if this layer's weight alone is rounded to `b` bits, at points along the float model's trajectories. The
+errors of layers are assumed to be additive. All layers start with the largest number of bits; bits are
+then removed from the layer with the smallest added error per unit of saved cost until the budget is met
+(the greedy solution of the knapsack problem, on each layer's lower convex hull).
 """
 
 from __future__ import annotations

@@ -73,8 +73,7 @@ def cubin(variant: Variant, architecture: str) -> bytes:
 
     Args:
         variant: variant of the kernel.
-        architecture: one of `ARCHITECTURES`, or another architecture that NVRTC supports, e.g.
-            `sm87`.
+        architecture: one of `ARCHITECTURES`, or another architecture that NVRTC supports, e.g. `sm87`.
 
     Raises:
         MissingDependencyError: the kernel is not cached and NVRTC is not installed.

@@ -119,8 +119,8 @@ def current_device(index: int | None = None) -> CudaDevice:
     """The device of the calling thread's context, with the kernels loaded so far.
 
     Args:
-        index: CUDA's index of the GPU whose primary context is set if the thread has no context;
-            None: the thread must have a context.
+        index: CUDA's index of the GPU whose primary context is set if the thread has no context; None:
+            the thread must have a context.
 
     Raises:
         MissingDependencyError: cuda-bindings is not installed.

@@ -197,8 +197,8 @@ def choose_tile(problem: Problem, processors: int, architecture: str) -> Tile:
 
     def work(tile: Tile) -> tuple[int, int]:
         blocks = -(-problem.rows // tile.m) * -(-per_group // tile.n) * groups
-        # Blocks on one processor share its tensor cores, so a wave is one block per processor.
-        # Among equal tiles, the larger tile loads less per product.
+        # Blocks on one processor share its tensor cores, so a wave is one block per processor. Among
+        # equal tiles, the larger tile loads less per product.
         return -(-blocks // processors) * tile.m * tile.n, -tile.m * tile.n
 
     return min((tile for tile in TILES if fits(tile, architecture)), key=work)

@@ -7,9 +7,9 @@ Letters: B images; C channels of a group; G groups; N output channels of all gro
     terms             float32[4, N]                  scale d, bias, zero point z, sum of `q - z`
     tables            float32[4, T]                  scale, its reciprocal, smallest and largest code
 
-C32 is C rounded up to a multiple of 32; `trtq.quant.packing` compares the layout of 4-bit weights
-with those of files and graphs. A linear layer is a 1 x 1 convolution over an image of one column,
-whose rows are the tokens, with channels last.
+C32 is C rounded up to a multiple of 32; `trtq.quant.packing` compares the layout of 4-bit weights with
+those of files and graphs. A linear layer is a 1 x 1 convolution over an image of one column, whose rows
+are the tokens, with channels last.
 """
 
 from __future__ import annotations

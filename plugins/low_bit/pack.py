@@ -3,8 +3,8 @@
 Channels are innermost, padded to a multiple of 32. Eight codes 0 .. 15 share four bytes: byte j holds
 the code of channel j in its low nibble and the code of channel j + 4 in its high nibble. The codes 1 2
 3 4 5 6 7 8 make the bytes 0x51 0x62 0x73 0x84. The four low nibbles of a 32-bit word are adjacent
-channels, and so are the four high nibbles, so two operations unpack each half to bytes. Padding
-holds the zero point, the code of zero.
+channels, and so are the four high nibbles, so two operations unpack each half to bytes. Padding holds
+the zero point, the code of zero.
 """
 
 from __future__ import annotations

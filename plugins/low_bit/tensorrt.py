@@ -218,8 +218,8 @@ def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
             self.plugin_namespace, self.plugin_version = NAMESPACE, VERSION
             self.num_outputs = 1
             self.layer = layer
-            # TensorRT keeps pointers to the memory of these objects, so they must live as long as
-            # the plugin.
+            # TensorRT keeps pointers to the memory of these objects, so they must live as long as the
+            # plugin.
             self._fields, self._collection = _field_collection(trt, fields_of(layer))
 
     return LowBitPlugin

@@ -1,9 +1,8 @@
 """The layer as a plugin whose kernel is part of the engine, with full TensorRT's `@aot_impl`.
 
-Such an engine needs neither Python nor this package at run time. TensorRT limits such a plugin to
-one launch without workspace, so the plugin uses the fused kernel, with one tile for all shapes. The
-plugins replace those of `trtq.plugins.low_bit.tensorrt` and have the same names, inputs and
-attributes.
+Such an engine needs neither Python nor this package at run time. TensorRT limits such a plugin to one
+launch without workspace, so the plugin uses the fused kernel, with one tile for all shapes. The plugins
+replace those of `trtq.plugins.low_bit.tensorrt` and have the same names, inputs and attributes.
 
 No `from __future__ import annotations` here: TensorRT reads the annotations of these functions.
 """
@@ -71,8 +70,7 @@ def register_ahead_of_time(
     Args:
         trt: the module `tensorrt`.
         trtp: the module `tensorrt.plugin`.
-        code_of: function that compiles a kernel for the current GPU, see
-            `trtq.plugins.compile.ptx`.
+        code_of: function that compiles a kernel for the current GPU, see `trtq.plugins.compile.ptx`.
         name: one of `trtq.plugins.low_bit.attributes.PLUGINS`.
     """
     tensors: dict[str, Any] = dict.fromkeys(INPUTS, trtp.TensorDesc)

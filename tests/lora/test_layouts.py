@@ -1,8 +1,8 @@
 """LoRAs in every layout give the same weights as diffusers' own merge.
 
-The oracle is `load_lora_weights` and `fuse_lora` of the same pipeline, with PEFT. If diffusers
-cannot load a layout, or silently omits a part of it, a comment in the test explains it, and the
-oracle is PEFT or the same update written in a layout that diffusers loads.
+The oracle is `load_lora_weights` and `fuse_lora` of the same pipeline, with PEFT. If diffusers cannot
+load a layout, or silently omits a part of it, a comment in the test explains it, and the oracle is PEFT
+or the same update written in a layout that diffusers loads.
 """
 
 from __future__ import annotations
@@ -520,8 +520,7 @@ def test_each_alpha_of_kohyas_files_is_used(tmp_path, generator):
 
 @pytest.mark.parametrize("linear_shape", [(-1,), (-1, 1)], ids=str)
 def test_dora_in_kohyas_files_is_merged(linear_shape, tmp_path, generator):
-    # diffusers omits `dora_scale` with a warning; the oracle is the same update in diffusers'
-    # layout.
+    # diffusers omits `dora_scale` with a warning; the oracle is the same update in diffusers' layout.
     pipe = build("sd_1")
     before = weights(pipe)
     modules = layers(pipe, "unet", *ATTENTION, "conv1")
@@ -583,8 +582,8 @@ def test_locon_convolutions_of_three_parts_are_merged(tmp_path, generator):
 
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", "base_model.model."])
 def test_single_blocks_and_final_layer_of_flux_are_merged(prefix, tmp_path, generator):
-    # diffusers fixes the width of `linear1` at 3072, drops the final layer's alpha and prefix, and
-    # does not read these names with lora_A. The oracle is the same update under diffusers' names.
+    # diffusers fixes the width of `linear1` at 3072, drops the final layer's alpha and prefix, and does
+    # not read these names with lora_A. The oracle is the same update under diffusers' names.
     pipe = build("flux")
     before = weights(pipe)
     ends = KOHYA_ENDS if prefix == "lora_unet_" else PEFT_ENDS
@@ -673,8 +672,7 @@ def test_first_release_names_of_stable_diffusion_3_are_read(tmp_path, generator)
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 def test_text_encoder_names_with_and_without_text_model_are_read(prefix, tmp_path, generator):
-    # transformers 5 removed `text_model` from CLIPTextModel but not from
-    # CLIPTextModelWithProjection.
+    # transformers 5 removed `text_model` from CLIPTextModel but not from CLIPTextModelWithProjection.
     pipe = build("sd_xl")
     assert not hasattr(pipe.text_encoder, "text_model")
     assert hasattr(pipe.text_encoder_2, "text_model")

@@ -1,7 +1,7 @@
 """Kernels inside engines of full TensorRT, with a fake `tensorrt.plugin`.
 
-The definitions were also accepted by the Python bindings of TensorRT 10.16 and 11.4, in a manual
-test: they need libraries that no Python package index offers.
+The definitions were also accepted by the Python bindings of TensorRT 10.16 and 11.4, in a manual test:
+they need libraries that no Python package index offers.
 """
 
 import copy

@@ -33,8 +33,8 @@ class MeasuredRow(Result):
         device: device of the denoiser, `cpu` or `gpu`; None if loading failed.
         measured: whether the row was measured.
         reason: reason why the row was not measured; None if it was.
-        latency_ms: duration of a denoiser call at the first batch size, in milliseconds: `p50`,
-            `p90`, `p99`, quartiles `q1` and `q3`, `calls`, `turns`.
+        latency_ms: duration of a denoiser call at the first batch size, in milliseconds: `p50`, `p90`,
+            `p99`, quartiles `q1` and `q3`, `calls`, `turns`.
         images_per_second: number of whole images per second at the first batch size.
         images_per_second_interval: 95 % interval of `images_per_second`.
         speedup: speedup of the denoiser over the fastest float row on the same device: `baseline`,

@@ -47,8 +47,7 @@ def benchmark(
         artefacts: paths and `PATH@PROVIDER`, see `parse_rows`.
         providers: runtimes for paths without `@PROVIDER`, see `parse_rows`.
         batches: batch sizes.
-        turns: number of timing rounds of about 0.5 s per row; None: 10, or as many as a verdict
-            needs.
+        turns: number of timing rounds of about 0.5 s per row; None: 10, or as many as a verdict needs.
         images: minimum number of images per row and batch size; at least three batches are generated.
         steps: number of denoising steps; None: the first artefact's calibration, else 20.
         guidance: classifier-free guidance scale; None: the first artefact's calibration.

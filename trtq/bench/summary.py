@@ -110,9 +110,8 @@ def median_interval(values: Sequence[float], comparisons: int = 1) -> tuple[floa
     """Distribution-free confidence interval of the median, at 95 % over all comparisons.
 
     The bounds are order statistics: the k-th smallest and k-th largest of n values, with the largest k
-    for which the median lies outside them with a sufficiently small probability. The number of
-    values below the median is
-    binomial(n, 1/2), assuming independent values.
+    for which the median lies outside them with a sufficiently small probability. The number of values
+    below the median is binomial(n, 1/2), assuming independent values.
 
     Args:
         values: one value per timing round, assumed independent.

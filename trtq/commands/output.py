@@ -49,8 +49,7 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-# Printed texts contain names given by users, whose brackets and colons are neither markup nor
-# emoji.
+# Printed texts contain names given by users, whose brackets and colons are neither markup nor emoji.
 _plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 _err = _Console(stderr=True, _environ=sane_environment(), **_plain)
 _out = _Console(_environ=sane_environment(), **_plain)

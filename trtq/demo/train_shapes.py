@@ -1,10 +1,10 @@
 """Train the text-to-image model that ships with trtq, and the classifier for its evaluation.
 
-`python -m trtq.demo.train_shapes --output DIR` renders images with captions (`trtq.demo.shapes`)
-and needs no data. The result is a `StableDiffusionPipeline`: byte-pair tokenizer, CLIP text
-encoder, VAE, and a `UNet2DConditionModel` with cross-attention that predicts the noise of latents
-(DDPM, arXiv 2006.11239, eq. 14). 10 % of the captions are dropped, which enables classifier-free
-guidance (arXiv 2207.12598). On the same machine, the same seed gives the same files.
+`python -m trtq.demo.train_shapes --output DIR` renders images with captions (`trtq.demo.shapes`) and
+needs no data. The result is a `StableDiffusionPipeline`: byte-pair tokenizer, CLIP text encoder, VAE,
+and a `UNet2DConditionModel` with cross-attention that predicts the noise of latents (DDPM, arXiv
+2006.11239, eq. 14). 10 % of the captions are dropped, which enables classifier-free guidance (arXiv
+2207.12598). On the same machine, the same seed gives the same files.
 
 Each part is written as soon as it is trained; existing parts are not trained again.
 """

@@ -66,8 +66,8 @@ def encode_in_batches(
 class CalibrationPrompts:
     """Encodes calibration prompts on demand and caches the encodings.
 
-    A run uses few of the prompts. Prompts are encoded in fixed groups, so an encoding does not
-    depend, even in its last bits, on the prompts encoded before.
+    A run uses few of the prompts. Prompts are encoded in fixed groups, so an encoding does not depend,
+    even in its last bits, on the prompts encoded before.
     """
 
     def __init__(self) -> None:

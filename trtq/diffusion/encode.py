@@ -80,8 +80,7 @@ def _stable_diffusion_xl(
         negative_prompt=_repeated(negative, prompts),
     )
     size = _image_size(pipeline, latent)
-    # The base model takes original size, crop offset and target size: here the image size and no
-    # crop.
+    # The base model takes original size, crop offset and target size: here the image size and no crop.
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=states.dtype, device=states.device)
     return Encoded(
         {
@@ -236,8 +235,8 @@ def encode_prompts(
         pipeline: diffusers pipeline.
         prompts: P prompts.
         latent: height and width of the latents, in cells.
-        negative: negative prompt of all images; None: the pipeline's encoding of no prompt, which
-            for Stable Diffusion XL differs from the encoding of an empty prompt.
+        negative: negative prompt of all images; None: the pipeline's encoding of no prompt, which for
+            Stable Diffusion XL differs from the encoding of an empty prompt.
 
     Returns:
         The encodings, tensors on the CPU.

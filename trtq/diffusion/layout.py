@@ -60,8 +60,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_index(folder: Path) -> dict[str, Any]:
     """The `model_index.json` of a folder.
 
-    Components are `[library, class]`, or `[null, null]` for a missing component; lists without text
-    are settings of the pipeline.
+    Components are `[library, class]`, or `[null, null]` for a missing component; lists without text are
+    settings of the pipeline.
 
     Raises:
         ArtefactError: the file cannot be read, or an entry is malformed.

@@ -50,8 +50,7 @@ def library_class(cls: type, what: str) -> type:
         what: noun phrase that begins the message, e.g. the component's name.
 
     Raises:
-        UsageError: there is no such ancestor, or a subclass overrides one of the ancestor's
-            attributes.
+        UsageError: there is no such ancestor, or a subclass overrides one of the ancestor's attributes.
     """
     overridden: list[str] = []
     for ancestor in cls.__mro__:

@@ -1,8 +1,7 @@
 """Check that a denoiser needs no inputs that trtq does not pass yet.
 
 trtq passes sample, timestep, and the encodings of prompts or classes (`trtq.diffusion.encode`). A
-denoiser that needs other inputs (an image, a mask, frames) would compute wrong results and is
-refused.
+denoiser that needs other inputs (an image, a mask, frames) would compute wrong results and is refused.
 """
 
 from __future__ import annotations

@@ -35,8 +35,7 @@ class LoadedPipeline:
 
     Attributes:
         name: name or path of the model as the user specified it.
-        folder: folder of the checkpoint or artefact; None: the model is a hub id or a pipeline
-            object.
+        folder: folder of the checkpoint or artefact; None: the model is a hub id or a pipeline object.
         pipeline: diffusers pipeline, in float32.
         denoiser_name: `unet` or `transformer`.
         prompts: prompts of a text-to-image model; None: the model takes no text.

@@ -6,8 +6,8 @@ A model's folder may hold `prompts.json`:
      "calibration": ["a red circle", ...],
      "evaluation": [{"prompt": "a red circle", "labels": {"first_colour": 0, ...}}, ...]}
 
-`labels` are the labels that the model's classifier must assign to the image. A model without this
-file is calibrated on the general prompts in `calib/prompts`.
+`labels` are the labels that the model's classifier must assign to the image. A model without this file
+is calibrated on the general prompts in `calib/prompts`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Noise schedule and DDIM step with a timestep per batch item.
 
-diffusers' schedulers advance a whole batch by one step. In fine-tuning, each item of a batch is at
-its own step, so the update is a pure function here. Letters: B images; C, H, W channels, height and
-width; T steps.
+diffusers' schedulers advance a whole batch by one step. In fine-tuning, each item of a batch is at its
+own step, so the update is a pure function here. Letters: B images; C, H, W channels, height and width;
+T steps.
 """
 
 from __future__ import annotations
@@ -126,8 +126,7 @@ class NoiseSchedule:
             kind of prediction, scaled to a mean of 1.
         """
         signal, sigma = self.signal.double(), self.sigma.double()
-        # A flow starts at pure noise, where `n` is infinite; the formulas below use only ratios of
-        # `n`.
+        # A flow starts at pure noise, where `n` is infinite; the formulas below use only ratios of `n`.
         level = sigma / signal.clamp_min(_MIN_SIGNAL)
         here, after = level[:-1], level[1:]
         weight = (here - after).square() / (1 + after.square())

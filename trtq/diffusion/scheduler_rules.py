@@ -122,8 +122,8 @@ def scheduler_refusal(
 def used_settings(scheduler: Any) -> dict[str, Any]:
     """The settings that the scheduler's class accepts.
 
-    A scheduler that was created from another scheduler's configuration also keeps the other
-    scheduler's settings without using them.
+    A scheduler that was created from another scheduler's configuration also keeps the other scheduler's
+    settings without using them.
     """
     accepted = inspect.signature(type(scheduler).__init__).parameters
     return {key: value for key, value in scheduler.config.items() if key in accepted}

@@ -21,8 +21,8 @@ class Stepping:
         eta: whether the pipeline always passes `eta` to `step`, even if `step` accepts none.
         linear_sigmas: whether the pipeline passes its own noise levels, evenly spaced from 1 to 1 /
             steps, to a scheduler without `use_flow_sigmas`.
-        shift: condition for passing `mu`, the shift by image size: `never`, `dynamic` (if the
-            scheduler sets `use_dynamic_shifting`) or `always`.
+        shift: condition for passing `mu`, the shift by image size: `never`, `dynamic` (if the scheduler
+            sets `use_dynamic_shifting`) or `always`.
         max_shift: maximum shift, used if the scheduler does not configure one.
         second_of_one: whether the pipeline reads a second result of `step` if there is only one
             denoising step; some schedulers return a single result.

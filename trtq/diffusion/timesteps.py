@@ -114,8 +114,7 @@ def check_steps(
     """Raise unless a pipeline can run the scheduler from the first to the last step.
 
     A rehearsal steps the scheduler on a small sample of zeros, so that errors inside diffusers surface
-    before any work is done. Results are cached, since a rehearsal takes about a millisecond per
-    step.
+    before any work is done. Results are cached, since a rehearsal takes about a millisecond per step.
 
     Args:
         scheduler: scheduler of diffusers; it is not changed.
@@ -244,8 +243,8 @@ def visited_timesteps(
     listed = torch.as_tensor(fresh.timesteps).float()
     if float(listed[0]) != float(listed.max()):
         raise scheduler_refusal(scheduler, "does not start at its noisiest timestep", stepping)
-    # Second-order solvers list a timestep twice, once per evaluation, or return to an earlier one; steps
-    # close together may share a timestep.
+    # Second-order solvers list a timestep twice, once per evaluation, or return to an earlier one;
+    # steps close together may share a timestep.
     first: dict[float, int] = {}
     for position, timestep in enumerate(listed.tolist()):
         first.setdefault(timestep, position)

@@ -1,7 +1,7 @@
 """Headers of safetensors files: names, shapes and dtypes of tensors.
 
-This module does not import torch and reads no tensor. A file whose content does not match its name
-is refused before anything is built from it.
+This module does not import torch and reads no tensor. A file whose content does not match its name is
+refused before anything is built from it.
 """
 
 from __future__ import annotations

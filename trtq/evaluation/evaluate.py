@@ -113,8 +113,8 @@ def evaluate(
         reference: the float model, or its images from `draw_reference`, whose number, steps, seed,
             guidance and features are then used.
         images: number of images to generate with each model.
-        steps: number of denoising steps; None: the number that the artefact was calibrated for,
-            else 20.
+        steps: number of denoising steps; None: the number that the artefact was calibrated for, else
+            20.
         seed: seed of the initial noise.
         guidance: classifier-free guidance scale; None: the value used for calibration.
         provider: runtime of the artefact, see `trtq.pipelines.open.open_any`; None: the default.

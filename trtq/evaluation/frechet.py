@@ -1,8 +1,8 @@
 """Fréchet distance between two sets of features (FID's formula, arXiv 1706.08500, eq. 6).
 
-The distance is implemented here rather than taken from torchmetrics, because the reference consists
-of stored statistics and the bootstrap interval resamples the features hundreds of times. A test
-compares the distance with SciPy.
+The distance is implemented here rather than taken from torchmetrics, because the reference consists of
+stored statistics and the bootstrap interval resamples the features hundreds of times. A test compares
+the distance with SciPy.
 """
 
 from __future__ import annotations

@@ -182,8 +182,8 @@ class PixelScores(TypedDict):
 def pixel_scores(images: Tensor, reference: Tensor) -> PixelScores:
     """Compare images[B,C,H,W] in [-1, 1] with reference images from the same noise.
 
-    Equal images count as 100 dB. The window of SSIM has 11 pixels, or the largest odd number that
-    fits in the image.
+    Equal images count as 100 dB. The window of SSIM has 11 pixels, or the largest odd number that fits
+    in the image.
     """
     functional: Any = require("torchmetrics.functional.image")
     side = min(images.shape[-2:])

@@ -90,8 +90,8 @@ def draw_reference(
         guidance: classifier-free guidance scale; None: the model's recommended scale.
         features: folder of a CLIP vision model or classifier; None: the classifier of the model.
             Without either, only SNR, PSNR and SSIM are computed.
-        judged: the evaluated model; if the reference is another kind of model, it is refused before
-            any image is generated.
+        judged: the evaluated model; if the reference is another kind of model, it is refused before any
+            image is generated.
         progress: callback with the stage's name, the completed work and the total.
 
     Raises:

@@ -272,8 +272,7 @@ def first_release_names(
         layers: paths of the model's layers.
 
     Yields:
-        Name, paths of the layers in the matrix of this name, and whether shift and scale are
-        swapped.
+        Name, paths of the layers in the matrix of this name, and whether shift and scale are swapped.
     """
     if hasattr(root, "down_blocks") and hasattr(root, "up_blocks"):
         for name, path in _unet_names(root, layers):

@@ -287,8 +287,8 @@ def merge_loras(
         for change in changes:
             by_weight.setdefault(id(change.layer.module.weight), []).append((lora, change))
         merged.append(MergedLora(lora.name, lora.sha256, request.scale, len(changes)))
-    # Results are computed twice, first for checking all of them: keeping them would need as much
-    # memory as the model.
+    # Results are computed twice, first for checking all of them: keeping them would need as much memory
+    # as the model.
     for group in by_weight.values():
         _result(group)
     for group in by_weight.values():

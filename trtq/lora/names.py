@@ -1,13 +1,12 @@
 """Names of layers in LoRA files of all layouts, and the layers that the names refer to.
 
 A file names a layer by a component and a path in the component. Trainers write the path with dots
-(diffusers, PEFT, ComfyUI) or underscores (kohya), with the names of diffusers or of the model's
-first release. All names are converted to underscores before the look-up. Tables derived from the
-model's structure (`trtq.lora.first_release`) translate names of first releases, for any width and
-depth.
+(diffusers, PEFT, ComfyUI) or underscores (kohya), with the names of diffusers or of the model's first
+release. All names are converted to underscores before the look-up. Tables derived from the model's
+structure (`trtq.lora.first_release`) translate names of first releases, for any width and depth.
 
-A single layer of the first release (`img_attn.qkv`) can be several layers in diffusers. A `Site` is
-the list of layers whose output channels, concatenated, are the rows of the file's matrix.
+A single layer of the first release (`img_attn.qkv`) can be several layers in diffusers. A `Site` is the
+list of layers whose output channels, concatenated, are the rows of the file's matrix.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ class Site:
 
     Attributes:
         layers: layers whose output channels are concatenated in the file's matrix.
-        swapped: whether the halves of the matrix must be swapped, because the file stores shift
-            before scale and diffusers scale before shift.
+        swapped: whether the halves of the matrix must be swapped, because the file stores shift before
+            scale and diffusers scale before shift.
     """
 
     layers: tuple[Layer, ...]
@@ -110,8 +109,8 @@ def _sites_of(root: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Site]:
         if all(path in layers for path in paths):
             site = Site(tuple(layers[path] for path in paths), swapped)
             sites.setdefault(flat(name), site)
-    # transformers 5 removed `text_model` from CLIPTextModel but not from
-    # CLIPTextModelWithProjection; files exist in both forms.
+    # transformers 5 removed `text_model` from CLIPTextModel but not from CLIPTextModelWithProjection;
+    # files exist in both forms.
     for name, site in list(sites.items()):
         if name.startswith("text_model_"):
             sites.setdefault(name.removeprefix("text_model_"), site)

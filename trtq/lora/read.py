@@ -8,8 +8,7 @@
     ComfyUI          diffusion_model.….lora_A.weight or lora_down.weight
 
 An update is `scale * alpha / rank * up @ down`; without an `alpha` it is `scale * up @ down`.
-`trtq.lora.names` finds the layers of the names, and `trtq.lora.settings` interprets PEFT's
-settings.
+`trtq.lora.names` finds the layers of the names, and `trtq.lora.settings` interprets PEFT's settings.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
             f"got step indices of shape {tuple(step.shape)} for a batch of {batch}; "
             f"give one index, or one per batch item (shape [{batch}])"
         )
-    # Checking values on a GPU would synchronise, which is impossible in a CUDA graph; there the
-    # caller that creates the index checks the values.
+    # Checking values on a GPU would synchronise, which is impossible in a CUDA graph; there the caller
+    # that creates the index checks the values.
     checkable = step.device.type == "cpu" and not torch.compiler.is_compiling()
     if checkable and (int(step.min()) < 0 or int(step.max()) >= len(table)):
         raise StepError(
@@ -58,11 +58,11 @@ class ActivationQuantizer(nn.Module):
 
     Args:
         bits: width of the codes, 2 .. 8 bits.
-        table: the T calibrated timesteps, each with its own scale. A table of one timestep makes
-            the quantiser static.
+        table: the T calibrated timesteps, each with its own scale. A table of one timestep makes the
+            quantiser static.
         zero_point_mode: behaviour of the zero points, see `ZeroPointMode`.
-        symmetric: whether the zero points stay at `2**(bits - 1)`; None: only at 8 bits, because
-            8-bit codes fit int8 in no other form.
+        symmetric: whether the zero points stay at `2**(bits - 1)`; None: only at 8 bits, because 8-bit
+            codes fit int8 in no other form.
 
     Attributes:
         scale: parameter `[T]`, the scales `s`.
@@ -92,8 +92,8 @@ class ActivationQuantizer(nn.Module):
 
         Args:
             x: activation, batch first.
-            step: index of the denoising step, one for the batch or one per batch item; None: the
-                step of the enclosing `step_scope`.
+            step: index of the denoising step, one for the batch or one per batch item; None: the step
+                of the enclosing `step_scope`.
 
         Raises:
             StepError: there is no current step, or the step is outside the table.

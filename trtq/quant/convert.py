@@ -136,8 +136,8 @@ def merge(quantized: QuantizedDenoiser, *, release: bool = False) -> dict[str, L
 
     Args:
         quantized: converted denoiser.
-        release: whether to free each float weight after merging it; the denoiser can then be saved,
-            but no longer called.
+        release: whether to free each float weight after merging it; the denoiser can then be saved, but
+            no longer called.
 
     Raises:
         QuantizationError: a layer cannot be deployed; the message names it.

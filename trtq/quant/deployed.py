@@ -3,11 +3,11 @@
     k = clip(round(x * inv_s[t]), lo[t], hi[t])
     y = op(k, q - z) * (d * s[t]) + bias
 
-This is the arithmetic of the exported graph, operation by operation. The layer multiplies integers
-and scales the sum afterwards. float32 adds integers below 2^24 without rounding, in any order, so
-runtimes that compute the product in float and in integers produce the same bits. If the weight were
-scaled first, sums would differ in their last bits, values near a rounding tie would get the neighbouring
-code, and a 4-bit network would carry such a difference to its output.
+This is the arithmetic of the exported graph, operation by operation. The layer multiplies integers and
+scales the sum afterwards. float32 adds integers below 2^24 without rounding, in any order, so runtimes
+that compute the product in float and in integers produce the same bits. If the weight were scaled
+first, sums would differ in their last bits, values near a rounding tie would get the neighbouring code,
+and a 4-bit network would carry such a difference to its output.
 
 Letters: N, K out / in features or channels, T steps, B images.
 """

@@ -9,9 +9,9 @@ With scale `d`, zero point `z` and integer range `[qmin, qmax]`:
 Activations are multiplied by the float32 reciprocal `1 / d`, which the exported graphs store, instead of
 being divided by `d`; the two differ only for values within one ulp of a rounding tie.
 
-Straight-through gradients, multiplied by the upstream gradient and summed over the elements that share a
-parameter (EfficientDM, arXiv 2310.03270, and QuEST, arXiv 2402.03666, as released; an element counts as
-inside or outside by its rounded code, and there is no LSQ gradient scale):
+Straight-through gradients, multiplied by the upstream gradient and summed over the elements that share
+a parameter (EfficientDM, arXiv 2310.03270, and QuEST, arXiv 2402.03666, as released; an element counts
+as inside or outside by its rounded code, and there is no LSQ gradient scale):
 
 | element is                   | dQ/dx | dQ/dd                | dQ/dz |
 |------------------------------|-------|----------------------|-------|
@@ -108,8 +108,8 @@ def fake_quant(
         zero_point: zero point `z`, broadcastable to `x`; a deployed layer needs an integer.
         qmin: smallest code, e.g. 0.
         qmax: largest code, e.g. `2**bits - 1`.
-        reciprocal: whether to multiply by `1 / d`, as deployed activations do, instead of dividing
-            by `d`.
+        reciprocal: whether to multiply by `1 / d`, as deployed activations do, instead of dividing by
+            `d`.
 
     Returns:
         `Q(x)` as the module docstring defines it.

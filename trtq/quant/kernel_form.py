@@ -1,7 +1,7 @@
 """Low-bit layers in the layout of the CUDA kernels, and the module that runs them on an NVIDIA GPU.
 
-`trtq.plugins.spec` documents the operands, and `trtq.quant.packing` the layouts of weights.
-Weights of up to 4 bits are stored as nibbles and are never expanded to float. The reference is
+`trtq.plugins.spec` documents the operands, and `trtq.quant.packing` the layouts of weights. Weights of
+up to 4 bits are stored as nibbles and are never expanded to float. The reference is
 `trtq.quant.deployed`.
 """
 
@@ -126,8 +126,7 @@ class KernelLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLayer:
         """Apply `fn` as for other modules, but keep scales in float32 and weights contiguous.
 
-        Converting a model to channels last would reorder every 4-D tensor, including packed
-        weights.
+        Converting a model to channels last would reorder every 4-D tensor, including packed weights.
         """
         scales = {name: getattr(self, name) for name in ("terms", "tables")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

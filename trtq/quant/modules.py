@@ -37,8 +37,7 @@ Base = Literal["fp", "int"]
 class QuantLayer(nn.Module):
     """Base class of `QuantLinear` and `QuantConv2d`.
 
-    The frozen float weight stays in the layer: inside `float_scope` the layer computes as the
-    teacher.
+    The frozen float weight stays in the layer: inside `float_scope` the layer computes as the teacher.
 
     Args:
         source: float layer; its parameters are shared, not copied.
@@ -49,8 +48,8 @@ class QuantLayer(nn.Module):
         base: operand to which the adapters are added, see the module docstring.
         weight_method: method that determines the weight ranges.
         zero_point_mode: see `trtq.quant.activation.ZeroPointMode`.
-        split_scale: whether, with base "int", the dequantiser's scale is a second parameter in the
-            same memory, so that an optimiser updates it twice, as in the released code.
+        split_scale: whether, with base "int", the dequantiser's scale is a second parameter in the same
+            memory, so that an optimiser updates it twice, as in the released code.
         split_step: former name of `split_scale`, accepted for one release.
         generator: random generator for the initial `lora_A`; None: torch's default generator.
 

@@ -41,8 +41,8 @@ class LayerPlan:
         reason: reason for the choice, in a few words.
         adapters: whether fine-tuning adds QALoRA adapters to the layer.
         right_bits: width of the codes of a product's second input; None: not a product.
-        input_of: path of an earlier layer with the same input, whose input quantiser this layer
-            shares; None: the layer has its own.
+        input_of: path of an earlier layer with the same input, whose input quantiser this layer shares;
+            None: the layer has its own.
     """
 
     name: str

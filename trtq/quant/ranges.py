@@ -156,10 +156,8 @@ def weight_qparams(
             80 shrunken ranges and keeps the range with the smallest mean of `|error|**2.4`. As in
             the released code, `search` does not extend the range, so the zero point of a one-sided
             channel may lie outside the codes.
-        symmetric: whether to use zero point `2**(bits - 1)`; 8-bit weights fit int8 in this form
-            only.
-        contain_zero: whether to extend the searched range to zero, so that the zero point is a
-            code.
+        symmetric: whether to use zero point `2**(bits - 1)`; 8-bit weights fit int8 in this form only.
+        contain_zero: whether to extend the searched range to zero, so that the zero point is a code.
 
     Returns:
         `(scale, zero_point)`, float32, shape `[N, 1, ...]`; the zero point is an integer.

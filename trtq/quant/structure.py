@@ -3,8 +3,7 @@
 diffusers computes attention in one fused call and a skip connection's concatenated input in one
 convolution. Before quantisation, attention is decomposed into two `Product`s, and such a convolution is
 split into one per source, so that each source has a separate quantiser (QuEST, arXiv 2402.03666). A
-`Structure` in the manifest records both changes, so that they can be applied to a new model of the
-same
+`Structure` in the manifest records both changes, so that they can be applied to a new model of the same
 class.
 
 Letters: B images; H heads; S, S' tokens; C channels; D channels of a head.

@@ -1,9 +1,8 @@
 """Look-up from a timestep to the index of its scales.
 
-The `T` calibrated timesteps are sorted. A timestep uses the scales of the nearest calibrated
-timestep, and the noisier one in a tie. The index is a function of the timestep alone, so any
-scheduler, any number of steps and batches that mix steps work, both in torch and in the exported
-graph.
+The `T` calibrated timesteps are sorted. A timestep uses the scales of the nearest calibrated timestep,
+and the noisier one in a tie. The index is a function of the timestep alone, so any scheduler, any
+number of steps and batches that mix steps work, both in torch and in the exported graph.
 """
 
 from __future__ import annotations

@@ -40,8 +40,7 @@ class Table:
         rows: cell texts.
         best: index of the highlighted row; None: no row.
         words: whether the last column contains sentences and may wrap.
-        colours: colours `#rrggbb` of cells, by cell text or column title; shown as a mark in the
-            cell.
+        colours: colours `#rrggbb` of cells, by cell text or column title; shown as a mark in the cell.
     """
 
     header: tuple[str, ...]

@@ -55,8 +55,8 @@ class Batcher:
     Args:
         model: the model whose denoiser is called.
         max_rows: maximum number of rows per call, at least 2.
-        sizes: allowed batch sizes in rows, ascending, to which smaller batches are padded; None:
-            any size.
+        sizes: allowed batch sizes in rows, ascending, to which smaller batches are padded; None: any
+            size.
         more_sizes: whether `add_size` will add sizes; until `no_more_sizes`, an image that fits in no
             size waits for a larger one.
         batching: `step`, or `request`: a batch starts together, its images have the same number of steps
@@ -173,8 +173,7 @@ class Batcher:
                 try:
                     self._call_while_unchanged(chosen)
                 except Exception as error:
-                    # An engine may raise any exception, which must end these images but not the
-                    # thread.
+                    # An engine may raise any exception, which must end these images but not the thread.
                     logger.exception("a call of the denoiser failed")
                     self._finish(chosen, error)
         except BaseException:  # Otherwise the thread would end without a report.

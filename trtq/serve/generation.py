@@ -63,8 +63,7 @@ class Generation:
         served: the model that draws.
         request: the images to draw.
         options: how to deliver the images.
-        codec: thread that encodes prompts and decodes images; not used for models with a cheap
-            codec.
+        codec: thread that encodes prompts and decodes images; not used for models with a cheap codec.
 
     Attributes:
         events: the events of the images, and the exception that ends the request, if any.

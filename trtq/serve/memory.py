@@ -1,8 +1,8 @@
 """Copies of mapped weights in the server's own memory, independent of the files.
 
 Runtimes map files instead of reading them. If such a file is truncated in place, the next access ends
-the process (SIGBUS); if it is overwritten, the model computes with the wrong weights. Replacing a
-file by renaming is harmless.
+the process (SIGBUS); if it is overwritten, the model computes with the wrong weights. Replacing a file
+by renaming is harmless.
 """
 
 from __future__ import annotations

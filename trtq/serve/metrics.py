@@ -152,8 +152,8 @@ class ModelMetrics:
             rows: number of rows that belong to images.
             size: batch size of the call, in rows, including padding.
         """
-        # For a small model, updating Prometheus after every call would take a noticeable share of
-        # the time.
+        # For a small model, updating Prometheus after every call would take a noticeable share of the
+        # time.
         self._calls.append((seconds, rows, size))
         if len(self._calls) >= _CALLS_KEPT:
             self.flush()

@@ -35,8 +35,8 @@ class Limits:
 
     Attributes:
         batch: maximum number of rows per denoiser call.
-        batch_sizes: allowed batch sizes of denoiser calls, in rows; None: any size, or powers of
-            two if each size must be compiled.
+        batch_sizes: allowed batch sizes of denoiser calls, in rows; None: any size, or powers of two if
+            each size must be compiled.
         queue: maximum number of waiting images, in addition to the images in the batch.
         images: maximum number of images per request.
         steps: maximum number of denoising steps per image.

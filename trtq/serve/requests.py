@@ -115,8 +115,8 @@ class ImageGenerator(ABC):
             options: how to deliver the images.
 
         Raises:
-            ApiError: 400 the model cannot draw these images; 408 the deadline passed; 429 the queue
-                is full; 503 the server is about to stop; 500 the model failed.
+            ApiError: 400 the model cannot draw these images; 408 the deadline passed; 429 the queue is
+                full; 503 the server is about to stop; 500 the model failed.
         """
 
 

@@ -53,8 +53,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # The operating system closes the connection of a client that reads nothing for this
-            # time.
+            # The operating system closes the connection of a client that reads nothing for this time.
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
         bound.bind((host, port))
     except (OSError, OverflowError, TypeError, UnicodeError) as err:
@@ -188,8 +187,8 @@ async def _run(
 
     def stop() -> None:
         service.draining = True
-        # A second signal stops the server at once. Otherwise part of the time is reserved for the
-        # last responses and the engine's last call.
+        # A second signal stops the server at once. Otherwise part of the time is reserved for the last
+        # responses and the engine's last call.
         seconds = 0.0 if drains else max(0.0, options.drain_s - 3 * _LAST_RESPONSES_S)
         drains.append(loop.create_task(_drain_and_exit(service, server, seconds)))
 

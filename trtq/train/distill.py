@@ -33,8 +33,8 @@ class Rates:
     """Learning rates at the first iteration, all of which decay linearly to zero.
 
     Attributes:
-        lora: learning rate of `lora_A` and `lora_B`, in units of the layer's mean weight scale;
-            1/2500 in the released code.
+        lora: learning rate of `lora_A` and `lora_B`, in units of the layer's mean weight scale; 1/2500
+            in the released code.
         weight_scale: learning rate of the weight scales.
         activation: learning rate of activation scales and zero points.
         activation_relative: whether to multiply `activation` by the layer's mean activation scale.

@@ -4,9 +4,9 @@
 
 for the guided predictions, at points of the teacher's trajectories.
 
-Two learning rates have another effect than in the released code, because the recipes run fewer than
-its 16,000 iterations. With the recipes an adapter entry can move by up to 8 or 16 weight levels, in
-the released code by 3.2. Weight scales have the released rate of 1e-6 and hardly change in so few
+Two learning rates have another effect than in the released code, because the recipes run fewer than its
+16,000 iterations. With the recipes an adapter entry can move by up to 8 or 16 weight levels, in the
+released code by 3.2. Weight scales have the released rate of 1e-6 and hardly change in so few
 iterations.
 """
 

@@ -1,8 +1,8 @@
 """The training loop of all methods: accumulation, precision, learning-rate decay, checkpoints.
 
-A method provides its parameter groups and the loss of one micro-batch (`Objective`). The loop runs under
-accelerate with any number of processes. Random numbers depend only on (seed, stream, iteration), so
-a run with two processes, a run with two micro-batches per update and a resumed run use the same
+A method provides its parameter groups and the loss of one micro-batch (`Objective`). The loop runs
+under accelerate with any number of processes. Random numbers depend only on (seed, stream, iteration),
+so a run with two processes, a run with two micro-batches per update and a resumed run use the same
 noise.
 """
 
@@ -200,8 +200,7 @@ def fit(
         NonFiniteError: the loss is NaN or infinite; the message names the layer.
         ArtefactError: the checkpoint cannot be used.
     """
-    # The groups are created before a checkpoint is loaded: learning rates depend on calibrated
-    # scales.
+    # The groups are created before a checkpoint is loaded: learning rates depend on calibrated scales.
     optimizer = _trainable_optimizer(model, objective.parameter_groups(), weight_decay, table_state)
     run = _Optimisation(model, objective, optimizer, iterations, accumulate, accelerator)
     state = CheckpointState(model, optimizer, objective, accelerator, fingerprint)

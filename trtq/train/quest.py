@@ -5,10 +5,10 @@ Two stages tune some of the original weights and all activation scales:
     1  the time-embedding projections           sum_l || O_l - O~_l ||^2 + L_G      (eq. 4 and 6)
     2  the attention-related layers             sum_l || O_l - O~_l ||^2 + L_G      (eq. 5 and 6)
 
-`O_l` is the output of a tuned layer in the float model and `O~_l` its output in the quantised
-model, each for the layer's inputs in the same model. `L_G` is the error of the final output. Weight
-scales and zero points stay fixed. With learned rounding (`trtq.quant.adaround`) the direction stays
-frozen while the weight changes.
+`O_l` is the output of a tuned layer in the float model and `O~_l` its output in the quantised model,
+each for the layer's inputs in the same model. `L_G` is the error of the final output. Weight scales and
+zero points stay fixed. With learned rounding (`trtq.quant.adaround`) the direction stays frozen while
+the weight changes.
 
 The two losses are weighted in one of three ways: as in the paper, with one global term; as in the
 released code, which adds the global term once per tuned layer; or with the global term alone, as in
@@ -16,8 +16,7 @@ stage 2 of the released unconditional and ImageNet models.
 
 Differences from the released code:
 
-- At 4 bits the authors use one activation scale per input channel and step, which an integer
-product
+- At 4 bits the authors use one activation scale per input channel and step, which an integer product
   cannot compute; here there is one scale per tensor and step.
 - With guidance the authors compare both halves of the batch; here the guided outputs are compared, in
   which the unconditional half has weight `(guidance - 1)^2`.

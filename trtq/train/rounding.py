@@ -3,9 +3,8 @@
     minimise over alpha   mean || op(x~, W(alpha)) - op(x, W) ||^2 + 0.01 / n * rounding_loss(alpha)
 
 where `x~` are the layer's inputs in the quantised model, whose earlier layers already have learned
-rounding, and `x` its inputs in the float model; both come from the teacher's trajectories. The
-rounding loss is omitted in the first fifth of the iterations; then its temperature falls from 20 to
-2.
+rounding, and `x` its inputs in the float model; both come from the teacher's trajectories. The rounding
+loss is omitted in the first fifth of the iterations; then its temperature falls from 20 to 2.
 
 QuEST's authors (arXiv 2402.03666) reconstruct whole blocks, with 20,000 iterations each at a rate of
 1e-3. Their inputs come from the model with quantised weights and float activations, ours from the fully

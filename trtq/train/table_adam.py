@@ -1,9 +1,9 @@
 """AdamW that treats every entry of a timestep table as a separate parameter.
 
 A table `[T]` has non-zero gradients only at the steps that a batch visits. AdamW on the whole table
-also moves unvisited entries, by their momentum, and corrects the bias of all moments by the number
-of iterations. `TableAdamW` moves only visited entries and corrects each entry by the number of its
-visits. QuEST's released code also resets an entry's moments whenever its timestep is visited again.
+also moves unvisited entries, by their momentum, and corrects the bias of all moments by the number of
+iterations. `TableAdamW` moves only visited entries and corrects each entry by the number of its visits.
+QuEST's released code also resets an entry's moments whenever its timestep is visited again.
 """
 
 from __future__ import annotations

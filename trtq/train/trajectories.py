@@ -65,12 +65,12 @@ class Trajectories:
         purpose: name that separates the random numbers of different stages.
         guidance: classifier-free guidance scale of the teacher.
         eta: amount of fresh noise in the teacher's DDIM steps, 0 .. 1.
-        staggered: whether to spread the items of all micro-batches of an update over the schedule;
-            if not, all items are at the same step.
+        staggered: whether to spread the items of all micro-batches of an update over the schedule; if
+            not, all items are at the same step.
         weighted: whether to weight errors by their effect on the final sample
             (`NoiseSchedule.influence`); if not, all steps have weight 1.
-        device: device of the teacher; random numbers are generated on the CPU, so they do not
-            depend on it.
+        device: device of the teacher; random numbers are generated on the CPU, so they do not depend on
+            it.
     """
 
     def __init__(

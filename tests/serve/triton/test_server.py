@@ -1,10 +1,10 @@
 """Test a packaged repository in a real Triton server.
 
-The server comes from NVIDIA's `nvidia-pytriton`, unpacked into a separate folder (its NumPy is
-older than ours): `pip install --no-deps --target DIR nvidia-pytriton==0.7.0 "numpy<2"`, then
+The server comes from NVIDIA's `nvidia-pytriton`, unpacked into a separate folder (its NumPy is older
+than ours): `pip install --no-deps --target DIR nvidia-pytriton==0.7.0 "numpy<2"`, then
 `TRTQ_PYTRITON=DIR`; `pip install geventhttpclient grpcio` installs the clients' dependencies. The
-server has only the Python backend, so `GRAPH` below serves the graphs' models, with the packaged
-names, inputs, outputs and batching; the pipeline's model is served as packaged.
+server has only the Python backend, so `GRAPH` below serves the graphs' models, with the packaged names,
+inputs, outputs and batching; the pipeline's model is served as packaged.
 """
 
 import contextlib
@@ -126,8 +126,7 @@ class Server:
         (backend / "triton_python_backend_stub").chmod(0o755)
         binary = SERVER / "bin" / "tritonserver"
         binary.chmod(0o755)
-        # The backend's stub ignores PYTHONPATH; it uses the packages of the first `python3` in
-        # PATH.
+        # The backend's stub ignores PYTHONPATH; it uses the packages of the first `python3` in PATH.
         venv.create(place / "venv")
         (packages,) = (place / "venv").glob("lib/*/site-packages")
         seen = [FOLDER] * old_numpy + [ROOT, sysconfig.get_path("purelib")]

@@ -1,8 +1,8 @@
 """Access control: the hosts that a server answers to, and the origins whose pages may use it.
 
 A browser lets any page send requests to any address. Two headers distinguish such requests from the
-user's own: `Host`, the name of the server in the page's URL (the author of a page can let a name resolve
-to 127.0.0.1: DNS rebinding), and `Origin`, the origin of the page. Programs send no `Origin`.
+user's own: `Host`, the name of the server in the page's URL (the author of a page can let a name
+resolve to 127.0.0.1: DNS rebinding), and `Origin`, the origin of the page. Programs send no `Origin`.
 """
 
 from __future__ import annotations
@@ -125,12 +125,12 @@ class Access:
     """The hosts and origins that a server answers to.
 
     Loopback names and addresses, and the local address of a connection, are always allowed: an address
-    of the machine itself, which the probes of Kubernetes and Prometheus send, is safe, and all
-    other names must be allowed explicitly.
+    of the machine itself, which the probes of Kubernetes and Prometheus send, is safe, and all other
+    names must be allowed explicitly.
 
     Attributes:
-        bound: address or name that the server listens on; if it is a wildcard, the machine's
-            name is allowed, too.
+        bound: address or name that the server listens on; if it is a wildcard, the machine's name is
+            allowed, too.
         hosts: additional hosts, as `allowed_hosts` returns them.
         origins: other origins whose pages may use the server, as `allowed_origins` returns them.
     """

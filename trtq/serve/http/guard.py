@@ -35,8 +35,8 @@ def internal_error() -> ApiError:
 class Guard:
     """Wraps the application: request id, access control, API key, metrics and the log line of a request.
 
-    Requests for images bypass FastAPI's layers, which would double the overhead per image; FastAPI
-    only describes these requests in the schema. HEAD is GET without the body, for every path.
+    Requests for images bypass FastAPI's layers, which would double the overhead per image; FastAPI only
+    describes these requests in the schema. HEAD is GET without the body, for every path.
 
     Args:
         app: ASGI application for all other requests.

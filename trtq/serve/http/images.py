@@ -225,8 +225,7 @@ async def _read_body(scope: Mapping[str, Any], receive: Receive, limits: Limits)
     more = True
     try:
         async with asyncio.timeout(limits.body_s):
-            # A client does not read the response while it sends: read and discard part of a large
-            # body.
+            # A client does not read the response while it sends: read and discard part of a large body.
             while more and size <= _DISCARDED * limits.body_bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":

@@ -1,8 +1,8 @@
 """The HTTP protocol of the server, with limits on the size and duration of requests.
 
 Input that the parser cannot read gets a response like any other error: OpenAI's envelope with a request
-id. If a client is still sending when its response is complete, the server keeps reading briefly
-before it closes the connection: closing it while bytes arrive would reset it and lose the response.
+id. If a client is still sending when its response is complete, the server keeps reading briefly before
+it closes the connection: closing it while bytes arrive would reset it and lose the response.
 """
 
 from __future__ import annotations

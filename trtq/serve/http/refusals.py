@@ -40,8 +40,7 @@ def checked_target(
         method: method of the request.
         version: HTTP version, e.g. `1.1`.
         url: target of the request, a path or an absolute URL.
-        headers: header fields with lower-case names; the host is appended if only the target has
-            one.
+        headers: header fields with lower-case names; the host is appended if only the target has one.
         upgrade: whether the request requests another protocol.
 
     Raises:

@@ -54,8 +54,7 @@ class PipelineModel(ImageModel):
         name: model name used in requests.
         provider: execution provider of the denoiser.
         shapes: maximum number of batch sizes in use at once.
-        artefact: artefact that `source` was loaded from; None: the artefact in the folder of
-            `source`.
+        artefact: artefact that `source` was loaded from; None: the artefact in the folder of `source`.
 
     Raises:
         UsageError: the inputs of the pipeline's denoiser are unknown.

@@ -1,7 +1,7 @@
 """Solvers: the trajectory of one image from noise to the clean sample.
 
-DDIM, which the shipped models and many class-conditional models use, is implemented with numpy. It needs
-neither torch nor diffusers, whose imports take five times as long as the rest of a server's
+DDIM, which the shipped models and many class-conditional models use, is implemented with numpy. It
+needs neither torch nor diffusers, whose imports take five times as long as the rest of a server's
 startup. All other schedulers come from diffusers, with one copy per image.
 """
 
@@ -60,8 +60,8 @@ class Ddim:
         config: content of `scheduler_config.json`.
 
     Raises:
-        UsageError: the configuration belongs to another scheduler, or has settings that only
-            diffusers implements.
+        UsageError: the configuration belongs to another scheduler, or has settings that only diffusers
+            implements.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
     serve run trtq.serve.ray:app path=onnx max_replicas=2
 
-or `trtq serve onnx --ray --replicas 1:2` (see `trtq.serve.ray.local`). One replica handles a request. If
-that replica dies, another replica restarts the request. The ingress chooses the seed, so the images
+or `trtq serve onnx --ray --replicas 1:2` (see `trtq.serve.ray.local`). One replica handles a request.
+If that replica dies, another replica restarts the request. The ingress chooses the seed, so the images
 are the same, and no image is sent twice. Ray sends usage statistics to its developers unless
 RAY_USAGE_STATS_ENABLED=0 is set where the cluster is started.
 """
@@ -94,8 +94,8 @@ class Replica:
 def replicas_wanted(context: Any) -> tuple[float, dict[str, Any]]:
     """Ray Serve's autoscaling policy: the images in progress divided by the images per replica.
 
-    The number of requests would be too coarse, since a request may be for ten images. A request
-    that waits for a replica counts as one image. Ray Serve itself applies the delays and limits.
+    The number of requests would be too coarse, since a request may be for ten images. A request that
+    waits for a replica counts as one image. Ray Serve itself applies the delays and limits.
 
     Args:
         context: Ray Serve's `AutoscalingContext`.
@@ -116,8 +116,8 @@ class Ingress:
     Args:
         replicas: Ray's handle of the deployment.
         limits: limits of one replica.
-        api_key: key that requests to `/v1` must send, wrapped as a secret to keep it out of
-            messages and dashboards.
+        api_key: key that requests to `/v1` must send, wrapped as a secret to keep it out of messages
+            and dashboards.
         access: hosts and origins that the server answers to.
     """
 

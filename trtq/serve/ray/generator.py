@@ -99,8 +99,8 @@ class RemoteGenerator(ImageGenerator):
             seconds: time from the request's arrival to the deadline, in seconds.
 
         Raises:
-            ApiError: the error of the replica; 408 the deadline has passed, even if the replica does not
-                respond; 503 the request is cancelled because the server is about to stop.
+            ApiError: the error of the replica; 408 the deadline has passed, even if the replica does
+                not respond; 503 the request is cancelled because the server is about to stop.
         """
         coming = asyncio.ensure_future(anext(events, None))
         self._waiting.add(coming)

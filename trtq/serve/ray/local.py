@@ -57,8 +57,8 @@ def parse_replicas(text: str) -> tuple[int, int]:
 def serve_on_ray(options: RayOptions, announce: Callable[[dict[str, Any]], None]) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    If RAY_ADDRESS is set (`auto`: the Ray instance of this machine), the server joins it, and Ray
-    keeps running afterwards. Otherwise the server starts a Ray instance and stops it at the end.
+    If RAY_ADDRESS is set (`auto`: the Ray instance of this machine), the server joins it, and Ray keeps
+    running afterwards. Otherwise the server starts a Ray instance and stops it at the end.
 
     Args:
         options: options of the server.

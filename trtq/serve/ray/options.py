@@ -27,11 +27,9 @@ class RayOptions(ServeOptions):
     Attributes:
         min_replicas: minimum number of replicas.
         max_replicas: maximum number of replicas.
-        images_per_replica: number of images in progress per replica above which another replica
-            starts;
+        images_per_replica: number of images in progress per replica above which another replica starts;
             None: the images of a full batch.
-        upscale_delay_s: time that demand must exceed the replicas before a replica starts, in
-            seconds.
+        upscale_delay_s: time that demand must exceed the replicas before a replica starts, in seconds.
         downscale_delay_s: time that demand must stay below the replicas before a replica stops, in
             seconds.
         look_back_s: time over which the number of images in progress is averaged, in seconds.

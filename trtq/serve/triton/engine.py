@@ -26,8 +26,7 @@ class ServedGraph:
         inputs: specifications of the inputs by name.
         outputs: specifications of the outputs by name.
         metadata: metadata of the graph's file.
-        batched: whether the server may batch calls; if so, the first axis of every input is the
-            batch.
+        batched: whether the server may batch calls; if so, the first axis of every input is the batch.
     """
 
     model: str

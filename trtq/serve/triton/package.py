@@ -62,9 +62,9 @@ def package_triton(
 ) -> TritonPackageResult:
     """Write a model repository: one model per graph, and one for the whole pipeline.
 
-    The pipeline's model is a Python model: the denoising loop, which calls the other models. Each
-    item has its own step index, so the server may batch denoiser calls of different requests at
-    different steps.
+    The pipeline's model is a Python model: the denoising loop, which calls the other models. Each item
+    has its own step index, so the server may batch denoiser calls of different requests at different
+    steps.
 
     Args:
         artefact: an ONNX folder, whose graphs the onnxruntime backend runs, or an engine folder.

@@ -118,8 +118,7 @@ class PackagedPipeline:
             seed: seed of the initial noise; image i of a seed is the same in every request.
             steps: number of denoising steps; None: the default of the settings.
             guidance: classifier-free guidance; None: the default of the settings.
-            cancelled: function called before each graph call; returns whether the client has
-                cancelled.
+            cancelled: function called before each graph call; returns whether the client has cancelled.
 
         Returns:
             The images, uint8[B,H,W,C].
