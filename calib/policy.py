@@ -33,7 +33,7 @@ _MAX_PROBLEMS = 5
 _MAX_BYTES = 256 << 10
 _MAX_LEVELS = 16
 _MANY_KEYS = re.compile(r"(?<![\w\"'-])(?:[\w\"'-]+[ \t]*\.[ \t]*){100}")
-"""A dotted key with 100 parts or more, on which the parser would spend minutes."""
+"""A dotted key with 100 or more parts, which would take the parser minutes."""
 
 
 def _pattern(value: str) -> str:

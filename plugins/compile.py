@@ -126,8 +126,8 @@ _PTX_VERSIONS = {
     "sm120": b"8.7",
     "sm121": b"8.8",
 }
-"""First version of PTX that supports an architecture and the instructions of the kernels; every driver
-that supports the GPU reads this version."""
+"""First PTX version that supports an architecture and the instructions of the kernels; every driver
+that supports the GPU accepts this version."""
 
 
 def ptx(variant: Variant, architecture: str) -> bytes:

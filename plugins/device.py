@@ -15,7 +15,7 @@ from trtq.plugins.variants import Variant
 __all__ = ["CudaDevice", "Gpu", "current_device", "first_gpu"]
 
 _DEFAULT_SHARED_BYTES = 48 << 10
-"""Limit of shared memory per block; a kernel needs an attribute to use more."""
+"""Default limit of shared memory per block, in bytes; a kernel needs an attribute to use more."""
 _NON_BLOCKING = 1
 """Flag of a stream that does not synchronise with the legacy default stream."""
 _MIN_CAPABILITY = (7, 5)

@@ -77,8 +77,8 @@ def driver_cuda() -> tuple[int, int] | None:
 def first_gpu_uuid() -> str | None:
     """UUID of the first GPU visible to this process, in NVML's notation; None if there is no GPU.
 
-    With `CUDA_VISIBLE_DEVICES`, or if CUDA lists the fastest GPU first, this GPU may not be NVML's GPU
-    0.
+    With `CUDA_VISIBLE_DEVICES`, or if CUDA lists the fastest GPU first, this may not be NVML's first
+    GPU.
     """
     library, device, uuid = _library(), ctypes.c_int(), (ctypes.c_ubyte * 16)()
     if library is None or library.cuInit(0) or library.cuDeviceGet(ctypes.byref(device), 0):

@@ -29,7 +29,7 @@ _CHANNELS_LAST, _SILU = 1, 2
 _QUANTIZE_PIXELS, _QUANTIZE_THREADS = 32, 128
 _ALIGNMENT = 16
 _MAX_BLOCKS = 65_535
-"""CUDA's limit for y and z of a grid."""
+"""CUDA's maximum number of blocks along y and z of a grid."""
 
 
 @dataclass(frozen=True)

@@ -54,10 +54,10 @@ class Tile:
 
 
 TILES = (Tile(64, 64, 2, 2), Tile(128, 128, 2, 4), Tile(128, 256, 2, 4))
-"""From many small blocks to few large ones."""
+"""Tiles of the product kernel, from small to large."""
 ONE_LAUNCH_TILES = (Tile(64, 64, 2, 2), Tile(128, 128, 2, 4, stages=2))
-"""Tiles of the fused kernel. TensorRT starts it without raising the limit of 48 KiB of shared memory, of
-which the system reserves 1 KiB on sm90 and later."""
+"""Tiles of the fused kernel. TensorRT starts the kernel with the default limit of 48 KiB of shared
+memory; the system reserves 1 KiB of it on sm90 and later."""
 
 
 @dataclass(frozen=True)

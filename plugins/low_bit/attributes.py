@@ -23,7 +23,7 @@ FIELDS = {
     "dilations": 2,
     "group": 1,
 }
-"""Attributes of a node with the number of their integers."""
+"""Number of integers of each attribute of a node, by name."""
 
 
 def fields_of(layer: LayerSpec) -> dict[str, list[int]]:

@@ -21,7 +21,7 @@ from trtq.plugins.variants import ONE_LAUNCH_TILES, Tile, Variant
 __all__ = ["register_ahead_of_time", "register_all"]
 
 _LARGE_TILE_CHANNELS = 128
-"""Number of output channels from which on the larger tile is faster."""
+"""Minimum number of output channels for which the larger tile is faster."""
 
 
 def _tile(layer: LayerSpec) -> Tile:

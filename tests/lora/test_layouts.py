@@ -322,7 +322,7 @@ def kohya_flux(pipe, g):
 
 
 def kohya_flux_sparse(pipe, g):
-    """Each of q, k and v has its own third of the rank, as some trainers write it."""
+    """Create a file in which q, k and v have a third of the rank each, as some trainers do."""
     tensors = flux_original(KOHYA_ENDS, "lora_unet_", g, 2.0, rank=6)
     mask = torch.block_diag(*(torch.ones(FLUX_WIDTH, 2) for _ in range(3)))
     for stream in ("img", "txt"):

@@ -387,7 +387,7 @@ def test_a_gpu_without_integer_tensor_cores_is_refused(recording):
         ({"gpus": ""}, "580 (CUDA 13.0)", "there is no NVIDIA GPU that this process may use"),
         ({"cuda": 14010}, "CUDA 14.1", None),
     ],
-    ids=["well", "old", "none", "later"],
+    ids=["supported", "old", "missing", "later"],
 )
 def test_the_doctor_reports_the_driver(settings, row, hint, recording):
     record = recording.run(

@@ -36,7 +36,7 @@ TIMINGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "speedup": lambda entry: entry["parts"][DENOISER],
     "images_speedup": lambda entry: entry["batch_of_images"],
 }
-"""Compared timings: JSON key of the speedup, and where a batch size holds the timing."""
+"""Functions that find the compared timing of a batch size, by JSON key of the speedup."""
 
 
 @dataclass

@@ -25,7 +25,7 @@ CONFIDENCE = 0.95
 Verdict = Literal["faster", "slower", "better", "worse", "within the spread", "too few turns"]
 
 _MIN_CALLS_P99 = 100
-"""With fewer calls, no value is expected above the 99th percentile; p99 would be the slowest call."""
+"""Minimum number of calls for p99; with fewer calls, p99 would be the slowest call."""
 
 
 class Summary(TypedDict):

@@ -20,7 +20,7 @@ VERBS = (
     *("doctor", "quantize", "export", "build", "generate", "eval", "bench", "inspect", "verify"),
     *("serve", "package", "plugins", "demo"),
 )
-"""The order of `trtq --help`: the path from a checkpoint to a server."""
+"""The commands in the order of `trtq --help`: the workflow from a checkpoint to a server."""
 
 
 class OrderedGroup(typer.core.TyperGroup):

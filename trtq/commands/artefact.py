@@ -69,7 +69,7 @@ def _print_contents(artefact: str, record: dict[str, Any]) -> None:
 
 
 def _print_layers(rows: Sequence[dict[str, Any]]) -> None:
-    """Layers with unabridged names: one line each where the terminal is wide enough, else two."""
+    """Print layers with full names, in one line each if the terminal is wide enough, else two."""
     reasons = list(dict.fromkeys(row["reason"] for row in rows if row.get("reason")))
     notes = {reason: f"[{number}]" for number, reason in enumerate(reasons, 1)}
     cells = [(*_layer_cells(row), notes.get(row.get("reason", ""), "")) for row in rows]

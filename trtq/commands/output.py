@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 BROKEN_PIPE = 141
-"""The exit code that a shell reports for a program ended by SIGPIPE."""
+"""The exit code that a shell reports for a program terminated by SIGPIPE."""
 _NAME_WIDTH = 28
 _NOISY_LOGGERS = ("matplotlib", "PIL", "asyncio", "onnx_ir", "onnxscript", "torch", "fsspec")
 

@@ -49,7 +49,7 @@ __all__ = ["assemble", "load_part", "load_pipeline"]
 logger = logging.getLogger(__name__)
 
 _MAX_TEXT = 1 << 20
-"""Maximum `model_max_length` of a CLIP tokenizer, in tokens; transformers' default is far above."""
+"""Maximum `model_max_length` of a CLIP tokenizer, in tokens; the default is far larger."""
 
 
 def load_part(folder: Path, part: str, cls: Any) -> Any:

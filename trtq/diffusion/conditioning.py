@@ -15,7 +15,7 @@ from trtq.errors import UsageError
 __all__ = ["UNLABELLED_PIPELINES", "CalibrationPrompts", "check_unlabelled", "encode_in_batches"]
 
 UNLABELLED_PIPELINES = ("DDIMPipeline", "DDPMPipeline")
-"""diffusers' pipelines that hold a `UNet2DModel` and a scheduler and pass no class."""
+"""diffusers' pipelines that consist of a `UNet2DModel` and a scheduler and pass no class."""
 _ENCODE_BATCH = 64
 _PROMPT_GROUP = 4
 

@@ -193,9 +193,9 @@ _FURTHER_INPUTS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
         "call pipe.unload_ip_adapter() before saving it, or choose a model without it",
     ),
 )
-"""Settings of a UNet: name, values without a further input, the further input of others, advice."""
+"""Settings of a UNet: name, values without a further input, name of the further input, advice."""
 _WITHOUT_NEGATIVE = ("LDMTextToImagePipeline", "FluxPipeline")
-"""The first has no negative prompt; the second uses it with a separate, true guidance scale only."""
+"""Pipelines without a negative prompt; Flux's uses one only with a separate guidance scale."""
 
 
 def encodes_text(pipeline: Any) -> bool:

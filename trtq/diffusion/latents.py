@@ -16,7 +16,7 @@ __all__ = ["draw_noise", "latent_decoder"]
 
 _SHIFTED = ("StableDiffusion3Pipeline", "FluxPipeline")
 _BY_CHANNEL = ("StableDiffusionXLPipeline",)
-"""Other pipelines ignore these numbers, although their autoencoders configure them."""
+"""Pipelines that normalise latents by channel; others ignore their autoencoder's configuration."""
 
 
 def draw_noise(loaded: LoadedPipeline, generator: torch.Generator) -> Tensor:

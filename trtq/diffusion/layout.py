@@ -36,7 +36,7 @@ SCHEDULER_NAME = "scheduler_config.json"
 MAX_TRAINED = 100_000
 """Maximum number of training timesteps; diffusers' schedulers have 1000."""
 _PARTS = ("scheduler", "unet", "transformer")
-"""Always components; elsewhere a list of numbers is a setting of the pipeline."""
+"""Entries that are always components; other lists of numbers are settings of the pipeline."""
 _NAME = re.compile(r"[A-Za-z0-9_]{1,128}")
 _MAX_CLASSES = 1 << 24
 _Word = Annotated[str, Field(strict=True, max_length=128)]

@@ -16,9 +16,9 @@ from trtq.errors import UsageError
 __all__ = ["ModelSizes", "cell_pixels", "coarsest_cell", "trained_size"]
 
 _MAX_CELLS = 8192
-"""Limit of the cells along one side of a latent, as in `trtq.diffusion.checkpoint`."""
+"""Maximum number of cells along one side of a latent, as in `trtq.diffusion.checkpoint`."""
 _MAX_ENLARGED = 16
-"""Maximum ratio of a height or width to that of the training; images degrade from a ratio of 2 on."""
+"""Maximum ratio of height or width to the training size; images degrade from a ratio of 2 on."""
 
 
 def cell_pixels(pipeline: Any) -> int:

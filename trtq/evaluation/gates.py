@@ -75,7 +75,7 @@ def parse_gate(text: str) -> Gate:
 
 
 PIXEL_METRICS = ("psnr_db", "ssim", "snr_db_min")
-"""Metrics that compare pixels and predictions with the float model's, and need no extractor."""
+"""Metrics that compare pixels or predictions with the float model's and need no extractor."""
 
 
 def check_gates(gates: tuple[Gate, ...], reference: ReferenceSet) -> None:

@@ -15,8 +15,8 @@ from trtq.quant.timestep import Step, TimestepTable, current_step
 __all__ = ["ActivationQuantizer", "ZeroPointMode", "per_item", "select_step"]
 
 ZeroPointMode = Literal["frozen", "rounded", "float"]
-"""Behaviour of zero points. `frozen`: whole numbers, not trained. `rounded`: trained, and rounded in
-every forward pass. `float`: trained without rounding, as released; deployment rounds them."""
+"""Behaviour of zero points. `frozen`: integers, not trained. `rounded`: trained, and rounded in every
+forward pass. `float`: trained without rounding, as in the release; deployment rounds them."""
 
 
 def select_step(table: Tensor, step: Step, batch: int) -> Tensor:

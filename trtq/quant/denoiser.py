@@ -92,7 +92,7 @@ class QuantizedDenoiser(StandIn):
                 yield name, module
 
     def activations(self) -> Iterator[tuple[str, ActivationQuantizer]]:
-        """The activation quantisers by (first) path in the wrapped model."""
+        """The activation quantisers by path in the wrapped model; if shared, by the first path."""
         for name, module in self.denoiser.named_modules():
             if isinstance(module, ActivationQuantizer):
                 yield name, module

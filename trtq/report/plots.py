@@ -56,7 +56,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _text(label: str) -> str:
-    """Escape a label: matplotlib typesets text between dollars, and hides labels that start with _."""
+    """Escape a label: matplotlib typesets `$...$` and hides labels that start with `_`."""
     plain = label.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
 

@@ -77,7 +77,7 @@ def label_text(key: Any) -> str:
 
 
 _EXACT_DB = 200.0
-"""Parity that `trtq.exporter.parity` reports for equal values."""
+"""SNR in dB that `trtq.exporter.parity` reports for equal values."""
 
 
 def decibel_text(value: float) -> str:

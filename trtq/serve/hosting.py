@@ -31,7 +31,7 @@ __all__ = ["build_service", "is_compiling", "open_model"]
 logger = logging.getLogger(__name__)
 _COMPILE_THREAD = "compile-"
 _LISTENING_S = 10.0
-"""Maximum time from opening the models until the server listens."""
+"""Maximum time from opening the models until the server listens, in seconds."""
 _MAX_NAME = 100
 TORCH = "torch"
 

@@ -21,7 +21,7 @@ __all__ = ["copy_mapped_files", "mapped_files"]
 
 _MAPS = Path("/proc/self/maps")
 _PART = 64 << 20
-"""Number of bytes that are copied at a time, and thus are in memory twice."""
+"""Number of bytes that are copied at a time, and so are in memory twice."""
 _MAY_MOVE_TO = 1 | 2
 """Flags of mremap: MREMAP_MAYMOVE and MREMAP_FIXED."""
 _NO_DATA = ("/dev/", "/memfd:", "/SYSV", "/run/shm/")

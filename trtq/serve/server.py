@@ -30,7 +30,7 @@ __all__ = ["drain", "listen", "serve"]
 
 logger = logging.getLogger(__name__)
 _LAST_RESPONSES_S = 2.0
-"""Time for sending the last responses, and again for the engine's last call to return."""
+"""Time limit of sending the last responses, and of the engine's last call, in seconds."""
 _CONNECTIONS = 1024
 _BACKLOG = 2048
 _UNREAD_MS = 60_000

@@ -20,10 +20,10 @@ from trtq.train.trajectories import Trajectories
 __all__ = ["Distillation", "Rates"]
 
 _SCALE_RANGE = 4.0
-"""Largest factor between a trained activation scale and its calibrated value, in both directions.
+"""Maximum factor between a trained activation scale and its calibrated value, up or down.
 
-The bound is a choice of this project, not part of the papers. It only has to stop entries that drift
-towards zero (see `Distillation.after_update`), so it is about as wide as the search of ranges
+The bound is a choice of this project, not of the papers. It only prevents entries from drifting towards
+zero (see `Distillation.after_update`), so it is about as wide as the search of ranges
 (`trtq.quant.ranges`), whose candidates differ by a factor of up to 1 / 0.21 = 4.8.
 """
 

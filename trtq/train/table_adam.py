@@ -17,10 +17,11 @@ from torch import Tensor
 __all__ = ["TableAdamW", "TableState"]
 
 TableState = Literal["dense", "persistent", "reset"]
-"""Treatment of a table's entries.
+"""Optimiser state of a table's entries.
 
-`dense`: AdamW on the whole table, as in EfficientDM. `persistent`: one state per entry. `reset`: an
-entry's state is reset when the entry is visited again after a pause, as in QuEST's release.
+`dense`: AdamW on the whole table, as in EfficientDM. `persistent`: one state per entry. `reset`: one
+state per entry, which is reset when the entry is visited again after a pause, as in QuEST's released
+code.
 """
 
 
@@ -30,7 +31,7 @@ class TableAdamW(torch.optim.Optimizer):
     Args:
         groups: parameter groups with `params` and `lr`.
         weight_decay: decoupled weight decay.
-        state: `persistent`, or `reset` to reset an entry's moments before each visit.
+        state: `persistent` or `reset`, see `TableState`.
         betas: decay factors of the first and second moment.
         eps: term added to the square root of the second moment.
     """

@@ -19,7 +19,7 @@ from trtq.serve.models.torch_free import pixels
 STEPS = 3
 SEED = 4
 SMALLER = ("pixart", "flux")
-"""At their default size, attention over 4,096 and 16,384 cells takes 90 % of the time."""
+"""Pipelines tested at a smaller size, because attention over 4,096 or more cells is slow."""
 
 
 def opened(name):

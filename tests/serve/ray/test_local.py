@@ -75,7 +75,7 @@ def start(*arguments):
 @pytest.mark.parametrize(
     ("drain_s", "signals", "statuses"),
     [(60, 1, {200}), (0.5, 1, {200, 503}), (60, 2, {200, 503})],
-    ids=["finished", "given up in time", "given up when asked twice"],
+    ids=["finished", "given up after the time limit", "given up at the second signal"],
 )
 def test_sigterm_answers_all_accepted_requests(served_onnx, drain_s, signals, statuses):
     process = start(

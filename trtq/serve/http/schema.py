@@ -25,7 +25,7 @@ _SYNONYMS = {
     "timeout": "deadline",
 }
 _UNSUPPORTED = ("input_fidelity", "moderation", "output_compression", "style")
-"""OpenAI's fields that have no meaning here."""
+"""OpenAI's fields that this server does not support."""
 _REASONS = {
     "response_format": "this server keeps no files, so pictures come as 'b64_json'",
     "output_format": "pictures come as 'png'",

@@ -42,7 +42,7 @@ __all__ = ["TorchFreeModel", "pixels"]
 
 _MIN_VALUES = 16
 _CHEAP_VALUES = 1 << 12
-"""Number of values in an image up to which its noise and its PNG file take little time."""
+"""Maximum number of values in an image whose noise and PNG file take little time."""
 _MAX_CHANNELS = 4096
 _MAX_CLASSES = 1 << 24
 

@@ -52,7 +52,7 @@ class RayOptions(ServeOptions):
 
 _LISTS = {"allowed_hosts": allowed_hosts, "allowed_origins": allowed_origins}
 _NO_ARGUMENTS = ("host", "port", "drain_s", "api_key", "limits", *_LISTS)
-"""Fields that are no arguments of `serve run`, or arguments of another form."""
+"""Fields that are not arguments of `serve run`, or that have another form there."""
 _FORMER_NAMES = {"target": "images_per_replica"}
 """Former names of arguments, accepted for one release."""
 
