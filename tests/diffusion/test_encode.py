@@ -41,7 +41,7 @@ def test_the_unconditional_input_is_the_pipelines_encoding_of_the_negative_promp
         assert torch.equal(torch.cat([value, encoded.conditional[key]]), seen[key]), key
 
 
-def test_stable_diffusion_xl_encodes_an_empty_negative_prompt_unlike_none():
+def test_stable_diffusion_xl_distinguishes_an_empty_negative_prompt_from_none():
     """Without a negative prompt the pipeline uses zeros."""
     loaded = open_pipeline(build("sd_xl"))
     none, empty = (

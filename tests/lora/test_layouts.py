@@ -884,7 +884,7 @@ def test_merging_needs_no_peft(tmp_path, generator, monkeypatch):
 
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", ""])
 @pytest.mark.parametrize("name", pipelines.PIPELINES)
-def test_every_layer_of_every_pipeline_is_known_by_its_diffusers_name(name, prefix):
+def test_every_layer_of_every_pipeline_has_its_diffusers_name(name, prefix):
     pipe = pipelines.build(name)
     denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
     names = Names(parts(pipe), denoiser)

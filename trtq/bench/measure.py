@@ -135,7 +135,7 @@ def ask_optional(worker: Worker | None, question: str, **arguments: Any) -> dict
     """Send a request that no timing depends on; log a failure and return None.
 
     Args:
-        worker: worker process; None: do nothing.
+        worker: worker process; None: no request is sent.
         question: name of the request.
         arguments: JSON values, the keyword arguments of the request.
     """

@@ -157,7 +157,7 @@ def open_pipeline(model: str | Path | Any) -> LoadedPipeline:
 
 
 def _open_object(pipeline: Any) -> LoadedPipeline:
-    """Open a pipeline object; a low-bit pipeline of trtq is used as it is."""
+    """Open a pipeline object; a low-bit pipeline of trtq is used unchanged."""
     if isinstance(pipeline, nn.Module):
         raise UsageError(
             f"a whole pipeline is required, got the model {type(pipeline).__name__} alone; put the "

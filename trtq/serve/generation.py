@@ -62,7 +62,7 @@ class Generation:
     Args:
         served: the model that draws.
         request: the images to draw.
-        options: how to deliver the images.
+        options: delivery of the images: deadline, previews and progress events.
         codec: thread that encodes prompts and decodes images; not used for models with a cheap codec.
 
     Attributes:

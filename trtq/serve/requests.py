@@ -112,7 +112,7 @@ class ImageGenerator(ABC):
         Args:
             name: name of the model.
             request: the images to draw.
-            options: how to deliver the images.
+            options: delivery of the images: deadline, previews and progress events.
 
         Raises:
             ApiError: 400 the model cannot draw these images; 408 the deadline passed; 429 the queue is

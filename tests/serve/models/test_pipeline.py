@@ -127,7 +127,7 @@ def test_a_model_without_prompts_refuses_them():
     ("name", "size"),
     [("sd_1", (24, 32)), ("sd_xl", (32, 8)), ("sd_3", (24, 32)), ("ldm_kl", (128, 64))],
 )
-def test_another_size_is_drawn_as_the_pipeline_draws_it(name, size):
+def test_images_of_another_size_equal_those_of_the_pipeline(name, size):
     source = opened(name)
     model = PipelineModel(source, name, "torch")
     assert size in model.info.sizes
@@ -179,7 +179,7 @@ def test_sizes_in_torch_range_from_one_cell_to_twice_the_default_size():
 
 
 @pytest.mark.parametrize("name", ["sd_1", "sd_xl", "sd_3", "pixart"])
-def test_a_negative_prompt_is_drawn_as_the_pipeline_draws_it(name):
+def test_images_with_a_negative_prompt_equal_those_of_the_pipeline(name):
     source = opened(name)
     model = PipelineModel(source, name, "torch")
     assert model.info.takes_negative_prompt

@@ -219,7 +219,7 @@ def test_the_packaged_pipeline_draws_the_images_of_generate(repository, digits_o
     assert utils.calls == [("denoiser", 4)] * 4
 
 
-def test_more_images_than_a_batch_are_drawn_in_several(repository, monkeypatch):
+def test_more_images_than_a_batch_are_drawn_in_several_batches(repository, monkeypatch):
     model, utils = served(repository, monkeypatch)
     (response,) = model.execute([request(class_label=list(range(10)), steps=[2])])
     assert response.tensors["images"].array.shape == (10, 8, 8, 1)

@@ -72,7 +72,7 @@ class Replica:
         Args:
             name: name of the model.
             request: the images to draw.
-            options: how to deliver the images.
+            options: delivery of the images: deadline, previews and progress events.
         """
         begun = time.monotonic()
         remaining = request.count
