@@ -1,4 +1,4 @@
-"""Policies: which layers of a denoiser become low-bit, per family, as TOML files in `policies`."""
+"""Policies: rules for the bits of a denoiser's layers, one TOML file per family in `policies`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MAX_PROBLEMS = 5
 _MAX_BYTES = 256 << 10
 _MAX_LEVELS = 16
 _MANY_KEYS = re.compile(r"(?<![\w\"'-])(?:[\w\"'-]+[ \t]*\.[ \t]*){100}")
-"""A dotted key with 100 parts or more, on which the parser would spend minutes."""
+"""A dotted key with 100 or more parts, which would take the parser minutes."""
 
 
 def _pattern(value: str) -> str:
@@ -72,7 +72,7 @@ class Policy(BaseModel):
 
     Attributes:
         family: name of the diffusers class.
-        rule: rules in order of precedence; the first match decides.
+        rule: rules in order of precedence; the first matching rule applies.
         tune: named sets of layers that a method may tune, as shell patterns.
     """
 
@@ -87,7 +87,7 @@ class Policy(BaseModel):
 
         Args:
             name: name of the set.
-            layers: layers to choose from.
+            layers: paths of the layers to choose from.
 
         Raises:
             RecipeError: the policy has no set of this name.
@@ -104,7 +104,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
     Args:
         path: path of the file.
-        what: kind of file, for messages.
+        what: kind of file, used in messages.
 
     Raises:
         RecipeError: the file cannot be read or is not TOML.
@@ -118,7 +118,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     except RecursionError as err:
         raise RecipeError(f"cannot read the {what} {path}: it is nested too deep") from err
     except ValueError as err:
-        # Invalid TOML, or a number with more digits than Python reads.
+        # Invalid TOML, or a number with too many digits for Python.
         raise RecipeError(f"cannot read the {what} {path}: {err}") from err
     return content
 
@@ -141,7 +141,7 @@ def load_policy(family: str, path: Path | None = None) -> Policy:
 
     Args:
         family: name of the diffusers class.
-        path: policy file of the user, or None.
+        path: policy file of the user; None: the policy that ships with trtq.
 
     Raises:
         RecipeError: the file is not a policy.
@@ -166,7 +166,7 @@ def plan_layers(
         denoiser: float model.
         policy: rules for the model's family.
         bits: bits for rules with `bits = "recipe"`, e.g. `w4a4`.
-        probability_bits: bits of attention probabilities; None keeps their product in float.
+        probability_bits: bits of attention probabilities; None: their product stays in float.
 
     Raises:
         RecipeError: the bits are not supported.
@@ -194,7 +194,7 @@ def plan_layers(
 
 
 def _matching_rule(policy: Policy, layer: str, special: Mapping[str, str]) -> Rule | None:
-    """The first rule whose patterns match a layer; `special` replaces whole patterns."""
+    """The first rule with a pattern that matches a layer; `special` replaces whole patterns."""
     for rule in policy.rule:
         if any(fnmatchcase(layer, special.get(pattern, pattern)) for pattern in rule.layers):
             return rule

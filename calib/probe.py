@@ -1,4 +1,4 @@
-"""Operands and sizes of each layer's call, from one call of the denoiser without arithmetic."""
+"""Operands and sizes of each layer's call, from one call of the denoiser on the meta device."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class LayerCall:
         multiplications: number of multiplications.
         input_values: number of input values of all operands.
         output_values: number of output values.
-        input_of: first layer that is called with the same tensor object; the layer itself if there is no
-            earlier one.
+        input_of: path of the first layer that is called with the same tensor object, possibly the layer
+            itself.
     """
 
     multiplications: int
@@ -57,7 +57,7 @@ def probe(
         The calls by layer, without layers that were not called.
     """
     calls: dict[str, LayerCall] = {}
-    # Weak references, because the address of a freed tensor may be used again.
+    # Weak references, because the address of a freed tensor may be reused.
     seen: dict[int, tuple[ref[Tensor], str]] = {}
 
     modules = dict(denoiser.named_modules())
@@ -85,7 +85,7 @@ def probe(
 def with_shared_inputs(
     plans: Sequence[LayerPlan], calls: Mapping[str, LayerCall]
 ) -> list[LayerPlan]:
-    """The plans with a shared input quantiser for layers with the same input and the same bits.
+    """Plan a shared input quantiser for layers with the same input and the same bits.
 
     The usual case is an attention's queries, keys and values: with one quantiser, an engine can run
     their three products as one.

@@ -1,7 +1,7 @@
 """A recipe: all options that determine the result of `trtq quantize` for a checkpoint.
 
 The recipes that ship with trtq are TOML files in `calib/recipes`, one per method. A user's file names a
-method and overrides values of its recipe. An unknown key is an error.
+method and overrides values of the method's recipe. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LARGE_AT_ONCE = 2
 
 
 def check_path(value: str) -> str:
-    """Return a path of the user if it has no NUL character.
+    """Return a user's path if it contains no NUL character.
 
     Raises:
         ValueError: the path contains NUL.
@@ -47,7 +47,7 @@ def check_path(value: str) -> str:
 
 
 class _Strict(BaseModel):
-    # Fields are strict: numbers in quotes, booleans as numbers, NaN and infinity are refused.
+    # Fields are strict: numbers in quotes, booleans in place of numbers, NaN and infinity are refused.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -60,20 +60,20 @@ _Path = Annotated[
 
 
 class Calibration(_Strict):
-    """How ranges are determined before any training."""
+    """Calibration: how ranges are determined before any training."""
 
     images: _Int = Field(64, ge=1, le=65536)
     """Number of images whose trajectories are recorded."""
     samples_per_step: _Int = Field(4096, ge=16, le=1 << 20)
-    """Number of values kept per layer and step."""
+    """Number of sampled values per layer and step."""
     weights: Literal["minmax", "search"] = "search"
     activations: Literal["minmax", "search"] = "search"
     batch: _Int = Field(64, ge=1, le=MAX_BATCH)
-    """Maximum number of images denoised together; fewer for large images, see
+    """Maximum number of images per denoiser call; fewer for large images, see
     `trtq.diffusion.sampling.at_once`."""
     share_inputs: _Bool = True
-    """Use one quantiser for layers with the same input, e.g. queries, keys and values; the published
-    methods use one per layer."""
+    """Whether layers with the same input, e.g. queries, keys and values, share one quantiser; the
+    published methods use one per layer."""
 
 
 class Attention(_Strict):
@@ -91,7 +91,7 @@ class Attention(_Strict):
 
 
 class Training(_Strict):
-    """Data-free fine-tuning; defaults follow EfficientDM's release (arXiv 2310.03270)."""
+    """Data-free fine-tuning; defaults follow EfficientDM's released code (arXiv 2310.03270)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -104,28 +104,28 @@ class Training(_Strict):
     iterations: _Int = Field(ge=1, le=MAX_ITERATIONS)
     """Total number of updates in all stages."""
     batch: _Int = Field(ge=1, le=MAX_BATCH)
-    """Images per process and micro-batch."""
+    """Number of images per process and micro-batch."""
     accumulate: _Int = Field(1, ge=1, le=65536)
-    """Micro-batches per update."""
+    """Number of micro-batches per update."""
     at_once: _Int | None = Field(None, ge=1, le=MAX_BATCH)
     """Maximum number of images per forward and backward pass; a larger batch is split into several
     micro-batches. None: the whole batch, or 2 images for models of 100 million parameters or more."""
     rank: _Int = Field(32, ge=0, le=65536)
-    """Rank of the QALoRA adapters; 0 for no adapters."""
+    """Rank of the QALoRA adapters; 0: no adapters."""
     base: Literal["fp", "int"] = "fp"
-    """Operand to which the adapters are added: `fp` the float weight, `int` its codes, as released."""
+    """Operand to which the adapters are added: `fp` the float weight; `int` its codes (released)."""
     zero_points: Literal["frozen", "rounded", "float"] = "frozen"
     """Behaviour of activation zero points, see `trtq.quant.activation.ZeroPointMode`."""
     trajectory: Literal["staggered", "sequential"] = "staggered"
     """`sequential`: all items of a batch are at the same step, as released. `staggered`: the items of a
     batch are at different steps, so every update covers the whole trajectory."""
     eta: _Float = Field(1.0, ge=0, le=1)
-    """Noise of the teacher's DDIM trajectory; 1 as released."""
+    """Amount of fresh noise in the teacher's DDIM steps; 1 in the release."""
     step_weights: Literal["uniform", "influence"] = "uniform"
-    """Weight of an error at each step. `influence`: by its effect on the final sample, see
+    """Weight of an error at each step. `influence`: the error's effect on the final sample, see
     `trtq.diffusion.schedule.NoiseSchedule.influence`. `uniform`: 1 at every step, as published."""
     lora_travel: _Float = Field(3.2, gt=0, le=1e6)
-    """Number of weight levels that an adapter entry can travel under a constant gradient. The learning
+    """Number of weight levels that an adapter entry moves under a constant gradient. The learning
     rate of a layer is `2 * lora_travel * mean(d_w) / iterations`; with linear decay the released
     `mean(d_w) / 2500` over 16,000 iterations is a travel of 3.2."""
     weight_scale_lr: _Float = Field(1e-6, ge=0, le=1e3)
@@ -133,23 +133,23 @@ class Training(_Strict):
     activation_lr: _Float = Field(5e-4, ge=0, le=1e3)
     """Learning rate of the activation scales and zero points."""
     activation_lr_relative: _Bool = False
-    """Multiply `activation_lr` by the layer's mean scale, so that relative changes are equal."""
+    """Whether to multiply `activation_lr` by the layer's mean scale, for equal relative changes."""
     split_scale: _Bool = False
-    """Update the weight scale twice per iteration, as released; requires base `int`."""
+    """Whether to update weight scales twice per iteration, as in the release; requires base `int`."""
     weight_decay: _Float = Field(0.01, ge=0, le=1e3)
     """Weight decay of AdamW."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the student's forward pass, see accelerate."""
     gradient_checkpointing: _Bool | None = None
-    """Recompute activations in the backward pass: much less memory, a third more time. None: enabled for
-    models of 100 million parameters or more."""
+    """Whether to recompute activations in the backward pass: much less memory, a third more time.
+    None: for models of 100 million parameters or more."""
     table_state: Literal["dense", "persistent", "reset"] = "dense"
-    """How the optimiser treats the entries of a timestep table; see `trtq.train.table_adam`."""
+    """Optimiser state of the entries of timestep tables, see `trtq.train.table_adam`."""
     checkpoint_every: _Int = Field(200, ge=1, le=MAX_ITERATIONS)
-    """Iterations between checkpoints."""
+    """Number of iterations between checkpoints."""
 
     def divided(self, parameters: int) -> Training:
-        """The same number of images per update, split into micro-batches that fit the model's size."""
+        """Split each update's images into micro-batches for a model of `parameters` parameters."""
         default = self.batch if parameters < _LARGE_MODEL else _LARGE_AT_ONCE
         limit = min(self.batch, self.at_once or default)
         batch = next(size for size in range(limit, 0, -1) if self.batch % size == 0)
@@ -157,7 +157,7 @@ class Training(_Strict):
         return self.model_copy(update={"batch": batch, "accumulate": accumulate})
 
     def recomputes(self, parameters: int) -> bool:
-        """Whether gradient checkpointing is used for a model of this size."""
+        """Whether to use gradient checkpointing for a model with this number of parameters."""
         choice = self.gradient_checkpointing
         return parameters >= _LARGE_MODEL if choice is None else choice
 
@@ -176,9 +176,9 @@ class Quest(_Strict):
     global_weight: _Float = Field(1.0, ge=0, le=1e6)
     """See `trtq.train.quest.alignment_loss`."""
     weight_travel: _Float = Field(1.0, gt=0, le=1e6)
-    """Number of weight levels that a tuned weight can travel, see `Training.lora_travel`."""
+    """Number of weight levels that a tuned weight moves by, see `Training.lora_travel`."""
     adaround: _Int = Field(0, ge=0, le=MAX_ITERATIONS)
-    """Iterations per layer of learned rounding before stage 1; 0 rounds to nearest. `quest` has 200."""
+    """Number of iterations of learned rounding per layer before stage 1; 0: rounding to nearest."""
 
 
 class Recipe(_Strict):
@@ -189,23 +189,23 @@ class Recipe(_Strict):
     bits: str = "w4a4"
     """Bits of weights and activations, e.g. `w4a8`."""
     tables: Literal["per-step", "static"] = "per-step"
-    """Activation scales per denoising step, or one for all steps."""
+    """Activation scales: one per denoising step, or one for all steps."""
     steps: _Int = Field(20, ge=1, le=MAX_STEPS)
     """Number of calibrated denoising steps."""
     guidance: _Float | None = Field(None, ge=0, le=MAX_GUIDANCE)
-    """Classifier-free guidance scale of the trajectories; default: the scale of the model's pipeline."""
+    """Classifier-free guidance scale of the trajectories; None: the scale of the pipeline."""
     prompts: _Path | None = None
-    """Text file with one prompt per line for calibration and fine-tuning, for text models."""
+    """Text file with one prompt per line, for calibration and fine-tuning of text models."""
     size: str | None = None
-    """Image size `HEIGHTxWIDTH` in pixels for calibration and fine-tuning; default: the model's size."""
+    """Image size `HEIGHTxWIDTH`, in pixels, of all training images; None: the model's size."""
     seed: _Int = Field(0, ge=0, lt=1 << 31)
     """Seed of all random numbers."""
     policy: _Path | None = None
-    """Policy file to use instead of the family's policy."""
+    """Policy file of the user; None: the family's policy."""
     budget: str | None = None
-    """Mixed precision: weight bits by sensitivity within e.g. `size=0.15x`, see `calib.sensitivity`."""
+    """Cost limit of mixed precision, e.g. `size=0.15x`, see `calib.sensitivity`; None: no limit."""
     split_skips: _Bool = False
-    """Separate quantisers for the two sources of a decoder's skip convolutions (QuEST)."""
+    """Whether the two sources of a decoder's skip convolutions have separate quantisers (QuEST)."""
     attention: Attention = Attention()
     calibration: Calibration = Calibration()
     training: Training | None = None
@@ -257,12 +257,11 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The method's recipe, updated with the user's file and then with the overrides.
+    """Load the method's recipe, and apply the user's file and then the overrides.
 
     Args:
-        path: TOML file of the user, or None.
-        overrides: values with precedence over both files, e.g. from the command line; nested like a
-            file.
+        path: TOML file of the user; None: no file.
+        overrides: values that take precedence over both files, nested like a file; None: no values.
 
     Raises:
         RecipeError: a key is unknown, a value is out of range, or a file cannot be read.

@@ -1,4 +1,4 @@
-"""Recording the inputs of layers along the float model's trajectories, step by step."""
+"""Record the inputs of layers along the float model's trajectories, step by step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["Recording", "activation_tables", "record"]
 
 @dataclass
 class Recording:
-    """The inputs of one layer; T steps, S kept values per step, index 0 is the cleanest step.
+    """The inputs of one layer: T steps, S sampled values per step; index 0 is the cleanest step.
 
     Attributes:
         low: smallest value at each step, `[T]`.
         high: largest value at each step, `[T]`.
-        sample: values drawn at random from the inputs at each step, `[T, S]`.
+        sample: random sample of the input values at each step, `[T, S]`.
         images: number of trajectories.
     """
 
@@ -40,25 +40,28 @@ class Recording:
     def extremes(self) -> tuple[Tensor, Tensor]:
         """Estimates of the smallest and largest value over all images, `low[T]` and `high[T]`.
 
-        The largest of n draws underestimates the end of the distribution. For a uniform distribution the
-        unbiased estimate of minimum variance is `(1 + 1/n)` times the largest draw (Goodman 1952,
-        doi 10.1080/01621459.1952.10501182). With 64 images the range becomes 1.6 % wider; with only a
-        few images the margin avoids clipping the inputs of other images.
+        The maximum of n samples underestimates the end of the distribution. For a uniform distribution
+        the unbiased estimate of minimum variance is `(1 + 1/n)` times the maximum (Goodman 1952, doi
+        10.1080/01621459.1952.10501182). With 64 images the range becomes 1.6 % wider; with only a few
+        images the margin prevents clipping of the inputs of other images.
+
+        Returns:
+            Estimated minima and maxima, `[T]` each.
         """
         share = 1 + 1 / self.images if self.images else 1.0
         return self.low * share, self.high * share
 
 
 class _Recorder:
-    """Records extremes and samples of layer inputs, filed under the current step.
+    """Records extremes and samples of layer inputs by denoising step.
 
     Args:
         layers: layers to observe; layers that use another layer's quantiser are skipped.
         table: the calibrated timesteps.
         batches: number of batches of trajectories.
-        share: values kept per layer, step and batch.
+        share: number of sampled values per layer, step and batch.
         images: number of trajectories.
-        seed: seed of the choice of values.
+        seed: seed of the random sample.
 
     Attributes:
         step: index of the current denoising step.
@@ -99,7 +102,7 @@ class _Recorder:
         return list(self._paths)
 
     def observe(self, layer: str, inputs: tuple[Any, ...]) -> None:
-        """Take extremes and a sample of a layer's inputs.
+        """Record extremes and a sample of a layer's inputs.
 
         Raises:
             NonFiniteError: an input holds NaN or infinity.
@@ -139,8 +142,8 @@ def record(
 ) -> dict[str, Recording]:
     """Record the input of every layer along the float model's trajectories.
 
-    Every input is filed under its timestep; with guidance both halves are recorded. Keys of the result
-    are paths of input quantisers, e.g. `mid_block.resnets.0.conv1.activation`.
+    Every input is recorded under its timestep, with guidance for both halves of the batch. Keys of the
+    result are paths of input quantisers, e.g. `mid_block.resnets.0.conv1.activation`.
 
     Args:
         denoiser: the float model; it is not changed.
@@ -150,12 +153,12 @@ def record(
         conditions: conditions of all images.
         shape: shape (C, H, W) of one sample.
         images: number of trajectories.
-        batch: number of trajectories that are walked together.
-        samples_per_step: number S of values kept per layer and step.
-        seed: seed of the starting noise and of the choice of values.
+        batch: number of trajectories per denoiser call.
+        samples_per_step: number S of sampled values per layer and step.
+        seed: seed of the initial noise and of the random sample.
         guidance: classifier-free guidance scale of the trajectories.
         device: device of the denoiser.
-        progress: called with (steps done, total steps).
+        progress: callback with the completed and the total number of steps.
 
     Raises:
         NonFiniteError: an input is NaN or infinite; the message names the layer.
@@ -196,8 +199,8 @@ def activation_tables(
         recordings: result of `record`.
         plans: layers and their bits.
         method: `minmax` or `search`.
-        static: use one entry for all steps instead of one per step.
-        progress: called with (layers done, total layers).
+        static: whether to use one entry for all steps instead of one per step.
+        progress: callback with the completed and the total number of layers.
 
     Returns:
         `(scale[T], zero_point[T])` by path of the quantiser; T = 1 if static. Ranges contain zero, so

@@ -1,10 +1,10 @@
-"""Mixed precision: the error of each layer's weight bits, and the choice of bits within a budget.
+"""Mixed precision: measure the error of each layer by weight bits, and choose bits within a budget.
 
-A layer's sensitivity at `b` bits is the squared error of the noise prediction, relative to its power, if
-this layer's weight alone is rounded to `b` bits, at points along the float model's trajectories. Errors
-of layers are assumed to be additive. All layers start at the largest number of bits; bits are then
-removed from the layer with the smallest added error per unit of saved cost until the budget is met (the
-greedy solution of the knapsack problem, on each layer's lower convex hull).
+A layer's sensitivity at `b` bits is the squared error of the noise prediction, relative to its power,
+if this layer's weight alone is rounded to `b` bits, at points along the float model's trajectories. The
+errors of layers are assumed to be additive. All layers start with the largest number of bits; bits are
+then removed from the layer with the smallest added error per unit of saved cost until the budget is met
+(the greedy solution of the knapsack problem, on each layer's lower convex hull).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def parse_budget(text: str) -> Budget:
     """`size=0.3x` -> a `Budget`.
 
     Raises:
-        RecipeError: the text has another form, or the share is not between 0 and 1.
+        RecipeError: the text is malformed, or the share is not between 0 and 1.
     """
     match = _BUDGET.fullmatch(text)
     try:
@@ -95,7 +95,7 @@ def weight_sensitivity(
         conditions: conditions of the samples.
         method: method that determines the weight ranges.
         guidance: classifier-free guidance scale.
-        progress: called with (layers done, total layers).
+        progress: callback with the completed and the total number of layers.
 
     Raises:
         NonFiniteError: the prediction is NaN or infinite; the message names the layer.
@@ -131,11 +131,11 @@ def spend(
     cost: Callable[[str, int], float],
     available: float,
 ) -> dict[str, int]:
-    """Bits of every layer, with the smallest total error within the available cost.
+    """Choose the bits of every layer for the smallest total error within the available cost.
 
     Args:
         sensitivity: error by layer and bits.
-        cost: cost of a layer at a number of bits; increases with the bits.
+        cost: function `(layer, bits) -> cost`, increasing in the bits.
         available: maximum total cost of all layers.
 
     Raises:
@@ -163,7 +163,12 @@ def spend(
 
 
 def with_bits(plans: Sequence[LayerPlan], bits: Mapping[str, int]) -> list[LayerPlan]:
-    """The plans with the weight bits of the layers in `bits` replaced."""
+    """Replace the weight bits of the layers in `bits`.
+
+    Args:
+        plans: plans of all layers.
+        bits: new weight bits by layer.
+    """
     return [
         replace(
             plan,

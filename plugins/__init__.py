@@ -1,8 +1,8 @@
 """Low-bit layers on NVIDIA GPUs: CUDA kernels, one folder per kernel, and the code that launches them.
 
-    spec      a layer as the kernels see it: sizes and layouts
-    variants  compilations of the kernels: tiles, architectures, macros
-    quantize  kernel.cu: values to codes, with adjacent channels
+    spec      sizes and memory layouts of a layer
+    variants  variants of the kernels: tiles, architectures, macros
+    quantize  kernel.cu: conversion of values to codes, channels last
     low_bit   kernel.cu: product of a linear layer or convolution with scale, bias, residual and SiLU;
               reference.py (numpy), pack.py (weights), and three interfaces: op.py (torch), tensorrt.py
               (plugin in Python), tensorrt_aot.py (kernel inside the engine)
@@ -12,5 +12,5 @@
     driver    versions and calls of the CUDA driver
     device    GPUs, loaded kernels and memory
 
-The package depends on neither diffusers nor runs nor graphs. `tests/plugins` runs the kernels on a CPU.
+The package does not depend on diffusers, runs or graphs. `tests/plugins` runs the kernels on a CPU.
 """

@@ -69,11 +69,11 @@ def _version() -> str:
 
 
 def cubin(variant: Variant, architecture: str) -> bytes:
-    """A kernel for an architecture, from the cache or newly compiled.
+    """The cubin of a kernel for an architecture, from the cache or newly compiled.
 
     Args:
-        variant: compilation of the kernel.
-        architecture: one of `ARCHITECTURES`, or another that NVRTC knows, e.g. `sm87`.
+        variant: variant of the kernel.
+        architecture: one of `ARCHITECTURES`, or another architecture that NVRTC supports, e.g. `sm87`.
 
     Raises:
         MissingDependencyError: the kernel is not cached and NVRTC is not installed.
@@ -99,7 +99,7 @@ def _key(variant: Variant, architecture: str) -> str:
 
 
 def _keep(path: Path, code: bytes) -> None:
-    """Write a temporary file, then rename it; if the cache cannot be written, nothing is kept."""
+    """Write a temporary file and rename it; do nothing if the cache is not writable."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
@@ -126,22 +126,22 @@ _PTX_VERSIONS = {
     "sm120": b"8.7",
     "sm121": b"8.8",
 }
-"""First version of PTX that supports an architecture and the instructions of the kernels; every driver
-that supports the GPU reads this version."""
+"""First PTX version that supports an architecture and the instructions of the kernels; every driver
+that supports the GPU accepts this version."""
 
 
 def ptx(variant: Variant, architecture: str) -> bytes:
-    """A kernel as PTX, which later GPUs and TensorRT's loader accept; not cached.
+    """The PTX of a kernel, which later GPUs and TensorRT's loader accept; not cached.
 
-    NVRTC marks its PTX with the newest version of PTX, which only drivers of the same minor CUDA version
-    or later read (for cubins the minor version does not matter). The text is therefore marked with the
-    version in which the architecture was introduced.
+    NVRTC marks its PTX with the newest PTX version, which only drivers of the same or a later minor
+    CUDA version accept (for cubins the minor version does not matter). The version is therefore
+    replaced with the one that introduced the architecture.
 
     Arguments and errors are those of `cubin`.
     """
     code = _compile(variant, architecture.replace("sm", "compute"), "PTX")
     version = _PTX_VERSIONS.get(architecture)
-    if version is None:  # A later GPU, whose drivers are new.
+    if version is None:  # A later GPU, whose driver is recent enough.
         return code
     return re.sub(rb"(?m)^\.version \S+$", b".version " + version, code, count=1)
 
@@ -194,14 +194,14 @@ def build_all(
 
     Args:
         architectures: architectures, e.g. `sm89`.
-        progress: called with the stage's name, the work done and the total.
+        progress: callback with the stage's name, the completed work and the total.
 
     Returns:
         Names of the variants by architecture.
 
     Raises:
         MissingDependencyError: NVRTC is not installed.
-        UsageError: a name is not that of an architecture.
+        UsageError: a name is not the name of an architecture.
         KernelError: NVRTC does not support an architecture.
     """
     for name in architectures:

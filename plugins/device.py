@@ -15,7 +15,7 @@ from trtq.plugins.variants import Variant
 __all__ = ["CudaDevice", "Gpu", "current_device", "first_gpu"]
 
 _DEFAULT_SHARED_BYTES = 48 << 10
-"""Limit of shared memory per block; a kernel needs an attribute to use more."""
+"""Default limit of shared memory per block, in bytes; a kernel needs an attribute to use more."""
 _NON_BLOCKING = 1
 """Flag of a stream that does not synchronise with the legacy default stream."""
 _MIN_CAPABILITY = (7, 5)
@@ -77,6 +77,10 @@ class CudaDevice:
     def start(self, launch: Launch, stream: int) -> None:
         """Start a kernel on a stream, asynchronously.
 
+        Args:
+            launch: kernel, grid and arguments.
+            stream: handle of a CUDA stream.
+
         Raises:
             KernelError: the kernel cannot be compiled, loaded or started.
         """
@@ -105,18 +109,18 @@ def _device_of(number: int, context: int) -> CudaDevice:
 
 @cache
 def _primary_context(index: int) -> Any:
-    """The primary context, which torch, TensorRT and CUDA's runtime use; retained until process exit."""
+    """The primary context, shared with torch, TensorRT and CUDA's runtime; retained until exit."""
     what = f"GPU {index} cannot be used"
     device = driver.call("cuDeviceGet", index, what=what)
     return driver.call("cuDevicePrimaryCtxRetain", device, what=what)
 
 
 def current_device(index: int | None = None) -> CudaDevice:
-    """The device of the calling thread's context, with the kernels that are already loaded.
+    """The device of the calling thread's context, with the kernels loaded so far.
 
     Args:
-        index: CUDA's number of the GPU whose primary context a thread without a context gets. None: the
-            thread must have a context.
+        index: CUDA's index of the GPU whose primary context is set if the thread has no context; None:
+            the thread must have a context.
 
     Raises:
         MissingDependencyError: cuda-bindings is not installed.
@@ -131,7 +135,7 @@ def current_device(index: int | None = None) -> CudaDevice:
         context = _primary_context(index)
         driver.call("cuCtxSetCurrent", context, what=f"GPU {index} cannot be used by this thread")
         context = int(context)
-    # After a reset another context, without our modules, may have the same address.
+    # After a reset another context, without our modules, may have the same handle.
     return _device_of(int(driver.call("cuCtxGetId", context, what=what)), context)
 
 
@@ -167,23 +171,33 @@ class Gpu:
         driver.call("cuCtxSetCurrent", self._context, what="the GPU cannot be used by this thread")
 
     def allocate(self, size: int) -> int:
-        """Address of `size` bytes of new memory; at least one byte."""
+        """Allocate `size` bytes, at least one, and return their address."""
         what = f"cannot allocate {size} bytes of the GPU's memory"
         return int(driver.call("cuMemAlloc", max(size, 1), what=what))
 
     def free(self, address: int) -> None:
-        """Free memory."""
+        """Free the memory at an address that `allocate` returned."""
         driver.call("cuMemFree", address, what="cannot free memory of the GPU")
 
     def upload(self, address: int, host: Any) -> None:
-        """Copy a contiguous numpy array to the device, in stream order."""
+        """Copy a contiguous numpy array to device memory, in stream order.
+
+        Args:
+            address: device address of the destination.
+            host: contiguous numpy array, the source.
+        """
         size, source = host.nbytes, host.ctypes.data
         driver.call(
             "cuMemcpyHtoDAsync", address, source, size, self.stream, what="cannot copy to the GPU"
         )
 
     def download(self, host: Any, address: int) -> None:
-        """Copy memory to a contiguous numpy array, in stream order."""
+        """Copy device memory to a contiguous numpy array, in stream order.
+
+        Args:
+            host: contiguous numpy array, the destination.
+            address: device address of the source.
+        """
         size, destination = host.nbytes, host.ctypes.data
         driver.call(
             "cuMemcpyDtoHAsync",

@@ -77,7 +77,8 @@ def driver_cuda() -> tuple[int, int] | None:
 def first_gpu_uuid() -> str | None:
     """UUID of the first GPU visible to this process, in NVML's notation; None if there is no GPU.
 
-    With `CUDA_VISIBLE_DEVICES`, or if CUDA counts the fastest GPU first, this is not NVML's GPU 0.
+    With `CUDA_VISIBLE_DEVICES`, or if CUDA lists the fastest GPU first, this may not be NVML's first
+    GPU.
     """
     library, device, uuid = _library(), ctypes.c_int(), (ctypes.c_ubyte * 16)()
     if library is None or library.cuInit(0) or library.cuDeviceGet(ctypes.byref(device), 0):
@@ -102,10 +103,10 @@ def cuda_text(version: tuple[int, int]) -> str:
 
 
 def old_driver() -> str | None:
-    """Message about a driver that is older than the installed CUDA packages, with the fix.
+    """Message about a driver that is older than the installed CUDA packages, with the remedy.
 
     Returns:
-        None if the driver is new enough, or if there is no driver or no package.
+        The message; None if the driver is new enough, or if there is no driver or no package.
     """
     supported, needed = driver_cuda(), _needed_cuda()
     if supported is None or needed is None or supported[0] >= needed:
@@ -125,7 +126,7 @@ def old_driver() -> str | None:
 def _needed_cuda() -> int | None:
     """The major CUDA version of cuda-bindings and NVRTC; None if they are not installed.
 
-    A driver refuses cubins of a later major version; minor versions do not matter.
+    A driver rejects cubins of a later major version; minor versions do not matter.
     """
     try:
         import cuda.bindings
@@ -133,14 +134,15 @@ def _needed_cuda() -> int | None:
         return None
     majors = [int(str(cuda.bindings.__version__).partition(".")[0])]
     with suppress(MissingDependencyError):
-        # The versions may differ: cuda-bindings 12.9 prefers NVRTC 13, and 13 accepts NVRTC 12.
+        # The versions may differ: cuda-bindings 12.9 prefers NVRTC 13, and cuda-bindings 13 accepts
+        # NVRTC 12.
         majors.append(nvrtc_version()[0])
     return max(majors)
 
 
 @cache
 def check_driver() -> None:
-    """Raise unless there is a driver for the installed packages; initialise it at the first call.
+    """Raise unless there is a suitable driver; initialise it at the first call.
 
     Raises:
         MissingDependencyError: cuda-bindings is not installed.
@@ -161,10 +163,10 @@ def call(function: str, *arguments: Any, what: str) -> Any:
     Args:
         function: name of the driver's function.
         arguments: arguments of the function.
-        what: consequence of a failure, for the message.
+        what: consequence of a failure, used in the message.
 
     Returns:
-        The function's results without the status.
+        The results of the function, without the status.
 
     Raises:
         KernelError: there is no driver, or the call fails.

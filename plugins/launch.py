@@ -29,7 +29,7 @@ _CHANNELS_LAST, _SILU = 1, 2
 _QUANTIZE_PIXELS, _QUANTIZE_THREADS = 32, 128
 _ALIGNMENT = 16
 _MAX_BLOCKS = 65_535
-"""CUDA's limit for y and z of a grid."""
+"""CUDA's maximum number of blocks along y and z of a grid."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Launch:
     """One launch of a kernel.
 
     Attributes:
-        variant: compilation of the kernel.
+        variant: variant of the kernel.
         grid: number of blocks along x, y and z.
-        threads: threads per block.
+        threads: number of threads per block.
         shared_bytes: dynamic shared memory per block, in bytes.
-        arguments: ctypes values in the kernel's order.
+        arguments: arguments as ctypes values, in the order of the kernel's parameters.
     """
 
     variant: Variant
@@ -66,7 +66,12 @@ class Device(Protocol):
         """Compile and load a kernel."""
 
     def start(self, launch: Launch, stream: int) -> None:
-        """Start a kernel on a stream, asynchronously."""
+        """Start a kernel on a stream, asynchronously.
+
+        Args:
+            launch: kernel, grid and arguments.
+            stream: handle of a CUDA stream.
+        """
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,15 @@ class Pointers:
     """Addresses of a layer's operands on the device; `trtq.plugins.spec` documents the layouts.
 
     Attributes:
-        x: values of the input.
+        x: input values, float16 or float32.
         weight: packed weight.
-        terms: float32[4, N].
-        tables: float32[4, T].
-        step: int64[B].
-        out: values of the output.
-        codes: scratch memory of `Problem.code_bytes`.
-        sums: scratch memory of `Problem.sum_bytes`, for native 4-bit products.
-        residual: values in the layout of the output; 0 for no residual.
+        terms: terms per output channel, float32[4, N].
+        tables: scales and limits per step, float32[4, T].
+        step: index of each image's step, int64[B].
+        out: output values, in the dtype of x.
+        codes: scratch memory of `Problem.code_bytes` bytes.
+        sums: scratch memory of `Problem.sum_bytes` bytes, for native 4-bit products.
+        residual: values to add, in the layout of the output; 0: no residual.
     """
 
     x: int
@@ -114,8 +119,8 @@ def start_layer(
         problem: sizes of the call, see `LayerSpec.problem`.
         at: addresses of the operands.
         stream: handle of a CUDA stream.
-        half: whether values are half precision; otherwise float32.
-        silu: whether SiLU is applied to the result.
+        half: whether values are float16 instead of float32.
+        silu: whether to apply SiLU to the result.
 
     Raises:
         UsageError: an operand is not aligned.
@@ -137,7 +142,7 @@ def prepare_layer(device: Device, layer: LayerSpec, problem: Problem, *, half: b
 
 
 def prepare_any_shape(device: Device, layer: LayerSpec) -> None:
-    """Compile and load all kernels that `start_layer` may start, for any shape and type of the input.
+    """Compile and load all kernels that `start_layer` may start for any input.
 
     Raises:
         KernelError: a kernel cannot be compiled or loaded.
@@ -180,7 +185,7 @@ def _chosen(
 
 
 def choose_tile(problem: Problem, processors: int, architecture: str) -> Tile:
-    """The tile whose waves of blocks have the minimum work, padding included.
+    """The tile whose waves of blocks need the minimum work, including padding.
 
     Args:
         problem: sizes of the call.
@@ -193,14 +198,14 @@ def choose_tile(problem: Problem, processors: int, architecture: str) -> Tile:
     def work(tile: Tile) -> tuple[int, int]:
         blocks = -(-problem.rows // tile.m) * -(-per_group // tile.n) * groups
         # Blocks on one processor share its tensor cores, so a wave is one block per processor. Among
-        # equal tiles the larger one loads less per product.
+        # equal tiles, the larger tile loads less per product.
         return -(-blocks // processors) * tile.m * tile.n, -tile.m * tile.n
 
     return min((tile for tile in TILES if fits(tile, architecture)), key=work)
 
 
 def shape_arguments(problem: Problem, *, silu: bool) -> tuple[int, ...]:
-    """The integer arguments of the product kernel, in its order."""
+    """The integer arguments of the product kernel, in the order of its parameters."""
     g = problem.geometry
     flags = _CHANNELS_LAST * problem.channels_last | _SILU * silu
     sizes = (problem.batch, problem.height, problem.width, problem.group_channels)
@@ -225,11 +230,11 @@ def layer_launches(
         problem: sizes of the call.
         at: addresses of the operands; the fused kernel uses neither codes nor sums.
         tile: tile of the product, see `choose_tile`.
-        half: whether values are half precision; otherwise float32.
+        half: whether values are float16 instead of float32.
         weight_bits: storage bits of the weights, 4 or 8.
-        native_4: whether activation codes are nibbles that are multiplied without unpacking.
-        silu: whether SiLU is applied to the result.
-        fused: use the fused kernel, which supports no residual.
+        native_4: whether tensor cores multiply activation codes as nibbles, without unpacking.
+        silu: whether to apply SiLU to the result.
+        fused: whether to use the fused kernel, which supports no residual.
 
     Raises:
         UsageError: an operand is not aligned, or no kernel computes the combination.

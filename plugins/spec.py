@@ -1,15 +1,15 @@
-"""A low-bit layer as the kernels see it: sizes and memory layouts.
+"""Sizes and memory layouts of a low-bit layer for the kernels.
 
-Letters: B images, C channels of a group, G groups, N output channels of all groups, T steps.
+Letters: B images; C channels of a group; G groups; N output channels of all groups; T steps.
 
     activation codes  [B, height, width, G, C32]     signed bytes, or nibbles `k - lo`
     weights           [N, kernel_h, kernel_w, C32]   signed bytes, or nibbles
     terms             float32[4, N]                  scale d, bias, zero point z, sum of `q - z`
     tables            float32[4, T]                  scale, its reciprocal, smallest and largest code
 
-C32 is C rounded up to a multiple of 32; `trtq.quant.packing` draws the layout of 4-bit weights next to
+C32 is C rounded up to a multiple of 32; `trtq.quant.packing` compares the layout of 4-bit weights with
 those of files and graphs. A linear layer is a 1 x 1 convolution over an image of one column, whose rows
-are the tokens, channels last.
+are the tokens, with channels last.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Geometry:
 
     Attributes:
         kernel: size of the kernel.
-        stride: distance of neighbouring windows.
-        padding: rows and columns of zeros on each side.
-        dilation: distance of neighbouring kernel rows and columns.
+        stride: distance between neighbouring windows, in pixels.
+        padding: number of rows and columns of zeros on each side.
+        dilation: distance between neighbouring kernel rows and columns, in pixels.
         groups: number of channel groups.
     """
 
@@ -60,11 +60,12 @@ class Problem:
         batch: number of images.
         height: height of the input; number of tokens for a linear layer.
         width: width of the input; 1 for a linear layer.
-        channels: input channels of all groups.
-        out_channels: output channels of all groups.
+        channels: number of input channels of all groups.
+        out_channels: number of output channels of all groups.
         steps: number of steps in the tables.
         geometry: geometry of the convolution.
-        channels_last: whether values are `[B, height, width, channels]`; otherwise `[B, channels, ...]`.
+        channels_last: whether values are `[B, height, width, channels]` instead of `[B, channels,
+            ...]`.
 
     Raises:
         UsageError: the sizes are invalid; the message names them.
@@ -113,12 +114,12 @@ class Problem:
 
     @property
     def group_channels(self) -> int:
-        """Input channels of one group, C."""
+        """Number C of input channels of one group."""
         return self.channels // self.geometry.groups
 
     @property
     def padded_channels(self) -> int:
-        """Input channels of one group with padding, C32."""
+        """Number C32 of input channels of one group, including padding."""
         return _whole_blocks(self.group_channels)
 
     @property
@@ -150,7 +151,7 @@ class LayerSpec:
         steps: number of steps in the tables.
         weight_bits: storage bits of the weight, 4 or 8.
         activation_bits: width of the input's codes.
-        geometry: geometry of a convolution; None for a linear layer.
+        geometry: geometry of a convolution; None: a linear layer.
     """
 
     channels: int
@@ -188,5 +189,5 @@ class LayerSpec:
         return (self.out_channels, *geometry.kernel, padded * self.weight_bits // 8)
 
     def native_4(self, architecture: str) -> bool:
-        """Whether an architecture multiplies both factors as nibbles."""
+        """Whether an architecture's tensor cores multiply both factors as nibbles."""
         return has_native_4(architecture) and self.weight_bits == 4 and self.activation_bits <= 4

@@ -1,4 +1,4 @@
-"""Variants of the kernels: the tile of a block, the macros of a compilation, and the architectures."""
+"""Variants of the kernels: tiles, macros of the compilation, and architectures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TILE_BYTES = 64
 
 
 def has_native_4(architecture: str) -> bool:
-    """Whether an architecture's tensor cores multiply 4-bit integers; later ones only emulate it."""
+    """Whether an architecture's tensor cores multiply 4-bit integers; later ones emulate this."""
     return architecture in ("sm75", "sm80", "sm86", "sm87", "sm89")
 
 
@@ -44,7 +44,7 @@ class Tile:
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
+        """Number of threads of a block."""
         return 32 * self.warps_m * self.warps_n
 
     @property
@@ -54,10 +54,10 @@ class Tile:
 
 
 TILES = (Tile(64, 64, 2, 2), Tile(128, 128, 2, 4), Tile(128, 256, 2, 4))
-"""From many small blocks to few large ones."""
+"""Tiles of the product kernel, from small to large."""
 ONE_LAUNCH_TILES = (Tile(64, 64, 2, 2), Tile(128, 128, 2, 4, stages=2))
-"""Tiles of the fused kernel. TensorRT starts it without raising the limit of 48 KiB of shared memory, of
-which the system reserves 1 KiB on sm90 and later."""
+"""Tiles of the fused kernel. TensorRT starts the kernel with the default limit of 48 KiB of shared
+memory; the system reserves 1 KiB of it on sm90 and later."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Variant:
 
     Attributes:
         kernel: name of the kernel's folder and entry point.
-        half: whether values are half precision; otherwise float32.
-        native_4: whether activation codes are nibbles, for tensor cores that multiply 4-bit integers.
+        half: whether values are float16 instead of float32.
+        native_4: whether activation codes are nibbles that tensor cores multiply directly.
         weight_bits: storage bits of the weights, 4 or 8; None for a kernel without weights.
-        fused: whether the kernel itself quantises its input, while it loads shared memory.
+        fused: whether the product kernel quantises its input while it loads shared memory.
         tile: tile of the product; None for other kernels.
     """
 
@@ -120,5 +120,5 @@ def all_variants(architecture: str) -> list[Variant]:
 
 
 def fits(tile: Tile, architecture: str) -> bool:
-    """Whether a block's shared memory fits an architecture."""
+    """Whether an architecture has enough shared memory for a block."""
     return tile.shared_bytes <= (64 << 10 if architecture == "sm75" else 99 << 10)

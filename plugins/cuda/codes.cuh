@@ -1,4 +1,4 @@
-// Values to codes, for all kernels: k = clip(round(x * inv_s[t]), lo[t], hi[t]).
+// Conversion of values to codes, for all kernels: k = clip(round(x * inv_s[t]), lo[t], hi[t]).
 
 #pragma once
 #include "ptx.cuh"
@@ -20,7 +20,7 @@ DEVICE StepRow step_row(const float *tables, int steps, i64 step) {
   return row;
 }
 
-// NaN gets the smallest code.
+// NaN becomes the smallest code.
 DEVICE int code_of(float x, const StepRow &row) {
   float code = round_even(multiply(x, row.inverse));
   return (int)fminf(fmaxf(code, row.low), row.high);

@@ -1,6 +1,6 @@
 // Machine instructions of the kernels: conversions, asynchronous copies, tensor cores. Comments
-// describe the operands of one thread. The tests replace this file with one that computes the same
-// on a CPU, so no other file of the kernels may use inline assembly.
+// describe the operands of one thread. The tests replace this file with a file that computes the
+// same results on a CPU, so no other file of the kernels may use inline assembly.
 //
 // Letters: g = lane / 4, t = lane % 4 of a warp's 32 lanes.
 

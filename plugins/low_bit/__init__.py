@@ -1,1 +1,1 @@
-"""Linear layers and convolutions of whole-number codes: `LowBitLinear` and `LowBitConv2d`."""
+"""Linear layers and convolutions of integer codes: `LowBitLinear` and `LowBitConv2d`."""

@@ -23,7 +23,7 @@ FIELDS = {
     "dilations": 2,
     "group": 1,
 }
-"""Attributes of a node with the number of their integers."""
+"""Number of integers of each attribute of a node, by name."""
 
 
 def fields_of(layer: LayerSpec) -> dict[str, list[int]]:
@@ -35,14 +35,14 @@ def fields_of(layer: LayerSpec) -> dict[str, list[int]]:
 
 
 def spec_of(name: str, fields: dict[str, list[int]]) -> LayerSpec:
-    """The layer with given attributes.
+    """The layer described by a plugin's attributes.
 
     Args:
         name: name of the plugin, one of `PLUGINS`.
         fields: attributes, see `fields_of`.
 
     Raises:
-        UsageError: an attribute is missing or has another length.
+        UsageError: an attribute is missing or has the wrong length.
     """
     for field, count in FIELDS.items():
         if len(fields.get(field, [])) != count:

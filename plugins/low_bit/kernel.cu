@@ -24,7 +24,7 @@
 //   NATIVE_4     1: with WEIGHT_BITS 4, codes A are stored as u = A - lo[step] in 4 bits each, and both
 //                factors are multiplied as nibbles. Then
 //                  sum A W = sum u q - z[n] sum u + lo[step] sum (q - z[n])
-//                where sum u over the kernel's window is added up from the sums per pixel.
+//                where sum u over the kernel's window is computed from the sums per pixel.
 //   FUSED        1: the kernel quantises A while it loads shared memory: one launch, no buffer
 //   TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES
 //
@@ -252,7 +252,7 @@ DEVICE uint4 quantized_16(const Value *x, const Shape &s, const StepRow &step, i
 #endif
 
 // codes     u8[batch, height, width, groups, ceil(channels / 32) * 32], signed bytes, or nibbles
-// sums      int[batch, height, width, groups], sums of u; read with NATIVE_4 only
+// sums      int[batch, height, width, groups], sums of u; read only with NATIVE_4
 // x         Value[batch, channels, height, width] or channels last
 // weight    u8[out_channels, kernel_h, kernel_w, ceil(channels / 32) * 32], signed bytes, or nibbles
 // terms     float[4, out_channels]: scale d, bias, zero point z, sum of (q - z)

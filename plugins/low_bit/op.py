@@ -75,7 +75,7 @@ def _empty_out(x: Tensor, layer: LayerSpec) -> Tensor:
 
 
 def _check(x: Tensor, layer: LayerSpec, **operands: Tensor) -> None:
-    """Check types, sizes and devices; values of steps are not read from the device.
+    """Check dtypes, sizes and devices, without reading the values of steps from the device.
 
     Raises:
         UsageError: an operand does not fit the layer.
@@ -116,16 +116,16 @@ def low_bit(
 
     Args:
         x: input, `[B, ..., C]` or `[B, C, H, W]`, float16 or float32.
-        weight: packed weight, int8, see `trtq.plugins.spec`.
+        weight: packed weight, int8, in the layout of `trtq.plugins.spec`.
         terms: terms per output channel, float32[4, N].
         tables: scales and limits per step, float32[4, T].
         step: index of each image's step, int64[B]; an index outside the tables gives NaN.
-        residual: tensor that is added, in the output's shape, or None.
+        residual: tensor to add, in the output's shape; None: no residual.
         layer: attributes of the layer, see `flat_fields`.
-        silu: whether SiLU is applied to the result.
+        silu: whether to apply SiLU to the result.
 
     Returns:
-        `[B, ..., N]` or `[B, N, P, Q]`, in the dtype of x.
+        The output, `[B, ..., N]` or `[B, N, P, Q]`, in the dtype of x.
 
     Raises:
         UsageError: an operand does not fit the layer.
@@ -200,7 +200,7 @@ def _(
     _check(x, spec, weight=weight, terms=terms, tables=tables, step=step)
     items = (-1, *(1,) * (x.ndim - 1))
     scale, inverse, low, high = (row[step].reshape(items) for row in tables)
-    # As in the kernel, NaN gets the smallest code.
+    # As in the kernel, NaN becomes the smallest code.
     codes = (x.float() * inverse).round().fmax(low).fmin(high)
     groups = 1 if spec.geometry is None else spec.geometry.groups
     packed, channels = weight.numpy(), spec.channels // groups

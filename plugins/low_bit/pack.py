@@ -1,10 +1,10 @@
-"""Weights in the kernel's layout; `trtq.quant.packing` draws it next to those of files and graphs.
+"""Weights in the kernel's layout; `trtq.quant.packing` compares it with those of files and graphs.
 
 Channels are innermost, padded to a multiple of 32. Eight codes 0 .. 15 share four bytes: byte j holds
 the code of channel j in its low nibble and the code of channel j + 4 in its high nibble. The codes 1 2
-3 4 5 6 7 8 make the bytes 0x51 0x62 0x73 0x84. The four low nibbles of a 32-bit word are neighbours,
-and so are the four high nibbles, so two operations unpack each half to bytes. Padding holds the zero
-point, the code of zero.
+3 4 5 6 7 8 make the bytes 0x51 0x62 0x73 0x84. The four low nibbles of a 32-bit word are adjacent
+channels, and so are the four high nibbles, so two operations unpack each half to bytes. Padding holds
+the zero point, the code of zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ _HIGHEST = 15
 
 
 def storage_bits(bits: int, zero_point: _Integers) -> int:
-    """4 if codes and zero points `[N]` fit nibbles, otherwise 8."""
+    """4 if codes and zero points `[N]` fit nibbles, otherwise 8.
+
+    Args:
+        bits: width of the codes.
+        zero_point: zero points, integers `[N]`.
+    """
     small = bool(((zero_point >= 0) & (zero_point <= _HIGHEST)).all())
     return 4 if bits <= 4 and small else 8
 
@@ -68,7 +73,7 @@ def pack_nibbles(codes: _UInt8, zero_point: _Integers) -> _Int8:
 
     Args:
         codes: codes of the weight.
-        zero_point: zero points, `[N]`, with which channels are padded.
+        zero_point: zero points, `[N]`, the codes of the padding.
 
     Raises:
         QuantizationError: a code or zero point does not fit a nibble.
@@ -109,12 +114,12 @@ def terms(
 
     Args:
         scale: scales `d`, `[N]`.
-        bias: biases, `[N]`, or None.
+        bias: biases, `[N]`; None: no bias.
         zero_point: zero points `z` of codes stored as nibbles, `[N]`; zeros for bytes.
         integers: weights `q - z`, `[N, ...]`.
 
     Raises:
-        QuantizationError: a sum of integers exceeds the whole numbers of float32.
+        QuantizationError: a sum of integers exceeds the exact integers of float32.
     """
     count = len(scale)
     sums = integers.reshape(count, -1).sum(1, dtype=np.int64)

@@ -1,9 +1,9 @@
-"""The layer in numpy, as defined; the kernel's integers must equal the reference exactly.
+"""The reference of the layer in numpy; the kernel's integers must equal it exactly.
 
     k = clip(round(x * inv_s[t]), lo[t], hi[t])
     y = sum k (q - z) * (d * s[t]) + bias, plus residual, then SiLU
 
-Letters: B images, C channels of a group, G groups, N output channels, P, Q output height and width.
+Letters: B images; C channels of a group; G groups; N output channels; P, Q output height and width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _Float = NDArray[np.float32]
 def quantize(x: NDArray[np.generic], tables: _Float, step: NDArray[np.int64]) -> NDArray[np.int8]:
     """Codes of values: x[B, ...], tables[4, T], step[B] -> int8[B, ...].
 
-    Rounds half to even; NaN gets the smallest code.
+    Half rounds to even; NaN becomes the smallest code.
     """
     _, inverse, low, high = (row[step].reshape(-1, *(1,) * (x.ndim - 1)) for row in tables)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -33,7 +33,13 @@ def quantize(x: NDArray[np.generic], tables: _Float, step: NDArray[np.int64]) ->
 def convolve(
     codes: NDArray[np.int8], integers: NDArray[np.int8], geometry: Geometry
 ) -> NDArray[np.int64]:
-    """Exact convolution: codes[B, G * C, H, W], integers[N, C, kh, kw] -> int64[B, N, P, Q]."""
+    """Exact convolution: codes[B, G * C, H, W], integers[N, C, kh, kw] -> int64[B, N, P, Q].
+
+    Args:
+        codes: activation codes, int8[B, G * C, H, W].
+        integers: weights `q - z`, int8[N, C, kh, kw].
+        geometry: geometry of the convolution.
+    """
     g = geometry
     (kernel_h, kernel_w), groups = g.kernel, g.groups
     edges = [(0, 0), (0, 0), *((size, size) for size in g.padding)]
@@ -63,20 +69,20 @@ def low_bit(
     *,
     silu: bool = False,
 ) -> NDArray[np.generic]:
-    """The whole layer.
+    """Compute the whole layer.
 
     Args:
-        x: input values, `[B, G * C, H, W]`, half or float32.
+        x: input values, `[B, G * C, H, W]`, float16 or float32.
         integers: weights `q - z`, `[N, C, kh, kw]`.
         terms: terms per output channel, float32[4, N]; the function reads scale and bias.
         tables: scales and limits per step, float32[4, T].
         step: index of each image's step, `[B]`.
-        geometry: geometry of the convolution; None for 1 x 1.
-        residual: values that are added, `[B, N, P, Q]`, or None.
-        silu: whether SiLU is applied to the result.
+        geometry: geometry of the convolution; None: a 1 x 1 convolution.
+        residual: values to add, `[B, N, P, Q]`; None: no residual.
+        silu: whether to apply SiLU to the result.
 
     Returns:
-        `[B, N, P, Q]`, in the dtype of x.
+        The output, `[B, N, P, Q]`, in the dtype of x.
     """
     sums = convolve(quantize(x, tables, step), integers, geometry or Geometry())
     scale = tables[0][step].reshape(-1, 1, 1, 1) * terms[0].reshape(1, -1, 1, 1)

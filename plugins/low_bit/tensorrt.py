@@ -59,9 +59,9 @@ _failures: deque[str] = deque(maxlen=3)
 
 
 def take_failures() -> list[str]:
-    """The latest errors of plugins since the previous call.
+    """Return and clear the latest errors of plugins since the previous call.
 
-    TensorRT prints errors of Python plugins on standard error and does not pass them to its caller.
+    TensorRT prints errors of Python plugins to standard error and does not pass them to its caller.
     """
     failures = list(_failures)
     _failures.clear()
@@ -171,12 +171,12 @@ class _PluginMethods:
         problem = self.layer.problem(tuple(inputs[0].dims))
         gpu = self._gpu()
         if gpu is not None:
-            # Kernels are already loaded, unless the context was created where there was no GPU.
+            # Kernels are already loaded, unless the context was created without a GPU.
             half = inputs[0].type == self._trt.DataType.HALF
             prepare_layer(gpu, self.layer, problem, half=half)
 
     def set_tactic(self, _: int) -> None:
-        """Do nothing: there is one tactic; the tile is chosen for the shape at run time."""
+        """Do nothing: there is only one tactic, and the tile is chosen at run time."""
 
     @_recording_failures
     def enqueue(
@@ -218,7 +218,8 @@ def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
             self.plugin_namespace, self.plugin_version = NAMESPACE, VERSION
             self.num_outputs = 1
             self.layer = layer
-            # TensorRT keeps pointers to memory of these objects, so they live as long as the plugin.
+            # TensorRT keeps pointers to the memory of these objects, so they must live as long as the
+            # plugin.
             self._fields, self._collection = _field_collection(trt, fields_of(layer))
 
     return LowBitPlugin
@@ -226,7 +227,7 @@ def _plugin_class(trt: Any, device: Callable[[], Device]) -> type:
 
 def _creator_class(trt: Any, plugin: type, name: str) -> type:
     class LowBitCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
-        """Creates plugins of one name, for the parser and for engines that are loaded."""
+        """Creates plugins of one name, for the parser and for loaded engines."""
 
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
@@ -254,7 +255,10 @@ def register(trt: Any, device: Callable[[], Device] = current_device) -> None:
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
-        device: returns the GPU for a plugin that runs.
+        device: function that returns the GPU on which a plugin runs.
+
+    Raises:
+        UsageError: TensorRT does not accept the plugins.
     """
     registry = trt.get_plugin_registry()
     plugin = _plugin_class(trt, device)

@@ -1,7 +1,7 @@
 """The layer as a plugin whose kernel is part of the engine, with full TensorRT's `@aot_impl`.
 
-Such an engine needs neither Python nor this package at run time. TensorRT allows such a plugin one
-launch and no workspace, so the plugin uses the fused kernel, with one tile for all shapes. The plugins
+Such an engine needs neither Python nor this package at run time. TensorRT limits such a plugin to one
+launch without workspace, so the plugin uses the fused kernel, with one tile for all shapes. The plugins
 replace those of `trtq.plugins.low_bit.tensorrt` and have the same names, inputs and attributes.
 
 No `from __future__ import annotations` here: TensorRT reads the annotations of these functions.
@@ -21,7 +21,7 @@ from trtq.plugins.variants import ONE_LAUNCH_TILES, Tile, Variant
 __all__ = ["register_ahead_of_time", "register_all"]
 
 _LARGE_TILE_CHANNELS = 128
-"""Number of output channels from which on the larger tile is faster."""
+"""Minimum number of output channels for which the larger tile is faster."""
 
 
 def _tile(layer: LayerSpec) -> Tile:
@@ -30,7 +30,7 @@ def _tile(layer: LayerSpec) -> Tile:
 
 
 def _out_size(size: Any, geometry: Geometry, axis: int) -> Any:
-    """Output size along an axis; sizes are numbers or TensorRT's expressions."""
+    """Output size along an axis; sizes are integers or TensorRT's expressions."""
     border = geometry.dilation[axis] * (geometry.kernel[axis] - 1) + 1 - 2 * geometry.padding[axis]
     return (size - border) // geometry.stride[axis] + 1
 
@@ -53,7 +53,7 @@ def _shape_arguments(layer: LayerSpec, shape: Any) -> tuple[list[Any], Any]:
 
 
 def _annotated(function: Any, names: dict[str, Any], returns: Any) -> Any:
-    """Give a function of `*arguments` the signature that TensorRT inspects."""
+    """Set the signature that TensorRT inspects on a function of `*arguments`."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     function.__signature__ = inspect.Signature(
         [inspect.Parameter(name, kind, annotation=type_) for name, type_ in names.items()],
@@ -70,7 +70,7 @@ def register_ahead_of_time(
     Args:
         trt: the module `tensorrt`.
         trtp: the module `tensorrt.plugin`.
-        code_of: compiles a kernel for the present GPU, see `trtq.plugins.compile.ptx`.
+        code_of: function that compiles a kernel for the current GPU, see `trtq.plugins.compile.ptx`.
         name: one of `trtq.plugins.low_bit.attributes.PLUGINS`.
     """
     tensors: dict[str, Any] = dict.fromkeys(INPUTS, trtp.TensorDesc)

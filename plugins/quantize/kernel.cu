@@ -1,4 +1,5 @@
-// Values to codes, in the layout of the product kernel: channels of a pixel are adjacent.
+// Conversion of values to codes, in the layout of the product kernel: channels of a pixel are
+// adjacent.
 //
 //   k = clip(round(x * inv_s[step]), lo[step], hi[step])
 //
@@ -23,7 +24,7 @@ typedef float Value;
 
 static constexpr int WARPS = 4, PIXELS = 32, BLOCK = 32, CHANNELS_LAST = 1;
 
-// Store eight codes; the result is the sum of u.
+// Stores eight codes and returns the sum of u.
 DEVICE int store_8(u8 *out, const int *codes, const StepRow &row, int valid) {
 #if NATIVE_4
   int shifted[8], sum = 0;
@@ -44,7 +45,7 @@ DEVICE int store_8(u8 *out, const int *codes, const StepRow &row, int valid) {
 // tables  float[4, steps]
 // step    i64[batch]
 // codes   u8[batch, pixels, groups, ceil(channels / 32) * 32], or half of it with NATIVE_4
-// sums    int[batch, pixels, groups]; written with NATIVE_4 only
+// sums    int[batch, pixels, groups]; written only with NATIVE_4
 // Blocks: (ceil(pixels / 32), groups, batch) of 128 threads.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     quantize(const Value *x, const float *tables, const i64 *step, int pixels, int channels,

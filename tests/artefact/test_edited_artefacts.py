@@ -81,7 +81,7 @@ EDITS = {
     ),
     "structure": (
         lambda m: m["structure"].update(attention=["conv_in"]),
-        "'conv_in' is no attention",
+        "'conv_in' is not an attention module",
     ),
     "split": (lambda m: m["structure"].update(splits={"conv_in": 5}), "cannot split"),
     "denoiser": (lambda m: m.update(denoiser="transformer"), "names no 'transformer'"),

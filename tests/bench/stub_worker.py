@@ -12,7 +12,7 @@ from trtq.errors import (
 
 
 class StubWorker:
-    """Answers like a worker, without work; rows in `dying` fail at the named question."""
+    """Answers like a worker without measuring; rows in `dying` fail at the named request."""
 
     dying: dict[str, str] = {}
     on_gpu: set[str] = set()
@@ -59,7 +59,7 @@ class StubWorker:
 
 
 def write_result(path, digits_onnx, **changes):
-    """A result file with some fields changed."""
+    """Write a result file with some changed fields."""
     measured = benchmark([str(digits_onnx), "digits"], batches=[1], turns=2, threads=1)
     path.write_text(json.dumps(measured.to_json() | changes))
     return path

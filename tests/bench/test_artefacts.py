@@ -120,7 +120,7 @@ def test_parses_or_rejects_batch_sizes(text):
 def test_finds_the_checkpoint_through_the_run(digits_run, digits_onnx, tmp_path):
     manifest = read_manifest(digits_onnx)
     assert find_checkpoint(digits_onnx, manifest) == "digits"
-    # A different run with the same name does not count.
+    # A different run with the same name is not used.
     alone = tmp_path / "onnx"
     shutil.copytree(digits_onnx, alone)
     assert find_checkpoint(alone, manifest) is None

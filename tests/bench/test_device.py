@@ -90,7 +90,7 @@ def test_reads_clocks_power_and_temperature(pynvml):
         "watts": 449.8,
         "watts_limit": 450.0,
         "celsius": 71,
-        "slowed": None,  # The stub module lacks this query, like old versions.
+        "slowed": None,  # The stub lacks this query, like old versions of the module.
     }
 
 
@@ -104,7 +104,7 @@ def test_unsupported_counters_are_none(pynvml):
     assert Nvml().memory == GpuMemory(None, 9 << 20)
 
 
-def test_added_memory_is_that_of_the_process_or_else_of_the_card():
+def test_added_memory_is_measured_for_the_process_or_else_for_the_card():
     # The driver lists a process only after its first use of the GPU.
     assert GpuMemory(7, 90).added_to(GpuMemory(None, 80)) == 7
     assert GpuMemory(7, 90).added_to(GpuMemory(5, 80)) == 2
@@ -112,7 +112,7 @@ def test_added_memory_is_that_of_the_process_or_else_of_the_card():
     assert GpuMemory(None, None).added_to(GpuMemory(None, 80)) is None
 
 
-def test_peaks_are_those_of_the_named_card():
+def test_the_peak_is_looked_up_by_the_full_name():
     peak = gpu_peak("NVIDIA GeForce RTX 4090", integers=True)
     assert (peak.operations, peak.bytes) == pytest.approx((661e12, 1.008e12))
     assert gpu_peak("NVIDIA H100 80GB HBM3", integers=False).operations == 989e12

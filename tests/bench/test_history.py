@@ -12,7 +12,7 @@ DEVICE = {"cpu": "a processor", "threads": 2}
 
 
 def result(turns=(1.0,) * 6, path="onnx", batches=(1,), **changes):
-    """A result with one row; the denoiser and the images take `turns[i]` ms in round i."""
+    """Create a result with one row, whose denoiser and images take `turns[i]` ms in round i."""
     timed = {"turns": list(turns)}
     row = {"path": path, "provider": "cpu", "bits": "w4a8", "device": "cpu", "measured": True}
     row |= {"load_seconds": 1.0, "build_seconds": None, "denoiser_bytes": 4_000_000}
@@ -28,12 +28,12 @@ def compared(old, new):
 
 
 def verdicts(old, new):
-    """Verdict and ratio by name of the number."""
+    """Verdict and ratio by name of the compared value."""
     rows = compared(old, new)["rows"]
     return {row["what"]: (row["verdict"], row["ratio"]) for row in rows}
 
 
-def test_compares_every_number_of_a_row():
+def test_compares_every_value_of_a_row():
     changes = {"load_seconds": 2.0, "denoiser_bytes": 1_000_000}
     changes |= {"memory": {"weights_bytes": 5_000_000, "peak_bytes": 3_000_000, "gpu_bytes": 1}}
     assert verdicts(result(), result([2.0] * 6, **changes)) == {
@@ -46,7 +46,7 @@ def test_compares_every_number_of_a_row():
     }
 
 
-def test_numbers_have_units():
+def test_values_have_units():
     rows = compared(result(), result([4.0] * 6))["rows"]
     shown = {row["what"]: (row["unit"], row["before"], row["after"], row["batch"]) for row in rows}
     assert shown["denoiser"] == ("ms", 1.0, 4.0, 1)

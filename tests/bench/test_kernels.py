@@ -37,7 +37,7 @@ def test_counts_operations():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_error_names_what_works_without():
+def test_without_a_gpu_the_error_names_the_command_that_needs_none():
     with pytest.raises(UsageError, match="torch sees none; `trtq plugins build`"):
         bench_kernels()
 
@@ -66,7 +66,7 @@ class Gpu:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A simulated GPU that computes on the CPU; only kernels and times are fake."""
+    """A simulated GPU that computes on the CPU; its kernels and times are fake."""
     simulated = Gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

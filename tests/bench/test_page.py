@@ -6,7 +6,7 @@ from trtq.bench.page import bench_tables, failures, statements
 
 
 def row(path, *, low_bit=True, verdict="faster", images=None, measured=True):
-    """A row of a result with one batch size."""
+    """Create a row of a result with one batch size."""
     summary = {"p50": 2.0, "q1": 1.0, "q3": 3.0, "p90": 4.0, "p99": None, "calls": 60}
     speedup = {"baseline": "digits@torch", "ratio": 0.5, "low": 0.4, "high": 0.6}
     speedup["verdict"] = verdict
@@ -23,7 +23,7 @@ def row(path, *, low_bit=True, verdict="faster", images=None, measured=True):
 
 
 def result(*rows, slower=(), unjudged=(), undecided=()):
-    """A result of these rows."""
+    """Create a result with these rows."""
     fields = {"rows": list(rows), "notes": ["see there"], "against": None}
     fields |= {"undecided": list(undecided)}
     return fields | {"slower": list(slower), "unjudged": list(unjudged)}

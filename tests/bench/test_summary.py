@@ -58,7 +58,7 @@ def test_the_interval_of_the_median_has_the_confidence(count, skipped):
 @pytest.mark.parametrize("turns", [2, 3, 4, 5, 6, 8, 10, 20])
 @pytest.mark.parametrize("comparisons", [1, 8])
 def test_family_wise_false_positive_rate_is_limited_to_5_percent(turns, comparisons):
-    """In at most one of twenty runs does any comparison of equal rows get a verdict."""
+    """At most one of twenty runs has a verdict for any comparison of equal rows."""
     rng = np.random.default_rng(turns)
     runs = 2000
     wrong = 0
@@ -69,7 +69,7 @@ def test_family_wise_false_positive_rate_is_limited_to_5_percent(turns, comparis
             for a, b in zip(theirs, ours, strict=True)
         }
         wrong += bool(verdicts & {"faster", "slower"})
-    # Allowed count plus four standard deviations.
+    # The allowed count plus four standard deviations.
     assert wrong <= 0.05 * runs + 4 * math.sqrt(0.05 * 0.95 * runs)
     if turns < min_turns(comparisons):
         assert verdicts == {"too few turns"}

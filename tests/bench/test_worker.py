@@ -25,7 +25,7 @@ class OnCuda(nn.Module):
 
 
 class Driver:
-    """Reports 10 MiB and one joule more with each query."""
+    """A driver that reports 10 MiB and one joule more at each query."""
 
     def __init__(self):
         self.asked = 0
@@ -43,7 +43,7 @@ class Driver:
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Open an artefact with a given denoiser; returns the artefact and the result of `open`."""
+    """Open an artefact with a given denoiser; return the artefact and the result of `open`."""
 
     def open_artefact(denoiser, provider):
         source = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Policies, recipes, recordings."""
+"""Policies, recipes and recordings."""
 
 import logging
 
@@ -70,7 +70,7 @@ def test_layers_without_a_rule_stay_float_with_a_warning(caplog, tmp_path):
         ("[attention]\nprobability_bits = 9", "attention.probability_bits"),
     ],
 )
-def test_recipes_that_are_refused(text, message, tmp_path):
+def test_invalid_recipes_are_refused(text, message, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=message):
@@ -86,7 +86,7 @@ def test_former_names_are_accepted_for_one_release(tmp_path):
     assert (plan.weight_bits, plan.activation_bits) == (4, 8)
 
 
-def test_overrides_win_over_the_file_and_the_file_over_the_method(tmp_path):
+def test_overrides_take_precedence_over_the_file_and_the_file_over_the_method(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text("bits = 'w4a8'\nsteps = 7\n[training]\nrank = 5\n")
     recipe = load_recipe(path, {"steps": 9})
@@ -115,7 +115,7 @@ def recordings(source, guidance=1.0, seed=0):
     return recorded, plans, table
 
 
-def test_each_input_is_filed_under_its_timestep(tiny):
+def test_each_input_is_recorded_under_its_timestep(tiny):
     recorded, _, table = recordings(tiny)
     expected = {}
     embed = tiny.denoiser.time_proj
@@ -158,7 +158,7 @@ def test_both_halves_of_a_guidance_pair_are_recorded(tiny):
     assert not torch.equal(recorded[name].low, alone[name].low)
 
 
-def test_nan_weights_stop_the_run_with_the_layers_name(tmp_path):
+def test_an_error_about_nan_weights_names_the_layer(tmp_path):
     pipeline = tiny_pipeline()
     with torch.no_grad():
         pipeline.unet.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = torch.nan

@@ -1,4 +1,4 @@
-"""Recipes, policies and prompts of users: read, or refused with a one-line message."""
+"""Users' recipes, policies and prompts are read or refused with a one-line message."""
 
 import os
 

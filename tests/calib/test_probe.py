@@ -1,4 +1,4 @@
-"""One call without arithmetic finds the inputs of each layer and shared inputs."""
+"""One call on the meta device records the inputs of each layer, and shared inputs."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def test_only_queries_keys_and_values_share_their_input(unet):
     assert shared == {f"{a}.{leaf}": f"{a}.to_q" for a in attentions for leaf in ("to_k", "to_v")}
 
 
-def test_layers_with_other_bits_keep_separate_quantisers(unet):
+def test_layers_with_different_bits_keep_separate_quantisers(unet):
     plans = plan_layers(unet, load_policy("UNet2DModel"), "w4a4")
     place = next(i for i, plan in enumerate(plans) if plan.name.endswith(".to_k"))
     plans[place] = replace(plans[place], activation_bits=8)

@@ -1,4 +1,4 @@
-"""Mixed precision: measurement, restored weights, and budgets."""
+"""Mixed precision: measurements, restored weights and budgets."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from trtq.runs.weights import FILE_NAME
 @pytest.mark.parametrize(
     "text", ["size", "size=2x", "size=0.3", "speed=0.3x", "size=0x", "size=..x"]
 )
-def test_budgets_that_are_refused(text):
+def test_invalid_budgets_are_refused(text):
     with pytest.raises(RecipeError, match="is not understood"):
         parse_budget(text)
 

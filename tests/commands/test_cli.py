@@ -229,7 +229,7 @@ WRONG_USE = {
     "steps": (("quantize", "digits", "-o", "{}", "--steps", 100000), "steps"),
     "precision": (("export", "digits", "-o", "{}", "--precision", "fp8"), "fp32, fp16"),
     "target": (("export", "digits", "-o", "{}", "--target", "x"), "choose one of qdq, plugin"),
-    "form": (("bench", "kernels", "--form", "w2a2", "-o", "{}"), "choose of w8a8, w4a8, w4a4"),
+    "form": (("bench", "kernels", "--form", "w2a2", "-o", "{}"), "choose from w8a8, w4a8, w4a4"),
     "batch": (("export", "digits", "-o", "{}", "--batch-range", "9:1"), "MIN:MAX"),
     "class": (("generate", "digits", "-o", "{}.png", "--class-label", 10), r"0 .. 9"),
     "suffix": (("generate", "digits", "-o", "{}.gif"), "end in .png"),

@@ -157,4 +157,4 @@ def test_an_input_file_must_not_be_a_pipe(tmp_path):
     ):
         result = run(*arguments)
         assert result.exit_code == 2
-        assert "is a named pipe; give a file" in message_of(result)
+        assert "is a named pipe; give a regular file" in message_of(result)

@@ -14,7 +14,7 @@ from trtq.errors import ArtefactError, QuantizationError, UsageError
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_step_is_diffusers_ddim_step(prediction, clip, eta):
+def test_a_step_equals_that_of_diffusers_ddim(prediction, clip, eta):
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(
@@ -25,7 +25,7 @@ def test_step_is_diffusers_ddim_step(prediction, clip, eta):
     generator = torch.Generator().manual_seed(0)
     positions = torch.arange(20)
     x, predicted, noise = (torch.randn(20, 1, 4, 4, generator=generator) for _ in range(3))
-    # Each item is at its own step, in one call.
+    # In one call, each item is at a different step.
     ours = schedule.step(x, predicted, positions, eta, noise)
     for position, t in enumerate(scheduler.timesteps):
         item = slice(position, position + 1)
@@ -37,7 +37,7 @@ def test_step_is_diffusers_ddim_step(prediction, clip, eta):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_influence_is_the_effect_of_an_error_at_one_step_on_the_final_sample(prediction):
-    """On data of unit variance, for which the best denoiser is known: the noise in `x` is `sigma x`."""
+    """For data of unit variance the optimal denoiser is known: it predicts the noise `sigma x`."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False)
@@ -107,7 +107,7 @@ def test_guidance_concatenates_unconditional_then_conditional():
     ("shape", "max_batch", "count"),
     [((1, 8, 8), 64, 64), ((4, 64, 64), 64, 4), ((4, 128, 128), 64, 1), ((4096, 64), 3, 1)],
 )
-def test_large_samples_go_through_a_few_at_a_time(shape, max_batch, count):
+def test_large_samples_are_denoised_in_small_batches(shape, max_batch, count):
     assert at_once(shape, max_batch) == count
 
 

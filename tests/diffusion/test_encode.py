@@ -10,7 +10,7 @@ from trtq.errors import UsageError
 
 
 def inputs_of_the_call(loaded, **prompts):
-    """Denoiser inputs in a call of the pipeline, by flat name; "no prompt" is the first row."""
+    """Denoiser inputs in the pipeline's own call, by flat name; "no prompt" is the first row."""
     seen = {}
 
     def keep(module, args, kwargs):
@@ -41,7 +41,7 @@ def test_the_unconditional_input_is_the_pipelines_encoding_of_the_negative_promp
         assert torch.equal(torch.cat([value, encoded.conditional[key]]), seen[key]), key
 
 
-def test_stable_diffusion_xl_encodes_an_empty_negative_prompt_unlike_none():
+def test_stable_diffusion_xl_distinguishes_an_empty_negative_prompt_from_none():
     """Without a negative prompt the pipeline uses zeros."""
     loaded = open_pipeline(build("sd_xl"))
     none, empty = (
@@ -53,7 +53,7 @@ def test_stable_diffusion_xl_encodes_an_empty_negative_prompt_unlike_none():
 
 
 @pytest.mark.parametrize("name", ["ldm_kl", "flux"])
-def test_a_negative_prompt_is_refused_if_the_pipeline_takes_none(name):
+def test_a_negative_prompt_is_refused_if_the_pipeline_does_not_support_it(name):
     loaded = open_pipeline(build(name))
     assert not takes_negative(loaded.pipeline)
     with pytest.raises(UsageError, match="takes no negative prompt"):

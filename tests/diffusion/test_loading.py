@@ -1,4 +1,4 @@
-"""Folders of many kinds, intact or damaged: loaded correctly, or refused in one line."""
+"""Folders of many kinds, intact or damaged, are loaded correctly or refused in one line."""
 
 import json
 import os
@@ -130,7 +130,7 @@ def test_other_float_weights_are_read_as_float32(dtype, model):
         assert torch.equal(tensor, held[UNET][name].float())
 
 
-def test_a_single_variant_is_read_with_a_warning(saved, tmp_path, caplog):
+def test_an_only_variant_is_read_with_a_warning(saved, tmp_path, caplog):
     model = tmp_path / "model"
     build("sd_1").save_pretrained(model, variant="fp16")
     loaded = open_pipeline(model)
@@ -149,7 +149,7 @@ def test_a_plain_file_takes_precedence_over_variants(model, caplog):
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_shards_are_read_and_a_missing_one_is_named(variant, saved, tmp_path):
+def test_shards_are_read_and_a_missing_shard_is_named(variant, saved, tmp_path):
     model = tmp_path / "model"
     build("sd_1").save_pretrained(model, max_shard_size="40KB", variant=variant)
     shards = sorted((model / "unet").glob("*-of-*"))
@@ -426,7 +426,7 @@ def test_invalid_json_is_refused_by_file(file, text, model):
 
 
 def test_a_byte_order_mark_is_accepted_where_trtq_reads(model):
-    """diffusers cannot read it, so in files that diffusers reads it is refused."""
+    """diffusers does not support byte order marks, so they are refused in its files."""
     for file in ("model_index.json", "unet/config.json"):
         (model / file).write_bytes(b"\xef\xbb\xbf" + (model / file).read_bytes())
     assert "unet/config.json begins with a byte-order mark" in refusal(model, ArtefactError)
@@ -528,7 +528,7 @@ def test_old_names_of_attention_weights_are_read(model):
 
 
 def test_old_names_of_text_encoder_weights_are_read(model):
-    """transformers 4 wrote these names, and the positions."""
+    """transformers 4 wrote these names, and a buffer of positions."""
     expected = open_pipeline(model).pipeline.text_encoder.state_dict()
 
     def change(tensors):

@@ -1,4 +1,4 @@
-"""Prepared pipeline objects: equal results to plain ones, or refused; the object is never changed."""
+"""Prepared pipeline objects give the results of plain ones or are refused, and never change."""
 
 import copy
 import types
@@ -45,7 +45,7 @@ def plain_run(tmp_path_factory):
 
 
 def state_of(pipeline):
-    """The whole state of a pipeline's models: weights, modes, processors, hooks, patches."""
+    """The complete state of a pipeline's models: weights, modes, processors, hooks, patches."""
     state = {"class": type(pipeline), "attributes": sorted(vars(pipeline))}
     for name, model in models(pipeline).items():
         state[name] = id(model)
@@ -385,7 +385,7 @@ def test_a_disabled_or_deleted_adapter_has_no_effect(expected):
     assert snr_db(expected, drawn(pipeline)) >= 200
 
 
-def test_a_subclass_without_overrides_is_treated_as_its_ancestor(expected):
+def test_a_subclass_without_overrides_is_treated_like_its_ancestor(expected):
     from diffusers import StableDiffusionPipeline
 
     class Mine(StableDiffusionPipeline):
@@ -538,7 +538,9 @@ NEEDS = {
 
 
 @pytest.mark.parametrize(("make", "message"), NEEDS.values(), ids=NEEDS)
-def test_a_denoiser_that_needs_another_input_is_refused_by_that_input(make, message, tmp_path):
+def test_a_denoiser_that_needs_another_input_is_refused_and_the_input_named(
+    make, message, tmp_path
+):
     with pytest.raises(TrtqError) as caught:
         quantize(make(), RECIPE, tmp_path / "run")
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""Timesteps and noise levels equal those of the pipeline's own call, or are refused in one line."""
+"""Timesteps and noise levels equal those of the pipeline's call, or are refused in one line."""
 
 from functools import cache
 
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 KARRAS = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
-# This scheduler requires torchsde, which is not a dependency of the project.
+# This scheduler requires torchsde, which is not a dependency of this project.
 WITHOUT = "DPMSolverSDEScheduler"
 TEXT = {"prompt": "a red circle", "height": 16, "width": 16, "output_type": "latent"}
 CALLS = {
@@ -113,8 +113,8 @@ def make(name, **settings):
 
 
 @pytest.mark.parametrize("name", [n for n in KNOWN_SCHEDULERS if n != WITHOUT])
-def test_the_timesteps_are_those_that_the_pipeline_passes(name):
-    """For each known scheduler, in the pipelines that support it."""
+def test_the_timesteps_equal_those_that_the_pipeline_passes(name):
+    """Test each known scheduler in the pipelines that support it."""
     flow = name.startswith("FlowMatch")
     for pipe in ("sd_3",) if flow else ("sd_1", "classes"):
         check_timesteps(pipe, make(name))
@@ -126,7 +126,7 @@ def test_all_interchangeable_schedulers_of_diffusers_but_one_are_known():
 
 @pytest.mark.parametrize("pipe", ["ldm_vq", "dit", "pixart", "sd_3", "unconditional"])
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
-def test_the_timesteps_are_those_of_each_pipeline(pipe, name):
+def test_the_timesteps_equal_those_of_each_pipeline(pipe, name):
     if (pipe, name) == ("unconditional", "DPMSolverMultistepScheduler"):
         name = "DDPMScheduler"
     check_timesteps(pipe, make(name))
@@ -148,13 +148,13 @@ def test_the_timesteps_are_those_of_each_pipeline(pipe, name):
     ],
     ids=str,
 )
-def test_flow_matching_is_stepped_as_the_pipeline_steps_it(pipe, settings):
+def test_flow_matching_steps_equal_those_of_the_pipeline(pipe, settings):
     check_timesteps(pipe, make("FlowMatchEulerDiscreteScheduler", **settings), 4)
 
 
 @pytest.mark.parametrize("pipe", ["sd_1", "sd_3", "flux"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_solvers_with_flow_sigmas(pipe, dynamic):
+def test_solvers_with_flow_sigmas_are_supported(pipe, dynamic):
     settings = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 2.0}
     scheduler = make("UniPCMultistepScheduler", **settings, use_dynamic_shifting=dynamic)
     if (pipe, dynamic) == ("sd_1", True):
@@ -193,7 +193,7 @@ def test_settings_of_a_scheduler_are_used(name, settings):
     check_timesteps("sd_1", make(name, **settings), 4)
 
 
-def test_levels_are_those_of_a_scheduler_that_rounds_its_timesteps():
+def test_noise_levels_of_a_scheduler_that_rounds_its_timesteps():
     scheduler = make("DPMSolverMultistepScheduler", use_karras_sigmas=True)
     schedule = NoiseSchedule.of(scheduler, 6)
     scheduler.set_timesteps(6)
@@ -202,7 +202,7 @@ def test_levels_are_those_of_a_scheduler_that_rounds_its_timesteps():
 
 
 def test_steps_that_share_a_timestep_are_calibrated_once():
-    """Karras' levels on a cosine schedule are close together at the noisy end."""
+    """Karras' noise levels on a cosine schedule are close together at the noisy end."""
     scheduler = make(
         "DPMSolverMultistepScheduler", use_karras_sigmas=True, beta_schedule="squaredcos_cap_v2"
     )

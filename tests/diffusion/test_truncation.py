@@ -1,4 +1,4 @@
-"""A truncated prompt is reported with the text that is lost, wherever prompts enter."""
+"""Truncated prompts are reported with the lost text, wherever prompts are given."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ def test_a_prompt_that_fits_is_not_truncated(name):
 @pytest.mark.parametrize(
     ("name", "kept"), [("flux", 512), ("sd_3", 256), ("pixart", 120), ("ldm_kl", 77)]
 )
-def test_the_limit_is_that_of_the_pipelines_call(name, kept):
+def test_the_limit_equals_that_of_the_pipelines_call(name, kept):
     (row,) = find_truncations(build(name), ["a " * 600])
     assert row.kept == kept
 
@@ -73,14 +73,14 @@ def test_drawing_warns_once(caplog):
     assert "too long for text_encoder" in warnings[0].getMessage()
 
 
-def test_a_truncated_negative_prompt_is_reported_too(caplog):
+def test_a_truncated_negative_prompt_is_also_reported(caplog):
     loaded = open_pipeline(build("sd_1"))
     conditioning = conditioning_for(loaded, 1, prompt="a red circle")
     draw(loaded, conditioning, steps=1, seed=0, guidance=3.0, negative_prompt=LONG)
     assert "1 of 2 prompts are truncated" in caplog.text
 
 
-def test_one_line_counts_the_truncated_prompts(caplog):
+def test_truncated_prompts_are_counted_in_one_line(caplog):
     warn_of_truncation(build("sd_1"), ["a", LONG, f"{LONG} again"], "calibration prompts")
     (record,) = caplog.records
     assert record.getMessage().startswith(

@@ -1,4 +1,4 @@
-"""Metrics, compared with formulas, other libraries and known results."""
+"""Compare metrics with formulas, other libraries and known results."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from trtq.evaluation.metrics import (
 )
 
 
-def test_frechet_distance_against_scipy():
+def test_frechet_distance_equals_scipys():
     generator = torch.Generator().manual_seed(0)
     a, b = (feature_statistics(torch.randn(50, 6, generator=generator) * s + s) for s in (1.0, 1.7))
     root = sqrtm(a.covariance.numpy() @ b.covariance.numpy()).real
@@ -62,7 +62,7 @@ def test_the_interval_contains_the_value_and_shrinks_with_more_images():
 
 
 @pytest.mark.parametrize(("sharp", "score"), [(50.0, 4.0), (0.0, 1.0)])
-def test_inception_score_of_known_answers(sharp, score):
+def test_inception_score_of_known_logits(sharp, score):
     logits = sharp * torch.nn.functional.one_hot(torch.arange(400) % 4, 4).float()
     assert inception_score({"class": logits}) == pytest.approx(score, rel=5e-2)
 

@@ -78,7 +78,7 @@ def conditional_unet(width, **options):
 
 
 def diffusion(**options):
-    """Stable Diffusion's noise schedule."""
+    """Create a scheduler with Stable Diffusion's noise schedule."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -108,12 +108,12 @@ def stable_diffusion(unet, scheduler):
 
 
 def sd_1():
-    """Stable Diffusion 1.x: predicts noise, convolutions around the attention."""
+    """Stable Diffusion 1.x: noise prediction, convolutions around the attention."""
     return stable_diffusion(conditional_unet(CLIP_WIDTH), diffusion())
 
 
 def sd_2():
-    """Stable Diffusion 2.x: predicts the velocity, linear projections, Euler steps."""
+    """Stable Diffusion 2.x: velocity prediction, linear projections, Euler steps."""
     from diffusers import EulerDiscreteScheduler
 
     unet = conditional_unet(CLIP_WIDTH, use_linear_projection=True, attention_head_dim=(2, 4))
@@ -147,7 +147,7 @@ def sd_xl():
 
 
 def ldm_vq():
-    """Latent diffusion without conditions, on a quantising autoencoder."""
+    """Unconditional latent diffusion with a vector-quantised autoencoder."""
     from diffusers import LDMPipeline, UNet2DModel
 
     unet = UNet2DModel(
@@ -165,7 +165,7 @@ def ldm_vq():
 
 
 def ldm_kl():
-    """Latent diffusion from text, on a variational autoencoder."""
+    """Text-conditional latent diffusion with a variational autoencoder."""
     from diffusers import LDMTextToImagePipeline
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
         LDMBertConfig,
@@ -195,7 +195,7 @@ def ldm_kl():
 
 
 def dit():
-    """DiT: classes, adaptive norms, predicts its variance too."""
+    """DiT: classes, adaptive norms, a predicted variance."""
     from diffusers import DiTPipeline, DiTTransformer2DModel
 
     transformer = DiTTransformer2DModel(
@@ -304,7 +304,7 @@ PIPELINES = {
 
 
 def build(name):
-    """The pipeline of this name, with the same weights every time."""
+    """Build the pipeline with this name, always with the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = PIPELINES[name]()

@@ -1,4 +1,4 @@
-"""Every kind of pipeline goes the whole way: quantised, exported, loaded, served; it says the same."""
+"""Every kind of pipeline is quantised, exported, loaded and served, with equal results."""
 
 import json
 
@@ -31,11 +31,11 @@ RECIPE = {
 
 @pytest.mark.parametrize(
     "name",
-    # The two families closest to others are slow, to limit the time of nine exports.
+    # The two families closest to others are marked slow, to limit the time of nine exports.
     [pytest.param(n, marks=pytest.mark.slow) if n in ("sd_2", "ldm_kl") else n for n in PIPELINES],
 )
 def test_a_pipeline_is_quantised_exported_and_served(name, tmp_path):
-    """As a user has it: from a folder, at the pipeline's own size or another one."""
+    """Use a folder, as users do, at the pipeline's default size or another size."""
     checkpoint, run, onnx = tmp_path / "model", tmp_path / "run", tmp_path / "onnx"
     build(name).save_pretrained(checkpoint)
     (checkpoint / "prompts.json").write_text(json.dumps({"calibration": ["a red circle", "a"]}))
@@ -44,7 +44,7 @@ def test_a_pipeline_is_quantised_exported_and_served(name, tmp_path):
     exported = export(run, onnx)
     assert exported["parity_db_min"] >= 40
     assert all(db >= 60 for db in exported["parity_parts_db"].values())
-    # Nothing is left that needs torch: neither text encoders nor the autoencoder.
+    # Nothing needs torch any more, neither text encoders nor the autoencoder.
     assert not list(onnx.rglob("*.safetensors"))
     source = open_any(onnx)
     assert type(trtq.load(onnx)).__name__ == type(build(name)).__name__
@@ -54,7 +54,7 @@ def test_a_pipeline_is_quantised_exported_and_served(name, tmp_path):
     images = draw(source, conditioning, steps=2, seed=0)
     assert images.shape == (2, 3, *source.image_size)
     expected = draw(open_any(run), conditioning, steps=2, seed=0)
-    # After two whole steps and a decoder; a wrong scale or step would leave nothing of the image.
+    # The bound holds after two steps and a decoder; a wrong scale or step would destroy the image.
     assert float((images - expected).abs().mean()) < 0.02
     model = PipelineModel(source, name, "cpu")
     assert model.info.takes_guidance or model.info.guidance == 1.0
@@ -64,11 +64,11 @@ def test_a_pipeline_is_quantised_exported_and_served(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_run_is_exported_at_another_size_than_it_was_calibrated_at(name, tmp_path):
-    """At every step and at mixed steps; four items at least stand at two steps."""
+    """Compare at every step and at mixed steps, with at least four items at two steps."""
     run = tmp_path / "run"
     side = 16 if name in SIZES else open_pipeline(build(name)).image_size[0]
     quantize(build(name), RECIPE | {"size": f"{side}x{side}"}, run)
-    # DiT takes square images only.
+    # DiT supports only square images.
     for size in (f"{2 * side}x{side if name != 'dit' else 2 * side}", f"{3 * side}x{3 * side}"):
         onnx = tmp_path / size
         exported = export(run, onnx, size=size)
@@ -143,7 +143,7 @@ def test_invalid_sizes_are_refused(size, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_image_of_another_size_than_the_graph_takes(tmp_path):
+def test_a_size_that_the_graph_does_not_support_is_refused(tmp_path):
     checkpoint, run, onnx = tmp_path / "model", tmp_path / "run", tmp_path / "onnx"
     build("ldm_vq").save_pretrained(checkpoint)
     quantize(checkpoint, RECIPE, run)
@@ -154,7 +154,7 @@ def test_an_image_of_another_size_than_the_graph_takes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sd_1", "sd_3"])
-def test_one_graph_for_a_range_of_sizes(name, tmp_path):
+def test_one_graph_supports_a_range_of_sizes(name, tmp_path):
     checkpoint, run, onnx = tmp_path / "model", tmp_path / "run", tmp_path / "onnx"
     build(name).save_pretrained(checkpoint)
     (checkpoint / "prompts.json").write_text(json.dumps({"calibration": ["a red circle", "a"]}))

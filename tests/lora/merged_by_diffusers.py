@@ -1,4 +1,4 @@
-"""The oracle of every LoRA test: what diffusers and PEFT make of a file, and what trtq makes of it."""
+"""The oracle of all LoRA tests: compare trtq's merge of a file with diffusers' and PEFT's."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def denoiser_of(pipe):
 
 
 def by_diffusers(pipe, loras):
-    """Weights after diffusers' own merge.
+    """The weights after diffusers' own merge.
 
     Args:
-        pipe: changed in place.
-        loras: (file or folder, scale) of each.
+        pipe: pipeline, changed in place.
+        loras: file or folder, and scale, of each LoRA.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -58,7 +58,7 @@ def by_diffusers(pipe, loras):
 
 
 def by_trtq(pipe, loras):
-    """Weights after trtq's merge."""
+    """The weights after trtq's merge."""
     requests = [LoraRequest(path, scale) for path, scale in loras]
     merge_loras(parts(pipe), requests, denoiser_of(pipe))
     return weights(pipe)
@@ -70,7 +70,7 @@ def changed(before, after):
 
 
 def assert_same(before, expected, given):
-    """The same weights, to 1e-6 of each tensor's norm, and of the norm of its change."""
+    """Assert equal weights, to 1e-6 of each tensor's norm and of the norm of its change."""
     assert expected.keys() == given.keys()
     differing = changed(before, expected)
     assert differing, "the oracle changed nothing"
@@ -79,12 +79,12 @@ def assert_same(before, expected, given):
         a, b, start = expected[key].double(), given[key].double(), before[key].double()
         error = float((a - b).norm())
         assert error <= RELATIVE * float(a.norm()), (key, error / float(a.norm()))
-        # Rounding to float32 of the weight itself bounds what can be seen of a small change.
+        # The weight's rounding to float32 limits the precision of a small change.
         assert error <= 1e-5 * float((a - start).norm()), (key, error / float((a - start).norm()))
 
 
 def matrices(module, rank, generator):
-    """down[R, K, ...] and up[N, R, ...] of a layer, small random numbers."""
+    """Create small random matrices down[R, K, ...] and up[N, R, ...] for a layer."""
     weight = module.weight
     down = torch.randn((rank, *weight.shape[1:]), generator=generator) * 0.1
     up = torch.randn((len(weight), rank, *(1,) * (weight.ndim - 2)), generator=generator) * 0.1
@@ -92,7 +92,7 @@ def matrices(module, rank, generator):
 
 
 def write(folder: Path, tensors, name="style.safetensors", metadata=None):
-    """A safetensors file."""
+    """Write a safetensors file and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)

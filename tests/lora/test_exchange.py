@@ -1,4 +1,4 @@
-"""LoRAs in quantised models: merged before quantising, and exchanged in a finished run."""
+"""LoRAs in quantised models: merged before quantisation, and exchanged in a finished run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TARGETS = ("mid_block.attentions.0.to_q", "mid_block.resnets.0.conv1")
 RANK = 2
 
 pytestmark = [
-    # Of transformers and PEFT, while they load adapters.
+    # transformers and PEFT emit these warnings while they load adapters.
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -64,7 +64,7 @@ def recipe(base):
 
 
 @pytest.mark.parametrize("base", ["fp", "int"])
-def test_swapping_keeps_the_tables_and_recomputes_the_codes(base, model, tmp_path):
+def test_an_exchange_keeps_the_tables_and_recomputes_the_codes(base, model, tmp_path):
     lora = tmp_path / "style.safetensors"
     quantize(model, recipe(base), tmp_path / "run")
     nothing = requantize(tmp_path / "run", [LoraRequest(lora, 0.0)], tmp_path / "nothing")
@@ -99,7 +99,7 @@ def test_a_changed_checkpoint_is_refused(model, tmp_path):
         )
 
 
-def test_a_checkpoint_whose_bookkeeping_changed_is_still_the_same(model, tmp_path):
+def test_a_checkpoint_with_changed_metadata_is_accepted(model, tmp_path):
     (model / "README.md").write_text("about it")
     quantize(model, {"method": "minmax", "steps": 4}, tmp_path / "run")
     assert set(read_manifest(tmp_path / "run").source.files) == {
@@ -118,7 +118,7 @@ def test_a_checkpoint_whose_bookkeeping_changed_is_still_the_same(model, tmp_pat
     assert (tmp_path / "new" / "manifest.json").is_file()
 
 
-def test_a_changed_readme_or_repository_is_not(model, tmp_path):
+def test_a_changed_readme_or_repository_is_accepted(model, tmp_path):
     notes = [model / name for name in ("README.md", ".git/index", "unet/README.md", "LICENSE.txt")]
     for note in notes:
         note.parent.mkdir(exist_ok=True)
@@ -144,7 +144,7 @@ UNET = (
     "up_blocks.0.resnets.0.conv1",
     "up_blocks.1.resnets.0.conv_shortcut",
 )
-# diffusers takes a text encoder's layers from kohya's files only where `out_proj` is among them.
+# diffusers reads a text encoder's layers from kohya's files only if `out_proj` is among them.
 TEXT = (
     "encoder.layers.0.self_attn.q_proj",
     "encoder.layers.0.self_attn.out_proj",
@@ -169,7 +169,7 @@ def decomposed_folder(tmp_path_factory):
 
 
 def assert_is_diffusers_merge(out, lora, scale):
-    """A run draws as diffusers' merge does, and holds its text encoder."""
+    """Assert that a run draws like diffusers' merge and contains its text encoder."""
     pipe = pipelines.build("sd_1")
     start = pipelines.build("sd_1").unet
     expected = by_diffusers(pipe, [(lora, scale)])

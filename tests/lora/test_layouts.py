@@ -1,8 +1,8 @@
-"""Every layout that LoRAs come in gives the weights that diffusers' own merge gives.
+"""LoRAs in every layout give the same weights as diffusers' own merge.
 
-The oracle is `load_lora_weights` and `fuse_lora` of the same pipeline, with PEFT. Where diffusers
-cannot load a layout, or leaves out a part of it without a word, the test says so and its oracle is
-PEFT, or the same update written in a layout that diffusers does load.
+The oracle is `load_lora_weights` and `fuse_lora` of the same pipeline, with PEFT. If diffusers cannot
+load a layout, or silently omits a part of it, a comment in the test explains it, and the oracle is PEFT
+or the same update written in a layout that diffusers loads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RANK = 4
 FLUX_WIDTH = 32
 
 pytestmark = [
-    # Of transformers and PEFT, while they load adapters.
+    # transformers and PEFT emit these warnings while they load adapters.
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -38,7 +38,7 @@ pytestmark = [
 
 
 def sd_xl():
-    """With as many blocks as the true one: kohya's names count them."""
+    """A pipeline with the real number of blocks, which kohya's names depend on."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipe = pipelines.sd_xl()
@@ -62,7 +62,7 @@ def build(name):
 
 
 def layers(pipe, component, *words):
-    """Linear layers and convolutions whose path holds one of these words; all of them without."""
+    """Linear layers and convolutions whose path contains one of `words`, or all without words."""
     return {
         path: module
         for path, module in getattr(pipe, component).named_modules()
@@ -72,7 +72,7 @@ def layers(pipe, component, *words):
 
 
 def pairs(modules, name, down, up, generator, alpha=None, rank=RANK):
-    """Matrices of each layer, under the name that `name` makes of its path."""
+    """Create the matrices of each layer, named by `name(path)`."""
     tensors = {}
     for path, module in modules.items():
         key = name(path)
@@ -105,7 +105,7 @@ def kohya(modules, prefix, generator, alpha=2.0, name=lambda path: path):
 
 
 def metadata(component, tensors, **settings):
-    """What diffusers writes into a file's metadata."""
+    """Create the metadata that diffusers writes into a file."""
     targets = {key.split(".lora_")[0].removeprefix(f"{component}.") for key in tensors}
     settings = {"r": RANK, "lora_alpha": 16, "target_modules": sorted(targets)} | settings
     text = json.dumps({f"{component}.{key}": value for key, value in settings.items()})
@@ -203,7 +203,7 @@ def kohya_sd(pipe, g):
 
 
 def original_names(unet):
-    """diffusers' paths -> the names of Stable Diffusion XL's first release, written out by hand."""
+    """Names in Stable Diffusion XL's first release by path in diffusers, listed by hand."""
     parts = {
         "down_blocks.0.resnets.0": "input_blocks.1.0",
         "down_blocks.0.resnets.1": "input_blocks.2.0",
@@ -286,7 +286,7 @@ def flux_new(pipe, g):
 
 
 def flux_original(ends, prefix, g, alpha, *, single=False, rank=RANK):
-    """Layers of Flux as its first release names them; `linear1` only where asked for."""
+    """Create layers of Flux with first-release names; `linear1` only if `single` is set."""
     d = FLUX_WIDTH
     shapes = {
         "single_blocks.0.linear2": (d, 5 * d),
@@ -322,7 +322,7 @@ def kohya_flux(pipe, g):
 
 
 def kohya_flux_sparse(pipe, g):
-    """Each of q, k and v has its own third of the rank, as some trainers write it."""
+    """Create a file in which q, k and v have a third of the rank each, as some trainers do."""
     tensors = flux_original(KOHYA_ENDS, "lora_unet_", g, 2.0, rank=6)
     mask = torch.block_diag(*(torch.ones(FLUX_WIDTH, 2) for _ in range(3)))
     for stream in ("img", "txt"):
@@ -388,7 +388,7 @@ LAYOUTS = {
 
 
 def file_of(folder, made):
-    """The file of a layout: its tensors and metadata."""
+    """Write the tensors and metadata of a layout to a file."""
     tensors, note = made
     return write(folder, tensors, metadata=note)
 
@@ -399,7 +399,7 @@ def generator():
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_gives_the_weights_that_diffusers_gives(name, tmp_path, generator):
+def test_a_layout_gives_the_weights_of_diffusers(name, tmp_path, generator):
     model, layout = LAYOUTS[name]
     pipe = build(model)
     before = weights(pipe)
@@ -423,7 +423,7 @@ def test_files_of_any_float_type_are_merged_in_float32(dtype, tmp_path, generato
 
 
 @pytest.mark.parametrize("scales", [(0.5, -0.25, 2.0), (1.0, 0.0, 0.3)], ids=str)
-def test_several_loras_with_different_scales(scales, tmp_path, generator):
+def test_several_loras_with_different_scales_are_merged(scales, tmp_path, generator):
     pipe = build("sd_1")
     before = weights(pipe)
     makers = (kohya_sd, diffusers_metadata, dora)
@@ -436,7 +436,7 @@ def test_several_loras_with_different_scales(scales, tmp_path, generator):
 
 
 def peft_folder(pipe, folder, generator, **settings):
-    """What `PeftModel.save_pretrained` writes."""
+    """Write a folder like `PeftModel.save_pretrained`."""
     config = {
         "peft_type": "LORA",
         "r": RANK,
@@ -471,7 +471,7 @@ def peft_folder(pipe, folder, generator, **settings):
     ],
     ids=lambda settings: next(iter(settings), "plain"),
 )
-def test_a_folder_of_peft_gives_the_weights_that_peft_gives(settings, given, tmp_path, generator):
+def test_a_folder_of_peft_gives_the_weights_of_peft(settings, given, tmp_path, generator):
     # diffusers does not read adapter_config.json; the oracle is PEFT's own merge.
     from peft import PeftModel
 
@@ -484,7 +484,7 @@ def test_a_folder_of_peft_gives_the_weights_that_peft_gives(settings, given, tmp
     assert_same(before, weights(other), by_trtq(pipe, [(given_path, 1.0)]))
 
 
-def test_a_file_that_a_model_saved_without_a_prefix(tmp_path, generator):
+def test_a_file_that_a_model_saved_without_a_prefix_is_read(tmp_path, generator):
     # `save_lora_adapter` and `save_attn_procs` name no component; diffusers loads them into the UNet.
     pipe = build("sd_1")
     before = weights(pipe)
@@ -496,7 +496,7 @@ def test_a_file_that_a_model_saved_without_a_prefix(tmp_path, generator):
     assert_same(before, weights(other), by_trtq(pipe, [(path, 1.0)]))
 
 
-def test_each_alpha_of_kohyas_files_counts(tmp_path, generator):
+def test_each_alpha_of_kohyas_files_is_used(tmp_path, generator):
     # diffusers applies the file's modal alpha to every attention layer; the trainer's formula is
     # alpha / rank of each layer. The oracle is the same update with alpha = rank.
     pipe = build("sd_1")
@@ -519,8 +519,8 @@ def test_each_alpha_of_kohyas_files_counts(tmp_path, generator):
 
 
 @pytest.mark.parametrize("linear_shape", [(-1,), (-1, 1)], ids=str)
-def test_dora_of_kohyas_files(linear_shape, tmp_path, generator):
-    # diffusers leaves out `dora_scale` with a warning; its oracle is the same update in its own layout.
+def test_dora_in_kohyas_files_is_merged(linear_shape, tmp_path, generator):
+    # diffusers omits `dora_scale` with a warning; the oracle is the same update in diffusers' layout.
     pipe = build("sd_1")
     before = weights(pipe)
     modules = layers(pipe, "unet", *ATTENTION, "conv1")
@@ -556,7 +556,7 @@ def test_an_adapter_of_a_text_encoder_names_no_component(tmp_path, generator):
     assert_same(before, weights(other), by_trtq(pipe, [(tmp_path, 1.0)]))
 
 
-def test_locon_convolutions_of_three_parts(tmp_path, generator):
+def test_locon_convolutions_of_three_parts_are_merged(tmp_path, generator):
     # diffusers refuses lora_mid; LyCORIS' formula is the composition of the three convolutions.
     pipe = build("sd_1")
     module = pipe.unet.mid_block.resnets[0].conv1
@@ -581,9 +581,9 @@ def test_locon_convolutions_of_three_parts(tmp_path, generator):
 
 
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", "base_model.model."])
-def test_single_blocks_and_final_layer_of_flux(prefix, tmp_path, generator):
-    # diffusers fixes the width of `linear1` at 3072, drops the final layer's alpha and prefix, and
-    # does not read these names with lora_A. Its oracle is the same update under diffusers' names.
+def test_single_blocks_and_final_layer_of_flux_are_merged(prefix, tmp_path, generator):
+    # diffusers fixes the width of `linear1` at 3072, drops the final layer's alpha and prefix, and does
+    # not read these names with lora_A. The oracle is the same update under diffusers' names.
     pipe = build("flux")
     before = weights(pipe)
     ends = KOHYA_ENDS if prefix == "lora_unet_" else PEFT_ENDS
@@ -616,7 +616,7 @@ def test_single_blocks_and_final_layer_of_flux(prefix, tmp_path, generator):
     plain = {}
     for name, paths in targets.items():
         key = prefix + (name.replace(".", "_") if flat else name)
-        # The final layer's alpha is left out above, so its strength is 1.
+        # The final layer's alpha is omitted above, so its strength is 1.
         strength = factor if f"{key}.alpha" in tensors else 1.0
         up = tensors[key + ends[1]] * strength
         if paths == ["norm_out.linear"]:
@@ -631,7 +631,7 @@ def test_single_blocks_and_final_layer_of_flux(prefix, tmp_path, generator):
     assert "transformer.single_transformer_blocks.0.proj_mlp.weight" in changed(before, given)
 
 
-def test_stable_diffusion_3_in_its_first_release_names(tmp_path, generator):
+def test_first_release_names_of_stable_diffusion_3_are_read(tmp_path, generator):
     # diffusers does not read kohya's files of Stable Diffusion 3; the oracle is the same update under
     # diffusers' names.
     pipe = build("sd_3")
@@ -671,8 +671,8 @@ def test_stable_diffusion_3_in_its_first_release_names(tmp_path, generator):
 
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])
-def test_text_encoders_with_and_without_text_model(prefix, tmp_path, generator):
-    # transformers 5 dropped `text_model` from CLIPTextModel, not from CLIPTextModelWithProjection.
+def test_text_encoder_names_with_and_without_text_model_are_read(prefix, tmp_path, generator):
+    # transformers 5 removed `text_model` from CLIPTextModel but not from CLIPTextModelWithProjection.
     pipe = build("sd_xl")
     assert not hasattr(pipe.text_encoder, "text_model")
     assert hasattr(pipe.text_encoder_2, "text_model")
@@ -690,7 +690,7 @@ def test_text_encoders_with_and_without_text_model(prefix, tmp_path, generator):
 
 
 def test_matrices_of_a_point_convolution_may_be_flat(tmp_path, generator):
-    # Trainers write 1 x 1 convolutions with 2 and with 4 dimensions, and linear layers, too.
+    # Trainers write both 1 x 1 convolutions and linear layers with 2 or with 4 dimensions.
     made = {}
     for what, model in (("convolution", "sd_1"), ("linear", "sd_2")):
         before = weights(build(model))
@@ -831,7 +831,7 @@ FAMILIES = {
 @pytest.mark.parametrize(
     ("family", "prefix"), [(name, prefix) for name, row in FAMILIES.items() for prefix in row[4]]
 )
-def test_transformers_of_other_families(family, prefix, tmp_path, generator):
+def test_loras_of_other_transformer_families_are_merged(family, prefix, tmp_path, generator):
     from diffusers.loaders import lora_pipeline
 
     from trtq.lora import LoraRequest, merge_loras
@@ -884,7 +884,7 @@ def test_merging_needs_no_peft(tmp_path, generator, monkeypatch):
 
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model.", ""])
 @pytest.mark.parametrize("name", pipelines.PIPELINES)
-def test_every_layer_of_every_pipeline_is_known_by_its_diffusers_name(name, prefix):
+def test_every_layer_of_every_pipeline_has_its_diffusers_name(name, prefix):
     pipe = pipelines.build(name)
     denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
     names = Names(parts(pipe), denoiser)

@@ -1,4 +1,4 @@
-"""Files that are no LoRA, are damaged, or were made for another model: one line that says which."""
+"""Files that are not LoRAs, damaged or for another model are refused in one line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def both(dtype):
     return good(A=torch.ones(2, K).to(dtype), B=torch.ones(K, 2).to(dtype))
 
 
-# name: (tensors, what the message says)
+# name: (tensors, pattern of the message)
 TENSORS = {
     "rank-0": (good(A=torch.zeros(0, K), B=torch.zeros(K, 0)), "the rank must be at least 1"),
     "int64": (both(torch.int64), "is of type I64; it must be float32"),
@@ -187,7 +187,7 @@ TENSORS = {
 
 
 def refused(pipe, path, error, message, scale=1.0):
-    """One line, and no weight has changed."""
+    """Assert that a LoRA is refused in one line and no weight has changed."""
     before = weights(pipe)
     with pytest.raises(error, match=message) as caught:
         merge_loras(parts(pipe), [LoraRequest(path, scale)], denoiser_of(pipe))
@@ -197,7 +197,7 @@ def refused(pipe, path, error, message, scale=1.0):
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_tensors_that_are_refused(name, pipe, tmp_path):
+def test_invalid_tensors_are_refused(name, pipe, tmp_path):
     tensors, message = TENSORS[name]
     path = tmp_path / "bad.safetensors"
     save_file(tensors, path)
@@ -284,7 +284,7 @@ def settings_in_a_pipe(folder):
 def settings_of_a_terabyte(folder):
     save_file(good(), folder / "adapter_model.safetensors")
     with (folder / "adapter_config.json").open("wb") as file:
-        file.truncate(1 << 40)  # A hole takes no place on the disk.
+        file.truncate(1 << 40)  # A sparse file, which takes no space on the disk.
     return folder
 
 
@@ -359,13 +359,13 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_that_are_refused(name, pipe, tmp_path):
+def test_invalid_files_are_refused(name, pipe, tmp_path):
     make, message = FILES[name]
     refused(pipe, make(tmp_path), ArtefactError, message)
 
 
 DEEP = '{"r": ' + "[" * 100_000 + "]" * 100_000 + "}"
-# What stands in adapter_config.json, as text or as additional settings.
+# Content of adapter_config.json, as text or as additional settings.
 SETTINGS = {
     "no-json": ("{", "is not JSON"),
     "empty": ("", "is not JSON"),
@@ -407,7 +407,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_of_peft_that_are_refused(name, pipe, tmp_path):
+def test_invalid_settings_of_peft_are_refused(name, pipe, tmp_path):
     content, message = SETTINGS[name]
     tensors = {key.replace("unet.", "base_model.model."): value for key, value in good().items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
@@ -419,7 +419,7 @@ def test_settings_of_peft_that_are_refused(name, pipe, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "binary"])
-def test_settings_in_the_metadata_that_are_refused(name, pipe, tmp_path):
+def test_invalid_settings_in_the_metadata_are_refused(name, pipe, tmp_path):
     content, message = SETTINGS[name]
     if isinstance(content, dict):
         made = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | content
@@ -436,14 +436,14 @@ def test_an_adapter_of_peft_without_its_settings_is_refused(pipe, tmp_path):
     refused(pipe, tmp_path, ArtefactError, "strength is in adapter_config.json; that file is")
 
 
-def test_two_strengths_that_differ_are_refused(pipe, tmp_path):
+def test_contradictory_strengths_are_refused(pipe, tmp_path):
     note = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 8})}
     path = tmp_path / "style.safetensors"
     save_file(another(f"{KEY}.alpha", torch.tensor(2.0)), path, metadata=note)
     refused(pipe, path, ArtefactError, "two strengths: alpha / rank is 1 by its alpha and 4 by")
 
 
-def test_a_text_encoder_alone_that_may_be_either_is_refused(tmp_path):
+def test_a_file_of_an_ambiguous_text_encoder_is_refused(tmp_path):
     pipe = pipelines.build("sd_xl")
     tensors = {
         "encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 64),
@@ -453,7 +453,7 @@ def test_a_text_encoder_alone_that_may_be_either_is_refused(tmp_path):
     refused(pipe, tmp_path / "style.safetensors", ArtefactError, "another architecture")
 
 
-def test_nothing_is_merged_unless_all_fit(pipe, tmp_path):
+def test_nothing_is_merged_unless_all_loras_fit(pipe, tmp_path):
     save_file(good(), tmp_path / "good.safetensors")
     save_file(good(B=torch.ones(K, 3)), tmp_path / "bad.safetensors")
     before = weights(pipe)
@@ -483,7 +483,7 @@ def test_the_same_file_twice_is_refused(pipe, tmp_path):
         ("a:b.safetensors:2", "a:b.safetensors", 2.0),
     ],
 )
-def test_requests(text, path, scale):
+def test_requests_are_parsed(text, path, scale):
     request = parse_lora(text)
     assert (str(request.path), request.scale) == (path, scale)
 
@@ -491,12 +491,12 @@ def test_requests(text, path, scale):
 @pytest.mark.parametrize(
     "number", ["strong", "nan", "inf", "-inf", "", "1e999", "0,5", "0x1", "1 2", "a\0b"]
 )
-def test_requests_that_are_refused(number):
+def test_invalid_requests_are_refused(number):
     with pytest.raises(UsageError, match="is not a number"):
         parse_lora(f"a.safetensors:{number}")
 
 
-def test_a_folder_or_file_whose_name_ends_in_a_number_is_meant_whole(tmp_path):
+def test_an_existing_name_that_ends_in_a_number_is_not_split(tmp_path):
     (tmp_path / "style:2").mkdir()
     assert parse_lora(f"{tmp_path}/style:2") == LoraRequest(tmp_path / "style:2", 1.0)
     assert parse_lora(f"{tmp_path}/style:2:0.5") == LoraRequest(tmp_path / "style:2", 0.5)

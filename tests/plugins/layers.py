@@ -57,7 +57,7 @@ def draw(
     codes = rng.integers(0, 1 << bits, shape, dtype=np.uint8)
     zero_point = rng.integers(0, 16, out) if bits == 4 else np.full(out, 128)
     integers = (codes.astype(np.int16) - zero_point.reshape(-1, 1, 1, 1)).astype(np.int8)
-    # Powers of two that differ by step: values fall on ties of rounding often.
+    # Powers of two that differ by step, so that values often lie on rounding ties.
     scale = 2.0 ** -rng.integers(2, 5, steps).astype(np.float32)
     span = (1 << activation_bits) - 1
     low = -rng.integers(0, span + 1, steps) if activation_bits < 8 else np.full(steps, -128)

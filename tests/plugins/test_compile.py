@@ -1,4 +1,4 @@
-"""Kernels become cubins without a GPU."""
+"""Kernels are compiled to cubins without a GPU."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_for_every_architecture(architecture):
-    """With small tiles and half values; `build_all` does all of them."""
+    """Compile with small tiles and half values; `build_all` compiles all variants."""
     for variant in all_variants(architecture):
         if variant.half and variant.tile in (None, TILES[0]):
             assert cubin(variant, architecture)[:4] == ELF, variant
@@ -60,7 +60,7 @@ def test_without_nvrtc_the_extra_is_named(monkeypatch):
         compiling._nvrtc()
 
 
-def test_without_a_place_for_the_cache_kernels_are_compiled_each_time(tmp_path, monkeypatch):
+def test_without_a_cache_folder_kernels_are_compiled_each_time(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "file"))
     assert cubin(Variant("quantize", half=True, native_4=False), "sm80")[:4] == ELF

@@ -1,4 +1,4 @@
-"""Refusals of the driver, with a stand-in for it."""
+"""Errors of the driver, with a fake driver."""
 
 import ctypes
 import re
@@ -23,7 +23,7 @@ class Status(IntEnum):
 
 
 class Driver:
-    """One Ada GPU; `refuses` names calls that fail, and how."""
+    """A fake driver with one Ada GPU; `refuses` maps names of failing calls to errors."""
 
     CUresult = Status
     CUdevice_attribute = SimpleNamespace(
@@ -85,7 +85,7 @@ def test_a_kernel_is_loaded_once_with_its_shared_memory_attribute(use):
     assert started[0][:9] == (7, 1, 2, 3, 256, 1, 1, TILES[2].shared_bytes, 5)
 
 
-def test_the_error_for_an_old_driver_names_the_fix(use):
+def test_the_error_for_an_old_driver_names_the_remedy(use):
     use(cuModuleLoadData=Status.CUDA_ERROR_NO_BINARY_FOR_GPU)
     with pytest.raises(KernelError, match=r"low_bit-f16-w4-128x256 for sm89.*too old.*update it"):
         CudaDevice(1).start(launch(), stream=0)
@@ -119,7 +119,7 @@ def test_a_thread_without_a_context_is_reported(use):
         ((12, 4), None, (13, 5), None),
         ((12, 4), "13.5.0", None, "580 or later.*CUDA 13, you have 550.*'cuda-bindings<13'"),
         ((12, 9), "13.5.0", (12, 9), "580 or later.*you have 575"),
-        # cuda-bindings 12.9 loads an NVRTC of 13 if there is one, whose kernels this driver refuses.
+        # cuda-bindings 12.9 loads NVRTC 13 if it is installed, whose kernels this driver rejects.
         ((12, 9), "12.9.10", (13, 5), "580 or later.*pip uninstall nvidia-cuda-nvrtc"),
         (
             (11, 8),
@@ -147,7 +147,7 @@ def test_a_driver_must_be_as_new_as_the_packages(driver, bindings, nvrtc, wanted
     assert (advice is None) == (wanted is None)
     if wanted is not None:
         assert re.search(wanted, advice), advice
-        # NVRTC and cuda-bindings of 12 serve drivers of 12 only.
+        # Older packages are recommended only for drivers of CUDA 12.
         assert ("cuda-bindings<13" in advice) == (driver[0] == 12)
 
 

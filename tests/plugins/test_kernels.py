@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU thread by thread, against the reference."""
+"""Compare the CUDA kernels, run on the CPU thread by thread, with the reference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def address(array):
 def run(
     emulator, case, *, tile=TILES[0], native_4=False, fused=False, residual=None, silu=False, seed=0
 ):
-    """What the kernels make of a case, `[B, N, P, Q]`."""
+    """Run the kernels on a case and return the output, `[B, N, P, Q]`."""
     problem, memory = case.problem, Memory()
 
     def laid_out(values):
@@ -89,7 +89,7 @@ FORMS = {
     "geometry", [LINEAR, SAME, DOWN, ODD, GROUPED], ids=["1x1", "3x3", "down", "odd", "groups"]
 )
 @pytest.mark.parametrize("form", FORMS)
-def test_two_launches_give_the_reference_bit_by_bit(emulator, form, geometry, channels_last):
+def test_two_launches_equal_the_reference_bit_for_bit(emulator, form, geometry, channels_last):
     bits, activation_bits, native = FORMS[form]
     case = draw(
         1,
@@ -104,8 +104,8 @@ def test_two_launches_give_the_reference_bit_by_bit(emulator, form, geometry, ch
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.m}x{tile.n}")
 @pytest.mark.parametrize("form", ["w8a8", "w4a8", "native"])
-def test_every_tile_in_any_order_of_threads(emulator, form, tile, seed):
-    """More tiles along k than stages, several blocks, and images that end within a block."""
+def test_every_tile_equals_the_reference_in_any_order_of_threads(emulator, form, tile, seed):
+    """Use more tiles along k than stages, several blocks, and images that end within a block."""
     bits, activation_bits, native = FORMS[form]
     case = draw(
         seed,
@@ -128,7 +128,7 @@ def test_every_tile_in_any_order_of_threads(emulator, form, tile, seed):
 @pytest.mark.parametrize("geometry", [LINEAR, ODD, GROUPED], ids=["1x1", "odd", "groups"])
 @pytest.mark.parametrize("form", ["w8a8", "w4a8"])
 @pytest.mark.parametrize("half", [True, False], ids=["half", "float"])
-def test_the_fused_kernel_gives_the_reference(emulator, half, form, geometry, channels_last):
+def test_the_fused_kernel_equals_the_reference(emulator, half, form, geometry, channels_last):
     bits, activation_bits, _ = FORMS[form]
     case = draw(
         2,
@@ -142,8 +142,8 @@ def test_the_fused_kernel_gives_the_reference(emulator, half, form, geometry, ch
 
 
 @pytest.mark.parametrize("form", ["w8a8", "w4a8"])
-def test_the_fused_kernel_with_two_stages_gives_the_reference(emulator, form):
-    """The larger tile of engines of full TensorRT: fewer stages than tiles along k, several blocks."""
+def test_the_fused_kernel_with_two_stages_equals_the_reference(emulator, form):
+    """Use the larger tile of TensorRT engines: fewer stages than tiles along k, several blocks."""
     bits, activation_bits, _ = FORMS[form]
     for seed, geometry in ((2, LINEAR), (3, SAME)):
         case = draw(
@@ -179,7 +179,7 @@ def test_residual_is_added_before_silu(emulator, width, form, channels_last):
     residual = draw(5, width=width, height=4, channels=case.problem.out_channels).x
     actual = run(emulator, case, native_4=native, residual=residual, silu=True)
     wanted = expected(case, residual=residual, silu=True)
-    # The exponential differs in the last bit of float32, the result by at most one bit of half
+    # The exponential may differ in the last bit of float32, and the result in the last bit of half
     # precision.
     spacing = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float32)
     assert (np.abs(actual.astype(np.float32) - wanted.astype(np.float32)) <= spacing).all()
@@ -188,8 +188,8 @@ def test_residual_is_added_before_silu(emulator, width, form, channels_last):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_tokens_of_a_linear_layer(emulator, form):
-    """Rows with an odd number of channels, and a single one."""
+def test_a_linear_layer_of_tokens_equals_the_reference(emulator, form):
+    """Use rows with an odd number of channels, and a single row."""
     bits, activation_bits, native = FORMS[form]
     for tokens, channels, out in ((1, 33, 1), (77, 40, 9), (3, 1, 64)):
         case = draw(
@@ -217,7 +217,7 @@ def test_a_step_outside_the_table_gives_nan(emulator, form):
     assert np.array_equal(actual[1], expected(case)[1])
 
 
-def test_nan_and_infinity_get_the_outermost_codes(emulator):
+def test_nan_and_infinity_become_the_extreme_codes(emulator):
     case = draw(8, bits=8, activation_bits=8, channels=8, height=1, width=1, out=3)
     case.x.reshape(-1)[:6] = [np.nan, np.inf, -np.inf, 60000, -60000, 0]
     assert np.array_equal(run(emulator, case), expected(case))

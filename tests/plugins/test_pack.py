@@ -9,7 +9,7 @@ from trtq.plugins.low_bit import pack, reference
 from trtq.plugins.spec import Geometry
 
 
-def test_eight_channels_share_four_bytes_as_the_docstring_says():
+def test_eight_channels_share_four_bytes_as_documented():
     codes = np.zeros((1, 32), np.uint8)
     codes[0, :8] = range(1, 9)
     packed = pack.pack_nibbles(codes, np.zeros(1, int))

@@ -1,4 +1,4 @@
-"""Our code with the real cuda-bindings and NVRTC, on a driver that records calls and refuses them."""
+"""Our code with the real cuda-bindings and NVRTC, on a driver that records and rejects calls."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_engines_of_full_tensorrt_contain_the_kernels(capability, recording, tmp
 
 
 def test_ptx_that_is_newer_than_the_driver_is_refused(recording, tmp_path, monkeypatch):
-    """PTX as NVRTC 13.5 writes it: the test above without the older version number."""
+    """Repeat the test above with the PTX version of NVRTC 13.5."""
     (tmp_path / "new").mkdir()
     code = "import trtq.plugins.compile as c; c._PTX_VERSIONS['sm89'] = b'9.5'"
     (tmp_path / "new" / "sitecustomize.py").write_text(code)
@@ -148,7 +148,7 @@ def test_ptx_that_is_newer_than_the_driver_is_refused(recording, tmp_path, monke
     ],
     ids=["old driver", "no GPU"],
 )
-def test_a_reason_is_given_where_kernels_cannot_be_part_of_the_engine(
+def test_the_reason_is_logged_if_kernels_cannot_be_part_of_the_engine(
     settings, why, recording, tmp_path, monkeypatch, caplog
 ):
     answer = full_tensorrt(recording, tmp_path, monkeypatch, **settings)
@@ -202,7 +202,7 @@ for _ in range(2):
 
 @pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")
 def test_no_kernel_is_loaded_while_a_graph_is_captured(recording):
-    """A plugin learns its shapes in the first enqueue, which may be captured."""
+    """A plugin gets its shapes in the first enqueue, which may be captured."""
     record = recording.run(
         NO_COMPILER
         + """
@@ -242,7 +242,7 @@ print(plugins.take_failures())
     assert shared == {0, *(tile.shared_bytes for tile in TILES)}, "not every tile was started"
 
 
-def test_work_of_torch_does_not_void_a_capture(recording):
+def test_work_of_torch_does_not_invalidate_a_capture(recording):
     """torch's default stream is the legacy stream; an engine's stream must not synchronise with it."""
     record = recording.run(
         """
@@ -354,7 +354,7 @@ def test_hidden_gpus_are_reported(seen, recording):
     assert uuid == "None"
 
 
-def test_the_first_gpu_is_the_first_visible_one(recording):
+def test_the_first_gpu_is_the_first_visible_gpu(recording):
     code = "from trtq.plugins.driver import first_gpu_uuid; print(first_gpu_uuid())"
     for seen, byte in (("0,1", "10"), ("2", "12"), ("1,0", "11")):
         record = recording.run(code, gpus="89,89,120", CUDA_VISIBLE_DEVICES=seen)
@@ -387,7 +387,7 @@ def test_a_gpu_without_integer_tensor_cores_is_refused(recording):
         ({"gpus": ""}, "580 (CUDA 13.0)", "there is no NVIDIA GPU that this process may use"),
         ({"cuda": 14010}, "CUDA 14.1", None),
     ],
-    ids=["well", "old", "none", "later"],
+    ids=["supported", "old", "missing", "later"],
 )
 def test_the_doctor_reports_the_driver(settings, row, hint, recording):
     record = recording.run(

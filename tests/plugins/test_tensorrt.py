@@ -45,7 +45,7 @@ class EmulatedDevice:
 
 
 @pytest.mark.parametrize("geometry", [None, SAME, Geometry((1, 3), (2, 1), (0, 1), (1, 2), 4)])
-def test_a_layer_survives_its_attributes(geometry):
+def test_attributes_restore_the_layer(geometry):
     layer = LayerSpec(64, 32, 20, 4, 8, geometry)
     name = "LowBitLinear" if geometry is None else "LowBitConv2d"
     assert spec_of(name, fields_of(layer)) == layer
@@ -93,7 +93,7 @@ def test_the_started_kernels_compute_the_layer(tmp_path, architecture, geometry)
 
 @needs_rtx
 def test_all_kernels_are_loaded_when_a_context_is_created(tmp_path):
-    """Before shapes are known, so before a graph can be captured."""
+    """Kernels are loaded before shapes are known, and so before a graph can be captured."""
     import tensorrt_rtx as trt
 
     device = EmulatedDevice(tmp_path, "sm89")
@@ -112,7 +112,7 @@ def test_all_kernels_are_loaded_when_a_context_is_created(tmp_path):
 
 @needs_rtx
 def test_a_context_can_be_created_without_a_gpu():
-    """As a builder does."""
+    """A builder creates contexts without a GPU."""
     import tensorrt_rtx as trt
 
     def nothing():
@@ -127,7 +127,7 @@ def test_a_context_can_be_created_without_a_gpu():
 @pytest.mark.parametrize("method", ["enqueue", "on_shape_change", "attach_to_context"])
 @pytest.mark.parametrize("error", [KernelError("cannot start it"), RuntimeError("cannot start it")])
 def test_errors_of_a_plugin_are_recorded(method, error):
-    """TensorRT prints errors on standard error and reports only that the engine failed."""
+    """TensorRT prints errors to standard error and reports only that the engine failed."""
     import tensorrt_rtx as trt
 
     class Failing:

@@ -1,7 +1,7 @@
-"""Kernels inside engines of full TensorRT, against a stand-in for `tensorrt.plugin`.
+"""Kernels inside engines of full TensorRT, with a fake `tensorrt.plugin`.
 
-The definitions were also taken by the Python of TensorRT's own bindings, 10.16 and 11.4, by hand: those
-need libraries that no package index of Python has.
+The definitions were also accepted by the Python bindings of TensorRT 10.16 and 11.4, in a manual test:
+they need libraries that no Python package index offers.
 """
 
 import copy
@@ -27,7 +27,7 @@ class TensorDesc:
 
 
 class Plugins:
-    """Sizes are numbers here, where TensorRT has expressions."""
+    """A fake `tensorrt.plugin` with integers as sizes, where TensorRT has expressions."""
 
     TensorDesc = TensorDesc
     KernelLaunchParams = type("KernelLaunchParams", (), {"grid_x": 1, "grid_y": 1, "grid_z": 1})
@@ -92,7 +92,7 @@ def test_the_launch_is_that_of_the_fused_kernel(plugins, name, layer, shape):
     blocks = -(-layer.out_channels // groups // tile.n), -(-problem.rows // tile.m), groups
     assert (launch.grid_x, launch.grid_y, launch.grid_z) == blocks
     assert (launch.block_x, launch.shared_mem) == (tile.threads, tile.shared_bytes)
-    # Of what TensorRT gives without being asked, the system takes 1 KiB on sm90 and later.
+    # The system reserves 1 KiB of TensorRT's default shared memory on sm90 and later.
     assert launch.shared_mem <= 47 << 10
 
 

@@ -42,7 +42,7 @@ def layer(bits, shape, zero_point):
     ],
     ids=["nibbles", "three bits", "zero point beyond a nibble", "bytes"],
 )
-def test_a_layer_survives_its_packed_form(bits, shape, zero_point, geometry):
+def test_unpacking_restores_a_packed_layer(bits, shape, zero_point, geometry):
     tensors = layer(bits, shape, zero_point)
     spec, operands = packed_operands(tensors, geometry)
     assert operands["weight"].shape == spec.weight_shape()
@@ -57,7 +57,7 @@ def test_a_layer_survives_its_packed_form(bits, shape, zero_point, geometry):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("geometry", [None, SAME, ConvGeometry((2, 1), (0, 1), (1, 2), 2)])
-def test_on_a_cpu_it_computes_what_a_deployed_layer_does(bits, geometry):
+def test_on_a_cpu_a_kernel_layer_equals_a_deployed_layer(bits, geometry):
     shape = (6, 8) if geometry is None else (6, 8 // geometry.groups, 3, 3)
     tensors = layer(bits, shape, [3] * 6 if bits == 4 else [128] * 6)
     x = torch.randn(3, 5, 8) if geometry is None else torch.randn(3, 8, 7, 6)
@@ -79,7 +79,7 @@ def test_scales_stay_float32_in_a_half_precision_model():
 
 
 def test_weights_keep_their_order_in_a_channels_last_model():
-    """Kernels read memory, not strides: on a GPU another order would be another weight."""
+    """Kernels ignore strides, so another memory order would be another weight."""
     module = KernelLayer(layer(4, (2, 5, 3, 3), [0, 7]), SAME)
     before = module.weight.clone()
     module.to(memory_format=torch.channels_last)
@@ -92,7 +92,7 @@ def test_weights_keep_their_order_in_a_channels_last_model():
         low_bit(x, *operands, None, flat_fields(module.spec), False)
 
 
-def test_a_layer_survives_the_operators_list_of_integers():
+def test_the_operators_list_of_integers_restores_the_layer():
     for geometry in (None, Geometry((1, 3), (2, 1), (0, 1), (1, 2), 4)):
         spec = LayerSpec(64, 32, 20, 4, 8, geometry)
         assert spec_from_flat(flat_fields(spec)) == spec
@@ -130,7 +130,7 @@ def test_operands_that_do_not_fit_are_named():
         module(torch.randn(1, 40), 0)
 
 
-def test_a_denoiser_of_kernel_layers_predicts_what_the_deployed_one_does(digits_run):
+def test_a_denoiser_of_kernel_layers_equals_the_deployed_denoiser(digits_run):
     from trtq.runs.folder import open_run
 
     run = open_run(digits_run)
@@ -142,6 +142,6 @@ def test_a_denoiser_of_kernel_layers_predicts_what_the_deployed_one_does(digits_
         actual = kernels(sample, timestep, labels).sample
     layers = [m for m in kernels.modules() if isinstance(m, KernelLayer)]
     assert len(layers) == len(run.manifest.layers)
-    # It uses torch's group norms, so values on a tie may get the neighbouring code.
+    # The denoiser uses torch's group norms, so values on a tie may get the neighbouring code.
     noise = (actual - wanted).square().mean() / wanted.square().mean()
     assert noise < 1e-3

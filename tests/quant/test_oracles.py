@@ -1,4 +1,4 @@
-"""The numbers of the released EfficientDM and QuEST quantisers are reproduced."""
+"""Reproduce the numbers of the released EfficientDM and QuEST quantisers."""
 
 import numpy as np
 import pytest
@@ -145,7 +145,7 @@ def test_qalora_layer(kind):
     layer.activation.set_range(tensor(data["act_delta_list"]), tensor(data["act_zp_list"]))
     close(layer.lora_delta(), data["lora_delta_w"])
     np.testing.assert_array_equal(layer.merge().codes.numpy(), data["merged_ints"])
-    # The merged integers are integer offsets to the naive ones.
+    # The merged integers differ from the naive ones by an integer offset.
     offsets = np.round(data["lora_delta_w"] / data["w_delta"])
     merged = np.clip(data["base_ints"] + offsets, 0, 15)
     np.testing.assert_array_equal(layer.merge().codes.numpy(), merged)
@@ -169,7 +169,7 @@ def test_qalora_layer(kind):
             close_gradient(dequant, data["call0.grad_w_delta_dequant"], 4)
 
 
-def test_one_step_parameter_gets_the_sum_of_both_gradients():
+def test_a_shared_scale_gets_the_sum_of_both_gradients():
     data = oracle("qalora_linear_w4a4")
     layer = qalora_layer(data, "linear")
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_one_step_parameter_gets_the_sum_of_both_gradients():
     close_gradient(layer.weight_scale.grad, both, 4)
 
 
-def test_eight_optimiser_steps():
+def test_eight_optimiser_updates():
     data = oracle("effdm_optim_steps")
     layer = qalora_layer(data, "linear", split_scale=True)
     with torch.no_grad():
@@ -243,7 +243,7 @@ def test_quest_losses(weighting, key):
     data = {key: tensor(value) for key, value in oracle("losses").items()}
     student, teacher = (dict(enumerate(data[f"acts_{kind}"])) for kind in ("q", "fp"))
     total = alignment_loss(student, teacher, data["out_q"], data["out_fp"], weighting)
-    # The release adds up the samples of a file, each divided by their number.
+    # The released code adds the samples of a file, each divided by the number of samples.
     torch.testing.assert_close(total / data["batch"], data[key], rtol=1e-5, atol=1e-6)
 
 

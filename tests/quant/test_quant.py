@@ -1,4 +1,4 @@
-"""Rounding, tables, packing, layers."""
+"""Rounding, tables, packing and layers."""
 
 import pytest
 import torch
@@ -35,15 +35,15 @@ def test_ties_round_to_even():
     assert (y / 0.25).tolist() == [-2, -2, 0, 0, 2, 2]
 
 
-def test_inside_is_tested_after_rounding():
-    # 15.4 steps round to 15, the last code, though they lie beyond it.
+def test_the_range_is_checked_after_rounding():
+    # 15.4 rounds to 15, the last code, although it lies beyond the range.
     x = torch.tensor([15.4, 15.6], requires_grad=True)
     fake_quant(x, 1.0, 0.0, 0, 15).sum().backward()
     assert x.grad.tolist() == [1, 0]
 
 
 def naive(x, scale, zero, qmax):
-    """The same through autograd's own operators and straight-through rounding."""
+    """Fake quantisation with autograd's own operators and straight-through rounding."""
     ratio = x / scale
     code = ratio + (ratio.round() - ratio).detach() + zero
     return (code.clamp(0, qmax) - zero) * scale
@@ -78,7 +78,7 @@ class TestTimestepTable:
         assert table.index(t).tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
 
     @pytest.mark.parametrize("t", [501, 501.0, torch.tensor(501), torch.tensor([501.0])])
-    def test_every_form_of_a_timestep(self, t):
+    def test_accepts_every_form_of_a_timestep(self, t):
         index = TimestepTable([1, 501]).index(t)
         assert index.tolist() == [1]
         assert index.dtype == torch.long
@@ -124,7 +124,7 @@ class TestActivationQuantizer:
         assert (low.tolist(), high.tolist()) == ([-128, -128], [127, 127])
         assert not quantizer.zero_point.requires_grad
 
-    def test_rounded_zero_points_are_whole_in_the_forward_pass_and_trained(self):
+    def test_rounded_zero_points_are_integers_in_the_forward_pass_and_are_trained(self):
         quantizer = ActivationQuantizer(4, TimestepTable([1]), "rounded")
         quantizer.set_range(torch.tensor([0.5]), torch.tensor([3.4]))
         y = quantizer(torch.linspace(-9, 9, 999)[None], 0)
@@ -142,7 +142,7 @@ class TestPacking:
         assert packed.shape == (-(-channels * bits // 8), 5, 3)
         assert torch.equal(unpack_codes(packed, bits, channels), codes)
 
-    def test_worked_byte(self):
+    def test_two_codes_make_the_documented_byte(self):
         assert pack_codes(torch.tensor([[1], [15]]), 4).tolist() == [[0xF1]]
 
     def test_refuses_codes_that_do_not_fit(self):
@@ -176,11 +176,11 @@ def layer_pair(kind, bits, **options):
 @pytest.mark.parametrize("base", ["fp", "int"])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_merged_layer_equals_the_trained_one_at_every_step(kind, bits, base):
+def test_a_merged_layer_equals_the_trained_layer_at_every_step(kind, bits, base):
     _, layer, deployed, x = layer_pair(kind, bits, rank=4, base=base)
     for step in (0, 1, 2, torch.tensor([2, 0, 1])):
         expected, actual = layer(x, step), deployed(x, step)
-        # Same integers; the float sums of 54 products differ in their last bits only.
+        # The integers are equal; the float sums of 54 products differ only in their last bits.
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     weight = layer.merge()
     assert torch.equal(weight.unpack(weight.pack()), weight.codes)
@@ -188,7 +188,7 @@ def test_merged_layer_equals_the_trained_one_at_every_step(kind, bits, base):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_teacher_is_the_source_layer(kind):
+def test_the_teacher_equals_the_source_layer(kind):
     source, layer, _, x = layer_pair(kind, 4, rank=4)
     with float_scope():
         assert torch.equal(layer(x), source(x))
@@ -223,7 +223,7 @@ def test_refuses_what_cannot_be_quantised():
 
 
 def test_scaling_gradients_has_no_effect_with_adam():
-    """Why scale-aware optimisation is a learning rate per layer and not a gradient factor."""
+    """This is why scale-aware optimisation is a learning rate per layer, not a gradient factor."""
     results = []
     for factor in (1.0, 0.03):
         p = nn.Parameter(torch.tensor([1.0, -2.0]))

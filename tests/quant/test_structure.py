@@ -101,7 +101,7 @@ def test_a_structure_of_another_model_is_refused():
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (8, 4), (8, 8)])
-def test_deployed_product_equals_training(bits):
+def test_a_deployed_product_equals_the_trained_product(bits):
     torch.manual_seed(0)
     product = QuantProduct(TABLE, *bits)
     for quantizer in (product.left, product.right):
@@ -115,7 +115,7 @@ def test_deployed_product_equals_training(bits):
             torch.testing.assert_close(deployed(a, b), product(a, b), rtol=0, atol=0)
 
 
-def test_product_tensors_survive_storage():
+def test_stored_product_tensors_are_restored():
     product = QuantProduct(TABLE, 8, 4)
     merged = ProductTensors.merge(product)
     again = ProductTensors.from_tensors(merged.tensors(), left_bits=8, right_bits=4)
@@ -151,7 +151,7 @@ def test_rounding_loss_is_zero_for_hard_directions():
     assert rounding_loss(torch.zeros(1), 20.0) > 0.9
 
 
-def test_the_teacher_does_not_see_tuned_weights():
+def test_the_teacher_does_not_use_tuned_weights():
     from trtq.quant import float_scope
 
     layer = QuantConv2d(nn.Conv2d(3, 4, 3), TABLE)

@@ -1,4 +1,4 @@
-"""HTML pages: one colour per model, scaled differences, dark mode."""
+"""HTML pages: one colour per model, scaled differences and dark mode."""
 
 import re
 
@@ -20,7 +20,7 @@ def test_a_model_has_the_same_colour_in_tables_and_images():
     html = render(Page("t", "l", (Section("Numbers", table=table), grids)))
     marks = re.findall(r'background: (#\w{6})"></span>([^<]+)<', html)
     assert {name.split(" minus ")[0]: colour for colour, name in marks} == colours
-    # Header, row, two grids, and the difference.
+    # The colour is in the header, a row, two grids and the difference.
     assert len(marks) == 2 + 1 + 2 + 1
 
 

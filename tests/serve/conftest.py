@@ -1,4 +1,4 @@
-"""Servers over tiny models: one that computes nothing, and a real low-bit graph."""
+"""Tiny models for servers: a formula, and a real low-bit graph."""
 
 import asyncio
 import contextlib
@@ -62,7 +62,7 @@ class ToyModel(ImageModel):
 
 
 class TextToy(ToyModel):
-    """Draws texts in several sizes; the lengths of prompt and negative prompt count."""
+    """A text model of several sizes; its images depend on the lengths of both prompts."""
 
     def __init__(self, name="text"):
         super().__init__(name)

@@ -129,7 +129,7 @@ def test_a_low_bit_graph_gives_the_same_bits_alone_and_in_a_batch(served_onnx, p
 
 
 def drawn_by_both(model, pipeline, steps, guidance):
-    """Three images of class 2 drawn by the batcher and by the pipeline itself, [3,C,H,W]."""
+    """Three images of class 2 from the batcher and from the pipeline itself, [3,C,H,W] each."""
     crowd, batcher = Crowd(model), Batcher(model, max_rows=4)
     batcher.put(crowd.items(5, steps, guidance, count=3, prompt="2"))
     samples = crowd.wait(3)
@@ -146,7 +146,7 @@ def drawn_by_both(model, pipeline, steps, guidance):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
-def test_the_batcher_draws_what_the_pipeline_draws(tiny, scheduler, guidance):
+def test_the_batcher_draws_the_images_of_the_pipeline(tiny, scheduler, guidance):
     import diffusers
 
     pipeline = tiny.pipeline
@@ -157,8 +157,8 @@ def test_the_batcher_draws_what_the_pipeline_draws(tiny, scheduler, guidance):
     np.testing.assert_allclose(drawn, expected, atol=1e-4)
 
 
-def test_a_graph_without_torch_draws_what_its_pipeline_draws(served_onnx):
-    # One step only: an untrained network at 4 bits amplifies differences in the last bit.
+def test_a_graph_without_torch_draws_the_images_of_its_pipeline(served_onnx):
+    # Only one step, because an untrained 4-bit network amplifies differences in the last bit.
     model = open_model(str(served_onnx), "tiny")
     assert type(model).__name__ == "TorchFreeModel"
     drawn, expected = drawn_by_both(model, trtq.load(served_onnx), 1, 3.0)
@@ -194,7 +194,7 @@ def test_a_size_added_later_is_used(toy, start):
 def test_an_image_that_fits_in_no_size_waits_for_a_larger_size(toy, start):
     batcher, crowd = start(sizes=(1,), more_sizes=True), Crowd(toy)
     batcher.put(crowd.items(1, steps=2, guidance=2.0))
-    time.sleep(0.1)  # By now the thread waits, and only `add_size` can wake it.
+    time.sleep(0.1)  # Now the thread is waiting, and only `add_size` can wake it.
     assert (batcher.waiting, crowd.done) == (1, {})
     batcher.add_size(2)
     assert isinstance(crowd.wait(1)[1, 0], np.ndarray)
@@ -310,7 +310,7 @@ def test_refusing_finishes_each_image_once(toy, start):
     toy.go.set()
 
 
-def test_request_batching_lets_nothing_join(toy, start):
+def test_with_request_batching_no_image_joins_a_batch(toy, start):
     toy.go.clear()
     batcher, crowd = start(batching="request"), Crowd(toy)
     batcher.put(crowd.items(0, steps=1))

@@ -1,4 +1,4 @@
-"""Mapped files are replaced by anonymous memory at the same addresses."""
+"""File mappings are replaced with anonymous memory at the same addresses."""
 
 import mmap
 import os
@@ -40,7 +40,7 @@ def test_content_and_address_stay_when_the_file_is_truncated(file, monkeypatch, 
         del values
 
 
-def test_a_concurrent_reader_always_reads_the_same(file):
+def test_a_concurrent_reader_always_reads_the_same_content(file):
     before = mapped_files()
     with (
         file.open("rb") as opened,
@@ -62,7 +62,7 @@ def test_a_concurrent_reader_always_reads_the_same(file):
         assert not wrong
 
 
-def test_earlier_and_writable_mappings_are_left_alone(file):
+def test_earlier_and_writable_mappings_are_not_changed(file):
     with file.open("r+b") as opened:
         with mmap.mmap(opened.fileno(), 0) as written:
             copy_mapped_files(set())

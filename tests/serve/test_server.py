@@ -1,4 +1,4 @@
-"""The process from the operator's side: start, SIGTERM under load, one-line errors."""
+"""The process as operators use it: start, SIGTERM under load and one-line errors."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def start():
 
 
 def under_load(process, requests, steps):
-    """Send requests at the same time; returns the threads and the list of their responses."""
+    """Send requests concurrently; return the threads and the list of their responses."""
     answers = []
 
     def ask(seed):
@@ -131,7 +131,7 @@ def test_a_second_signal_stops_the_server_at_once(served_onnx, start):
 
 @pytest.mark.parametrize("provider", ["cpu", "openvino"])
 def test_digits_are_served_without_torch_and_diffusers(served_onnx, start, provider, vnni):
-    """On any processor, and also at the first start, when a child process rewrites the graph."""
+    """This holds on any processor, and at the first start, when a child rewrites the graph."""
     probe = (
         "import atexit, sys; heavy = ('torch', 'diffusers', 'transformers', 'onnx', 'onnx_ir');"
         "atexit.register(lambda: print(*(name for name in heavy if name in sys.modules)));"
@@ -234,7 +234,7 @@ def test_allowing_all_hosts_or_origins_logs_warnings(served_onnx, start):
     assert ["every host" in warnings[0], "every origin" in warnings[1]] == [True, True]
 
 
-def test_openvino_serves_at_once_and_compiles_more_sizes_meanwhile(served_onnx, start):
+def test_openvino_serves_at_once_while_more_sizes_are_compiled(served_onnx, start):
     process = start(served_onnx, "--provider", "openvino", "--max-batch", 4)
     threads, answers = under_load(process, 5, steps=150)
     for thread in threads:
@@ -362,7 +362,7 @@ def test_a_changed_file_is_not_served(served_onnx, tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_an_extra_that_is_missing_is_named(served_onnx, monkeypatch):
+def test_a_missing_extra_is_named(served_onnx, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = run(served_onnx, "--port", 0)
     assert result.exit_code == 2

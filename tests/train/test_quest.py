@@ -44,7 +44,7 @@ def test_the_run_can_be_loaded(method, tmp_path):
     assert bool(torch.isfinite(images).all())
 
 
-def test_quest_starts_with_learned_rounding_as_the_paper_does():
+def test_quest_starts_with_learned_rounding_as_in_the_paper():
     assert load_recipe(overrides={"method": "quest"}).quest.adaround == 200
     assert load_recipe(overrides={"method": "combined"}).quest.adaround == 0
 
@@ -88,7 +88,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(where, tmp_path):
     assert sha256(whole / file) == sha256(cut / file)
 
 
-def test_with_dense_gradients_it_equals_adamw():
+def test_with_dense_gradients_table_adam_equals_adamw():
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.ones(5)) for _ in range(2))
     optimizers = [
@@ -115,6 +115,6 @@ def test_unvisited_entries_do_not_change_and_reset_forgets_moments():
             still = [index for index, g in enumerate(gradient) if g == 0]
             assert torch.equal(table.detach()[still], before[still])
         moved[state] = float((table - before)[0].detach())
-    # After a reset only the last gradient decides the direction.
+    # After a reset the direction depends only on the last gradient.
     assert moved["reset"] == pytest.approx(0.1, rel=1e-4)
     assert moved["persistent"] < 0

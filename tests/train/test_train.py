@@ -1,4 +1,4 @@
-"""Fine-tuning: learning, interruption and resume, and one process against two."""
+"""Fine-tuning: learning, interruption and resume, and one process compared with two."""
 
 import json
 import os
@@ -147,7 +147,7 @@ def test_micro_batches_of_a_split_batch_are_at_different_steps():
     assert sorted(seen) == sorted(source.timesteps(4))
 
 
-def test_training_reduces_the_error_and_leaves_the_teacher_alone():
+def test_training_reduces_the_error_and_does_not_change_the_teacher():
     torch.manual_seed(0)
     source = open_pipeline(tiny_pipeline())
     model, method = objective(source, lora=0.3)

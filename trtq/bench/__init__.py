@@ -1,1 +1,1 @@
-"""Timings: how they are taken, what they are compared with, and what the device could do."""
+"""Benchmarks: timings of artefacts, their comparison, and the device's peak performance."""

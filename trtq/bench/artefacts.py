@@ -1,4 +1,4 @@
-"""Rows of a benchmark: artefacts, their providers, and the float checkpoint they were made from."""
+"""Rows of a benchmark: artefacts, their providers, and the float checkpoint of the baseline."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class BenchRow:
     """One artefact on one provider.
 
     Attributes:
-        path: path, as given by the user.
+        path: path of the artefact, as given by the user.
         provider: runtime, e.g. `cpu`.
         opened: the artefact or checkpoint.
         added: whether trtq added the row as a baseline.
@@ -130,7 +130,7 @@ def parse_batches(text: str) -> tuple[int, ...]:
     """Parse batch sizes: `1,4` -> (1, 4).
 
     Raises:
-        UsageError: the text is not a list of different batch sizes.
+        UsageError: the text is not a list of distinct batch sizes.
     """
     try:
         sizes = tuple(parse_whole(part) for part in text.split(",", _MAX_SIZES))
@@ -217,6 +217,10 @@ def find_checkpoint(folder: Path, manifest: Manifest) -> str | None:
     """Find the unchanged float checkpoint that an artefact was made from; None if there is none.
 
     If the artefact was made from another artefact in a sibling folder, that artefact is searched, too.
+
+    Args:
+        folder: folder of the artefact.
+        manifest: manifest of the artefact.
     """
     recorded = manifest.source.files
     name = manifest.source.name
@@ -228,7 +232,7 @@ def find_checkpoint(folder: Path, manifest: Manifest) -> str | None:
             model = resolve_model(named)
         except ArtefactError:
             continue
-        # Hub ids are not downloaded for a comparison.
+        # Do not download a hub id for a comparison.
         if isinstance(model, Path) and _unchanged(model, recorded):
             return named
     return None
@@ -239,11 +243,11 @@ def _unchanged(folder: Path, recorded: dict[str, str]) -> bool:
 
 
 def baseline(rows: list[BenchRow], notes: list[str]) -> list[BenchRow]:
-    """A row for the float checkpoint of the first low-bit row, unless there is a float row.
+    """Create a row for the float checkpoint of the first low-bit row, unless there is a float row.
 
     Args:
-        rows: rows that the caller asked for.
-        notes: list to which a sentence about the baseline is appended.
+        rows: rows that the caller requested.
+        notes: list of notes; a sentence about the baseline is appended to it.
     """
     low_bit = [row for row in rows if row.low_bit]
     if not low_bit or len(low_bit) < len(rows):

@@ -14,11 +14,11 @@ class Roofline(TypedDict):
     """Position of a call under the device's roofline.
 
     Attributes:
-        operations: operations of the call.
-        operations_per_byte: operations per byte of weights.
-        operations_per_second: measured rate.
-        peak_operations_per_second: peak rate of the device.
-        peak_bytes_per_second: peak memory bandwidth of the device.
+        operations: number of operations in the call.
+        operations_per_byte: number of operations per byte of weights.
+        operations_per_second: measured number of operations per second.
+        peak_operations_per_second: maximum number of operations per second of the device.
+        peak_bytes_per_second: peak memory bandwidth of the device, in bytes per second.
         peak_share: measured rate divided by the peak rate.
         bound: the limiting resource.
         roof_share: measured rate divided by the rate that the limiting resource allows.
@@ -58,8 +58,9 @@ def roofline(operations: int, weight_bytes: int, seconds: float, peak: Peak) -> 
 
     Args:
         operations: number of operations in the call.
-        weight_bytes: bytes of weights, each read once per call; activations are not counted.
-        seconds: duration of the call.
+        weight_bytes: size of the weights, which a call reads once, in bytes; activations are not
+            counted.
+        seconds: duration of the call, in seconds.
         peak: peak values of the device.
     """
     compute, memory = operations / peak.operations, weight_bytes / peak.bytes

@@ -25,7 +25,7 @@ class Peak:
     """Peak performance of a device.
 
     Attributes:
-        operations: operations per second; a multiplication and an addition count as two.
+        operations: peak number of operations per second; a multiply-add counts as two.
         bytes: memory bandwidth in bytes per second, reads plus writes.
         what: source of the two values.
     """
@@ -57,7 +57,7 @@ def gpu_peak(name: str, *, integers: bool) -> Peak | None:
     Args:
         name: full name as reported by the driver. Prefixes do not match: products with similar names and
             MIG slices have other peaks.
-        integers: return the int8 peak, else the fp16 peak.
+        integers: whether to return the int8 peak instead of the fp16 peak.
     """
     known = name.removeprefix("NVIDIA ")
     if known not in _NVIDIA:
@@ -126,8 +126,8 @@ class GpuMemory:
     """GPU memory in use at one moment, in bytes; None if the driver does not report it.
 
     Attributes:
-        process: memory of this process. Unknown before its first use of the GPU, and in containers whose
-            process ids differ from the driver's.
+        process: memory of this process; unknown before its first use of the GPU, and in containers
+            whose process ids differ from the driver's.
         info: memory of all processes on the card.
     """
 
@@ -135,7 +135,7 @@ class GpuMemory:
     info: int | None = None
 
     def added_to(self, before: GpuMemory) -> int | None:
-        """Bytes added since an earlier moment: by this process if known, else on the whole card."""
+        """Memory added since an earlier moment, by this process if known, else by all processes."""
         if self.process is not None:
             return max(self.process - (before.process or 0), 0)
         if self.info is None or before.info is None:
@@ -215,7 +215,7 @@ class Nvml:
 
     @property
     def joules(self) -> float | None:
-        """Energy in joules used since the driver was loaded."""
+        """Energy used since the driver was loaded, in joules."""
         millijoules = self._ask(
             lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device)
         )
@@ -223,7 +223,7 @@ class Nvml:
 
     @property
     def memory(self) -> GpuMemory:
-        """GPU memory in use now."""
+        """GPU memory currently in use."""
         rows = self._ask(lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._device))
         mine = [row.usedGpuMemory for row in rows or () if row.pid == os.getpid()]
         whole = self._ask(lambda: self._nvml.nvmlDeviceGetMemoryInfo(self._device))

@@ -81,7 +81,7 @@ def read_earlier(path: Path, device: dict[str, Any]) -> EarlierResult:
         UsageError: the file is not a result of `trtq bench`, or is from another device.
     """
     try:
-        # Non-finite numbers are rejected by the validation below, which names their place.
+        # The validation below rejects non-finite numbers and names their location.
         document = parse_json(read_text(path), finite=False)
     except ArtefactError as err:
         raise UsageError(f"--baseline: {err}; {_WHAT}") from err
@@ -135,6 +135,14 @@ def check_same_run(
 ) -> None:
     """Raise unless the earlier result has the same model, size and sampling as this run.
 
+    Args:
+        earlier: earlier result.
+        path: file of the earlier result, used in messages.
+        steps: number of denoising steps.
+        guidance: classifier-free guidance scale.
+        model_class: class of the denoiser.
+        shape: shape of one denoiser sample, [C, H, W].
+
     Raises:
         UsageError: the model, the image size, the number of steps or the guidance differs.
     """
@@ -157,7 +165,7 @@ def compare(earlier: EarlierResult, result: Mapping[str, Any], name: str) -> His
     Args:
         earlier: earlier result.
         result: JSON result of this run.
-        name: file name of the earlier result, for the output.
+        name: file name of the earlier result, shown in the output.
     """
     before = {row.label: row for row in earlier.rows}
     now = _validate(Path(name), result)
@@ -217,7 +225,7 @@ def _compare_rows(old: _Row, new: _Row) -> Iterator[ComparedValue]:
 
 
 def _rates(entry: _Batch) -> list[float]:
-    """Images per second in each round."""
+    """Number of images per second in each round."""
     return [1e3 * entry.batch / milliseconds for milliseconds in entry.batch_of_images.turns]
 
 
@@ -237,7 +245,7 @@ _MEMORY = (
 def _compare_amounts(
     label: str, old: BaseModel, new: BaseModel, entries: tuple[tuple[str, str, str, float], ...]
 ) -> Iterator[ComparedValue]:
-    """Compare numbers that a run measures once; of these, only file sizes are reproducible."""
+    """Compare values that a run measures only once; of these, only file sizes are reproducible."""
     for what, key, unit, factor in entries:
         before, after = getattr(old, key), getattr(new, key)
         if before is None or after is None:

@@ -68,7 +68,7 @@ SHAPES = (
 
 
 def operations(shape: Shape) -> int:
-    """Number of multiplications and additions in a layer."""
+    """Number of operations in a layer; a multiply-add counts as two."""
     geometry = shape.geometry or Geometry()
     if shape.geometry is None:
         rows, channels = shape.size[0] * shape.size[1], shape.size[2]
@@ -118,7 +118,15 @@ class Operands:
 def draw_operands(
     shape: Shape, form: str, device: torch.device, *, steps: int = _STEPS, seed: int = 0
 ) -> Operands:
-    """Make a layer with random weight codes and an input that spans the activation range."""
+    """Create a layer with random weight codes and an input that spans the activation range.
+
+    Args:
+        shape: shape of the layer.
+        form: name of one of `FORMS`, e.g. `w4a8`.
+        device: device of the operands.
+        steps: number T of denoising steps in the tables.
+        seed: seed of the random numbers.
+    """
     weight_bits, activation_bits = FORMS[form]
     rng = np.random.default_rng(seed)
     channels = shape.size[1] if shape.geometry else shape.size[-1]
@@ -150,7 +158,7 @@ def draw_operands(
 
 
 def expected(operands: Operands) -> Tensor:
-    """Output by definition: exact sums in float64, then the same float32 scaling as in the kernel."""
+    """The exact output: sums in float64, then the same float32 scaling as in the kernel."""
     o, geometry = operands, operands.spec.geometry
     items = (-1, *(1,) * (o.x.ndim - 1))
     scale, inverse, low, high = (row[o.step].reshape(items) for row in o.tables)

@@ -1,4 +1,4 @@
-"""The low-bit kernels against cuBLAS and cuDNN in half precision, layer by layer, on a GPU.
+"""Compare the low-bit kernels with cuBLAS and cuDNN in half precision, layer by layer, on a GPU.
 
 Each row is first checked bit by bit against `kernel_operands.expected`, computed on the same GPU. Then
 the low-bit kernel, the half-precision kernel and the two launches of the low-bit kernel are timed in
@@ -145,10 +145,10 @@ def bench_kernels(
     Args:
         forms: names of `FORMS`.
         shapes: layer shapes.
-        progress: callback with the name of the stage, the rows done and the total.
+        progress: callback with the stage's name, the completed rows and the total.
 
     Raises:
-        UsageError: torch sees no NVIDIA GPU, or a form is unknown.
+        UsageError: torch finds no NVIDIA GPU, or a form is unknown.
     """
     unknown = [form for form in forms if form not in FORMS]
     if unknown:
@@ -187,7 +187,7 @@ def _measured_row(
         constant = draw_operands(shape, form, device, steps=1)
         wrong_values = int((operands.call() != expected(operands)).sum())
         timings = _timings(operands, constant, shape, gpu)
-    except Exception as err:  # Out of memory, or a failing kernel: errors of torch, trtq or driver.
+    except Exception as err:  # Out of memory or a failed kernel, from torch, trtq or driver.
         first = (str(err).strip() or type(err).__name__).splitlines()[0]
         error = first if isinstance(err, TrtqError) else f"{type(err).__name__}: {first}"
     return KernelRow(
@@ -202,7 +202,7 @@ def _measured_row(
 
 
 def failed_rows(result: Mapping[str, Any]) -> list[str]:
-    """Describe each wrong or failed row of a result or its JSON in one sentence."""
+    """Describe each wrong or failed row of a result in one sentence; the result may be JSON."""
     sentences = []
     for row in result["rows"]:
         where = f"{row['form']} at {row['shape']}"

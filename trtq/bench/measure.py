@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 def measure(rows: list[ActiveRow], plan: Plan, progress: ProgressCallback) -> None:
     """Measure every row as planned; the results are stored in the rows.
 
+    Args:
+        rows: opened rows.
+        plan: plan of the measurements.
+        progress: callback with the stage's name, the completed work and the total.
+
     Raises:
         UsageError: no row can run with these arguments.
         MeasurementError: every row has failed.
@@ -127,7 +132,13 @@ def _count_operations(rows: list[ActiveRow], plan: Plan) -> None:
 
 
 def ask_optional(worker: Worker | None, question: str, **arguments: Any) -> dict[str, Any] | None:
-    """Ask a worker for something that no timing depends on; a failure is logged and returns None."""
+    """Send a request that no timing depends on; log a failure and return None.
+
+    Args:
+        worker: worker process; None: no request is sent.
+        question: name of the request.
+        arguments: JSON values, the keyword arguments of the request.
+    """
     try:
         return None if worker is None else worker.ask(question, **arguments)
     except TrtqError as err:

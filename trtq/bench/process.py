@@ -1,6 +1,6 @@
-"""A process per measured artefact: all are loaded, and each works only when it is asked to.
+"""A worker process per measured artefact: all are loaded, but only one works at a time.
 
-The memory of one artefact is therefore not counted in another's, and their timings can still be
+The memory of one artefact is therefore not attributed to another, and their timings can still be
 interleaved. `trtq.processes` describes the protocol.
 """
 
@@ -20,10 +20,10 @@ __all__ = ["Worker", "answer_questions"]
 
 
 class Worker:
-    """A process that answers questions; use it as a context.
+    """A process that answers requests; use it as a context manager.
 
     Args:
-        module: module whose `main` calls `answer_questions`.
+        module: name of a module whose `main` calls `answer_questions`.
         name: name of the row in messages.
     """
 
@@ -40,10 +40,14 @@ class Worker:
         self.close()
 
     def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
-        """Have the process do something, and wait for its answer.
+        """Send a request to the process and wait for the answer.
+
+        Args:
+            question: name of the request.
+            arguments: JSON values, the keyword arguments of the request.
 
         Raises:
-            TrtqError: the process raised it.
+            TrtqError: the process raised this error.
             MeasurementError: the process failed in another way, or ended.
         """
         try:
@@ -52,17 +56,17 @@ class Worker:
             raise MeasurementError(err.exit.explain(f"{self.name}: its process")) from err
 
     def close(self) -> None:
-        """End the process, even in the middle of an answer."""
+        """End the process, even while it answers a request."""
         self._child.close()
 
 
 def answer_questions(answers: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
-    """In the process: answer until the parent ends.
+    """Answer requests until the parent process ends; called in the worker process.
 
     Args:
-        answers: functions by name of the question; called with its arguments.
+        answers: functions by name of the request; each returns a JSON object.
     """
-    # What libraries print must not stand among the answers.
+    # Libraries may print, which must not corrupt the answers on standard output.
     sys.stdout.flush()
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
@@ -77,7 +81,7 @@ def _answer(
         answer = answers[question.pop("ask")](**question)
     except TrtqError as err:
         answer = error_record(err)
-    except Exception as err:  # Of any library: the row fails, the benchmark goes on.
+    except Exception as err:  # Any exception of a library fails this row, but not the benchmark.
         answer = error_record(MeasurementError(f"{type(err).__name__}: {err}"))
     out.write(json.dumps(answer) + "\n")
     out.flush()

@@ -27,15 +27,15 @@ class MeasuredRow(Result):
         path: artefact or checkpoint, as given by the caller.
         provider: runtime, e.g. `cpu`.
         kind: `checkpoint`, `run`, `onnx` or `engine`.
-        bits: e.g. `w4a8`; precision of a float model, e.g. `fp32`.
+        bits: bit widths, e.g. `w4a8`; the precision of a float model, e.g. `fp32`.
         low_bit: whether the model is quantised.
         added: whether trtq added the row as a baseline.
         device: device of the denoiser, `cpu` or `gpu`; None if loading failed.
         measured: whether the row was measured.
-        reason: why the row was not measured, or None.
-        latency_ms: one call of the denoiser at the first batch size, in milliseconds: `p50`, `p90`,
+        reason: reason why the row was not measured; None if it was.
+        latency_ms: duration of a denoiser call at the first batch size, in milliseconds: `p50`, `p90`,
             `p99`, quartiles `q1` and `q3`, `calls`, `turns`.
-        images_per_second: rate of whole images at the first batch size.
+        images_per_second: number of whole images per second at the first batch size.
         images_per_second_interval: 95 % interval of `images_per_second`.
         speedup: speedup of the denoiser over the fastest float row on the same device: `baseline`,
             `ratio`, `low`, `high`, `verdict`.
@@ -43,7 +43,7 @@ class MeasuredRow(Result):
         psnr_db: PSNR of the images relative to the float model, in dB.
         load_seconds: duration of loading, in seconds.
         build_seconds: duration of building the engines, in seconds.
-        denoiser_bytes: size of the denoiser's files.
+        denoiser_bytes: size of the denoiser's files, in bytes.
         memory: resident and GPU memory in bytes, by purpose.
         batches: measurements by batch size and by part of the pipeline.
         roofline: position under the device's roofline, see `trtq.bench.cost.Roofline`.
@@ -88,7 +88,7 @@ class ComparedValue(Result):
         unit: unit of the value.
         before: value in the earlier result.
         after: value in this result.
-        ratio: above 1 if this result is better; None if a value is 0.
+        ratio: improvement factor, above 1 if this result is better; None if a value is 0.
         verdict: `better`, `worse`, `within the spread`, `too few turns`, `equal`, or `one value each`
             for values without a spread.
     """
@@ -131,7 +131,7 @@ class BenchResult(Result):
         shape: shape of one denoiser sample, [C, H, W].
         format_version: version of this record.
         device: processor, GPU and driver.
-        date: UTC, ISO 8601.
+        date: time of the run, in UTC and ISO 8601.
         steps: number of denoising steps.
         guidance: classifier-free guidance scale; 1 disables it.
         turns: number of timing rounds per row and part.
@@ -143,8 +143,8 @@ class BenchResult(Result):
         slower: labels of low-bit rows that are slower than float, in steps or in whole images.
         undecided: labels of low-bit rows with too few rounds for a verdict.
         unjudged: labels of low-bit rows without a float row on the same device.
-        notes: sentences for the reader.
-        against: comparison with an earlier result; None unless one was given.
+        notes: remarks for the user, one sentence each.
+        against: comparison with an earlier result; None if none was given.
     """
 
     model_class: str
@@ -172,7 +172,7 @@ class KernelTimings(Result):
     """Times of one layer on the low-bit kernels and in half precision, and its sizes.
 
     Attributes:
-        microseconds: duration of the layer, quantisation included.
+        microseconds: duration of the layer, including quantisation.
         quantise_microseconds: duration of the quantisation launch alone.
         product_microseconds: duration of the product launch alone.
         tile: tile size of the product.
@@ -180,10 +180,10 @@ class KernelTimings(Result):
         speedup: `fp16_microseconds` divided by `microseconds`.
         speedup_quartiles: first and third quartile of the speedup over the rounds.
         against_constant_scale: duration with a table of 20 steps divided by the duration with one step.
-        tera_operations: 10^12 operations per second.
+        tera_operations: rate in 10^12 operations per second.
         share_of_peak: share of the GPU's int8 peak; None for an unknown GPU.
-        weight_bytes: size of the packed weights.
-        fp16_weight_bytes: size of the weights in half precision.
+        weight_bytes: size of the packed weights, in bytes.
+        fp16_weight_bytes: size of the weights in half precision, in bytes.
     """
 
     microseconds: float

@@ -36,7 +36,7 @@ TIMINGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "speedup": lambda entry: entry["parts"][DENOISER],
     "images_speedup": lambda entry: entry["batch_of_images"],
 }
-"""Compared timings: JSON key of the speedup, and where a batch size holds the timing."""
+"""Functions that find the compared timing of a batch size, by JSON key of the speedup."""
 
 
 @dataclass
@@ -46,12 +46,12 @@ class ActiveRow:
     Attributes:
         spec: artefact and provider.
         worker: worker process; None if it could not start, or has failed.
-        error: reason why the row is not measured.
+        error: reason why the row is not measured, or None.
         opened: the worker's answer to `open`.
         batches: measurements by batch size.
         memory: memory in bytes, by purpose.
-        images: images of the first batch size, one array per batch.
-        operations: operations of one denoiser call, by batch size; None if unknown.
+        images: images of the first batch size, one array float32[B,C,H,W] per batch.
+        operations: number of operations of one denoiser call, by batch size; None if unknown.
     """
 
     spec: BenchRow
@@ -75,11 +75,19 @@ class ActiveRow:
 
     @property
     def reason(self) -> str | None:
-        """Why the row is not measured, without its label; None if there is no error."""
+        """The reason why the row is not measured, without its label; None if there is no error."""
         return None if self.error is None else str(self.error).removeprefix(f"{self.label}: ")
 
     def ask(self, question: str, **arguments: Any) -> dict[str, Any] | None:
-        """Ask the worker; a failure ends the worker, becomes the row's error, and returns None."""
+        """Send a request to the worker; a failure ends it and becomes the row's error.
+
+        Args:
+            question: name of the request.
+            arguments: JSON values, the keyword arguments of the request.
+
+        Returns:
+            The answer; None after a failure.
+        """
         if self.worker is None:
             return None
         try:
@@ -102,7 +110,7 @@ class ModelAndSampling(TypedDict):
 
 @dataclass(frozen=True)
 class Amounts:
-    """What the caller of a benchmark asks for; None means the default. See `Plan` for the attributes."""
+    """The values that the caller of a benchmark sets; None means the default. See `Plan`."""
 
     batches: tuple[int, ...]
     turns: int | None
@@ -115,7 +123,7 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured in every row.
+    """The measurements of every row.
 
     Attributes:
         model_class: class of the denoiser.
@@ -154,13 +162,18 @@ class Plan:
         }
 
     def image_batches(self, batch: int) -> int:
-        """Number of batches of images: enough for `images`, and for a verdict if `turns` allows it."""
+        """Number of image batches: enough for `images`, and for a verdict if `turns` allows it."""
         wanted = math.ceil(self.images / batch)
         return max(_MIN_BATCHES, wanted, min(self.turns, min_turns(self.comparisons)))
 
 
 def make_plan(rows: list[ActiveRow], amounts: Amounts) -> Plan:
-    """Fill in the defaults, which depend on the opened rows; see `trtq.bench.run.benchmark`."""
+    """Fill in the defaults, which depend on the opened rows; see `trtq.bench.run.benchmark`.
+
+    Args:
+        rows: opened rows.
+        amounts: values that the caller sets.
+    """
     opened = next(row.opened for row in rows if row.opened)
     steps, guidance = _sampling(rows, amounts.steps, amounts.guidance)
     comparisons = _count_comparisons(rows, len(amounts.batches))
@@ -182,7 +195,7 @@ def make_plan(rows: list[ActiveRow], amounts: Amounts) -> Plan:
 def _sampling(
     rows: list[ActiveRow], steps: int | None, guidance: float | None
 ) -> tuple[int, float]:
-    """Steps and guidance: the caller's, else those that the first artefact was calibrated for."""
+    """Steps and guidance: the caller's values, else those of the first artefact's calibration."""
     calibrated = next((row.spec.opened for row in rows if row.spec.low_bit), None)
     count = steps or (calibrated and calibrated.steps) or DEFAULT_STEPS
     if guidance is None and calibrated is not None:
@@ -199,6 +212,11 @@ def live_rows(rows: list[ActiveRow]) -> list[ActiveRow]:
 
 def open_rows(rows: list[ActiveRow], threads: int, progress: ProgressCallback) -> None:
     """Load the artefact of every row; checkpoints get the image size of the first artefact.
+
+    Args:
+        rows: rows with a running worker.
+        threads: number of threads per operator.
+        progress: callback with the stage's name, the completed work and the total.
 
     Raises:
         UsageError: the rows hold different models, or no row can run with these arguments.

@@ -47,21 +47,21 @@ def benchmark(
         artefacts: paths and `PATH@PROVIDER`, see `parse_rows`.
         providers: runtimes for paths without `@PROVIDER`, see `parse_rows`.
         batches: batch sizes.
-        turns: timing rounds of about 0.5 s per row; default 10, or as many as a verdict needs.
+        turns: number of timing rounds of about 0.5 s per row; None: 10, or as many as a verdict needs.
         images: minimum number of images per row and batch size; at least three batches are generated.
-        steps: number of denoising steps; default: the first artefact's calibration, else 20.
-        guidance: guidance scale; default: the first artefact's calibration.
-        threads: number of threads per operator; default: the processors of this process.
+        steps: number of denoising steps; None: the first artefact's calibration, else 20.
+        guidance: classifier-free guidance scale; None: the first artefact's calibration.
+        threads: number of threads per operator; None: the number of processors of this process.
         seed: seed of the images.
         against: JSON file with an earlier result to compare with.
-        judge: raise before measuring if the rounds are too few for a verdict.
-        progress: callback with the name of the stage, the work done and the total.
+        judge: whether to raise before measuring if there are too few rounds for a verdict.
+        progress: callback with the stage's name, the completed work and the total.
 
     Raises:
         UsageError: see `parse_rows`; the models differ; `against` is not comparable; no row can run with
             these arguments; too few rounds for a verdict.
         ArtefactError: the manifest of an artefact cannot be read.
-        MeasurementError: every row has failed. A single failed row carries its reason instead.
+        MeasurementError: every row has failed; a single failed row records its reason instead.
     """
     specs = parse_rows(artefacts, providers)
     notes: list[str] = []
@@ -108,7 +108,7 @@ def _start(spec: BenchRow, stack: ExitStack) -> ActiveRow:
 
 
 def _peaks(stack: ExitStack, rows: list[ActiveRow], threads: int) -> dict[str, Peak | None]:
-    """Peak performance of GPU and processor; the processor is measured after all workers have ended."""
+    """Peak performance of GPU and processor; the latter is measured after all workers ended."""
     for row in live_rows(rows):
         assert row.worker is not None
         row.worker.close()

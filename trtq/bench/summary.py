@@ -25,7 +25,7 @@ CONFIDENCE = 0.95
 Verdict = Literal["faster", "slower", "better", "worse", "within the spread", "too few turns"]
 
 _MIN_CALLS_P99 = 100
-"""With fewer calls, no value is expected above the 99th percentile; p99 would be the slowest call."""
+"""Minimum number of calls for p99; with fewer calls, p99 would be the slowest call."""
 
 
 class Summary(TypedDict):
@@ -34,11 +34,11 @@ class Summary(TypedDict):
     Attributes:
         p50: median of all calls.
         p90: 90th percentile of all calls.
-        p99: 99th percentile of all calls; None with fewer than 100 calls.
+        p99: 99th percentile of all calls; None if there are fewer than 100 calls.
         q1: first quartile of all calls.
         q3: third quartile of all calls.
         calls: number of calls.
-        turns: median of each timing round.
+        turns: median of each timing round, in milliseconds.
     """
 
     p50: float
@@ -54,9 +54,9 @@ class Speedup(TypedDict):
     """Speed relative to a baseline.
 
     Attributes:
-        ratio: baseline time divided by own time; above 1 is faster.
-        low: lower bound of the ratio's interval; None with too few rounds.
-        high: upper bound of the ratio's interval; None with too few rounds.
+        ratio: baseline time divided by the row's time; above 1 the row is faster.
+        low: lower bound of the ratio's interval; None if there are too few rounds.
+        high: upper bound of the ratio's interval; None if there are too few rounds.
         verdict: `faster`, `slower`, `within the spread` or `too few turns`.
     """
 
@@ -92,7 +92,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def summarize(turns: Sequence[Sequence[float]]) -> Summary:
-    """Summarise the durations of single calls, given in seconds by timing round."""
+    """Summarise the durations of single calls, in seconds, grouped by timing round."""
     milliseconds = [1e3 * value for turn in turns for value in turn]
     has_p99 = len(milliseconds) >= _MIN_CALLS_P99
     return {
@@ -110,8 +110,8 @@ def median_interval(values: Sequence[float], comparisons: int = 1) -> tuple[floa
     """Distribution-free confidence interval of the median, at 95 % over all comparisons.
 
     The bounds are order statistics: the k-th smallest and k-th largest of n values, with the largest k
-    for which the median lies outside them rarely enough. The number of values below the median is
-    binomial(n, 1/2), assuming independent values.
+    for which the median lies outside them with a sufficiently small probability. The number of values
+    below the median is binomial(n, 1/2), assuming independent values.
 
     Args:
         values: one value per timing round, assumed independent.
@@ -165,6 +165,11 @@ def compare_medians(
     """Compare the medians of two measurements whose rounds were not interleaved.
 
     The verdict is `better` or `worse` only if the 95 % intervals of both medians do not overlap.
+
+    Args:
+        before: values of the earlier measurement, one per round.
+        after: values of the later measurement, one per round.
+        more_is_better: whether larger values are better.
     """
     old, new = statistics.median(before), statistics.median(after)
     then, now = median_interval(before), median_interval(after)

@@ -31,7 +31,7 @@ def row_label(row: Mapping[str, Any]) -> str:
 
 
 def short_names(result: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """Find the common parent folder of all paths, and shorten the row names to be relative to it.
+    """Find the common parent folder of all paths, and make the row names relative to it.
 
     Returns:
         The folder, or an empty text if there is none; short names by label.
@@ -55,14 +55,14 @@ def _number(value: float | None, form: str, factor: float = 1.0) -> str:
 
 
 def _milliseconds(summary: Mapping[str, Any] | None) -> str:
-    """Median and quartiles."""
+    """Median and quartiles as text."""
     if summary is None:
         return "-"
     return f"{summary['p50']:.3g} ({summary['q1']:.3g}-{summary['q3']:.3g})"
 
 
 def ratio_text(speedup: Mapping[str, Any] | None) -> str:
-    """Ratio and its interval."""
+    """The ratio and its interval as text."""
     if speedup is None:
         return "-"
     interval = "" if speedup["low"] is None else f" ({speedup['low']:.2f}-{speedup['high']:.2f})"
@@ -128,7 +128,7 @@ def _images_table(result: Mapping[str, Any], names: Mapping[str, str]) -> Table:
 
 
 def _rate(value: float, interval: list[float] | None) -> str:
-    """Images per second and the interval of their median."""
+    """The number of images per second and its interval as text."""
     return f"{value:.3g}" + ("" if interval is None else f" ({interval[0]:.3g}-{interval[1]:.3g})")
 
 

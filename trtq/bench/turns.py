@@ -28,8 +28,8 @@ def time_call(call: Callable[[], object]) -> float:
 def time_calls(call: Callable[[], object], calls: int) -> list[float]:
     """Duration of each of `calls` calls in seconds.
 
-    One uncounted call runs first, because it pays for cold caches and sleeping threads. Slow models get
-    the uncounted call too, although it doubles their round: all compared models are treated alike.
+    One uncounted call runs first to warm up caches and threads. Slow models get this call, too,
+    although it doubles the duration of a round: all compared models are treated alike.
     """
     call()
     return [time_call(call) for _ in range(calls)]

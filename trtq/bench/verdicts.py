@@ -1,4 +1,4 @@
-"""From measured rows to a result: speedups, verdicts, PSNR and roofline."""
+"""Turn measured rows into a result: speedups, verdicts, PSNR and roofline."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def make_result(
 
     Args:
         rows: measured rows.
-        plan: what was measured.
+        plan: plan of the measurements.
         peaks: peak performance, by `cpu`, `gpu float` and `gpu low-bit`.
         device: description of the device.
-        notes: sentences for the reader; sentences about rows without a baseline are added.
+        notes: remarks for the user; remarks about rows without a baseline are added.
     """
     for batch in plan.batches:
         _add_speedups(rows, batch, plan.comparisons)

@@ -54,7 +54,7 @@ class MeasuredArtefact:
             path: artefact or checkpoint, see `open_any`.
             provider: runtime, see `open_any`.
             threads: number of threads per operator.
-            size: image size, `HEIGHTxWIDTH`; None for the artefact's size.
+            size: image size, `HEIGHTxWIDTH`; None: the artefact's size.
 
         Returns:
             `load_seconds`; `memory`: `libraries_bytes` (resident before loading), `weights_bytes` (added
@@ -173,11 +173,11 @@ class MeasuredArtefact:
         Args:
             batch: number of images B.
             steps: number of denoising steps.
-            seed: seed of the starting noise.
+            seed: seed of the initial noise.
             guidance: classifier-free guidance scale; 1 disables it.
             prompts: prompts to cycle through; None for a model without prompts.
             turn: index of the batch; None for a warm-up with few steps.
-            out: output file for the images as numpy float32[B,C,H,W], or None.
+            out: output file for the images as a numpy array float32[B,C,H,W]; None: no file.
 
         Returns:
             `seconds` of the whole batch, and GPU energy in `joules` (None if not reported).
@@ -223,7 +223,13 @@ class MeasuredArtefact:
 
     @torch.no_grad()
     def operations(self, batch: int, steps: int, guidance: float) -> dict[str, Any]:
-        """Count the `operations` of one denoiser call, on the float model without weights."""
+        """Count the `operations` of one denoiser call, on the float model without weights.
+
+        Args:
+            batch: number of images.
+            steps: number of denoising steps.
+            guidance: classifier-free guidance scale; 1 disables it.
+        """
         cls = getattr(self.source.denoiser, "model_class", type(self.source.model))
         conditions = self.source.draw_conditions(batch, seeded_generator(0, "bench conditions"))
         timestep = torch.tensor(self.source.timesteps(steps)[steps // 2], device="meta")

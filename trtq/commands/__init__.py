@@ -1,5 +1,5 @@
-"""The commands of `trtq`, one file per verb or pair of verbs; `trtq.cli` registers them.
+"""The commands of `trtq`, in one or two per module; `trtq.cli` registers them.
 
-A command parses its options, calls one library function and prints the result. No command knows the
-application: each is a plain function.
+A command parses its options, calls one library function and prints the result. Commands are plain
+functions that do not depend on the application.
 """

@@ -1,4 +1,4 @@
-"""The application: a Typer that lets no traceback out, and the order and former names of its parts."""
+"""The application: error handling, the order of commands, and former names of options."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ VERBS = (
     *("doctor", "quantize", "export", "build", "generate", "eval", "bench", "inspect", "verify"),
     *("serve", "package", "plugins", "demo"),
 )
-"""The order of `trtq --help`: the path from a checkpoint to a server."""
+"""The commands in the order of `trtq --help`: the workflow from a checkpoint to a server."""
 
 
 class OrderedGroup(typer.core.TyperGroup):
-    """Lists the verbs in the order of the path, commands and groups alike."""
+    """Lists commands and groups in the order of the workflow."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names of the commands."""
@@ -32,10 +32,10 @@ class OrderedGroup(typer.core.TyperGroup):
 
 
 class App(typer.Typer):
-    """The application behind the command `trtq`; no error reaches the user as a traceback."""
+    """The application behind the command `trtq`, which never shows an error as a traceback."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse, run, exit."""
+        """Parse the arguments, run the command and exit."""
         open_streams()
         try:
             Path.cwd()
@@ -50,7 +50,7 @@ class App(typer.Typer):
             stop_writing()
             raise SystemExit(BROKEN_PIPE) from None
         except Exception as err:
-            # Raised outside a command's body: by imports, or by typer while it parses.
+            # Errors outside a command's body, from imports or from typer's parser.
             verbose = any(argument in ("-v", "--verbose") for argument in sys.argv[1:])
             raise SystemExit(internal_error(err, print_error, verbose=verbose)) from err
 
@@ -70,7 +70,7 @@ def with_former_names(names: Mapping[str, str]) -> type[typer.core.TyperCommand]
     class Command(typer.core.TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             """Parse the arguments under the new names."""
-            # What follows "--" are arguments, no options.
+            # Texts after "--" are arguments, not options.
             end = args.index("--") if "--" in args else len(args)
             return super().parse_args(ctx, [*map(_renamed, args[:end]), *args[end:]])
 

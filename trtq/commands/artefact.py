@@ -1,4 +1,4 @@
-"""`trtq inspect` and `trtq verify`: what an artefact holds, and whether it is what it claims to be."""
+"""`trtq inspect` and `trtq verify`: show the content of an artefact, and check it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _print_contents(artefact: str, record: dict[str, Any]) -> None:
 
 
 def _print_layers(rows: Sequence[dict[str, Any]]) -> None:
-    """Layers with unabridged names: one line each where the terminal is wide enough, else two."""
+    """Print layers with full names, in one line each if the terminal is wide enough, else two."""
     reasons = list(dict.fromkeys(row["reason"] for row in rows if row.get("reason")))
     notes = {reason: f"[{number}]" for number, reason in enumerate(reasons, 1)}
     cells = [(*_layer_cells(row), notes.get(row.get("reason", ""), "")) for row in rows]
@@ -88,7 +88,7 @@ def _print_layers(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _layer_cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
-    """Name, kind, precision, scale and zero points of a layer."""
+    """The cells of a layer: name, kind, precision, scale and zero points."""
     from trtq.evaluation.page import scale_range
     from trtq.quant import precision_text
 

@@ -105,7 +105,7 @@ ResultFile = Annotated[Path | None, output_option("JSON file for the result.")]
 
 
 class BenchGroup(typer.core.TyperGroup):
-    """`trtq bench ARTEFACT...` measures artefacts; `trtq bench kernels` is a command of its own."""
+    """`trtq bench ARTEFACT...` measures artefacts; `trtq bench kernels` is a separate command."""
 
     default = "artefacts"
 
@@ -115,7 +115,7 @@ class BenchGroup(typer.core.TyperGroup):
         return super().parse_args(ctx, args if named else [self.default, *args])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command, under the name that the user typed: empty for the default command."""
+        """Resolve the command by the name that the user typed, empty for the default command."""
         name, command, rest = super().resolve_command(ctx, args)
         return ("" if name == self.default else name), command, rest
 

@@ -1,4 +1,4 @@
-"""`trtq build`: TensorRT engines of an ONNX folder."""
+"""`trtq build`: build TensorRT engines from an ONNX folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`trtq export`: the ONNX folder of a run or a checkpoint."""
+"""`trtq export`: write the ONNX folder of a run or a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`trtq generate` and `trtq eval`: images of an artefact, and their comparison with the float model."""
+"""`trtq generate` and `trtq eval`: generate images, and compare them with the float model's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`trtq doctor` and `trtq demo`: what this machine can run, and the whole path on a small model."""
+"""`trtq doctor` and `trtq demo`: check this machine, and run the workflow on a small model."""
 
 from __future__ import annotations
 

@@ -37,7 +37,15 @@ def _plain(number: float) -> str:
 
 
 def within(min_value: float, max_value: float) -> Callable[[Any], Any]:
-    """A check that a number is in a range; NaN is refused."""
+    """Create a check that a number is in a range; NaN is refused.
+
+    Args:
+        min_value: minimum of the range, inclusive.
+        max_value: maximum of the range, inclusive.
+
+    Returns:
+        A callback for typer, which raises `typer.BadParameter` for other numbers.
+    """
 
     def check(value: Any) -> Any:
         if value is not None and not min_value <= value <= max_value:
@@ -51,7 +59,7 @@ def within(min_value: float, max_value: float) -> Callable[[Any], Any]:
 
 
 def one_of(*values: str) -> Callable[[str], list[str]]:
-    """Completion of an option in a shell; the library function checks the value."""
+    """Create the shell completion of an option; the library function checks the value."""
 
     def complete(incomplete: str) -> list[str]:
         return [value for value in values if value.startswith(incomplete)]
@@ -60,7 +68,7 @@ def one_of(*values: str) -> Callable[[str], list[str]]:
 
 
 def output_option(content: str) -> Any:
-    """The option `--output`, with what is written there as its help."""
+    """Create the option `--output`, whose help text is a description of the output."""
     return typer.Option("-o", "--output", help=content)
 
 

@@ -1,4 +1,4 @@
-"""What commands print: consoles, results, tables, and errors as one line with an exit code."""
+"""Output of commands: results, tables, and errors as one line with an exit code."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ __all__ = [
 ]
 
 BROKEN_PIPE = 141
-"""The exit code that a shell reports for a program ended by SIGPIPE."""
+"""The exit code that a shell reports for a program terminated by SIGPIPE."""
 _NAME_WIDTH = 28
 _NOISY_LOGGERS = ("matplotlib", "PIL", "asyncio", "onnx_ir", "onnxscript", "torch", "fsspec")
 
 
 class _Console(Console):
-    """A console that leaves a pipe without a reader to the command."""
+    """A console that leaves the handling of a closed pipe to the command."""
 
     def on_broken_pipe(self) -> None:
-        """Raise what print raises."""
+        """Raise the exception that `print` raises."""
         raise BrokenPipeError
 
 
-# Printed texts hold names given by users: brackets and colons in them are neither markup nor emoji.
+# Printed texts contain names given by users, whose brackets and colons are neither markup nor emoji.
 _plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 _err = _Console(stderr=True, _environ=sane_environment(), **_plain)
 _out = _Console(_environ=sane_environment(), **_plain)
@@ -63,7 +63,7 @@ class _Result(Protocol):
 
 
 def print_error(text: str) -> None:
-    """Print one red line to stderr; control characters in the names it quotes are escaped."""
+    """Print one red line to stderr, with control characters escaped."""
     _err.print(one_line(text), style="red", soft_wrap=True)
 
 
@@ -83,7 +83,7 @@ def print_table(table: Table) -> None:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal behind stdout."""
+    """Number of columns of the terminal of stdout."""
     return _out.width
 
 
@@ -97,7 +97,7 @@ def command(verbose: bool) -> Iterator[None]:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError as err:
-        # The reader of stdout has closed it.
+        # The reader of stdout has closed the pipe.
         stop_writing()
         raise typer.Exit(BROKEN_PIPE) from err
     except (TrtqError, OSError) as err:
@@ -125,15 +125,15 @@ def _start_logging(verbose: bool) -> None:
         force=True,
     )
     if not verbose:
-        # transformers warns about image processors that no pipeline here uses; it reads the
-        # variable when it is imported.
+        # transformers warns about image processors that no pipeline here uses; the variable is read
+        # when transformers is imported.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _print_end(reason: str, err: BaseException) -> None:
-    """One line, with the command that resumes from a checkpoint where there is one."""
+    """Print one line, with the command that resumes from a checkpoint if there is one."""
     arguments = sys.argv[1:]
     if RESUMABLE in getattr(err, "__notes__", ()) and "quantize" in arguments[:1]:
         again = arguments if "--resume" in arguments else [*arguments, "--resume"]
@@ -155,8 +155,8 @@ def show(
 
     Args:
         result: result of a library function, or its JSON object.
-        as_json: print JSON.
-        human: prints the JSON object for people.
+        as_json: whether to print JSON.
+        human: function that prints the JSON object for people.
 
     Raises:
         ArtefactError: stdout cannot be written, e.g. a full disk.
@@ -167,7 +167,7 @@ def show(
             print(json.dumps(_finite(record)))  # noqa: T201
         else:
             human(record)
-        # A full disk is reported here, not at interpreter exit.
+        # Report a full disk here, not at interpreter exit.
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -178,7 +178,7 @@ def show(
 
 
 def _finite(value: Any) -> Any:
-    """The value with None in place of NaN and infinity, which JSON cannot hold."""
+    """Replace NaN and infinity, which JSON cannot represent, with None."""
     if isinstance(value, float) and (value != value or abs(value) == float("inf")):
         return None
     if isinstance(value, dict):
@@ -199,7 +199,7 @@ def print_lines(title: str, rows: Sequence[Sequence[str]], header: Sequence[str]
 
 
 def folding_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table that drops nothing in a narrow terminal: cells are folded, the first column last."""
+    """Create a table that folds its cells in a narrow terminal, the first column last."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     name_width = max((len(row[0]) for row in rows), default=0)
     table.add_column(header[0], overflow="fold", min_width=min(name_width, _NAME_WIDTH))

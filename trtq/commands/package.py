@@ -1,4 +1,4 @@
-"""`trtq package triton`: a model repository for Triton Inference Server."""
+"""`trtq package triton`: write a model repository for Triton Inference Server."""
 
 from __future__ import annotations
 

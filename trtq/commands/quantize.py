@@ -1,4 +1,4 @@
-"""`trtq quantize`: a low-bit run of a checkpoint, or a run with other LoRAs."""
+"""`trtq quantize`: create a low-bit run from a checkpoint, or exchange the LoRAs of a run."""
 
 from __future__ import annotations
 

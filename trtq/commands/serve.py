@@ -1,4 +1,4 @@
-"""`trtq serve`: images over HTTP, by one process or by replicas on Ray."""
+"""`trtq serve`: serve images over HTTP, in one process or in replicas on Ray."""
 
 from __future__ import annotations
 

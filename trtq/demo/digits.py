@@ -1,4 +1,4 @@
-"""The complete path on the digits model: quantise, export, evaluate, report."""
+"""The complete workflow on the digits model: quantise, export, evaluate, report."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def demo(
         iterations: number of fine-tuning iterations.
         provider: runtime of the ONNX folders.
         seed: seed of quantisation and evaluation.
-        overwrite: replace existing output.
-        progress: callback with the name of the stage, the work done and the total.
+        overwrite: whether to replace existing output.
+        progress: callback with the stage's name, the completed work and the total.
 
     Raises:
         TrtqError: see `trtq.errors`.
@@ -133,7 +133,7 @@ def demo(
         numbers = result.to_json()
         write_report(folder / REPORT, page, numbers, kind=_REPORT_KIND, overwrite=overwrite)
     except (OSError, TrtqError):
-        # The measurements took minutes: log them even if the disk is full.
+        # The measurements take minutes, so log them even if the disk is full.
         for row in rows:
             logger.warning(
                 "measured: %s: FD %.2f, class accuracy %.1f %%",
@@ -148,7 +148,7 @@ def demo(
 def _prepare_folder(
     folder: Path, entries: tuple[_Entry, ...], provider: str, *, overwrite: bool
 ) -> None:
-    """Check provider and output places before any long work, and create the folder.
+    """Check provider and output folder before any long work, and create the folder.
 
     Raises:
         UsageError: the provider is not available, or existing files must not be replaced.
@@ -174,7 +174,7 @@ def _quantize(
     try:
         result = quantize(MODEL, recipe, run, overwrite=overwrite, progress=progress)
     except BaseException:
-        # The demo cannot be resumed, so its checkpoints are useless.
+        # The demo cannot be resumed, so delete its checkpoints.
         with suppress(UsageError), claimed(run.resolve()):
             remove_partial(run.resolve())
         raise

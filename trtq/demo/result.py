@@ -14,13 +14,13 @@ class DemoRow(Result):
     """Scores and size of one model.
 
     Attributes:
-        name: name in the report.
+        name: name of the model in the report.
         fd: Fréchet distance to the real digits.
         fd_interval: 95 % interval of `fd`.
         class_accuracy: share of images that the classifier recognises as the requested digit.
         accuracy_interval: 95 % interval of `class_accuracy`.
         snr_db: SNR of the noise prediction per step, in dB; None for the float model.
-        bytes: size of the denoiser.
+        bytes: size of the denoiser, in bytes.
     """
 
     name: str
@@ -37,7 +37,7 @@ class DemoResult(Result):
     """The result of `trtq demo`.
 
     Attributes:
-        rows: the float model, then the low-bit models.
+        rows: scores of the float model, then of the low-bit models.
         seconds: duration of the demo, in seconds.
         report: path of the HTML report.
     """

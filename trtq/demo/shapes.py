@@ -1,7 +1,8 @@
 """Training scenes of the shapes model: one or two coloured shapes on white, with a caption.
 
-Pixels are coloured by their distance to each shape's outline, so edges are smooth. In a scene with two
-shapes, one is above or left of the other; each arrangement has two equivalent captions.
+The colour of a pixel depends on its distance to each shape's outline, so edges are smooth. In a
+scene with two shapes, one is above or left of the other; each arrangement has two equivalent
+captions.
 Letters: B scenes, H = W = `SIZE` pixels.
 """
 
@@ -28,8 +29,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 ARRANGEMENTS = ("single", "above", "left of")
 CONVERSE = {"above": "below", "left of": "right of"}
 # 1 of CONVERSE_EVERY captions names the lower or right shape first. With 1 of 2, neither the order of
-# the words nor the relation alone would be correlated with the positions, and a small model does not
-# learn more than chance.
+# the words nor the relation alone would correlate with the positions, and a small model would not learn
+# the positions.
 CONVERSE_EVERY = 4
 ATTRIBUTES = {
     "arrangement": len(ARRANGEMENTS),
@@ -44,7 +45,7 @@ attributes means "no second shape"."""
 
 @dataclass(frozen=True)
 class Scene:
-    """Content of a picture.
+    """Content of an image.
 
     Attributes:
         arrangement: index into `ARRANGEMENTS`.
@@ -92,7 +93,7 @@ def _integer(high: int, generator: torch.Generator) -> int:
 
 
 def random_scene(generator: torch.Generator) -> Scene:
-    """Draw a scene: arrangement, colours and shapes are uniformly distributed."""
+    """Choose a random scene with uniformly distributed arrangement, colours and shapes."""
 
     def thing() -> tuple[int, int]:
         return _integer(len(COLOURS), generator), _integer(len(SHAPES), generator)

@@ -1,7 +1,7 @@
 """Train the digits model that ships with trtq, and its classifier.
 
 `python -m trtq.demo.train_digits --output DIR` needs only the 1,797 handwritten digits that come with
-scikit-learn. On one machine the same seed gives the same files.
+scikit-learn. On the same machine, the same seed gives the same files.
 
 The denoiser is a class-conditional `UNet2DModel` on 8 x 8 pixels that predicts the noise (DDPM,
 arXiv 2006.11239, eq. 14). Class 10 means "no class": 10 % of the labels are dropped, which enables
@@ -75,7 +75,17 @@ def shift(images: Tensor, generator: torch.Generator) -> Tensor:
 def train_classifier(
     images: Tensor, labels: Tensor, seed: int, epochs: int
 ) -> tuple[ImageClassifier, float]:
-    """Train on 80 % of the digits; return the model and its accuracy on the other 20 %."""
+    """Train on 80 % of the digits; return the model and its accuracy on the other 20 %.
+
+    Args:
+        images: images of digits, float32[B,1,8,8] in [-1, 1].
+        labels: digits, LongTensor[B].
+        seed: seed of weights and batches.
+        epochs: number of epochs.
+
+    Returns:
+        The classifier, and its accuracy on the other 20 %, 0 .. 1.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
@@ -103,7 +113,18 @@ def train_classifier(
 
 
 def train_denoiser(images: Tensor, labels: Tensor, seed: int, iterations: int, batch: int) -> Any:
-    """Minimise the error of the predicted noise; return the model with moving-average weights."""
+    """Minimise the error of the predicted noise; return the model with moving-average weights.
+
+    Args:
+        images: images of digits, float32[B,1,8,8] in [-1, 1].
+        labels: digits, LongTensor[B].
+        seed: seed of weights and batches.
+        iterations: number of updates.
+        batch: number of images per update.
+
+    Returns:
+        The UNet with moving-average weights.
+    """
     from diffusers import DDIMScheduler, UNet2DModel
 
     torch.manual_seed(seed)
@@ -119,7 +140,7 @@ def train_denoiser(images: Tensor, labels: Tensor, seed: int, iterations: int, b
     running = 1.0
     for iteration in range(iterations):
         chosen = torch.randint(0, len(images), (batch,), generator=generator)
-        # One timestep per stratum: same expectation as independent draws, lower variance.
+        # One timestep per stratum has the expectation of independent samples and a lower variance.
         offsets = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         timesteps = (offsets * TIMESTEPS).long().clamp_max(TIMESTEPS - 1)
         dropped = torch.rand(batch, generator=generator) < LABEL_DROP

@@ -1,10 +1,10 @@
-"""Train the text-to-image model that ships with trtq, and the classifier that judges it.
+"""Train the text-to-image model that ships with trtq, and the classifier for its evaluation.
 
-`python -m trtq.demo.train_shapes --output DIR` draws pictures with captions (`trtq.demo.shapes`) and
+`python -m trtq.demo.train_shapes --output DIR` renders images with captions (`trtq.demo.shapes`) and
 needs no data. The result is a `StableDiffusionPipeline`: byte-pair tokenizer, CLIP text encoder, VAE,
-and a `UNet2DConditionModel` with cross-attention that predicts the noise of latents (DDPM,
-arXiv 2006.11239, eq. 14). 10 % of the captions are dropped, which enables classifier-free guidance
-(arXiv 2207.12598). On one machine the same seed gives the same files.
+and a `UNet2DConditionModel` with cross-attention that predicts the noise of latents (DDPM, arXiv
+2006.11239, eq. 14). 10 % of the captions are dropped, which enables classifier-free guidance (arXiv
+2207.12598). On the same machine, the same seed gives the same files.
 
 Each part is written as soon as it is trained; existing parts are not trained again.
 """
@@ -40,7 +40,7 @@ GUIDANCE = 3.0
 
 
 def scenes(count: int, generator: torch.Generator) -> list[Scene]:
-    """Draw `count` random scenes."""
+    """Choose `count` random scenes."""
     return [random_scene(generator) for _ in range(count)]
 
 
@@ -52,7 +52,7 @@ def _train(
     loss_of: Callable[[], Tensor],
     after: Callable[[int], None] | None = None,
 ) -> None:
-    """Optimise with AdamW and a one-cycle rate; print the running loss and the remaining time."""
+    """Optimise with AdamW and a one-cycle learning rate; print running loss and remaining time."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=iterations, pct_start=0.1
@@ -75,9 +75,15 @@ def _train(
 
 
 def train_classifier(folder: Path, seed: int, iterations: int, batch: int) -> float:
-    """Train the classifier on pictures that do not repeat; return its accuracy on new pictures.
+    """Train the classifier on images that do not repeat; return its accuracy on new images.
 
-    A picture counts as correct only if every attribute is correct.
+    An image counts as correct only if every attribute is correct.
+
+    Args:
+        folder: output folder of the classifier.
+        seed: seed of weights and scenes.
+        iterations: number of updates.
+        batch: number of images per update.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -86,7 +92,7 @@ def train_classifier(folder: Path, seed: int, iterations: int, batch: int) -> fl
     def loss_of() -> Tensor:
         shown = scenes(batch, generator)
         pictures = draw_scenes(shown, generator)
-        # Generated pictures are noisier than rendered pictures.
+        # Generated images are noisier than rendered images.
         pictures = pictures + 0.1 * torch.randn(pictures.shape, generator=generator)
         answers = model(pictures)
         return torch.stack(
@@ -114,7 +120,13 @@ def _labels(shown: list[Scene], name: str) -> Tensor:
 
 
 def train_vae(seed: int, iterations: int, batch: int) -> Any:
-    """Train the VAE with squared error and a small KL term on the latents."""
+    """Train the VAE with squared error and a small KL term on the latents.
+
+    Args:
+        seed: seed of weights and scenes.
+        iterations: number of updates.
+        batch: number of images per update.
+    """
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -142,7 +154,13 @@ def train_vae(seed: int, iterations: int, batch: int) -> Any:
 
 @torch.no_grad()
 def latent_set(vae: Any, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-    """Scaled latents[count,4,8,8] of new pictures, and their captions."""
+    """Scaled latents[count,4,8,8] of new images, and their captions.
+
+    Args:
+        vae: trained VAE.
+        count: number of images.
+        generator: random generator of the scenes.
+    """
     latents, captions = [], []
     for first in range(0, count, 500):
         shown = scenes(min(500, count - first), generator)
@@ -155,7 +173,19 @@ def latent_set(vae: Any, count: int, generator: torch.Generator) -> tuple[Tensor
 def train_denoiser(
     vae: Any, tokenizer: Any, seed: int, iterations: int, batch: int, pictures: int
 ) -> tuple[Any, Any]:
-    """Train UNet and text encoder together; return the moving averages of their weights."""
+    """Train UNet and text encoder together; return the moving averages of their weights.
+
+    Args:
+        vae: trained VAE.
+        tokenizer: tokenizer of the captions.
+        seed: seed of weights and batches.
+        iterations: number of updates.
+        batch: number of latents per update.
+        pictures: number of training images.
+
+    Returns:
+        UNet and text encoder.
+    """
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     torch.manual_seed(seed)
@@ -170,7 +200,7 @@ def train_denoiser(
 
     def loss_of() -> Tensor:
         chosen = torch.randint(0, len(latents), (batch,), generator=generator)
-        # One timestep per stratum: same expectation as independent draws, lower variance.
+        # One timestep per stratum has the expectation of independent samples and a lower variance.
         offsets = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         timesteps = (offsets * TIMESTEPS).long().clamp_max(TIMESTEPS - 1)
         dropped = torch.rand(batch, generator=generator) < CAPTION_DROP
@@ -192,7 +222,7 @@ def train_denoiser(
 
 
 def write_prompts(path: Path, seed: int) -> None:
-    """Write calibration prompts, and evaluation prompts with the attributes that a picture must show."""
+    """Write calibration prompts, and evaluation prompts with the attributes of the images."""
     generator = torch.Generator().manual_seed(seed + 3)
     evaluated = scenes(1000, generator)
     prompts = {

@@ -1,1 +1,1 @@
-"""Loading pipelines, schedules, guidance and sampling."""
+"""Pipelines, noise schedules, guidance and sampling."""

@@ -1,4 +1,4 @@
-"""Loading a diffusers folder with checks: all tensors are present, fit, and are finite floats.
+"""Load a diffusers folder with checks: all tensors are present, fit, and are finite floats.
 
 diffusers and transformers fill missing tensors with random numbers and only report them; here a missing
 tensor is an error. Problems in headers and configurations are reported before anything is built.
@@ -49,7 +49,7 @@ __all__ = ["assemble", "load_part", "load_pipeline"]
 logger = logging.getLogger(__name__)
 
 _MAX_TEXT = 1 << 20
-"""Maximum `model_max_length` of a CLIP tokenizer, in tokens; transformers' default is far above."""
+"""Maximum `model_max_length` of a CLIP tokenizer, in tokens; the default is far larger."""
 
 
 def load_part(folder: Path, part: str, cls: Any) -> Any:
@@ -58,7 +58,7 @@ def load_part(folder: Path, part: str, cls: Any) -> Any:
     Args:
         folder: folder of the pipeline.
         part: name of the component and of its folder.
-        cls: class of the component, from `part_class`; None for no component.
+        cls: class of the component, from `part_class`; None: the pipeline has no such component.
 
     Raises:
         ArtefactError: the component is missing, cannot be read, or does not fit its class.
@@ -110,13 +110,13 @@ def _check_vocabulary(place: Path, cls: Any) -> None:
 
 
 def _guarded(place: Path, cls: Any, load: Callable[[], Any]) -> Any:
-    """The result of `load`; an error of a library becomes an `ArtefactError` of one line."""
+    """Call `load` and turn an error of a library into an `ArtefactError` of one line."""
     try:
         with quiet_diffusers():
             return load()
     except ArtefactError:
         raise
-    # The libraries' parsers raise any exception, bare Exception included.
+    # The libraries' parsers may raise any exception, even a bare Exception.
     except Exception as err:
         raise ArtefactError(
             f"cannot load {place.name!r} from {place} as {cls.__name__}: {one_line(err)}"
@@ -169,7 +169,7 @@ def assemble(
     Args:
         folder: folder of the pipeline.
         load: function `(name, class) -> component`.
-        denoiser: name of a component and the object to use for it, which is not loaded.
+        denoiser: name of a component and the object to use instead of loading it; None: load all.
 
     Raises:
         ArtefactError: the index or a component is invalid, or the components do not fit the pipeline.
@@ -202,7 +202,7 @@ def assemble(
     try:
         with quiet_diffusers():
             pipeline = cls(**parts)
-    # A pipeline's constructor raises any exception for a wrong component.
+    # A pipeline's constructor may raise any exception for a wrong component.
     except Exception as err:
         raise ArtefactError(f"{folder}: cannot build the {cls.__name__}: {one_line(err)}") from err
     pipeline.set_progress_bar_config(disable=True)

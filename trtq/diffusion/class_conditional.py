@@ -23,7 +23,7 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
     Args:
         unet: class-conditional `UNet2DModel`, or an object with the same call signature.
         scheduler: scheduler of diffusers.
-        null_class: label that stands for "no class", or None; required for guidance.
+        null_class: label that means "no class"; None: the model has none and supports no guidance.
     """
 
     def __init__(self, unet: Any, scheduler: Any, null_class: int | None = None) -> None:
@@ -34,7 +34,7 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
 
     @property
     def classes(self) -> int:
-        """Number K of classes, without "no class"."""
+        """Number K of classes, not counting "no class"."""
         embeds = int(self.unet.config.num_class_embeds)
         return embeds if self.config.null_class is None else embeds - 1
 
@@ -52,7 +52,7 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
         """Generate one image per label.
 
         Args:
-            class_labels: one label, or B labels.
+            class_labels: one label, or B labels, in 0 .. K - 1.
             num_inference_steps: number of denoising steps.
             guidance_scale: classifier-free guidance scale; 1 or less disables it.
             eta: noise added per step, if the scheduler supports it.
@@ -99,7 +99,12 @@ class ClassConditionalPipeline(DDIMPipeline):  # type: ignore[misc]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
-        """The optional arguments that the scheduler's `step` accepts."""
+        """The optional arguments that the scheduler's `step` accepts.
+
+        Args:
+            generator: random generator, or one per image.
+            eta: noise added per step.
+        """
         import inspect
 
         accepted = inspect.signature(self.scheduler.step).parameters

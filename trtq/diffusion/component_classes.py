@@ -28,7 +28,7 @@ def is_component(name: str, entry: Any) -> bool:
 
 
 def _attribute(module: Any, name: str) -> Any:
-    """An attribute of a library; None if it is missing or cannot be imported here."""
+    """An attribute of a library; None if it is missing or cannot be imported."""
     try:
         return getattr(module, name, None)
     except (ImportError, RuntimeError):
@@ -77,8 +77,8 @@ def part_class(folder: Path, part: str, library: Any = None, class_name: Any = N
     Args:
         folder: folder of the pipeline.
         part: name of the component.
-        library: `diffusers`, `transformers`, a pipeline module of diffusers, or None for no component.
-        class_name: class name in the library.
+        library: `diffusers`, `transformers`, or a pipeline module of diffusers; None: no component.
+        class_name: class name in the library; None: no component.
 
     Returns:
         The class, or None if there is no component.
@@ -129,7 +129,7 @@ def _module_name(path: Path, part: str, library: str) -> str:
 
 
 def is_diffusers(cls: Any) -> bool:
-    """Whether diffusers' loader loads a class; some pipelines define models of transformers' kind."""
+    """Whether a class is loaded by diffusers and not, as in some pipelines, by transformers."""
     from diffusers import ModelMixin
 
     return issubclass(cls, ModelMixin)

@@ -15,7 +15,7 @@ from trtq.errors import UsageError
 __all__ = ["UNLABELLED_PIPELINES", "CalibrationPrompts", "check_unlabelled", "encode_in_batches"]
 
 UNLABELLED_PIPELINES = ("DDIMPipeline", "DDPMPipeline")
-"""diffusers' pipelines that hold a `UNet2DModel` and a scheduler and pass no class."""
+"""diffusers' pipelines that consist of a `UNet2DModel` and a scheduler and pass no class."""
 _ENCODE_BATCH = 64
 _PROMPT_GROUP = 4
 
@@ -24,8 +24,8 @@ def check_unlabelled(pipeline: Any, config: Any) -> None:
     """Raise unless a `UNet2DModel` works without a class.
 
     Args:
-        pipeline: the diffusers pipeline, which passes no class.
-        config: configuration of its UNet.
+        pipeline: diffusers pipeline that passes no class.
+        config: configuration of the pipeline's UNet.
 
     Raises:
         UsageError: the UNet takes a class.
@@ -42,16 +42,16 @@ def check_unlabelled(pipeline: Any, config: Any) -> None:
 def encode_in_batches(
     pipeline: Any, prompts: list[str], latent: tuple[int, int], negative: str | None
 ) -> Encoded:
-    """Encode any number of prompts, a batch at a time; see `encode_prompts`.
+    """Encode any number of prompts in batches; see `encode_prompts`.
 
     Args:
-        pipeline: a diffusers pipeline.
-        prompts: P >= 1 texts.
+        pipeline: diffusers pipeline.
+        prompts: P prompts, at least one.
         latent: height and width of the latents, in cells.
         negative: negative prompt of all images, or None.
 
     Returns:
-        Tensors on the CPU.
+        The encodings of all prompts, tensors on the CPU.
     """
     parts = [
         encode_prompts(pipeline, prompts[first : first + _ENCODE_BATCH], latent, negative)
@@ -64,10 +64,10 @@ def encode_in_batches(
 
 
 class CalibrationPrompts:
-    """Encodes calibration prompts on demand and keeps the encodings.
+    """Encodes calibration prompts on demand and caches the encodings.
 
-    A run uses a few of many prompts. Prompts are encoded in fixed groups, so the last bits of an
-    encoding do not depend on the prompts that were used before.
+    A run uses few of the prompts. Prompts are encoded in fixed groups, so an encoding does not depend,
+    even in its last bits, on the prompts encoded before.
     """
 
     def __init__(self) -> None:
@@ -89,9 +89,9 @@ class CalibrationPrompts:
 
         Args:
             texts: all calibration prompts.
-            encode: the pipeline's encoder of a group of prompts.
+            encode: function that encodes a group of prompts.
             count: number of images.
-            generator: source of the random choice.
+            generator: random generator of the choice.
             family: calling convention of the denoiser.
         """
         chosen = torch.randint(len(texts), (count,), generator=generator)

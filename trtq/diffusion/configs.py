@@ -70,7 +70,7 @@ def _leaf_types(annotation: Any) -> set[Any] | None:
 
 
 def _fits(value: Any, allowed: set[Any]) -> bool:
-    """Whether a scalar has one of the allowed types, or converts to one without loss."""
+    """Whether a scalar has one of the allowed types or can be converted to one without loss."""
     if value is None:
         return True
     if isinstance(value, bool):
@@ -86,7 +86,7 @@ def check_config(path: Path, config: Mapping[str, Any], cls: Any) -> None:
     """Raise unless a component can be built from a configuration.
 
     Args:
-        path: file of the configuration, for messages.
+        path: file of the configuration, used in messages.
         config: content of the file.
         cls: class of the component.
 
@@ -113,7 +113,7 @@ def check_config(path: Path, config: Mapping[str, Any], cls: Any) -> None:
         )
     for key, value in config.items():
         for leaf in config_leaves(value):
-            # Settings of schedulers may be infinite.
+            # Settings of schedulers may be infinite numbers.
             if isinstance(leaf, float) and not math.isfinite(leaf) and is_diffusers_model(cls):
                 raise ArtefactError(f"{path}: {key} must be a finite number, got {leaf}")
             if isinstance(leaf, int) and not isinstance(leaf, bool):
@@ -177,7 +177,16 @@ def _check_setting(
 
 
 def check_layer_counts(path: Path, config: Mapping[str, Any], weights: Weights) -> None:
-    """Raise if a configuration has more layers than tensors, before a constructor loops over them."""
+    """Raise if a configuration has more layers than tensors, before a constructor loops over them.
+
+    Args:
+        path: file of the configuration, used in messages.
+        config: content of the file.
+        weights: headers of the component's weights.
+
+    Raises:
+        ArtefactError: a layer count is too large.
+    """
     for key, value in config.items():
         if not _LAYERS.search(key) or key in _NO_LAYERS:
             continue

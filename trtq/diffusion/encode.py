@@ -1,4 +1,4 @@
-"""Encoding of prompts and classes: the inputs of a denoiser in addition to sample and timestep.
+"""Encode prompts and classes: the inputs of a denoiser other than sample and timestep.
 
 One function per pipeline class encodes prompts. Each returns values with a batch axis for the prompts,
 the same values for "no prompt" if the model uses classifier-free guidance, and values without a batch
@@ -80,7 +80,7 @@ def _stable_diffusion_xl(
         negative_prompt=_repeated(negative, prompts),
     )
     size = _image_size(pipeline, latent)
-    # The base model gets original size, crop offset and target size: here the image size, no crop.
+    # The base model takes original size, crop offset and target size: here the image size and no crop.
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=states.dtype, device=states.device)
     return Encoded(
         {
@@ -124,7 +124,7 @@ def _pixart(
         {"encoder_hidden_states": states, "encoder_attention_mask": mask},
         {"encoder_hidden_states": empty[:1], "encoder_attention_mask": empty_mask[:1]},
     ]
-    # PixArt-alpha at 1024 pixels takes the size as an input; diffusers checks the same number.
+    # PixArt-alpha at 1024 pixels takes the size as an input; diffusers tests for the same number.
     if pipeline.transformer.config.sample_size == 128:
         height, width = _image_size(pipeline, latent)
         for half in halves:
@@ -193,9 +193,9 @@ _FURTHER_INPUTS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
         "call pipe.unload_ip_adapter() before saving it, or choose a model without it",
     ),
 )
-"""Settings of a UNet: name, values without a further input, the further input of others, advice."""
+"""Settings of a UNet: name, values without a further input, name of the further input, advice."""
 _WITHOUT_NEGATIVE = ("LDMTextToImagePipeline", "FluxPipeline")
-"""The first has no negative prompt; the second uses it with a separate, true guidance scale only."""
+"""Pipelines without a negative prompt; Flux's uses one only with a separate guidance scale."""
 
 
 def encodes_text(pipeline: Any) -> bool:
@@ -235,11 +235,11 @@ def encode_prompts(
         pipeline: diffusers pipeline.
         prompts: P prompts.
         latent: height and width of the latents, in cells.
-        negative: negative prompt of all images; None: the pipeline's encoding of no prompt, which
-            differs from that of an empty prompt for Stable Diffusion XL.
+        negative: negative prompt of all images; None: the pipeline's encoding of no prompt, which for
+            Stable Diffusion XL differs from the encoding of an empty prompt.
 
     Returns:
-        Tensors on the CPU.
+        The encodings, tensors on the CPU.
 
     Raises:
         UsageError: the pipeline is of an unsupported class, or takes no negative prompt.
@@ -263,7 +263,7 @@ def encode_prompts(
 
 
 def class_count(pipeline: Any) -> int | None:
-    """Number of a pipeline's classes, without "no class"; None if it takes no classes."""
+    """Number of a pipeline's classes, not counting "no class"; None if it takes no classes."""
     if hasattr(pipeline, "classes"):
         return int(pipeline.classes)
     if type(pipeline).__name__ == "DiTPipeline":
@@ -273,6 +273,10 @@ def class_count(pipeline: Any) -> int | None:
 
 def class_conditions(pipeline: Any, labels: Tensor) -> Conditions:
     """Conditions for images of the classes `labels[B]`.
+
+    Args:
+        pipeline: class-conditional diffusers pipeline.
+        labels: class labels, LongTensor[B].
 
     Raises:
         UsageError: a label is not one of the model's classes.
@@ -285,7 +289,7 @@ def class_conditions(pipeline: Any, labels: Tensor) -> Conditions:
             f"class labels must lie in 0 .. {classes - 1}, got "
             f"{int(labels.min())} .. {int(labels.max())}"
         )
-    # DiT uses the label after the last class for "no class".
+    # In DiT the label after the last class means "no class".
     null = pipeline.config.null_class if hasattr(pipeline, "classes") else classes
     unconditional = None if null is None else {"class_labels": torch.full_like(labels, null)}
     return Conditions({"class_labels": labels}, unconditional)

@@ -24,9 +24,10 @@ class Family:
         sample: name of the noisy input.
         output: name of the prediction in an exported graph, as optimum-onnx expects it.
         timestep_scale: factor that pipelines apply to timesteps.
-        one_timestep: whether the model accepts one timestep for the whole batch.
-        free_size: whether one graph supports several image sizes; otherwise positions are constants.
-        nested: dict argument that contains an input, by flat name of the input.
+        one_timestep: whether the model accepts a single timestep for the whole batch.
+        free_size: whether one graph supports several image sizes; if not, the graph's positions are
+            constants.
+        nested: name of the dict argument that contains an input, by flat name of the input.
     """
 
     sample: str = "sample"
@@ -41,7 +42,7 @@ class Family:
 
         Args:
             x: noisy samples, `[B, ...]`.
-            timestep: timestep of all samples, or `[B]`.
+            timestep: one timestep for all samples, or one per sample, `[B]`.
             values: all other inputs by flat name.
         """
         timestep = torch.as_tensor(timestep, device=x.device)
@@ -60,7 +61,7 @@ class Family:
         return arguments
 
     def flatten(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Take inputs out of their dict arguments; None and empty dicts are left out."""
+        """Take inputs out of their dict arguments; omit None and empty dicts."""
         flat: dict[str, Any] = {}
         for name, value in arguments.items():
             for key, item in value.items() if isinstance(value, dict) else [(name, value)]:

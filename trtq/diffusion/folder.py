@@ -1,4 +1,4 @@
-"""The pipeline components that are stored in a run or an ONNX folder, and loading them again."""
+"""Store pipeline components in a run or an ONNX folder, and load them again."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def save_pipeline_parts(loaded: LoadedPipeline, folder: Path, *, graphs: bool = 
     Args:
         loaded: pipeline to write.
         folder: existing folder to write to.
-        graphs: whether to skip text encoders and autoencoders, which are written as graphs.
+        graphs: whether to skip text encoders and autoencoders because they are stored as graphs.
     """
     name = loaded.denoiser_name
     pipeline = loaded.pipeline
@@ -94,7 +94,7 @@ def save_pipeline_parts(loaded: LoadedPipeline, folder: Path, *, graphs: bool = 
 
 
 def _class_name(cls: type) -> str:
-    """Name of a class in the index; for tokenizers, the name that older transformers know."""
+    """Name of a class in the index; for tokenizers, the name in older versions of transformers."""
     import transformers
 
     fast = f"{cls.__name__}Fast"
@@ -126,7 +126,7 @@ def _diffusers_class(pipeline: Any) -> Any:
 
 
 def denoiser_in(folder: Path) -> str:
-    """Name of the denoiser in a pipeline's folder.
+    """Component name of the denoiser in a pipeline's folder.
 
     Raises:
         ArtefactError: the index names no denoiser.
@@ -164,15 +164,15 @@ def import_classes(folder: Path) -> None:
     with suppress(ArtefactError):
         pipeline_class(folder, index)
     for part, entry in index.items():
-        # Lists of another length are settings.
+        # Lists of any other length are settings.
         if isinstance(entry, list) and len(entry) == 2 and not part.startswith("_"):
-            # Loading reports an error of the import.
+            # Loading reports import errors.
             with suppress(ArtefactError):
                 part_class(folder, part, *entry)
 
 
 def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
-    """The denoiser without weights: its parameters have shapes but no memory.
+    """Build the denoiser without weights: its parameters have shapes but no memory.
 
     Args:
         folder: folder of a pipeline.
@@ -203,7 +203,7 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
         with init_empty_weights():
             build: Any = cls
             model: nn.Module = build.from_config(config).eval()
-    # A constructor raises any exception for a wrong setting.
+    # A constructor may raise any exception for a wrong setting.
     except Exception as err:
         raise ArtefactError(
             f"cannot build a {class_name} from {path}: {type(err).__name__}: {one_line(err)}"
@@ -224,7 +224,7 @@ def load_pipeline_parts(
         denoiser_name: component name of `denoiser`.
         denoiser: quantised model or engine.
         load_graph: function `(name, class) -> component` that loads a graph and returns None for a
-            component without a graph; None if there are no graphs.
+            component without a graph; None: no component is a graph.
 
     Raises:
         ArtefactError: a component is missing, or is not of a diffusers class.

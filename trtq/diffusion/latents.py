@@ -1,6 +1,6 @@
 """Initial noise in a pipeline's layout, and decoding of latents to images.
 
-Letters: B images, C, H, W of latents.
+Letters: B images; C, H, W channels, height and width of latents.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ __all__ = ["draw_noise", "latent_decoder"]
 
 _SHIFTED = ("StableDiffusion3Pipeline", "FluxPipeline")
 _BY_CHANNEL = ("StableDiffusionXLPipeline",)
-"""Other pipelines ignore these numbers, although their autoencoders configure them."""
+"""Pipelines that normalise latents by channel; others ignore their autoencoder's configuration."""
 
 
 def draw_noise(loaded: LoadedPipeline, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of one image in the pipeline's layout and order of drawing, `[1, ...]`."""
+    """Standard normal noise of one image, `[1, ...]`, in the pipeline's layout and order.
+
+    Args:
+        loaded: loaded pipeline.
+        generator: random generator of the noise.
+    """
     if not loaded.packed:
         return torch.randn((1, *loaded.sample_shape), generator=generator)
     channels = loaded.sample_shape[-1] // 4

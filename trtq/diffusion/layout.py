@@ -36,7 +36,7 @@ SCHEDULER_NAME = "scheduler_config.json"
 MAX_TRAINED = 100_000
 """Maximum number of training timesteps; diffusers' schedulers have 1000."""
 _PARTS = ("scheduler", "unet", "transformer")
-"""Always components; elsewhere a list of numbers is a setting of the pipeline."""
+"""Entries that are always components; other lists of numbers are settings of the pipeline."""
 _NAME = re.compile(r"[A-Za-z0-9_]{1,128}")
 _MAX_CLASSES = 1 << 24
 _Word = Annotated[str, Field(strict=True, max_length=128)]
@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model's folder.
 
     Raises:
-        ArtefactError: the file cannot be read, is a Git LFS pointer, or holds no object.
+        ArtefactError: the file cannot be read, is a Git LFS pointer, or holds no JSON object.
     """
     if is_pointer(path):
         check_pointers(path.parent)
@@ -60,8 +60,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_index(folder: Path) -> dict[str, Any]:
     """The `model_index.json` of a folder.
 
-    Components are `[library, class]`, or `[null, null]` for none; lists without text are settings of
-    the pipeline.
+    Components are `[library, class]`, or `[null, null]` for a missing component; lists without text are
+    settings of the pipeline.
 
     Raises:
         ArtefactError: the file cannot be read, or an entry is malformed.
@@ -144,7 +144,7 @@ def read_scheduler(folder: Path, part: str = "scheduler") -> dict[str, Any]:
 
     Args:
         folder: folder of the pipeline.
-        part: name of the scheduler's folder in it.
+        part: name of the scheduler's folder inside `folder`.
 
     Raises:
         ArtefactError: the file cannot be read, or a setting has the wrong type or is out of range.
@@ -178,10 +178,10 @@ def read_null_class(folder: Path) -> int | None:
 
 
 def check_null_class(null_class: int | None, embeddings: int) -> None:
-    """Raise unless the model knows the label that means "no class".
+    """Raise unless the label that means "no class" is in range.
 
     Args:
-        null_class: label for "no class"; None if the model has none.
+        null_class: label that means "no class"; None: the model has no such label.
         embeddings: number of the model's labels, including the one for "no class".
 
     Raises:
@@ -198,11 +198,11 @@ def class_names(folder: Path | None, count: int) -> list[str]:
     """Names of a model's classes from its `classes.json`; their numbers if it has no names.
 
     Args:
-        folder: folder of the pipeline, or None.
+        folder: folder of the pipeline; None: the pipeline has no folder.
         count: number of classes.
 
     Raises:
-        ArtefactError: the file holds too few names, or something else.
+        ArtefactError: the file holds too few names, or no list of names.
     """
     path = None if folder is None else folder / CLASSES_NAME
     labels = None if path is None or not path.is_file() else read_json(path).get("labels")

@@ -39,7 +39,7 @@ def find_denoiser(pipeline: Any) -> str:
     """Name of the component that predicts the noise.
 
     Raises:
-        QuantizationError: the pipeline has none.
+        QuantizationError: the pipeline has no such component.
     """
     for name in DENOISERS:
         if getattr(pipeline, name, None) is not None:
@@ -58,7 +58,7 @@ def resolve_model(model: str | Path) -> Path | str:
         model: folder of a pipeline, name of a shipped model, or hub id.
 
     Raises:
-        ArtefactError: the argument is none of the three.
+        ArtefactError: the argument is neither a folder, a shipped model nor a hub id.
     """
     shipped = shipped_model(str(model))
     if shipped is not None and not Path(model).is_dir():
@@ -110,11 +110,11 @@ def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any =
 
     Args:
         pipeline: diffusers pipeline.
-        null_class: label that stands for "no class", or None.
+        null_class: label that means "no class"; None: the model has no such label.
         scheduler: scheduler to use if the pipeline has replaced it; None: the pipeline's scheduler.
 
     Raises:
-        ArtefactError: the model does not know the label.
+        ArtefactError: the label is out of range.
     """
     unet = getattr(pipeline, "unet", None)
     if unet is None or getattr(unet.config, "num_class_embeds", None) is None:
@@ -142,7 +142,7 @@ def open_pipeline(model: str | Path | Any) -> LoadedPipeline:
         ArtefactError: the model is missing or cannot be read, or its weights do not fit.
         QuantizationError: the pipeline has no denoiser, or a weight is not a finite number.
         UsageError: the denoiser needs inputs that trtq does not pass, or the object has a change that
-            would be lost.
+            would be lost by rebuilding.
     """
     if not isinstance(model, str | Path):
         return _open_object(model)
@@ -157,7 +157,7 @@ def open_pipeline(model: str | Path | Any) -> LoadedPipeline:
 
 
 def _open_object(pipeline: Any) -> LoadedPipeline:
-    """Open a pipeline object; a low-bit pipeline of trtq is used as it is."""
+    """Open a pipeline object; a low-bit pipeline of trtq is used unchanged."""
     if isinstance(pipeline, nn.Module):
         raise UsageError(
             f"a whole pipeline is required, got the model {type(pipeline).__name__} alone; put the "
@@ -165,7 +165,7 @@ def _open_object(pipeline: Any) -> LoadedPipeline:
         )
     name = find_denoiser(pipeline)
     if not isinstance(getattr(pipeline, name), StandIn):
-        # Checked before rebuilding, too: settings that an adapter added do not fit a plain model.
+        # Check before rebuilding, too: settings that an adapter added do not fit a plain model.
         check_inputs(pipeline)
         pipeline = wrap_pipeline(plain_pipeline(pipeline))
         check_needs(pipeline, name, type(pipeline).__name__)
@@ -183,7 +183,7 @@ def _downloaded(name: str) -> Path:
     try:
         with quiet_diffusers():
             folder = DiffusionPipeline.download(name, use_safetensors=True)
-    # The hub's client and diffusers pass on any exception of their network libraries.
+    # The hub's client and diffusers let any exception of their network libraries through.
     except Exception as err:
         raise ArtefactError(
             f"cannot load the pipeline {name!r} from the hub ({one_line(err)}); check the name and "

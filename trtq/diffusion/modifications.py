@@ -1,4 +1,4 @@
-"""Changes to a pipeline object that its configurations do not record, and that trtq would lose.
+"""Detect changes to a pipeline object that its configurations do not record and trtq would lose.
 
 Subclasses, patched methods, replaced layers, custom attention processors, FreeU and caches change what a
 model computes. Rebuilding the model from its configuration drops such a change, so it is refused.
@@ -37,7 +37,7 @@ _OFFLOADING = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_
 
 
 def library_of(cls: type) -> str | None:
-    """`diffusers` or `transformers`, if the class is defined there."""
+    """`diffusers` or `transformers` if that library defines the class, else None."""
     library = cls.__module__.partition(".")[0]
     return library if library in _LIBRARIES else None
 
@@ -47,10 +47,10 @@ def library_class(cls: type, what: str) -> type:
 
     Args:
         cls: class of a pipeline or a component.
-        what: subject of the message.
+        what: noun phrase that begins the message, e.g. the component's name.
 
     Raises:
-        UsageError: there is none, or a subclass overrides one of its attributes.
+        UsageError: there is no such ancestor, or a subclass overrides one of the ancestor's attributes.
     """
     overridden: list[str] = []
     for ancestor in cls.__mro__:
@@ -77,7 +77,15 @@ def library_class(cls: type, what: str) -> type:
 
 
 def check_instance(pipeline: Any, cls: type) -> None:
-    """Raise if a method of a pipeline was replaced on the object."""
+    """Raise if a method of a pipeline was replaced on the object.
+
+    Args:
+        pipeline: pipeline object.
+        cls: class that defines the expected methods.
+
+    Raises:
+        UsageError: a method was replaced.
+    """
     for name in vars(pipeline):
         if callable(getattr(cls, name, None)) and not isinstance(getattr(cls, name), type):
             raise UsageError(
@@ -91,7 +99,10 @@ def check_not_quantized(model: Any, name: str) -> None:
 
     Args:
         model: component of the pipeline.
-        name: its name, for messages.
+        name: name of the component, for messages.
+
+    Raises:
+        UsageError: the component is already quantised.
     """
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)
@@ -122,7 +133,7 @@ def modules_by_plain_name(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_modules(fresh: nn.Module, given: dict[str, nn.Module], name: str) -> None:
-    """Raise if a module differs from the one that the configuration describes.
+    """Raise if a module differs from the module that the configuration describes.
 
     Args:
         fresh: model that was built from the configuration.
@@ -204,6 +215,9 @@ def check_freeu(modules: dict[str, nn.Module], name: str) -> None:
     Args:
         modules: modules of the component, by plain name.
         name: name of the component, for messages.
+
+    Raises:
+        UsageError: FreeU is enabled.
     """
     for path, module in modules.items():
         if "up_blocks" in path and any(getattr(module, key, None) is not None for key in _FREEU):

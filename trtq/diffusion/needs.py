@@ -1,7 +1,7 @@
 """Check that a denoiser needs no inputs that trtq does not pass yet.
 
 trtq passes sample, timestep, and the encodings of prompts or classes (`trtq.diffusion.encode`). A
-denoiser that needs more (an image, a mask, frames) would give wrong results, so it is refused.
+denoiser that needs other inputs (an image, a mask, frames) would compute wrong results and is refused.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def check_needs(pipeline: Any, denoiser_name: str, where: str) -> None:
     Args:
         pipeline: diffusers pipeline.
         denoiser_name: component that predicts the noise.
-        where: name of the pipeline that the user gave, for messages.
+        where: the user's name for the pipeline, used in messages.
 
     Raises:
         UsageError: the denoiser needs another input; the message names it.

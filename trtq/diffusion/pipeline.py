@@ -34,11 +34,11 @@ class LoadedPipeline:
     """A loaded pipeline and its origin.
 
     Attributes:
-        name: name or path that the user gave.
-        folder: folder of the checkpoint or artefact; None for a hub id or a pipeline object.
+        name: name or path of the model as the user specified it.
+        folder: folder of the checkpoint or artefact; None: the model is a hub id or a pipeline object.
         pipeline: diffusers pipeline, in float32.
         denoiser_name: `unet` or `transformer`.
-        prompts: prompts of a text-to-image model; None for other models.
+        prompts: prompts of a text-to-image model; None: the model takes no text.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LoadedPipeline:
 
     @property
     def model_class(self) -> str:
-        """Class name of diffusers' model, also if an engine replaces the model."""
+        """Class name of the diffusers model, even if an engine replaces it."""
         return str(getattr(self.denoiser, "model_class", type(self.model)).__name__)
 
     @property
@@ -82,12 +82,12 @@ class LoadedPipeline:
 
     @property
     def classes(self) -> int | None:
-        """Number of classes without "no class"; None for a model without classes."""
+        """Number of classes, not counting "no class"; None for a model without classes."""
         return class_count(self.pipeline)
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Height and width of the latents in cells, or of the images of a model without latents."""
+        """Height and width of the latents in cells; of images in pixels if there are no latents."""
         return self._default_size if self._size is None else self._size
 
     @property
@@ -146,7 +146,7 @@ class LoadedPipeline:
 
     @property
     def coarsest(self) -> int:
-        """Latent cells along one side of a cell of the denoiser's coarsest level."""
+        """Number of latent cells along one side of a cell at the denoiser's coarsest level."""
         return 2 if self.packed else coarsest_cell(self.denoiser.config)
 
     @property
@@ -178,7 +178,7 @@ class LoadedPipeline:
 
     @property
     def embedded_guidance(self) -> float | None:
-        """Guidance scale that the denoiser takes as an input; None if it takes none."""
+        """Guidance scale that the denoiser takes as an input; None if it takes no such input."""
         return EMBEDDED_GUIDANCE if self.packed else None
 
     @property
@@ -203,7 +203,7 @@ class LoadedPipeline:
         return encode_in_batches(self.pipeline, prompts, self.latent_size, negative)
 
     def timesteps(self, steps: int) -> list[float]:
-        """The timesteps that the denoiser gets in `steps` denoising steps, noisiest first."""
+        """The timesteps of the denoiser calls in `steps` denoising steps, noisiest first."""
         return self.schedule(steps).timesteps.tolist()
 
     @property
@@ -224,7 +224,8 @@ class LoadedPipeline:
         The timesteps are those that the pipeline passes to its denoiser.
 
         Raises:
-            UsageError: the number of steps is out of range, or scheduler or pipeline are unsupported.
+            UsageError: the number of steps is out of range, or the scheduler or pipeline is
+                unsupported.
         """
         return NoiseSchedule.of(
             self.scheduler,
@@ -254,7 +255,7 @@ class LoadedPipeline:
 
     @property
     def _channels(self) -> int:
-        """Channels of one sample as the scheduler sees it."""
+        """Number of channels of one sample in the scheduler's layout."""
         config: Any = self.denoiser.config
         return int(config.in_channels)
 

@@ -19,8 +19,8 @@ def clean_and_noise(
         prediction: one of `PREDICTIONS`.
         x: noisy sample `signal x_0 + sigma noise`, `[B, ...]`.
         predicted: denoiser output at `x`, `[B, ...]`.
-        signal: factor of the clean sample, a scalar or `[B, 1, ...]`.
-        sigma: factor of the noise, a scalar or `[B, 1, ...]`.
+        signal: factor of the clean sample in `x`, a scalar or `[B, 1, ...]`.
+        sigma: factor of the noise in `x`, a scalar or `[B, 1, ...]`.
 
     Returns:
         Clean sample and noise, `[B, ...]` each.

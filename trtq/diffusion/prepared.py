@@ -1,4 +1,4 @@
-"""A plain copy of a pipeline object that may be in any state; the object itself is not changed.
+"""Make a plain copy of a pipeline object in any state; the object itself is not changed.
 
 Half precision, compilation, slicing, offloading, training mode and fused projections change how a model
 is computed but not its result. Each model is built again from its configuration, with the same weights
@@ -141,7 +141,7 @@ def plain_model(model: nn.Module, name: str) -> nn.Module:
 
 
 def _check_state(expected: dict[str, Tensor], given: dict[str, Tensor], name: str) -> None:
-    """Raise unless a model has the tensors of its configuration, with their shapes."""
+    """Raise unless a model has the tensors, with the shapes, that its configuration describes."""
     shapes = [
         key for key in expected.keys() & given.keys() if expected[key].shape != given[key].shape
     ]
@@ -158,7 +158,7 @@ def _check_state(expected: dict[str, Tensor], given: dict[str, Tensor], name: st
 
 
 def _empty_model(model: Any, cls: Any, name: str) -> nn.Module:
-    """A model of the same configuration without memory for its parameters; its buffers are computed."""
+    """A model of the same configuration, with computed buffers but no memory for its parameters."""
     from accelerate import init_empty_weights
 
     if getattr(model, "config", None) is None:
@@ -168,12 +168,12 @@ def _empty_model(model: Any, cls: Any, name: str) -> nn.Module:
     try:
         with quiet_diffusers(), torch.random.fork_rng(devices=[]), init_empty_weights():
             if hasattr(cls, "from_config"):
-                # A private key lists the settings that would be replaced by defaults.
+                # A private key lists the settings that would be replaced with defaults.
                 config = {k: v for k, v in model.config.items() if not k.startswith("_")}
                 fresh: nn.Module = cls.from_config(config)
             else:
                 fresh = cls(copy.deepcopy(model.config))
-    # A constructor raises any exception for a configuration that was edited.
+    # A constructor may raise any exception for an edited configuration.
     except Exception as err:
         raise UsageError(
             f"cannot build a {cls.__name__} from the configuration of {name!r}: {type(err).__name__}: "
@@ -221,7 +221,7 @@ def _weights(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def _without_fused(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The state without fused projections; the single projections must still have the same values.
+    """Drop fused projections from a state; the single projections must still have the same values.
 
     Raises:
         UsageError: the values differ.

@@ -6,7 +6,7 @@ A model's folder may hold `prompts.json`:
      "calibration": ["a red circle", ...],
      "evaluation": [{"prompt": "a red circle", "labels": {"first_colour": 0, ...}}, ...]}
 
-`labels` are the answers that the model's classifier must give for the image. A model without this file
+`labels` are the labels that the model's classifier must assign to the image. A model without this file
 is calibrated on the general prompts in `calib/prompts`.
 """
 
@@ -48,7 +48,7 @@ _Prompt = Annotated[str, Field(strict=True), AfterValidator(_prompt)]
 
 
 class JudgedPrompt(BaseModel):
-    """A prompt and the expected answers of a classifier, by question."""
+    """A prompt and the expected labels of the image, by attribute."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -108,7 +108,7 @@ def load_prompts(folder: Path | None) -> PromptSet:
     """The prompts in a model's folder, or the general prompts.
 
     Args:
-        folder: folder of the pipeline, or None.
+        folder: folder of the pipeline; None: the pipeline has no folder.
 
     Raises:
         ArtefactError: the file of prompts is malformed.

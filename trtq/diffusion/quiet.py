@@ -1,4 +1,4 @@
-"""Silencing diffusers and transformers."""
+"""Suppress the output of diffusers and transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Guidance, initial noise and denoising trajectories. Letters: B images, C, H, W, T steps."""
+"""Guidance, initial noise and denoising trajectories.
+
+Letters: B images; C, H, W channels, height and width; T steps.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +34,11 @@ _VALUES_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True)
 class Conditions:
-    """Inputs of a denoiser in addition to the sample and the timestep.
+    """Inputs of a denoiser other than the sample and the timestep.
 
     Attributes:
         conditional: inputs by flat name, `[B, ...]` each.
-        unconditional: the same inputs for "no condition"; None if the model has none.
+        unconditional: the same inputs for "no condition"; None: the model has no such inputs.
         shared: inputs without a batch axis, by flat name.
         family: calling convention of the denoiser.
     """
@@ -46,7 +49,7 @@ class Conditions:
     family: Family = FAMILIES["UNet2DModel"]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
-        """The same conditions after a change of all values with a batch axis."""
+        """Apply a function to all values with a batch axis."""
         unconditional = self.unconditional
         return replace(
             self,
@@ -92,9 +95,9 @@ def predict(
     With guidance, unconditional and conditional inputs form one batch, in this order.
 
     Args:
-        denoiser: callable that takes its family's inputs by name and `return_dict=False`.
+        denoiser: callable that takes the inputs of its family by name and `return_dict=False`.
         x: noisy samples, `[B,C,H,W]`.
-        timestep: timestep of all images, or `[B]`.
+        timestep: one timestep for all images, or one per image, `[B]`.
         conditions: conditions of the B images.
         guidance: guidance scale; 1 or less disables it, as in diffusers.
 
@@ -156,6 +159,10 @@ def at_once(shape: tuple[int, ...], max_batch: int) -> int:
 
     Activations of a UNet take about ten thousand times the memory of its input: four images at Stable
     Diffusion's size take several gigabytes.
+
+    Args:
+        shape: shape of one sample.
+        max_batch: maximum number of samples per call.
     """
     return max(1, min(max_batch, _VALUES_AT_ONCE // math.prod(shape)))
 
@@ -166,7 +173,7 @@ class TrajectoryPoint:
 
     Attributes:
         position: index of the step, 0 = noisiest.
-        timestep: the scheduler's timestep.
+        timestep: timestep of the step, in the scheduler's units.
         x: denoiser input, `[B,C,H,W]`.
         predicted: denoiser output with guidance, `[B,C,H,W]`.
     """
@@ -185,7 +192,16 @@ def spread(
     conditions: Conditions,
     guidance: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Samples from all steps of the denoiser's trajectories: item i of B is at step `i * T // B`.
+    """Take samples from all steps of the denoiser's trajectories.
+
+    Item i of B is at step `i * T // B`.
+
+    Args:
+        denoiser: see `predict`.
+        schedule: noise schedule of T steps.
+        noise: initial noise, `[B,C,H,W]`.
+        conditions: conditions of the B images.
+        guidance: guidance scale; 1 or less disables it.
 
     Returns:
         Denoiser inputs `[B,C,H,W]` and their timesteps `[B]`.
@@ -206,7 +222,18 @@ def walk(
     conditions: Conditions,
     guidance: float = 1.0,
 ) -> Iterator[TrajectoryPoint]:
-    """Follow the denoiser's deterministic trajectory from the noise `x[B,C,H,W]`."""
+    """Run the deterministic denoising loop from initial noise.
+
+    Args:
+        denoiser: see `predict`.
+        schedule: noise schedule.
+        x: initial noise, `[B,C,H,W]`.
+        conditions: conditions of the B images.
+        guidance: guidance scale; 1 or less disables it.
+
+    Yields:
+        The denoiser's input and output at each step.
+    """
     for position, timestep in enumerate(schedule.timesteps.tolist()):
         predicted = predict(denoiser, x, timestep, conditions, guidance)
         yield TrajectoryPoint(position, timestep, x, predicted)

@@ -1,7 +1,8 @@
 """Noise schedule and DDIM step with a timestep per batch item.
 
-diffusers' schedulers move a whole batch by one step. In fine-tuning, each item of a batch is at its own
-step, so the update is a pure function here. Letters: B images, C, H, W, T steps.
+diffusers' schedulers advance a whole batch by one step. In fine-tuning, each item of a batch is at its
+own step, so the update is a pure function here. Letters: B images; C, H, W channels, height and width;
+T steps.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class NoiseSchedule:
     For diffusion `signal^2 + sigma^2 = 1`; for flow matching `signal + sigma = 1`.
 
     Attributes:
-        timesteps: visited timesteps as the denoiser gets them, noisiest first; float32[T].
+        timesteps: visited timesteps in the denoiser's units, noisiest first; float32[T].
         signal: factor of the clean sample at each position and after the last one; float32[T + 1].
         sigma: factor of the noise at each position and after the last one; float32[T + 1].
         prediction: quantity that the denoiser predicts, one of `PREDICTIONS`.
-        clip: bound of the predicted clean sample, or None.
-        threshold: quantile and maximum bound of dynamic thresholding, or None.
+        clip: bound of the absolute value of the predicted clean sample; None: no bound.
+        threshold: quantile and maximum bound of dynamic thresholding; None: no thresholding.
     """
 
     timesteps: Tensor
@@ -72,7 +73,7 @@ class NoiseSchedule:
             tokens: length of a transformer's image sequence; see `inference_timesteps`.
             timestep_scale: factor between the scheduler's timesteps and the denoiser's.
             stepping: the pipeline's use of the scheduler; see `set_timesteps`.
-            channels: channels of one sample; see `check_steps`.
+            channels: number of channels of one sample; see `check_steps`.
 
         Raises:
             UsageError: the scheduler's noise levels or its prediction type are not supported.
@@ -125,7 +126,7 @@ class NoiseSchedule:
             kind of prediction, scaled to a mean of 1.
         """
         signal, sigma = self.signal.double(), self.sigma.double()
-        # A flow starts at pure noise, where `n` is infinite; the formulas below use ratios of it only.
+        # A flow starts at pure noise, where `n` is infinite; the formulas below use only ratios of `n`.
         level = sigma / signal.clamp_min(_MIN_SIGNAL)
         here, after = level[:-1], level[1:]
         weight = (here - after).square() / (1 + after.square())
@@ -163,6 +164,9 @@ class NoiseSchedule:
 
         Returns:
             The sample at the next timestep, `[B,C,H,W]`.
+
+        Raises:
+            UsageError: `eta > 0` for a flow.
         """
         at = position.reshape(-1, *(1,) * (x.ndim - 1))
         clean, epsilon = self._parts(x, predicted, at)
@@ -206,7 +210,7 @@ def _prediction(scheduler: Any, settings: dict[str, Any], *, flow: bool) -> str:
 def _levels(
     scheduler: Any, timesteps: Tensor, sigmas: Tensor | None, *, flow: bool
 ) -> tuple[Tensor, Tensor]:
-    """Factors of the clean sample and of the noise at `timesteps[T]`, float32[T] each."""
+    """Factors of the clean sample and the noise at `timesteps[T]`, float32[T] each."""
     if flow:
         trained = float(trained_steps(scheduler))
         sigma = timesteps / trained if sigmas is None else sigmas
@@ -246,10 +250,10 @@ def _check_levels(scheduler: Any, signal: Tensor, sigma: Tensor, prediction: str
 
 
 def _threshold(settings: dict[str, Any]) -> tuple[float, float] | None:
-    """Quantile and maximum bound of dynamic thresholding; None if off or if the solver ignores it."""
+    """Quantile and maximum bound of dynamic thresholding; None if off or ignored."""
     if not settings.get("thresholding", False):
         return None
-    # These solvers work on the noise and do not clip the clean sample.
+    # These solvers integrate the noise and do not clip the clean sample.
     if str(settings.get("algorithm_type", "dpmsolver++")) in ("dpmsolver", "sde-dpmsolver"):
         return None
     return float(settings["dynamic_thresholding_ratio"]), float(settings["sample_max_value"])

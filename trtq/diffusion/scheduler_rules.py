@@ -79,7 +79,7 @@ SCHEDULER_ERRORS = (
 
 @contextmanager
 def quiet_scheduler() -> Iterator[None]:
-    """Silence diffusers' messages about its own code and about outdated settings."""
+    """Suppress diffusers' messages about its own code and about deprecated settings."""
     with quiet_diffusers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -98,13 +98,13 @@ def has_aligned_sigmas(scheduler: Any) -> bool:
 def scheduler_refusal(
     scheduler: Any, reason: str, stepping: Stepping | None = None, advice: str | None = None
 ) -> UsageError:
-    """An error about a scheduler.
+    """The error about an unsupported scheduler.
 
     Args:
         scheduler: scheduler of diffusers.
-        reason: second part of the sentence "the scheduler X ...".
+        reason: rest of the sentence "the scheduler X ...".
         stepping: the pipeline's use of the scheduler; decides which scheduler is recommended.
-        advice: what the user can do; by default, the scheduler to use instead.
+        advice: remedy; None: a recommendation of another scheduler.
     """
     if advice is None:
         name = scheduler_name(scheduler)
@@ -122,8 +122,8 @@ def scheduler_refusal(
 def used_settings(scheduler: Any) -> dict[str, Any]:
     """The settings that the scheduler's class accepts.
 
-    A scheduler that was made from another scheduler's configuration also keeps that one's settings,
-    unused.
+    A scheduler that was created from another scheduler's configuration also keeps the other scheduler's
+    settings without using them.
     """
     accepted = inspect.signature(type(scheduler).__init__).parameters
     return {key: value for key, value in scheduler.config.items() if key in accepted}
@@ -143,8 +143,13 @@ def trained_steps(scheduler: Any) -> int:
 def check_known(scheduler: Any, stepping: Stepping | None) -> None:
     """Raise unless the timesteps and noise levels of a scheduler are known.
 
+    Args:
+        scheduler: scheduler of diffusers.
+        stepping: the pipeline's use of the scheduler; None: unknown.
+
     Raises:
-        UsageError: they are unknown; the message lists the supported schedulers or settings.
+        UsageError: the timesteps or noise levels are unknown; the message lists the supported
+            schedulers or settings.
     """
     import diffusers
 

@@ -16,9 +16,9 @@ from trtq.errors import UsageError
 __all__ = ["ModelSizes", "cell_pixels", "coarsest_cell", "trained_size"]
 
 _MAX_CELLS = 8192
-"""Limit of the cells along one side of a latent, as in `trtq.diffusion.checkpoint`."""
+"""Maximum number of cells along one side of a latent, as in `trtq.diffusion.checkpoint`."""
 _MAX_ENLARGED = 16
-"""Maximum ratio of a height or width to that of the training; images degrade from a ratio of 2 on."""
+"""Maximum ratio of height or width to the training size; images degrade from a ratio of 2 on."""
 
 
 def cell_pixels(pipeline: Any) -> int:
@@ -31,7 +31,7 @@ def cell_pixels(pipeline: Any) -> int:
 
 
 def coarsest_cell(config: Any) -> int:
-    """Latent cells along one side of a cell of the denoiser's coarsest level.
+    """Number of latent cells along one side of a cell at the denoiser's coarsest level.
 
     Args:
         config: configuration of a UNet, or of a transformer with a patch size.
@@ -45,7 +45,7 @@ def trained_size(pipeline: Any, denoiser_name: str, name: str) -> tuple[int, int
     """Height and width, in latent cells, that the model was trained for; None if not configured.
 
     Args:
-        pipeline: a diffusers pipeline.
+        pipeline: diffusers pipeline.
         denoiser_name: component that predicts the noise.
         name: name of the pipeline in messages.
 

@@ -13,18 +13,19 @@ class Stepping:
     """A pipeline's use of its scheduler.
 
     Attributes:
-        scales_noise: whether it multiplies the initial noise by `init_noise_sigma`.
-        scales_input: whether it passes each denoiser input through `scale_model_input`.
-        lenient: whether it skips the two above if the scheduler does not define them.
-        generator: whether it always passes a generator to `step`, even if `step` accepts none.
-        eta: whether it always passes `eta` to `step`, even if `step` accepts none.
-        linear_sigmas: whether it passes its own noise levels, evenly spaced from 1 to 1 / steps, to a
-            scheduler without `use_flow_sigmas`.
-        shift: when it passes `mu`, the shift by image size: `never`, `dynamic` (if the scheduler has
-            `use_dynamic_shifting`) or `always`.
-        max_shift: maximum shift if the scheduler configures none.
-        second_of_one: whether it reads a second result of `step` if there is only one denoising step;
-            some schedulers return one result.
+        scales_noise: whether the pipeline multiplies the initial noise by `init_noise_sigma`.
+        scales_input: whether the pipeline passes each denoiser input through `scale_model_input`.
+        lenient: whether the pipeline skips either scaling if the scheduler does not define it.
+        generator: whether the pipeline always passes a generator to `step`, even if `step` accepts
+            none.
+        eta: whether the pipeline always passes `eta` to `step`, even if `step` accepts none.
+        linear_sigmas: whether the pipeline passes its own noise levels, evenly spaced from 1 to 1 /
+            steps, to a scheduler without `use_flow_sigmas`.
+        shift: condition for passing `mu`, the shift by image size: `never`, `dynamic` (if the scheduler
+            sets `use_dynamic_shifting`) or `always`.
+        max_shift: maximum shift, used if the scheduler does not configure one.
+        second_of_one: whether the pipeline reads a second result of `step` if there is only one
+            denoising step; some schedulers return a single result.
     """
 
     scales_noise: bool = True
@@ -60,7 +61,7 @@ KNOWN_PIPELINES = tuple(sorted(set(_STEPPING) - {"ClassConditionalPipeline"}))
 def stepping_of(pipeline: Any) -> Stepping | None:
     """A pipeline's use of its scheduler; None if unknown.
 
-    The class that defines `__call__` decides, so a subclass with its own `__call__` is unknown.
+    The result depends on the class that defines `__call__`, so a subclass with its own is unknown.
     """
     for cls in type(pipeline).__mro__:
         if "__call__" in vars(cls):

@@ -44,6 +44,10 @@ _PREFIXES = {
 def check_finite(module: nn.Module, where: str) -> None:
     """Raise unless all floating-point parameters of a model are finite.
 
+    Args:
+        module: model to check.
+        where: name of the model, used in messages.
+
     Raises:
         NonFiniteError: a parameter holds NaN or infinity; the message names the first one.
     """
@@ -56,7 +60,7 @@ def check_finite(module: nn.Module, where: str) -> None:
 
 
 def meta_model(path: Path, config: dict[str, Any], cls: Any) -> nn.Module | None:
-    """A model with shapes but without memory; None if its constructor needs to compute.
+    """Build a model with shapes but without memory; None if its constructor needs tensor values.
 
     Args:
         path: file of the configuration.
@@ -72,7 +76,7 @@ def meta_model(path: Path, config: dict[str, Any], cls: Any) -> nn.Module | None
                 model: nn.Module = cls.from_config(dict(config))
             else:
                 model = cls(cls.config_class.from_pretrained(path.parent, local_files_only=True))
-    # A constructor raises any exception for a wrong setting.
+    # A constructor may raise any exception for a wrong setting.
     except Exception as err:
         if "meta" in str(err).lower():
             return None
@@ -84,7 +88,7 @@ def meta_model(path: Path, config: dict[str, Any], cls: Any) -> nn.Module | None
 
 
 def _missing_settings(config: Mapping[str, Any], cls: Any) -> str:
-    """End of a message: the settings that are null or missing, which are often the wrong ones."""
+    """End of a message: the null or missing settings, which are often the cause."""
     if not is_diffusers(cls):
         return ""
     parameters = inspect.signature(cls.__init__).parameters
@@ -101,13 +105,16 @@ def _missing_settings(config: Mapping[str, Any], cls: Any) -> str:
 def check_sizes(
     path: Path, config: Mapping[str, Any], model: nn.Module | None, weights: Weights
 ) -> None:
-    """Raise if a configuration is of a larger model than the weights, before memory is allocated.
+    """Raise if a configuration describes a larger model than the weights, before allocating memory.
 
     Args:
         path: file of the configuration.
         config: content of the file.
         model: result of `meta_model`; None skips the check.
         weights: headers of the component's files.
+
+    Raises:
+        ArtefactError: the configuration describes a larger model.
     """
     if model is None:
         return
@@ -139,6 +146,9 @@ def check_dtypes(folder: Path, model: nn.Module | None, tensors: Mapping[str, Te
         folder: folder of the component.
         model: result of `meta_model`; its integer buffers are allowed.
         tensors: headers of the tensors, by name.
+
+    Raises:
+        ArtefactError: a weight is not a floating-point number.
     """
     state = {} if model is None else model.state_dict()
     integers = {
@@ -159,7 +169,7 @@ def check_dtypes(folder: Path, model: nn.Module | None, tensors: Mapping[str, Te
 
 
 def _unexpected_names(model: Any, names: Iterable[str]) -> list[str]:
-    """The names that the model does not ignore as leftovers of older versions."""
+    """The unexpected names, without those that the model ignores for older versions."""
     patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     return [
         name
@@ -178,6 +188,9 @@ def check_names(
         config: configuration of the component.
         model: result of `meta_model`.
         tensors: headers of the tensors, by name.
+
+    Raises:
+        ArtefactError: a tensor is missing, unexpected or of the wrong shape.
     """
     stored: dict[str, Any] = dict(tensors)
     if hasattr(model, "_fix_state_dict_keys_on_load"):
@@ -263,6 +276,9 @@ def check_loading_report(folder: Path, report: Any, tensors: Mapping[str, Tensor
         folder: folder of the component.
         report: loading info of diffusers or transformers.
         tensors: headers of the tensors, by name.
+
+    Raises:
+        ArtefactError: a tensor is missing, unexpected or of the wrong shape.
     """
     report = report if isinstance(report, dict) else {}
     missing = sorted(report.get("missing_keys") or ())

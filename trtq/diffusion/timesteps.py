@@ -33,7 +33,7 @@ _MAX_SCALE_ERROR = 1e-3
 
 
 def _stepped_copy(scheduler: Any, steps: int, tokens: int | None, stepping: Stepping | None) -> Any:
-    """`set_timesteps` without the checks of its result."""
+    """A copy of a scheduler, see `set_timesteps`, with unchecked timesteps."""
     trained = trained_steps(scheduler)
     if not 1 <= steps <= trained:
         raise UsageError(f"steps={steps} is out of range; choose 1 .. {trained}")
@@ -66,7 +66,7 @@ def _stepped_copy(scheduler: Any, steps: int, tokens: int | None, stepping: Step
 
 
 def _shift(config: Any, tokens: int, max_shift: float) -> float:
-    """The shift `mu`, linear in the number of image tokens, as diffusers' `calculate_shift`."""
+    """The shift `mu`, linear in the number of image tokens, like diffusers' `calculate_shift`."""
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
     slope = (high - low) / (many - few)
@@ -114,14 +114,14 @@ def check_steps(
     """Raise unless a pipeline can run the scheduler from the first to the last step.
 
     A rehearsal steps the scheduler on a small sample of zeros, so that errors inside diffusers surface
-    before any work is done. Results are cached: a rehearsal takes about a millisecond per step.
+    before any work is done. Results are cached, since a rehearsal takes about a millisecond per step.
 
     Args:
         scheduler: scheduler of diffusers; it is not changed.
         steps: number of denoising steps.
         tokens: length of a transformer's image sequence; see `inference_timesteps`.
         stepping: the pipeline's use of the scheduler; see `set_timesteps`.
-        channels: channels of one sample; some solvers treat the first three as the image.
+        channels: number of channels of one sample; some solvers treat the first three as the image.
 
     Raises:
         UsageError: the number of steps is out of range, or the scheduler fails with its settings.
@@ -141,12 +141,12 @@ def check_steps(
 
 
 def _json_value(value: Any) -> Any:
-    """A JSON value for a setting that JSON cannot hold."""
+    """A JSON value for a setting that JSON cannot represent."""
     return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def _rehearsal_failure(scheduler: Any, stepping: Stepping, channels: int) -> str | None:
-    """The reason why a pipeline cannot step this scheduler, or None; changes the scheduler's state."""
+    """The reason why a pipeline cannot use this scheduler, or None; changes its state."""
     mismatch = _interface_mismatch(scheduler, stepping)
     if mismatch is not None:
         return mismatch
@@ -179,7 +179,7 @@ def _rehearsal_failure(scheduler: Any, stepping: Stepping, channels: int) -> str
 
 
 def _interface_mismatch(scheduler: Any, stepping: Stepping) -> str | None:
-    """The reason why a pipeline and a scheduler do not fit together; None if they do."""
+    """The reason why a pipeline and a scheduler are incompatible; None if they are compatible."""
     initial = getattr(scheduler, "init_noise_sigma", None)
     if initial is None and stepping.scales_noise and not stepping.lenient:
         return "the pipeline reads its init_noise_sigma, which it does not define"
@@ -225,17 +225,26 @@ def visited_timesteps(
 ) -> tuple[Tensor, Tensor | None]:
     """Distinct timesteps and their noise levels; see `inference_timesteps`.
 
+    Args:
+        scheduler: scheduler of diffusers; it is not changed.
+        steps: number of denoising steps.
+        tokens: length of a transformer's image sequence, or None.
+        stepping: the pipeline's use of the scheduler; see `set_timesteps`.
+
     Returns:
         Timesteps, float32[T], noisiest first; the scheduler's sigma of each, float32[T], or None if the
         scheduler defines none.
+
+    Raises:
+        UsageError: see `inference_timesteps`.
     """
     check_known(scheduler, stepping)
     fresh = set_timesteps(scheduler, steps, tokens, stepping)
     listed = torch.as_tensor(fresh.timesteps).float()
     if float(listed[0]) != float(listed.max()):
         raise scheduler_refusal(scheduler, "does not start at its noisiest timestep", stepping)
-    # Second-order solvers list a timestep twice, once per evaluation, or return to an earlier one; steps
-    # that are close together may share a timestep.
+    # Second-order solvers list a timestep twice, once per evaluation, or return to an earlier one;
+    # steps close together may share a timestep.
     first: dict[float, int] = {}
     for position, timestep in enumerate(listed.tolist()):
         first.setdefault(timestep, position)

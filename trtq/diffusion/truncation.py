@@ -1,4 +1,4 @@
-"""Prompts that are longer than a text encoder reads: diffusers truncates them, and trtq warns of it."""
+"""Warnings of prompts that exceed a text encoder's limit, which diffusers truncates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TOKENIZERS = {
     "tokenizer_2": "text_encoder_2",
     "tokenizer_3": "text_encoder_3",
 }
-# The call of the pipeline limits T5's tokens; the settings of the tokenizer limit others.
+# The pipeline's call limits T5's tokens; the tokenizer's settings limit those of other encoders.
 _BY_CALL = {
     "FluxPipeline": "tokenizer_2",
     "PixArtAlphaPipeline": "tokenizer",
@@ -38,7 +38,7 @@ class Truncation:
     """The part of a prompt that a text encoder does not read.
 
     Attributes:
-        prompt: whole text.
+        prompt: the whole prompt.
         encoder: component that reads the tokens.
         tokens: number of tokens of the text, including begin and end tokens.
         kept: number of tokens that the encoder reads.
@@ -54,7 +54,7 @@ class Truncation:
     complete: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One line for a user."""
+        """A one-line description for the user."""
         lost = " ".join(self.lost.split())
         shown = lost if len(lost) <= _MAX_CHARACTERS else f"{lost[:_MAX_CHARACTERS]}..."
         also = f"; {' and '.join(self.complete)} reads all of it" if self.complete else ""
@@ -114,13 +114,13 @@ def _readers(pipeline: Any) -> Iterator[_Reader]:
 def _truncation(
     text: str, readers: list[_Reader], tokens: dict[str, list[int]]
 ) -> Truncation | None:
-    """The truncation of one prompt, given its tokens by text encoder; None if all are read."""
+    """The truncation of one prompt, given its tokens by text encoder; None if none is lost."""
     truncating = [reader for reader in readers if len(tokens[reader.encoder]) > reader.limit]
     if not truncating:
         return None
     reader = max(truncating, key=lambda candidate: candidate.limit)
     ids = tokens[reader.encoder]
-    # The last token that is kept is the end token.
+    # The last kept token is the end token.
     lost = reader.tokenizer.decode(ids[reader.limit - 1 : -1], skip_special_tokens=True)
     complete = tuple(other.encoder for other in readers if other not in truncating)
     return Truncation(text, reader.encoder, len(ids), reader.limit, lost, complete)
@@ -139,7 +139,7 @@ def _limit(pipeline: Any, name: str, tokenizer: Any) -> int:
 
 
 def warn_of_truncation(pipeline: Any, prompts: Sequence[str], what: str = "prompts") -> None:
-    """Log a warning of truncated prompts, once per text, with the part of the first that is lost.
+    """Log a warning of truncated prompts, once per text, with the lost part of the first one.
 
     Args:
         pipeline: diffusers pipeline, with or without tokenizers.

@@ -1,4 +1,4 @@
-"""The weight files of a component: plain, sharded, in a variant; advice about other formats.
+"""The weight files of a component (plain, sharded or a variant), and advice about other formats.
 
 This module does not import torch and reads no tensor.
 """
@@ -103,7 +103,7 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
     """Headers of all shards that an index names.
 
     Raises:
-        ArtefactError: a shard is missing or damaged, or does not agree with the index.
+        ArtefactError: a shard is missing or damaged, or does not match the index.
     """
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
@@ -138,7 +138,7 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
 
 
 def single_file_refusal(path: Path) -> str | None:
-    """Message about a single-file checkpoint or a folder that holds one; None for anything else.
+    """Message about a single-file checkpoint or its folder; None if the path is neither.
 
     Raises:
         ArtefactError: the file is a Git LFS pointer, or cannot be read.

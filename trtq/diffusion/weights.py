@@ -1,7 +1,7 @@
-"""The content of safetensors files by their headers: names, shapes and dtypes of tensors.
+"""Headers of safetensors files: names, shapes and dtypes of tensors.
 
-This module does not import torch and reads no tensor. A file that is not what its name says is refused
-before anything is built from it.
+This module does not import torch and reads no tensor. A file whose content does not match its name is
+refused before anything is built from it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TensorInfo:
 
     Attributes:
         dtype: dtype in safetensors' notation: `F32`, `BF16`, `I64`, ...
-        shape: sizes of the axes.
+        shape: sizes of the axes, in elements.
         file: file that holds the tensor.
     """
 
@@ -69,7 +69,7 @@ class Weights:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is a Git LFS pointer: a few lines of text that a clone without Git LFS contains.
+    """Whether a file is a Git LFS pointer, a few lines of text in place of the real file.
 
     Raises:
         ArtefactError: the file cannot be read.
@@ -151,7 +151,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _other_format(start: bytes) -> str:
-    """The format that the first bytes of a file indicate, in brackets, or nothing."""
+    """The format that the first bytes of a file indicate, in brackets, or an empty string."""
     if start.startswith(b"GGUF"):
         return " (it is GGUF)"
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):

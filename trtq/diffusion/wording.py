@@ -11,7 +11,7 @@ _MAX_CHARACTERS = 400
 
 
 def one_line(err: object) -> str:
-    """The message of a library's error on one line, truncated."""
+    """The message of a library's error as one truncated line."""
     text = " ".join(str(err).split()) or type(err).__name__
     return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ..."
 

@@ -1,1 +1,1 @@
-"""Metrics."""
+"""Evaluation of artefacts: metrics, gates and the HTML report."""

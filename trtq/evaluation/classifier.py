@@ -1,7 +1,8 @@
 """The small image classifier that ships with a demo model, and its folder format.
 
-The classifier answers one or more questions about an image, such as the digit, or colour and shape.
-Letters: B images, C channels, H, W pixels, F features, K answers of a question.
+The classifier predicts one or more attributes of an image, such as the digit, or colour and shape;
+the code calls an attribute a question and its values answers.
+Letters: B images; C channels; H, W pixels; F features; K possible answers to a question.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ class ImageClassifier(nn.Module):
     """Three convolutions, a linear layer whose output is the feature space of the metrics, and heads.
 
     Args:
-        channels: image channels C.
-        size: image height and width H = W in pixels, a multiple of 4.
-        heads: number of answers K of each question.
-        width: channels of the first convolution.
+        channels: number C of image channels.
+        size: image height and width H = W, in pixels; a multiple of 4.
+        heads: number K of possible answers, by question.
+        width: number of output channels of the first convolution.
         features: dimension F of the feature space.
     """
 
@@ -85,7 +86,7 @@ def save_classifier(model: ImageClassifier, folder: Path, reference: dict[str, T
 
     Args:
         model: the trained classifier.
-        folder: created if absent.
+        folder: output folder, created if absent.
         reference: `mean[F]` and `covariance[F,F]` (float64) of the features of real images.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,8 @@ def load_classifier(folder: Path) -> tuple[ImageClassifier, dict[str, Tensor]]:
     """Read a classifier folder.
 
     Returns:
-        The classifier in float32 and evaluation mode; `{"mean": [F], "covariance": [F,F]}` in float64.
+        The classifier in float32 and evaluation mode, and `mean[F]` and `covariance[F,F]` by name,
+        float64.
 
     Raises:
         ArtefactError: a file is missing, or was not written by `save_classifier`.

@@ -1,4 +1,4 @@
-"""Evaluation: images and noise predictions of an artefact against the float model."""
+"""Compare images and noise predictions of an artefact with those of the float model."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Evaluation(Result):
         snr_db: SNR of the noise prediction per step, in dB, cleanest first.
         images: generated images, float32[B,C,H,W] in [-1, 1]; in JSON their number.
         seconds: duration of generating the images, in seconds.
-        provider: what ran the artefact.
+        provider: runtime of the artefact, e.g. `cpu`.
         layers_worst: SNR of the ten worst layers by name, in dB; None unless the artefact is a run.
-        gates: whether each gate is met.
-        reference: the float model's images, seed, steps and guidance.
+        gates: whether each gate is met, by gate.
+        reference: number of images, seed, steps and guidance of the float model.
     """
 
     scores: dict[str, Any]
@@ -105,7 +105,7 @@ def evaluate(
     gates: tuple[Gate, ...] = (),
     progress: ProgressCallback = silent,
 ) -> Evaluation:
-    """Compare an artefact with the float model, from the same noise, prompts or classes, and steps.
+    """Compare an artefact with the float model, with the same noise, conditions and steps.
 
     Args:
         artefact: a run, an ONNX or engine folder, a checkpoint, a pipeline object, or one of them
@@ -113,13 +113,14 @@ def evaluate(
         reference: the float model, or its images from `draw_reference`, whose number, steps, seed,
             guidance and features are then used.
         images: number of images to generate with each model.
-        steps: denoising steps; by default the number that the artefact was calibrated for, or 20.
-        seed: seed of the starting noise.
-        guidance: classifier-free guidance scale; by default the value used for calibration.
-        provider: what runs the artefact, see `trtq.pipelines.open.open_any`.
+        steps: number of denoising steps; None: the number that the artefact was calibrated for, else
+            20.
+        seed: seed of the initial noise.
+        guidance: classifier-free guidance scale; None: the value used for calibration.
+        provider: runtime of the artefact, see `trtq.pipelines.open.open_any`; None: the default.
         features: folder of a CLIP vision model or classifier, see `draw_reference`.
         gates: conditions on the metrics, see `Evaluation.gates`.
-        progress: callback that receives the stage's name, the work done and the total.
+        progress: callback with the stage's name, the completed work and the total.
 
     Raises:
         UsageError: a gate names a metric that cannot be computed for this model.
@@ -189,7 +190,7 @@ def _compare(drawn: Tensor, reference: ReferenceSet) -> tuple[dict[str, Any], li
 def _compare_features(
     scores: ImageScores, reference: ImageScores, accuracy_name: str
 ) -> dict[str, Any]:
-    """Metrics of features, of this model and of the float model.
+    """Feature metrics of this model and of the float model.
 
     Args:
         scores: scores of this model's images.

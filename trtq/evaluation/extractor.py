@@ -1,6 +1,6 @@
 """Feature extractors of the metrics: the classifier of a demo model, or a CLIP vision model.
 
-Letters: B images, C channels, H, W pixels, F features, K answers of a question.
+Letters: B images; C channels; H, W pixels; F features; K possible answers to a question.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class ClipExtractor:
 
     @torch.no_grad()
     def spatial_features(self, images: Tensor) -> Tensor:
-        """The first seven channels of every patch of the last layer."""
+        """The first seven channels of every patch in the last layer."""
         parts = []
         for part in torch.split(images, 64):
             states = self.model(self._pixels(part), output_hidden_states=True).hidden_states[-1]
@@ -121,7 +121,7 @@ class ClipExtractor:
         return torch.cat(parts)
 
     def answers(self, features: Tensor) -> dict[str, Tensor]:
-        """Empty: CLIP answers no questions."""
+        """An empty dict: CLIP has no questions."""
         return {}
 
 
@@ -129,8 +129,8 @@ def load_extractor(model_folder: Path | None, given: Path | None = None) -> Extr
     """Load the feature extractor.
 
     Args:
-        model_folder: folder of the float model; its classifier is the default.
-        given: folder with a CLIP vision model, or with a classifier of trtq.
+        model_folder: folder of the float model, whose classifier is the default; None: no folder.
+        given: folder with a CLIP vision model or a classifier of trtq; None: the default.
 
     Returns:
         The extractor, or None if the float model has no classifier and no folder is given. Without an

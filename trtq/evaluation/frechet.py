@@ -1,7 +1,8 @@
 """Fréchet distance between two sets of features (FID's formula, arXiv 1706.08500, eq. 6).
 
-Implemented here instead of with torchmetrics, because the reference is given as stored statistics, and
-the bootstrap interval resamples the features hundreds of times. A test compares the distance with SciPy.
+The distance is implemented here rather than taken from torchmetrics, because the reference consists of
+stored statistics and the bootstrap interval resamples the features hundreds of times. A test compares
+the distance with SciPy.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """`|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`.
 
     The trace of the root is computed from `(C_a^(1/2) C_b C_a^(1/2))^(1/2)`, which is symmetric, so no
-    complex root is needed. All in float64.
+    complex root is needed. The computation is in float64.
+
+    Args:
+        a: statistics of the first set of features.
+        b: statistics of the second set of features.
     """
     root = _root(a.covariance)
     middle = root @ b.covariance @ root
@@ -67,6 +72,15 @@ def bootstrap_interval(
 
     Resampling with replacement biases the distance upwards, more so with fewer images. The interval
     therefore uses the spread of the resampled distances, centred on the value of the original set.
+
+    Args:
+        features: features of the images, `[B,F]`.
+        reference: statistics of the reference.
+        rounds: number of resamplings.
+        seed: seed of the resampling.
+
+    Returns:
+        Lower and upper bound of the interval.
     """
     value = frechet_distance(feature_statistics(features), reference)
     generator = seeded_generator(seed, "bootstrap")

@@ -36,7 +36,7 @@ class Gate:
     Attributes:
         metric: one of `METRICS`.
         operator: `<=`, `>=`, `<` or `>`.
-        bound: the number that the metric is compared with.
+        bound: limit that the metric is compared with.
     """
 
     metric: str
@@ -48,7 +48,7 @@ class Gate:
         return bool(_OPERATORS[self.operator](value, self.bound))
 
     def __str__(self) -> str:
-        """As it was written."""
+        """The condition as text, e.g. `fd<=1.5`."""
         return f"{self.metric}{self.operator}{self.bound:g}"
 
 
@@ -56,7 +56,7 @@ def parse_gate(text: str) -> Gate:
     """Parse a gate such as `fd<=1.5`.
 
     Raises:
-        UsageError: the text has another form, or the metric is unknown.
+        UsageError: the text is malformed, or the metric is unknown.
     """
     match = _GATE.fullmatch(text)
     try:
@@ -75,14 +75,18 @@ def parse_gate(text: str) -> Gate:
 
 
 PIXEL_METRICS = ("psnr_db", "ssim", "snr_db_min")
-"""Metrics that compare pixels and predictions with the float model's, and need no extractor."""
+"""Metrics that compare pixels or predictions with the float model's and need no extractor."""
 
 
 def check_gates(gates: tuple[Gate, ...], reference: ReferenceSet) -> None:
     """Refuse a gate on a metric that cannot be computed, before any image is generated.
 
+    Args:
+        gates: gates to check.
+        reference: images and extractor of the float model.
+
     Raises:
-        UsageError: there is such a gate; the message names it.
+        UsageError: a metric cannot be computed; the message names the gate.
     """
     if reference.scores is None or reference.extractor is None:
         missing = set(METRICS) - set(PIXEL_METRICS)

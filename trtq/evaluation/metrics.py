@@ -1,6 +1,6 @@
 """Metrics of an evaluation.
 
-Letters: B images, C channels, H, W pixels, F features, K answers of a question.
+Letters: B images; C channels; H, W pixels; F features; K possible answers to a question.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class ImageScores:
     Attributes:
         features: features `[B,F]`.
         spatial: spatial features `[B,F']`.
-        fd: Fréchet distance to the real images; None without their statistics.
-        fd_interval: 95 % bootstrap interval of `fd`, or None.
-        accuracy: share of images in which every answer matches the requested label, or None.
-        accuracy_interval: 95 % interval of `accuracy` (Wilson), or None.
-        inception_score: see `inception_score`; None without questions.
+        fd: Fréchet distance to the real images; None if there are no statistics of real images.
+        fd_interval: 95 % bootstrap interval of `fd`; None if `fd` is None.
+        accuracy: share of images whose answers all match the requested labels; None without labels.
+        accuracy_interval: 95 % interval of `accuracy` (Wilson); None if `accuracy` is None.
+        inception_score: inception score; None if the extractor has no questions.
     """
 
     features: Tensor
@@ -70,7 +70,13 @@ class ImageScores:
 
 
 def score_images(images: Tensor, labels: Mapping[str, Tensor], extractor: Extractor) -> ImageScores:
-    """Score images[B,C,H,W] with the requested `labels` (LongTensor[B] by question)."""
+    """Compute features and scores of images.
+
+    Args:
+        images: images, `[B,C,H,W]`, in [-1, 1].
+        labels: requested labels, LongTensor[B] by question; may be empty.
+        extractor: feature extractor.
+    """
     features = torch.cat([extractor.features(part) for part in torch.split(images, 500)])
     spatial = torch.cat([extractor.spatial_features(part) for part in torch.split(images, 500)])
     fd = fd_interval = accuracy = accuracy_interval = None
@@ -90,7 +96,14 @@ def score_images(images: Tensor, labels: Mapping[str, Tensor], extractor: Extrac
 def share_interval(share: float, count: int) -> tuple[float, float]:
     """95 % interval of a share of `count` images, by Wilson's score (doi 10.2307/2276774).
 
-    Unlike the normal approximation, the interval has a width if all images are correct.
+    Unlike the normal approximation, the interval has a width even if all images are correct.
+
+    Args:
+        share: share of images, 0 .. 1.
+        count: number of images.
+
+    Returns:
+        Lower and upper bound of the interval.
     """
     z2 = 1.96**2 / count
     centre = (share + z2 / 2) / (1 + z2)
@@ -155,9 +168,9 @@ class PixelScores(TypedDict):
 
     Attributes:
         psnr_db: mean PSNR in dB.
-        psnr_db_interval: its interval.
+        psnr_db_interval: interval of `psnr_db`.
         ssim: mean SSIM.
-        ssim_interval: its interval.
+        ssim_interval: interval of `ssim`.
     """
 
     psnr_db: float
@@ -169,8 +182,8 @@ class PixelScores(TypedDict):
 def pixel_scores(images: Tensor, reference: Tensor) -> PixelScores:
     """Compare images[B,C,H,W] in [-1, 1] with reference images from the same noise.
 
-    Equal images count as 100 dB. SSIM uses a window of 11 pixels; on smaller images the largest odd
-    number that fits.
+    Equal images count as 100 dB. The window of SSIM has 11 pixels, or the largest odd number that fits
+    in the image.
     """
     functional: Any = require("torchmetrics.functional.image")
     side = min(images.shape[-2:])
@@ -228,6 +241,15 @@ def noise_prediction_snr(
     """SNR in dB of the predicted noise relative to the float model, per step, cleanest first.
 
     Both models get the same points of the float model's trajectory, so errors do not accumulate.
+
+    Args:
+        source: the model to evaluate.
+        reference: the float model.
+        steps: number of denoising steps.
+        seed: seed of the initial noise.
+        images: number of trajectories.
+        guidance: classifier-free guidance scale.
+        progress: callback with the completed and the total number of steps.
     """
     schedule = reference.schedule(steps)
     images = at_once(reference.sample_shape, images)
@@ -250,6 +272,13 @@ def layer_snr(
 
     Both models get the same inputs, from steps along the float model's trajectory. The error of a layer
     includes the errors of the layers before it.
+
+    Args:
+        source: the model to evaluate.
+        reference: the float model.
+        steps: number of denoising steps.
+        seed: seed of the initial noise.
+        images: number of samples.
     """
     schedule = reference.schedule(steps)
     images = at_once(reference.sample_shape, images)

@@ -63,7 +63,7 @@ def _sheet(images: Tensor, caption: str, colour: str) -> Picture:
 
 
 def _scale_of(images: Tensor) -> int:
-    """Magnification for small images; large images are not magnified."""
+    """Integer magnification of images; 1 for large images."""
     return max(1, min(_GRID_SCALE, 128 // images.shape[-1]))
 
 
@@ -82,7 +82,13 @@ def snr_section(
     timesteps: Sequence[float],
     colours: Mapping[str, str],
 ) -> Section:
-    """Show the error of the noise prediction; `curves` holds dB per step by model."""
+    """Show the error of the noise prediction by step.
+
+    Args:
+        curves: SNR per step, in dB, by model.
+        timesteps: timestep of each step.
+        colours: `#rrggbb` by model, see `model_colours`.
+    """
     plot = snr_curves(curves, timesteps, colours)
     text = (
         "Signal-to-noise ratio of the predicted noise relative to the float model, at the same points "
@@ -103,7 +109,7 @@ def layer_sections(path: str | Path | Opened) -> tuple[Section, ...]:
     """Show layers and bits of a run or ONNX folder, and the scale tables of a run."""
     details = inspect(path).to_json()
     scales = [scale_range(row) for row in details["layers"]]
-    shown = any(scales)  # Only runs store readable scales.
+    shown = any(scales)  # Only runs contain readable scales.
     rows = tuple(
         (
             row["name"],
@@ -133,7 +139,12 @@ def layer_sections(path: str | Path | Opened) -> tuple[Section, ...]:
 
 
 def evaluation_page(path: str, evaluation: Evaluation) -> Page:
-    """Build the HTML report of `trtq eval`."""
+    """Build the HTML report of `trtq eval`.
+
+    Args:
+        path: path of the artefact, shown in the title.
+        evaluation: result of `evaluate`.
+    """
     result = evaluation.to_json()
     reference = evaluation.reference
     name = Path(path).name or path

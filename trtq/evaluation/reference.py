@@ -25,7 +25,7 @@ __all__ = ["ReferenceSet", "draw_reference"]
 
 
 class Sampling(TypedDict):
-    """Arguments with which images were generated."""
+    """The sampling arguments of generated images."""
 
     steps: int
     seed: int
@@ -34,16 +34,16 @@ class Sampling(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class ReferenceSet:
-    """The float model's images; generated once, they serve several evaluations.
+    """The float model's images, which can be used for several evaluations.
 
     Attributes:
         source: the float model.
-        conditioning: what the images show.
+        conditioning: prompts or classes of the images.
         images: generated images, float32[B,C,H,W] in [-1, 1].
-        extractor: computes features of images; None without a classifier and without `--features`.
+        extractor: feature extractor; None: there is neither a classifier nor `--features`.
         scores: scores of these images by the extractor; None without an extractor.
-        steps: denoising steps.
-        seed: seed of the starting noise.
+        steps: number of denoising steps.
+        seed: seed of the initial noise.
         guidance: classifier-free guidance scale.
         seconds: duration of generating the images, in seconds.
     """
@@ -60,7 +60,7 @@ class ReferenceSet:
 
     @property
     def sampling(self) -> Sampling:
-        """Arguments `steps`, `seed` and `guidance` that the images were generated with."""
+        """The arguments `steps`, `seed` and `guidance` of the images."""
         return {"steps": self.steps, "seed": self.seed, "guidance": self.guidance}
 
     @property
@@ -85,18 +85,18 @@ def draw_reference(
     Args:
         reference: the float model.
         images: number of images.
-        steps: denoising steps.
-        seed: seed of the starting noise.
-        guidance: classifier-free guidance scale; by default the scale that suits the model.
-        features: folder of a CLIP vision model or classifier to judge by; by default the model's own
-            classifier. With neither, only SNR, PSNR and SSIM are computed.
-        judged: the model to compare with it; a reference of another kind of model is refused before
-            any image is generated.
-        progress: callback that receives the stage's name, the work done and the total.
+        steps: number of denoising steps.
+        seed: seed of the initial noise.
+        guidance: classifier-free guidance scale; None: the model's recommended scale.
+        features: folder of a CLIP vision model or classifier; None: the classifier of the model.
+            Without either, only SNR, PSNR and SSIM are computed.
+        judged: the evaluated model; if the reference is another kind of model, it is refused before any
+            image is generated.
+        progress: callback with the stage's name, the completed work and the total.
 
     Raises:
-        UsageError: the reference is not a float checkpoint, or another model than `judged`, or `images`
-            is below 2.
+        UsageError: the reference is not a float checkpoint or is another model than `judged`, or
+            `images` is below 2.
     """
     opened = open_artefact(reference, verify=False)
     if opened.kind != "checkpoint":
@@ -128,10 +128,10 @@ def draw_reference(
 
 
 def _match(reference: LoadedPipeline, judged: LoadedPipeline) -> LoadedPipeline:
-    """The reference at the judged model's image size.
+    """The reference at the evaluated model's image size.
 
     Raises:
-        UsageError: they are different models, whose images cannot be compared.
+        UsageError: the models differ, so their images cannot be compared.
     """
     if judged.resized and reference.image_size != judged.image_size:
         height, width = judged.image_size

@@ -1,4 +1,4 @@
-"""LoRAs of users: reading files of all layouts, and merging them into float weights."""
+"""LoRAs: read files of all layouts, and merge them into float weights."""
 
 from trtq.lora.merge import MergedLora, merge_loras
 from trtq.lora.read import Lora, read_lora

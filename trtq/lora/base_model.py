@@ -1,4 +1,4 @@
-"""Guessing the base model of a LoRA from its layers, for messages."""
+"""Guess the base model of a LoRA from its layers, for error messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 
 def base_model_of(names: Iterable[str], inputs: Mapping[str, int]) -> str | None:
-    """The probable base model of a LoRA; None if its layers fit no known model.
+    """The probable base model of a LoRA; None if its layers match no known model.
 
     Args:
         names: names of the layers in the file.

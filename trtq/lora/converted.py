@@ -28,7 +28,7 @@ _CONVERTED = {
 
 
 def _probe(outputs: Mapping[str, int]) -> dict[str, Tensor]:
-    """A LoRA with numbers in place of weights: the name's number in `down`, the row's in `up`."""
+    """A LoRA with indices in place of weights: the name's index in `down`, the row's in `up`."""
     probe = {}
     for number, (name, rows) in enumerate(outputs.items(), 1):
         down, up = ("lora_down", "lora_up") if "lora_unet_" in name else ("lora_A", "lora_B")
@@ -42,16 +42,16 @@ def converted_rows(
 ) -> Iterator[tuple[str, int, int, str]]:
     """Translate names of a file with diffusers' converter for a denoiser.
 
-    The converter gets numbers in place of weights, so its result shows which layer each row belongs to,
+    The converter's input has indices in place of weights, so its result shows the layer of each row
     even if the converter renames, splits or reorders matrices.
 
     Args:
         kind: class of the denoiser.
-        outputs: number of output channels of each name.
-        is_layer: whether a path is that of a layer; other paths are skipped.
+        outputs: number of output channels, by name in the file.
+        is_layer: predicate for paths of layers; other paths are skipped.
 
     Yields:
-        Name in the file, number of the first and of the last row (from 1), and path of a layer.
+        Name in the file, first and last row (counted from 1), and path of a layer.
     """
     mixin = _CONVERTED.get(kind)
     if mixin is None:

@@ -1,4 +1,4 @@
-"""Finding and checking a LoRA file: a regular, complete safetensors file."""
+"""Find and check a LoRA file, which must be a regular and complete safetensors file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_regular(path: Path, what: str) -> None:
 
     Args:
         path: path to check.
-        what: kind of file, for messages.
+        what: kind of file, used in messages.
 
     Raises:
         ArtefactError: the path does not exist, or is a folder, a pipe, a socket or a device.
@@ -115,7 +115,7 @@ def _header_text(path: Path) -> bytes:
                 raise ArtefactError(
                     f"{path} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
                 )
-            # The header's length comes first, and its bytes may equal those of a pickle.
+            # The file begins with the header's length, whose bytes may look like a pickle.
             if start[8:9] != b"{" and (
                 path.suffix in _PICKLED or start.startswith((b"PK\x03\x04", b"\x80"))
             ):

@@ -1,4 +1,4 @@
-"""Names that layers have in the first releases of their models, by their paths in diffusers."""
+"""Names of layers in the first releases of their models, by path in diffusers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 __all__ = ["first_release_names", "flat"]
 
 # Name in the first release -> path in diffusers. `{}` is the number of a block; the layers in brackets
-# follow one another in one matrix; `~` swaps shift and scale.
+# are concatenated in one matrix; `~` swaps shift and scale.
 _FLUX = {
     "double_blocks.{}.img_attn.qkv": "transformer_blocks.{}.attn.(to_q to_k to_v)",
     "double_blocks.{}.txt_attn.qkv": "transformer_blocks.{}.attn.(add_q_proj add_k_proj add_v_proj)",
@@ -245,7 +245,7 @@ def _paths(pattern: str) -> list[str]:
 def _numbered(
     name: str, pattern: str, layers: Collection[str]
 ) -> Iterator[tuple[str, list[str], bool]]:
-    """One row of a table, for each block of the model."""
+    """Expand one row of a table for each block of the model."""
     swapped, paths = pattern.startswith("~"), _paths(pattern.removeprefix("~"))
     if "{}" not in name:
         yield name, paths, swapped
@@ -254,7 +254,7 @@ def _numbered(
         numbered = [path.replace("{}", str(i)) for path in paths]
         if numbered[0] not in layers:
             return
-        # The last block of Stable Diffusion 3 has a norm of two parts for its text.
+        # In the last block of Stable Diffusion 3 the norm of the text has only two parts.
         last_norm = (
             name.endswith("context_block.adaLN_modulation.1")
             and f"transformer_blocks.{i + 1}.norm1.linear" not in layers
@@ -269,10 +269,10 @@ def first_release_names(
 
     Args:
         root: model of diffusers.
-        layers: paths of its layers.
+        layers: paths of the model's layers.
 
     Yields:
-        Name, paths of the layers in the matrix of that name, and whether shift and scale are swapped.
+        Name, paths of the layers in the matrix of this name, and whether shift and scale are swapped.
     """
     if hasattr(root, "down_blocks") and hasattr(root, "up_blocks"):
         for name, path in _unet_names(root, layers):

@@ -1,4 +1,4 @@
-"""Keys of tensors in LoRA files: the part of an update that a key names, and keys of other adapters."""
+"""Keys of tensors in LoRA files: layer and part of the update, and keys of other adapters."""
 
 from __future__ import annotations
 
@@ -117,10 +117,10 @@ def check_tensor(path: Path, key: str, part: str, row: Mapping[str, Any]) -> Non
         path: path of the file.
         key: key of the tensor.
         part: part of an update, see `part_of`.
-        row: the tensor's entry in the header.
+        row: entry of the tensor in the header.
 
     Raises:
-        ArtefactError: the type or the shape is not valid for the part.
+        ArtefactError: the dtype or the shape is not valid for the part.
     """
     kind, shape = row.get("dtype"), row.get("shape")
     if not isinstance(kind, str) or kind not in (_ALPHA_TYPES if part == "alpha" else _FLOATS):

@@ -1,4 +1,4 @@
-"""Merging LoRAs into the float weights of a pipeline: either all or none."""
+"""Merge LoRAs into the float weights of a pipeline, either all or none."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class _Change:
         layer: layer with a weight `[N, K, ...]`.
         up: second matrix, `[N, R]`.
         down: first matrix, `[R, K, ...]`.
-        mid: middle convolution of LoCon's three, `[R, R, kh, kw]`, or None.
+        mid: middle convolution of LoCon, `[R, R, kh, kw]`; None: there is none.
         scaling: factor of the product and of the bias.
-        bias: values added to the bias, `[N]`, or None.
-        magnitude: DoRA's norms, `[N]`, or None.
+        bias: values to add to the bias, `[N]`; None: no change.
+        magnitude: DoRA's norms, `[N]`; None: not a DoRA.
     """
 
     layer: Layer
@@ -76,7 +76,7 @@ class _Change:
 
 
 def _fits(weight: Tensor, update: LowRank) -> bool:
-    """Whether matrices fit a layer's weight `[N, K, ...]`; output channels are not compared."""
+    """Whether an update's matrices fit a weight `[N, K, ...]`, except for the output channels."""
     inputs, kernel = weight.shape[1], tuple(weight.shape[2:])
     points = all(size == 1 for size in kernel)
     if any(size != 1 for size in update.up.shape[2:]) or update.down.shape[1] != inputs:
@@ -137,10 +137,10 @@ def _changes(lora: Lora, name: str, site: Site, update: LowRank, scaling: float)
 
 
 def _factor(lora: Lora, name: str, site: Site, names: Names, update: LowRank) -> float:
-    """`alpha / rank` of one update: by its alpha, by PEFT's settings, or 1.
+    """`alpha / rank` of one update, from its alpha, from PEFT's settings, or else 1.
 
     Raises:
-        ArtefactError: alpha and settings differ.
+        ArtefactError: the alpha in the file differs from the settings.
     """
     component, path = names.split(name)
     component = component or site.layers[0].component
@@ -218,7 +218,7 @@ def _result(changes: Sequence[tuple[Lora, _Change]]) -> tuple[Tensor, Tensor | N
     """A layer's weight and bias after all of its changes.
 
     Raises:
-        NonFiniteError: the values are too large for the weight's type.
+        NonFiniteError: a value is too large for the weight's dtype.
     """
     module = changes[0][1].layer.module
     base = module.weight.detach().float()
@@ -228,7 +228,7 @@ def _result(changes: Sequence[tuple[Lora, _Change]]) -> tuple[Tensor, Tensor | N
         delta = change.delta().to(base)
         weight = weight + delta
         if change.magnitude is not None:
-            # DoRA (arXiv:2402.09353): the norm is that of the original weight plus the update.
+            # DoRA (arXiv:2402.09353): the norm is taken of the original weight plus the update.
             norm = torch.linalg.vector_norm((base + delta).flatten(1), dim=1)
             factor = change.magnitude.to(base) / norm
             weight = factor.reshape(-1, *(1,) * (weight.ndim - 1)) * weight
@@ -255,8 +255,8 @@ def merge_loras(
 
     Args:
         components: float models by name in the pipeline, e.g. `unet`, `text_encoder`.
-        requests: files and strengths.
-        denoiser: component for files that name no component.
+        requests: files and strengths of the LoRAs.
+        denoiser: name of the component that files without component names apply to.
 
     Raises:
         UsageError: a LoRA is given twice, or a strength is not a finite number.
@@ -280,15 +280,15 @@ def merge_loras(
         seen.add(lora.sha256)
     names = Names(components, denoiser)
     merged = []
-    # The updates of two layers with a shared weight are added up.
+    # The updates of two layers that share a weight are added.
     by_weight: dict[int, list[tuple[Lora, _Change]]] = {}
     for request, lora in zip(requests, loras, strict=True):
         changes = _matched(lora, names, request.scale)
         for change in changes:
             by_weight.setdefault(id(change.layer.module.weight), []).append((lora, change))
         merged.append(MergedLora(lora.name, lora.sha256, request.scale, len(changes)))
-    # Results are computed twice: first to check all of them, since keeping them would need the model's
-    # size in memory again.
+    # Results are computed twice, first for checking all of them: keeping them would need as much memory
+    # as the model.
     for group in by_weight.values():
         _result(group)
     for group in by_weight.values():

@@ -1,12 +1,12 @@
-"""Names that LoRA files of all layouts give to layers, and the layers behind these names.
+"""Names of layers in LoRA files of all layouts, and the layers that the names refer to.
 
 A file names a layer by a component and a path in the component. Trainers write the path with dots
-(diffusers, PEFT, ComfyUI) or underscores (kohya), with diffusers' names or those of the model's first
-release. All forms are looked up in one form, with underscores. Tables that follow from the model's
-structure (`trtq.lora.first_release`) translate other names, so they hold for any width and depth.
+(diffusers, PEFT, ComfyUI) or underscores (kohya), with the names of diffusers or of the model's first
+release. All names are converted to underscores before the look-up. Tables derived from the model's
+structure (`trtq.lora.first_release`) translate names of first releases, for any width and depth.
 
 A single layer of the first release (`img_attn.qkv`) can be several layers in diffusers. A `Site` is the
-list of layers whose output channels, one after another, are those of the file's matrix.
+list of layers whose output channels, concatenated, are the rows of the file's matrix.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """The layers behind one name of a file.
+    """The layers that one name of a file refers to.
 
     Attributes:
-        layers: layers whose output channels follow one another in the file's matrix.
-        swapped: whether the halves of the matrix change places, because the file stores shift before
+        layers: layers whose output channels are concatenated in the file's matrix.
+        swapped: whether the halves of the matrix must be swapped, because the file stores shift before
             scale and diffusers scale before shift.
     """
 
@@ -109,8 +109,8 @@ def _sites_of(root: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Site]:
         if all(path in layers for path in paths):
             site = Site(tuple(layers[path] for path in paths), swapped)
             sites.setdefault(flat(name), site)
-    # transformers 5 has no `text_model` in CLIPTextModel any more, but still has it in
-    # CLIPTextModelWithProjection; files exist in both forms.
+    # transformers 5 removed `text_model` from CLIPTextModel but not from CLIPTextModelWithProjection;
+    # files exist in both forms.
     for name, site in list(sites.items()):
         if name.startswith("text_model_"):
             sites.setdefault(name.removeprefix("text_model_"), site)
@@ -123,8 +123,8 @@ class Names:
     """Every linear layer and convolution of a pipeline, by each name that a LoRA may use.
 
     Args:
-        components: float models by their name in the pipeline.
-        denoiser: name of the component that denoises.
+        components: float models by name in the pipeline.
+        denoiser: component name of the denoiser.
     """
 
     def __init__(self, components: Mapping[str, nn.Module], denoiser: str) -> None:
@@ -149,7 +149,7 @@ class Names:
         return type(self.components.get(self.denoiser)).__name__
 
     def split(self, name: str) -> tuple[str | None, str]:
-        """Component and path of a file's name for a layer; None if the name has no component."""
+        """Component (None if the name has none) and path of a layer's name in a file."""
         for prefix in _WRAPPERS:
             while name.startswith(prefix):
                 name = name.removeprefix(prefix)
@@ -188,7 +188,7 @@ class Names:
         return sites, missing + bare
 
     def _only_owner(self, names: list[str]) -> str | None:
-        """The only component with all these layers, e.g. for a file of a text encoder alone."""
+        """The only component that has all these layers, e.g. for a file of just a text encoder."""
         owners = [
             component
             for component in self._sites
@@ -197,10 +197,10 @@ class Names:
         return owners[0] if len(owners) == 1 else None
 
     def renamed_by_diffusers(self, outputs: Mapping[str, int]) -> dict[str, Site]:
-        """Sites of names that only diffusers' converters know; names without a site are left out.
+        """Sites of names that only diffusers' converters support; names without a site are omitted.
 
         Args:
-            outputs: number of output channels of each name.
+            outputs: number of output channels, by name in the file.
         """
         single = {
             name: site.layers[0]
@@ -215,7 +215,7 @@ class Names:
         for name, ranges in parts.items():
             ranges.sort(key=lambda part: part[0])
             starts = [1, *(last + 1 for _, last, _ in ranges)]
-            # The layers must cover all rows, one after another.
+            # The layers must cover all rows in order.
             if [first for first, _, _ in ranges] == starts[:-1] and starts[-1] == outputs[name] + 1:
                 sites[name] = Site(tuple(layer for _, _, layer in ranges))
         return sites

@@ -1,4 +1,4 @@
-"""Reading LoRA files of all layouts, from safetensors only.
+"""Read LoRA files of all layouts, from safetensors only.
 
     PEFT             base_model.model.….to_q.lora_A.weight, …lora_B.weight and adapter_config.json
     diffusers        unet.down_blocks.0.….to_q.lora_A.weight, …lora_B.weight, settings in the metadata
@@ -8,7 +8,7 @@
     ComfyUI          diffusion_model.….lora_A.weight or lora_down.weight
 
 An update is `scale * alpha / rank * up @ down`; without an `alpha` it is `scale * up @ down`.
-`trtq.lora.names` finds the layers behind the names, `trtq.lora.settings` interprets PEFT's settings.
+`trtq.lora.names` finds the layers of the names, and `trtq.lora.settings` interprets PEFT's settings.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class LowRank:
     Attributes:
         down: first matrix, `[R, K, ...]`.
         up: second matrix, `[N, R, ...]`.
-        mid: middle convolution of LoCon's three, `[R, R, kh, kw]`, or None.
-        alpha: alpha in the file, or None.
-        bias: values added to the layer's bias (`lora_bias`), `[N]`, or None.
-        magnitude: DoRA's norm of each output channel, `[N]`, or None.
+        mid: middle convolution of LoCon, `[R, R, kh, kw]`; None: there is none.
+        alpha: value of `alpha` in the file; None: the file has none.
+        bias: values to add to the layer's bias (`lora_bias`), `[N]`; None: no change.
+        magnitude: DoRA's norm of each output channel, `[N]`; None: not a DoRA.
     """
 
     down: Tensor
@@ -65,7 +65,7 @@ class Lora:
     Attributes:
         name: name of the file, preceded by the folder's name if a folder was given.
         sha256: hash of the file, including the `adapter_config.json` that determines its strength.
-        updates: updates by the file's name for the layer.
+        updates: updates by the layer's name in the file.
         settings: PEFT's settings by component; the key `""` applies to all components.
     """
 
@@ -105,7 +105,7 @@ def _update(path: Path, name: str, parts: Mapping[str, Tensor]) -> LowRank:
     """One layer's update from its tensors.
 
     Raises:
-        ArtefactError: a part is missing, or the parts do not fit each other.
+        ArtefactError: a part is missing, or the shapes of the parts are inconsistent.
     """
     for side, words in SIDES.items():
         if side not in parts:
@@ -158,7 +158,7 @@ def _settings(path: Path, metadata: Any, names: Iterable[str]) -> tuple[dict[str
         ArtefactError: the settings are damaged or not supported.
     """
     config = path.parent / "adapter_config.json"
-    # The configuration belongs to PEFT's file; the folder may also contain other LoRAs.
+    # The configuration applies to PEFT's file; the folder may also contain other LoRAs.
     if path.name == "adapter_model.safetensors" or any(n.startswith("base_model.") for n in names):
         if config.exists():
             text = _config_text(config)
@@ -200,7 +200,7 @@ def read_lora(path: Path) -> Lora:
     """Read a LoRA.
 
     Args:
-        path: safetensors file, or folder of PEFT or diffusers with a safetensors file.
+        path: safetensors file, or a folder written by PEFT or diffusers that contains one.
 
     Raises:
         ArtefactError: the file cannot be read, is not safetensors, or is not a supported LoRA.

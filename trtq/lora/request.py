@@ -1,4 +1,4 @@
-"""A LoRA as requested on the command line: file and scale."""
+"""A LoRA requested on the command line: file and strength."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LoraRequest:
     """A requested LoRA.
 
     Attributes:
-        path: LoRA file, or folder of PEFT or diffusers with a LoRA file.
+        path: LoRA file, or a folder written by PEFT or diffusers that contains one.
         scale: strength of the LoRA.
     """
 

@@ -3,7 +3,7 @@
 PEFT writes `adapter_config.json` into the adapter's folder; diffusers writes the same settings into the
 file's metadata, as `<component>.<setting>`. An update is `lora_alpha / r` times `lora_B @ lora_A`, with
 rank-stabilised LoRA `lora_alpha / sqrt(r)` (arXiv:2312.03732). `rank_pattern` and `alpha_pattern`
-override rank and alpha of some layers.
+override the rank and alpha of some layers.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class Settings:
 
     Attributes:
         where: source of the settings, for messages.
-        rank: `r`, or None if the settings have no rank.
+        rank: `r`; None if the settings have no rank.
         alpha: `lora_alpha`.
         rank_stabilised: `use_rslora`.
         ranks: `rank_pattern`: ranks by regular expressions for the end of a layer's path.
         alphas: `alpha_pattern`: alphas by regular expressions.
-        dora: `use_dora`, or None if the settings do not mention it.
+        dora: `use_dora`; None if the settings have no such key.
     """
 
     where: str
@@ -88,12 +88,12 @@ class Settings:
         """`alpha / r` of a layer.
 
         Args:
-            paths: names of the layer, the path in the model first.
+            paths: names of the layer, beginning with the path in the model.
             rank: rank of the layer's matrices.
             dora: whether the file has DoRA's magnitude for the layer.
 
         Raises:
-            ArtefactError: settings and file differ in the rank, or in the use of DoRA.
+            ArtefactError: settings and file differ in the rank or in the use of DoRA.
         """
         if self.dora is not None and self.dora != dora:
             has = "a" if dora else "no"
@@ -114,7 +114,13 @@ class Settings:
 
 
 def strength(alpha: float, rank: int, rank_stabilised: bool = False) -> float:
-    """`alpha / r`, or `alpha / sqrt(r)`."""
+    """`alpha / r`, or `alpha / sqrt(r)`.
+
+    Args:
+        alpha: alpha of the layer.
+        rank: rank `r` of the layer.
+        rank_stabilised: whether to divide by `sqrt(r)`.
+    """
     return alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
 
 
@@ -139,7 +145,7 @@ def _number(where: str, name: str, value: Any) -> float:
 
 
 def _shown(value: Any) -> Any:
-    """A value for a message; huge numbers are not written out."""
+    """A value in a form suitable for messages, without the digits of huge numbers."""
     return "a huge number" if isinstance(value, int) and value.bit_length() > 200 else value
 
 
@@ -174,7 +180,7 @@ def _pattern(where: str, name: str, value: Any, read: Any) -> dict[str, Any]:
 
 
 def read_settings(values: Mapping[str, Any], where: str) -> Settings:
-    """PEFT's settings of one component, validated.
+    """Validate PEFT's settings of one component.
 
     Args:
         values: settings in PEFT's form.

@@ -30,7 +30,7 @@ def check_sheet(count: int, height: int, width: int) -> None:
     if count > max_count:
         raise UsageError(
             f"{count} images of {height}x{width} pixels (HEIGHTxWIDTH) are too many for one sheet; "
-            f"choose at max_count {max_count}"
+            f"choose at most {max_count}"
         )
 
 

@@ -15,8 +15,8 @@ from trtq.quant.timestep import Step, TimestepTable, current_step
 __all__ = ["ActivationQuantizer", "ZeroPointMode", "per_item", "select_step"]
 
 ZeroPointMode = Literal["frozen", "rounded", "float"]
-"""Behaviour of zero points. `frozen`: whole numbers, not trained. `rounded`: trained, and rounded in
-every forward pass. `float`: trained without rounding, as released; deployment rounds them."""
+"""Behaviour of zero points. `frozen`: integers, not trained. `rounded`: trained, and rounded in every
+forward pass. `float`: trained without rounding, as in the release; deployment rounds them."""
 
 
 def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
@@ -34,8 +34,8 @@ def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
             f"got step indices of shape {tuple(step.shape)} for a batch of {batch}; "
             f"give one index, or one per batch item (shape [{batch}])"
         )
-    # Checking values on a GPU would synchronise, which a CUDA graph cannot; there the caller that
-    # creates the index checks it.
+    # Checking values on a GPU would synchronise, which is impossible in a CUDA graph; there the caller
+    # that creates the index checks the values.
     checkable = step.device.type == "cpu" and not torch.compiler.is_compiling()
     if checkable and (int(step.min()) < 0 or int(step.max()) >= len(table)):
         raise StepError(
@@ -57,12 +57,12 @@ class ActivationQuantizer(nn.Module):
     so the zero padding of a convolution is exact.
 
     Args:
-        bits: width of the codes, 2 .. 8.
-        table: the calibrated timesteps; the quantiser has one entry for each of the T timesteps. A
-            table with one timestep makes the quantiser static.
+        bits: width of the codes, 2 .. 8 bits.
+        table: the T calibrated timesteps, each with its own scale. A table of one timestep makes the
+            quantiser static.
         zero_point_mode: behaviour of the zero points, see `ZeroPointMode`.
-        symmetric: keep the zero points at `2**(bits - 1)`; default: only at 8 bits, because 8-bit codes
-            fit int8 in no other form.
+        symmetric: whether the zero points stay at `2**(bits - 1)`; None: only at 8 bits, because 8-bit
+            codes fit int8 in no other form.
 
     Attributes:
         scale: parameter `[T]`, the scales `s`.
@@ -88,15 +88,15 @@ class ActivationQuantizer(nn.Module):
         )
 
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
-        """x[B, ...] -> the nearest representable values, same shape and dtype.
+        """x[B, ...] -> the nearest representable values, with the same shape and dtype.
 
         Args:
             x: activation, batch first.
-            step: index of the denoising step, one for the batch or one per batch item; default: the
-                step of the enclosing `step_scope`.
+            step: index of the denoising step, one for the batch or one per batch item; None: the step
+                of the enclosing `step_scope`.
 
         Raises:
-            StepError: there is no step, or the step is outside the table.
+            StepError: there is no current step, or the step is outside the table.
         """
         if step is None:
             step = current_step()
@@ -116,7 +116,7 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Set calibrated `scale[T]` and `zero_point[T]`."""
+        """Set the calibrated `scale[T]` and `zero_point[T]`."""
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
@@ -125,14 +125,17 @@ class ActivationQuantizer(nn.Module):
         """Clamp trained values: zero points to the codes `0 .. 2**bits - 1`, scales to given bounds.
 
         Args:
-            lowest: smallest scales, `[T]`, positive.
-            highest: largest scales, `[T]`.
+            lowest: minimum scales, `[T]`, positive.
+            highest: maximum scales, `[T]`.
         """
         self.scale.clamp_(lowest, highest)
         self.zero_point.clamp_(0, self.qmax)
 
     def integer_bounds(self) -> tuple[Tensor, Tensor]:
-        """The whole-number clip limits `lo[T] <= 0 <= hi[T]`, int32.
+        """The integer clip limits `lo[T] <= 0 <= hi[T]`, int32.
+
+        Returns:
+            Lower and upper limits, int32[T] each.
 
         Raises:
             QuantizationError: a zero point lies outside the codes and does not fit an integer kernel.

@@ -3,8 +3,8 @@
     code = clip(floor(w / d) + h + z, 0, 2**bits - 1)
 
 `h` is 1 for a weight that is rounded up and 0 for a weight that is rounded down. While the directions
-are learned they are soft, `h = clip(1.2 sigmoid(alpha) - 0.1, 0, 1)`; afterwards they are frozen,
-`h = [alpha >= 0]`. Fine-tuning may still change `w`: the floor has a straight-through gradient.
+are learned, they are soft, `h = clip(1.2 sigmoid(alpha) - 0.1, 0, 1)`; afterwards they are frozen, `h =
+[alpha >= 0]`. Fine-tuning may still change `w`: the floor has a straight-through gradient.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def soft_direction(alpha: Tensor) -> Tensor:
 
 
 def hard_direction(alpha: Tensor) -> Tensor:
-    """1 for weights that are rounded up, otherwise 0."""
+    """1 for weights that are rounded up, 0 for the others."""
     return (alpha >= 0).to(alpha.dtype)
 
 
@@ -57,7 +57,7 @@ def directed_codes(
     Args:
         w: weight, `[N, ...]`.
         scale: scale `d`, broadcastable to `w`.
-        zero_point: zero point `z`, whole numbers, broadcastable to `w`.
+        zero_point: zero point `z`, integers, broadcastable to `w`.
         qmax: largest code.
         direction: directions `h`, shaped like `w`.
     """
@@ -66,5 +66,10 @@ def directed_codes(
 
 
 def rounding_loss(alpha: Tensor, temperature: float) -> Tensor:
-    """`sum(1 - |2 h - 1|**temperature)`: zero if every soft direction is 0 or 1 (AdaRound, eq. 24)."""
+    """`sum(1 - |2 h - 1|**temperature)`: zero if every soft direction is 0 or 1 (AdaRound, eq. 24).
+
+    Args:
+        alpha: learned rounding, of any shape.
+        temperature: exponent, positive.
+    """
     return (1 - (2 * soft_direction(alpha) - 1).abs().pow(temperature)).sum()

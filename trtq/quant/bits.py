@@ -28,7 +28,7 @@ def parse_bits(text: str) -> tuple[int, int]:
     """`w4a8` -> (4, 8): the bits of weights and of activations.
 
     Raises:
-        RecipeError: the text has another form, or a width is not supported.
+        RecipeError: the text is malformed, or a width is not supported.
     """
     match = _BITS_TEXT.fullmatch(text.lower())
     if match is None:
@@ -39,7 +39,7 @@ def parse_bits(text: str) -> tuple[int, int]:
 def symmetric_weights(bits: int) -> bool:
     """Whether weights of this width have their zero point in the middle of the codes.
 
-    8-bit weights fit int8 in this form only. Symmetric 7-bit weights lie in -64 .. 63, so the sum of two
-    products with 8-bit activations fits int16, in which processors without VNNI accumulate.
+    8-bit weights fit int8 in this form only. Symmetric 7-bit weights lie in -64 .. 63, so the sum of
+    two products with 8-bit activations fits int16, the accumulator type of processors without VNNI.
     """
     return bits >= 7

@@ -1,4 +1,4 @@
-"""Converting a denoiser layer by layer, in place: float to quantised, quantised to deployed."""
+"""Convert a denoiser layer by layer, in place: float to quantised, quantised to deployed."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def convert(
         denoiser: float diffusers model; changed in place.
         plans: one plan per layer, see `calib.policy`.
         table: the calibrated timesteps.
-        rank: rank of the QALoRA adapters of layers whose plan asks for them; 0 for no adapters.
+        rank: rank of the QALoRA adapters in the layers whose plan has adapters; 0: no adapters.
         base: operand to which the adapters are added.
         weight_method: method that determines the weight ranges.
-        zero_point_mode: how activation zero points behave during fine-tuning.
-        split_scale: update the weight scale twice per iteration, as the release does.
+        zero_point_mode: behaviour of activation zero points, see `ZeroPointMode`.
+        split_scale: whether to update the weight scale twice per iteration, as in the release.
         split_step: former name of `split_scale`, accepted for one release.
-        generator: random generator for the initial adapters.
+        generator: random generator for the initial adapters; None: torch's default generator.
 
     Raises:
         QuantizationError: the plan quantises no layer, or names a layer that does not exist.
@@ -132,12 +132,12 @@ def _quantized_layer(
 
 
 def merge(quantized: QuantizedDenoiser, *, release: bool = False) -> dict[str, LowBitTensors]:
-    """The integers of every quantised layer, by its path, with the adapters merged.
+    """The integers of every quantised layer, by path, with the adapters merged.
 
     Args:
         quantized: converted denoiser.
-        release: free the memory of each float weight after it is merged; the denoiser can then be saved,
-            but no longer be called.
+        release: whether to free each float weight after merging it; the denoiser can then be saved, but
+            no longer called.
 
     Raises:
         QuantizationError: a layer cannot be deployed; the message names it.
@@ -165,10 +165,10 @@ def deploy(
 
     Args:
         denoiser: diffusers model, float or converted.
-        merged: tensors of the layers, by their path.
+        merged: tensors of the layers, by path.
         table: the calibrated timesteps.
-        kernels: replace layers with `KernelLayer` and keep torch's norms and SiLUs: for speed on a GPU,
-            where the result is not compared with an exported graph bit by bit.
+        kernels: whether to replace layers with `KernelLayer` and keep torch's norms and SiLUs, for
+            speed on a GPU, where the result need not equal an exported graph's bit for bit.
     """
     for name, tensors in merged.items():
         if isinstance(tensors, ProductTensors):

@@ -22,10 +22,10 @@ __all__ = ["QuantizedDenoiser"]
 class QuantizedDenoiser(StandIn):
     """A denoiser that looks up its timestep and passes the step's index to its layers.
 
-    Arguments and result are those of the wrapped diffusers model.
+    Its arguments and result are those of the wrapped diffusers model.
 
     Args:
-        denoiser: a diffusers model with quantised or deployed layers inside.
+        denoiser: diffusers model that contains quantised or deployed layers.
         table: the calibrated timesteps.
     """
 
@@ -92,7 +92,7 @@ class QuantizedDenoiser(StandIn):
                 yield name, module
 
     def activations(self) -> Iterator[tuple[str, ActivationQuantizer]]:
-        """The activation quantisers by path in the wrapped model; a shared one by its first path."""
+        """The activation quantisers by path in the wrapped model; if shared, by the first path."""
         for name, module in self.denoiser.named_modules():
             if isinstance(module, ActivationQuantizer):
                 yield name, module

@@ -3,11 +3,11 @@
     k = clip(round(x * inv_s[t]), lo[t], hi[t])
     y = op(k, q - z) * (d * s[t]) + bias
 
-This is the arithmetic of the exported graph, operation by operation. The layer multiplies whole numbers
-and scales the sum afterwards. float32 adds whole numbers below 2^24 without rounding, in any order, so
-runtimes that compute the product in float and in integers produce the same bits. If the weight were
-scaled first, sums would differ in their last bits, values near a rounding tie would get the neighbouring
-code, and a 4-bit network would carry such a difference to its output.
+This is the arithmetic of the exported graph, operation by operation. The layer multiplies integers and
+scales the sum afterwards. float32 adds integers below 2^24 without rounding, in any order, so runtimes
+that compute the product in float and in integers produce the same bits. If the weight were scaled
+first, sums would differ in their last bits, values near a rounding tie would get the neighbouring code,
+and a 4-bit network would carry such a difference to its output.
 
 Letters: N, K out / in features or channels, T steps, B images.
 """
@@ -27,7 +27,7 @@ __all__ = ["DeployedLayer", "DeployedProduct", "enclosing_step"]
 
 
 class _DeployedActivation(nn.Module):
-    """`x -> (k, s)`: whole-number codes and their scale at a step."""
+    """`x -> (k, s)`: integer codes and their scale at a step."""
 
     scale: Tensor
     inv_scale: Tensor
@@ -42,7 +42,7 @@ class _DeployedActivation(nn.Module):
         self.register_buffer("high", tensors.high.float())
 
     def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """x[B, ...] -> codes[B, ...] and scale, `[]` or one per item; both float32."""
+        """x[B, ...] -> codes[B, ...] and their scale, `[]` or one per item; both float32."""
         scale, inv_scale, low, high = (
             per_item(select_step(values, step, len(x)), x)
             for values in (self.scale, self.inv_scale, self.low, self.high)
@@ -54,7 +54,7 @@ def enclosing_step(step: Step | None) -> Step:
     """`step`, or the step of the enclosing scope if `step` is None.
 
     Raises:
-        StepError: there is no step.
+        StepError: there is no current step.
         QuantizationError: the call is inside `float_scope`.
     """
     if step is None:
@@ -85,17 +85,17 @@ class DeployedLayer(nn.Module):
         self.register_buffer("integers", tensors.weight.integers())
 
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
-        """x[B, ...] -> the layer's output, same dtype.
+        """x[B, ...] -> the layer's output, with the dtype of x.
 
         Args:
             x: input, batch first.
-            step: index of the denoising step; default: the step of the enclosing `step_scope`.
+            step: index of the denoising step; None: the step of the enclosing `step_scope`.
 
         Raises:
-            StepError: there is no step, or the step is outside the table.
+            StepError: there is no current step, or the step is outside the table.
         """
         codes, scale = self.activation(x, enclosing_step(step))
-        # The layer keeps one byte per weight; the float copy lives only during the call.
+        # The layer stores one byte per weight; the float copy exists only during the call.
         weight = self.integers.float()
         if self.geometry is None:
             product = functional.linear(codes, weight)

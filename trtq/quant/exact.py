@@ -1,4 +1,4 @@
-"""Float modules between low-bit layers, computed in float64 where a difference in the last bit matters.
+"""Float modules between low-bit layers, computed in float64 where the last bit matters.
 
 Runtimes add in different orders and implement exponentials and sines differently, so their last bits
 differ. Values that are computed in float64 and rounded once are equal in all runtimes, so torch and the
@@ -32,7 +32,7 @@ class DeployedGroupNorm(nn.Module):
         self.weight = source.weight
         self.bias = source.bias
         self.groups = source.num_groups
-        # ONNX keeps epsilon in float32.
+        # ONNX stores epsilon in float32.
         self.epsilon = float(torch.tensor(source.eps, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,11 +60,11 @@ class DeployedLayerNorm(nn.Module):
         self.weight = source.weight
         self.bias = source.bias
         self.shape = source.normalized_shape
-        # ONNX keeps epsilon in float32.
+        # ONNX stores epsilon in float32.
         self.epsilon = float(torch.tensor(source.eps, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x[..., N] -> the same shape and dtype, normalised over N."""
+        """x[..., N] -> the same shape and dtype, normalised over the last axis."""
         weight, bias = (p if p is None else p.double() for p in (self.weight, self.bias))
         return functional.layer_norm(x.double(), self.shape, weight, bias, self.epsilon).to(x.dtype)
 
@@ -73,7 +73,7 @@ class DeployedSilu(nn.Module):
     """`nn.SiLU`, computed in float64 for embeddings `[B,N]`, as in the exported graph."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x / (1 + exp(-x))`, same shape and dtype as x."""
+        """`x / (1 + exp(-x))`, with the shape and dtype of x."""
         if x.ndim != 2:
             return functional.silu(x)
         exact = x.double()
@@ -104,7 +104,7 @@ class DeployedTimesteps(nn.Module):
     def forward(self, timesteps: Tensor) -> Tensor:
         """timesteps[B] -> float32[B, channels] (arXiv 1706.03762, section 3.5)."""
         if self.frequencies.device != timesteps.device:
-            # Copied at the first call only: a CUDA graph cannot contain the copy.
+            # Copy only at the first call: a CUDA graph cannot contain the copy.
             self.frequencies = self.frequencies.to(timesteps.device)
         angles = (self.scale * (timesteps[:, None].float() * self.frequencies)).double()
         parts = [angles.sin().float(), angles.cos().float()]

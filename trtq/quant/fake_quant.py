@@ -9,9 +9,9 @@ With scale `d`, zero point `z` and integer range `[qmin, qmax]`:
 Activations are multiplied by the float32 reciprocal `1 / d`, which the exported graphs store, instead of
 being divided by `d`; the two differ only for values within one ulp of a rounding tie.
 
-Straight-through gradients, multiplied by the upstream gradient and summed over the elements that share a
-parameter (EfficientDM, arXiv 2310.03270, and QuEST, arXiv 2402.03666, as released; an element counts as
-inside according to its rounded code, and there is no LSQ gradient scale):
+Straight-through gradients, multiplied by the upstream gradient and summed over the elements that share
+a parameter (EfficientDM, arXiv 2310.03270, and QuEST, arXiv 2402.03666, as released; an element counts
+as inside or outside by its rounded code, and there is no LSQ gradient scale):
 
 | element is                   | dQ/dx | dQ/dd                | dQ/dz |
 |------------------------------|-------|----------------------|-------|
@@ -35,7 +35,7 @@ def _ratio(x: Tensor, scale: Tensor, reciprocal: bool) -> Tensor:
 
 
 def quantize_codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """The clipped codes `kc` of `x / d`, float32; whole numbers if `zero_point` is whole.
+    """The clipped codes `kc` of `x / d`, float32; integers if `zero_point` is an integer.
 
     Args:
         x: floating-point tensor of any shape.
@@ -105,10 +105,11 @@ def fake_quant(
         x: floating-point tensor of any shape; the result has its shape and dtype.
         scale: scale `d > 0`, broadcastable to `x`: a scalar, `[B,1,1,1]` (one scale per image) or
             `[N,1,1,1]` (one scale per output channel).
-        zero_point: zero point `z`, broadcastable to `x`; a deployed layer needs a whole number.
+        zero_point: zero point `z`, broadcastable to `x`; a deployed layer needs an integer.
         qmin: smallest code, e.g. 0.
         qmax: largest code, e.g. `2**bits - 1`.
-        reciprocal: multiply by `1 / d`, as deployed activations do, instead of dividing by `d`.
+        reciprocal: whether to multiply by `1 / d`, as deployed activations do, instead of dividing by
+            `d`.
 
     Returns:
         `Q(x)` as the module docstring defines it.

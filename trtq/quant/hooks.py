@@ -19,8 +19,8 @@ def input_hooks(
 
     Args:
         modules: the observed modules by name.
-        hook: receives the module's name and its positional arguments. A result other than None replaces
-            the arguments.
+        hook: callback with the module's name and its positional arguments; a result other than None
+            replaces the arguments.
     """
 
     def before(name: str) -> Callable[..., Any]:
@@ -40,7 +40,7 @@ def output_hooks(
 
     Args:
         modules: the observed modules by name.
-        hook: receives the module's name, its positional arguments and its result.
+        hook: callback with the module's name, its positional arguments and its result.
     """
 
     def after(name: str) -> Callable[..., None]:
@@ -58,10 +58,10 @@ def captured_outputs(model: nn.Module, names: Collection[str]) -> Iterator[dict[
 
     Args:
         model: model that contains the modules.
-        names: module paths; a path that the model does not have is ignored.
+        names: module paths; paths that do not exist in the model are ignored.
 
     Yields:
-        The outputs by path; filled while the block runs.
+        The outputs by path, which the block's calls fill in.
     """
     outputs: dict[str, Tensor] = {}
 

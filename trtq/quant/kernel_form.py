@@ -1,7 +1,7 @@
 """Low-bit layers in the layout of the CUDA kernels, and the module that runs them on an NVIDIA GPU.
 
-`trtq.plugins.spec` documents the operands; `trtq.quant.packing` compares the layouts of weights.
-Weights of up to 4 bits are stored as nibbles and are never expanded to float. The reference is
+`trtq.plugins.spec` documents the operands, and `trtq.quant.packing` the layouts of weights. Weights of
+up to 4 bits are stored as nibbles and are never expanded to float. The reference is
 `trtq.quant.deployed`.
 """
 
@@ -35,7 +35,15 @@ __all__ = ["KernelLayer", "layer_tensors", "packed_operands"]
 def packed_operands(
     layer: LayerTensors, geometry: ConvGeometry | None
 ) -> tuple[LayerSpec, dict[str, np.ndarray]]:
-    """A layer in the kernels' form: its specification and the arrays `weight`, `terms` and `tables`."""
+    """A layer in the kernels' form: its specification and the arrays `weight`, `terms` and `tables`.
+
+    Args:
+        layer: tensors of the deployed layer.
+        geometry: geometry of a convolution; None: a linear layer.
+
+    Raises:
+        QuantizationError: see `trtq.plugins.low_bit.pack`.
+    """
     weight, activation = layer.weight, layer.activation
     integers = weight.integers().numpy()
     zero_point = weight.zero_point.numpy().reshape(-1).astype(np.int64)
@@ -67,7 +75,12 @@ def packed_operands(
 
 
 def layer_tensors(spec: LayerSpec, operands: Mapping[str, np.ndarray]) -> LayerTensors:
-    """Inverse of `packed_operands`; weights that are stored as bytes become 8-bit codes."""
+    """Inverse of `packed_operands`; weights that are stored as bytes become 8-bit codes.
+
+    Args:
+        spec: specification of the layer.
+        operands: arrays `weight`, `terms` and `tables`.
+    """
     scale, bias, zero_point, _ = operands["terms"]
     channels = spec.channels // (1 if spec.geometry is None else spec.geometry.groups)
     if spec.weight_bits == 4:
@@ -113,8 +126,7 @@ class KernelLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLayer:
         """Apply `fn` as for other modules, but keep scales in float32 and weights contiguous.
 
-        Converting a model to channels last would reorder every tensor with four axes, packed weights
-        included.
+        Converting a model to channels last would reorder every 4-D tensor, including packed weights.
         """
         scales = {name: getattr(self, name) for name in ("terms", "tables")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -124,14 +136,14 @@ class KernelLayer(nn.Module):
         return self
 
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
-        """x[B, ...] -> the layer's output, same dtype.
+        """x[B, ...] -> the layer's output, with the dtype of x.
 
         Args:
             x: input, batch first.
-            step: index of the denoising step; default: the step of the enclosing `step_scope`.
+            step: index of the denoising step; None: the step of the enclosing `step_scope`.
 
         Raises:
-            StepError: there is no step.
+            StepError: there is no current step.
             UsageError: x has a shape or dtype that the layer does not accept.
         """
         index = torch.as_tensor(enclosing_step(step), device=x.device).expand(len(x))

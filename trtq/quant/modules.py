@@ -37,33 +37,33 @@ Base = Literal["fp", "int"]
 class QuantLayer(nn.Module):
     """Base class of `QuantLinear` and `QuantConv2d`.
 
-    The float weight stays in the layer, frozen: inside `float_scope` the layer is the teacher's.
+    The frozen float weight stays in the layer: inside `float_scope` the layer computes as the teacher.
 
     Args:
         source: float layer; its parameters are shared, not copied.
         table: the calibrated timesteps.
         weight_bits: width of the weight codes; see `trtq.quant.bits.symmetric_weights`.
         activation_bits: width of the activation codes.
-        rank: rank R of the adapters; 0 for no adapters.
+        rank: rank R of the adapters; 0: no adapters.
         base: operand to which the adapters are added, see the module docstring.
         weight_method: method that determines the weight ranges.
         zero_point_mode: see `trtq.quant.activation.ZeroPointMode`.
-        split_scale: with base "int", keep the scale of the dequantiser as a second parameter in the same
-            memory, so that an optimiser updates it twice, as the release does.
+        split_scale: whether, with base "int", the dequantiser's scale is a second parameter in the same
+            memory, so that an optimiser updates it twice, as in the released code.
         split_step: former name of `split_scale`, accepted for one release.
-        generator: random generator for the initial `lora_A`.
+        generator: random generator for the initial `lora_A`; None: torch's default generator.
 
     Attributes:
         weight: float weight `W0`, `[N, K, ...]`, frozen and shared with the source layer.
-        bias: float bias, frozen, or None.
-        lora_A: `[R, K, ...]`, or None when the rank is 0.
-        lora_B: `[N, R, ...]`, or None when the rank is 0.
+        bias: frozen float bias, `[N]`, or None.
+        lora_A: first adapter, `[R, K, ...]`; None if the rank is 0.
+        lora_B: second adapter, `[N, R, ...]`; None if the rank is 0.
         weight_scale: parameter `[N, 1, ...]`, the scales `d`.
-        weight_zero_point: buffer `[N, 1, ...]`, whole numbers.
-        tuned_weight: trained weight that replaces `W0`, see `tune`, or None.
-        tuned_bias: trained bias that replaces `bias`, or None.
-        alpha: learned rounding, shaped like the weight, see `trtq.quant.adaround`, or None.
-        soft_rounding: whether `alpha` still rounds softly.
+        weight_zero_point: buffer `[N, 1, ...]`, the zero points `z`, integers.
+        tuned_weight: trained weight that replaces `W0`, see `tune`; None before `tune`.
+        tuned_bias: trained bias that replaces `bias`; None before `tune` or without a bias.
+        alpha: learned rounding, shaped like the weight, see `trtq.quant.adaround`; None: nearest.
+        soft_rounding: whether the rounding directions are soft.
         activation: quantiser of the input.
 
     Raises:
@@ -120,7 +120,7 @@ class QuantLayer(nn.Module):
         self._add_adapters(generator)
 
     def _quantize_weight(self, method: Method, split_scale: bool) -> None:
-        """Set scale and zero point of the weight, and with base "int" its codes."""
+        """Set the scale and zero point of the weight and, with base "int", its codes."""
         scale, zero_point = weight_qparams(
             self.weight,
             self.weight_bits,
@@ -157,7 +157,7 @@ class QuantLayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale_dequant is not None:
-            # Both parameters share one memory, also after a move to another device.
+            # Both parameters must share their memory, even after a move to another device.
             self.weight_scale_dequant.data = self.weight_scale.data
         return self
 
@@ -167,7 +167,7 @@ class QuantLayer(nn.Module):
 
     @abstractmethod
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The float operation."""
+        """Apply the float operation to any weight and bias."""
 
     def lora_delta(self) -> Tensor | None:
         """The update `B A`, shaped like the weight; None without adapters."""

@@ -44,6 +44,10 @@ __all__ = ["PackedWeight", "pack_codes", "unpack_codes"]
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes[N, ...] in `0 .. 2**bits - 1` -> uint8[ceil(N * bits / 8), ...].
 
+    Args:
+        codes: codes, uint8[N, ...].
+        bits: width of the codes.
+
     Raises:
         QuantizationError: a code does not fit the width.
     """
@@ -69,8 +73,13 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 def unpack_codes(packed: Tensor, bits: int, channels: int) -> Tensor:
     """uint8[ceil(channels * bits / 8), ...] -> uint8 codes[channels, ...]; inverse of `pack_codes`.
 
+    Args:
+        packed: bit stream along the output channels, uint8.
+        bits: width of the codes.
+        channels: number of output channels.
+
     Raises:
-        ArtefactError: the number of bytes does not fit the number of channels.
+        ArtefactError: the number of bytes does not match the number of channels.
     """
     check_bits(bits)
     if packed.dtype != torch.uint8 or len(packed) != -(-channels * bits // 8):
@@ -82,7 +91,7 @@ def unpack_codes(packed: Tensor, bits: int, channels: int) -> Tensor:
         return packed.clone()
     rest = packed.shape[1:]
     if 8 % bits == 0:
-        # Each byte holds whole codes, so bits need not be separated.
+        # Each byte holds complete codes, so no code spans two bytes.
         places = torch.arange(0, 8, bits, dtype=torch.uint8).reshape(1, -1, *(1,) * len(rest))
         codes = (packed.unsqueeze(1) >> places).bitwise_and_(2**bits - 1)
         return codes.reshape(-1, *rest)[:channels].contiguous()
@@ -98,9 +107,9 @@ class PackedWeight:
     """A weight as integers: `w[o] ~ (codes[o] - zero_point[o]) * scale[o]`.
 
     Attributes:
-        codes: uint8 `[N, ...]`, in `0 .. 2**bits - 1`.
-        scale: float32 `[N, 1, ...]`.
-        zero_point: float32 whole numbers `[N, 1, ...]`.
+        codes: weight codes, uint8 `[N, ...]`, in `0 .. 2**bits - 1`.
+        scale: scales, float32 `[N, 1, ...]`.
+        zero_point: zero points, float32 `[N, 1, ...]`, integers.
         bits: width of the codes.
     """
 
@@ -114,7 +123,7 @@ class PackedWeight:
         return pack_codes(self.codes, self.bits)
 
     def unpack(self, packed: Tensor | None = None) -> Tensor:
-        """The codes in `packed`, uint8[N, ...]; default: the codes in `pack()` of this weight."""
+        """The codes in `packed`, uint8[N, ...]; by default the codes in this weight's `pack()`."""
         return unpack_codes(
             self.pack() if packed is None else packed, self.bits, self.codes.shape[0]
         )

@@ -1,4 +1,4 @@
-"""Plan of a quantised denoiser: for each layer its kind, its bits and the reason for them."""
+"""Plan of a quantised denoiser: the kind, the bits and the reason of each layer."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ class LayerPlan:
     Attributes:
         name: module path of the layer in the denoiser.
         kind: `linear`, `conv2d` or `product`.
-        weight_bits: width of the weight codes; None for a product and for a layer that stays float.
-        activation_bits: width of the codes of the (first) input; None for a layer that stays float.
+        weight_bits: width of the weight codes; None: a product, or a layer that stays float.
+        activation_bits: width of the codes of the (first) input; None: a layer that stays float.
         reason: reason for the choice, in a few words.
         adapters: whether fine-tuning adds QALoRA adapters to the layer.
-        right_bits: width of the codes of a product's second input.
-        input_of: earlier layer with the same input, whose input quantiser this layer uses, or None.
+        right_bits: width of the codes of a product's second input; None: not a product.
+        input_of: path of an earlier layer with the same input, whose input quantiser this layer shares;
+            None: the layer has its own.
     """
 
     name: str

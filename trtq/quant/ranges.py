@@ -47,7 +47,7 @@ def affine_from_range(
         low: lower ends of the ranges, any shape.
         high: upper ends of the ranges, same shape.
         bits: width of the codes.
-        symmetric: use `z = 2**(bits - 1)` and the smallest scale that reaches both ends.
+        symmetric: whether to use `z = 2**(bits - 1)` and the smallest scale that covers both ends.
 
     Returns:
         `(scale, zero_point)`, float32, shaped like `low`.
@@ -117,6 +117,9 @@ def row_qparams(
         symmetric: see `weight_qparams`.
         contain_zero: see `weight_qparams`.
 
+    Returns:
+        `(scale, zero_point)`, float32[R] each.
+
     Raises:
         RecipeError: unsupported bits or method.
         NonFiniteError: the data holds NaN or infinity.
@@ -126,7 +129,7 @@ def row_qparams(
         low, high = low.clamp_max(0), high.clamp_min(0)
     if method == "minmax":
         return affine_from_range(low, high, bits, symmetric=symmetric)
-    # 80 passes over rows that fit a processor's cache are four times as fast as over all rows.
+    # 80 passes over rows that fit in the processor's cache are four times as fast as over all rows.
     count = max(1, _VALUES_AT_ONCE // rows.shape[1])
     parts = [slice(first, first + count) for first in range(0, len(rows), count)]
     results = [
@@ -150,14 +153,14 @@ def weight_qparams(
         w: weight, `[N, ...]`, output channels first.
         bits: width of the codes, 2 .. 8.
         method: `minmax` spreads the codes over each channel's range, extended to zero; `search` tries
-            80 shrunken ranges and keeps the one with the smallest mean of `|error|**2.4`. As released,
-            `search` does not extend the range, so the zero point of a one-sided channel may lie outside
-            the codes.
-        symmetric: use zero point `2**(bits - 1)`; 8-bit weights fit int8 in this form only.
-        contain_zero: extend the searched range to zero too, so that the zero point is a code.
+            80 shrunken ranges and keeps the range with the smallest mean of `|error|**2.4`. As in
+            the released code, `search` does not extend the range, so the zero point of a one-sided
+            channel may lie outside the codes.
+        symmetric: whether to use zero point `2**(bits - 1)`; 8-bit weights fit int8 in this form only.
+        contain_zero: whether to extend the searched range to zero, so that the zero point is a code.
 
     Returns:
-        `(scale, zero_point)`, float32, shape `[N, 1, ...]`; the zero point is a whole number.
+        `(scale, zero_point)`, float32, shape `[N, 1, ...]`; the zero point is an integer.
 
     Raises:
         RecipeError: unsupported bits or method.
@@ -193,7 +196,7 @@ def activation_qparams(
         x: activation of any shape.
         bits: width of the codes, 2 .. 8.
         method: see `weight_qparams`.
-        symmetric: use zero point `2**(bits - 1)`.
+        symmetric: whether to use zero point `2**(bits - 1)`.
         contain_zero: see `weight_qparams`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Attributes that diffusers' pipelines use of their denoiser, in addition to calling it."""
+"""Attributes of the denoiser that diffusers' pipelines read, in addition to calling it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class StandIn(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
-        """Accept a pipeline's name for the next guidance half; no state is kept between calls."""
+        """Accept the pipeline's name of a guidance half; the denoiser keeps no state."""
         yield
 
     @property

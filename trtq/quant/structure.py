@@ -3,10 +3,10 @@
 diffusers computes attention in one fused call and a skip connection's concatenated input in one
 convolution. Before quantisation, attention is decomposed into two `Product`s, and such a convolution is
 split into one per source, so that each source has a separate quantiser (QuEST, arXiv 2402.03666). A
-`Structure` in the manifest records both changes, so that a new model of the same class can be brought
-into the same form.
+`Structure` in the manifest records both changes, so that they can be applied to a new model of the same
+class.
 
-Letters: B images, H heads, S, S' tokens, D channels of a head.
+Letters: B images; H heads; S, S' tokens; C channels; D channels of a head.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Structure:
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
-    """Replace the module at path `name` with `new`."""
+    """Replace the module of `root` at path `name` with `new`."""
     parent, _, leaf = name.rpartition(".")
     owner = root.get_submodule(parent)
     if isinstance(owner, nn.Sequential | nn.ModuleList):
@@ -193,10 +193,10 @@ def attention_modules(denoiser: nn.Module) -> list[str]:
 
 
 def skip_splits(denoiser: Any) -> dict[str, int]:
-    """Channels at which the skip convolutions of a UNet's decoder join their two sources.
+    """Input channels that split the skip convolutions of a UNet's decoder into their two sources.
 
     Returns:
-        By path of each `conv_shortcut`, the number of its input channels that come from the decoder.
+        The number of input channels from the decoder, by path of the `conv_shortcut`.
     """
     splits: dict[str, int] = {}
     middle = getattr(denoiser, "mid_block", None)

@@ -69,6 +69,11 @@ class ActivationTensors:
     ) -> ActivationTensors:
         """Inverse of `tensors`.
 
+        Args:
+            named: tensors by name.
+            operand: name of the quantised input.
+            bits: width of the codes.
+
         Raises:
             KeyError: a tensor is missing.
         """
@@ -88,7 +93,7 @@ class LayerTensors:
     Attributes:
         weight: integer weight, `[N, K, ...]`.
         activation: quantiser of the input.
-        bias: float32 `[N]`, or None.
+        bias: float32 `[N]`; None: no bias.
     """
 
     weight: PackedWeight
@@ -134,6 +139,12 @@ class LayerTensors:
         cls, named: Mapping[str, Tensor], *, channels: int, weight_bits: int, activation_bits: int
     ) -> LayerTensors:
         """Inverse of `tensors`.
+
+        Args:
+            named: tensors by name.
+            channels: number of output channels.
+            weight_bits: width of the weight codes.
+            activation_bits: width of the activation codes.
 
         Raises:
             ArtefactError: a tensor is missing or has the wrong size.
@@ -187,6 +198,11 @@ class ProductTensors:
         cls, named: Mapping[str, Tensor], *, left_bits: int, right_bits: int
     ) -> ProductTensors:
         """Inverse of `tensors`.
+
+        Args:
+            named: tensors by name.
+            left_bits: width of the first operand's codes.
+            right_bits: width of the second operand's codes.
 
         Raises:
             ArtefactError: a tensor is missing.

@@ -1,7 +1,7 @@
 """Look-up from a timestep to the index of its scales.
 
-The `T` calibrated timesteps are sorted. A timestep uses the nearest calibrated one; in the exact middle
-between two it uses the noisier one. The index is a function of the timestep alone, so any scheduler, any
+The `T` calibrated timesteps are sorted. A timestep uses the scales of the nearest calibrated timestep,
+and the noisier one in a tie. The index is a function of the timestep alone, so any scheduler, any
 number of steps and batches that mix steps work, both in torch and in the exported graph.
 """
 
@@ -24,7 +24,7 @@ Step = int | Tensor
 
 
 class TimestepTable:
-    """The calibrated timesteps, with a look-up from any timestep to the index of the nearest one.
+    """The calibrated timesteps, with a look-up from any timestep to the index of the nearest entry.
 
     Index 0 is the last, cleanest step; `T - 1` is the first, noisiest step.
 
@@ -64,7 +64,7 @@ class TimestepTable:
         """The index of the nearest calibrated timestep.
 
         Args:
-            timestep: number, or tensor of shape `[]` or `[B]` and any dtype.
+            timestep: a number, or a tensor of shape `[]` or `[B]` and any dtype.
 
         Returns:
             LongTensor[B] (B = 1 for a number) with values in `[0, T)`.
@@ -118,7 +118,7 @@ def float_scope() -> Iterator[None]:
 
 
 def current_step() -> Step | None:
-    """The step of the enclosing scope, or None inside `float_scope`.
+    """The step of the enclosing `step_scope`; None inside `float_scope`.
 
     Raises:
         StepError: there is no enclosing scope.

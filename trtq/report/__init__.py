@@ -1,1 +1,1 @@
-"""The HTML and the plots that show the numbers."""
+"""Reports: HTML pages, plots and formatted text."""

@@ -25,7 +25,8 @@ def check_report_folder(folder: Path, *, kind: str, overwrite: bool) -> Path:
 
     Args:
         folder: output folder.
-        kind: `eval`, `bench` or `demo report`; only reports of the same kind are replaced.
+        kind: kind of report, `eval`, `bench` or `demo report`; only a report of the same kind is
+            replaced.
         overwrite: replace an existing report.
 
     Raises:
@@ -41,6 +42,11 @@ def check_report_folder(folder: Path, *, kind: str, overwrite: bool) -> Path:
 def report_folder(folder: Path | None, *, kind: str, overwrite: bool) -> Iterator[None]:
     """Reserve the output folder during the block, see `check_report_folder`; None means no report.
 
+    Args:
+        folder: output folder; None: no report.
+        kind: see `check_report_folder`.
+        overwrite: whether to replace an existing report.
+
     Raises:
         UsageError: another process writes to the folder.
     """
@@ -55,7 +61,7 @@ def report_folder(folder: Path | None, *, kind: str, overwrite: bool) -> Iterato
 def write_report(
     folder: Path, page: Page, numbers: dict[str, Any], *, kind: str, overwrite: bool
 ) -> None:
-    """Write both files to a temporary folder, then move it to `folder`.
+    """Write both files to a temporary folder, and move that folder to `folder`.
 
     Args:
         folder: output folder.
@@ -66,7 +72,7 @@ def write_report(
 
     Raises:
         UsageError: the folder contains something that must not be replaced.
-        ArtefactError: the disk is full or fails.
+        ArtefactError: the disk is full, or writing fails.
     """
     folder = check_report_folder(folder, kind=kind, overwrite=overwrite)
     with new_artefact(folder, kind=kind, overwrite=overwrite) as partial:

@@ -36,7 +36,7 @@ Rows = list[tuple[str, str]]
 
 
 def _rest(result: Mapping[str, Any], known: Sequence[str]) -> Rows:
-    """Lines of the remaining keys, which have no special format."""
+    """Lines of the remaining keys, for which there is no special format."""
     return [
         (label_text(key), value_text(value)) for key, value in result.items() if key not in known
     ]

@@ -23,7 +23,7 @@ class Picture:
     Attributes:
         base64: encoded PNG bytes.
         caption: text below the image.
-        colour: `#rrggbb` of the model in the image; None for several models.
+        colour: colour `#rrggbb` of the model; None: the image shows several models.
     """
 
     base64: str
@@ -38,9 +38,9 @@ class Table:
     Attributes:
         header: column titles.
         rows: cell texts.
-        best: index of the highlighted row, or None.
+        best: index of the highlighted row; None: no row.
         words: whether the last column contains sentences and may wrap.
-        colours: `#rrggbb` by cell text or column title; these cells get a mark in that colour.
+        colours: colours `#rrggbb` of cells, by cell text or column title; shown as a mark in the cell.
     """
 
     header: tuple[str, ...]
@@ -57,9 +57,9 @@ class Section:
     Attributes:
         title: heading.
         text: paragraph below the heading.
-        table: table below the paragraph, or None.
+        table: table below the paragraph; None: no table.
         images: images below the table.
-        side_by_side: whether the images are placed next to each other, with sharp pixels.
+        side_by_side: whether to place the images next to each other, scaled without smoothing.
     """
 
     title: str
@@ -76,7 +76,7 @@ class Page:
     Attributes:
         title: title of the page.
         lead: paragraph below the title.
-        sections: content.
+        sections: sections of the page, in order.
     """
 
     title: str
@@ -94,7 +94,13 @@ def png_bytes(sheet: np.ndarray) -> bytes:
 
 
 def picture(png: np.ndarray | bytes, caption: str, colour: str | None = None) -> Picture:
-    """Create a `Picture` from pixels uint8[H,W,3] or PNG bytes."""
+    """Create a `Picture` from pixels uint8[H,W,3] or PNG bytes.
+
+    Args:
+        png: pixels uint8[H,W,3], or the bytes of a PNG file.
+        caption: text below the image.
+        colour: see `Picture`.
+    """
     data = png if isinstance(png, bytes) else png_bytes(png)
     return Picture(base64.b64encode(data).decode(), caption, colour)
 

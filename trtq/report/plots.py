@@ -56,7 +56,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _text(label: str) -> str:
-    """Escape a label: matplotlib typesets text between dollars, and hides labels that start with _."""
+    """Escape a label: matplotlib typesets `$...$` and hides labels that start with `_`."""
     plain = label.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
 
@@ -114,7 +114,7 @@ def latency_boxes(rows: Mapping[str, Mapping[str, Any]], colours: Mapping[str, s
     """Plot the duration of a call: box from first to third quartile, whisker to the 90th percentile.
 
     Args:
-        rows: `p50`, `q1`, `q3`, `p90` in ms, by label.
+        rows: `p50`, `q1`, `q3` and `p90` of the duration in milliseconds, by label.
         colours: colour by label, see `model_colours`.
     """
     figure, axes = _figure(8.5, 0.9 + 0.42 * len(rows))
@@ -138,7 +138,12 @@ def latency_boxes(rows: Mapping[str, Mapping[str, Any]], colours: Mapping[str, s
 def throughput_curves(
     curves: Mapping[str, Mapping[int, float]], colours: Mapping[str, str]
 ) -> bytes:
-    """Plot images per second over the batch size; `curves` holds rates by batch size, by label."""
+    """Plot images per second over the batch size.
+
+    Args:
+        curves: images per second by batch size, by label.
+        colours: colour by label, see `model_colours`.
+    """
     figure, axes = _figure(8.5, 3.2)
     for label, values in curves.items():
         style = {"marker": "o", "color": colours[label], "label": _text(label)}

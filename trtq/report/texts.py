@@ -77,11 +77,11 @@ def label_text(key: Any) -> str:
 
 
 _EXACT_DB = 200.0
-"""Parity that `trtq.exporter.parity` reports for equal values."""
+"""SNR in dB that `trtq.exporter.parity` reports for equal values."""
 
 
 def decibel_text(value: float) -> str:
-    """Format a parity in dB; `exact` for equal values."""
+    """Format an SNR in dB, or `exact` if the values are equal."""
     return "exact" if value >= _EXACT_DB else f"{value:.1f} dB"
 
 

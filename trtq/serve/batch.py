@@ -35,7 +35,7 @@ class Item:
         order: position in the queue.
         queued_at: `time.monotonic()` at which the batcher received the image.
         rows: number of rows per denoiser call, 2 with guidance, else 1.
-        halves: the per-row inputs, unconditional before conditional.
+        halves: the inputs of each row, unconditional before conditional.
         kind: shapes of the image's arrays; images of the same kind can share a batch.
     """
 
@@ -78,15 +78,15 @@ class Item:
 class Batch:
     """Images that share denoiser calls until an image joins or leaves.
 
-    The inputs that stay the same from call to call are put together once.
+    Inputs that are the same in every call are concatenated once.
 
     Args:
         items: the images, all of the same kind.
-        size: rows of a call; rows that no image needs repeat the last row.
+        size: number of rows per call; the rows beyond those of the images repeat the last row.
 
     Attributes:
         remaining: number of calls until the first of the images is complete.
-        new: the images that were in no call before.
+        new: the images that have not been in a call yet.
         watched: the images that have an `on_step` callback.
     """
 
@@ -105,7 +105,7 @@ class Batch:
             name: _joined([half[name] for half in halves]) for name in inputs.conditional
         }
         self._shared = inputs.shared
-        # The image of each row: in order, "no condition" first, then padding.
+        # Index of the image of each row: unconditional rows, then conditional rows, then padding.
         image_of_row = [place for place, item in enumerate(items) for _ in range(item.rows)]
         self._image_of_row = [*image_of_row, *image_of_row[-1:] * padding]
         self._timesteps = self._remaining_timesteps()

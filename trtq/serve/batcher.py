@@ -27,10 +27,16 @@ class Observer(Protocol):
     """Callbacks for the work of a batcher, called from its thread."""
 
     def called(self, seconds: float, rows: int, size: int) -> None:
-        """Called after each denoiser call: `rows` rows of images in a batch of `size` rows."""
+        """Called after each denoiser call.
+
+        Args:
+            seconds: duration of the call, in seconds.
+            rows: number of rows that belong to images.
+            size: batch size of the call, in rows, including padding.
+        """
 
     def waited(self, seconds: float) -> None:
-        """Called when an image gets its first denoising step; `seconds` is its queueing time."""
+        """Called after an image's first step; `seconds` is its queueing time, in seconds."""
 
 
 def batch_sizes(max_rows: int) -> tuple[int, ...]:
@@ -49,7 +55,8 @@ class Batcher:
     Args:
         model: the model whose denoiser is called.
         max_rows: maximum number of rows per call, at least 2.
-        sizes: the only batch sizes of calls, ascending, to which smaller batches are padded; None: any.
+        sizes: allowed batch sizes in rows, ascending, to which smaller batches are padded; None: any
+            size.
         more_sizes: whether `add_size` will add sizes; until `no_more_sizes`, an image that fits in no
             size waits for a larger one.
         batching: `step`, or `request`: a batch starts together, its images have the same number of steps
@@ -109,12 +116,12 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Number of images that are not in the current call."""
+        """Number of queued images that are not in the current call."""
         return max(0, len(self._items) - self._in_call)
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     def add_size(self, size: int) -> None:
@@ -142,11 +149,11 @@ class Batcher:
             item.cancelled = True
 
     def close(self, error: Exception, seconds: float | None = None) -> bool:
-        """Refuse all images and wait for the end of the thread.
+        """Refuse all images and wait until the thread ends.
 
         Args:
-            error: the error of the images.
-            seconds: maximum waiting time; None: no limit.
+            error: error with which the images fail.
+            seconds: maximum waiting time, in seconds; None: no limit.
 
         Returns:
             Whether the thread ended in time.
@@ -156,7 +163,7 @@ class Batcher:
         return not self.alive
 
     def _notify(self) -> None:
-        """Make the thread choose the images of the next call again; the lock is held."""
+        """Make the thread choose the images of the next call again. The caller holds the lock."""
         self._changed = True
         self._wake.notify()
 
@@ -166,10 +173,10 @@ class Batcher:
                 try:
                     self._call_while_unchanged(chosen)
                 except Exception as error:
-                    # An engine may raise anything: it ends these images, and the thread has to live on.
+                    # An engine may raise any exception, which must end these images but not the thread.
                     logger.exception("a call of the denoiser failed")
                     self._finish(chosen, error)
-        except BaseException:  # Nothing else would report the end of this thread.
+        except BaseException:  # Otherwise the thread would end without a report.
             self.died = True
             logger.critical("the batcher died; start the server again", exc_info=True)
             self.refuse(RuntimeError("its batcher has died; the server has to be started again"))
@@ -188,7 +195,7 @@ class Batcher:
         if self.sizes is not None:
             size = next(size for size in self.sizes if size >= rows)
         batch = Batch(chosen, size)
-        # While no image joins or leaves, the next call has the same images: no lock, no choice.
+        # While no image joins or leaves, the next call has the same images and needs no lock.
         while not self._changed and not any(item.cancelled for item in chosen):
             self._call(batch)
 
@@ -243,7 +250,7 @@ class Batcher:
                     self._finish([item], error)
 
     def _finish(self, items: Sequence[Item], error: Exception | None) -> None:
-        """Finish images; the caller that takes an image off the list finishes it, so each ends once."""
+        """Finish images that this caller has removed from the list, so that each ends once."""
         with self._wake:
             listed = set(self._items)
             taken = [item for item in items if item in listed]
@@ -258,7 +265,7 @@ def _does_not_fit() -> Exception:
 
 
 def _same_call(item: Item, first: Item) -> bool:
-    """Whether a pipeline could draw both images in one call."""
+    """Whether one call of a whole pipeline could draw both images."""
     return (
         item.kind == first.kind
         and item.steps == first.steps

@@ -29,11 +29,21 @@ class CodecThread:
         self._executor = ThreadPoolExecutor(1, "encode-decode")
 
     async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Call `work` in the thread and return its result."""
+        """Call `work` in the thread and return its result.
+
+        Args:
+            work: function to call.
+            arguments: positional arguments of `work`.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
 
     def submit(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Call `work` in the thread without waiting for it; safe to call from any thread."""
+        """Call `work` in the thread without waiting for it; safe to call from any thread.
+
+        Args:
+            work: function to call.
+            arguments: positional arguments of `work`.
+        """
         with suppress(RuntimeError):  # The executor is shut down: no client waits for the result.
             self._executor.submit(work, *arguments)
 
@@ -47,13 +57,13 @@ class CodecThread:
 
 
 class Generation:
-    """The images of one request, counted as under way until they are complete or cancelled.
+    """The images of one request, counted as in progress until they are complete or cancelled.
 
     Args:
         served: the model that draws.
         request: the images to draw.
-        options: how to deliver the images.
-        codec: thread for prompts and images, unused by models whose codec is cheap.
+        options: delivery of the images: deadline, previews and progress events.
+        codec: thread that encodes prompts and decodes images; not used for models with a cheap codec.
 
     Attributes:
         events: the events of the images, and the exception that ends the request, if any.
@@ -95,7 +105,7 @@ class Generation:
                 starts = await self._codec.run(self._model.starts, self._request)
         except UsageError as err:
             raise ApiError(400, "invalid_value", str(err)) from err
-        # Previews are spread evenly over the steps, without one of the initial noise.
+        # Previews are spread evenly over the steps; the initial noise gets no preview.
         calls, parts = len(starts[0].solver.timesteps), self._options.previews + 1
         self._preview_at = {round(part * calls / parts) for part in range(1, parts)}
         watched = self._options.progress or self._preview_at
@@ -106,7 +116,7 @@ class Generation:
         self._served.batcher.put(self._items)
 
     def fail_after(self, seconds: float, error: ApiError) -> asyncio.TimerHandle:
-        """Schedule `error` as the end of the request in `seconds`."""
+        """Schedule the end of the request with `error` after `seconds` seconds."""
         return self._loop.call_later(seconds, self.events.put_nowait, error)
 
     def cancel(self) -> None:
@@ -122,7 +132,7 @@ class Generation:
             self._loop.call_soon_threadsafe(self._enqueue, event)
 
     def _enqueue(self, event: Event | Exception) -> None:
-        """Runs in the loop's thread; a complete image frees its queue slot before it is read."""
+        """Put an event on the queue, in the loop's thread; a complete image frees its slot."""
         if self._remaining and isinstance(event, Event) and event.kind == "image":
             if self._remaining == 1:
                 self._served.finished(time.monotonic() - self._begun)

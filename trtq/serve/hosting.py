@@ -1,4 +1,4 @@
-"""Opening the models of a server and getting them ready to draw."""
+"""Open the models of a server and prepare them for drawing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["build_service", "is_compiling", "open_model"]
 logger = logging.getLogger(__name__)
 _COMPILE_THREAD = "compile-"
 _LISTENING_S = 10.0
-"""Maximum time from opening the models until the server listens."""
+"""Maximum time from opening the models until the server listens, in seconds."""
 _MAX_NAME = 100
 TORCH = "torch"
 
@@ -49,9 +49,9 @@ def open_model(
     Args:
         path: an ONNX folder, a run or a checkpoint.
         name: model name used in requests.
-        provider: execution provider; None: the default of the path's kind.
+        provider: execution provider; None: the default for this kind of path.
         threads: number of threads per operator; None: the number of cores.
-        shapes: number of batch sizes that may be in use at once.
+        shapes: maximum number of batch sizes in use at once.
 
     Raises:
         TrtqError: see `trtq.pipelines.open.open_any`.
@@ -77,13 +77,13 @@ def open_model(
 def build_service(
     options: ServeOptions, metrics: Metrics, ready: threading.Event | None = None
 ) -> Service:
-    """Open all models and warm each up for its smallest batch size; the other sizes follow in a thread.
+    """Open all models, warm up the smallest batch size of each, and compile the others in a thread.
 
     Args:
         options: options of the server.
         metrics: metrics of the server.
-        ready: event that is set when the server listens, from which on the other sizes are compiled;
-            None: they are compiled at once.
+        ready: event that is set when the server listens, after which the other sizes are compiled;
+            None: compile them at once.
 
     Raises:
         TrtqError: a model cannot be opened or run.
@@ -116,7 +116,7 @@ def _named_paths(options: ServeOptions) -> dict[str, str]:
 
 
 def _folder_name(path: str) -> str:
-    """The default name of a model: the name of its folder, also for `.`."""
+    """The default name of a model: the name of its folder, resolved if the path is `.`."""
     return Path(os.path.realpath(path)).name
 
 
@@ -127,7 +127,7 @@ def is_compiling() -> bool:
 
 @dataclass
 class _Host:
-    """One model on its way from a path to a `ServedModel`.
+    """Opens one model and turns it into a `ServedModel`.
 
     Attributes:
         path: an ONNX folder, a run or a checkpoint.
@@ -135,7 +135,7 @@ class _Host:
         options: options of the server.
         metrics: metrics of the server.
         ready: event that is set when the server listens; None: compile without waiting.
-        takes_provider: whether `options.provider` applies even if the path is not an ONNX folder.
+        takes_provider: whether `options.provider` also applies if the path is not an ONNX folder.
     """
 
     path: str
@@ -149,7 +149,7 @@ class _Host:
         """Open the model, run it once and start compiling its other batch sizes.
 
         Raises:
-            UsageError: the model was built for smaller batches than the options ask for.
+            UsageError: the model was built for smaller batches than the options require.
             ArtefactError: the model opens but does not run.
         """
         begun = time.monotonic()
@@ -157,7 +157,7 @@ class _Host:
         sizes = limits.batch_sizes or batch_sizes(limits.batch)
         mapped = mapped_files()
         model = self._open(len(sizes))
-        # An image with guidance takes two rows, and a request with the default guidance has to fit.
+        # An image with guidance takes two rows, and a request with the default guidance must fit.
         rows = 2 if model.info.guidance != 1 else 1
         first = next(size for size in sizes if size >= rows)
         self._warm(model, first)
@@ -221,7 +221,7 @@ def _compile_rest(
         served: the model.
         sizes: batch sizes to compile.
         ready: event to wait for first; None: start at once.
-        mapped: files to leave alone, see `copy_mapped_files`.
+        mapped: paths of files to skip, see `copy_mapped_files`.
     """
     if ready is not None:
         # Compiling uses all cores, which would delay the start of the server.

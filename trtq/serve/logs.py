@@ -28,7 +28,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_to(stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Send the logs of this package and of the HTTP server to a stream, by default standard error."""
+    """Send the logs of this package and of the HTTP server to a stream, by default standard error.
+
+    Args:
+        stream: text stream; None: standard error.
+        level: minimum level of the messages.
+    """
     handler = StderrHandler() if stream is None else logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     for name in ("trtq.serve", "uvicorn"):

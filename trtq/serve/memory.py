@@ -1,8 +1,8 @@
-"""Copies of mapped weights in the server's own memory, which do not depend on the files any more.
+"""Copies of mapped weights in the server's own memory, independent of the files.
 
 Runtimes map files instead of reading them. If such a file is truncated in place, the next access ends
-the process (SIGBUS); if it is overwritten, the model draws with other weights. A file that is replaced
-by renaming does no harm.
+the process (SIGBUS); if it is overwritten, the model computes with the wrong weights. Replacing a file
+by renaming is harmless.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["copy_mapped_files", "mapped_files"]
 
 _MAPS = Path("/proc/self/maps")
 _PART = 64 << 20
-"""Number of bytes that are copied at a time, and thus are in memory twice."""
+"""Number of bytes that are copied at a time, and so are in memory twice."""
 _MAY_MOVE_TO = 1 | 2
 """Flags of mremap: MREMAP_MAYMOVE and MREMAP_FIXED."""
 _NO_DATA = ("/dev/", "/memfd:", "/SYSV", "/run/shm/")
@@ -38,7 +38,7 @@ class _Mapping:
 
 
 def _mappings() -> list[_Mapping]:
-    """The mappings of data files; empty if the operating system does not list them."""
+    """The process's mappings of data files; empty if the system does not list mappings."""
     try:
         lines = _MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -48,7 +48,7 @@ def _mappings() -> list[_Mapping]:
     programs = {row[5] for row in rows if "x" in row[1]}
     mappings = []
     for addresses, rights, offset, _, inode, path in rows:
-        # A shared writable mapping ("s") writes to its file, so it has to stay.
+        # A shared writable mapping ("s") writes to its file, so it must stay.
         shared = rights[3] == "s" and "w" in rights
         if path in programs or path.startswith(_NO_DATA) or "r" not in rights or shared:
             continue
@@ -65,13 +65,13 @@ def mapped_files() -> set[str]:
 
 
 def copy_mapped_files(before: set[str]) -> int:
-    """Replace file mappings of the process by anonymous memory with the same content.
+    """Replace file mappings of the process with anonymous memory that has the same content.
 
     Addresses stay the same, and other threads may read meanwhile. The function works on Linux only; on
     other systems it does nothing.
 
     Args:
-        before: files to leave alone: the files that were mapped before the model was opened.
+        before: absolute paths of the files to skip: those mapped before the model was opened.
 
     Returns:
         Number of bytes copied.
@@ -105,7 +105,7 @@ def _check_length(mapping: _Mapping) -> None:
 
 
 def _replace(start: int, size: int, *, writable: bool) -> None:
-    if sys.platform != "linux":  # `_mappings` reads /proc, so nothing else gets here.
+    if sys.platform != "linux":  # `_mappings` reads /proc, so only Linux gets here.
         raise OSError("only Linux replaces mapped memory in place")
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p

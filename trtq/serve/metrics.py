@@ -1,4 +1,4 @@
-"""Prometheus metrics of a server: one registry per server, so two servers of a process do not mix."""
+"""Prometheus metrics, one registry per server, so that servers in one process stay separate."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Metrics:
             name: name of the model.
             load_seconds: time that opening the model took, in seconds.
             under_way: function that returns the number of accepted images that are not complete.
-            waiting: function that returns the number of images that are in no call.
+            waiting: function that returns the number of images that wait for a call.
             max_rows: maximum number of rows per denoiser call.
         """
         self._under_way.labels(name).set_function(under_way)
@@ -112,7 +112,13 @@ class Metrics:
         return model_metrics
 
     def request(self, path: str, status: int, seconds: float) -> None:
-        """Count a response; `path` is the path of a route, so that clients cannot create labels."""
+        """Count a response.
+
+        Args:
+            path: path of the route, not of the request, so that clients cannot create labels.
+            status: HTTP status.
+            seconds: time from the request to the response, in seconds.
+        """
         self._requests.labels(path, str(status)).observe(seconds)
 
     def error(self, code: str) -> None:
@@ -139,8 +145,15 @@ class ModelMetrics:
         self._calls: deque[tuple[float, int, int]] = deque()
 
     def called(self, seconds: float, rows: int, size: int) -> None:
-        """Count a denoiser call: `rows` rows of images in a batch of `size` rows."""
-        # Updating Prometheus after every call of a small model would take a noticeable part of the time.
+        """Count a denoiser call.
+
+        Args:
+            seconds: duration of the call, in seconds.
+            rows: number of rows that belong to images.
+            size: batch size of the call, in rows, including padding.
+        """
+        # For a small model, updating Prometheus after every call would take a noticeable share of the
+        # time.
         self._calls.append((seconds, rows, size))
         if len(self._calls) >= _CALLS_KEPT:
             self.flush()
@@ -156,7 +169,7 @@ class ModelMetrics:
                     self._padding.inc(size - rows)
 
     def waited(self, seconds: float) -> None:
-        """Count the queueing time of an image, up to its first denoising step."""
+        """Count the queueing time of an image until its first denoising step, in seconds."""
         self._wait.observe(seconds)
 
     def drawn(self) -> None:

@@ -1,4 +1,4 @@
-"""The options of a server: what `trtq serve` is called with, checked and typed."""
+"""The typed and checked options of `trtq serve`."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _MAX_KEY_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits of a server. The code that parses options checks their ranges.
+    """The limits of a server. Their ranges are checked when the options are parsed.
 
     Attributes:
         batch: maximum number of rows per denoiser call.
-        batch_sizes: the only batch sizes of denoiser calls; None: any size, or powers of two if each
-            size has to be compiled.
-        queue: maximum number of images that wait in addition to those in the batch.
+        batch_sizes: allowed batch sizes of denoiser calls, in rows; None: any size, or powers of two if
+            each size must be compiled.
+        queue: maximum number of waiting images, in addition to the images in the batch.
         images: maximum number of images per request.
         steps: maximum number of denoising steps per image.
         body_bytes: maximum size of a request body, in bytes.
@@ -56,7 +56,7 @@ class Limits:
 
     @property
     def max_images(self) -> int:
-        """Maximum number of images of a request that the server can accept at all."""
+        """Maximum number of images per request that the server can ever accept."""
         return min(self.images, self.batch + self.queue)
 
 
@@ -74,7 +74,7 @@ class ServeOptions:
         threads: number of threads per operator; None: the number of cores.
         batching: batching strategy, see `Batcher`.
         limits: limits on requests and batches.
-        drain_s: time from SIGTERM to the exit for finishing accepted requests, in seconds.
+        drain_s: maximum time from SIGTERM to the exit, for finishing accepted requests, in seconds.
         api_key: key that requests to `/v1` must send; None: no key.
         allowed_hosts: additional host names that the server answers to, see `Access`.
         allowed_origins: origins of other sites whose pages may use the server, see `Access`.

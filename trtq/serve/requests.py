@@ -63,13 +63,13 @@ class ImageGenerator(ABC):
 
     @property
     def alive(self) -> bool:
-        """Whether the generator can draw at all."""
+        """Whether the generator is able to draw."""
         return True
 
     @property
     @abstractmethod
     def under_way(self) -> int:
-        """Number of images that are accepted and not complete."""
+        """Number of accepted images that are not complete."""
 
     @abstractmethod
     def give_up(self) -> None:
@@ -112,11 +112,11 @@ class ImageGenerator(ABC):
         Args:
             name: name of the model.
             request: the images to draw.
-            options: how to deliver the images.
+            options: delivery of the images: deadline, previews and progress events.
 
         Raises:
-            ApiError: 400 the model cannot draw this; 408 the deadline passed; 429 the queue is full; 503
-                the server is about to stop; 500 the model failed.
+            ApiError: 400 the model cannot draw these images; 408 the deadline passed; 429 the queue is
+                full; 503 the server is about to stop; 500 the model failed.
         """
 
 
@@ -130,5 +130,5 @@ def too_late(seconds: float) -> ApiError:
 
 
 def draining_error() -> ApiError:
-    """The error of a request that reaches a server which is about to stop."""
+    """The error of a request that arrives when the server is about to stop."""
     return ApiError(503, "draining", "this server is about to stop; try again", retry_after=1)

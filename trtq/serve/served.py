@@ -18,7 +18,7 @@ _MAX_RETRY_S = 60
 
 
 class ServedModel:
-    """A model with its batcher and its bounded number of images.
+    """A model with its batcher and a bounded number of images in progress.
 
     Args:
         model: the model, loaded and warmed up.

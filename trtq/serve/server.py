@@ -30,7 +30,7 @@ __all__ = ["drain", "listen", "serve"]
 
 logger = logging.getLogger(__name__)
 _LAST_RESPONSES_S = 2.0
-"""Time for sending the last responses, and again for the engine's last call to return."""
+"""Time limit of sending the last responses, and of the engine's last call, in seconds."""
 _CONNECTIONS = 1024
 _BACKLOG = 2048
 _UNREAD_MS = 60_000
@@ -38,6 +38,10 @@ _UNREAD_MS = 60_000
 
 def listen(host: str, port: int) -> socket.socket:
     """Bind a socket to an address; it does not accept connections yet.
+
+    Args:
+        host: address or host name.
+        port: port; 0: any free port.
 
     Raises:
         ArtefactError: the address or the port is not available.
@@ -49,7 +53,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # The system closes the connection of a client that reads nothing for this long.
+            # The operating system closes the connection of a client that reads nothing for this time.
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
         bound.bind((host, port))
     except (OSError, OverflowError, TypeError, UnicodeError) as err:
@@ -92,7 +96,7 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
             raise _cannot_listen(options.host, options.port, err) from err
 
         def ready() -> None:
-            # The objects that exist now stay, so the garbage collector need not visit them again.
+            # The objects that exist now are permanent, so exclude them from garbage collection.
             gc.freeze()
             host, port = bound.getsockname()[:2]
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -110,10 +114,10 @@ def serve(options: ServeOptions, announce: Callable[[dict[str, Any]], None]) -> 
 def _leave(service: Service, *, ended: bool) -> None:
     """End the process if a call of an engine or a compiler still runs.
 
-    Neither can be interrupted, and all accepted requests are answered.
+    Neither can be interrupted, and all accepted requests have been answered by now.
 
     Args:
-        service: the service, closed.
+        service: the closed service.
         ended: whether the threads of the service ended.
 
     Raises:
@@ -183,7 +187,7 @@ async def _run(
 
     def stop() -> None:
         service.draining = True
-        # A second signal stops the server at once. Otherwise some of the time is left for the last
+        # A second signal stops the server at once. Otherwise part of the time is reserved for the last
         # responses and the engine's last call.
         seconds = 0.0 if drains else max(0.0, options.drain_s - 3 * _LAST_RESPONSES_S)
         drains.append(loop.create_task(_drain_and_exit(service, server, seconds)))
@@ -202,7 +206,7 @@ async def drain(generator: ImageGenerator, seconds: float) -> None:
     """Finish accepted requests and answer the rest with 503; new requests get 503 at once.
 
     Args:
-        generator: the generator that stops.
+        generator: the generator to drain.
         seconds: maximum time for finishing accepted requests.
     """
     generator.draining = True

@@ -1,4 +1,4 @@
-"""The image generator of this process: accepts requests up to a limit, and batchers draw them."""
+"""The image generator of this process, which accepts requests up to a limit."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Service(ImageGenerator):
 
     @property
     def under_way(self) -> int:
-        """Number of images that are accepted and not complete."""
+        """Number of accepted images that are not complete."""
         return sum(model.under_way for model in self.served.values())
 
     @property
     def alive(self) -> bool:
-        """Whether all batchers run."""
+        """Whether all batchers are running."""
         return all(model.batcher.alive for model in self.served.values())
 
     @property
@@ -70,7 +70,7 @@ class Service(ImageGenerator):
             generation.cancel()
 
     def give_up(self) -> None:
-        """Answer all requests, those in progress and all later ones, with 503."""
+        """Answer all current and future requests with 503."""
         for model in self.served.values():
             model.batcher.refuse(draining_error())
 
@@ -78,7 +78,7 @@ class Service(ImageGenerator):
         """End all threads.
 
         Args:
-            seconds: maximum time to wait for each thread; None: no limit.
+            seconds: maximum time to wait for each thread, in seconds; None: no limit.
 
         Returns:
             Whether all threads ended in time.

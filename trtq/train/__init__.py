@@ -1,1 +1,1 @@
-"""Fine-tuning: one file per method, over one loop."""
+"""Fine-tuning: one module per method, and a training loop that all methods share."""

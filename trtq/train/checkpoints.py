@@ -1,4 +1,4 @@
-"""Checkpoints of a fine-tuning run: complete or absent, and only for the run that wrote them."""
+"""Checkpoints of a fine-tuning run, written atomically and bound to the run that wrote them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["CheckpointState", "Stateful", "latest_checkpoint"]
 
 
 class Stateful(Protocol):
-    """An object whose tensors belong into a checkpoint."""
+    """An object whose tensors belong in a checkpoint."""
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to save."""
@@ -30,7 +30,7 @@ class Stateful(Protocol):
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in a folder, or None."""
-    # A folder without this file is left over from an interrupted write or removal.
+    # A folder without this file is the remainder of an interrupted write or removal.
     complete = sorted(path.parent for path in folder.glob("iteration-*/checkpoint.json"))
     return complete[-1] if complete else None
 
@@ -48,7 +48,7 @@ class CheckpointState:
         optimizer: optimiser of these parameters.
         objective: the method, with its trajectories.
         accelerator: an `accelerate.Accelerator`.
-        fingerprint: identifies model and recipe.
+        fingerprint: hash of model and recipe.
     """
 
     model: nn.Module
@@ -63,11 +63,11 @@ class CheckpointState:
         return f"process-{index}-of-{count}.safetensors"
 
     def save(self, folder: Path, iteration: int) -> None:
-        """Write `folder/iteration-N`, complete or not at all, then remove older checkpoints.
+        """Write `folder/iteration-N` atomically, then remove older checkpoints.
 
         Args:
             folder: folder of the checkpoints.
-            iteration: number of iterations done.
+            iteration: number of completed iterations.
         """
         accelerator = self.accelerator
         final = folder / f"iteration-{iteration:07d}"
@@ -102,7 +102,7 @@ class CheckpointState:
         return tensors
 
     def load(self, checkpoint: Path) -> int:
-        """Restore everything; the number of iterations already done.
+        """Restore everything and return the number of completed iterations.
 
         Raises:
             ArtefactError: the checkpoint is damaged, or belongs to another model, recipe or number of

@@ -20,25 +20,25 @@ from trtq.train.trajectories import Trajectories
 __all__ = ["Distillation", "Rates"]
 
 _SCALE_RANGE = 4.0
-"""Largest factor between a trained activation scale and its calibrated value, in both directions.
+"""Maximum factor between a trained activation scale and its calibrated value, up or down.
 
-The bound is a choice of this project, not part of the papers. It only has to stop entries that drift
-towards zero (see `Distillation.after_update`), so it is about as wide as the search of ranges
+The bound is a choice of this project, not of the papers. It only prevents entries from drifting towards
+zero (see `Distillation.after_update`), so it is about as wide as the search of ranges
 (`trtq.quant.ranges`), whose candidates differ by a factor of up to 1 / 0.21 = 4.8.
 """
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates at the first iteration; all decay linearly to zero.
+    """Learning rates at the first iteration, all of which decay linearly to zero.
 
     Attributes:
-        lora: rate of `lora_A` and `lora_B`, in units of the layer's mean weight scale; 1/2500 as
-            released.
-        weight_scale: rate of the weight scales.
-        activation: rate of activation scales and zero points.
-        activation_relative: multiply `activation` by the layer's mean activation scale.
-        tuned: rate of tuned weights and biases, in units of the layer's mean weight scale.
+        lora: learning rate of `lora_A` and `lora_B`, in units of the layer's mean weight scale; 1/2500
+            in the released code.
+        weight_scale: learning rate of the weight scales.
+        activation: learning rate of activation scales and zero points.
+        activation_relative: whether to multiply `activation` by the layer's mean activation scale.
+        tuned: learning rate of tuned weights and biases, in units of the layer's mean weight scale.
     """
 
     lora: float
@@ -53,7 +53,7 @@ class Distillation:
 
     Args:
         model: quantised denoiser, both teacher and student.
-        trajectories: source of the points at which both are compared.
+        trajectories: source of the points at which teacher and student are compared.
         rates: learning rates.
     """
 
@@ -71,14 +71,20 @@ class Distillation:
 
     @abstractmethod
     def loss(self, student: Callable[..., Any], slot: int, iteration: int) -> Tensor:
-        """Loss of micro-batch `slot` of an update, a scalar."""
+        """Loss of micro-batch `slot` of an update, a scalar.
+
+        Args:
+            student: callable that computes the student's prediction.
+            slot: index of the micro-batch in the update.
+            iteration: index of the update.
+        """
 
     def adapter_groups(self, layers: Iterable[QuantLayer]) -> list[dict[str, Any]]:
         """Groups of adapters with a rate per layer, and one group of all weight scales.
 
         Scale-aware optimisation (EfficientDM, eq. 8) multiplies an adapter's gradient by the layer's
         mean weight scale. Adam cancels such a factor, so the factor is part of the layer's learning
-        rate, as in the release.
+        rate, as in the released code.
         """
         adapters: list[dict[str, Any]] = []
         scales: list[Tensor] = []
@@ -119,7 +125,7 @@ class Distillation:
     def after_update(self) -> None:
         """Clamp zero points to the codes, and scales to a factor of their calibrated values.
 
-        An entry gets a gradient once per trajectory, but Adam's momentum moves it in every update.
+        An entry has a gradient once per trajectory, but Adam's momentum moves it in every update.
         Without a bound, a scale with little effect on the loss can drift to zero.
         """
         for path, quantizer in self.model.activations():
@@ -127,7 +133,7 @@ class Distillation:
             quantizer.clamp_(calibrated / _SCALE_RANGE, calibrated * _SCALE_RANGE)
 
     def state(self) -> dict[str, Tensor]:
-        """The trajectories in flight."""
+        """The state of the current trajectories."""
         return self.trajectories.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:

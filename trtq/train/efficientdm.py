@@ -2,11 +2,12 @@
 
     loss = sum || student(x_t, t) - teacher(x_t, t) ||^2        (eq. 7, summed as released)
 
-of the guided predictions, at points of the teacher's trajectories.
+for the guided predictions, at points of the teacher's trajectories.
 
-Two rates differ in effect from the release's 16,000 iterations, because the recipes run fewer. The
-recipes let an adapter entry travel 8 or 16 weight levels, the release 3.2. Weight scales have the
-released rate of 1e-6 and hardly change in that number of iterations.
+Two learning rates have another effect than in the released code, because the recipes run fewer than its
+16,000 iterations. With the recipes an adapter entry can move by up to 8 or 16 weight levels, in the
+released code by 3.2. Weight scales have the released rate of 1e-6 and hardly change in so few
+iterations.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def guided_error(student: Tensor, teacher: Tensor, weight: Tensor | None = None)
     Args:
         student: prediction of the quantised model, `[B, ...]`.
         teacher: prediction of the float model, same shape.
-        weight: weight of each item, `[B]`; default 1.
+        weight: weight of each item, `[B]`; None: 1 for all items.
     """
     error = (student - teacher).square()
     return error.sum() if weight is None else (error.flatten(1).sum(1) * weight).sum()
@@ -39,8 +40,8 @@ class EfficientDM(Distillation):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of adapters, weight scales, and activation entries of layers with adapters.
 
-        Layers without adapters (8 bits) stay as calibrated, as released. Products of attention have no
-        weights; their activation entries are trained.
+        Layers without adapters (8 bits) stay as calibrated, as in the released code. Products of
+        attention have no weights; their activation entries are trained.
         """
         layers = {name: layer for name, layer in self.model.layers() if layer.lora_A is not None}
         paths = {f"{name}.activation" for name in layers}

@@ -1,8 +1,9 @@
-"""The fine-tuning loop of all methods: accumulation, precision, decay of rates, checkpoints.
+"""The training loop of all methods: accumulation, precision, learning-rate decay, checkpoints.
 
-A method provides its parameter groups and the loss of one micro-batch (`Objective`). The loop runs under
-accelerate with any number of processes. Random numbers depend on (seed, stream, iteration) only, so a
-run with two processes, a run with two micro-batches per update and a resumed run use the same noise.
+A method provides its parameter groups and the loss of one micro-batch (`Objective`). The loop runs
+under accelerate with any number of processes. Random numbers depend only on (seed, stream, iteration),
+so a run with two processes, a run with two micro-batches per update and a resumed run use the same
+noise.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ class Objective(Stateful, Protocol):
         """Groups for AdamW with `params`, `lr` and other options; all other parameters are frozen."""
 
     def loss(self, student: Callable[..., Any], slot: int, iteration: int) -> Tensor:
-        """Loss of micro-batch `slot` of an update, a scalar."""
+        """Loss of micro-batch `slot` of an update, a scalar.
+
+        Args:
+            student: callable that computes the student's prediction.
+            slot: index of the micro-batch in the update.
+            iteration: index of the update.
+        """
 
     def after_update(self) -> None:
         """Called after each update, e.g. to clamp parameters."""
@@ -45,10 +52,10 @@ class FitResult:
     """Result of one run of the loop.
 
     Attributes:
-        seconds: wall time of the loop in this process, checkpoints included.
+        seconds: wall time of the loop in this process, including checkpoints, in seconds.
         loss_first: mean loss of the first tenth of this run's iterations.
         loss_last: mean loss of the last tenth of this run's iterations.
-        iterations: number of updates in this run; after a resume, the remaining ones.
+        iterations: number of updates in this run; after a resume, the remaining updates.
     """
 
     seconds: float
@@ -90,7 +97,7 @@ class _Optimisation:
         objective: the method.
         optimizer: optimiser of the objective's parameter groups.
         iterations: total number of updates.
-        accumulate: micro-batches per update and process.
+        accumulate: number of micro-batches per update and process.
         accelerator: an `accelerate.Accelerator`.
     """
 
@@ -111,11 +118,11 @@ class _Optimisation:
         self._stepper: Any = None
 
     def prepare(self) -> None:
-        """Hand model and optimiser to accelerate, after a checkpoint has been loaded."""
+        """Pass model and optimiser to accelerate; called after a checkpoint has been loaded."""
         self._student, self._stepper = self.accelerator.prepare(self.model, self.optimizer)
 
     def update(self, iteration: int) -> float:
-        """Update the parameters once; the mean loss of the micro-batches.
+        """Update the parameters once and return the mean loss of the micro-batches.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
@@ -129,7 +136,7 @@ class _Optimisation:
         return total
 
     def _accumulate(self, slot: int, iteration: int) -> float:
-        """Add one micro-batch's gradients; its share of the update's loss."""
+        """Accumulate one micro-batch's gradients and return its share of the update's loss."""
         last = slot == self.accumulate - 1
         with _gradient_sync(self.accelerator, self._student, last), self.accelerator.autocast():
             loss = self.objective.loss(self._student, slot, iteration)
@@ -146,7 +153,7 @@ def _trainable_optimizer(
     weight_decay: float,
     table_state: TableState,
 ) -> torch.optim.Optimizer:
-    """Freeze every parameter outside the groups, and optimise those inside."""
+    """Create the optimiser of the groups, and freeze all other parameters."""
     model.requires_grad_(False)
     for group in groups:
         for parameter in group["params"]:
@@ -178,22 +185,22 @@ def fit(
         model: quantised denoiser; its trainable parameters are changed in place.
         objective: the method.
         iterations: total number of updates.
-        accumulate: micro-batches per update and process.
+        accumulate: number of micro-batches per update and process.
         weight_decay: weight decay of AdamW.
         accelerator: an `accelerate.Accelerator`.
-        checkpoints: folder of the newest checkpoint; None for no checkpoints.
-        checkpoint_every: iterations between two checkpoints.
-        fingerprint: identifies model and recipe; a checkpoint with another fingerprint is refused.
-        resume: continue from the newest checkpoint, if there is one.
-        keep_last: write a checkpoint at the end too, for a stage that others follow.
-        table_state: how the optimiser treats the entries of timestep tables.
-        progress: called with (iterations done, total iterations).
+        checkpoints: folder of the checkpoints; None: no checkpoints.
+        checkpoint_every: number of iterations between two checkpoints.
+        fingerprint: hash of model and recipe; a checkpoint with another fingerprint is refused.
+        resume: whether to continue from the newest checkpoint, if there is one.
+        keep_last: whether to write a checkpoint at the end, too, for a stage that is not the last.
+        table_state: optimiser state of the entries of timestep tables, see `TableState`.
+        progress: callback with the completed and the total number of iterations.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite; the message names the layer.
         ArtefactError: the checkpoint cannot be used.
     """
-    # The groups are taken before a checkpoint is loaded: rates follow the calibrated scales.
+    # The groups are created before a checkpoint is loaded: learning rates depend on calibrated scales.
     optimizer = _trainable_optimizer(model, objective.parameter_groups(), weight_decay, table_state)
     run = _Optimisation(model, objective, optimizer, iterations, accumulate, accelerator)
     state = CheckpointState(model, optimizer, objective, accelerator, fingerprint)

@@ -1,23 +1,23 @@
 """QuEST (arXiv 2402.03666): selective, progressive fine-tuning of the quantised model, without data.
 
-Two stages tune a few of the original weights and all activation scales:
+Two stages tune some of the original weights and all activation scales:
 
     1  the time-embedding projections           sum_l || O_l - O~_l ||^2 + L_G      (eq. 4 and 6)
     2  the attention-related layers             sum_l || O_l - O~_l ||^2 + L_G      (eq. 5 and 6)
 
-`O_l` is the output of a tuned layer in the float model, `O~_l` its output in the quantised model, each
-for the inputs in that model. `L_G` is the error of the final output. Weight scales and zero points stay
-fixed. With learned rounding (`trtq.quant.adaround`) the direction stays frozen while the weight
-changes.
+`O_l` is the output of a tuned layer in the float model and `O~_l` its output in the quantised model,
+each for the layer's inputs in the same model. `L_G` is the error of the final output. Weight scales and
+zero points stay fixed. With learned rounding (`trtq.quant.adaround`) the direction stays frozen while
+the weight changes.
 
 The two losses are weighted in one of three ways: as in the paper, with one global term; as in the
-release, which adds the global term once per tuned layer; or with the global term alone, as in stage 2
-of the release's unconditional and ImageNet models.
+released code, which adds the global term once per tuned layer; or with the global term alone, as in
+stage 2 of the released unconditional and ImageNet models.
 
-Differences from the release:
+Differences from the released code:
 
-- At 4 bits the authors use one activation scale per input channel and step, which no integer product
-  computes; here there is one scale per tensor and step.
+- At 4 bits the authors use one activation scale per input channel and step, which an integer product
+  cannot compute; here there is one scale per tensor and step.
 - With guidance the authors compare both halves of the batch; here the guided outputs are compared, in
   which the unconditional half has weight `(guidance - 1)^2`.
 - The authors' rates are constant; here they decay linearly to 0.
@@ -61,7 +61,7 @@ def alignment_loss(
         weighting: `paper`: `local + w * global`; `released`: `local + K * w * global`; `global`:
             `K * w * global`.
         global_weight: weight `w` of the global term.
-        item_weight: weights of the items, `[B]`; default 1.
+        item_weight: weights of the items, `[B]`; None: 1 for all items.
     """
     task = global_weight * _mean_square(student_output, teacher_output, item_weight)
     if weighting == "global":
@@ -89,12 +89,12 @@ class Quest(Distillation):
     Args:
         model: quantised denoiser, both teacher and student; `QuantLayer.tune` has been called on the
             tuned layers.
-        trajectories: source of the points at which both are compared.
+        trajectories: source of the points at which teacher and student are compared.
         rates: learning rates.
-        tuned: layers whose weights are trained.
-        aligned: layers whose outputs are compared; default: the tuned layers.
+        tuned: paths of the layers whose weights are trained.
+        aligned: paths of the layers whose outputs are compared; None: the tuned layers.
         activations: paths of the activation quantisers that are trained.
-        adapters: also train the QALoRA adapters of all layers that have adapters.
+        adapters: whether to also train the QALoRA adapters of all layers that have adapters.
         weighting: see `alignment_loss`.
         global_weight: see `alignment_loss`.
     """

@@ -1,10 +1,10 @@
-"""Learning the rounding direction of each weight (AdaRound, arXiv 2004.10568), layer by layer.
+"""Learn the rounding direction of each weight (AdaRound, arXiv 2004.10568), layer by layer.
 
     minimise over alpha   mean || op(x~, W(alpha)) - op(x, W) ||^2 + 0.01 / n * rounding_loss(alpha)
 
-with the layer's inputs `x~` in the quantised model, in which earlier layers already have learned
-rounding, and its inputs `x` in the float model; both come from the teacher's trajectories. The rounding
-loss is left out in the first fifth of the iterations; then its temperature falls from 20 to 2.
+where `x~` are the layer's inputs in the quantised model, whose earlier layers already have learned
+rounding, and `x` its inputs in the float model; both come from the teacher's trajectories. The rounding
+loss is omitted in the first fifth of the iterations; then its temperature falls from 20 to 2.
 
 QuEST's authors (arXiv 2402.03666) reconstruct whole blocks, with 20,000 iterations each at a rate of
 1e-3. Their inputs come from the model with quantised weights and float activations, ours from the fully
@@ -66,7 +66,7 @@ def _learn_layer(
     iterations: int,
     generator: torch.Generator,
 ) -> int:
-    """Learn the directions of one layer, in place; the number of weights not rounded to nearest.
+    """Learn the directions of one layer, in place.
 
     Args:
         layer: layer of the quantised model.
@@ -74,7 +74,10 @@ def _learn_layer(
         teacher_output: outputs of the layer in the float model, `[R, ...]`.
         index: indices of the denoising steps, `[R]`.
         iterations: number of Adam updates.
-        generator: random generator for the choice of items.
+        generator: random generator for the choice of rows.
+
+    Returns:
+        Number of weights that are not rounded to nearest.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
@@ -111,15 +114,15 @@ def learn_rounding(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Learn rounding directions of layers, in the order of `names`, in place.
+    """Learn the rounding directions of layers, in the order of `names`, in place.
 
     Args:
         model: quantised denoiser.
-        trajectories: source of the inputs.
+        trajectories: source of the layers' inputs.
         names: paths of the layers.
         iterations: number of Adam updates per layer.
-        seed: seed of the choice of items.
-        progress: called with (layers done, total layers).
+        seed: seed for the random choice of items.
+        progress: callback with the completed and the total number of layers.
 
     Returns:
         `rounded_up_share_changed`: share of weights that are no longer rounded to nearest.

@@ -1,9 +1,9 @@
 """AdamW that treats every entry of a timestep table as a separate parameter.
 
 A table `[T]` has non-zero gradients only at the steps that a batch visits. AdamW on the whole table
-moves unvisited entries too, by their momentum, and corrects the bias of all moments by the number of
-iterations. `TableAdamW` moves visited entries only and corrects each entry by the number of its visits.
-QuEST's release in addition resets an entry's moments whenever its timestep comes up again.
+also moves unvisited entries, by their momentum, and corrects the bias of all moments by the number of
+iterations. `TableAdamW` moves only visited entries and corrects each entry by the number of its visits.
+QuEST's released code also resets an entry's moments whenever its timestep is visited again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor
 __all__ = ["TableAdamW", "TableState"]
 
 TableState = Literal["dense", "persistent", "reset"]
-"""Treatment of a table's entries.
+"""Optimiser state of a table's entries.
 
-`dense`: AdamW on the whole table, as in EfficientDM. `persistent`: one state per entry. `reset`: an
-entry's state is reset when the entry is visited again after a pause, as in QuEST's release.
+`dense`: AdamW on the whole table, as in EfficientDM. `persistent`: one state per entry. `reset`: one
+state per entry, which is reset when the entry is visited again after a pause, as in QuEST's released
+code.
 """
 
 
@@ -30,9 +31,9 @@ class TableAdamW(torch.optim.Optimizer):
     Args:
         groups: parameter groups with `params` and `lr`.
         weight_decay: decoupled weight decay.
-        state: `persistent` or `reset`.
+        state: `persistent` or `reset`, see `TableState`.
         betas: decay factors of the first and second moment.
-        eps: term added to the root of the second moment.
+        eps: term added to the square root of the second moment.
     """
 
     def __init__(

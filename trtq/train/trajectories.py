@@ -1,7 +1,8 @@
 """Training points: samples along the float model's sampling trajectories.
 
 A trajectory starts at pure noise and follows the teacher's predictions, so no image is needed
-(EfficientDM, arXiv 2310.03270, eq. 7). Letters: B images per micro-batch, C, H, W.
+(EfficientDM, arXiv 2310.03270, eq. 7). Letters: B images per micro-batch; C, H, W channels, height,
+width.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Batch:
 
 
 class _Pool:
-    """B trajectories of the teacher at positions LongTensor position[B] of the schedule."""
+    """B trajectories of the teacher at the positions `position`, LongTensor[B], of the schedule."""
 
     def __init__(self, x: Tensor, position: Tensor, conditions: Conditions) -> None:
         self.x = x
@@ -53,9 +54,9 @@ class Trajectories:
 
     Args:
         teacher: float denoiser.
-        schedule: noise schedule whose timesteps are those of the tables.
+        schedule: noise schedule with the timesteps of the tables.
         shape: shape (C, H, W) of one sample.
-        draw_conditions: `(count, generator) -> Conditions`.
+        draw_conditions: function `(count, generator) -> Conditions` that chooses random conditions.
         batch: number B of images per micro-batch.
         slots: number of micro-batches per update in this process.
         stream: first random stream of this process; slot s uses stream `stream + s * stride`.
@@ -63,12 +64,13 @@ class Trajectories:
         seed: seed of all random numbers.
         purpose: name that separates the random numbers of different stages.
         guidance: classifier-free guidance scale of the teacher.
-        eta: noise of the teacher's DDIM steps, 0 .. 1.
-        staggered: spread the items of all micro-batches of an update over the schedule; otherwise all
-            items are at the same step.
-        weighted: weight errors by their effect on the final sample (`NoiseSchedule.influence`);
-            otherwise all steps have weight 1.
-        device: device of the teacher. Random numbers are drawn on the CPU, so they do not depend on it.
+        eta: amount of fresh noise in the teacher's DDIM steps, 0 .. 1.
+        staggered: whether to spread the items of all micro-batches of an update over the schedule; if
+            not, all items are at the same step.
+        weighted: whether to weight errors by their effect on the final sample
+            (`NoiseSchedule.influence`); if not, all steps have weight 1.
+        device: device of the teacher; random numbers are generated on the CPU, so they do not depend on
+            it.
     """
 
     def __init__(
@@ -109,7 +111,12 @@ class Trajectories:
         self._pools: list[_Pool] = []
 
     def next(self, slot: int, iteration: int) -> Batch:
-        """The current points of this slot's trajectories; the teacher then advances them."""
+        """Return the current points of this slot's trajectories, then advance them.
+
+        Args:
+            slot: index of the micro-batch in the update.
+            iteration: index of the update.
+        """
         if not self._pools:
             self._pools = [self._new_pool(index) for index in range(len(self.streams))]
         pool = self._pools[slot]
@@ -121,14 +128,19 @@ class Trajectories:
         return batch
 
     def predict(self, student: Callable[..., Any], batch: Batch) -> Tensor:
-        """The student's guided prediction for a batch, `[B,C,H,W]`."""
+        """The student's guided prediction for a batch, `[B,C,H,W]`.
+
+        Args:
+            student: callable that computes the student's prediction.
+            batch: inputs of the denoiser.
+        """
         return predict(student, batch.x, batch.timestep, batch.conditions, self.guidance)
 
     def _generator(self, slot: int, iteration: int) -> torch.Generator:
         return seeded_generator(self.seed, self.purpose, self.streams[slot], iteration)
 
     def _new_pool(self, slot: int) -> _Pool:
-        """New trajectories; if staggered, the teacher first walks each item to its position."""
+        """Create trajectories; if staggered, the teacher first advances the items."""
         generator = self._generator(slot, -1)
         pool = _Pool(
             self._noise(self.batch, generator),
@@ -155,7 +167,7 @@ class Trajectories:
 
     def _teach(self, x: Tensor, position: Tensor, conditions: Conditions) -> Tensor:
         timestep = self.schedule.timesteps[position]
-        # The teacher predicts in float, independent of the precision that the student is trained in.
+        # The teacher predicts in float32, independently of the student's training precision.
         with torch.autocast(x.device.type, enabled=False):
             return predict(self.teacher, x, timestep, conditions, self.guidance)
 
@@ -173,7 +185,7 @@ class Trajectories:
         pool.x, pool.position = stepped, position
 
     def state(self) -> dict[str, Tensor]:
-        """The trajectories in flight."""
+        """The state of the current trajectories."""
         tensors = {}
         for slot, pool in enumerate(self._pools):
             tensors[f"{slot}.x"] = pool.x

@@ -1,4 +1,4 @@
-"""Runs our CUDA kernels on the CPU, thread by thread; see ptx.cuh in this folder."""
+"""Run the CUDA kernels on the CPU, thread by thread; see ptx.cuh in this folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FLAGS = ("-std=c++17", "-O2", "-mf16c", "-ffp-contract=off", "-fPIC", "-shared"
 
 
 class Emulator:
-    """Compiles each variant once into a folder and runs its launches."""
+    """Compiles each variant once, into a folder, and runs its launches."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -55,7 +55,7 @@ class Emulator:
 
 
 class Memory:
-    """Arrays that end where the next page must not be touched: a step too far ends the process."""
+    """Arrays that end at a protected page: an access beyond their end crashes the process."""
 
     def __init__(self) -> None:
         self._maps: list[mmap.mmap] = []
@@ -68,7 +68,7 @@ class Memory:
         guard = ctypes.c_void_p(address + (pages - 1) * mmap.PAGESIZE)
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-        # As close to the end as 16-byte alignment lets it.
+        # As close to the end of the page as 16-byte alignment allows.
         start = (pages - 1) * mmap.PAGESIZE - -(-values.nbytes // 16) * 16
         placed = np.frombuffer(area, values.dtype, values.size, start).reshape(values.shape)
         placed[...] = values

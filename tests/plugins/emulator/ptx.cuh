@@ -1,8 +1,8 @@
-// CUDA C on a CPU: threads of a block as fibers, in an order that a seed shuffles.
+// CUDA C on a CPU: the threads of a block are fibers, whose order depends on a seed.
 //
-// Stands in for plugins/cuda/ptx.cuh. A thread runs until it waits for its warp or its block, so what is
-// read without a barrier is read in some order or other; asynchronous copies happen as late as they may
-// (even seeds) or at once (odd seeds); shared memory begins with rubbish.
+// Replaces plugins/cuda/ptx.cuh. A thread runs until it waits for its warp or its block, so reads
+// without a barrier occur in an arbitrary order; asynchronous copies happen as late as possible
+// (even seeds) or at once (odd seeds); shared memory is initialised with garbage.
 
 #pragma once
 #include <immintrin.h>
@@ -135,7 +135,7 @@ static inline int integer(const u32 *words, int index) {
   return BITS == 8 ? (int)(int8_t)field : (int)(field & 15);
 }
 
-// Rows of 32 bytes, put together from what the lanes hold of them.
+// Rows of 32 bytes, assembled from the parts in the lanes.
 template <int BITS>
 static inline void multiply_integers(int (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   std::memcpy(self->a, a, 16);
@@ -173,7 +173,7 @@ static inline int from_lane(int value, int mask) {
   return found;
 }
 
-// --- running a grid ---
+// --- execution of a grid ---
 
 static void (*body)();
 
@@ -183,7 +183,7 @@ static void thread_main() {
   swapcontext(&self->context, &scheduler);
 }
 
-// Runs every ready thread of a warp up to its next barrier; false: none was ready.
+// Run every ready thread of a warp up to its next barrier; return false if no thread was ready.
 static bool run_warp(std::vector<Thread> &all, int first, std::mt19937 &random) {
   int order[32], waiting = 0;
   for (int i = 0; i < 32; ++i) order[i] = first + i, waiting += all[first + i].state == Thread::AT_WARP;
@@ -200,7 +200,7 @@ static bool run_warp(std::vector<Thread> &all, int first, std::mt19937 &random) 
   return moved;
 }
 
-// Lets the block go on once all its threads wait for each other.
+// Release the block's threads once all of them wait at the block's barrier.
 static bool release(std::vector<Thread> &all) {
   size_t waiting = 0, done = 0;
   for (Thread &thread : all) {
@@ -224,7 +224,7 @@ static bool run_block(int count, std::mt19937 &random) {
     all[i].context.uc_stack.ss_size = STACK_BYTES;
     makecontext(&all[i].context, thread_main, 0);
   }
-  // One warp runs ahead of the others, as far as a draw lets it.
+  // One warp runs ahead of the others, by a random number of barriers.
   std::vector<int> warps(count / 32);
   for (int i = 0; i < count / 32; ++i) warps[i] = 32 * i;
   for (;;) {
@@ -261,6 +261,6 @@ static void **arguments;
     for (blockIdx.z = 0; blockIdx.z < z; ++blockIdx.z)                                          \
       for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)                                        \
         for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x)                                      \
-          if (!run_block(count, random)) return 1; /* some thread waits for ever */             \
+          if (!run_block(count, random)) return 1; /* a deadlock */             \
     return 0;                                                                                   \
   }

@@ -1,8 +1,8 @@
-"""A driver library that writes down what it is asked and refuses what a real one refuses.
+"""A driver library that records calls and rejects the calls that a real driver rejects.
 
 It is `libcuda.so.1` on the library path of a child process, so everything above it is real:
-cuda-bindings, NVRTC and our own code. What it knows, and what the environment tells it, stands in
-libcuda.c in this folder.
+cuda-bindings, NVRTC and our own code. libcuda.c in this folder documents its behaviour and its
+environment variables.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ needs_recording = pytest.mark.skipif(
 
 @dataclass
 class Record:
-    """What a child process did."""
+    """The calls and the output of a child process."""
 
     code: int
     stdout: str
@@ -47,7 +47,7 @@ class Record:
 
 
 class RecordingDriver:
-    """Compiled once into a folder; each child process that it runs begins with a fresh one."""
+    """A driver compiled once into a folder; each child process starts with a fresh state."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,7 +57,7 @@ class RecordingDriver:
         subprocess.run([COMPILER, *flags, str(HERE / "libcuda.c"), "-o", str(library)], check=True)
 
     def environment(self, log: Path | None = None, **settings: object) -> dict[str, str]:
-        """For a child process; settings without `RECORDING_` and in lower case, others as they are."""
+        """The environment of a child process; lower-case settings get the prefix `RECORDING_`."""
         variables = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
         paths = [str(self.folder), variables.get("LD_LIBRARY_PATH", "")]
         variables["LD_LIBRARY_PATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
@@ -69,7 +69,7 @@ class RecordingDriver:
         return variables
 
     def command(self, arguments: list[str], **settings: object) -> Record:
-        """Run a command with this driver."""
+        """Run a command with this driver and return its record."""
         log = self.folder / "calls.jsonl"
         log.unlink(missing_ok=True)
         done = subprocess.run(
@@ -84,7 +84,7 @@ class RecordingDriver:
         return Record(done.returncode, done.stdout, done.stderr, [json.loads(li) for li in lines])
 
     def run(self, code: str, **settings: object) -> Record:
-        """Run Python that must not fail."""
+        """Run Python code that must succeed."""
         record = self.command([sys.executable, "-c", textwrap.dedent(code)], **settings)
         assert record.code == 0, record.stderr
         return record
@@ -96,11 +96,11 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> RecordingDriver:
 
 
 def image(name: str, architecture: str) -> bytes:
-    """As much of a cubin as the driver looks at: its version, its architecture, the kernel's name."""
+    """The parts of a cubin that the driver reads: version, architecture and kernel name."""
     header = bytearray(64)
     header[:4], header[8] = b"\x7fELF", 8
     header[48:52] = (int(architecture.removeprefix("sm")) << 8).to_bytes(4, "little")
     text = name.encode() + b"\0"
-    # Where the table of sections would begin is where the file ends.
+    # The file ends at the position of the section table.
     header[40:48] = (len(header) + len(text)).to_bytes(8, "little")
     return bytes(header) + text

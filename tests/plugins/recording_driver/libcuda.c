@@ -1,16 +1,16 @@
-/* A driver library that computes nothing: it writes down every call with its arguments, and refuses
-   what a real driver refuses. Loaded as libcuda.so.1; see __init__.py beside this file.
+/* A driver library without a GPU: it records every call with its arguments, and rejects the calls
+   that a real driver rejects. It is loaded as libcuda.so.1; see __init__.py in this folder.
 
-   From the environment:
-     RECORDING_LOG       file that calls are appended to, one JSON object a line
-     RECORDING_CUDA      version that the driver takes, as cuDriverGetVersion says it; 13000
+   Environment variables, with defaults after the semicolon:
+     RECORDING_LOG       file that calls are appended to, one JSON object per line
+     RECORDING_CUDA      CUDA version that the driver supports, in cuDriverGetVersion's form; 13000
      RECORDING_GPUS      compute capabilities of the GPUs, e.g. "89,120"; "89"
-     RECORDING_REFUSE    "cuInit=999,cuMemAlloc=2": calls that always fail, and how
-     RECORDING_FREE      bytes that cuMemGetInfo says are free; 8 GiB
-     CUDA_VISIBLE_DEVICES as the driver reads it, numbers only
+     RECORDING_REFUSE    calls that always fail, with error codes, e.g. "cuInit=999,cuMemAlloc=2"
+     RECORDING_FREE      free memory that cuMemGetInfo reports, in bytes; 8 GiB
+     CUDA_VISIBLE_DEVICES  visible GPUs, as indices only
 
-   Memory of the device is the host's. Streams do at once what they are given. Numbers of errors are
-   those of cuda.h. */
+   Device memory is host memory. Work in a stream is executed at once. Error codes are those of
+   cuda.h. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -50,7 +50,7 @@ static long setting(const char *name, long usual) {
 
 static int driver_version(void) { return (int)setting("RECORDING_CUDA", 13000); }
 
-/* Writes down a call; gives its status. */
+/* Record a call and return its status. */
 static int said(int status, const char *name, const char *format, ...) {
   const char *log = getenv("RECORDING_LOG");
   if (!log) return status;
@@ -72,7 +72,7 @@ static int said(int status, const char *name, const char *format, ...) {
   return status;
 }
 
-/* What the environment wants a call to answer, before anything is done. */
+/* The status of a call that RECORDING_REFUSE sets, else OK. */
 static int refused(const char *name) {
   const char *all = getenv("RECORDING_REFUSE");
   char wanted[80];
@@ -81,7 +81,7 @@ static int refused(const char *name) {
   return at && (at == all || at[-1] == ',') ? atoi(at + strlen(wanted)) : OK;
 }
 
-/* A call that a capture forbids ends it. */
+/* A call that is forbidden during a capture invalidates the capture. */
 static int during_capture(void) {
   int found = OK;
   for (Stream *s = streams; s; s = s->next)
@@ -92,7 +92,7 @@ static int during_capture(void) {
   return found;
 }
 
-/* Work for a stream; that of the legacy default stream waits for every blocking one. */
+/* Work in a stream; work in the legacy default stream waits for every blocking stream. */
 static int work_on(Stream *stream) {
   if (stream) return stream->state == INVALIDATED ? CAPTURE_INVALIDATED : OK;
   int found = OK;
@@ -128,7 +128,7 @@ int cuInit(unsigned flags) {
       at = *end == ',' ? end + 1 : end;
     }
     for (int i = 0; !seen && i < count; ++i) gpus[gpu_count] = there[i], numbers[gpu_count++] = i;
-    /* What follows a number that is no device is not seen, either. */
+    /* GPUs after an invalid index are not visible, either. */
     for (const char *at = seen; at && *at;) {
       char *end;
       long number = strtol(at, &end, 10);
@@ -171,7 +171,7 @@ int cuDeviceGetName(char *name, int length, int device) {
   return said(status, "cuDeviceGetName", "\"device\": %d", device);
 }
 
-/* Bytes of the number that the GPU has among all, so that hidden ones can be told from seen ones. */
+/* The UUID contains the GPU's index among all GPUs, so tests can distinguish hidden GPUs. */
 int cuDeviceGetUuid(unsigned char *uuid, int device) {
   int status = ready("cuDeviceGetUuid");
   if (!status && (device < 0 || device >= gpu_count)) status = INVALID_DEVICE;
@@ -210,7 +210,7 @@ int cuDevicePrimaryCtxRelease(int device) {
   return said(ready("cuDevicePrimaryCtxRelease"), "cuDevicePrimaryCtxRelease", "\"device\": %d", device);
 }
 
-/* The next context has the same address, and none of the modules. */
+/* The next context has the same address but none of the modules. */
 int cuDevicePrimaryCtxReset(int device) {
   primary[device].id = ++contexts_made;
   return said(ready("cuDevicePrimaryCtxReset"), "cuDevicePrimaryCtxReset", "\"device\": %d", device);
@@ -247,7 +247,7 @@ int cuMemGetInfo(size_t *unused, size_t *total) {
   return said(in_context("cuMemGetInfo"), "cuMemGetInfo", "");
 }
 
-/* The newest PTX that a driver reads: those of CUDA's release notes. */
+/* The newest PTX version that a driver supports, from CUDA's release notes. */
 static int newest_ptx(int cuda) {
   static const int known[][2] = {
       {12000, 80}, {12010, 81}, {12020, 82}, {12030, 83}, {12040, 84}, {12050, 85},
@@ -268,8 +268,9 @@ static int check_image(const char *image, size_t *size, int capability) {
     uint64_t end = sections + (uint64_t)each * count, other = programs + (uint64_t)each_program * held;
     *size = end > other ? end : other;
     uint32_t flags = *(const uint32_t *)(bytes + 48);
-    /* NVRTC 13 writes version 8 of the format, with the architecture one byte higher; 12.8 does for
-       Blackwell only. */
+    /* NVRTC 13 writes version 8 of the format, with the architecture one byte higher; NVRTC 12.8
+    does
+       so only for Blackwell. */
     int newer = bytes[8] >= 8, arch = newer ? flags >> 8 & 0xff : flags & 0xff;
     if (newer && driver_version() < (arch >= 100 ? 12080 : 13000)) return INVALID_IMAGE;
     return arch / 10 == capability / 10 && arch <= capability ? OK : NO_BINARY_FOR_GPU;
@@ -410,13 +411,13 @@ int cuStreamEndCapture(Stream *stream, void **graph) {
   return said(status, "cuStreamEndCapture", "");
 }
 
-/* A driver has what was new in its version and before. */
+/* A driver has the functions of its CUDA version and of earlier versions. */
 int cuGetProcAddress_v2(const char *symbol, void **address, int version, uint64_t flags, int *query) {
   (void)flags;
   Dl_info own;
-  /* Of this file: another library may export the same name. */
+  /* Look up the symbol in this library: another library may export the same name. */
   void *self = dladdr((void *)cuInit, &own) ? dlopen(own.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : NULL;
-  /* From 12.0 on the name without a number stands for the second form. */
+  /* From CUDA 12.0 on, the name without a suffix means the second version. */
   if (!strcmp(symbol, "cuGetProcAddress") && version >= 12000) symbol = "cuGetProcAddress_v2";
   *address = self && version <= driver_version() ? dlsym(self, symbol) : NULL;
   if (query) *query = *address ? 0 : 1;
@@ -427,7 +428,7 @@ int cuGetProcAddress(const char *symbol, void **address, int version, uint64_t f
   return cuGetProcAddress_v2(symbol, address, version, flags, NULL);
 }
 
-/* NVRTC looks for private tables, and does without. */
+/* NVRTC requests private tables but works without them. */
 int cuGetExportTable(const void **table, const void *id) {
   (void)id;
   *table = NULL;

@@ -1,4 +1,4 @@
-"""Pages of other sites get nothing out of a server, under any host name; the server's page does."""
+"""Pages of other sites cannot use a server under any host name; the server's own page can."""
 
 import contextlib
 import json
@@ -58,7 +58,7 @@ def port(model):
 
 @pytest.fixture
 def untouched(model):
-    """Checks that the denoiser is not called."""
+    """Check that the denoiser is not called."""
     calls = len(model.calls)
     yield
     assert len(model.calls) == calls
@@ -111,7 +111,7 @@ def draw(port, *lines):
         "[::ffff:127.0.0.1]:80",
     ],
 )  # fmt: skip
-def test_loopback_names_are_answered_to(port, host):
+def test_requests_to_loopback_names_are_answered(port, host):
     assert ask(port, f"Host: {host}").status == 200
     assert draw(port, f"Host: {host}").status == 200
 
@@ -190,7 +190,7 @@ def test_a_probe_of_http_1_0_need_not_name_a_host(port):
         ("localhost/v1/models", "localhost", 400),
     ],
 )
-def test_the_host_of_an_absolute_target_counts(port, target, host, status):
+def test_the_host_of_an_absolute_target_is_checked(port, target, host, status):
     answer = ask(port, f"Host: {host}", path=target)
     assert answer.status == status
     if status != 200:
@@ -290,7 +290,7 @@ def test_pages_of_other_sites_are_refused(port, untouched, lines, path):
         ("localhost", None, None),
     ],
 )
-def test_the_servers_page_and_programs_draw(port, host, origin, site):
+def test_the_servers_page_and_programs_can_draw(port, host, origin, site):
     lines = [f"Host: {host}"]
     lines += [f"Origin: {origin}"] if origin else []
     lines += [f"Sec-Fetch-Site: {site}"] if site else []
@@ -321,7 +321,7 @@ def test_by_default_no_page_is_allowed_by_cors(port):
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_pages_of_an_allowed_origin_draw_and_read_the_answer(serve):
+def test_pages_of_an_allowed_origin_can_draw_and_read_the_response(serve):
     port = serve(api_key=KEY, origins=allowed_origins(["http://LOCALHOST:3000/", "null"]))
     origin = "Origin: http://localhost:3000"
     foreign = ("Host: localhost", origin, "Sec-Fetch-Site: same-site")

@@ -1,4 +1,4 @@
-"""The server from the client's side: OpenAI's API, errors, streams, health, metrics, the page."""
+"""The server as clients use it: OpenAI's API, errors, streams, health, metrics and the page."""
 
 import asyncio
 import base64
@@ -29,7 +29,7 @@ KEY = "sesame"
 
 
 class Server:
-    """A running server over toy models."""
+    """A running server with toy models."""
 
     def __init__(self, models, limits, batching="step", api_key=None):
         self.metrics = Metrics()
@@ -45,7 +45,7 @@ class Server:
 
 @pytest.fixture
 def serve(toy):
-    """A function that starts a server over the toy model and returns it with a client."""
+    """A function that starts a server with the toy model and returns it with a client."""
     made = []
 
     def start(models=(), api_key=None, **limits):
@@ -290,7 +290,7 @@ def test_malformed_bodies_are_refused(serve, body):
     assert server.post(client).status_code == 200
 
 
-def test_large_slow_and_foreign_bodies_are_refused(serve):
+def test_bodies_that_are_large_slow_or_not_json_are_refused(serve):
     _, client = serve(body_bytes=1000, body_s=0.2)
     large = client.post(PATH, json={"prompt": "x" * 2000})
     assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
@@ -382,7 +382,7 @@ def test_when_the_client_disconnects_its_image_is_cancelled(serve, toy, stream):
 
 
 def connect(client, **options):
-    """A raw connection to a server on which a request for a stream is sent."""
+    """Open a raw connection to a server and send a request for a stream."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.connect((client.base_url.host, client.base_url.port))
@@ -394,7 +394,7 @@ def connect(client, **options):
 
 def test_slow_readers_do_not_occupy_queue_slots(serve, toy):
     server, client = serve(batch=2, queue=8)
-    # The model waits until the test has seen all images in progress; otherwise they might be complete.
+    # The model waits until the test has counted all images in progress, so none is complete before.
     toy.go.clear()
     with connect(client, n=10, steps=200, progress=True):
         wait_until(lambda: server.service.under_way == 10)
@@ -470,7 +470,7 @@ def test_a_batcher_that_dies_logs_it_and_answers_its_requests(serve, toy, caplog
     assert "out of everything" in str(record.exc_info[1])
 
 
-def test_an_engine_that_fails_is_500_and_the_server_lives(serve, toy):
+def test_a_failed_engine_is_500_and_the_server_keeps_running(serve, toy):
     server, client = serve()
     toy.fail = ValueError("out of order")
     failed = server.post(client)
@@ -498,7 +498,7 @@ def test_draining_refuses_new_requests_and_finishes_old_ones(serve, toy):
     assert answers[0].status_code == 200
 
 
-def test_giving_up_answers_503(serve, toy):
+def test_giving_up_answers_with_503(serve, toy):
     server, client = serve()
     toy.go.clear()
     answers = []
@@ -524,7 +524,7 @@ def test_health_and_models(serve):
     assert client.get("/v1/models/none").status_code == 404
 
 
-def test_the_requested_model_draws(serve):
+def test_the_requested_model_is_used(serve):
     other = ToyModel("float")
     server, client = serve(models=[other])
     assert server.post(client, model="float").json()["model"] == "float"

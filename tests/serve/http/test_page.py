@@ -1,4 +1,4 @@
-"""The page in a real browser: keyboard, phone width, preview, side by side, a server that restarts."""
+"""The page in a real browser: keyboard, phone width, previews, comparison, server restarts."""
 
 import base64
 import io
@@ -92,7 +92,7 @@ def test_the_page_draws_by_keyboard_on_a_phone_and_shows_models_side_by_side(pag
     server.service.close()
 
 
-def test_size_and_negative_prompt_are_shown_only_for_models_that_take_them(page, port):
+def test_size_and_negative_prompt_are_shown_only_for_models_that_support_them(page, port):
     server, context = start(ToyModel(), TextToy(), port=port)
     fields = ("#width", "#height", "#negative")
     with context as url:
@@ -132,7 +132,7 @@ def test_size_and_negative_prompt_are_shown_only_for_models_that_take_them(page,
     server.service.close()
 
 
-def test_the_page_survives_a_restart_of_the_server_and_reports_it(page, port):
+def test_the_page_works_after_a_restart_of_the_server_and_reports_it(page, port):
     toy = ToyModel()
     server, context = start(toy, port=port)
     with context as url:
@@ -153,7 +153,7 @@ def test_the_page_survives_a_restart_of_the_server_and_reports_it(page, port):
     again.service.close()
 
 
-def test_the_page_asks_for_the_key(page, port):
+def test_the_page_requests_the_key(page, port):
     server, context = start(ToyModel(), port=port, api_key="sesame")
     with context as url:
         page.goto(url)

@@ -1,4 +1,4 @@
-"""Connections without a request, or with an endless head, are closed; others are not."""
+"""Only connections without a request or with an endless head are closed."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from trtq.serve.http import protocol
 
 
 async def application(scope, receive, send):
-    """Answers 200 once the body has arrived, at once or later, by the path of the request."""
+    """Answer 200 after the body has arrived, at once or later, depending on the request's path."""
     assert scope["path"] != "/bad"
     while scope["path"] != "/at-once" and (message := await receive()).get("more_body"):
         if message["type"] == "http.disconnect":
@@ -253,7 +253,9 @@ def test_a_malformed_chunk_ends_its_request(address):
 
 
 @pytest.mark.parametrize("piece", [b"1\r\n \r\n", b"2000\r\n" + b" " * 8192 + b"\r\n", b" "])
-def test_a_client_that_sends_on_after_its_response_is_disconnected(address, monkeypatch, piece):
+def test_a_client_that_keeps_sending_after_its_response_is_disconnected(
+    address, monkeypatch, piece
+):
     monkeypatch.setattr(protocol, "_LINGER_S", 0.3)
     kind = b"Content-Length: 1000000000" if len(piece) == 1 else b"Transfer-Encoding: chunked"
     answer = b""
@@ -268,7 +270,7 @@ def test_a_client_that_sends_on_after_its_response_is_disconnected(address, monk
     assert answer.endswith(b"/at-once")
 
 
-def test_little_is_read_of_a_flood_after_the_response(address, monkeypatch):
+def test_only_a_little_of_a_flood_is_read_after_the_response(address, monkeypatch):
     monkeypatch.setattr(protocol, "_LINGER_S", 60)
     with connect(address) as connection:
         connection.sendall(

@@ -1,4 +1,4 @@
-"""Every kind of pipeline can be served, and draws the images of its own call."""
+"""Every kind of pipeline can be served, with the images of the pipeline's own call."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from trtq.serve.models.torch_free import pixels
 STEPS = 3
 SEED = 4
 SMALLER = ("pixart", "flux")
-"""At their default size, attention over 4,096 and 16,384 cells takes 90 % of the time."""
+"""Pipelines tested at a smaller size, because attention over 4,096 or more cells is slow."""
 
 
 def opened(name):
@@ -35,7 +35,7 @@ def opened(name):
 
 
 def guidance_of(model):
-    # DiT's pipeline takes class 1000 for "no class", which a small model does not have.
+    # In DiT's pipeline class 1000 means "no class", but a small model has fewer classes.
     return 3.0 if model.info.takes_guidance and model.info.kind == "text" else 1.0
 
 
@@ -44,7 +44,7 @@ def prompt_of(model):
 
 
 def served(model, count, **wish):
-    """Images of one request, uint8[H,W,3], that share every call of the denoiser."""
+    """Draw the images of one request, uint8[H,W,3] each, in shared denoiser calls."""
     crowd, batcher = Crowd(model), Batcher(model, max_rows=4)
     wish = {"guidance": guidance_of(model), "prompt": prompt_of(model)} | wish
     batcher.put(crowd.items(SEED, STEPS, count=count, **wish))
@@ -54,7 +54,7 @@ def served(model, count, **wish):
 
 
 def whole(source, model, count, **wish):
-    """The same images by the pipeline's own call."""
+    """Draw the same images with the pipeline's own call."""
     conditioning = Conditioning(
         count,
         classes=torch.tensor([1] * count) if model.info.kind == "class" else None,
@@ -66,7 +66,7 @@ def whole(source, model, count, **wish):
 
 
 def furthest(drawn, expected):
-    """The largest difference of two lists of images, in levels of 256."""
+    """The maximum difference between two lists of images, in levels of 0 .. 255."""
     return max(int((a - b).abs().max()) for a, b in zip(drawn, expected, strict=True))
 
 
@@ -109,7 +109,7 @@ def test_latents_are_denormalised_exactly_if_the_pipeline_does_it(name, numbers)
     assert (furthest(drawn, plain) > 10) == (name != "sd_1")
 
 
-def test_flux_takes_no_classifier_free_guidance():
+def test_flux_has_no_classifier_free_guidance():
     model = PipelineModel(opened("flux"), "flux", "torch")
     assert not model.info.takes_guidance
     assert model.info.guidance == 1.0
@@ -127,13 +127,13 @@ def test_a_model_without_prompts_refuses_them():
     ("name", "size"),
     [("sd_1", (24, 32)), ("sd_xl", (32, 8)), ("sd_3", (24, 32)), ("ldm_kl", (128, 64))],
 )
-def test_another_size_is_drawn_as_the_pipeline_draws_it(name, size):
+def test_images_of_another_size_equal_those_of_the_pipeline(name, size):
     source = opened(name)
     model = PipelineModel(source, name, "torch")
     assert size in model.info.sizes
     expected = whole(source.sized("{}x{}".format(*size)), model, 1)
     assert furthest(served(model, 1, size=size), expected) <= 1
-    # A request of another size leaves the model as it was.
+    # A request of another size does not change the model.
     assert furthest(served(model, 1), whole(source, model, 1)) <= 1
 
 
@@ -160,7 +160,7 @@ def test_models_of_one_size_report_no_sizes(name):
     assert PipelineModel(opened(name), name, "torch").info.sizes is None
 
 
-def test_a_run_on_our_kernels_has_one_size_since_each_shape_needs_a_cuda_graph():
+def test_a_run_with_kernel_layers_has_one_size_because_each_shape_needs_a_cuda_graph():
     class OnGpu(GpuDenoiser):
         def __init__(self, model):
             StandIn.__init__(self)
@@ -179,7 +179,7 @@ def test_sizes_in_torch_range_from_one_cell_to_twice_the_default_size():
 
 
 @pytest.mark.parametrize("name", ["sd_1", "sd_xl", "sd_3", "pixart"])
-def test_a_negative_prompt_is_drawn_as_the_pipeline_draws_it(name):
+def test_images_with_a_negative_prompt_equal_those_of_the_pipeline(name):
     source = opened(name)
     model = PipelineModel(source, name, "torch")
     assert model.info.takes_negative_prompt

@@ -1,4 +1,4 @@
-"""DDIM without diffusers equals diffusers' DDIM; other schedulers are those of diffusers."""
+"""DDIM without diffusers equals diffusers' DDIM; other schedulers come from diffusers."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def ddim(settings):
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 38])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_ddim_steps_as_diffusers_does(name, steps):
+def test_ddim_steps_equal_those_of_diffusers(name, steps):
     scheduler, ours = ddim(SETTINGS[name])
     scheduler.set_timesteps(steps)
     solver = ours.solver(steps)
@@ -74,7 +74,7 @@ def test_steps_out_of_range_are_refused():
     with pytest.raises(UsageError, match=r"1 \.\. 1000"):
         ours.solver(1001)
     with pytest.raises(UsageError, match=r"1 \.\. 999"):
-        ours.solver(1000)  # Here diffusers itself reads past the end of its table.
+        ours.solver(1000)  # In this case diffusers reads past the end of its table.
     assert ours.solver(20) is ours.solver(20)
 
 

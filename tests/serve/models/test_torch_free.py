@@ -41,5 +41,5 @@ def test_a_graph_for_several_sizes_is_served_in_all_of_them(range_onnx):
         assert torch_free.decode(predicted).shape == (size or (8, 8))
 
 
-def test_openvino_which_compiles_each_shape_serves_one_size(range_onnx):
+def test_openvino_serves_one_size_because_it_compiles_each_shape(range_onnx):
     assert open_model(str(range_onnx), "tiny", provider="openvino").info.sizes is None

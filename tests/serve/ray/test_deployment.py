@@ -33,7 +33,7 @@ ALL = [Event("accepted", 0, 0, 2), *(Event("image", index, 2, 2, b"png") for ind
 
 
 class Answers:
-    """The events of one replica, and how it ends."""
+    """The events and the end of one replica's stream."""
 
     def __init__(self, events, end, *, hangs=False):
         self.events, self.end, self.hangs = events, end, hangs
@@ -128,7 +128,7 @@ def test_a_replica_that_does_not_answer_is_408_in_time(monkeypatch):
     assert hung.cancelled
 
 
-def test_cancelled_requests_are_503_and_no_image_stays_under_way():
+def test_cancelled_requests_are_503_and_no_image_stays_in_progress():
     hung = Answers(ALL[:1], None, hangs=True)
     generator = RemoteGenerator(Handle(hung), {"toy": INFO}, Limits())
     given_up = []
@@ -230,7 +230,7 @@ class Bound:
     ("images", "queued", "wanted"),
     [({}, 0, 2), ({"a": 12.0}, 0, 3), ({"a": 0.0, "b": 0.0}, 0, 0), ({"a": 6.0, "b": 1.0}, 3, 2.5)],
 )
-def test_replicas_follow_the_images_under_way(images, queued, wanted):
+def test_replicas_follow_the_images_in_progress(images, queued, wanted):
     context = types.SimpleNamespace(
         aggregated_metrics={"images_under_way": images} if images else {},
         total_queued_requests=queued,
@@ -245,7 +245,7 @@ KEY = "sesame-open-7391"
 
 @pytest.fixture(scope="module")
 def started(served_onnx):
-    """A Ray without the API key in its environment; yields the address and the log folder."""
+    """Run Ray without the API key in its environment; yield the address and the log folder."""
     from ray import serve
 
     patch = pytest.MonkeyPatch()
@@ -358,7 +358,7 @@ def test_replicas_grow_under_load_and_shrink_after_it_and_nothing_is_lost(
         answers, over = [], threading.Event()
 
         def keep_asking(seed):
-            # Two requests at a time, which is no more than a batch, but with ten images each.
+            # Two requests at a time are fewer than a batch, but each has ten images.
             while not over.is_set():
                 body = {"prompt": "1", "n": 10, "seed": seed, "steps": 50}
                 answers.append(client.post(PATH, json=body))
@@ -372,7 +372,7 @@ def test_replicas_grow_under_load_and_shrink_after_it_and_nothing_is_lost(
             over.set()
             for thread in threads:
                 thread.join()
-        # The next requests arrive while a replica ends.
+        # The next requests arrive while a replica stops.
         while running() > 1:
             answers.append(client.post(PATH, json={"prompt": "1", "n": 1, "seed": 0, "steps": 50}))
             time.sleep(1)

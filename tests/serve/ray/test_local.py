@@ -1,4 +1,4 @@
-"""`trtq serve --ray` from the operator's side: start, SIGTERM under load, one-line errors."""
+"""`trtq serve --ray` as operators use it: start, SIGTERM under load and one-line errors."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_invalid_ranges_of_replicas_are_refused(text):
     ],
     ids=str,
 )
-def test_wrong_use_is_one_line(served_onnx, monkeypatch, arguments, address, message):
+def test_usage_errors_are_one_line(served_onnx, monkeypatch, arguments, address, message):
     monkeypatch.setenv("RAY_ADDRESS", address)
     result = CliRunner().invoke(app, ["serve", str(served_onnx), *arguments])
     assert result.exit_code == 2
@@ -75,7 +75,7 @@ def start(*arguments):
 @pytest.mark.parametrize(
     ("drain_s", "signals", "statuses"),
     [(60, 1, {200}), (0.5, 1, {200, 503}), (60, 2, {200, 503})],
-    ids=["finished", "given up in time", "given up when asked twice"],
+    ids=["finished", "given up after the time limit", "given up at the second signal"],
 )
 def test_sigterm_answers_all_accepted_requests(served_onnx, drain_s, signals, statuses):
     process = start(

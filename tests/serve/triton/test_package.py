@@ -29,7 +29,7 @@ PARTS = "pipeline/1/parts"
 
 
 def schema():
-    """Triton's schema, from its client; the rest of the client needs grpc."""
+    """Triton's schema, from Triton's client package; the rest of the package needs grpc."""
     distribution = importlib.metadata.distribution("tritonclient")
     path = distribution.locate_file("tritonclient/grpc/model_config_pb2.py")
     spec = importlib.util.spec_from_file_location("model_config_pb2", path)
@@ -85,7 +85,7 @@ NUMPY = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}
 
 
 def fake_backend(repository):
-    """A `triton_python_backend_utils` that runs the other models with onnxruntime, by their configs."""
+    """A fake `triton_python_backend_utils` that runs the other models with onnxruntime."""
     engines, calls = {}, []
 
     class Request:
@@ -124,7 +124,7 @@ def fake_backend(repository):
 
 
 def served(repository, monkeypatch):
-    """The pipeline's model, loaded from the repository as the server does."""
+    """The pipeline's model, loaded from the repository like in the server."""
     utils = fake_backend(repository)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
     spec = importlib.util.spec_from_file_location("model", repository / "pipeline/1/model.py")
@@ -209,7 +209,7 @@ def test_the_manifest_of_the_artefact_is_packaged(repository, digits_onnx):
     assert record["timesteps"] == manifest.timesteps
 
 
-def test_the_packaged_pipeline_draws_what_generate_draws(repository, digits_onnx, monkeypatch):
+def test_the_packaged_pipeline_draws_the_images_of_generate(repository, digits_onnx, monkeypatch):
     model, utils = served(repository, monkeypatch)
     (response,) = model.execute([request(class_label=[0, 1, 2, 3], seed=[5])])
     assert not response.has_error()
@@ -219,14 +219,14 @@ def test_the_packaged_pipeline_draws_what_generate_draws(repository, digits_onnx
     assert utils.calls == [("denoiser", 4)] * 4
 
 
-def test_more_images_than_a_batch_are_drawn_in_several(repository, monkeypatch):
+def test_more_images_than_a_batch_are_drawn_in_several_batches(repository, monkeypatch):
     model, utils = served(repository, monkeypatch)
     (response,) = model.execute([request(class_label=list(range(10)), steps=[2])])
     assert response.tensors["images"].array.shape == (10, 8, 8, 1)
     assert utils.calls == [("denoiser", 8)] * 2 + [("denoiser", 2)] * 2
 
 
-def test_an_invalid_request_gets_an_error_of_its_own(repository, monkeypatch):
+def test_an_invalid_request_gets_its_own_error(repository, monkeypatch):
     model, _ = served(repository, monkeypatch)
     good = request(class_label=[1])
     bad = {
@@ -296,7 +296,7 @@ def test_a_text_pipeline_is_served_whole(tmp_path, monkeypatch):
 
 
 def engine_folder(digits_onnx, out, backend="tensorrt-rtx", architectures=("sm86", "sm120")):
-    """A folder as `trtq build` writes it, with a plan that cannot run."""
+    """Create a folder like that of `trtq build`, with a plan that cannot run."""
     manifest = read_manifest(digits_onnx)
     (out / "unet").mkdir(parents=True)
     (out / "unet" / "model.engine").write_bytes(b"plan")
@@ -344,7 +344,7 @@ def test_an_onnx_folder_of_other_engines_is_refused(digits_onnx, tmp_path):
         package_triton(engine, tmp_path / "repository", onnx=other)
 
 
-def test_errors_of_packaging_say_what_to_do(digits_run, digits_onnx, tmp_path):
+def test_errors_of_packaging_name_a_remedy(digits_run, digits_onnx, tmp_path):
     out = tmp_path / "repository"
     with pytest.raises(UsageError, match="is a run, which no server loads; export it first"):
         package_triton(digits_run, out)

@@ -1,10 +1,10 @@
-"""A packaged repository in a real Triton server: what it accepts, draws, refuses and stops.
+"""Test a packaged repository in a real Triton server.
 
-The server is the one inside NVIDIA's `nvidia-pytriton`, unpacked into a folder of its own (its NumPy
-is older than ours): `pip install --no-deps --target DIR nvidia-pytriton==0.7.0 "numpy<2"`, then
-`TRTQ_PYTRITON=DIR`; `pip install geventhttpclient grpcio` brings what the clients need. It has only the
-Python backend. So the graphs' models are served by `GRAPH` below, under the names, inputs, outputs and
-batching that we packaged; the pipeline's model is served as it was packaged.
+The server comes from NVIDIA's `nvidia-pytriton`, unpacked into a separate folder (its NumPy is older
+than ours): `pip install --no-deps --target DIR nvidia-pytriton==0.7.0 "numpy<2"`, then
+`TRTQ_PYTRITON=DIR`; `pip install geventhttpclient grpcio` installs the clients' dependencies. The
+server has only the Python backend, so `GRAPH` below serves the graphs' models, with the packaged names,
+inputs, outputs and batching; the pipeline's model is served as packaged.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ def free_port():
 
 
 def runnable(repository, out):
-    """A copy whose graphs run on the Python backend."""
+    """Create a copy of a repository whose graphs run on the Python backend."""
     shutil.copytree(repository, out)
     for config in out.glob("*/config.pbtxt"):
         text = config.read_text()
@@ -113,10 +113,10 @@ class Server:
     """A running server.
 
     Args:
-        repository: what it serves.
-        place: for its files.
-        old_numpy: whether its Python takes NumPy from `FOLDER`.
-        more: arguments.
+        repository: model repository to serve.
+        place: folder for the server's files.
+        old_numpy: whether the server's Python imports NumPy from `FOLDER`.
+        more: further arguments of the server.
     """
 
     def __init__(self, repository, place, *more, old_numpy=False):
@@ -126,7 +126,7 @@ class Server:
         (backend / "triton_python_backend_stub").chmod(0o755)
         binary = SERVER / "bin" / "tritonserver"
         binary.chmod(0o755)
-        # The stub reads no PYTHONPATH; it takes the packages of the first `python3` in PATH.
+        # The backend's stub ignores PYTHONPATH; it uses the packages of the first `python3` in PATH.
         venv.create(place / "venv")
         (packages,) = (place / "venv").glob("lib/*/site-packages")
         seen = [FOLDER] * old_numpy + [ROOT, sysconfig.get_path("purelib")]
@@ -228,7 +228,7 @@ def digits(digits_onnx, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
-def test_the_server_draws_what_generate_draws(digits, digits_onnx, kind):
+def test_the_server_draws_the_images_of_generate(digits, digits_onnx, kind):
     source = open_any(digits_onnx)
     for wanted in (
         {"class_label": [0, 1, 2, 3], "seed": [5], "steps": [4]},
@@ -273,7 +273,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
-def test_an_invalid_request_gets_the_reason_and_the_server_lives_on(digits, kind):
+def test_an_invalid_request_gets_the_reason_and_the_server_keeps_running(digits, kind):
     from tritonclient.utils import InferenceServerException
 
     for message, wanted in BAD.items():
@@ -364,7 +364,7 @@ def test_a_text_pipeline_is_served_whole(tmp_path, shapes_onnx):
         server.stop()
 
 
-def test_a_server_that_cannot_read_prompts_says_so_when_it_starts(tmp_path, shapes_onnx):
+def test_a_server_that_cannot_read_prompts_reports_it_at_the_start(tmp_path, shapes_onnx):
     if int(np.__version__.split(".")[0]) < 2:
         pytest.skip("this Python has NumPy 1")
     package_triton(shapes_onnx, tmp_path / "packaged")

@@ -1,8 +1,8 @@
 """Access control: the hosts that a server answers to, and the origins whose pages may use it.
 
-A browser sends requests of any page to any address. Two headers distinguish such requests from the
-user's own: `Host`, the name of the server in the page's URL (the author of a page can let a name resolve
-to 127.0.0.1: DNS rebinding), and `Origin`, the origin of the page. Programs send no `Origin`.
+A browser lets any page send requests to any address. Two headers distinguish such requests from the
+user's own: `Host`, the name of the server in the page's URL (the author of a page can let a name
+resolve to 127.0.0.1: DNS rebinding), and `Origin`, the origin of the page. Programs send no `Origin`.
 """
 
 from __future__ import annotations
@@ -125,12 +125,12 @@ class Access:
     """The hosts and origins that a server answers to.
 
     Loopback names and addresses, and the local address of a connection, are always allowed: an address
-    of the machine itself, as the probes of Kubernetes and Prometheus send it, is fine, and other names
-    have to be allowed.
+    of the machine itself, which the probes of Kubernetes and Prometheus send, is safe, and all other
+    names must be allowed explicitly.
 
     Attributes:
-        bound: address or name that the server listens on; if it means all addresses, the machine's name
-            is allowed, too.
+        bound: address or name that the server listens on; if it is a wildcard, the machine's name is
+            allowed, too.
         hosts: additional hosts, as `allowed_hosts` returns them.
         origins: other origins whose pages may use the server, as `allowed_origins` returns them.
     """
@@ -166,7 +166,7 @@ class Access:
             scope: ASGI scope of the request.
 
         Raises:
-            ApiError: 400 the request does not name exactly one valid host; 421 the server does not
+            ApiError: 400 the request does not have exactly one valid host; 421 the server does not
                 answer to this host; 403 the request is from a page of another site.
         """
         headers: Headers = scope["headers"]
@@ -230,7 +230,7 @@ class Access:
             )
 
     def allows_origin(self, origin: str) -> bool:
-        """Whether pages of this origin may use the server although they are of another site."""
+        """Whether pages of this origin may use the server although they belong to another site."""
         return bool(self.origins) and (
             ANY in self.origins or _normal_origin(origin) in self.origins
         )
@@ -268,7 +268,7 @@ class Access:
 
 
 def _is_same_origin(origin: str, host: tuple[str, int | None] | None) -> bool:
-    """Whether an origin is that of the server's page: same host, same port."""
+    """Whether an origin is the origin of the server's own page: same host, same port."""
     parts = _ORIGIN.fullmatch(origin.lower())
     if parts is None or parts[1] not in _PORTS or host is None:
         return False

@@ -15,13 +15,13 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """A request is refused or cancelled.
+    """The error of a request that is refused or cancelled.
 
     Args:
         status: HTTP status of the response.
         code: stable error code, for programs.
         message: error message, for people: what was received, what is allowed, what to do.
-        param: name of the invalid field of the request.
+        param: name of the invalid field of the request, if there is one.
         retry_after: time after which the client should try again, in seconds.
         allow: allowed methods, for the header `Allow`.
     """
@@ -67,7 +67,7 @@ class ApiError(Exception):
         """The headers of the response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == 408:
-            # OpenAI's clients would otherwise try twice more, on a server that is already too slow.
+            # Otherwise OpenAI's clients would retry twice on a server that is already too slow.
             headers["X-Should-Retry"] = "false"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
@@ -82,6 +82,6 @@ def printable(value: str) -> str:
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The request id in X-Request-ID, or a new id if that is missing or invalid."""
+    """The request id in X-Request-ID, or a new id if the header is missing or invalid."""
     given = dict(headers).get(b"x-request-id", b"")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()

@@ -35,12 +35,12 @@ def internal_error() -> ApiError:
 class Guard:
     """Wraps the application: request id, access control, API key, metrics and the log line of a request.
 
-    Requests for images bypass FastAPI's layers, which would double the time before an image is drawn;
-    FastAPI only describes them in the schema. HEAD is GET without the body, for every path.
+    Requests for images bypass FastAPI's layers, which would double the overhead per image; FastAPI only
+    describes these requests in the schema. HEAD is GET without the body, for every path.
 
     Args:
         app: ASGI application for all other requests.
-        images: answers requests for images.
+        images: handler of image requests.
         metrics: metrics of the server.
         api_key: key that requests to `/v1` must send; None: no key.
         access: hosts and origins that the server answers to.
@@ -133,5 +133,5 @@ def _asks_for_images(scope: Any) -> bool:
 
 
 def _route(scope: Any) -> str:
-    """The path of the request's route, so that clients cannot create metric labels with other paths."""
+    """The path of the request's route: a request's path would let clients create labels."""
     return getattr(scope.get("route"), "path", "other")

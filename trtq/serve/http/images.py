@@ -41,7 +41,12 @@ class ClientGoneError(Exception):
 
 
 def refusal(error: ApiError, metrics: Metrics) -> JSONResponse:
-    """The response to a request that is refused or failed."""
+    """The response to a request that is refused or failed.
+
+    Args:
+        error: error to send.
+        metrics: metrics in which the error is counted.
+    """
     metrics.error(error.code)
     return JSONResponse(error.envelope, error.status, error.headers)
 
@@ -68,7 +73,7 @@ class Images:
 
         Args:
             scope: ASGI scope of the request, with a dict under `NOTES`.
-            receive: ASGI function that receives the body.
+            receive: ASGI function that returns the parts of the body.
 
         Raises:
             ClientGoneError: the client closed the connection.
@@ -98,7 +103,7 @@ class Images:
         )
         events = generator.draw(info.name, request, options)
         if body.stream:
-            # The first event is awaited, so that a refusal has an HTTP status of its own.
+            # Waits for the first event, so that a refusal can still set the HTTP status.
             await _while_connected(receive, anext(events))
             return _EventStream(_server_sent(events, request, info, self._metrics))
         pngs = await _while_connected(receive, _collect(events, request.count))
@@ -123,7 +128,7 @@ def _generation_request(body: ImageRequest, info: ModelInfo) -> GenerationReques
 
 
 def _response_fields(request: GenerationRequest, info: ModelInfo) -> dict[str, Any]:
-    """The fields of a response in addition to the images: OpenAI's fields, then ours."""
+    """The fields of a response other than the images: OpenAI's fields, then ours."""
     height, width = request.size or info.image_size
     return {
         "background": "opaque",
@@ -220,7 +225,7 @@ async def _read_body(scope: Mapping[str, Any], receive: Receive, limits: Limits)
     more = True
     try:
         async with asyncio.timeout(limits.body_s):
-            # A client reads no response while it sends, so part of a large body is read and discarded.
+            # A client does not read the response while it sends: read and discard part of a large body.
             while more and size <= _DISCARDED * limits.body_bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -241,7 +246,7 @@ async def _read_body(scope: Mapping[str, Any], receive: Receive, limits: Limits)
 
 
 async def _while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
-    """The result of `work`, which is cancelled if the client closes the connection.
+    """Await `work` and return its result; cancel it if the client closes the connection.
 
     Raises:
         ClientGoneError: the client closed the connection.

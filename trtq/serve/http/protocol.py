@@ -1,8 +1,8 @@
-"""The HTTP protocol of the server, with limits on the size and the duration of requests.
+"""The HTTP protocol of the server, with limits on the size and duration of requests.
 
 Input that the parser cannot read gets a response like any other error: OpenAI's envelope with a request
-id. If a client is still sending when its response is complete, the server reads on for a moment before
-it closes the connection: closing a connection while bytes arrive resets it and loses the response.
+id. If a client is still sending when its response is complete, the server keeps reading briefly before
+it closes the connection: closing it while bytes arrive would reset it and lose the response.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LINGER_BYTES = 4 << 20
 
 
 class _Transport:
-    """A connection as uvicorn sees it, with another way to close it."""
+    """Wraps the transport that uvicorn uses, to change how a connection is closed."""
 
     def __init__(self, transport: Any, close: Callable[[], None]) -> None:
         self._transport = transport
@@ -52,7 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """Limits the head of a request and the time between requests, and answers malformed input.
 
     Args:
-        refused: called with the status and the code of each response that is not the application's.
+        refused: callback with the HTTP status and the error code of a response by this class.
     """
 
     transport: Any
@@ -113,13 +113,13 @@ class BoundedProtocol(HttpToolsProtocol):
         while self._pending and not self.pipeline and not self.transport.is_closing():
             part = bytes(self._pending[:_PART])
             del self._pending[:_PART]
-            # The parser reports the name or value of a field, and a chunk extension, at its end only.
+            # The parser reports a field's name or value, and a chunk extension, only at its end.
             self._silent_bytes += len(part)
             try:
                 self.parser.feed_data(part)
                 self._check_size()
             except httptools.HttpParserUpgrade:
-                # The bytes that follow are of another protocol, which the server does not support.
+                # The following bytes belong to another protocol, which the server does not support.
                 self._keep_alive = self.cycle.keep_alive = False
                 self._pending.clear()
                 return
@@ -191,7 +191,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def _check_head(self) -> None:
-        """Check the head of the request and replace its target by a path.
+        """Check the head of the request and replace its target with a path.
 
         Raises:
             RefusedError: the server does not support such a request, or too many connections are open.
@@ -247,17 +247,17 @@ class BoundedProtocol(HttpToolsProtocol):
             self._raw.abort()
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer malformed input once the requests before it are answered."""
+        """Answer malformed input after the requests that precede it."""
         self._stop_waiting()
         self._pending.clear()
         self._refusal = error
         if self._receiving and not self._in_head:
-            # The input is in the body of a request that the application has begun to answer.
+            # The input is in the body of a request that the application is already answering.
             if self.pipeline:
                 self.pipeline.popleft()
                 self.cycle = self._active
             elif self._active.response_started:
-                return  # The connection is closed after that response.
+                return  # The connection closes after that response.
             else:
                 self._active.disconnected = True
                 self._active.message_event.set()

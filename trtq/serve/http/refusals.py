@@ -1,4 +1,4 @@
-"""What the HTTP parser refuses, and the bytes of the response."""
+"""Requests that the HTTP parser refuses, and the bytes of the responses."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def checked_target(
     Args:
         method: method of the request.
         version: HTTP version, e.g. `1.1`.
-        url: target of the request, also an absolute URL.
-        headers: header fields with lower-case names; a host that only the target names is appended.
-        upgrade: whether the request asks for another protocol.
+        url: target of the request, a path or an absolute URL.
+        headers: header fields with lower-case names; the host is appended if only the target has one.
+        upgrade: whether the request requests another protocol.
 
     Raises:
         RefusedError: the server does not support such a request.
@@ -81,7 +81,7 @@ def explain(error: Exception, part: bytes) -> ApiError:
 
     Args:
         error: the exception of the parser.
-        part: the bytes that the parser was given.
+        part: the bytes passed to the parser.
     """
     cause: BaseException | None = error
     while cause is not None:

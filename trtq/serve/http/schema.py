@@ -1,4 +1,4 @@
-"""The body of a request for images: OpenAI's fields, and the few others that diffusion models need."""
+"""The body of an image request: OpenAI's fields, and a few more for diffusion models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SYNONYMS = {
     "timeout": "deadline",
 }
 _UNSUPPORTED = ("input_fidelity", "moderation", "output_compression", "style")
-"""OpenAI's fields that have no meaning here."""
+"""OpenAI's fields that this server does not support."""
 _REASONS = {
     "response_format": "this server keeps no files, so pictures come as 'b64_json'",
     "output_format": "pictures come as 'png'",
@@ -124,7 +124,7 @@ def parse_request(body: bytes) -> ImageRequest:
 
 
 def _optional(name: str) -> bool:
-    """Whether this is a field of this server or of OpenAI that a request may leave out."""
+    """Whether this is an optional field of a request, defined by this server or by OpenAI."""
     field = ImageRequest.model_fields.get(name)
     return name in _UNSUPPORTED if field is None else not field.is_required()
 
@@ -162,12 +162,22 @@ def _explain(error: ValidationError, document: dict[str, Any]) -> ApiError:
 
 
 def guidance_of(request: ImageRequest, info: ModelInfo) -> float:
-    """The guidance of a request, or the model's default; values below 1 become 1, no guidance."""
+    """The guidance of a request, or the model's default; values below 1 become 1, no guidance.
+
+    Args:
+        request: body of the request.
+        info: description of the model.
+    """
     return info.guidance if request.guidance is None else max(1.0, request.guidance)
 
 
 def size_of(request: ImageRequest, info: ModelInfo) -> tuple[int, int] | None:
-    """Height and width of a request, or the model's default; None if the size is malformed."""
+    """Height and width of a request, or the model's default; None if the size is malformed.
+
+    Args:
+        request: body of the request.
+        info: description of the model.
+    """
     if request.size in (None, "auto"):
         return info.image_size
     match = _SIZE.fullmatch(request.size or "")
@@ -175,7 +185,7 @@ def size_of(request: ImageRequest, info: ModelInfo) -> tuple[int, int] | None:
 
 
 def check_against(request: ImageRequest, info: ModelInfo, limits: Limits) -> None:
-    """Raise unless this model on this server can draw what the request asks for.
+    """Raise unless this model, with the limits of this server, can fulfil the request.
 
     Args:
         request: body of the request.

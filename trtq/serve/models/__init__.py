@@ -1,1 +1,1 @@
-"""Served models: what computes the images of a request."""
+"""Models that compute the images of a request."""

@@ -1,4 +1,7 @@
-"""The interface between the batcher and a model. Letters: B rows of a call; C, H, W of an image."""
+"""The interface between the batcher and a model.
+
+Letters: B rows of a call; C, H, W channels, height and width of an image.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ class ModelInfo:
 
     Attributes:
         name: model name used in requests.
-        kind: meaning of a prompt: `class`, `text`, or `none` for a model without conditions.
+        kind: kind of the prompt: `class`, `text`, or `none` for a model without conditions.
         classes: names of the classes; empty for other kinds.
         image_size: default height and width, in pixels.
         steps: default number of denoising steps.
@@ -84,8 +87,8 @@ class ModelInfo:
         guidance: default classifier-free guidance; 1 is no guidance.
         takes_guidance: whether requests may set the guidance.
         provider: execution provider.
-        bits: bit widths of weights and activations, e.g. `w4a8`; None for a float model.
-        sizes: sizes that requests may ask for; None: `image_size` only.
+        bits: bit widths of weights and activations, e.g. `w4a8`; None: a float model.
+        sizes: sizes that requests may specify; None: `image_size` only.
         takes_negative_prompt: whether requests may set a negative prompt.
     """
 
@@ -105,11 +108,11 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """The images that one request asks for.
+    """The images of one request, and how to draw them.
 
     Attributes:
         prompt: a text, or the name or number of a class.
-        count: number of images; image i of a seed is the same in every request.
+        count: number of images; image i of a seed does not depend on the count.
         seed: seed of the initial noise.
         steps: number of denoising steps.
         guidance: classifier-free guidance; 1 is no guidance.
@@ -147,9 +150,9 @@ class InitialState:
 
     Attributes:
         x: initial noise, `[1, ...]`.
-        inputs: the denoiser's conditions.
+        inputs: the denoiser's inputs other than sample and timestep.
         solver: trajectory of the image.
-        guidance: classifier-free guidance, used if `inputs.unconditional` is given.
+        guidance: classifier-free guidance scale; ignored if `inputs.unconditional` is None.
     """
 
     x: np.ndarray
@@ -163,9 +166,9 @@ class ImageModel(ABC):
 
     Attributes:
         info: the description of the model.
-        fixed_shapes: whether each batch size has to be compiled before it runs fast.
-        max_rows: maximum batch size the engine was built for; None if unlimited.
-        cheap_codec: whether `starts` and `decode` take less time than handing them to another thread.
+        fixed_shapes: whether each batch size must be compiled before it runs at full speed.
+        max_rows: maximum batch size of the engine, in rows; None: no limit.
+        cheap_codec: whether `starts` and `decode` take less time than a switch to another thread.
     """
 
     info: ModelInfo
@@ -185,7 +188,17 @@ class ImageModel(ABC):
     def denoise(
         self, x: np.ndarray, timestep: np.ndarray, conditional: Arrays, shared: Arrays
     ) -> np.ndarray:
-        """x[B, ...], timestep float32[B] -> the prediction `[B, ...]`."""
+        """x[B, ...], timestep float32[B] -> the prediction `[B, ...]`.
+
+        Args:
+            x: current samples, float32 `[B, ...]`.
+            timestep: timestep of each row, float32[B].
+            conditional: inputs with a batch axis, by flat name, `[B, ...]` each.
+            shared: inputs without a batch axis, by flat name.
+
+        Returns:
+            The prediction, float32 `[B, ...]`.
+        """
 
     @abstractmethod
     def decode(self, x: np.ndarray) -> np.ndarray:

@@ -53,8 +53,8 @@ class PipelineModel(ImageModel):
         source: the pipeline, as `open_any` returns it.
         name: model name used in requests.
         provider: execution provider of the denoiser.
-        shapes: number of batch sizes that may be in use at once.
-        artefact: the artefact that `source` was loaded from; None: the artefact in its folder.
+        shapes: maximum number of batch sizes in use at once.
+        artefact: artefact that `source` was loaded from; None: the artefact in the folder of `source`.
 
     Raises:
         UsageError: the inputs of the pipeline's denoiser are unknown.
@@ -91,7 +91,7 @@ class PipelineModel(ImageModel):
         if self.info.kind == "text":
             check_inputs(source.pipeline)
         if self._ddim is None:
-            # A scheduler that fails would fail every request, so check it before the first one.
+            # A broken scheduler would fail every request, so check it before the first request.
             source.check_steps(self.info.steps)
 
     @torch.no_grad()
@@ -173,9 +173,9 @@ def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def _sizes(source: LoadedPipeline) -> Sizes | None:
-    """The sizes that the denoiser accepts, in torch up to twice the default height and width.
+    """The sizes that the denoiser accepts; for torch, up to twice the default height and width.
 
-    None if the denoiser accepts one size only.
+    The result is None if the denoiser accepts one size only.
     """
     if isinstance(source.denoiser, EngineDenoiser):
         return Sizes.of_graph(source.denoiser.engine.metadata, source.cell_pixels)

@@ -1,8 +1,8 @@
 """Solvers: the trajectory of one image from noise to the clean sample.
 
-DDIM, which the shipped models and many class-conditional models use, is implemented with numpy. It needs
-neither torch nor diffusers, whose imports take five times as long as the rest of a server's start. All
-other schedulers are those of diffusers, one copy per image.
+DDIM, which the shipped models and many class-conditional models use, is implemented with numpy. It
+needs neither torch nor diffusers, whose imports take five times as long as the rest of a server's
+startup. All other schedulers come from diffusers, with one copy per image.
 """
 
 from __future__ import annotations
@@ -31,12 +31,26 @@ class Solver(Protocol):
     initial_scale: float
 
     def scaled(self, x: np.ndarray, position: int) -> np.ndarray:
-        """Scale a sample `[1, ...]` to the denoiser's input at a position."""
+        """Scale a sample `[1, ...]` to the denoiser's input at a position.
+
+        Args:
+            x: current sample, `[1, ...]`.
+            position: number of completed denoiser calls.
+        """
 
     def step(
         self, x: np.ndarray, predicted: np.ndarray, position: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The sample at the next position, and the clean sample that the prediction implies."""
+        """The sample at the next position, and the clean sample that the prediction implies.
+
+        Args:
+            x: current sample, `[1, ...]`.
+            predicted: the denoiser's prediction, `[1, ...]`.
+            position: number of completed denoiser calls.
+
+        Returns:
+            Next sample and clean sample, `[1, ...]` each.
+        """
 
 
 class Ddim:
@@ -46,7 +60,7 @@ class Ddim:
         config: content of `scheduler_config.json`.
 
     Raises:
-        UsageError: the configuration is that of another scheduler, or has settings that only diffusers
+        UsageError: the configuration belongs to another scheduler, or has settings that only diffusers
             implements.
     """
 
@@ -130,8 +144,8 @@ class DdimSolver:
 
     Args:
         timesteps: int64[T], noisiest first.
-        alpha: cumulative alpha at each timestep, float32[T].
-        alpha_next: cumulative alpha at the timestep that follows each, float32[T].
+        alpha: cumulative product of alphas at each timestep, float32[T].
+        alpha_next: cumulative product of alphas at the following timestep, float32[T].
         prediction: quantity that the denoiser predicts, see `trtq.diffusion.prediction`.
         clip: bound of the absolute value of the predicted clean sample; None: no bound.
     """
@@ -147,7 +161,7 @@ class DdimSolver:
         clip: float | None,
     ) -> None:
         self.timesteps: Sequence[float] = [float(t) for t in timesteps]
-        # Arrays without axes: with Python floats or numpy scalars a step takes 1.5 times as long.
+        # 0-d arrays: with Python floats or numpy scalars a step takes 1.5 times as long.
         levels = zip(
             np.sqrt(alpha),
             np.sqrt(1 - alpha),
@@ -177,11 +191,11 @@ class DdimSolver:
 
 
 class SchedulerSolver:
-    """The denoising steps of a scheduler of diffusers, which may have a state.
+    """The denoising steps of a scheduler from diffusers, which may keep state between steps.
 
     Args:
-        scheduler: a copy for this image, its timesteps set.
-        generator: generator of the noise that some schedulers add at each step.
+        scheduler: a copy of the scheduler for this image, with its timesteps set.
+        generator: random generator of the noise that some schedulers add at each step.
         timestep_scale: factor by which the pipeline multiplies the denoiser's timesteps.
     """
 
@@ -210,7 +224,7 @@ class SchedulerSolver:
     def step(
         self, x: np.ndarray, predicted: np.ndarray, position: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The next sample and the clean sample; the same array twice if the scheduler has only one."""
+        """The next sample and the clean sample, which may be the same array."""
         import torch
 
         sample, prediction = torch.from_numpy(x), torch.from_numpy(predicted)

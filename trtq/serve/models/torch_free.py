@@ -1,4 +1,4 @@
-"""The model of an ONNX folder that needs no torch: a UNet on images, with DDIM."""
+"""A model of an ONNX folder that runs without torch: a UNet in pixel space, with DDIM."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ __all__ = ["TorchFreeModel", "pixels"]
 
 _MIN_VALUES = 16
 _CHEAP_VALUES = 1 << 12
-"""Number of values in an image up to which its noise and its PNG file take little time."""
+"""Maximum number of values in an image whose noise and PNG file take little time."""
 _MAX_CHANNELS = 4096
 _MAX_CLASSES = 1 << 24
 
 
 class TorchFreeModel(ImageModel):
-    """The graph of a `UNet2DModel` that draws images rather than latents.
+    """The graph of a `UNet2DModel` in pixel space.
 
     Args:
-        artefact: an ONNX folder that `serves` accepts, verified.
+        artefact: a verified ONNX folder that `serves` accepts.
         name: model name used in requests.
         provider: execution provider.
         threads: number of threads per operator; None: the number of cores.
-        shapes: number of batch sizes that may be in use at once.
+        shapes: maximum number of batch sizes in use at once.
 
     Raises:
         UsageError: the provider is not available.
@@ -140,7 +140,7 @@ def pixels(x: np.ndarray, name: str) -> np.ndarray:
 
     Args:
         x: the image.
-        name: name of the model, for messages.
+        name: name of the model, used in messages.
 
     Raises:
         NonFiniteError: the image holds NaN or infinity.
@@ -156,16 +156,16 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
 
 
 def _sample_shape(config: dict[str, Any], artefact: OnnxFolder) -> tuple[int, int, int]:
-    """Channels, height and width; the minimum size of a graph for several sizes, as in `open_any`."""
+    """Channels, height and width; the minimum size if the graph accepts several sizes."""
     channels = _whole(config, "in_channels", 1, _MAX_CHANNELS)
     return channels, *parse_size(artefact.smallest_size or "")
 
 
 def _whole(config: dict[str, Any], key: str, low: int, high: int) -> int:
-    """Read a whole number from `low` to `high` of the denoiser's configuration.
+    """Read an integer from `low` to `high` in the denoiser's configuration.
 
     Raises:
-        ArtefactError: the value is not such a number.
+        ArtefactError: the value is not an integer in this range.
     """
     value = config.get(key)
     if type(value) is not int or not low <= value <= high:

@@ -2,10 +2,10 @@
 
     serve run trtq.serve.ray:app path=onnx max_replicas=2
 
-or `trtq serve onnx --ray --replicas 1:2` (see `trtq.serve.ray.local`). One replica handles a request. If
-that replica dies, another starts the request again. The seed is chosen before, so the images are the
-same, and no image is sent twice. Ray reports its use to its developers unless RAY_USAGE_STATS_ENABLED=0
-is set where the cluster is started.
+or `trtq serve onnx --ray --replicas 1:2` (see `trtq.serve.ray.local`). One replica handles a request.
+If that replica dies, another replica restarts the request. The ingress chooses the seed, so the images
+are the same, and no image is sent twice. Ray sends usage statistics to its developers unless
+RAY_USAGE_STATS_ENABLED=0 is set where the cluster is started.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _REQUEST_ID = b"x-request-id"
 
 
 class Replica:
-    """Holds the models and draws.
+    """A process that holds the models and draws images.
 
     Args:
         options: options of the server.
@@ -67,12 +67,12 @@ class Replica:
     async def draw(
         self, name: str, request: GenerationRequest, options: DrawOptions
     ) -> AsyncGenerator[Event | ApiError]:
-        """The events of a request; an error is the last of them.
+        """Yield the events of a request; an error is always the last event.
 
         Args:
             name: name of the model.
             request: the images to draw.
-            options: how to deliver the images.
+            options: delivery of the images: deadline, previews and progress events.
         """
         begun = time.monotonic()
         remaining = request.count
@@ -80,7 +80,8 @@ class Replica:
             async for event in self._service.draw(name, request, options):
                 remaining -= event.kind == "image"
                 if not remaining:
-                    # The log shows which replica drew what: a replica may die before it has sent it.
+                    # Log which replica drew which image: a replica may die before it has sent the
+                    # image.
                     seconds = round(time.monotonic() - begun, 4)
                     fields = {"model": name, "images": request.count, "steps": request.steps}
                     fields |= {"seed": request.seed, "seconds": seconds}
@@ -93,8 +94,8 @@ class Replica:
 def replicas_wanted(context: Any) -> tuple[float, dict[str, Any]]:
     """Ray Serve's autoscaling policy: the images in progress divided by the images per replica.
 
-    The number of requests would not do, since a request may ask for ten images. A request that waits for
-    a replica counts as one image. Ray Serve applies delays and limits itself.
+    The number of requests would be too coarse, since a request may be for ten images. A request that
+    waits for a replica counts as one image. Ray Serve itself applies the delays and limits.
 
     Args:
         context: Ray Serve's `AutoscalingContext`.
@@ -115,8 +116,8 @@ class Ingress:
     Args:
         replicas: Ray's handle of the deployment.
         limits: limits of one replica.
-        api_key: key that requests to `/v1` must send; a secret, so that no message and no dashboard
-            shows it.
+        api_key: key that requests to `/v1` must send, wrapped as a secret to keep it out of messages
+            and dashboards.
         access: hosts and origins that the server answers to.
     """
 
@@ -160,7 +161,7 @@ class Ingress:
                 # Ray Serve adds the same request id itself.
                 headers = [header for header in message["headers"] if header[0] != _REQUEST_ID]
                 if more:
-                    # Ray Serve's proxy would go on reading a body that the application discards.
+                    # Ray Serve's proxy would keep reading a body that the application discards.
                     headers.append((b"connection", b"close"))
                 message["headers"] = headers
             await send(message)
@@ -195,7 +196,7 @@ def app(given: RayOptions | dict[str, Any]) -> Any:
         Replica,
         name="Replica",
         max_ongoing_requests=max_images,
-        # A replica that has to end finishes its requests first.
+        # A replica that must stop finishes its requests first.
         graceful_shutdown_timeout_s=limits.deadline_s,
         max_constructor_retry_count=1,
         ray_actor_options={"num_cpus": threads},

@@ -1,4 +1,4 @@
-"""The image generator of the ingress: passes requests to replicas, and again if one is lost."""
+"""The image generator of the ingress: passes requests to replicas and retries lost requests."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class RemoteGenerator(ImageGenerator):
                 except lost:
                     logger.warning("a replica was lost", extra={FIELDS: {"model": name}})
                 finally:
-                    if not finished:  # Cancelling a finished stream would be a useless call.
+                    if not finished:  # A finished stream needs no cancellation.
                         stream.cancel()
                 await asyncio.sleep(_PAUSE_S)
             text = "the replicas of this model keep failing; try again"
@@ -99,8 +99,8 @@ class RemoteGenerator(ImageGenerator):
             seconds: time from the request's arrival to the deadline, in seconds.
 
         Raises:
-            ApiError: the error of the replica; 408 the deadline has passed, even if the replica does not
-                respond; 503 the request is cancelled since the server is about to stop.
+            ApiError: the error of the replica; 408 the deadline has passed, even if the replica does
+                not respond; 503 the request is cancelled because the server is about to stop.
         """
         coming = asyncio.ensure_future(anext(events, None))
         self._waiting.add(coming)

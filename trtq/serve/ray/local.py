@@ -57,8 +57,8 @@ def parse_replicas(text: str) -> tuple[int, int]:
 def serve_on_ray(options: RayOptions, announce: Callable[[dict[str, Any]], None]) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    If RAY_ADDRESS is set (`auto`: the Ray of this machine), the server joins that Ray, which keeps
-    running afterwards. Otherwise the server starts a Ray and stops it.
+    If RAY_ADDRESS is set (`auto`: the Ray instance of this machine), the server joins it, and Ray keeps
+    running afterwards. Otherwise the server starts a Ray instance and stops it at the end.
 
     Args:
         options: options of the server.
@@ -98,7 +98,7 @@ def serve_on_ray(options: RayOptions, announce: Callable[[dict[str, Any]], None]
 
 
 class _Stops:
-    """Counts the signals that ask the server to stop."""
+    """Counts the signals that request the server to stop."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -124,14 +124,14 @@ def _stopping() -> Iterator[_Stops]:
 
 @contextmanager
 def _ray() -> Iterator[tuple[str, bool]]:
-    """Join or start a Ray.
+    """Join or start a Ray instance.
 
     Yields:
-        The folder of its logs, and whether it was running before.
+        The folder of Ray's logs, and whether Ray was already running.
 
     Raises:
         UsageError: RAY_ADDRESS is the address of a proxy to a cluster.
-        ArtefactError: there is no Ray at RAY_ADDRESS.
+        ArtefactError: no Ray instance listens at RAY_ADDRESS.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
@@ -161,7 +161,7 @@ def _ray() -> Iterator[tuple[str, bool]]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise unless the address accepts connections; Ray itself would try for minutes.
+    """Raise unless the address accepts connections; Ray itself would retry for minutes.
 
     Raises:
         ArtefactError: the address accepts no connections.
@@ -179,10 +179,10 @@ def _started(options: RayOptions, joined: bool) -> RayOptions:
 
     Args:
         options: options of the server.
-        joined: whether the Ray was running before.
+        joined: whether Ray was already running.
 
     Returns:
-        The options; a port of 0 is replaced by a free port.
+        The options; a port of 0 is replaced with a free port.
 
     Raises:
         ArtefactError: the port is not available, or an application of this name is already running.
@@ -228,7 +228,7 @@ def _checked_url(options: RayOptions) -> str:
     """The URL of the server.
 
     Raises:
-        ArtefactError: Ray Serve was running before and listens on another address.
+        ArtefactError: Ray Serve was already running and listens on another address.
     """
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{options.port}"
@@ -248,7 +248,7 @@ def _drain(ingress: Any, seconds: float, stops: _Stops) -> None:
     Args:
         ingress: Ray's handle of the ingress.
         seconds: maximum time for finishing accepted requests.
-        stops: counts the signals.
+        stops: counter of the signals.
     """
     end = time.monotonic() + seconds + _GRACE_S
     draining = ingress.drain.remote(seconds)

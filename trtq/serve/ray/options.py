@@ -27,10 +27,11 @@ class RayOptions(ServeOptions):
     Attributes:
         min_replicas: minimum number of replicas.
         max_replicas: maximum number of replicas.
-        images_per_replica: number of images in progress per replica above which another replica is
-            started; None: a full batch.
-        upscale_delay_s: time for which more replicas must be wanted before one is started, in seconds.
-        downscale_delay_s: time for which fewer replicas must be wanted before one ends, in seconds.
+        images_per_replica: number of images in progress per replica above which another replica starts;
+            None: the images of a full batch.
+        upscale_delay_s: time that demand must exceed the replicas before a replica starts, in seconds.
+        downscale_delay_s: time that demand must stay below the replicas before a replica stops, in
+            seconds.
         look_back_s: time over which the number of images in progress is averaged, in seconds.
     """
 
@@ -51,7 +52,7 @@ class RayOptions(ServeOptions):
 
 _LISTS = {"allowed_hosts": allowed_hosts, "allowed_origins": allowed_origins}
 _NO_ARGUMENTS = ("host", "port", "drain_s", "api_key", "limits", *_LISTS)
-"""Fields that are no arguments of `serve run`, or arguments of another form."""
+"""Fields that are not arguments of `serve run`, or that have another form there."""
 _FORMER_NAMES = {"target": "images_per_replica"}
 """Former names of arguments, accepted for one release."""
 

@@ -1,4 +1,4 @@
-"""Writing `config.pbtxt`, the configuration of a model in Triton's text format."""
+"""Write `config.pbtxt`, the configuration of a model in Triton's text format."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def write_pipeline_config(folder: Path, name: str, input_name: str) -> None:
     Args:
         folder: folder of the model.
         name: name of the model.
-        input_name: name of the input that says what to draw: `prompt`, `class_label` or `count`.
+        input_name: name of the conditioning input: `prompt`, `class_label` or `count`.
     """
     kind = "TYPE_STRING" if input_name == "prompt" else "TYPE_INT64"
     size = 1 if input_name == "count" else -1
@@ -83,7 +83,7 @@ def write_pipeline_config(folder: Path, name: str, input_name: str) -> None:
 
 
 def _plan_lines(options: EngineOptions) -> list[str]:
-    """The plan of each compute capability: TensorRT-RTX puts all of them into one file."""
+    """The lines that name the plan of each compute capability; all have the same file."""
     lines = [f"default_model_filename: {_quoted(PLAN_NAME)}"]
     for architecture in options.architectures or ():
         digits = architecture.removeprefix("sm")

@@ -1,4 +1,4 @@
-"""Graphs that other models of a Triton Inference Server run, called from its Python backend."""
+"""Graphs that run as other models of a Triton server, called from its Python backend."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ class ServedGraph:
         inputs: specifications of the inputs by name.
         outputs: specifications of the outputs by name.
         metadata: metadata of the graph's file.
-        batched: whether the server may batch calls, in which case the first axis of every input is the
-            batch.
+        batched: whether the server may batch calls; if so, the first axis of every input is the batch.
     """
 
     model: str
@@ -71,8 +70,8 @@ class TritonEngine(Engine):
 
     Args:
         graph: signature of that model.
-        backend_utils: the server's module `triton_python_backend_utils`.
-        before_run: called before each run; an exception that it raises ends the request.
+        backend_utils: module `triton_python_backend_utils` of the server.
+        before_run: callback before each run; an exception that it raises ends the request.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class TritonEngine(Engine):
         }
 
     def _shaped(self, value: np.ndarray, items: int) -> np.ndarray:
-        """The form that a batched model accepts: one value per item, with an axis after the batch."""
+        """Reshape an input for a batched model: one value per item, at least two axes."""
         if not self._graph.batched:
             return value
         if len(value) == 1 < items:
@@ -129,12 +128,18 @@ class TritonEngine(Engine):
 
 
 def tensor_of(backend_utils: Any, name: str, value: np.ndarray) -> Any:
-    """A tensor of the server with the numbers of an array."""
+    """Create a tensor of the server with the values of an array.
+
+    Args:
+        backend_utils: module `triton_python_backend_utils` of the server.
+        name: name of the tensor.
+        value: values of the tensor.
+    """
     whole = np.require(value, requirements=["C", "W"])  # torch warns about read-only arrays.
     return backend_utils.Tensor.from_dlpack(name, torch.from_numpy(whole))
 
 
 def array_of(tensor: Any) -> np.ndarray:
-    """The numbers of a tensor of the server, on any device."""
+    """Copy the values of a tensor of the server, on any device, to an array."""
     array: np.ndarray = from_dlpack(tensor.to_dlpack()).cpu().numpy()
     return array

@@ -35,7 +35,7 @@ class TritonPythonModel:
             _check_strings(self.utils)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request; an invalid request gets an error of its own."""
+        """Answer each request; an invalid request gets its own error response."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
@@ -58,7 +58,7 @@ class TritonPythonModel:
         return kind(str(err), kind.INVALID_ARG if isinstance(err, UsageError) else kind.INTERNAL)
 
     def _conditioning(self, request: Any) -> list[str] | list[int] | int | None:
-        """Prompts, classes or number of images; None if the request has no such input."""
+        """The prompts, classes or number of images; None if the request has no such input."""
         prompts = self._values(request, "prompt")
         if prompts is not None:
             return [_decoded(value) for value in prompts]

@@ -1,4 +1,4 @@
-"""Packaging an ONNX folder or engines as a model repository of Triton Inference Server."""
+"""Package an ONNX folder or engines as a model repository for Triton Inference Server."""
 
 from __future__ import annotations
 
@@ -62,8 +62,9 @@ def package_triton(
 ) -> TritonPackageResult:
     """Write a model repository: one model per graph, and one for the whole pipeline.
 
-    The pipeline's model is Python: the denoising loop, which calls the other models. Each item has its
-    own step index, so the server may batch denoiser calls of different requests at different steps.
+    The pipeline's model is a Python model: the denoising loop, which calls the other models. Each item
+    has its own step index, so the server may batch denoiser calls of different requests at different
+    steps.
 
     Args:
         artefact: an ONNX folder, whose graphs the onnxruntime backend runs, or an engine folder.
@@ -71,7 +72,7 @@ def package_triton(
         onnx: ONNX folder that the engines were built from; None: the folder that the manifest names.
         overwrite: whether to replace an existing repository made by trtq.
         timeout: maximum time for opening and calling one graph in onnxruntime, in seconds.
-        progress: called with the stage's name, the work done and the total.
+        progress: callback with the stage's name, the completed work and the total.
 
     Raises:
         UsageError: the artefact is neither an ONNX folder nor an engine folder, or `out` is in use.
@@ -106,7 +107,7 @@ def _open(artefact: str | Path | Opened) -> StoredArtefact:
     """Open the ONNX or engine folder to package.
 
     Raises:
-        UsageError: the artefact is of another kind, or is none.
+        UsageError: the path is not an artefact, or is an artefact of another kind.
     """
     if not isinstance(artefact, Opened) and not (Path(artefact) / MANIFEST_NAME).is_file():
         raise UsageError(
@@ -168,7 +169,7 @@ def _write_graph(
 
 
 def _max_items(name: str, manifest: Manifest) -> int:
-    """Maximum number of items per call: of the engine's profile or the export, doubled for guidance."""
+    """Maximum number of items per call by profile or export, doubled for guidance."""
     if isinstance(manifest.options, EngineOptions) and manifest.options.profiles:
         return min(int(shapes[2][0]) for shapes in manifest.options.profiles[name].values())
     max_images = _max_images(manifest)
@@ -182,7 +183,7 @@ def _max_images(manifest: Manifest) -> int:
 def _write_pipeline(
     graphs: Path, origin: Manifest, manifest: Manifest, served: Mapping[str, ServedGraph], out: Path
 ) -> PackagedModel:
-    """Write the pipeline's model: the loop, and all components of the pipeline that are not graphs."""
+    """Write the pipeline's model: the denoising loop and the components that are not graphs."""
     parts = out / PIPELINE / "1" / "parts"
     copy_parts(graphs, origin, parts)
     recipe = manifest.recipe
@@ -202,7 +203,7 @@ def _write_pipeline(
 
 
 def _input_name(parts: Path, manifest: Manifest, served: Mapping[str, ServedGraph]) -> str:
-    """Name of the input that says what to draw: prompts, classes or a number of images."""
+    """Name of the conditioning input: prompts, classes or a number of images."""
     source = engine_source(
         parts,
         manifest.denoiser,

@@ -1,4 +1,4 @@
-"""The pipeline in a Triton Inference Server, whose graphs are other models of the server."""
+"""The pipeline in a Triton Inference Server, where other models run its graphs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class PackagedPipeline:
 
     Args:
         folder: folder of the components.
-        backend_utils: the server's module `triton_python_backend_utils`.
+        backend_utils: module `triton_python_backend_utils` of the server.
 
     Raises:
         ArtefactError: a component is missing or cannot be read.
@@ -118,10 +118,10 @@ class PackagedPipeline:
             seed: seed of the initial noise; image i of a seed is the same in every request.
             steps: number of denoising steps; None: the default of the settings.
             guidance: classifier-free guidance; None: the default of the settings.
-            cancelled: called before each call of a graph; returns whether the client has cancelled.
+            cancelled: function called before each graph call; returns whether the client has cancelled.
 
         Returns:
-            uint8[B,H,W,C].
+            The images, uint8[B,H,W,C].
 
         Raises:
             TrtqError: the request cannot be fulfilled.
@@ -141,7 +141,7 @@ class PackagedPipeline:
                 batch=self.settings.max_images,
             )
         finally:
-            self._cancelled = _never  # The function refers to the server's request.
+            self._cancelled = _never  # The callback holds a reference to the request.
         pixels = ((images + 1) * 127.5).round().to(torch.uint8)
         return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
 
@@ -166,7 +166,7 @@ class PackagedPipeline:
 
 
 def request_input(source: LoadedPipeline) -> str:
-    """Name of the input that says what to draw: `prompt`, `class_label` or `count`."""
+    """Name of the conditioning input: `prompt`, `class_label` or `count`."""
     if source.prompts is not None:
         return "prompt"
     return "count" if source.classes is None else "class_label"

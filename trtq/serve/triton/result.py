@@ -15,8 +15,8 @@ class PackagedModel(Result):
 
     Attributes:
         backend: Triton backend that runs the model.
-        max_batch_size: maximum batch size; 0 if the server must not batch.
-        files: paths of the model's files, relative to its folder.
+        max_batch_size: maximum batch size, in items; 0: the server must not batch.
+        files: paths of the model's files, relative to the repository.
     """
 
     backend: str
@@ -29,10 +29,10 @@ class TritonPackageResult(Result):
     """A finished model repository.
 
     Attributes:
-        output: path of the repository.
-        models: the models by name.
+        output: folder of the repository.
+        models: models of the repository by name.
         bytes: total size of the files, in bytes.
-        notes: hints for the user.
+        notes: remarks for the user, one sentence each.
     """
 
     output: str

@@ -1,7 +1,7 @@
-"""As much of full TensorRT as our builder asks for; its one network has one plugin.
+"""The parts of full TensorRT that our builder uses, with one network of one plugin.
 
-Building does with a plugin of the ahead-of-time form what TensorRT does with its kernel: loads it
-through the driver, and starts it without asking for more shared memory.
+A build treats the kernel of an ahead-of-time plugin like TensorRT: it loads the kernel through the
+driver and starts it without a request for more shared memory.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""As much of `tensorrt.plugin` as our definitions ask for; sizes are numbers."""
+"""The parts of `tensorrt.plugin` that our definitions use; sizes are integers."""
 
 import copy
 
@@ -37,7 +37,7 @@ def aot_impl(name):
 
 
 def launch_of(name):
-    """Kernel, code and launch of a linear layer of 256 outputs, whose tile is the larger one."""
+    """Kernel, code and launch of a linear layer of 256 outputs, which uses the larger tile."""
     from trtq.plugins.low_bit.attributes import fields_of
     from trtq.plugins.spec import LayerSpec
 
