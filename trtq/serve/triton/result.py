@@ -16,7 +16,7 @@ class PackagedModel(Result):
     Attributes:
         backend: Triton backend that runs the model.
         max_batch_size: maximum batch size, in items; 0: the server must not batch.
-        files: paths of the model's files, relative to the repository.
+        files: paths of the files, relative to the folder of the model.
     """
 
     backend: str
