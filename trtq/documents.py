@@ -187,7 +187,7 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
     if "\\u" in text and not all(
         _is_text(leaf) for leaf in _leaves(value) if isinstance(leaf, str)
     ):
-        raise ValueError("it holds half of a surrogate pair, which is not a character")
+        raise ValueError("it contains half of a surrogate pair, which is not a character")
     return value
 
 

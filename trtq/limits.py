@@ -47,5 +47,5 @@ def parse_whole(text: str) -> int:
         ValueError: the text is not such a number.
     """
     if _WHOLE.fullmatch(text) is None:
-        raise ValueError(f"{text!r} is no whole number")
+        raise ValueError(f"{text!r} is not a whole number")
     return int(text)

@@ -116,7 +116,7 @@ def test_a_changed_file_is_named_whenever_it_is_verified(digits_onnx, tmp_path):
 
 
 def test_a_folder_of_another_kind_is_refused_before_it_is_hashed(digits_run, tmp_path, hashed):
-    with pytest.raises(ArtefactError, match="is of kind 'run'; needed is onnx"):
+    with pytest.raises(ArtefactError, match="is of kind 'run'; onnx is required"):
         open_folder(digits_run, "onnx")
     with pytest.raises(ArtefactError, match=r"cannot read .*manifest\.json"):
         open_folder(tmp_path)

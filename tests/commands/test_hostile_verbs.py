@@ -1655,7 +1655,7 @@ SAYS: dict[str, str] = {
     "negative scale": "positive finite numbers",
     "weight scale 0": "the weight's scale",
     "zero point out of range of the bits": "layer 'conv_in': 8-bit weights minus their zero points",
-    "low above high": "do not lie around zero",
+    "low above high": "are not a range around zero",
     "bias NaN": "layer 'conv_in': the bias holds NaN",
     "float part infinite": "'conv_norm_out.weight' holds NaN or infinity",
     "tables of 3 steps": "has shape (3,), though the manifest lists 2 timesteps",

@@ -472,14 +472,14 @@ def test_an_invalid_size_on_the_object_is_refused(size, tmp_path):
 
 def test_components_of_different_models_are_refused(tmp_path):
     pipeline = stable_diffusion(conditional_unet(32), diffusion())
-    with pytest.raises(QuantizationError, match="not of one model"):
+    with pytest.raises(QuantizationError, match="components belong to different models"):
         quantize(pipeline, RECIPE, tmp_path / "run")
 
 
 def test_a_low_bit_pipeline_is_not_quantised_again(digits_run, tmp_path):
     pipeline = open_any(digits_run).pipeline
     assert open_pipeline(pipeline).pipeline is pipeline
-    with pytest.raises(UsageError, match="quantised already"):
+    with pytest.raises(UsageError, match="already quantised"):
         quantize(pipeline, RECIPE, tmp_path / "run")
 
 

@@ -85,8 +85,8 @@ def test_a_graph_that_needs_too_much_memory_is_refused(tmp_path, monkeypatch):
         ("operator", "No Op registered for EvilOp"),
         ("version", "max supported IR version"),
         ("empty", "No graph was found"),
-        ("pipe", "is no file"),
-        ("missing", "is no file"),
+        ("pipe", "is not a file"),
+        ("missing", "is not a file"),
     ],
 )
 def test_a_graph_that_cannot_be_opened_is_reported_in_one_line(damage, message, tmp_path):

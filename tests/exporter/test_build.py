@@ -238,14 +238,14 @@ def test_a_graph_that_the_backend_would_compute_wrongly_is_not_built(
     monkeypatch.setattr(
         "trtq.exporter.build.check", lambda *_: [Finding("conv_in", "a rule", "a fix")]
     )
-    with pytest.raises(LegalityError, match="does not take 'conv_in': a rule; a fix"):
+    with pytest.raises(LegalityError, match="does not support the layer 'conv_in': a rule; a fix"):
         build(digits_onnx, tmp_path / "engine")
 
 
 @pytest.mark.parametrize(
     ("backend", "wanted", "message"),
     [
-        ("tensorrt-rtx", ["sm90"], "cannot build for 'sm90'; it can for sm75, sm80"),
+        ("tensorrt-rtx", ["sm90"], "cannot build for 'sm90'; choose from sm75, sm80"),
         ("tensorrt-rtx", ["sm86", "current"], "one of several"),
         ("tensorrt", ["sm86"], "the GPU of this machine"),
     ],

@@ -209,7 +209,7 @@ def test_a_failed_parity_check_leaves_no_output(digits_run, tmp_path, monkeypatc
     monkeypatch.setattr(
         "trtq.exporter.step_check.step_parity", lambda *_: [StepParity(39, 39, 0.0, 200)]
     )
-    with pytest.raises(GateError, match=r"only 39\.0 dB from torch, 40 dB are required"):
+    with pytest.raises(GateError, match=r"to only 39\.0 dB; 40 dB are required"):
         export(digits_run, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -108,7 +108,7 @@ def test_a_low_bit_node_without_tensors_is_refused_and_other_graphs_do_not_chang
         "g (float[2,3] sample, float[2] timestep) => (float[2,4] y) "
         '{ y = trtq.LowBitLinear <name = "a"> (sample) }'
     )
-    with pytest.raises(LegalityError, match="'a' without its numbers"):
+    with pytest.raises(LegalityError, match="'a' without its tensors"):
         ExpandLowBitToQdq({}, TimestepTable([1, 2]))(parse(body))
     model = parse("g (float[2] x) => (float[2] y) { y = Neg(x) }")
     assert not ExpandLowBitToQdq({}, TimestepTable([1]))(model).modified

@@ -153,7 +153,7 @@ def test_generate_accepts_a_negative_prompt_only_if_it_has_an_effect(model, tmp_
     out.unlink()
     with pytest.raises(UsageError, match="changes nothing at guidance 1: choose a guidance above"):
         generate(model, out, negative_prompt="a blue square", **wish | {"guidance": 1.0})
-    with pytest.raises(UsageError, match="digits takes no negative prompt"):
+    with pytest.raises(UsageError, match="digits accepts no negative prompt"):
         generate("digits", out, negative_prompt="a blue square", steps=2)
     assert not out.exists()
 
@@ -194,7 +194,7 @@ def test_prompts_given_by_the_user_are_used(model, tmp_path):
     lines.write_text("\n")
     with pytest.raises(UsageError, match="holds no prompts"):
         quantize(model, recipe, tmp_path / "other")
-    with pytest.raises(UsageError, match="takes no prompts"):
+    with pytest.raises(UsageError, match="accepts no prompts"):
         quantize("digits", recipe, tmp_path / "other")
 
 

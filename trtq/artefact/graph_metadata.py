@@ -51,8 +51,9 @@ def check_timesteps(metadata: Mapping[str, str], timesteps: Sequence[float] | No
         np.asarray(calibrated, np.float32), np.asarray(timesteps, np.float32)
     ):
         raise ArtefactError(
-            f"the graph was calibrated at the timesteps {shown(calibrated)}, its manifest says "
-            f"{shown(timesteps)}; the manifest was edited, or the graph belongs to another artefact"
+            f"the graph was calibrated at the timesteps {shown(calibrated)}, but its "
+            f"manifest lists {shown(timesteps)}; the manifest was edited, or the graph belongs to "
+            "another artefact"
         )
 
 

@@ -214,7 +214,7 @@ def check_kind(folder: Path, manifest: Manifest, *kinds: Kind) -> None:
     """
     if kinds and manifest.kind not in kinds:
         raise ArtefactError(
-            f"{folder} is of kind {manifest.kind!r}; needed is {' or '.join(kinds)}"
+            f"{folder} is of kind {manifest.kind!r}; {' or '.join(kinds)} is required"
         )
 
 

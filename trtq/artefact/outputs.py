@@ -48,18 +48,19 @@ def check_place(place: str | Path, *, source: Any = None) -> Path:
         raise UsageError(f"cannot write to {path}: {err}; choose another --output") from err
     if linked:
         raise UsageError(
-            f"the output {path} is a symbolic link to {final}; a link is not replaced, give the place "
-            "itself"
+            f"the output {path} is a symbolic link to {final}; a link is not replaced; give the "
+            "path of the folder itself"
         )
     if final == here or final in here.parents:
         raise UsageError(
-            f"the output {final} is the current folder or one around it; give a new folder, e.g. "
-            "--output result"
+            f"the output {final} is the current folder or a folder that contains it; give a new "
+            "folder, e.g. --output result"
         )
     with suppress(RuntimeError):
         if final == Path.home() or final in Path.home().parents:
             raise UsageError(
-                f"the output {final} is your home folder or one around it; give a new folder in it"
+                f"the output {final} is your home folder or a folder that contains it; give a new "
+                "folder in your home folder"
             )
     kind = special_kind(final)
     if kind is not None:

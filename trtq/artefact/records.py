@@ -45,7 +45,7 @@ def _text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as err:
-        raise ValueError("it holds half of a surrogate pair") from err
+        raise ValueError("it contains half of a surrogate pair") from err
     return value
 
 

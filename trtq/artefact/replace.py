@@ -41,7 +41,7 @@ def recover(final: Path, owned_by: Owner) -> None:
     left = _retire(old, final, owned_by(old))
     if left:
         raise UsageError(
-            f"{old} holds what lay in {final} before and is not trtq's, e.g. {left[0]}; move it away"
+            f"{old} holds earlier files of {final} that are not trtq's, e.g. {left[0]}; move them away"
         )
 
 
@@ -80,7 +80,7 @@ def replace_folder(partial: Path, final: Path, owned_by: Owner) -> None:
     try:
         left = _retire(old, final, owned)
     except OSError as err:
-        logger.warning("what lay in %s before cannot be removed from %s: %s", final, old, err)
+        logger.warning("the earlier files of %s cannot be removed from %s: %s", final, old, err)
         return
     if left:
         logger.warning(

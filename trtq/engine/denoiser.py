@@ -89,7 +89,7 @@ def _check_size(height: int, width: int, low: list[int], high: list[int], cell: 
     for size, min_size, max_size in zip((height, width), low, high, strict=True):
         if not min_size <= size <= max_size or size % cell:
             raise UsageError(
-                f"the graph does not take latents of {height}x{width} (HEIGHTxWIDTH), but "
+                f"the graph does not support latents of {height}x{width} (HEIGHTxWIDTH); it supports "
                 f"{low[0]}x{low[1]} to {high[0]}x{high[1]}, multiples of {cell}; export it for "
                 "another range with --size"
             )

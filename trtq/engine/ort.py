@@ -78,8 +78,8 @@ def check_provider(provider: str) -> None:
     package = OWN_PACKAGES.get(provider)
     if provider not in present and (package is None or importlib.util.find_spec(package) is None):
         raise UsageError(
-            f"the installed onnxruntime has no provider {provider!r}, it has {', '.join(present)}; "
-            "install trtq with another extra: [cpu] brings cpu and openvino, [gpu] brings cuda; or, for "
+            f"the installed onnxruntime has no provider {provider!r}, only {', '.join(present)}; "
+            "install trtq with another extra: [cpu] for cpu and openvino, [gpu] for cuda; or, for "
             "tensorrt-rtx, onnxruntime and onnxruntime-ep-nv-tensorrt-rtx"
         )
 

@@ -155,7 +155,7 @@ def _open_and_call(
 
     threads = min(_THREADS, processors())
     if not path.is_file():
-        raise ArtefactError(f"{path} is no file")
+        raise ArtefactError(f"{path} is not a file")
     try:
         engine = open_engine(path, provider, threads)
     except ArtefactError:
@@ -177,7 +177,7 @@ def _called(engine: Engine, feeds: Mapping[str, np.ndarray]) -> dict[str, np.nda
     given = engine.run(feeds)
     for name, value in given.items():
         if not isinstance(value, np.ndarray):
-            raise ArtefactError(f"its output {name!r} is no array")
+            raise ArtefactError(f"its output {name!r} is not an array")
     return given
 
 

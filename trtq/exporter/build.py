@@ -263,7 +263,7 @@ def _prepare(
         if fatal:
             first = fatal[0]
             raise LegalityError(
-                f"{backend.name} does not take {first.layer!r}: {first.rule}; {first.fix}"
+                f"{backend.name} does not support the layer {first.layer!r}: {first.rule}; {first.fix}"
             )
         floats = sum(row.activation_bits is None for row in manifest.layers)
     if _NO_FLOAT32 in settings.architectures and _computes_in_float32(model):

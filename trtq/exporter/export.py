@@ -57,8 +57,8 @@ def parse_batch(text: str) -> tuple[int, int]:
         bounds = 0, 0
     if not 1 <= bounds[0] <= bounds[1] <= MAX_BATCH:
         raise UsageError(
-            f"--batch-range {shown(text)} is not understood; "
-            f"write MIN:MAX, each 1 .. {MAX_BATCH}, e.g. 1:8"
+            f"--batch-range {shown(text)} is not a range; "
+            f"write MIN:MAX, each in 1 .. {MAX_BATCH}, e.g. 1:8"
         )
     return bounds
 
@@ -245,8 +245,8 @@ def _compare_with_torch(
     minimum = min(row.db for row in checked)
     if not all(row.holds(min_db) for row in checked):
         raise GateError(
-            f"the exported graph is only {minimum:.1f} dB from torch, {min_db:g} dB are required, or "
-            "what torch keeps when the inputs of its layers move by the last bit; per step: "
+            f"the exported graph agrees with torch to only {minimum:.1f} dB; {min_db:g} dB are "
+            "required, or the SNR of torch against itself with layer inputs changed by their last bit; per step: "
             + ", ".join(f"{row.db:.1f} ({row.floor_db:.1f})" for row in checked)
         )
     return {

@@ -88,10 +88,10 @@ def conditioning_for(
         labels = {name: torch.tensor([row.labels[name] for row in chosen]) for name in questions}
         return Conditioning(count, prompts=[row.prompt for row in chosen], labels=labels)
     if prompt is not None:
-        raise UsageError("this model takes classes, not prompts: use --class-label")
+        raise UsageError("this model accepts classes, not prompts: use --class-label")
     if source.classes is None:
         if class_label is not None:
-            raise UsageError("this model takes no classes")
+            raise UsageError("this model accepts no classes")
         return Conditioning(count)
     classes = torch.arange(count) % source.classes
     if class_label is not None:
@@ -161,7 +161,7 @@ def _check_negative(source: LoadedPipeline, negative_prompt: str, guidance: floa
     if not negative_prompt:
         return
     if source.prompts is None or not takes_negative(source.pipeline):
-        raise UsageError(f"{source.name} takes no negative prompt")
+        raise UsageError(f"{source.name} accepts no negative prompt")
     if guidance <= 1:
         raise UsageError(
             f"a negative prompt changes nothing at guidance {guidance:g}: choose a guidance above 1, "

@@ -51,15 +51,15 @@ def _float_source(run: OpenRun, model: str | Path | None) -> LoadedPipeline:
         source = open_pipeline(name)
     except ArtefactError as err:
         raise ArtefactError(
-            f"{run.folder} was made of {run.manifest.source.name!r}, which is needed for its float "
-            f"weights: {err}. Say where it is with --base"
+            f"{run.folder} was made from {run.manifest.source.name!r}, whose float weights are "
+            f"required: {err}. Give its path with --base"
         ) from err
     recorded = run.manifest.source.files
     changed = source.folder and changed_source_file(source.folder, recorded, all_there=False)
     if changed:
         raise ArtefactError(
-            f"{name} is not the checkpoint that {run.folder} was made of (its files have changed: "
-            f"{changed}); say where that one is with --base, or quantise this one"
+            f"{name} is not the checkpoint that {run.folder} was made from (its files have changed: "
+            f"{changed}); give the path of the original with --base, or quantise this checkpoint"
         )
     return source
 

@@ -161,8 +161,8 @@ def _load_float(model: str | Path | Opened | Any, steps: int, *, copy_all: bool)
     opened = open_artefact(model, verify=False)
     if opened.kind != "checkpoint":
         raise UsageError(
-            f"{opened.place} is of kind {opened.kind!r} and quantised already; give a float checkpoint, "
-            "or a run together with --lora to change its LoRAs"
+            f"{opened.place} is of kind {opened.kind!r}, which is already quantised; give a float "
+            "checkpoint, or a run together with --lora to change its LoRAs"
         )
     source = open_pipeline(opened.place)
     if isinstance(source.denoiser, StandIn):
@@ -211,7 +211,7 @@ def _choose_prompts(source: LoadedPipeline, recipe: Recipe) -> None:
     """
     if recipe.prompts is not None:
         if source.prompts is None:
-            raise UsageError(f"{source.name} takes no prompts")
+            raise UsageError(f"{source.name} accepts no prompts")
         lines = read_lines(Path(recipe.prompts))
         source.prompts = source.prompts.model_copy(update={"calibration": lines})
     if source.prompts is not None:
@@ -265,5 +265,5 @@ def _probe(source: LoadedPipeline, layers: Sequence[LayerPlan], steps: int) -> d
     except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as err:
         raise QuantizationError(
             f"{source.name}: its {source.denoiser_name} cannot be called with what its pipeline "
-            f"passes ({type(err).__name__}: {one_line(err)}); its parts are not of one model"
+            f"passes ({type(err).__name__}: {one_line(err)}); its components belong to different models"
         ) from err

@@ -68,7 +68,7 @@ def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None
         if not torch.allclose(tables["inv_scale"], scale.reciprocal(), rtol=1e-5, atol=0):
             raise ArtefactError(f"the table {operand}.inv_scale is not the reciprocal of the scale")
         if bool(((low > 0) | (high < 0) | (low < -128) | (high > 127)).any()):
-            raise ArtefactError(f"the codes of {operand} do not lie around zero within int8")
+            raise ArtefactError(f"the codes of {operand} are not a range around zero within int8")
         if bool((high - low != 2**bits - 1).any()):
             raise ArtefactError(
                 f"the manifest says {bits} bits for {operand}, its codes span "
@@ -119,7 +119,9 @@ def _tensor(named: Mapping[str, Tensor], leaf: str, dtype: torch.dtype) -> Tenso
     if leaf not in named:
         raise ArtefactError(f"the tensor {leaf!r} is missing")
     if named[leaf].dtype != dtype:
-        raise ArtefactError(f"the tensor {leaf!r} is of {named[leaf].dtype}, needed is {dtype}")
+        raise ArtefactError(
+            f"the tensor {leaf!r} has type {named[leaf].dtype}; {dtype} is required"
+        )
     return named[leaf]
 
 

@@ -131,8 +131,8 @@ class _Described(BaseModel):
         """Raise ArtefactError unless the manifest lists the timesteps of the calibrated tables."""
         if self.timesteps != torch.tensor(timesteps, dtype=torch.float32).tolist():
             raise ArtefactError(
-                f"{path} was calibrated at the timesteps {shown(self.timesteps)}, its manifest says "
-                f"{shown(list(timesteps))}; the manifest was edited"
+                f"{path} was calibrated at the timesteps {shown(self.timesteps)}, but its "
+                f"manifest lists {shown(list(timesteps))}; the manifest was edited"
             )
 
     def check_bits(self, path: Path, layers: Mapping[str, LowBitTensors]) -> None:
@@ -142,7 +142,7 @@ class _Described(BaseModel):
         """
         names = sorted(layers)
         if len(self.bits) != len(names):
-            raise ArtefactError(f"{path} is damaged: its metadata tell the bits of other layers")
+            raise ArtefactError(f"{path} is damaged: its metadata lists the bits of other layers")
         for name, bits in zip(names, self.bits, strict=True):
             if bits != _precision(layers[name]):
                 raise ArtefactError(
@@ -234,7 +234,7 @@ def load_stored(
         if plan.name not in by_layer:
             raise ArtefactError(
                 f"{path} and its manifest disagree about the layer {plan.name!r}: the file has no "
-                "integers of it"
+                "integers for this layer"
             )
         tensors = by_layer.pop(plan.name)
         with named_errors(plan.name):

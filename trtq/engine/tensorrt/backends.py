@@ -100,7 +100,7 @@ def check_architectures(backend: Backend, names: list[str]) -> list[str]:
     for name in chosen:
         if name not in allowed:
             raise UsageError(
-                f"{backend.name} cannot build for {name!r}; it can for {', '.join(allowed)}"
+                f"{backend.name} cannot build for {name!r}; choose from {', '.join(allowed)}"
                 + (" (the GPU of this machine)" if not backend.architectures else "")
             )
     if CURRENT in chosen and len(chosen) > 1:

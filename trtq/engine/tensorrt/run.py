@@ -214,8 +214,8 @@ class TensorRtEngine(Engine):
             array = np.ascontiguousarray(feeds[name], dtype=spec.dtype)
             if not self._context.set_input_shape(name, array.shape):
                 raise UsageError(
-                    f"the engine does not take {name!r} of shape {list(array.shape)}, but "
-                    f"{self._range(name)}; build it for another: trtq build --batch, or export --size"
+                    f"the engine does not support {name!r} of shape {list(array.shape)}; it supports "
+                    f"{self._range(name)}; build another: trtq build --batch-range, or export --size"
                 )
             address = self._buffer(name, array.nbytes)
             self._memory.upload(address, array)

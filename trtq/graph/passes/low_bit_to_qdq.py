@@ -123,7 +123,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         name = node.attributes["name"].as_string()
         layer = self.layers.get(name)
         if layer is None or len(layer.operands) != len(node.inputs):
-            raise LegalityError(f"the graph has a low-bit node {name!r} without its numbers")
+            raise LegalityError(f"the graph has a low-bit node {name!r} without its tensors")
         exceeds = node.op_type != "LowBitConv2d" and _exceeds_pair_safe(layer)
         weight_scale = None
         if isinstance(layer, LayerTensors):

@@ -72,7 +72,7 @@ class LowBitToPlugins(ir.passes.InPlacePass):
             name = node.attributes["name"].as_string()
             layer = self.layers.get(name)
             if not isinstance(layer, LayerTensors):
-                raise LegalityError(f"the graph has a low-bit node {name!r} without its numbers")
+                raise LegalityError(f"the graph has a low-bit node {name!r} without its tensors")
             self._give_operands(graph, node, name, layer, step)
         return ir.passes.PassResult(model, modified=True)
 

@@ -32,7 +32,7 @@ def load_graph(path: Path) -> ir.Model:
     import onnx_ir as ir
 
     if not path.is_file():  # Opening a pipe would block.
-        raise ArtefactError(f"{path} is no file")
+        raise ArtefactError(f"{path} is not a file")
     if path.stat().st_size == 0:
         raise ArtefactError(f"{path} is empty")
     try:
@@ -79,7 +79,7 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
         )
     if not file.is_file():
         raise ArtefactError(
-            f"{path} takes {tensor.name!r} from {location[:100]!r}, which is no file"
+            f"{path} takes {tensor.name!r} from {location[:100]!r}, which is not a file"
         )
     size, begin = file.stat().st_size, tensor.offset or 0
     length = tensor.nbytes if tensor.length is None else tensor.length

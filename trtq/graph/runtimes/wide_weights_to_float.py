@@ -41,7 +41,7 @@ class WideWeightsToFloat(ir.passes.InPlacePass):
             scale = node.inputs[1].const_value if node.inputs[1] is not None else None
             if len(node.inputs) > 2 or scale is None or not bool((scale.numpy() == 1).all()):
                 raise LegalityError(
-                    f"the weight of {node.name!r} is scaled before its product, not behind it"
+                    f"the weight of {node.name!r} is scaled before the product, not after it"
                 )
             build = GraphBuilder(graph, f"{node.name}/wide")
             y = build.op("Cast", [weight], "float", {"to": ir.DataType.FLOAT.value})
