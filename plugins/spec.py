@@ -64,8 +64,7 @@ class Problem:
         out_channels: number of output channels of all groups.
         steps: number of steps in the tables.
         geometry: geometry of the convolution.
-        channels_last: whether values are `[B, height, width, channels]` instead of `[B, channels,
-            ...]`.
+        channels_last: whether values are `[B, height, width, channels]`, not `[B, channels, ...]`.
 
     Raises:
         UsageError: the sizes are invalid; the message names them.

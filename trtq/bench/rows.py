@@ -214,7 +214,7 @@ def open_rows(rows: list[ActiveRow], threads: int, progress: ProgressCallback) -
     """Load the artefact of every row; checkpoints get the image size of the first artefact.
 
     Args:
-        rows: rows with a running worker.
+        rows: rows to open; rows without a worker are skipped.
         threads: number of threads per operator.
         progress: callback with the stage's name, the completed work and the total.
 

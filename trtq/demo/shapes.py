@@ -29,8 +29,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 ARRANGEMENTS = ("single", "above", "left of")
 CONVERSE = {"above": "below", "left of": "right of"}
 # 1 of CONVERSE_EVERY captions names the lower or right shape first. With 1 of 2, neither the order of
-# the words nor the relation alone would correlate with the positions, and a small model would not learn
-# the positions.
+# the words nor the relation alone would correlate with the positions, and a small model would do no
+# better than chance.
 CONVERSE_EVERY = 4
 ATTRIBUTES = {
     "arrangement": len(ARRANGEMENTS),

@@ -129,7 +129,7 @@ def _module_name(path: Path, part: str, library: str) -> str:
 
 
 def is_diffusers(cls: Any) -> bool:
-    """Whether a class is loaded by diffusers and not, as in some pipelines, by transformers."""
+    """Whether diffusers' loader, rather than transformers', loads a class."""
     from diffusers import ModelMixin
 
     return issubclass(cls, ModelMixin)

@@ -114,7 +114,7 @@ def _readers(pipeline: Any) -> Iterator[_Reader]:
 def _truncation(
     text: str, readers: list[_Reader], tokens: dict[str, list[int]]
 ) -> Truncation | None:
-    """The truncation of one prompt, given its tokens by text encoder; None if none is lost."""
+    """The truncation of one prompt, given its tokens by text encoder; None if no text is lost."""
     truncating = [reader for reader in readers if len(tokens[reader.encoder]) > reader.limit]
     if not truncating:
         return None

@@ -3,8 +3,8 @@
     code = clip(floor(w / d) + h + z, 0, 2**bits - 1)
 
 `h` is 1 for a weight that is rounded up and 0 for a weight that is rounded down. While the directions
-are learned, they are soft, `h = clip(1.2 sigmoid(alpha) - 0.1, 0, 1)`; afterwards they are frozen, `h =
-[alpha >= 0]`. Fine-tuning may still change `w`: the floor has a straight-through gradient.
+are learned, they are soft, `h = clip(1.2 sigmoid(alpha) - 0.1, 0, 1)`; afterwards they are frozen,
+`h = [alpha >= 0]`. Fine-tuning may still change `w`: the floor has a straight-through gradient.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class QuantLayer(nn.Module):
         weight_zero_point: buffer `[N, 1, ...]`, the zero points `z`, integers.
         tuned_weight: trained weight that replaces `W0`, see `tune`; None before `tune`.
         tuned_bias: trained bias that replaces `bias`; None before `tune` or without a bias.
-        alpha: learned rounding, shaped like the weight, see `trtq.quant.adaround`; None: nearest.
+        alpha: learned rounding, shaped like the weight, see `trtq.quant.adaround`; None: to nearest.
         soft_rounding: whether the rounding directions are soft.
         activation: quantiser of the input.
 

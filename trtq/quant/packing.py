@@ -91,7 +91,7 @@ def unpack_codes(packed: Tensor, bits: int, channels: int) -> Tensor:
         return packed.clone()
     rest = packed.shape[1:]
     if 8 % bits == 0:
-        # Each byte holds complete codes, so no code spans two bytes.
+        # Each byte holds complete codes, so the bit stream can be avoided.
         places = torch.arange(0, 8, bits, dtype=torch.uint8).reshape(1, -1, *(1,) * len(rest))
         codes = (packed.unsqueeze(1) >> places).bitwise_and_(2**bits - 1)
         return codes.reshape(-1, *rest)[:channels].contiguous()

@@ -193,7 +193,7 @@ def attention_modules(denoiser: nn.Module) -> list[str]:
 
 
 def skip_splits(denoiser: Any) -> dict[str, int]:
-    """Input channels that split the skip convolutions of a UNet's decoder into their two sources.
+    """Channels at which to split the skip convolutions of a UNet's decoder into their two sources.
 
     Returns:
         The number of input channels from the decoder, by path of the `conv_shortcut`.

@@ -41,7 +41,7 @@ def checked_target(
         version: HTTP version, e.g. `1.1`.
         url: target of the request, a path or an absolute URL.
         headers: header fields with lower-case names; the host is appended if only the target has one.
-        upgrade: whether the request requests another protocol.
+        upgrade: whether the client requests another protocol.
 
     Raises:
         RefusedError: the server does not support such a request.
