@@ -246,8 +246,8 @@ def _compare_with_torch(
     if not all(row.holds(min_db) for row in checked):
         raise GateError(
             f"the exported graph agrees with torch to only {minimum:.1f} dB; {min_db:g} dB are "
-            "required, or the SNR of torch against itself with layer inputs changed by their last bit; per step: "
-            + ", ".join(f"{row.db:.1f} ({row.floor_db:.1f})" for row in checked)
+            "required, or the SNR of torch against itself with layer inputs changed by their last bit; "
+            "per step: " + ", ".join(f"{row.db:.1f} ({row.floor_db:.1f})" for row in checked)
         )
     return {
         "parity_db_min": minimum,
