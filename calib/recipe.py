@@ -276,8 +276,8 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
         raise RecipeError(f"unknown method {shown(method)}; choose one of {', '.join(methods())}")
     if method in POST_TRAINING and given.get("training") is not None:
         raise RecipeError(
-            f"the method {method!r} does not fine-tune, so it takes no [training] and no number of "
-            "iterations; choose another method"
+            f"the method {method!r} does not fine-tune, so it allows neither [training] nor a number "
+            "of iterations; choose another method"
         )
     values = _merge(read_toml(_FOLDER / f"{method}.toml", "recipe"), given)
     try:
@@ -293,5 +293,7 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
     if recipe.quest is not None and (recipe.training is None or recipe.training.iterations < 2):
         raise RecipeError("a [quest] section needs a [training] section with 2 iterations or more")
     if recipe.quest is None and recipe.training is not None and recipe.training.rank == 0:
-        raise RecipeError("training.rank=0 leaves nothing to train; a [quest] section would")
+        raise RecipeError(
+            "training.rank=0 leaves nothing to train; raise the rank or add a [quest] section"
+        )
     return recipe

@@ -38,7 +38,7 @@ def test_counts_operations():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_error_names_the_command_that_needs_none():
-    with pytest.raises(UsageError, match="torch sees none; `trtq plugins build`"):
+    with pytest.raises(UsageError, match="torch finds none; `trtq plugins build`"):
         bench_kernels()
 
 

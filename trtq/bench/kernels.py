@@ -156,7 +156,7 @@ def bench_kernels(
     if not torch.cuda.is_available():
         old = old_driver()
         raise UsageError(
-            "the kernel benchmark needs an NVIDIA GPU, and torch sees none"
+            "the kernel benchmark needs an NVIDIA GPU, and torch finds none"
             + ("" if old is None else f" ({old})")
             + "; `trtq plugins build` compiles the kernels without a GPU"
         )

@@ -189,8 +189,8 @@ def check_null_class(null_class: int | None, embeddings: int) -> None:
     """
     if null_class is not None and not 0 <= null_class < embeddings:
         raise ArtefactError(
-            f"null_class is {null_class}, but the model knows the labels 0 .. {embeddings - 1}; correct "
-            f"it in {CLASSES_NAME}"
+            f"null_class is {null_class}, but the labels of the model are 0 .. {embeddings - 1}; "
+            f"correct it in {CLASSES_NAME}"
         )
 
 

@@ -195,8 +195,8 @@ def _check_autoencoder(pipeline: Any, config: Any, place: str, kind: str) -> Non
             given //= 4
         if isinstance(latent, int) and isinstance(given, int) and latent != given:
             raise UsageError(
-                f"{place} takes latents of {given} channels, but the {name} makes latents of {latent}; "
-                "one of the two is from another model"
+                f"{place} takes latents of {given} channels, but the {name} produces {latent} channels; "
+                "one of the two belongs to another model"
             )
     autoencoders = [getattr(pipeline, name, None) for name in ("vae", "vqvae")]
     if kind in ENCODED_PIPELINES and not any(part is not None for part in autoencoders):

@@ -113,9 +113,8 @@ def scheduler_refusal(
         if other == name:
             advice = f"change its settings, or use the defaults of {other}()"
         else:
-            advice = (
-                f"use another one, e.g. pipe.scheduler = {other}.from_config(pipe.scheduler.config)"
-            )
+            advice = "use another scheduler, e.g. pipe.scheduler = "
+                f"{other}.from_config(pipe.scheduler.config)"
     return UsageError(f"the scheduler {scheduler_name(scheduler)} {reason}; {advice}")
 
 
@@ -164,5 +163,5 @@ def check_known(scheduler: Any, stepping: Stepping | None) -> None:
         reason = f"has timestep_type={kind!r}; supported is 'discrete'"
         raise scheduler_refusal(scheduler, reason, stepping)
     if settings.get("invert_sigmas", False):
-        reason = "has invert_sigmas=True, which goes from clean to noisy; supported is False"
+        reason = "has invert_sigmas=True, which goes from clean to noisy; set it to False"
         raise scheduler_refusal(scheduler, reason, stepping)

@@ -99,7 +99,7 @@ def set_timesteps(
         wrong = noisiest if noisiest >= trained else float(timesteps.min())
         raise UsageError(
             f"steps={steps} is out of range: {scheduler_name(scheduler)} would visit timestep "
-            f"{wrong:g}, but the model knows 0 .. {trained - 1} only; choose fewer steps"
+            f"{wrong:g}, but the model was trained on 0 .. {trained - 1}; choose fewer steps"
         )
     return fresh
 
@@ -167,9 +167,7 @@ def _rehearsal_failure(scheduler: Any, stepping: Stepping, channels: int) -> str
                     scheduler.scale_model_input(x, t)
                 results = scheduler.step(predicted, t, x, **options, return_dict=False)
                 if stepping.second_of_one and len(scheduler.timesteps) == len(results) == 1:
-                    return (
-                        "for one step, the pipeline reads a second result, which it does not return"
-                    )
+                    return "returns no second result for a single step, but the pipeline reads one"
                 x = results[0]
     except SCHEDULER_ERRORS as err:
         return f"diffusers raises an error ({first_line(err)})"

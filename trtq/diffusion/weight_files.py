@@ -123,7 +123,7 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
         duplicates = sorted(tensors.keys() & shard.keys())
         if duplicates:
             raise ArtefactError(
-                f"{index.parent}: {duplicates[0]!r} is in two shards, one of them {name}"
+                f"{index.parent}: {duplicates[0]!r} is in two shards, {name} and an earlier one"
             )
         tensors |= shard
     absent = sorted(name for name in files if name not in tensors)

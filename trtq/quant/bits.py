@@ -32,7 +32,7 @@ def parse_bits(text: str) -> tuple[int, int]:
     """
     match = _BITS_TEXT.fullmatch(text.lower())
     if match is None:
-        raise RecipeError(f"bits={shown(text)} is not understood; write them like w4a4 or w8a8")
+        raise RecipeError(f"bits={shown(text)} is malformed; write e.g. w4a4 or w8a8")
     return check_bits(int(match[1])), check_bits(int(match[2]))
 
 

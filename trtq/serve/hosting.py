@@ -196,7 +196,7 @@ class _Host:
         if model.max_rows is not None and model.max_rows < batch:
             raise UsageError(
                 f"{self.path} takes up to {model.max_rows} rows in a call, fewer than {batch}; give "
-                f"--max-batch {max(model.max_rows, 2)}, or build it for more: trtq build --batch"
+                f"--max-batch {max(model.max_rows, 2)}, or build it for more: trtq build --batch-range"
             )
         return model
 

@@ -196,8 +196,9 @@ class Access:
             raise ApiError(
                 421,
                 "host_not_allowed",
-                f"this server does not answer to the host {printable(text)!r}, but to localhost and its "
-                f"own address; use one of them, or start it with --allowed-host {parsed[0]}",
+                f"this server does not answer to the host {printable(text)!r}, only to localhost and its "
+                "own address; use one of these, or start the server with "
+                f"--allowed-host {parsed[0]}",
             )
         return parsed
 

@@ -133,7 +133,7 @@ def _add_health(app: FastAPI, generator: ImageGenerator, metrics: Metrics) -> No
         ready = generator.alive and not generator.draining
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
-    fails = {503: {"description": "The server cannot draw any more; start it again."}}
+    fails = {503: {"description": "The server can no longer generate images; restart it."}}
 
     @app.get("/healthz", responses=fails)  # type: ignore[arg-type]
     @app.get("/v2/health/live", responses=fails)  # type: ignore[arg-type]

@@ -27,9 +27,9 @@ _SYNONYMS = {
 _UNSUPPORTED = ("input_fidelity", "moderation", "output_compression", "style")
 """OpenAI's fields that this server does not support."""
 _REASONS = {
-    "response_format": "this server keeps no files, so pictures come as 'b64_json'",
-    "output_format": "pictures come as 'png'",
-    "quality": "there is one quality, 'auto'",
+    "response_format": "this server stores no files; use 'b64_json'",
+    "output_format": "images are encoded as 'png'",
+    "quality": "the only quality is 'auto'",
     "background": "pictures are 'opaque'",
 }
 

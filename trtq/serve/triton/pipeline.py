@@ -156,7 +156,7 @@ class PackagedPipeline:
         count = given if isinstance(given, int) else len(given)
         if not 1 <= count <= _MAX_IMAGES:
             raise UsageError(
-                f"a request may ask for 1 .. {_MAX_IMAGES} images, {name!r} asks for {count}"
+                f"a request may contain 1 .. {_MAX_IMAGES} images; {name!r} has {count}"
             )
         if isinstance(given, int):
             return Conditioning(given)
