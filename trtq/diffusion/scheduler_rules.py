@@ -113,8 +113,8 @@ def scheduler_refusal(
         if other == name:
             advice = f"change its settings, or use the defaults of {other}()"
         else:
-            advice = "use another scheduler, e.g. pipe.scheduler = "
-                f"{other}.from_config(pipe.scheduler.config)"
+            replacement = f"{other}.from_config(pipe.scheduler.config)"
+            advice = f"use another scheduler, e.g. pipe.scheduler = {replacement}"
     return UsageError(f"the scheduler {scheduler_name(scheduler)} {reason}; {advice}")
 
 

@@ -196,8 +196,8 @@ class Access:
             raise ApiError(
                 421,
                 "host_not_allowed",
-                f"this server does not answer to the host {printable(text)!r}, only to localhost and its "
-                "own address; use one of these, or start the server with "
+                f"this server does not answer to the host {printable(text)!r}, only to localhost and "
+                "its own address; use one of these, or start the server with "
                 f"--allowed-host {parsed[0]}",
             )
         return parsed
