@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.conftest import tiny_pipeline
 from trtq.artefact.files import sha256
 from trtq.calib.policy import load_policy, plan_layers
-from trtq.calib.recipe import Training
+from trtq.calib.recipe import Recipe, Training
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import ArtefactError, NonFiniteError
@@ -74,6 +74,25 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     assert result["fine_tune_iterations"] == 3
     assert sha256(cut / FILE) == sha256(whole / FILE)
     assert not (tmp_path / ".cut.trtq-partial").exists()
+
+
+def test_a_checkpoint_of_a_version_with_the_former_names_is_resumed(tmp_path, monkeypatch):
+    dump = Recipe.model_dump_json
+    names = {"split_scale": "split_step"}
+
+    def former_dump(recipe):
+        text = dump(recipe)
+        for name, former in names.items():
+            assert f'"{name}":' in text
+            text = text.replace(f'"{name}":', f'"{former}":')
+        return text
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Recipe, "model_dump_json", former_dump)
+        with pytest.raises(Stop):
+            quantize(tiny_pipeline(), recipe(), tmp_path / "run", progress=interrupt_at(5))
+    result = quantize(tiny_pipeline(), recipe(), tmp_path / "run", resume=True)
+    assert result.fine_tune_iterations == 3
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):

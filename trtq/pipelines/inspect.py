@@ -53,7 +53,7 @@ def inspect(artefact: str | Path | Opened | Any) -> InspectResult:
         source=manifest.source.name,
         bytes=sum((folder / name).stat().st_size for name in manifest.files),
         precisions=_precisions(manifest),
-        recipe=None if manifest.recipe is None else manifest.recipe.to_json(),
+        recipe=_recipe(manifest),
         timesteps=manifest.timesteps,
         layers=[_layer(row, stored.get(row.name)) for row in manifest.layers],
         options=manifest.options.to_json(),
@@ -61,6 +61,18 @@ def inspect(artefact: str | Path | Opened | Any) -> InspectResult:
         packages=manifest.packages,
     )
     return _with_engine(result, opened) if isinstance(opened, EngineFolder) else result
+
+
+def _recipe(manifest: Manifest) -> dict[str, Any] | None:
+    """The recipe; `training.split_scale` also has its former key `split_step` for one release."""
+    if manifest.recipe is None:
+        return None
+    recipe = manifest.recipe.to_json()
+    training = recipe.get("training") or {}
+    for key, other in (("split_step", "split_scale"), ("split_scale", "split_step")):
+        if other in training:
+            training.setdefault(key, training[other])
+    return recipe
 
 
 def _layer(row: LayerRow, tensors: LowBitTensors | None) -> InspectedLayer:

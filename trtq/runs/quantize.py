@@ -97,7 +97,10 @@ def _calibrate(
 
 
 def _fingerprint(plan: QuantizePlan, files: dict[str, str]) -> str:
-    parts = [plan.recipe.model_dump_json(), json.dumps(files, sort_keys=True)]
+    """Hash of model and recipe, which the checkpoints of a run record."""
+    # Checkpoints of earlier versions were made with the former name.
+    recipe = plan.recipe.model_dump_json().replace('"split_scale":', '"split_step":')
+    parts = [recipe, json.dumps(files, sort_keys=True)]
     parts += [repr(layer) for layer in plan.layers]
     parts += [repr(lora) for lora in plan.loras]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
