@@ -164,7 +164,7 @@ def test_a_file_that_was_changed_during_the_work_is_kept(tmp_path, caplog):
     assert content(place) == "two"
     assert content(old_folder(place)) == "mine"
     assert "left in" in caplog.text
-    with pytest.raises(UsageError, match="move it away"):
+    with pytest.raises(UsageError, match="move them away"):
         make(place, "three", overwrite=True)
     assert content(old_folder(place)) == "mine"
 
@@ -350,7 +350,7 @@ def test_a_foreign_file_with_the_name_of_the_old_folder_is_not_touched(tmp_path)
     old_folder(place).mkdir()
     (old_folder(place) / "NOTES.md").write_text("mine")
     (place / "NOTES.md").write_text("mine, too")
-    with pytest.raises(UsageError, match="move it away"):
+    with pytest.raises(UsageError, match="move them away"):
         make(place, "two", overwrite=True)
     assert (old_folder(place) / "NOTES.md").read_text() == "mine"
 

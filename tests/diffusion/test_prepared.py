@@ -533,7 +533,7 @@ NEEDS = {
     "no tokenizer": (lambda: without("tokenizer"), "tokenizer"),
     "no vae": (lambda: without("vae"), "vae"),
     "no unet": (lambda: without("unet"), "no denoiser"),
-    "another vae": (other_vae, "latents of 8"),
+    "another vae": (other_vae, "produces 8 channels"),
 }
 
 

@@ -118,7 +118,7 @@ def plan_quantize(
 
     Raises:
         ArtefactError: the checkpoint cannot be read.
-        UsageError: the model is quantised already, or does not take the recipe's prompts.
+        UsageError: the model is already quantised, or does not take the recipe's prompts.
         QuantizationError: no layer would be quantised.
     """
     source = _load_float(model, recipe.steps, copy_all=bool(loras))
@@ -156,7 +156,7 @@ def _load_float(model: str | Path | Opened | Any, steps: int, *, copy_all: bool)
         copy_all: whether components of a pipeline object other than the denoiser may change too.
 
     Raises:
-        UsageError: the model is quantised already.
+        UsageError: the model is already quantised.
     """
     opened = open_artefact(model, verify=False)
     if opened.kind != "checkpoint":
@@ -167,7 +167,7 @@ def _load_float(model: str | Path | Opened | Any, steps: int, *, copy_all: bool)
     source = open_pipeline(opened.place)
     if isinstance(source.denoiser, StandIn):
         raise UsageError(
-            f"{source.name} is quantised already (its denoiser is a "
+            f"{source.name} is already quantised (its denoiser is a "
             f"{type(source.denoiser).__name__}); give the float pipeline"
         )
     source.schedule(steps)

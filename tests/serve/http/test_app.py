@@ -152,7 +152,7 @@ def test_a_stream_has_progress_previews_and_the_image(serve):
         ({"size": "4 x 4"}, "size", "draws WIDTHxHEIGHT 4x4"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
         ({"guidance": 1e9}, "guidance", "less than or equal to 30"),
-        ({"response_format": "url"}, "response_format", "keeps no files"),
+        ({"response_format": "url"}, "response_format", "stores no files"),
         ({"output_format": "webp"}, "output_format", "'png'"),
         ({"background": "transparent"}, "background", "'opaque'"),
         ({"partial_images": 2}, "partial_images", '"stream": true'),
