@@ -45,7 +45,7 @@ def test_only_weights_beyond_pair_safe_become_float():
 
 def test_weights_beyond_pair_safe_with_their_own_scale_are_refused():
     model = parse(WEIGHT.format("q, half"), q=integers(100), half=np.full(4, 0.5, np.float32))
-    with pytest.raises(LegalityError, match="scaled before its product"):
+    with pytest.raises(LegalityError, match="scaled before the product"):
         WideWeightsToFloat()(model)
 
 
