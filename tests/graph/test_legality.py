@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from trtq.graph.passes import CastInt4ToInt8
+from trtq.graph.runtimes.int4_to_int8 import CastInt4ToInt8
 from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import RUNTIMES, prepare
 

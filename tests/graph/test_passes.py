@@ -11,14 +11,14 @@ from tests.graph.text import HEAD, operators, parse, run
 from trtq.exporter.trace import trace_module
 from trtq.graph.passes import (
     BroadcastTimestep,
-    CastFloat64ToFloat32,
     CastLayerNormToFloat64,
     DecomposeGroupNorm,
     DecomposeSilu,
     DecomposeTimestepEmbedding,
     DropNoopSqueeze,
-    FuseGroupNorm,
 )
+from trtq.graph.runtimes.float64_to_float32 import CastFloat64ToFloat32
+from trtq.graph.runtimes.fuse_group_norm import FuseGroupNorm
 from trtq.quant.exact import DeployedLayerNorm, DeployedTimesteps
 
 X = np.linspace(-9, 9, 2 * 6 * 4, dtype=np.float32).reshape(2, 6, 2, 2)

@@ -5,6 +5,7 @@ import onnx_ir as ir
 import pytest
 
 import trtq
+from trtq.artefact.opened import open_folder
 from trtq.engine.ort import OrtEngine
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError
@@ -30,7 +31,7 @@ def plugin_onnx(digits_run, tmp_path_factory):
 def test_every_layer_of_the_digits_model_is_a_plugin(plugin_onnx, digits_onnx):
     model = load_graph(plugin_onnx / "unet" / "model.onnx")
     nodes = [node for node in model.graph if node.domain == "trtq"]
-    assert len(nodes) == len(trtq.artefact.manifest_file.read_manifest(plugin_onnx).layers)
+    assert len(nodes) == len(open_folder(plugin_onnx).manifest.layers)
     assert not any(node.op_type in ("QuantizeLinear", "Conv") for node in model.graph)
     assert not has_plugins(load_graph(digits_onnx / "unet" / "model.onnx"))
 
@@ -74,7 +75,7 @@ def test_plugins_are_in_the_engine(plugin_onnx, tmp_path, monkeypatch):
     result = trtq.build(plugin_onnx, tmp_path / "engine", architectures=["sm86", "sm89", "sm120"])
     assert result["architectures"] == ["sm86", "sm89", "sm120"]
     content = (tmp_path / "engine" / "unet" / "model.engine").read_bytes()
-    layers = trtq.artefact.manifest_file.read_manifest(plugin_onnx).layers
+    layers = open_folder(plugin_onnx).manifest.layers
     for plugin, kind in (("LowBitConv2d", "conv2d"), ("LowBitLinear", "linear")):
         count = sum(layer.kind == kind for layer in layers)
         assert content.count(plugin.encode()) >= count > 0

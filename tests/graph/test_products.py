@@ -10,14 +10,12 @@ import torch
 
 from tests.graph.text import operators, parse, run
 from trtq.errors import LegalityError
-from trtq.graph.passes import (
-    BreakUniformScales,
-    CastsToQdq,
-    ExpandLowBitToQdq,
-    MatMulToConv,
-    WideProductsToFloat,
-    WideWeightsToFloat,
-)
+from trtq.graph.passes import ExpandLowBitToQdq
+from trtq.graph.runtimes.break_uniform_scales import BreakUniformScales
+from trtq.graph.runtimes.casts_to_qdq import CastsToQdq
+from trtq.graph.runtimes.matmul_to_conv import MatMulToConv
+from trtq.graph.runtimes.wide_products_to_float import WideProductsToFloat
+from trtq.graph.runtimes.wide_weights_to_float import WideWeightsToFloat
 from trtq.quant import TimestepTable
 from trtq.quant.packing import PackedWeight
 from trtq.quant.tensors import ActivationTensors, LayerTensors

@@ -13,7 +13,7 @@ from trtq.processor import has_vnni
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["RUNTIMES", "Runtime", "external_files", "has_vnni", "load_graph", "prepare"]
+__all__ = ["RUNTIMES", "Runtime", "external_files", "load_graph", "prepare"]
 
 Runtime = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"]
 _MAX_LENGTH = 400
@@ -127,18 +127,15 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
 def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    from trtq.graph.passes import (
-        BreakUniformScales,
-        CastFloat64ToFloat32,
-        CastInt4ToInt8,
-        CastsToQdq,
-        DecomposeGroupNorm,
-        ExpandPlugins,
-        FuseGroupNorm,
-        MatMulToConv,
-        WideProductsToFloat,
-        WideWeightsToFloat,
-    )
+    from trtq.graph.passes import DecomposeGroupNorm, ExpandPlugins
+    from trtq.graph.runtimes.break_uniform_scales import BreakUniformScales
+    from trtq.graph.runtimes.casts_to_qdq import CastsToQdq
+    from trtq.graph.runtimes.float64_to_float32 import CastFloat64ToFloat32
+    from trtq.graph.runtimes.fuse_group_norm import FuseGroupNorm
+    from trtq.graph.runtimes.int4_to_int8 import CastInt4ToInt8
+    from trtq.graph.runtimes.matmul_to_conv import MatMulToConv
+    from trtq.graph.runtimes.wide_products_to_float import WideProductsToFloat
+    from trtq.graph.runtimes.wide_weights_to_float import WideWeightsToFloat
 
     if runtime in ("onnxruntime", "openvino"):
         ExpandPlugins()(model)
@@ -147,9 +144,8 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
             CastsToQdq()(model)
         return model
     if runtime == "openvino":
-        DecomposeGroupNorm()(
-            model
-        )  # Only graphs of the autoencoder still contain GroupNormalization.
+        # Only graphs of the autoencoder still contain GroupNormalization.
+        DecomposeGroupNorm()(model)
     FuseGroupNorm()(model)
     CastFloat64ToFloat32()(model)
     saturates = runtime == "openvino" and not has_vnni()
