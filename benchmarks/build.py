@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trtq.artefact.manifest_file import read_manifest
+from trtq.artefact.opened import open_folder
 from trtq.bench.device import cpu_name
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.processor import processor_features
@@ -55,7 +55,7 @@ def measure(folder: Path, name: str, architectures: tuple[str, ...]) -> dict[str
     onnx, engine = exported(folder, name), folder / "engine"
     chosen = [part for architecture in architectures for part in ("--arch", architecture)]
     result = trtq("build", str(onnx), "-o", str(engine), *chosen, "--no-cache", "--overwrite")
-    denoiser = read_manifest(onnx).denoiser
+    denoiser = open_folder(onnx).manifest.denoiser
     (row,) = [row for row in result["engines"] if row["name"] == denoiser]
     return {
         "graph": name,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trtq.artefact.graph_metadata import check_layers, check_timesteps, free_sizes
-from trtq.artefact.manifest_file import read_manifest
+from trtq.artefact.opened import open_folder
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
 from trtq.diffusion.layout import read_index, read_null_class, read_scheduler
 from trtq.errors import ArtefactError, TrtqError, UsageError
@@ -91,7 +91,7 @@ EDITS = {
 @pytest.mark.parametrize(("change", "message"), EDITS.values(), ids=EDITS.keys())
 def test_a_manifest_that_does_not_fit_the_weights_is_refused(digits_run, tmp_path, change, message):
     copy = edited(digits_run, tmp_path, change)
-    read_manifest(copy)
+    open_folder(copy)
     for opened in (open_run, inspect):
         with pytest.raises(TrtqError, match=message) as caught:
             opened(copy)

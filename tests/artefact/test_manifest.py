@@ -9,7 +9,8 @@ import shutil
 
 import pytest
 
-from trtq.artefact.manifest_file import artefact_kind, read_manifest
+from trtq.artefact.manifest_file import artefact_kind
+from trtq.artefact.opened import open_folder
 from trtq.errors import ArtefactError, IntegrityError, TrtqError
 
 DIGEST = hashlib.sha256(b"").hexdigest()
@@ -116,7 +117,7 @@ def sparse(path):
 def refusal(folder):
     """The error message for a manifest; None if it is accepted. Other exceptions are not caught."""
     try:
-        read_manifest(folder)
+        open_folder(folder)
     except TrtqError as err:
         return str(err)
     return None
@@ -144,7 +145,7 @@ WRONG: tuple = (
 @pytest.mark.parametrize("kind", ["run", "onnx", "engine"])
 def test_a_valid_manifest_is_read(folder, kind):
     record = valid(kind)
-    manifest = read_manifest(write(folder, record), kind)
+    manifest = open_folder(write(folder, record), kind).manifest
     assert artefact_kind(folder) == kind
     # Recipe and options are unchanged.
     assert manifest.recipe.to_json() == record["recipe"]
@@ -234,7 +235,7 @@ REFUSED = {
 def test_a_wrong_entry_is_named(folder, place, value, message):
     write(folder, changed(valid(), place, value))
     with pytest.raises(IntegrityError, match=message):
-        read_manifest(folder)
+        open_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +262,7 @@ def test_a_wrong_entry_is_named(folder, place, value, message):
 def test_a_wrong_option_is_named(folder, place, value, message):
     write(folder, changed(valid("engine"), place, value))
     with pytest.raises(IntegrityError, match=message):
-        read_manifest(folder)
+        open_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def test_a_wrong_option_is_named(folder, place, value, message):
 def test_an_invalid_file_name_is_refused(folder, name):
     write(folder, changed(valid(), ("files", name), DIGEST))
     with pytest.raises(IntegrityError, match=r"manifest\.json") as caught:
-        read_manifest(folder)
+        open_folder(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -305,7 +306,7 @@ def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
     (folder / "link").symlink_to(tmp_path / "secret")
     write(folder, changed(valid(), ("files", "link"), DIGEST))
     with pytest.raises(IntegrityError, match="leaves the folder"):
-        read_manifest(folder)
+        open_folder(folder)
 
 
 TEXTS = {
@@ -325,7 +326,7 @@ TEXTS = {
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
 def test_a_file_that_is_not_a_manifest_is_refused(folder, text):
     (folder / "manifest.json").write_bytes(text)
-    for read in (read_manifest, artefact_kind):
+    for read in (open_folder, artefact_kind):
         with pytest.raises(ArtefactError, match=r"manifest\.json") as caught:
             read(folder)
         assert "\n" not in str(caught.value)
@@ -342,14 +343,14 @@ def test_a_file_that_is_not_a_manifest_is_refused(folder, text):
 )
 def test_a_manifest_that_is_not_a_file_is_refused(folder, make, message):
     make(folder / "manifest.json")
-    for read in (read_manifest, artefact_kind):
+    for read in (open_folder, artefact_kind):
         with pytest.raises(ArtefactError, match=message):
             read(folder)
 
 
 def test_a_byte_order_mark_in_a_manifest_is_accepted(folder):
     (folder / "manifest.json").write_text(json.dumps(valid()), encoding="utf-8-sig")
-    assert read_manifest(folder).kind == "run"
+    assert open_folder(folder).manifest.kind == "run"
 
 
 def test_a_folder_without_a_manifest_is_not_an_artefact(folder):

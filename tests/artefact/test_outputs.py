@@ -18,7 +18,8 @@ from trtq.artefact.folder import check_output, claims_output, new_artefact, put_
 from trtq.artefact.listing import read_listing, write_listing
 from trtq.artefact.locks import claim
 from trtq.artefact.manifest import LayerRow, Manifest, SourceRow
-from trtq.artefact.manifest_file import artefact_kind, read_manifest, write_manifest
+from trtq.artefact.manifest_file import artefact_kind, write_manifest
+from trtq.artefact.opened import open_folder
 from trtq.artefact.outputs import check_file, new_file
 from trtq.artefact.partial import old_folder, partial_folder
 from trtq.errors import ArtefactError, IntegrityError, UsageError
@@ -137,7 +138,7 @@ def test_files_of_the_user_stay_where_they_are(tmp_path):
     assert (place / "link").is_symlink()
     assert not checkpoint.exists()
     assert hidden(tmp_path) == []
-    assert read_manifest(place).kind == "run"
+    assert open_folder(place).manifest.kind == "run"
 
 
 def test_a_folder_with_only_bookkeeping_files_is_empty(tmp_path):
@@ -407,7 +408,7 @@ def test_a_second_process_is_refused_and_the_first_one_finishes(tmp_path):
     _, stderr = first.communicate("go\n", timeout=60)
     assert first.returncode == 0, stderr
     assert (place / "quantized.safetensors").read_text() == "first"
-    assert read_manifest(place).kind == "run"
+    assert open_folder(place).manifest.kind == "run"
     assert hidden(tmp_path) == []
 
 
@@ -665,8 +666,8 @@ def test_foreign_files_next_to_an_artefact_are_ignored(name, tmp_path, caplog):
     place = make(tmp_path / "run")
     (place / name).parent.mkdir(parents=True, exist_ok=True)
     (place / name).write_text("*\n")
-    assert set(read_manifest(place).files) == {"quantized.safetensors", "unet/config.json"}
-    read_manifest(place)
+    assert set(open_folder(place).manifest.files) == {"quantized.safetensors", "unet/config.json"}
+    open_folder(place)
     (record,) = caplog.records
     assert "1 entry that the manifest does not list" in record.message
     assert name.split("/")[0] in record.message
@@ -702,7 +703,7 @@ def test_a_file_that_a_loader_would_read_must_be_in_the_manifest(name, tmp_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{}")
     with pytest.raises(IntegrityError, match=r"is not in the manifest.*move it out"):
-        read_manifest(tmp_path / "run")
+        open_folder(tmp_path / "run")
 
 
 def graph(*locations):
@@ -729,9 +730,9 @@ def test_a_file_that_a_graph_names_must_be_in_the_manifest(location, name, tmp_p
     path.parent.mkdir(exist_ok=True)
     path.write_text("weights")
     with pytest.raises(IntegrityError, match=r"unet/model\.onnx may read it"):
-        read_manifest(tmp_path / "onnx")
+        open_folder(tmp_path / "onnx")
     path.rename(path.with_name("another.md"))
-    read_manifest(tmp_path / "onnx")
+    open_folder(tmp_path / "onnx")
 
 
 @pytest.mark.parametrize("name", ["unet/f", "pipe", "unet/config.json", "manifest.json"])
@@ -740,7 +741,7 @@ def test_a_pipe_is_refused_and_not_read(name, tmp_path):
     (place / name).unlink(missing_ok=True)
     os.mkfifo(place / name)
     with pytest.raises(ArtefactError, match="is a named pipe"):
-        read_manifest(place) if artefact_kind(place) else None
+        open_folder(place) if artefact_kind(place) else None
 
 
 def test_a_socket_is_refused_and_one_in_a_hidden_folder_is_not(tmp_path, monkeypatch):
@@ -749,13 +750,13 @@ def test_a_socket_is_refused_and_one_in_a_hidden_folder_is_not(tmp_path, monkeyp
     monkeypatch.chdir(place)
     with socket.socket(socket.AF_UNIX) as hidden_one, socket.socket(socket.AF_UNIX) as shown:
         hidden_one.bind(".git/ipc")
-        read_manifest(place)
+        open_folder(place)
         shown.bind("ipc")
         with pytest.raises(IntegrityError, match="is a socket"):
-            read_manifest(place)
+            open_folder(place)
 
 
 def test_put_in_place_moves_a_folder_to_a_new_place(tmp_path):
     fill(tmp_path / "made")
     put_in_place(tmp_path / "made", tmp_path / "run")
-    assert read_manifest(tmp_path / "run").kind == "run"
+    assert open_folder(tmp_path / "run").manifest.kind == "run"

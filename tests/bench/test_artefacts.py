@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 
-from trtq.artefact.manifest_file import read_manifest
-from trtq.artefact.opened import Checkpoint
+from trtq.artefact.opened import Checkpoint, open_folder
 from trtq.bench.artefacts import (
     BenchRow,
     baseline,
@@ -118,7 +117,7 @@ def test_parses_or_rejects_batch_sizes(text):
 
 
 def test_finds_the_checkpoint_through_the_run(digits_run, digits_onnx, tmp_path):
-    manifest = read_manifest(digits_onnx)
+    manifest = open_folder(digits_onnx).manifest
     assert find_checkpoint(digits_onnx, manifest) == "digits"
     # A different run with the same name is not used.
     alone = tmp_path / "onnx"
@@ -130,7 +129,7 @@ def test_finds_the_checkpoint_through_the_run(digits_run, digits_onnx, tmp_path)
 
 
 def test_a_changed_checkpoint_is_not_the_baseline(digits_run):
-    manifest = read_manifest(digits_run)
+    manifest = open_folder(digits_run).manifest
     files = manifest.source.files | {"model_index.json": "0" * 64}
     source = manifest.source.model_copy(update={"files": files})
     changed = manifest.model_copy(update={"source": source})

@@ -6,7 +6,8 @@ import pytest
 
 from tests.bench.stub_worker import StubWorker, write_result
 from trtq.artefact.manifest import Manifest
-from trtq.artefact.manifest_file import read_manifest, write_manifest
+from trtq.artefact.manifest_file import write_manifest
+from trtq.artefact.opened import open_folder
 from trtq.bench.page import bench_tables, failures, statements
 from trtq.bench.run import benchmark
 from trtq.errors import (
@@ -146,7 +147,7 @@ def test_an_engine_that_cannot_run_is_an_unmeasured_row(
     stubbed, digits_onnx, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("trtq.bench.run.obstacle", lambda provider: f"no GPU for {provider}")
-    manifest = read_manifest(digits_onnx)
+    manifest = open_folder(digits_onnx).manifest
     options = manifest.options.to_json() | {"backend": "tensorrt-rtx", "architectures": ["sm86"]}
     metrics = {"engines": [{"build_seconds": 1.5}, {"build_seconds": 2.0}]}
     update = {"kind": "engine", "options": options, "metrics": metrics, "files": {}}

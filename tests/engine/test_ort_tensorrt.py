@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from trtq.artefact.manifest_file import read_manifest
+from trtq.artefact.opened import open_folder
 from trtq.engine import ort_tensorrt
 from trtq.engine.ort import OWN_PACKAGES, PROVIDERS, OrtSession
 from trtq.engine.ort_tensorrt import provider_settings
@@ -127,7 +127,7 @@ def test_without_a_cache_engines_are_not_kept(tmp_path, monkeypatch, caplog):
 
 
 def test_ranges_come_from_the_export(digits_onnx):
-    profile = exported_profile(digits_onnx, "unet", read_manifest(digits_onnx))
+    profile = exported_profile(digits_onnx, "unet", open_folder(digits_onnx).manifest)
     assert profile["sample"][0][0] == 1
     assert profile["sample"][2][0] == 8
     assert set(profile) == {"sample", "timestep", "class_labels"}

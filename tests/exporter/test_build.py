@@ -14,7 +14,7 @@ import torch
 
 import trtq
 from trtq.artefact.manifest import Manifest, SourceRow
-from trtq.artefact.manifest_file import read_manifest
+from trtq.artefact.opened import open_folder
 from trtq.engine.base import SIZES_KEY
 from trtq.engine.profile import axis_ranges, profile_of
 from trtq.engine.tensorrt import compile as compiling
@@ -81,7 +81,7 @@ def test_the_digits_model_is_built_for_several_architectures(digits_onnx, tmp_pa
     assert row["float"] == 0
     assert result["engine_bytes"] == (out / "unet" / "model.engine").stat().st_size > 1 << 20
     assert result["peak_rss_bytes"] > 1 << 28
-    manifest = read_manifest(out, "engine")
+    manifest = open_folder(out, "engine").manifest
     assert manifest.options.architectures == result["architectures"]
     assert manifest.source.files["unet/model.onnx"]
     assert (out / "scheduler" / "scheduler_config.json").is_file()

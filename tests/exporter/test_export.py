@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.conftest import tiny_pipeline
-from trtq.artefact.manifest_file import read_manifest
+from trtq.artefact.opened import open_folder
 from trtq.engine import ort
 from trtq.engine.open import open_engine
 from trtq.engine.openvino import OpenVinoEngine
@@ -298,7 +298,7 @@ def test_flipped_codes_are_set_aside_only_if_they_are_rare(tiny, wrong_steps, as
 
 
 def test_queries_keys_and_values_are_quantised_once(digits_onnx):
-    rows = read_manifest(digits_onnx).layers
+    rows = open_folder(digits_onnx).manifest.layers
     sharing = [row for row in rows if row.input_of is not None]
     assert {row.name.rpartition(".")[2] for row in sharing} == {"to_k", "to_v"}
     nodes = onnx.load(digits_onnx / "unet" / "model.onnx", load_external_data=False).graph.node
@@ -333,7 +333,7 @@ def test_without_vnni_openvino_gets_seven_bit_weights_as_integers(tmp_path, vnni
     run, onnx_folder = tmp_path / "run", tmp_path / "onnx"
     quantize("digits", {"method": "minmax", "bits": "w7a8", "steps": 2}, run)
     export(run, onnx_folder)
-    rows = {row.name: row for row in read_manifest(run).layers}
+    rows = {row.name: row for row in open_folder(run).manifest.layers}
     path = onnx_folder / "unet" / "model.onnx"
     model = prepare(load_graph(path), "openvino")
     findings = check(model, "openvino")

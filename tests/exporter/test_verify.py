@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from trtq.artefact import manifest_file
 from trtq.artefact.files import sha256
 from trtq.artefact.manifest import Manifest, SourceRow
-from trtq.artefact.manifest_file import read_manifest
+from trtq.artefact.opened import open_folder
 from trtq.cli import app
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError, IntegrityError, UsageError
@@ -151,7 +151,7 @@ def test_a_graph_that_cannot_be_used_is_a_failed_check(change, problem, digits_o
     assert not result.ok
     assert problem in result.graphs["unet"]
     with pytest.raises(ArtefactError, match=r"unet/model\.onnx cannot be used: .*trtq verify"):
-        require_graphs(folder, read_manifest(folder))
+        require_graphs(folder, open_folder(folder).manifest)
 
 
 def test_a_graph_that_the_manifest_does_not_list_is_not_opened(digits_onnx, tmp_path, caplog):

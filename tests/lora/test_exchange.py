@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.conftest import tiny_pipeline
 from tests.families import pipelines
 from tests.lora.merged_by_diffusers import by_diffusers, matrices, write
-from trtq.artefact.manifest_file import read_manifest
+from trtq.artefact.opened import open_folder
 from trtq.bench.artefacts import find_checkpoint
 from trtq.diffusion.loading import open_pipeline
 from trtq.errors import ArtefactError, UsageError
@@ -78,13 +78,13 @@ def test_an_exchange_keeps_the_tables_and_recomputes_the_codes(base, model, tmp_
     assert changed == set(TARGETS)
     assert nothing["snr_db_after"] == pytest.approx(nothing["snr_db_before"], abs=0.01)
     assert result["loras"][0]["modules"] == len(TARGETS)
-    assert read_manifest(tmp_path / "styled").model_dump()["loras"] == result["loras"]
+    assert open_folder(tmp_path / "styled").manifest.model_dump()["loras"] == result["loras"]
 
 
 def test_an_already_merged_lora_is_refused(model, tmp_path):
     lora = LoraRequest(tmp_path / "style.safetensors", 0.5)
     quantize(model, {"method": "minmax", "steps": 4}, tmp_path / "run", loras=[lora])
-    assert read_manifest(tmp_path / "run").loras[0].scale == 0.5
+    assert open_folder(tmp_path / "run").manifest.loras[0].scale == 0.5
     with pytest.raises(UsageError, match="already merged"):
         requantize(tmp_path / "run", [lora], tmp_path / "again")
     assert not (tmp_path / "again").exists()
@@ -102,7 +102,7 @@ def test_a_changed_checkpoint_is_refused(model, tmp_path):
 def test_a_checkpoint_with_changed_metadata_is_accepted(model, tmp_path):
     (model / "README.md").write_text("about it")
     quantize(model, {"method": "minmax", "steps": 4}, tmp_path / "run")
-    assert set(read_manifest(tmp_path / "run").source.files) == {
+    assert set(open_folder(tmp_path / "run").manifest.source.files) == {
         "model_index.json",
         "scheduler/scheduler_config.json",
         "unet/config.json",
@@ -112,7 +112,7 @@ def test_a_checkpoint_with_changed_metadata_is_accepted(model, tmp_path):
     for name in (".git/HEAD", ".DS_Store", "unet/.DS_Store", "samples/cat.png", "LICENSE"):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("x")
-    assert find_checkpoint(tmp_path / "run", read_manifest(tmp_path / "run")) is not None
+    assert find_checkpoint(tmp_path / "run", open_folder(tmp_path / "run").manifest) is not None
     lora = LoraRequest(tmp_path / "style.safetensors")
     requantize(tmp_path / "run", [lora], tmp_path / "new", base=model)
     assert (tmp_path / "new" / "manifest.json").is_file()
@@ -162,7 +162,7 @@ def decomposed_folder(tmp_path_factory):
     tensors |= updates(pipe.text_encoder, TEXT, flat("lora_te_text_model_"), scale=5.0)
     write(folder, tensors)
     quantize(folder / "model", DECOMPOSED, folder / "run")
-    structure = read_manifest(folder / "run").structure
+    structure = open_folder(folder / "run").manifest.structure
     assert structure.splits
     assert structure.attention
     return folder

@@ -95,9 +95,9 @@ def onnx(run):
 
 
 def test_self_and_cross_attention_are_quantised(run):
-    from trtq.artefact.manifest_file import read_manifest
+    from trtq.artefact.opened import open_folder
 
-    manifest = read_manifest(run, "run")
+    manifest = open_folder(run, "run").manifest
     products = {row.name for row in manifest.layers if row.kind == "product"}
     for which in ("attn1", "attn2"):
         assert any(f"{which}.processor.scores" in name for name in products)

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.conftest import tiny_pipeline
 from trtq.artefact.files import sha256
-from trtq.artefact.manifest_file import read_manifest
+from trtq.artefact.opened import open_folder
 from trtq.calib.recipe import load_recipe
 from trtq.pipelines.open import load
 from trtq.runs.quantize import quantize
@@ -36,7 +36,7 @@ def test_the_run_can_be_loaded(method, tmp_path):
         ("attention", 3),
     ]
     assert 0 < result["tuned_share"] < 0.35
-    manifest = read_manifest(tmp_path / "run")
+    manifest = open_folder(tmp_path / "run").manifest
     products = [row for row in manifest.layers if row.kind == "product"]
     assert bool(products) == (method == "quest")
     assert {(row.activation_bits, row.right_bits) for row in products} <= {(4, 4), (8, 4)}

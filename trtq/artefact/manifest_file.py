@@ -32,10 +32,10 @@ __all__ = [
     "checked_path",
     "file_hashes",
     "find_origin",
+    "has_manifest",
     "made_from",
     "package_versions",
     "parse_manifest",
-    "read_manifest",
     "verify_files",
     "write_manifest",
 ]
@@ -117,17 +117,19 @@ def find_origin(folder: Path, manifest: Manifest, given: str | Path | None = Non
     return None
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether a folder has an entry for a manifest; reading it may still fail, e.g. if it is a pipe."""
+    path = folder / MANIFEST_NAME
+    return path.exists() or path.is_symlink()
+
+
 def artefact_kind(folder: Path) -> Kind | None:
     """Kind of the artefact in a folder; None if the folder has no manifest.
 
     Raises:
         ArtefactError: the manifest cannot be read.
     """
-    path = folder / MANIFEST_NAME
-    # An entry that is not a file, e.g. a pipe, is rejected when it is read.
-    if not path.exists() and not path.is_symlink():
-        return None
-    return parse_manifest(folder).kind
+    return parse_manifest(folder).kind if has_manifest(folder) else None
 
 
 def parse_manifest(folder: Path) -> Manifest:
@@ -183,27 +185,6 @@ def checked_path(folder: Path, relative: str) -> Path:
             f"{folder / MANIFEST_NAME} names {shown(relative)}, which {fault}; do not use it"
         )
     return path
-
-
-def read_manifest(folder: Path, *kinds: Kind) -> Manifest:
-    """Read and verify the manifest of an artefact.
-
-    Args:
-        folder: folder of the artefact.
-        kinds: permitted kinds; every kind if none is given.
-
-    Returns:
-        The verified manifest.
-
-    Raises:
-        ArtefactError: there is no artefact in the folder, or it is of another kind.
-        IntegrityError: the version is unknown, a path leaves the folder, a file is missing or does not
-            match the manifest, or a loader would read a file that is not listed.
-    """
-    manifest = parse_manifest(folder)
-    check_kind(folder, manifest, *kinds)
-    verify_files(folder, manifest)
-    return manifest
 
 
 def check_kind(folder: Path, manifest: Manifest, *kinds: Kind) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from trtq.artefact.manifest import Kind, Manifest
-from trtq.artefact.manifest_file import artefact_kind, check_kind, parse_manifest, verify_files
+from trtq.artefact.manifest_file import check_kind, has_manifest, parse_manifest, verify_files
 from trtq.artefact.options import EngineOptions
 
 __all__ = [
@@ -244,7 +244,7 @@ def open_artefact(place: str | Path | Any, *, verify: bool = True) -> Opened:
     """
     if isinstance(place, Opened):
         opened = place
-    elif isinstance(place, str | Path) and Path(place).is_dir() and artefact_kind(Path(place)):
+    elif isinstance(place, str | Path) and Path(place).is_dir() and has_manifest(Path(place)):
         opened = open_folder(place, verify=False)
     else:
         return Checkpoint(place)

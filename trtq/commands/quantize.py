@@ -156,7 +156,7 @@ def quantize(
         loras = [parse_lora(text) for text in lora or []]
         outcome: dict[str, Any] = {"overwrite": overwrite, "progress": ProgressPrinter()}
         result: RunResult | None
-        if loras and isinstance(open_artefact(model, verify=False), Run):
+        if loras and isinstance(run := open_artefact(model, verify=False), Run):
             if overrides or recipe or iterations or resume or dry_run:
                 raise UsageError(
                     "a run whose LoRAs are exchanged keeps its recipe; give only --lora, --base, "
@@ -164,7 +164,7 @@ def quantize(
                 )
             from trtq.runs.exchange_loras import requantize
 
-            result = requantize(model, loras, output, base=base, **outcome)
+            result = requantize(run, loras, output, base=base, **outcome)
         else:
             if iterations is not None:
                 overrides["training"] = {"iterations": iterations}

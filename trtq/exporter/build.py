@@ -21,6 +21,7 @@ from trtq.engine.tensorrt.compile import Compiled, compile_engine
 from trtq.engine.tensorrt.job import Job, Profile
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import LegalityError, MissingDependencyError, UsageError
+from trtq.exporter.graph_check import require_graphs
 from trtq.exporter.parts import copy_parts
 from trtq.exporter.result import BuildResult, BuiltEngine
 from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
@@ -230,8 +231,6 @@ def _check_opened(
     Raises:
         ArtefactError: onnxruntime cannot open a graph.
     """
-    from trtq.exporter.graph_check import require_graphs
-
     try:
         require_graphs(folder, manifest, progress, seconds=timeout)
     except MissingDependencyError as err:

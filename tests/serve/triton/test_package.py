@@ -15,7 +15,8 @@ import torch
 from typer.testing import CliRunner
 
 from trtq.artefact.manifest import Manifest
-from trtq.artefact.manifest_file import made_from, read_manifest, write_manifest
+from trtq.artefact.manifest_file import made_from, write_manifest
+from trtq.artefact.opened import open_folder
 from trtq.cli import app
 from trtq.engine.ort import OrtEngine
 from trtq.errors import ArtefactError, ServerError, UsageError
@@ -204,7 +205,7 @@ def test_every_file_has_its_checksum(repository):
 
 def test_the_manifest_of_the_artefact_is_packaged(repository, digits_onnx):
     record = json.loads((repository / PARTS / "artefact.json").read_text())
-    manifest = read_manifest(digits_onnx)
+    manifest = open_folder(digits_onnx).manifest
     assert record["files"] == manifest.files
     assert record["timesteps"] == manifest.timesteps
 
@@ -297,7 +298,7 @@ def test_a_text_pipeline_is_served_whole(tmp_path, monkeypatch):
 
 def engine_folder(digits_onnx, out, backend="tensorrt-rtx", architectures=("sm86", "sm120")):
     """Create a folder like that of `trtq build`, with a plan that cannot run."""
-    manifest = read_manifest(digits_onnx)
+    manifest = open_folder(digits_onnx).manifest
     (out / "unet").mkdir(parents=True)
     (out / "unet" / "model.engine").write_bytes(b"plan")
     profile = {"sample": [[1, 1, 8, 8], [1, 1, 8, 8], [6, 1, 8, 8]]}
