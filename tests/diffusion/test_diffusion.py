@@ -70,7 +70,7 @@ def test_timesteps_are_those_of_the_scheduler():
     with pytest.raises(UsageError, match=r"steps=0 .* 1 \.\. 1000"):
         inference_timesteps(ddim, 0)
     assert inference_timesteps(ddim, 999)[0] == 999
-    with pytest.raises(UsageError, match=r"steps=1000 .* timestep 1000, .* knows 0 \.\. 999"):
+    with pytest.raises(UsageError, match=r"steps=1000 .* timestep 1000, .* trained on 0 \.\. 999"):
         inference_timesteps(ddim, 1000)
 
 

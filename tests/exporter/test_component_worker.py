@@ -88,7 +88,7 @@ def test_an_export_whose_components_fail_leaves_no_output(run, tmp_path, worthwh
         "json.dump({'raised': 'OSError', 'message': 'disk full'}, open(sys.argv[3], 'w'))",
     )
     monkeypatch.setattr(stage, "write_graph", lambda folder, *_, **__: folder.mkdir())
-    monkeypatch.setattr(stage, "_held_to_torch", lambda *_: {})
+    monkeypatch.setattr(stage, "_compare_with_torch", lambda *_: {})
     with pytest.raises(ArtefactError, match=r"nothing of it is left: (\S+: )?disk full"):
         stage.export(run, tmp_path / "onnx")
     assert not list(tmp_path.iterdir())
@@ -111,7 +111,7 @@ def test_errors_of_reading_are_part_of_the_answer(run, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "X", "unet": ["a", "b"]}))
     answer = parts._export(tmp_path, tmp_path)
     assert answer["raised"] == "ArtefactError"
-    assert "not a model of diffusers" in answer["message"]
+    assert "not a diffusers model" in answer["message"]
 
 
 @pytest.mark.parametrize(

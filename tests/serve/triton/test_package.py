@@ -236,8 +236,8 @@ def test_an_invalid_request_gets_its_own_error(repository, monkeypatch):
         "the seed must be 0 or more": request(class_label=[1], seed=[-1]),
         "guidance must be a number of 0 or more": request(class_label=[1], guidance=[np.nan]),
         "guidance must be a number of 0 or more, got -1": request(class_label=[1], guidance=[-1.0]),
-        "1 .. 100 images, 'class_label' has 0": request(class_label=np.zeros(0, np.int64)),
-        "1 .. 100 images, 'class_label' has 101": request(class_label=np.ones(101, np.int64)),
+        "1 .. 100 images; 'class_label' has 0": request(class_label=np.zeros(0, np.int64)),
+        "1 .. 100 images; 'class_label' has 101": request(class_label=np.ones(101, np.int64)),
         "the request has no input 'class_label'": request(seed=[1]),
     }
     first, *others = model.execute([good, *bad.values()])
