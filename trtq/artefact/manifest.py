@@ -64,7 +64,7 @@ class LayerRow(_Strict):
 
     Attributes:
         name: module path in the denoiser.
-        kind: `linear`, `conv2d` or `product`.
+        kind: `linear`, `conv1d`, `conv2d`, `conv3d`, `product`, or `conv_transpose`, which stays float.
         weight_bits: bits of the weight; None if there is no weight, or the layer runs in float.
         activation_bits: bits of the (first) input; None if the layer runs in float.
         right_bits: bits of a product's second input.
@@ -74,7 +74,7 @@ class LayerRow(_Strict):
     """
 
     name: ModulePath
-    kind: Literal["linear", "conv2d", "product"]
+    kind: Literal["linear", "conv1d", "conv2d", "conv3d", "conv_transpose", "product"]
     weight_bits: Bits | None
     activation_bits: Bits | None
     right_bits: Bits | None = None
