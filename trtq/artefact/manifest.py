@@ -93,6 +93,8 @@ class LayerRow(_Strict):
                 + ("both inputs and of no weight" if self.kind == "product" else "weight and input")
                 + f", or is float; got weight, input, second input {widths}"
             )
+        if self.kind == "conv_transpose" and any(quantized):
+            raise ValueError(f"{self.name!r} is a transposed convolution, which stays float")
         if self.input_of is not None and (self.kind == "product" or not quantized[1]):
             raise ValueError(f"{self.name!r} quantises no single input, so it has no input_of")
         return self

@@ -218,7 +218,7 @@ def _deployed_layer(
     geometry = None
     if isinstance(source, CONVOLUTIONS):
         geometry = ConvGeometry.of(source)
-    elif isinstance(source, QuantConv):
+    elif isinstance(source, QuantConv | DeployedLayer):
         geometry = source.geometry
     layer = (KernelLayer if kernels and kernel_runs(geometry) else DeployedLayer)(tensors, geometry)
     weight: Any = source.weight

@@ -57,7 +57,8 @@ class QuantizedDenoiser(StandIn):
             )
 
     def _model(self) -> nn.Module | None:
-        return self.__dict__.get("_modules", {}).get("denoiser")
+        modules: dict[str, nn.Module | None] = self.__dict__.get("_modules", {})
+        return modules.get("denoiser")
 
     @property
     def config(self) -> Any:

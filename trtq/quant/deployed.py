@@ -14,6 +14,8 @@ Letters: N, K out / in features or channels, T steps, B images.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,7 +29,25 @@ from trtq.quant.weightless import WeightlessLayer
 __all__ = ["DeployedLayer", "DeployedProduct", "enclosing_step"]
 
 
-class _DeployedActivation(nn.Module):
+class _ExactBuffers(nn.Module):
+    """A module whose float32 buffers keep their dtype in a model that is cast to half precision.
+
+    Rounded scales would change the codes.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        exact = {
+            name: buffer
+            for name, buffer in self._buffers.items()
+            if buffer is not None and buffer.is_floating_point()
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class _DeployedActivation(_ExactBuffers):
     """`x -> (k, s)`: integer codes and their scale at a step."""
 
     scale: Tensor
@@ -65,7 +85,7 @@ def enclosing_step(step: Step | None) -> Step:
     return step
 
 
-class DeployedLayer(WeightlessLayer):
+class DeployedLayer(_ExactBuffers, WeightlessLayer):
     """A linear layer or convolution computed from integers; the reference for every engine.
 
     Args:

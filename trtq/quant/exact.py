@@ -77,7 +77,7 @@ class DeployedLayerNorm(nn.LayerNorm):
     """
 
     def __init__(self, source: nn.LayerNorm) -> None:
-        super().__init__(source.normalized_shape, source.eps, elementwise_affine=False)  # type: ignore[arg-type]
+        super().__init__(source.normalized_shape, source.eps, elementwise_affine=False)
         self.elementwise_affine = source.elementwise_affine
         self.weight = source.weight
         self.bias = source.bias

@@ -77,9 +77,9 @@ class ConvGeometry:
             x,
             weight,
             bias,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
+            self.stride,
+            self.padding,
+            self.dilation,
             self.groups,
         )
         return result

@@ -60,7 +60,7 @@ class StandIn(nn.Module):
         model: nn.Module | None = modules.get("model", self.__dict__.get("model"))
         return model
 
-    @property
+    @property  # type: ignore[misc]  # Nothing assigns the class of a stand-in.
     def __class__(self) -> Any:
         """Class of the replaced model, which pipelines check; without a model, of the stand-in."""
         model = self._model()
@@ -68,7 +68,8 @@ class StandIn(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The default form names `__class__`, which is not the class of this object.
-        return _blank, (type(self),), self.__getstate__()
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
+        return _blank, (type(self),), state
 
     def _get_name(self) -> str:
         return type(self).__name__
