@@ -45,8 +45,6 @@ class WeightlessLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
     ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, *lists
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         missing = lists[0]
         missing[:] = [key for key in missing if key != f"{prefix}weight"]
