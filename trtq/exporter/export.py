@@ -10,8 +10,9 @@ from torch import nn
 
 from trtq.artefact.contents import source_hashes
 from trtq.artefact.folder import check_output, claims_output, new_artefact
-from trtq.artefact.manifest import LayerRow, Manifest, SourceRow
+from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_file import made_from, write_manifest
+from trtq.artefact.manifest_rows import LayerRow, SourceRow
 from trtq.artefact.opened import DEFAULT_STEPS, Checkpoint, Opened, open_artefact
 from trtq.artefact.options import ExportOptions, Metrics
 from trtq.diffusion.folder import save_pipeline_parts

@@ -148,8 +148,7 @@ def engine_source(
         raise ArtefactError(f"{folder} has no graph of its denoiser {denoiser!r}")
     pipeline = load_pipeline_parts(
         folder,
-        denoiser,
-        EngineDenoiser(engine, model.config, type(model)),
+        {denoiser: EngineDenoiser(engine, model.config, type(model))},
         lambda name, cls: load_component(folder, name, cls, open_graph),
     )
     source = LoadedPipeline(str(folder), folder, pipeline, denoiser)
