@@ -45,12 +45,15 @@ from trtq.diffusion.weights import check_pointers
 from trtq.diffusion.wording import list_names, one_line
 from trtq.errors import ArtefactError
 
-__all__ = ["assemble", "load_part", "load_pipeline"]
+__all__ = ["align_tensors", "assemble", "load_part", "load_pipeline"]
 
 logger = logging.getLogger(__name__)
 
 _MAX_TEXT = 1 << 20
 """Maximum `model_max_length` of a CLIP tokenizer, in tokens; the default is far larger."""
+
+_ALIGNMENT = 64
+"""Alignment of torch's own allocations on the CPU, in bytes."""
 
 
 def load_part(folder: Path, part: str, cls: Any) -> Any:
@@ -159,7 +162,21 @@ def _load_module(place: Path, cls: Any) -> nn.Module:
     if meta := [name for name, tensor in module.state_dict().items() if tensor.is_meta]:
         raise ArtefactError(f"{place}: {len(meta)} tensors got no value: {list_names(meta)}")
     check_finite(module, str(place))
+    align_tensors(module)
     return module
+
+
+def align_tensors(module: nn.Module) -> None:
+    """Copy the parameters that a file's layout has placed at unaligned addresses.
+
+    Kernels may round differently there, so results would depend on the file and not only on its values.
+
+    Args:
+        module: model on the CPU, changed in place.
+    """
+    for parameter in module.parameters():
+        if parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def assemble(
