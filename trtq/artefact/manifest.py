@@ -28,6 +28,7 @@ from trtq.artefact.manifest_rows import (
     StructureRow,
     check_layer_rows,
     check_order,
+    layer_kinds,
 )
 from trtq.artefact.options import (
     EngineOptions,
@@ -133,12 +134,7 @@ class Manifest(BaseModel):
 
     def layer_kinds(self) -> dict[str, str]:
         """Kind and precision of every layer by its name, e.g. `conv2d w4a8`."""
-        kinds = {}
-        for row in self.layers:
-            widths = (("w", row.weight_bits), ("a", row.activation_bits), ("a", row.right_bits))
-            precision = "".join(f"{what}{bits}" for what, bits in widths if bits is not None)
-            kinds[row.name] = f"{row.kind} {precision or 'float'}"
-        return kinds
+        return layer_kinds(self.layers)
 
     def check_graph(self, metadata: Mapping[str, str]) -> None:
         """Raise unless the denoiser's graph is the one that this manifest describes.
@@ -180,6 +176,12 @@ class Manifest(BaseModel):
                     f"timesteps: static tables have one, got {len(self.timesteps or ())}"
                 )
         needed = {"run": (), "onnx": ("size",), "engine": ("size", "backend", "architectures")}
-        missing = [key for key in needed[self.kind] if getattr(self.options, key) is None]
+        missing = [
+            key
+            for key in needed[self.kind]
+            if getattr(self.options, key) is None
+            # A recorded call need not have a size in pixels.
+            and not (key == "size" and self.recorded is not None)
+        ]
         if missing:
             raise ValueError(f"options.{missing[0]}: is missing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ from trtq.artefact.records import (
 )
 
 __all__ = [
+    "AxisRow",
     "FurtherRow",
     "GraphRow",
     "LayerRow",
@@ -31,6 +33,7 @@ __all__ = [
     "StructureRow",
     "check_layer_rows",
     "check_order",
+    "layer_kinds",
 ]
 
 
@@ -139,6 +142,22 @@ class SourceRow(_Strict):
     files: dict[str, Digest]
 
 
+class AxisRow(_Strict):
+    """A free axis of a tensor.
+
+    Attributes:
+        axis: index of the axis.
+        varies: what determines the size: `batch`, `prompt` or `size`.
+        low: smallest size.
+        high: largest size; None: no limit.
+    """
+
+    axis: Annotated[int, Field(strict=True, ge=0, lt=64)]
+    varies: Literal["batch", "prompt", "size"]
+    low: Annotated[int, Field(strict=True, ge=0)]
+    high: Annotated[int, Field(strict=True, ge=0)] | None = None
+
+
 class GraphRow(_Strict):
     """A graph of a recorded denoiser: the calls that the graph can compute.
 
@@ -146,14 +165,15 @@ class GraphRow(_Strict):
         folder: folder of the graph.
         template: the arguments of the call, see `trtq.calls.form.CallForm`.
         output: nesting of the result, in the same form; its tensors are outputs of the graph.
-        free: names of the free axes of each tensor, by path and index of the axis.
-        fixed: reasons why axes are fixed, by what the user may have wanted to vary.
+        free: free axes of each tensor, by path.
+        fixed: reason why the graph does not support other values, by what it does not support: `batch`,
+            `prompt` or `size`.
     """
 
     folder: Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_]{0,63}(\.[a-z0-9]{1,15})?$")]
     template: dict[str, Any]
     output: dict[str, Any]
-    free: dict[Text, dict[str, Text]] = {}
+    free: dict[Text, list[AxisRow]] = {}
     fixed: dict[Text, Given] = {}
 
 
@@ -191,3 +211,13 @@ class FurtherRow(_Strict):
     @classmethod
     def _each_once(cls, layers: list[LayerRow]) -> list[LayerRow]:
         return check_layer_rows(layers)
+
+
+def layer_kinds(rows: Sequence[LayerRow]) -> dict[str, str]:
+    """Kind and precision of every layer by its name, e.g. `conv2d w4a8`."""
+    kinds = {}
+    for row in rows:
+        widths = (("w", row.weight_bits), ("a", row.activation_bits), ("a", row.right_bits))
+        precision = "".join(f"{what}{bits}" for what, bits in widths if bits is not None)
+        kinds[row.name] = f"{row.kind} {precision or 'float'}"
+    return kinds
