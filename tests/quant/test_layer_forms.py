@@ -167,8 +167,7 @@ def test_a_low_bit_layer_has_the_attributes_of_its_float_layer(kind, form):
     for name in names:
         assert getattr(layer, name) == getattr(source, name)
     assert layer.weight.dtype == next(layer.parameters()).dtype == torch.float32
-    if form != "kernel":
-        assert layer.bias is not None
+    assert torch.equal(layer.bias, source.bias)
     x = torch.randn(2, 6, 5, 6)
     assert torch.equal(layer(input=x, step=0), layer(x, 0))
     assert layer.half().weight.dtype == torch.float16
