@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 from torch import nn
 
-from trtq.artefact.manifest import LayerRow
+from trtq.artefact.manifest_rows import LayerRow
 from trtq.errors import ArtefactError
 from trtq.quant import LayerPlan, quantizable_layers
 from trtq.runs.weight_checks import check_plans
