@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from trtq.errors import LegalityError
-from trtq.exporter.complex_numbers import real_program
+from trtq.exporter.complex_numbers import has_complex_numbers, real_module
 from trtq.exporter.trace import IR_VERSION, OPSET, quiet, replace_low_bit, simplify
 
 if TYPE_CHECKING:
@@ -127,9 +127,12 @@ def trace_call(
     shapes = tuple(
         dict.fromkeys(sorted(free.get(name, ())), torch.export.Dim.AUTO) for name in examples
     )
+    kind = type(denoiser).__name__
     with quiet(), torch.no_grad():
-        exported = _export(caller, tuple(examples.values()), shapes)
-        model = _to_onnx(exported, list(examples), type(denoiser).__name__)
+        exported = _export(caller, tuple(examples.values()), shapes, kind)
+        if has_complex_numbers(exported):
+            exported = _export(real_module(exported), tuple(examples.values()), shapes, kind)
+        model = _to_onnx(exported, list(examples), kind)
     _name_axes(model)
     found = {value.name: value.shape for value in model.graph.inputs}
     kept = {
@@ -140,9 +143,8 @@ def trace_call(
 
 
 def _export(
-    caller: _Call, examples: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...]
+    caller: nn.Module, examples: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...], kind: str
 ) -> torch.export.ExportedProgram:
-    kind = type(caller.denoiser).__name__
     # Without it, torch fixes a free axis whose size in the example is 1.
     any_size = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     try:
@@ -155,7 +157,6 @@ def _export(
 
 
 def _to_onnx(program: torch.export.ExportedProgram, names: list[str], kind: str) -> ir.Model:
-    program = real_program(program)
     count = len(program.graph_signature.user_outputs)
     try:
         exported = torch.onnx.export(
