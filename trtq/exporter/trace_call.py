@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from trtq.errors import LegalityError
 from trtq.exporter.complex_numbers import has_complex_numbers, real_module
-from trtq.exporter.trace import IR_VERSION, OPSET, quiet, replace_low_bit, simplify
+from trtq.exporter.low_bit_nodes import replace_low_bit
+from trtq.exporter.trace import IR_VERSION, OPSET, quiet, simplify
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -1,5 +1,6 @@
 """Graph rewrites that the export uses, one per file. Each reports whether it changed the graph."""
 
+from trtq.graph.passes.boolean_where import BooleanWhere
 from trtq.graph.passes.broadcast_timestep import BroadcastTimestep
 from trtq.graph.passes.decompose_group_norm import DecomposeGroupNorm
 from trtq.graph.passes.decompose_silu import DecomposeSilu
@@ -11,6 +12,7 @@ from trtq.graph.passes.plugin_nodes import ExpandPlugins, LowBitToPlugins
 from trtq.graph.passes.step_lookup import StepInput
 
 __all__ = [
+    "BooleanWhere",
     "BroadcastTimestep",
     "CastLayerNormToFloat64",
     "DecomposeGroupNorm",
