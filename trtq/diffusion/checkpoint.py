@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,12 +45,15 @@ from trtq.diffusion.weights import check_pointers
 from trtq.diffusion.wording import list_names, one_line
 from trtq.errors import ArtefactError
 
-__all__ = ["assemble", "load_part", "load_pipeline"]
+__all__ = ["align_tensors", "assemble", "load_part", "load_pipeline"]
 
 logger = logging.getLogger(__name__)
 
 _MAX_TEXT = 1 << 20
 """Maximum `model_max_length` of a CLIP tokenizer, in tokens; the default is far larger."""
+
+_ALIGNMENT = 64
+"""Alignment of torch's own allocations on the CPU, in bytes."""
 
 
 def load_part(folder: Path, part: str, cls: Any) -> Any:
@@ -158,18 +162,32 @@ def _load_module(place: Path, cls: Any) -> nn.Module:
     if meta := [name for name, tensor in module.state_dict().items() if tensor.is_meta]:
         raise ArtefactError(f"{place}: {len(meta)} tensors got no value: {list_names(meta)}")
     check_finite(module, str(place))
+    align_tensors(module)
     return module
 
 
+def align_tensors(module: nn.Module) -> None:
+    """Copy the parameters that a file's layout has placed at unaligned addresses.
+
+    Kernels may round differently there, so results would depend on the file and not only on its values.
+
+    Args:
+        module: model on the CPU, changed in place.
+    """
+    for parameter in module.parameters():
+        if parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
+
+
 def assemble(
-    folder: Path, load: Callable[[str, Any], Any], denoiser: tuple[str, Any] | None = None
+    folder: Path, load: Callable[[str, Any], Any], given: Mapping[str, Any] = MappingProxyType({})
 ) -> Any:
     """Build a pipeline from the components that a folder's index names.
 
     Args:
         folder: folder of the pipeline.
         load: function `(name, class) -> component`.
-        denoiser: name of a component and the object to use instead of loading it; None: load all.
+        given: components that are used instead of loading them, by name.
 
     Raises:
         ArtefactError: the index or a component is invalid, or the components do not fit the pipeline.
@@ -180,8 +198,8 @@ def assemble(
     parts: dict[str, Any] = {}
     classes: dict[str, Any] = {}
     for name, entry in index.items():
-        if denoiser is not None and name == denoiser[0]:
-            parts[name] = denoiser[1]
+        if name in given:
+            parts[name] = given[name]
         elif name not in settings:
             if is_component(name, entry) and entry[0] is not None:
                 raise ArtefactError(

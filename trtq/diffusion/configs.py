@@ -39,8 +39,8 @@ _POSITIVE = (
     "num_hidden_layers",
 )
 _LAYERS = re.compile(r"layers|_blocks$")
-_NO_LAYERS = ("dual_attention_layers",)
-"""Settings that match `_LAYERS` but list layer indices instead of layer counts."""
+_NO_LAYERS = ("dual_attention_layers", "max_window_layers")
+"""Settings that match `_LAYERS` but are indices of layers instead of layer counts."""
 
 
 def config_leaves(value: Any) -> Iterator[Any]:
@@ -167,6 +167,9 @@ def _check_setting(
     allowed = _leaf_types(hints[key]) if key in hints else None
     if allowed is None:
         return
+    if type(default) in (bool, int, float, str):
+        # Some annotations of diffusers do not fit their own defaults.
+        allowed |= {type(default)}
     if not all(_fits(leaf, allowed) for leaf in config_leaves(value)):
         names = " or ".join(sorted(t.__name__ for t in allowed if t not in (type(None), Ellipsis)))
         raise ArtefactError(f"{path}: {key} must be of type {names}, got {one_line(repr(value))}")

@@ -31,7 +31,8 @@ from trtq.torch_settings import with_own_settings
 
 __all__ = ["DENOISERS", "find_denoiser", "open_pipeline", "resolve_model", "wrap_pipeline"]
 
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer", "decoder", "prior")
+"""Names of the component that predicts the noise, in order of precedence."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -42,11 +43,12 @@ def find_denoiser(pipeline: Any) -> str:
         QuantizationError: the pipeline has no such component.
     """
     for name in DENOISERS:
-        if getattr(pipeline, name, None) is not None:
+        if isinstance(getattr(pipeline, name, None), nn.Module):
             return name
     components = ", ".join(sorted(getattr(pipeline, "components", {}))) or "none"
     raise QuantizationError(
-        f"{type(pipeline).__name__} has no denoiser: a component {' or '.join(DENOISERS)} is required, "
+        f"{type(pipeline).__name__} has no denoiser: a component {', '.join(DENOISERS[:-1])} or "
+        f"{DENOISERS[-1]} is required, "
         f"its components are: {components}"
     )
 
@@ -131,12 +133,14 @@ def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any =
 
 
 @with_own_settings
-def open_pipeline(model: str | Path | Any) -> LoadedPipeline:
+def open_pipeline(model: str | Path | Any, *, recorded: bool = False) -> LoadedPipeline:
     """Load a pipeline in float32, from safetensors only, with all tensors checked.
 
     Args:
         model: diffusers folder, name of a shipped model, hub id, or pipeline object. An object is not
             changed: its models are built again, see `trtq.diffusion.prepared`.
+        recorded: whether the caller records the pipeline's own call. Such a pipeline keeps its class,
+            and its denoiser may need any input.
 
     Raises:
         ArtefactError: the model is missing or cannot be read, or its weights do not fit.
@@ -145,18 +149,20 @@ def open_pipeline(model: str | Path | Any) -> LoadedPipeline:
             would be lost by rebuilding.
     """
     if not isinstance(model, str | Path):
-        return _open_object(model)
+        return _open_object(model, recorded=recorded)
     place = resolve_model(model)
     folder = place if isinstance(place, Path) else None
     pipeline = load_pipeline(folder if folder is not None else _downloaded(str(place)))
     name = find_denoiser(pipeline)
-    pipeline = wrap_pipeline(pipeline, read_null_class(folder) if folder is not None else None)
+    if not recorded:
+        null_class = read_null_class(folder) if folder is not None else None
+        pipeline = wrap_pipeline(pipeline, null_class)
+        check_needs(pipeline, name, str(model))
     pipeline.set_progress_bar_config(disable=True)
-    check_needs(pipeline, name, str(model))
     return LoadedPipeline(str(model), folder, pipeline, name)
 
 
-def _open_object(pipeline: Any) -> LoadedPipeline:
+def _open_object(pipeline: Any, *, recorded: bool) -> LoadedPipeline:
     """Open a pipeline object; a low-bit pipeline of trtq is used unchanged."""
     if isinstance(pipeline, nn.Module):
         raise UsageError(
@@ -165,10 +171,13 @@ def _open_object(pipeline: Any) -> LoadedPipeline:
         )
     name = find_denoiser(pipeline)
     if not isinstance(getattr(pipeline, name), StandIn):
-        # Check before rebuilding, too: settings that an adapter added do not fit a plain model.
-        check_inputs(pipeline)
-        pipeline = wrap_pipeline(plain_pipeline(pipeline))
-        check_needs(pipeline, name, type(pipeline).__name__)
+        if recorded:
+            pipeline = plain_pipeline(pipeline)
+        else:
+            # Check before rebuilding, too: settings that an adapter added do not fit a plain model.
+            check_inputs(pipeline)
+            pipeline = wrap_pipeline(plain_pipeline(pipeline))
+            check_needs(pipeline, name, type(pipeline).__name__)
     return LoadedPipeline(type(pipeline).__name__, None, pipeline, name)
 
 
