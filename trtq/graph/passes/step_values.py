@@ -55,14 +55,15 @@ class _Input:
         quantizer: see `StepValues`.
         columns: values per step, float32 `[T]` each, by key.
         weight_scale: scales of the weight, `[N]`; None for an operand of a product of activations.
-        repeats: name of the input of an earlier call of the same layer, whose values this input uses.
+        first: name of the input in the first call of the layer with as many axes, whose values this
+            input uses; in most graphs this input.
     """
 
     shape: Axes
     quantizer: str
     columns: Mapping[str, np.ndarray]
     weight_scale: np.ndarray | None
-    repeats: str | None
+    first: str
 
     def weight_scale_of(self, key: str) -> np.ndarray | None:
         """The weight's scales if the column `key` is multiplied by them, else None."""
@@ -92,6 +93,7 @@ class StepTable:
         self._prefix = prefix
         self._inputs: dict[str, _Input] = {}
         self._quantizers: dict[tuple[int, bytes], str] = {}
+        self._first: dict[tuple[str, Axes], str] = {}
 
     def add(
         self,
@@ -111,7 +113,7 @@ class StepTable:
             tensors: scale and range of the input at every step.
             weight_scale: scales `[N]` of the layer's weight; None for a product of activations.
             channel: index of the channel axis of the layer's output; None: the last axis.
-            repeats: name of the input of an earlier call of the same layer; None: this is the first.
+            repeats: name of the input in the first call of the same layer; None: this is the first.
 
         Returns:
             Name of the first input with the same tensor and the same columns, whose codes both use.
@@ -122,14 +124,12 @@ class StepTable:
         quantizer = self._quantizers.setdefault(identity, name)
         rank = len(value.shape)
         shape = Axes(rank, rank - 1 if channel is None else channel)
-        first = self._inputs.get(repeats or "")
-        if first is None or first.shape != shape:
-            repeats = None
-        if repeats is not None:
+        first = self._first.setdefault((repeats or name, shape), name)
+        if first != name:
             columns = {}
         elif quantizer != name:
             columns = {"scale": columns["scale"]}
-        self._inputs[name] = _Input(shape, quantizer, columns, weight_scale, repeats)
+        self._inputs[name] = _Input(shape, quantizer, columns, weight_scale, first)
         return quantizer
 
     def insert(self) -> dict[str, StepValues]:
@@ -143,12 +143,11 @@ class StepTable:
             self._graph.insert_after(step.producer(), builder.nodes)  # type: ignore[arg-type]
         result = {}
         for name, entry in self._inputs.items():
-            source = entry.repeats or name
-            shared = values[self._inputs[source].quantizer]
+            shared = values[self._inputs[entry.first].quantizer]
             result[name] = StepValues(
                 entry.quantizer,
                 shared["inv_scale"],
-                values[source]["scale"],
+                values[entry.first]["scale"],
                 shared.get("low"),
                 shared.get("high"),
             )
