@@ -12,6 +12,7 @@ from trtq.exporter.trace import trace_module
 from trtq.graph.passes import (
     BooleanWhere,
     BroadcastTimestep,
+    CastIndicesToInt64,
     CastLayerNormToFloat64,
     DecomposeGroupNorm,
     DecomposeSilu,
@@ -104,6 +105,16 @@ def test_where_of_booleans_becomes_logical_operators():
     assert not BooleanWhere()(model).modified
     body = "g (bool[8] c, float[8] x, float[8] y) => (float[8] z) { z = Where(c, x, y) }"
     assert not BooleanWhere()(parse(body)).modified
+
+
+def test_indices_of_other_types_are_cast_to_int64():
+    body = """g (float[4,3] x, int32[2,1] rows) => (float[2,3] y) {
+        y = GatherND(x, rows) }"""
+    model = parse(body)
+    assert CastIndicesToInt64()(model).modified
+    x, rows = X.reshape(-1)[:12].reshape(4, 3), np.array([[3], [1]], np.int32)
+    np.testing.assert_array_equal(run(model, x=x, rows=rows)[0], x[[3, 1]])
+    assert not CastIndicesToInt64()(model).modified
 
 
 def test_a_decomposed_group_norm_is_fused_to_one_operator():

@@ -10,10 +10,12 @@ from trtq.graph.passes.layer_norm_in_float64 import CastLayerNormToFloat64
 from trtq.graph.passes.low_bit_to_qdq import ExpandLowBitToQdq
 from trtq.graph.passes.plugin_nodes import ExpandPlugins, LowBitToPlugins
 from trtq.graph.passes.step_lookup import StepInput
+from trtq.graph.passes.wide_indices import CastIndicesToInt64
 
 __all__ = [
     "BooleanWhere",
     "BroadcastTimestep",
+    "CastIndicesToInt64",
     "CastLayerNormToFloat64",
     "DecomposeGroupNorm",
     "DecomposeSilu",
