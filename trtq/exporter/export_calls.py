@@ -260,9 +260,9 @@ def export_calls(
     ]
     _check_parity([*rows, *others], PARITY_DB[precision])
     fields = {
-        "parity_db_min": min(row.db for row in [*rows, *others]),
+        "parity_db_min": min(row.db for row in rows),
         "parity_db": [row.db for row in rows],
-        "parity_db_pooled_min": min(row.pooled_db for row in [*rows, *others]),
+        "parity_db_pooled_min": min(row.pooled_db for row in rows),
         "parity_ties": sum(row.ties for row in rows) / len(rows),
         "parity_floor_db": [row.floor_db for row in rows],
         "parity_largest_db": min(row.db for row in others),
