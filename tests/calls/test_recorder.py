@@ -101,13 +101,13 @@ def test_a_pipeline_that_never_calls_its_denoiser_is_refused():
 
 
 def test_a_pipeline_without_a_denoiser_lists_its_components():
-    with pytest.raises(QuantizationError, match="has no denoiser: a component unet, .* none"):
+    with pytest.raises(QuantizationError, match=r"has no denoiser: a component unet, .* none"):
         denoisers_of(object())
 
 
 def test_an_error_inside_the_pipeline_is_one_line(pipeline):
     call = CALL.updated({"prompt": 3})
-    with pytest.raises(ArtefactError, match="cannot be called with prompt, .*ValueError") as caught:
+    with pytest.raises(ArtefactError, match=r"cannot be called with prompt, .*ValueError") as caught:
         run_call(pipeline, call, 0, "x")
     assert "\n" not in str(caught.value)
 
