@@ -170,6 +170,7 @@ def plan_layers(
     bits: str,
     probability_bits: int | None = 8,
     roles: LayerRoles | None = None,
+    fallback: Policy | None = None,
 ) -> list[LayerPlan]:
     """Plans of all linear layers, convolutions and products of decomposed attention, in module order.
 
@@ -181,6 +182,7 @@ def plan_layers(
         roles: observed roles, see `calib.roles`. Layers that were not called stay in float. None:
             `{first}` and `{last}` are the first and the last layer in module order, and `{embedding}`
             matches no layer.
+        fallback: rules for layers that the policy does not name; None: these layers stay in float.
 
     Raises:
         RecipeError: the bits are not supported.
@@ -198,6 +200,8 @@ def plan_layers(
         kind = layer_kind(module)
         assert kind is not None
         rule = _matching_rule(policy, name, special)
+        if rule is None and fallback is not None:
+            rule = _matching_rule(fallback, name, special)
         obstacle = layer_obstacle(module)
         if roles is not None and name in roles.not_called:
             obstacle = NOT_CALLED
