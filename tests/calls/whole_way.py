@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 import re
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -54,7 +53,6 @@ class Measured:
             with the minimum.
         refused: message of a refused export.
         difference: mean absolute difference between the outputs of graph and run.
-        seconds: duration, in seconds.
     """
 
     title: str
@@ -71,7 +69,6 @@ class Measured:
     floor_db: float | None = None
     refused: str | None = None
     difference: float | None = None
-    seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, rounded."""
@@ -154,7 +151,6 @@ def measure(case: Case, folder: Path) -> Measured:
         AssertionError: a part of the way does not hold.
         LegalityError: the export is refused, but not as the case expects.
     """
-    start = time.monotonic()
     pipeline = case.pipeline()
     expected, timesteps = passed_timesteps(pipeline, case)
     assert bool(torch.isfinite(expected).all()), "the float pipeline returns NaN or infinity"
@@ -175,7 +171,7 @@ def measure(case: Case, folder: Path) -> Measured:
     except LegalityError as err:
         if case.refused is None or not re.search(case.refused, str(err)):
             raise
-        row.refused, row.seconds = str(err), time.monotonic() - start
+        row.refused = str(err)
         return row
     assert case.refused is None, f"expected to be refused: {case.refused}"
     row.parity_db = exported.parity_db_min
@@ -190,7 +186,6 @@ def measure(case: Case, folder: Path) -> Measured:
     for name in row.denoisers:
         setattr(loaded, name, getattr(pipeline, name))
     assert torch.equal(called(loaded, case), expected), "the pipeline around the denoiser changed"
-    row.seconds = time.monotonic() - start
     return row
 
 

@@ -175,7 +175,7 @@ def hunyuan_video() -> Any:
 def stable_audio() -> Any:
     from diffusers import (
         AutoencoderOobleck,
-        CosineDPMSolverMultistepScheduler,
+        EDMDPMSolverMultistepScheduler,
         StableAudioDiTModel,
         StableAudioPipeline,
         StableAudioProjectionModel,
@@ -207,7 +207,7 @@ def stable_audio() -> Any:
     projection = StableAudioProjectionModel(
         text_encoder_dim=32, conditioning_dim=4, min_value=0, max_value=32
     )
-    scheduler = CosineDPMSolverMultistepScheduler(
+    scheduler = EDMDPMSolverMultistepScheduler(
         solver_order=2,
         prediction_type="v_prediction",
         sigma_data=1.0,
