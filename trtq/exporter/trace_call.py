@@ -129,6 +129,7 @@ def trace_call(
         for name, value in examples.items():
             if value.dtype == torch.float32 and name not in full_precision:
                 examples[name] = value.half()
+    _register_constants(denoiser)
     caller = _Call(denoiser, form, list(examples)).eval()
     shapes = tuple(
         dict.fromkeys(sorted(free.get(name, ())), torch.export.Dim.AUTO) for name in examples
@@ -146,6 +147,18 @@ def trace_call(
         for name, axes in free.items()
     }
     return TracedCall(model, caller.result.outputs, kept)
+
+
+def _register_constants(denoiser: nn.Module) -> None:
+    """Make buffers of tensors that are plain attributes, such as tables of rotary embeddings.
+
+    A slice of a plain tensor would fix a free size to its value in the example.
+    """
+    for module in denoiser.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                delattr(module, name)
+                module.register_buffer(name, value, persistent=False)
 
 
 def _length(value: Any) -> Any:
