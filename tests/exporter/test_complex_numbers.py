@@ -133,7 +133,7 @@ def qwen_image():
 
 
 def z_image():
-    """Z-Image reads rows of its tables by position, at two lengths of the prompt; its inputs are lists."""
+    """Z-Image reads rows of its tables by position; its inputs are lists."""
     diffusers = pytest.importorskip("diffusers")
     model = diffusers.ZImageTransformer2DModel(
         all_patch_size=(2,),

@@ -141,9 +141,9 @@ def trace_call(
             exported = _export(real_module(exported), tuple(examples.values()), shapes, kind)
         model = _to_onnx(exported, list(examples), kind)
     _name_axes(model)
-    found = {value.name: value.shape for value in model.graph.inputs}
+    input_shapes = {value.name: value.shape for value in model.graph.inputs}
     kept = {
-        name: tuple(axis for axis in sorted(axes) if not isinstance(found[name][axis], int))  # type: ignore[index]
+        name: tuple(axis for axis in sorted(axes) if not isinstance(input_shapes[name][axis], int))  # type: ignore[index]
         for name, axes in free.items()
     }
     return TracedCall(model, caller.result.outputs, kept)
@@ -283,7 +283,7 @@ def _name_axes(model: ir.Model) -> None:
         # torch writes a size that it has fixed as a symbol of digits.
         if size.value.isdigit():
             return int(size.value)
-        return re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), size.value)
+        return re.sub(r"\bs\d+\b", lambda match: names.get(match[0], match[0]), size.value)
 
     values = [*graph.inputs, *graph.outputs]
     values += [output for node in graph.all_nodes() for output in node.outputs]
