@@ -35,7 +35,7 @@ from trtq.quant import (
 from trtq.runs.plan import QuantizePlan, load_float
 from trtq.seeds import seeded_generator
 
-__all__ = ["CallsPlan", "DenoiserPlan", "knows_pipeline", "plan_calls"]
+__all__ = ["CallsPlan", "DenoiserPlan", "knows_pipeline", "plan_calls", "user_calls"]
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,7 @@ def plan_calls(
     modules = denoisers_of(pipeline)
     merged = merge_loras(_with_weights(pipeline), loras, source.denoiser_name)
     prompts = _prompts(source, recipe)
-    given = [UserCall(dict(arguments)) for arguments in calls]
-    for call in given:
-        call.check(pipeline)
-    if not given:
-        given = [default_call(pipeline, prompts, _offered(source, recipe))]
-    given = [_with_steps(call, recipe) for call in given]
+    given = user_calls(source, calls, recipe)
     recipe = recipe.model_copy(update={"steps": given[0].steps or recipe.steps})
     structures = {name: _structured(module, recipe) for name, module in modules.items()}
     surveyed = [survey(pipeline, modules, call, recipe.seed) for call in given]
@@ -152,6 +147,31 @@ def plan_calls(
         parts,
         merged,
     )
+
+
+def user_calls(
+    source: LoadedPipeline,
+    calls: Sequence[Mapping[str, Any]] = (),
+    recipe: Recipe | None = None,
+) -> list[UserCall]:
+    """The user's calls, checked and with a number of steps.
+
+    Args:
+        source: the loaded checkpoint.
+        calls: arguments of the user's calls; none: a default call.
+        recipe: recipe with the steps, prompts and size of a default call; None: the defaults.
+
+    Raises:
+        UsageError: an argument does not exist, or the pipeline requires one that trtq cannot choose.
+    """
+    chosen = Recipe(method="minmax") if recipe is None else recipe
+    given = [UserCall(dict(arguments)) for arguments in calls]
+    for call in given:
+        call.check(source.pipeline)
+    if not given:
+        offered = _offered(source, chosen)
+        given = [default_call(source.pipeline, _prompts(source, chosen), offered)]
+    return [_with_steps(call, chosen) for call in given]
 
 
 def _with_weights(pipeline: Any) -> dict[str, nn.Module]:
