@@ -107,7 +107,9 @@ def test_a_pipeline_without_a_denoiser_lists_its_components():
 
 def test_an_error_inside_the_pipeline_is_one_line(pipeline):
     call = CALL.updated({"prompt": 3})
-    with pytest.raises(ArtefactError, match=r"cannot be called with prompt, .*ValueError") as caught:
+    with pytest.raises(
+        ArtefactError, match=r"cannot be called with prompt, .*ValueError"
+    ) as caught:
         run_call(pipeline, call, 0, "x")
     assert "\n" not in str(caught.value)
 

@@ -68,14 +68,14 @@ class DenoiserCalls:
         argument: path of the timestep among the tensors.
         timesteps: the timestep of each call; the largest if a call has several.
         first: the first call of each form, with copies of its tensors, by key of the form.
-        shapes: all shapes of each tensor, by key of the form and path.
+        variants: the first call of each combination of shapes, by key of the form.
     """
 
     name: str
     argument: str
     timesteps: tuple[float, ...]
     first: Mapping[str, RecordedCall]
-    shapes: Mapping[str, Mapping[str, frozenset[tuple[int, ...]]]]
+    variants: Mapping[str, Sequence[RecordedCall]]
 
 
 def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -250,13 +250,13 @@ def survey(
         UsageError: the pipeline calls no denoiser, or calls one without a timestep.
     """
     calls: dict[str, list[RecordedCall]] = {name: [] for name in modules}
-    first: dict[str, dict[str, RecordedCall]] = {name: {} for name in modules}
+    variants: dict[str, dict[str, list[RecordedCall]]] = {name: {} for name in modules}
 
     def keep(seen: RecordedCall) -> None:
-        known = first[seen.denoiser]
-        if seen.form.key not in known:
+        known = variants[seen.denoiser].setdefault(seen.form.key, [])
+        if all(seen.shapes != call.shapes for call in known):
             copies = {name: tensor.detach().clone() for name, tensor in seen.tensors.items()}
-            known[seen.form.key] = RecordedCall(seen.denoiser, seen.form, copies)
+            known.append(RecordedCall(seen.denoiser, seen.form, copies))
         # Only small tensors are kept for every call: the timestep is one of them.
         small = {
             name: tensor.detach().clone()
@@ -273,7 +273,7 @@ def survey(
             f"{type(pipeline).__name__} does not call its {' or '.join(modules)} with these arguments; "
             "trtq quantises what the pipeline calls"
         )
-    return {name: _described(name, rows, first[name]) for name, rows in calls.items() if rows}
+    return {name: _described(name, rows, variants[name]) for name, rows in calls.items() if rows}
 
 
 _SMALL = 1 << 16
@@ -281,23 +281,15 @@ _SMALL = 1 << 16
 
 
 def _described(
-    name: str, calls: Sequence[RecordedCall], first: Mapping[str, RecordedCall]
+    name: str, calls: Sequence[RecordedCall], variants: Mapping[str, Sequence[RecordedCall]]
 ) -> DenoiserCalls:
     argument = _timestep_argument(name, calls)
-    shapes: dict[str, dict[str, set[tuple[int, ...]]]] = {}
-    for call in calls:
-        of_form = shapes.setdefault(call.form.key, {})
-        for path, shape in call.shapes.items():
-            of_form.setdefault(path, set()).add(shape)
     return DenoiserCalls(
         name,
         argument,
         tuple(read_timestep(call, argument) for call in calls),
-        first,
-        {
-            key: {path: frozenset(sizes) for path, sizes in of_form.items()}
-            for key, of_form in shapes.items()
-        },
+        {key: rows[0] for key, rows in variants.items()},
+        variants,
     )
 
 
