@@ -29,7 +29,7 @@ from trtq.diffusion.tensor_checks import check_finite
 from trtq.diffusion.wording import one_line
 from trtq.errors import QuantizationError, UsageError
 
-__all__ = ["plain_model", "plain_pipeline"]
+__all__ = ["buffers_to_float", "plain_model", "plain_pipeline"]
 
 _FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -129,7 +129,7 @@ def plain_model(model: nn.Module, name: str) -> nn.Module:
     fresh.load_state_dict(
         {key: _as_float(key, given[key], expected[key], name) for key in expected}, assign=True
     )
-    _buffers_to_float(fresh)
+    buffers_to_float(fresh)
     tie_weights: Any = getattr(fresh, "tie_weights", None)
     if tie_weights is not None:
         tie_weights()
@@ -259,9 +259,9 @@ def _as_float(key: str, tensor: Tensor, expected: Tensor, name: str) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous()
 
 
-def _buffers_to_float(fresh: nn.Module) -> None:
-    """Convert the fresh model's computed buffers (positions, frequencies) to float32."""
-    for module in fresh.modules():
+def buffers_to_float(model: nn.Module) -> None:
+    """Convert a model's computed buffers (positions, frequencies) to float32, in place."""
+    for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[key] = buffer.float()

@@ -30,6 +30,7 @@ __all__ = [
     "check_names",
     "check_sizes",
     "meta_model",
+    "unexpected_names",
 ]
 
 _BUFFER_BYTES = 1 << 30
@@ -168,8 +169,13 @@ def check_dtypes(folder: Path, model: nn.Module | None, tensors: Mapping[str, Te
         )
 
 
-def _unexpected_names(model: Any, names: Iterable[str]) -> list[str]:
-    """The unexpected names, without those that the model ignores for older versions."""
+def unexpected_names(model: Any, names: Iterable[str]) -> list[str]:
+    """The unexpected names, without those that the model ignores for older versions.
+
+    Args:
+        model: model of diffusers or transformers; None: only the names that every model ignores.
+        names: names of tensors that are not part of the model.
+    """
     patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     return [
         name
@@ -197,7 +203,7 @@ def check_names(
         model._fix_state_dict_keys_on_load(stored)
     expected = model.state_dict()
     missing = [name for name in expected if name not in stored]
-    unexpected = _unexpected_names(model, (name for name in stored if name not in expected))
+    unexpected = unexpected_names(model, (name for name in stored if name not in expected))
     shapes = {
         name: (tuple(tensor.shape), stored[name].shape)
         for name, tensor in expected.items()
@@ -282,7 +288,7 @@ def check_loading_report(folder: Path, report: Any, tensors: Mapping[str, Tensor
     """
     report = report if isinstance(report, dict) else {}
     missing = sorted(report.get("missing_keys") or ())
-    unexpected = _unexpected_names(None, sorted(report.get("unexpected_keys") or ()))
+    unexpected = unexpected_names(None, sorted(report.get("unexpected_keys") or ()))
     if missing or unexpected:
         raise ArtefactError(_mismatch_message(folder, missing, unexpected, len(tensors)))
     mismatched = [str(entry[0]) for entry in report.get("mismatched_keys") or ()]
