@@ -1,4 +1,4 @@
-"""Pipelines written as one file in the original layout of their authors, the inverse of diffusers' conversion."""
+"""Pipelines written as one file in the original layout, the inverse of diffusers' conversion."""
 
 from __future__ import annotations
 
