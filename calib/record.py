@@ -18,7 +18,7 @@ from trtq.quant.ranges import Method, row_qparams
 from trtq.quant.timestep import TimestepTable
 from trtq.seeds import seeded_generator
 
-__all__ = ["Recording", "activation_tables", "record"]
+__all__ = ["LayerRecorder", "Recording", "activation_tables", "record"]
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Recording:
         return self.low * share, self.high * share
 
 
-class _Recorder:
+class LayerRecorder:
     """Records extremes and samples of layer inputs by denoising step.
 
     Args:
@@ -81,6 +81,7 @@ class _Recorder:
         self.step = self.batch = 0
         self.share = share
         self.recordings: dict[str, Recording] = {}
+        self._visits: dict[tuple[str, int, int], int] = {}
         # Paths of the quantisers of each layer, in the order of the layer's arguments.
         self._paths: dict[str, list[str]] = {}
         self._generator = seeded_generator(seed, "recorded values")
@@ -108,9 +109,10 @@ class _Recorder:
             NonFiniteError: an input holds NaN or infinity.
         """
         for path, x in zip(self._paths[layer], inputs, strict=False):
-            self._keep(layer, self.recordings[path], x.detach().float().cpu().reshape(-1))
+            self._keep(layer, path, x.detach().float().cpu().reshape(-1))
 
-    def _keep(self, layer: str, recording: Recording, x: Tensor) -> None:
+    def _keep(self, layer: str, path: str, x: Tensor) -> None:
+        recording = self.recordings[path]
         low, high = torch.aminmax(x)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise NonFiniteError(
@@ -121,7 +123,15 @@ class _Recorder:
         recording.high[self.step] = torch.maximum(recording.high[self.step], high)
         start = self.batch * self.share
         slot = recording.sample[self.step, start : start + self.share]
-        slot.copy_(x[torch.randint(len(x), (len(slot),), generator=self._generator)])
+        drawn = x[torch.randint(len(x), (len(slot),), generator=self._generator)]
+        place = (path, self.step, self.batch)
+        visits = self._visits[place] = self._visits.get(place, 0) + 1
+        if visits > 1:
+            # A layer that is called again at a step, e.g. without the prompt: every call has the same
+            # share of the sample (reservoir sampling).
+            replaced = torch.rand(len(slot), generator=self._generator) < 1 / visits
+            drawn = torch.where(replaced, drawn, slot)
+        slot.copy_(drawn)
 
 
 def record(
@@ -165,7 +175,7 @@ def record(
     """
     batches = -(-images // batch)
     share = -(-samples_per_step // batches)
-    recorder = _Recorder(layers, table, batches, share, images, seed)
+    recorder = LayerRecorder(layers, table, batches, share, images, seed)
     modules = {name: denoiser.get_submodule(name) for name in recorder.layers}
 
     def at_step(**inputs: Any) -> Any:

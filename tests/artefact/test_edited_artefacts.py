@@ -144,7 +144,7 @@ CLASSES = {
 def test_an_invalid_component_class_is_refused(digits_run, tmp_path, change):
     copy = edited(digits_run, tmp_path, change, "model_index.json")
     with pytest.raises(ArtefactError) as caught:
-        load_pipeline_parts(copy, "unet", skeleton(copy, "unet"))
+        load_pipeline_parts(copy, {"unet": skeleton(copy, "unet")})
     assert "\n" not in str(caught.value)
 
 
@@ -168,7 +168,7 @@ def test_settings_of_a_scheduler_have_types_and_ranges(digits_run, tmp_path, key
     with pytest.raises(ArtefactError, match=key):
         read_scheduler(copy)
     with pytest.raises(ArtefactError, match=key):
-        load_pipeline_parts(copy, "unet", skeleton(copy, "unet"))
+        load_pipeline_parts(copy, {"unet": skeleton(copy, "unet")})
 
 
 def test_settings_that_diffusers_writes_are_read(digits_run, tmp_path):

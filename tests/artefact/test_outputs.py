@@ -17,8 +17,9 @@ from trtq.artefact import files, locks
 from trtq.artefact.folder import check_output, claims_output, new_artefact, put_in_place
 from trtq.artefact.listing import read_listing, write_listing
 from trtq.artefact.locks import claim
-from trtq.artefact.manifest import LayerRow, Manifest, SourceRow
+from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_file import artefact_kind, write_manifest
+from trtq.artefact.manifest_rows import LayerRow, SourceRow
 from trtq.artefact.opened import open_folder
 from trtq.artefact.outputs import check_file, new_file
 from trtq.artefact.partial import old_folder, partial_folder

@@ -371,7 +371,7 @@ def test_a_run_of_an_earlier_version_keeps_its_scheduler(tmp_path):
     from trtq.diffusion.layout import read_null_class
 
     assert read_null_class(tmp_path / "run") is None
-    loaded = load_pipeline_parts(tmp_path / "run", "unet", unet(num_class_embeds=5))
+    loaded = load_pipeline_parts(tmp_path / "run", {"unet": unet(num_class_embeds=5)})
     assert type(loaded.scheduler).__name__ == "EulerDiscreteScheduler"
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import trtq
-from trtq.artefact.manifest import Manifest, SourceRow
+from trtq.artefact.manifest import Manifest
+from trtq.artefact.manifest_rows import SourceRow
 from trtq.artefact.opened import open_folder
 from trtq.engine.base import SIZES_KEY
 from trtq.engine.profile import axis_ranges, profile_of

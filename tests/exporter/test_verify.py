@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from trtq.artefact import manifest_file
 from trtq.artefact.files import sha256
-from trtq.artefact.manifest import Manifest, SourceRow
+from trtq.artefact.manifest import Manifest
+from trtq.artefact.manifest_rows import SourceRow
 from trtq.artefact.opened import open_folder
 from trtq.cli import app
 from trtq.engine.tensorrt.backends import BACKENDS

@@ -7,7 +7,6 @@ An artefact is a folder whose manifest lists the SHA-256 of each of its files; s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,10 +17,19 @@ from pydantic import (
     SerializeAsAny,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from trtq.artefact.graph_metadata import check_layers, check_timesteps
+from trtq.artefact.manifest_rows import (
+    FurtherRow,
+    LayerRow,
+    RecordedRow,
+    SourceRow,
+    StructureRow,
+    check_layer_rows,
+    check_order,
+    layer_kinds,
+)
 from trtq.artefact.options import (
     EngineOptions,
     ExportOptions,
@@ -31,98 +39,20 @@ from trtq.artefact.options import (
     parsed_as,
 )
 from trtq.artefact.records import (
-    Bits,
     Digest,
     FileName,
-    Given,
-    ModulePath,
     Number,
     Text,
 )
 
-__all__ = [
-    "FORMAT_VERSION",
-    "MANIFEST_NAME",
-    "Kind",
-    "LayerRow",
-    "Manifest",
-    "SourceRow",
-    "StructureRow",
-]
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "Kind", "Manifest"]
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 Kind = Literal["run", "onnx", "engine"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LayerRow(_Strict):
-    """The precision of one linear layer, convolution or product of activations.
-
-    Attributes:
-        name: module path in the denoiser.
-        kind: `linear`, `conv2d` or `product`.
-        weight_bits: bits of the weight; None if there is no weight, or the layer runs in float.
-        activation_bits: bits of the (first) input; None if the layer runs in float.
-        right_bits: bits of a product's second input.
-        adapters: whether the layer had QALoRA adapters during fine-tuning.
-        reason: reason for the choice of bits.
-        input_of: an earlier layer with the same input, whose quantiser this layer uses.
-    """
-
-    name: ModulePath
-    kind: Literal["linear", "conv2d", "product"]
-    weight_bits: Bits | None
-    activation_bits: Bits | None
-    right_bits: Bits | None = None
-    adapters: Annotated[bool, Field(strict=True)] = False
-    reason: Text
-    input_of: ModulePath | None = None
-
-    @model_validator(mode="after")
-    def _possible(self) -> LayerRow:
-        widths = (self.weight_bits, self.activation_bits, self.right_bits)
-        quantized = tuple(bits is not None for bits in widths)
-        whole = (False, True, True) if self.kind == "product" else (True, True, False)
-        if quantized not in (whole, (False, False, False)):
-            raise ValueError(
-                f"{self.name!r} is of kind {self.kind!r}, which has bits of "
-                + ("both inputs and of no weight" if self.kind == "product" else "weight and input")
-                + f", or is float; got weight, input, second input {widths}"
-            )
-        if self.input_of is not None and (self.kind == "product" or not quantized[1]):
-            raise ValueError(f"{self.name!r} quantises no single input, so it has no input_of")
-        return self
-
-
-class StructureRow(_Strict):
-    """Modules that were rewritten before quantisation.
-
-    Attributes:
-        attention: paths of attention modules that are decomposed into their products.
-        splits: number of input channels of the first part, by path of a split convolution.
-    """
-
-    attention: list[ModulePath] = []
-    splits: dict[ModulePath, Annotated[int, Field(strict=True, ge=1, lt=1 << 31)]] = {}
-
-
-class SourceRow(_Strict):
-    """The checkpoint or artefact that an artefact was made from.
-
-    Attributes:
-        name: name or path as given by the user.
-        files: SHA-256 of its files, by path inside the source.
-    """
-
-    name: Given
-    files: dict[str, Digest]
-
-
-class Manifest(_Strict):
+class Manifest(BaseModel):
     """Contents of `manifest.json`.
 
     Attributes:
@@ -135,11 +65,16 @@ class Manifest(_Strict):
         timesteps: the calibrated timesteps, cleanest first; None for a float model.
         layers: one row per linear, convolution and product of activations of the denoiser.
         structure: rewritten modules, see `trtq.quant.structure`.
+        recorded: how the pipeline calls the denoiser; None for an artefact that was made from noise
+            levels in closed form.
+        further: the pipeline's other denoisers, if it has several.
         loras: LoRAs merged into the weights before quantising.
         options: options of the export and the build.
         metrics: measurements taken while the artefact was made.
         packages: versions of the packages that made the artefact.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: Annotated[int, Field(strict=True)] = FORMAT_VERSION
     kind: Kind
@@ -147,9 +82,11 @@ class Manifest(_Strict):
     source: SourceRow
     denoiser: Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_]{0,63}$")]
     recipe: Annotated[RecipeRecord, BeforeValidator(parsed_as(RecipeRecord))] | None = None
-    timesteps: Annotated[list[Annotated[Number, Field(ge=0)]], Field(min_length=1)] | None = None
+    timesteps: Annotated[list[Number], Field(min_length=1)] | None = None
     layers: list[LayerRow] = []
     structure: StructureRow = StructureRow()
+    recorded: RecordedRow | None = None
+    further: list[FurtherRow] = []
     loras: list[Annotated[LoraRecord, BeforeValidator(parsed_as(LoraRecord))]] = []
     options: Annotated[SerializeAsAny[ExportOptions], Field(validate_default=True)] = (
         ExportOptions()
@@ -174,41 +111,30 @@ class Manifest(_Strict):
     @field_validator("timesteps")
     @classmethod
     def _cleanest_first(cls, timesteps: list[float] | None) -> list[float] | None:
-        for before, after in pairwise(timesteps or ()):
-            if not before < after:
-                raise ValueError(
-                    f"timesteps rise from the cleanest to the noisiest, got {after:g} after {before:g}"
-                )
-        return timesteps
+        return check_order(timesteps)
 
     @field_validator("layers")
     @classmethod
     def _each_once(cls, layers: list[LayerRow]) -> list[LayerRow]:
-        above: dict[str, LayerRow] = {}
-        for row in layers:
-            if row.name in above:
-                raise ValueError(f"the layer {row.name!r} is listed twice")
-            if row.input_of is not None:
-                owner = above.get(row.input_of)
-                if owner is None:
-                    raise ValueError(
-                        f"{row.name!r} has the input of {row.input_of!r}, which is no layer before it"
-                    )
-                if owner.activation_bits != row.activation_bits or owner.kind == "product":
-                    raise ValueError(
-                        f"{row.name!r} has the input of {row.input_of!r}, which is quantised otherwise"
-                    )
-            above[row.name] = row
-        return layers
+        return check_layer_rows(layers)
+
+    @property
+    def denoisers(self) -> list[FurtherRow]:
+        """Every recorded denoiser, the first one included; empty unless `recorded` is given."""
+        if self.recorded is None:
+            return []
+        first = FurtherRow(
+            denoiser=self.denoiser,
+            timesteps=self.timesteps,
+            layers=self.layers,
+            structure=self.structure,
+            recorded=self.recorded,
+        )
+        return [first, *self.further]
 
     def layer_kinds(self) -> dict[str, str]:
         """Kind and precision of every layer by its name, e.g. `conv2d w4a8`."""
-        kinds = {}
-        for row in self.layers:
-            widths = (("w", row.weight_bits), ("a", row.activation_bits), ("a", row.right_bits))
-            precision = "".join(f"{what}{bits}" for what, bits in widths if bits is not None)
-            kinds[row.name] = f"{row.kind} {precision or 'float'}"
-        return kinds
+        return layer_kinds(self.layers)
 
     def check_graph(self, metadata: Mapping[str, str]) -> None:
         """Raise unless the denoiser's graph is the one that this manifest describes.
@@ -231,6 +157,8 @@ class Manifest(_Strict):
         quantized = [row.name for row in self.layers if row.activation_bits is not None]
         if self.kind == "run" and self.recipe is None:
             raise ValueError("recipe: is missing, a run has one")
+        if self.recorded is None and self.timesteps is not None and self.timesteps[0] < 0:
+            raise ValueError(f"timesteps.0: must be 0 or more, got {self.timesteps[0]:g}")
         if (self.recipe is None) != (self.timesteps is None):
             raise ValueError("timesteps: must be there if there is a recipe, and only then")
         if self.recipe is None and quantized:
@@ -248,6 +176,12 @@ class Manifest(_Strict):
                     f"timesteps: static tables have one, got {len(self.timesteps or ())}"
                 )
         needed = {"run": (), "onnx": ("size",), "engine": ("size", "backend", "architectures")}
-        missing = [key for key in needed[self.kind] if getattr(self.options, key) is None]
+        missing = [
+            key
+            for key in needed[self.kind]
+            if getattr(self.options, key) is None
+            # A recorded call need not have a size in pixels.
+            and not (key == "size" and self.recorded is not None)
+        ]
         if missing:
             raise ValueError(f"options.{missing[0]}: is missing")

@@ -19,7 +19,8 @@ from pydantic import (
 from trtq.artefact.contents import find_strays
 from trtq.artefact.files import files_below, sha256, special_kind
 from trtq.artefact.listing import CHECKPOINTS
-from trtq.artefact.manifest import FORMAT_VERSION, MANIFEST_NAME, Kind, Manifest, SourceRow
+from trtq.artefact.manifest import FORMAT_VERSION, MANIFEST_NAME, Kind, Manifest
+from trtq.artefact.manifest_rows import SourceRow
 from trtq.artefact.records import (
     path_fault,
 )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -179,14 +180,14 @@ def align_tensors(module: nn.Module) -> None:
 
 
 def assemble(
-    folder: Path, load: Callable[[str, Any], Any], denoiser: tuple[str, Any] | None = None
+    folder: Path, load: Callable[[str, Any], Any], given: Mapping[str, Any] = MappingProxyType({})
 ) -> Any:
     """Build a pipeline from the components that a folder's index names.
 
     Args:
         folder: folder of the pipeline.
         load: function `(name, class) -> component`.
-        denoiser: name of a component and the object to use instead of loading it; None: load all.
+        given: components that are used instead of loading them, by name.
 
     Raises:
         ArtefactError: the index or a component is invalid, or the components do not fit the pipeline.
@@ -197,8 +198,8 @@ def assemble(
     parts: dict[str, Any] = {}
     classes: dict[str, Any] = {}
     for name, entry in index.items():
-        if denoiser is not None and name == denoiser[0]:
-            parts[name] = denoiser[1]
+        if name in given:
+            parts[name] = given[name]
         elif name not in settings:
             if is_component(name, entry) and entry[0] is not None:
                 raise ArtefactError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from trtq.diffusion.checkpoint import assemble, load_part
-from trtq.diffusion.component_classes import part_class, pipeline_class
+from trtq.diffusion.component_classes import is_component, part_class, pipeline_class
 from trtq.diffusion.configs import check_config
 from trtq.diffusion.layout import (
     CLASSES_NAME,
@@ -55,22 +55,27 @@ DECODER, ENCODER = "vae_decoder", "vae_encoder"
 """Names of the graphs of an autoencoder's two halves."""
 
 
-def save_pipeline_parts(loaded: LoadedPipeline, folder: Path, *, graphs: bool = False) -> None:
-    """Write a pipeline in diffusers' layout, without the denoiser's weights.
+def save_pipeline_parts(
+    loaded: LoadedPipeline, folder: Path, *, graphs: bool = False, denoisers: Collection[str] = ()
+) -> None:
+    """Write a pipeline in diffusers' layout, without the weights of its denoisers.
 
     Args:
         loaded: pipeline to write.
         folder: existing folder to write to.
         graphs: whether to skip text encoders and autoencoders because they are stored as graphs.
+        denoisers: names of the denoisers; by default the pipeline's only one.
     """
-    name = loaded.denoiser_name
+    names = denoisers or (loaded.denoiser_name,)
     pipeline = loaded.pipeline
     index: dict[str, Any] = {"_class_name": _diffusers_class(pipeline).__name__}
     for part, component in pipeline.components.items():
         if component is None:
             index[part] = [None, None]
-        elif part == name:
-            index[part] = ["diffusers", type(loaded.model).__name__]
+        elif part in names:
+            model = _model_in(component)
+            index[part] = [_library(type(model)), type(model).__name__]
+            model.save_config(folder / part)
         else:
             index[part] = [_library(type(component)), _class_name(type(component))]
             if graphs and part in (*TEXT_ENCODERS, *AUTOENCODERS):
@@ -90,7 +95,11 @@ def save_pipeline_parts(loaded: LoadedPipeline, folder: Path, *, graphs: bool = 
         kept = loaded.prompts.model_copy(update={"evaluation": ()})
         (folder / PROMPTS_NAME).write_text(kept.model_dump_json() + "\n", encoding="utf-8")
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    loaded.model.save_config(folder / name)
+
+
+def _model_in(denoiser: Any) -> Any:
+    """The diffusers model: a denoiser itself, or the model inside a quantised denoiser."""
+    return vars(denoiser).get("_modules", {}).get("denoiser", denoiser)
 
 
 def _class_name(cls: type) -> str:
@@ -185,12 +194,17 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
     from accelerate import init_empty_weights
 
     entry = read_index(folder).get(denoiser_name)
-    if not isinstance(entry, list) or len(entry) != 2:
+    if not is_component(denoiser_name, entry) or entry == [None, None]:
         raise ArtefactError(
             f"{folder / INDEX_NAME} names no {denoiser_name!r}, which the artefact needs as its denoiser"
         )
-    library, class_name = entry
-    cls: Any = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
+    library, class_name = entry  # type: ignore[misc]
+    cls: Any = None
+    if library == "diffusers":
+        cls = getattr(diffusers, str(class_name), None)
+    elif library != "transformers":
+        # A model that only one pipeline uses lies in the pipeline's module.
+        cls = part_class(folder, denoiser_name, library, class_name)
     if not inspect.isclass(cls) or not issubclass(cls, diffusers.ModelMixin):
         raise ArtefactError(
             f"{folder}: {library}.{class_name} is not a diffusers model; trtq supports diffusers "
@@ -213,18 +227,19 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
 
 def load_pipeline_parts(
     folder: Path,
-    denoiser_name: str,
-    denoiser: Any,
+    denoisers: Mapping[str, Any],
     load_graph: Callable[[str, Any], Any] | None = None,
+    *,
+    recorded: bool = False,
 ) -> Any:
-    """Load the components that `save_pipeline_parts` wrote, around a given denoiser.
+    """Load the components that `save_pipeline_parts` wrote, around given denoisers.
 
     Args:
         folder: folder of the pipeline.
-        denoiser_name: component name of `denoiser`.
-        denoiser: quantised model or engine.
+        denoisers: quantised models or engines by name of the component.
         load_graph: function `(name, class) -> component` that loads a graph and returns None for a
             component without a graph; None: no component is a graph.
+        recorded: whether the pipeline is used through its own call, and therefore never wrapped.
 
     Raises:
         ArtefactError: a component is missing, or is not of a diffusers class.
@@ -236,6 +251,8 @@ def load_pipeline_parts(
         parts[name] = load_part(folder, name, cls) if graph is None else graph
         return parts[name]
 
-    pipeline = assemble(folder, load, (denoiser_name, denoiser))
+    pipeline = assemble(folder, load, denoisers)
+    if recorded:
+        return pipeline
     # Not `pipeline.scheduler`: runs of earlier versions name DDIMPipeline, which converts schedulers.
     return wrap_pipeline(pipeline, read_null_class(folder), parts.get("scheduler"))

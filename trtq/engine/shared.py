@@ -9,7 +9,7 @@ from trtq.errors import UsageError
 
 __all__ = ["SharesEngines"]
 
-_ENGINES = ("engine", "decoder", "encoder")
+_ENGINES = ("engine", "decoder", "encoder", "graphs", "model", "model_class")
 
 
 class SharesEngines:

@@ -77,7 +77,7 @@ def _export(run: Path, folder: Path) -> dict[str, Any]:
     """Export the components; errors of trtq and of the file system are part of the answer."""
     try:
         name = denoiser_in(run)
-        pipeline = load_pipeline_parts(run, name, skeleton(run, name))
+        pipeline = load_pipeline_parts(run, {name: skeleton(run, name)})
         parity = export_components(LoadedPipeline(str(run), run, pipeline, name), folder, silent)
     except (TrtqError, OSError) as err:
         return error_record(err)

@@ -10,9 +10,16 @@ from torch import nn
 
 from trtq.artefact.contents import source_hashes
 from trtq.artefact.folder import check_output, claims_output, new_artefact
-from trtq.artefact.manifest import LayerRow, Manifest, SourceRow
+from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_file import made_from, write_manifest
-from trtq.artefact.opened import DEFAULT_STEPS, Checkpoint, Opened, open_artefact
+from trtq.artefact.manifest_rows import LayerRow, SourceRow
+from trtq.artefact.opened import (
+    DEFAULT_STEPS,
+    Checkpoint,
+    Opened,
+    StoredArtefact,
+    open_artefact,
+)
 from trtq.artefact.options import ExportOptions, Metrics
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.layout import parse_sizes
@@ -23,6 +30,7 @@ from trtq.engine.prepared import keep_prepared
 from trtq.errors import GateError, UsageError
 from trtq.exporter.component_graphs import export_components
 from trtq.exporter.component_worker import Parts, exporting_parts
+from trtq.exporter.export_calls import export_calls
 from trtq.exporter.graph import TARGETS, Target, write_graph
 from trtq.exporter.result import ExportResult
 from trtq.exporter.step_check import PARITY_DB, step_parities
@@ -124,6 +132,10 @@ def export(
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="onnx")
     opened = open_artefact(artefact, verify=False)
     progress("export", 1, 3)
+    if isinstance(opened, StoredArtefact) and opened.manifest.recorded is not None:
+        return _export_recorded(
+            opened, final, start, target, precision, batch, size, overwrite, progress
+        )
     with (
         new_artefact(final, kind="onnx", overwrite=overwrite) as folder,
         exporting_parts(Path(opened.place), folder) as parts,
@@ -152,6 +164,39 @@ def export(
         write_manifest(folder, manifest.model_copy(update=update))
         if source.model_class in _SERVED_WITHOUT_TORCH:
             keep_prepared(model)
+    progress("export", 3, 3)
+    return result
+
+
+def _export_recorded(
+    opened: StoredArtefact,
+    final: Path,
+    start: float,
+    target: str,
+    precision: str,
+    batch: tuple[int, int],
+    size: str | None,
+    overwrite: bool,
+    progress: ProgressCallback,
+) -> ExportResult:
+    """Write the ONNX folder of a run that was recorded inside the pipeline's call; see `export`."""
+    with new_artefact(final, kind="onnx", overwrite=overwrite) as folder:
+        manifest, parity = export_calls(
+            opened, folder, size=size, precision=precision, target=target
+        )
+        graphs = [row.folder for part in manifest.denoisers for row in part.recorded.graphs]
+        result = ExportResult(
+            **parity,
+            parity_parts_db={},
+            bytes=sum(
+                path.stat().st_size for graph in graphs for path in (folder / graph).iterdir()
+            ),
+            seconds=round(time.monotonic() - start, 2),
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        options = ExportOptions(target=target, precision=precision, batch=batch, size=size)
+        update = {"options": options, "metrics": Metrics(**result.to_json())}
+        write_manifest(folder, manifest.model_copy(update=update))
     progress("export", 3, 3)
     return result
 

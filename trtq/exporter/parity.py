@@ -23,7 +23,15 @@ from trtq.quant.deployed import DeployedLayer, DeployedProduct
 from trtq.quant.hooks import input_hooks
 from trtq.snr import EXACT_DB, snr_db
 
-__all__ = ["MAX_TIES", "StepParity", "compare", "noise_parity", "step_parity"]
+__all__ = [
+    "MAX_TIES",
+    "TIE_DB",
+    "StepParity",
+    "compare",
+    "last_bit_moved",
+    "noise_parity",
+    "step_parity",
+]
 
 TIE_DB = 60.0
 """Minimum SNR, in dB, of an image without a flipped code; such images agree to 100 dB or more."""
@@ -197,7 +205,7 @@ def _with_floor(
     row = compare(predicted, other)
     if row.pooled_db >= TIE_DB:
         return row
-    with _last_bit_moved(reference):
+    with last_bit_moved(reference):
         moved = predict(reference, x, timestep, conditions)
     return compare(predicted, other, moved)
 
@@ -227,7 +235,7 @@ def _mixed(
 
 
 @contextmanager
-def _last_bit_moved(reference: Any) -> Iterator[None]:
+def last_bit_moved(reference: Any) -> Iterator[None]:
     """Inside the block, change every input of a low-bit layer by about its last bit."""
 
     def move(_: str, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:

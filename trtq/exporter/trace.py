@@ -33,7 +33,7 @@ from trtq.quant.structure import replace_module
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["OPSET", "trace", "trace_module"]
+__all__ = ["IR_VERSION", "OPSET", "quiet", "replace_low_bit", "simplify", "trace", "trace_module"]
 
 OPSET = 21
 IR_VERSION = 10
@@ -53,7 +53,9 @@ class _LowBitNode(nn.Module):
             self.geometry = ConvGeometry.of(source)
             self.kernel = (int(source.kernel_size[0]), int(source.kernel_size[1]))
 
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
+    def forward(self, input: Tensor, *_: Any) -> Tensor:
+        # diffusers passes the input of some layers by its name.
+        x = input
         attributes: dict[str, Any] = {"name": self.name}
         if self.geometry is None:
             operator, shape = "LowBitLinear", [*x.shape[:-1], self.out_features]
@@ -129,8 +131,20 @@ class _Batched(nn.Module):
         return self.module(*tensors)
 
 
+def replace_low_bit(denoiser: nn.Module, low_bit: Collection[str]) -> None:
+    """Replace the layers at the paths `low_bit` by nodes of the domain `trtq`, in place."""
+    for name, source in quantizable_layers(denoiser).items():
+        if name in low_bit:
+            if isinstance(source, nn.Linear | nn.Conv2d):
+                replace_module(denoiser, name, _LowBitNode(name, source))
+            else:
+                replace_module(denoiser, name, _LowBitProduct(name))
+    if low_bit:
+        deploy_timesteps(denoiser)
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Inside the block, suppress the messages of the exporter; its errors keep their texts."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
@@ -171,14 +185,7 @@ def trace(
         LegalityError: torch cannot trace the denoiser, e.g. at a size that it does not support.
     """
     family = conditions.family
-    for name, source in quantizable_layers(denoiser).items():
-        if name in low_bit:
-            if isinstance(source, nn.Linear | nn.Conv2d):
-                replace_module(denoiser, name, _LowBitNode(name, source))
-            else:
-                replace_module(denoiser, name, _LowBitProduct(name))
-    if low_bit:
-        deploy_timesteps(denoiser)
+    replace_low_bit(denoiser, low_bit)
     examples = {family.sample: x, "timestep": torch.zeros(len(x))}
     examples |= conditions.conditional | conditions.shared
     if half:
@@ -239,7 +246,7 @@ def trace_module(
                 axis: cell * side if cell > 1 else side for axis, side in sides.items()
             }
     batched = [place for place, name in enumerate(examples) if name not in shared]
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             _Batched(module, batched).eval(),
             tuple(examples.values()),
@@ -255,7 +262,7 @@ def trace_module(
     import onnx_ir as ir
 
     model: ir.Model = program.model
-    _simplify(model)
+    simplify(model)
     model.ir_version = IR_VERSION
     for value in model.graph.inputs:
         if images.get(value.name or "") is not None and value.shape is not None:
@@ -263,7 +270,7 @@ def trace_module(
     return model
 
 
-def _simplify(model: ir.Model) -> None:
+def simplify(model: ir.Model) -> None:
     """Fold constants and remove operators without effect, in place.
 
     Only the rules of onnxscript's collection that match in denoisers are used. The whole collection

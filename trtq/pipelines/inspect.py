@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from trtq.artefact.manifest import LayerRow, Manifest
+from trtq.artefact.manifest import Manifest
+from trtq.artefact.manifest_rows import LayerRow
 from trtq.artefact.opened import EngineFolder, Opened, StoredArtefact, open_artefact
 from trtq.diffusion.loading import open_pipeline
 from trtq.engine.tensorrt.run import obstacle, open_tensorrt

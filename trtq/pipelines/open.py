@@ -11,15 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from trtq.artefact.graph_metadata import check_layers, check_timesteps
+from trtq.artefact.manifest_rows import layer_kinds
 from trtq.artefact.opened import Checkpoint, EngineFolder, GraphFolder, Opened, open_artefact
+from trtq.calls.pipeline import RecordedPipeline
+from trtq.calls.recorder import DENOISER_NAMES
+from trtq.calls.stored import CALL_FOLDER, load_call
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
-from trtq.diffusion.loading import DENOISERS, open_pipeline
+from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.engine.base import Engine
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.open import open_engine
 from trtq.engine.ort import PROVIDERS
 from trtq.engine.profile import exported_profile
+from trtq.engine.recorded import CallGraph, RecordedDenoiser
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.engine.tensorrt.job import Profile
 from trtq.engine.torch_gpu import GpuDenoiser
@@ -105,9 +111,29 @@ def _open_graphs(opened: GraphFolder, provider: str | None, threads: int | None)
             manifest.check_graph(engine.metadata)
         return engine
 
+    if manifest.recorded is not None:
+        return _open_recorded(opened, chosen, threads)
     source = engine_source(folder, manifest.denoiser, opened.size, open_graph)
     check_calibrated(source, manifest)
     return source
+
+
+def _open_recorded(opened: GraphFolder, provider: str, threads: int | None) -> RecordedPipeline:
+    """Load a folder of recorded denoisers; everything else of the pipeline stays in torch."""
+    folder, manifest = opened.folder, opened.manifest
+    denoisers = {}
+    for part in manifest.denoisers:
+        graphs = []
+        for row in part.recorded.graphs:
+            engine = open_engine(model_file(folder / row.folder), provider, threads)
+            check_timesteps(engine.metadata, part.timesteps)
+            check_layers(engine.metadata, layer_kinds(part.layers))
+            graphs.append(CallGraph(engine, row))
+        model = skeleton(folder, part.denoiser)
+        denoisers[part.denoiser] = RecordedDenoiser(part.denoiser, model, graphs)
+    pipeline = load_pipeline_parts(folder, denoisers, recorded=True)
+    call = load_call(folder / CALL_FOLDER)
+    return RecordedPipeline(str(folder), folder, pipeline, manifest.denoiser, call)
 
 
 def _on_gpu(run: OpenRun) -> nn.Module | None:
@@ -148,8 +174,7 @@ def engine_source(
         raise ArtefactError(f"{folder} has no graph of its denoiser {denoiser!r}")
     pipeline = load_pipeline_parts(
         folder,
-        denoiser,
-        EngineDenoiser(engine, model.config, type(model)),
+        {denoiser: EngineDenoiser(engine, model.config, type(model))},
         lambda name, cls: load_component(folder, name, cls, open_graph),
     )
     source = LoadedPipeline(str(folder), folder, pipeline, denoiser)
@@ -174,8 +199,8 @@ def load(artefact: str | Path | Opened | Any, provider: str | None = None) -> An
     """
     opened = open_artefact(artefact, verify=False)
     pipeline = open_any(opened, provider).pipeline
-    name = next((name for name in DENOISERS if hasattr(pipeline, name)), None)
-    if name is not None and isinstance(getattr(pipeline, name), StandIn):
+    names = [name for name in DENOISER_NAMES if hasattr(pipeline, name)]
+    if any(isinstance(getattr(pipeline, name), StandIn) for name in names):
         # diffusers would save the pipeline without this denoiser, and only log a warning.
         pipeline.save_pretrained = partial(_refuse_to_save, str(opened.place))
     return pipeline

@@ -45,7 +45,7 @@ class GenerateResult(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectedLayer(Result):
-    """A layer of an artefact; see `trtq.artefact.manifest.LayerRow` for the other fields.
+    """A layer of an artefact; see `trtq.artefact.manifest_rows.LayerRow` for the other fields.
 
     Attributes:
         scale: scale per step, by input; None unless the artefact is a run.

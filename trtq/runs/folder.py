@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from trtq.artefact.manifest import Manifest
+from trtq.artefact.manifest_rows import FurtherRow, StructureRow
 from trtq.artefact.opened import Opened, open_folder
+from trtq.calls.pipeline import RecordedPipeline
+from trtq.calls.stored import CALL_FOLDER, load_call
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.errors import ArtefactError
 from trtq.quant import LayerPlan, QuantizedDenoiser, Structure, TimestepTable, apply_structure
 from trtq.runs.weights import FILE_NAME, StoredDenoiser, load_stored
 
-__all__ = ["OpenRun", "check_calibrated", "layer_plans", "open_run"]
+__all__ = ["OpenRun", "RunDenoiser", "check_calibrated", "layer_plans", "open_run"]
+
+
+@dataclass(frozen=True)
+class RunDenoiser:
+    """A low-bit denoiser of a verified run.
+
+    Attributes:
+        folder: folder of the run.
+        name: name of the component.
+        structure: rewritten modules.
+        stored: tensors of the denoiser.
+        table: the calibrated timesteps.
+        argument: name of the denoiser's argument that holds the timestep.
+        per_item: whether each batch item has its own step, see `trtq.quant.QuantizedDenoiser`.
+    """
+
+    folder: Path
+    name: str
+    structure: StructureRow
+    stored: StoredDenoiser
+    table: TimestepTable
+    argument: str = "timestep"
+    per_item: bool = True
+
+    def float_skeleton(self) -> nn.Module:
+        """The denoiser with its float tensors; the weights of its quantised layers have no memory."""
+        model = _fresh(self.folder, self.name, self.structure)
+        self.stored.load_floats(model)
+        return model
+
+    def build(self, *, kernels: bool = False) -> QuantizedDenoiser:
+        """The low-bit denoiser in torch, on trtq's kernels if `kernels`, see `trtq.quant.deploy`."""
+        skeleton = _fresh(self.folder, self.name, self.structure)
+        return self.stored.build(
+            skeleton,
+            self.table,
+            kernels=kernels,
+            timestep=self.argument,
+            per_item=self.per_item,
+        )
 
 
 @dataclass(frozen=True)
@@ -26,31 +69,44 @@ class OpenRun:
     Attributes:
         folder: folder of the run.
         manifest: manifest of the run.
-        stored: tensors of the denoiser.
-        table: the calibrated timesteps.
+        denoisers: the low-bit denoisers, in the order of the manifest.
     """
 
     folder: Path
     manifest: Manifest
-    stored: StoredDenoiser
-    table: TimestepTable
+    denoisers: tuple[RunDenoiser, ...]
+
+    @property
+    def stored(self) -> StoredDenoiser:
+        """Tensors of the first denoiser."""
+        return self.denoisers[0].stored
+
+    @property
+    def table(self) -> TimestepTable:
+        """The calibrated timesteps of the first denoiser."""
+        return self.denoisers[0].table
 
     def float_skeleton(self) -> nn.Module:
-        """The denoiser with its float tensors; the weights of its quantised layers have no memory."""
-        model = _fresh(self.folder, self.manifest)
-        self.stored.load_floats(model)
-        return model
+        """See `RunDenoiser.float_skeleton`, for the first denoiser."""
+        return self.denoisers[0].float_skeleton()
 
     def denoiser(self, *, kernels: bool = False) -> QuantizedDenoiser:
-        """The low-bit denoiser in torch, on trtq's kernels if `kernels`, see `trtq.quant.deploy`."""
-        skeleton = _fresh(self.folder, self.manifest)
-        return self.stored.build(skeleton, self.table, kernels=kernels)
+        """See `RunDenoiser.build`, for the first denoiser."""
+        return self.denoisers[0].build(kernels=kernels)
 
     def source(self, denoiser: nn.Module | None = None) -> LoadedPipeline:
-        """A pipeline around the low-bit denoiser in torch, or around `denoiser` in its place."""
-        pipeline: Any = load_pipeline_parts(
-            self.folder, self.manifest.denoiser, denoiser or self.denoiser()
-        )
+        """A pipeline around the low-bit denoisers in torch, or around `denoiser` as the first one."""
+        modules: dict[str, nn.Module] = {
+            part.name: denoiser if denoiser is not None and index == 0 else part.build()
+            for index, part in enumerate(self.denoisers)
+        }
+        recorded = self.manifest.recorded is not None
+        pipeline: Any = load_pipeline_parts(self.folder, modules, recorded=recorded)
+        if recorded:
+            call = load_call(self.folder / CALL_FOLDER)
+            return RecordedPipeline(
+                str(self.folder), self.folder, pipeline, self.manifest.denoiser, call
+            )
         source = LoadedPipeline(str(self.folder), self.folder, pipeline, self.manifest.denoiser)
         recipe = self.manifest.recipe
         if recipe is not None and recipe.size is not None:
@@ -83,16 +139,15 @@ def check_calibrated(source: LoadedPipeline, manifest: Manifest) -> None:
         )
 
 
-def _fresh(folder: Path, manifest: Manifest) -> nn.Module:
-    """A model of the denoiser's class in the run's structure, without memory for its weights."""
-    model = skeleton(folder, manifest.denoiser)
-    structure = Structure(tuple(manifest.structure.attention), manifest.structure.splits)
-    apply_structure(model, structure)
+def _fresh(folder: Path, name: str, row: StructureRow) -> nn.Module:
+    """A model of a denoiser's class in the run's structure, without memory for its weights."""
+    model = skeleton(folder, name)
+    apply_structure(model, Structure(tuple(row.attention), row.splits))
     return model
 
 
-def layer_plans(manifest: Manifest) -> list[LayerPlan]:
-    """The plans of the layers that a manifest lists."""
+def layer_plans(manifest: Manifest | FurtherRow) -> list[LayerPlan]:
+    """The plans of the layers that a manifest, or its row of a denoiser, lists."""
     return [
         LayerPlan(
             row.name,
@@ -123,7 +178,22 @@ def open_run(place: str | Path | Opened) -> OpenRun:
     """
     opened = open_folder(place, "run")
     folder, manifest = opened.folder, opened.manifest
-    fresh = _fresh(folder, manifest)
-    timesteps = manifest.timesteps or []
-    stored = load_stored(folder / FILE_NAME, fresh, layer_plans(manifest), timesteps)
-    return OpenRun(folder, manifest, stored, TimestepTable(timesteps))
+    rows = manifest.denoisers
+    if not rows:
+        return OpenRun(folder, manifest, (_open_denoiser(folder, manifest.denoiser, manifest),))
+    parts = []
+    for index, row in enumerate(rows):
+        file = "" if index == 0 else f"{row.denoiser}/"
+        part = _open_denoiser(folder, row.denoiser, row, file)
+        parts.append(replace(part, argument=row.recorded.timestep, per_item=False))
+    return OpenRun(folder, manifest, tuple(parts))
+
+
+def _open_denoiser(
+    folder: Path, name: str, row: Manifest | FurtherRow, place: str = ""
+) -> RunDenoiser:
+    """Read the tensors of one denoiser and compare them with its entries in the manifest."""
+    timesteps = row.timesteps or []
+    fresh = _fresh(folder, name, row.structure)
+    stored = load_stored(folder / f"{place}{FILE_NAME}", fresh, layer_plans(row), timesteps)
+    return RunDenoiser(folder, name, row.structure, stored, TimestepTable(timesteps))

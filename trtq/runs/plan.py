@@ -17,6 +17,7 @@ from trtq.calib.recipe import Recipe
 from trtq.calib.sensitivity import (
     parse_budget,
 )
+from trtq.calls.recorder import DENOISER_NAMES
 from trtq.diffusion.encode import check_inputs
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
@@ -121,7 +122,7 @@ def plan_quantize(
         UsageError: the model is already quantised, or does not take the recipe's prompts.
         QuantizationError: no layer would be quantised.
     """
-    source = _load_float(model, recipe.steps, copy_all=bool(loras))
+    source = load_float(model, copy_all=bool(loras), steps=recipe.steps)
     merged = merge_loras(_modules(source), loras, source.denoiser_name)
     if recipe.size is not None:
         source = source.sized(recipe.size)
@@ -147,16 +148,19 @@ def plan_quantize(
     return replace(plan, layers=spend_budget(plan, parse_budget(recipe.budget), progress))
 
 
-def _load_float(model: str | Path | Opened | Any, steps: int, *, copy_all: bool) -> LoadedPipeline:
+def load_float(
+    model: str | Path | Opened | Any, *, copy_all: bool, steps: int | None = None
+) -> LoadedPipeline:
     """Load the float checkpoint, and first raise if it cannot be calibrated.
 
     Args:
         model: see `plan_quantize`.
-        steps: denoising steps of the calibration.
         copy_all: whether components of a pipeline object other than the denoiser may change too.
+        steps: denoising steps of a calibration that follows noise levels in closed form; None: the
+            calibration runs inside the pipeline's own call, and every denoiser may change.
 
     Raises:
-        UsageError: the model is already quantised.
+        UsageError: the model is already quantised, or has no noise levels in closed form.
     """
     opened = open_artefact(model, verify=False)
     if opened.kind != "checkpoint":
@@ -164,21 +168,23 @@ def _load_float(model: str | Path | Opened | Any, steps: int, *, copy_all: bool)
             f"{opened.place} is of kind {opened.kind!r}, which is already quantised; give a float "
             "checkpoint, or a run together with --lora to change its LoRAs"
         )
-    source = open_pipeline(opened.place)
+    source = open_pipeline(opened.place, recorded=steps is None)
     if isinstance(source.denoiser, StandIn):
         raise UsageError(
             f"{source.name} is already quantised (its denoiser is a "
             f"{type(source.denoiser).__name__}); give the float pipeline"
         )
-    source.schedule(steps)
-    if source.prompts is not None:
-        check_inputs(source.pipeline)
+    if steps is not None:
+        source.schedule(steps)
+        if source.prompts is not None:
+            check_inputs(source.pipeline)
     if isinstance(opened.place, str | Path):
         return source
     # The caller's pipeline must not change, and its weights may be shared.
     pipeline = copy.copy(source.pipeline)
     for name, component in pipeline.components.items():
-        if name == source.denoiser_name or (copy_all and isinstance(component, nn.Module)):
+        changes = name == source.denoiser_name or (steps is None and name in DENOISER_NAMES)
+        if changes or (copy_all and isinstance(component, nn.Module)):
             setattr(pipeline, name, copy.deepcopy(component))
     return LoadedPipeline(source.name, None, pipeline, source.denoiser_name, source.prompts)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from trtq.artefact.contents import source_hashes
 from trtq.artefact.folder import check_output, claims_output, new_artefact
 from trtq.artefact.listing import CHECKPOINTS
-from trtq.artefact.manifest import LayerRow, Manifest, SourceRow, StructureRow
+from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_file import write_manifest
+from trtq.artefact.manifest_rows import SourceRow, StructureRow
 from trtq.artefact.opened import Opened
 from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
 from trtq.artefact.partial import (
@@ -44,6 +45,8 @@ from trtq.quant import (
 from trtq.resources import peak_rss_bytes
 from trtq.runs.fine_tune import FineTuneResult, FineTuning, accelerator_for, fine_tune
 from trtq.runs.plan import QuantizePlan, plan_quantize
+from trtq.runs.plan_calls import knows_pipeline, plan_calls
+from trtq.runs.quantize_calls import calibrate, converted, layer_rows, manifest_of, write_run
 from trtq.runs.result import RunResult
 from trtq.runs.trained import TRAINED_NAME, save_trained
 from trtq.runs.weights import FILE_NAME, save_denoiser
@@ -172,6 +175,7 @@ def quantize(
     out: str | Path = "run",
     *,
     loras: Sequence[LoraRequest] = (),
+    calls: Sequence[Mapping[str, Any]] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
@@ -187,6 +191,10 @@ def quantize(
         recipe: a `Recipe`, the name of a method, a TOML file, or a dict of overrides.
         out: folder of the run.
         loras: LoRAs to merge into the float weights first.
+        calls: arguments of the pipeline's call, one dict per call, without `generator`. The model is
+            calibrated inside these calls, with other seeds and prompts; everything else stays as given.
+            None: the trajectories of a pipeline whose noise levels are known in closed form, or a
+            default call of any other pipeline.
         resume: continue from the newest checkpoint of an interrupted run.
         overwrite: replace an existing run.
         progress: callback that receives the stage's name, the work done and the total.
@@ -201,6 +209,8 @@ def quantize(
     start = time.monotonic()
     final = check_output(Path(out), overwrite=overwrite, source=model, kind="run")
     chosen = _as_recipe(recipe)
+    if calls is not None or not knows_pipeline(model):
+        return _quantize_calls(model, chosen, final, calls or (), loras, overwrite, progress, start)
     plan = plan_quantize(model, chosen, loras, progress)
     chosen = plan.recipe
     files = _source_files(plan.source)
@@ -218,6 +228,38 @@ def quantize(
         save_pipeline_parts(plan.source, folder)
         result = _result(plan, tuning, bytes_before, folder, start)
         write_manifest(folder, _manifest(plan, files, result))
+    return result
+
+
+def _quantize_calls(
+    model: Any,
+    recipe: Recipe,
+    final: Path,
+    calls: Sequence[Mapping[str, Any]],
+    loras: Sequence[LoraRequest],
+    overwrite: bool,
+    progress: ProgressCallback,
+    start: float,
+) -> RunResult:
+    """Make a run inside the pipeline's own call; see `quantize`."""
+    plan = plan_calls(model, recipe, calls, loras)
+    model_classes = {part.name: type(part.module).__name__ for part in plan.denoisers}
+    files = _source_files(plan.source)
+    bytes_before = sum(part.plan.bytes_before() for part in plan.denoisers)
+    with new_artefact(final, kind="run", overwrite=overwrite) as folder:
+        parts, tables = calibrate(plan, progress)
+        quantized = {part.name: converted(plan, part, tables[part.name]) for part in parts}
+        write_run(folder, plan, parts, quantized)
+        low_bit = sum(part.plan.quantized for part in parts)
+        result = RunResult(
+            layers_quantized=low_bit,
+            layers_float=sum(len(part.plan.layers) for part in parts) - low_bit,
+            bytes_before=bytes_before,
+            bytes_after=sum(path.stat().st_size for path in folder.rglob(FILE_NAME)),
+            seconds=round(time.monotonic() - start, 2),
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        write_manifest(folder, manifest_of(plan, parts, files, result, model_classes))
     return result
 
 
@@ -279,19 +321,7 @@ def _manifest(plan: QuantizePlan, files: dict[str, str], result: RunResult) -> M
         denoiser=plan.source.denoiser_name,
         recipe=RecipeRecord(**plan.recipe.model_dump(mode="json")),
         timesteps=plan.table.timesteps.tolist(),
-        layers=[
-            LayerRow(
-                name=layer.name,
-                kind=layer.kind,
-                weight_bits=layer.weight_bits,
-                activation_bits=layer.activation_bits,
-                right_bits=layer.right_bits,
-                adapters=layer.adapters and plan.recipe.training is not None,
-                reason=layer.reason,
-                input_of=layer.input_of,
-            )
-            for layer in plan.layers
-        ],
+        layers=layer_rows(plan.layers, adapters=plan.recipe.training is not None),
         structure=StructureRow(
             attention=list(plan.structure.attention), splits=dict(plan.structure.splits)
         ),

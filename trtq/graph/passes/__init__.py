@@ -8,6 +8,7 @@ from trtq.graph.passes.drop_noop_squeeze import DropNoopSqueeze
 from trtq.graph.passes.layer_norm_in_float64 import CastLayerNormToFloat64
 from trtq.graph.passes.low_bit_to_qdq import ExpandLowBitToQdq
 from trtq.graph.passes.plugin_nodes import ExpandPlugins, LowBitToPlugins
+from trtq.graph.passes.step_lookup import StepInput
 
 __all__ = [
     "BroadcastTimestep",
@@ -19,4 +20,5 @@ __all__ = [
     "ExpandLowBitToQdq",
     "ExpandPlugins",
     "LowBitToPlugins",
+    "StepInput",
 ]

@@ -37,7 +37,7 @@ import torch
 from trtq.errors import LegalityError
 from trtq.graph.nodes import DOMAIN, LOW_BIT_OPERATORS
 from trtq.graph.passes.builder import GraphBuilder
-from trtq.graph.passes.step_lookup import STEPS_PREFIX
+from trtq.graph.passes.step_lookup import STEPS_PREFIX, StepInput
 from trtq.graph.passes.step_values import StepTable, StepValues
 from trtq.quant.plan import LowBitTensors
 from trtq.quant.tensors import LayerTensors, ProductTensors
@@ -46,6 +46,7 @@ from trtq.quant.timestep import TimestepTable
 __all__ = ["PAIR_SAFE", "ExpandLowBitToQdq"]
 
 _INT4_OFFSET = 8
+_TIMESTEP = StepInput()
 _FLOAT = {"to": ir.DataType.FLOAT.value}
 PAIR_SAFE = 64
 """Largest integer for which `255 w + 255 w` fits int16. onnxruntime rewrites a quantise pair of int8 to
@@ -73,6 +74,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         operators: types of the nodes to replace; other nodes do not change.
         prefix: prefix of the names that all layers share; each use of this pass on a graph needs a
             different prefix.
+        timestep: the graph input that determines the step.
     """
 
     def __init__(
@@ -82,8 +84,10 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         operators: Sequence[str] = LOW_BIT_OPERATORS,
         *,
         prefix: str = STEPS_PREFIX,
+        timestep: StepInput = _TIMESTEP,
     ) -> None:
         super().__init__()
+        self.timestep = timestep
         self.prefix = prefix
         self.layers = layers
         self.table = table
@@ -103,7 +107,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         nodes = [n for n in graph if n.domain == DOMAIN and n.op_type in self.operators]
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
-        table = StepTable(graph, self.table, self.prefix)
+        table = StepTable(graph, self.table, self.prefix, self.timestep)
         for node in nodes:
             self._add_inputs(node, table)
         values = table.insert()

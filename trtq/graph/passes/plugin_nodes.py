@@ -25,7 +25,7 @@ from trtq.errors import ArtefactError, LegalityError
 from trtq.graph.nodes import DOMAIN
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.low_bit_to_qdq import ExpandLowBitToQdq
-from trtq.graph.passes.step_lookup import look_up_step
+from trtq.graph.passes.step_lookup import StepInput, look_up_step
 from trtq.plugins.low_bit.attributes import NAMESPACE, PLUGINS, VERSION, fields_of, spec_of
 from trtq.plugins.spec import LayerSpec
 from trtq.quant.geometry import ConvGeometry
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _RESTORED = "restored_steps"
+_TIMESTEP = StepInput()
 _OPERANDS = ("weight", "terms", "tables")
 
 
@@ -50,10 +51,17 @@ class LowBitToPlugins(ir.passes.InPlacePass):
     Args:
         layers: tensors of the layers by the nodes' attribute `name`.
         table: the calibrated timesteps.
+        timestep: the graph input that determines the step.
     """
 
-    def __init__(self, layers: Mapping[str, LowBitTensors], table: TimestepTable) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, LowBitTensors],
+        table: TimestepTable,
+        timestep: StepInput = _TIMESTEP,
+    ) -> None:
         super().__init__()
+        self.timestep = timestep
         self.layers = layers
         self.table = table
 
@@ -67,7 +75,7 @@ class LowBitToPlugins(ir.passes.InPlacePass):
         nodes = [n for n in graph if n.domain == DOMAIN and n.op_type in PLUGINS]
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
-        step = look_up_step(graph, self.table)
+        step = look_up_step(graph, self.table, self.timestep)
         for node in nodes:
             name = node.attributes["name"].as_string()
             layer = self.layers.get(name)

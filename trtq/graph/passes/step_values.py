@@ -16,13 +16,14 @@ import numpy as np
 import onnx_ir as ir
 
 from trtq.graph.passes.builder import GraphBuilder
-from trtq.graph.passes.step_lookup import look_up_step
+from trtq.graph.passes.step_lookup import StepInput, look_up_step
 from trtq.quant.tensors import ActivationTensors
 from trtq.quant.timestep import TimestepTable
 
 __all__ = ["StepTable", "StepValues"]
 
 _INT8 = (-128, 127)
+_TIMESTEP = StepInput()
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,17 @@ class StepTable:
         graph: the graph to which the nodes are added.
         timesteps: the calibrated timesteps.
         prefix: prefix of the names of the new nodes.
+        timestep: the graph input that determines the step.
     """
 
-    def __init__(self, graph: ir.Graph, timesteps: TimestepTable, prefix: str) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        timesteps: TimestepTable,
+        prefix: str,
+        timestep: StepInput = _TIMESTEP,
+    ) -> None:
+        self._timestep = timestep
         self._graph = graph
         self._timesteps = timesteps
         self._prefix = prefix
@@ -134,7 +143,7 @@ class StepTable:
         builder = GraphBuilder(self._graph, self._prefix)
         varying = self._insert_constants(builder, values)
         if varying:
-            step = look_up_step(self._graph, self._timesteps)
+            step = look_up_step(self._graph, self._timesteps, self._timestep)
             _gather(builder, step, varying, values)
             self._graph.insert_after(step.producer(), builder.nodes)  # type: ignore[arg-type]
         result = {}

@@ -1,0 +1,106 @@
+"""Record the inputs of layers while a pipeline runs, step by step, at the timesteps that it passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trtq.calib.record import LayerRecorder, Recording
+from trtq.calls.recorder import RecordedCall, call_until, observed, read_timestep
+from trtq.calls.user_call import UserCall, run_call
+from trtq.quant.hooks import input_hooks
+from trtq.quant.plan import LayerPlan
+from trtq.quant.timestep import TimestepTable
+
+__all__ = ["CalledDenoiser", "record_calls"]
+
+
+@dataclass(frozen=True)
+class CalledDenoiser:
+    """A denoiser whose layers are recorded.
+
+    Attributes:
+        name: name of the component.
+        module: the float model; it is not changed.
+        layers: layers to record, see `trtq.calib.record.record`.
+        table: the calibrated timesteps.
+        argument: path of the timestep in the denoiser's call.
+        number: number of the denoiser's calls during one call of the pipeline.
+    """
+
+    name: str
+    module: nn.Module
+    layers: Sequence[LayerPlan]
+    table: TimestepTable
+    argument: str
+    number: int
+
+
+@torch.no_grad()
+def record_calls(
+    pipeline: Any,
+    denoisers: Sequence[CalledDenoiser],
+    calls: Sequence[UserCall],
+    *,
+    samples_per_step: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, Recording]]:
+    """Record the input of every layer during calls of the pipeline.
+
+    Each call of the pipeline has other random numbers. A call ends after the last denoiser call.
+
+    Args:
+        pipeline: diffusers pipeline.
+        denoisers: the denoisers to record.
+        calls: arguments of the pipeline's calls.
+        samples_per_step: number of sampled values per layer and step.
+        seed: seed of the random numbers and of the random samples.
+        progress: callback with the completed and the total number of pipeline calls.
+
+    Returns:
+        Recordings by denoiser and by path of the input quantiser.
+
+    Raises:
+        ArtefactError: the pipeline cannot be called.
+        NonFiniteError: an input is NaN or infinite; the message names the layer.
+    """
+    share = -(-samples_per_step // len(calls))
+    recorders = {
+        part.name: LayerRecorder(part.layers, part.table, len(calls), share, len(calls), seed)
+        for part in denoisers
+    }
+    by_name = {part.name: part for part in denoisers}
+
+    def locate(call: RecordedCall) -> None:
+        part = by_name[call.denoiser]
+        timestep = read_timestep(call, part.argument)
+        recorders[call.denoiser].step = int(part.table.index(timestep)[0])
+
+    modules = {part.name: part.module for part in denoisers}
+    last = sum(part.number for part in denoisers)
+    with ExitStack() as stack:
+        stack.enter_context(observed(modules, locate))
+        for part in denoisers:
+            recorder = recorders[part.name]
+            layers = {name: part.module.get_submodule(name) for name in recorder.layers}
+            stack.enter_context(input_hooks(layers, recorder.observe))
+        for index, call in enumerate(calls):
+            for recorder in recorders.values():
+                recorder.batch = index
+            call_until(
+                pipeline,
+                modules,
+                last,
+                lambda call=call, index=index: run_call(  # type: ignore[misc]
+                    pipeline, call, seed, "calibration", index
+                ),
+            )
+            if progress is not None:
+                progress(index + 1, len(calls))
+    return {name: recorder.recordings for name, recorder in recorders.items()}

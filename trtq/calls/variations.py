@@ -1,0 +1,204 @@
+"""Find the axes of a denoiser's inputs that vary, by recording calls that differ.
+
+The pipeline is called as the user calls it, and again with other prompts, with a larger batch and at
+another size. An axis whose size differs between the recordings is free in the graph; every other axis is
+fixed. A variation that changes the structure or the constants of the denoiser's call, e.g. a list with
+one entry per image, cannot be supported by the same graph and is left out, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from trtq.calls.form import CallForm
+from trtq.calls.recorder import DenoiserCalls, RecordedCall, survey
+from trtq.calls.user_call import UserCall, accepted_arguments
+from trtq.errors import TrtqError, UsageError
+
+__all__ = ["FreeAxis", "VariedForm", "varied_forms"]
+
+_COUNTS = (
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "num_waveforms_per_prompt",
+    "batch_size",
+)
+"""Arguments of diffusers' pipelines that multiply the batch."""
+_LONGER = "a photograph of a small red house by the lake under a cloudy sky"
+
+
+@dataclass(frozen=True)
+class FreeAxis:
+    """A free axis of a tensor; see `trtq.artefact.manifest_rows.AxisRow`."""
+
+    axis: int
+    varies: str
+    low: int
+    high: int | None
+
+
+@dataclass
+class VariedForm:
+    """A form of a denoiser's call with its free axes.
+
+    Attributes:
+        denoiser: name of the component.
+        form: form of the call.
+        tensors: tensors of the call that differs most from the user's call, by path.
+        free: free axes by path.
+        fixed: reason why something cannot vary, by `batch`, `prompt` or `size`.
+    """
+
+    denoiser: str
+    form: CallForm
+    tensors: Mapping[str, Tensor]
+    free: dict[str, list[FreeAxis]] = field(default_factory=dict)
+    fixed: dict[str, str] = field(default_factory=dict)
+
+
+def varied_forms(
+    pipeline: Any,
+    modules: Mapping[str, nn.Module],
+    call: UserCall,
+    *,
+    largest: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> list[VariedForm]:
+    """The forms of all denoiser calls, with the axes that may vary.
+
+    Args:
+        pipeline: diffusers pipeline.
+        modules: denoisers by name.
+        call: the user's call, at its smallest size.
+        largest: largest height and width in pixels; None: one size.
+        seed: seed of the random numbers.
+
+    Returns:
+        One entry per denoiser and form, in the order of the calls.
+
+    Raises:
+        UsageError: a range of sizes is requested, and the pipeline or its denoiser does not support it.
+        ArtefactError: the pipeline cannot be called with the user's arguments.
+    """
+    base = survey(pipeline, modules, call, seed)
+    forms = {
+        (name, key): VariedForm(name, recorded.form, recorded.tensors)
+        for name, calls in base.items()
+        for key, recorded in calls.first.items()
+    }
+    _vary_within(forms, base)
+    current, before = call, base
+    for what, change in _changes(pipeline, largest).items():
+        try:
+            changed = change(current)
+            after = survey(pipeline, modules, changed, seed)
+            reason = _difference(base, after)
+        except TrtqError as err:
+            reason = str(err)
+        if reason is not None:
+            if what == "size":
+                raise UsageError(f"one graph cannot support several sizes: {reason}")
+            for form in forms.values():
+                form.fixed[what] = reason
+            continue
+        _add(forms, before, after, what)
+        current, before = changed, after
+    return list(forms.values())
+
+
+def _changes(
+    pipeline: Any, largest: tuple[int, int] | None
+) -> dict[str, Callable[[UserCall], UserCall]]:
+    """Functions that vary a call, by what they vary."""
+    accepted = accepted_arguments(pipeline)
+
+    def batch(call: UserCall) -> UserCall:
+        for name in _COUNTS:
+            if name in accepted:
+                return call.updated({name: 2 * int(call.arguments.get(name) or 1)})
+        if isinstance(call.arguments.get("class_labels"), list):
+            return call.updated({"class_labels": 2 * call.arguments["class_labels"]})
+        if call.prompts is None:
+            raise UsageError("the pipeline has no argument for the number of images")
+        prompt = call.arguments["prompt"]
+        return call.updated({"prompt": 2 * ([prompt] if isinstance(prompt, str) else prompt)})
+
+    def prompt(call: UserCall) -> UserCall:
+        if call.prompts is None:
+            raise UsageError("the call has no text prompt")
+        return call.with_prompts([_LONGER] * call.prompts)
+
+    def size(call: UserCall) -> UserCall:
+        if not {"height", "width"} <= accepted.keys():
+            raise UsageError(f"{type(pipeline).__name__} has no arguments height and width")
+        assert largest is not None
+        return call.updated({"height": largest[0], "width": largest[1]})
+
+    changes = {"prompt": prompt, "batch": batch}
+    return changes if largest is None else {"size": size, **changes}
+
+
+def _difference(
+    base: Mapping[str, DenoiserCalls], other: Mapping[str, DenoiserCalls]
+) -> str | None:
+    """The first difference of structure or constants between two surveys; None if there is none."""
+    for name, calls in base.items():
+        if name not in other:
+            return f"{name} is not called"
+        for key, recorded in calls.first.items():
+            match = other[name].first.get(key)
+            if match is None:
+                return _changed_argument(recorded, list(other[name].first.values()))
+            for path, tensor in recorded.tensors.items():
+                if tensor.ndim != match.tensors[path].ndim:
+                    return f"the number of axes of {path} changes"
+    return None
+
+
+def _changed_argument(recorded: RecordedCall, others: list[RecordedCall]) -> str:
+    for other in others:
+        for argument, entry in recorded.form.template.items():
+            if other.form.template.get(argument) != entry:
+                return f"{argument!r} of {recorded.denoiser} changes, which is constant in a graph"
+    return f"the arguments of {recorded.denoiser} change"
+
+
+def _vary_within(
+    forms: Mapping[tuple[str, str], VariedForm], base: Mapping[str, DenoiserCalls]
+) -> None:
+    """Free the axes that differ between calls of one run, e.g. with and without the prompt."""
+    for (name, key), form in forms.items():
+        for path, shapes in base[name].shapes[key].items():
+            ranks = {len(shape) for shape in shapes}
+            if len(ranks) > 1:
+                continue
+            for axis, sizes in enumerate(zip(*shapes, strict=True)):
+                if len(set(sizes)) > 1:
+                    form.free.setdefault(path, []).append(FreeAxis(axis, "prompt", 1, None))
+
+
+def _add(
+    forms: Mapping[tuple[str, str], VariedForm],
+    before: Mapping[str, DenoiserCalls],
+    after: Mapping[str, DenoiserCalls],
+    what: str,
+) -> None:
+    """Free the axes whose sizes differ between two surveys, and keep the tensors of the second."""
+    for (name, key), form in forms.items():
+        tensors = after[name].first[key].tensors
+        for path, tensor in tensors.items():
+            rows = form.free.setdefault(path, [])
+            known = {row.axis for row in rows}
+            old = before[name].first[key].tensors[path].shape
+            for axis, (low, high) in enumerate(zip(old, tensor.shape, strict=True)):
+                if low == high or axis in known:
+                    continue
+                limits = (low, high) if what == "size" else (1, None)
+                rows.append(FreeAxis(axis, what, *limits))
+        form.tensors = tensors
+    for form in forms.values():
+        form.free = {path: rows for path, rows in form.free.items() if rows}

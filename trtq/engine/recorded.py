@@ -1,0 +1,188 @@
+"""A denoiser that runs on the graphs of its recorded calls, with its diffusers model's interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trtq.artefact.manifest_rows import GraphRow
+from trtq.calls.form import CallForm, flatten_call, rebuild_value
+from trtq.calls.recorder import TIMESTEP_NAMES
+from trtq.engine.base import Engine
+from trtq.engine.shared import SharesEngines
+from trtq.errors import UsageError
+from trtq.quant.stand_in import StandIn
+
+__all__ = ["CallGraph", "RecordedDenoiser"]
+
+_WIDEN = {
+    "batch": "export with a call of that batch size: trtq quantize --call FILE.toml",
+    "prompt": "quantise with a call of such a prompt: trtq quantize --call FILE.toml",
+    "size": "export for a range of sizes: trtq export RUN --size SMALLEST:LARGEST",
+}
+
+
+@dataclass(frozen=True)
+class CallGraph:
+    """A graph and the calls that it can compute.
+
+    Attributes:
+        engine: engine of the graph.
+        row: entry of the graph in the manifest.
+    """
+
+    engine: Engine
+    row: GraphRow
+
+    @property
+    def key(self) -> str:
+        """Key of the calls' form, see `CallForm.key`."""
+        return CallForm(self.row.template).key
+
+
+class _Output:
+    """The result of a denoiser that is called without `return_dict=False`."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values if isinstance(values, tuple) else (values,)
+
+    @property
+    def sample(self) -> Any:
+        """The prediction."""
+        return self.values[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.sample if index == "sample" else self.values[index]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """All values of the result."""
+        return tuple(self.values)
+
+
+class RecordedDenoiser(SharesEngines, StandIn):
+    """Replaces a denoiser in a pipeline of diffusers; the pipeline stays as it is.
+
+    Args:
+        name: name of the component, for messages.
+        model: model of the denoiser's class without memory for its weights; pipelines read its
+            attributes.
+        graphs: graphs of the recorded calls.
+    """
+
+    def __init__(self, name: str, model: nn.Module, graphs: Sequence[CallGraph]) -> None:
+        super().__init__()
+        # Not a submodule: its parameters have no memory.
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "model_class", type(model))
+        self.name = name
+        self.graphs = {graph.key: graph for graph in graphs}
+        self.config = model.config
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+        # The hooks of `enable_model_cpu_offload` take the model's device from the first parameter.
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    @property
+    def engines(self) -> list[Engine]:
+        """The engines of all graphs."""
+        return [graph.engine for graph in self.graphs.values()]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Arguments and result of the diffusers model.
+
+        Raises:
+            UsageError: the call differs from every recorded call; the message names the argument.
+        """
+        form, tensors = flatten_call(self.model, args, kwargs, frozenset(TIMESTEP_NAMES))
+        graph = self.graphs.get(form.key)
+        if graph is None:
+            raise UsageError(self._unknown(form))
+        _check_shapes(self.name, graph, tensors)
+        feeds = {
+            name: _array(tensors[name], spec.dtype) for name, spec in graph.engine.inputs.items()
+        }
+        results = {name: torch.from_numpy(array) for name, array in graph.engine.run(feeds).items()}
+        results = {
+            name: value.to(self.dtype) if value.is_floating_point() else value
+            for name, value in results.items()
+        }
+        values = rebuild_value(graph.row.output, results, {})
+        returns_bare = kwargs.get("return_dict") is False or not _has_return_dict(self.model)
+        return values if returns_bare else _Output(values)
+
+    def _unknown(self, form: CallForm) -> str:
+        """Message about a call that has no graph."""
+        known = [graph.row.template for graph in self.graphs.values()]
+        for argument, entry in form.template.items():
+            if all(template.get(argument) != entry for template in known):
+                recorded = ", ".join(sorted({_shown(template.get(argument)) for template in known}))
+                return (
+                    f"the graphs of {self.name} were recorded with {argument}={recorded}, and the "
+                    f"pipeline passes {_shown(entry)}; quantise and export with such a call: "
+                    "trtq quantize --call FILE.toml"
+                )
+        missing = sorted({key for template in known for key in template} - form.template.keys())
+        return (
+            f"the pipeline calls {self.name} without {', '.join(missing) or 'an argument'}, which was "
+            "recorded; quantise and export with such a call: trtq quantize --call FILE.toml"
+        )
+
+
+def _has_return_dict(model: nn.Module) -> bool:
+    import inspect
+
+    return "return_dict" in inspect.signature(model.forward).parameters
+
+
+def _array(tensor: Tensor, dtype: np.dtype[Any]) -> np.ndarray:
+    array = tensor.detach().cpu().to(torch.float32) if tensor.dtype == torch.bfloat16 else tensor
+    return np.ascontiguousarray(array.detach().cpu().numpy().astype(dtype, copy=False))
+
+
+def _shown(entry: Mapping[str, Any] | None) -> str:
+    """A constant argument for a message."""
+    if entry is None:
+        return "nothing"
+    ((kind, value),) = entry.items()
+    text = repr(value) if kind == "value" else f"a {kind}"
+    return text if len(text) <= 60 else f"{text[:60]} ..."
+
+
+def _check_shapes(name: str, graph: CallGraph, tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless every tensor has a size that the graph supports.
+
+    Raises:
+        UsageError: a size differs; the message names the axis, the range and what to do.
+    """
+    for path, spec in graph.engine.inputs.items():
+        given = tuple(tensors[path].shape)
+        if len(given) != len(spec.shape):
+            raise UsageError(
+                f"the graph of {name} takes {path!r} with {len(spec.shape)} axes, got {list(given)}"
+            )
+        rows = {row.axis: row for row in graph.row.free.get(path, ())}
+        for axis, (size, fixed) in enumerate(zip(given, spec.shape, strict=True)):
+            row = rows.get(axis)
+            if row is None and isinstance(fixed, int) and size != fixed:
+                raise UsageError(_fixed_axis(name, graph.row, path, axis, size, fixed))
+            too_large = row is not None and row.high is not None and size > row.high
+            if row is not None and (size < row.low or too_large):
+                limit = f"{row.low} .. {row.high}" if row.high is not None else f"{row.low} or more"
+                raise UsageError(
+                    f"axis {axis} of {path!r} of {name} has size {size}; the graph supports {limit} "
+                    f"({row.varies}); to widen it, {_WIDEN[row.varies]}"
+                )
+
+
+def _fixed_axis(name: str, row: GraphRow, path: str, axis: int, size: int, fixed: int) -> str:
+    reasons = "; ".join(f"{what}: {reason}" for what, reason in row.fixed.items())
+    return (
+        f"axis {axis} of {path!r} of {name} has size {size}; the graph supports {fixed} only"
+        + (f" ({reasons})" if reasons else "")
+        + f"; {_WIDEN['size']}, or {_WIDEN['batch']}"
+    )

@@ -1,0 +1,136 @@
+"""Comparison of exported graphs with torch inside the pipeline's own call, at every denoiser call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from trtq.calls.form import CallForm
+from trtq.calls.user_call import UserCall, run_call
+from trtq.errors import GateError, NonFiniteError
+from trtq.exporter.parity import TIE_DB, StepParity, compare, last_bit_moved
+
+__all__ = ["call_parities", "form_parity"]
+
+
+def call_parities(
+    pipeline: Any, exported: Mapping[str, nn.Module], call: UserCall, seed: int = 0
+) -> list[StepParity]:
+    """Run a pipeline in torch and compare every call of its denoisers with the exported graphs.
+
+    Args:
+        pipeline: the pipeline with its low-bit denoisers in torch.
+        exported: denoisers that run on the graphs, by name.
+        call: the user's call.
+        seed: seed of the random numbers.
+
+    Returns:
+        One row per call of a denoiser, in the order of the calls.
+
+    Raises:
+        NonFiniteError: a graph returns NaN or infinity.
+    """
+    rows: list[StepParity] = []
+    inside = False
+
+    def hook(name: str) -> Any:
+        def after(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+        ) -> None:
+            nonlocal inside
+            # The measurement of the floor calls the module again.
+            if inside:
+                return
+            inside = True
+            try:
+                rows.append(_compared(name, module, exported[name], args, kwargs, result))
+            finally:
+                inside = False
+
+        return after
+
+    with ExitStack() as stack:
+        for name in exported:
+            module = getattr(pipeline, name)
+            handle = module.register_forward_hook(hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        run_call(pipeline, call, seed, "parity")
+    return rows
+
+
+@torch.no_grad()
+def form_parity(
+    name: str,
+    module: nn.Module,
+    exported: nn.Module,
+    form: CallForm,
+    tensors: Mapping[str, Tensor],
+) -> StepParity:
+    """Compare one recorded call of a denoiser.
+
+    Args:
+        name: name of the component, for messages.
+        module: the low-bit denoiser in torch.
+        exported: the denoiser that runs on the graphs.
+        form: form of the call.
+        tensors: tensors of the call by path.
+    """
+    arguments = form.rebuild(tensors)
+    return _compared(name, module, exported, (), arguments, module(**arguments))
+
+
+def _compared(
+    name: str,
+    module: nn.Module,
+    exported: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    result: Any,
+) -> StepParity:
+    expected = list(_tensors(result))
+    given = list(_tensors(exported(*args, **kwargs)))
+    if len(expected) != len(given):
+        raise GateError(f"the graph of {name} returns {len(given)} tensors, torch {len(expected)}")
+    for tensor in given:
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"the graph of {name} returns NaN or infinity")
+    row = _worst(expected, given)
+    if row.pooled_db >= TIE_DB:
+        return row
+    with last_bit_moved(module):
+        moved = list(_tensors(module(*args, **kwargs)))
+    return _worst(expected, given, moved)
+
+
+def _worst(
+    expected: Sequence[Tensor], given: Sequence[Tensor], moved: Sequence[Tensor] | None = None
+) -> StepParity:
+    """The row of the output that agrees least."""
+    rows = [
+        compare(
+            _batched(tensor, expected),
+            _batched(given[index], expected),
+            None if moved is None else _batched(moved[index], expected),
+        )
+        for index, tensor in enumerate(expected)
+    ]
+    return min(rows, key=lambda row: row.pooled_db)
+
+
+def _batched(tensor: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """A tensor `[B, ...]` in float32; a list of outputs holds one image per tensor."""
+    return tensor.float() if len(outputs) == 1 or tensor.ndim < 2 else tensor.float()[None]
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """The tensors of a denoiser's result."""
+    if hasattr(result, "to_tuple"):
+        result = result.to_tuple()
+    for leaf in _pytree.tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            yield leaf

@@ -1,0 +1,227 @@
+"""Tracing of one recorded call of a denoiser to an ONNX graph.
+
+The inputs of the graph are the tensors of the call by path (`added_cond_kwargs.text_embeds`). Everything
+else in the call, such as numbers and the structure, is constant. The outputs are the result's tensors.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from trtq.errors import LegalityError
+from trtq.exporter.complex_numbers import real_program
+from trtq.exporter.trace import IR_VERSION, OPSET, quiet, replace_low_bit, simplify
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["CallTemplate", "TracedCall", "trace_call"]
+
+
+class CallTemplate(Protocol):
+    """The structure and the constants of a call."""
+
+    def rebuild(self, tensors: Mapping[str, Tensor], /) -> dict[str, Any]:
+        """The keyword arguments of the denoiser's forward, from the tensors by path."""
+        ...
+
+
+@dataclass(frozen=True)
+class TracedCall:
+    """The graph of one call.
+
+    Attributes:
+        model: the graph. Its inputs have the paths of the tensors, in order; its outputs are `output_0`,
+            `output_1`, ...
+        outputs: the structure of the denoiser's result, with the name of an output in place of each
+            tensor.
+        free: the axes of each input that any size fits, by path; a subset of the requested axes, since
+            torch may fix an axis to its size in the example.
+    """
+
+    model: ir.Model
+    outputs: Any
+    free: dict[str, tuple[int, ...]]
+
+
+@dataclass
+class _Result:
+    """The structure of a traced result, see `TracedCall.outputs`."""
+
+    outputs: Any = None
+
+
+class _Call(nn.Module):
+    """Calls a denoiser with positional tensors and returns the tensors of its result."""
+
+    def __init__(self, denoiser: nn.Module, form: CallTemplate, names: list[str]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.form = form
+        self.names = names
+        # torch.export restores the attributes of modules after tracing, but not those of other objects.
+        self.result = _Result()
+        self.bare = "return_dict" in inspect.signature(denoiser.forward).parameters
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        arguments = self.form.rebuild(dict(zip(self.names, tensors, strict=True)))
+        if self.bare:
+            arguments["return_dict"] = False
+        result = self.denoiser(**arguments)
+        if hasattr(result, "to_tuple"):
+            result = result.to_tuple()
+        leaves, structure = pytree.tree_flatten(result)
+        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        count = itertools.count()
+        names = [f"output_{next(count)}" if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.result.outputs = pytree.tree_unflatten(names, structure)
+        return tuple(outputs)
+
+
+def trace_call(
+    denoiser: nn.Module,
+    form: CallTemplate,
+    tensors: Mapping[str, Tensor],
+    low_bit: set[str],
+    *,
+    free: Mapping[str, Collection[int]] = MappingProxyType({}),
+    half: bool = False,
+    full_precision: Collection[str] = (),
+) -> TracedCall:
+    """Export a denoiser as one recorded call uses it; changes the denoiser in place.
+
+    Args:
+        denoiser: a float diffusers model.
+        form: structure and constants of the call.
+        tensors: tensors of the call by path; free axes have sizes of 2 or more.
+        low_bit: module paths that become nodes of the domain `trtq`.
+        free: indices of the axes whose size may vary, by path; every other axis is fixed.
+        half: whether to compute in half precision.
+        full_precision: paths of tensors that keep their type in half precision, e.g. the timestep.
+
+    Returns:
+        The graph, the structure of its outputs, and the axes that are free in it.
+
+    Raises:
+        LegalityError: torch cannot trace the denoiser; the message says why.
+    """
+    replace_low_bit(denoiser, low_bit)
+    denoiser.eval()
+    examples = dict(tensors)
+    if half:
+        denoiser.half()
+        for name, value in examples.items():
+            if value.dtype == torch.float32 and name not in full_precision:
+                examples[name] = value.half()
+    caller = _Call(denoiser, form, list(examples)).eval()
+    shapes = tuple(
+        dict.fromkeys(sorted(free.get(name, ())), torch.export.Dim.AUTO) for name in examples
+    )
+    with quiet(), torch.no_grad():
+        exported = _export(caller, tuple(examples.values()), shapes)
+        model = _to_onnx(exported, list(examples), type(denoiser).__name__)
+    _name_axes(model)
+    found = {value.name: value.shape for value in model.graph.inputs}
+    kept = {
+        name: tuple(axis for axis in sorted(axes) if not isinstance(found[name][axis], int))  # type: ignore[index]
+        for name, axes in free.items()
+    }
+    return TracedCall(model, caller.result.outputs, kept)
+
+
+def _export(
+    caller: _Call, examples: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...]
+) -> torch.export.ExportedProgram:
+    kind = type(caller.denoiser).__name__
+    # Without it, torch fixes a free axis whose size in the example is 1.
+    any_size = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    try:
+        with any_size:
+            return torch.export.export(caller, examples, dynamic_shapes=(shapes,), strict=False)
+    except LegalityError:
+        raise
+    except Exception as err:
+        raise LegalityError(f"torch cannot trace {kind}: {_reason(err)}") from err
+
+
+def _to_onnx(program: torch.export.ExportedProgram, names: list[str], kind: str) -> ir.Model:
+    program = real_program(program)
+    count = len(program.graph_signature.user_outputs)
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=names,
+            output_names=[f"output_{index}" for index in range(count)],
+            optimize=False,
+            verbose=False,
+        )
+    except Exception as err:
+        raise LegalityError(f"torch cannot write {kind} as a graph: {_reason(err)}") from err
+    assert exported is not None
+    model: ir.Model = exported.model
+    simplify(model)
+    model.ir_version = IR_VERSION
+    return model
+
+
+_DEPENDS_ON_VALUES = (
+    "data-dependent",
+    "GuardOnDataDependentSymNode",
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "unbacked",
+)
+
+
+def _reason(err: BaseException) -> str:
+    """The innermost cause of an error, in one line."""
+    while err.__cause__ is not None:
+        err = err.__cause__
+    text = f"{type(err).__name__}: {err}"
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    first = lines[0] if lines else type(err).__name__
+    if any(mark in text for mark in _DEPENDS_ON_VALUES):
+        return f"a length depends on values of a tensor, which a graph cannot hold ({first[:160]})"
+    return first[:240]
+
+
+def _name_axes(model: ir.Model) -> None:
+    """Name each symbol of a size after the first input and axis that has it."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, size in enumerate(value.shape or ()):
+            symbol = None if isinstance(size, int) else size.value
+            if symbol is not None and re.fullmatch(r"s\d+", symbol) and symbol not in names:
+                names[symbol] = re.sub(r"\W", "_", f"{value.name}_{axis}")
+
+    def renamed(shape: ir.Shape | None) -> ir.Shape | None:
+        if shape is None or not names or all(isinstance(size, int) for size in shape):
+            return shape
+        return ir.Shape(
+            [
+                size
+                if isinstance(size, int) or size.value is None
+                else re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), size.value)
+                for size in shape
+            ]
+        )
+
+    values = [*graph.inputs, *graph.outputs]
+    values += [output for node in graph.all_nodes() for output in node.outputs]
+    for value in values:
+        value.shape = renamed(value.shape)
