@@ -19,8 +19,8 @@ __all__ = ["config_folder", "download", "resolve_model"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _CONFIG_FILES = ["*.json", "**/*.json", "*.txt", "**/*.txt", "**/*.model"]
 _TAKES = (
-    "give a diffusers folder of the same architecture with --config FOLDER (config=...), of which "
-    "configurations, tokenizers and the scheduler are read, and the components that the file lacks"
+    "give a diffusers folder of the same architecture with --config FOLDER (config=...); only its "
+    "configurations, tokenizers and scheduler are read, and the components that the file lacks"
 )
 
 
@@ -186,10 +186,10 @@ def _downloaded_configs(file: Path, name: str, *, is_inferred: bool) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=_CONFIG_FILES))
     # The hub's client lets any exception of its network libraries through.
     except Exception as err:
-        whose = "by its tensors of" if is_inferred else "configured by"
+        whose = "by its tensors of the architecture" if is_inferred else "to be configured by"
         raise ArtefactError(
-            f"{file} is a single-file checkpoint, {whose} the architecture {name!r}, which cannot be "
-            f"fetched from the hub ({one_line(err)}); {_TAKES}"
+            f"{file} is a single-file checkpoint, {whose} {name!r}, which cannot be fetched "
+            f"from the hub ({one_line(err)}); {_TAKES}"
         ) from err
     if not (folder / INDEX_NAME).is_file():
         raise ArtefactError(
