@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trtq.diffusion.ip_adapter import adapter_names, add_ip_adapter, copy_scales
 from trtq.diffusion.modifications import (
     check_freeu,
     check_instance,
@@ -121,9 +122,12 @@ def plain_model(model: nn.Module, name: str) -> nn.Module:
     check_not_quantized(model, name)
     fresh = _empty_model(model, cls, name)
     modules = modules_by_plain_name(model)
+    given = _without_fused(_weights(model, name), name)
+    if adapter := adapter_names(given):
+        add_ip_adapter(fresh, {key: given[key] for key in adapter})
+        copy_scales(fresh, modules)
     check_modules(fresh, modules, name)
     check_freeu(modules, name)
-    given = _without_fused(_weights(model, name), name)
     expected = fresh.state_dict()
     _check_state(expected, given, name)
     fresh.load_state_dict(

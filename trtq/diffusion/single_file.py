@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from trtq.diffusion.checkpoint import align_tensors, assemble, load_part
+from trtq.diffusion.checkpoint import align_tensors, assemble, load_part, read_tensors
 from trtq.diffusion.component_classes import is_component, is_diffusers, part_class
 from trtq.diffusion.configs import check_config, check_layer_counts
 from trtq.diffusion.layout import CONFIG_NAME, read_index, read_json
@@ -48,7 +47,7 @@ logger = logging.getLogger(__name__)
 _FIRST = ("unet", "transformer", "decoder", "prior")
 """Components that the file must hold, if the pipeline has them."""
 _AUTOENCODER = ("first_stage_model.", "vae.", "audio_vae.")
-_IDLE = re.compile(
+_UNUSED = re.compile(
     r"(^|\.)(position_ids|logit_scale|num_batches_tracked)$|^model_ema\.|\.loss\.|^(edm_|denoiser\.)|"
     r"(^|\.)(betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_\w+|posterior_\w+|lvlb_weights|logvar)$"
 )
@@ -88,7 +87,7 @@ def load_single_file(file: Path, folder: Path) -> Any:
     """
     header = read_header(file)
     check_dtypes(
-        file, None, {name: info for name, info in header.items() if not _IDLE.search(name)}
+        file, None, {name: info for name, info in header.items() if not _UNUSED.search(name)}
     )
     parts = _plan(file, folder, header)
     _check_unused(file, folder, header, parts)
@@ -153,8 +152,8 @@ def _plan_part(
     best: _Part | None = None
     score = 0
     if is_diffusers(cls):
-        found = model_conversion(model, config, checkpoint)
-        conversions = [] if found is None else [found]
+        conversion = model_conversion(model, config, checkpoint)
+        conversions = [] if conversion is None else [conversion]
     else:
         conversions = text_conversions(model, checkpoint)
     expected = model.state_dict()
@@ -242,7 +241,7 @@ def _check_unused(
         name
         for name in header
         if name not in used
-        and not _IDLE.search(name)
+        and not _UNUSED.search(name)
         and name not in SD_2_TEXT_ENCODER_KEYS_TO_IGNORE
     ]
     for name, part in parts.items():
@@ -271,13 +270,8 @@ def _common_prefix(names: frozenset[str]) -> str:
 
 def _load(file: Path, name: str, part: _Part) -> nn.Module:
     """Read the tensors of a component into its model."""
-    try:
-        with safe_open(file, framework="pt") as reader:
-            tensors = {origin: reader.get_tensor(origin).float() for origin in sorted(part.origins)}
-    # safetensors raises an exception class of its own.
-    except Exception as err:
-        raise ArtefactError(f"cannot read {file}: {one_line(err)}") from err
-    converted = part.convert(tensors)
+    header = read_header(file)
+    converted = part.convert(read_tensors({origin: header[origin] for origin in part.origins}))
     model = part.model
     expected = model.state_dict()
     state = {key: converted[key].to(expected[key].dtype).contiguous() for key in part.state}

@@ -102,8 +102,9 @@ def _no_weights(folder: Path, names: list[str], stem: str) -> str:
         return (
             f"{folder} holds its weights only as a pickle ({pickles[0]}). Reading a pickle can run "
             "any code, so trtq reads safetensors only; if you trust the origin of the file, convert "
-            "the pipeline in Python: pipe = DiffusionPipeline.from_pretrained('THE FOLDER', "
-            "use_safetensors=False); pipe.save_pretrained('NEW FOLDER', safe_serialization=True)"
+            "the pipeline in Python: from diffusers import DiffusionPipeline; pipe = "
+            f"DiffusionPipeline.from_pretrained({str(folder.parent)!r}, use_safetensors=False); "
+            "pipe.save_pretrained('NEW FOLDER', safe_serialization=True)"
         )
     if others:
         return (
