@@ -31,7 +31,7 @@ def with_control():
 
 def with_guidance_embedding():
     unet = conditional_unet(64, time_cond_proj_dim=16)
-    return stable_diffusion(unet, diffusers.LCMScheduler())
+    return stable_diffusion(unet, diffusers.LCMScheduler(steps_offset=1))
 
 
 def from_image():

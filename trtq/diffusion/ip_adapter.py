@@ -47,6 +47,9 @@ def add_ip_adapter(model: Any, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         KeyError: the adapters lack a tensor.
     """
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    if on_meta:
+        tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
     count = 1 + max(int(match[1]) for name in tensors if (match := _PROJECTION.match(name)))
     adapters: list[dict[str, dict[str, Tensor]]] = []
     names = [name for name in model.attn_processors if not name.endswith("attn1.processor")]
@@ -64,7 +67,6 @@ def add_ip_adapter(model: Any, tensors: Mapping[str, Tensor]) -> None:
             for key in ("to_k_ip", "to_v_ip")
         }
         adapters.append({"image_proj": projection, "ip_adapter": attention})
-    on_meta = any(parameter.is_meta for parameter in model.parameters())
     with quiet_diffusers(), torch.device("meta" if on_meta else "cpu"):
         model._load_ip_adapter_weights(adapters, low_cpu_mem_usage=not on_meta)
 

@@ -1,7 +1,4 @@
-"""Checks of a component's tensors: names, shapes, sizes and dtypes against its configuration.
-
-File headers are compared with a model without memory, before any weight is read.
-"""
+"""Checks of a component's tensors against its configuration, before any weight is read."""
 
 from __future__ import annotations
 
@@ -261,8 +258,8 @@ def _mismatch_message(
         )
     if any("_ip." in name or "encoder_hid_proj" in name for name in unexpected):
         return (
-            f"{folder}: the weights hold an IP-Adapter ({list_names(unexpected)}), which needs "
-            "images that trtq does not pass yet; save the pipeline after pipe.unload_ip_adapter()"
+            f"{folder}: the weights hold an IP-Adapter ({list_names(unexpected)}) of a kind that trtq "
+            "cannot rebuild; save the pipeline after pipe.unload_ip_adapter()"
         )
     parts = []
     if missing:
