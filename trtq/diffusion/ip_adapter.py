@@ -56,8 +56,8 @@ def add_ip_adapter(model: Any, tensors: Mapping[str, Tensor]) -> None:
     for number in range(count):
         layer = f"encoder_hid_proj.image_projection_layers.{number}"
         projection = {
-            f"{original}.{leaf}": tensors[f"{layer}.{own}.{leaf}"]
-            for own, original in _ORIGINAL.items()
+            f"{original}.{leaf}": tensors[f"{layer}.{layer_name}.{leaf}"]
+            for layer_name, original in _ORIGINAL.items()
             for leaf in ("weight", "bias")
         }
         # The adapter's file counts self-attention, too.
@@ -79,7 +79,7 @@ def copy_scales(model: nn.Module, given: Mapping[str, nn.Module]) -> None:
         given: modules of the other UNet, by name.
     """
     for name, module in model.named_modules():
-        own: Any = module
+        processor: Any = module
         source: Any = given.get(name)
-        if hasattr(own, "to_k_ip") and source is not None:
-            own.scale = list(source.scale)
+        if hasattr(processor, "to_k_ip") and source is not None:
+            processor.scale = list(source.scale)
