@@ -15,10 +15,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch import nn
 
 from trtq.artefact.records import Text
+from trtq.calib.roles import LayerRoles
 from trtq.documents import check_depth, read_text, shown
 from trtq.errors import RecipeError
 from trtq.quant.bits import parse_bits
-from trtq.quant.plan import LayerPlan, layer_kind, quantizable_layers
+from trtq.quant.plan import LayerPlan, layer_kind, layer_obstacle, quantizable_layers
 
 __all__ = ["Policy", "load_policy", "plan_layers"]
 
@@ -28,6 +29,9 @@ _FOLDER = Path(__file__).parent / "policies"
 GENERIC = "generic"
 RECIPE = "recipe"
 PROBABILITIES = "probabilities"
+FIRST, LAST, EMBEDDING = "{first}", "{last}", "{embedding}"
+"""Patterns for the roles of layers, see `calib.roles`."""
+NOT_CALLED = "never called"
 _MAX_PATTERN = 1024
 _MAX_PROBLEMS = 5
 _MAX_BYTES = 256 << 10
@@ -82,12 +86,15 @@ class Policy(BaseModel):
     rule: list[Rule]
     tune: dict[str, list[_Pattern]] = {}
 
-    def select(self, name: str, layers: Iterable[str]) -> list[str]:
+    def select(
+        self, name: str, layers: Iterable[str], roles: LayerRoles | None = None
+    ) -> list[str]:
         """The layers in a named set.
 
         Args:
             name: name of the set.
             layers: paths of the layers to choose from.
+            roles: observed roles, for `{first}`, `{last}` and `{embedding}`; None: these match no layer.
 
         Raises:
             RecipeError: the policy has no set of this name.
@@ -95,8 +102,8 @@ class Policy(BaseModel):
         if name not in self.tune:
             known = ", ".join(sorted(self.tune)) or "none"
             raise RecipeError(f"the policy for {self.family} has no set {name!r}, it has {known}")
-        patterns = self.tune[name]
-        return [layer for layer in layers if any(fnmatchcase(layer, p) for p in patterns)]
+        special = {} if roles is None else _special(roles)
+        return [layer for layer in layers if _matches(layer, self.tune[name], special)]
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -158,7 +165,12 @@ def load_policy(family: str, path: Path | None = None) -> Policy:
 
 
 def plan_layers(
-    denoiser: nn.Module, policy: Policy, bits: str, probability_bits: int | None = 8
+    denoiser: nn.Module,
+    policy: Policy,
+    bits: str,
+    probability_bits: int | None = 8,
+    roles: LayerRoles | None = None,
+    fallback: Policy | None = None,
 ) -> list[LayerPlan]:
     """Plans of all linear layers, convolutions and products of decomposed attention, in module order.
 
@@ -167,6 +179,10 @@ def plan_layers(
         policy: rules for the model's family.
         bits: bits for rules with `bits = "recipe"`, e.g. `w4a4`.
         probability_bits: bits of attention probabilities; None: their product stays in float.
+        roles: observed roles, see `calib.roles`. Layers that were not called stay in float. None:
+            `{first}` and `{last}` are the first and the last layer in module order, and `{embedding}`
+            matches no layer.
+        fallback: rules for layers that the policy does not name; None: these layers stay in float.
 
     Raises:
         RecipeError: the bits are not supported.
@@ -174,13 +190,24 @@ def plan_layers(
     layers = quantizable_layers(denoiser)
     names = list(layers)
     recipe_bits = parse_bits(bits)
-    special = {"{first}": names[0], "{last}": names[-1]} if names else {}
+    special: dict[str, frozenset[str]] = {}
+    if roles is not None:
+        special = _special(roles)
+    elif names:
+        special = {FIRST: frozenset(names[:1]), LAST: frozenset(names[-1:])}
     plans = []
     for name, module in layers.items():
         kind = layer_kind(module)
         assert kind is not None
         rule = _matching_rule(policy, name, special)
-        if rule is None:
+        if rule is None and fallback is not None:
+            rule = _matching_rule(fallback, name, special)
+        obstacle = layer_obstacle(module)
+        if roles is not None and name in roles.not_called:
+            obstacle = NOT_CALLED
+        if obstacle is not None:
+            plans.append(LayerPlan(name, kind, None, None, obstacle, adapters=False))
+        elif rule is None:
             reason = f"not named by the policy for {policy.family}"
             plans.append(LayerPlan(name, kind, None, None, reason, adapters=False))
         elif kind == "product":
@@ -193,12 +220,28 @@ def plan_layers(
     return plans
 
 
-def _matching_rule(policy: Policy, layer: str, special: Mapping[str, str]) -> Rule | None:
-    """The first rule with a pattern that matches a layer; `special` replaces whole patterns."""
-    for rule in policy.rule:
-        if any(fnmatchcase(layer, special.get(pattern, pattern)) for pattern in rule.layers):
-            return rule
-    return None
+def _special(roles: LayerRoles) -> dict[str, frozenset[str]]:
+    """The layers that each pattern for a role matches."""
+    return {
+        FIRST: frozenset([] if roles.first is None else [roles.first]),
+        LAST: frozenset([] if roles.last is None else [roles.last]),
+        EMBEDDING: roles.embeddings,
+    }
+
+
+def _matches(layer: str, patterns: Iterable[str], special: Mapping[str, frozenset[str]]) -> bool:
+    """Whether a pattern matches a layer; `special` gives the layers of whole patterns."""
+    return any(
+        layer in special[pattern] if pattern in special else fnmatchcase(layer, pattern)
+        for pattern in patterns
+    )
+
+
+def _matching_rule(
+    policy: Policy, layer: str, special: Mapping[str, frozenset[str]]
+) -> Rule | None:
+    """The first rule with a pattern that matches a layer; `special` as in `_matches`."""
+    return next((rule for rule in policy.rule if _matches(layer, rule.layers, special)), None)
 
 
 def _layer_bits(rule: str, recipe_bits: tuple[int, int]) -> tuple[int | None, int | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
@@ -15,12 +15,12 @@ from trtq.diffusion.sampling import Conditions, predict
 from trtq.quant.hooks import output_hooks
 from trtq.quant.plan import LayerPlan
 
-__all__ = ["LayerCall", "probe", "with_shared_inputs"]
+__all__ = ["LayerCall", "observe_calls", "probe", "with_shared_inputs"]
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One layer in one call of the denoiser, for one image.
+    """One layer in one call of the denoiser.
 
     Attributes:
         multiplications: number of multiplications.
@@ -34,6 +34,53 @@ class LayerCall:
     input_values: int
     output_values: int
     input_of: str
+
+
+@torch.no_grad()
+def observe_calls(
+    denoiser: nn.Module, names: Sequence[str], run: Callable[[], object]
+) -> dict[str, LayerCall]:
+    """Operands and sizes of each layer's calls while `run` calls the denoiser.
+
+    Args:
+        denoiser: float model.
+        names: paths of linear layers, convolutions and products.
+        run: function that calls the denoiser once, with any arguments.
+
+    Returns:
+        The calls by layer, without layers that were not called. Sizes of a layer that is called several
+        times are summed, and such a layer shares its input with no other.
+    """
+    calls: dict[str, LayerCall] = {}
+    # Weak references, because the address of a freed tensor may be reused.
+    seen: dict[int, tuple[ref[Tensor], str]] = {}
+    repeated: set[str] = set()
+    modules = dict(denoiser.named_modules())
+
+    def count(name: str, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x = inputs[0]
+        earlier = seen.get(id(x))
+        first = earlier[1] if earlier is not None and earlier[0]() is x else name
+        seen[id(x)] = (ref(x), first)
+        weight: Any = getattr(modules[name], "weight", None)
+        each = x.shape[-1] if weight is None else weight[0].numel()
+        sizes = output.numel() * each, sum(map(torch.numel, inputs)), output.numel()
+        if name in calls:
+            repeated.add(name)
+            before = calls[name]
+            sizes = (
+                before.multiplications + sizes[0],
+                before.input_values + sizes[1],
+                before.output_values + sizes[2],
+            )
+        calls[name] = LayerCall(*sizes, first)
+
+    with output_hooks({name: modules[name] for name in names}, count):
+        run()
+    return {
+        name: replace(call, input_of=name) if {name, call.input_of} & repeated else call
+        for name, call in calls.items()
+    }
 
 
 @torch.no_grad()
@@ -54,32 +101,14 @@ def probe(
         conditions: conditions of one image.
 
     Returns:
-        The calls by layer, without layers that were not called.
+        The calls by layer for one image, see `observe_calls`.
     """
-    calls: dict[str, LayerCall] = {}
-    # Weak references, because the address of a freed tensor may be reused.
-    seen: dict[int, tuple[ref[Tensor], str]] = {}
-
-    modules = dict(denoiser.named_modules())
-
-    def count(name: str, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x = inputs[0]
-        earlier = seen.get(id(x))
-        first = earlier[1] if earlier is not None and earlier[0]() is x else name
-        seen[id(x)] = (ref(x), first)
-        weight: Any = getattr(modules[name], "weight", None)
-        each = x.shape[-1] if weight is None else weight[0].numel()
-        operands = [value for value in inputs if isinstance(value, Tensor)]
-        calls[name] = LayerCall(
-            output.numel() * each, sum(map(torch.numel, operands)), output.numel(), first
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return observe_calls(
+            denoiser,
+            names,
+            lambda: predict(denoiser, torch.empty(1, *shape), timestep, conditions),
         )
-
-    with (
-        output_hooks({name: modules[name] for name in names}, count),
-        FakeTensorMode(allow_non_fake_inputs=True),
-    ):
-        predict(denoiser, torch.empty(1, *shape), timestep, conditions)
-    return calls
 
 
 def with_shared_inputs(

@@ -44,7 +44,7 @@ def test_in_half_precision_the_output_has_the_type_of_the_input(run):
     assert next(denoiser.model.parameters()).dtype == torch.float16
     layers = [module for module in denoiser.modules() if isinstance(module, KernelLayer)]
     assert layers
-    assert all(layer.weight.is_contiguous() for layer in layers)
+    assert all(layer.packed.is_contiguous() for layer in layers)
     assert torch.isfinite(prediction).all()
 
 

@@ -10,7 +10,9 @@ from diffusers.models.embeddings import Timesteps
 from tests.graph.text import HEAD, operators, parse, run
 from trtq.exporter.trace import trace_module
 from trtq.graph.passes import (
+    BooleanWhere,
     BroadcastTimestep,
+    CastIndicesToInt64,
     CastLayerNormToFloat64,
     DecomposeGroupNorm,
     DecomposeSilu,
@@ -79,6 +81,40 @@ def test_group_norm_is_decomposed_in_float64():
     assert "GroupNormalization" not in operators(model)
     np.testing.assert_allclose(run(model, x=X)[0], before[0], rtol=1e-4, atol=1e-5)
     assert not DecomposeGroupNorm()(model).modified
+
+
+def test_a_group_norm_whose_scale_and_shift_are_computed_is_decomposed():
+    body = """g (float[2,6,2,2] x, float[6] gate) => (float[2,6,2,2] y) {
+        scale = Add(gate, gate) shift = Neg(gate)
+        y = GroupNormalization <num_groups = 3, epsilon = 0.001> (x, scale, shift) }"""
+    model = parse(body)
+    feeds = {"x": X, "gate": np.arange(6, dtype=np.float32)}
+    before = run(model, **feeds)
+    assert DecomposeGroupNorm()(model).modified
+    assert "GroupNormalization" not in operators(model)
+    np.testing.assert_allclose(run(model, **feeds)[0], before[0], rtol=1e-4, atol=1e-5)
+
+
+def test_where_of_booleans_becomes_logical_operators():
+    body = "g (bool[8] c, bool[8] x, bool[8] y) => (bool[8] z) { z = Where(c, x, y) }"
+    model = parse(body)
+    assert BooleanWhere()(model).modified
+    assert sorted(operators(model)) == ["And", "And", "Not", "Or"]
+    c, x, y = ((np.arange(8) >> bit & 1).astype(bool) for bit in range(3))
+    np.testing.assert_array_equal(run(model, c=c, x=x, y=y)[0], np.where(c, x, y))
+    assert not BooleanWhere()(model).modified
+    body = "g (bool[8] c, float[8] x, float[8] y) => (float[8] z) { z = Where(c, x, y) }"
+    assert not BooleanWhere()(parse(body)).modified
+
+
+def test_indices_of_other_types_are_cast_to_int64():
+    body = """g (float[4,3] x, int32[2,1] rows) => (float[2,3] y) {
+        y = GatherND(x, rows) }"""
+    model = parse(body)
+    assert CastIndicesToInt64()(model).modified
+    x, rows = X.reshape(-1)[:12].reshape(4, 3), np.array([[3], [1]], np.int32)
+    np.testing.assert_array_equal(run(model, x=x, rows=rows)[0], x[[3, 1]])
+    assert not CastIndicesToInt64()(model).modified
 
 
 def test_a_decomposed_group_norm_is_fused_to_one_operator():

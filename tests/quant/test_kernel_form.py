@@ -81,12 +81,12 @@ def test_scales_stay_float32_in_a_half_precision_model():
 def test_weights_keep_their_order_in_a_channels_last_model():
     """Kernels ignore strides, so another memory order would be another weight."""
     module = KernelLayer(layer(4, (2, 5, 3, 3), [0, 7]), SAME)
-    before = module.weight.clone()
+    before = module.packed.clone()
     module.to(memory_format=torch.channels_last)
-    assert module.weight.is_contiguous()
-    assert torch.equal(module.weight, before)
+    assert module.packed.is_contiguous()
+    assert torch.equal(module.packed, before)
     x = torch.randn(1, 5, 4, 4)
-    turned = module.weight.to(memory_format=torch.channels_last)
+    turned = module.packed.to(memory_format=torch.channels_last)
     operands = (turned, module.terms, module.tables, torch.tensor([0]))
     with pytest.raises(UsageError, match="weight must be contiguous"):
         low_bit(x, *operands, None, flat_fields(module.spec), False)
@@ -104,7 +104,7 @@ def test_the_operator_passes_torchs_checks():
     module = KernelLayer(layer(4, (2, 5, 3, 3), [0, 7]), SAME)
     for form in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 5, 4, 4).contiguous(memory_format=form)
-        operands = (module.weight, module.terms, module.tables, torch.tensor([0, 2]))
+        operands = (module.packed, module.terms, module.tables, torch.tensor([0, 2]))
         torch.library.opcheck(low_bit, (x, *operands, None, flat_fields(module.spec), True))
 
 
@@ -115,7 +115,7 @@ def test_operands_that_do_not_fit_are_named():
     with pytest.raises(UsageError, match=r"takes \[B, ..., 40\], got \[1, 41\]"):
         low_bit(
             torch.randn(1, 41),
-            module.weight,
+            module.packed,
             module.terms,
             module.tables,
             torch.tensor([0]),
@@ -125,7 +125,7 @@ def test_operands_that_do_not_fit_are_named():
         )
     with pytest.raises(UsageError, match=r"float16 or float32, got torch.bfloat16"):
         module(torch.randn(1, 40).bfloat16(), 0)
-    module.weight = module.weight[:1]
+    module.packed = module.packed[:1]
     with pytest.raises(UsageError, match=r"weight must be torch.int8 of \[2, 1, 1, 32\]"):
         module(torch.randn(1, 40), 0)
 

@@ -60,7 +60,7 @@ class LayerRow(_Strict):
 
     Attributes:
         name: module path in the denoiser.
-        kind: `linear`, `conv2d` or `product`.
+        kind: `linear`, `conv1d`, `conv2d`, `conv3d`, `product`, or `conv_transpose`, which stays float.
         weight_bits: bits of the weight; None if there is no weight, or the layer runs in float.
         activation_bits: bits of the (first) input; None if the layer runs in float.
         right_bits: bits of a product's second input.
@@ -70,7 +70,7 @@ class LayerRow(_Strict):
     """
 
     name: ModulePath
-    kind: Literal["linear", "conv2d", "product"]
+    kind: Literal["linear", "conv1d", "conv2d", "conv3d", "conv_transpose", "product"]
     weight_bits: Bits | None
     activation_bits: Bits | None
     right_bits: Bits | None = None
@@ -89,6 +89,8 @@ class LayerRow(_Strict):
                 + ("both inputs and of no weight" if self.kind == "product" else "weight and input")
                 + f", or is float; got weight, input, second input {widths}"
             )
+        if self.kind == "conv_transpose" and any(quantized):
+            raise ValueError(f"{self.name!r} is a transposed convolution, which stays float")
         if self.input_of is not None and (self.kind == "product" or not quantized[1]):
             raise ValueError(f"{self.name!r} quantises no single input, so it has no input_of")
         return self

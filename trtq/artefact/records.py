@@ -63,6 +63,6 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Bits = Annotated[int, Field(strict=True, ge=2, le=8)]
 Digest = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 ModulePath = Annotated[
-    str, Field(strict=True, max_length=512, pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")
+    str, Field(strict=True, max_length=512, pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")
 ]
 FileName = Annotated[str, Field(strict=True), AfterValidator(_file_name)]

@@ -169,7 +169,9 @@ def flatten_call(
     Returns:
         The form, and the tensors by path; they are not copied.
     """
-    names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+    # A stand-in has the class of its model, whose forward names the arguments.
+    forward: Any = module.__class__.forward
+    names = [name for name in inspect.signature(forward).parameters if name != "self"]
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     given.pop("return_dict", None)
     tensors: dict[str, Tensor] = {}

@@ -140,8 +140,11 @@ def _has_return_dict(model: nn.Module) -> bool:
 
 
 def _array(tensor: Tensor, dtype: np.dtype[Any]) -> np.ndarray:
-    array = tensor.detach().cpu().to(torch.float32) if tensor.dtype == torch.bfloat16 else tensor
-    return np.ascontiguousarray(array.detach().cpu().numpy().astype(dtype, copy=False))
+    value = tensor.detach().cpu()
+    # numpy has no bfloat16.
+    array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    # Not ascontiguousarray, which adds an axis to a scalar.
+    return np.require(array.astype(dtype, copy=False), requirements="C")
 
 
 def _shown(entry: Mapping[str, Any] | None) -> str:

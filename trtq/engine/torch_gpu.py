@@ -65,7 +65,9 @@ class GpuDenoiser(StandIn):
         super().__init__()
         with _kernel_error_if_full():
             self.model = quantized.denoiser.to(device=device, dtype=dtype)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if all(tensor.ndim != 5 for tensor in (*self.model.parameters(), *self.model.buffers())):
+            # torch refuses the format for weights of 3-D convolutions.
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model_class = type(self.model)
         self.table = quantized.table
         self.config = quantized.config

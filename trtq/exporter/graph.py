@@ -13,7 +13,7 @@ from trtq.artefact.graph_metadata import LAYERS_KEY, TIMESTEPS_KEY, FreeSizes
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.exporter.trace import trace
 from trtq.graph.file import save_graph
-from trtq.graph.nodes import LOW_BIT_OPERATORS
+from trtq.graph.nodes import LOW_BIT_OPERATORS, WITHOUT_PLUGIN
 from trtq.graph.passes import (
     BroadcastTimestep,
     CastLayerNormToFloat64,
@@ -36,9 +36,6 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 _TRACED_BATCH = 2
-
-
-_PRODUCTS = ("LowBitMatMul",)
 
 
 def write_graph(
@@ -78,7 +75,7 @@ def write_graph(
     DecomposeSilu()(model)
     DecomposeTimestepEmbedding()(model)
     if run is not None:
-        operators = _PRODUCTS if target == "plugin" else LOW_BIT_OPERATORS
+        operators = WITHOUT_PLUGIN if target == "plugin" else LOW_BIT_OPERATORS
         ExpandLowBitToQdq(layers, run.table, operators)(model)
         LowBitToPlugins(layers, run.table)(model)
         model.metadata_props[TIMESTEPS_KEY] = json.dumps(run.table.timesteps.tolist())

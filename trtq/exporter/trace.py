@@ -1,12 +1,4 @@
-"""Tracing of a torch denoiser to an ONNX graph in which each low-bit layer is one node.
-
-Each low-bit layer is traced as a single node of the domain `trtq`, without its weights:
-
-    trtq::LowBitLinear(x) {name}        trtq::LowBitConv2d(x) {name, strides, pads, dilations, group}
-    trtq::LowBitMatMul(a, b) {name}     a product of two activations
-
-The rewrites in `trtq.graph.passes` then replace these nodes by the form of the target, with the weights.
-"""
+"""Tracing of a torch denoiser to an ONNX graph in which each low-bit layer is one node."""
 
 from __future__ import annotations
 
@@ -24,79 +16,16 @@ from torch import Tensor, nn
 from trtq.diffusion.families import Family
 from trtq.diffusion.sampling import Conditions
 from trtq.errors import LegalityError
-from trtq.graph.nodes import DOMAIN
-from trtq.quant.convert import deploy_timesteps
-from trtq.quant.geometry import ConvGeometry
-from trtq.quant.plan import quantizable_layers
-from trtq.quant.structure import replace_module
+from trtq.exporter.low_bit_nodes import replace_low_bit
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["IR_VERSION", "OPSET", "quiet", "replace_low_bit", "simplify", "trace", "trace_module"]
+__all__ = ["IR_VERSION", "OPSET", "quiet", "simplify", "trace", "trace_module"]
 
 OPSET = 21
 IR_VERSION = 10
 HEIGHT, WIDTH = "height", "width"
-
-
-class _LowBitNode(nn.Module):
-    """Replaces a low-bit layer during tracing by one node, named after the layer."""
-
-    def __init__(self, name: str, source: nn.Linear | nn.Conv2d) -> None:
-        super().__init__()
-        self.name = name
-        self.out_features = int(source.weight.shape[0])
-        self.geometry: ConvGeometry | None = None
-        self.kernel: tuple[int, int] = (1, 1)
-        if isinstance(source, nn.Conv2d):
-            self.geometry = ConvGeometry.of(source)
-            self.kernel = (int(source.kernel_size[0]), int(source.kernel_size[1]))
-
-    def forward(self, input: Tensor, *_: Any) -> Tensor:
-        # diffusers passes the input of some layers by its name.
-        x = input
-        attributes: dict[str, Any] = {"name": self.name}
-        if self.geometry is None:
-            operator, shape = "LowBitLinear", [*x.shape[:-1], self.out_features]
-        else:
-            g = self.geometry
-            operator = "LowBitConv2d"
-            size = [
-                (x.shape[2 + axis] + 2 * g.padding[axis] - g.dilation[axis] * (kernel - 1) - 1)
-                // g.stride[axis]
-                + 1
-                for axis, kernel in enumerate(self.kernel)
-            ]
-            shape = [x.shape[0], self.out_features, *size]
-            attributes |= {
-                "strides": list(g.stride),
-                "pads": [*g.padding, *g.padding],
-                "dilations": list(g.dilation),
-                "group": g.groups,
-            }
-        return _symbolic(operator, (x,), attributes, shape)
-
-
-class _LowBitProduct(nn.Module):
-    """Replaces a low-bit product during tracing by one node, named after the layer."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def forward(self, a: Tensor, b: Tensor, *_: Any) -> Tensor:
-        shape = [*a.shape[:-1], b.shape[-1]]
-        return _symbolic("LowBitMatMul", (a, b), {"name": self.name}, shape)
-
-
-def _symbolic(
-    operator: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], shape: list[Any]
-) -> Tensor:
-    result: Tensor = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{operator}", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=1
-    )
-    return result
 
 
 class _Denoiser(nn.Module):
@@ -129,18 +58,6 @@ class _Batched(nn.Module):
             same = tensors[place].shape[0] == tensors[0].shape[0]
             torch._check(same)  # type: ignore[no-untyped-call]
         return self.module(*tensors)
-
-
-def replace_low_bit(denoiser: nn.Module, low_bit: Collection[str]) -> None:
-    """Replace the layers at the paths `low_bit` by nodes of the domain `trtq`, in place."""
-    for name, source in quantizable_layers(denoiser).items():
-        if name in low_bit:
-            if isinstance(source, nn.Linear | nn.Conv2d):
-                replace_module(denoiser, name, _LowBitNode(name, source))
-            else:
-                replace_module(denoiser, name, _LowBitProduct(name))
-    if low_bit:
-        deploy_timesteps(denoiser)
 
 
 @contextlib.contextmanager

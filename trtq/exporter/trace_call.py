@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
+import traceback
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,8 +21,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from trtq.errors import LegalityError
-from trtq.exporter.complex_numbers import real_program
-from trtq.exporter.trace import IR_VERSION, OPSET, quiet, replace_low_bit, simplify
+from trtq.exporter.complex_numbers import has_complex_numbers, real_module
+from trtq.exporter.low_bit_nodes import replace_low_bit
+from trtq.exporter.trace import IR_VERSION, OPSET, quiet, simplify
+from trtq.graph.passes import BooleanWhere, CastIndicesToInt64
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -127,9 +131,12 @@ def trace_call(
     shapes = tuple(
         dict.fromkeys(sorted(free.get(name, ())), torch.export.Dim.AUTO) for name in examples
     )
+    kind = type(denoiser).__name__
     with quiet(), torch.no_grad():
-        exported = _export(caller, tuple(examples.values()), shapes)
-        model = _to_onnx(exported, list(examples), type(denoiser).__name__)
+        exported = _export(caller, tuple(examples.values()), shapes, kind)
+        if has_complex_numbers(exported):
+            exported = _export(real_module(exported), tuple(examples.values()), shapes, kind)
+        model = _to_onnx(exported, list(examples), kind)
     _name_axes(model)
     found = {value.name: value.shape for value in model.graph.inputs}
     kept = {
@@ -140,9 +147,8 @@ def trace_call(
 
 
 def _export(
-    caller: _Call, examples: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...]
+    caller: nn.Module, examples: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...], kind: str
 ) -> torch.export.ExportedProgram:
-    kind = type(caller.denoiser).__name__
     # Without it, torch fixes a free axis whose size in the example is 1.
     any_size = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     try:
@@ -155,7 +161,6 @@ def _export(
 
 
 def _to_onnx(program: torch.export.ExportedProgram, names: list[str], kind: str) -> ir.Model:
-    program = real_program(program)
     count = len(program.graph_signature.user_outputs)
     try:
         exported = torch.onnx.export(
@@ -172,29 +177,39 @@ def _to_onnx(program: torch.export.ExportedProgram, names: list[str], kind: str)
     assert exported is not None
     model: ir.Model = exported.model
     simplify(model)
+    CastIndicesToInt64()(model)
+    BooleanWhere()(model)
     model.ir_version = IR_VERSION
     return model
 
 
 _DEPENDS_ON_VALUES = (
+    "DataDependent",
     "data-dependent",
-    "GuardOnDataDependentSymNode",
-    "DataDependentOutputException",
-    "DynamicOutputShapeException",
+    "DynamicOutputShape",
     "unbacked",
+    # A length that is read out of a tensor becomes a symbol, which Python cannot hash.
+    "non-nested SymInt",
 )
 
 
 def _reason(err: BaseException) -> str:
-    """The innermost cause of an error, in one line."""
+    """The innermost cause of an error, and the line of the model that caused it, in one line."""
     while err.__cause__ is not None:
         err = err.__cause__
-    text = f"{type(err).__name__}: {err}"
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    first = lines[0] if lines else type(err).__name__
-    if any(mark in text for mark in _DEPENDS_ON_VALUES):
-        return f"a length depends on values of a tensor, which a graph cannot hold ({first[:160]})"
-    return first[:240]
+    first = lines[0][:200] if lines else type(err).__name__
+    if any(mark in f"{type(err).__name__}: {err}" for mark in _DEPENDS_ON_VALUES):
+        first = "the length of a tensor depends on values of another, which a graph cannot hold"
+    frames = [
+        frame
+        for frame in traceback.extract_tb(err.__traceback__)
+        if "torch" not in Path(frame.filename).parts and Path(frame.filename).is_file()
+    ]
+    if not frames or Path(frames[-1].filename) == Path(__file__):
+        return first
+    place = frames[-1]
+    return f"{first}; at `{(place.line or '')[:100]}`, {Path(place.filename).name}:{place.lineno}"
 
 
 def _name_axes(model: ir.Model) -> None:
@@ -209,19 +224,16 @@ def _name_axes(model: ir.Model) -> None:
             if symbol is not None and re.fullmatch(r"s\d+", symbol) and symbol not in names:
                 names[symbol] = re.sub(r"\W", "_", f"{value.name}_{axis}")
 
-    def renamed(shape: ir.Shape | None) -> ir.Shape | None:
-        if shape is None or not names or all(isinstance(size, int) for size in shape):
-            return shape
-        return ir.Shape(
-            [
-                size
-                if isinstance(size, int) or size.value is None
-                else re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), size.value)
-                for size in shape
-            ]
-        )
+    def size_of(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim | str:
+        if isinstance(size, int) or size.value is None:
+            return size
+        # torch writes a size that it has fixed as a symbol of digits.
+        if size.value.isdigit():
+            return int(size.value)
+        return re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), size.value)
 
     values = [*graph.inputs, *graph.outputs]
     values += [output for node in graph.all_nodes() for output in node.outputs]
     for value in values:
-        value.shape = renamed(value.shape)
+        if value.shape is not None:
+            value.shape = ir.Shape([size_of(size) for size in value.shape])

@@ -5,9 +5,17 @@ from trtq.quant.convert import convert, deploy, merge
 from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.deployed import DeployedLayer
 from trtq.quant.fake_quant import fake_quant
-from trtq.quant.modules import Base, QuantConv2d, QuantLayer, QuantLinear
+from trtq.quant.layers import QuantConv, QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
+from trtq.quant.modules import Base, QuantLayer
 from trtq.quant.packing import PackedWeight, pack_codes, unpack_codes
-from trtq.quant.plan import LayerPlan, LowBitTensors, layer_kind, precision_text, quantizable_layers
+from trtq.quant.plan import (
+    LayerPlan,
+    LowBitTensors,
+    layer_kind,
+    layer_obstacle,
+    precision_text,
+    quantizable_layers,
+)
 from trtq.quant.product import QuantProduct
 from trtq.quant.ranges import Method, activation_qparams, weight_qparams
 from trtq.quant.structure import Structure, apply_structure, attention_modules, skip_splits
@@ -25,7 +33,10 @@ __all__ = [
     "Method",
     "PackedWeight",
     "ProductTensors",
+    "QuantConv",
+    "QuantConv1d",
     "QuantConv2d",
+    "QuantConv3d",
     "QuantLayer",
     "QuantLinear",
     "QuantProduct",
@@ -42,6 +53,7 @@ __all__ = [
     "fake_quant",
     "float_scope",
     "layer_kind",
+    "layer_obstacle",
     "merge",
     "pack_codes",
     "precision_text",

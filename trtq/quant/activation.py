@@ -12,15 +12,39 @@ from trtq.quant.bits import check_bits
 from trtq.quant.fake_quant import fake_quant, round_ste
 from trtq.quant.timestep import Step, TimestepTable, current_step
 
-__all__ = ["ActivationQuantizer", "ZeroPointMode", "per_item", "select_step"]
+__all__ = ["ActivationQuantizer", "ZeroPointMode", "check_indices", "per_item", "select_step"]
 
 ZeroPointMode = Literal["frozen", "rounded", "float"]
 """Behaviour of zero points. `frozen`: integers, not trained. `rounded`: trained, and rounded in every
 forward pass. `float`: trained without rounding, as in the release; deployment rounds them."""
 
 
+def check_indices(step: Tensor, rows: int) -> None:
+    """Raise unless there is one step index for all rows, or one per row.
+
+    Args:
+        step: step indices.
+        rows: length of the input's first axis. Rows need not be the images of the batch: layers inside a
+            denoiser also see frames or tokens as rows, for which one index suits all.
+
+    Raises:
+        StepError: the number of indices is neither 1 nor the number of rows.
+    """
+    if step.numel() != 1 and (step.ndim != 1 or len(step) != rows):
+        raise StepError(
+            f"got step indices of shape {tuple(step.shape)} for {rows} rows; give one index, or one per "
+            f"row (shape [{rows}]). A layer whose rows are frames or tokens takes one index: wrap the "
+            "denoiser with per_item=False"
+        )
+
+
 def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
-    """The entries of `table[T]` for a step: shape `[]`, or `[B]` with one entry per batch item.
+    """The entries of `table[T]` for a step: shape `[]`, or `[B]` with one entry per row.
+
+    Args:
+        table: one entry per calibrated timestep, `[T]`.
+        step: index of the denoising step: one for all rows, or one per row.
+        batch: number B of rows, the length of the input's first axis.
 
     Raises:
         StepError: an index lies outside the table, or the number of indices is neither 1 nor B.
@@ -29,11 +53,7 @@ def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
         if not 0 <= step < len(table):
             raise StepError(f"step {step} is outside the table; it has steps 0 .. {len(table) - 1}")
         return table[step]
-    if step.ndim != 1 or len(step) not in (1, batch):
-        raise StepError(
-            f"got step indices of shape {tuple(step.shape)} for a batch of {batch}; "
-            f"give one index, or one per batch item (shape [{batch}])"
-        )
+    check_indices(step, batch)
     # Checking values on a GPU would synchronise, which is impossible in a CUDA graph; there the caller
     # that creates the index checks the values.
     checkable = step.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -41,8 +61,8 @@ def select_step(table: Tensor, step: Step, batch: int) -> Tensor:
         raise StepError(
             f"step indices {step.tolist()} leave the table; it has steps 0 .. {len(table) - 1}"
         )
-    entries = table.index_select(0, step)
-    return entries if len(step) > 1 else entries.reshape(())
+    entries = table.index_select(0, step.reshape(-1))
+    return entries if len(entries) > 1 else entries.reshape(())
 
 
 def per_item(values: Tensor, x: Tensor) -> Tensor:
@@ -92,8 +112,8 @@ class ActivationQuantizer(nn.Module):
 
         Args:
             x: activation, batch first.
-            step: index of the denoising step, one for the batch or one per batch item; None: the step
-                of the enclosing `step_scope`.
+            step: index of the denoising step, one for all rows or one per row; None: the step of the
+                enclosing `step_scope`.
 
         Raises:
             StepError: there is no current step, or the step is outside the table.

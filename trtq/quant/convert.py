@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import nn
@@ -17,13 +17,17 @@ from trtq.quant.exact import (
     DeployedLayerNorm,
     DeployedSilu,
     DeployedTimesteps,
+    replaces_layer_norm,
 )
-from trtq.quant.geometry import ConvGeometry
-from trtq.quant.kernel_form import KernelLayer
-from trtq.quant.modules import Base, QuantConv2d, QuantLayer, QuantLinear
+from trtq.quant.geometry import CONVOLUTIONS, ConvGeometry
+from trtq.quant.kernel_form import KernelLayer, kernel_runs
+from trtq.quant.layers import QUANT_LAYERS, QuantConv
+from trtq.quant.modules import Base, QuantLayer
 from trtq.quant.plan import (
     LayerPlan,
     LowBitTensors,
+    layer_kind,
+    layer_obstacle,
     named_errors,
     quantizable_layers,
 )
@@ -33,7 +37,7 @@ from trtq.quant.structure import replace_module
 from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
 
-__all__ = ["convert", "deploy", "deploy_timesteps", "merge"]
+__all__ = ["DeployOptions", "convert", "deploy", "deploy_timesteps", "merge"]
 
 
 class _LayerOptions(NamedTuple):
@@ -44,6 +48,14 @@ class _LayerOptions(NamedTuple):
     zero_point_mode: ZeroPointMode
     split_scale: bool
     generator: torch.Generator | None
+
+
+class DeployOptions(TypedDict, total=False):
+    """Optional keyword arguments of `deploy`."""
+
+    kernels: bool
+    timestep: str
+    per_item: bool
 
 
 def convert(
@@ -58,6 +70,8 @@ def convert(
     split_scale: bool = False,
     split_step: bool = False,
     generator: torch.Generator | None = None,
+    timestep: str = "timestep",
+    per_item: bool = True,
 ) -> QuantizedDenoiser:
     """Replace the planned layers with their quantised forms, in place.
 
@@ -74,9 +88,12 @@ def convert(
         split_scale: whether to update the weight scale twice per iteration, as in the release.
         split_step: former name of `split_scale`, accepted for one release.
         generator: random generator for the initial adapters; None: torch's default generator.
+        timestep: name of the denoiser's argument with the timestep, see `QuantizedDenoiser`.
+        per_item: whether each batch item has its own step, see `QuantizedDenoiser`.
 
     Raises:
-        QuantizationError: the plan quantises no layer, or names a layer that does not exist.
+        QuantizationError: the plan quantises no layer, or names a layer that does not exist or cannot be
+            low-bit.
         NonFiniteError: a weight holds NaN or infinity; the message names the layer.
     """
     if not any(plan.quantized for plan in plans):
@@ -104,7 +121,7 @@ def convert(
             assert isinstance(owner, QuantLayer)
             assert isinstance(layer, QuantLayer)
             layer.activation = owner.activation
-    return QuantizedDenoiser(denoiser, table)
+    return QuantizedDenoiser(denoiser, table, timestep, per_item)
 
 
 def _quantized_layer(
@@ -116,9 +133,14 @@ def _quantized_layer(
     if plan.right_bits is not None:
         return QuantProduct(table, plan.activation_bits, plan.right_bits, zero_points)
     assert plan.weight_bits is not None
-    layer_class = QuantLinear if isinstance(source, nn.Linear) else QuantConv2d
-    return layer_class(
-        cast("nn.Linear | nn.Conv2d", source),
+    obstacle = layer_obstacle(source)
+    if obstacle is not None:
+        raise QuantizationError(
+            f"the layer cannot be low-bit: {obstacle}; leave the layer in float"
+        )
+    layer: Any = source
+    return QUANT_LAYERS[layer_kind(source) or ""](
+        layer,
         table,
         weight_bits=plan.weight_bits,
         activation_bits=plan.activation_bits,
@@ -160,39 +182,63 @@ def deploy(
     table: TimestepTable,
     *,
     kernels: bool = False,
+    timestep: str = "timestep",
+    per_item: bool = True,
 ) -> QuantizedDenoiser:
     """Replace layers, norms, SiLUs and time projections with their deployed forms, in place.
+
+    Norms and SiLUs with a forward of their own stay as they are, except `FP32LayerNorm` of diffusers.
 
     Args:
         denoiser: diffusers model, float or converted.
         merged: tensors of the layers, by path.
         table: the calibrated timesteps.
         kernels: whether to replace layers with `KernelLayer` and keep torch's norms and SiLUs, for
-            speed on a GPU, where the result need not equal an exported graph's bit for bit.
+            speed on a GPU, where the result need not equal an exported graph's bit for bit. Layers that
+            the kernels do not support become `DeployedLayer`s.
+        timestep: name of the denoiser's argument with the timestep, see `QuantizedDenoiser`.
+        per_item: whether each batch item has its own step, see `QuantizedDenoiser`.
     """
     for name, tensors in merged.items():
         if isinstance(tensors, ProductTensors):
             replace_module(denoiser, name, DeployedProduct(tensors))
-            continue
-        source = denoiser.get_submodule(name)
-        geometry = None
-        if isinstance(source, nn.Conv2d):
-            geometry = ConvGeometry.of(source)
-        elif isinstance(source, QuantConv2d):
-            geometry = source.geometry
-        layer = KernelLayer if kernels else DeployedLayer
-        replace_module(denoiser, name, layer(tensors, geometry))
+        else:
+            source = denoiser.get_submodule(name)
+            replace_module(denoiser, name, _deployed_layer(source, tensors, kernels))
     deploy_timesteps(denoiser)
-    if kernels:
-        return QuantizedDenoiser(denoiser, table)
+    if not kernels:
+        _deploy_norms(denoiser)
+    return QuantizedDenoiser(denoiser, table, timestep, per_item)
+
+
+def _deployed_layer(
+    source: nn.Module, tensors: LayerTensors, kernels: bool
+) -> DeployedLayer | KernelLayer:
+    """The deployed form of a float or quantised layer."""
+    geometry = None
+    if isinstance(source, CONVOLUTIONS):
+        geometry = ConvGeometry.of(source)
+    elif isinstance(source, QuantConv | DeployedLayer):
+        geometry = source.geometry
+    layer = (KernelLayer if kernels and kernel_runs(geometry) else DeployedLayer)(tensors, geometry)
+    weight: Any = source.weight
+    layer.take_dtype(weight.dtype)
+    return layer
+
+
+def _deploy_norms(denoiser: nn.Module) -> None:
+    """Replace norms and SiLUs with their deployed forms, in place.
+
+    A subclass with a forward of its own computes something else, so it stays.
+    """
     for name, module in list(denoiser.named_modules(remove_duplicate=False)):
-        if isinstance(module, nn.GroupNorm) and module.affine:
+        forward = type(module).forward
+        if isinstance(module, nn.GroupNorm) and forward is nn.GroupNorm.forward and module.affine:
             replace_module(denoiser, name, DeployedGroupNorm(module))
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm) and replaces_layer_norm(module):
             replace_module(denoiser, name, DeployedLayerNorm(module))
-        elif isinstance(module, nn.SiLU):
+        elif isinstance(module, nn.SiLU) and forward is nn.SiLU.forward:
             replace_module(denoiser, name, DeployedSilu())
-    return QuantizedDenoiser(denoiser, table)
 
 
 def deploy_timesteps(denoiser: nn.Module) -> None:

@@ -14,6 +14,8 @@ Letters: N, K out / in features or channels, T steps, B images.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,11 +24,30 @@ from trtq.quant.activation import per_item, select_step
 from trtq.quant.geometry import ConvGeometry
 from trtq.quant.tensors import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import Step, current_step
+from trtq.quant.weightless import WeightlessLayer
 
 __all__ = ["DeployedLayer", "DeployedProduct", "enclosing_step"]
 
 
-class _DeployedActivation(nn.Module):
+class _ExactBuffers(nn.Module):
+    """A module whose float32 buffers keep their dtype in a model that is cast to half precision.
+
+    Rounded scales would change the codes.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        exact = {
+            name: buffer
+            for name, buffer in self._buffers.items()
+            if buffer is not None and buffer.is_floating_point()
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class _DeployedActivation(_ExactBuffers):
     """`x -> (k, s)`: integer codes and their scale at a step."""
 
     scale: Tensor
@@ -64,8 +85,8 @@ def enclosing_step(step: Step | None) -> Step:
     return step
 
 
-class DeployedLayer(nn.Module):
-    """A linear layer or 2-D convolution computed from integers; the reference for every engine.
+class DeployedLayer(_ExactBuffers, WeightlessLayer):
+    """A linear layer or convolution computed from integers; the reference for every engine.
 
     Args:
         tensors: integers and scales of the layer.
@@ -77,36 +98,38 @@ class DeployedLayer(nn.Module):
     integers: Tensor
 
     def __init__(self, tensors: LayerTensors, geometry: ConvGeometry | None) -> None:
-        super().__init__()
+        super().__init__(tensors.weight.codes.shape, geometry)
         self.geometry = geometry
         self.activation = _DeployedActivation(tensors.activation)
         self.register_buffer("bias", tensors.bias)
         self.register_buffer("weight_scale", tensors.weight.scale.reshape(-1))
         self.register_buffer("integers", tensors.weight.integers())
 
-    def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
-        """x[B, ...] -> the layer's output, with the dtype of x.
+    def forward(self, input: Tensor, step: Step | None = None) -> Tensor:
+        """input[B, ...] -> the layer's output, with the dtype of the input.
 
         Args:
-            x: input, batch first.
-            step: index of the denoising step; None: the step of the enclosing `step_scope`.
+            input: input, with the rows of `step` first; named as in `nn.Linear`.
+            step: index of the denoising step, one for all rows or one per row; None: the step of the
+                enclosing `step_scope`.
 
         Raises:
             StepError: there is no current step, or the step is outside the table.
         """
-        codes, scale = self.activation(x, enclosing_step(step))
+        codes, scale = self.activation(input, enclosing_step(step))
         # The layer stores one byte per weight; the float copy exists only during the call.
         weight = self.integers.float()
         if self.geometry is None:
+            channel: tuple[int, ...] = (-1,)
             product = functional.linear(codes, weight)
         else:
+            channel = (-1, *(1,) * self.geometry.axes)
             product = self.geometry.convolve(codes, weight, None)
-        channel = (-1,) if self.geometry is None else (-1, 1, 1)
         # Both scales are small tensors: multiplying them first saves a pass over the large product.
         out: Tensor = product * (self.weight_scale.reshape(channel) * scale)
         if self.bias is not None:
             out = out + self.bias.reshape(channel)
-        return out.to(x.dtype)
+        return out.to(input.dtype)
 
 
 class DeployedProduct(nn.Module):

@@ -14,10 +14,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["DeployedGroupNorm", "DeployedLayerNorm", "DeployedSilu", "DeployedTimesteps"]
+__all__ = [
+    "DeployedGroupNorm",
+    "DeployedLayerNorm",
+    "DeployedSilu",
+    "DeployedTimesteps",
+    "replaces_layer_norm",
+]
 
 
-class DeployedGroupNorm(nn.Module):
+def replaces_layer_norm(module: nn.LayerNorm) -> bool:
+    """Whether `DeployedLayerNorm` computes what a layer norm does, up to rounding.
+
+    A subclass with a forward of its own may, e.g., move the axes. `FP32LayerNorm` of diffusers is plain
+    layer norm in float32.
+    """
+    if type(module).forward is nn.LayerNorm.forward:
+        return True
+    if isinstance(module, DeployedLayerNorm):
+        return False
+    from diffusers.models.normalization import FP32LayerNorm
+
+    return type(module).forward is FP32LayerNorm.forward
+
+
+class DeployedGroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` with mean and deviation summed in float64, as in the exported graph.
 
     After rounding to float32, mean and deviation do not depend on the order of the additions, so torch
@@ -28,16 +49,16 @@ class DeployedGroupNorm(nn.Module):
     """
 
     def __init__(self, source: nn.GroupNorm) -> None:
-        super().__init__()
+        super().__init__(source.num_groups, source.num_channels, source.eps, affine=False)
+        self.affine = source.affine
         self.weight = source.weight
         self.bias = source.bias
-        self.groups = source.num_groups
         # ONNX stores epsilon in float32.
         self.epsilon = float(torch.tensor(source.eps, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """x[B,C,...] -> the same shape and dtype, normalised over each group of channels."""
-        rows = x.float().reshape(len(x), self.groups, -1)
+        rows = x.float().reshape(len(x), self.num_groups, -1)
         exact = rows.double()
         mean = exact.mean(2, keepdim=True)
         variance = (exact - mean).square().mean(2, keepdim=True)
@@ -48,7 +69,7 @@ class DeployedGroupNorm(nn.Module):
         return y.to(x.dtype)
 
 
-class DeployedLayerNorm(nn.Module):
+class DeployedLayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` in float64, rounded once, as in the exported graph.
 
     Args:
@@ -56,17 +77,19 @@ class DeployedLayerNorm(nn.Module):
     """
 
     def __init__(self, source: nn.LayerNorm) -> None:
-        super().__init__()
+        super().__init__(source.normalized_shape, source.eps, elementwise_affine=False)
+        self.elementwise_affine = source.elementwise_affine
         self.weight = source.weight
         self.bias = source.bias
-        self.shape = source.normalized_shape
         # ONNX stores epsilon in float32.
         self.epsilon = float(torch.tensor(source.eps, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """x[..., N] -> the same shape and dtype, normalised over the last axis."""
         weight, bias = (p if p is None else p.double() for p in (self.weight, self.bias))
-        return functional.layer_norm(x.double(), self.shape, weight, bias, self.epsilon).to(x.dtype)
+        return functional.layer_norm(
+            x.double(), self.normalized_shape, weight, bias, self.epsilon
+        ).to(x.dtype)
 
 
 class DeployedSilu(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,6 +10,43 @@ from typing import Any
 from torch import Tensor, nn
 
 __all__ = ["captured_outputs", "input_hooks", "output_hooks"]
+
+
+class _Inputs:
+    """The tensors among the arguments of a module's calls, in the order of its parameters.
+
+    Args:
+        module: module that is called.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        names = inspect.signature(module.forward).parameters
+        self._order = {name: place for place, name in enumerate(names)}
+
+    def _keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int | str]:
+        """Places and names of the tensors; arguments by place come before arguments by name."""
+        places: list[int | str] = [
+            place for place, value in enumerate(args) if isinstance(value, Tensor)
+        ]
+        names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        return [*places, *sorted(names, key=lambda name: self._order.get(name, len(self._order)))]
+
+    def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The tensors of one call."""
+        keys = self._keys(args, kwargs)
+        return tuple(args[key] if isinstance(key, int) else kwargs[key] for key in keys)
+
+    def replaced(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of one call with other tensors in the places of those of `tensors`."""
+        new_args, new_kwargs = list(args), dict(kwargs)
+        for key, tensor in zip(self._keys(args, kwargs), tensors, strict=True):
+            if isinstance(key, int):
+                new_args[key] = tensor
+            else:
+                new_kwargs[key] = tensor
+        return tuple(new_args), new_kwargs
 
 
 @contextmanager
@@ -19,16 +57,27 @@ def input_hooks(
 
     Args:
         modules: the observed modules by name.
-        hook: callback with the module's name and its positional arguments; a result other than None
-            replaces the arguments.
+        hook: callback with the module's name and the tensors among its arguments, in the order of its
+            parameters, whether they are given by place or by name. A result other than None replaces
+            the tensors: a tuple with one tensor for each, or one tensor.
     """
 
-    def before(name: str) -> Callable[..., Any]:
-        return lambda _, inputs: hook(name, inputs)
+    def before(name: str, module: nn.Module) -> Callable[..., Any]:
+        inputs = _Inputs(module)
+
+        def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = hook(name, inputs.tensors(args, kwargs))
+            if result is None:
+                return None
+            tensors = result if isinstance(result, tuple) else (result,)
+            return inputs.replaced(args, kwargs, tensors)
+
+        return call
 
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(before(name)).remove)
+            handle = module.register_forward_pre_hook(before(name, module), with_kwargs=True)
+            stack.callback(handle.remove)
         yield
 
 
@@ -40,15 +89,18 @@ def output_hooks(
 
     Args:
         modules: the observed modules by name.
-        hook: callback with the module's name, its positional arguments and its result.
+        hook: callback with the module's name, the tensors among its arguments as in `input_hooks`, and
+            its result.
     """
 
-    def after(name: str) -> Callable[..., None]:
-        return lambda _, inputs, output: hook(name, inputs, output)
+    def after(name: str, module: nn.Module) -> Callable[..., None]:
+        inputs = _Inputs(module)
+        return lambda _, args, kwargs, output: hook(name, inputs.tensors(args, kwargs), output)
 
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(after(name)).remove)
+            handle = module.register_forward_hook(after(name, module), with_kwargs=True)
+            stack.callback(handle.remove)
         yield
 
 

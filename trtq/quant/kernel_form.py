@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trtq.plugins.low_bit.op import flat_fields, low_bit
 from trtq.plugins.low_bit.pack import (
@@ -23,13 +23,20 @@ from trtq.plugins.low_bit.pack import (
     unpack_nibbles,
 )
 from trtq.plugins.spec import Geometry, LayerSpec
+from trtq.quant.activation import check_indices
 from trtq.quant.deployed import enclosing_step
 from trtq.quant.geometry import ConvGeometry
 from trtq.quant.packing import PackedWeight
 from trtq.quant.tensors import ActivationTensors, LayerTensors
 from trtq.quant.timestep import Step
+from trtq.quant.weightless import WeightlessLayer
 
-__all__ = ["KernelLayer", "layer_tensors", "packed_operands"]
+__all__ = ["KernelLayer", "kernel_runs", "layer_tensors", "packed_operands"]
+
+
+def kernel_runs(geometry: ConvGeometry | None) -> bool:
+    """Whether the kernels support a layer: a linear layer, or a convolution over two axes."""
+    return geometry is None or geometry.axes == 2
 
 
 def packed_operands(
@@ -55,8 +62,10 @@ def packed_operands(
     kernel = None
     if geometry is not None:
         size = int(integers.shape[2]), int(integers.shape[3])
-        g = geometry
-        kernel = Geometry(size, g.stride, g.padding, g.dilation, g.groups)
+        stride, padding, dilation = (
+            (axes[0], axes[1]) for axes in (geometry.stride, geometry.padding, geometry.dilation)
+        )
+        kernel = Geometry(size, stride, padding, dilation, geometry.groups)
     spec = LayerSpec(
         integers.shape[1] * (1 if kernel is None else kernel.groups),
         len(integers),
@@ -104,7 +113,7 @@ def layer_tensors(spec: LayerSpec, operands: Mapping[str, np.ndarray]) -> LayerT
     return LayerTensors(weight, activation, torch.from_numpy(bias.copy()))
 
 
-class KernelLayer(nn.Module):
+class KernelLayer(WeightlessLayer):
     """A linear layer or 2-D convolution computed by `torch.ops.trtq.low_bit`.
 
     Args:
@@ -112,16 +121,17 @@ class KernelLayer(nn.Module):
         geometry: geometry of a convolution; None for a linear layer.
     """
 
-    weight: Tensor
+    packed: Tensor
     terms: Tensor
     tables: Tensor
 
     def __init__(self, tensors: LayerTensors, geometry: ConvGeometry | None) -> None:
-        super().__init__()
+        super().__init__(tensors.weight.codes.shape, geometry)
         self.spec, operands = packed_operands(tensors, geometry)
         self._flat = flat_fields(self.spec)
         for name, values in operands.items():
-            self.register_buffer(name, torch.from_numpy(values))
+            # `weight` is the empty parameter whose dtype other code reads.
+            self.register_buffer("packed" if name == "weight" else name, torch.from_numpy(values))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLayer:
         """Apply `fn` as for other modules, but keep scales in float32 and weights contiguous.
@@ -131,23 +141,26 @@ class KernelLayer(nn.Module):
         scales = {name: getattr(self, name) for name in ("terms", "tables")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, exact in scales.items():
-            setattr(self, name, exact.to(self.weight.device))
-        self.weight = self.weight.contiguous()
+            setattr(self, name, exact.to(self.packed.device))
+        self.packed = self.packed.contiguous()
         return self
 
-    def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
-        """x[B, ...] -> the layer's output, with the dtype of x.
+    def forward(self, input: Tensor, step: Step | None = None) -> Tensor:
+        """input[B, ...] -> the layer's output, with the dtype of the input.
 
         Args:
-            x: input, batch first.
-            step: index of the denoising step; None: the step of the enclosing `step_scope`.
+            input: input, with the rows of `step` first; named as in `nn.Linear`.
+            step: index of the denoising step, one for all rows or one per row; None: the step of the
+                enclosing `step_scope`.
 
         Raises:
-            StepError: there is no current step.
-            UsageError: x has a shape or dtype that the layer does not accept.
+            StepError: there is no current step, or the number of indices does not fit the rows.
+            UsageError: the input has a shape or dtype that the layer does not accept.
         """
-        index = torch.as_tensor(enclosing_step(step), device=x.device).expand(len(x))
+        index = torch.as_tensor(enclosing_step(step), device=input.device)
+        check_indices(index, len(input))
+        index = index.expand(len(input))
         result: Tensor = low_bit(
-            x, self.weight, self.terms, self.tables, index.contiguous(), None, self._flat, False
+            input, self.packed, self.terms, self.tables, index.contiguous(), None, self._flat, False
         )
         return result

@@ -1,4 +1,4 @@
-"""Linear layers and convolutions on fake-quantised operands, with QALoRA adapters inside the weight.
+"""Base class of layers on fake-quantised operands, with QALoRA adapters inside the weight.
 
 QALoRA (EfficientDM, arXiv 2310.03270, eq. 6) adds its adapters to the weight *before* quantisation, so
 training ends with a single low-bit weight:
@@ -17,25 +17,24 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from trtq.errors import NonFiniteError
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
 from trtq.quant.adaround import directed_codes, hard_direction, soft_direction
 from trtq.quant.bits import symmetric_weights
 from trtq.quant.fake_quant import fake_quant, quantize_codes
-from trtq.quant.geometry import ConvGeometry
+from trtq.quant.geometry import ConvGeometry, FloatLayer, set_sizes
 from trtq.quant.packing import PackedWeight
 from trtq.quant.ranges import Method, weight_qparams
 from trtq.quant.timestep import Step, TimestepTable, current_step
 
-__all__ = ["Base", "QuantConv2d", "QuantLayer", "QuantLinear"]
+__all__ = ["Base", "QuantLayer"]
 
 Base = Literal["fp", "int"]
 
 
 class QuantLayer(nn.Module):
-    """Base class of `QuantLinear` and `QuantConv2d`.
+    """Base class of `QuantLinear` and `QuantConv`, see `trtq.quant.layers`.
 
     The frozen float weight stays in the layer: inside `float_scope` the layer computes as the teacher.
 
@@ -70,7 +69,7 @@ class QuantLayer(nn.Module):
         NonFiniteError: the weight or bias holds NaN or infinity.
     """
 
-    kind: ClassVar[Literal["linear", "conv2d"]]
+    kind: ClassVar[Literal["linear", "conv1d", "conv2d", "conv3d"]]
     weight: nn.Parameter
     bias: nn.Parameter | None
     weight_zero_point: Tensor
@@ -84,7 +83,7 @@ class QuantLayer(nn.Module):
 
     def __init__(
         self,
-        source: nn.Linear | nn.Conv2d,
+        source: FloatLayer,
         table: TimestepTable,
         *,
         weight_bits: int = 4,
@@ -101,7 +100,7 @@ class QuantLayer(nn.Module):
         for tensor in (source.weight, source.bias):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError("the weight or bias holds NaN or infinity")
-        self._take_geometry(source)
+        set_sizes(self, source.weight.shape, self._take_geometry(source))
         self.weight = cast(nn.Parameter, source.weight)
         self.bias = cast("nn.Parameter | None", source.bias)
         for parameter in (self.weight, self.bias):
@@ -151,8 +150,9 @@ class QuantLayer(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(a).uniform_(-bound, bound, generator=generator))
         self.lora_B = nn.Parameter(torch.zeros(b))
 
-    def _take_geometry(self, source: nn.Linear | nn.Conv2d) -> None:
-        """Keep the geometry that `_operate` needs; a linear layer has none."""
+    def _take_geometry(self, source: FloatLayer) -> ConvGeometry | None:
+        """Keep and return the geometry that `_operate` needs; None: a linear layer, which has none."""
+        return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -216,18 +216,20 @@ class QuantLayer(nn.Module):
             direction,
         )
 
-    def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
+    def forward(self, input: Tensor, step: Step | None = None) -> Tensor:
         """The layer on quantised operands; in float inside `float_scope`.
 
         Args:
-            x: input, batch first.
-            step: index of the denoising step; default: the step of the enclosing `step_scope`.
+            input: input, with the rows of `step` first; named as in `nn.Linear`.
+            step: index of the denoising step, one for all rows or one per row; default: the step of the
+                enclosing `step_scope`.
         """
         if step is None:
             step = current_step()
             if step is None:
-                return self._operate(x, self.weight, self.bias)
-        return self._operate(self.activation(x, step), self.quantized_weight(), self.updated_bias())
+                return self._operate(input, self.weight, self.bias)
+        x = self.activation(input, step)
+        return self._operate(x, self.quantized_weight(), self.updated_bias())
 
     @torch.no_grad()
     def merge(self) -> PackedWeight:
@@ -253,33 +255,3 @@ class QuantLayer(nn.Module):
     def extra_repr(self) -> str:
         """Shape, bits and rank."""
         return f"{tuple(self.weight.shape)}, weight_bits={self.weight_bits}, rank={self.rank}"
-
-
-class QuantLinear(QuantLayer):
-    """`nn.Linear` on quantised operands; `lora_A[R, K]`, `lora_B[N, R]`."""
-
-    kind = "linear"
-
-    def _adapter_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out_features, in_features = self.weight.shape
-        return (rank, in_features), (out_features, rank)
-
-    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(x, weight, bias)
-
-
-class QuantConv2d(QuantLayer):
-    """`nn.Conv2d` on quantised operands; `lora_A[R, K/groups, kh, kw]`, `lora_B[N, R, 1, 1]`."""
-
-    kind = "conv2d"
-
-    def _take_geometry(self, source: nn.Linear | nn.Conv2d) -> None:
-        assert isinstance(source, nn.Conv2d)
-        self.geometry = ConvGeometry.of(source)
-
-    def _adapter_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out_channels, *rest = self.weight.shape
-        return (rank, *rest), (out_channels, rank, 1, 1)
-
-    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.geometry.convolve(x, weight, bias)

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from trtq.errors import TrtqError
+from trtq.quant.geometry import padding_obstacle
 from trtq.quant.structure import Product
 from trtq.quant.tensors import LayerTensors, ProductTensors
 
@@ -18,6 +19,7 @@ __all__ = [
     "LayerPlan",
     "LowBitTensors",
     "layer_kind",
+    "layer_obstacle",
     "named_errors",
     "precision_text",
     "quantizable_layers",
@@ -26,7 +28,19 @@ __all__ = [
 LowBitTensors = LayerTensors | ProductTensors
 """Tensors of a deployed layer: linear and convolution, or product of two activations."""
 
-Kind = Literal["linear", "conv2d", "product"]
+Kind = Literal["linear", "conv1d", "conv2d", "conv3d", "conv_transpose", "product"]
+"""Kinds of layers. Transposed convolutions are listed, and stay float."""
+
+_CLASSES: tuple[tuple[type[nn.Module], Kind], ...] = (
+    (nn.Linear, "linear"),
+    (nn.Conv1d, "conv1d"),
+    (nn.Conv2d, "conv2d"),
+    (nn.Conv3d, "conv3d"),
+    (nn.ConvTranspose1d, "conv_transpose"),
+    (nn.ConvTranspose2d, "conv_transpose"),
+    (nn.ConvTranspose3d, "conv_transpose"),
+    (Product, "product"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,7 @@ class LayerPlan:
 
     Attributes:
         name: module path of the layer in the denoiser.
-        kind: `linear`, `conv2d` or `product`.
+        kind: kind of the layer, see `Kind`.
         weight_bits: width of the weight codes; None: a product, or a layer that stays float.
         activation_bits: width of the codes of the (first) input; None: a layer that stays float.
         reason: reason for the choice, in a few words.
@@ -82,16 +96,29 @@ def precision_text(weight: int | None, activation: int | None, right: int | None
 
 
 def layer_kind(module: nn.Module) -> Kind | None:
-    """Kind of a float module as a layer; None for a module that cannot be low-bit."""
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, nn.Conv2d):
-        return "conv2d"
-    return "product" if isinstance(module, Product) else None
+    """Kind of a float module as a layer; None for a module that is no layer."""
+    return next((kind for known, kind in _CLASSES if isinstance(module, known)), None)
+
+
+def layer_obstacle(module: nn.Module) -> str | None:
+    """The reason why a layer cannot be low-bit; None if it can.
+
+    Args:
+        module: module with a kind, see `layer_kind`.
+    """
+    known, kind = next(pair for pair in _CLASSES if isinstance(module, pair[0]))
+    if kind == "conv_transpose":
+        return "a transposed convolution has no integer form"
+    if type(module).forward is not known.forward:
+        return f"{type(module).__name__} computes its output in its own way"
+    return padding_obstacle(module) if kind.startswith("conv") else None
 
 
 def quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Every `nn.Linear`, `nn.Conv2d` and `Product` by its module path, in module order."""
+    """Every linear layer, convolution and `Product` by its module path, in module order.
+
+    Some of these layers must stay float, see `layer_obstacle`.
+    """
     return {
         name: module for name, module in denoiser.named_modules() if layer_kind(module) is not None
     }

@@ -34,11 +34,48 @@ class _NotOfLowBitError(UsageError, AttributeError):
     """A method that a low-bit denoiser does not support; `hasattr` returns False for it."""
 
 
+@contextmanager
+def _cache_context(name: str) -> Iterator[None]:
+    """Accept the pipeline's name of a guidance half; an engine keeps no state."""
+    yield
+
+
+def _blank(stand_in_class: type[StandIn]) -> StandIn:
+    """A stand-in without its attributes, for copies."""
+    return stand_in_class.__new__(stand_in_class)
+
+
 class StandIn(nn.Module):
-    """Base class of modules that replace a pipeline's UNet or transformer; subclasses have `config`."""
+    """Base class of modules that replace a pipeline's UNet or transformer; subclasses have `config`.
+
+    A stand-in for a model, the module or attribute `model` unless a subclass says otherwise, has every
+    attribute of the model that it does not define, and is an instance of the model's class for
+    `isinstance`; `type` returns the class of the stand-in.
+    """
+
+    def _model(self) -> nn.Module | None:
+        """The model that this module replaces; None: no such model is in memory."""
+        # The dictionaries may be missing while the module is created or copied.
+        modules: dict[str, Any] = self.__dict__.get("_modules", {})
+        model: nn.Module | None = modules.get("model", self.__dict__.get("model"))
+        return model
+
+    @property  # type: ignore[misc]  # Nothing assigns the class of a stand-in.
+    def __class__(self) -> Any:
+        """Class of the replaced model, which pipelines check; without a model, of the stand-in."""
+        model = self._model()
+        return type(self) if model is None else model.__class__
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The default form names `__class__`, which is not the class of this object.
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
+        return _blank, (type(self),), state
+
+    def _get_name(self) -> str:
+        return type(self).__name__
 
     def __getattr__(self, name: str) -> Any:
-        """Attribute of the module.
+        """Attribute of the module, or of the model that it replaces.
 
         Raises:
             UsageError: the attribute is a method of diffusers' models that a low-bit denoiser does not
@@ -47,15 +84,22 @@ class StandIn(nn.Module):
         advice = _INSTEAD.get(name)
         if advice is not None:
             raise _NotOfLowBitError(f"a low-bit denoiser has no {name}: {advice}")
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Special methods belong to an object's own class: `copy` asks for `__deepcopy__`.
+            if name.startswith("__"):
+                raise
+            model = self._model()
+            if model is not None:
+                return getattr(model, name)
+            if name == "cache_context":
+                return _cache_context
+            if name == "add_embedding":
+                return self._embedding_sizes()
+            raise
 
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Accept the pipeline's name of a guidance half; the denoiser keeps no state."""
-        yield
-
-    @property
-    def add_embedding(self) -> Any:
+    def _embedding_sizes(self) -> Any:
         """Stand-in for a module whose input width Stable Diffusion XL's pipeline reads."""
         config: Any = self.config
         width = config.projection_class_embeddings_input_dim

@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from trtq.artefact.opened import Opened
-from trtq.calib.policy import load_policy, plan_layers
+from trtq.calib.policy import GENERIC, load_policy, plan_layers
+from trtq.calib.probe import observe_calls, with_shared_inputs
 from trtq.calib.recipe import Recipe
+from trtq.calib.roles import observe_roles
 from trtq.calls.recorder import DenoiserCalls, RecordedCall, denoisers_of, survey
 from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, default_call
 from trtq.diffusion.layout import read_index
@@ -32,7 +35,7 @@ from trtq.quant import (
 from trtq.runs.plan import QuantizePlan, load_float
 from trtq.seeds import seeded_generator
 
-__all__ = ["CallsPlan", "DenoiserPlan", "knows_pipeline", "plan_calls"]
+__all__ = ["CallsPlan", "DenoiserPlan", "knows_pipeline", "plan_calls", "user_calls"]
 
 
 @dataclass(frozen=True)
@@ -126,12 +129,7 @@ def plan_calls(
     modules = denoisers_of(pipeline)
     merged = merge_loras(_with_weights(pipeline), loras, source.denoiser_name)
     prompts = _prompts(source, recipe)
-    given = [UserCall(dict(arguments)) for arguments in calls]
-    for call in given:
-        call.check(pipeline)
-    if not given:
-        given = [default_call(pipeline, prompts, _offered(source, recipe))]
-    given = [_with_steps(call, recipe) for call in given]
+    given = user_calls(source, calls, recipe)
     recipe = recipe.model_copy(update={"steps": given[0].steps or recipe.steps})
     structures = {name: _structured(module, recipe) for name, module in modules.items()}
     surveyed = [survey(pipeline, modules, call, recipe.seed) for call in given]
@@ -149,6 +147,31 @@ def plan_calls(
         parts,
         merged,
     )
+
+
+def user_calls(
+    source: LoadedPipeline,
+    calls: Sequence[Mapping[str, Any]] = (),
+    recipe: Recipe | None = None,
+) -> list[UserCall]:
+    """The user's calls, checked and with a number of steps.
+
+    Args:
+        source: the loaded checkpoint.
+        calls: arguments of the user's calls; none: a default call.
+        recipe: recipe with the steps, prompts and size of a default call; None: the defaults.
+
+    Raises:
+        UsageError: an argument does not exist, or the pipeline requires one that trtq cannot choose.
+    """
+    chosen = Recipe(method="minmax") if recipe is None else recipe
+    given = [UserCall(dict(arguments)) for arguments in calls]
+    for call in given:
+        call.check(source.pipeline)
+    if not given:
+        offered = _offered(source, chosen)
+        given = [default_call(source.pipeline, _prompts(source, chosen), offered)]
+    return [_with_steps(call, chosen) for call in given]
 
 
 def _with_weights(pipeline: Any) -> dict[str, nn.Module]:
@@ -216,12 +239,21 @@ def _denoiser_plan(
     model_class = type(source.denoiser).__name__
     policy = load_policy(model_class, None if recipe.policy is None else Path(recipe.policy))
     probability_bits = recipe.attention.probability_bits
+    denoiser, sample = source.denoiser, next(iter(seen[0].first.values()))
+
+    def run() -> object:
+        return denoiser(**sample.form.rebuild(sample.tensors))
+
     layers: Sequence[LayerPlan] = plan_layers(
-        source.denoiser,
+        denoiser,
         policy,
         recipe.bits,
         None if probability_bits == "float" else probability_bits,
+        observe_roles(denoiser, run, _images_in(sample, seen[0].argument)),
+        load_policy(GENERIC) if recipe.policy is None else None,
     )
+    with torch.no_grad():
+        layer_calls = observe_calls(denoiser, [layer.name for layer in layers], run)
     if not any(layer.quantized for layer in layers):
         raise QuantizationError(
             f"zero layers of {model_class} would be quantised: the policy for {policy.family} matches "
@@ -238,8 +270,20 @@ def _denoiser_plan(
             f"{model_class} takes its timestep inside another argument ({merged.argument}), which trtq "
             "does not support"
         )
-    plan = QuantizePlan(source, recipe, layers, TimestepTable(timesteps), structure, policy, {})
+    if recipe.calibration.share_inputs:
+        layers = with_shared_inputs(layers, layer_calls)
+    table = TimestepTable(timesteps)
+    plan = QuantizePlan(source, recipe, layers, table, structure, policy, layer_calls)
     return DenoiserPlan(plan, merged)
+
+
+def _images_in(call: RecordedCall, argument: str) -> int:
+    """Number of images in a denoiser's call, with guidance in one batch twice the user's."""
+    timestep = call.tensors[argument]
+    if timestep.ndim == 1 and len(timestep) > 1:
+        return len(timestep)
+    sample = next(tensor for name, tensor in call.tensors.items() if name != argument)
+    return len(sample) if sample.ndim > 1 else 1
 
 
 def _calibration_calls(
@@ -259,7 +303,5 @@ def _calibration_calls(
 
 
 def _drawn(prompts: Sequence[str], count: int, generator: Any) -> list[str]:
-    import torch
-
     chosen = torch.randint(len(prompts), (count,), generator=generator)
     return [prompts[index] for index in chosen.tolist()]

@@ -15,9 +15,12 @@ from trtq.quant.plan import (
     LayerPlan,
     LowBitTensors,
     layer_kind,
+    layer_obstacle,
 )
 
 __all__ = ["check_plans", "check_shared", "check_tables", "check_weight"]
+
+_LISTED_LATER = ("conv1d", "conv3d", "conv_transpose")
 
 
 def check_plans(path: Path, plans: Sequence[LayerPlan], sources: Mapping[str, nn.Module]) -> None:
@@ -38,7 +41,15 @@ def check_plans(path: Path, plans: Sequence[LayerPlan], sources: Mapping[str, nn
                 f"{path} and its manifest disagree about the layer {plan.name!r}: the manifest says "
                 f"{plan.kind!r}, in the denoiser it is {layer_kind(source)!r}"
             )
-    missing = set(sources) - {plan.name for plan in plans}
+        obstacle = layer_obstacle(source)
+        if plan.quantized and obstacle is not None:
+            raise ArtefactError(
+                f"{path} and its manifest list integers of the layer {plan.name!r}, which cannot be "
+                f"low-bit: {obstacle}"
+            )
+    # Runs of earlier versions do not list these kinds, which were always float.
+    listed = {name for name, source in sources.items() if layer_kind(source) not in _LISTED_LATER}
+    missing = listed - {plan.name for plan in plans}
     if missing:
         raise ArtefactError(
             f"the manifest next to {path} has no row for the layer {min(missing)!r}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Unpack
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trtq.documents import explain_first, parse_json, shown
 from trtq.errors import ArtefactError, NonFiniteError
-from trtq.quant.convert import deploy
+from trtq.quant.convert import DeployOptions, deploy
 from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.modules import QuantLayer
 from trtq.quant.plan import (
@@ -164,23 +164,20 @@ class StoredDenoiser:
         self.floats = floats
 
     def build(
-        self, skeleton: nn.Module, table: TimestepTable, *, kernels: bool = False
+        self, skeleton: nn.Module, table: TimestepTable, **options: Unpack[DeployOptions]
     ) -> QuantizedDenoiser:
-        """Make a quantised denoiser from a freshly constructed float model of the same class.
+        """The quantised denoiser, made from a freshly constructed float model of the same class.
 
         Args:
             skeleton: the float model; changed in place.
             table: the calibrated timesteps.
-            kernels: run the layers on trtq's kernels, see `trtq.quant.deploy`.
-
-        Returns:
-            The quantised denoiser.
+            **options: `kernels`, `timestep` and `per_item` of `trtq.quant.deploy`.
 
         Raises:
             ArtefactError: model and file have different layers.
         """
         self.load_floats(skeleton)
-        return deploy(skeleton, self.layers, table, kernels=kernels).eval()
+        return deploy(skeleton, self.layers, table, **options).eval()
 
     def load_floats(self, skeleton: nn.Module) -> None:
         """Assign the float tensors to a model, without copies; quantised layers do not change.

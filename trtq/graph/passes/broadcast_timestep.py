@@ -12,18 +12,29 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from trtq.graph.passes.builder import GraphBuilder
+from trtq.graph.passes.step_lookup import StepInput
 
 __all__ = ["BroadcastTimestep"]
 
+_TIMESTEP = StepInput()
+
 
 class BroadcastTimestep(ir.passes.InPlacePass):
-    """Accept `timestep` as `[1]` as well as `[batch]`, see the module docstring."""
+    """Accept a timestep `[1]` as well as `[batch]`, see the module docstring.
+
+    Args:
+        timestep: the input of timesteps, one per item.
+    """
+
+    def __init__(self, timestep: StepInput = _TIMESTEP) -> None:
+        super().__init__()
+        self.timestep = timestep
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires once per graph, unless the timestep already has a separate axis."""
         graph = model.graph
-        sample = graph.inputs[0]
-        (timestep,) = (value for value in graph.inputs if value.name == "timestep")
+        sample = self.timestep.rows_input(graph)
+        (timestep,) = (value for value in graph.inputs if value.name == self.timestep.name)
         assert timestep.shape is not None
         if str(timestep.shape[0]) == "timesteps":
             return ir.passes.PassResult(model, modified=False)

@@ -16,16 +16,18 @@ class GraphBuilder:
     Args:
         graph: the graph to which the initialisers are added.
         prefix: prefix of the names of all nodes and values.
+        shared: prefix of the names of the initialisers; None: the same prefix.
     """
 
-    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+    def __init__(self, graph: ir.Graph, prefix: str, shared: str | None = None) -> None:
         self.graph = graph
         self.prefix = prefix
+        self.shared = prefix if shared is None else shared
         self.nodes: list[ir.Node] = []
 
     def constant(self, name: str, tensor: np.ndarray | ir.TensorProtocol) -> ir.Value:
         """Add an initialiser, or reuse an existing initialiser with this name."""
-        name = f"{self.prefix}/{name}"
+        name = f"{self.shared}/{name}"
         existing = self.graph.initializers.get(name)
         if existing is not None:
             return existing

@@ -3,7 +3,8 @@
 1. GroupNormalization becomes Reshape to `[B, groups, rest]`, `(x - mean) * (1 / deviation)` with mean
    and deviation of each group in float64 and the other operations in float32, then Reshape back, Mul by
    the scale and Add of the shift; see `DeployedGroupNorm`.
-2. In half precision, a Cast to float32 precedes these nodes and a Cast back follows them.
+2. A scale or shift that is not constant is cast to float32 and reshaped in the graph.
+3. In half precision, a Cast to float32 precedes these nodes and a Cast back follows them.
 
 onnxruntime has no kernel for GroupNormalization: it inlines the operator's definition, and its OpenVINO
 provider then splits the graph and fails. In float32, mean and deviation depend on the order of the
@@ -40,9 +41,7 @@ class DecomposeGroupNorm(ir.passes.InPlacePass):
         assert x.shape is not None
         assert x.dtype is not None
         assert scale is not None
-        assert scale.const_value is not None
         assert shift is not None
-        assert shift.const_value is not None
         groups = node.attributes["num_groups"].as_int()
         build = GraphBuilder(graph, name)
         to_float = {"to": ir.DataType.FLOAT.value}
@@ -67,12 +66,15 @@ class DecomposeGroupNorm(ir.passes.InPlacePass):
         y = build.op("Mul", [build.op("Sub", [rows, mean], "moved"), inverse], "normalized")
         y = build.op("Reshape", [y, build.op("Shape", [x], "shape")], "ungrouped")
         channel = (-1, *(1,) * (len(x.shape) - 2))
-        for operator, key, stored in (
-            ("Mul", "scale", scale.const_value),
-            ("Add", "shift", shift.const_value),
-        ):
-            data = stored.numpy().astype(np.float32).reshape(channel)
-            y = build.op(operator, [y, build.constant(key, data)], f"{key}_applied")
+        for operator, key, value in (("Mul", "scale", scale), ("Add", "shift", shift)):
+            if value.const_value is not None:
+                data = value.const_value.numpy().astype(np.float32).reshape(channel)
+                factor = build.constant(key, data)
+            else:
+                factor = build.op("Cast", [value], f"{key}_float", to_float)
+                columns = build.constant("channel", np.array(channel, np.int64))
+                factor = build.op("Reshape", [factor, columns], key)
+            y = build.op(operator, [y, factor], f"{key}_applied")
         if half:
             y = build.op("Cast", [y], "narrow", {"to": x.dtype.value})
         y.shape, y.type = out.shape, out.type

@@ -35,7 +35,7 @@ import onnx_ir as ir
 import torch
 
 from trtq.errors import LegalityError
-from trtq.graph.nodes import DOMAIN, LOW_BIT_OPERATORS
+from trtq.graph.nodes import DOMAIN, LOW_BIT_OPERATORS, call_names
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.step_lookup import STEPS_PREFIX, StepInput
 from trtq.graph.passes.step_values import StepTable, StepValues
@@ -47,6 +47,7 @@ __all__ = ["PAIR_SAFE", "ExpandLowBitToQdq"]
 
 _INT4_OFFSET = 8
 _TIMESTEP = StepInput()
+_CONVOLUTIONS = ("LowBitConv2d", "LowBitConv")
 _FLOAT = {"to": ir.DataType.FLOAT.value}
 PAIR_SAFE = 64
 """Largest integer for which `255 w + 255 w` fits int16. onnxruntime rewrites a quantise pair of int8 to
@@ -108,34 +109,42 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
         table = StepTable(graph, self.table, self.prefix, self.timestep)
-        for node in nodes:
-            self._add_inputs(node, table)
+        names = call_names(nodes)
+        for node, (name, call) in zip(nodes, names, strict=True):
+            self._add_inputs(node, name, call, table)
         values = table.insert()
-        for node in nodes:
-            name = node.attributes["name"].as_string()
+        for node, (name, call) in zip(nodes, names, strict=True):
             layer = self.layers[name]
-            inputs = [values[f"{name}/{operand}"] for operand in layer.operands]
+            inputs = [values[f"{call}/{operand}"] for operand in layer.operands]
+            builder = GraphBuilder(graph, call, shared=name)
             if isinstance(layer, ProductTensors):
-                self._expand_product(graph, node, name, layer, inputs)
+                self._expand_product(builder, node, layer, inputs)
             else:
-                self._expand_layer(graph, node, name, layer, inputs[0])
+                self._expand_layer(builder, node, layer, inputs[0])
         if all(node.domain != DOMAIN for node in graph):
             model.opset_imports.pop(DOMAIN, None)
         return ir.passes.PassResult(model, modified=True)
 
-    def _add_inputs(self, node: ir.Node, table: StepTable) -> None:
-        name = node.attributes["name"].as_string()
+    def _add_inputs(self, node: ir.Node, name: str, call: str, table: StepTable) -> None:
         layer = self.layers.get(name)
         if layer is None or len(layer.operands) != len(node.inputs):
             raise LegalityError(f"the graph has a low-bit node {name!r} without its tensors")
-        exceeds = node.op_type != "LowBitConv2d" and _exceeds_pair_safe(layer)
+        conv = node.op_type in _CONVOLUTIONS
+        exceeds = not conv and _exceeds_pair_safe(layer)
         weight_scale = None
         if isinstance(layer, LayerTensors):
             weight_scale = layer.weight.scale.numpy().reshape(-1)
         for (operand, tensors), value in zip(layer.operands.items(), node.inputs, strict=True):
             if value is None or value.shape is None:
                 raise LegalityError(f"the shape of an input of {name!r} is not known")
-            quantizer = table.add(f"{name}/{operand}", value, tensors, weight_scale)
+            quantizer = table.add(
+                f"{call}/{operand}",
+                value,
+                tensors,
+                weight_scale,
+                channel=1 if conv else None,
+                repeats=f"{name}/{operand}" if call != name else None,
+            )
             if exceeds:
                 self._exceeding.add(quantizer)
 
@@ -174,12 +183,12 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         return y
 
     def _expand_layer(
-        self, graph: ir.Graph, node: ir.Node, name: str, layer: LayerTensors, values: StepValues
+        self, builder: GraphBuilder, node: ir.Node, layer: LayerTensors, values: StepValues
     ) -> None:
-        builder = GraphBuilder(graph, name)
         (x,) = node.inputs
         assert x is not None
-        conv = node.op_type == "LowBitConv2d"
+        assert x.shape is not None
+        conv = node.op_type in _CONVOLUTIONS
         paired = conv or values.quantizer not in self._exceeding
         y = self._operand(builder, x, values, "", paired=paired)
         weight = self._weight(builder, layer, transposed=not conv, paired=paired)
@@ -191,7 +200,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         else:
             y = builder.op("MatMul", [y, weight], "matmul")
         y = builder.op("Mul", [y, values.scale], "rescaled")
-        channel = (-1, 1, 1) if conv else (-1,)
+        channel = (-1, *(1,) * (len(x.shape) - 2)) if conv else (-1,)
         if layer.bias is not None:
             bias = layer.bias.numpy().reshape(channel)
             y = builder.op("Add", [y, builder.constant("bias", bias)], "biased")
@@ -199,13 +208,11 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
 
     def _expand_product(
         self,
-        graph: ir.Graph,
+        builder: GraphBuilder,
         node: ir.Node,
-        name: str,
         layer: ProductTensors,
         inputs: Sequence[StepValues],
     ) -> None:
-        builder = GraphBuilder(graph, name)
         paired = not any(values.quantizer in self._exceeding for values in inputs)
         left, right = (
             self._operand(builder, x, values, f"{operand}_", paired=paired)  # type: ignore[arg-type]
@@ -232,7 +239,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     def _weight(
         builder: GraphBuilder, layer: LayerTensors, *, transposed: bool, paired: bool
     ) -> ir.Value:
-        """The integers of a weight as float numbers: `[N, K, kh, kw]`, or `[K, N]` if transposed."""
+        """The integers of a weight as float numbers: `[N, K, *kernel]`, or `[K, N]` if transposed."""
         packed = layer.weight
 
         def oriented(array: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from trtq.artefact.graph_metadata import TIMESTEPS_KEY, graph_timesteps
 from trtq.errors import ArtefactError, LegalityError
-from trtq.graph.nodes import DOMAIN
+from trtq.graph.nodes import DOMAIN, call_names
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.low_bit_to_qdq import ExpandLowBitToQdq
 from trtq.graph.passes.step_lookup import StepInput, look_up_step
@@ -76,17 +76,15 @@ class LowBitToPlugins(ir.passes.InPlacePass):
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
         step = look_up_step(graph, self.table, self.timestep)
-        for node in nodes:
-            name = node.attributes["name"].as_string()
+        for node, (name, call) in zip(nodes, call_names(nodes), strict=True):
             layer = self.layers.get(name)
             if not isinstance(layer, LayerTensors):
                 raise LegalityError(f"the graph has a low-bit node {name!r} without its tensors")
-            self._give_operands(graph, node, name, layer, step)
+            self._give_operands(GraphBuilder(graph, call, shared=name), node, layer, step)
         return ir.passes.PassResult(model, modified=True)
 
-    @staticmethod
     def _give_operands(
-        graph: ir.Graph, node: ir.Node, name: str, layer: LayerTensors, step: ir.Value
+        self, builder: GraphBuilder, node: ir.Node, layer: LayerTensors, step: ir.Value
     ) -> None:
         geometry = None
         if node.op_type == "LowBitConv2d":
@@ -97,10 +95,12 @@ class LowBitToPlugins(ir.passes.InPlacePass):
             group = node.attributes["group"].as_int()
             geometry = ConvGeometry(stride, pads, dilation, group)  # type: ignore[arg-type]
         spec, operands = packed_operands(layer, geometry)
-        builder = GraphBuilder(graph, name)
+        if not self.timestep.per_item:
+            batch = builder.op("Shape", [node.inputs[0]], "rows", {"start": 0, "end": 1})
+            step = builder.op("Expand", [step, batch], "steps")
         # Not "weight": the rewrite to quantise-dequantise form has a constant of that name.
         constants = [builder.constant(f"plugin_{key}", operands[key]) for key in _OPERANDS]
-        attributes: dict[str, Any] = {"name": name}
+        attributes: dict[str, Any] = {"name": builder.shared}
         attributes |= {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
         (out,) = node.outputs
         plugin = ir.node(
@@ -108,11 +108,11 @@ class LowBitToPlugins(ir.passes.InPlacePass):
             [node.inputs[0], *constants, step],
             attributes | fields_of(spec),
             domain=DOMAIN,
-            name=f"{name}/plugin",
+            name=f"{builder.prefix}/plugin",
         )
         plugin.outputs[0].shape, plugin.outputs[0].type = out.shape, out.type
         ir.convenience.replace_nodes_and_values(
-            graph, node, [node], [plugin], [out], plugin.outputs
+            builder.graph, node, [node], [*builder.nodes, plugin], [out], plugin.outputs
         )
 
 

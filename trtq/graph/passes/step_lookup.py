@@ -32,10 +32,18 @@ class StepInput:
         name: name of the input.
         per_item: whether each batch item has its own step. Rows of a layer's input need not be batch
             items (frames, tokens), and a pipeline's call has one step; then one step per call is right.
+        rows: name of an input whose first axis is the batch; None: the first input.
     """
 
     name: str = "timestep"
     per_item: bool = True
+    rows: str | None = None
+
+    def rows_input(self, graph: ir.Graph) -> ir.Value:
+        """The input whose first axis is the batch."""
+        if self.rows is None:
+            return graph.inputs[0]
+        return next(value for value in graph.inputs if value.name == self.rows)
 
 
 _TIMESTEP = StepInput()
@@ -72,7 +80,7 @@ def look_up_step(
     last = builder.constant("axis_1", np.array([1], np.int64))
     value = inputs[timestep.name]
     if timestep.per_item:
-        batch = builder.op("Shape", [graph.inputs[0]], "batch", {"start": 0, "end": 1})
+        batch = builder.op("Shape", [timestep.rows_input(graph)], "batch", {"start": 0, "end": 1})
         expanded = builder.op("Expand", [value, batch], "timestep")
         column = builder.op("Unsqueeze", [expanded, last], "column")
     else:

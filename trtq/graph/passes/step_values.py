@@ -8,14 +8,14 @@ values]` fetches the values of all inputs. Values that are equal at every step a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
 
 from trtq.graph.passes.builder import GraphBuilder
+from trtq.graph.passes.step_columns import Axes, Column, gather_columns
 from trtq.graph.passes.step_lookup import StepInput, look_up_step
 from trtq.quant.tensors import ActivationTensors
 from trtq.quant.timestep import TimestepTable
@@ -51,39 +51,23 @@ class _Input:
     """An input of a low-bit node.
 
     Attributes:
-        rank: number of axes.
+        shape: the axes of the input.
         quantizer: see `StepValues`.
         columns: values per step, float32 `[T]` each, by key.
         weight_scale: scales of the weight, `[N]`; None for an operand of a product of activations.
+        first: name of the input in the first call of the layer with as many axes, whose values this
+            input uses; in most graphs this input.
     """
 
-    rank: int
+    shape: Axes
     quantizer: str
     columns: Mapping[str, np.ndarray]
     weight_scale: np.ndarray | None
+    first: str
 
     def weight_scale_of(self, key: str) -> np.ndarray | None:
         """The weight's scales if the column `key` is multiplied by them, else None."""
         return self.weight_scale if key == "scale" else None
-
-
-@dataclass(frozen=True, eq=False)
-class _Column:
-    """A column of the table: one value of one input at every step.
-
-    Attributes:
-        name: name of the input.
-        key: `inv_scale`, `scale`, `low` or `high`.
-        rank: number of axes of the input.
-        values: float32 `[T]`.
-        weight_scale: factors of the value, `[N]`; None: the value is not multiplied.
-    """
-
-    name: str
-    key: str
-    rank: int
-    values: np.ndarray
-    weight_scale: np.ndarray | None
 
 
 class StepTable:
@@ -109,6 +93,7 @@ class StepTable:
         self._prefix = prefix
         self._inputs: dict[str, _Input] = {}
         self._quantizers: dict[tuple[int, bytes], str] = {}
+        self._first: dict[tuple[str, Axes], str] = {}
 
     def add(
         self,
@@ -116,6 +101,9 @@ class StepTable:
         value: ir.Value,
         tensors: ActivationTensors,
         weight_scale: np.ndarray | None = None,
+        *,
+        channel: int | None = None,
+        repeats: str | None = None,
     ) -> str:
         """Register an input.
 
@@ -124,6 +112,8 @@ class StepTable:
             value: the float tensor that is to be quantised.
             tensors: scale and range of the input at every step.
             weight_scale: scales `[N]` of the layer's weight; None for a product of activations.
+            channel: index of the channel axis of the layer's output; None: the last axis.
+            repeats: name of the input in the first call of the same layer; None: this is the first.
 
         Returns:
             Name of the first input with the same tensor and the same columns, whose codes both use.
@@ -132,9 +122,14 @@ class StepTable:
         columns = _columns(tensors)
         identity = id(value), b"".join(column.tobytes() for column in columns.values())
         quantizer = self._quantizers.setdefault(identity, name)
-        if quantizer != name:
+        rank = len(value.shape)
+        shape = Axes(rank, rank - 1 if channel is None else channel)
+        first = self._first.setdefault((repeats or name, shape), name)
+        if first != name:
+            columns = {}
+        elif quantizer != name:
             columns = {"scale": columns["scale"]}
-        self._inputs[name] = _Input(len(value.shape), quantizer, columns, weight_scale)
+        self._inputs[name] = _Input(shape, quantizer, columns, weight_scale, first)
         return quantizer
 
     def insert(self) -> dict[str, StepValues]:
@@ -144,15 +139,15 @@ class StepTable:
         varying = self._insert_constants(builder, values)
         if varying:
             step = look_up_step(self._graph, self._timesteps, self._timestep)
-            _gather(builder, step, varying, values)
+            gather_columns(builder, step, varying, values)
             self._graph.insert_after(step.producer(), builder.nodes)  # type: ignore[arg-type]
         result = {}
         for name, entry in self._inputs.items():
-            shared = values[entry.quantizer]
+            shared = values[self._inputs[entry.first].quantizer]
             result[name] = StepValues(
                 entry.quantizer,
                 shared["inv_scale"],
-                values[name]["scale"],
+                values[entry.first]["scale"],
                 shared.get("low"),
                 shared.get("high"),
             )
@@ -160,19 +155,19 @@ class StepTable:
 
     def _insert_constants(
         self, builder: GraphBuilder, values: Mapping[str, dict[str, ir.Value]]
-    ) -> list[_Column]:
+    ) -> list[Column]:
         """Fill in the values that are equal at every step, and return the other columns."""
         varying = []
         for name, entry in self._inputs.items():
             for key, column in entry.columns.items():
                 weight_scale = entry.weight_scale_of(key)
                 if not (column == column[0]).all():
-                    varying.append(_Column(name, key, entry.rank, column, weight_scale))
+                    varying.append(Column(name, key, entry.shape, column, weight_scale))
                     continue
-                if weight_scale is None:
-                    constant = column[:1].reshape((1,) * entry.rank)
-                else:
-                    constant = _per_channel(weight_scale * column[0], entry.rank)
+                scales, sizes = column[:1], [1] * entry.shape.rank
+                if weight_scale is not None:
+                    scales, sizes[entry.shape.channel] = weight_scale * column[0], -1
+                constant = scales.reshape(sizes)
                 values[name][key] = builder.constant(f"{name}/{key}", constant)
         return varying
 
@@ -188,99 +183,3 @@ def _columns(operand: ActivationTensors) -> dict[str, np.ndarray]:
     if not ((low == _INT8[0]).all() and (high == _INT8[1]).all()):
         columns |= {"low": low.astype(np.float32), "high": high.astype(np.float32)}
     return columns
-
-
-def _per_channel(scales: np.ndarray, rank: int) -> np.ndarray:
-    """Scales `[N]` shaped to broadcast over an output: channels last, but second for images."""
-    shape = (1, -1, 1, 1) if rank == 4 else (1,) * (rank - 1) + (-1,)
-    return scales.reshape(shape)
-
-
-def _gather(
-    builder: GraphBuilder,
-    step: ir.Value,
-    columns: Sequence[_Column],
-    values: Mapping[str, dict[str, ir.Value]],
-) -> None:
-    """Fill in the values with one Gather from the table `[T, values]` by step.
-
-    The table holds the plain columns, grouped by rank, and then one column per layer. The columns of all
-    layers of a rank are multiplied by their weights' scales at once.
-    """
-    layers = [column for column in columns if column.weight_scale is not None]
-    groups = _by_rank([column for column in columns if column.weight_scale is None])
-    ordered = [*chain.from_iterable(groups.values()), *layers]
-    table = np.stack([column.values for column in ordered], axis=1)
-    rows = builder.op("Gather", [builder.constant("table", table), step], "values", {"axis": 0})
-    sizes = [len(group) for group in groups.values()] + ([len(layers)] if layers else [])
-    parts = [rows]
-    if len(sizes) > 1:
-        lengths = builder.constant("group_sizes", np.array(sizes, np.int64))
-        parts = builder.op("Split", [rows, lengths], "groups", {"axis": 1}, len(sizes))
-    for (rank, group), part in zip(groups.items(), parts, strict=False):
-        _store(values, group, _split(builder, part, len(group), rank))
-    for rank, group in _by_rank(layers).items():
-        places = [layers.index(column) for column in group]
-        _store(values, group, _channel_scales(builder, parts[-1], group, places, rank))
-
-
-def _store(
-    values: Mapping[str, dict[str, ir.Value]],
-    columns: Sequence[_Column],
-    results: Sequence[ir.Value],
-) -> None:
-    for column, value in zip(columns, results, strict=True):
-        values[column.name][column.key] = value
-
-
-def _by_rank(columns: Sequence[_Column]) -> dict[int, list[_Column]]:
-    """Columns grouped by the rank of their inputs, smallest rank first."""
-    ranks = sorted({column.rank for column in columns})
-    return {rank: [column for column in columns if column.rank == rank] for rank in ranks}
-
-
-def _split(builder: GraphBuilder, part: ir.Value, count: int, rank: int) -> list[ir.Value]:
-    """`part[B, count]` as `count` values of shape `[B, 1, ...]` with `rank` axes."""
-    if rank > 2:
-        axes = builder.constant(f"axes_{rank}", np.arange(2, rank, dtype=np.int64))
-        part = builder.op("Unsqueeze", [part, axes], f"rank_{rank}")
-    attributes = {"axis": 1, "num_outputs": count}
-    singles = builder.op("Split", [part], f"values_{rank}", attributes, count)
-    return singles if count > 1 else [singles]
-
-
-def _channel_scales(
-    builder: GraphBuilder,
-    scales: ir.Value,
-    layers: Sequence[_Column],
-    places: Sequence[int],
-    rank: int,
-) -> list[ir.Value]:
-    """The products `weight scale * scale[step]` of the layers of one rank.
-
-    Args:
-        builder: builder that collects the nodes.
-        scales: scales of all layers at the step of each item, `[B, L]`.
-        layers: the layers of this rank.
-        places: index of each of `layers` in `scales`.
-        rank: number of axes of the layers' inputs.
-    """
-    weight_scales = [column.weight_scale for column in layers if column.weight_scale is not None]
-    sizes = [len(weight_scale) for weight_scale in weight_scales]
-    index = builder.constant(f"channels_{rank}", np.repeat(places, sizes).astype(np.int64))
-    weights = builder.constant(f"weights_{rank}", np.concatenate(weight_scales)[None])
-    y = builder.op("Gather", [scales, index], f"scales_{rank}", {"axis": 1})
-    y = builder.op("Mul", [weights, y], f"scaled_{rank}")
-    axis = 1
-    if rank > 2:
-        axes = (2, 3) if rank == 4 else tuple(range(1, rank - 1))
-        axis = 1 if rank == 4 else rank - 1
-        shape = builder.constant(f"channel_axes_{rank}", np.array(axes, np.int64))
-        y = builder.op("Unsqueeze", [y, shape], f"shaped_{rank}")
-    if len(layers) == 1:
-        return [y]
-    lengths = builder.constant(f"channel_sizes_{rank}", np.array(sizes, np.int64))
-    parts: list[ir.Value] = builder.op(
-        "Split", [y, lengths], f"split_{rank}", {"axis": axis}, len(layers)
-    )
-    return parts
