@@ -48,7 +48,8 @@ class _Traced(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})
+        base: Any = super()
+        result = base.__torch_function__(func, types, args, kwargs or {})
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, _Traced)]
         if made:
             origins = origins_of(pytree.tree_leaves((args, kwargs)))
@@ -122,7 +123,9 @@ def _text_conversion(model: nn.Module, prefix: str) -> Conversion:
 
     def convert(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
         if prefix in _OPEN_CLIP:
-            state = convert_open_clip_checkpoint(model, checkpoint, prefix=prefix)
+            state: dict[str, Tensor] = convert_open_clip_checkpoint(
+                model, checkpoint, prefix=prefix
+            )
         else:
             state = {
                 name.removeprefix(prefix): tensor
