@@ -78,7 +78,7 @@ def open_any(
             f"trtq export {opened.place} -o ONNX"
         )
     if isinstance(opened, Checkpoint):
-        return open_pipeline(opened.place)
+        return open_pipeline(opened.place, opened.config)
     run = open_run(opened)
     return run.source(_on_gpu(run) if provider == TORCH else None)
 
