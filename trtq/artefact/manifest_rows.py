@@ -126,10 +126,12 @@ class StructureRow(_Strict):
     Attributes:
         attention: paths of attention modules that are decomposed into their products.
         splits: number of input channels of the first part, by path of a split convolution.
+        ip_adapter: shapes of the tensors of IP-Adapters in the denoiser, by path.
     """
 
     attention: list[ModulePath] = []
     splits: dict[ModulePath, Annotated[int, Field(strict=True, ge=1, lt=1 << 31)]] = {}
+    ip_adapter: dict[ModulePath, list[Annotated[int, Field(strict=True, ge=1, lt=1 << 31)]]] = {}
 
 
 class SourceRow(_Strict):

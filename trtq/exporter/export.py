@@ -217,9 +217,11 @@ def _load(
 ) -> tuple[LoadedPipeline, nn.Module, OpenRun | None, Manifest]:
     """The pipeline, the denoiser to trace, the run if there is one, and the initial manifest."""
     if isinstance(opened, Checkpoint):
-        source = open_pipeline(opened.place)
+        source = open_pipeline(opened.place, opened.config)
         # Tracing in half precision changes the model, and the comparison needs the original.
-        traced = source.denoiser if precision == "fp32" else open_pipeline(opened.place).denoiser
+        traced = source.denoiser
+        if precision != "fp32":
+            traced = open_pipeline(opened.place, opened.config).denoiser
         return source, traced, None, _float_manifest(source)
     run = open_run(opened)
     return run.source(), run.float_skeleton(), run, _run_manifest(run)

@@ -109,7 +109,7 @@ def _subject(opened: Opened) -> _Subject:
 
 def _float_subject(opened: Checkpoint) -> _Subject:
     """A float checkpoint whose pipeline is called with the default call."""
-    loaded = open_pipeline(opened.place, recorded=True)
+    loaded = open_pipeline(opened.place, opened.config, recorded=True)
     pipeline = loaded.pipeline
     (call,) = user_calls(loaded, ())
     modules = denoisers_of(pipeline)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from trtq.calib.recipe import Recipe
 from trtq.calib.roles import observe_roles
 from trtq.calls.recorder import DenoiserCalls, RecordedCall, denoisers_of, survey
 from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, default_call
+from trtq.diffusion.ip_adapter import adapter_names
 from trtq.diffusion.layout import read_index
 from trtq.diffusion.loading import resolve_model
 from trtq.diffusion.pipeline import LoadedPipeline
@@ -45,10 +46,12 @@ class DenoiserPlan:
     Attributes:
         plan: layers, bits and timesteps of the denoiser.
         calls: the denoiser's calls during one call of the pipeline.
+        ip_adapter: shapes of the tensors of IP-Adapters in the denoiser, by path.
     """
 
     plan: QuantizePlan
     calls: DenoiserCalls
+    ip_adapter: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -274,7 +277,9 @@ def _denoiser_plan(
         layers = with_shared_inputs(layers, layer_calls)
     table = TimestepTable(timesteps)
     plan = QuantizePlan(source, recipe, layers, table, structure, policy, layer_calls)
-    return DenoiserPlan(plan, merged)
+    tensors = denoiser.state_dict()
+    adapters = {key: list(tensors[key].shape) for key in adapter_names(tensors)}
+    return DenoiserPlan(plan, merged, adapters)
 
 
 def _images_in(call: RecordedCall, argument: str) -> int:
