@@ -175,8 +175,12 @@ def export_calls(
     save_call(call, folder / CALL_FOLDER)
     modules = {name: getattr(pipeline, name) for name in names}
     exported = {
-        name: _opened(folder, name, [graph.row for graph in graphs if graph.denoiser == name])
-        for name in names
+        part.name: _opened(
+            folder,
+            part.row,
+            [graph.row for graph in graphs if graph.denoiser == part.name],
+        )
+        for part in subject.denoisers
     }
     rows = call_parities(pipeline, exported, call)
     others = [
@@ -197,12 +201,13 @@ def export_calls(
     return _with_graphs(subject.manifest, graphs), fields
 
 
-def _opened(folder: Path, name: str, rows: Sequence[GraphRow]) -> RecordedDenoiser:
+def _opened(folder: Path, part: FurtherRow, rows: Sequence[GraphRow]) -> RecordedDenoiser:
     """A denoiser that runs on graphs that were just written."""
     graphs = [
         CallGraph(OrtEngine(folder / row.folder / MODEL_FILE, low_memory=True), row) for row in rows
     ]
-    return RecordedDenoiser(name, skeleton(folder, name), graphs)
+    model = skeleton(folder, part.denoiser, part.structure.ip_adapter)
+    return RecordedDenoiser(part.denoiser, model, graphs)
 
 
 def _check_parity(rows: Sequence[StepParity], min_db: float) -> None:

@@ -129,7 +129,7 @@ def _open_recorded(opened: GraphFolder, provider: str, threads: int | None) -> R
             check_timesteps(engine.metadata, part.timesteps)
             check_layers(engine.metadata, layer_kinds(part.layers))
             graphs.append(CallGraph(engine, row))
-        model = skeleton(folder, part.denoiser)
+        model = skeleton(folder, part.denoiser, part.structure.ip_adapter)
         denoisers[part.denoiser] = RecordedDenoiser(part.denoiser, model, graphs)
     pipeline = load_pipeline_parts(folder, denoisers, recorded=True)
     call = load_call(folder / CALL_FOLDER)
