@@ -177,7 +177,7 @@ def call_until(
 class _Repeated:
     """A forward that computes each form of call once and repeats the result after that.
 
-    The values of a survey do not matter, and a denoiser call takes most of a pipeline's time.
+    The values of a survey do not matter, and denoiser calls take the largest part of a pipeline's time.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -203,9 +203,9 @@ def _repeating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside the block, each form of a denoiser's call is computed once, see `_Repeated`."""
     with ExitStack() as stack:
         for module in modules.values():
-            own = module.__dict__.get("forward")
+            patched = module.__dict__.get("forward")
             module.__dict__["forward"] = _forward_like(module, _Repeated(module))
-            stack.callback(_restore_forward, module, own)
+            stack.callback(_restore_forward, module, patched)
         yield
 
 
@@ -220,11 +220,11 @@ def _forward_like(module: nn.Module, repeated: _Repeated) -> Callable[..., Any]:
     return forward
 
 
-def _restore_forward(module: nn.Module, own: Any) -> None:
-    if own is None:
+def _restore_forward(module: nn.Module, patched: Any) -> None:
+    if patched is None:
         module.__dict__.pop("forward", None)
     else:
-        module.__dict__["forward"] = own
+        module.__dict__["forward"] = patched
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class VariedForm:
     Attributes:
         denoiser: name of the component.
         form: form of the call.
-        tensors: tensors of the call that differs most from the user's call, by path.
+        tensors: tensors of the last accepted variation of the user's call, by path.
         free: free axes by path.
         fixed: reason why something cannot vary, by `batch`, `prompt` or `size`.
     """

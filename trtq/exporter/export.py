@@ -166,12 +166,11 @@ def _export_recorded(
 ) -> ExportResult:
     """Write the ONNX folder of a run that was recorded inside the pipeline's call; see `export`."""
     with new_artefact(final, kind="onnx", overwrite=overwrite) as folder:
-        manifest, parity = export_calls(
-            opened, folder, size=size, precision=precision, target=target
-        )
+        exported = export_calls(opened, folder, size=size, precision=precision, target=target)
+        manifest = exported.manifest
         graphs = [row.folder for part in manifest.denoisers for row in part.recorded.graphs]
         result = ExportResult(
-            **parity,
+            **exported.as_dict(),
             parity_parts_db={},
             bytes=sum(
                 path.stat().st_size for graph in graphs for path in (folder / graph).iterdir()
