@@ -47,12 +47,12 @@ def schedulers():
 
 def test_the_timesteps_are_those_that_the_pipeline_passes_with_every_scheduler(pipeline):
     """Every scheduler of diffusers with which the float pipeline runs."""
-    own, tried = pipeline.scheduler, []
+    original, tried = pipeline.scheduler, []
     modules = denoisers_of(pipeline)
     try:
         for cls in schedulers():
             try:
-                pipeline.scheduler = cls.from_config(own.config)
+                pipeline.scheduler = cls.from_config(original.config)
                 passed = []
                 with observed(modules, lambda call: passed.append(float(call.tensors["timestep"]))):  # noqa: B023
                     run_call(pipeline, CALL, 0, "survey")
@@ -62,7 +62,7 @@ def test_the_timesteps_are_those_that_the_pipeline_passes_with_every_scheduler(p
             assert list(surveyed.timesteps) == passed, cls.__name__
             tried.append(cls.__name__)
     finally:
-        pipeline.scheduler = own
+        pipeline.scheduler = original
     assert {"EulerDiscreteScheduler", "LCMScheduler", "HeunDiscreteScheduler"} <= set(tried)
     assert len(tried) >= 15
 

@@ -16,9 +16,9 @@ from trtq.calls.form import flatten_value
 from trtq.calls.user_call import UserCall
 from trtq.calls.variations import VariedForm, varied_forms
 from trtq.errors import LegalityError
-from trtq.exporter.trace_call import trace_call
+from trtq.exporter.trace_call import TracedCall, trace_call
 from trtq.graph.file import save_graph
-from trtq.graph.nodes import LOW_BIT_OPERATORS
+from trtq.graph.nodes import LOW_BIT_OPERATORS, WITHOUT_PLUGIN
 from trtq.graph.passes import (
     CastLayerNormToFloat64,
     DecomposeGroupNorm,
@@ -37,7 +37,6 @@ __all__ = ["ExportedDenoiser", "RecordedGraph", "write_call_graphs"]
 
 _MAX_FORMS = 8
 """Maximum number of graphs of one denoiser; pipelines need one or two."""
-_PRODUCTS = ("LowBitMatMul",)
 
 
 @dataclass(frozen=True)
@@ -102,15 +101,31 @@ def write_call_graphs(
         LegalityError: a denoiser cannot be traced, or is called with another structure at each step.
     """
     modules = {part.name: getattr(pipeline, part.name) for part in denoisers}
-    forms = varied_forms(pipeline, modules, call, largest=largest)
+    fixed: dict[str, str] = {}
+    while True:
+        forms = varied_forms(pipeline, modules, call, largest=largest, fixed=fixed)
+        traced = {}
+        for part in denoisers:
+            its_forms = [form for form in forms if form.denoiser == part.name]
+            _check_forms(part.name, its_forms)
+            traced[part.name] = [(form, _trace(part, form, half=half)) for form in its_forms]
+        # torch fixes an axis to its size in the example if the model's code depends on it. The example
+        # is not the user's call, so it is traced again without that variation.
+        newly = {
+            what
+            for rows in traced.values()
+            for form, graph in rows
+            for what in _fixed_by_torch(form, graph.free)
+        }
+        if not newly:
+            break
+        fixed |= dict.fromkeys(newly, "the model's code fixes it while it is traced")
     graphs = []
     for part in denoisers:
-        its_forms = [form for form in forms if form.denoiser == part.name]
-        _check_forms(part.name, its_forms)
-        for index, form in enumerate(its_forms):
+        for index, (form, graph) in enumerate(traced[part.name]):
             place = part.name if index == 0 else f"{part.name}.form{index + 1}"
-            graph = _write(folder / place, part, form, half=half, target=target)
-            graphs.append(RecordedGraph(part.name, graph))
+            row = _write(folder / place, part, form, graph, target=target)
+            graphs.append(RecordedGraph(part.name, row))
     return graphs, forms
 
 
@@ -132,21 +147,25 @@ def _check_forms(name: str, forms: Sequence[VariedForm]) -> None:
         )
 
 
-def _write(
-    folder: Path, part: ExportedDenoiser, form: VariedForm, *, half: bool, target: str
-) -> GraphRow:
-    model, layers = part.fresh(), part.layers
-    if layers:
+def _trace(part: ExportedDenoiser, form: VariedForm, *, half: bool) -> TracedCall:
+    model = part.fresh()
+    if part.layers:
         deploy_timesteps(model)
-    traced = trace_call(
+    return trace_call(
         model,
         form.form,
         form.tensors,
-        set(layers),
+        set(part.layers),
         free={path: [axis.axis for axis in axes] for path, axes in form.free.items()},
         half=half,
         full_precision=[part.argument],
     )
+
+
+def _write(
+    folder: Path, part: ExportedDenoiser, form: VariedForm, traced: TracedCall, *, target: str
+) -> GraphRow:
+    layers = part.layers
     graph = traced.model
     for rewrite in (
         DropNoopSqueeze(),
@@ -158,7 +177,7 @@ def _write(
         rewrite(graph)
     if part.table is not None:
         step = StepInput(part.argument, per_item=False)
-        operators = _PRODUCTS if target == "plugin" else LOW_BIT_OPERATORS
+        operators = WITHOUT_PLUGIN if target == "plugin" else LOW_BIT_OPERATORS
         ExpandLowBitToQdq(layers, part.table, operators, timestep=step)(graph)
         LowBitToPlugins(layers, part.table, timestep=step)(graph)
         graph.metadata_props[TIMESTEPS_KEY] = json.dumps(part.table.timesteps.tolist())
@@ -166,9 +185,8 @@ def _write(
     save_graph(graph, folder)
     free = {
         path: [
-            AxisRow(axis=axis.axis, varies=axis.varies, low=axis.low, high=axis.high)  # type: ignore[arg-type]
+            AxisRow(axis=axis.axis, varies=axis.varies, low=axis.low, high=axis.high)
             for axis in axes
-            if axis.axis in traced.free.get(path, ())
         ]
         for path, axes in form.free.items()
     }
@@ -176,21 +194,18 @@ def _write(
         folder=folder.name,
         template=form.form.template,
         output=_output_template(traced.outputs),
-        free={path: axes for path, axes in free.items() if axes},
-        fixed=form.fixed | _fixed_by_torch(form, traced.free),
+        free=free,
+        fixed=form.fixed,
     )
 
 
-def _fixed_by_torch(form: VariedForm, free: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Variations of which no axis is free in the graph, since torch fixed all of them."""
-    wanted: dict[str, list[bool]] = {}
-    for path, axes in form.free.items():
-        for axis in axes:
-            wanted.setdefault(axis.varies, []).append(axis.axis in free.get(path, ()))
+def _fixed_by_torch(form: VariedForm, free: Mapping[str, Sequence[int]]) -> set[str]:
+    """Variations with an axis that torch fixed to its size in the example."""
     return {
-        what: "the model's code fixes it while it is traced"
-        for what, kept in wanted.items()
-        if not any(kept)
+        axis.varies
+        for path, axes in form.free.items()
+        for axis in axes
+        if axis.axis not in free.get(path, ())
     }
 
 

@@ -166,12 +166,11 @@ def _export_recorded(
 ) -> ExportResult:
     """Write the ONNX folder of a run that was recorded inside the pipeline's call; see `export`."""
     with new_artefact(final, kind="onnx", overwrite=overwrite) as folder:
-        manifest, parity = export_calls(
-            opened, folder, size=size, precision=precision, target=target
-        )
+        exported = export_calls(opened, folder, size=size, precision=precision, target=target)
+        manifest = exported.manifest
         graphs = [row.folder for part in manifest.denoisers for row in part.recorded.graphs]
         result = ExportResult(
-            **parity,
+            **exported.as_dict(),
             parity_parts_db={},
             bytes=sum(
                 path.stat().st_size for graph in graphs for path in (folder / graph).iterdir()
@@ -217,9 +216,11 @@ def _load(
 ) -> tuple[LoadedPipeline, nn.Module, OpenRun | None, Manifest]:
     """The pipeline, the denoiser to trace, the run if there is one, and the initial manifest."""
     if isinstance(opened, Checkpoint):
-        source = open_pipeline(opened.place)
+        source = open_pipeline(opened.place, opened.config)
         # Tracing in half precision changes the model, and the comparison needs the original.
-        traced = source.denoiser if precision == "fp32" else open_pipeline(opened.place).denoiser
+        traced = source.denoiser
+        if precision != "fp32":
+            traced = open_pipeline(opened.place, opened.config).denoiser
         return source, traced, None, _float_manifest(source)
     run = open_run(opened)
     return run.source(), run.float_skeleton(), run, _run_manifest(run)

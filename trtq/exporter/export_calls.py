@@ -32,12 +32,12 @@ from trtq.quant import layer_kind, quantizable_layers
 from trtq.runs.folder import open_run
 from trtq.runs.plan_calls import knows_pipeline, user_calls
 
-__all__ = ["export_calls", "float_rows", "is_recorded", "sized_calls"]
+__all__ = ["ExportedCalls", "export_calls", "float_rows", "is_recorded", "sized_calls"]
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """What is exported.
+class _Source:
+    """The pipeline to export.
 
     Attributes:
         source: the pipeline in torch, with the user's call.
@@ -89,9 +89,9 @@ def is_recorded(opened: Opened) -> bool:
     return not knows_pipeline(opened)
 
 
-def _subject(opened: Opened) -> _Subject:
+def _source_of(opened: Opened) -> _Source:
     if isinstance(opened, Checkpoint):
-        return _float_subject(opened)
+        return _float_source(opened)
     run = open_run(opened)
     source = run.source()
     assert isinstance(source, RecordedPipeline)
@@ -104,12 +104,12 @@ def _subject(opened: Opened) -> _Subject:
     manifest = run.manifest.model_copy(
         update={"kind": "onnx", "source": made_from(run.folder, run.manifest)}
     )
-    return _Subject(source, denoisers, manifest)
+    return _Source(source, denoisers, manifest)
 
 
-def _float_subject(opened: Checkpoint) -> _Subject:
+def _float_source(opened: Checkpoint) -> _Source:
     """A float checkpoint whose pipeline is called with the default call."""
-    loaded = open_pipeline(opened.place, recorded=True)
+    loaded = open_pipeline(opened.place, opened.config, recorded=True)
     pipeline = loaded.pipeline
     (call,) = user_calls(loaded, ())
     modules = denoisers_of(pipeline)
@@ -136,12 +136,38 @@ def _float_subject(opened: Checkpoint) -> _Subject:
         recorded=first.recorded,
         further=further,
     )
-    return _Subject(source, denoisers, manifest)
+    return _Source(source, denoisers, manifest)
+
+
+@dataclass(frozen=True)
+class ExportedCalls:
+    """Graphs that were written and compared with torch.
+
+    Attributes:
+        manifest: manifest without options and metrics.
+        rows: agreement at each denoiser call of the real run.
+        varied: agreement at one call that varies batch, prompt and size as far as the graphs allow.
+    """
+
+    manifest: Manifest
+    rows: Sequence[StepParity]
+    varied: Sequence[StepParity]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields `parity_*` of `ExportResult`."""
+        return {
+            "parity_db_min": min(row.db for row in self.rows),
+            "parity_db": [row.db for row in self.rows],
+            "parity_db_pooled_min": min(row.pooled_db for row in self.rows),
+            "parity_ties": sum(row.ties for row in self.rows) / len(self.rows),
+            "parity_floor_db": [row.floor_db for row in self.rows],
+            "parity_largest_db": min(row.db for row in self.varied),
+        }
 
 
 def export_calls(
     opened: Opened, folder: Path, *, size: str | None, precision: str, target: str
-) -> tuple[Manifest, dict[str, Any]]:
+) -> ExportedCalls:
     """Write the graphs of a pipeline, and compare them with torch inside the pipeline's call.
 
     Args:
@@ -152,31 +178,35 @@ def export_calls(
         target: see `trtq.exporter.export.export`.
 
     Returns:
-        The manifest without options and metrics, and the fields `parity_*` of `ExportResult`.
+        The manifest, and the agreement of graphs and torch.
 
     Raises:
         GateError: the SNR of a graph against torch is too low.
         LegalityError: a denoiser cannot be traced; the message says why.
     """
-    subject = _subject(opened)
-    pipeline = subject.source.pipeline
-    call, largest = sized_calls(subject.source.call, size)
+    origin = _source_of(opened)
+    pipeline = origin.source.pipeline
+    call, largest = sized_calls(origin.source.call, size)
     graphs, forms = write_call_graphs(
         folder,
-        subject.denoisers,
+        origin.denoisers,
         pipeline,
         call,
         largest,
         half=precision == "fp16",
         target=target,
     )
-    names = [part.name for part in subject.denoisers]
-    save_pipeline_parts(subject.source, folder, denoisers=names)
+    names = [part.name for part in origin.denoisers]
+    save_pipeline_parts(origin.source, folder, denoisers=names)
     save_call(call, folder / CALL_FOLDER)
     modules = {name: getattr(pipeline, name) for name in names}
     exported = {
-        name: _opened(folder, name, [graph.row for graph in graphs if graph.denoiser == name])
-        for name in names
+        part.name: _opened(
+            folder,
+            part.row,
+            [graph.row for graph in graphs if graph.denoiser == part.name],
+        )
+        for part in origin.denoisers
     }
     rows = call_parities(pipeline, exported, call)
     others = [
@@ -186,23 +216,16 @@ def export_calls(
         if form.denoiser == name
     ]
     _check_parity([*rows, *others], PARITY_DB[precision])
-    fields = {
-        "parity_db_min": min(row.db for row in rows),
-        "parity_db": [row.db for row in rows],
-        "parity_db_pooled_min": min(row.pooled_db for row in rows),
-        "parity_ties": sum(row.ties for row in rows) / len(rows),
-        "parity_floor_db": [row.floor_db for row in rows],
-        "parity_largest_db": min(row.db for row in others),
-    }
-    return _with_graphs(subject.manifest, graphs), fields
+    return ExportedCalls(_with_graphs(origin.manifest, graphs), rows, others)
 
 
-def _opened(folder: Path, name: str, rows: Sequence[GraphRow]) -> RecordedDenoiser:
+def _opened(folder: Path, part: FurtherRow, rows: Sequence[GraphRow]) -> RecordedDenoiser:
     """A denoiser that runs on graphs that were just written."""
     graphs = [
         CallGraph(OrtEngine(folder / row.folder / MODEL_FILE, low_memory=True), row) for row in rows
     ]
-    return RecordedDenoiser(name, skeleton(folder, name), graphs)
+    model = skeleton(folder, part.denoiser, part.structure.ip_adapter)
+    return RecordedDenoiser(part.denoiser, model, graphs)
 
 
 def _check_parity(rows: Sequence[StepParity], min_db: float) -> None:
