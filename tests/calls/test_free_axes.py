@@ -16,6 +16,9 @@ SMALLEST, LARGEST = 32, 64
 MIDDLE = 48
 OTHER_PROMPT = "a cat in a red boat"
 
+# diffusers warns about its own classes.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
 
 def parameters():
     return [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
