@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trtq.calls.arguments import check_type, nearest_text
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.wording import one_line
 from trtq.errors import ArtefactError, TrtqError, UsageError
@@ -34,8 +35,9 @@ _FROM_PIPELINES = (
 
 
 def accepted_arguments(pipeline: Any) -> dict[str, inspect.Parameter]:
-    """The parameters of a pipeline's call by name."""
-    parameters = inspect.signature(type(pipeline).__call__).parameters
+    """The parameters of the call of a pipeline, or of a pipeline's class, by name."""
+    cls: Any = pipeline if isinstance(pipeline, type) else type(pipeline)
+    parameters = inspect.signature(cls.__call__).parameters
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return {
         name: parameter
@@ -73,7 +75,7 @@ class UserCall:
         """Raise unless the pipeline accepts every argument and gets every required one.
 
         Raises:
-            UsageError: an argument is unknown or missing.
+            UsageError: an argument is unknown, missing or of another type than the pipeline takes.
         """
         accepted = accepted_arguments(pipeline)
         name = type(pipeline).__name__
@@ -81,10 +83,12 @@ class UserCall:
             if argument in _FROM_TRTQ:
                 raise UsageError(f"the argument {argument!r} comes from trtq; leave it out")
             if argument not in accepted:
+                others = [key for key in accepted if key not in _FROM_TRTQ]
                 raise UsageError(
-                    f"{name} has no argument {argument!r}; its arguments are "
-                    f"{', '.join(key for key in accepted if key not in _FROM_TRTQ)}"
+                    f"{name} has no argument {argument!r}{nearest_text(argument, others)}; its "
+                    f"arguments are {', '.join(others)}"
                 )
+            check_type(argument, self.arguments[argument], accepted[argument])
         missing = [
             key
             for key, parameter in accepted.items()

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from trtq.commands.options import AsJson, Overwrite, Verbose, one_of, output_option
+from trtq.commands.options import (
+    AsJson,
+    CallFile,
+    Inputs,
+    Overwrite,
+    Verbose,
+    one_of,
+    output_option,
+)
 from trtq.commands.output import command, print_lines, show
 from trtq.progress import ProgressPrinter
 
@@ -54,6 +62,8 @@ def export(
     precision: Precision = "fp32",
     batch_range: BatchRange = "1:8",
     size: SizeRange = None,
+    call: CallFile = None,
+    inputs: Inputs = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -62,11 +72,13 @@ def export(
 
     Example: trtq export run -o onnx
     """
+    from trtq.calls.files import calls_of
     from trtq.exporter.export import export as write_graphs
     from trtq.exporter.export import parse_batch
     from trtq.report.lines import export_rows
 
     with command(verbose):
+        (changes,) = calls_of([call] if call else [], inputs or []) or [None]
         result = write_graphs(
             artefact,
             output,
@@ -74,6 +86,7 @@ def export(
             precision=precision,
             batch=parse_batch(batch_range),
             size=size,
+            call=changes,
             overwrite=overwrite,
             progress=ProgressPrinter(),
         )

@@ -9,8 +9,10 @@ import typer
 
 from trtq.commands.options import (
     AsJson,
+    CallFile,
     Guidance,
     ImageSize,
+    Inputs,
     Overwrite,
     Provider,
     ReportFolder,
@@ -21,14 +23,22 @@ from trtq.commands.options import (
     within,
 )
 from trtq.commands.output import command, print_line, print_lines, show
-from trtq.errors import GateError
+from trtq.errors import GateError, UsageError
 from trtq.limits import MAX_IMAGES
 from trtq.progress import ProgressPrinter
 
 __all__ = ["evaluate", "generate"]
 
 ImagePath = Annotated[
-    Path, output_option("Contact sheet (NAME.png), or folder for one PNG per image.")
+    Path | None,
+    output_option(
+        "Contact sheet (NAME.png), video (NAME.gif, NAME.mp4), sound (NAME.wav), or folder for one "
+        "file per result."
+    ),
+]
+ShowCall = Annotated[
+    bool,
+    typer.Option("--show-call", help="Print what the pipeline's call takes; generate nothing."),
 ]
 Artefact = Annotated[
     str,
@@ -79,7 +89,7 @@ Gates = Annotated[
 
 def generate(
     artefact: Artefact,
-    output: ImagePath,
+    output: ImagePath = None,
     images: Images = 1,
     class_label: ClassLabel = None,
     prompt: Prompt = None,
@@ -87,6 +97,9 @@ def generate(
     size: ImageSize = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    call: CallFile = None,
+    inputs: Inputs = None,
+    show_call: ShowCall = False,
     provider: Provider = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -95,12 +108,22 @@ def generate(
 ) -> None:
     """Generate images: one contact sheet (-o NAME.png), or one PNG per image (-o FOLDER).
 
-    Example: trtq generate onnx -o digits.png --images 20 --provider openvino
+    Other pipelines give a video (-o NAME.gif) or a sound (-o NAME.wav), or take a picture.
+
+    Example: trtq generate onnx -o cat.png --input image=cat.png --prompt "a cat in the snow"
     """
+    from trtq.calls.files import read_inputs
     from trtq.pipelines.generate import generate as generate_images
     from trtq.report.lines import generate_rows
 
     with command(verbose):
+        if show_call:
+            from trtq.pipelines.called import show_call as describe
+
+            show(describe(artefact), as_json, lambda r: _print_call(artefact, r))
+            return
+        if output is None:
+            raise UsageError("missing option -o / --output: name a file or a folder")
         result = generate_images(
             artefact,
             output,
@@ -112,11 +135,25 @@ def generate(
             steps=steps,
             guidance=guidance,
             seed=seed,
+            call=call,
+            inputs=read_inputs(inputs or []),
             provider=provider,
             overwrite=overwrite,
             progress=ProgressPrinter(),
         )
         show(result, as_json, lambda r: print_lines("generated", generate_rows(r)))
+
+
+def _print_call(artefact: str, record: dict[str, Any]) -> None:
+    recorded = ", with the values of the recorded call" if record["recorded"] else ""
+    print_line(f"{artefact}: the call of {record['pipeline']}{recorded}")
+    for row in record["arguments"]:
+        default = "required" if row["required"] else f"default {row['default']}"
+        print_line(f"\n{row['name']}: {row['type'] or 'any type'}, {default}")
+        if row["value"] is not None:
+            print_line(f"    recorded: {row['value']}", fold=True)
+        if row["text"]:
+            print_line(f"    {row['text']}", fold=True)
 
 
 def evaluate(

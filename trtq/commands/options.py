@@ -14,8 +14,10 @@ from trtq.limits import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
 __all__ = [
     "PROVIDERS",
     "AsJson",
+    "CallFile",
     "Guidance",
     "ImageSize",
+    "Inputs",
     "Overwrite",
     "Provider",
     "ReportFolder",
@@ -121,6 +123,23 @@ ImageSize = Annotated[
     str | None,
     typer.Option(
         "--size", help="Image size in pixels, HEIGHTxWIDTH. Default: the model's own size."
+    ),
+]
+CallFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--call",
+        help="TOML file with arguments of the pipeline's call; files as { file = NAME }, see the page "
+        "Inputs of the call.",
+    ),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="NAME=FILE",
+        help="Argument of the pipeline's call from a file: picture, frames, mask, sound or tensor; may "
+        "be repeated.",
     ),
 ]
 Timeout = Annotated[

@@ -10,6 +10,7 @@ import typer
 from trtq.commands.options import (
     AsJson,
     ImageSize,
+    Inputs,
     Overwrite,
     Verbose,
     one_of,
@@ -106,6 +107,14 @@ Base = Annotated[
         help="Float checkpoint of the run whose LoRAs are exchanged. Default: the recorded path.",
     ),
 ]
+CallFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--call",
+        help="TOML file with arguments of the pipeline's call, inside which the model is calibrated; "
+        "may be repeated, one call each.",
+    ),
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")
 ]
@@ -126,6 +135,8 @@ def quantize(
     seed: RunSeed = None,
     iterations: Iterations = None,
     size: ImageSize = None,
+    call: CallFiles = None,
+    inputs: Inputs = None,
     budget: Budget = None,
     lora: Loras = None,
     base: Base = None,
@@ -143,6 +154,7 @@ def quantize(
     """
     from trtq.artefact.opened import Run, open_artefact
     from trtq.calib.recipe import load_recipe
+    from trtq.calls.files import calls_of
     from trtq.lora import parse_lora
     from trtq.report.lines import quantize_rows
     from trtq.runs.quantize import quantize as make_run
@@ -154,10 +166,11 @@ def quantize(
             | {"seed": seed, "budget": budget, "size": size}
         )
         loras = [parse_lora(text) for text in lora or []]
+        calls = calls_of(call or [], inputs or [])
         outcome: dict[str, Any] = {"overwrite": overwrite, "progress": ProgressPrinter()}
         result: RunResult | None
         if loras and isinstance(run := open_artefact(model, verify=False), Run):
-            if overrides or recipe or iterations or resume or dry_run:
+            if overrides or recipe or iterations or resume or dry_run or calls:
                 raise UsageError(
                     "a run whose LoRAs are exchanged keeps its recipe; give only --lora, --base, "
                     "--overwrite and --output"
@@ -169,10 +182,16 @@ def quantize(
             if iterations is not None:
                 overrides["training"] = {"iterations": iterations}
             settings = load_recipe(recipe, overrides)
+            if dry_run and calls:
+                raise UsageError(
+                    "--dry-run makes no plan of a recorded call; leave out --call and --input"
+                )
             if dry_run:
                 _show_plan(model, settings, loras, as_json)
                 return
-            result = make_run(model, settings, output, loras=loras, resume=resume, **outcome)
+            result = make_run(
+                model, settings, output, loras=loras, calls=calls, resume=resume, **outcome
+            )
         if result is not None:  # None in all processes of accelerate except the first.
             show(result, as_json, lambda r: print_lines(f"run: {output}", quantize_rows(r)))
 

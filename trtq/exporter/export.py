@@ -94,6 +94,7 @@ def export(
     precision: str = "fp32",
     batch: tuple[int, int] = (1, 8),
     size: str | None = None,
+    call: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
 ) -> ExportResult:
@@ -114,6 +115,8 @@ def export(
         batch: minimum and maximum batch size, in images, of engines that are built from the folder.
         size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; by default the size
             that the run was calibrated at.
+        call: other values for arguments of the recorded call, inside which the graphs are traced; only
+            for a run that was recorded inside its pipeline's call.
         overwrite: replace an existing ONNX folder.
         progress: callback that receives the stage's name, the work done and the total.
 
@@ -134,7 +137,12 @@ def export(
     progress("export", 1, 3)
     if isinstance(opened, StoredArtefact) and opened.manifest.recorded is not None:
         return _export_recorded(
-            opened, final, start, target, precision, batch, size, overwrite, progress
+            opened, final, start, target, precision, batch, size, call, overwrite, progress
+        )
+    if call is not None:
+        raise UsageError(
+            f"{opened.place} was not recorded inside its pipeline's call, so --call and --input have no "
+            "effect; give them to trtq quantize"
         )
     with (
         new_artefact(final, kind="onnx", overwrite=overwrite) as folder,
@@ -176,13 +184,14 @@ def _export_recorded(
     precision: str,
     batch: tuple[int, int],
     size: str | None,
+    call: Mapping[str, Any] | None,
     overwrite: bool,
     progress: ProgressCallback,
 ) -> ExportResult:
     """Write the ONNX folder of a run that was recorded inside the pipeline's call; see `export`."""
     with new_artefact(final, kind="onnx", overwrite=overwrite) as folder:
         manifest, parity = export_calls(
-            opened, folder, size=size, precision=precision, target=target
+            opened, folder, size=size, precision=precision, target=target, changes=call
         )
         graphs = [row.folder for part in manifest.denoisers for row in part.recorded.graphs]
         result = ExportResult(

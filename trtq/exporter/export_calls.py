@@ -218,6 +218,7 @@ def export_calls(
     size: str | None,
     precision: str,
     target: str,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[Manifest, dict[str, Any]]:
     """Write the graphs of a recorded run, and compare them with torch inside the pipeline's call.
 
@@ -227,6 +228,7 @@ def export_calls(
         size: image size or range of sizes, see `sized_calls`.
         precision: see `trtq.exporter.export.export`.
         target: see `trtq.exporter.export.export`.
+        changes: other values for arguments of the recorded call.
 
     Returns:
         The manifest without options and metrics, and the fields `parity_*` of `ExportResult`.
@@ -239,7 +241,9 @@ def export_calls(
     source = run.source()
     assert isinstance(source, RecordedPipeline)
     pipeline = source.pipeline
-    call, largest = sized_calls(source.call, size)
+    changed = source.call.updated(changes or {})
+    changed.check(pipeline)
+    call, largest = sized_calls(changed, size)
     graphs, forms = write_call_graphs(
         folder, run, pipeline, call, largest, half=precision == "fp16", target=target
     )

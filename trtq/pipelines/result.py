@@ -20,17 +20,18 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateResult(Result):
-    """Written images.
+    """Written images, videos or sounds.
 
     Attributes:
         output: requested file or folder.
-        files: written PNG files.
-        images: number of images.
+        files: written files.
+        images: number of images, videos or sounds.
         labels: class of each image; None for a model without classes.
         prompts: prompt of each image; None for a model without prompts.
-        steps: number of denoising steps.
+        steps: number of denoising steps; None if neither the call nor the pipeline gives one.
         seed: seed of the starting noise.
         seconds: duration of generating all images, in seconds.
+        media: `video` or `audio`; None for images.
     """
 
     output: str
@@ -38,9 +39,10 @@ class GenerateResult(Result):
     images: int
     labels: list[int] | None
     prompts: list[str] | None
-    steps: int
+    steps: int | None
     seed: int
     seconds: float
+    media: str | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)
