@@ -66,9 +66,12 @@ Reference = Annotated[
     str, typer.Option("--reference", help="Float checkpoint to compare with, e.g. digits.")
 ]
 EvaluationImages = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--images", callback=within(2, MAX_IMAGES), help="Number of images to generate per model."
+        "--images",
+        callback=within(2, MAX_IMAGES),
+        help="Number of images to generate per model. Default: 1000, or 8 calls of a pipeline that was "
+        "recorded.",
     ),
 ]
 Features = Annotated[
@@ -160,9 +163,11 @@ def evaluate(
     artefact: Artefact,
     reference: Reference,
     output: ReportFolder = None,
-    images: EvaluationImages = 1000,
+    images: EvaluationImages = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    call: CallFile = None,
+    inputs: Inputs = None,
     provider: Provider = None,
     features: Features = None,
     gate: Gates = None,
@@ -175,6 +180,8 @@ def evaluate(
 
     Example: trtq eval onnx --reference digits -o report --gate "fd<=2"
     """
+    from trtq.calls.files import read_inputs
+    from trtq.evaluation.evaluate import Evaluation
     from trtq.evaluation.evaluate import evaluate as compare
     from trtq.evaluation.gates import parse_gate
     from trtq.report.folder import report_folder, write_report
@@ -187,6 +194,8 @@ def evaluate(
             steps=steps,
             seed=seed,
             guidance=guidance,
+            call=call,
+            inputs=read_inputs(inputs or []),
             provider=provider,
             features=features,
             gates=tuple(parse_gate(text) for text in gate or []),
@@ -195,11 +204,17 @@ def evaluate(
         record = evaluation.to_json()
         # Printed before the report is written: a full disk must not cost a long measurement.
         place = {} if output is None else {"report": str(output / "index.html")}
-        show(record | place, as_json, lambda r: _print_evaluation(artefact, r))
+        known = isinstance(evaluation, Evaluation)
+        human = _print_evaluation if known else _print_calls
+        show(record | place, as_json, lambda r: human(artefact, r))
         if output is not None:
-            from trtq.evaluation.page import evaluation_page
+            from trtq.evaluation.page import called_page, evaluation_page
 
-            page = evaluation_page(artefact, evaluation)
+            page = (
+                evaluation_page(artefact, evaluation)
+                if isinstance(evaluation, Evaluation)
+                else called_page(artefact, evaluation)
+            )
             write_report(output, page, record, kind="eval", overwrite=overwrite)
         missed = [name for name, met in record["gates"].items() if not met]
         if missed:
@@ -207,7 +222,7 @@ def evaluate(
 
 
 def _print_evaluation(artefact: str, record: dict[str, Any]) -> None:
-    from trtq.report.lines import evaluation_rows, seconds_text
+    from trtq.report.lines import evaluation_rows
 
     title = (
         f"eval: {artefact}, {record['images']} images, {record['steps']} steps, "
@@ -223,6 +238,25 @@ def _print_evaluation(artefact: str, record: dict[str, Any]) -> None:
             f"not computed: {', '.join(record['not_computed'])}: the reference model has no "
             "classifier; pass --features FOLDER with a CLIP vision model"
         )
+    _print_end(record)
+
+
+def _print_calls(artefact: str, record: dict[str, Any]) -> None:
+    from trtq.report.lines import evaluation_rows
+
+    what = {"video": "videos", "audio": "sounds"}.get(record["media"], "images")
+    steps = "" if record["steps"] is None else f", {record['steps']} steps"
+    title = (
+        f"eval: {artefact}, {record['images']} {what}, {record['frames']} compared{steps}, seed "
+        f"{record['seed']}, provider {record['provider']}"
+    )
+    print_lines(title, evaluation_rows(record), ("metric (95 % interval)", "this model", "float"))
+    _print_end(record)
+
+
+def _print_end(record: dict[str, Any]) -> None:
+    from trtq.report.lines import seconds_text
+
     for condition, met in record["gates"].items():
         print_line(f"gate {condition}: {'met' if met else 'NOT met'}")
     for name, key in (("this model", "seconds"), ("float", "seconds_reference")):

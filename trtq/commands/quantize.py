@@ -183,9 +183,7 @@ def quantize(
                 overrides["training"] = {"iterations": iterations}
             settings = load_recipe(recipe, overrides)
             if dry_run and calls:
-                raise UsageError(
-                    "--dry-run makes no plan of a recorded call; leave out --call and --input"
-                )
+                raise UsageError("--dry-run plans no recorded call; leave out --call and --input")
             if dry_run:
                 _show_plan(model, settings, loras, as_json)
                 return

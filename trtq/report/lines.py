@@ -226,6 +226,7 @@ def inspect_rows(result: Mapping[str, Any]) -> Rows:
         "metrics",
         "engine_layers",
         "options",
+        "denoisers",
     ]
     rows += [
         (label_text(key), _option(key, value))
