@@ -166,7 +166,7 @@ def _read_sound(path: Path) -> Tensor:
             f"{one_line(err)}; convert it to 16 bits"
         ) from err
     content = content[: len(content) - len(content) % (channels * width)]
-    samples = np.frombuffer(content, _DTYPES[width]).astype(np.float32)
+    samples: np.ndarray = np.frombuffer(content, _DTYPES[width]).astype(np.float32)
     if not len(samples):
         raise UsageError(f"the sound {path} has no samples")
     # Samples of 8 bits are unsigned.

@@ -78,7 +78,7 @@ def export(
     from trtq.report.lines import export_rows
 
     with command(verbose):
-        (changes,) = calls_of([call] if call else [], inputs or []) or [None]
+        changes = calls_of([call] if call else [], inputs or [])
         result = write_graphs(
             artefact,
             output,
@@ -86,7 +86,7 @@ def export(
             precision=precision,
             batch=parse_batch(batch_range),
             size=size,
-            call=changes,
+            call=changes[0] if changes else None,
             overwrite=overwrite,
             progress=ProgressPrinter(),
         )

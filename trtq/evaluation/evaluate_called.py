@@ -70,6 +70,11 @@ class CallEvaluation(Result):
     references: Tensor | None = None
 
     @property
+    def scores(self) -> dict[str, float | None]:
+        """The metrics by name, as of `trtq.evaluation.evaluate.Evaluation`."""
+        return {"psnr_db": self.psnr_db, "ssim": self.ssim}
+
+    @property
     def passed(self) -> bool:
         """Whether every gate is met."""
         return all(self.gates.values())

@@ -50,7 +50,7 @@ class CallOptions:
 
     def arguments(self) -> dict[str, tuple[str, Any]]:
         """Name of the option and value, by name of the argument."""
-        values = {
+        values: dict[str, tuple[str, Any]] = {
             "prompt": ("--prompt", self.prompt),
             "negative_prompt": ("--negative-prompt", self.negative_prompt),
             STEPS_ARGUMENT: ("--steps", self.steps),

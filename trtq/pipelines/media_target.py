@@ -56,7 +56,7 @@ class MediaTexts:
         prompt = self.call.arguments.get("prompt")
         if isinstance(prompt, str):
             return [prompt] * count
-        if not self.call.prompts:
+        if not isinstance(prompt, list) or not self.call.prompts:
             return None
         return [prompt[index * len(prompt) // count] for index in range(count)]
 
