@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from trtq.calls.files import calls_of, read_call, read_input
+from trtq.calls.files import read_call, read_input, read_inputs
 from trtq.errors import UsageError
 
 
@@ -217,14 +217,8 @@ def test_numbers_and_texts_are_sent_to_a_call_file(value):
         read_input(f"seed={value}")
 
 
-def test_every_call_file_gets_the_inputs(tmp_path):
-    first, second = tmp_path / "a.toml", tmp_path / "b.toml"
-    first.write_text('prompt = "a"\n')
-    second.write_text('prompt = "b"\n')
+def test_an_argument_is_given_once(tmp_path):
     image = picture(tmp_path / "a.png")
-    calls = calls_of([first, second], [f"image={image}"])
-    assert [call["prompt"] for call in calls] == ["a", "b"]
-    assert all(call["image"].size == (6, 4) for call in calls)
-    assert calls_of([], []) is None
+    assert list(read_inputs([f"image={image}"])) == ["image"]
     with pytest.raises(UsageError, match="gives 'image' twice"):
-        calls_of([], [f"image={image}", f"image={image}"])
+        read_inputs([f"image={image}", f"image={image}"])

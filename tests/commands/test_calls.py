@@ -10,6 +10,8 @@ from tests.calls.inpainting import RECIPE, arguments
 from trtq.calls.stored import CALL_FOLDER, load_call
 from trtq.cli import app
 
+INPUTS = {"image": "cat.png", "mask_image": "mask.png"}
+
 
 def run(*texts):
     return CliRunner().invoke(app, [str(text) for text in texts])
@@ -38,7 +40,8 @@ def user(tmp_path):
 
 
 def test_quantize_records_the_call_of_the_files(user, inpainting_model):
-    options = ("--call", user / "call.toml", "--input", f"mask_image={user / 'mask.png'}")
+    mask = ("--input", f"mask_image={user / 'mask.png'}")
+    options = ("--call", user / "call.toml", *mask)
     out = user / "run"
     made = run("quantize", inpainting_model, "-o", out, "--recipe", user / "recipe.toml", *options)
     assert made.exit_code == 0, made.output
@@ -49,6 +52,17 @@ def test_quantize_records_the_call_of_the_files(user, inpainting_model):
     for name in ("image", "mask_image"):
         assert call.arguments[name].tobytes() == expected[name].tobytes()
     refused(run("quantize", inpainting_model, "-o", user / "x", "--dry-run", *options), "--dry-run")
+
+
+def test_quantize_with_inputs_alone_chooses_a_prompt(user, inpainting_model):
+    Image.new("RGB", (16, 16)).save(user / "cat.png")
+    inputs = [f"--input={name}={user / file}" for name, file in INPUTS.items()]
+    size = ("--size", "16x16", "--recipe", user / "recipe.toml")
+    made = run("quantize", inpainting_model, "-o", user / "run", *size, *inputs)
+    assert made.exit_code == 0, made.output
+    arguments = load_call(user / "run" / CALL_FOLDER).arguments
+    assert isinstance(arguments["prompt"], str)
+    assert (arguments["height"], arguments["image"].size) == (16, (16, 16))
 
 
 def test_quantize_refuses_an_argument_that_the_call_does_not_have(user, inpainting_model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from trtq.calls.user_call import UserCall
 from trtq.documents import check_depth, read_text, shown
 from trtq.errors import UsageError
 
-__all__ = ["as_call", "calls_of", "read_call", "read_input", "read_inputs"]
+__all__ = ["as_call", "read_call", "read_input", "read_inputs"]
 
 _MAX_BYTES = 1 << 20
 _MAX_LEVELS = 16
@@ -131,18 +131,3 @@ def as_call(call: str | Path | Mapping[str, Any] | UserCall | None) -> UserCall:
     if isinstance(call, UserCall):
         return call
     return UserCall(dict(call)) if isinstance(call, Mapping) else read_call(call)
-
-
-def calls_of(
-    files: Sequence[str | Path], inputs: Iterable[str] = ()
-) -> list[Mapping[str, Any]] | None:
-    """The arguments of the calls that a command line gives; None: it gives none.
-
-    Args:
-        files: values of `--call`, one call each.
-        inputs: values of `--input`, which every call gets.
-    """
-    given = read_inputs(inputs)
-    if not files:
-        return [given] if given else None
-    return [{**read_call(file).arguments, **given} for file in files]

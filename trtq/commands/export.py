@@ -10,6 +10,7 @@ import typer
 from trtq.commands.options import (
     AsJson,
     CallFile,
+    Config,
     Inputs,
     Overwrite,
     Verbose,
@@ -64,6 +65,7 @@ def export(
     size: SizeRange = None,
     call: CallFile = None,
     inputs: Inputs = None,
+    config: Config = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -72,21 +74,23 @@ def export(
 
     Example: trtq export run -o onnx
     """
-    from trtq.calls.files import calls_of
+    from trtq.artefact.opened import open_artefact
+    from trtq.calls.files import read_call, read_inputs
     from trtq.exporter.export import export as write_graphs
     from trtq.exporter.export import parse_batch
     from trtq.report.lines import export_rows
 
     with command(verbose):
-        changes = calls_of([call] if call else [], inputs or [])
+        changes = {} if call is None else dict(read_call(call).arguments)
+        changes |= read_inputs(inputs or [])
         result = write_graphs(
-            artefact,
+            artefact if config is None else open_artefact(artefact, verify=False, config=config),
             output,
             target=target,
             precision=precision,
             batch=parse_batch(batch_range),
             size=size,
-            call=changes[0] if changes else None,
+            call=changes or None,
             overwrite=overwrite,
             progress=ProgressPrinter(),
         )

@@ -15,6 +15,7 @@ __all__ = [
     "PROVIDERS",
     "AsJson",
     "CallFile",
+    "Config",
     "Guidance",
     "ImageSize",
     "Inputs",
@@ -77,6 +78,15 @@ def output_option(content: str) -> Any:
 ReportFolder = Annotated[Path | None, output_option("Folder for the HTML report.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output of trtq at --output.")
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FOLDER|ID",
+        help="Diffusers folder, or hub id, of the architecture of a single-file checkpoint. Default: "
+        "the hub id that diffusers infers from the file.",
+    ),
 ]
 AsJson = Annotated[
     bool,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trtq.commands.options import (
     AsJson,
+    Config,
     ImageSize,
     Inputs,
     Overwrite,
@@ -22,6 +23,9 @@ from trtq.errors import UsageError
 from trtq.limits import MAX_ITERATIONS, MAX_SEED, MAX_STEPS
 from trtq.progress import ProgressPrinter
 
+if TYPE_CHECKING:
+    from trtq.artefact.opened import Opened
+
 __all__ = ["quantize"]
 
 METHODS = ("minmax", "search", "efficientdm", "quest", "combined")
@@ -31,7 +35,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Diffusers folder, hub id, or shipped model (digits, shapes); with --lora also a run.",
+        help="Diffusers folder, .safetensors file, hub id, or shipped model (digits, shapes); with "
+        "--lora also a run.",
     ),
 ]
 Method = Annotated[
@@ -140,6 +145,7 @@ def quantize(
     budget: Budget = None,
     lora: Loras = None,
     base: Base = None,
+    config: Config = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -154,7 +160,7 @@ def quantize(
     """
     from trtq.artefact.opened import Run, open_artefact
     from trtq.calib.recipe import load_recipe
-    from trtq.calls.files import calls_of
+    from trtq.calls.files import read_call, read_inputs
     from trtq.lora import parse_lora
     from trtq.report.lines import quantize_rows
     from trtq.runs.quantize import quantize as make_run
@@ -166,29 +172,38 @@ def quantize(
             | {"seed": seed, "budget": budget, "size": size}
         )
         loras = [parse_lora(text) for text in lora or []]
-        calls = calls_of(call or [], inputs or [])
+        calls = [read_call(path).arguments for path in call or []]
+        files = read_inputs(inputs or [])
         outcome: dict[str, Any] = {"overwrite": overwrite, "progress": ProgressPrinter()}
         result: RunResult | None
-        if loras and isinstance(run := open_artefact(model, verify=False), Run):
-            if overrides or recipe or iterations or resume or dry_run or calls:
+        opened = open_artefact(model, verify=False, config=config)
+        if loras and isinstance(opened, Run):
+            if overrides or recipe or iterations or resume or dry_run or calls or files:
                 raise UsageError(
                     "a run whose LoRAs are exchanged keeps its recipe; give only --lora, --base, "
                     "--overwrite and --output"
                 )
             from trtq.runs.exchange_loras import requantize
 
-            result = requantize(run, loras, output, base=base, **outcome)
+            result = requantize(opened, loras, output, base=base, **outcome)
         else:
             if iterations is not None:
                 overrides["training"] = {"iterations": iterations}
             settings = load_recipe(recipe, overrides)
-            if dry_run and calls:
+            if dry_run and (calls or files):
                 raise UsageError("--dry-run plans no recorded call; leave out --call and --input")
             if dry_run:
-                _show_plan(model, settings, loras, as_json)
+                _show_plan(opened, settings, loras, as_json)
                 return
             result = make_run(
-                model, settings, output, loras=loras, calls=calls, resume=resume, **outcome
+                opened,
+                settings,
+                output,
+                loras=loras,
+                calls=calls or None,
+                inputs=files,
+                resume=resume,
+                **outcome,
             )
         if result is not None:  # None in all processes of accelerate except the first.
             show(result, as_json, lambda r: print_lines(f"run: {output}", quantize_rows(r)))
@@ -198,7 +213,7 @@ def _without_none(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _show_plan(model: str, recipe: Any, loras: list[Any], as_json: bool) -> None:
+def _show_plan(model: Opened, recipe: Any, loras: list[Any], as_json: bool) -> None:
     from trtq.report.lines import plan_rows
     from trtq.runs.describe import describe_plan
     from trtq.runs.plan import plan_quantize

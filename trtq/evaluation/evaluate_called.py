@@ -124,7 +124,7 @@ def evaluate_called(
             f"the reference {against.place} is of kind {against.kind!r}; give the float checkpoint of it"
         )
     source, recorded = open_called(artefact, provider)
-    float_source = open_pipeline(against.place, recorded=True)
+    float_source = open_pipeline(against.place, against.config, recorded=True)
     if type(float_source.pipeline) is not type(source.pipeline):
         raise UsageError(
             f"the reference {float_source.name} is a {type(float_source.pipeline).__name__}, and "

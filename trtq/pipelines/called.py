@@ -13,7 +13,13 @@ from trtq.calls.describe import CallDescription, describe_call
 from trtq.calls.files import as_call
 from trtq.calls.pipeline import RecordedPipeline
 from trtq.calls.stored import CALL_FOLDER, load_call
-from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, accepted_arguments, default_call
+from trtq.calls.user_call import (
+    STEPS_ARGUMENT,
+    UserCall,
+    accepted_arguments,
+    check_names,
+    default_call,
+)
 from trtq.diffusion.component_classes import pipeline_class
 from trtq.diffusion.layout import parse_size, read_index
 from trtq.diffusion.loading import open_pipeline
@@ -90,7 +96,7 @@ def open_called(
     """
     opened = open_artefact(artefact, verify=False)
     if isinstance(opened, Checkpoint) and provider in (None, TORCH) and not knows_pipeline(opened):
-        return open_pipeline(opened.place, recorded=True), None
+        return open_pipeline(opened.place, opened.config, recorded=True), None
     source = open_any(opened, provider)
     return source, source.call if isinstance(source, RecordedPipeline) else None
 
@@ -125,9 +131,7 @@ def call_for(
             )
         changes[name] = value
     if recorded is None:
-        unknown = {name: changes[name] for name in changes if name not in accepted}
-        if unknown or "generator" in changes:
-            UserCall(unknown or changes).check(source.pipeline)
+        check_names(source.pipeline, changes)
         return _default(source, changes)
     base = recorded
     if options.steps is not None:
@@ -144,8 +148,7 @@ def _default(source: LoadedPipeline, changes: Mapping[str, Any]) -> UserCall:
     offered: dict[str, Any] = dict(changes)
     if not any(name in changes for name in _CHOSEN_STEPS):
         offered.setdefault(STEPS_ARGUMENT, DEFAULT_STEPS)
-    embedded = any(name.startswith("prompt_embeds") for name in changes)
-    return default_call(source.pipeline, () if embedded else tuple(prompts.calibration), offered)
+    return default_call(source.pipeline, tuple(prompts.calibration), offered)
 
 
 def steps_of(pipeline: Any, call: UserCall) -> int | None:

@@ -29,7 +29,6 @@ from trtq.pipelines.result import (
 from trtq.quant import precision_text, quantizable_layers
 from trtq.quant.plan import LowBitTensors
 from trtq.runs.folder import open_run
-from trtq.runs.plan_calls import knows_pipeline
 
 __all__ = ["inspect"]
 
@@ -48,7 +47,7 @@ def inspect(artefact: str | Path | Opened | Any) -> InspectResult:
     """
     opened = open_artefact(artefact)
     if not isinstance(opened, StoredArtefact):
-        return _checkpoint(opened.place)
+        return _checkpoint(opened.place, opened.config)
     folder, manifest = opened.folder, opened.manifest
     graph = folder / manifest.denoiser / MODEL_FILE
     if manifest.kind == "onnx" and graph.is_file():
@@ -142,8 +141,8 @@ def _graph(row: GraphRow) -> InspectedGraph:
     )
 
 
-def _checkpoint(place: str | Path | Any) -> InspectedCheckpoint:
-    source = open_pipeline(place, recorded=not knows_pipeline(place))
+def _checkpoint(place: str | Path | Any, config: str | Path | None) -> InspectedCheckpoint:
+    source = open_pipeline(place, config, recorded=True)
     layers = quantizable_layers(source.denoiser)
     return InspectedCheckpoint(
         kind="checkpoint",
