@@ -108,3 +108,61 @@ def test_a_command_that_cannot_use_the_call_says_so(user, inpainting_run, monkey
     monkeypatch.chdir(user)
     texts, message = REFUSED[case]
     refused(run(*(inpainting_run if text == "RUN" else text for text in texts)), message)
+
+
+@pytest.fixture(scope="module")
+def inpainting_onnx(inpainting_run):
+    """The ONNX folder of a recorded run."""
+    folder = inpainting_run.parent / "onnx"
+    made = run("export", inpainting_run, "-o", folder)
+    assert made.exit_code == 0, made.output
+    return folder
+
+
+@pytest.mark.slow
+def test_an_onnx_folder_draws_is_inspected_and_verified(inpainting_run, inpainting_onnx, tmp_path):
+    made = run("generate", inpainting_onnx, "-o", tmp_path / "out.png", "--json")
+    assert made.exit_code == 0, made.output
+    record = json.loads(run("inspect", inpainting_onnx, "--json").stdout)
+    (graph,) = record["denoisers"][0]["graphs"]
+    assert "sample" in graph["inputs"]
+    assert graph["free"]["sample"] == ["axis 0: 1 or more (batch)"]
+    checked = run("verify", inpainting_onnx, "--run", inpainting_run, "--json")
+    assert checked.exit_code == 0, checked.output
+    record = json.loads(checked.stdout)
+    assert record["graphs"] == {"unet": None}
+    assert len(record["parity_db"]) == 2
+    assert record["parity_db_min"] >= record["parity_required_db"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("build", "ONNX", "-o", "engine"),
+        ("package", "triton", "ONNX", "-o", "repository"),
+        ("bench", "ONNX"),
+        ("serve", "ONNX"),
+        ("verify", "ONNX", "--run", "RUN", "--layers"),
+    ],
+)
+def test_a_command_without_support_for_recorded_graphs_refuses_them(
+    inpainting_run, inpainting_onnx, tmp_path, monkeypatch, texts
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"ONNX": inpainting_onnx, "RUN": inpainting_run}
+    result = run(*(places.get(text, text) for text in texts))
+    refused(result, "call, which")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_graph_that_was_edited_fails_its_check(inpainting_onnx, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(inpainting_onnx, tmp_path / "onnx")
+    (copy / "unet" / "model.onnx").write_bytes(b"no graph")
+    result = run("verify", copy)
+    assert result.exit_code == 1
+    assert "unet/model.onnx" in result.output
+    assert "Traceback" not in result.output
