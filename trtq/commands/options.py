@@ -139,6 +139,7 @@ CallFile = Annotated[
     Path | None,
     typer.Option(
         "--call",
+        metavar="FILE",
         help="TOML file with arguments of the pipeline's call; files as { file = NAME }, see the page "
         "Inputs of the call.",
     ),

@@ -116,6 +116,7 @@ CallFiles = Annotated[
     list[Path] | None,
     typer.Option(
         "--call",
+        metavar="FILE",
         help="TOML file with arguments of the pipeline's call, inside which the model is calibrated; "
         "may be repeated, one call each.",
     ),
