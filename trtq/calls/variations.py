@@ -22,6 +22,7 @@ from trtq.errors import TrtqError, UsageError
 
 __all__ = ["FreeAxis", "VariedForm", "varied_forms"]
 
+Varies = Literal["batch", "prompt", "size", "calls"]
 _COUNTS = (
     "num_images_per_prompt",
     "num_videos_per_prompt",
@@ -39,7 +40,7 @@ class FreeAxis:
     """A free axis of a tensor; see `trtq.artefact.manifest_rows.AxisRow`."""
 
     axis: int
-    varies: Literal["batch", "prompt", "size", "calls"]
+    varies: Varies
     low: int
     high: int | None
 
@@ -126,7 +127,7 @@ def varied_forms(
 
 def _changes(
     pipeline: Any, largest: tuple[int, int] | None
-) -> dict[str, Callable[[UserCall], UserCall]]:
+) -> dict[Varies, Callable[[UserCall], UserCall]]:
     """Functions that vary a call, by what they vary."""
     accepted = accepted_arguments(pipeline)
 
@@ -152,7 +153,7 @@ def _changes(
         assert largest is not None
         return call.updated({"height": largest[0], "width": largest[1]})
 
-    changes = {"prompt": prompt, "batch": batch}
+    changes: dict[Varies, Callable[[UserCall], UserCall]] = {"prompt": prompt, "batch": batch}
     return changes if largest is None else {"size": size, **changes}
 
 
@@ -203,7 +204,7 @@ def _add(
     forms: _Forms,
     before: Mapping[str, DenoiserCalls],
     after: Mapping[str, DenoiserCalls],
-    what: str,
+    what: Varies,
 ) -> None:
     """Free the axes whose sizes differ between two surveys, and keep the tensors of the second."""
     for (name, key, index), form in forms.items():

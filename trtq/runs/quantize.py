@@ -176,6 +176,7 @@ def quantize(
     *,
     loras: Sequence[LoraRequest] = (),
     calls: Sequence[Mapping[str, Any]] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     config: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -196,6 +197,7 @@ def quantize(
             calibrated inside these calls, with other seeds and prompts; everything else stays as given.
             None: the trajectories of a pipeline whose noise levels are known in closed form, or a
             default call of any other pipeline.
+        inputs: further arguments of every call, e.g. pictures; without `calls`, of a default call.
         config: diffusers folder or hub id with the configuration of a model in a single file.
         resume: continue from the newest checkpoint of an interrupted run.
         overwrite: replace an existing run.
@@ -213,8 +215,10 @@ def quantize(
     chosen = _as_recipe(recipe)
     if config is not None:
         model = open_artefact(model, verify=False, config=config)
-    if calls is not None or not knows_pipeline(model):
-        return _quantize_calls(model, chosen, final, calls or (), loras, overwrite, progress, start)
+    if calls is not None or inputs or not knows_pipeline(model):
+        return _quantize_calls(
+            model, chosen, final, calls or (), inputs, loras, overwrite, progress, start
+        )
     plan = plan_quantize(model, chosen, loras, progress)
     chosen = plan.recipe
     files = _source_files(plan.source)
@@ -240,13 +244,14 @@ def _quantize_calls(
     recipe: Recipe,
     final: Path,
     calls: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, Any] | None,
     loras: Sequence[LoraRequest],
     overwrite: bool,
     progress: ProgressCallback,
     start: float,
 ) -> RunResult:
     """Make a run inside the pipeline's own call; see `quantize`."""
-    plan = plan_calls(model, recipe, calls, loras)
+    plan = plan_calls(model, recipe, calls, loras, inputs)
     model_classes = {part.name: type(part.module).__name__ for part in plan.denoisers}
     files = _source_files(plan.source)
     bytes_before = sum(part.plan.bytes_before() for part in plan.denoisers)
