@@ -14,7 +14,7 @@ from trtq.artefact.opened import Opened
 from trtq.calib.policy import GENERIC, load_policy, plan_layers
 from trtq.calib.probe import observe_calls, with_shared_inputs
 from trtq.calib.recipe import Recipe
-from trtq.calib.roles import observe_roles
+from trtq.calib.roles import LayerRoles, observe_roles
 from trtq.calls.recorder import DenoiserCalls, RecordedCall, denoisers_of, survey
 from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, default_call
 from trtq.diffusion.layout import read_index
@@ -45,10 +45,12 @@ class DenoiserPlan:
     Attributes:
         plan: layers, bits and timesteps of the denoiser.
         calls: the denoiser's calls during one call of the pipeline.
+        roles: observed roles of the denoiser's layers.
     """
 
     plan: QuantizePlan
     calls: DenoiserCalls
+    roles: LayerRoles
 
     @property
     def name(self) -> str:
@@ -76,6 +78,8 @@ class CallsPlan:
         call: the user's call.
         calls: calls of the calibration; the user's calls come first.
         denoisers: one plan per denoiser that the pipeline calls.
+        numbers: number of calls of all denoisers during each of the user's calls; `calls[i]` makes
+            `numbers[i % len(numbers)]` calls.
         loras: LoRAs that were merged into the float weights.
     """
 
@@ -84,6 +88,7 @@ class CallsPlan:
     call: UserCall
     calls: Sequence[UserCall]
     denoisers: Sequence[DenoiserPlan]
+    numbers: Sequence[int]
     loras: Sequence[MergedLora] = ()
 
 
@@ -150,6 +155,7 @@ def plan_calls(
         given[0],
         _calibration_calls(given, prompts, recipe),
         parts,
+        [sum(len(calls.timesteps) for calls in result.values()) for result in surveyed],
         merged,
     )
 
@@ -224,12 +230,13 @@ def _denoiser_plan(
     def run() -> object:
         return denoiser(**sample.form.rebuild(sample.tensors))
 
+    roles = observe_roles(denoiser, run, _images_in(sample, seen[0].argument))
     layers: Sequence[LayerPlan] = plan_layers(
         denoiser,
         policy,
         recipe.bits,
         None if probability_bits == "float" else probability_bits,
-        observe_roles(denoiser, run, _images_in(sample, seen[0].argument)),
+        roles,
         load_policy(GENERIC) if recipe.policy is None else None,
     )
     with torch.no_grad():
@@ -254,7 +261,7 @@ def _denoiser_plan(
         layers = with_shared_inputs(layers, layer_calls)
     table = TimestepTable(timesteps)
     plan = QuantizePlan(source, recipe, layers, table, structure, policy, layer_calls)
-    return DenoiserPlan(plan, merged)
+    return DenoiserPlan(plan, merged, roles)
 
 
 def _images_in(call: RecordedCall, argument: str) -> int:
