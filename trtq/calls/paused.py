@@ -25,7 +25,7 @@ from trtq.quant.timestep import float_scope
 
 __all__ = ["DenoiserCall", "PausedCalls", "PipelineCall", "copied_pipeline"]
 
-_MAX_IDLE_CALLS = 64
+_MAX_UNUSED_CALLS = 64
 """Maximum number of successive calls of a pipeline that do not call the denoiser."""
 
 
@@ -73,7 +73,7 @@ class _ClosedError(BaseException):
 def copied_pipeline(pipeline: Any) -> Any:
     """A copy of a pipeline with schedulers of its own; all other components are shared.
 
-    Several copies can run in turns, because a call changes only its pipeline object and schedulers.
+    Several copies can run interleaved, because a call changes only its pipeline object and schedulers.
 
     Args:
         pipeline: diffusers pipeline; pipelines inside it are copied as well.
@@ -231,15 +231,15 @@ class PausedCalls:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
             pipeline = copied_pipeline(self._pipeline)
-            idle = 0
+            unused = 0
             with self._hooks(), float_scope():
-                while idle < _MAX_IDLE_CALLS:
+                while unused < _MAX_UNUSED_CALLS:
                     self.position = 0
                     self._call(pipeline)
-                    idle = 0 if self.position else idle + 1
+                    unused = 0 if self.position else unused + 1
                     self.index, self.position, self._skip = self.index + 1, 0, 0
             raise QuantizationError(
-                f"{idle} calls of {type(pipeline).__name__} do not call its {self._name}, which "
+                f"{unused} calls of {type(pipeline).__name__} do not call its {self._name}, which "
                 "therefore cannot be fine-tuned; give a call that uses it"
             )
         except _ClosedError:
@@ -259,7 +259,7 @@ class PausedCalls:
     def _hooks(self) -> Iterator[None]:
         """Inside the block, this thread pauses after its calls of the denoiser."""
         here = threading.get_ident()
-        own = self._modules[self._name]
+        denoiser = self._modules[self._name]
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.get_ident() == here and self.position >= self._skip:
@@ -270,14 +270,14 @@ class PausedCalls:
                 return
             if self._closed:
                 raise _ClosedError
-            if module is own:
+            if module is denoiser:
                 self._pause(result)
             self._left -= 1
             if self._left <= 0:
                 raise _EndOfCallError
 
         with ExitStack() as stack:
-            stack.callback(own.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(denoiser.register_forward_pre_hook(before, with_kwargs=True).remove)
             for module in self._modules.values():
                 stack.callback(module.register_forward_hook(after).remove)
             yield

@@ -155,7 +155,9 @@ def _add_call(digest: Any, call: UserCall) -> None:
         digest.update(json.dumps([name, entry], sort_keys=True).encode())
     for value in tensors.values():
         assert isinstance(value, Tensor)
-        digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        )
     for text, value in objects.items():
         digest.update(text.encode())
         if hasattr(value, "tobytes"):

@@ -82,10 +82,10 @@ def fine_tune_calls(setup: CalledTuning) -> FineTuneResult:
     results = []
     for index, (part, iterations) in enumerate(zip(setup.parts, shares, strict=True)):
         changes = {"iterations": iterations, "accumulate": slots}
-        own = recipe.model_copy(update={"training": training.model_copy(update=changes)})
+        share = recipe.model_copy(update={"training": training.model_copy(update=changes)})
         tuning = FineTuning(
             setup.quantized[part.name],
-            _called_points(setup, part, own, slots),
+            _called_points(setup, part, share, slots),
             part.plan.policy,
             setup.accelerator,
             setup.checkpoints,
@@ -96,7 +96,7 @@ def fine_tune_calls(setup: CalledTuning) -> FineTuneResult:
             f"{part.name} " if len(setup.parts) > 1 else "",
             keep_last=index < len(setup.parts) - 1,
         )
-        results.append(fine_tune(tuning, own))
+        results.append(fine_tune(tuning, share))
     return _combined(results, [setup.quantized[part.name] for part in setup.parts])
 
 

@@ -128,15 +128,15 @@ class CalledTrajectories:
                 pipeline,
                 modules,
                 name,
-                lambda index, own=own: self.planned_call(own, index),  # type: ignore[misc]
-                skip=own * length // total if staggered else 0,
+                lambda index, key=key: self.planned_call(key, index),  # type: ignore[misc]
+                skip=key * length // total if staggered else 0,
                 device=device,
             )
-            for own in self.streams
+            for key in self.streams
         ]
 
     def __enter__(self) -> Self:
-        # Calls that run in turns would restore the settings of the libraries in the wrong order.
+        # Calls that run interleaved would restore the settings of the libraries in the wrong order.
         self._stack.enter_context(quiet_diffusers())
         for slot in self._slots:
             self._stack.callback(slot.close)
