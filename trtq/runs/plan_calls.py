@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from trtq.calib.recipe import Recipe
 from trtq.calib.roles import LayerRoles, observe_roles
 from trtq.calls.recorder import DenoiserCalls, RecordedCall, denoisers_of, survey
 from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, default_call
+from trtq.diffusion.ip_adapter import adapter_names
 from trtq.diffusion.layout import read_index
 from trtq.diffusion.loading import resolve_model
 from trtq.diffusion.pipeline import LoadedPipeline
@@ -35,7 +36,7 @@ from trtq.quant import (
 from trtq.runs.plan import QuantizePlan, load_float
 from trtq.seeds import seeded_generator
 
-__all__ = ["CallsPlan", "DenoiserPlan", "knows_pipeline", "plan_calls"]
+__all__ = ["CallsPlan", "DenoiserPlan", "knows_pipeline", "plan_calls", "user_calls"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,13 @@ class DenoiserPlan:
         plan: layers, bits and timesteps of the denoiser.
         calls: the denoiser's calls during one call of the pipeline.
         roles: observed roles of the denoiser's layers.
+        ip_adapter: shapes of the tensors of IP-Adapters in the denoiser, by path.
     """
 
     plan: QuantizePlan
     calls: DenoiserCalls
     roles: LayerRoles
+    ip_adapter: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -134,12 +137,7 @@ def plan_calls(
     modules = denoisers_of(pipeline)
     merged = merge_loras(_with_weights(pipeline), loras, source.denoiser_name)
     prompts = _prompts(source, recipe)
-    given = [UserCall(dict(arguments)) for arguments in calls]
-    for call in given:
-        call.check(pipeline)
-    if not given:
-        given = [default_call(pipeline, prompts, _offered(source, recipe))]
-    given = [_with_steps(call, recipe) for call in given]
+    given = user_calls(source, calls, recipe)
     recipe = recipe.model_copy(update={"steps": given[0].steps or recipe.steps})
     structures = {name: _structured(module, recipe) for name, module in modules.items()}
     surveyed = [survey(pipeline, modules, call, recipe.seed) for call in given]
@@ -158,6 +156,31 @@ def plan_calls(
         [sum(len(calls.timesteps) for calls in result.values()) for result in surveyed],
         merged,
     )
+
+
+def user_calls(
+    source: LoadedPipeline,
+    calls: Sequence[Mapping[str, Any]] = (),
+    recipe: Recipe | None = None,
+) -> list[UserCall]:
+    """The user's calls, checked and with a number of steps.
+
+    Args:
+        source: the loaded checkpoint.
+        calls: arguments of the user's calls; none: a default call.
+        recipe: recipe with the steps, prompts and size of a default call; None: the defaults.
+
+    Raises:
+        UsageError: an argument does not exist, or the pipeline requires one that trtq cannot choose.
+    """
+    chosen = Recipe(method="minmax") if recipe is None else recipe
+    given = [UserCall(dict(arguments)) for arguments in calls]
+    for call in given:
+        call.check(source.pipeline)
+    if not given:
+        offered = _offered(source, chosen)
+        given = [default_call(source.pipeline, _prompts(source, chosen), offered)]
+    return [_with_steps(call, chosen) for call in given]
 
 
 def _with_weights(pipeline: Any) -> dict[str, nn.Module]:
@@ -261,7 +284,9 @@ def _denoiser_plan(
         layers = with_shared_inputs(layers, layer_calls)
     table = TimestepTable(timesteps)
     plan = QuantizePlan(source, recipe, layers, table, structure, policy, layer_calls)
-    return DenoiserPlan(plan, merged, roles)
+    tensors = denoiser.state_dict()
+    adapters = {key: list(tensors[key].shape) for key in adapter_names(tensors)}
+    return DenoiserPlan(plan, merged, roles, adapters)
 
 
 def _images_in(call: RecordedCall, argument: str) -> int:

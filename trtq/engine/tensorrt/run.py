@@ -211,7 +211,8 @@ class TensorRtEngine(Engine):
         take_failures()
         uploaded = []  # Kept until the copies are done.
         for name, spec in self.inputs.items():
-            array = np.ascontiguousarray(feeds[name], dtype=spec.dtype)
+            # Not ascontiguousarray, which adds an axis to a scalar.
+            array = np.require(feeds[name], dtype=spec.dtype, requirements="C")
             if not self._context.set_input_shape(name, array.shape):
                 raise UsageError(
                     f"the engine does not support {name!r} of shape {list(array.shape)}; it supports "
