@@ -22,7 +22,10 @@ from trtq.errors import TrtqError, UsageError
 
 __all__ = ["FreeAxis", "VariedForm", "varied_forms"]
 
-_LONGER = "a photograph of a small red house by the lake under a cloudy sky"
+Varies = Literal["batch", "prompt", "size", "calls"]
+_LONGER = "a photograph of a small red house by the lake under a very cloudy sky"
+"""A prompt whose number of tokens and of bytes is no multiple of 32: some denoisers pad their texts to a
+multiple, and a graph that is traced without padding lacks it for other prompts."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class FreeAxis:
     """A free axis of a tensor; see `trtq.artefact.manifest_rows.AxisRow`."""
 
     axis: int
-    varies: Literal["batch", "prompt", "size", "calls"]
+    varies: Varies
     low: int
     high: int | None
 
@@ -117,7 +120,7 @@ def varied_forms(
 
 def _changes(
     pipeline: Any, largest: tuple[int, int] | None
-) -> dict[str, Callable[[UserCall], UserCall]]:
+) -> dict[Varies, Callable[[UserCall], UserCall]]:
     """Functions that vary a call, by what they vary."""
     accepted = accepted_arguments(pipeline)
 
@@ -143,7 +146,7 @@ def _changes(
         assert largest is not None
         return call.updated({"height": largest[0], "width": largest[1]})
 
-    changes = {"prompt": prompt, "batch": batch}
+    changes: dict[Varies, Callable[[UserCall], UserCall]] = {"prompt": prompt, "batch": batch}
     return changes if largest is None else {"size": size, **changes}
 
 
@@ -194,7 +197,7 @@ def _add(
     forms: _Forms,
     before: Mapping[str, DenoiserCalls],
     after: Mapping[str, DenoiserCalls],
-    what: str,
+    what: Varies,
 ) -> None:
     """Free the axes whose sizes differ between two surveys, and keep the tensors of the second."""
     for (name, key, index), form in forms.items():

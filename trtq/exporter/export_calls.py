@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,8 @@ def _float_source(opened: Checkpoint) -> _Source:
             timestep=calls.argument, calls=len(calls.timesteps), model=type(module).__name__
         )
         row = FurtherRow(denoiser=name, layers=float_rows(module), recorded=recorded)
-        denoisers.append(
-            ExportedDenoiser(
-                name, calls.argument, row, {}, None, lambda module=module: copy.deepcopy(module)
-            )
-        )
+        fresh = partial(copy.deepcopy, module)
+        denoisers.append(ExportedDenoiser(name, calls.argument, row, {}, None, fresh))
     source = RecordedPipeline(loaded.name, loaded.folder, pipeline, denoisers[0].name, call)
     files = source_hashes(loaded.folder) if loaded.folder is not None else {}
     first, *further = (part.row for part in denoisers)

@@ -18,10 +18,11 @@ from trtq.calib.roles import LayerRoles, observe_roles
 from trtq.calls.recorder import DenoiserCalls, RecordedCall, denoisers_of, survey
 from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, default_call
 from trtq.diffusion.ip_adapter import adapter_names
-from trtq.diffusion.layout import read_index
+from trtq.diffusion.layout import CONFIG_NAME, read_index, read_json
 from trtq.diffusion.loading import resolve_model
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import general_prompts, read_lines
+from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS
 from trtq.diffusion.stepping import KNOWN_PIPELINES, stepping_of
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
@@ -96,21 +97,37 @@ class CallsPlan:
 
 
 def knows_pipeline(model: Any) -> bool:
-    """Whether the noise levels of a model's pipeline are known in closed form.
+    """Whether trtq knows a pipeline's noise levels and inputs in closed form, without recording.
 
     Args:
         model: a checkpoint, see `trtq.runs.quantize.quantize`; one that cannot be read counts as known.
     """
     place = model.place if isinstance(model, Opened) else model
     if not isinstance(place, str | Path):
-        return isinstance(place, nn.Module) or stepping_of(place) is not None
+        if isinstance(place, nn.Module):
+            return True
+        scheduler = type(getattr(place, "scheduler", None)).__name__
+        config = getattr(getattr(place, "unet", None), "config", {})
+        return stepping_of(place) is not None and _known_parts(scheduler, config)
     try:
         folder = resolve_model(place)
-        if not isinstance(folder, Path):
+        if not isinstance(folder, Path) or not folder.is_dir():
             return True
-        return str(read_index(folder)["_class_name"]) in KNOWN_PIPELINES
+        index = read_index(folder)
+        scheduler = str((index.get("scheduler") or [None, None])[1])
+        path = folder / "unet" / CONFIG_NAME
+        config = read_json(path) if path.is_file() else {}
     except ArtefactError:
         return True
+    return str(index["_class_name"]) in KNOWN_PIPELINES and _known_parts(scheduler, config)
+
+
+def _known_parts(scheduler: str, config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler is known, and a UNet takes no inputs that only its pipeline can make."""
+    further = config.get("time_cond_proj_dim"), config.get("encoder_hid_dim_type")
+    return (
+        scheduler in KNOWN_SCHEDULERS and further[0] is None and further[1] in (None, "text_proj")
+    )
 
 
 def plan_calls(
