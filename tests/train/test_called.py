@@ -172,6 +172,8 @@ def test_an_error_in_the_pipeline_is_one_line(flux):
         ) as err:
             points.next(0, 1)
         assert not threads()
+        with pytest.raises(ArtefactError, match="ValueError"):
+            points.next(0, 2)
     assert "\n" not in str(err.value)
 
 

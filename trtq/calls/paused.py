@@ -167,16 +167,19 @@ class PausedCalls:
             position: number of calls of this denoiser to skip.
         """
         self.close()
-        self.index, self.position, self._skip = index, position, position
-        self._random, self._closed = None, False
+        self.index, self.position = index, position
 
     def next(self) -> DenoiserCall:
         """Continue until the next call of the denoiser, and return this call.
+
+        After `close`, the current call of the pipeline is made again up to its position.
 
         Raises:
             ArtefactError: the pipeline cannot be called.
             QuantizationError: the pipeline does not call the denoiser.
         """
+        if self._thread is None:
+            self._closed, self._skip, self._random = False, self.position, None
         with self._own_random_numbers():
             if self._thread is None:
                 self._go, self._points = SimpleQueue(), SimpleQueue()
