@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from email.message import Message
-from email.utils import collapse_rfc2231_value
 
 from trtq.serve.http.errors import ApiError, printable
 
@@ -13,6 +11,8 @@ __all__ = ["FORM_TYPE", "FormPart", "parse_form"]
 
 FORM_TYPE = "multipart/form-data"
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
+_PARAMETER = re.compile(r"""\s*;\s*([\w!#$%&'*+.^`|~-]+)=("(?:[^"\\]|\\.)*"|[^\s";]*)""")
+_ESCAPED = re.compile(r"\\(.)")
 _MAX_PARTS = 64
 _MAX_HEAD = 8 << 10
 _ENCODINGS = ("", "7bit", "8bit", "binary")
@@ -25,12 +25,10 @@ class FormPart:
     Attributes:
         name: name of the field.
         content: value of the field.
-        file_name: file name that the client sends; None: none.
     """
 
     name: str
     content: bytes
-    file_name: str | None
 
     @property
     def text(self) -> str:
@@ -70,9 +68,7 @@ def parse_form(content_type: str, body: bytes) -> list[FormPart]:
 
 
 def _boundary(content_type: str) -> bytes:
-    header = Message()
-    header["Content-Type"] = content_type
-    boundary = header.get_boundary() or ""
+    boundary = _parameters(content_type)[1].get("boundary", "")
     if _BOUNDARY.fullmatch(boundary) is None:
         raise _malformed("Content-Type must name its boundary, of up to 70 characters")
     return boundary.encode()
@@ -82,18 +78,38 @@ def _part(piece: bytes) -> FormPart:
     head, separator, content = piece.partition(b"\r\n\r\n")
     if not separator or not head.startswith(b"\r\n") or len(head) > _MAX_HEAD:
         raise _malformed(f"each field needs a head of up to {_MAX_HEAD} bytes and an empty line")
-    headers = Message()
+    headers: dict[str, str] = {}
     for line in head.removeprefix(b"\r\n").decode("utf-8", "replace").split("\r\n"):
         name, colon, value = line.partition(":")
         if not colon or not name or "\n" in value or "\r" in value:
             raise _malformed("the head of a field must consist of lines NAME: VALUE")
-        headers[name] = value.strip()
-    field = headers.get_param("name", header="content-disposition")
-    if headers.get_content_disposition() != "form-data" or field is None:
+        headers[name.lower()] = value.strip()
+    disposition, parameters = _parameters(headers.get("content-disposition", ""))
+    if disposition != "form-data" or "name" not in parameters:
         raise _malformed("each field needs 'Content-Disposition: form-data' with its name")
-    if str(headers.get("content-transfer-encoding", "")).strip().lower() not in _ENCODINGS:
+    if headers.get("content-transfer-encoding", "").lower() not in _ENCODINGS:
         raise _malformed("fields are sent as they are, without Content-Transfer-Encoding")
-    return FormPart(collapse_rfc2231_value(field), content, headers.get_filename())
+    return FormPart(parameters["name"], content)
+
+
+def _parameters(header: str) -> tuple[str, dict[str, str]]:
+    """`form-data; name="a"` -> ("form-data", {"name": "a"}).
+
+    Raises:
+        ApiError: 400, the header is malformed.
+    """
+    value, semicolon, rest = header.partition(";")
+    text, place = semicolon + rest, 0
+    parameters: dict[str, str] = {}
+    while text[place:].strip():
+        match = _PARAMETER.match(text, place)
+        if match is None or match[1].lower() in parameters:
+            raise _malformed("a header of the form is malformed; write parameters as ; NAME=VALUE")
+        given = match[2]
+        quoted = given.startswith('"')
+        parameters[match[1].lower()] = _ESCAPED.sub(r"\1", given[1:-1]) if quoted else given
+        place = match.end()
+    return value.strip().lower(), parameters
 
 
 def _malformed(reason: str) -> ApiError:
