@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.serve.conftest import ToyModel, running
 from tests.serve.http.test_app import events, wait_until
-from tests.serve.recorded import PROMPT, Recorded, half_mask, picture, png, quantized
+from tests.serve.recorded import PROMPT, Recorded, half_mask, picture, png
 from trtq.errors import UsageError
 from trtq.exporter.export import export
 from trtq.serve.hosting import build_service
@@ -31,15 +31,6 @@ from trtq.serve.service import Service
 from trtq.serve.triton.package import package_triton
 
 IMAGES, EDITS = "/v1/images/generations", "/v1/images/edits"
-
-
-@pytest.fixture(scope="session")
-def recorded(tmp_path_factory):
-    """The three recorded pipelines as runs, by name."""
-    folder = tmp_path_factory.mktemp("recorded")
-    names = ("text", "img2img", "inpaint")
-    quantized(folder, *names)
-    return {name: Recorded(folder / name, name) for name in names}
 
 
 @pytest.fixture

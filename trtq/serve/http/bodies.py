@@ -35,7 +35,8 @@ class ClientGoneError(Exception):
 
 def content_type(scope: Mapping[str, Any]) -> str:
     """The header `Content-Type` of a request; empty if there is none."""
-    return dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
+    value: bytes = dict(scope["headers"]).get(b"content-type", b"")
+    return value.decode("latin-1")
 
 
 async def read_body(
