@@ -140,8 +140,8 @@ def test_an_edit_equals_the_pipelines_own_call(serve, recorded):
         assert answer.status_code == 200, answer.text
         data = answer.json()["data"]
         assert len(data) == n
-        for index, one in enumerate(data):
-            assert (pixels(one) == recorded["img2img"].expected(index=index, image=image)).all()
+        for index, drawn in enumerate(data):
+            assert (pixels(drawn) == recorded["img2img"].expected(index=index, image=image)).all()
 
 
 @pytest.mark.parametrize("kind", ["white", "opaque", "transparent", "image"])

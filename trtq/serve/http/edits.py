@@ -79,7 +79,7 @@ def edit_schema() -> dict[str, object]:
             "items": file,
             "minItems": 1,
             "maxItems": MAX_IMAGES,
-            "description": f"Images to edit, each a file ({', '.join(_FORMATS)}); most models take one.",
+            "description": f"Images to edit, each a file ({', '.join(_FORMATS)}); usually one.",
         },
         MASK_FIELD: file
         | {
