@@ -61,6 +61,9 @@ EDGES = {
     "trtq.engine.prepared.graph.record",
     "trtq.processes.answer",
     "trtq.processes.ask",
+    # The keyword arguments of a denoiser.
+    "trtq.calls.form.rebuild",
+    "trtq.exporter.trace_call.rebuild",
     # The form that another library prescribes: torch's parameter groups, diffusers' arguments and
     # scheduler settings, TensorRT's inspector, OpenAI's errors, Ray's policies.
     "trtq.diffusion.layout.read_scheduler",

@@ -47,12 +47,12 @@ def schedulers():
 
 def test_the_timesteps_are_those_that_the_pipeline_passes_with_every_scheduler(pipeline):
     """Every scheduler of diffusers with which the float pipeline runs."""
-    own, tried = pipeline.scheduler, []
+    original, tried = pipeline.scheduler, []
     modules = denoisers_of(pipeline)
     try:
         for cls in schedulers():
             try:
-                pipeline.scheduler = cls.from_config(own.config)
+                pipeline.scheduler = cls.from_config(original.config)
                 passed = []
                 with observed(modules, lambda call: passed.append(float(call.tensors["timestep"]))):  # noqa: B023
                     run_call(pipeline, CALL, 0, "survey")
@@ -62,7 +62,7 @@ def test_the_timesteps_are_those_that_the_pipeline_passes_with_every_scheduler(p
             assert list(surveyed.timesteps) == passed, cls.__name__
             tried.append(cls.__name__)
     finally:
-        pipeline.scheduler = own
+        pipeline.scheduler = original
     assert {"EulerDiscreteScheduler", "LCMScheduler", "HeunDiscreteScheduler"} <= set(tried)
     assert len(tried) >= 15
 
@@ -101,13 +101,15 @@ def test_a_pipeline_that_never_calls_its_denoiser_is_refused():
 
 
 def test_a_pipeline_without_a_denoiser_lists_its_components():
-    with pytest.raises(QuantizationError, match="has no denoiser: a component unet, .* none"):
+    with pytest.raises(QuantizationError, match=r"has no denoiser: a component unet, .* none"):
         denoisers_of(object())
 
 
 def test_an_error_inside_the_pipeline_is_one_line(pipeline):
-    call = CALL.updated({"height": 13})
-    with pytest.raises(ArtefactError, match="cannot be called with prompt, .*ValueError") as caught:
+    call = CALL.updated({"prompt": 3})
+    with pytest.raises(
+        ArtefactError, match=r"cannot be called with prompt, .*ValueError"
+    ) as caught:
         run_call(pipeline, call, 0, "x")
     assert "\n" not in str(caught.value)
 

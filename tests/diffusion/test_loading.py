@@ -197,16 +197,29 @@ def test_pointers_of_git_lfs_are_named(file, model):
     assert file.rpartition("/")[2] in message
 
 
-@pytest.mark.parametrize(
-    "suffix", [".safetensors", ".ckpt", ".gguf", ".SAFETENSORS", ".pt", ".bin"]
-)
+@pytest.mark.parametrize("suffix", [".ckpt", ".gguf", ".PT", ".pt", ".bin"])
 @pytest.mark.parametrize("inside", [False, True], ids=["file", "folder"])
-def test_single_files_are_refused_with_code_to_convert_them(suffix, inside, tmp_path):
+def test_single_files_of_other_formats_are_refused_with_code_to_convert_them(
+    suffix, inside, tmp_path
+):
     file = tmp_path / f"dream{suffix}"
     save_file({"model.diffusion_model.x.weight": torch.zeros(2)}, file)
     message = refusal(tmp_path if inside else file, ArtefactError)
     assert "single-file" in message
-    assert ("already quantised" if suffix == ".gguf" else "from_single_file") in message
+    if suffix == ".gguf":
+        assert "already quantised" in message
+    else:
+        assert "can run any code" in message
+        assert "from diffusers import" in message
+        assert f"from_single_file({str(file)!r}).save_pretrained('FOLDER')" in message
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".SAFETENSORS", ".sft"])
+def test_a_folder_around_a_single_file_is_refused_with_the_path_of_the_file(suffix, tmp_path):
+    file = tmp_path / f"dream{suffix}"
+    save_file({"model.diffusion_model.x.weight": torch.zeros(2)}, file)
+    (tmp_path / "another.ckpt").write_bytes(b"x")
+    assert f"give the file itself: {file}" in refusal(tmp_path, ArtefactError)
 
 
 def test_a_lora_given_as_the_model_is_recognised(tmp_path):
@@ -453,6 +466,58 @@ def test_links_into_a_cache_are_followed(saved, tmp_path):
     open_pipeline(snapshot)
     (blobs / "0").unlink()
     refusal(snapshot, ArtefactError)
+
+
+def in_hub_cache(saved, folder, *names):
+    """The layout `models--OWNER--NAME` of the hub's cache, with links to `blobs`, for some snapshots."""
+    (folder / "blobs").mkdir(parents=True)
+    for number, path in enumerate(p for p in sorted(saved.rglob("*")) if p.is_file()):
+        shutil.copy(path, folder / "blobs" / str(number))
+        for name in names:
+            link = folder / "snapshots" / name / path.relative_to(saved)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(folder / "blobs" / str(number), link.parent))
+    return folder
+
+
+@pytest.mark.parametrize("main", ["b\n", "a", None], ids=["b", "a", "none"])
+def test_the_snapshot_of_the_main_branch_is_read_from_the_hubs_cache(main, saved, tmp_path):
+    folder = in_hub_cache(saved, tmp_path / "models--owner--name", "a", "b")
+    if main is None:
+        message = refusal(folder, ArtefactError)
+        assert "2 snapshots" in message
+        assert str(folder / "snapshots" / "a") in message
+        assert str(folder / "snapshots" / "b") in message
+        return
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text(main)
+    assert open_pipeline(folder).folder == folder / "snapshots" / main.strip()
+
+
+@pytest.mark.parametrize("main", ["of-another", None])
+def test_the_only_snapshot_is_read_from_the_hubs_cache(main, saved, tmp_path):
+    folder = in_hub_cache(saved, tmp_path / "models--owner--name", "a")
+    if main is not None:
+        (folder / "refs").mkdir()
+        (folder / "refs/main").write_text(main)
+    assert open_pipeline(folder).folder == folder / "snapshots" / "a"
+
+
+def test_a_hub_cache_without_a_snapshot_is_refused(tmp_path):
+    (tmp_path / "models--owner--name/snapshots").mkdir(parents=True)
+    assert "no snapshot" in refusal(tmp_path / "models--owner--name", ArtefactError)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_in_a_pickle_are_refused_with_the_code_that_converts_them(part, model):
+    file = next((model / part).glob("*.safetensors"))
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    message = refusal(model, ArtefactError)
+    assert f"{file.stem}.bin" in message
+    assert "can run any code" in message
+    assert f"DiffusionPipeline.from_pretrained({str(model)!r}, use_safetensors=False)" in message
+    assert "pipe.save_pretrained('NEW FOLDER', safe_serialization=True)" in message
 
 
 @pytest.mark.parametrize(

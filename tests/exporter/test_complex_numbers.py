@@ -8,6 +8,7 @@ from tests.exporter.recorded import Form, in_onnxruntime, in_torch
 from trtq.errors import LegalityError
 from trtq.exporter.trace_call import trace_call
 from trtq.graph.passes import DecomposeTimestepEmbedding
+from trtq.snr import snr_db
 
 
 def values(*shape, seed=0):
@@ -94,3 +95,85 @@ def test_a_complex_input_is_refused():
     form = Form(x=values(4, 2), table=torch.ones(4, dtype=torch.complex64))
     with pytest.raises(LegalityError, match="is complex, and ONNX has no complex type"):
         trace_call(Passed(), form, form.tensors, set())
+
+
+def randomised(model):
+    """The model with small random parameters, also where diffusers leaves them uninitialised."""
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.1)
+    return model.eval()
+
+
+def qwen_image():
+    """Qwen-Image's tables are constants, sliced by the sizes of images and the text's length."""
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+
+    def form(words, rows=1):
+        return Form(
+            hidden_states=values(rows, 16, 16),
+            encoder_hidden_states=values(rows, words, 16, seed=1),
+            encoder_hidden_states_mask=torch.ones(rows, words, dtype=torch.int64),
+            timestep=torch.full((rows,), 0.5),
+            img_shapes=[[(1, 4, 4)]] * rows,
+        )
+
+    return randomised(model), form(6), form(6)
+
+
+def z_image():
+    """Z-Image reads rows of its tables by position; its inputs are lists."""
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+
+    def form(words):
+        return Form(
+            x=[values(4, 1, 8, 8)], t=torch.tensor([0.5]), cap_feats=[values(words, 16, seed=1)]
+        )
+
+    return randomised(model), form(6), form(9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [qwen_image, z_image])
+def test_true_transformers_with_complex_tables_equal_torch(case):
+    model, form, longer = case()
+    references = [in_torch(model, each) for each in (form, longer)]
+    free = {
+        name: [
+            axis
+            for axis, size in enumerate(tensor.shape)
+            if size != longer.tensors[name].shape[axis]
+        ]
+        for name, tensor in form.tensors.items()
+    }
+    traced = trace_call(model, form, form.tensors, set(), free=free)
+    DecomposeTimestepEmbedding()(traced.model)
+    assert traced.free == {name: tuple(axes) for name, axes in free.items()}
+    for each, expected in zip((form, longer), references, strict=True):
+        results = in_onnxruntime(traced.model, each)
+        for result, reference in zip(results, expected, strict=True):
+            assert snr_db(reference, result) > 100

@@ -71,11 +71,11 @@ def test_free_axes_take_other_sizes_and_equal_axes_share_a_symbol():
     form = joint_form()
     traced = trace_call(Joint(), form, form.tensors, set(), free=FREE)
     assert traced.free == {name: tuple(axes) for name, axes in FREE.items()}
-    found = shapes(traced.model)
-    assert found["hidden_states"] == ["hidden_states_0", "hidden_states_1", 5]
-    assert found["t"] == ["hidden_states_0"]
+    sizes = shapes(traced.model)
+    assert sizes["hidden_states"] == ["hidden_states_0", "hidden_states_1", 5]
+    assert sizes["t"] == ["hidden_states_0"]
     text = ["hidden_states_0", "added_cond_kwargs_text_embeds_1", 5]
-    assert found["added_cond_kwargs.text_embeds"] == text
+    assert sizes["added_cond_kwargs.text_embeds"] == text
     other = joint_form(batch=3, tokens=6, words=2)
     results = in_onnxruntime(traced.model, other)
     for result, reference in zip(results, in_torch(Joint(), other), strict=True):

@@ -126,10 +126,12 @@ class StructureRow(_Strict):
     Attributes:
         attention: paths of attention modules that are decomposed into their products.
         splits: number of input channels of the first part, by path of a split convolution.
+        ip_adapter: shapes of the tensors of IP-Adapters in the denoiser, by path.
     """
 
     attention: list[ModulePath] = []
     splits: dict[ModulePath, Annotated[int, Field(strict=True, ge=1, lt=1 << 31)]] = {}
+    ip_adapter: dict[ModulePath, list[Annotated[int, Field(strict=True, ge=1, lt=1 << 31)]]] = {}
 
 
 class SourceRow(_Strict):
@@ -149,13 +151,14 @@ class AxisRow(_Strict):
 
     Attributes:
         axis: index of the axis.
-        varies: what determines the size: `batch`, `prompt` or `size`.
+        varies: what determines the size: `batch`, `prompt`, `size`, or `calls` if the calls of one run
+            differ, e.g. those with and without the prompt.
         low: smallest size.
         high: largest size; None: no limit.
     """
 
     axis: Annotated[int, Field(strict=True, ge=0, lt=64)]
-    varies: Literal["batch", "prompt", "size"]
+    varies: Literal["batch", "prompt", "size", "calls"]
     low: Annotated[int, Field(strict=True, ge=0)]
     high: Annotated[int, Field(strict=True, ge=0)] | None = None
 
@@ -169,7 +172,7 @@ class GraphRow(_Strict):
         output: nesting of the result, in the same form; its tensors are outputs of the graph.
         free: free axes of each tensor, by path.
         fixed: reason why the graph does not support other values, by what it does not support: `batch`,
-            `prompt` or `size`.
+            `prompt`, `size` or `calls`.
     """
 
     folder: Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_]{0,63}(\.[a-z0-9]{1,15})?$")]

@@ -7,13 +7,14 @@ file is hashed twice and each default is defined once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from trtq.artefact.manifest import Kind, Manifest
 from trtq.artefact.manifest_file import check_kind, has_manifest, parse_manifest, verify_files
 from trtq.artefact.options import EngineOptions
+from trtq.errors import UsageError
 
 __all__ = [
     "DEFAULT_STEPS",
@@ -37,10 +38,13 @@ class Opened:
     """Base class of the objects that `open_artefact` returns.
 
     Attributes:
-        place: folder, name, hub id or pipeline object, as given by the caller.
+        place: folder, file, name, hub id or pipeline object, as given by the caller.
+        config: folder or hub id that configures a single-file checkpoint; None: the model is of another
+            kind, or diffusers infers the hub id.
     """
 
     place: Any
+    config: str | Path | None = field(default=None, kw_only=True)
 
     kind: ClassVar[str]
 
@@ -91,7 +95,7 @@ class Opened:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint(Opened):
-    """A float model: a diffusers folder, the name of a shipped model, a hub id or a pipeline object."""
+    """A float model: a diffusers folder or file, a shipped model, a hub id or a pipeline object."""
 
     kind: ClassVar[str] = "checkpoint"
 
@@ -227,13 +231,16 @@ _CLASSES: dict[Kind, type[StoredArtefact]] = {
 }
 
 
-def open_artefact(place: str | Path | Any, *, verify: bool = True) -> Opened:
+def open_artefact(
+    place: str | Path | Any, *, verify: bool = True, config: str | Path | None = None
+) -> Opened:
     """Open an artefact or a checkpoint.
 
     Args:
         place: a folder, the name of a shipped model, a hub id or a pipeline object; an opened artefact
             is returned unchanged.
         verify: compare every file with the manifest now; otherwise `Opened.verified` does it later.
+        config: folder or hub id that configures a single-file checkpoint; None: see `Opened.config`.
 
     Returns:
         A `Checkpoint`, `Run`, `OnnxFolder` or `EngineFolder`. A checkpoint may not exist.
@@ -241,13 +248,19 @@ def open_artefact(place: str | Path | Any, *, verify: bool = True) -> Opened:
     Raises:
         ArtefactError: the folder has a manifest that cannot be read.
         IntegrityError: a file does not match the manifest.
+        UsageError: `config` is given for an artefact.
     """
     if isinstance(place, Opened):
         opened = place
     elif isinstance(place, str | Path) and Path(place).is_dir() and has_manifest(Path(place)):
         opened = open_folder(place, verify=False)
     else:
-        return Checkpoint(place)
+        return Checkpoint(place, config=config)
+    if config is not None:
+        raise UsageError(
+            f"--config (config=...) configures a single-file checkpoint (.safetensors), but "
+            f"{opened.place} is of kind {opened.kind!r}; leave it out"
+        )
     return opened.verified() if verify else opened
 
 

@@ -22,6 +22,8 @@ from trtq.errors import ArtefactError, UsageError
 
 __all__ = ["CallForm", "flatten_call", "flatten_value", "rebuild_value"]
 
+Entry = dict[str, Any]
+"""Entry of a template, see `CallForm`."""
 _MAX_DEPTH = 16
 
 
@@ -114,7 +116,7 @@ def rebuild_value(entry: Any, tensors: Mapping[str, Any], objects: Mapping[str, 
 
 def flatten_value(
     value: Any, path: str, tensors: dict[str, Any], objects: dict[str, Any], depth: int = 0
-) -> dict[str, Any]:
+) -> Entry:
     """Entry of a template for a value; tensors and objects are added to the given dicts.
 
     Args:

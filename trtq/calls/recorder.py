@@ -69,14 +69,14 @@ class DenoiserCalls:
         argument: path of the timestep among the tensors.
         timesteps: the timestep of each call; the largest if a call has several.
         first: the first call of each form, with copies of its tensors, by key of the form.
-        shapes: all shapes of each tensor, by key of the form and path.
+        variants: the first call of each combination of shapes, by key of the form.
     """
 
     name: str
     argument: str
     timesteps: tuple[float, ...]
     first: Mapping[str, RecordedCall]
-    shapes: Mapping[str, Mapping[str, frozenset[tuple[int, ...]]]]
+    variants: Mapping[str, Sequence[RecordedCall]]
 
 
 def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -178,7 +178,7 @@ def call_until(
 class _Repeated:
     """A forward that computes each form of call once and repeats the result after that.
 
-    The values of a survey do not matter, and a denoiser call takes most of a pipeline's time.
+    The values of a survey do not matter, and denoiser calls take the largest part of a pipeline's time.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -204,9 +204,9 @@ def repeating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside the block, each form of a denoiser's call is computed once, see `_Repeated`."""
     with ExitStack() as stack:
         for module in modules.values():
-            own = module.__dict__.get("forward")
+            patched = module.__dict__.get("forward")
             module.__dict__["forward"] = _forward_like(module, _Repeated(module))
-            stack.callback(_restore_forward, module, own)
+            stack.callback(_restore_forward, module, patched)
         yield
 
 
@@ -221,11 +221,11 @@ def _forward_like(module: nn.Module, repeated: _Repeated) -> Callable[..., Any]:
     return forward
 
 
-def _restore_forward(module: nn.Module, own: Any) -> None:
-    if own is None:
+def _restore_forward(module: nn.Module, patched: Any) -> None:
+    if patched is None:
         module.__dict__.pop("forward", None)
     else:
-        module.__dict__["forward"] = own
+        module.__dict__["forward"] = patched
 
 
 @torch.no_grad()
@@ -251,13 +251,13 @@ def survey(
         UsageError: the pipeline calls no denoiser, or calls one without a timestep.
     """
     calls: dict[str, list[RecordedCall]] = {name: [] for name in modules}
-    first: dict[str, dict[str, RecordedCall]] = {name: {} for name in modules}
+    variants: dict[str, dict[str, list[RecordedCall]]] = {name: {} for name in modules}
 
     def keep(seen: RecordedCall) -> None:
-        known = first[seen.denoiser]
-        if seen.form.key not in known:
+        known = variants[seen.denoiser].setdefault(seen.form.key, [])
+        if all(seen.shapes != call.shapes for call in known):
             copies = {name: tensor.detach().clone() for name, tensor in seen.tensors.items()}
-            known[seen.form.key] = RecordedCall(seen.denoiser, seen.form, copies)
+            known.append(RecordedCall(seen.denoiser, seen.form, copies))
         # Only small tensors are kept for every call: the timestep is one of them.
         small = {
             name: tensor.detach().clone()
@@ -274,7 +274,7 @@ def survey(
             f"{type(pipeline).__name__} does not call its {' or '.join(modules)} with these arguments; "
             "trtq quantises what the pipeline calls"
         )
-    return {name: _described(name, rows, first[name]) for name, rows in calls.items() if rows}
+    return {name: _described(name, rows, variants[name]) for name, rows in calls.items() if rows}
 
 
 _SMALL = 1 << 16
@@ -282,23 +282,15 @@ _SMALL = 1 << 16
 
 
 def _described(
-    name: str, calls: Sequence[RecordedCall], first: Mapping[str, RecordedCall]
+    name: str, calls: Sequence[RecordedCall], variants: Mapping[str, Sequence[RecordedCall]]
 ) -> DenoiserCalls:
     argument = _timestep_argument(name, calls)
-    shapes: dict[str, dict[str, set[tuple[int, ...]]]] = {}
-    for call in calls:
-        of_form = shapes.setdefault(call.form.key, {})
-        for path, shape in call.shapes.items():
-            of_form.setdefault(path, set()).add(shape)
     return DenoiserCalls(
         name,
         argument,
         tuple(read_timestep(call, argument) for call in calls),
-        first,
-        {
-            key: {path: frozenset(sizes) for path, sizes in of_form.items()}
-            for key, of_form in shapes.items()
-        },
+        {key: rows[0] for key, rows in variants.items()},
+        variants,
     )
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ class FreeAxis:
     """A free axis of a tensor; see `trtq.artefact.manifest_rows.AxisRow`."""
 
     axis: int
-    varies: str
+    varies: Literal["batch", "prompt", "size", "calls"]
     low: int
     high: int | None
 
@@ -48,7 +49,7 @@ class VariedForm:
     Attributes:
         denoiser: name of the component.
         form: form of the call.
-        tensors: tensors of the call that differs most from the user's call, by path.
+        tensors: tensors of the last accepted variation of the user's call, by path.
         free: free axes by path.
         fixed: reason why something cannot vary, by `batch`, `prompt` or `size`.
     """
@@ -66,6 +67,7 @@ def varied_forms(
     call: UserCall,
     *,
     largest: tuple[int, int] | None = None,
+    fixed: Mapping[str, str] = MappingProxyType({}),
     seed: int = 0,
 ) -> list[VariedForm]:
     """The forms of all denoiser calls, with the axes that may vary.
@@ -75,24 +77,34 @@ def varied_forms(
         modules: denoisers by name.
         call: the user's call, at its smallest size.
         largest: largest height and width in pixels; None: one size.
+        fixed: reason why something is not varied, by `batch`, `prompt` or `size`, or by `calls` for
+            shapes that differ between the calls of one run.
         seed: seed of the random numbers.
 
     Returns:
-        One entry per denoiser and form, in the order of the calls.
+        One entry per denoiser and form, in the order of the calls; one per combination of shapes if
+        `calls` is fixed.
 
     Raises:
         UsageError: a range of sizes is requested, and the pipeline or its denoiser does not support it.
         ArtefactError: the pipeline cannot be called with the user's arguments.
     """
     base = survey(pipeline, modules, call, seed)
+    if "size" in fixed:
+        raise UsageError(f"one graph cannot support several sizes: {fixed['size']}")
     forms = {
-        (name, key): VariedForm(name, recorded.form, recorded.tensors)
+        (name, key, index): VariedForm(name, recorded.form, recorded.tensors, {}, dict(fixed))
         for name, calls in base.items()
-        for key, recorded in calls.first.items()
+        for key, variants in calls.variants.items()
+        for index, recorded in enumerate(variants)
+        if index == 0 or "calls" in fixed
     }
-    _vary_within(forms, base)
+    if "calls" not in fixed:
+        _vary_within(forms, base)
     current, before = call, base
     for what, change in _changes(pipeline, largest).items():
+        if what in fixed:
+            continue
         try:
             changed = change(current)
             after = survey(pipeline, modules, changed, seed)
@@ -153,6 +165,8 @@ def _difference(
             match = other[name].first.get(key)
             if match is None:
                 return _changed_argument(recorded, list(other[name].first.values()))
+            if len(other[name].variants[key]) != len(calls.variants[key]):
+                return "the number of different shapes changes"
             for path, tensor in recorded.tensors.items():
                 if tensor.ndim != match.tensors[path].ndim:
                     return f"the number of axes of {path} changes"
@@ -167,33 +181,35 @@ def _changed_argument(recorded: RecordedCall, others: list[RecordedCall]) -> str
     return f"the arguments of {recorded.denoiser} change"
 
 
-def _vary_within(
-    forms: Mapping[tuple[str, str], VariedForm], base: Mapping[str, DenoiserCalls]
-) -> None:
+_Forms = Mapping[tuple[str, str, int], VariedForm]
+
+
+def _vary_within(forms: _Forms, base: Mapping[str, DenoiserCalls]) -> None:
     """Free the axes that differ between calls of one run, e.g. with and without the prompt."""
-    for (name, key), form in forms.items():
-        for path, shapes in base[name].shapes[key].items():
+    for (name, key, _), form in forms.items():
+        for path in form.tensors:
+            shapes = {call.shapes[path] for call in base[name].variants[key]}
             ranks = {len(shape) for shape in shapes}
             if len(ranks) > 1:
                 continue
             for axis, sizes in enumerate(zip(*shapes, strict=True)):
                 if len(set(sizes)) > 1:
-                    form.free.setdefault(path, []).append(FreeAxis(axis, "prompt", 1, None))
+                    form.free.setdefault(path, []).append(FreeAxis(axis, "calls", 1, None))
 
 
 def _add(
-    forms: Mapping[tuple[str, str], VariedForm],
+    forms: _Forms,
     before: Mapping[str, DenoiserCalls],
     after: Mapping[str, DenoiserCalls],
     what: str,
 ) -> None:
     """Free the axes whose sizes differ between two surveys, and keep the tensors of the second."""
-    for (name, key), form in forms.items():
-        tensors = after[name].first[key].tensors
+    for (name, key, index), form in forms.items():
+        tensors = after[name].variants[key][index].tensors
         for path, tensor in tensors.items():
             rows = form.free.setdefault(path, [])
             known = {row.axis for row in rows}
-            old = before[name].first[key].tensors[path].shape
+            old = before[name].variants[key][index].tensors[path].shape
             for axis, (low, high) in enumerate(zip(old, tensor.shape, strict=True)):
                 if low == high or axis in known:
                     continue

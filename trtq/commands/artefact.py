@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from trtq.commands.options import AsJson, Timeout, Verbose, one_of
+from trtq.commands.options import AsJson, Config, Timeout, Verbose, one_of
 from trtq.commands.output import (
     command,
     print_line,
@@ -48,15 +48,22 @@ Layers = Annotated[
 ]
 
 
-def inspect(artefact: Artefact, as_json: AsJson = False, verbose: Verbose = False) -> None:
+def inspect(
+    artefact: Artefact,
+    config: Config = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
     """Show the layers, bits and tables of an artefact, after a check of its files.
 
     Example: trtq inspect run
     """
+    from trtq.artefact.opened import open_artefact
     from trtq.pipelines.inspect import inspect as read_contents
 
     with command(verbose):
-        show(read_contents(artefact), as_json, lambda r: _print_contents(artefact, r))
+        opened = open_artefact(artefact, verify=False, config=config)
+        show(read_contents(opened), as_json, lambda r: _print_contents(artefact, r))
 
 
 def _print_contents(artefact: str, record: dict[str, Any]) -> None:

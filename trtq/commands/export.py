@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trtq.commands.options import AsJson, Overwrite, Verbose, one_of, output_option
+from trtq.commands.options import AsJson, Config, Overwrite, Verbose, one_of, output_option
 from trtq.commands.output import command, print_lines, show
 from trtq.progress import ProgressPrinter
 
@@ -54,6 +54,7 @@ def export(
     precision: Precision = "fp32",
     batch_range: BatchRange = "1:8",
     size: SizeRange = None,
+    config: Config = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -62,13 +63,14 @@ def export(
 
     Example: trtq export run -o onnx
     """
+    from trtq.artefact.opened import open_artefact
     from trtq.exporter.export import export as write_graphs
     from trtq.exporter.export import parse_batch
     from trtq.report.lines import export_rows
 
     with command(verbose):
         result = write_graphs(
-            artefact,
+            artefact if config is None else open_artefact(artefact, verify=False, config=config),
             output,
             target=target,
             precision=precision,

@@ -14,6 +14,7 @@ from trtq.limits import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
 __all__ = [
     "PROVIDERS",
     "AsJson",
+    "Config",
     "Guidance",
     "ImageSize",
     "Overwrite",
@@ -75,6 +76,15 @@ def output_option(content: str) -> Any:
 ReportFolder = Annotated[Path | None, output_option("Folder for the HTML report.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output of trtq at --output.")
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FOLDER|ID",
+        help="Diffusers folder, or hub id, of the architecture of a single-file checkpoint. Default: "
+        "the hub id that diffusers infers from the file.",
+    ),
 ]
 AsJson = Annotated[
     bool,

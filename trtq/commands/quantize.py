@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trtq.commands.options import (
     AsJson,
+    Config,
     ImageSize,
     Overwrite,
     Verbose,
@@ -21,6 +22,9 @@ from trtq.errors import UsageError
 from trtq.limits import MAX_ITERATIONS, MAX_SEED, MAX_STEPS
 from trtq.progress import ProgressPrinter
 
+if TYPE_CHECKING:
+    from trtq.artefact.opened import Opened
+
 __all__ = ["quantize"]
 
 METHODS = ("minmax", "search", "efficientdm", "quest", "combined")
@@ -30,7 +34,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Diffusers folder, hub id, or shipped model (digits, shapes); with --lora also a run.",
+        help="Diffusers folder, .safetensors file, hub id, or shipped model (digits, shapes); with "
+        "--lora also a run.",
     ),
 ]
 Method = Annotated[
@@ -129,6 +134,7 @@ def quantize(
     budget: Budget = None,
     lora: Loras = None,
     base: Base = None,
+    config: Config = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -156,7 +162,8 @@ def quantize(
         loras = [parse_lora(text) for text in lora or []]
         outcome: dict[str, Any] = {"overwrite": overwrite, "progress": ProgressPrinter()}
         result: RunResult | None
-        if loras and isinstance(run := open_artefact(model, verify=False), Run):
+        opened = open_artefact(model, verify=False, config=config)
+        if loras and isinstance(opened, Run):
             if overrides or recipe or iterations or resume or dry_run:
                 raise UsageError(
                     "a run whose LoRAs are exchanged keeps its recipe; give only --lora, --base, "
@@ -164,15 +171,15 @@ def quantize(
                 )
             from trtq.runs.exchange_loras import requantize
 
-            result = requantize(run, loras, output, base=base, **outcome)
+            result = requantize(opened, loras, output, base=base, **outcome)
         else:
             if iterations is not None:
                 overrides["training"] = {"iterations": iterations}
             settings = load_recipe(recipe, overrides)
             if dry_run:
-                _show_plan(model, settings, loras, as_json)
+                _show_plan(opened, settings, loras, as_json)
                 return
-            result = make_run(model, settings, output, loras=loras, resume=resume, **outcome)
+            result = make_run(opened, settings, output, loras=loras, resume=resume, **outcome)
         if result is not None:  # None in all processes of accelerate except the first.
             show(result, as_json, lambda r: print_lines(f"run: {output}", quantize_rows(r)))
 
@@ -181,7 +188,7 @@ def _without_none(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _show_plan(model: str, recipe: Any, loras: list[Any], as_json: bool) -> None:
+def _show_plan(model: Opened, recipe: Any, loras: list[Any], as_json: bool) -> None:
     from trtq.report.lines import plan_rows
     from trtq.runs.describe import describe_plan
     from trtq.runs.plan import plan_quantize

@@ -23,6 +23,7 @@ from trtq.diffusion.component_classes import (
     pipeline_class,
 )
 from trtq.diffusion.configs import check_config, check_layer_counts
+from trtq.diffusion.ip_adapter import adapter_names, add_ip_adapter
 from trtq.diffusion.layout import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -41,11 +42,11 @@ from trtq.diffusion.tensor_checks import (
     meta_model,
 )
 from trtq.diffusion.weight_files import find_weights
-from trtq.diffusion.weights import check_pointers
+from trtq.diffusion.weights import TensorInfo, check_pointers
 from trtq.diffusion.wording import list_names, one_line
 from trtq.errors import ArtefactError
 
-__all__ = ["align_tensors", "assemble", "load_part", "load_pipeline"]
+__all__ = ["align_tensors", "assemble", "load_part", "load_pipeline", "read_tensors"]
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,12 @@ def _load_module(place: Path, cls: Any) -> nn.Module:
     if weights.variant is not None:
         logger.warning("%s: reading the variant %r, the only one present", place, weights.variant)
     model = meta_model(path, config, cls)
+    adapter = adapter_names(weights.tensors) if by_diffusers else []
+    if adapter and model is not None:
+        # The configuration does not describe the adapter.
+        shapes = {name: weights.tensors[name].shape for name in adapter}
+        empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        _guarded(place, cls, lambda: add_ip_adapter(model, empty))
     check_sizes(path, config, model, weights)
     check_dtypes(place, model, weights.tensors)
     if by_diffusers and model is not None:
@@ -157,6 +164,10 @@ def _load_module(place: Path, cls: Any) -> nn.Module:
         # With this option transformers returns wrong shapes in the report instead of printing them.
         options["ignore_mismatched_sizes"] = True
     loaded, report = _guarded(place, cls, lambda: cls.from_pretrained(place, **options))
+    if adapter:
+        tensors = read_tensors({name: weights.tensors[name] for name in adapter})
+        _guarded(place, cls, lambda: add_ip_adapter(loaded, tensors))
+        report["unexpected_keys"] = set(report["unexpected_keys"]) - set(adapter)
     check_loading_report(place, report, weights.tensors)
     module: nn.Module = loaded.float().eval()
     if meta := [name for name, tensor in module.state_dict().items() if tensor.is_meta]:
@@ -164,6 +175,30 @@ def _load_module(place: Path, cls: Any) -> nn.Module:
     check_finite(module, str(place))
     align_tensors(module)
     return module
+
+
+def read_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
+    """Tensors from safetensors files as float32, by name.
+
+    Args:
+        tensors: header entries by name.
+
+    Raises:
+        ArtefactError: a file cannot be read.
+    """
+    from safetensors import safe_open
+
+    read: dict[str, torch.Tensor] = {}
+    for file in sorted({info.file for info in tensors.values()}):
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for name, info in tensors.items():
+                    if info.file == file:
+                        read[name] = reader.get_tensor(name).float()
+        # safetensors raises an exception class of its own.
+        except Exception as err:
+            raise ArtefactError(f"cannot read {file}: {one_line(err)}") from err
+    return read
 
 
 def align_tensors(module: nn.Module) -> None:

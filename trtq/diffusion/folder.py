@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
 
 from trtq.diffusion.checkpoint import assemble, load_part
 from trtq.diffusion.component_classes import is_component, part_class, pipeline_class
 from trtq.diffusion.configs import check_config
+from trtq.diffusion.ip_adapter import add_ip_adapter
 from trtq.diffusion.layout import (
     CLASSES_NAME,
     CONFIG_NAME,
@@ -180,12 +183,15 @@ def import_classes(folder: Path) -> None:
                 part_class(folder, part, *entry)
 
 
-def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
+def skeleton(
+    folder: Path, denoiser_name: str, ip_adapter: Mapping[str, Sequence[int]] = MappingProxyType({})
+) -> nn.Module:
     """Build the denoiser without weights: its parameters have shapes but no memory.
 
     Args:
         folder: folder of a pipeline.
-        denoiser_name: `unet` or `transformer`.
+        denoiser_name: name of the component, e.g. `unet`.
+        ip_adapter: shapes of the tensors of IP-Adapters in the denoiser, by path.
 
     Raises:
         ArtefactError: the class is not a diffusers model, or the configuration does not fit it.
@@ -217,6 +223,9 @@ def skeleton(folder: Path, denoiser_name: str) -> nn.Module:
         with init_empty_weights():
             build: Any = cls
             model: nn.Module = build.from_config(config).eval()
+        if ip_adapter:
+            shapes = {key: torch.empty(*shape, device="meta") for key, shape in ip_adapter.items()}
+            add_ip_adapter(model, shapes)
     # A constructor may raise any exception for a wrong setting.
     except Exception as err:
         raise ArtefactError(

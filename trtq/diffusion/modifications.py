@@ -200,7 +200,11 @@ def _check_processor(expected_module: Any, module: Any, where: str) -> None:
     if processor is None or expected is None or type(processor) is type(expected):
         return
     cls = type(processor)
-    if cls.__module__.startswith("diffusers.") and _SAME_ATTENTION.fullmatch(cls.__name__):
+    if cls.__module__.startswith("diffusers.") and (
+        _SAME_ATTENTION.fullmatch(cls.__name__)
+        # The same attention with one product for query, key and value.
+        or cls.__name__.replace("Fused", "") == type(expected).__name__
+    ):
         return
     raise UsageError(
         f"{where!r} has the attention processor {cls.__name__}, which trtq would lose; call "

@@ -122,8 +122,10 @@ def _check_text_unet(config: Any, kind: str, place: str) -> None:
             f"{place} has {key} {config[key]!r}: in addition to the text it needs class labels, "
             f"{_NOT_PASSED}"
         )
-    if config.get("encoder_hid_dim_type") is not None or config.get("encoder_hid_dim") is not None:
-        setting = config.get("encoder_hid_dim_type") or config.get("encoder_hid_dim")
+    # Loading an IP-Adapter sets the attribute and not the entry.
+    projection = getattr(config, "encoder_hid_dim_type", None)
+    if projection is not None or config.get("encoder_hid_dim") is not None:
+        setting = projection or config.get("encoder_hid_dim")
         needed = (
             "the images of an IP-Adapter (pipe.unload_ip_adapter() removes it)"
             if setting == "ip_image_proj"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trtq.diffusion.ip_adapter import adapter_names, add_ip_adapter, copy_scales
 from trtq.diffusion.modifications import (
     check_freeu,
     check_instance,
@@ -29,7 +30,7 @@ from trtq.diffusion.tensor_checks import check_finite
 from trtq.diffusion.wording import one_line
 from trtq.errors import QuantizationError, UsageError
 
-__all__ = ["plain_model", "plain_pipeline"]
+__all__ = ["buffers_to_float", "plain_model", "plain_pipeline"]
 
 _FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -121,15 +122,18 @@ def plain_model(model: nn.Module, name: str) -> nn.Module:
     check_not_quantized(model, name)
     fresh = _empty_model(model, cls, name)
     modules = modules_by_plain_name(model)
+    given = _without_fused(_weights(model, name), name)
+    if adapter := adapter_names(given):
+        add_ip_adapter(fresh, {key: given[key] for key in adapter})
+        copy_scales(fresh, modules)
     check_modules(fresh, modules, name)
     check_freeu(modules, name)
-    given = _without_fused(_weights(model, name), name)
     expected = fresh.state_dict()
     _check_state(expected, given, name)
     fresh.load_state_dict(
         {key: _as_float(key, given[key], expected[key], name) for key in expected}, assign=True
     )
-    _buffers_to_float(fresh)
+    buffers_to_float(fresh)
     tie_weights: Any = getattr(fresh, "tie_weights", None)
     if tie_weights is not None:
         tie_weights()
@@ -259,9 +263,9 @@ def _as_float(key: str, tensor: Tensor, expected: Tensor, name: str) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous()
 
 
-def _buffers_to_float(fresh: nn.Module) -> None:
-    """Convert the fresh model's computed buffers (positions, frequencies) to float32."""
-    for module in fresh.modules():
+def buffers_to_float(model: nn.Module) -> None:
+    """Convert a model's computed buffers (positions, frequencies) to float32, in place."""
+    for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[key] = buffer.float()

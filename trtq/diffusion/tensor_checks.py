@@ -1,7 +1,4 @@
-"""Checks of a component's tensors: names, shapes, sizes and dtypes against its configuration.
-
-File headers are compared with a model without memory, before any weight is read.
-"""
+"""Checks of a component's tensors against its configuration, before any weight is read."""
 
 from __future__ import annotations
 
@@ -30,6 +27,7 @@ __all__ = [
     "check_names",
     "check_sizes",
     "meta_model",
+    "unexpected_names",
 ]
 
 _BUFFER_BYTES = 1 << 30
@@ -168,8 +166,13 @@ def check_dtypes(folder: Path, model: nn.Module | None, tensors: Mapping[str, Te
         )
 
 
-def _unexpected_names(model: Any, names: Iterable[str]) -> list[str]:
-    """The unexpected names, without those that the model ignores for older versions."""
+def unexpected_names(model: Any, names: Iterable[str]) -> list[str]:
+    """The unexpected names, without those that the model ignores for older versions.
+
+    Args:
+        model: model of diffusers or transformers; None: only the names that every model ignores.
+        names: names of tensors that are not part of the model.
+    """
     patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     return [
         name
@@ -197,7 +200,7 @@ def check_names(
         model._fix_state_dict_keys_on_load(stored)
     expected = model.state_dict()
     missing = [name for name in expected if name not in stored]
-    unexpected = _unexpected_names(model, (name for name in stored if name not in expected))
+    unexpected = unexpected_names(model, (name for name in stored if name not in expected))
     shapes = {
         name: (tuple(tensor.shape), stored[name].shape)
         for name, tensor in expected.items()
@@ -255,8 +258,8 @@ def _mismatch_message(
         )
     if any("_ip." in name or "encoder_hid_proj" in name for name in unexpected):
         return (
-            f"{folder}: the weights hold an IP-Adapter ({list_names(unexpected)}), which needs "
-            "images that trtq does not pass yet; save the pipeline after pipe.unload_ip_adapter()"
+            f"{folder}: the weights hold an IP-Adapter ({list_names(unexpected)}) of a kind that trtq "
+            "cannot rebuild; save the pipeline after pipe.unload_ip_adapter()"
         )
     parts = []
     if missing:
@@ -282,7 +285,7 @@ def check_loading_report(folder: Path, report: Any, tensors: Mapping[str, Tensor
     """
     report = report if isinstance(report, dict) else {}
     missing = sorted(report.get("missing_keys") or ())
-    unexpected = _unexpected_names(None, sorted(report.get("unexpected_keys") or ()))
+    unexpected = unexpected_names(None, sorted(report.get("unexpected_keys") or ()))
     if missing or unexpected:
         raise ArtefactError(_mismatch_message(folder, missing, unexpected, len(tensors)))
     mismatched = [str(entry[0]) for entry in report.get("mismatched_keys") or ()]

@@ -11,16 +11,18 @@ from trtq.diffusion.layout import INDEX_NAME, read_json
 from trtq.diffusion.weights import TensorInfo, Weights, check_pointers, is_pointer, read_header
 from trtq.errors import ArtefactError
 
-__all__ = ["find_weights", "single_file_refusal"]
+__all__ = ["find_weights", "has_weights", "is_single_file", "lora_refusal", "single_file_refusal"]
 
 _STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_SINGLE_FILE = (".safetensors", ".ckpt", ".gguf", ".bin", ".pt", ".pth", ".sft")
+_SAFE = (".safetensors", ".sft")
+_SINGLE_FILE = (*_SAFE, *_PICKLES, ".gguf")
 _SINGLE_FILE_ADVICE = (
     "convert it to a folder in Python: from diffusers import StableDiffusionPipeline; "
     "StableDiffusionPipeline.from_single_file({file!r}).save_pretrained('FOLDER') (with the "
     "pipeline class of the model, e.g. StableDiffusionXLPipeline or FluxPipeline), and give FOLDER"
 )
+_LORA = " of a LoRA; give a pipeline as the model, and this file with --lora"
 
 
 def _variant_of(name: str, stem: str) -> str | None:
@@ -39,6 +41,19 @@ def _variant_of(name: str, stem: str) -> str | None:
     if rest.startswith(".") and rest.endswith(".safetensors"):
         return rest[1 : -len(".safetensors")].partition("-")[0]
     return None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a component's folder holds safetensors files of a name that diffusers expects."""
+    if not folder.is_dir():
+        return False
+    names = [path.name for path in folder.iterdir()]
+    return any(_variant_of(name, stem) is not None for name in names for stem in _STEMS)
+
+
+def is_single_file(path: Path) -> bool:
+    """Whether a path is a safetensors file, by its suffix."""
+    return path.suffix.lower() in _SAFE and path.is_file()
 
 
 def find_weights(folder: Path, stem: str | None = None) -> Weights:
@@ -87,8 +102,9 @@ def _no_weights(folder: Path, names: list[str], stem: str) -> str:
         return (
             f"{folder} holds its weights only as a pickle ({pickles[0]}). Reading a pickle can run "
             "any code, so trtq reads safetensors only; if you trust the origin of the file, convert "
-            "the pipeline in Python: pipe = DiffusionPipeline.from_pretrained('THE FOLDER', "
-            "use_safetensors=False); pipe.save_pretrained('NEW FOLDER', safe_serialization=True)"
+            "the pipeline in Python: from diffusers import DiffusionPipeline; pipe = "
+            f"DiffusionPipeline.from_pretrained({str(folder.parent)!r}, use_safetensors=False); "
+            "pipe.save_pretrained('NEW FOLDER', safe_serialization=True)"
         )
     if others:
         return (
@@ -138,22 +154,43 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
 
 
 def single_file_refusal(path: Path) -> str | None:
-    """Message about a single-file checkpoint or its folder; None if the path is neither.
+    """Message about a checkpoint file that trtq does not read here, or its folder; None for others.
+
+    Args:
+        path: a checkpoint file, or a folder without an index.
 
     Raises:
         ArtefactError: the file is a Git LFS pointer, or cannot be read.
     """
     if path.is_file() and path.suffix.lower() in _SINGLE_FILE:
+        if is_single_file(path) and lora_refusal(path) is None:
+            return (
+                f"{path} is a single-file checkpoint, which only trtq quantize, export and inspect "
+                "take; for other commands " + _SINGLE_FILE_ADVICE.format(file=str(path))
+            )
         return f"{path} is a single-file checkpoint" + _conversion(path)
     if path.is_dir():
         files = sorted(
             p for p in path.iterdir() if p.suffix.lower() in _SINGLE_FILE and p.is_file()
         )
         if files:
+            file = next((p for p in files if is_single_file(p)), files[0])
             return (
                 f"{path} holds no {INDEX_NAME}, so it is not a diffusers pipeline, but it holds the "
-                f"single-file checkpoint {files[0].name}"
-            ) + _conversion(files[0])
+                f"single-file checkpoint {file.name}"
+            ) + _conversion(file)
+    return None
+
+
+def lora_refusal(path: Path) -> str | None:
+    """Message about a safetensors file that holds a LoRA; None for other files.
+
+    Raises:
+        ArtefactError: the file cannot be read.
+    """
+    names = read_header(path)
+    if names and all("lora" in name.lower() or name.endswith(".alpha") for name in names):
+        return f"{path} is a single-file checkpoint" + _LORA
     return None
 
 
@@ -161,13 +198,17 @@ def _conversion(path: Path) -> str:
     """End of a message: the kind of a single file and how to use it."""
     if is_pointer(path):
         check_pointers(path.parent)
-    if path.suffix.lower() == ".gguf":
+    suffix = path.suffix.lower()
+    if suffix == ".gguf":
         return (
-            ", and GGUF is already quantised; give the folder of the float pipeline that it was made "
-            "from"
+            ", and GGUF is already quantised; give the folder, or the safetensors file, of the float "
+            "pipeline that it was made from"
         )
-    if path.suffix.lower() in (".safetensors", ".sft"):
-        names = read_header(path)
-        if names and all("lora" in name.lower() or name.endswith(".alpha") for name in names):
-            return " of a LoRA; give a pipeline as the model, and this file with --lora"
-    return ", which trtq does not read yet; " + _SINGLE_FILE_ADVICE.format(file=str(path))
+    if suffix in _SAFE:
+        if lora_refusal(path) is not None:
+            return _LORA
+        return f"; give the file itself: {path} (trtq quantize, export and inspect take it)"
+    return (
+        " in a pickle. Reading a pickle can run any code, so trtq reads safetensors only; if you trust "
+        "the origin of the file, " + _SINGLE_FILE_ADVICE.format(file=str(path))
+    )

@@ -54,6 +54,7 @@ _PLUGIN_DOMAIN = b"\x3a\x04" + DOMAIN.encode()
 _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,

@@ -23,6 +23,7 @@ __all__ = ["CallGraph", "RecordedDenoiser"]
 _WIDEN = {
     "batch": "export with a call of that batch size: trtq quantize --call FILE.toml",
     "prompt": "quantise with a call of such a prompt: trtq quantize --call FILE.toml",
+    "calls": "quantise with a call that has such shapes: trtq quantize --call FILE.toml",
     "size": "export for a range of sizes: trtq export RUN --size SMALLEST:LARGEST",
 }
 
@@ -80,7 +81,9 @@ class RecordedDenoiser(SharesEngines, StandIn):
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "model_class", type(model))
         self.name = name
-        self.graphs = {graph.key: graph for graph in graphs}
+        self.graphs: dict[str, list[CallGraph]] = {}
+        for graph in graphs:
+            self.graphs.setdefault(graph.key, []).append(graph)
         self.config = model.config
         self.dtype = torch.float32
         self.device = torch.device("cpu")
@@ -90,7 +93,7 @@ class RecordedDenoiser(SharesEngines, StandIn):
     @property
     def engines(self) -> list[Engine]:
         """The engines of all graphs."""
-        return [graph.engine for graph in self.graphs.values()]
+        return [graph.engine for graphs in self.graphs.values() for graph in graphs]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Arguments and result of the diffusers model.
@@ -99,10 +102,7 @@ class RecordedDenoiser(SharesEngines, StandIn):
             UsageError: the call differs from every recorded call; the message names the argument.
         """
         form, tensors = flatten_call(self.model, args, kwargs, frozenset(TIMESTEP_NAMES))
-        graph = self.graphs.get(form.key)
-        if graph is None:
-            raise UsageError(self._unknown(form))
-        _check_shapes(self.name, graph, tensors)
+        graph = self._graph_for(form, tensors)
         feeds = {
             name: _array(tensors[name], spec.dtype) for name, spec in graph.engine.inputs.items()
         }
@@ -115,9 +115,23 @@ class RecordedDenoiser(SharesEngines, StandIn):
         returns_bare = kwargs.get("return_dict") is False or not _has_return_dict(self.model)
         return values if returns_bare else _Output(values)
 
+    def _graph_for(self, form: CallForm, tensors: Mapping[str, Tensor]) -> CallGraph:
+        """The graph that computes a call.
+
+        Raises:
+            UsageError: there is no such graph.
+        """
+        graphs = self.graphs.get(form.key)
+        if graphs is None:
+            raise UsageError(self._unknown(form))
+        mismatches = [_mismatch(self.name, graph, tensors) for graph in graphs]
+        if None not in mismatches:
+            raise UsageError(str(mismatches[0]))
+        return graphs[mismatches.index(None)]
+
     def _unknown(self, form: CallForm) -> str:
         """Message about a call that has no graph."""
-        known = [graph.row.template for graph in self.graphs.values()]
+        known = [graphs[0].row.template for graphs in self.graphs.values()]
         for argument, entry in form.template.items():
             if all(template.get(argument) != entry for template in known):
                 recorded = ", ".join(sorted({_shown(template.get(argument)) for template in known}))
@@ -156,30 +170,27 @@ def _shown(entry: Mapping[str, Any] | None) -> str:
     return text if len(text) <= 60 else f"{text[:60]} ..."
 
 
-def _check_shapes(name: str, graph: CallGraph, tensors: Mapping[str, Tensor]) -> None:
-    """Raise unless every tensor has a size that the graph supports.
-
-    Raises:
-        UsageError: a size differs; the message names the axis, the range and what to do.
-    """
+def _mismatch(name: str, graph: CallGraph, tensors: Mapping[str, Tensor]) -> str | None:
+    """Message about the first size that a graph does not support, or None."""
     for path, spec in graph.engine.inputs.items():
         given = tuple(tensors[path].shape)
         if len(given) != len(spec.shape):
-            raise UsageError(
+            return (
                 f"the graph of {name} takes {path!r} with {len(spec.shape)} axes, got {list(given)}"
             )
         rows = {row.axis: row for row in graph.row.free.get(path, ())}
         for axis, (size, fixed) in enumerate(zip(given, spec.shape, strict=True)):
             row = rows.get(axis)
             if row is None and isinstance(fixed, int) and size != fixed:
-                raise UsageError(_fixed_axis(name, graph.row, path, axis, size, fixed))
+                return _fixed_axis(name, graph.row, path, axis, size, fixed)
             too_large = row is not None and row.high is not None and size > row.high
             if row is not None and (size < row.low or too_large):
                 limit = f"{row.low} .. {row.high}" if row.high is not None else f"{row.low} or more"
-                raise UsageError(
+                return (
                     f"axis {axis} of {path!r} of {name} has size {size}; the graph supports {limit} "
                     f"({row.varies}); to widen it, {_WIDEN[row.varies]}"
                 )
+    return None
 
 
 def _fixed_axis(name: str, row: GraphRow, path: str, axis: int, size: int, fixed: int) -> str:

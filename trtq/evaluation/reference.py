@@ -103,7 +103,7 @@ def draw_reference(
         raise UsageError(
             f"the reference {opened.place} is of kind {opened.kind!r}; give the float checkpoint of it"
         )
-    source = open_pipeline(opened.place)
+    source = open_pipeline(opened.place, opened.config)
     if images < 2:
         raise UsageError(f"--images must be at least 2, got {images}")
     if judged is not None:

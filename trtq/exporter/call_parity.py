@@ -129,12 +129,12 @@ def _without_tie(row: StepParity, expected: Tensor, given: Tensor) -> StepParity
 def _worst(
     expected: Sequence[Tensor], given: Sequence[Tensor], moved: Sequence[Tensor] | None = None
 ) -> StepParity:
-    """The row of the output that agrees least."""
+    """The row of the output with the smallest SNR."""
     rows = []
     for index, tensor in enumerate(expected):
-        one, other = _batched(tensor, expected), _batched(given[index], expected)
-        row = compare(one, other, None if moved is None else _batched(moved[index], expected))
-        rows.append(_without_tie(row, one, other))
+        reference, other = _batched(tensor, expected), _batched(given[index], expected)
+        row = compare(reference, other, None if moved is None else _batched(moved[index], expected))
+        rows.append(_without_tie(row, reference, other))
     return min(rows, key=lambda row: (row.db, row.pooled_db))
 
 

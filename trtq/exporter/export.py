@@ -12,12 +12,11 @@ from trtq.artefact.contents import source_hashes
 from trtq.artefact.folder import check_output, claims_output, new_artefact
 from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_file import made_from, write_manifest
-from trtq.artefact.manifest_rows import LayerRow, SourceRow
+from trtq.artefact.manifest_rows import SourceRow
 from trtq.artefact.opened import (
     DEFAULT_STEPS,
     Checkpoint,
     Opened,
-    StoredArtefact,
     open_artefact,
 )
 from trtq.artefact.options import ExportOptions, Metrics
@@ -30,14 +29,13 @@ from trtq.engine.prepared import keep_prepared
 from trtq.errors import GateError, UsageError
 from trtq.exporter.component_graphs import export_components
 from trtq.exporter.component_worker import Parts, exporting_parts
-from trtq.exporter.export_calls import export_calls
+from trtq.exporter.export_calls import export_calls, float_rows, is_recorded
 from trtq.exporter.graph import TARGETS, Target, write_graph
 from trtq.exporter.result import ExportResult
 from trtq.exporter.step_check import PARITY_DB, step_parities
 from trtq.graph.file import MODEL_FILE
 from trtq.limits import MAX_BATCH, parse_whole
 from trtq.progress import ProgressCallback, silent
-from trtq.quant import layer_kind, quantizable_layers
 from trtq.resources import peak_rss_bytes
 from trtq.runs.folder import OpenRun, open_run
 from trtq.torch_settings import with_own_settings
@@ -69,19 +67,6 @@ def parse_batch(text: str) -> tuple[int, int]:
             f"write MIN:MAX, each in 1 .. {MAX_BATCH}, e.g. 1:8"
         )
     return bounds
-
-
-def _rows(denoiser: nn.Module) -> list[LayerRow]:
-    return [
-        LayerRow(
-            name=name,
-            kind=layer_kind(module) or "linear",
-            weight_bits=None,
-            activation_bits=None,
-            reason="exported from a float checkpoint",
-        )
-        for name, module in quantizable_layers(denoiser).items()
-    ]
 
 
 @claims_output
@@ -132,7 +117,7 @@ def export(
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="onnx")
     opened = open_artefact(artefact, verify=False)
     progress("export", 1, 3)
-    if isinstance(opened, StoredArtefact) and opened.manifest.recorded is not None:
+    if is_recorded(opened):
         return _export_recorded(
             opened, final, start, target, precision, batch, size, overwrite, progress
         )
@@ -169,7 +154,7 @@ def export(
 
 
 def _export_recorded(
-    opened: StoredArtefact,
+    opened: Opened,
     final: Path,
     start: float,
     target: str,
@@ -181,12 +166,11 @@ def _export_recorded(
 ) -> ExportResult:
     """Write the ONNX folder of a run that was recorded inside the pipeline's call; see `export`."""
     with new_artefact(final, kind="onnx", overwrite=overwrite) as folder:
-        manifest, parity = export_calls(
-            opened, folder, size=size, precision=precision, target=target
-        )
+        exported = export_calls(opened, folder, size=size, precision=precision, target=target)
+        manifest = exported.manifest
         graphs = [row.folder for part in manifest.denoisers for row in part.recorded.graphs]
         result = ExportResult(
-            **parity,
+            **exported.as_dict(),
             parity_parts_db={},
             bytes=sum(
                 path.stat().st_size for graph in graphs for path in (folder / graph).iterdir()
@@ -232,9 +216,11 @@ def _load(
 ) -> tuple[LoadedPipeline, nn.Module, OpenRun | None, Manifest]:
     """The pipeline, the denoiser to trace, the run if there is one, and the initial manifest."""
     if isinstance(opened, Checkpoint):
-        source = open_pipeline(opened.place)
+        source = open_pipeline(opened.place, opened.config)
         # Tracing in half precision changes the model, and the comparison needs the original.
-        traced = source.denoiser if precision == "fp32" else open_pipeline(opened.place).denoiser
+        traced = source.denoiser
+        if precision != "fp32":
+            traced = open_pipeline(opened.place, opened.config).denoiser
         return source, traced, None, _float_manifest(source)
     run = open_run(opened)
     return run.source(), run.float_skeleton(), run, _run_manifest(run)
@@ -262,7 +248,7 @@ def _float_manifest(source: LoadedPipeline) -> Manifest:
         kind="onnx",
         source=SourceRow(name=source.name, files=files),
         denoiser=source.denoiser_name,
-        layers=_rows(source.denoiser),
+        layers=float_rows(source.denoiser),
     )
 
 

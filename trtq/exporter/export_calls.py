@@ -1,65 +1,53 @@
-"""Export of a recorded run: one graph per form of a denoiser's call, compared inside the real run."""
+"""Export of a recorded pipeline, compared with torch inside the pipeline's own call."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtq.artefact.graph_metadata import LAYERS_KEY, TIMESTEPS_KEY
+from trtq.artefact.contents import source_hashes
 from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_file import made_from
-from trtq.artefact.manifest_rows import AxisRow, FurtherRow, GraphRow, layer_kinds
-from trtq.artefact.opened import StoredArtefact
-from trtq.calls.form import flatten_value
+from trtq.artefact.manifest_rows import FurtherRow, GraphRow, LayerRow, RecordedRow, SourceRow
+from trtq.artefact.opened import Checkpoint, Opened, StoredArtefact
 from trtq.calls.pipeline import RecordedPipeline
+from trtq.calls.recorder import denoisers_of, survey
 from trtq.calls.stored import CALL_FOLDER, save_call
 from trtq.calls.user_call import UserCall
-from trtq.calls.variations import VariedForm, varied_forms
 from trtq.diffusion.folder import save_pipeline_parts, skeleton
 from trtq.diffusion.layout import parse_size, parse_sizes
+from trtq.diffusion.loading import open_pipeline
 from trtq.engine.ort import OrtEngine
 from trtq.engine.recorded import CallGraph, RecordedDenoiser
-from trtq.errors import GateError, LegalityError
+from trtq.errors import GateError
+from trtq.exporter.call_graphs import ExportedDenoiser, RecordedGraph, write_call_graphs
 from trtq.exporter.call_parity import call_parities, form_parity
 from trtq.exporter.parity import StepParity
 from trtq.exporter.step_check import PARITY_DB
-from trtq.exporter.trace_call import trace_call
-from trtq.graph.file import MODEL_FILE, save_graph
-from trtq.graph.nodes import LOW_BIT_OPERATORS
-from trtq.graph.passes import (
-    CastLayerNormToFloat64,
-    DecomposeGroupNorm,
-    DecomposeSilu,
-    DecomposeTimestepEmbedding,
-    DropNoopSqueeze,
-    ExpandLowBitToQdq,
-    LowBitToPlugins,
-)
-from trtq.graph.passes.step_lookup import StepInput
-from trtq.quant.convert import deploy_timesteps
-from trtq.runs.folder import OpenRun, RunDenoiser, open_run
+from trtq.graph.file import MODEL_FILE
+from trtq.quant import layer_kind, quantizable_layers
+from trtq.runs.folder import open_run
+from trtq.runs.plan_calls import knows_pipeline, user_calls
 
-__all__ = ["RecordedGraph", "export_calls", "sized_calls", "write_call_graphs"]
-
-_MAX_FORMS = 8
-"""Maximum number of graphs of one denoiser; pipelines need one or two."""
-_PRODUCTS = ("LowBitMatMul",)
+__all__ = ["ExportedCalls", "export_calls", "float_rows", "is_recorded", "sized_calls"]
 
 
 @dataclass(frozen=True)
-class RecordedGraph:
-    """A written graph.
+class _Source:
+    """The pipeline to export.
 
     Attributes:
-        denoiser: name of the component.
-        row: entry of the graph in the manifest.
+        source: the pipeline in torch, with the user's call.
+        denoisers: the denoisers.
+        manifest: manifest without graphs, options and metrics.
     """
 
-    denoiser: str
-    row: GraphRow
+    source: RecordedPipeline
+    denoisers: Sequence[ExportedDenoiser]
+    manifest: Manifest
 
 
 def sized_calls(call: UserCall, size: str | None) -> tuple[UserCall, tuple[int, int] | None]:
@@ -80,176 +68,145 @@ def sized_calls(call: UserCall, size: str | None) -> tuple[UserCall, tuple[int, 
     return sized, None if smallest == largest else parse_size(largest)
 
 
-def write_call_graphs(
-    folder: Path,
-    run: OpenRun,
-    pipeline: Any,
-    call: UserCall,
-    largest: tuple[int, int] | None,
-    *,
-    half: bool,
-    target: str,
-) -> tuple[list[RecordedGraph], list[VariedForm]]:
-    """Write the graphs of every denoiser of a recorded run, without checks.
-
-    Args:
-        folder: folder of the artefact; each graph gets a folder in it.
-        run: the run.
-        pipeline: the run's pipeline in torch.
-        call: the user's call, at the smallest size.
-        largest: largest height and width in pixels; None: one size.
-        half: whether everything except integers is in half precision.
-        target: form of the low-bit layers, see `trtq.exporter.export.export`.
-
-    Returns:
-        The graphs, and the forms of the calls in the same order.
-
-    Raises:
-        LegalityError: a denoiser cannot be traced, or is called with another structure at each step.
-    """
-    modules = {part.name: getattr(pipeline, part.name) for part in run.denoisers}
-    forms = varied_forms(pipeline, modules, call, largest=largest)
-    graphs = []
-    for part, row in zip(run.denoisers, run.manifest.denoisers, strict=True):
-        its_forms = [form for form in forms if form.denoiser == part.name]
-        _check_forms(part.name, its_forms)
-        for index, form in enumerate(its_forms):
-            place = part.name if index == 0 else f"{part.name}.form{index + 1}"
-            graph = _write(folder / place, part, row, form, half=half, target=target)
-            graphs.append(RecordedGraph(part.name, graph))
-    return graphs, forms
-
-
-def _check_forms(name: str, forms: Sequence[VariedForm]) -> None:
-    """Raise unless the denoiser is called in few forms that a file can describe."""
-    for form in forms:
-        if form.form.opaque:
-            raise LegalityError(
-                f"{name} is called with {form.form.opaque[0]}, which a graph cannot hold; the run works "
-                "in torch"
-            )
-    if len(forms) > _MAX_FORMS:
-        first, second = forms[0].form.template, forms[1].form.template
-        changing = [key for key in first if first[key] != second.get(key)]
-        raise LegalityError(
-            f"{name} is called with {len(forms)} different structures during one call of the pipeline "
-            f"({', '.join(changing) or 'its arguments'} change); a graph is needed for each, at most "
-            f"{_MAX_FORMS}; the run works in torch"
+def float_rows(denoiser: Any) -> list[LayerRow]:
+    """Rows of the manifest for the layers of a float model."""
+    return [
+        LayerRow(
+            name=name,
+            kind=layer_kind(module) or "linear",
+            weight_bits=None,
+            activation_bits=None,
+            reason="exported from a float checkpoint",
         )
+        for name, module in quantizable_layers(denoiser).items()
+    ]
 
 
-def _write(
-    folder: Path, part: RunDenoiser, row: FurtherRow, form: VariedForm, *, half: bool, target: str
-) -> GraphRow:
-    model = part.float_skeleton()
-    deploy_timesteps(model)
-    layers = part.stored.layers
-    traced = trace_call(
-        model,
-        form.form,
-        form.tensors,
-        set(layers),
-        free={path: [axis.axis for axis in axes] for path, axes in form.free.items()},
-        half=half,
-        full_precision=[part.argument],
+def is_recorded(opened: Opened) -> bool:
+    """Whether an artefact or a checkpoint is exported by recording its pipeline's calls."""
+    if isinstance(opened, StoredArtefact):
+        return opened.manifest.recorded is not None
+    return not knows_pipeline(opened)
+
+
+def _source_of(opened: Opened) -> _Source:
+    if isinstance(opened, Checkpoint):
+        return _float_source(opened)
+    run = open_run(opened)
+    source = run.source()
+    assert isinstance(source, RecordedPipeline)
+    denoisers = [
+        ExportedDenoiser(
+            part.name, part.argument, row, part.stored.layers, part.table, part.float_skeleton
+        )
+        for part, row in zip(run.denoisers, run.manifest.denoisers, strict=True)
+    ]
+    manifest = run.manifest.model_copy(
+        update={"kind": "onnx", "source": made_from(run.folder, run.manifest)}
     )
-    graph = traced.model
-    for rewrite in (
-        DropNoopSqueeze(),
-        DecomposeGroupNorm(),
-        CastLayerNormToFloat64(),
-        DecomposeSilu(),
-        DecomposeTimestepEmbedding(),
-    ):
-        rewrite(graph)
-    step = StepInput(part.argument, per_item=False)
-    operators = _PRODUCTS if target == "plugin" else LOW_BIT_OPERATORS
-    ExpandLowBitToQdq(layers, part.table, operators, timestep=step)(graph)
-    LowBitToPlugins(layers, part.table, timestep=step)(graph)
-    graph.metadata_props[TIMESTEPS_KEY] = json.dumps(part.table.timesteps.tolist())
-    graph.metadata_props[LAYERS_KEY] = json.dumps(layer_kinds(row.layers))
-    save_graph(graph, folder)
-    free = {
-        path: [
-            AxisRow(axis=axis.axis, varies=axis.varies, low=axis.low, high=axis.high)  # type: ignore[arg-type]
-            for axis in axes
-            if axis.axis in traced.free.get(path, ())
-        ]
-        for path, axes in form.free.items()
-    }
-    return GraphRow(
-        folder=folder.name,
-        template=form.form.template,
-        output=_output_template(traced.outputs),
-        free={path: axes for path, axes in free.items() if axes},
-        fixed=form.fixed | _fixed_by_torch(form, traced.free),
+    return _Source(source, denoisers, manifest)
+
+
+def _float_source(opened: Checkpoint) -> _Source:
+    """A float checkpoint whose pipeline is called with the default call."""
+    loaded = open_pipeline(opened.place, opened.config, recorded=True)
+    pipeline = loaded.pipeline
+    (call,) = user_calls(loaded, ())
+    modules = denoisers_of(pipeline)
+    denoisers = []
+    for name, calls in survey(pipeline, modules, call).items():
+        module = modules[name]
+        recorded = RecordedRow(
+            timestep=calls.argument, calls=len(calls.timesteps), model=type(module).__name__
+        )
+        row = FurtherRow(denoiser=name, layers=float_rows(module), recorded=recorded)
+        denoisers.append(
+            ExportedDenoiser(
+                name, calls.argument, row, {}, None, lambda module=module: copy.deepcopy(module)
+            )
+        )
+    source = RecordedPipeline(loaded.name, loaded.folder, pipeline, denoisers[0].name, call)
+    files = source_hashes(loaded.folder) if loaded.folder is not None else {}
+    first, *further = (part.row for part in denoisers)
+    manifest = Manifest(
+        kind="onnx",
+        source=SourceRow(name=loaded.name, files=files),
+        denoiser=first.denoiser,
+        layers=first.layers,
+        recorded=first.recorded,
+        further=further,
     )
+    return _Source(source, denoisers, manifest)
 
 
-def _fixed_by_torch(form: VariedForm, free: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Variations of which no axis is free in the graph, since torch fixed all of them."""
-    wanted: dict[str, list[bool]] = {}
-    for path, axes in form.free.items():
-        for axis in axes:
-            wanted.setdefault(axis.varies, []).append(axis.axis in free.get(path, ()))
-    return {
-        what: "the model's code fixes it while it is traced"
-        for what, kept in wanted.items()
-        if not any(kept)
-    }
+@dataclass(frozen=True)
+class ExportedCalls:
+    """Graphs that were written and compared with torch.
 
+    Attributes:
+        manifest: manifest without options and metrics.
+        rows: agreement at each denoiser call of the real run.
+        varied: agreement at one call that varies batch, prompt and size as far as the graphs allow.
+    """
 
-def _output_template(outputs: Any) -> dict[str, Any]:
-    """Nesting of a result whose tensors are names of the graph's outputs."""
-    if isinstance(outputs, str):
-        return {"tensor": outputs}
-    if isinstance(outputs, list | tuple):
-        kind = "list" if isinstance(outputs, list) else "tuple"
-        return {kind: [_output_template(item) for item in outputs]}
-    if isinstance(outputs, dict):
-        return {"dict": {key: _output_template(item) for key, item in outputs.items()}}
-    return flatten_value(outputs, "output", {}, {})
+    manifest: Manifest
+    rows: Sequence[StepParity]
+    varied: Sequence[StepParity]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields `parity_*` of `ExportResult`."""
+        return {
+            "parity_db_min": min(row.db for row in self.rows),
+            "parity_db": [row.db for row in self.rows],
+            "parity_db_pooled_min": min(row.pooled_db for row in self.rows),
+            "parity_ties": sum(row.ties for row in self.rows) / len(self.rows),
+            "parity_floor_db": [row.floor_db for row in self.rows],
+            "parity_largest_db": min(row.db for row in self.varied),
+        }
 
 
 def export_calls(
-    opened: StoredArtefact,
-    folder: Path,
-    *,
-    size: str | None,
-    precision: str,
-    target: str,
-) -> tuple[Manifest, dict[str, Any]]:
-    """Write the graphs of a recorded run, and compare them with torch inside the pipeline's call.
+    opened: Opened, folder: Path, *, size: str | None, precision: str, target: str
+) -> ExportedCalls:
+    """Write the graphs of a pipeline, and compare them with torch inside the pipeline's call.
 
     Args:
-        opened: the run.
+        opened: a recorded run, or a checkpoint as the float baseline.
         folder: new folder of the artefact.
         size: image size or range of sizes, see `sized_calls`.
         precision: see `trtq.exporter.export.export`.
         target: see `trtq.exporter.export.export`.
 
     Returns:
-        The manifest without options and metrics, and the fields `parity_*` of `ExportResult`.
+        The manifest, and the agreement of graphs and torch.
 
     Raises:
         GateError: the SNR of a graph against torch is too low.
         LegalityError: a denoiser cannot be traced; the message says why.
     """
-    run = open_run(opened)
-    source = run.source()
-    assert isinstance(source, RecordedPipeline)
-    pipeline = source.pipeline
-    call, largest = sized_calls(source.call, size)
+    origin = _source_of(opened)
+    pipeline = origin.source.pipeline
+    call, largest = sized_calls(origin.source.call, size)
     graphs, forms = write_call_graphs(
-        folder, run, pipeline, call, largest, half=precision == "fp16", target=target
+        folder,
+        origin.denoisers,
+        pipeline,
+        call,
+        largest,
+        half=precision == "fp16",
+        target=target,
     )
-    names = [part.name for part in run.denoisers]
-    save_pipeline_parts(source, folder, denoisers=names)
+    names = [part.name for part in origin.denoisers]
+    save_pipeline_parts(origin.source, folder, denoisers=names)
     save_call(call, folder / CALL_FOLDER)
     modules = {name: getattr(pipeline, name) for name in names}
     exported = {
-        name: _opened(folder, name, [graph.row for graph in graphs if graph.denoiser == name])
-        for name in names
+        part.name: _opened(
+            folder,
+            part.row,
+            [graph.row for graph in graphs if graph.denoiser == part.name],
+        )
+        for part in origin.denoisers
     }
     rows = call_parities(pipeline, exported, call)
     others = [
@@ -259,23 +216,16 @@ def export_calls(
         if form.denoiser == name
     ]
     _check_parity([*rows, *others], PARITY_DB[precision])
-    fields = {
-        "parity_db_min": min(row.db for row in [*rows, *others]),
-        "parity_db": [row.db for row in rows],
-        "parity_db_pooled_min": min(row.pooled_db for row in [*rows, *others]),
-        "parity_ties": sum(row.ties for row in rows) / len(rows),
-        "parity_floor_db": [row.floor_db for row in rows],
-        "parity_largest_db": min(row.db for row in others),
-    }
-    return _manifest(run, graphs), fields
+    return ExportedCalls(_with_graphs(origin.manifest, graphs), rows, others)
 
 
-def _opened(folder: Path, name: str, rows: Sequence[GraphRow]) -> RecordedDenoiser:
+def _opened(folder: Path, part: FurtherRow, rows: Sequence[GraphRow]) -> RecordedDenoiser:
     """A denoiser that runs on graphs that were just written."""
     graphs = [
         CallGraph(OrtEngine(folder / row.folder / MODEL_FILE, low_memory=True), row) for row in rows
     ]
-    return RecordedDenoiser(name, skeleton(folder, name), graphs)
+    model = skeleton(folder, part.denoiser, part.structure.ip_adapter)
+    return RecordedDenoiser(part.denoiser, model, graphs)
 
 
 def _check_parity(rows: Sequence[StepParity], min_db: float) -> None:
@@ -289,24 +239,11 @@ def _check_parity(rows: Sequence[StepParity], min_db: float) -> None:
     )
 
 
-def _manifest(run: OpenRun, graphs: Sequence[RecordedGraph]) -> Manifest:
-    """The manifest of the ONNX folder, without options and metrics."""
-    source = made_from(run.folder, run.manifest)
-    rows = [
-        row.model_copy(
-            update={
-                "recorded": row.recorded.model_copy(
-                    update={"graphs": [g.row for g in graphs if g.denoiser == row.denoiser]}
-                )
-            }
-        )
-        for row in run.manifest.denoisers
-    ]
-    return run.manifest.model_copy(
-        update={
-            "kind": "onnx",
-            "source": source,
-            "recorded": rows[0].recorded,
-            "further": rows[1:],
-        }
-    )
+def _with_graphs(manifest: Manifest, graphs: Sequence[RecordedGraph]) -> Manifest:
+    """The manifest with the graphs of every denoiser."""
+    rows = []
+    for row in manifest.denoisers:
+        its_graphs = [graph.row for graph in graphs if graph.denoiser == row.denoiser]
+        recorded = row.recorded.model_copy(update={"graphs": its_graphs})
+        rows.append(row.model_copy(update={"recorded": recorded}))
+    return manifest.model_copy(update={"recorded": rows[0].recorded, "further": rows[1:]})

@@ -6,11 +6,13 @@ else in the call, such as numbers and the structure, is constant. The outputs ar
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import re
+import sys
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -127,23 +129,74 @@ def trace_call(
         for name, value in examples.items():
             if value.dtype == torch.float32 and name not in full_precision:
                 examples[name] = value.half()
+    _register_constants(denoiser)
     caller = _Call(denoiser, form, list(examples)).eval()
     shapes = tuple(
         dict.fromkeys(sorted(free.get(name, ())), torch.export.Dim.AUTO) for name in examples
     )
     kind = type(denoiser).__name__
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), _free_sizes(denoiser):
         exported = _export(caller, tuple(examples.values()), shapes, kind)
         if has_complex_numbers(exported):
             exported = _export(real_module(exported), tuple(examples.values()), shapes, kind)
         model = _to_onnx(exported, list(examples), kind)
     _name_axes(model)
-    found = {value.name: value.shape for value in model.graph.inputs}
+    input_shapes = {value.name: value.shape for value in model.graph.inputs}
     kept = {
-        name: tuple(axis for axis in sorted(axes) if not isinstance(found[name][axis], int))  # type: ignore[index]
+        name: tuple(axis for axis in sorted(axes) if not isinstance(input_shapes[name][axis], int))  # type: ignore[index]
         for name, axes in free.items()
     }
     return TracedCall(model, caller.result.outputs, kept)
+
+
+def _register_constants(denoiser: nn.Module) -> None:
+    """Make buffers of tensors that are plain attributes, such as tables of rotary embeddings.
+
+    A slice of a plain tensor would fix a free size to its value in the example.
+    """
+    for module in denoiser.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                delattr(module, name)
+                module.register_buffer(name, value, persistent=False)
+
+
+def _length(value: Any) -> Any:
+    return value.shape[0] if isinstance(value, Tensor) else len(value)
+
+
+class _IntegerType(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, int)
+
+    def __call__(cls, *args: Any) -> Any:
+        return args[0] if args and isinstance(args[0], torch.SymInt) else int(*args)
+
+
+class _Integer(metaclass=_IntegerType):
+    """Python's `int`, except that `int(size)` keeps a free size free."""
+
+
+_FREE_SIZES = {"len": _length, "int": _Integer}
+
+
+@contextlib.contextmanager
+def _free_sizes(denoiser: nn.Module) -> Iterator[None]:
+    """Inside the block, `len(tensor)` and `int(size)` in the code of a denoiser keep a free size free.
+
+    Python's own functions return integers, which would fix the size.
+    """
+    files = {type(module).__module__ for module in denoiser.modules()}
+    scopes = [vars(sys.modules[name]) for name in files if not name.startswith("torch.")]
+    scopes = [scope for scope in scopes if not _FREE_SIZES.keys() & scope.keys()]
+    for scope in scopes:
+        scope.update(_FREE_SIZES)
+    try:
+        yield
+    finally:
+        for scope in scopes:
+            for name in _FREE_SIZES:
+                del scope[name]
 
 
 def _export(
@@ -230,7 +283,7 @@ def _name_axes(model: ir.Model) -> None:
         # torch writes a size that it has fixed as a symbol of digits.
         if size.value.isdigit():
             return int(size.value)
-        return re.sub(r"\bs\d+\b", lambda found: names.get(found[0], found[0]), size.value)
+        return re.sub(r"\bs\d+\b", lambda match: names.get(match[0], match[0]), size.value)
 
     values = [*graph.inputs, *graph.outputs]
     values += [output for node in graph.all_nodes() for output in node.outputs]

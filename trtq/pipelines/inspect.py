@@ -43,7 +43,7 @@ def inspect(artefact: str | Path | Opened | Any) -> InspectResult:
     """
     opened = open_artefact(artefact)
     if not isinstance(opened, StoredArtefact):
-        return _checkpoint(opened.place)
+        return _checkpoint(opened.place, opened.config)
     folder, manifest = opened.folder, opened.manifest
     graph = folder / manifest.denoiser / MODEL_FILE
     if manifest.kind == "onnx" and graph.is_file():
@@ -110,8 +110,8 @@ def _precisions(manifest: Manifest) -> dict[str, int]:
     )
 
 
-def _checkpoint(place: str | Path | Any) -> InspectedCheckpoint:
-    source = open_pipeline(place)
+def _checkpoint(place: str | Path | Any, config: str | Path | None) -> InspectedCheckpoint:
+    source = open_pipeline(place, config, recorded=True)
     layers = quantizable_layers(source.denoiser)
     return InspectedCheckpoint(
         kind="checkpoint",

@@ -78,7 +78,7 @@ def open_any(
             f"trtq export {opened.place} -o ONNX"
         )
     if isinstance(opened, Checkpoint):
-        return open_pipeline(opened.place)
+        return open_pipeline(opened.place, opened.config)
     run = open_run(opened)
     return run.source(_on_gpu(run) if provider == TORCH else None)
 
@@ -129,7 +129,7 @@ def _open_recorded(opened: GraphFolder, provider: str, threads: int | None) -> R
             check_timesteps(engine.metadata, part.timesteps)
             check_layers(engine.metadata, layer_kinds(part.layers))
             graphs.append(CallGraph(engine, row))
-        model = skeleton(folder, part.denoiser)
+        model = skeleton(folder, part.denoiser, part.structure.ip_adapter)
         denoisers[part.denoiser] = RecordedDenoiser(part.denoiser, model, graphs)
     pipeline = load_pipeline_parts(folder, denoisers, recorded=True)
     call = load_call(folder / CALL_FOLDER)

@@ -129,9 +129,15 @@ class KernelLayer(WeightlessLayer):
         super().__init__(tensors.weight.codes.shape, geometry)
         self.spec, operands = packed_operands(tensors, geometry)
         self._flat = flat_fields(self.spec)
+        self._has_bias = tensors.bias is not None
         for name, values in operands.items():
             # `weight` is the empty parameter whose dtype other code reads.
             self.register_buffer("packed" if name == "weight" else name, torch.from_numpy(values))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, float32 `[N]`, a row of `terms`; None: the layer has no bias."""
+        return self.terms[1] if self._has_bias else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLayer:
         """Apply `fn` as for other modules, but keep scales in float32 and weights contiguous.

@@ -168,7 +168,7 @@ def load_float(
             f"{opened.place} is of kind {opened.kind!r}, which is already quantised; give a float "
             "checkpoint, or a run together with --lora to change its LoRAs"
         )
-    source = open_pipeline(opened.place, recorded=steps is None)
+    source = open_pipeline(opened.place, opened.config, recorded=steps is None)
     if isinstance(source.denoiser, StandIn):
         raise UsageError(
             f"{source.name} is already quantised (its denoiser is a "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from trtq.calib.recipe import Recipe
 from trtq.calib.roles import observe_roles
 from trtq.calls.recorder import DenoiserCalls, RecordedCall, denoisers_of, survey
 from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, default_call
-from trtq.diffusion.layout import read_index
+from trtq.diffusion.ip_adapter import adapter_names
+from trtq.diffusion.layout import CONFIG_NAME, read_index, read_json
 from trtq.diffusion.loading import resolve_model
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import general_prompts, read_lines
+from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS
 from trtq.diffusion.stepping import KNOWN_PIPELINES, stepping_of
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
@@ -35,7 +37,7 @@ from trtq.quant import (
 from trtq.runs.plan import QuantizePlan, load_float
 from trtq.seeds import seeded_generator
 
-__all__ = ["CallsPlan", "DenoiserPlan", "knows_pipeline", "plan_calls"]
+__all__ = ["CallsPlan", "DenoiserPlan", "knows_pipeline", "plan_calls", "user_calls"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class DenoiserPlan:
     Attributes:
         plan: layers, bits and timesteps of the denoiser.
         calls: the denoiser's calls during one call of the pipeline.
+        ip_adapter: shapes of the tensors of IP-Adapters in the denoiser, by path.
     """
 
     plan: QuantizePlan
     calls: DenoiserCalls
+    ip_adapter: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -88,21 +92,37 @@ class CallsPlan:
 
 
 def knows_pipeline(model: Any) -> bool:
-    """Whether the noise levels of a model's pipeline are known in closed form.
+    """Whether trtq knows a pipeline's noise levels and inputs in closed form, without recording.
 
     Args:
         model: a checkpoint, see `trtq.runs.quantize.quantize`; one that cannot be read counts as known.
     """
     place = model.place if isinstance(model, Opened) else model
     if not isinstance(place, str | Path):
-        return isinstance(place, nn.Module) or stepping_of(place) is not None
+        if isinstance(place, nn.Module):
+            return True
+        scheduler = type(getattr(place, "scheduler", None)).__name__
+        config = getattr(getattr(place, "unet", None), "config", {})
+        return stepping_of(place) is not None and _known_parts(scheduler, config)
     try:
         folder = resolve_model(place)
-        if not isinstance(folder, Path):
+        if not isinstance(folder, Path) or not folder.is_dir():
             return True
-        return str(read_index(folder)["_class_name"]) in KNOWN_PIPELINES
+        index = read_index(folder)
+        scheduler = str((index.get("scheduler") or [None, None])[1])
+        path = folder / "unet" / CONFIG_NAME
+        config = read_json(path) if path.is_file() else {}
     except ArtefactError:
         return True
+    return str(index["_class_name"]) in KNOWN_PIPELINES and _known_parts(scheduler, config)
+
+
+def _known_parts(scheduler: str, config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler is known, and a UNet takes no inputs that only its pipeline can make."""
+    further = config.get("time_cond_proj_dim"), config.get("encoder_hid_dim_type")
+    return (
+        scheduler in KNOWN_SCHEDULERS and further[0] is None and further[1] in (None, "text_proj")
+    )
 
 
 def plan_calls(
@@ -129,12 +149,7 @@ def plan_calls(
     modules = denoisers_of(pipeline)
     merged = merge_loras(_with_weights(pipeline), loras, source.denoiser_name)
     prompts = _prompts(source, recipe)
-    given = [UserCall(dict(arguments)) for arguments in calls]
-    for call in given:
-        call.check(pipeline)
-    if not given:
-        given = [default_call(pipeline, prompts, _offered(source, recipe))]
-    given = [_with_steps(call, recipe) for call in given]
+    given = user_calls(source, calls, recipe)
     recipe = recipe.model_copy(update={"steps": given[0].steps or recipe.steps})
     structures = {name: _structured(module, recipe) for name, module in modules.items()}
     surveyed = [survey(pipeline, modules, call, recipe.seed) for call in given]
@@ -152,6 +167,31 @@ def plan_calls(
         parts,
         merged,
     )
+
+
+def user_calls(
+    source: LoadedPipeline,
+    calls: Sequence[Mapping[str, Any]] = (),
+    recipe: Recipe | None = None,
+) -> list[UserCall]:
+    """The user's calls, checked and with a number of steps.
+
+    Args:
+        source: the loaded checkpoint.
+        calls: arguments of the user's calls; none: a default call.
+        recipe: recipe with the steps, prompts and size of a default call; None: the defaults.
+
+    Raises:
+        UsageError: an argument does not exist, or the pipeline requires one that trtq cannot choose.
+    """
+    chosen = Recipe(method="minmax") if recipe is None else recipe
+    given = [UserCall(dict(arguments)) for arguments in calls]
+    for call in given:
+        call.check(source.pipeline)
+    if not given:
+        offered = _offered(source, chosen)
+        given = [default_call(source.pipeline, _prompts(source, chosen), offered)]
+    return [_with_steps(call, chosen) for call in given]
 
 
 def _with_weights(pipeline: Any) -> dict[str, nn.Module]:
@@ -254,7 +294,9 @@ def _denoiser_plan(
         layers = with_shared_inputs(layers, layer_calls)
     table = TimestepTable(timesteps)
     plan = QuantizePlan(source, recipe, layers, table, structure, policy, layer_calls)
-    return DenoiserPlan(plan, merged)
+    tensors = denoiser.state_dict()
+    adapters = {key: list(tensors[key].shape) for key in adapter_names(tensors)}
+    return DenoiserPlan(plan, merged, adapters)
 
 
 def _images_in(call: RecordedCall, argument: str) -> int:

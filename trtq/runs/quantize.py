@@ -19,7 +19,7 @@ from trtq.artefact.listing import CHECKPOINTS
 from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_file import write_manifest
 from trtq.artefact.manifest_rows import SourceRow, StructureRow
-from trtq.artefact.opened import Opened
+from trtq.artefact.opened import Opened, open_artefact
 from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
 from trtq.artefact.partial import (
     has_checkpoint,
@@ -176,6 +176,7 @@ def quantize(
     *,
     loras: Sequence[LoraRequest] = (),
     calls: Sequence[Mapping[str, Any]] | None = None,
+    config: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
@@ -195,6 +196,7 @@ def quantize(
             calibrated inside these calls, with other seeds and prompts; everything else stays as given.
             None: the trajectories of a pipeline whose noise levels are known in closed form, or a
             default call of any other pipeline.
+        config: diffusers folder or hub id with the configuration of a model in a single file.
         resume: continue from the newest checkpoint of an interrupted run.
         overwrite: replace an existing run.
         progress: callback that receives the stage's name, the work done and the total.
@@ -209,6 +211,8 @@ def quantize(
     start = time.monotonic()
     final = check_output(Path(out), overwrite=overwrite, source=model, kind="run")
     chosen = _as_recipe(recipe)
+    if config is not None:
+        model = open_artefact(model, verify=False, config=config)
     if calls is not None or not knows_pipeline(model):
         return _quantize_calls(model, chosen, final, calls or (), loras, overwrite, progress, start)
     plan = plan_quantize(model, chosen, loras, progress)

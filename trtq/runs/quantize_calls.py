@@ -185,7 +185,11 @@ def _row(part: DenoiserPlan, plan: CallsPlan, model_class: str) -> FurtherRow:
         denoiser=part.name,
         timesteps=part.plan.table.timesteps.tolist(),
         layers=layer_rows(part.plan.layers, adapters=plan.recipe.training is not None),
-        structure=StructureRow(attention=list(structure.attention), splits=dict(structure.splits)),
+        structure=StructureRow(
+            attention=list(structure.attention),
+            splits=dict(structure.splits),
+            ip_adapter=dict(part.ip_adapter),
+        ),
         recorded=RecordedRow(
             timestep=part.calls.argument, calls=len(part.calls.timesteps), model=model_class
         ),

@@ -56,7 +56,7 @@ class _Input:
         columns: values per step, float32 `[T]` each, by key.
         weight_scale: scales of the weight, `[N]`; None for an operand of a product of activations.
         first: name of the input in the first call of the layer with as many axes, whose values this
-            input uses; in most graphs this input.
+            input uses; this input itself unless the layer is called again.
     """
 
     shape: Axes
