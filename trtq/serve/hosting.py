@@ -63,7 +63,7 @@ def open_model(
 
     # Hashing takes seconds per gigabyte, so the files are verified once, by the code that loads them.
     opened = open_artefact(path, verify=False)
-    refuse_recorded(opened, "trtq serve", "use trtq generate, or trtq.load in Python")
+    refuse_recorded(opened, "a server that batches by step", "use trtq serve")
     plain = provider not in (TORCH, *BACKENDS)
     if plain and isinstance(opened, OnnxFolder) and TorchFreeModel.serves(opened):
         return TorchFreeModel(
