@@ -42,6 +42,7 @@ def quantize_calls(
     calls: Sequence[Mapping[str, Any]],
     loras: Sequence[LoraRequest],
     *,
+    inputs: Mapping[str, Any] | None,
     resume: bool,
     overwrite: bool,
     progress: ProgressCallback,
@@ -55,6 +56,7 @@ def quantize_calls(
         final: folder of the run.
         calls: arguments of the user's calls of the pipeline; none: a default call.
         loras: LoRAs to merge into the float weights first.
+        inputs: further arguments of every call.
         resume: continue from the newest checkpoint of an interrupted run.
         overwrite: replace an existing run.
         progress: callback that receives the stage's name, the work done and the total.
@@ -63,7 +65,7 @@ def quantize_calls(
     Raises:
         TrtqError: see `trtq.errors`; no partial result is left at `final`.
     """
-    plan = plan_calls(model, recipe, calls, loras)
+    plan = plan_calls(model, recipe, calls, loras, inputs)
     model_classes = {part.name: type(part.module).__name__ for part in plan.denoisers}
     files = source_files(plan.source)
     bytes_before = sum(part.plan.bytes_before() for part in plan.denoisers)

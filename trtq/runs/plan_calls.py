@@ -16,7 +16,7 @@ from trtq.calib.probe import observe_calls, with_shared_inputs
 from trtq.calib.recipe import Recipe
 from trtq.calib.roles import LayerRoles, observe_roles
 from trtq.calls.recorder import DenoiserCalls, RecordedCall, denoisers_of, survey
-from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, default_call
+from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, check_names, default_call
 from trtq.diffusion.ip_adapter import adapter_names
 from trtq.diffusion.layout import CONFIG_NAME, read_index, read_json
 from trtq.diffusion.loading import resolve_model
@@ -135,6 +135,7 @@ def plan_calls(
     recipe: Recipe,
     calls: Sequence[Mapping[str, Any]] = (),
     loras: Sequence[LoraRequest] = (),
+    inputs: Mapping[str, Any] | None = None,
 ) -> CallsPlan:
     """Load the checkpoint, run the pipeline once, and choose the bits of every layer.
 
@@ -143,6 +144,7 @@ def plan_calls(
         recipe: the recipe; its missing values are filled in from the model and the call.
         calls: arguments of the user's calls of the pipeline; none: a default call.
         loras: LoRAs to merge into the float weights first.
+        inputs: further arguments of every call, also of a default call.
 
     Raises:
         ArtefactError: the checkpoint cannot be read, or the pipeline cannot be called.
@@ -154,7 +156,7 @@ def plan_calls(
     modules = denoisers_of(pipeline)
     merged = merge_loras(_with_weights(pipeline), loras, source.denoiser_name)
     prompts = _prompts(source, recipe)
-    given = user_calls(source, calls, recipe)
+    given = user_calls(source, calls, recipe, inputs)
     recipe = recipe.model_copy(update={"steps": given[0].steps or recipe.steps})
     structures = {name: _structured(module, recipe) for name, module in modules.items()}
     surveyed = [survey(pipeline, modules, call, recipe.seed) for call in given]
@@ -179,6 +181,7 @@ def user_calls(
     source: LoadedPipeline,
     calls: Sequence[Mapping[str, Any]] = (),
     recipe: Recipe | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> list[UserCall]:
     """The user's calls, checked and with a number of steps.
 
@@ -186,16 +189,19 @@ def user_calls(
         source: the loaded checkpoint.
         calls: arguments of the user's calls; none: a default call.
         recipe: recipe with the steps, prompts and size of a default call; None: the defaults.
+        inputs: further arguments of every call, also of a default call.
 
     Raises:
         UsageError: an argument does not exist, or the pipeline requires one that trtq cannot choose.
     """
     chosen = Recipe(method="minmax") if recipe is None else recipe
-    given = [UserCall(dict(arguments)) for arguments in calls]
+    further = dict(inputs or {})
+    given = [UserCall({**arguments, **further}) for arguments in calls]
     for call in given:
         call.check(source.pipeline)
     if not given:
-        offered = _offered(source, chosen)
+        check_names(source.pipeline, further)
+        offered = {**_offered(source, chosen), **further}
         given = [default_call(source.pipeline, _prompts(source, chosen), offered)]
     return [_with_steps(call, chosen) for call in given]
 

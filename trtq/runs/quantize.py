@@ -134,6 +134,7 @@ def quantize(
     *,
     loras: Sequence[LoraRequest] = (),
     calls: Sequence[Mapping[str, Any]] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     config: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -154,6 +155,7 @@ def quantize(
             calibrated inside these calls, with other seeds and prompts; everything else stays as given.
             None: the trajectories of a pipeline whose noise levels are known in closed form, or a
             default call of any other pipeline.
+        inputs: further arguments of every call, e.g. pictures; without `calls`, of a default call.
         config: diffusers folder or hub id with the configuration of a model in a single file.
         resume: continue from the newest checkpoint of an interrupted run.
         overwrite: replace an existing run.
@@ -171,13 +173,14 @@ def quantize(
     chosen = _as_recipe(recipe)
     if config is not None:
         model = open_artefact(model, verify=False, config=config)
-    if calls is not None or not knows_pipeline(model):
+    if calls is not None or inputs or not knows_pipeline(model):
         return quantize_calls(
             model,
             chosen,
             final,
             calls or (),
             loras,
+            inputs=inputs,
             resume=resume,
             overwrite=overwrite,
             progress=progress,

@@ -20,6 +20,7 @@ from trtq.artefact.opened import (
     open_folder,
 )
 from trtq.artefact.options import EngineOptions
+from trtq.artefact.recorded import refuse_recorded
 from trtq.engine.base import graph_specs
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError
@@ -80,6 +81,7 @@ def package_triton(
             of the engines is missing.
     """
     opened = _open(artefact)
+    refuse_recorded(opened, "trtq package triton", "use trtq generate, or trtq.load in Python")
     folder, manifest = opened.folder, opened.manifest
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind=_KIND)
     exported = _onnx_of(opened, onnx) if isinstance(opened, EngineFolder) else opened
@@ -118,6 +120,11 @@ def _open(artefact: str | Path | Opened) -> StoredArtefact:
         raise UsageError(
             f"{opened.folder} is a run, which no server loads; export it first: trtq export "
             f"{opened.folder} -o ONNX"
+        )
+    if opened.manifest.recorded is not None:
+        raise UsageError(
+            f"{opened.folder} runs inside its pipeline's own call, so no server of Triton can load it "
+            f"yet; serve it over HTTP instead: trtq serve {opened.folder}"
         )
     return opened
 
