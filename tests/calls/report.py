@@ -130,7 +130,8 @@ def _measure(name: str) -> dict[str, Any] | None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     seconds = time.process_time() - start
-    sys.stderr.write(f"{name}: parity {row['parity_db']} dB, {seconds:.0f} s\n")
+    outcome = "refused" if row["refused"] else f"parity {row['parity_db']} dB"
+    sys.stderr.write(f"{name}: {outcome}, {seconds:.0f} s\n")
     return row
 
 

@@ -10,11 +10,14 @@ from trtq.calls.user_call import UserCall
 from trtq.errors import UsageError
 from trtq.exporter.call_parity import call_parities
 
-FAST = ("flux2_klein", "chroma")
+FAST = ("flux2_klein", "aura_flow")
 SLOW = ("sd_inpainting", "playground", "sana", "cogview4", "flux_kontext", "wan_21")
 SMALLEST, LARGEST = 32, 64
 MIDDLE = 48
 OTHER_PROMPT = "a cat in a red boat"
+
+# diffusers warns about its own classes.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 def parameters():

@@ -12,6 +12,9 @@ from tests.calls import report
 from tests.calls.whole_way import MAX_DIFFERENCE, MIN_PARITY_DB, MIN_PSNR_DB, measure
 from tests.calls.zoo import ZOO
 
+# diffusers warns about its own classes.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
 
 def parameter(name):
     marks = () if ZOO[name].fast else (pytest.mark.slow,)

@@ -25,7 +25,7 @@ TEMPLATE = (
 def byte_entries() -> list[str]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    return list(bytes_to_unicode().values())  # type: ignore[no-untyped-call]
+    return list(bytes_to_unicode().values())
 
 
 def qwen_tokenizer() -> Any:
@@ -133,6 +133,7 @@ def gemma2() -> tuple[Any, Any]:
 
     marks = ("<pad>", "<eos>", "<bos>", "<unk>")
     tokenizer = character_tokenizer("GemmaTokenizer", marks, length=32)
+    options: dict[str, Any] = {"attn_implementation": "eager"}
     config = Gemma2Config(
         vocab_size=len(tokenizer),
         head_dim=16,
@@ -141,7 +142,7 @@ def gemma2() -> tuple[Any, Any]:
         num_attention_heads=2,
         num_hidden_layers=1,
         num_key_value_heads=2,
-        attn_implementation="eager",
+        **options,
     )
     return tokenizer, Gemma2Model(config)
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from tests.calls.zoo.case import Case
-from tests.calls.zoo.encoders import gemma2, qwen3, qwen_tokenizer
-from tests.calls.zoo.parts import flow, flux2_vae, guided, qwen_vae, wide_vae
+from tests.calls.zoo.encoders import gemma2, qwen3, qwen25_vl_config, qwen_tokenizer
+from tests.calls.zoo.parts import (
+    NEGATIVE,
+    PROMPT,
+    flow,
+    flux2_vae,
+    guided,
+    qwen_vae,
+    wide_vae,
+)
+from tests.families.pipelines import t5
 
 
 def qwen3_vl() -> tuple[Any, Any]:
@@ -121,9 +130,63 @@ def lumina_2() -> Any:
     )
 
 
+def hunyuan_video_15() -> Any:
+    """HunyuanVideo 1.5, which sorts the tokens of three conditions by their masks."""
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        HunyuanVideo15Pipeline,
+        HunyuanVideo15Transformer3DModel,
+    )
+    from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel
+
+    tokenizer = qwen_tokenizer()
+    encoder = Qwen2_5_VLTextModel(qwen25_vl_config(tokenizer).text_config)
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=32,
+        image_embed_dim=16,
+        rope_axes_dim=(4, 6, 6),
+        task_type="t2v",
+    )
+    autoencoder = AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(16, 16, 16, 16, 16),
+        layers_per_block=1,
+    )
+    return HunyuanVideo15Pipeline(
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        vae=autoencoder,
+        scheduler=flow(shift=7.0),
+        text_encoder_2=t5()[1],
+        tokenizer_2=ByT5Tokenizer(),
+        guider=ClassifierFreeGuidance(guidance_scale=4.0),
+    )
+
+
 CASES = {
     "krea_2": Case("Krea 2", krea_2, lambda: guided(32, max_sequence_length=256)),
     "ernie_image": Case("ERNIE-Image", ernie_image, lambda: guided(16)),
+    "hunyuan_video_15": Case(
+        "HunyuanVideo 1.5",
+        hunyuan_video_15,
+        lambda: {
+            "prompt": PROMPT,
+            "negative_prompt": NEGATIVE,
+            "height": 32,
+            "width": 32,
+            "num_frames": 5,
+        },
+        refused="depends on values of another",
+    ),
     "lumina_2": Case(
         "Lumina 2",
         lumina_2,

@@ -229,8 +229,8 @@ def video(height: int, **arguments: Any) -> dict[str, Any]:
 
 CASES = {
     "wan_21": Case("Wan 2.1", wan_21, lambda: video(16)),
-    "wan_22": Case("Wan 2.2", wan_22, lambda: video(16), fast=True),
-    "ltx": Case("LTX-Video", ltx, lambda: video(32)),
+    "wan_22": Case("Wan 2.2", wan_22, lambda: video(16)),
+    "ltx": Case("LTX-Video", ltx, lambda: video(32), fast=True),
     "hunyuan_video": Case(
         "HunyuanVideo",
         hunyuan_video,
