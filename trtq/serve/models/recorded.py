@@ -116,7 +116,7 @@ class RecordedModel:
         finally:
             # A pipeline that is interrupted leaves its progress bar open.
             bar = getattr(pipeline, "_progress_bar", None)
-            if hasattr(bar, "close"):
+            if bar is not None and hasattr(bar, "close"):
                 bar.close()
         return _first_image(pipeline, result)
 

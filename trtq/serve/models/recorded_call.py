@@ -26,7 +26,7 @@ _DEFAULT_MAX_STEPS = 1000
 def base_call(source: RecordedPipeline) -> UserCall:
     """The recorded call, with images as its result."""
     accepted = accepted_arguments(source.pipeline)
-    arguments = {"output_type": "pil"} if "output_type" in accepted else {}
+    arguments: dict[str, Any] = {"output_type": "pil"} if "output_type" in accepted else {}
     if "return_dict" in source.call.arguments:
         arguments["return_dict"] = True
     return source.call.updated(arguments)
