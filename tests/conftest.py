@@ -123,3 +123,23 @@ def digits_onnx(digits_run):
     out = digits_run.parent / "onnx"
     export(digits_run, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def inpainting_model(tmp_path_factory):
+    """The folder of a tiny inpainting pipeline, which trtq knows through its call only."""
+    from tests.calls.inpainting import inpainting
+
+    folder = tmp_path_factory.mktemp("inpainting") / "model"
+    inpainting().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inpainting_run(inpainting_model):
+    """A run that was recorded inside the pipeline's call."""
+    from tests.calls.inpainting import RECIPE, arguments
+
+    folder = inpainting_model.parent / "run"
+    quantize(inpainting_model, RECIPE, folder, calls=[arguments()])
+    return folder

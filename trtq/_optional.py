@@ -19,6 +19,8 @@ _EXTRAS = {
     "jinja2": "eval",
     "torchmetrics": "eval",
     "sklearn": "dev",
+    "imageio": "video",
+    "imageio_ffmpeg": "video",
 }
 
 

@@ -25,8 +25,8 @@ def generation_texts(
     prompt: str | None,
     seed: int,
     image: int,
-    steps: int,
-    guidance: float,
+    steps: int | None,
+    guidance: float | None,
     size: tuple[int, int],
     negative_prompt: str | None = None,
     label: int | str | None = None,
@@ -38,8 +38,8 @@ def generation_texts(
         prompt: prompt; None for a model without prompts.
         seed: seed of the request.
         image: index of the image among the images of that seed, from 0.
-        steps: number of denoising steps.
-        guidance: classifier-free guidance scale.
+        steps: number of denoising steps; None if it is unknown.
+        guidance: classifier-free guidance scale; None for a pipeline without one.
         size: height and width in pixels.
         negative_prompt: negative prompt; None if there is none.
         label: class of the image; None for a model without classes.
@@ -62,9 +62,11 @@ def generation_texts(
     facts = {key: value for key, value in facts.items() if value is not None}
     words = prompt if prompt is not None else "" if label is None else f"class {label}"
     negative = f"\nNegative prompt: {negative_prompt}" if negative_prompt else ""
+    known = "" if steps is None else f"Steps: {steps}, "
+    known += "" if guidance is None else f"CFG scale: {guidance:g}, "
     line = (
-        f"{words}{negative}\nSteps: {steps}, CFG scale: {guidance:g}, Seed: {seed}, "
-        f"Image: {image}, Size: {size[1]}x{size[0]}, Model: {model}"
+        f"{words}{negative}\n{known}Seed: {seed}, Image: {image}, Size: {size[1]}x{size[0]}, "
+        f"Model: {model}"
     )
     return {"parameters": line, "trtq": json.dumps(facts, ensure_ascii=False)}
 

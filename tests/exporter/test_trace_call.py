@@ -96,6 +96,24 @@ def test_an_axis_that_the_model_fixes_is_reported_as_fixed():
     assert shapes(traced.model)["sample"] == ["sample_0", 4]
 
 
+class Modulated(nn.Module):
+    """Views the timesteps by the batch of the sample, as LTX does."""
+
+    def forward(self, sample, t):
+        shift = t.reshape(-1, 1).expand(-1, sample.shape[2])
+        return sample + shift.view(sample.shape[0], -1, sample.shape[2])
+
+
+def test_axes_whose_equality_torch_cannot_decide_take_it_from_the_example():
+    form = Form(sample=values(2, 4, 5), t=values(2))
+    traced = trace_call(Modulated(), form, form.tensors, set(), free={"sample": [0], "t": [0]})
+    assert traced.free == {"sample": (0,), "t": (0,)}
+    assert shapes(traced.model) == {"sample": ["sample_0", 4, 5], "t": ["sample_0"]}
+    other = Form(sample=values(3, 4, 5), t=values(3))
+    (result,) = in_onnxruntime(traced.model, other)
+    assert torch.equal(result, *in_torch(Modulated(), other))
+
+
 class Masked(nn.Module):
     def forward(self, sample, mask):
         length = max(mask.sum(dim=1).tolist())

@@ -25,6 +25,7 @@ from trtq.engine.ort import PROVIDERS, check_provider
 from trtq.errors import ArtefactError, UsageError
 from trtq.graph.file import DATA_NAME, MODEL_FILE, model_file
 from trtq.limits import MAX_BATCH, parse_whole
+from trtq.pipelines.called import is_called
 from trtq.pipelines.open import TORCH
 from trtq.runs.weights import FILE_NAME
 
@@ -190,6 +191,11 @@ def _open(path: str) -> Opened:
     opened = open_artefact(path)
     if isinstance(opened, Checkpoint):
         resolve_model(path)
+    if is_called(opened):
+        raise UsageError(
+            f"{path} is used through its pipeline's own call, which trtq bench does not time yet; trtq "
+            "eval compares it with the float model and prints the duration of both"
+        )
     return opened
 
 

@@ -170,8 +170,8 @@ def call_until(
             pass
         finally:
             # A pipeline that is interrupted leaves its progress bar open.
-            bar = getattr(pipeline, "_progress_bar", None)
-            if hasattr(bar, "close"):
+            bar: Any = getattr(pipeline, "_progress_bar", None)
+            if bar is not None and hasattr(bar, "close"):
                 bar.close()
 
 

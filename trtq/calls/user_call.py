@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from trtq.calls.arguments import check_type, nearest_text
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.wording import one_line
 from trtq.errors import ArtefactError, TrtqError, UsageError
 from trtq.seeds import seeded_generator
 
-__all__ = ["STEPS_ARGUMENT", "UserCall", "accepted_arguments", "default_call", "run_call"]
+__all__ = [
+    "COUNT_ARGUMENTS",
+    "STEPS_ARGUMENT",
+    "UserCall",
+    "accepted_arguments",
+    "check_names",
+    "default_call",
+    "run_call",
+]
 
 STEPS_ARGUMENT = "num_inference_steps"
+COUNT_ARGUMENTS = (
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "num_waveforms_per_prompt",
+    "batch_size",
+)
+"""Arguments of diffusers' pipelines that multiply the batch."""
 _FROM_TRTQ = ("generator",)
 """Arguments that trtq passes by itself."""
 _FROM_PIPELINES = (
@@ -34,14 +50,32 @@ _FROM_PIPELINES = (
 
 
 def accepted_arguments(pipeline: Any) -> dict[str, inspect.Parameter]:
-    """The parameters of a pipeline's call by name."""
-    parameters = inspect.signature(type(pipeline).__call__).parameters
+    """The parameters of the call of a pipeline, or of a pipeline's class, by name."""
+    cls: Any = pipeline if isinstance(pipeline, type) else type(pipeline)
+    parameters = inspect.signature(cls.__call__).parameters
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return {
         name: parameter
         for name, parameter in parameters.items()
         if name != "self" and parameter.kind not in kinds
     }
+
+
+def check_names(pipeline: Any, names: Iterable[str]) -> None:
+    """Raise unless a pipeline's call has arguments of these names.
+
+    Raises:
+        UsageError: an argument does not exist, or comes from trtq.
+    """
+    accepted = [key for key in accepted_arguments(pipeline) if key not in _FROM_TRTQ]
+    for name in names:
+        if name in _FROM_TRTQ:
+            raise UsageError(f"the argument {name!r} comes from trtq; leave it out")
+        if name not in accepted:
+            raise UsageError(
+                f"{type(pipeline).__name__} has no argument {name!r}{nearest_text(name, accepted)}; its "
+                f"arguments are {', '.join(accepted)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,22 +103,27 @@ class UserCall:
         texts = isinstance(prompt, list) and all(isinstance(text, str) for text in prompt)
         return len(prompt) if texts and prompt else None
 
+    @property
+    def images(self) -> int:
+        """Number of images that the call makes, as far as its arguments say; 1 or more."""
+        labels = self.arguments.get("class_labels")
+        count = self.prompts or (len(labels) if isinstance(labels, list) else 1)
+        for name in COUNT_ARGUMENTS:
+            number = self.arguments.get(name)
+            count *= number if isinstance(number, int) and number > 0 else 1
+        return max(1, count)
+
     def check(self, pipeline: Any) -> None:
         """Raise unless the pipeline accepts every argument and gets every required one.
 
         Raises:
-            UsageError: an argument is unknown or missing.
+            UsageError: an argument is unknown, missing or of another type than the pipeline takes.
         """
         accepted = accepted_arguments(pipeline)
         name = type(pipeline).__name__
-        for argument in self.arguments:
-            if argument in _FROM_TRTQ:
-                raise UsageError(f"the argument {argument!r} comes from trtq; leave it out")
-            if argument not in accepted:
-                raise UsageError(
-                    f"{name} has no argument {argument!r}; its arguments are "
-                    f"{', '.join(key for key in accepted if key not in _FROM_TRTQ)}"
-                )
+        check_names(pipeline, self.arguments)
+        for argument, value in self.arguments.items():
+            check_type(argument, value, accepted[argument])
         missing = [
             key
             for key, parameter in accepted.items()
@@ -126,7 +165,8 @@ def default_call(pipeline: Any, prompts: Sequence[str], offered: Mapping[str, An
     arguments = {
         name: value for name, value in offered.items() if name in accepted and value is not None
     }
-    if "prompt" in accepted and "prompt" not in arguments and prompts:
+    texts = any(name in arguments for name in ("prompt", "prompt_embeds"))
+    if "prompt" in accepted and not texts and prompts:
         arguments["prompt"] = prompts[0]
     call = UserCall(arguments)
     call.check(pipeline)

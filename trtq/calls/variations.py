@@ -17,19 +17,15 @@ from torch import Tensor, nn
 
 from trtq.calls.form import CallForm
 from trtq.calls.recorder import DenoiserCalls, RecordedCall, survey
-from trtq.calls.user_call import UserCall, accepted_arguments
+from trtq.calls.user_call import COUNT_ARGUMENTS, UserCall, accepted_arguments
 from trtq.errors import TrtqError, UsageError
 
 __all__ = ["FreeAxis", "VariedForm", "varied_forms"]
 
-_COUNTS = (
-    "num_images_per_prompt",
-    "num_videos_per_prompt",
-    "num_waveforms_per_prompt",
-    "batch_size",
-)
-"""Arguments of diffusers' pipelines that multiply the batch."""
-_LONGER = "a photograph of a small red house by the lake under a cloudy sky"
+Varies = Literal["batch", "prompt", "size", "calls"]
+_LONGER = "a photograph of a small red house by the lake under a very cloudy sky"
+"""A prompt whose number of tokens and of bytes is no multiple of 32: some denoisers pad their texts to a
+multiple, and a graph that is traced without padding lacks it for other prompts."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class FreeAxis:
     """A free axis of a tensor; see `trtq.artefact.manifest_rows.AxisRow`."""
 
     axis: int
-    varies: Literal["batch", "prompt", "size", "calls"]
+    varies: Varies
     low: int
     high: int | None
 
@@ -124,12 +120,12 @@ def varied_forms(
 
 def _changes(
     pipeline: Any, largest: tuple[int, int] | None
-) -> dict[str, Callable[[UserCall], UserCall]]:
+) -> dict[Varies, Callable[[UserCall], UserCall]]:
     """Functions that vary a call, by what they vary."""
     accepted = accepted_arguments(pipeline)
 
     def batch(call: UserCall) -> UserCall:
-        for name in _COUNTS:
+        for name in COUNT_ARGUMENTS:
             if name in accepted:
                 return call.updated({name: 2 * int(call.arguments.get(name) or 1)})
         if isinstance(call.arguments.get("class_labels"), list):
@@ -150,7 +146,7 @@ def _changes(
         assert largest is not None
         return call.updated({"height": largest[0], "width": largest[1]})
 
-    changes = {"prompt": prompt, "batch": batch}
+    changes: dict[Varies, Callable[[UserCall], UserCall]] = {"prompt": prompt, "batch": batch}
     return changes if largest is None else {"size": size, **changes}
 
 
@@ -201,7 +197,7 @@ def _add(
     forms: _Forms,
     before: Mapping[str, DenoiserCalls],
     after: Mapping[str, DenoiserCalls],
-    what: str,
+    what: Varies,
 ) -> None:
     """Free the axes whose sizes differ between two surveys, and keep the tensors of the second."""
     for (name, key, index), form in forms.items():

@@ -70,9 +70,28 @@ def _print_contents(artefact: str, record: dict[str, Any]) -> None:
     from trtq.report.lines import inspect_rows
 
     print_lines(artefact, inspect_rows(record))
+    for row in record.get("denoisers") or []:
+        _print_denoiser(row)
     _print_layers(record["layers"])
     for row in record.get("engine_layers") or []:
         print_line(str(row.get("Name")))
+
+
+def _print_denoiser(row: dict[str, Any]) -> None:
+    """Print a recorded denoiser: its calls and its graphs with their free axes."""
+    from trtq.report.texts import counts_text
+
+    print_line(
+        f"\n{row['name']} ({row['model']}): {row['calls']} calls per call of the pipeline, timestep "
+        f"{row['timestep']!r}, {len(row['timesteps'] or [])} calibrated timesteps, layers "
+        f"{counts_text(row['precisions'])}"
+    )
+    for graph in row["graphs"]:
+        print_line(f"  graph {graph['folder']}: inputs {', '.join(graph['inputs'])}", fold=True)
+        for name, axes in graph["free"].items():
+            print_line(f"    free: {name}: {', '.join(axes)}", fold=True)
+        for what, reason in graph["fixed"].items():
+            print_line(f"    fixed {what}: {reason}", fold=True)
 
 
 def _print_layers(rows: Sequence[dict[str, Any]]) -> None:

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from trtq.commands.options import AsJson, Config, Overwrite, Verbose, one_of, output_option
+from trtq.commands.options import (
+    AsJson,
+    CallFile,
+    Config,
+    Inputs,
+    Overwrite,
+    Verbose,
+    one_of,
+    output_option,
+)
 from trtq.commands.output import command, print_lines, show
 from trtq.progress import ProgressPrinter
 
@@ -54,6 +63,8 @@ def export(
     precision: Precision = "fp32",
     batch_range: BatchRange = "1:8",
     size: SizeRange = None,
+    call: CallFile = None,
+    inputs: Inputs = None,
     config: Config = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -64,11 +75,14 @@ def export(
     Example: trtq export run -o onnx
     """
     from trtq.artefact.opened import open_artefact
+    from trtq.calls.files import read_call, read_inputs
     from trtq.exporter.export import export as write_graphs
     from trtq.exporter.export import parse_batch
     from trtq.report.lines import export_rows
 
     with command(verbose):
+        changes = {} if call is None else dict(read_call(call).arguments)
+        changes |= read_inputs(inputs or [])
         result = write_graphs(
             artefact if config is None else open_artefact(artefact, verify=False, config=config),
             output,
@@ -76,6 +90,7 @@ def export(
             precision=precision,
             batch=parse_batch(batch_range),
             size=size,
+            call=changes or None,
             overwrite=overwrite,
             progress=ProgressPrinter(),
         )

@@ -9,8 +9,10 @@ import typer
 
 from trtq.commands.options import (
     AsJson,
+    CallFile,
     Guidance,
     ImageSize,
+    Inputs,
     Overwrite,
     Provider,
     ReportFolder,
@@ -21,14 +23,22 @@ from trtq.commands.options import (
     within,
 )
 from trtq.commands.output import command, print_line, print_lines, show
-from trtq.errors import GateError
+from trtq.errors import GateError, UsageError
 from trtq.limits import MAX_IMAGES
 from trtq.progress import ProgressPrinter
 
 __all__ = ["evaluate", "generate"]
 
 ImagePath = Annotated[
-    Path, output_option("Contact sheet (NAME.png), or folder for one PNG per image.")
+    Path | None,
+    output_option(
+        "Contact sheet (NAME.png), video (NAME.gif, NAME.mp4), sound (NAME.wav), or folder for one "
+        "file per result."
+    ),
+]
+ShowCall = Annotated[
+    bool,
+    typer.Option("--show-call", help="Print what the pipeline's call takes; generate nothing."),
 ]
 Artefact = Annotated[
     str,
@@ -56,9 +66,12 @@ Reference = Annotated[
     str, typer.Option("--reference", help="Float checkpoint to compare with, e.g. digits.")
 ]
 EvaluationImages = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--images", callback=within(2, MAX_IMAGES), help="Number of images to generate per model."
+        "--images",
+        callback=within(2, MAX_IMAGES),
+        help="Number of images to generate per model. Default: 1000, or 8 calls of a pipeline that was "
+        "recorded.",
     ),
 ]
 Features = Annotated[
@@ -79,7 +92,7 @@ Gates = Annotated[
 
 def generate(
     artefact: Artefact,
-    output: ImagePath,
+    output: ImagePath = None,
     images: Images = 1,
     class_label: ClassLabel = None,
     prompt: Prompt = None,
@@ -87,6 +100,9 @@ def generate(
     size: ImageSize = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    call: CallFile = None,
+    inputs: Inputs = None,
+    show_call: ShowCall = False,
     provider: Provider = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -95,12 +111,22 @@ def generate(
 ) -> None:
     """Generate images: one contact sheet (-o NAME.png), or one PNG per image (-o FOLDER).
 
-    Example: trtq generate onnx -o digits.png --images 20 --provider openvino
+    Other pipelines give a video (-o NAME.gif) or a sound (-o NAME.wav), or take a picture.
+
+    Example: trtq generate onnx -o cat.png --input image=cat.png --prompt "a cat in the snow"
     """
+    from trtq.calls.files import read_inputs
     from trtq.pipelines.generate import generate as generate_images
     from trtq.report.lines import generate_rows
 
     with command(verbose):
+        if show_call:
+            from trtq.pipelines.called import show_call as describe
+
+            show(describe(artefact), as_json, lambda r: _print_call(artefact, r))
+            return
+        if output is None:
+            raise UsageError("missing option -o / --output: name a file or a folder")
         result = generate_images(
             artefact,
             output,
@@ -112,6 +138,8 @@ def generate(
             steps=steps,
             guidance=guidance,
             seed=seed,
+            call=call,
+            inputs=read_inputs(inputs or []),
             provider=provider,
             overwrite=overwrite,
             progress=ProgressPrinter(),
@@ -119,13 +147,27 @@ def generate(
         show(result, as_json, lambda r: print_lines("generated", generate_rows(r)))
 
 
+def _print_call(artefact: str, record: dict[str, Any]) -> None:
+    recorded = ", with the values of the recorded call" if record["recorded"] else ""
+    print_line(f"{artefact}: the call of {record['pipeline']}{recorded}")
+    for row in record["arguments"]:
+        default = "required" if row["required"] else f"default {row['default']}"
+        print_line(f"\n{row['name']}: {row['type'] or 'any type'}, {default}")
+        if row["value"] is not None:
+            print_line(f"    recorded: {row['value']}", fold=True)
+        if row["text"]:
+            print_line(f"    {row['text']}", fold=True)
+
+
 def evaluate(
     artefact: Artefact,
     reference: Reference,
     output: ReportFolder = None,
-    images: EvaluationImages = 1000,
+    images: EvaluationImages = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    call: CallFile = None,
+    inputs: Inputs = None,
     provider: Provider = None,
     features: Features = None,
     gate: Gates = None,
@@ -138,6 +180,8 @@ def evaluate(
 
     Example: trtq eval onnx --reference digits -o report --gate "fd<=2"
     """
+    from trtq.calls.files import read_inputs
+    from trtq.evaluation.evaluate import Evaluation
     from trtq.evaluation.evaluate import evaluate as compare
     from trtq.evaluation.gates import parse_gate
     from trtq.report.folder import report_folder, write_report
@@ -150,6 +194,8 @@ def evaluate(
             steps=steps,
             seed=seed,
             guidance=guidance,
+            call=call,
+            inputs=read_inputs(inputs or []),
             provider=provider,
             features=features,
             gates=tuple(parse_gate(text) for text in gate or []),
@@ -158,11 +204,17 @@ def evaluate(
         record = evaluation.to_json()
         # Printed before the report is written: a full disk must not cost a long measurement.
         place = {} if output is None else {"report": str(output / "index.html")}
-        show(record | place, as_json, lambda r: _print_evaluation(artefact, r))
+        known = isinstance(evaluation, Evaluation)
+        human = _print_evaluation if known else _print_calls
+        show(record | place, as_json, lambda r: human(artefact, r))
         if output is not None:
-            from trtq.evaluation.page import evaluation_page
+            from trtq.evaluation.page import called_page, evaluation_page
 
-            page = evaluation_page(artefact, evaluation)
+            page = (
+                evaluation_page(artefact, evaluation)
+                if isinstance(evaluation, Evaluation)
+                else called_page(artefact, evaluation)
+            )
             write_report(output, page, record, kind="eval", overwrite=overwrite)
         missed = [name for name, met in record["gates"].items() if not met]
         if missed:
@@ -170,7 +222,7 @@ def evaluate(
 
 
 def _print_evaluation(artefact: str, record: dict[str, Any]) -> None:
-    from trtq.report.lines import evaluation_rows, seconds_text
+    from trtq.report.lines import evaluation_rows
 
     title = (
         f"eval: {artefact}, {record['images']} images, {record['steps']} steps, "
@@ -186,6 +238,25 @@ def _print_evaluation(artefact: str, record: dict[str, Any]) -> None:
             f"not computed: {', '.join(record['not_computed'])}: the reference model has no "
             "classifier; pass --features FOLDER with a CLIP vision model"
         )
+    _print_end(record)
+
+
+def _print_calls(artefact: str, record: dict[str, Any]) -> None:
+    from trtq.report.lines import evaluation_rows
+
+    what = {"video": "videos", "audio": "sounds"}.get(record["media"], "images")
+    steps = "" if record["steps"] is None else f", {record['steps']} steps"
+    title = (
+        f"eval: {artefact}, {record['images']} {what}, {record['frames']} compared{steps}, seed "
+        f"{record['seed']}, provider {record['provider']}"
+    )
+    print_lines(title, evaluation_rows(record), ("metric (95 % interval)", "this model", "float"))
+    _print_end(record)
+
+
+def _print_end(record: dict[str, Any]) -> None:
+    from trtq.report.lines import seconds_text
+
     for condition, met in record["gates"].items():
         print_line(f"gate {condition}: {'met' if met else 'NOT met'}")
     for name, key in (("this model", "seconds"), ("float", "seconds_reference")):

@@ -14,9 +14,11 @@ from trtq.limits import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
 __all__ = [
     "PROVIDERS",
     "AsJson",
+    "CallFile",
     "Config",
     "Guidance",
     "ImageSize",
+    "Inputs",
     "Overwrite",
     "Provider",
     "ReportFolder",
@@ -131,6 +133,24 @@ ImageSize = Annotated[
     str | None,
     typer.Option(
         "--size", help="Image size in pixels, HEIGHTxWIDTH. Default: the model's own size."
+    ),
+]
+CallFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--call",
+        metavar="FILE",
+        help="TOML file with arguments of the pipeline's call; files as { file = NAME }, see the page "
+        "Inputs of the call.",
+    ),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="NAME=FILE",
+        help="Argument of the pipeline's call from a file: picture, frames, mask, sound or tensor; may "
+        "be repeated.",
     ),
 ]
 Timeout = Annotated[

@@ -11,6 +11,7 @@ from trtq.commands.options import (
     AsJson,
     Config,
     ImageSize,
+    Inputs,
     Overwrite,
     Verbose,
     one_of,
@@ -111,6 +112,15 @@ Base = Annotated[
         help="Float checkpoint of the run whose LoRAs are exchanged. Default: the recorded path.",
     ),
 ]
+CallFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--call",
+        metavar="FILE",
+        help="TOML file with arguments of the pipeline's call, inside which the model is calibrated; "
+        "may be repeated, one call each.",
+    ),
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")
 ]
@@ -131,6 +141,8 @@ def quantize(
     seed: RunSeed = None,
     iterations: Iterations = None,
     size: ImageSize = None,
+    call: CallFiles = None,
+    inputs: Inputs = None,
     budget: Budget = None,
     lora: Loras = None,
     base: Base = None,
@@ -149,6 +161,7 @@ def quantize(
     """
     from trtq.artefact.opened import Run, open_artefact
     from trtq.calib.recipe import load_recipe
+    from trtq.calls.files import read_call, read_inputs
     from trtq.lora import parse_lora
     from trtq.report.lines import quantize_rows
     from trtq.runs.quantize import quantize as make_run
@@ -160,11 +173,13 @@ def quantize(
             | {"seed": seed, "budget": budget, "size": size}
         )
         loras = [parse_lora(text) for text in lora or []]
+        calls = [read_call(path).arguments for path in call or []]
+        files = read_inputs(inputs or [])
         outcome: dict[str, Any] = {"overwrite": overwrite, "progress": ProgressPrinter()}
         result: RunResult | None
         opened = open_artefact(model, verify=False, config=config)
         if loras and isinstance(opened, Run):
-            if overrides or recipe or iterations or resume or dry_run:
+            if overrides or recipe or iterations or resume or dry_run or calls or files:
                 raise UsageError(
                     "a run whose LoRAs are exchanged keeps its recipe; give only --lora, --base, "
                     "--overwrite and --output"
@@ -176,10 +191,21 @@ def quantize(
             if iterations is not None:
                 overrides["training"] = {"iterations": iterations}
             settings = load_recipe(recipe, overrides)
+            if dry_run and (calls or files):
+                raise UsageError("--dry-run plans no recorded call; leave out --call and --input")
             if dry_run:
                 _show_plan(opened, settings, loras, as_json)
                 return
-            result = make_run(opened, settings, output, loras=loras, resume=resume, **outcome)
+            result = make_run(
+                opened,
+                settings,
+                output,
+                loras=loras,
+                calls=calls or None,
+                inputs=files,
+                resume=resume,
+                **outcome,
+            )
         if result is not None:  # None in all processes of accelerate except the first.
             show(result, as_json, lambda r: print_lines(f"run: {output}", quantize_rows(r)))
 

@@ -120,6 +120,7 @@ def demo(
         quantized = _quantize(entry.recipe, run, overwrite=overwrite, progress=progress)
         export(run, onnx, overwrite=overwrite, progress=progress)
         evaluation = evaluate(onnx, reference, provider=provider, progress=progress)
+        assert isinstance(evaluation, Evaluation)
         models.append(_Model(entry.name, run, quantized, evaluation))
     rows = _rows(reference, models)
     seconds = round(time.monotonic() - start, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from trtq.artefact.opened import DEFAULT_STEPS, Opened, open_artefact
+from trtq.calls.user_call import UserCall
 from trtq.diffusion.pipeline import LoadedPipeline
+from trtq.errors import UsageError
+from trtq.evaluation.evaluate_called import CallEvaluation, evaluate_called
 from trtq.evaluation.frechet import bootstrap_interval, feature_statistics, frechet_distance
 from trtq.evaluation.gates import METRICS, PIXEL_METRICS, Gate, check_gates
 from trtq.evaluation.metrics import (
@@ -23,12 +27,16 @@ from trtq.evaluation.metrics import (
     spatial_distance,
 )
 from trtq.evaluation.reference import ReferenceSet, draw_reference
+from trtq.pipelines.called import CallOptions, is_called
 from trtq.pipelines.draw import draw
 from trtq.pipelines.open import open_any
 from trtq.progress import ProgressCallback, silent
 from trtq.results import Result
 
 __all__ = ["Evaluation", "evaluate"]
+
+DEFAULT_IMAGES = 1000
+"""Number of images per model."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,27 +104,35 @@ def evaluate(
     artefact: str | Path | Opened | Any,
     reference: str | Path | Opened | Any | ReferenceSet,
     *,
-    images: int = 1000,
+    images: int | None = None,
     steps: int | None = None,
     seed: int = 1,
     guidance: float | None = None,
+    call: str | Path | Mapping[str, Any] | UserCall | None = None,
+    inputs: Mapping[str, Any] | None = None,
     provider: str | None = None,
     features: Path | None = None,
     gates: tuple[Gate, ...] = (),
     progress: ProgressCallback = silent,
-) -> Evaluation:
+) -> Evaluation | CallEvaluation:
     """Compare an artefact with the float model, with the same noise, conditions and steps.
+
+    An artefact that was recorded inside its pipeline's call is compared through that call, see
+    `trtq.evaluation.evaluate_called`.
 
     Args:
         artefact: a run, an ONNX or engine folder, a checkpoint, a pipeline object, or one of them
             opened.
         reference: the float model, or its images from `draw_reference`, whose number, steps, seed,
             guidance and features are then used.
-        images: number of images to generate with each model.
+        images: number of images to generate with each model; None: 1000, or 8 calls of a recorded
+            pipeline.
         steps: number of denoising steps; None: the number that the artefact was calibrated for, else
             20.
         seed: seed of the initial noise.
         guidance: classifier-free guidance scale; None: the value used for calibration.
+        call: arguments of the pipeline's call, see `trtq.pipelines.called.call_for`.
+        inputs: further arguments of the pipeline's call.
         provider: runtime of the artefact, see `trtq.pipelines.open.open_any`; None: the default.
         features: folder of a CLIP vision model or classifier, see `draw_reference`.
         gates: conditions on the metrics, see `Evaluation.gates`.
@@ -127,11 +143,29 @@ def evaluate(
         TrtqError: see `trtq.errors`.
     """
     opened = open_artefact(artefact, verify=False)
+    if is_called(opened, call=call is not None or bool(inputs)):
+        if features is not None or isinstance(reference, ReferenceSet):
+            raise UsageError(
+                "a pipeline that is used through its own call is compared by PSNR and SSIM; leave out "
+                "--features, and give the float checkpoint as the reference"
+            )
+        return evaluate_called(
+            opened,
+            reference,
+            images=images,
+            seed=seed,
+            options=CallOptions(steps=steps, guidance=guidance),
+            call=call,
+            inputs=inputs,
+            provider=provider,
+            gates=gates,
+            progress=progress,
+        )
     judged = open_any(opened, provider)
     if not isinstance(reference, ReferenceSet):
         reference = draw_reference(
             reference,
-            images=images,
+            images=DEFAULT_IMAGES if images is None else images,
             steps=steps or opened.steps or DEFAULT_STEPS,
             seed=seed,
             guidance=opened.guidance if guidance is None else guidance,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trtq.artefact.opened import Checkpoint, Opened, open_artefact
 from trtq.evaluation.evaluate import Evaluation
+from trtq.evaluation.evaluate_called import CallEvaluation
 from trtq.evaluation.gates import METRICS
 from trtq.pipelines.inspect import inspect
 from trtq.pipelines.sheet import contact_sheet
@@ -22,6 +23,7 @@ from trtq.report.plots import model_colours, scale_map, snr_curves
 
 __all__ = [
     "FLOAT",
+    "called_page",
     "evaluation_page",
     "grid_section",
     "layer_sections",
@@ -176,6 +178,30 @@ def evaluation_page(path: str, evaluation: Evaluation) -> Page:
         + (f", features from {features}." if features else ".")
     )
     return Page(f"{name} compared with {reference.source.name}", lead, tuple(sections))
+
+
+def called_page(path: str, evaluation: CallEvaluation) -> Page:
+    """Build the HTML report of `trtq eval` for a pipeline that is used through its own call.
+
+    Args:
+        path: path of the artefact, shown in the title.
+        evaluation: result of `evaluate_called`.
+    """
+    result = evaluation.to_json()
+    name = Path(path).name or path
+    if name == FLOAT:
+        name = f"{name} (evaluated)"
+    colours = model_colours((FLOAT, name))
+    sections = [Section("Numbers", _remarks(result), _numbers(result, name, colours))]
+    if evaluation.pictures is not None and evaluation.references is not None:
+        sets = {FLOAT: evaluation.references, name: evaluation.pictures}
+        sections.append(grid_section(sets, colours))
+    steps = "" if result["steps"] is None else f"{result['steps']} steps, "
+    lead = (
+        f"{result['images']} results per model, {result['frames']} compared, {steps}"
+        f"seed {result['seed']}, provider {result['provider']}."
+    )
+    return Page(f"{name} compared with the float model", lead, tuple(sections))
 
 
 def _numbers(result: dict[str, Any], name: str, colours: Mapping[str, str]) -> Table:

@@ -15,6 +15,7 @@ from trtq.artefact.manifest import MANIFEST_NAME, Manifest
 from trtq.artefact.manifest_file import made_from, write_manifest
 from trtq.artefact.opened import Opened, StoredArtefact, open_folder
 from trtq.artefact.options import EngineOptions, Metrics
+from trtq.artefact.recorded import refuse_recorded
 from trtq.engine.profile import axis_ranges, profile_of
 from trtq.engine.tensorrt.backends import CURRENT, Backend, check_architectures, find_backend
 from trtq.engine.tensorrt.compile import Compiled, compile_engine
@@ -154,6 +155,7 @@ def _open(place: str | Path | Opened, settings: _Settings) -> StoredArtefact:
     if not isinstance(place, Opened) and not (Path(place) / MANIFEST_NAME).is_file():
         raise UsageError(f"{place} is not an ONNX folder; make one first: trtq export RUN -o ONNX")
     opened = open_folder(place, "onnx")
+    refuse_recorded(opened, "trtq build", "run it with --provider cpu or openvino")
     if settings.weight_streaming and opened.manifest.options.target == "plugin":
         raise UsageError(
             "TensorRT streams no weights of plugins, and these are in 4 or 8 bits already; leave out "

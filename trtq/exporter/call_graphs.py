@@ -104,22 +104,10 @@ def write_call_graphs(
     fixed: dict[str, str] = {}
     while True:
         forms = varied_forms(pipeline, modules, call, largest=largest, fixed=fixed)
-        traced = {}
-        for part in denoisers:
-            its_forms = [form for form in forms if form.denoiser == part.name]
-            _check_forms(part.name, its_forms)
-            traced[part.name] = [(form, _trace(part, form, half=half)) for form in its_forms]
-        # torch fixes an axis to its size in the example if the model's code depends on it. The example
-        # is not the user's call, so it is traced again without that variation.
-        newly = {
-            what
-            for rows in traced.values()
-            for form, graph in rows
-            for what in _fixed_by_torch(form, graph.free)
-        }
-        if not newly:
+        traced, newly_fixed = _trace_all(denoisers, forms, half=half)
+        if not newly_fixed:
             break
-        fixed |= dict.fromkeys(newly, "the model's code fixes it while it is traced")
+        fixed |= newly_fixed
     graphs = []
     for part in denoisers:
         for index, (form, graph) in enumerate(traced[part.name]):
@@ -127,6 +115,47 @@ def write_call_graphs(
             row = _write(folder / place, part, form, graph, target=target)
             graphs.append(RecordedGraph(part.name, row))
     return graphs, forms
+
+
+_Traced = dict[str, list[tuple[VariedForm, TracedCall]]]
+
+
+def _trace_all(
+    denoisers: Sequence[ExportedDenoiser], forms: Sequence[VariedForm], *, half: bool
+) -> tuple[_Traced, dict[str, str]]:
+    """Trace every form of every denoiser.
+
+    torch fixes an axis to its size in the example if the model's code depends on the size, or fails. The
+    example is not the user's call, so it must be traced again without that variation.
+
+    Returns:
+        The graphs by denoiser, and the reason why something cannot vary, as in `VariedForm.fixed`; the
+        graphs are of use only if there is no such reason.
+
+    Raises:
+        LegalityError: a denoiser cannot be traced with fixed axes either.
+    """
+    traced: _Traced = {}
+    for part in denoisers:
+        its_forms = [form for form in forms if form.denoiser == part.name]
+        _check_forms(part.name, its_forms)
+        traced[part.name] = []
+        for form in its_forms:
+            try:
+                graph = _trace(part, form, half=half)
+            except LegalityError as err:
+                varied = {axis.varies for axes in form.free.values() for axis in axes}
+                if not varied:
+                    raise
+                return {}, dict.fromkeys(varied, str(err))
+            traced[part.name].append((form, graph))
+    newly_fixed = {
+        what
+        for rows in traced.values()
+        for form, graph in rows
+        for what in _fixed_by_torch(form, graph.free)
+    }
+    return traced, dict.fromkeys(newly_fixed, "the model's code fixes it while it is traced")
 
 
 def _check_forms(name: str, forms: Sequence[VariedForm]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def export(
     precision: str = "fp32",
     batch: tuple[int, int] = (1, 8),
     size: str | None = None,
+    call: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
 ) -> ExportResult:
@@ -99,6 +101,8 @@ def export(
         batch: minimum and maximum batch size, in images, of engines that are built from the folder.
         size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; by default the size
             that the run was calibrated at.
+        call: other values for arguments of the recorded call, inside which the graphs are traced; only
+            for a run that was recorded inside its pipeline's call.
         overwrite: replace an existing ONNX folder.
         progress: callback that receives the stage's name, the work done and the total.
 
@@ -119,7 +123,12 @@ def export(
     progress("export", 1, 3)
     if is_recorded(opened):
         return _export_recorded(
-            opened, final, start, target, precision, batch, size, overwrite, progress
+            opened, final, start, target, precision, batch, size, call, overwrite, progress
+        )
+    if call is not None:
+        raise UsageError(
+            f"{opened.place} was not recorded inside its pipeline's call, so --call and --input have no "
+            "effect; give them to trtq quantize"
         )
     with (
         new_artefact(final, kind="onnx", overwrite=overwrite) as folder,
@@ -161,12 +170,15 @@ def _export_recorded(
     precision: str,
     batch: tuple[int, int],
     size: str | None,
+    call: Mapping[str, Any] | None,
     overwrite: bool,
     progress: ProgressCallback,
 ) -> ExportResult:
     """Write the ONNX folder of a run that was recorded inside the pipeline's call; see `export`."""
     with new_artefact(final, kind="onnx", overwrite=overwrite) as folder:
-        exported = export_calls(opened, folder, size=size, precision=precision, target=target)
+        exported = export_calls(
+            opened, folder, size=size, precision=precision, target=target, changes=call
+        )
         manifest = exported.manifest
         graphs = [row.folder for part in manifest.denoisers for row in part.recorded.graphs]
         result = ExportResult(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,14 @@ def is_recorded(opened: Opened) -> bool:
     return not knows_pipeline(opened)
 
 
-def _source_of(opened: Opened) -> _Source:
+def _source_of(opened: Opened, changes: Mapping[str, Any]) -> _Source:
     if isinstance(opened, Checkpoint):
-        return _float_source(opened)
+        return _float_source(opened, changes)
     run = open_run(opened)
     source = run.source()
     assert isinstance(source, RecordedPipeline)
+    source.call = source.call.updated(changes)
+    source.call.check(source.pipeline)
     denoisers = [
         ExportedDenoiser(
             part.name, part.argument, row, part.stored.layers, part.table, part.float_skeleton
@@ -107,11 +110,11 @@ def _source_of(opened: Opened) -> _Source:
     return _Source(source, denoisers, manifest)
 
 
-def _float_source(opened: Checkpoint) -> _Source:
-    """A float checkpoint whose pipeline is called with the default call."""
+def _float_source(opened: Checkpoint, changes: Mapping[str, Any]) -> _Source:
+    """A float checkpoint whose pipeline is called with the user's call, or with the default call."""
     loaded = open_pipeline(opened.place, opened.config, recorded=True)
     pipeline = loaded.pipeline
-    (call,) = user_calls(loaded, ())
+    (call,) = user_calls(loaded, inputs=changes)
     modules = denoisers_of(pipeline)
     denoisers = []
     for name, calls in survey(pipeline, modules, call).items():
@@ -120,11 +123,8 @@ def _float_source(opened: Checkpoint) -> _Source:
             timestep=calls.argument, calls=len(calls.timesteps), model=type(module).__name__
         )
         row = FurtherRow(denoiser=name, layers=float_rows(module), recorded=recorded)
-        denoisers.append(
-            ExportedDenoiser(
-                name, calls.argument, row, {}, None, lambda module=module: copy.deepcopy(module)
-            )
-        )
+        fresh = partial(copy.deepcopy, module)
+        denoisers.append(ExportedDenoiser(name, calls.argument, row, {}, None, fresh))
     source = RecordedPipeline(loaded.name, loaded.folder, pipeline, denoisers[0].name, call)
     files = source_hashes(loaded.folder) if loaded.folder is not None else {}
     first, *further = (part.row for part in denoisers)
@@ -166,7 +166,13 @@ class ExportedCalls:
 
 
 def export_calls(
-    opened: Opened, folder: Path, *, size: str | None, precision: str, target: str
+    opened: Opened,
+    folder: Path,
+    *,
+    size: str | None,
+    precision: str,
+    target: str,
+    changes: Mapping[str, Any] | None = None,
 ) -> ExportedCalls:
     """Write the graphs of a pipeline, and compare them with torch inside the pipeline's call.
 
@@ -176,6 +182,7 @@ def export_calls(
         size: image size or range of sizes, see `sized_calls`.
         precision: see `trtq.exporter.export.export`.
         target: see `trtq.exporter.export.export`.
+        changes: arguments of the call, in addition to the recorded ones.
 
     Returns:
         The manifest, and the agreement of graphs and torch.
@@ -184,7 +191,7 @@ def export_calls(
         GateError: the SNR of a graph against torch is too low.
         LegalityError: a denoiser cannot be traced; the message says why.
     """
-    origin = _source_of(opened)
+    origin = _source_of(opened, changes or {})
     pipeline = origin.source.pipeline
     call, largest = sized_calls(origin.source.call, size)
     graphs, forms = write_call_graphs(

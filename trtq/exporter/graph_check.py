@@ -25,7 +25,7 @@ from trtq.seeds import seeded_generator
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["check_engines", "check_graphs", "require_graphs"]
+__all__ = ["check_engines", "check_graphs", "refuse_damaged", "require_graphs"]
 
 _RTX_MAGIC = b"vtrt"
 _MAX_LINE = 400
@@ -150,11 +150,8 @@ def _smallest(folder: Path, name: str, manifest: Manifest) -> dict[str, int]:
         TrtqError: neither the graph nor the folder gives the length of an axis.
     """
     model = load_graph(folder / name / MODEL_FILE)
-    foreign = sorted({f"{name}/{file}" for file in external_files(model)} - set(manifest.files))
-    if foreign:
-        raise ArtefactError(f"it takes weights from {foreign[0]}, which the manifest does not list")
     try:
-        _check_numbers(model)
+        refuse_damaged(model, name, manifest)
         ranges = axis_ranges(folder, name, manifest, model, None)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as err:
         if isinstance(err, TrtqError):
@@ -163,6 +160,23 @@ def _smallest(folder: Path, name: str, manifest: Manifest) -> dict[str, int]:
             f"its sizes cannot be read: {type(err).__name__}: {_line(err)}"
         ) from err
     return {axis: minimum for axis, (minimum, _, _) in ranges.items()}
+
+
+def refuse_damaged(model: ir.Model, name: str, manifest: Manifest) -> None:
+    """Raise if a graph takes weights from a file that is not listed, or holds NaN.
+
+    Args:
+        model: the graph.
+        name: name of the graph's folder.
+        manifest: manifest of the ONNX folder.
+
+    Raises:
+        ArtefactError: the graph is damaged.
+    """
+    foreign = sorted({f"{name}/{file}" for file in external_files(model)} - set(manifest.files))
+    if foreign:
+        raise ArtefactError(f"it takes weights from {foreign[0]}, which the manifest does not list")
+    _check_numbers(model)
 
 
 def _check_numbers(model: ir.Model) -> None:

@@ -202,15 +202,20 @@ def _free_sizes(denoiser: nn.Module) -> Iterator[None]:
 def _export(
     caller: nn.Module, examples: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...], kind: str
 ) -> torch.export.ExportedProgram:
-    # Without it, torch fixes a free axis whose size in the example is 1.
-    any_size = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    try:
-        with any_size:
-            return torch.export.export(caller, examples, dynamic_shapes=(shapes,), strict=False)
-    except LegalityError:
-        raise
-    except Exception as err:
-        raise LegalityError(f"torch cannot trace {kind}: {_reason(err)}") from err
+    # With `backed_size_oblivious`, torch keeps an axis free whose size in the example is 1, but cannot
+    # always decide that two axes are equal; without it, torch reads this off the example.
+    error: Exception | None = None
+    for any_size in (True, False):
+        oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=any_size)  # type: ignore[attr-defined]
+        try:
+            with oblivious:
+                return torch.export.export(caller, examples, dynamic_shapes=(shapes,), strict=False)
+        except LegalityError:
+            raise
+        except Exception as err:
+            error = error or err
+    assert error is not None
+    raise LegalityError(f"torch cannot trace {kind}: {_reason(error)}") from error
 
 
 def _to_onnx(program: torch.export.ExportedProgram, names: list[str], kind: str) -> ir.Model:

@@ -13,6 +13,7 @@ from torch import nn
 from trtq.artefact.files import sha256
 from trtq.artefact.manifest import MANIFEST_NAME, Manifest
 from trtq.artefact.opened import Opened, Run, StoredArtefact, open_artefact
+from trtq.artefact.recorded import is_recorded, refuse_recorded
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError
 from trtq.exporter.graph_check import check_engines, check_graphs
@@ -20,6 +21,7 @@ from trtq.exporter.layer_outputs import layer_outputs
 from trtq.exporter.parity import TIE_DB
 from trtq.exporter.result import LayerParity, RuleFinding, RuntimeRules, VerifyResult
 from trtq.exporter.step_check import PARITY_DB, step_parities
+from trtq.exporter.verify_recorded import compare_recorded, verify_recorded
 from trtq.graph.file import MODEL_FILE
 from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import RUNTIMES, load_graph, prepare
@@ -81,6 +83,13 @@ def verify(
                 f"{opened.place} is of kind {opened.kind!r}; --run is for ONNX folders"
             )
         return _verify_run(opened) if isinstance(opened, Run) else _verify_engines(opened)
+    if is_recorded(opened):
+        if layers:
+            refuse_recorded(opened, "--layers", "leave it out; --run compares every call")
+        result = verify_recorded(opened, runtimes, timeout, progress)
+        if against is None or any((result.graphs or {}).values()):
+            return result
+        return compare_recorded(result, opened, _origin(against, opened.manifest), progress)
     result = _verify_graphs(opened, runtimes, timeout, progress)
     if against is None or any((result.graphs or {}).values()):
         return result

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from trtq.artefact.folder import check_outside_artefacts
 from trtq.artefact.opened import DEFAULT_STEPS, Opened, open_artefact
-from trtq.artefact.outputs import check_file, check_place
+from trtq.calls.user_call import UserCall
 from trtq.diffusion.pipeline import LoadedPipeline
-from trtq.errors import UsageError
+from trtq.pipelines.called import CallOptions, is_called
 from trtq.pipelines.draw import Conditioning, conditioning_for, draw
+from trtq.pipelines.generate_called import CallRequest, generate_called
 from trtq.pipelines.open import open_any
+from trtq.pipelines.output_files import check_files, output_files, save_each
 from trtq.pipelines.result import GenerateResult
 from trtq.pipelines.sheet import check_sheet, contact_sheet, save_png
 from trtq.png_text import generation_texts
@@ -43,19 +40,24 @@ def generate(
     guidance: float | None = None,
     size: str | None = None,
     seed: int = 0,
+    call: str | Path | Mapping[str, Any] | UserCall | None = None,
+    inputs: Mapping[str, Any] | None = None,
     provider: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
 ) -> GenerateResult:
-    """Generate images, on one PNG sheet or as a PNG file each.
+    """Generate images, on one PNG sheet or as a PNG file each; also videos and sounds.
 
-    Every file holds prompt, seed and settings as PNG text, see `trtq.png_text`.
+    Every file holds prompt, seed and settings as PNG text, see `trtq.png_text`. An artefact that was
+    recorded inside its pipeline's call repeats that call with the changes given here; a pipeline that
+    trtq does not know is called with a prompt, the number of steps and the changes given here.
 
     Args:
         artefact: a run, an ONNX or engine folder, a checkpoint, a pipeline object, or one of them
             opened.
-        out: a file name that ends in `.png` for one sheet, or a folder for one file per image
-            (`image-0000.png` and so on).
+        out: a file name that ends in `.png` for one sheet, `.gif` or `.mp4` for one video, `.wav` for
+            one sound, or a folder for one file per result (`image-0000.png`, `video-0000.gif`,
+            `audio-0000.wav` and so on).
         images: number of images.
         class_label: class of every image; by default all classes in turn.
         prompt: prompt of every image, for a text-to-image model.
@@ -64,6 +66,10 @@ def generate(
         guidance: classifier-free guidance scale; by default the value used for calibration.
         size: `HEIGHTxWIDTH` in pixels; by default the size of the artefact.
         seed: seed of the starting noise; image i of a seed is the same in every call.
+        call: arguments of the pipeline's call: a TOML file, see `trtq.calls.files.read_call`, a dict or
+            a `UserCall`.
+        inputs: further arguments of the pipeline's call, e.g. pictures; the options above take
+            precedence over both.
         provider: provider that runs the artefact, see `trtq.pipelines.open.open_any`.
         overwrite: replace existing files.
         progress: callback that receives the stage's name, the work done and the total.
@@ -74,10 +80,21 @@ def generate(
     Raises:
         TrtqError: see `trtq.errors`; no new file is left.
     """
-    target = Path(out)
-    files = _files(target, str(out), images)
-    _check_files(target, files, artefact, overwrite=overwrite)
     opened = open_artefact(artefact, verify=False)
+    if is_called(opened, call=call is not None or bool(inputs)):
+        options = CallOptions(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance=guidance,
+            size=size,
+            class_label=class_label,
+        )
+        asked = CallRequest(images, seed, options, call, inputs)
+        return generate_called(opened, out, asked, provider, overwrite, progress)
+    target = Path(out)
+    files = output_files(target, str(out), images)
+    check_files(target, files, artefact, overwrite=overwrite)
     source = open_any(opened, provider)
     if size is not None:
         source = source.sized(size)
@@ -106,7 +123,7 @@ def generate(
         save_png(sheet, target, texts(0), overwrite=overwrite)
     else:
         sheets = [contact_sheet(drawn[index : index + 1], 1) for index in range(images)]
-        _save_each(sheets, files, texts, overwrite=overwrite)
+        save_each(sheets, files, texts, overwrite=overwrite)
     return GenerateResult(
         output=str(target),
         files=[str(file) for file in files],
@@ -127,20 +144,6 @@ class _Settings:
     seed: int
     guidance: float | None
     negative_prompt: str | None
-
-
-def _check_files(target: Path, files: Sequence[Path], source: Any, *, overwrite: bool) -> None:
-    """Raise unless the files may be written, before any long work.
-
-    Raises:
-        UsageError: a file must not be replaced, or a path is not writable.
-    """
-    if files != [target]:
-        check_place(target, source=source)
-    if files == [target] or target.is_dir():
-        for file in files:
-            check_file(file, overwrite=overwrite, source=source)
-    check_outside_artefacts(files[0])
 
 
 def _texts(
@@ -171,52 +174,3 @@ def _texts(
         size=size,
         negative_prompt=settings.negative_prompt,
     )
-
-
-def _save_each(
-    sheets: Sequence[np.ndarray],
-    files: Sequence[Path],
-    texts: Callable[[int], dict[str, str]],
-    *,
-    overwrite: bool,
-) -> None:
-    """Write one PNG file per image; if a file cannot be written, remove the new files."""
-    folder = files[0].parent
-    made = not folder.exists()
-    folder.mkdir(exist_ok=True)
-    written: list[Path] = []
-    try:
-        for index, (sheet, file) in enumerate(zip(sheets, files, strict=True)):
-            new = not file.exists()
-            save_png(sheet, file, texts(index), overwrite=overwrite)
-            written += [file] if new else []
-    except BaseException:
-        for file in written:
-            file.unlink(missing_ok=True)
-        if made:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-def _files(target: Path, given: str, images: int) -> list[Path]:
-    """The files to write: one sheet, or one per image in a folder.
-
-    Raises:
-        UsageError: the name has a suffix other than `.png`, its parent folder does not exist, or a file
-            has the name of the folder.
-    """
-    folder = target.is_dir() or given.endswith(("/", os.sep)) or not target.suffix
-    if not folder and target.suffix.lower() != ".png":
-        raise UsageError(
-            f"--output must end in .png for one sheet, or name a folder for one file per image; got "
-            f"{target.name!r}"
-        )
-    if not target.parent.is_dir():
-        raise UsageError(f"the folder {target.parent} does not exist")
-    if not folder:
-        return [target]
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"{target} is a file; give a name that ends in .png, or a folder")
-    digits = max(4, len(str(images - 1)))
-    return [target / f"image-{index:0{digits}d}.png" for index in range(images)]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from trtq.artefact.manifest import Manifest
-from trtq.artefact.manifest_rows import LayerRow
+from trtq.artefact.manifest_rows import AxisRow, FurtherRow, GraphRow, LayerRow
 from trtq.artefact.opened import EngineFolder, Opened, StoredArtefact, open_artefact
+from trtq.calls.form import CallForm
 from trtq.diffusion.loading import open_pipeline
 from trtq.engine.tensorrt.run import obstacle, open_tensorrt
 from trtq.graph.file import MODEL_FILE, model_file
@@ -18,7 +20,9 @@ from trtq.pipelines.result import (
     CheckpointLayer,
     InspectedArtefact,
     InspectedCheckpoint,
+    InspectedDenoiser,
     InspectedEngines,
+    InspectedGraph,
     InspectedLayer,
     InspectResult,
 )
@@ -53,13 +57,14 @@ def inspect(artefact: str | Path | Opened | Any) -> InspectResult:
         kind=manifest.kind,
         source=manifest.source.name,
         bytes=sum((folder / name).stat().st_size for name in manifest.files),
-        precisions=_precisions(manifest),
+        precisions=_precisions(manifest.layers),
         recipe=_recipe(manifest),
         timesteps=manifest.timesteps,
         layers=[_layer(row, stored.get(row.name)) for row in manifest.layers],
         options=manifest.options.to_json(),
         metrics=manifest.metrics.to_json(),
         packages=manifest.packages,
+        denoisers=[_denoiser(row) for row in manifest.denoisers] or None,
     )
     return _with_engine(result, opened) if isinstance(opened, EngineFolder) else result
 
@@ -100,13 +105,39 @@ def _with_engine(result: InspectedArtefact, opened: EngineFolder) -> InspectedEn
     return InspectedEngines(**known, engine_layers=layers, engine_layers_missing=reason)
 
 
-def _precisions(manifest: Manifest) -> dict[str, int]:
+def _precisions(layers: Sequence[LayerRow]) -> dict[str, int]:
     """Number of layers by precision."""
     return dict(
         Counter(
-            precision_text(row.weight_bits, row.activation_bits, row.right_bits)
-            for row in manifest.layers
+            precision_text(row.weight_bits, row.activation_bits, row.right_bits) for row in layers
         )
+    )
+
+
+def _denoiser(row: FurtherRow) -> InspectedDenoiser:
+    """A recorded denoiser of the manifest."""
+    recorded = row.recorded
+    return InspectedDenoiser(
+        name=row.denoiser,
+        model=recorded.model,
+        timestep=recorded.timestep,
+        calls=recorded.calls,
+        timesteps=row.timesteps,
+        precisions=_precisions(row.layers),
+        graphs=[_graph(graph) for graph in recorded.graphs],
+    )
+
+
+def _graph(row: GraphRow) -> InspectedGraph:
+    def text(axis: AxisRow) -> str:
+        limit = f"{axis.low} or more" if axis.high is None else f"{axis.low} .. {axis.high}"
+        return f"axis {axis.axis}: {limit} ({axis.varies})"
+
+    return InspectedGraph(
+        folder=row.folder,
+        inputs=CallForm(row.template).names,
+        free={name: [text(axis) for axis in axes] for name, axes in row.free.items()},
+        fixed=row.fixed,
     )
 
 

@@ -13,24 +13,27 @@ __all__ = [
     "InspectResult",
     "InspectedArtefact",
     "InspectedCheckpoint",
+    "InspectedDenoiser",
     "InspectedEngines",
+    "InspectedGraph",
     "InspectedLayer",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateResult(Result):
-    """Written images.
+    """Written images, videos or sounds.
 
     Attributes:
         output: requested file or folder.
-        files: written PNG files.
-        images: number of images.
+        files: written files.
+        images: number of images, videos or sounds.
         labels: class of each image; None for a model without classes.
         prompts: prompt of each image; None for a model without prompts.
-        steps: number of denoising steps.
+        steps: number of denoising steps; None if neither the call nor the pipeline gives one.
         seed: seed of the starting noise.
         seconds: duration of generating all images, in seconds.
+        media: `video` or `audio`; None for images.
     """
 
     output: str
@@ -38,9 +41,10 @@ class GenerateResult(Result):
     images: int
     labels: list[int] | None
     prompts: list[str] | None
-    steps: int
+    steps: int | None
     seed: int
     seconds: float
+    media: str | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +114,46 @@ class InspectedCheckpoint(InspectResult):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InspectedGraph(Result):
+    """A graph of a recorded denoiser.
+
+    Attributes:
+        folder: folder of the graph.
+        inputs: names of the tensors of the call.
+        free: free axes as texts, e.g. `axis 0: 1 or more (batch)`, by name of the tensor.
+        fixed: reason why the graph supports one value only, by `batch`, `prompt` or `size`.
+    """
+
+    folder: str
+    inputs: list[str]
+    free: dict[str, list[str]]
+    fixed: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedDenoiser(Result):
+    """A denoiser that was recorded inside its pipeline's call.
+
+    Attributes:
+        name: name of the component.
+        model: class of the denoiser.
+        timestep: argument that holds the timestep.
+        calls: number of the denoiser's calls during one call of the pipeline.
+        timesteps: calibrated timesteps, smallest first; None for a float model.
+        precisions: number of layers by precision.
+        graphs: graphs, one per form of the call; empty for a run.
+    """
+
+    name: str
+    model: str
+    timestep: str
+    calls: int
+    timesteps: list[float] | None
+    precisions: dict[str, int]
+    graphs: list[InspectedGraph]
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectedArtefact(InspectResult):
     """Contents of a run or an ONNX folder.
 
@@ -121,6 +165,8 @@ class InspectedArtefact(InspectResult):
         options: options of the export or the build, as in the manifest.
         metrics: measurements taken while the artefact was made, as in the manifest.
         packages: versions of the packages that made the artefact.
+        denoisers: the denoisers that were recorded inside the pipeline's call, of which `layers` and
+            `timesteps` describe the first; None for an artefact that was not recorded.
     """
 
     bytes: int
@@ -130,6 +176,7 @@ class InspectedArtefact(InspectResult):
     options: dict[str, Any]
     metrics: dict[str, Any]
     packages: dict[str, str]
+    denoisers: list[InspectedDenoiser] | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)

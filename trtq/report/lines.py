@@ -145,14 +145,16 @@ def export_rows(result: Mapping[str, Any]) -> Rows:
 
 def generate_rows(result: Mapping[str, Any]) -> Rows:
     """Lines of `trtq generate`."""
-    count = result["images"]
+    count, steps = result["images"], result["steps"]
     rows = [("written", result["output"])]
-    rows.append(("images", f"{count}, {result['steps']} steps, seed {result['seed']}"))
+    what = {"video": "videos", "audio": "sounds"}.get(result.get("media") or "", "images")
+    steps_text = "" if steps is None else f", {steps} steps"
+    rows.append((what, f"{count}{steps_text}, seed {result['seed']}"))
     if result.get("labels"):
         rows.append(("classes", list_text(result["labels"])))
     if result.get("prompts"):
         rows.append(("prompt", list_text(list(dict.fromkeys(result["prompts"])))))
-    known = ["output", "files", "images", "steps", "seed", "labels", "prompts", *_COST]
+    known = ["output", "files", "images", "steps", "seed", "labels", "prompts", "media", *_COST]
     return rows + _rest(result, known) + _cost(result)
 
 
@@ -224,6 +226,7 @@ def inspect_rows(result: Mapping[str, Any]) -> Rows:
         "metrics",
         "engine_layers",
         "options",
+        "denoisers",
     ]
     rows += [
         (label_text(key), _option(key, value))

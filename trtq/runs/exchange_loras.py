@@ -12,8 +12,9 @@ import torch
 from trtq.artefact.contents import changed_source_file
 from trtq.artefact.folder import check_output, claims_output, new_artefact
 from trtq.artefact.manifest_file import write_manifest
-from trtq.artefact.opened import Opened
+from trtq.artefact.opened import Opened, open_artefact
 from trtq.artefact.options import LoraRecord
+from trtq.artefact.recorded import refuse_recorded
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
@@ -148,7 +149,9 @@ def requantize(
     """
     start = time.monotonic()
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="run")
-    run = open_run(artefact)
+    opened = open_artefact(artefact, verify=False)
+    refuse_recorded(opened, "the exchange of LoRAs", "quantise the checkpoint again with --lora")
+    run = open_run(opened)
     manifest = run.manifest
     progress("merge LoRAs", 1, 3)
     source = _float_source(run, base)

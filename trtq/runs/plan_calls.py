@@ -14,9 +14,9 @@ from trtq.artefact.opened import Opened
 from trtq.calib.policy import GENERIC, load_policy, plan_layers
 from trtq.calib.probe import observe_calls, with_shared_inputs
 from trtq.calib.recipe import Recipe
-from trtq.calib.roles import observe_roles
+from trtq.calib.roles import LayerRoles, observe_roles
 from trtq.calls.recorder import DenoiserCalls, RecordedCall, denoisers_of, survey
-from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, default_call
+from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, check_names, default_call
 from trtq.diffusion.ip_adapter import adapter_names
 from trtq.diffusion.layout import CONFIG_NAME, read_index, read_json
 from trtq.diffusion.loading import resolve_model
@@ -47,11 +47,13 @@ class DenoiserPlan:
     Attributes:
         plan: layers, bits and timesteps of the denoiser.
         calls: the denoiser's calls during one call of the pipeline.
+        roles: observed roles of the denoiser's layers.
         ip_adapter: shapes of the tensors of IP-Adapters in the denoiser, by path.
     """
 
     plan: QuantizePlan
     calls: DenoiserCalls
+    roles: LayerRoles
     ip_adapter: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -80,6 +82,8 @@ class CallsPlan:
         call: the user's call.
         calls: calls of the calibration; the user's calls come first.
         denoisers: one plan per denoiser that the pipeline calls.
+        numbers: number of calls of all denoisers during each of the user's calls; `calls[i]` makes
+            `numbers[i % len(numbers)]` calls.
         loras: LoRAs that were merged into the float weights.
     """
 
@@ -88,6 +92,7 @@ class CallsPlan:
     call: UserCall
     calls: Sequence[UserCall]
     denoisers: Sequence[DenoiserPlan]
+    numbers: Sequence[int]
     loras: Sequence[MergedLora] = ()
 
 
@@ -130,6 +135,7 @@ def plan_calls(
     recipe: Recipe,
     calls: Sequence[Mapping[str, Any]] = (),
     loras: Sequence[LoraRequest] = (),
+    inputs: Mapping[str, Any] | None = None,
 ) -> CallsPlan:
     """Load the checkpoint, run the pipeline once, and choose the bits of every layer.
 
@@ -138,6 +144,7 @@ def plan_calls(
         recipe: the recipe; its missing values are filled in from the model and the call.
         calls: arguments of the user's calls of the pipeline; none: a default call.
         loras: LoRAs to merge into the float weights first.
+        inputs: further arguments of every call, also of a default call.
 
     Raises:
         ArtefactError: the checkpoint cannot be read, or the pipeline cannot be called.
@@ -149,7 +156,7 @@ def plan_calls(
     modules = denoisers_of(pipeline)
     merged = merge_loras(_with_weights(pipeline), loras, source.denoiser_name)
     prompts = _prompts(source, recipe)
-    given = user_calls(source, calls, recipe)
+    given = user_calls(source, calls, recipe, inputs)
     recipe = recipe.model_copy(update={"steps": given[0].steps or recipe.steps})
     structures = {name: _structured(module, recipe) for name, module in modules.items()}
     surveyed = [survey(pipeline, modules, call, recipe.seed) for call in given]
@@ -165,6 +172,7 @@ def plan_calls(
         given[0],
         _calibration_calls(given, prompts, recipe),
         parts,
+        [sum(len(calls.timesteps) for calls in result.values()) for result in surveyed],
         merged,
     )
 
@@ -173,6 +181,7 @@ def user_calls(
     source: LoadedPipeline,
     calls: Sequence[Mapping[str, Any]] = (),
     recipe: Recipe | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> list[UserCall]:
     """The user's calls, checked and with a number of steps.
 
@@ -180,16 +189,19 @@ def user_calls(
         source: the loaded checkpoint.
         calls: arguments of the user's calls; none: a default call.
         recipe: recipe with the steps, prompts and size of a default call; None: the defaults.
+        inputs: further arguments of every call, also of a default call.
 
     Raises:
         UsageError: an argument does not exist, or the pipeline requires one that trtq cannot choose.
     """
     chosen = Recipe(method="minmax") if recipe is None else recipe
-    given = [UserCall(dict(arguments)) for arguments in calls]
+    further = dict(inputs or {})
+    given = [UserCall({**arguments, **further}) for arguments in calls]
     for call in given:
         call.check(source.pipeline)
     if not given:
-        offered = _offered(source, chosen)
+        check_names(source.pipeline, further)
+        offered = {**_offered(source, chosen), **further}
         given = [default_call(source.pipeline, _prompts(source, chosen), offered)]
     return [_with_steps(call, chosen) for call in given]
 
@@ -264,12 +276,13 @@ def _denoiser_plan(
     def run() -> object:
         return denoiser(**sample.form.rebuild(sample.tensors))
 
+    roles = observe_roles(denoiser, run, _images_in(sample, seen[0].argument))
     layers: Sequence[LayerPlan] = plan_layers(
         denoiser,
         policy,
         recipe.bits,
         None if probability_bits == "float" else probability_bits,
-        observe_roles(denoiser, run, _images_in(sample, seen[0].argument)),
+        roles,
         load_policy(GENERIC) if recipe.policy is None else None,
     )
     with torch.no_grad():
@@ -296,7 +309,7 @@ def _denoiser_plan(
     plan = QuantizePlan(source, recipe, layers, table, structure, policy, layer_calls)
     tensors = denoiser.state_dict()
     adapters = {key: list(tensors[key].shape) for key in adapter_names(tensors)}
-    return DenoiserPlan(plan, merged, adapters)
+    return DenoiserPlan(plan, merged, roles, adapters)
 
 
 def _images_in(call: RecordedCall, argument: str) -> int:

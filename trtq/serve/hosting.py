@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtq.artefact.opened import OnnxFolder, Opened, StoredArtefact, open_artefact
+from trtq.artefact.recorded import refuse_recorded
 from trtq.engine.openvino import MAX_SHAPES
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import ArtefactError, TrtqError, UsageError
@@ -62,6 +63,7 @@ def open_model(
 
     # Hashing takes seconds per gigabyte, so the files are verified once, by the code that loads them.
     opened = open_artefact(path, verify=False)
+    refuse_recorded(opened, "a server that batches by step", "use trtq serve")
     plain = provider not in (TORCH, *BACKENDS)
     if plain and isinstance(opened, OnnxFolder) and TorchFreeModel.serves(opened):
         return TorchFreeModel(

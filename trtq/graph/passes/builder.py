@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class GraphBuilder:
     def op(
         self,
         operator: str,
-        inputs: list[ir.Value],
+        inputs: Sequence[ir.Value | None],
         name: str,
         attributes: dict[str, Any] | None = None,
         outputs: int = 1,

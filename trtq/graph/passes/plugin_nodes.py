@@ -93,7 +93,7 @@ class LowBitToPlugins(ir.passes.InPlacePass):
                 for key in ("strides", "pads", "dilations")
             )
             group = node.attributes["group"].as_int()
-            geometry = ConvGeometry(stride, pads, dilation, group)  # type: ignore[arg-type]
+            geometry = ConvGeometry(stride, pads, dilation, group)
         spec, operands = packed_operands(layer, geometry)
         if not self.timestep.per_item:
             batch = builder.op("Shape", [node.inputs[0]], "rows", {"start": 0, "end": 1})

@@ -64,7 +64,7 @@ def _dequantized(build: GraphBuilder, cast: ir.Node, index: int) -> ir.Value:
     if quantize is not None and quantize.op_type == "QuantizeLinear":
         # The constants are those of QuantizeLinear; `index` distinguishes the operands of a product.
         inputs = [codes, *quantize.inputs[1:]]
-        y = build.op("DequantizeLinear", inputs, f"paired_{index}")  # type: ignore[arg-type]
+        y = build.op("DequantizeLinear", inputs, f"paired_{index}")
     else:
         ones = build.constant("ones", np.ones(_columns(codes), np.float32))
         y = build.op("DequantizeLinear", [codes, ones], "weight_paired", {"axis": 1})

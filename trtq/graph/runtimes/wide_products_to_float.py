@@ -52,7 +52,7 @@ class WideProductsToFloat(ir.passes.InPlacePass):
         quantize = self._quantize(value)
         assert quantize is not None
         build = GraphBuilder(graph, f"{node.name}/wide_{index}")
-        y = build.op("Round", [quantize.inputs[0]], "rounded")  # type: ignore[list-item]
+        y = build.op("Round", [quantize.inputs[0]], "rounded")
         for operator, limit in zip(("Max", "Min"), _INT8, strict=True):
             bound = build.constant(operator.lower(), np.array(limit, np.float32))
             y = build.op(operator, [y, bound], f"clipped_{operator.lower()}")

@@ -115,7 +115,7 @@ class RecordedModel:
             raise
         finally:
             # A pipeline that is interrupted leaves its progress bar open.
-            bar = getattr(pipeline, "_progress_bar", None)
+            bar: Any = getattr(pipeline, "_progress_bar", None)
             if bar is not None and hasattr(bar, "close"):
                 bar.close()
         return _first_image(pipeline, result)

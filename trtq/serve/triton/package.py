@@ -20,6 +20,7 @@ from trtq.artefact.opened import (
     open_folder,
 )
 from trtq.artefact.options import EngineOptions
+from trtq.artefact.recorded import refuse_recorded
 from trtq.engine.base import graph_specs
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError
@@ -80,6 +81,7 @@ def package_triton(
             of the engines is missing.
     """
     opened = _open(artefact)
+    refuse_recorded(opened, "trtq package triton", "use trtq generate, or trtq.load in Python")
     folder, manifest = opened.folder, opened.manifest
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind=_KIND)
     exported = _onnx_of(opened, onnx) if isinstance(opened, EngineFolder) else opened

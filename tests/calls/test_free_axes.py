@@ -1,0 +1,58 @@
+"""One graph computes other batches, prompts and image sizes, and refuses what is out of its range."""
+
+import pytest
+
+import trtq
+from tests.calls.whole_way import MAX_DIFFERENCE, MIN_PARITY_DB, RECIPE, called
+from tests.calls.zoo import ZOO
+from trtq.calls.recorder import denoisers_of
+from trtq.calls.user_call import UserCall
+from trtq.errors import UsageError
+from trtq.exporter.call_parity import call_parities
+
+FAST = ("flux2_klein", "aura_flow")
+SLOW = ("sd_inpainting", "playground", "sana", "cogview4", "flux_kontext", "wan_21")
+SMALLEST, LARGEST = 32, 64
+MIDDLE = 48
+OTHER_PROMPT = "a cat in a red boat"
+
+# diffusers warns about its own classes.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def parameters():
+    return [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def counts(name):
+    """The argument for the number of images or videos."""
+    return "num_videos_per_prompt" if name.startswith("wan") else "num_images_per_prompt"
+
+
+@pytest.mark.parametrize("name", parameters())
+def test_a_second_batch_prompt_and_size_work_in_one_graph(name, tmp_path):
+    case = ZOO[name]
+    case.pipeline().save_pretrained(tmp_path / "model")
+    trtq.quantize(tmp_path / "model", RECIPE, tmp_path / "run", calls=[case.call()])
+    sizes = f"{SMALLEST}x{SMALLEST}:{LARGEST}x{LARGEST}"
+    trtq.export(tmp_path / "run", tmp_path / "onnx", size=sizes)
+    run, loaded = trtq.load(tmp_path / "run"), trtq.load(tmp_path / "onnx")
+    graphs = {part: getattr(loaded, part) for part in denoisers_of(run)}
+    small = {"height": SMALLEST, "width": SMALLEST}
+    for changes in (
+        small,
+        small | {counts(name): 2},
+        small | {"prompt": OTHER_PROMPT},
+        {"height": MIDDLE, "width": LARGEST},
+        {"height": LARGEST, "width": LARGEST, "prompt": OTHER_PROMPT, counts(name): 2},
+    ):
+        rows = call_parities(run, graphs, UserCall(case.call() | changes))
+        assert all(row.holds(MIN_PARITY_DB) for row in rows), (changes, rows)
+        difference = called(loaded, case, **changes) - called(run, case, **changes)
+        assert float(difference.abs().mean()) < MAX_DIFFERENCE, changes
+    message = r"axis \d of '.*' of \w+ has size \d+; .*--size SMALLEST:LARGEST"
+    for side in (LARGEST + SMALLEST, SMALLEST // 2):
+        with pytest.raises(UsageError, match=message) as caught:
+            called(loaded, case, height=side, width=side)
+        assert "\n" not in str(caught.value)
+        assert " .. " in str(caught.value)
