@@ -94,7 +94,6 @@ REFUSED = {
     ),
     "no call": (("generate", "RUN", "-o", "a.png", "--call", "none.toml"), "cannot read the call"),
     "bench": (("bench", "RUN"), "trtq eval compares it"),
-    "serve": (("serve", "RUN"), "does not support yet"),
     "verify --layers": (("verify", "RUN", "--layers"), "--run RUN"),
     "export of a known model": (
         ("export", "digits", "-o", "onnx", "--input", "image=cat.png"),
@@ -142,7 +141,6 @@ def test_an_onnx_folder_draws_is_inspected_and_verified(inpainting_run, inpainti
         ("build", "ONNX", "-o", "engine"),
         ("package", "triton", "ONNX", "-o", "repository"),
         ("bench", "ONNX"),
-        ("serve", "ONNX"),
         ("verify", "ONNX", "--run", "RUN", "--layers"),
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import tiny_pipeline
+from tests.serve.recorded import Recorded, quantized
 from trtq.exporter.export import export
 from trtq.runs.quantize import quantize
 from trtq.serve.models.base import ImageModel, InitialState, Inputs, ModelInfo, Sizes, class_label
@@ -92,6 +93,15 @@ def served_onnx(tmp_path_factory):
     quantize(tiny_pipeline(), recipe, folder / "run")
     export(folder / "run", folder / "onnx")
     return folder / "onnx"
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory):
+    """The three recorded pipelines as runs, by name."""
+    folder = tmp_path_factory.mktemp("recorded")
+    names = ("text", "img2img", "inpaint")
+    quantized(folder, *names)
+    return {name: Recorded(folder / name, name) for name in names}
 
 
 @contextlib.contextmanager

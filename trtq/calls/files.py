@@ -106,7 +106,7 @@ def read_input(text: str) -> tuple[str, Any]:
     return name, read_file(path, name)
 
 
-def read_inputs(texts: Iterable[str]) -> dict[str, Any]:
+def read_inputs(texts: Iterable[str]) -> Mapping[str, Any]:
     """The arguments of several `--input`.
 
     Raises:

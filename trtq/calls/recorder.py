@@ -23,6 +23,7 @@ __all__ = [
     "denoisers_of",
     "observed",
     "read_timestep",
+    "repeating",
     "survey",
 ]
 
@@ -199,7 +200,7 @@ def _copy(value: Any) -> Any:
 
 
 @contextmanager
-def _repeating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def repeating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside the block, each form of a denoiser's call is computed once, see `_Repeated`."""
     with ExitStack() as stack:
         for module in modules.values():
@@ -266,7 +267,7 @@ def survey(
         }
         calls[seen.denoiser].append(RecordedCall(seen.denoiser, seen.form, small))
 
-    with _repeating(modules), observed(modules, keep):
+    with repeating(modules), observed(modules, keep):
         run_call(pipeline, call, seed, "survey")
     if not any(calls.values()):
         raise UsageError(

@@ -16,6 +16,7 @@ from trtq.errors import ArtefactError, TrtqError, UsageError
 from trtq.seeds import seeded_generator
 
 __all__ = [
+    "COUNT_ARGUMENTS",
     "STEPS_ARGUMENT",
     "UserCall",
     "accepted_arguments",
@@ -25,6 +26,13 @@ __all__ = [
 ]
 
 STEPS_ARGUMENT = "num_inference_steps"
+COUNT_ARGUMENTS = (
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "num_waveforms_per_prompt",
+    "batch_size",
+)
+"""Arguments of diffusers' pipelines that multiply the batch."""
 _FROM_TRTQ = ("generator",)
 """Arguments that trtq passes by itself."""
 _FROM_PIPELINES = (
@@ -94,6 +102,16 @@ class UserCall:
             return 1
         texts = isinstance(prompt, list) and all(isinstance(text, str) for text in prompt)
         return len(prompt) if texts and prompt else None
+
+    @property
+    def images(self) -> int:
+        """Number of images that the call makes, as far as its arguments say; 1 or more."""
+        labels = self.arguments.get("class_labels")
+        count = self.prompts or (len(labels) if isinstance(labels, list) else 1)
+        for name in COUNT_ARGUMENTS:
+            number = self.arguments.get(name)
+            count *= number if isinstance(number, int) and number > 0 else 1
+        return max(1, count)
 
     def check(self, pipeline: Any) -> None:
         """Raise unless the pipeline accepts every argument and gets every required one.

@@ -17,19 +17,12 @@ from torch import Tensor, nn
 
 from trtq.calls.form import CallForm
 from trtq.calls.recorder import DenoiserCalls, RecordedCall, survey
-from trtq.calls.user_call import UserCall, accepted_arguments
+from trtq.calls.user_call import COUNT_ARGUMENTS, UserCall, accepted_arguments
 from trtq.errors import TrtqError, UsageError
 
 __all__ = ["FreeAxis", "VariedForm", "varied_forms"]
 
 Varies = Literal["batch", "prompt", "size", "calls"]
-_COUNTS = (
-    "num_images_per_prompt",
-    "num_videos_per_prompt",
-    "num_waveforms_per_prompt",
-    "batch_size",
-)
-"""Arguments of diffusers' pipelines that multiply the batch."""
 _LONGER = "a photograph of a small red house by the lake under a very cloudy sky"
 """A prompt whose number of tokens and of bytes is no multiple of 32: some denoisers pad their texts to a
 multiple, and a graph that is traced without padding lacks it for other prompts."""
@@ -132,7 +125,7 @@ def _changes(
     accepted = accepted_arguments(pipeline)
 
     def batch(call: UserCall) -> UserCall:
-        for name in _COUNTS:
+        for name in COUNT_ARGUMENTS:
             if name in accepted:
                 return call.updated({name: 2 * int(call.arguments.get(name) or 1)})
         if isinstance(call.arguments.get("class_labels"), list):

@@ -22,7 +22,7 @@ from trtq.calls.user_call import (
 )
 from trtq.diffusion.component_classes import pipeline_class
 from trtq.diffusion.layout import parse_size, read_index
-from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.loading import open_pipeline, resolve_model
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import general_prompts
 from trtq.errors import UsageError
@@ -176,9 +176,13 @@ def show_call(artefact: str | Path | Opened | Any) -> CallDescription:
         ArtefactError: the artefact or checkpoint cannot be read.
     """
     opened = open_artefact(artefact)
+    # The weights of a recorded artefact and of an unknown pipeline's folder are not read.
     if isinstance(opened, StoredArtefact) and opened.manifest.recorded is not None:
         call = load_call(opened.folder / CALL_FOLDER)
-        # No weights are read.
         return describe_call(pipeline_class(opened.folder, read_index(opened.folder)), call)
+    if isinstance(opened.place, str | Path) and not isinstance(opened, StoredArtefact):
+        folder = resolve_model(opened.place)
+        if isinstance(folder, Path) and folder.is_dir() and not knows_pipeline(opened):
+            return describe_call(pipeline_class(folder, read_index(folder)))
     source, recorded = open_called(opened)
     return describe_call(type(source.pipeline), recorded)

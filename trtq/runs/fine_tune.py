@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trtq.calib.policy import Policy
 from trtq.calib.recipe import Quest as QuestRecipe
 from trtq.calib.recipe import Recipe, Training
-from trtq.diffusion.sampling import Conditions
-from trtq.diffusion.schedule import NoiseSchedule
+from trtq.calib.roles import LayerRoles
 from trtq.errors import QuantizationError, RecipeError
 from trtq.progress import ProgressCallback
 from trtq.quant import QuantizedDenoiser
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from trtq.train.distill import Distillation, Rates
-    from trtq.train.trajectories import Trajectories
+    from trtq.train.points import Points
 
 __all__ = ["FineTuneResult", "FineTuning", "accelerator_for", "fine_tune"]
 
@@ -58,51 +58,30 @@ class FineTuning:
 
     Attributes:
         model: the quantised denoiser; changed in place.
-        schedule: noise schedule of the teacher's trajectory.
-        shape: shape of one sample, (C, H, W).
-        draw_conditions: function `(count, generator) -> Conditions` that draws random conditions.
+        trajectories: function that opens the training points of a stage; its argument separates the
+            random numbers of different stages.
         policy: policy with the sets of layers that QuEST tunes.
         accelerator: accelerator of this process.
         checkpoints: folder of the checkpoints; each stage has a folder in it.
         fingerprint: hash of model and recipe; checkpoints with another hash are not resumed.
         resume: continue from the newest checkpoint.
         progress: callback that receives the stage's name, the work done and the total.
+        roles: observed roles of the layers, for the policy's sets; None: not observed.
+        label: text before the names of the stages, e.g. the denoiser's name.
+        keep_last: whether to keep a checkpoint of the last stage, since another denoiser follows.
     """
 
     model: QuantizedDenoiser
-    schedule: NoiseSchedule
-    shape: tuple[int, ...]
-    draw_conditions: Callable[[int, torch.Generator], Conditions]
+    trajectories: Callable[[str], AbstractContextManager[Points[Any]]]
     policy: Policy
     accelerator: Accelerator
     checkpoints: Path
     fingerprint: str
     resume: bool
     progress: ProgressCallback
-
-
-def _trajectories(setup: FineTuning, recipe: Recipe, purpose: str) -> Trajectories:
-    from trtq.train.trajectories import Trajectories
-
-    training = recipe.training
-    assert training is not None
-    return Trajectories(
-        setup.model.teacher,
-        setup.schedule,
-        setup.shape,
-        setup.draw_conditions,
-        batch=training.batch,
-        slots=training.accumulate,
-        stream=setup.accelerator.process_index,
-        stride=setup.accelerator.num_processes,
-        seed=recipe.seed,
-        purpose=purpose,
-        guidance=1.0 if recipe.guidance is None else recipe.guidance,
-        eta=training.eta,
-        staggered=training.trajectory == "staggered",
-        weighted=training.step_weights == "influence",
-        device=setup.accelerator.device,
-    )
+    roles: LayerRoles | None = None
+    label: str = ""
+    keep_last: bool = False
 
 
 def _rates(training: Training, iterations: int, weight_travel: float) -> Rates:
@@ -129,6 +108,7 @@ def _run(
 ) -> FineTuneStage:
     from trtq.train.loop import fit
 
+    name = f"{setup.label}{name}"
     result = fit(
         setup.model,
         objective,
@@ -140,7 +120,7 @@ def _run(
         checkpoint_every=training.checkpoint_every,
         fingerprint=setup.fingerprint,
         resume=setup.resume,
-        keep_last=not last,
+        keep_last=setup.keep_last or not last,
         table_state=training.table_state,
         progress=lambda done, total: setup.progress(name, done, total),
     )
@@ -195,8 +175,9 @@ def fine_tune(setup: FineTuning, recipe: Recipe) -> FineTuneResult:
         from trtq.train.efficientdm import EfficientDM
 
         rates = _rates(training, training.iterations, 1.0)
-        objective = EfficientDM(setup.model, _trajectories(setup, recipe, "efficientdm"), rates)
-        rows = [_run(setup, training, objective, "fine-tune", training.iterations, last=True)]
+        with setup.trajectories("efficientdm") as points:
+            objective = EfficientDM(setup.model, points, rates)
+            rows = [_run(setup, training, objective, "fine-tune", training.iterations, last=True)]
         tuned_share = None
     else:
         rows, tuned_share = _quest(setup, recipe, training, recipe.quest)
@@ -221,7 +202,7 @@ def _quest(
     layers = dict(setup.model.layers())
     sets = {}
     for name in (quest.embedding, quest.attention):
-        sets[name] = setup.policy.select(name, layers)
+        sets[name] = setup.policy.select(name, layers, setup.roles)
         if not sets[name]:
             raise QuantizationError(
                 f"the policy's set {name!r} for {setup.policy.family} names no quantised layer"
@@ -252,19 +233,20 @@ def _quest(
     for index, (name, iterations, weights, aligned, activations, with_adapters) in enumerate(
         stages
     ):
-        objective = Quest(
-            setup.model,
-            _trajectories(setup, recipe, name),
-            _rates(training, iterations, quest.weight_travel),
-            tuned=weights,
-            aligned=aligned,
-            activations=activations,
-            adapters=with_adapters,
-            weighting=quest.weighting,
-            global_weight=quest.global_weight,
-        )
-        last = index == len(stages) - 1
-        rows.append(_run(setup, training, objective, name, iterations, last=last))
+        with setup.trajectories(name) as points:
+            objective = Quest(
+                setup.model,
+                points,
+                _rates(training, iterations, quest.weight_travel),
+                tuned=weights,
+                aligned=aligned,
+                activations=activations,
+                adapters=with_adapters,
+                weighting=quest.weighting,
+                global_weight=quest.global_weight,
+            )
+            last = index == len(stages) - 1
+            rows.append(_run(setup, training, objective, name, iterations, last=last))
     return rows, _tuned_share(setup, tuned)
 
 
@@ -288,14 +270,16 @@ def _learn_rounding(setup: FineTuning, recipe: Recipe, iterations: int) -> FineT
     # The directions are not in the checkpoints: a resumed run learns the same directions again.
     start = time.monotonic()
     names = [name for name, layer in setup.model.layers() if layer.weight_bits < 8]
-    measured = learn_rounding(
-        setup.model,
-        _trajectories(setup, recipe, "rounding"),
-        names,
-        iterations=iterations,
-        seed=recipe.seed,
-        progress=lambda done, total: setup.progress("learn rounding", done, total),
-    )
+    stage = f"{setup.label}learn rounding"
+    with setup.trajectories("rounding") as points:
+        measured = learn_rounding(
+            setup.model,
+            points,
+            names,
+            iterations=iterations,
+            seed=recipe.seed,
+            progress=lambda done, total: setup.progress(stage, done, total),
+        )
     seconds = round(time.monotonic() - start, 2)
     share = measured["rounded_up_share_changed"]
-    return FineTuneStage(name="learn rounding", seconds=seconds, rounded_up_share_changed=share)
+    return FineTuneStage(name=stage, seconds=seconds, rounded_up_share_changed=share)

@@ -14,7 +14,7 @@ from trtq.artefact.opened import Opened
 from trtq.calib.policy import GENERIC, load_policy, plan_layers
 from trtq.calib.probe import observe_calls, with_shared_inputs
 from trtq.calib.recipe import Recipe
-from trtq.calib.roles import observe_roles
+from trtq.calib.roles import LayerRoles, observe_roles
 from trtq.calls.recorder import DenoiserCalls, RecordedCall, denoisers_of, survey
 from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, check_names, default_call
 from trtq.diffusion.ip_adapter import adapter_names
@@ -47,11 +47,13 @@ class DenoiserPlan:
     Attributes:
         plan: layers, bits and timesteps of the denoiser.
         calls: the denoiser's calls during one call of the pipeline.
+        roles: observed roles of the denoiser's layers.
         ip_adapter: shapes of the tensors of IP-Adapters in the denoiser, by path.
     """
 
     plan: QuantizePlan
     calls: DenoiserCalls
+    roles: LayerRoles
     ip_adapter: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -80,6 +82,8 @@ class CallsPlan:
         call: the user's call.
         calls: calls of the calibration; the user's calls come first.
         denoisers: one plan per denoiser that the pipeline calls.
+        numbers: number of calls of all denoisers during each of the user's calls; `calls[i]` makes
+            `numbers[i % len(numbers)]` calls.
         loras: LoRAs that were merged into the float weights.
     """
 
@@ -88,6 +92,7 @@ class CallsPlan:
     call: UserCall
     calls: Sequence[UserCall]
     denoisers: Sequence[DenoiserPlan]
+    numbers: Sequence[int]
     loras: Sequence[MergedLora] = ()
 
 
@@ -167,6 +172,7 @@ def plan_calls(
         given[0],
         _calibration_calls(given, prompts, recipe),
         parts,
+        [sum(len(calls.timesteps) for calls in result.values()) for result in surveyed],
         merged,
     )
 
@@ -270,12 +276,13 @@ def _denoiser_plan(
     def run() -> object:
         return denoiser(**sample.form.rebuild(sample.tensors))
 
+    roles = observe_roles(denoiser, run, _images_in(sample, seen[0].argument))
     layers: Sequence[LayerPlan] = plan_layers(
         denoiser,
         policy,
         recipe.bits,
         None if probability_bits == "float" else probability_bits,
-        observe_roles(denoiser, run, _images_in(sample, seen[0].argument)),
+        roles,
         load_policy(GENERIC) if recipe.policy is None else None,
     )
     with torch.no_grad():
@@ -302,7 +309,7 @@ def _denoiser_plan(
     plan = QuantizePlan(source, recipe, layers, table, structure, policy, layer_calls)
     tensors = denoiser.state_dict()
     adapters = {key: list(tensors[key].shape) for key in adapter_names(tensors)}
-    return DenoiserPlan(plan, merged, adapters)
+    return DenoiserPlan(plan, merged, roles, adapters)
 
 
 def _images_in(call: RecordedCall, argument: str) -> int:

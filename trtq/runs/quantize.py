@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtq.artefact.contents import source_hashes
 from trtq.artefact.folder import check_output, claims_output, new_artefact
 from trtq.artefact.listing import CHECKPOINTS
 from trtq.artefact.manifest import Manifest
@@ -21,19 +19,12 @@ from trtq.artefact.manifest_file import write_manifest
 from trtq.artefact.manifest_rows import SourceRow, StructureRow
 from trtq.artefact.opened import Opened, open_artefact
 from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
-from trtq.artefact.partial import (
-    has_checkpoint,
-    partial_folder,
-    remove_partial,
-    strip_partial,
-)
+from trtq.artefact.partial import partial_folder
 from trtq.calib.recipe import Recipe, load_recipe
 from trtq.calib.record import activation_tables, record
 from trtq.diffusion.folder import save_pipeline_parts
-from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.schedule import NoiseSchedule
-from trtq.errors import UsageError
 from trtq.lora import LoraRequest
 from trtq.progress import ProgressCallback, silent
 from trtq.quant import (
@@ -43,19 +34,20 @@ from trtq.quant import (
     merge,
 )
 from trtq.resources import peak_rss_bytes
+from trtq.runs.call_runs import quantize_calls
 from trtq.runs.fine_tune import FineTuneResult, FineTuning, accelerator_for, fine_tune
 from trtq.runs.plan import QuantizePlan, plan_quantize
-from trtq.runs.plan_calls import knows_pipeline, plan_calls
-from trtq.runs.quantize_calls import calibrate, converted, layer_rows, manifest_of, write_run
+from trtq.runs.plan_calls import knows_pipeline
+from trtq.runs.preparation import clear_partial, source_files
+from trtq.runs.quantize_calls import layer_rows
 from trtq.runs.result import RunResult
+from trtq.runs.scheduled_points import scheduled_points
 from trtq.runs.trained import TRAINED_NAME, save_trained
 from trtq.runs.weights import FILE_NAME, save_denoiser
 from trtq.seeds import seeded_generator
 from trtq.torch_settings import with_own_settings
 
 __all__ = ["quantize"]
-
-logger = logging.getLogger(__name__)
 
 
 def _as_recipe(recipe: Recipe | str | Path | dict[str, Any] | None) -> Recipe:
@@ -133,40 +125,6 @@ def _rounds_zero_points(plan: QuantizePlan) -> bool:
     return plan.recipe.training is not None and plan.recipe.training.zero_points == "float"
 
 
-def _source_files(source: LoadedPipeline) -> dict[str, str]:
-    """Hashes of the checkpoint's files, or of the denoiser's tensors if there are no files."""
-    if source.folder is not None:
-        return source_hashes(source.folder)
-    digest = hashlib.sha256()
-    for name, tensor in source.denoiser.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return {f"{source.denoiser_name} (tensors)": digest.hexdigest()}
-
-
-def _clear_partial(final: Path, *, resume: bool, overwrite: bool) -> None:
-    """Remove the remains of an interrupted run, unless the run is resumed.
-
-    Raises:
-        UsageError: there is a checkpoint, and neither `resume` nor `overwrite` is set.
-    """
-    partial = partial_folder(final)
-    whole = has_checkpoint(partial)
-    if resume and whole:
-        strip_partial(partial)
-        return
-    if whole and not overwrite:
-        raise UsageError(
-            f"an interrupted run for {final} left checkpoints; pass --resume to go on from them, or "
-            "--overwrite to start again"
-        )
-    if resume:
-        logger.warning(
-            "there is no complete checkpoint for %s; the run starts at its beginning", final
-        )
-    remove_partial(final)
-
-
 @claims_output
 @with_own_settings
 def quantize(
@@ -216,17 +174,26 @@ def quantize(
     if config is not None:
         model = open_artefact(model, verify=False, config=config)
     if calls is not None or inputs or not knows_pipeline(model):
-        return _quantize_calls(
-            model, chosen, final, calls or (), inputs, loras, overwrite, progress, start
+        return quantize_calls(
+            model,
+            chosen,
+            final,
+            calls or (),
+            loras,
+            inputs=inputs,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+            start=start,
         )
     plan = plan_quantize(model, chosen, loras, progress)
     chosen = plan.recipe
-    files = _source_files(plan.source)
+    files = source_files(plan.source)
     accelerator = accelerator_for(chosen)
     if not accelerator.is_main_process:
         _share(plan, files, accelerator, partial_folder(final), resume, silent)
         return None
-    _clear_partial(final, resume=resume, overwrite=overwrite)
+    clear_partial(final, resume=resume, overwrite=overwrite)
     keep = chosen.training is not None
     with new_artefact(final, kind="run", overwrite=overwrite, keep_partial=keep) as folder:
         bytes_before = plan.bytes_before()
@@ -236,39 +203,6 @@ def quantize(
         save_pipeline_parts(plan.source, folder)
         result = _result(plan, tuning, bytes_before, folder, start)
         write_manifest(folder, _manifest(plan, files, result))
-    return result
-
-
-def _quantize_calls(
-    model: Any,
-    recipe: Recipe,
-    final: Path,
-    calls: Sequence[Mapping[str, Any]],
-    inputs: Mapping[str, Any] | None,
-    loras: Sequence[LoraRequest],
-    overwrite: bool,
-    progress: ProgressCallback,
-    start: float,
-) -> RunResult:
-    """Make a run inside the pipeline's own call; see `quantize`."""
-    plan = plan_calls(model, recipe, calls, loras, inputs)
-    model_classes = {part.name: type(part.module).__name__ for part in plan.denoisers}
-    files = _source_files(plan.source)
-    bytes_before = sum(part.plan.bytes_before() for part in plan.denoisers)
-    with new_artefact(final, kind="run", overwrite=overwrite) as folder:
-        parts, tables = calibrate(plan, progress)
-        quantized = {part.name: converted(plan, part, tables[part.name]) for part in parts}
-        write_run(folder, plan, parts, quantized)
-        low_bit = sum(part.plan.quantized for part in parts)
-        result = RunResult(
-            layers_quantized=low_bit,
-            layers_float=sum(len(part.plan.layers) for part in parts) - low_bit,
-            bytes_before=bytes_before,
-            bytes_after=sum(path.stat().st_size for path in folder.rglob(FILE_NAME)),
-            seconds=round(time.monotonic() - start, 2),
-            peak_rss_bytes=peak_rss_bytes(),
-        )
-        write_manifest(folder, manifest_of(plan, parts, files, result, model_classes))
     return result
 
 
@@ -309,9 +243,14 @@ def _share(
         quantized.to(accelerator.device)
         setup = FineTuning(
             quantized,
-            schedule,
-            source.sample_shape,
-            source.draw_conditions,
+            scheduled_points(
+                quantized.teacher,
+                schedule,
+                source.sample_shape,
+                source.draw_conditions,
+                recipe,
+                accelerator,
+            ),
             plan.policy,
             accelerator,
             folder / CHECKPOINTS,

@@ -1,9 +1,10 @@
-"""One request in progress: from the batcher's steps to PNG files."""
+"""One request in progress: from its first denoising step to PNG files."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,13 +14,14 @@ import numpy as np
 
 from trtq.errors import UsageError
 from trtq.serve.batch import Item
+from trtq.serve.batcher import Batcher
 from trtq.serve.http.errors import ApiError
 from trtq.serve.http.png import png_bytes
-from trtq.serve.models.base import GenerationRequest
+from trtq.serve.model_queue import ModelQueue
+from trtq.serve.models.base import GenerationRequest, ImageModel
 from trtq.serve.requests import DrawOptions, Event
-from trtq.serve.served import ServedModel
 
-__all__ = ["CodecThread", "Generation"]
+__all__ = ["CodecThread", "Generation", "StepGeneration"]
 
 
 class CodecThread:
@@ -56,14 +58,12 @@ class CodecThread:
         self._executor.shutdown(wait=wait, cancel_futures=True)
 
 
-class Generation:
+class Generation(ABC):
     """The images of one request, counted as in progress until they are complete or cancelled.
 
     Args:
-        served: the model that draws.
+        queue: the model that draws.
         request: the images to draw.
-        options: delivery of the images: deadline, previews and progress events.
-        codec: thread that encodes prompts and decodes images; not used for models with a cheap codec.
 
     Attributes:
         events: the events of the images, and the exception that ends the request, if any.
@@ -72,32 +72,86 @@ class Generation:
         ApiError: 429, the queue has no room for the images.
     """
 
-    def __init__(
-        self,
-        served: ServedModel,
-        request: GenerationRequest,
-        options: DrawOptions,
-        codec: CodecThread,
-    ) -> None:
-        served.take(request.count)
+    def __init__(self, queue: ModelQueue, request: GenerationRequest) -> None:
+        queue.take(request.count)
         self.events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._remaining = request.count
         self._begun = time.monotonic()
-        self._served = served
-        self._model = served.model
-        self._request = request
-        self._options = options
-        self._codec = codec
+        self._queue = queue
         self._loop = asyncio.get_running_loop()
-        self._items: list[Item] = []
-        self._preview_at: set[int] = set()
 
+    @abstractmethod
     async def begin(self) -> None:
-        """Hand the images to the batcher.
+        """Hand the images to the thread that draws.
 
         Raises:
             ApiError: 400, the model cannot draw this request.
         """
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Mark the images that are not complete as cancelled."""
+
+    def fail_after(self, seconds: float, error: ApiError) -> asyncio.TimerHandle:
+        """Schedule the end of the request with `error` after `seconds` seconds."""
+        return self._loop.call_later(seconds, self.events.put_nowait, error)
+
+    def cancel(self) -> None:
+        """Drop the images that are not complete, since no client waits for them."""
+        self.drop()
+        self._queue.under_way -= self._remaining
+        self._remaining = 0
+
+    def publish(self, event: Event | Exception) -> None:
+        """Put an event on the queue, from any thread."""
+        with suppress(RuntimeError):  # The loop is closed: no client waits for the event.
+            self._loop.call_soon_threadsafe(self._enqueue, event)
+
+    def _enqueue(self, event: Event | Exception) -> None:
+        """Put an event on the queue, in the loop's thread; a complete image frees its slot."""
+        if self._remaining and isinstance(event, Event) and event.kind == "image":
+            if self._remaining == 1:
+                self._queue.finished(time.monotonic() - self._begun)
+            self._remaining -= 1
+            self._queue.under_way -= 1
+        self.events.put_nowait(event)
+
+
+class StepGeneration(Generation):
+    """The images of one request to a model that is batched by denoising step.
+
+    Args:
+        queue: the model that draws.
+        model: the model whose prompts and images are encoded and decoded.
+        batcher: batcher of the model.
+        request: the images to draw.
+        options: delivery of the images: deadline, previews and progress events.
+        codec: thread that encodes prompts and decodes images; not used for models with a cheap codec.
+
+    Raises:
+        ApiError: 429, the queue has no room for the images.
+    """
+
+    def __init__(
+        self,
+        queue: ModelQueue,
+        model: ImageModel,
+        batcher: Batcher,
+        request: GenerationRequest,
+        options: DrawOptions,
+        codec: CodecThread,
+    ) -> None:
+        super().__init__(queue, request)
+        self._model = model
+        self._batcher = batcher
+        self._request = request
+        self._options = options
+        self._codec = codec
+        self._items: list[Item] = []
+        self._preview_at: set[int] = set()
+
+    async def begin(self) -> None:
+        """See `Generation`."""
         try:
             if self._model.cheap_codec:
                 starts = self._model.starts(self._request)
@@ -113,42 +167,22 @@ class Generation:
         self._items = [
             Item(start, index, on_step, self._on_done) for index, start in enumerate(starts)
         ]
-        self._served.batcher.put(self._items)
+        self._batcher.put(self._items)
 
-    def fail_after(self, seconds: float, error: ApiError) -> asyncio.TimerHandle:
-        """Schedule the end of the request with `error` after `seconds` seconds."""
-        return self._loop.call_later(seconds, self.events.put_nowait, error)
-
-    def cancel(self) -> None:
-        """Drop the images that are not complete, since no client waits for them."""
+    def drop(self) -> None:
+        """See `Generation`."""
         for item in self._items:
             item.cancelled = True
-        self._served.under_way -= self._remaining
-        self._remaining = 0
-
-    def _publish(self, event: Event | Exception) -> None:
-        """Put an event on the queue, from any thread."""
-        with suppress(RuntimeError):  # The loop is closed: no client waits for the event.
-            self._loop.call_soon_threadsafe(self._enqueue, event)
-
-    def _enqueue(self, event: Event | Exception) -> None:
-        """Put an event on the queue, in the loop's thread; a complete image frees its slot."""
-        if self._remaining and isinstance(event, Event) and event.kind == "image":
-            if self._remaining == 1:
-                self._served.finished(time.monotonic() - self._begun)
-            self._remaining -= 1
-            self._served.under_way -= 1
-        self.events.put_nowait(event)
 
     def _on_step(self, item: Item) -> None:
         if self._options.progress:
-            self._publish(Event("progress", item.index, item.position, item.steps))
+            self.publish(Event("progress", item.index, item.position, item.steps))
         if item.position in self._preview_at:
             self._decode("preview", item, item.clean)
 
     def _on_done(self, item: Item, error: Exception | None) -> None:
         if error is not None:
-            self._publish(error)
+            self.publish(error)
             return
         self._decode("image", item, item.x)
 
@@ -164,8 +198,8 @@ class Generation:
         try:
             png = png_bytes(self._model.decode(x))
         except Exception as error:  # Ends this request only; the thread also serves other requests.
-            self._publish(error)
+            self.publish(error)
             return
         if kind == "image":
-            self._served.metrics.drawn()
-        self._publish(Event(kind, item.index, position, item.steps, png))
+            self._queue.metrics.drawn()
+        self.publish(Event(kind, item.index, position, item.steps, png))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtq.artefact.opened import OnnxFolder, Opened, open_artefact
+from trtq.artefact.opened import OnnxFolder, Opened, StoredArtefact, open_artefact
 from trtq.artefact.recorded import refuse_recorded
 from trtq.engine.openvino import MAX_SHAPES
 from trtq.engine.tensorrt.backends import BACKENDS
@@ -20,14 +20,16 @@ from trtq.serve.batcher import batch_sizes
 from trtq.serve.logs import FIELDS
 from trtq.serve.memory import copy_mapped_files, mapped_files
 from trtq.serve.metrics import Metrics
+from trtq.serve.model_queue import ModelQueue
 from trtq.serve.options import ServeOptions
 from trtq.serve.served import ServedModel
 from trtq.serve.service import Service
 
 if TYPE_CHECKING:
     from trtq.serve.models.base import ImageModel
+    from trtq.serve.models.recorded import RecordedModel
 
-__all__ = ["build_service", "is_compiling", "open_model"]
+__all__ = ["build_service", "is_compiling", "open_model", "open_recorded"]
 
 logger = logging.getLogger(__name__)
 _COMPILE_THREAD = "compile-"
@@ -61,7 +63,7 @@ def open_model(
 
     # Hashing takes seconds per gigabyte, so the files are verified once, by the code that loads them.
     opened = open_artefact(path, verify=False)
-    refuse_recorded(opened, "trtq serve", "use trtq generate, or trtq.load in Python")
+    refuse_recorded(opened, "a server that batches by step", "use trtq serve")
     plain = provider not in (TORCH, *BACKENDS)
     if plain and isinstance(opened, OnnxFolder) and TorchFreeModel.serves(opened):
         return TorchFreeModel(
@@ -74,6 +76,30 @@ def open_model(
     engine = getattr(source.denoiser, "engine", None)
     engine_provider = TORCH if engine is None else engine.provider
     return PipelineModel(source, name, engine_provider, shapes, opened)
+
+
+def open_recorded(
+    artefact: StoredArtefact, name: str, *, provider: str | None = None, threads: int | None = None
+) -> RecordedModel:
+    """Open a recorded artefact to serve; its pipeline is called once per image.
+
+    Args:
+        artefact: an opened run, ONNX folder or engine folder that was recorded.
+        name: model name used in requests.
+        provider: execution provider; None: the default for this kind of artefact.
+        threads: number of threads per operator; None: the number of cores.
+
+    Raises:
+        TrtqError: see `trtq.pipelines.open.open_any` and `RecordedModel`.
+    """
+    from trtq.calls.pipeline import RecordedPipeline
+    from trtq.pipelines.open import open_any
+    from trtq.serve.models.recorded import RecordedModel
+
+    source = open_any(artefact, provider, threads)
+    assert isinstance(source, RecordedPipeline)
+    engines = getattr(source.denoiser, "engines", None)
+    return RecordedModel(source, name, engines[0].provider if engines else TORCH, artefact)
 
 
 def build_service(
@@ -90,7 +116,7 @@ def build_service(
     Raises:
         TrtqError: a model cannot be opened or run.
     """
-    served: dict[str, ServedModel] = {}
+    served: dict[str, ModelQueue] = {}
     for name, path in _named_paths(options).items():
         host = _Host(path, name, options, metrics, ready, takes_provider=not served)
         served[name] = host.start()
@@ -129,7 +155,7 @@ def is_compiling() -> bool:
 
 @dataclass
 class _Host:
-    """Opens one model and turns it into a `ServedModel`.
+    """Opens one model and turns it into a `ModelQueue`.
 
     Attributes:
         path: an ONNX folder, a run or a checkpoint.
@@ -147,18 +173,37 @@ class _Host:
     ready: threading.Event | None
     takes_provider: bool
 
-    def start(self) -> ServedModel:
-        """Open the model, run it once and start compiling its other batch sizes.
+    def start(self) -> ModelQueue:
+        """Open the model and run it once.
 
         Raises:
             UsageError: the model was built for smaller batches than the options require.
             ArtefactError: the model opens but does not run.
         """
+        opened = open_artefact(self.path, verify=False)
+        if isinstance(opened, StoredArtefact) and opened.manifest.recorded is not None:
+            return self._start_recorded(opened)
+        return self._start_batched(opened)
+
+    def _start_recorded(self, opened: StoredArtefact) -> ModelQueue:
+        from trtq.serve.served_pipeline import ServedPipeline
+
+        begun = time.monotonic()
+        mapped = mapped_files()
+        model = open_recorded(
+            opened, self.name, provider=self._provider(opened), threads=self.options.threads
+        )
+        copy_mapped_files(mapped)
+        seconds = time.monotonic() - begun
+        return ServedPipeline(model, self.options.limits, self.metrics, load_seconds=seconds)
+
+    def _start_batched(self, opened: Opened) -> ModelQueue:
+        """Open the model, run it once and start compiling its other batch sizes."""
         begun = time.monotonic()
         limits = self.options.limits
         sizes = limits.batch_sizes or batch_sizes(limits.batch)
         mapped = mapped_files()
-        model = self._open(len(sizes))
+        model = self._open(opened, len(sizes))
         # An image with guidance takes two rows, and a request with the default guidance must fit.
         rows = 2 if model.info.guidance != 1 else 1
         first = next(size for size in sizes if size >= rows)
@@ -184,13 +229,16 @@ class _Host:
             ).start()
         return served
 
-    def _open(self, shapes: int) -> ImageModel:
-        options, opened = self.options, open_artefact(self.path, verify=False)
+    def _provider(self, opened: Opened) -> str | None:
         takes_provider = self.takes_provider or isinstance(opened, OnnxFolder)
+        return self.options.provider if takes_provider else None
+
+    def _open(self, opened: Opened, shapes: int) -> ImageModel:
+        options = self.options
         model = open_model(
             opened,
             self.name,
-            provider=options.provider if takes_provider else None,
+            provider=self._provider(opened),
             threads=options.threads,
             shapes=shapes,
         )

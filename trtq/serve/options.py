@@ -43,6 +43,8 @@ class Limits:
         body_bytes: maximum size of a request body, in bytes.
         deadline_s: maximum time from a request's arrival to its response, in seconds.
         body_s: maximum time for receiving a request body, in seconds.
+        upload_bytes: maximum size of a request body with images, in bytes.
+        upload_s: maximum time for receiving a request body with images, in seconds.
     """
 
     batch: Annotated[int, Field(ge=2)] = 8
@@ -53,6 +55,8 @@ class Limits:
     body_bytes: Annotated[int, Field(ge=1)] = 64 << 10
     deadline_s: Annotated[float, Field(gt=0)] = 120.0
     body_s: Annotated[float, Field(gt=0)] = 10.0
+    upload_bytes: Annotated[int, Field(ge=1)] = 32 << 20
+    upload_s: Annotated[float, Field(gt=0)] = 60.0
 
     @property
     def max_images(self) -> int:

@@ -1,23 +1,21 @@
-"""One model of a server: its batcher, its metrics and its bounded queue."""
+"""One model of a server that is batched by denoising step: its batcher and its bounded queue."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from trtq.serve.batcher import Batcher
-from trtq.serve.http.errors import ApiError
+from trtq.serve.generation import CodecThread, StepGeneration
 from trtq.serve.metrics import Metrics
-from trtq.serve.models.base import ImageModel
+from trtq.serve.model_queue import ModelQueue
+from trtq.serve.models.base import GenerationRequest, ImageModel
 from trtq.serve.options import Batching, Limits
+from trtq.serve.requests import DrawOptions
 
 __all__ = ["ServedModel"]
 
-_MAX_RETRY_S = 60
 
-
-class ServedModel:
+class ServedModel(ModelQueue):
     """A model with its batcher and a bounded number of images in progress.
 
     Args:
@@ -41,22 +39,15 @@ class ServedModel:
         more_sizes: bool = False,
         load_seconds: float = 0.0,
     ) -> None:
-        self.model = model
-        self.info = replace(
+        super().__init__(
             model.info,
-            steps=min(model.info.steps, limits.steps),
-            max_steps=min(model.info.max_steps, limits.steps),
-        )
-        self.under_way = 0
-        self.metrics = metrics.model(
-            self.info.name,
-            load_seconds,
-            under_way=lambda: self.under_way,
+            limits,
+            metrics,
+            load_seconds=load_seconds,
             waiting=lambda: self.batcher.waiting,
             max_rows=limits.batch,
         )
-        self._max_under_way = limits.batch + limits.queue
-        self._image_s = 0.0
+        self.model = model
         self.batcher = Batcher(
             model,
             max_rows=limits.batch,
@@ -66,24 +57,26 @@ class ServedModel:
             observer=self.metrics,
         )
 
-    def take(self, count: int) -> None:
-        """Reserve room for `count` images.
+    @property
+    def alive(self) -> bool:
+        """See `ModelQueue`."""
+        return self.batcher.alive
 
-        Raises:
-            ApiError: 429, the queue has no room for them.
-        """
-        if self.under_way + count > self._max_under_way:
-            wait = math.ceil(self._image_s * self.under_way) or 1
-            raise ApiError(
-                429,
-                "queue_full",
-                f"{self.info.name} has {self.under_way} images in progress and accepts "
-                f"{self._max_under_way} at once; try again later",
-                retry_after=min(wait, _MAX_RETRY_S),
-            )
-        self.under_way += count
+    @property
+    def died(self) -> bool:
+        """See `ModelQueue`."""
+        return self.batcher.died
 
-    def finished(self, seconds: float) -> None:
-        """Update the average time per image, in seconds, from which `Retry-After` is computed."""
-        image_s = seconds / max(1, self.under_way)
-        self._image_s = image_s if not self._image_s else 0.9 * self._image_s + 0.1 * image_s
+    def generation(
+        self, request: GenerationRequest, options: DrawOptions, codec: CodecThread
+    ) -> StepGeneration:
+        """See `ModelQueue`."""
+        return StepGeneration(self, self.model, self.batcher, request, options, codec)
+
+    def refuse(self, error: Exception) -> None:
+        """See `ModelQueue`; a call in progress runs to its end."""
+        self.batcher.refuse(error)
+
+    def close(self, error: Exception, seconds: float | None = None) -> bool:
+        """See `ModelQueue`."""
+        return self.batcher.close(error, seconds)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
 
-from trtq.serve.generation import CodecThread, Generation
+from trtq.serve.generation import CodecThread
 from trtq.serve.http.errors import ApiError
+from trtq.serve.model_queue import ModelQueue
 from trtq.serve.models.base import GenerationRequest
 from trtq.serve.options import Limits
 from trtq.serve.requests import DrawOptions, Event, ImageGenerator, draining_error, too_late
-from trtq.serve.served import ServedModel
 
 __all__ = ["Service"]
 
@@ -23,7 +23,7 @@ class Service(ImageGenerator):
         limits: limits on requests.
     """
 
-    def __init__(self, served: Mapping[str, ServedModel], limits: Limits) -> None:
+    def __init__(self, served: Mapping[str, ModelQueue], limits: Limits) -> None:
         super().__init__({name: model.info for name, model in served.items()}, limits)
         self.served = dict(served)
         self._codec = CodecThread()
@@ -35,13 +35,13 @@ class Service(ImageGenerator):
 
     @property
     def alive(self) -> bool:
-        """Whether all batchers are running."""
-        return all(model.batcher.alive for model in self.served.values())
+        """Whether the threads of all models are running."""
+        return all(model.alive for model in self.served.values())
 
     @property
     def died(self) -> bool:
-        """Whether a batcher ended because of an error."""
-        return any(model.batcher.died for model in self.served.values())
+        """Whether the thread of a model ended because of an error."""
+        return any(model.died for model in self.served.values())
 
     async def draw(
         self, name: str, request: GenerationRequest, options: DrawOptions
@@ -49,7 +49,7 @@ class Service(ImageGenerator):
         """See `ImageGenerator`."""
         limit = self.limits.deadline_s
         seconds = limit if options.deadline_s is None else min(options.deadline_s, limit)
-        generation = Generation(self.served[name], request, options, self._codec)
+        generation = self.served[name].generation(request, options, self._codec)
         deadline = generation.fail_after(seconds, too_late(seconds))
         try:
             try:
@@ -72,7 +72,7 @@ class Service(ImageGenerator):
     def give_up(self) -> None:
         """Answer all current and future requests with 503."""
         for model in self.served.values():
-            model.batcher.refuse(draining_error())
+            model.refuse(draining_error())
 
     def close(self, seconds: float | None = None) -> bool:
         """End all threads.
@@ -83,7 +83,7 @@ class Service(ImageGenerator):
         Returns:
             Whether all threads ended in time.
         """
-        ended = [model.batcher.close(draining_error(), seconds) for model in self.served.values()]
+        ended = [model.close(draining_error(), seconds) for model in self.served.values()]
         self._codec.close(wait=all(ended))
         return all(ended)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.modules import QuantLayer
-from trtq.train.trajectories import Trajectories
+from trtq.train.points import Points
 
 __all__ = ["Distillation", "Rates"]
 
@@ -57,7 +57,7 @@ class Distillation:
         rates: learning rates.
     """
 
-    def __init__(self, model: QuantizedDenoiser, trajectories: Trajectories, rates: Rates) -> None:
+    def __init__(self, model: QuantizedDenoiser, trajectories: Points[Any], rates: Rates) -> None:
         self.model = model
         self.trajectories = trajectories
         self.rates = rates

@@ -34,7 +34,7 @@ from torch.nn import functional
 from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.hooks import captured_outputs
 from trtq.train.distill import Distillation, Rates
-from trtq.train.trajectories import Trajectories
+from trtq.train.points import Points
 
 __all__ = ["Quest", "Weighting", "alignment_loss"]
 
@@ -102,7 +102,7 @@ class Quest(Distillation):
     def __init__(
         self,
         model: QuantizedDenoiser,
-        trajectories: Trajectories,
+        trajectories: Points[Any],
         rates: Rates,
         *,
         tuned: Collection[str],

@@ -16,7 +16,9 @@ about half of a single layer's gain; in our runs a larger weight did not improve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +31,14 @@ from trtq.quant.modules import QuantLayer
 from trtq.quant.plan import named_errors
 from trtq.quant.timestep import step_scope
 from trtq.seeds import seeded_generator
-from trtq.train.trajectories import Batch, Trajectories
+from trtq.train.points import Points
 
 __all__ = ["learn_rounding"]
+
+logger = logging.getLogger(__name__)
+
+_Rows = tuple[Tensor, Tensor, Tensor]
+"""A layer's inputs in the quantised model, its outputs in the float model, and their steps, by row."""
 
 _WARM_UP = 0.2
 _HOT, _COLD = 20.0, 2.0
@@ -41,9 +48,9 @@ _ITEMS = 16
 
 
 def _rows(
-    model: QuantizedDenoiser, layer: QuantLayer, trajectories: Trajectories, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer's inputs in the quantised model, its outputs in the float model, and their steps."""
+    model: QuantizedDenoiser, layer: QuantLayer, trajectories: Points[Any], batch: Any
+) -> _Rows | None:
+    """The rows of a layer at one point; None if the denoiser does not call the layer there."""
     last: dict[str, Tensor] = {}
 
     def keep(_: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -51,11 +58,31 @@ def _rows(
 
     with output_hooks({"layer": layer}, keep):
         trajectories.predict(model.teacher, batch)
+        if not last:
+            return None
         teacher_output = last["output"]
         with torch.no_grad():
             trajectories.predict(model, batch)
+    x = last["input"]
+    if x.ndim == 1:
+        x, teacher_output = x[None], teacher_output[None]
     timestep = batch.timestep.repeat(len(teacher_output) // len(batch.timestep))
-    return last["input"], teacher_output, model.table.index(timestep)
+    return x, teacher_output, model.table.index(timestep)
+
+
+def _joined(layer: QuantLayer, parts: Sequence[_Rows]) -> _Rows:
+    """The rows of several points, which may differ in size, e.g. by the length of their prompts."""
+    if len({x.shape[1:] for x, _, _ in parts}) > 1:
+        if layer.kind == "linear":
+            parts = [
+                (x.flatten(0, -2), y.flatten(0, -2), index.repeat_interleave(x[0, ..., 0].numel()))
+                for x, y, index in parts
+            ]
+        else:
+            # The images of a convolution cannot be cut into rows of one size.
+            parts = [part for part in parts if part[0].shape[1:] == parts[0][0].shape[1:]]
+    x, teacher_output, index = (torch.cat(part) for part in zip(*parts, strict=True))
+    return x, teacher_output, index
 
 
 def _learn_layer(
@@ -107,7 +134,7 @@ def _learn_layer(
 
 def learn_rounding(
     model: QuantizedDenoiser,
-    trajectories: Trajectories,
+    trajectories: Points[Any],
     names: list[str],
     *,
     iterations: int,
@@ -134,14 +161,17 @@ def learn_rounding(
     changed = total = 0
     for done, name in enumerate(names):
         layer = layers[name]
-        parts = [
+        seen = [
             _rows(model, layer, trajectories, trajectories.next(slot, done))
             for slot in range(len(trajectories.streams))
         ]
-        x, teacher_output, index = (torch.cat(part) for part in zip(*parts, strict=True))
+        parts = [rows for rows in seen if rows is not None]
         generator = seeded_generator(seed, "rounding", name)
         with named_errors(name):
-            changed += _learn_layer(layer, x, teacher_output, index, iterations, generator)
+            if parts:
+                changed += _learn_layer(layer, *_joined(layer, parts), iterations, generator)
+            else:
+                logger.warning("%s is rounded to nearest: no recorded call reaches it", name)
         total += layer.weight.numel()
         if progress is not None:
             progress(done + 1, len(names))

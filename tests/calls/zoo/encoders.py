@@ -133,6 +133,7 @@ def gemma2() -> tuple[Any, Any]:
 
     marks = ("<pad>", "<eos>", "<bos>", "<unk>")
     tokenizer = character_tokenizer("GemmaTokenizer", marks, length=32)
+    options: dict[str, Any] = {"attn_implementation": "eager"}
     config = Gemma2Config(
         vocab_size=len(tokenizer),
         head_dim=16,
@@ -141,8 +142,8 @@ def gemma2() -> tuple[Any, Any]:
         num_attention_heads=2,
         num_hidden_layers=1,
         num_key_value_heads=2,
+        **options,
     )
-    config._attn_implementation = "eager"
     return tokenizer, Gemma2Model(config)
 
 

@@ -164,3 +164,37 @@ def test_the_page_requests_the_key(page, port):
         page.click("#draw")
         page.until(DONE)
     server.service.close()
+
+
+def test_an_image_is_edited_by_upload(page, port, recorded):
+    from tests.serve.recorded import PROMPT, half_mask, picture, png
+    from trtq.serve.http.app import create_app
+    from trtq.serve.metrics import Metrics
+    from trtq.serve.served_pipeline import ServedPipeline
+    from trtq.serve.service import Service
+
+    limits, metrics = Limits(), Metrics()
+    models = {
+        name: ServedPipeline(recorded[name].model, limits, metrics) for name in ("text", "inpaint")
+    }
+    service = Service(models, limits)
+    with running(create_app(service, metrics), port) as url:
+        page.goto(url)
+        page.until("Ready.")
+        assert page.locator("#image-row").is_hidden()
+        page.locator("#model").select_option(index=1)
+        assert page.locator("#mask-row").is_visible()
+        page.locator("#prompt").fill(PROMPT)
+        page.locator("#draw").click()  # The browser asks for the image first.
+        assert page.locator("#now figure").count() == 0
+        for name, image in (("image", picture(5)), ("mask", half_mask())):
+            file = {"name": f"{name}.png", "mimeType": "image/png", "buffer": png(image)}
+            page.locator(f"#{name}").set_input_files(file)
+        page.locator("#draw").click()
+        page.until(DONE)
+        assert "image.png" in page.locator("#now figcaption").inner_text()
+        source = page.locator("#now img").get_attribute("src")
+    assert service.close(20)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+    expected = recorded["inpaint"].expected(0, image=picture(5), mask_image=half_mask())
+    assert (pixels == expected).all()

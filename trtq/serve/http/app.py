@@ -14,9 +14,11 @@ from starlette.exceptions import HTTPException
 
 import trtq
 from trtq.serve.http.access import Access
+from trtq.serve.http.edits import EDITS_PATH, edit_schema
 from trtq.serve.http.errors import ApiError
 from trtq.serve.http.guard import IMAGES_PATH, Guard, internal_error
 from trtq.serve.http.images import NOTES, Images, refusal
+from trtq.serve.http.multipart import FORM_TYPE
 from trtq.serve.http.schema import ImageRequest
 from trtq.serve.metrics import Metrics
 from trtq.serve.models.base import ModelInfo
@@ -74,8 +76,7 @@ def create_app(
 
 
 def _add_images(app: FastAPI, images: Images) -> None:
-    schema = ImageRequest.model_json_schema()
-    refusals = {
+    refusals: dict[int | str, dict[str, Any]] = {
         status: {"description": text, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
         for status, text in {
             400: "The request is invalid; `param` names the field.",
@@ -84,22 +85,28 @@ def _add_images(app: FastAPI, images: Images) -> None:
             404: "There is no such model.",
             408: "The body or the images took too long.",
             413: "The body is too large.",
-            415: "The body is not JSON.",
+            415: "The body is of another media type.",
             421: "The server does not answer to this host.",
             429: "Too many images are in progress; see Retry-After.",
             503: "The server is about to stop.",
         }.items()
     }
 
+    def takes(media_type: str, schema: dict[str, object]) -> dict[str, Any]:
+        return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+
     @app.post(
         IMAGES_PATH,
-        responses=refusals,  # type: ignore[arg-type]
-        openapi_extra={
-            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}
-        },
+        responses=refusals,
+        openapi_extra=takes("application/json", ImageRequest.model_json_schema()),
     )
     async def generate_images(request: Request) -> Response:
         """Draw images."""
+        return await images.answer(request.scope, request.receive)
+
+    @app.post(EDITS_PATH, responses=refusals, openapi_extra=takes(FORM_TYPE, edit_schema()))
+    async def edit_images(request: Request) -> Response:
+        """Draw images from images."""
         return await images.answer(request.scope, request.receive)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.responses import Response
 
 from trtq.serve.http.access import Access
+from trtq.serve.http.edits import EDITS_PATH
 from trtq.serve.http.errors import ApiError, request_id_of
 from trtq.serve.http.images import NOTES, ClientGoneError, Images, Message, Receive, Send, refusal
 from trtq.serve.logs import FIELDS
@@ -90,7 +91,7 @@ class Guard:
                 await refusal(internal_error(), self._metrics)(scope, receive, send_on)
         finally:
             seconds = time.monotonic() - begun
-            route = IMAGES_PATH if _asks_for_images(scope) else _route(inner)
+            route = scope["path"] if _asks_for_images(scope) else _route(inner)
             self._metrics.request(route, status or 500, seconds)
             fields = {
                 "request_id": request_id.decode(),
@@ -129,7 +130,7 @@ class Guard:
 
 
 def _asks_for_images(scope: Any) -> bool:
-    return bool(scope["path"] == IMAGES_PATH and scope["method"] == "POST")
+    return scope["path"] in (IMAGES_PATH, EDITS_PATH) and scope["method"] == "POST"
 
 
 def _route(scope: Any) -> str:

@@ -1,4 +1,4 @@
-"""`POST /v1/images/generations`: JSON in, images out, in one response or as server-sent events."""
+"""`POST /v1/images/generations` and `/edits`: images in one response or as server-sent events."""
 
 from __future__ import annotations
 
@@ -8,36 +8,43 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
 from trtq.png_text import generation_texts, with_texts
+from trtq.serve.http.bodies import (
+    ClientGoneError,
+    Message,
+    Receive,
+    Send,
+    content_type,
+    read_body,
+    while_connected,
+)
+from trtq.serve.http.edits import (
+    EDITS_PATH,
+    Pictures,
+    Uploads,
+    check_uploads,
+    parse_edit,
+    read_pictures,
+)
 from trtq.serve.http.errors import ApiError
+from trtq.serve.http.multipart import FORM_TYPE
 from trtq.serve.http.schema import ImageRequest, check_against, guidance_of, parse_request, size_of
 from trtq.serve.metrics import Metrics
 from trtq.serve.models.base import GenerationRequest, ModelInfo
-from trtq.serve.options import Limits
 from trtq.serve.requests import DrawOptions, Event, ImageGenerator
 
 __all__ = ["NOTES", "ClientGoneError", "Images", "Message", "Receive", "Send", "refusal"]
 
 logger = logging.getLogger(__name__)
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Result = TypeVar("Result")
 
 NOTES = "trtq"
 """Key of an ASGI scope whose value holds the fields of the request's log line."""
-_DISCARDED = 16
-"""Factor by which a body may exceed its limit before the server stops reading and discarding it."""
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection before the response."""
 
 
 def refusal(error: ApiError, metrics: Metrics) -> JSONResponse:
@@ -91,10 +98,14 @@ class Images:
     ) -> Response:
         generator = self._generator
         generator.refuse_when_draining()
-        body = parse_request(await _read_body(scope, receive, generator.limits))
+        body, uploads = await self._read(scope, receive)
         info = generator.find(body.model)
+        check_uploads(uploads, info)
         check_against(body, info, generator.limits)
-        request = _generation_request(body, info)
+        pictures = None
+        if uploads is not None:
+            pictures = await asyncio.to_thread(read_pictures, uploads, body.size, info)
+        request = _generation_request(body, info, pictures)
         notes |= {"model": info.name, "images": request.count, "steps": request.steps}
         options = DrawOptions(
             deadline_s=body.deadline,
@@ -104,9 +115,10 @@ class Images:
         events = generator.draw(info.name, request, options)
         if body.stream:
             # Waits for the first event, so that a refusal can still set the HTTP status.
-            await _while_connected(receive, anext(events))
-            return _EventStream(_server_sent(events, request, info, self._metrics))
-        pngs = await _while_connected(receive, _collect(events, request.count))
+            await while_connected(receive, anext(events))
+            kind = "image_generation" if uploads is None else "image_edit"
+            return _EventStream(_server_sent(events, request, info, self._metrics, kind))
+        pngs = await while_connected(receive, _collect(events, request.count))
         data = [
             {"b64_json": _base64(_described(png, request, info, index))}
             for index, png in enumerate(pngs)
@@ -114,16 +126,34 @@ class Images:
         fields = _response_fields(request, info)
         return JSONResponse({"created": int(time.time()), "data": data} | fields)
 
+    async def _read(
+        self, scope: Mapping[str, Any], receive: Receive
+    ) -> tuple[ImageRequest, Uploads | None]:
+        """The fields of a request, and the files of an edit."""
+        limits = self._generator.limits
+        if scope["path"] == EDITS_PATH:
+            sent = await read_body(scope, receive, FORM_TYPE, limits.upload_bytes, limits.upload_s)
+            return await asyncio.to_thread(parse_edit, content_type(scope), sent)
+        sent = await read_body(scope, receive, "application/json", limits.body_bytes, limits.body_s)
+        return parse_request(sent), None
 
-def _generation_request(body: ImageRequest, info: ModelInfo) -> GenerationRequest:
+
+def _generation_request(
+    body: ImageRequest, info: ModelInfo, pictures: Pictures | None
+) -> GenerationRequest:
+    size = size_of(body, info)
+    if pictures is not None and info.follows_image:
+        size = pictures.size
     return GenerationRequest(
         prompt=body.prompt,
         count=body.n,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         steps=body.steps or info.steps,
         guidance=guidance_of(body, info),
-        size=size_of(body, info),
+        size=size,
         negative_prompt=body.negative_prompt,
+        images=() if pictures is None else pictures.images,
+        mask=None if pictures is None else pictures.mask,
     )
 
 
@@ -173,7 +203,11 @@ async def _collect(events: AsyncGenerator[Event], count: int) -> list[bytes]:
 
 
 async def _server_sent(
-    events: AsyncGenerator[Event], request: GenerationRequest, info: ModelInfo, metrics: Metrics
+    events: AsyncGenerator[Event],
+    request: GenerationRequest,
+    info: ModelInfo,
+    metrics: Metrics,
+    kind: str,
 ) -> AsyncGenerator[bytes]:
     """The events of a request in OpenAI's format, and `trtq.progress` events if requested."""
     previews = [0] * request.count
@@ -192,9 +226,9 @@ async def _server_sent(
                 if event.kind == "preview":
                     fields["partial_image_index"] = previews[event.index]
                     previews[event.index] += 1
-                    yield _sse("image_generation.partial_image", fields)
+                    yield _sse(f"{kind}.partial_image", fields)
                 else:
-                    yield _sse("image_generation.completed", fields)
+                    yield _sse(f"{kind}.completed", fields)
     except ApiError as error:
         metrics.error(error.code)
         _log_failure(error)
@@ -203,74 +237,6 @@ async def _server_sent(
 
 def _sse(name: str, data: dict[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps({'type': name} | data)}\n\n".encode()
-
-
-async def _read_body(scope: Mapping[str, Any], receive: Receive, limits: Limits) -> bytes:
-    """Read the body of a request, of limited size and in limited time.
-
-    Raises:
-        ApiError: 408 the body takes too long; 413 it is too large; 415 it is not JSON.
-        ClientGoneError: the client closed the connection.
-    """
-    content_type = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
-    media_type = content_type.partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise ApiError(
-            415,
-            "unsupported_media_type",
-            f"the body must be application/json, got {media_type[:80] or 'no content type'!r}",
-        )
-    body = bytearray()
-    size = 0
-    more = True
-    try:
-        async with asyncio.timeout(limits.body_s):
-            # A client does not read the response while it sends: read and discard part of a large body.
-            while more and size <= _DISCARDED * limits.body_bytes:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGoneError
-                chunk = message.get("body", b"")
-                size += len(chunk)
-                if size <= limits.body_bytes:
-                    body += chunk
-                more = message.get("more_body", False)
-    except TimeoutError as err:
-        raise ApiError(
-            408, "body_timeout", f"the body did not arrive within {limits.body_s:g} s"
-        ) from err
-    if size > limits.body_bytes:
-        text = f"the body may have up to {limits.body_bytes} bytes"
-        raise ApiError(413, "body_too_large", text)
-    return bytes(body)
-
-
-async def _while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
-    """Await `work` and return its result; cancel it if the client closes the connection.
-
-    Raises:
-        ClientGoneError: the client closed the connection.
-    """
-    working = asyncio.current_task()
-    assert working is not None
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        working.cancel()
-
-    watching = asyncio.create_task(watch())
-    try:
-        return await work
-    except asyncio.CancelledError as err:
-        if gone and not working.uncancel():
-            raise ClientGoneError from err
-        raise
-    finally:
-        watching.cancel()
 
 
 class _EventStream(Response):
@@ -285,7 +251,7 @@ class _EventStream(Response):
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await _while_connected(receive, self._send(start, send))
+        await while_connected(receive, self._send(start, send))
 
     async def _send(self, start: Message, send: Send) -> None:
         await send(start)

@@ -1,4 +1,4 @@
-"""The body of an image request: OpenAI's fields, and a few more for diffusion models."""
+"""The fields of an image request: OpenAI's, and a few more for diffusion models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trtq.serve.http.errors import ApiError, printable
 from trtq.serve.models.base import ModelInfo
 from trtq.serve.options import Limits
 
-__all__ = ["ImageRequest", "check_against", "guidance_of", "parse_request", "size_of"]
+__all__ = ["ImageRequest", "check_against", "guidance_of", "parse_request", "size_of", "validate"]
 
 _SIZE = re.compile("([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
@@ -35,7 +35,7 @@ _REASONS = {
 
 
 class ImageRequest(BaseModel):
-    """The body of `POST /v1/images/generations`."""
+    """The fields of `POST /v1/images/generations` and, with files, of `POST /v1/images/edits`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -105,6 +105,18 @@ def parse_request(body: bytes) -> ImageRequest:
         raise ApiError(400, "invalid_json", f"the body is not JSON: {str(err)[:200]}") from err
     if not isinstance(document, dict):
         raise ApiError(400, "invalid_json", "the body must be a JSON object")
+    return validate(document)
+
+
+def validate(document: dict[str, Any]) -> ImageRequest:
+    """Check the fields of a request; a null field counts as missing.
+
+    Args:
+        document: values by name.
+
+    Raises:
+        ApiError: 400, with the name of the invalid field.
+    """
     for name, value in document.items():
         if not (_is_text(name) and _is_text(value)):
             shown = printable(name)
@@ -162,13 +174,17 @@ def _explain(error: ValidationError, document: dict[str, Any]) -> ApiError:
 
 
 def guidance_of(request: ImageRequest, info: ModelInfo) -> float:
-    """The guidance of a request, or the model's default; values below 1 become 1, no guidance.
+    """The guidance of a request, or the model's default.
+
+    Values below 1 become 1, no guidance, unless the pipeline itself interprets them.
 
     Args:
         request: body of the request.
         info: description of the model.
     """
-    return info.guidance if request.guidance is None else max(1.0, request.guidance)
+    if request.guidance is None:
+        return info.guidance
+    return request.guidance if info.batching == "request" else max(1.0, request.guidance)
 
 
 def size_of(request: ImageRequest, info: ModelInfo) -> tuple[int, int] | None:
@@ -201,10 +217,13 @@ def check_against(request: ImageRequest, info: ModelInfo, limits: Limits) -> Non
 
     if request.n > limits.max_images:
         raise refuse("n", f"n={request.n} is too many; this server draws up to {limits.max_images}")
+    if request.steps is not None and not info.takes_steps:
+        raise refuse("steps", f"{info.name} has {info.steps} steps, a fixed number; leave it out")
     if request.steps is not None and request.steps > info.max_steps:
         raise refuse("steps", f"steps={request.steps} is too many; choose 1 .. {info.max_steps}")
     size = size_of(request, info)
-    if size != info.image_size and not (size and info.sizes and size in info.sizes):
+    supported = size == info.image_size or (size and info.sizes and size in info.sizes)
+    if not supported and not info.follows_image:
         height, width = info.image_size
         raise refuse(
             "size",
@@ -216,7 +235,7 @@ def check_against(request: ImageRequest, info: ModelInfo, limits: Limits) -> Non
     if request.negative_prompt:
         if not info.takes_negative_prompt:
             raise refuse("negative_prompt", f"{info.name} takes no negative prompt; leave it out")
-        if guidance_of(request, info) == 1:
+        if guidance_of(request, info) == 1 and info.batching == "step":
             raise refuse(
                 "negative_prompt",
                 "a negative prompt has no effect at guidance 1; increase guidance, or leave it out",

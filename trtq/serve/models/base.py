@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -90,6 +91,13 @@ class ModelInfo:
         bits: bit widths of weights and activations, e.g. `w4a8`; None: a float model.
         sizes: sizes that requests may specify; None: `image_size` only.
         takes_negative_prompt: whether requests may set a negative prompt.
+        batching: `step`: images share denoiser calls; `request`: the pipeline draws one image at a time.
+        takes_steps: whether requests may set the number of denoising steps.
+        takes_image: whether requests may send images to edit.
+        needs_image: whether requests must send images to edit.
+        takes_mask: whether requests may send a mask.
+        needs_mask: whether requests must send a mask, or an image with transparent pixels.
+        follows_image: whether an edited image has the size of the image that the request sends.
     """
 
     name: str
@@ -104,6 +112,13 @@ class ModelInfo:
     bits: str | None
     sizes: Sizes | None = None
     takes_negative_prompt: bool = False
+    batching: Literal["step", "request"] = "step"
+    takes_steps: bool = True
+    takes_image: bool = False
+    needs_image: bool = False
+    takes_mask: bool = False
+    needs_mask: bool = False
+    follows_image: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +133,9 @@ class GenerationRequest:
         guidance: classifier-free guidance; 1 is no guidance.
         size: height and width, in pixels; None: the model's default size.
         negative_prompt: description of what the images must not show; None: the pipeline's default.
+        images: images to edit, PIL images of mode `RGB`.
+        mask: PIL image of mode `L` and the size of the first image, white where it is edited; None: no
+            mask.
     """
 
     prompt: str
@@ -127,6 +145,8 @@ class GenerationRequest:
     guidance: float
     size: tuple[int, int] | None = None
     negative_prompt: str | None = None
+    images: tuple[Any, ...] = ()
+    mask: Any = None
 
 
 @dataclass(frozen=True)

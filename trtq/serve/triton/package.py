@@ -121,6 +121,11 @@ def _open(artefact: str | Path | Opened) -> StoredArtefact:
             f"{opened.folder} is a run, which no server loads; export it first: trtq export "
             f"{opened.folder} -o ONNX"
         )
+    if opened.manifest.recorded is not None:
+        raise UsageError(
+            f"{opened.folder} runs inside its pipeline's own call, so no server of Triton can load it "
+            f"yet; serve it over HTTP instead: trtq serve {opened.folder}"
+        )
     return opened
 
 
