@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tests.families.pipelines import build
-from trtq.calls.recorder import TIMESTEP_NAMES, denoisers_of, observed, survey
+from trtq.calls.recorder import TIMESTEP_NAMES, denoisers_of, observed
+from trtq.calls.survey import survey
 from trtq.calls.user_call import UserCall, default_call, run_call
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 

@@ -17,7 +17,7 @@ from trtq.errors import UsageError
 from trtq.exporter.export import export
 from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
-from trtq.runs.plan_calls import knows_pipeline
+from trtq.runs.given_calls import knows_pipeline
 from trtq.runs.quantize import quantize
 
 # diffusers' own code emits these warnings.

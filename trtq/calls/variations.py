@@ -16,7 +16,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from trtq.calls.form import CallForm
-from trtq.calls.recorder import DenoiserCalls, RecordedCall, survey
+from trtq.calls.recorder import RecordedCall
+from trtq.calls.survey import DenoiserCalls, survey
 from trtq.calls.user_call import COUNT_ARGUMENTS, UserCall, accepted_arguments
 from trtq.errors import TrtqError, UsageError
 

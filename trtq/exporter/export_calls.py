@@ -15,8 +15,9 @@ from trtq.artefact.manifest_file import made_from
 from trtq.artefact.manifest_rows import FurtherRow, GraphRow, LayerRow, RecordedRow, SourceRow
 from trtq.artefact.opened import Checkpoint, Opened, StoredArtefact
 from trtq.calls.pipeline import RecordedPipeline
-from trtq.calls.recorder import denoisers_of, survey
+from trtq.calls.recorder import denoisers_of
 from trtq.calls.stored import CALL_FOLDER, save_call
+from trtq.calls.survey import survey
 from trtq.calls.user_call import UserCall
 from trtq.diffusion.folder import save_pipeline_parts, skeleton
 from trtq.diffusion.layout import parse_size, parse_sizes
@@ -31,7 +32,7 @@ from trtq.exporter.step_check import PARITY_DB
 from trtq.graph.file import MODEL_FILE
 from trtq.quant import layer_kind, quantizable_layers
 from trtq.runs.folder import open_run
-from trtq.runs.plan_calls import knows_pipeline, user_calls
+from trtq.runs.given_calls import knows_pipeline, user_calls
 
 __all__ = ["ExportedCalls", "export_calls", "float_rows", "is_recorded", "sized_calls"]
 

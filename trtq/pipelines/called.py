@@ -27,7 +27,7 @@ from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import general_prompts
 from trtq.errors import UsageError
 from trtq.pipelines.open import TORCH, open_any
-from trtq.runs.plan_calls import knows_pipeline
+from trtq.runs.given_calls import knows_pipeline
 
 __all__ = ["CallOptions", "call_for", "is_called", "open_called", "show_call", "steps_of"]
 

@@ -36,8 +36,8 @@ from trtq.quant import (
 from trtq.resources import peak_rss_bytes
 from trtq.runs.call_runs import quantize_calls
 from trtq.runs.fine_tune import FineTuneResult, FineTuning, accelerator_for, fine_tune
+from trtq.runs.given_calls import knows_pipeline
 from trtq.runs.plan import QuantizePlan, plan_quantize
-from trtq.runs.plan_calls import knows_pipeline
 from trtq.runs.preparation import clear_partial, source_files
 from trtq.runs.quantize_calls import layer_rows
 from trtq.runs.result import RunResult

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from trtq.artefact.opened import StoredArtefact
 from trtq.calls.pipeline import RecordedPipeline
-from trtq.calls.recorder import denoisers_of, repeating
+from trtq.calls.recorder import denoisers_of
+from trtq.calls.survey import repeating
 from trtq.calls.user_call import UserCall, run_call
 from trtq.errors import ArtefactError, NonFiniteError, UsageError
 from trtq.serve.models.base import GenerationRequest, ModelInfo
