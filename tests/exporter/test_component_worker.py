@@ -111,7 +111,7 @@ def test_errors_of_reading_are_part_of_the_answer(run, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "X", "unet": ["a", "b"]}))
     answer = parts._export(tmp_path, tmp_path)
     assert answer["raised"] == "ArtefactError"
-    assert "not a diffusers model" in answer["message"]
+    assert "only diffusers and transformers are supported" in answer["message"]
 
 
 @pytest.mark.parametrize(

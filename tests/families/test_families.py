@@ -20,6 +20,7 @@ from trtq.serve.models.base import Sizes
 from trtq.serve.models.pipeline import PipelineModel
 
 SIZES = {"flux": "16x32", "pixart": "16x32", "sd_xl": "8x24"}
+CLOSE_TO_OTHERS = ("sd_2", "sd_xl", "ldm_kl", "ldm_vq", "pixart")
 RECIPE = {
     "method": "search",
     "bits": "w4a8",
@@ -31,8 +32,8 @@ RECIPE = {
 
 @pytest.mark.parametrize(
     "name",
-    # The two families closest to others are marked slow, to limit the time of nine exports.
-    [pytest.param(n, marks=pytest.mark.slow) if n in ("sd_2", "ldm_kl") else n for n in PIPELINES],
+    # The families closest to others are marked slow, to limit the time of nine exports.
+    [pytest.param(n, marks=pytest.mark.slow) if n in CLOSE_TO_OTHERS else n for n in PIPELINES],
 )
 def test_a_pipeline_is_quantised_exported_and_served(name, tmp_path):
     """Use a folder, as users do, at the pipeline's default size or another size."""
@@ -153,7 +154,7 @@ def test_a_size_that_the_graph_does_not_support_is_refused(tmp_path):
         source.denoiser(torch.zeros(2, 3, 16, 16), 1)
 
 
-@pytest.mark.parametrize("name", ["sd_1", "sd_3"])
+@pytest.mark.parametrize("name", [pytest.param("sd_1", marks=pytest.mark.slow), "sd_3"])
 def test_one_graph_supports_a_range_of_sizes(name, tmp_path):
     checkpoint, run, onnx = tmp_path / "model", tmp_path / "run", tmp_path / "onnx"
     build(name).save_pretrained(checkpoint)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,22 @@ from torch import nn
 
 from trtq.artefact.opened import Opened
 from trtq.calib.recipe import Recipe
-from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, check_names, default_call
+from trtq.calls.user_call import (
+    STEPS_ARGUMENT,
+    UserCall,
+    accepted_arguments,
+    check_names,
+    default_call,
+)
 from trtq.diffusion.layout import CONFIG_NAME, read_index, read_json
 from trtq.diffusion.loading import resolve_model
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import general_prompts, read_lines
 from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS
 from trtq.diffusion.stepping import KNOWN_PIPELINES, stepping_of
-from trtq.errors import ArtefactError
+from trtq.errors import ArtefactError, UsageError
 
-__all__ = ["calibration_prompts", "knows_pipeline", "user_calls"]
+__all__ = ["calibration_prompts", "knows_pipeline", "named_files", "user_calls"]
 
 
 def knows_pipeline(model: Any) -> bool:
@@ -83,6 +90,37 @@ def user_calls(
         offered = {**_offered(source, chosen), **further}
         given = [default_call(source.pipeline, calibration_prompts(source, chosen), offered)]
     return [_with_steps(call, chosen) for call in given]
+
+
+_FILE_ARGUMENTS = ("image", "mask", "video", "audio")
+"""Parts of the names of arguments that are files."""
+
+
+@contextmanager
+def named_files(pipeline: Any, *, default: bool) -> Iterator[None]:
+    """Inside the block, an error of a default call names the files that the pipeline takes.
+
+    Args:
+        pipeline: diffusers pipeline.
+        default: whether the call is a default call.
+
+    Raises:
+        UsageError: the pipeline cannot be called with the default call, and takes files.
+    """
+    try:
+        yield
+    except ArtefactError as err:
+        files = [
+            name
+            for name in accepted_arguments(pipeline)
+            if any(part in name for part in _FILE_ARGUMENTS) and "num" not in name
+        ]
+        if not default or not files:
+            raise
+        options = " ".join(f"--input {name}=FILE" for name in files)
+        raise UsageError(
+            f"{err}; give what the pipeline needs of {options}, or --call FILE.toml"
+        ) from err
 
 
 def calibration_prompts(source: LoadedPipeline, recipe: Recipe) -> tuple[str, ...]:

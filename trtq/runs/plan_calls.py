@@ -29,7 +29,7 @@ from trtq.quant import (
     attention_modules,
     skip_splits,
 )
-from trtq.runs.given_calls import calibration_prompts, user_calls
+from trtq.runs.given_calls import calibration_prompts, named_files, user_calls
 from trtq.runs.plan import QuantizePlan, load_float
 from trtq.seeds import seeded_generator
 
@@ -121,7 +121,8 @@ def plan_calls(
     given = user_calls(source, calls, recipe, inputs)
     recipe = recipe.model_copy(update={"steps": given[0].steps or recipe.steps})
     structures = {name: _structured(module, recipe) for name, module in modules.items()}
-    surveyed = [survey(pipeline, modules, call, recipe.seed) for call in given]
+    with named_files(pipeline, default=not calls and not inputs):
+        surveyed = [survey(pipeline, modules, call, recipe.seed) for call in given]
     parts = []
     for name in modules:
         seen = [result[name] for result in surveyed if name in result]

@@ -122,7 +122,7 @@ class Batcher:
     @property
     def alive(self) -> bool:
         """Whether the thread is running."""
-        return self._thread.is_alive()
+        return not self.died and self._thread.is_alive()
 
     def add_size(self, size: int) -> None:
         """Allow another batch size, once the model is ready for it."""
@@ -160,7 +160,7 @@ class Batcher:
         """
         self.refuse(error)
         self._thread.join(seconds)
-        return not self.alive
+        return not self._thread.is_alive()
 
     def _notify(self) -> None:
         """Make the thread choose the images of the next call again. The caller holds the lock."""

@@ -106,7 +106,7 @@ class PipelineWorker:
     @property
     def alive(self) -> bool:
         """Whether the thread is running."""
-        return self._thread.is_alive()
+        return not self.died and self._thread.is_alive()
 
     def refuse(self, error: Exception) -> None:
         """Fail all current and future images; a call in progress ends before the next denoiser call."""
@@ -123,7 +123,7 @@ class PipelineWorker:
         """Refuse all images and wait until the thread ends; see `ModelQueue.close`."""
         self.refuse(error)
         self._thread.join(seconds)
-        return not self.alive
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
