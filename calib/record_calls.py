@@ -30,7 +30,6 @@ class CalledDenoiser:
         layers: layers to record, see `trtq.calib.record.record`.
         table: the calibrated timesteps.
         argument: path of the timestep in the denoiser's call.
-        number: number of the denoiser's calls during one call of the pipeline.
     """
 
     name: str
@@ -38,7 +37,6 @@ class CalledDenoiser:
     layers: Sequence[LayerPlan]
     table: TimestepTable
     argument: str
-    number: int
 
 
 @torch.no_grad()
@@ -46,6 +44,7 @@ def record_calls(
     pipeline: Any,
     denoisers: Sequence[CalledDenoiser],
     calls: Sequence[UserCall],
+    numbers: Sequence[int],
     *,
     samples_per_step: int,
     seed: int,
@@ -59,6 +58,8 @@ def record_calls(
         pipeline: diffusers pipeline.
         denoisers: the denoisers to record.
         calls: arguments of the pipeline's calls.
+        numbers: number of calls of all denoisers during the calls of the pipeline; `calls[i]` makes
+            `numbers[i % len(numbers)]` calls.
         samples_per_step: number of sampled values per layer and step.
         seed: seed of the random numbers and of the random samples.
         progress: callback with the completed and the total number of pipeline calls.
@@ -83,7 +84,6 @@ def record_calls(
         recorders[call.denoiser].step = int(part.table.index(timestep)[0])
 
     modules = {part.name: part.module for part in denoisers}
-    last = sum(part.number for part in denoisers)
     with ExitStack() as stack:
         stack.enter_context(observed(modules, locate))
         for part in denoisers:
@@ -96,7 +96,7 @@ def record_calls(
             call_until(
                 pipeline,
                 modules,
-                last,
+                numbers[index % len(numbers)],
                 lambda call=call, index=index: run_call(  # type: ignore[misc]
                     pipeline, call, seed, "calibration", index
                 ),

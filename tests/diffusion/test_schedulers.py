@@ -15,7 +15,7 @@ from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS
 from trtq.diffusion.stepping import stepping_of
 from trtq.diffusion.timesteps import check_steps
 from trtq.errors import UsageError
-from trtq.exporter.export_calls import is_recorded
+from trtq.pipelines.called import is_called
 from trtq.pipelines.draw import conditioning_for, draw
 from trtq.pipelines.open import open_any
 from trtq.runs.given_calls import knows_pipeline
@@ -257,8 +257,8 @@ def test_a_model_with_an_unsupported_scheduler_is_recorded_for_its_export(tmp_pa
     pipe.save_pretrained(tmp_path / "known")
     pipe.scheduler = make("EDMEulerScheduler")
     pipe.save_pretrained(tmp_path / "model")
-    assert is_recorded(open_artefact(tmp_path / "model"))
-    assert not is_recorded(open_artefact(tmp_path / "known"))
+    assert is_called(open_artefact(tmp_path / "model"))
+    assert not is_called(open_artefact(tmp_path / "known"))
 
 
 def test_a_subclass_of_a_scheduler_is_refused():

@@ -16,6 +16,7 @@ __all__ = [
     "DENOISER_NAMES",
     "RecordedCall",
     "call_until",
+    "close_progress_bar",
     "denoisers_of",
     "observed",
     "read_timestep",
@@ -144,7 +145,11 @@ def call_until(
         except _EndOfCallError:
             pass
         finally:
-            # A pipeline that is interrupted leaves its progress bar open.
-            bar: Any = getattr(pipeline, "_progress_bar", None)
-            if bar is not None and hasattr(bar, "close"):
-                bar.close()
+            close_progress_bar(pipeline)
+
+
+def close_progress_bar(pipeline: Any) -> None:
+    """Close the progress bar of a pipeline, which an interrupted call leaves open."""
+    bar: Any = getattr(pipeline, "_progress_bar", None)
+    if bar is not None and hasattr(bar, "close"):
+        bar.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,7 @@ class RecordedDenoiser(SharesEngines, StandIn):
         self.graphs: dict[str, list[CallGraph]] = {}
         for graph in graphs:
             self.graphs.setdefault(graph.key, []).append(graph)
+        self._has_return_dict = "return_dict" in inspect.signature(model.forward).parameters
         self.config = model.config
         self.dtype = torch.float32
         self.device = torch.device("cpu")
@@ -112,8 +114,8 @@ class RecordedDenoiser(SharesEngines, StandIn):
             for name, value in results.items()
         }
         values = rebuild_value(graph.row.output, results, {})
-        returns_bare = kwargs.get("return_dict") is False or not _has_return_dict(self.model)
-        return values if returns_bare else _Output(values)
+        wrapped = self._has_return_dict and kwargs.get("return_dict") is not False
+        return _Output(values) if wrapped else values
 
     def _graph_for(self, form: CallForm, tensors: Mapping[str, Tensor]) -> CallGraph:
         """The graph that computes a call.
@@ -145,12 +147,6 @@ class RecordedDenoiser(SharesEngines, StandIn):
             f"the pipeline calls {self.name} without {', '.join(missing) or 'an argument'}, which was "
             "recorded; quantise and export with such a call: trtq quantize --call FILE.toml"
         )
-
-
-def _has_return_dict(model: nn.Module) -> bool:
-    import inspect
-
-    return "return_dict" in inspect.signature(model.forward).parameters
 
 
 def _array(tensor: Tensor, dtype: np.dtype[Any]) -> np.ndarray:

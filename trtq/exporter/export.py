@@ -30,12 +30,13 @@ from trtq.engine.prepared import keep_prepared
 from trtq.errors import GateError, UsageError
 from trtq.exporter.component_graphs import export_components
 from trtq.exporter.component_worker import Parts, exporting_parts
-from trtq.exporter.export_calls import export_calls, float_rows, is_recorded
+from trtq.exporter.export_calls import export_calls, float_rows
 from trtq.exporter.graph import TARGETS, Target, write_graph
 from trtq.exporter.result import ExportResult
 from trtq.exporter.step_check import PARITY_DB, step_parities
 from trtq.graph.file import MODEL_FILE
 from trtq.limits import MAX_BATCH, parse_whole
+from trtq.pipelines.called import is_called
 from trtq.progress import ProgressCallback, silent
 from trtq.resources import peak_rss_bytes
 from trtq.runs.folder import OpenRun, open_run
@@ -121,7 +122,7 @@ def export(
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="onnx")
     opened = open_artefact(artefact, verify=False)
     progress("export", 1, 3)
-    if is_recorded(opened):
+    if is_called(opened):
         return _export_recorded(
             opened, final, start, target, precision, batch, size, call, overwrite, progress
         )

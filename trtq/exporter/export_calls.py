@@ -13,7 +13,7 @@ from trtq.artefact.contents import source_hashes
 from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_file import made_from
 from trtq.artefact.manifest_rows import FurtherRow, GraphRow, LayerRow, RecordedRow, SourceRow
-from trtq.artefact.opened import Checkpoint, Opened, StoredArtefact
+from trtq.artefact.opened import Checkpoint, Opened
 from trtq.calls.pipeline import RecordedPipeline
 from trtq.calls.recorder import denoisers_of
 from trtq.calls.stored import CALL_FOLDER, save_call
@@ -32,9 +32,9 @@ from trtq.exporter.step_check import PARITY_DB
 from trtq.graph.file import MODEL_FILE
 from trtq.quant import layer_kind, quantizable_layers
 from trtq.runs.folder import open_run
-from trtq.runs.given_calls import knows_pipeline, user_calls
+from trtq.runs.given_calls import user_calls
 
-__all__ = ["ExportedCalls", "export_calls", "float_rows", "is_recorded", "sized_calls"]
+__all__ = ["ExportedCalls", "export_calls", "float_rows", "sized_calls"]
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,6 @@ def float_rows(denoiser: Any) -> list[LayerRow]:
         )
         for name, module in quantizable_layers(denoiser).items()
     ]
-
-
-def is_recorded(opened: Opened) -> bool:
-    """Whether an artefact or a checkpoint is exported by recording its pipeline's calls."""
-    if isinstance(opened, StoredArtefact):
-        return opened.manifest.recorded is not None
-    return not knows_pipeline(opened)
 
 
 def _source_of(opened: Opened, changes: Mapping[str, Any]) -> _Source:

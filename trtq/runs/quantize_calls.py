@@ -56,11 +56,11 @@ def calibrate(
                 part.plan.layers,
                 part.plan.table,
                 part.calls.argument,
-                len(part.calls.timesteps),
             )
             for part in plan.denoisers
         ],
         plan.calls,
+        plan.numbers,
         samples_per_step=recipe.calibration.samples_per_step,
         seed=recipe.seed,
         progress=lambda done, total: progress("calibrate", done, total),

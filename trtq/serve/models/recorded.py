@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trtq.artefact.opened import StoredArtefact
 from trtq.calls.pipeline import RecordedPipeline
-from trtq.calls.recorder import denoisers_of
+from trtq.calls.recorder import close_progress_bar, denoisers_of
 from trtq.calls.survey import repeating
 from trtq.calls.user_call import UserCall, run_call
 from trtq.errors import ArtefactError, NonFiniteError, UsageError
@@ -115,10 +115,7 @@ class RecordedModel:
                 raise UsageError(str(err)) from err
             raise
         finally:
-            # A pipeline that is interrupted leaves its progress bar open.
-            bar: Any = getattr(pipeline, "_progress_bar", None)
-            if bar is not None and hasattr(bar, "close"):
-                bar.close()
+            close_progress_bar(pipeline)
         return _first_image(pipeline, result)
 
 
