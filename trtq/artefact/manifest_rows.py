@@ -67,6 +67,9 @@ class LayerRow(_Strict):
         adapters: whether the layer had QALoRA adapters during fine-tuning.
         reason: reason for the choice of bits.
         input_of: an earlier layer with the same input, whose quantiser this layer uses.
+        smooth: whether the channels of the input are scaled before the quantiser.
+        rotate: number of channels that a rotation of the input mixes; 0: no rotation.
+        outlier_ratio: largest channel of the input over the median channel.
     """
 
     name: ModulePath
@@ -77,6 +80,9 @@ class LayerRow(_Strict):
     adapters: Annotated[bool, Field(strict=True)] = False
     reason: Text
     input_of: ModulePath | None = None
+    smooth: Annotated[bool, Field(strict=True)] = False
+    rotate: Literal[0, 16, 64, 256] = 0
+    outlier_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> LayerRow:
@@ -93,6 +99,10 @@ class LayerRow(_Strict):
             raise ValueError(f"{self.name!r} is a transposed convolution, which stays float")
         if self.input_of is not None and (self.kind == "product" or not quantized[1]):
             raise ValueError(f"{self.name!r} quantises no single input, so it has no input_of")
+        if (self.smooth or self.rotate) and (self.kind == "product" or not quantized[1]):
+            raise ValueError(
+                f"{self.name!r} has no quantised weight, so its input is not transformed"
+            )
         return self
 
 
@@ -112,7 +122,8 @@ def check_layer_rows(layers: list[LayerRow]) -> list[LayerRow]:
                 raise ValueError(
                     f"{row.name!r} has the input of {row.input_of!r}, which is no layer before it"
                 )
-            if owner.activation_bits != row.activation_bits or owner.kind == "product":
+            alike = (owner.activation_bits, owner.smooth, owner.rotate)
+            if alike != (row.activation_bits, row.smooth, row.rotate) or owner.kind == "product":
                 raise ValueError(
                     f"{row.name!r} has the input of {row.input_of!r}, which is quantised otherwise"
                 )

@@ -22,6 +22,7 @@ from torch.nn import functional
 from trtq.errors import QuantizationError
 from trtq.quant.activation import per_item, select_step
 from trtq.quant.geometry import ConvGeometry
+from trtq.quant.input_transform import InputTransform
 from trtq.quant.tensors import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import Step, current_step
 from trtq.quant.weightless import WeightlessLayer
@@ -101,6 +102,9 @@ class DeployedLayer(_ExactBuffers, WeightlessLayer):
         super().__init__(tensors.weight.codes.shape, geometry)
         self.geometry = geometry
         self.activation = _DeployedActivation(tensors.activation)
+        transform = tensors.transform
+        axis = -1 if geometry is None else 1
+        self.input_transform = None if transform is None else InputTransform(transform, axis)
         self.register_buffer("bias", tensors.bias)
         self.register_buffer("weight_scale", tensors.weight.scale.reshape(-1))
         self.register_buffer("integers", tensors.weight.integers())
@@ -116,7 +120,8 @@ class DeployedLayer(_ExactBuffers, WeightlessLayer):
         Raises:
             StepError: there is no current step, or the step is outside the table.
         """
-        codes, scale = self.activation(input, enclosing_step(step))
+        x = input if self.input_transform is None else self.input_transform(input)
+        codes, scale = self.activation(x, enclosing_step(step))
         # The layer stores one byte per weight; the float copy exists only during the call.
         weight = self.integers.float()
         if self.geometry is None:

@@ -24,6 +24,7 @@ from trtq.quant.adaround import directed_codes, hard_direction, soft_direction
 from trtq.quant.bits import symmetric_weights
 from trtq.quant.fake_quant import fake_quant, quantize_codes
 from trtq.quant.geometry import ConvGeometry, FloatLayer, set_sizes
+from trtq.quant.input_transform import InputTransform
 from trtq.quant.packing import PackedWeight
 from trtq.quant.ranges import Method, weight_qparams
 from trtq.quant.timestep import Step, TimestepTable, current_step
@@ -64,6 +65,8 @@ class QuantLayer(nn.Module):
         alpha: learned rounding, shaped like the weight, see `trtq.quant.adaround`; None: to nearest.
         soft_rounding: whether the rounding directions are soft.
         activation: quantiser of the input.
+        input_transform: transform of the input before the quantiser, which `weight` contains already;
+            None: the input is not transformed.
 
     Raises:
         NonFiniteError: the weight or bias holds NaN or infinity.
@@ -80,6 +83,7 @@ class QuantLayer(nn.Module):
     tuned_weight: nn.Parameter | None
     tuned_bias: nn.Parameter | None
     alpha: nn.Parameter | None
+    input_transform: InputTransform | None
 
     def __init__(
         self,
@@ -112,6 +116,7 @@ class QuantLayer(nn.Module):
         self.rank = rank
         self._quantize_weight(weight_method, split_scale or split_step)
         self.activation = ActivationQuantizer(activation_bits, table, zero_point_mode)
+        self.register_module("input_transform", getattr(source, "input_transform", None))
         self.register_parameter("tuned_weight", None)
         self.register_parameter("tuned_bias", None)
         self.register_parameter("alpha", None)
@@ -224,6 +229,8 @@ class QuantLayer(nn.Module):
             step: index of the denoising step, one for all rows or one per row; default: the step of the
                 enclosing `step_scope`.
         """
+        if self.input_transform is not None:
+            input = self.input_transform(input)
         if step is None:
             step = current_step()
             if step is None:

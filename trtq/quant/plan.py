@@ -57,6 +57,10 @@ class LayerPlan:
         right_bits: width of the codes of a product's second input; None: not a product.
         input_of: path of an earlier layer with the same input, whose input quantiser this layer shares;
             None: the layer has its own.
+        smooth: whether the channels of the input are scaled before the quantiser.
+        rotate: number of channels that a rotation of the input mixes; 0: no rotation.
+        outlier_ratio: largest channel of the input over the median channel, mean over the steps; None:
+            not measured.
     """
 
     name: str
@@ -67,6 +71,9 @@ class LayerPlan:
     adapters: bool = True
     right_bits: int | None = None
     input_of: str | None = None
+    smooth: bool = False
+    rotate: int = 0
+    outlier_ratio: float | None = None
 
     @property
     def quantized(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trtq.errors import ArtefactError, NonFiniteError, QuantizationError
 from trtq.quant.activation import ActivationQuantizer
+from trtq.quant.input_transform import TransformTensors
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight, unpack_codes
 from trtq.quant.product import QuantProduct
@@ -94,11 +95,13 @@ class LayerTensors:
         weight: integer weight, `[N, K, ...]`.
         activation: quantiser of the input.
         bias: float32 `[N]`; None: no bias.
+        transform: transform of the input before its quantiser; None: the input is not transformed.
     """
 
     weight: PackedWeight
     activation: ActivationTensors
     bias: Tensor | None
+    transform: TransformTensors | None = None
 
     @property
     def operands(self) -> dict[str, ActivationTensors]:
@@ -122,7 +125,9 @@ class LayerTensors:
             raise NonFiniteError("the bias holds NaN or infinity")
         weight.integers()
         activation = ActivationTensors.merge(layer.activation)
-        return cls(weight, activation, None if bias is None else bias.detach().float().clone())
+        transform = None if layer.input_transform is None else layer.input_transform.tensors
+        stored = None if bias is None else bias.detach().float().clone()
+        return cls(weight, activation, stored, transform)
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
@@ -131,6 +136,7 @@ class LayerTensors:
             "weight.scale": self.weight.scale.contiguous(),
             "weight.zero_point": self.weight.zero_point.to(torch.int16),
             **self.activation.tensors("activation"),
+            **({} if self.transform is None else self.transform.tensors()),
         }
         return named if self.bias is None else named | {"bias": self.bias}
 
@@ -161,6 +167,7 @@ class LayerTensors:
                 weight,
                 ActivationTensors.from_tensors(named, "activation", activation_bits),
                 None if bias is None else bias.float(),
+                TransformTensors.from_tensors(named),
             )
         except KeyError as err:
             raise ArtefactError(f"the tensor {err.args[0]!r} is missing") from err

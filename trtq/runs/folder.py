@@ -158,6 +158,9 @@ def layer_plans(manifest: Manifest | FurtherRow) -> list[LayerPlan]:
             adapters=row.adapters,
             right_bits=row.right_bits,
             input_of=row.input_of,
+            smooth=row.smooth,
+            rotate=row.rotate,
+            outlier_ratio=row.outlier_ratio,
         )
         for row in manifest.layers
     ]

@@ -33,7 +33,13 @@ from trtq.quant.plan import (
 from trtq.quant.product import QuantProduct
 from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
-from trtq.runs.weight_checks import check_plans, check_shared, check_tables, check_weight
+from trtq.runs.weight_checks import (
+    check_plans,
+    check_shared,
+    check_tables,
+    check_transform,
+    check_weight,
+)
 
 __all__ = [
     "FILE_NAME",
@@ -284,6 +290,7 @@ def _layer(
     check_tables(tensors, plan, steps)
     if plan.weight_bits is not None:
         check_weight(tensors, plan.weight_bits, source)
+        check_transform(tensors, plan, source)
         return LayerTensors.from_tensors(
             tensors,
             channels=len(source.weight),

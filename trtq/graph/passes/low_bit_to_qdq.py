@@ -23,6 +23,7 @@
 6. Weights of up to 4 bits are stored as INT4 (`q - 8`), with Cast and Sub (`z - 8`) in front of their
    DequantizeLinear.
 7. Values that depend on the step come from one table, see `trtq.graph.passes.step_values`.
+8. An input with a transform is transformed first, see `trtq.graph.passes.transform_nodes`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from trtq.graph.nodes import DOMAIN, LOW_BIT_OPERATORS, call_names
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.step_lookup import STEPS_PREFIX, StepInput
 from trtq.graph.passes.step_values import StepTable, StepValues
+from trtq.graph.passes.transform_nodes import TransformNodes
 from trtq.quant.plan import LowBitTensors
 from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
@@ -64,6 +66,11 @@ def _exceeds_pair_safe(layer: LowBitTensors) -> bool:
     if 2**layer.weight.bits - 1 <= PAIR_SAFE:
         return False
     return int(layer.weight.integers().short().abs().max()) > PAIR_SAFE
+
+
+def _transform_key(layer: LowBitTensors) -> bytes:
+    transform = layer.transform if isinstance(layer, LayerTensors) else None
+    return b"" if transform is None else transform.key
 
 
 class ExpandLowBitToQdq(ir.passes.InPlacePass):
@@ -94,6 +101,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         self.table = table
         self.operators = operators
         self._codes: dict[str, ir.Value] = {}
+        self._transforms = TransformNodes()
         self._floats: dict[tuple[str, bool], ir.Value] = {}
         self._exceeding: set[str] = set()
         """Quantisers whose codes are cast, see rule 3 of the module docstring."""
@@ -144,6 +152,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                 weight_scale,
                 channel=1 if conv else None,
                 repeats=f"{name}/{operand}" if call != name else None,
+                key=_transform_key(layer),
             )
             if exceeds:
                 self._exceeding.add(quantizer)
@@ -188,8 +197,10 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         (x,) = node.inputs
         assert x is not None
         assert x.shape is not None
-        conv = node.op_type in _CONVOLUTIONS
+        conv, rank = node.op_type in _CONVOLUTIONS, len(x.shape)
         paired = conv or values.quantizer not in self._exceeding
+        if layer.transform is not None:
+            x = self._transforms.transformed(builder, x, layer.transform, channels_first=conv)
         y = self._operand(builder, x, values, "", paired=paired)
         weight = self._weight(builder, layer, transposed=not conv, paired=paired)
         if conv:
@@ -200,7 +211,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         else:
             y = builder.op("MatMul", [y, weight], "matmul")
         y = builder.op("Mul", [y, values.scale], "rescaled")
-        channel = (-1, *(1,) * (len(x.shape) - 2)) if conv else (-1,)
+        channel = (-1, *(1,) * (rank - 2)) if conv else (-1,)
         if layer.bias is not None:
             bias = layer.bias.numpy().reshape(channel)
             y = builder.op("Add", [y, builder.constant("bias", bias)], "biased")

@@ -26,6 +26,7 @@ from trtq.graph.nodes import DOMAIN, call_names
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.low_bit_to_qdq import ExpandLowBitToQdq
 from trtq.graph.passes.step_lookup import StepInput, look_up_step
+from trtq.graph.passes.transform_nodes import TransformNodes
 from trtq.plugins.low_bit.attributes import NAMESPACE, PLUGINS, VERSION, fields_of, spec_of
 from trtq.plugins.spec import LayerSpec
 from trtq.quant.geometry import ConvGeometry
@@ -64,6 +65,7 @@ class LowBitToPlugins(ir.passes.InPlacePass):
         self.timestep = timestep
         self.layers = layers
         self.table = table
+        self._transforms = TransformNodes()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires on every LowBitLinear and LowBitConv2d.
@@ -98,6 +100,11 @@ class LowBitToPlugins(ir.passes.InPlacePass):
         if not self.timestep.per_item:
             batch = builder.op("Shape", [node.inputs[0]], "rows", {"start": 0, "end": 1})
             step = builder.op("Expand", [step, batch], "steps")
+        x = node.inputs[0]
+        assert x is not None
+        if layer.transform is not None:
+            conv = geometry is not None
+            x = self._transforms.transformed(builder, x, layer.transform, channels_first=conv)
         # Not "weight": the rewrite to quantise-dequantise form has a constant of that name.
         constants = [builder.constant(f"plugin_{key}", operands[key]) for key in _OPERANDS]
         attributes: dict[str, Any] = {"name": builder.shared}
@@ -105,7 +112,7 @@ class LowBitToPlugins(ir.passes.InPlacePass):
         (out,) = node.outputs
         plugin = ir.node(
             node.op_type,
-            [node.inputs[0], *constants, step],
+            [x, *constants, step],
             attributes | fields_of(spec),
             domain=DOMAIN,
             name=f"{builder.prefix}/plugin",

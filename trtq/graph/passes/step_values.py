@@ -104,6 +104,7 @@ class StepTable:
         *,
         channel: int | None = None,
         repeats: str | None = None,
+        key: bytes = b"",
     ) -> str:
         """Register an input.
 
@@ -114,13 +115,14 @@ class StepTable:
             weight_scale: scales `[N]` of the layer's weight; None for a product of activations.
             channel: index of the channel axis of the layer's output; None: the last axis.
             repeats: name of the input in the first call of the same layer; None: this is the first.
+            key: bytes that differ for inputs that are quantised differently for other reasons.
 
         Returns:
-            Name of the first input with the same tensor and the same columns, whose codes both use.
+            Name of the first input with the same tensor, columns and key, whose codes both use.
         """
         assert value.shape is not None
         columns = _columns(tensors)
-        identity = id(value), b"".join(column.tobytes() for column in columns.values())
+        identity = id(value), key + b"".join(column.tobytes() for column in columns.values())
         quantizer = self._quantizers.setdefault(identity, name)
         rank = len(value.shape)
         shape = Axes(rank, rank - 1 if channel is None else channel)
