@@ -47,8 +47,9 @@ def activation_tables(
                 low, high = recording.extremes()
             if static:
                 low, high, sample = low.amin()[None], high.amax()[None], sample.reshape(1, -1)
+            symmetric = bits == 8 or plan.scales != "step"
             with named_errors(plan.name):
                 tables[path] = row_qparams(
-                    sample, low, high, bits, method, symmetric=bits == 8, contain_zero=True
+                    sample, low, high, bits, method, symmetric=symmetric, contain_zero=True
                 )
     return tables

@@ -19,6 +19,7 @@ from trtq.calib.roles import LayerRoles
 from trtq.documents import check_depth, read_text, shown
 from trtq.errors import RecipeError
 from trtq.quant.bits import parse_bits
+from trtq.quant.dynamic_scale import ScalePolicy
 from trtq.quant.plan import LayerPlan, layer_kind, layer_obstacle, quantizable_layers
 
 __all__ = ["Policy", "load_policy", "plan_layers"]
@@ -60,6 +61,7 @@ class Rule(BaseModel):
     bits: str
     reason: Text
     adapters: bool = True
+    scales: ScalePolicy | None = None
 
     @field_validator("bits")
     @classmethod
@@ -171,6 +173,7 @@ def plan_layers(
     probability_bits: int | None = 8,
     roles: LayerRoles | None = None,
     fallback: Policy | None = None,
+    scales: ScalePolicy = "step",
 ) -> list[LayerPlan]:
     """Plans of all linear layers, convolutions and products of decomposed attention, in module order.
 
@@ -183,6 +186,7 @@ def plan_layers(
             `{first}` and `{last}` are the first and the last layer in module order, and `{embedding}`
             matches no layer.
         fallback: rules for layers that the policy does not name; None: these layers stay in float.
+        scales: origin of the activations' scales, where a rule gives no other.
 
     Raises:
         RecipeError: the bits are not supported.
@@ -212,10 +216,16 @@ def plan_layers(
             plans.append(LayerPlan(name, kind, None, None, reason, adapters=False))
         elif kind == "product":
             left, right = _product_bits(rule.bits, recipe_bits, probability_bits)
-            plans.append(LayerPlan(name, kind, None, left, rule.reason, False, right))
+            policy_of = rule.scales or scales
+            plans.append(
+                LayerPlan(name, kind, None, left, rule.reason, False, right, scales=policy_of)
+            )
         else:
             widths = _layer_bits(rule.bits, recipe_bits)
-            plans.append(LayerPlan(name, kind, *widths, rule.reason, rule.adapters))
+            policy_of = rule.scales or scales
+            plans.append(
+                LayerPlan(name, kind, *widths, rule.reason, rule.adapters, scales=policy_of)
+            )
     _warn_about(policy, plans)
     return plans
 

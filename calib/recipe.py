@@ -204,6 +204,9 @@ class Recipe(_Strict):
     """Policy file of the user; None: the family's policy."""
     budget: str | None = None
     """Cost limit of mixed precision, e.g. `size=0.15x`, see `calib.sensitivity`; None: no limit."""
+    scales: Literal["step", "row", "hybrid"] = "step"
+    """Origin of the activations' scales: one per denoising step, one per row of the activation, or the
+    smaller of both; see `trtq.quant.dynamic_scale`."""
     smooth: _Bool = True
     """Whether the channels of a layer's input are scaled before its quantiser where the layer's error
     becomes smaller, see `trtq.calib.transforms`."""

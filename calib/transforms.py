@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trtq.calib.input_rows import InputRows
 from trtq.quant.bits import symmetric_weights
+from trtq.quant.dynamic_scale import row_scale
 from trtq.quant.input_transform import (
     MAX_EXPONENT,
     InputTransform,
@@ -195,6 +196,8 @@ class _Error:
         self.bits = group[0].activation_bits or 8
         self.options = options
         self.linear = group[0].kind == "linear"
+        # The rows of a convolution are images, of which the sample holds single pixels.
+        self.scales = group[0].scales if self.linear else "step"
         values = self.rows[0].numel()
         generator = seeded_generator(0, "values for ranges")
         self._drawn = torch.randperm(values, generator=generator)[:_VALUES]
@@ -231,6 +234,10 @@ class _Error:
 
     def _coded(self, x: Tensor) -> Tensor:
         """The representable values of rows `[T, R, K]` with a scale for each step."""
+        if self.scales == "row":
+            scale = row_scale(x, self.bits, "last")
+            half = 2 ** (self.bits - 1)
+            return (x / scale).round().clamp(-half, half - 1) * scale
         flat = x.flatten(1)
         scale, zero_point = row_qparams(
             flat[:, self._drawn],
@@ -238,10 +245,12 @@ class _Error:
             flat.amax(1),
             self.bits,
             self.options.activations,
-            symmetric=self.bits == 8,
+            symmetric=self.bits == 8 or self.scales != "step",
             contain_zero=True,
         )
         scale, zero_point = scale[:, None, None], zero_point[:, None, None]
+        if self.scales == "hybrid":
+            scale = torch.minimum(scale, row_scale(x, self.bits, "last"))
         codes = (x / scale).round().clamp(-zero_point, 2**self.bits - 1 - zero_point)
         return codes * scale
 

@@ -69,6 +69,7 @@ class LayerRow(_Strict):
         input_of: an earlier layer with the same input, whose quantiser this layer uses.
         smooth: whether the channels of the input are scaled before the quantiser.
         rotate: number of channels that a rotation of the input mixes; 0: no rotation.
+        scales: origin of the activations' scales, see `trtq.quant.dynamic_scale`.
         outlier_ratio: largest channel of the input over the median channel.
     """
 
@@ -82,6 +83,7 @@ class LayerRow(_Strict):
     input_of: ModulePath | None = None
     smooth: Annotated[bool, Field(strict=True)] = False
     rotate: Literal[0, 16, 64, 256] = 0
+    scales: Literal["step", "row", "hybrid"] = "step"
     outlier_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
@@ -122,8 +124,9 @@ def check_layer_rows(layers: list[LayerRow]) -> list[LayerRow]:
                 raise ValueError(
                     f"{row.name!r} has the input of {row.input_of!r}, which is no layer before it"
                 )
-            alike = (owner.activation_bits, owner.smooth, owner.rotate)
-            if alike != (row.activation_bits, row.smooth, row.rotate) or owner.kind == "product":
+            fields = ("activation_bits", "smooth", "rotate", "scales")
+            alike = all(getattr(owner, field) == getattr(row, field) for field in fields)
+            if not alike or owner.kind == "product":
                 raise ValueError(
                     f"{row.name!r} has the input of {row.input_of!r}, which is quantised otherwise"
                 )

@@ -131,7 +131,8 @@ def _quantized_layer(
     assert plan.activation_bits is not None
     zero_points = options.zero_point_mode
     if plan.right_bits is not None:
-        return QuantProduct(table, plan.activation_bits, plan.right_bits, zero_points)
+        bits = plan.activation_bits, plan.right_bits
+        return QuantProduct(table, *bits, zero_points, plan.scales)
     assert plan.weight_bits is not None
     obstacle = layer_obstacle(source)
     if obstacle is not None:
@@ -149,6 +150,7 @@ def _quantized_layer(
         weight_method=options.weight_method,
         zero_point_mode=zero_points,
         split_scale=options.split_scale,
+        scales=plan.scales,
         generator=options.generator,
     )
 
@@ -220,7 +222,8 @@ def _deployed_layer(
         geometry = ConvGeometry.of(source)
     elif isinstance(source, QuantConv | DeployedLayer):
         geometry = source.geometry
-    layer = (KernelLayer if kernels and kernel_runs(geometry) else DeployedLayer)(tensors, geometry)
+    runs = kernels and kernel_runs(geometry) and tensors.activation.policy == "step"
+    layer = (KernelLayer if runs else DeployedLayer)(tensors, geometry)
     weight: Any = source.weight
     layer.take_dtype(weight.dtype)
     return layer

@@ -22,6 +22,7 @@ from trtq.errors import NonFiniteError
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
 from trtq.quant.adaround import directed_codes, hard_direction, soft_direction
 from trtq.quant.bits import symmetric_weights
+from trtq.quant.dynamic_scale import ScalePolicy
 from trtq.quant.fake_quant import fake_quant, quantize_codes
 from trtq.quant.geometry import ConvGeometry, FloatLayer, set_sizes
 from trtq.quant.input_transform import InputTransform
@@ -51,6 +52,7 @@ class QuantLayer(nn.Module):
         split_scale: whether, with base "int", the dequantiser's scale is a second parameter in the same
             memory, so that an optimiser updates it twice, as in the released code.
         split_step: former name of `split_scale`, accepted for one release.
+        scales: origin of the activation's scale, see `trtq.quant.dynamic_scale`.
         generator: random generator for the initial `lora_A`; None: torch's default generator.
 
     Attributes:
@@ -98,6 +100,7 @@ class QuantLayer(nn.Module):
         zero_point_mode: ZeroPointMode = "frozen",
         split_scale: bool = False,
         split_step: bool = False,
+        scales: ScalePolicy = "step",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -115,7 +118,13 @@ class QuantLayer(nn.Module):
         self.base: Base = base
         self.rank = rank
         self._quantize_weight(weight_method, split_scale or split_step)
-        self.activation = ActivationQuantizer(activation_bits, table, zero_point_mode)
+        self.activation = ActivationQuantizer(
+            activation_bits,
+            table,
+            zero_point_mode,
+            policy=scales,
+            row_axis="last" if self.kind == "linear" else "image",
+        )
         self.register_module("input_transform", getattr(source, "input_transform", None))
         self.register_parameter("tuned_weight", None)
         self.register_parameter("tuned_bias", None)

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from trtq.errors import TrtqError
+from trtq.quant.dynamic_scale import ScalePolicy
 from trtq.quant.geometry import padding_obstacle
 from trtq.quant.structure import Product
 from trtq.quant.tensors import LayerTensors, ProductTensors
@@ -59,6 +60,7 @@ class LayerPlan:
             None: the layer has its own.
         smooth: whether the channels of the input are scaled before the quantiser.
         rotate: number of channels that a rotation of the input mixes; 0: no rotation.
+        scales: origin of the activations' scales, see `trtq.quant.dynamic_scale`.
         outlier_ratio: largest channel of the input over the median channel, mean over the steps; None:
             not measured.
     """
@@ -73,6 +75,7 @@ class LayerPlan:
     input_of: str | None = None
     smooth: bool = False
     rotate: int = 0
+    scales: ScalePolicy = "step"
     outlier_ratio: float | None = None
 
     @property

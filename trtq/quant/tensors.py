@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trtq.errors import ArtefactError, NonFiniteError, QuantizationError
 from trtq.quant.activation import ActivationQuantizer
+from trtq.quant.dynamic_scale import ScalePolicy
 from trtq.quant.input_transform import TransformTensors
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight, unpack_codes
@@ -28,6 +29,7 @@ class ActivationTensors:
         low: int32 `[T]`, smallest code.
         high: int32 `[T]`, largest code.
         bits: width of the codes.
+        policy: origin of the scale, see `trtq.quant.dynamic_scale`; `row` does not use the tables.
     """
 
     scale: Tensor
@@ -35,6 +37,7 @@ class ActivationTensors:
     low: Tensor
     high: Tensor
     bits: int
+    policy: ScalePolicy = "step"
 
     @classmethod
     def merge(cls, quantizer: ActivationQuantizer) -> ActivationTensors:
@@ -53,7 +56,7 @@ class ActivationTensors:
                 f"{quantizer.bits}-bit activation codes span {int(low.min())} .. "
                 f"{int(high.max())}, which int8 cannot hold; 8-bit activations must be symmetric"
             )
-        return cls(scale, scale.reciprocal(), low, high, quantizer.bits)
+        return cls(scale, scale.reciprocal(), low, high, quantizer.bits, quantizer.policy)
 
     def tensors(self, operand: str) -> dict[str, Tensor]:
         """The quantiser's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
@@ -66,7 +69,7 @@ class ActivationTensors:
 
     @classmethod
     def from_tensors(
-        cls, named: Mapping[str, Tensor], operand: str, bits: int
+        cls, named: Mapping[str, Tensor], operand: str, bits: int, policy: ScalePolicy = "step"
     ) -> ActivationTensors:
         """Inverse of `tensors`.
 
@@ -74,6 +77,7 @@ class ActivationTensors:
             named: tensors by name.
             operand: name of the quantised input.
             bits: width of the codes.
+            policy: origin of the scale.
 
         Raises:
             KeyError: a tensor is missing.
@@ -84,6 +88,7 @@ class ActivationTensors:
             named[f"{operand}.low"].int(),
             named[f"{operand}.high"].int(),
             bits,
+            policy,
         )
 
 
@@ -142,7 +147,13 @@ class LayerTensors:
 
     @classmethod
     def from_tensors(
-        cls, named: Mapping[str, Tensor], *, channels: int, weight_bits: int, activation_bits: int
+        cls,
+        named: Mapping[str, Tensor],
+        *,
+        channels: int,
+        weight_bits: int,
+        activation_bits: int,
+        policy: ScalePolicy = "step",
     ) -> LayerTensors:
         """Inverse of `tensors`.
 
@@ -151,6 +162,7 @@ class LayerTensors:
             channels: number of output channels.
             weight_bits: width of the weight codes.
             activation_bits: width of the activation codes.
+            policy: origin of the activation's scale.
 
         Raises:
             ArtefactError: a tensor is missing or has the wrong size.
@@ -165,7 +177,7 @@ class LayerTensors:
             bias = named.get("bias")
             return cls(
                 weight,
-                ActivationTensors.from_tensors(named, "activation", activation_bits),
+                ActivationTensors.from_tensors(named, "activation", activation_bits, policy),
                 None if bias is None else bias.float(),
                 TransformTensors.from_tensors(named),
             )
@@ -202,7 +214,12 @@ class ProductTensors:
 
     @classmethod
     def from_tensors(
-        cls, named: Mapping[str, Tensor], *, left_bits: int, right_bits: int
+        cls,
+        named: Mapping[str, Tensor],
+        *,
+        left_bits: int,
+        right_bits: int,
+        policy: ScalePolicy = "step",
     ) -> ProductTensors:
         """Inverse of `tensors`.
 
@@ -210,14 +227,15 @@ class ProductTensors:
             named: tensors by name.
             left_bits: width of the first operand's codes.
             right_bits: width of the second operand's codes.
+            policy: origin of the scales.
 
         Raises:
             ArtefactError: a tensor is missing.
         """
         try:
             return cls(
-                ActivationTensors.from_tensors(named, "left", left_bits),
-                ActivationTensors.from_tensors(named, "right", right_bits),
+                ActivationTensors.from_tensors(named, "left", left_bits, policy),
+                ActivationTensors.from_tensors(named, "right", right_bits, policy),
             )
         except KeyError as err:
             raise ArtefactError(f"the tensor {err.args[0]!r} is missing") from err

@@ -160,6 +160,7 @@ def layer_plans(manifest: Manifest | FurtherRow) -> list[LayerPlan]:
             input_of=row.input_of,
             smooth=row.smooth,
             rotate=row.rotate,
+            scales=row.scales,
             outlier_ratio=row.outlier_ratio,
         )
         for row in manifest.layers

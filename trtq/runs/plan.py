@@ -238,6 +238,7 @@ def _plan_layers(
         policy,
         recipe.bits,
         None if probability_bits == "float" else probability_bits,
+        scales=recipe.scales,
     )
     if not any(plan.quantized for plan in layers):
         raise QuantizationError(

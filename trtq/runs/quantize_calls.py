@@ -216,6 +216,7 @@ def layer_rows(layers: Sequence[LayerPlan], *, adapters: bool) -> list[LayerRow]
             input_of=layer.input_of,
             smooth=layer.smooth,
             rotate=layer.rotate,
+            scales=layer.scales,
             outlier_ratio=layer.outlier_ratio,
         )
         for layer in layers

@@ -107,13 +107,16 @@ def _described(quantized: QuantizedDenoiser, merged: Mapping[str, LowBitTensors]
 
 def _precision(layer: LowBitTensors) -> str:
     if isinstance(layer, ProductTensors):
-        return precision_text(None, layer.left.bits, layer.right.bits)
-    return precision_text(layer.weight.bits, layer.activation.bits)
+        text, policy = precision_text(None, layer.left.bits, layer.right.bits), layer.left.policy
+    else:
+        text = precision_text(layer.weight.bits, layer.activation.bits)
+        policy = layer.activation.policy
+    return text if policy == "step" else f"{text} {policy}"
 
 
 def described_bytes(steps: int, layers: int) -> int:
     """Maximum size of the file's metadata, in bytes."""
-    return 25 * steps + 8 * layers + 100
+    return 25 * steps + 15 * layers + 100
 
 
 class _Described(BaseModel):
@@ -296,9 +299,13 @@ def _layer(
             channels=len(source.weight),
             weight_bits=plan.weight_bits,
             activation_bits=plan.activation_bits,
+            policy=plan.scales,
         )
     if plan.right_bits is not None:
         return ProductTensors.from_tensors(
-            tensors, left_bits=plan.activation_bits, right_bits=plan.right_bits
+            tensors,
+            left_bits=plan.activation_bits,
+            right_bits=plan.right_bits,
+            policy=plan.scales,
         )
     raise ArtefactError("the manifest gives bits that fit no kind of layer")

@@ -23,7 +23,9 @@
 6. Weights of up to 4 bits are stored as INT4 (`q - 8`), with Cast and Sub (`z - 8`) in front of their
    DequantizeLinear.
 7. Values that depend on the step come from one table, see `trtq.graph.passes.step_values`.
-8. An input with a transform is transformed first, see `trtq.graph.passes.transform_nodes`.
+8. The scale of an input may be computed per row, see `trtq.graph.passes.row_scales`. The product is then
+   multiplied by this scale and by the weight's scale one after the other.
+9. An input with a transform is transformed first, see `trtq.graph.passes.transform_nodes`.
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ import torch
 from trtq.errors import LegalityError
 from trtq.graph.nodes import DOMAIN, LOW_BIT_OPERATORS, call_names
 from trtq.graph.passes.builder import GraphBuilder
+from trtq.graph.passes.row_scales import row_axis_of, row_scale_nodes
 from trtq.graph.passes.step_lookup import STEPS_PREFIX, StepInput
 from trtq.graph.passes.step_values import StepTable, StepValues
 from trtq.graph.passes.transform_nodes import TransformNodes
+from trtq.quant.dynamic_scale import RowAxis
 from trtq.quant.plan import LowBitTensors
-from trtq.quant.tensors import LayerTensors, ProductTensors
+from trtq.quant.tensors import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
 
 __all__ = ["PAIR_SAFE", "ExpandLowBitToQdq"]
@@ -79,7 +83,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     Args:
         layers: tensors of the layers by the nodes' attribute `name`.
         table: the calibrated timesteps.
-        operators: types of the nodes to replace; other nodes do not change.
+        operators: types of the nodes to replace. Layers with scales per row, which no plugin computes, are
+            replaced, too; other nodes do not change.
         prefix: prefix of the names that all layers share; each use of this pass on a graph needs a
             different prefix.
         timestep: the graph input that determines the step.
@@ -102,6 +107,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         self.operators = operators
         self._codes: dict[str, ir.Value] = {}
         self._transforms = TransformNodes()
+        self._row_scales: dict[str, ir.Value] = {}
         self._floats: dict[tuple[str, bool], ir.Value] = {}
         self._exceeding: set[str] = set()
         """Quantisers whose codes are cast, see rule 3 of the module docstring."""
@@ -113,7 +119,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             LegalityError: a node names a layer without tensors, or the shape of an input is unknown.
         """
         graph = model.graph
-        nodes = [n for n in graph if n.domain == DOMAIN and n.op_type in self.operators]
+        nodes = [n for n in graph if n.domain == DOMAIN and self._replaces(n)]
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
         table = StepTable(graph, self.table, self.prefix, self.timestep)
@@ -132,6 +138,12 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         if all(node.domain != DOMAIN for node in graph):
             model.opset_imports.pop(DOMAIN, None)
         return ir.passes.PassResult(model, modified=True)
+
+    def _replaces(self, node: ir.Node) -> bool:
+        if node.op_type in self.operators:
+            return True
+        layer = self.layers.get(node.attributes["name"].as_string())
+        return isinstance(layer, LayerTensors) and layer.activation.policy != "step"
 
     def _add_inputs(self, node: ir.Node, name: str, call: str, table: StepTable) -> None:
         layer = self.layers.get(name)
@@ -158,15 +170,25 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                 self._exceeding.add(quantizer)
 
     def _operand(
-        self, builder: GraphBuilder, x: ir.Value, values: StepValues, prefix: str, *, paired: bool
+        self,
+        builder: GraphBuilder,
+        x: ir.Value,
+        values: StepValues,
+        tensors: ActivationTensors,
+        operand: str,
+        *,
+        paired: bool,
+        conv: bool = False,
     ) -> ir.Value:
         """The codes of an input as float numbers: dequantised if `paired`, else cast."""
+        prefix = "" if operand == "activation" else f"{operand}_"
         key = values.quantizer, paired
         if key not in self._floats:
             unit = builder.constant("one", np.array(1.0, np.float32))
             zero = builder.constant("zero", np.array(0, np.int8))
             if values.quantizer not in self._codes:
-                y = self._scaled(builder, x, values, prefix)
+                axis = row_axis_of(operand, conv=conv)
+                y = self._scaled(builder, x, values, tensors, prefix, axis)
                 self._codes[values.quantizer] = builder.op(
                     "QuantizeLinear", [y, unit, zero], f"{prefix}codes"
                 )
@@ -180,12 +202,28 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             self._floats[key] = y
         return self._floats[key]
 
-    @staticmethod
-    def _scaled(builder: GraphBuilder, x: ir.Value, values: StepValues, prefix: str) -> ir.Value:
+    def _scaled(
+        self,
+        builder: GraphBuilder,
+        x: ir.Value,
+        values: StepValues,
+        tensors: ActivationTensors,
+        prefix: str,
+        axis: RowAxis,
+    ) -> ir.Value:
         """An input divided by its scale, and clipped."""
         if x.dtype != ir.DataType.FLOAT:
+            shape = x.shape
             x = builder.op("Cast", [x], f"{prefix}float", _FLOAT)
-        y: ir.Value = builder.op("Mul", [x, values.inv_scale], f"{prefix}scaled")
+            x.shape = shape
+        inverse = values.inv_scale
+        if tensors.policy != "step":
+            scale = row_scale_nodes(
+                builder, x, prefix, bits=tensors.bits, axis=axis, limit=values.scale
+            )
+            self._row_scales[values.quantizer] = scale
+            inverse = builder.op("Reciprocal", [scale], f"{prefix}inverse_row_scale")
+        y: ir.Value = builder.op("Mul", [x, inverse], f"{prefix}scaled")
         if values.low is not None and values.high is not None:
             y = builder.op("Max", [y, values.low], f"{prefix}clip_low")
             y = builder.op("Min", [y, values.high], f"{prefix}clip_high")
@@ -201,7 +239,9 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         paired = conv or values.quantizer not in self._exceeding
         if layer.transform is not None:
             x = self._transforms.transformed(builder, x, layer.transform, channels_first=conv)
-        y = self._operand(builder, x, values, "", paired=paired)
+        y = self._operand(
+            builder, x, values, layer.activation, "activation", paired=paired, conv=conv
+        )
         weight = self._weight(builder, layer, transposed=not conv, paired=paired)
         if conv:
             attributes = {
@@ -210,8 +250,13 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             y = builder.op("Conv", [y, weight], "conv", attributes)
         else:
             y = builder.op("MatMul", [y, weight], "matmul")
-        y = builder.op("Mul", [y, values.scale], "rescaled")
         channel = (-1, *(1,) * (rank - 2)) if conv else (-1,)
+        if layer.activation.policy == "step":
+            y = builder.op("Mul", [y, values.scale], "rescaled")
+        else:
+            y = builder.op("Mul", [y, self._row_scales[values.quantizer]], "rescaled_rows")
+            scale = layer.weight.scale.numpy().reshape(channel)
+            y = builder.op("Mul", [y, builder.constant("weight_scale", scale)], "rescaled")
         if layer.bias is not None:
             bias = layer.bias.numpy().reshape(channel)
             y = builder.op("Add", [y, builder.constant("bias", bias)], "biased")
@@ -226,12 +271,16 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     ) -> None:
         paired = not any(values.quantizer in self._exceeding for values in inputs)
         left, right = (
-            self._operand(builder, x, values, f"{operand}_", paired=paired)  # type: ignore[arg-type]
-            for x, values, operand in zip(node.inputs, inputs, layer.operands, strict=True)
+            self._operand(builder, x, values, tensors, operand, paired=paired)  # type: ignore[arg-type]
+            for x, values, (operand, tensors) in zip(
+                node.inputs, inputs, layer.operands.items(), strict=True
+            )
         )
         y = builder.op("MatMul", [left, right], "matmul")
-        for values, operand in zip(inputs, layer.operands, strict=True):
-            y = builder.op("Mul", [y, values.scale], f"{operand}_rescaled")
+        for values, (operand, tensors) in zip(inputs, layer.operands.items(), strict=True):
+            row_scale = self._row_scales.get(values.quantizer)
+            scale = values.scale if tensors.policy == "step" else row_scale
+            y = builder.op("Mul", [y, scale], f"{operand}_rescaled")
         self._finish(builder, node, y)
 
     @staticmethod

@@ -75,6 +75,7 @@ class LowBitToPlugins(ir.passes.InPlacePass):
         """
         graph = model.graph
         nodes = [n for n in graph if n.domain == DOMAIN and n.op_type in PLUGINS]
+        nodes = [node for node in nodes if self._has_plugin(node)]
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
         step = look_up_step(graph, self.table, self.timestep)
@@ -84,6 +85,11 @@ class LowBitToPlugins(ir.passes.InPlacePass):
                 raise LegalityError(f"the graph has a low-bit node {name!r} without its tensors")
             self._give_operands(GraphBuilder(graph, call, shared=name), node, layer, step)
         return ir.passes.PassResult(model, modified=True)
+
+    def _has_plugin(self, node: ir.Node) -> bool:
+        """Whether a plugin computes a layer; layers with a scale per row use the QDQ form."""
+        layer = self.layers.get(node.attributes["name"].as_string())
+        return not isinstance(layer, LayerTensors) or layer.activation.policy == "step"
 
     def _give_operands(
         self, builder: GraphBuilder, node: ir.Node, layer: LayerTensors, step: ir.Value

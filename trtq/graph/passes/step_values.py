@@ -32,16 +32,16 @@ class StepValues:
 
     Attributes:
         quantizer: name of the input whose quantised codes this input uses; often this input.
-        inv_scale: reciprocal of the scale.
+        inv_scale: reciprocal of the scale; None: the scale is computed per row.
         scale: the scale; for a layer, multiplied by the weight's scales and shaped to broadcast over
-            the output.
+            the output. If scales are computed per row: the largest scale, or None without a limit.
         low: smallest code; None if int8 saturates there.
         high: largest code; None if int8 saturates there.
     """
 
     quantizer: str
-    inv_scale: ir.Value
-    scale: ir.Value
+    inv_scale: ir.Value | None
+    scale: ir.Value | None
     low: ir.Value | None
     high: ir.Value | None
 
@@ -54,7 +54,8 @@ class _Input:
         shape: the axes of the input.
         quantizer: see `StepValues`.
         columns: values per step, float32 `[T]` each, by key.
-        weight_scale: scales of the weight, `[N]`; None for an operand of a product of activations.
+        weight_scale: scales of the weight, `[N]`, by which the scale is multiplied; None for an operand
+            of a product of activations, and for scales per row.
         first: name of the input in the first call of the layer with as many axes, whose values this
             input uses; this input itself unless the layer is called again.
     """
@@ -122,7 +123,12 @@ class StepTable:
         """
         assert value.shape is not None
         columns = _columns(tensors)
-        identity = id(value), key + b"".join(column.tobytes() for column in columns.values())
+        identity = (
+            id(value),
+            key
+            + tensors.policy.encode()
+            + b"".join(column.tobytes() for column in columns.values()),
+        )
         quantizer = self._quantizers.setdefault(identity, name)
         rank = len(value.shape)
         shape = Axes(rank, rank - 1 if channel is None else channel)
@@ -130,7 +136,9 @@ class StepTable:
         if first != name:
             columns = {}
         elif quantizer != name:
-            columns = {"scale": columns["scale"]}
+            columns = {key: column for key, column in columns.items() if key == "scale"}
+        if tensors.policy != "step":
+            weight_scale = None
         self._inputs[name] = _Input(shape, quantizer, columns, weight_scale, first)
         return quantizer
 
@@ -148,8 +156,8 @@ class StepTable:
             shared = values[self._inputs[entry.first].quantizer]
             result[name] = StepValues(
                 entry.quantizer,
-                shared["inv_scale"],
-                values[entry.first]["scale"],
+                shared.get("inv_scale"),
+                values[entry.first].get("scale"),
                 shared.get("low"),
                 shared.get("high"),
             )
@@ -176,10 +184,11 @@ class StepTable:
 
 def _columns(operand: ActivationTensors) -> dict[str, np.ndarray]:
     """Values of an input that the graph needs at every step, float32 `[T]` each, by key."""
-    columns = {
-        "inv_scale": operand.inv_scale.numpy(),
-        "scale": operand.scale.numpy(),
-    }
+    columns = {}
+    if operand.policy == "step":
+        columns["inv_scale"] = operand.inv_scale.numpy()
+    if operand.policy != "row":
+        columns["scale"] = operand.scale.numpy()
     low, high = operand.low.numpy(), operand.high.numpy()
     # At the limits of int8, the saturation of QuantizeLinear replaces the clip.
     if not ((low == _INT8[0]).all() and (high == _INT8[1]).all()):
