@@ -83,8 +83,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     Args:
         layers: tensors of the layers by the nodes' attribute `name`.
         table: the calibrated timesteps.
-        operators: types of the nodes to replace. Layers with scales per row, which no plugin computes, are
-            replaced, too; other nodes do not change.
+        operators: types of the nodes to replace. Layers with scales per row, which no plugin computes,
+            are replaced, too; other nodes do not change.
         prefix: prefix of the names that all layers share; each use of this pass on a graph needs a
             different prefix.
         timestep: the graph input that determines the step.
