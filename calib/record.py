@@ -176,6 +176,8 @@ def record(
     batches = -(-images // batch)
     share = -(-samples_per_step // batches)
     recorder = LayerRecorder(layers, table, batches, share, images, seed)
+    if not recorder.layers:
+        return {}
     modules = {name: denoiser.get_submodule(name) for name in recorder.layers}
 
     def at_step(**inputs: Any) -> Any:

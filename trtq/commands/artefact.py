@@ -124,7 +124,7 @@ def _layer_cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
     return (
         row["name"],
         row.get("kind", ""),
-        precision_text(*bits) if "kind" in row else "float",
+        precision_text(*bits, row.get("format", "int")) if "kind" in row else "float",
         scale_range(row) or shape,
         f"zero {points}" if points else "",
     )

@@ -158,6 +158,8 @@ def layer_plans(manifest: Manifest | FurtherRow) -> list[LayerPlan]:
             adapters=row.adapters,
             right_bits=row.right_bits,
             input_of=row.input_of,
+            format=row.format,
+            group=row.group,
         )
         for row in manifest.layers
     ]

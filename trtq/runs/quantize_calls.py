@@ -93,6 +93,8 @@ def _called(layer: LayerPlan, recordings: Mapping[str, Recording]) -> LayerPlan:
         right_bits=None,
         input_of=None,
         adapters=False,
+        format="int",
+        group=None,
         reason=_NOT_ALWAYS,
     )
 
@@ -213,6 +215,8 @@ def layer_rows(layers: Sequence[LayerPlan], *, adapters: bool) -> list[LayerRow]
             adapters=layer.adapters and adapters,
             reason=layer.reason,
             input_of=layer.input_of,
+            format=layer.format,
+            group=layer.group,
         )
         for layer in layers
     ]

@@ -22,12 +22,12 @@ from trtq.documents import explain_first, parse_json, shown
 from trtq.errors import ArtefactError, NonFiniteError
 from trtq.quant.convert import DeployOptions, deploy
 from trtq.quant.denoiser import QuantizedDenoiser
+from trtq.quant.formats import precision_text, stored_tensors
 from trtq.quant.modules import QuantLayer
 from trtq.quant.plan import (
     LayerPlan,
     LowBitTensors,
     named_errors,
-    precision_text,
     quantizable_layers,
 )
 from trtq.quant.product import QuantProduct
@@ -102,7 +102,9 @@ def _described(quantized: QuantizedDenoiser, merged: Mapping[str, LowBitTensors]
 def _precision(layer: LowBitTensors) -> str:
     if isinstance(layer, ProductTensors):
         return precision_text(None, layer.left.bits, layer.right.bits)
-    return precision_text(layer.weight.bits, layer.activation.bits)
+    if isinstance(layer, LayerTensors):
+        return precision_text(layer.weight.bits, layer.activation.bits)
+    return layer.precision
 
 
 def described_bytes(steps: int, layers: int) -> int:
@@ -282,6 +284,9 @@ def _layer(
     """The integers of one layer, checked against its plan and the model's layer."""
     assert plan.activation_bits is not None
     check_tables(tensors, plan, steps)
+    if plan.format != "int":
+        assert plan.weight_bits is not None
+        return stored_tensors(tensors, plan.format, plan.weight_bits, plan.group, source)
     if plan.weight_bits is not None:
         check_weight(tensors, plan.weight_bits, source)
         return LayerTensors.from_tensors(

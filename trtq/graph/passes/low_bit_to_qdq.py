@@ -23,6 +23,7 @@
 6. Weights of up to 4 bits are stored as INT4 (`q - 8`), with Cast and Sub (`z - 8`) in front of their
    DequantizeLinear.
 7. Values that depend on the step come from one table, see `trtq.graph.passes.step_values`.
+8. Layers in other formats than integers have forms of their own, see `trtq.graph.passes.weight_only_nodes`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ from trtq.graph.nodes import DOMAIN, LOW_BIT_OPERATORS, call_names
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.step_lookup import STEPS_PREFIX, StepInput
 from trtq.graph.passes.step_values import StepTable, StepValues
+from trtq.graph.passes.weight_only_nodes import expand_weight_only
+from trtq.quant.formats import FormatTensors
+from trtq.quant.formats.weight_only import WeightOnlyTensors
 from trtq.quant.plan import LowBitTensors
 from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
@@ -105,13 +109,14 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             LegalityError: a node names a layer without tensors, or the shape of an input is unknown.
         """
         graph = model.graph
-        nodes = [n for n in graph if n.domain == DOMAIN and n.op_type in self.operators]
+        nodes = [n for n in graph if n.domain == DOMAIN and self._replaces(n)]
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
         table = StepTable(graph, self.table, self.prefix, self.timestep)
         names = call_names(nodes)
         for node, (name, call) in zip(nodes, names, strict=True):
-            self._add_inputs(node, name, call, table)
+            if not isinstance(self.layers.get(name), WeightOnlyTensors):
+                self._add_inputs(node, name, call, table)
         values = table.insert()
         for node, (name, call) in zip(nodes, names, strict=True):
             layer = self.layers[name]
@@ -119,11 +124,18 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             builder = GraphBuilder(graph, call, shared=name)
             if isinstance(layer, ProductTensors):
                 self._expand_product(builder, node, layer, inputs)
+            elif isinstance(layer, WeightOnlyTensors):
+                self._finish(builder, node, expand_weight_only(builder, node, layer), cast=False)
             else:
                 self._expand_layer(builder, node, layer, inputs[0])
         if all(node.domain != DOMAIN for node in graph):
             model.opset_imports.pop(DOMAIN, None)
         return ir.passes.PassResult(model, modified=True)
+
+    def _replaces(self, node: ir.Node) -> bool:
+        """Whether this pass replaces a low-bit node; the plugins compute integers only."""
+        layer = self.layers.get(node.attributes["name"].as_string())
+        return node.op_type in self.operators or isinstance(layer, FormatTensors)
 
     def _add_inputs(self, node: ir.Node, name: str, call: str, table: StepTable) -> None:
         layer = self.layers.get(name)
@@ -224,11 +236,11 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         self._finish(builder, node, y)
 
     @staticmethod
-    def _finish(builder: GraphBuilder, node: ir.Node, y: ir.Value) -> None:
-        """Cast to the type of the graph, and replace the node."""
+    def _finish(builder: GraphBuilder, node: ir.Node, y: ir.Value, *, cast: bool = True) -> None:
+        """Cast to the type of the graph if necessary, and replace the node."""
         (out,) = node.outputs
         dtype = node.inputs[0].dtype  # type: ignore[union-attr]
-        if dtype != ir.DataType.FLOAT:
+        if cast and dtype != ir.DataType.FLOAT:
             y = builder.op("Cast", [y], "narrow", {"to": dtype.value})  # type: ignore[union-attr]
         y.shape, y.type = out.shape, out.type
         ir.convenience.replace_nodes_and_values(
