@@ -249,6 +249,8 @@ def observe_trajectories(
         progress: callback with the completed and the total number of steps.
     """
     batches = -(-images // batch)
+    if not recorder.layers:
+        return
     modules = {name: denoiser.get_submodule(name) for name in recorder.layers}
 
     def at_step(**inputs: Any) -> Any:

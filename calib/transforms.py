@@ -68,6 +68,15 @@ class TransformChoice:
     weights: Method = "search"
     static: bool = False
 
+    def limited(self, group: Sequence[LayerPlan]) -> TransformChoice:
+        """The options within the limits of the policy's rules for the layers of a group."""
+        orders = [plan.may_rotate for plan in group if plan.may_rotate is not None]
+        return replace(
+            self,
+            smooth=self.smooth and all(plan.may_smooth for plan in group),
+            rotate=min(orders) if orders else self.rotate,
+        )
+
 
 @torch.no_grad()
 def smoothing_exponents(channel_max: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
@@ -114,7 +123,7 @@ def transform_layers(
     modules = dict(denoiser.named_modules())
     groups: dict[str, list[LayerPlan]] = {}
     for plan in layers:
-        if plan.weight_bits is not None and plan.quantized:
+        if plan.weight_bits is not None and plan.operands and plan.format == "int":
             groups.setdefault(plan.input_of or plan.name, []).append(plan)
     changed: dict[str, LayerPlan] = {}
     for owner, group in groups.items():
@@ -124,7 +133,7 @@ def transform_layers(
             continue
         ratio = entry.outlier_ratio
         with named_errors(owner):
-            chosen = _choose(entry, group, members, options)
+            chosen = _choose(entry, group, members, options.limited(group))
         for plan, module in zip(group, members, strict=True):
             plan = replace(plan, outlier_ratio=round(ratio, 2))
             if chosen is not None:

@@ -51,8 +51,25 @@ Bits = Annotated[
     str | None,
     typer.Option(
         "--bits",
-        autocompletion=one_of("w4a4", "w4a8", "w8a8"),
-        help="Bits of weights and activations: w4a4 (default), w4a8, w8a8 or another pair.",
+        autocompletion=one_of("w4a4", "w4a8", "w8a8", "w4a16"),
+        help="Bits of weights and activations: w4a4 (default), w4a8, w8a8 or another pair; w4a16 and "
+        "w8a16 leave activations in float.",
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        autocompletion=one_of("int", "fp8", "nvfp4"),
+        help="Format of low-bit layers: int (default), fp8 (RTX 40 and later) or nvfp4 (RTX 50).",
+    ),
+]
+Group = Annotated[
+    int | None,
+    typer.Option(
+        "--group",
+        help="Input channels that share a scale with --bits w4a16 or w8a16: 32, 64, 128, or 0 for one "
+        "scale per output channel. Default: 64 with 4 bits, 0 with 8.",
     ),
 ]
 Tables = Annotated[
@@ -135,6 +152,8 @@ def quantize(
     output: RunFolder,
     method: Method = None,
     bits: Bits = None,
+    format: Format = None,
+    group: Group = None,
     tables: Tables = None,
     steps: RunSteps = None,
     recipe: RecipeFile = None,
@@ -169,7 +188,8 @@ def quantize(
 
     with command(verbose):
         overrides = _without_none(
-            {"method": method, "bits": bits, "tables": tables, "steps": steps}
+            {"method": method, "bits": bits, "format": format, "group": group}
+            | {"tables": tables, "steps": steps}
             | {"seed": seed, "budget": budget, "size": size}
         )
         loras = [parse_lora(text) for text in lora or []]

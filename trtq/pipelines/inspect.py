@@ -109,7 +109,8 @@ def _precisions(layers: Sequence[LayerRow]) -> dict[str, int]:
     """Number of layers by precision."""
     return dict(
         Counter(
-            precision_text(row.weight_bits, row.activation_bits, row.right_bits) for row in layers
+            precision_text(row.weight_bits, row.activation_bits, row.right_bits, row.format)
+            for row in layers
         )
     )
 

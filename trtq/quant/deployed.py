@@ -29,10 +29,10 @@ from trtq.quant.tensors import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import Step, current_step
 from trtq.quant.weightless import WeightlessLayer
 
-__all__ = ["DeployedLayer", "DeployedProduct", "enclosing_step"]
+__all__ = ["DeployedLayer", "DeployedProduct", "ExactBuffers", "enclosing_step"]
 
 
-class _ExactBuffers(nn.Module):
+class ExactBuffers(nn.Module):
     """A module whose float32 buffers keep their dtype in a model that is cast to half precision.
 
     Rounded scales would change the codes.
@@ -50,7 +50,7 @@ class _ExactBuffers(nn.Module):
         return self
 
 
-class _DeployedActivation(_ExactBuffers):
+class _DeployedActivation(ExactBuffers):
     """`x -> (k, s)`: integer codes and their scale at a step."""
 
     scale: Tensor
@@ -94,7 +94,7 @@ def enclosing_step(step: Step | None) -> Step:
     return step
 
 
-class DeployedLayer(_ExactBuffers, WeightlessLayer):
+class DeployedLayer(ExactBuffers, WeightlessLayer):
     """A linear layer or convolution computed from integers; the reference for every engine.
 
     Args:

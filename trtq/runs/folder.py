@@ -162,6 +162,8 @@ def layer_plans(manifest: Manifest | FurtherRow) -> list[LayerPlan]:
             rotate=row.rotate,
             scales=row.scales,
             outlier_ratio=row.outlier_ratio,
+            format=row.format,
+            group=row.group,
         )
         for row in manifest.layers
     ]

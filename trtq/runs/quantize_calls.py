@@ -94,6 +94,8 @@ def _called(layer: LayerPlan, recordings: Mapping[str, Recording]) -> LayerPlan:
         right_bits=None,
         input_of=None,
         adapters=False,
+        format="int",
+        group=None,
         reason=_NOT_ALWAYS,
     )
 
@@ -218,6 +220,8 @@ def layer_rows(layers: Sequence[LayerPlan], *, adapters: bool) -> list[LayerRow]
             rotate=layer.rotate,
             scales=layer.scales,
             outlier_ratio=layer.outlier_ratio,
+            format=layer.format,
+            group=layer.group,
         )
         for layer in layers
     ]

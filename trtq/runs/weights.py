@@ -22,12 +22,12 @@ from trtq.documents import explain_first, parse_json, shown
 from trtq.errors import ArtefactError, NonFiniteError
 from trtq.quant.convert import DeployOptions, deploy
 from trtq.quant.denoiser import QuantizedDenoiser
+from trtq.quant.formats import precision_text, stored_tensors
 from trtq.quant.modules import QuantLayer
 from trtq.quant.plan import (
     LayerPlan,
     LowBitTensors,
     named_errors,
-    precision_text,
     quantizable_layers,
 )
 from trtq.quant.product import QuantProduct
@@ -108,9 +108,11 @@ def _described(quantized: QuantizedDenoiser, merged: Mapping[str, LowBitTensors]
 def _precision(layer: LowBitTensors) -> str:
     if isinstance(layer, ProductTensors):
         text, policy = precision_text(None, layer.left.bits, layer.right.bits), layer.left.policy
-    else:
+    elif isinstance(layer, LayerTensors):
         text = precision_text(layer.weight.bits, layer.activation.bits)
         policy = layer.activation.policy
+    else:
+        return layer.precision
     return text if policy == "step" else f"{text} {policy}"
 
 
@@ -291,6 +293,9 @@ def _layer(
     """The integers of one layer, checked against its plan and the model's layer."""
     assert plan.activation_bits is not None
     check_tables(tensors, plan, steps)
+    if plan.format != "int":
+        assert plan.weight_bits is not None
+        return stored_tensors(tensors, plan.format, plan.weight_bits, plan.group, source)
     if plan.weight_bits is not None:
         check_weight(tensors, plan.weight_bits, source)
         check_transform(tensors, plan, source)

@@ -26,6 +26,8 @@
 8. The scale of an input may be computed per row, see `trtq.graph.passes.row_scales`. The product is then
    multiplied by this scale and by the weight's scale one after the other.
 9. An input with a transform is transformed first, see `trtq.graph.passes.transform_nodes`.
+10. Layers in other formats than integers have forms of their own, see
+    `trtq.graph.passes.weight_only_nodes`.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ from trtq.graph.passes.row_scales import row_axis_of, row_scale_nodes
 from trtq.graph.passes.step_lookup import STEPS_PREFIX, StepInput
 from trtq.graph.passes.step_values import StepTable, StepValues
 from trtq.graph.passes.transform_nodes import TransformNodes
+from trtq.graph.passes.weight_only_nodes import expand_weight_only
 from trtq.quant.dynamic_scale import RowAxis
+from trtq.quant.formats import FormatTensors
+from trtq.quant.formats.weight_only import WeightOnlyTensors
 from trtq.quant.plan import LowBitTensors
 from trtq.quant.tensors import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
@@ -125,7 +130,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         table = StepTable(graph, self.table, self.prefix, self.timestep)
         names = call_names(nodes)
         for node, (name, call) in zip(nodes, names, strict=True):
-            self._add_inputs(node, name, call, table)
+            if not isinstance(self.layers.get(name), WeightOnlyTensors):
+                self._add_inputs(node, name, call, table)
         values = table.insert()
         for node, (name, call) in zip(nodes, names, strict=True):
             layer = self.layers[name]
@@ -133,6 +139,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             builder = GraphBuilder(graph, call, shared=name)
             if isinstance(layer, ProductTensors):
                 self._expand_product(builder, node, layer, inputs)
+            elif isinstance(layer, WeightOnlyTensors):
+                self._finish(builder, node, expand_weight_only(builder, node, layer), cast=False)
             else:
                 self._expand_layer(builder, node, layer, inputs[0])
         if all(node.domain != DOMAIN for node in graph):
@@ -140,10 +148,13 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
     def _replaces(self, node: ir.Node) -> bool:
+        """Whether this pass replaces a node; the plugins compute integers with scales per step."""
         if node.op_type in self.operators:
             return True
         layer = self.layers.get(node.attributes["name"].as_string())
-        return isinstance(layer, LayerTensors) and layer.activation.policy != "step"
+        if isinstance(layer, LayerTensors):
+            return layer.activation.policy != "step"
+        return isinstance(layer, FormatTensors)
 
     def _add_inputs(self, node: ir.Node, name: str, call: str, table: StepTable) -> None:
         layer = self.layers.get(name)
@@ -284,11 +295,11 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         self._finish(builder, node, y)
 
     @staticmethod
-    def _finish(builder: GraphBuilder, node: ir.Node, y: ir.Value) -> None:
-        """Cast to the type of the graph, and replace the node."""
+    def _finish(builder: GraphBuilder, node: ir.Node, y: ir.Value, *, cast: bool = True) -> None:
+        """Cast to the type of the graph if necessary, and replace the node."""
         (out,) = node.outputs
         dtype = node.inputs[0].dtype  # type: ignore[union-attr]
-        if dtype != ir.DataType.FLOAT:
+        if cast and dtype != ir.DataType.FLOAT:
             y = builder.op("Cast", [y], "narrow", {"to": dtype.value})  # type: ignore[union-attr]
         y.shape, y.type = out.shape, out.type
         ir.convenience.replace_nodes_and_values(

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from trtq.graph.passes.low_bit_to_qdq import PAIR_SAFE
 from trtq.graph.runtimes.prepare import Runtime
+from trtq.graph.runtimes.weight_only import is_weight_only
 from trtq.processor import has_vnni
 
 __all__ = ["Finding", "check"]
@@ -144,6 +145,8 @@ def _activation_scales(node: ir.Node) -> Iterator[Finding]:
 
 def _float_scales(node: ir.Node) -> Iterator[Finding]:
     scale = _input(node, 1)
+    if node.op_type == "DequantizeLinear" and is_weight_only(node):
+        return  # The product itself is one of half-precision numbers.
     if node.op_type in _PAIR and scale is not None and scale.dtype == ir.DataType.FLOAT16:
         yield Finding(
             _layer(node),
@@ -197,9 +200,11 @@ def _saturating_pairs(node: ir.Node) -> Iterator[Finding]:
     """Matrix products with constant weights that onnxruntime's own rewrites compute wrongly."""
     if node.op_type not in ("MatMul", "Gemm"):
         return
-    activation, _, stored = _operands(node)
+    activation, weight, stored = _operands(node)
     if stored is None or stored.dtype not in _EIGHT_BITS:
         return
+    if weight is not None and is_weight_only(weight):
+        return  # Sessions of trtq set the accuracy level at which activations stay float.
     largest = int(np.abs(stored.numpy().astype(np.int16)).max())
     if activation is None and node.op_type == "MatMul":
         yield Finding(
@@ -242,6 +247,8 @@ def _float_products(node: ir.Node) -> Iterator[Finding]:
             "use weights of at most 7 bits (w7a8, w4a8), or a processor with VNNI",
             fatal=False,
         )
+    if weight is not None and is_weight_only(weight):
+        return  # OpenVINO decompresses such a weight inside its float product.
     if stored is not None and stored.dtype in _FOUR_BITS:
         yield Finding(
             _layer(node),

@@ -1,0 +1,75 @@
+"""Formats other than integers: which layers can have them, and what the other layers have instead."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from trtq.quant.formats import Precision, fitting_group, parse_precision
+from trtq.quant.plan import LayerPlan
+
+__all__ = ["fitted"]
+
+_WEIGHT_ONLY = "weight_only"
+
+
+def fitted(
+    plan: LayerPlan,
+    module: nn.Module,
+    by_recipe: bool,
+    recipe: Precision,
+    weight_only: str | None,
+    group: int | None,
+) -> LayerPlan:
+    """The plan of a layer in a format that the layer can have; its reason says what was changed.
+
+    A recipe of weight-only bits leaves the inputs of all linear layers in float: a linear layer to which
+    the policy gives integers becomes weight-only. A convolution is not limited by the memory that its
+    weight takes, so under such a recipe it computes in integers with 8 bits.
+
+    Args:
+        plan: plan of the layer, in the format that recipe or policy name.
+        module: the float layer.
+        by_recipe: whether the policy gives the layer the bits of the recipe.
+        recipe: precision of the recipe.
+        weight_only: bits of the layer under a weight-only recipe, from the policy; None: those of the
+            recipe, or 8-bit weights for a layer to which the policy gives bits of its own.
+        group: see `trtq.quant.formats.fitting_group`.
+    """
+    if recipe.format == _WEIGHT_ONLY:
+        plan = _under_weight_only(plan, by_recipe, weight_only)
+    if plan.format == _WEIGHT_ONLY and plan.kind == "linear":
+        plan = _grouped(plan, module, group)
+    return plan
+
+
+def _under_weight_only(plan: LayerPlan, by_recipe: bool, weight_only: str | None) -> LayerPlan:
+    """The plan of a layer under a weight-only recipe."""
+    if plan.kind != "linear":
+        if not by_recipe:
+            return plan
+        reason = f"{plan.reason}; a convolution under a weight-only recipe computes in integers"
+        return replace(plan, weight_bits=8, activation_bits=8, format="int", reason=reason)
+    if by_recipe and weight_only is None:
+        return plan
+    if plan.format not in ("int", _WEIGHT_ONLY):
+        return plan
+    own = parse_precision(weight_only or ("w8a16" if plan.format == "int" else plan.precision))
+    return replace(
+        plan, weight_bits=own.weight_bits, activation_bits=own.activation_bits, format=own.format
+    )
+
+
+def _grouped(plan: LayerPlan, module: Any, wanted: int | None) -> LayerPlan:
+    """The plan of a weight-only linear layer with the group that divides its input channels."""
+    assert plan.weight_bits is not None
+    channels = int(module.in_features)
+    group = fitting_group(channels, wanted, plan.weight_bits)
+    had = fitting_group(0, wanted, plan.weight_bits)
+    if group == had:
+        return replace(plan, group=group)
+    form = "one scale per output channel" if group is None else f"groups of {group}"
+    reason = f"{plan.reason}; {form}, since groups of {had} do not divide {channels} input channels"
+    return replace(plan, group=group, reason=reason)

@@ -1,0 +1,105 @@
+"""The classes of each format, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from trtq.errors import ArtefactError, NonFiniteError
+from trtq.quant.deployed import DeployedLayer, DeployedProduct
+from trtq.quant.formats.precision import Format
+from trtq.quant.formats.weight_only import (
+    WEIGHT_ONLY_LAYERS,
+    DeployedWeightOnly,
+    WeightOnlyTensors,
+)
+from trtq.quant.geometry import ConvGeometry
+from trtq.quant.layers import QUANT_LAYERS
+from trtq.quant.modules import QuantLayer
+from trtq.quant.tensors import LayerTensors
+
+__all__ = [
+    "DEPLOYED_FORMS",
+    "DeployedFormat",
+    "FormatTensors",
+    "deployed_form",
+    "layer_class",
+    "merged_tensors",
+    "stored_tensors",
+]
+
+FormatTensors = WeightOnlyTensors
+"""Tensors of a deployed layer in a format other than integers."""
+DeployedFormat = DeployedWeightOnly
+"""Deployed layers in a format other than integers."""
+DEPLOYED_FORMS: tuple[type[nn.Module], ...] = (DeployedLayer, DeployedProduct, DeployedWeightOnly)
+"""The classes of all deployed layers."""
+
+
+def layer_class(kind: str, format: Format, group: int | None) -> Any:
+    """The callable that makes the training form of a layer, with the arguments of `QuantLayer`.
+
+    Args:
+        kind: kind of the layer, a key of `QUANT_LAYERS`.
+        format: format of the layer.
+        group: see `trtq.quant.formats.weight_only.GroupedWeight`; for other formats without effect.
+    """
+    if format == "weight_only":
+        return partial(WEIGHT_ONLY_LAYERS[kind], group=group)
+    return QUANT_LAYERS[kind]
+
+
+def merged_tensors(layer: QuantLayer) -> LayerTensors | FormatTensors:
+    """Tensors of a trained layer, with its adapters merged.
+
+    Raises:
+        NonFiniteError: a scale, the bias or a merged weight is NaN or infinite.
+        QuantizationError: the codes do not fit int8.
+    """
+    if isinstance(layer, tuple(WEIGHT_ONLY_LAYERS.values())):
+        return WeightOnlyTensors.merge(layer)
+    return LayerTensors.merge(layer)
+
+
+def stored_tensors(
+    named: Mapping[str, Tensor], format: Format, bits: int, group: int | None, source: Any
+) -> FormatTensors:
+    """Tensors of a layer in a format other than integers, from a file.
+
+    Args:
+        named: the layer's tensors by name.
+        format: format of the layer.
+        bits: width of the weight codes.
+        group: see `layer_class`.
+        source: layer of the model with the weight's and bias's shape.
+
+    Raises:
+        ArtefactError: a tensor is missing, or does not fit the layer.
+        NonFiniteError: the bias holds NaN or infinity.
+    """
+    bias = named.get("bias")
+    needed = None if source.bias is None else tuple(source.bias.shape)
+    if needed != (None if bias is None else tuple(bias.shape)):
+        raise ArtefactError(
+            f"the denoiser's layer has a bias of shape {needed}, the file "
+            f"{None if bias is None else tuple(bias.shape)}"
+        )
+    if bias is not None and not bool(bias.isfinite().all()):
+        raise NonFiniteError("the bias holds NaN or infinity")
+    if format == "weight_only":
+        shape = source.weight.shape
+        return WeightOnlyTensors.from_tensors(named, shape=shape, bits=bits, group=group)
+    raise ArtefactError(f"the format {format!r} has no tensors of its own")
+
+
+def deployed_form(tensors: FormatTensors, geometry: ConvGeometry | None) -> DeployedFormat:
+    """The deployed layer of tensors in a format other than integers.
+
+    Args:
+        tensors: tensors of the layer.
+        geometry: geometry of a convolution; None for a linear layer.
+    """
+    return DeployedWeightOnly(tensors, geometry)
