@@ -2,7 +2,7 @@
 
 The factors of the smoothing are `c = a^alpha / w^(1 - alpha)` (SmoothQuant, arXiv 2211.10438, eq. 4).
 `a` is the mean over steps of each input channel's largest absolute value, and `w` the largest absolute
-weight of that channel. The factors are scaled to a geometric mean of 1 and rounded to powers of two.
+weight of that channel. The factors are scaled to a geometric mean of 1.
 alpha and the rotation are those with the smallest error of the layer's output at the planned bits, on
 recorded rows of the input.
 
@@ -23,7 +23,6 @@ from trtq.calib.input_rows import InputRows
 from trtq.quant.bits import symmetric_weights
 from trtq.quant.dynamic_scale import row_scale
 from trtq.quant.input_transform import (
-    MAX_EXPONENT,
     InputTransform,
     TransformTensors,
     rotation_that_fits,
@@ -34,7 +33,7 @@ from trtq.quant.plan import LayerPlan, named_errors
 from trtq.quant.ranges import Method, row_qparams, weight_qparams
 from trtq.seeds import seeded_generator
 
-__all__ = ["OUTLIER_RATIO", "TransformChoice", "smoothing_exponents", "transform_layers"]
+__all__ = ["OUTLIER_RATIO", "TransformChoice", "smoothing_factors", "transform_layers"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ OUTLIER_RATIO = 20.0
 """Largest channel over median channel of an input that a warning names."""
 
 _ALPHAS = (0.25, 0.5, 0.75)
-_GAIN_OF_SMOOTHING = 0.95
+_GAIN_OF_SMOOTHING = 1.0
 _GAIN_OF_ROTATION = 0.90
 """Largest share of the error without the transform at which the transform is worth its cost. A rotation
 costs a product at run time."""
@@ -79,8 +78,8 @@ class TransformChoice:
 
 
 @torch.no_grad()
-def smoothing_exponents(channel_max: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
-    """Base-2 logarithms of the smoothing factors `c`, int8 `[K]`.
+def smoothing_factors(channel_max: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
+    """The smoothing factors `c`, float32 `[K]`.
 
     Args:
         channel_max: largest absolute value of each input channel, `[K]`.
@@ -92,8 +91,7 @@ def smoothing_exponents(channel_max: Tensor, weights: Sequence[Tensor], alpha: f
     largest = torch.stack([each.amax((0, 2)) for each in by_layer]).amax(0)
     a, w = _positive(channel_max.float()), _positive(largest)
     logarithm = alpha * a.log2() - (1 - alpha) * w.log2()
-    exponents = (logarithm - logarithm.mean()).round()
-    return exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).to(torch.int8)
+    return (logarithm - logarithm.mean()).exp2()
 
 
 def _positive(values: Tensor) -> Tensor:
@@ -138,7 +136,7 @@ def transform_layers(
             plan = replace(plan, outlier_ratio=round(ratio, 2))
             if chosen is not None:
                 transform_layer(module, chosen)
-                smooth = chosen.exponents is not None
+                smooth = chosen.inv_channels is not None
                 plan = replace(plan, smooth=smooth, rotate=chosen.rotation)
             changed[plan.name] = plan
     result = [changed.get(plan.name, plan) for plan in layers]
@@ -179,12 +177,12 @@ def _candidates(
     channel_max = entry.channel_max.mean(0)
     smoothings: list[Tensor | None] = [None]
     if options.smooth:
-        smoothings += [smoothing_exponents(channel_max, weights, alpha) for alpha in _ALPHAS]
+        smoothings += [smoothing_factors(channel_max, weights, alpha) for alpha in _ALPHAS]
     rotation = rotation_that_fits(len(channel_max), options.rotate) if options.rotate else 0
     for order in {0, rotation}:
-        for exponents in smoothings:
-            if order or exponents is not None:
-                yield TransformTensors(exponents, order)
+        for factors in smoothings:
+            if order or factors is not None:
+                yield TransformTensors.of_channels(factors, order)
 
 
 class _Error:

@@ -103,8 +103,8 @@ Rotate = Annotated[
     typer.Option(
         "--rotate",
         metavar="0|16|64|256",
-        help="Maximum number of input channels that a rotation mixes, where this makes the layer's error "
-        "smaller. Default: 0, no rotation.",
+        help="Maximum number of input channels that a rotation mixes, where this makes the layer's "
+        "error smaller. Default: 0, no rotation.",
     ),
 ]
 RunSteps = Annotated[

@@ -5,10 +5,10 @@ a rotation spreads the range of one channel over all channels of its group (Conv
 
     x' = (x / c) H        W' = (W * c) H        x' W'^T = x W^T
 
-`c` has one value per input channel. All values are powers of two, so `x / c` and `W * c` are exact, and
-so is a product of `1 / c` and a scale: a runtime may multiply in any order and gets the same codes. `H`
-is block-diagonal with the regular Hadamard matrix of `hadamard`; it is symmetric and its own inverse.
-For a convolution, H acts on the input channels, which commutes with the taps and with zero padding.
+`c` has one value per input channel. `1 / c` is stored, with 8 significant bits, so half precision and
+bfloat16 hold it exactly; the transform multiplies by it. `H` is block-diagonal with the regular Hadamard
+matrix of `hadamard`; it is symmetric and its own inverse. For a convolution, H acts on the input
+channels, which commutes with the taps and with zero padding.
 
 Letters: N, K out / in features or channels; G groups of M channels, K = G M.
 """
@@ -27,7 +27,6 @@ from trtq.errors import ArtefactError, QuantizationError
 from trtq.quant.geometry import FloatLayer
 
 __all__ = [
-    "MAX_EXPONENT",
     "ROTATIONS",
     "InputTransform",
     "TransformTensors",
@@ -40,8 +39,8 @@ __all__ = [
 ROTATIONS = (16, 64, 256)
 """Numbers of channels that one rotation can mix."""
 
-MAX_EXPONENT = 10
-"""Largest absolute exponent of a power of two in `c`; half precision holds all of them exactly."""
+_MAX_FACTOR = 1024.0
+"""Largest factor by which a channel is scaled, up or down."""
 
 _H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
@@ -86,12 +85,26 @@ class TransformTensors:
     """The transform of one layer's input.
 
     Attributes:
-        exponents: int8 `[K]`, base-2 logarithms of `c`; None: no smoothing.
+        inv_channels: float32 `[K]`, the factors `1 / c` of the input's channels, with 8 significant
+            bits; None: no smoothing.
         rotation: order of the rotation; 0: no rotation.
     """
 
-    exponents: Tensor | None
+    inv_channels: Tensor | None
     rotation: int = 0
+
+    @classmethod
+    def of_channels(cls, channels: Tensor | None, rotation: int = 0) -> TransformTensors:
+        """The transform with the nearest possible values of `c`.
+
+        Args:
+            channels: positive factors `c`, `[K]`; None: no smoothing.
+            rotation: order of the rotation; 0: no rotation.
+        """
+        if channels is None:
+            return cls(None, rotation)
+        inverse = channels.float().clamp(1 / _MAX_FACTOR, _MAX_FACTOR).reciprocal()
+        return cls(inverse.bfloat16().float(), rotation)
 
     def __post_init__(self) -> None:
         """Raise QuantizationError unless the values are possible."""
@@ -99,17 +112,21 @@ class TransformTensors:
             raise QuantizationError(
                 f"a rotation mixes {', '.join(map(str, ROTATIONS))} channels, got {self.rotation}"
             )
-        if self.exponents is not None and int(self.exponents.abs().max()) > MAX_EXPONENT:
+        inverse = self.inv_channels
+        if inverse is None:
+            return
+        inside = (inverse >= 1 / _MAX_FACTOR) & (inverse <= _MAX_FACTOR)
+        if not bool(inside.all()) or not torch.equal(inverse, inverse.bfloat16().float()):
             raise QuantizationError(
-                f"smoothing scales a channel by at most 2^{MAX_EXPONENT}, got an exponent of "
-                f"{int(self.exponents.abs().max())}"
+                f"smoothing scales a channel by a factor in {1 / _MAX_FACTOR:g} .. {_MAX_FACTOR:g} with "
+                f"8 significant bits, got factors in {float(inverse.min()):g} .. {float(inverse.max()):g}"
             )
 
     def tensors(self) -> dict[str, Tensor]:
         """The entries in `quantized.safetensors`; `from_tensors` is the inverse."""
         named = {}
-        if self.exponents is not None:
-            named["transform.exponents"] = self.exponents.to(torch.int8)
+        if self.inv_channels is not None:
+            named["transform.inv_channels"] = self.inv_channels.half()
         if self.rotation:
             named["transform.rotation"] = torch.tensor([self.rotation], dtype=torch.int16)
         return named
@@ -121,28 +138,24 @@ class TransformTensors:
         Raises:
             ArtefactError: a tensor has the wrong shape or type, or impossible values.
         """
-        exponents, rotation = named.get("transform.exponents"), named.get("transform.rotation")
-        if exponents is None and rotation is None:
+        inverse, rotation = named.get("transform.inv_channels"), named.get("transform.rotation")
+        if inverse is None and rotation is None:
             return None
-        if exponents is not None and (exponents.dtype != torch.int8 or exponents.ndim != 1):
-            raise ArtefactError("the exponents of the smoothing are int8 with one axis")
+        if inverse is not None and (inverse.dtype != torch.float16 or inverse.ndim != 1):
+            raise ArtefactError("the factors of the smoothing are float16 with one axis")
         if rotation is not None and (rotation.dtype != torch.int16 or rotation.numel() != 1):
             raise ArtefactError("the order of the rotation is one int16")
         try:
-            return cls(exponents, 0 if rotation is None else int(rotation))
+            factors = None if inverse is None else inverse.float()
+            return cls(factors, 0 if rotation is None else int(rotation))
         except QuantizationError as err:
             raise ArtefactError(str(err)) from err
 
     @property
     def key(self) -> bytes:
         """Bytes that are equal for equal transforms."""
-        exponents = b"" if self.exponents is None else self.exponents.numpy().tobytes()
-        return exponents + self.rotation.to_bytes(2, "little")
-
-    @property
-    def inv_channels(self) -> Tensor | None:
-        """Factors `1 / c` of the input's channels, float32 `[K]`; None: no smoothing."""
-        return None if self.exponents is None else torch.exp2(-self.exponents.float())
+        factors = b"" if self.inv_channels is None else self.inv_channels.numpy().tobytes()
+        return factors + self.rotation.to_bytes(2, "little")
 
     def weight(self, weight: Tensor) -> Tensor:
         """The transformed weight `(W * c) H`.
@@ -150,8 +163,8 @@ class TransformTensors:
         Args:
             weight: float weight, `[N, K, ...]`, of a layer with one group.
         """
-        if self.exponents is not None:
-            factors = torch.exp2(self.exponents.to(weight))
+        if self.inv_channels is not None:
+            factors = self.inv_channels.reciprocal().to(weight)
             weight = weight * factors.reshape(1, -1, *(1,) * (weight.ndim - 2))
         return _rotated(weight, self.rotation, 1) if self.rotation else weight
 
@@ -174,36 +187,37 @@ class InputTransform(nn.Module):
         axis: axis of the channels: -1 for a linear layer, 1 for a convolution.
 
     Attributes:
-        exponents: int8 `[K]`, base-2 logarithms of `c`; None: no smoothing.
+        inv_channels: float32 `[K]`, the factors `1 / c`; None: no smoothing.
         rotation: order of the rotation; 0: no rotation.
         axis: axis of the channels.
     """
 
-    exponents: Tensor | None
+    inv_channels: Tensor | None
 
     def __init__(self, tensors: TransformTensors, axis: int) -> None:
         super().__init__()
-        self.register_buffer("exponents", tensors.exponents)
+        self.register_buffer("inv_channels", tensors.inv_channels)
         self.rotation = tensors.rotation
         self.axis = axis
 
     @property
     def tensors(self) -> TransformTensors:
         """Smoothing and rotation, on the CPU."""
-        exponents = None if self.exponents is None else self.exponents.detach().cpu().clone()
-        return TransformTensors(exponents, self.rotation)
+        if self.inv_channels is None:
+            return TransformTensors(None, self.rotation)
+        # Half precision holds the factors exactly, so a model that was cast has not changed them.
+        return TransformTensors(self.inv_channels.detach().float().cpu().clone(), self.rotation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x[..., K] or x[B, K, ...] -> the transformed input, with the same shape and dtype."""
-        if self.exponents is not None:
-            factors = torch.exp2(-self.exponents.to(x.dtype))
+        if self.inv_channels is not None:
             axes = (1,) * (0 if self.axis == -1 else x.ndim - 2)
-            x = x * factors.reshape(-1, *axes)
+            x = x * self.inv_channels.to(x.dtype).reshape(-1, *axes)
         return _rotated(x, self.rotation, self.axis) if self.rotation else x
 
     def extra_repr(self) -> str:
         """Whether the input is smoothed, and the order of the rotation."""
-        return f"smooth={self.exponents is not None}, rotation={self.rotation}"
+        return f"smooth={self.inv_channels is not None}, rotation={self.rotation}"
 
 
 def transform_obstacle(layer: nn.Module, order: int = 0) -> str | None:
@@ -239,8 +253,9 @@ def transform_layer(layer: nn.Module, tensors: TransformTensors) -> None:
     source = cast(FloatLayer, layer)
     channels = int(source.weight.shape[1])
     obstacle = transform_obstacle(layer, tensors.rotation)
-    if obstacle is None and tensors.exponents is not None and len(tensors.exponents) != channels:
-        obstacle = f"{len(tensors.exponents)} factors for {channels} input channels"
+    factors = tensors.inv_channels
+    if obstacle is None and factors is not None and len(factors) != channels:
+        obstacle = f"{len(factors)} factors for {channels} input channels"
     if obstacle is not None:
         raise QuantizationError(f"the input cannot be transformed: {obstacle}")
     transform = InputTransform(tensors, -1 if isinstance(layer, nn.Linear) else 1)

@@ -96,7 +96,7 @@ def check_transform(named: Mapping[str, Tensor], plan: LayerPlan, source: Any) -
         ArtefactError: the transform does not fit the manifest or the layer, or has invalid values.
     """
     transform = TransformTensors.from_tensors(named)
-    smooth = transform is not None and transform.exponents is not None
+    smooth = transform is not None and transform.inv_channels is not None
     rotate = 0 if transform is None else transform.rotation
     if (smooth, rotate) != (plan.smooth, plan.rotate):
         raise ArtefactError(
@@ -107,8 +107,8 @@ def check_transform(named: Mapping[str, Tensor], plan: LayerPlan, source: Any) -
         return
     channels = int(source.weight.shape[1])
     obstacle = transform_obstacle(source, rotate)
-    if transform.exponents is not None and len(transform.exponents) != channels:
-        obstacle = f"{len(transform.exponents)} factors for {channels} input channels"
+    if transform.inv_channels is not None and len(transform.inv_channels) != channels:
+        obstacle = f"{len(transform.inv_channels)} factors for {channels} input channels"
     if obstacle is not None:
         raise ArtefactError(f"the transform of the input does not fit the layer: {obstacle}")
 
