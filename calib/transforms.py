@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.calib.input_rows import InputRows
+from trtq.limits import OUTLIER_RATIO
 from trtq.quant.bits import symmetric_weights
 from trtq.quant.dynamic_scale import row_scale
 from trtq.quant.input_transform import (
@@ -33,12 +34,9 @@ from trtq.quant.plan import LayerPlan, named_errors
 from trtq.quant.ranges import Method, row_qparams, weight_qparams
 from trtq.seeds import seeded_generator
 
-__all__ = ["OUTLIER_RATIO", "TransformChoice", "smoothing_factors", "transform_layers"]
+__all__ = ["TransformChoice", "smoothing_factors", "transform_layers"]
 
 logger = logging.getLogger(__name__)
-
-OUTLIER_RATIO = 20.0
-"""Largest channel over median channel of an input that a warning names."""
 
 _ALPHAS = (0.25, 0.5, 0.75)
 _GAIN_OF_SMOOTHING = 1.0

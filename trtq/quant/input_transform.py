@@ -119,7 +119,8 @@ class TransformTensors:
         if not bool(inside.all()) or not torch.equal(inverse, inverse.bfloat16().float()):
             raise QuantizationError(
                 f"smoothing scales a channel by a factor in {1 / _MAX_FACTOR:g} .. {_MAX_FACTOR:g} with "
-                f"8 significant bits, got factors in {float(inverse.min()):g} .. {float(inverse.max()):g}"
+                f"8 significant bits, got factors in {float(inverse.min()):g} .. "
+                f"{float(inverse.max()):g}"
             )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -164,7 +165,7 @@ class TransformTensors:
             weight: float weight, `[N, K, ...]`, of a layer with one group.
         """
         if self.inv_channels is not None:
-            factors = self.inv_channels.reciprocal().to(weight)
+            factors = self.inv_channels.to(weight).reciprocal()
             weight = weight * factors.reshape(1, -1, *(1,) * (weight.ndim - 2))
         return _rotated(weight, self.rotation, 1) if self.rotation else weight
 

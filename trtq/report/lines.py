@@ -18,6 +18,7 @@ from trtq.report.texts import (
     seconds_text,
     value_text,
 )
+from trtq.report.transforms import transform_rows
 
 __all__ = [
     "INTERVALS",
@@ -210,6 +211,7 @@ def inspect_rows(result: Mapping[str, Any]) -> Rows:
         rows.append(("parameters", f"{result['parameters']:,}"))
     if result.get("precisions"):
         rows.append(("layers", counts_text(result["precisions"])))
+    rows += transform_rows(result.get("layers") or [])
     if result.get("timesteps"):
         points = result["timesteps"]
         rows.append((f"{len(points)} calibrated timesteps", ends_text(points)))
