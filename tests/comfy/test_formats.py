@@ -103,10 +103,8 @@ def test_fp8_and_nvfp4_bytes_are_comfy_kitchens(shape):
 
 def test_nvfp4_rounds_ties_to_the_even_code():
     w = torch.zeros(16, 16)
-    w[0] = torch.tensor(
-        [6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -6, -0.25, -0.75, -1.25, 0.2, 0.3, 4.9, 5.1]
-    )
-    w[0] *= 448
+    middles = [6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -6, -0.25, -0.75, -1.25]
+    w[0] = torch.tensor([*middles, 0.2, 0.3, 4.9, 5.1]) * 448
     theirs, _ = get_layout_class("TensorCoreNVFP4Layout").quantize(w)
     stored = encode_nvfp4(w)
     assert torch.equal(stored.tensors["weight"], theirs)
@@ -124,7 +122,7 @@ def stored_weights(w):
 
 
 def as_theirs(stored, shape, layout):
-    """The weight as comfy-kitchen's tensor, from the file's tensors and entry only, as ComfyUI makes it."""
+    """The weight as comfy-kitchen's tensor, from tensors and entry only, as ComfyUI makes it."""
     tensors = stored.tensors
     entry = json.loads(bytes(stored.format.entry().tolist()))
     options = {"orig_dtype": torch.float32, "orig_shape": tuple(shape)}
@@ -281,8 +279,8 @@ def test_what_a_format_cannot_hold_is_refused():
         encode_int8(torch.ones(4, 100), 16)
     with pytest.raises(QuantizationError, match="multiple of 64 inputs"):
         store_int4(encode_int4(torch.ones(4, 16), 16))
+    wide = torch.tensor([[-8, 8] * 32], dtype=torch.int8)
     with pytest.raises(QuantizationError, match=r"-8 \.\. 7, got -8 \.\. 8"):
-        wide = torch.tensor([[-8, 8] * 32], dtype=torch.int8)
         store_int4(IntegerWeight(wide, torch.ones(1, 1), 64))
     with pytest.raises(QuantizationError, match="got 17 and 16"):
         encode_nvfp4(torch.ones(17, 16))
@@ -292,8 +290,8 @@ def test_what_a_format_cannot_hold_is_refused():
         with pytest.raises(NonFiniteError, match="NaN or infinity"):
             make(torch.full((16, 16), torch.inf))
     scales = encode_nvfp4(weight())
+    changed = {**scales.tensors, "weight_scale": scales.tensors["weight_scale"][:64]}
     with pytest.raises(ArtefactError, match=r"\[128, 16\] is required"):
-        changed = {**scales.tensors, "weight_scale": scales.tensors["weight_scale"][:64]}
         decode(StoredWeight(scales.format, changed))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from trtq.comfy.formats import StoredWeight
+from trtq.comfy.formats import E2M1, StoredWeight
 from trtq.comfy.rotation import rotate
 from trtq.comfy.tiles import tiled_shape, unpack_signed, untiled
 from trtq.documents import shown
@@ -26,7 +26,6 @@ _CODES = {
     "mxfp8": ("F8_E4M3", "U8"),
 }
 """Dtypes of the codes in safetensors' notation; some writers store float8 as bytes."""
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def required_tensors(format_name: str) -> tuple[str, ...]:
@@ -67,8 +66,8 @@ def decode(stored: StoredWeight) -> Tensor:
         float32[N, K].
 
     Raises:
-        ArtefactError: a scale has the wrong shape, or is not positive and finite, or the rotation does not
-            fit; the caller adds the layer.
+        ArtefactError: a scale has the wrong shape or is not positive and finite, or the rotation does
+            not fit; the caller adds the layer.
     """
     tensors = stored.tensors
     weight = _DECODERS[stored.format.name](tensors)
@@ -155,7 +154,7 @@ def _nvfp4(tensors: Mapping[str, Tensor]) -> Tensor:
     block = _BLOCK["nvfp4"]
     if columns % block:
         raise ArtefactError(f"its {columns} inputs are no multiple of {block}")
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+    table = torch.tensor([*E2M1, *(-value for value in E2M1)])
     codes = torch.stack([packed >> 4, packed & 0xF], -1).reshape(rows, -1, block)
     scales = _block_scales(tensors, rows, columns // block, torch.float8_e4m3fn)
     total = tensors["weight_scale_2"].float().reshape(-1)

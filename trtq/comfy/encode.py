@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtq.comfy.formats import INT4_GROUP, LayerFormat, StoredWeight
+from trtq.comfy.formats import E2M1, INT4_GROUP, LayerFormat, StoredWeight
 from trtq.comfy.rotation import rotate
 from trtq.comfy.tiles import pack_signed, tiled
 from trtq.errors import NonFiniteError, QuantizationError
@@ -28,10 +28,9 @@ __all__ = [
 _INT8_MAX, _INT4_MAX = 127, 7
 _INT8_FLOOR, _INT4_FLOOR = 1e-30, 1e-10
 """Floors of the scale (8 bits) and of the largest absolute value (4 bits), for rows of zeros."""
-E4M3_MAX = 448.0
-E2M1_MAX = 6.0
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-NVFP4_BLOCK = 16
+_E4M3_MAX = 448.0
+_E2M1_MAX = 6.0
+_NVFP4_BLOCK = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +65,7 @@ def _checked(weight: Tensor) -> Tensor:
 
 
 def encode_int8(weight: Tensor, rotation: int = 0) -> IntegerWeight:
-    """`q = round(w / s)`, `s = max|w[n]| / 127` per output, of the rotated weight if there is a rotation.
+    """`q = round(w / s)`, `s = max|w[n]| / 127` per output, of the rotated weight if it is rotated.
 
     Args:
         weight: float32[N, K].
@@ -80,7 +79,6 @@ def encode_int8(weight: Tensor, rotation: int = 0) -> IntegerWeight:
     if rotation:
         values = rotate(values, rotation)
     scale = (values.abs().amax(1, keepdim=True) / _INT8_MAX).clamp_min(_INT8_FLOOR)
-    # Subnormal scales of nearly zero rows are used as they are stored.
     codes = (values / scale).round_().clamp_(-128, 127).to(torch.int8)
     return IntegerWeight(codes, scale, rotation)
 
@@ -147,10 +145,10 @@ def encode_fp8(weight: Tensor) -> StoredWeight:
         NonFiniteError: the weight holds NaN or infinity.
     """
     values = _checked(weight)
-    scale = values.abs().amax() / E4M3_MAX
+    scale = values.abs().amax() / _E4M3_MAX
     if not bool(scale > 0):
         scale = torch.ones(())
-    codes = (values * (1.0 / scale)).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    codes = (values * (1.0 / scale)).clamp_(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
     return StoredWeight(
         LayerFormat("float8_e4m3fn"), {"weight": codes, "weight_scale": scale.reshape(())}
     )
@@ -171,18 +169,18 @@ def encode_nvfp4(weight: Tensor) -> StoredWeight:
     """
     values = _checked(weight)
     rows, columns = values.shape
-    if rows % NVFP4_BLOCK or columns % NVFP4_BLOCK:
+    if rows % _NVFP4_BLOCK or columns % _NVFP4_BLOCK:
         raise QuantizationError(
-            f"nvfp4 needs multiples of {NVFP4_BLOCK} outputs and inputs, got {rows} and {columns}"
+            f"nvfp4 needs multiples of {_NVFP4_BLOCK} outputs and inputs, got {rows} and {columns}"
         )
-    blocks = values.reshape(rows, -1, NVFP4_BLOCK)
-    tensor_scale = values.abs().amax() / (E4M3_MAX * E2M1_MAX)
+    blocks = values.reshape(rows, -1, _NVFP4_BLOCK)
+    tensor_scale = values.abs().amax() / (_E4M3_MAX * _E2M1_MAX)
     safe = tensor_scale if bool(tensor_scale > 0) else torch.ones(())
-    block_scale = blocks.abs().amax(-1) / E2M1_MAX / safe
-    block_scale = block_scale.clamp_max(E4M3_MAX).to(torch.float8_e4m3fn)
+    block_scale = blocks.abs().amax(-1) / _E2M1_MAX / safe
+    block_scale = block_scale.clamp_max(_E4M3_MAX).to(torch.float8_e4m3fn)
     total = (safe * block_scale.float()).unsqueeze(-1)
     scaled = torch.where(total == 0, 0.0, blocks / torch.where(total == 0, 1.0, total))
-    codes = _e2m1(scaled.clamp_(-E2M1_MAX, E2M1_MAX).reshape(rows, columns))
+    codes = _e2m1(scaled.clamp_(-_E2M1_MAX, _E2M1_MAX).reshape(rows, columns))
     return StoredWeight(
         LayerFormat("nvfp4"),
         {
@@ -195,7 +193,7 @@ def encode_nvfp4(weight: Tensor) -> StoredWeight:
 
 def _e2m1(values: Tensor) -> Tensor:
     """float32 in -6 .. 6 -> E2M1 codes, uint8: bit 3 is the sign, bits 0 .. 2 count the magnitudes."""
-    levels = torch.tensor(_E2M1)
+    levels = torch.tensor(E2M1)
     middles = (levels[1:] + levels[:-1]) / 2
     magnitude = values.abs()
     above = torch.bucketize(magnitude, middles)

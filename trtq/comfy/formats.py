@@ -1,8 +1,8 @@
 """The formats of ComfyUI's quantised weights, and the JSON entry that names a layer's format.
 
-A file of ComfyUI (https://github.com/Comfy-Org/ComfyUI, `QUANTIZATION.md`, and the package comfy-kitchen
-0.2.40) holds, per quantised layer, its codes as `<layer>.weight`, its scales, and `<layer>.comfy_quant`: JSON
-in UTF-8, as a tensor of bytes. N, K are the layer's outputs and inputs:
+A file of ComfyUI (https://github.com/Comfy-Org/ComfyUI, `QUANTIZATION.md`, and the package
+comfy-kitchen 0.2.40) holds, per quantised layer, its codes as `<layer>.weight`, its scales, and
+`<layer>.comfy_quant`: JSON in UTF-8, as a tensor of bytes. N, K are the layer's outputs and inputs:
 
     format           weight             weight_scale                 weight_scale_2    weight is
     int8_tensorwise  int8[N, K]         float32[], [N] or [N, 1]                       q * s
@@ -12,8 +12,9 @@ in UTF-8, as a tensor of bytes. N, K are the layer's outputs and inputs:
     nvfp4            uint8[N, K / 2]    float8[N', K'], tiled        float32[]         q * s * s2
     mxfp8            float8[N, K]       E8M0[N', K'], tiled                            q * s
 
-`int8_tensorwise` with `"convrot": true` holds a rotated weight, as `convrot_w4a4` always does; the group is
-`convrot_groupsize`. ComfyUI computes the scales of activations while it runs: one per row for integers.
+`int8_tensorwise` with `"convrot": true` holds a rotated weight, as `convrot_w4a4` always does; the group
+is `convrot_groupsize`. ComfyUI computes the scales of activations while it runs: one per row for
+integers.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from trtq.documents import shown
 from trtq.errors import ArtefactError
 
 __all__ = [
+    "E2M1",
     "ENTRY",
     "FORMATS",
     "INT4_GROUP",
@@ -50,7 +52,9 @@ FORMATS = (
 )
 """Formats that trtq decodes."""
 INT4_GROUP = 64
-"""The inputs of a `convrot_w4a4` layer are a multiple of this number, which its kernel takes at a time."""
+"""The number of inputs of a `convrot_w4a4` layer is a multiple of this number."""
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of the codes 0 .. 7 of a 4-bit float; the codes 8 .. 15 are their negatives."""
 _DEFAULT_ROTATION = 256
 _MAX_ENTRY_BYTES = 1 << 16
 

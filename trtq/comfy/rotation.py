@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def regular_hadamard(size: int) -> Tensor:
     matrix = block
     while len(matrix) < size:
         matrix = torch.kron(matrix, block)
-    return matrix / size**0.5
+    return matrix / math.sqrt(size)
 
 
 def rotate(weight: Tensor, group: int) -> Tensor:
@@ -58,4 +60,5 @@ def rotate(weight: Tensor, group: int) -> Tensor:
             "that divides them"
         )
     # The transposed view selects the same matrix kernel as comfy-kitchen's: equal in the last bit.
-    return (weight.reshape(rows, -1, group) @ matrix.T).reshape(rows, columns)
+    turned: Tensor = weight.reshape(rows, -1, group) @ matrix.T
+    return turned.reshape(rows, columns)

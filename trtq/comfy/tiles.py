@@ -1,7 +1,8 @@
 """Nibbles and tiles: the layouts of 4-bit codes and of block scales.
 
-Block scales lie in tiles of 128 rows and 4 columns, as cuBLAS reads them (cuBLAS documentation, "1D block
-scaling factors layout"): row 32 a + b of a tile (a < 4, b < 32) and column c are at place 16 b + 4 a + c.
+Block scales lie in tiles of 128 rows and 4 columns, as cuBLAS reads them (cuBLAS documentation, "1D
+block scaling factors layout"): row 32 a + b of a tile (a < 4, b < 32), column c is at place
+16 b + 4 a + c.
 """
 
 from __future__ import annotations
