@@ -109,9 +109,9 @@ KNOWN = {
 }
 NO_INVERSE = {
     "SanaTransformer2DModel": "has no inverse",
-    "HunyuanVideoTransformer3DModel": "no table of the original names",
-    "WanAnimateTransformer3DModel": "no table of the original names",
-    "WanAnimate2Transformer3DModel": "no table of the original names",
+    "HunyuanVideoTransformer3DModel": "fits several names",
+    "WanAnimateTransformer3DModel": "fits several names",
+    "WanAnimate2Transformer3DModel": "fits several names",
 }
 FAMILY = {
     "FluxTransformer2DModel": "flux",

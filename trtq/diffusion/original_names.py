@@ -68,8 +68,10 @@ def original_tensors(
     from diffusers.loaders import single_file_model
 
     entry = single_file_model.SINGLE_FILE_LOADABLE_CLASSES.get(model_class)
-    if entry is None or model_class in _AMBIGUOUS:
+    if entry is None:
         raise ConversionError("diffusers has no table of the original names")
+    if model_class in _AMBIGUOUS:
+        raise ConversionError("diffusers' table of the original names fits several names")
     convert = entry["checkpoint_mapping_fn"]
     problems: list[str] = []
     for find in (_by_structure, _by_renaming, _by_asking):
