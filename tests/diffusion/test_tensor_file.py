@@ -173,9 +173,9 @@ def text(value):
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
 def test_a_damaged_layer_is_named(changes, message, written):
-    said = refusal(*written(lambda tensors: int8(tensors, **changes)))
-    assert message in said
-    assert "time_embed" in said or "time_embedding" in said
+    refused = refusal(*written(lambda tensors: int8(tensors, **changes)))
+    assert message in refused
+    assert "time_embed" in refused or "time_embedding" in refused
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Inverse of a conversion that renames tensors by tables of replacements, found by trying.
+"""Inverse of a conversion that renames tensors by tables of replacements, by trying.
 
 The replacements are read from the source text of diffusers' conversion; a candidate counts only if the
 conversion itself turns it into the name that is looked for.
@@ -68,7 +68,7 @@ def renamed_original(
     # The longer the replaced texts, the less likely they fit by chance.
     candidate, known[form] = max(
         fitting,
-        key=lambda one: (one[0].startswith(_WAN), sum(len(pairs[index][1]) for index in one[1])),
+        key=lambda pair: (pair[0].startswith(_WAN), sum(len(pairs[i][1]) for i in pair[1])),
     )
     return candidate
 
@@ -106,7 +106,7 @@ def _apply(name: str, pairs: tuple[tuple[str, str], ...], used: list[int]) -> st
 def _candidates(
     name: str, pairs: tuple[tuple[str, str], ...], end: int, used: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, list[int]]]:
-    """All results of undoing some of the first `end` replacements, from last to first, most first."""
+    """All results of undoing some of the first `end` replacements, from last to first."""
     for index in range(end - 1, -1, -1):
         before = _undo(name, pairs[index])
         if before is not None:
@@ -122,19 +122,19 @@ def _replacements(convert: Callable[..., Any]) -> tuple[tuple[str, str], ...]:
     except (OSError, SyntaxError):
         # Without source text, or a lambda inside a dict.
         return ()
-    found: list[tuple[int, str, str]] = []
+    located: list[tuple[int, str, str]] = []
     for node in ast.walk(tree):
         couples: list[tuple[Any, Any]] = []
         if isinstance(node, ast.Dict):
             couples = list(zip(node.keys, node.values, strict=True))
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "replace":
             couples = [(node.args[0], node.args[1])] if len(node.args) >= 2 else []
-        found += [
+        located += [
             (old.lineno, old.value, new.value)
             for old, new in couples
             if _is_text(old) and _is_text(new)
         ]
-    ordered = sorted(found, key=lambda item: item[0])
+    ordered = sorted(located, key=lambda item: item[0])
     return (*_MORE, *((old, new) for _, old, new in ordered))
 
 

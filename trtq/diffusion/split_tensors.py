@@ -41,16 +41,16 @@ def split_originals(
     originals = original_tensors(type(model).__name__, config, list(expected))
     parts: dict[str, dict[int, Tensor]] = {}
     counts = {s.name: s.count for tensor in originals.values() for s in tensor.sources}
-    found = False
+    is_empty = True
     for name, original in originals.items():
         tensor = checkpoint.get(name, checkpoint.get(_PREFIX + name))
         if tensor is not None:
-            found = True
+            is_empty = False
             for source, rows in zip(
                 original.sources, _split(tensor, original, expected), strict=True
             ):
                 parts.setdefault(source.name, {})[source.index] = rows
-    if not found:
+    if is_empty:
         raise ConversionError("the file has no tensor of the layout")
     return {
         name: torch.cat([pieces[index] for index in range(counts[name])])

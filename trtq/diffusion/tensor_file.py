@@ -181,7 +181,7 @@ def _read(path: Path, layers: Mapping[str, _Layer | None]) -> dict[str, Tensor]:
             tensors[name] = _raw(path, [name])[name].float()
             continue
         stored = _raw(path, layer.tensors.values())
-        leaves = {leaf: stored[own] for leaf, own in layer.tensors.items()}
+        leaves = {leaf: stored[tensor] for leaf, tensor in layer.tensors.items()}
         try:
             tensors[name] = decode(StoredWeight(layer.format, leaves))
         except ArtefactError as err:

@@ -165,7 +165,7 @@ def _plain_convolution(weight: Tensor, exponents: Tensor | None, rotation: int) 
 
 
 def _join_split(values: dict[str, _Value], path: str) -> None:
-    """Replace the two parts of a split convolution by the convolution, see `trtq.quant.SplitConv2d`."""
+    """Join the parts of a split convolution, see `trtq.quant.structure.SplitConv2d`."""
     parts = [values.pop(f"{path}.parts.{index}.weight") for index in (0, 1)]
     values[f"{path}.weight"] = torch.cat([part for part in parts if isinstance(part, Tensor)], 1)
     bias = values.pop(f"{path}.parts.0.bias", None)
