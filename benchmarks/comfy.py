@@ -2,10 +2,9 @@
 
     python benchmarks/comfy.py
 
-The shapes model is quantised and exported with `--target comfy`. comfy-kitchen computes the layers
-with one activation scale per row, as ComfyUI does. Its predictions are
-compared with those of the same formula in torch, and with the float model's; beside them, the run itself
-with its scales per step.
+The shapes model is quantised and exported with `--target comfy`. comfy-kitchen computes the layers with
+one activation scale per row, as ComfyUI does. Its predictions are compared with those of the same
+formula in torch, and with the float model. The run itself, with its scales per step, is measured too.
 """
 
 from __future__ import annotations
