@@ -17,6 +17,7 @@ from trtq.comfy.encode import (
     encode_int4,
     encode_int8,
     encode_nvfp4,
+    store_awq,
     store_int4,
     store_int8,
 )
@@ -179,6 +180,32 @@ def test_comfy_kitchen_computes_with_our_4_bit_codes_what_the_format_says(group)
     assert torch.equal(theirs, integers * scale * stored.tensors["weight_scale"] + bias)
 
 
+@pytest.mark.parametrize("group", [32, 64])
+def test_grouped_4_bit_codes_are_decoded_as_comfy_kitchen_decodes_them(group):
+    generator = torch.Generator().manual_seed(group)
+    codes = torch.randint(-8, 8, (12, 128), generator=generator).to(torch.int8)
+    scale = torch.rand(12, 128 // group, generator=generator)
+    weight = IntegerWeight(codes, scale, group=group)
+    stored = store_awq(weight)
+    layout = get_layout_class("TensorCoreAWQW4A16Layout")
+    zeros = torch.randn(stored.tensors["weight_zeros"].shape, generator=generator)
+    for offset in (stored.tensors["weight_zeros"], zeros):
+        tensors = {**stored.tensors, "weight_zeros": offset}
+        params = layout.Params(
+            scale=tensors["weight_scale"],
+            zeros=offset,
+            group_size=group,
+            orig_dtype=torch.float32,
+            orig_shape=(12, 128),
+        )
+        theirs = QuantizedTensor(tensors["weight"], "TensorCoreAWQW4A16Layout", params)
+        ours = decode(StoredWeight(parse_entry(stored.format.entry()), tensors))
+        assert torch.equal(ours, theirs.dequantize())
+        x = inputs(128)
+        assert torch.equal(torch.nn.functional.linear(x, theirs), x @ ours.T)
+    assert torch.equal(decode(stored), weight.dequantize())
+
+
 def test_packing_and_tiles_are_their_own_inverses_and_comfy_kitchens():
     from comfy_kitchen.backends.eager.svdquant import _pack_int4_row_major
     from comfy_kitchen.float_utils import to_blocked
@@ -211,12 +238,15 @@ def test_entries_name_format_and_rotation():
         LayerFormat("int8_tensorwise", 64),
         LayerFormat("convrot_w4a4", 16),
         LayerFormat("nvfp4"),
+        LayerFormat("awq_w4a16", group=32),
+        LayerFormat("int8_tensorwise", 16, float_input=True),
     ):
         assert parse_entry(stored_format.entry()) == stored_format
     nested = {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 64}}
     assert parse_entry(nested) == LayerFormat("int8_tensorwise", 64)
     assert parse_entry({"format": "int8_tensorwise", "convrot": True}).rotation == 256
     assert parse_entry({"format": "convrot_w4a4"}).rotation == 256
+    assert parse_entry({"format": "awq_w4a16"}).group == 64
     named = store_int8(encode_int8(weight(), 64)).entries("blocks.0.q")
     assert sorted(named) == [
         "blocks.0.q.comfy_quant",
@@ -241,6 +271,10 @@ def entry(text):
         ({"format": "convrot_w4a4", "convrot_groupsize": 32}, "is 32, which is no power of 4"),
         ({"format": "convrot_w4a4", "convrot_groupsize": "64"}, "is '64'"),
         ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": -4}, "is -4"),
+        (
+            {"format": "awq_w4a16", "group_size": 0},
+            "its group_size is 0, which is no number of inputs",
+        ),
         (entry(b"[1]"), "not a JSON object"),
         (entry(b"{"), "is not JSON"),
         (entry(b"\xff"), "is not JSON"),
@@ -282,6 +316,17 @@ def test_what_a_format_cannot_hold_is_refused():
     wide = torch.tensor([[-8, 8] * 32], dtype=torch.int8)
     with pytest.raises(QuantizationError, match=r"-8 \.\. 7, got -8 \.\. 8"):
         store_int4(IntegerWeight(wide, torch.ones(1, 1), 64))
+    with pytest.raises(QuantizationError, match="groups of inputs, without rotation"):
+        store_awq(IntegerWeight(wide, torch.ones(1, 1)))
+    with pytest.raises(QuantizationError, match=r"-8 \.\. 7"):
+        store_awq(IntegerWeight(wide, torch.ones(1, 1), group=64))
+    grouped = LayerFormat("awq_w4a16", group=48)
+    codes = {"weight": torch.zeros(2, 32, dtype=torch.int8), "weight_scale": torch.ones(1, 2)}
+    with pytest.raises(ArtefactError, match="its 64 inputs are no multiple of its group_size 48"):
+        decode(StoredWeight(grouped, codes | {"weight_zeros": torch.zeros(1, 2)}))
+    whole = LayerFormat("awq_w4a16", group=64)
+    with pytest.raises(ArtefactError, match="are not 2 finite numbers"):
+        decode(StoredWeight(whole, codes | {"weight_zeros": torch.zeros(1, 3)}))
     with pytest.raises(QuantizationError, match="got 17 and 16"):
         encode_nvfp4(torch.ones(17, 16))
     with pytest.raises(QuantizationError, match="2 axes"):

@@ -63,7 +63,7 @@ def state_of(pipeline):
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
-def test_every_component_may_be_quantised(made, written):
+def test_every_component_may_be_quantised(made, written, caplog):
     """Also text encoders, as in whole checkpoints, and each layer in a format of its own."""
     _, tensors = made
     expected = {}
@@ -90,6 +90,8 @@ def test_every_component_may_be_quantised(made, written):
 
     file, folder = written(change)
     state = state_of(open_pipeline(file, folder).pipeline)
+    assert f"{len(expected)} layers are quantised" in caplog.text
+    assert "1 in float8_e4m3fn" in caplog.text
     kinds = {stored.format.name for stored in expected.values()}
     assert kinds == {"nvfp4", "int8_tensorwise", "float8_e4m3fn"}
     for name, stored in expected.items():
@@ -152,8 +154,8 @@ def text(value):
         ),
         ({"weight": None}, "needs 'weight', which the file lacks"),
         (
-            {"comfy_quant": text('{"format": "awq_w4a16"}')},
-            "its format is 'awq_w4a16', which trtq does",
+            {"comfy_quant": text('{"format": "asym_w4a8_int8"}')},
+            "its format is 'asym_w4a8_int8', which trtq does",
         ),
         ({"comfy_quant": text('{"format": "nvfp4"}')}, "needs 'weight_scale_2'"),
         ({"comfy_quant": text("nonsense")}, "entry is not JSON"),

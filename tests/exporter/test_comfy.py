@@ -16,7 +16,9 @@ from torch import nn
 
 from tests.diffusion import original_layout
 from tests.families.pipelines import build
+from trtq.comfy.decode import decode
 from trtq.comfy.encode import encode_int4, encode_int8, store_int4, store_int8
+from trtq.comfy.formats import LayerFormat
 from trtq.comfy.rotation import rotate
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.tensor_file import open_tensor_file
@@ -306,7 +308,7 @@ def test_a_rotated_file_opens_as_what_comfy_kitchen_dequantises(
         assert torch.equal(state[name], theirs)
 
 
-def layer(weight, *, bits=8, rotation=0, exponents=None):
+def layer(weight, *, bits=8, rotation=0, inverse=None):
     """The tensors of a low-bit layer, with a transform of its input as later runs have."""
     codes = encode_int8(weight).integers if bits == 8 else encode_int4(weight, 16).integers
     scale = torch.rand(len(weight), 1) + 0.5
@@ -317,7 +319,7 @@ def layer(weight, *, bits=8, rotation=0, exponents=None):
     table = torch.ones(1)
     activation = ActivationTensors(table, table, -table.int(), table.int(), bits)
     made = LayerTensors(packed, activation, None)
-    object.__setattr__(made, "transform", SimpleNamespace(rotation=rotation, exponents=exponents))
+    object.__setattr__(made, "transform", SimpleNamespace(rotation=rotation, inv_channels=inverse))
     return made
 
 
@@ -345,12 +347,37 @@ def test_rotated_layers_of_a_run_are_written_with_their_rotation():
     assert torch.equal(made.layers["d"].tensors["weight"], odd.weight.integers())
 
 
+def weight_only(bits, group):
+    """The tensors of a weight-only layer as later runs have them: no activation, perhaps groups."""
+    codes = torch.randint(0, 2**bits, (8, 64), generator=torch.Generator().manual_seed(bits))
+    scale = torch.rand(8, 64 // group if group else 1).half().float() + 0.5
+    middle = torch.full_like(scale, 2 ** (bits - 1))
+    packed = PackedWeight(codes.to(torch.uint8), scale, middle, bits)
+    object.__setattr__(packed, "group", group)
+    integers = (codes - 2 ** (bits - 1)).to(torch.int8)
+    packed.__dict__["integers"] = lambda: integers
+    packed.__dict__["dequantize"] = lambda: (
+        integers * scale.repeat_interleave(64 // scale.shape[1], 1)
+    )
+    return SimpleNamespace(weight=packed, bias=None)
+
+
+def test_weight_only_layers_keep_their_codes_and_a_float_input():
+    layers = {"a": weight_only(4, 32), "b": weight_only(8, None), "c": weight_only(8, 32)}
+    made = weights_of(**layers)
+    assert made.layers["a"].format == LayerFormat("awq_w4a16", group=32)
+    assert made.layers["b"].format == LayerFormat("int8_tensorwise", float_input=True)
+    for name in "ab":
+        assert torch.equal(decode(made.layers[name]), layers[name].weight.dequantize())
+    assert torch.equal(made.floats["c.weight"], layers["c"].weight.dequantize())
+
+
 def test_smoothing_is_undone_and_said():
-    exponents = torch.tensor([0, 1, -2, 3] * 16, dtype=torch.int8)
-    smooth = layer(torch.randn(8, 64), rotation=16, exponents=exponents)
+    inverse = torch.tensor([1, 0.5, 4, 0.125] * 16)
+    smooth = layer(torch.randn(8, 64), rotation=16, inverse=inverse)
     made = weights_of(a=smooth)
     assert made.requantized == ["a"]
-    expected = rotate(smooth.weight.dequantize(), 16) * torch.exp2(-exponents.float())
+    expected = rotate(smooth.weight.dequantize(), 16) * inverse
     again = made.layers["a"]
     decoded = rotate(again.tensors["weight"].float() * again.tensors["weight_scale"], 16)
     assert float((decoded - expected).norm() / expected.norm()) < 0.02

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trtq.comfy.formats import E2M1, StoredWeight
 from trtq.comfy.rotation import rotate
-from trtq.comfy.tiles import tiled_shape, unpack_signed, untiled
+from trtq.comfy.tiles import tiled_shape, unpack_signed, unpack_unsigned, untiled
 from trtq.documents import shown
 from trtq.errors import ArtefactError
 
@@ -24,14 +24,15 @@ _CODES = {
     "float8_e5m2": ("F8_E5M2", "U8"),
     "nvfp4": ("U8",),
     "mxfp8": ("F8_E4M3", "U8"),
+    "awq_w4a16": ("I8", "U8"),
 }
 """Dtypes of the codes in safetensors' notation; some writers store float8 as bytes."""
 
 
 def required_tensors(format_name: str) -> tuple[str, ...]:
     """Last levels of the names of the tensors that a layer of a format must have."""
-    scales = ("weight_scale", "weight_scale_2") if format_name == "nvfp4" else ("weight_scale",)
-    return ("weight", *scales)
+    more = {"nvfp4": ("weight_scale_2",), "awq_w4a16": ("weight_zeros",)}
+    return ("weight", "weight_scale", *more.get(format_name, ()))
 
 
 def logical_shape(format_name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -45,7 +46,7 @@ def logical_shape(format_name: str, dtype: str, shape: tuple[int, ...]) -> tuple
     Raises:
         ArtefactError: the codes have another dtype or number of axes than the format.
     """
-    packed = format_name in ("convrot_w4a4", "nvfp4")
+    packed = format_name in ("convrot_w4a4", "nvfp4", "awq_w4a16")
     axes_fit = len(shape) == 2 if packed or format_name == "mxfp8" else len(shape) >= 1
     if dtype not in _CODES[format_name] or not axes_fit:
         raise ArtefactError(
@@ -70,7 +71,10 @@ def decode(stored: StoredWeight) -> Tensor:
             not fit; the caller adds the layer.
     """
     tensors = stored.tensors
-    weight = _DECODERS[stored.format.name](tensors)
+    if stored.format.name == "awq_w4a16":
+        weight = _awq(tensors, stored.format.group)
+    else:
+        weight = _DECODERS[stored.format.name](tensors)
     rotation = stored.format.rotation
     if rotation:
         if weight.ndim != 2 or weight.shape[1] % rotation:
@@ -120,6 +124,22 @@ def _int8(tensors: Mapping[str, Tensor]) -> Tensor:
 
 def _int4(tensors: Mapping[str, Tensor]) -> Tensor:
     return _rows(tensors, unpack_signed(tensors["weight"]).float())
+
+
+def _awq(tensors: Mapping[str, Tensor], group: int) -> Tensor:
+    codes = unpack_unsigned(tensors["weight"]).float()
+    rows, columns = codes.shape
+    if columns % group:
+        raise ArtefactError(f"its {columns} inputs are no multiple of its group_size {group}")
+    count = rows * (columns // group)
+    scales = _scale(tensors, "weight_scale", count).reshape(-1, rows).T.unsqueeze(-1)
+    zeros = tensors["weight_zeros"].float()
+    if zeros.numel() != count or not bool(torch.isfinite(zeros).all()):
+        raise ArtefactError(
+            f"its weight_zeros {list(zeros.shape)} are not {count} finite numbers, one per scale"
+        )
+    zeros = zeros.reshape(-1, rows).T.unsqueeze(-1)
+    return ((codes.reshape(rows, -1, group) - 8) * scales + zeros).reshape(rows, columns)
 
 
 def _fp8(dtype: torch.dtype) -> Callable[[Mapping[str, Tensor]], Tensor]:

@@ -21,6 +21,7 @@ __all__ = [
     "encode_int4",
     "encode_int8",
     "encode_nvfp4",
+    "store_awq",
     "store_int4",
     "store_int8",
 ]
@@ -35,17 +36,25 @@ _NVFP4_BLOCK = 16
 
 @dataclass(frozen=True, eq=False)
 class IntegerWeight:
-    """A weight as integers with one scale per output: `w[n] = integers[n] * scale[n]`, perhaps rotated.
+    """A weight as integers and scales: `w = integers * scale`, perhaps rotated.
 
     Attributes:
         integers: int8[N, K].
-        scale: float32[N, 1].
+        scale: float32[N, 1], one per output; float32[N, K / G], one per output and group of inputs.
         rotation: group size of the rotation that the integers are in; 0: none.
+        group: number G of inputs that share a scale; 0: all of them.
     """
 
     integers: Tensor
     scale: Tensor
     rotation: int = 0
+    group: int = 0
+
+    def dequantize(self) -> Tensor:
+        """float32[N, K], with the rotation undone."""
+        scale = self.scale.repeat_interleave(self.group, 1) if self.group else self.scale
+        values = self.integers.float() * scale
+        return rotate(values, self.rotation) if self.rotation else values
 
 
 def _checked(weight: Tensor) -> Tensor:
@@ -100,10 +109,15 @@ def encode_int4(weight: Tensor, rotation: int) -> IntegerWeight:
     return IntegerWeight(codes, scale, rotation)
 
 
-def store_int8(weight: IntegerWeight) -> StoredWeight:
-    """Integers in the format `int8_tensorwise`, with one scale per output; the codes are not changed."""
+def store_int8(weight: IntegerWeight, *, float_input: bool = False) -> StoredWeight:
+    """Integers in the format `int8_tensorwise`, with one scale per output; the codes are not changed.
+
+    Args:
+        weight: integers with one scale per output.
+        float_input: whether the layer's input stays float.
+    """
     return StoredWeight(
-        LayerFormat("int8_tensorwise", weight.rotation),
+        LayerFormat("int8_tensorwise", weight.rotation, float_input=float_input),
         {
             "weight": weight.integers.contiguous(),
             "weight_scale": weight.scale.reshape(-1, 1).contiguous(),
@@ -131,6 +145,34 @@ def store_int4(weight: IntegerWeight) -> StoredWeight:
     return StoredWeight(
         LayerFormat("convrot_w4a4", weight.rotation),
         {"weight": pack_signed(codes), "weight_scale": weight.scale.reshape(-1).contiguous()},
+    )
+
+
+def store_awq(weight: IntegerWeight) -> StoredWeight:
+    """Integers in the format `awq_w4a16`, two codes per byte, whose input stays float.
+
+    Args:
+        weight: integers in -8 .. 7 with a scale per group of inputs.
+
+    Raises:
+        QuantizationError: a code does not fit 4 bits, or the weight has no groups or is rotated.
+    """
+    codes = weight.integers
+    if not weight.group or weight.rotation:
+        raise QuantizationError("awq_w4a16 holds weights with groups of inputs, without rotation")
+    if int(codes.min()) < -8 or int(codes.max()) > 7:
+        raise QuantizationError(
+            f"4-bit codes lie in -8 .. 7, got {int(codes.min())} .. {int(codes.max())}"
+        )
+    scale = weight.scale.T.contiguous()
+    return StoredWeight(
+        LayerFormat("awq_w4a16", group=weight.group),
+        {
+            # An offset of 8 makes the codes unsigned, the offset of the format.
+            "weight": pack_signed(codes + 8),
+            "weight_scale": scale,
+            "weight_zeros": torch.zeros_like(scale),
+        },
     )
 
 

@@ -11,10 +11,11 @@ comfy-kitchen 0.2.40) holds, per quantised layer, its codes as `<layer>.weight`,
     float8_e5m2      float8[N, K]       float32[]                                      q * s
     nvfp4            uint8[N, K / 2]    float8[N', K'], tiled        float32[]         q * s * s2
     mxfp8            float8[N, K]       E8M0[N', K'], tiled                            q * s
+    awq_w4a16        int8[N, K / 2]     float[K / G, N]              weight_zeros      (q - 8) * s + z
 
 `int8_tensorwise` with `"convrot": true` holds a rotated weight, as `convrot_w4a4` always does; the group
 is `convrot_groupsize`. ComfyUI computes the scales of activations while it runs: one per row for
-integers.
+integers. With `"full_precision_matrix_mult": true`, and always for `awq_w4a16`, activations stay float.
 """
 
 from __future__ import annotations
@@ -49,13 +50,14 @@ FORMATS = (
     "float8_e5m2",
     "nvfp4",
     "mxfp8",
+    "awq_w4a16",
 )
 """Formats that trtq decodes."""
 INT4_GROUP = 64
 """The number of inputs of a `convrot_w4a4` layer is a multiple of this number."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the codes 0 .. 7 of a 4-bit float; the codes 8 .. 15 are their negatives."""
-_DEFAULT_ROTATION = 256
+_DEFAULT_ROTATION, _DEFAULT_GROUP = 256, 64
 _MAX_ENTRY_BYTES = 1 << 16
 
 
@@ -66,10 +68,14 @@ class LayerFormat:
     Attributes:
         name: one of `FORMATS`.
         rotation: group size of the rotation; 0: the weight is not rotated.
+        group: number of inputs that share a scale, of `awq_w4a16`; 0: other formats.
+        float_input: whether activations stay float although the format quantises them.
     """
 
     name: str
     rotation: int = 0
+    group: int = 0
+    float_input: bool = False
 
     def entry(self) -> Tensor:
         """The format as a `comfy_quant` tensor, uint8; `parse_entry` is the inverse."""
@@ -78,6 +84,10 @@ class LayerFormat:
             if self.name == "int8_tensorwise":
                 content["convrot"] = True
             content["convrot_groupsize"] = self.rotation
+        if self.group:
+            content["group_size"] = self.group
+        if self.float_input:
+            content["full_precision_matrix_mult"] = True
         return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
 
 
@@ -100,13 +110,19 @@ def parse_entry(content: Tensor | Mapping[str, Any]) -> LayerFormat:
     # Some writers nest the settings.
     nested = values.get("params")
     settings = {**nested, **values} if isinstance(nested, dict) else dict(values)
+    float_input = bool(settings.get("full_precision_matrix_mult"))
+    if name == "awq_w4a16":
+        group = settings.get("group_size", _DEFAULT_GROUP)
+        if type(group) is not int or group < 1:
+            raise ArtefactError(f"its group_size is {shown(group)}, which is no number of inputs")
+        return LayerFormat(str(name), group=group)
     rotated = name == "convrot_w4a4" or (name == "int8_tensorwise" and settings.get("convrot"))
     if not rotated:
-        return LayerFormat(str(name))
+        return LayerFormat(str(name), float_input=float_input)
     group = settings.get("convrot_groupsize", _DEFAULT_ROTATION)
     if type(group) is not int or group < 4 or group & (group - 1) or group.bit_length() % 2 == 0:
         raise ArtefactError(f"its convrot_groupsize is {shown(group)}, which is no power of 4")
-    return LayerFormat(str(name), group)
+    return LayerFormat(str(name), group, float_input=float_input)
 
 
 def _object(entry: Tensor) -> dict[str, Any]:
@@ -131,7 +147,7 @@ class StoredWeight:
     Attributes:
         format: format of the codes.
         tensors: the tensors by the last level of their names: `weight`, `weight_scale`, and, by format,
-            `weight_scale_2` and `pre_quant_scale`; see the module docstring.
+            `weight_scale_2`, `weight_zeros` and `pre_quant_scale`; see the module docstring.
     """
 
     format: LayerFormat

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["pack_signed", "tiled", "tiled_shape", "unpack_signed", "untiled"]
+__all__ = ["pack_signed", "tiled", "tiled_shape", "unpack_signed", "unpack_unsigned", "untiled"]
 
 _ROWS, _COLUMNS = 128, 4
 
@@ -26,6 +26,11 @@ def unpack_signed(packed: Tensor) -> Tensor:
     # A shift of int8 to the right keeps the sign.
     low, high = (packed << 4) >> 4, packed >> 4
     return torch.stack([low, high], -1).flatten(-2)
+
+
+def unpack_unsigned(packed: Tensor) -> Tensor:
+    """As `unpack_signed`, for codes in 0 .. 15."""
+    return torch.stack([packed & 0xF, (packed >> 4) & 0xF], -1).flatten(-2)
 
 
 def tiled_shape(rows: int, columns: int) -> tuple[int, int]:

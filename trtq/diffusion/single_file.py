@@ -88,6 +88,7 @@ def load_single_file(file: Path, folder: Path) -> Any:
     """
     stored = open_tensor_file(file)
     header = stored.header
+    stored.warn_if_quantized()
     check_dtypes(
         file, None, {name: info for name, info in header.items() if not _UNUSED.search(name)}
     )

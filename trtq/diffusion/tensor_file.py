@@ -8,6 +8,8 @@ as float32 in the shape that they decode to, so all later checks and conversions
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +25,12 @@ from trtq.errors import ArtefactError
 
 __all__ = ["TensorFile", "open_tensor_file"]
 
+logger = logging.getLogger(__name__)
+
 _METADATA = "_quantization_metadata"
 _MARKER = "scaled_fp8"
 _OLD_SCALE, _OLD_INPUT_SCALE = "scale_weight", "scale_input"
-_LEAVES = ("weight_scale", "weight_scale_2", "pre_quant_scale")
+_LEAVES = ("weight_scale", "weight_scale_2", "weight_zeros", "pre_quant_scale")
 """Scales that decoding uses, by the last level of their names."""
 _IGNORED = ("input_scale", _OLD_INPUT_SCALE, ENTRY)
 """Tensors of a quantised layer that do not change its weight."""
@@ -60,6 +64,17 @@ class TensorFile:
     header: dict[str, TensorInfo]
     formats: dict[str, str] = field(default_factory=dict)
     _layers: dict[str, _Layer] = field(default_factory=dict, repr=False)
+
+    def warn_if_quantized(self) -> None:
+        """Log a warning if layers are quantised, with their number by format."""
+        if self.formats:
+            counts = Counter(self.formats.values()).most_common()
+            logger.warning(
+                "%s: %d layers are quantised (%s) and are decoded to float32; a run is at most as exact",
+                self.path,
+                len(self.formats),
+                ", ".join(f"{count} in {name}" for name, count in counts),
+            )
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors as float32, by name; quantised weights are decoded.

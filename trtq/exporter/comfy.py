@@ -156,7 +156,12 @@ def _write(part: RunDenoiser, place: Path, precision: str, *, overwrite: bool) -
         name: _cast(name, tensor, precision, part.folder) for name, tensor in weights.floats.items()
     }
     for name, stored in weights.layers.items():
-        tensors |= stored.entries(name)
+        entries = stored.entries(name)
+        if stored.format.name == "awq_w4a16":
+            # comfy-kitchen computes such a layer in the type of its scales.
+            for leaf in ("weight_scale", "weight_zeros"):
+                entries[f"{name}.{leaf}"] = entries[f"{name}.{leaf}"].to(_DTYPES[precision])
+        tensors |= entries
     # One key only: safetensors writes several keys in any order, and equal runs give equal files.
     metadata = {"trtq": json.dumps({"run": part.folder.resolve().name, "notes": notes})}
     with new_file(place, overwrite=overwrite) as partial:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtq.comfy.encode import IntegerWeight, encode_int8, store_int4, store_int8
+from trtq.comfy.encode import IntegerWeight, encode_int8, store_awq, store_int4, store_int8
 from trtq.comfy.formats import INT4_GROUP, StoredWeight
 from trtq.comfy.rotation import rotate
 from trtq.diffusion.conversion_probe import ConversionError
 from trtq.diffusion.original_names import OriginalTensor, Source, original_tensors
 from trtq.quant.plan import LowBitTensors
-from trtq.quant.tensors import LayerTensors, ProductTensors
+from trtq.quant.tensors import ProductTensors
 
 __all__ = ["ComfyWeights", "comfy_weights"]
 
@@ -29,18 +29,20 @@ class _Linear:
 
     Attributes:
         weight: integers of the weight.
-        packs: whether the layer's bits permit the 4-bit format.
+        packs: whether the layer's bits permit a 4-bit format.
+        float_input: whether the layer's input stays float.
         requantized: whether the integers differ from the run's.
     """
 
     weight: IntegerWeight
     packs: bool
+    float_input: bool = False
     requantized: bool = False
 
-    def dequantize(self) -> Tensor:
-        """float32[N, K], with the rotation undone."""
-        values = self.weight.integers.float() * self.weight.scale
-        return rotate(values, self.weight.rotation) if self.weight.rotation else values
+    @property
+    def kind(self) -> tuple[int, int, bool]:
+        """What joined layers have in common."""
+        return self.weight.rotation, self.weight.group, self.float_input
 
 
 _Value = Tensor | _Linear
@@ -93,7 +95,7 @@ def comfy_weights(
     """
     values: dict[str, _Value] = dict(floats)
     for name, tensors in layers.items():
-        if isinstance(tensors, LayerTensors):
+        if not isinstance(tensors, ProductTensors):
             values[f"{name}.weight"] = _value(tensors)
             if tensors.bias is not None:
                 values[f"{name}.bias"] = tensors.bias
@@ -115,14 +117,14 @@ def comfy_weights(
             if any(isinstance(values[source.name], _Linear) for source in original.sources):
                 joined.append(name)
         elif not name.endswith(".weight"):
-            others[name] = value.dequantize()
+            others[name] = value.weight.dequantize()
             joined.append(name)
         else:
             layer = name.removesuffix(".weight")
             stored[layer] = _store(value)
             if value.requantized:
                 requantized.append(layer)
-    kept = [tensors for tensors in layers.values() if isinstance(tensors, LayerTensors)]
+    kept = [tensors for tensors in layers.values() if not isinstance(tensors, ProductTensors)]
     return ComfyWeights(
         layers=stored,
         floats=others,
@@ -135,33 +137,45 @@ def comfy_weights(
     )
 
 
-def _value(tensors: LayerTensors) -> _Value:
-    """The weight of a low-bit layer: integers of a linear layer, floats of a convolution."""
+def _value(tensors: Any) -> _Value:
+    """The weight of a low-bit layer: integers of a linear layer, floats of a convolution.
+
+    Args:
+        tensors: tensors of an integer layer, or of a weight-only layer, which has no activation.
+    """
     packed = tensors.weight
-    # Runs of versions without transforms have none.
+    activation: Any = getattr(tensors, "activation", None)
     transform: Any = getattr(tensors, "transform", None)
-    exponents = None if transform is None else transform.exponents
+    inverse = None if transform is None else transform.inv_channels
     rotation = 0 if transform is None else int(transform.rotation)
     if packed.codes.ndim != 2:
-        return _plain_convolution(packed.dequantize(), exponents, rotation)
-    bits = max(packed.bits, tensors.activation.bits)
-    scale = packed.scale.reshape(-1, 1).float()
-    linear = _Linear(IntegerWeight(packed.integers(), scale, rotation), packs=bits <= _PRODUCT_BITS)
-    if exponents is None:
+        return _plain_convolution(packed.dequantize(), inverse, rotation)
+    group = int(getattr(packed, "group", None) or 0)
+    if group and packed.bits > _PRODUCT_BITS:
+        # ComfyUI has groups in 4 bits only.
+        return packed.dequantize()  # type: ignore[no-any-return]
+    bits = max(packed.bits, 0 if activation is None else activation.bits)
+    scale = packed.scale.reshape(len(packed.codes), -1).float()
+    linear = _Linear(
+        IntegerWeight(packed.integers(), scale, rotation, group),
+        packs=bits <= _PRODUCT_BITS,
+        float_input=activation is None,
+    )
+    if inverse is None:
         return linear
     # ComfyUI's integer layers have no scale per input channel, so the smoothing is undone.
-    weight = linear.dequantize() * torch.exp2(-exponents.float())
+    weight = linear.weight.dequantize() * inverse.float()
     return _Linear(encode_int8(weight, rotation), packs=False, requantized=True)
 
 
-def _plain_convolution(weight: Tensor, exponents: Tensor | None, rotation: int) -> Tensor:
+def _plain_convolution(weight: Tensor, inverse: Tensor | None, rotation: int) -> Tensor:
     """The weight[N, K, ...] of a convolution without rotation and smoothing of its input channels."""
     shape = (-1, *(1,) * (weight.ndim - 2))
     if rotation:
         last = weight.movedim(1, -1)
         weight = rotate(last.reshape(-1, last.shape[-1]), rotation).reshape(last.shape)
         weight = weight.movedim(-1, 1).contiguous()
-    return weight if exponents is None else weight * torch.exp2(-exponents.float()).reshape(shape)
+    return weight if inverse is None else weight * inverse.float().reshape(shape)
 
 
 def _join_split(values: dict[str, _Value], path: str) -> None:
@@ -174,24 +188,26 @@ def _join_split(values: dict[str, _Value], path: str) -> None:
 
 
 def _assemble(original: OriginalTensor, values: Mapping[str, _Value]) -> _Value:
-    """A tensor of the original layout: integers if all of its rows are integers in the same rotation."""
+    """A tensor of the original layout: integers if all of its rows are integers of one kind."""
     parts = [(values[source.name], source) for source in original.sources]
     linears = [value for value, _ in parts if isinstance(value, _Linear)]
-    rotations = {linear.weight.rotation for linear in linears}
-    if len(linears) == len(parts) and len(rotations) == 1 and not original.flattened:
+    kinds = {linear.kind for linear in linears}
+    if len(linears) == len(parts) and len(kinds) == 1 and not original.flattened:
+        rotation, group, float_input = kinds.pop()
+        integers = _joined(lambda linear: linear.weight.integers, parts)
+        scale = _joined(lambda linear: linear.weight.scale, parts)
         return _Linear(
-            IntegerWeight(
-                _joined(lambda linear: linear.weight.integers, parts),
-                _joined(lambda linear: linear.weight.scale, parts),
-                rotations.pop(),
-            ),
+            IntegerWeight(integers, scale, rotation, group),
             packs=all(linear.packs for linear in linears),
+            float_input=float_input,
             requantized=any(linear.requantized for linear in linears),
         )
-    tensor = _joined(
-        lambda value: value.dequantize() if isinstance(value, _Linear) else value, parts
-    )
+    tensor = _joined(_floats, parts)
     return tensor.reshape(-1) if original.flattened else tensor
+
+
+def _floats(value: _Value) -> Tensor:
+    return value.weight.dequantize() if isinstance(value, _Linear) else value
 
 
 def _joined(rows_of: Callable[[Any], Tensor], parts: list[tuple[_Value, Source]]) -> Tensor:
@@ -207,10 +223,12 @@ def _joined(rows_of: Callable[[Any], Tensor], parts: list[tuple[_Value, Source]]
 
 
 def _store(linear: _Linear) -> StoredWeight:
-    """The integers in 4 bits if the layer is rotated and all codes fit, else in 8 bits."""
+    """The integers in 4 bits if a 4-bit format holds them, else in 8 bits."""
     weight = replace(linear.weight, integers=linear.weight.integers.contiguous())
+    if weight.group:
+        return store_awq(weight)
     codes = weight.integers
     fits = linear.packs and bool(weight.rotation) and codes.shape[1] % INT4_GROUP == 0
     if fits and int(codes.min()) >= -8 and int(codes.max()) <= 7:
         return store_int4(weight)
-    return store_int8(weight)
+    return store_int8(weight, float_input=linear.float_input)
