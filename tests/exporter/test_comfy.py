@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.calls.zoo import ZOO
 from tests.diffusion import original_layout
 from tests.families.pipelines import build
 from trtq.comfy.decode import decode
@@ -381,6 +382,23 @@ def test_smoothing_is_undone_and_said():
     again = made.layers["a"]
     decoded = rotate(again.tensors["weight"].float() * again.tensors["weight_scale"], 16)
     assert float((decoded - expected).norm() / expected.norm()) < 0.02
+
+
+def test_a_run_with_two_denoisers_gives_two_files(tmp_path):
+    """Wan 2.2, recorded inside its pipeline's call."""
+    case, run = ZOO["wan_22"], tmp_path / "wan"
+    quantize(case.pipeline(), RECIPE | {"bits": "w8a8"}, run, calls=[case.arguments()])
+    with pytest.raises(
+        UsageError, match="transformer, transformer_2, one file each; give a folder"
+    ):
+        export(run, tmp_path / "x.safetensors", target="comfy")
+    result = export(run, tmp_path / "out", target="comfy")
+    names = [f"wan-{name}.safetensors" for name in ("transformer", "transformer_2")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    for file, part in zip(result.files, open_run(run).denoisers, strict=True):
+        assert file.names == "original"
+        codes = load_file(file.path)["blocks.1.self_attn.q.weight"]
+        assert torch.equal(codes, part.stored.layers["blocks.1.attn1.to_q"].weight.integers())
 
 
 @pytest.mark.parametrize("name", ["float", "name"])
