@@ -10,6 +10,8 @@ import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 
+from tests.diffusion.original_layout import unet
+from tests.families.pipelines import build
 from trtq.diffusion.conversion_probe import ConversionError, Piece, Symbol
 from trtq.diffusion.original_names import Source, original_tensors
 
@@ -169,6 +171,21 @@ def test_the_names_are_those_that_diffusers_converts(name):
     assert not listed or any(key in originals for key in listed)
 
 
+@pytest.mark.parametrize("name", ["sd_1", "sd_2", "sd_xl"])
+def test_the_names_of_unets_are_those_of_latent_diffusion(name):
+    """The table of names in `tests.diffusion.original_layout` was written without the conversion."""
+    made = build(name).unet
+    originals = original_tensors("UNet2DConditionModel", made.config, list(made.state_dict()))
+    state = made.state_dict(keep_vars=True)
+    names = {id(tensor): key for key, tensor in state.items()}
+    made.state_dict = lambda: state
+    expected = {
+        f"model.diffusion_model.{original}": names[id(tensor)]
+        for original, tensor in unet(made).items()
+    }
+    assert {key: tensor.sources[0].name for key, tensor in originals.items()} == expected
+
+
 def test_swapped_rows_are_swapped_back_and_vectors_stay_vectors():
     made = model("FluxTransformer2DModel")
     originals = original_tensors(type(made).__name__, made.config, list(made.state_dict()))
@@ -190,9 +207,8 @@ def test_models_without_a_table_or_with_other_tensors_have_no_original_names():
     names = [*made.state_dict(), "of_another.weight"]
     with pytest.raises(ConversionError, match="has no inverse"):
         original_tensors(type(made).__name__, made.config, names)
-    unet = diffusers.UNet2DConditionModel
     with torch.device("meta"):
-        several = unet(layers_per_block=(1, 2, 1, 1))
+        several = diffusers.UNet2DConditionModel(layers_per_block=(1, 2, 1, 1))
     with pytest.raises(ConversionError, match="has no inverse"):
         original_tensors("UNet2DConditionModel", several.config, list(several.state_dict()))
 

@@ -256,6 +256,19 @@ def test_quantising_a_file_takes_its_8_bit_codes_over(name, made, tmp_path):
     assert compared >= (20 if name == "sd_1" else 3)
 
 
+def test_a_missing_or_wrong_tensor_of_a_joined_layer_is_named(made, tmp_path):
+    tensors, folder = load_file(made["flux"].file), made["flux"].folder
+    name = "double_blocks.0.img_attn.qkv"
+    lacking = {key: tensor for key, tensor in tensors.items() if not key.startswith(name)}
+    save_file(lacking, tmp_path / "lacking.safetensors")
+    with pytest.raises(ArtefactError, match=r"missing: 'transformer_blocks\.0\.attn\.to_k\.bias'"):
+        open_pipeline(tmp_path / "lacking.safetensors", folder, recorded=True)
+    longer = tensors | {f"{name}.bias": torch.zeros(100)}
+    save_file(longer, tmp_path / "longer.safetensors")
+    with pytest.raises(ArtefactError, match=r"to_v\.bias' is \(36,\), expected \(32,\)"):
+        open_pipeline(tmp_path / "longer.safetensors", folder, recorded=True)
+
+
 def rotated(tensors, group, store, encode):
     """Tensors of a file with all matrices that a rotation fits quantised."""
     changed, layers = {}, {}

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -74,10 +74,12 @@ def export_comfy(
     places = _places(Path(out), opened, names, overwrite=overwrite)
     run = open_run(opened)
     files = []
-    with _made_folder(places[0].parent):
-        for index, (part, place) in enumerate(zip(run.denoisers, places, strict=True)):
+    with _made_folder(places[0].parent), ExitStack() as stack:
+        # All files are complete before the first one is moved to its place.
+        partials = [stack.enter_context(new_file(p, overwrite=overwrite)) for p in places]
+        for index, (part, partial) in enumerate(zip(run.denoisers, partials, strict=True)):
             progress("export", index + 1, len(places) + 1)
-            files.append(_write(part, place, precision, overwrite=overwrite))
+            files.append(_write(part, partial, places[index], precision))
     progress("export", len(places) + 1, len(places) + 1)
     return ComfyResult(
         files=files,
@@ -139,8 +141,9 @@ def _made_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def _write(part: RunDenoiser, place: Path, precision: str, *, overwrite: bool) -> ComfyFile:
-    """Write the file of one denoiser."""
+def _write(part: RunDenoiser, partial: Path, place: Path, precision: str) -> ComfyFile:
+    """Write the file of one denoiser to `partial`, which is moved to `place` later."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     config = read_json(part.folder / part.name / CONFIG_NAME)
@@ -164,14 +167,16 @@ def _write(part: RunDenoiser, place: Path, precision: str, *, overwrite: bool) -
         tensors |= entries
     # One key only: safetensors writes several keys in any order, and equal runs give equal files.
     metadata = {"trtq": json.dumps({"run": part.folder.resolve().name, "notes": notes})}
-    with new_file(place, overwrite=overwrite) as partial:
+    try:
         save_file(tensors, partial, metadata)
+    except SafetensorError as err:
+        raise ArtefactError(f"writing {place} failed, nothing of it is left: {err}") from err
     return ComfyFile(
         path=str(place),
         names="original" if weights.is_original else "diffusers",
         formats=dict(Counter(layer.format.name for layer in weights.layers.values())),
         layers_quantized=len(weights.layers),
-        bytes=place.stat().st_size,
+        bytes=partial.stat().st_size,
         notes=notes,
     )
 
