@@ -130,32 +130,39 @@ def comfy_weights(
         floats=others,
         is_original=problem is None,
         problem=problem,
-        convolutions=sum(tensors.weight.codes.ndim > 2 for tensors in kept),
+        convolutions=sum(_is_convolution(tensors) for tensors in kept),
         products=sum(isinstance(tensors, ProductTensors) for tensors in layers.values()),
         joined=joined,
         requantized=requantized,
     )
 
 
+def _is_convolution(tensors: Any) -> bool:
+    codes = getattr(tensors.weight, "codes", None)
+    return codes is not None and codes.ndim > 2
+
+
 def _value(tensors: Any) -> _Value:
-    """The weight of a low-bit layer: integers of a linear layer, floats of a convolution.
+    """The weight of a low-bit layer: integers of a linear layer, floats of every other layer.
 
     Args:
-        tensors: tensors of an integer layer, or of a weight-only layer, which has no activation.
+        tensors: tensors of an integer layer, or of a layer in another format, which may have no
+            integers or no activation.
     """
     packed = tensors.weight
     activation: Any = getattr(tensors, "activation", None)
     transform: Any = getattr(tensors, "transform", None)
     inverse = None if transform is None else transform.inv_channels
     rotation = 0 if transform is None else int(transform.rotation)
-    if packed.codes.ndim != 2:
-        return _plain_convolution(packed.dequantize(), inverse, rotation)
+    codes = getattr(packed, "codes", None)
+    if codes is None or codes.ndim != 2:
+        return _plain(packed.dequantize(), inverse, rotation)
     group = int(getattr(packed, "group", None) or 0)
     if group and packed.bits > _PRODUCT_BITS:
         # ComfyUI has groups in 4 bits only.
         return packed.dequantize()  # type: ignore[no-any-return]
     bits = max(packed.bits, 0 if activation is None else activation.bits)
-    scale = packed.scale.reshape(len(packed.codes), -1).float()
+    scale = packed.scale.reshape(len(codes), -1).float()
     linear = _Linear(
         IntegerWeight(packed.integers(), scale, rotation, group),
         packs=bits <= _PRODUCT_BITS,
@@ -168,8 +175,8 @@ def _value(tensors: Any) -> _Value:
     return _Linear(encode_int8(weight, rotation), packs=False, requantized=True)
 
 
-def _plain_convolution(weight: Tensor, inverse: Tensor | None, rotation: int) -> Tensor:
-    """The weight[N, K, ...] of a convolution without rotation and smoothing of its input channels."""
+def _plain(weight: Tensor, inverse: Tensor | None, rotation: int) -> Tensor:
+    """A float weight[N, K, ...] without rotation and smoothing of its input channels."""
     shape = (-1, *(1,) * (weight.ndim - 2))
     if rotation:
         last = weight.movedim(1, -1)
