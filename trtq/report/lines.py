@@ -23,6 +23,7 @@ from trtq.report.transforms import transform_rows
 __all__ = [
     "INTERVALS",
     "bytes_text",
+    "comfy_rows",
     "doctor_rows",
     "evaluation_rows",
     "export_rows",
@@ -142,6 +143,20 @@ def export_rows(result: Mapping[str, Any]) -> Rows:
         *_COST,
     ]
     return rows + _rest(result, known) + _cost(result)
+
+
+def comfy_rows(result: Mapping[str, Any]) -> Rows:
+    """Lines of `trtq export --target comfy`."""
+    rows: Rows = []
+    for file in result["files"]:
+        formats = counts_text(file["formats"]) or "none"
+        rows += [
+            ("file", f"{file['path']}, {bytes_text(file['bytes'])}"),
+            ("quantised layers", formats),
+            ("names", f"of {'the authors' if file['names'] == 'original' else 'diffusers'}"),
+            *(("note", note) for note in file["notes"]),
+        ]
+    return rows + _cost(result)
 
 
 def generate_rows(result: Mapping[str, Any]) -> Rows:
