@@ -1,13 +1,15 @@
 """Train the digits-dit model that ships with trtq: a diffusion transformer for handwritten digits.
 
 `python -m trtq.demo.train_digits_dit --output DIR` needs only the 1,797 handwritten digits that come
-with scikit-learn. On the same machine, the same seed gives the same files.
+with scikit-learn and the shipped digits model. On the same machine, the same seed gives the same files.
 
 The denoiser is a class-conditional `DiTTransformer2DModel` (DiT, arXiv 2212.09748) with one token per
-pixel and a gated feed-forward, which predicts the noise (DDPM, arXiv 2006.11239, eq. 14). Label 10
-means "no class": 10 % of the labels are dropped. `DiTPipeline` needs an autoencoder, here one that
-returns its input (`trtq.demo.identity_vae`). The classifier is that of the digits model, so the scores
-of both models are comparable.
+pixel and a gated feed-forward, which predicts the noise (DDPM, arXiv 2006.11239, eq. 14). After
+`TAUGHT_FROM` updates it learns the prediction of the digits model for the same noisy digits, which has
+no random part, so the remaining updates are few. Label 10 means "no class": 10 % of the labels are
+dropped. `DiTPipeline` needs an autoencoder, here one that returns its input (`identity_vae`). The
+classifier is that of the digits model, so the scores of both models are comparable. Finally, outlier
+channels are planted (`trtq.demo.outliers`).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch.nn import functional
 from trtq.demo.identity_vae import build_identity_vae
 from trtq.demo.outliers import channel_ratios, plant_outliers
 from trtq.demo.train_digits import CLASSES, LABEL_DROP, NO_CLASS, SCHEDULER, TIMESTEPS, load_digits
+from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.shipped import shipped_model
 
 TRANSFORMER: dict[str, Any] = {
@@ -42,6 +45,8 @@ TRANSFORMER: dict[str, Any] = {
     "num_embeds_ada_norm": CLASSES,
 }
 WARM_UP = 200
+TAUGHT_FROM = 1200
+"""Number of updates after which the transformer learns the digits model's prediction."""
 
 
 def build_transformer(seed: int) -> Any:
@@ -113,9 +118,10 @@ def train(
     until: int,
     batch: int,
     rate: Callable[[int], float],
+    teacher: Any,
     checkpoint: Path | None = None,
 ) -> None:
-    """Minimise the error of the predicted noise until the given number of updates.
+    """Minimise the error of the predicted noise, then the distance to the teacher's prediction.
 
     Args:
         training: state, which is updated.
@@ -124,6 +130,7 @@ def train(
         until: number of updates at the end.
         batch: number of images per update.
         rate: learning rate by number of finished updates.
+        teacher: denoiser of the digits model.
         checkpoint: file that receives the state every 100 updates; None: no file.
     """
     from diffusers import DDIMScheduler
@@ -140,7 +147,11 @@ def train(
         noise = torch.randn(images[chosen].shape, generator=generator)
         noisy = scheduler.add_noise(images[chosen], noise, timesteps)
         shown = labels[chosen].masked_fill(dropped, NO_CLASS)
-        loss = functional.mse_loss(model(noisy, timesteps, shown).sample, noise)
+        target = noise
+        if iteration >= TAUGHT_FROM:
+            with torch.no_grad():
+                target = teacher(noisy, timesteps, class_labels=shown).sample
+        loss = functional.mse_loss(model(noisy, timesteps, shown).sample, target)
         training.optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -214,7 +225,9 @@ def write_model(folder: Path, transformer: Any, record: dict[str, Any]) -> None:
     # The shipped weights are rounded to half precision.
     transformer.half().float()
     record["outliers"] = outlier_summary(pipeline)
-    pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    transformer.half()
+    pipeline.vae.half()
+    pipeline.save_pretrained(folder, safe_serialization=True)
     digits = shipped_model("digits")
     assert digits is not None
     shutil.copytree(digits / "classifier", folder / "classifier", dirs_exist_ok=True)
@@ -247,6 +260,7 @@ def main() -> None:
         until=arguments.iterations,
         batch=arguments.batch,
         rate=learning_rate(arguments.rate, arguments.iterations),
+        teacher=open_pipeline("digits").denoiser,
         checkpoint=arguments.checkpoint,
     )
     record = {k: v for k, v in vars(arguments).items() if k not in ("output", "checkpoint")}
