@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from trtq.runs.quantize import quantize
 
 FOLDER = shipped_model("digits-dit")
 WEIGHTS = FOLDER / "transformer" / "diffusion_pytorch_model.safetensors"
-SHA256 = "@@"
+SHA256 = "f68222e57d9cd5d401652ba0084837999e1bce36316618a34e8fa4160452bec5"
 PLANTED = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj")
 BLOCKS = 4
 
@@ -121,23 +122,39 @@ def test_a_ratio_is_the_largest_over_the_median_channel_of_all_calls():
     assert channel_ratios(layer, lambda: [layer(x) for x in inputs]) == {"0": 2.0}
 
 
-def test_an_interrupted_training_gives_the_same_model(small, tmp_path):
+def test_an_interrupted_training_gives_the_same_model(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "TAUGHT_FROM", 2)
     images, labels = script.load_digits()
+    fixed = {"batch": 2, "rate": script.learning_rate(1e-3, 5)}
+    fixed["teacher"] = open_pipeline("digits").denoiser
 
-    def trained(parts, checkpoint=None):
+    def trained(parts, checkpoint):
         for until in parts:
             training = script.Training(script.build_transformer(0), 0)
-            if checkpoint is not None and checkpoint.is_file():
+            if checkpoint.is_file():
                 training.load(checkpoint)
-            script.train(
-                training, images, labels, until=until, batch=2, rate=script.learning_rate(1e-3, 5)
-            )
-            if checkpoint is not None:
-                training.save(checkpoint)
+            script.train(training, images, labels, until=until, **fixed)
+            training.save(checkpoint)
         return training.average.state_dict()
 
-    whole, resumed = trained([5]), trained([3, 5], tmp_path / "state.pt")
+    whole = trained([5], tmp_path / "whole.pt")
+    resumed = trained([3, 5], tmp_path / "resumed.pt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_transformer_learns_noise_then_the_prediction_of_the_digits_model(small, monkeypatch):
+    asked = []
+
+    def teacher(x, timesteps, class_labels):
+        asked.append(len(class_labels))
+        return SimpleNamespace(sample=torch.zeros_like(x))
+
+    monkeypatch.setattr(script, "TAUGHT_FROM", 3)
+    training = script.Training(script.build_transformer(0), 0)
+    images, labels = script.load_digits()
+    settings = {"until": 5, "batch": 2, "rate": script.learning_rate(1e-3, 5), "teacher": teacher}
+    script.train(training, images, labels, **settings)
+    assert asked == [2, 2]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
