@@ -185,7 +185,7 @@ def learning_rate(peak: float, iterations: int) -> Callable[[int], float]:
 
 def decay_start(iterations: int) -> int:
     """Number of updates after which the learning rate falls."""
-    return iterations - iterations // 5
+    return iterations - max(1, iterations // 5)
 
 
 def outlier_summary(pipeline: Any) -> dict[str, float]:
