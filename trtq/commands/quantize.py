@@ -35,7 +35,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Diffusers folder, .safetensors file, hub id, or shipped model (digits, shapes); with "
+        help="Diffusers folder, .safetensors file, hub id, or shipped model (digits, digits-dit, shapes); with "
         "--lora also a run.",
     ),
 ]
