@@ -69,6 +69,8 @@ def test_an_outlier_channel_no_longer_decides_the_scale():
     torch.manual_seed(1)
     layer, x = nn.Linear(32, 8), torch.randn(16, 32)
     x[:, 3] *= 50
+    with torch.no_grad():
+        layer.weight[:, 3] /= 50
     exact = layer(x).detach()
 
     @torch.no_grad()
@@ -85,7 +87,7 @@ def test_an_outlier_channel_no_longer_decides_the_scale():
     factors[3] = 50
     smoothed = copy.deepcopy(layer)
     transform_layer(smoothed, TransformTensors.of_channels(factors))
-    assert error(smoothed) < plain / 100
+    assert error(smoothed) < plain / 30
 
 
 @pytest.mark.parametrize("index", [0, 2])

@@ -206,7 +206,7 @@ class InputTransform(nn.Module):
         """Smoothing and rotation, on the CPU."""
         if self.inv_channels is None:
             return TransformTensors(None, self.rotation)
-        # Half precision holds the factors exactly, so a model that was cast has not changed them.
+        # Half precision holds the factors exactly, so a cast model still has the same factors.
         return TransformTensors(self.inv_channels.detach().float().cpu().clone(), self.rotation)
 
     def forward(self, x: Tensor) -> Tensor:
