@@ -62,7 +62,7 @@ PRODUCT = {"kind": "product", "weight_bits": None, "activation_bits": 4, "right_
 
 
 def share(manifest):
-    """Let a layer use the quantiser of an earlier layer of equal bits and transform, but another input."""
+    """Let a layer use the quantiser of an earlier layer of equal bits, but another input."""
     fields = ("kind", "activation_bits", "format", "smooth", "rotate", "scales")
     rows = [r for r in manifest["layers"] if r["kind"] == "conv2d" and r["input_of"] is None]
     owner, row = next(
