@@ -41,7 +41,9 @@ def fitted(
     if recipe.format == _WEIGHT_ONLY:
         plan = _under_weight_only(plan, by_recipe, weight_only)
     if plan.format == _WEIGHT_ONLY and plan.kind == "linear":
-        plan = _grouped(plan, module, group)
+        # The policy's 8-bit layers under w4a16 have one scale per output channel.
+        asked = plan.weight_bits == recipe.weight_bits or recipe.format != _WEIGHT_ONLY
+        plan = _grouped(plan, module, group if asked else None)
     return plan
 
 
@@ -56,9 +58,9 @@ def _under_weight_only(plan: LayerPlan, by_recipe: bool, weight_only: str | None
         return plan
     if plan.format not in ("int", _WEIGHT_ONLY):
         return plan
-    own = parse_precision(weight_only or ("w8a16" if plan.format == "int" else plan.precision))
+    chosen = parse_precision(weight_only or ("w8a16" if plan.format == "int" else plan.precision))
     return replace(
-        plan, weight_bits=own.weight_bits, activation_bits=own.activation_bits, format=own.format
+        plan, weight_bits=chosen.weight_bits, activation_bits=chosen.activation_bits, format=chosen.format
     )
 
 

@@ -15,10 +15,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch import nn
 
 from trtq.artefact.records import Text
+from trtq.calib.formats import fitted
 from trtq.calib.roles import LayerRoles
 from trtq.documents import check_depth, read_text, shown
 from trtq.errors import RecipeError
-from trtq.calib.formats import fitted
 from trtq.quant.formats import Precision, parse_precision
 from trtq.quant.plan import LayerPlan, layer_kind, layer_obstacle, quantizable_layers
 

@@ -194,8 +194,8 @@ class Recipe(_Strict):
     format: Literal["int", "fp8", "nvfp4"] = "int"
     """Format of low-bit layers; `fp8` has the bits w8a8, `nvfp4` the bits w4a4."""
     group: _Int | None = None
-    """Number of input channels that share a scale of a weight-only layer: 32, 64, 128, or 0 for one scale
-    per output channel. None: 64 with 4-bit codes, 0 with 8-bit codes."""
+    """Number of input channels that share a scale of a weight-only layer: 32, 64, 128, or 0 for one
+    scale per output channel. None: 64 with 4-bit codes, 0 with 8-bit codes."""
     tables: Literal["per-step", "static"] = "per-step"
     """Activation scales: one per denoising step, or one for all steps."""
     steps: _Int = Field(20, ge=1, le=MAX_STEPS)
@@ -222,7 +222,11 @@ class Recipe(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _bits_of_format(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "bits" not in values and values.get("format") in _FORMAT_BITS:
+        if (
+            isinstance(values, dict)
+            and "bits" not in values
+            and values.get("format") in _FORMAT_BITS
+        ):
             return values | {"bits": _FORMAT_BITS[values["format"]]}
         return values
 

@@ -118,13 +118,15 @@ def _layer_cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
     from trtq.evaluation.page import scale_range
     from trtq.quant import precision_text
 
-    bits = (row.get(f"{operand}_bits") for operand in ("weight", "activation", "right"))
+    weight, activation, right = (
+        row.get(f"{key}_bits") for key in ("weight", "activation", "right")
+    )
     shape = "x".join(str(side) for side in row["shape"]) if "shape" in row else ""
     points = ", ".join(str(point) for point in row.get("zero_points", []))
     return (
         row["name"],
         row.get("kind", ""),
-        precision_text(*bits, row.get("format", "int")) if "kind" in row else "float",
+        precision_text(weight, activation, right, row.get("format", "int")),
         scale_range(row) or shape,
         f"zero {points}" if points else "",
     )

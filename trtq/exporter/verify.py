@@ -200,9 +200,7 @@ def _layers(source: Any, model: Path, run: OpenRun) -> list[LayerParity]:
     denoiser: nn.Module = source.denoiser
     wrapped = getattr(denoiser, "denoiser", denoiser)
     low_bit = {
-        name
-        for name, module in wrapped.named_modules()
-        if isinstance(module, DEPLOYED_FORMS)
+        name for name, module in wrapped.named_modules() if isinstance(module, DEPLOYED_FORMS)
     }
     with captured_outputs(wrapped, low_bit) as expected:
         denoiser(**arguments, return_dict=False)

@@ -208,7 +208,9 @@ class QuantLayer(nn.Module):
             scale = self.weight_scale
             if self.weight_scale_dequant is not None:
                 scale = self.weight_scale_dequant
-            base = (self.base_codes.float() - self.spread(self.weight_zero_point)) * self.spread(scale)
+            base = (self.base_codes.float() - self.spread(self.weight_zero_point)) * self.spread(
+                scale
+            )
         delta = self.lora_delta()
         return base if delta is None else base + delta
 

@@ -23,7 +23,7 @@
 6. Weights of up to 4 bits are stored as INT4 (`q - 8`), with Cast and Sub (`z - 8`) in front of their
    DequantizeLinear.
 7. Values that depend on the step come from one table, see `trtq.graph.passes.step_values`.
-8. Layers in other formats than integers have forms of their own, see `trtq.graph.passes.weight_only_nodes`.
+8. Layers in other formats have forms of their own, see `trtq.graph.passes.weight_only_nodes`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Formats of low-bit layers beside integers: weight-only codes, FP8 and NVFP4.
+"""Formats of low-bit layers other than integers: weight-only codes, FP8 and NVFP4.
 
 Each format has a training form (a subclass of `QuantLayer`), tensors in a file, and a deployed form.
 """

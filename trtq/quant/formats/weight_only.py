@@ -125,7 +125,9 @@ class _WeightOnly(QuantLayer):
             symmetric=True,
             contain_zero=True,
         )
-        shape = (len(weight), *(1,) * (weight.ndim - 1)) if self.group is None else (len(weight), -1)
+        shape = (
+            (len(weight), *(1,) * (weight.ndim - 1)) if self.group is None else (len(weight), -1)
+        )
         return half_scale(scale).reshape(shape), zero_point.reshape(shape)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -227,6 +229,10 @@ class WeightOnlyTensors:
             ArtefactError: a tensor is missing, or does not fit the layer.
         """
         channels, *rest = shape
+        if group is not None and rest[0] % group:
+            raise ArtefactError(
+                f"the manifest says groups of {group}, which do not divide {rest[0]} input channels"
+            )
         groups = [1] * len(rest) if group is None else [rest[0] // group]
         codes = _checked(named, "weight.codes", (-(-channels * bits // 8), *rest), torch.uint8)
         scale = _checked(named, "weight.scale", (channels, *groups), torch.float16).float()
