@@ -60,7 +60,10 @@ def _under_weight_only(plan: LayerPlan, by_recipe: bool, weight_only: str | None
         return plan
     chosen = parse_precision(weight_only or ("w8a16" if plan.format == "int" else plan.precision))
     return replace(
-        plan, weight_bits=chosen.weight_bits, activation_bits=chosen.activation_bits, format=chosen.format
+        plan,
+        weight_bits=chosen.weight_bits,
+        activation_bits=chosen.activation_bits,
+        format=chosen.format,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trtq.diffusion.sampling import Conditions, seeded_noise, walk
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError
+from trtq.quant.formats import format_range
 from trtq.quant.hooks import input_hooks
 from trtq.quant.plan import LayerPlan, named_errors
 from trtq.quant.ranges import Method, row_qparams
@@ -226,6 +227,9 @@ def activation_tables(
         for operand, bits in plan.operands.items():
             path = f"{plan.name}.{operand}"
             recording = recordings[path]
+            if plan.format != "int":
+                tables[path] = format_range(plan.format, *recording.extremes(), static=static)
+                continue
             low, high, sample = recording.low, recording.high, recording.sample
             if method == "minmax":
                 low, high = recording.extremes()

@@ -38,10 +38,12 @@ import torch
 from trtq.errors import LegalityError
 from trtq.graph.nodes import DOMAIN, LOW_BIT_OPERATORS, call_names
 from trtq.graph.passes.builder import GraphBuilder
+from trtq.graph.passes.fp8_nodes import Fp8Nodes
 from trtq.graph.passes.step_lookup import STEPS_PREFIX, StepInput
 from trtq.graph.passes.step_values import StepTable, StepValues
 from trtq.graph.passes.weight_only_nodes import expand_weight_only
 from trtq.quant.formats import FormatTensors
+from trtq.quant.formats.fp8 import Fp8Tensors
 from trtq.quant.formats.weight_only import WeightOnlyTensors
 from trtq.quant.plan import LowBitTensors
 from trtq.quant.tensors import LayerTensors, ProductTensors
@@ -61,7 +63,7 @@ quantises the activation of a MatMul again if only the weight is dequantised. Ne
 Cast, nor a convolution whose output is not quantised."""
 
 
-def _exceeds_pair_safe(layer: LowBitTensors) -> bool:
+def _exceeds_pair_safe(layer: LayerTensors | ProductTensors) -> bool:
     """Whether the second operand of a product has integers beyond `PAIR_SAFE`."""
     if isinstance(layer, ProductTensors):
         return int(torch.maximum(-layer.right.low, layer.right.high).max()) > PAIR_SAFE
@@ -98,6 +100,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         self.table = table
         self.operators = operators
         self._codes: dict[str, ir.Value] = {}
+        self._fp8 = Fp8Nodes()
         self._floats: dict[tuple[str, bool], ir.Value] = {}
         self._exceeding: set[str] = set()
         """Quantisers whose codes are cast, see rule 3 of the module docstring."""
@@ -124,6 +127,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             builder = GraphBuilder(graph, call, shared=name)
             if isinstance(layer, ProductTensors):
                 self._expand_product(builder, node, layer, inputs)
+            elif isinstance(layer, Fp8Tensors):
+                self._expand_fp8(builder, node, layer, inputs[0])
             elif isinstance(layer, WeightOnlyTensors):
                 self._finish(builder, node, expand_weight_only(builder, node, layer), cast=False)
             else:
@@ -142,9 +147,9 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         if layer is None or len(layer.operands) != len(node.inputs):
             raise LegalityError(f"the graph has a low-bit node {name!r} without its tensors")
         conv = node.op_type in _CONVOLUTIONS
-        exceeds = not conv and _exceeds_pair_safe(layer)
+        exceeds = not conv and not isinstance(layer, FormatTensors) and _exceeds_pair_safe(layer)
         weight_scale = None
-        if isinstance(layer, LayerTensors):
+        if not isinstance(layer, ProductTensors):
             weight_scale = layer.weight.scale.numpy().reshape(-1)
         for (operand, tensors), value in zip(layer.operands.items(), node.inputs, strict=True):
             if value is None or value.shape is None:
@@ -156,6 +161,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                 weight_scale,
                 channel=1 if conv else None,
                 repeats=f"{name}/{operand}" if call != name else None,
+                codes=layer.precision if isinstance(layer, FormatTensors) else "int8",
             )
             if exceeds:
                 self._exceeding.add(quantizer)
@@ -217,6 +223,14 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             bias = layer.bias.numpy().reshape(channel)
             y = builder.op("Add", [y, builder.constant("bias", bias)], "biased")
         self._finish(builder, node, y)
+
+    def _expand_fp8(
+        self, builder: GraphBuilder, node: ir.Node, layer: Fp8Tensors, values: StepValues
+    ) -> None:
+        (x,) = node.inputs
+        assert x is not None
+        scaled = None if self._fp8.has_codes(values) else self._scaled(builder, x, values, "")
+        self._finish(builder, node, self._fp8.expand(builder, node, layer, values, scaled))
 
     def _expand_product(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError
 from trtq.quant.deployed import DeployedLayer, DeployedProduct
+from trtq.quant.formats.fp8 import FP8_LAYERS, DeployedFp8, Fp8Tensors, float_range
 from trtq.quant.formats.precision import Format
 from trtq.quant.formats.weight_only import (
     WEIGHT_ONLY_LAYERS,
@@ -23,20 +24,29 @@ from trtq.quant.tensors import LayerTensors
 
 __all__ = [
     "DEPLOYED_FORMS",
+    "QUANTIZED_INPUTS",
     "DeployedFormat",
     "FormatTensors",
     "deployed_form",
+    "format_range",
     "layer_class",
     "merged_tensors",
     "stored_tensors",
 ]
 
-FormatTensors = WeightOnlyTensors
+FormatTensors = WeightOnlyTensors | Fp8Tensors
 """Tensors of a deployed layer in a format other than integers."""
-DeployedFormat = DeployedWeightOnly
+DeployedFormat = DeployedWeightOnly | DeployedFp8
 """Deployed layers in a format other than integers."""
-DEPLOYED_FORMS: tuple[type[nn.Module], ...] = (DeployedLayer, DeployedProduct, DeployedWeightOnly)
+DEPLOYED_FORMS: tuple[type[nn.Module], ...] = (
+    DeployedLayer,
+    DeployedProduct,
+    DeployedWeightOnly,
+    DeployedFp8,
+)
 """The classes of all deployed layers."""
+QUANTIZED_INPUTS: tuple[type[nn.Module], ...] = (DeployedLayer, DeployedProduct, DeployedFp8)
+"""The classes of deployed layers whose inputs are rounded to codes."""
 
 
 def layer_class(kind: str, format: Format, group: int | None) -> Any:
@@ -49,7 +59,25 @@ def layer_class(kind: str, format: Format, group: int | None) -> Any:
     """
     if format == "weight_only":
         return partial(WEIGHT_ONLY_LAYERS[kind], group=group)
+    if format == "fp8":
+        return FP8_LAYERS[kind]
     return QUANT_LAYERS[kind]
+
+
+def format_range(
+    format: Format, low: Tensor, high: Tensor, *, static: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of an input in FP8 or NVFP4, from the extremes at each step.
+
+    Args:
+        format: format of the layer.
+        low: smallest values, `[T]`.
+        high: largest values, `[T]`.
+        static: whether to return one entry for all steps.
+    """
+    if static:
+        low, high = low.amin()[None], high.amax()[None]
+    return float_range(low, high)
 
 
 def merged_tensors(layer: QuantLayer) -> LayerTensors | FormatTensors:
@@ -61,6 +89,8 @@ def merged_tensors(layer: QuantLayer) -> LayerTensors | FormatTensors:
     """
     if isinstance(layer, tuple(WEIGHT_ONLY_LAYERS.values())):
         return WeightOnlyTensors.merge(layer)
+    if isinstance(layer, tuple(FP8_LAYERS.values())):
+        return Fp8Tensors.merge(layer)
     return LayerTensors.merge(layer)
 
 
@@ -92,6 +122,8 @@ def stored_tensors(
     if format == "weight_only":
         shape = source.weight.shape
         return WeightOnlyTensors.from_tensors(named, shape=shape, bits=bits, group=group)
+    if format == "fp8":
+        return Fp8Tensors.from_tensors(named, shape=source.weight.shape)
     raise ArtefactError(f"the format {format!r} has no tensors of its own")
 
 
@@ -102,4 +134,6 @@ def deployed_form(tensors: FormatTensors, geometry: ConvGeometry | None) -> Depl
         tensors: tensors of the layer.
         geometry: geometry of a convolution; None for a linear layer.
     """
+    if isinstance(tensors, Fp8Tensors):
+        return DeployedFp8(tensors, geometry)
     return DeployedWeightOnly(tensors, geometry)
