@@ -346,6 +346,15 @@ def _check_format(recipe: Recipe) -> None:
             f"format={format!r} has the bits {needed}, got {recipe.bits!r}; leave out the bits, or the "
             "format"
         )
+    floating = needed is not None
+    if floating and recipe.training is not None and recipe.training.base == "int":
+        raise RecipeError(
+            f'format={format!r} has no integer codes, so training.base="int" has no meaning; leave it out'
+        )
+    if floating and recipe.quest is not None and recipe.quest.adaround:
+        raise RecipeError(
+            f"format={format!r} has no learned rounding; set quest.adaround = 0, or choose integer bits"
+        )
     if format != "int" and recipe.budget is not None:
         raise RecipeError(
             f"a budget chooses the bits of integer weights, and the recipe asks for {recipe.precision}; "

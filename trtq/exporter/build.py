@@ -27,7 +27,7 @@ from trtq.exporter.graph_check import require_graphs
 from trtq.exporter.parts import copy_parts
 from trtq.exporter.result import BuildResult, BuiltEngine
 from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
-from trtq.graph.runtimes.format_rules import check_architectures
+from trtq.graph.runtimes.format_rules import architecture_findings
 from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import load_graph, prepare
 from trtq.progress import ProgressCallback, silent
@@ -266,7 +266,7 @@ def _prepare(
     if denoiser:
         prepare(model, backend.name)
         fatal = [finding for finding in check(model, backend.name) if finding.fatal]
-        fatal += check_architectures(model, settings.architectures)
+        fatal += architecture_findings(model, settings.architectures)
         if fatal:
             first = fatal[0]
             raise LegalityError(

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from trtq.graph.runtimes.findings import Finding, constant_of, input_of, layer_of
 
-__all__ = ["ARCHITECTURES", "MIN_ARCHITECTURE", "capable", "check_architectures", "int8_blocks"]
+__all__ = ["ARCHITECTURES", "MIN_ARCHITECTURE", "architecture_findings", "capable", "int8_blocks"]
 
 ARCHITECTURES = ("sm75", "sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", "sm120", "sm121")
 """GPU architectures, oldest first."""
@@ -40,7 +40,7 @@ def capable(dtype: ir.DataType, architecture: str) -> bool:
     return ARCHITECTURES.index(architecture) >= ARCHITECTURES.index(oldest)
 
 
-def check_architectures(model: ir.Model, architectures: Iterable[str]) -> list[Finding]:
+def architecture_findings(model: ir.Model, architectures: Iterable[str]) -> list[Finding]:
     """Find the first layer of each format that an architecture cannot compute.
 
     Args:

@@ -5,8 +5,8 @@
     y = op(k, c) * (d * s[t]) + bias
 
 E4M3 (`float8_e4m3fn`) has 4 significant bits between 2**-6 and 448, and steps of 2**-9 below. Rounding
-is half to even, as in torch, onnxruntime and NVIDIA's instructions. Its relative error does not depend on
-the scale, so ranges are not searched: the largest recorded value (with `HEADROOM`) becomes 448.
+is half to even, as in torch, onnxruntime and NVIDIA's instructions. The relative error does not depend
+on the scale, so ranges are not searched: the largest recorded value (with `HEADROOM`) becomes 448.
 Gradients pass straight through the rounding; the gradient of a scale is that of `fake_quant`, with the
 rounded number in place of the integer code.
 """
