@@ -349,7 +349,8 @@ def _check_format(recipe: Recipe) -> None:
     floating = needed is not None
     if floating and recipe.training is not None and recipe.training.base == "int":
         raise RecipeError(
-            f'format={format!r} has no integer codes, so training.base="int" has no meaning; leave it out'
+            f'format={format!r} has no integer codes, so training.base="int" has no meaning; leave it '
+            "out"
         )
     if floating and recipe.quest is not None and recipe.quest.adaround:
         raise RecipeError(

@@ -40,7 +40,7 @@ class Fp8Nodes:
         node: ir.Node,
         layer: Fp8Tensors,
         values: StepValues,
-        scaled: ir.Value | None,
+        scaled: ir.Value,
     ) -> ir.Value:
         """Add the nodes of a layer and return its output, float32.
 
@@ -49,7 +49,7 @@ class Fp8Nodes:
             node: the low-bit node.
             layer: tensors of the layer.
             values: values of the input at the current step.
-            scaled: the input, divided by its scale; None if the codes exist already, see `has_codes`.
+            scaled: the input, divided by its scale.
         """
         (x,) = node.inputs
         assert x is not None
@@ -70,12 +70,8 @@ class Fp8Nodes:
         result: ir.Value = y
         return result
 
-    def has_codes(self, values: StepValues) -> bool:
-        """Whether an earlier layer has quantised the same input with the same scales."""
-        return values.quantizer in self._codes
-
     def _quantized(
-        self, builder: GraphBuilder, values: StepValues, scaled: ir.Value | None, x: ir.Value
+        self, builder: GraphBuilder, values: StepValues, scaled: ir.Value, x: ir.Value
     ) -> ir.Value:
         if values.quantizer not in self._codes:
             unit = builder.constant("one", np.array(1.0, np.float32))

@@ -39,11 +39,13 @@ from trtq.errors import LegalityError
 from trtq.graph.nodes import DOMAIN, LOW_BIT_OPERATORS, call_names
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.fp8_nodes import Fp8Nodes
+from trtq.graph.passes.nvfp4_nodes import expand_nvfp4
 from trtq.graph.passes.step_lookup import STEPS_PREFIX, StepInput
 from trtq.graph.passes.step_values import StepTable, StepValues
 from trtq.graph.passes.weight_only_nodes import expand_weight_only
 from trtq.quant.formats import FormatTensors
 from trtq.quant.formats.fp8 import Fp8Tensors
+from trtq.quant.formats.nvfp4 import Nvfp4Tensors
 from trtq.quant.formats.weight_only import WeightOnlyTensors
 from trtq.quant.plan import LowBitTensors
 from trtq.quant.tensors import LayerTensors, ProductTensors
@@ -101,6 +103,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         self.operators = operators
         self._codes: dict[str, ir.Value] = {}
         self._fp8 = Fp8Nodes()
+        self._fronts: dict[str, ir.Value] = {}
+        """Scaled inputs of layers in FP8 and NVFP4 by name of the quantiser."""
         self._floats: dict[tuple[str, bool], ir.Value] = {}
         self._exceeding: set[str] = set()
         """Quantisers whose codes are cast, see rule 3 of the module docstring."""
@@ -127,8 +131,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             builder = GraphBuilder(graph, call, shared=name)
             if isinstance(layer, ProductTensors):
                 self._expand_product(builder, node, layer, inputs)
-            elif isinstance(layer, Fp8Tensors):
-                self._expand_fp8(builder, node, layer, inputs[0])
+            elif isinstance(layer, Fp8Tensors | Nvfp4Tensors):
+                self._expand_float(builder, node, layer, inputs[0])
             elif isinstance(layer, WeightOnlyTensors):
                 self._finish(builder, node, expand_weight_only(builder, node, layer), cast=False)
             else:
@@ -140,7 +144,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     def _replaces(self, node: ir.Node) -> bool:
         """Whether this pass replaces a low-bit node; the plugins compute integers only."""
         layer = self.layers.get(node.attributes["name"].as_string())
-        return node.op_type in self.operators or isinstance(layer, FormatTensors)
+        low_bit = node.op_type in LOW_BIT_OPERATORS
+        return node.op_type in self.operators or (low_bit and isinstance(layer, FormatTensors))
 
     def _add_inputs(self, node: ir.Node, name: str, call: str, table: StepTable) -> None:
         layer = self.layers.get(name)
@@ -224,13 +229,23 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             y = builder.op("Add", [y, builder.constant("bias", bias)], "biased")
         self._finish(builder, node, y)
 
-    def _expand_fp8(
-        self, builder: GraphBuilder, node: ir.Node, layer: Fp8Tensors, values: StepValues
+    def _expand_float(
+        self,
+        builder: GraphBuilder,
+        node: ir.Node,
+        layer: Fp8Tensors | Nvfp4Tensors,
+        values: StepValues,
     ) -> None:
         (x,) = node.inputs
         assert x is not None
-        scaled = None if self._fp8.has_codes(values) else self._scaled(builder, x, values, "")
-        self._finish(builder, node, self._fp8.expand(builder, node, layer, values, scaled))
+        if values.quantizer not in self._fronts:
+            self._fronts[values.quantizer] = self._scaled(builder, x, values, "")
+        front = self._fronts[values.quantizer]
+        if isinstance(layer, Fp8Tensors):
+            y = self._fp8.expand(builder, node, layer, values, front)
+        else:
+            y = expand_nvfp4(builder, node, layer, values, front)
+        self._finish(builder, node, y)
 
     def _expand_product(
         self,

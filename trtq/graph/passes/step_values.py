@@ -121,7 +121,7 @@ class StepTable:
             Name of the first input with the same tensor and the same columns, whose codes both use.
         """
         assert value.shape is not None
-        columns = _columns(tensors, clipped=codes == "int8")
+        columns = _columns(tensors, clipped=codes != "fp8")
         contents = b"".join(column.tobytes() for column in columns.values())
         identity = id(value), codes.encode() + contents
         quantizer = self._quantizers.setdefault(identity, name)

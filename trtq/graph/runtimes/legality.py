@@ -15,6 +15,7 @@ from trtq.graph.passes.low_bit_to_qdq import PAIR_SAFE
 from trtq.graph.runtimes.findings import (
     Finding,
     constant_of,
+    dequantized_by,
     input_of,
     layer_of,
     operands_of,
@@ -85,6 +86,8 @@ def _zero_points(node: ir.Node) -> Iterator[Finding]:
 
 
 def _constant_scales(node: ir.Node) -> Iterator[Finding]:
+    if "block_size" in node.attributes and dequantized_by(input_of(node, 1)) is not None:
+        return  # Block scales are codes themselves.
     if node.op_type in _PAIR and constant_of(node.inputs[1]) is None:
         yield Finding(
             layer_of(node),

@@ -146,13 +146,13 @@ class FloatQuantizer(ActivationQuantizer):
 class FloatActivation(ActivationTensors):
     """Tensors of an input quantiser whose codes are floating-point numbers; see `ActivationTensors`.
 
-    `low` and `high` are the smallest and the largest code.
+    `low` and `high` are the smallest and the largest code, float32 `[T]`.
     """
 
     @classmethod
     def of_scale(cls, scale: Tensor, bits: int, largest: float) -> FloatActivation:
         """The tensors of a quantiser with these scales, float32 `[T]`."""
-        limit = torch.full(scale.shape, int(largest), dtype=torch.int32)
+        limit = torch.full(scale.shape, largest, dtype=torch.float32)
         return cls(scale, scale.reciprocal(), -limit, limit, bits)
 
     def tensors(self, operand: str) -> dict[str, Tensor]:
