@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import tiny_pipeline
 from tests.lora.merged_by_diffusers import matrices, write
 from tests.runs.test_weight_only_runs import invoke
 from trtq.artefact.opened import open_folder
@@ -17,6 +16,32 @@ from trtq.runs.exchange_loras import requantize
 from trtq.runs.quantize import quantize
 
 LORA_LAYER = "mid_block.attentions.0.to_q"
+
+
+def wide_pipeline():
+    """As `tiny_pipeline`, with attention over 32 channels, which FP8 and NVFP4 need 16 of."""
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    from trtq.diffusion.class_conditional import ClassConditionalPipeline
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+            attention_head_dim=8,
+            num_class_embeds=4,
+        ).eval()
+    scheduler = DDIMScheduler(timestep_spacing="leading", steps_offset=1)
+    return ClassConditionalPipeline(unet, scheduler, null_class=3)
+
+
 RECIPE = {
     "method": "efficientdm",
     "steps": 3,
@@ -30,7 +55,7 @@ def model(tmp_path_factory):
     from diffusers import DDIMPipeline
 
     folder = tmp_path_factory.mktemp("formats")
-    pipeline = tiny_pipeline()
+    pipeline = wide_pipeline()
     DDIMPipeline(pipeline.unet, pipeline.scheduler).save_pretrained(folder / "model")
     generator = torch.Generator().manual_seed(0)
     down, up = matrices(pipeline.unet.get_submodule(LORA_LAYER), 2, generator)
@@ -40,7 +65,7 @@ def model(tmp_path_factory):
     return folder / "model"
 
 
-FORMATS = ["fp8"]
+FORMATS = ["fp8", "nvfp4"]
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -57,6 +82,9 @@ def test_a_run_mixes_the_format_with_integers(run):
     assert (body.format, body.activation_bits) == (run.name, {"fp8": 8, "nvfp4": 4}[run.name])
     assert (first.format, first.weight_bits) == ("int", 8)
     assert {run.name, "w8a8"} <= set(inspect(run).to_json()["precisions"])
+    # NVFP4 has no convolutions, and neither format has products of few channels.
+    convolution = rows["mid_block.resnets.0.conv1"]
+    assert convolution.format == ("fp8" if run.name == "fp8" else "int")
     row = next(row for row in inspect(run).to_json()["layers"] if row["name"] == LORA_LAYER)
     assert len(row["scale"]["activation"]) == 3
     assert row["zero_points"] == []
