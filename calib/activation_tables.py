@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from trtq.calib.record import Recording
+from trtq.quant.formats import format_range
 from trtq.quant.plan import LayerPlan, named_errors
 from trtq.quant.ranges import Method, row_qparams
 
@@ -42,6 +43,9 @@ def activation_tables(
         for operand, bits in plan.operands.items():
             path = f"{plan.name}.{operand}"
             recording = recordings[path]
+            if plan.format != "int":
+                tables[path] = format_range(plan.format, *recording.extremes(), static=static)
+                continue
             low, high, sample = recording.low, recording.high, recording.sample
             if method == "minmax":
                 low, high = recording.extremes()

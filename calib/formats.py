@@ -8,11 +8,14 @@ from typing import Any
 from torch import nn
 
 from trtq.quant.formats import Precision, fitting_group, parse_precision
+from trtq.quant.formats.e2m1 import BLOCK
 from trtq.quant.plan import LayerPlan
 
 __all__ = ["fitted"]
 
 _WEIGHT_ONLY = "weight_only"
+_MIN_CHANNELS = 16
+"""Smallest number of input and output channels of a product that TensorRT computes in FP8 or NVFP4."""
 
 
 def fitted(
@@ -38,11 +41,32 @@ def fitted(
             recipe, or 8-bit weights for a layer to which the policy gives bits of its own.
         group: see `trtq.quant.formats.fitting_group`.
     """
+    obstacle = _float_obstacle(plan, module)
+    if obstacle is not None:
+        reason = f"{plan.reason}; integers of 8 bits, since {obstacle}"
+        return replace(plan, weight_bits=8, activation_bits=8, format="int", reason=reason)
     if recipe.format == _WEIGHT_ONLY:
         plan = _under_weight_only(plan, by_recipe, weight_only)
     if plan.format == _WEIGHT_ONLY and plan.kind == "linear":
-        plan = _grouped(plan, module, group)
+        # The policy's 8-bit layers under w4a16 have one scale per output channel.
+        asked = plan.weight_bits == recipe.weight_bits or recipe.format != _WEIGHT_ONLY
+        plan = _grouped(plan, module, group if asked else None)
     return plan
+
+
+def _float_obstacle(plan: LayerPlan, module: Any) -> str | None:
+    """The reason why a layer cannot be in the format FP8 or NVFP4 of its plan; None if it can."""
+    if plan.format not in ("fp8", "nvfp4"):
+        return None
+    if plan.kind != "linear":
+        return None if plan.format == "fp8" else "NVFP4 has no convolutions"
+    inputs, outputs = int(module.in_features), int(module.out_features)
+    if min(inputs, outputs) < _MIN_CHANNELS:
+        fewest = min(inputs, outputs)
+        return f"{plan.format.upper()} needs {_MIN_CHANNELS} channels, and the layer has {fewest}"
+    if plan.format == "nvfp4" and inputs % BLOCK:
+        return f"blocks of {BLOCK} do not divide {inputs} input channels"
+    return None
 
 
 def _under_weight_only(plan: LayerPlan, by_recipe: bool, weight_only: str | None) -> LayerPlan:
@@ -56,9 +80,12 @@ def _under_weight_only(plan: LayerPlan, by_recipe: bool, weight_only: str | None
         return plan
     if plan.format not in ("int", _WEIGHT_ONLY):
         return plan
-    own = parse_precision(weight_only or ("w8a16" if plan.format == "int" else plan.precision))
+    chosen = parse_precision(weight_only or ("w8a16" if plan.format == "int" else plan.precision))
     return replace(
-        plan, weight_bits=own.weight_bits, activation_bits=own.activation_bits, format=own.format
+        plan,
+        weight_bits=chosen.weight_bits,
+        activation_bits=chosen.activation_bits,
+        format=chosen.format,
     )
 
 

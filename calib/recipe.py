@@ -194,8 +194,8 @@ class Recipe(_Strict):
     format: Literal["int", "fp8", "nvfp4"] = "int"
     """Format of low-bit layers; `fp8` has the bits w8a8, `nvfp4` the bits w4a4."""
     group: _Int | None = None
-    """Number of input channels that share a scale of a weight-only layer: 32, 64, 128, or 0 for one scale
-    per output channel. None: 64 with 4-bit codes, 0 with 8-bit codes."""
+    """Number of input channels that share a scale of a weight-only layer: 32, 64, 128, or 0 for one
+    scale per output channel. None: 64 with 4-bit codes, 0 with 8-bit codes."""
     tables: Literal["per-step", "static"] = "per-step"
     """Activation scales: one per denoising step, or one for all steps."""
     steps: _Int = Field(20, ge=1, le=MAX_STEPS)
@@ -354,6 +354,16 @@ def _check_format(recipe: Recipe) -> None:
         raise RecipeError(
             f"format={format!r} has the bits {needed}, got {recipe.bits!r}; leave out the bits, or the "
             "format"
+        )
+    floating = needed is not None
+    if floating and recipe.training is not None and recipe.training.base == "int":
+        raise RecipeError(
+            f'format={format!r} has no integer codes, so training.base="int" has no meaning; leave it '
+            "out"
+        )
+    if floating and recipe.quest is not None and recipe.quest.adaround:
+        raise RecipeError(
+            f"format={format!r} has no learned rounding; set quest.adaround = 0, or choose integer bits"
         )
     if format != "int" and recipe.budget is not None:
         raise RecipeError(

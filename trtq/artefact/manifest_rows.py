@@ -66,7 +66,7 @@ class LayerRow(_Strict):
         name: module path in the denoiser.
         kind: `linear`, `conv1d`, `conv2d`, `conv3d`, `product`, or `conv_transpose`, which stays float.
         weight_bits: bits of the weight; None if there is no weight, or the layer runs in float.
-        activation_bits: bits of the (first) input; 16 if the input of a weight-only layer stays in float;
+        activation_bits: bits of the (first) input; 16 for a weight-only layer, whose input stays float;
             None if the layer runs in float.
         right_bits: bits of a product's second input.
         adapters: whether the layer had QALoRA adapters during fine-tuning.

@@ -129,9 +129,7 @@ def _layer_cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["name"],
         row.get("kind", ""),
-        precision_text(weight, activation, right, row.get("format", "int"))
-        if "kind" in row
-        else "float",
+        precision_text(weight, activation, right, row.get("format", "int")),
         scale_range(row) or shape,
         f"zero {points}" if points else "",
         transform_text(row),

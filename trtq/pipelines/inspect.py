@@ -89,7 +89,9 @@ def _layer(row: LayerRow, tensors: LowBitTensors | None) -> InspectedLayer:
     return InspectedLayer(
         **row.model_dump(),
         scale={name: operand.scale.tolist() for name, operand in operands.items()},
-        zero_points=sorted({-int(z) for operand in operands.values() for z in operand.low}),
+        zero_points=sorted({-int(z) for operand in operands.values() for z in operand.low})
+        if row.format == "int"
+        else [],
     )
 
 

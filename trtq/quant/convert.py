@@ -226,7 +226,7 @@ def _deployed_layer(
     source: nn.Module, tensors: LayerTensors | FormatTensors, kernels: bool
 ) -> DeployedLayer | KernelLayer | DeployedFormat:
     """The deployed form of a float or quantised layer."""
-    geometry = None
+    geometry: Any = None
     if isinstance(source, CONVOLUTIONS):
         geometry = ConvGeometry.of(source)
     elif isinstance(source, (QuantConv, *DEPLOYED_FORMS)):

@@ -144,6 +144,10 @@ class QuantLayer(nn.Module):
             contain_zero=True,
         )
 
+    def weight_level(self) -> float:
+        """Mean distance of neighbouring weight levels, the unit of learning rates."""
+        return float(self.weight_scale.detach().mean())
+
     def spread(self, values: Tensor) -> Tensor:
         """Scales or zero points, shaped to broadcast over the weight; differentiable."""
         return values

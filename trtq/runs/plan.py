@@ -37,7 +37,7 @@ from trtq.quant import (
 )
 from trtq.quant.stand_in import StandIn
 from trtq.runs.budget import spend_budget
-from trtq.runs.sizes import entry_bytes, grouped_bytes, weight_bytes
+from trtq.runs.sizes import entry_bytes, format_bytes
 from trtq.runs.weights import described_bytes, stored_bytes
 from trtq.seeds import seeded_generator
 
@@ -91,10 +91,7 @@ class QuantizePlan:
             total += len(plan.operands) * (len(self.table) * 12 + 4 * entry_bytes(plan.name))
             if plan.weight_bits is not None:
                 weight, bias = modules[plan.name].weight, modules[plan.name].bias
-                if plan.format == "weight_only":
-                    total += grouped_bytes(weight, plan.weight_bits, plan.group)
-                else:
-                    total += weight_bytes(weight, plan.weight_bits)
+                total += format_bytes(weight, plan)
                 total += 3 * entry_bytes(plan.name)
                 total += 0 if bias is None else stored_bytes(bias) + entry_bytes(plan.name)
         for name, tensor in self.source.denoiser.state_dict().items():

@@ -66,7 +66,8 @@ def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None
     """
     for operand, bits in plan.operands.items():
         kinds = {"scale": torch.float32, "inv_scale": torch.float32}
-        kinds |= {"low": torch.int16, "high": torch.int16}
+        if plan.format == "int":
+            kinds |= {"low": torch.int16, "high": torch.int16}
         tables = {leaf: _tensor(named, f"{operand}.{leaf}", kind) for leaf, kind in kinds.items()}
         entries = tables["scale"].numel() if steps is None else steps
         for leaf, table in tables.items():
@@ -75,11 +76,14 @@ def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None
                     f"the table {operand}.{leaf} has shape {tuple(table.shape)}, though the manifest "
                     f"lists {entries} timesteps"
                 )
-        scale, low, high = tables["scale"], tables["low"].int(), tables["high"].int()
+        scale = tables["scale"]
         if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
             raise ArtefactError(f"the table {operand}.scale must hold positive finite numbers")
         if not torch.allclose(tables["inv_scale"], scale.reciprocal(), rtol=1e-5, atol=0):
             raise ArtefactError(f"the table {operand}.inv_scale is not the reciprocal of the scale")
+        if plan.format != "int":
+            continue
+        low, high = tables["low"].int(), tables["high"].int()
         if bool(((low > 0) | (high < 0) | (low < -128) | (high > 127)).any()):
             raise ArtefactError(f"the codes of {operand} are not a range around zero within int8")
         if bool((high - low != 2**bits - 1).any()):

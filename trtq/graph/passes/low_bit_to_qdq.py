@@ -42,6 +42,8 @@ import torch
 from trtq.errors import LegalityError
 from trtq.graph.nodes import DOMAIN, LOW_BIT_OPERATORS, call_names
 from trtq.graph.passes.builder import GraphBuilder
+from trtq.graph.passes.fp8_nodes import Fp8Nodes
+from trtq.graph.passes.nvfp4_nodes import expand_nvfp4
 from trtq.graph.passes.row_scales import row_axis_of, row_scale_nodes
 from trtq.graph.passes.step_lookup import STEPS_PREFIX, StepInput
 from trtq.graph.passes.step_values import StepTable, StepValues
@@ -49,6 +51,8 @@ from trtq.graph.passes.transform_nodes import TransformNodes
 from trtq.graph.passes.weight_only_nodes import expand_weight_only
 from trtq.quant.dynamic_scale import RowAxis
 from trtq.quant.formats import FormatTensors
+from trtq.quant.formats.fp8 import Fp8Tensors
+from trtq.quant.formats.nvfp4 import Nvfp4Tensors
 from trtq.quant.formats.weight_only import WeightOnlyTensors
 from trtq.quant.plan import LowBitTensors
 from trtq.quant.tensors import ActivationTensors, LayerTensors, ProductTensors
@@ -68,7 +72,7 @@ quantises the activation of a MatMul again if only the weight is dequantised. Ne
 Cast, nor a convolution whose output is not quantised."""
 
 
-def _exceeds_pair_safe(layer: LowBitTensors) -> bool:
+def _exceeds_pair_safe(layer: LayerTensors | ProductTensors) -> bool:
     """Whether the second operand of a product has integers beyond `PAIR_SAFE`."""
     if isinstance(layer, ProductTensors):
         return int(torch.maximum(-layer.right.low, layer.right.high).max()) > PAIR_SAFE
@@ -113,6 +117,9 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         self._codes: dict[str, ir.Value] = {}
         self._transforms = TransformNodes()
         self._row_scales: dict[str, ir.Value] = {}
+        self._fp8 = Fp8Nodes()
+        self._fronts: dict[str, ir.Value] = {}
+        """Scaled inputs of layers in FP8 and NVFP4 by name of the quantiser."""
         self._floats: dict[tuple[str, bool], ir.Value] = {}
         self._exceeding: set[str] = set()
         """Quantisers whose codes are cast, see rule 3 of the module docstring."""
@@ -139,6 +146,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             builder = GraphBuilder(graph, call, shared=name)
             if isinstance(layer, ProductTensors):
                 self._expand_product(builder, node, layer, inputs)
+            elif isinstance(layer, Fp8Tensors | Nvfp4Tensors):
+                self._expand_float(builder, node, layer, inputs[0])
             elif isinstance(layer, WeightOnlyTensors):
                 self._finish(builder, node, expand_weight_only(builder, node, layer), cast=False)
             else:
@@ -154,16 +163,16 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         layer = self.layers.get(node.attributes["name"].as_string())
         if isinstance(layer, LayerTensors):
             return layer.activation.policy != "step"
-        return isinstance(layer, FormatTensors)
+        return node.op_type in LOW_BIT_OPERATORS and isinstance(layer, FormatTensors)
 
     def _add_inputs(self, node: ir.Node, name: str, call: str, table: StepTable) -> None:
         layer = self.layers.get(name)
         if layer is None or len(layer.operands) != len(node.inputs):
             raise LegalityError(f"the graph has a low-bit node {name!r} without its tensors")
         conv = node.op_type in _CONVOLUTIONS
-        exceeds = not conv and _exceeds_pair_safe(layer)
+        exceeds = not conv and not isinstance(layer, FormatTensors) and _exceeds_pair_safe(layer)
         weight_scale = None
-        if isinstance(layer, LayerTensors):
+        if not isinstance(layer, ProductTensors):
             weight_scale = layer.weight.scale.numpy().reshape(-1)
         for (operand, tensors), value in zip(layer.operands.items(), node.inputs, strict=True):
             if value is None or value.shape is None:
@@ -176,6 +185,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                 channel=1 if conv else None,
                 repeats=f"{name}/{operand}" if call != name else None,
                 key=_transform_key(layer),
+                codes=layer.precision if isinstance(layer, FormatTensors) else "int8",
             )
             if exceeds:
                 self._exceeding.add(quantizer)
@@ -271,6 +281,24 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         if layer.bias is not None:
             bias = layer.bias.numpy().reshape(channel)
             y = builder.op("Add", [y, builder.constant("bias", bias)], "biased")
+        self._finish(builder, node, y)
+
+    def _expand_float(
+        self,
+        builder: GraphBuilder,
+        node: ir.Node,
+        layer: Fp8Tensors | Nvfp4Tensors,
+        values: StepValues,
+    ) -> None:
+        (x,) = node.inputs
+        assert x is not None
+        if values.quantizer not in self._fronts:
+            self._fronts[values.quantizer] = self._scaled(builder, x, values, "")
+        front = self._fronts[values.quantizer]
+        if isinstance(layer, Fp8Tensors):
+            y = self._fp8.expand(builder, node, layer, values, front)
+        else:
+            y = expand_nvfp4(builder, node, layer, values, front)
         self._finish(builder, node, y)
 
     def _expand_product(

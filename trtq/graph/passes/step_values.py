@@ -106,6 +106,7 @@ class StepTable:
         channel: int | None = None,
         repeats: str | None = None,
         key: bytes = b"",
+        codes: str = "int8",
     ) -> str:
         """Register an input.
 
@@ -117,18 +118,15 @@ class StepTable:
             channel: index of the channel axis of the layer's output; None: the last axis.
             repeats: name of the input in the first call of the same layer; None: this is the first.
             key: bytes that differ for inputs that are quantised differently for other reasons.
+            codes: type of the codes; inputs share codes of one type only.
 
         Returns:
             Name of the first input with the same tensor, columns and key, whose codes both use.
         """
         assert value.shape is not None
-        columns = _columns(tensors)
-        identity = (
-            id(value),
-            key
-            + tensors.policy.encode()
-            + b"".join(column.tobytes() for column in columns.values()),
-        )
+        columns = _columns(tensors, clipped=codes != "fp8")
+        contents = b"".join(column.tobytes() for column in columns.values())
+        identity = id(value), b"|".join((key, tensors.policy.encode(), codes.encode(), contents))
         quantizer = self._quantizers.setdefault(identity, name)
         rank = len(value.shape)
         shape = Axes(rank, rank - 1 if channel is None else channel)
@@ -182,13 +180,20 @@ class StepTable:
         return varying
 
 
-def _columns(operand: ActivationTensors) -> dict[str, np.ndarray]:
-    """Values of an input that the graph needs at every step, float32 `[T]` each, by key."""
+def _columns(operand: ActivationTensors, *, clipped: bool) -> dict[str, np.ndarray]:
+    """Values of an input that the graph needs at every step, float32 `[T]` each, by key.
+
+    Args:
+        operand: tensors of the input.
+        clipped: whether the codes have limits that depend on the step.
+    """
     columns = {}
     if operand.policy == "step":
         columns["inv_scale"] = operand.inv_scale.numpy()
     if operand.policy != "row":
         columns["scale"] = operand.scale.numpy()
+    if not clipped:
+        return columns
     low, high = operand.low.numpy(), operand.high.numpy()
     # At the limits of int8, the saturation of QuantizeLinear replaces the clip.
     if not ((low == _INT8[0]).all() and (high == _INT8[1]).all()):

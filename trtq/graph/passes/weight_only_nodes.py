@@ -7,8 +7,8 @@
    without groups `DequantizeLinear(INT4 [K, N], d [N], axis 1)`; 8-bit codes are INT8.
 2. A convolution becomes `Conv` with `DequantizeLinear(INT4 [N, K, *kernel], d [N], axis 0)` and Add.
 
-Codes are symmetric (`q - 2**(bits - 1)`), so there is no zero point. Scales and bias have the float type of
-the graph. onnxruntime, OpenVINO and TensorRT read this form from opset 21 on.
+Codes are symmetric (`q - 2**(bits - 1)`), so there is no zero point. Scales and bias have the float type
+of the graph. onnxruntime, OpenVINO and TensorRT read this form from opset 21 on.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _weight(
     """The dequantised weight, `[K, N]` if transposed, else `[N, K, *kernel]`."""
     packed = layer.weight
     codes = packed.integers().numpy()
-    scale = packed.scale.numpy().astype(dtype)
+    scale: np.ndarray = packed.scale.numpy().astype(dtype)
     if transposed:
         codes = np.ascontiguousarray(codes.T)
     stored: ir.TensorProtocol | np.ndarray = codes

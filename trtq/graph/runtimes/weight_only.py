@@ -1,4 +1,4 @@
-"""Recognises weight-only layers in a graph: a dequantised weight in a product with a float activation."""
+"""Recognises weight-only layers in a graph: products of a dequantised weight and a float activation."""
 
 from __future__ import annotations
 

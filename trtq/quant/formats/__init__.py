@@ -1,4 +1,4 @@
-"""Formats of low-bit layers beside integers: weight-only codes, FP8 and NVFP4.
+"""Formats of low-bit layers other than integers: weight-only codes, FP8 and NVFP4.
 
 Each format has a training form (a subclass of `QuantLayer`), tensors in a file, and a deployed form.
 """
@@ -15,8 +15,10 @@ from trtq.quant.formats.precision import (
 )
 from trtq.quant.formats.registry import (
     DEPLOYED_FORMS,
+    QUANTIZED_INPUTS,
     FormatTensors,
     deployed_form,
+    format_range,
     layer_class,
     merged_tensors,
     stored_tensors,
@@ -27,11 +29,13 @@ __all__ = [
     "FORMATS",
     "GROUPS",
     "HALF_BITS",
+    "QUANTIZED_INPUTS",
     "Format",
     "FormatTensors",
     "Precision",
     "deployed_form",
     "fitting_group",
+    "format_range",
     "layer_class",
     "merged_tensors",
     "parse_precision",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trtq.errors import ArtefactError, NonFiniteError
 from trtq.quant.activation import ZeroPointMode
 from trtq.quant.deployed import ExactBuffers
+from trtq.quant.formats.files import checked_tensor
 from trtq.quant.geometry import ConvGeometry
 from trtq.quant.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from trtq.quant.modules import QuantLayer
@@ -229,11 +230,18 @@ class WeightOnlyTensors:
             ArtefactError: a tensor is missing, or does not fit the layer.
         """
         channels, *rest = shape
+        if group is not None and rest[0] % group:
+            raise ArtefactError(
+                f"the manifest says groups of {group}, which do not divide {rest[0]} input channels"
+            )
         groups = [1] * len(rest) if group is None else [rest[0] // group]
-        codes = _checked(named, "weight.codes", (-(-channels * bits // 8), *rest), torch.uint8)
-        scale = _checked(named, "weight.scale", (channels, *groups), torch.float16).float()
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise ArtefactError("the weight's scale must hold positive finite numbers")
+        codes = checked_tensor(
+            named, "weight.codes", (-(-channels * bits // 8), *rest), torch.uint8
+        )
+        half = checked_tensor(
+            named, "weight.scale", (channels, *groups), torch.float16, positive=True
+        )
+        scale = half.float()
         weight = GroupedWeight(
             unpack_codes(codes, bits, channels),
             scale,
@@ -243,25 +251,6 @@ class WeightOnlyTensors:
         )
         bias = named.get("bias")
         return cls(weight, None if bias is None else bias.float())
-
-
-def _checked(
-    named: Mapping[str, Tensor], leaf: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """A tensor of a file.
-
-    Raises:
-        ArtefactError: the tensor is missing, or has another shape or type.
-    """
-    if leaf not in named:
-        raise ArtefactError(f"the tensor {leaf!r} is missing")
-    tensor = named[leaf]
-    if tensor.shape != shape or tensor.dtype != dtype:
-        raise ArtefactError(
-            f"the tensor {leaf!r} has shape {tuple(tensor.shape)} and type {tensor.dtype}; the manifest "
-            f"requires {shape} and {dtype}"
-        )
-    return tensor
 
 
 class DeployedWeightOnly(ExactBuffers, WeightlessLayer):
