@@ -29,9 +29,7 @@ def _draw(generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def _scale_modulation(linear: nn.Linear, part: int, channels: Tensor) -> None:
-    """Multiply channels of the normalised input: part `part` of the modulation is the shift, the next
-    is the scale.
-    """
+    """Multiply channels of a normalised input, whose shift is part `part` of the modulation."""
     shift, scale = part * WIDTH + channels, (part + 1) * WIDTH + channels
     linear.weight[torch.cat([shift, scale])] *= FACTOR
     linear.bias[shift] *= FACTOR

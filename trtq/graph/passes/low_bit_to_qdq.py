@@ -34,8 +34,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -43,27 +41,25 @@ from trtq.errors import LegalityError
 from trtq.graph.nodes import DOMAIN, LOW_BIT_OPERATORS, call_names
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.fp8_nodes import Fp8Nodes
+from trtq.graph.passes.integer_weights import integer_weight
 from trtq.graph.passes.nvfp4_nodes import expand_nvfp4
-from trtq.graph.passes.row_scales import row_axis_of, row_scale_nodes
+from trtq.graph.passes.quantized_inputs import QuantizedInputs
 from trtq.graph.passes.step_lookup import STEPS_PREFIX, StepInput
 from trtq.graph.passes.step_values import StepTable, StepValues
 from trtq.graph.passes.transform_nodes import TransformNodes
 from trtq.graph.passes.weight_only_nodes import expand_weight_only
-from trtq.quant.dynamic_scale import RowAxis
 from trtq.quant.formats import FormatTensors
 from trtq.quant.formats.fp8 import Fp8Tensors
 from trtq.quant.formats.nvfp4 import Nvfp4Tensors
 from trtq.quant.formats.weight_only import WeightOnlyTensors
 from trtq.quant.plan import LowBitTensors
-from trtq.quant.tensors import ActivationTensors, LayerTensors, ProductTensors
+from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
 
 __all__ = ["PAIR_SAFE", "ExpandLowBitToQdq"]
 
-_INT4_OFFSET = 8
 _TIMESTEP = StepInput()
 _CONVOLUTIONS = ("LowBitConv2d", "LowBitConv")
-_FLOAT = {"to": ir.DataType.FLOAT.value}
 PAIR_SAFE = 64
 """Largest integer for which `255 w + 255 w` fits int16. onnxruntime rewrites a quantise pair of int8 to
 uint8, and on x86 without VNNI its uint8 x int8 matrix product adds two neighbours in int16, which
@@ -114,13 +110,9 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         self.layers = layers
         self.table = table
         self.operators = operators
-        self._codes: dict[str, ir.Value] = {}
+        self._inputs = QuantizedInputs()
         self._transforms = TransformNodes()
-        self._row_scales: dict[str, ir.Value] = {}
         self._fp8 = Fp8Nodes()
-        self._fronts: dict[str, ir.Value] = {}
-        """Scaled inputs of layers in FP8 and NVFP4 by name of the quantiser."""
-        self._floats: dict[tuple[str, bool], ir.Value] = {}
         self._exceeding: set[str] = set()
         """Quantisers whose codes are cast, see rule 3 of the module docstring."""
 
@@ -190,66 +182,6 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             if exceeds:
                 self._exceeding.add(quantizer)
 
-    def _operand(
-        self,
-        builder: GraphBuilder,
-        x: ir.Value,
-        values: StepValues,
-        tensors: ActivationTensors,
-        operand: str,
-        *,
-        paired: bool,
-        conv: bool = False,
-    ) -> ir.Value:
-        """The codes of an input as float numbers: dequantised if `paired`, else cast."""
-        prefix = "" if operand == "activation" else f"{operand}_"
-        key = values.quantizer, paired
-        if key not in self._floats:
-            unit = builder.constant("one", np.array(1.0, np.float32))
-            zero = builder.constant("zero", np.array(0, np.int8))
-            if values.quantizer not in self._codes:
-                axis = row_axis_of(operand, conv=conv)
-                y = self._scaled(builder, x, values, tensors, prefix, axis)
-                self._codes[values.quantizer] = builder.op(
-                    "QuantizeLinear", [y, unit, zero], f"{prefix}codes"
-                )
-            codes = self._codes[values.quantizer]
-            if paired:
-                y = builder.op("DequantizeLinear", [codes, unit, zero], f"{prefix}activation")
-            else:
-                y = builder.op("Cast", [codes], f"{prefix}activation", _FLOAT)
-            # Later rewrites need the rank.
-            y.shape, y.type = x.shape, ir.TensorType(ir.DataType.FLOAT)
-            self._floats[key] = y
-        return self._floats[key]
-
-    def _scaled(
-        self,
-        builder: GraphBuilder,
-        x: ir.Value,
-        values: StepValues,
-        tensors: ActivationTensors,
-        prefix: str,
-        axis: RowAxis,
-    ) -> ir.Value:
-        """An input divided by its scale, and clipped."""
-        if x.dtype != ir.DataType.FLOAT:
-            shape = x.shape
-            x = builder.op("Cast", [x], f"{prefix}float", _FLOAT)
-            x.shape = shape
-        inverse = values.inv_scale
-        if tensors.policy != "step":
-            scale = row_scale_nodes(
-                builder, x, prefix, bits=tensors.bits, axis=axis, limit=values.scale
-            )
-            self._row_scales[values.quantizer] = scale
-            inverse = builder.op("Reciprocal", [scale], f"{prefix}inverse_row_scale")
-        y: ir.Value = builder.op("Mul", [x, inverse], f"{prefix}scaled")
-        if values.low is not None and values.high is not None:
-            y = builder.op("Max", [y, values.low], f"{prefix}clip_low")
-            y = builder.op("Min", [y, values.high], f"{prefix}clip_high")
-        return y
-
     def _expand_layer(
         self, builder: GraphBuilder, node: ir.Node, layer: LayerTensors, values: StepValues
     ) -> None:
@@ -260,10 +192,10 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         paired = conv or values.quantizer not in self._exceeding
         if layer.transform is not None:
             x = self._transforms.transformed(builder, x, layer.transform, channels_first=conv)
-        y = self._operand(
+        y = self._inputs.operand(
             builder, x, values, layer.activation, "activation", paired=paired, conv=conv
         )
-        weight = self._weight(builder, layer, transposed=not conv, paired=paired)
+        weight = integer_weight(builder, layer, transposed=not conv, paired=paired)
         if conv:
             attributes = {
                 key: node.attributes[key].value for key in ("strides", "pads", "dilations", "group")
@@ -275,7 +207,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         if layer.activation.policy == "step":
             y = builder.op("Mul", [y, values.scale], "rescaled")
         else:
-            y = builder.op("Mul", [y, self._row_scales[values.quantizer]], "rescaled_rows")
+            y = builder.op("Mul", [y, self._inputs.scale(values)], "rescaled_rows")
             scale = layer.weight.scale.numpy().reshape(channel)
             y = builder.op("Mul", [y, builder.constant("weight_scale", scale)], "rescaled")
         if layer.bias is not None:
@@ -292,13 +224,11 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     ) -> None:
         (x,) = node.inputs
         assert x is not None
-        if values.quantizer not in self._fronts:
-            self._fronts[values.quantizer] = self._scaled(builder, x, values, "")
-        front = self._fronts[values.quantizer]
+        scaled = self._inputs.scaled(builder, x, values, layer.activation)
         if isinstance(layer, Fp8Tensors):
-            y = self._fp8.expand(builder, node, layer, values, front)
+            y = self._fp8.expand(builder, node, layer, values, scaled)
         else:
-            y = expand_nvfp4(builder, node, layer, values, front)
+            y = expand_nvfp4(builder, node, layer, values, scaled)
         self._finish(builder, node, y)
 
     def _expand_product(
@@ -310,16 +240,14 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     ) -> None:
         paired = not any(values.quantizer in self._exceeding for values in inputs)
         left, right = (
-            self._operand(builder, x, values, tensors, operand, paired=paired)  # type: ignore[arg-type]
+            self._inputs.operand(builder, x, values, tensors, operand, paired=paired)  # type: ignore[arg-type]
             for x, values, (operand, tensors) in zip(
                 node.inputs, inputs, layer.operands.items(), strict=True
             )
         )
         y = builder.op("MatMul", [left, right], "matmul")
-        for values, (operand, tensors) in zip(inputs, layer.operands.items(), strict=True):
-            row_scale = self._row_scales.get(values.quantizer)
-            scale = values.scale if tensors.policy == "step" else row_scale
-            y = builder.op("Mul", [y, scale], f"{operand}_rescaled")
+        for values, operand in zip(inputs, layer.operands, strict=True):
+            y = builder.op("Mul", [y, self._inputs.scale(values)], f"{operand}_rescaled")
         self._finish(builder, node, y)
 
     @staticmethod
@@ -333,34 +261,3 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         ir.convenience.replace_nodes_and_values(
             builder.graph, node, [node], builder.nodes, [out], [y]
         )
-
-    @staticmethod
-    def _weight(
-        builder: GraphBuilder, layer: LayerTensors, *, transposed: bool, paired: bool
-    ) -> ir.Value:
-        """The integers of a weight as float numbers: `[N, K, *kernel]`, or `[K, N]` if transposed."""
-        packed = layer.weight
-
-        def oriented(array: np.ndarray) -> np.ndarray:
-            return np.ascontiguousarray(array.T) if transposed else array
-
-        if packed.bits > 4:
-            integers = builder.constant("weight", oriented(packed.integers().numpy()))
-        else:
-            codes = oriented(packed.codes.numpy().astype(np.int8) - _INT4_OFFSET)
-            stored = builder.constant(
-                "weight", ir.tensor(codes.astype(ml_dtypes.int4), dtype=ir.DataType.INT4)
-            )
-            offset = oriented(packed.zero_point.numpy().astype(np.int8) - _INT4_OFFSET)
-            widened = builder.op("Cast", [stored], "weight_int8", {"to": ir.DataType.INT8.value})
-            integers = builder.op(
-                "Sub", [widened, builder.constant("weight_zero_point", offset)], "weight_integers"
-            )
-        weight: ir.Value
-        if paired:
-            scale = builder.constant("ones", np.ones(len(packed.codes), np.float32))
-            axis = {"axis": 1 if transposed else 0}
-            weight = builder.op("DequantizeLinear", [integers, scale], "weight_float", axis)
-        else:
-            weight = builder.op("Cast", [integers], "weight_float", _FLOAT)
-        return weight
