@@ -92,7 +92,7 @@ def with_layers(file: Path, make: Callable[[nn.Linear, Tensor, Tensor], nn.Modul
 def measured(name: str, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One row of the table."""
     run, file = folder / "run", folder / "model.safetensors"
-    quantize("shapes", recipe | {"steps": STEPS}, run, progress=ProgressPrinter())
+    quantize("shapes", recipe | {"steps": STEPS, "smooth": False}, run, progress=ProgressPrinter())
     (written,) = export(run, file, target="comfy", precision="fp32").files
     source = open_pipeline("shapes")
     schedule = source.schedule(STEPS)

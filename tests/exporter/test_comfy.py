@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import comfy_kitchen as ck
@@ -27,12 +28,20 @@ from trtq.errors import ArtefactError, UsageError
 from trtq.exporter.comfy import export_comfy
 from trtq.exporter.comfy_weights import comfy_weights
 from trtq.exporter.export import export
+from trtq.quant.deployed import DeployedLayer
+from trtq.quant.formats.weight_only import GroupedWeight, WeightOnlyTensors
+from trtq.quant.input_transform import TransformTensors
 from trtq.quant.packing import PackedWeight
 from trtq.quant.tensors import ActivationTensors, LayerTensors
 from trtq.runs.folder import open_run
 from trtq.runs.quantize import quantize
 
-RECIPE = {"method": "minmax", "steps": 2, "calibration": {"images": 2, "samples_per_step": 16}}
+RECIPE = {
+    "method": "minmax",
+    "steps": 2,
+    "smooth": False,
+    "calibration": {"images": 2, "samples_per_step": 16},
+}
 BITS = {"sd_1": "w8a8", "flux": "w4a8", "dit": "w8a8"}
 INT8 = "TensorWiseINT8Layout"
 
@@ -323,7 +332,7 @@ def test_a_rotated_file_opens_as_what_comfy_kitchen_dequantises(
 
 
 def layer(weight, *, bits=8, rotation=0, inverse=None):
-    """The tensors of a low-bit layer, with a transform of its input as later runs have."""
+    """The tensors of a low-bit layer, perhaps with a transform of its input."""
     codes = encode_int8(weight).integers if bits == 8 else encode_int4(weight, 16).integers
     scale = torch.rand(len(weight), 1) + 0.5
     middle = 2 ** (bits - 1)
@@ -332,9 +341,7 @@ def layer(weight, *, bits=8, rotation=0, inverse=None):
     )
     table = torch.ones(1)
     activation = ActivationTensors(table, table, -table.int(), table.int(), bits)
-    made = LayerTensors(packed, activation, None)
-    object.__setattr__(made, "transform", SimpleNamespace(rotation=rotation, inv_channels=inverse))
-    return made
+    return LayerTensors(packed, activation, None, TransformTensors(inverse, rotation))
 
 
 def weights_of(**layers):
@@ -362,18 +369,11 @@ def test_rotated_layers_of_a_run_are_written_with_their_rotation():
 
 
 def weight_only(bits, group):
-    """The tensors of a weight-only layer as later runs have them: no activation, perhaps groups."""
+    """The tensors of a weight-only layer."""
     codes = torch.randint(0, 2**bits, (8, 64), generator=torch.Generator().manual_seed(bits))
-    scale = torch.rand(8, 64 // group if group else 1).half().float() + 0.5
+    scale = (torch.rand(8, 64 // group if group else 1) + 0.5).half().float()
     middle = torch.full_like(scale, 2 ** (bits - 1))
-    packed = PackedWeight(codes.to(torch.uint8), scale, middle, bits)
-    object.__setattr__(packed, "group", group)
-    integers = (codes - 2 ** (bits - 1)).to(torch.int8)
-    packed.__dict__["integers"] = lambda: integers
-    packed.__dict__["dequantize"] = lambda: (
-        integers * scale.repeat_interleave(64 // scale.shape[1], 1)
-    )
-    return SimpleNamespace(weight=packed, bias=None)
+    return WeightOnlyTensors(GroupedWeight(codes.to(torch.uint8), scale, middle, bits, group), None)
 
 
 def test_weight_only_layers_keep_their_codes_and_a_float_input():
@@ -384,6 +384,63 @@ def test_weight_only_layers_keep_their_codes_and_a_float_input():
     for name in "ab":
         assert torch.equal(decode(made.layers[name]), layers[name].weight.dequantize())
     assert torch.equal(made.floats["c.weight"], layers["c"].weight.dequantize())
+
+
+def turned_back(tensors):
+    """The weight that a layer of a run computes with, without its transform."""
+    weight = tensors.weight.dequantize()
+    if tensors.transform is None:
+        return weight
+    rotation, inverse = tensors.transform.rotation, tensors.transform.inv_channels
+    weight = rotate(weight, rotation) if rotation else weight
+    return weight if inverse is None else weight * inverse
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_rotated_run_is_written_rotated(smooth, made, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "x.safetensors"
+    recipe = {"bits": "w8a8", "rotate": 16, "scales": "row", "smooth": smooth}
+    quantize(made["flux"].folder, RECIPE | recipe, run)
+    (result,) = export(run, file, target="comfy").files
+    layers, tensors = open_run(run).stored.layers, load_file(file)
+    state = open_pipeline(file, made["flux"].folder, recorded=True).denoiser.state_dict()
+    assert any(
+        tensors.transform is not None and tensors.transform.rotation for tensors in layers.values()
+    )
+    for name, layer_tensors in layers.items():
+        expected, transform = turned_back(layer_tensors), layer_tensors.transform
+        if transform is None or transform.inv_channels is None:
+            assert torch.equal(state[f"{name}.weight"], expected)
+        else:
+            error = (state[f"{name}.weight"] - expected).norm() / expected.norm()
+            assert float(error) < 0.01
+    assert ("quantised again" in " ".join(result.notes)) == smooth
+    entries = [bytes(t.tolist()) for n, t in tensors.items() if n.endswith("comfy_quant")]
+    assert smooth or any(b'"convrot_groupsize": 16' in entry for entry in entries)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rotation", [0, 16])
+def test_comfy_kitchen_computes_a_rotated_layer_as_the_run_with_scales_per_row(rotation):
+    """Codes agree; a scale per row may differ in its last bit, since a run multiplies by 1 / 127."""
+    weight = layer(torch.randn(48, 64), rotation=rotation)
+    activation = replace(weight.activation, policy="row", low=-127 * torch.ones(1).int())
+    activation = replace(activation, high=127 * torch.ones(1).int())
+    run = DeployedLayer(replace(weight, activation=activation, bias=torch.randn(48)), None)
+    x = torch.randn(32, 64) * 3
+    with ck.registry.use_backend("eager"):
+        theirs = ck.int8_linear(
+            x,
+            weight.weight.integers(),
+            weight.weight.scale,
+            run.bias,
+            torch.float32,
+            convrot=bool(rotation),
+            convrot_groupsize=rotation or 256,
+        )
+    torch.testing.assert_close(
+        run(x, torch.zeros(1, dtype=torch.long)), theirs, rtol=1e-5, atol=1e-4
+    )
 
 
 def test_smoothing_is_undone_and_said():

@@ -14,6 +14,7 @@ from trtq.comfy.formats import INT4_GROUP, StoredWeight
 from trtq.comfy.rotation import rotate
 from trtq.diffusion.conversion_probe import ConversionError
 from trtq.diffusion.original_names import OriginalTensor, Source, original_tensors
+from trtq.quant.input_transform import TransformTensors
 from trtq.quant.plan import LowBitTensors
 from trtq.quant.tensors import ProductTensors
 
@@ -151,9 +152,9 @@ def _value(tensors: Any) -> _Value:
     """
     packed = tensors.weight
     activation: Any = getattr(tensors, "activation", None)
-    transform: Any = getattr(tensors, "transform", None)
+    transform: TransformTensors | None = getattr(tensors, "transform", None)
     inverse = None if transform is None else transform.inv_channels
-    rotation = 0 if transform is None else int(transform.rotation)
+    rotation = 0 if transform is None else transform.rotation
     codes = getattr(packed, "codes", None)
     if codes is None or codes.ndim != 2:
         return _plain(packed.dequantize(), inverse, rotation)
