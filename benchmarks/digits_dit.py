@@ -4,8 +4,8 @@
 
 Every row is quantised and evaluated in torch. Rows that are already in the output are skipped, so the
 script can be interrupted. It does not measure time, so other programs may run at the same time. Every
-row starts from the same noise. `--model` measures another training of the model, e.g. one without planted
-outliers (`python -m trtq.demo.train_digits_dit --factor 1`).
+row starts from the same noise. `--model` measures another training of the model, e.g. one without
+planted outliers (`python -m trtq.demo.train_digits_dit --factor 1`).
 """
 
 from __future__ import annotations
