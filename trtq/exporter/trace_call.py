@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from trtq.errors import LegalityError
 from trtq.exporter.complex_numbers import has_complex_numbers, real_module
 from trtq.exporter.low_bit_nodes import replace_low_bit
-from trtq.exporter.trace import IR_VERSION, OPSET, quiet, simplify
+from trtq.exporter.to_onnx import program_to_onnx
+from trtq.exporter.trace import IR_VERSION, quiet, simplify
 from trtq.graph.passes import BooleanWhere, CastIndicesToInt64
 
 if TYPE_CHECKING:
@@ -221,19 +222,9 @@ def _export(
 def _to_onnx(program: torch.export.ExportedProgram, names: list[str], kind: str) -> ir.Model:
     count = len(program.graph_signature.user_outputs)
     try:
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=names,
-            output_names=[f"output_{index}" for index in range(count)],
-            optimize=False,
-            verbose=False,
-        )
+        model = program_to_onnx(program, names, [f"output_{index}" for index in range(count)])
     except Exception as err:
         raise LegalityError(f"torch cannot write {kind} as a graph: {_reason(err)}") from err
-    assert exported is not None
-    model: ir.Model = exported.model
     simplify(model)
     CastIndicesToInt64()(model)
     BooleanWhere()(model)
