@@ -77,7 +77,9 @@ def examples():
 def computed(function, folder):
     """What onnxruntime computes, for another batch than that of the trace."""
     module, inputs = Function(function), dict(zip("xy", examples(), strict=True))
-    save_graph(trace_module(module, inputs, ["out"]), folder)
+    model = trace_module(module, inputs, ["out"])
+    assert [str(value.shape) for value in model.graph.inputs] == ["[batch,3,4]"] * 2
+    save_graph(model, folder)
     larger = {name: torch.cat([value, -value, value]) for name, value in inputs.items()}
     feeds = {name: value.numpy() for name, value in larger.items()}
     given = OrtEngine(folder / "model.onnx").run(feeds)["out"]
@@ -118,3 +120,16 @@ def test_the_registry_is_torchs_own_again_after_an_export(tmp_path):
     computed(cast, tmp_path / "graph")
     assert vars(ONNXRegistry)["from_torchlib"] is before
     assert to_onnx._registry() is to_onnx._registry()
+
+
+@pytest.mark.parametrize("cell", [1, 2])
+@pytest.mark.parametrize("plain", [True, False])
+def test_free_axes_have_names(cell, plain, monkeypatch):
+    if not plain:
+        monkeypatch.setattr(to_onnx, "_is_plain", lambda *_: False)
+    inputs = {"x": torch.ones(2, 3, 8, 8), "y": torch.ones(1, 5)}
+    module = Function(lambda x, y: (nn.functional.avg_pool2d(x, cell) * y.sum(), x + 1))
+    model = trace_module(module, inputs, ["half", "same"], shared=["y"], images={"x": cell})
+    shapes = {v.name: str(v.shape) for v in [*model.graph.inputs, *model.graph.outputs]}
+    assert shapes["x"] == shapes["same"] == "[batch,3,height,width]"
+    assert shapes["y"] == "[1,5]"

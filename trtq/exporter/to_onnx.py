@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from torch._ops import OpOverload
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["OPSET", "program_to_onnx"]
+__all__ = ["OPSET", "program_to_onnx", "rename_axes"]
 
 OPSET = 21
 
@@ -88,6 +89,34 @@ def program_to_onnx(
     assert exported is not None
     model: ir.Model = exported.model
     return model
+
+
+def rename_axes(model: ir.Model, names: Mapping[str, str]) -> None:
+    """Rename free sizes in the shapes of all values, in place.
+
+    Args:
+        model: the graph.
+        names: new name of each size, by torch's symbol, e.g. `s26`, or by a product with it, `2*s26`.
+    """
+    import onnx_ir as ir
+
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)")
+
+    def size_of(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim | str:
+        if isinstance(size, int) or size.value is None:
+            return size
+        # torch writes a size that it has fixed as a symbol of digits.
+        if size.value.isdigit():
+            return int(size.value)
+        return pattern.sub(lambda match: names[match[0]], size.value) if names else size
+
+    graph = model.graph
+    values = [*graph.inputs, *graph.outputs]
+    values += [output for node in graph.all_nodes() for output in node.outputs]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([size_of(size) for size in value.shape])
 
 
 @functools.cache

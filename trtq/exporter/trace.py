@@ -17,7 +17,7 @@ from trtq.diffusion.families import Family
 from trtq.diffusion.sampling import Conditions
 from trtq.errors import LegalityError
 from trtq.exporter.low_bit_nodes import replace_low_bit
-from trtq.exporter.to_onnx import OPSET, program_to_onnx
+from trtq.exporter.to_onnx import OPSET, program_to_onnx, rename_axes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -167,7 +167,7 @@ def trace_module(
         model = _traced(
             _Batched(module, batched).eval(),
             tuple(examples.values()),
-            (tuple(shapes.values()),),
+            tuple(shapes.values()),
             list(examples),
             outputs,
         )
@@ -184,14 +184,15 @@ def trace_module(
 def _traced(
     module: nn.Module,
     examples: tuple[Tensor, ...],
-    shapes: tuple[Any, ...],
+    shapes: tuple[dict[int, Any], ...],
     inputs: list[str],
     outputs: list[str],
 ) -> ir.Model:
+    """Export a module; the free axes have the names of their `Dim`, or of the one that is a factor."""
     try:
         # As `torch.onnx.export` does first: axes stay free whose size in the example is 1.
         with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(module, examples, dynamic_shapes=(shapes,), strict=False)
     except Exception:
         # `torch.onnx.export` knows other ways, and words the error if none works.
         exported = torch.onnx.export(
@@ -201,14 +202,23 @@ def _traced(
             opset_version=OPSET,
             input_names=inputs,
             output_names=outputs,
-            dynamic_shapes=shapes,
+            dynamic_shapes=(shapes,),
             optimize=False,
             verbose=False,
         )
         assert exported is not None
         model: ir.Model = exported.model
         return model
-    return program_to_onnx(program, inputs, outputs)
+    model = program_to_onnx(program, inputs, outputs)
+    names: dict[str, str] = {}
+    for value, axes in zip(model.graph.inputs, shapes, strict=True):
+        for axis, dim in axes.items():
+            size = value.shape[axis] if value.shape is not None else None
+            if size is not None and not isinstance(size, int) and size.value is not None:
+                # A product of a size, e.g. `2 * height`, gets the name of that size.
+                names.setdefault(size.value, getattr(dim, "root", dim).__name__)
+    rename_axes(model, names)
+    return model
 
 
 def simplify(model: ir.Model) -> None:
