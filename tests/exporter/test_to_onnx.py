@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.families.pipelines import build
+from trtq.diffusion.loading import open_pipeline
 from trtq.engine.ort import OrtEngine
 from trtq.exporter import to_onnx
-from trtq.exporter.trace import trace_module
+from trtq.exporter.trace import trace, trace_module
 from trtq.graph.file import save_graph
 
 
@@ -29,6 +31,10 @@ def on_new_memory(x, y):
     product = x @ y.transpose(1, 2)
     product += torch.min(x, y).sum(2, keepdim=True)
     return product
+
+
+def masked(x, y):
+    return x * (((x > 0) & (y > 0)) | (y < -1))
 
 
 def asserted(x, y):
@@ -65,7 +71,7 @@ def normed(x, y):
     return nn.functional.rms_norm(x, [4], eps=1e-6) + torch.outer(y[0, 0], y[0, 1]).sum()
 
 
-PLAIN = {f.__name__: f for f in (cast, on_new_memory, asserted)}
+PLAIN = {f.__name__: f for f in (cast, on_new_memory, masked, asserted)}
 OTHERS = {f.__name__: f for f in (on_an_input, on_a_view, read_before, of_another_type, normed)}
 
 
@@ -120,6 +126,15 @@ def test_the_registry_is_torchs_own_again_after_an_export(tmp_path):
     computed(cast, tmp_path / "graph")
     assert vars(ONNXRegistry)["from_torchlib"] is before
     assert to_onnx._registry() is to_onnx._registry()
+
+
+def test_a_float_transformer_is_plain(decomposed):
+    """Its code compares the batch size with 1, which the trace turns into an assertion."""
+    source = open_pipeline(build("sd_3"))
+    generator = torch.Generator().manual_seed(0)
+    conditions = source.draw_conditions(2, generator)
+    trace(source.denoiser, torch.zeros(2, *source.sample_shape), conditions, set())
+    assert decomposed.plain
 
 
 @pytest.mark.parametrize("cell", [1, 2])

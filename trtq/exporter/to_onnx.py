@@ -35,7 +35,12 @@ _ASSERTIONS = {
     _aten.sym_constrain_range_for_size.default,
 }
 _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other}
-_RENAMED = {_aten.min.other: _aten.minimum.default, _aten.max.other: _aten.maximum.default}
+_RENAMED = {
+    _aten.__and__.Tensor: _aten.bitwise_and.Tensor,
+    _aten.__or__.Tensor: _aten.bitwise_or.Tensor,
+    _aten.max.other: _aten.maximum.default,
+    _aten.min.other: _aten.minimum.default,
+}
 _OUT_OF_PLACE = {
     _aten.add_.Tensor: _aten.add.Tensor,
     _aten.sub_.Tensor: _aten.sub.Tensor,

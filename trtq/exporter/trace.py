@@ -190,9 +190,15 @@ def _traced(
 ) -> ir.Model:
     """Export a module; the free axes have the names of their `Dim`, or of the one that is a factor."""
     try:
-        # As `torch.onnx.export` does first: axes stay free whose size in the example is 1.
+        # As `torch.onnx.export` does first.
         with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            program = torch.export.export(module, examples, dynamic_shapes=(shapes,), strict=False)
+            program = torch.export.export(
+                module,
+                examples,
+                dynamic_shapes=(shapes,),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
     except Exception:
         # `torch.onnx.export` knows other ways, and words the error if none works.
         exported = torch.onnx.export(
