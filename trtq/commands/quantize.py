@@ -35,8 +35,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Diffusers folder, .safetensors file, hub id, or shipped model (digits, digits-dit, shapes); with "
-        "--lora also a run.",
+        help="Diffusers folder, .safetensors file, hub id, or shipped model (digits, digits-dit, "
+        "shapes); with --lora also a run.",
     ),
 ]
 Method = Annotated[
