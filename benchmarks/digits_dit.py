@@ -1,10 +1,11 @@
 """The digits-dit model at several bit widths: what outlier channels cost a transformer.
 
-    python benchmarks/digits_dit.py [--images 1000] [--only NAME ...]
+    python benchmarks/digits_dit.py [--images 1000] [--only NAME ...] [--model FOLDER -o FILE]
 
 Every row is quantised and evaluated in torch. Rows that are already in the output are skipped, so the
 script can be interrupted. It does not measure time, so other programs may run at the same time. Every
-row starts from the same noise.
+row starts from the same noise. `--model` measures another training of the model, e.g. one without
+planted outliers (`python -m trtq.demo.train_digits_dit --factor 1`).
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def outliers(reference: ReferenceSet) -> dict[str, float]:
 def main() -> None:
     """Measure the missing rows and write the output after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument(
@@ -62,8 +64,9 @@ def main() -> None:
     record: dict[str, Any] = {"rows": []}
     if arguments.output.is_file():
         record = json.loads(arguments.output.read_text())
+    model = arguments.model
     reference = draw_reference(
-        MODEL, images=arguments.images, steps=STEPS, seed=1, progress=progress
+        model, images=arguments.images, steps=STEPS, seed=1, progress=progress
     )
     record |= {
         "images": arguments.images,
@@ -81,7 +84,7 @@ def main() -> None:
         print(f"== {name}", file=sys.stderr)
         with tempfile.TemporaryDirectory() as scratch:
             run = Path(scratch) / "run"
-            made = quantize(MODEL, ROWS[name], run, progress=progress)
+            made = quantize(model, ROWS[name], run, progress=progress)
             result = evaluate(run, reference, progress=progress).to_json()
         kept = ("fd", "fd_ratio", "fd_interval", "class_accuracy", "psnr_db", "snr_db")
         row = {"name": name} | {key: result[key] for key in kept}

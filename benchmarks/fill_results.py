@@ -25,6 +25,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits": ("digits", digits),
     "ablation": ("ablation", ablation),
     "digits_dit": ("digits_dit", digits_dit),
+    "digits_dit_plain": ("digits_dit_plain", digits_dit),
     "digits_dit_outliers": ("digits_dit", digits_dit_outliers),
     "shapes": ("shapes", shapes),
     "sd_size": ("sd_size", sd_size),

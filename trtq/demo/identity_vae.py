@@ -44,8 +44,8 @@ def build_identity_vae() -> Any:
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
             # Residual blocks whose convolutions are zero return their input.
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
     for half in (vae.encoder, vae.decoder):
         half.conv_in.weight[:2, 0, 1, 1] = torch.tensor([1.0, -1.0])
         half.conv_in.bias[2:] = torch.tensor([CONSTANT, -CONSTANT])

@@ -32,7 +32,7 @@ _FROM_PIPELINES = (
 )
 """Exceptions of diffusers' pipelines whose components do not fit each other."""
 _DIT_NULL_CLASS = 1000
-"""Label that `DiTPipeline` passes for "no class", whatever the number of the model's classes."""
+"""Label that `DiTPipeline` passes for "no class", for any number of the model's classes."""
 BATCH = 125
 TEXT_BATCH = 50
 

@@ -82,7 +82,7 @@ class QuantizedInputs:
             if x.dtype != ir.DataType.FLOAT:
                 shape = x.shape
                 x = builder.op("Cast", [x], f"{prefix}float", _FLOAT)
-                x.shape = shape
+                x.shape, x.type = shape, ir.TensorType(ir.DataType.FLOAT)
             inverse = values.inv_scale
             if tensors.policy != "step":
                 axis = row_axis_of(operand, conv=conv)
