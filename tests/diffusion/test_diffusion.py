@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from trtq.diffusion.loading import open_pipeline
+from tests.conftest import tiny_pipeline
+from trtq.diffusion.loading import open_pipeline, wrap_pipeline
 from trtq.diffusion.sampling import Conditions, at_once, predict, seeded_noise
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.timesteps import inference_timesteps, set_timesteps
@@ -175,3 +176,15 @@ def test_a_pipeline_without_a_denoiser_is_refused():
 
     with pytest.raises(QuantizationError, match=r"no denoiser.*vae"):
         open_pipeline(Empty())
+
+
+def test_labels_do_not_bring_the_progress_bar_back(capsys):
+    import diffusers
+
+    tiny = tiny_pipeline()
+    plain = diffusers.DDIMPipeline(tiny.unet, tiny.scheduler)
+    plain.set_progress_bar_config(disable=True)
+    labelled = wrap_pipeline(plain)
+    assert type(labelled) is not type(plain)
+    labelled([0], num_inference_steps=1, output_type="pt")
+    assert capsys.readouterr().err == ""

@@ -208,7 +208,7 @@ def test_without_a_configuration_the_message_names_the_hub_id(made, damaged):
 def test_an_unknown_layout_is_refused(tmp_path):
     save_file({"a.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
     message = refusal(tmp_path / "x.safetensors", None, ArtefactError)
-    assert "does not know the architecture" in message
+    assert "does not know the architecture of the single-file checkpoint" in message
     assert "'a.weight'" in message
 
 

@@ -69,7 +69,9 @@ def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any =
 
     check_null_class(null_class, int(unet.config.num_class_embeds))
     chosen = pipeline.scheduler if scheduler is None else scheduler
-    return ClassConditionalPipeline(unet, chosen, null_class)
+    wrapped = ClassConditionalPipeline(unet, chosen, null_class)
+    wrapped.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return wrapped
 
 
 @with_own_settings

@@ -172,8 +172,8 @@ def _inferred_id(file: Path) -> str:
     if name == default and CHECKPOINT_KEY_NAMES["v1"] not in checkpoint:
         first = min(checkpoint, default="none")
         raise ArtefactError(
-            f"diffusers does not know the architecture of {file} by its {len(checkpoint)} tensors "
-            f"({first!r}, ...); {_TAKES}"
+            f"diffusers does not know the architecture of the single-file checkpoint {file} by "
+            f"its {len(checkpoint)} tensors ({first!r}, ...); {_TAKES}"
         )
     return name
 

@@ -17,13 +17,13 @@ from trtq.diffusion.families import Family
 from trtq.diffusion.sampling import Conditions
 from trtq.errors import LegalityError
 from trtq.exporter.low_bit_nodes import replace_low_bit
+from trtq.exporter.to_onnx import OPSET, program_to_onnx, rename_axes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["IR_VERSION", "OPSET", "quiet", "simplify", "trace", "trace_module"]
+__all__ = ["IR_VERSION", "quiet", "simplify", "trace", "trace_module"]
 
-OPSET = 21
 IR_VERSION = 10
 HEIGHT, WIDTH = "height", "width"
 
@@ -164,26 +164,66 @@ def trace_module(
             }
     batched = [place for place, name in enumerate(examples) if name not in shared]
     with quiet(), torch.no_grad():
-        program = torch.onnx.export(
+        model = _traced(
             _Batched(module, batched).eval(),
             tuple(examples.values()),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(examples),
-            output_names=outputs,
-            dynamic_shapes=(tuple(shapes.values()),),
-            optimize=False,
-            verbose=False,
+            tuple(shapes.values()),
+            list(examples),
+            outputs,
         )
-    assert program is not None
     import onnx_ir as ir
 
-    model: ir.Model = program.model
     simplify(model)
     model.ir_version = IR_VERSION
     for value in model.graph.inputs:
         if images.get(value.name or "") is not None and value.shape is not None:
             value.shape = ir.Shape([*list(value.shape)[:2], HEIGHT, WIDTH])
+    return model
+
+
+def _traced(
+    module: nn.Module,
+    examples: tuple[Tensor, ...],
+    shapes: tuple[dict[int, Any], ...],
+    inputs: list[str],
+    outputs: list[str],
+) -> ir.Model:
+    """Export a module; the free axes have the names of their `Dim`, or of the one that is a factor."""
+    try:
+        # As `torch.onnx.export` does first.
+        with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            program = torch.export.export(
+                module,
+                examples,
+                dynamic_shapes=(shapes,),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+    except Exception:
+        # `torch.onnx.export` knows other ways, and words the error if none works.
+        exported = torch.onnx.export(
+            module,
+            examples,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=(shapes,),
+            optimize=False,
+            verbose=False,
+        )
+        assert exported is not None
+        model: ir.Model = exported.model
+        return model
+    model = program_to_onnx(program, inputs, outputs)
+    names: dict[str, str] = {}
+    for value, axes in zip(model.graph.inputs, shapes, strict=True):
+        for axis, dim in axes.items():
+            size = value.shape[axis] if value.shape is not None else None
+            if size is not None and not isinstance(size, int) and size.value is not None:
+                # A product of a size, e.g. `2 * height`, gets the name of that size.
+                names.setdefault(size.value, getattr(dim, "root", dim).__name__)
+    rename_axes(model, names)
     return model
 
 

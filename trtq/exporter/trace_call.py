@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from trtq.errors import LegalityError
 from trtq.exporter.complex_numbers import has_complex_numbers, real_module
 from trtq.exporter.low_bit_nodes import replace_low_bit
-from trtq.exporter.trace import IR_VERSION, OPSET, quiet, simplify
+from trtq.exporter.to_onnx import program_to_onnx, rename_axes
+from trtq.exporter.trace import IR_VERSION, quiet, simplify
 from trtq.graph.passes import BooleanWhere, CastIndicesToInt64
 
 if TYPE_CHECKING:
@@ -221,19 +222,9 @@ def _export(
 def _to_onnx(program: torch.export.ExportedProgram, names: list[str], kind: str) -> ir.Model:
     count = len(program.graph_signature.user_outputs)
     try:
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=names,
-            output_names=[f"output_{index}" for index in range(count)],
-            optimize=False,
-            verbose=False,
-        )
+        model = program_to_onnx(program, names, [f"output_{index}" for index in range(count)])
     except Exception as err:
         raise LegalityError(f"torch cannot write {kind} as a graph: {_reason(err)}") from err
-    assert exported is not None
-    model: ir.Model = exported.model
     simplify(model)
     CastIndicesToInt64()(model)
     BooleanWhere()(model)
@@ -272,8 +263,6 @@ def _reason(err: BaseException) -> str:
 
 def _name_axes(model: ir.Model) -> None:
     """Name each symbol of a size after the first input and axis that has it."""
-    import onnx_ir as ir
-
     graph = model.graph
     names: dict[str, str] = {}
     for value in graph.inputs:
@@ -281,17 +270,4 @@ def _name_axes(model: ir.Model) -> None:
             symbol = None if isinstance(size, int) else size.value
             if symbol is not None and re.fullmatch(r"s\d+", symbol) and symbol not in names:
                 names[symbol] = re.sub(r"\W", "_", f"{value.name}_{axis}")
-
-    def size_of(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim | str:
-        if isinstance(size, int) or size.value is None:
-            return size
-        # torch writes a size that it has fixed as a symbol of digits.
-        if size.value.isdigit():
-            return int(size.value)
-        return re.sub(r"\bs\d+\b", lambda match: names.get(match[0], match[0]), size.value)
-
-    values = [*graph.inputs, *graph.outputs]
-    values += [output for node in graph.all_nodes() for output in node.outputs]
-    for value in values:
-        if value.shape is not None:
-            value.shape = ir.Shape([size_of(size) for size in value.shape])
+    rename_axes(model, names)
