@@ -62,8 +62,8 @@ def _float_obstacle(plan: LayerPlan, module: Any) -> str | None:
         return None if plan.format == "fp8" else "NVFP4 has no convolutions"
     inputs, outputs = int(module.in_features), int(module.out_features)
     if min(inputs, outputs) < _MIN_CHANNELS:
-        fewest = min(inputs, outputs)
-        return f"{plan.format.upper()} needs {_MIN_CHANNELS} channels, and the layer has {fewest}"
+        channels = min(inputs, outputs)
+        return f"{plan.format.upper()} needs {_MIN_CHANNELS} channels, and the layer has {channels}"
     if plan.format == "nvfp4" and inputs % BLOCK:
         return f"blocks of {BLOCK} do not divide {inputs} input channels"
     return None

@@ -44,7 +44,7 @@ class Advice(Result):
     Attributes:
         architecture: name of the architecture, or `cpu`.
         cards: examples of cards.
-        formats: the formats, most suitable first.
+        formats: the formats, best first.
     """
 
     architecture: str

@@ -103,7 +103,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         self.operators = operators
         self._codes: dict[str, ir.Value] = {}
         self._fp8 = Fp8Nodes()
-        self._fronts: dict[str, ir.Value] = {}
+        self._scaled_inputs: dict[str, ir.Value] = {}
         """Scaled inputs of layers in FP8 and NVFP4 by name of the quantiser."""
         self._floats: dict[tuple[str, bool], ir.Value] = {}
         self._exceeding: set[str] = set()
@@ -238,13 +238,13 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     ) -> None:
         (x,) = node.inputs
         assert x is not None
-        if values.quantizer not in self._fronts:
-            self._fronts[values.quantizer] = self._scaled(builder, x, values, "")
-        front = self._fronts[values.quantizer]
+        if values.quantizer not in self._scaled_inputs:
+            self._scaled_inputs[values.quantizer] = self._scaled(builder, x, values, "")
+        scaled = self._scaled_inputs[values.quantizer]
         if isinstance(layer, Fp8Tensors):
-            y = self._fp8.expand(builder, node, layer, values, front)
+            y = self._fp8.expand(builder, node, layer, values, scaled)
         else:
-            y = expand_nvfp4(builder, node, layer, values, front)
+            y = expand_nvfp4(builder, node, layer, values, scaled)
         self._finish(builder, node, y)
 
     def _expand_product(
