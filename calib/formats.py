@@ -46,7 +46,7 @@ def fitted(
         reason = f"{plan.reason}; integers of 8 bits, since {obstacle}"
         return replace(plan, weight_bits=8, activation_bits=8, format="int", reason=reason)
     if recipe.format == _WEIGHT_ONLY:
-        plan = _under_weight_only(plan, by_recipe, weight_only)
+        plan = _under_weight_only(plan, by_recipe, weight_only, recipe.weight_bits)
     if plan.format == _WEIGHT_ONLY and plan.kind == "linear":
         # The policy's 8-bit layers under w4a16 have one scale per output channel.
         asked = plan.weight_bits == recipe.weight_bits or recipe.format != _WEIGHT_ONLY
@@ -62,15 +62,17 @@ def _float_obstacle(plan: LayerPlan, module: Any) -> str | None:
         return None if plan.format == "fp8" else "NVFP4 has no convolutions"
     inputs, outputs = int(module.in_features), int(module.out_features)
     if min(inputs, outputs) < _MIN_CHANNELS:
-        fewest = min(inputs, outputs)
-        return f"{plan.format.upper()} needs {_MIN_CHANNELS} channels, and the layer has {fewest}"
+        channels = min(inputs, outputs)
+        return f"{plan.format.upper()} needs {_MIN_CHANNELS} channels, and the layer has {channels}"
     if plan.format == "nvfp4" and inputs % BLOCK:
         return f"blocks of {BLOCK} do not divide {inputs} input channels"
     return None
 
 
-def _under_weight_only(plan: LayerPlan, by_recipe: bool, weight_only: str | None) -> LayerPlan:
-    """The plan of a layer under a weight-only recipe."""
+def _under_weight_only(
+    plan: LayerPlan, by_recipe: bool, weight_only: str | None, recipe_bits: int
+) -> LayerPlan:
+    """The plan of a layer under a weight-only recipe, with no fewer weight bits than the recipe's."""
     if plan.kind != "linear":
         if not by_recipe:
             return plan
@@ -83,7 +85,7 @@ def _under_weight_only(plan: LayerPlan, by_recipe: bool, weight_only: str | None
     chosen = parse_precision(weight_only or ("w8a16" if plan.format == "int" else plan.precision))
     return replace(
         plan,
-        weight_bits=chosen.weight_bits,
+        weight_bits=max(chosen.weight_bits, recipe_bits),
         activation_bits=chosen.activation_bits,
         format=chosen.format,
     )

@@ -223,6 +223,8 @@ def test_a_policy_mixes_integers_and_weight_only_layers():
     override = policy(first={"bits": "w8a8", "weight_only": "w4a16"})
     (plan,) = [p for p in plan_layers(Mixed(), override, "w4a16") if p.quantized]
     assert (plan.precision, plan.group) == ("w4a16", 64)
+    (plan,) = [p for p in plan_layers(Mixed(), override, "w8a16") if p.quantized]
+    assert (plan.precision, plan.group) == ("w8a16", None)
 
 
 def test_layers_of_both_formats_work_in_one_model():

@@ -38,20 +38,43 @@ DemoProvider = Annotated[
 ]
 
 
-def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
+Advise = Annotated[
+    str | None,
+    typer.Option(
+        "--advise",
+        metavar="ARCH",
+        autocompletion=one_of("sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "cpu"),
+        help="Show which format suits a GPU architecture, e.g. sm86, or cpu, and why.",
+    ),
+]
+
+
+def doctor(advise: Advise = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Show what is installed and what can run on this machine.
 
-    Exit code 1 if something that the main path needs is missing.
+    Exit code 1 if something that the main path needs is missing. With --advise, show which format of
+    `trtq quantize` suits a card instead.
 
-    Example: trtq doctor
+    Example: trtq doctor --advise sm89
     """
     from trtq.engine.doctor import doctor as examine
 
     with command(verbose):
+        if advise is not None:
+            from trtq.engine.advice import advise as advice_for
+
+            show(advice_for(advise), as_json, _print_advice)
+            return
         record = record_of(examine())
         show(record, as_json, _print_machine)
     if not record["ok"]:
         raise typer.Exit(1)
+
+
+def _print_advice(record: dict[str, Any]) -> None:
+    title = f"{record['architecture']} ({record['cards']})"
+    rows = [(row["option"], row["suits"], row["why"]) for row in record["formats"]]
+    print_lines(title, rows, ("option", "suits", "why"))
 
 
 def _print_machine(record: dict[str, Any]) -> None:

@@ -171,7 +171,7 @@ def _standard_input(build: GraphBuilder, x: ir.Value, rank: int, width: int) -> 
 
     blocks = build.constant("blocks", np.array([0] * (rank - 1) + [width // BLOCK, BLOCK]))
     whole = build.constant("whole", np.array([0] * (rank - 1) + [width]))
-    one, two, unit = number("one", 1), number("two", 2), number("unit", UNIT)
+    unity, two, unit = number("one", 1), number("two", 2), number("unit", UNIT)
     u = op("Cast", [op("Cast", [x], "half", **_HALF)], "rounded", **_FLOAT)
     u = op("Reshape", [u, blocks], "in_blocks")
     axes = build.constant("last", np.array([-1], np.int64))
@@ -179,10 +179,12 @@ def _standard_input(build: GraphBuilder, x: ir.Value, rank: int, width: int) -> 
     scale = op("Div", [largest, number("six", 6)], "sixth")
     scale = op("Mul", [scale, number("per_unit", 1 / UNIT)], "in_units")
     zero = build.constant("zero_fp8", np.array(0, ml_dtypes.float8_e4m3fn))
-    scale = op("Cast", [op("QuantizeLinear", [scale, one, zero], "scale_codes")], "scale", **_FLOAT)
+    scale = op(
+        "Cast", [op("QuantizeLinear", [scale, unity, zero], "scale_codes")], "scale", **_FLOAT
+    )
     step = op("Mul", [scale, unit], "step")
     positive = op("Greater", [scale, number("zero", 0)], "positive")
-    v = op("Div", [u, op("Where", [positive, step, one], "divisor")], "ratio")
+    v = op("Div", [u, op("Where", [positive, step, unity], "divisor")], "ratio")
     size = op("Abs", [v], "size")
     small = op("Div", [op("Round", [op("Mul", [size, two], "twice")], "small_code"), two], "small")
     large = op(
