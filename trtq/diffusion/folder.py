@@ -17,6 +17,7 @@ from torch import nn
 from trtq.diffusion.checkpoint import assemble, load_part
 from trtq.diffusion.component_classes import is_component, part_class, pipeline_class
 from trtq.diffusion.configs import check_config
+from trtq.diffusion.denoisers import DENOISERS
 from trtq.diffusion.ip_adapter import add_ip_adapter
 from trtq.diffusion.layout import (
     CLASSES_NAME,
@@ -26,7 +27,7 @@ from trtq.diffusion.layout import (
     read_json,
     read_null_class,
 )
-from trtq.diffusion.loading import DENOISERS, wrap_pipeline
+from trtq.diffusion.loading import wrap_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.quiet import quiet_diffusers

@@ -9,6 +9,7 @@ from torch import nn
 
 from trtq.diffusion.checkpoint import load_pipeline
 from trtq.diffusion.conditioning import UNLABELLED_PIPELINES
+from trtq.diffusion.denoisers import find_denoiser
 from trtq.diffusion.encode import check_inputs
 from trtq.diffusion.layout import check_null_class, read_null_class
 from trtq.diffusion.needs import check_needs
@@ -18,31 +19,11 @@ from trtq.diffusion.prepared import plain_pipeline
 from trtq.diffusion.single_file import load_single_file
 from trtq.diffusion.weight_files import is_single_file, lora_refusal
 from trtq.diffusion.wording import one_line
-from trtq.errors import ArtefactError, QuantizationError, UsageError
+from trtq.errors import ArtefactError, UsageError
 from trtq.quant.stand_in import StandIn
 from trtq.torch_settings import with_own_settings
 
-__all__ = ["DENOISERS", "find_denoiser", "open_pipeline", "resolve_model", "wrap_pipeline"]
-
-DENOISERS = ("unet", "transformer", "decoder", "prior")
-"""Names of the component that predicts the noise, in order of precedence."""
-
-
-def find_denoiser(pipeline: Any) -> str:
-    """Name of the component that predicts the noise.
-
-    Raises:
-        QuantizationError: the pipeline has no such component.
-    """
-    for name in DENOISERS:
-        if isinstance(getattr(pipeline, name, None), nn.Module):
-            return name
-    components = ", ".join(sorted(getattr(pipeline, "components", {}))) or "none"
-    raise QuantizationError(
-        f"{type(pipeline).__name__} has no denoiser: a component {', '.join(DENOISERS[:-1])} or "
-        f"{DENOISERS[-1]} is required, "
-        f"its components are: {components}"
-    )
+__all__ = ["open_pipeline", "resolve_model", "wrap_pipeline"]
 
 
 def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any = None) -> Any:

@@ -17,7 +17,7 @@ from trtq.calib.recipe import Recipe
 from trtq.calib.sensitivity import (
     parse_budget,
 )
-from trtq.calls.recorder import DENOISER_NAMES
+from trtq.diffusion.denoisers import DENOISERS
 from trtq.diffusion.encode import check_inputs
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
@@ -183,7 +183,7 @@ def load_float(
     # The caller's pipeline must not change, and its weights may be shared.
     pipeline = copy.copy(source.pipeline)
     for name, component in pipeline.components.items():
-        changes = name == source.denoiser_name or (steps is None and name in DENOISER_NAMES)
+        changes = name == source.denoiser_name or (steps is None and name in DENOISERS)
         if changes or (copy_all and isinstance(component, nn.Module)):
             setattr(pipeline, name, copy.deepcopy(component))
     return LoadedPipeline(source.name, None, pipeline, source.denoiser_name, source.prompts)
