@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.diffusion.test_prepared import ip_adapter
 from tests.families.pipelines import build, conditional_unet, stable_diffusion
-from trtq.diffusion.denoisers import find_denoiser
+from trtq.diffusion.components import find_denoiser
 from trtq.diffusion.loading import open_pipeline
 from trtq.errors import ArtefactError
 

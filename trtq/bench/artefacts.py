@@ -19,7 +19,7 @@ from trtq.artefact.opened import (
     open_artefact,
     open_folder,
 )
-from trtq.diffusion.denoisers import DENOISERS
+from trtq.diffusion.components import DENOISERS
 from trtq.diffusion.loading import resolve_model
 from trtq.documents import read_object, shown
 from trtq.engine.ort import PROVIDERS, check_provider

@@ -16,8 +16,8 @@ from torch import nn
 
 from trtq.diffusion.checkpoint import assemble, load_part
 from trtq.diffusion.component_classes import is_component, part_class, pipeline_class
+from trtq.diffusion.components import AUTOENCODERS, DENOISERS, TEXT_ENCODERS
 from trtq.diffusion.configs import check_config
-from trtq.diffusion.denoisers import DENOISERS
 from trtq.diffusion.ip_adapter import add_ip_adapter
 from trtq.diffusion.layout import (
     CLASSES_NAME,
@@ -35,10 +35,8 @@ from trtq.diffusion.wording import one_line
 from trtq.errors import ArtefactError, UsageError
 
 __all__ = [
-    "AUTOENCODERS",
     "DECODER",
     "ENCODER",
-    "TEXT_ENCODERS",
     "denoiser_in",
     "has_parts",
     "import_classes",
@@ -47,14 +45,6 @@ __all__ = [
     "skeleton",
 ]
 
-TEXT_ENCODERS = {
-    "text_encoder": "tokenizer",
-    "text_encoder_2": "tokenizer_2",
-    "text_encoder_3": "tokenizer_3",
-    "bert": "tokenizer",
-}
-"""Names of text encoders in pipelines, and of their tokenizers."""
-AUTOENCODERS = ("vae", "vqvae")
 DECODER, ENCODER = "vae_decoder", "vae_encoder"
 """Names of the graphs of an autoencoder's two halves."""
 

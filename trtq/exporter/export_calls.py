@@ -18,7 +18,7 @@ from trtq.calls.pipeline import RecordedPipeline
 from trtq.calls.stored import CALL_FOLDER, save_call
 from trtq.calls.survey import survey
 from trtq.calls.user_call import UserCall
-from trtq.diffusion.denoisers import denoisers_of
+from trtq.diffusion.components import denoisers_of
 from trtq.diffusion.folder import save_pipeline_parts, skeleton
 from trtq.diffusion.layout import parse_size, parse_sizes
 from trtq.diffusion.loading import open_pipeline

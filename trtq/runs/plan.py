@@ -17,8 +17,7 @@ from trtq.calib.recipe import Recipe
 from trtq.calib.sensitivity import (
     parse_budget,
 )
-from trtq.diffusion.denoisers import DENOISERS
-from trtq.diffusion.encode import check_inputs
+from trtq.diffusion.components import DENOISERS
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import read_lines
@@ -176,8 +175,6 @@ def load_float(
         )
     if steps is not None:
         source.schedule(steps)
-        if source.prompts is not None:
-            check_inputs(source.pipeline)
     if isinstance(opened.place, str | Path):
         return source
     # The caller's pipeline must not change, and its weights may be shared.

@@ -17,7 +17,7 @@ from trtq.calib.roles import LayerRoles, observe_roles
 from trtq.calls.recorder import RecordedCall
 from trtq.calls.survey import DenoiserCalls, survey
 from trtq.calls.user_call import UserCall
-from trtq.diffusion.denoisers import denoisers_of
+from trtq.diffusion.components import denoisers_of
 from trtq.diffusion.ip_adapter import adapter_names
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.errors import QuantizationError, UsageError
