@@ -7,18 +7,21 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 
 from trtq.artefact.records import Text
+from trtq.calib.formats import fitted
 from trtq.calib.roles import LayerRoles
 from trtq.documents import check_depth, read_text, shown
 from trtq.errors import RecipeError
-from trtq.quant.bits import parse_bits
+from trtq.quant.dynamic_scale import ScalePolicy
+from trtq.quant.formats import Precision, parse_precision
 from trtq.quant.plan import LayerPlan, layer_kind, layer_obstacle, quantizable_layers
 
 __all__ = ["Policy", "load_policy", "plan_layers"]
@@ -32,6 +35,7 @@ PROBABILITIES = "probabilities"
 FIRST, LAST, EMBEDDING = "{first}", "{last}", "{embedding}"
 """Patterns for the roles of layers, see `calib.roles`."""
 NOT_CALLED = "never called"
+WEIGHT_ONLY = "weight_only"
 _MAX_PATTERN = 1024
 _MAX_PROBLEMS = 5
 _MAX_BYTES = 256 << 10
@@ -60,6 +64,10 @@ class Rule(BaseModel):
     bits: str
     reason: Text
     adapters: bool = True
+    scales: ScalePolicy | None = None
+    smooth: bool = True
+    rotate: Literal[0, 16, 64, 256] | None = None
+    weight_only: str | None = None
 
     @field_validator("bits")
     @classmethod
@@ -67,7 +75,14 @@ class Rule(BaseModel):
         if value == "target":  # The former name, accepted for one release.
             return RECIPE
         if value not in (RECIPE, "float", PROBABILITIES):
-            parse_bits(value)
+            parse_precision(value)
+        return value
+
+    @field_validator("weight_only")
+    @classmethod
+    def _known_weight_only(cls, value: str | None) -> str | None:
+        if value is not None and parse_precision(value).format != WEIGHT_ONLY:
+            raise RecipeError(f"weight_only={shown(value)} must be w4a16 or w8a16")
         return value
 
 
@@ -171,25 +186,30 @@ def plan_layers(
     probability_bits: int | None = 8,
     roles: LayerRoles | None = None,
     fallback: Policy | None = None,
+    *,
+    scales: ScalePolicy = "step",
+    group: int | None = None,
 ) -> list[LayerPlan]:
     """Plans of all linear layers, convolutions and products of decomposed attention, in module order.
 
     Args:
         denoiser: float model.
         policy: rules for the model's family.
-        bits: bits for rules with `bits = "recipe"`, e.g. `w4a4`.
+        bits: precision for rules with `bits = "recipe"`: `w4a4`, `w4a16`, `fp8`, `nvfp4`, ...
         probability_bits: bits of attention probabilities; None: their product stays in float.
         roles: observed roles, see `calib.roles`. Layers that were not called stay in float. None:
             `{first}` and `{last}` are the first and the last layer in module order, and `{embedding}`
             matches no layer.
         fallback: rules for layers that the policy does not name; None: these layers stay in float.
+        scales: origin of the activations' scales, where a rule gives no other.
+        group: see `trtq.quant.formats.fitting_group`.
 
     Raises:
         RecipeError: the bits are not supported.
     """
     layers = quantizable_layers(denoiser)
     names = list(layers)
-    recipe_bits = parse_bits(bits)
+    recipe = parse_precision(bits)
     special: dict[str, frozenset[str]] = {}
     if roles is not None:
         special = _special(roles)
@@ -211,11 +231,18 @@ def plan_layers(
             reason = f"not named by the policy for {policy.family}"
             plans.append(LayerPlan(name, kind, None, None, reason, adapters=False))
         elif kind == "product":
-            left, right = _product_bits(rule.bits, recipe_bits, probability_bits)
-            plans.append(LayerPlan(name, kind, None, left, rule.reason, False, right))
+            plan = _product_plan(name, rule, recipe, probability_bits)
+            plans.append(replace(plan, scales=_scales_of(plan, rule, scales)))
         else:
-            widths = _layer_bits(rule.bits, recipe_bits)
-            plans.append(LayerPlan(name, kind, *widths, rule.reason, rule.adapters))
+            plan = _layer_plan(name, module, rule, recipe, group)
+            plans.append(
+                replace(
+                    plan,
+                    scales=_scales_of(plan, rule, scales),
+                    may_smooth=rule.smooth,
+                    may_rotate=rule.rotate,
+                )
+            )
     _warn_about(policy, plans)
     return plans
 
@@ -244,21 +271,46 @@ def _matching_rule(
     return next((rule for rule in policy.rule if _matches(layer, rule.layers, special)), None)
 
 
-def _layer_bits(rule: str, recipe_bits: tuple[int, int]) -> tuple[int | None, int | None]:
-    """Bits of a layer's weight and activation."""
-    if rule == "float":
-        return None, None
-    return recipe_bits if rule == RECIPE else parse_bits(rule)
+def _layer_plan(
+    name: str, module: nn.Module, rule: Rule, recipe: Precision, group: int | None
+) -> LayerPlan:
+    """The plan of a layer with a weight."""
+    kind = layer_kind(module)
+    assert kind is not None
+    if rule.bits == "float":
+        return LayerPlan(name, kind, None, None, rule.reason, rule.adapters)
+    precision = recipe if rule.bits == RECIPE else parse_precision(rule.bits)
+    plan = LayerPlan(
+        name,
+        kind,
+        precision.weight_bits,
+        precision.activation_bits,
+        rule.reason,
+        rule.adapters,
+        format=precision.format,
+    )
+    return fitted(plan, module, rule.bits == RECIPE, recipe, rule.weight_only, group)
 
 
-def _product_bits(
-    rule: str, recipe_bits: tuple[int, int], probability_bits: int | None
-) -> tuple[int | None, int | None]:
-    """Bits of both inputs of a product."""
-    if rule == PROBABILITIES:
-        return (None, None) if probability_bits is None else (probability_bits, recipe_bits[1])
-    _, activation_bits = _layer_bits(rule, recipe_bits)
-    return activation_bits, activation_bits
+def _scales_of(plan: LayerPlan, rule: Rule, scales: ScalePolicy) -> ScalePolicy:
+    """The origin of a layer's activation scales; only integers have others than one per step."""
+    return (rule.scales or scales) if plan.operands and plan.format == "int" else "step"
+
+
+def _product_plan(
+    name: str, rule: Rule, recipe: Precision, probability_bits: int | None
+) -> LayerPlan:
+    """The plan of a product of two activations, which is an integer product or stays in float."""
+    precision = recipe if rule.bits in (RECIPE, PROBABILITIES) else None
+    if rule.bits not in ("float", RECIPE, PROBABILITIES):
+        precision = parse_precision(rule.bits)
+    left: int | None = None
+    right: int | None = None
+    if precision is not None and precision.format == "int":
+        left = right = precision.activation_bits
+        if rule.bits == PROBABILITIES:
+            left, right = probability_bits, None if probability_bits is None else right
+    return LayerPlan(name, "product", None, left, rule.reason, False, right)
 
 
 def _warn_about(policy: Policy, plans: Sequence[LayerPlan]) -> None:

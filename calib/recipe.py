@@ -25,12 +25,15 @@ from trtq.diffusion.layout import parse_size
 from trtq.documents import check_depth, shown
 from trtq.errors import RecipeError
 from trtq.limits import MAX_BATCH, MAX_GUIDANCE, MAX_ITERATIONS, MAX_STEPS
-from trtq.quant.bits import check_bits, parse_bits
+from trtq.quant.bits import check_bits
+from trtq.quant.formats import GROUPS, parse_precision
 
 __all__ = ["Attention", "Calibration", "Quest", "Recipe", "Training", "load_recipe", "methods"]
 
 POST_TRAINING = ("minmax", "search")
 _FOLDER = Path(__file__).parent / "recipes"
+_FORMAT_BITS = {"fp8": "w8a8", "nvfp4": "w4a4"}
+"""Bits of the formats other than integers."""
 _LARGE_MODEL = 100_000_000
 _LARGE_AT_ONCE = 2
 
@@ -187,7 +190,12 @@ class Recipe(_Strict):
     method: str
     """Name of the method, see `methods`."""
     bits: str = "w4a4"
-    """Bits of weights and activations, e.g. `w4a8`."""
+    """Bits of weights and activations, e.g. `w4a8`; `w4a16` and `w8a16` leave activations in float."""
+    format: Literal["int", "fp8", "nvfp4"] = "int"
+    """Format of low-bit layers; `fp8` has the bits w8a8, `nvfp4` the bits w4a4."""
+    group: _Int | None = None
+    """Number of input channels that share a scale of a weight-only layer: 32, 64, 128, or 0 for one
+    scale per output channel. None: 64 with 4-bit codes, 0 with 8-bit codes."""
     tables: Literal["per-step", "static"] = "per-step"
     """Activation scales: one per denoising step, or one for all steps."""
     steps: _Int = Field(20, ge=1, le=MAX_STEPS)
@@ -204,6 +212,15 @@ class Recipe(_Strict):
     """Policy file of the user; None: the family's policy."""
     budget: str | None = None
     """Cost limit of mixed precision, e.g. `size=0.15x`, see `calib.sensitivity`; None: no limit."""
+    scales: Literal["step", "row", "hybrid"] = "step"
+    """Origin of the activations' scales: one per denoising step, one per row of the activation, or the
+    smaller of both; see `trtq.quant.dynamic_scale`."""
+    smooth: _Bool = True
+    """Whether the channels of a layer's input are scaled before its quantiser where the layer's error
+    becomes smaller, see `trtq.calib.transforms`."""
+    rotate: Literal[0, 16, 64, 256] = 0
+    """Maximum number of channels that a rotation of a layer's input mixes, where the layer's error
+    becomes smaller; 0: no rotation."""
     split_skips: _Bool = False
     """Whether the two sources of a decoder's skip convolutions have separate quantisers (QuEST)."""
     attention: Attention = Attention()
@@ -211,11 +228,36 @@ class Recipe(_Strict):
     training: Training | None = None
     quest: Quest | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bits_of_format(cls, values: Any) -> Any:
+        if (
+            isinstance(values, dict)
+            and "bits" not in values
+            and values.get("format") in _FORMAT_BITS
+        ):
+            return values | {"bits": _FORMAT_BITS[values["format"]]}
+        return values
+
     @field_validator("bits")
     @classmethod
     def _known_bits(cls, value: str) -> str:
-        parse_bits(value)
+        if parse_precision(value).format in _FORMAT_BITS:
+            raise RecipeError(f"bits={shown(value)} is a format; write format = {value.lower()!r}")
         return value.lower()
+
+    @field_validator("group")
+    @classmethod
+    def _known_group(cls, value: int | None) -> int | None:
+        if value not in (None, 0, *GROUPS):
+            allowed = ", ".join(map(str, sorted(GROUPS)))
+            raise RecipeError(f"group={value} is not supported; choose one of 0, {allowed}")
+        return value
+
+    @property
+    def precision(self) -> str:
+        """Precision of the layers that a policy leaves to the recipe: `w4a4`, `w4a16`, `fp8`, ..."""
+        return self.bits if self.format == "int" else self.format
 
     @field_validator("size")
     @classmethod
@@ -284,6 +326,7 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
         recipe = Recipe.model_validate(values)
     except ValidationError as err:
         raise RecipeError(f"the recipe is not valid: {explain(err)}") from err
+    _check_format(recipe)
     if (
         recipe.training is not None
         and recipe.training.split_scale
@@ -297,3 +340,38 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
             "training.rank=0 leaves nothing to train; raise the rank or add a [quest] section"
         )
     return recipe
+
+
+def _check_format(recipe: Recipe) -> None:
+    """Raise unless the other settings suit the recipe's format.
+
+    Raises:
+        RecipeError: a setting has no meaning in the format.
+    """
+    format = parse_precision(recipe.precision).format
+    needed = _FORMAT_BITS.get(format)
+    if needed is not None and recipe.bits != needed:
+        raise RecipeError(
+            f"format={format!r} has the bits {needed}, got {recipe.bits!r}; leave out the bits, or the "
+            "format"
+        )
+    floating = needed is not None
+    if floating and recipe.training is not None and recipe.training.base == "int":
+        raise RecipeError(
+            f'format={format!r} has no integer codes, so training.base="int" has no meaning; leave it '
+            "out"
+        )
+    if floating and recipe.quest is not None and recipe.quest.adaround:
+        raise RecipeError(
+            f"format={format!r} has no learned rounding; set quest.adaround = 0, or choose integer bits"
+        )
+    if format != "int" and recipe.budget is not None:
+        raise RecipeError(
+            f"a budget chooses the bits of integer weights, and the recipe asks for {recipe.precision}; "
+            "leave out the budget, or choose integer bits, e.g. w4a4"
+        )
+    if recipe.group is not None and format != "weight_only":
+        raise RecipeError(
+            f"group={recipe.group} is for weight-only bits (w4a16 or w8a16), and the recipe asks for "
+            f"{recipe.precision}; leave out the group"
+        )

@@ -37,6 +37,10 @@ __all__ = [
 ]
 
 
+_HALF_BITS = 16
+"""Activation bits of a weight-only layer."""
+
+
 def check_order(timesteps: list[float] | None) -> list[float] | None:
     """The timesteps, if they rise.
 
@@ -62,21 +66,50 @@ class LayerRow(_Strict):
         name: module path in the denoiser.
         kind: `linear`, `conv1d`, `conv2d`, `conv3d`, `product`, or `conv_transpose`, which stays float.
         weight_bits: bits of the weight; None if there is no weight, or the layer runs in float.
-        activation_bits: bits of the (first) input; None if the layer runs in float.
+        activation_bits: bits of the (first) input; 16 for a weight-only layer, whose input stays float;
+            None if the layer runs in float.
         right_bits: bits of a product's second input.
         adapters: whether the layer had QALoRA adapters during fine-tuning.
         reason: reason for the choice of bits.
         input_of: an earlier layer with the same input, whose quantiser this layer uses.
+        smooth: whether the channels of the input are scaled before the quantiser.
+        rotate: number of channels that a rotation of the input mixes; 0: no rotation.
+        scales: origin of the activations' scales, see `trtq.quant.dynamic_scale`.
+        outlier_ratio: largest channel of the input over the median channel.
+        format: `int`, `weight_only`, `fp8` or `nvfp4`.
+        group: number of input channels that share a scale of a weight-only layer; None: one scale per
+            output channel.
     """
 
     name: ModulePath
     kind: Literal["linear", "conv1d", "conv2d", "conv3d", "conv_transpose", "product"]
     weight_bits: Bits | None
-    activation_bits: Bits | None
+    activation_bits: Bits | Literal[16] | None
     right_bits: Bits | None = None
     adapters: Annotated[bool, Field(strict=True)] = False
     reason: Text
     input_of: ModulePath | None = None
+    smooth: Annotated[bool, Field(strict=True)] = False
+    rotate: Literal[0, 16, 64, 256] = 0
+    scales: Literal["step", "row", "hybrid"] = "step"
+    outlier_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    format: Literal["int", "weight_only", "fp8", "nvfp4"] = "int"
+    group: Literal[32, 64, 128] | None = None
+
+    @model_validator(mode="after")
+    def _possible_format(self) -> LayerRow:
+        widths = self.weight_bits, self.activation_bits
+        allowed = {"weight_only": ((4, 16), (8, 16)), "fp8": ((8, 8),), "nvfp4": ((4, 4),)}
+        if self.format == "int" and self.activation_bits == _HALF_BITS:
+            raise ValueError(f"{self.name!r} has 16 activation bits, which integers do not have")
+        if self.format != "int" and (self.kind == "product" or widths not in allowed[self.format]):
+            raise ValueError(
+                f"{self.name!r} is a {self.kind} of format {self.format!r}, which cannot have {widths} "
+                "bits of weight and input"
+            )
+        if self.group is not None and (self.format != "weight_only" or self.kind != "linear"):
+            raise ValueError(f"{self.name!r} is no weight-only linear layer, so it has no group")
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> LayerRow:
@@ -91,8 +124,13 @@ class LayerRow(_Strict):
             )
         if self.kind == "conv_transpose" and any(quantized):
             raise ValueError(f"{self.name!r} is a transposed convolution, which stays float")
-        if self.input_of is not None and (self.kind == "product" or not quantized[1]):
+        unquantized = not quantized[1] or self.activation_bits == _HALF_BITS
+        if self.input_of is not None and (self.kind == "product" or unquantized):
             raise ValueError(f"{self.name!r} quantises no single input, so it has no input_of")
+        if (self.smooth or self.rotate) and (self.kind == "product" or unquantized):
+            raise ValueError(
+                f"{self.name!r} has no quantised weight, so its input is not transformed"
+            )
         return self
 
 
@@ -112,7 +150,9 @@ def check_layer_rows(layers: list[LayerRow]) -> list[LayerRow]:
                 raise ValueError(
                     f"{row.name!r} has the input of {row.input_of!r}, which is no layer before it"
                 )
-            if owner.activation_bits != row.activation_bits or owner.kind == "product":
+            fields = ("activation_bits", "format", "smooth", "rotate", "scales")
+            alike = all(getattr(owner, field) == getattr(row, field) for field in fields)
+            if not alike or owner.kind == "product":
                 raise ValueError(
                     f"{row.name!r} has the input of {row.input_of!r}, which is quantised otherwise"
                 )
@@ -224,5 +264,9 @@ def layer_kinds(rows: Sequence[LayerRow]) -> dict[str, str]:
     for row in rows:
         widths = (("w", row.weight_bits), ("a", row.activation_bits), ("a", row.right_bits))
         precision = "".join(f"{what}{bits}" for what, bits in widths if bits is not None)
+        if row.format in ("fp8", "nvfp4"):
+            precision = row.format
+        if row.group is not None:
+            precision += f" in groups of {row.group}"
         kinds[row.name] = f"{row.kind} {precision or 'float'}"
     return kinds

@@ -68,7 +68,7 @@ _Batch = Annotated[int, Field(strict=True, ge=1, le=2 * MAX_BATCH)]
 _Axis = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
 _Size = Annotated[Text, AfterValidator(_size)]
 _Word = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_.+-]{1,64}$")]
-_Widths = Annotated[str, Field(strict=True, pattern=r"^w[2-8]a[2-8]$")]
+_Widths = Annotated[str, Field(strict=True, pattern=r"^w[2-8]a([2-8]|16)$")]
 
 
 class Record(BaseModel):
@@ -128,6 +128,8 @@ class RecipeRecord(Record):
 
     method: _Word | None = None
     bits: _Widths | None = None
+    format: Literal["int", "fp8", "nvfp4"] = "int"
+    group: Annotated[int, Field(strict=True, ge=0, le=128)] | None = None
     tables: Literal["per-step", "static"] = "per-step"
     steps: Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)] | None = None
     guidance: Annotated[Number, Field(ge=0, le=MAX_GUIDANCE)] | None = None
@@ -136,6 +138,9 @@ class RecipeRecord(Record):
     seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 31)] = 0
     policy: Given | None = None
     budget: Text | None = None
+    scales: Literal["step", "row", "hybrid"] = "step"
+    smooth: _Flag = False
+    rotate: Literal[0, 16, 64, 256] = 0
     split_skips: _Flag = False
     attention: _Attention = _Attention()
     calibration: _Calibration = _Calibration()

@@ -35,8 +35,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Diffusers folder, .safetensors file, hub id, or shipped model (digits, shapes); with "
-        "--lora also a run.",
+        help="Diffusers folder, .safetensors file, hub id, or shipped model (digits, digits-dit, "
+        "shapes); with --lora also a run.",
     ),
 ]
 Method = Annotated[
@@ -51,8 +51,25 @@ Bits = Annotated[
     str | None,
     typer.Option(
         "--bits",
-        autocompletion=one_of("w4a4", "w4a8", "w8a8"),
-        help="Bits of weights and activations: w4a4 (default), w4a8, w8a8 or another pair.",
+        autocompletion=one_of("w4a4", "w4a8", "w8a8", "w4a16"),
+        help="Bits of weights and activations: w4a4 (default), w4a8, w8a8 or another pair; w4a16 and "
+        "w8a16 leave activations in float.",
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        autocompletion=one_of("int", "fp8", "nvfp4"),
+        help="Format of low-bit layers: int (default), fp8 (RTX 40 and later) or nvfp4 (RTX 50).",
+    ),
+]
+Group = Annotated[
+    int | None,
+    typer.Option(
+        "--group",
+        help="Input channels that share a scale with --bits w4a16 or w8a16: 32, 64, 128, or 0 for one "
+        "scale per output channel. Default: 64 with 4 bits, 0 with 8.",
     ),
 ]
 Tables = Annotated[
@@ -61,6 +78,33 @@ Tables = Annotated[
         "--tables",
         autocompletion=one_of("per-step", "static"),
         help="Activation scales: per-step (default), one per denoising step, or static.",
+    ),
+]
+Scales = Annotated[
+    str | None,
+    typer.Option(
+        "--scales",
+        autocompletion=one_of("step", "row", "hybrid"),
+        help="Origin of activation scales: step (default), one per denoising step; row, one per row of "
+        "the activation, computed while the model runs; hybrid, the smaller of both.",
+    ),
+]
+Smooth = Annotated[
+    bool | None,
+    typer.Option(
+        "--smooth/--no-smooth",
+        help="Scale the channels of a layer's input where this makes the layer's error smaller. "
+        "Default: --smooth.",
+        show_default=False,
+    ),
+]
+Rotate = Annotated[
+    int | None,
+    typer.Option(
+        "--rotate",
+        metavar="0|16|64|256",
+        help="Maximum number of input channels that a rotation mixes, where this makes the layer's "
+        "error smaller. Default: 0, no rotation.",
     ),
 ]
 RunSteps = Annotated[
@@ -135,7 +179,12 @@ def quantize(
     output: RunFolder,
     method: Method = None,
     bits: Bits = None,
+    format: Format = None,
+    group: Group = None,
     tables: Tables = None,
+    scales: Scales = None,
+    smooth: Smooth = None,
+    rotate: Rotate = None,
     steps: RunSteps = None,
     recipe: RecipeFile = None,
     seed: RunSeed = None,
@@ -169,7 +218,9 @@ def quantize(
 
     with command(verbose):
         overrides = _without_none(
-            {"method": method, "bits": bits, "tables": tables, "steps": steps}
+            {"method": method, "bits": bits, "format": format, "group": group}
+            | {"tables": tables, "scales": scales, "smooth": smooth, "rotate": rotate}
+            | {"steps": steps}
             | {"seed": seed, "budget": budget, "size": size}
         )
         loras = [parse_lora(text) for text in lora or []]

@@ -49,6 +49,9 @@ OWN_PACKAGES = {"tensorrt-rtx": "onnxruntime_ep_nv_tensorrt_rtx"}
 GPU_PROVIDERS = ("cuda", "tensorrt-rtx", "tensorrt")
 """Providers that compute on an NVIDIA GPU; the last two are also the names of engine builders."""
 
+_FLOAT_ACTIVATIONS = "1"
+"""onnxruntime's accuracy level at which MatMulNBits computes with float32 activations; the default, 4,
+has an SNR of 44 to 46 dB per layer (onnxruntime 1.24 and 1.31)."""
 _PLUGIN_DOMAIN = b"\x3a\x04" + DOMAIN.encode()
 """The domain of a plugin node in a serialised graph: field 7, a text of four bytes."""
 _DTYPES = {
@@ -93,6 +96,8 @@ def session_options(threads: int | None) -> Any:
     """
     options = require("onnxruntime").SessionOptions()
     options.log_severity_level = 3
+    # By default onnxruntime quantises the activations of products with weight-only codes to 8 bits.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT_ACTIVATIONS)
     if threads is not None:
         options.intra_op_num_threads = threads
     return options

@@ -107,6 +107,11 @@ def scale_range(row: dict[str, Any]) -> str:
     return "; ".join(ranges)
 
 
+def _precision(row: Mapping[str, Any]) -> str:
+    bits = row["weight_bits"], row["activation_bits"], row["right_bits"]
+    return precision_text(*bits, row["format"])
+
+
 def layer_sections(path: str | Path | Opened) -> tuple[Section, ...]:
     """Show layers and bits of a run or ONNX folder, and the scale tables of a run."""
     details = inspect(path).to_json()
@@ -115,7 +120,7 @@ def layer_sections(path: str | Path | Opened) -> tuple[Section, ...]:
     rows = tuple(
         (
             row["name"],
-            precision_text(row["weight_bits"], row["activation_bits"], row["right_bits"]).upper(),
+            _precision(row).upper(),
             *([scale] if shown else []),
             row["reason"],
         )

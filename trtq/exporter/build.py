@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from trtq.engine.tensorrt.compile import Compiled, compile_engine
 from trtq.engine.tensorrt.job import Job, Profile
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import LegalityError, MissingDependencyError, UsageError
+from trtq.exporter.build_targets import suitable_architectures
 from trtq.exporter.graph_check import require_graphs
 from trtq.exporter.parts import copy_parts
 from trtq.exporter.result import BuildResult, BuiltEngine
 from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
+from trtq.graph.runtimes.format_rules import architecture_findings
 from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import load_graph, prepare
 from trtq.progress import ProgressCallback, silent
@@ -97,6 +99,9 @@ def build(
     settings.check()
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="engine")
     opened = _open(artefact, settings)
+    if not architectures:
+        suitable = suitable_architectures(settings.architectures, opened.manifest)
+        settings = replace(settings, architectures=suitable)
     _check_opened(opened.folder, opened.manifest, timeout, progress)
     with new_artefact(final, kind="engine", overwrite=overwrite) as partial:
         engines, profiles = _build_graphs(opened, settings, partial, progress)
@@ -261,6 +266,7 @@ def _prepare(
     if denoiser:
         prepare(model, backend.name)
         fatal = [finding for finding in check(model, backend.name) if finding.fatal]
+        fatal += architecture_findings(model, settings.architectures)
         if fatal:
             first = fatal[0]
             raise LegalityError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trtq.diffusion.sampling import Conditions, predict, walk
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError
-from trtq.quant.deployed import DeployedLayer, DeployedProduct
+from trtq.quant.formats import QUANTIZED_INPUTS
 from trtq.quant.hooks import input_hooks
 from trtq.snr import EXACT_DB, snr_db
 
@@ -247,10 +247,6 @@ def last_bit_moved(reference: Any) -> Iterator[None]:
         return tuple(moved)
 
     named = reference.named_modules() if isinstance(reference, nn.Module) else ()
-    layers = {
-        name: module
-        for name, module in named
-        if isinstance(module, DeployedLayer | DeployedProduct)
-    }
+    layers = {name: module for name, module in named if isinstance(module, QUANTIZED_INPUTS)}
     with input_hooks(layers, move):
         yield

@@ -27,7 +27,7 @@ from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import RUNTIMES, load_graph, prepare
 from trtq.pipelines.open import open_any
 from trtq.progress import ProgressCallback, silent
-from trtq.quant.deployed import DeployedLayer, DeployedProduct
+from trtq.quant.formats import DEPLOYED_FORMS
 from trtq.quant.hooks import captured_outputs
 from trtq.runs.folder import OpenRun, open_run
 from trtq.seeds import seeded_generator
@@ -200,9 +200,7 @@ def _layers(source: Any, model: Path, run: OpenRun) -> list[LayerParity]:
     denoiser: nn.Module = source.denoiser
     wrapped = getattr(denoiser, "denoiser", denoiser)
     low_bit = {
-        name
-        for name, module in wrapped.named_modules()
-        if isinstance(module, DeployedLayer | DeployedProduct)
+        name for name, module in wrapped.named_modules() if isinstance(module, DEPLOYED_FORMS)
     }
     with captured_outputs(wrapped, low_bit) as expected:
         denoiser(**arguments, return_dict=False)

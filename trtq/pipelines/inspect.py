@@ -89,7 +89,9 @@ def _layer(row: LayerRow, tensors: LowBitTensors | None) -> InspectedLayer:
     return InspectedLayer(
         **row.model_dump(),
         scale={name: operand.scale.tolist() for name, operand in operands.items()},
-        zero_points=sorted({-int(z) for operand in operands.values() for z in operand.low}),
+        zero_points=sorted({-int(z) for operand in operands.values() for z in operand.low})
+        if row.format == "int"
+        else [],
     )
 
 
@@ -109,7 +111,8 @@ def _precisions(layers: Sequence[LayerRow]) -> dict[str, int]:
     """Number of layers by precision."""
     return dict(
         Counter(
-            precision_text(row.weight_bits, row.activation_bits, row.right_bits) for row in layers
+            precision_text(row.weight_bits, row.activation_bits, row.right_bits, row.format)
+            for row in layers
         )
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import nn
@@ -19,9 +19,17 @@ from trtq.quant.exact import (
     DeployedTimesteps,
     replaces_layer_norm,
 )
+from trtq.quant.formats import (
+    DEPLOYED_FORMS,
+    FormatTensors,
+    deployed_form,
+    layer_class,
+    merged_tensors,
+)
+from trtq.quant.formats.registry import DeployedFormat
 from trtq.quant.geometry import CONVOLUTIONS, ConvGeometry
 from trtq.quant.kernel_form import KernelLayer, kernel_runs
-from trtq.quant.layers import QUANT_LAYERS, QuantConv
+from trtq.quant.layers import QuantConv
 from trtq.quant.modules import Base, QuantLayer
 from trtq.quant.plan import (
     LayerPlan,
@@ -131,7 +139,8 @@ def _quantized_layer(
     assert plan.activation_bits is not None
     zero_points = options.zero_point_mode
     if plan.right_bits is not None:
-        return QuantProduct(table, plan.activation_bits, plan.right_bits, zero_points)
+        bits = plan.activation_bits, plan.right_bits
+        return QuantProduct(table, *bits, zero_points, plan.scales)
     assert plan.weight_bits is not None
     obstacle = layer_obstacle(source)
     if obstacle is not None:
@@ -139,7 +148,7 @@ def _quantized_layer(
             f"the layer cannot be low-bit: {obstacle}; leave the layer in float"
         )
     layer: Any = source
-    return QUANT_LAYERS[layer_kind(source) or ""](
+    made: QuantLayer = layer_class(layer_kind(source) or "", plan.format, plan.group)(
         layer,
         table,
         weight_bits=plan.weight_bits,
@@ -149,8 +158,10 @@ def _quantized_layer(
         weight_method=options.weight_method,
         zero_point_mode=zero_points,
         split_scale=options.split_scale,
+        scales=plan.scales,
         generator=options.generator,
     )
+    return made
 
 
 def merge(quantized: QuantizedDenoiser, *, release: bool = False) -> dict[str, LowBitTensors]:
@@ -167,7 +178,7 @@ def merge(quantized: QuantizedDenoiser, *, release: bool = False) -> dict[str, L
     merged: dict[str, LowBitTensors] = {}
     for name, layer in quantized.layers():
         with named_errors(name):
-            merged[name] = LayerTensors.merge(layer)
+            merged[name] = merged_tensors(layer)
         if release:
             layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     for name, product in quantized.products():
@@ -212,15 +223,21 @@ def deploy(
 
 
 def _deployed_layer(
-    source: nn.Module, tensors: LayerTensors, kernels: bool
-) -> DeployedLayer | KernelLayer:
+    source: nn.Module, tensors: LayerTensors | FormatTensors, kernels: bool
+) -> DeployedLayer | KernelLayer | DeployedFormat:
     """The deployed form of a float or quantised layer."""
-    geometry = None
+    geometry: Any = None
     if isinstance(source, CONVOLUTIONS):
         geometry = ConvGeometry.of(source)
-    elif isinstance(source, QuantConv | DeployedLayer):
-        geometry = source.geometry
-    layer = (KernelLayer if kernels and kernel_runs(geometry) else DeployedLayer)(tensors, geometry)
+    elif isinstance(source, (QuantConv, *DEPLOYED_FORMS)):
+        geometry = cast("ConvGeometry | None", source.geometry)
+    layer: DeployedLayer | KernelLayer | DeployedFormat
+    if not isinstance(tensors, LayerTensors):
+        layer = deployed_form(tensors, geometry)
+    elif kernels and kernel_runs(geometry) and tensors.activation.policy == "step":
+        layer = KernelLayer(tensors, geometry)
+    else:
+        layer = DeployedLayer(tensors, geometry)
     weight: Any = source.weight
     layer.take_dtype(weight.dtype)
     return layer

@@ -22,8 +22,10 @@ from trtq.errors import NonFiniteError
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
 from trtq.quant.adaround import directed_codes, hard_direction, soft_direction
 from trtq.quant.bits import symmetric_weights
+from trtq.quant.dynamic_scale import RowAxis, ScalePolicy
 from trtq.quant.fake_quant import fake_quant, quantize_codes
 from trtq.quant.geometry import ConvGeometry, FloatLayer, set_sizes
+from trtq.quant.input_transform import InputTransform
 from trtq.quant.packing import PackedWeight
 from trtq.quant.ranges import Method, weight_qparams
 from trtq.quant.timestep import Step, TimestepTable, current_step
@@ -50,6 +52,7 @@ class QuantLayer(nn.Module):
         split_scale: whether, with base "int", the dequantiser's scale is a second parameter in the same
             memory, so that an optimiser updates it twice, as in the released code.
         split_step: former name of `split_scale`, accepted for one release.
+        scales: origin of the activation's scale, see `trtq.quant.dynamic_scale`.
         generator: random generator for the initial `lora_A`; None: torch's default generator.
 
     Attributes:
@@ -64,6 +67,8 @@ class QuantLayer(nn.Module):
         alpha: learned rounding, shaped like the weight, see `trtq.quant.adaround`; None: to nearest.
         soft_rounding: whether the rounding directions are soft.
         activation: quantiser of the input.
+        input_transform: transform of the input before the quantiser, which `weight` contains already;
+            None: the input is not transformed.
 
     Raises:
         NonFiniteError: the weight or bias holds NaN or infinity.
@@ -80,6 +85,7 @@ class QuantLayer(nn.Module):
     tuned_weight: nn.Parameter | None
     tuned_bias: nn.Parameter | None
     alpha: nn.Parameter | None
+    input_transform: InputTransform | None
 
     def __init__(
         self,
@@ -94,6 +100,7 @@ class QuantLayer(nn.Module):
         zero_point_mode: ZeroPointMode = "frozen",
         split_scale: bool = False,
         split_step: bool = False,
+        scales: ScalePolicy = "step",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -111,28 +118,50 @@ class QuantLayer(nn.Module):
         self.base: Base = base
         self.rank = rank
         self._quantize_weight(weight_method, split_scale or split_step)
-        self.activation = ActivationQuantizer(activation_bits, table, zero_point_mode)
+        self.scales: ScalePolicy = scales
+        self.activation = self._make_activation(activation_bits, table, zero_point_mode)
+        self.register_module("input_transform", getattr(source, "input_transform", None))
         self.register_parameter("tuned_weight", None)
         self.register_parameter("tuned_bias", None)
         self.register_parameter("alpha", None)
         self.soft_rounding = False
         self._add_adapters(generator)
 
-    def _quantize_weight(self, method: Method, split_scale: bool) -> None:
-        """Set the scale and zero point of the weight and, with base "int", its codes."""
-        scale, zero_point = weight_qparams(
+    def _make_activation(
+        self, bits: int, table: TimestepTable, mode: ZeroPointMode
+    ) -> ActivationQuantizer:
+        """The quantiser of the input."""
+        rows: RowAxis = "last" if self.kind == "linear" else "image"
+        return ActivationQuantizer(bits, table, mode, policy=self.scales, row_axis=rows)
+
+    def _weight_range(self, method: Method) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the weight."""
+        return weight_qparams(
             self.weight,
             self.weight_bits,
             method,
             symmetric=symmetric_weights(self.weight_bits),
             contain_zero=True,
         )
+
+    def weight_level(self) -> float:
+        """Mean distance of neighbouring weight levels, the unit of learning rates."""
+        return float(self.weight_scale.detach().mean())
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Scales or zero points, shaped to broadcast over the weight; differentiable."""
+        return values
+
+    def _quantize_weight(self, method: Method, split_scale: bool) -> None:
+        """Set the scale and zero point of the weight and, with base "int", its codes."""
+        scale, zero_point = self._weight_range(method)
         self.weight_scale = nn.Parameter(scale)
         self.register_buffer("weight_zero_point", zero_point)
         integer = self.base == "int"
         codes = None
         if integer:
-            codes = quantize_codes(self.weight, scale, zero_point, 0, self.weight_qmax)
+            ranges = self.spread(scale), self.spread(zero_point)
+            codes = quantize_codes(self.weight, *ranges, 0, self.weight_qmax)
         self.register_buffer("base_codes", None if codes is None else codes.to(torch.uint8))
         self.register_buffer("base_scale", scale.clone() if integer else None)
         self.weight_scale_dequant = (
@@ -193,13 +222,15 @@ class QuantLayer(nn.Module):
             scale = self.weight_scale
             if self.weight_scale_dequant is not None:
                 scale = self.weight_scale_dequant
-            base = (self.base_codes.float() - self.weight_zero_point) * scale
+            base = (self.base_codes.float() - self.spread(self.weight_zero_point)) * self.spread(
+                scale
+            )
         delta = self.lora_delta()
         return base if delta is None else base + delta
 
     def quantized_weight(self) -> Tensor:
         """`Q_w` of the updated weight, float32[N, K, ...], differentiable."""
-        scale, zero_point = self.weight_scale, self.weight_zero_point
+        scale, zero_point = self.spread(self.weight_scale), self.spread(self.weight_zero_point)
         if self.alpha is None:
             return fake_quant(self.updated_weight(), scale, zero_point, 0, self.weight_qmax)
         return (self._rounded_codes() - zero_point) * scale
@@ -210,8 +241,8 @@ class QuantLayer(nn.Module):
         direction = soft_direction(self.alpha) if self.soft_rounding else hard_direction(self.alpha)
         return directed_codes(
             self.updated_weight(),
-            self.weight_scale,
-            self.weight_zero_point,
+            self.spread(self.weight_scale),
+            self.spread(self.weight_zero_point),
             self.weight_qmax,
             direction,
         )
@@ -224,6 +255,8 @@ class QuantLayer(nn.Module):
             step: index of the denoising step, one for all rows or one per row; default: the step of the
                 enclosing `step_scope`.
         """
+        if self.input_transform is not None:
+            input = self.input_transform(input)
         if step is None:
             step = current_step()
             if step is None:
@@ -238,15 +271,20 @@ class QuantLayer(nn.Module):
         Raises:
             NonFiniteError: the updated weight holds NaN or infinity.
         """
-        weight, scale = self.updated_weight(), self.weight_scale
+        weight, scale = self.updated_weight(), self.spread(self.weight_scale)
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError("the fine-tuned weight holds NaN or infinity")
         if self.alpha is None:
-            codes = quantize_codes(weight, scale, self.weight_zero_point, 0, self.weight_qmax)
+            zero_point = self.spread(self.weight_zero_point)
+            codes = quantize_codes(weight, scale, zero_point, 0, self.weight_qmax)
         else:
             codes = self._rounded_codes()
+        return self._packed(codes.to(torch.uint8))
+
+    def _packed(self, codes: Tensor) -> PackedWeight:
+        """The weight with these codes, uint8 `[N, K, ...]`."""
         return PackedWeight(
-            codes.to(torch.uint8),
+            codes,
             self.weight_scale.detach().clone(),
             self.weight_zero_point.clone(),
             self.weight_bits,

@@ -10,6 +10,8 @@ from typing import Literal
 from torch import nn
 
 from trtq.errors import TrtqError
+from trtq.quant.dynamic_scale import ScalePolicy
+from trtq.quant.formats import Format, FormatTensors, precision_text
 from trtq.quant.geometry import padding_obstacle
 from trtq.quant.structure import Product
 from trtq.quant.tensors import LayerTensors, ProductTensors
@@ -25,7 +27,7 @@ __all__ = [
     "quantizable_layers",
 ]
 
-LowBitTensors = LayerTensors | ProductTensors
+LowBitTensors = LayerTensors | ProductTensors | FormatTensors
 """Tensors of a deployed layer: linear and convolution, or product of two activations."""
 
 Kind = Literal["linear", "conv1d", "conv2d", "conv3d", "conv_transpose", "product"]
@@ -57,6 +59,17 @@ class LayerPlan:
         right_bits: width of the codes of a product's second input; None: not a product.
         input_of: path of an earlier layer with the same input, whose input quantiser this layer shares;
             None: the layer has its own.
+        smooth: whether the channels of the input are scaled before the quantiser.
+        rotate: number of channels that a rotation of the input mixes; 0: no rotation.
+        scales: origin of the activations' scales, see `trtq.quant.dynamic_scale`.
+        outlier_ratio: largest channel of the input over the median channel, mean over the steps; None:
+            not measured.
+        may_smooth: whether the policy allows smoothing.
+        may_rotate: maximum order of a rotation by the policy; None: that of the recipe.
+        format: format of the layer, see `trtq.quant.formats.Format`. A weight-only layer has 16
+            activation bits, since its input is not quantised.
+        group: number of input channels that share a scale of a weight-only linear layer; None: one
+            scale per output channel.
     """
 
     name: str
@@ -67,6 +80,14 @@ class LayerPlan:
     adapters: bool = True
     right_bits: int | None = None
     input_of: str | None = None
+    smooth: bool = False
+    rotate: int = 0
+    scales: ScalePolicy = "step"
+    outlier_ratio: float | None = None
+    may_smooth: bool = True
+    may_rotate: int | None = None
+    format: Format = "int"
+    group: int | None = None
 
     @property
     def quantized(self) -> bool:
@@ -75,24 +96,18 @@ class LayerPlan:
 
     @property
     def precision(self) -> str:
-        """Bits as text: `w4a4`, for a product `a8a4`, or `float`."""
-        return precision_text(self.weight_bits, self.activation_bits, self.right_bits)
+        """Bits or format as text, see `trtq.quant.formats.precision_text`."""
+        bits = self.weight_bits, self.activation_bits, self.right_bits
+        return precision_text(*bits, self.format)
 
     @property
     def operands(self) -> dict[str, int]:
         """Bits of each quantised input, by the name of the input's quantiser within the layer."""
-        if self.activation_bits is None:
+        if self.activation_bits is None or self.format == "weight_only":
             return {}
         if self.right_bits is None:
             return {"activation": self.activation_bits}
         return {"left": self.activation_bits, "right": self.right_bits}
-
-
-def precision_text(weight: int | None, activation: int | None, right: int | None = None) -> str:
-    """Bits as text: `w4a4`, for a product `a8a4`, or `float`."""
-    if activation is None:
-        return "float"
-    return f"a{activation}a{right}" if weight is None else f"w{weight}a{activation}"
 
 
 def layer_kind(module: nn.Module) -> Kind | None:

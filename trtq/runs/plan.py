@@ -36,7 +36,7 @@ from trtq.quant import (
 )
 from trtq.quant.stand_in import StandIn
 from trtq.runs.budget import spend_budget
-from trtq.runs.sizes import entry_bytes, weight_bytes
+from trtq.runs.sizes import entry_bytes, format_bytes
 from trtq.runs.weights import described_bytes, stored_bytes
 from trtq.seeds import seeded_generator
 
@@ -90,7 +90,8 @@ class QuantizePlan:
             total += len(plan.operands) * (len(self.table) * 12 + 4 * entry_bytes(plan.name))
             if plan.weight_bits is not None:
                 weight, bias = modules[plan.name].weight, modules[plan.name].bias
-                total += weight_bytes(weight, plan.weight_bits) + 3 * entry_bytes(plan.name)
+                total += format_bytes(weight, plan)
+                total += 3 * entry_bytes(plan.name)
                 total += 0 if bias is None else stored_bytes(bias) + entry_bytes(plan.name)
         for name, tensor in self.source.denoiser.state_dict().items():
             if name not in inside:
@@ -233,8 +234,10 @@ def _plan_layers(
     layers: Sequence[LayerPlan] = plan_layers(
         source.denoiser,
         policy,
-        recipe.bits,
+        recipe.precision,
         None if probability_bits == "float" else probability_bits,
+        scales=recipe.scales,
+        group=recipe.group,
     )
     if not any(plan.quantized for plan in layers):
         raise QuantizationError(

@@ -186,10 +186,12 @@ def _denoiser_plan(
     layers: Sequence[LayerPlan] = plan_layers(
         denoiser,
         policy,
-        recipe.bits,
+        recipe.precision,
         None if probability_bits == "float" else probability_bits,
         roles,
         load_policy(GENERIC) if recipe.policy is None else None,
+        scales=recipe.scales,
+        group=recipe.group,
     )
     with torch.no_grad():
         layer_calls = observe_calls(denoiser, [layer.name for layer in layers], run)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from trtq.errors import ArtefactError
 from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.fake_quant import quantize_codes
+from trtq.quant.formats import FormatTensors
 from trtq.quant.modules import QuantLayer
 from trtq.quant.plan import LowBitTensors, named_errors
-from trtq.quant.tensors import LayerTensors
+from trtq.quant.tensors import LayerTensors, ProductTensors
 
 __all__ = ["TRAINED_NAME", "restore_trained", "save_trained"]
 
@@ -65,7 +66,7 @@ def restore_trained(
         raise ArtefactError(f"cannot read {path}: {err}") from err
     for name, layer in quantized.layers():
         numbers = merged[name]
-        assert isinstance(numbers, LayerTensors)
+        assert not isinstance(numbers, ProductTensors)
         trained = {
             key.rpartition(":")[2]: value
             for key, value in tensors.items()
@@ -85,13 +86,15 @@ def restore_trained(
         quantizer.set_range(operands[name].scale, -operands[name].low.float())
 
 
-def _restore(layer: QuantLayer, numbers: LayerTensors, trained: Mapping[str, Tensor]) -> None:
+def _restore(
+    layer: QuantLayer, numbers: LayerTensors | FormatTensors, trained: Mapping[str, Tensor]
+) -> None:
     layer.weight_scale.copy_(numbers.weight.scale)
     layer.weight_zero_point.copy_(numbers.weight.zero_point)
     if layer.base_codes is not None and layer.base_scale is not None:
         # The base weight's codes were computed with the scale as it was before training.
         layer.base_scale.copy_(trained["base_scale"])
-        scale, zero_point = layer.base_scale, layer.weight_zero_point
+        scale, zero_point = layer.spread(layer.base_scale), layer.spread(layer.weight_zero_point)
         codes = quantize_codes(layer.weight, scale, zero_point, 0, layer.weight_qmax)
         layer.base_codes.copy_(codes.to(torch.uint8))
     if layer.lora_A is not None and layer.lora_B is not None:

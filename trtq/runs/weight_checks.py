@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError
+from trtq.quant.input_transform import TransformTensors, transform_obstacle
 from trtq.quant.packing import PackedWeight, unpack_codes
 from trtq.quant.plan import (
     LayerPlan,
@@ -17,8 +18,9 @@ from trtq.quant.plan import (
     layer_kind,
     layer_obstacle,
 )
+from trtq.quant.tensors import LayerTensors
 
-__all__ = ["check_plans", "check_shared", "check_tables", "check_weight"]
+__all__ = ["check_plans", "check_shared", "check_tables", "check_transform", "check_weight"]
 
 _LISTED_LATER = ("conv1d", "conv3d", "conv_transpose")
 
@@ -64,7 +66,8 @@ def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None
     """
     for operand, bits in plan.operands.items():
         kinds = {"scale": torch.float32, "inv_scale": torch.float32}
-        kinds |= {"low": torch.int16, "high": torch.int16}
+        if plan.format == "int":
+            kinds |= {"low": torch.int16, "high": torch.int16}
         tables = {leaf: _tensor(named, f"{operand}.{leaf}", kind) for leaf, kind in kinds.items()}
         entries = tables["scale"].numel() if steps is None else steps
         for leaf, table in tables.items():
@@ -73,11 +76,14 @@ def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None
                     f"the table {operand}.{leaf} has shape {tuple(table.shape)}, though the manifest "
                     f"lists {entries} timesteps"
                 )
-        scale, low, high = tables["scale"], tables["low"].int(), tables["high"].int()
+        scale = tables["scale"]
         if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
             raise ArtefactError(f"the table {operand}.scale must hold positive finite numbers")
         if not torch.allclose(tables["inv_scale"], scale.reciprocal(), rtol=1e-5, atol=0):
             raise ArtefactError(f"the table {operand}.inv_scale is not the reciprocal of the scale")
+        if plan.format != "int":
+            continue
+        low, high = tables["low"].int(), tables["high"].int()
         if bool(((low > 0) | (high < 0) | (low < -128) | (high > 127)).any()):
             raise ArtefactError(f"the codes of {operand} are not a range around zero within int8")
         if bool((high - low != 2**bits - 1).any()):
@@ -85,6 +91,30 @@ def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None
                 f"the manifest says {bits} bits for {operand}, its codes span "
                 f"{int((high - low).min()) + 1} .. {int((high - low).max()) + 1} values"
             )
+
+
+def check_transform(named: Mapping[str, Tensor], plan: LayerPlan, source: Any) -> None:
+    """Raise unless the transform of the input is the manifest's, and fits the layer of the model.
+
+    Raises:
+        ArtefactError: the transform does not fit the manifest or the layer, or has invalid values.
+    """
+    transform = TransformTensors.from_tensors(named)
+    smooth = transform is not None and transform.inv_channels is not None
+    rotate = 0 if transform is None else transform.rotation
+    if (smooth, rotate) != (plan.smooth, plan.rotate):
+        raise ArtefactError(
+            f"the manifest says smooth={plan.smooth} and rotate={plan.rotate}, the file smooth={smooth} "
+            f"and rotate={rotate}"
+        )
+    if transform is None:
+        return
+    channels = int(source.weight.shape[1])
+    obstacle = transform_obstacle(source, rotate)
+    if transform.inv_channels is not None and len(transform.inv_channels) != channels:
+        obstacle = f"{len(transform.inv_channels)} factors for {channels} input channels"
+    if obstacle is not None:
+        raise ArtefactError(f"the transform of the input does not fit the layer: {obstacle}")
 
 
 def check_weight(named: Mapping[str, Tensor], bits: int, source: Any) -> None:
@@ -143,12 +173,18 @@ def check_shared(layers: Mapping[str, LowBitTensors], name: str, owner: str) -> 
         ArtefactError: the tables differ.
     """
     operands, shared = layers[name].operands, layers[owner].operands
-    if operands.keys() != shared.keys() or not all(
+    alike = operands.keys() == shared.keys() and all(
         torch.equal(getattr(tables, leaf), getattr(shared[operand], leaf))
         for operand, tables in operands.items()
         for leaf in ("scale", "low", "high")
-    ):
+    )
+    if not alike or _transform_key(layers[name]) != _transform_key(layers[owner]):
         raise ArtefactError(
             f"layer {name!r}: the manifest says that it has the input of {owner!r}, but their tables "
-            "differ"
+            "or transforms differ"
         )
+
+
+def _transform_key(layer: LowBitTensors) -> bytes:
+    transform = layer.transform if isinstance(layer, LayerTensors) else None
+    return b"" if transform is None else transform.key

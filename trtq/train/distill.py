@@ -91,7 +91,7 @@ class Distillation:
         for layer in layers:
             if layer.lora_A is None or layer.lora_B is None:
                 continue
-            rate = self.rates.lora * float(layer.weight_scale.detach().mean())
+            rate = self.rates.lora * layer.weight_level()
             adapters.append({"params": [layer.lora_A, layer.lora_B], "lr": rate})
             scales.append(layer.weight_scale)
             if layer.weight_scale_dequant is not None:
@@ -103,7 +103,7 @@ class Distillation:
         groups: list[dict[str, Any]] = []
         for layer in layers:
             parameters = [p for p in (layer.tuned_weight, layer.tuned_bias) if p is not None]
-            rate = self.rates.tuned * float(layer.weight_scale.detach().mean())
+            rate = self.rates.tuned * layer.weight_level()
             groups.append({"params": parameters, "lr": rate})
         return groups
 

@@ -109,7 +109,8 @@ def _learn_layer(
     Raises:
         NonFiniteError: the loss is NaN or infinite.
     """
-    start = initial_alpha(layer.updated_weight().detach(), layer.weight_scale.detach())
+    scale = layer.spread(layer.weight_scale.detach())
+    start = initial_alpha(layer.updated_weight().detach(), scale)
     alpha = layer.alpha = nn.Parameter(start.clone())
     layer.soft_rounding = True
     optimizer = torch.optim.Adam([alpha], lr=_RATE)

@@ -7,13 +7,23 @@ the guides of TensorRT 10.16 and 11.4. A graph is checked after `prepare` has re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from trtq.graph.passes.low_bit_to_qdq import PAIR_SAFE
+from trtq.graph.runtimes.findings import (
+    Finding,
+    constant_of,
+    dequantized_by,
+    input_of,
+    layer_of,
+    operands_of,
+    producer_of,
+)
+from trtq.graph.runtimes.format_rules import int8_blocks
 from trtq.graph.runtimes.prepare import Runtime
+from trtq.graph.runtimes.weight_only import is_weight_only
 from trtq.processor import has_vnni
 
 __all__ = ["Finding", "check"]
@@ -31,60 +41,13 @@ _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 _FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A layer that breaks a rule.
-
-    Attributes:
-        layer: name of the layer, or of a node that belongs to no layer.
-        rule: operation of the layer that the runtime does not support, and the reason.
-        fix: remedy.
-        fatal: whether the layer is refused or computed wrongly; otherwise it only runs slower.
-    """
-
-    layer: str
-    rule: str
-    fix: str
-    fatal: bool = True
-
-
 _Rule = Callable[[ir.Node], Iterator[Finding]]
-
-
-def _layer(node: ir.Node) -> str:
-    return (node.name or node.op_type).rpartition("/")[0] or (node.name or node.op_type)
-
-
-def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    return None if value is None else value.const_value
-
-
-def _producer(value: ir.Value | None) -> ir.Node | None:
-    return None if value is None else value.producer()
-
-
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
-def _dequantized(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that computes a value, else None."""
-    node = _producer(value)
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
-
-
-def _operands(
-    node: ir.Node,
-) -> tuple[ir.Node | None, ir.Node | None, ir.TensorProtocol | None]:
-    """The DequantizeLinear nodes of activation and weight, and the weight's constant codes."""
-    activation, weight = (_dequantized(_input(node, index)) for index in (0, 1))
-    return activation, weight, _constant(weight.inputs[0]) if weight is not None else None
 
 
 def _operators(node: ir.Node) -> Iterator[Finding]:
     if node.op_type in _DECOMPOSED_INTEGERS:
         yield Finding(
-            _layer(node),
+            layer_of(node),
             f"uses {node.op_type}, which is not among the operators that the parser supports",
             "export it with --target qdq, which uses quantise-dequantise pairs instead",
         )
@@ -93,39 +56,41 @@ def _operators(node: ir.Node) -> Iterator[Finding]:
 def _doubles(node: ir.Node) -> Iterator[Finding]:
     # The file may lack the types of values between nodes, but only casts and constants make float64.
     to = node.attributes.get("to")
-    constants = [_constant(value) for value in node.inputs]
+    constants = [constant_of(value) for value in node.inputs]
     if (to is not None and to.as_int() == ir.DataType.DOUBLE) or any(
         stored is not None and stored.dtype == ir.DataType.DOUBLE for stored in constants
     ):
         yield Finding(
-            _layer(node),
+            layer_of(node),
             f"{node.op_type} uses float64, which this runtime does not support",
             "run the pass CastFloat64ToFloat32 over the graph",
         )
 
 
 def _zero_points(node: ir.Node) -> Iterator[Finding]:
-    if node.op_type not in _PAIR or _input(node, 2) is None:
+    if node.op_type not in _PAIR or input_of(node, 2) is None:
         return
-    zero_point = _constant(node.inputs[2])
+    zero_point = constant_of(node.inputs[2])
     if zero_point is None or bool(zero_point.numpy().astype(np.int16).any()):
         yield Finding(
-            _layer(node),
+            layer_of(node),
             f"{node.op_type} has a zero point that is not a constant zero",
             "use signed codes around float zero: round, Max(low), Min(high), and no zero point",
         )
     elif zero_point.dtype == ir.DataType.UINT8:
         yield Finding(
-            _layer(node),
+            layer_of(node),
             f"{node.op_type} is unsigned (uint8)",
             "quantise to int8; 8-bit activations are symmetric",
         )
 
 
 def _constant_scales(node: ir.Node) -> Iterator[Finding]:
-    if node.op_type in _PAIR and _constant(node.inputs[1]) is None:
+    if "block_size" in node.attributes and dequantized_by(input_of(node, 1)) is not None:
+        return  # Block scales are codes themselves.
+    if node.op_type in _PAIR and constant_of(node.inputs[1]) is None:
         yield Finding(
-            _layer(node),
+            layer_of(node),
             f"{node.op_type} has a computed scale: products fall back to float, and a convolution "
             "behind it ends the builder's process",
             "multiply by the scale of the step outside, and quantise with the constant 1",
@@ -133,20 +98,22 @@ def _constant_scales(node: ir.Node) -> Iterator[Finding]:
 
 
 def _activation_scales(node: ir.Node) -> Iterator[Finding]:
-    scale = _constant(_input(node, 1))
+    scale = constant_of(input_of(node, 1))
     if node.op_type == "QuantizeLinear" and scale is not None and scale.size > 1:
         yield Finding(
-            _layer(node),
+            layer_of(node),
             f"an activation has {scale.size} scales; only weights may have one per channel or block",
             "use one scale per tensor, and put factors per channel into the weight",
         )
 
 
 def _float_scales(node: ir.Node) -> Iterator[Finding]:
-    scale = _input(node, 1)
+    scale = input_of(node, 1)
+    if node.op_type == "DequantizeLinear" and is_weight_only(node):
+        return  # The product itself is one of half-precision numbers.
     if node.op_type in _PAIR and scale is not None and scale.dtype == ir.DataType.FLOAT16:
         yield Finding(
-            _layer(node),
+            layer_of(node),
             f"{node.op_type} has a float16 scale, so the product is summed in float16, whose maximum is "
             "65504",
             "use float32 scales around the product, and cast behind them",
@@ -155,18 +122,18 @@ def _float_scales(node: ir.Node) -> Iterator[Finding]:
 
 def _int4_uses(node: ir.Node) -> Iterator[Finding]:
     for value in node.inputs:
-        stored = _constant(value)
+        stored = constant_of(value)
         if stored is None or stored.dtype not in _FOUR_BITS:
             continue
         if stored.dtype == ir.DataType.UINT4:
             yield Finding(
-                _layer(node),
+                layer_of(node),
                 "uses UINT4 constants, which this runtime does not support",
                 "store the codes as INT4, minus 8",
             )
         elif node.op_type != "DequantizeLinear":
             yield Finding(
-                _layer(node),
+                layer_of(node),
                 f"an INT4 constant feeds {node.op_type}; only DequantizeLinear and plugins support it",
                 "run the pass CastInt4ToInt8 over the graph",
             )
@@ -175,19 +142,19 @@ def _int4_uses(node: ir.Node) -> Iterator[Finding]:
 def _int4_products(node: ir.Node) -> Iterator[Finding]:
     if node.op_type not in _PRODUCTS:
         return
-    activation, weight, stored = _operands(node)
+    activation, weight, stored = operands_of(node)
     if stored is None or stored.dtype not in _FOUR_BITS:
         return
     if activation is not None:
         yield Finding(
-            _layer(node),
+            layer_of(node),
             f"{node.op_type} of INT4 weights with quantised activations: a convolution is refused, and "
             "the block scales of a matrix product are applied in the wrong place",
             "cast the weight to int8 (CastInt4ToInt8), or use the packed form of the plugin",
         )
     elif node.op_type == "Conv" and "block_size" in weight.attributes:  # type: ignore[union-attr]
         yield Finding(
-            _layer(node),
+            layer_of(node),
             "the weight of a convolution has scales per block of input channels",
             "use scales per output channel",
         )
@@ -197,19 +164,21 @@ def _saturating_pairs(node: ir.Node) -> Iterator[Finding]:
     """Matrix products with constant weights that onnxruntime's own rewrites compute wrongly."""
     if node.op_type not in ("MatMul", "Gemm"):
         return
-    activation, _, stored = _operands(node)
+    activation, weight, stored = operands_of(node)
     if stored is None or stored.dtype not in _EIGHT_BITS:
         return
+    if weight is not None and is_weight_only(weight):
+        return  # Sessions of trtq set the accuracy level at which activations stay float.
     largest = int(np.abs(stored.numpy().astype(np.int16)).max())
     if activation is None and node.op_type == "MatMul":
         yield Finding(
-            _layer(node),
+            layer_of(node),
             "a dequantised weight with a float activation, which onnxruntime 1.31 quantises itself",
             "cast the weight's codes to float",
         )
     elif activation is not None and largest > PAIR_SAFE and not has_vnni():
         yield Finding(
-            _layer(node),
+            layer_of(node),
             f"weights up to {largest} in a quantise pair saturate on a processor without VNNI",
             "export it again, which casts such codes to float instead of dequantising them",
         )
@@ -219,11 +188,11 @@ def _cast_codes(node: ir.Node) -> Iterator[Finding]:
     """Products of codes that compilers compute in float."""
     if node.op_type not in _PRODUCTS:
         return
-    cast = _producer(node.inputs[0])
-    codes = _producer(cast.inputs[0]) if cast is not None and cast.op_type == "Cast" else None
+    cast = producer_of(node.inputs[0])
+    codes = producer_of(cast.inputs[0]) if cast is not None and cast.op_type == "Cast" else None
     if codes is not None and codes.op_type == "QuantizeLinear":
         yield Finding(
-            _layer(node),
+            layer_of(node),
             "codes that are cast, not dequantised, are multiplied in float",
             "run the pass CastsToQdq over the graph",
             fatal=False,
@@ -234,17 +203,19 @@ def _float_products(node: ir.Node) -> Iterator[Finding]:
     """Products of integers that OpenVINO computes in float."""
     if node.op_type not in _PRODUCTS:
         return
-    activation, weight, stored = _operands(node)
+    activation, weight, stored = operands_of(node)
     if activation is not None and weight is None:
         yield Finding(
-            _layer(node),
+            layer_of(node),
             "8-bit weights run in float on a processor without VNNI, where integer sums saturate",
             "use weights of at most 7 bits (w7a8, w4a8), or a processor with VNNI",
             fatal=False,
         )
+    if weight is not None and is_weight_only(weight):
+        return  # OpenVINO decompresses such a weight inside its float product.
     if stored is not None and stored.dtype in _FOUR_BITS:
         yield Finding(
-            _layer(node),
+            layer_of(node),
             "a 4-bit weight that feeds DequantizeLinear directly runs in float",
             "insert Cast(int8) and Sub(zero point) between them",
             fatal=False,
@@ -266,7 +237,7 @@ _RULES: dict[Runtime, tuple[_Rule, ...]] = {
     "onnxruntime": (_saturating_pairs,),
     "openvino": (_doubles, _float_products, _cast_codes),
     "tensorrt-rtx": _TENSORRT,
-    "tensorrt": _TENSORRT,
+    "tensorrt": (*_TENSORRT, int8_blocks),
 }
 
 

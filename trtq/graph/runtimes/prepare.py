@@ -94,10 +94,11 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
     """Rewrite an exported graph, in place, so that a runtime supports it and computes it correctly.
 
     1. Plugin nodes stay for TensorRT, and become quantise-dequantise pairs for the other runtimes.
+       Products in NVFP4 become TensorRT's operators, or standard ones for the other runtimes.
     2. For onnxruntime's own providers the graph does not change without VNNI. With VNNI, pairs do not
        saturate and run in integers, so cast codes become pairs again.
     3. OpenVINO and TensorRT do not support float64, but have a kernel for group norms; TensorRT does not
-       support INT4 in front of a Cast.
+       support INT4 in front of a Cast, and needs pairs of FP8.
     4. In OpenVINO without VNNI, integer products saturate if both factors have 8 bits, so such layers
        are computed in float. Its matrix products are slow, so all others become convolutions, whose
        weights must not have equal scales.
@@ -131,12 +132,15 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
     from trtq.graph.runtimes.break_uniform_scales import BreakUniformScales
     from trtq.graph.runtimes.casts_to_qdq import CastsToQdq
     from trtq.graph.runtimes.float64_to_float32 import CastFloat64ToFloat32
+    from trtq.graph.runtimes.fp8_casts_to_qdq import Fp8CastsToQdq
     from trtq.graph.runtimes.fuse_group_norm import FuseGroupNorm
     from trtq.graph.runtimes.int4_to_int8 import CastInt4ToInt8
     from trtq.graph.runtimes.matmul_to_conv import MatMulToConv
+    from trtq.graph.runtimes.nvfp4 import ExpandNvfp4
     from trtq.graph.runtimes.wide_products_to_float import WideProductsToFloat
     from trtq.graph.runtimes.wide_weights_to_float import WideWeightsToFloat
 
+    ExpandNvfp4(native=runtime.startswith("tensorrt"))(model)
     if runtime in ("onnxruntime", "openvino"):
         ExpandPlugins()(model)
     if runtime == "onnxruntime":
@@ -158,6 +162,7 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
         BreakUniformScales()(model)
     if runtime != "openvino":
         CastInt4ToInt8()(model)
+        Fp8CastsToQdq()(model)
     # The rewrites leave unused constants in the graph, which a builder would keep in memory.
     RemoveUnusedNodesPass()(model)
     return model

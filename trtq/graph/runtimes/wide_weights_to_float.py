@@ -1,6 +1,7 @@
 """Computes layers with 8-bit weights in float, for processors whose integer products saturate.
 
-1. `DequantizeLinear(int8 W, ones)` becomes `Cast(W)` if W has integers beyond `PAIR_SAFE`.
+1. `DequantizeLinear(int8 W, ones)` becomes `Cast(W)` if W has integers beyond `PAIR_SAFE`. Weights of
+   weight-only layers do not change.
 
 Without VNNI, x86 adds two uint8 x int8 products in int16, which saturates. The layer is then computed in
 float from the same integers, with the same result. The weights remain int8, since a graph of more than
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from trtq.errors import LegalityError
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.low_bit_to_qdq import PAIR_SAFE
+from trtq.graph.runtimes.weight_only import is_weight_only
 
 __all__ = ["WideWeightsToFloat"]
 
@@ -34,6 +36,8 @@ class WideWeightsToFloat(ir.passes.InPlacePass):
             weight = node.inputs[0]
             stored = weight.const_value if weight is not None else None
             if weight is None or stored is None or stored.dtype != ir.DataType.INT8:
+                continue
+            if is_weight_only(node):
                 continue
             integers = stored.numpy()
             if np.abs(integers.astype(np.int16)).max() <= PAIR_SAFE:
