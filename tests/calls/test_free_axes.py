@@ -5,8 +5,8 @@ import pytest
 import trtq
 from tests.calls.whole_way import MAX_DIFFERENCE, MIN_PARITY_DB, RECIPE, called
 from tests.calls.zoo import ZOO
-from trtq.calls.recorder import denoisers_of
 from trtq.calls.user_call import UserCall
+from trtq.diffusion.components import denoisers_of
 from trtq.errors import UsageError
 from trtq.exporter.call_parity import call_parities
 

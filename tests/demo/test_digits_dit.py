@@ -24,6 +24,7 @@ from trtq.pipelines.draw import conditioning_for, draw
 from trtq.runs.quantize import quantize
 
 FOLDER = shipped_model("digits-dit")
+assert FOLDER is not None
 WEIGHTS = FOLDER / "transformer" / "diffusion_pytorch_model.safetensors"
 SHA256 = "f68222e57d9cd5d401652ba0084837999e1bce36316618a34e8fa4160452bec5"
 PLANTED = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj")

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from tests.conftest import tiny_pipeline
+from tests.families.pipelines import build
 from trtq.diffusion.loading import open_pipeline, wrap_pipeline
 from trtq.diffusion.sampling import Conditions, at_once, predict, seeded_noise
 from trtq.diffusion.schedule import NoiseSchedule
-from trtq.diffusion.timesteps import inference_timesteps, set_timesteps
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 
 
@@ -65,14 +65,14 @@ def test_timesteps_are_those_of_the_scheduler():
     from diffusers import DDIMScheduler, HeunDiscreteScheduler
 
     ddim = DDIMScheduler(timestep_spacing="leading", steps_offset=1)
-    assert inference_timesteps(ddim, 4) == [751, 501, 251, 1]
-    heun = inference_timesteps(HeunDiscreteScheduler(), 5)
+    assert NoiseSchedule.of(ddim, 4).timesteps.tolist() == [751, 501, 251, 1]
+    heun = NoiseSchedule.of(HeunDiscreteScheduler(), 5).timesteps.tolist()
     assert len(heun) == len(set(heun)) == 5
     with pytest.raises(UsageError, match=r"steps=0 .* 1 \.\. 1000"):
-        inference_timesteps(ddim, 0)
-    assert inference_timesteps(ddim, 999)[0] == 999
+        NoiseSchedule.of(ddim, 0)
+    assert NoiseSchedule.of(ddim, 999).timesteps[0] == 999
     with pytest.raises(UsageError, match=r"steps=1000 .* timestep 1000, .* trained on 0 \.\. 999"):
-        inference_timesteps(ddim, 1000)
+        NoiseSchedule.of(ddim, 1000)
 
 
 @pytest.mark.parametrize("steps", [3, 7, 20])
@@ -81,7 +81,7 @@ def test_noise_levels_that_depend_on_the_size_equal_those_of_flux_bit_for_bit(st
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    ours = set_timesteps(scheduler, steps, tokens=128)
+    ours = open_pipeline(build("flux")).sized("32x64").rehearsal(steps).scheduler
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(128))
     assert torch.equal(ours.sigmas, scheduler.sigmas)
     assert torch.equal(ours.timesteps, scheduler.timesteps)

@@ -55,7 +55,7 @@ def test_stable_diffusion_xl_distinguishes_an_empty_negative_prompt_from_none():
 @pytest.mark.parametrize("name", ["ldm_kl", "flux"])
 def test_a_negative_prompt_is_refused_if_the_pipeline_does_not_support_it(name):
     loaded = open_pipeline(build(name))
-    assert not takes_negative(loaded.pipeline)
+    assert not takes_negative(loaded.pipeline, loaded.denoiser_name)
     with pytest.raises(UsageError, match="takes no negative prompt"):
         loaded.encode(["a"], "b")
     assert loaded.encode(["a"], "").conditional.keys() == loaded.encode(["a"]).conditional.keys()

@@ -525,7 +525,7 @@ NEEDS = {
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=112,
         ),
-        "StableDiffusionXLPipeline",
+        "pooled text",
     ),
     "img2img": (lambda: of_class("StableDiffusionImg2ImgPipeline"), "--input image=FILE"),
     "inpaint": (lambda: of_class("StableDiffusionInpaintPipeline"), "--input mask_image=FILE"),

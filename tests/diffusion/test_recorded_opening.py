@@ -10,7 +10,8 @@ from torch import nn
 
 from tests.diffusion.test_prepared import ip_adapter
 from tests.families.pipelines import build, conditional_unet, stable_diffusion
-from trtq.diffusion.loading import find_denoiser, open_pipeline
+from trtq.diffusion.components import find_denoiser
+from trtq.diffusion.loading import open_pipeline
 from trtq.errors import ArtefactError
 
 CONTROL = "controlnet/diffusion_pytorch_model.safetensors"

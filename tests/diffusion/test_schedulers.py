@@ -10,10 +10,9 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from tests.families.pipelines import build, conditional_unet, stable_diffusion
 from trtq.artefact.opened import open_artefact
 from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS
-from trtq.diffusion.stepping import stepping_of
-from trtq.diffusion.timesteps import check_steps
 from trtq.errors import UsageError
 from trtq.pipelines.called import is_called
 from trtq.pipelines.draw import conditioning_for, draw
@@ -381,9 +380,9 @@ def test_a_pipeline_with_its_own_sampler_is_not_wrapped():
     loaded = open_pipeline(pipe)
     assert type(loaded.pipeline) is type(pipe)
     assert type(loaded.pipeline.scheduler) is type(scheduler)
-    assert stepping_of(pipe) is None
+    assert not knows_pipeline(pipe)
     with pytest.raises(
-        UsageError, match=r"ConsistencyModelPipeline is not supported.* DDPMPipeline"
+        UsageError, match=r"scheduler CMStochasticIterativeScheduler is not supported"
     ):
         loaded.schedule(4)
 
@@ -422,21 +421,24 @@ def test_a_scheduler_that_fails_at_one_step_works_with_two(tmp_path):
     assert quantize(pipe, recipe, tmp_path / "run")["layers_quantized"] > 0
 
 
-def test_a_rehearsal_runs_once_per_settings(monkeypatch):
-    from trtq.diffusion import timesteps
+def test_the_pipeline_is_rehearsed_once_per_settings_and_its_prompt_encoded_once(monkeypatch):
+    from trtq.diffusion import own_call
 
-    rehearsals = []
-    monkeypatch.setattr(timesteps, "_REHEARSALS", {})
+    pipe, rehearsed, encoded = build("sd_1"), [], []
+    rehearse, encode = own_call.rehearse, pipe.text_encoder.forward
     monkeypatch.setattr(
-        timesteps, "_rehearsal_failure", lambda *given: rehearsals.append(given) or None
+        own_call, "rehearse", lambda *a, **kw: rehearsed.append(kw) or rehearse(*a, **kw)
     )
-    for scheduler in (
-        make("DDIMScheduler"),
-        make("DDIMScheduler"),
-        make("DDIMScheduler", beta_end=0.03),
-    ):
-        check_steps(scheduler, 5)
-    assert len(rehearsals) == 2
+    monkeypatch.setattr(
+        pipe.text_encoder, "forward", lambda *a, **kw: encoded.append(1) or encode(*a, **kw)
+    )
+    loaded = LoadedPipeline("sd", None, pipe, "unet")
+    for settings in ({}, {}, {"beta_end": 0.03}):
+        pipe.scheduler = make("DDIMScheduler", **settings)
+        loaded.check_steps(5)
+        loaded.schedule(5)
+    assert [call["steps"] for call in rehearsed if "steps" in call] == [5, 5]
+    assert len(encoded) == 2  # The empty prompt as prompt and as negative prompt.
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
@@ -445,7 +447,7 @@ def test_pixart_supports_one_step_only_with_schedulers_that_predict_the_image(na
     pipeline.scheduler = getattr(diffusers, name)()
     loaded = open_pipeline(pipeline)
     loaded.check_steps(2)
-    with pytest.raises(UsageError, match="returns no second result for a single step"):
+    with pytest.raises(UsageError, match=r"fails at steps=1 .*tuple index out of range"):
         loaded.check_steps(1)
     pipeline.scheduler = diffusers.EulerDiscreteScheduler()
     open_pipeline(pipeline).check_steps(1)

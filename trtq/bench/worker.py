@@ -18,7 +18,8 @@ from trtq.bench.cost import count_operations
 from trtq.bench.device import GpuMemory, Nvml, cpu_peak
 from trtq.bench.process import answer_questions
 from trtq.bench.turns import calls_per_turn, time_call, time_calls
-from trtq.diffusion.folder import AUTOENCODERS, import_classes
+from trtq.diffusion.components import AUTOENCODERS
+from trtq.diffusion.folder import import_classes
 from trtq.diffusion.loading import resolve_model
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import Conditions, predict, seeded_noise

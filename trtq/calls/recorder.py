@@ -10,27 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from trtq.calls.form import CallForm, flatten_call
-from trtq.errors import QuantizationError, StepError
+from trtq.errors import StepError
 
 __all__ = [
-    "DENOISER_NAMES",
     "RecordedCall",
     "call_until",
     "close_progress_bar",
-    "denoisers_of",
     "observed",
     "read_timestep",
 ]
 
-DENOISER_NAMES = (
-    "unet",
-    "transformer",
-    "transformer_2",
-    "unconditional_transformer",
-    "decoder",
-    "prior",
-)
-"""Names under which diffusers' pipelines hold their denoisers."""
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio", "r", "sigma")
 """Names of the timestep in the signatures of diffusers' denoisers, in order of preference."""
 
@@ -53,23 +42,6 @@ class RecordedCall:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors by path."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-
-def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
-    """The denoisers of a pipeline by name.
-
-    Raises:
-        QuantizationError: the pipeline has none.
-    """
-    modules = {name: getattr(pipeline, name, None) for name in DENOISER_NAMES}
-    present = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
-    if not present:
-        components = ", ".join(sorted(getattr(pipeline, "components", {}))) or "none"
-        raise QuantizationError(
-            f"{type(pipeline).__name__} has no denoiser: a component {', '.join(DENOISER_NAMES[:-1])} "
-            f"or {DENOISER_NAMES[-1]} is required, its components are: {components}"
-        )
-    return present
 
 
 def read_timestep(call: RecordedCall, argument: str) -> float:

@@ -1,4 +1,4 @@
-"""Calling conventions of diffusers' denoisers: names, nesting and scaling of their inputs.
+"""Calling conventions of diffusers' denoisers: names and nesting of their inputs.
 
 A graph has a flat list of inputs; diffusers' models take some inputs inside dicts
 (`added_cond_kwargs={"text_embeds": ...}`). This module uses the flat names.
@@ -7,13 +7,16 @@ A graph has a flat list of inputs; diffusers' models take some inputs inside dic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["FAMILIES", "Family", "family_named"]
+
+_ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
+"""Inputs that models take inside `added_cond_kwargs`."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +25,19 @@ class Family:
 
     Attributes:
         sample: name of the noisy input.
-        output: name of the prediction in an exported graph, as optimum-onnx expects it.
-        timestep_scale: factor that pipelines apply to timesteps.
         one_timestep: whether the model accepts a single timestep for the whole batch.
         free_size: whether one graph supports several image sizes; if not, the graph's positions are
             constants.
-        nested: name of the dict argument that contains an input, by flat name of the input.
     """
 
-    sample: str = "sample"
-    output: str = "out_sample"
-    timestep_scale: float = 1.0
+    sample: str
     one_timestep: bool = False
     free_size: bool = False
-    nested: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def output(self) -> str:
+        """Name of the prediction in an exported graph, as optimum-onnx expects it."""
+        return f"out_{self.sample}"
 
     def arguments(self, x: Tensor, timestep: Tensor | float, values: Mapping[str, Tensor]) -> Any:
         """Keyword arguments of one call.
@@ -52,12 +54,9 @@ class Family:
 
     def nest(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
         """Put inputs into the dict arguments of the model."""
-        arguments: dict[str, Any] = {}
-        for name, value in values.items():
-            if name in self.nested:
-                arguments.setdefault(self.nested[name], {})[name] = value
-            else:
-                arguments[name] = value
+        arguments: dict[str, Any] = {k: v for k, v in values.items() if k not in _ADDED}
+        if added := {name: value for name, value in values.items() if name in _ADDED}:
+            arguments["added_cond_kwargs"] = added
         return arguments
 
     def flatten(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,16 +69,15 @@ class Family:
         return flat
 
 
-_TEXT_AND_SIZE = {"text_embeds": "added_cond_kwargs", "time_ids": "added_cond_kwargs"}
-_RESOLUTION = {"resolution": "added_cond_kwargs", "aspect_ratio": "added_cond_kwargs"}
-_TRANSFORMER = Family("hidden_states", "out_hidden_states")
+_UNET = Family("sample", one_timestep=True, free_size=True)
+_TRANSFORMER = Family("hidden_states")
 FAMILIES: dict[str, Family] = {
-    "UNet2DModel": Family(one_timestep=True, free_size=True),
-    "UNet2DConditionModel": Family(one_timestep=True, free_size=True, nested=_TEXT_AND_SIZE),
+    "UNet2DModel": _UNET,
+    "UNet2DConditionModel": _UNET,
     "DiTTransformer2DModel": _TRANSFORMER,
-    "PixArtTransformer2DModel": Family("hidden_states", "out_hidden_states", nested=_RESOLUTION),
-    "SD3Transformer2DModel": Family("hidden_states", "out_hidden_states", free_size=True),
-    "FluxTransformer2DModel": Family("hidden_states", "out_hidden_states", timestep_scale=1e-3),
+    "PixArtTransformer2DModel": _TRANSFORMER,
+    "SD3Transformer2DModel": Family("hidden_states", free_size=True),
+    "FluxTransformer2DModel": _TRANSFORMER,
 }
 
 
@@ -90,4 +88,4 @@ def family_named(model_class: str) -> Family:
     """
     if model_class in FAMILIES:
         return FAMILIES[model_class]
-    return _TRANSFORMER if "Transformer" in model_class else FAMILIES["UNet2DModel"]
+    return _TRANSFORMER if "Transformer" in model_class else _UNET

@@ -16,6 +16,7 @@ from torch import nn
 
 from trtq.diffusion.checkpoint import assemble, load_part
 from trtq.diffusion.component_classes import is_component, part_class, pipeline_class
+from trtq.diffusion.components import AUTOENCODERS, DENOISERS, TEXT_ENCODERS
 from trtq.diffusion.configs import check_config
 from trtq.diffusion.ip_adapter import add_ip_adapter
 from trtq.diffusion.layout import (
@@ -26,7 +27,7 @@ from trtq.diffusion.layout import (
     read_json,
     read_null_class,
 )
-from trtq.diffusion.loading import DENOISERS, wrap_pipeline
+from trtq.diffusion.loading import wrap_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import PROMPTS_NAME
 from trtq.diffusion.quiet import quiet_diffusers
@@ -34,10 +35,8 @@ from trtq.diffusion.wording import one_line
 from trtq.errors import ArtefactError, UsageError
 
 __all__ = [
-    "AUTOENCODERS",
     "DECODER",
     "ENCODER",
-    "TEXT_ENCODERS",
     "denoiser_in",
     "has_parts",
     "import_classes",
@@ -46,14 +45,6 @@ __all__ = [
     "skeleton",
 ]
 
-TEXT_ENCODERS = {
-    "text_encoder": "tokenizer",
-    "text_encoder_2": "tokenizer_2",
-    "text_encoder_3": "tokenizer_3",
-    "bert": "tokenizer",
-}
-"""Names of text encoders in pipelines, and of their tokenizers."""
-AUTOENCODERS = ("vae", "vqvae")
 DECODER, ENCODER = "vae_decoder", "vae_encoder"
 """Names of the graphs of an autoencoder's two halves."""
 

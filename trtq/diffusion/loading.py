@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from trtq.diffusion.checkpoint import load_pipeline
-from trtq.diffusion.conditioning import UNLABELLED_PIPELINES
-from trtq.diffusion.encode import check_inputs
+from trtq.diffusion.closed_form import check_inputs, check_needs
+from trtq.diffusion.components import find_denoiser, unwrapped
 from trtq.diffusion.layout import check_null_class, read_null_class
-from trtq.diffusion.needs import check_needs
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.places import config_folder, download, resolve_model
 from trtq.diffusion.prepared import plain_pipeline
+from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS, scheduler_name
 from trtq.diffusion.single_file import load_single_file
 from trtq.diffusion.weight_files import is_single_file, lora_refusal
 from trtq.diffusion.wording import one_line
-from trtq.errors import ArtefactError, QuantizationError, UsageError
+from trtq.errors import ArtefactError, UsageError
 from trtq.quant.stand_in import StandIn
 from trtq.torch_settings import with_own_settings
 
-__all__ = ["DENOISERS", "find_denoiser", "open_pipeline", "resolve_model", "wrap_pipeline"]
-
-DENOISERS = ("unet", "transformer", "decoder", "prior")
-"""Names of the component that predicts the noise, in order of precedence."""
-
-
-def find_denoiser(pipeline: Any) -> str:
-    """Name of the component that predicts the noise.
-
-    Raises:
-        QuantizationError: the pipeline has no such component.
-    """
-    for name in DENOISERS:
-        if isinstance(getattr(pipeline, name, None), nn.Module):
-            return name
-    components = ", ".join(sorted(getattr(pipeline, "components", {}))) or "none"
-    raise QuantizationError(
-        f"{type(pipeline).__name__} has no denoiser: a component {', '.join(DENOISERS[:-1])} or "
-        f"{DENOISERS[-1]} is required, "
-        f"its components are: {components}"
-    )
+__all__ = ["open_pipeline", "resolve_model", "wrap_pipeline"]
 
 
 def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any = None) -> Any:
@@ -61,14 +42,18 @@ def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any =
     unet = getattr(pipeline, "unet", None)
     if unet is None or getattr(unet.config, "num_class_embeds", None) is None:
         return pipeline
-    if "encoder_hid_dim" in unet.config or hasattr(pipeline, "classes"):
-        return pipeline
-    if type(pipeline).__name__ not in UNLABELLED_PIPELINES:
+    chosen = pipeline.scheduler if scheduler is None else scheduler
+    labelled = "class_labels" in inspect.signature(type(pipeline).__call__).parameters
+    # Other schedulers belong to a sampler of their pipeline.
+    if (
+        set(pipeline.components) != {"unet", "scheduler"}
+        or labelled
+        or scheduler_name(chosen) not in KNOWN_SCHEDULERS
+    ):
         return pipeline
     from trtq.diffusion.class_conditional import ClassConditionalPipeline
 
     check_null_class(null_class, int(unet.config.num_class_embeds))
-    chosen = pipeline.scheduler if scheduler is None else scheduler
     wrapped = ClassConditionalPipeline(unet, chosen, null_class)
     wrapped.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
     return wrapped
@@ -153,7 +138,8 @@ def _open_object(pipeline: Any, *, recorded: bool) -> LoadedPipeline:
             pipeline = plain_pipeline(pipeline)
         else:
             # Check before rebuilding, too: settings that an adapter added do not fit a plain model.
-            check_inputs(pipeline)
+            model = unwrapped(getattr(pipeline, name))
+            check_inputs(model, f"the {name} of {type(pipeline).__name__}")
             pipeline = wrap_pipeline(plain_pipeline(pipeline))
             check_needs(pipeline, name, type(pipeline).__name__)
     return LoadedPipeline(type(pipeline).__name__, None, pipeline, name)

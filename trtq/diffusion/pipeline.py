@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtq.diffusion.conditioning import CalibrationPrompts, check_unlabelled, encode_in_batches
+from trtq.diffusion.closed_form import recording_reason
+from trtq.diffusion.components import AUTOENCODERS, denoiser_class
 from trtq.diffusion.encode import (
-    EMBEDDED_GUIDANCE,
+    CalibrationPrompts,
     Encoded,
+    check_unlabelled,
     class_conditions,
     class_count,
+    embedded_guidance,
     encodes_text,
 )
 from trtq.diffusion.families import Family, family_named
+from trtq.diffusion.own_call import OwnCall
 from trtq.diffusion.prompts import PromptSet, load_prompts
+from trtq.diffusion.rehearsal import Rehearsal
 from trtq.diffusion.sampling import Conditions
 from trtq.diffusion.schedule import NoiseSchedule
+from trtq.diffusion.scheduler_rules import check_known
 from trtq.diffusion.sizes import ModelSizes, cell_pixels, coarsest_cell, trained_size
-from trtq.diffusion.stepping import KNOWN_PIPELINES, Stepping, stepping_of
-from trtq.diffusion.timesteps import check_steps, set_timesteps
 from trtq.errors import UsageError
 
 __all__ = ["LoadedPipeline"]
@@ -39,6 +44,7 @@ class LoadedPipeline:
         pipeline: diffusers pipeline, in float32.
         denoiser_name: `unet` or `transformer`.
         prompts: prompts of a text-to-image model; None: the model takes no text.
+        own_call: the pipeline's own call, without denoising.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class LoadedPipeline:
         self.prompts = prompts
         self._size: tuple[int, int] | None = None
         self._calibration_prompts = CalibrationPrompts()
+        self.own_call = OwnCall(pipeline, denoiser_name)
         if prompts is None and encodes_text(pipeline):
             self.prompts = load_prompts(folder)
 
@@ -73,7 +80,7 @@ class LoadedPipeline:
     @property
     def model_class(self) -> str:
         """Class name of the diffusers model, even if an engine replaces it."""
-        return str(getattr(self.denoiser, "model_class", type(self.model)).__name__)
+        return denoiser_class(self.denoiser).__name__
 
     @property
     def family(self) -> Family:
@@ -152,22 +159,17 @@ class LoadedPipeline:
     @property
     def packed(self) -> bool:
         """Whether the denoiser takes latents as a sequence of 2 x 2 patches."""
-        return self.model_class == "FluxTransformer2DModel"
+        return hasattr(self.pipeline, "_pack_latents")
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one denoiser input: (C, H, W), or (S, C) if latents are a sequence."""
         height, width = self.latent_size
+        config: Any = self.denoiser.config
+        channels = int(config.in_channels)
         if self.packed:
-            return (height // 2) * (width // 2), self._channels
-        return self._channels, height, width
-
-    @property
-    def image_tokens(self) -> int | None:
-        """Length of a transformer's image sequence; None for a UNet."""
-        patch = 2 if self.packed else getattr(self.denoiser.config, "patch_size", None)
-        height, width = self.latent_size
-        return None if patch is None else (height // patch) * (width // patch)
+            return (height // 2) * (width // 2), channels
+        return channels, height, width
 
     @property
     def guidance(self) -> float:
@@ -179,7 +181,7 @@ class LoadedPipeline:
     @property
     def embedded_guidance(self) -> float | None:
         """Guidance scale that the denoiser takes as an input; None if it takes no such input."""
-        return EMBEDDED_GUIDANCE if self.packed else None
+        return embedded_guidance(self.pipeline, self.denoiser_name)
 
     @property
     def gives_raw_images(self) -> bool:
@@ -195,12 +197,13 @@ class LoadedPipeline:
 
         Args:
             prompts: at least one prompt.
-            negative: negative prompt of all images; None: see `encode_prompts`.
+            negative: negative prompt of all images; None: see `trtq.diffusion.own_call.OwnCall.encode`.
 
         Raises:
-            UsageError: the pipeline is of an unsupported class, or takes no negative prompt.
+            UsageError: the pipeline takes no negative prompt.
+            ArtefactError: the pipeline cannot be called.
         """
-        return encode_in_batches(self.pipeline, prompts, self.latent_size, negative)
+        return self.own_call.encode(prompts, self.image_size, negative)
 
     def timesteps(self, steps: int) -> list[float]:
         """The timesteps of the denoiser calls in `steps` denoising steps, noisiest first."""
@@ -224,49 +227,48 @@ class LoadedPipeline:
         The timesteps are those that the pipeline passes to its denoiser.
 
         Raises:
-            UsageError: the number of steps is out of range, or the scheduler or pipeline is
-                unsupported.
+            UsageError: the number of steps is out of range, or the scheduler or pipeline is not known in
+                closed form.
+            ArtefactError: the pipeline cannot be called.
         """
-        return NoiseSchedule.of(
-            self.scheduler,
-            steps,
-            tokens=self.image_tokens,
-            timestep_scale=self.family.timestep_scale,
-            stepping=self._stepping(),
-            channels=self._channels,
-        )
+        check_known(self.scheduler, flow=self.own_call.wants_flow)
+        call = self.rehearsal(steps)
+        schedule = NoiseSchedule.of_stepped(call.scheduler, call.timestep_scale)
+        self.check_steps(steps)
+        return schedule
 
-    def stepped_scheduler(self, steps: int) -> Any:
-        """A fresh copy of the scheduler with its timesteps set as the pipeline sets them.
+    def rehearsal(self, steps: int) -> Rehearsal:
+        """The pipeline's own call in `steps` denoising steps, without denoising.
 
         Raises:
-            UsageError: see `schedule`.
+            UsageError, ArtefactError: see `schedule`; any scheduler is allowed.
         """
-        self.check_steps(steps)
-        return set_timesteps(self.scheduler, steps, self.image_tokens, self._stepping())
+        reason = self.recording_reason
+        if reason is not None:
+            raise UsageError(
+                f"{type(self.pipeline).__name__} is not known in closed form: {reason}; use it through "
+                "its own call"
+            )
+        return self.own_call.scheduled(steps, self.image_size)
+
+    @property
+    def recording_reason(self) -> str | None:
+        """The reason why the pipeline's call has to be recorded; see `recording_reason`."""
+        parts = [self.denoiser, *(getattr(self.pipeline, name, None) for name in AUTOENCODERS)]
+        # Parts that are not of diffusers may lack settings.
+        settings = [getattr(part, "config", None) for part in parts]
+        config, *others = [each if isinstance(each, Mapping) else {} for each in settings]
+        autoencoder = next(filter(None, others), {})
+        return recording_reason(type(self.pipeline), self.model_class, config, autoencoder)
 
     def check_steps(self, steps: int) -> None:
         """Raise unless the pipeline can generate images in `steps` steps; any scheduler is allowed.
 
         Raises:
-            UsageError: the number of steps is out of range, or the scheduler fails with it.
+            UsageError, ArtefactError: see `schedule`, or the scheduler fails.
         """
-        check_steps(self.scheduler, steps, self.image_tokens, self._stepping(), self._channels)
-
-    @property
-    def _channels(self) -> int:
-        """Number of channels of one sample in the scheduler's layout."""
-        config: Any = self.denoiser.config
-        return int(config.in_channels)
-
-    def _stepping(self) -> Stepping:
-        stepping = stepping_of(self.pipeline)
-        if stepping is None:
-            raise UsageError(
-                f"{type(self.pipeline).__name__} is not supported: the timesteps that it passes to "
-                f"its denoiser are unknown; supported pipelines: {', '.join(KNOWN_PIPELINES)}"
-            )
-        return stepping
+        self.rehearsal(steps)
+        self.own_call.check(steps, self.image_size)
 
     def draw_conditions(self, count: int, generator: torch.Generator) -> Conditions:
         """Conditions of `count` images: shuffled classes in equal numbers, prompts, or none.
@@ -278,12 +280,13 @@ class LoadedPipeline:
             labels = torch.arange(count) % self.classes
             return self.conditions(labels[torch.randperm(count, generator=generator)])
         if self.prompts is None:
-            if self.model_class == "UNet2DModel":
-                check_unlabelled(self.pipeline, self.denoiser.config)
-                return Conditions({}, family=self.family)
-            raise UsageError(
-                f"{type(self.pipeline).__name__} with a {self.model_class} is not supported"
-            )
+            check_unlabelled(self.pipeline, self.denoiser.config)
+            if further := self.own_call.first(self.image_size).inputs:
+                raise UsageError(
+                    f"{type(self.pipeline).__name__} passes {', '.join(further)} to its denoiser, which "
+                    "trtq cannot vary; use it through its own call"
+                )
+            return Conditions({}, family=self.family)
         return self._calibration_prompts.draw(
             self.prompts.calibration, self.encode, count, generator, self.family
         )
@@ -294,5 +297,4 @@ class LoadedPipeline:
         Raises:
             UsageError: a label is not one of the model's classes.
         """
-        conditions: Conditions = class_conditions(self.pipeline, labels)
-        return replace(conditions, family=self.family)
+        return replace(class_conditions(self.pipeline, labels), family=self.family)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trtq.diffusion.components import unwrapped
 from trtq.diffusion.ip_adapter import adapter_names, add_ip_adapter, copy_scales
 from trtq.diffusion.modifications import (
     check_freeu,
@@ -90,17 +91,6 @@ def plain_pipeline(pipeline: Any) -> Any:
     return plain
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of `torch.compile` and of data parallelism."""
-    while True:
-        if isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
 def plain_model(model: nn.Module, name: str) -> nn.Module:
     """A fresh model with the same configuration and the same weights in float32, on the CPU.
 
@@ -112,7 +102,7 @@ def plain_model(model: nn.Module, name: str) -> nn.Module:
         UsageError: the model has a change that its configuration does not record.
         QuantizationError: weights are missing, or are not finite floating-point numbers.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if type(model).__module__.startswith("peft."):
         raise UsageError(
             f"{name!r} is wrapped by peft ({type(model).__name__}); merge the adapter first: "

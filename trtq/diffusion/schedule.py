@@ -18,13 +18,13 @@ from trtq.diffusion.prediction import PREDICTIONS, clean_and_noise
 from trtq.diffusion.scheduler_rules import (
     CLIPPING_SCHEDULERS,
     FLOW_SCHEDULERS,
+    check_known,
     scheduler_name,
     scheduler_refusal,
     trained_steps,
     used_settings,
 )
-from trtq.diffusion.stepping import Stepping
-from trtq.diffusion.timesteps import check_steps, visited_timesteps
+from trtq.diffusion.timesteps import set_timesteps, visited_timesteps
 from trtq.errors import UsageError
 
 __all__ = ["NoiseSchedule"]
@@ -55,30 +55,31 @@ class NoiseSchedule:
     threshold: tuple[float, float] | None = None
 
     @classmethod
-    def of(
-        cls,
-        scheduler: Any,
-        steps: int,
-        *,
-        tokens: int | None = None,
-        timestep_scale: float = 1.0,
-        stepping: Stepping | None = None,
-        channels: int = 3,
-    ) -> NoiseSchedule:
-        """The schedule of a diffusers scheduler.
+    def of(cls, scheduler: Any, steps: int) -> NoiseSchedule:
+        """The schedule of a diffusers scheduler whose timesteps depend on their number alone.
 
         Args:
             scheduler: scheduler of diffusers; it is not changed.
             steps: number of denoising steps.
-            tokens: length of a transformer's image sequence; see `inference_timesteps`.
+
+        Raises:
+            UsageError: see `of_stepped`, or the number of steps is out of range.
+        """
+        check_known(scheduler)
+        return cls.of_stepped(set_timesteps(scheduler, steps))
+
+    @classmethod
+    def of_stepped(cls, scheduler: Any, timestep_scale: float = 1.0) -> NoiseSchedule:
+        """The schedule of a diffusers scheduler whose timesteps are set.
+
+        Args:
+            scheduler: known scheduler of diffusers; it is not changed.
             timestep_scale: factor between the scheduler's timesteps and the denoiser's.
-            stepping: the pipeline's use of the scheduler; see `set_timesteps`.
-            channels: number of channels of one sample; see `check_steps`.
 
         Raises:
             UsageError: the scheduler's noise levels or its prediction type are not supported.
         """
-        timesteps, sigmas = visited_timesteps(scheduler, steps, tokens, stepping)
+        timesteps, sigmas = visited_timesteps(scheduler)
         settings = used_settings(scheduler)
         flow = scheduler_name(scheduler) in FLOW_SCHEDULERS or bool(
             settings.get("use_flow_sigmas", False)
@@ -86,7 +87,6 @@ class NoiseSchedule:
         prediction = _prediction(scheduler, settings, flow=flow)
         signal, sigma = _levels(scheduler, timesteps, sigmas, flow=flow)
         _check_levels(scheduler, signal, sigma, prediction)
-        check_steps(scheduler, steps, tokens, stepping, channels)
         clips = scheduler_name(scheduler) in CLIPPING_SCHEDULERS
         clips = clips and settings.get("clip_sample", False)
         return cls(

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.stepping import Stepping
 from trtq.errors import UsageError
 
 __all__ = [
@@ -96,19 +95,19 @@ def has_aligned_sigmas(scheduler: Any) -> bool:
 
 
 def scheduler_refusal(
-    scheduler: Any, reason: str, stepping: Stepping | None = None, advice: str | None = None
+    scheduler: Any, reason: str, *, flow: bool | None = None, advice: str | None = None
 ) -> UsageError:
     """The error about an unsupported scheduler.
 
     Args:
         scheduler: scheduler of diffusers.
         reason: rest of the sentence "the scheduler X ...".
-        stepping: the pipeline's use of the scheduler; decides which scheduler is recommended.
+        flow: whether a scheduler of flow matching is recommended; None: of the same kind.
         advice: remedy; None: a recommendation of another scheduler.
     """
     if advice is None:
         name = scheduler_name(scheduler)
-        flow = name in FLOW_SCHEDULERS if stepping is None else stepping.shift != "never"
+        flow = name in FLOW_SCHEDULERS if flow is None else flow
         other = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
         if other == name:
             advice = f"change its settings, or use the defaults of {other}()"
@@ -139,12 +138,12 @@ def trained_steps(scheduler: Any) -> int:
     return int(scheduler.config.get("num_train_timesteps", 1000))
 
 
-def check_known(scheduler: Any, stepping: Stepping | None) -> None:
+def check_known(scheduler: Any, *, flow: bool | None = None) -> None:
     """Raise unless the timesteps and noise levels of a scheduler are known.
 
     Args:
         scheduler: scheduler of diffusers.
-        stepping: the pipeline's use of the scheduler; None: unknown.
+        flow: see `scheduler_refusal`.
 
     Raises:
         UsageError: the timesteps or noise levels are unknown; the message lists the supported
@@ -156,12 +155,12 @@ def check_known(scheduler: Any, stepping: Stepping | None) -> None:
     if name not in KNOWN_SCHEDULERS or type(scheduler) is not getattr(diffusers, name, None):
         supported = ", ".join(known.removesuffix("Scheduler") for known in KNOWN_SCHEDULERS)
         reason = f"is not supported (supported: {supported})"
-        raise scheduler_refusal(scheduler, reason, stepping)
+        raise scheduler_refusal(scheduler, reason, flow=flow)
     settings = used_settings(scheduler)
     kind = settings.get("timestep_type", "discrete")
     if kind != "discrete":
         reason = f"has timestep_type={kind!r}; supported is 'discrete'"
-        raise scheduler_refusal(scheduler, reason, stepping)
+        raise scheduler_refusal(scheduler, reason, flow=flow)
     if settings.get("invert_sigmas", False):
         reason = "has invert_sigmas=True, which goes from clean to noisy; set it to False"
-        raise scheduler_refusal(scheduler, reason, stepping)
+        raise scheduler_refusal(scheduler, reason, flow=flow)

@@ -19,14 +19,6 @@ _TOKENIZERS = {
     "tokenizer_2": "text_encoder_2",
     "tokenizer_3": "text_encoder_3",
 }
-# The pipeline's call limits T5's tokens; the tokenizer's settings limit those of other encoders.
-_BY_CALL = {
-    "FluxPipeline": "tokenizer_2",
-    "PixArtAlphaPipeline": "tokenizer",
-    "PixArtSigmaPipeline": "tokenizer",
-    "StableDiffusion3Pipeline": "tokenizer_3",
-}
-_FIXED = {"LDMTextToImagePipeline": 77}
 _MAX_CHARACTERS = 120
 _BATCH = 256
 _warned: set[str] = set()
@@ -108,7 +100,7 @@ def _readers(pipeline: Any) -> Iterator[_Reader]:
             continue
         if not hasattr(pipeline, encoder) and hasattr(pipeline, "bert"):
             encoder = "bert"
-        yield _Reader(encoder, tokenizer, _limit(pipeline, name, tokenizer))
+        yield _Reader(encoder, tokenizer, _limit(pipeline, name, encoder))
 
 
 def _truncation(
@@ -126,16 +118,19 @@ def _truncation(
     return Truncation(text, reader.encoder, len(ids), reader.limit, lost, complete)
 
 
-def _limit(pipeline: Any, name: str, tokenizer: Any) -> int:
-    """Maximum number of tokens that a pipeline reads from one of its tokenizers."""
-    kind = type(pipeline).__name__
-    if kind in _FIXED:
-        return _FIXED[kind]
-    if _BY_CALL.get(kind) == name:
-        parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
-        if parameter is not None and isinstance(parameter.default, int):
-            return parameter.default
-    return int(tokenizer.model_max_length)
+def _limit(pipeline: Any, name: str, encoder: str) -> int:
+    """Maximum number of tokens that a pipeline reads from one of its tokenizers.
+
+    A pipeline whose call has an argument `max_sequence_length` applies it to its last tokenizer.
+    """
+    last = [other for other in _TOKENIZERS if hasattr(pipeline, other)][-1]
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    if name == last and parameter is not None and isinstance(parameter.default, int):
+        return parameter.default
+    limit = int(getattr(pipeline, name).model_max_length)
+    config = getattr(getattr(pipeline, encoder, None), "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(limit, positions) if isinstance(positions, int) else limit
 
 
 def warn_of_truncation(pipeline: Any, prompts: Sequence[str], what: str = "prompts") -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtq.diffusion.folder import AUTOENCODERS, TEXT_ENCODERS
+from trtq.diffusion.components import AUTOENCODERS, TEXT_ENCODERS
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.engine.ort import OrtEngine
 from trtq.errors import GateError
@@ -24,20 +24,19 @@ __all__ = ["export_components"]
 
 COMPONENT_DB = 60.0
 """Minimum SNR, in dB, of an exported text encoder or autoencoder; both sides compute in float32."""
-_ASK_HIDDEN_STATES = ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
-_PASS_MASKS = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
 
 def _components(source: LoadedPipeline) -> list[Component]:
     pipeline = source.pipeline
-    kind = type(pipeline).__name__
     components = []
+    calls = source.own_call.encoder_calls(tuple(TEXT_ENCODERS), source.image_size)
     for name, tokenizer in TEXT_ENCODERS.items():
         encoder = getattr(pipeline, name, None)
         if encoder is None:
             continue
-        masked = kind in _PASS_MASKS or bool(getattr(encoder.config, "use_attention_mask", False))
-        hidden = kind in _ASK_HIDDEN_STATES and type(encoder).__name__.startswith("CLIP")
+        passed = calls.get(name, {})
+        masked = passed.get("attention_mask") is not None
+        hidden = bool(passed.get("output_hidden_states"))
         components.append(
             text_component(
                 name, encoder, getattr(pipeline, tokenizer), masked=masked, hidden_states=hidden

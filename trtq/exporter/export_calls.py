@@ -15,10 +15,10 @@ from trtq.artefact.manifest_file import made_from
 from trtq.artefact.manifest_rows import FurtherRow, GraphRow, LayerRow, RecordedRow, SourceRow
 from trtq.artefact.opened import Checkpoint, Opened
 from trtq.calls.pipeline import RecordedPipeline
-from trtq.calls.recorder import denoisers_of
 from trtq.calls.stored import CALL_FOLDER, save_call
 from trtq.calls.survey import survey
 from trtq.calls.user_call import UserCall
+from trtq.diffusion.components import denoisers_of
 from trtq.diffusion.folder import save_pipeline_parts, skeleton
 from trtq.diffusion.layout import parse_size, parse_sizes
 from trtq.diffusion.loading import open_pipeline

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from trtq.diffusion.folder import AUTOENCODERS, DECODER, ENCODER, TEXT_ENCODERS
+from trtq.diffusion.components import AUTOENCODERS, TEXT_ENCODERS
+from trtq.diffusion.folder import DECODER, ENCODER
 from trtq.engine.base import Engine
 from trtq.engine.components import EngineAutoencoder, EngineTextEncoder
 from trtq.errors import ArtefactError

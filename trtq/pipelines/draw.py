@@ -176,7 +176,7 @@ def _check_negative(source: LoadedPipeline, negative_prompt: str, guidance: floa
     """Raise if a negative prompt would have no effect, unless it is empty."""
     if not negative_prompt:
         return
-    if source.prompts is None or not takes_negative(source.pipeline):
+    if source.prompts is None or not takes_negative(source.pipeline, source.denoiser_name):
         raise UsageError(f"{source.name} accepts no negative prompt")
     if guidance <= 1:
         raise UsageError(

@@ -15,8 +15,8 @@ from trtq.artefact.graph_metadata import check_layers, check_timesteps
 from trtq.artefact.manifest_rows import layer_kinds
 from trtq.artefact.opened import Checkpoint, EngineFolder, GraphFolder, Opened, open_artefact
 from trtq.calls.pipeline import RecordedPipeline
-from trtq.calls.recorder import DENOISER_NAMES
 from trtq.calls.stored import CALL_FOLDER, load_call
+from trtq.diffusion.components import DENOISERS
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
@@ -199,7 +199,7 @@ def load(artefact: str | Path | Opened | Any, provider: str | None = None) -> An
     """
     opened = open_artefact(artefact, verify=False)
     pipeline = open_any(opened, provider).pipeline
-    names = [name for name in DENOISER_NAMES if hasattr(pipeline, name)]
+    names = [name for name in DENOISERS if hasattr(pipeline, name)]
     if any(isinstance(getattr(pipeline, name), StandIn) for name in names):
         # diffusers would save the pipeline without this denoiser, and only log a warning.
         pipeline.save_pretrained = partial(_refuse_to_save, str(opened.place))

@@ -14,7 +14,6 @@ import torch
 
 from trtq.calib.recipe import Recipe, Training
 from trtq.diffusion.schedule import NoiseSchedule
-from trtq.diffusion.stepping import stepping_of
 from trtq.errors import TrtqError
 from trtq.progress import ProgressCallback
 from trtq.quant import QuantizedDenoiser
@@ -181,7 +180,7 @@ def step_weight(
 def _scheduled_by_pipeline(part: DenoiserPlan, steps: int) -> NoiseSchedule | None:
     """The schedule by the known use of a scheduler in its pipeline; None: the use is unknown."""
     source = part.plan.source
-    return None if stepping_of(source.pipeline) is None else source.schedule(steps)
+    return None if source.recording_reason is not None else source.schedule(steps)
 
 
 def _scheduled_by_scheduler(part: DenoiserPlan, steps: int) -> NoiseSchedule:

@@ -18,13 +18,16 @@ from trtq.calls.user_call import (
     check_names,
     default_call,
 )
+from trtq.diffusion.closed_form import recording_reason
+from trtq.diffusion.component_classes import pipeline_class
+from trtq.diffusion.components import AUTOENCODERS, find_denoiser
+from trtq.diffusion.folder import denoiser_in
 from trtq.diffusion.layout import CONFIG_NAME, read_index, read_json
 from trtq.diffusion.loading import resolve_model
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import general_prompts, read_lines
-from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS
-from trtq.diffusion.stepping import KNOWN_PIPELINES, stepping_of
-from trtq.errors import ArtefactError, UsageError
+from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS, scheduler_name
+from trtq.errors import ArtefactError, QuantizationError, UsageError
 
 __all__ = ["calibration_prompts", "knows_pipeline", "named_files", "user_calls"]
 
@@ -37,30 +40,40 @@ def knows_pipeline(model: Any) -> bool:
     """
     place = model.place if isinstance(model, Opened) else model
     if not isinstance(place, str | Path):
-        if isinstance(place, nn.Module):
-            return True
-        scheduler = type(getattr(place, "scheduler", None)).__name__
-        config = getattr(getattr(place, "unet", None), "config", {})
-        return stepping_of(place) is not None and _known_parts(scheduler, config)
+        return isinstance(place, nn.Module) or _knows_object(place)
     try:
         folder = resolve_model(place)
         if not isinstance(folder, Path) or not folder.is_dir():
             return True
-        index = read_index(folder)
-        scheduler = str((index.get("scheduler") or [None, None])[1])
-        path = folder / "unet" / CONFIG_NAME
-        config = read_json(path) if path.is_file() else {}
+        return _knows_folder(folder)
     except ArtefactError:
         return True
-    return str(index["_class_name"]) in KNOWN_PIPELINES and _known_parts(scheduler, config)
 
 
-def _known_parts(scheduler: str, config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler is known, and a UNet takes no inputs that only its pipeline can make."""
-    further = config.get("time_cond_proj_dim"), config.get("encoder_hid_dim_type")
-    return (
-        scheduler in KNOWN_SCHEDULERS and further[0] is None and further[1] in (None, "text_proj")
+def _knows_object(pipeline: Any) -> bool:
+    try:
+        source = LoadedPipeline(type(pipeline).__name__, None, pipeline, find_denoiser(pipeline))
+    except QuantizationError:
+        return True
+    scheduler = scheduler_name(getattr(pipeline, "scheduler", None))
+    return source.recording_reason is None and scheduler in KNOWN_SCHEDULERS
+
+
+def _knows_folder(folder: Path) -> bool:
+    index = read_index(folder)
+    denoiser = denoiser_in(folder)
+
+    def config(part: str) -> Mapping[str, Any]:
+        path = folder / part / CONFIG_NAME
+        return read_json(path) if path.is_file() else {}
+
+    scheduler, model_class = (
+        str((index.get(part) or [None, None])[1]) for part in ("scheduler", denoiser)
     )
+    autoencoder = next((config(name) for name in AUTOENCODERS if name in index), {})
+    cls = pipeline_class(folder, index)
+    reason = recording_reason(cls, model_class, config(denoiser), autoencoder)
+    return reason is None and scheduler in KNOWN_SCHEDULERS
 
 
 def user_calls(

@@ -17,8 +17,7 @@ from trtq.calib.recipe import Recipe
 from trtq.calib.sensitivity import (
     parse_budget,
 )
-from trtq.calls.recorder import DENOISER_NAMES
-from trtq.diffusion.encode import check_inputs
+from trtq.diffusion.components import DENOISERS
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import read_lines
@@ -177,14 +176,12 @@ def load_float(
         )
     if steps is not None:
         source.schedule(steps)
-        if source.prompts is not None:
-            check_inputs(source.pipeline)
     if isinstance(opened.place, str | Path):
         return source
     # The caller's pipeline must not change, and its weights may be shared.
     pipeline = copy.copy(source.pipeline)
     for name, component in pipeline.components.items():
-        changes = name == source.denoiser_name or (steps is None and name in DENOISER_NAMES)
+        changes = name == source.denoiser_name or (steps is None and name in DENOISERS)
         if changes or (copy_all and isinstance(component, nn.Module)):
             setattr(pipeline, name, copy.deepcopy(component))
     return LoadedPipeline(source.name, None, pipeline, source.denoiser_name, source.prompts)

@@ -14,9 +14,10 @@ from trtq.calib.policy import GENERIC, load_policy, plan_layers
 from trtq.calib.probe import observe_calls, with_shared_inputs
 from trtq.calib.recipe import Recipe
 from trtq.calib.roles import LayerRoles, observe_roles
-from trtq.calls.recorder import RecordedCall, denoisers_of
+from trtq.calls.recorder import RecordedCall
 from trtq.calls.survey import DenoiserCalls, survey
 from trtq.calls.user_call import UserCall
+from trtq.diffusion.components import denoisers_of
 from trtq.diffusion.ip_adapter import adapter_names
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.errors import QuantizationError, UsageError

@@ -109,6 +109,14 @@ def test_latents_are_denormalised_exactly_if_the_pipeline_does_it(name, numbers)
     assert (furthest(drawn, plain) > 10) == (name != "sd_1")
 
 
+def test_a_pipeline_that_starts_from_other_noise_is_refused():
+    source = opened("sd_1")
+    draw = source.pipeline.prepare_latents
+    source.pipeline.prepare_latents = lambda *given, **named: 2 * draw(*given, **named)
+    with pytest.raises(UsageError, match="starts from noise that trtq does not know"):
+        PipelineModel(source, "sd", "torch")
+
+
 def test_flux_has_no_classifier_free_guidance():
     model = PipelineModel(opened("flux"), "flux", "torch")
     assert not model.info.takes_guidance

@@ -6,6 +6,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor
 
 from trtq.artefact.opened import DEFAULT_STEPS, Opened, open_artefact
-from trtq.diffusion.encode import Encoded, check_inputs, takes_negative
-from trtq.diffusion.latents import draw_noise, latent_decoder
+from trtq.diffusion.encode import Encoded, takes_negative
 from trtq.diffusion.layout import class_names
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.quiet import quiet_diffusers
@@ -38,6 +38,7 @@ from trtq.serve.models.base import (
     class_label,
 )
 from trtq.serve.models.graph import GraphCall
+from trtq.serve.models.latents import check_noise, draw_noise, latent_decoder
 from trtq.serve.models.solver import Ddim, SchedulerSolver, Solver
 from trtq.serve.models.torch_free import pixels
 
@@ -69,6 +70,7 @@ class PipelineModel(ImageModel):
         artefact: Opened | None = None,
     ) -> None:
         self._source = source
+        check_noise(source)
         self._decode = latent_decoder(source)
         self.fixed_shapes = provider == OpenVinoEngine.provider
         self._graph: GraphCall | None = None
@@ -88,8 +90,6 @@ class PipelineModel(ImageModel):
         if artefact is None:
             artefact = open_artefact(source.folder, verify=False)
         self.info = replace(_info(source, name, provider, artefact), sizes=sizes)
-        if self.info.kind == "text":
-            check_inputs(source.pipeline)
         if self._ddim is None:
             # A broken scheduler would fail every request, so check it before the first request.
             source.check_steps(self.info.steps)
@@ -114,8 +114,10 @@ class PipelineModel(ImageModel):
     def _solver(self, source: LoadedPipeline, steps: int, generator: torch.Generator) -> Solver:
         if self._ddim is not None:
             return self._ddim.solver(steps)
-        scheduler = source.stepped_scheduler(steps)
-        return SchedulerSolver(scheduler, generator, source.family.timestep_scale)
+        with self._lock:
+            source.check_steps(steps)
+            call = source.rehearsal(steps)
+        return SchedulerSolver(deepcopy(call.scheduler), generator, call.timestep_scale)
 
     def _inputs(self, source: LoadedPipeline, request: GenerationRequest) -> Inputs:
         if self.info.kind == "none":
@@ -198,7 +200,7 @@ def _sizes(source: LoadedPipeline) -> Sizes | None:
 def _info(source: LoadedPipeline, name: str, provider: str, artefact: Opened) -> ModelInfo:
     folder = source.folder
     kind = "class" if source.classes is not None else "none" if source.prompts is None else "text"
-    if kind == "none" and source.model_class != "UNet2DModel":
+    if kind == "none" and source.own_call.first(source.image_size).inputs:
         raise UsageError(
             f"{type(source.pipeline).__name__} with a {source.model_class} cannot be served: the "
             "inputs of its denoiser are unknown"
@@ -217,7 +219,8 @@ def _info(source: LoadedPipeline, name: str, provider: str, artefact: Opened) ->
         takes_guidance=kind == "text" and source.embedded_guidance is None,
         provider=provider,
         bits=artefact.bits if artefact.low_bit else None,
-        takes_negative_prompt=kind == "text" and takes_negative(source.pipeline),
+        takes_negative_prompt=kind == "text"
+        and takes_negative(source.pipeline, source.denoiser_name),
     )
     if kind != "class" or source.classes is None:
         return info
