@@ -105,8 +105,8 @@ def rename_axes(model: ir.Model, names: Mapping[str, str]) -> None:
     """
     import onnx_ir as ir
 
-    longest_first = sorted(names, key=len, reverse=True)
-    pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)")
+    by_length = sorted(names, key=len, reverse=True)
+    pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, by_length))})(?!\w)")
 
     def size_of(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim | str:
         if isinstance(size, int) or size.value is None:
