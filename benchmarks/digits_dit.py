@@ -30,12 +30,33 @@ from trtq.runs.quantize import quantize
 
 MODEL = "digits-dit"
 STEPS = 20
+PLAIN = {"smooth": False}
+ROTATED = {"rotate": 64}
 ROWS: dict[str, dict[str, Any]] = {
+    "W8A8 min-max, not smoothed": {"method": "minmax", "bits": "w8a8"} | PLAIN,
     "W8A8 min-max": {"method": "minmax", "bits": "w8a8"},
     "W8A8 search": {"method": "search", "bits": "w8a8"},
     "W4A8 search": {"method": "search", "bits": "w4a8"},
     "W4A4 search, static": {"method": "search", "bits": "w4a4", "tables": "static"},
+    "W4A4 search, not smoothed": {"method": "search", "bits": "w4a4"} | PLAIN,
     "W4A4 search": {"method": "search", "bits": "w4a4"},
+    "W4A4 search, rotated": {"method": "search", "bits": "w4a4"} | ROTATED,
+    "W4A4 search, row scales": {"method": "search", "bits": "w4a4", "scales": "row"},
+    "W4A4 search, rotated, row scales": {
+        "method": "search",
+        "bits": "w4a4",
+        "scales": "row",
+        **ROTATED,
+    },
+    "W4A4 search, rotated, hybrid scales": {
+        "method": "search",
+        "bits": "w4a4",
+        "scales": "hybrid",
+        **ROTATED,
+    },
+    "FP8 search": {"method": "search", "bits": "w8a8", "format": "fp8"},
+    "NVFP4 search": {"method": "search", "bits": "w4a4", "format": "nvfp4"},
+    "W4A16 search": {"method": "search", "bits": "w4a16"},
     "W4A4 EfficientDM": {"method": "efficientdm", "bits": "w4a4"},
     "W4A4 combined": {"method": "combined", "bits": "w4a4"},
 }
