@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from quality_tables import ablation, digits, digits_summary, shapes
+from quality_tables import ablation, digits, digits_dit, digits_dit_outliers, digits_summary, shapes
 from serving_tables import serve, serve_hostile, serve_ray, serve_start
 from speed_tables import build, cpu_path, sd_size
 
@@ -24,6 +24,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits_summary": ("digits", digits_summary),
     "digits": ("digits", digits),
     "ablation": ("ablation", ablation),
+    "digits_dit": ("digits_dit", digits_dit),
+    "digits_dit_plain": ("digits_dit_plain", digits_dit),
+    "digits_dit_outliers": ("digits_dit", digits_dit_outliers),
     "shapes": ("shapes", shapes),
     "sd_size": ("sd_size", sd_size),
     "cpu_path": ("cpu_path", cpu_path),

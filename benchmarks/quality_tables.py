@@ -1,11 +1,18 @@
-"""Result files of the quality benchmarks as Markdown: digits, ablation, shapes."""
+"""Result files of the quality benchmarks as Markdown: digits, ablation, digits-dit, shapes."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
 
-__all__ = ["ablation", "digits", "digits_summary", "shapes"]
+__all__ = [
+    "ablation",
+    "digits",
+    "digits_dit",
+    "digits_dit_outliers",
+    "digits_summary",
+    "shapes",
+]
 
 WIDTHS = ("W8A8", "W7A8", "W4A8", "W4A4", "W3A4", "mixed")
 PER_STEP, STATIC = "W4A4 per-step, search", "W4A4 static, search"
@@ -124,6 +131,54 @@ def ablation(record: dict[str, Any]) -> str:
             _spread([row["psnr_db"] for row in rows], ".1f") + " dB",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def digits_dit(record: dict[str, Any]) -> str:
+    """`digits_dit.json` as Markdown."""
+    rows = record["rows"]
+    low, high = record["fd_float_interval"]
+    lines = [
+        f"`python benchmarks/digits_dit.py`, {rows[-1]['date']}, {record['images']:,} images in torch, "
+        f"{record['steps']} DDIM steps, {rows[-1]['threads']} thread(s). Float: FD "
+        f"{record['fd_float']:.2f} (95 % interval {low:.2f}-{high:.2f}), accuracy "
+        f"{record['class_accuracy_float']:.1%}, denoiser {rows[-1]['bytes_before'] / 1e6:.2f} MB in "
+        "float32.",
+        "",
+        "| digits-dit model | FD | to float | accuracy | PSNR to float | SNR of the noise prediction "
+        "| denoiser |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        snr = row["snr_db"]
+        cells = [
+            row["name"],
+            f"{row['fd']:.2f} ({row['fd_interval'][0]:.2f}-{row['fd_interval'][1]:.2f})",
+            f"{row['fd_ratio']:.2f} x",
+            f"{row['class_accuracy']:.1%}",
+            f"{row['psnr_db']:.1f} dB",
+            f"{statistics.fmean(snr):.1f} dB (min {min(snr):.1f})",
+            f"{row['bytes_after'] / 1e6:.2f} MB",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def digits_dit_outliers(record: dict[str, Any]) -> str:
+    """Largest over median channel of the layers' inputs, from `digits_dit.json`, as Markdown."""
+    by_layer: dict[str, list[float]] = {}
+    for name, ratio in record["outliers"].items():
+        head, _, layer = name.partition("transformer_blocks.")
+        if head or not layer or ".emb." in name:
+            continue
+        by_layer.setdefault(layer.partition(".")[2], []).append(ratio)
+    blocks = max(map(len, by_layer.values()))
+    lines = [
+        "| input of | " + " | ".join(f"block {index}" for index in range(blocks)) + " |",
+        "| --- |" + " --- |" * blocks,
+    ]
+    for layer, ratios in by_layer.items():
+        lines.append(f"| `{layer}` | " + " | ".join(f"{ratio:.0f}" for ratio in ratios) + " |")
     return "\n".join(lines)
 
 

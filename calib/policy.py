@@ -7,9 +7,10 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
@@ -19,6 +20,7 @@ from trtq.calib.formats import fitted
 from trtq.calib.roles import LayerRoles
 from trtq.documents import check_depth, read_text, shown
 from trtq.errors import RecipeError
+from trtq.quant.dynamic_scale import ScalePolicy
 from trtq.quant.formats import Precision, parse_precision
 from trtq.quant.plan import LayerPlan, layer_kind, layer_obstacle, quantizable_layers
 
@@ -62,6 +64,9 @@ class Rule(BaseModel):
     bits: str
     reason: Text
     adapters: bool = True
+    scales: ScalePolicy | None = None
+    smooth: bool = True
+    rotate: Literal[0, 16, 64, 256] | None = None
     weight_only: str | None = None
 
     @field_validator("bits")
@@ -182,6 +187,7 @@ def plan_layers(
     roles: LayerRoles | None = None,
     fallback: Policy | None = None,
     *,
+    scales: ScalePolicy = "step",
     group: int | None = None,
 ) -> list[LayerPlan]:
     """Plans of all linear layers, convolutions and products of decomposed attention, in module order.
@@ -195,6 +201,7 @@ def plan_layers(
             `{first}` and `{last}` are the first and the last layer in module order, and `{embedding}`
             matches no layer.
         fallback: rules for layers that the policy does not name; None: these layers stay in float.
+        scales: origin of the activations' scales, where a rule gives no other.
         group: see `trtq.quant.formats.fitting_group`.
 
     Raises:
@@ -224,9 +231,18 @@ def plan_layers(
             reason = f"not named by the policy for {policy.family}"
             plans.append(LayerPlan(name, kind, None, None, reason, adapters=False))
         elif kind == "product":
-            plans.append(_product_plan(name, rule, recipe, probability_bits))
+            plan = _product_plan(name, rule, recipe, probability_bits)
+            plans.append(replace(plan, scales=_scales_of(plan, rule, scales)))
         else:
-            plans.append(_layer_plan(name, module, rule, recipe, group))
+            plan = _layer_plan(name, module, rule, recipe, group)
+            plans.append(
+                replace(
+                    plan,
+                    scales=_scales_of(plan, rule, scales),
+                    may_smooth=rule.smooth,
+                    may_rotate=rule.rotate,
+                )
+            )
     _warn_about(policy, plans)
     return plans
 
@@ -274,6 +290,11 @@ def _layer_plan(
         format=precision.format,
     )
     return fitted(plan, module, rule.bits == RECIPE, recipe, rule.weight_only, group)
+
+
+def _scales_of(plan: LayerPlan, rule: Rule, scales: ScalePolicy) -> ScalePolicy:
+    """The origin of a layer's activation scales; only integers have others than one per step."""
+    return (rule.scales or scales) if plan.operands and plan.format == "int" else "step"
 
 
 def _product_plan(

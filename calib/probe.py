@@ -123,11 +123,11 @@ def with_shared_inputs(
         plans: plans of all layers.
         calls: calls of the layers, see `probe`.
     """
-    owners: dict[tuple[str, int | None, str], str] = {}
+    owners: dict[tuple[str, int | None, str, str], str] = {}
     shared = []
     for plan in plans:
         if plan.operands and plan.weight_bits is not None and plan.name in calls:
-            place = calls[plan.name].input_of, plan.activation_bits, plan.format
+            place = calls[plan.name].input_of, plan.activation_bits, plan.format, plan.scales
             owner = owners.setdefault(place, plan.name)
             if owner != plan.name:
                 plan = replace(plan, input_of=owner)

@@ -212,6 +212,15 @@ class Recipe(_Strict):
     """Policy file of the user; None: the family's policy."""
     budget: str | None = None
     """Cost limit of mixed precision, e.g. `size=0.15x`, see `calib.sensitivity`; None: no limit."""
+    scales: Literal["step", "row", "hybrid"] = "step"
+    """Origin of the activations' scales: one per denoising step, one per row of the activation, or the
+    smaller of both; see `trtq.quant.dynamic_scale`."""
+    smooth: _Bool = True
+    """Whether the channels of a layer's input are scaled before its quantiser where the layer's error
+    becomes smaller, see `trtq.calib.transforms`."""
+    rotate: Literal[0, 16, 64, 256] = 0
+    """Maximum number of channels that a rotation of a layer's input mixes, where the layer's error
+    becomes smaller; 0: no rotation."""
     split_skips: _Bool = False
     """Whether the two sources of a decoder's skip convolutions have separate quantisers (QuEST)."""
     attention: Attention = Attention()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,18 @@ from torch import Tensor, nn
 from trtq.diffusion.sampling import Conditions, seeded_noise, walk
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError
-from trtq.quant.formats import format_range
 from trtq.quant.hooks import input_hooks
-from trtq.quant.plan import LayerPlan, named_errors
-from trtq.quant.ranges import Method, row_qparams
+from trtq.quant.plan import LayerPlan
 from trtq.quant.timestep import TimestepTable
 from trtq.seeds import seeded_generator
 
-__all__ = ["LayerRecorder", "Recording", "activation_tables", "record"]
+__all__ = [
+    "LayerRecorder",
+    "Recorder",
+    "Recording",
+    "observe_trajectories",
+    "record",
+]
 
 
 @dataclass
@@ -51,6 +55,25 @@ class Recording:
         """
         share = 1 + 1 / self.images if self.images else 1.0
         return self.low * share, self.high * share
+
+
+class Recorder(Protocol):
+    """An observer of layer inputs.
+
+    Attributes:
+        step: index of the current denoising step, which the caller sets.
+        batch: index of the current batch of trajectories, which the caller sets.
+    """
+
+    step: int
+    batch: int
+
+    @property
+    def layers(self) -> list[str]:
+        """The observed layers."""
+
+    def observe(self, layer: str, inputs: tuple[Any, ...]) -> None:
+        """Take the inputs of one call of a layer."""
 
 
 class LayerRecorder:
@@ -177,8 +200,57 @@ def record(
     batches = -(-images // batch)
     share = -(-samples_per_step // batches)
     recorder = LayerRecorder(layers, table, batches, share, images, seed)
+    observe_trajectories(
+        recorder,
+        denoiser,
+        schedule,
+        table,
+        conditions,
+        shape,
+        images=images,
+        batch=batch,
+        seed=seed,
+        guidance=guidance,
+        device=device,
+        progress=progress,
+    )
+    return recorder.recordings
+
+
+def observe_trajectories(
+    recorder: Recorder,
+    denoiser: nn.Module,
+    schedule: NoiseSchedule,
+    table: TimestepTable,
+    conditions: Conditions,
+    shape: tuple[int, ...],
+    *,
+    images: int,
+    batch: int,
+    seed: int,
+    guidance: float = 1.0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Let a recorder observe the layers' inputs along the float model's trajectories.
+
+    Args:
+        recorder: recorder, which sees every call under its step and batch.
+        denoiser: the float model; it is not changed.
+        schedule: schedule of the trajectories.
+        table: the calibrated timesteps, equal to those of the schedule.
+        conditions: conditions of all images.
+        shape: shape (C, H, W) of one sample.
+        images: number of trajectories.
+        batch: number of trajectories per denoiser call.
+        seed: seed of the initial noise.
+        guidance: classifier-free guidance scale of the trajectories.
+        device: device of the denoiser.
+        progress: callback with the completed and the total number of steps.
+    """
+    batches = -(-images // batch)
     if not recorder.layers:
-        return {}
+        return
     modules = {name: denoiser.get_submodule(name) for name in recorder.layers}
 
     def at_step(**inputs: Any) -> Any:
@@ -195,48 +267,3 @@ def record(
                 if progress is not None:
                     done = recorder.batch * len(schedule) + point.position + 1
                     progress(done, batches * len(schedule))
-    return recorder.recordings
-
-
-def activation_tables(
-    recordings: Mapping[str, Recording],
-    plans: Sequence[LayerPlan],
-    method: Method,
-    *,
-    static: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Scales and zero points of every activation quantiser.
-
-    Args:
-        recordings: result of `record`.
-        plans: layers and their bits.
-        method: `minmax` or `search`.
-        static: whether to use one entry for all steps instead of one per step.
-        progress: callback with the completed and the total number of layers.
-
-    Returns:
-        `(scale[T], zero_point[T])` by path of the quantiser; T = 1 if static. Ranges contain zero, so
-        float zero is a code. A layer that uses another layer's quantiser has no entry.
-    """
-    tables = {}
-    quantized = [plan for plan in plans if plan.quantized and plan.input_of is None]
-    for done, plan in enumerate(quantized):
-        if progress is not None:
-            progress(done + 1, len(quantized))
-        for operand, bits in plan.operands.items():
-            path = f"{plan.name}.{operand}"
-            recording = recordings[path]
-            if plan.format != "int":
-                tables[path] = format_range(plan.format, *recording.extremes(), static=static)
-                continue
-            low, high, sample = recording.low, recording.high, recording.sample
-            if method == "minmax":
-                low, high = recording.extremes()
-            if static:
-                low, high, sample = low.amin()[None], high.amax()[None], sample.reshape(1, -1)
-            with named_errors(plan.name):
-                tables[path] = row_qparams(
-                    sample, low, high, bits, method, symmetric=bits == 8, contain_zero=True
-                )
-    return tables

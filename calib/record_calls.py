@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from trtq.calib.record import LayerRecorder, Recording
+from trtq.calib.record import LayerRecorder, Recorder, Recording
 from trtq.calls.recorder import RecordedCall, call_until, observed, read_timestep
 from trtq.calls.user_call import UserCall, run_call
 from trtq.quant.hooks import input_hooks
 from trtq.quant.plan import LayerPlan
 from trtq.quant.timestep import TimestepTable
 
-__all__ = ["CalledDenoiser", "record_calls"]
+__all__ = ["CalledDenoiser", "observe_pipeline", "record_calls"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,32 @@ def record_calls(
         part.name: LayerRecorder(part.layers, part.table, len(calls), share, len(calls), seed)
         for part in denoisers
     }
+    observe_pipeline(pipeline, denoisers, recorders, calls, numbers, seed=seed, progress=progress)
+    return {name: recorder.recordings for name, recorder in recorders.items()}
+
+
+@torch.no_grad()
+def observe_pipeline(
+    pipeline: Any,
+    denoisers: Sequence[CalledDenoiser],
+    recorders: Mapping[str, Recorder],
+    calls: Sequence[UserCall],
+    numbers: Sequence[int],
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Let recorders observe the layers' inputs during calls of the pipeline.
+
+    Args:
+        pipeline: diffusers pipeline.
+        denoisers: the denoisers to observe.
+        recorders: one recorder per denoiser, by name; each call of the pipeline is a batch.
+        calls: arguments of the pipeline's calls.
+        numbers: see `record_calls`.
+        seed: seed of the random numbers.
+        progress: callback with the completed and the total number of pipeline calls.
+    """
     by_name = {part.name: part for part in denoisers}
 
     def locate(call: RecordedCall) -> None:
@@ -103,4 +129,3 @@ def record_calls(
             )
             if progress is not None:
                 progress(index + 1, len(calls))
-    return {name: recorder.recordings for name, recorder in recorders.items()}

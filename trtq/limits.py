@@ -17,6 +17,7 @@ __all__ = [
     "MAX_SIDE",
     "MAX_STEPS",
     "MAX_THREADS",
+    "OUTLIER_RATIO",
     "parse_whole",
 ]
 
@@ -36,6 +37,9 @@ MAX_SEED = 2**31 - 1
 """Random seed on the command line."""
 MAX_THREADS = 1024
 """Threads per operator."""
+
+OUTLIER_RATIO = 20.0
+"""Largest channel over median channel of a layer's input that is reported."""
 
 _WHOLE = re.compile(r"[0-9]{1,18}")
 

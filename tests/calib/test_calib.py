@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from tests.conftest import tiny_pipeline
+from trtq.calib.activation_tables import activation_tables
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.calib.recipe import load_recipe
-from trtq.calib.record import activation_tables, record
+from trtq.calib.record import record
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError, RecipeError

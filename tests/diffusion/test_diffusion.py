@@ -145,7 +145,7 @@ def test_the_shipped_model_is_small():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("no-such-model", r"ships with trtq \(digits, shapes\)"),
+        ("no-such-model", r"ships with trtq \(digits, digits-dit, shapes\)"),
         ("./nowhere", "not a folder"),
         (".", r"holds no model_index\.json"),
     ],

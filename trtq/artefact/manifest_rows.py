@@ -72,6 +72,10 @@ class LayerRow(_Strict):
         adapters: whether the layer had QALoRA adapters during fine-tuning.
         reason: reason for the choice of bits.
         input_of: an earlier layer with the same input, whose quantiser this layer uses.
+        smooth: whether the channels of the input are scaled before the quantiser.
+        rotate: number of channels that a rotation of the input mixes; 0: no rotation.
+        scales: origin of the activations' scales, see `trtq.quant.dynamic_scale`.
+        outlier_ratio: largest channel of the input over the median channel.
         format: `int`, `weight_only`, `fp8` or `nvfp4`.
         group: number of input channels that share a scale of a weight-only layer; None: one scale per
             output channel.
@@ -85,6 +89,10 @@ class LayerRow(_Strict):
     adapters: Annotated[bool, Field(strict=True)] = False
     reason: Text
     input_of: ModulePath | None = None
+    smooth: Annotated[bool, Field(strict=True)] = False
+    rotate: Literal[0, 16, 64, 256] = 0
+    scales: Literal["step", "row", "hybrid"] = "step"
+    outlier_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     format: Literal["int", "weight_only", "fp8", "nvfp4"] = "int"
     group: Literal[32, 64, 128] | None = None
 
@@ -119,6 +127,10 @@ class LayerRow(_Strict):
         unquantized = not quantized[1] or self.activation_bits == _HALF_BITS
         if self.input_of is not None and (self.kind == "product" or unquantized):
             raise ValueError(f"{self.name!r} quantises no single input, so it has no input_of")
+        if (self.smooth or self.rotate) and (self.kind == "product" or unquantized):
+            raise ValueError(
+                f"{self.name!r} has no quantised weight, so its input is not transformed"
+            )
         return self
 
 
@@ -138,8 +150,9 @@ def check_layer_rows(layers: list[LayerRow]) -> list[LayerRow]:
                 raise ValueError(
                     f"{row.name!r} has the input of {row.input_of!r}, which is no layer before it"
                 )
-            differs = (owner.activation_bits, owner.format) != (row.activation_bits, row.format)
-            if differs or owner.kind == "product":
+            fields = ("activation_bits", "format", "smooth", "rotate", "scales")
+            alike = all(getattr(owner, field) == getattr(row, field) for field in fields)
+            if not alike or owner.kind == "product":
                 raise ValueError(
                     f"{row.name!r} has the input of {row.input_of!r}, which is quantised otherwise"
                 )

@@ -99,8 +99,10 @@ def _print_layers(rows: Sequence[dict[str, Any]]) -> None:
     reasons = list(dict.fromkeys(row["reason"] for row in rows if row.get("reason")))
     notes = {reason: f"[{number}]" for number, reason in enumerate(reasons, 1)}
     cells = [(*_layer_cells(row), notes.get(row.get("reason", ""), "")) for row in rows]
-    print_line(f"\n{len(rows)} layers: kind, bits, scale over the steps, zero points, why")
-    widths = [max((len(texts[i]) for texts in cells), default=0) for i in range(6)]
+    print_line(
+        f"\n{len(rows)} layers: kind, bits, scale over the steps, zero points, transform, why"
+    )
+    widths = [max((len(texts[i]) for texts in cells), default=0) for i in range(7)]
     narrow = sum(widths) + 10 > terminal_width()
     for texts in cells:
         padded = [text.ljust(width) for text, width in zip(texts, widths, strict=True)]
@@ -113,13 +115,14 @@ def _print_layers(rows: Sequence[dict[str, Any]]) -> None:
         print_line(f"{note} {reason}")
 
 
-def _layer_cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
-    """The cells of a layer: name, kind, precision, scale and zero points."""
+def _layer_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of a layer: name, kind, precision, scale, zero points and transform."""
     from trtq.evaluation.page import scale_range
     from trtq.quant import precision_text
+    from trtq.report.transforms import transform_text
 
     weight, activation, right = (
-        row.get(f"{key}_bits") for key in ("weight", "activation", "right")
+        row.get(f"{operand}_bits") for operand in ("weight", "activation", "right")
     )
     shape = "x".join(str(side) for side in row["shape"]) if "shape" in row else ""
     points = ", ".join(str(point) for point in row.get("zero_points", []))
@@ -129,6 +132,7 @@ def _layer_cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
         precision_text(weight, activation, right, row.get("format", "int")),
         scale_range(row) or shape,
         f"zero {points}" if points else "",
+        transform_text(row),
     )
 
 

@@ -22,7 +22,10 @@ from trtq.progress import ProgressPrinter
 
 __all__ = ["export"]
 
-OnnxFolder = Annotated[Path, output_option("Folder for the ONNX graphs.")]
+OnnxFolder = Annotated[
+    Path,
+    output_option("Folder for the ONNX graphs; for the target comfy also a .safetensors file."),
+]
 RunOrModel = Annotated[
     str, typer.Argument(metavar="ARTEFACT", help="Run, or checkpoint for the float baseline.")
 ]
@@ -30,9 +33,9 @@ Target = Annotated[
     str,
     typer.Option(
         "--target",
-        autocompletion=one_of("qdq", "plugin"),
-        help="Form of low-bit layers: qdq for every runtime, or plugin for trtq's own kernels in "
-        "TensorRT.",
+        autocompletion=one_of("qdq", "plugin", "comfy"),
+        help="Form of low-bit layers: qdq for every runtime, plugin for trtq's own kernels in "
+        "TensorRT, or comfy for one file that ComfyUI reads.",
     ),
 ]
 Precision = Annotated[
@@ -73,12 +76,16 @@ def export(
     """Write ONNX graphs with the per-step scales, and compare them with torch at every step.
 
     Example: trtq export run -o onnx
+
+    With --target comfy, write the denoiser as one file of ComfyUI's quantised layers.
+
+    Example: trtq export run --target comfy --precision fp16 -o model.safetensors
     """
     from trtq.artefact.opened import open_artefact
     from trtq.calls.files import read_call, read_inputs
     from trtq.exporter.export import export as write_graphs
     from trtq.exporter.export import parse_batch
-    from trtq.report.lines import export_rows
+    from trtq.report.lines import comfy_rows, export_rows
 
     with command(verbose):
         changes = {} if call is None else dict(read_call(call).arguments)
@@ -94,4 +101,7 @@ def export(
             overwrite=overwrite,
             progress=ProgressPrinter(),
         )
-        show(result, as_json, lambda r: print_lines(f"onnx: {output}", export_rows(r)))
+        if target == "comfy":
+            show(result, as_json, lambda r: print_lines(f"comfy: {output}", comfy_rows(r)))
+        else:
+            show(result, as_json, lambda r: print_lines(f"onnx: {output}", export_rows(r)))

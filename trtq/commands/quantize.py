@@ -35,8 +35,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Diffusers folder, .safetensors file, hub id, or shipped model (digits, shapes); with "
-        "--lora also a run.",
+        help="Diffusers folder, .safetensors file, hub id, or shipped model (digits, digits-dit, "
+        "shapes); with --lora also a run.",
     ),
 ]
 Method = Annotated[
@@ -78,6 +78,33 @@ Tables = Annotated[
         "--tables",
         autocompletion=one_of("per-step", "static"),
         help="Activation scales: per-step (default), one per denoising step, or static.",
+    ),
+]
+Scales = Annotated[
+    str | None,
+    typer.Option(
+        "--scales",
+        autocompletion=one_of("step", "row", "hybrid"),
+        help="Origin of activation scales: step (default), one per denoising step; row, one per row of "
+        "the activation, computed while the model runs; hybrid, the smaller of both.",
+    ),
+]
+Smooth = Annotated[
+    bool | None,
+    typer.Option(
+        "--smooth/--no-smooth",
+        help="Scale the channels of a layer's input where this makes the layer's error smaller. "
+        "Default: --smooth.",
+        show_default=False,
+    ),
+]
+Rotate = Annotated[
+    int | None,
+    typer.Option(
+        "--rotate",
+        metavar="0|16|64|256",
+        help="Maximum number of input channels that a rotation mixes, where this makes the layer's "
+        "error smaller. Default: 0, no rotation.",
     ),
 ]
 RunSteps = Annotated[
@@ -155,6 +182,9 @@ def quantize(
     format: Format = None,
     group: Group = None,
     tables: Tables = None,
+    scales: Scales = None,
+    smooth: Smooth = None,
+    rotate: Rotate = None,
     steps: RunSteps = None,
     recipe: RecipeFile = None,
     seed: RunSeed = None,
@@ -189,7 +219,8 @@ def quantize(
     with command(verbose):
         overrides = _without_none(
             {"method": method, "bits": bits, "format": format, "group": group}
-            | {"tables": tables, "steps": steps}
+            | {"tables": tables, "scales": scales, "smooth": smooth, "rotate": rotate}
+            | {"steps": steps}
             | {"seed": seed, "budget": budget, "size": size}
         )
         loras = [parse_lora(text) for text in lora or []]

@@ -9,8 +9,8 @@ from trtq.diffusion.layout import CONFIG_NAME, INDEX_NAME, read_json
 from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.shipped import shipped_model, shipped_models
 from trtq.diffusion.single_file_layout import as_traced
+from trtq.diffusion.tensor_file import open_tensor_file
 from trtq.diffusion.weight_files import single_file_refusal
-from trtq.diffusion.weights import read_header
 from trtq.diffusion.wording import one_line
 from trtq.errors import ArtefactError
 
@@ -158,7 +158,7 @@ def _inferred_id(file: Path) -> str:
     """
     from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES, fetch_diffusers_config
 
-    checkpoint = as_traced(read_header(file))
+    checkpoint = as_traced(open_tensor_file(file).header)
     try:
         name = str(fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"])
         default = str(fetch_diffusers_config({})["pretrained_model_name_or_path"])

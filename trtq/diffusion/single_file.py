@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtq.diffusion.checkpoint import align_tensors, assemble, load_part, read_tensors
+from trtq.diffusion.checkpoint import align_tensors, assemble, load_part
 from trtq.diffusion.component_classes import is_component, is_diffusers, part_class
 from trtq.diffusion.configs import check_config, check_layer_counts
 from trtq.diffusion.layout import CONFIG_NAME, read_index, read_json
@@ -35,8 +35,9 @@ from trtq.diffusion.tensor_checks import (
     meta_model,
     unexpected_names,
 )
+from trtq.diffusion.tensor_file import TensorFile, open_tensor_file
 from trtq.diffusion.weight_files import has_weights
-from trtq.diffusion.weights import TensorInfo, Weights, read_header
+from trtq.diffusion.weights import TensorInfo, Weights
 from trtq.diffusion.wording import list_names, one_line
 from trtq.errors import ArtefactError
 
@@ -77,7 +78,7 @@ def load_single_file(file: Path, folder: Path) -> Any:
     """Load the pipeline in a single-file checkpoint in float32, with all tensors checked.
 
     Args:
-        file: safetensors file in the original layout.
+        file: safetensors file in the original layout; layers that ComfyUI quantised are decoded.
         folder: diffusers folder of the same architecture.
 
     Raises:
@@ -85,7 +86,9 @@ def load_single_file(file: Path, folder: Path) -> Any:
             neither of the two, or a tensor is missing, unexpected or of the wrong shape.
         NonFiniteError: a weight holds NaN or infinity.
     """
-    header = read_header(file)
+    stored = open_tensor_file(file)
+    header = stored.header
+    stored.warn_if_quantized()
     check_dtypes(
         file, None, {name: info for name, info in header.items() if not _UNUSED.search(name)}
     )
@@ -94,7 +97,7 @@ def load_single_file(file: Path, folder: Path) -> Any:
 
     def load(name: str, cls: Any) -> Any:
         if name in parts:
-            return _load(file, name, parts[name])
+            return _load(stored, name, parts[name])
         if cls is None or name in _UNCHECKED:
             return None
         if issubclass(cls, nn.Module) and not has_weights(folder / name):
@@ -126,7 +129,7 @@ def _plan(file: Path, folder: Path, header: dict[str, TensorInfo]) -> dict[str, 
         if not (folder / name / CONFIG_NAME).is_file():
             continue
         used = frozenset().union(*(part.origins for part in parts.values()))
-        part = _plan_part(file, folder / name, cls, checkpoint, used)
+        part = _plan_part(file, folder / name, cls, Weights(header, None), checkpoint, used)
         if part is not None:
             _check_part(file, folder / name, part, header)
             parts[name] = part
@@ -139,13 +142,17 @@ def _plan(file: Path, folder: Path, header: dict[str, TensorInfo]) -> dict[str, 
 
 
 def _plan_part(
-    file: Path, place: Path, cls: Any, checkpoint: dict[str, Tensor], used: frozenset[str]
+    file: Path,
+    place: Path,
+    cls: Any,
+    weights: Weights,
+    checkpoint: dict[str, Tensor],
+    used: frozenset[str],
 ) -> _Part | None:
     """The part of a file that holds a component; None if the file does not hold it."""
     path = place / CONFIG_NAME
     config = read_json(path)
     check_config(path, config, cls)
-    weights = Weights(read_header(file), None)
     check_layer_counts(path, config, weights)
     check_sizes(path, config, meta_model(path, config, cls), weights)
     model = _empty_model(path, config, cls)
@@ -268,10 +275,10 @@ def _common_prefix(names: frozenset[str]) -> str:
     return "".join(common)
 
 
-def _load(file: Path, name: str, part: _Part) -> nn.Module:
+def _load(stored: TensorFile, name: str, part: _Part) -> nn.Module:
     """Read the tensors of a component into its model."""
-    header = read_header(file)
-    converted = part.convert(read_tensors({origin: header[origin] for origin in part.origins}))
+    file = stored.path
+    converted = part.convert(stored.read(part.origins))
     model = part.model
     expected = model.state_dict()
     state = {key: converted[key].to(expected[key].dtype).contiguous() for key in part.state}

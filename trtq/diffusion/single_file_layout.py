@@ -7,13 +7,16 @@ of. Names and shapes are therefore checked before any weight is read, and unused
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from trtq.diffusion.conversion_probe import ConversionError
 from trtq.diffusion.quiet import quiet_diffusers
+from trtq.diffusion.split_tensors import split_originals
 from trtq.diffusion.weights import TensorInfo
 
 __all__ = ["Conversion", "as_traced", "model_conversion", "origins_of", "text_conversions"]
@@ -93,9 +96,17 @@ def model_conversion(
     mapping = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
 
     def convert(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
-        with quiet_diffusers():
-            # Some mappings take tensors out of their argument.
-            converted: dict[str, Tensor] = mapping(checkpoint=dict(checkpoint), config=dict(config))
+        try:
+            with quiet_diffusers():
+                # Some mappings take tensors out of their argument.
+                converted: dict[str, Tensor] = mapping(
+                    checkpoint=dict(checkpoint), config=dict(config)
+                )
+        # A mapping may raise any exception for tensors of other sizes than the released model's.
+        except Exception:
+            with suppress(ConversionError):
+                return split_originals(model, config, checkpoint)
+            raise
         return converted
 
     return convert

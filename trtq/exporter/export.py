@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
 
@@ -28,11 +28,12 @@ from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.documents import shown
 from trtq.engine.prepared import keep_prepared
 from trtq.errors import GateError, UsageError
+from trtq.exporter.comfy import export_comfy
 from trtq.exporter.component_graphs import export_components
 from trtq.exporter.component_worker import Parts, exporting_parts
 from trtq.exporter.export_calls import export_calls, float_rows
 from trtq.exporter.graph import TARGETS, Target, write_graph
-from trtq.exporter.result import ExportResult
+from trtq.exporter.result import ComfyResult, ExportResult
 from trtq.exporter.step_check import PARITY_DB, step_parities
 from trtq.graph.file import MODEL_FILE
 from trtq.limits import MAX_BATCH, parse_whole
@@ -71,6 +72,29 @@ def parse_batch(text: str) -> tuple[int, int]:
     return bounds
 
 
+@overload
+def export(  # type: ignore[overload-overlap]
+    artefact: str | Path | Opened,
+    out: str | Path,
+    *,
+    target: Literal["comfy"],
+    precision: str = "fp32",
+    overwrite: bool = False,
+    progress: ProgressCallback = silent,
+) -> ComfyResult: ...
+@overload
+def export(
+    artefact: str | Path | Opened,
+    out: str | Path,
+    *,
+    target: str = "qdq",
+    precision: str = "fp32",
+    batch: tuple[int, int] = (1, 8),
+    size: str | None = None,
+    call: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: ProgressCallback = silent,
+) -> ExportResult: ...
 @claims_output
 @with_own_settings
 def export(
@@ -84,7 +108,7 @@ def export(
     call: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
-) -> ExportResult:
+) -> ExportResult | ComfyResult:
     """Write the ONNX folder of a run, or of a plain checkpoint as the float baseline.
 
     The graph of the denoiser has diffusers' inputs and accepts one timestep per batch item, or one for
@@ -97,7 +121,8 @@ def export(
         out: the ONNX folder, in the pipeline's own layout.
         target: form of the low-bit layers: `qdq`, which every runtime accepts, or `plugin`, which runs
             on trtq's kernels in TensorRT with 4-bit weights in memory (converted to `qdq` for other
-            runtimes).
+            runtimes); or `comfy`, a file for ComfyUI instead of the folder, see
+            `trtq.exporter.comfy.export_comfy`.
         precision: `fp32` or `fp16`, for everything except integers.
         batch: minimum and maximum batch size, in images, of engines that are built from the folder.
         size: image size `HEIGHTxWIDTH` in pixels, or a range `SMALLEST:LARGEST`; by default the size
@@ -115,8 +140,14 @@ def export(
         TrtqError: see `trtq.errors`.
     """
     start = time.monotonic()
+    if target == "comfy":
+        if size is not None or call is not None:
+            raise UsageError("a file for ComfyUI has no image size and no call; leave them out")
+        return export_comfy(
+            artefact, out, precision=precision, overwrite=overwrite, progress=progress
+        )
     if target not in TARGETS:
-        raise UsageError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
+        raise UsageError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}, comfy")
     if precision not in PARITY_DB:
         raise UsageError(f"unknown precision {precision!r}; choose one of {', '.join(PARITY_DB)}")
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="onnx")

@@ -10,6 +10,8 @@ from trtq.results import OMITTED_IF_NONE, Result, json_key
 __all__ = [
     "BuildResult",
     "BuiltEngine",
+    "ComfyFile",
+    "ComfyResult",
     "ExportResult",
     "LayerParity",
     "RuleFinding",
@@ -47,6 +49,42 @@ class ExportResult(Result):
     parity_largest_db: float
     parity_parts_db: dict[str, float]
     bytes: int
+    seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComfyFile(Result):
+    """A file for ComfyUI, which holds one denoiser.
+
+    Attributes:
+        path: path of the file.
+        names: `original`, the names of the model's authors, or `diffusers`.
+        formats: number of quantised layers by the name of their format.
+        layers_quantized: number of quantised layers of the file.
+        bytes: size of the file, in bytes.
+        notes: what of the run the file does not hold.
+    """
+
+    path: str
+    names: str
+    formats: dict[str, int]
+    layers_quantized: int
+    bytes: int
+    notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComfyResult(Result):
+    """The files that `trtq.export` wrote for ComfyUI.
+
+    Attributes:
+        files: one entry per denoiser.
+        seconds: duration of the whole call, in seconds.
+        peak_rss_bytes: peak resident memory, in bytes.
+    """
+
+    files: list[ComfyFile]
     seconds: float
     peak_rss_bytes: int
 

@@ -31,6 +31,8 @@ _FROM_PIPELINES = (
     AttributeError,
 )
 """Exceptions of diffusers' pipelines whose components do not fit each other."""
+_DIT_NULL_CLASS = 1000
+"""Label that `DiTPipeline` passes for "no class", for any number of the model's classes."""
 BATCH = 125
 TEXT_BATCH = 50
 
@@ -130,13 +132,15 @@ def draw(
         float32[B,C,H,W] in [-1, 1].
 
     Raises:
-        UsageError: the number of steps is invalid, or the negative prompt would have no effect.
+        UsageError: the number of steps is invalid, the negative prompt would have no effect, or the
+            pipeline does not support guidance with this model.
         NonFiniteError: an image holds NaN or infinity.
     """
     source.check_steps(steps)
     chosen = source.guidance if guidance is None else guidance
     if negative_prompt is not None:
         _check_negative(source, negative_prompt, chosen)
+    _check_null_class(source, chosen)
     if conditioning.prompts is not None:
         negatives = [] if not negative_prompt else [negative_prompt]
         warn_of_truncation(source.pipeline, [*conditioning.prompts, *negatives])
@@ -154,6 +158,18 @@ def draw(
         if progress is not None:
             progress(part.stop, conditioning.count)
     return torch.cat(images)
+
+
+def _check_null_class(source: LoadedPipeline, guidance: float) -> None:
+    """Raise if `DiTPipeline` would pass a label for "no class" that the model does not have."""
+    classes = source.classes
+    if type(source.pipeline).__name__ != "DiTPipeline" or guidance <= 1:
+        return
+    if classes is not None and classes < _DIT_NULL_CLASS:
+        raise UsageError(
+            f"{source.name} has the labels 0 .. {classes}, but with guidance {guidance:g} its "
+            f"DiTPipeline passes label {_DIT_NULL_CLASS} for no class: leave out the guidance"
+        )
 
 
 def _check_negative(source: LoadedPipeline, negative_prompt: str, guidance: float) -> None:

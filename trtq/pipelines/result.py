@@ -66,6 +66,10 @@ class InspectedLayer(Result):
     input_of: str | None
     format: str
     group: int | None
+    smooth: bool
+    rotate: int
+    scales: str
+    outlier_ratio: float | None
     scale: dict[str, list[float]] | None = field(default=None, metadata=OMITTED_IF_NONE)
     zero_points: list[int] | None = field(default=None, metadata=OMITTED_IF_NONE)
 

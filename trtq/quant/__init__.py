@@ -5,6 +5,12 @@ from trtq.quant.convert import convert, deploy, merge
 from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.deployed import DeployedLayer
 from trtq.quant.fake_quant import fake_quant
+from trtq.quant.input_transform import (
+    InputTransform,
+    TransformTensors,
+    hadamard,
+    transform_layer,
+)
 from trtq.quant.layers import QuantConv, QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from trtq.quant.modules import Base, QuantLayer
 from trtq.quant.packing import PackedWeight, pack_codes, unpack_codes
@@ -27,6 +33,7 @@ __all__ = [
     "ActivationTensors",
     "Base",
     "DeployedLayer",
+    "InputTransform",
     "LayerPlan",
     "LayerTensors",
     "LowBitTensors",
@@ -43,6 +50,7 @@ __all__ = [
     "QuantizedDenoiser",
     "Structure",
     "TimestepTable",
+    "TransformTensors",
     "ZeroPointMode",
     "activation_qparams",
     "apply_structure",
@@ -52,6 +60,7 @@ __all__ = [
     "deploy",
     "fake_quant",
     "float_scope",
+    "hadamard",
     "layer_kind",
     "layer_obstacle",
     "merge",
@@ -60,6 +69,7 @@ __all__ = [
     "quantizable_layers",
     "skip_splits",
     "step_scope",
+    "transform_layer",
     "unpack_codes",
     "weight_qparams",
 ]

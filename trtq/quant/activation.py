@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trtq.errors import QuantizationError, StepError
 from trtq.quant.bits import check_bits
+from trtq.quant.dynamic_scale import RowAxis, ScalePolicy, row_scale
 from trtq.quant.fake_quant import fake_quant, round_ste
 from trtq.quant.timestep import Step, TimestepTable, current_step
 
@@ -83,6 +84,9 @@ class ActivationQuantizer(nn.Module):
         zero_point_mode: behaviour of the zero points, see `ZeroPointMode`.
         symmetric: whether the zero points stay at `2**(bits - 1)`; None: only at 8 bits, because 8-bit
             codes fit int8 in no other form.
+        policy: origin of the scale, see `trtq.quant.dynamic_scale`; other policies than `step` are
+            symmetric.
+        row_axis: what a row is, for other policies than `step`.
 
     Attributes:
         scale: parameter `[T]`, the scales `s`.
@@ -95,14 +99,18 @@ class ActivationQuantizer(nn.Module):
         table: TimestepTable,
         zero_point_mode: ZeroPointMode = "frozen",
         symmetric: bool | None = None,
+        policy: ScalePolicy = "step",
+        row_axis: RowAxis = "last",
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits)
         self.qmax = 2**bits - 1
-        self.symmetric = bits == 8 if symmetric is None else symmetric
+        self.policy: ScalePolicy = policy
+        self.row_axis: RowAxis = row_axis
+        self.symmetric = (bits == 8 if symmetric is None else symmetric) or policy != "step"
         self.zero_point_mode: ZeroPointMode = "frozen" if self.symmetric else zero_point_mode
         middle = float(2 ** (bits - 1))
-        self.scale = nn.Parameter(torch.ones(len(table)))
+        self.scale = nn.Parameter(torch.ones(len(table)), requires_grad=policy != "row")
         self.zero_point = nn.Parameter(
             torch.full((len(table),), middle), requires_grad=self.zero_point_mode != "frozen"
         )
@@ -127,12 +135,20 @@ class ActivationQuantizer(nn.Module):
             zero_point = round_ste(zero_point)
         return fake_quant(
             x,
-            per_item(select_step(self.scale, step, len(x)), x),
+            self._scale(x, step),
             per_item(select_step(zero_point, step, len(x)), x),
             0,
             self.qmax,
             reciprocal=True,
         )
+
+    def _scale(self, x: Tensor, step: Step) -> Tensor:
+        """The scale of each row, or of each item."""
+        of_step = per_item(select_step(self.scale, step, len(x)), x)
+        if self.policy == "step":
+            return of_step
+        of_row = row_scale(x, self.bits, self.row_axis)
+        return of_row if self.policy == "row" else torch.minimum(of_row, of_step)
 
     @torch.no_grad()
     def set_range(self, scale: Tensor, zero_point: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import nn
@@ -139,7 +139,8 @@ def _quantized_layer(
     assert plan.activation_bits is not None
     zero_points = options.zero_point_mode
     if plan.right_bits is not None:
-        return QuantProduct(table, plan.activation_bits, plan.right_bits, zero_points)
+        bits = plan.activation_bits, plan.right_bits
+        return QuantProduct(table, *bits, zero_points, plan.scales)
     assert plan.weight_bits is not None
     obstacle = layer_obstacle(source)
     if obstacle is not None:
@@ -157,6 +158,7 @@ def _quantized_layer(
         weight_method=options.weight_method,
         zero_point_mode=zero_points,
         split_scale=options.split_scale,
+        scales=plan.scales,
         generator=options.generator,
     )
     return made
@@ -228,11 +230,11 @@ def _deployed_layer(
     if isinstance(source, CONVOLUTIONS):
         geometry = ConvGeometry.of(source)
     elif isinstance(source, (QuantConv, *DEPLOYED_FORMS)):
-        geometry = source.geometry
+        geometry = cast("ConvGeometry | None", source.geometry)
     layer: DeployedLayer | KernelLayer | DeployedFormat
     if not isinstance(tensors, LayerTensors):
         layer = deployed_form(tensors, geometry)
-    elif kernels and kernel_runs(geometry):
+    elif kernels and kernel_runs(geometry) and tensors.activation.policy == "step":
         layer = KernelLayer(tensors, geometry)
     else:
         layer = DeployedLayer(tensors, geometry)

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from trtq.errors import QuantizationError
 from trtq.quant.activation import per_item, select_step
+from trtq.quant.dynamic_scale import RowAxis, row_scale
 from trtq.quant.geometry import ConvGeometry
+from trtq.quant.input_transform import InputTransform
 from trtq.quant.tensors import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import Step, current_step
 from trtq.quant.weightless import WeightlessLayer
@@ -55,20 +58,26 @@ class _DeployedActivation(ExactBuffers):
     low: Tensor
     high: Tensor
 
-    def __init__(self, tensors: ActivationTensors) -> None:
+    def __init__(self, tensors: ActivationTensors, row_axis: RowAxis) -> None:
         super().__init__()
+        self.bits, self.policy, self.row_axis = tensors.bits, tensors.policy, row_axis
         self.register_buffer("scale", tensors.scale)
         self.register_buffer("inv_scale", tensors.inv_scale)
         self.register_buffer("low", tensors.low.float())
         self.register_buffer("high", tensors.high.float())
 
     def forward(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """x[B, ...] -> codes[B, ...] and their scale, `[]` or one per item; both float32."""
+        """x[B, ...] -> codes[B, ...] and their scale, `[]`, per item or per row; both float32."""
         scale, inv_scale, low, high = (
             per_item(select_step(values, step, len(x)), x)
             for values in (self.scale, self.inv_scale, self.low, self.high)
         )
-        return (x.float() * inv_scale).round().clamp(low, high), scale
+        x = x.float()
+        if self.policy != "step":
+            of_row = row_scale(x, self.bits, self.row_axis)
+            scale = of_row if self.policy == "row" else torch.minimum(of_row, scale)
+            inv_scale = scale.reciprocal()
+        return (x * inv_scale).round().clamp(low, high), scale
 
 
 def enclosing_step(step: Step | None) -> Step:
@@ -100,7 +109,11 @@ class DeployedLayer(ExactBuffers, WeightlessLayer):
     def __init__(self, tensors: LayerTensors, geometry: ConvGeometry | None) -> None:
         super().__init__(tensors.weight.codes.shape, geometry)
         self.geometry = geometry
-        self.activation = _DeployedActivation(tensors.activation)
+        rows: RowAxis = "last" if geometry is None else "image"
+        self.activation = _DeployedActivation(tensors.activation, rows)
+        transform = tensors.transform
+        axis = -1 if geometry is None else 1
+        self.input_transform = None if transform is None else InputTransform(transform, axis)
         self.register_buffer("bias", tensors.bias)
         self.register_buffer("weight_scale", tensors.weight.scale.reshape(-1))
         self.register_buffer("integers", tensors.weight.integers())
@@ -116,7 +129,8 @@ class DeployedLayer(ExactBuffers, WeightlessLayer):
         Raises:
             StepError: there is no current step, or the step is outside the table.
         """
-        codes, scale = self.activation(input, enclosing_step(step))
+        x = input if self.input_transform is None else self.input_transform(input)
+        codes, scale = self.activation(x, enclosing_step(step))
         # The layer stores one byte per weight; the float copy exists only during the call.
         weight = self.integers.float()
         if self.geometry is None:
@@ -125,8 +139,12 @@ class DeployedLayer(ExactBuffers, WeightlessLayer):
         else:
             channel = (-1, *(1,) * self.geometry.axes)
             product = self.geometry.convolve(codes, weight, None)
-        # Both scales are small tensors: multiplying them first saves a pass over the large product.
-        out: Tensor = product * (self.weight_scale.reshape(channel) * scale)
+        weight_scale = self.weight_scale.reshape(channel)
+        if self.activation.policy == "step":
+            # Both scales are small tensors: multiplying them first saves a pass over the large product.
+            out: Tensor = product * (weight_scale * scale)
+        else:
+            out = product * scale * weight_scale
         if self.bias is not None:
             out = out + self.bias.reshape(channel)
         return out.to(input.dtype)
@@ -141,8 +159,8 @@ class DeployedProduct(nn.Module):
 
     def __init__(self, tensors: ProductTensors) -> None:
         super().__init__()
-        self.left = _DeployedActivation(tensors.left)
-        self.right = _DeployedActivation(tensors.right)
+        self.left = _DeployedActivation(tensors.left, "last")
+        self.right = _DeployedActivation(tensors.right, "second_last")
 
     def forward(self, a: Tensor, b: Tensor, step: Step | None = None) -> Tensor:
         """a[B, ..., M, K], b[B, ..., K, N] -> [B, ..., M, N]; errors as in `DeployedLayer`."""

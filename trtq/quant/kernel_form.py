@@ -26,6 +26,7 @@ from trtq.plugins.spec import Geometry, LayerSpec
 from trtq.quant.activation import check_indices
 from trtq.quant.deployed import enclosing_step
 from trtq.quant.geometry import ConvGeometry
+from trtq.quant.input_transform import InputTransform
 from trtq.quant.packing import PackedWeight
 from trtq.quant.tensors import ActivationTensors, LayerTensors
 from trtq.quant.timestep import Step
@@ -130,6 +131,9 @@ class KernelLayer(WeightlessLayer):
         self.spec, operands = packed_operands(tensors, geometry)
         self._flat = flat_fields(self.spec)
         self._has_bias = tensors.bias is not None
+        transform = tensors.transform
+        axis = -1 if geometry is None else 1
+        self.input_transform = None if transform is None else InputTransform(transform, axis)
         for name, values in operands.items():
             # `weight` is the empty parameter whose dtype other code reads.
             self.register_buffer("packed" if name == "weight" else name, torch.from_numpy(values))
@@ -166,7 +170,8 @@ class KernelLayer(WeightlessLayer):
         index = torch.as_tensor(enclosing_step(step), device=input.device)
         check_indices(index, len(input))
         index = index.expand(len(input))
+        x = input if self.input_transform is None else self.input_transform(input)
         result: Tensor = low_bit(
-            input, self.packed, self.terms, self.tables, index.contiguous(), None, self._flat, False
+            x, self.packed, self.terms, self.tables, index.contiguous(), None, self._flat, False
         )
         return result

@@ -22,8 +22,10 @@ from trtq.errors import NonFiniteError
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
 from trtq.quant.adaround import directed_codes, hard_direction, soft_direction
 from trtq.quant.bits import symmetric_weights
+from trtq.quant.dynamic_scale import RowAxis, ScalePolicy
 from trtq.quant.fake_quant import fake_quant, quantize_codes
 from trtq.quant.geometry import ConvGeometry, FloatLayer, set_sizes
+from trtq.quant.input_transform import InputTransform
 from trtq.quant.packing import PackedWeight
 from trtq.quant.ranges import Method, weight_qparams
 from trtq.quant.timestep import Step, TimestepTable, current_step
@@ -50,6 +52,7 @@ class QuantLayer(nn.Module):
         split_scale: whether, with base "int", the dequantiser's scale is a second parameter in the same
             memory, so that an optimiser updates it twice, as in the released code.
         split_step: former name of `split_scale`, accepted for one release.
+        scales: origin of the activation's scale, see `trtq.quant.dynamic_scale`.
         generator: random generator for the initial `lora_A`; None: torch's default generator.
 
     Attributes:
@@ -64,6 +67,8 @@ class QuantLayer(nn.Module):
         alpha: learned rounding, shaped like the weight, see `trtq.quant.adaround`; None: to nearest.
         soft_rounding: whether the rounding directions are soft.
         activation: quantiser of the input.
+        input_transform: transform of the input before the quantiser, which `weight` contains already;
+            None: the input is not transformed.
 
     Raises:
         NonFiniteError: the weight or bias holds NaN or infinity.
@@ -80,6 +85,7 @@ class QuantLayer(nn.Module):
     tuned_weight: nn.Parameter | None
     tuned_bias: nn.Parameter | None
     alpha: nn.Parameter | None
+    input_transform: InputTransform | None
 
     def __init__(
         self,
@@ -94,6 +100,7 @@ class QuantLayer(nn.Module):
         zero_point_mode: ZeroPointMode = "frozen",
         split_scale: bool = False,
         split_step: bool = False,
+        scales: ScalePolicy = "step",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -111,7 +118,9 @@ class QuantLayer(nn.Module):
         self.base: Base = base
         self.rank = rank
         self._quantize_weight(weight_method, split_scale or split_step)
+        self.scales: ScalePolicy = scales
         self.activation = self._make_activation(activation_bits, table, zero_point_mode)
+        self.register_module("input_transform", getattr(source, "input_transform", None))
         self.register_parameter("tuned_weight", None)
         self.register_parameter("tuned_bias", None)
         self.register_parameter("alpha", None)
@@ -122,7 +131,8 @@ class QuantLayer(nn.Module):
         self, bits: int, table: TimestepTable, mode: ZeroPointMode
     ) -> ActivationQuantizer:
         """The quantiser of the input."""
-        return ActivationQuantizer(bits, table, mode)
+        rows: RowAxis = "last" if self.kind == "linear" else "image"
+        return ActivationQuantizer(bits, table, mode, policy=self.scales, row_axis=rows)
 
     def _weight_range(self, method: Method) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the weight."""
@@ -245,6 +255,8 @@ class QuantLayer(nn.Module):
             step: index of the denoising step, one for all rows or one per row; default: the step of the
                 enclosing `step_scope`.
         """
+        if self.input_transform is not None:
+            input = self.input_transform(input)
         if step is None:
             step = current_step()
             if step is None:

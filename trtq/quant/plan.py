@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from trtq.errors import TrtqError
+from trtq.quant.dynamic_scale import ScalePolicy
 from trtq.quant.formats import Format, FormatTensors, precision_text
 from trtq.quant.geometry import padding_obstacle
 from trtq.quant.structure import Product
@@ -58,6 +59,13 @@ class LayerPlan:
         right_bits: width of the codes of a product's second input; None: not a product.
         input_of: path of an earlier layer with the same input, whose input quantiser this layer shares;
             None: the layer has its own.
+        smooth: whether the channels of the input are scaled before the quantiser.
+        rotate: number of channels that a rotation of the input mixes; 0: no rotation.
+        scales: origin of the activations' scales, see `trtq.quant.dynamic_scale`.
+        outlier_ratio: largest channel of the input over the median channel, mean over the steps; None:
+            not measured.
+        may_smooth: whether the policy allows smoothing.
+        may_rotate: maximum order of a rotation by the policy; None: that of the recipe.
         format: format of the layer, see `trtq.quant.formats.Format`. A weight-only layer has 16
             activation bits, since its input is not quantised.
         group: number of input channels that share a scale of a weight-only linear layer; None: one
@@ -72,6 +80,12 @@ class LayerPlan:
     adapters: bool = True
     right_bits: int | None = None
     input_of: str | None = None
+    smooth: bool = False
+    rotate: int = 0
+    scales: ScalePolicy = "step"
+    outlier_ratio: float | None = None
+    may_smooth: bool = True
+    may_rotate: int | None = None
     format: Format = "int"
     group: int | None = None
 

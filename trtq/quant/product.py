@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
+from trtq.quant.dynamic_scale import ScalePolicy
 from trtq.quant.timestep import Step, TimestepTable, current_step
 
 __all__ = ["QuantProduct"]
@@ -18,6 +19,7 @@ class QuantProduct(nn.Module):
         left_bits: width of the codes of `a`, 2 .. 8.
         right_bits: width of the codes of `b`, 2 .. 8.
         zero_point_mode: see `trtq.quant.activation.ZeroPointMode`.
+        scales: origin of the scales, see `trtq.quant.dynamic_scale`.
     """
 
     def __init__(
@@ -26,10 +28,13 @@ class QuantProduct(nn.Module):
         left_bits: int,
         right_bits: int,
         zero_point_mode: ZeroPointMode = "frozen",
+        scales: ScalePolicy = "step",
     ) -> None:
         super().__init__()
-        self.left = ActivationQuantizer(left_bits, table, zero_point_mode)
-        self.right = ActivationQuantizer(right_bits, table, zero_point_mode)
+        self.left = ActivationQuantizer(left_bits, table, zero_point_mode, policy=scales)
+        self.right = ActivationQuantizer(
+            right_bits, table, zero_point_mode, policy=scales, row_axis="second_last"
+        )
 
     def forward(self, a: Tensor, b: Tensor, step: Step | None = None) -> Tensor:
         """a[B, ..., M, K], b[B, ..., K, N] -> [B, ..., M, N]; in float inside `float_scope`."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from trtq.errors import ArtefactError, NonFiniteError, QuantizationError
 from trtq.quant.activation import ActivationQuantizer
+from trtq.quant.dynamic_scale import ScalePolicy
+from trtq.quant.input_transform import TransformTensors
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight, unpack_codes
 from trtq.quant.product import QuantProduct
@@ -27,6 +29,7 @@ class ActivationTensors:
         low: int32 `[T]`, smallest code.
         high: int32 `[T]`, largest code.
         bits: width of the codes.
+        policy: origin of the scale, see `trtq.quant.dynamic_scale`; `row` does not use the tables.
     """
 
     scale: Tensor
@@ -34,6 +37,7 @@ class ActivationTensors:
     low: Tensor
     high: Tensor
     bits: int
+    policy: ScalePolicy = "step"
 
     @classmethod
     def merge(cls, quantizer: ActivationQuantizer) -> ActivationTensors:
@@ -52,7 +56,7 @@ class ActivationTensors:
                 f"{quantizer.bits}-bit activation codes span {int(low.min())} .. "
                 f"{int(high.max())}, which int8 cannot hold; 8-bit activations must be symmetric"
             )
-        return cls(scale, scale.reciprocal(), low, high, quantizer.bits)
+        return cls(scale, scale.reciprocal(), low, high, quantizer.bits, quantizer.policy)
 
     def tensors(self, operand: str) -> dict[str, Tensor]:
         """The quantiser's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
@@ -65,7 +69,7 @@ class ActivationTensors:
 
     @classmethod
     def from_tensors(
-        cls, named: Mapping[str, Tensor], operand: str, bits: int
+        cls, named: Mapping[str, Tensor], operand: str, bits: int, policy: ScalePolicy = "step"
     ) -> ActivationTensors:
         """Inverse of `tensors`.
 
@@ -73,6 +77,7 @@ class ActivationTensors:
             named: tensors by name.
             operand: name of the quantised input.
             bits: width of the codes.
+            policy: origin of the scale.
 
         Raises:
             KeyError: a tensor is missing.
@@ -83,6 +88,7 @@ class ActivationTensors:
             named[f"{operand}.low"].int(),
             named[f"{operand}.high"].int(),
             bits,
+            policy,
         )
 
 
@@ -94,11 +100,13 @@ class LayerTensors:
         weight: integer weight, `[N, K, ...]`.
         activation: quantiser of the input.
         bias: float32 `[N]`; None: no bias.
+        transform: transform of the input before its quantiser; None: the input is not transformed.
     """
 
     weight: PackedWeight
     activation: ActivationTensors
     bias: Tensor | None
+    transform: TransformTensors | None = None
 
     @property
     def operands(self) -> dict[str, ActivationTensors]:
@@ -122,7 +130,9 @@ class LayerTensors:
             raise NonFiniteError("the bias holds NaN or infinity")
         weight.integers()
         activation = ActivationTensors.merge(layer.activation)
-        return cls(weight, activation, None if bias is None else bias.detach().float().clone())
+        transform = None if layer.input_transform is None else layer.input_transform.tensors
+        stored = None if bias is None else bias.detach().float().clone()
+        return cls(weight, activation, stored, transform)
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
@@ -131,12 +141,19 @@ class LayerTensors:
             "weight.scale": self.weight.scale.contiguous(),
             "weight.zero_point": self.weight.zero_point.to(torch.int16),
             **self.activation.tensors("activation"),
+            **({} if self.transform is None else self.transform.tensors()),
         }
         return named if self.bias is None else named | {"bias": self.bias}
 
     @classmethod
     def from_tensors(
-        cls, named: Mapping[str, Tensor], *, channels: int, weight_bits: int, activation_bits: int
+        cls,
+        named: Mapping[str, Tensor],
+        *,
+        channels: int,
+        weight_bits: int,
+        activation_bits: int,
+        policy: ScalePolicy = "step",
     ) -> LayerTensors:
         """Inverse of `tensors`.
 
@@ -145,6 +162,7 @@ class LayerTensors:
             channels: number of output channels.
             weight_bits: width of the weight codes.
             activation_bits: width of the activation codes.
+            policy: origin of the activation's scale.
 
         Raises:
             ArtefactError: a tensor is missing or has the wrong size.
@@ -159,8 +177,9 @@ class LayerTensors:
             bias = named.get("bias")
             return cls(
                 weight,
-                ActivationTensors.from_tensors(named, "activation", activation_bits),
+                ActivationTensors.from_tensors(named, "activation", activation_bits, policy),
                 None if bias is None else bias.float(),
+                TransformTensors.from_tensors(named),
             )
         except KeyError as err:
             raise ArtefactError(f"the tensor {err.args[0]!r} is missing") from err
@@ -195,7 +214,12 @@ class ProductTensors:
 
     @classmethod
     def from_tensors(
-        cls, named: Mapping[str, Tensor], *, left_bits: int, right_bits: int
+        cls,
+        named: Mapping[str, Tensor],
+        *,
+        left_bits: int,
+        right_bits: int,
+        policy: ScalePolicy = "step",
     ) -> ProductTensors:
         """Inverse of `tensors`.
 
@@ -203,14 +227,15 @@ class ProductTensors:
             named: tensors by name.
             left_bits: width of the first operand's codes.
             right_bits: width of the second operand's codes.
+            policy: origin of the scales.
 
         Raises:
             ArtefactError: a tensor is missing.
         """
         try:
             return cls(
-                ActivationTensors.from_tensors(named, "left", left_bits),
-                ActivationTensors.from_tensors(named, "right", right_bits),
+                ActivationTensors.from_tensors(named, "left", left_bits, policy),
+                ActivationTensors.from_tensors(named, "right", right_bits, policy),
             )
         except KeyError as err:
             raise ArtefactError(f"the tensor {err.args[0]!r} is missing") from err

@@ -18,10 +18,12 @@ from trtq.report.texts import (
     seconds_text,
     value_text,
 )
+from trtq.report.transforms import transform_rows
 
 __all__ = [
     "INTERVALS",
     "bytes_text",
+    "comfy_rows",
     "doctor_rows",
     "evaluation_rows",
     "export_rows",
@@ -143,6 +145,20 @@ def export_rows(result: Mapping[str, Any]) -> Rows:
     return rows + _rest(result, known) + _cost(result)
 
 
+def comfy_rows(result: Mapping[str, Any]) -> Rows:
+    """Lines of `trtq export --target comfy`."""
+    rows: Rows = []
+    for file in result["files"]:
+        formats = counts_text(file["formats"]) or "none"
+        rows += [
+            ("file", f"{file['path']}, {bytes_text(file['bytes'])}"),
+            ("quantised layers", formats),
+            ("names", f"of {'the authors' if file['names'] == 'original' else 'diffusers'}"),
+            *(("note", note) for note in file["notes"]),
+        ]
+    return rows + _cost(result)
+
+
 def generate_rows(result: Mapping[str, Any]) -> Rows:
     """Lines of `trtq generate`."""
     count, steps = result["images"], result["steps"]
@@ -210,6 +226,7 @@ def inspect_rows(result: Mapping[str, Any]) -> Rows:
         rows.append(("parameters", f"{result['parameters']:,}"))
     if result.get("precisions"):
         rows.append(("layers", counts_text(result["precisions"])))
+    rows += transform_rows(result.get("layers") or [])
     if result.get("timesteps"):
         points = result["timesteps"]
         rows.append((f"{len(points)} calibrated timesteps", ends_text(points)))

@@ -26,6 +26,7 @@ from trtq.quant import QuantizedDenoiser
 from trtq.resources import peak_rss_bytes
 from trtq.runs.fine_tune import FineTuneResult, accelerator_for
 from trtq.runs.fine_tune_calls import CalledTuning, fine_tune_calls
+from trtq.runs.input_transforms import with_transforms_of_calls
 from trtq.runs.plan_calls import CallsPlan, DenoiserPlan, plan_calls
 from trtq.runs.preparation import clear_partial, source_files
 from trtq.runs.quantize_calls import calibrate, converted, manifest_of, write_run
@@ -111,6 +112,7 @@ def _share(
         (None without one).
     """
     fingerprint = _fingerprint(plan, files)
+    plan = with_transforms_of_calls(plan, progress)
     parts, tables = calibrate(plan, progress)
     quantized = {part.name: converted(plan, part, tables[part.name]) for part in parts}
     if plan.recipe.training is None:

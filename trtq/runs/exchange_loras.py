@@ -22,7 +22,15 @@ from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
 from trtq.errors import ArtefactError, UsageError
 from trtq.lora import LoraRequest, merge_loras
 from trtq.progress import ProgressCallback, silent
-from trtq.quant import QuantizedDenoiser, Structure, apply_structure, convert, merge
+from trtq.quant import (
+    LayerTensors,
+    QuantizedDenoiser,
+    Structure,
+    apply_structure,
+    convert,
+    merge,
+    transform_layer,
+)
 from trtq.resources import peak_rss_bytes
 from trtq.runs.folder import OpenRun, layer_plans, open_run
 from trtq.runs.result import RunResult
@@ -107,6 +115,9 @@ def _quantize_again(source: LoadedPipeline, run: OpenRun) -> QuantizedDenoiser:
     apply_structure(
         source.denoiser, Structure(tuple(manifest.structure.attention), manifest.structure.splits)
     )
+    for name, layer in run.stored.layers.items():
+        if isinstance(layer, LayerTensors) and layer.transform is not None:
+            transform_layer(source.denoiser.get_submodule(name), layer.transform)
     training = manifest.recipe.training if manifest.recipe is not None else None
     quantized = convert(
         source.denoiser,

@@ -158,6 +158,10 @@ def layer_plans(manifest: Manifest | FurtherRow) -> list[LayerPlan]:
             adapters=row.adapters,
             right_bits=row.right_bits,
             input_of=row.input_of,
+            smooth=row.smooth,
+            rotate=row.rotate,
+            scales=row.scales,
+            outlier_ratio=row.outlier_ratio,
             format=row.format,
             group=row.group,
         )

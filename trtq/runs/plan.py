@@ -239,6 +239,7 @@ def _plan_layers(
         policy,
         recipe.precision,
         None if probability_bits == "float" else probability_bits,
+        scales=recipe.scales,
         group=recipe.group,
     )
     if not any(plan.quantized for plan in layers):

@@ -189,6 +189,7 @@ def _denoiser_plan(
         None if probability_bits == "float" else probability_bits,
         roles,
         load_policy(GENERIC) if recipe.policy is None else None,
+        scales=recipe.scales,
         group=recipe.group,
     )
     with torch.no_grad():

@@ -20,8 +20,9 @@ from trtq.artefact.manifest_rows import SourceRow, StructureRow
 from trtq.artefact.opened import Opened, open_artefact
 from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
 from trtq.artefact.partial import partial_folder
+from trtq.calib.activation_tables import activation_tables
 from trtq.calib.recipe import Recipe, load_recipe
-from trtq.calib.record import activation_tables, record
+from trtq.calib.record import record
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.schedule import NoiseSchedule
@@ -37,6 +38,7 @@ from trtq.resources import peak_rss_bytes
 from trtq.runs.call_runs import quantize_calls
 from trtq.runs.fine_tune import FineTuneResult, FineTuning, accelerator_for, fine_tune
 from trtq.runs.given_calls import knows_pipeline
+from trtq.runs.input_transforms import with_transforms
 from trtq.runs.plan import QuantizePlan, plan_quantize
 from trtq.runs.preparation import clear_partial, source_files
 from trtq.runs.quantize_calls import layer_rows
@@ -197,7 +199,7 @@ def quantize(
     keep = chosen.training is not None
     with new_artefact(final, kind="run", overwrite=overwrite, keep_partial=keep) as folder:
         bytes_before = plan.bytes_before()
-        quantized, tuning = _share(plan, files, accelerator, folder, resume, progress)
+        plan, quantized, tuning = _share(plan, files, accelerator, folder, resume, progress)
         save_trained(folder / TRAINED_NAME, quantized)
         save_denoiser(folder / FILE_NAME, quantized, merge(quantized, release=True))
         save_pipeline_parts(plan.source, folder)
@@ -213,16 +215,18 @@ def _share(
     folder: Path,
     resume: bool,
     progress: ProgressCallback,
-) -> tuple[QuantizedDenoiser, FineTuneResult | None]:
-    """Calibrate, convert and fine-tune: the part that every process runs.
+) -> tuple[QuantizePlan, QuantizedDenoiser, FineTuneResult | None]:
+    """Choose transforms, calibrate, convert and fine-tune: the part that every process runs.
 
     Returns:
-        The quantised denoiser, on the CPU, and the measurements of the fine-tuning (None without one).
+        The plan with the transforms; the quantised denoiser, on the CPU; the measurements of the
+        fine-tuning (None without one).
     """
     recipe, source = plan.recipe, plan.source
     schedule = source.schedule(recipe.steps)
     fingerprint = _fingerprint(plan, files)
     source.denoiser.to(accelerator.device)
+    plan = with_transforms(plan, schedule, accelerator.device, progress)
     tables = _calibrate(plan, schedule, accelerator.device, progress)
     training = recipe.training
     quantized = convert(
@@ -259,7 +263,7 @@ def _share(
             progress,
         )
         tuning = fine_tune(setup, recipe)
-    return quantized.cpu(), tuning
+    return plan, quantized.cpu(), tuning
 
 
 def _manifest(plan: QuantizePlan, files: dict[str, str], result: RunResult) -> Manifest:

@@ -12,7 +12,8 @@ from torch import Tensor
 from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_rows import FurtherRow, LayerRow, RecordedRow, SourceRow, StructureRow
 from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
-from trtq.calib.record import Recording, activation_tables
+from trtq.calib.activation_tables import activation_tables
+from trtq.calib.record import Recording
 from trtq.calib.record_calls import CalledDenoiser, record_calls
 from trtq.calls.stored import CALL_FOLDER, save_call
 from trtq.diffusion.folder import save_pipeline_parts
@@ -215,6 +216,10 @@ def layer_rows(layers: Sequence[LayerPlan], *, adapters: bool) -> list[LayerRow]
             adapters=layer.adapters and adapters,
             reason=layer.reason,
             input_of=layer.input_of,
+            smooth=layer.smooth,
+            rotate=layer.rotate,
+            scales=layer.scales,
+            outlier_ratio=layer.outlier_ratio,
             format=layer.format,
             group=layer.group,
         )

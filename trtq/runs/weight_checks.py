@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError
+from trtq.quant.input_transform import TransformTensors, transform_obstacle
 from trtq.quant.packing import PackedWeight, unpack_codes
 from trtq.quant.plan import (
     LayerPlan,
@@ -17,8 +18,9 @@ from trtq.quant.plan import (
     layer_kind,
     layer_obstacle,
 )
+from trtq.quant.tensors import LayerTensors
 
-__all__ = ["check_plans", "check_shared", "check_tables", "check_weight"]
+__all__ = ["check_plans", "check_shared", "check_tables", "check_transform", "check_weight"]
 
 _LISTED_LATER = ("conv1d", "conv3d", "conv_transpose")
 
@@ -91,6 +93,30 @@ def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None
             )
 
 
+def check_transform(named: Mapping[str, Tensor], plan: LayerPlan, source: Any) -> None:
+    """Raise unless the transform of the input is the manifest's, and fits the layer of the model.
+
+    Raises:
+        ArtefactError: the transform does not fit the manifest or the layer, or has invalid values.
+    """
+    transform = TransformTensors.from_tensors(named)
+    smooth = transform is not None and transform.inv_channels is not None
+    rotate = 0 if transform is None else transform.rotation
+    if (smooth, rotate) != (plan.smooth, plan.rotate):
+        raise ArtefactError(
+            f"the manifest says smooth={plan.smooth} and rotate={plan.rotate}, the file smooth={smooth} "
+            f"and rotate={rotate}"
+        )
+    if transform is None:
+        return
+    channels = int(source.weight.shape[1])
+    obstacle = transform_obstacle(source, rotate)
+    if transform.inv_channels is not None and len(transform.inv_channels) != channels:
+        obstacle = f"{len(transform.inv_channels)} factors for {channels} input channels"
+    if obstacle is not None:
+        raise ArtefactError(f"the transform of the input does not fit the layer: {obstacle}")
+
+
 def check_weight(named: Mapping[str, Tensor], bits: int, source: Any) -> None:
     """Raise unless codes, scales, zero points and bias of a layer fit the layer of the model.
 
@@ -147,12 +173,18 @@ def check_shared(layers: Mapping[str, LowBitTensors], name: str, owner: str) -> 
         ArtefactError: the tables differ.
     """
     operands, shared = layers[name].operands, layers[owner].operands
-    if operands.keys() != shared.keys() or not all(
+    alike = operands.keys() == shared.keys() and all(
         torch.equal(getattr(tables, leaf), getattr(shared[operand], leaf))
         for operand, tables in operands.items()
         for leaf in ("scale", "low", "high")
-    ):
+    )
+    if not alike or _transform_key(layers[name]) != _transform_key(layers[owner]):
         raise ArtefactError(
             f"layer {name!r}: the manifest says that it has the input of {owner!r}, but their tables "
-            "differ"
+            "or transforms differ"
         )
+
+
+def _transform_key(layer: LowBitTensors) -> bytes:
+    transform = layer.transform if isinstance(layer, LayerTensors) else None
+    return b"" if transform is None else transform.key

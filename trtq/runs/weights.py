@@ -33,7 +33,13 @@ from trtq.quant.plan import (
 from trtq.quant.product import QuantProduct
 from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
-from trtq.runs.weight_checks import check_plans, check_shared, check_tables, check_weight
+from trtq.runs.weight_checks import (
+    check_plans,
+    check_shared,
+    check_tables,
+    check_transform,
+    check_weight,
+)
 
 __all__ = [
     "FILE_NAME",
@@ -101,15 +107,18 @@ def _described(quantized: QuantizedDenoiser, merged: Mapping[str, LowBitTensors]
 
 def _precision(layer: LowBitTensors) -> str:
     if isinstance(layer, ProductTensors):
-        return precision_text(None, layer.left.bits, layer.right.bits)
-    if isinstance(layer, LayerTensors):
-        return precision_text(layer.weight.bits, layer.activation.bits)
-    return layer.precision
+        text, policy = precision_text(None, layer.left.bits, layer.right.bits), layer.left.policy
+    elif isinstance(layer, LayerTensors):
+        text = precision_text(layer.weight.bits, layer.activation.bits)
+        policy = layer.activation.policy
+    else:
+        return layer.precision
+    return text if policy == "step" else f"{text} {policy}"
 
 
 def described_bytes(steps: int, layers: int) -> int:
     """Maximum size of the file's metadata, in bytes."""
-    return 25 * steps + 8 * layers + 100
+    return 25 * steps + 15 * layers + 100
 
 
 class _Described(BaseModel):
@@ -289,14 +298,19 @@ def _layer(
         return stored_tensors(tensors, plan.format, plan.weight_bits, plan.group, source)
     if plan.weight_bits is not None:
         check_weight(tensors, plan.weight_bits, source)
+        check_transform(tensors, plan, source)
         return LayerTensors.from_tensors(
             tensors,
             channels=len(source.weight),
             weight_bits=plan.weight_bits,
             activation_bits=plan.activation_bits,
+            policy=plan.scales,
         )
     if plan.right_bits is not None:
         return ProductTensors.from_tensors(
-            tensors, left_bits=plan.activation_bits, right_bits=plan.right_bits
+            tensors,
+            left_bits=plan.activation_bits,
+            right_bits=plan.right_bits,
+            policy=plan.scales,
         )
     raise ArtefactError("the manifest gives bits that fit no kind of layer")

@@ -23,15 +23,17 @@
 6. Weights of up to 4 bits are stored as INT4 (`q - 8`), with Cast and Sub (`z - 8`) in front of their
    DequantizeLinear.
 7. Values that depend on the step come from one table, see `trtq.graph.passes.step_values`.
-8. Layers in other formats have forms of their own, see `trtq.graph.passes.weight_only_nodes`.
+8. The scale of an input may be computed per row, see `trtq.graph.passes.row_scales`. The product is then
+   multiplied by this scale and by the weight's scale one after the other.
+9. An input with a transform is transformed first, see `trtq.graph.passes.transform_nodes`.
+10. Layers in other formats than integers have forms of their own, see
+    `trtq.graph.passes.weight_only_nodes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -39,9 +41,12 @@ from trtq.errors import LegalityError
 from trtq.graph.nodes import DOMAIN, LOW_BIT_OPERATORS, call_names
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.fp8_nodes import Fp8Nodes
+from trtq.graph.passes.integer_weights import integer_weight
 from trtq.graph.passes.nvfp4_nodes import expand_nvfp4
+from trtq.graph.passes.quantized_inputs import QuantizedInputs
 from trtq.graph.passes.step_lookup import STEPS_PREFIX, StepInput
 from trtq.graph.passes.step_values import StepTable, StepValues
+from trtq.graph.passes.transform_nodes import TransformNodes
 from trtq.graph.passes.weight_only_nodes import expand_weight_only
 from trtq.quant.formats import FormatTensors
 from trtq.quant.formats.fp8 import Fp8Tensors
@@ -53,10 +58,8 @@ from trtq.quant.timestep import TimestepTable
 
 __all__ = ["PAIR_SAFE", "ExpandLowBitToQdq"]
 
-_INT4_OFFSET = 8
 _TIMESTEP = StepInput()
 _CONVOLUTIONS = ("LowBitConv2d", "LowBitConv")
-_FLOAT = {"to": ir.DataType.FLOAT.value}
 PAIR_SAFE = 64
 """Largest integer for which `255 w + 255 w` fits int16. onnxruntime rewrites a quantise pair of int8 to
 uint8, and on x86 without VNNI its uint8 x int8 matrix product adds two neighbours in int16, which
@@ -74,13 +77,19 @@ def _exceeds_pair_safe(layer: LayerTensors | ProductTensors) -> bool:
     return int(layer.weight.integers().short().abs().max()) > PAIR_SAFE
 
 
+def _transform_key(layer: LowBitTensors) -> bytes:
+    transform = layer.transform if isinstance(layer, LayerTensors) else None
+    return b"" if transform is None else transform.key
+
+
 class ExpandLowBitToQdq(ir.passes.InPlacePass):
     """Replace every `trtq::LowBit*` node as the module docstring describes.
 
     Args:
         layers: tensors of the layers by the nodes' attribute `name`.
         table: the calibrated timesteps.
-        operators: types of the nodes to replace; other nodes do not change.
+        operators: types of the nodes to replace. Layers with scales per row, which no plugin computes,
+            are replaced, too; other nodes do not change.
         prefix: prefix of the names that all layers share; each use of this pass on a graph needs a
             different prefix.
         timestep: the graph input that determines the step.
@@ -101,11 +110,9 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         self.layers = layers
         self.table = table
         self.operators = operators
-        self._codes: dict[str, ir.Value] = {}
+        self._inputs = QuantizedInputs()
+        self._transforms = TransformNodes()
         self._fp8 = Fp8Nodes()
-        self._scaled_inputs: dict[str, ir.Value] = {}
-        """Scaled inputs of layers in FP8 and NVFP4 by name of the quantiser."""
-        self._floats: dict[tuple[str, bool], ir.Value] = {}
         self._exceeding: set[str] = set()
         """Quantisers whose codes are cast, see rule 3 of the module docstring."""
 
@@ -142,10 +149,13 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
     def _replaces(self, node: ir.Node) -> bool:
-        """Whether this pass replaces a low-bit node; the plugins compute integers only."""
+        """Whether this pass replaces a node; the plugins compute integers with scales per step."""
+        if node.op_type in self.operators:
+            return True
         layer = self.layers.get(node.attributes["name"].as_string())
-        low_bit = node.op_type in LOW_BIT_OPERATORS
-        return node.op_type in self.operators or (low_bit and isinstance(layer, FormatTensors))
+        if isinstance(layer, LayerTensors):
+            return layer.activation.policy != "step"
+        return node.op_type in LOW_BIT_OPERATORS and isinstance(layer, FormatTensors)
 
     def _add_inputs(self, node: ir.Node, name: str, call: str, table: StepTable) -> None:
         layer = self.layers.get(name)
@@ -166,44 +176,11 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                 weight_scale,
                 channel=1 if conv else None,
                 repeats=f"{name}/{operand}" if call != name else None,
+                key=_transform_key(layer),
                 codes=layer.precision if isinstance(layer, FormatTensors) else "int8",
             )
             if exceeds:
                 self._exceeding.add(quantizer)
-
-    def _operand(
-        self, builder: GraphBuilder, x: ir.Value, values: StepValues, prefix: str, *, paired: bool
-    ) -> ir.Value:
-        """The codes of an input as float numbers: dequantised if `paired`, else cast."""
-        key = values.quantizer, paired
-        if key not in self._floats:
-            unit = builder.constant("one", np.array(1.0, np.float32))
-            zero = builder.constant("zero", np.array(0, np.int8))
-            if values.quantizer not in self._codes:
-                y = self._scaled(builder, x, values, prefix)
-                self._codes[values.quantizer] = builder.op(
-                    "QuantizeLinear", [y, unit, zero], f"{prefix}codes"
-                )
-            codes = self._codes[values.quantizer]
-            if paired:
-                y = builder.op("DequantizeLinear", [codes, unit, zero], f"{prefix}activation")
-            else:
-                y = builder.op("Cast", [codes], f"{prefix}activation", _FLOAT)
-            # Later rewrites need the rank.
-            y.shape, y.type = x.shape, ir.TensorType(ir.DataType.FLOAT)
-            self._floats[key] = y
-        return self._floats[key]
-
-    @staticmethod
-    def _scaled(builder: GraphBuilder, x: ir.Value, values: StepValues, prefix: str) -> ir.Value:
-        """An input divided by its scale, and clipped."""
-        if x.dtype != ir.DataType.FLOAT:
-            x = builder.op("Cast", [x], f"{prefix}float", _FLOAT)
-        y: ir.Value = builder.op("Mul", [x, values.inv_scale], f"{prefix}scaled")
-        if values.low is not None and values.high is not None:
-            y = builder.op("Max", [y, values.low], f"{prefix}clip_low")
-            y = builder.op("Min", [y, values.high], f"{prefix}clip_high")
-        return y
 
     def _expand_layer(
         self, builder: GraphBuilder, node: ir.Node, layer: LayerTensors, values: StepValues
@@ -211,10 +188,14 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         (x,) = node.inputs
         assert x is not None
         assert x.shape is not None
-        conv = node.op_type in _CONVOLUTIONS
+        conv, rank = node.op_type in _CONVOLUTIONS, len(x.shape)
         paired = conv or values.quantizer not in self._exceeding
-        y = self._operand(builder, x, values, "", paired=paired)
-        weight = self._weight(builder, layer, transposed=not conv, paired=paired)
+        if layer.transform is not None:
+            x = self._transforms.transformed(builder, x, layer.transform, channels_first=conv)
+        y = self._inputs.operand(
+            builder, x, values, layer.activation, "activation", paired=paired, conv=conv
+        )
+        weight = integer_weight(builder, layer, transposed=not conv, paired=paired)
         if conv:
             attributes = {
                 key: node.attributes[key].value for key in ("strides", "pads", "dilations", "group")
@@ -222,8 +203,13 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             y = builder.op("Conv", [y, weight], "conv", attributes)
         else:
             y = builder.op("MatMul", [y, weight], "matmul")
-        y = builder.op("Mul", [y, values.scale], "rescaled")
-        channel = (-1, *(1,) * (len(x.shape) - 2)) if conv else (-1,)
+        channel = (-1, *(1,) * (rank - 2)) if conv else (-1,)
+        if layer.activation.policy == "step":
+            y = builder.op("Mul", [y, values.scale], "rescaled")
+        else:
+            y = builder.op("Mul", [y, self._inputs.scale(values)], "rescaled_rows")
+            scale = layer.weight.scale.numpy().reshape(channel)
+            y = builder.op("Mul", [y, builder.constant("weight_scale", scale)], "rescaled")
         if layer.bias is not None:
             bias = layer.bias.numpy().reshape(channel)
             y = builder.op("Add", [y, builder.constant("bias", bias)], "biased")
@@ -238,9 +224,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     ) -> None:
         (x,) = node.inputs
         assert x is not None
-        if values.quantizer not in self._scaled_inputs:
-            self._scaled_inputs[values.quantizer] = self._scaled(builder, x, values, "")
-        scaled = self._scaled_inputs[values.quantizer]
+        scaled = self._inputs.scaled(builder, x, values, layer.activation)
         if isinstance(layer, Fp8Tensors):
             y = self._fp8.expand(builder, node, layer, values, scaled)
         else:
@@ -256,12 +240,14 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
     ) -> None:
         paired = not any(values.quantizer in self._exceeding for values in inputs)
         left, right = (
-            self._operand(builder, x, values, f"{operand}_", paired=paired)  # type: ignore[arg-type]
-            for x, values, operand in zip(node.inputs, inputs, layer.operands, strict=True)
+            self._inputs.operand(builder, x, values, tensors, operand, paired=paired)  # type: ignore[arg-type]
+            for x, values, (operand, tensors) in zip(
+                node.inputs, inputs, layer.operands.items(), strict=True
+            )
         )
         y = builder.op("MatMul", [left, right], "matmul")
         for values, operand in zip(inputs, layer.operands, strict=True):
-            y = builder.op("Mul", [y, values.scale], f"{operand}_rescaled")
+            y = builder.op("Mul", [y, self._inputs.scale(values)], f"{operand}_rescaled")
         self._finish(builder, node, y)
 
     @staticmethod
@@ -275,34 +261,3 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         ir.convenience.replace_nodes_and_values(
             builder.graph, node, [node], builder.nodes, [out], [y]
         )
-
-    @staticmethod
-    def _weight(
-        builder: GraphBuilder, layer: LayerTensors, *, transposed: bool, paired: bool
-    ) -> ir.Value:
-        """The integers of a weight as float numbers: `[N, K, *kernel]`, or `[K, N]` if transposed."""
-        packed = layer.weight
-
-        def oriented(array: np.ndarray) -> np.ndarray:
-            return np.ascontiguousarray(array.T) if transposed else array
-
-        if packed.bits > 4:
-            integers = builder.constant("weight", oriented(packed.integers().numpy()))
-        else:
-            codes = oriented(packed.codes.numpy().astype(np.int8) - _INT4_OFFSET)
-            stored = builder.constant(
-                "weight", ir.tensor(codes.astype(ml_dtypes.int4), dtype=ir.DataType.INT4)
-            )
-            offset = oriented(packed.zero_point.numpy().astype(np.int8) - _INT4_OFFSET)
-            widened = builder.op("Cast", [stored], "weight_int8", {"to": ir.DataType.INT8.value})
-            integers = builder.op(
-                "Sub", [widened, builder.constant("weight_zero_point", offset)], "weight_integers"
-            )
-        weight: ir.Value
-        if paired:
-            scale = builder.constant("ones", np.ones(len(packed.codes), np.float32))
-            axis = {"axis": 1 if transposed else 0}
-            weight = builder.op("DequantizeLinear", [integers, scale], "weight_float", axis)
-        else:
-            weight = builder.op("Cast", [integers], "weight_float", _FLOAT)
-        return weight

@@ -26,6 +26,7 @@ from trtq.graph.nodes import DOMAIN, call_names
 from trtq.graph.passes.builder import GraphBuilder
 from trtq.graph.passes.low_bit_to_qdq import ExpandLowBitToQdq
 from trtq.graph.passes.step_lookup import StepInput, look_up_step
+from trtq.graph.passes.transform_nodes import TransformNodes
 from trtq.plugins.low_bit.attributes import NAMESPACE, PLUGINS, VERSION, fields_of, spec_of
 from trtq.plugins.spec import LayerSpec
 from trtq.quant.geometry import ConvGeometry
@@ -64,6 +65,7 @@ class LowBitToPlugins(ir.passes.InPlacePass):
         self.timestep = timestep
         self.layers = layers
         self.table = table
+        self._transforms = TransformNodes()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fires on every LowBitLinear and LowBitConv2d.
@@ -73,6 +75,7 @@ class LowBitToPlugins(ir.passes.InPlacePass):
         """
         graph = model.graph
         nodes = [n for n in graph if n.domain == DOMAIN and n.op_type in PLUGINS]
+        nodes = [node for node in nodes if self._has_plugin(node)]
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
         step = look_up_step(graph, self.table, self.timestep)
@@ -82,6 +85,11 @@ class LowBitToPlugins(ir.passes.InPlacePass):
                 raise LegalityError(f"the graph has a low-bit node {name!r} without its tensors")
             self._give_operands(GraphBuilder(graph, call, shared=name), node, layer, step)
         return ir.passes.PassResult(model, modified=True)
+
+    def _has_plugin(self, node: ir.Node) -> bool:
+        """Whether a plugin computes a layer; layers with a scale per row use the QDQ form."""
+        layer = self.layers.get(node.attributes["name"].as_string())
+        return not isinstance(layer, LayerTensors) or layer.activation.policy == "step"
 
     def _give_operands(
         self, builder: GraphBuilder, node: ir.Node, layer: LayerTensors, step: ir.Value
@@ -98,6 +106,11 @@ class LowBitToPlugins(ir.passes.InPlacePass):
         if not self.timestep.per_item:
             batch = builder.op("Shape", [node.inputs[0]], "rows", {"start": 0, "end": 1})
             step = builder.op("Expand", [step, batch], "steps")
+        x = node.inputs[0]
+        assert x is not None
+        if layer.transform is not None:
+            conv = geometry is not None
+            x = self._transforms.transformed(builder, x, layer.transform, channels_first=conv)
         # Not "weight": the rewrite to quantise-dequantise form has a constant of that name.
         constants = [builder.constant(f"plugin_{key}", operands[key]) for key in _OPERANDS]
         attributes: dict[str, Any] = {"name": builder.shared}
@@ -105,7 +118,7 @@ class LowBitToPlugins(ir.passes.InPlacePass):
         (out,) = node.outputs
         plugin = ir.node(
             node.op_type,
-            [node.inputs[0], *constants, step],
+            [x, *constants, step],
             attributes | fields_of(spec),
             domain=DOMAIN,
             name=f"{builder.prefix}/plugin",

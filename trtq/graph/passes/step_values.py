@@ -32,16 +32,16 @@ class StepValues:
 
     Attributes:
         quantizer: name of the input whose quantised codes this input uses; often this input.
-        inv_scale: reciprocal of the scale.
+        inv_scale: reciprocal of the scale; None: the scale is computed per row.
         scale: the scale; for a layer, multiplied by the weight's scales and shaped to broadcast over
-            the output.
+            the output. If scales are computed per row: the largest scale, or None without a limit.
         low: smallest code; None if int8 saturates there.
         high: largest code; None if int8 saturates there.
     """
 
     quantizer: str
-    inv_scale: ir.Value
-    scale: ir.Value
+    inv_scale: ir.Value | None
+    scale: ir.Value | None
     low: ir.Value | None
     high: ir.Value | None
 
@@ -54,7 +54,8 @@ class _Input:
         shape: the axes of the input.
         quantizer: see `StepValues`.
         columns: values per step, float32 `[T]` each, by key.
-        weight_scale: scales of the weight, `[N]`; None for an operand of a product of activations.
+        weight_scale: scales of the weight, `[N]`, by which the scale is multiplied; None for an operand
+            of a product of activations, and for scales per row.
         first: name of the input in the first call of the layer with as many axes, whose values this
             input uses; this input itself unless the layer is called again.
     """
@@ -104,6 +105,7 @@ class StepTable:
         *,
         channel: int | None = None,
         repeats: str | None = None,
+        key: bytes = b"",
         codes: str = "int8",
     ) -> str:
         """Register an input.
@@ -115,15 +117,16 @@ class StepTable:
             weight_scale: scales `[N]` of the layer's weight; None for a product of activations.
             channel: index of the channel axis of the layer's output; None: the last axis.
             repeats: name of the input in the first call of the same layer; None: this is the first.
+            key: bytes that differ for inputs that are quantised differently for other reasons.
             codes: type of the codes; inputs share codes of one type only.
 
         Returns:
-            Name of the first input with the same tensor and the same columns, whose codes both use.
+            Name of the first input with the same tensor, columns and key, whose codes both use.
         """
         assert value.shape is not None
         columns = _columns(tensors, clipped=codes != "fp8")
         contents = b"".join(column.tobytes() for column in columns.values())
-        identity = id(value), codes.encode() + contents
+        identity = id(value), b"|".join((key, tensors.policy.encode(), codes.encode(), contents))
         quantizer = self._quantizers.setdefault(identity, name)
         rank = len(value.shape)
         shape = Axes(rank, rank - 1 if channel is None else channel)
@@ -131,7 +134,9 @@ class StepTable:
         if first != name:
             columns = {}
         elif quantizer != name:
-            columns = {"scale": columns["scale"]}
+            columns = {key: column for key, column in columns.items() if key == "scale"}
+        if tensors.policy != "step":
+            weight_scale = None
         self._inputs[name] = _Input(shape, quantizer, columns, weight_scale, first)
         return quantizer
 
@@ -149,8 +154,8 @@ class StepTable:
             shared = values[self._inputs[entry.first].quantizer]
             result[name] = StepValues(
                 entry.quantizer,
-                shared["inv_scale"],
-                values[entry.first]["scale"],
+                shared.get("inv_scale"),
+                values[entry.first].get("scale"),
                 shared.get("low"),
                 shared.get("high"),
             )
@@ -182,10 +187,11 @@ def _columns(operand: ActivationTensors, *, clipped: bool) -> dict[str, np.ndarr
         operand: tensors of the input.
         clipped: whether the codes have limits that depend on the step.
     """
-    columns = {
-        "inv_scale": operand.inv_scale.numpy(),
-        "scale": operand.scale.numpy(),
-    }
+    columns = {}
+    if operand.policy == "step":
+        columns["inv_scale"] = operand.inv_scale.numpy()
+    if operand.policy != "row":
+        columns["scale"] = operand.scale.numpy()
     if not clipped:
         return columns
     low, high = operand.low.numpy(), operand.high.numpy()

@@ -1,0 +1,136 @@
+"""The input transforms of a run, chosen on a few images before the calibration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from trtq.calib.input_rows import RowRecorder
+from trtq.calib.recipe import Recipe
+from trtq.calib.record import observe_trajectories
+from trtq.calib.record_calls import CalledDenoiser, observe_pipeline
+from trtq.calib.transforms import TransformChoice, transform_layers
+from trtq.diffusion.sampling import at_once
+from trtq.diffusion.schedule import NoiseSchedule
+from trtq.progress import ProgressCallback
+from trtq.quant import TimestepTable
+from trtq.runs.plan import QuantizePlan
+from trtq.runs.plan_calls import CallsPlan
+from trtq.seeds import seeded_generator
+
+__all__ = ["with_transforms", "with_transforms_of_calls"]
+
+_IMAGES = 8
+_STAGE = "choose transforms"
+
+
+def _choice(recipe: Recipe) -> TransformChoice | None:
+    """What the recipe allows; None: no transform."""
+    if not recipe.smooth and not recipe.rotate:
+        return None
+    return TransformChoice(
+        recipe.smooth,
+        recipe.rotate,
+        recipe.calibration.activations,
+        recipe.calibration.weights,
+        recipe.tables == "static",
+    )
+
+
+def with_transforms(
+    plan: QuantizePlan,
+    schedule: NoiseSchedule,
+    device: torch.device,
+    progress: ProgressCallback,
+) -> QuantizePlan:
+    """Choose the transforms on trajectories, and apply them to the plan's denoiser, in place.
+
+    Args:
+        plan: the plan.
+        schedule: schedule of the trajectories.
+        device: device of the denoiser.
+        progress: callback that receives the stage's name, the work done and the total.
+
+    Returns:
+        The plan with the chosen transforms.
+
+    Raises:
+        NonFiniteError: an input is NaN or infinite; the message names the layer.
+    """
+    recipe, source = plan.recipe, plan.source
+    options = _choice(recipe)
+    if options is None:
+        return plan
+    assert recipe.guidance is not None
+    images = min(_IMAGES, recipe.calibration.images)
+    table = TimestepTable(schedule.timesteps.tolist())
+    recorder = RowRecorder(plan.layers, table, recipe.seed)
+    observe_trajectories(
+        recorder,
+        source.denoiser,
+        schedule,
+        table,
+        source.draw_conditions(images, seeded_generator(recipe.seed, "calibration conditions")),
+        source.sample_shape,
+        images=images,
+        batch=at_once(source.sample_shape, recipe.calibration.batch),
+        seed=recipe.seed,
+        guidance=recipe.guidance,
+        device=device,
+        progress=lambda done, total: progress(_STAGE, done, total),
+    )
+    return replace(
+        plan, layers=transform_layers(source.denoiser, plan.layers, recorder.inputs, options)
+    )
+
+
+def with_transforms_of_calls(plan: CallsPlan, progress: ProgressCallback) -> CallsPlan:
+    """Choose the transforms inside calls of the pipeline, and apply them to its denoisers, in place.
+
+    Args:
+        plan: the plan.
+        progress: callback that receives the stage's name, the work done and the total.
+
+    Returns:
+        The plan with the chosen transforms.
+
+    Raises:
+        ArtefactError: the pipeline cannot be called.
+        NonFiniteError: an input is NaN or infinite; the message names the layer.
+    """
+    recipe = plan.recipe
+    options = _choice(recipe)
+    if options is None:
+        return plan
+    recorders = {
+        part.name: RowRecorder(part.plan.layers, part.plan.table, recipe.seed)
+        for part in plan.denoisers
+    }
+    observe_pipeline(
+        plan.source.pipeline,
+        [
+            CalledDenoiser(
+                part.name, part.module, part.plan.layers, part.plan.table, part.calls.argument
+            )
+            for part in plan.denoisers
+        ],
+        recorders,
+        plan.calls[: max(len(plan.numbers), min(_IMAGES, len(plan.calls)))],
+        plan.numbers,
+        seed=recipe.seed,
+        progress=lambda done, total: progress(_STAGE, done, total),
+    )
+    denoisers = [
+        replace(
+            part,
+            plan=replace(
+                part.plan,
+                layers=transform_layers(
+                    part.module, part.plan.layers, recorders[part.name].inputs, options
+                ),
+            ),
+        )
+        for part in plan.denoisers
+    ]
+    return replace(plan, denoisers=denoisers)
