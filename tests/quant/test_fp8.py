@@ -144,7 +144,7 @@ def test_a_quantiser_returns_its_input_in_the_float_scope():
 
 
 def test_a_recipe_in_fp8_leaves_explicit_bits_of_the_policy_alone():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Conv2d(4, 4, 1))
     rules = [
         Rule(layers=["0"], bits="w8a8", reason="first"),
         Rule(layers=["*"], bits="recipe", reason="body"),
