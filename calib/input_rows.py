@@ -73,10 +73,7 @@ class RowRecorder:
         self._first = {
             plan.name: plan.kind == "linear"
             for plan in layers
-            if plan.operands
-            and plan.weight_bits is not None
-            and plan.input_of is None
-            and plan.format == "int"
+            if plan.quantized and plan.weight_bits is not None and plan.input_of is None
         }
 
     @property

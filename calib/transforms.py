@@ -13,66 +13,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trtq.calib.input_rows import InputRows
+from trtq.calib.transform_error import OutputError, TransformChoice
 from trtq.limits import OUTLIER_RATIO
-from trtq.quant.bits import symmetric_weights
-from trtq.quant.dynamic_scale import row_scale
 from trtq.quant.input_transform import (
-    InputTransform,
     TransformTensors,
     rotation_that_fits,
     transform_layer,
     transform_obstacle,
 )
 from trtq.quant.plan import LayerPlan, named_errors
-from trtq.quant.ranges import Method, row_qparams, weight_qparams
-from trtq.seeds import seeded_generator
 
-__all__ = ["TransformChoice", "smoothing_factors", "transform_layers"]
+__all__ = ["smoothing_factors", "transform_layers"]
 
 logger = logging.getLogger(__name__)
 
 _ALPHAS = (0.25, 0.5, 0.75)
 _GAIN_OF_SMOOTHING = 1.0
-_GAIN_OF_ROTATION = 0.90
-"""Largest share of the error without the transform at which the transform is worth its cost. A rotation
-costs a product at run time."""
-_CHANNELS = 64
-_VALUES = 4096
-
-
-@dataclass(frozen=True)
-class TransformChoice:
-    """Options of the choice.
-
-    Attributes:
-        smooth: whether smoothing may be chosen.
-        rotate: maximum order of a rotation; 0: no rotation is chosen.
-        activations: method that determines the ranges of activations.
-        weights: method that determines the ranges of weights.
-        static: whether one scale serves all steps.
-    """
-
-    smooth: bool = True
-    rotate: int = 0
-    activations: Method = "search"
-    weights: Method = "search"
-    static: bool = False
-
-    def limited(self, group: Sequence[LayerPlan]) -> TransformChoice:
-        """The options within the limits of the policy's rules for the layers of a group."""
-        orders = [plan.may_rotate for plan in group if plan.may_rotate is not None]
-        return replace(
-            self,
-            smooth=self.smooth and all(plan.may_smooth for plan in group),
-            rotate=min(orders) if orders else self.rotate,
-        )
+_GAIN_WEIGHT_ONLY = 0.9
+_GAIN_OF_ROTATION = 0.9
+"""Maximum share of the error without the transform at which the transform is worth its cost. A quantised
+input is multiplied anyway; a weight-only layer gets one more operation, a rotation a product."""
 
 
 @torch.no_grad()
@@ -119,7 +86,7 @@ def transform_layers(
     modules = dict(denoiser.named_modules())
     groups: dict[str, list[LayerPlan]] = {}
     for plan in layers:
-        if plan.weight_bits is not None and plan.operands and plan.format == "int":
+        if plan.weight_bits is not None and plan.quantized:
             groups.setdefault(plan.input_of or plan.name, []).append(plan)
     changed: dict[str, LayerPlan] = {}
     for owner, group in groups.items():
@@ -157,10 +124,11 @@ def _choose(
 ) -> TransformTensors | None:
     """The transform with the smallest error, if the gain is worth its cost; None: no transform."""
     weights = [member.weight.detach().float().cpu() for member in members]
-    error = _Error(entry, group, weights, options)
+    error = OutputError(entry, group, weights, options)
     best, chosen = error.of(None), None
     candidates = list(_candidates(entry, weights, options))
-    for rotated, gain in ((False, _GAIN_OF_SMOOTHING), (True, _GAIN_OF_ROTATION)):
+    smoothing = _GAIN_OF_SMOOTHING if group[0].operands else _GAIN_WEIGHT_ONLY
+    for rotated, gain in ((False, smoothing), (True, _GAIN_OF_ROTATION)):
         errors = [(error.of(each), each) for each in candidates if bool(each.rotation) == rotated]
         if errors:
             smallest, transform = min(errors, key=lambda pair: pair[0])
@@ -181,100 +149,6 @@ def _candidates(
         for factors in smoothings:
             if order or factors is not None:
                 yield TransformTensors.of_channels(factors, order)
-
-
-class _Error:
-    """Relative error of the outputs of a group of layers under a transform.
-
-    Only some output channels are computed. For a convolution the error is estimated from second
-    moments of the rows, as if the errors of its taps were independent.
-    """
-
-    def __init__(
-        self,
-        entry: InputRows,
-        group: Sequence[LayerPlan],
-        weights: Sequence[Tensor],
-        options: TransformChoice,
-    ) -> None:
-        self.rows = entry.rows.flatten(0, 1)[None] if options.static else entry.rows
-        self.bits = group[0].activation_bits or 8
-        self.options = options
-        self.linear = group[0].kind == "linear"
-        # The rows of a convolution are images, of which the sample holds single pixels.
-        self.scales = group[0].scales if self.linear else "step"
-        values = self.rows[0].numel()
-        generator = seeded_generator(0, "values for ranges")
-        self._drawn = torch.randperm(values, generator=generator)[:_VALUES]
-        self.weights = [
-            (weight[torch.linspace(0, len(weight) - 1, min(_CHANNELS, len(weight))).long()], plan)
-            for weight, plan in zip(weights, group, strict=True)
-        ]
-
-    def of(self, transform: TransformTensors | None) -> float:
-        """The error under a transform, summed over the layers; None: without a transform."""
-        x = self.rows
-        if transform is not None:
-            x = _transformed_rows(x, transform)
-        coded = self._coded(x)
-        x, coded = x.flatten(0, 1), coded.flatten(0, 1)
-        total = 0.0
-        for weight, plan in self.weights:
-            if transform is not None:
-                weight = transform.weight(weight)
-            rounded = self._rounded(weight, plan.weight_bits or 8)
-            if self.linear:
-                exact = x @ weight.T
-                noise = (coded @ rounded.T - exact).square().mean()
-                power = exact.square().mean()
-            else:
-                w, dw = (
-                    each.flatten(2).square().sum((0, 2)) for each in (weight, rounded - weight)
-                )
-                power_x, noise_x = x.square().mean(0), (coded - x).square().mean(0)
-                noise = (noise_x * w + power_x * dw).sum()
-                power = (power_x * w).sum()
-            total += float(noise / power.clamp_min(1e-30))
-        return total
-
-    def _coded(self, x: Tensor) -> Tensor:
-        """The representable values of rows `[T, R, K]` with a scale for each step."""
-        if self.scales == "row":
-            scale = row_scale(x, self.bits, "last")
-            half = 2 ** (self.bits - 1)
-            return (x / scale).round().clamp(-half, half - 1) * scale
-        flat = x.flatten(1)
-        scale, zero_point = row_qparams(
-            flat[:, self._drawn],
-            flat.amin(1),
-            flat.amax(1),
-            self.bits,
-            self.options.activations,
-            symmetric=self.bits == 8 or self.scales != "step",
-            contain_zero=True,
-        )
-        scale, zero_point = scale[:, None, None], zero_point[:, None, None]
-        if self.scales == "hybrid":
-            scale = torch.minimum(scale, row_scale(x, self.bits, "last"))
-        codes = (x / scale).round().clamp(-zero_point, 2**self.bits - 1 - zero_point)
-        return codes * scale
-
-    def _rounded(self, weight: Tensor, bits: int) -> Tensor:
-        scale, zero_point = weight_qparams(
-            weight,
-            bits,
-            self.options.weights,
-            symmetric=symmetric_weights(bits),
-            contain_zero=True,
-        )
-        codes = (weight / scale).round().add(zero_point).clamp(0, 2**bits - 1)
-        return (codes - zero_point) * scale
-
-
-def _transformed_rows(x: Tensor, transform: TransformTensors) -> Tensor:
-    """Rows `[T, R, K]` under a transform."""
-    result: Tensor = InputTransform(transform, -1)(x)
-    return result
 
 
 def _warn(layers: Sequence[LayerPlan]) -> None:

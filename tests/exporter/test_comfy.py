@@ -396,6 +396,16 @@ def turned_back(tensors):
     return weight if inverse is None else weight * inverse
 
 
+def test_float_formats_and_groups_of_8_bits_are_written_in_float_without_their_transform():
+    transform = TransformTensors(torch.tensor([1, 0.5, 4, 0.125] * 16), 16)
+    layers = {"a": fp8(torch.nn.Linear(64, 8)), "b": nvfp4(), "c": weight_only(8, 32)}
+    layers = {name: replace(tensors, transform=transform) for name, tensors in layers.items()}
+    made = weights_of(**layers)
+    assert made.layers == {}
+    for name, tensors in layers.items():
+        torch.testing.assert_close(made.floats[f"{name}.weight"], turned_back(tensors))
+
+
 @pytest.mark.parametrize("smooth", [False, True])
 def test_a_rotated_run_is_written_rotated(smooth, made, tmp_path):
     run, file = tmp_path / "run", tmp_path / "x.safetensors"

@@ -127,9 +127,9 @@ class LayerRow(_Strict):
         unquantized = not quantized[1] or self.activation_bits == _HALF_BITS
         if self.input_of is not None and (self.kind == "product" or unquantized):
             raise ValueError(f"{self.name!r} quantises no single input, so it has no input_of")
-        if (self.smooth or self.rotate) and (self.kind == "product" or unquantized):
+        if (self.smooth or self.rotate) and (self.kind == "product" or not quantized[1]):
             raise ValueError(
-                f"{self.name!r} has no quantised weight, so its input is not transformed"
+                f"{self.name!r} has no low-bit weight, so its input is not transformed"
             )
         return self
 

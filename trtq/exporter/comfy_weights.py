@@ -14,6 +14,8 @@ from trtq.comfy.formats import INT4_GROUP, StoredWeight
 from trtq.comfy.rotation import rotate
 from trtq.diffusion.conversion_probe import ConversionError
 from trtq.diffusion.original_names import OriginalTensor, Source, original_tensors
+from trtq.quant.formats.fp8 import Fp8Tensors
+from trtq.quant.formats.nvfp4 import Nvfp4Tensors
 from trtq.quant.input_transform import TransformTensors
 from trtq.quant.plan import LowBitTensors
 from trtq.quant.tensors import ProductTensors
@@ -156,12 +158,13 @@ def _value(tensors: Any) -> _Value:
     inverse = None if transform is None else transform.inv_channels
     rotation = 0 if transform is None else transform.rotation
     codes = getattr(packed, "codes", None)
-    if codes is None or codes.ndim != 2:
+    without_integers = isinstance(tensors, Fp8Tensors | Nvfp4Tensors)
+    if codes is None or codes.ndim != 2 or without_integers:
         return _plain(packed.dequantize(), inverse, rotation)
     group = int(getattr(packed, "group", None) or 0)
     if group and packed.bits > _PRODUCT_BITS:
         # ComfyUI has groups in 4 bits only.
-        return packed.dequantize()  # type: ignore[no-any-return]
+        return _plain(packed.dequantize(), inverse, rotation)
     bits = max(packed.bits, 0 if activation is None else activation.bits)
     scale = packed.scale.reshape(len(codes), -1).float()
     linear = _Linear(

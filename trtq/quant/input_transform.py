@@ -30,8 +30,10 @@ __all__ = [
     "ROTATIONS",
     "InputTransform",
     "TransformTensors",
+    "apply_transform",
     "hadamard",
     "rotation_that_fits",
+    "transform_entries",
     "transform_layer",
     "transform_obstacle",
 ]
@@ -221,6 +223,26 @@ class InputTransform(nn.Module):
         return f"smooth={self.inv_channels is not None}, rotation={self.rotation}"
 
 
+def transform_entries(transform: TransformTensors | None) -> dict[str, Tensor]:
+    """The entries of a layer's transform in `quantized.safetensors`; empty without a transform."""
+    return {} if transform is None else transform.tensors()
+
+
+def apply_transform(layer: nn.Module, tensors: TransformTensors, axis: int) -> None:
+    """Let a layer transform its input before each call; its weight does not change.
+
+    The layer gets a module `input_transform`, which a hook calls, so hooks that are added later observe
+    the transformed input.
+
+    Args:
+        layer: the layer; changed in place.
+        tensors: smoothing and rotation.
+        axis: axis of the channels: -1 for a linear layer, 1 for a convolution.
+    """
+    layer.add_module("input_transform", InputTransform(tensors, axis))
+    layer.register_forward_pre_hook(_transform_first, with_kwargs=True)
+
+
 def transform_obstacle(layer: nn.Module, order: int = 0) -> str | None:
     """The reason why a layer's input cannot be transformed; None if it can.
 
@@ -241,8 +263,7 @@ def transform_obstacle(layer: nn.Module, order: int = 0) -> str | None:
 def transform_layer(layer: nn.Module, tensors: TransformTensors) -> None:
     """Transform the input and the weight of a float layer, in place; its function stays the same.
 
-    The layer gets a module `input_transform`, which a hook calls before each call of the layer, so hooks
-    that are added later observe the transformed input.
+    See `apply_transform` for how the layer transforms its input.
 
     Args:
         layer: linear layer or convolution.
@@ -259,12 +280,11 @@ def transform_layer(layer: nn.Module, tensors: TransformTensors) -> None:
         obstacle = f"{len(factors)} factors for {channels} input channels"
     if obstacle is not None:
         raise QuantizationError(f"the input cannot be transformed: {obstacle}")
-    transform = InputTransform(tensors, -1 if isinstance(layer, nn.Linear) else 1)
     source.weight = nn.Parameter(
         tensors.weight(source.weight), requires_grad=source.weight.requires_grad
     )
-    layer.add_module("input_transform", transform.to(source.weight.device))
-    layer.register_forward_pre_hook(_transform_first, with_kwargs=True)
+    apply_transform(layer, tensors, -1 if isinstance(layer, nn.Linear) else 1)
+    layer.input_transform.to(source.weight.device)
 
 
 def _transform_first(

@@ -11,7 +11,7 @@ from torch import Tensor
 from trtq.errors import ArtefactError, NonFiniteError, QuantizationError
 from trtq.quant.activation import ActivationQuantizer
 from trtq.quant.dynamic_scale import ScalePolicy
-from trtq.quant.input_transform import TransformTensors
+from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight, unpack_codes
 from trtq.quant.product import QuantProduct
@@ -141,7 +141,7 @@ class LayerTensors:
             "weight.scale": self.weight.scale.contiguous(),
             "weight.zero_point": self.weight.zero_point.to(torch.int16),
             **self.activation.tensors("activation"),
-            **({} if self.transform is None else self.transform.tensors()),
+            **transform_entries(self.transform),
         }
         return named if self.bias is None else named | {"bias": self.bias}
 

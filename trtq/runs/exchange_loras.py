@@ -23,7 +23,7 @@ from trtq.errors import ArtefactError, UsageError
 from trtq.lora import LoraRequest, merge_loras
 from trtq.progress import ProgressCallback, silent
 from trtq.quant import (
-    LayerTensors,
+    ProductTensors,
     QuantizedDenoiser,
     Structure,
     apply_structure,
@@ -116,7 +116,7 @@ def _quantize_again(source: LoadedPipeline, run: OpenRun) -> QuantizedDenoiser:
         source.denoiser, Structure(tuple(manifest.structure.attention), manifest.structure.splits)
     )
     for name, layer in run.stored.layers.items():
-        if isinstance(layer, LayerTensors) and layer.transform is not None:
+        if not isinstance(layer, ProductTensors) and layer.transform is not None:
             transform_layer(source.denoiser.get_submodule(name), layer.transform)
     training = manifest.recipe.training if manifest.recipe is not None else None
     quantized = convert(

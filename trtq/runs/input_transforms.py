@@ -10,7 +10,8 @@ from trtq.calib.input_rows import RowRecorder
 from trtq.calib.recipe import Recipe
 from trtq.calib.record import observe_trajectories
 from trtq.calib.record_calls import CalledDenoiser, observe_pipeline
-from trtq.calib.transforms import TransformChoice, transform_layers
+from trtq.calib.transform_error import TransformChoice
+from trtq.calib.transforms import transform_layers
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.progress import ProgressCallback

@@ -18,7 +18,7 @@ from trtq.quant.plan import (
     layer_kind,
     layer_obstacle,
 )
-from trtq.quant.tensors import LayerTensors
+from trtq.quant.tensors import ProductTensors
 
 __all__ = ["check_plans", "check_shared", "check_tables", "check_transform", "check_weight"]
 
@@ -186,5 +186,5 @@ def check_shared(layers: Mapping[str, LowBitTensors], name: str, owner: str) -> 
 
 
 def _transform_key(layer: LowBitTensors) -> bytes:
-    transform = layer.transform if isinstance(layer, LayerTensors) else None
+    transform = None if isinstance(layer, ProductTensors) else layer.transform
     return b"" if transform is None else transform.key

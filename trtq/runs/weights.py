@@ -295,6 +295,7 @@ def _layer(
     check_tables(tensors, plan, steps)
     if plan.format != "int":
         assert plan.weight_bits is not None
+        check_transform(tensors, plan, source)
         return stored_tensors(tensors, plan.format, plan.weight_bits, plan.group, source)
     if plan.weight_bits is not None:
         check_weight(tensors, plan.weight_bits, source)

@@ -78,7 +78,7 @@ def _exceeds_pair_safe(layer: LayerTensors | ProductTensors) -> bool:
 
 
 def _transform_key(layer: LowBitTensors) -> bytes:
-    transform = layer.transform if isinstance(layer, LayerTensors) else None
+    transform = None if isinstance(layer, ProductTensors) else layer.transform
     return b"" if transform is None else transform.key
 
 
@@ -141,7 +141,8 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             elif isinstance(layer, Fp8Tensors | Nvfp4Tensors):
                 self._expand_float(builder, node, layer, inputs[0])
             elif isinstance(layer, WeightOnlyTensors):
-                self._finish(builder, node, expand_weight_only(builder, node, layer), cast=False)
+                x = self._transformed(builder, node, layer)
+                self._finish(builder, node, expand_weight_only(builder, node, layer, x), cast=False)
             else:
                 self._expand_layer(builder, node, layer, inputs[0])
         if all(node.domain != DOMAIN for node in graph):
@@ -182,16 +183,24 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
             if exceeds:
                 self._exceeding.add(quantizer)
 
+    def _transformed(
+        self, builder: GraphBuilder, node: ir.Node, layer: LayerTensors | FormatTensors
+    ) -> ir.Value:
+        """The input of a layer, transformed if the layer has a transform."""
+        (x,) = node.inputs
+        assert x is not None
+        if layer.transform is None:
+            return x
+        conv = node.op_type in _CONVOLUTIONS
+        return self._transforms.transformed(builder, x, layer.transform, channels_first=conv)
+
     def _expand_layer(
         self, builder: GraphBuilder, node: ir.Node, layer: LayerTensors, values: StepValues
     ) -> None:
-        (x,) = node.inputs
-        assert x is not None
+        x = self._transformed(builder, node, layer)
         assert x.shape is not None
         conv, rank = node.op_type in _CONVOLUTIONS, len(x.shape)
         paired = conv or values.quantizer not in self._exceeding
-        if layer.transform is not None:
-            x = self._transforms.transformed(builder, x, layer.transform, channels_first=conv)
         y = self._inputs.operand(
             builder, x, values, layer.activation, "activation", paired=paired, conv=conv
         )
@@ -222,8 +231,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
         layer: Fp8Tensors | Nvfp4Tensors,
         values: StepValues,
     ) -> None:
-        (x,) = node.inputs
-        assert x is not None
+        x = self._transformed(builder, node, layer)
         scaled = self._inputs.scaled(builder, x, values, layer.activation)
         if isinstance(layer, Fp8Tensors):
             y = self._fp8.expand(builder, node, layer, values, scaled)

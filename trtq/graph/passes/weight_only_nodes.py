@@ -25,16 +25,17 @@ __all__ = ["expand_weight_only"]
 _CONVOLUTION_ATTRIBUTES = ("strides", "pads", "dilations", "group")
 
 
-def expand_weight_only(builder: GraphBuilder, node: ir.Node, layer: WeightOnlyTensors) -> ir.Value:
+def expand_weight_only(
+    builder: GraphBuilder, node: ir.Node, layer: WeightOnlyTensors, x: ir.Value
+) -> ir.Value:
     """Add the nodes of a weight-only layer and return its output.
 
     Args:
         builder: builder that collects the nodes.
         node: the low-bit node, `trtq::LowBitLinear` or a convolution.
         layer: tensors of the layer.
+        x: the input, transformed.
     """
-    (x,) = node.inputs
-    assert x is not None
     assert x.shape is not None
     linear = node.op_type == "LowBitLinear"
     dtype = np.float16 if x.dtype == ir.DataType.FLOAT16 else np.float32

@@ -25,6 +25,7 @@ from trtq.quant.activation import ActivationQuantizer, ZeroPointMode, per_item, 
 from trtq.quant.deployed import ExactBuffers, enclosing_step
 from trtq.quant.formats.files import checked_tensor
 from trtq.quant.geometry import ConvGeometry
+from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight
@@ -286,11 +287,13 @@ class Fp8Tensors:
         weight: weight, `[N, K, ...]`.
         activation: scales of the input.
         bias: float32 `[N]`; None: no bias.
+        transform: transform of the input; None: the input is not transformed.
     """
 
     weight: Fp8Weight
     activation: FloatActivation
     bias: Tensor | None
+    transform: TransformTensors | None = None
 
     precision = "fp8"
 
@@ -318,6 +321,7 @@ class Fp8Tensors:
             "weight.codes": self.weight.codes,
             "weight.scale": self.weight.scale.contiguous(),
             **self.activation.tensors("activation"),
+            **transform_entries(self.transform),
         }
         return named if self.bias is None else named | {"bias": self.bias}
 

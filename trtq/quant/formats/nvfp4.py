@@ -35,6 +35,7 @@ from trtq.quant.formats.fp8 import (
     merged_bias,
     merged_scale,
 )
+from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.layers import QuantLinear
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight, unpack_codes
@@ -193,11 +194,13 @@ class Nvfp4Tensors:
         weight: weight, `[N, K]`.
         activation: scales of the input.
         bias: float32 `[N]`; None: no bias.
+        transform: transform of the input; None: the input is not transformed.
     """
 
     weight: Nvfp4Weight
     activation: FloatActivation
     bias: Tensor | None
+    transform: TransformTensors | None = None
 
     precision = "nvfp4"
 
@@ -226,6 +229,7 @@ class Nvfp4Tensors:
             "weight.block_scale": self.weight.block_scale.contiguous(),
             "weight.scale": self.weight.scale.contiguous(),
             **self.activation.tensors("activation"),
+            **transform_entries(self.transform),
         }
         return named if self.bias is None else named | {"bias": self.bias}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from trtq.quant.formats.weight_only import (
     WeightOnlyTensors,
 )
 from trtq.quant.geometry import ConvGeometry
+from trtq.quant.input_transform import TransformTensors, apply_transform
 from trtq.quant.layers import QUANT_LAYERS
 from trtq.quant.modules import QuantLayer
 from trtq.quant.tensors import LayerTensors
@@ -102,13 +104,17 @@ def merged_tensors(layer: QuantLayer) -> LayerTensors | FormatTensors:
         NonFiniteError: a scale, the bias or a merged weight is NaN or infinite.
         QuantizationError: the codes do not fit int8.
     """
+    merged: FormatTensors
     if isinstance(layer, tuple(WEIGHT_ONLY_LAYERS.values())):
-        return WeightOnlyTensors.merge(layer)
-    if isinstance(layer, tuple(FP8_LAYERS.values())):
-        return Fp8Tensors.merge(layer)
-    if isinstance(layer, Nvfp4Linear):
-        return Nvfp4Tensors.merge(layer)
-    return LayerTensors.merge(layer)
+        merged = WeightOnlyTensors.merge(layer)
+    elif isinstance(layer, tuple(FP8_LAYERS.values())):
+        merged = Fp8Tensors.merge(layer)
+    elif isinstance(layer, Nvfp4Linear):
+        merged = Nvfp4Tensors.merge(layer)
+    else:
+        return LayerTensors.merge(layer)
+    transform = layer.input_transform
+    return merged if transform is None else replace(merged, transform=transform.tensors)
 
 
 def stored_tensors(
@@ -136,14 +142,18 @@ def stored_tensors(
         )
     if bias is not None and not bool(bias.isfinite().all()):
         raise NonFiniteError("the bias holds NaN or infinity")
+    shape = source.weight.shape
+    stored: FormatTensors
     if format == "weight_only":
-        shape = source.weight.shape
-        return WeightOnlyTensors.from_tensors(named, shape=shape, bits=bits, group=group)
-    if format == "fp8":
-        return Fp8Tensors.from_tensors(named, shape=source.weight.shape)
-    if format == "nvfp4":
-        return Nvfp4Tensors.from_tensors(named, shape=source.weight.shape)
-    raise ArtefactError(f"the format {format!r} has no tensors of its own")
+        stored = WeightOnlyTensors.from_tensors(named, shape=shape, bits=bits, group=group)
+    elif format == "fp8":
+        stored = Fp8Tensors.from_tensors(named, shape=shape)
+    elif format == "nvfp4":
+        stored = Nvfp4Tensors.from_tensors(named, shape=shape)
+    else:
+        raise ArtefactError(f"the format {format!r} has no tensors of its own")
+    transform = TransformTensors.from_tensors(named)
+    return stored if transform is None else replace(stored, transform=transform)
 
 
 def deployed_form(tensors: FormatTensors, geometry: ConvGeometry | None) -> DeployedFormat:
@@ -153,8 +163,13 @@ def deployed_form(tensors: FormatTensors, geometry: ConvGeometry | None) -> Depl
         tensors: tensors of the layer.
         geometry: geometry of a convolution; None for a linear layer.
     """
+    layer: DeployedFormat
     if isinstance(tensors, Fp8Tensors):
-        return DeployedFp8(tensors, geometry)
-    if isinstance(tensors, Nvfp4Tensors):
-        return DeployedNvfp4(tensors)
-    return DeployedWeightOnly(tensors, geometry)
+        layer = DeployedFp8(tensors, geometry)
+    elif isinstance(tensors, Nvfp4Tensors):
+        layer = DeployedNvfp4(tensors)
+    else:
+        layer = DeployedWeightOnly(tensors, geometry)
+    if tensors.transform is not None:
+        apply_transform(layer, tensors.transform, -1 if geometry is None else 1)
+    return layer

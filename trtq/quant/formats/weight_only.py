@@ -22,6 +22,7 @@ from trtq.quant.activation import ZeroPointMode
 from trtq.quant.deployed import ExactBuffers
 from trtq.quant.formats.files import checked_tensor
 from trtq.quant.geometry import ConvGeometry
+from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight, unpack_codes
@@ -177,10 +178,12 @@ class WeightOnlyTensors:
     Attributes:
         weight: codes and scales of the weight, `[N, K, ...]`.
         bias: float32 `[N]`; None: no bias.
+        transform: transform of the input; None: the input is not transformed.
     """
 
     weight: GroupedWeight
     bias: Tensor | None
+    transform: TransformTensors | None = None
 
     @property
     def operands(self) -> dict[str, ActivationTensors]:
@@ -212,6 +215,7 @@ class WeightOnlyTensors:
     def tensors(self) -> dict[str, Tensor]:
         """The layer's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
         named = {"weight.codes": self.weight.pack(), "weight.scale": self.weight.scale.half()}
+        named |= transform_entries(self.transform)
         return named if self.bias is None else named | {"bias": self.bias}
 
     @classmethod
