@@ -18,6 +18,8 @@ from torch import nn
 from tests.calls.zoo import ZOO
 from tests.diffusion import original_layout
 from tests.families.pipelines import build
+from tests.graph.test_fp8_nodes import fp8
+from tests.graph.test_nvfp4_nodes import nvfp4
 from trtq.comfy.decode import decode
 from trtq.comfy.encode import encode_int4, encode_int8, store_int4, store_int8
 from trtq.comfy.formats import LayerFormat
