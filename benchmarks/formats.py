@@ -109,10 +109,10 @@ def snr_per_step(pipeline: Any, run: Path) -> list[float]:
     return rows
 
 
-def measure(name: str, pipeline: Any, precision: str, method: str) -> None:
+def measure(name: str, pipeline: Any, precision: str, method: str, *, smooth: bool) -> None:
     """Quantise with one precision and print one row of the table."""
     bits, _, group = precision.partition(":")
-    recipe: dict[str, Any] = {"method": method, "steps": STEPS}
+    recipe: dict[str, Any] = {"method": method, "steps": STEPS, "smooth": smooth}
     recipe |= {"format": bits} if bits in ("fp8", "nvfp4") else {"bits": bits}
     recipe |= {"group": int(group)} if group else {}
     recipe["calibration"] = {"images": 32}
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("model", choices=("dit", "digits"))
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS)
     parser.add_argument("--method", default="search")
+    parser.add_argument("--smooth", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     models: dict[str, Any] = {}
     if options.model == "digits":
@@ -143,7 +144,7 @@ def main() -> None:
         models = {"dit": transformer(False), "dit, outliers": transformer(True)}
     for name, pipeline in models.items():
         for precision in options.precisions:
-            measure(name, pipeline, precision, options.method)
+            measure(name, pipeline, precision, options.method, smooth=options.smooth)
 
 
 if __name__ == "__main__":
