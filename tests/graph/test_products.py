@@ -20,7 +20,9 @@ from trtq.quant import TimestepTable
 from trtq.quant.packing import PackedWeight
 from trtq.quant.tensors import ActivationTensors, LayerTensors
 
-WEIGHT = (
+WEIGHT = """g (int8[2,3] k) => (float[2,4] y) {{
+    x = Cast <to = 1> (k) w = DequantizeLinear <axis = 1> ({}) y = MatMul(x, w) }}"""
+WEIGHT_ONLY = (
     "g (float[2,3] x) => (float[2,4] y) {{ w = DequantizeLinear <axis = 1> ({}) y = MatMul(x, w) }}"
 )
 
@@ -30,15 +32,22 @@ def integers(largest):
 
 
 def test_only_weights_beyond_pair_safe_become_float():
-    ones, x = np.ones(4, np.float32), np.ones((2, 3), np.float32)
+    ones, k = np.ones(4, np.float32), np.ones((2, 3), np.int8)
     model = parse(WEIGHT.format("q, unit"), q=integers(100), unit=ones)
-    before = run(model, x=x)
+    before = run(model, k=k)
     assert WideWeightsToFloat()(model).modified
-    assert operators(model) == ["Cast", "MatMul"]
-    np.testing.assert_array_equal(run(model, x=x)[0], before[0])
+    assert operators(model) == ["Cast", "Cast", "MatMul"]
+    np.testing.assert_array_equal(run(model, k=k)[0], before[0])
     model = parse(WEIGHT.format("q, unit"), q=integers(64), unit=ones)
     assert not WideWeightsToFloat()(model).modified
-    assert operators(model) == ["DequantizeLinear", "MatMul"]
+    assert operators(model) == ["Cast", "DequantizeLinear", "MatMul"]
+
+
+def test_weights_of_float_activations_stay_as_they_are():
+    """Weight-only layers have no integer product that could saturate."""
+    ones = np.ones(4, np.float32)
+    model = parse(WEIGHT_ONLY.format("q, unit"), q=integers(100), unit=ones)
+    assert not WideWeightsToFloat()(model).modified
 
 
 def test_weights_beyond_pair_safe_with_their_own_scale_are_refused():
