@@ -1,0 +1,71 @@
+"""Tables of `transforms.json` as Markdown."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+__all__ = ["transforms_planted", "transforms_policies"]
+
+_MODELS = {
+    "digits": "digits (UNet)",
+    "digits-dit": "digits-dit (DiT)",
+    "dit": "DiT, random",
+    "pixart": "PixArt, random",
+    "sd_3": "SD 3, random",
+    "flux": "Flux, random",
+}
+
+
+def _head(record: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    dates = sorted({row["date"] for row in rows})
+    span = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return (
+        f"`python -m benchmarks.transforms`, {span}, post-training search, {record['steps']} steps, "
+        f"{record['images']} images, in torch: mean SNR of the noise prediction in dB."
+    )
+
+
+def transforms_planted(record: dict[str, Any]) -> str:
+    """SNR of models with planted outlier channels by transform."""
+    rows = [row for row in record["rows"] if row["table"] == "planted"]
+    if not rows:
+        return "Not measured."
+    values = {
+        (row["model"], row["bits"], row["planted"], row["transform"]): row["snr_db"] for row in rows
+    }
+    columns = [(False, "none")] + [(True, name) for name in ("none", "smooth", "rotate 64", "both")]
+    lines = [
+        _head(record, rows),
+        "",
+        "| model | bits | no outliers | planted | smoothed | rotated | both |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, bits in dict.fromkeys((row["model"], row["bits"]) for row in rows):
+        cells = [values.get((model, bits, *column)) for column in columns]
+        texts = ["not measured" if cell is None else f"{cell:.1f}" for cell in cells]
+        lines.append(f"| {_MODELS[model]} | {bits.upper()} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def transforms_policies(record: dict[str, Any]) -> str:
+    """SNR by scale policy and rotation."""
+    rows = [row for row in record["rows"] if row["table"] == "policies"]
+    if not rows:
+        return "Not measured."
+    values = {
+        (row["model"], row["bits"], row["rotate"], row["scales"]): row["snr_db"] for row in rows
+    }
+    columns = list(itertools.product((0, 64, 256), ("step", "row", "hybrid")))
+    names = [scales if not rotate else f"{scales}, {rotate}" for rotate, scales in columns]
+    lines = [
+        _head(record, rows),
+        "",
+        f"| model | bits | {' | '.join(names)} |",
+        f"| --- | --- |{' --- |' * len(names)}",
+    ]
+    for model, bits in dict.fromkeys((row["model"], row["bits"]) for row in rows):
+        cells = [values.get((model, bits, *column)) for column in columns]
+        texts = ["not measured" if cell is None else f"{cell:.1f}" for cell in cells]
+        lines.append(f"| {_MODELS[model]} | {bits.upper()} | {' | '.join(texts)} |")
+    return "\n".join(lines)
