@@ -40,6 +40,8 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
     "both": {"rotate": 64},
 }
 SHIPPED = ("digits", "digits-dit")
+SIZES = {"flux": "32x32"}
+"""Image sizes of models whose usual size is large."""
 
 
 def measure(model: str, planted: bool, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -50,19 +52,25 @@ def measure(model: str, planted: bool, recipe: dict[str, Any]) -> dict[str, Any]
         "steps": STEPS,
         "calibration": {"images": IMAGES, "samples_per_step": 2048},
     }
+    size = SIZES.get(model)
+    if size is not None:
+        settings["size"] = size
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         trtq.quantize(source, settings | recipe, run)
         rows = trtq.inspect(run).to_json()["layers"]
         low_bit = trtq.load(run, provider="torch")
     reference = open_pipeline(model if model in SHIPPED else build(model, planted=planted))
+    if size is not None:
+        reference = reference.sized(size)
     name = reference.denoiser_name
     reference_pipeline = reference.pipeline
     stand_in = type(reference_pipeline)(
         **reference_pipeline.components | {name: getattr(low_bit, name)}
     )
+    low = open_pipeline(stand_in)
     snr = noise_prediction_snr(
-        open_pipeline(stand_in), reference, steps=STEPS, seed=3, images=IMAGES
+        low if size is None else low.sized(size), reference, steps=STEPS, seed=3, images=IMAGES
     )
     done = Counter(
         (row.get("smooth", False), row.get("rotate", 0))
