@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from trtq.calib.input_rows import InputRows
-from trtq.quant.bits import symmetric_weights
 from trtq.quant.dynamic_scale import row_scale
+from trtq.quant.fake_quant import fake_quant
 from trtq.quant.formats import format_range, layer_class
 from trtq.quant.input_transform import InputTransform, TransformTensors
 from trtq.quant.modules import QuantLayer
 from trtq.quant.plan import LayerPlan
-from trtq.quant.ranges import Method, row_qparams, weight_qparams
+from trtq.quant.ranges import Method, row_qparams
 from trtq.quant.timestep import TimestepTable
 from trtq.seeds import seeded_generator
 
@@ -97,7 +97,8 @@ class OutputError:
         for weight, plan in self.weights:
             if transform is not None:
                 weight = transform.weight(weight)
-            rounded = self._rounded(weight, plan)
+            layer = _linear_layer(weight, plan, self.options.weights)
+            rounded = layer.quantized_weight().detach().reshape(weight.shape)
             if self.linear:
                 exact = x @ weight.T
                 noise = (coded @ rounded.T - exact).square().mean()
@@ -118,8 +119,7 @@ class OutputError:
             return self._coded_by_format(x)
         if self.scales == "row":
             scale = row_scale(x, self.bits, "last")
-            half = 2 ** (self.bits - 1)
-            return (x / scale).round().clamp(-half, half - 1) * scale
+            return fake_quant(x, scale, 2 ** (self.bits - 1), 0, 2**self.bits - 1)
         flat = x.flatten(1)
         scale, zero_point = row_qparams(
             flat[:, self._drawn],
@@ -133,36 +133,19 @@ class OutputError:
         scale, zero_point = scale[:, None, None], zero_point[:, None, None]
         if self.scales == "hybrid":
             scale = torch.minimum(scale, row_scale(x, self.bits, "last"))
-        codes = (x / scale).round().clamp(-zero_point, 2**self.bits - 1 - zero_point)
-        return codes * scale
+        return fake_quant(x, scale, zero_point, 0, 2**self.bits - 1)
 
     def _coded_by_format(self, x: Tensor) -> Tensor:
         """The representable values of rows in another format than integers."""
         if not self.plan.operands:
             return x
-        layer = _format_layer(self.weights[0][0], self.plan, self.options.weights, len(x))
+        layer = _linear_layer(self.weights[0][0], self.plan, self.options.weights, len(x))
         flat = x.flatten(1)
         layer.activation.set_range(*format_range(self.plan.format, flat.amin(1), flat.amax(1)))
         return torch.stack([layer.activation(rows, step) for step, rows in enumerate(x)])
 
-    def _rounded(self, weight: Tensor, plan: LayerPlan) -> Tensor:
-        """The representable values of a weight."""
-        if plan.format != "int":
-            layer = _format_layer(weight, plan, self.options.weights)
-            return layer.quantized_weight().detach().reshape(weight.shape)
-        bits = plan.weight_bits or 8
-        scale, zero_point = weight_qparams(
-            weight,
-            bits,
-            self.options.weights,
-            symmetric=symmetric_weights(bits),
-            contain_zero=True,
-        )
-        codes = (weight / scale).round().add(zero_point).clamp(0, 2**bits - 1)
-        return (codes - zero_point) * scale
 
-
-def _format_layer(weight: Tensor, plan: LayerPlan, method: Method, steps: int = 1) -> QuantLayer:
+def _linear_layer(weight: Tensor, plan: LayerPlan, method: Method, steps: int = 1) -> QuantLayer:
     """A linear layer in the plan's format, with a weight `[N, K, ...]` as `[N, K * taps]`."""
     source = nn.Linear(weight[0].numel(), len(weight), bias=False)
     source.weight = nn.Parameter(weight.flatten(1))

@@ -160,6 +160,18 @@ class TransformTensors:
         factors = b"" if self.inv_channels is None else self.inv_channels.numpy().tobytes()
         return factors + self.rotation.to_bytes(2, "little")
 
+    def obstacle(self, layer: nn.Module) -> str | None:
+        """The reason why a layer cannot have this transform; None if it can.
+
+        Args:
+            layer: float layer.
+        """
+        channels = int(cast(Any, layer).weight.shape[1])
+        factors = self.inv_channels
+        if factors is not None and len(factors) != channels:
+            return f"{len(factors)} factors for {channels} input channels"
+        return transform_obstacle(layer, self.rotation)
+
     def weight(self, weight: Tensor) -> Tensor:
         """The transformed weight `(W * c) H`.
 
@@ -273,11 +285,7 @@ def transform_layer(layer: nn.Module, tensors: TransformTensors) -> None:
         QuantizationError: the layer cannot be transformed.
     """
     source = cast(FloatLayer, layer)
-    channels = int(source.weight.shape[1])
-    obstacle = transform_obstacle(layer, tensors.rotation)
-    factors = tensors.inv_channels
-    if obstacle is None and factors is not None and len(factors) != channels:
-        obstacle = f"{len(factors)} factors for {channels} input channels"
+    obstacle = tensors.obstacle(layer)
     if obstacle is not None:
         raise QuantizationError(f"the input cannot be transformed: {obstacle}")
     source.weight = nn.Parameter(

@@ -25,6 +25,7 @@ __all__ = [
     "named_errors",
     "precision_text",
     "quantizable_layers",
+    "transform_key",
 ]
 
 LowBitTensors = LayerTensors | ProductTensors | FormatTensors
@@ -108,6 +109,12 @@ class LayerPlan:
         if self.right_bits is None:
             return {"activation": self.activation_bits}
         return {"left": self.activation_bits, "right": self.right_bits}
+
+
+def transform_key(layer: LowBitTensors) -> bytes:
+    """Bytes that are equal for layers with equal transforms of their input; empty: no transform."""
+    transform = None if isinstance(layer, ProductTensors) else layer.transform
+    return b"" if transform is None else transform.key
 
 
 def layer_kind(module: nn.Module) -> Kind | None:

@@ -16,7 +16,39 @@ from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight, unpack_codes
 from trtq.quant.product import QuantProduct
 
-__all__ = ["ActivationTensors", "LayerTensors", "ProductTensors"]
+__all__ = [
+    "ActivationTensors",
+    "LayerTensors",
+    "ProductTensors",
+    "merged_bias",
+    "merged_scale",
+]
+
+
+def merged_scale(quantizer: ActivationQuantizer) -> Tensor:
+    """The trained scales `[T]` of a quantiser.
+
+    Raises:
+        NonFiniteError: a scale is not a positive finite number.
+    """
+    scale = quantizer.scale.detach().clone()
+    if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
+        raise NonFiniteError("the activation scale is not a positive finite number")
+    return scale
+
+
+def merged_bias(layer: QuantLayer) -> Tensor | None:
+    """The trained bias of a layer, float32 `[N]`; None: the layer has none.
+
+    Raises:
+        NonFiniteError: the bias holds NaN or infinity.
+    """
+    bias = layer.updated_bias()
+    if bias is None:
+        return None
+    if not bool(torch.isfinite(bias).all()):
+        raise NonFiniteError("the bias holds NaN or infinity")
+    return bias.detach().float().clone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +79,7 @@ class ActivationTensors:
             NonFiniteError: a scale is not a positive finite number.
             QuantizationError: the codes do not fit int8.
         """
-        scale = quantizer.scale.detach().clone()
-        if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
-            raise NonFiniteError("the activation scale is not a positive finite number")
+        scale = merged_scale(quantizer)
         low, high = quantizer.integer_bounds()
         if int(low.min()) < -128 or int(high.max()) > 127:
             raise QuantizationError(
@@ -125,14 +155,11 @@ class LayerTensors:
         weight = layer.merge()
         if not bool(torch.isfinite(weight.scale).all()) or bool((weight.scale <= 0).any()):
             raise NonFiniteError("the weight scale is not a positive finite number")
-        bias = layer.updated_bias()
-        if bias is not None and not bool(torch.isfinite(bias).all()):
-            raise NonFiniteError("the bias holds NaN or infinity")
+        bias = merged_bias(layer)
         weight.integers()
         activation = ActivationTensors.merge(layer.activation)
         transform = None if layer.input_transform is None else layer.input_transform.tensors
-        stored = None if bias is None else bias.detach().float().clone()
-        return cls(weight, activation, stored, transform)
+        return cls(weight, activation, bias, transform)
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's entries in `quantized.safetensors`; `from_tensors` is the inverse."""

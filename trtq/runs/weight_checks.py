@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError
-from trtq.quant.input_transform import TransformTensors, transform_obstacle
+from trtq.quant.input_transform import TransformTensors
 from trtq.quant.packing import PackedWeight, unpack_codes
 from trtq.quant.plan import (
     LayerPlan,
     LowBitTensors,
     layer_kind,
     layer_obstacle,
+    transform_key,
 )
-from trtq.quant.tensors import ProductTensors
 
 __all__ = ["check_plans", "check_shared", "check_tables", "check_transform", "check_weight"]
 
@@ -109,10 +109,7 @@ def check_transform(named: Mapping[str, Tensor], plan: LayerPlan, source: Any) -
         )
     if transform is None:
         return
-    channels = int(source.weight.shape[1])
-    obstacle = transform_obstacle(source, rotate)
-    if transform.inv_channels is not None and len(transform.inv_channels) != channels:
-        obstacle = f"{len(transform.inv_channels)} factors for {channels} input channels"
+    obstacle = transform.obstacle(source)
     if obstacle is not None:
         raise ArtefactError(f"the transform of the input does not fit the layer: {obstacle}")
 
@@ -178,13 +175,8 @@ def check_shared(layers: Mapping[str, LowBitTensors], name: str, owner: str) -> 
         for operand, tables in operands.items()
         for leaf in ("scale", "low", "high")
     )
-    if not alike or _transform_key(layers[name]) != _transform_key(layers[owner]):
+    if not alike or transform_key(layers[name]) != transform_key(layers[owner]):
         raise ArtefactError(
             f"layer {name!r}: the manifest says that it has the input of {owner!r}, but their tables "
             "or transforms differ"
         )
-
-
-def _transform_key(layer: LowBitTensors) -> bytes:
-    transform = None if isinstance(layer, ProductTensors) else layer.transform
-    return b"" if transform is None else transform.key

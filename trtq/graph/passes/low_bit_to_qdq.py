@@ -52,7 +52,7 @@ from trtq.quant.formats import FormatTensors
 from trtq.quant.formats.fp8 import Fp8Tensors
 from trtq.quant.formats.nvfp4 import Nvfp4Tensors
 from trtq.quant.formats.weight_only import WeightOnlyTensors
-from trtq.quant.plan import LowBitTensors
+from trtq.quant.plan import LowBitTensors, transform_key
 from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
 
@@ -75,11 +75,6 @@ def _exceeds_pair_safe(layer: LayerTensors | ProductTensors) -> bool:
     if 2**layer.weight.bits - 1 <= PAIR_SAFE:
         return False
     return int(layer.weight.integers().short().abs().max()) > PAIR_SAFE
-
-
-def _transform_key(layer: LowBitTensors) -> bytes:
-    transform = None if isinstance(layer, ProductTensors) else layer.transform
-    return b"" if transform is None else transform.key
 
 
 class ExpandLowBitToQdq(ir.passes.InPlacePass):
@@ -177,7 +172,7 @@ class ExpandLowBitToQdq(ir.passes.InPlacePass):
                 weight_scale,
                 channel=1 if conv else None,
                 repeats=f"{name}/{operand}" if call != name else None,
-                key=_transform_key(layer),
+                key=transform_key(layer),
                 codes=layer.precision if isinstance(layer, FormatTensors) else "int8",
             )
             if exceeds:

@@ -30,7 +30,7 @@ from trtq.quant.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight
 from trtq.quant.ranges import Method
-from trtq.quant.tensors import ActivationTensors
+from trtq.quant.tensors import ActivationTensors, merged_bias, merged_scale
 from trtq.quant.timestep import Step, TimestepTable, current_step
 from trtq.quant.weightless import WeightlessLayer
 
@@ -159,32 +159,6 @@ class FloatActivation(ActivationTensors):
     def tensors(self, operand: str) -> dict[str, Tensor]:
         """The quantiser's entries in `quantized.safetensors`."""
         return {f"{operand}.scale": self.scale, f"{operand}.inv_scale": self.inv_scale}
-
-
-def merged_scale(quantizer: ActivationQuantizer) -> Tensor:
-    """The trained scales `[T]` of a quantiser.
-
-    Raises:
-        NonFiniteError: a scale is not a positive finite number.
-    """
-    scale = quantizer.scale.detach().clone()
-    if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
-        raise NonFiniteError("the activation scale is not a positive finite number")
-    return scale
-
-
-def merged_bias(layer: QuantLayer) -> Tensor | None:
-    """The trained bias of a layer, float32 `[N]`; None: the layer has none.
-
-    Raises:
-        NonFiniteError: the bias holds NaN or infinity.
-    """
-    bias = layer.updated_bias()
-    if bias is None:
-        return None
-    if not bool(torch.isfinite(bias).all()):
-        raise NonFiniteError("the bias holds NaN or infinity")
-    return bias.detach().float().clone()
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,15 +32,13 @@ from trtq.quant.formats.fp8 import (
     FloatActivation,
     FloatQuantizer,
     float_range,
-    merged_bias,
-    merged_scale,
 )
 from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.layers import QuantLinear
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight, unpack_codes
 from trtq.quant.ranges import Method
-from trtq.quant.tensors import ActivationTensors
+from trtq.quant.tensors import ActivationTensors, merged_bias, merged_scale
 from trtq.quant.timestep import Step, TimestepTable
 from trtq.quant.weightless import WeightlessLayer
 

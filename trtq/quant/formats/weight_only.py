@@ -27,7 +27,7 @@ from trtq.quant.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight, unpack_codes
 from trtq.quant.ranges import Method, row_qparams
-from trtq.quant.tensors import ActivationTensors
+from trtq.quant.tensors import ActivationTensors, merged_bias
 from trtq.quant.timestep import Step, TimestepTable
 from trtq.quant.weightless import WeightlessLayer
 
@@ -207,10 +207,7 @@ class WeightOnlyTensors:
         assert isinstance(weight, GroupedWeight)
         if not bool(torch.isfinite(weight.scale).all()):
             raise NonFiniteError("the weight scale is not a finite half-precision number")
-        bias = layer.updated_bias()
-        if bias is not None and not bool(torch.isfinite(bias).all()):
-            raise NonFiniteError("the bias holds NaN or infinity")
-        return cls(weight, None if bias is None else bias.detach().float().clone())
+        return cls(weight, merged_bias(layer))
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
