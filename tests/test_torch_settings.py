@@ -73,6 +73,7 @@ def test_the_settings_of_the_caller_come_back(name):
             torch.is_inference_mode_enabled(),
             torch.is_grad_enabled(),
             np.geterr(),
+            torch.get_rng_state().tolist(),
         )
 
     plain = settings()
@@ -80,6 +81,7 @@ def test_the_settings_of_the_caller_come_back(name):
         before = settings()
         with own_settings():
             assert settings() == plain
+            torch.nn.Linear(1, 1, device="cpu")
         assert settings() == before != plain
 
 

@@ -27,6 +27,9 @@ _DEVICES = ("cpu", "cuda")
 def own_settings() -> Iterator[None]:
     """Inside the block, torch and numpy have the settings of a fresh process.
 
+    The caller's stream of random numbers is as before after the block: torch draws first weights for
+    each layer that is made, also where these are replaced at once.
+
     Only one thread at a time is inside the block, because diffusers and accelerate replace functions of
     torch while they load a model, which would affect every thread.
     """
@@ -42,6 +45,7 @@ def own_settings() -> Iterator[None]:
         if default != torch.float32:
             stack.callback(torch.set_default_dtype, default)
             torch.set_default_dtype(torch.float32)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
         yield
 
