@@ -24,6 +24,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 RESULTS = DOCS / "pipelines.json"
 PAGE = DOCS / "pipelines.md"
 PACKAGES = ("diffusers", "onnxruntime", "torch", "transformers")
+ARCHITECTURES = ("sm86", "sm120")
+"""GPUs of RTX 30 and RTX 50 cards."""
 _EXACT_DB = 200.0
 _HEAD = """# Supported pipelines
 
@@ -45,6 +47,8 @@ _NOTES = """
 - *Parity* is the minimum SNR of the graphs' outputs against the low-bit model in torch, over all calls
   of the denoiser and on the real inputs. *Exact* means equal in every bit. Where torch agrees with
   itself less well after a change in the last bit of its inputs, that limit is in parentheses.
+- *Engines* are the GPU architectures for which TensorRT-RTX builds every graph of the row: `sm86` is
+  RTX 30, `sm120` is RTX 50. The engines were built, not run.
 - Text encoders, autoencoders and other components stay in torch for every row.
 """
 
@@ -54,12 +58,12 @@ def page(results: Mapping[str, Any]) -> str:
     rows = results["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
-        "| Pipeline | Denoiser | Low-bit layers | Graphs | Free | Parity (dB) | In torch or float |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| Pipeline | Denoiser | Low-bit layers | Graphs | Free | Parity (dB) | Engines | In torch or float |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, case in ZOO.items():
         lines.append(
-            _line(rows[name]) if name in rows else f"| {case.title} |" + " not measured |" * 6
+            _line(rows[name]) if name in rows else f"| {case.title} |" + " not measured |" * 7
         )
     measured = sum(name in rows for name in ZOO)
     refused = sum(bool(rows[name]["refused"]) for name in ZOO if name in rows)
@@ -85,6 +89,7 @@ def _line(row: Mapping[str, Any]) -> str:
         "-" if refused else str(row["graphs"]),
         ", ".join(row["free"]) or "-",
         _parity(row),
+        _engines(row),
         _in_torch(row),
     ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -101,6 +106,13 @@ def _parity(row: Mapping[str, Any]) -> str:
     return (
         f"{parity:.0f} ({floor:.0f})" if floor is not None and floor < parity else f"{parity:.0f}"
     )
+
+
+def _engines(row: Mapping[str, Any]) -> str:
+    if row["refused"] is not None:
+        return "-"
+    engines = row.get("engines")
+    return "not measured" if engines is None else ", ".join(engines)
 
 
 def _in_torch(row: Mapping[str, Any]) -> str:
@@ -123,7 +135,7 @@ def _measure(name: str) -> dict[str, Any] | None:
 
     folder, start = Path(tempfile.mkdtemp(prefix="trtq-zoo-")), time.process_time()
     try:
-        row = measure(ZOO[name], folder).to_json()
+        row = measure(ZOO[name], folder, ARCHITECTURES).to_json()
     except Exception as err:
         sys.stderr.write(f"{name}: {type(err).__name__}: {err}\n")
         return None

@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -54,6 +54,7 @@ class Measured:
             with the minimum.
         refused: message of a refused export.
         difference: mean absolute difference between the outputs of graph and run.
+        engines: GPU architectures for which TensorRT-RTX builds the graphs; None: not tried.
     """
 
     title: str
@@ -70,6 +71,7 @@ class Measured:
     floor_db: float | None = None
     refused: str | None = None
     difference: float | None = None
+    engines: list[str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, rounded."""
@@ -141,12 +143,13 @@ def _read(folder: Path) -> Manifest:
     return Manifest.model_validate(json.loads((folder / "manifest.json").read_text()))
 
 
-def measure(case: Case, folder: Path) -> Measured:
+def measure(case: Case, folder: Path, architectures: Sequence[str] = ()) -> Measured:
     """Take a pipeline the whole way and check every part of it.
 
     Args:
         case: the pipeline.
         folder: new or empty folder for the checkpoint, the run and the graphs.
+        architectures: GPU architectures to build engines for; empty: engines are not built.
 
     Raises:
         AssertionError: a part of the way does not hold.
@@ -187,6 +190,10 @@ def measure(case: Case, folder: Path) -> Measured:
     for name in row.denoisers:
         setattr(loaded, name, getattr(pipeline, name))
     assert torch.equal(called(loaded, case), expected), "the pipeline around the denoiser changed"
+    if architectures:
+        built = trtq.build(folder / "onnx", folder / "engine", architectures=architectures)
+        assert len(built.engines) == row.graphs
+        row.engines = list(built.architectures)
     return row
 
 

@@ -195,12 +195,14 @@ class AxisRow(_Strict):
             differ, e.g. those with and without the prompt.
         low: smallest size.
         high: largest size; None: no limit.
+        seen: size in the user's own call; None in artefacts of earlier versions.
     """
 
     axis: Annotated[int, Field(strict=True, ge=0, lt=64)]
     varies: Literal["batch", "prompt", "size", "calls"]
     low: Annotated[int, Field(strict=True, ge=0)]
     high: Annotated[int, Field(strict=True, ge=0)] | None = None
+    seen: Annotated[int, Field(strict=True, ge=0)] | None = None
 
 
 class GraphRow(_Strict):

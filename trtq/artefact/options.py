@@ -190,6 +190,7 @@ class EngineOptions(ExportOptions):
         workspace_bytes: maximum scratch memory on the device for one operator; None: no limit was set.
         profiles: minimum, typical and maximum shape of every input, by graph and input.
         graph_metadata: metadata of the denoiser's graph, which an engine does not keep.
+        call_metadata: metadata of the graphs of recorded calls, by folder.
     """
 
     backend: Literal["tensorrt-rtx", "tensorrt"] | None = None
@@ -200,6 +201,7 @@ class EngineOptions(ExportOptions):
     workspace_bytes: _Bytes | None = None
     profiles: dict[str, dict[str, _Shapes]] = {}
     graph_metadata: dict[Text, Annotated[str, Field(strict=True)]] = {}
+    call_metadata: dict[Text, dict[Text, Annotated[str, Field(strict=True)]]] = {}
 
     @model_validator(mode="after")
     def _shapes_in_order(self) -> Self:

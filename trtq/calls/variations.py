@@ -37,6 +37,7 @@ class FreeAxis:
     varies: Varies
     low: int
     high: int | None
+    seen: int
 
 
 @dataclass
@@ -191,7 +192,9 @@ def _vary_within(forms: _Forms, base: Mapping[str, DenoiserCalls]) -> None:
                 continue
             for axis, sizes in enumerate(zip(*shapes, strict=True)):
                 if len(set(sizes)) > 1:
-                    form.free.setdefault(path, []).append(FreeAxis(axis, "calls", 1, None))
+                    form.free.setdefault(path, []).append(
+                        FreeAxis(axis, "calls", 1, None, max(sizes))
+                    )
 
 
 def _add(
@@ -210,8 +213,8 @@ def _add(
             for axis, (low, high) in enumerate(zip(old, tensor.shape, strict=True)):
                 if low == high or axis in known:
                     continue
-                limits = (low, high) if what == "size" else (1, None)
-                rows.append(FreeAxis(axis, what, *limits))
+                smallest, greatest = (low, high) if what == "size" else (1, None)
+                rows.append(FreeAxis(axis, what, smallest, greatest, seen=low))
         form.tensors = tensors
     for form in forms.values():
         form.free = {path: rows for path, rows in form.free.items() if rows}

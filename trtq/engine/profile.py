@@ -17,10 +17,14 @@ from trtq.errors import ArtefactError, UsageError
 from trtq.graph.file import MODEL_FILE
 from trtq.graph.runtimes.prepare import load_graph
 
+__all__ = ["MAX_TOKENS", "Range", "axis_ranges", "exported_profile", "profile_of"]
+
 Range = tuple[int, int, int]
 
 
-_TOKENS: Range = (1, 77, 512)
+MAX_TOKENS = 512
+"""Maximum number of tokens of an engine whose graph takes any number."""
+_TOKENS: Range = (1, 77, MAX_TOKENS)
 """Smallest, typical and largest number of tokens, for encoders that take any number."""
 
 

@@ -16,6 +16,7 @@ from trtq.calls.form import CallForm, flatten_call, rebuild_value
 from trtq.calls.recorder import TIMESTEP_NAMES
 from trtq.engine.base import Engine
 from trtq.engine.shared import SharesEngines
+from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import UsageError
 from trtq.quant.stand_in import StandIn
 
@@ -27,6 +28,12 @@ _WIDEN = {
     "calls": "quantise with a call that has such shapes: trtq quantize --call FILE.toml",
     "size": "export for a range of sizes: trtq export RUN --size SMALLEST:LARGEST",
 }
+
+_WIDEN_ENGINE = _WIDEN | {
+    "batch": "build it for more images: trtq build ONNX -o ENGINE --batch-range 1:16",
+    "prompt": "shorten the prompt, or run the ONNX folder, which has no limit",
+}
+"""The same for engines, which have limits that their graphs do not have."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +189,11 @@ def _mismatch(name: str, graph: CallGraph, tensors: Mapping[str, Tensor]) -> str
             too_large = row is not None and row.high is not None and size > row.high
             if row is not None and (size < row.low or too_large):
                 limit = f"{row.low} .. {row.high}" if row.high is not None else f"{row.low} or more"
+                is_engine = graph.engine.provider in BACKENDS
+                what, widen = ("engine", _WIDEN_ENGINE) if is_engine else ("graph", _WIDEN)
                 return (
-                    f"axis {axis} of {path!r} of {name} has size {size}; the graph supports {limit} "
-                    f"({row.varies}); to widen it, {_WIDEN[row.varies]}"
+                    f"axis {axis} of {path!r} of {name} has size {size}; the {what} supports {limit} "
+                    f"({row.varies}); to widen it, {widen[row.varies]}"
                 )
     return None
 

@@ -8,36 +8,30 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from trtq.artefact.folder import check_output, claims_output, new_artefact
-from trtq.artefact.manifest import MANIFEST_NAME, Manifest
+from trtq.artefact.manifest import MANIFEST_NAME
 from trtq.artefact.manifest_file import made_from, write_manifest
 from trtq.artefact.opened import Opened, StoredArtefact, open_folder
 from trtq.artefact.options import EngineOptions, Metrics
-from trtq.artefact.recorded import refuse_recorded
-from trtq.engine.profile import axis_ranges, profile_of
+from trtq.artefact.recorded import is_recorded
 from trtq.engine.tensorrt.backends import CURRENT, Backend, check_architectures, find_backend
 from trtq.engine.tensorrt.compile import Compiled, compile_engine
 from trtq.engine.tensorrt.job import Job, Profile
 from trtq.engine.trial import TRIAL_SECONDS
-from trtq.errors import LegalityError, MissingDependencyError, UsageError
+from trtq.errors import MissingDependencyError, UsageError
+from trtq.exporter.build_graph import metadata_options, prepare_graph
 from trtq.exporter.build_targets import suitable_architectures
-from trtq.exporter.graph_check import require_graphs
+from trtq.exporter.graph_check import refuse_problems, require_graphs
 from trtq.exporter.parts import copy_parts
 from trtq.exporter.result import BuildResult, BuiltEngine
-from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
-from trtq.graph.runtimes.format_rules import architecture_findings
-from trtq.graph.runtimes.legality import check
-from trtq.graph.runtimes.prepare import load_graph, prepare
+from trtq.exporter.verify_recorded import call_graph_problems
+from trtq.graph.file import ENGINE_FILE, MODEL_FILE, graphs_of
 from trtq.progress import ProgressCallback, silent
 
 __all__ = ["build"]
 
 logger = logging.getLogger(__name__)
-
-_NO_FLOAT32 = "sm75"
-"""Architecture (Turing) for which TensorRT-RTX compiles no float32 products."""
 
 
 @claims_output
@@ -102,7 +96,7 @@ def build(
     if not architectures:
         suitable = suitable_architectures(settings.architectures, opened.manifest)
         settings = replace(settings, architectures=suitable)
-    _check_opened(opened.folder, opened.manifest, timeout, progress)
+    _check_opened(opened, timeout, progress)
     with new_artefact(final, kind="engine", overwrite=overwrite) as partial:
         engines, profiles = _build_graphs(opened, settings, partial, progress)
         copy_parts(opened.folder, opened.manifest, partial)
@@ -160,7 +154,6 @@ def _open(place: str | Path | Opened, settings: _Settings) -> StoredArtefact:
     if not isinstance(place, Opened) and not (Path(place) / MANIFEST_NAME).is_file():
         raise UsageError(f"{place} is not an ONNX folder; make one first: trtq export RUN -o ONNX")
     opened = open_folder(place, "onnx")
-    refuse_recorded(opened, "trtq build", "run it with --provider cpu or openvino")
     if settings.weight_streaming and opened.manifest.options.target == "plugin":
         raise UsageError(
             "TensorRT streams no weights of plugins, and these are in 4 or 8 bits already; leave out "
@@ -191,7 +184,14 @@ def _build_graphs(
         # Next to the result, since the system's temporary folder may be a small one in memory.
         with tempfile.TemporaryDirectory(prefix=".trtq-graph-", dir=out) as scratch:
             graph = Path(scratch) / MODEL_FILE
-            profiles[name], floats = _prepare(opened, name, graph, settings)
+            profiles[name], floats = prepare_graph(
+                opened,
+                name,
+                graph,
+                backend=settings.backend,
+                architectures=settings.architectures,
+                batch=settings.batch,
+            )
             job = Job(
                 module=settings.backend.module,
                 graph=graph,
@@ -213,7 +213,6 @@ def _options(
     opened: StoredArtefact, settings: _Settings, profiles: Mapping[str, Profile]
 ) -> EngineOptions:
     """The options for the manifest: the options of the export and of the build."""
-    graph = load_graph(opened.folder / opened.denoiser / MODEL_FILE)
     options = {
         **opened.manifest.options.to_json(),
         "backend": settings.backend.name,
@@ -223,75 +222,27 @@ def _options(
         "refit": settings.refit,
         "workspace_bytes": settings.workspace_bytes,
         "profiles": dict(profiles),
-        "graph_metadata": dict(graph.metadata_props),
+        **metadata_options(opened),
     }
     if settings.batch is not None:
         options["batch"] = settings.batch
     return EngineOptions(**options)
 
 
-def _check_opened(
-    folder: Path, manifest: Manifest, timeout: float, progress: ProgressCallback
-) -> None:
+def _check_opened(opened: StoredArtefact, timeout: float, progress: ProgressCallback) -> None:
     """Raise unless onnxruntime can open every graph, before a builder spends minutes on one.
 
     Raises:
         ArtefactError: onnxruntime cannot open a graph.
     """
     try:
-        require_graphs(folder, manifest, progress, seconds=timeout)
+        if is_recorded(opened):
+            problems = call_graph_problems(opened, timeout, progress)
+            refuse_problems(opened.folder, problems)
+        else:
+            require_graphs(opened.folder, opened.manifest, progress, seconds=timeout)
     except MissingDependencyError as err:
         logger.warning("the graphs are built without having been opened before: %s", err)
-
-
-def _prepare(
-    opened: StoredArtefact, name: str, out: Path, settings: _Settings
-) -> tuple[Profile, int | None]:
-    """Rewrite a graph for the backend, and write it to a file.
-
-    Returns:
-        The profile of the graph, and the number of the manifest's layers that stay in float (None for
-        a component that is float altogether).
-
-    Raises:
-        LegalityError: the backend would refuse a layer, or compute it wrongly.
-        UsageError: one of the architectures cannot compute the graph.
-    """
-    import onnx_ir as ir
-
-    folder, manifest, backend = opened.folder, opened.manifest, settings.backend
-    model = load_graph(folder / name / MODEL_FILE)
-    denoiser = name == manifest.denoiser
-    floats = None
-    if denoiser:
-        prepare(model, backend.name)
-        fatal = [finding for finding in check(model, backend.name) if finding.fatal]
-        fatal += architecture_findings(model, settings.architectures)
-        if fatal:
-            first = fatal[0]
-            raise LegalityError(
-                f"{backend.name} does not support the layer {first.layer!r}: {first.rule}; {first.fix}"
-            )
-        floats = sum(row.activation_bits is None for row in manifest.layers)
-    if _NO_FLOAT32 in settings.architectures and _computes_in_float32(model):
-        raise UsageError(
-            f"{_NO_FLOAT32} has no products in float32, and {name} has some; leave it out, or export a "
-            "model without text encoders and autoencoder with --precision fp16"
-        )
-    ranges = axis_ranges(folder, name, manifest, model, settings.batch)
-    profile = profile_of(model, ranges)
-    ir.save(model, out, external_data=DATA_NAME)
-    return profile, floats
-
-
-def _computes_in_float32(model: Any) -> bool:
-    """Whether a product has a constant weight in float32."""
-    return any(
-        value is not None and value.const_value is not None and value.dtype.name == "FLOAT"
-        for node in model.graph
-        if node.op_type in ("Conv", "MatMul", "Gemm")
-        for value in node.inputs[1:2]
-    )
 
 
 def _row(name: str, compiled: Compiled, floats: int | None) -> BuiltEngine:

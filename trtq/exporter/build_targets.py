@@ -34,7 +34,7 @@ def suitable_architectures(names: Sequence[str], manifest: Manifest) -> list[str
     """
     needed = {
         _DTYPES[row.format]
-        for row in manifest.layers
+        for row in [*manifest.layers, *(r for part in manifest.further for r in part.layers)]
         if row.format in _DTYPES and (row.format, row.weight_bits) != ("weight_only", 8)
     }
     chosen = [name for name in names if all(capable(dtype, name) for dtype in needed)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +212,7 @@ def _write(
         graph.metadata_props[TIMESTEPS_KEY] = json.dumps(part.table.timesteps.tolist())
         graph.metadata_props[LAYERS_KEY] = json.dumps(layer_kinds(part.row.layers))
     save_graph(graph, folder)
-    free = {
-        path: [
-            AxisRow(axis=axis.axis, varies=axis.varies, low=axis.low, high=axis.high)
-            for axis in axes
-        ]
-        for path, axes in form.free.items()
-    }
+    free = {path: [AxisRow(**asdict(axis)) for axis in axes] for path, axes in form.free.items()}
     return GraphRow(
         folder=folder.name,
         template=form.form.template,

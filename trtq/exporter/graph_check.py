@@ -25,7 +25,7 @@ from trtq.seeds import seeded_generator
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["check_engines", "check_graphs", "refuse_damaged", "require_graphs"]
+__all__ = ["check_engines", "check_graphs", "refuse_damaged", "refuse_problems", "require_graphs"]
 
 _RTX_MAGIC = b"vtrt"
 _MAX_LINE = 400
@@ -92,7 +92,20 @@ def require_graphs(
     Raises:
         ArtefactError: the runtime cannot open or call a graph.
     """
-    for name, problem in check_graphs(folder, manifest, seconds=seconds, progress=progress).items():
+    refuse_problems(folder, check_graphs(folder, manifest, seconds=seconds, progress=progress))
+
+
+def refuse_problems(folder: Path, problems: Mapping[str, str | None]) -> None:
+    """Raise for the first graph with a problem.
+
+    Args:
+        folder: the ONNX folder.
+        problems: result of `check_graphs`.
+
+    Raises:
+        ArtefactError: a graph has a problem.
+    """
+    for name, problem in problems.items():
         if problem is not None:
             raise ArtefactError(
                 f"{folder / name / MODEL_FILE} cannot be used: {problem}; export the "

@@ -24,7 +24,34 @@ from trtq.pipelines.open import open_any
 from trtq.progress import ProgressCallback
 from trtq.runs.folder import OpenRun
 
-__all__ = ["compare_recorded", "verify_recorded"]
+__all__ = ["call_graph_problems", "compare_recorded", "verify_recorded"]
+
+
+def call_graph_problems(
+    opened: StoredArtefact, timeout: float, progress: ProgressCallback
+) -> dict[str, str | None]:
+    """Open and call each graph once, at its smallest sizes, and load the pipeline.
+
+    Args:
+        opened: the ONNX folder, whose files were compared with the manifest.
+        timeout: time limit for one graph, in seconds.
+        progress: callback that receives the stage's name, the work done and the total.
+
+    Returns:
+        Problem of each graph, in one line, by folder of the graph; None for a graph without a problem.
+    """
+    rows = [row for part in opened.manifest.denoisers for row in part.recorded.graphs]
+    problems: dict[str, str | None] = {}
+    for index, row in enumerate(rows):
+        progress("open in the runtime", index, len(rows))
+        problems[row.folder] = _problem(opened, row, timeout)
+    progress("open in the runtime", len(rows), len(rows))
+    if not any(problems.values()):
+        try:
+            open_any(opened)
+        except TrtqError as err:
+            problems[rows[0].folder] = f"the pipeline cannot be loaded: {one_line(err)}"
+    return problems
 
 
 def verify_recorded(
@@ -40,16 +67,7 @@ def verify_recorded(
     """
     folder, manifest = opened.folder, opened.manifest
     rows = [row for part in manifest.denoisers for row in part.recorded.graphs]
-    graphs: dict[str, str | None] = {}
-    for index, row in enumerate(rows):
-        progress("open in the runtime", index, len(rows))
-        graphs[row.folder] = _problem(opened, row, timeout)
-    progress("open in the runtime", len(rows), len(rows))
-    if not any(graphs.values()):
-        try:
-            open_any(opened)
-        except TrtqError as err:
-            graphs[rows[0].folder] = f"the pipeline cannot be loaded: {one_line(err)}"
+    graphs = call_graph_problems(opened, timeout, progress)
     rules: dict[str, RuntimeRules] = {}
     if not any(graphs.values()):
         models = [folder / row.folder / MODEL_FILE for row in rows]

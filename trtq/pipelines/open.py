@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from trtq.artefact.graph_metadata import check_layers, check_timesteps
-from trtq.artefact.manifest_rows import layer_kinds
+from trtq.artefact.manifest_rows import GraphRow, layer_kinds
 from trtq.artefact.opened import Checkpoint, EngineFolder, GraphFolder, Opened, open_artefact
 from trtq.calls.pipeline import RecordedPipeline
 from trtq.calls.stored import CALL_FOLDER, load_call
@@ -21,6 +21,7 @@ from trtq.diffusion.folder import load_pipeline_parts, skeleton
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.engine.base import Engine
+from trtq.engine.call_profile import exported_call_profile, within_profile
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.open import open_engine
 from trtq.engine.ort import PROVIDERS
@@ -125,15 +126,27 @@ def _open_recorded(opened: GraphFolder, provider: str, threads: int | None) -> R
     for part in manifest.denoisers:
         graphs = []
         for row in part.recorded.graphs:
-            engine = open_engine(model_file(folder / row.folder), provider, threads)
-            check_timesteps(engine.metadata, part.timesteps)
-            check_layers(engine.metadata, layer_kinds(part.layers))
-            graphs.append(CallGraph(engine, row))
+            graph = _open_call(opened, row, provider, threads)
+            check_timesteps(graph.engine.metadata, part.timesteps)
+            check_layers(graph.engine.metadata, layer_kinds(part.layers))
+            graphs.append(graph)
         model = skeleton(folder, part.denoiser, part.structure.ip_adapter)
         denoisers[part.denoiser] = RecordedDenoiser(part.denoiser, model, graphs)
     pipeline = load_pipeline_parts(folder, denoisers, recorded=True)
     call = load_call(folder / CALL_FOLDER)
     return RecordedPipeline(str(folder), folder, pipeline, manifest.denoiser, call)
+
+
+def _open_call(opened: GraphFolder, row: GraphRow, provider: str, threads: int | None) -> CallGraph:
+    """Open the graph or engine of a recorded call."""
+    file = model_file(opened.folder / row.folder)
+    if isinstance(opened, EngineFolder):
+        metadata = opened.options.call_metadata.get(row.folder, {})
+        limited = within_profile(row, opened.options.profiles.get(row.folder, {}))
+        return CallGraph(open_engine(file, provider, threads, metadata), limited)
+    profile = partial(exported_call_profile, opened.folder, row, opened.manifest)
+    engine = open_engine(file, provider, threads, profile=profile)
+    return CallGraph(engine, within_profile(row, profile()) if provider in BACKENDS else row)
 
 
 def _on_gpu(run: OpenRun) -> nn.Module | None:
