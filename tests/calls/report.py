@@ -58,7 +58,8 @@ def page(results: Mapping[str, Any]) -> str:
     rows = results["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
-        "| Pipeline | Denoiser | Low-bit layers | Graphs | Free | Parity (dB) | Engines | In torch or float |",
+        "| Pipeline | Denoiser | Low-bit layers | Graphs | Free | Parity (dB) | Engines "
+        "| In torch or float |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, case in ZOO.items():
