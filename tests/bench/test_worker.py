@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 
 from trtq.bench.device import GpuMemory
-from trtq.bench.worker import MeasuredArtefact, _import_libraries
+from trtq.bench.measured import _import_libraries
+from trtq.bench.worker import MeasuredArtefact
 from trtq.engine.denoiser import EngineDenoiser
 
 
@@ -49,15 +50,15 @@ def opened(monkeypatch):
         source = SimpleNamespace(
             denoiser=denoiser,
             prompts=None,
-            pipeline=SimpleNamespace(),
+            pipeline=SimpleNamespace(unet=denoiser),
             sample_shape=(1, 8, 8),
             model_class="UNet2DModel",
             guidance=1.0,
             classes=None,
         )
         monkeypatch.setattr("trtq.bench.worker.open_any", lambda *_: source)
-        monkeypatch.setattr("trtq.bench.worker._import_libraries", lambda *_: None)
-        monkeypatch.setattr("trtq.bench.worker.Nvml", Driver)
+        monkeypatch.setattr("trtq.bench.measured._import_libraries", lambda *_: None)
+        monkeypatch.setattr("trtq.bench.measured.Nvml", Driver)
         artefact = MeasuredArtefact()
         return artefact, artefact.open("somewhere", provider, 1, None)
 
@@ -99,10 +100,10 @@ def test_a_run_in_torch_is_on_the_device_of_its_weights(opened):
 )
 def test_a_row_imports_only_its_runtime(tmp_path, monkeypatch, kind, provider, library):
     imported = []
-    monkeypatch.setattr("trtq.bench.worker.require", imported.append)
-    monkeypatch.setattr("trtq.bench.worker.import_module", imported.append)
-    monkeypatch.setattr("trtq.bench.worker.artefact_kind", lambda folder: kind)
-    monkeypatch.setattr("trtq.bench.worker.import_classes", lambda folder: None)
+    monkeypatch.setattr("trtq.bench.measured.require", imported.append)
+    monkeypatch.setattr("trtq.bench.measured.import_module", imported.append)
+    monkeypatch.setattr("trtq.bench.measured.artefact_kind", lambda folder: kind)
+    monkeypatch.setattr("trtq.bench.measured.import_classes", lambda folder: None)
     _import_libraries(str(tmp_path), provider)
     assert imported == library
 

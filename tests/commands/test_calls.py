@@ -93,7 +93,6 @@ REFUSED = {
         "unknown kind",
     ),
     "no call": (("generate", "RUN", "-o", "a.png", "--call", "none.toml"), "cannot read the call"),
-    "bench": (("bench", "RUN"), "trtq eval compares it"),
     "verify --layers": (("verify", "RUN", "--layers"), "--run RUN"),
     "export of a known model": (
         ("export", "digits", "-o", "onnx", "--input", "image=cat.png"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trtq.artefact.contents import changed_source_file
@@ -48,12 +48,15 @@ class BenchRow:
         provider: runtime, e.g. `cpu`.
         opened: the artefact or checkpoint.
         added: whether trtq added the row as a baseline.
+        call_of: artefact whose recorded call all rows make, empty for a default call; None: trtq calls
+            the denoisers itself.
     """
 
     path: str
     provider: str
     opened: Opened
     added: bool = False
+    call_of: str | None = None
 
     @property
     def label(self) -> str:
@@ -102,30 +105,38 @@ class BenchRow:
 
 
 def _artefact_files(artefact: StoredArtefact) -> list[Path]:
-    """The denoiser's weight file in a run, or its graph and external data."""
+    """The weight files of a run's denoisers, or their graphs and external data."""
     if isinstance(artefact, Run):
-        return [artefact.folder / FILE_NAME]
-    folder = artefact.folder / artefact.denoiser
-    graph = model_file(folder)
-    return [graph, *(folder.glob(f"{DATA_NAME}*") if graph.name == MODEL_FILE else ())]
+        return sorted(artefact.folder.rglob(FILE_NAME))
+    recorded = artefact.manifest.recorded is not None
+    parts = artefact.manifest.denoisers if recorded else []
+    names = [row.folder for part in parts for row in part.recorded.graphs] or [artefact.denoiser]
+    files: list[Path] = []
+    for name in names:
+        graph = model_file(artefact.folder / name)
+        files.append(graph)
+        if graph.name == MODEL_FILE:
+            files += graph.parent.glob(f"{DATA_NAME}*")
+    return files
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
-    """The denoiser's weight files in a checkpoint, as diffusers selects them.
+    """The denoisers' weight files in a checkpoint, as diffusers selects them.
 
     Variants (`.fp16`, `.non_ema`) and pickle files are not loaded; the index names the shards.
     """
+    files: list[Path] = []
     for name in DENOISERS:
         whole, index = folder / name / _WEIGHTS, folder / name / f"{_WEIGHTS}.index.json"
         if index.is_file():
             try:
                 shards = {*read_object(index)["weight_map"].values()}
-                return [folder / name / shard for shard in shards]
+                files += [folder / name / shard for shard in shards]
             except (ArtefactError, KeyError, TypeError, AttributeError):
                 return []
-        if whole.is_file():
-            return [whole]
-    return []
+        elif whole.is_file():
+            files.append(whole)
+    return files
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
@@ -175,7 +186,7 @@ def parse_rows(paths: Sequence[str], providers: Sequence[str] = ()) -> list[Benc
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:
         raise UsageError(f"{min(repeated)} is given twice; give each row once")
-    return rows
+    return _with_call(rows)
 
 
 def _check_provider(provider: str) -> None:
@@ -192,12 +203,27 @@ def _open(path: str) -> Opened:
     opened = open_artefact(path)
     if isinstance(opened, Checkpoint):
         resolve_model(path)
-    if is_called(opened):
-        raise UsageError(
-            f"{path} is used through its pipeline's own call, which trtq bench does not time yet; trtq "
-            "eval compares it with the float model and prints the duration of both"
-        )
     return opened
+
+
+def _with_call(rows: list[BenchRow]) -> list[BenchRow]:
+    """The rows with the call that all of them make, if one is used through its pipeline's own call.
+
+    Raises:
+        UsageError: another row was not recorded inside the pipeline's call.
+    """
+    called = [row for row in rows if is_called(row.opened)]
+    if not called:
+        return rows
+    stored = [row for row in rows if isinstance(row.opened, StoredArtefact)]
+    for row in stored:
+        if not is_called(row.opened):
+            raise UsageError(
+                f"{called[0].path} is used through its pipeline's own call, and {row.path} was not "
+                "recorded inside it; bench them separately"
+            )
+    call_of = stored[0].path if stored else ""
+    return [replace(row, call_of=call_of) for row in rows]
 
 
 def _providers_for(path: str, opened: Opened, named: str, offered: Sequence[str]) -> list[str]:
@@ -266,7 +292,8 @@ def baseline(rows: list[BenchRow], notes: list[str]) -> list[BenchRow]:
                 f"added the float model {model}, which {row.path} was made from, in torch; to compare "
                 f"on the same runtime, export it: trtq export {model} -o FLOAT, and add FLOAT"
             )
-            return [BenchRow(model, TORCH, Checkpoint(model), added=True)]
+            call_of = low_bit[0].call_of
+            return [BenchRow(model, TORCH, Checkpoint(model), added=True, call_of=call_of)]
     first = low_bit[0].opened
     assert isinstance(first, StoredArtefact)
     notes.append(

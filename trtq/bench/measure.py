@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from trtq.bench.measured import DENOISER
 from trtq.bench.process import Worker
 from trtq.bench.rows import ActiveRow, Plan, check_any_left, live_rows
 from trtq.bench.summary import median_interval, summarize
 from trtq.bench.turns import rotated
-from trtq.bench.worker import DENOISER
 from trtq.errors import TrtqError
 from trtq.progress import ProgressCallback
 

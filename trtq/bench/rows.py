@@ -11,9 +11,9 @@ import numpy as np
 
 from trtq.artefact.opened import DEFAULT_STEPS, Checkpoint
 from trtq.bench.artefacts import BenchRow
+from trtq.bench.measured import DENOISER
 from trtq.bench.process import Worker
 from trtq.bench.summary import min_turns
-from trtq.bench.worker import DENOISER
 from trtq.errors import MeasurementError, TrtqError, UsageError
 from trtq.progress import ProgressCallback
 
@@ -127,7 +127,7 @@ class Plan:
 
     Attributes:
         model_class: class of the denoiser.
-        shape: shape of one denoiser sample, [C, H, W].
+        shape: shape of one denoiser sample, [C, H, W]; empty for pipelines used through their own call.
         prompts: prompts of the images; None for a model without prompts.
         batches: batch sizes.
         turns: number of timing rounds per part.
@@ -197,7 +197,8 @@ def _sampling(
 ) -> tuple[int, float]:
     """Steps and guidance: the caller's values, else those of the first artefact's calibration."""
     calibrated = next((row.spec.opened for row in rows if row.spec.low_bit), None)
-    count = steps or (calibrated and calibrated.steps) or DEFAULT_STEPS
+    called = next((row.opened["steps"] for row in rows if row.opened.get("steps")), None)
+    count = steps or called or (calibrated and calibrated.steps) or DEFAULT_STEPS
     if guidance is None and calibrated is not None:
         guidance = calibrated.guidance
     if guidance is None:
@@ -228,7 +229,12 @@ def open_rows(rows: list[ActiveRow], threads: int, progress: ProgressCallback) -
         spec = row.spec
         resized = size if isinstance(spec.opened, Checkpoint) else None
         answer = row.ask(
-            "open", path=spec.path, provider=spec.provider, threads=threads, size=resized
+            "open",
+            path=spec.path,
+            provider=spec.provider,
+            threads=threads,
+            size=resized,
+            call_of=spec.call_of,
         )
         row.opened = answer or {}
     progress("load", len(rows), len(rows))

@@ -24,13 +24,14 @@ from trtq.progress import ProgressCallback, silent
 __all__ = ["benchmark"]
 
 _WORKER = "trtq.bench.worker"
+_BATCHES = (1, 4)
 
 
 def benchmark(
     artefacts: Sequence[str],
     *,
     providers: Sequence[str] = (),
-    batches: Sequence[int] = (1, 4),
+    batches: Sequence[int] | None = None,
     turns: int | None = None,
     images: int = 8,
     steps: int | None = None,
@@ -46,7 +47,7 @@ def benchmark(
     Args:
         artefacts: paths and `PATH@PROVIDER`, see `parse_rows`.
         providers: runtimes for paths without `@PROVIDER`, see `parse_rows`.
-        batches: batch sizes.
+        batches: batch sizes; None: 1 and 4, or 1 for pipelines that are used through their own call.
         turns: number of timing rounds of about 0.5 s per row; None: 10, or as many as a verdict needs.
         images: minimum number of images per row and batch size; at least three batches are generated.
         steps: number of denoising steps; None: the first artefact's calibration, else 20.
@@ -72,6 +73,8 @@ def benchmark(
     with ExitStack() as stack:
         rows = [_start(spec, stack) for spec in specs]
         open_rows(rows, threads, progress)
+        if batches is None:
+            batches = _BATCHES if specs[0].call_of is None else _BATCHES[:1]
         amounts = Amounts(tuple(batches), turns, images, steps, guidance, seed, threads)
         plan = make_plan(rows, amounts)
         if earlier is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trtq.bench.worker import DENOISER
+from trtq.bench.measured import DENOISER
 from trtq.report.page import Table
 
 __all__ = [

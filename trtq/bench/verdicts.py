@@ -13,10 +13,10 @@ from trtq.artefact.manifest_file import package_versions
 from trtq.bench.cost import roofline
 from trtq.bench.device import Peak
 from trtq.bench.history import FORMAT_VERSION
+from trtq.bench.measured import DENOISER
 from trtq.bench.result import BenchResult, MeasuredRow
 from trtq.bench.rows import TIMINGS, ActiveRow, Plan, float_rivals
 from trtq.bench.summary import speedup
-from trtq.bench.worker import DENOISER
 from trtq.evaluation.metrics import psnr_db
 
 __all__ = ["make_result"]

@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from trtq._optional import require
-from trtq.artefact.manifest_file import artefact_kind
+from trtq.bench.called import MeasuredCall
 from trtq.bench.cost import count_operations
-from trtq.bench.device import GpuMemory, Nvml, cpu_peak
+from trtq.bench.device import cpu_peak
+from trtq.bench.measured import DENOISER, Measured, TimedCall
 from trtq.bench.process import answer_questions
-from trtq.bench.turns import calls_per_turn, time_call, time_calls
 from trtq.diffusion.components import AUTOENCODERS
-from trtq.diffusion.folder import import_classes
-from trtq.diffusion.loading import resolve_model
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import Conditions, predict, seeded_noise
-from trtq.engine.denoiser import EngineDenoiser
-from trtq.engine.ort import GPU_PROVIDERS
-from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.pipelines.draw import Conditioning, draw
 from trtq.pipelines.open import TORCH, open_any
-from trtq.resources import forget_peak_rss, peak_rss_bytes, rss_bytes
 from trtq.seeds import seeded_generator
 
 __all__ = ["MeasuredArtefact", "main"]
 
-DENOISER, TEXT, DECODER = "denoiser", "text encoder", "VAE decoder"
+TEXT, DECODER = "text encoder", "VAE decoder"
 _WARM_STEPS = 2
 _MAX_PROMPTS = 64
-_Call = Callable[[], object]
 
 
-class MeasuredArtefact:
-    """One artefact and the calls to its parts. Every public method returns JSON values."""
-
-    def __init__(self) -> None:
-        self._nvml = Nvml()
-        self._on_gpu = False
-        self._gpu_before = self._gpu_loaded = GpuMemory()
-        self._calls = 1
+class MeasuredArtefact(Measured):
+    """An artefact whose denoiser trtq calls itself, and the calls to its parts."""
 
     def open(self, path: str, provider: str, threads: int, size: str | None) -> dict[str, Any]:
         """Load the artefact.
@@ -58,47 +40,24 @@ class MeasuredArtefact:
             size: image size, `HEIGHTxWIDTH`; None: the artefact's size.
 
         Returns:
-            `load_seconds`; `memory`: `libraries_bytes` (resident before loading), `weights_bytes` (added
-            by loading), `load_peak_bytes`; `shape` and `model_class` of the denoiser; `parts` to time;
-            default `guidance`; calibration `prompts`, or None; `weight_bytes` of the denoiser if
-            torch holds its weights; `device` of the denoiser, `gpu` or `cpu`.
+            The values of `Measured`; `shape` and `model_class` of the denoiser; `parts` to time; default
+            `guidance`; calibration `prompts`, or None.
 
         Raises:
             TrtqError: the artefact cannot be opened.
         """
-        torch.set_num_threads(threads)
-        _import_libraries(path, provider)
-        libraries = rss_bytes()
-        self._gpu_before = self._nvml.memory
-        start = time.perf_counter()
-        self.source: LoadedPipeline = open_any(
-            path, provider, None if provider == TORCH else threads
-        )
-        seconds = time.perf_counter() - start
-        if size is not None:
-            self.source = self.source.sized(size)
-        self._loaded = rss_bytes()
-        peak = peak_rss_bytes()
-        self._forgot = forget_peak_rss()
-        self._gpu_loaded = self._nvml.memory
-        self._on_gpu = _on_gpu(self.source.denoiser)
-        return {
-            "load_seconds": seconds,
-            "memory": {
-                "libraries_bytes": libraries,
-                "weights_bytes": max(self._loaded - libraries, 0),
-                "load_peak_bytes": peak,
-            },
+
+        def opener() -> LoadedPipeline:
+            source = open_any(path, provider, None if provider == TORCH else threads)
+            return source if size is None else source.sized(size)
+
+        loaded = self._load(path, provider, threads, opener)
+        return loaded | {
             "shape": list(self.source.sample_shape),
             "model_class": self.source.model_class,
             "parts": self._parts(),
             "guidance": self.source.guidance,
             "prompts": self._prompts(),
-            "device": "gpu" if self._on_gpu else "cpu",
-            "weight_bytes": sum(
-                value.numel() * value.element_size()
-                for value in self.source.denoiser.state_dict().values()
-            ),
         }
 
     def _parts(self) -> list[str]:
@@ -127,37 +86,29 @@ class MeasuredArtefact:
         Returns:
             `first_call_seconds`, which may include compilation, and `calls` per timing round.
         """
-        makers: dict[str, Callable[[], _Call]] = {
+        makers: dict[str, Callable[[], TimedCall]] = {
             DENOISER: lambda: self._denoiser_call(batch, steps, guidance),
             TEXT: lambda: self._text_call(batch),
             DECODER: lambda: self._decoder_call(batch),
         }
-        self._call = makers[part]()
-        first, second = time_call(self._call), time_call(self._call)
-        self._calls = calls_per_turn(second)
-        return {"first_call_seconds": first, "calls": self._calls}
+        return self._warm_up(makers[part]())
 
-    def _denoiser_call(self, batch: int, steps: int, guidance: float) -> _Call:
+    def _denoiser_call(self, batch: int, steps: int, guidance: float) -> TimedCall:
         conditions = self.source.draw_conditions(batch, seeded_generator(0, "bench conditions"))
         x = seeded_noise(self.source.sample_shape, 0, 0, batch, "bench")
         timestep = self.source.timesteps(steps)[steps // 2]
         return lambda: predict(self.source.denoiser, x, timestep, conditions, guidance)
 
-    def _text_call(self, batch: int) -> _Call:
+    def _text_call(self, batch: int) -> TimedCall:
         known = self._prompts() or [""]
         prompts = [known[index % len(known)] for index in range(batch)]
         return lambda: self.source.encode(prompts)
 
-    def _decoder_call(self, batch: int) -> _Call:
+    def _decoder_call(self, batch: int) -> TimedCall:
         autoencoder = self._autoencoder()
         shape = (int(autoencoder.config.latent_channels), *self.source.latent_size)
         latents = seeded_noise(shape, 0, 0, batch, "bench latents")
         return lambda: autoencoder.decode(latents, return_dict=False)
-
-    @torch.no_grad()
-    def time(self) -> dict[str, Any]:
-        """Time one round of the prepared part; return `seconds` of each call."""
-        return {"seconds": time_calls(self._call, self._calls)}
 
     def draw(
         self,
@@ -192,35 +143,19 @@ class MeasuredArtefact:
             classes=None if classes is None else torch.tensor(places) % classes,
             prompts=None if not prompts else [prompts[place % len(prompts)] for place in places],
         )
-        before = self._nvml.joules if self._on_gpu else None
-        start = time.perf_counter()
-        images = draw(
-            self.source, conditioning, steps=steps, seed=seed + turn, guidance=guidance, batch=batch
+        images, cost = self._timed(
+            lambda: draw(
+                self.source,
+                conditioning,
+                steps=steps,
+                seed=seed + turn,
+                guidance=guidance,
+                batch=batch,
+            )
         )
-        seconds = time.perf_counter() - start
-        after = self._nvml.joules if before is not None else None
         if out is not None:
             np.save(out, images.numpy())
-        joules = None if before is None or after is None else after - before
-        return {"seconds": seconds, "joules": joules}
-
-    def memory(self) -> dict[str, Any]:
-        """Report the peak resident memory and the GPU memory.
-
-        Returns:
-            `activations_bytes`, the maximum added by calls (None if the system cannot reset its peak
-            counter); `run_peak_bytes`, the peak since loading; on a GPU also `gpu_weights_bytes`
-            (added by loading) and `gpu_bytes` (in use now), None if the driver does not report them.
-        """
-        peak = peak_rss_bytes()
-        memory: dict[str, Any] = {
-            "activations_bytes": max(peak - self._loaded, 0) if self._forgot else None,
-            "run_peak_bytes": peak,
-        }
-        if self._on_gpu:
-            memory["gpu_weights_bytes"] = self._gpu_loaded.added_to(self._gpu_before)
-            memory["gpu_bytes"] = self._nvml.memory.process
-        return memory
+        return cost
 
     @torch.no_grad()
     def operations(self, batch: int, steps: int, guidance: float) -> dict[str, Any]:
@@ -245,29 +180,6 @@ class MeasuredArtefact:
         }
 
 
-def _on_gpu(denoiser: nn.Module) -> bool:
-    """Whether a loaded denoiser is on a GPU; a run uses the GPU only if there is one."""
-    if isinstance(denoiser, EngineDenoiser):
-        return denoiser.engine.provider in GPU_PROVIDERS
-    return any(value.is_cuda for value in denoiser.state_dict().values())
-
-
-def _import_libraries(path: str, provider: str) -> None:
-    """Import the libraries in advance, so that their time and memory are not attributed to the model."""
-    from diffusers import DiffusionPipeline  # noqa: F401
-
-    place = Path(path) if Path(path).is_dir() else resolve_model(path)
-    kind = artefact_kind(place) if isinstance(place, Path) else None
-    if kind == "onnx":
-        import trtq.graph.passes  # noqa: F401
-
-        require("onnxruntime")
-    elif kind == "engine":
-        import_module(BACKENDS[provider].module)
-    if isinstance(place, Path):
-        import_classes(place)
-
-
 def _cpu_peak(threads: int) -> dict[str, Any]:
     peak = cpu_peak(threads)
     return {"operations": peak.operations, "bytes": peak.bytes, "what": peak.what}
@@ -275,6 +187,16 @@ def _cpu_peak(threads: int) -> dict[str, Any]:
 
 def main() -> None:
     """Answer requests about one artefact, or about the processor."""
-    artefact = MeasuredArtefact()
-    names = ("open", "prepare", "time", "draw", "memory", "operations")
-    answer_questions({name: getattr(artefact, name) for name in names} | {"cpu_peak": _cpu_peak})
+    opened: list[MeasuredArtefact | MeasuredCall] = []
+
+    def open_row(call_of: str | None = None, **arguments: Any) -> dict[str, Any]:
+        opened.append(MeasuredArtefact() if call_of is None else MeasuredCall(call_of))
+        return opened[0].open(**arguments)
+
+    def asked(name: str) -> Callable[..., dict[str, Any]]:
+        return lambda **arguments: getattr(opened[0], name)(**arguments)
+
+    names = ("prepare", "time", "draw", "memory", "operations")
+    answer_questions(
+        {name: asked(name) for name in names} | {"open": open_row, "cpu_peak": _cpu_peak}
+    )

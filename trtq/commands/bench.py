@@ -55,7 +55,12 @@ Providers = Annotated[
     ),
 ]
 BatchSizes = Annotated[
-    str, typer.Option("--batch-sizes", help="Numbers of images per call, e.g. 1 or 1,4,16.")
+    str | None,
+    typer.Option(
+        "--batch-sizes",
+        help="Numbers of images per call, e.g. 1 or 1,4,16. Default: 1,4, or 1 for pipelines that are "
+        "used through their own call.",
+    ),
 ]
 Images = Annotated[
     int,
@@ -124,7 +129,7 @@ def bench(
     artefacts: Paths,
     output: ReportFolder = None,
     provider: Providers = None,
-    batch_sizes: BatchSizes = "1,4",
+    batch_sizes: BatchSizes = None,
     images: Images = 8,
     turns: Rounds = None,
     threads: Threads = None,
@@ -153,7 +158,7 @@ def bench(
         result = measure(
             artefacts,
             providers=provider or [],
-            batches=parse_batches(batch_sizes),
+            batches=None if batch_sizes is None else parse_batches(batch_sizes),
             turns=turns,
             images=images,
             steps=steps,
