@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from trtq.errors import ArtefactError, UsageError
 
-__all__ = ["CallForm", "flatten_call", "flatten_value", "rebuild_value"]
+__all__ = ["CallForm", "flatten_call", "flatten_value", "rebuild_value", "result_tensors"]
 
 Entry = dict[str, Any]
 """Entry of a template, see `CallForm`."""
@@ -184,3 +185,12 @@ def flatten_call(
             value = torch.tensor(float(value))
         template[name] = flatten_value(value, name, tensors, objects)
     return CallForm(template, objects), tensors
+
+
+def result_tensors(result: Any) -> Iterator[Tensor]:
+    """The tensors of a denoiser's result, in order."""
+    if hasattr(result, "to_tuple"):
+        result = result.to_tuple()
+    for leaf in _pytree.tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            yield leaf

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
-from trtq.calls.form import CallForm
+from trtq.calls.form import CallForm, result_tensors
 from trtq.calls.user_call import UserCall, run_call
 from trtq.errors import GateError, NonFiniteError
 from trtq.exporter.parity import TIE_DB, StepParity, compare, last_bit_moved
@@ -94,8 +93,8 @@ def _compared(
     kwargs: Mapping[str, Any],
     result: Any,
 ) -> StepParity:
-    expected = list(_tensors(result))
-    given = list(_tensors(exported(*args, **kwargs)))
+    expected = list(result_tensors(result))
+    given = list(result_tensors(exported(*args, **kwargs)))
     if len(expected) != len(given):
         raise GateError(f"the graph of {name} returns {len(given)} tensors, torch {len(expected)}")
     for tensor in given:
@@ -105,7 +104,7 @@ def _compared(
     if row.pooled_db >= TIE_DB:
         return row
     with last_bit_moved(module):
-        moved = list(_tensors(module(*args, **kwargs)))
+        moved = list(result_tensors(module(*args, **kwargs)))
     return _worst(expected, given, moved)
 
 
@@ -141,12 +140,3 @@ def _worst(
 def _batched(tensor: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """A tensor `[B, ...]` in float32; a list of outputs holds one image per tensor."""
     return tensor.float() if len(outputs) == 1 or tensor.ndim < 2 else tensor.float()[None]
-
-
-def _tensors(result: Any) -> Iterator[Tensor]:
-    """The tensors of a denoiser's result."""
-    if hasattr(result, "to_tuple"):
-        result = result.to_tuple()
-    for leaf in _pytree.tree_leaves(result):
-        if isinstance(leaf, Tensor):
-            yield leaf

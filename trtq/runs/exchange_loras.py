@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from trtq.artefact.folder import check_output, claims_output, new_artefact
 from trtq.artefact.manifest_file import write_manifest
 from trtq.artefact.opened import Opened, open_artefact
 from trtq.artefact.options import LoraRecord
-from trtq.artefact.recorded import refuse_recorded
+from trtq.calls.stored import CALL_FOLDER, load_call, save_call
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
@@ -32,6 +32,7 @@ from trtq.quant import (
     transform_layer,
 )
 from trtq.resources import peak_rss_bytes
+from trtq.runs.call_snr import KeptCall, calls_snr_db, keep_calls
 from trtq.runs.folder import OpenRun, layer_plans, open_run
 from trtq.runs.result import RunResult
 from trtq.runs.trained import TRAINED_NAME, restore_trained, save_trained
@@ -57,7 +58,7 @@ def _float_source(run: OpenRun, model: str | Path | None) -> LoadedPipeline:
         )
     name = model or run.manifest.source.name
     try:
-        source = open_pipeline(name)
+        source = open_pipeline(name, recorded=run.manifest.recorded is not None)
     except ArtefactError as err:
         raise ArtefactError(
             f"{run.folder} was made from {run.manifest.source.name!r}, whose float weights are "
@@ -109,25 +110,56 @@ def _merge(
     return merged
 
 
-def _quantize_again(source: LoadedPipeline, run: OpenRun) -> QuantizedDenoiser:
-    """Quantise a float checkpoint with the run's layers, tables and trained tensors."""
+def _quantize_again(source: LoadedPipeline, run: OpenRun) -> dict[str, QuantizedDenoiser]:
+    """Quantise the denoisers of a float checkpoint with the run's layers, tables and trained tensors."""
     manifest = run.manifest
-    apply_structure(
-        source.denoiser, Structure(tuple(manifest.structure.attention), manifest.structure.splits)
-    )
-    for name, layer in run.stored.layers.items():
-        if not isinstance(layer, ProductTensors) and layer.transform is not None:
-            transform_layer(source.denoiser.get_submodule(name), layer.transform)
     training = manifest.recipe.training if manifest.recipe is not None else None
-    quantized = convert(
-        source.denoiser,
-        layer_plans(manifest),
-        run.table,
-        rank=training.rank if training else 0,
-        base=training.base if training else "fp",
-    )
-    restore_trained(run.folder / TRAINED_NAME, quantized, run.stored.layers)
-    return quantized
+    denoisers = {}
+    for index, part in enumerate(run.denoisers):
+        row = manifest.denoisers[index] if manifest.denoisers else manifest
+        module = getattr(source.pipeline, part.name)
+        apply_structure(module, Structure(tuple(row.structure.attention), row.structure.splits))
+        for name, layer in part.stored.layers.items():
+            if not isinstance(layer, ProductTensors) and layer.transform is not None:
+                transform_layer(module.get_submodule(name), layer.transform)
+        quantized = convert(
+            module,
+            layer_plans(row),
+            part.table,
+            rank=training.rank if training else 0,
+            base=training.base if training else "fp",
+            timestep=part.argument,
+            per_item=part.per_item,
+        )
+        restore_trained(
+            _place(run.folder, run, index) / TRAINED_NAME, quantized, part.stored.layers
+        )
+        denoisers[part.name] = quantized
+    return denoisers
+
+
+def _place(folder: Path, run: OpenRun, index: int) -> Path:
+    """The folder of a denoiser's tensors in a run."""
+    return folder if index == 0 else folder / run.denoisers[index].name
+
+
+def _keep_calls(source: LoadedPipeline, run: OpenRun) -> list[KeptCall]:
+    """The calls of the float denoisers inside the recorded call of a run."""
+    call = load_call(run.folder / CALL_FOLDER)
+    return keep_calls(source.pipeline, [part.name for part in run.denoisers], call)
+
+
+def _check_recorded(run: OpenRun) -> None:
+    """Raise if a denoiser of a recorded run has tensors that its checkpoint does not hold.
+
+    Raises:
+        UsageError: a denoiser has an IP-Adapter.
+    """
+    if any(row.structure.ip_adapter for row in run.manifest.denoisers):
+        raise UsageError(
+            f"{run.folder} was made with an IP-Adapter, which its checkpoint does not hold; quantise "
+            "the pipeline again with --lora"
+        )
 
 
 @claims_output
@@ -161,29 +193,40 @@ def requantize(
     start = time.monotonic()
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="run")
     opened = open_artefact(artefact, verify=False)
-    refuse_recorded(opened, "the exchange of LoRAs", "quantise the checkpoint again with --lora")
     run = open_run(opened)
     manifest = run.manifest
+    recorded = manifest.recorded is not None
+    if recorded:
+        _check_recorded(run)
     progress("merge LoRAs", 1, 3)
     source = _float_source(run, base)
     assert manifest.recipe is not None
     assert manifest.recipe.steps is not None
     steps = manifest.recipe.steps
-    low_bit = sum(row.activation_bits is not None for row in manifest.layers)
-    before = _snr(source, run.denoiser(), source.denoiser, steps)
+    rows = [*manifest.layers, *(row for part in manifest.further for row in part.layers)]
+    low_bit = sum(row.activation_bits is not None for row in rows)
+    if recorded:
+        built = {part.name: part.build() for part in run.denoisers}
+        before = calls_snr_db(_keep_calls(source, run), built)
+    else:
+        before = _snr(source, run.denoiser(), source.denoiser, steps)
     merged = _merge(source, run, loras)
     progress("quantise", 2, 3)
+    # Converting the float model changes it.
+    kept = _keep_calls(source, run) if recorded else []
     quantized = _quantize_again(source, run)
-    after = _snr(source, quantized, quantized.teacher, steps)
+    if recorded:
+        after = calls_snr_db(kept, quantized)
+    else:
+        (student,) = quantized.values()
+        after = _snr(source, student, student.teacher, steps)
     with new_artefact(final, kind="run", overwrite=overwrite) as folder:
-        save_denoiser(folder / FILE_NAME, quantized, merge(quantized))
-        save_trained(folder / TRAINED_NAME, quantized)
-        save_pipeline_parts(source, folder)
+        _write(folder, source, run, quantized)
         result = RunResult(
             layers_quantized=low_bit,
-            layers_float=len(manifest.layers) - low_bit,
+            layers_float=len(rows) - low_bit,
             bytes_before=manifest.metrics.bytes_before or 0,
-            bytes_after=(folder / FILE_NAME).stat().st_size,
+            bytes_after=sum(path.stat().st_size for path in folder.rglob(FILE_NAME)),
             snr_db_before=before,
             snr_db_after=after,
             loras=merged,
@@ -197,3 +240,22 @@ def requantize(
         write_manifest(folder, manifest.model_copy(update=update))
     progress("quantise", 3, 3)
     return result
+
+
+def _write(
+    folder: Path,
+    source: LoadedPipeline,
+    run: OpenRun,
+    quantized: Mapping[str, QuantizedDenoiser],
+) -> None:
+    """Write everything of a run except its manifest."""
+    for index, part in enumerate(run.denoisers):
+        place = _place(folder, run, index)
+        place.mkdir(exist_ok=True)
+        save_denoiser(place / FILE_NAME, quantized[part.name], merge(quantized[part.name]))
+        save_trained(place / TRAINED_NAME, quantized[part.name])
+    if run.manifest.recorded is None:
+        save_pipeline_parts(source, folder)
+        return
+    save_pipeline_parts(source, folder, denoisers=[part.name for part in run.denoisers])
+    save_call(load_call(run.folder / CALL_FOLDER), folder / CALL_FOLDER)
