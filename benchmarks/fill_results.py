@@ -16,7 +16,7 @@ from typing import Any
 
 from quality_tables import ablation, digits, digits_dit, digits_dit_outliers, digits_summary, shapes
 from serving_tables import serve, serve_hostile, serve_ray, serve_start
-from speed_tables import build, cpu_path, sd_size
+from speed_tables import build, cpu_path, format_engines, sd_size
 from transform_tables import transforms_planted, transforms_policies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +32,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sd_size": ("sd_size", sd_size),
     "cpu_path": ("cpu_path", cpu_path),
     "build": ("build", build),
+    "format_engines": ("format_engines", format_engines),
     "serve": ("serve", serve),
     "serve_side_by_side": ("serve_side_by_side", serve),
     "serve_hostile": ("serve_hostile", serve_hostile),

@@ -1,10 +1,10 @@
-"""Result files of the speed and memory benchmarks as Markdown: sd_size, build, cpu_path."""
+"""Result files of the speed and memory benchmarks as Markdown: sd_size, build, format_engines, cpu_path."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["build", "cpu_path", "sd_size"]
+__all__ = ["build", "cpu_path", "format_engines", "sd_size"]
 
 MODELS = {"sd_1": "SD 1.5, 859.5 M", "sd_xl": "SD XL, 2,567 M"}
 KINDS = {
@@ -100,4 +100,46 @@ def cpu_path(record: dict[str, Any]) -> str:
             "Per-step against constant scales, both in one process, calls interleaved, "
             f"{pair['calls']} times: {pair['ratio']:.3f} x ({low:.3f}-{high:.3f}).",
         ]
+    return "\n".join(lines)
+
+
+FORM_MODELS = {
+    "digits-dit": "shipped transformer",
+    "sd_1": "UNet of SD 1.5's size",
+    "dit_1b": "DiT, 1.04 B parameters",
+}
+
+
+def format_engines(record: dict[str, Any]) -> str:
+    """`format_engines.json` as Markdown."""
+    lines = [
+        f"`python benchmarks/format_engines.py`, {record['device']}, no GPU, {record['builder']}, half "
+        "precision.",
+        "",
+        "| model | layers | low-bit | rotated | built for | engine | to the float engine | parity, dB "
+        "| date |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    whole = {
+        (row["model"], tuple(row["architectures"])): row["engine_bytes"]
+        for row in record["rows"]
+        if row["form"] == "float"
+    }
+    for row in record["rows"]:
+        reference = whole.get((row["model"], tuple(row["architectures"])))
+        ratio = (
+            "*not measured*" if reference is None else f"{row['engine_bytes'] / reference:.2f} x"
+        )
+        cells = [
+            FORM_MODELS[row["model"]],
+            row["form"],
+            f"{row['low_bit']} of {row['layers']}",
+            str(row["rotated"]),
+            ", ".join(row["architectures"]),
+            f"{row['engine_bytes'] / 1e6:,.1f} MB",
+            ratio,
+            f"{row['parity_db_min']:.0f}",
+            row["date"],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
