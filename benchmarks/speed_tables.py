@@ -1,4 +1,4 @@
-"""Result files of the speed and memory benchmarks as Markdown: sd_size, build, format_engines, cpu_path."""
+"""Result files of the speed and memory benchmarks as Markdown."""
 
 from __future__ import annotations
 
