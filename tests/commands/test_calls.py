@@ -137,9 +137,7 @@ def test_an_onnx_folder_draws_is_inspected_and_verified(inpainting_run, inpainti
 @pytest.mark.parametrize(
     "texts",
     [
-        ("build", "ONNX", "-o", "engine"),
         ("package", "triton", "ONNX", "-o", "repository"),
-        ("bench", "ONNX"),
         ("verify", "ONNX", "--run", "RUN", "--layers"),
     ],
 )
@@ -149,8 +147,18 @@ def test_a_command_without_support_for_recorded_graphs_refuses_them(
     monkeypatch.chdir(tmp_path)
     places = {"ONNX": inpainting_onnx, "RUN": inpainting_run}
     result = run(*(places.get(text, text) for text in texts))
-    refused(result, "call, which")
+    refused(result, "its pipeline's own call" if "triton" in texts else "call, which")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_onnx_folder_is_measured_beside_its_float_checkpoint(inpainting_onnx):
+    made = run("bench", inpainting_onnx, "--turns", "2", "--images", "1", "--json")
+    assert made.exit_code == 0, made.output
+    rows = json.loads(made.stdout)["rows"]
+    assert [row["kind"] for row in rows] == ["onnx", "checkpoint"]
+    assert all(row["batches"][0]["parts"]["denoiser"]["p50"] > 0 for row in rows)
+    assert rows[0]["batches"][0]["batch"] == 1
 
 
 @pytest.mark.slow
