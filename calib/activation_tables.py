@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from trtq.calib.histogram import parse_calibrator
 from trtq.calib.record import Recording
 from trtq.quant.formats import format_range
 from trtq.quant.plan import LayerPlan, named_errors
@@ -17,7 +18,7 @@ __all__ = ["activation_tables"]
 def activation_tables(
     recordings: Mapping[str, Recording],
     plans: Sequence[LayerPlan],
-    method: Method,
+    method: str,
     *,
     static: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -27,7 +28,8 @@ def activation_tables(
     Args:
         recordings: result of `record`.
         plans: layers and their bits.
-        method: `minmax` or `search`.
+        method: `minmax`, `search` or a calibrator, see `trtq.calib.histogram`; a calibrator clips the
+            recorded range at its `amax`.
         static: whether to use one entry for all steps instead of one per step.
         progress: callback with the completed and the total number of layers.
 
@@ -35,6 +37,9 @@ def activation_tables(
         `(scale[T], zero_point[T])` by path of the quantiser; T = 1 if static. Ranges contain zero, so
         float zero is a code. A layer that uses another layer's quantiser has no entry.
     """
+    calibrator = parse_calibrator(method)
+    # The range of a calibrator is used as it is.
+    rule: Method = "search" if method == "search" else "minmax"
     tables = {}
     quantized = [plan for plan in plans if plan.quantized and plan.input_of is None]
     for done, plan in enumerate(quantized):
@@ -51,9 +56,13 @@ def activation_tables(
                 low, high = recording.extremes()
             if static:
                 low, high, sample = low.amin()[None], high.amax()[None], sample.reshape(1, -1)
+            if calibrator is not None:
+                assert recording.histograms is not None
+                amax = recording.histograms.amax(calibrator, bits)
+                low, high = low.maximum(-amax), high.minimum(amax)
             symmetric = bits == 8 or plan.scales != "step"
             with named_errors(plan.name):
                 tables[path] = row_qparams(
-                    sample, low, high, bits, method, symmetric=symmetric, contain_zero=True
+                    sample, low, high, bits, rule, symmetric=symmetric, contain_zero=True
                 )
     return tables

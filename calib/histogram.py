@@ -134,8 +134,8 @@ class StepHistograms:
             if len(counts) + missing <= _MAX_BINS:
                 counts = np.concatenate([counts, np.zeros(max(1, missing))])
             else:
-                width, counts = 2 * width, counts.reshape(-1, 2).sum(1)
-                counts = np.concatenate([counts, np.zeros(len(counts) % 2)])
+                even = np.concatenate([counts, np.zeros(len(counts) % 2)])
+                width, counts = 2 * width, even.reshape(-1, 2).sum(1)
         added = torch.histc(x, bins=len(counts), min=0, max=width * len(counts))
         self._counts[step], self._widths[step] = counts + added.double().cpu().numpy(), width
 

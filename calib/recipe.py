@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from trtq.calib.histogram import CALIBRATORS, parse_calibrator
 from trtq.calib.policy import explain, read_toml
 from trtq.calib.sensitivity import parse_budget
 from trtq.diffusion.layout import parse_size
@@ -27,6 +28,7 @@ from trtq.errors import RecipeError
 from trtq.limits import MAX_BATCH, MAX_GUIDANCE, MAX_ITERATIONS, MAX_STEPS
 from trtq.quant.bits import check_bits
 from trtq.quant.formats import GROUPS, parse_precision
+from trtq.quant.ranges import METHODS
 
 __all__ = ["Attention", "Calibration", "Quest", "Recipe", "Training", "load_recipe", "methods"]
 
@@ -46,6 +48,18 @@ def check_path(value: str) -> str:
     """
     if "\0" in value:
         raise ValueError("it holds a NUL character, which no path does")
+    return value
+
+
+def _range_method(value: str) -> str:
+    """Return a method of finding activation ranges if it is known.
+
+    Raises:
+        ValueError: the method is unknown.
+    """
+    if value not in METHODS and parse_calibrator(value) is None:
+        known = ", ".join([*METHODS, *CALIBRATORS, "percentile:99.9"])
+        raise ValueError(f"unknown method {shown(value)} of finding ranges; choose one of {known}")
     return value
 
 
@@ -70,7 +84,9 @@ class Calibration(_Strict):
     samples_per_step: _Int = Field(4096, ge=16, le=1 << 20)
     """Number of sampled values per layer and step."""
     weights: Literal["minmax", "search"] = "search"
-    activations: Literal["minmax", "search"] = "search"
+    activations: Annotated[str, AfterValidator(_range_method)] = "search"
+    """`minmax`, `search`, or a calibrator of `trtq.calib.histogram`: `entropy`, `mse`, `percentile` or
+    e.g. `percentile:99.9`."""
     batch: _Int = Field(64, ge=1, le=MAX_BATCH)
     """Maximum number of images per denoiser call; fewer for large images, see
     `trtq.diffusion.sampling.at_once`."""
@@ -369,6 +385,17 @@ def _check_format(recipe: Recipe) -> None:
         raise RecipeError(
             f"a budget chooses the bits of integer weights, and the recipe asks for {recipe.precision}; "
             "leave out the budget, or choose integer bits, e.g. w4a4"
+        )
+    calibrated = parse_calibrator(recipe.calibration.activations) is not None
+    if calibrated and recipe.scales == "row":
+        raise RecipeError(
+            f"calibration.activations={recipe.calibration.activations!r} finds ranges, and scales='row' "
+            "computes them while the model runs; leave one of them out"
+        )
+    if calibrated and format != "int":
+        raise RecipeError(
+            f"calibration.activations={recipe.calibration.activations!r} finds ranges of integers, and "
+            f"the recipe asks for {recipe.precision}; leave it out, or choose integer bits, e.g. w8a8"
         )
     if recipe.group is not None and format != "weight_only":
         raise RecipeError(

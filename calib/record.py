@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from trtq.calib.histogram import StepHistograms
 from trtq.diffusion.sampling import Conditions, seeded_noise, walk
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError
@@ -21,6 +22,7 @@ __all__ = [
     "LayerRecorder",
     "Recorder",
     "Recording",
+    "histogram_count",
     "observe_trajectories",
     "record",
 ]
@@ -35,12 +37,15 @@ class Recording:
         high: largest value at each step, `[T]`.
         sample: random sample of the input values at each step, `[T, S]`.
         images: number of trajectories.
+        histograms: histograms of the absolute values, one per step or one for all steps; None: not
+            counted.
     """
 
     low: Tensor
     high: Tensor
     sample: Tensor
     images: int = 0
+    histograms: StepHistograms | None = None
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """Estimates of the smallest and largest value over all images, `low[T]` and `high[T]`.
@@ -86,6 +91,7 @@ class LayerRecorder:
         share: number of sampled values per layer, step and batch.
         images: number of trajectories.
         seed: seed of the random sample.
+        histograms: number of histograms of each input: one per step, one for all steps, or 0.
 
     Attributes:
         step: index of the current denoising step.
@@ -101,6 +107,7 @@ class LayerRecorder:
         share: int,
         images: int,
         seed: int,
+        histograms: int = 0,
     ) -> None:
         self.step = self.batch = 0
         self.share = share
@@ -119,6 +126,7 @@ class LayerRecorder:
                     torch.full((len(table),), -torch.inf),
                     torch.zeros(len(table), batches * share),
                     images,
+                    StepHistograms(histograms) if histograms else None,
                 )
 
     @property
@@ -145,6 +153,8 @@ class LayerRecorder:
             )
         recording.low[self.step] = torch.minimum(recording.low[self.step], low)
         recording.high[self.step] = torch.maximum(recording.high[self.step], high)
+        if recording.histograms is not None:
+            recording.histograms.add(self.step, x)
         start = self.batch * self.share
         slot = recording.sample[self.step, start : start + self.share]
         drawn = x[torch.randint(len(x), (len(slot),), generator=self._generator)]
@@ -156,6 +166,11 @@ class LayerRecorder:
             replaced = torch.rand(len(slot), generator=self._generator) < 1 / visits
             drawn = torch.where(replaced, drawn, slot)
         slot.copy_(drawn)
+
+
+def histogram_count(table: TimestepTable, *, static: bool) -> int:
+    """Number of histograms of each input: one per step, or one if all steps share a scale."""
+    return 1 if static else len(table)
 
 
 def record(
@@ -172,6 +187,7 @@ def record(
     seed: int,
     guidance: float = 1.0,
     device: torch.device | str = "cpu",
+    histograms: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Recording]:
     """Record the input of every layer along the float model's trajectories.
@@ -192,6 +208,7 @@ def record(
         seed: seed of the initial noise and of the random sample.
         guidance: classifier-free guidance scale of the trajectories.
         device: device of the denoiser.
+        histograms: see `LayerRecorder`.
         progress: callback with the completed and the total number of steps.
 
     Raises:
@@ -199,7 +216,7 @@ def record(
     """
     batches = -(-images // batch)
     share = -(-samples_per_step // batches)
-    recorder = LayerRecorder(layers, table, batches, share, images, seed)
+    recorder = LayerRecorder(layers, table, batches, share, images, seed, histograms)
     observe_trajectories(
         recorder,
         denoiser,

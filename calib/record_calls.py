@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trtq.calib.record import LayerRecorder, Recorder, Recording
+from trtq.calib.record import LayerRecorder, Recorder, Recording, histogram_count
 from trtq.calls.recorder import RecordedCall, call_until, observed, read_timestep
 from trtq.calls.user_call import UserCall, run_call
 from trtq.quant.hooks import input_hooks
@@ -48,6 +48,8 @@ def record_calls(
     *,
     samples_per_step: int,
     seed: int,
+    static: bool = False,
+    histograms: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, Recording]]:
     """Record the input of every layer during calls of the pipeline.
@@ -62,6 +64,8 @@ def record_calls(
             `numbers[i % len(numbers)]` calls.
         samples_per_step: number of sampled values per layer and step.
         seed: seed of the random numbers and of the random samples.
+        static: whether all steps share their histograms.
+        histograms: whether to count histograms of the inputs.
         progress: callback with the completed and the total number of pipeline calls.
 
     Returns:
@@ -73,7 +77,15 @@ def record_calls(
     """
     share = -(-samples_per_step // len(calls))
     recorders = {
-        part.name: LayerRecorder(part.layers, part.table, len(calls), share, len(calls), seed)
+        part.name: LayerRecorder(
+            part.layers,
+            part.table,
+            len(calls),
+            share,
+            len(calls),
+            seed,
+            histogram_count(part.table, static=static) if histograms else 0,
+        )
         for part in denoisers
     }
     observe_pipeline(pipeline, denoisers, recorders, calls, numbers, seed=seed, progress=progress)

@@ -72,6 +72,15 @@ Group = Annotated[
         "scale per output channel. Default: 64 with 4 bits, 0 with 8.",
     ),
 ]
+Calibrator = Annotated[
+    str | None,
+    typer.Option(
+        "--calibrator",
+        autocompletion=one_of("minmax", "search", "entropy", "percentile", "mse"),
+        help="How ranges of activations are found: minmax, search, entropy, percentile (99.99), "
+        "percentile:99.9 or mse. Default: the method's.",
+    ),
+]
 Tables = Annotated[
     str | None,
     typer.Option(
@@ -181,6 +190,7 @@ def quantize(
     bits: Bits = None,
     format: Format = None,
     group: Group = None,
+    calibrator: Calibrator = None,
     tables: Tables = None,
     scales: Scales = None,
     smooth: Smooth = None,
@@ -223,6 +233,8 @@ def quantize(
             | {"steps": steps}
             | {"seed": seed, "budget": budget, "size": size}
         )
+        if calibrator is not None:
+            overrides["calibration"] = {"activations": calibrator}
         loras = [parse_lora(text) for text in lora or []]
         calls = [read_call(path).arguments for path in call or []]
         files = read_inputs(inputs or [])

@@ -14,7 +14,14 @@ from torch import Tensor
 from trtq.errors import NonFiniteError, RecipeError
 from trtq.quant.bits import check_bits
 
-__all__ = ["Method", "activation_qparams", "affine_from_range", "row_qparams", "weight_qparams"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "activation_qparams",
+    "affine_from_range",
+    "row_qparams",
+    "weight_qparams",
+]
 
 Method = Literal["minmax", "search"]
 METHODS: tuple[Method, ...] = ("minmax", "search")

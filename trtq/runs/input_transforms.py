@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from trtq.calib.histogram import parse_calibrator
 from trtq.calib.input_rows import RowRecorder
 from trtq.calib.recipe import Recipe
 from trtq.calib.record import observe_trajectories
@@ -30,10 +31,12 @@ def _choice(recipe: Recipe) -> TransformChoice | None:
     """What the recipe allows; None: no transform."""
     if not recipe.smooth and not recipe.rotate:
         return None
+    # The samples of a candidate have no histograms.
+    clips = parse_calibrator(recipe.calibration.activations) is not None
     return TransformChoice(
         recipe.smooth,
         recipe.rotate,
-        recipe.calibration.activations,
+        "search" if clips or recipe.calibration.activations == "search" else "minmax",
         recipe.calibration.weights,
         recipe.tables == "static",
     )

@@ -21,8 +21,9 @@ from trtq.artefact.opened import Opened, open_artefact
 from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
 from trtq.artefact.partial import partial_folder
 from trtq.calib.activation_tables import activation_tables
+from trtq.calib.histogram import parse_calibrator
 from trtq.calib.recipe import Recipe, load_recipe
-from trtq.calib.record import record
+from trtq.calib.record import histogram_count, record
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.schedule import NoiseSchedule
@@ -67,11 +68,12 @@ def _calibrate(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     recipe, source = plan.recipe, plan.source
     assert recipe.guidance is not None
+    table = TimestepTable(schedule.timesteps.tolist())
     recordings = record(
         source.denoiser,
         plan.layers,
         schedule,
-        TimestepTable(schedule.timesteps.tolist()),
+        table,
         source.draw_conditions(
             recipe.calibration.images, seeded_generator(recipe.seed, "calibration conditions")
         ),
@@ -82,6 +84,11 @@ def _calibrate(
         seed=recipe.seed,
         guidance=recipe.guidance,
         device=device,
+        histograms=(
+            0
+            if parse_calibrator(recipe.calibration.activations) is None
+            else histogram_count(table, static=recipe.tables == "static")
+        ),
         progress=lambda done, total: progress("calibrate", done, total),
     )
     return activation_tables(

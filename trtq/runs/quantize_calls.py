@@ -13,6 +13,7 @@ from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_rows import FurtherRow, LayerRow, RecordedRow, SourceRow, StructureRow
 from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
 from trtq.calib.activation_tables import activation_tables
+from trtq.calib.histogram import parse_calibrator
 from trtq.calib.record import Recording
 from trtq.calib.record_calls import CalledDenoiser, record_calls
 from trtq.calls.stored import CALL_FOLDER, save_call
@@ -64,6 +65,8 @@ def calibrate(
         plan.numbers,
         samples_per_step=recipe.calibration.samples_per_step,
         seed=recipe.seed,
+        static=recipe.tables == "static",
+        histograms=parse_calibrator(recipe.calibration.activations) is not None,
         progress=lambda done, total: progress("calibrate", done, total),
     )
     parts, tables = [], {}
