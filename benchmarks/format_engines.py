@@ -109,7 +109,7 @@ def checkpoint(model: str, folder: Path) -> str:
 
 
 def quantize_rotated(arguments: list[str]) -> None:
-    """`trtq quantize` with a rotation of every layer, whatever its error."""
+    """`trtq quantize` with a rotation of every layer, regardless of its error."""
     import math
 
     from trtq.calib import transforms

@@ -60,9 +60,9 @@ def test_mse_is_the_minimum_that_brute_force_finds():
         )
 
     for bits in (8, 4):
-        found = mse_amax(counts, 1.0, bits)
+        amax = mse_amax(counts, 1.0, bits)
         errors = {centre: error(centre, 2 ** (bits - 1) - 1) for centre in centres[128:]}
-        assert errors[found] == pytest.approx(min(errors.values()), rel=1e-9)
+        assert errors[amax] == pytest.approx(min(errors.values()), rel=1e-9)
 
 
 def test_bins_grow_with_the_values_and_keep_every_count():

@@ -189,12 +189,13 @@ def main() -> None:
     """Answer requests about one artefact, or about the processor."""
     opened: list[MeasuredArtefact | MeasuredCall] = []
 
-    def open_row(call_of: str | None = None, **arguments: Any) -> dict[str, Any]:
-        opened.append(MeasuredArtefact() if call_of is None else MeasuredCall(call_of))
-        return opened[0].open(**arguments)
-
     def asked(name: str) -> Callable[..., dict[str, Any]]:
         return lambda **arguments: getattr(opened[0], name)(**arguments)
+
+    def open_row(call_of: str | None = None, **arguments: Any) -> dict[str, Any]:
+        opened.append(MeasuredArtefact() if call_of is None else MeasuredCall(call_of))
+        answer: dict[str, Any] = asked("open")(**arguments)
+        return answer
 
     names = ("prepare", "time", "draw", "memory", "operations")
     answer_questions(

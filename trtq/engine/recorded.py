@@ -29,7 +29,7 @@ _WIDEN = {
     "size": "export for a range of sizes: trtq export RUN --size SMALLEST:LARGEST",
 }
 
-_WIDEN_ENGINE = _WIDEN | {
+_ENGINE_REMEDIES = _WIDEN | {
     "batch": "build it for more images: trtq build ONNX -o ENGINE --batch-range 1:16",
     "prompt": "shorten the prompt, or run the ONNX folder, which has no limit",
 }
@@ -190,7 +190,7 @@ def _mismatch(name: str, graph: CallGraph, tensors: Mapping[str, Tensor]) -> str
             if row is not None and (size < row.low or too_large):
                 limit = f"{row.low} .. {row.high}" if row.high is not None else f"{row.low} or more"
                 is_engine = graph.engine.provider in BACKENDS
-                what, widen = ("engine", _WIDEN_ENGINE) if is_engine else ("graph", _WIDEN)
+                what, widen = ("engine", _ENGINE_REMEDIES) if is_engine else ("graph", _WIDEN)
                 return (
                     f"axis {axis} of {path!r} of {name} has size {size}; the {what} supports {limit} "
                     f"({row.varies}); to widen it, {widen[row.varies]}"
