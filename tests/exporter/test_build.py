@@ -239,7 +239,7 @@ def test_a_graph_that_the_backend_would_compute_wrongly_is_not_built(
 
     monkeypatch.setattr("trtq.exporter.build.find_backend", lambda _: RTX)
     monkeypatch.setattr(
-        "trtq.exporter.build.check", lambda *_: [Finding("conv_in", "a rule", "a fix")]
+        "trtq.exporter.build_graph.check", lambda *_: [Finding("conv_in", "a rule", "a fix")]
     )
     with pytest.raises(LegalityError, match="does not support the layer 'conv_in': a rule; a fix"):
         build(digits_onnx, tmp_path / "engine")

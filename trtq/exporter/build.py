@@ -20,7 +20,7 @@ from trtq.engine.tensorrt.compile import Compiled, compile_engine
 from trtq.engine.tensorrt.job import Job, Profile
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import MissingDependencyError, UsageError
-from trtq.exporter.build_graph import metadata_options, prepare_graph
+from trtq.exporter.build_graph import denoiser_metadata, prepare_graph
 from trtq.exporter.build_targets import suitable_architectures
 from trtq.exporter.graph_check import refuse_problems, require_graphs
 from trtq.exporter.parts import copy_parts
@@ -213,6 +213,8 @@ def _options(
     opened: StoredArtefact, settings: _Settings, profiles: Mapping[str, Profile]
 ) -> EngineOptions:
     """The options for the manifest: the options of the export and of the build."""
+    metadata = denoiser_metadata(opened)
+    recorded = is_recorded(opened)
     options = {
         **opened.manifest.options.to_json(),
         "backend": settings.backend.name,
@@ -222,7 +224,8 @@ def _options(
         "refit": settings.refit,
         "workspace_bytes": settings.workspace_bytes,
         "profiles": dict(profiles),
-        **metadata_options(opened),
+        "graph_metadata": {} if recorded else metadata[opened.denoiser],
+        "call_metadata": metadata if recorded else {},
     }
     if settings.batch is not None:
         options["batch"] = settings.batch

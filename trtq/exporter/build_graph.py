@@ -20,7 +20,7 @@ from trtq.graph.runtimes.format_rules import architecture_findings
 from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import load_graph, prepare
 
-__all__ = ["metadata_options", "prepare_graph"]
+__all__ = ["denoiser_metadata", "prepare_graph"]
 
 _NO_FLOAT32 = "sm75"
 """Architecture (Turing) for which TensorRT-RTX compiles no float32 products."""
@@ -96,16 +96,13 @@ def _denoiser_of(
     return None, None
 
 
-def metadata_options(opened: StoredArtefact) -> dict[str, Any]:
-    """Metadata of the denoisers' graphs as options of `EngineOptions`; an engine has none."""
-
-    def metadata(name: str) -> dict[str, str]:
-        return dict(load_graph(opened.folder / name / MODEL_FILE).metadata_props)
-
-    if opened.manifest.recorded is None:
-        return {"graph_metadata": metadata(opened.denoiser)}
-    rows = [row for part in opened.manifest.denoisers for row in part.recorded.graphs]
-    return {"call_metadata": {row.folder: metadata(row.folder) for row in rows}}
+def denoiser_metadata(opened: StoredArtefact) -> dict[str, dict[str, str]]:
+    """Metadata of the denoisers' graphs by folder; an engine has none."""
+    parts = opened.manifest.denoisers
+    names = [row.folder for part in parts for row in part.recorded.graphs] or [opened.denoiser]
+    return {
+        name: dict(load_graph(opened.folder / name / MODEL_FILE).metadata_props) for name in names
+    }
 
 
 def _computes_in_float32(model: Any) -> bool:
