@@ -24,6 +24,7 @@ _CANDIDATES = 80
 _SHRINK = 0.01
 _NORM = 2.4
 _VALUES_AT_ONCE = 1 << 17
+_SERIAL_VALUES = (1 << 15) - 1
 
 
 def _check(x: Tensor, bits: int, method: str) -> None:
@@ -64,6 +65,16 @@ def affine_from_range(
     return scale.float(), zero_point.float()
 
 
+def _candidates_at_once(rows: Tensor) -> int:
+    """How many candidates one pass computes: several where the calls would cost more than the values.
+
+    The values stay fewer than torch divides among threads, so the scores are those of single candidates.
+    """
+    if rows.device.type != "cpu":
+        return 1
+    return min(max(1, _SERIAL_VALUES // rows.numel()), _CANDIDATES)
+
+
 def _search(
     rows: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
@@ -81,18 +92,25 @@ def _search(
     """
     best_score = torch.full_like(low, torch.inf, dtype=torch.float32)
     best_scale, best_zero_point = affine_from_range(low, high, bits, symmetric=symmetric)
-    buffer = torch.empty_like(rows)
-    for candidate in range(_CANDIDATES):
-        c = 1.0 - _SHRINK * candidate
+    at_once = _candidates_at_once(rows)
+    # The gap keeps one inner loop per candidate: what a loop leaves over after whole vectors is computed
+    # by another routine, whose last bit may differ.
+    buffer = torch.empty(at_once, rows.numel() + 1, dtype=rows.dtype, device=rows.device)
+    shrink = torch.tensor(
+        [1.0 - _SHRINK * each for each in range(_CANDIDATES)], device=rows.device
+    ).to(low.dtype)
+    for c in shrink[:, None].split(at_once):
         scale, zero_point = affine_from_range(low * c, high * c, bits, symmetric=symmetric)
-        d, z = scale[:, None], zero_point[:, None]
-        codes = torch.div(rows, d, out=buffer).round_().add_(z).clamp_(0, 2**bits - 1)
+        d, z = scale[:, :, None], zero_point[:, :, None]
+        codes = buffer[: len(c), :-1].unflatten(1, rows.shape)
+        torch.div(rows, d, out=codes).round_().add_(z).clamp_(0, 2**bits - 1)
         error = codes.sub_(z).mul_(d).sub_(rows).abs_().pow_(_NORM)
-        score = error.mean(dim=1)
+        scores = error.mean(dim=2)
+        score, first = scores.where(scores < torch.inf, torch.inf).min(dim=0)
         better = score < best_score
         best_score = torch.where(better, score, best_score)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero_point = torch.where(better, zero_point, best_zero_point)
+        best_scale = torch.where(better, scale.gather(0, first[None])[0], best_scale)
+        best_zero_point = torch.where(better, zero_point.gather(0, first[None])[0], best_zero_point)
     return best_scale, best_zero_point
 
 
