@@ -231,8 +231,8 @@ def searched_one_by_one(rows, bits, symmetric):
 )
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_candidates_that_are_computed_together_give_the_same_range(shape, symmetric):
-    """Bit for bit, whatever is left over after whole vectors, and whichever are ruled out by their outermost
-    values; equal scores go to the first one."""
+    """Bit for bit, whatever is left over after whole vectors, and whichever the outermost values
+    rule out; equal scores go to the first one."""
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for data in (rows, rows.abs(), rows.round(), torch.zeros(shape), torch.full(shape, -1e38)):
         for bits in (2, 4, 8):

@@ -81,7 +81,7 @@ def _candidates_at_once(rows: Tensor) -> int:
 def _errors(
     rows: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor | None = None
 ) -> Tensor:
-    """`|x - Q(x)|**2.4` of rows `[R, n]`, for scales and zero points `[C, R]` of candidates: `[C, R, n]`."""
+    """`|x - Q(x)|**2.4` of rows `[R, n]` for candidates, `[C, R, n]`; scales, zero points: `[C, R]`."""
     d, z = scale[:, :, None], zero_point[:, :, None]
     codes = torch.div(rows, d, out=out).round_().add_(z).clamp_(0, 2**bits - 1)
     return codes.sub_(z).mul_(d).sub_(rows).abs_().pow_(_NORM)
@@ -130,11 +130,11 @@ def _search(
     # The gap keeps one inner loop per candidate: what a loop leaves over after whole vectors is computed
     # by another routine, whose last bit may differ.
     buffer = torch.empty(at_once, rows.numel() + 1, dtype=rows.dtype, device=rows.device)
-    for index, c in enumerate(shrink.split(at_once)):
-        if bounds is not None:
-            part = bounds[index * at_once : (index + 1) * at_once]
-            if not bool((part < best_score).any()):
-                continue
+    for begin in range(0, _CANDIDATES, at_once):
+        some = slice(begin, begin + at_once)
+        if bounds is not None and not bool((bounds[some] < best_score).any()):
+            continue
+        c = shrink[some]
         scale, zero_point = affine_from_range(low * c, high * c, bits, symmetric=symmetric)
         out = buffer[: len(c), :-1].view(len(c), *rows.shape)
         scores = _errors(rows, scale, zero_point, bits, out).mean(dim=2)
