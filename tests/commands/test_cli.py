@@ -96,7 +96,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
 
 
 def test_quantize_and_export_print_their_json_keys(tmp_path):
-    fast = ["--method", "minmax", "--steps", 2, "--bits", "w4a8", "--json"]
+    fast = [
+        "--method",
+        "minmax",
+        "--steps",
+        2,
+        "--calibration-images",
+        8,
+        "--bits",
+        "w4a8",
+        "--json",
+    ]
     quantized = run("quantize", "digits", "-o", tmp_path / "run", *fast)
     assert quantized.exit_code == 0, quantized.stderr
     assert {
@@ -432,7 +442,10 @@ def test_a_model_with_nan_weights_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [["quantize", "digits", "--method", "minmax", "--steps", "2"], ["export", "digits"]],
+    [
+        ["quantize", "digits", "--method", "minmax", "--steps", 2, "--calibration-images", 8],
+        ["export", "digits"],
+    ],
     ids=["quantize", "export"],
 )
 def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(command, tmp_path):
