@@ -33,7 +33,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(r"^<!-- run -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MAKES_ITS_ARTEFACTS = ("README.md",)
 SHORTER = {
-    "quantize": ["--steps", "4", "--calibration-images", "16"],
+    "quantize": ["--steps", "4"],
     "generate": ["--images", "2"],
     "eval": ["--images", "20"],
 }

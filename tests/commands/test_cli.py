@@ -443,7 +443,7 @@ def test_a_model_with_nan_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        ["quantize", "digits", "--method", "minmax", "--steps", 2, "--calibration-images", 8],
+        ["quantize", "digits", "--method", "minmax", "--steps", 2],
         ["export", "digits"],
     ],
     ids=["quantize", "export"],

@@ -141,7 +141,7 @@ def test_a_half_written_first_checkpoint_does_not_block_the_next_run(resume, tmp
     for name in (".iteration-0000002.partial", "iteration-0000002"):
         (stage / name).mkdir(parents=True)
         (stage / name / "model.safetensors").write_text("half")
-    fast = ("--method", "minmax", "--steps", 2, "--calibration-images", 8)
+    fast = ("--method", "minmax", "--steps", 2)
     result = run("quantize", "digits", "-o", tmp_path / "run", *fast, *resume)
     assert result.exit_code == 0, result.stderr
     assert ("no complete checkpoint" in message_of(result)) == bool(resume)
