@@ -96,17 +96,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
 
 
 def test_quantize_and_export_print_their_json_keys(tmp_path):
-    fast = [
-        "--method",
-        "minmax",
-        "--steps",
-        2,
-        "--calibration-images",
-        8,
-        "--bits",
-        "w4a8",
-        "--json",
-    ]
+    fast = ["--method", "minmax", "--steps", 2, "--bits", "w4a8", "--json"]
     quantized = run("quantize", "digits", "-o", tmp_path / "run", *fast)
     assert quantized.exit_code == 0, quantized.stderr
     assert {
