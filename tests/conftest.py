@@ -19,7 +19,7 @@ from trtq.runs.quantize import quantize
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-LONGEST = (
+STARTED_FIRST = (
     *("tests/families/test_families.py", "tests/test_docs.py", "tests/commands/test_cli.py"),
     *("tests/train/test_quest.py", "tests/exporter/test_component_worker.py"),
     *("tests/exporter/test_export.py", "tests/exporter/test_comfy.py"),
@@ -56,7 +56,7 @@ def pytest_collectreport(report):
 
 
 def pytest_collection_modifyitems(items):
-    places = {name: place for place, name in enumerate(LONGEST)}
+    places = {name: place for place, name in enumerate(STARTED_FIRST)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import skips
-from tests.conftest import LONGEST
+from tests.conftest import STARTED_FIRST
 from tests.vocabulary import ROOT, files_of_project
 
 MAX_FILE_LINES, MAX_LARGE_FILES = 300, 0.06
@@ -127,7 +127,7 @@ def test_few_files_are_long():
 
 
 def test_the_files_that_start_first_exist():
-    assert not [name for name in LONGEST if not (ROOT / name).is_file()]
+    assert not [name for name in STARTED_FIRST if not (ROOT / name).is_file()]
 
 
 def test_few_functions_are_long():
