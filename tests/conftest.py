@@ -197,7 +197,10 @@ def digits_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def digits_onnx(digits_run, tmp_path_factory):
-    return shared(tmp_path_factory, "exported", lambda f: export(digits_run, f / "onnx")) / "onnx"
+    # Commands look for the run next to the folder that was made from it.
+    out = digits_run.parent / "onnx"
+    shared(tmp_path_factory, "digits_onnx", lambda _: export(digits_run, out))
+    return out
 
 
 @pytest.fixture(scope="session")
