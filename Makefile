@@ -1,6 +1,6 @@
 PYTHON ?= python3
-# Two processes with one thread each; what shares a file shares its models.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=20
+# Two processes with one thread each; what shares a file shares its models. tests/conftest.py has the order.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 # With COVERAGE_FLOOR=88 the tests fail where they run less than 88 % of the lines.
 ifdef COVERAGE_FLOOR
 COVERAGE = --cov --cov-report=term:skip-covered --cov-fail-under=$(COVERAGE_FLOOR)

@@ -1,8 +1,10 @@
-"""Operands and sizes of each layer's call, from one call of the denoiser on the meta device."""
+"""Operands and sizes of each layer's call, from one call of the denoiser, as a rule without values."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
@@ -16,6 +18,9 @@ from trtq.quant.hooks import output_hooks
 from trtq.quant.plan import LayerPlan
 
 __all__ = ["LayerCall", "observe_calls", "probe", "with_shared_inputs"]
+
+_SMALL, _SMALL_SAMPLE = 5_000_000, 1 << 16
+"""Numbers of parameters, and of values of a sample, up to which a call computes with values."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def probe(
     timestep: float,
     conditions: Conditions,
 ) -> dict[str, LayerCall]:
-    """Call the denoiser once with tensors that have shapes but no values.
+    """Call the denoiser once, with tensors that have shapes but no values unless the model is small.
 
     Args:
         denoiser: float model, on the CPU or the meta device.
@@ -103,12 +108,27 @@ def probe(
     Returns:
         The calls by layer for one image, see `observe_calls`.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _values(denoiser, shape):
         return observe_calls(
             denoiser,
             names,
-            lambda: predict(denoiser, torch.empty(1, *shape), timestep, conditions),
+            lambda: predict(denoiser, torch.zeros(1, *shape), timestep, conditions),
         )
+
+
+def _values(denoiser: nn.Module, shape: tuple[int, ...]) -> AbstractContextManager[object]:
+    """Inside the block, tensors have no values unless the model is small, float32 and on the CPU.
+
+    torch's bookkeeping of tensors without values takes half a second even for a model that computes in
+    milliseconds.
+    """
+    tensors = [*denoiser.parameters(), *denoiser.buffers()]
+    small = math.prod(shape) <= _SMALL_SAMPLE and sum(map(torch.numel, tensors)) <= _SMALL
+    plain = all(
+        tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.int64)
+        for tensor in tensors
+    )
+    return nullcontext() if small and plain else FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def with_shared_inputs(

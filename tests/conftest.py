@@ -1,6 +1,9 @@
 """Small models that several tests share."""
 
+import functools
 import os
+import shutil
+import sys
 
 import pytest
 import torch
@@ -15,6 +18,23 @@ from trtq.runs.quantize import quantize
 # than with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+STARTED_FIRST = (
+    *("tests/families/test_families.py", "tests/test_docs.py", "tests/commands/test_cli.py"),
+    *("tests/train/test_quest.py", "tests/exporter/test_component_worker.py"),
+    *("tests/exporter/test_export.py", "tests/exporter/test_comfy.py"),
+    *("tests/pipelines/test_text.py", "tests/calls/test_free_axes.py", "tests/train/test_train.py"),
+    *("tests/exporter/test_hazards.py", "tests/pipelines/test_loaded_pipelines.py"),
+    *("tests/commands/test_hostile_verbs.py", "tests/runs/test_format_runs.py"),
+    *("tests/runs/test_weight_only_runs.py", "tests/calib/test_transforms.py"),
+    *("tests/diffusion/test_prepared.py", "tests/lora/test_exchange.py", "tests/test_packaging.py"),
+    *(
+        "tests/test_torch_settings.py",
+        "tests/demo/test_digits_dit.py",
+        "tests/train/test_called.py",
+    ),
+)
+"""The files that take longest. They start first, so that no process waits for one of them at the end."""
 
 _STRICT = os.environ.get("TRTQ_STRICT_SKIPS") == "1"
 _skipped: dict[str, str] = {}
@@ -33,6 +53,11 @@ def pytest_runtest_logreport(report):
 
 def pytest_collectreport(report):
     _note_skip(report)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(STARTED_FIRST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -64,6 +89,36 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+def _unmeasured(function):
+    """The function, called while coverage takes a break."""
+
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        tracer = sys.gettrace()
+        if not type(tracer).__module__.startswith("coverage"):
+            return function(*arguments, **options)
+        sys.settrace(None)
+        try:
+            return function(*arguments, **options)
+        finally:
+            sys.settrace(tracer)
+
+    return call
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torch_traces_unmeasured():
+    """Coverage nearly doubles the time of an export, and almost all of that time is torch's own.
+
+    What torch calls while it traces is not measured then: the forward functions of the layers, which
+    other tests call.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for place in (torch.export, torch.onnx):
+            patch.setattr(place, "export", _unmeasured(place.export))
+        yield
+
+
 @pytest.fixture(params=[True, False], ids=["vnni", "no vnni"])
 def vnni(request, monkeypatch):
     """The test runs as on both kinds of processors; whether this one is taken to have VNNI.
@@ -79,6 +134,27 @@ def computed_vnni(request, monkeypatch):
     """As `vnni`, for what is computed: a graph for processors without VNNI is right on all of them."""
     monkeypatch.setenv(VARIABLE, "+vnni" if request.param else "-vnni")
     return request.param
+
+
+def shared(factory, name, make):
+    """The folder `name`, which `make(folder)` fills once for all processes of the test run.
+
+    Nobody changes what is in it; a test that changes it makes a copy.
+    """
+    import fcntl
+
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared" / name
+    folder.parent.mkdir(exist_ok=True)
+    complete = folder.with_name(f"{name}.complete")
+    with open(folder.with_name(f"{name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not complete.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            complete.touch()
+    return folder
 
 
 def tiny_pipeline(seed=0):
@@ -113,15 +189,17 @@ def tiny():
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """The digits at W4A4 without fine-tuning, four steps."""
-    out = tmp_path_factory.mktemp("digits") / "run"
-    quantize("digits", {"method": "search", "steps": 4, "calibration": {"images": 16}}, out)
-    return out
+    recipe = {"method": "search", "steps": 4, "calibration": {"images": 16}}
+    return (
+        shared(tmp_path_factory, "digits", lambda f: quantize("digits", recipe, f / "run")) / "run"
+    )
 
 
 @pytest.fixture(scope="session")
-def digits_onnx(digits_run):
+def digits_onnx(digits_run, tmp_path_factory):
+    # Commands look for the run next to the folder that was made from it.
     out = digits_run.parent / "onnx"
-    export(digits_run, out)
+    shared(tmp_path_factory, "digits_onnx", lambda _: export(digits_run, out))
     return out
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import skips
+from tests.conftest import STARTED_FIRST
 from tests.vocabulary import ROOT, files_of_project
 
 MAX_FILE_LINES, MAX_LARGE_FILES = 300, 0.06
@@ -127,6 +128,10 @@ def test_few_files_are_long():
     sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in _library()}
     large = {_module(path): lines for path, lines in sizes.items() if lines > MAX_FILE_LINES}
     assert len(large) <= MAX_LARGE_FILES * len(sizes), large
+
+
+def test_the_files_that_start_first_exist():
+    assert not [name for name in STARTED_FIRST if not (ROOT / name).is_file()]
 
 
 def test_few_functions_are_long():

@@ -132,10 +132,9 @@ def test_each_input_is_recorded_under_its_timestep(tiny):
 def test_tables_contain_zero_and_have_one_entry_per_step(tiny):
     recorded, plans, _ = recordings(tiny)
     for static, length in ((False, 4), (True, 1)):
+        tables = activation_tables(recorded, plans, "search", static=static)
         for plan in plans:
-            scale, zero = activation_tables(recorded, plans, "search", static=static)[
-                f"{plan.name}.activation"
-            ]
+            scale, zero = tables[f"{plan.name}.activation"]
             assert scale.shape == zero.shape == (length,)
             assert bool((scale > 0).all())
             assert bool(((zero >= 0) & (zero <= 2**plan.activation_bits - 1)).all())

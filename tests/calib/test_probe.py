@@ -1,4 +1,4 @@
-"""One call on the meta device records the inputs of each layer, and shared inputs."""
+"""One call, with values or without, records the inputs of each layer, and shared inputs."""
 
 from dataclasses import replace
 
@@ -13,8 +13,10 @@ from trtq.quant import convert, merge, quantizable_layers
 from trtq.quant.timestep import TimestepTable
 
 
-@pytest.fixture
-def unet():
+@pytest.fixture(params=[True, False], ids=["with values", "without values"])
+def unet(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr("trtq.calib.probe._SMALL", 0)
     return tiny_pipeline().unet
 
 

@@ -1,10 +1,7 @@
 """The command line as users see it: results, errors, exit codes, no partial output."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -184,14 +181,7 @@ def test_inspect_shows_layers_bits_and_tables(digits_run):
     rows = {row["name"]: row for row in record["layers"]}
     assert len(rows["mid_block.resnets.0.conv1"]["scale"]["activation"]) == 4
     assert rows["conv_in"]["zero_points"] == [128]
-    code = "from trtq.cli import app; app()"
-    shown = subprocess.run(
-        [sys.executable, "-c", code, "inspect", str(digits_run)],
-        env={**os.environ, "COLUMNS": "80"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["inspect", str(digits_run)])
     # Names are not abbreviated even in the narrowest common terminal.
     assert rows.keys() <= set(shown.stdout.split())
     assert "…" not in shown.stdout
@@ -442,24 +432,24 @@ def test_a_model_with_nan_weights_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [["quantize", "digits", "--method", "minmax", "--steps", "2"], ["export", "digits"]],
+    [
+        ["quantize", "digits", "--method", "minmax", "--steps", 2],
+        ["export", "digits"],
+    ],
     ids=["quantize", "export"],
 )
 def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(command, tmp_path):
     import resource
 
-    def limited():
-        # Larger files fail as on a full disk; Python ignores the signal that would end the process.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
-
-    done = subprocess.run(
-        [sys.executable, "-m", "trtq.cli", *command, "-o", str(tmp_path / "out")],
-        preexec_fn=limited,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
+    former, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Larger files fail as on a full disk; Python ignores the signal that would end the process.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, most))
+    try:
+        done = run(*command, "-o", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (former, most))
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "failed, nothing of it is left" in line

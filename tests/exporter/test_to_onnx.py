@@ -1,7 +1,9 @@
 """A program is translated to the same graph whether or not torch decomposes it first."""
 
+import contextlib
 from types import SimpleNamespace
 
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -71,6 +73,13 @@ def normed(x, y):
     return nn.functional.rms_norm(x, [4], eps=1e-6) + torch.outer(y[0, 0], y[0, 1]).sum()
 
 
+def of_mixed_types(x, y):
+    """Operands that need casts: of integers and floats, of two floats, of tensors and numbers."""
+    counts = (x > 0).sum(2, keepdim=True)
+    low = y.half() * 2.5 + torch.arange(3)[:, None]
+    return counts * y + low + torch.where(counts > 1, 1, x) / (counts + 1)
+
+
 PLAIN = {f.__name__: f for f in (cast, on_new_memory, masked, asserted)}
 OTHERS = {f.__name__: f for f in (on_an_input, on_a_view, read_before, of_another_type, normed)}
 
@@ -126,6 +135,25 @@ def test_the_registry_is_torchs_own_again_after_an_export(tmp_path):
     computed(cast, tmp_path / "graph")
     assert vars(ONNXRegistry)["from_torchlib"] is before
     assert to_onnx._registry() is to_onnx._registry()
+
+
+@pytest.mark.parametrize("function", [cast, of_another_type, of_mixed_types, normed])
+def test_casts_are_inserted_as_if_torch_had_computed_the_values(function, monkeypatch):
+    texts = []
+    for values in (to_onnx._known_values, contextlib.nullcontext):
+        monkeypatch.setattr(to_onnx, "_known_values", values)
+        inputs = dict(zip("xy", examples(), strict=True))
+        model = trace_module(Function(function), inputs, ["out"])
+        texts.append(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
+    assert texts[0] == texts[1]
+
+
+def test_the_pass_of_casts_is_torchs_own_again_after_an_export(tmp_path):
+    from torch.onnx._internal.fx.passes import type_promotion
+
+    before = vars(type_promotion._TypePromotionInterpreter)["run_node"]
+    computed(cast, tmp_path / "graph")
+    assert vars(type_promotion._TypePromotionInterpreter)["run_node"] is before
 
 
 def test_a_float_transformer_is_plain(decomposed):

@@ -20,6 +20,7 @@ from trtq.runs.quantize import quantize
 
 TARGETS = ("mid_block.attentions.0.to_q", "mid_block.resnets.0.conv1")
 RANK = 2
+MINMAX = {"method": "minmax", "steps": 4, "calibration": {"images": 4}}
 
 pytestmark = [
     # transformers and PEFT emit these warnings while they load adapters.
@@ -83,7 +84,7 @@ def test_an_exchange_keeps_the_tables_and_recomputes_the_codes(base, model, tmp_
 
 def test_an_already_merged_lora_is_refused(model, tmp_path):
     lora = LoraRequest(tmp_path / "style.safetensors", 0.5)
-    quantize(model, {"method": "minmax", "steps": 4}, tmp_path / "run", loras=[lora])
+    quantize(model, MINMAX, tmp_path / "run", loras=[lora])
     assert open_folder(tmp_path / "run").manifest.loras[0].scale == 0.5
     with pytest.raises(UsageError, match="already merged"):
         requantize(tmp_path / "run", [lora], tmp_path / "again")
@@ -91,7 +92,7 @@ def test_an_already_merged_lora_is_refused(model, tmp_path):
 
 
 def test_a_changed_checkpoint_is_refused(model, tmp_path):
-    quantize(model, {"method": "minmax", "steps": 4}, tmp_path / "run")
+    quantize(model, MINMAX, tmp_path / "run")
     (model / "unet" / "config.json").write_text((model / "unet" / "config.json").read_text() + "\n")
     with pytest.raises(ArtefactError, match=r"have changed: unet/config\.json"):
         requantize(
@@ -101,7 +102,7 @@ def test_a_changed_checkpoint_is_refused(model, tmp_path):
 
 def test_a_checkpoint_with_changed_metadata_is_accepted(model, tmp_path):
     (model / "README.md").write_text("about it")
-    quantize(model, {"method": "minmax", "steps": 4}, tmp_path / "run")
+    quantize(model, MINMAX, tmp_path / "run")
     assert set(open_folder(tmp_path / "run").manifest.source.files) == {
         "model_index.json",
         "scheduler/scheduler_config.json",
@@ -123,7 +124,7 @@ def test_a_changed_readme_or_repository_is_accepted(model, tmp_path):
     for note in notes:
         note.parent.mkdir(exist_ok=True)
         note.write_text("before")
-    quantize(model, {"method": "minmax", "steps": 4}, tmp_path / "run")
+    quantize(model, MINMAX, tmp_path / "run")
     for note in notes:
         note.write_text("after")
     lora = LoraRequest(tmp_path / "style.safetensors")

@@ -14,6 +14,7 @@ from tests.test_torch_settings import RECIPE
 from trtq.engine.components import EngineAutoencoder, EngineTextEncoder
 from trtq.errors import UsageError
 from trtq.exporter.components import autoencoder_components
+from trtq.pipelines.open import open_any
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,12 @@ def test_features_of_float_models_only_are_refused_with_a_remedy(kind, name, fol
     assert not hasattr(denoiser, name)
     with pytest.raises(UsageError, match=f"a low-bit denoiser has no {name}: "):
         getattr(denoiser, name)
+
+
+def test_a_size_that_the_graph_does_not_support_is_refused(folders):
+    source = open_any(folders / "onnx")
+    with pytest.raises(UsageError, match=r"\[batch, 3, 8, 8\], got \[2, 3, 16, 16\]"):
+        source.denoiser(torch.zeros(2, 3, 16, 16), 1)
 
 
 def test_an_open_graph_is_not_pickled(folders):

@@ -27,6 +27,7 @@ from trtq.quant import (
     weight_qparams,
 )
 from trtq.quant.geometry import ConvGeometry
+from trtq.quant.ranges import affine_from_range, row_qparams
 
 
 def test_ties_round_to_even():
@@ -206,6 +207,38 @@ def test_one_sided_weights_have_a_code_for_zero():
         layer = QuantLinear(source, TimestepTable([1]), weight_method=method)
         assert bool((layer.weight_zero_point == 0).all())
     assert weight_qparams(source.weight, 4, "search")[1].min() < 0
+
+
+def searched_one_by_one(rows, bits, symmetric):
+    """The search as its formula says: the first of the candidates with the smallest error."""
+    low, high = rows.amin(1), rows.amax(1)
+    best = torch.full_like(low, torch.inf)
+    kept = affine_from_range(low, high, bits, symmetric=symmetric)
+    for index in range(80):
+        c = 1 - 0.01 * index
+        found = affine_from_range(low * c, high * c, bits, symmetric=symmetric)
+        d, z = (each[:, None] for each in found)
+        coded = ((rows / d).round() + z).clamp(0, 2**bits - 1)
+        score = ((coded - z) * d - rows).abs().pow_(2.4).mean(1)
+        better = score < best
+        best = torch.where(better, score, best)
+        kept = tuple(torch.where(better, *pair) for pair in zip(found, kept, strict=True))
+    return kept
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 37), (5, 3), (7, 27), (16, 300), (3, 1000), (2, 20000)]
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_candidates_that_are_computed_together_give_the_same_range(shape, symmetric):
+    """Bit for bit, whatever is left over after whole vectors, and whichever the outermost values
+    rule out; equal scores go to the first one."""
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for data in (rows, rows.abs(), rows.round(), torch.zeros(shape), torch.full(shape, -1e38)):
+        for bits in (2, 4, 8):
+            expected = searched_one_by_one(data, bits, symmetric)
+            got = row_qparams(data, data.amin(1), data.amax(1), bits, "search", symmetric=symmetric)
+            assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
 def test_refuses_what_cannot_be_quantised():

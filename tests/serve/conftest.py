@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.conftest import tiny_pipeline
+from tests.conftest import shared, tiny_pipeline
 from tests.serve.recorded import Recorded, quantized
 from trtq.exporter.export import export
 from trtq.runs.quantize import quantize
@@ -88,19 +88,20 @@ def toy():
 @pytest.fixture(scope="session")
 def served_onnx(tmp_path_factory):
     """An ONNX folder of the tiny class-conditional model at W4A8; three classes, four steps."""
-    folder = tmp_path_factory.mktemp("served")
-    recipe = {"method": "minmax", "bits": "w4a8", "steps": 4, "calibration": {"images": 8}}
-    quantize(tiny_pipeline(), recipe, folder / "run")
-    export(folder / "run", folder / "onnx")
-    return folder / "onnx"
+
+    def make(folder):
+        recipe = {"method": "minmax", "bits": "w4a8", "steps": 4, "calibration": {"images": 8}}
+        quantize(tiny_pipeline(), recipe, folder / "run")
+        export(folder / "run", folder / "onnx")
+
+    return shared(tmp_path_factory, "served", make) / "onnx"
 
 
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory):
     """The three recorded pipelines as runs, by name."""
-    folder = tmp_path_factory.mktemp("recorded")
     names = ("text", "img2img", "inpaint")
-    quantized(folder, *names)
+    folder = shared(tmp_path_factory, "recorded", lambda folder: quantized(folder, *names))
     return {name: Recorded(folder / name, name) for name in names}
 
 

@@ -62,25 +62,38 @@ def test_learned_rounding_comes_first(tmp_path):
 
 
 def test_learned_rounding_uses_every_micro_batch(tmp_path, monkeypatch):
+    def report(stage, done, total):
+        if (stage, done) == ("learn rounding", 2):
+            raise Stop
+
     seen = []
     rows = rounding._rows
     monkeypatch.setattr(rounding, "_rows", lambda *given: seen.append(given[3]) or rows(*given))
     settings = recipe(adaround=2)
     settings["training"] = settings["training"] | {"batch": 4, "at_once": 1}
-    quantize(tiny_pipeline(), settings, tmp_path / "run")
+    # All layers are treated alike; the points of two layers are enough.
+    with pytest.raises(Stop):
+        quantize(tiny_pipeline(), settings, tmp_path / "run", progress=report)
+    assert len(seen) == 2 * 4
     assert {len(batch.x) for batch in seen} == {1}
     assert len({float(batch.timestep) for batch in seen[:4]}) == 4
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was not interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    quantize(tiny_pipeline(), recipe(first_stage=0.5), out)
+    return out
+
+
 @pytest.mark.parametrize("where", [("time embedding", 2), ("attention", 1), ("attention", 3)])
-def test_an_interrupted_run_resumes_to_the_same_bits(where, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_bits(where, whole, tmp_path):
     def report(stage, done, total):
         if (stage, done) == where:
             raise Stop
 
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    settings = recipe(first_stage=0.5)
-    quantize(tiny_pipeline(), settings, whole)
+    cut, settings = tmp_path / "cut", recipe(first_stage=0.5)
     with pytest.raises(Stop):
         quantize(tiny_pipeline(), settings, cut, progress=report)
     quantize(tiny_pipeline(), settings, cut, resume=where != ("time embedding", 2), overwrite=True)

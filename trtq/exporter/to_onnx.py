@@ -5,6 +5,9 @@ takes more than half of its time. The denoisers and autoencoders of diffusers co
 operators that have an ONNX function already. If the few others can be replaced one by one, as `_replace`
 does, there is nothing to decompose, and the program is translated as it is. Any other program is
 decomposed by torch.
+
+Then torch computes the whole program once more, to find out which operands need a cast, although the
+trace knows the type and shape of every value; `_known_values` spares this.
 """
 
 from __future__ import annotations
@@ -81,7 +84,7 @@ def program_to_onnx(
         _replace(program.graph_module)
         # Nothing is left to decompose.
         program.run_decompositions = lambda *_, **__: program
-    with _one_registry(registry):
+    with _one_registry(registry), _known_values():
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -150,6 +153,39 @@ def _one_registry(registry: Any) -> Iterator[None]:
         yield
     finally:
         kind.from_torchlib = original
+
+
+@contextlib.contextmanager
+def _known_values() -> Iterator[None]:
+    """Inside the block, torch's pass that inserts casts takes the values from the trace.
+
+    The pass asks for types only, and a cast that it inserts leaves the type of the result as it was. If
+    torch has moved what this needs, torch computes the values.
+    """
+    try:
+        from torch.onnx._internal.fx.passes import type_promotion
+
+        kind: Any = type_promotion._TypePromotionInterpreter
+        original, rule_of = vars(kind)["run_node"], type_promotion.get_type_promotion_rule
+        inside, promote = kind._set_current_node, kind._maybe_promote_node
+    except (ImportError, AttributeError, KeyError):
+        yield
+        return
+
+    def run_node(self: Any, node: fx.Node) -> Any:
+        if node.op != "call_function" or node.meta.get("val") is None:
+            return original(self, node)
+        with inside(self, node):
+            rule = rule_of(node, self.type_promotion_table)
+            if rule is not None:
+                promote(self, node, rule)
+        return node.meta["val"]
+
+    kind.run_node = run_node
+    try:
+        yield
+    finally:
+        kind.run_node = original
 
 
 def _is_plain(program: torch.export.ExportedProgram, registry: Any) -> bool:

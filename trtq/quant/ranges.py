@@ -31,6 +31,10 @@ _CANDIDATES = 80
 _SHRINK = 0.01
 _NORM = 2.4
 _VALUES_AT_ONCE = 1 << 17
+_SERIAL_VALUES = (1 << 15) - 1
+_FEW_VALUES = 1 << 12
+_OUTER = 16
+_MARGIN, _TINY = 1e-3, 1e-40
 
 
 def _check(x: Tensor, bits: int, method: str) -> None:
@@ -71,6 +75,43 @@ def affine_from_range(
     return scale.float(), zero_point.float()
 
 
+def _candidates_at_once(rows: Tensor) -> int:
+    """How many candidates one pass computes: several where the calls would cost more than the values.
+
+    The values stay fewer than torch divides among threads, so the scores are those of single candidates.
+    """
+    if rows.device.type != "cpu":
+        return 1
+    return min(max(1, _SERIAL_VALUES // rows.numel()), _CANDIDATES)
+
+
+def _errors(
+    rows: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor | None = None
+) -> Tensor:
+    """`|x - Q(x)|**2.4` of rows `[R, n]` for candidates, `[C, R, n]`; scales, zero points: `[C, R]`."""
+    d, z = scale[:, :, None], zero_point[:, :, None]
+    codes = torch.div(rows, d, out=out).round_().add_(z).clamp_(0, 2**bits - 1)
+    return codes.sub_(z).mul_(d).sub_(rows).abs_().pow_(_NORM)
+
+
+def _lower_bounds(
+    rows: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool
+) -> Tensor | None:
+    """Lower bounds of the scores of candidates, `[C, R]`, whose ranges are `[C, R]`.
+
+    The outermost values alone rule out most of the narrow ranges, which clip these values. None: with
+    few values, and on a GPU, the bounds would cost more than they save.
+    """
+    count = rows.shape[1] // _OUTER
+    if count < 2 or rows.numel() < _FEW_VALUES or rows.device.type != "cpu":
+        return None
+    middle = ((low[0] + high[0]) / 2)[:, None]
+    outer = rows.gather(1, (rows - middle).abs().topk(count, dim=1, sorted=False).indices)
+    errors = _errors(outer, *affine_from_range(low, high, bits, symmetric=symmetric), bits)
+    # The scores are sums in single precision, whose rounding is far below the margin.
+    return errors.double().sum(dim=2) / rows.shape[1] * (1 - _MARGIN) - _TINY
+
+
 def _search(
     rows: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
@@ -86,20 +127,29 @@ def _search(
         bits: width of the codes.
         symmetric: see `affine_from_range`.
     """
+    shrink = torch.tensor(
+        [1.0 - _SHRINK * each for each in range(_CANDIDATES)], device=rows.device
+    ).to(low.dtype)[:, None]
+    at_once = _candidates_at_once(rows)
+    bounds = _lower_bounds(rows, low * shrink, high * shrink, bits, symmetric=symmetric)
     best_score = torch.full_like(low, torch.inf, dtype=torch.float32)
     best_scale, best_zero_point = affine_from_range(low, high, bits, symmetric=symmetric)
-    buffer = torch.empty_like(rows)
-    for candidate in range(_CANDIDATES):
-        c = 1.0 - _SHRINK * candidate
+    # The gap keeps one inner loop per candidate: what a loop leaves over after whole vectors is computed
+    # by another routine, whose last bit may differ.
+    buffer = torch.empty(at_once, rows.numel() + 1, dtype=rows.dtype, device=rows.device)
+    for begin in range(0, _CANDIDATES, at_once):
+        some = slice(begin, begin + at_once)
+        if bounds is not None and not bool((bounds[some] < best_score).any()):
+            continue
+        c = shrink[some]
         scale, zero_point = affine_from_range(low * c, high * c, bits, symmetric=symmetric)
-        d, z = scale[:, None], zero_point[:, None]
-        codes = torch.div(rows, d, out=buffer).round_().add_(z).clamp_(0, 2**bits - 1)
-        error = codes.sub_(z).mul_(d).sub_(rows).abs_().pow_(_NORM)
-        score = error.mean(dim=1)
+        out = buffer[: len(c), :-1].view(len(c), *rows.shape)
+        scores = _errors(rows, scale, zero_point, bits, out).mean(dim=2)
+        score, first = scores.where(scores < torch.inf, torch.inf).min(dim=0)
         better = score < best_score
         best_score = torch.where(better, score, best_score)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero_point = torch.where(better, zero_point, best_zero_point)
+        best_scale = torch.where(better, scale.gather(0, first[None])[0], best_scale)
+        best_zero_point = torch.where(better, zero_point.gather(0, first[None])[0], best_zero_point)
     return best_scale, best_zero_point
 
 
