@@ -8,6 +8,7 @@ import torch
 
 import trtq
 from tests.golden.modelopt_calibrators import BITS, GOLDEN, tensors
+from trtq.calib import histogram
 from trtq.calib.histogram import (
     Calibrator,
     StepHistograms,
@@ -42,7 +43,9 @@ def test_percentile_equals_modelopt(golden, name):
 
 # The others of a kind differ in the seed only.
 @pytest.mark.parametrize("name", [name for name in tensors() if name.endswith(("0", "3"))])
-def test_entropy_equals_modelopt(golden, name):
+def test_entropy_equals_modelopt(golden, name, monkeypatch):
+    # modelopt never joins bins, of which "heavy 3" gets 13,347.
+    monkeypatch.setattr(histogram, "_MAX_BINS", 1 << 20)
     expected = golden[name]["entropy"]
     assert amax_of(tensors()[name], "entropy") == pytest.approx(expected, rel=1e-6)
 
