@@ -24,13 +24,19 @@ from trtq.quant.hooks import input_hooks
 from trtq.snr import EXACT_DB, snr_db
 
 __all__ = [
+    "FLOOR_MARGIN_DB",
     "MAX_TIES",
+    "MAX_TIES_PER_STEP",
     "TIE_DB",
     "StepParity",
     "compare",
     "last_bit_moved",
+    "may_flip",
+    "mixed_items",
     "noise_parity",
+    "overall",
     "step_parity",
+    "worst_step",
 ]
 
 TIE_DB = 60.0
@@ -50,7 +56,7 @@ measured with one pattern of last bits, and another runtime's pattern flips othe
 _LAST_BIT = 2.0**-22
 """Relative change of a value in the measurement of the floor: two to four units in the last place of
 float32, whose spacing is 2**-24 to 2**-23 of the value."""
-_FLOOR_MARGIN_DB = 6.0
+FLOOR_MARGIN_DB = 6.0
 """Allowed distance below the floor: 20 log10(2) = 6.02 dB, twice the floor's noise amplitude. Chosen by
 hand, since the floor is measured with one pattern of last bits only."""
 MIN_ITEMS = 3
@@ -84,7 +90,7 @@ class StepParity:
 
     def holds(self, min_db: float) -> bool:
         """Whether the SNR reaches `min_db`, or comes close to the floor."""
-        return self.db >= min(min_db, self.floor_db - _FLOOR_MARGIN_DB)
+        return self.db >= min(min_db, self.floor_db - FLOOR_MARGIN_DB)
 
 
 def compare(reference: Tensor, other: Tensor, moved: Tensor | None = None) -> StepParity:
@@ -105,7 +111,7 @@ def compare(reference: Tensor, other: Tensor, moved: Tensor | None = None) -> St
     if moved is not None:
         floor_ties = float((_each_db(reference, moved) < TIE_DB).float().mean())
         row = replace(row, floor_db=snr_db(reference, moved), floor_ties=floor_ties)
-    if ties > _may_flip(MAX_TIES_PER_STEP, row.floor_ties):
+    if ties > may_flip(MAX_TIES_PER_STEP, row.floor_ties):
         return row
     return replace(row, db=snr_db(reference[same], other[same]), ties=ties)
 
@@ -114,7 +120,7 @@ def _each_db(reference: Tensor, other: Tensor) -> Tensor:
     return torch.tensor([snr_db(a, b) for a, b in zip(reference, other, strict=True)])
 
 
-def _may_flip(usual: float, floor: float) -> float:
+def may_flip(usual: float, floor: float) -> float:
     """Share of images that may be set aside: `usual`, or more if a share `floor` flips by itself."""
     return min(max(usual, _TIES_MARGIN * floor), _MAX_TIES_ANYWHERE)
 
@@ -144,11 +150,8 @@ def step_parity(
         NonFiniteError: the graph returns NaN or infinity.
     """
     rows = []
-    count, steps = len(noise), len(schedule)
-    # The mixed batch has items at several steps even for a single image.
-    items = torch.arange(max(count, min(steps, MIN_ITEMS + 1)))
-    position, image = items * steps // len(items), items % count
-    mixed = torch.empty(len(items), *noise.shape[1:], dtype=noise.dtype)
+    position, image = mixed_items(len(noise), len(schedule))
+    mixed = torch.empty(len(position), *noise.shape[1:], dtype=noise.dtype)
     for point in walk(reference, schedule, noise, conditions):
         here = position == point.position
         mixed[here] = point.x[image[here]]
@@ -158,9 +161,28 @@ def step_parity(
         )
     rows.reverse()
     together = _mixed(reference, exported, mixed, position, schedule, conditions.take(image))
-    rows.append(together)
+    return overall([*rows, together])
+
+
+def mixed_items(count: int, steps: int) -> tuple[Tensor, Tensor]:
+    """The batch in which each item is at another step.
+
+    Args:
+        count: number of images.
+        steps: number of steps.
+
+    Returns:
+        Index of the step, 0 = noisiest, and index of the image, int64 `[items]` each. There are several
+        steps even for a single image.
+    """
+    items = torch.arange(max(count, min(steps, MIN_ITEMS + 1)))
+    return items * steps // len(items), items % count
+
+
+def overall(rows: list[StepParity]) -> list[StepParity]:
+    """The rows over all images if more images were set aside, over all rows, than `MAX_TIES` allows."""
     usual = sum(row.floor_ties for row in rows) / len(rows)
-    if sum(row.ties for row in rows) > _may_flip(MAX_TIES, usual) * len(rows):
+    if sum(row.ties for row in rows) > may_flip(MAX_TIES, usual) * len(rows):
         return [replace(row, db=row.pooled_db, ties=0.0) for row in rows]
     return rows
 
@@ -224,12 +246,25 @@ def _mixed(
     together = predict(reference, x, timesteps, conditions)
     other = _exported_at(exported, x, timesteps, conditions)
     row = _with_floor(reference, x, timesteps, conditions, together, other)
-    each = _each_db(together, other)
-    for step in range(len(schedule)):
+    return worst_step(row, together, other, position)
+
+
+def worst_step(row: StepParity, reference: Tensor, other: Tensor, position: Tensor) -> StepParity:
+    """The row of a mixed batch; that of a step at which most items differ, if there is one.
+
+    A wrong look-up changes all items of a step; ties change single items.
+
+    Args:
+        row: the row of all items.
+        reference: the expected prediction, `[B, ...]`.
+        other: the prediction to check, `[B, ...]`.
+        position: index of each item's step, `[B]`.
+    """
+    each = _each_db(reference, other)
+    for step in position.unique().tolist():
         at = position == step
-        # A wrong look-up changes all items of a step; ties change single items.
         if int(at.sum()) >= MIN_ITEMS and float((each[at] < TIE_DB).float().mean()) > 0.5:
-            worst = snr_db(together[at], other[at])
+            worst = snr_db(reference[at], other[at])
             row = replace(row, db=worst, pooled_db=worst, ties=0.0)
     return row
 
