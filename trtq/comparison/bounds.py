@@ -12,6 +12,7 @@ import torch
 from trtq.comparison.calls import DenoiserCalls
 from trtq.exporter.parity import (
     FLOOR_MARGIN_DB,
+    MAX_TIES,
     MAX_TIES_PER_STEP,
     TIE_DB,
     StepParity,
@@ -21,11 +22,25 @@ from trtq.exporter.parity import (
     worst_step,
 )
 
-__all__ = ["Bound", "OutputParity", "call_bounds", "output_parities"]
+__all__ = ["Bound", "Flips", "OutputParity", "call_bounds", "output_parities"]
 
 Outputs = Mapping[str, np.ndarray]
-Moved = Callable[[int], Outputs]
-"""Outputs of the reference at a call, with inputs of its low-bit layers changed by their last bits."""
+
+
+@dataclass(frozen=True)
+class Flips:
+    """How many images may have a flipped code.
+
+    Attributes:
+        moved: function from the index of a call to the reference's outputs, with the inputs of its
+            low-bit layers changed by their last bits; None: it cannot be measured.
+        per_call: share of images of one call that may be set aside if fewer flip in the measurement.
+        overall: the same over all calls.
+    """
+
+    moved: Callable[[int], Outputs] | None = None
+    per_call: float = MAX_TIES_PER_STEP
+    overall: float = MAX_TIES
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,7 @@ def output_parities(
     expected: Sequence[Outputs],
     given: Sequence[Outputs],
     required: Mapping[str, float],
-    moved: Moved | None = None,
+    flips: Flips,
     channels: int | None = None,
 ) -> list[OutputParity]:
     """Compare the outputs of both sides, call by call.
@@ -86,7 +101,7 @@ def output_parities(
         expected: outputs of the reference in each call.
         given: outputs of the other side in each call.
         required: required SNR of each output, in dB.
-        moved: function that measures the floor, see `trtq.exporter.parity.StepParity`; None: no floor.
+        flips: how many images may have a flipped code.
         channels: number of entries of axis 1 to compare; None: all.
 
     Returns:
@@ -101,19 +116,19 @@ def output_parities(
                 _comparable(values[index][output], expected[index][output].shape, channels)
                 for values in (expected, given)
             )
-            row = compare(reference, other)
-            if row.pooled_db < TIE_DB and moved is not None:
+            row = compare(reference, other, None, flips.per_call)
+            if row.pooled_db < TIE_DB and flips.moved is not None:
                 if index not in floors:
-                    floors[index] = moved(index)
+                    floors[index] = flips.moved(index)
                 floor = _comparable(floors[index][output], expected[index][output].shape, channels)
-                row = compare(reference, other, floor)
+                row = compare(reference, other, floor, flips.per_call)
             if steps is not None:
                 row = worst_step(row, reference, other, torch.tensor(steps))
             rows.append(row)
-        pooled = overall(rows)
+        pooled = overall(rows, flips.overall)
         for index, (row, before) in enumerate(zip(pooled, rows, strict=True)):
             set_aside = row.ties > 0 or (before.ties == 0 and row.db == before.db)
-            limit = may_flip(MAX_TIES_PER_STEP, row.floor_ties) if set_aside else -1.0
+            limit = may_flip(flips.per_call, row.floor_ties) if set_aside else -1.0
             bound = Bound(
                 min(required[output], row.floor_db - FLOOR_MARGIN_DB),
                 limit,

@@ -61,7 +61,10 @@ class DenoiserCalls:
             size = min(count, images if steps is None else max(images, len(set(steps))))
             items = np.linspace(0, count - 1, size).round().astype(int)
             feeds.append(
-                {name: array[items] if len(array) == count else array for name, array in feed.items()}
+                {
+                    name: array[items] if len(array) == count else array
+                    for name, array in feed.items()
+                }
             )
             mixed.append(None if steps is None else [steps[item] for item in items])
         return DenoiserCalls(feeds, self.timesteps, mixed, self.family)
@@ -87,9 +90,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 @torch.no_grad()
-def record_calls(
-    reference: Side, other: Side, images: int | None = None
-) -> DenoiserCalls:
+def record_calls(reference: Side, other: Side, images: int | None = None) -> DenoiserCalls:
     """Run the reference's denoising loop, and keep the inputs of its denoiser at every step.
 
     The loop is that of the comparison after an export, see `trtq.exporter.step_check.parity_start`.

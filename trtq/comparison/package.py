@@ -46,4 +46,6 @@ def quiet_polygraphy() -> Iterator[None]:
         try:
             yield
         except PolygraphyException as err:
-            raise UsageError(f"polygraphy cannot compare them: {' '.join(str(err).split())}") from err
+            raise UsageError(
+                f"polygraphy cannot compare them: {' '.join(str(err).split())}"
+            ) from err

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from trtq.results import OMITTED_IF_NONE, Result
 
-__all__ = ["Bisection", "ComparedCall", "ComparedLayer", "CompareResult"]
+__all__ = ["Bisection", "CompareResult", "ComparedCall", "ComparedLayer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Bisection(Result):
     Attributes:
         layers: the layers, in the order of the model; empty if no choice of layers repairs the output,
             or nothing has to be repaired.
-        policy: the rule for a policy file that keeps these layers in float, in TOML; None without layers.
+        policy: the rule for a policy file that keeps these layers in float, in TOML; None: no layers.
         snr_db: minimum SNR of the output with these layers in float, in dB.
         comparisons: number of comparisons that were made.
     """
@@ -81,12 +81,15 @@ class CompareResult(Result):
         same_numbers: whether both sides were made from one run, or are one float model; if not, the
             bound is the rounding noise of the formats.
         snr_db_min: minimum SNR of an output, in dB.
-        required_db: required SNR of the prediction, in dB; see `ComparedCall.required_db` for each call.
-        calls: one entry per call and output, cleanest step first; the last one is a batch of mixed steps.
+        required_db: required SNR of the prediction, in dB; see `ComparedCall` for each call.
+        calls: one entry per call and output, cleanest step first, a batch of mixed steps last.
         layers: one entry per low-bit layer, in the order of execution; None unless requested.
         first: name of the first layer that leaves its bound; None without one.
         bisection: the layers that repair the output in float; None unless requested.
-        files: files that were written, relative to their folder; None if none was requested.
+        folder: folder of the files; None if none was requested.
+        files: names of the files that were written.
+        command: polygraphy's command that repeats the comparison, to be run in the folder; None unless a
+            script was requested.
     """
 
     ok: bool
@@ -99,4 +102,6 @@ class CompareResult(Result):
     layers: list[ComparedLayer] | None = field(default=None, metadata=OMITTED_IF_NONE)
     first: str | None = field(default=None, metadata=OMITTED_IF_NONE)
     bisection: Bisection | None = field(default=None, metadata=OMITTED_IF_NONE)
+    folder: str | None = field(default=None, metadata=OMITTED_IF_NONE)
     files: list[str] | None = field(default=None, metadata=OMITTED_IF_NONE)
+    command: str | None = field(default=None, metadata=OMITTED_IF_NONE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from trtq.errors import UsageError
 from trtq.exporter.step_check import PARITY_DB
 from trtq.graph.file import MODEL_FILE
 from trtq.pipelines.open import TORCH, open_any
+from trtq.runs.folder import open_run
 
 __all__ = ["Side", "hold_same_numbers", "ordered_sides", "required_db"]
 
@@ -73,7 +74,8 @@ class Side:
     @property
     def engine(self) -> Engine:
         """The engine of the denoiser's graph."""
-        engine: Engine = self.source.denoiser.engine
+        denoiser: Any = self.source.denoiser
+        engine: Engine = denoiser.engine
         return engine
 
     @property
@@ -83,12 +85,17 @@ class Side:
             return None
         return self.opened.folder / self.opened.denoiser / MODEL_FILE
 
-    @property
-    def model(self) -> nn.Module:
-        """The diffusers model in torch, without the wrapper that looks up the step."""
-        denoiser: Any = self.source.denoiser
-        model: nn.Module = getattr(denoiser, "denoiser", denoiser)
-        return model
+    def torch_denoiser(self) -> nn.Module | None:
+        """The denoiser in torch: that of this side, or of the run that a graph was exported from.
+
+        None: the run is not at hand.
+        """
+        if self.in_torch:
+            return self.source.denoiser
+        for folder in _origins(self.opened):
+            if parse_manifest(folder).kind == "run":
+                return open_run(folder).source().denoiser
+        return None
 
 
 def _open_side(place: str | Path | Opened, provider: str | None) -> Side:
@@ -150,11 +157,12 @@ def ordered_sides(
         UsageError: a provider cannot compute its side, or both sides are the same.
     """
     one, other = (
-        _open_side(place, provider) for place, provider in zip((first, second), providers, strict=True)
+        _open_side(place, provider)
+        for place, provider in zip((first, second), providers, strict=True)
     )
     if one.label == other.label:
-        same = isinstance(one.opened, StoredArtefact) and isinstance(other.opened, StoredArtefact)
-        if same and one.opened.folder.resolve() == other.opened.folder.resolve():
+        places = [Path(str(side.opened.place)).resolve() for side in (one, other)]
+        if places[0] == places[1]:
             raise UsageError(
                 f"both sides are {one.label}; name another artefact or another provider: "
                 "--provider, --against-provider"
@@ -181,25 +189,30 @@ def hold_same_numbers(one: Side, other: Side) -> bool:
 def _lineage(opened: Opened) -> set[str]:
     """SHA-256 of the manifests of an artefact and of those that it was made from, as far as known."""
     assert isinstance(opened, StoredArtefact)
-    hashes = {sha256(opened.folder / MANIFEST_NAME)}
-    folder, manifest = opened.folder, opened.manifest
-    while True:
-        made_from: Mapping[str, str] = manifest.source.files
-        if MANIFEST_NAME not in made_from:
-            return hashes
-        hashes.add(made_from[MANIFEST_NAME])
-        origin = find_origin(folder, manifest)
-        if origin is None:
-            return hashes
-        folder, manifest = origin, parse_manifest(origin)
+    hashes = set()
+    for folder in (opened.folder, *_origins(opened)):
+        hashes.add(sha256(folder / MANIFEST_NAME))
+        hashes.add(parse_manifest(folder).source.files.get(MANIFEST_NAME, ""))
+    return hashes - {""}
+
+
+def _origins(opened: Opened) -> list[Path]:
+    """The folders of the artefacts that an artefact was made from, as far as they are at hand."""
+    assert isinstance(opened, StoredArtefact)
+    folders: list[Path] = []
+    folder = find_origin(opened.folder, opened.manifest)
+    while folder is not None:
+        folders.append(folder)
+        folder = find_origin(folder, parse_manifest(folder))
+    return folders
 
 
 def required_db(reference: Side, other: Side) -> float:
     """Required SNR of the prediction, in dB.
 
     Two forms of one run differ in the last bits of floats and in half precision, see
-    `trtq.exporter.step_check.PARITY_DB`. A low-bit model and its float model differ by the rounding noise
-    of every low-bit layer, see `trtq.comparison.noise.noise_bound_db`.
+    `trtq.exporter.step_check.PARITY_DB`. A low-bit model and its float model differ by the rounding
+    noise of every low-bit layer, see `trtq.comparison.noise.noise_bound_db`.
     """
     rounding = min(PARITY_DB[side.opened.precision] for side in (reference, other))
     if hold_same_numbers(reference, other):

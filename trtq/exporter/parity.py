@@ -26,6 +26,7 @@ from trtq.snr import EXACT_DB, snr_db
 __all__ = [
     "FLOOR_MARGIN_DB",
     "MAX_TIES",
+    "MAX_TIES_ANYWHERE",
     "MAX_TIES_PER_STEP",
     "TIE_DB",
     "StepParity",
@@ -47,7 +48,7 @@ MAX_TIES_PER_STEP = 0.15
 """Maximum share at one step, larger because a few images more or fewer fall on a tie by chance. Chosen
 by hand: with 128 images and a true share of 0.05 the standard deviation is sqrt(0.05 * 0.95 / 128) =
 0.019, so this is five standard deviations above `MAX_TIES`."""
-_MAX_TIES_ANYWHERE = 0.4
+MAX_TIES_ANYWHERE = 0.4
 """Maximum share for networks that flip many codes by themselves. Chosen by hand, below one half, so that
 the majority of the images is always compared."""
 _TIES_MARGIN = 1.5
@@ -72,7 +73,7 @@ class StepParity:
         db: SNR in dB over the images without a flipped code; over all images if more images have a
             flipped code than may be set aside. The limits are `MAX_TIES_PER_STEP` and, over all steps,
             `MAX_TIES`; or `_TIES_MARGIN` times the share that flips in the reference when its last bits
-            change, but never more than `_MAX_TIES_ANYWHERE`.
+            change, but never more than `MAX_TIES_ANYWHERE`.
         pooled_db: SNR in dB over all images.
         ties: share of images set aside.
         floor_db: SNR in dB, over all images, of the reference against itself with the inputs of its
@@ -93,13 +94,19 @@ class StepParity:
         return self.db >= min(min_db, self.floor_db - FLOOR_MARGIN_DB)
 
 
-def compare(reference: Tensor, other: Tensor, moved: Tensor | None = None) -> StepParity:
+def compare(
+    reference: Tensor,
+    other: Tensor,
+    moved: Tensor | None = None,
+    usual: float = MAX_TIES_PER_STEP,
+) -> StepParity:
     """Compare two noise predictions `[B, ...]` image by image.
 
     Args:
         reference: the expected prediction.
         other: the prediction to check.
         moved: the prediction of the reference with changed last bits, for the floor; None: no floor.
+        usual: share of images that may be set aside if fewer flip in the floor.
 
     Returns:
         The agreement of the predictions.
@@ -111,7 +118,7 @@ def compare(reference: Tensor, other: Tensor, moved: Tensor | None = None) -> St
     if moved is not None:
         floor_ties = float((_each_db(reference, moved) < TIE_DB).float().mean())
         row = replace(row, floor_db=snr_db(reference, moved), floor_ties=floor_ties)
-    if ties > may_flip(MAX_TIES_PER_STEP, row.floor_ties):
+    if ties > may_flip(usual, row.floor_ties):
         return row
     return replace(row, db=snr_db(reference[same], other[same]), ties=ties)
 
@@ -122,7 +129,7 @@ def _each_db(reference: Tensor, other: Tensor) -> Tensor:
 
 def may_flip(usual: float, floor: float) -> float:
     """Share of images that may be set aside: `usual`, or more if a share `floor` flips by itself."""
-    return min(max(usual, _TIES_MARGIN * floor), _MAX_TIES_ANYWHERE)
+    return min(max(usual, _TIES_MARGIN * floor), MAX_TIES_ANYWHERE)
 
 
 def step_parity(
@@ -179,10 +186,15 @@ def mixed_items(count: int, steps: int) -> tuple[Tensor, Tensor]:
     return items * steps // len(items), items % count
 
 
-def overall(rows: list[StepParity]) -> list[StepParity]:
-    """The rows over all images if more images were set aside, over all rows, than `MAX_TIES` allows."""
-    usual = sum(row.floor_ties for row in rows) / len(rows)
-    if sum(row.ties for row in rows) > may_flip(MAX_TIES, usual) * len(rows):
+def overall(rows: list[StepParity], usual: float = MAX_TIES) -> list[StepParity]:
+    """The rows over all images if more images were set aside, over all rows, than is allowed.
+
+    Args:
+        rows: the rows.
+        usual: share of images that may be set aside if fewer flip in the floor.
+    """
+    floor = sum(row.floor_ties for row in rows) / len(rows)
+    if sum(row.ties for row in rows) > may_flip(usual, floor) * len(rows):
         return [replace(row, db=row.pooled_db, ties=0.0) for row in rows]
     return rows
 
@@ -261,7 +273,7 @@ def worst_step(row: StepParity, reference: Tensor, other: Tensor, position: Tens
         position: index of each item's step, `[B]`.
     """
     each = _each_db(reference, other)
-    for step in position.unique().tolist():
+    for step in sorted(set(position.tolist())):
         at = position == step
         if int(at.sum()) >= MIN_ITEMS and float((each[at] < TIE_DB).float().mean()) > 0.5:
             worst = snr_db(reference[at], other[at])
@@ -270,15 +282,20 @@ def worst_step(row: StepParity, reference: Tensor, other: Tensor, position: Tens
 
 
 @contextmanager
-def last_bit_moved(reference: Any) -> Iterator[None]:
-    """Inside the block, change every input of a low-bit layer by about its last bit."""
+def last_bit_moved(reference: Any, relative: float = _LAST_BIT) -> Iterator[None]:
+    """Inside the block, change every input of a low-bit layer by about its last bit.
+
+    Args:
+        reference: the denoiser.
+        relative: relative size of the change.
+    """
 
     def move(_: str, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         moved = []
         for x in inputs:
             signs = torch.ones(x.numel(), device=x.device)
             signs[::2] = -1
-            moved.append(x * (1 + _LAST_BIT * signs.reshape(x.shape)))
+            moved.append(x * (1 + relative * signs.reshape(x.shape)))
         return tuple(moved)
 
     named = reference.named_modules() if isinstance(reference, nn.Module) else ()
