@@ -16,11 +16,15 @@ from trtq.comparison.judge import Comparison, judge
 from trtq.comparison.noise import noise_bound_db
 from trtq.comparison.result import Bisection
 from trtq.comparison.sides import Side, hold_same_numbers, required_db
+from trtq.diffusion.sampling import at_once
 from trtq.errors import UsageError
 from trtq.exporter.step_check import PARITY_DB
 from trtq.progress import ProgressCallback
 
 __all__ = ["bisect"]
+
+_MAX_IMAGES = 16
+"""Images per call, since every comparison calls both sides at every step."""
 
 
 def bisect(
@@ -51,7 +55,9 @@ def bisect(
     """
     if comparison.ok:
         return Bisection(layers=[], policy=None, snr_db=comparison.snr_db_min, comparisons=0)
-    search = _Search(sides, calls, list(order), progress)
+    shape = calls.feeds[0][calls.family.sample].shape[1:]
+    few = calls.take(at_once(shape, _MAX_IMAGES))
+    search = _Search(sides, few, list(order), progress)
     whole = search.with_float(search.order)
     if not whole.ok:
         return Bisection(layers=[], policy=None, snr_db=whole.snr_db_min, comparisons=search.count)

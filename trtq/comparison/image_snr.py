@@ -44,7 +44,8 @@ class ImageSnr(BaseCompareFunc):  # type: ignore[misc]
 
     Args:
         bounds: `{"default": {output: bound}, "calls": {key: {output: bound}}}`. The key is `call_key` of
-            the reference's outputs; the entry "" stands for every other output. A bound holds `min_db`,
+            the reference's outputs; the entry "" stands for every other output, and an output without an
+            entry is not compared. A bound holds `min_db`,
             the required SNR in dB; `max_ties`, the share of images that may be set aside (below 0:
             none); `channels`, the number of entries of axis 1 that are compared (None: all); and
             `steps`, the index of each image's step in a batch of mixed steps (None: one step).
@@ -57,7 +58,8 @@ class ImageSnr(BaseCompareFunc):  # type: ignore[misc]
 
     def thresholds_for(self, output_name: str) -> SnrThreshold:
         """The threshold of an output at calls without a bound of their own."""
-        return SnrThreshold(_bound(self.bounds["default"], output_name)["min_db"])
+        bound = _bound(self.bounds["default"], output_name)
+        return SnrThreshold(-EXACT_DB if bound is None else bound["min_db"])
 
     def __call__(self, first: Any, second: Any) -> OrderedDict[str, Any]:
         """The SNR of every output that both results of one iteration have."""
@@ -71,8 +73,8 @@ class ImageSnr(BaseCompareFunc):  # type: ignore[misc]
         bounds = bounds or self.bounds["default"]
         results: OrderedDict[str, Any] = OrderedDict()
         for name, expected in reference.items():
-            if name in other:
-                bound = _bound(bounds, name)
+            bound = _bound(bounds, name)
+            if name in other and bound is not None:
                 result = SnrResult(
                     _snr(np.asarray(expected), np.asarray(other[name]), bound),
                     thresholds=SnrThreshold(bound["min_db"]),
@@ -82,9 +84,8 @@ class ImageSnr(BaseCompareFunc):  # type: ignore[misc]
         return results
 
 
-def _bound(bounds: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    bound: Mapping[str, Any] = bounds.get(name) or bounds[""]
-    return bound
+def _bound(bounds: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    return bounds.get(name) or bounds.get("")
 
 
 def _snr(expected: np.ndarray, given: np.ndarray, bound: Mapping[str, Any]) -> float:

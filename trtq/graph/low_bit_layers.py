@@ -107,6 +107,8 @@ def layers_to_float(model: ir.Model, layers: Mapping[str, nn.Module]) -> None:
             end = call.out.producer()
             assert end is not None
             model.graph.insert_after(end, nodes)
+            if call.out in model.graph.outputs:
+                call.out.name, new.name = f"{new.name}/replaced", call.out.name
             ir.convenience.replace_all_uses_with(call.out, new, replace_graph_outputs=True)
     RemoveUnusedNodesPass()(model)
 
@@ -149,6 +151,7 @@ def _float_nodes(
         node = ir.Node("", kind, inputs, list((attributes or {}).values()))
         node.name = f"{prefix}/{kind.lower()}_{len(nodes)}"
         node.outputs[0].name = node.name
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         nodes.append(node)
         return node.outputs[0]
 
