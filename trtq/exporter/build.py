@@ -22,7 +22,7 @@ from trtq.engine.tensorrt.compile import Compiled, compile_engine
 from trtq.engine.tensorrt.job import Job, Profile
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import LegalityError, MissingDependencyError, UsageError
-from trtq.exporter.build_targets import suitable_architectures
+from trtq.exporter.build_targets import check_plan, planned_precisions, suitable_architectures
 from trtq.exporter.graph_check import require_graphs
 from trtq.exporter.parts import copy_parts
 from trtq.exporter.result import BuildResult, BuiltEngine
@@ -83,7 +83,8 @@ def build(
         UsageError: the backend does not support the options, or there is no artefact.
         ArtefactError: the folder is not an ONNX folder, is damaged, or onnxruntime cannot open a graph.
         LegalityError: the backend would refuse a layer, or compute it wrongly.
-        BuildError: the builder refused, crashed or was killed.
+        BuildError: the builder refused, crashed or was killed, or a low-bit layer does not run in its
+            planned precision.
     """
     start = time.monotonic()
     chosen = find_backend(backend)
@@ -191,7 +192,8 @@ def _build_graphs(
         # Next to the result, since the system's temporary folder may be a small one in memory.
         with tempfile.TemporaryDirectory(prefix=".trtq-graph-", dir=out) as scratch:
             graph = Path(scratch) / MODEL_FILE
-            profiles[name], floats = _prepare(opened, name, graph, settings)
+            prepared = _prepare(opened, name, graph, settings)
+            profiles[name] = prepared.profile
             job = Job(
                 module=settings.backend.module,
                 graph=graph,
@@ -201,10 +203,12 @@ def _build_graphs(
                 weight_streaming=settings.weight_streaming,
                 refit=settings.refit,
                 workspace_bytes=settings.workspace_bytes,
+                plan=prepared.plan,
             )
             job.engine.parent.mkdir()
             compiled = compile_engine(settings.backend, job, use_cache=settings.use_cache)
-            engines.append(_row(name, compiled, floats))
+            check_plan(settings.backend.name, name, compiled.answer)
+            engines.append(_row(name, compiled, prepared.floats))
     progress("build", len(graphs), len(graphs))
     return engines, profiles
 
@@ -244,14 +248,24 @@ def _check_opened(
         logger.warning("the graphs are built without having been opened before: %s", err)
 
 
-def _prepare(
-    opened: StoredArtefact, name: str, out: Path, settings: _Settings
-) -> tuple[Profile, int | None]:
-    """Rewrite a graph for the backend, and write it to a file.
+@dataclass(frozen=True)
+class _Prepared:
+    """A graph that was rewritten for the backend.
 
-    Returns:
-        The profile of the graph, and the number of the manifest's layers that stay in float (None for
-        a component that is float altogether).
+    Attributes:
+        profile: profile of the graph.
+        floats: number of the manifest's layers that stay in float; None for a component that is float
+            altogether.
+        plan: planned precision of the low-bit layers.
+    """
+
+    profile: Profile
+    floats: int | None
+    plan: dict[str, str]
+
+
+def _prepare(opened: StoredArtefact, name: str, out: Path, settings: _Settings) -> _Prepared:
+    """Rewrite a graph for the backend, and write it to a file.
 
     Raises:
         LegalityError: the backend would refuse a layer, or compute it wrongly.
@@ -262,10 +276,11 @@ def _prepare(
     folder, manifest, backend = opened.folder, opened.manifest, settings.backend
     model = load_graph(folder / name / MODEL_FILE)
     denoiser = name == manifest.denoiser
-    floats = None
+    floats, plan = None, {}
     if denoiser:
         prepare(model, backend.name)
-        fatal = [finding for finding in check(model, backend.name) if finding.fatal]
+        findings = check(model, backend.name)
+        fatal = [finding for finding in findings if finding.fatal]
         fatal += architecture_findings(model, settings.architectures)
         if fatal:
             first = fatal[0]
@@ -273,6 +288,7 @@ def _prepare(
                 f"{backend.name} does not support the layer {first.layer!r}: {first.rule}; {first.fix}"
             )
         floats = sum(row.activation_bits is None for row in manifest.layers)
+        plan = planned_precisions(manifest, model, findings)
     if _NO_FLOAT32 in settings.architectures and _computes_in_float32(model):
         raise UsageError(
             f"{_NO_FLOAT32} has no products in float32, and {name} has some; leave it out, or export a "
@@ -281,7 +297,7 @@ def _prepare(
     ranges = axis_ranges(folder, name, manifest, model, settings.batch)
     profile = profile_of(model, ranges)
     ir.save(model, out, external_data=DATA_NAME)
-    return profile, floats
+    return _Prepared(profile, floats, plan)
 
 
 def _computes_in_float32(model: Any) -> bool:
@@ -307,4 +323,6 @@ def _row(name: str, compiled: Compiled, floats: int | None) -> BuiltEngine:
         cached=compiled.cached,
         warnings=answer.warnings,
         plugins=answer.plugins,
+        precisions=answer.precisions,
+        inspected=answer.inspected,
     )
