@@ -17,23 +17,31 @@ Artefact = Annotated[
     typer.Argument(metavar="ARTEFACT", help="Run, ONNX folder, engine folder or checkpoint."),
 ]
 
+Graphs = Annotated[
+    bool,
+    typer.Option("--graphs", help="Show each graph or engine by polygraphy's inspector, too."),
+]
+
 
 def inspect(
     artefact: Artefact,
     config: Config = None,
+    graphs: Graphs = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Show the layers, bits and tables of an artefact, after a check of its files.
 
     Example: trtq inspect run
+
+    Example: trtq inspect onnx --graphs
     """
     from trtq.artefact.opened import open_artefact
     from trtq.pipelines.inspect import inspect as read_contents
 
     with command(verbose):
         opened = open_artefact(artefact, verify=False, config=config)
-        show(read_contents(opened), as_json, lambda r: _print_contents(artefact, r))
+        show(read_contents(opened, graphs=graphs), as_json, lambda r: _print_contents(artefact, r))
 
 
 def _print_contents(artefact: str, record: dict[str, Any]) -> None:
@@ -43,6 +51,8 @@ def _print_contents(artefact: str, record: dict[str, Any]) -> None:
     for row in record.get("denoisers") or []:
         _print_denoiser(row)
     _print_layers(record["layers"])
+    for name, text in (record.get("graphs") or {}).items():
+        print_line(f"\n{name}: {text}")
     for row in record.get("engine_layers") or []:
         print_line(str(row.get("Name")))
 

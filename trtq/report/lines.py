@@ -244,6 +244,7 @@ def inspect_rows(result: Mapping[str, Any]) -> Rows:
         "engine_layers",
         "options",
         "denoisers",
+        "graphs",
     ]
     rows += [
         (label_text(key), _option(key, value))
