@@ -156,7 +156,9 @@ def test_models_with_different_inputs_are_refused_in_one_line(digits_onnx):
     done = CliRunner().invoke(app, ["verify", str(digits_onnx), "--against", "shapes"])
     assert done.exit_code == 2
     message = " ".join(done.stderr.split())
-    assert "the inputs differ: onnx (cpu) takes sample, timestep, class_labels, and shapes" in message
+    assert (
+        "the inputs differ: onnx (cpu) takes sample, timestep, class_labels, and shapes" in message
+    )
     assert "compare artefacts of one model" in message
 
 

@@ -81,8 +81,8 @@ def compare(
         first = next((row.name for row in rows if not row.ok), None)
         result = replace(result, ok=result.ok and first is None, layers=rows, first=first)
     if bisect:
-        found = find_culprits(sides, calls, comparison, order, progress)
-        result = replace(result, bisection=found)
+        bisection = find_culprits(sides, calls, comparison, order, progress)
+        result = replace(result, bisection=bisection)
     progress("compare", 3, 3)
     for folder, with_command in folders.items():
         written = write_results(folder, comparison, script=with_command, overwrite=overwrite)

@@ -105,7 +105,8 @@ def _open_side(place: str | Path | Opened, provider: str | None) -> Side:
         UsageError: the provider cannot compute it, or its engines are of another version.
     """
     opened = open_artefact(place, verify=False)
-    name = Path(str(opened.place)).name or str(opened.place)
+    named = isinstance(opened.place, str | Path)
+    name = Path(opened.place).name if named else type(opened.place).__name__
     if isinstance(opened, EngineFolder):
         _check_version(opened)
         chosen = provider or opened.backend
@@ -156,19 +157,16 @@ def ordered_sides(
     Raises:
         UsageError: a provider cannot compute its side, or both sides are the same.
     """
-    one, other = (
-        _open_side(place, provider)
-        for place, provider in zip((first, second), providers, strict=True)
-    )
-    if one.label == other.label:
-        places = [Path(str(side.opened.place)).resolve() for side in (one, other)]
-        if places[0] == places[1]:
+    given = _open_side(first, providers[0])
+    other = _open_side(second, providers[1])
+    if given.label == other.label:
+        if str(given.opened.place) == str(other.opened.place):
             raise UsageError(
-                f"both sides are {one.label}; name another artefact or another provider: "
+                f"both sides are {given.label}; name another artefact or another provider: "
                 "--provider, --against-provider"
             )
         other = replace(other, label=f"{other.label} 2")
-    return (one, other) if _distance(one) < _distance(other) else (other, one)
+    return (given, other) if _distance(given) < _distance(other) else (other, given)
 
 
 def _distance(side: Side) -> int:
@@ -177,13 +175,13 @@ def _distance(side: Side) -> int:
     return kinds[type(side.opened)] + (type(side.opened) is OnnxFolder and side.provider != "cpu")
 
 
-def hold_same_numbers(one: Side, other: Side) -> bool:
+def hold_same_numbers(first: Side, other: Side) -> bool:
     """Whether both sides were made from one run, or are one float model."""
-    if one.opened.low_bit != other.opened.low_bit:
+    if first.opened.low_bit != other.opened.low_bit:
         return False
-    if not one.opened.low_bit:
+    if not first.opened.low_bit:
         return True
-    return bool(_lineage(one.opened) & _lineage(other.opened))
+    return bool(_lineage(first.opened) & _lineage(other.opened))
 
 
 def _lineage(opened: Opened) -> set[str]:

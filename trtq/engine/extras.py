@@ -105,7 +105,7 @@ def _extra(name: str, adds: str, packages: tuple[_Package, ...]) -> Extra:
         version = _version(package.name)
         versions[package.name] = version
         others = {other: _version(other) for other in _ALTERNATIVES.get(package.name, ())}
-        instead = {other: found for other, found in others.items() if found is not None}
+        instead = {other: present for other, present in others.items() if present is not None}
         if version is None and instead:
             versions.update(instead)
         elif version is None:

@@ -49,13 +49,13 @@ def _calls(model: ir.Model, layers: Collection[str]) -> dict[str, list[_Call]]:
         if node.op_type in _CORES and part in ("conv", "matmul"):
             cores[call] = node
         outs[call] = node.outputs[0]
-    found: dict[str, list[_Call]] = {name: [] for name in layers}
+    calls_of: dict[str, list[_Call]] = {name: [] for name in layers}
     for call, core in cores.items():
-        found[call.partition(_CALL)[0]].append(_Call(core, outs[call]))
-    missing = [name for name, calls in found.items() if not calls]
+        calls_of[call.partition(_CALL)[0]].append(_Call(core, outs[call]))
+    missing = [name for name, calls in calls_of.items() if not calls]
     if missing:
         raise ArtefactError(f"the graph {model.graph.name!r} has no layer {missing[0]!r}")
-    return found
+    return calls_of
 
 
 def mark_layers(model: ir.Model, layers: Collection[str]) -> None:

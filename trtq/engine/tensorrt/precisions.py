@@ -3,7 +3,7 @@
 The network of a strongly typed build says for every product which types its operands have; the builder
 may not change them. The inspector of an engine says which types the inputs of a kernel have, if the
 engine was built with detailed information and can be loaded. Several layers that one compiled region
-computes are hidden in it; nothing is said about them.
+computes are hidden in it; their precision stays unknown.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ def shortfall(
     """
     problems = []
     for name, planned in plan.items():
-        found = network.get(name, "missing")
-        if found != planned:
-            problems.append(f"{name} ({planned} planned, {found} in the network)")
+        actual = network.get(name, "missing")
+        if actual != planned:
+            problems.append(f"{name} ({planned} planned, {actual} in the network)")
         elif engine.get(name) == "float":
             problems.append(f"{name} ({planned} planned, float in the engine)")
     return problems
