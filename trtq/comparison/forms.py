@@ -19,7 +19,7 @@ from trtq.diffusion.families import Family
 from trtq.engine.base import Engine
 from trtq.engine.open import open_engine
 from trtq.errors import UsageError
-from trtq.graph.file import DATA_NAME, MODEL_FILE
+from trtq.graph.file import MODEL_FILE, save_rewritten
 from trtq.graph.low_bit_layers import layers_to_float, mark_layers
 from trtq.graph.runtimes.prepare import load_graph, prepare
 from trtq.quant.float_form import float_form
@@ -163,8 +163,6 @@ def _prepared(side: Side, option: str) -> Any:
 
 def _opened(model: Any, folder: Path, side: Side) -> Engine:
     """Write a changed graph and open it on the provider of a side."""
-    import onnx_ir as ir
-
     folder.mkdir()
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME)
+    save_rewritten(model, folder)
     return open_engine(folder / MODEL_FILE, side.provider)

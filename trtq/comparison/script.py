@@ -14,7 +14,7 @@ from trtq.artefact.listing import write_listing
 from trtq.comparison.package import quiet_polygraphy
 from trtq.comparison.sides import Side
 from trtq.errors import UsageError
-from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, model_file
+from trtq.graph.file import ENGINE_FILE, MODEL_FILE, model_file, save_rewritten
 
 __all__ = ["KIND", "Written", "check_folder", "check_scriptable", "write_results"]
 
@@ -128,11 +128,9 @@ def _write_model(folder: Path, side: Side) -> str:
 
 
 def _save_prepared(side: Side, folder: Path) -> None:
-    import onnx_ir as ir
-
     from trtq.graph.runtimes.prepare import load_graph, prepare
 
     assert side.graph is not None
     runtime: Any = side.provider if side.provider in ("openvino", "tensorrt") else "onnxruntime"
     model = prepare(load_graph(side.graph), runtime)
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME)
+    save_rewritten(model, folder)

@@ -23,6 +23,7 @@ from trtq.artefact.opened import (
     StoredArtefact,
     open_artefact,
 )
+from trtq.artefact.recorded import refuse_recorded
 from trtq.comparison.noise import noise_bound_db
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.engine.base import Engine
@@ -105,6 +106,7 @@ def _open_side(place: str | Path | Opened, provider: str | None) -> Side:
         UsageError: the provider cannot compute it, or its engines are of another version.
     """
     opened = open_artefact(place, verify=False)
+    refuse_recorded(opened, "trtq verify --against", "compare it with its run: --run RUN")
     named = isinstance(opened.place, str | Path)
     name = Path(opened.place).name if named else type(opened.place).__name__
     if isinstance(opened, EngineFolder):

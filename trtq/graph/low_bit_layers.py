@@ -43,7 +43,7 @@ def _calls(model: ir.Model, layers: Collection[str]) -> dict[str, list[_Call]]:
     cores: dict[str, ir.Node] = {}
     outs: dict[str, ir.Value] = {}
     for node in model.graph:
-        call, _, part = (node.name or "").rpartition("/")
+        call, part = _split_name(node)
         if call.partition(_CALL)[0] not in layers:
             continue
         if node.op_type in _CORES and part in ("conv", "matmul"):
@@ -56,6 +56,13 @@ def _calls(model: ir.Model, layers: Collection[str]) -> dict[str, list[_Call]]:
     if missing:
         raise ArtefactError(f"the graph {model.graph.name!r} has no layer {missing[0]!r}")
     return calls_of
+
+
+def _split_name(node: ir.Node) -> tuple[str, str]:
+    """The call of a layer that a node belongs to, and the node's part in it."""
+    call, _, part = (node.name or "").rpartition("/")
+    # The nodes of a product in NVFP4 have one more level.
+    return call.removesuffix("/product"), part
 
 
 def mark_layers(model: ir.Model, layers: Collection[str]) -> None:
@@ -74,7 +81,7 @@ def mark_layers(model: ir.Model, layers: Collection[str]) -> None:
     for name, calls in _calls(model, layers).items():
         out = calls[-1].out
         # A new name, since a rewrite for a runtime may replace the value, but not its uses.
-        node = ir.node("Identity", [out], name=f"{name}/marked")
+        node = ir.node("Identity", [out], name=f"marked/{name}")
         node.outputs[0].name, node.outputs[0].type = name, out.type
         node.outputs[0].shape = out.shape
         graph.append(node)
@@ -118,7 +125,7 @@ def _low_bit_names(model: ir.Model) -> set[str]:
     return {
         call.partition(_CALL)[0]
         for node in model.graph
-        for call, _, part in [(node.name or "").rpartition("/")]
+        for call, part in [_split_name(node)]
         if node.op_type in _CORES and part in ("conv", "matmul")
     }
 
@@ -129,7 +136,7 @@ def _outside(value: ir.Value | None, names: Collection[str], ends: Collection[in
         producer = value.producer()
         if producer is None:
             break
-        layer = (producer.name or "").rpartition("/")[0].partition(_CALL)[0]
+        layer = _split_name(producer)[0].partition(_CALL)[0]
         if layer not in names:
             break
         value = producer.inputs[0]

@@ -66,6 +66,7 @@ def network_precisions(trt: Any, network: Any) -> dict[str, str]:
 def _low_bit_layer(node: str) -> str | None:
     """The layer of a product's node `LAYER/matmul` or `LAYER/call_2/matmul`; None for other nodes."""
     call, _, part = node.rpartition("/")
+    call = call.removesuffix("/product")  # NVFP4 has one more level.
     return call.partition(_CALL)[0] if call and part in _PARTS else None
 
 
