@@ -18,7 +18,7 @@ from trtq.errors import UsageError
 from trtq.exporter.parity import mixed_items
 from trtq.exporter.step_check import parity_start
 
-__all__ = ["DenoiserCalls", "check_inputs", "record_calls", "torch_call"]
+__all__ = ["DenoiserCalls", "check_inputs", "record_calls", "tensors_of", "torch_call"]
 
 Feeds = dict[str, np.ndarray]
 

@@ -26,7 +26,16 @@ from trtq.quant.float_form import float_form
 from trtq.quant.hooks import captured_outputs
 from trtq.quant.structure import Structure, apply_structure, replace_module
 
-__all__ = ["Form", "float_layers", "marked_form", "model_in", "side_form", "with_floats"]
+__all__ = [
+    "Form",
+    "float_layers",
+    "marked_form",
+    "model_in",
+    "outputs_of",
+    "side_form",
+    "structured",
+    "with_floats",
+]
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def write_results(folder: Path, comparison: Any, *, script: bool, overwrite: boo
     Args:
         folder: output folder; `inputs.json` holds the calls, `results.json` the outputs of both sides
             (`RunResults`), `accuracy.json` the verdicts (`AccuracyResults`).
-        comparison: a `trtq.comparison.compare.Comparison`.
+        comparison: a `trtq.comparison.judge.Comparison`.
         script: whether to write the graph or engine of the other side, too, and the command that repeats
             the comparison.
         overwrite: whether to replace an earlier folder of this kind.
