@@ -262,7 +262,7 @@ def _mixed(
 
 
 def worst_step(row: StepParity, reference: Tensor, other: Tensor, position: Tensor) -> StepParity:
-    """The row of a mixed batch; that of a step at which most items differ, if there is one.
+    """The row of a mixed batch; that of a step at which the majority differs, if there is one.
 
     A wrong look-up changes all items of a step; ties change single items.
 
