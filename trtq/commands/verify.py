@@ -140,29 +140,31 @@ def verify(
             record = record_of(result)
             show(record, as_json, _print_comparison)
         else:
-            given = {
-                "--provider": provider,
-                "--against-provider": against_provider,
-                "--bisect": bisect,
-                "--results": results,
-                "--script": script,
-            }
+            given: dict[str, Any] = {"--provider": provider, "--bisect": bisect}
+            given |= {"--against-provider": against_provider}
+            given |= {"--results": results, "--script": script}
             _refuse(given, "needs --against OTHER")
-            from trtq.exporter.verify import verify as check
-            from trtq.graph.runtimes.prepare import RUNTIMES
-
-            result = check(
-                artefact,
-                against=run,
-                runtimes=runtime or RUNTIMES,
-                layers=layers,
-                timeout=timeout,
-                progress=ProgressPrinter(),
-            )
-            record = record_of(result)
+            record = _check(artefact, run, runtime, layers, timeout)
             show(record, as_json, lambda r: _print_checks(artefact, r))
     if not record["ok"]:
         raise typer.Exit(1)
+
+
+def _check(
+    artefact: str, run: Path | None, runtime: list[str] | None, layers: bool, timeout: float
+) -> dict[str, Any]:
+    from trtq.exporter.verify import verify as check
+    from trtq.graph.runtimes.prepare import RUNTIMES
+
+    result = check(
+        artefact,
+        against=run,
+        runtimes=runtime or RUNTIMES,
+        layers=layers,
+        timeout=timeout,
+        progress=ProgressPrinter(),
+    )
+    return record_of(result)
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:

@@ -12,9 +12,10 @@ from trtq.comparison.forms import side_form
 from trtq.comparison.judge import judge
 from trtq.comparison.layers import compare_layers
 from trtq.comparison.package import check_polygraphy
-from trtq.comparison.result import CompareResult
+from trtq.comparison.result import ComparedLayer, CompareResult
 from trtq.comparison.script import check_folder, check_scriptable, write_results
-from trtq.comparison.sides import ordered_sides
+from trtq.comparison.sides import Side, ordered_sides
+from trtq.errors import UsageError
 from trtq.progress import ProgressCallback, silent
 from trtq.torch_settings import with_own_settings
 
@@ -60,13 +61,7 @@ def compare(
     """
     check_polygraphy()
     sides = ordered_sides(artefact, against, (provider, against_provider))
-    folders = {
-        check_folder(folder, overwrite=overwrite): with_command
-        for folder, with_command in ((results, False), (script, True))
-        if folder is not None
-    }
-    if script is not None:
-        check_scriptable(sides[1])
+    folders = _checked(sides[1], results, script, overwrite=overwrite)
     progress("record the calls", 0, 3)
     calls = record_calls(*sides)
     check_inputs(calls, sides)
@@ -78,8 +73,7 @@ def compare(
     if layers:
         rows = compare_layers(sides, calls)
         order = [row.name for row in rows]
-        first = next((row.name for row in rows if not row.ok), None)
-        result = replace(result, ok=result.ok and first is None, layers=rows, first=first)
+        result = _with_layers(result, rows)
     if bisect:
         bisection = find_culprits(sides, calls, comparison, order, progress)
         result = replace(result, bisection=bisection)
@@ -88,3 +82,29 @@ def compare(
         written = write_results(folder, comparison, script=with_command, overwrite=overwrite)
         result = replace(result, folder=str(folder), files=written.files, command=written.command)
     return result
+
+
+def _checked(
+    other: Side, results: str | Path | None, script: str | Path | None, *, overwrite: bool
+) -> dict[Path, bool]:
+    """The output folders, and whether each gets a script.
+
+    Raises:
+        UsageError: a folder must not be replaced, both are one, or polygraphy cannot run the side.
+    """
+    wanted = [(results, False), (script, True)]
+    folders = {
+        check_folder(folder, overwrite=overwrite): with_command
+        for folder, with_command in wanted
+        if folder is not None
+    }
+    if len(folders) < sum(folder is not None for folder, _ in wanted):
+        raise UsageError("--results and --script are one folder; --script writes the results, too")
+    if script is not None:
+        check_scriptable(other)
+    return folders
+
+
+def _with_layers(result: CompareResult, rows: list[ComparedLayer]) -> CompareResult:
+    first = next((row.name for row in rows if not row.ok), None)
+    return replace(result, ok=result.ok and first is None, layers=rows, first=first)

@@ -283,12 +283,7 @@ def worst_step(row: StepParity, reference: Tensor, other: Tensor, position: Tens
 
 @contextmanager
 def last_bit_moved(reference: Any, relative: float = _LAST_BIT) -> Iterator[None]:
-    """Inside the block, change every input of a low-bit layer by about its last bit.
-
-    Args:
-        reference: the denoiser.
-        relative: relative size of the change.
-    """
+    """Inside the block, change every input of a low-bit layer by `relative`, about its last bit."""
 
     def move(_: str, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         moved = []
