@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trtq.commands.app import App, OrderedGroup, group, main, with_former_names
-from trtq.commands.artefact import inspect, verify
+from trtq.commands.artefact import inspect
 from trtq.commands.bench import BenchGroup, bench, bench_kernels
 from trtq.commands.build import build
 from trtq.commands.export import export
@@ -13,10 +13,10 @@ from trtq.commands.package import package_triton
 from trtq.commands.plugins import build_plugins
 from trtq.commands.quantize import quantize
 from trtq.commands.serve import serve
+from trtq.commands.verify import verify
 
 BATCH_RANGE = with_former_names({"--batch": "--batch-range"})
 BATCH_SIZES = with_former_names({"--batch": "--batch-sizes", "--against": "--baseline"})
-RUN = with_former_names({"--against": "--run"})
 
 app = App(
     cls=OrderedGroup,
@@ -34,7 +34,7 @@ app.command(cls=BATCH_RANGE)(build)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(inspect)
-app.command(cls=RUN)(verify)
+app.command()(verify)
 app.command()(serve)
 app.command()(demo)
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FUNCTIONS = [
     "benchmark",
     "build",
+    "compare",
     "doctor",
     "evaluate",
     "export",
@@ -56,6 +57,7 @@ PARAMETERS = {
     "evaluate": "reference images steps seed gates progress",
     "benchmark": "providers batches steps seed progress",
     "verify": "runtimes layers timeout progress",
+    "compare": "provider layers bisect results script overwrite progress",
 }
 
 

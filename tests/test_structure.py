@@ -67,8 +67,11 @@ EDGES = {
     "trtq.processes.answer",
     "trtq.processes.ask",
     # The keyword arguments of a denoiser.
+    "trtq.comparison.calls.tensors_of",
     "trtq.calls.form.rebuild",
     "trtq.exporter.trace_call.rebuild",
+    # What the comparison function of a script reads from its JSON file.
+    "trtq.comparison.bounds.call_bounds",
     # The form that another library prescribes: torch's parameter groups, diffusers' arguments and
     # scheduler settings, TensorRT's inspector, OpenAI's errors, Ray's policies.
     "trtq.diffusion.layout.read_scheduler",

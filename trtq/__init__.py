@@ -67,6 +67,7 @@ __all__ = [
     "__version__",
     "benchmark",
     "build",
+    "compare",
     "doctor",
     "evaluate",
     "export",
@@ -80,6 +81,7 @@ __all__ = [
 if TYPE_CHECKING:
     from trtq.bench.run import benchmark
     from trtq.calib.recipe import Recipe
+    from trtq.comparison.compare import compare
     from trtq.engine.doctor import doctor
     from trtq.errors import (
         ArtefactError,
@@ -112,6 +114,7 @@ _MODULES = {
     "Recipe": "trtq.calib.recipe",
     "benchmark": "trtq.bench.run",
     "build": "trtq.exporter.build",
+    "compare": "trtq.comparison.compare",
     "doctor": "trtq.engine.doctor",
     "evaluate": "trtq.evaluation.evaluate",
     "export": "trtq.exporter.export",

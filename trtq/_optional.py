@@ -21,6 +21,7 @@ _EXTRAS = {
     "sklearn": "dev",
     "imageio": "video",
     "imageio_ffmpeg": "video",
+    "polygraphy": "polygraphy",
 }
 
 

@@ -41,7 +41,6 @@ FORMER_NAMES = {
     "build": (("build", "digits", "-o", "{}"), "--batch", "--batch-range", "9:1"),
     "bench": (("bench", "digits", "-o", "{}"), "--batch", "--batch-sizes", "0"),
     "bench, baseline": (("bench", "digits"), "--against", "--baseline", "/nonexistent"),
-    "verify": (("verify", "digits"), "--against", "--run", "/nonexistent"),
 }
 
 

@@ -268,7 +268,9 @@ def test_the_error_about_a_missing_backend_says_how_to_install_it(monkeypatch):
     with pytest.raises(UsageError, match="choose one of tensorrt-rtx, tensorrt"):
         find_backend("trt")
     monkeypatch.setattr(Backend, "installed", False)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'trtq\[rtx\]' or install"):
+    with pytest.raises(
+        MissingDependencyError, match=r"pip install 'trtq\[rtx\]' or pip install 'trtq\[trt\]'"
+    ):
         find_backend()
     with pytest.raises(MissingDependencyError, match="tensorrt is not installed"):
         find_backend("tensorrt")

@@ -69,10 +69,12 @@ _WORDS = {
     "demo report": "a report of trtq demo",
     "demo": "a folder of trtq demo",
     "triton": "a Triton model repository",
+    "comparison": "a comparison of trtq verify",
 }
 _OTHERS = {
     "triton": "a repository that trtq made",
     "demo": "a folder that trtq demo made",
+    "comparison": "a comparison that trtq verify made",
     **dict.fromkeys(("eval", "bench", "demo report"), "a report of trtq"),
 }
 _OPEN = ("demo",)

@@ -223,6 +223,7 @@ class EngineMetrics(Record):
     name: Text | None = None
     engine_bytes: _Bytes | None = None
     build_seconds: _Seconds | None = None
+    precisions: dict[Text, Annotated[int, Field(strict=True, ge=0)]] = {}
 
 
 class Metrics(Record):

@@ -1,69 +1,47 @@
-"""`trtq inspect` and `trtq verify`: show the content of an artefact, and check it."""
+"""`trtq inspect`: show the content of an artefact."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from trtq.commands.options import AsJson, Config, Timeout, Verbose, one_of
-from trtq.commands.output import (
-    command,
-    print_line,
-    print_lines,
-    print_table,
-    record_of,
-    show,
-    terminal_width,
-)
-from trtq.progress import ProgressPrinter
+from trtq.commands.options import AsJson, Config, Verbose
+from trtq.commands.output import command, print_line, print_lines, show, terminal_width
 
-__all__ = ["inspect", "verify"]
+__all__ = ["inspect"]
 
 Artefact = Annotated[
     str,
     typer.Argument(metavar="ARTEFACT", help="Run, ONNX folder, engine folder or checkpoint."),
 ]
-VerifiedArtefact = Annotated[
-    str, typer.Argument(metavar="ARTEFACT", help="Run, ONNX folder or engine folder.")
-]
-RunFolder = Annotated[
-    Path | None,
-    typer.Option("--run", help="Run that the ONNX folder was exported from, to compare with."),
-]
-Runtimes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--runtime",
-        autocompletion=one_of("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"),
-        help="Runtime whose restrictions are checked: onnxruntime, openvino, tensorrt-rtx or "
-        "tensorrt; may be repeated. Default: all.",
-    ),
-]
-Layers = Annotated[
-    bool, typer.Option("--layers", help="Compare the output of every low-bit layer; needs --run.")
+
+Graphs = Annotated[
+    bool,
+    typer.Option("--graphs", help="Show each graph or engine by polygraphy's inspector, too."),
 ]
 
 
 def inspect(
     artefact: Artefact,
     config: Config = None,
+    graphs: Graphs = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Show the layers, bits and tables of an artefact, after a check of its files.
 
     Example: trtq inspect run
+
+    Example: trtq inspect onnx --graphs
     """
     from trtq.artefact.opened import open_artefact
     from trtq.pipelines.inspect import inspect as read_contents
 
     with command(verbose):
         opened = open_artefact(artefact, verify=False, config=config)
-        show(read_contents(opened), as_json, lambda r: _print_contents(artefact, r))
+        show(read_contents(opened, graphs=graphs), as_json, lambda r: _print_contents(artefact, r))
 
 
 def _print_contents(artefact: str, record: dict[str, Any]) -> None:
@@ -73,6 +51,8 @@ def _print_contents(artefact: str, record: dict[str, Any]) -> None:
     for row in record.get("denoisers") or []:
         _print_denoiser(row)
     _print_layers(record["layers"])
+    for name, text in (record.get("graphs") or {}).items():
+        print_line(f"\n{name}: {text}")
     for row in record.get("engine_layers") or []:
         print_line(str(row.get("Name")))
 
@@ -134,72 +114,3 @@ def _layer_cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"zero {points}" if points else "",
         transform_text(row),
     )
-
-
-def verify(
-    artefact: VerifiedArtefact,
-    run: RunFolder = None,
-    runtime: Runtimes = None,
-    layers: Layers = False,
-    timeout: Timeout = 300.0,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-) -> None:
-    """Check an artefact: file hashes, runtime restrictions, and with --run parity with torch.
-
-    Each graph is opened and called once. Exit code 1 if a check fails.
-
-    Example: trtq verify onnx --run run --layers
-    """
-    from trtq.exporter.verify import verify as check
-    from trtq.graph.runtimes.prepare import RUNTIMES
-
-    with command(verbose):
-        result = check(
-            artefact,
-            against=run,
-            runtimes=runtime or RUNTIMES,
-            layers=layers,
-            timeout=timeout,
-            progress=ProgressPrinter(),
-        )
-        record = record_of(result)
-        show(record, as_json, lambda r: _print_checks(artefact, r))
-    if not record["ok"]:
-        raise typer.Exit(1)
-
-
-def _print_checks(artefact: str, record: dict[str, Any]) -> None:
-    graphs, runtimes = record.get("graphs", {}), record.get("runtimes", {})
-    rows = {"kind": record["kind"], "files as in the manifest": str(record["files"])}
-    for name, problem in graphs.items():
-        rows[f"{name}, opened and called"] = "yes" if problem is None else "FAILED"
-    for name, runtime in runtimes.items():
-        notes = sum(not finding["fatal"] for finding in runtime["findings"])
-        rows[name] = ("legal" if runtime["legal"] else "refused") + (
-            f", {notes} layers in float" if notes else ""
-        )
-    if "parity_db_min" in record:
-        rows["minimum parity"] = (
-            f"{record['parity_db_min']:.1f} dB (required {record['parity_required_db']:g})"
-        )
-    print_lines(artefact, list(rows.items()))
-    for name, problem in graphs.items():
-        if problem is not None:
-            print_line(f"{name}: {problem}")
-    for name, runtime in runtimes.items():
-        for finding in runtime["findings"]:
-            print_line(f"{name}: {finding['layer']}: {finding['rule']}. {finding['fix']}")
-    if record.get("layers"):
-        _print_layer_parity(record)
-    print_line("all well" if record["ok"] else "a check failed, see above")
-
-
-def _print_layer_parity(record: dict[str, Any]) -> None:
-    table = Table(title="layers compared with torch", title_justify="left")
-    for column in ("layer", "dB"):
-        table.add_column(column)
-    for row in record["layers"]:
-        table.add_row(row["name"], f"{row['snr_db']:.1f}")
-    print_table(table)
-    print_line(f"first layer with a flipped code: {record['first'] or 'none'}")

@@ -97,12 +97,21 @@ def build(
 def _print_engines(title: str, record: dict[str, Any]) -> None:
     from trtq.report.lines import bytes_text, seconds_text
 
-    header = ("engine", "size", "layers", "in float", "built in", "from the cache")
+    header = (
+        "engine",
+        "size",
+        "layers",
+        "low-bit layers",
+        "in float",
+        "built in",
+        "from the cache",
+    )
     rows = [
         (
             str(row["name"]),
             bytes_text(row["engine_bytes"]),
             "-" if row["layers"] is None else str(row["layers"]),
+            ", ".join(f"{count} {name}" for name, count in row["precisions"].items()) or "-",
             "-" if row["float"] is None else str(row["float"]),
             seconds_text(row["build_seconds"]),
             "yes" if row["cached"] else "no",

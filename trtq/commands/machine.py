@@ -81,6 +81,17 @@ def _print_machine(record: dict[str, Any]) -> None:
     from trtq.report.lines import doctor_rows
 
     print_lines("trtq doctor", doctor_rows(record))
+    rows = [
+        (
+            extra["name"],
+            ", ".join(f"{name} {version}" for name, version in extra["packages"].items() if version)
+            or "-",
+            extra["adds"],
+            "" if extra["ok"] else f"{extra['install']} ({extra['problem']})",
+        )
+        for extra in record["extras"]
+    ]
+    print_lines("\nextras", rows, ("extra", "installed", "adds", "to install"))
     for problem in record["problems"]:
         print_line(f"! {problem}", fold=True)
     for hint in record["hints"]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from trtq.diffusion.shipped import shipped_models
+from trtq.engine.extras import Extra, installed_extras
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import KernelError, MissingDependencyError
 from trtq.plugins.device import first_gpu
@@ -88,6 +89,8 @@ class DoctorResult(Result):
         cuda: name of the GPU that torch sees.
         driver: the NVIDIA driver and the CUDA version that it supports; None without a driver.
         models: models that ship with trtq.
+        extras: the optional dependencies: what each adds, what is installed of it, and the command that
+            installs it.
     """
 
     ok: bool
@@ -103,6 +106,7 @@ class DoctorResult(Result):
     cuda: str | None
     driver: str | None
     models: list[str]
+    extras: list[Extra]
 
 
 def doctor() -> DoctorResult:
@@ -130,6 +134,7 @@ def doctor() -> DoctorResult:
         cuda=cuda,
         driver=None if driver is None else cuda_text(driver),
         models=models,
+        extras=installed_extras(),
     )
 
 

@@ -223,6 +223,11 @@ class OrtSession(Engine):
         super().__init__(provider, input_specs(session), _specs(session.get_outputs()), metadata)
         self._session = session
 
+    @property
+    def session(self) -> Any:
+        """The session, an `onnxruntime.InferenceSession`."""
+        return self._session
+
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the graph once; inputs and outputs are arrays by name, batch first.
 

@@ -21,7 +21,7 @@ from trtq.engine.tensorrt.job import Job, Profile
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import MissingDependencyError, UsageError
 from trtq.exporter.build_graph import denoiser_metadata, prepare_graph
-from trtq.exporter.build_targets import suitable_architectures
+from trtq.exporter.build_targets import check_plan, suitable_architectures
 from trtq.exporter.graph_check import refuse_problems, require_graphs
 from trtq.exporter.parts import copy_parts
 from trtq.exporter.result import BuildResult, BuiltEngine
@@ -77,7 +77,8 @@ def build(
         UsageError: the backend does not support the options, or there is no artefact.
         ArtefactError: the folder is not an ONNX folder, is damaged, or onnxruntime cannot open a graph.
         LegalityError: the backend would refuse a layer, or compute it wrongly.
-        BuildError: the builder refused, crashed or was killed.
+        BuildError: the builder refused, crashed or was killed, or a low-bit layer does not run in its
+            planned precision.
     """
     start = time.monotonic()
     chosen = find_backend(backend)
@@ -184,7 +185,7 @@ def _build_graphs(
         # Next to the result, since the system's temporary folder may be a small one in memory.
         with tempfile.TemporaryDirectory(prefix=".trtq-graph-", dir=out) as scratch:
             graph = Path(scratch) / MODEL_FILE
-            profiles[name], floats = prepare_graph(
+            prepared = prepare_graph(
                 opened,
                 name,
                 graph,
@@ -192,6 +193,7 @@ def _build_graphs(
                 architectures=settings.architectures,
                 batch=settings.batch,
             )
+            profiles[name] = prepared.profile
             job = Job(
                 module=settings.backend.module,
                 graph=graph,
@@ -201,10 +203,12 @@ def _build_graphs(
                 weight_streaming=settings.weight_streaming,
                 refit=settings.refit,
                 workspace_bytes=settings.workspace_bytes,
+                plan=prepared.plan,
             )
             job.engine.parent.mkdir()
             compiled = compile_engine(settings.backend, job, use_cache=settings.use_cache)
-            engines.append(_row(name, compiled, floats))
+            check_plan(settings.backend.name, name, compiled.answer)
+            engines.append(_row(name, compiled, prepared.floats))
     progress("build", len(graphs), len(graphs))
     return engines, profiles
 
@@ -261,4 +265,6 @@ def _row(name: str, compiled: Compiled, floats: int | None) -> BuiltEngine:
         cached=compiled.cached,
         warnings=answer.warnings,
         plugins=answer.plugins,
+        precisions=answer.precisions,
+        inspected=answer.inspected,
     )

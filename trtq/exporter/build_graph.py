@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,32 @@ from trtq.engine.profile import axis_ranges, profile_of
 from trtq.engine.tensorrt.backends import Backend
 from trtq.engine.tensorrt.job import Profile
 from trtq.errors import LegalityError, UsageError
+from trtq.exporter.build_targets import planned_precisions
 from trtq.graph.file import DATA_NAME, MODEL_FILE
 from trtq.graph.runtimes.format_rules import architecture_findings
 from trtq.graph.runtimes.legality import check
 from trtq.graph.runtimes.prepare import load_graph, prepare
 
-__all__ = ["denoiser_metadata", "prepare_graph"]
+__all__ = ["PreparedGraph", "denoiser_metadata", "prepare_graph"]
 
 _NO_FLOAT32 = "sm75"
 """Architecture (Turing) for which TensorRT-RTX compiles no float32 products."""
+
+
+@dataclass(frozen=True)
+class PreparedGraph:
+    """A graph that was rewritten for the backend.
+
+    Attributes:
+        profile: profile of the graph.
+        floats: number of the manifest's layers that stay in float; None for a component that is float
+            altogether.
+        plan: planned precision of the low-bit layers.
+    """
+
+    profile: Profile
+    floats: int | None
+    plan: dict[str, str]
 
 
 def prepare_graph(
@@ -34,7 +52,7 @@ def prepare_graph(
     backend: Backend,
     architectures: Sequence[str],
     batch: tuple[int, int] | None,
-) -> tuple[Profile, int | None]:
+) -> PreparedGraph:
     """Rewrite a graph for the backend, and write it to a file.
 
     Args:
@@ -44,10 +62,6 @@ def prepare_graph(
         backend: builder of the engine.
         architectures: GPU architectures to build for.
         batch: minimum and maximum batch size, in images; None: the batch sizes of the export.
-
-    Returns:
-        The profile of the graph, and the number of the manifest's layers that stay in float (None for
-        a component that is float altogether).
 
     Raises:
         LegalityError: the backend would refuse a layer, or compute it wrongly.
@@ -59,15 +73,20 @@ def prepare_graph(
     folder, manifest = opened.folder, opened.manifest
     model = load_graph(folder / name / MODEL_FILE)
     part, row = _denoiser_of(manifest, name)
+    floats: int | None = None
+    plan: dict[str, str] = {}
     if part is not None:
         prepare(model, backend.name)
-        fatal = [finding for finding in check(model, backend.name) if finding.fatal]
+        findings = check(model, backend.name)
+        fatal = [finding for finding in findings if finding.fatal]
         fatal += architecture_findings(model, architectures)
         if fatal:
             first = fatal[0]
             raise LegalityError(
                 f"{backend.name} does not support the layer {first.layer!r}: {first.rule}; {first.fix}"
             )
+        floats = sum(layer.activation_bits is None for layer in part.layers)
+        plan = planned_precisions(part.layers, model, findings)
     if _NO_FLOAT32 in architectures and _computes_in_float32(model):
         raise UsageError(
             f"{_NO_FLOAT32} has no products in float32, and {name} has some; leave it out, or export a "
@@ -79,8 +98,7 @@ def prepare_graph(
         images = load_call(folder / CALL_FOLDER).images
         profile = call_profile(row, model, batch or manifest.options.batch, images)
     ir.save(model, out, external_data=DATA_NAME)
-    layers = None if part is None else part.layers
-    return profile, None if layers is None else sum(r.activation_bits is None for r in layers)
+    return PreparedGraph(profile, floats, plan)
 
 
 def _denoiser_of(

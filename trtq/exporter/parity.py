@@ -24,13 +24,20 @@ from trtq.quant.hooks import input_hooks
 from trtq.snr import EXACT_DB, snr_db
 
 __all__ = [
+    "FLOOR_MARGIN_DB",
     "MAX_TIES",
+    "MAX_TIES_ANYWHERE",
+    "MAX_TIES_PER_STEP",
     "TIE_DB",
     "StepParity",
     "compare",
     "last_bit_moved",
+    "may_flip",
+    "mixed_items",
     "noise_parity",
+    "overall",
     "step_parity",
+    "worst_step",
 ]
 
 TIE_DB = 60.0
@@ -41,7 +48,7 @@ MAX_TIES_PER_STEP = 0.15
 """Maximum share at one step, larger because a few images more or fewer fall on a tie by chance. Chosen
 by hand: with 128 images and a true share of 0.05 the standard deviation is sqrt(0.05 * 0.95 / 128) =
 0.019, so this is five standard deviations above `MAX_TIES`."""
-_MAX_TIES_ANYWHERE = 0.4
+MAX_TIES_ANYWHERE = 0.4
 """Maximum share for networks that flip many codes by themselves. Chosen by hand, below one half, so that
 the majority of the images is always compared."""
 _TIES_MARGIN = 1.5
@@ -50,7 +57,7 @@ measured with one pattern of last bits, and another runtime's pattern flips othe
 _LAST_BIT = 2.0**-22
 """Relative change of a value in the measurement of the floor: two to four units in the last place of
 float32, whose spacing is 2**-24 to 2**-23 of the value."""
-_FLOOR_MARGIN_DB = 6.0
+FLOOR_MARGIN_DB = 6.0
 """Allowed distance below the floor: 20 log10(2) = 6.02 dB, twice the floor's noise amplitude. Chosen by
 hand, since the floor is measured with one pattern of last bits only."""
 MIN_ITEMS = 3
@@ -66,7 +73,7 @@ class StepParity:
         db: SNR in dB over the images without a flipped code; over all images if more images have a
             flipped code than may be set aside. The limits are `MAX_TIES_PER_STEP` and, over all steps,
             `MAX_TIES`; or `_TIES_MARGIN` times the share that flips in the reference when its last bits
-            change, but never more than `_MAX_TIES_ANYWHERE`.
+            change, but never more than `MAX_TIES_ANYWHERE`.
         pooled_db: SNR in dB over all images.
         ties: share of images set aside.
         floor_db: SNR in dB, over all images, of the reference against itself with the inputs of its
@@ -84,16 +91,22 @@ class StepParity:
 
     def holds(self, min_db: float) -> bool:
         """Whether the SNR reaches `min_db`, or comes close to the floor."""
-        return self.db >= min(min_db, self.floor_db - _FLOOR_MARGIN_DB)
+        return self.db >= min(min_db, self.floor_db - FLOOR_MARGIN_DB)
 
 
-def compare(reference: Tensor, other: Tensor, moved: Tensor | None = None) -> StepParity:
+def compare(
+    reference: Tensor,
+    other: Tensor,
+    moved: Tensor | None = None,
+    usual: float = MAX_TIES_PER_STEP,
+) -> StepParity:
     """Compare two noise predictions `[B, ...]` image by image.
 
     Args:
         reference: the expected prediction.
         other: the prediction to check.
         moved: the prediction of the reference with changed last bits, for the floor; None: no floor.
+        usual: share of images that may be set aside if fewer flip in the floor.
 
     Returns:
         The agreement of the predictions.
@@ -105,7 +118,7 @@ def compare(reference: Tensor, other: Tensor, moved: Tensor | None = None) -> St
     if moved is not None:
         floor_ties = float((_each_db(reference, moved) < TIE_DB).float().mean())
         row = replace(row, floor_db=snr_db(reference, moved), floor_ties=floor_ties)
-    if ties > _may_flip(MAX_TIES_PER_STEP, row.floor_ties):
+    if ties > may_flip(usual, row.floor_ties):
         return row
     return replace(row, db=snr_db(reference[same], other[same]), ties=ties)
 
@@ -114,9 +127,9 @@ def _each_db(reference: Tensor, other: Tensor) -> Tensor:
     return torch.tensor([snr_db(a, b) for a, b in zip(reference, other, strict=True)])
 
 
-def _may_flip(usual: float, floor: float) -> float:
+def may_flip(usual: float, floor: float) -> float:
     """Share of images that may be set aside: `usual`, or more if a share `floor` flips by itself."""
-    return min(max(usual, _TIES_MARGIN * floor), _MAX_TIES_ANYWHERE)
+    return min(max(usual, _TIES_MARGIN * floor), MAX_TIES_ANYWHERE)
 
 
 def step_parity(
@@ -144,11 +157,8 @@ def step_parity(
         NonFiniteError: the graph returns NaN or infinity.
     """
     rows = []
-    count, steps = len(noise), len(schedule)
-    # The mixed batch has items at several steps even for a single image.
-    items = torch.arange(max(count, min(steps, MIN_ITEMS + 1)))
-    position, image = items * steps // len(items), items % count
-    mixed = torch.empty(len(items), *noise.shape[1:], dtype=noise.dtype)
+    position, image = mixed_items(len(noise), len(schedule))
+    mixed = torch.empty(len(position), *noise.shape[1:], dtype=noise.dtype)
     for point in walk(reference, schedule, noise, conditions):
         here = position == point.position
         mixed[here] = point.x[image[here]]
@@ -158,9 +168,33 @@ def step_parity(
         )
     rows.reverse()
     together = _mixed(reference, exported, mixed, position, schedule, conditions.take(image))
-    rows.append(together)
-    usual = sum(row.floor_ties for row in rows) / len(rows)
-    if sum(row.ties for row in rows) > _may_flip(MAX_TIES, usual) * len(rows):
+    return overall([*rows, together])
+
+
+def mixed_items(count: int, steps: int) -> tuple[Tensor, Tensor]:
+    """The batch in which each item is at another step.
+
+    Args:
+        count: number of images.
+        steps: number of steps.
+
+    Returns:
+        Index of the step, 0 = noisiest, and index of the image, int64 `[items]` each. There are several
+        steps even for a single image.
+    """
+    items = torch.arange(max(count, min(steps, MIN_ITEMS + 1)))
+    return items * steps // len(items), items % count
+
+
+def overall(rows: list[StepParity], usual: float = MAX_TIES) -> list[StepParity]:
+    """The rows over all images if more images were set aside, over all rows, than is allowed.
+
+    Args:
+        rows: the rows.
+        usual: share of images that may be set aside if fewer flip in the floor.
+    """
+    floor = sum(row.floor_ties for row in rows) / len(rows)
+    if sum(row.ties for row in rows) > may_flip(usual, floor) * len(rows):
         return [replace(row, db=row.pooled_db, ties=0.0) for row in rows]
     return rows
 
@@ -224,26 +258,39 @@ def _mixed(
     together = predict(reference, x, timesteps, conditions)
     other = _exported_at(exported, x, timesteps, conditions)
     row = _with_floor(reference, x, timesteps, conditions, together, other)
-    each = _each_db(together, other)
-    for step in range(len(schedule)):
+    return worst_step(row, together, other, position)
+
+
+def worst_step(row: StepParity, reference: Tensor, other: Tensor, position: Tensor) -> StepParity:
+    """The row of a mixed batch; that of a step at which the majority differs, if there is one.
+
+    A wrong look-up changes all items of a step; ties change single items.
+
+    Args:
+        row: the row of all items.
+        reference: the expected prediction, `[B, ...]`.
+        other: the prediction to check, `[B, ...]`.
+        position: index of each item's step, `[B]`.
+    """
+    each = _each_db(reference, other)
+    for step in sorted(set(position.tolist())):
         at = position == step
-        # A wrong look-up changes all items of a step; ties change single items.
         if int(at.sum()) >= MIN_ITEMS and float((each[at] < TIE_DB).float().mean()) > 0.5:
-            worst = snr_db(together[at], other[at])
+            worst = snr_db(reference[at], other[at])
             row = replace(row, db=worst, pooled_db=worst, ties=0.0)
     return row
 
 
 @contextmanager
-def last_bit_moved(reference: Any) -> Iterator[None]:
-    """Inside the block, change every input of a low-bit layer by about its last bit."""
+def last_bit_moved(reference: Any, relative: float = _LAST_BIT) -> Iterator[None]:
+    """Inside the block, change every input of a low-bit layer by `relative`, about its last bit."""
 
     def move(_: str, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         moved = []
         for x in inputs:
             signs = torch.ones(x.numel(), device=x.device)
             signs[::2] = -1
-            moved.append(x * (1 + _LAST_BIT * signs.reshape(x.shape)))
+            moved.append(x * (1 + relative * signs.reshape(x.shape)))
         return tuple(moved)
 
     named = reference.named_modules() if isinstance(reference, nn.Module) else ()

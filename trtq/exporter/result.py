@@ -106,6 +106,10 @@ class BuiltEngine(Result):
         warnings: warnings of the builder.
         plugins: location of the plugins' kernels: `engine` (the engine then needs no Python) or
             `python`; None if there are no plugins.
+        precisions: number of low-bit layers by their precision in the builder's network, e.g. `INT8`,
+            `INT4 weight`, `FP8`, `FP4` or `plugin`; equal to the plan of the manifest.
+        inspected: number of low-bit layers whose precision the engine's inspector confirmed; 0 where no
+            GPU can load the engine.
     """
 
     name: str
@@ -118,6 +122,8 @@ class BuiltEngine(Result):
     cached: bool
     warnings: list[str]
     plugins: str | None
+    precisions: dict[str, int]
+    inspected: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trtq.artefact.manifest import Manifest
 from trtq.artefact.opened import DEFAULT_STEPS
 from trtq.diffusion.pipeline import LoadedPipeline
-from trtq.diffusion.sampling import seeded_noise
+from trtq.diffusion.sampling import Conditions, seeded_noise
+from trtq.diffusion.schedule import NoiseSchedule
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import OrtEngine
 from trtq.errors import GateError
@@ -19,7 +22,7 @@ from trtq.exporter.parity import StepParity, noise_parity, step_parity
 from trtq.quant import TimestepTable
 from trtq.seeds import seeded_generator
 
-__all__ = ["PARITY_DB", "step_parities"]
+__all__ = ["PARITY_DB", "ParityStart", "parity_start", "step_parities"]
 
 PARITY_DB: dict[str, float] = {"fp32": 40.0, "fp16": 20.0}
 """Minimum SNR, in dB, of the exported noise prediction at any calibrated step. In a half-precision
@@ -58,21 +61,51 @@ def step_parities(
     exported = EngineDenoiser(
         OrtEngine(model, low_memory=True), source.model.config, type(source.model)
     )
-    steps = len(table) if table is not None and len(table) > 1 else DEFAULT_STEPS
-    if manifest.recipe is not None and manifest.recipe.steps is not None:
-        steps = manifest.recipe.steps
-    schedule = source.schedule(steps)
-    generator = seeded_generator(0, "parity conditions")
-    # Many small images, so that rare ties show; few large ones, since each step is a forward pass.
-    min_images, max_images = _PARITY_IMAGES
-    images = max(min_images, min(max_images, _PARITY_VALUES // math.prod(source.sample_shape)))
     weights = sum(tensor.numel() for tensor in source.denoiser.state_dict().values())
-    large = weights * min_images > _PARITY_WEIGHTS and not thorough
-    images = 1 if large else max(1, min(images, _PARITY_WEIGHTS // weights))
-    conditions = source.draw_conditions(images, generator)
-    noise = seeded_noise(source.sample_shape, 0, 0, images)
+    large = weights * _PARITY_IMAGES[0] > _PARITY_WEIGHTS and not thorough
+    start = parity_start(source, manifest, 1 if large else None)
     compared = noise_parity if large else step_parity
-    return compared(source.denoiser, exported, schedule, noise, conditions)
+    return compared(source.denoiser, exported, start.schedule, start.noise, start.conditions)
+
+
+@dataclass(frozen=True)
+class ParityStart:
+    """Start of the trajectories whose steps are compared.
+
+    Attributes:
+        schedule: the calibrated steps.
+        noise: initial noise, `[B,C,H,W]`.
+        conditions: conditions of the B images.
+    """
+
+    schedule: NoiseSchedule
+    noise: Tensor
+    conditions: Conditions
+
+
+def parity_start(
+    source: LoadedPipeline, manifest: Manifest | None, images: int | None = None
+) -> ParityStart:
+    """The start of the trajectories at which two denoisers are compared.
+
+    Args:
+        source: the pipeline around the reference, at the size to compare at.
+        manifest: manifest with the timesteps and the recipe; None: of a float model.
+        images: number of images; None: many of a small size, so that rare ties show, and few large ones,
+            since each step is a forward pass.
+    """
+    timesteps = None if manifest is None else manifest.timesteps
+    steps = len(timesteps) if timesteps is not None and len(timesteps) > 1 else DEFAULT_STEPS
+    if manifest is not None and manifest.recipe is not None and manifest.recipe.steps is not None:
+        steps = manifest.recipe.steps
+    if images is None:
+        min_images, max_images = _PARITY_IMAGES
+        images = max(min_images, min(max_images, _PARITY_VALUES // math.prod(source.sample_shape)))
+        weights = sum(tensor.numel() for tensor in source.denoiser.state_dict().values())
+        images = max(1, min(images, _PARITY_WEIGHTS // max(1, weights)))
+    schedule = source.schedule(steps)
+    conditions = source.draw_conditions(images, seeded_generator(0, "parity conditions"))
+    return ParityStart(schedule, seeded_noise(source.sample_shape, 0, 0, images), conditions)
 
 
 def _check_lookup(source: LoadedPipeline, model: Path, table: TimestepTable) -> None:

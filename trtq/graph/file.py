@@ -10,11 +10,20 @@ import numpy as np
 from trtq.artefact.manifest import Manifest
 from trtq.errors import NonFiniteError
 
-__all__ = ["DATA_NAME", "ENGINE_FILE", "MODEL_FILE", "graphs_of", "model_file", "save_graph"]
+__all__ = [
+    "DATA_NAME",
+    "ENGINE_FILE",
+    "INLINE_BYTES",
+    "MODEL_FILE",
+    "graphs_of",
+    "model_file",
+    "save_graph",
+    "save_rewritten",
+]
 
 MODEL_FILE = "model.onnx"
 DATA_NAME = "model.onnx_data"
-_INLINE_BYTES = 1 << 14
+INLINE_BYTES = 1 << 14
 """Tensors below this size, in bytes, stay in the graph, since shape inference reads the sizes of splits
 only there."""
 
@@ -54,8 +63,15 @@ def save_graph(model: Any, folder: Path) -> None:
     _drop_export_notes(model)
     _check_finite(model)
     folder.mkdir(parents=True)
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME, size_threshold_bytes=_INLINE_BYTES)
+    ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME, size_threshold_bytes=INLINE_BYTES)
     onnx.checker.check_model(str(folder / MODEL_FILE))
+
+
+def save_rewritten(model: Any, folder: Path) -> None:
+    """Write an `onnx_ir` model that was rewritten for a runtime into an existing folder."""
+    import onnx_ir as ir
+
+    ir.save(model, folder / MODEL_FILE, external_data=DATA_NAME, size_threshold_bytes=INLINE_BYTES)
 
 
 def _drop_export_notes(model: Any) -> None:

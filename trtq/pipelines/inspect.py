@@ -10,12 +10,14 @@ from typing import Any
 
 from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_rows import AxisRow, FurtherRow, GraphRow, LayerRow
-from trtq.artefact.opened import EngineFolder, Opened, StoredArtefact, open_artefact
+from trtq.artefact.opened import EngineFolder, GraphFolder, Opened, StoredArtefact, open_artefact
 from trtq.calls.form import CallForm
 from trtq.diffusion.loading import open_pipeline
 from trtq.engine.tensorrt.run import obstacle, open_tensorrt
-from trtq.graph.file import MODEL_FILE, model_file
+from trtq.errors import UsageError
+from trtq.graph.file import ENGINE_FILE, MODEL_FILE, graphs_of, model_file
 from trtq.graph.runtimes.prepare import load_graph
+from trtq.pipelines.graph_view import graph_view
 from trtq.pipelines.result import (
     CheckpointLayer,
     InspectedArtefact,
@@ -33,19 +35,26 @@ from trtq.runs.folder import open_run
 __all__ = ["inspect"]
 
 
-def inspect(artefact: str | Path | Opened | Any) -> InspectResult:
+def inspect(artefact: str | Path | Opened | Any, *, graphs: bool = False) -> InspectResult:
     """Verify an artefact, and return its layers, bits, tables, sizes and origin.
 
     Args:
         artefact: a run, an ONNX or engine folder, a float checkpoint, or one of them opened.
+        graphs: whether to show each graph or engine by polygraphy's inspector, too.
 
     Returns:
         An `InspectedCheckpoint`, an `InspectedArtefact`, or `InspectedEngines`.
 
     Raises:
         ArtefactError: the artefact cannot be read, or does not match its manifest.
+        UsageError: the graphs of an artefact without graphs are requested.
+        MissingDependencyError: polygraphy is not installed.
     """
     opened = open_artefact(artefact)
+    if graphs and not isinstance(opened, GraphFolder):
+        raise UsageError(
+            f"{opened.place} has no graphs; give an ONNX folder or engines to --graphs"
+        )
     if not isinstance(opened, StoredArtefact):
         return _checkpoint(opened.place, opened.config)
     folder, manifest = opened.folder, opened.manifest
@@ -65,8 +74,20 @@ def inspect(artefact: str | Path | Opened | Any) -> InspectResult:
         metrics=manifest.metrics.to_json(),
         packages=manifest.packages,
         denoisers=[_denoiser(row) for row in manifest.denoisers] or None,
+        graphs=_graphs(opened) if graphs else None,
     )
     return _with_engine(result, opened) if isinstance(opened, EngineFolder) else result
+
+
+def _graphs(opened: StoredArtefact) -> dict[str, str]:
+    """Each graph or engine as polygraphy's inspector shows it."""
+    backend = opened.backend if isinstance(opened, EngineFolder) else None
+    reason = None if backend is None else obstacle(backend)
+    if reason is not None:
+        raise UsageError(f"polygraphy loads engines on a GPU to inspect them: {reason}")
+    file = MODEL_FILE if backend is None else ENGINE_FILE
+    folders = graphs_of(opened.manifest, file)
+    return {name: graph_view(opened.folder / name / file, backend) for name in folders}
 
 
 def _recipe(manifest: Manifest) -> dict[str, Any] | None:
@@ -104,7 +125,11 @@ def _with_engine(result: InspectedArtefact, opened: EngineFolder) -> InspectedEn
             model_file(opened.folder / opened.denoiser), opened.backend
         ).describe()
     known = {entry.name: getattr(result, entry.name) for entry in fields(result)}
-    return InspectedEngines(**known, engine_layers=layers, engine_layers_missing=reason)
+    built = opened.manifest.metrics.engines
+    counts = next((row.precisions for row in built if row.name == opened.denoiser), None)
+    return InspectedEngines(
+        **known, engine_layers=layers, engine_layers_missing=reason, low_bit_layers=counts or None
+    )
 
 
 def _precisions(layers: Sequence[LayerRow]) -> dict[str, int]:

@@ -173,6 +173,8 @@ class InspectedArtefact(InspectResult):
         packages: versions of the packages that made the artefact.
         denoisers: the denoisers that were recorded inside the pipeline's call, of which `layers` and
             `timesteps` describe the first; None for an artefact that was not recorded.
+        graphs: each graph or engine as polygraphy's inspector shows it, by folder; None unless
+            requested.
     """
 
     bytes: int
@@ -183,6 +185,7 @@ class InspectedArtefact(InspectResult):
     metrics: dict[str, Any]
     packages: dict[str, str]
     denoisers: list[InspectedDenoiser] | None = field(default=None, metadata=OMITTED_IF_NONE)
+    graphs: dict[str, str] | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +196,10 @@ class InspectedEngines(InspectedArtefact):
         engine_layers: layers of the denoiser's engine as the backend's inspector reports them; None
             without a GPU to load the engine.
         engine_layers_missing: reason why `engine_layers` is None.
+        low_bit_layers: number of low-bit layers by their precision in the builder's network, see
+            `trtq.exporter.result.BuiltEngine`; None for engines of earlier versions.
     """
 
     engine_layers: list[dict[str, Any]] | None
     engine_layers_missing: str | None
+    low_bit_layers: dict[str, int] | None = field(default=None, metadata=OMITTED_IF_NONE)

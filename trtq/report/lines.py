@@ -244,6 +244,7 @@ def inspect_rows(result: Mapping[str, Any]) -> Rows:
         "engine_layers",
         "options",
         "denoisers",
+        "graphs",
     ]
     rows += [
         (label_text(key), _option(key, value))
@@ -287,8 +288,13 @@ def doctor_rows(result: Mapping[str, Any]) -> Rows:
         "providers",
         "builders",
         "models",
+        "extras",
     ]
     rows += _rest(result, known)
+    # The packages of extras are listed with them.
+    optional = {name for extra in result["extras"] for name in extra["packages"]}
     return rows + [
-        (name, version or "not installed") for name, version in result["packages"].items()
+        (name, version or "not installed")
+        for name, version in result["packages"].items()
+        if name not in optional
     ]

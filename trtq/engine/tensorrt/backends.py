@@ -65,7 +65,7 @@ BACKENDS: dict[str, Backend] = {
             "tensorrt",
             (),
             (CURRENT,),
-            "install TensorRT 10.13 or later from NVIDIA's package index",
+            "pip install 'trtq[trt]' (pip fetches its libraries from NVIDIA's package index)",
         ),
     )
 }

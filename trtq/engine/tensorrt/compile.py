@@ -105,7 +105,9 @@ def _key(backend: Backend, job: Job) -> str:
     """Hash of everything that affects an engine: graph, weights, builder, architectures, options."""
     record = json.loads(job.model_dump_json(exclude={"graph", "engine"}))
     record |= {"backend": backend.name, "version": backend.version}
-    record["worker"] = sha256(Path(__file__).parent / "worker.py")
+    record["worker"] = [
+        sha256(Path(__file__).parent / name) for name in ("worker.py", "precisions.py")
+    ]
     record["graph"] = {
         path.name: sha256(path) for path in sorted(job.graph.parent.iterdir()) if path.is_file()
     }

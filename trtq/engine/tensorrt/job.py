@@ -36,6 +36,8 @@ class Job(_Strict):
         weight_streaming: whether weights may stay on the host, for models larger than the GPU's memory.
         refit: whether weights can be exchanged in the finished engine; needs a GPU.
         workspace_bytes: maximum scratch memory on the device for one operator, in bytes; None: no limit.
+        plan: planned precision of every low-bit layer, see
+            `trtq.engine.tensorrt.precisions.network_precisions`.
     """
 
     module: str
@@ -46,6 +48,7 @@ class Job(_Strict):
     weight_streaming: bool = False
     refit: bool = False
     workspace_bytes: int | None = None
+    plan: dict[str, str] = {}
 
 
 class Answer(_Strict):
@@ -60,6 +63,9 @@ class Answer(_Strict):
         peak_rss_bytes: peak resident memory of the builder's process, in bytes.
         warnings: warnings of the builder.
         plugins: location of the kernels of the engine's plugins; None: the engine has no plugins.
+        precisions: number of the plan's layers by precision, in the network.
+        inspected: number of the plan's layers whose precision the engine's inspector showed, too.
+        shortfall: layers that do not run as planned, each with the reason.
     """
 
     error: str | None = None
@@ -70,3 +76,6 @@ class Answer(_Strict):
     peak_rss_bytes: int = 0
     warnings: list[str] = []
     plugins: PluginForm | None = None
+    precisions: dict[str, int] = {}
+    inspected: int = 0
+    shortfall: list[str] = []

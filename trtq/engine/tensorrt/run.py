@@ -190,6 +190,11 @@ class TensorRtEngine(Engine):
             (inputs if given else outputs)[name] = TensorSpec(dtype, shape)
         return inputs, outputs
 
+    @property
+    def loaded(self) -> Any:
+        """The deserialised engine, an `ICudaEngine` of the backend."""
+        return self._engine
+
     def describe(self) -> list[dict[str, Any]]:
         """The engine's layers in order, as reported by the backend's inspector."""
         inspector = self._engine.create_engine_inspector()

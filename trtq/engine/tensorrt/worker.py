@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from trtq.child import write_answer
 from trtq.engine.tensorrt.backends import CURRENT
 from trtq.engine.tensorrt.job import NEEDS_PYTHON, Answer, Job, PluginForm, Profile
 from trtq.engine.tensorrt.log import collecting_logger
+from trtq.engine.tensorrt.precisions import engine_precisions, network_precisions, shortfall
 from trtq.errors import KernelError, MissingDependencyError
 from trtq.plugins.compile import nvrtc_version, ptx
 from trtq.plugins.device import Gpu, current_device
@@ -64,9 +67,14 @@ def build(job: Job) -> Answer:
     plugins = _has_plugins(trt, network)
     if plugins and why is not None:
         warnings.append(f"{NEEDS_PYTHON}: {why}")
+    network_has = network_precisions(trt, network)
+    engine_has = _inspected(trt, logger, plan) if job.plan and CURRENT in job.architectures else {}
     with job.engine.open("wb") as file:
         file.write(plan)
     return Answer(
+        precisions=dict(Counter(network_has.get(name, "missing") for name in job.plan)),
+        inspected=sum(name in engine_has for name in job.plan),
+        shortfall=shortfall(job.plan, network_has, engine_has),
         layers=network.num_layers,
         parse_seconds=parsed - start,
         build_seconds=time.perf_counter() - parsed,
@@ -74,6 +82,18 @@ def build(job: Job) -> Answer:
         warnings=warnings,
         plugins=form if plugins else None,
     )
+
+
+def _inspected(trt: Any, logger: Any, plan: Any) -> dict[str, str]:
+    """The precision of layers in the built engine, if it can be loaded here."""
+    try:
+        engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+        inspector = engine.create_engine_inspector()
+        text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        rows = json.loads(text).get("Layers", [])
+    except Exception:  # The bindings' exceptions share no base; the engine itself is built.
+        return {}
+    return engine_precisions(row for row in rows if isinstance(row, dict))
 
 
 def _register_plugins(trt: Any) -> tuple[PluginForm, str | None]:
@@ -148,6 +168,9 @@ def _configure(trt: Any, builder: Any, network: Any, job: Job) -> Any:
             capability = getattr(trt.ComputeCapability, name.upper(), None)
             if capability is None or not config.set_compute_capability(capability, index):
                 raise _BuildError(f"this version of {job.module} cannot build for {name}")
+    if CURRENT in job.architectures and hasattr(trt, "ProfilingVerbosity"):
+        # The inspector then shows the types of each kernel's inputs.
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for wanted, flag in (
         (job.weight_streaming, "WEIGHT_STREAMING"),
         (job.refit, "REFIT"),

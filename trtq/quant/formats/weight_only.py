@@ -37,6 +37,7 @@ __all__ = [
     "GroupedWeight",
     "WeightOnlyTensors",
     "half_scale",
+    "spread_scale",
 ]
 
 _SMALLEST = 2.0**-24
@@ -59,7 +60,7 @@ def half_scale(scale: Tensor) -> Tensor:
     return result
 
 
-def _spread(values: Tensor, group: int | None) -> Tensor:
+def spread_scale(values: Tensor, group: int | None) -> Tensor:
     """`[N, K / G]` -> `[N, K]`; without groups unchanged."""
     return values if group is None else values.repeat_interleave(group, 1)
 
@@ -84,7 +85,7 @@ class GroupedWeight(PackedWeight):
 
     def dequantize(self) -> Tensor:
         """The float32[N, K, ...] values that the codes represent."""
-        return self.integers().float() * _spread(self.scale, self.group)
+        return self.integers().float() * spread_scale(self.scale, self.group)
 
 
 class _Unquantized(nn.Module):
@@ -134,7 +135,7 @@ class _WeightOnly(QuantLayer):
 
     def spread(self, values: Tensor) -> Tensor:
         """Scales as half-precision numbers, or zero points, shaped to broadcast over the weight."""
-        return _spread(half_scale(values), self.group)
+        return spread_scale(half_scale(values), self.group)
 
     def _packed(self, codes: Tensor) -> GroupedWeight:
         scale = half_scale(self.weight_scale.detach())
@@ -282,7 +283,7 @@ class DeployedWeightOnly(ExactBuffers, WeightlessLayer):
             step: index of the denoising step, on which nothing depends.
         """
         # The layer stores one byte per weight; the float copy exists only during the call.
-        weight = self.integers.float() * _spread(self.weight_scale.float(), self.group)
+        weight = self.integers.float() * spread_scale(self.weight_scale.float(), self.group)
         x, bias = input.float(), None if self.bias is None else self.bias.float()
         if self.geometry is None:
             out = nn.functional.linear(x, weight, bias)

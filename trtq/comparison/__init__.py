@@ -1,0 +1,1 @@
+"""Comparison of any two artefacts by polygraphy, at the real inputs of every denoising step."""

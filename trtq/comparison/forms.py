@@ -1,0 +1,177 @@
+"""What computes a side: the artefact as it is, with outputs of its layers, or with layers in float."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from trtq.artefact.manifest import Manifest
+from trtq.artefact.opened import Checkpoint
+from trtq.comparison.calls import DenoiserCalls, torch_call
+from trtq.comparison.sides import Side
+from trtq.diffusion.families import Family
+from trtq.engine.base import Engine
+from trtq.engine.open import open_engine
+from trtq.errors import UsageError
+from trtq.graph.file import MODEL_FILE, save_rewritten
+from trtq.graph.low_bit_layers import layers_to_float, mark_layers
+from trtq.graph.runtimes.prepare import load_graph, prepare
+from trtq.quant.float_form import float_form
+from trtq.quant.hooks import captured_outputs
+from trtq.quant.structure import Structure, apply_structure, replace_module
+
+__all__ = [
+    "Form",
+    "float_layers",
+    "marked_form",
+    "model_in",
+    "outputs_of",
+    "side_form",
+    "structured",
+    "with_floats",
+]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What computes a side.
+
+    Attributes:
+        side: the side.
+        denoiser: the denoiser in torch; None for a graph or an engine.
+        engine: the opened graph or engine; None for a denoiser in torch.
+        layers: layers whose outputs are outputs of the whole.
+    """
+
+    side: Side
+    denoiser: nn.Module | None = None
+    engine: Engine | None = None
+    layers: tuple[str, ...] = ()
+
+    def runner(self, calls: DenoiserCalls) -> Any:
+        """A runner of polygraphy."""
+        from trtq.comparison.runners import TorchRunner, engine_runner
+
+        if self.engine is not None:
+            return engine_runner(self.side.label, self.engine)
+        assert self.denoiser is not None
+
+        def call(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            assert self.denoiser is not None
+            return outputs_of(self.denoiser, calls.family, feeds, self.layers)
+
+        return TorchRunner(self.side.label, calls.inputs, call)
+
+
+def outputs_of(
+    denoiser: nn.Module,
+    family: Family,
+    feeds: Mapping[str, np.ndarray],
+    layers: Collection[str] = (),
+) -> dict[str, np.ndarray]:
+    """The prediction of a denoiser in torch and the outputs of its layers, by name, in float32."""
+    with captured_outputs(model_in(denoiser), layers) as captured:
+        outputs = torch_call(denoiser, family)(feeds)
+    return outputs | {name: value.detach().float().numpy() for name, value in captured.items()}
+
+
+def model_in(denoiser: Any) -> nn.Module:
+    """The diffusers model in a denoiser: without the wrapper that looks up the step."""
+    model: nn.Module = getattr(denoiser, "denoiser", denoiser)
+    return model
+
+
+def side_form(side: Side) -> Form:
+    """The side as it is."""
+    if side.in_torch:
+        return Form(side, denoiser=side.source.denoiser)
+    return Form(side, engine=side.engine)
+
+
+def structured(side: Side, manifest: Manifest | None) -> nn.Module:
+    """The denoiser of a side in torch; a float model gets the structure of the low-bit one.
+
+    Args:
+        side: a side in torch.
+        manifest: manifest of the other side.
+    """
+    denoiser = side.source.denoiser
+    if not isinstance(side.opened, Checkpoint) or manifest is None:
+        return denoiser
+    row = manifest.structure
+    denoiser = deepcopy(denoiser)
+    apply_structure(denoiser, Structure(tuple(row.attention), row.splits))
+    return denoiser.eval()
+
+
+def marked_form(side: Side, other: Side, layers: Collection[str], folder: Path) -> Form:
+    """A side with the outputs of its low-bit layers.
+
+    Args:
+        side: the side.
+        other: the other side, whose structure a float model gets.
+        layers: names of the layers.
+        folder: an empty folder for a changed graph.
+
+    Raises:
+        UsageError: the side is an engine, whose layers are not known.
+    """
+    if side.in_torch:
+        denoiser = structured(side, other.manifest)
+        present = dict(model_in(denoiser).named_modules())
+        kept = tuple(name for name in layers if name in present)
+        return Form(side, denoiser=denoiser, layers=kept)
+    model = _prepared(side, "--layers")
+    mark_layers(model, layers)
+    return Form(side, engine=_opened(model, folder, side), layers=tuple(layers))
+
+
+def float_layers(denoiser: nn.Module, layers: Collection[str]) -> dict[str, nn.Module]:
+    """The float forms of a denoiser's layers, by name."""
+    modules = dict(model_in(denoiser).named_modules())
+    return {name: float_form(modules[name]) for name in layers if name in modules}
+
+
+def with_floats(form: Form, floats: Mapping[str, nn.Module], folder: Path) -> Form:
+    """A side with some of its layers replaced by float layers.
+
+    Args:
+        form: the side as it is.
+        floats: the float layers by name.
+        folder: an empty folder for a changed graph.
+
+    Raises:
+        UsageError: the side is an engine, whose layers cannot be replaced.
+    """
+    if not floats:
+        return form
+    if form.denoiser is not None:
+        denoiser = deepcopy(form.denoiser)
+        for name, layer in floats.items():
+            replace_module(model_in(denoiser), name, layer)
+        return Form(form.side, denoiser=denoiser)
+    model = _prepared(form.side, "--bisect")
+    layers_to_float(model, floats)
+    return Form(form.side, engine=_opened(model, folder, form.side))
+
+
+def _prepared(side: Side, option: str) -> Any:
+    if side.graph is None:
+        raise UsageError(
+            f"{option} needs the layers of a graph, and {side.label} is an engine; compare the ONNX "
+            "folder that it was built from"
+        )
+    return prepare(load_graph(side.graph), "onnxruntime")
+
+
+def _opened(model: Any, folder: Path, side: Side) -> Engine:
+    """Write a changed graph and open it on the provider of a side."""
+    folder.mkdir()
+    save_rewritten(model, folder)
+    return open_engine(folder / MODEL_FILE, side.provider)

@@ -1,0 +1,220 @@
+"""The two sides of a comparison: a float model, a run, an ONNX folder or engines, on one provider."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trtq.artefact.files import sha256
+from trtq.artefact.manifest import MANIFEST_NAME, Manifest
+from trtq.artefact.manifest_file import find_origin, parse_manifest
+from trtq.artefact.manifest_rows import LayerRow
+from trtq.artefact.opened import (
+    Checkpoint,
+    EngineFolder,
+    OnnxFolder,
+    Opened,
+    Run,
+    StoredArtefact,
+    open_artefact,
+)
+from trtq.artefact.recorded import refuse_recorded
+from trtq.comparison.noise import noise_bound_db
+from trtq.diffusion.pipeline import LoadedPipeline
+from trtq.engine.base import Engine
+from trtq.engine.tensorrt.backends import BACKENDS
+from trtq.errors import UsageError
+from trtq.exporter.step_check import PARITY_DB
+from trtq.graph.file import MODEL_FILE
+from trtq.pipelines.open import TORCH, open_any
+from trtq.runs.folder import open_run
+
+__all__ = ["Side", "hold_same_numbers", "ordered_sides", "required_db"]
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+        opened: the artefact or checkpoint.
+        provider: what computes it: `torch`, a provider of onnxruntime, or the builder of engines.
+        label: name of the side in tables and in polygraphy's results, e.g. `onnx (cpu)`.
+    """
+
+    opened: Opened
+    provider: str
+    label: str
+
+    @cached_property
+    def source(self) -> LoadedPipeline:
+        """The pipeline around the denoiser, loaded at the first use."""
+        return open_any(self.opened, None if self.in_torch else self.provider)
+
+    @property
+    def in_torch(self) -> bool:
+        """Whether torch computes this side."""
+        return isinstance(self.opened, Checkpoint | Run)
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest; None for a checkpoint."""
+        return self.opened.manifest if isinstance(self.opened, StoredArtefact) else None
+
+    @property
+    def layers(self) -> list[LayerRow]:
+        """The low-bit layers, in the order of the model."""
+        rows = [] if self.manifest is None else self.manifest.layers
+        return [row for row in rows if row.activation_bits is not None]
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the denoiser's graph."""
+        denoiser: Any = self.source.denoiser
+        engine: Engine = denoiser.engine
+        return engine
+
+    @property
+    def graph(self) -> Path | None:
+        """File of the denoiser's graph; None for what has none."""
+        if not isinstance(self.opened, OnnxFolder):
+            return None
+        return self.opened.folder / self.opened.denoiser / MODEL_FILE
+
+    def torch_denoiser(self) -> nn.Module | None:
+        """The denoiser in torch: that of this side, or of the run that a graph was exported from.
+
+        None: the run is not at hand.
+        """
+        if self.in_torch:
+            return self.source.denoiser
+        for folder in _origins(self.opened):
+            if parse_manifest(folder).kind == "run":
+                return open_run(folder).source().denoiser
+        return None
+
+
+def _open_side(place: str | Path | Opened, provider: str | None) -> Side:
+    """Open an artefact or checkpoint.
+
+    Raises:
+        UsageError: the provider cannot compute it, or its engines are of another version.
+    """
+    opened = open_artefact(place, verify=False)
+    refuse_recorded(opened, "trtq verify --against", "compare it with its run: --run RUN")
+    named = isinstance(opened.place, str | Path)
+    name = Path(opened.place).name if named else type(opened.place).__name__
+    if isinstance(opened, EngineFolder):
+        _check_version(opened)
+        chosen = provider or opened.backend
+        if chosen != opened.backend:
+            raise UsageError(
+                f"{opened.place} is a folder of engines; run it with {opened.backend}, not {chosen}"
+            )
+    elif isinstance(opened, OnnxFolder):
+        chosen = provider or "cpu"
+        if chosen == TORCH:
+            raise UsageError(f"{opened.place} is an ONNX folder, which torch does not run")
+    else:
+        chosen = provider or TORCH
+        if chosen != TORCH:
+            raise UsageError(f"{opened.place} runs in torch only, not with {chosen}")
+    return Side(opened, chosen, f"{name} ({chosen})")
+
+
+def _check_version(opened: EngineFolder) -> None:
+    """Raise unless the installed builder has the version that built the engines.
+
+    Raises:
+        UsageError: it has another version.
+    """
+    backend, built = BACKENDS[opened.backend], opened.options.version
+    if backend.installed and built not in (None, backend.version):
+        raise UsageError(
+            f"{opened.place} was built by {backend.name} {built}, and {backend.version} is installed; "
+            f"build it again: trtq build ONNX -o {opened.place} --overwrite"
+        )
+
+
+def ordered_sides(
+    first: str | Path | Opened,
+    second: str | Path | Opened,
+    providers: Sequence[str | None] = (None, None),
+) -> tuple[Side, Side]:
+    """Open both sides; the first of the result is the reference.
+
+    The reference is the side that is nearer to the float model: float, run, ONNX on onnxruntime's CPU
+    provider, ONNX on another provider, engine. Of two equal ones it is `second`.
+
+    Args:
+        first: an artefact, a checkpoint, or one of them opened.
+        second: another one, or the same one on another provider.
+        providers: provider of each side; None: `torch`, `cpu`, or the builder of the engines.
+
+    Raises:
+        UsageError: a provider cannot compute its side, or both sides are the same.
+    """
+    given = _open_side(first, providers[0])
+    other = _open_side(second, providers[1])
+    if given.label == other.label:
+        if str(given.opened.place) == str(other.opened.place):
+            raise UsageError(
+                f"both sides are {given.label}; name another artefact or another provider: "
+                "--provider, --against-provider"
+            )
+        other = replace(other, label=f"{other.label} 2")
+    return (given, other) if _distance(given) < _distance(other) else (other, given)
+
+
+def _distance(side: Side) -> int:
+    """Rank of a side: the number of translations from the float model."""
+    kinds = {Checkpoint: 0, Run: 1, OnnxFolder: 2, EngineFolder: 4}
+    return kinds[type(side.opened)] + (type(side.opened) is OnnxFolder and side.provider != "cpu")
+
+
+def hold_same_numbers(first: Side, other: Side) -> bool:
+    """Whether both sides were made from one run, or are one float model."""
+    if first.opened.low_bit != other.opened.low_bit:
+        return False
+    if not first.opened.low_bit:
+        return True
+    return bool(_lineage(first.opened) & _lineage(other.opened))
+
+
+def _lineage(opened: Opened) -> set[str]:
+    """SHA-256 of the manifests of an artefact and of those that it was made from, as far as known."""
+    assert isinstance(opened, StoredArtefact)
+    hashes = set()
+    for folder in (opened.folder, *_origins(opened)):
+        hashes.add(sha256(folder / MANIFEST_NAME))
+        hashes.add(parse_manifest(folder).source.files.get(MANIFEST_NAME, ""))
+    return hashes - {""}
+
+
+def _origins(opened: Opened) -> list[Path]:
+    """The folders of the artefacts that an artefact was made from, as far as they are at hand."""
+    assert isinstance(opened, StoredArtefact)
+    folders: list[Path] = []
+    folder = find_origin(opened.folder, opened.manifest)
+    while folder is not None:
+        folders.append(folder)
+        folder = find_origin(folder, parse_manifest(folder))
+    return folders
+
+
+def required_db(reference: Side, other: Side) -> float:
+    """Required SNR of the prediction, in dB.
+
+    Two forms of one run differ in the last bits of floats and in half precision, see
+    `trtq.exporter.step_check.PARITY_DB`. A low-bit model and its float model differ by the rounding
+    noise of every low-bit layer, see `trtq.comparison.noise.noise_bound_db`.
+    """
+    rounding = min(PARITY_DB[side.opened.precision] for side in (reference, other))
+    if hold_same_numbers(reference, other):
+        return rounding
+    return min(rounding, noise_bound_db([*reference.layers, *other.layers]))
