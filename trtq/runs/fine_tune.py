@@ -19,12 +19,13 @@ from trtq.errors import QuantizationError, RecipeError
 from trtq.progress import ProgressCallback
 from trtq.quant import QuantizedDenoiser
 from trtq.results import OMITTED_IF_NONE, Result
+from trtq.runs.rates import rates_of, warn_of_large_updates
 from trtq.runs.result import FineTuneStage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from trtq.train.distill import Distillation, Rates
+    from trtq.train.distill import Distillation
     from trtq.train.points import Points
 
 __all__ = ["FineTuneResult", "FineTuning", "accelerator_for", "fine_tune"]
@@ -82,19 +83,6 @@ class FineTuning:
     roles: LayerRoles | None = None
     label: str = ""
     keep_last: bool = False
-
-
-def _rates(training: Training, iterations: int, weight_travel: float) -> Rates:
-    """The learning rates: with linear decay a value moves by at most `rate * iterations / 2`."""
-    from trtq.train.distill import Rates
-
-    return Rates(
-        lora=2 * training.lora_travel / iterations,
-        weight_scale=training.weight_scale_lr,
-        activation=training.activation_lr,
-        activation_relative=training.activation_lr_relative,
-        tuned=2 * weight_travel / iterations,
-    )
 
 
 def _run(
@@ -174,7 +162,8 @@ def fine_tune(setup: FineTuning, recipe: Recipe) -> FineTuneResult:
     if recipe.quest is None:
         from trtq.train.efficientdm import EfficientDM
 
-        rates = _rates(training, training.iterations, 1.0)
+        rates = rates_of(training, training.iterations, 1.0)
+        warn_of_large_updates(training, training.iterations, setup.label)
         with setup.trajectories("efficientdm") as points:
             objective = EfficientDM(setup.model, points, rates)
             rows = [_run(setup, training, objective, "fine-tune", training.iterations, last=True)]
@@ -218,6 +207,7 @@ def _quest(
     if quest.adaround:
         rows.append(_learn_rounding(setup, recipe, quest.adaround))
     first = max(1, min(training.iterations - 1, round(quest.first_stage * training.iterations)))
+    warn_of_large_updates(training, training.iterations - first, setup.label)
     embedding_paths = {f"{name}.activation" for name in embedding}
     stages = (
         ("time embedding", first, embedding, embedding, embedding_paths, False),
@@ -237,7 +227,7 @@ def _quest(
             objective = Quest(
                 setup.model,
                 points,
-                _rates(training, iterations, quest.weight_travel),
+                rates_of(training, iterations, quest.weight_travel),
                 tuned=weights,
                 aligned=aligned,
                 activations=activations,
