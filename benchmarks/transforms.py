@@ -8,7 +8,8 @@ them, for every transform. `policies`: scales per step, per row and the smaller 
 and with rotations of at most 64 and 256 channels. Neither is fine-tuned. `tuned`: the default recipes of
 the methods that fine-tune, on random transformers with and without outlier channels; `--iterations` and
 `--batch` replace those of the recipes. Every number is the mean over the steps of the SNR of the low-bit
-model's prediction against the float model's, at the same points of the float model's trajectories. Rows that are already in the output are skipped. Time is not measured.
+model's prediction against the float model's, at the same points of the float model's trajectories. Rows
+that are already in the output are skipped. Time is not measured.
 """
 
 from __future__ import annotations

@@ -84,9 +84,10 @@ Scales = Annotated[
     str | None,
     typer.Option(
         "--scales",
-        autocompletion=one_of("step", "row", "hybrid"),
+        autocompletion=one_of("step", "row", "hybrid", "auto"),
         help="Origin of activation scales: step (default), one per denoising step; row, one per row of "
-        "the activation, computed while the model runs; hybrid, the smaller of both.",
+        "the activation, computed while the model runs; hybrid, the smaller of both; auto, step or row "
+        "for each linear layer.",
     ),
 ]
 Smooth = Annotated[

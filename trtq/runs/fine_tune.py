@@ -19,7 +19,7 @@ from trtq.errors import QuantizationError, RecipeError
 from trtq.progress import ProgressCallback
 from trtq.quant import QuantizedDenoiser
 from trtq.results import OMITTED_IF_NONE, Result
-from trtq.runs.rates import rates_of, warn_of_large_updates
+from trtq.runs.rates import branch_of, rates_of, warn_of_large_updates
 from trtq.runs.result import FineTuneStage
 
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ def fine_tune(setup: FineTuning, recipe: Recipe) -> FineTuneResult:
         rates = rates_of(training, training.iterations, 1.0)
         warn_of_large_updates(training, training.iterations, setup.label)
         with setup.trajectories("efficientdm") as points:
-            objective = EfficientDM(setup.model, points, rates)
+            branch = branch_of(training, training.iterations)
+            objective = EfficientDM(setup.model, points, rates, branch)
             rows = [_run(setup, training, objective, "fine-tune", training.iterations, last=True)]
         tuned_share = None
     else:
@@ -215,7 +216,7 @@ def _quest(
             "attention",
             training.iterations - first,
             [] if adapters else attention,
-            attention,
+            _aligned(setup, quest, attention),
             {path for path, _ in setup.model.activations()} - embedding_paths,
             adapters,
         ),
@@ -234,10 +235,18 @@ def _quest(
                 adapters=with_adapters,
                 weighting=quest.weighting,
                 global_weight=quest.global_weight,
+                branch=branch_of(training, iterations),
             )
             last = index == len(stages) - 1
             rows.append(_run(setup, training, objective, name, iterations, last=last))
     return rows, _tuned_share(setup, tuned)
+
+
+def _aligned(setup: FineTuning, quest: QuestRecipe, attention: list[str]) -> list[str]:
+    """The layers whose outputs are compared in stage 2."""
+    if quest.aligned == "stage":
+        return attention
+    return [name for name, layer in setup.model.layers() if layer.lora_A is not None]
 
 
 def _tuned_share(setup: FineTuning, tuned: list[str]) -> float:

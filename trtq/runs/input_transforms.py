@@ -28,7 +28,7 @@ _STAGE = "choose transforms"
 
 def _choice(recipe: Recipe) -> TransformChoice | None:
     """What the recipe allows; None: no transform."""
-    if not recipe.smooth and not recipe.rotate:
+    if not recipe.smooth and not recipe.rotate and recipe.scales != "auto":
         return None
     return TransformChoice(
         recipe.smooth,

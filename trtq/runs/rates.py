@@ -1,4 +1,4 @@
-"""The learning rates of a fine-tuning stage."""
+"""The learning rates of a fine-tuning stage, and the decay of its branches."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from trtq.calib.recipe import Training
 
 if TYPE_CHECKING:
-    from trtq.train.distill import Rates
+    from trtq.train.distill import BranchDecay, Rates
 
-__all__ = ["rates_of", "warn_of_large_updates"]
+__all__ = ["branch_of", "rates_of", "warn_of_large_updates"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,20 @@ def rates_of(training: Training, iterations: int, weight_travel: float) -> Rates
         activation_relative=training.activation_lr_relative,
         tuned=2 * weight_travel / iterations,
     )
+
+
+def branch_of(training: Training, iterations: int) -> BranchDecay | None:
+    """The decay of the branches next to the weights; None: no branches.
+
+    Args:
+        training: the recipe's training.
+        iterations: number of updates of the stage.
+    """
+    from trtq.train.distill import BranchDecay
+
+    # The last update is one without branches.
+    last = min(round(training.branch_share * iterations), iterations - 1)
+    return BranchDecay(training.branch_rank, last) if training.branch_rank and last > 0 else None
 
 
 def warn_of_large_updates(training: Training, iterations: int, label: str = "") -> None:
