@@ -116,6 +116,9 @@ class Training(_Strict):
     micro-batches. None: the whole batch, or 2 images for models of 100 million parameters or more."""
     rank: _Int = Field(32, ge=0, le=65536)
     """Rank of the QALoRA adapters; 0: no adapters."""
+    adapter_start: Literal["zero", "residual"] = "zero"
+    """Start of the adapters. `zero`: `B` is zero, as released. `residual`: the best low-rank
+    approximation of what the weight's codes do not hold, see `trtq.quant.branch.start_adapters`."""
     branch_rank: _Int = Field(0, ge=0, le=65536)
     """Rank of a float branch that fine-tuning adds to each quantised weight with adapters, and that
     decays to nothing, see `trtq.quant.branch`; 0: no branch."""

@@ -10,7 +10,8 @@ from trtq.artefact.files import sha256
 from trtq.calib.recipe import Training, load_recipe
 from trtq.errors import RecipeError
 from trtq.quant import QuantConv2d, QuantLinear, TimestepTable
-from trtq.quant.branch import DecayingBranch, branch_weights, cycles_of
+from trtq.quant.branch import DecayingBranch, branch_weights, cycles_of, start_adapters
+from trtq.runs import fine_tune
 from trtq.runs.quantize import quantize
 from trtq.runs.rates import branch_of
 
@@ -118,6 +119,29 @@ def test_a_run_trained_with_branches_holds_the_tensors_of_one_without(tmp_path):
         assert {key: (t.shape, t.dtype) for key, t in with_branch.items()} == {
             key: (t.shape, t.dtype) for key, t in without.items()
         }
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(12, 6), nn.Conv2d(4, 6, 3)], ids=["linear", "conv"])
+def test_adapters_start_at_what_the_codes_do_not_hold(layer):
+    kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
+    quantized = kind(layer, TimestepTable([1]), rank=8)
+    error = (quantized.weight - quantized.quantized_weight()).detach()
+    size = float(quantized.lora_A.detach()[:6].norm())
+    start_adapters(quantized)
+    # The rank is larger than the number of output channels.
+    torch.testing.assert_close(quantized.lora_delta().detach(), error)
+    assert float(quantized.lora_A.detach()[:6].norm()) == pytest.approx(size, rel=1e-4)
+    plain = kind(layer, TimestepTable([1]))
+    start_adapters(plain)
+    assert plain.lora_delta() is None
+
+
+def test_a_run_starts_with_the_residual(tmp_path, monkeypatch):
+    started = []
+    start = fine_tune.start_adapters
+    monkeypatch.setattr(fine_tune, "start_adapters", lambda x: started.append(x.rank) or start(x))
+    quantize(tiny_pipeline(), recipe(adapter_start="residual", iterations=2), tmp_path / "run")
+    assert 4 in started
 
 
 def test_a_branch_needs_adapters():

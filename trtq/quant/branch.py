@@ -1,4 +1,4 @@
-"""A float low-rank branch next to a quantised weight that decays to nothing during fine-tuning.
+"""Low-rank help for fine-tuning: a float branch that decays to nothing, and a start of the adapters.
 
     W~ = Q_w(W) + (L diag(u)) R        L R: best rank-r approximation of W - Q_w(W) at the start
 
@@ -13,11 +13,15 @@ Letters: N out features or channels; r rank; K values per output channel of the 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DecayingBranch", "branch_weights", "cycles_of"]
+if TYPE_CHECKING:
+    from trtq.quant.modules import QuantLayer
+
+__all__ = ["DecayingBranch", "branch_weights", "cycles_of", "start_adapters"]
 
 
 def cycles_of(rank: int) -> int:
@@ -94,6 +98,27 @@ class DecayingBranch(nn.Module):
             self.left.copy_(left)
             self.right.copy_(right)
         self.weights.copy_(branch_weights(rank, iteration, iterations))
+
+
+@torch.no_grad()
+def start_adapters(layer: QuantLayer) -> None:
+    """Set a layer's adapters to the best low-rank approximation of what its codes do not hold, in place.
+
+    LoftQ's and SVDQuant's start (arXiv 2310.08659 and 2411.05007), with `B A` inside of the quantiser.
+    Directions beyond those of the weight keep their start.
+
+    Args:
+        layer: quantised layer; nothing happens without adapters.
+    """
+    if layer.lora_A is None or layer.lora_B is None:
+        return
+    error = (layer.updated_weight() - layer.quantized_weight()).flatten(1)
+    rank = min(layer.rank, *error.shape)
+    left, right = _factors(error, rank)
+    # Adam moves both factors by the same amount, so `A` keeps the size that it starts with.
+    size = layer.lora_A[:rank].norm() / right.norm().clamp_min(1e-12)
+    layer.lora_A[:rank] = (right * size).reshape(layer.lora_A[:rank].shape)
+    layer.lora_B[:, :rank] = (left / size).reshape(layer.lora_B[:, :rank].shape)
 
 
 def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from trtq.calib.roles import LayerRoles
 from trtq.errors import QuantizationError, RecipeError
 from trtq.progress import ProgressCallback
 from trtq.quant import QuantizedDenoiser
+from trtq.quant.branch import start_adapters
 from trtq.results import OMITTED_IF_NONE, Result
 from trtq.runs.rates import branch_of, rates_of, warn_of_large_updates
 from trtq.runs.result import FineTuneStage
@@ -159,6 +160,9 @@ def fine_tune(setup: FineTuning, recipe: Recipe) -> FineTuneResult:
     training = recipe.training
     assert training is not None
     _save_memory(setup, training)
+    if training.adapter_start == "residual":
+        for _, layer in setup.model.layers():
+            start_adapters(layer)
     if recipe.quest is None:
         from trtq.train.efficientdm import EfficientDM
 
