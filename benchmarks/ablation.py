@@ -53,6 +53,13 @@ ROWS: dict[str, dict[str, Any]] = {
         **NO_ATTENTION,
     },
     "W4A4 combined": {"method": "combined", "bits": "w4a4"},
+    "W4A4 combined, not smoothed": {"method": "combined", "bits": "w4a4", "smooth": False},
+    "W4A4 best, cost of combined": {
+        "method": "best",
+        "bits": "w4a4",
+        "training": {"iterations": 700},
+    },
+    "W4A4 best": {"method": "best", "bits": "w4a4"},
     "W4A4 combined, attention": {"method": "combined", "bits": "w4a4"} | ATTENTION,
     "W4A4 combined, uniform weights": {
         "method": "combined",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["quantize"]
 
-METHODS = ("minmax", "search", "efficientdm", "quest", "combined")
+METHODS = ("minmax", "search", "efficientdm", "quest", "combined", "best")
 
 RunFolder = Annotated[Path, output_option("Folder for the run.")]
 Model = Annotated[
@@ -44,7 +44,7 @@ Method = Annotated[
     typer.Option(
         "--method",
         autocompletion=one_of(*METHODS),
-        help="Quantisation method: minmax, search, efficientdm (default), quest or combined.",
+        help="Quantisation method: minmax, search, efficientdm (default), quest, combined or best.",
     ),
 ]
 Bits = Annotated[
