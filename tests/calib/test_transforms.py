@@ -324,7 +324,7 @@ def test_auto_leaves_scales_to_a_rule_and_steps_to_everything_but_linear_layers(
         }
     )
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(4, 4, 3), *(torch.nn.Linear(4, 4) for _ in range(3))
+        torch.nn.Conv2d(32, 32, 3), *(torch.nn.Linear(32, 32) for _ in range(3))
     )
     plans = plan_layers(model, policy, "w4a4", scales="auto")
     assert [plan.scales for plan in plans] == ["step", "hybrid", "step", "step"]
