@@ -25,6 +25,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits_summary": ("digits", digits_summary),
     "digits": ("digits", digits),
     "ablation": ("ablation", ablation),
+    "best": ("best", ablation),
     "digits_dit": ("digits_dit", digits_dit),
     "digits_dit_plain": ("digits_dit_plain", digits_dit),
     "digits_dit_outliers": ("digits_dit", digits_dit_outliers),
