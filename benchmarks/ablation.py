@@ -1,12 +1,13 @@
 """Ablation of the quantisation methods on the digits model; every row is evaluated in torch.
 
     python benchmarks/ablation.py [--seeds 0 1 2] [--only NAME ...]
+    python benchmarks/ablation.py --images 500 --only ... -o benchmarks/results/best.json
 
 Rows that are already in the output are skipped, so the script can be interrupted. It does not measure
 time (`benchmarks/digits.py` does), so other programs may run at the same time. Fréchet distance and
-accuracy use 4,000 images with the same starting noise in every row. QuEST rows have one activation scale
-per tensor and step. The authors' 4-bit models have one per input channel and step, which integer matrix
-products do not support.
+accuracy use 4,000 images (`--images`) with the same starting noise in every row. QuEST rows have one
+activation scale per tensor and step. The authors' 4-bit models have one per input channel and step,
+which integer matrix products do not support.
 """
 
 from __future__ import annotations
@@ -53,6 +54,13 @@ ROWS: dict[str, dict[str, Any]] = {
         **NO_ATTENTION,
     },
     "W4A4 combined": {"method": "combined", "bits": "w4a4"},
+    "W4A4 combined, not smoothed": {"method": "combined", "bits": "w4a4", "smooth": False},
+    "W4A4 best, cost of combined": {
+        "method": "best",
+        "bits": "w4a4",
+        "training": {"iterations": 700},
+    },
+    "W4A4 best": {"method": "best", "bits": "w4a4"},
     "W4A4 combined, attention": {"method": "combined", "bits": "w4a4"} | ATTENTION,
     "W4A4 combined, uniform weights": {
         "method": "combined",

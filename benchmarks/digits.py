@@ -49,6 +49,7 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "W4A4 per-step, EfficientDM": {"method": "efficientdm", "bits": "w4a4"},
     "W4A4 per-step, combined": {"method": "combined", "bits": "w4a4"},
+    "W4A4 best": {"method": "best", "bits": "w4a4"},
     "W3A4 per-step, combined": {"method": "combined", "bits": "w3a4"},
 }
 PER_STEP, STATIC = "W4A4 per-step, search", "W4A4 static, search"

@@ -32,6 +32,7 @@ MODEL = "digits-dit"
 STEPS = 20
 PLAIN = {"smooth": False}
 ROTATED = {"rotate": 64}
+SHORT = {"training": {"iterations": 200, "batch": 20}}
 ROWS: dict[str, dict[str, Any]] = {
     "W8A8 min-max, not smoothed": {"method": "minmax", "bits": "w8a8"} | PLAIN,
     "W8A8 min-max": {"method": "minmax", "bits": "w8a8"},
@@ -59,6 +60,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "W4A16 search": {"method": "search", "bits": "w4a16"},
     "W4A4 EfficientDM": {"method": "efficientdm", "bits": "w4a4"},
     "W4A4 combined": {"method": "combined", "bits": "w4a4"},
+    "W4A4 best": {"method": "best", "bits": "w4a4"},
+    "W4A4 best, 200 iterations of 20": {"method": "best", "bits": "w4a4"} | SHORT,
 }
 
 

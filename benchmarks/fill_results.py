@@ -17,7 +17,7 @@ from typing import Any
 from quality_tables import ablation, digits, digits_dit, digits_dit_outliers, digits_summary, shapes
 from serving_tables import serve, serve_hostile, serve_ray, serve_start
 from speed_tables import build, cpu_path, format_engines, sd_size
-from transform_tables import transforms_planted, transforms_policies
+from transform_tables import transforms_planted, transforms_policies, transforms_tuned
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,6 +25,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits_summary": ("digits", digits_summary),
     "digits": ("digits", digits),
     "ablation": ("ablation", ablation),
+    "best": ("best", ablation),
     "digits_dit": ("digits_dit", digits_dit),
     "digits_dit_plain": ("digits_dit_plain", digits_dit),
     "digits_dit_outliers": ("digits_dit", digits_dit_outliers),
@@ -40,6 +41,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "serve_ray": ("serve_ray", serve_ray),
     "transforms_planted": ("transforms", transforms_planted),
     "transforms_policies": ("transforms", transforms_policies),
+    "transforms_tuned": ("transforms", transforms_tuned),
 }
 """Result file and function by the name of the table."""
 

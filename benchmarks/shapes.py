@@ -61,6 +61,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "quest": {"adaround": 0},
     },
     "W4A4 combined": {"method": "combined", "bits": "w4a4"},
+    "W4A4 best": {"method": "best", "bits": "w4a4"},
 }
 SWAPPED = "W4A8 search"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-__all__ = ["transforms_planted", "transforms_policies"]
+__all__ = ["transforms_planted", "transforms_policies", "transforms_tuned"]
 
 _MODELS = {
     "digits": "digits (UNet)",
@@ -68,4 +68,36 @@ def transforms_policies(record: dict[str, Any]) -> str:
         cells = [values.get((model, bits, *column)) for column in columns]
         texts = ["not measured" if cell is None else f"{cell:.1f}" for cell in cells]
         lines.append(f"| {_MODELS[model]} | {bits.upper()} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def transforms_tuned(record: dict[str, Any]) -> str:
+    """SNR after fine-tuning, of models with and without planted outlier channels."""
+    rows = [row for row in record["rows"] if row["table"] == "tuned"]
+    if not rows:
+        return "Not measured."
+    dates = sorted({row["date"] for row in rows})
+    budgets = sorted({(row["training"]["iterations"], row["training"]["batch"]) for row in rows})
+    spent = " or ".join(
+        f"{iterations} iterations of {batch} images" for iterations, batch in budgets
+    )
+    lines = [
+        f"`python -m benchmarks.transforms --only tuned`, {dates[-1]}, default recipes with {spent}, "
+        f"{record['steps']} steps, {record['images']} images, in torch: mean SNR of the noise "
+        "prediction in dB.",
+        "",
+        "| model | bits | method | no outliers | planted | difference |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    values: dict[tuple[str, str, str], dict[bool, float]] = {}
+    for row in rows:
+        place = row["model"], row["bits"], row["method"]
+        values.setdefault(place, {})[row["planted"]] = row["snr_db"]
+    for (model, bits, method), pair in values.items():
+        plain, planted = pair.get(False), pair.get(True)
+        cells = [
+            *("not measured" if snr is None else f"{snr:.1f}" for snr in (plain, planted)),
+            "" if plain is None or planted is None else f"{planted - plain:+.1f}",
+        ]
+        lines.append(f"| {_MODELS[model]} | {bits.upper()} | `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,12 +1,15 @@
-"""Smoothing, rotation and scale policies: SNR of the noise prediction, without fine-tuning.
+"""Smoothing, rotation and scale policies: SNR of the noise prediction.
 
-    python benchmarks/transforms.py [--only planted|policies] [--models NAME ...]
+    python benchmarks/transforms.py [--only planted|policies|tuned] [--models NAME ...]
+        [--iterations N --batch N]
 
-Two tables. `planted`: random transformers with outlier channels against the same function without them,
-for every transform. `policies`: scales per step, per row and the smaller of both, without rotation and
-with rotations of at most 64 and 256 channels. Every number is the mean over the steps of the SNR of the
-low-bit model's prediction against the float model's, at the same points of the float model's
-trajectories. Rows that are already in the output are skipped. Time is not measured.
+Three tables. `planted`: random transformers with outlier channels against the same function without
+them, for every transform. `policies`: scales per step, per row and the smaller of both, without rotation
+and with rotations of at most 64 and 256 channels. Neither is fine-tuned. `tuned`: the default recipes of
+the methods that fine-tune, on random transformers with and without outlier channels; `--iterations` and
+`--batch` replace those of the recipes. Every number is the mean over the steps of the SNR of the low-bit
+model's prediction against the float model's, at the same points of the float model's trajectories. Rows
+that are already in the output are skipped. Time is not measured.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
     "rotate 64": {"smooth": False, "rotate": 64},
     "both": {"rotate": 64},
 }
+METHODS = ("efficientdm", "quest", "combined")
 SHIPPED = ("digits", "digits-dit")
 SIZES = {"flux": "32x32"}
 """Image sizes of models whose usual size is large."""
@@ -106,8 +110,22 @@ def policy_rows(models: list[str]) -> Iterator[dict[str, Any]]:
         }
 
 
+def tuned_rows(models: list[str], iterations: int, batch: int) -> Iterator[dict[str, Any]]:
+    """Rows of the third table, without results."""
+    for model, bits, method, planted in itertools.product(
+        models, reversed(BITS), METHODS, (False, True)
+    ):
+        if model in MODELS:
+            yield {"table": "tuned", "model": model, "bits": bits, "planted": planted} | {
+                "method": method,
+                "training": {"iterations": iterations, "batch": batch},
+            }
+
+
 def recipe_of(row: dict[str, Any]) -> dict[str, Any]:
     """The recipe of a row."""
+    if row["table"] == "tuned":
+        return {key: row[key] for key in ("bits", "method", "training")}
     if row["table"] == "planted":
         return {"bits": row["bits"]} | TRANSFORMS[row["transform"]]
     return {key: row[key] for key in ("bits", "scales", "rotate")}
@@ -116,9 +134,11 @@ def recipe_of(row: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Measure the missing rows and write the output after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["planted", "policies"])
+    parser.add_argument("--only", choices=["planted", "policies", "tuned"])
     known_models = [*SHIPPED, *MODELS]
     parser.add_argument("--models", nargs="+", choices=known_models, default=known_models)
+    parser.add_argument("--iterations", type=int, default=700)
+    parser.add_argument("--batch", type=int, default=40)
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("benchmarks/results/transforms.json")
     )
@@ -127,10 +147,15 @@ def main() -> None:
     if arguments.output.is_file():
         record = json.loads(arguments.output.read_text())
     record |= {"steps": STEPS, "images": IMAGES, "packages": package_versions()}
-    results = {"snr_db", "snr_db_min", "smoothed", "rotated", "date", "threads"}
+    results = {"snr_db", "snr_db_min", "smoothed", "rotated", "seconds", "date", "threads"}
     done = [{k: v for k, v in row.items() if k not in results} for row in record["rows"]]
-    rows = {"planted": planted_rows, "policies": policy_rows}
-    for table in [arguments.only] if arguments.only else rows:
+    budget = arguments.iterations, arguments.batch
+    rows = {
+        "planted": planted_rows,
+        "policies": policy_rows,
+        "tuned": lambda models: tuned_rows(models, *budget),
+    }
+    for table in [arguments.only] if arguments.only else ("planted", "policies"):
         for row in rows[table](arguments.models):
             if row in done:
                 continue

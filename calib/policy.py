@@ -20,7 +20,7 @@ from trtq.calib.formats import fitted
 from trtq.calib.roles import LayerRoles
 from trtq.documents import check_depth, read_text, shown
 from trtq.errors import RecipeError
-from trtq.quant.dynamic_scale import ScalePolicy
+from trtq.quant.dynamic_scale import ScaleChoice, ScalePolicy
 from trtq.quant.formats import Precision, parse_precision
 from trtq.quant.plan import LayerPlan, layer_kind, layer_obstacle, quantizable_layers
 
@@ -187,7 +187,7 @@ def plan_layers(
     roles: LayerRoles | None = None,
     fallback: Policy | None = None,
     *,
-    scales: ScalePolicy = "step",
+    scales: ScaleChoice = "step",
     group: int | None = None,
 ) -> list[LayerPlan]:
     """Plans of all linear layers, convolutions and products of decomposed attention, in module order.
@@ -201,7 +201,8 @@ def plan_layers(
             `{first}` and `{last}` are the first and the last layer in module order, and `{embedding}`
             matches no layer.
         fallback: rules for layers that the policy does not name; None: these layers stay in float.
-        scales: origin of the activations' scales, where a rule gives no other.
+        scales: origin of the activations' scales, where a rule gives no other; with `auto`, linear
+            layers without such a rule have `free_scales`.
         group: see `trtq.quant.formats.fitting_group`.
 
     Raises:
@@ -235,10 +236,12 @@ def plan_layers(
             plans.append(replace(plan, scales=_scales_of(plan, rule, scales)))
         else:
             plan = _layer_plan(name, module, rule, recipe, group)
+            scaled = _scales_of(plan, rule, scales)
             plans.append(
                 replace(
                     plan,
-                    scales=_scales_of(plan, rule, scales),
+                    scales=scaled,
+                    free_scales=scales == "auto" and rule.scales is None and _may_have_rows(plan),
                     may_smooth=rule.smooth,
                     may_rotate=rule.rotate,
                 )
@@ -292,9 +295,16 @@ def _layer_plan(
     return fitted(plan, module, rule.bits == RECIPE, recipe, rule.weight_only, group)
 
 
-def _scales_of(plan: LayerPlan, rule: Rule, scales: ScalePolicy) -> ScalePolicy:
+def _scales_of(plan: LayerPlan, rule: Rule, scales: ScaleChoice) -> ScalePolicy:
     """The origin of a layer's activation scales; only integers have others than one per step."""
-    return (rule.scales or scales) if plan.operands and plan.format == "int" else "step"
+    if not plan.operands or plan.format != "int":
+        return "step"
+    return rule.scales or ("step" if scales == "auto" else scales)
+
+
+def _may_have_rows(plan: LayerPlan) -> bool:
+    """Whether calibration can compare scales per row with scales per step for a layer."""
+    return plan.kind == "linear" and bool(plan.operands) and plan.format == "int"
 
 
 def _product_plan(

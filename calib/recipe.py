@@ -27,6 +27,7 @@ from trtq.documents import check_depth, shown
 from trtq.errors import RecipeError
 from trtq.limits import MAX_BATCH, MAX_GUIDANCE, MAX_ITERATIONS, MAX_STEPS
 from trtq.quant.bits import check_bits
+from trtq.quant.dynamic_scale import ScaleChoice
 from trtq.quant.formats import GROUPS, parse_precision
 from trtq.quant.ranges import METHODS
 
@@ -131,6 +132,14 @@ class Training(_Strict):
     micro-batches. None: the whole batch, or 2 images for models of 100 million parameters or more."""
     rank: _Int = Field(32, ge=0, le=65536)
     """Rank of the QALoRA adapters; 0: no adapters."""
+    adapter_start: Literal["zero", "residual"] = "zero"
+    """Start of the adapters. `zero`: `B` is zero, as released. `residual`: the best low-rank
+    approximation of what the weight's codes do not hold, see `trtq.quant.branch.start_adapters`."""
+    branch_rank: _Int = Field(0, ge=0, le=65536)
+    """Rank of a float branch that fine-tuning adds to each quantised weight with adapters, and that
+    decays to nothing, see `trtq.quant.branch`; 0: no branch."""
+    branch_share: _Float = Field(0.5, gt=0, le=1)
+    """Share of the stage's iterations after which the branch is gone."""
     base: Literal["fp", "int"] = "fp"
     """Operand to which the adapters are added: `fp` the float weight; `int` its codes (released)."""
     zero_points: Literal["frozen", "rounded", "float"] = "frozen"
@@ -194,6 +203,9 @@ class Quest(_Strict):
     """See `trtq.train.quest.alignment_loss`."""
     global_weight: _Float = Field(1.0, ge=0, le=1e6)
     """See `trtq.train.quest.alignment_loss`."""
+    aligned: Literal["stage", "adapters"] = "stage"
+    """Layers whose outputs are compared with those of the float model. `stage`: the layers of the stage,
+    as published. `adapters`: in stage 2 all layers with adapters."""
     weight_travel: _Float = Field(1.0, gt=0, le=1e6)
     """Number of weight levels that a tuned weight moves by, see `Training.lora_travel`."""
     adaround: _Int = Field(0, ge=0, le=MAX_ITERATIONS)
@@ -228,9 +240,10 @@ class Recipe(_Strict):
     """Policy file of the user; None: the family's policy."""
     budget: str | None = None
     """Cost limit of mixed precision, e.g. `size=0.15x`, see `calib.sensitivity`; None: no limit."""
-    scales: Literal["step", "row", "hybrid"] = "step"
+    scales: ScaleChoice = "step"
     """Origin of the activations' scales: one per denoising step, one per row of the activation, or the
-    smaller of both; see `trtq.quant.dynamic_scale`."""
+    smaller of both; `auto` chooses per step or per row for each linear layer. See
+    `trtq.quant.dynamic_scale`."""
     smooth: _Bool = True
     """Whether the channels of a layer's input are scaled before its quantiser where the layer's error
     becomes smaller, see `trtq.calib.transforms`."""
@@ -355,7 +368,26 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
         raise RecipeError(
             "training.rank=0 leaves nothing to train; raise the rank or add a [quest] section"
         )
+    _check_adapters(recipe)
     return recipe
+
+
+def _check_adapters(recipe: Recipe) -> None:
+    """Raise if a setting needs adapters and there are none.
+
+    Raises:
+        RecipeError: the message names the setting.
+    """
+    if recipe.training is None or recipe.training.rank:
+        return
+    for name, needed in (
+        ("quest.aligned='adapters'", recipe.quest and recipe.quest.aligned == "adapters"),
+        (f"training.branch_rank={recipe.training.branch_rank}", recipe.training.branch_rank),
+    ):
+        if needed:
+            raise RecipeError(
+                f"{name} needs adapters, and training.rank is 0; raise the rank or leave the setting out"
+            )
 
 
 def _check_format(recipe: Recipe) -> None:

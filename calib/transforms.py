@@ -1,10 +1,11 @@
-"""Choice of each layer's input transform: none, smoothing, rotation, or both.
+"""Choice of each layer's input transform: none, smoothing, rotation, or both; and of its scales.
 
 The factors of the smoothing are `c = a^alpha / w^(1 - alpha)` (SmoothQuant, arXiv 2211.10438, eq. 4).
 `a` is the mean over steps of each input channel's largest absolute value, and `w` the largest absolute
 weight of that channel. The factors are scaled to a geometric mean of 1.
 alpha and the rotation are those with the smallest error of the layer's output at the planned bits, on
-recorded rows of the input.
+recorded rows of the input. With `scales = "auto"` the same error decides between scales per step and per
+row for linear layers.
 
 Letters: N, K out / in features or channels; T steps; R rows per step.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from trtq.calib.input_rows import InputRows
 from trtq.calib.transform_error import OutputError, TransformChoice
 from trtq.limits import OUTLIER_RATIO
+from trtq.quant.dynamic_scale import ScalePolicy
 from trtq.quant.input_transform import (
     TransformTensors,
     rotation_that_fits,
@@ -38,8 +40,10 @@ _ALPHAS = (0.25, 0.5, 0.75)
 _GAIN_OF_SMOOTHING = 1.0
 _GAIN_WEIGHT_ONLY = 0.9
 _GAIN_OF_ROTATION = 0.9
+_GAIN_OF_ROWS = 0.8
 """Maximum share of the error without the transform at which the transform is worth its cost. A quantised
-input is multiplied anyway; a weight-only layer gets one more operation, a rotation a product."""
+input is multiplied anyway; a weight-only layer gets one more operation, a rotation a product, and scales
+per row a reduction."""
 
 
 @torch.no_grad()
@@ -96,9 +100,9 @@ def transform_layers(
             continue
         ratio = entry.outlier_ratio
         with named_errors(owner):
-            chosen = _choose(entry, group, members, options.limited(group))
+            chosen, scales = _choose_with_scales(entry, group, members, options.limited(group))
         for plan, module in zip(group, members, strict=True):
-            plan = replace(plan, outlier_ratio=round(ratio, 2))
+            plan = replace(plan, outlier_ratio=round(ratio, 2), scales=scales)
             if chosen is not None:
                 transform_layer(module, chosen)
                 smooth = chosen.inv_channels is not None
@@ -119,10 +123,26 @@ def _alike(group: Sequence[LayerPlan], members: Sequence[Any], entry: InputRows)
     )
 
 
+def _choose_with_scales(
+    entry: InputRows, group: Sequence[LayerPlan], members: Sequence[Any], options: TransformChoice
+) -> tuple[TransformTensors | None, ScalePolicy]:
+    """The transform, and the origin of the scales where the plans leave it open."""
+    error, chosen = _choose(entry, group, members, options)
+    if not all(plan.free_scales for plan in group):
+        return chosen, group[0].scales
+    by_row = [replace(plan, scales="row") for plan in group]
+    row_error, row_chosen = _choose(entry, by_row, members, options)
+    return (row_chosen, "row") if row_error < _GAIN_OF_ROWS * error else (chosen, "step")
+
+
 def _choose(
     entry: InputRows, group: Sequence[LayerPlan], members: Sequence[Any], options: TransformChoice
-) -> TransformTensors | None:
-    """The transform with the smallest error, if the gain is worth its cost; None: no transform."""
+) -> tuple[float, TransformTensors | None]:
+    """The transform with the smallest error, if the gain is worth its cost; None: no transform.
+
+    Returns:
+        The error with the transform, and the transform.
+    """
     weights = [member.weight.detach().float().cpu() for member in members]
     error = OutputError(entry, group, weights, options)
     best, chosen = error.of(None), None
@@ -134,7 +154,7 @@ def _choose(
             smallest, transform = min(errors, key=lambda pair: pair[0])
             if smallest < gain * best:
                 best, chosen = smallest, transform
-    return chosen
+    return best, chosen
 
 
 def _candidates(

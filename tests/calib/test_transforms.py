@@ -291,3 +291,51 @@ def test_rules_of_a_policy_limit_the_choice_and_set_the_scales():
     first, second = plan_layers(chain(), policy, "w4a4", scales="hybrid")
     assert (first.may_smooth, first.may_rotate, first.scales) == (False, 16, "hybrid")
     assert (second.may_smooth, second.may_rotate, second.scales) == (True, None, "row")
+
+
+def tokens(*, one_sided):
+    """Inputs whose rows differ in size by a factor of up to 100, or have equal size and one sign."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 32, generator=generator)
+    return x.abs() if one_sided else x * torch.logspace(0, 2, 256)[:, None]
+
+
+@pytest.mark.parametrize(("one_sided", "expected"), [(False, "row"), (True, "step")])
+def test_auto_chooses_scales_per_row_where_rows_differ_in_size(one_sided, expected):
+    """Codes with a scale per row are symmetric, so inputs of one sign would use half of them."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(32, 8)), tokens(one_sided=one_sided)
+    for free in (True, False):
+        plans = [LayerPlan("0", "linear", 8, 4, "", free_scales=free)]
+        options = TransformChoice(smooth=False)
+        (plan,) = transform_layers(model, plans, recorded(model, plans, x), options)
+        assert plan.scales == (expected if free else "step")
+
+
+def test_auto_leaves_scales_to_a_rule_and_steps_to_everything_but_linear_layers():
+    policy = Policy.model_validate(
+        {
+            "family": "Test",
+            "rule": [
+                {"layers": ["1"], "bits": "recipe", "reason": "a", "scales": "hybrid"},
+                {"layers": ["3"], "bits": "float", "reason": "b"},
+                {"layers": ["*"], "bits": "recipe", "reason": "c"},
+            ],
+        }
+    )
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(32, 32, 3), *(torch.nn.Linear(32, 32) for _ in range(3))
+    )
+    plans = plan_layers(model, policy, "w4a4", scales="auto")
+    assert [plan.scales for plan in plans] == ["step", "hybrid", "step", "step"]
+    assert [plan.free_scales for plan in plans] == [False, False, True, False]
+    assert not any(plan.free_scales for plan in plan_layers(model, policy, "fp8", scales="auto"))
+
+
+def test_the_best_recipe_from_training_to_the_graph(tmp_path):
+    changes = {"method": "best", "training": {"iterations": 4, "batch": 4, "rank": 4}}
+    run = made(tmp_path / "run", planted=True, **changes)
+    manifest = open_folder(run).manifest
+    assert manifest.recipe.scales == "auto"
+    assert {row.scales for row in manifest.layers if row.activation_bits} <= {"step", "row"}
+    assert trtq.export(run, tmp_path / "onnx").parity_db_min >= 40

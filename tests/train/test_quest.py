@@ -8,9 +8,10 @@ from tests.conftest import tiny_pipeline
 from trtq.artefact.files import sha256
 from trtq.artefact.opened import open_folder
 from trtq.calib.recipe import load_recipe
+from trtq.errors import RecipeError
 from trtq.pipelines.open import load
 from trtq.runs.quantize import quantize
-from trtq.train import rounding
+from trtq.train import quest, rounding
 from trtq.train.table_adam import TableAdamW
 
 
@@ -47,6 +48,24 @@ def test_the_run_can_be_loaded(method, tmp_path):
 def test_quest_starts_with_learned_rounding_as_in_the_paper():
     assert load_recipe(overrides={"method": "quest"}).quest.adaround == 200
     assert load_recipe(overrides={"method": "combined"}).quest.adaround == 0
+
+
+def test_best_compares_the_outputs_of_all_layers_with_adapters(tmp_path, monkeypatch):
+    compared = []
+    loss = quest.alignment_loss
+    monkeypatch.setattr(
+        quest, "alignment_loss", lambda *given: compared.append(set(given[1])) or loss(*given)
+    )
+    settings = recipe("best") | {"steps": 4}
+    quantize(tiny_pipeline(), settings, tmp_path / "run")
+    rows = open_folder(tmp_path / "run").manifest.layers
+    assert compared[-1] == {row.name for row in rows if row.weight_bits and row.adapters}
+    assert compared[0] < compared[-1]
+
+
+def test_the_comparison_of_all_layers_needs_adapters():
+    with pytest.raises(RecipeError, match=r"quest.aligned='adapters' needs adapters"):
+        load_recipe(overrides={"method": "best", "training": {"rank": 0}})
 
 
 @pytest.mark.parametrize("weighting", ["released", "global"])

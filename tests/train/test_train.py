@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from tests.conftest import tiny_pipeline
 from trtq.artefact.files import sha256
 from trtq.calib.policy import load_policy, plan_layers
-from trtq.calib.recipe import Recipe, Training
+from trtq.calib.recipe import Recipe, Training, load_recipe, methods
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import ArtefactError, NonFiniteError
 from trtq.quant import TimestepTable, convert
 from trtq.runs.quantize import quantize
+from trtq.runs.rates import warn_of_large_updates
 from trtq.train.distill import Rates
 from trtq.train.efficientdm import EfficientDM
 from trtq.train.recompute import recompute_blocks
@@ -74,6 +75,37 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     assert result["fine_tune_iterations"] == 3
     assert sha256(cut / FILE) == sha256(whole / FILE)
     assert not (tmp_path / ".cut.trtq-partial").exists()
+
+
+def test_few_iterations_with_a_large_travel_give_a_warning_with_the_remedy(caplog):
+    training = Training(iterations=120, batch=4, lora_travel=16.0)
+    warn_of_large_updates(training, 100, "transformer: ")
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith(
+        "transformer: the adapters move by up to 0.32 weight levels per iteration"
+    )
+    assert "Raise the number of iterations to 192, or lower training.lora_travel to 10" in message
+    assert "\n" not in message
+    caplog.clear()
+    remedies = ({"iterations": 192}, {"lora_travel": 10.0}, {"rank": 0})
+    for remedy in remedies:
+        better = training.model_copy(update=remedy)
+        warn_of_large_updates(better, better.iterations * 100 // 120)
+    assert not caplog.records
+
+
+def test_the_recipes_that_ship_give_no_warning_of_large_updates(caplog):
+    for method in methods():
+        training = load_recipe(overrides={"method": method}).training
+        if training is not None:
+            warn_of_large_updates(training, training.iterations)
+    assert not caplog.records
+
+
+def test_a_short_fine_tuning_warns_once(tmp_path, caplog):
+    quantize(tiny_pipeline(), recipe(iterations=2), tmp_path / "run")
+    assert sum("weight levels per iteration" in text for text in caplog.messages) == 1
 
 
 def test_a_checkpoint_of_a_version_with_the_former_names_is_resumed(tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ class RecipeRecord(Record):
     seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 31)] = 0
     policy: Given | None = None
     budget: Text | None = None
-    scales: Literal["step", "row", "hybrid"] = "step"
+    scales: Literal["step", "row", "hybrid", "auto"] = "step"
     smooth: _Flag = False
     rotate: Literal[0, 16, 64, 256] = 0
     split_skips: _Flag = False

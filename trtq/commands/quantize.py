@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["quantize"]
 
-METHODS = ("minmax", "search", "efficientdm", "quest", "combined")
+METHODS = ("minmax", "search", "efficientdm", "quest", "combined", "best")
 
 RunFolder = Annotated[Path, output_option("Folder for the run.")]
 Model = Annotated[
@@ -44,7 +44,7 @@ Method = Annotated[
     typer.Option(
         "--method",
         autocompletion=one_of(*METHODS),
-        help="Quantisation method: minmax, search, efficientdm (default), quest or combined.",
+        help="Quantisation method: minmax, search, efficientdm (default), quest, combined or best.",
     ),
 ]
 Bits = Annotated[
@@ -93,9 +93,10 @@ Scales = Annotated[
     str | None,
     typer.Option(
         "--scales",
-        autocompletion=one_of("step", "row", "hybrid"),
+        autocompletion=one_of("step", "row", "hybrid", "auto"),
         help="Origin of activation scales: step (default), one per denoising step; row, one per row of "
-        "the activation, computed while the model runs; hybrid, the smaller of both.",
+        "the activation, computed while the model runs; hybrid, the smaller of both; auto, step or row "
+        "for each linear layer.",
     ),
 ]
 Smooth = Annotated[

@@ -22,6 +22,7 @@ from trtq.errors import NonFiniteError
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
 from trtq.quant.adaround import directed_codes, hard_direction, soft_direction
 from trtq.quant.bits import symmetric_weights
+from trtq.quant.branch import DecayingBranch
 from trtq.quant.dynamic_scale import RowAxis, ScalePolicy
 from trtq.quant.fake_quant import fake_quant, quantize_codes
 from trtq.quant.geometry import ConvGeometry, FloatLayer, set_sizes
@@ -67,6 +68,7 @@ class QuantLayer(nn.Module):
         alpha: learned rounding, shaped like the weight, see `trtq.quant.adaround`; None: to nearest.
         soft_rounding: whether the rounding directions are soft.
         activation: quantiser of the input.
+        branch: float branch that training adds to the quantised weight; None outside of training.
         input_transform: transform of the input before the quantiser, which `weight` contains already;
             None: the input is not transformed.
 
@@ -85,6 +87,7 @@ class QuantLayer(nn.Module):
     tuned_weight: nn.Parameter | None
     tuned_bias: nn.Parameter | None
     alpha: nn.Parameter | None
+    branch: DecayingBranch | None
     input_transform: InputTransform | None
 
     def __init__(
@@ -121,6 +124,7 @@ class QuantLayer(nn.Module):
         self.scales: ScalePolicy = scales
         self.activation = self._make_activation(activation_bits, table, zero_point_mode)
         self.register_module("input_transform", getattr(source, "input_transform", None))
+        self.register_module("branch", None)
         self.register_parameter("tuned_weight", None)
         self.register_parameter("tuned_bias", None)
         self.register_parameter("alpha", None)
@@ -157,8 +161,7 @@ class QuantLayer(nn.Module):
         scale, zero_point = self._weight_range(method)
         self.weight_scale = nn.Parameter(scale)
         self.register_buffer("weight_zero_point", zero_point)
-        integer = self.base == "int"
-        codes = None
+        codes, integer = None, self.base == "int"
         if integer:
             ranges = self.spread(scale), self.spread(zero_point)
             codes = quantize_codes(self.weight, *ranges, 0, self.weight_qmax)
@@ -261,8 +264,10 @@ class QuantLayer(nn.Module):
             step = current_step()
             if step is None:
                 return self._operate(input, self.weight, self.bias)
-        x = self.activation(input, step)
-        return self._operate(x, self.quantized_weight(), self.updated_bias())
+        weight = self.quantized_weight()
+        if self.branch is not None:
+            weight = weight + self.branch()
+        return self._operate(self.activation(input, step), weight, self.updated_bias())
 
     @torch.no_grad()
     def merge(self) -> PackedWeight:

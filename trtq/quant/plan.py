@@ -63,6 +63,7 @@ class LayerPlan:
         smooth: whether the channels of the input are scaled before the quantiser.
         rotate: number of channels that a rotation of the input mixes; 0: no rotation.
         scales: origin of the activations' scales, see `trtq.quant.dynamic_scale`.
+        free_scales: whether calibration chooses the origin of the scales.
         outlier_ratio: largest channel of the input over the median channel, mean over the steps; None:
             not measured.
         may_smooth: whether the policy allows smoothing.
@@ -84,6 +85,7 @@ class LayerPlan:
     smooth: bool = False
     rotate: int = 0
     scales: ScalePolicy = "step"
+    free_scales: bool = False
     outlier_ratio: float | None = None
     may_smooth: bool = True
     may_rotate: int | None = None

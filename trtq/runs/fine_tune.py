@@ -18,13 +18,15 @@ from trtq.calib.roles import LayerRoles
 from trtq.errors import QuantizationError, RecipeError
 from trtq.progress import ProgressCallback
 from trtq.quant import QuantizedDenoiser
+from trtq.quant.branch import start_adapters
 from trtq.results import OMITTED_IF_NONE, Result
+from trtq.runs.rates import branch_of, rates_of, warn_of_large_updates
 from trtq.runs.result import FineTuneStage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from trtq.train.distill import Distillation, Rates
+    from trtq.train.distill import Distillation
     from trtq.train.points import Points
 
 __all__ = ["FineTuneResult", "FineTuning", "accelerator_for", "fine_tune"]
@@ -82,19 +84,6 @@ class FineTuning:
     roles: LayerRoles | None = None
     label: str = ""
     keep_last: bool = False
-
-
-def _rates(training: Training, iterations: int, weight_travel: float) -> Rates:
-    """The learning rates: with linear decay a value moves by at most `rate * iterations / 2`."""
-    from trtq.train.distill import Rates
-
-    return Rates(
-        lora=2 * training.lora_travel / iterations,
-        weight_scale=training.weight_scale_lr,
-        activation=training.activation_lr,
-        activation_relative=training.activation_lr_relative,
-        tuned=2 * weight_travel / iterations,
-    )
 
 
 def _run(
@@ -171,12 +160,17 @@ def fine_tune(setup: FineTuning, recipe: Recipe) -> FineTuneResult:
     training = recipe.training
     assert training is not None
     _save_memory(setup, training)
+    if training.adapter_start == "residual":
+        for _, layer in setup.model.layers():
+            start_adapters(layer)
     if recipe.quest is None:
         from trtq.train.efficientdm import EfficientDM
 
-        rates = _rates(training, training.iterations, 1.0)
+        rates = rates_of(training, training.iterations, 1.0)
+        warn_of_large_updates(training, training.iterations, setup.label)
         with setup.trajectories("efficientdm") as points:
-            objective = EfficientDM(setup.model, points, rates)
+            branch = branch_of(training, training.iterations)
+            objective = EfficientDM(setup.model, points, rates, branch)
             rows = [_run(setup, training, objective, "fine-tune", training.iterations, last=True)]
         tuned_share = None
     else:
@@ -218,6 +212,7 @@ def _quest(
     if quest.adaround:
         rows.append(_learn_rounding(setup, recipe, quest.adaround))
     first = max(1, min(training.iterations - 1, round(quest.first_stage * training.iterations)))
+    warn_of_large_updates(training, training.iterations - first, setup.label)
     embedding_paths = {f"{name}.activation" for name in embedding}
     stages = (
         ("time embedding", first, embedding, embedding, embedding_paths, False),
@@ -225,7 +220,7 @@ def _quest(
             "attention",
             training.iterations - first,
             [] if adapters else attention,
-            attention,
+            _aligned(setup, quest, attention),
             {path for path, _ in setup.model.activations()} - embedding_paths,
             adapters,
         ),
@@ -237,17 +232,25 @@ def _quest(
             objective = Quest(
                 setup.model,
                 points,
-                _rates(training, iterations, quest.weight_travel),
+                rates_of(training, iterations, quest.weight_travel),
                 tuned=weights,
                 aligned=aligned,
                 activations=activations,
                 adapters=with_adapters,
                 weighting=quest.weighting,
                 global_weight=quest.global_weight,
+                branch=branch_of(training, iterations),
             )
             last = index == len(stages) - 1
             rows.append(_run(setup, training, objective, name, iterations, last=last))
     return rows, _tuned_share(setup, tuned)
+
+
+def _aligned(setup: FineTuning, quest: QuestRecipe, attention: list[str]) -> list[str]:
+    """The layers whose outputs are compared in stage 2."""
+    if quest.aligned == "stage":
+        return attention
+    return [name for name, layer in setup.model.layers() if layer.lora_A is not None]
 
 
 def _tuned_share(setup: FineTuning, tuned: list[str]) -> float:

@@ -29,7 +29,7 @@ _STAGE = "choose transforms"
 
 def _choice(recipe: Recipe) -> TransformChoice | None:
     """What the recipe allows; None: no transform."""
-    if not recipe.smooth and not recipe.rotate:
+    if not recipe.smooth and not recipe.rotate and recipe.scales != "auto":
         return None
     # The samples of a candidate have no histograms.
     clips = parse_calibrator(recipe.calibration.activations) is not None

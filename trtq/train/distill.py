@@ -7,17 +7,18 @@ the trained parameters (`parameter_groups`) and the compared outputs (`loss`).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from trtq.quant.branch import DecayingBranch
 from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.modules import QuantLayer
 from trtq.train.points import Points
 
-__all__ = ["Distillation", "Rates"]
+__all__ = ["BranchDecay", "Distillation", "Rates"]
 
 _SCALE_RANGE = 4.0
 """Maximum factor between a trained activation scale and its calibrated value, up or down.
@@ -48,6 +49,19 @@ class Rates:
     tuned: float = 0.0
 
 
+@dataclass(frozen=True)
+class BranchDecay:
+    """A branch next to each weight with adapters, see `trtq.quant.branch`.
+
+    Attributes:
+        rank: maximum rank of a branch.
+        iterations: number of updates after which the branches are gone.
+    """
+
+    rank: int
+    iterations: int
+
+
 class Distillation:
     """Base class of methods: an `Objective` of `trtq.train.loop` without a loss.
 
@@ -55,12 +69,20 @@ class Distillation:
         model: quantised denoiser, both teacher and student.
         trajectories: source of the points at which teacher and student are compared.
         rates: learning rates.
+        branch: branches that help the adapters and decay; None: no branches.
     """
 
-    def __init__(self, model: QuantizedDenoiser, trajectories: Points[Any], rates: Rates) -> None:
+    def __init__(
+        self,
+        model: QuantizedDenoiser,
+        trajectories: Points[Any],
+        rates: Rates,
+        branch: BranchDecay | None = None,
+    ) -> None:
         self.model = model
         self.trajectories = trajectories
         self.rates = rates
+        self.branch = branch
         self._calibrated = {
             path: quantizer.scale.detach().clone() for path, quantizer in model.activations()
         }
@@ -92,7 +114,12 @@ class Distillation:
             if layer.lora_A is None or layer.lora_B is None:
                 continue
             rate = self.rates.lora * layer.weight_level()
-            adapters.append({"params": [layer.lora_A, layer.lora_B], "lr": rate})
+            factors = [layer.lora_A, layer.lora_B]
+            if self.branch is not None:
+                error = layer.updated_weight() - layer.quantized_weight()
+                layer.branch = DecayingBranch(error, self.branch.rank)
+                factors += layer.branch.parameters()
+            adapters.append({"params": factors, "lr": rate})
             scales.append(layer.weight_scale)
             if layer.weight_scale_dequant is not None:
                 scales.append(layer.weight_scale_dequant)
@@ -121,6 +148,22 @@ class Distillation:
             if quantizer.zero_point_mode != "frozen":
                 entries.append(quantizer.zero_point)
         return [{"params": entries, "lr": rate, "table": True} for rate, entries in by_rate.items()]
+
+    def _branches(self) -> Iterator[tuple[QuantLayer, DecayingBranch]]:
+        for _, layer in self.model.layers():
+            if layer.branch is not None:
+                yield layer, layer.branch
+
+    def before_update(self, iteration: int) -> None:
+        """Let the branches decay."""
+        if self.branch is not None:
+            for _, branch in self._branches():
+                branch.decay(iteration, self.branch.iterations)
+
+    def finish(self) -> None:
+        """Remove the branches; their weights are zero after `BranchDecay.iterations` updates."""
+        for layer, _ in self._branches():
+            layer.branch = None
 
     def after_update(self) -> None:
         """Clamp zero points to the codes, and scales to a factor of their calibrated values.

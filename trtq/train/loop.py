@@ -43,8 +43,14 @@ class Objective(Stateful, Protocol):
             iteration: index of the update.
         """
 
+    def before_update(self, iteration: int) -> None:
+        """Called before each update, e.g. to change what depends on the iteration."""
+
     def after_update(self) -> None:
         """Called after each update, e.g. to clamp parameters."""
+
+    def finish(self) -> None:
+        """Called after the last update, e.g. to remove what only training needs."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ class _Optimisation:
         """
         for group, rate in zip(self.optimizer.param_groups, self._first_rates, strict=True):
             group["lr"] = rate * (1 - iteration / self.iterations)
+        self.objective.before_update(iteration)
         total = sum(self._accumulate(slot, iteration) for slot in range(self.accumulate))
         self._stepper.step()
         self._stepper.zero_grad()
@@ -217,6 +224,7 @@ def fit(
         if checkpoints is not None and due:
             state.save(checkpoints, done)
     accelerator.wait_for_everyone()
+    objective.finish()
     return _result(losses, time.monotonic() - start)
 
 

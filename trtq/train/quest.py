@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.hooks import captured_outputs
-from trtq.train.distill import Distillation, Rates
+from trtq.train.distill import BranchDecay, Distillation, Rates
 from trtq.train.points import Points
 
 __all__ = ["Quest", "Weighting", "alignment_loss"]
@@ -97,6 +97,7 @@ class Quest(Distillation):
         adapters: whether to also train the QALoRA adapters of all layers that have adapters.
         weighting: see `alignment_loss`.
         global_weight: see `alignment_loss`.
+        branch: see `Distillation`.
     """
 
     def __init__(
@@ -111,8 +112,9 @@ class Quest(Distillation):
         adapters: bool = False,
         weighting: Weighting = "paper",
         global_weight: float = 1.0,
+        branch: BranchDecay | None = None,
     ) -> None:
-        super().__init__(model, trajectories, rates)
+        super().__init__(model, trajectories, rates, branch)
         self.tuned = set(tuned)
         self.aligned = self.tuned if aligned is None else set(aligned)
         self.activations = set(activations)
