@@ -257,3 +257,19 @@ def test_bits_of_inputs_do_not_change_in_the_files(digits_run, tmp_path, digits_
     assert result.same_numbers
     assert result.ok
     assert np.isclose(result.snr_db_min, 200)
+
+
+def test_graphs_are_shown_by_polygraphys_inspector(digits_run, digits_onnx):
+    from trtq.pipelines.inspect import inspect
+
+    (text,) = inspect(digits_onnx, graphs=True).graphs.values()
+    assert "3 Graph Input(s)" in text
+    assert "out_sample" in text
+    assert inspect(digits_onnx).graphs is None
+    with pytest.raises(UsageError, match="has no graphs"):
+        inspect(digits_run, graphs=True)
+
+
+def test_a_recorded_artefact_is_refused_with_the_remedy(inpainting_run, digits_run):
+    with pytest.raises(UsageError, match=r"trtq verify --against does not support yet.*--run RUN"):
+        ordered_sides(inpainting_run, digits_run)
