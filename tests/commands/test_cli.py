@@ -440,13 +440,13 @@ def test_a_model_with_nan_weights_is_refused(tmp_path):
 def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(command, tmp_path):
     import resource
 
-    former, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     # Larger files fail as on a full disk; Python ignores the signal that would end the process.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard_limit))
     try:
         done = run(*command, "-o", tmp_path / "out")
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (former, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (former, hard_limit))
     assert done.exit_code == 1
     assert isinstance(done.exception, SystemExit)
     assert "Traceback" not in done.stderr

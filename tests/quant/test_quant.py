@@ -216,13 +216,13 @@ def searched_one_by_one(rows, bits, symmetric):
     kept = affine_from_range(low, high, bits, symmetric=symmetric)
     for index in range(80):
         c = 1 - 0.01 * index
-        found = affine_from_range(low * c, high * c, bits, symmetric=symmetric)
-        d, z = (each[:, None] for each in found)
+        tried = affine_from_range(low * c, high * c, bits, symmetric=symmetric)
+        d, z = (each[:, None] for each in tried)
         coded = ((rows / d).round() + z).clamp(0, 2**bits - 1)
         score = ((coded - z) * d - rows).abs().pow_(2.4).mean(1)
         better = score < best
         best = torch.where(better, score, best)
-        kept = tuple(torch.where(better, *pair) for pair in zip(found, kept, strict=True))
+        kept = tuple(torch.where(better, *pair) for pair in zip(tried, kept, strict=True))
     return kept
 
 
@@ -231,8 +231,8 @@ def searched_one_by_one(rows, bits, symmetric):
 )
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_candidates_that_are_computed_together_give_the_same_range(shape, symmetric):
-    """Bit for bit, whatever is left over after whole vectors, and whichever the outermost values
-    rule out; equal scores go to the first one."""
+    """Bit for bit, also with values left over after whole vectors, and with any candidates that the
+    outermost values rule out; equal scores go to the first one."""
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for data in (rows, rows.abs(), rows.round(), torch.zeros(shape), torch.full(shape, -1e38)):
         for bits in (2, 4, 8):
