@@ -60,7 +60,7 @@ def test_layers_without_a_rule_stay_float_with_a_warning(caplog, tmp_path):
     [
         ("bitz = 'w4a4'", "bitz: unknown key"),
         ("[training]\nrnk = 3", "training.rnk: unknown key"),
-        ("method = 'magic'", "unknown method 'magic'; choose one of combined, efficientdm"),
+        ("method = 'magic'", "unknown method 'magic'; choose one of best, combined, efficientdm"),
         ("bits = 'w4a99'", "bits=99"),
         ("steps = 0", "steps: .*greater than or equal to 1"),
         ("tables = 'per-layer'", "tables: .*'per-step' or 'static'"),

@@ -71,7 +71,7 @@ def test_an_engine_of_another_version_is_refused_in_one_line(tmp_path, digits_ru
     folder = engine_folder(tmp_path, BACKENDS["tensorrt-rtx"].version)
     reference, other = ordered_sides(folder, digits_run)
     assert other.provider == "tensorrt-rtx"
-    assert reference.label == "run (torch)"
+    assert reference.label == f"{digits_run.name} (torch)"
     with pytest.raises(UsageError, match="run it with tensorrt-rtx, not cpu"):
         ordered_sides(folder, digits_run, ("cpu", None))
 

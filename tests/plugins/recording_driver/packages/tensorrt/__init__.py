@@ -77,7 +77,8 @@ def get_plugin_registry():
 
 
 class _Layer:
-    type = LayerType.PLUGIN_V3
+    type, name = LayerType.PLUGIN_V3, "a plugin"
+    num_inputs = num_outputs = 0
 
 
 class _Network:
