@@ -2,7 +2,7 @@
 
     python benchmarks/format_engines.py [NAME ...] [--folder DIR]
 
-The models: a UNet of Stable Diffusion 1.5's size (859.5 M parameters) and a DiT of 1.04 B
+The models: a UNet of Stable Diffusion 1.5's size (859.5 M parameters) and a DiT of 1.15 B
 parameters, both with random weights, and the shipped transformer. Each run is calibrated on one
 image at one step, since only its size counts. Rotation is applied to every layer that it fits
 (`trtq quantize` rotates a layer only where that lowers its error, which random weights do not
@@ -66,7 +66,7 @@ MODELS = {
 
 
 def write_dit(folder: Path) -> None:
-    """A class-conditional DiT of 1.04 B parameters with random weights, in half precision."""
+    """A class-conditional DiT of 1.15 B parameters with random weights, in half precision."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 

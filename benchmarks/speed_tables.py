@@ -106,7 +106,7 @@ def cpu_path(record: dict[str, Any]) -> str:
 FORM_MODELS = {
     "digits-dit": "shipped transformer",
     "sd_1": "UNet of SD 1.5's size",
-    "dit_1b": "DiT, 1.04 B parameters",
+    "dit_1b": "DiT, 1.15 B parameters",
 }
 
 
