@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from sd_size import stage
 
 from trtq.artefact.opened import open_folder
 from trtq.bench.device import cpu_name
@@ -32,21 +32,13 @@ GRAPHS = {
 }
 
 
-def trtq(*arguments: str) -> dict[str, Any]:
-    """Run one command in a separate process and return its JSON output."""
-    command = [sys.executable, "-m", "trtq.cli", *arguments, "--json"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
-
 def exported(folder: Path, name: str) -> Path:
     """Folder of the half-precision graph of one row; exported if it does not exist."""
     source, target = GRAPHS[name]
     out = folder / f"half_{source}_{target}"
     if not out.is_dir():
         options = ["--precision", "fp16", "--target", target, "--batch", "1:4"]
-        trtq("export", str(folder / source), "-o", str(out), *options)
+        stage("export", str(folder / source), "-o", str(out), *options)
     return out
 
 
@@ -54,7 +46,7 @@ def measure(folder: Path, name: str, architectures: tuple[str, ...]) -> dict[str
     """Build one graph and return the values of its denoiser."""
     onnx, engine = exported(folder, name), folder / "engine"
     chosen = [part for architecture in architectures for part in ("--arch", architecture)]
-    result = trtq("build", str(onnx), "-o", str(engine), *chosen, "--no-cache", "--overwrite")
+    result = stage("build", str(onnx), "-o", str(engine), *chosen, "--no-cache", "--overwrite")
     denoiser = open_folder(onnx).manifest.denoiser
     (row,) = [row for row in result["engines"] if row["name"] == denoiser]
     return {

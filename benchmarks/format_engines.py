@@ -17,13 +17,14 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from sd_size import stage, write_checkpoint
 
 from trtq.artefact.opened import open_folder
 from trtq.bench.device import cpu_name
@@ -100,8 +101,6 @@ def checkpoint(model: str, folder: Path) -> str:
     place = folder / model
     if not place.is_dir():
         if model == "sd_1":
-            from sd_size import write_checkpoint
-
             write_checkpoint(place, model)
         else:
             write_dit(place)
@@ -119,15 +118,6 @@ def quantize_rotated(arguments: list[str]) -> None:
     app(arguments)
 
 
-def stage(*arguments: str, rotated: bool = False) -> dict[str, Any]:
-    """Run one trtq command in a separate process; return its JSON output."""
-    head = [__file__, "--rotated"] if rotated else ["-m", "trtq.cli"]
-    command = [sys.executable, *head, *arguments, "--json"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
-
 def graph_of(model: str, name: str, folder: Path) -> dict[str, Any]:
     """Make and export one form; return the result of the export. `folder/onnx` holds the graphs."""
     form, onnx, run = FORMS[name], folder / "onnx", folder / "run"
@@ -138,7 +128,8 @@ def graph_of(model: str, name: str, folder: Path) -> dict[str, Any]:
         recipe = folder / "recipe.toml"
         recipe.write_text('method = "minmax"\n[calibration]\nimages = 1\nsamples_per_step = 64\n')
         options = ("--recipe", str(recipe), "--steps", "1", *form.options)
-        stage("quantize", source, "-o", str(run), *options, rotated=form.rotated)
+        program = (__file__, "--rotated") if form.rotated else ("-m", "trtq.cli")
+        stage("quantize", source, "-o", str(run), *options, program=program)
         source = str(run)
     return stage("export", source, "-o", str(onnx), "--precision", "fp16", "--batch", "1:4")
 

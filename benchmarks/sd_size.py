@@ -144,14 +144,15 @@ def write_checkpoint(folder: Path, model: str = "sd_1") -> int:
     return sum(parameter.numel() for parameter in pipeline.unet.parameters())
 
 
-def stage(*arguments: str) -> dict[str, Any]:
-    """Run one trtq command in a separate process; return its JSON output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "trtq.cli", *arguments, "--json"],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def stage(*arguments: str, program: tuple[str, ...] = ("-m", "trtq.cli")) -> dict[str, Any]:
+    """Run one command in a separate process; return its JSON output.
+
+    Args:
+        arguments: arguments of the command.
+        program: arguments of Python that start trtq.
+    """
+    command = [sys.executable, *program, *arguments, "--json"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 

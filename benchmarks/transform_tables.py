@@ -41,11 +41,20 @@ def transforms_planted(record: dict[str, Any]) -> str:
         "| model | bits | no outliers | planted | smoothed | rotated | both |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for model, bits in dict.fromkeys((row["model"], row["bits"]) for row in rows):
-        cells = [values.get((model, bits, *column)) for column in columns]
-        texts = ["not measured" if cell is None else f"{cell:.1f}" for cell in cells]
-        lines.append(f"| {_MODELS[model]} | {bits.upper()} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_lines(rows, values, columns)])
+
+
+def _lines(rows: list[dict[str, Any]], values: dict[Any, float], columns: list[Any]) -> list[str]:
+    """A line for each model and its bits, with the value of each column."""
+    return [
+        f"| {_MODELS[model]} | {bits.upper()} | "
+        f"{' | '.join(_cell(values.get((model, bits, *column))) for column in columns)} |"
+        for model, bits in dict.fromkeys((row["model"], row["bits"]) for row in rows)
+    ]
+
+
+def _cell(snr_db: float | None) -> str:
+    return "not measured" if snr_db is None else f"{snr_db:.1f}"
 
 
 def transforms_policies(record: dict[str, Any]) -> str:
@@ -64,11 +73,7 @@ def transforms_policies(record: dict[str, Any]) -> str:
         f"| model | bits | {' | '.join(names)} |",
         f"| --- | --- |{' --- |' * len(names)}",
     ]
-    for model, bits in dict.fromkeys((row["model"], row["bits"]) for row in rows):
-        cells = [values.get((model, bits, *column)) for column in columns]
-        texts = ["not measured" if cell is None else f"{cell:.1f}" for cell in cells]
-        lines.append(f"| {_MODELS[model]} | {bits.upper()} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_lines(rows, values, columns)])
 
 
 def transforms_tuned(record: dict[str, Any]) -> str:
@@ -96,7 +101,7 @@ def transforms_tuned(record: dict[str, Any]) -> str:
     for (model, bits, method), pair in values.items():
         plain, planted = pair.get(False), pair.get(True)
         cells = [
-            *("not measured" if snr is None else f"{snr:.1f}" for snr in (plain, planted)),
+            *(_cell(snr) for snr in (plain, planted)),
             "" if plain is None or planted is None else f"{planted - plain:+.1f}",
         ]
         lines.append(f"| {_MODELS[model]} | {bits.upper()} | `{method}` | {' | '.join(cells)} |")
