@@ -1,29 +1,30 @@
-"""Calls of a pipeline that pause at every call of one denoiser.
+"""Calls of a pipeline that pause at every call of one denoiser, whose result somebody else computes.
 
-A pipeline calls its denoisers from a loop of its own, and a training loop asks for one point after the
-other. Therefore the pipeline runs in a thread, as a coroutine: the thread runs only while
-`PausedCalls.next` waits for it, so the two never run at the same time.
+A pipeline calls its denoisers from a loop of its own. Here the loop runs in a thread, as a coroutine: at
+each call of the denoiser the thread waits for a result, and it runs only while `PausedCalls.wait` waits
+for its next call. So a caller can collect the calls of several pipelines and compute them together.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
+from trtq.calls.copies import copied_pipeline, copied_tensors
+from trtq.calls.replaced import replaced_forward
 from trtq.calls.user_call import UserCall, run_call
 from trtq.errors import QuantizationError
 from trtq.quant.timestep import float_scope
 
-__all__ = ["DenoiserCall", "PausedCalls", "PipelineCall", "copied_pipeline"]
+__all__ = ["DenoiserCall", "Interception", "PausedCalls", "PipelineCall"]
 
 _MAX_UNUSED_CALLS = 64
 """Maximum number of successive calls of a pipeline that do not call the denoiser."""
@@ -49,17 +50,15 @@ class PipelineCall:
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """One call of a denoiser by its pipeline.
+    """A call of a denoiser by its pipeline, which waits for the result.
 
     Attributes:
-        args: positional arguments; tensors are copies from before the call.
-        kwargs: keyword arguments; tensors are copies from before the call.
-        result: the denoiser's result, which the pipeline continues with.
+        args: positional arguments; tensors are copies.
+        kwargs: keyword arguments; tensors are copies.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    result: Any
 
 
 class _EndOfCallError(BaseException):
@@ -70,121 +69,126 @@ class _ClosedError(BaseException):
     """Ends a pipeline's call since no further point is needed."""
 
 
-def copied_pipeline(pipeline: Any) -> Any:
-    """A copy of a pipeline with schedulers of its own; all other components are shared.
+class Interception:
+    """Passes the calls of a pipeline's denoisers to the `PausedCalls` of the calling thread.
 
-    Several copies can run interleaved, because a call changes only its pipeline object and schedulers.
+    A context manager; inside it, calls from other threads are computed as usual.
 
     Args:
-        pipeline: diffusers pipeline; pipelines inside it are copied as well.
+        modules: all denoisers of the pipeline by name.
+        name: name of the denoiser at whose calls the pipelines pause.
     """
-    copied = _copied(pipeline, {})
-    if hasattr(copied, "set_progress_bar_config"):
-        copied.set_progress_bar_config(disable=True)
-    return copied
 
+    def __init__(self, modules: Mapping[str, nn.Module], name: str) -> None:
+        self.name = name
+        self._modules = modules
+        self._threads: dict[int, PausedCalls] = {}
+        self._stack = ExitStack()
 
-def _copied(pipeline: Any, copies: dict[int, Any]) -> Any:
-    """The copy; `copies` holds the copied schedulers and pipelines by the identity of the original."""
-    from diffusers import DiffusionPipeline
+    def __enter__(self) -> Self:
+        for name, module in self._modules.items():
+            paused = name == self.name
+            replacement = functools.partial(self._intercepted, paused)
+            self._stack.enter_context(replaced_forward(module, replacement))
+        return self
 
-    copies[id(pipeline)] = copied = copy.copy(pipeline)
-    for name, value in vars(pipeline).items():
-        inner = isinstance(value, DiffusionPipeline)
-        if isinstance(value, nn.Module) or not (inner or hasattr(value, "set_timesteps")):
-            continue
-        if id(value) not in copies:
-            copies[id(value)] = _copied(value, copies) if inner else copy.deepcopy(value)
-        # The registered classes of the components stay the same.
-        copied.__dict__[name] = copies[id(value)]
-    return copied
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
+    @contextmanager
+    def calls_of(self, paused: PausedCalls) -> Iterator[None]:
+        """Inside the block, the denoiser calls of this thread belong to `paused`."""
+        here = threading.get_ident()
+        self._threads[here] = paused
+        try:
+            yield
+        finally:
+            del self._threads[here]
 
-def _copied_tensors(values: Any) -> Any:
-    """Nested values with copies of their tensors, which a backward pass may save."""
+    def _intercepted(self, paused: bool, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def intercepted(*args: Any, **kwargs: Any) -> Any:
+            owner = self._threads.get(threading.get_ident())
+            if owner is None:
+                return forward(*args, **kwargs)
+            result = owner.computed(args, kwargs) if paused else forward(*args, **kwargs)
+            owner.count()
+            return result
 
-    def each(leaf: Any) -> Any:
-        return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-
-    # A copy that is made in inference mode could not be saved for a backward pass.
-    with torch.inference_mode(False), torch.no_grad():
-        return _pytree.tree_map(each, values)
+        return intercepted
 
 
 class PausedCalls:
     """The calls of one denoiser while its pipeline is called again and again.
 
-    Inside the pipeline's calls all quantised layers compute in float, so the results are the teacher's.
-    torch's global random numbers inside the calls are separate from those outside.
+    The pipeline's other denoisers compute in float. torch's global random numbers inside the calls are
+    separate from those outside.
 
     Args:
         pipeline: diffusers pipeline; the calls use a copy with schedulers of its own.
-        modules: all denoisers of the pipeline by name.
-        name: name of the denoiser at whose calls the pipeline pauses.
+        interception: interception of the pipeline's denoisers; it is entered before the first `wait`.
         draw: function that returns the pipeline's call with a given index, 0, 1, ...
-        skip: number of denoiser calls in the first call of the pipeline that run without a pause.
         device: device of the pipeline.
 
     Attributes:
         index: index of the current call of the pipeline.
-        position: number of calls of this denoiser in the current call of the pipeline, including the
-            one at which the pipeline pauses.
+        results: the results of the denoiser in the current call of the pipeline.
     """
 
     def __init__(
         self,
         pipeline: Any,
-        modules: Mapping[str, nn.Module],
-        name: str,
+        interception: Interception,
         draw: Callable[[int], PipelineCall],
         *,
-        skip: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self._pipeline = pipeline
-        self._modules = modules
-        self._name = name
+        self._interception = interception
         self._draw = draw
         self._device = torch.device(device)
         self.index = 0
-        self.position = skip
-        self._skip = skip
+        self.results: list[Any] = []
+        self._repeated = 0
         self._thread: threading.Thread | None = None
         self._go: SimpleQueue[bool] = SimpleQueue()
         self._points: SimpleQueue[DenoiserCall | BaseException] = SimpleQueue()
-        self._closed = False
+        self._waiting: DenoiserCall | None = None
         self._random: list[Tensor] | None = None
-        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._left = 0
 
-    def move(self, index: int, position: int) -> None:
-        """Continue after a number of this denoiser's calls in another call of the pipeline.
+    @property
+    def position(self) -> int:
+        """Number of results of the denoiser in the current call of the pipeline."""
+        return len(self.results)
 
-        The calls before that position are made again at the following `next`.
+    def move(self, index: int, results: Sequence[Any]) -> None:
+        """Continue another call of the pipeline, after the denoiser has returned these results.
 
         Args:
             index: index of the call of the pipeline.
-            position: number of calls of this denoiser to skip.
+            results: results that the call receives again at the following `wait`.
         """
         self.close()
-        self.index, self.position = index, position
+        self.index, self.results = index, list(results)
 
-    def next(self) -> DenoiserCall:
+    def wait(self) -> DenoiserCall:
         """Continue until the next call of the denoiser, and return this call.
 
-        After `close`, the current call of the pipeline is made again up to its position.
+        A call that has no result yet is returned again. After `close`, the current call of the pipeline
+        is made again with the results that it has received.
 
         Raises:
             ArtefactError: the pipeline cannot be called.
             QuantizationError: the pipeline does not call the denoiser.
         """
-        if self._thread is None:
-            self._closed, self._skip, self._random = False, self.position, None
+        if self._waiting is not None:
+            return self._waiting
         with self._own_random_numbers():
             if self._thread is None:
+                self._repeated, self._random = 0, None
                 self._go, self._points = SimpleQueue(), SimpleQueue()
                 self._thread = threading.Thread(
-                    target=self._work, daemon=True, name=f"trtq calls of {self._name}"
+                    target=self._work, daemon=True, name=f"trtq calls of {self._interception.name}"
                 )
                 self._thread.start()
             else:
@@ -193,14 +197,20 @@ class PausedCalls:
         if isinstance(point, BaseException):
             self.close()
             raise point
+        self._waiting = point
         return point
+
+    def answer(self, result: Any) -> None:
+        """Give the waiting call its result; the pipeline continues at the next `wait`."""
+        assert self._waiting is not None
+        self._waiting = None
+        self.results.append(result)
 
     def close(self) -> None:
         """End the current call of the pipeline and its thread."""
-        thread, self._thread = self._thread, None
+        thread, self._thread, self._waiting = self._thread, None, None
         if thread is None:
             return
-        self._closed = True
         with self._own_random_numbers():
             self._go.put(False)
             thread.join()
@@ -235,15 +245,15 @@ class PausedCalls:
                 torch.cuda.set_device(self._device)
             pipeline = copied_pipeline(self._pipeline)
             unused = 0
-            with self._hooks(), float_scope():
+            with self._interception.calls_of(self), float_scope():
                 while unused < _MAX_UNUSED_CALLS:
-                    self.position = 0
                     self._call(pipeline)
-                    unused = 0 if self.position else unused + 1
-                    self.index, self.position, self._skip = self.index + 1, 0, 0
+                    unused = 0 if self.results else unused + 1
+                    self.index, self.results, self._repeated = self.index + 1, [], 0
+            name = self._interception.name
             raise QuantizationError(
-                f"{unused} calls of {type(pipeline).__name__} do not call its {self._name}, which "
-                "therefore cannot be fine-tuned; give a call that uses it"
+                f"{unused} calls of {type(pipeline).__name__} do not call its {name}, which therefore "
+                "cannot be fine-tuned; give a call that uses it"
             )
         except _ClosedError:
             pass
@@ -258,39 +268,18 @@ class PausedCalls:
         with suppress(_EndOfCallError):
             run_call(pipeline, planned.call, planned.seed, *planned.purpose)
 
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        """Inside the block, this thread pauses after its calls of the denoiser."""
-        here = threading.get_ident()
-        denoiser = self._modules[self._name]
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if threading.get_ident() == here and self.position >= self._skip:
-                self._inputs = _copied_tensors((args, kwargs))
-
-        def after(module: nn.Module, _: tuple[Any, ...], result: Any) -> None:
-            if threading.get_ident() != here:
-                return
-            if self._closed:
+    def computed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a call of the denoiser, for the thread of the pipeline."""
+        if self._repeated == len(self.results):
+            self._points.put(DenoiserCall(*copied_tensors((args, kwargs))))
+            if not self._go.get():
                 raise _ClosedError
-            if module is denoiser:
-                self._pause(result)
-            self._left -= 1
-            if self._left <= 0:
-                raise _EndOfCallError
+        self._repeated += 1
+        # The pipeline may change a result in place.
+        return copied_tensors(self.results[self._repeated - 1])
 
-        with ExitStack() as stack:
-            stack.callback(denoiser.register_forward_pre_hook(before, with_kwargs=True).remove)
-            for module in self._modules.values():
-                stack.callback(module.register_forward_hook(after).remove)
-            yield
-
-    def _pause(self, result: Any) -> None:
-        """Pass a call of the denoiser to the waiting thread, and wait for `next` or `close`."""
-        self.position += 1
-        if self.position <= self._skip:
-            return
-        inputs, self._inputs = self._inputs, ((), {})
-        self._points.put(DenoiserCall(*inputs, result))
-        if not self._go.get():
-            raise _ClosedError
+    def count(self) -> None:
+        """Count a call of a denoiser; the last one ends the pipeline's call."""
+        self._left -= 1
+        if self._left <= 0:
+            raise _EndOfCallError

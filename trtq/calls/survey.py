@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.utils import _pytree
 
 from trtq.calls.form import flatten_call
 from trtq.calls.recorder import TIMESTEP_NAMES, RecordedCall, observed, read_timestep
+from trtq.calls.replaced import replaced_forward
 from trtq.calls.user_call import UserCall, run_call
 from trtq.errors import UsageError
 
@@ -44,9 +46,9 @@ class _Repeated:
     The values of a survey do not matter, and denoiser calls take the largest part of a pipeline's time.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self.module = module
-        self.forward = module.forward
+        self.forward = forward
         self.results: dict[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,28 +69,8 @@ def repeating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside the block, each form of a denoiser's call is computed once, see `_Repeated`."""
     with ExitStack() as stack:
         for module in modules.values():
-            patched = module.__dict__.get("forward")
-            module.__dict__["forward"] = _forward_like(module, _Repeated(module))
-            stack.callback(_restore_forward, module, patched)
+            stack.enter_context(replaced_forward(module, functools.partial(_Repeated, module)))
         yield
-
-
-def _forward_like(module: nn.Module, repeated: _Repeated) -> Callable[..., Any]:
-    """A function with the signature of the module's forward, which pipelines inspect."""
-    import functools
-
-    @functools.wraps(module.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return repeated(*args, **kwargs)
-
-    return forward
-
-
-def _restore_forward(module: nn.Module, patched: Any) -> None:
-    if patched is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.__dict__["forward"] = patched
 
 
 @torch.no_grad()

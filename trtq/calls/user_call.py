@@ -104,10 +104,17 @@ class UserCall:
         return len(prompt) if texts and prompt else None
 
     @property
+    def labels(self) -> list[int] | None:
+        """Class labels of the call; None if it has none."""
+        labels = self.arguments.get("class_labels")
+        given = labels if isinstance(labels, list) else [labels]
+        whole = [label for label in given if isinstance(label, int) and not isinstance(label, bool)]
+        return whole if given and len(whole) == len(given) else None
+
+    @property
     def images(self) -> int:
         """Number of images that the call makes, as far as its arguments say; 1 or more."""
-        labels = self.arguments.get("class_labels")
-        count = self.prompts or (len(labels) if isinstance(labels, list) else 1)
+        count = self.prompts or len(self.labels or [0])
         for name in COUNT_ARGUMENTS:
             number = self.arguments.get(name)
             count *= number if isinstance(number, int) and number > 0 else 1
@@ -143,6 +150,15 @@ class UserCall:
         """
         single = isinstance(self.arguments["prompt"], str)
         return self.updated({"prompt": texts[0] if single else list(texts)})
+
+    def with_labels(self, labels: Sequence[int]) -> UserCall:
+        """The same call with other class labels.
+
+        Args:
+            labels: labels; a call with one label outside a list keeps this form for one label.
+        """
+        single = len(labels) == 1 and not isinstance(self.arguments["class_labels"], list)
+        return self.updated({"class_labels": labels[0] if single else list(labels)})
 
     def updated(self, arguments: Mapping[str, Any]) -> UserCall:
         """The same call with other values for some arguments."""

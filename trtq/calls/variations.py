@@ -107,6 +107,11 @@ def varied_forms(
             changed = change(current)
             after = survey(pipeline, modules, changed, seed)
             reason = _difference(base, after)
+            if reason is None and what == "size" and _shapes(before) == _shapes(after):
+                reason = (
+                    "the denoiser is called with the same shapes at both sizes; other arguments of the "
+                    "pipeline choose its size"
+                )
         except TrtqError as err:
             reason = str(err)
         if reason is not None:
@@ -130,8 +135,8 @@ def _changes(
         for name in COUNT_ARGUMENTS:
             if name in accepted:
                 return call.updated({name: 2 * int(call.arguments.get(name) or 1)})
-        if isinstance(call.arguments.get("class_labels"), list):
-            return call.updated({"class_labels": 2 * call.arguments["class_labels"]})
+        if call.labels is not None:
+            return call.with_labels(2 * call.labels)
         if call.prompts is None:
             raise UsageError("the pipeline has no argument for the number of images")
         prompt = call.arguments["prompt"]
@@ -150,6 +155,16 @@ def _changes(
 
     changes: dict[Varies, Callable[[UserCall], UserCall]] = {"prompt": prompt, "batch": batch}
     return changes if largest is None else {"size": size, **changes}
+
+
+def _shapes(calls: Mapping[str, DenoiserCalls]) -> list[dict[str, tuple[int, ...]]]:
+    """The shapes of all forms of the denoisers' calls."""
+    return [
+        recorded.shapes
+        for described in calls.values()
+        for variants in described.variants.values()
+        for recorded in variants
+    ]
 
 
 def _difference(
@@ -213,7 +228,10 @@ def _add(
             for axis, (low, high) in enumerate(zip(old, tensor.shape, strict=True)):
                 if low == high or axis in known:
                     continue
-                smallest, greatest = (low, high) if what == "size" else (1, None)
+                # A larger image of another shape may have fewer tokens.
+                smallest, greatest = (
+                    (min(low, high), max(low, high)) if what == "size" else (1, None)
+                )
                 rows.append(FreeAxis(axis, what, smallest, greatest, seen=low))
         form.tensors = tensors
     for form in forms.values():

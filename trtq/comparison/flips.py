@@ -12,7 +12,8 @@ from trtq.comparison.bounds import Flips
 from trtq.comparison.calls import DenoiserCalls
 from trtq.comparison.forms import outputs_of
 from trtq.comparison.sides import Side
-from trtq.exporter.parity import MAX_TIES_ANYWHERE, last_bit_moved
+from trtq.exporter.last_bits import last_bit_moved
+from trtq.exporter.parity import MAX_TIES_ANYWHERE
 from trtq.pipelines.open import TORCH
 
 __all__ = ["flips_of"]

@@ -71,8 +71,8 @@ def open_pipeline(
             `trtq.diffusion.prepared`.
         config: folder or hub id of a pipeline of the architecture of a single-file checkpoint; None: the
             hub id that diffusers infers from the file.
-        recorded: whether the caller records the pipeline's own call. Such a pipeline keeps its class,
-            and its denoiser may need any input.
+        recorded: whether the caller records the pipeline's own call. The denoiser of such a pipeline may
+            need any input.
 
     Raises:
         ArtefactError: the model is missing or cannot be read, or its weights do not fit.
@@ -99,8 +99,8 @@ def open_pipeline(
         labels = folder if folder is not None else download(str(place))
         pipeline = load_pipeline(labels)
     name = find_denoiser(pipeline)
+    pipeline = wrap_pipeline(pipeline, read_null_class(labels))
     if not recorded:
-        pipeline = wrap_pipeline(pipeline, read_null_class(labels))
         check_needs(pipeline, name, str(model))
     pipeline.set_progress_bar_config(disable=True)
     return LoadedPipeline(str(model), folder, pipeline, name)
@@ -135,7 +135,7 @@ def _open_object(pipeline: Any, *, recorded: bool) -> LoadedPipeline:
     name = find_denoiser(pipeline)
     if not isinstance(getattr(pipeline, name), StandIn):
         if recorded:
-            pipeline = plain_pipeline(pipeline)
+            pipeline = wrap_pipeline(plain_pipeline(pipeline))
         else:
             # Check before rebuilding, too: settings that an adapter added do not fit a plain model.
             model = unwrapped(getattr(pipeline, name))

@@ -8,19 +8,17 @@ rare and are set aside; an error of the export would change every image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trtq.diffusion.sampling import Conditions, predict, walk
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError
-from trtq.quant.formats import QUANTIZED_INPUTS
-from trtq.quant.hooks import input_hooks
+from trtq.exporter.last_bits import last_bit_moved
 from trtq.snr import EXACT_DB, snr_db
 
 __all__ = [
@@ -31,7 +29,6 @@ __all__ = [
     "TIE_DB",
     "StepParity",
     "compare",
-    "last_bit_moved",
     "may_flip",
     "mixed_items",
     "noise_parity",
@@ -54,9 +51,6 @@ the majority of the images is always compared."""
 _TIES_MARGIN = 1.5
 """Allowed ratio of flipped images to those that flip in the reference. Chosen by hand: the floor is
 measured with one pattern of last bits, and another runtime's pattern flips other images."""
-_LAST_BIT = 2.0**-22
-"""Relative change of a value in the measurement of the floor: two to four units in the last place of
-float32, whose spacing is 2**-24 to 2**-23 of the value."""
 FLOOR_MARGIN_DB = 6.0
 """Allowed distance below the floor: 20 log10(2) = 6.02 dB, twice the floor's noise amplitude. Chosen by
 hand, since the floor is measured with one pattern of last bits only."""
@@ -279,21 +273,3 @@ def worst_step(row: StepParity, reference: Tensor, other: Tensor, position: Tens
             worst = snr_db(reference[at], other[at])
             row = replace(row, db=worst, pooled_db=worst, ties=0.0)
     return row
-
-
-@contextmanager
-def last_bit_moved(reference: Any, relative: float = _LAST_BIT) -> Iterator[None]:
-    """Inside the block, change every input of a low-bit layer by `relative`, about its last bit."""
-
-    def move(_: str, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        moved = []
-        for x in inputs:
-            signs = torch.ones(x.numel(), device=x.device)
-            signs[::2] = -1
-            moved.append(x * (1 + relative * signs.reshape(x.shape)))
-        return tuple(moved)
-
-    named = reference.named_modules() if isinstance(reference, nn.Module) else ()
-    layers = {name: module for name, module in named if isinstance(module, QUANTIZED_INPUTS)}
-    with input_hooks(layers, move):
-        yield

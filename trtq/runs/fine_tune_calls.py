@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trtq.calib.recipe import Recipe, Training
+from trtq.calls.joined import BatchAxes
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import TrtqError
 from trtq.progress import ProgressCallback
 from trtq.quant import QuantizedDenoiser
 from trtq.runs.fine_tune import FineTuneResult, FineTuning, fine_tune
+from trtq.runs.joint_calls import joint_axes, steps_per_item
 from trtq.runs.plan_calls import CallsPlan, DenoiserPlan
 
 if TYPE_CHECKING:
@@ -73,18 +75,21 @@ def fine_tune_calls(setup: CalledTuning) -> FineTuneResult:
     recipe = setup.plan.recipe
     training = recipe.training
     assert training is not None
-    slots = training.accumulate * -(-training.batch // setup.plan.call.images)
     minimum = 1 if recipe.quest is None else 2
     shares = _shares(
         training.iterations, [len(part.calls.timesteps) for part in setup.parts], minimum
     )
     results = []
+    device = setup.accelerator.device
     for index, (part, iterations) in enumerate(zip(setup.parts, shares, strict=True)):
+        model = setup.quantized[part.name]
+        axes = joint_axes(setup.plan, part, model.to(device), device)
+        slots, together = _batches(training, part, setup.plan.call.images, joint=bool(axes))
         changes = {"iterations": iterations, "accumulate": slots}
         share = recipe.model_copy(update={"training": training.model_copy(update=changes)})
         tuning = FineTuning(
-            setup.quantized[part.name],
-            _called_points(setup, part, share, slots),
+            model,
+            _called_points(setup, part, share, axes, together),
             part.plan.policy,
             setup.accelerator,
             setup.checkpoints,
@@ -95,8 +100,26 @@ def fine_tune_calls(setup: CalledTuning) -> FineTuneResult:
             f"{part.name} " if len(setup.parts) > 1 else "",
             keep_last=index < len(setup.parts) - 1,
         )
-        results.append(fine_tune(tuning, share))
+        with steps_per_item(model, bool(axes)):
+            results.append(fine_tune(tuning, share))
     return _combined(results, [setup.quantized[part.name] for part in setup.parts])
+
+
+def _batches(
+    training: Training, part: DenoiserPlan, images: int, *, joint: bool
+) -> tuple[int, int]:
+    """Number of micro-batches per update, and of calls per micro-batch.
+
+    Args:
+        training: the recipe's training.
+        part: plan of the denoiser.
+        images: number of images per call of the pipeline.
+        joint: whether calls can be computed together.
+    """
+    if joint:
+        training = training.divided(sum(p.numel() for p in part.module.parameters()))
+    calls = -(-training.batch // images)
+    return (training.accumulate, calls) if joint else (training.accumulate * calls, 1)
 
 
 def _shares(total: int, lengths: Sequence[int], minimum: int) -> list[int]:
@@ -108,7 +131,11 @@ def _shares(total: int, lengths: Sequence[int], minimum: int) -> list[int]:
 
 
 def _called_points(
-    setup: CalledTuning, part: DenoiserPlan, recipe: Recipe, slots: int
+    setup: CalledTuning,
+    part: DenoiserPlan,
+    recipe: Recipe,
+    axes: Mapping[str, BatchAxes],
+    together: int,
 ) -> Callable[[str], AbstractContextManager[Points[Any]]]:
     """A function that opens the training points of a stage, see `FineTuning.trajectories`."""
     from trtq.train.called import CalledTrajectories
@@ -127,9 +154,11 @@ def _called_points(
             calls=setup.plan.calls,
             numbers=setup.plan.numbers,
             length=len(part.calls.timesteps),
-            slots=slots,
+            slots=training.accumulate,
             stream=setup.accelerator.process_index,
             stride=setup.accelerator.num_processes,
+            axes=axes,
+            together=together,
             seed=recipe.seed,
             purpose=f"{part.name} {purpose}" if several else purpose,
             staggered=training.trajectory == "staggered",

@@ -134,7 +134,7 @@ def plan_calls(
         source,
         recipe,
         given[0],
-        _calibration_calls(given, prompts, recipe),
+        _calibration_calls(given, prompts, source.classes, recipe),
         parts,
         [sum(len(calls.timesteps) for calls in result.values()) for result in surveyed],
         merged,
@@ -230,10 +230,17 @@ def _images_in(call: RecordedCall, argument: str) -> int:
 
 
 def _calibration_calls(
-    given: Sequence[UserCall], prompts: Sequence[str], recipe: Recipe
+    given: Sequence[UserCall], prompts: Sequence[str], classes: int | None, recipe: Recipe
 ) -> list[UserCall]:
-    """The user's calls, then the same calls with other prompts, for the recipe's number of images."""
-    number = max(len(given), -(-recipe.calibration.images // max(1, given[0].prompts or 1)))
+    """The user's calls, then the same calls with other prompts or class labels.
+
+    Args:
+        given: the user's calls.
+        prompts: prompts to choose from.
+        classes: number of the model's classes; None: it has none.
+        recipe: recipe with the total number of images.
+    """
+    number = max(len(given), -(-recipe.calibration.images // given[0].images))
     generator = seeded_generator(recipe.seed, "calibration prompts")
     calls = list(given)
     while len(calls) < number:
@@ -241,6 +248,9 @@ def _calibration_calls(
         if call.prompts is not None and prompts:
             chosen = _drawn(prompts, call.prompts, generator)
             call = call.with_prompts(chosen)
+        if call.labels is not None and classes is not None:
+            drawn = torch.randint(classes, (len(call.labels),), generator=generator)
+            call = call.with_labels(drawn.tolist())
         calls.append(call)
     return calls
 

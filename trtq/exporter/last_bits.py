@@ -1,0 +1,53 @@
+"""Changes in the last bits of a model's activations, which measure how well it agrees with itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trtq.quant.formats import QUANTIZED_INPUTS
+from trtq.quant.hooks import input_hooks
+from trtq.seeds import seeded_generator
+
+__all__ = ["LAST_BIT", "last_bit_moved"]
+
+LAST_BIT = 2.0**-22
+"""Relative change of a value in the measurement of the floor: two to four units in the last place of
+float32, whose spacing is 2**-24 to 2**-23 of the value."""
+
+
+@contextmanager
+def last_bit_moved(reference: Any, relative: float = LAST_BIT, pattern: int = 0) -> Iterator[None]:
+    """Inside the block, change every input of a low-bit layer by `relative`, about its last bit.
+
+    Args:
+        reference: the model.
+        relative: relative change of the values.
+        pattern: number of a pattern of signs; 0: alternating signs.
+    """
+
+    def signs_of(count: int) -> Tensor:
+        if pattern:
+            generator = seeded_generator(pattern, "last bits", count)
+            return torch.randint(2, (count,), generator=generator).float() * 2 - 1
+        signs = torch.ones(count)
+        signs[::2] = -1
+        return signs
+
+    def move(_: str, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        moved = []
+        for x in inputs:
+            if x.is_floating_point():
+                signs = signs_of(x.numel()).to(x.device)
+                x = x * (1 + relative * signs.reshape(x.shape))
+            moved.append(x)
+        return tuple(moved)
+
+    named = reference.named_modules() if isinstance(reference, nn.Module) else ()
+    layers = {name: module for name, module in named if isinstance(module, QUANTIZED_INPUTS)}
+    with input_hooks(layers, move):
+        yield
