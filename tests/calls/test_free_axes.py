@@ -11,7 +11,7 @@ from trtq.errors import UsageError
 from trtq.exporter.call_parity import call_parities
 
 FAST = ("flux2_klein", "aura_flow")
-SLOW = ("sd_inpainting", "playground", "sana", "cogview4", "qwen_image", "wan_21")
+SLOW = ("sd_inpainting", "playground", "sana", "cogview4", "krea_2", "wan_21")
 SIDES = {"sana": (32, 64, 96)}
 """Smallest, middle and largest side in pixels; Sana needs multiples of 32."""
 OTHER_PROMPT = "a cat in a red boat"

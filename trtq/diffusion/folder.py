@@ -229,8 +229,6 @@ def load_pipeline_parts(
     folder: Path,
     denoisers: Mapping[str, Any],
     load_graph: Callable[[str, Any], Any] | None = None,
-    *,
-    recorded: bool = False,
 ) -> Any:
     """Load the components that `save_pipeline_parts` wrote, around given denoisers.
 
@@ -239,7 +237,6 @@ def load_pipeline_parts(
         denoisers: quantised models or engines by name of the component.
         load_graph: function `(name, class) -> component` that loads a graph and returns None for a
             component without a graph; None: no component is a graph.
-        recorded: whether the pipeline is used through its own call, and therefore never wrapped.
 
     Raises:
         ArtefactError: a component is missing, or is not of a diffusers class.
@@ -252,7 +249,5 @@ def load_pipeline_parts(
         return parts[name]
 
     pipeline = assemble(folder, load, denoisers)
-    if recorded:
-        return pipeline
     # Not `pipeline.scheduler`: runs of earlier versions name DDIMPipeline, which converts schedulers.
     return wrap_pipeline(pipeline, read_null_class(folder), parts.get("scheduler"))

@@ -29,7 +29,8 @@ __all__ = ["open_pipeline", "resolve_model", "wrap_pipeline"]
 def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any = None) -> Any:
     """Put a class-conditional `UNet2DModel` into a pipeline that passes class labels.
 
-    Pipelines without such a UNet and pipelines with their own sampler are returned unchanged.
+    Pipelines without such a UNet, pipelines with their own sampler and those of other libraries are
+    returned unchanged.
 
     Args:
         pipeline: diffusers pipeline.
@@ -43,11 +44,13 @@ def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any =
     if unet is None or getattr(unet.config, "num_class_embeds", None) is None:
         return pipeline
     chosen = pipeline.scheduler if scheduler is None else scheduler
+    outside = not type(pipeline).__module__.startswith("diffusers.")
     labelled = "class_labels" in inspect.signature(type(pipeline).__call__).parameters
     # Other schedulers belong to a sampler of their pipeline.
     if (
         set(pipeline.components) != {"unet", "scheduler"}
         or labelled
+        or outside
         or scheduler_name(chosen) not in KNOWN_SCHEDULERS
     ):
         return pipeline

@@ -121,8 +121,8 @@ def _compared(
 
 _CHANGES = (LAST_BIT, LAST_BIT, 4 * LAST_BIT, 4 * LAST_BIT)
 """Relative changes of the values in successive measurements of the floor, each with its own pattern. In
-one call of few images, one pattern flips a code or none, and another one several. The greater changes are
-those of a sum over hundreds of values in another order, as another runtime computes it."""
+one call of few images, one pattern flips a code or none, and another one several. The greater changes
+are those of a sum over hundreds of values in another order, as another runtime computes it."""
 _FEW_IMAGES = 4
 """Minimum number of images of one call of which one may be set aside because a value lies on a rounding
 tie, see `trtq.exporter.parity`; an error of the export would change every image."""

@@ -132,7 +132,7 @@ def _open_recorded(opened: GraphFolder, provider: str, threads: int | None) -> R
             graphs.append(graph)
         model = skeleton(folder, part.denoiser, part.structure.ip_adapter)
         denoisers[part.denoiser] = RecordedDenoiser(part.denoiser, model, graphs)
-    pipeline = load_pipeline_parts(folder, denoisers, recorded=True)
+    pipeline = load_pipeline_parts(folder, denoisers)
     call = load_call(folder / CALL_FOLDER)
     return RecordedPipeline(str(folder), folder, pipeline, manifest.denoiser, call)
 

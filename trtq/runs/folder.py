@@ -100,9 +100,8 @@ class OpenRun:
             part.name: denoiser if denoiser is not None and index == 0 else part.build()
             for index, part in enumerate(self.denoisers)
         }
-        recorded = self.manifest.recorded is not None
-        pipeline: Any = load_pipeline_parts(self.folder, modules, recorded=recorded)
-        if recorded:
+        pipeline: Any = load_pipeline_parts(self.folder, modules)
+        if self.manifest.recorded is not None:
             call = load_call(self.folder / CALL_FOLDER)
             return RecordedPipeline(
                 str(self.folder), self.folder, pipeline, self.manifest.denoiser, call
