@@ -10,8 +10,9 @@ from torch import nn
 
 from tests.diffusion.test_prepared import ip_adapter
 from tests.families.pipelines import build, conditional_unet, stable_diffusion
+from trtq.diffusion.class_conditional import ClassConditionalPipeline
 from trtq.diffusion.components import find_denoiser
-from trtq.diffusion.loading import open_pipeline
+from trtq.diffusion.loading import open_pipeline, wrap_pipeline
 from trtq.errors import ArtefactError
 
 CONTROL = "controlnet/diffusion_pytorch_model.safetensors"
@@ -80,7 +81,12 @@ def test_a_recorded_pipeline_gives_the_same_images_from_a_folder_and_as_an_objec
         assert torch.equal(output(opened, arguments), expected)
 
 
-def test_a_recorded_class_conditional_pipeline_keeps_its_class(tmp_path):
+class Labelling(diffusers.DDPMPipeline):
+    """A user's pipeline, which chooses the class by itself."""
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_class_conditional_unet_gets_a_pipeline_that_passes_labels(recorded, tmp_path):
     unet = diffusers.UNet2DModel(
         sample_size=8,
         block_out_channels=(8, 8),
@@ -89,9 +95,16 @@ def test_a_recorded_class_conditional_pipeline_keeps_its_class(tmp_path):
         norm_num_groups=4,
         num_class_embeds=4,
     )
-    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
-    assert type(open_pipeline(tmp_path, recorded=True).pipeline) is diffusers.DDPMPipeline
-    assert type(open_pipeline(tmp_path).pipeline) is not diffusers.DDPMPipeline
+    plain = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    with pytest.raises(ValueError, match="class_labels should be provided"):
+        plain(num_inference_steps=1)
+    plain.save_pretrained(tmp_path)
+    for model in (tmp_path, plain):
+        opened = open_pipeline(model, recorded=recorded).pipeline
+        assert isinstance(opened, ClassConditionalPipeline)
+        assert len(opened([1, 3], num_inference_steps=1).images) == 2
+    users = Labelling(unet, diffusers.DDPMScheduler())
+    assert type(wrap_pipeline(users)) is Labelling
 
 
 @pytest.mark.parametrize("kind", ["missing", "stray", "shape", "nan"])
