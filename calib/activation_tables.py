@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from trtq.calib.histogram import parse_calibrator
+from trtq.calib.calibrators import parse_calibrator
 from trtq.calib.record import Recording
+from trtq.precision import Method
 from trtq.quant.formats import format_range
 from trtq.quant.plan import LayerPlan, named_errors
-from trtq.quant.ranges import Method, row_qparams
+from trtq.quant.ranges import row_qparams
 
 __all__ = ["activation_tables"]
 

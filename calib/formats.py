@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from trtq.quant.formats import Precision, fitting_group, parse_precision
+from trtq.precision import Precision, fitting_group, parse_precision
 from trtq.quant.formats.e2m1 import BLOCK
 from trtq.quant.plan import LayerPlan
 

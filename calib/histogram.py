@@ -15,84 +15,25 @@ Letters: T steps; B bins.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trtq.documents import shown
+from trtq.calib.calibrators import Calibrator
 
 __all__ = [
-    "CALIBRATORS",
-    "Calibrator",
     "StepHistograms",
     "entropy_amax",
     "mse_amax",
-    "parse_calibrator",
     "percentile_amax",
 ]
 
-CALIBRATORS = ("entropy", "percentile", "mse")
 _BINS = 2048
 _MAX_BINS = 4 * _BINS
 _FIRST_BIN = 128
 """Smallest number of bins that a range covers."""
-_PERCENTILE = 99.99
-
-
-@dataclass(frozen=True)
-class Calibrator:
-    """A histogram calibrator.
-
-    Attributes:
-        name: one of `CALIBRATORS`.
-        percentile: share of the absolute values, in percent, that the range of `percentile` covers.
-    """
-
-    name: str
-    percentile: float = _PERCENTILE
-
-    def amax(self, counts: np.ndarray, width: float, bits: int) -> float:
-        """The largest absolute value that keeps a code.
-
-        Args:
-            counts: histogram of absolute values, `[B]`.
-            width: width of a bin.
-            bits: width of the codes.
-        """
-        if self.name == "entropy":
-            return entropy_amax(counts, width, bits)
-        if self.name == "mse":
-            return mse_amax(counts, width, bits)
-        return percentile_amax(counts, width, self.percentile)
-
-
-def parse_calibrator(text: str) -> Calibrator | None:
-    """Parse a method of calibration: `entropy`, `mse`, `percentile` or e.g. `percentile:99.9`.
-
-    Returns:
-        The calibrator; None: the method uses no histogram.
-
-    Raises:
-        ValueError: the text names a histogram calibrator and has a wrong percentile.
-    """
-    name, colon, number = text.partition(":")
-    if name not in CALIBRATORS:
-        return None
-    if not colon:
-        return Calibrator(name)
-    try:
-        percentile = float(number)
-    except ValueError:
-        percentile = 0.0
-    if name != "percentile" or not 50 < percentile <= 100:
-        raise ValueError(
-            f"{shown(text)} is not a calibrator; write e.g. percentile:99.9, with a number over 50 and "
-            "up to 100"
-        )
-    return Calibrator(name, percentile)
 
 
 class StepHistograms:
@@ -150,7 +91,7 @@ class StepHistograms:
             Values `[T]`, float32; infinity where no value other than zero was counted.
         """
         values = [
-            calibrator.amax(counts, width, bits) if width else np.inf
+            _amax(calibrator, counts, width, bits) if width else np.inf
             for counts, width in zip(self._counts, self._widths, strict=True)
         ]
         return torch.tensor(values, dtype=torch.float32)
@@ -234,3 +175,19 @@ def _divergence(counts: np.ndarray, beyond: float, levels: int) -> float:
     given, held = given / given.sum(), held / held.sum()
     used = given > 0
     return float((given[used] * np.log(given[used] / held[used])).sum())
+
+
+def _amax(calibrator: Calibrator, counts: np.ndarray, width: float, bits: int) -> float:
+    """The largest absolute value that keeps a code.
+
+    Args:
+        calibrator: the calibrator.
+        counts: histogram of absolute values, `[B]`.
+        width: width of a bin.
+        bits: width of the codes.
+    """
+    if calibrator.name == "entropy":
+        return entropy_amax(counts, width, bits)
+    if calibrator.name == "mse":
+        return mse_amax(counts, width, bits)
+    return percentile_amax(counts, width, calibrator.percentile)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
@@ -18,10 +17,10 @@ from torch import nn
 from trtq.artefact.records import Text
 from trtq.calib.formats import fitted
 from trtq.calib.roles import LayerRoles
-from trtq.documents import check_depth, read_text, shown
+from trtq.calib.toml_files import explain, read_toml
+from trtq.documents import shown
 from trtq.errors import RecipeError
-from trtq.quant.dynamic_scale import ScaleChoice, ScalePolicy
-from trtq.quant.formats import Precision, parse_precision
+from trtq.precision import Precision, ScaleChoice, ScalePolicy, parse_precision
 from trtq.quant.plan import LayerPlan, layer_kind, layer_obstacle, quantizable_layers
 
 __all__ = ["Policy", "load_policy", "plan_layers"]
@@ -37,11 +36,6 @@ FIRST, LAST, EMBEDDING = "{first}", "{last}", "{embedding}"
 NOT_CALLED = "never called"
 WEIGHT_ONLY = "weight_only"
 _MAX_PATTERN = 1024
-_MAX_PROBLEMS = 5
-_MAX_BYTES = 256 << 10
-_MAX_LEVELS = 16
-_MANY_KEYS = re.compile(r"(?<![\w\"'-])(?:[\w\"'-]+[ \t]*\.[ \t]*){100}")
-"""A dotted key with 100 or more parts, which would take the parser minutes."""
 
 
 def _pattern(value: str) -> str:
@@ -119,43 +113,6 @@ class Policy(BaseModel):
             raise RecipeError(f"the policy for {self.family} has no set {name!r}, it has {known}")
         special = {} if roles is None else _special(roles)
         return [layer for layer in layers if _matches(layer, self.tune[name], special)]
-
-
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The content of a TOML file.
-
-    Args:
-        path: path of the file.
-        what: kind of file, used in messages.
-
-    Raises:
-        RecipeError: the file cannot be read or is not TOML.
-    """
-    text = read_text(path, f"the {what}", error=RecipeError, max_bytes=_MAX_BYTES)
-    try:
-        if _MANY_KEYS.search(text):
-            raise ValueError("a key has more than 100 parts")
-        content = tomllib.loads(text)
-        check_depth(content, _MAX_LEVELS)
-    except RecursionError as err:
-        raise RecipeError(f"cannot read the {what} {path}: it is nested too deep") from err
-    except ValueError as err:
-        # Invalid TOML, or a number with too many digits for Python.
-        raise RecipeError(f"cannot read the {what} {path}: {err}") from err
-    return content
-
-
-def explain(error: ValidationError) -> str:
-    """The first few errors of a validation, each as `place: message`."""
-    problems = error.errors()
-    lines = []
-    for problem in problems[:_MAX_PROBLEMS]:
-        place = ".".join(shown(part).strip("'\"") for part in problem["loc"]) or "the file"
-        message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
-        lines.append(f"{place}: {message} (got {shown(problem['input'])})")
-    if len(problems) > _MAX_PROBLEMS:
-        lines.append(f"and {len(problems) - _MAX_PROBLEMS} more")
-    return "; ".join(lines)
 
 
 def load_policy(family: str, path: Path | None = None) -> Policy:

@@ -19,17 +19,15 @@ from pydantic import (
     model_validator,
 )
 
-from trtq.calib.histogram import CALIBRATORS, parse_calibrator
-from trtq.calib.policy import explain, read_toml
-from trtq.calib.sensitivity import parse_budget
+from trtq.bits import check_bits
+from trtq.calib.budget import parse_budget
+from trtq.calib.calibrators import CALIBRATORS, parse_calibrator
+from trtq.calib.toml_files import explain, read_toml
 from trtq.diffusion.layout import parse_size
 from trtq.documents import check_depth, shown
 from trtq.errors import RecipeError
 from trtq.limits import MAX_BATCH, MAX_GUIDANCE, MAX_ITERATIONS, MAX_STEPS
-from trtq.quant.bits import check_bits
-from trtq.quant.dynamic_scale import ScaleChoice
-from trtq.quant.formats import GROUPS, parse_precision
-from trtq.quant.ranges import METHODS
+from trtq.precision import GROUPS, METHODS, ScaleChoice, parse_precision
 
 __all__ = ["Attention", "Calibration", "Quest", "Recipe", "Training", "load_recipe", "methods"]
 

@@ -9,68 +9,31 @@ then removed from the layer with the smallest added error per unit of saved cost
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trtq.bits import symmetric_weights
 from trtq.diffusion.sampling import Conditions, predict
-from trtq.documents import shown
 from trtq.errors import NonFiniteError, RecipeError
-from trtq.quant.bits import symmetric_weights
+from trtq.precision import Method
 from trtq.quant.fake_quant import fake_quant
 from trtq.quant.plan import LayerPlan
-from trtq.quant.ranges import Method, weight_qparams
+from trtq.quant.ranges import weight_qparams
 
 __all__ = [
     "CANDIDATES",
-    "Budget",
-    "parse_budget",
     "spend",
     "weight_sensitivity",
     "with_bits",
 ]
 
 CANDIDATES = (2, 3, 4, 5, 6, 8)
-_BUDGET = re.compile(r"(size|bitops)=([0-9.]+)x")
 FLOAT_BITOPS = 16 * 16
 """Bit operations of one multiplication in half precision, the unit of a `bitops` budget."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Cost limit of a mixed-precision model, relative to the float model.
-
-    Attributes:
-        kind: `size`: bytes of the denoiser, relative to float32 parameters; `bitops`: weight bits times
-            activation bits of every multiplication, relative to half precision.
-        share: share of the float model's cost, e.g. 0.15.
-    """
-
-    kind: Literal["size", "bitops"]
-    share: float
-
-
-def parse_budget(text: str) -> Budget:
-    """`size=0.3x` -> a `Budget`.
-
-    Raises:
-        RecipeError: the text is malformed, or the share is not between 0 and 1.
-    """
-    match = _BUDGET.fullmatch(text)
-    try:
-        share = float(match[2]) if match else 0.0
-    except ValueError:
-        share = 0.0
-    if match is None or not 0 < share <= 1:
-        raise RecipeError(
-            f"budget {shown(text)} is not understood; write size=0.15x or bitops=0.1x, a share of the "
-            "float model's"
-        )
-    return Budget("size" if match[1] == "size" else "bitops", share)
 
 
 @torch.no_grad()

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from trtq.calib.input_rows import InputRows
+from trtq.precision import Method
 from trtq.quant.dynamic_scale import row_scale
 from trtq.quant.fake_quant import fake_quant
 from trtq.quant.formats import format_range, layer_class
 from trtq.quant.input_transform import InputTransform, TransformTensors
 from trtq.quant.modules import QuantLayer
 from trtq.quant.plan import LayerPlan
-from trtq.quant.ranges import Method, row_qparams
+from trtq.quant.ranges import row_qparams
 from trtq.quant.timestep import TimestepTable
 from trtq.seeds import seeded_generator
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trtq.calib.input_rows import InputRows
 from trtq.calib.transform_error import OutputError, TransformChoice
 from trtq.limits import OUTLIER_RATIO
-from trtq.quant.dynamic_scale import ScalePolicy
+from trtq.precision import ScalePolicy
 from trtq.quant.input_transform import (
     TransformTensors,
     rotation_that_fits,

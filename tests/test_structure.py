@@ -39,7 +39,7 @@ POSIX_ONLY = {
 }
 EDGES = {
     # What a JSON or TOML file holds, before it is checked.
-    "trtq.calib.policy.read_toml",
+    "trtq.calib.toml_files.read_toml",
     "trtq.diffusion.layout.read_index",
     "trtq.diffusion.layout.read_json",
     "trtq.documents.read_object",

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.conftest import tiny_pipeline
+from trtq.bits import parse_bits
 from trtq.calib.activation_tables import activation_tables
 from trtq.calib.policy import load_policy, plan_layers
 from trtq.calib.recipe import load_recipe
@@ -15,7 +16,6 @@ from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import NonFiniteError, RecipeError
 from trtq.quant import TimestepTable
-from trtq.quant.bits import parse_bits
 from trtq.runs.quantize import quantize
 
 

@@ -9,14 +9,8 @@ import torch
 import trtq
 from tests.golden.modelopt_calibrators import BITS, GOLDEN, tensors
 from trtq.calib import histogram
-from trtq.calib.histogram import (
-    Calibrator,
-    StepHistograms,
-    entropy_amax,
-    mse_amax,
-    parse_calibrator,
-    percentile_amax,
-)
+from trtq.calib.calibrators import Calibrator, parse_calibrator
+from trtq.calib.histogram import StepHistograms, entropy_amax, mse_amax, percentile_amax
 from trtq.calib.recipe import load_recipe
 from trtq.errors import RecipeError
 from trtq.runs.folder import open_run

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.conftest import tiny_pipeline
-from trtq.calib.sensitivity import parse_budget, spend, weight_sensitivity
+from trtq.calib.budget import parse_budget
+from trtq.calib.sensitivity import spend, weight_sensitivity
 from trtq.diffusion.sampling import Conditions
 from trtq.errors import NonFiniteError, RecipeError
 from trtq.runs.quantize import quantize

@@ -81,7 +81,7 @@ def test_a_recorded_pipeline_gives_the_same_images_from_a_folder_and_as_an_objec
         assert torch.equal(output(opened, arguments), expected)
 
 
-class Labelling(diffusers.DDPMPipeline):
+class Labelling(diffusers.DDPMPipeline):  # type: ignore[misc]
     """A user's pipeline, which chooses the class by itself."""
 
 

@@ -9,8 +9,9 @@ from torch import nn
 from trtq.calib.policy import Policy, Rule, load_policy, plan_layers
 from trtq.calib.recipe import load_recipe
 from trtq.errors import ArtefactError, NonFiniteError, RecipeError
+from trtq.precision import fitting_group, parse_precision
 from trtq.quant import LayerPlan, TimestepTable, convert, deploy, merge
-from trtq.quant.formats import fitting_group, layer_class, parse_precision, stored_tensors
+from trtq.quant.formats import layer_class, stored_tensors
 from trtq.quant.formats.weight_only import DeployedWeightOnly, WeightOnlyTensors
 from trtq.quant.timestep import step_scope
 from trtq.train.rounding import _learn_layer

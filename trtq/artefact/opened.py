@@ -25,8 +25,11 @@ __all__ = [
     "Opened",
     "Run",
     "StoredArtefact",
+    "check_onnx",
     "open_artefact",
     "open_folder",
+    "open_onnx",
+    "stored",
 ]
 
 DEFAULT_STEPS = 20
@@ -262,6 +265,38 @@ def open_artefact(
             f"{opened.place} is of kind {opened.kind!r}; leave it out"
         )
     return opened.verified() if verify else opened
+
+
+def stored(opened: Opened) -> StoredArtefact:
+    """The same artefact.
+
+    Raises:
+        UsageError: a checkpoint, not an artefact, was opened.
+    """
+    if not isinstance(opened, StoredArtefact):
+        raise UsageError(
+            f"{opened.place} is no artefact of trtq; give a run, an ONNX folder or engines"
+        )
+    return opened
+
+
+def open_onnx(place: str | Path | Opened) -> StoredArtefact:
+    """Open an ONNX folder; its files are verified.
+
+    Raises:
+        UsageError: there is no artefact in the folder.
+        ArtefactError: the artefact is of another kind, or its manifest cannot be read.
+        IntegrityError: a file does not match the manifest.
+    """
+    check_onnx(place)
+    return open_folder(place, "onnx")
+
+
+def check_onnx(place: str | Path | Opened) -> None:
+    """Raise unless a folder holds the manifest of ONNX graphs; errors as of `open_onnx`."""
+    if not isinstance(place, Opened) and not has_manifest(Path(place)):
+        raise UsageError(f"{place} is not an ONNX folder; make one first: trtq export RUN -o ONNX")
+    open_folder(place, "onnx", verify=False)
 
 
 def open_folder(place: str | Path | Opened, *kinds: Kind, verify: bool = True) -> StoredArtefact:

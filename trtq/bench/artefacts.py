@@ -20,7 +20,7 @@ from trtq.artefact.opened import (
     open_folder,
 )
 from trtq.diffusion.components import DENOISERS
-from trtq.diffusion.loading import resolve_model
+from trtq.diffusion.resolve import resolve_model
 from trtq.documents import read_object, shown
 from trtq.engine.ort import PROVIDERS, check_provider
 from trtq.errors import ArtefactError, UsageError

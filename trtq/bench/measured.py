@@ -17,8 +17,8 @@ from trtq.bench.device import GpuMemory, Nvml
 from trtq.bench.turns import calls_per_turn, time_call, time_calls
 from trtq.diffusion.components import denoisers_of
 from trtq.diffusion.folder import import_classes
-from trtq.diffusion.loading import resolve_model
 from trtq.diffusion.pipeline import LoadedPipeline
+from trtq.diffusion.resolve import resolve_model
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import GPU_PROVIDERS
 from trtq.engine.recorded import RecordedDenoiser

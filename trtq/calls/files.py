@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trtq.calls.call_file import read_call_file
 from trtq.calls.input_files import KINDS_OF_FILES, read_file
 from trtq.calls.user_call import UserCall
-from trtq.documents import check_depth, read_text, shown
+from trtq.documents import shown
 from trtq.errors import UsageError
 
 __all__ = ["as_call", "read_call", "read_input", "read_inputs"]
 
-_MAX_BYTES = 1 << 20
-_MAX_LEVELS = 16
 _FILE = "file"
 _TENSOR = "tensor"
 
@@ -35,14 +33,7 @@ def read_call(path: str | Path) -> UserCall:
         UsageError: the file, or a file that it names, is missing or cannot be used.
     """
     path = Path(path)
-    text = read_text(path, "the call", error=UsageError, max_bytes=_MAX_BYTES)
-    try:
-        content = tomllib.loads(text)
-        check_depth(content, _MAX_LEVELS)
-    except RecursionError as err:
-        raise UsageError(f"cannot read the call {path}: it is nested too deep") from err
-    except ValueError as err:
-        raise UsageError(f"cannot read the call {path}: {err}") from err
+    content = read_call_file(path)
     return UserCall({name: _value(value, name, path) for name, value in content.items()})
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trtq.commands.early import check_model, say_loading
 from trtq.commands.options import AsJson, Config, Verbose
 from trtq.commands.output import command, print_line, print_lines, show, terminal_width
 
@@ -36,10 +37,12 @@ def inspect(
 
     Example: trtq inspect onnx --graphs
     """
-    from trtq.artefact.opened import open_artefact
-    from trtq.pipelines.inspect import inspect as read_contents
-
     with command(verbose):
+        check_model(artefact, config)
+        say_loading()
+        from trtq.artefact.opened import open_artefact
+        from trtq.pipelines.inspect import inspect as read_contents
+
         opened = open_artefact(artefact, verify=False, config=config)
         show(read_contents(opened, graphs=graphs), as_json, lambda r: _print_contents(artefact, r))
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trtq.commands.early import check_folder, check_graphs, say_loading
 from trtq.commands.options import AsJson, Overwrite, Timeout, Verbose, one_of, output_option, within
 from trtq.commands.output import command, print_lines, show
 from trtq.progress import ProgressPrinter
@@ -73,10 +74,13 @@ def build(
 
     Example: trtq build onnx -o engine --arch sm86 --arch sm89
     """
-    from trtq.exporter.build import build as build_engines
-    from trtq.exporter.export import parse_batch
-
     with command(verbose):
+        check_folder(output, onnx, "engine", overwrite=overwrite)
+        check_graphs(onnx)
+        say_loading()
+        from trtq.exporter.build import build as build_engines
+        from trtq.exporter.export import parse_batch
+
         result = build_engines(
             onnx,
             output,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trtq.commands.early import check_calls, check_folder, check_model, say_loading
 from trtq.commands.options import (
     AsJson,
     CallFile,
@@ -81,13 +82,18 @@ def export(
 
     Example: trtq export run --target comfy --precision fp16 -o model.safetensors
     """
-    from trtq.artefact.opened import open_artefact
-    from trtq.calls.files import read_call, read_inputs
-    from trtq.exporter.export import export as write_graphs
-    from trtq.exporter.export import parse_batch
-    from trtq.report.lines import comfy_rows, export_rows
-
     with command(verbose):
+        check_calls([] if call is None else [call])
+        if target != "comfy":
+            check_folder(output, artefact, "onnx", overwrite=overwrite)
+        check_model(artefact, config)
+        say_loading()
+        from trtq.artefact.opened import open_artefact
+        from trtq.calls.files import read_call, read_inputs
+        from trtq.exporter.export import export as write_graphs
+        from trtq.exporter.export import parse_batch
+        from trtq.report.lines import comfy_rows, export_rows
+
         changes = {} if call is None else dict(read_call(call).arguments)
         changes |= read_inputs(inputs or [])
         result = write_graphs(

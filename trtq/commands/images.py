@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trtq.commands.early import check_calls, check_model, say_loading
 from trtq.commands.options import (
     AsJson,
     CallFile,
@@ -115,18 +116,22 @@ def generate(
 
     Example: trtq generate onnx -o cat.png --input image=cat.png --prompt "a cat in the snow"
     """
-    from trtq.calls.files import read_inputs
-    from trtq.pipelines.generate import generate as generate_images
-    from trtq.report.lines import generate_rows
-
     with command(verbose):
+        check_calls([] if call is None else [call])
+        check_model(artefact)
+        if output is None and not show_call:
+            raise UsageError("missing option -o / --output: name a file or a folder")
+        say_loading()
+        from trtq.calls.files import read_inputs
+        from trtq.pipelines.generate import generate as generate_images
+        from trtq.report.lines import generate_rows
+
         if show_call:
             from trtq.pipelines.called import show_call as describe
 
             show(describe(artefact), as_json, lambda r: _print_call(artefact, r))
             return
-        if output is None:
-            raise UsageError("missing option -o / --output: name a file or a folder")
+        assert output is not None
         result = generate_images(
             artefact,
             output,
@@ -180,13 +185,18 @@ def evaluate(
 
     Example: trtq eval onnx --reference digits -o report --gate "fd<=2"
     """
-    from trtq.calls.files import read_inputs
-    from trtq.evaluation.evaluate import Evaluation
-    from trtq.evaluation.evaluate import evaluate as compare
-    from trtq.evaluation.gates import parse_gate
     from trtq.report.folder import report_folder, write_report
 
     with command(verbose), report_folder(output, kind="eval", overwrite=overwrite):
+        check_calls([] if call is None else [call])
+        check_model(artefact)
+        check_model(reference)
+        say_loading()
+        from trtq.calls.files import read_inputs
+        from trtq.evaluation.evaluate import Evaluation
+        from trtq.evaluation.evaluate import evaluate as compare
+        from trtq.evaluation.gates import parse_gate
+
         evaluation = compare(
             artefact,
             reference,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trtq.commands.early import check_calls, check_folder, check_model, say_loading
 from trtq.commands.options import (
     AsJson,
     Config,
@@ -221,10 +222,8 @@ def quantize(
     """
     from trtq.artefact.opened import Run, open_artefact
     from trtq.calib.recipe import load_recipe
-    from trtq.calls.files import read_call, read_inputs
     from trtq.lora import parse_lora
     from trtq.report.lines import quantize_rows
-    from trtq.runs.quantize import quantize as make_run
     from trtq.runs.result import RunResult
 
     with command(verbose):
@@ -237,11 +236,23 @@ def quantize(
         if calibrator is not None:
             overrides["calibration"] = {"activations": calibrator}
         loras = [parse_lora(text) for text in lora or []]
+        opened = open_artefact(model, verify=False, config=config)
+        exchanges = bool(loras) and isinstance(opened, Run)
+        if iterations is not None and not exchanges:
+            overrides["training"] = {"iterations": iterations}
+        settings = load_recipe(recipe, {} if exchanges else overrides)
+        check_calls(call or [])
+        if not exchanges and not dry_run:
+            check_folder(output, model, "run", overwrite=overwrite)
+        check_model(model, config)
+        say_loading()
+        from trtq.calls.files import read_call, read_inputs
+        from trtq.runs.quantize import quantize as make_run
+
         calls = [read_call(path).arguments for path in call or []]
         files = read_inputs(inputs or [])
         outcome: dict[str, Any] = {"overwrite": overwrite, "progress": ProgressPrinter()}
         result: RunResult | None
-        opened = open_artefact(model, verify=False, config=config)
         if loras and isinstance(opened, Run):
             if overrides or recipe or iterations or resume or dry_run or calls or files:
                 raise UsageError(
@@ -252,9 +263,6 @@ def quantize(
 
             result = requantize(opened, loras, output, base=base, **outcome)
         else:
-            if iterations is not None:
-                overrides["training"] = {"iterations": iterations}
-            settings = load_recipe(recipe, overrides)
             if dry_run and (calls or files):
                 raise UsageError("--dry-run plans no recorded call; leave out --call and --input")
             if dry_run:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trtq.commands.early import check_model, say_loading
 from trtq.commands.options import AsJson, Provider, Verbose, one_of, within
 from trtq.commands.output import command, print_status, show
 from trtq.errors import UsageError
@@ -173,6 +174,9 @@ def serve(
         limits = _limits(max_batch, batch_sizes, queue, max_images, max_steps, deadline_seconds)
         if replicas is not None and not on_ray:
             raise UsageError("--replicas needs --ray")
+        for place in (artefact, *([] if beside is None else [beside])):
+            check_model(place)
+        say_loading()
         _run(
             (replicas or "1:2") if on_ray else None,
             as_json,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from trtq.commands.early import check_artefact, check_model, say_loading
 from trtq.commands.options import PROVIDERS, AsJson, Overwrite, Timeout, Verbose, one_of
 from trtq.commands.output import (
     command,
@@ -123,6 +124,9 @@ def verify(
     with command(verbose):
         if against is not None:
             _refuse({"--run": run, "--runtime": runtime}, "does not go with --against")
+            check_model(artefact)
+            check_model(against)
+            say_loading()
             from trtq.comparison.compare import compare
 
             result: Any = compare(
@@ -144,6 +148,8 @@ def verify(
             given |= {"--against-provider": against_provider}
             given |= {"--results": results, "--script": script}
             _refuse(given, "needs --against OTHER")
+            check_artefact(artefact)
+            say_loading()
             record = _check(artefact, run, runtime, layers, timeout)
             show(record, as_json, lambda r: _print_checks(artefact, r))
     if not record["ok"]:

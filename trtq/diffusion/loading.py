@@ -13,8 +13,9 @@ from trtq.diffusion.closed_form import check_inputs, check_needs
 from trtq.diffusion.components import find_denoiser, unwrapped
 from trtq.diffusion.layout import check_null_class, read_null_class
 from trtq.diffusion.pipeline import LoadedPipeline
-from trtq.diffusion.places import config_folder, download, resolve_model
+from trtq.diffusion.places import config_folder, download
 from trtq.diffusion.prepared import plain_pipeline
+from trtq.diffusion.resolve import resolve_model
 from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS, scheduler_name
 from trtq.diffusion.single_file import load_single_file
 from trtq.diffusion.weight_files import is_single_file, lora_refusal
@@ -23,7 +24,7 @@ from trtq.errors import ArtefactError, UsageError
 from trtq.quant.stand_in import StandIn
 from trtq.torch_settings import with_own_settings
 
-__all__ = ["open_pipeline", "resolve_model", "wrap_pipeline"]
+__all__ = ["open_pipeline", "wrap_pipeline"]
 
 
 def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any = None) -> Any:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trtq.artefact.folder import check_output, claims_output, new_artefact
-from trtq.artefact.manifest import MANIFEST_NAME
 from trtq.artefact.manifest_file import made_from, write_manifest
-from trtq.artefact.opened import Opened, StoredArtefact, open_folder
+from trtq.artefact.opened import Opened, StoredArtefact, open_onnx
 from trtq.artefact.options import EngineOptions, Metrics
 from trtq.artefact.recorded import is_recorded
 from trtq.engine.tensorrt.backends import CURRENT, Backend, check_architectures, find_backend
@@ -152,9 +151,7 @@ def _open(place: str | Path | Opened, settings: _Settings) -> StoredArtefact:
     Raises:
         UsageError: there is no ONNX folder, or the settings do not suit it.
     """
-    if not isinstance(place, Opened) and not (Path(place) / MANIFEST_NAME).is_file():
-        raise UsageError(f"{place} is not an ONNX folder; make one first: trtq export RUN -o ONNX")
-    opened = open_folder(place, "onnx")
+    opened = open_onnx(place)
     if settings.weight_streaming and opened.manifest.options.target == "plugin":
         raise UsageError(
             "TensorRT streams no weights of plugins, and these are in 4 or 8 bits already; leave out "

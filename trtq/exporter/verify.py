@@ -12,7 +12,7 @@ from torch import nn
 
 from trtq.artefact.files import sha256
 from trtq.artefact.manifest import MANIFEST_NAME, Manifest
-from trtq.artefact.opened import Opened, Run, StoredArtefact, open_artefact
+from trtq.artefact.opened import Opened, Run, StoredArtefact, open_artefact, stored
 from trtq.artefact.recorded import is_recorded, refuse_recorded
 from trtq.engine.trial import TRIAL_SECONDS
 from trtq.errors import ArtefactError, UsageError
@@ -66,11 +66,7 @@ def verify(
         UsageError: the options do not fit the artefact.
         ArtefactError: the artefact is damaged, or was not exported from the run `against`.
     """
-    opened = open_artefact(artefact, verify=False)
-    if not isinstance(opened, StoredArtefact):
-        raise UsageError(
-            f"{opened.place} is no artefact of trtq; give a run, an ONNX folder or engines"
-        )
+    opened = stored(open_artefact(artefact, verify=False))
     unknown = [name for name in runtimes if name not in RUNTIMES]
     if unknown:
         raise UsageError(f"unknown runtime {unknown[0]!r}; choose one of {', '.join(RUNTIMES)}")

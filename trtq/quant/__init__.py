@@ -1,5 +1,6 @@
 """Quantisers, timestep tables, quantised layers, packing, and the conversion of a denoiser."""
 
+from trtq.precision import Method
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
 from trtq.quant.convert import convert, deploy, merge
 from trtq.quant.denoiser import QuantizedDenoiser
@@ -23,7 +24,7 @@ from trtq.quant.plan import (
     quantizable_layers,
 )
 from trtq.quant.product import QuantProduct
-from trtq.quant.ranges import Method, activation_qparams, weight_qparams
+from trtq.quant.ranges import activation_qparams, weight_qparams
 from trtq.quant.structure import Structure, apply_structure, attention_modules, skip_splits
 from trtq.quant.tensors import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable, current_step, float_scope, step_scope

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from trtq.bits import check_bits
 from trtq.errors import QuantizationError, StepError
-from trtq.quant.bits import check_bits
-from trtq.quant.dynamic_scale import RowAxis, ScalePolicy, row_scale
+from trtq.precision import ScalePolicy
+from trtq.quant.dynamic_scale import RowAxis, row_scale
 from trtq.quant.fake_quant import fake_quant, round_ste
 from trtq.quant.timestep import Step, TimestepTable, current_step
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trtq.errors import QuantizationError
+from trtq.precision import Method
 from trtq.quant.activation import ZeroPointMode
 from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.deployed import DeployedLayer, DeployedProduct
@@ -40,7 +41,6 @@ from trtq.quant.plan import (
     quantizable_layers,
 )
 from trtq.quant.product import QuantProduct
-from trtq.quant.ranges import Method
 from trtq.quant.structure import replace_module
 from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable

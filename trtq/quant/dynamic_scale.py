@@ -18,18 +18,9 @@ from torch import Tensor
 __all__ = [
     "SMALLEST_RANGE",
     "RowAxis",
-    "ScaleChoice",
-    "ScalePolicy",
     "largest_code",
     "row_scale",
 ]
-
-ScalePolicy = Literal["step", "row", "hybrid"]
-"""Origin of an activation's scale, see the module docstring."""
-
-ScaleChoice = Literal["step", "row", "hybrid", "auto"]
-"""Origin of an activation's scale in a recipe. `auto`: calibration chooses `step` or `row` for each
-linear layer by the error of its output; everything else has `step`."""
 
 RowAxis = Literal["last", "second_last", "image"]
 """What a row is: `last`: the last axis varies within a row; `second_last`: the axis before it, for the

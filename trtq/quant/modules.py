@@ -18,17 +18,18 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from trtq.bits import symmetric_weights
 from trtq.errors import NonFiniteError
+from trtq.precision import Method, ScalePolicy
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
 from trtq.quant.adaround import directed_codes, hard_direction, soft_direction
-from trtq.quant.bits import symmetric_weights
 from trtq.quant.branch import DecayingBranch
-from trtq.quant.dynamic_scale import RowAxis, ScalePolicy
+from trtq.quant.dynamic_scale import RowAxis
 from trtq.quant.fake_quant import fake_quant, quantize_codes
 from trtq.quant.geometry import ConvGeometry, FloatLayer, set_sizes
 from trtq.quant.input_transform import InputTransform
 from trtq.quant.packing import PackedWeight
-from trtq.quant.ranges import Method, weight_qparams
+from trtq.quant.ranges import weight_qparams
 from trtq.quant.timestep import Step, TimestepTable, current_step
 
 __all__ = ["Base", "QuantLayer"]
@@ -44,7 +45,7 @@ class QuantLayer(nn.Module):
     Args:
         source: float layer; its parameters are shared, not copied.
         table: the calibrated timesteps.
-        weight_bits: width of the weight codes; see `trtq.quant.bits.symmetric_weights`.
+        weight_bits: width of the weight codes; see `trtq.bits.symmetric_weights`.
         activation_bits: width of the activation codes.
         rank: rank R of the adapters; 0: no adapters.
         base: operand to which the adapters are added, see the module docstring.

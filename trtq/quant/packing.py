@@ -35,8 +35,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trtq.bits import check_bits
 from trtq.errors import ArtefactError, QuantizationError
-from trtq.quant.bits import check_bits
 
 __all__ = ["PackedWeight", "pack_codes", "unpack_codes"]
 

@@ -10,8 +10,8 @@ from typing import Literal
 from torch import nn
 
 from trtq.errors import TrtqError
-from trtq.quant.dynamic_scale import ScalePolicy
-from trtq.quant.formats import Format, FormatTensors, precision_text
+from trtq.precision import Format, ScalePolicy, precision_text
+from trtq.quant.formats import FormatTensors
 from trtq.quant.geometry import padding_obstacle
 from trtq.quant.structure import Product
 from trtq.quant.tensors import LayerTensors, ProductTensors
@@ -99,7 +99,7 @@ class LayerPlan:
 
     @property
     def precision(self) -> str:
-        """Bits or format as text, see `trtq.quant.formats.precision_text`."""
+        """Bits or format as text, see `trtq.precision_text`."""
         bits = self.weight_bits, self.activation_bits, self.right_bits
         return precision_text(*bits, self.format)
 

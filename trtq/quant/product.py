@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from trtq.precision import ScalePolicy
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
-from trtq.quant.dynamic_scale import ScalePolicy
 from trtq.quant.timestep import Step, TimestepTable, current_step
 
 __all__ = ["QuantProduct"]

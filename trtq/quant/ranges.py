@@ -6,25 +6,19 @@ All results use the affine form with codes `0 .. 2**bits - 1`. A symmetric quant
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from trtq.bits import check_bits
 from trtq.errors import NonFiniteError, RecipeError
-from trtq.quant.bits import check_bits
+from trtq.precision import METHODS, Method
 
 __all__ = [
-    "METHODS",
-    "Method",
     "activation_qparams",
     "affine_from_range",
     "row_qparams",
     "weight_qparams",
 ]
-
-Method = Literal["minmax", "search"]
-METHODS: tuple[Method, ...] = ("minmax", "search")
 
 _SCALE_FLOOR = 1e-8
 _CANDIDATES = 80

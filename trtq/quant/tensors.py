@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from trtq.errors import ArtefactError, NonFiniteError, QuantizationError
+from trtq.precision import ScalePolicy
 from trtq.quant.activation import ActivationQuantizer
-from trtq.quant.dynamic_scale import ScalePolicy
 from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight, unpack_codes

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trtq.calib.sensitivity import (
-    FLOAT_BITOPS,
-    Budget,
-    spend,
-    weight_sensitivity,
-    with_bits,
-)
+from trtq.calib.budget import Budget
+from trtq.calib.sensitivity import FLOAT_BITOPS, spend, weight_sensitivity, with_bits
 from trtq.diffusion.sampling import at_once, seeded_noise, spread
 from trtq.progress import ProgressCallback
 from trtq.quant import (

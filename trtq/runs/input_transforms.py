@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from trtq.calib.histogram import parse_calibrator
+from trtq.calib.calibrators import parse_calibrator
 from trtq.calib.input_rows import RowRecorder
 from trtq.calib.recipe import Recipe
 from trtq.calib.record import observe_trajectories

@@ -11,12 +11,10 @@ from typing import Any
 from torch import nn
 
 from trtq.artefact.opened import Opened, open_artefact
+from trtq.calib.budget import parse_budget
 from trtq.calib.policy import Policy, load_policy, plan_layers
 from trtq.calib.probe import LayerCall, probe, with_shared_inputs
 from trtq.calib.recipe import Recipe
-from trtq.calib.sensitivity import (
-    parse_budget,
-)
 from trtq.diffusion.components import DENOISERS
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline

@@ -21,7 +21,7 @@ from trtq.artefact.opened import Opened, open_artefact
 from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
 from trtq.artefact.partial import partial_folder
 from trtq.calib.activation_tables import activation_tables
-from trtq.calib.histogram import parse_calibrator
+from trtq.calib.calibrators import parse_calibrator
 from trtq.calib.recipe import Recipe, load_recipe
 from trtq.calib.record import histogram_count, record
 from trtq.diffusion.folder import save_pipeline_parts

@@ -13,7 +13,7 @@ from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_rows import FurtherRow, LayerRow, RecordedRow, SourceRow, StructureRow
 from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
 from trtq.calib.activation_tables import activation_tables
-from trtq.calib.histogram import parse_calibrator
+from trtq.calib.calibrators import parse_calibrator
 from trtq.calib.record import Recording
 from trtq.calib.record_calls import CalledDenoiser, record_calls
 from trtq.calls.stored import CALL_FOLDER, save_call

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from trtq.documents import explain_first, parse_json, shown
 from trtq.errors import ArtefactError, NonFiniteError
+from trtq.precision import precision_text
 from trtq.quant.convert import DeployOptions, deploy
 from trtq.quant.denoiser import QuantizedDenoiser
-from trtq.quant.formats import precision_text, stored_tensors
+from trtq.quant.formats import stored_tensors
 from trtq.quant.modules import QuantLayer
 from trtq.quant.plan import (
     LayerPlan,

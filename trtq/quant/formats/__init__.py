@@ -3,7 +3,7 @@
 Each format has a training form (a subclass of `QuantLayer`), tensors in a file, and a deployed form.
 """
 
-from trtq.quant.formats.precision import (
+from trtq.precision import (
     FORMATS,
     GROUPS,
     HALF_BITS,

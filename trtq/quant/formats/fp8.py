@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import NonFiniteError, QuantizationError
+from trtq.precision import Method
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode, per_item, select_step
 from trtq.quant.deployed import ExactBuffers, enclosing_step
 from trtq.quant.formats.files import checked_tensor
@@ -29,7 +30,6 @@ from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight
-from trtq.quant.ranges import Method
 from trtq.quant.tensors import ActivationTensors, merged_bias, merged_scale
 from trtq.quant.timestep import Step, TimestepTable, current_step
 from trtq.quant.weightless import WeightlessLayer

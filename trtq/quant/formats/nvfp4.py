@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError, QuantizationError
+from trtq.precision import Method
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode, per_item, select_step
 from trtq.quant.deployed import ExactBuffers, enclosing_step
 from trtq.quant.formats.e2m1 import (
@@ -37,7 +38,6 @@ from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.layers import QuantLinear
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight, unpack_codes
-from trtq.quant.ranges import Method
 from trtq.quant.tensors import ActivationTensors, merged_bias, merged_scale
 from trtq.quant.timestep import Step, TimestepTable
 from trtq.quant.weightless import WeightlessLayer

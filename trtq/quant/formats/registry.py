@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError, QuantizationError
+from trtq.precision import Format
 from trtq.quant.deployed import DeployedLayer, DeployedProduct
 from trtq.quant.formats.e2m1 import LIMIT
 from trtq.quant.formats.fp8 import FP8_LAYERS, FP8_MAX, DeployedFp8, Fp8Tensors, float_range
 from trtq.quant.formats.nvfp4 import DeployedNvfp4, Nvfp4Linear, Nvfp4Tensors
-from trtq.quant.formats.precision import Format
 from trtq.quant.formats.weight_only import (
     WEIGHT_ONLY_LAYERS,
     DeployedWeightOnly,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError
+from trtq.precision import Method
 from trtq.quant.activation import ZeroPointMode
 from trtq.quant.deployed import ExactBuffers
 from trtq.quant.formats.files import checked_tensor
@@ -26,7 +27,7 @@ from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from trtq.quant.modules import QuantLayer
 from trtq.quant.packing import PackedWeight, unpack_codes
-from trtq.quant.ranges import Method, row_qparams
+from trtq.quant.ranges import row_qparams
 from trtq.quant.tensors import ActivationTensors, merged_bias
 from trtq.quant.timestep import Step, TimestepTable
 from trtq.quant.weightless import WeightlessLayer

@@ -1,21 +1,28 @@
-"""The format and the bits of a layer, and their text: `w4a8`, `w4a16`, `fp8`, `nvfp4`."""
+"""Format, bits and scales of a layer: names, and their text `w4a8`, `w4a16`, `fp8`, `nvfp4`.
+
+This module loads neither numpy nor torch, so that a wrong setting is refused at once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from trtq.bits import parse_bits
 from trtq.documents import shown
 from trtq.errors import RecipeError
-from trtq.quant.bits import parse_bits
 
 __all__ = [
     "FORMATS",
     "GROUPS",
     "HALF_BITS",
+    "METHODS",
     "WEIGHT_ONLY_BITS",
     "Format",
+    "Method",
     "Precision",
+    "ScaleChoice",
+    "ScalePolicy",
     "fitting_group",
     "parse_precision",
     "precision_text",
@@ -34,6 +41,18 @@ GROUPS = (128, 64, 32)
 """Input channels that may share a scale of a weight-only layer, largest first."""
 _DEFAULT_GROUP = 64
 _FLOATS: dict[str, tuple[Format, int]] = {"fp8": ("fp8", 8), "nvfp4": ("nvfp4", 4)}
+
+
+ScalePolicy = Literal["step", "row", "hybrid"]
+"""Origin of an activation's scale, see `trtq.quant.dynamic_scale`."""
+
+ScaleChoice = Literal["step", "row", "hybrid", "auto"]
+"""Origin of an activation's scale in a recipe. `auto`: calibration chooses `step` or `row` for each
+linear layer by the error of its output; everything else has `step`."""
+
+Method = Literal["minmax", "search"]
+"""Methods of finding ranges of weights and activations, see `trtq.quant.ranges`."""
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
