@@ -26,6 +26,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits": ("digits", digits),
     "ablation": ("ablation", ablation),
     "best": ("best", ablation),
+    "in_call": ("in_call", ablation),
     "digits_dit": ("digits_dit", digits_dit),
     "digits_dit_plain": ("digits_dit_plain", digits_dit),
     "digits_dit_outliers": ("digits_dit", digits_dit_outliers),

@@ -40,6 +40,7 @@ POSIX_ONLY = {
 EDGES = {
     # What a JSON or TOML file holds, before it is checked.
     "trtq.calib.toml_files.read_toml",
+    "trtq.calls.call_file.read_call_file",
     "trtq.diffusion.layout.read_index",
     "trtq.diffusion.layout.read_json",
     "trtq.documents.read_object",

@@ -186,7 +186,7 @@ def batch_axes(
         ArtefactError: the pipeline cannot be called with the user's arguments.
     """
     forms = varied_forms(pipeline, modules, call, fixed={"prompt": _NOT_VARIED}, seed=seed)
-    found = {}
+    by_key = {}
     for form in forms:
         axes = {
             path: row.axis
@@ -196,8 +196,8 @@ def batch_axes(
         }
         if form.denoiser == name and axes and argument in form.tensors:
             key = form.form.key
-            found[key] = BatchAxes(key, argument, _sample_first(axes, form.tensors))
-    return found
+            by_key[key] = BatchAxes(key, argument, _sample_first(axes, form.tensors))
+    return by_key
 
 
 def _sample_first(axes: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, int]:

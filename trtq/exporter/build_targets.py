@@ -10,6 +10,7 @@ import onnx_ir as ir
 from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_rows import LayerRow
 from trtq.engine.tensorrt.job import Answer
+from trtq.engine.tensorrt.precisions import low_bit_layer
 from trtq.errors import BuildError, UsageError
 from trtq.graph.nodes import DOMAIN
 from trtq.graph.runtimes.findings import Finding
@@ -39,16 +40,19 @@ def planned_precisions(
     Args:
         layers: layers of the denoiser.
         model: the denoiser's graph, prepared for the builder.
-        findings: broken rules; a layer that the builder computes in float is left out.
+        findings: broken rules; a layer that the builder computes in float is left out, as is one that
+            the graph does not compute.
 
     Returns:
         The precision by layer, as `trtq.engine.tensorrt.precisions.network_precisions` names it.
     """
     plugins = {node.attributes["name"].as_string() for node in model.graph if node.domain == DOMAIN}
     floats = {finding.layer for finding in findings}
+    present = plugins | {low_bit_layer(node.name or "") for node in model.graph}
     plan = {}
     for row in layers:
-        if row.activation_bits is None or row.name in floats:
+        # A result that the model does not use is not in the graph, e.g. the text of the last block.
+        if row.activation_bits is None or row.name in floats or row.name not in present:
             continue
         if row.name in plugins:
             plan[row.name] = "plugin"

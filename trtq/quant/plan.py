@@ -99,7 +99,7 @@ class LayerPlan:
 
     @property
     def precision(self) -> str:
-        """Bits or format as text, see `trtq.precision_text`."""
+        """Bits or format as text, see `trtq.precision.precision_text`."""
         bits = self.weight_bits, self.activation_bits, self.right_bits
         return precision_text(*bits, self.format)
 

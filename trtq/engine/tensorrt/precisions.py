@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["engine_precisions", "network_precisions", "shortfall"]
+__all__ = ["engine_precisions", "low_bit_layer", "network_precisions", "shortfall"]
 
 _CALL = "/call_"
 _PARTS = ("conv", "matmul", "plugin")
@@ -41,12 +41,12 @@ def network_precisions(trt: Any, network: Any) -> dict[str, str]:
             output = layer.get_output(place)
             if output is not None:
                 makers[output.name] = layer
-        if _low_bit_layer(layer.name) is not None:
+        if low_bit_layer(layer.name) is not None:
             products.append(layer)
     kinds = trt.LayerType
     precisions: dict[str, str] = {}
     for layer in products:
-        name = _low_bit_layer(layer.name)
+        name = low_bit_layer(layer.name)
         assert name is not None
         if layer.type == kinds.PLUGIN_V3:
             precision = "plugin"
@@ -63,7 +63,7 @@ def network_precisions(trt: Any, network: Any) -> dict[str, str]:
     return precisions
 
 
-def _low_bit_layer(node: str) -> str | None:
+def low_bit_layer(node: str) -> str | None:
     """The layer of a product's node `LAYER/matmul` or `LAYER/call_2/matmul`; None for other nodes."""
     call, _, part = node.rpartition("/")
     call = call.removesuffix("/product")  # NVFP4 has one more level.
@@ -106,7 +106,7 @@ def engine_precisions(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     for row in rows:
         metadata = str(row.get("Metadata", ""))
         nodes = _NAMES.findall(metadata) or [str(row.get("Name", ""))]
-        layers = [name for name in map(_low_bit_layer, nodes) if name is not None]
+        layers = [name for name in map(low_bit_layer, nodes) if name is not None]
         inputs = row.get("Inputs")
         if len(layers) != 1 or not isinstance(inputs, list):
             continue

@@ -98,7 +98,7 @@ def prepare(model: ir.Model, runtime: Runtime) -> ir.Model:
     2. For onnxruntime's own providers the graph does not change without VNNI. With VNNI, pairs do not
        saturate and run in integers, so cast codes become pairs again.
     3. OpenVINO and TensorRT do not support float64, but have a kernel for group norms; TensorRT does not
-       support INT4 in front of a Cast, and needs pairs of FP8.
+       support INT4 in front of a Cast, needs pairs of FP8, and no one-dimensional convolutions of pairs.
     4. In OpenVINO without VNNI, integer products saturate if both factors have 8 bits, so such layers
        are computed in float. Its matrix products are slow, so all others become convolutions, whose
        weights must not have equal scales.
@@ -131,6 +131,7 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
     from trtq.graph.passes import DecomposeGroupNorm, ExpandPlugins
     from trtq.graph.runtimes.break_uniform_scales import BreakUniformScales
     from trtq.graph.runtimes.casts_to_qdq import CastsToQdq
+    from trtq.graph.runtimes.flat_convs import FlatConvs
     from trtq.graph.runtimes.float64_to_float32 import CastFloat64ToFloat32
     from trtq.graph.runtimes.fp8_casts_to_qdq import Fp8CastsToQdq
     from trtq.graph.runtimes.fuse_group_norm import FuseGroupNorm
@@ -163,6 +164,7 @@ def _rewritten(model: ir.Model, runtime: Runtime) -> ir.Model:
     if runtime != "openvino":
         CastInt4ToInt8()(model)
         Fp8CastsToQdq()(model)
+        FlatConvs()(model)
     # The rewrites leave unused constants in the graph, which a builder would keep in memory.
     RemoveUnusedNodesPass()(model)
     return model
