@@ -161,9 +161,7 @@ def _tile(machine: Any, form: str, tile: Tile, seed: int) -> None:
 
 
 def _fused(machine: Any, form: str, geometry: str, order: str, half: bool) -> None:
-    case = _drawn(
-        2, form, geometry=GEOMETRIES[geometry], half=half, channels_last=ORDERS[order]
-    )
+    case = _drawn(2, form, geometry=GEOMETRIES[geometry], half=half, channels_last=ORDERS[order])
     _exact(machine, case, form, fused=True)
 
 

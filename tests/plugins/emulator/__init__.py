@@ -68,7 +68,9 @@ class Memory:
         self._maps: list[mmap.mmap] = []
         self.arrays: list[tuple[str, np.ndarray, bool]] = []
 
-    def put(self, values: np.ndarray, name: str = "memory", *, writable: bool = False) -> np.ndarray:
+    def put(
+        self, values: np.ndarray, name: str = "memory", *, writable: bool = False
+    ) -> np.ndarray:
         pages = -(-values.nbytes // mmap.PAGESIZE) + 1
         area = mmap.mmap(-1, pages * mmap.PAGESIZE)
         self._maps.append(area)

@@ -24,7 +24,7 @@ struct Index {
   unsigned x, y, z;
 };
 
-constexpr int SHARED_BYTES = 1 << 18, STACK_BYTES = 1 << 17;
+constexpr int SHARED_BYTES = 1 << 18, STACK_BYTES = 1 << 18;
 alignas(128) unsigned char shared[SHARED_BYTES];
 
 struct Thread : Lane {

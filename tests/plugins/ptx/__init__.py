@@ -9,6 +9,14 @@ What this cannot show: ptxas's work, the order of memory beyond barriers, and ti
 
 from tests.plugins.ptx.emit import translate
 from tests.plugins.ptx.parse import PtxError
-from tests.plugins.ptx.runner import PtxFault, PtxMachine, needs_ptx
+from tests.plugins.ptx.runner import Builder, Program, PtxFault, PtxMachine, needs_ptx
 
-__all__ = ["PtxError", "PtxFault", "PtxMachine", "needs_ptx", "translate"]
+__all__ = [
+    "Builder",
+    "Program",
+    "PtxError",
+    "PtxFault",
+    "PtxMachine",
+    "needs_ptx",
+    "translate",
+]

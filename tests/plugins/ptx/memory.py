@@ -1,9 +1,9 @@
 """Memory, control flow and warp-wide instructions of PTX as C++ statements.
 
 PTX ISA, "Data Movement" (`ld`, `st`, `cp.async`, `ldmatrix`, `shfl`), "Parallel Synchronization"
-(`bar`, `membar`, `fence`, `vote`, `atom`, `red`), "Control Flow", and `mma.sync` with integer operands. What
-they do is in device.h and runtime.cpp; addresses are of one state space (`.global`, `.shared`, `.param`),
-never generic.
+(`bar`, `membar`, `fence`, `vote`, `atom`, `red`), "Control Flow", and `mma.sync` with integer
+operands. What they do is in device.h and runtime.cpp; addresses are of one state space (`.global`,
+`.shared`, `.param`), never generic.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _load(i: Instruction, m: re.Match[str], o: Operands) -> str:
         raise PtxError(f"{i.operands[0]} does not have the vector's elements")
     size = size_of(kind)
     cxx = kind.replace("b", "u")
-    text = f"const u8 *from = {m['space']}_read({o.address(i.operands[1])}, {size * len(to)}, {i.line}); "
+    place = f"{o.address(i.operands[1])}, {size * len(to)}, {i.line}"
+    text = f"const u8 *from = {m['space']}_read({place}); "
     # An address register may be among the results.
     return text + " ".join(
         o.store(name, kind, f"get<{cxx}>(from + {size * n})") for n, name in enumerate(to)
@@ -163,27 +164,19 @@ def _mma(i: Instruction, m: re.Match[str], o: Operands) -> str:
     return f"{_together(i, 'MMA', kind, o.array((*a, *b, *c), 'b32'))} {stores}"
 
 
-def _whole_warp(mask: str) -> None:
-    if mask not in ("-1", "0xffffffff", "0xFFFFFFFF", "4294967295"):
-        raise PtxError(f"only all threads of a warp are known, not the mask {mask}")
-
-
 @RULES.add(r"shfl\.sync\.(?P<way>up|down|bfly|idx)\.b32")
 def _shuffle(i: Instruction, m: re.Match[str], o: Operands) -> str:
-    _whole_warp(i.operands[4])
     to, _, inside = i.operands[0].partition("|")
-    values = o.array(i.operands[1:4], "b32")
+    values = o.array((i.operands[4], *i.operands[1:4]), "b32")
     text = _together(i, "SHFL", f"'{m['way'][0]}'", values) + o.store(to, "b32", "out[0]")
     return text + (o.store(inside, "pred", "out[1]") if inside else "")
 
 
 @RULES.add(r"vote\.sync\.(?P<what>all|any|ballot)\.(?P<t>pred|b32)")
 def _vote(i: Instruction, m: re.Match[str], o: Operands) -> str:
-    _whole_warp(i.operands[2])
     form = {"all": "out[0] == ~0u", "any": "out[0] != 0", "ballot": "out[0]"}[m["what"]]
-    return _together(i, "VOTE", "0", o.value(i.operands[1], "pred")) + o.store(
-        i.operands[0], m["t"], form
-    )
+    values = f"{o.value(i.operands[2], 'b32')}, {o.value(i.operands[1], 'pred')}"
+    return _together(i, "VOTE", "0", values) + o.store(i.operands[0], m["t"], form)
 
 
 _ATOMIC = r"(?:\.(?:relaxed|acq_rel|acquire|release))?(?:\.(?:cta|gpu|sys))?\.global"

@@ -237,6 +237,8 @@ const u32 *together(Operation operation, u32 kind, const u32 *in, u32 count, u32
     check_shared(in[0], 16, line, "a row of ldmatrix");
     check_read(in[0], 16, line, SEVERAL);
   }
+  if ((operation == SHFL || operation == VOTE) && in[0] != ~0u)
+    fail(line, "only all threads of a warp together are known, not a part of them");
   sync_warp();
   return self->out;
 }
@@ -291,22 +293,23 @@ static void ldmatrix(Thread *lanes, u32 kind) {
     }
 }
 
-// in: value, b, c; out: value, whether the source is in range.
+// in: mask, value, b, c; out: value, whether the source is in range.
 static void shfl(Thread *lanes, u32 kind) {
   for (int l = 0; l < 32; ++l) {
     const u32 *in = lanes[l].in;
-    const int b = (int)(in[1] & 31), clamp = (int)(in[2] & 31), segment = (int)(in[2] >> 8 & 31);
+    const int b = (int)(in[2] & 31), clamp = (int)(in[3] & 31), segment = (int)(in[3] >> 8 & 31);
     const int most = (l & segment) | (clamp & ~segment), least = l & segment;
     int from = kind == 'u' ? l - b : kind == 'd' ? l + b : kind == 'b' ? l ^ b : least | (b & ~segment);
     const bool good = kind == 'u' ? from >= most : from <= most;
     if (!good) from = l;
-    lanes[l].out[0] = lanes[from].in[0], lanes[l].out[1] = good;
+    lanes[l].out[0] = lanes[from].in[1], lanes[l].out[1] = good;
   }
 }
 
+// in: mask, predicate; out: the predicates of all.
 static void vote(Thread *lanes) {
   u32 ballot = 0;
-  for (int l = 0; l < 32; ++l) ballot |= (u32)(lanes[l].in[0] != 0) << l;
+  for (int l = 0; l < 32; ++l) ballot |= (u32)(lanes[l].in[1] != 0) << l;
   for (int l = 0; l < 32; ++l) lanes[l].out[0] = ballot;
 }
 
