@@ -204,12 +204,17 @@ def _residual(machine: Any, form: str, order: str, width: int) -> None:
 
 
 def _tokens(machine: Any, form: str) -> None:
-    """Use rows with an odd number of channels, and a single row."""
-    for tokens, channels, out in ((1, 33, 1), (77, 40, 9), (3, 1, 64)):
+    """Use rows with an odd number of channels, a single row, and an aligned end of half a chunk."""
+    for batch, tokens, channels, out in (
+        (2, 1, 33, 1),
+        (2, 77, 40, 9),
+        (2, 3, 1, 64),
+        (1, 3, 36, 9),
+    ):
         case = _drawn(
             6,
             form,
-            batch=2,
+            batch=batch,
             height=tokens,
             width=1,
             channels=channels,

@@ -89,7 +89,6 @@ static void check_alignment(u64 address, u32 bytes, u32 line, const char *what) 
 
 static u8 *global(u64 address, u32 bytes, u32 line, bool write) {
   const char *what = write ? "a global store" : "a global load";
-  check_alignment(address, bytes, line, what);
   auto inside = [&](const Range &r) { return address >= r.start && address + bytes <= r.end; };
   if (usual >= ranges.size() || !inside(ranges[usual])) {
     usual = 0;
@@ -112,13 +111,18 @@ static u8 *global(u64 address, u32 bytes, u32 line, bool write) {
   return (u8 *)address;
 }
 
-const u8 *global_read(u64 address, u32 bytes, u32 line) { return global(address, bytes, line, false); }
+const u8 *global_read(u64 address, u32 bytes, u32 line) {
+  check_alignment(address, bytes, line, "a global load");
+  return global(address, bytes, line, false);
+}
 
 void global_write(u64 address, const void *values, u32 bytes, u32 line) {
+  check_alignment(address, bytes, line, "a global store");
   std::memcpy(global(address, bytes, line, true), values, bytes);
 }
 
 u64 atomic(Atomic operation, u64 address, u64 value, u32 bytes, u32 line) {
+  check_alignment(address, bytes, line, "an atomic operation");
   u8 *at = global(address, bytes, line, true);
   u64 old = 0, fresh = 0;
   std::memcpy(&old, at, bytes);
@@ -200,7 +204,7 @@ void copy_later(u64 target, u64 source, u32 bytes, u32 given, u32 line) {
   check_shared(target, bytes, line, "an asynchronous copy");
   if (given > bytes) fail(line, "an asynchronous copy takes more bytes than it writes");
   check_alignment(source, bytes, line, "an asynchronous copy");
-  for (u32 i = 0; i < given; i += 4) global(source + i, 4, line, false);
+  if (given) global(source, given, line, false);
   check_write(target, bytes, line, [](u32) { return false; });
   each_word(target, bytes, [](Word &word, u32) { word.copier = (int)self->index.x; });
   self->groups.back().push_back({(u32)target, (const u8 *)source, bytes, given});
