@@ -1,7 +1,7 @@
 """What the kernels have to compute, for each machine that can run their launches.
 
-A machine has `run(launch, seed, memory)`: the emulator, which compiles the CUDA C for the CPU, and the PTX
-runner, which runs what NVRTC made of it.
+A machine has `run(launch, seed, memory)`: the emulator, which compiles the CUDA C for the CPU, and the
+PTX runner, which runs what NVRTC made of it.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def expected(case: Case, **options: Any) -> np.ndarray:
 
 def _drawn(seed: int, form: str, **options: Any) -> Case:
     bits, activation_bits, _ = FORMS[form]
-    return draw(seed, bits=bits, activation_bits=activation_bits, **options)
+    case: Case = draw(seed, bits=bits, activation_bits=activation_bits, **options)
+    return case
 
 
 def _exact(machine: Any, case: Case, form: str, **options: Any) -> None:

@@ -63,9 +63,8 @@ def path(recording: RecordingDriver, tmp_path_factory):
 
 def ended_well(record):
     """Whether all calls succeeded, and nothing was left undone at the end of the process."""
-    bad = [call for call in record.calls if call["status"] and call["call"] != "cuGetProcAddress"]
-    end = record.calls[-1]
-    assert end["call"] == "end"
+    (end,) = record.ends
+    bad = [call for call in record.calls if call["status"]]
     return not bad and not end["unfinished"] and not end["broken guards"] and not end["pushed"]
 
 
@@ -86,7 +85,8 @@ for name, of in {
 }.items():
     case, layer = drawn(*of[:4], **of[4])
     linear = of[3] is None
-    x = torch.from_numpy(np.ascontiguousarray(case.x.transpose(0, 2, 3, 1)[:, :, 0]) if linear else case.x)
+    x = np.ascontiguousarray(case.x.transpose(0, 2, 3, 1)[:, :, 0]) if linear else case.x
+    x = torch.from_numpy(x)
     x = x.contiguous(memory_format=torch.channels_last) if name == "channels last" else x
     residual = None
     if not linear:
@@ -156,7 +156,7 @@ print(json.dumps([equal, plugins.take_failures()]))
     )
     assert json.loads(record.stdout) == [[True, True], []]
     assert ended_well(record)
-    assert record.calls[-1]["live"] == 0
+    assert record.ends[0]["live"] == 0
 
 
 LAUNCHES = """
@@ -254,7 +254,8 @@ gpu.wait()
 statuses["after the wait"] = int(host[0])
 gpu.free(address)
 statuses["freed twice"] = status(d.cuMemFree(address))
-statuses["download of freed memory"] = status(d.cuMemcpyDtoHAsync(host.ctypes.data, address, 1, gpu.stream))
+late = d.cuMemcpyDtoHAsync(host.ctypes.data, address, 1, gpu.stream)
+statuses["download of freed memory"] = status(late)
 statuses["pop"] = status(d.cuCtxPopCurrent())
 statuses["push"] = status(d.cuCtxPushCurrent(gpu._context))
 events = [d.cuEventCreate(0)[1] for _ in range(2)]
@@ -283,6 +284,6 @@ ctypes.memset(other + 64, 0, 1)
         "time": True,
     }
     assert not ended_well(record)
-    end = record.calls[-1]
+    (end,) = record.ends
     found = {name: end[name] for name in ("unfinished", "live", "broken guards", "pushed")}
     assert found == {"unfinished": 1, "live": 1, "broken guards": 1, "pushed": 1}

@@ -11,7 +11,7 @@ from tests.plugins.ptx import PtxMachine, needs_ptx
 pytestmark = needs_ptx
 
 ARCHITECTURES = ("sm75", "sm80", "sm90", "sm120")
-"""One for each form of the PTX: small products, products of 4 bits, bytes only, and the newer compiler."""
+"""One for each form of the PTX: small products, products of 4 bits, bytes only, the newer compiler."""
 FAST = {
     *(
         "two launches/w8a8-odd-nhwc",

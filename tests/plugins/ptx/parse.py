@@ -17,7 +17,8 @@ _IGNORED = re.compile(
     r"\.(version|target|address_size|loc|file|pragma|section|minnctapersm|global|const)\b"
 )
 _ENTRY = re.compile(r"(?:\.visible\s+)?\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{", re.DOTALL)
-_PARAMETER = re.compile(r"\.param\s+\.(\w+)(?:\s+\.ptr(?:\s+\.\w+)?(?:\s+\.align\s+\d+)?)?\s+(\w+)")
+_POINTER = r"(?:\s+\.ptr(?:\s+\.(?:global|shared|const|local))?(?:\s+\.align\s+\d+)?)?"
+_PARAMETER = re.compile(rf"\.param\s+\.(\w+){_POINTER}\s+(\w+)")
 _SHARED = re.compile(r"(?:\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]")
 _REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 _LABEL = re.compile(r"(\$?\w+):(?!:)\s*")

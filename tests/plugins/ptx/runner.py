@@ -31,8 +31,8 @@ needs_ptx = pytest.mark.skipif(
     _COMPILER is None or not _HAS_NVRTC, reason="running PTX needs g++ and NVRTC"
 )
 _FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=off", f"-I{_HERE}", f"-I{FOLDER}")
-# A launch spends its time in runtime.cpp; optimising a kernel takes longer than it saves. Its frame has to
-# fit the stack of a fiber.
+# A launch spends its time in runtime.cpp; optimising a kernel takes longer than it saves. Its frame has
+# to fit the stack of a fiber.
 _KERNEL_FLAGS = ("-O0", "-Werror=frame-larger-than=200000", "-shared")
 
 

@@ -31,12 +31,13 @@ needs_recording = pytest.mark.skipif(
 
 @dataclass
 class Record:
-    """The calls and the output of a child process."""
+    """The calls and the output of a child process, and what each process has left at its end."""
 
     code: int
     stdout: str
     stderr: str
     calls: list[dict[str, Any]]
+    ends: list[dict[str, Any]]
 
     def named(self, name: str) -> list[dict[str, Any]]:
         return [call for call in self.calls if call["call"] == name]
@@ -81,7 +82,10 @@ class RecordingDriver:
             check=False,
         )
         lines = log.read_text().splitlines() if log.exists() else []
-        return Record(done.returncode, done.stdout, done.stderr, [json.loads(li) for li in lines])
+        rows = [json.loads(line) for line in lines]
+        calls = [row for row in rows if row["call"] != "end"]
+        ends = [row for row in rows if row["call"] == "end"]
+        return Record(done.returncode, done.stdout, done.stderr, calls, ends)
 
     def run(self, code: str, **settings: object) -> Record:
         """Run Python code that must succeed."""

@@ -25,4 +25,4 @@ def run_ptx() -> None:
         library = builder.library(ptx(variant, architecture).decode())
         return image(variant.kernel, architecture, library)
 
-    devices.cubin = cubin
+    devices.cubin = cubin  # type: ignore[attr-defined]
