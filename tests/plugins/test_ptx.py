@@ -109,8 +109,8 @@ def test_integer_instructions(builder):
         "shf.l.wrap.b32 %r20, %r10, %r11, %r12;",
         "{ .reg .b16 h; cvt.u16.u32 h, %r10; mul.wide.s16 %r20, h, -2; }",
     ]
-    found = scalar(builder, operations, rows)
-    for row, out in zip(rows.tolist(), found.tolist(), strict=True):
+    results = scalar(builder, operations, rows)
+    for row, out in zip(rows.tolist(), results.tolist(), strict=True):
         a, b, c, d = row
         sa, sb = (v - (v >> 31 << 32) for v in (a, b))
 
@@ -154,8 +154,8 @@ def test_a_product_and_sum_is_rounded_once_in_the_given_direction(builder):
     values[1] = [3, -2, 6, 0]
     modes = ("rn", "rm", "rp", "rz")
     operations = [f"fma.{mode}.f32 %f8, %f1, %f2, %f3; mov.b32 %r20, %f8;" for mode in modes]
-    found = scalar(builder, operations, floats(values)).view(np.float32)
-    for (a, b, c, _), out in zip(values.tolist(), found, strict=True):
+    results = scalar(builder, operations, floats(values)).view(np.float32)
+    for (a, b, c, _), out in zip(values.tolist(), results, strict=True):
         exact = Fraction(a) * Fraction(b) + Fraction(c)
         nearest, down, up, to_zero = (Fraction(float(value)) for value in out)
         assert down <= exact <= up
@@ -163,7 +163,7 @@ def test_a_product_and_sum_is_rounded_once_in_the_given_direction(builder):
         assert up in (down, Fraction(float(np.nextafter(np.float32(down), np.float32(np.inf)))))
         assert abs(nearest - exact) == min(exact - down, up - exact)
         assert to_zero == (down if exact > 0 else up)
-    assert np.signbit(found[1]).tolist() == [False, True, False, False], (
+    assert np.signbit(results[1]).tolist() == [False, True, False, False], (
         "3 * -2 + 6 rounded down is -0"
     )
 
@@ -197,23 +197,21 @@ def test_conversions_of_floats(builder):
         "cvt.rn.f16.f32 %rs1, %f1; cvt.f32.f16 %f8, %rs1; mov.b32 %r20, %f8;",
         "cvt.rzi.s32.f32 %r21, %f1; cvt.rn.f32.s32 %f8, %r21; mov.b32 %r20, %f8;",
     ]
-    found = scalar(builder, operations, floats(given))
+    out = scalar(builder, operations, floats(given))
     with np.errstate(over="ignore"):
         half = x.astype(np.float16)
     number = ~np.isnan(x)
     canonical = np.where(number, np.round(x), np.nan)
-    assert np.array_equal(
-        found[:, 0].view(np.float32), canonical.astype(np.float32), equal_nan=True
-    )
+    assert np.array_equal(out[:, 0].view(np.float32), canonical.astype(np.float32), equal_nan=True)
     limits = np.clip(np.trunc(np.nan_to_num(x.astype(np.float64))), -(2**31), 2**31 - 1)
-    assert found[:, 1].view(np.int32).tolist() == limits.astype(np.int64).tolist()
+    assert out[:, 1].view(np.int32).tolist() == limits.astype(np.int64).tolist()
     whole = np.clip(np.floor(np.nan_to_num(x.astype(np.float64))), 0, 2**32 - 1)
-    assert found[:, 2].tolist() == whole.astype(np.int64).tolist()
-    assert np.array_equal(found[:, 3].view(np.float32), np.clip(np.nan_to_num(x, nan=0), 0, 1))
-    assert np.array_equal(found[number, 4], half.view(np.uint16)[number])
-    assert found[5, 4] == 0x7FFF
-    assert np.array_equal(found[:, 5].view(np.float32), half.astype(np.float32), equal_nan=True)
-    assert np.array_equal(found[:, 6].view(np.float32), limits.astype(np.int32).astype(np.float32))
+    assert out[:, 2].tolist() == whole.astype(np.int64).tolist()
+    assert np.array_equal(out[:, 3].view(np.float32), np.clip(np.nan_to_num(x, nan=0), 0, 1))
+    assert np.array_equal(out[number, 4], half.view(np.uint16)[number])
+    assert out[5, 4] == 0x7FFF
+    assert np.array_equal(out[:, 5].view(np.float32), half.astype(np.float32), equal_nan=True)
+    assert np.array_equal(out[:, 6].view(np.float32), limits.astype(np.int32).astype(np.float32))
 
 
 def test_float_comparisons_and_extremes_with_nan(builder):
@@ -222,7 +220,7 @@ def test_float_comparisons_and_extremes_with_nan(builder):
     names = ("lt", "ltu", "ne", "neu", "nan", "num")
     operations = [test.format(f"setp.{name}.f32") for name in names]
     operations += [f"{n}.f32 %f8, %f1, %f2; mov.b32 %r20, %f8;" for n in ("min", "max", "add")]
-    found = scalar(builder, operations, floats(np.pad(given, ((0, 0), (0, 2)))))
+    out = scalar(builder, operations, floats(np.pad(given, ((0, 0), (0, 2)))))
     less, unordered = [1, 0, 0, 0, 0], [0, 0, 1, 1, 0]
     different = [1, 0, 0, 0, 0]
     columns = [
@@ -233,10 +231,10 @@ def test_float_comparisons_and_extremes_with_nan(builder):
         unordered,
         [1 - a for a in unordered],
     ]
-    assert found[:, :6].T.tolist() == columns
-    assert found[:, 6].view(np.float32).tolist() == [1, 2, 2, 1, -0.0]
-    assert np.signbit(found[4, 6:8].view(np.float32)).tolist() == [True, False]
-    assert found[2:4, 8].tolist() == [0x7FFFFFFF] * 2
+    assert out[:, :6].T.tolist() == columns
+    assert out[:, 6].view(np.float32).tolist() == [1, 2, 2, 1, -0.0]
+    assert np.signbit(out[4, 6:8].view(np.float32)).tolist() == [True, False]
+    assert out[2:4, 8].tolist() == [0x7FFFFFFF] * 2
 
 
 SHAPES = {
@@ -304,13 +302,13 @@ def test_matrix_products_have_the_fragments_of_the_isa(builder, shape):
     body = "".join(f"ld.global.u32 {name}, [%rd3+{4 * n}];\n" for n, name in enumerate(names))
     parts = [names[:count_a], names[count_a : count_a + count_b], names[count_a + count_b :]]
     left, right, sums = (f"{{{', '.join(part)}}}" for part in parts)
-    found = [f"%r{30 + n}" for n in range(count_c)]
+    products = [f"%r{30 + n}" for n in range(count_c)]
     all_signs = ("ss", "su", "us", "uu")
     for place, (sign_a, sign_b) in enumerate(all_signs):
         opcode = f"mma.sync.aligned.{shape.partition(' ')[0]}.row.col.s32"
         opcode += f".{sign_a}{bits}.{sign_b}{bits}.s32"
-        body += f"{opcode} {{{', '.join(found)}}}, {left}, {right}, {sums};\n"
-        for n, name in enumerate(found):
+        body += f"{opcode} {{{', '.join(products)}}}, {left}, {right}, {sums};\n"
+        for n, name in enumerate(products):
             body += f"st.global.u32 [%rd4+{16 * place + 4 * n}], {name};\n"
     out = run(builder, body, given)
 

@@ -285,5 +285,5 @@ ctypes.memset(other + 64, 0, 1)
     }
     assert not ended_well(record)
     (end,) = record.ends
-    found = {name: end[name] for name in ("unfinished", "live", "broken guards", "pushed")}
-    assert found == {"unfinished": 1, "live": 1, "broken guards": 1, "pushed": 1}
+    left = {name: end[name] for name in ("unfinished", "live", "broken guards", "pushed")}
+    assert left == {"unfinished": 1, "live": 1, "broken guards": 1, "pushed": 1}

@@ -43,11 +43,11 @@ def test_the_suite_finds_a_mutation(mutation, tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(compiling, "sources", mutated)
     machine = PtxMachine(shared(tmp_path_factory, "ptx", lambda _: None), mutation.architecture)
-    found = []
+    failures = []
     for name in mutation.checks:
         try:
             NAMED[name].call(machine)
         except (AssertionError, PtxFault) as err:
-            found.append(f"{name}: {err}")
+            failures.append(f"{name}: {err}")
             break
-    assert found, f"none of {', '.join(mutation.checks)} finds it"
+    assert failures, f"none of {', '.join(mutation.checks)} finds it"

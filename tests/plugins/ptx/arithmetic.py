@@ -146,7 +146,7 @@ def _approximate(i: Instruction, m: re.Match[str], o: Operands) -> str:
 @RULES.add(r"(?P<op>min|max)\.f32")
 def _float_extreme(i: Instruction, m: re.Match[str], o: Operands) -> str:
     a, b = (o.value(operand, "f32") for operand in i.operands[1:])
-    return o.store(i.operands[0], "f32", f"{'least' if m['op'] == 'min' else 'most'}({a}, {b})")
+    return o.store(i.operands[0], "f32", f"{'lesser' if m['op'] == 'min' else 'greater'}({a}, {b})")
 
 
 @RULES.add(r"(?P<op>neg|abs)\.f32")

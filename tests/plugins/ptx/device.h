@@ -131,13 +131,13 @@ static inline u32 dot_4(u32 a, u32 b, u32 c) {
 
 // --- float ---
 
-static inline float least(float a, float b) {
+static inline float lesser(float a, float b) {
   if (a != a) return b;
   if (b != b) return a;
   if (a == b) return std::signbit(a) ? a : b;
   return a < b ? a : b;
 }
-static inline float most(float a, float b) {
+static inline float greater(float a, float b) {
   if (a != a) return b;
   if (b != b) return a;
   if (a == b) return std::signbit(a) ? b : a;

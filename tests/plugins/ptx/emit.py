@@ -55,7 +55,7 @@ def translate(text: str) -> str:
             'extern "C" {',
             f"extern const u32 ptx_parameters[] = {{{sizes}}};",
             f"extern const u32 ptx_parameter_count = {len(kernel.parameters)};",
-            f"extern const u32 ptx_most_threads = {kernel.most_threads};",
+            f"extern const u32 ptx_max_threads = {kernel.max_threads};",
             f"extern const u32 ptx_static_bytes = {static};",
             f"extern const u32 ptx_dynamic_start = {dynamic};",
             "void ptx_kernel(void **values) {",

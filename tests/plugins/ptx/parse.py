@@ -65,7 +65,7 @@ class Kernel:
     Attributes:
         name: name of the entry.
         parameters: sizes of the parameters in bytes, by name.
-        most_threads: largest number of threads of a block.
+        max_threads: maximum number of threads of a block.
         shared: variables in shared memory.
         registers: types of the registers, by name.
         body: instructions, names of labels, and the braces of scopes.
@@ -73,7 +73,7 @@ class Kernel:
 
     name: str
     parameters: dict[str, int]
-    most_threads: int
+    max_threads: int
     shared: list[Shared] = field(default_factory=list)
     registers: dict[str, str] = field(default_factory=dict)
     body: list[Instruction | str] = field(default_factory=list)
@@ -94,7 +94,7 @@ def _statements(text: str, line: int) -> Iterator[tuple[int, str]]:
     """Statements without semicolons, labels, and braces, each with its line."""
     start, depth = 0, 0
 
-    def found(end: int) -> Iterator[tuple[int, str]]:
+    def up_to(end: int) -> Iterator[tuple[int, str]]:
         raw = text[start:end]
         place = line + text.count("\n", 0, start + len(raw) - len(raw.lstrip()))
         statement = " ".join(raw.split())
@@ -108,7 +108,7 @@ def _statements(text: str, line: int) -> Iterator[tuple[int, str]]:
         # A brace at the start of a statement is a scope, otherwise a vector.
         before = _LABEL.sub("", text[start:place].strip() + " ").strip()
         if letter == "{" and depth == 0 and not before:
-            yield from found(place)
+            yield from up_to(place)
             yield line, "{"
             start = place + 1
         elif letter == "{":
@@ -116,13 +116,13 @@ def _statements(text: str, line: int) -> Iterator[tuple[int, str]]:
         elif letter == "}" and depth:
             depth -= 1
         elif letter == "}":
-            yield from found(place)
+            yield from up_to(place)
             yield line, "}"
             start = place + 1
         elif letter == ";":
-            yield from found(place)
+            yield from up_to(place)
             start = place + 1
-    yield from found(len(text))
+    yield from up_to(len(text))
 
 
 def _declare(kernel: Kernel, statement: str) -> None:
@@ -175,10 +175,10 @@ def parse(text: str) -> Kernel:
     if len(parameters) != len(split(entry[2])):
         raise PtxError(f"no rule for one of the parameters {' '.join(entry[2].split())!r}")
     limit = re.search(r"\.maxntid\s+([\d, ]+)", entry[3])
-    most = 1024
+    max_threads = 1024
     if limit is not None:
-        most = math.prod(int(size) for size in re.findall(r"\d+", limit[1]))
-    kernel = Kernel(entry[1], parameters, most)
+        max_threads = math.prod(int(size) for size in re.findall(r"\d+", limit[1]))
+    kernel = Kernel(entry[1], parameters, max_threads)
     end = _closing(text, entry.end())
     for outside in (text[: entry.start()], text[end + 1 :]):
         # Directives outside of the kernel end with a line or a semicolon.

@@ -29,7 +29,7 @@ struct Lane {
 
 // The kernel, in the translated source.
 extern "C" {
-extern const u32 ptx_parameters[], ptx_parameter_count, ptx_most_threads;
+extern const u32 ptx_parameters[], ptx_parameter_count, ptx_max_threads;
 extern const u32 ptx_static_bytes, ptx_dynamic_start;
 void ptx_kernel(void **values);
 }
@@ -415,8 +415,8 @@ const char *ptx_fault() { return message.c_str(); }
 int ptx_run(void **values, u32 x, u32 y, u32 z, u32 count, u32 dynamic, int seed) {
   message.clear();
   usual = 0;
-  if (count % 32 || count > ptx_most_threads || ptx_dynamic_start + dynamic > SHARED_BYTES) {
-    message = "a block of this kernel has at most " + std::to_string(ptx_most_threads) + " threads, in whole warps";
+  if (count % 32 || count > ptx_max_threads || ptx_dynamic_start + dynamic > SHARED_BYTES) {
+    message = "a block of this kernel has at most " + std::to_string(ptx_max_threads) + " threads, in whole warps";
     return 1;
   }
   shared_limit = ptx_dynamic_start + dynamic;
