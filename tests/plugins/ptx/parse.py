@@ -90,39 +90,40 @@ def split(text: str) -> tuple[str, ...]:
     return tuple(part for part in (*parts, text[start:].strip()) if part)
 
 
+def _pieces(text: str) -> Iterator[tuple[str, str]]:
+    """Text up to each mark that ends a statement, and the mark: `;`, `{`, `}` or the end."""
+    start, depth = 0, 0
+    for match in re.finditer(r"[{};]", text):
+        mark, piece = match[0], text[start : match.start()]
+        # A brace at the start of a statement is a scope, otherwise a vector.
+        if mark == "{" and (depth or _LABEL.sub("", f"{piece} ").strip()):
+            depth += 1
+        elif mark == "}" and depth:
+            depth -= 1
+        else:
+            yield piece, mark
+            start = match.end()
+    yield text[start:], ""
+
+
 def _statements(text: str, line: int) -> Iterator[tuple[int, str]]:
     """Statements without semicolons, labels, and braces, each with its line."""
-    start, depth = 0, 0
-
-    def up_to(end: int) -> Iterator[tuple[int, str]]:
-        raw = text[start:end]
-        place = line + text.count("\n", 0, start + len(raw) - len(raw.lstrip()))
-        statement = " ".join(raw.split())
-        while (label := _LABEL.match(statement)) is not None:
-            yield place, f"{label[1]}:"
-            statement = statement[label.end() :]
-        if statement:
-            yield place, statement
-
-    for place, letter in enumerate(text):
-        # A brace at the start of a statement is a scope, otherwise a vector.
-        before = _LABEL.sub("", text[start:place].strip() + " ").strip()
-        if letter == "{" and depth == 0 and not before:
-            yield from up_to(place)
-            yield line, "{"
-            start = place + 1
-        elif letter == "{":
-            depth += 1
-        elif letter == "}" and depth:
-            depth -= 1
-        elif letter == "}":
-            yield from up_to(place)
-            yield line, "}"
-            start = place + 1
-        elif letter == ";":
-            yield from up_to(place)
-            start = place + 1
-    yield from up_to(len(text))
+    for piece, mark in _pieces(text):
+        rest = piece
+        while True:
+            space = len(rest) - len(rest.lstrip())
+            line += rest.count("\n", 0, space)
+            rest = rest[space:]
+            label = _LABEL.match(rest)
+            if label is None:
+                break
+            yield line, f"{label[1]}:"
+            rest = rest[len(label[0].rstrip()) :]
+        if rest:
+            yield line, " ".join(rest.split())
+        line += rest.count("\n")
+        if mark in ("{", "}"):
+            yield line, mark
 
 
 def _declare(kernel: Kernel, statement: str) -> None:
