@@ -196,6 +196,7 @@ def test_conversions_of_floats(builder):
         "cvt.rn.f16.f32 %rs1, %f1; cvt.u32.u16 %r20, %rs1;",
         "cvt.rn.f16.f32 %rs1, %f1; cvt.f32.f16 %f8, %rs1; mov.b32 %r20, %f8;",
         "cvt.rzi.s32.f32 %r21, %f1; cvt.rn.f32.s32 %f8, %r21; mov.b32 %r20, %f8;",
+        "cvt.rn.f16x2.f32 %r20, %f1, %f2;",
     ]
     out = scalar(builder, operations, floats(given))
     with np.errstate(over="ignore"):
@@ -210,6 +211,7 @@ def test_conversions_of_floats(builder):
     assert np.array_equal(out[:, 3].view(np.float32), np.clip(np.nan_to_num(x, nan=0), 0, 1))
     assert np.array_equal(out[number, 4], half.view(np.uint16)[number])
     assert out[5, 4] == 0x7FFF
+    assert np.array_equal(out[number, 7], half.view(np.uint16)[number].astype(np.uint32) << 16)
     assert np.array_equal(out[:, 5].view(np.float32), half.astype(np.float32), equal_nan=True)
     assert np.array_equal(out[:, 6].view(np.float32), limits.astype(np.int32).astype(np.float32))
 
@@ -413,9 +415,32 @@ FAULTS = [
         "@!%p1 vote.sync.ballot.b32 %r20, %p1, -1;",
         "threads of a warp wait in different instructions",
     ),
+    (
+        "setp.lt.u32 %p1, %r1, 5;\n@%p1 bar.sync 0;\n@!%p1 bar.sync 0;",
+        "threads of a warp wait in different barriers",
+    ),
     ("setp.lt.u32 %p1, %r1, 5;\n@%p1 vote.sync.ballot.b32 %r20, %p1, -1;", "wait for ever"),
 ]
 """Bodies, and what the runner says about them."""
+
+
+def test_a_barrier_of_the_warp_orders_its_shared_memory_only(builder):
+    body = """
+	and.b32 %r3, %r1, 31;
+	shl.b32 %r3, %r3, 4;
+	add.s32 %r3, %r2, %r3;
+	st.shared.u32 [%r3], %r1;
+	bar.warp.sync -1;
+	xor.b32 %r4, %r3, 16;
+	ld.shared.u32 %r20, [%r4];
+	bar.warp.sync -1;
+	st.shared.u32 [%r3], %r20;
+	st.global.u32 [%rd4], %r20;
+	"""
+    out = run(builder, body, np.zeros((1, 1), np.uint32))
+    assert np.array_equal(out[:, 0], np.arange(32) ^ 1)
+    with pytest.raises(PtxFault, match="without a barrier after"):  # Two warps share the memory.
+        run(builder, body, np.zeros((1, 1), np.uint32), threads=64)
 
 
 @pytest.mark.parametrize("case", range(len(FAULTS)), ids=[text for _, text in FAULTS])

@@ -294,6 +294,16 @@ def _to_half(i: Instruction, m: re.Match[str], o: Operands) -> str:
     return o.store(i.operands[0], "b16", f"half_of({a}, {int(m['r'] == 'z')})")
 
 
+@RULES.add(r"cvt\.r(?P<r>[nz])\.f16x2\.f32")
+def _to_halves(i: Instruction, m: re.Match[str], o: Operands) -> str:
+    """The first source becomes the upper half."""
+    upper, lower = (
+        f"(u32)half_of({o.value(operand, 'f32')}, {int(m['r'] == 'z')})"
+        for operand in i.operands[1:]
+    )
+    return o.store(i.operands[0], "b32", f"{upper} << 16 | {lower}")
+
+
 @RULES.add(r"cvt\.f32\.f16")
 def _from_half(i: Instruction, m: re.Match[str], o: Operands) -> str:
     return o.store(i.operands[0], "f32", f"float_of_half({o.value(i.operands[1], 'b16')})")

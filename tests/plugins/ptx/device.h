@@ -35,7 +35,7 @@ void copies_commit();
 void copies_wait(u32 newer);
 void barrier(u32 line);
 // An instruction that a warp's 32 threads execute together.
-enum Operation { MMA, LDMATRIX, SHFL, VOTE };
+enum Operation { MMA, LDMATRIX, SHFL, VOTE, SYNC };
 const u32 *together(Operation operation, u32 kind, const u32 *in, u32 count, u32 line);
 // The old value; additions of a block are never interrupted.
 enum Atomic { ADD, MIN, MAX, AND, OR, XOR, EXCH, SMIN, SMAX };

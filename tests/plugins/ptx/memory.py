@@ -18,6 +18,7 @@ __all__ = ["RULES"]
 
 RULES = Rules()
 _TYPE = r"(?P<t>[bus](?:8|16|32|64)|f32)"
+_ORDER = r"(?:\.(?:weak|volatile|(?:relaxed|acquire|release)\.(?:cta|gpu|sys)))?"
 _CACHE = r"(?:\.(?:nc|ca|cg|cs|lu|cv|wb|wt))*(?:\.L1::\w+)?(?:\.L2::\w+)?"
 
 
@@ -49,9 +50,7 @@ def _parameter(i: Instruction, m: re.Match[str], o: Operands) -> str:
     return o.store(i.operands[0], kind, f"get<{kind.replace('b', 'u')}>({at})")
 
 
-@RULES.add(
-    rf"ld(?:\.volatile)?\.(?P<space>global|shared){_CACHE}(?:\.v(?P<n>[24]))?{_CACHE}\.{_TYPE}"
-)
+@RULES.add(rf"ld{_ORDER}\.(?P<space>global|shared){_CACHE}(?:\.v(?P<n>[24]))?{_CACHE}\.{_TYPE}")
 def _load(i: Instruction, m: re.Match[str], o: Operands) -> str:
     kind, to = m["t"].replace("f", "b"), o.elements(i.operands[0])
     if len(to) != int(m["n"] or 1):
@@ -66,9 +65,7 @@ def _load(i: Instruction, m: re.Match[str], o: Operands) -> str:
     )
 
 
-@RULES.add(
-    rf"st(?:\.volatile)?\.(?P<space>global|shared){_CACHE}(?:\.v(?P<n>[24]))?{_CACHE}\.{_TYPE}"
-)
+@RULES.add(rf"st{_ORDER}\.(?P<space>global|shared){_CACHE}(?:\.v(?P<n>[24]))?{_CACHE}\.{_TYPE}")
 def _store(i: Instruction, m: re.Match[str], o: Operands) -> str:
     values = o.elements(i.operands[1])
     if len(values) != int(m["n"] or 1):
@@ -110,6 +107,11 @@ def _barrier(i: Instruction, m: re.Match[str], o: Operands) -> str:
     if i.operands != ("0",):
         raise PtxError("only barrier 0 with all threads of the block is known")
     return f"barrier({i.line});"
+
+
+@RULES.add(r"bar\.warp\.sync")
+def _warp_barrier(i: Instruction, m: re.Match[str], o: Operands) -> str:
+    return _together(i, "SYNC", "0", o.value(i.operands[0], "b32"))
 
 
 @RULES.add(r"membar\.(?:cta|gl|sys)|fence(?:\.\w+)*")

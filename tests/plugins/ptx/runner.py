@@ -42,7 +42,7 @@ class PtxFault(AssertionError):
 
 @cache
 def _runtime_key() -> str:
-    files = (_HERE / "device.h", _HERE / "runtime.cpp", FOLDER / "fibers.h")
+    files = (*sorted(_HERE.glob("*.h")), _HERE / "runtime.cpp", FOLDER / "fibers.h")
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
