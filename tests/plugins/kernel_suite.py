@@ -145,7 +145,7 @@ def _two_launches(machine: Any, form: str, geometry: str, order: str) -> None:
     _exact(machine, case, form)
 
 
-def _tile(machine: Any, form: str, tile: Tile, seed: int) -> None:
+def _tile(machine: Any, form: str, tile: Tile, seed: int, half: bool = True) -> None:
     """Use more tiles along k than stages, several blocks, and images that end within a block."""
     case = _drawn(
         seed,
@@ -156,6 +156,7 @@ def _tile(machine: Any, form: str, tile: Tile, seed: int) -> None:
         channels=72,
         out=264 if tile.n == 256 else 80,
         geometry=SAME if seed % 2 else LINEAR,
+        half=half,
         channels_last=seed > 1,
     )
     _exact(machine, case, form, tile=tile, seed=seed)
@@ -166,7 +167,7 @@ def _fused(machine: Any, form: str, geometry: str, order: str, half: bool) -> No
     _exact(machine, case, form, fused=True)
 
 
-def _two_stages(machine: Any, form: str) -> None:
+def _two_stages(machine: Any, form: str, half: bool = True) -> None:
     """Use the larger tile of TensorRT engines: fewer stages than tiles along k, several blocks."""
     for seed, geometry in ((2, LINEAR), (3, SAME)):
         case = _drawn(
@@ -178,6 +179,7 @@ def _two_stages(machine: Any, form: str) -> None:
             channels=232,
             out=136,
             geometry=geometry,
+            half=half,
             channels_last=geometry is LINEAR,
         )
         _exact(machine, case, form, tile=ONE_LAUNCH_TILES[1], fused=True, seed=seed)
@@ -267,6 +269,17 @@ def _tiles() -> Iterator[Check]:
         yield Check("two stages", form, form, ONE_LAUNCH_TILES[1], partial(_two_stages, form=form))
 
 
+def _floats() -> Iterator[Check]:
+    """One case for each variant with float values that no other case runs."""
+    for form, tile in product(("w8a8", "w4a8", "native"), TILES):
+        seed = 3 if form == "w8a8" else 2
+        call = partial(_tile, form=form, tile=tile, seed=seed, half=False)
+        yield Check("floats", f"{form}-{tile.m}x{tile.n}", form, tile, call)
+    for form in ("w8a8", "w4a8"):
+        call = partial(_two_stages, form=form, half=False)
+        yield Check("floats", f"{form}-two stages", form, ONE_LAUNCH_TILES[1], call)
+
+
 def _edges() -> Iterator[Check]:
     small = TILES[0]
     for width, form, order in product((4, 5), ("w8a8", "native"), ORDERS):
@@ -280,7 +293,7 @@ def _edges() -> Iterator[Check]:
     yield Check("extreme", "w8a8", "w8a8", small, _extreme)
 
 
-CHECKS = [*_layouts(), *_tiles(), *_edges()]
+CHECKS = [*_layouts(), *_tiles(), *_floats(), *_edges()]
 """All cases."""
 
 

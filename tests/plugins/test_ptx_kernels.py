@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from tests.conftest import shared
 from tests.plugins.kernel_suite import checks_for
 from tests.plugins.ptx import PtxMachine, needs_ptx
+from trtq.plugins.variants import all_variants
 
 pytestmark = needs_ptx
 
@@ -39,6 +42,25 @@ def _cases():
 def machines(tmp_path_factory):
     folder = shared(tmp_path_factory, "ptx", lambda _: None)
     return {name: PtxMachine(folder, name) for name in ARCHITECTURES}
+
+
+class Recorder:
+    """A machine that notes the variants of launches, and runs nothing."""
+
+    def __init__(self):
+        self.variants = set()
+
+    def run(self, launch, seed, memory):
+        self.variants.add(launch.variant)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_variant_has_a_case(architecture):
+    recorder = Recorder()
+    for check in checks_for(architecture):
+        with contextlib.suppress(AssertionError):
+            check.call(recorder)
+    assert recorder.variants == set(all_variants(architecture))
 
 
 @pytest.mark.parametrize(("architecture", "check"), [*_cases()])
