@@ -121,14 +121,16 @@ def _float(i: Instruction, m: re.Match[str], o: Operands) -> str:
 @RULES.add(r"fma\.(?P<r>r[nzmp])\.f32")
 def _fma(i: Instruction, m: re.Match[str], o: Operands) -> str:
     values = ", ".join(o.value(operand, "f32") for operand in i.operands[1:])
-    exact = f"std::fma({values})" if m["r"] == "rn" else f"fma_directed({values}, '{m['r'][1]}')"
+    exact = (
+        f"__builtin_fmaf({values})" if m["r"] == "rn" else f"fma_directed({values}, '{m['r'][1]}')"
+    )
     return o.store(i.operands[0], "f32", exact)
 
 
 @RULES.add(r"(?:div|rcp|sqrt)\.rn\.f32")
 def _correct(i: Instruction, m: re.Match[str], o: Operands) -> str:
     a = [o.value(operand, "f32") for operand in i.operands[1:]]
-    form = {"div": "{0} / {1}", "rcp": "1.0f / {0}", "sqrt": "std::sqrt({0})"}
+    form = {"div": "{0} / {1}", "rcp": "1.0f / {0}", "sqrt": "__builtin_sqrtf({0})"}
     return o.store(i.operands[0], "f32", form[i.opcode.partition(".")[0]].format(*a))
 
 
@@ -137,8 +139,8 @@ def _approximate(i: Instruction, m: re.Match[str], o: Operands) -> str:
     """Correctly rounded, where a GPU may differ in the last bits."""
     a = o.value(i.operands[1], "f32")
     a = f"without_subnormal({a})" if m["ftz"] else a
-    form = {"ex2": "std::exp2({})", "lg2": "std::log2({})", "rcp": "1.0 / {}"}
-    exact = form.get(m["op"], "1.0 / std::sqrt({})").format(f"(double){a}")
+    form = {"ex2": "__builtin_exp2({})", "lg2": "__builtin_log2({})", "rcp": "1.0 / {}"}
+    exact = form.get(m["op"], "1.0 / __builtin_sqrt({})").format(f"(double){a}")
     exact = f"(float)({exact})"
     return o.store(i.operands[0], "f32", f"without_subnormal({exact})" if m["ftz"] else exact)
 

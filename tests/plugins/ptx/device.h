@@ -1,10 +1,9 @@
 // What a kernel that was translated from PTX calls: types, arithmetic, and the interface to runtime.cpp.
-// Semantics are those of the PTX ISA, sections "Instruction Set"; registers are kept as unsigned bits.
+// Semantics are those of the PTX ISA, section "Instruction Set"; registers are kept as unsigned bits. The
+// compiler's own functions stand for <cmath>, which takes as long to read as a small kernel.
 
 #pragma once
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 
 typedef uint8_t u8;
 typedef uint16_t u16;
@@ -55,12 +54,12 @@ constexpr u32 mma_kind(u32 m, u32 k, u32 bits, u32 signed_a, u32 signed_b, u32 s
 
 static inline float f32(u32 bits) {
   float value;
-  std::memcpy(&value, &bits, 4);
+  __builtin_memcpy(&value, &bits, 4);
   return value;
 }
 static inline u32 bits_of(float value) {
   u32 bits;
-  std::memcpy(&bits, &value, 4);
+  __builtin_memcpy(&bits, &value, 4);
   return bits;
 }
 // Arithmetic gives only one NaN.
@@ -68,7 +67,7 @@ static inline u32 result(float value) { return value != value ? 0x7fffffffu : bi
 template <class T>
 static inline T get(const u8 *at) {
   T value;
-  std::memcpy(&value, at, sizeof value);
+  __builtin_memcpy(&value, at, sizeof value);
   return value;
 }
 
@@ -134,24 +133,24 @@ static inline u32 dot_4(u32 a, u32 b, u32 c) {
 static inline float lesser(float a, float b) {
   if (a != a) return b;
   if (b != b) return a;
-  if (a == b) return std::signbit(a) ? a : b;
+  if (a == b) return __builtin_signbit(a) ? a : b;
   return a < b ? a : b;
 }
 static inline float greater(float a, float b) {
   if (a != a) return b;
   if (b != b) return a;
-  if (a == b) return std::signbit(a) ? b : a;
+  if (a == b) return __builtin_signbit(a) ? b : a;
   return a > b ? a : b;
 }
 static inline float saturated(float a) { return a > 0 ? a < 1 ? a : 1.0f : 0.0f; }
 static inline float without_subnormal(float a) {
-  return std::fpclassify(a) == FP_SUBNORMAL ? std::copysign(0.0f, a) : a;
+  return a != 0 && __builtin_fabsf(a) < 0x1p-126f ? __builtin_copysignf(0.0f, a) : a;
 }
 static inline float whole(float a, char rounding) {
-  return rounding == 'n'   ? std::nearbyint(a)
-         : rounding == 'z' ? std::trunc(a)
-         : rounding == 'm' ? std::floor(a)
-                           : std::ceil(a);
+  return rounding == 'n'   ? __builtin_nearbyintf(a)
+         : rounding == 'z' ? __builtin_truncf(a)
+         : rounding == 'm' ? __builtin_floorf(a)
+                           : __builtin_ceilf(a);
 }
 // NaN becomes 0, values beyond the range become the nearest one.
 template <class T>
@@ -161,7 +160,7 @@ static inline T integer_of(float a, char rounding) {
   const T largest = (T)(~(u64)0 >> (64 - BITS));
   if (a != a) return 0;
   a = whole(a, rounding);
-  if (a >= std::ldexp(1.0f, BITS)) return largest;
-  if (SIGNED ? a < -std::ldexp(1.0f, BITS) : a < 0) return SIGNED ? (T)(-largest - 1) : (T)0;
+  if (a >= __builtin_ldexpf(1.0f, BITS)) return largest;
+  if (SIGNED ? a < -__builtin_ldexpf(1.0f, BITS) : a < 0) return SIGNED ? (T)(-largest - 1) : (T)0;
   return (T)a;
 }

@@ -5,8 +5,9 @@
 // barrier or wait is a fault in every order of threads, and a read of what nobody wrote is one, too.
 // A fault ends the launch; `ptx_fault` says what happened.
 
-#include <cstdint>
+#include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <deque>
 #include <string>
 #include <vector>
