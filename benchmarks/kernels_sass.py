@@ -29,13 +29,14 @@ from trtq.plugins.variants import ARCHITECTURES, Variant, all_variants
 OUT = Path(__file__).parent / "results" / "kernels_sass.json"
 PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvdisasm", "nvidia-cuda-cuobjdump", "cuda-bindings")
 SIZES = {
-    # Threads and KiB of shared memory per processor, KiB that the system takes per block.
+    # Threads and KiB of shared memory per processor, KiB that the system takes per block (from sm90 on,
+    # the KiB is part of the kernel's static memory).
     "sm75": (1024, 64, 0),
     "sm80": (2048, 164, 1),
     "sm86": (1536, 100, 1),
     "sm89": (1536, 100, 1),
-    "sm90": (2048, 228, 1),
-    "sm120": (1536, 100, 1),
+    "sm90": (2048, 228, 0),
+    "sm120": (1536, 100, 0),
 }
 """From the table of compute capabilities in NVIDIA's programming guide."""
 REGISTERS, REGISTER_UNIT = 65_536, 256
