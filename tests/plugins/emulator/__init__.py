@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.plugins.fibers import FOLDER
 from trtq.plugins.compile import sources
 from trtq.plugins.launch import Launch
 from trtq.plugins.variants import Variant
@@ -40,11 +41,13 @@ class Emulator:
             library = place / "kernel.so"
             macros = [f"-D{name}={value}" for name, value in variant.defines.items()]
             assert COMPILER is not None
-            subprocess.run([COMPILER, *_FLAGS, *macros, str(main), "-o", str(library)], check=True)
+            paths = [f"-I{FOLDER}", str(main), "-o", str(library)]
+            subprocess.run([COMPILER, *_FLAGS, *macros, *paths], check=True)
             self.libraries[variant] = ctypes.CDLL(str(library))
         return self.libraries[variant]
 
-    def run(self, launch: Launch, seed: int) -> None:
+    def run(self, launch: Launch, seed: int, memory: Memory | None = None) -> None:
+        """Run a launch with an order of threads; `memory` is checked by its protected pages only."""
         arguments = (ctypes.c_void_p * len(launch.arguments))(
             *(ctypes.addressof(argument) for argument in launch.arguments)
         )
@@ -55,12 +58,19 @@ class Emulator:
 
 
 class Memory:
-    """Arrays that end at a protected page: an access beyond their end crashes the process."""
+    """Arrays that end at a protected page: an access beyond their end crashes the process.
+
+    Attributes:
+        arrays: name of each array, the array, and whether a kernel may write to it.
+    """
 
     def __init__(self) -> None:
         self._maps: list[mmap.mmap] = []
+        self.arrays: list[tuple[str, np.ndarray, bool]] = []
 
-    def put(self, values: np.ndarray) -> np.ndarray:
+    def put(
+        self, values: np.ndarray, name: str = "memory", *, writable: bool = False
+    ) -> np.ndarray:
         pages = -(-values.nbytes // mmap.PAGESIZE) + 1
         area = mmap.mmap(-1, pages * mmap.PAGESIZE)
         self._maps.append(area)
@@ -72,4 +82,5 @@ class Memory:
         start = (pages - 1) * mmap.PAGESIZE - -(-values.nbytes // 16) * 16
         placed = np.frombuffer(area, values.dtype, values.size, start).reshape(values.shape)
         placed[...] = values
+        self.arrays.append((name, placed, writable))
         return placed

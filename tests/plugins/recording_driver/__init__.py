@@ -31,12 +31,13 @@ needs_recording = pytest.mark.skipif(
 
 @dataclass
 class Record:
-    """The calls and the output of a child process."""
+    """The calls and the output of a child process, and what each process has left at its end."""
 
     code: int
     stdout: str
     stderr: str
     calls: list[dict[str, Any]]
+    ends: list[dict[str, Any]]
 
     def named(self, name: str) -> list[dict[str, Any]]:
         return [call for call in self.calls if call["call"] == name]
@@ -81,7 +82,10 @@ class RecordingDriver:
             check=False,
         )
         lines = log.read_text().splitlines() if log.exists() else []
-        return Record(done.returncode, done.stdout, done.stderr, [json.loads(li) for li in lines])
+        rows = [json.loads(line) for line in lines]
+        calls = [row for row in rows if row["call"] != "end"]
+        ends = [row for row in rows if row["call"] == "end"]
+        return Record(done.returncode, done.stdout, done.stderr, calls, ends)
 
     def run(self, code: str, **settings: object) -> Record:
         """Run Python code that must succeed."""
@@ -95,12 +99,19 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> RecordingDriver:
     return RecordingDriver(tmp_path_factory.mktemp("driver"))
 
 
-def image(name: str, architecture: str) -> bytes:
-    """The parts of a cubin that the driver reads: version, architecture and kernel name."""
+def image(name: str, architecture: str, library: Path | None = None) -> bytes:
+    """The parts of a cubin that the driver reads: version, architecture and kernel name.
+
+    Args:
+        name: name of the kernel.
+        architecture: architecture, e.g. `sm89`.
+        library: library of the PTX runner that the driver starts; None: the kernel does nothing.
+    """
     header = bytearray(64)
     header[:4], header[8] = b"\x7fELF", 8
     header[48:52] = (int(architecture.removeprefix("sm")) << 8).to_bytes(4, "little")
     text = name.encode() + b"\0"
+    text += b"" if library is None else b"PTX-RUNNER:%s\0" % str(library).encode()
     # The file ends at the position of the section table.
     header[40:48] = (len(header) + len(text)).to_bytes(8, "little")
     return bytes(header) + text

@@ -7,10 +7,11 @@
      RECORDING_GPUS      compute capabilities of the GPUs, e.g. "89,120"; "89"
      RECORDING_REFUSE    calls that always fail, with error codes, e.g. "cuInit=999,cuMemAlloc=2"
      RECORDING_FREE      free memory that cuMemGetInfo reports, in bytes; 8 GiB
+     RECORDING_EXACT     1: the number of a launch's arguments is checked, see `pointers_in`; 0
      CUDA_VISIBLE_DEVICES  visible GPUs, as indices only
 
-   Device memory is host memory. Work in a stream is executed at once. Error codes are those of
-   cuda.h. */
+   work.h has memory, and work in streams. A module whose image names a library of the PTX runner runs
+   its kernels; other kernels do nothing. Error codes are those of cuda.h. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -32,16 +33,21 @@ enum { MOST_GPUS = 8, USUAL_SHARED = 48 << 10, RESERVED_SHARED = 1 << 10, NON_BL
 enum { NOT_CAPTURING, CAPTURING, INVALIDATED };
 
 typedef struct Context { int device, references; uint64_t id; } Context;
-typedef struct Module { Context *context; char *image; size_t size; } Module;
+typedef struct Module { Context *context; char *image; size_t size; struct Runner *runner; } Module;
 typedef struct Function { Module *module; int shared; } Function;
 typedef struct Stream { Context *context; unsigned flags; int state; struct Stream *next; } Stream;
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 static int initialized, gpus[MOST_GPUS], numbers[MOST_GPUS], gpu_count;
 static Context primary[MOST_GPUS];
 static uint64_t contexts_made = 100;
 static Stream *streams;
 static __thread Context *current;
+static __thread Context *below[16]; /* The contexts under the current one. */
+static __thread int depth;
+static int pushed_contexts; /* Of all threads; 0 at the end of a balanced process. */
+
+#include "work.h"
 
 static long setting(const char *name, long usual) {
   const char *text = getenv(name);
@@ -112,7 +118,7 @@ static int ready(const char *name) {
 
 static int in_context(const char *name) {
   int status = ready(name);
-  return status ? status : current ? OK : INVALID_CONTEXT;
+  return status ? status : failed ? failed : current ? OK : INVALID_CONTEXT;
 }
 
 int cuInit(unsigned flags) {
@@ -228,6 +234,30 @@ int cuCtxSetCurrent(Context *context) {
   return said(status, "cuCtxSetCurrent", "\"device\": %d", context ? context->device : -1);
 }
 
+int cuCtxPushCurrent(Context *context) {
+  int status = ready("cuCtxPushCurrent");
+  if (!status && (!context || depth == 16)) status = INVALID_CONTEXT;
+  if (!status) below[depth++] = current, current = context, ++pushed_contexts;
+  return said(status, "cuCtxPushCurrent", "\"depth\": %d", depth);
+}
+
+int cuCtxPopCurrent(Context **context) {
+  int status = ready("cuCtxPopCurrent");
+  if (!status && !depth) status = INVALID_CONTEXT;
+  if (!status) {
+    if (context) *context = current;
+    current = below[--depth], --pushed_contexts;
+  }
+  return said(status, "cuCtxPopCurrent", "\"depth\": %d", depth);
+}
+
+int cuCtxSynchronize(void) {
+  int status = in_context("cuCtxSynchronize");
+  if (!status) status = during_capture();
+  if (!status) status = finish(NULL, 1, NULL);
+  return said(status, "cuCtxSynchronize", "");
+}
+
 int cuCtxGetDevice(int *device) {
   int status = in_context("cuCtxGetDevice");
   if (!status) *device = current->device;
@@ -291,8 +321,9 @@ int cuModuleLoadData(Module **module, const void *image) {
   if (!status) status = check_image(image, &size, gpus[current->device]);
   if (!status) {
     *module = malloc(sizeof **module);
-    **module = (Module){current, malloc(size), size};
+    **module = (Module){current, malloc(size), size, NULL};
     memcpy((*module)->image, image, size);
+    (*module)->runner = runner_of((*module)->image, size);
   }
   return said(status, "cuModuleLoadData", "\"bytes\": %zu", size);
 }
@@ -322,6 +353,20 @@ int cuFuncSetAttribute(Function *function, int attribute, int value) {
   return said(status, "cuFuncSetAttribute", "\"attribute\": %d, \"value\": %d", attribute, value);
 }
 
+/* The arguments, copied as at the call; the kernel runs when something waits for the stream. */
+static int start(Function *function, const unsigned *grid, unsigned threads, unsigned shared,
+                 Stream *stream, void **arguments) {
+  Runner *runner = function->module->runner;
+  Work work = {.stream = stream, .kind = KERNEL, .runner = runner, .grid = {grid[0], grid[1], grid[2]},
+               .threads = threads, .shared = shared};
+  if (!arguments || *runner->count > MOST_ARGUMENTS) return INVALID_VALUE;
+  if (setting("RECORDING_EXACT", 0) && pointers_in(arguments) != (long)*runner->count)
+    return INVALID_VALUE;
+  for (uint32_t i = 0; i < *runner->count; ++i) memcpy(work.values[i], arguments[i], runner->sizes[i]);
+  if (!stream || stream->state == NOT_CAPTURING) add_work(work);
+  return OK;
+}
+
 int cuLaunchKernel(Function *function, unsigned x, unsigned y, unsigned z, unsigned threads_x,
                    unsigned threads_y, unsigned threads_z, unsigned shared, Stream *stream,
                    void **arguments, void **extra) {
@@ -337,6 +382,8 @@ int cuLaunchKernel(Function *function, unsigned x, unsigned y, unsigned z, unsig
       status = INVALID_VALUE;
   }
   if (!status) status = work_on(stream);
+  if (!status && function->module->runner)
+    status = start(function, (unsigned[]){x, y, z}, threads_x, shared, stream, arguments);
   return said(status, "cuLaunchKernel",
               "\"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], \"shared\": %u, \"stream\": %zu, "
               "\"device\": %d",
@@ -347,32 +394,86 @@ int cuLaunchKernel(Function *function, unsigned x, unsigned y, unsigned z, unsig
 int cuMemAlloc(void **address, size_t size) {
   int status = in_context("cuMemAlloc");
   if (!status) status = size ? during_capture() : INVALID_VALUE;
-  if (!status && !(*address = calloc(1, size))) status = OUT_OF_MEMORY;
+  if (!status && !(*address = new_block(size))) status = OUT_OF_MEMORY;
   return said(status, "cuMemAlloc", "\"bytes\": %zu", size);
 }
 
+/* Waits for all work, as the driver does. */
 int cuMemFree(void *address) {
   int status = in_context("cuMemFree");
   if (!status) status = during_capture();
-  if (!status) free(address);
+  if (!status) status = finish(NULL, 1, NULL);
+  if (!status && !free_block(address)) status = INVALID_VALUE;
   return said(status, "cuMemFree", "");
 }
 
-static int copied(const char *name, void *target, const void *source, size_t size, Stream *stream) {
+/* `upload`: the host's bytes are read at the call. A copy in no stream is done at the call. */
+static int copied(const char *name, void *target, void *source, size_t size, Stream *stream, int upload) {
   int status = in_context(name);
+  if (!status && !block_with(upload ? target : source, size)) status = INVALID_VALUE;
   if (!status) status = work_on(stream);
-  if (!status) memcpy(target, source, size);
+  if (!status && (!stream || stream->state == NOT_CAPTURING)) {
+    Work work = {.stream = stream, .kind = COPY, .target = target, .source = source, .size = size};
+    if (upload) {
+      work.source = memcpy(malloc(size ? size : 1), source, size);
+      work.owned = 1;
+    }
+    add_work(work);
+    if (!stream) status = finish(NULL, 0, NULL);
+  }
   return said(status, name, "\"bytes\": %zu, \"stream\": %zu", size, (size_t)stream);
 }
 
-int cuMemcpyHtoD(void *target, const void *source, size_t size) {
-  return copied("cuMemcpyHtoD", target, source, size, NULL);
+int cuMemcpyHtoD(void *target, void *source, size_t size) {
+  return copied("cuMemcpyHtoD", target, source, size, NULL, 1);
 }
-int cuMemcpyHtoDAsync(void *target, const void *source, size_t size, Stream *stream) {
-  return copied("cuMemcpyHtoDAsync", target, source, size, stream);
+int cuMemcpyHtoDAsync(void *target, void *source, size_t size, Stream *stream) {
+  return copied("cuMemcpyHtoDAsync", target, source, size, stream, 1);
 }
-int cuMemcpyDtoHAsync(void *target, const void *source, size_t size, Stream *stream) {
-  return copied("cuMemcpyDtoHAsync", target, source, size, stream);
+int cuMemcpyDtoHAsync(void *target, void *source, size_t size, Stream *stream) {
+  return copied("cuMemcpyDtoHAsync", target, source, size, stream, 0);
+}
+
+int cuEventCreate(Event **event, unsigned flags) {
+  int status = in_context("cuEventCreate");
+  if (!status) *event = calloc(1, sizeof **event);
+  return said(status, "cuEventCreate", "\"flags\": %u", flags);
+}
+
+int cuEventRecord(Event *event, Stream *stream) {
+  int status = in_context("cuEventRecord");
+  if (!status) status = work_on(stream);
+  if (!status && (!stream || stream->state == NOT_CAPTURING)) {
+    event->recorded = 1, event->done = 0;
+    add_work((Work){.stream = stream, .kind = EVENT, .event = event});
+  }
+  return said(status, "cuEventRecord", "\"stream\": %zu", (size_t)stream);
+}
+
+int cuEventSynchronize(Event *event) {
+  int status = in_context("cuEventSynchronize");
+  for (Work *work = first_work; !status && work; work = work->next)
+    if (work->kind == EVENT && work->event == event) {
+      status = finish(work->stream, 0, event);
+      break;
+    }
+  return said(status, "cuEventSynchronize", "");
+}
+
+/* A thousandth of a millisecond for each piece of work. */
+int cuEventElapsedTime(float *milliseconds, Event *from, Event *to) {
+  int status = in_context("cuEventElapsedTime");
+  if (!status && !(from->recorded && to->recorded)) status = INVALID_HANDLE;
+  if (!status && !(from->done && to->done)) status = NOT_READY;
+  if (!status) *milliseconds = 0.001f * (float)(to->time - from->time);
+  return said(status, "cuEventElapsedTime", "");
+}
+
+int cuEventDestroy(Event *event) {
+  int status = in_context("cuEventDestroy");
+  if (!status) status = finish(NULL, 1, NULL);
+  free(event);
+  return said(status, "cuEventDestroy", "");
 }
 
 int cuStreamCreate(Stream **stream, unsigned flags) {
@@ -393,6 +494,7 @@ int cuStreamSynchronize(Stream *stream) {
     stream->state = INVALIDATED;
     status = CAPTURE_UNSUPPORTED;
   }
+  if (!status) status = finish(stream, 0, NULL);
   return said(status, "cuStreamSynchronize", "\"stream\": %zu", (size_t)stream);
 }
 

@@ -1,0 +1,307 @@
+"""What the kernels have to compute, for each machine that can run their launches.
+
+A machine has `run(launch, seed, memory)`: the emulator, which compiles the CUDA C for the CPU, and the
+PTX runner, which runs what NVRTC made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from tests.plugins.emulator import Memory
+from tests.plugins.layers import Case, draw
+from trtq.plugins.launch import Pointers, layer_launches
+from trtq.plugins.low_bit import reference
+from trtq.plugins.spec import Geometry
+from trtq.plugins.variants import ONE_LAUNCH_TILES, TILES, Tile, fits, has_native_4
+
+__all__ = ["CHECKS", "Check", "checks_for", "group"]
+
+GEOMETRIES = {
+    "1x1": Geometry(),
+    "3x3": Geometry((3, 3), padding=(1, 1)),
+    "down": Geometry((3, 3), stride=(2, 2), padding=(1, 1)),
+    "odd": Geometry((2, 3), stride=(1, 2), padding=(0, 2), dilation=(2, 1)),
+    "groups": Geometry((3, 1), padding=(1, 0), groups=4),
+}
+LINEAR, SAME = GEOMETRIES["1x1"], GEOMETRIES["3x3"]
+FORMS = {
+    "w8a8": (8, 8, False),
+    "w4a8": (4, 8, False),
+    "w4a4": (4, 4, False),
+    "native": (4, 4, True),
+}
+ORDERS = {"nchw": False, "nhwc": True}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One case of the suite.
+
+    Attributes:
+        group: what is checked, one name per test function.
+        name: name of the case.
+        form: a key of `FORMS`.
+        tile: tile of the product.
+        call: raises AssertionError on a machine that computes something else.
+    """
+
+    group: str
+    name: str
+    form: str
+    tile: Tile
+    call: Callable[[Any], None]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def runs_on(self, architecture: str) -> bool:
+        """Whether an architecture has the form's products and the tile's memory."""
+        native = FORMS[self.form][2]
+        return fits(self.tile, architecture) and (not native or has_native_4(architecture))
+
+
+def _address(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.ctypes.data
+
+
+def run(
+    machine: Any,
+    case: Case,
+    *,
+    tile: Tile = TILES[0],
+    native_4: bool = False,
+    fused: bool = False,
+    residual: np.ndarray | None = None,
+    silu: bool = False,
+    seed: int = 0,
+) -> np.ndarray:
+    """Run the kernels on a case and return the output, `[B, N, P, Q]`."""
+    problem, memory = case.problem, Memory()
+
+    def laid_out(values: np.ndarray) -> np.ndarray:
+        return (
+            np.ascontiguousarray(values.transpose(0, 2, 3, 1)) if problem.channels_last else values
+        )
+
+    out = memory.put(np.full(problem.out_shape, np.nan, case.x.dtype), "out", writable=True)
+    rubbish = np.full(problem.code_bytes(native_4=native_4), 0x5A, np.uint8)
+    arrays = {
+        "x": laid_out(case.x),
+        "weight": case.packed,
+        "terms": case.terms,
+        "tables": case.tables,
+        "step": case.step,
+        "codes": rubbish,
+        "sums": np.full(problem.sum_bytes // 4, -9, np.int32),
+        "residual": None if residual is None else laid_out(residual),
+    }
+    placed = {
+        name: None if a is None else memory.put(a, name, writable=name in ("codes", "sums"))
+        for name, a in arrays.items()
+    }
+    at = Pointers(out=_address(out), **{name: _address(array) for name, array in placed.items()})
+    launches = layer_launches(
+        problem,
+        at,
+        tile,
+        half=case.x.dtype == np.float16,
+        weight_bits=case.bits,
+        native_4=native_4,
+        silu=silu,
+        fused=fused,
+    )
+    for launch in launches:
+        machine.run(launch, seed, memory)
+    return np.array(out.transpose(0, 3, 1, 2) if problem.channels_last else out)
+
+
+def expected(case: Case, **options: Any) -> np.ndarray:
+    """The reference's output for a case."""
+    return reference.low_bit(
+        case.x, case.integers, case.terms, case.tables, case.step, case.problem.geometry, **options
+    )
+
+
+def _drawn(seed: int, form: str, **options: Any) -> Case:
+    bits, activation_bits, _ = FORMS[form]
+    case: Case = draw(seed, bits=bits, activation_bits=activation_bits, **options)
+    return case
+
+
+def _exact(machine: Any, case: Case, form: str, **options: Any) -> None:
+    actual = run(machine, case, native_4=FORMS[form][2], **options)
+    assert np.array_equal(actual, expected(case))
+
+
+def _two_launches(machine: Any, form: str, geometry: str, order: str) -> None:
+    case = _drawn(1, form, geometry=GEOMETRIES[geometry], channels_last=ORDERS[order])
+    _exact(machine, case, form)
+
+
+def _tile(machine: Any, form: str, tile: Tile, seed: int, half: bool = True) -> None:
+    """Use more tiles along k than stages, several blocks, and images that end within a block."""
+    case = _drawn(
+        seed,
+        form,
+        batch=3,
+        height=7,
+        width=7,
+        channels=72,
+        out=264 if tile.n == 256 else 80,
+        geometry=SAME if seed % 2 else LINEAR,
+        half=half,
+        channels_last=seed > 1,
+    )
+    _exact(machine, case, form, tile=tile, seed=seed)
+
+
+def _fused(machine: Any, form: str, geometry: str, order: str, half: bool) -> None:
+    case = _drawn(2, form, geometry=GEOMETRIES[geometry], half=half, channels_last=ORDERS[order])
+    _exact(machine, case, form, fused=True)
+
+
+def _two_stages(machine: Any, form: str, half: bool = True) -> None:
+    """Use the larger tile of TensorRT engines: fewer stages than tiles along k, several blocks."""
+    for seed, geometry in ((2, LINEAR), (3, SAME)):
+        case = _drawn(
+            seed,
+            form,
+            batch=3,
+            height=7,
+            width=7,
+            channels=232,
+            out=136,
+            geometry=geometry,
+            half=half,
+            channels_last=geometry is LINEAR,
+        )
+        _exact(machine, case, form, tile=ONE_LAUNCH_TILES[1], fused=True, seed=seed)
+
+
+def _residual(machine: Any, form: str, order: str, width: int) -> None:
+    native = FORMS[form][2]
+    case = _drawn(
+        4,
+        form,
+        width=width,
+        height=4,
+        out=24 if width == 4 else 21,
+        channels_last=ORDERS[order],
+    )
+    residual = draw(5, width=width, height=4, channels=case.problem.out_channels).x
+    actual = run(machine, case, native_4=native, residual=residual, silu=True)
+    wanted = expected(case, residual=residual, silu=True)
+    # The exponential may differ in the last bit of float32, and the result in the last bit of half
+    # precision.
+    spacing = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float32)
+    assert (np.abs(actual.astype(np.float32) - wanted.astype(np.float32)) <= spacing).all()
+    exact = run(machine, case, native_4=native, residual=residual)
+    assert np.array_equal(exact, expected(case, residual=residual))
+
+
+def _tokens(machine: Any, form: str) -> None:
+    """Use rows with an odd number of channels, a single row, and an aligned end of half a chunk."""
+    for batch, tokens, channels, out in (
+        (2, 1, 33, 1),
+        (2, 77, 40, 9),
+        (2, 3, 1, 64),
+        (1, 3, 36, 9),
+    ):
+        case = _drawn(
+            6,
+            form,
+            batch=batch,
+            height=tokens,
+            width=1,
+            channels=channels,
+            out=out,
+            channels_last=True,
+        )
+        _exact(machine, case, form)
+
+
+def _outside(machine: Any, form: str) -> None:
+    case = _drawn(7, form)
+    case.step = np.array([case.problem.steps, 1])
+    actual = run(machine, case, native_4=FORMS[form][2])
+    assert np.isnan(actual[0]).all()
+    case.step = np.array([1, 1])
+    assert np.array_equal(actual[1], expected(case)[1])
+
+
+def _not_finite(machine: Any) -> None:
+    case = draw(8, bits=8, activation_bits=8, channels=8, height=1, width=1, out=3)
+    case.x.reshape(-1)[:6] = [np.nan, np.inf, -np.inf, 60000, -60000, 0]
+    _exact(machine, case, "w8a8")
+
+
+def _extreme(machine: Any) -> None:
+    case = draw(9, bits=8, activation_bits=8, channels=512, out=4, height=2, width=2)
+    case.integers[...] = -128
+    case.x[...] = -60000
+    _exact(machine, case, "w8a8")
+
+
+def _layouts() -> Iterator[Check]:
+    for form, g, order in product(FORMS, GEOMETRIES, ORDERS):
+        call = partial(_two_launches, form=form, geometry=g, order=order)
+        yield Check("two launches", f"{form}-{g}-{order}", form, TILES[0], call)
+    for half, form, g, order in product(
+        (True, False), ("w8a8", "w4a8"), ("1x1", "odd", "groups"), ORDERS
+    ):
+        name = f"{'half' if half else 'float'}-{form}-{g}-{order}"
+        call = partial(_fused, form=form, geometry=g, order=order, half=half)
+        yield Check("fused", name, form, TILES[0], call)
+
+
+def _tiles() -> Iterator[Check]:
+    for form, tile, seed in product(("w8a8", "w4a8", "native"), TILES, range(4)):
+        call = partial(_tile, form=form, tile=tile, seed=seed)
+        yield Check("tiles", f"{form}-{tile.m}x{tile.n}-{seed}", form, tile, call)
+    for form in ("w8a8", "w4a8"):
+        yield Check("two stages", form, form, ONE_LAUNCH_TILES[1], partial(_two_stages, form=form))
+
+
+def _floats() -> Iterator[Check]:
+    """One case for each variant with float values that no other case runs."""
+    for form, tile in product(("w8a8", "w4a8", "native"), TILES):
+        seed = 3 if form == "w8a8" else 2
+        call = partial(_tile, form=form, tile=tile, seed=seed, half=False)
+        yield Check("floats", f"{form}-{tile.m}x{tile.n}", form, tile, call)
+    for form in ("w8a8", "w4a8"):
+        call = partial(_two_stages, form=form, half=False)
+        yield Check("floats", f"{form}-two stages", form, ONE_LAUNCH_TILES[1], call)
+
+
+def _edges() -> Iterator[Check]:
+    small = TILES[0]
+    for width, form, order in product((4, 5), ("w8a8", "native"), ORDERS):
+        name = f"{'whole' if width == 4 else 'single'} stores-{form}-{order}"
+        call = partial(_residual, form=form, order=order, width=width)
+        yield Check("residual", name, form, small, call)
+    for form in FORMS:
+        yield Check("tokens", form, form, small, partial(_tokens, form=form))
+        yield Check("outside", form, form, small, partial(_outside, form=form))
+    yield Check("not finite", "w8a8", "w8a8", small, _not_finite)
+    yield Check("extreme", "w8a8", "w8a8", small, _extreme)
+
+
+CHECKS = [*_layouts(), *_tiles(), *_floats(), *_edges()]
+"""All cases."""
+
+
+def group(name: str) -> list[Check]:
+    """The cases of a group."""
+    return [check for check in CHECKS if check.group == name]
+
+
+def checks_for(architecture: str) -> list[Check]:
+    """The cases that an architecture runs."""
+    return [check for check in CHECKS if check.runs_on(architecture)]
