@@ -233,7 +233,8 @@ def plan_layers(
             plans.append(LayerPlan(name, kind, None, None, reason, adapters=False))
         elif kind == "product":
             plan = _product_plan(name, rule, recipe, probability_bits)
-            plans.append(replace(plan, scales=_scales_of(plan, rule, scales)))
+            scaled = _scales_of(plan, rule, scales)
+            plans.append(replace(plan, scales=scaled, may_smooth=rule.smooth))
         else:
             plan = _layer_plan(name, module, rule, recipe, group)
             scaled = _scales_of(plan, rule, scales)

@@ -1,6 +1,7 @@
 """Quantisers, timestep tables, quantised layers, packing, and the conversion of a denoiser."""
 
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
+from trtq.quant.attention_channels import scale_channels
 from trtq.quant.convert import convert, deploy, merge
 from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.deployed import DeployedLayer
@@ -67,6 +68,7 @@ __all__ = [
     "pack_codes",
     "precision_text",
     "quantizable_layers",
+    "scale_channels",
     "skip_splits",
     "step_scope",
     "transform_layer",
