@@ -17,7 +17,7 @@ Letters: N, K out / in features; C channels of all heads, C = H D.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,9 +34,12 @@ __all__ = [
     "attention_products",
     "scale_channels",
     "scaled_weights",
+    "transforms_of",
+    "unscaled_outputs",
 ]
 
 _PROCESSOR = ".processor."
+_NAMES = (f"{_PROCESSOR}scores", f"{_PROCESSOR}mix")
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def scaled_weights(product: str, inv_channels: Tensor) -> list[ScaledWeight]:
         QuantizationError: the path is not that of a product of decomposed attention.
     """
     attention, _, kind = product.rpartition(_PROCESSOR)
-    if not attention or kind not in ("scores", "mix"):
+    if not attention or not product.endswith(_NAMES):
         raise QuantizationError(f"{product!r} is no product of a decomposed attention")
     inverse, factors = inv_channels.float(), inv_channels.float().reciprocal()
     if kind == "mix":
@@ -214,3 +217,33 @@ def _scale(layer: nn.Linear, scaled: ScaledWeight) -> None:
     if scaled.columns is not None:
         changed = changed * scaled.columns.to(weight.device)
     layer.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=weight.requires_grad)
+
+
+def transforms_of(denoiser: nn.Module) -> dict[str, TransformTensors]:
+    """The factors that the weights of a denoiser contain, by path of the product.
+
+    Args:
+        denoiser: float, quantised or deployed denoiser.
+    """
+    return {
+        path: module.transform
+        for path, module in denoiser.named_modules()
+        if path.endswith(_NAMES) and isinstance(module.transform, TransformTensors)
+    }
+
+
+def unscaled_outputs(denoiser: nn.Module, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs of a denoiser's linear layers as if no channels were scaled.
+
+    Args:
+        denoiser: float, quantised or deployed denoiser.
+        outputs: outputs `[..., N]` by path of the layer.
+    """
+    result = dict(outputs)
+    for product, tensors in transforms_of(denoiser).items():
+        assert tensors.inv_channels is not None
+        for scaled in scaled_weights(product, tensors.inv_channels):
+            if scaled.rows is not None and scaled.layer in result:
+                output = result[scaled.layer]
+                result[scaled.layer] = output / scaled.rows.to(output)
+    return result
