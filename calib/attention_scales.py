@@ -188,7 +188,9 @@ class _AttentionError:
         if of_values is not None and of_values.inv_channels is not None:
             outputs = outputs / of_values.inv_channels
         difference = self._output(*tokens, outputs=outputs) - self._exact
-        return float(difference.square().mean() / self._exact.square().mean().clamp_min(1e-30))
+        noise, power = (each.square().mean((1, 2)) for each in (difference, self._exact))
+        # Each step counts alike, however large its values are.
+        return float((noise / power.clamp_min(1e-30)).mean())
 
     @torch.no_grad()
     def _output(

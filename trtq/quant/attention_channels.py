@@ -207,15 +207,17 @@ def scale_channels(denoiser: nn.Module, product: str, tensors: TransformTensors)
 def _scale(layer: nn.Linear, scaled: ScaledWeight) -> None:
     """Multiply the rows, bias or columns of a layer."""
     weight, bias = layer.weight, layer.bias
-    changed = weight.float()
+    # Factors are rounded to float32 only, also for weights in half precision.
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    changed = weight.to(precise)
     if scaled.rows is not None:
-        rows = scaled.rows.to(weight.device)
+        rows = scaled.rows.to(changed)
         changed = changed * rows[:, None]
         if bias is not None:
-            new = (bias.float() * rows).to(bias.dtype)
+            new = (bias.to(precise) * rows).to(bias.dtype)
             layer.bias = nn.Parameter(new, requires_grad=bias.requires_grad)
     if scaled.columns is not None:
-        changed = changed * scaled.columns.to(weight.device)
+        changed = changed * scaled.columns.to(changed)
     layer.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=weight.requires_grad)
 
 
