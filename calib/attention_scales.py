@@ -27,6 +27,7 @@ from trtq.calib.attention_rows import AttentionRows, outlier_ratio
 from trtq.calib.input_rows import InputRows
 from trtq.calib.transform_error import TransformChoice
 from trtq.calib.transforms import smoothing_factors
+from trtq.limits import NOT_SCALED
 from trtq.quant.attention_channels import AttentionProduct, attention_products, scale_channels
 from trtq.quant.input_transform import TransformTensors
 from trtq.quant.plan import LayerPlan, named_errors
@@ -83,7 +84,7 @@ def scale_attention(
                 obstacle = _obstacle(denoiser, product, plans, options)
                 chosen = None if obstacle else error.choose(product)
             if obstacle:
-                plan = replace(plan, reason=f"{plan.reason}; channels not scaled: {obstacle}")
+                plan = replace(plan, reason=f"{plan.reason}; {NOT_SCALED}{obstacle}")
             if chosen is not None:
                 scale_channels(denoiser, product.name, chosen)
                 plan = replace(plan, smooth=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trtq.calib.input_rows import InputRows
 from trtq.calib.transform_error import OutputError, TransformChoice
-from trtq.limits import OUTLIER_RATIO
+from trtq.limits import NOT_SCALED, OUTLIER_RATIO
 from trtq.quant.dynamic_scale import ScalePolicy
 from trtq.quant.input_transform import (
     TransformTensors,
@@ -198,4 +198,5 @@ def _warn(layers: Sequence[LayerPlan]) -> None:
 
 def _done(plan: LayerPlan) -> str:
     parts = ["smoothed"] * plan.smooth + [f"rotated by {plan.rotate}"] * bool(plan.rotate)
-    return " and ".join(parts) or "unchanged"
+    obstacle = plan.reason.partition(NOT_SCALED)[2]
+    return " and ".join(parts) or f"unchanged: {obstacle}".removesuffix(": ")

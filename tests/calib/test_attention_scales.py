@@ -120,12 +120,12 @@ def test_inspect_names_the_values(run):
 def test_a_warning_names_values_that_stay_as_they_are(tmp_path, caplog):
     folder = made(with_large_values(), tmp_path / "run", smooth=False, rotate=16)
     assert f"{MIX} (" in caplog.text
-    assert "unchanged" in caplog.text
+    assert "x, unchanged: smoothing is off)" in caplog.text
     row = rows_of(folder)[MIX]
     assert row.reason.endswith("; channels not scaled: smoothing is off")
     assert not row.smooth
     output = CliRunner().invoke(app, ["inspect", str(folder)]).output
-    assert f"{MIX} " in " ".join(output.split())
+    assert "(unchanged: smoothing is off)" in " ".join(output.split())
 
 
 def test_the_exported_graph_equals_torch(run, tmp_path):
