@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from trtq.calib.attention_rows import AttentionRows, outlier_ratio
 from trtq.calib.input_rows import InputRows
 from trtq.calib.transform_error import TransformChoice
-from trtq.calib.transforms import smoothing_factors
+from trtq.calib.transforms import GAIN_OF_ROWS, smoothing_factors
 from trtq.limits import NOT_SCALED
 from trtq.quant.attention_channels import AttentionProduct, attention_products, scale_channels
 from trtq.quant.input_transform import TransformTensors
@@ -60,8 +60,8 @@ def scale_attention(
         options: what may be chosen.
 
     Returns:
-        The plans, with outlier ratios of the products and the chosen factors; and the recorded rows as
-        the changed model would give them.
+        The plans, with outlier ratios of the products, the chosen factors, and the origin of the scales
+        where the plans leave it open; and the recorded rows as the changed model would give them.
     """
     plans = {plan.name: plan for plan in layers}
     rows_of = dict(inputs)
@@ -90,6 +90,8 @@ def scale_attention(
                 plan = replace(plan, smooth=True)
                 if product.after in rows_of:
                     rows_of[product.after] = _scaled(rows_of[product.after], chosen)
+            if plan.free_scales and error.has_rows(product):
+                plan = replace(plan, scales="row")
             plans[product.name] = plan
     return [plans[plan.name] for plan in layers], rows_of
 
@@ -147,7 +149,7 @@ class _AttentionError:
     ) -> None:
         self.channel_max = rows.channel_max
         self._tokens = rows.stacked()
-        self._scores, self._mix = scores, mix
+        self._plans = {True: mix, False: scores}
         self._options = options
         self._weight = weight.detach().float().cpu()
         drawn = torch.linspace(0, len(weight) - 1, min(_OUTPUTS, len(weight))).long()
@@ -172,6 +174,16 @@ class _AttentionError:
                 assert chosen.inv_channels is not None
                 self._outputs = self._outputs / chosen.inv_channels
         return chosen
+
+    @torch.no_grad()
+    def has_rows(self, product: AttentionProduct) -> bool:
+        """Whether scales per row lower the error of a product enough; if so, they are kept."""
+        before, plan = self._error(self._tokens, None), self._plans[product.is_mix]
+        self._plans[product.is_mix] = replace(plan, scales="row")
+        if self._error(self._tokens, None) < GAIN_OF_ROWS * before:
+            return True
+        self._plans[product.is_mix] = plan
+        return False
 
     def _candidates(self, product: AttentionProduct) -> Iterator[TransformTensors]:
         largest = self.channel_max.mean(1)
@@ -206,9 +218,9 @@ class _AttentionError:
         """query[S, H, R, D], key and value[S, H, R', D] -> some outputs of the attention, [S, R, N]."""
         transposed = key.transpose(-1, -2)
         if low_bit:
-            scores = self._product(query, transposed, self._scores)
+            scores = self._product(query, transposed, self._plans[False])
             probabilities = (scores * query.shape[-1] ** -0.5).softmax(-1)
-            mixed = self._product(probabilities, value, self._mix)
+            mixed = self._product(probabilities, value, self._plans[True])
         else:
             mixed = (query @ transposed * query.shape[-1] ** -0.5).softmax(-1) @ value
         outputs = self._outputs if outputs is None else outputs

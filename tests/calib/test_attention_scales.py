@@ -1,6 +1,7 @@
 """Outlier channels in front of attention's low-bit products, from the recording to LoRAs and reports."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.calib.test_transforms import pipeline, rows_of, transformer
 from tests.families import pipelines
 from trtq.calib.attention_rows import AttentionRecorder
 from trtq.calib.attention_scales import scale_attention
+from trtq.calib.policy import Policy, plan_layers
 from trtq.calib.transform_error import TransformChoice
 from trtq.cli import app
 from trtq.diffusion.loading import open_pipeline
@@ -227,13 +229,19 @@ def test_a_file_for_comfyui_holds_the_weights_without_the_factors(run, checkpoin
         assert float((a - b).norm() / a.norm()) < 0.2
 
 
-def recorded(plans):
-    """Recordings of a decomposed attention of 2 heads, with a large channel of the values."""
+def recorded(plans, sizes=(1.0,) * 6):
+    """Recordings of a decomposed attention of 2 heads, with a large channel of the values.
+
+    Args:
+        plans: plans of both products.
+        sizes: sizes of the tokens' queries.
+    """
     recorder = AttentionRecorder(plans, 2, 0)
     generator = torch.Generator().manual_seed(0)
     for step in range(2):
         query, key, value = torch.randn(3, 2, 2, 6, 8, generator=generator)
         value[:, 1, :, 5] *= 40
+        query *= torch.tensor(sizes)[:, None]
         probabilities = (query @ key.mT).softmax(-1)
         recorder.observe(plans[0].name, (query, key.mT), step)
         recorder.observe(plans[1].name, (probabilities, value), step)
@@ -255,9 +263,9 @@ def attention(**options):
     return model, plans
 
 
-def chosen(model, plans, options=None):
+def chosen(model, plans, options=None, **changes):
     options = options or TransformChoice()
-    result, _ = scale_attention(model, plans, recorded(plans), {}, options)
+    result, _ = scale_attention(model, plans, recorded(plans, **changes), {}, options)
     return {plan.name.rpartition(".")[2]: plan for plan in result}
 
 
@@ -278,8 +286,6 @@ def test_the_largest_channel_gets_the_smallest_factor():
     ],
 )
 def test_what_is_not_allowed_is_not_scaled(change, options, reason):
-    from dataclasses import replace
-
     model, plans = attention()
     plans = [replace(plan, **change.get(place, {})) for place, plan in enumerate(plans)]
     before = model["attention"].to_v.weight
@@ -296,6 +302,26 @@ def test_normalised_queries_and_keys_stay_and_values_are_scaled():
     assert plans["mix"].smooth
     assert not plans["scores"].smooth
     assert "norm_q stands between" in plans["scores"].reason
+
+
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("sizes", [(1.0,) * 6, (0.02, 0.05, 0.1, 0.2, 0.5, 3.0)])
+def test_auto_gives_scales_per_row_to_queries_that_differ_in_size(sizes, free):
+    model, plans = attention()
+    plans = [replace(plan, free_scales=free) for plan in plans]
+    scales = chosen(model, plans, sizes=sizes)["scores"].scales
+    assert scales == ("row" if free and len(set(sizes)) > 1 else "step")
+
+
+def test_products_have_free_scales_with_auto():
+    model, _ = attention()
+    policy = Policy.model_validate(
+        {"family": "Test", "rule": [{"layers": ["*"], "bits": "recipe", "reason": "a"}]}
+    )
+    for scales, free in (("auto", True), ("step", False)):
+        plans = plan_layers(model, policy, "w4a4", scales=scales)
+        assert {plan.free_scales for plan in plans if plan.kind == "product"} == {free}
+        assert {plan.scales for plan in plans} == {"step"}
 
 
 def test_attention_in_float_is_not_recorded():

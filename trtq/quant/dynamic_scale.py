@@ -29,7 +29,7 @@ ScalePolicy = Literal["step", "row", "hybrid"]
 
 ScaleChoice = Literal["step", "row", "hybrid", "auto"]
 """Origin of an activation's scale in a recipe. `auto`: calibration chooses `step` or `row` for each
-linear layer by the error of its output; everything else has `step`."""
+linear layer, and each product of attention, by the error of the output; everything else has `step`."""
 
 RowAxis = Literal["last", "second_last", "image"]
 """What a row is: `last`: the last axis varies within a row; `second_last`: the axis before it, for the
