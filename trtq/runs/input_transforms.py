@@ -24,7 +24,7 @@ from trtq.runs.plan import QuantizePlan
 from trtq.runs.plan_calls import CallsPlan
 from trtq.seeds import seeded_generator
 
-__all__ = ["with_transforms", "with_transforms_of_calls"]
+__all__ = ["scales_attention", "with_transforms", "with_transforms_of_calls"]
 
 _IMAGES = 8
 _STAGE = "choose transforms"
@@ -43,6 +43,11 @@ def _choice(recipe: Recipe) -> TransformChoice | None:
         recipe.calibration.weights,
         recipe.tables == "static",
     )
+
+
+def scales_attention(recipe: Recipe, layers: Sequence[LayerPlan]) -> bool:
+    """Whether channels of attention may be scaled; earlier versions' checkpoints lack the factors."""
+    return recipe.smooth and any(plan.kind == "product" and plan.quantized for plan in layers)
 
 
 def _transformed(
