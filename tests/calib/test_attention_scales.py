@@ -229,12 +229,13 @@ def test_a_file_for_comfyui_holds_the_weights_without_the_factors(run, checkpoin
         assert float((a - b).norm() / a.norm()) < 0.2
 
 
-def recorded(plans, sizes=(1.0,) * 6):
+def recorded(plans, sizes=(1.0,) * 6, migrated=1.0):
     """Recordings of a decomposed attention of 2 heads, with a large channel of the values.
 
     Args:
         plans: plans of both products.
         sizes: sizes of the tokens' queries.
+        migrated: factor of a channel of the queries, and divisor of the same channel of the keys.
     """
     recorder = AttentionRecorder(plans, 2, 0)
     generator = torch.Generator().manual_seed(0)
@@ -242,6 +243,8 @@ def recorded(plans, sizes=(1.0,) * 6):
         query, key, value = torch.randn(3, 2, 2, 6, 8, generator=generator)
         value[:, 1, :, 5] *= 40
         query *= torch.tensor(sizes)[:, None]
+        query[:, 0, :, 2] *= migrated
+        key[:, 0, :, 2] /= migrated
         probabilities = (query @ key.mT).softmax(-1)
         recorder.observe(plans[0].name, (query, key.mT), step)
         recorder.observe(plans[1].name, (probabilities, value), step)
@@ -275,6 +278,17 @@ def test_the_largest_channel_gets_the_smallest_factor():
     inverse = model.get_submodule("attention.processor.mix").transform.inv_channels
     # Head 1, channel 5 of 8.
     assert int(inverse.argmin()) == 13
+
+
+def test_queries_and_keys_share_the_range_of_a_channel():
+    model, plans = attention()
+    plan = chosen(model, plans, migrated=50.0)["scores"]
+    assert plan.smooth
+    assert plan.outlier_ratio > 20
+    inverse = model.get_submodule("attention.processor.scores").transform.inv_channels
+    # The channel was moved by 50 and is moved back.
+    assert int(inverse.argmin()) == 2
+    assert float(inverse.median() / inverse[2]) > 20
 
 
 @pytest.mark.parametrize(
