@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trtq.calib.attention_rows import AttentionRecorder, outlier_ratio
 from trtq.errors import NonFiniteError
 from trtq.quant.plan import LayerPlan
 from trtq.quant.timestep import TimestepTable
@@ -43,17 +44,15 @@ class InputRows:
     @property
     def outlier_ratio(self) -> float:
         """Largest channel over median channel, by each channel's mean over steps."""
-        channels = self.channel_max.mean(0)
-        median = float(channels.median())
-        return float(channels.max()) / median if median > 0 else 0.0
+        return outlier_ratio(self.channel_max)
 
 
 class RowRecorder:
-    """Records rows of layer inputs, see `trtq.calib.record.Recorder`.
+    """Records rows of layer inputs and of attention, see `trtq.calib.record.Recorder`.
 
     Args:
-        layers: layers to observe; float layers, products and layers that use another layer's quantiser
-            are skipped.
+        layers: layers to observe; float layers and layers that use another layer's quantiser are
+            skipped.
         table: the calibrated timesteps.
         seed: seed of the random sample.
 
@@ -61,11 +60,14 @@ class RowRecorder:
         step: index of the current denoising step.
         batch: index of the current batch of trajectories.
         inputs: rows by layer.
+        attention: rows of queries, keys and values by attention with a low-bit product.
     """
 
     def __init__(self, layers: Sequence[LayerPlan], table: TimestepTable, seed: int) -> None:
         self.step = self.batch = 0
         self.inputs: dict[str, InputRows] = {}
+        self._attention = AttentionRecorder(layers, len(table), seed)
+        self.attention = self._attention.rows
         self._steps = len(table)
         self._each = max(4, _ROWS // len(table))
         self._seen: dict[tuple[str, int], int] = {}
@@ -79,7 +81,7 @@ class RowRecorder:
     @property
     def layers(self) -> list[str]:
         """The observed layers."""
-        return list(self._first)
+        return [*self._first, *self._attention.products]
 
     def observe(self, layer: str, inputs: tuple[Any, ...]) -> None:
         """Record the channels' ranges and a sample of the rows of a layer's input.
@@ -87,6 +89,9 @@ class RowRecorder:
         Raises:
             NonFiniteError: the input holds NaN or infinity.
         """
+        if layer in self._attention.products:
+            self._attention.observe(layer, inputs, self.step)
+            return
         x = inputs[0].detach().float().cpu()
         if not self._first[layer]:
             x = x.movedim(1, -1)

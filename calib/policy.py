@@ -159,7 +159,7 @@ def plan_layers(
             matches no layer.
         fallback: rules for layers that the policy does not name; None: these layers stay in float.
         scales: origin of the activations' scales, where a rule gives no other; with `auto`, linear
-            layers without such a rule have `free_scales`.
+            layers and products without such a rule have `free_scales`.
         group: see `trtq.quant.formats.fitting_group`.
 
     Raises:
@@ -190,7 +190,9 @@ def plan_layers(
             plans.append(LayerPlan(name, kind, None, None, reason, adapters=False))
         elif kind == "product":
             plan = _product_plan(name, rule, recipe, probability_bits)
-            plans.append(replace(plan, scales=_scales_of(plan, rule, scales)))
+            scaled = _scales_of(plan, rule, scales)
+            free = scales == "auto" and rule.scales is None and _may_have_rows(plan)
+            plans.append(replace(plan, scales=scaled, free_scales=free, may_smooth=rule.smooth))
         else:
             plan = _layer_plan(name, module, rule, recipe, group)
             scaled = _scales_of(plan, rule, scales)
@@ -261,7 +263,7 @@ def _scales_of(plan: LayerPlan, rule: Rule, scales: ScaleChoice) -> ScalePolicy:
 
 def _may_have_rows(plan: LayerPlan) -> bool:
     """Whether calibration can compare scales per row with scales per step for a layer."""
-    return plan.kind == "linear" and bool(plan.operands) and plan.format == "int"
+    return plan.kind in ("linear", "product") and bool(plan.operands) and plan.format == "int"
 
 
 def _product_plan(

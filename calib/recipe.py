@@ -240,8 +240,8 @@ class Recipe(_Strict):
     """Cost limit of mixed precision, e.g. `size=0.15x`, see `calib.sensitivity`; None: no limit."""
     scales: ScaleChoice = "step"
     """Origin of the activations' scales: one per denoising step, one per row of the activation, or the
-    smaller of both; `auto` chooses per step or per row for each linear layer. See
-    `trtq.quant.dynamic_scale`."""
+    smaller of both; `auto` chooses per step or per row for each linear layer and each product of
+    attention. See `trtq.quant.dynamic_scale`."""
     smooth: _Bool = True
     """Whether the channels of a layer's input are scaled before its quantiser where the layer's error
     becomes smaller, see `trtq.calib.transforms`."""

@@ -5,7 +5,7 @@ The factors of the smoothing are `c = a^alpha / w^(1 - alpha)` (SmoothQuant, arX
 weight of that channel. The factors are scaled to a geometric mean of 1.
 alpha and the rotation are those with the smallest error of the layer's output at the planned bits, on
 recorded rows of the input. With `scales = "auto"` the same error decides between scales per step and per
-row for linear layers.
+row for linear layers; for attention's products see `trtq.calib.attention_scales`.
 
 Letters: N, K out / in features or channels; T steps; R rows per step.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trtq.calib.input_rows import InputRows
 from trtq.calib.transform_error import OutputError, TransformChoice
-from trtq.limits import OUTLIER_RATIO
+from trtq.limits import NOT_SCALED, OUTLIER_RATIO
 from trtq.precision import ScalePolicy
 from trtq.quant.input_transform import (
     TransformTensors,
@@ -32,7 +32,7 @@ from trtq.quant.input_transform import (
 )
 from trtq.quant.plan import LayerPlan, named_errors
 
-__all__ = ["smoothing_factors", "transform_layers"]
+__all__ = ["GAIN_OF_ROWS", "smoothing_factors", "transform_layers"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _ALPHAS = (0.25, 0.5, 0.75)
 _GAIN_OF_SMOOTHING = 1.0
 _GAIN_WEIGHT_ONLY = 0.9
 _GAIN_OF_ROTATION = 0.9
-_GAIN_OF_ROWS = 0.8
+GAIN_OF_ROWS = 0.8
 """Maximum share of the error without the transform at which the transform is worth its cost. A quantised
 input is multiplied anyway; a weight-only layer gets one more operation, a rotation a product, and scales
 per row a reduction."""
@@ -132,7 +132,7 @@ def _choose_with_scales(
         return chosen, group[0].scales
     by_row = [replace(plan, scales="row") for plan in group]
     row_error, row_chosen = _choose(entry, by_row, members, options)
-    return (row_chosen, "row") if row_error < _GAIN_OF_ROWS * error else (chosen, "step")
+    return (row_chosen, "row") if row_error < GAIN_OF_ROWS * error else (chosen, "step")
 
 
 def _choose(
@@ -198,4 +198,5 @@ def _warn(layers: Sequence[LayerPlan]) -> None:
 
 def _done(plan: LayerPlan) -> str:
     parts = ["smoothed"] * plan.smooth + [f"rotated by {plan.rotate}"] * bool(plan.rotate)
-    return " and ".join(parts) or "unchanged"
+    obstacle = plan.reason.partition(NOT_SCALED)[2]
+    return " and ".join(parts) or f"unchanged: {obstacle}".removesuffix(": ")

@@ -17,6 +17,7 @@ __all__ = [
     "MAX_SIDE",
     "MAX_STEPS",
     "MAX_THREADS",
+    "NOT_SCALED",
     "OUTLIER_RATIO",
     "parse_whole",
 ]
@@ -40,6 +41,8 @@ MAX_THREADS = 1024
 
 OUTLIER_RATIO = 20.0
 """Largest channel over median channel of a layer's input that is reported."""
+NOT_SCALED = "channels not scaled: "
+"""What precedes the obstacle in the reason of an attention product whose channels stay as they are."""
 
 _WHOLE = re.compile(r"[0-9]{1,18}")
 

@@ -48,7 +48,7 @@ ScalePolicy = Literal["step", "row", "hybrid"]
 
 ScaleChoice = Literal["step", "row", "hybrid", "auto"]
 """Origin of an activation's scale in a recipe. `auto`: calibration chooses `step` or `row` for each
-linear layer by the error of its output; everything else has `step`."""
+linear layer, and each product of attention, by the error of the output; everything else has `step`."""
 
 Method = Literal["minmax", "search"]
 """Methods of finding ranges of weights and activations, see `trtq.quant.ranges`."""

@@ -72,7 +72,8 @@ class LayerRow(_Strict):
         adapters: whether the layer had QALoRA adapters during fine-tuning.
         reason: reason for the choice of bits.
         input_of: an earlier layer with the same input, whose quantiser this layer uses.
-        smooth: whether the channels of the input are scaled before the quantiser.
+        smooth: whether the channels of the input are scaled before the quantiser; those of a product
+            by the weights around it.
         rotate: number of channels that a rotation of the input mixes; 0: no rotation.
         scales: origin of the activations' scales, see `trtq.quant.dynamic_scale`.
         outlier_ratio: largest channel of the input over the median channel.
@@ -127,10 +128,10 @@ class LayerRow(_Strict):
         unquantized = not quantized[1] or self.activation_bits == _HALF_BITS
         if self.input_of is not None and (self.kind == "product" or unquantized):
             raise ValueError(f"{self.name!r} quantises no single input, so it has no input_of")
-        if (self.smooth or self.rotate) and (self.kind == "product" or not quantized[1]):
-            raise ValueError(
-                f"{self.name!r} has no low-bit weight, so its input is not transformed"
-            )
+        if (self.smooth or self.rotate) and not quantized[1]:
+            raise ValueError(f"{self.name!r} is not low-bit, so its input is not transformed")
+        if self.rotate and self.kind == "product":
+            raise ValueError(f"{self.name!r} has no weight, so its input is not rotated")
         return self
 
 

@@ -117,7 +117,7 @@ class _Search:
         reference, other = self.sides
         donor = reference.torch_denoiser() if not reference.in_torch else None
         if reference.in_torch:
-            donor = structured(reference, other.manifest)
+            donor = structured(reference, other)
         if donor is None:
             raise UsageError(
                 "--bisect takes float layers from a run or a float model, and neither side is one; give "

@@ -22,8 +22,10 @@ from trtq.errors import UsageError
 from trtq.graph.file import MODEL_FILE, save_rewritten
 from trtq.graph.low_bit_layers import layers_to_float, mark_layers
 from trtq.graph.runtimes.prepare import load_graph, prepare
+from trtq.quant.attention_channels import scale_channels, transforms_of
 from trtq.quant.float_form import float_form
 from trtq.quant.hooks import captured_outputs
+from trtq.quant.input_transform import TransformTensors
 from trtq.quant.structure import Structure, apply_structure, replace_module
 
 __all__ = [
@@ -94,20 +96,38 @@ def side_form(side: Side) -> Form:
     return Form(side, engine=side.engine)
 
 
-def structured(side: Side, manifest: Manifest | None) -> nn.Module:
+def structured(side: Side, other: Side) -> nn.Module:
     """The denoiser of a side in torch; a float model gets the structure of the low-bit one.
 
     Args:
         side: a side in torch.
-        manifest: manifest of the other side.
+        other: the other side.
+
+    Raises:
+        UsageError: the channels of the other side's attention are scaled, and its run is not at hand.
     """
-    denoiser = side.source.denoiser
+    denoiser, manifest = side.source.denoiser, other.manifest
     if not isinstance(side.opened, Checkpoint) or manifest is None:
         return denoiser
     row = manifest.structure
     denoiser = deepcopy(denoiser)
     apply_structure(denoiser, Structure(tuple(row.attention), row.splits))
+    for product, tensors in _transforms(other, manifest).items():
+        scale_channels(denoiser, product, tensors)
     return denoiser.eval()
+
+
+def _transforms(side: Side, manifest: Manifest) -> dict[str, TransformTensors]:
+    """The factors of the channels of a side's attention, by path of the product."""
+    if not any(layer.kind == "product" and layer.smooth for layer in manifest.layers):
+        return {}
+    low_bit = side.torch_denoiser()
+    if low_bit is None:
+        raise UsageError(
+            f"the layers of {side.label} cannot be compared with a float model without its run, which "
+            "holds the factors of attention's channels; give the run, or --against RUN"
+        )
+    return transforms_of(model_in(low_bit))
 
 
 def marked_form(side: Side, other: Side, layers: Collection[str], folder: Path) -> Form:
@@ -123,7 +143,7 @@ def marked_form(side: Side, other: Side, layers: Collection[str], folder: Path) 
         UsageError: the side is an engine, whose layers are not known.
     """
     if side.in_torch:
-        denoiser = structured(side, other.manifest)
+        denoiser = structured(side, other)
         present = dict(model_in(denoiser).named_modules())
         kept = tuple(name for name in layers if name in present)
         return Form(side, denoiser=denoiser, layers=kept)

@@ -23,6 +23,7 @@ from trtq.evaluation.frechet import (
     feature_statistics,
     frechet_distance,
 )
+from trtq.quant.attention_channels import unscaled_outputs
 from trtq.quant.hooks import captured_outputs
 from trtq.seeds import seeded_generator
 from trtq.snr import snr_db
@@ -294,6 +295,6 @@ def layer_snr(
     for model in (reference, source):
         with captured_outputs(model.model, names) as seen, torch.no_grad():
             predict(model.denoiser, x, timesteps, conditions)
-        outputs.append(seen)
+        outputs.append(unscaled_outputs(model.model, seen))
     snr = {name: snr_db(outputs[0][name], outputs[1][name]) for name in names if name in outputs[1]}
     return dict(sorted(snr.items(), key=lambda item: item[1]))

@@ -216,7 +216,8 @@ def _notes(weights: ComfyWeights, model_class: str) -> list[str]:
     if weights.requantized:
         notes.append(
             f"{len(weights.requantized)} layers are quantised again to 8 bits, because ComfyUI has no "
-            f"smoothing of their inputs: {list_names(weights.requantized)}"
+            "smoothing of their inputs and computes attention in float: "
+            f"{list_names(weights.requantized)}"
         )
     if weights.problem is not None:
         notes.append(

@@ -14,6 +14,7 @@ from trtq.comfy.formats import INT4_GROUP, StoredWeight
 from trtq.comfy.rotation import rotate
 from trtq.diffusion.conversion_probe import ConversionError
 from trtq.diffusion.original_names import OriginalTensor, Source, original_tensors
+from trtq.quant.attention_channels import ScaledWeight, scaled_weights
 from trtq.quant.formats.fp8 import Fp8Tensors
 from trtq.quant.formats.nvfp4 import Nvfp4Tensors
 from trtq.quant.input_transform import TransformTensors
@@ -102,6 +103,7 @@ def comfy_weights(
             values[f"{name}.weight"] = _value(tensors)
             if tensors.bias is not None:
                 values[f"{name}.bias"] = tensors.bias
+    _unscale_attention(values, layers)
     for path in splits:
         _join_split(values, path)
     problem = None
@@ -187,6 +189,34 @@ def _plain(weight: Tensor, inverse: Tensor | None, rotation: int) -> Tensor:
         weight = rotate(last.reshape(-1, last.shape[-1]), rotation).reshape(last.shape)
         weight = weight.movedim(-1, 1).contiguous()
     return weight if inverse is None else weight * inverse.float().reshape(shape)
+
+
+def _unscale_attention(values: dict[str, _Value], layers: Mapping[str, LowBitTensors]) -> None:
+    """Undo the scaling of attention's channels: users of ComfyUI add LoRAs to these weights."""
+    for product, tensors in layers.items():
+        transform = tensors.transform
+        if not isinstance(tensors, ProductTensors) or transform is None:
+            continue
+        assert transform.inv_channels is not None
+        for scaled in scaled_weights(product, transform.inv_channels):
+            name, bias = f"{scaled.layer}.weight", values.get(f"{scaled.layer}.bias")
+            values[name] = _unscaled(values[name], scaled)
+            if scaled.rows is not None and isinstance(bias, Tensor):
+                values[f"{scaled.layer}.bias"] = bias / scaled.rows
+
+
+def _unscaled(value: _Value, scaled: ScaledWeight) -> _Value:
+    """A weight without the factors of its rows and columns; only columns change the integers."""
+    if isinstance(value, Tensor):
+        value = value if scaled.rows is None else value / scaled.rows[:, None]
+        return value if scaled.columns is None else value / scaled.columns
+    weight = value.weight
+    if scaled.rows is not None:
+        weight = replace(weight, scale=weight.scale / scaled.rows[:, None])
+    if scaled.columns is None:
+        return replace(value, weight=weight)
+    again = encode_int8(weight.dequantize() / scaled.columns, weight.rotation)
+    return _Linear(again, packs=False, requantized=True)
 
 
 def _join_split(values: dict[str, _Value], path: str) -> None:

@@ -2,6 +2,7 @@
 
 from trtq.precision import Method
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
+from trtq.quant.attention_channels import scale_channels
 from trtq.quant.convert import convert, deploy, merge
 from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.deployed import DeployedLayer
@@ -68,6 +69,7 @@ __all__ = [
     "pack_codes",
     "precision_text",
     "quantizable_layers",
+    "scale_channels",
     "skip_splits",
     "step_scope",
     "transform_layer",

@@ -41,7 +41,7 @@ from trtq.quant.plan import (
     quantizable_layers,
 )
 from trtq.quant.product import QuantProduct
-from trtq.quant.structure import replace_module
+from trtq.quant.structure import Product, replace_module
 from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
 
@@ -140,7 +140,8 @@ def _quantized_layer(
     zero_points = options.zero_point_mode
     if plan.right_bits is not None:
         bits = plan.activation_bits, plan.right_bits
-        return QuantProduct(table, *bits, zero_points, plan.scales)
+        transform = cast(Product, source).transform
+        return QuantProduct(table, *bits, zero_points, plan.scales, transform)
     assert plan.weight_bits is not None
     obstacle = layer_obstacle(source)
     if obstacle is not None:

@@ -155,10 +155,14 @@ class DeployedProduct(nn.Module):
 
     Args:
         tensors: scales and code limits of both operands.
+
+    Attributes:
+        transform: see `trtq.quant.tensors.ProductTensors`.
     """
 
     def __init__(self, tensors: ProductTensors) -> None:
         super().__init__()
+        self.transform = tensors.transform
         self.left = _DeployedActivation(tensors.left, "last")
         self.right = _DeployedActivation(tensors.right, "second_last")
 

@@ -60,7 +60,8 @@ class LayerPlan:
         right_bits: width of the codes of a product's second input; None: not a product.
         input_of: path of an earlier layer with the same input, whose input quantiser this layer shares;
             None: the layer has its own.
-        smooth: whether the channels of the input are scaled before the quantiser.
+        smooth: whether the channels of the input are scaled before the quantiser; those of a product
+            by the weights around it, see `trtq.quant.attention_channels`.
         rotate: number of channels that a rotation of the input mixes; 0: no rotation.
         scales: origin of the activations' scales, see `trtq.quant.dynamic_scale`.
         free_scales: whether calibration chooses the origin of the scales.

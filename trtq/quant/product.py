@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from trtq.precision import ScalePolicy
 from trtq.quant.activation import ActivationQuantizer, ZeroPointMode
+from trtq.quant.input_transform import TransformTensors
 from trtq.quant.timestep import Step, TimestepTable, current_step
 
 __all__ = ["QuantProduct"]
@@ -20,6 +21,8 @@ class QuantProduct(nn.Module):
         right_bits: width of the codes of `b`, 2 .. 8.
         zero_point_mode: see `trtq.quant.activation.ZeroPointMode`.
         scales: origin of the scales, see `trtq.quant.dynamic_scale`.
+        transform: factors of the operands' channels that the weights around the product contain, see
+            `trtq.quant.attention_channels`; None: unchanged. The product does not use them.
     """
 
     def __init__(
@@ -29,8 +32,10 @@ class QuantProduct(nn.Module):
         right_bits: int,
         zero_point_mode: ZeroPointMode = "frozen",
         scales: ScalePolicy = "step",
+        transform: TransformTensors | None = None,
     ) -> None:
         super().__init__()
+        self.transform = transform
         self.left = ActivationQuantizer(left_bits, table, zero_point_mode, policy=scales)
         self.right = ActivationQuantizer(
             right_bits, table, zero_point_mode, policy=scales, row_axis="second_last"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import QuantizationError
+from trtq.quant.input_transform import TransformTensors
 
 __all__ = [
     "DecomposedAttention",
@@ -33,7 +34,16 @@ __all__ = [
 
 
 class Product(nn.Module):
-    """`a @ b` of two activations, as a module that can be replaced."""
+    """`a @ b` of two activations, as a module that can be replaced.
+
+    Attributes:
+        transform: factors of the operands' channels that the weights around the product contain, see
+            `trtq.quant.attention_channels`; None: unchanged.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transform: TransformTensors | None = None
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """a[..., M, K], b[..., K, N] -> [..., M, N]."""

@@ -219,10 +219,13 @@ class ProductTensors:
     Attributes:
         left: quantiser of the first operand.
         right: quantiser of the second operand.
+        transform: factors of the operands' channels that the weights around the product contain, see
+            `trtq.quant.attention_channels`; None: unchanged. The product does not use them.
     """
 
     left: ActivationTensors
     right: ActivationTensors
+    transform: TransformTensors | None = None
 
     @property
     def operands(self) -> dict[str, ActivationTensors]:
@@ -233,11 +236,13 @@ class ProductTensors:
     @torch.no_grad()
     def merge(cls, product: QuantProduct) -> ProductTensors:
         """Tensors of a trained product; errors are those of `ActivationTensors.merge`."""
-        return cls(ActivationTensors.merge(product.left), ActivationTensors.merge(product.right))
+        left, right = (ActivationTensors.merge(each) for each in (product.left, product.right))
+        return cls(left, right, product.transform)
 
     def tensors(self) -> dict[str, Tensor]:
         """The product's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
-        return self.left.tensors("left") | self.right.tensors("right")
+        tables = self.left.tensors("left") | self.right.tensors("right")
+        return tables | transform_entries(self.transform)
 
     @classmethod
     def from_tensors(
@@ -263,6 +268,7 @@ class ProductTensors:
             return cls(
                 ActivationTensors.from_tensors(named, "left", left_bits, policy),
                 ActivationTensors.from_tensors(named, "right", right_bits, policy),
+                TransformTensors.from_tensors(named),
             )
         except KeyError as err:
             raise ArtefactError(f"the tensor {err.args[0]!r} is missing") from err

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trtq.limits import OUTLIER_RATIO
+from trtq.limits import NOT_SCALED, OUTLIER_RATIO
 from trtq.report.texts import counts_text, list_text
 
 __all__ = ["transform_rows", "transform_text"]
@@ -25,11 +25,16 @@ def transform_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]
     if outliers:
         outliers.sort(key=lambda layer: -layer["outlier_ratio"])
         names = [
-            f"{layer['name']} {layer['outlier_ratio']:.0f} x ({transform_text(layer) or 'unchanged'})"
-            for layer in outliers
+            f"{layer['name']} {layer['outlier_ratio']:.0f} x ({_done(layer)})" for layer in outliers
         ]
         rows.append((f"largest channel over {OUTLIER_RATIO:g} x the median", list_text(names)))
     return rows
+
+
+def _done(layer: Mapping[str, Any]) -> str:
+    """What happens to an input with outliers, and if nothing happens, why."""
+    obstacle = (layer.get("reason") or "").partition(NOT_SCALED)[2]
+    return transform_text(layer) or f"unchanged: {obstacle}".removesuffix(": ")
 
 
 def transform_text(layer: Mapping[str, Any]) -> str:

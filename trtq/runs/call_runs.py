@@ -26,7 +26,7 @@ from trtq.quant import QuantizedDenoiser
 from trtq.resources import peak_rss_bytes
 from trtq.runs.fine_tune import FineTuneResult, accelerator_for
 from trtq.runs.fine_tune_calls import CalledTuning, fine_tune_calls
-from trtq.runs.input_transforms import with_transforms_of_calls
+from trtq.runs.input_transforms import scales_attention, with_transforms_of_calls
 from trtq.runs.plan_calls import CallsPlan, DenoiserPlan, plan_calls
 from trtq.runs.preparation import clear_partial, source_files
 from trtq.runs.quantize_calls import calibrate, converted, manifest_of, write_run
@@ -143,6 +143,8 @@ def _fingerprint(plan: CallsPlan, files: Mapping[str, str]) -> str:
     digest.update(json.dumps(dict(files), sort_keys=True).encode())
     for part in plan.denoisers:
         digest.update("\n".join(repr(layer) for layer in part.plan.layers).encode())
+        if scales_attention(plan.recipe, part.plan.layers):
+            digest.update(b"scaled attention")
     for lora in plan.loras:
         digest.update(repr(lora).encode())
     for call in plan.calls:

@@ -19,16 +19,18 @@ from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
-from trtq.errors import ArtefactError, UsageError
+from trtq.errors import ArtefactError, QuantizationError, UsageError
 from trtq.lora import LoraRequest, merge_loras
 from trtq.progress import ProgressCallback, silent
 from trtq.quant import (
+    LowBitTensors,
     ProductTensors,
     QuantizedDenoiser,
     Structure,
     apply_structure,
     convert,
     merge,
+    scale_channels,
     transform_layer,
 )
 from trtq.resources import peak_rss_bytes
@@ -119,9 +121,7 @@ def _quantize_again(source: LoadedPipeline, run: OpenRun) -> dict[str, Quantized
         row = manifest.denoisers[index] if manifest.denoisers else manifest
         module = getattr(source.pipeline, part.name)
         apply_structure(module, Structure(tuple(row.structure.attention), row.structure.splits))
-        for name, layer in part.stored.layers.items():
-            if not isinstance(layer, ProductTensors) and layer.transform is not None:
-                transform_layer(module.get_submodule(name), layer.transform)
+        _transform_again(module, part.stored.layers)
         quantized = convert(
             module,
             layer_plans(row),
@@ -136,6 +136,28 @@ def _quantize_again(source: LoadedPipeline, run: OpenRun) -> dict[str, Quantized
         )
         denoisers[part.name] = quantized
     return denoisers
+
+
+def _transform_again(module: torch.nn.Module, layers: Mapping[str, LowBitTensors]) -> None:
+    """Apply the transforms of a run's layers to a float denoiser, in place.
+
+    Raises:
+        ArtefactError: a transform does not fit the denoiser.
+    """
+    # The quantisation scales the channels of attention first, see `trtq.runs.input_transforms`.
+    transforms = sorted(
+        ((name, layer) for name, layer in layers.items() if layer.transform is not None),
+        key=lambda pair: not isinstance(pair[1], ProductTensors),
+    )
+    for name, layer in transforms:
+        assert layer.transform is not None
+        try:
+            if isinstance(layer, ProductTensors):
+                scale_channels(module, name, layer.transform)
+            else:
+                transform_layer(module.get_submodule(name), layer.transform)
+        except QuantizationError as err:
+            raise ArtefactError(f"the run does not fit its checkpoint: {err}") from err
 
 
 def _place(folder: Path, run: OpenRun, index: int) -> Path:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import nn
 
+from trtq.calib.attention_scales import scale_attention
 from trtq.calib.calibrators import parse_calibrator
 from trtq.calib.input_rows import RowRecorder
 from trtq.calib.recipe import Recipe
@@ -16,12 +19,12 @@ from trtq.calib.transforms import transform_layers
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.progress import ProgressCallback
-from trtq.quant import TimestepTable
+from trtq.quant import LayerPlan, TimestepTable
 from trtq.runs.plan import QuantizePlan
 from trtq.runs.plan_calls import CallsPlan
 from trtq.seeds import seeded_generator
 
-__all__ = ["with_transforms", "with_transforms_of_calls"]
+__all__ = ["scales_attention", "with_transforms", "with_transforms_of_calls"]
 
 _IMAGES = 8
 _STAGE = "choose transforms"
@@ -40,6 +43,22 @@ def _choice(recipe: Recipe) -> TransformChoice | None:
         recipe.calibration.weights,
         recipe.tables == "static",
     )
+
+
+def scales_attention(recipe: Recipe, layers: Sequence[LayerPlan]) -> bool:
+    """Whether channels of attention may be scaled; earlier versions' checkpoints lack the factors."""
+    return recipe.smooth and any(plan.kind == "product" and plan.quantized for plan in layers)
+
+
+def _transformed(
+    denoiser: nn.Module,
+    layers: Sequence[LayerPlan],
+    recorder: RowRecorder,
+    options: TransformChoice,
+) -> list[LayerPlan]:
+    """Scale the channels of attention, then transform the layers' inputs, in place; return the plans."""
+    plans, inputs = scale_attention(denoiser, layers, recorder.attention, recorder.inputs, options)
+    return transform_layers(denoiser, plans, inputs, options)
 
 
 def with_transforms(
@@ -84,9 +103,7 @@ def with_transforms(
         device=device,
         progress=lambda done, total: progress(_STAGE, done, total),
     )
-    return replace(
-        plan, layers=transform_layers(source.denoiser, plan.layers, recorder.inputs, options)
-    )
+    return replace(plan, layers=_transformed(source.denoiser, plan.layers, recorder, options))
 
 
 def with_transforms_of_calls(plan: CallsPlan, progress: ProgressCallback) -> CallsPlan:
@@ -130,9 +147,7 @@ def with_transforms_of_calls(plan: CallsPlan, progress: ProgressCallback) -> Cal
             part,
             plan=replace(
                 part.plan,
-                layers=transform_layers(
-                    part.module, part.plan.layers, recorders[part.name].inputs, options
-                ),
+                layers=_transformed(part.module, part.plan.layers, recorders[part.name], options),
             ),
         )
         for part in plan.denoisers

@@ -39,7 +39,7 @@ from trtq.resources import peak_rss_bytes
 from trtq.runs.call_runs import quantize_calls
 from trtq.runs.fine_tune import FineTuneResult, FineTuning, accelerator_for, fine_tune
 from trtq.runs.given_calls import knows_pipeline
-from trtq.runs.input_transforms import with_transforms
+from trtq.runs.input_transforms import scales_attention, with_transforms
 from trtq.runs.plan import QuantizePlan, plan_quantize
 from trtq.runs.preparation import clear_partial, source_files
 from trtq.runs.quantize_calls import layer_rows
@@ -107,6 +107,8 @@ def _fingerprint(plan: QuantizePlan, files: dict[str, str]) -> str:
     parts = [recipe, json.dumps(files, sort_keys=True)]
     parts += [repr(layer) for layer in plan.layers]
     parts += [repr(lora) for lora in plan.loras]
+    if scales_attention(plan.recipe, plan.layers):
+        parts.append("scaled attention")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -96,6 +96,11 @@ def check_tables(named: Mapping[str, Tensor], plan: LayerPlan, steps: int | None
 def check_transform(named: Mapping[str, Tensor], plan: LayerPlan, source: Any) -> None:
     """Raise unless the transform of the input is the manifest's, and fits the layer of the model.
 
+    Args:
+        named: tensors of the layer.
+        plan: plan of the layer, from the manifest.
+        source: the model's layer; None: a product.
+
     Raises:
         ArtefactError: the transform does not fit the manifest or the layer, or has invalid values.
     """
@@ -107,7 +112,7 @@ def check_transform(named: Mapping[str, Tensor], plan: LayerPlan, source: Any) -
             f"the manifest says smooth={plan.smooth} and rotate={plan.rotate}, the file smooth={smooth} "
             f"and rotate={rotate}"
         )
-    if transform is None:
+    if transform is None or source is None:
         return
     obstacle = transform.obstacle(source)
     if obstacle is not None:

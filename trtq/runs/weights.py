@@ -309,6 +309,7 @@ def _layer(
             policy=plan.scales,
         )
     if plan.right_bits is not None:
+        check_transform(tensors, plan, None)
         return ProductTensors.from_tensors(
             tensors,
             left_bits=plan.activation_bits,
