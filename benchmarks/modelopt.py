@@ -93,8 +93,8 @@ def modelopt() -> Any:
         SystemExit: it is not importable; the message says how to install it.
     """
     # This script has the package's name, and Python looks in the folder of the script first.
-    own = Path(__file__).resolve().parent
-    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != own]
+    folder = Path(__file__).resolve().parent
+    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != folder]
     try:
         return importlib.import_module("modelopt.torch.quantization")
     except ImportError as err:

@@ -25,8 +25,8 @@ def modelopt(record: dict[str, Any]) -> str:
         f"`python benchmarks/modelopt.py`, {dates[-1]}, nvidia-modelopt "
         f"{record['packages']['nvidia-modelopt']}, {record['steps']} steps, in torch. Float: {floats}.",
         "",
-        "| model | bits | row | SNR of the noise prediction | PSNR | FD | accuracy | file | what reached "
-        "the file |",
+        "| model | bits | row | SNR of the noise prediction | PSNR | FD | accuracy | file | what reached"
+        " the file |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *map(_line, rows),
     ]
