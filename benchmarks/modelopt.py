@@ -1,7 +1,7 @@
 """nvidia-modelopt compared with trtq: quality at equal bits, size, and what reaches the ONNX file.
 
     PYTHONPATH=DIR python benchmarks/modelopt.py [--models digits shapes digits-dit] [--only NAME ...]
-        [--images 200] [--tuned] [--check]
+        [--images 200] [--steps 20] [--tuned] [--check]
 
 Both quantise the same float model, calibrate on the same images (noise, conditions, steps, guidance) and
 are judged by the same evaluation against the same float images. A layer has the same bits in both: the
@@ -50,7 +50,6 @@ from trtq.evaluation.evaluate import evaluate
 from trtq.evaluation.reference import ReferenceSet, draw_reference
 from trtq.seeds import seeded_generator
 
-STEPS = 20
 MODELS = ("digits", "shapes", "digits-dit")
 OURS: dict[str, dict[str, Any]] = {
     "w8a8": {"method": "search", "bits": "w8a8"},
@@ -80,8 +79,6 @@ THEIRS: dict[str, tuple[str, Any, str]] = {
     "FP8": ("fp8", "max", "max"),
 }
 """Bits, algorithm of the weights, and calibrator of the activations of modelopt's rows."""
-SLOW = ("W4A8, AWQ", "W4A4, SVDQuant")
-"""Rows whose search runs the layers many times."""
 TIE_DB = 0.05
 """Differences of the mean SNR below this count as equal."""
 
@@ -130,7 +127,9 @@ def configuration(
     return {"quant_cfg": rules, "algorithm": algorithm}
 
 
-def calibrate_on(source: LoadedPipeline, guidance: float) -> Callable[[nn.Module], None]:
+def calibrate_on(
+    source: LoadedPipeline, steps: int, guidance: float
+) -> Callable[[nn.Module], None]:
     """A function that calls a model at every step of the images that trtq calibrates on."""
     recipe = Recipe()
     images = recipe.calibration.images
@@ -141,21 +140,21 @@ def calibrate_on(source: LoadedPipeline, guidance: float) -> Callable[[nn.Module
 
     @torch.no_grad()
     def loop(model: nn.Module) -> None:
-        for point in walk(source.denoiser, source.schedule(STEPS), noise, conditions, guidance):
+        for point in walk(source.denoiser, source.schedule(steps), noise, conditions, guidance):
             predict(model, point.x, point.timestep, conditions, guidance)
 
     return loop
 
 
 def quantised(
-    model: str, layers: list[dict[str, Any]], row: tuple[str, Any, str], guidance: float
+    model: str, layers: list[dict[str, Any]], row: tuple[str, Any, str], reference: ReferenceSet
 ) -> Any:
     """The pipeline of a model whose denoiser modelopt has quantised."""
     package, (bits, algorithm, calibrator) = modelopt(), row
     source = open_pipeline(model)
     target = open_pipeline(model)
     settings = configuration(layers, bits, algorithm, calibrator)
-    loop = calibrate_on(source, guidance)
+    loop = calibrate_on(source, reference.steps, reference.guidance)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         if calibrator == "histogram":
             # modelopt leaves the choice of the range of a histogram to the caller.
@@ -281,7 +280,7 @@ def our_row(
     """A row of trtq without its name, and its layers."""
     with tempfile.TemporaryDirectory() as folder:
         run, out = Path(folder) / "run", Path(folder) / "onnx"
-        made = trtq.quantize(model, recipe | {"steps": STEPS}, run).to_json()
+        made = trtq.quantize(model, recipe | {"steps": reference.steps}, run).to_json()
         layers = trtq.inspect(run).to_json()["layers"]
         row = judged(run, reference) | {"packed_bytes": made["bytes_after"]}
         trtq.export(run, out)
@@ -340,11 +339,12 @@ def measured(
     ]
     if not missing:
         return
-    reference = draw_reference(model, images=options.images, steps=STEPS, seed=1)
+    reference = draw_reference(model, images=options.images, steps=options.steps, seed=1)
     record["float"][model] = {
         "fd": reference.scores.fd,
         "accuracy": reference.scores.accuracy,
         "images": options.images,
+        "steps": options.steps,
     }
 
     def add(row: dict[str, Any]) -> None:
@@ -380,7 +380,7 @@ def measured(
             about = {"model": model, "by": "modelopt", "name": name, "bits": plan[0]}
             try:
                 layers = record["layers"][model][plan[0]]
-                pipeline = quantised(model, layers, plan, reference.guidance)
+                pipeline = quantised(model, layers, plan, reference)
                 row = judged(pipeline, reference)
             except Exception as err:  # What modelopt cannot do is a result.
                 add(about | {"reached": f"fails: {_line(err)}"})
@@ -396,13 +396,14 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tuned", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("benchmarks/results/modelopt.json")
     )
     options = parser.parse_args()
-    record: dict[str, Any] = {"steps": STEPS, "float": {}, "layers": {}, "rows": []}
+    record: dict[str, Any] = {"float": {}, "layers": {}, "rows": []}
     if options.output.is_file():
         record = json.loads(options.output.read_text(encoding="utf-8"))
 

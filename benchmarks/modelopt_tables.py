@@ -18,12 +18,13 @@ def modelopt(record: dict[str, Any]) -> str:
     )
     dates = sorted({row["date"] for row in rows})
     floats = ", ".join(
-        f"{model} FD {each['fd']:.2f}, {each['accuracy']:.1%} ({each['images']} images)"
+        f"{model} FD {each['fd']:.2f}, accuracy {each['accuracy']:.1%} ({each['images']} images, "
+        f"{each['steps']} steps)"
         for model, each in record["float"].items()
     )
     lines = [
         f"`python benchmarks/modelopt.py`, {dates[-1]}, nvidia-modelopt "
-        f"{record['packages']['nvidia-modelopt']}, {record['steps']} steps, in torch. Float: {floats}.",
+        f"{record['packages']['nvidia-modelopt']}, in torch. Float: {floats}.",
         "",
         "| model | bits | row | SNR of the noise prediction | PSNR | FD | accuracy | file | what reached"
         " the file |",
