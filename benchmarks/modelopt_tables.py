@@ -19,7 +19,7 @@ def modelopt(record: dict[str, Any]) -> str:
     dates = sorted({row["date"] for row in rows})
     floats = ", ".join(
         f"{model} FD {each['fd']:.2f}, accuracy {each['accuracy']:.1%} ({each['images']} images, "
-        f"{each['steps']} steps)"
+        f"{each['steps']} steps, calibrated on {each['calibration']} images)"
         for model, each in record["float"].items()
     )
     lines = [
@@ -52,5 +52,7 @@ def _line(row: dict[str, Any]) -> str:
     else:
         cells += ["", "", "", ""]
     size = f"{row['bytes'] / 1e6:.2f} MB" if "bytes" in row else ""
+    if "bytes" not in row and "packed_bytes" in row:
+        size = f"{row['packed_bytes'] / 1e6:.2f} MB (run)"
     what = row["reached"] + ("" if row.get("loads", True) else "; onnxruntime cannot load it")
     return "| " + " | ".join([*cells, size, what]) + " |"
