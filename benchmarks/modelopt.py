@@ -47,8 +47,11 @@ from trtq.calib.recipe import Recipe
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import predict, seeded_noise, walk
-from trtq.evaluation.evaluate import evaluate
+from trtq.evaluation.frechet import feature_statistics, frechet_distance
+from trtq.evaluation.metrics import noise_prediction_snr, pixel_scores, score_images
 from trtq.evaluation.reference import ReferenceSet, draw_reference
+from trtq.pipelines.draw import draw
+from trtq.pipelines.open import open_any
 from trtq.seeds import seeded_generator
 
 MODELS = ("digits", "shapes", "digits-dit")
@@ -133,7 +136,7 @@ Loop = Callable[[nn.Module], None]
 
 def calibrate_on(source: LoadedPipeline, reference: ReferenceSet, images: int) -> Loop:
     """A function that calls a model at every step of the images that trtq calibrates on."""
-    recipe = Recipe()
+    recipe = Recipe(method="search", bits="w8a8")
     conditions = source.draw_conditions(
         images, seeded_generator(recipe.seed, "calibration conditions")
     )
@@ -154,7 +157,7 @@ def calibrate_on(source: LoadedPipeline, reference: ReferenceSet, images: int) -
 
 def quantised(
     model: str, layers: list[dict[str, Any]], row: tuple[str, Any, str], loop: Loop
-) -> Any:
+) -> LoadedPipeline:
     """The pipeline of a model whose denoiser modelopt has quantised."""
     package, (bits, algorithm, calibrator) = modelopt(), row
     target = open_pipeline(model)
@@ -167,7 +170,7 @@ def quantised(
             _entropy(target.denoiser, loop)
         else:
             package.quantize(target.denoiser, settings, loop)
-    return target.pipeline
+    return target
 
 
 def _entropy(model: nn.Module, loop: Loop) -> None:
@@ -201,10 +204,9 @@ class _Positional(nn.Module):
         return self.denoiser(**given, return_dict=False)[0]
 
 
-def written(pipeline: Any, model: str) -> dict[str, Any]:
+def written(source: LoadedPipeline) -> dict[str, Any]:
     """What `torch.onnx.export` writes of a quantised denoiser: `bytes` and `reached`, in words."""
-    source = open_pipeline(model)
-    denoiser = getattr(pipeline, source.denoiser_name)
+    denoiser = source.denoiser
     calls: list[dict[str, Any]] = []
     handle = denoiser.register_forward_pre_hook(
         lambda _module, _args, kwargs: calls.append(kwargs), with_kwargs=True
@@ -270,12 +272,22 @@ def _line(err: Exception) -> str:
     return " ".join(str(err).split())[:160]
 
 
-def judged(artefact: Any, reference: ReferenceSet) -> dict[str, Any]:
-    """Metrics of an artefact or pipeline against the float images."""
+def judged(source: LoadedPipeline, reference: ReferenceSet) -> dict[str, Any]:
+    """The metrics of `trtq eval`, of a pipeline that may lie in memory only."""
+    assert reference.extractor is not None
     with torch.no_grad():
-        result = evaluate(artefact, reference).to_json()
-    kept = ("fd", "fd_interval", "class_accuracy", "faithfulness", "psnr_db", "snr_db")
-    return {key: result[key] for key in kept if key in result}
+        drawn = draw(source, reference.conditioning, **reference.sampling)
+        snr = noise_prediction_snr(source, reference.source, **reference.sampling)
+    scores = score_images(drawn, reference.conditioning.labels, reference.extractor)
+    fd = scores.fd
+    if fd is None:  # The model has no images to compare with but those of the float model.
+        fd = frechet_distance(*map(feature_statistics, (scores.features, reference.features)))
+    return {
+        "fd": fd,
+        str(reference.accuracy_name): scores.accuracy,
+        "psnr_db": pixel_scores(drawn, reference.images)["psnr_db"],
+        "snr_db": snr,
+    }
 
 
 def our_row(
@@ -286,7 +298,7 @@ def our_row(
         run, out = Path(folder) / "run", Path(folder) / "onnx"
         made = trtq.quantize(model, recipe | {"steps": reference.steps}, run).to_json()
         layers = trtq.inspect(run).to_json()["layers"]
-        row = judged(run, reference) | {"packed_bytes": made["bytes_after"]}
+        row = judged(open_any(run), reference) | {"packed_bytes": made["bytes_after"]}
         if not exported:
             return row | {"reached": "not exported"}, layers
         trtq.export(run, out)
@@ -391,12 +403,12 @@ def measured(
             about = {"model": model, "by": "modelopt", "name": name, "bits": plan[0]}
             try:
                 layers = record["layers"][model][plan[0]]
-                pipeline = quantised(model, layers, plan, loop)
-                row = judged(pipeline, reference)
+                target = quantised(model, layers, plan, loop)
+                row = judged(target, reference)
             except Exception as err:  # What modelopt cannot do is a result.
                 add(about | {"reached": f"fails: {_line(err)}"})
                 continue
-            add(about | row | written(pipeline, model))
+            add(about | row | written(target))
 
 
 def main() -> int:
@@ -408,7 +420,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--calibration", type=int, default=Recipe().calibration.images)
+    parser.add_argument("--calibration", type=int, default=64)
     parser.add_argument("--export", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--tuned", action="store_true")
     parser.add_argument("--check", action="store_true")
