@@ -83,6 +83,7 @@ THEIRS: dict[str, tuple[str, Any, str]] = {
     "FP8": ("fp8", "max", "max"),
 }
 """Bits, algorithm of the weights, and calibrator of the activations of modelopt's rows."""
+NOT_EXPORTED = "not exported"
 TIE_DB = 0.05
 """Differences of the mean SNR below this count as equal."""
 
@@ -300,7 +301,7 @@ def our_row(
         layers = trtq.inspect(run).to_json()["layers"]
         row = judged(open_any(run), reference) | {"packed_bytes": made["bytes_after"]}
         if not exported:
-            return row | {"reached": "not exported"}, layers
+            return row | {"reached": NOT_EXPORTED}, layers
         trtq.export(run, out)
         denoiser = out / open_pipeline(model).denoiser_name
         graph = onnx.load(str(denoiser / "model.onnx"), load_external_data=False).graph
@@ -349,7 +350,11 @@ def measured(
     model: str, record: dict[str, Any], keep: Callable[[], None], options: argparse.Namespace
 ) -> None:
     """Measure the missing rows of a model, and keep the record after each."""
-    done = {(row["model"], row["name"]) for row in record["rows"]}
+    done = {
+        (row["model"], row["name"])
+        for row in record["rows"]
+        if not options.export or row["reached"] != NOT_EXPORTED
+    }
     plans = [(f"trtq {bits}, search", bits, recipe, True) for bits, recipe in OURS.items()]
     plans += [("trtq w4a4, search, rotated", "w4a4", ROTATED, True)] * (model == "digits-dit")
     plans += [("trtq w4a4, fine-tuned", "w4a4", TUNED[model], False)] * options.tuned
@@ -370,6 +375,8 @@ def measured(
 
     def add(row: dict[str, Any]) -> None:
         row["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
+        same = row["model"], row["name"]
+        record["rows"] = [r for r in record["rows"] if (r["model"], r["name"]) != same]
         record["rows"].append(row)
         keep()
         snr = statistics.fmean(row.get("snr_db", [float("nan")]))
