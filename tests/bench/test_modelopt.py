@@ -36,8 +36,8 @@ def test_rows_are_compared_at_equal_bits(rows, worse, tmp_path, monkeypatch, cap
     file.write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(sys, "argv", ["modelopt.py", "--check", "-o", str(file)])
     assert benchmark.main() == bool(worse)
-    said = capsys.readouterr().err
-    assert all(each in said for each in worse or ["nowhere worse"])
+    message = capsys.readouterr().err
+    assert all(each in message for each in worse or ["nowhere worse"])
 
 
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
