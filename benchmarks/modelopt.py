@@ -13,7 +13,8 @@ measured, so other programs may run at the same time.
 `--no-export` leaves trtq's exports out, which take longer than its quantisation; modelopt's stay.
 `--tuned` adds fine-tuned rows of trtq, for information. The exit code is 1 if a post-training row of
 trtq has a lower SNR of the noise prediction, or a larger file, than any row of modelopt at the same
-bits; `--check` judges the rows in the output and measures nothing.
+bits. SVDQuant's branch in float counts as bits of the weights, here in half precision, so it is shown
+next to the others and does not decide. `--check` judges the rows in the output and measures nothing.
 
 Modelopt need not be installed in the environment of trtq, only in a folder DIR:
 
@@ -80,10 +81,13 @@ THEIRS: dict[str, tuple[str, Any, str]] = {
     "W4A4, entropy": ("w4a4", "max", "histogram"),
     "W4A4, SmoothQuant": ("w4a4", "smoothquant", "max"),
     "W4A4, SVDQuant": ("w4a4", {"method": "svdquant", "lowrank": 32}, "max"),
+    "W4A4, SVDQuant of rank 2": ("w4a4", {"method": "svdquant", "lowrank": 2}, "max"),
     "FP8": ("fp8", "max", "max"),
 }
 """Bits, algorithm of the weights, and calibrator of the activations of modelopt's rows."""
 NOT_EXPORTED = "not exported"
+MAX_MORE_BITS = 0.5
+"""Bits per weight by which a row may exceed another one of equal bits."""
 TIE_DB = 0.05
 """Differences of the mean SNR below this count as equal."""
 
@@ -324,6 +328,25 @@ def shown(recipe: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
+def bits_per_weight(model: str, layers: list[dict[str, Any]], rank: int = 0) -> float:
+    """Mean bits of a quantised weight; a float branch of a rank counts with 16 bits per value.
+
+    Args:
+        model: name of the model.
+        layers: its quantised layers.
+        rank: rank of the branch that SVDQuant adds to each linear layer.
+    """
+    denoiser = open_pipeline(model).denoiser
+    bits = weights = 0
+    for row in layers:
+        weight = denoiser.get_submodule(row["name"]).get_parameter("weight")
+        weights += weight.numel()
+        bits += weight.numel() * row["weight_bits"]
+        if weight.ndim == 2:
+            bits += 16 * min(rank, *weight.shape) * sum(weight.shape)
+    return bits / weights
+
+
 def compared(rows: list[dict[str, Any]]) -> list[str]:
     """The places where trtq without fine-tuning is worse than modelopt at equal bits."""
     worse = []
@@ -334,6 +357,8 @@ def compared(rows: list[dict[str, Any]]) -> list[str]:
                 ours["bits"],
             )
             if not same or "snr_db" not in theirs:
+                continue
+            if theirs["weight_bits"] > ours["weight_bits"] + MAX_MORE_BITS:
                 continue
             names = f"{ours['model']}, {ours['name']} against {theirs['name']}"
             pair = statistics.fmean(ours["snr_db"]), statistics.fmean(theirs["snr_db"])
@@ -415,6 +440,8 @@ def measured(
             except Exception as err:  # What modelopt cannot do is a result.
                 add(about | {"reached": f"fails: {_line(err)}"})
                 continue
+            rank = plan[1]["lowrank"] if isinstance(plan[1], dict) else 0
+            row |= {"weight_bits": bits_per_weight(model, layers, rank)}
             add(about | row | written(target))
 
 

@@ -26,9 +26,9 @@ def modelopt(record: dict[str, Any]) -> str:
         f"`python benchmarks/modelopt.py`, {dates[-1]}, nvidia-modelopt "
         f"{record['packages']['nvidia-modelopt']}, in torch. Float: {floats}.",
         "",
-        "| model | bits | row | SNR of the noise prediction | PSNR | FD | accuracy | file | what reached"
-        " the file |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | bits | row | bits per weight | SNR of the noise prediction | PSNR | FD | accuracy "
+        "| file | what reached the file |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *map(_line, rows),
     ]
     return "\n".join(lines)
@@ -40,7 +40,8 @@ def _line(row: dict[str, Any]) -> str:
     name = f"**trtq**, {name}" if row["by"] == "trtq" else f"ModelOpt {name.split(', ')[-1]}"
     if tuned:
         name += f" ({row['recipe']})"
-    cells = [row["model"], row["bits"].upper(), name]
+    weight = f"{row['weight_bits']:.1f}" if "weight_bits" in row else ""
+    cells = [row["model"], row["bits"].upper(), name, weight]
     if "snr_db" in row:
         accuracy = row.get("class_accuracy", row.get("faithfulness"))
         cells += [

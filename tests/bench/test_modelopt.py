@@ -12,6 +12,7 @@ from benchmarks import modelopt as benchmark
 
 def row(by, name, snr, size, bits="w4a4", post_training=True):
     about = {"model": "digits", "by": by, "name": name, "bits": bits, "snr_db": [snr, snr]}
+    about |= {"weight_bits": 4.5}
     return about | {"post_training": post_training, "bytes": size, "packed_bytes": size}
 
 
@@ -27,6 +28,7 @@ OURS = row("trtq", "trtq w4a4, search", 20.0, 100)
         ([OURS, row("modelopt", "W4A4, max", 19.0, 99)], ["100 bytes, not 99"]),
         ([OURS, row("modelopt", "INT8, max", 40.0, 50, "w8a8")], []),
         ([OURS, row("modelopt", "W4A4, max", 21.0, 9) | {"model": "shapes"}], []),
+        ([OURS, row("modelopt", "W4A4, SVDQuant", 30.0, 500) | {"weight_bits": 11.0}], []),
         ([row("trtq", "fine-tuned", 1.0, 100, post_training=False)], []),
         ([OURS, {"model": "digits", "by": "modelopt", "name": "x", "bits": "w4a4"}], []),
     ],
@@ -45,6 +47,17 @@ def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit, match="pip install --no-deps --target DIR nvidia-modelopt"):
         benchmark.modelopt()
+
+
+def test_a_float_branch_counts_as_bits_of_the_weights():
+    layers = [
+        {"name": "conv_in", "weight_bits": 8},
+        {"name": "time_embedding.linear_2", "weight_bits": 8},
+    ]
+    assert benchmark.bits_per_weight("digits", layers) == 8
+    with_branch = benchmark.bits_per_weight("digits", layers[1:], rank=8)
+    side = 192  # linear_2 is square: 2 x rank x side values of 16 bits for side^2 weights.
+    assert with_branch == pytest.approx(8 + 16 * 2 * 8 / side)
 
 
 def test_layers_have_the_bits_of_the_run():
