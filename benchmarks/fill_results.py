@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from modelopt_tables import modelopt
 from quality_tables import ablation, digits, digits_dit, digits_dit_outliers, digits_summary, shapes
 from serving_tables import serve, serve_hostile, serve_ray, serve_start
 from speed_tables import build, cpu_path, format_engines, sd_size
@@ -31,6 +32,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits_dit_plain": ("digits_dit_plain", digits_dit),
     "digits_dit_outliers": ("digits_dit", digits_dit_outliers),
     "shapes": ("shapes", shapes),
+    "modelopt": ("modelopt", modelopt),
     "sd_size": ("sd_size", sd_size),
     "cpu_path": ("cpu_path", cpu_path),
     "build": ("build", build),

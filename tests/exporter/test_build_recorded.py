@@ -51,6 +51,29 @@ def test_the_manifest_has_the_ranges_and_the_metadata_of_every_graph(recorded_on
     assert trtq.verify(engines).ok
 
 
+def test_a_recorded_denoiser_reads_and_writes_the_tensors_of_the_pipeline(recorded_onnx):
+    pipeline = trtq.load(recorded_onnx)
+    (engine,) = pipeline.unet.engines
+    bound, run, forward = [], engine.run_tensors, pipeline.unet.forward
+
+    def run_tensors(feeds):
+        outputs = run(feeds)
+        bound.append((feeds["sample"].data_ptr(), next(iter(outputs.values())).data_ptr()))
+        return outputs
+
+    passed = []
+
+    def watched(sample, *args, **kwargs):
+        result = forward(sample, *args, **kwargs)
+        passed.append((sample, result[0]))  # Kept, so that no address comes twice.
+        return result
+
+    engine.run_tensors, pipeline.unet.forward = run_tensors, watched
+    pipeline(**arguments(), generator=torch.Generator().manual_seed(0), output_type="pt")
+    assert bound == [(x.data_ptr(), y.data_ptr()) for x, y in passed]
+    assert len(bound) > 1
+
+
 class _Engine(OrtEngine):
     """Stand-in for an engine: its graph, under the name of the backend."""
 

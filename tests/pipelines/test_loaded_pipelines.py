@@ -3,6 +3,7 @@
 import json
 import pickle
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,11 +73,11 @@ def test_an_open_graph_is_not_pickled(folders):
 
 def test_an_exported_text_encoder_refuses_textual_inversion():
     with pytest.raises(UsageError, match="load_textual_inversion"):
-        EngineTextEncoder(None, None).get_input_embeddings()
+        EngineTextEncoder(SimpleNamespace(device="cpu"), None).get_input_embeddings()
 
 
 def test_copies_of_graphs_share_them():
-    engines = object(), object()
+    engines = SimpleNamespace(device="cpu"), SimpleNamespace(device="cpu")
     copied = deepcopy(EngineAutoencoder(*engines, {"a": 1}))
     assert (copied.decoder, copied.encoder) == engines
     assert copied.config == {"a": 1}

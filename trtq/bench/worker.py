@@ -95,7 +95,10 @@ class MeasuredArtefact(Measured):
 
     def _denoiser_call(self, batch: int, steps: int, guidance: float) -> TimedCall:
         conditions = self.source.draw_conditions(batch, seeded_generator(0, "bench conditions"))
-        x = seeded_noise(self.source.sample_shape, 0, 0, batch, "bench")
+        # As in the pipeline's loop, the inputs lie where the denoiser computes.
+        device = getattr(self.source.denoiser, "device", "cpu")
+        conditions = conditions.to(device)
+        x = seeded_noise(self.source.sample_shape, 0, 0, batch, "bench").to(device)
         timestep = self.source.timesteps(steps)[steps // 2]
         return lambda: predict(self.source.denoiser, x, timestep, conditions, guidance)
 
@@ -107,7 +110,7 @@ class MeasuredArtefact(Measured):
     def _decoder_call(self, batch: int) -> TimedCall:
         autoencoder = self._autoencoder()
         shape = (int(autoencoder.config.latent_channels), *self.source.latent_size)
-        latents = seeded_noise(shape, 0, 0, batch, "bench latents")
+        latents = seeded_noise(shape, 0, 0, batch, "bench latents").to(autoencoder.device)
         return lambda: autoencoder.decode(latents, return_dict=False)
 
     def draw(

@@ -6,18 +6,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trtq.artefact.graph_metadata import SIZES_KEY
-from trtq.errors import ArtefactError
+from trtq.errors import ArtefactError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "NO_METADATA",
     "SIZES_KEY",
     "Engine",
     "TensorSpec",
+    "check_names",
     "graph_specs",
     "only_output",
     "specs_from_json",
@@ -66,6 +70,45 @@ class Engine(ABC):
     @abstractmethod
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the graph once; inputs and outputs are arrays by name, batch first."""
+
+    @property
+    def device(self) -> str:
+        """Torch's name of the device on which `run_tensors` leaves its outputs."""
+        return "cpu"
+
+    def run_tensors(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the graph once on tensors of torch.
+
+        Args:
+            feeds: a tensor for each input, by name, of any device; it is converted to the input's type.
+
+        Returns:
+            The outputs by name, on `device`: new tensors, which belong to the caller.
+
+        Raises:
+            UsageError: an input is missing, unknown or empty.
+        """
+        from trtq.engine.arrays import run_on_arrays
+
+        return run_on_arrays(self, feeds)
+
+
+def check_names(inputs: Iterable[str], feeds: Iterable[str]) -> None:
+    """Raise unless a call gives exactly the inputs of a graph.
+
+    Args:
+        inputs: names of the graph's inputs.
+        feeds: names of the inputs that the call gives.
+
+    Raises:
+        UsageError: an input is missing or unknown.
+    """
+    expected, given = list(inputs), set(feeds)
+    missing = [name for name in expected if name not in given]
+    unknown = sorted(given.difference(expected))
+    if missing or unknown:
+        what = f"needs the input {missing[0]!r}" if missing else f"has no input {unknown[0]!r}"
+        raise UsageError(f"the graph {what}; it takes {', '.join(expected) or 'none'}")
 
 
 def only_output(engine: Engine) -> str:

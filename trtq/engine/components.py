@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,13 +17,13 @@ __all__ = ["EngineAutoencoder", "EngineTextEncoder"]
 class _EngineModule(SharesEngines, nn.Module):
     """A module without weights, with the device and data type that diffusers reads."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, engine: Engine) -> None:
         super().__init__()
         self.config = config
-        self.device = torch.device("cpu")
+        self.device = torch.device(engine.device)
         self.dtype = torch.float32
         # The hooks of `enable_model_cpu_offload` take the model's device from the first parameter.
-        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.place = nn.Parameter(torch.empty(0, device=self.device), requires_grad=False)
 
 
 def _run(engine: Engine, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -33,11 +32,8 @@ def _run(engine: Engine, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         raise ArtefactError(
             f"the graph has no input {unknown[0]!r}, it has {', '.join(engine.inputs) or 'none'}"
         )
-    arrays = {
-        name: np.ascontiguousarray(value.detach().cpu().numpy().astype(engine.inputs[name].dtype))
-        for name, value in feeds.items()
-    }
-    return {name: torch.from_numpy(value) for name, value in engine.run(arrays).items()}
+    given = next(iter(feeds.values()))
+    return {name: value.to(given.device) for name, value in engine.run_tensors(feeds).items()}
 
 
 class EngineTextEncoder(_EngineModule):
@@ -49,7 +45,7 @@ class EngineTextEncoder(_EngineModule):
     """
 
     def __init__(self, engine: Engine, config: Any) -> None:
-        super().__init__(config)
+        super().__init__(config, engine)
         self.engine = engine
 
     def get_input_embeddings(self) -> Any:
@@ -104,7 +100,7 @@ class EngineAutoencoder(_EngineModule):
     """
 
     def __init__(self, decoder: Engine, encoder: Engine, config: Any) -> None:
-        super().__init__(config)
+        super().__init__(config, decoder)
         self.decoder = decoder
         self.encoder = encoder
 

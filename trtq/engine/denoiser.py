@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,10 @@ from trtq.errors import ArtefactError, UsageError
 from trtq.quant.stand_in import StandIn
 
 __all__ = ["EngineDenoiser"]
+
+
+_FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Half-precision types that a pipeline is to see, by numpy's names."""
 
 
 class EngineDenoiser(SharesEngines, StandIn):
@@ -46,12 +49,10 @@ class EngineDenoiser(SharesEngines, StandIn):
                 f"the graph has no input {self.family.sample!r}, which a {model_class.__name__} has; "
                 f"it takes {', '.join(self._specs) or 'none'}"
             )
-        self.dtype = (
-            torch.float16 if self._specs[self.family.sample].dtype == np.float16 else torch.float32
-        )
-        self.device = torch.device("cpu")
+        self.dtype = _FLOATS.get(self._specs[self.family.sample].dtype.name, torch.float32)
+        self.device = torch.device(engine.device)
         # The hooks of `enable_model_cpu_offload` take the model's device from the first parameter.
-        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.place = nn.Parameter(torch.empty(0, device=self.device), requires_grad=False)
         sizes = free_sizes(engine.metadata)
         self._sizes = None if sizes is None else sizes.model_dump()
 
@@ -72,12 +73,13 @@ class EngineDenoiser(SharesEngines, StandIn):
             value = flat.pop(name, None)
             if value is None:
                 raise UsageError(f"the graph needs the input {name!r}, which was not given")
-            array = torch.as_tensor(value).detach().cpu().numpy().astype(spec.dtype, copy=False)
-            feeds[name] = np.ascontiguousarray(array.reshape(array.shape or (1,)))
-            _check_shape(name, feeds[name].shape, spec.shape)
+            # A constant of the loop stays the same object: the engine converts it once.
+            tensor = torch.as_tensor(value)
+            feeds[name] = tensor if tensor.ndim else tensor.reshape(1)
+            _check_shape(name, tuple(feeds[name].shape), spec.shape)
         if flat:
             raise UsageError(f"the exported graph has no input {next(iter(flat))!r}")
-        prediction = torch.from_numpy(self.engine.run(feeds)[self._output]).to(sample.dtype)
+        prediction = self.engine.run_tensors(feeds)[self._output].to(sample.device, sample.dtype)
         if not return_dict:
             return (prediction,)
         from diffusers.models.unets.unet_2d import UNet2DOutput

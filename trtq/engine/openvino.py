@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from trtq.engine.base import Engine
-from trtq.engine.ort import check_provider, open_serialized, run_session, session_options
+from trtq.engine.base import Engine, check_names
+from trtq.engine.ort import OrtSession, check_provider, open_serialized, session_options
 from trtq.engine.prepared import prepared_graph
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["MAX_SHAPES", "OpenVinoEngine"]
 
@@ -53,7 +56,7 @@ class OpenVinoEngine(Engine):
         self._path = path
         self._threads = threads
         self.max_shapes = max_shapes
-        self._sessions: OrderedDict[_Shapes, Any] = OrderedDict()
+        self._sessions: OrderedDict[_Shapes, OrtSession] = OrderedDict()
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the graph once; inputs and outputs are arrays by name, batch first.
@@ -62,15 +65,34 @@ class OpenVinoEngine(Engine):
             UsageError: OpenVINO cannot start on this machine.
             ArtefactError: OpenVINO cannot load or run the graph.
         """
-        shapes = tuple((name, feeds[name].shape) for name in self.inputs)
+        return self._session_for(feeds).run(feeds)
+
+    def run_tensors(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the graph once on tensors of torch, which are bound by their addresses.
+
+        Args:
+            feeds: a tensor for each input, by name, of any device.
+
+        Returns:
+            The outputs by name, on the host: new tensors, which belong to the caller.
+
+        Raises:
+            UsageError: an input is missing, unknown or empty; or OpenVINO cannot start.
+            ArtefactError: OpenVINO cannot load or run the graph.
+        """
+        return self._session_for(feeds).run_tensors(feeds)
+
+    def _session_for(self, feeds: Mapping[str, np.ndarray] | Mapping[str, Tensor]) -> OrtSession:
+        """The session for these shapes, which becomes the most recently used one."""
+        check_names(self.inputs, feeds)
+        shapes = tuple((name, tuple(feeds[name].shape)) for name in self.inputs)
         session = self._sessions.get(shapes)
         if session is None:
-            session = self._sessions[shapes] = self._open(shapes)
+            session = self._sessions[shapes] = OrtSession(self._open(shapes), _NAME)
             while len(self._sessions) > self.max_shapes:
                 self._sessions.popitem(last=False)
         self._sessions.move_to_end(shapes)
-        names = list(self.outputs)
-        return dict(zip(names, run_session(session, names, feeds), strict=True))
+        return session
 
     def _open(self, shapes: _Shapes) -> Any:
         from onnxruntime import GraphOptimizationLevel

@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtq._optional import require
-from trtq.engine.base import Engine, TensorSpec
+from trtq.engine.base import Engine
+from trtq.engine.bound_graphs import GRAPH_OPTIONS, CapturedShapes, cuda_graphs_wanted
 from trtq.engine.foreign_errors import onnxruntime_errors
+from trtq.engine.ort_specs import input_specs, output_specs
 from trtq.engine.prepared import prepared_graph
-from trtq.errors import ArtefactError, UsageError
+from trtq.errors import UsageError
 from trtq.graph.nodes import DOMAIN
 from trtq.processor import has_vnni
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch import Tensor
+
+    from trtq.engine.binding import TensorBinding
 
 __all__ = [
     "GPU_PROVIDERS",
@@ -54,14 +59,6 @@ _FLOAT_ACTIVATIONS = "1"
 has an SNR of 44 to 46 dB per layer (onnxruntime 1.24 and 1.31)."""
 _PLUGIN_DOMAIN = b"\x3a\x04" + DOMAIN.encode()
 """The domain of a plugin node in a serialised graph: field 7, a text of four bytes."""
-_DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-}
 
 
 def available_providers() -> list[str]:
@@ -163,25 +160,6 @@ def open_serialized(
     return open_session(path, model, options, provider, settings)
 
 
-def input_specs(session: Any) -> dict[str, TensorSpec]:
-    """The inputs of a session by name."""
-    return _specs(session.get_inputs())
-
-
-def _specs(nodes: Any) -> dict[str, TensorSpec]:
-    specs = {}
-    for node in nodes:
-        if node.type not in _DTYPES:
-            raise ArtefactError(
-                f"{node.name!r} of the graph is a {node.type}, which trtq does not support; "
-                f"supported are {', '.join(_DTYPES)}"
-            )
-        # A free axis without a name gets a name, since a spec needs one.
-        sizes = tuple("?" if size is None else size for size in node.shape)
-        specs[node.name] = TensorSpec(np.dtype(_DTYPES[node.type]), sizes)
-    return specs
-
-
 def _mentions_plugins(path: Path) -> bool:
     """Whether a file contains the domain of plugin nodes; the graph is not parsed."""
     try:
@@ -213,15 +191,18 @@ class OrtSession(Engine):
     Args:
         session: session of onnxruntime.
         provider: one of `PROVIDERS`.
+        graphs: whether the session was opened with CUDA graphs, see `trtq.engine.bound_graphs`.
 
     Raises:
         ArtefactError: an input or output has a type that trtq does not support.
     """
 
-    def __init__(self, session: Any, provider: str) -> None:
+    def __init__(self, session: Any, provider: str, *, graphs: bool = False) -> None:
         metadata = session.get_modelmeta().custom_metadata_map
-        super().__init__(provider, input_specs(session), _specs(session.get_outputs()), metadata)
+        super().__init__(provider, input_specs(session), output_specs(session), metadata)
         self._session = session
+        self._graphs = graphs
+        self._binding: TensorBinding | None = None
 
     @property
     def session(self) -> Any:
@@ -234,9 +215,49 @@ class OrtSession(Engine):
         Raises:
             ArtefactError: onnxruntime fails, e.g. because the GPU's memory is full.
         """
+        if self._graphs:
+            import torch
+
+            # A captured graph needs fixed addresses, which `session.run` does not have.
+            tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+            return {name: value.cpu().numpy() for name, value in self.run_tensors(tensors).items()}
         names = list(self.outputs)
         values = run_session(self._session, names, feeds, self.provider)
         return dict(zip(names, values, strict=True))
+
+    @property
+    def device(self) -> str:
+        """Torch's name of the device on which `run_tensors` leaves its outputs."""
+        return str(self.binding.place.device) if self.provider in GPU_PROVIDERS else "cpu"
+
+    @property
+    def binding(self) -> TensorBinding:
+        """The binding of torch's tensors to the session."""
+        if self._binding is None:
+            from trtq.engine.binding import TensorBinding
+            from trtq.engine.place import place_of
+
+            graphs = CapturedShapes(self.provider) if self._graphs else None
+            place = place_of(self.provider in GPU_PROVIDERS)
+            self._binding = TensorBinding(
+                self._session, self.provider, self.inputs, self.outputs, place, graphs
+            )
+        return self._binding
+
+    def run_tensors(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the graph once on tensors of torch, which are bound by their addresses.
+
+        Args:
+            feeds: a tensor for each input, by name, of any device.
+
+        Returns:
+            The outputs by name, on `device`: new tensors, which belong to the caller.
+
+        Raises:
+            UsageError: an input is missing, unknown or empty.
+            ArtefactError: onnxruntime fails, e.g. because the GPU's memory is full.
+        """
+        return self.binding.run(feeds)
 
 
 class OrtEngine(OrtSession):
@@ -265,9 +286,11 @@ class OrtEngine(OrtSession):
         options = session_options(threads)
         # A memory plan per shape is as large as the arena and saves time only when the shape recurs.
         options.enable_mem_pattern = options.enable_cpu_mem_arena = not low_memory
+        graphs = provider in GPU_PROVIDERS and cuda_graphs_wanted()
+        settings = {GRAPH_OPTIONS[provider]: "1"} if graphs else {}
         if _mentions_plugins(path) or (provider == "cpu" and has_vnni()):
             model = prepared_graph(path, "onnxruntime").model
-            session = open_serialized(path, model, options, provider, {})
+            session = open_serialized(path, model, options, provider, settings)
         else:
-            session = open_session(path, str(path), options, provider, {})
-        super().__init__(session, provider)
+            session = open_session(path, str(path), options, provider, settings)
+        super().__init__(session, provider, graphs=graphs)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from trtq._optional import require
 from trtq.artefact.files import sha256
+from trtq.engine.bound_graphs import GRAPH_OPTIONS, cuda_graphs_wanted
 from trtq.engine.foreign_errors import onnxruntime_errors
 from trtq.engine.ort import OWN_PACKAGES, PROVIDERS, OrtSession, open_graph, session_options
 from trtq.engine.tensorrt.job import Profile
@@ -30,12 +31,10 @@ _registered: set[str] = set()
 """Providers whose packages this process has registered; onnxruntime accepts each only once."""
 
 
-def provider_settings(provider: str, profile: Profile, key: str) -> dict[str, str]:
+def provider_settings(
+    provider: str, profile: Profile, key: str, *, graphs: bool = False
+) -> dict[str, str]:
     """Options of a provider: ranges of the inputs, and the cache folder of engines.
-
-    CUDA graphs stay off. A session is called with arrays of the host, whose copies on the device may
-    move, but a captured graph keeps reading and writing the addresses of its first call, so each later
-    call would return the first call's result.
 
     Args:
         provider: `tensorrt` or `tensorrt-rtx`.
@@ -43,12 +42,15 @@ def provider_settings(provider: str, profile: Profile, key: str) -> dict[str, st
         key: hash of the graph and its weights. The provider names cached engines after the graph's
             nodes, so two models of one shape, e.g. two fine-tunings, would otherwise share the engine
             and the weights of the first.
+        graphs: whether to capture CUDA graphs. A captured graph keeps reading and writing the addresses
+            of its first call, so each call must bind the same addresses; see
+            `trtq.engine.bound_graphs`.
 
     Returns:
         The options by name, as onnxruntime expects them.
     """
     short = "trt" if provider == "tensorrt" else "nv"
-    settings = {}
+    settings = {GRAPH_OPTIONS[provider]: "1"} if graphs else {}
     for place, name in enumerate(_SHAPES):
         shapes = (
             f"{tensor}:{'x'.join(map(str, three[place]))}" for tensor, three in profile.items()
@@ -94,14 +96,15 @@ class OrtTensorRtEngine(OrtSession):
         name: Literal["tensorrt", "tensorrt-rtx"]
         name = "tensorrt" if provider == "tensorrt" else "tensorrt-rtx"
         options = session_options(threads)
-        settings = provider_settings(name, profile, _key(path))
+        graphs = cuda_graphs_wanted()
+        settings = provider_settings(name, profile, _key(path), graphs=graphs)
         present = require("onnxruntime").get_available_providers()
         listed: Mapping[str, str] | None = settings
         if PROVIDERS[name] not in present:
             _add_plugin(options, name, settings)
             listed = None
         model = prepare(load_graph(path), name)
-        super().__init__(open_graph(path, model, options, name, listed), name)
+        super().__init__(open_graph(path, model, options, name, listed), name, graphs=graphs)
 
 
 def _add_plugin(options: Any, provider: str, settings: Mapping[str, str]) -> None:

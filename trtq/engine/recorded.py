@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -95,9 +94,9 @@ class RecordedDenoiser(SharesEngines, StandIn):
         self._has_return_dict = "return_dict" in inspect.signature(model.forward).parameters
         self.config = model.config
         self.dtype = torch.float32
-        self.device = torch.device("cpu")
+        self.device = torch.device(graphs[0].engine.device if graphs else "cpu")
         # The hooks of `enable_model_cpu_offload` take the model's device from the first parameter.
-        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.place = nn.Parameter(torch.empty(0, device=self.device), requires_grad=False)
 
     @property
     def engines(self) -> list[Engine]:
@@ -112,13 +111,13 @@ class RecordedDenoiser(SharesEngines, StandIn):
         """
         form, tensors = flatten_call(self.model, args, kwargs, frozenset(TIMESTEP_NAMES))
         graph = self._graph_for(form, tensors)
-        feeds = {
-            name: _array(tensors[name], spec.dtype) for name, spec in graph.engine.inputs.items()
-        }
-        results = {name: torch.from_numpy(array) for name, array in graph.engine.run(feeds).items()}
+        feeds = {name: tensors[name] for name in graph.engine.inputs}
+        # The result lies where the pipeline's tensors lie; a timestep may lie on the CPU.
+        devices = [value.device for value in feeds.values() if value.ndim > 1]
+        device = devices[0] if devices else self.device
         results = {
-            name: value.to(self.dtype) if value.is_floating_point() else value
-            for name, value in results.items()
+            name: value.to(device, self.dtype if value.is_floating_point() else value.dtype)
+            for name, value in graph.engine.run_tensors(feeds).items()
         }
         values = rebuild_value(graph.row.output, results, {})
         wrapped = self._has_return_dict and kwargs.get("return_dict") is not False
@@ -154,14 +153,6 @@ class RecordedDenoiser(SharesEngines, StandIn):
             f"the pipeline calls {self.name} without {', '.join(missing) or 'an argument'}, which was "
             "recorded; quantise and export with such a call: trtq quantize --call FILE.toml"
         )
-
-
-def _array(tensor: Tensor, dtype: np.dtype[Any]) -> np.ndarray:
-    value = tensor.detach().cpu()
-    # numpy has no bfloat16.
-    array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    # Not ascontiguousarray, which adds an axis to a scalar.
-    return np.require(array.astype(dtype, copy=False), requirements="C")
 
 
 def _shown(entry: Mapping[str, Any] | None) -> str:

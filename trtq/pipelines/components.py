@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from trtq.diffusion.folder import DECODER, ENCODER
 from trtq.engine.base import Engine
 from trtq.engine.components import EngineAutoencoder, EngineTextEncoder
 from trtq.errors import ArtefactError
+
+__all__ = ["load_component", "move_to_graphs"]
 
 
 def load_component(
@@ -43,3 +45,15 @@ def load_component(
     except (OSError, ValueError, KeyError, AttributeError) as err:
         raise ArtefactError(f"{folder}: cannot load {name!r}: {err}") from err
     return None
+
+
+def move_to_graphs(pipeline: Any, denoisers: Iterable[Any]) -> None:
+    """Move what runs in torch to the device of the denoisers' graphs, so that latents stay there.
+
+    Args:
+        pipeline: pipeline whose components in torch are on the CPU.
+        denoisers: its denoisers, which run on engines.
+    """
+    for device in {denoiser.device for denoiser in denoisers}:
+        if device.type != "cpu":
+            pipeline.to(device)

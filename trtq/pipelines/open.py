@@ -32,7 +32,7 @@ from trtq.engine.tensorrt.job import Profile
 from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import ArtefactError, UsageError
 from trtq.graph.file import model_file
-from trtq.pipelines.components import load_component
+from trtq.pipelines.components import load_component, move_to_graphs
 from trtq.plugins.driver import cuda_text, driver_cuda
 from trtq.quant.stand_in import StandIn
 from trtq.runs.folder import OpenRun, check_calibrated, open_run
@@ -133,6 +133,7 @@ def _open_recorded(opened: GraphFolder, provider: str, threads: int | None) -> R
         model = skeleton(folder, part.denoiser, part.structure.ip_adapter)
         denoisers[part.denoiser] = RecordedDenoiser(part.denoiser, model, graphs)
     pipeline = load_pipeline_parts(folder, denoisers)
+    move_to_graphs(pipeline, denoisers.values())
     call = load_call(folder / CALL_FOLDER)
     return RecordedPipeline(str(folder), folder, pipeline, manifest.denoiser, call)
 
@@ -190,6 +191,7 @@ def engine_source(
         {denoiser: EngineDenoiser(engine, model.config, type(model))},
         lambda name, cls: load_component(folder, name, cls, open_graph),
     )
+    move_to_graphs(pipeline, [getattr(pipeline, denoiser)])
     source = LoadedPipeline(str(folder), folder, pipeline, denoiser)
     if size is not None:
         source = source.sized(size.partition(":")[0])

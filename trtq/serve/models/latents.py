@@ -78,8 +78,10 @@ def latent_decoder(loaded: LoadedPipeline) -> Callable[[Tensor], Tensor]:
         )
 
     def decode(x: Tensor) -> Tensor:
-        image: Tensor = autoencoder.decode(fitting[0](unpacked(x)), return_dict=False)[0]
-        return image
+        # A pipeline whose graphs run on a GPU lies there; the server's samples are arrays of the host.
+        on_device = unpacked(x).to(latents.device)
+        image: Tensor = autoencoder.decode(fitting[0](on_device), return_dict=False)[0]
+        return image.cpu()
 
     return decode
 
@@ -94,4 +96,4 @@ def _restorers(config: Mapping[str, Any]) -> Iterator[Callable[[Tensor], Tensor]
     by_channel = [config.get(name) for name in ("latents_mean", "latents_std")]
     if None not in by_channel:
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in by_channel)
-        yield lambda x: x * std / scale + mean
+        yield lambda x: x * std.to(x.device) / scale + mean.to(x.device)
