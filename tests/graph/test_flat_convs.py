@@ -8,8 +8,8 @@ from tests.graph.text import operators, parse, run
 from trtq.graph.runtimes.flat_convs import FlatConvs
 
 BODY = """g (float[B, {c}, L] x) => (float[B, {o}, M] y) {{
-  k = QuantizeLinear(x, one, zero)
-  a = DequantizeLinear(k, one, zero)
+  k = QuantizeLinear(x, unit, zero)
+  a = DequantizeLinear(k, unit, zero)
   f = DequantizeLinear<axis = 0>(w, ones)
   y = {conv}(a, f{bias})
 }}"""
@@ -19,7 +19,7 @@ def model(conv, shape, bias=False, groups=1):
     channels = shape[1] * groups
     codes = np.random.default_rng(0).integers(-8, 8, shape).astype(np.int8)
     initializers = {
-        "one": np.array(1, np.float32),
+        "unit": np.array(1, np.float32),
         "zero": np.array(0, np.int8),
         "ones": np.linspace(0.5, 2, shape[0]).astype(np.float32),
         "w": codes,
@@ -63,12 +63,12 @@ def test_the_result_is_the_same_and_the_pair_stands_before_the_convolution(
 def test_images_and_float_convolutions_stay():
     images = parse(
         """g (float[B, 3, H, W] x) => (float[B, 2, M, N] y) {
-          k = QuantizeLinear(x, one, zero)
-          a = DequantizeLinear(k, one, zero)
+          k = QuantizeLinear(x, unit, zero)
+          a = DequantizeLinear(k, unit, zero)
           f = DequantizeLinear<axis = 0>(w, ones)
           y = Conv(a, f)
         }""",
-        one=np.array(1, np.float32),
+        unit=np.array(1, np.float32),
         zero=np.array(0, np.int8),
         ones=np.ones(2, np.float32),
         w=np.ones((2, 3, 1, 1), np.int8),
