@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trtq.artefact.manifest_file import package_versions
+from trtq.checkpoint.original_names import original_tensors
 from trtq.diffusion.loading import open_pipeline
-from trtq.diffusion.original_names import original_tensors
 from trtq.diffusion.sampling import predict, seeded_noise, spread
 from trtq.exporter.export import export
 from trtq.progress import ProgressPrinter

@@ -23,7 +23,7 @@ from trtq.bits import check_bits
 from trtq.calib.budget import parse_budget
 from trtq.calib.calibrators import CALIBRATORS, parse_calibrator
 from trtq.calib.toml_files import explain, read_toml
-from trtq.diffusion.layout import parse_size
+from trtq.checkpoint.layout import parse_size
 from trtq.documents import check_depth, shown
 from trtq.errors import RecipeError
 from trtq.limits import MAX_BATCH, MAX_GUIDANCE, MAX_ITERATIONS, MAX_STEPS

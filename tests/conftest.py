@@ -27,7 +27,11 @@ STARTED_FIRST = (
     *("tests/exporter/test_hazards.py", "tests/pipelines/test_loaded_pipelines.py"),
     *("tests/commands/test_hostile_verbs.py", "tests/runs/test_format_runs.py"),
     *("tests/runs/test_weight_only_runs.py", "tests/calib/test_transforms.py"),
-    *("tests/diffusion/test_prepared.py", "tests/lora/test_exchange.py", "tests/test_packaging.py"),
+    *(
+        "tests/checkpoint/test_prepared.py",
+        "tests/lora/test_exchange.py",
+        "tests/test_packaging.py",
+    ),
     *(
         "tests/test_torch_settings.py",
         "tests/demo/test_digits_dit.py",

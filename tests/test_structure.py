@@ -41,8 +41,8 @@ EDGES = {
     # What a JSON or TOML file holds, before it is checked.
     "trtq.calib.toml_files.read_toml",
     "trtq.calls.call_file.read_call_file",
-    "trtq.diffusion.layout.read_index",
-    "trtq.diffusion.layout.read_json",
+    "trtq.checkpoint.layout.read_index",
+    "trtq.checkpoint.layout.read_json",
     "trtq.documents.read_object",
     "trtq.lora.settings.parse_json",
     # Former name of `to_json`, for one release.
@@ -75,7 +75,7 @@ EDGES = {
     "trtq.comparison.bounds.call_bounds",
     # The form that another library prescribes: torch's parameter groups, diffusers' arguments and
     # scheduler settings, TensorRT's inspector, OpenAI's errors, Ray's policies.
-    "trtq.diffusion.layout.read_scheduler",
+    "trtq.checkpoint.layout.read_scheduler",
     "trtq.diffusion.scheduler_rules.used_settings",
     "trtq.engine.tensorrt.run.describe",
     "trtq.diffusion.class_conditional.prepare_extra_step_kwargs",

@@ -10,8 +10,8 @@ import pytest
 
 from trtq.artefact.graph_metadata import check_layers, check_timesteps, free_sizes
 from trtq.artefact.opened import open_folder
+from trtq.checkpoint.layout import read_index, read_null_class, read_scheduler
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
-from trtq.diffusion.layout import read_index, read_null_class, read_scheduler
 from trtq.errors import ArtefactError, TrtqError, UsageError
 from trtq.pipelines.draw import conditioning_for
 from trtq.pipelines.inspect import inspect

@@ -6,7 +6,7 @@ import trtq
 from tests.calls.whole_way import MAX_DIFFERENCE, MIN_PARITY_DB, RECIPE, called
 from tests.calls.zoo import ZOO
 from trtq.calls.user_call import UserCall
-from trtq.diffusion.components import denoisers_of
+from trtq.checkpoint.components import denoisers_of
 from trtq.errors import UsageError
 from trtq.exporter.call_parity import call_parities
 

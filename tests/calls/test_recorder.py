@@ -11,7 +11,7 @@ from tests.families.pipelines import build
 from trtq.calls.recorder import TIMESTEP_NAMES, observed
 from trtq.calls.survey import survey
 from trtq.calls.user_call import UserCall, default_call, run_call
-from trtq.diffusion.components import denoisers_of
+from trtq.checkpoint.components import denoisers_of
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 
 CALL = UserCall({"prompt": "a red circle", "num_inference_steps": 3, "output_type": "pt"})

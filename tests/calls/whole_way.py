@@ -20,7 +20,7 @@ import trtq
 from tests.calls.zoo.case import STEPS, Case
 from trtq.artefact.manifest import Manifest
 from trtq.calls.recorder import TIMESTEP_NAMES
-from trtq.diffusion.components import denoisers_of
+from trtq.checkpoint.components import denoisers_of
 from trtq.errors import LegalityError
 
 __all__ = ["MAX_DIFFERENCE", "MIN_PARITY_DB", "MIN_PSNR_DB", "Measured", "called", "measure"]

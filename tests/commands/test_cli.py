@@ -6,9 +6,9 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
+from trtq.checkpoint.shipped import shipped_model
 from trtq.cli import app
 from trtq.demo.digits import demo
-from trtq.diffusion.shipped import shipped_model
 
 VERBS = (
     *("doctor", "quantize", "export", "build", "generate", "eval", "inspect", "verify", "demo"),
@@ -136,7 +136,7 @@ def test_generate_writes_one_file_per_image_with_its_settings(digits_onnx, tmp_p
 
 
 def test_snr_psnr_and_ssim_need_no_classifier(digits_run, tmp_path):
-    from trtq.diffusion.shipped import shipped_model
+    from trtq.checkpoint.shipped import shipped_model
 
     model = tmp_path / "model"
     shutil.copytree(shipped_model("digits"), model)

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from trtq.checkpoint.shipped import shipped_model
 from trtq.cli import app
 from trtq.demo import train_digits_dit as script
 from trtq.demo.identity_vae import build_identity_vae
 from trtq.demo.outliers import channel_ratios, plant_outliers
 from trtq.diffusion.loading import open_pipeline
-from trtq.diffusion.shipped import shipped_model
 from trtq.errors import UsageError
 from trtq.evaluation.evaluate import evaluate
 from trtq.evaluation.reference import draw_reference

@@ -130,14 +130,14 @@ def test_images_do_not_depend_on_the_batch(tiny):
 def test_diffusers_loads_the_shipped_model():
     from diffusers import DDIMPipeline
 
-    from trtq.diffusion.shipped import shipped_model
+    from trtq.checkpoint.shipped import shipped_model
 
     pipeline = DDIMPipeline.from_pretrained(shipped_model("digits"))
     assert type(pipeline.unet).__name__ == "UNet2DModel"
 
 
 def test_the_shipped_model_is_small():
-    from trtq.diffusion.shipped import shipped_model
+    from trtq.checkpoint.shipped import shipped_model
 
     files = [p for p in shipped_model("digits").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 3e6
@@ -160,7 +160,7 @@ def test_an_unknown_model_is_refused(model, message, tmp_path, monkeypatch):
 def test_truncated_weights_are_refused(tmp_path):
     import shutil
 
-    from trtq.diffusion.shipped import shipped_model
+    from trtq.checkpoint.shipped import shipped_model
 
     folder = tmp_path / "digits"
     shutil.copytree(shipped_model("digits"), folder)

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.diffusion.test_prepared import ip_adapter
+from tests.checkpoint.test_prepared import ip_adapter
 from tests.families.pipelines import build, conditional_unet, stable_diffusion
+from trtq.checkpoint.components import find_denoiser
 from trtq.diffusion.class_conditional import ClassConditionalPipeline
-from trtq.diffusion.components import find_denoiser
 from trtq.diffusion.loading import open_pipeline, wrap_pipeline
 from trtq.errors import ArtefactError
 

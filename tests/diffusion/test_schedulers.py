@@ -366,8 +366,8 @@ def test_a_run_of_an_earlier_version_keeps_its_scheduler(tmp_path):
     quantize(model, RECIPE, tmp_path / "run")
     index = tmp_path / "run" / "model_index.json"
     index.write_text(index.read_text().replace("DDPMPipeline", "DDIMPipeline"))
+    from trtq.checkpoint.layout import read_null_class
     from trtq.diffusion.folder import load_pipeline_parts
-    from trtq.diffusion.layout import read_null_class
 
     assert read_null_class(tmp_path / "run") is None
     loaded = load_pipeline_parts(tmp_path / "run", {"unet": unet(num_class_embeds=5)})

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.calls.zoo import ZOO
-from tests.diffusion import original_layout
+from tests.checkpoint import original_layout
 from tests.families.pipelines import build
 from tests.graph.test_fp8_nodes import fp8
 from tests.graph.test_nvfp4_nodes import nvfp4
+from trtq.checkpoint.tensor_file import open_tensor_file
 from trtq.comfy.decode import decode
 from trtq.comfy.encode import encode_int4, encode_int8, store_int4, store_int8
 from trtq.comfy.formats import LayerFormat
 from trtq.comfy.rotation import rotate
 from trtq.diffusion.loading import open_pipeline
-from trtq.diffusion.tensor_file import open_tensor_file
 from trtq.errors import ArtefactError, UsageError
 from trtq.exporter.comfy import export_comfy
 from trtq.exporter.comfy_weights import comfy_weights

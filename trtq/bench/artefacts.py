@@ -19,8 +19,8 @@ from trtq.artefact.opened import (
     open_artefact,
     open_folder,
 )
-from trtq.diffusion.components import DENOISERS
-from trtq.diffusion.resolve import resolve_model
+from trtq.checkpoint.components import DENOISERS
+from trtq.checkpoint.resolve import resolve_model
 from trtq.documents import read_object, shown
 from trtq.engine.ort import PROVIDERS, check_provider
 from trtq.errors import ArtefactError, UsageError

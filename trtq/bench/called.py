@@ -14,7 +14,7 @@ from trtq.artefact.opened import Checkpoint, open_artefact
 from trtq.bench.measured import DENOISER, Measured, TimedCall
 from trtq.calls.stored import CALL_FOLDER, load_call
 from trtq.calls.user_call import COUNT_ARGUMENTS, UserCall, accepted_arguments, run_call
-from trtq.diffusion.components import denoiser_class, denoisers_of
+from trtq.checkpoint.components import denoiser_class, denoisers_of
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.errors import UsageError

@@ -15,10 +15,10 @@ from trtq._optional import require
 from trtq.artefact.manifest_file import artefact_kind
 from trtq.bench.device import GpuMemory, Nvml
 from trtq.bench.turns import calls_per_turn, time_call, time_calls
-from trtq.diffusion.components import denoisers_of
+from trtq.checkpoint.components import denoisers_of
+from trtq.checkpoint.resolve import resolve_model
 from trtq.diffusion.folder import import_classes
 from trtq.diffusion.pipeline import LoadedPipeline
-from trtq.diffusion.resolve import resolve_model
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.ort import GPU_PROVIDERS
 from trtq.engine.recorded import RecordedDenoiser

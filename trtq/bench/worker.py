@@ -13,7 +13,7 @@ from trtq.bench.cost import count_operations
 from trtq.bench.device import cpu_peak
 from trtq.bench.measured import DENOISER, Measured, TimedCall
 from trtq.bench.process import answer_questions
-from trtq.diffusion.components import AUTOENCODERS
+from trtq.checkpoint.components import AUTOENCODERS
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.sampling import Conditions, predict, seeded_noise
 from trtq.pipelines.draw import Conditioning, draw

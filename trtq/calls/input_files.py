@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trtq.diffusion.wording import list_names, one_line
+from trtq.checkpoint.wording import list_names, one_line
 from trtq.documents import shown
 from trtq.errors import UsageError
 

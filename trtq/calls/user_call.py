@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from trtq.calls.arguments import check_type, nearest_text
-from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.wording import one_line
+from trtq.checkpoint.quiet import quiet_diffusers
+from trtq.checkpoint.wording import one_line
 from trtq.errors import ArtefactError, TrtqError, UsageError
 from trtq.seeds import seeded_generator
 

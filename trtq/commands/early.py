@@ -33,8 +33,8 @@ def check_model(place: str, config: str | Path | None = None) -> None:
         TrtqError: there is no model, or its manifest cannot be read.
     """
     from trtq.artefact.opened import Checkpoint, open_artefact
-    from trtq.diffusion.resolve import resolve_model
-    from trtq.diffusion.weight_files import is_single_file
+    from trtq.checkpoint.resolve import resolve_model
+    from trtq.checkpoint.weight_files import is_single_file
 
     opened = open_artefact(place, verify=False, config=config)
     if not isinstance(opened, Checkpoint):

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trtq.checkpoint.shipped import shipped_model
 from trtq.demo.identity_vae import build_identity_vae
 from trtq.demo.outliers import channel_ratios, plant_outliers
 from trtq.demo.train_digits import CLASSES, LABEL_DROP, NO_CLASS, SCHEDULER, TIMESTEPS, load_digits
 from trtq.diffusion.loading import open_pipeline
-from trtq.diffusion.shipped import shipped_model
 
 TRANSFORMER: dict[str, Any] = {
     "num_attention_heads": 4,

@@ -12,10 +12,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trtq.diffusion.components import AUTOENCODERS, TEXT_ENCODERS
+from trtq.checkpoint.components import AUTOENCODERS, TEXT_ENCODERS
+from trtq.checkpoint.layout import INDEX_NAME
 from trtq.diffusion.encode import encodes_text
 from trtq.diffusion.families import FAMILIES
-from trtq.diffusion.layout import INDEX_NAME
 from trtq.errors import UsageError
 
 __all__ = ["check_inputs", "check_needs", "recording_reason"]

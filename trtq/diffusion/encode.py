@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtq.diffusion.components import denoiser_class
+from trtq.checkpoint.components import denoiser_class
 from trtq.diffusion.families import Family
 from trtq.diffusion.sampling import Conditions
 from trtq.errors import UsageError

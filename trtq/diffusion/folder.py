@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trtq.diffusion.checkpoint import assemble, load_part
-from trtq.diffusion.component_classes import is_component, part_class, pipeline_class
-from trtq.diffusion.components import AUTOENCODERS, DENOISERS, TEXT_ENCODERS
-from trtq.diffusion.configs import check_config
-from trtq.diffusion.ip_adapter import add_ip_adapter
-from trtq.diffusion.layout import (
+from trtq.checkpoint.component_classes import is_component, part_class, pipeline_class
+from trtq.checkpoint.components import AUTOENCODERS, DENOISERS, TEXT_ENCODERS
+from trtq.checkpoint.configs import check_config
+from trtq.checkpoint.ip_adapter import add_ip_adapter
+from trtq.checkpoint.layout import (
     CLASSES_NAME,
     CONFIG_NAME,
     INDEX_NAME,
@@ -27,11 +26,12 @@ from trtq.diffusion.layout import (
     read_json,
     read_null_class,
 )
+from trtq.checkpoint.pipeline_folder import assemble, load_part
+from trtq.checkpoint.quiet import quiet_diffusers
+from trtq.checkpoint.wording import one_line
 from trtq.diffusion.loading import wrap_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import PROMPTS_NAME
-from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.wording import one_line
 from trtq.errors import ArtefactError, UsageError
 
 __all__ = [

@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from trtq.diffusion.checkpoint import load_pipeline
+from trtq.checkpoint.components import find_denoiser, unwrapped
+from trtq.checkpoint.layout import check_null_class, read_null_class
+from trtq.checkpoint.pipeline_folder import load_pipeline
+from trtq.checkpoint.places import config_folder, download
+from trtq.checkpoint.prepared import plain_pipeline
+from trtq.checkpoint.resolve import resolve_model
+from trtq.checkpoint.single_file import load_single_file
+from trtq.checkpoint.weight_files import is_single_file, lora_refusal
+from trtq.checkpoint.wording import one_line
 from trtq.diffusion.closed_form import check_inputs, check_needs
-from trtq.diffusion.components import find_denoiser, unwrapped
-from trtq.diffusion.layout import check_null_class, read_null_class
 from trtq.diffusion.pipeline import LoadedPipeline
-from trtq.diffusion.places import config_folder, download
-from trtq.diffusion.prepared import plain_pipeline
-from trtq.diffusion.resolve import resolve_model
 from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS, scheduler_name
-from trtq.diffusion.single_file import load_single_file
-from trtq.diffusion.weight_files import is_single_file, lora_refusal
-from trtq.diffusion.wording import one_line
 from trtq.errors import ArtefactError, UsageError
 from trtq.quant.stand_in import StandIn
 from trtq.torch_settings import with_own_settings
@@ -72,7 +72,7 @@ def open_pipeline(
     Args:
         model: diffusers folder, single-file checkpoint (`.safetensors`), name of a shipped model, hub
             id, or pipeline object. An object is not changed: its models are built again, see
-            `trtq.diffusion.prepared`.
+            `trtq.checkpoint.prepared`.
         config: folder or hub id of a pipeline of the architecture of a single-file checkpoint; None: the
             hub id that diffusers infers from the file.
         recorded: whether the caller records the pipeline's own call. The denoiser of such a pipeline may

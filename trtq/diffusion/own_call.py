@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtq.diffusion.components import denoiser_class
+from trtq.checkpoint.components import denoiser_class
 from trtq.diffusion.encode import Encoded, embedded_guidance, takes_negative
 from trtq.diffusion.rehearsal import Rehearsal, rehearse
 from trtq.diffusion.scheduler_rules import first_line, scheduler_refusal, trained_steps

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trtq.checkpoint.components import AUTOENCODERS, denoiser_class
 from trtq.diffusion.closed_form import recording_reason
-from trtq.diffusion.components import AUTOENCODERS, denoiser_class
 from trtq.diffusion.encode import (
     CalibrationPrompts,
     Encoded,

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtq.diffusion.components import AUTOENCODERS, denoiser_class
+from trtq.checkpoint.components import AUTOENCODERS, denoiser_class
+from trtq.checkpoint.wording import one_line
 from trtq.diffusion.families import family_named
 from trtq.diffusion.scheduler_rules import SCHEDULER_ERRORS, quiet_scheduler
-from trtq.diffusion.wording import one_line
 from trtq.errors import ArtefactError, TrtqError
 
 __all__ = ["Rehearsal", "rehearse"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trtq.diffusion.quiet import quiet_diffusers
+from trtq.checkpoint.quiet import quiet_diffusers
 from trtq.errors import UsageError
 
 __all__ = [

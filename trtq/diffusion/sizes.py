@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trtq.diffusion.layout import parse_size
-from trtq.diffusion.wording import one_line
+from trtq.checkpoint.layout import parse_size
+from trtq.checkpoint.wording import one_line
 from trtq.errors import UsageError
 
 __all__ = ["ModelSizes", "cell_pixels", "coarsest_cell", "trained_size"]
 
 _MAX_CELLS = 8192
-"""Maximum number of cells along one side of a latent, as in `trtq.diffusion.checkpoint`."""
+"""Maximum number of cells along one side of a latent, as in `trtq.checkpoint.pipeline_folder`."""
 _MAX_ENLARGED = 16
 """Maximum ratio of height or width to the training size; images degrade from a ratio of 2 on."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trtq.diffusion.quiet import quiet_diffusers
+from trtq.checkpoint.quiet import quiet_diffusers
 
 __all__ = ["Truncation", "find_truncations", "warn_of_truncation"]
 

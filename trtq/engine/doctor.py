@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass
 from importlib import metadata
 
-from trtq.diffusion.shipped import shipped_models
+from trtq.checkpoint.shipped import shipped_models
 from trtq.engine.extras import Extra, installed_extras
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import KernelError, MissingDependencyError

@@ -9,8 +9,8 @@ from trtq.artefact.graph_metadata import free_sizes
 from trtq.artefact.manifest import (
     Manifest,
 )
+from trtq.checkpoint.layout import parse_size, parse_sizes
 from trtq.diffusion.folder import DECODER
-from trtq.diffusion.layout import parse_size, parse_sizes
 from trtq.documents import read_object
 from trtq.engine.tensorrt.job import Profile
 from trtq.errors import ArtefactError, UsageError

@@ -15,8 +15,8 @@ from torch import Tensor
 from trtq.artefact.folder import check_outside_artefacts
 from trtq.artefact.opened import Opened, Run, open_artefact
 from trtq.artefact.outputs import check_file, check_place, new_file
-from trtq.diffusion.layout import CONFIG_NAME, read_json
-from trtq.diffusion.wording import list_names
+from trtq.checkpoint.layout import CONFIG_NAME, read_json
+from trtq.checkpoint.wording import list_names
 from trtq.errors import ArtefactError, UsageError
 from trtq.exporter.comfy_weights import ComfyWeights, comfy_weights
 from trtq.exporter.result import ComfyFile, ComfyResult

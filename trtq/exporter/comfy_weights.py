@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trtq.checkpoint.conversion_probe import ConversionError
+from trtq.checkpoint.original_names import OriginalTensor, Source, original_tensors
 from trtq.comfy.encode import IntegerWeight, encode_int8, store_awq, store_int4, store_int8
 from trtq.comfy.formats import INT4_GROUP, StoredWeight
 from trtq.comfy.rotation import rotate
-from trtq.diffusion.conversion_probe import ConversionError
-from trtq.diffusion.original_names import OriginalTensor, Source, original_tensors
 from trtq.quant.attention_channels import ScaledWeight, scaled_weights
 from trtq.quant.formats.fp8 import Fp8Tensors
 from trtq.quant.formats.nvfp4 import Nvfp4Tensors

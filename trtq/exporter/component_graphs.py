@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtq.diffusion.components import AUTOENCODERS, TEXT_ENCODERS
+from trtq.checkpoint.components import AUTOENCODERS, TEXT_ENCODERS
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.engine.ort import OrtEngine
 from trtq.errors import GateError

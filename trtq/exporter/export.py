@@ -21,8 +21,8 @@ from trtq.artefact.opened import (
     open_artefact,
 )
 from trtq.artefact.options import ExportOptions, Metrics
+from trtq.checkpoint.layout import parse_sizes
 from trtq.diffusion.folder import save_pipeline_parts
-from trtq.diffusion.layout import parse_sizes
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.documents import shown

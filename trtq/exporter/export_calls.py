@@ -18,9 +18,9 @@ from trtq.calls.pipeline import RecordedPipeline
 from trtq.calls.stored import CALL_FOLDER, save_call
 from trtq.calls.survey import survey
 from trtq.calls.user_call import UserCall
-from trtq.diffusion.components import denoisers_of
+from trtq.checkpoint.components import denoisers_of
+from trtq.checkpoint.layout import parse_size, parse_sizes
 from trtq.diffusion.folder import save_pipeline_parts, skeleton
-from trtq.diffusion.layout import parse_size, parse_sizes
 from trtq.diffusion.loading import open_pipeline
 from trtq.engine.ort import OrtEngine
 from trtq.engine.recorded import CallGraph, RecordedDenoiser

@@ -10,7 +10,7 @@ from typing import Any
 from trtq.artefact.manifest_rows import GraphRow
 from trtq.artefact.opened import StoredArtefact
 from trtq.calls.pipeline import RecordedPipeline
-from trtq.diffusion.wording import one_line
+from trtq.checkpoint.wording import one_line
 from trtq.engine.trial import try_graph
 from trtq.errors import ArtefactError, TrtqError
 from trtq.exporter.call_parity import call_parities

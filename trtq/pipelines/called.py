@@ -20,12 +20,12 @@ from trtq.calls.user_call import (
     check_names,
     default_call,
 )
-from trtq.diffusion.component_classes import pipeline_class
-from trtq.diffusion.layout import parse_size, read_index
+from trtq.checkpoint.component_classes import pipeline_class
+from trtq.checkpoint.layout import parse_size, read_index
+from trtq.checkpoint.resolve import resolve_model
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import general_prompts
-from trtq.diffusion.resolve import resolve_model
 from trtq.errors import UsageError
 from trtq.pipelines.open import TORCH, open_any
 from trtq.runs.given_calls import knows_pipeline

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from trtq.diffusion.components import AUTOENCODERS, TEXT_ENCODERS
+from trtq.checkpoint.components import AUTOENCODERS, TEXT_ENCODERS
 from trtq.diffusion.folder import DECODER, ENCODER
 from trtq.engine.base import Engine
 from trtq.engine.components import EngineAutoencoder, EngineTextEncoder

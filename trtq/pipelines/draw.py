@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trtq.checkpoint.quiet import quiet_diffusers
 from trtq.diffusion.encode import takes_negative
 from trtq.diffusion.pipeline import LoadedPipeline
-from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.truncation import warn_of_truncation
 from trtq.errors import ArtefactError, NonFiniteError, TrtqError, UsageError

@@ -16,7 +16,7 @@ from trtq.artefact.manifest_rows import GraphRow, layer_kinds
 from trtq.artefact.opened import Checkpoint, EngineFolder, GraphFolder, Opened, open_artefact
 from trtq.calls.pipeline import RecordedPipeline
 from trtq.calls.stored import CALL_FOLDER, load_call
-from trtq.diffusion.components import DENOISERS
+from trtq.checkpoint.components import DENOISERS
 from trtq.diffusion.folder import load_pipeline_parts, skeleton
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline

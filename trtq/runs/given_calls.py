@@ -18,14 +18,14 @@ from trtq.calls.user_call import (
     check_names,
     default_call,
 )
+from trtq.checkpoint.component_classes import pipeline_class
+from trtq.checkpoint.components import AUTOENCODERS, find_denoiser
+from trtq.checkpoint.layout import CONFIG_NAME, read_index, read_json
+from trtq.checkpoint.resolve import resolve_model
 from trtq.diffusion.closed_form import recording_reason
-from trtq.diffusion.component_classes import pipeline_class
-from trtq.diffusion.components import AUTOENCODERS, find_denoiser
 from trtq.diffusion.folder import denoiser_in
-from trtq.diffusion.layout import CONFIG_NAME, read_index, read_json
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import general_prompts, read_lines
-from trtq.diffusion.resolve import resolve_model
 from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS, scheduler_name
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 

@@ -15,12 +15,12 @@ from trtq.calib.budget import parse_budget
 from trtq.calib.policy import Policy, load_policy, plan_layers
 from trtq.calib.probe import LayerCall, probe, with_shared_inputs
 from trtq.calib.recipe import Recipe
-from trtq.diffusion.components import DENOISERS
+from trtq.checkpoint.components import DENOISERS
+from trtq.checkpoint.wording import one_line
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.prompts import read_lines
 from trtq.diffusion.truncation import warn_of_truncation
-from trtq.diffusion.wording import one_line
 from trtq.errors import QuantizationError, TrtqError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
 from trtq.progress import ProgressCallback, silent

@@ -17,8 +17,8 @@ from trtq.calib.roles import LayerRoles, observe_roles
 from trtq.calls.recorder import RecordedCall
 from trtq.calls.survey import DenoiserCalls, survey
 from trtq.calls.user_call import UserCall
-from trtq.diffusion.components import denoisers_of
-from trtq.diffusion.ip_adapter import adapter_names
+from trtq.checkpoint.components import denoisers_of
+from trtq.checkpoint.ip_adapter import adapter_names
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.errors import QuantizationError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras

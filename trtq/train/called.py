@@ -21,7 +21,7 @@ from trtq.calls.joined import BatchAxes, Joined, flattened
 from trtq.calls.paused import Interception, PausedCalls, PipelineCall
 from trtq.calls.recorder import read_timestep
 from trtq.calls.user_call import UserCall
-from trtq.diffusion.quiet import quiet_diffusers
+from trtq.checkpoint.quiet import quiet_diffusers
 from trtq.errors import ArtefactError
 from trtq.quant.timestep import float_scope
 from trtq.seeds import seeded_generator

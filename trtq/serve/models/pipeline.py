@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from trtq.artefact.opened import DEFAULT_STEPS, Opened, open_artefact
+from trtq.checkpoint.layout import class_names
+from trtq.checkpoint.quiet import quiet_diffusers
 from trtq.diffusion.encode import Encoded, takes_negative
-from trtq.diffusion.layout import class_names
 from trtq.diffusion.pipeline import LoadedPipeline
-from trtq.diffusion.quiet import quiet_diffusers
 from trtq.diffusion.truncation import find_truncations
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.openvino import OpenVinoEngine

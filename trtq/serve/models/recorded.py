@@ -15,7 +15,7 @@ from trtq.calls.pipeline import RecordedPipeline
 from trtq.calls.recorder import close_progress_bar
 from trtq.calls.survey import repeating
 from trtq.calls.user_call import UserCall, run_call
-from trtq.diffusion.components import denoisers_of
+from trtq.checkpoint.components import denoisers_of
 from trtq.errors import ArtefactError, NonFiniteError, UsageError
 from trtq.serve.models.base import GenerationRequest, ModelInfo
 from trtq.serve.models.recorded_call import base_call, describe_recorded, request_call

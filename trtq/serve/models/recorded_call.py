@@ -9,8 +9,8 @@ from typing import Any, Literal
 from trtq.artefact.opened import DEFAULT_STEPS, GraphFolder, Opened
 from trtq.calls.pipeline import RecordedPipeline
 from trtq.calls.user_call import STEPS_ARGUMENT, UserCall, accepted_arguments
+from trtq.checkpoint.layout import class_names
 from trtq.diffusion.encode import class_count
-from trtq.diffusion.layout import class_names
 from trtq.errors import UsageError
 from trtq.serve.models.base import GenerationRequest, ModelInfo, Sizes, class_label
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trtq.artefact.opened import DEFAULT_STEPS, OnnxFolder
-from trtq.diffusion.layout import (
+from trtq.checkpoint.layout import (
     check_null_class,
     class_names,
     parse_size,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trtq.diffusion.conversion_probe import ConversionError
+from trtq.checkpoint.conversion_probe import ConversionError
 
 __all__ = ["unet_original"]
 

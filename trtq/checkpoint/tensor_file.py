@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
+from trtq.checkpoint.weights import TensorInfo, read_header
+from trtq.checkpoint.wording import list_names, one_line
 from trtq.comfy.decode import decode, logical_shape, required_tensors
 from trtq.comfy.formats import ENTRY, LayerFormat, StoredWeight, parse_entry
-from trtq.diffusion.weights import TensorInfo, read_header
-from trtq.diffusion.wording import list_names, one_line
 from trtq.errors import ArtefactError
 
 __all__ = ["TensorFile", "open_tensor_file"]

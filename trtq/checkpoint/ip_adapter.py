@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtq.diffusion.quiet import quiet_diffusers
+from trtq.checkpoint.quiet import quiet_diffusers
 
 __all__ = ["adapter_names", "add_ip_adapter", "copy_scales"]
 

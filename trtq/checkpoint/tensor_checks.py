@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from trtq.diffusion.component_classes import is_diffusers
-from trtq.diffusion.configs import config_leaves
-from trtq.diffusion.layout import CONFIG_NAME
-from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.weights import FLOATS, TensorInfo, Weights
-from trtq.diffusion.wording import list_names, one_line
+from trtq.checkpoint.component_classes import is_diffusers
+from trtq.checkpoint.configs import config_leaves
+from trtq.checkpoint.layout import CONFIG_NAME
+from trtq.checkpoint.quiet import quiet_diffusers
+from trtq.checkpoint.weights import FLOATS, TensorInfo, Weights
+from trtq.checkpoint.wording import list_names, one_line
 from trtq.errors import ArtefactError, NonFiniteError
 
 __all__ = [

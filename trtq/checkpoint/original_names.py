@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trtq.diffusion.conversion_probe import ConversionError, Piece, Symbol, run_conversion
-from trtq.diffusion.renames import renamed_original
-from trtq.diffusion.unet_names import unet_original
+from trtq.checkpoint.conversion_probe import ConversionError, Piece, Symbol, run_conversion
+from trtq.checkpoint.renames import renamed_original
+from trtq.checkpoint.unet_names import unet_original
 
 __all__ = ["OriginalTensor", "Source", "original_tensors"]
 

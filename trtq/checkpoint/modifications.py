@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from trtq.diffusion.wording import one_line
+from trtq.checkpoint.wording import one_line
 from trtq.errors import UsageError
 
 __all__ = [

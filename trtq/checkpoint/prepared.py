@@ -2,7 +2,7 @@
 
 Half precision, compilation, slicing, offloading, training mode and fused projections change how a model
 is computed but not its result. Each model is built again from its configuration, with the same weights
-in float32. Other changes are refused, see `trtq.diffusion.modifications`.
+in float32. Other changes are refused, see `trtq.checkpoint.modifications`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtq.diffusion.components import unwrapped
-from trtq.diffusion.ip_adapter import adapter_names, add_ip_adapter, copy_scales
-from trtq.diffusion.modifications import (
+from trtq.checkpoint.components import unwrapped
+from trtq.checkpoint.ip_adapter import adapter_names, add_ip_adapter, copy_scales
+from trtq.checkpoint.modifications import (
     check_freeu,
     check_instance,
     check_modules,
@@ -26,9 +26,9 @@ from trtq.diffusion.modifications import (
     plain_name,
     warn_of_hooks,
 )
-from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.tensor_checks import check_finite
-from trtq.diffusion.wording import one_line
+from trtq.checkpoint.quiet import quiet_diffusers
+from trtq.checkpoint.tensor_checks import check_finite
+from trtq.checkpoint.wording import one_line
 from trtq.errors import QuantizationError, UsageError
 
 __all__ = ["buffers_to_float", "plain_model", "plain_pipeline"]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtq.diffusion.conversion_probe import ConversionError
-from trtq.diffusion.original_names import OriginalTensor, original_tensors
+from trtq.checkpoint.conversion_probe import ConversionError
+from trtq.checkpoint.original_names import OriginalTensor, original_tensors
 
 __all__ = ["split_originals"]
 

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from trtq.diffusion.component_classes import (
+from trtq.checkpoint.component_classes import (
     is_component,
     is_diffusers,
     part_class,
     pipeline_class,
 )
-from trtq.diffusion.configs import check_config, check_layer_counts
-from trtq.diffusion.ip_adapter import adapter_names, add_ip_adapter
-from trtq.diffusion.layout import (
+from trtq.checkpoint.configs import check_config, check_layer_counts
+from trtq.checkpoint.ip_adapter import adapter_names, add_ip_adapter
+from trtq.checkpoint.layout import (
     CONFIG_NAME,
     INDEX_NAME,
     SCHEDULER_NAME,
@@ -32,8 +32,8 @@ from trtq.diffusion.layout import (
     read_json,
     read_scheduler,
 )
-from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.tensor_checks import (
+from trtq.checkpoint.quiet import quiet_diffusers
+from trtq.checkpoint.tensor_checks import (
     check_dtypes,
     check_finite,
     check_loading_report,
@@ -41,9 +41,9 @@ from trtq.diffusion.tensor_checks import (
     check_sizes,
     meta_model,
 )
-from trtq.diffusion.weight_files import find_weights
-from trtq.diffusion.weights import TensorInfo, check_pointers
-from trtq.diffusion.wording import list_names, one_line
+from trtq.checkpoint.weight_files import find_weights
+from trtq.checkpoint.weights import TensorInfo, check_pointers
+from trtq.checkpoint.wording import list_names, one_line
 from trtq.errors import ArtefactError
 
 __all__ = ["align_tensors", "assemble", "load_part", "load_pipeline", "read_tensors"]

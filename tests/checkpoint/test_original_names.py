@@ -10,10 +10,10 @@ import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 
-from tests.diffusion.original_layout import unet
+from tests.checkpoint.original_layout import unet
 from tests.families.pipelines import build
-from trtq.diffusion.conversion_probe import ConversionError, Piece, Symbol
-from trtq.diffusion.original_names import Source, original_tensors
+from trtq.checkpoint.conversion_probe import ConversionError, Piece, Symbol
+from trtq.checkpoint.original_names import Source, original_tensors
 
 FEW = {
     "num_layers": 2,
@@ -173,7 +173,7 @@ def test_the_names_are_those_that_diffusers_converts(name):
 
 @pytest.mark.parametrize("name", ["sd_1", "sd_2", "sd_xl"])
 def test_the_names_of_unets_are_those_of_latent_diffusion(name):
-    """The table of names in `tests.diffusion.original_layout` was written without the conversion."""
+    """The table of names in `tests.checkpoint.original_layout` was written without the conversion."""
     made = build(name).unet
     originals = original_tensors("UNet2DConditionModel", made.config, list(made.state_dict()))
     state = made.state_dict(keep_vars=True)

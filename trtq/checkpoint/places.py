@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trtq.diffusion.layout import INDEX_NAME
-from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.resolve import is_hub_id, resolve_model
-from trtq.diffusion.single_file_layout import as_traced
-from trtq.diffusion.tensor_file import open_tensor_file
-from trtq.diffusion.wording import one_line
+from trtq.checkpoint.layout import INDEX_NAME
+from trtq.checkpoint.quiet import quiet_diffusers
+from trtq.checkpoint.resolve import is_hub_id, resolve_model
+from trtq.checkpoint.single_file_layout import as_traced
+from trtq.checkpoint.tensor_file import open_tensor_file
+from trtq.checkpoint.wording import one_line
 from trtq.errors import ArtefactError
 
 __all__ = ["config_folder", "download"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trtq.diffusion.quiet import quiet_diffusers
+from trtq.checkpoint.quiet import quiet_diffusers
 
 __all__ = ["ConversionError", "Piece", "Symbol", "run_conversion"]
 

@@ -15,30 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtq.diffusion.checkpoint import align_tensors, assemble, load_part
-from trtq.diffusion.component_classes import is_component, is_diffusers, part_class
-from trtq.diffusion.configs import check_config, check_layer_counts
-from trtq.diffusion.layout import CONFIG_NAME, read_index, read_json
-from trtq.diffusion.prepared import buffers_to_float
-from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.single_file_layout import (
+from trtq.checkpoint.component_classes import is_component, is_diffusers, part_class
+from trtq.checkpoint.configs import check_config, check_layer_counts
+from trtq.checkpoint.layout import CONFIG_NAME, read_index, read_json
+from trtq.checkpoint.pipeline_folder import align_tensors, assemble, load_part
+from trtq.checkpoint.prepared import buffers_to_float
+from trtq.checkpoint.quiet import quiet_diffusers
+from trtq.checkpoint.single_file_layout import (
     Conversion,
     as_traced,
     model_conversion,
     origins_of,
     text_conversions,
 )
-from trtq.diffusion.tensor_checks import (
+from trtq.checkpoint.tensor_checks import (
     check_dtypes,
     check_finite,
     check_sizes,
     meta_model,
     unexpected_names,
 )
-from trtq.diffusion.tensor_file import TensorFile, open_tensor_file
-from trtq.diffusion.weight_files import has_weights
-from trtq.diffusion.weights import TensorInfo, Weights
-from trtq.diffusion.wording import list_names, one_line
+from trtq.checkpoint.tensor_file import TensorFile, open_tensor_file
+from trtq.checkpoint.weight_files import has_weights
+from trtq.checkpoint.weights import TensorInfo, Weights
+from trtq.checkpoint.wording import list_names, one_line
 from trtq.errors import ArtefactError
 
 __all__ = ["load_single_file"]

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trtq.diffusion.component_classes import is_diffusers_model
-from trtq.diffusion.layout import INDEX_NAME, MAX_TRAINED
-from trtq.diffusion.weights import Weights
-from trtq.diffusion.wording import list_names, one_line
+from trtq.checkpoint.component_classes import is_diffusers_model
+from trtq.checkpoint.layout import INDEX_NAME, MAX_TRAINED
+from trtq.checkpoint.weights import Weights
+from trtq.checkpoint.wording import list_names, one_line
 from trtq.errors import ArtefactError
 from trtq.limits import MAX_SIDE
 

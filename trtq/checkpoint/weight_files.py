@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trtq.diffusion.layout import INDEX_NAME, read_json
-from trtq.diffusion.weights import TensorInfo, Weights, check_pointers, is_pointer, read_header
+from trtq.checkpoint.layout import INDEX_NAME, read_json
+from trtq.checkpoint.weights import TensorInfo, Weights, check_pointers, is_pointer, read_header
 from trtq.errors import ArtefactError
 
 __all__ = ["find_weights", "has_weights", "is_single_file", "lora_refusal", "single_file_refusal"]

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from trtq.diffusion.layout import INDEX_NAME
-from trtq.diffusion.wording import one_line
+from trtq.checkpoint.layout import INDEX_NAME
+from trtq.checkpoint.wording import one_line
 from trtq.errors import ArtefactError
 
 __all__ = ["is_component", "is_diffusers", "is_diffusers_model", "part_class", "pipeline_class"]

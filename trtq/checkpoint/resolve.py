@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from trtq.diffusion.layout import CONFIG_NAME, INDEX_NAME, read_json
-from trtq.diffusion.shipped import shipped_model, shipped_models
-from trtq.diffusion.weight_files import single_file_refusal
-from trtq.diffusion.wording import one_line
+from trtq.checkpoint.layout import CONFIG_NAME, INDEX_NAME, read_json
+from trtq.checkpoint.shipped import shipped_model, shipped_models
+from trtq.checkpoint.weight_files import single_file_refusal
+from trtq.checkpoint.wording import one_line
 from trtq.errors import ArtefactError
 
 __all__ = ["is_hub_id", "resolve_model"]

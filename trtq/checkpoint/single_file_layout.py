@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from trtq.diffusion.conversion_probe import ConversionError
-from trtq.diffusion.quiet import quiet_diffusers
-from trtq.diffusion.split_tensors import split_originals
-from trtq.diffusion.weights import TensorInfo
+from trtq.checkpoint.conversion_probe import ConversionError
+from trtq.checkpoint.quiet import quiet_diffusers
+from trtq.checkpoint.split_tensors import split_originals
+from trtq.checkpoint.weights import TensorInfo
 
 __all__ = ["Conversion", "as_traced", "model_conversion", "origins_of", "text_conversions"]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trtq.diffusion.weights import check_pointers, is_pointer
+from trtq.checkpoint.weights import check_pointers, is_pointer
 from trtq.documents import explain_first, read_object, shown
 from trtq.errors import ArtefactError, UsageError
 from trtq.limits import MAX_SIDE, parse_whole

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.diffusion.original_layout import write
+from tests.checkpoint.original_layout import write
 from tests.families.pipelines import build
 from trtq.artefact.opened import open_artefact
 from trtq.diffusion.loading import open_pipeline

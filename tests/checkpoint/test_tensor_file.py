@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.diffusion.original_layout import tensors_of, unet
+from tests.checkpoint.original_layout import tensors_of, unet
 from tests.families.pipelines import build
+from trtq.checkpoint.tensor_file import open_tensor_file
 from trtq.comfy.encode import encode_fp8, encode_int8, encode_nvfp4, store_int8
 from trtq.diffusion.loading import open_pipeline
-from trtq.diffusion.tensor_file import open_tensor_file
 from trtq.errors import ArtefactError, TrtqError
 from trtq.runs.quantize import quantize
 

@@ -15,7 +15,7 @@ from functools import cache
 from itertools import islice
 from typing import Any
 
-from trtq.diffusion.conversion_probe import ConversionError, run_conversion
+from trtq.checkpoint.conversion_probe import ConversionError, run_conversion
 
 __all__ = ["renamed_original"]
 
