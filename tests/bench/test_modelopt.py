@@ -28,7 +28,11 @@ OURS = row("trtq", "trtq w4a4, search", 20.0, 100)
         ([OURS, row("modelopt", "W4A4, max", 19.0, 99)], ["100 bytes, not 99"]),
         ([OURS, row("modelopt", "INT8, max", 40.0, 50, "w8a8")], []),
         ([OURS, row("modelopt", "W4A4, max", 21.0, 9) | {"model": "shapes"}], []),
-        ([OURS, row("modelopt", "W4A4, SVDQuant", 30.0, 500) | {"weight_bits": 11.0}], []),
+        ([OURS, row("trtq", "x", 22.0, 90), row("modelopt", "W4A4, max", 21.0, 95)], []),
+        (
+            [OURS, row("trtq", "x", 22.0, 500), row("modelopt", "W4A4, max", 21.0, 95)],
+            ["500 bytes"],
+        ),
         ([row("trtq", "fine-tuned", 1.0, 100, post_training=False)], []),
         ([OURS, {"model": "digits", "by": "modelopt", "name": "x", "bits": "w4a4"}], []),
     ],
