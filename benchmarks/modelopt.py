@@ -443,6 +443,7 @@ def measured(
                 "name": name,
                 "bits": bits,
                 "post_training": post,
+                "recipe": shown(recipe),
             }
             add(about | row | {"weight_bits": bits_per_weight(model, layers)})
     loop = calibrate_on(open_pipeline(model), reference, options.calibration)
