@@ -292,13 +292,16 @@ def _line(err: Exception) -> str:
 def judged(source: LoadedPipeline, reference: ReferenceSet) -> dict[str, Any]:
     """The metrics of `trtq eval`, of a pipeline that may lie in memory only."""
     assert reference.extractor is not None
+    assert reference.scores is not None
     with torch.no_grad():
         drawn = draw(source, reference.conditioning, **reference.sampling)
         snr = noise_prediction_snr(source, reference.source, **reference.sampling)
     scores = score_images(drawn, reference.conditioning.labels, reference.extractor)
     fd = scores.fd
     if fd is None:  # The model has no images to compare with but those of the float model.
-        fd = frechet_distance(*map(feature_statistics, (scores.features, reference.features)))
+        fd = frechet_distance(
+            *map(feature_statistics, (scores.features, reference.scores.features))
+        )
     return {
         "fd": fd,
         str(reference.accuracy_name): scores.accuracy,
@@ -313,7 +316,9 @@ def our_row(
     """A row of trtq without its name, and its layers."""
     with tempfile.TemporaryDirectory() as folder:
         run, out = Path(folder) / "run", Path(folder) / "onnx"
-        made = trtq.quantize(model, recipe | {"steps": reference.steps}, run).to_json()
+        result = trtq.quantize(model, recipe | {"steps": reference.steps}, run)
+        assert result is not None
+        made = result.to_json()
         layers = trtq.inspect(run).to_json()["layers"]
         row = judged(open_any(run), reference) | {"packed_bytes": made["bytes_after"]}
         if not exported:
@@ -406,6 +411,7 @@ def measured(
     if not missing:
         return
     reference = draw_reference(model, images=options.images, steps=options.steps, seed=1)
+    assert reference.scores is not None
     record["float"][model] = {
         "fd": reference.scores.fd,
         "accuracy": reference.scores.accuracy,
