@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 from tests.families.pipelines import t5
@@ -12,6 +13,9 @@ from trtq.progress import silent
 from trtq.runs.plan_calls import plan_calls
 from trtq.runs.quantize_calls import calibrate, converted
 from trtq.train.called import CalledTrajectories
+from trtq.train.distill import Rates
+from trtq.train.efficientdm import EfficientDM
+from trtq.train.loop import fit
 
 FLUX = {"prompt": "a red circle", "height": 16, "width": 16, "max_sequence_length": 8}
 TWO_CALLS = FLUX | {"negative_prompt": "a", "true_cfg_scale": 3.0}
@@ -147,4 +151,20 @@ def tuned(pipeline, *calls, **recipe):
     return Tuned(pipeline, plan, parts, models)
 
 
-__all__ = ["FLUX", "TWO_CALLS", "WAN", "Tuned", "noisy", "tuned", "wan"]
+def learn(model, points, iterations, accumulate=1):
+    """Train a model's adapters at points."""
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    fit(
+        model,
+        EfficientDM(model, points, Rates(lora=0.3, weight_scale=1e-6, activation=1e-4)),
+        iterations=iterations,
+        accumulate=accumulate,
+        weight_decay=0.0,
+        accelerator=accelerator,
+        checkpoints=None,
+        checkpoint_every=100,
+        fingerprint="",
+    )
+
+
+__all__ = ["FLUX", "TWO_CALLS", "WAN", "Tuned", "learn", "noisy", "tuned", "wan"]

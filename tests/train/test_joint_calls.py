@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import tiny_pipeline
 from tests.families.pipelines import build
-from tests.train.called import FLUX, WAN, tuned, wan
+from tests.train.called import FLUX, WAN, learn, tuned, wan
 from trtq.calls.form import result_tensors
 from trtq.calls.joined import BatchAxes, Joined, batch_axes, flattened
 from trtq.calls.paused import DenoiserCall
@@ -16,9 +16,6 @@ from trtq.quant.timestep import float_scope
 from trtq.runs import joint_calls
 from trtq.runs.fine_tune_calls import _batches
 from trtq.runs.joint_calls import joint_axes, steps_per_item
-from trtq.train.distill import Rates
-from trtq.train.efficientdm import EfficientDM
-from trtq.train.loop import fit
 
 CPU = torch.device("cpu")
 SD = {"prompt": "a red circle", "height": 16, "width": 16, "guidance_scale": 3.0}
@@ -129,6 +126,23 @@ def test_calls_that_differ_in_form_or_shape_take_turns(flux):
     assert all(place > (0, 1) for place in served)
 
 
+def test_turns_continue_after_resuming(flux):
+    run, axes = flux
+    calls = [run.plan.call.updated({"max_sequence_length": length}) for length in (4, 8)]
+    options = {"calls": calls, "axes": axes, "together": 4}
+    with run.trajectories("transformer", **options) as points:
+        for index in range(5):
+            points.next(0, index)
+        state = points.state()
+        expected = [points.next(0, index) for index in range(5, 9)]
+    assert len(set(state["0.waited"].tolist())) > 1
+    with run.trajectories("transformer", **options) as points:
+        points.load_state(state)
+        resumed = [points.next(0, index) for index in range(5, 9)]
+    for ours, theirs in zip(resumed, expected, strict=True):
+        assert torch.equal(ours.teacher, theirs.teacher)
+
+
 def test_equal_arguments_without_a_batch_are_shared_and_different_ones_do_not_fit(flux):
     run, axes = flux
     (rule,) = axes.values()
@@ -214,19 +228,8 @@ def test_joint_training_lowers_the_error_at_other_points():
                 float((points.predict(model, b) - b.teacher).square().sum()) for b in batches
             )
 
-    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
     with steps_per_item(model, True):
         before = error()
         with run.trajectories("unet", axes=axes, together=8) as points:
-            fit(
-                model,
-                EfficientDM(model, points, Rates(lora=0.3, weight_scale=1e-6, activation=1e-4)),
-                iterations=20,
-                accumulate=1,
-                weight_decay=0.0,
-                accelerator=accelerator,
-                checkpoints=None,
-                checkpoint_every=100,
-                fingerprint="",
-            )
+            learn(model, points, iterations=20)
         assert error() < 0.9 * before

@@ -207,12 +207,14 @@ class CalledTrajectories:
         """The state of all series.
 
         `slot` holds index of the pipeline's call and position in this call of every series, int64[B, 2];
+        `slot.waited` the number of points that each series has waited, int64[B];
         `slot.series.position.leaf` the results in this call.
         """
         tensors = {}
         for slot, series in enumerate(self._slots):
             places = [[each.paused.index, each.paused.position] for each in series]
             tensors[str(slot)] = torch.tensor(places)
+            tensors[f"{slot}.waited"] = torch.tensor([each.waited for each in series])
             for number, each in enumerate(series):
                 for position, result in enumerate(each.paused.results):
                     for leaf, tensor in enumerate(_tensors(result)):
@@ -236,7 +238,7 @@ class CalledTrajectories:
         for slot, series in enumerate(self._slots):
             for number, each in enumerate(series):
                 index, position = state[str(slot)][number].tolist()
-                each.skip = each.waited = 0
+                each.skip, each.waited = 0, int(state[f"{slot}.waited"][number])
                 each.paused.move(index, [])
                 results = [
                     self._restored(each, state, f"{slot}.{number}.{place}")
