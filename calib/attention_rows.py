@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtq.errors import NonFiniteError
+from trtq.calib.finite import check_finite
 from trtq.quant.plan import LayerPlan
 from trtq.seeds import seeded_generator
 
@@ -127,11 +127,7 @@ class AttentionRecorder:
     def _keep_max(self, product: str, attention: str, part: int, x: Tensor, step: int) -> None:
         """Update the largest values of the channels of `x[B, H, M, D]`."""
         largest = x.float().abs().amax((0, 2)).flatten().cpu()
-        if not bool(torch.isfinite(largest).all()):
-            raise NonFiniteError(
-                f"layer {product!r}: its input holds NaN or infinity at step {step}; "
-                "the float model itself is broken there"
-            )
+        check_finite(largest, product, step)
         entry = self.rows.get(attention)
         if entry is None:
             entry = self.rows[attention] = AttentionRows(

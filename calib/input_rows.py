@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trtq.calib.attention_rows import AttentionRecorder, outlier_ratio
-from trtq.errors import NonFiniteError
+from trtq.calib.finite import check_finite
 from trtq.quant.plan import LayerPlan
 from trtq.quant.timestep import TimestepTable
 from trtq.seeds import seeded_generator
@@ -97,11 +97,7 @@ class RowRecorder:
             x = x.movedim(1, -1)
         x = x.reshape(-1, x.shape[-1])
         largest = x.abs().amax(0)
-        if not bool(torch.isfinite(largest).all()):
-            raise NonFiniteError(
-                f"layer {layer!r}: its input holds NaN or infinity at step {self.step}; "
-                "the float model itself is broken there"
-            )
+        check_finite(largest, layer, self.step)
         entry = self.inputs.get(layer)
         if entry is None:
             entry = self.inputs[layer] = InputRows(

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from trtq.calib.finite import check_finite
 from trtq.calib.histogram import StepHistograms
 from trtq.diffusion.sampling import Conditions, seeded_noise, walk
 from trtq.diffusion.schedule import NoiseSchedule
-from trtq.errors import NonFiniteError
 from trtq.quant.hooks import input_hooks
 from trtq.quant.plan import LayerPlan
 from trtq.quant.timestep import TimestepTable
@@ -146,11 +146,7 @@ class LayerRecorder:
     def _keep(self, layer: str, path: str, x: Tensor) -> None:
         recording = self.recordings[path]
         low, high = torch.aminmax(x)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            raise NonFiniteError(
-                f"layer {layer!r}: its input holds NaN or infinity at step {self.step}; "
-                "the float model itself is broken there"
-            )
+        check_finite(torch.stack([low, high]), layer, self.step)
         recording.low[self.step] = torch.minimum(recording.low[self.step], low)
         recording.high[self.step] = torch.maximum(recording.high[self.step], high)
         if recording.histograms is not None:
