@@ -25,7 +25,6 @@ __all__ = [
     "Opened",
     "Run",
     "StoredArtefact",
-    "check_onnx",
     "open_artefact",
     "open_folder",
     "open_onnx",
@@ -280,23 +279,21 @@ def stored(opened: Opened) -> StoredArtefact:
     return opened
 
 
-def open_onnx(place: str | Path | Opened) -> StoredArtefact:
-    """Open an ONNX folder; its files are verified.
+def open_onnx(place: str | Path | Opened, *, verify: bool = True) -> StoredArtefact:
+    """Open an ONNX folder.
+
+    Args:
+        place: the folder, or an opened artefact.
+        verify: see `open_artefact`.
 
     Raises:
         UsageError: there is no artefact in the folder.
         ArtefactError: the artefact is of another kind, or its manifest cannot be read.
         IntegrityError: a file does not match the manifest.
     """
-    check_onnx(place)
-    return open_folder(place, "onnx")
-
-
-def check_onnx(place: str | Path | Opened) -> None:
-    """Raise unless a folder holds the manifest of ONNX graphs; errors as of `open_onnx`."""
     if not isinstance(place, Opened) and not has_manifest(Path(place)):
         raise UsageError(f"{place} is not an ONNX folder; make one first: trtq export RUN -o ONNX")
-    open_folder(place, "onnx", verify=False)
+    return open_folder(place, "onnx", verify=verify)
 
 
 def open_folder(place: str | Path | Opened, *kinds: Kind, verify: bool = True) -> StoredArtefact:

@@ -6,12 +6,20 @@ This module does not import torch and reads no tensor.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from trtq.checkpoint.layout import INDEX_NAME, read_json
 from trtq.checkpoint.weights import TensorInfo, Weights, check_pointers, is_pointer, read_header
 from trtq.errors import ArtefactError
 
-__all__ = ["find_weights", "has_weights", "is_single_file", "lora_refusal", "single_file_refusal"]
+__all__ = [
+    "find_weights",
+    "has_weights",
+    "is_single_file",
+    "lora_refusal",
+    "single_file",
+    "single_file_refusal",
+]
 
 _STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -54,6 +62,25 @@ def has_weights(folder: Path) -> bool:
 def is_single_file(path: Path) -> bool:
     """Whether a path is a safetensors file, by its suffix."""
     return path.suffix.lower() in _SAFE and path.is_file()
+
+
+def single_file(model: Any) -> Path | None:
+    """The path of a single-file checkpoint; None if the model is of another kind.
+
+    Raises:
+        ArtefactError: the file cannot be read, or holds a LoRA.
+    """
+    if not isinstance(model, str | Path) or "\0" in str(model):
+        return None
+    try:
+        if not is_single_file(Path(model)):
+            return None
+    except OSError:
+        # `resolve_model` reports the error.
+        return None
+    if (refusal := lora_refusal(Path(model))) is not None:
+        raise ArtefactError(refusal)
+    return Path(model)
 
 
 def find_weights(folder: Path, stem: str | None = None) -> Weights:

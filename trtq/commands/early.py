@@ -34,16 +34,12 @@ def check_model(place: str, config: str | Path | None = None) -> None:
     """
     from trtq.artefact.opened import Checkpoint, open_artefact
     from trtq.checkpoint.resolve import resolve_model
-    from trtq.checkpoint.weight_files import is_single_file
+    from trtq.checkpoint.weight_files import single_file
 
     opened = open_artefact(place, verify=False, config=config)
     if not isinstance(opened, Checkpoint):
         return
-    try:
-        single = "\0" not in place and is_single_file(Path(place))
-    except OSError:
-        single = False
-    if not single:
+    if single_file(place) is None:
         resolve_model(place)
 
 
@@ -64,9 +60,9 @@ def check_graphs(place: str | Path) -> None:
     Raises:
         TrtqError: there is no artefact, it is of another kind, or its manifest cannot be read.
     """
-    from trtq.artefact.opened import check_onnx
+    from trtq.artefact.opened import open_onnx
 
-    check_onnx(place)
+    open_onnx(place, verify=False)
 
 
 def check_folder(output: Path | None, source: str | Path, kind: str, *, overwrite: bool) -> None:

@@ -15,12 +15,12 @@ from trtq.checkpoint.places import config_folder, download
 from trtq.checkpoint.prepared import plain_pipeline
 from trtq.checkpoint.resolve import resolve_model
 from trtq.checkpoint.single_file import load_single_file
-from trtq.checkpoint.weight_files import is_single_file, lora_refusal
+from trtq.checkpoint.weight_files import single_file
 from trtq.checkpoint.wording import one_line
 from trtq.diffusion.closed_form import check_inputs, check_needs
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS, scheduler_name
-from trtq.errors import ArtefactError, UsageError
+from trtq.errors import UsageError
 from trtq.quant.stand_in import StandIn
 from trtq.torch_settings import with_own_settings
 
@@ -84,7 +84,7 @@ def open_pipeline(
         UsageError: the denoiser needs inputs that trtq does not pass, or the object has a change that
             would be lost by rebuilding, or `config` is given for another kind of model.
     """
-    file = _single_file(model)
+    file = single_file(model)
     if config is not None and file is None:
         what = str(model) if isinstance(model, str | Path) else f"a {type(model).__name__}"
         raise UsageError(
@@ -108,25 +108,6 @@ def open_pipeline(
         check_needs(pipeline, name, str(model))
     pipeline.set_progress_bar_config(disable=True)
     return LoadedPipeline(str(model), folder, pipeline, name)
-
-
-def _single_file(model: Any) -> Path | None:
-    """The path of a single-file checkpoint; None if the model is of another kind.
-
-    Raises:
-        ArtefactError: the file cannot be read, or holds a LoRA.
-    """
-    if not isinstance(model, str | Path) or "\0" in str(model):
-        return None
-    try:
-        if not is_single_file(Path(model)):
-            return None
-    except OSError:
-        # `resolve_model` reports the error.
-        return None
-    if (refusal := lora_refusal(Path(model))) is not None:
-        raise ArtefactError(refusal)
-    return Path(model)
 
 
 def _open_object(pipeline: Any, *, recorded: bool) -> LoadedPipeline:
