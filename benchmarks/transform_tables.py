@@ -1,11 +1,11 @@
-"""Tables of `transforms.json` as Markdown."""
+"""Tables of `transforms.json` and `calibrators.json` as Markdown."""
 
 from __future__ import annotations
 
 import itertools
 from typing import Any
 
-__all__ = ["transforms_planted", "transforms_policies", "transforms_tuned"]
+__all__ = ["calibrators", "transforms_planted", "transforms_policies", "transforms_tuned"]
 
 _MODELS = {
     "digits": "digits (UNet)",
@@ -106,3 +106,30 @@ def transforms_tuned(record: dict[str, Any]) -> str:
         ]
         lines.append(f"| {_MODELS[model]} | {bits.upper()} | `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def calibrators(record: dict[str, Any]) -> str:
+    """`calibrators.json` as Markdown: PSNR of the images and mean SNR of the prediction."""
+    rows = record["rows"]
+    values = {(row["model"], row["bits"], row["calibrator"]): row for row in rows}
+    names = list(dict.fromkeys(row["calibrator"] for row in rows))
+    images = {row["model"]: row["images"] for row in rows}
+    dates = sorted({row["date"] for row in rows})
+    span = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    counts = ", ".join(f"{model} {count}" for model, count in images.items())
+    lines = [
+        f"`python benchmarks/calibrators.py`, {span}, post-training, {record['steps']} steps, one seed, in "
+        f"torch; images: {counts}. Cells: PSNR of the images against float / mean SNR of the prediction "
+        "over steps, in dB.",
+        "",
+        "| model | bits | " + " | ".join(names) + " |",
+        "| --- | --- | " + " | ".join("---" for _ in names) + " |",
+    ]
+    for model, bits in dict.fromkeys((row["model"], row["bits"]) for row in rows):
+        cells = [_pair(values.get((model, bits, name))) for name in names]
+        lines.append(f"| {model} | {bits.upper()} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _pair(row: dict[str, Any] | None) -> str:
+    return "not measured" if row is None else f"{row['psnr_db']:.1f} / {row['snr_db']:.1f}"

@@ -1,4 +1,4 @@
-"""Names of the histogram calibrators; see `calib.histogram` for what they compute."""
+"""Names of the methods that find activation ranges, and what they need from the recording."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ from dataclasses import dataclass
 
 from trtq.documents import shown
 
-__all__ = ["CALIBRATORS", "Calibrator", "parse_calibrator"]
+__all__ = [
+    "BY_OUTPUT",
+    "CALIBRATORS",
+    "EXTREMES",
+    "Calibrator",
+    "RangeData",
+    "parse_calibrator",
+    "range_data",
+]
 
 CALIBRATORS = ("entropy", "percentile", "mse")
+"""Calibrators that need a histogram, see `trtq.calib.histogram`."""
+BY_OUTPUT = "output"
+"""Ranges by the error of the layer's output, see `trtq.calib.output_ranges`."""
 _PERCENTILE = 99.99
 
 
@@ -49,3 +60,32 @@ def parse_calibrator(text: str) -> Calibrator | None:
             "up to 100"
         )
     return Calibrator(name, percentile)
+
+
+@dataclass(frozen=True)
+class RangeData:
+    """What is recorded of each input besides its extremes and a sample of its values.
+
+    Attributes:
+        histograms: whether to count histograms of the absolute values.
+        rows: whether to sample rows of the inputs of layers with weights.
+        static: whether all steps share a range.
+    """
+
+    histograms: bool = False
+    rows: bool = False
+    static: bool = False
+
+
+EXTREMES = RangeData()
+"""Extremes and a sample of the values suffice."""
+
+
+def range_data(method: str, *, static: bool) -> RangeData:
+    """What a method of finding activation ranges needs.
+
+    Args:
+        method: `minmax`, `search`, `output` or a histogram calibrator.
+        static: whether all steps share a range.
+    """
+    return RangeData(parse_calibrator(method) is not None, method == BY_OUTPUT, static)

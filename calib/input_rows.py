@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trtq.calib.attention_rows import AttentionRecorder, outlier_ratio
 from trtq.calib.finite import check_finite
+from trtq.calib.range_rows import input_rows
 from trtq.quant.plan import LayerPlan
 from trtq.quant.timestep import TimestepTable
 from trtq.seeds import seeded_generator
@@ -92,10 +93,7 @@ class RowRecorder:
         if layer in self._attention.products:
             self._attention.observe(layer, inputs, self.step)
             return
-        x = inputs[0].detach().float().cpu()
-        if not self._first[layer]:
-            x = x.movedim(1, -1)
-        x = x.reshape(-1, x.shape[-1])
+        x = input_rows(inputs[0].detach().float().cpu(), linear=self._first[layer])
         largest = x.abs().amax(0)
         check_finite(largest, layer, self.step)
         entry = self.inputs.get(layer)

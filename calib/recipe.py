@@ -21,7 +21,7 @@ from pydantic import (
 
 from trtq.bits import check_bits
 from trtq.calib.budget import parse_budget
-from trtq.calib.calibrators import CALIBRATORS, parse_calibrator
+from trtq.calib.calibrators import BY_OUTPUT, CALIBRATORS, parse_calibrator
 from trtq.calib.toml_files import explain, read_toml
 from trtq.checkpoint.layout import parse_size
 from trtq.documents import check_depth, shown
@@ -56,8 +56,8 @@ def _range_method(value: str) -> str:
     Raises:
         ValueError: the method is unknown.
     """
-    if value not in METHODS and parse_calibrator(value) is None:
-        known = ", ".join([*METHODS, *CALIBRATORS, "percentile:99.9"])
+    if value not in (*METHODS, BY_OUTPUT) and parse_calibrator(value) is None:
+        known = ", ".join([*METHODS, BY_OUTPUT, *CALIBRATORS, "percentile:99.9"])
         raise ValueError(f"unknown method {shown(value)} of finding ranges; choose one of {known}")
     return value
 
@@ -84,8 +84,8 @@ class Calibration(_Strict):
     """Number of sampled values per layer and step."""
     weights: Literal["minmax", "search"] = "search"
     activations: Annotated[str, AfterValidator(_range_method)] = "search"
-    """`minmax`, `search`, or a calibrator of `trtq.calib.histogram`: `entropy`, `mse`, `percentile` or
-    e.g. `percentile:99.9`."""
+    """`minmax`, `search`, `output` (see `trtq.calib.output_ranges`), or a calibrator of
+    `trtq.calib.histogram`: `entropy`, `mse`, `percentile` or e.g. `percentile:99.9`."""
     batch: _Int = Field(64, ge=1, le=MAX_BATCH)
     """Maximum number of images per denoiser call; fewer for large images, see
     `trtq.diffusion.sampling.at_once`."""
@@ -416,7 +416,8 @@ def _check_format(recipe: Recipe) -> None:
             f"a budget chooses the bits of integer weights, and the recipe asks for {recipe.precision}; "
             "leave out the budget, or choose integer bits, e.g. w4a4"
         )
-    calibrated = parse_calibrator(recipe.calibration.activations) is not None
+    method = recipe.calibration.activations
+    calibrated = method == BY_OUTPUT or parse_calibrator(method) is not None
     if calibrated and recipe.scales == "row":
         raise RecipeError(
             f"calibration.activations={recipe.calibration.activations!r} finds ranges, and scales='row' "

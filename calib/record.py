@@ -9,8 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from trtq.calib.calibrators import EXTREMES, RangeData
 from trtq.calib.finite import check_finite
 from trtq.calib.histogram import StepHistograms
+from trtq.calib.range_rows import RangeRows, input_rows
 from trtq.diffusion.sampling import Conditions, seeded_noise, walk
 from trtq.diffusion.schedule import NoiseSchedule
 from trtq.quant.hooks import input_hooks
@@ -22,7 +24,6 @@ __all__ = [
     "LayerRecorder",
     "Recorder",
     "Recording",
-    "histogram_count",
     "observe_trajectories",
     "record",
 ]
@@ -39,6 +40,7 @@ class Recording:
         images: number of trajectories.
         histograms: histograms of the absolute values, one per step or one for all steps; None: not
             counted.
+        rows: sampled rows; None: not sampled.
     """
 
     low: Tensor
@@ -46,6 +48,7 @@ class Recording:
     sample: Tensor
     images: int = 0
     histograms: StepHistograms | None = None
+    rows: RangeRows | None = None
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """Estimates of the smallest and largest value over all images, `low[T]` and `high[T]`.
@@ -91,7 +94,7 @@ class LayerRecorder:
         share: number of sampled values per layer, step and batch.
         images: number of trajectories.
         seed: seed of the random sample.
-        histograms: number of histograms of each input: one per step, one for all steps, or 0.
+        data: what else is recorded of each input.
 
     Attributes:
         step: index of the current denoising step.
@@ -107,7 +110,7 @@ class LayerRecorder:
         share: int,
         images: int,
         seed: int,
-        histograms: int = 0,
+        data: RangeData = EXTREMES,
     ) -> None:
         self.step = self.batch = 0
         self.share = share
@@ -115,6 +118,8 @@ class LayerRecorder:
         self._visits: dict[tuple[str, int, int], int] = {}
         # Paths of the quantisers of each layer, in the order of the layer's arguments.
         self._paths: dict[str, list[str]] = {}
+        # Whether a layer whose rows are sampled is linear.
+        self._linear: dict[str, bool] = {}
         self._generator = seeded_generator(seed, "recorded values")
         for plan in layers:
             if plan.input_of is not None or not plan.operands:
@@ -126,8 +131,12 @@ class LayerRecorder:
                     torch.full((len(table),), -torch.inf),
                     torch.zeros(len(table), batches * share),
                     images,
-                    StepHistograms(histograms) if histograms else None,
+                    StepHistograms(1 if data.static else len(table)) if data.histograms else None,
                 )
+            if data.rows and plan.weight_bits is not None and plan.format == "int":
+                self._linear[plan.name] = plan.kind == "linear"
+                for path in self._paths[plan.name]:
+                    self.recordings[path].rows = RangeRows(len(table), seed)
 
     @property
     def layers(self) -> list[str]:
@@ -141,7 +150,11 @@ class LayerRecorder:
             NonFiniteError: an input holds NaN or infinity.
         """
         for path, x in zip(self._paths[layer], inputs, strict=False):
-            self._keep(layer, path, x.detach().float().cpu().reshape(-1))
+            x = x.detach().float().cpu()
+            self._keep(layer, path, x.reshape(-1))
+            rows = self.recordings[path].rows
+            if rows is not None:
+                rows.add(self.step, input_rows(x, linear=self._linear[layer]))
 
     def _keep(self, layer: str, path: str, x: Tensor) -> None:
         recording = self.recordings[path]
@@ -164,11 +177,6 @@ class LayerRecorder:
         slot.copy_(drawn)
 
 
-def histogram_count(table: TimestepTable, *, static: bool) -> int:
-    """Number of histograms of each input: one per step, or one if all steps share a scale."""
-    return 1 if static else len(table)
-
-
 def record(
     denoiser: nn.Module,
     layers: Sequence[LayerPlan],
@@ -183,7 +191,7 @@ def record(
     seed: int,
     guidance: float = 1.0,
     device: torch.device | str = "cpu",
-    histograms: int = 0,
+    data: RangeData = EXTREMES,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Recording]:
     """Record the input of every layer along the float model's trajectories.
@@ -204,7 +212,7 @@ def record(
         seed: seed of the initial noise and of the random sample.
         guidance: classifier-free guidance scale of the trajectories.
         device: device of the denoiser.
-        histograms: see `LayerRecorder`.
+        data: what else is recorded of each input, see `LayerRecorder`.
         progress: callback with the completed and the total number of steps.
 
     Raises:
@@ -212,7 +220,7 @@ def record(
     """
     batches = -(-images // batch)
     share = -(-samples_per_step // batches)
-    recorder = LayerRecorder(layers, table, batches, share, images, seed, histograms)
+    recorder = LayerRecorder(layers, table, batches, share, images, seed, data)
     observe_trajectories(
         recorder,
         denoiser,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trtq.calib.record import LayerRecorder, Recorder, Recording, histogram_count
+from trtq.calib.calibrators import EXTREMES, RangeData
+from trtq.calib.record import LayerRecorder, Recorder, Recording
 from trtq.calls.recorder import RecordedCall, call_until, observed, read_timestep
 from trtq.calls.user_call import UserCall, run_call
 from trtq.quant.hooks import input_hooks
@@ -48,8 +49,7 @@ def record_calls(
     *,
     samples_per_step: int,
     seed: int,
-    static: bool = False,
-    histograms: bool = False,
+    data: RangeData = EXTREMES,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, Recording]]:
     """Record the input of every layer during calls of the pipeline.
@@ -64,8 +64,7 @@ def record_calls(
             `numbers[i % len(numbers)]` calls.
         samples_per_step: number of sampled values per layer and step.
         seed: seed of the random numbers and of the random samples.
-        static: whether all steps share their histograms.
-        histograms: whether to count histograms of the inputs.
+        data: what else is recorded of each input, see `LayerRecorder`.
         progress: callback with the completed and the total number of pipeline calls.
 
     Returns:
@@ -84,7 +83,7 @@ def record_calls(
             share,
             len(calls),
             seed,
-            histogram_count(part.table, static=static) if histograms else 0,
+            data,
         )
         for part in denoisers
     }

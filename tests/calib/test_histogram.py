@@ -106,12 +106,13 @@ def test_an_unknown_calibrator_is_refused(text):
         load_recipe(None, {"method": "minmax", "calibration": {"activations": text}})
 
 
+@pytest.mark.parametrize("activations", ["entropy", "output"])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"format": "fp8"}, "finds ranges of integers"), ({"scales": "row"}, "scales='row'")],
 )
-def test_a_calibrator_without_effect_is_refused(settings, message):
-    recipe = {"method": "minmax", "calibration": {"activations": "entropy"}} | settings
+def test_a_calibrator_without_effect_is_refused(settings, message, activations):
+    recipe = {"method": "minmax", "calibration": {"activations": activations}} | settings
     with pytest.raises(RecipeError, match=message):
         load_recipe(None, recipe)
 

@@ -77,9 +77,9 @@ Calibrator = Annotated[
     str | None,
     typer.Option(
         "--calibrator",
-        autocompletion=one_of("minmax", "search", "entropy", "percentile", "mse"),
-        help="How ranges of activations are found: minmax, search, entropy, percentile (99.99), "
-        "percentile:99.9 or mse. Default: the method's.",
+        autocompletion=one_of("minmax", "search", "output", "entropy", "percentile", "mse"),
+        help="How ranges of activations are found: minmax, search, output, entropy, percentile "
+        "(99.99), percentile:99.9 or mse. Default: the method's.",
     ),
 ]
 Tables = Annotated[

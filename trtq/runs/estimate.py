@@ -84,7 +84,7 @@ def estimate(plan: QuantizePlan) -> Estimate:
     searched = 0
     if recipe.calibration.weights == "search":
         searched += weights
-    if recipe.calibration.activations == "search":
+    if recipe.calibration.activations in ("search", "output"):
         searched += len(plan.layers) * steps * recipe.calibration.samples_per_step
     seconds += searched * _CANDIDATES * _SEARCH_SECONDS / torch.get_num_threads()
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from trtq.calib.attention_scales import scale_attention
-from trtq.calib.calibrators import parse_calibrator
 from trtq.calib.input_rows import RowRecorder
 from trtq.calib.recipe import Recipe
 from trtq.calib.record import observe_trajectories
@@ -18,6 +17,7 @@ from trtq.calib.transform_error import TransformChoice
 from trtq.calib.transforms import transform_layers
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.schedule import NoiseSchedule
+from trtq.precision import Method
 from trtq.progress import ProgressCallback
 from trtq.quant import LayerPlan, TimestepTable
 from trtq.runs.plan import QuantizePlan
@@ -34,12 +34,12 @@ def _choice(recipe: Recipe) -> TransformChoice | None:
     """What the recipe allows; None: no transform."""
     if not recipe.smooth and not recipe.rotate and recipe.scales != "auto":
         return None
-    # The samples of a candidate have no histograms.
-    clips = parse_calibrator(recipe.calibration.activations) is not None
+    # The samples of a candidate have neither histograms nor rows apart.
+    ranges: Method = "minmax" if recipe.calibration.activations == "minmax" else "search"
     return TransformChoice(
         recipe.smooth,
         recipe.rotate,
-        "search" if clips or recipe.calibration.activations == "search" else "minmax",
+        ranges,
         recipe.calibration.weights,
         recipe.tables == "static",
     )

@@ -21,9 +21,9 @@ from trtq.artefact.opened import Opened, open_artefact
 from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
 from trtq.artefact.partial import partial_folder
 from trtq.calib.activation_tables import activation_tables
-from trtq.calib.calibrators import parse_calibrator
+from trtq.calib.calibrators import range_data
 from trtq.calib.recipe import Recipe, load_recipe
-from trtq.calib.record import histogram_count, record
+from trtq.calib.record import record
 from trtq.diffusion.folder import save_pipeline_parts
 from trtq.diffusion.sampling import at_once
 from trtq.diffusion.schedule import NoiseSchedule
@@ -84,17 +84,14 @@ def _calibrate(
         seed=recipe.seed,
         guidance=recipe.guidance,
         device=device,
-        histograms=(
-            0
-            if parse_calibrator(recipe.calibration.activations) is None
-            else histogram_count(table, static=recipe.tables == "static")
-        ),
+        data=range_data(recipe.calibration.activations, static=recipe.tables == "static"),
         progress=lambda done, total: progress("calibrate", done, total),
     )
     return activation_tables(
         recordings,
         plan.layers,
         recipe.calibration.activations,
+        source.denoiser,
         static=recipe.tables == "static",
         progress=lambda done, total: progress("find ranges", done, total),
     )

@@ -13,7 +13,7 @@ from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_rows import FurtherRow, LayerRow, RecordedRow, SourceRow, StructureRow
 from trtq.artefact.options import LoraRecord, Metrics, RecipeRecord
 from trtq.calib.activation_tables import activation_tables
-from trtq.calib.calibrators import parse_calibrator
+from trtq.calib.calibrators import range_data
 from trtq.calib.record import Recording
 from trtq.calib.record_calls import CalledDenoiser, record_calls
 from trtq.calls.stored import CALL_FOLDER, save_call
@@ -65,8 +65,7 @@ def calibrate(
         plan.numbers,
         samples_per_step=recipe.calibration.samples_per_step,
         seed=recipe.seed,
-        static=recipe.tables == "static",
-        histograms=parse_calibrator(recipe.calibration.activations) is not None,
+        data=range_data(recipe.calibration.activations, static=recipe.tables == "static"),
         progress=lambda done, total: progress("calibrate", done, total),
     )
     parts, tables = [], {}
@@ -79,6 +78,7 @@ def calibrate(
             recordings[part.name],
             layers,
             recipe.calibration.activations,
+            part.module,
             static=recipe.tables == "static",
             progress=lambda done, total: progress("find ranges", done, total),
         )
