@@ -118,9 +118,9 @@ def calibrators(record: dict[str, Any]) -> str:
     span = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     counts = ", ".join(f"{model} {count}" for model, count in images.items())
     lines = [
-        f"`python benchmarks/calibrators.py`, {span}, post-training, {record['steps']} steps, one seed, in "
-        f"torch; images: {counts}. Cells: PSNR of the images against float / mean SNR of the prediction "
-        "over steps, in dB.",
+        f"`python benchmarks/calibrators.py`, {span}, post-training, {record['steps']} steps, one seed, "
+        f"in torch; images: {counts}. Cells: PSNR of the images against float / mean SNR of the "
+        "prediction over steps, in dB.",
         "",
         "| model | bits | " + " | ".join(names) + " |",
         "| --- | --- | " + " | ".join("---" for _ in names) + " |",

@@ -33,6 +33,7 @@ from trtq.checkpoint.layout import (
     read_scheduler,
 )
 from trtq.checkpoint.quiet import quiet_diffusers
+from trtq.checkpoint.stored_models import half_dtype, keep_half, read_tensors, stored_model
 from trtq.checkpoint.tensor_checks import (
     check_dtypes,
     check_finite,
@@ -42,11 +43,11 @@ from trtq.checkpoint.tensor_checks import (
     meta_model,
 )
 from trtq.checkpoint.weight_files import find_weights
-from trtq.checkpoint.weights import TensorInfo, check_pointers
+from trtq.checkpoint.weights import check_pointers
 from trtq.checkpoint.wording import list_names, one_line
 from trtq.errors import ArtefactError
 
-__all__ = ["align_tensors", "assemble", "load_part", "load_pipeline", "read_tensors"]
+__all__ = ["align_tensors", "assemble", "load_part", "load_pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +58,15 @@ _ALIGNMENT = 64
 """Alignment of torch's own allocations on the CPU, in bytes."""
 
 
-def load_part(folder: Path, part: str, cls: Any) -> Any:
+def load_part(folder: Path, part: str, cls: Any, *, stored: bool = False) -> Any:
     """Load one component of a pipeline in float32, from safetensors only.
 
     Args:
         folder: folder of the pipeline.
         part: name of the component and of its folder.
         cls: class of the component, from `part_class`; None: the pipeline has no such component.
+        stored: whether large weights stay in their files or in their own dtype until they are used, see
+            `trtq.checkpoint.stored_models`.
 
     Raises:
         ArtefactError: the component is missing, cannot be read, or does not fit its class.
@@ -80,7 +83,7 @@ def load_part(folder: Path, part: str, cls: Any) -> Any:
         )
     check_pointers(place)
     if issubclass(cls, nn.Module):
-        return _load_module(place, cls)
+        return _load_module(place, cls, stored=stored)
     if (place / SCHEDULER_NAME).is_file():
         check_config(place / SCHEDULER_NAME, read_scheduler(folder, part), cls)
     _check_vocabulary(place, cls)
@@ -128,7 +131,7 @@ def _guarded(place: Path, cls: Any, load: Callable[[], Any]) -> Any:
         ) from err
 
 
-def _load_module(place: Path, cls: Any) -> nn.Module:
+def _load_module(place: Path, cls: Any, *, stored: bool) -> nn.Module:
     path = place / CONFIG_NAME
     config = read_json(path)
     if path.read_bytes().startswith(b"\xef\xbb\xbf"):
@@ -153,10 +156,16 @@ def _load_module(place: Path, cls: Any) -> nn.Module:
     check_dtypes(place, model, weights.tensors)
     if by_diffusers and model is not None:
         check_names(place, config, model, weights.tensors)
+    if stored and by_diffusers and not adapter:
+        named: nn.Module | None = _guarded(
+            place, cls, lambda: stored_model(config, cls, weights.tensors)
+        )
+        if named is not None:
+            return named
     options: dict[str, Any] = {
         "local_files_only": True,
         "use_safetensors": True,
-        "dtype": torch.float32,
+        "dtype": half_dtype(weights.tensors) if stored else torch.float32,
         "variant": weights.variant,
         "output_loading_info": True,
     }
@@ -169,36 +178,16 @@ def _load_module(place: Path, cls: Any) -> nn.Module:
         _guarded(place, cls, lambda: add_ip_adapter(loaded, tensors))
         report["unexpected_keys"] = set(report["unexpected_keys"]) - set(adapter)
     check_loading_report(place, report, weights.tensors)
-    module: nn.Module = loaded.float().eval()
+    module: nn.Module = loaded.eval()
+    if stored:
+        keep_half(module)
+    else:
+        module.float()
     if meta := [name for name, tensor in module.state_dict().items() if tensor.is_meta]:
         raise ArtefactError(f"{place}: {len(meta)} tensors got no value: {list_names(meta)}")
     check_finite(module, str(place))
     align_tensors(module)
     return module
-
-
-def read_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
-    """Tensors from safetensors files as float32, by name.
-
-    Args:
-        tensors: header entries by name.
-
-    Raises:
-        ArtefactError: a file cannot be read.
-    """
-    from safetensors import safe_open
-
-    read: dict[str, torch.Tensor] = {}
-    for file in sorted({info.file for info in tensors.values()}):
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name, info in tensors.items():
-                    if info.file == file:
-                        read[name] = reader.get_tensor(name).float()
-        # safetensors raises an exception class of its own.
-        except Exception as err:
-            raise ArtefactError(f"cannot read {file}: {one_line(err)}") from err
-    return read
 
 
 def align_tensors(module: nn.Module) -> None:
@@ -262,11 +251,15 @@ def assemble(
     return pipeline
 
 
-def load_pipeline(folder: Path) -> Any:
+def load_pipeline(folder: Path, *, stored: bool = False) -> Any:
     """Load the pipeline in a folder in float32, from safetensors only, with all tensors checked.
+
+    Args:
+        folder: folder of the pipeline.
+        stored: see `load_part`.
 
     Raises:
         ArtefactError: a component is missing, cannot be read, or does not fit.
         NonFiniteError: a weight holds NaN or infinity.
     """
-    return assemble(folder, lambda name, cls: load_part(folder, name, cls))
+    return assemble(folder, lambda name, cls: load_part(folder, name, cls, stored=stored))

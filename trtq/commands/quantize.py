@@ -176,6 +176,15 @@ CallFiles = Annotated[
         "may be repeated, one call each.",
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory to use, e.g. 24GB. Default: what is available. Layers of a checkpoint whose "
+        "float32 weights take over half of it read them from its files; for --method search or minmax.",
+    ),
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue from the checkpoint of an interrupted run.")
 ]
@@ -208,6 +217,7 @@ def quantize(
     lora: Loras = None,
     base: Base = None,
     config: Config = None,
+    memory: Memory = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -275,6 +285,7 @@ def quantize(
                 loras=loras,
                 calls=calls or None,
                 inputs=files,
+                memory=memory,
                 resume=resume,
                 **outcome,
             )

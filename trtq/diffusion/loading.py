@@ -65,7 +65,11 @@ def wrap_pipeline(pipeline: Any, null_class: int | None = None, scheduler: Any =
 
 @with_own_settings
 def open_pipeline(
-    model: str | Path | Any, config: str | Path | None = None, *, recorded: bool = False
+    model: str | Path | Any,
+    config: str | Path | None = None,
+    *,
+    recorded: bool = False,
+    stored: bool = False,
 ) -> LoadedPipeline:
     """Load a pipeline in float32, from safetensors only, with all tensors checked.
 
@@ -77,6 +81,8 @@ def open_pipeline(
             hub id that diffusers infers from the file.
         recorded: whether the caller records the pipeline's own call. The denoiser of such a pipeline may
             need any input.
+        stored: whether large weights of a folder stay in their files or in half precision until they
+            are used, see `trtq.checkpoint.stored_models`.
 
     Raises:
         ArtefactError: the model is missing or cannot be read, or its weights do not fit.
@@ -101,7 +107,7 @@ def open_pipeline(
         place = resolve_model(model)
         folder = place if isinstance(place, Path) else None
         labels = folder if folder is not None else download(str(place))
-        pipeline = load_pipeline(labels)
+        pipeline = load_pipeline(labels, stored=stored)
     name = find_denoiser(pipeline)
     pipeline = wrap_pipeline(pipeline, read_null_class(labels))
     if not recorded:

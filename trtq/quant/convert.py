@@ -41,6 +41,7 @@ from trtq.quant.plan import (
     quantizable_layers,
 )
 from trtq.quant.product import QuantProduct
+from trtq.quant.stored_weight import release_weight
 from trtq.quant.structure import Product, replace_module
 from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
@@ -181,7 +182,7 @@ def merge(quantized: QuantizedDenoiser, *, release: bool = False) -> dict[str, L
         with named_errors(name):
             merged[name] = merged_tensors(layer)
         if release:
-            layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+            release_weight(layer)
     for name, product in quantized.products():
         with named_errors(name):
             merged[name] = ProductTensors.merge(product)

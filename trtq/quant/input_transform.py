@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, QuantizationError
-from trtq.quant.geometry import FloatLayer
+from trtq.quant.stored_weight import change_weight
 
 __all__ = [
     "ROTATIONS",
@@ -284,15 +284,12 @@ def transform_layer(layer: nn.Module, tensors: TransformTensors) -> None:
     Raises:
         QuantizationError: the layer cannot be transformed.
     """
-    source = cast(FloatLayer, layer)
     obstacle = tensors.obstacle(layer)
     if obstacle is not None:
         raise QuantizationError(f"the input cannot be transformed: {obstacle}")
-    source.weight = nn.Parameter(
-        tensors.weight(source.weight), requires_grad=source.weight.requires_grad
-    )
+    change_weight(layer, tensors.weight)
     apply_transform(layer, tensors, -1 if isinstance(layer, nn.Linear) else 1)
-    layer.input_transform.to(source.weight.device)
+    layer.input_transform.to(next(layer.parameters()).device)
 
 
 def _transform_first(

@@ -30,6 +30,7 @@ from trtq.quant.geometry import ConvGeometry, FloatLayer, set_sizes
 from trtq.quant.input_transform import InputTransform
 from trtq.quant.packing import PackedWeight
 from trtq.quant.ranges import weight_qparams
+from trtq.quant.stored_weight import has_stored_weight, share_weight
 from trtq.quant.timestep import Step, TimestepTable, current_step
 
 __all__ = ["Base", "QuantLayer"]
@@ -108,11 +109,13 @@ class QuantLayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        for tensor in (source.weight, source.bias):
+        # A stored weight is read once.
+        weight = source.weight
+        for tensor in (weight, source.bias):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError("the weight or bias holds NaN or infinity")
-        set_sizes(self, source.weight.shape, self._take_geometry(source))
-        self.weight = cast(nn.Parameter, source.weight)
+        set_sizes(self, weight.shape, self._take_geometry(source))
+        self.weight = cast(nn.Parameter, weight)
         self.bias = cast("nn.Parameter | None", source.bias)
         for parameter in (self.weight, self.bias):
             if parameter is not None:
@@ -131,6 +134,8 @@ class QuantLayer(nn.Module):
         self.register_parameter("alpha", None)
         self.soft_rounding = False
         self._add_adapters(generator)
+        if has_stored_weight(source):
+            share_weight(source, self)
 
     def _make_activation(
         self, bits: int, table: TimestepTable, mode: ZeroPointMode

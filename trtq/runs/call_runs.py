@@ -44,6 +44,7 @@ def quantize_calls(
     loras: Sequence[LoraRequest],
     *,
     inputs: Mapping[str, Any] | None,
+    stored: bool,
     resume: bool,
     overwrite: bool,
     progress: ProgressCallback,
@@ -58,6 +59,7 @@ def quantize_calls(
         calls: arguments of the user's calls of the pipeline; none: a default call.
         loras: LoRAs to merge into the float weights first.
         inputs: further arguments of every call.
+        stored: whether large weights stay in their files, see `trtq.runs.memory`.
         resume: continue from the newest checkpoint of an interrupted run.
         overwrite: replace an existing run.
         progress: callback that receives the stage's name, the work done and the total.
@@ -66,7 +68,7 @@ def quantize_calls(
     Raises:
         TrtqError: see `trtq.errors`; no partial result is left at `final`.
     """
-    plan = plan_calls(model, recipe, calls, loras, inputs)
+    plan = plan_calls(model, recipe, calls, loras, inputs, stored=stored)
     model_classes = {part.name: type(part.module).__name__ for part in plan.denoisers}
     files = source_files(plan.source)
     bytes_before = sum(part.plan.bytes_before() for part in plan.denoisers)

@@ -147,7 +147,11 @@ def plan_quantize(
 
 
 def load_float(
-    model: str | Path | Opened | Any, *, copy_all: bool, steps: int | None = None
+    model: str | Path | Opened | Any,
+    *,
+    copy_all: bool,
+    steps: int | None = None,
+    stored: bool = False,
 ) -> LoadedPipeline:
     """Load the float checkpoint, and first raise if it cannot be calibrated.
 
@@ -156,6 +160,7 @@ def load_float(
         copy_all: whether components of a pipeline object other than the denoiser may change too.
         steps: denoising steps of a calibration that follows noise levels in closed form; None: the
             calibration runs inside the pipeline's own call, and every denoiser may change.
+        stored: whether large weights stay in their files, see `trtq.checkpoint.stored_models`.
 
     Raises:
         UsageError: the model is already quantised, or has no noise levels in closed form.
@@ -166,7 +171,7 @@ def load_float(
             f"{opened.place} is of kind {opened.kind!r}, which is already quantised; give a float "
             "checkpoint, or a run together with --lora to change its LoRAs"
         )
-    source = open_pipeline(opened.place, opened.config, recorded=steps is None)
+    source = open_pipeline(opened.place, opened.config, recorded=steps is None, stored=stored)
     if isinstance(source.denoiser, StandIn):
         raise UsageError(
             f"{source.name} is already quantised (its denoiser is a "

@@ -99,6 +99,8 @@ def plan_calls(
     calls: Sequence[Mapping[str, Any]] = (),
     loras: Sequence[LoraRequest] = (),
     inputs: Mapping[str, Any] | None = None,
+    *,
+    stored: bool = False,
 ) -> CallsPlan:
     """Load the checkpoint, run the pipeline once, and choose the bits of every layer.
 
@@ -108,13 +110,14 @@ def plan_calls(
         calls: arguments of the user's calls of the pipeline; none: a default call.
         loras: LoRAs to merge into the float weights first.
         inputs: further arguments of every call, also of a default call.
+        stored: whether large weights stay in their files, see `trtq.checkpoint.stored_models`.
 
     Raises:
         ArtefactError: the checkpoint cannot be read, or the pipeline cannot be called.
         UsageError: the model is already quantised, or an argument does not exist.
         QuantizationError: no layer would be quantised.
     """
-    source = load_float(model, copy_all=bool(loras))
+    source = load_float(model, copy_all=bool(loras), stored=stored)
     pipeline = source.pipeline
     modules = denoisers_of(pipeline)
     merged = merge_loras(_with_weights(pipeline), loras, source.denoiser_name)

@@ -40,6 +40,7 @@ from trtq.runs.call_runs import quantize_calls
 from trtq.runs.fine_tune import FineTuneResult, FineTuning, accelerator_for, fine_tune
 from trtq.runs.given_calls import knows_pipeline
 from trtq.runs.input_transforms import scales_attention, with_transforms
+from trtq.runs.memory import parse_memory, stores_weights
 from trtq.runs.plan import QuantizePlan, plan_quantize
 from trtq.runs.preparation import clear_partial, source_files
 from trtq.runs.quantize_calls import layer_rows
@@ -144,6 +145,7 @@ def quantize(
     calls: Sequence[Mapping[str, Any]] | None = None,
     inputs: Mapping[str, Any] | None = None,
     config: str | Path | None = None,
+    memory: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
@@ -165,6 +167,9 @@ def quantize(
             default call of any other pipeline.
         inputs: further arguments of every call, e.g. pictures; without `calls`, of a default call.
         config: diffusers folder or hub id with the configuration of a model in a single file.
+        memory: memory to use, e.g. `24GB`; None: what is available. If the weights in float32 take more
+            than half of it, layers read them from the checkpoint's files when they need them, and the
+            calibration runs inside the pipeline's own call; not with fine-tuning or LoRAs.
         resume: continue from the newest checkpoint of an interrupted run.
         overwrite: replace an existing run.
         progress: callback that receives the stage's name, the work done and the total.
@@ -181,7 +186,9 @@ def quantize(
     chosen = _as_recipe(recipe)
     if config is not None:
         model = open_artefact(model, verify=False, config=config)
-    if calls is not None or inputs or not knows_pipeline(model):
+    limit = None if memory is None else parse_memory(memory)
+    stored = stores_weights(model, chosen, limit, loras=bool(loras))
+    if stored or calls is not None or inputs or not knows_pipeline(model):
         return quantize_calls(
             model,
             chosen,
@@ -189,6 +196,7 @@ def quantize(
             calls or (),
             loras,
             inputs=inputs,
+            stored=stored,
             resume=resume,
             overwrite=overwrite,
             progress=progress,

@@ -32,6 +32,7 @@ from trtq.quant.plan import (
     quantizable_layers,
 )
 from trtq.quant.product import QuantProduct
+from trtq.quant.stored_weight import plain_name, state_tensors
 from trtq.quant.tensors import LayerTensors, ProductTensors
 from trtq.quant.timestep import TimestepTable
 from trtq.runs.weight_checks import (
@@ -80,15 +81,14 @@ def save_denoiser(
         merged: integers of the layers, from `merge`.
     """
     inside = {
-        f"{name}.{leaf}"
+        plain_name(f"{name}.{leaf}")
         for name, module in quantized.denoiser.named_modules()
         if isinstance(module, QuantLayer | QuantProduct)
         for leaf in module.state_dict()
     }
     tensors = {
         f"float:{name}": _compact(tensor)
-        for name, tensor in quantized.denoiser.state_dict().items()
-        if name not in inside
+        for name, tensor in state_tensors(quantized.denoiser, inside)
     }
     for name, layer in merged.items():
         for leaf, tensor in layer.tensors().items():

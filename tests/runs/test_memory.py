@@ -1,0 +1,174 @@
+"""Quantisation of checkpoints whose weights stay in their files, for a limited memory."""
+
+import logging
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.families.pipelines import build
+from trtq.artefact.opened import open_folder
+from trtq.calib import transforms
+from trtq.calib.recipe import load_recipe
+from trtq.checkpoint import stored_models
+from trtq.checkpoint.pipeline_folder import load_pipeline
+from trtq.errors import ArtefactError, NonFiniteError, UsageError
+from trtq.quant.stored_weight import (
+    change_weight,
+    has_stored_weight,
+    release_weight,
+    state_tensors,
+    store_weight,
+)
+from trtq.runs import memory
+from trtq.runs.memory import parse_memory, stores_weights
+from trtq.runs.quantize import quantize
+
+CALL = [{"prompt": "a red circle", "num_inference_steps": 2, "output_type": "latent"}]
+RECIPE = {
+    "method": "search",
+    "bits": "w4a8",
+    "steps": 2,
+    "calibration": {"images": 2, "activations": "output"},
+    "rotate": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_weights_are_large(monkeypatch):
+    monkeypatch.setattr(stored_models, "_LARGE", 64)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A Flux pipeline in bfloat16."""
+    folder = tmp_path_factory.mktemp("half") / "flux"
+    pipeline = build("flux")
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.to(torch.bfloat16)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_a_run_with_weights_in_their_files_equals_one_with_weights_in_memory(
+    half, tmp_path, monkeypatch
+):
+    # Random weights have no outliers, so no rotation would be chosen.
+    monkeypatch.setattr(transforms, "_GAIN_OF_ROTATION", math.inf)
+    for name, limit in (("whole", "100GB"), ("stored", "1MB")):
+        quantize(half, RECIPE, tmp_path / name, calls=CALL, memory=limit)
+    whole, stored = (
+        load_file(tmp_path / name / "quantized.safetensors") for name in ("whole", "stored")
+    )
+    assert whole.keys() == stored.keys()
+    assert all(torch.equal(whole[name], stored[name]) for name in whole)
+    manifests = [open_folder(tmp_path / name).manifest for name in ("whole", "stored")]
+    assert manifests[0].layers == manifests[1].layers
+    assert any(layer.rotate for layer in manifests[0].layers)
+    assert any(layer.smooth for layer in manifests[0].layers)
+
+
+def test_a_known_pipeline_that_does_not_fit_is_quantised_inside_its_call(half, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "trtq"):
+        quantize(half, RECIPE, tmp_path / "run", memory="1MB")
+    assert open_folder(tmp_path / "run").manifest.recorded is not None
+    assert "layers read their weights from the files" in caplog.text
+
+
+def test_the_pipeline_computes_the_same_with_weights_in_their_files(half):
+    whole, stored = load_pipeline(half), load_pipeline(half, stored=True)
+    layers = [module for module in stored.transformer.modules() if has_stored_weight(module)]
+    held = sum(p.untyped_storage().nbytes() for p in stored.transformer.parameters())
+    assert len(layers) > 10
+    assert held < 0.3 * sum(p.nbytes for p in whole.transformer.parameters())
+    images = [
+        pipeline(**CALL[0], generator=torch.Generator().manual_seed(0)).images
+        for pipeline in (whole, stored)
+    ]
+    assert torch.equal(*images)
+    assert stored.text_encoder.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "loras", "message"),
+    [
+        ({"method": "efficientdm"}, False, "choose --method search"),
+        ({}, True, "merge the LoRA in diffusers first"),
+        ({"split_skips": True}, False, "leave it out"),
+    ],
+)
+def test_what_needs_all_weights_in_memory_is_refused(half, changes, loras, message):
+    recipe = load_recipe(None, {"method": "search"} | changes)
+    with pytest.raises(UsageError, match=message):
+        stores_weights(half, recipe, 1 << 20, loras=loras)
+    # Without a limit of the user, memory that is short is no error: it may suffice.
+    assert not stores_weights(half, recipe, None, loras=loras)
+
+
+def test_the_available_memory_decides(half, monkeypatch):
+    recipe = load_recipe(None, {"method": "search"})
+    needed = stored_models.float_bytes(half)
+    for available, expected in ((2 * needed, False), (2 * needed - 2, True), (0, False)):
+        monkeypatch.setattr(memory, "available_bytes", lambda available=available: available)
+        assert stores_weights(half, recipe, None, loras=False) == expected
+
+
+def test_a_folder_that_is_missing_is_reported_by_the_loader(tmp_path):
+    recipe = load_recipe(None, {"method": "search"})
+    assert not stores_weights(tmp_path / "missing", recipe, 1, loras=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("24GB", 24 * 10**9), ("1.5 gib", 3 * 2**29), ("800MB", 8 * 10**8)]
+)
+def test_an_amount_of_memory_is_parsed(text, expected):
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["24", "GB", "0GB", "-1GB", "1e3GB", "24 TB", "nan GB", ""])
+def test_what_is_no_amount_of_memory_is_refused(text):
+    with pytest.raises(UsageError, match="24GB"):
+        parse_memory(text)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A layer with a stored weight, the weight and the file."""
+    file, weight = tmp_path / "weights.safetensors", torch.randn(6, 4).half()
+    save_file({"layer.weight": weight}, file)
+    layer = nn.Linear(4, 6)
+    store_weight(layer, file, "layer.weight", (6, 4))
+    return layer, weight.float(), file
+
+
+def test_a_stored_weight_is_read_changed_and_released(stored):
+    layer, weight, _ = stored
+    assert torch.equal(layer.weight, weight)
+    assert [p.shape for p in layer.parameters()] == [(6,), (6, 4)]
+    change_weight(layer, lambda w: 2 * w)
+    change_weight(layer, lambda w: w + 1)
+    x = torch.randn(3, 4)
+    assert torch.equal(layer(x), nn.functional.linear(x, 2 * weight + 1, layer.bias))
+    named = dict(state_tensors(nn.Sequential(layer)))
+    assert named.keys() == {"0.weight", "0.bias"}
+    assert torch.equal(named["0.weight"], 2 * weight + 1)
+    assert list(dict(state_tensors(nn.Sequential(layer), {"0.weight"}))) == ["0.bias"]
+    release_weight(layer)
+    assert type(layer) is nn.Linear
+    assert layer.weight.numel() == 0
+
+
+def test_a_file_that_is_cut_off_or_changed_is_reported(stored):
+    layer, _, file = stored
+    save_file({"layer.weight": torch.zeros(2, 4)}, file)
+    with pytest.raises(ArtefactError, match="changed while it was in use"):
+        _ = layer.weight
+    save_file({"layer.weight": torch.full((6, 4), torch.nan)}, file)
+    with pytest.raises(NonFiniteError, match="holds NaN"):
+        _ = layer.weight
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ArtefactError, match="leave the file in place"):
+        _ = layer.weight

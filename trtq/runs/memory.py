@@ -1,0 +1,96 @@
+"""Whether a checkpoint is quantised with its weights in their files, for a limited memory."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from trtq.artefact.opened import Opened
+from trtq.calib.recipe import Recipe
+from trtq.checkpoint.resolve import resolve_model
+from trtq.checkpoint.stored_models import float_bytes
+from trtq.documents import shown
+from trtq.errors import ArtefactError, UsageError
+from trtq.resources import available_bytes
+
+__all__ = ["parse_memory", "stores_weights"]
+
+logger = logging.getLogger(__name__)
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+_SHARE = 0.5
+"""Share of the memory that float32 weights may take; the rest is for integers and activations."""
+
+
+def parse_memory(text: str) -> int:
+    """Parse an amount of memory, e.g. `24GB` or `16GiB`, to bytes.
+
+    Raises:
+        UsageError: the text is no amount of memory.
+    """
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*([MG]I?B)", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(
+            f"--memory {shown(text)} is no amount of memory; write e.g. 24GB, 16GiB or 800MB"
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def stores_weights(model: Any, recipe: Recipe, memory: int | None, *, loras: bool) -> bool:
+    """Whether large weights stay in their files until a layer uses them.
+
+    Args:
+        model: a checkpoint, see `trtq.runs.quantize.quantize`.
+        recipe: the recipe.
+        memory: maximum memory in bytes; None: the memory that is available now.
+        loras: whether LoRAs are merged into the float weights.
+
+    Raises:
+        UsageError: the weights exceed the given memory, and the recipe or the LoRAs need all of them in
+            memory.
+    """
+    limit = memory or available_bytes()
+    place = model.place if isinstance(model, Opened) else model
+    if not limit or not isinstance(place, str | Path):
+        return False
+    try:
+        folder = resolve_model(place)
+        needed = float_bytes(folder) if isinstance(folder, Path) and folder.is_dir() else 0
+    except ArtefactError:
+        # Loading reports it.
+        return False
+    if needed <= _SHARE * limit:
+        return False
+    obstacle = _obstacle(recipe, loras=loras)
+    if obstacle is None:
+        logger.info(
+            "the weights take %.1f GB in float32, and %.1f GB of memory may be used: layers read their "
+            "weights from the files",
+            needed / 1e9,
+            limit / 1e9,
+        )
+        return True
+    if memory is not None:
+        raise UsageError(
+            f"the weights of {place} take {needed / 1e9:.1f} GB in float32, more than half of the "
+            f"{limit / 1e9:.1f} GB of --memory, and {obstacle}"
+        )
+    return False
+
+
+def _obstacle(recipe: Recipe, *, loras: bool) -> str | None:
+    """What needs all weights in memory, as the end of an error message; None: nothing does."""
+    if recipe.training is not None:
+        return (
+            f"the method {recipe.method!r} fine-tunes all of them in memory; choose --method search, "
+            "or allow more memory"
+        )
+    if loras:
+        return (
+            "--lora changes them in memory; merge the LoRA in diffusers first, or allow more memory"
+        )
+    if recipe.split_skips:
+        return "split_skips copies them in memory; leave it out, or allow more memory"
+    return None
