@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from trtq.bits import symmetric_weights
-from trtq.diffusion.sampling import Conditions, predict
 from trtq.errors import NonFiniteError, RecipeError
 from trtq.precision import Method
 from trtq.quant.fake_quant import fake_quant
@@ -40,12 +39,9 @@ FLOAT_BITOPS = 16 * 16
 def weight_sensitivity(
     denoiser: nn.Module,
     names: Sequence[str],
-    x: Tensor,
-    timestep: Tensor,
-    conditions: Conditions,
+    predict: Callable[[], Tensor],
     method: Method,
     *,
-    guidance: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[int, float]]:
     """Relative error of the prediction, by layer and weight bits.
@@ -53,17 +49,15 @@ def weight_sensitivity(
     Args:
         denoiser: float model; its weights are restored after each measurement.
         names: paths of the layers to measure.
-        x: noisy samples, `[B,C,H,W]`.
-        timestep: timesteps of the samples, `[B]`.
-        conditions: conditions of the samples.
+        predict: function that returns the denoiser's predictions at points of its trajectories, in any
+            shape.
         method: method that determines the weight ranges.
-        guidance: classifier-free guidance scale.
         progress: callback with the completed and the total number of layers.
 
     Raises:
         NonFiniteError: the prediction is NaN or infinite; the message names the layer.
     """
-    exact = predict(denoiser, x, timestep, conditions, guidance)
+    exact = predict()
     power = float(exact.square().mean())
     errors: dict[str, dict[int, float]] = {}
     for done, name in enumerate(names):
@@ -76,7 +70,7 @@ def weight_sensitivity(
                     kept, bits, method, symmetric=symmetric_weights(bits), contain_zero=True
                 )
                 weight.copy_(fake_quant(kept, scale, zero_point, 0, 2**bits - 1))
-                error = predict(denoiser, x, timestep, conditions, guidance) - exact
+                error = predict() - exact
                 errors[name][bits] = float(error.square().mean()) / power
         finally:
             weight.copy_(kept)

@@ -98,6 +98,7 @@ def test_the_pipeline_computes_the_same_with_weights_in_their_files(half):
         ({"method": "efficientdm"}, False, "choose --method search"),
         ({}, True, "merge the LoRA in diffusers first"),
         ({"split_skips": True}, False, "leave it out"),
+        ({"budget": "size=0.2x"}, False, "--budget changes them"),
     ],
 )
 def test_what_needs_all_weights_in_memory_is_refused(half, changes, loras, message):

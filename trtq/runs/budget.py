@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from trtq.calib.budget import Budget
 from trtq.calib.sensitivity import FLOAT_BITOPS, spend, weight_sensitivity, with_bits
-from trtq.diffusion.sampling import at_once, seeded_noise, spread
+from trtq.calls.recorder import RecordedCall, call_until, observed
+from trtq.calls.user_call import UserCall, run_call
+from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
 from trtq.progress import ProgressCallback
 from trtq.quant import (
     LayerPlan,
@@ -17,25 +26,17 @@ from trtq.seeds import seeded_generator
 if TYPE_CHECKING:
     from trtq.runs.plan import QuantizePlan
 
-__all__ = ["spend_budget"]
+__all__ = ["predictions_in_call", "predictions_on_trajectories", "spend_budget"]
 
 
 _SENSITIVITY_IMAGES = 20
+_SENSITIVITY_CALLS = 8
+"""Number of the denoiser's calls, evenly spaced over the pipeline's call."""
 
 
-def spend_budget(plan: QuantizePlan, budget: Budget, progress: ProgressCallback) -> list[LayerPlan]:
-    """Choose the weight bits of the layers that have the recipe's default bits, by sensitivity.
-
-    Args:
-        plan: plan of the quantisation; not changed.
-        budget: share of the float model's size or bit operations that may be used.
-        progress: callback that receives the stage's name, the work done and the total.
-
-    Returns:
-        One plan per layer, with the chosen weight bits.
-    """
+def predictions_on_trajectories(plan: QuantizePlan) -> Callable[[], Tensor]:
+    """A function that computes the predictions of a plan's denoiser at steps of its trajectories."""
     source, recipe = plan.source, plan.recipe
-    names = [layer.name for layer in plan.layers if layer.adapters and layer.weight_bits]
     schedule = source.schedule(recipe.steps)
     generator = seeded_generator(recipe.seed, "sensitivity conditions")
     images = at_once(source.sample_shape, _SENSITIVITY_IMAGES)
@@ -43,14 +44,75 @@ def spend_budget(plan: QuantizePlan, budget: Budget, progress: ProgressCallback)
     noise = seeded_noise(source.sample_shape, recipe.seed, 0, images, "sensitivity")
     guidance = recipe.guidance or 1.0
     x, timestep = spread(source.denoiser, schedule, noise, conditions, guidance)
+    return lambda: predict(source.denoiser, x, timestep, conditions, guidance)
+
+
+def predictions_in_call(
+    pipeline: Any, name: str, call: UserCall, number: int, seed: int
+) -> Callable[[], Tensor]:
+    """A function that computes the predictions of a denoiser on inputs of its pipeline's call.
+
+    Args:
+        pipeline: diffusers pipeline.
+        name: component that is called.
+        call: arguments of the pipeline's call.
+        number: number of calls of the denoiser during the pipeline's call.
+        seed: seed of the random numbers.
+    """
+    module = getattr(pipeline, name)
+    wanted = {round(place) for place in np.linspace(0, number - 1, _SENSITIVITY_CALLS)}
+    kept: list[dict[str, Any]] = []
+    places = itertools.count()
+
+    def keep(seen: RecordedCall) -> None:
+        if next(places) in wanted:
+            copies = {path: tensor.detach().clone() for path, tensor in seen.tensors.items()}
+            kept.append(seen.form.rebuild(copies))
+
+    with torch.no_grad(), observed({name: module}, keep):
+        call_until(
+            pipeline,
+            {name: module},
+            number,
+            lambda: run_call(pipeline, call, seed, "sensitivity"),
+        )
+
+    def predictions() -> Tensor:
+        tensors = [
+            leaf
+            for arguments in kept
+            for leaf in tree_leaves(module(**arguments))
+            if isinstance(leaf, Tensor)
+        ]
+        return torch.cat([tensor.float().flatten() for tensor in tensors])
+
+    return predictions
+
+
+def spend_budget(
+    plan: QuantizePlan,
+    budget: Budget,
+    predictions: Callable[[], Tensor],
+    progress: ProgressCallback,
+) -> list[LayerPlan]:
+    """Choose the weight bits of the layers that have the recipe's default bits, by sensitivity.
+
+    Args:
+        plan: plan of the quantisation; not changed.
+        budget: share of the float model's size or bit operations that may be used.
+        predictions: see `trtq.calib.sensitivity.weight_sensitivity`.
+        progress: callback that receives the stage's name, the work done and the total.
+
+    Returns:
+        One plan per layer, with the chosen weight bits.
+    """
+    source, recipe = plan.source, plan.recipe
+    names = [layer.name for layer in plan.layers if layer.adapters and layer.weight_bits]
     sensitivity = weight_sensitivity(
         source.denoiser,
         names,
-        x,
-        timestep,
-        conditions,
+        predictions,
         recipe.calibration.weights,
-        guidance=guidance,
         progress=lambda done, total: progress("measure sensitivity", done, total),
     )
     modules: dict[str, Any] = dict(source.denoiser.named_modules())

@@ -68,7 +68,7 @@ def quantize_calls(
     Raises:
         TrtqError: see `trtq.errors`; no partial result is left at `final`.
     """
-    plan = plan_calls(model, recipe, calls, loras, inputs, stored=stored)
+    plan = plan_calls(model, recipe, calls, loras, inputs, stored=stored, progress=progress)
     model_classes = {part.name: type(part.module).__name__ for part in plan.denoisers}
     files = source_files(plan.source)
     bytes_before = sum(part.plan.bytes_before() for part in plan.denoisers)

@@ -91,6 +91,8 @@ def _obstacle(recipe: Recipe, *, loras: bool) -> str | None:
         return (
             "--lora changes them in memory; merge the LoRA in diffusers first, or allow more memory"
         )
+    if recipe.budget is not None:
+        return "--budget changes them in memory; leave it out, or allow more memory"
     if recipe.split_skips:
         return "split_skips copies them in memory; leave it out, or allow more memory"
     return None

@@ -33,7 +33,7 @@ from trtq.quant import (
     skip_splits,
 )
 from trtq.quant.stand_in import StandIn
-from trtq.runs.budget import spend_budget
+from trtq.runs.budget import predictions_on_trajectories, spend_budget
 from trtq.runs.sizes import entry_bytes, format_bytes
 from trtq.runs.weights import described_bytes, stored_bytes
 from trtq.seeds import seeded_generator
@@ -143,7 +143,9 @@ def plan_quantize(
     )
     if recipe.budget is None:
         return plan
-    return replace(plan, layers=spend_budget(plan, parse_budget(recipe.budget), progress))
+    predictions = predictions_on_trajectories(plan)
+    layers = spend_budget(plan, parse_budget(recipe.budget), predictions, progress)
+    return replace(plan, layers=layers)
 
 
 def load_float(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trtq.calib.budget import parse_budget
 from trtq.calib.policy import GENERIC, load_policy, plan_layers
 from trtq.calib.probe import observe_calls, with_shared_inputs
 from trtq.calib.recipe import Recipe
@@ -22,6 +23,7 @@ from trtq.checkpoint.ip_adapter import adapter_names
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.errors import QuantizationError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
+from trtq.progress import ProgressCallback, silent
 from trtq.quant import (
     LayerPlan,
     Structure,
@@ -30,6 +32,7 @@ from trtq.quant import (
     attention_modules,
     skip_splits,
 )
+from trtq.runs.budget import predictions_in_call, spend_budget
 from trtq.runs.given_calls import calibration_prompts, named_files, user_calls
 from trtq.runs.plan import QuantizePlan, load_float
 from trtq.seeds import seeded_generator
@@ -101,6 +104,7 @@ def plan_calls(
     inputs: Mapping[str, Any] | None = None,
     *,
     stored: bool = False,
+    progress: ProgressCallback = silent,
 ) -> CallsPlan:
     """Load the checkpoint, run the pipeline once, and choose the bits of every layer.
 
@@ -111,6 +115,7 @@ def plan_calls(
         loras: LoRAs to merge into the float weights first.
         inputs: further arguments of every call, also of a default call.
         stored: whether large weights stay in their files, see `trtq.checkpoint.stored_models`.
+        progress: callback that receives the stage's name, the work done and the total.
 
     Raises:
         ArtefactError: the checkpoint cannot be read, or the pipeline cannot be called.
@@ -132,7 +137,8 @@ def plan_calls(
         seen = [result[name] for result in surveyed if name in result]
         if seen:
             part = LoadedPipeline(source.name, source.folder, pipeline, name, source.prompts)
-            parts.append(_denoiser_plan(part, recipe, seen, structures[name]))
+            planned = _denoiser_plan(part, recipe, seen, structures[name])
+            parts.append(_within_budget(planned, given[0], progress))
     return CallsPlan(
         source,
         recipe,
@@ -142,6 +148,18 @@ def plan_calls(
         [sum(len(calls.timesteps) for calls in result.values()) for result in surveyed],
         merged,
     )
+
+
+def _within_budget(part: DenoiserPlan, call: UserCall, progress: ProgressCallback) -> DenoiserPlan:
+    """The plan with weight bits by sensitivity, if the recipe has a budget; it holds per denoiser."""
+    recipe = part.plan.recipe
+    if recipe.budget is None:
+        return part
+    predictions = predictions_in_call(
+        part.plan.source.pipeline, part.name, call, len(part.calls.timesteps), recipe.seed
+    )
+    layers = spend_budget(part.plan, parse_budget(recipe.budget), predictions, progress)
+    return replace(part, plan=replace(part.plan, layers=layers))
 
 
 def _with_weights(pipeline: Any) -> dict[str, nn.Module]:
