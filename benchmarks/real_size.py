@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -35,12 +36,8 @@ RESULTS = ROOT / "results" / "real_size.json"
 SHARD_BYTES = 2_000_000_000
 
 
-def write_random_weights(folder: Path, model: nn.Module, dtype: torch.dtype) -> int:
-    """Write shards with random weights for a model on torch's meta device.
-
-    Returns:
-        The number of parameters.
-    """
+def write_random_weights(folder: Path, model: nn.Module, dtype: torch.dtype) -> None:
+    """Write shards with random weights for a model on torch's meta device."""
     from safetensors.torch import save_file
 
     stem, suffix = "diffusion_pytorch_model", ".safetensors"
@@ -72,11 +69,10 @@ def write_random_weights(folder: Path, model: nn.Module, dtype: torch.dtype) -> 
     index_file.write_text(
         json.dumps({"metadata": {"total_size": 2 * total}, "weight_map": places}), encoding="utf-8"
     )
-    return total
 
 
-def write_flux(folder: Path) -> int:
-    """A Flux pipeline with a transformer of the published size in bfloat16."""
+def write_flux(folder: Path) -> None:
+    """Write a Flux pipeline with a transformer of the published size in bfloat16."""
     from diffusers import FluxTransformer2DModel
 
     from tests.families.pipelines import build
@@ -101,15 +97,15 @@ def write_flux(folder: Path) -> int:
             **widths,
         )
     model.save_config(place)
-    return write_random_weights(place, model, torch.bfloat16)
+    write_random_weights(place, model, torch.bfloat16)
 
 
-def write_sd_xl(folder: Path) -> int:
-    """A pipeline of Stable Diffusion XL's size in half precision."""
-    return write_checkpoint(folder, "sd_xl")
+def write_sd_xl(folder: Path) -> None:
+    """Write a pipeline of Stable Diffusion XL's size in half precision."""
+    write_checkpoint(folder, "sd_xl")
 
 
-MODELS: dict[str, tuple[Callable[[Path], int], str]] = {
+MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "sd_xl": (write_sd_xl, 'prompt = "a red circle"\nheight = 256\nwidth = 256\n'),
     "flux": (
         write_flux,
@@ -128,7 +124,10 @@ def measure(name: str, folder: Path, memory: str) -> dict[str, Any]:
     write, call = MODELS[name]
     checkpoint, run = folder / name, folder / f"{name}_run"
     if not checkpoint.is_dir():
-        print(f"{name}: {write(checkpoint):,} parameters", file=sys.stderr)
+        # In a process of its own, whose memory is free afterwards.
+        writer = multiprocessing.get_context("spawn").Process(target=write, args=(checkpoint,))
+        writer.start()
+        writer.join()
     recipe, arguments = folder / "recipe.toml", folder / "call.toml"
     recipe.write_text('method = "minmax"\n[calibration]\nimages = 1\n')
     arguments.write_text(call + 'num_inference_steps = 2\noutput_type = "latent"\n')
@@ -149,6 +148,7 @@ def measure(name: str, folder: Path, memory: str) -> dict[str, Any]:
         "layers": made["layers_quantized"],
         "device": cpu_name(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[2],
         "available_bytes": available_bytes(),
         "date": datetime.now(UTC).date().isoformat(),
     }

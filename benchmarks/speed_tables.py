@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["build", "cpu_path", "format_engines", "sd_size"]
+__all__ = ["build", "cpu_path", "format_engines", "real_size", "sd_size"]
 
 MODELS = {"sd_1": "SD 1.5, 859.5 M", "sd_xl": "SD XL, 2,567 M"}
 KINDS = {
@@ -140,6 +140,29 @@ def format_engines(record: dict[str, Any]) -> str:
             ratio,
             f"{row['parity_db_min']:.0f}",
             row["date"],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def real_size(record: dict[str, Any]) -> str:
+    """`real_size.json` as Markdown."""
+    lines = [
+        "`python benchmarks/real_size.py`, random weights, W4A8 with rotation, min-max, one image of 256 "
+        "x 256 pixels, two steps. A load above the number of threads means that other programs ran, too.",
+        "",
+        "| denoiser | parameters | `--memory` | peak | time | run, of half precision | measured |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        cells = [
+            {"sd_xl": "SDXL UNet", "flux": "Flux transformer"}[row["model"]],
+            f"{row['parameters'] / 1e9:.1f} billion",
+            row["memory"],
+            f"{row['peak_rss_bytes'] / 1e9:.1f} GB",
+            f"{row['seconds'] / 60:.0f} min, {row['threads']} threads, load {row['load']:.1f}",
+            f"{row['run_share']:.2f} x",
+            f"{row['device']}, {row['date']}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
