@@ -148,8 +148,9 @@ def format_engines(record: dict[str, Any]) -> str:
 def real_size(record: dict[str, Any]) -> str:
     """`real_size.json` as Markdown."""
     lines = [
-        "`python benchmarks/real_size.py`, random weights, W4A8 with rotation, min-max, one image of 256 "
-        "x 256 pixels, two steps. A load above the number of threads means that other programs ran, too.",
+        "`python benchmarks/real_size.py`, random weights, W4A8 with rotation, min-max, one image of "
+        "256 x 256 pixels, two steps. A load above the number of threads means that other programs "
+        "ran, too.",
         "",
         "| denoiser | parameters | `--memory` | peak | time | run, of half precision | measured |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trtq.diffusion.sampling import Conditions, predict
 from trtq.quant.hooks import output_hooks
 from trtq.quant.plan import LayerPlan
+from trtq.quant.stored_weight import has_stored_weight, weight_shape
 
 __all__ = ["LayerCall", "observe_calls", "probe", "with_shared_inputs"]
 
@@ -67,8 +68,9 @@ def observe_calls(
         earlier = seen.get(id(x))
         first = earlier[1] if earlier is not None and earlier[0]() is x else name
         seen[id(x)] = (ref(x), first)
-        weight: Any = getattr(modules[name], "weight", None)
-        each = x.shape[-1] if weight is None else weight[0].numel()
+        layer = modules[name]
+        weighted = has_stored_weight(layer) or getattr(layer, "weight", None) is not None
+        each = math.prod(weight_shape(layer)[1:]) if weighted else x.shape[-1]
         sizes = output.numel() * each, sum(map(torch.numel, inputs)), output.numel()
         if name in calls:
             repeated.add(name)

@@ -90,7 +90,10 @@ def observe_roles(denoiser: nn.Module, run: Callable[[], object], batch: int) ->
     """
     layers = quantizable_layers(denoiser)
     try:
-        with _marked_arguments(denoiser, batch) as marks:
+        # Only the graph is needed: the values for a backward pass, among them all weights, are not kept.
+        empty = torch.empty(0)
+        nothing_kept = torch.autograd.graph.saved_tensors_hooks(lambda _: empty, lambda kept: kept)
+        with _marked_arguments(denoiser, batch) as marks, nothing_kept:
             calls = _observe(layers, run)
         origins = _origins(calls, marks)
     except RuntimeError:

@@ -31,6 +31,7 @@ from trtq.quant.input_transform import (
     transform_obstacle,
 )
 from trtq.quant.plan import LayerPlan, named_errors
+from trtq.quant.stored_weight import weight_shape
 
 __all__ = ["GAIN_OF_ROWS", "smoothing_factors", "transform_layers"]
 
@@ -118,7 +119,7 @@ def _alike(group: Sequence[LayerPlan], members: Sequence[Any], entry: InputRows)
     linear = {plan.kind == "linear" for plan in group}
     channels = entry.channel_max.shape[1]
     return len(linear) == 1 and all(
-        transform_obstacle(member) is None and member.weight.shape[1] == channels
+        transform_obstacle(member) is None and weight_shape(member)[1] == channels
         for member in members
     )
 

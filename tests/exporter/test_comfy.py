@@ -338,7 +338,7 @@ def layer(weight, *, bits=8, rotation=0, inverse=None):
     codes = encode_int8(weight).integers if bits == 8 else encode_int4(weight, 16).integers
     scale = torch.rand(len(weight), 1) + 0.5
     middle = 2 ** (bits - 1)
-    packed = PackedWeight(
+    packed = PackedWeight.of(
         (codes.int() + middle).to(torch.uint8), scale, torch.full_like(scale, middle), bits
     )
     table = torch.ones(1)
@@ -375,7 +375,9 @@ def weight_only(bits, group):
     codes = torch.randint(0, 2**bits, (8, 64), generator=torch.Generator().manual_seed(bits))
     scale = (torch.rand(8, 64 // group if group else 1) + 0.5).half().float()
     middle = torch.full_like(scale, 2 ** (bits - 1))
-    return WeightOnlyTensors(GroupedWeight(codes.to(torch.uint8), scale, middle, bits, group), None)
+    return WeightOnlyTensors(
+        GroupedWeight.of(codes.to(torch.uint8), scale, middle, bits, group=group), None
+    )
 
 
 def test_weight_only_layers_keep_their_codes_and_a_float_input():

@@ -24,7 +24,7 @@ def low_bit(shape, bits=4, seed=0):
     codes = torch.randint(0, 2**bits, shape, generator=rng).to(torch.uint8)
     each = (shape[0], *[1] * (len(shape) - 1))
     scale = torch.rand(each, generator=rng) + 0.1
-    weight = PackedWeight(codes, scale, torch.full(each, 2.0 ** (bits - 1)), bits)
+    weight = PackedWeight.of(codes, scale, torch.full(each, 2.0 ** (bits - 1)), bits)
     steps = torch.tensor([0.031, 0.017, 0.023]) * (seed + 1)
     low, high = torch.full((3,), -100), torch.tensor([100, 90, 80])
     activation = ActivationTensors(steps, 1 / steps, low, high, 8)

@@ -172,7 +172,7 @@ def low_bit(bits, shape=(4, 3), largest=None):
     if largest is not None:
         codes[0] = middle + largest
     each = (shape[0], *[1] * (len(shape) - 1))
-    weight = PackedWeight(codes, torch.full(each, 0.5), torch.full(each, float(middle)), bits)
+    weight = PackedWeight.of(codes, torch.full(each, 0.5), torch.full(each, float(middle)), bits)
     scale = torch.tensor([0.25, 0.5])
     low, high = torch.full((2,), -128), torch.full((2,), 127)
     return LayerTensors(weight, ActivationTensors(scale, 1 / scale, low, high, 8), None)

@@ -25,7 +25,9 @@ def weight_only(shape, group=None, bits=4, bias=True):
     codes = torch.randint(0, 2**bits, shape, generator=rng).to(torch.uint8)
     scales = (shape[0], shape[1] // group) if group else (shape[0], *[1] * (len(shape) - 1))
     scale = (torch.rand(scales, generator=rng) * 0.1 + 0.01).half().float()
-    weight = GroupedWeight(codes, scale, torch.full_like(scale, 2.0 ** (bits - 1)), bits, group)
+    weight = GroupedWeight.of(
+        codes, scale, torch.full_like(scale, 2.0 ** (bits - 1)), bits, group=group
+    )
     return WeightOnlyTensors(weight, torch.randn(shape[0], generator=rng) if bias else None)
 
 

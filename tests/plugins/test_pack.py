@@ -69,7 +69,7 @@ def test_the_reference_equals_a_deployed_layer_of_torch(geometry):
 
     case = draw(3, geometry=geometry, half=False)
     columns = (-1, 1, 1, 1)
-    weight = PackedWeight(
+    weight = PackedWeight.of(
         torch.from_numpy(case.codes),
         torch.from_numpy(case.scale).reshape(columns),
         torch.from_numpy(case.zero_point).float().reshape(columns),

@@ -20,7 +20,7 @@ def layer(bits, shape, zero_point):
     rng = np.random.default_rng(0)
     columns = (-1, *(1,) * (len(shape) - 1))
     scale = torch.tensor([0.5, 0.25, 2.0])
-    weight = PackedWeight(
+    weight = PackedWeight.of(
         torch.from_numpy(rng.integers(0, 2**bits, shape, dtype=np.uint8)),
         torch.from_numpy(rng.random(shape[0], np.float32)).reshape(columns),
         torch.tensor(zero_point).float().reshape(columns),

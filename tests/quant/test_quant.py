@@ -184,7 +184,8 @@ def test_a_merged_layer_equals_the_trained_layer_at_every_step(kind, bits, base)
         # The integers are equal; the float sums of 54 products differ only in their last bits.
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     weight = layer.merge()
-    assert torch.equal(weight.unpack(weight.pack()), weight.codes)
+    assert weight.shape == weight.codes.shape == layer.weight.shape
+    assert torch.equal(pack_codes(weight.codes, bits), weight.packed)
     torch.testing.assert_close(weight.dequantize(), layer.quantized_weight(), rtol=0, atol=1e-7)
 
 

@@ -107,7 +107,7 @@ class DeployedLayer(ExactBuffers, WeightlessLayer):
     integers: Tensor
 
     def __init__(self, tensors: LayerTensors, geometry: ConvGeometry | None) -> None:
-        super().__init__(tensors.weight.codes.shape, geometry)
+        super().__init__(tensors.weight.shape, geometry)
         self.geometry = geometry
         rows: RowAxis = "last" if geometry is None else "image"
         self.activation = _DeployedActivation(tensors.activation, rows)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trtq.errors import QuantizationError
 from trtq.quant.deployed import DeployedLayer, DeployedProduct
 from trtq.quant.formats.fp8 import DeployedFp8
-from trtq.quant.formats.nvfp4 import DeployedNvfp4, Nvfp4Weight
+from trtq.quant.formats.nvfp4 import DeployedNvfp4, nvfp4_numbers
 from trtq.quant.formats.weight_only import DeployedWeightOnly, spread_scale
 from trtq.quant.geometry import CONVOLUTIONS, ConvGeometry
 from trtq.quant.structure import Product
@@ -71,8 +71,7 @@ def _weight(layer: DeployedLayer | DeployedFp8 | DeployedNvfp4 | DeployedWeightO
     if isinstance(layer, DeployedWeightOnly):
         return layer.integers.float() * spread_scale(layer.weight_scale.float(), layer.group)
     if isinstance(layer, DeployedNvfp4):
-        scale = layer.weight_scale
-        return Nvfp4Weight(layer.codes, scale, scale, 4, layer.block_scale).values() * scale
+        return nvfp4_numbers(layer.codes, layer.block_scale) * layer.weight_scale
     if isinstance(layer, DeployedFp8):
         codes = layer.codes.view(torch.float8_e4m3fn).float()
     else:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, QuantizationError
-from trtq.quant.stored_weight import change_weight
+from trtq.quant.stored_weight import change_weight, weight_shape
 
 __all__ = [
     "ROTATIONS",
@@ -166,7 +166,7 @@ class TransformTensors:
         Args:
             layer: float layer.
         """
-        channels = int(cast(Any, layer).weight.shape[1])
+        channels = weight_shape(layer)[1]
         factors = self.inv_channels
         if factors is not None and len(factors) != channels:
             return f"{len(factors)} factors for {channels} input channels"
@@ -265,7 +265,7 @@ def transform_obstacle(layer: nn.Module, order: int = 0) -> str | None:
     source = cast(Any, layer)
     if getattr(source, "groups", 1) != 1:
         return "a convolution in groups"
-    channels = int(source.weight.shape[1])
+    channels = weight_shape(layer)[1]
     if order and channels % order:
         return f"{order} does not divide its {channels} input channels"
     return None

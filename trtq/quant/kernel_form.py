@@ -101,7 +101,7 @@ def layer_tensors(spec: LayerSpec, operands: Mapping[str, np.ndarray]) -> LayerT
     if spec.geometry is None:
         codes = codes.reshape(codes.shape[:2])
     columns = (-1, *(1,) * (codes.ndim - 1))
-    weight = PackedWeight(
+    weight = PackedWeight.of(
         torch.from_numpy(codes),
         torch.from_numpy(scale.reshape(columns).copy()),
         torch.from_numpy(zero_point.reshape(columns).copy()),
@@ -127,7 +127,7 @@ class KernelLayer(WeightlessLayer):
     tables: Tensor
 
     def __init__(self, tensors: LayerTensors, geometry: ConvGeometry | None) -> None:
-        super().__init__(tensors.weight.codes.shape, geometry)
+        super().__init__(tensors.weight.shape, geometry)
         self.spec, operands = packed_operands(tensors, geometry)
         self._flat = flat_fields(self.spec)
         self._has_bias = tensors.bias is not None

@@ -294,7 +294,7 @@ class QuantLayer(nn.Module):
 
     def _packed(self, codes: Tensor) -> PackedWeight:
         """The weight with these codes, uint8 `[N, K, ...]`."""
-        return PackedWeight(
+        return PackedWeight.of(
             codes,
             self.weight_scale.detach().clone(),
             self.weight_zero_point.clone(),

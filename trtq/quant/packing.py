@@ -31,6 +31,7 @@ The kernel's order lets one mask each extract the four low and the four high cod
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ from torch import Tensor
 from trtq.bits import check_bits
 from trtq.errors import ArtefactError, QuantizationError
 
-__all__ = ["PackedWeight", "pack_codes", "unpack_codes"]
+__all__ = ["PackedWeight", "checked_stream", "pack_codes", "unpack_codes"]
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -59,8 +60,13 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         )
     codes = codes.to(torch.uint8)
     if bits == 8:
-        return codes.clone()
+        return codes
     rest = codes.shape[1:]
+    if bits == 4:
+        # The same bytes as below, with less memory.
+        packed = codes[::2].clone()
+        packed[: len(codes) // 2] |= codes[1::2] << 4
+        return packed
     shifts = torch.arange(bits, dtype=torch.uint8).reshape(1, -1, *(1,) * len(rest))
     stream = ((codes.unsqueeze(1) >> shifts) & 1).reshape(len(codes) * bits, *rest)
     padding = -len(stream) % 8
@@ -68,6 +74,26 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     octets = stream.reshape(-1, 8, *rest)
     places = torch.arange(8, dtype=torch.uint8).reshape(1, -1, *(1,) * len(rest))
     return (octets << places).sum(1, dtype=torch.uint8)
+
+
+def checked_stream(packed: Tensor, bits: int, channels: int) -> Tensor:
+    """A bit stream along the output channels, if it has the size of its codes.
+
+    Args:
+        packed: bit stream, uint8.
+        bits: width of the codes.
+        channels: number of output channels.
+
+    Raises:
+        ArtefactError: the number of bytes does not match the number of channels.
+    """
+    check_bits(bits)
+    if packed.dtype != torch.uint8 or len(packed) != -(-channels * bits // 8):
+        raise ArtefactError(
+            f"{channels} channels of {bits} bits need {-(-channels * bits // 8)} bytes of uint8, "
+            f"got {len(packed)} of {packed.dtype}"
+        )
+    return packed
 
 
 def unpack_codes(packed: Tensor, bits: int, channels: int) -> Tensor:
@@ -81,14 +107,9 @@ def unpack_codes(packed: Tensor, bits: int, channels: int) -> Tensor:
     Raises:
         ArtefactError: the number of bytes does not match the number of channels.
     """
-    check_bits(bits)
-    if packed.dtype != torch.uint8 or len(packed) != -(-channels * bits // 8):
-        raise ArtefactError(
-            f"{channels} channels of {bits} bits need {-(-channels * bits // 8)} bytes of uint8, "
-            f"got {len(packed)} of {packed.dtype}"
-        )
+    checked_stream(packed, bits, channels)
     if bits == 8:
-        return packed.clone()
+        return packed
     rest = packed.shape[1:]
     if 8 % bits == 0:
         # Each byte holds complete codes, so the bit stream can be avoided.
@@ -106,27 +127,37 @@ def unpack_codes(packed: Tensor, bits: int, channels: int) -> Tensor:
 class PackedWeight:
     """A weight as integers: `w[o] ~ (codes[o] - zero_point[o]) * scale[o]`.
 
+    Only the bit stream is in memory: the codes of a large model would take twice the memory of its
+    4-bit weights.
+
     Attributes:
-        codes: weight codes, uint8 `[N, ...]`, in `0 .. 2**bits - 1`.
+        packed: the codes as a bit stream along the output channels, uint8 `[ceil(N * bits / 8), ...]`.
         scale: scales, float32 `[N, 1, ...]`.
         zero_point: zero points, float32 `[N, 1, ...]`, integers.
         bits: width of the codes.
+        channels: number N of output channels.
     """
 
-    codes: Tensor
+    packed: Tensor
     scale: Tensor
     zero_point: Tensor
     bits: int
+    channels: int
 
-    def pack(self) -> Tensor:
-        """The codes as a bit stream along the output channels, uint8[ceil(N * bits / 8), ...]."""
-        return pack_codes(self.codes, self.bits)
+    @classmethod
+    def of(cls, codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, **more: Any) -> Self:
+        """The weight with these codes, uint8 `[N, ...]` in `0 .. 2**bits - 1`; see the attributes."""
+        return cls(pack_codes(codes, bits), scale, zero_point, bits, len(codes), **more)
 
-    def unpack(self, packed: Tensor | None = None) -> Tensor:
-        """The codes in `packed`, uint8[N, ...]; by default the codes in this weight's `pack()`."""
-        return unpack_codes(
-            self.pack() if packed is None else packed, self.bits, self.codes.shape[0]
-        )
+    @property
+    def codes(self) -> Tensor:
+        """The codes, uint8 `[N, ...]`, in `0 .. 2**bits - 1`; unpacked anew each time."""
+        return unpack_codes(self.packed, self.bits, self.channels)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight, `[N, ...]`."""
+        return torch.Size([self.channels, *self.packed.shape[1:]])
 
     def integers(self) -> Tensor:
         """`codes - zero_point` as int8[N, ...], the operand of an integer kernel.

@@ -27,6 +27,7 @@ __all__ = [
     "share_weight",
     "state_tensors",
     "store_weight",
+    "weight_shape",
 ]
 
 _NAME = "weight"
@@ -107,6 +108,15 @@ def has_stored_weight(layer: nn.Module) -> bool:
 def has_stored_weights(model: nn.Module) -> bool:
     """Whether a layer of a model reads its weight from a file."""
     return any(has_stored_weight(module) for module in model.modules())
+
+
+def weight_shape(layer: nn.Module) -> torch.Size:
+    """Shape of a layer's weight, which is not read."""
+    if has_stored_weight(layer):
+        placeholder: Tensor = cast(Any, layer).parametrizations[_NAME].original
+        return placeholder.shape
+    weight: Tensor = cast(Any, layer).weight
+    return weight.shape
 
 
 def change_weight(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:

@@ -13,7 +13,7 @@ from trtq.precision import ScalePolicy
 from trtq.quant.activation import ActivationQuantizer
 from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.modules import QuantLayer
-from trtq.quant.packing import PackedWeight, unpack_codes
+from trtq.quant.packing import PackedWeight, checked_stream
 from trtq.quant.product import QuantProduct
 
 __all__ = [
@@ -164,7 +164,7 @@ class LayerTensors:
     def tensors(self) -> dict[str, Tensor]:
         """The layer's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
         named = {
-            "weight.codes": self.weight.pack(),
+            "weight.codes": self.weight.packed,
             "weight.scale": self.weight.scale.contiguous(),
             "weight.zero_point": self.weight.zero_point.to(torch.int16),
             **self.activation.tensors("activation"),
@@ -196,10 +196,11 @@ class LayerTensors:
         """
         try:
             weight = PackedWeight(
-                unpack_codes(named["weight.codes"], weight_bits, channels),
+                checked_stream(named["weight.codes"], weight_bits, channels),
                 named["weight.scale"],
                 named["weight.zero_point"].float(),
                 weight_bits,
+                channels,
             )
             bias = named.get("bias")
             return cls(

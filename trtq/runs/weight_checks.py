@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trtq.errors import ArtefactError, NonFiniteError
 from trtq.quant.input_transform import TransformTensors
-from trtq.quant.packing import PackedWeight, unpack_codes
+from trtq.quant.packing import PackedWeight
 from trtq.quant.plan import (
     LayerPlan,
     LowBitTensors,
@@ -146,9 +146,7 @@ def check_weight(named: Mapping[str, Tensor], bits: int, source: Any) -> None:
         raise ArtefactError("the weight's scale must hold positive finite numbers")
     # Zero points in this range keep every possible difference in int8; others need the actual codes.
     if bool(((zero_point < 2**bits - 128) | (zero_point > 128)).any()):
-        PackedWeight(
-            unpack_codes(codes, bits, channels), scale, zero_point.float(), bits
-        ).integers()
+        PackedWeight(codes, scale, zero_point.float(), bits, channels).integers()
     bias = named.get("bias")
     if (bias is None) != (source.bias is None) or (bias is not None and bias.shape != (channels,)):
         stored = "none" if bias is None else f"one of shape {tuple(bias.shape)}"

@@ -45,7 +45,7 @@ def integer_weight(
         )
     weight: ir.Value
     if paired:
-        scale = builder.constant("ones", np.ones(len(packed.codes), np.float32))
+        scale = builder.constant("ones", np.ones(packed.channels, np.float32))
         axis = {"axis": 1 if transposed else 0}
         weight = builder.op("DequantizeLinear", [integers, scale], "weight_float", axis)
     else:

@@ -225,7 +225,7 @@ class _Fp8(QuantLayer):
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise NonFiniteError("the weight scale is not a positive finite number")
         codes = (weight.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-        return Fp8Weight(codes.view(torch.uint8), scale, torch.zeros_like(scale), 8)
+        return Fp8Weight.of(codes.view(torch.uint8), scale, torch.zeros_like(scale), 8)
 
 
 class _Fp8Linear(_Fp8, QuantLinear):
@@ -316,7 +316,7 @@ class Fp8Tensors:
         scale = checked_tensor(named, "weight.scale", one_each, torch.float32, positive=True)
         bias = named.get("bias")
         return cls(
-            Fp8Weight(codes, scale, torch.zeros_like(scale), 8),
+            Fp8Weight.of(codes, scale, torch.zeros_like(scale), 8),
             FloatActivation.of_scale(named["activation.scale"], 8, FP8_MAX),
             None if bias is None else bias.float(),
         )

@@ -37,12 +37,19 @@ from trtq.quant.formats.fp8 import (
 from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.layers import QuantLinear
 from trtq.quant.modules import QuantLayer
-from trtq.quant.packing import PackedWeight, unpack_codes
+from trtq.quant.packing import PackedWeight
 from trtq.quant.tensors import ActivationTensors, merged_bias, merged_scale
 from trtq.quant.timestep import Step, TimestepTable
 from trtq.quant.weightless import WeightlessLayer
 
-__all__ = ["DeployedNvfp4", "Nvfp4Linear", "Nvfp4Tensors", "Nvfp4Weight", "fake_nvfp4"]
+__all__ = [
+    "DeployedNvfp4",
+    "Nvfp4Linear",
+    "Nvfp4Tensors",
+    "Nvfp4Weight",
+    "fake_nvfp4",
+    "nvfp4_numbers",
+]
 
 _SIGN = 8
 """The bit of the sign in a pattern of E2M1."""
@@ -98,6 +105,18 @@ class _Nvfp4Quantizer(FloatQuantizer):
         return fake_nvfp4(x, scale, weight=False)
 
 
+def nvfp4_numbers(codes: Tensor, block_scale: Tensor) -> Tensor:
+    """The numbers that codes stand for, in units of the scale `d`, float32 `[N, K]`.
+
+    Args:
+        codes: bit patterns of E2M1, uint8 `[N, K]`, 0 .. 15.
+        block_scale: bit patterns of the E4M3 scales of blocks, uint8 `[N, K / 16]`.
+    """
+    table = torch.tensor([*E2M1, *(-number for number in E2M1)], device=codes.device)
+    scales = block_scale.view(torch.float8_e4m3fn).float() * UNIT
+    return table[codes.int()] * scales.repeat_interleave(BLOCK, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Nvfp4Weight(PackedWeight):
     """A weight in NVFP4.
@@ -112,15 +131,9 @@ class Nvfp4Weight(PackedWeight):
 
     block_scale: Tensor
 
-    def block_scales(self) -> Tensor:
-        """The scales of blocks, float32 `[N, K / 16]`."""
-        return self.block_scale.view(torch.float8_e4m3fn).float()
-
     def values(self) -> Tensor:
         """The represented numbers in units of `d`, float32 `[N, K]`."""
-        table = torch.tensor([*E2M1, *(-number for number in E2M1)], device=self.codes.device)
-        numbers = table[self.codes.int()]
-        return numbers * (self.block_scales() * UNIT).repeat_interleave(BLOCK, 1)
+        return nvfp4_numbers(self.codes, self.block_scale)
 
     def integers(self) -> Tensor:
         """Raise, since the codes are no integers.
@@ -181,7 +194,7 @@ class Nvfp4Linear(QuantLinear):
         index = torch.bucketize(flat.abs(), torch.tensor(E2M1, device=flat.device))
         codes = (index + _SIGN * (flat < 0)).to(torch.uint8)
         patterns = block_scale.to(torch.float8_e4m3fn).view(torch.uint8)
-        return Nvfp4Weight(codes, scale, torch.zeros_like(scale), 4, patterns)
+        return Nvfp4Weight.of(codes, scale, torch.zeros_like(scale), 4, block_scale=patterns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +236,7 @@ class Nvfp4Tensors:
     def tensors(self) -> dict[str, Tensor]:
         """The layer's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
         named = {
-            "weight.codes": self.weight.pack(),
+            "weight.codes": self.weight.packed,
             "weight.block_scale": self.weight.block_scale.contiguous(),
             "weight.scale": self.weight.scale.contiguous(),
             **self.activation.tensors("activation"),
@@ -255,9 +268,7 @@ class Nvfp4Tensors:
                 "the tensor 'weight.block_scale' must hold finite numbers, 0 or more"
             )
         scale = checked_tensor(named, "weight.scale", (1, 1), torch.float32, positive=True)
-        weight = Nvfp4Weight(
-            unpack_codes(codes, 4, channels), scale, torch.zeros_like(scale), 4, blocks
-        )
+        weight = Nvfp4Weight(codes, scale, torch.zeros_like(scale), 4, channels, blocks)
         bias = named.get("bias")
         return cls(
             weight,
@@ -306,9 +317,7 @@ class DeployedNvfp4(ExactBuffers, WeightlessLayer):
             per_item(select_step(values, step, len(input)), input)
             for values in (self.scale, self.inv_scale)
         )
-        weight = Nvfp4Weight(
-            self.codes, self.weight_scale, self.weight_scale, 4, self.block_scale
-        ).values()
+        weight = nvfp4_numbers(self.codes, self.block_scale)
         product = nn.functional.linear(input_numbers(input, inv_scale), weight)
         # The graph multiplies by one value per channel, all equal.
         out: Tensor = product * (self.weight_scale.reshape(-1) * scale)

@@ -26,7 +26,7 @@ from trtq.quant.geometry import ConvGeometry
 from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from trtq.quant.modules import QuantLayer
-from trtq.quant.packing import PackedWeight, unpack_codes
+from trtq.quant.packing import PackedWeight
 from trtq.quant.ranges import row_qparams
 from trtq.quant.tensors import ActivationTensors, merged_bias
 from trtq.quant.timestep import Step, TimestepTable
@@ -141,7 +141,7 @@ class _WeightOnly(QuantLayer):
     def _packed(self, codes: Tensor) -> GroupedWeight:
         scale = half_scale(self.weight_scale.detach())
         zero_point = self.weight_zero_point.clone()
-        return GroupedWeight(codes, scale, zero_point, self.weight_bits, self.group)
+        return GroupedWeight.of(codes, scale, zero_point, self.weight_bits, group=self.group)
 
     def extra_repr(self) -> str:
         """Shape, bits, group and rank."""
@@ -213,7 +213,7 @@ class WeightOnlyTensors:
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's entries in `quantized.safetensors`; `from_tensors` is the inverse."""
-        named = {"weight.codes": self.weight.pack(), "weight.scale": self.weight.scale.half()}
+        named = {"weight.codes": self.weight.packed, "weight.scale": self.weight.scale.half()}
         named |= transform_entries(self.transform)
         return named if self.bias is None else named | {"bias": self.bias}
 
@@ -246,10 +246,11 @@ class WeightOnlyTensors:
         )
         scale = half.float()
         weight = GroupedWeight(
-            unpack_codes(codes, bits, channels),
+            codes,
             scale,
             torch.full_like(scale, 2.0 ** (bits - 1)),
             bits,
+            channels,
             group,
         )
         bias = named.get("bias")
