@@ -15,6 +15,7 @@ from trtq.calib.recipe import load_recipe
 from trtq.checkpoint import stored_models
 from trtq.checkpoint.pipeline_folder import load_pipeline
 from trtq.errors import ArtefactError, NonFiniteError, UsageError
+from trtq.lora import LoraRequest
 from trtq.quant.stored_weight import (
     change_weight,
     has_stored_weight,
@@ -71,6 +72,34 @@ def test_a_run_with_weights_in_their_files_equals_one_with_weights_in_memory(
     assert any(layer.smooth for layer in manifests[0].layers)
 
 
+def lora_file(folder, half):
+    """A LoRA for a layer of the transformer and one of a text encoder."""
+    pipeline, tensors = load_pipeline(half), {}
+    generator = torch.Generator().manual_seed(0)
+    for part, ending in (("transformer", ".attn.to_q"), ("text_encoder", ".q_proj")):
+        modules = getattr(pipeline, part).named_modules()
+        path, layer = next(pair for pair in modules if pair[0].endswith(ending))
+        rows, columns = layer.weight.shape
+        tensors[f"{part}.{path}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+        tensors[f"{part}.{path}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    save_file(tensors, folder / "lora.safetensors")
+    return LoraRequest(folder / "lora.safetensors", 0.5)
+
+
+def test_a_lora_is_added_when_a_weight_is_read(half, tmp_path):
+    loras = [lora_file(tmp_path, half)]
+    quantize(half, RECIPE, tmp_path / "plain", calls=CALL, memory="1MB")
+    for name, limit in (("whole", "100GB"), ("stored", "1MB")):
+        quantize(half, RECIPE, tmp_path / name, loras=loras, calls=CALL, memory=limit)
+    plain, whole, stored = (
+        load_file(tmp_path / name / "quantized.safetensors")
+        for name in ("plain", "whole", "stored")
+    )
+    assert all(torch.equal(whole[name], stored[name]) for name in whole)
+    name = "layer:transformer_blocks.0.attn.to_q:weight.codes"
+    assert not torch.equal(whole[name], plain[name])
+
+
 def test_a_known_pipeline_that_does_not_fit_is_quantised_inside_its_call(half, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "trtq"):
         quantize(half, RECIPE, tmp_path / "run", memory="1MB")
@@ -93,20 +122,19 @@ def test_the_pipeline_computes_the_same_with_weights_in_their_files(half):
 
 
 @pytest.mark.parametrize(
-    ("changes", "loras", "message"),
+    ("changes", "message"),
     [
-        ({"method": "efficientdm"}, False, "choose --method search"),
-        ({}, True, "merge the LoRA in diffusers first"),
-        ({"split_skips": True}, False, "leave it out"),
-        ({"budget": "size=0.2x"}, False, "--budget changes them"),
+        ({"method": "efficientdm"}, "choose --method search"),
+        ({"split_skips": True}, "leave it out"),
+        ({"budget": "size=0.2x"}, "--budget changes them"),
     ],
 )
-def test_what_needs_all_weights_in_memory_is_refused(half, changes, loras, message):
+def test_what_needs_all_weights_in_memory_is_refused(half, changes, message):
     recipe = load_recipe(None, {"method": "search"} | changes)
     with pytest.raises(UsageError, match=message):
-        stores_weights(half, recipe, 1 << 20, loras=loras)
+        stores_weights(half, recipe, 1 << 20)
     # Without a limit of the user, memory that is short is no error: it may suffice.
-    assert not stores_weights(half, recipe, None, loras=loras)
+    assert not stores_weights(half, recipe, None)
 
 
 def test_the_available_memory_decides(half, monkeypatch):
@@ -114,12 +142,12 @@ def test_the_available_memory_decides(half, monkeypatch):
     needed = stored_models.float_bytes(half)
     for available, expected in ((2 * needed, False), (2 * needed - 2, True), (0, False)):
         monkeypatch.setattr(memory, "available_bytes", lambda available=available: available)
-        assert stores_weights(half, recipe, None, loras=False) == expected
+        assert stores_weights(half, recipe, None) == expected
 
 
 def test_a_folder_that_is_missing_is_reported_by_the_loader(tmp_path):
     recipe = load_recipe(None, {"method": "search"})
-    assert not stores_weights(tmp_path / "missing", recipe, 1, loras=False)
+    assert not stores_weights(tmp_path / "missing", recipe, 1)
 
 
 @pytest.mark.parametrize(

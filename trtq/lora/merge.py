@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from trtq.lora.names import Layer, Names, Site
 from trtq.lora.read import Lora, LowRank, read_lora
 from trtq.lora.request import LoraRequest
 from trtq.lora.settings import strength
+from trtq.quant.stored_weight import (
+    change_weight,
+    has_stored_weight,
+    weight_parameter,
+    weight_shape,
+)
 
 __all__ = ["MergedLora", "merge_loras"]
 
@@ -65,7 +72,7 @@ class _Change:
 
     def delta(self) -> Tensor:
         """The update, shaped like the weight."""
-        shape = self.layer.module.weight.shape
+        shape = weight_shape(self.layer.module)
         if self.mid is None:
             product = self.up @ self.down.flatten(1)
         else:
@@ -75,9 +82,9 @@ class _Change:
         return product.reshape(shape) * self.scaling
 
 
-def _fits(weight: Tensor, update: LowRank) -> bool:
+def _fits(shape: Sequence[int], update: LowRank) -> bool:
     """Whether an update's matrices fit a weight `[N, K, ...]`, except for the output channels."""
-    inputs, kernel = weight.shape[1], tuple(weight.shape[2:])
+    inputs, kernel = shape[1], tuple(shape[2:])
     points = all(size == 1 for size in kernel)
     if any(size != 1 for size in update.up.shape[2:]) or update.down.shape[1] != inputs:
         return False
@@ -99,11 +106,10 @@ def _changes(lora: Lora, name: str, site: Site, update: LowRank, scaling: float)
     Raises:
         ArtefactError: the update does not fit the layers.
     """
-    rows = [len(layer.module.weight) for layer in site.layers]
-    if sum(rows) != len(update.up) or not all(
-        _fits(layer.module.weight, update) for layer in site.layers
-    ):
-        weights = " + ".join(str(tuple(layer.module.weight.shape)) for layer in site.layers)
+    shapes = [tuple(weight_shape(layer.module)) for layer in site.layers]
+    rows = [shape[0] for shape in shapes]
+    if sum(rows) != len(update.up) or not all(_fits(shape, update) for shape in shapes):
+        weights = " + ".join(map(str, shapes))
         raise ArtefactError(
             f"the LoRA {lora.name} does not fit {name!r}: its matrices are {tuple(update.up.shape)} and "
             f"{tuple(update.down.shape)}, the weight is {weights}; the LoRA is for another model"
@@ -205,25 +211,24 @@ def _matched(lora: Lora, names: Names, scale: float) -> list[_Change]:
                     f"the LoRA {lora.name} gives {change.layer.path!r} twice, as {other!r} and as "
                     f"{name!r}; a file holds one adapter"
                 )
-            if not module.weight.is_floating_point():
+            parameter = weight_parameter(module)
+            if not parameter.is_floating_point():
                 raise ArtefactError(
-                    f"{change.layer.path!r} holds {module.weight.dtype}; LoRAs are merged into float "
+                    f"{change.layer.path!r} holds {parameter.dtype}; LoRAs are merged into float "
                     "weights"
                 )
             changes.append(change)
     return changes
 
 
-def _result(changes: Sequence[tuple[Lora, _Change]]) -> tuple[Tensor, Tensor | None]:
-    """A layer's weight and bias after all of its changes.
+_Changes = Sequence[tuple[Lora, _Change]]
+"""All changes of one weight, and the LoRAs that they belong to."""
 
-    Raises:
-        NonFiniteError: a value is too large for the weight's dtype.
-    """
-    module = changes[0][1].layer.module
-    base = module.weight.detach().float()
+
+def _changed(changes: _Changes, original: Tensor) -> Tensor:
+    """A weight after all of its changes, in its own dtype."""
+    base = original.detach().float()
     weight = base
-    bias = None if module.bias is None else module.bias.detach().float()
     for _, change in changes:
         delta = change.delta().to(base)
         weight = weight + delta
@@ -232,17 +237,34 @@ def _result(changes: Sequence[tuple[Lora, _Change]]) -> tuple[Tensor, Tensor | N
             norm = torch.linalg.vector_norm((base + delta).flatten(1), dim=1)
             factor = change.magnitude.to(base) / norm
             weight = factor.reshape(-1, *(1,) * (weight.ndim - 1)) * weight
-        if change.bias is not None and bias is not None:
-            bias = bias + change.bias.to(base) * change.scaling
-    weight = weight.to(module.weight.dtype)
-    bias = None if bias is None else bias.to(module.bias.dtype)
-    if not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):
+    return weight.to(original.dtype)
+
+
+def _changed_bias(changes: _Changes) -> Tensor | None:
+    """A layer's bias after all of its changes; None: it has none."""
+    original: Tensor | None = changes[0][1].layer.module.bias
+    if original is None:
+        return None
+    bias = original.detach().float()
+    for _, change in changes:
+        if change.bias is not None:
+            bias = bias + change.bias.to(bias) * change.scaling
+    return bias.to(original.dtype)
+
+
+def _check_finite(changes: _Changes) -> None:
+    """Raise unless a layer's weight and bias are finite after all of its changes.
+
+    Raises:
+        NonFiniteError: a value is too large for the weight's dtype.
+    """
+    results = _changed(changes, changes[0][1].layer.module.weight), _changed_bias(changes)
+    if not all(bool(torch.isfinite(t).all()) for t in results if t is not None):
         names = " and ".join(dict.fromkeys(lora.name for lora, _ in changes))
         raise NonFiniteError(
             f"the LoRA {names} makes {changes[0][1].layer.path!r} NaN or infinite; give it a "
             "smaller scale"
         )
-    return weight, bias
 
 
 @torch.no_grad()
@@ -285,16 +307,20 @@ def merge_loras(
     for request, lora in zip(requests, loras, strict=True):
         changes = _matched(lora, names, request.scale)
         for change in changes:
-            by_weight.setdefault(id(change.layer.module.weight), []).append((lora, change))
+            key = id(weight_parameter(change.layer.module))
+            by_weight.setdefault(key, []).append((lora, change))
         merged.append(MergedLora(lora.name, lora.sha256, request.scale, len(changes)))
     # Results are computed twice, first for checking all of them: keeping them would need as much memory
     # as the model.
     for group in by_weight.values():
-        _result(group)
+        _check_finite(group)
     for group in by_weight.values():
         module = group[0][1].layer.module
-        weight, bias = _result(group)
-        module.weight.copy_(weight)
+        if has_stored_weight(module):
+            change_weight(module, partial(_changed, group))
+        else:
+            module.weight.copy_(_changed(group, module.weight))
+        bias = _changed_bias(group)
         if bias is not None:
             module.bias.copy_(bias)
     return merged

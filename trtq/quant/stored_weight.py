@@ -27,6 +27,7 @@ __all__ = [
     "share_weight",
     "state_tensors",
     "store_weight",
+    "weight_parameter",
     "weight_shape",
 ]
 
@@ -110,13 +111,19 @@ def has_stored_weights(model: nn.Module) -> bool:
     return any(has_stored_weight(module) for module in model.modules())
 
 
+def weight_parameter(layer: nn.Module) -> nn.Parameter:
+    """The parameter of a layer's weight; of a stored weight its placeholder, with shape and device."""
+    source = cast(Any, layer)
+    parameter: nn.Parameter
+    parameter = (
+        source.parametrizations[_NAME].original if has_stored_weight(layer) else source.weight
+    )
+    return parameter
+
+
 def weight_shape(layer: nn.Module) -> torch.Size:
     """Shape of a layer's weight, which is not read."""
-    if has_stored_weight(layer):
-        placeholder: Tensor = cast(Any, layer).parametrizations[_NAME].original
-        return placeholder.shape
-    weight: Tensor = cast(Any, layer).weight
-    return weight.shape
+    return weight_parameter(layer).shape
 
 
 def change_weight(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:

@@ -38,18 +38,16 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def stores_weights(model: Any, recipe: Recipe, memory: int | None, *, loras: bool) -> bool:
+def stores_weights(model: Any, recipe: Recipe, memory: int | None) -> bool:
     """Whether large weights stay in their files until a layer uses them.
 
     Args:
         model: a checkpoint, see `trtq.runs.quantize.quantize`.
         recipe: the recipe.
         memory: maximum memory in bytes; None: the memory that is available now.
-        loras: whether LoRAs are merged into the float weights.
 
     Raises:
-        UsageError: the weights exceed the given memory, and the recipe or the LoRAs need all of them in
-            memory.
+        UsageError: the weights exceed the given memory, and the recipe needs all of them in memory.
     """
     limit = memory or available_bytes()
     place = model.place if isinstance(model, Opened) else model
@@ -63,7 +61,7 @@ def stores_weights(model: Any, recipe: Recipe, memory: int | None, *, loras: boo
         return False
     if needed <= _SHARE * limit:
         return False
-    obstacle = _obstacle(recipe, loras=loras)
+    obstacle = _obstacle(recipe)
     if obstacle is None:
         logger.info(
             "the weights take %.1f GB in float32, and %.1f GB of memory may be used: layers read their "
@@ -80,16 +78,12 @@ def stores_weights(model: Any, recipe: Recipe, memory: int | None, *, loras: boo
     return False
 
 
-def _obstacle(recipe: Recipe, *, loras: bool) -> str | None:
+def _obstacle(recipe: Recipe) -> str | None:
     """What needs all weights in memory, as the end of an error message; None: nothing does."""
     if recipe.training is not None:
         return (
             f"the method {recipe.method!r} fine-tunes all of them in memory; choose --method search, "
             "or allow more memory"
-        )
-    if loras:
-        return (
-            "--lora changes them in memory; merge the LoRA in diffusers first, or allow more memory"
         )
     if recipe.budget is not None:
         return "--budget changes them in memory; leave it out, or allow more memory"

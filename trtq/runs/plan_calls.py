@@ -12,7 +12,7 @@ from torch import nn
 
 from trtq.calib.budget import parse_budget
 from trtq.calib.policy import GENERIC, load_policy, plan_layers
-from trtq.calib.probe import observe_calls, with_shared_inputs
+from trtq.calib.probe import LayerCall, observe_calls, with_shared_inputs
 from trtq.calib.recipe import Recipe
 from trtq.calib.roles import LayerRoles, observe_roles
 from trtq.calls.recorder import RecordedCall
@@ -32,6 +32,7 @@ from trtq.quant import (
     attention_modules,
     skip_splits,
 )
+from trtq.quant.plan import quantizable_layers
 from trtq.runs.budget import predictions_in_call, spend_budget
 from trtq.runs.given_calls import calibration_prompts, named_files, user_calls
 from trtq.runs.plan import QuantizePlan, load_float
@@ -200,10 +201,16 @@ def _denoiser_plan(
     probability_bits = recipe.attention.probability_bits
     denoiser, sample = source.denoiser, next(iter(seen[0].first.values()))
 
+    layer_calls: dict[str, LayerCall] = {}
+
     def run() -> object:
         return denoiser(**sample.form.rebuild(sample.tensors))
 
-    roles = observe_roles(denoiser, run, _images_in(sample, seen[0].argument))
+    def observed_run() -> None:
+        # Both observations in one call, which takes minutes for a large model.
+        layer_calls.update(observe_calls(denoiser, list(quantizable_layers(denoiser)), run))
+
+    roles = observe_roles(denoiser, observed_run, _images_in(sample, seen[0].argument))
     layers: Sequence[LayerPlan] = plan_layers(
         denoiser,
         policy,
@@ -214,8 +221,6 @@ def _denoiser_plan(
         scales=recipe.scales,
         group=recipe.group,
     )
-    with torch.no_grad():
-        layer_calls = observe_calls(denoiser, [layer.name for layer in layers], run)
     if not any(layer.quantized for layer in layers):
         raise QuantizationError(
             f"zero layers of {model_class} would be quantised: the policy for {policy.family} matches "

@@ -169,7 +169,7 @@ def quantize(
         config: diffusers folder or hub id with the configuration of a model in a single file.
         memory: memory to use, e.g. `24GB`; None: what is available. If the weights in float32 take more
             than half of it, layers read them from the checkpoint's files when they need them, and the
-            calibration runs inside the pipeline's own call; not with fine-tuning or LoRAs.
+            calibration runs inside the pipeline's own call; not with fine-tuning.
         resume: continue from the newest checkpoint of an interrupted run.
         overwrite: replace an existing run.
         progress: callback that receives the stage's name, the work done and the total.
@@ -187,7 +187,7 @@ def quantize(
     if config is not None:
         model = open_artefact(model, verify=False, config=config)
     limit = None if memory is None else parse_memory(memory)
-    stored = stores_weights(model, chosen, limit, loras=bool(loras))
+    stored = stores_weights(model, chosen, limit)
     if stored or calls is not None or inputs or not knows_pipeline(model):
         return quantize_calls(
             model,
