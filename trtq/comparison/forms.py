@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from trtq.artefact.manifest import Manifest
 from trtq.artefact.opened import Checkpoint
-from trtq.comparison.calls import DenoiserCalls, torch_call
+from trtq.comparison.call_set import CallSet, Feeds
 from trtq.comparison.sides import Side
-from trtq.diffusion.families import Family
 from trtq.engine.base import Engine
 from trtq.engine.open import open_engine
 from trtq.errors import UsageError
@@ -56,7 +54,7 @@ class Form:
     engine: Engine | None = None
     layers: tuple[str, ...] = ()
 
-    def runner(self, calls: DenoiserCalls) -> Any:
+    def runner(self, calls: CallSet) -> Any:
         """A runner of polygraphy."""
         from trtq.comparison.runners import TorchRunner, engine_runner
 
@@ -66,20 +64,17 @@ class Form:
 
         def call(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             assert self.denoiser is not None
-            return outputs_of(self.denoiser, calls.family, feeds, self.layers)
+            return outputs_of(self.denoiser, calls, dict(feeds), self.layers)
 
         return TorchRunner(self.side.label, calls.inputs, call)
 
 
 def outputs_of(
-    denoiser: nn.Module,
-    family: Family,
-    feeds: Mapping[str, np.ndarray],
-    layers: Collection[str] = (),
+    denoiser: nn.Module, calls: CallSet, feeds: Feeds, layers: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
     """The prediction of a denoiser in torch and the outputs of its layers, by name, in float32."""
     with captured_outputs(model_in(denoiser), layers) as captured:
-        outputs = torch_call(denoiser, family)(feeds)
+        outputs = calls.call(denoiser, feeds)
     return outputs | {name: value.detach().float().numpy() for name, value in captured.items()}
 
 
@@ -92,7 +87,7 @@ def model_in(denoiser: Any) -> nn.Module:
 def side_form(side: Side) -> Form:
     """The side as it is."""
     if side.in_torch:
-        return Form(side, denoiser=side.source.denoiser)
+        return Form(side, denoiser=side.module)
     return Form(side, engine=side.engine)
 
 
@@ -106,20 +101,20 @@ def structured(side: Side, other: Side) -> nn.Module:
     Raises:
         UsageError: the channels of the other side's attention are scaled, and its run is not at hand.
     """
-    denoiser, manifest = side.source.denoiser, other.manifest
-    if not isinstance(side.opened, Checkpoint) or manifest is None:
+    denoiser, row = side.module, other.row
+    if not isinstance(side.opened, Checkpoint) or row is None:
         return denoiser
-    row = manifest.structure
     denoiser = deepcopy(denoiser)
-    apply_structure(denoiser, Structure(tuple(row.attention), row.splits))
-    for product, tensors in _transforms(other, manifest).items():
+    structure = Structure(tuple(row.structure.attention), row.structure.splits)
+    apply_structure(denoiser, structure)
+    for product, tensors in _transforms(other).items():
         scale_channels(denoiser, product, tensors)
     return denoiser.eval()
 
 
-def _transforms(side: Side, manifest: Manifest) -> dict[str, TransformTensors]:
+def _transforms(side: Side) -> dict[str, TransformTensors]:
     """The factors of the channels of a side's attention, by path of the product."""
-    if not any(layer.kind == "product" and layer.smooth for layer in manifest.layers):
+    if not any(layer.kind == "product" and layer.smooth for layer in side.layers):
         return {}
     low_bit = side.torch_denoiser()
     if low_bit is None:
