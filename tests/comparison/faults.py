@@ -79,7 +79,7 @@ def plant(folder, copy, fault):
         path,
         save_as_external_data=True,
         location="model.onnx_data",
-        size_threshold=1 << 14,
+        size_threshold=1 << 10,
     )
     record = json.loads((copy / "manifest.json").read_text())
     for name in ("unet/model.onnx", "unet/model.onnx_data"):

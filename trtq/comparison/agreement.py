@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -166,6 +167,11 @@ class _Shares:
         """Number of images."""
         return len(self.changed)
 
+    @property
+    def count(self) -> int:
+        """Number of changed images."""
+        return int(self.changed.sum())
+
 
 def _shares(pair: Pair, patterns: int) -> _Shares:
     pooled = snr_db(pair.reference, pair.other)
@@ -186,19 +192,23 @@ def _by_share(
 ) -> list[tuple[StepParity, Bound]]:
     """The agreement if codes flip in a measured share of the images."""
     shares = [_shares(pair, flips.patterns) for pair in pairs]
-    images = sum(each.images for each in shares)
-    mean = sum(each.row.floor_ties * each.images for each in shares) / images
-    changed = sum(int(each.changed.sum()) for each in shares)
-    many = changed > likely_max(images, _expected(mean))
+    mean = fmean([each.row.floor_ties for each in shares], [each.images for each in shares])
+    chances = [_expected(max(mean, each.row.floor_ties)) for each in shares]
+    usual = [
+        each
+        for each, chance in zip(shares, chances, strict=True)
+        if each.count <= likely_max(each.images, chance)
+    ]
+    images = sum(each.images for each in usual)
+    many = sum(each.count for each in usual) > likely_max(images, _expected(mean))
     judged = []
-    for pair, each in zip(pairs, shares, strict=True):
-        chance = _expected(max(mean, each.row.floor_ties))
+    for pair, each, chance in zip(pairs, shares, chances, strict=True):
         row, bound = _share_of_call(pair, each, required, chance, many=many)
         if pair.steps is not None:
-            usual = _usual_of_steps(pair.steps, chance)
+            of_step = _usual_of_steps(pair.steps, chance)
             position = torch.tensor(pair.steps)
-            row = worst_step(row, pair.reference, pair.other, position, usual)
-            bound = replace(bound, step_ties=usual)
+            row = worst_step(row, pair.reference, pair.other, position, of_step)
+            bound = replace(bound, step_ties=of_step)
         judged.append((row, bound))
     return judged
 
@@ -211,7 +221,7 @@ def _expected(share: float) -> float:
 def _share_of_call(
     pair: Pair, each: _Shares, required: float, chance: float, *, many: bool
 ) -> tuple[StepParity, Bound]:
-    count, row = int(each.changed.sum()), each.row
+    count, row = each.count, each.row
     allowed = likely_max(each.images, chance)
     if many or allowed < count:
         # More images changed than flips explain.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -10,20 +10,17 @@ from torch import nn
 
 from trtq.comparison.agreement import Flips
 from trtq.comparison.call_set import CallSet
-from trtq.comparison.forms import outputs_of
+from trtq.comparison.forms import model_in, outputs_of
+from trtq.comparison.runtime_bits import runtime_differences
 from trtq.comparison.sides import Side
 from trtq.exporter.call_parity import CHANGES
 from trtq.exporter.last_bits import LAST_BIT, last_bit_moved
 from trtq.exporter.parity import MAX_TIES_ANYWHERE
 from trtq.pipelines.open import TORCH
+from trtq.quant.formats import QUANTIZED_INPUTS
 
 __all__ = ["flips_of"]
 
-_FLOAT32 = 2.0**-18
-"""Relative difference of two runtimes of which one sums norms in float32, or approximates exponentials.
-On 2026-11-30 OpenVINO flipped codes in as many images of the digits UNet (22 to 35 %) as a change of
-torch's inputs by 2**-20 did, and of the digits transformer (25 to 55 %) as a change by 2**-19 to 2**-18
-did (W4A4, 4 steps)."""
 _HALF = 2.0**-11
 """The same for values in half precision."""
 _FLIPPING = Flips(None, by_share=True, per_call=MAX_TIES_ANYWHERE, overall=MAX_TIES_ANYWHERE)
@@ -59,15 +56,22 @@ def flips_of(
         denoiser = reference.torch_denoiser()
     if denoiser is None:
         return rare if exact else _FLIPPING
-    model, relative = denoiser, LAST_BIT if exact else _FLOAT32
-    if half:
-        relative = _HALF
-    changes = [relative * change / LAST_BIT for change in CHANGES] if exact else 4 * [relative]
-    if not calls.few_images:
-        changes = changes[:1]
+    model, other = denoiser, sides[1]
+    relative = _HALF if half else LAST_BIT
+    differences: Mapping[str, float] = {}
+    if not exact and not half and other.graph is not None:
+        differences = other.measured("bits", lambda: runtime_differences(other, model, calls))
+    # The low-bit layers of the model: in a bisection some are in float.
+    low_bit = {
+        name: differences.get(name, relative)
+        for name, module in model_in(model).named_modules()
+        if isinstance(module, QUANTIZED_INPUTS)
+    }
+    factors = [change / LAST_BIT for change in (CHANGES if calls.few_images else CHANGES[:1])]
 
     def moved(index: int, pattern: int) -> dict[str, np.ndarray]:
-        with last_bit_moved(model, changes[pattern], pattern):
+        change = {name: factors[pattern] * ratio for name, ratio in low_bit.items()}
+        with last_bit_moved(model_in(model), change, pattern):
             return outputs_of(model, calls, calls.feeds[index], layers)
 
-    return replace(rare if exact else _FLIPPING, moved=moved, patterns=len(changes))
+    return replace(rare if exact else _FLIPPING, moved=moved, patterns=len(factors))

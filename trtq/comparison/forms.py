@@ -29,6 +29,7 @@ from trtq.quant.structure import Structure, apply_structure, replace_module
 __all__ = [
     "Form",
     "float_layers",
+    "marked_float_graph",
     "marked_form",
     "model_in",
     "outputs_of",
@@ -174,6 +175,20 @@ def with_floats(form: Form, floats: Mapping[str, nn.Module], folder: Path) -> Fo
     model = _prepared(form.side, "--bisect")
     layers_to_float(model, floats)
     return Form(form.side, engine=_opened(model, folder, form.side))
+
+
+def marked_float_graph(side: Side, floats: Mapping[str, nn.Module], folder: Path) -> Engine:
+    """The graph of a side with layers in float, whose outputs are outputs of the graph, too.
+
+    Args:
+        side: a side with a graph.
+        floats: the float layers by name.
+        folder: an empty folder for the changed graph.
+    """
+    model = _prepared(side, "this comparison")
+    mark_layers(model, floats)
+    layers_to_float(model, floats)
+    return _opened(model, folder, side)
 
 
 def _prepared(side: Side, option: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,25 @@ class Side:
     recorded: bool = False
     part: str | None = None
     call_graph: CallGraph | None = None
-    _loaded: dict[str, LoadedPipeline] = field(default_factory=dict, repr=False)
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def source(self) -> LoadedPipeline:
         """The pipeline around the denoiser, loaded at the first use."""
-        if "" not in self._loaded:
-            self._loaded[""] = self._load()
-        return self._loaded[""]
+        source: LoadedPipeline = self._once("source", self._load)
+        return source
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns at the first use of a name; all parts of a side share it."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    def measured(self, what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Numbers that are measured once for the denoiser and graph that are compared."""
+        folder = None if self.call_graph is None else self.call_graph.row.folder
+        numbers: dict[str, float] = self._once(f"{what} {self.part} {folder}", measure)
+        return numbers
 
     def _load(self) -> LoadedPipeline:
         if self.recorded and isinstance(self.opened, Checkpoint):

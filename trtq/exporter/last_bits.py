@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +21,16 @@ float32, whose spacing is 2**-24 to 2**-23 of the value."""
 
 
 @contextmanager
-def last_bit_moved(reference: Any, relative: float = LAST_BIT, pattern: int = 0) -> Iterator[None]:
+def last_bit_moved(
+    reference: Any,
+    relative: float | Mapping[str, float] = LAST_BIT,
+    pattern: int = 0,
+) -> Iterator[None]:
     """Inside the block, change every input of a low-bit layer by `relative`, about its last bit.
 
     Args:
         reference: the model.
-        relative: relative change of the values.
+        relative: relative change of the values; or one for each layer whose inputs change, by path.
         pattern: number of a pattern of signs; 0: alternating signs.
     """
 
@@ -38,16 +42,25 @@ def last_bit_moved(reference: Any, relative: float = LAST_BIT, pattern: int = 0)
         signs[::2] = -1
         return signs
 
-    def move(_: str, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        moved = []
+    def move(name: str, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        changed = []
+        ratio = relative[name] if isinstance(relative, Mapping) else relative
         for x in inputs:
             if x.is_floating_point():
                 signs = signs_of(x.numel()).to(x.device)
-                x = x * (1 + relative * signs.reshape(x.shape))
-            moved.append(x)
-        return tuple(moved)
+                x = x * (1 + ratio * signs.reshape(x.shape))
+            changed.append(x)
+        return tuple(changed)
 
     named = reference.named_modules() if isinstance(reference, nn.Module) else ()
-    layers = {name: module for name, module in named if isinstance(module, QUANTIZED_INPUTS)}
-    with input_hooks(layers, move):
+    moved = {
+        name: module
+        for name, module in named
+        if (
+            name in relative
+            if isinstance(relative, Mapping)
+            else isinstance(module, QUANTIZED_INPUTS)
+        )
+    }
+    with input_hooks(moved, move):
         yield
