@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from trtq.comparison.agreement import Flips
+from trtq.comparison.agreement import FLIPS_MARGIN, Flips
 from trtq.comparison.call_set import CallSet
 from trtq.comparison.forms import model_in, outputs_of
 from trtq.comparison.runtime_bits import runtime_differences
 from trtq.comparison.sides import Side
 from trtq.exporter.call_parity import CHANGES
-from trtq.exporter.last_bits import LAST_BIT, last_bit_moved
+from trtq.exporter.last_bits import LAST_BIT, Change, last_bit_moved
 from trtq.exporter.parity import MAX_TIES_ANYWHERE
 from trtq.pipelines.open import TORCH
 from trtq.quant.formats import QUANTIZED_INPUTS
@@ -58,7 +58,7 @@ def flips_of(
         return rare if exact else _FLIPPING
     model, other = denoiser, sides[1]
     relative = _HALF if half else LAST_BIT
-    differences: Mapping[str, float] = {}
+    differences: Mapping[str, Change] = {}
     if not exact and not half and other.graph is not None:
         differences = other.measured("bits", lambda: runtime_differences(other, model, calls))
     # The low-bit layers of the model: in a bisection some are in float.
@@ -67,11 +67,22 @@ def flips_of(
         for name, module in model_in(model).named_modules()
         if isinstance(module, QUANTIZED_INPUTS)
     }
-    factors = [change / LAST_BIT for change in (CHANGES if calls.few_images else CHANGES[:1])]
+    if exact:
+        factors = [change / LAST_BIT for change in (CHANGES if calls.few_images else CHANGES[:1])]
+    else:
+        factors = [1.0, 1.0, 1.0, FLIPS_MARGIN]
 
     def moved(index: int, pattern: int) -> dict[str, np.ndarray]:
-        change = {name: factors[pattern] * ratio for name, ratio in low_bit.items()}
+        change = {name: _scaled(ratio, factors[pattern]) for name, ratio in low_bit.items()}
         with last_bit_moved(model_in(model), change, pattern):
             return outputs_of(model, calls, calls.feeds[index], layers)
 
-    return replace(rare if exact else _FLIPPING, moved=moved, patterns=len(factors))
+    return replace(
+        rare if exact else _FLIPPING, moved=moved, patterns=len(factors), plain=factors.count(1.0)
+    )
+
+
+def _scaled(change: Change, factor: float) -> Change:
+    if isinstance(change, float):
+        return factor * change
+    return tuple(factor * ratio for ratio in change)

@@ -18,7 +18,7 @@ from trtq.engine.base import Engine
 from trtq.engine.open import open_engine
 from trtq.errors import UsageError
 from trtq.graph.file import MODEL_FILE, save_rewritten
-from trtq.graph.low_bit_layers import layers_to_float, mark_layers
+from trtq.graph.low_bit_layers import layers_to_float, mark_inputs, mark_layers
 from trtq.graph.runtimes.prepare import load_graph, prepare
 from trtq.quant.attention_channels import scale_channels, transforms_of
 from trtq.quant.float_form import float_form
@@ -28,8 +28,8 @@ from trtq.quant.structure import Structure, apply_structure, replace_module
 
 __all__ = [
     "Form",
+    "float_graph",
     "float_layers",
-    "marked_float_graph",
     "marked_form",
     "model_in",
     "outputs_of",
@@ -177,18 +177,23 @@ def with_floats(form: Form, floats: Mapping[str, nn.Module], folder: Path) -> Fo
     return Form(form.side, engine=_opened(model, folder, form.side))
 
 
-def marked_float_graph(side: Side, floats: Mapping[str, nn.Module], folder: Path) -> Engine:
-    """The graph of a side with layers in float, whose outputs are outputs of the graph, too.
+def float_graph(
+    side: Side, floats: Mapping[str, nn.Module], folder: Path
+) -> tuple[Engine, dict[str, list[str]]]:
+    """The graph of a side with layers in float, whose inputs are outputs of the graph, too.
 
     Args:
         side: a side with a graph.
         floats: the float layers by name.
         folder: an empty folder for the changed graph.
+
+    Returns:
+        The opened graph, and the outputs that hold the inputs of each layer.
     """
     model = _prepared(side, "this comparison")
-    mark_layers(model, floats)
     layers_to_float(model, floats)
-    return _opened(model, folder, side)
+    marked = mark_inputs(model, floats)
+    return _opened(model, folder, side), marked
 
 
 def _prepared(side: Side, option: str) -> Any:

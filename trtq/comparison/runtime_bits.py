@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trtq.comparison.call_set import CallSet
-from trtq.comparison.forms import (
-    float_layers,
-    marked_float_graph,
-    model_in,
-    outputs_of,
-)
+from trtq.comparison.call_set import CallSet, Feeds
+from trtq.comparison.forms import float_graph, float_layers, model_in
 from trtq.comparison.sides import Side
-from trtq.exporter.last_bits import LAST_BIT, last_bit_moved
+from trtq.exporter.last_bits import LAST_BIT
+from trtq.quant.geometry import CONVOLUTIONS
+from trtq.quant.hooks import input_hooks
 from trtq.quant.structure import replace_module
-from trtq.snr import snr_db
 
 __all__ = ["MAX_DIFFERENCE", "runtime_differences"]
 
-MAX_DIFFERENCE = 2.0**-16
-"""Largest relative difference that counts as one of last bits: that of a sum of some hundreds of values
-in float32. Chosen by hand; a runtime that is further away computes something else."""
-_PROBE = 2.0**-18
-"""Relative change of the inputs of all layers in torch, far below the point where the response to it is
-no longer linear, and far above the last bit."""
+MAX_DIFFERENCE = 2.0**-12
+"""Largest difference that counts as one of last bits, relative to the channel. Chosen by hand; a runtime
+that is further away computes something else."""
 _IMAGES = 4
 
+_Inputs = dict[str, tuple[Tensor, ...]]
 
-def runtime_differences(side: Side, denoiser: nn.Module, calls: CallSet) -> dict[str, float]:
-    """The relative differences of a runtime's floats from those of torch, layer by layer.
+
+def runtime_differences(
+    side: Side, denoiser: nn.Module, calls: CallSet
+) -> dict[str, tuple[Tensor, ...]]:
+    """The relative differences of a runtime's floats from those of torch, in the inputs of the layers.
 
     All low-bit layers are turned into float layers in the graph and in torch, so that no code can flip,
-    and the outputs of these layers are compared in the first call and in the middle one. The difference
-    at a layer has grown through the layers before it, so it is divided by that of torch with all layer
-    inputs changed by a known ratio.
+    and the inputs of these layers are compared in the first call and in the middle one, channel by
+    channel: a norm in float32 errs by as much in a channel of small values as in the largest one.
 
     Args:
         side: the side that the runtime computes.
@@ -47,34 +44,54 @@ def runtime_differences(side: Side, denoiser: nn.Module, calls: CallSet) -> dict
         calls: the calls.
 
     Returns:
-        For each layer the relative change of all layer inputs that changes its output in torch as much
-        as the runtime does; at least `LAST_BIT` and at most `MAX_DIFFERENCE`.
+        For each layer and input the root mean square of the difference in each channel; at least
+        `LAST_BIT` and at most `MAX_DIFFERENCE` times that of the input.
     """
     floats = float_layers(denoiser, [row.name for row in side.layers])
     in_torch = deepcopy(denoiser)
     for name, layer in floats.items():
         replace_module(model_in(in_torch), name, layer)
-    probe = dict.fromkeys(floats, _PROBE)
     few = calls.few(_IMAGES)
-    found = dict.fromkeys(floats, LAST_BIT)
+    found: _Inputs = {}
     with tempfile.TemporaryDirectory(prefix="trtq-float-") as scratch:
-        engine = marked_float_graph(side, floats, Path(scratch) / "graph")
+        engine, marked = float_graph(side, floats, Path(scratch) / "graph")
         for index in sorted({0, len(few.feeds) // 2}):
             feeds = few.feeds[index]
-            expected = outputs_of(in_torch, few, feeds, floats)
-            with last_bit_moved(model_in(in_torch), probe, 1):
-                moved = outputs_of(in_torch, few, feeds, floats)
+            expected = _inputs(in_torch, floats, few, feeds)
             given = engine.run(feeds)
-            for name in floats:
-                if name in expected:
-                    ratio = _ratio(expected[name], given[name]) / _ratio(
-                        expected[name], moved[name]
-                    )
-                    found[name] = max(found[name], _PROBE * ratio)
-    return {name: min(difference, MAX_DIFFERENCE) for name, difference in found.items()}
+            for name, layer in floats.items():
+                if name not in expected:
+                    continue
+                axis = 1 if isinstance(layer, CONVOLUTIONS) else -1
+                changes = tuple(
+                    _difference(reference, torch.from_numpy(np.array(given[output])), axis)
+                    for reference, output in zip(expected[name], marked[name], strict=True)
+                )
+                if name in found:
+                    changes = tuple(map(torch.maximum, found[name], changes))
+                found[name] = changes
+    return found
 
 
-def _ratio(expected: np.ndarray, given: np.ndarray) -> float:
-    reference = torch.from_numpy(expected)
-    other = torch.from_numpy(np.array(given)).float().reshape(reference.shape)
-    return float(10 ** (-snr_db(reference, other) / 20))
+def _inputs(
+    denoiser: nn.Module, floats: Mapping[str, nn.Module], calls: CallSet, feeds: Feeds
+) -> _Inputs:
+    """The inputs of float layers in torch, of the last call of each."""
+    modules = dict(model_in(denoiser).named_modules())
+    inputs: _Inputs = {}
+
+    def keep(name: str, values: tuple[Tensor, ...]) -> None:
+        inputs[name] = values
+
+    with input_hooks({name: modules[name] for name in floats}, keep):
+        calls.call(denoiser, feeds)
+    return inputs
+
+
+def _difference(reference: Tensor, given: Tensor, axis: int) -> Tensor:
+    """Root mean square of the difference in each channel, shaped for a sum with the input."""
+    axes = [place for place in range(reference.ndim) if place != axis % reference.ndim]
+    difference = (given.float().reshape(reference.shape) - reference).square().mean(axes, True)
+    size = reference.square().mean(axes, True)
+    low, high = (ratio * size.sqrt() for ratio in (LAST_BIT, MAX_DIFFERENCE))
+    return difference.sqrt().clamp(low, high)

@@ -72,10 +72,10 @@ class Side:
             self._kept[name] = make()
         return self._kept[name]
 
-    def measured(self, what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Numbers that are measured once for the denoiser and graph that are compared."""
+    def measured(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Values that are measured once for the denoiser and graph that are compared."""
         folder = None if self.call_graph is None else self.call_graph.row.folder
-        numbers: dict[str, float] = self._once(f"{what} {self.part} {folder}", measure)
+        numbers: dict[str, Any] = self._once(f"{what} {self.part} {folder}", measure)
         return numbers
 
     def _load(self) -> LoadedPipeline:

@@ -13,8 +13,9 @@ from trtq.quant.formats import QUANTIZED_INPUTS
 from trtq.quant.hooks import input_hooks
 from trtq.seeds import seeded_generator
 
-__all__ = ["LAST_BIT", "last_bit_moved"]
+__all__ = ["LAST_BIT", "Change", "last_bit_moved"]
 
+Change = float | tuple[Tensor, ...]
 LAST_BIT = 2.0**-22
 """Relative change of a value in the measurement of the floor: two to four units in the last place of
 float32, whose spacing is 2**-24 to 2**-23 of the value."""
@@ -23,14 +24,15 @@ float32, whose spacing is 2**-24 to 2**-23 of the value."""
 @contextmanager
 def last_bit_moved(
     reference: Any,
-    relative: float | Mapping[str, float] = LAST_BIT,
+    relative: float | Mapping[str, Change] = LAST_BIT,
     pattern: int = 0,
 ) -> Iterator[None]:
     """Inside the block, change every input of a low-bit layer by `relative`, about its last bit.
 
     Args:
         reference: the model.
-        relative: relative change of the values; or one for each layer whose inputs change, by path.
+        relative: relative change of the values; or one for each layer whose inputs change, by path: a
+            number, or the absolute change of each input as a tensor.
         pattern: number of a pattern of signs; 0: alternating signs.
     """
 
@@ -44,11 +46,12 @@ def last_bit_moved(
 
     def move(name: str, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         changed = []
-        ratio = relative[name] if isinstance(relative, Mapping) else relative
-        for x in inputs:
+        change: Change = relative[name] if isinstance(relative, Mapping) else relative
+        for place, x in enumerate(inputs):
             if x.is_floating_point():
                 signs = signs_of(x.numel()).to(x.device)
-                x = x * (1 + ratio * signs.reshape(x.shape))
+                by = signs.reshape(x.shape)
+                x = x + change[place].to(x) * by if isinstance(change, tuple) else x * (1 + change * by)
             changed.append(x)
         return tuple(changed)
 
