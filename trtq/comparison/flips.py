@@ -70,7 +70,7 @@ def flips_of(
     if exact:
         factors = [change / LAST_BIT for change in (CHANGES if calls.few_images else CHANGES[:1])]
     else:
-        factors = [1.0, 1.0, 1.0, FLIPS_MARGIN]
+        factors = 3 * [1.0] + 3 * [FLIPS_MARGIN]
 
     def moved(index: int, pattern: int) -> dict[str, np.ndarray]:
         change = {name: _scaled(ratio, factors[pattern]) for name, ratio in low_bit.items()}

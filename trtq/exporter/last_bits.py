@@ -51,7 +51,11 @@ def last_bit_moved(
             if x.is_floating_point():
                 signs = signs_of(x.numel()).to(x.device)
                 by = signs.reshape(x.shape)
-                x = x + change[place].to(x) * by if isinstance(change, tuple) else x * (1 + change * by)
+                x = (
+                    x + change[place].to(x) * by
+                    if isinstance(change, tuple)
+                    else x * (1 + change * by)
+                )
             changed.append(x)
         return tuple(changed)
 
