@@ -268,8 +268,3 @@ def test_graphs_are_shown_by_polygraphys_inspector(digits_run, digits_onnx):
     assert inspect(digits_onnx).graphs is None
     with pytest.raises(UsageError, match="has no graphs"):
         inspect(digits_run, graphs=True)
-
-
-def test_a_recorded_artefact_is_refused_with_the_remedy(inpainting_run, digits_run):
-    with pytest.raises(UsageError, match=r"trtq verify --against does not support yet.*--run RUN"):
-        ordered_sides(inpainting_run, digits_run)
