@@ -60,7 +60,7 @@ def flips_of(
     relative = _HALF if half else LAST_BIT
     differences: Mapping[str, Change] = {}
     if not exact and not half and other.graph is not None:
-        differences = other.measured("bits", lambda: runtime_differences(other, model, calls))
+        differences = other.last_bits(lambda: runtime_differences(other, model, calls))
     # The low-bit layers of the model: in a bisection some are in float.
     low_bit = {
         name: differences.get(name, relative)

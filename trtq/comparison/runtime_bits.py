@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trtq.comparison.call_set import CallSet, Feeds
 from trtq.comparison.forms import float_graph, float_layers, model_in
-from trtq.comparison.sides import Side
+from trtq.comparison.sides import LastBits, Side
 from trtq.exporter.last_bits import LAST_BIT
 from trtq.quant.geometry import CONVOLUTIONS
 from trtq.quant.hooks import input_hooks
@@ -52,7 +52,7 @@ def runtime_differences(
     for name, layer in floats.items():
         replace_module(model_in(in_torch), name, layer)
     few = calls.few(_IMAGES)
-    found: _Inputs = {}
+    found: LastBits = {}
     with tempfile.TemporaryDirectory(prefix="trtq-float-") as scratch:
         engine, marked = float_graph(side, floats, Path(scratch) / "graph")
         for index in sorted({0, len(few.feeds) // 2}):

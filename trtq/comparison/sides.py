@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from trtq.artefact.files import sha256
 from trtq.artefact.manifest import MANIFEST_NAME, Manifest
@@ -36,7 +36,11 @@ from trtq.graph.file import model_file
 from trtq.pipelines.open import TORCH, open_any
 from trtq.runs.folder import open_run
 
-__all__ = ["Side", "hold_same_numbers", "ordered_sides", "required_db"]
+__all__ = ["LastBits", "Side", "hold_same_numbers", "ordered_sides", "required_db"]
+
+
+LastBits = dict[str, tuple[Tensor, ...]]
+"""By layer and input, the difference of a runtime's floats from torch's in each channel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +76,11 @@ class Side:
             self._kept[name] = make()
         return self._kept[name]
 
-    def measured(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Values that are measured once for the denoiser and graph that are compared."""
+    def last_bits(self, measure: Callable[[], LastBits]) -> LastBits:
+        """The last bits of the runtime, measured once for the denoiser and graph that are compared."""
         folder = None if self.call_graph is None else self.call_graph.row.folder
-        numbers: dict[str, Any] = self._once(f"{what} {self.part} {folder}", measure)
-        return numbers
+        bits: LastBits = self._once(f"last bits {self.part} {folder}", measure)
+        return bits
 
     def _load(self) -> LoadedPipeline:
         if self.recorded and isinstance(self.opened, Checkpoint):
