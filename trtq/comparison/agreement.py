@@ -209,10 +209,11 @@ def _by_share(
         if each.count <= likely_max(each.images, chance)
     ]
     images = sum(each.images for each in usual)
-    many = sum(each.count for each in usual) > likely_max(images, _expected(mean))
+    allowed = likely_max(images, _expected(mean))
+    many, enough = sum(each.count for each in usual) > allowed, allowed < images
     judged = []
     for pair, each, chance in zip(pairs, shares, chances, strict=True):
-        row, bound = _share_of_call(pair, each, required, chance, many=many)
+        row, bound = _share_of_call(pair, each, required, chance, many=many, enough=enough)
         if pair.steps is not None:
             of_step = _usual_of_steps(pair.steps, chance)
             position = torch.tensor(pair.steps)
@@ -232,16 +233,28 @@ def _expected(share: float) -> float:
 
 
 def _share_of_call(
-    pair: Pair, each: _Shares, required: float, chance: float, *, many: bool
+    pair: Pair, each: _Shares, required: float, chance: float, *, many: bool, enough: bool
 ) -> tuple[StepParity, Bound]:
+    """The agreement in one call.
+
+    Args:
+        pair: the output in this call.
+        each: its changed images.
+        required: required SNR, in dB.
+        chance: probability that an image changes in a right graph.
+        many: whether more images changed, over all calls, than flips explain.
+        enough: whether all calls together have enough images to tell.
+    """
     count, row = each.count, each.row
     allowed = likely_max(each.images, chance)
     if many or allowed < count:
         # More images changed than flips explain.
         return row, Bound(required, -1.0)
     if allowed == each.images:
-        # So few images, or so many flips, that every image may change by chance.
-        return row, Bound(min(required, row.floor_db - FLOOR_MARGIN_DB), -1.0)
+        # So few images, or so many flips, that every image of this call may change by chance.
+        if not enough or count == each.images:
+            return row, Bound(min(required, row.floor_db - FLOOR_MARGIN_DB), -1.0)
+        allowed = each.images - 1
     kept = ~each.changed
     db = snr_db(pair.reference[kept], pair.other[kept])
     row = replace(row, db=db, ties=count / each.images)
