@@ -16,7 +16,7 @@ from trtq.comparison.package import check_polygraphy
 from trtq.comparison.recorded_calls import Part, record_parts
 from trtq.comparison.result import ComparedLayer, CompareResult, joined, joined_bisections
 from trtq.comparison.script import check_folder, check_scriptable, write_results
-from trtq.comparison.sides import Side, ordered_sides
+from trtq.comparison.sides import Side, check_layered, ordered_sides
 from trtq.errors import UsageError
 from trtq.progress import ProgressCallback, silent
 from trtq.torch_settings import with_own_settings
@@ -58,11 +58,15 @@ def compare(
 
     Raises:
         MissingDependencyError: polygraphy is missing or too old.
-        UsageError: the two cannot be compared; the message names the difference.
+        UsageError: the two cannot be compared, or the layers of engines are asked for; the message names
+            the difference, and what to compare instead.
         ArtefactError: an artefact is damaged.
     """
     check_polygraphy()
     sides = ordered_sides(artefact, against, (provider, against_provider))
+    for option, wanted in (("--layers", layers), ("--bisect", bisect)):
+        if wanted:
+            check_layered(sides, option)
     folders = _checked(sides[1], results, script, overwrite=overwrite)
     progress("record the calls", 0, 3)
     parts = _parts(sides)

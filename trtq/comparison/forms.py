@@ -136,14 +136,14 @@ def marked_form(side: Side, other: Side, layers: Collection[str], folder: Path) 
         folder: an empty folder for a changed graph.
 
     Raises:
-        UsageError: the side is an engine, whose layers are not known.
+        UsageError: see `structured`.
     """
     if side.in_torch:
         denoiser = structured(side, other)
         present = dict(model_in(denoiser).named_modules())
         kept = tuple(name for name in layers if name in present)
         return Form(side, denoiser=denoiser, layers=kept)
-    model = _prepared(side, "--layers")
+    model = _prepared(side)
     mark_layers(model, layers)
     return Form(side, engine=_opened(model, folder, side), layers=tuple(layers))
 
@@ -161,9 +161,6 @@ def with_floats(form: Form, floats: Mapping[str, nn.Module], folder: Path) -> Fo
         form: the side as it is.
         floats: the float layers by name.
         folder: an empty folder for a changed graph.
-
-    Raises:
-        UsageError: the side is an engine, whose layers cannot be replaced.
     """
     if not floats:
         return form
@@ -172,7 +169,7 @@ def with_floats(form: Form, floats: Mapping[str, nn.Module], folder: Path) -> Fo
         for name, layer in floats.items():
             replace_module(model_in(denoiser), name, layer)
         return Form(form.side, denoiser=denoiser)
-    model = _prepared(form.side, "--bisect")
+    model = _prepared(form.side)
     layers_to_float(model, floats)
     return Form(form.side, engine=_opened(model, folder, form.side))
 
@@ -190,18 +187,14 @@ def float_graph(
     Returns:
         The opened graph, and the outputs that hold the inputs of each layer.
     """
-    model = _prepared(side, "this comparison")
+    model = _prepared(side)
     layers_to_float(model, floats)
     marked = mark_inputs(model, floats)
     return _opened(model, folder, side), marked
 
 
-def _prepared(side: Side, option: str) -> Any:
-    if side.graph is None:
-        raise UsageError(
-            f"{option} needs the layers of a graph, and {side.label} is an engine; compare the ONNX "
-            "folder that it was built from"
-        )
+def _prepared(side: Side) -> Any:
+    assert side.graph is not None, "engines are refused earlier, see `check_layered`"
     return prepare(load_graph(side.graph), "onnxruntime")
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trtq.artefact.files import sha256
-from trtq.artefact.manifest import MANIFEST_NAME, Manifest
-from trtq.artefact.manifest_file import find_origin, parse_manifest
+from trtq.artefact.manifest import Manifest
+from trtq.artefact.manifest_file import parse_manifest
 from trtq.artefact.manifest_rows import FurtherRow, LayerRow
 from trtq.artefact.opened import (
     Checkpoint,
@@ -24,6 +23,7 @@ from trtq.artefact.opened import (
     open_artefact,
 )
 from trtq.artefact.recorded import is_recorded
+from trtq.comparison.lineage import lineage, origins
 from trtq.comparison.noise import noise_bound_db
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
@@ -36,7 +36,7 @@ from trtq.graph.file import model_file
 from trtq.pipelines.open import TORCH, open_any
 from trtq.runs.folder import open_run
 
-__all__ = ["LastBits", "Side", "hold_same_numbers", "ordered_sides", "required_db"]
+__all__ = ["LastBits", "Side", "check_layered", "hold_same_numbers", "ordered_sides", "required_db"]
 
 
 LastBits = dict[str, tuple[Tensor, ...]]
@@ -155,7 +155,7 @@ class Side:
         """
         if self.in_torch:
             return self.module
-        for folder in _origins(self.opened):
+        for folder in origins(self.opened):
             if parse_manifest(folder).kind == "run":
                 return self._in(open_run(folder).source())
         return None
@@ -233,6 +233,26 @@ def ordered_sides(
     return (given, other) if _distance(given) < _distance(other) else (other, given)
 
 
+def check_layered(sides: Sequence[Side], option: str) -> None:
+    """Raise unless the layers of both sides are known.
+
+    Args:
+        sides: the sides.
+        option: option of the command that needs the layers.
+
+    Raises:
+        UsageError: a side is an engine; the message says what to compare instead.
+    """
+    for side in sides:
+        if isinstance(side.opened, EngineFolder):
+            onnx = side.opened.manifest.source.name
+            raise UsageError(
+                f"{option} needs the layers, and {side.label} is a folder of engines, which hide them; "
+                f"compare the graphs that they were built from, on the CPU: trtq verify {onnx} "
+                f"--against RUN {option}"
+            )
+
+
 def _alike(first: Side, second: Side) -> tuple[Side, Side]:
     """Both sides, used through the pipeline's own call if one of them was recorded inside it.
 
@@ -264,28 +284,7 @@ def hold_same_numbers(first: Side, other: Side) -> bool:
         return False
     if not first.opened.low_bit:
         return True
-    return bool(_lineage(first.opened) & _lineage(other.opened))
-
-
-def _lineage(opened: Opened) -> set[str]:
-    """SHA-256 of the manifests of an artefact and of those that it was made from, as far as known."""
-    assert isinstance(opened, StoredArtefact)
-    hashes = set()
-    for folder in (opened.folder, *_origins(opened)):
-        hashes.add(sha256(folder / MANIFEST_NAME))
-        hashes.add(parse_manifest(folder).source.files.get(MANIFEST_NAME, ""))
-    return hashes - {""}
-
-
-def _origins(opened: Opened) -> list[Path]:
-    """The folders of the artefacts that an artefact was made from, as far as they are at hand."""
-    assert isinstance(opened, StoredArtefact)
-    folders: list[Path] = []
-    folder = find_origin(opened.folder, opened.manifest)
-    while folder is not None:
-        folders.append(folder)
-        folder = find_origin(folder, parse_manifest(folder))
-    return folders
+    return bool(lineage(first.opened) & lineage(other.opened))
 
 
 def required_db(reference: Side, other: Side) -> float:
