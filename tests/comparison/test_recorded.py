@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests.comparison.faults import FAULTS, LAYER, doubled, plant
 from tests.comparison.test_compare import repeated
 from tests.train.called import WAN, wan
 from trtq.calls.form import CallForm
 from trtq.calls.user_call import run_call
+from trtq.cli import app
 from trtq.comparison import judge as judging
 from trtq.comparison.compare import compare
 from trtq.comparison.recorded_calls import RecordedCalls, record_parts
@@ -59,6 +61,16 @@ def test_the_figures_are_those_of_the_parity(compared, inpainting_run, inpaintin
     assert timesteps == sorted(timesteps, reverse=True)
     assert len(compared.layers) == 83
     assert compared.first is None
+
+
+def test_the_table_names_the_denoiser(compared, inpainting_onnx, inpainting_run, monkeypatch):
+    monkeypatch.setattr("trtq.comparison.compare.compare", lambda *_, **__: compared)
+    arguments = ["verify", str(inpainting_onnx), "--against", str(inpainting_run), "--layers"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    header = [line.split() for line in done.stdout.splitlines() if "denoiser" in line]
+    assert [words[:2] for words in header] == [["denoiser", "output"], ["denoiser", "layer"]]
+    assert sum(line.startswith("unet ") for line in done.stdout.splitlines()) == 2 + 83
 
 
 def test_the_inputs_are_those_of_the_users_call(inpainting_run, inpainting_onnx):
