@@ -111,7 +111,7 @@ def test_a_planted_fault_is_caught_on_openvino(digits_run, digits_onnx, tmp_path
 def test_layers_and_bisection_name_a_planted_fault_on_openvino(
     fault, digits_run, digits_onnx, tmp_path, monkeypatch
 ):
-    # A fault in two steps of four is told from flips by the images of one call alone.
+    # Only with this number of images can one call alone separate a fault from flips.
     monkeypatch.setattr(step_check, "_PARITY_IMAGES", (4, 128))
     folder = plant(digits_onnx, tmp_path / "faulty", fault)
     result = compare(folder, digits_run, provider="openvino", layers=True, bisect=True)

@@ -210,7 +210,7 @@ def test_without_a_cache_nothing_is_kept(start, tmp_path, monkeypatch):
     assert runtime.opened == ["compiled", "compiled"]
 
 
-def test_the_least_recently_used_engines_are_removed(start, monkeypatch):
+def test_old_engines_are_removed(start, monkeypatch):
     monkeypatch.setattr(ort_context, "_MAX_ENGINES", 2)
     for version in ("1", "2", "3"):
         start(Runtime(version))
@@ -234,6 +234,6 @@ def test_onnxruntime_knows_the_options(digits_onnx, tmp_path):
     open_serialized(path, graph.model, options, "openvino", settings)
     (node,) = onnx.load(tmp_path / "model.onnx").graph.node
     assert node.op_type == "EPContext"
-    found = {attribute.name: attribute for attribute in node.attribute}
-    assert (tmp_path / found["ep_cache_context"].s.decode()).is_file()
-    assert found["embed_mode"].i == 0
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    assert (tmp_path / attributes["ep_cache_context"].s.decode()).is_file()
+    assert attributes["embed_mode"].i == 0

@@ -251,7 +251,7 @@ def _share_of_call(
         # More images changed than flips explain.
         return row, Bound(required, -1.0)
     if allowed == each.images:
-        # So few images, or so many flips, that every image of this call may change by chance.
+        # With few images, or many flips, every image of this call may change by chance.
         if not enough or count == each.images:
             return row, Bound(min(required, row.floor_db - FLOOR_MARGIN_DB), -1.0)
         allowed = each.images - 1
@@ -276,16 +276,16 @@ def likely_max(count: int, chance: float) -> int:
     """
     if chance >= 1:
         return count
-    above, most = 0.0, count
-    while most > 0:
+    above, number = 0.0, count
+    while number > 0:
         above += math.exp(
             math.lgamma(count + 1)
-            - math.lgamma(most + 1)
-            - math.lgamma(count - most + 1)
-            + most * math.log(chance)
-            + (count - most) * math.log1p(-chance)
+            - math.lgamma(number + 1)
+            - math.lgamma(count - number + 1)
+            + number * math.log(chance)
+            + (count - number) * math.log1p(-chance)
         )
         if above >= _CHANCE:
-            return most
-        most -= 1
-    return most
+            return number
+        number -= 1
+    return number

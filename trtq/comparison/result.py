@@ -133,10 +133,10 @@ def joined(results: Sequence[CompareResult]) -> CompareResult:
 
 def joined_bisections(bisections: Sequence[Bisection]) -> Bisection:
     """One bisection for the denoisers of a pipeline."""
-    policies = [found.policy for found in bisections if found.policy is not None]
+    policies = [bisection.policy for bisection in bisections if bisection.policy is not None]
     return Bisection(
-        layers=list(dict.fromkeys(name for found in bisections for name in found.layers)),
+        layers=list(dict.fromkeys(name for bisection in bisections for name in bisection.layers)),
         policy="\n\n".join(dict.fromkeys(policies)) or None,
-        snr_db=min(found.snr_db for found in bisections),
-        comparisons=sum(found.comparisons for found in bisections),
+        snr_db=min(bisection.snr_db for bisection in bisections),
+        comparisons=sum(bisection.comparisons for bisection in bisections),
     )

@@ -52,7 +52,7 @@ def runtime_differences(
     for name, layer in floats.items():
         replace_module(model_in(in_torch), name, layer)
     few = calls.few(_IMAGES)
-    found: LastBits = {}
+    differences: LastBits = {}
     with tempfile.TemporaryDirectory(prefix="trtq-float-") as scratch:
         engine, marked = float_graph(side, floats, Path(scratch) / "graph")
         for index in sorted({0, len(few.feeds) // 2}):
@@ -67,10 +67,10 @@ def runtime_differences(
                     _difference(reference, torch.from_numpy(np.array(given[output])), axis)
                     for reference, output in zip(expected[name], marked[name], strict=True)
                 )
-                if name in found:
-                    changes = tuple(map(torch.maximum, found[name], changes))
-                found[name] = changes
-    return found
+                if name in differences:
+                    changes = tuple(map(torch.maximum, differences[name], changes))
+                differences[name] = changes
+    return differences
 
 
 def _inputs(

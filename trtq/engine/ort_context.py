@@ -5,7 +5,7 @@ file of the compiled engine. Opening that graph loads the engine instead of comp
 options: onnxruntime's documentation, "EP Context Design".
 
 Each engine has a folder of its own in the user's cache, whose name is a hash of all that the engine
-depends on. The folder is written beside its place and renamed when it is complete; a list of its files
+depends on. The folder is written next to its place and renamed when it is complete; a list of its files
 with their hashes is compared before an engine, which is machine code, is loaded.
 """
 

@@ -154,11 +154,11 @@ class OrtTensorRtEngine(OrtSession):
 
 def _versions() -> list[str]:
     """What an engine depends on besides the graph: onnxruntime, the provider, and the GPU."""
-    found = [f"onnxruntime {require('onnxruntime').__version__}"]
+    versions = [f"onnxruntime {require('onnxruntime').__version__}"]
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            found.append(f"{package} {metadata.version(package)}")
-    return [*found, first_gpu_text() or "no GPU"]
+            versions.append(f"{package} {metadata.version(package)}")
+    return [*versions, first_gpu_text() or "no GPU"]
 
 
 def _add_plugin(options: Any, provider: str, settings: Mapping[str, str]) -> None:
