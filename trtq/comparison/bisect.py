@@ -55,6 +55,9 @@ def bisect(
     if comparison.ok:
         return Bisection(layers=[], policy=None, snr_db=comparison.snr_db_min, comparisons=0)
     search = _Search(sides, calls.few(_MAX_IMAGES), list(order), progress)
+    if search.with_float([]).ok:
+        # With few images flips may explain what they do not explain in all of them.
+        search = _Search(sides, calls, list(order), progress)
     whole = search.with_float(search.order)
     if not whole.ok:
         return Bisection(layers=[], policy=None, snr_db=whole.snr_db_min, comparisons=search.count)
