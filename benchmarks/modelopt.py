@@ -64,6 +64,13 @@ OURS: dict[str, dict[str, Any]] = {
 """Recipes of trtq without fine-tuning, by bits."""
 FURTHER: dict[str, dict[str, Any]] = {
     "trtq w8a8, min-max": {"method": "minmax", "bits": "w8a8"},
+    "trtq w4a8, min-max": {"method": "minmax", "bits": "w4a8"},
+    "trtq w4a8, search, rotated, row scales": {
+        "method": "search",
+        "bits": "w4a8",
+        "rotate": 64,
+        "scales": "row",
+    },
     "trtq w4a4, search, rotated": {
         "method": "search",
         "bits": "w4a4",

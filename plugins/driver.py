@@ -18,6 +18,7 @@ __all__ = [
     "check_driver",
     "cuda_text",
     "driver_cuda",
+    "first_gpu_text",
     "first_gpu_uuid",
     "old_driver",
 ]
@@ -36,6 +37,8 @@ _DRIVERS = {
     (12, 0): 525,
 }
 """NVIDIA's first driver for each CUDA version, from the release notes of CUDA."""
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+"""`CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `_MINOR` of CUDA's driver API."""
 
 
 def bindings() -> Any:
@@ -89,6 +92,25 @@ def first_gpu_uuid() -> str | None:
     return "GPU-" + "-".join(
         digits[a:b] for a, b in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32))
     )
+
+
+def first_gpu_text() -> str | None:
+    """Name, architecture and driver of the first GPU visible to this process; None if there is no GPU.
+
+    Engines that were compiled for one such text may not run with another one.
+    """
+    library, device = _library(), ctypes.c_int()
+    if library is None or library.cuInit(0) or library.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    name, values = ctypes.create_string_buffer(256), []
+    if library.cuDeviceGetName(name, len(name), device):
+        return None
+    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
+        value = ctypes.c_int()
+        if library.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+        values.append(value.value)
+    return f"{name.value.decode(errors='replace')}, sm{values[0]}{values[1]}, CUDA {driver_cuda()}"
 
 
 def cuda_text(version: tuple[int, int]) -> str:

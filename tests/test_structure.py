@@ -68,7 +68,6 @@ EDGES = {
     "trtq.processes.answer",
     "trtq.processes.ask",
     # The keyword arguments of a denoiser.
-    "trtq.comparison.calls.tensors_of",
     "trtq.calls.form.rebuild",
     "trtq.exporter.trace_call.rebuild",
     # What the comparison function of a script reads from its JSON file.

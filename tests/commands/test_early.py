@@ -28,6 +28,10 @@ REFUSED = {
     "inspect USERS": "holds no model_index.json",
     "verify nothere": "nothere is no artefact of trtq",
     "verify digits --against nothere": NOTHING,
+    "bench nothere": NOTHING,
+    "bench digits@nothere": "unknown provider 'nothere'",
+    "bench digits --provider nothere": "unknown provider 'nothere'",
+    "package triton nothere -o OUT": "nothere is no artefact of trtq",
     "serve nothere": NOTHING,
     "serve digits --beside nothere": NOTHING,
 }

@@ -33,14 +33,19 @@ def _store(tensor, array):
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
-def scale(graph):
+def scale(graph, factor=1.01):
     """The scale of the layer's output x 1.01, at every step."""
     split, place = graph.source(graph.node(f"{LAYER}/rescaled").input[1])
     _, sizes = graph.constant(split.input[1])
     tensor, weights = graph.constant(f"steps/weights_{split.name.rpartition('_')[2]}")
     first = int(sizes[:place].sum())
-    weights[..., first : first + int(sizes[place])] *= np.float32(1.01)
+    weights[..., first : first + int(sizes[place])] *= np.float32(factor)
     _store(tensor, weights)
+
+
+def doubled(graph):
+    """The scale of the layer's output x 2, at every step."""
+    scale(graph, 2.0)
 
 
 def zero_point(graph):
@@ -79,7 +84,7 @@ def plant(folder, copy, fault):
         path,
         save_as_external_data=True,
         location="model.onnx_data",
-        size_threshold=1 << 14,
+        size_threshold=1 << 10,
     )
     record = json.loads((copy / "manifest.json").read_text())
     for name in ("unet/model.onnx", "unet/model.onnx_data"):

@@ -92,6 +92,34 @@ def test_layers_and_bisection_name_a_planted_fault(fault, digits_run, digits_onn
     ]
 
 
+def test_a_planted_fault_is_caught_on_openvino(digits_run, digits_onnx, tmp_path):
+    """Codes flip in a third of the images by themselves there; a fault changes all of them."""
+    good = compare(digits_onnx, digits_run, provider="openvino")
+    faulty = compare(
+        plant(digits_onnx, tmp_path / "faulty", scale), digits_run, provider="openvino"
+    )
+    assert good.ok
+    assert not faulty.ok
+    assert sum(not row.ok for row in faulty.calls) >= len(faulty.calls) // 2
+    # An error of 1 % in one layer is smaller than the flips of the right graph at the first step.
+    assert min(row.pooled_db for row in faulty.calls) > 15
+    assert min(row.pooled_db for row in good.calls) < 35
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_layers_and_bisection_name_a_planted_fault_on_openvino(
+    fault, digits_run, digits_onnx, tmp_path, monkeypatch
+):
+    # Only with this number of images can one call alone separate a fault from flips.
+    monkeypatch.setattr(step_check, "_PARITY_IMAGES", (4, 128))
+    folder = plant(digits_onnx, tmp_path / "faulty", fault)
+    result = compare(folder, digits_run, provider="openvino", layers=True, bisect=True)
+    assert not result.ok
+    assert result.first == LAYER
+    assert result.bisection.layers == [LAYER]
+
+
 def test_the_results_are_files_of_polygraphy(compared, digits_run, digits_onnx, tmp_path):
     from polygraphy.comparator import RunResults
     from polygraphy.json import load_json
@@ -268,8 +296,3 @@ def test_graphs_are_shown_by_polygraphys_inspector(digits_run, digits_onnx):
     assert inspect(digits_onnx).graphs is None
     with pytest.raises(UsageError, match="has no graphs"):
         inspect(digits_run, graphs=True)
-
-
-def test_a_recorded_artefact_is_refused_with_the_remedy(inpainting_run, digits_run):
-    with pytest.raises(UsageError, match=r"trtq verify --against does not support yet.*--run RUN"):
-        ordered_sides(inpainting_run, digits_run)

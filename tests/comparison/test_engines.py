@@ -11,6 +11,7 @@ from tests.engine.fake_tensorrt import Memory, fake_module
 from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_rows import SourceRow
 from trtq.artefact.opened import EngineFolder
+from trtq.comparison.compare import compare
 from trtq.comparison.runners import EngineRunner, engine_runner
 from trtq.comparison.sides import ordered_sides
 from trtq.engine.extras import EXTRAS, installed_extras
@@ -74,6 +75,21 @@ def test_an_engine_of_another_version_is_refused_in_one_line(tmp_path, digits_ru
     assert reference.label == f"{digits_run.name} (torch)"
     with pytest.raises(UsageError, match="run it with tensorrt-rtx, not cpu"):
         ordered_sides(folder, digits_run, ("cpu", None))
+
+
+@pytest.mark.parametrize("option", ["layers", "bisect"])
+def test_the_layers_of_engines_are_refused_before_anything_is_opened(
+    option, tmp_path, digits_run, monkeypatch
+):
+    monkeypatch.setattr("trtq.comparison.sides.open_any", None)
+    folder = engine_folder(tmp_path, None)
+    with pytest.raises(UsageError) as caught:
+        compare(folder, digits_run, **{option: True})
+    assert str(caught.value) == (
+        f"--{option} needs the layers, and {tmp_path.name} (tensorrt-rtx) is a folder of engines, "
+        "which hide them; compare the graphs that they were built from, on the CPU: trtq verify onnx "
+        f"--against RUN --{option}"
+    )
 
 
 KINDS = SimpleNamespace(

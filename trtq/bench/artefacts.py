@@ -19,6 +19,7 @@ from trtq.artefact.opened import (
     open_artefact,
     open_folder,
 )
+from trtq.bench.row_texts import check_known, split_row
 from trtq.checkpoint.components import DENOISERS
 from trtq.checkpoint.resolve import resolve_model
 from trtq.documents import read_object, shown
@@ -33,8 +34,6 @@ from trtq.runs.weights import FILE_NAME
 __all__ = ["BenchRow", "baseline", "find_checkpoint", "parse_batches", "parse_rows"]
 
 _MAX_SIZES = 16
-RESERVED = ("kernels",)
-"""Subcommands of `trtq bench`, which are not paths."""
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _KINDS = {"checkpoint": "a float checkpoint", "run": "a run", "onnx": "an ONNX folder"}
 
@@ -172,11 +171,7 @@ def parse_rows(paths: Sequence[str], providers: Sequence[str] = ()) -> list[Benc
     for provider in providers:
         _check_provider(provider)
     for text in paths:
-        if text in RESERVED:
-            raise UsageError(f"{text!r} is a subcommand; write ./{text} for a folder of that name")
-        path, at, named = text.rpartition("@")
-        if not at or not path or Path(text).exists():
-            path, named = text, ""
+        path, named = split_row(text)
         opened = _open(path)
         rows += [
             BenchRow(path, provider, opened)
@@ -192,9 +187,7 @@ def parse_rows(paths: Sequence[str], providers: Sequence[str] = ()) -> list[Benc
 def _check_provider(provider: str) -> None:
     if provider == TORCH:
         return
-    if provider not in PROVIDERS:
-        known = ", ".join((TORCH, *PROVIDERS))
-        raise UsageError(f"unknown provider {provider!r}; choose one of {known}")
+    check_known(provider)
     check_provider(provider)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from trtq.commands.early import check_rows, say_loading
 from trtq.commands.options import (
     PROVIDERS,
     AsJson,
@@ -149,12 +150,15 @@ def bench(
 
     Example: trtq bench onnx@openvino onnx@cpu float_onnx@openvino --batch-sizes 1,4 -o report
     """
-    from trtq.bench.artefacts import parse_batches
-    from trtq.bench.page import bench_page, failures
-    from trtq.bench.run import benchmark as measure
     from trtq.report.folder import report_folder, write_report
 
     with command(verbose), report_folder(output, kind="bench", overwrite=overwrite):
+        check_rows(artefacts, provider or [])
+        say_loading()
+        from trtq.bench.artefacts import parse_batches
+        from trtq.bench.page import bench_page, failures
+        from trtq.bench.run import benchmark as measure
+
         result = measure(
             artefacts,
             providers=provider or [],

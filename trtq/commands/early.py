@@ -18,6 +18,8 @@ __all__ = [
     "check_folder",
     "check_graphs",
     "check_model",
+    "check_packaged",
+    "check_rows",
     "say_loading",
 ]
 
@@ -63,6 +65,38 @@ def check_graphs(place: str | Path) -> None:
     from trtq.artefact.opened import open_onnx
 
     open_onnx(place, verify=False)
+
+
+def check_packaged(place: str | Path) -> None:
+    """Raise unless a folder can be packaged for Triton.
+
+    Raises:
+        TrtqError: there is no artefact, it is of another kind, or its manifest cannot be read.
+    """
+    from trtq.serve.triton.packaged import open_packaged
+
+    open_packaged(place, verify=False)
+
+
+def check_rows(rows: Sequence[str], providers: Sequence[str]) -> None:
+    """Raise unless the rows of a benchmark name artefacts or checkpoints, and known providers.
+
+    Args:
+        rows: `PATH` or `PATH@PROVIDER` each.
+        providers: providers of rows that name none.
+
+    Raises:
+        TrtqError: there is no model, its manifest cannot be read, or a provider is unknown.
+    """
+    from trtq.bench.row_texts import check_known, split_row
+
+    for provider in providers:
+        check_known(provider)
+    for row in rows:
+        path, named = split_row(row)
+        check_model(path)
+        if named:
+            check_known(named)
 
 
 def check_folder(output: Path | None, source: str | Path, kind: str, *, overwrite: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from trtq.commands.early import check_folder, check_graphs, check_packaged, say_loading
 from trtq.commands.options import AsJson, Overwrite, Timeout, Verbose, output_option
 from trtq.commands.output import command, print_line, print_table, show
 from trtq.progress import ProgressPrinter
@@ -39,9 +40,14 @@ def package_triton(
 
     Example: trtq package triton onnx -o model_repository
     """
-    from trtq.serve.triton.package import package_triton as write_repository
-
     with command(verbose):
+        check_packaged(artefact)
+        if onnx is not None:
+            check_graphs(onnx)
+        check_folder(output, artefact, "triton", overwrite=overwrite)
+        say_loading()
+        from trtq.serve.triton.package import package_triton as write_repository
+
         result = write_repository(
             artefact,
             output,

@@ -115,7 +115,8 @@ def verify(
     """Check an artefact: file hashes, runtime restrictions, and with --run parity with torch.
 
     Each graph is opened and called once. With --against, two artefacts are compared at every denoising
-    step instead, by polygraphy. Exit code 1 if a check fails.
+    step instead, by polygraphy; of a pipeline quantised with --call, in every call of its denoisers.
+    Exit code 1 if a check fails.
 
     Example: trtq verify onnx --run run --layers
 
@@ -188,6 +189,7 @@ def _print_comparison(record: dict[str, Any]) -> None:
     title = f"{record['other']} against {record['reference']}"
     rows = [
         (
+            *_denoiser(row),
             row["output"],
             "mixed" if row["timestep"] is None else f"{row['timestep']:g}",
             f"{row['snr_db']:.1f}",
@@ -197,7 +199,10 @@ def _print_comparison(record: dict[str, Any]) -> None:
         )
         for row in record["calls"]
     ]
-    header = ("output", "timestep", "dB", "required", "set aside", "")
+    header = (
+        *_denoiser(record["calls"][0], "denoiser"),
+        *("output", "timestep", "dB", "required", "set aside", ""),
+    )
     print_table(folding_table(title, header, rows))
     if record.get("layers"):
         _print_compared_layers(record)
@@ -210,9 +215,16 @@ def _print_comparison(record: dict[str, Any]) -> None:
     print_line("all well" if record["ok"] else "an output leaves its bound, see above")
 
 
+def _denoiser(row: dict[str, Any], title: str | None = None) -> tuple[str, ...]:
+    """The cell of a row's denoiser, or the title of its column; empty if it has no name."""
+    name = row.get("denoiser")
+    return () if name is None else (title or str(name),)
+
+
 def _print_compared_layers(record: dict[str, Any]) -> None:
     rows = [
         (
+            *_denoiser(row),
             row["name"],
             f"{row['snr_db']:.1f}",
             f"{row['required_db']:.1f}",
@@ -221,7 +233,10 @@ def _print_compared_layers(record: dict[str, Any]) -> None:
         )
         for row in record["layers"]
     ]
-    header = ("layer", "dB", "required", "at timestep", "")
+    header = (
+        *_denoiser(record["layers"][0], "denoiser"),
+        *("layer", "dB", "required", "at timestep", ""),
+    )
     print_table(folding_table("low-bit layers, in the order of execution", header, rows))
     print_line(f"first layer that leaves its bound: {record.get('first') or 'none'}")
 

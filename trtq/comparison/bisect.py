@@ -10,13 +10,12 @@ from pathlib import Path
 from torch import nn
 
 from trtq.artefact.opened import Checkpoint
-from trtq.comparison.calls import DenoiserCalls
+from trtq.comparison.call_set import CallSet
 from trtq.comparison.forms import Form, float_layers, side_form, structured, with_floats
 from trtq.comparison.judge import Comparison, judge
 from trtq.comparison.noise import noise_bound_db
 from trtq.comparison.result import Bisection
 from trtq.comparison.sides import Side, hold_same_numbers, required_db
-from trtq.diffusion.sampling import at_once
 from trtq.errors import UsageError
 from trtq.exporter.step_check import PARITY_DB
 from trtq.progress import ProgressCallback
@@ -29,7 +28,7 @@ _MAX_IMAGES = 16
 
 def bisect(
     sides: tuple[Side, Side],
-    calls: DenoiserCalls,
+    calls: CallSet,
     comparison: Comparison,
     order: Sequence[str],
     progress: ProgressCallback,
@@ -55,9 +54,10 @@ def bisect(
     """
     if comparison.ok:
         return Bisection(layers=[], policy=None, snr_db=comparison.snr_db_min, comparisons=0)
-    shape = calls.feeds[0][calls.family.sample].shape[1:]
-    few = calls.take(at_once(shape, _MAX_IMAGES))
-    search = _Search(sides, few, list(order), progress)
+    search = _Search(sides, calls.few(_MAX_IMAGES), list(order), progress)
+    if search.with_float([]).ok:
+        # With few images flips may explain what they do not explain in all of them.
+        search = _Search(sides, calls, list(order), progress)
     whole = search.with_float(search.order)
     if not whole.ok:
         return Bisection(layers=[], policy=None, snr_db=whole.snr_db_min, comparisons=search.count)
@@ -107,7 +107,7 @@ class _Search:
     """
 
     sides: tuple[Side, Side]
-    calls: DenoiserCalls
+    calls: CallSet
     order: list[str]
     progress: ProgressCallback
     count: int = 0

@@ -2,71 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from trtq.comparison.calls import DenoiserCalls
-from trtq.exporter.parity import (
-    FLOOR_MARGIN_DB,
-    MAX_TIES,
-    MAX_TIES_PER_STEP,
-    TIE_DB,
-    StepParity,
-    compare,
-    may_flip,
-    overall,
-    worst_step,
-)
+from trtq.comparison.agreement import Bound, Flips, Pair, agreements
+from trtq.comparison.call_set import CallSet, Outputs
+from trtq.exporter.parity import MAX_TIES_PER_STEP, StepParity
 
-__all__ = ["Bound", "Flips", "OutputParity", "call_bounds", "output_parities"]
-
-Outputs = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Flips:
-    """How many images may have a flipped code.
-
-    Attributes:
-        moved: function from the index of a call to the reference's outputs, with the inputs of its
-            low-bit layers changed by their last bits; None: it cannot be measured.
-        per_call: share of images of one call that may be set aside if fewer flip in the measurement.
-        overall: the same over all calls.
-    """
-
-    moved: Callable[[int], Outputs] | None = None
-    per_call: float = MAX_TIES_PER_STEP
-    overall: float = MAX_TIES
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The bound of one output in one call, see `trtq.comparison.image_snr.ImageSnr`.
-
-    Attributes:
-        min_db: required SNR, in dB.
-        max_ties: share of images that may be set aside; negative: none.
-        channels: number of entries of axis 1 that are compared; None: all.
-        steps: index of the step of each image; None: all are at one step.
-    """
-
-    min_db: float
-    max_ties: float
-    channels: int | None = None
-    steps: list[int] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The bound as `ImageSnr` takes it."""
-        return {
-            "min_db": self.min_db,
-            "max_ties": self.max_ties,
-            "channels": self.channels,
-            "steps": self.steps,
-        }
+__all__ = ["OutputParity", "call_bounds", "output_parities"]
 
 
 @dataclass(frozen=True)
@@ -87,12 +36,14 @@ class OutputParity:
 
 
 def output_parities(
-    calls: DenoiserCalls,
+    calls: CallSet,
     expected: Sequence[Outputs],
     given: Sequence[Outputs],
     required: Mapping[str, float],
     flips: Flips,
     channels: int | None = None,
+    *,
+    whole: bool = False,
 ) -> list[OutputParity]:
     """Compare the outputs of both sides, call by call.
 
@@ -103,44 +54,41 @@ def output_parities(
         required: required SNR of each output, in dB.
         flips: how many images may have a flipped code.
         channels: number of entries of axis 1 to compare; None: all.
+        whole: whether an output is one image without an axis of the batch.
 
     Returns:
         One entry per output and call, output by output.
     """
+    moved = None if flips.moved is None else cache(flips.moved)
     parities: list[OutputParity] = []
-    floors: dict[int, Outputs] = {}
     for output in [name for name in expected[0] if name in given[0]]:
-        rows = []
+        pairs = []
         for index, steps in enumerate(calls.steps):
-            reference, other = (
-                _comparable(values[index][output], expected[index][output].shape, channels)
-                for values in (expected, given)
+            images = partial(
+                _images, shape=expected[index][output].shape, channels=channels, whole=whole
             )
-            row = compare(reference, other, None, flips.per_call)
-            if row.pooled_db < TIE_DB and flips.moved is not None:
-                if index not in floors:
-                    floors[index] = flips.moved(index)
-                floor = _comparable(floors[index][output], expected[index][output].shape, channels)
-                row = compare(reference, other, floor, flips.per_call)
-            if steps is not None:
-                row = worst_step(row, reference, other, torch.tensor(steps))
-            rows.append(row)
-        pooled = overall(rows, flips.overall)
-        for index, (row, before) in enumerate(zip(pooled, rows, strict=True)):
-            set_aside = row.ties > 0 or (before.ties == 0 and row.db == before.db)
-            limit = may_flip(flips.per_call, row.floor_ties) if set_aside else -1.0
-            bound = Bound(
-                min(required[output], row.floor_db - FLOOR_MARGIN_DB),
-                limit,
-                channels,
-                calls.steps[index],
-            )
-            parities.append(OutputParity(output, index, row, bound))
+
+            def floor(pattern: int, call: int = index, images: Any = images) -> Tensor:
+                assert moved is not None
+                tensor: Tensor = images(moved(call, pattern)[output])  # noqa: B023
+                return tensor
+
+            reference, other = images(expected[index][output]), images(given[index][output])
+            pairs.append(Pair(reference, other, steps, None if moved is None else floor))
+        judged = agreements(pairs, required[output], flips, few=calls.few_images)
+        for index, (row, bound) in enumerate(judged):
+            full = replace(bound, channels=channels, steps=calls.steps[index], whole=whole)
+            parities.append(OutputParity(output, index, row, full))
     return parities
 
 
-def _comparable(array: np.ndarray, shape: Sequence[int], channels: int | None) -> torch.Tensor:
+def _images(
+    array: np.ndarray, *, shape: Sequence[int], channels: int | None, whole: bool
+) -> Tensor:
+    """An output as a batch of images, float32 `[B, ...]`."""
     values = torch.from_numpy(np.array(array)).reshape(tuple(shape)).float()
+    if whole:
+        values = values[None]
     return values if channels is None else values[:, :channels]
 
 

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from trtq.comparison.call_set import CallSet, Feeds, Outputs
 from trtq.comparison.sides import Side
 from trtq.diffusion.families import Family
-from trtq.diffusion.sampling import predict, walk
-from trtq.engine.base import TensorSpec
+from trtq.diffusion.sampling import at_once, predict, walk
 from trtq.errors import UsageError
 from trtq.exporter.parity import mixed_items
 from trtq.exporter.step_check import parity_start
 
-__all__ = ["DenoiserCalls", "check_inputs", "record_calls", "tensors_of", "torch_call"]
-
-Feeds = dict[str, np.ndarray]
+__all__ = ["DenoiserCalls", "check_inputs", "record_calls"]
 
 
 @dataclass(frozen=True)
-class DenoiserCalls:
+class DenoiserCalls(CallSet):
     """Calls of a denoiser, cleanest step first, then one whose items are at different steps.
 
     Attributes:
-        feeds: inputs of each call by flat name, batch first.
-        timesteps: timestep of each call; None for the mixed one.
-        steps: index of the step of each item of the mixed call, 0 = noisiest; None for the other calls.
-        family: calling convention of the denoiser.
+        family: calling convention of the denoiser; the inputs have its flat names, batch first.
     """
 
-    feeds: list[Feeds]
-    timesteps: list[float | None]
-    steps: list[list[int] | None]
     family: Family
 
     @property
@@ -44,13 +36,33 @@ class DenoiserCalls:
         """Channels of the prediction; further channels of an output are a learned variance."""
         return int(self.feeds[0][self.family.sample].shape[1])
 
-    @property
-    def inputs(self) -> dict[str, TensorSpec]:
-        """The inputs by name; every axis is free."""
-        return {
-            name: TensorSpec(array.dtype, tuple(f"{name}_{axis}" for axis in range(array.ndim)))
-            for name, array in self.feeds[0].items()
+    def few(self, max_images: int) -> DenoiserCalls:
+        """The calls with as many images as are computed at once, see `trtq.diffusion.sampling`."""
+        return self.take(at_once(self.feeds[0][self.family.sample].shape[1:], max_images))
+
+    def only(self, index: int) -> DenoiserCalls:
+        """The call with this index alone."""
+        return DenoiserCalls(
+            [self.feeds[index]], [self.timesteps[index]], [self.steps[index]], self.family
+        )
+
+    def call(self, denoiser: Any, feeds: Feeds) -> Outputs:
+        """The prediction of a denoiser in torch, by the name of a graph's output."""
+        with torch.no_grad():
+            prediction: Tensor = denoiser(**self._arguments(feeds), return_dict=False)[0]
+        return {self.family.output: prediction.detach().cpu().numpy()}
+
+    def _arguments(self, feeds: Feeds) -> dict[str, Any]:
+        """Keyword arguments of a denoiser in torch."""
+        family = self.family
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()
         }
+        x, timestep = tensors.pop(family.sample), tensors.pop("timestep")
+        if family.one_timestep and timestep.numel() == 1:
+            timestep = timestep.reshape(())
+        arguments: dict[str, Any] = family.arguments(x, timestep, tensors)
+        return arguments
 
     def take(self, images: int) -> DenoiserCalls:
         """The calls with at most this many images each; the mixed call keeps all of its steps."""
@@ -122,38 +134,6 @@ def record_calls(reference: Side, other: Side, images: int | None = None) -> Den
     predict(spy, mixed, start.schedule.timesteps[position], start.conditions.take(image))
     steps: list[list[int] | None] = [*[None for _ in timesteps], position.tolist()]
     return DenoiserCalls(spy.feeds, [*timesteps, None], steps, source.family)
-
-
-def torch_call(
-    denoiser: nn.Module, family: Family
-) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
-    """The call of a denoiser in torch as a function of arrays.
-
-    Args:
-        denoiser: a diffusers model, or a quantised one.
-        family: calling convention of the denoiser.
-
-    Returns:
-        Function from inputs by flat name to the prediction by the name of a graph's output.
-    """
-
-    def call(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        arguments = tensors_of(feeds, family)
-        with torch.no_grad():
-            prediction: Tensor = denoiser(**arguments, return_dict=False)[0]
-        return {family.output: prediction.detach().cpu().numpy()}
-
-    return call
-
-
-def tensors_of(feeds: Mapping[str, np.ndarray], family: Family) -> dict[str, Any]:
-    """Keyword arguments of a denoiser in torch, from inputs by flat name."""
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
-    x, timestep = tensors.pop(family.sample), tensors.pop("timestep")
-    if family.one_timestep and timestep.numel() == 1:
-        timestep = timestep.reshape(())
-    arguments: dict[str, Any] = family.arguments(x, timestep, tensors)
-    return arguments
 
 
 def check_inputs(calls: DenoiserCalls, sides: tuple[Side, Side]) -> None:

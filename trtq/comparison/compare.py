@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from trtq.artefact.manifest_rows import LayerRow
 from trtq.artefact.opened import Opened
 from trtq.comparison.bisect import bisect as find_culprits
 from trtq.comparison.calls import check_inputs, record_calls
@@ -12,9 +13,10 @@ from trtq.comparison.forms import side_form
 from trtq.comparison.judge import judge
 from trtq.comparison.layers import compare_layers
 from trtq.comparison.package import check_polygraphy
-from trtq.comparison.result import ComparedLayer, CompareResult
+from trtq.comparison.recorded_calls import Part, record_parts
+from trtq.comparison.result import ComparedLayer, CompareResult, joined, joined_bisections
 from trtq.comparison.script import check_folder, check_scriptable, write_results
-from trtq.comparison.sides import Side, ordered_sides
+from trtq.comparison.sides import Side, check_layered, ordered_sides
 from trtq.errors import UsageError
 from trtq.progress import ProgressCallback, silent
 from trtq.torch_settings import with_own_settings
@@ -56,32 +58,61 @@ def compare(
 
     Raises:
         MissingDependencyError: polygraphy is missing or too old.
-        UsageError: the two cannot be compared; the message names the difference.
+        UsageError: the two cannot be compared, or the layers of engines are asked for; the message names
+            the difference, and what to compare instead.
         ArtefactError: an artefact is damaged.
     """
     check_polygraphy()
     sides = ordered_sides(artefact, against, (provider, against_provider))
+    for option, wanted in (("--layers", layers), ("--bisect", bisect)):
+        if wanted:
+            check_layered(sides, option)
     folders = _checked(sides[1], results, script, overwrite=overwrite)
     progress("record the calls", 0, 3)
-    calls = record_calls(*sides)
-    check_inputs(calls, sides)
+    parts = _parts(sides)
     progress("compare", 1, 3)
-    comparison = judge((side_form(sides[0]), side_form(sides[1])), calls)
+    comparisons = {
+        part.name: judge((side_form(part.sides[0]), side_form(part.sides[1])), part.calls)
+        for part in parts
+    }
     progress("compare", 2, 3)
-    result = comparison.result()
-    order = [row.name for row in (sides[0].layers or sides[1].layers)]
+    result = joined([comparison.result() for comparison in comparisons.values()])
+    orders = {part.name: [row.name for row in _low_bit(part)] for part in parts}
     if layers:
-        rows = compare_layers(sides, calls)
-        order = [row.name for row in rows]
-        result = _with_layers(result, rows)
+        rows = {part.name: compare_layers(part.sides, part.calls) for part in _layered(parts)}
+        orders |= {name: [row.name for row in named] for name, named in rows.items()}
+        result = _with_layers(result, [row for named in rows.values() for row in named])
     if bisect:
-        bisection = find_culprits(sides, calls, comparison, order, progress)
-        result = replace(result, bisection=bisection)
+        bisections = [
+            find_culprits(
+                part.sides, part.calls, comparisons[part.name], orders[part.name], progress
+            )
+            for part in parts
+        ]
+        result = replace(result, bisection=joined_bisections(bisections))
     progress("compare", 3, 3)
     for folder, with_command in folders.items():
-        written = write_results(folder, comparison, script=with_command, overwrite=overwrite)
+        written = write_results(folder, comparisons, script=with_command, overwrite=overwrite)
         result = replace(result, folder=str(folder), files=written.files, command=written.command)
     return result
+
+
+def _parts(sides: tuple[Side, Side]) -> list[Part]:
+    """The calls at which the sides are compared."""
+    if sides[0].recorded:
+        return record_parts(sides)
+    calls = record_calls(*sides)
+    check_inputs(calls, sides)
+    return [Part("", sides, calls)]
+
+
+def _low_bit(part: Part) -> list[LayerRow]:
+    return part.sides[0].layers or part.sides[1].layers
+
+
+def _layered(parts: list[Part]) -> list[Part]:
+    """The parts with low-bit layers; all parts if none has one, for the message."""
+    return [part for part in parts if _low_bit(part)] or parts
 
 
 def _checked(

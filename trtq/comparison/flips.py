@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
-from trtq.comparison.bounds import Flips
-from trtq.comparison.calls import DenoiserCalls
-from trtq.comparison.forms import outputs_of
+from trtq.comparison.agreement import FLIPS_MARGIN, Flips
+from trtq.comparison.call_set import CallSet
+from trtq.comparison.forms import model_in, outputs_of
+from trtq.comparison.runtime_bits import runtime_differences
 from trtq.comparison.sides import Side
-from trtq.exporter.last_bits import last_bit_moved
+from trtq.exporter.call_parity import CHANGES
+from trtq.exporter.last_bits import LAST_BIT, Change, last_bit_moved
 from trtq.exporter.parity import MAX_TIES_ANYWHERE
 from trtq.pipelines.open import TORCH
+from trtq.quant.formats import QUANTIZED_INPUTS
 
 __all__ = ["flips_of"]
 
-_LAST_BITS = 2.0**-22
-"""Relative difference of two runtimes that compute norms in float64, see `trtq.exporter.parity`."""
-_FLOAT32 = 2.0**-18
-"""The same if one of them sums norms in float32, or approximates exponentials. On 2026-11-30 OpenVINO
-flipped codes in as many images of the digits UNet (22 to 35 %) as a change of torch's inputs by 2**-20
-did, and of the digits transformer (25 to 55 %) as a change by 2**-19 to 2**-18 did (W4A4, 4 steps)."""
 _HALF = 2.0**-11
 """The same for values in half precision."""
-_EXACT = Flips()
-_FLIPPING = Flips(None, MAX_TIES_ANYWHERE, MAX_TIES_ANYWHERE)
+_FLIPPING = Flips(None, by_share=True, per_call=MAX_TIES_ANYWHERE, overall=MAX_TIES_ANYWHERE)
 """For runtimes that sum norms in float32: codes flip in a third of the images, and a wrong graph changes
 all of them."""
 
 
 def flips_of(
     sides: tuple[Side, Side],
-    calls: DenoiserCalls,
+    calls: CallSet,
     denoiser: nn.Module | None,
     layers: Collection[str] = (),
     *,
@@ -51,19 +47,42 @@ def flips_of(
         half: whether the last bits are those of half precision.
     """
     reference = sides[0]
+    # In few images the share of flips over all calls says nothing about one of them.
+    rare = Flips(overall=MAX_TIES_ANYWHERE) if calls.few_images else Flips()
     if not reference.layers:
-        return _EXACT
+        return rare
     exact = {side.provider for side in sides} <= {TORCH, "cpu"}
     if denoiser is None:
         denoiser = reference.torch_denoiser()
     if denoiser is None:
-        return _EXACT if exact else _FLIPPING
-    model, relative = denoiser, _LAST_BITS if exact else _FLOAT32
-    if half:
-        relative = _HALF
+        return rare if exact else _FLIPPING
+    model, other = denoiser, sides[1]
+    relative = _HALF if half else LAST_BIT
+    differences: Mapping[str, Change] = {}
+    if not exact and not half and other.graph is not None:
+        differences = other.last_bits(lambda: runtime_differences(other, model, calls))
+    # The low-bit layers of the model: in a bisection some are in float.
+    low_bit = {
+        name: differences.get(name, relative)
+        for name, module in model_in(model).named_modules()
+        if isinstance(module, QUANTIZED_INPUTS)
+    }
+    if exact:
+        factors = [change / LAST_BIT for change in (CHANGES if calls.few_images else CHANGES[:1])]
+    else:
+        factors = 3 * [1.0] + 3 * [FLIPS_MARGIN]
 
-    def moved(index: int) -> dict[str, np.ndarray]:
-        with last_bit_moved(model, relative):
-            return outputs_of(model, calls.family, calls.feeds[index], layers)
+    def moved(index: int, pattern: int) -> dict[str, np.ndarray]:
+        change = {name: _scaled(ratio, factors[pattern]) for name, ratio in low_bit.items()}
+        with last_bit_moved(model_in(model), change, pattern):
+            return outputs_of(model, calls, calls.feeds[index], layers)
 
-    return replace(_EXACT if exact else _FLIPPING, moved=moved)
+    return replace(
+        rare if exact else _FLIPPING, moved=moved, patterns=len(factors), plain=factors.count(1.0)
+    )
+
+
+def _scaled(change: Change, factor: float) -> Change:
+    if isinstance(change, float):
+        return factor * change
+    return tuple(factor * ratio for ratio in change)

@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from trtq.artefact.manifest import Manifest
 from trtq.artefact.opened import Checkpoint
-from trtq.comparison.calls import DenoiserCalls, torch_call
+from trtq.comparison.call_set import CallSet, Feeds
 from trtq.comparison.sides import Side
-from trtq.diffusion.families import Family
 from trtq.engine.base import Engine
 from trtq.engine.open import open_engine
 from trtq.errors import UsageError
 from trtq.graph.file import MODEL_FILE, save_rewritten
-from trtq.graph.low_bit_layers import layers_to_float, mark_layers
+from trtq.graph.low_bit_layers import layers_to_float, mark_inputs, mark_layers
 from trtq.graph.runtimes.prepare import load_graph, prepare
 from trtq.quant.attention_channels import scale_channels, transforms_of
 from trtq.quant.float_form import float_form
@@ -30,6 +28,7 @@ from trtq.quant.structure import Structure, apply_structure, replace_module
 
 __all__ = [
     "Form",
+    "float_graph",
     "float_layers",
     "marked_form",
     "model_in",
@@ -56,7 +55,7 @@ class Form:
     engine: Engine | None = None
     layers: tuple[str, ...] = ()
 
-    def runner(self, calls: DenoiserCalls) -> Any:
+    def runner(self, calls: CallSet) -> Any:
         """A runner of polygraphy."""
         from trtq.comparison.runners import TorchRunner, engine_runner
 
@@ -66,20 +65,17 @@ class Form:
 
         def call(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             assert self.denoiser is not None
-            return outputs_of(self.denoiser, calls.family, feeds, self.layers)
+            return outputs_of(self.denoiser, calls, dict(feeds), self.layers)
 
         return TorchRunner(self.side.label, calls.inputs, call)
 
 
 def outputs_of(
-    denoiser: nn.Module,
-    family: Family,
-    feeds: Mapping[str, np.ndarray],
-    layers: Collection[str] = (),
+    denoiser: nn.Module, calls: CallSet, feeds: Feeds, layers: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
     """The prediction of a denoiser in torch and the outputs of its layers, by name, in float32."""
     with captured_outputs(model_in(denoiser), layers) as captured:
-        outputs = torch_call(denoiser, family)(feeds)
+        outputs = calls.call(denoiser, feeds)
     return outputs | {name: value.detach().float().numpy() for name, value in captured.items()}
 
 
@@ -92,7 +88,7 @@ def model_in(denoiser: Any) -> nn.Module:
 def side_form(side: Side) -> Form:
     """The side as it is."""
     if side.in_torch:
-        return Form(side, denoiser=side.source.denoiser)
+        return Form(side, denoiser=side.module)
     return Form(side, engine=side.engine)
 
 
@@ -106,20 +102,20 @@ def structured(side: Side, other: Side) -> nn.Module:
     Raises:
         UsageError: the channels of the other side's attention are scaled, and its run is not at hand.
     """
-    denoiser, manifest = side.source.denoiser, other.manifest
-    if not isinstance(side.opened, Checkpoint) or manifest is None:
+    denoiser, row = side.module, other.row
+    if not isinstance(side.opened, Checkpoint) or row is None:
         return denoiser
-    row = manifest.structure
     denoiser = deepcopy(denoiser)
-    apply_structure(denoiser, Structure(tuple(row.attention), row.splits))
-    for product, tensors in _transforms(other, manifest).items():
+    structure = Structure(tuple(row.structure.attention), row.structure.splits)
+    apply_structure(denoiser, structure)
+    for product, tensors in _transforms(other).items():
         scale_channels(denoiser, product, tensors)
     return denoiser.eval()
 
 
-def _transforms(side: Side, manifest: Manifest) -> dict[str, TransformTensors]:
+def _transforms(side: Side) -> dict[str, TransformTensors]:
     """The factors of the channels of a side's attention, by path of the product."""
-    if not any(layer.kind == "product" and layer.smooth for layer in manifest.layers):
+    if not any(layer.kind == "product" and layer.smooth for layer in side.layers):
         return {}
     low_bit = side.torch_denoiser()
     if low_bit is None:
@@ -140,14 +136,14 @@ def marked_form(side: Side, other: Side, layers: Collection[str], folder: Path) 
         folder: an empty folder for a changed graph.
 
     Raises:
-        UsageError: the side is an engine, whose layers are not known.
+        UsageError: see `structured`.
     """
     if side.in_torch:
         denoiser = structured(side, other)
         present = dict(model_in(denoiser).named_modules())
         kept = tuple(name for name in layers if name in present)
         return Form(side, denoiser=denoiser, layers=kept)
-    model = _prepared(side, "--layers")
+    model = _prepared(side)
     mark_layers(model, layers)
     return Form(side, engine=_opened(model, folder, side), layers=tuple(layers))
 
@@ -165,9 +161,6 @@ def with_floats(form: Form, floats: Mapping[str, nn.Module], folder: Path) -> Fo
         form: the side as it is.
         floats: the float layers by name.
         folder: an empty folder for a changed graph.
-
-    Raises:
-        UsageError: the side is an engine, whose layers cannot be replaced.
     """
     if not floats:
         return form
@@ -176,17 +169,32 @@ def with_floats(form: Form, floats: Mapping[str, nn.Module], folder: Path) -> Fo
         for name, layer in floats.items():
             replace_module(model_in(denoiser), name, layer)
         return Form(form.side, denoiser=denoiser)
-    model = _prepared(form.side, "--bisect")
+    model = _prepared(form.side)
     layers_to_float(model, floats)
     return Form(form.side, engine=_opened(model, folder, form.side))
 
 
-def _prepared(side: Side, option: str) -> Any:
-    if side.graph is None:
-        raise UsageError(
-            f"{option} needs the layers of a graph, and {side.label} is an engine; compare the ONNX "
-            "folder that it was built from"
-        )
+def float_graph(
+    side: Side, floats: Mapping[str, nn.Module], folder: Path
+) -> tuple[Engine, dict[str, list[str]]]:
+    """The graph of a side with layers in float, whose inputs are outputs of the graph, too.
+
+    Args:
+        side: a side with a graph.
+        floats: the float layers by name.
+        folder: an empty folder for the changed graph.
+
+    Returns:
+        The opened graph, and the outputs that hold the inputs of each layer.
+    """
+    model = _prepared(side)
+    layers_to_float(model, floats)
+    marked = mark_inputs(model, floats)
+    return _opened(model, folder, side), marked
+
+
+def _prepared(side: Side) -> Any:
+    assert side.graph is not None, "engines are refused earlier, see `check_layered`"
     return prepare(load_graph(side.graph), "onnxruntime")
 
 

@@ -6,7 +6,7 @@
 
 A value within its last bits of a rounding tie gets the other code in another runtime. In a 4-bit network
 that changes the output of its image, and of no other image, so such images are set aside as long as they
-are few. A wrong graph changes every image.
+are as few as expected. A wrong graph changes every image.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ class ImageSnr(BaseCompareFunc):  # type: ignore[misc]
             the reference's outputs; the entry "" stands for every other output, and an output without an
             entry is not compared. A bound holds `min_db`,
             the required SNR in dB; `max_ties`, the share of images that may be set aside (below 0:
-            none); `channels`, the number of entries of axis 1 that are compared (None: all); and
-            `steps`, the index of each image's step in a batch of mixed steps (None: one step).
+            none); `channels`, the number of entries of axis 1 that are compared (None: all);
+            `steps`, the index of each image's step in a batch of mixed steps (None: one step), and
+            `step_ties`, the share of the images of one such step that may differ; and `whole`, whether
+            the output is one image without an axis of the batch.
     """
 
     _RESULT_CLASS = SnrResult
@@ -90,12 +92,14 @@ def _bound(bounds: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 
 def _snr(expected: np.ndarray, given: np.ndarray, bound: Mapping[str, Any]) -> float:
     given = given.reshape(expected.shape)
+    if bound["whole"]:
+        expected, given = expected[None], given[None]
     if bound["channels"] is not None:
         expected, given = expected[:, : bound["channels"]], given[:, : bound["channels"]]
     each = np.array([_db(a, b) for a, b in zip(expected, given, strict=True)])
     for step in sorted(set(bound["steps"] or ())):
         at = np.array(bound["steps"]) == step
-        if at.sum() >= MIN_ITEMS and (each[at] < TIE_DB).mean() > 0.5:
+        if at.sum() >= MIN_ITEMS and (each[at] < TIE_DB).mean() > bound["step_ties"]:
             return _db(expected[at], given[at])
     kept = each >= TIE_DB
     if 1 - kept.mean() > bound["max_ties"]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trtq.comparison.bounds import OutputParity, call_bounds, output_parities
-from trtq.comparison.calls import DenoiserCalls
+from trtq.comparison.call_set import CallSet
 from trtq.comparison.flips import flips_of
 from trtq.comparison.forms import Form
 from trtq.comparison.package import quiet_polygraphy
@@ -34,7 +34,7 @@ class Comparison:
     """
 
     sides: tuple[Side, Side]
-    calls: DenoiserCalls
+    calls: CallSet
     results: Any
     parities: list[OutputParity]
     bounds: dict[str, Any]
@@ -63,6 +63,7 @@ class Comparison:
                 required_db=parity.bound.min_db,
                 ties=parity.row.ties,
                 ok=bool(verdicts[parity.call][parity.output]),
+                denoiser=reference.part,
             )
             for parity in self.parities
         ]
@@ -77,9 +78,7 @@ class Comparison:
         )
 
 
-def judge(
-    forms: tuple[Form, Form], calls: DenoiserCalls, required: float | None = None
-) -> Comparison:
+def judge(forms: tuple[Form, Form], calls: CallSet, required: float | None = None) -> Comparison:
     """Run two forms by polygraphy, and compare their outputs.
 
     Args:
@@ -109,6 +108,8 @@ def judge(
         dict.fromkeys(expected[0], bound),
         flips_of(sides, calls, forms[0].denoiser),
         calls.channels,
+        # Of a result with several tensors, each holds one image, or belongs to another medium.
+        whole=calls.few_images and len(expected[0]) > 1,
     )
     bounds = call_bounds(parities, [call_key(outputs) for outputs in expected])
     with quiet_polygraphy():

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from trtq.comparison.bounds import Flips, OutputParity, call_bounds, output_parities
-from trtq.comparison.calls import DenoiserCalls
+from trtq.comparison.agreement import Flips
+from trtq.comparison.bounds import OutputParity, call_bounds, output_parities
+from trtq.comparison.call_set import CallSet
 from trtq.comparison.flips import flips_of
 from trtq.comparison.forms import Form, marked_form
 from trtq.comparison.noise import noise_bound_db
 from trtq.comparison.package import quiet_polygraphy
 from trtq.comparison.result import ComparedLayer
 from trtq.comparison.sides import Side, hold_same_numbers
-from trtq.diffusion.sampling import at_once
 from trtq.errors import UsageError
 from trtq.exporter.parity import TIE_DB
 
@@ -28,7 +28,7 @@ _MAX_IMAGES = 16
 """Images per call: enough that one or two with a flipped code are few."""
 
 
-def compare_layers(sides: tuple[Side, Side], calls: DenoiserCalls) -> list[ComparedLayer]:
+def compare_layers(sides: tuple[Side, Side], calls: CallSet) -> list[ComparedLayer]:
     """Mark the outputs of all low-bit layers on both sides, and compare them in every call.
 
     A layer of two forms of one run agrees to `TIE_DB` in every image without a flipped code, or as well
@@ -48,8 +48,7 @@ def compare_layers(sides: tuple[Side, Side], calls: DenoiserCalls) -> list[Compa
     from polygraphy.comparator import Comparator
 
     names = [row.name for row in (sides[0].layers or sides[1].layers)]
-    shape = calls.feeds[0][calls.family.sample].shape[1:]
-    few = calls.take(at_once(shape, _MAX_IMAGES))
+    few = calls.few(_MAX_IMAGES)
     rows: dict[str, list[tuple[OutputParity, bool, int]]] = {}
     required: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="trtq-layers-") as scratch:
@@ -74,12 +73,11 @@ def compare_layers(sides: tuple[Side, Side], calls: DenoiserCalls) -> list[Compa
                     required = _required(sides, order)
                 for parity, ok in _judged(single, few, index, required, flips):
                     rows.setdefault(parity.output, []).append((parity, ok, index))
-    return [_layer(name, rows[name], few) for name in required]
+    part = sides[0].part
+    return [replace(_layer(name, rows[name], few), denoiser=part) for name in required]
 
 
-def _flips(
-    sides: tuple[Side, Side], reference: Form, calls: DenoiserCalls, layers: list[str]
-) -> Flips:
+def _flips(sides: tuple[Side, Side], reference: Form, calls: CallSet, layers: list[str]) -> Flips:
     """How many images may have a flipped code in a layer."""
     flips = flips_of(sides, calls, reference.denoiser, layers, half=_half(sides))
     return replace(flips, overall=flips.per_call)
@@ -101,7 +99,7 @@ def _required(sides: tuple[Side, Side], order: list[str]) -> dict[str, float]:
 
 
 def _judged(
-    single: Any, calls: DenoiserCalls, index: int, required: Mapping[str, float], flips: Flips
+    single: Any, calls: CallSet, index: int, required: Mapping[str, float], flips: Flips
 ) -> list[tuple[OutputParity, bool]]:
     """The agreement of every layer in one call, and polygraphy's verdict."""
     from polygraphy.comparator import Comparator
@@ -111,12 +109,11 @@ def _judged(
     expected, given = (
         {name: np.array(values[0][name]) for name in required} for _, values in single.items()
     )
-    here = DenoiserCalls(
-        [calls.feeds[index]], [calls.timesteps[index]], [calls.steps[index]], calls.family
-    )
     moved = flips.moved
-    of_call = flips if moved is None else replace(flips, moved=lambda _: moved(index))
-    parities = output_parities(here, [expected], [given], required, of_call)
+    of_call = flips
+    if moved is not None:
+        of_call = replace(flips, moved=lambda _, pattern: moved(index, pattern))
+    parities = output_parities(calls.only(index), [expected], [given], required, of_call)
     key = call_key(dict(single[0][1][0].items()))
     accuracy = Comparator.compare_accuracy(
         single, compare_func=ImageSnr(call_bounds(parities, [key]))
@@ -125,9 +122,7 @@ def _judged(
     return [(parity, bool(verdicts[0][parity.output])) for parity in parities]
 
 
-def _layer(
-    name: str, rows: list[tuple[OutputParity, bool, int]], calls: DenoiserCalls
-) -> ComparedLayer:
+def _layer(name: str, rows: list[tuple[OutputParity, bool, int]], calls: CallSet) -> ComparedLayer:
     """The call in which a layer is worst against its bound."""
     parity, _, index = min(rows, key=lambda row: row[0].row.db - row[0].bound.min_db)
     return ComparedLayer(

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from trtq.results import OMITTED_IF_NONE, Result
 
-__all__ = ["Bisection", "CompareResult", "ComparedCall", "ComparedLayer"]
+__all__ = [
+    "Bisection",
+    "CompareResult",
+    "ComparedCall",
+    "ComparedLayer",
+    "joined",
+    "joined_bisections",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +30,7 @@ class ComparedCall(Result):
         required_db: required SNR, in dB.
         ties: share of images with a flipped code, which were set aside.
         ok: whether `snr_db` reaches `required_db`.
+        denoiser: name of the denoiser of a recorded pipeline; None for another pipeline.
     """
 
     output: str
@@ -31,6 +40,7 @@ class ComparedCall(Result):
     required_db: float
     ties: float
     ok: bool
+    denoiser: str | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +53,7 @@ class ComparedLayer(Result):
         required_db: required SNR in that call, in dB.
         timestep: timestep of that call; None for the batch of mixed steps.
         ok: whether the SNR reached the required one in every call.
+        denoiser: see `ComparedCall`.
     """
 
     name: str
@@ -50,6 +61,7 @@ class ComparedLayer(Result):
     required_db: float
     timestep: float | None
     ok: bool
+    denoiser: str | None = field(default=None, metadata=OMITTED_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +94,8 @@ class CompareResult(Result):
             bound is the rounding noise of the formats.
         snr_db_min: minimum SNR of an output, in dB.
         required_db: required SNR of the prediction, in dB; see `ComparedCall` for each call.
-        calls: one entry per call and output, cleanest step first, a batch of mixed steps last.
+        calls: one entry per call and output, cleanest step first, a batch of mixed steps last; of a
+            recorded pipeline denoiser by denoiser, in the order of the pipeline's call.
         layers: one entry per low-bit layer, in the order of execution; None unless requested.
         first: name of the first layer that leaves its bound; None without one.
         bisection: the layers that repair the output in float; None unless requested.
@@ -105,3 +118,25 @@ class CompareResult(Result):
     folder: str | None = field(default=None, metadata=OMITTED_IF_NONE)
     files: list[str] | None = field(default=None, metadata=OMITTED_IF_NONE)
     command: str | None = field(default=None, metadata=OMITTED_IF_NONE)
+
+
+def joined(results: Sequence[CompareResult]) -> CompareResult:
+    """One result for the denoisers of a pipeline; all have the same sides."""
+    return replace(
+        results[0],
+        ok=all(result.ok for result in results),
+        snr_db_min=min(result.snr_db_min for result in results),
+        required_db=min(result.required_db for result in results),
+        calls=[call for result in results for call in result.calls],
+    )
+
+
+def joined_bisections(bisections: Sequence[Bisection]) -> Bisection:
+    """One bisection for the denoisers of a pipeline."""
+    policies = [bisection.policy for bisection in bisections if bisection.policy is not None]
+    return Bisection(
+        layers=list(dict.fromkeys(name for bisection in bisections for name in bisection.layers)),
+        policy="\n\n".join(dict.fromkeys(policies)) or None,
+        snr_db=min(bisection.snr_db for bisection in bisections),
+        comparisons=sum(bisection.comparisons for bisection in bisections),
+    )

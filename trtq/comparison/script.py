@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtq.artefact.files import files_below
 from trtq.artefact.folder import check_output, new_artefact
 from trtq.artefact.listing import write_listing
+from trtq.comparison.judge import Comparison
 from trtq.comparison.package import quiet_polygraphy
 from trtq.comparison.sides import Side
 from trtq.errors import UsageError
-from trtq.graph.file import ENGINE_FILE, MODEL_FILE, model_file, save_rewritten
+from trtq.graph.file import ENGINE_FILE, MODEL_FILE, save_rewritten
 
 __all__ = ["KIND", "Written", "check_folder", "check_scriptable", "write_results"]
 
@@ -67,13 +70,15 @@ def check_scriptable(side: Side) -> None:
         )
 
 
-def write_results(folder: Path, comparison: Any, *, script: bool, overwrite: bool) -> Written:
-    """Write a comparison in polygraphy's own formats.
+def write_results(
+    folder: Path, comparisons: Mapping[str, Comparison], *, script: bool, overwrite: bool
+) -> Written:
+    """Write comparisons in polygraphy's own formats.
 
     Args:
         folder: output folder; `inputs.json` holds the calls, `results.json` the outputs of both sides
             (`RunResults`), `accuracy.json` the verdicts (`AccuracyResults`).
-        comparison: a `trtq.comparison.judge.Comparison`.
+        comparisons: the comparisons by name; each gets a folder of this name if there are several.
         script: whether to write the graph or engine of the other side, too, and the command that repeats
             the comparison.
         overwrite: whether to replace an earlier folder of this kind.
@@ -85,34 +90,46 @@ def write_results(folder: Path, comparison: Any, *, script: bool, overwrite: boo
         UsageError: the folder exists, or polygraphy cannot run the other side.
         ArtefactError: the disk is full, or writing fails.
     """
+    commands = []
+    with new_artefact(folder, kind=KIND, overwrite=overwrite) as partial, quiet_polygraphy():
+        for name, comparison in comparisons.items():
+            here = partial if len(comparisons) == 1 else partial / name
+            here.mkdir(exist_ok=True)
+            command = _write_one(here, comparison, script=script)
+            commands.append(command if here == partial else f"(cd {name} && {command})")
+        text = " && ".join(commands) if script else None
+        if text is not None:
+            reference, other = next(iter(comparisons.values())).sides
+            head = _HEAD.format(reference=reference.label, other=other.label)
+            (partial / COMMAND).write_text(f"{head}{text}\n", encoding="utf-8")
+        write_listing(partial, KIND)
+        names = sorted(files_below(partial))
+    return Written(names, text)
+
+
+def _write_one(folder: Path, comparison: Comparison, *, script: bool) -> str:
+    """Write one comparison; return its command, or "" without a script."""
     from polygraphy.json import save_json
 
-    reference, other = comparison.sides
-    command = None
-    with new_artefact(folder, kind=KIND, overwrite=overwrite) as partial, quiet_polygraphy():
-        save_json(comparison.calls.feeds, str(partial / INPUTS))
-        comparison.results.save(str(partial / RESULTS))
-        comparison.accuracy.save(str(partial / ACCURACY))
-        if script:
-            check_scriptable(other)
-            only = type(comparison.results)([comparison.results[0]])
-            only.save(str(partial / REFERENCE))
-            text = json.dumps(comparison.bounds, indent=1) + "\n"
-            (partial / BOUNDS).write_text(text, encoding="utf-8")
-            shutil.copyfile(_COMPARE_FILE, partial / COMPARE)
-            command = _write_model(partial, other)
-            head = _HEAD.format(reference=reference.label, other=other.label)
-            (partial / COMMAND).write_text(f"{head}{command}\n", encoding="utf-8")
-        write_listing(partial, KIND)
-        names = sorted(path.name for path in partial.iterdir() if path.is_file())
-    return Written(names, command)
+    save_json(comparison.calls.feeds, str(folder / INPUTS))
+    comparison.results.save(str(folder / RESULTS))
+    comparison.accuracy.save(str(folder / ACCURACY))
+    if not script:
+        return ""
+    other = comparison.sides[1]
+    check_scriptable(other)
+    only = type(comparison.results)([comparison.results[0]])
+    only.save(str(folder / REFERENCE))
+    text = json.dumps(comparison.bounds, indent=1) + "\n"
+    (folder / BOUNDS).write_text(text, encoding="utf-8")
+    shutil.copyfile(_COMPARE_FILE, folder / COMPARE)
+    return _write_model(folder, other)
 
 
 def _write_model(folder: Path, side: Side) -> str:
     """Write the graph, as trtq gives it to the runtime, or copy the engine; return the command."""
     if side.graph is None:
-        opened: Any = side.opened
-        shutil.copyfile(model_file(opened.folder / opened.denoiser), folder / ENGINE_FILE)
+        shutil.copyfile(side.file, folder / ENGINE_FILE)
         before = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if side.provider == "tensorrt-rtx" else ""
         run = [ENGINE_FILE, "--model-type", "engine", "--trt"]
     else:

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from trtq.artefact.files import sha256
-from trtq.artefact.manifest import MANIFEST_NAME, Manifest
-from trtq.artefact.manifest_file import find_origin, parse_manifest
-from trtq.artefact.manifest_rows import LayerRow
+from trtq.artefact.manifest import Manifest
+from trtq.artefact.manifest_file import parse_manifest
+from trtq.artefact.manifest_rows import FurtherRow, LayerRow
 from trtq.artefact.opened import (
     Checkpoint,
     EngineFolder,
+    GraphFolder,
     OnnxFolder,
     Opened,
     Run,
     StoredArtefact,
     open_artefact,
 )
-from trtq.artefact.recorded import refuse_recorded
+from trtq.artefact.recorded import is_recorded
+from trtq.comparison.lineage import lineage, origins
 from trtq.comparison.noise import noise_bound_db
+from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.engine.base import Engine
+from trtq.engine.recorded import CallGraph
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import UsageError
 from trtq.exporter.step_check import PARITY_DB
-from trtq.graph.file import MODEL_FILE
+from trtq.graph.file import model_file
 from trtq.pipelines.open import TORCH, open_any
 from trtq.runs.folder import open_run
 
-__all__ = ["Side", "hold_same_numbers", "ordered_sides", "required_db"]
+__all__ = ["LastBits", "Side", "check_layered", "hold_same_numbers", "ordered_sides", "required_db"]
+
+
+LastBits = dict[str, tuple[Tensor, ...]]
+"""By layer and input, the difference of a runtime's floats from torch's in each channel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +51,56 @@ class Side:
         opened: the artefact or checkpoint.
         provider: what computes it: `torch`, a provider of onnxruntime, or the builder of engines.
         label: name of the side in tables and in polygraphy's results, e.g. `onnx (cpu)`.
+        recorded: whether the pipeline is used through its own call only.
+        part: name of the denoiser that is compared, of a recorded pipeline; None: the only one.
+        call_graph: graph of the calls that are compared, of a recorded pipeline.
     """
 
     opened: Opened
     provider: str
     label: str
+    recorded: bool = False
+    part: str | None = None
+    call_graph: CallGraph | None = None
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    @cached_property
+    @property
     def source(self) -> LoadedPipeline:
         """The pipeline around the denoiser, loaded at the first use."""
+        source: LoadedPipeline = self._once("source", self._load)
+        return source
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns at the first use of a name; all parts of a side share it."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    def last_bits(self, measure: Callable[[], LastBits]) -> LastBits:
+        """The last bits of the runtime, measured once for the denoiser and graph that are compared."""
+        folder = None if self.call_graph is None else self.call_graph.row.folder
+        bits: LastBits = self._once(f"last bits {self.part} {folder}", measure)
+        return bits
+
+    def _load(self) -> LoadedPipeline:
+        if self.recorded and isinstance(self.opened, Checkpoint):
+            return open_pipeline(self.opened.place, self.opened.config, recorded=True)
         return open_any(self.opened, None if self.in_torch else self.provider)
+
+    def at(self, part: str, call_graph: CallGraph | None) -> Side:
+        """The side at one denoiser of a recorded pipeline, and one graph of its calls."""
+        return replace(self, part=part, call_graph=call_graph)
+
+    @property
+    def module(self) -> nn.Module:
+        """The denoiser that is compared, as it stands in the pipeline."""
+        return self._in(self.source)
+
+    def _in(self, source: LoadedPipeline) -> nn.Module:
+        module: nn.Module = (
+            source.denoiser if self.part is None else getattr(source.pipeline, self.part)
+        )
+        return module
 
     @property
     def in_torch(self) -> bool:
@@ -67,24 +113,40 @@ class Side:
         return self.opened.manifest if isinstance(self.opened, StoredArtefact) else None
 
     @property
+    def row(self) -> Manifest | FurtherRow | None:
+        """Entry of the denoiser in the manifest; None for a checkpoint."""
+        if self.manifest is None or self.part is None:
+            return self.manifest
+        return next(row for row in self.manifest.denoisers if row.denoiser == self.part)
+
+    @property
     def layers(self) -> list[LayerRow]:
         """The low-bit layers, in the order of the model."""
-        rows = [] if self.manifest is None else self.manifest.layers
+        rows = [] if self.row is None else self.row.layers
         return [row for row in rows if row.activation_bits is not None]
 
     @property
     def engine(self) -> Engine:
         """The engine of the denoiser's graph."""
-        denoiser: Any = self.source.denoiser
+        if self.call_graph is not None:
+            return self.call_graph.engine
+        denoiser: Any = self.module
         engine: Engine = denoiser.engine
         return engine
 
     @property
+    def file(self) -> Path:
+        """File of the denoiser's graph or engine."""
+        assert isinstance(self.opened, GraphFolder)
+        row = None if self.call_graph is None else self.call_graph.row
+        return model_file(
+            self.opened.folder / (self.opened.denoiser if row is None else row.folder)
+        )
+
+    @property
     def graph(self) -> Path | None:
         """File of the denoiser's graph; None for what has none."""
-        if not isinstance(self.opened, OnnxFolder):
-            return None
-        return self.opened.folder / self.opened.denoiser / MODEL_FILE
+        return self.file if isinstance(self.opened, OnnxFolder) else None
 
     def torch_denoiser(self) -> nn.Module | None:
         """The denoiser in torch: that of this side, or of the run that a graph was exported from.
@@ -92,10 +154,10 @@ class Side:
         None: the run is not at hand.
         """
         if self.in_torch:
-            return self.source.denoiser
-        for folder in _origins(self.opened):
+            return self.module
+        for folder in origins(self.opened):
             if parse_manifest(folder).kind == "run":
-                return open_run(folder).source().denoiser
+                return self._in(open_run(folder).source())
         return None
 
 
@@ -106,7 +168,6 @@ def _open_side(place: str | Path | Opened, provider: str | None) -> Side:
         UsageError: the provider cannot compute it, or its engines are of another version.
     """
     opened = open_artefact(place, verify=False)
-    refuse_recorded(opened, "trtq verify --against", "compare it with its run: --run RUN")
     named = isinstance(opened.place, str | Path)
     name = Path(opened.place).name if named else type(opened.place).__name__
     if isinstance(opened, EngineFolder):
@@ -168,7 +229,47 @@ def ordered_sides(
                 "--provider, --against-provider"
             )
         other = replace(other, label=f"{other.label} 2")
+    given, other = _alike(given, other)
     return (given, other) if _distance(given) < _distance(other) else (other, given)
+
+
+def check_layered(sides: Sequence[Side], option: str) -> None:
+    """Raise unless the layers of both sides are known.
+
+    Args:
+        sides: the sides.
+        option: option of the command that needs the layers.
+
+    Raises:
+        UsageError: a side is an engine; the message says what to compare instead.
+    """
+    for side in sides:
+        if isinstance(side.opened, EngineFolder):
+            onnx = side.opened.manifest.source.name
+            raise UsageError(
+                f"{option} needs the layers, and {side.label} is a folder of engines, which hide them; "
+                f"compare the graphs that they were built from, on the CPU: trtq verify {onnx} "
+                f"--against RUN {option}"
+            )
+
+
+def _alike(first: Side, second: Side) -> tuple[Side, Side]:
+    """Both sides, used through the pipeline's own call if one of them was recorded inside it.
+
+    Raises:
+        UsageError: only one of two artefacts was recorded.
+    """
+    recorded = [is_recorded(side.opened) for side in (first, second)]
+    if not any(recorded):
+        return first, second
+    for side, known in ((first, recorded[0]), (second, recorded[1])):
+        if not known and side.manifest is not None:
+            other = second if side is first else first
+            raise UsageError(
+                f"{other.label} was recorded inside its pipeline's call, and {side.label} was not; "
+                "compare artefacts of one model, quantised in the same way"
+            )
+    return replace(first, recorded=True), replace(second, recorded=True)
 
 
 def _distance(side: Side) -> int:
@@ -183,28 +284,7 @@ def hold_same_numbers(first: Side, other: Side) -> bool:
         return False
     if not first.opened.low_bit:
         return True
-    return bool(_lineage(first.opened) & _lineage(other.opened))
-
-
-def _lineage(opened: Opened) -> set[str]:
-    """SHA-256 of the manifests of an artefact and of those that it was made from, as far as known."""
-    assert isinstance(opened, StoredArtefact)
-    hashes = set()
-    for folder in (opened.folder, *_origins(opened)):
-        hashes.add(sha256(folder / MANIFEST_NAME))
-        hashes.add(parse_manifest(folder).source.files.get(MANIFEST_NAME, ""))
-    return hashes - {""}
-
-
-def _origins(opened: Opened) -> list[Path]:
-    """The folders of the artefacts that an artefact was made from, as far as they are at hand."""
-    assert isinstance(opened, StoredArtefact)
-    folders: list[Path] = []
-    folder = find_origin(opened.folder, opened.manifest)
-    while folder is not None:
-        folders.append(folder)
-        folder = find_origin(folder, parse_manifest(folder))
-    return folders
+    return bool(lineage(first.opened) & lineage(other.opened))
 
 
 def required_db(reference: Side, other: Side) -> float:

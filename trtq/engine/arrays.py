@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trtq.engine.base import Engine, check_names
 
-__all__ = ["run_on_arrays"]
+__all__ = ["as_array", "run_on_arrays"]
 
 
 def run_on_arrays(engine: Engine, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -25,11 +25,12 @@ def run_on_arrays(engine: Engine, feeds: Mapping[str, Tensor]) -> dict[str, Tens
         UsageError: an input is missing or unknown.
     """
     check_names(engine.inputs, feeds)
-    arrays = {name: _array(feeds[name], spec.dtype) for name, spec in engine.inputs.items()}
+    arrays = {name: as_array(feeds[name], spec.dtype) for name, spec in engine.inputs.items()}
     return {name: torch.from_numpy(value) for name, value in engine.run(arrays).items()}
 
 
-def _array(tensor: Tensor, dtype: np.dtype[Any]) -> np.ndarray:
+def as_array(tensor: Tensor, dtype: np.dtype[Any]) -> np.ndarray:
+    """A tensor as a contiguous array of the host, of numpy's type `dtype`."""
     value = tensor.detach().cpu()
     # numpy has no bfloat16.
     array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()

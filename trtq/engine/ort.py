@@ -192,13 +192,22 @@ class OrtSession(Engine):
         session: session of onnxruntime.
         provider: one of `PROVIDERS`.
         graphs: whether the session was opened with CUDA graphs, see `trtq.engine.bound_graphs`.
+        metadata: metadata of the graph, if the session's file has lost it; None: that of the session.
 
     Raises:
         ArtefactError: an input or output has a type that trtq does not support.
     """
 
-    def __init__(self, session: Any, provider: str, *, graphs: bool = False) -> None:
-        metadata = session.get_modelmeta().custom_metadata_map
+    def __init__(
+        self,
+        session: Any,
+        provider: str,
+        *,
+        graphs: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        if metadata is None:
+            metadata = session.get_modelmeta().custom_metadata_map
         super().__init__(provider, input_specs(session), output_specs(session), metadata)
         self._session = session
         self._graphs = graphs

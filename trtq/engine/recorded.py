@@ -110,7 +110,7 @@ class RecordedDenoiser(SharesEngines, StandIn):
             UsageError: the call differs from every recorded call; the message names the argument.
         """
         form, tensors = flatten_call(self.model, args, kwargs, frozenset(TIMESTEP_NAMES))
-        graph = self._graph_for(form, tensors)
+        graph = self.graph_for(form, tensors)
         feeds = {name: tensors[name] for name in graph.engine.inputs}
         # The result lies where the pipeline's tensors lie; a timestep may lie on the CPU.
         devices = [value.device for value in feeds.values() if value.ndim > 1]
@@ -123,7 +123,7 @@ class RecordedDenoiser(SharesEngines, StandIn):
         wrapped = self._has_return_dict and kwargs.get("return_dict") is not False
         return _Output(values) if wrapped else values
 
-    def _graph_for(self, form: CallForm, tensors: Mapping[str, Tensor]) -> CallGraph:
+    def graph_for(self, form: CallForm, tensors: Mapping[str, Tensor]) -> CallGraph:
         """The graph that computes a call.
 
         Raises:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,13 +17,14 @@ from trtq.errors import GateError, NonFiniteError
 from trtq.exporter.last_bits import LAST_BIT, last_bit_moved
 from trtq.exporter.parity import (
     FLOOR_MARGIN_DB,
+    MAX_TIES_PER_STEP,
     TIE_DB,
     StepParity,
     compare,
 )
 from trtq.snr import snr_db
 
-__all__ = ["call_parities", "form_parity"]
+__all__ = ["CHANGES", "call_parities", "form_parity", "tensor_parity"]
 
 
 def call_parities(
@@ -106,26 +108,61 @@ def _compared(
     for tensor in given:
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(f"the graph of {name} returns NaN or infinity")
-    row = _worst(expected, given)
-    if row.pooled_db >= TIE_DB:
-        return row
-    for pattern, change in enumerate(_CHANGES):
-        with last_bit_moved(module, change, pattern):
-            moved = list(result_tensors(module(*args, **kwargs)))
-        measured = _worst(expected, given, moved)
-        row = measured if pattern == 0 else min(row, measured, key=lambda each: each.floor_db)
-        if row.db >= row.floor_db - FLOOR_MARGIN_DB:
-            break
-    return row
+
+    @functools.cache
+    def moved(pattern: int) -> list[Tensor]:
+        with last_bit_moved(module, CHANGES[pattern], pattern):
+            return list(result_tensors(module(*args, **kwargs)))
+
+    rows = []
+    for index, tensor in enumerate(expected):
+        floors = (_batched(moved(pattern)[index], expected) for pattern in range(len(CHANGES)))
+        reference, other = _batched(tensor, expected), _batched(given[index], expected)
+        rows.append(tensor_parity(reference, other, floors))
+    return min(rows, key=lambda row: (row.db, row.pooled_db))
 
 
-_CHANGES = (LAST_BIT, LAST_BIT, 4 * LAST_BIT, 4 * LAST_BIT)
+CHANGES = (LAST_BIT, LAST_BIT, 4 * LAST_BIT, 4 * LAST_BIT)
 """Relative changes of the values in successive measurements of the floor, each with its own pattern. In
 one call of few images, one pattern flips a code or none, and another one several. The greater changes
 are those of a sum over hundreds of values in another order, as another runtime computes it."""
 _FEW_IMAGES = 4
 """Minimum number of images of one call of which one may be set aside because a value lies on a rounding
 tie, see `trtq.exporter.parity`; an error of the export would change every image."""
+
+
+def tensor_parity(
+    expected: Tensor,
+    given: Tensor,
+    floors: Iterable[Tensor],
+    usual: float = MAX_TIES_PER_STEP,
+    *,
+    few: bool = True,
+) -> StepParity:
+    """Compare one output of one call, with the lowest floor that the agreement needs.
+
+    Args:
+        expected: the expected output, float32 `[B, ...]`.
+        given: the output to check.
+        floors: the expected output with changed last bits, by one pattern after the other; a pattern is
+            measured only if the output does not agree as well as torch does by the earlier ones.
+        usual: see `trtq.exporter.parity.compare`.
+        few: whether one image of a call of few images may be set aside.
+    """
+
+    def row_of(moved: Tensor | None = None) -> StepParity:
+        row = compare(expected, given, moved, usual)
+        return _without_tie(row, expected, given) if few else row
+
+    row = row_of()
+    if row.pooled_db >= TIE_DB:
+        return row
+    for pattern, moved in enumerate(floors):
+        measured = row_of(moved)
+        row = measured if pattern == 0 else min(row, measured, key=lambda each: each.floor_db)
+        if row.db >= row.floor_db - FLOOR_MARGIN_DB:
+            break
+    return row
 
 
 def _without_tie(row: StepParity, expected: Tensor, given: Tensor) -> StepParity:
@@ -138,18 +175,6 @@ def _without_tie(row: StepParity, expected: Tensor, given: Tensor) -> StepParity
         return row
     db = snr_db(expected[kept], given[kept])
     return replace(row, db=db, ties=1 / len(each))
-
-
-def _worst(
-    expected: Sequence[Tensor], given: Sequence[Tensor], moved: Sequence[Tensor] | None = None
-) -> StepParity:
-    """The row of the output with the smallest SNR."""
-    rows = []
-    for index, tensor in enumerate(expected):
-        reference, other = _batched(tensor, expected), _batched(given[index], expected)
-        row = compare(reference, other, None if moved is None else _batched(moved[index], expected))
-        rows.append(_without_tie(row, reference, other))
-    return min(rows, key=lambda row: (row.db, row.pooled_db))
 
 
 def _batched(tensor: Tensor, outputs: Sequence[Tensor]) -> Tensor:

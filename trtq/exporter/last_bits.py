@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,20 +13,26 @@ from trtq.quant.formats import QUANTIZED_INPUTS
 from trtq.quant.hooks import input_hooks
 from trtq.seeds import seeded_generator
 
-__all__ = ["LAST_BIT", "last_bit_moved"]
+__all__ = ["LAST_BIT", "Change", "last_bit_moved"]
 
+Change = float | tuple[Tensor, ...]
 LAST_BIT = 2.0**-22
 """Relative change of a value in the measurement of the floor: two to four units in the last place of
 float32, whose spacing is 2**-24 to 2**-23 of the value."""
 
 
 @contextmanager
-def last_bit_moved(reference: Any, relative: float = LAST_BIT, pattern: int = 0) -> Iterator[None]:
+def last_bit_moved(
+    reference: Any,
+    relative: float | Mapping[str, Change] = LAST_BIT,
+    pattern: int = 0,
+) -> Iterator[None]:
     """Inside the block, change every input of a low-bit layer by `relative`, about its last bit.
 
     Args:
         reference: the model.
-        relative: relative change of the values.
+        relative: relative change of the values; or one for each layer whose inputs change, by path: a
+            number, or the absolute change of each input as a tensor.
         pattern: number of a pattern of signs; 0: alternating signs.
     """
 
@@ -38,16 +44,30 @@ def last_bit_moved(reference: Any, relative: float = LAST_BIT, pattern: int = 0)
         signs[::2] = -1
         return signs
 
-    def move(_: str, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        moved = []
-        for x in inputs:
+    def move(name: str, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        changed = []
+        change: Change = relative[name] if isinstance(relative, Mapping) else relative
+        for place, x in enumerate(inputs):
             if x.is_floating_point():
                 signs = signs_of(x.numel()).to(x.device)
-                x = x * (1 + relative * signs.reshape(x.shape))
-            moved.append(x)
-        return tuple(moved)
+                by = signs.reshape(x.shape)
+                x = (
+                    x + change[place].to(x) * by
+                    if isinstance(change, tuple)
+                    else x * (1 + change * by)
+                )
+            changed.append(x)
+        return tuple(changed)
 
     named = reference.named_modules() if isinstance(reference, nn.Module) else ()
-    layers = {name: module for name, module in named if isinstance(module, QUANTIZED_INPUTS)}
-    with input_hooks(layers, move):
+    moved = {
+        name: module
+        for name, module in named
+        if (
+            name in relative
+            if isinstance(relative, Mapping)
+            else isinstance(module, QUANTIZED_INPUTS)
+        )
+    }
+    with input_hooks(moved, move):
         yield

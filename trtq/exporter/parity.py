@@ -29,6 +29,7 @@ __all__ = [
     "TIE_DB",
     "StepParity",
     "compare",
+    "each_db",
     "may_flip",
     "mixed_items",
     "noise_parity",
@@ -105,19 +106,20 @@ def compare(
     Returns:
         The agreement of the predictions.
     """
-    same = _each_db(reference, other) >= TIE_DB
+    same = each_db(reference, other) >= TIE_DB
     ties = 1 - float(same.float().mean())
     pooled = snr_db(reference, other)
     row = StepParity(pooled, pooled, 0.0)
     if moved is not None:
-        floor_ties = float((_each_db(reference, moved) < TIE_DB).float().mean())
+        floor_ties = float((each_db(reference, moved) < TIE_DB).float().mean())
         row = replace(row, floor_db=snr_db(reference, moved), floor_ties=floor_ties)
     if ties > may_flip(usual, row.floor_ties):
         return row
     return replace(row, db=snr_db(reference[same], other[same]), ties=ties)
 
 
-def _each_db(reference: Tensor, other: Tensor) -> Tensor:
+def each_db(reference: Tensor, other: Tensor) -> Tensor:
+    """SNR of every image, in dB, `[B]`."""
     return torch.tensor([snr_db(a, b) for a, b in zip(reference, other, strict=True)])
 
 
@@ -255,7 +257,9 @@ def _mixed(
     return worst_step(row, together, other, position)
 
 
-def worst_step(row: StepParity, reference: Tensor, other: Tensor, position: Tensor) -> StepParity:
+def worst_step(
+    row: StepParity, reference: Tensor, other: Tensor, position: Tensor, usual: float = 0.5
+) -> StepParity:
     """The row of a mixed batch; that of a step at which the majority differs, if there is one.
 
     A wrong look-up changes all items of a step; ties change single items.
@@ -265,11 +269,12 @@ def worst_step(row: StepParity, reference: Tensor, other: Tensor, position: Tens
         reference: the expected prediction, `[B, ...]`.
         other: the prediction to check, `[B, ...]`.
         position: index of each item's step, `[B]`.
+        usual: share of the items of a step that may differ.
     """
-    each = _each_db(reference, other)
+    each = each_db(reference, other)
     for step in sorted(set(position.tolist())):
         at = position == step
-        if int(at.sum()) >= MIN_ITEMS and float((each[at] < TIE_DB).float().mean()) > 0.5:
+        if int(at.sum()) >= MIN_ITEMS and float((each[at] < TIE_DB).float().mean()) > usual:
             worst = snr_db(reference[at], other[at])
             row = replace(row, db=worst, pooled_db=worst, ties=0.0)
     return row

@@ -15,7 +15,7 @@ from trtq.quant.structure import Product
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["layers_to_float", "mark_layers"]
+__all__ = ["layers_to_float", "mark_inputs", "mark_layers"]
 
 _CORES = ("Conv", "MatMul")
 _CALL = "/call_"
@@ -86,6 +86,38 @@ def mark_layers(model: ir.Model, layers: Collection[str]) -> None:
         node.outputs[0].shape = out.shape
         graph.append(node)
         graph.outputs.append(node.outputs[0])
+
+
+def mark_inputs(model: ir.Model, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Make the inputs of float layers outputs of the graph.
+
+    Args:
+        model: graph after `layers_to_float`; changed.
+        layers: the float layers by name.
+
+    Returns:
+        The names of the new outputs of each layer's last call: one, or two for a product.
+    """
+    import onnx_ir as ir
+
+    marked: dict[str, list[str]] = {}
+    cores = {
+        (node.name or "").rpartition("/")[0].rpartition("/")[0].removeprefix("float/"): node
+        for node in model.graph
+        if (node.name or "").startswith("float/") and node.op_type in _CORES
+    }
+    for name, layer in layers.items():
+        operands = cores[name].inputs if isinstance(layer, Product) else cores[name].inputs[:1]
+        marked[name] = []
+        for place, value in enumerate(operands):
+            assert value is not None
+            node = ir.node("Identity", [value], name=f"input_{place}/{name}")
+            node.outputs[0].name, node.outputs[0].type = node.name, value.type
+            node.outputs[0].shape = value.shape
+            model.graph.append(node)
+            model.graph.outputs.append(node.outputs[0])
+            marked[name].append(str(node.name))
+    return marked
 
 
 def layers_to_float(model: ir.Model, layers: Mapping[str, nn.Module]) -> None:

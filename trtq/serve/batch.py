@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trtq.serve.models.base import ImageModel, InitialState
+from trtq.serve.models.samples import Samples, beside, joined
 
 __all__ = ["Batch", "Item"]
 
@@ -43,8 +44,8 @@ class Item:
     index: int
     on_step: Callable[[Item], None] | None
     on_done: Callable[[Item, Exception | None], None]
-    x: np.ndarray = field(init=False)
-    clean: np.ndarray = field(init=False)
+    x: Samples = field(init=False)
+    clean: Samples = field(init=False)
     position: int = 0
     cancelled: bool = False
     order: float = 0.0
@@ -58,7 +59,10 @@ class Item:
         halves = [inputs.unconditional, inputs.conditional] if both else [inputs.conditional]
         self.halves = [half for half in halves if half is not None]
         arrays = [*inputs.conditional.items(), *inputs.shared.items()]
-        self.kind = (self.x.shape, tuple((name, value.shape[1:]) for name, value in arrays))
+        self.kind = (
+            tuple(self.x.shape),
+            tuple((name, tuple(value.shape[1:])) for name, value in arrays),
+        )
 
     @property
     def steps(self) -> int:
@@ -102,7 +106,7 @@ class Batch:
         halves += halves[-1:] * padding
         inputs = items[0].start.inputs
         self._conditional = {
-            name: _joined([half[name] for half in halves]) for name in inputs.conditional
+            name: joined([half[name] for half in halves]) for name in inputs.conditional
         }
         self._shared = inputs.shared
         # Index of the image of each row: unconditional rows, then conditional rows, then padding.
@@ -110,17 +114,18 @@ class Batch:
         self._image_of_row = [*image_of_row, *image_of_row[-1:] * padding]
         self._timesteps = self._remaining_timesteps()
 
-    def _remaining_timesteps(self) -> np.ndarray:
+    def _remaining_timesteps(self) -> Samples:
         """The timesteps of all calls until the first image is complete, float32[remaining, size]."""
         timesteps = [
             item.start.solver.timesteps[item.position : item.position + self.remaining]
             for item in self.items
         ]
-        return np.array(timesteps, np.float32).T[:, self._image_of_row]
+        rows = np.array(timesteps, np.float32).T[:, self._image_of_row]
+        return beside(rows, self.items[0].x)
 
     def step(self, model: ImageModel) -> None:
         """Run one denoising step for each image, in one call of the denoiser."""
-        x = _joined([item.start.solver.scaled(item.x, item.position) for item in self.items])
+        x = joined([item.start.solver.scaled(item.x, item.position) for item in self.items])
         if len(x) != self.size:
             x = x[self._image_of_row]
         timesteps = self._timesteps[-self.remaining]
@@ -135,7 +140,3 @@ class Batch:
             item.x, item.clean = item.start.solver.step(item.x, predicted, item.position)
             item.position += 1
         self.remaining -= 1
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
-
 from trtq.errors import UsageError
 from trtq.serve.batch import Item
 from trtq.serve.batcher import Batcher
@@ -19,6 +17,7 @@ from trtq.serve.http.errors import ApiError
 from trtq.serve.http.png import png_bytes
 from trtq.serve.model_queue import ModelQueue
 from trtq.serve.models.base import GenerationRequest, ImageModel
+from trtq.serve.models.samples import Samples
 from trtq.serve.requests import DrawOptions, Event
 
 __all__ = ["CodecThread", "Generation", "StepGeneration"]
@@ -186,13 +185,13 @@ class StepGeneration(Generation):
             return
         self._decode("image", item, item.x)
 
-    def _decode(self, kind: str, item: Item, x: np.ndarray) -> None:
+    def _decode(self, kind: str, item: Item, x: Samples) -> None:
         if self._model.cheap_codec:
             self._publish_picture(kind, item, item.position, x)
         else:
             self._codec.submit(self._publish_picture, kind, item, item.position, x)
 
-    def _publish_picture(self, kind: str, item: Item, position: int, x: np.ndarray) -> None:
+    def _publish_picture(self, kind: str, item: Item, position: int, x: Samples) -> None:
         if item.cancelled:
             return
         try:

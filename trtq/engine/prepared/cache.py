@@ -18,7 +18,7 @@ from trtq.engine.prepared.graph import PreparedGraph
 from trtq.processor import has_vnni
 from trtq.resources import cache_folder
 
-__all__ = ["cache_key", "read_cache", "rewrites_id", "write_cache"]
+__all__ = ["cache_key", "is_private", "read_cache", "rewrites_id", "write_cache"]
 
 _CACHE = "graphs"
 _GRAPH_FILE, _RECORD_FILE = "graph.onnx", "record.json"
@@ -68,7 +68,7 @@ def rewrites_id() -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-def _is_private(path: Path, kind: int) -> bool:
+def is_private(path: Path, kind: int) -> bool:
     """Whether only this user can have written a file or folder.
 
     Args:
@@ -89,9 +89,9 @@ def read_cache(key: str) -> PreparedGraph | None:
     try:
         folder = cache_folder(_CACHE) / key
         files = folder / _GRAPH_FILE, folder / _RECORD_FILE
-        if not all(_is_private(place, stat.S_IFDIR) for place in (folder.parent, folder)):
+        if not all(is_private(place, stat.S_IFDIR) for place in (folder.parent, folder)):
             return None
-        if not all(_is_private(file, stat.S_IFREG) for file in files):
+        if not all(is_private(file, stat.S_IFREG) for file in files):
             return None
         graph = PreparedGraph.of_record(files[0].read_bytes(), json.loads(files[1].read_bytes()))
         if graph is None:
@@ -111,7 +111,7 @@ def write_cache(key: str, graph: PreparedGraph) -> None:
     try:
         cache = cache_folder(_CACHE)
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_private(cache, stat.S_IFDIR):
+        if not is_private(cache, stat.S_IFDIR):
             return
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
     except (OSError, RuntimeError):

@@ -14,6 +14,7 @@ import numpy as np
 
 from trtq.artefact.graph_metadata import free_sizes
 from trtq.errors import UsageError
+from trtq.serve.models.samples import Samples, beside, repeated
 from trtq.serve.models.solver import Solver
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
     "class_label",
 ]
 
-Arrays = Mapping[str, np.ndarray]
+Arrays = Mapping[str, Samples]
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class InitialState:
         guidance: classifier-free guidance scale; ignored if `inputs.unconditional` is None.
     """
 
-    x: np.ndarray
+    x: Samples
     inputs: Inputs
     solver: Solver
     guidance: float
@@ -206,8 +207,8 @@ class ImageModel(ABC):
 
     @abstractmethod
     def denoise(
-        self, x: np.ndarray, timestep: np.ndarray, conditional: Arrays, shared: Arrays
-    ) -> np.ndarray:
+        self, x: Samples, timestep: Samples, conditional: Arrays, shared: Arrays
+    ) -> Samples:
         """x[B, ...], timestep float32[B] -> the prediction `[B, ...]`.
 
         Args:
@@ -217,11 +218,11 @@ class ImageModel(ABC):
             shared: inputs without a batch axis, by flat name.
 
         Returns:
-            The prediction, float32 `[B, ...]`.
+            The prediction, float32 `[B, ...]`, of the kind of `x` and in the same memory.
         """
 
     @abstractmethod
-    def decode(self, x: np.ndarray) -> np.ndarray:
+    def decode(self, x: Samples) -> np.ndarray:
         """A clean sample `[1, ...]` -> uint8[H,W] or uint8[H,W,3].
 
         Raises:
@@ -233,10 +234,10 @@ class ImageModel(ABC):
         request = GenerationRequest(self.any_prompt(), 1, 0, self.info.steps, 1.0)
         (start,) = self.starts(request)
         conditional = {
-            name: np.repeat(value, rows, axis=0) for name, value in start.inputs.conditional.items()
+            name: repeated(value, rows) for name, value in start.inputs.conditional.items()
         }
-        x = np.repeat(start.x, rows, axis=0)
-        timestep = np.full(rows, start.solver.timesteps[0], np.float32)
+        x = repeated(start.x, rows)
+        timestep = beside(np.full(rows, start.solver.timesteps[0], np.float32), x)
         self.denoise(x, timestep, conditional, start.inputs.shared)
 
     def any_prompt(self) -> str:

@@ -22,6 +22,7 @@ from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.diffusion.truncation import find_truncations
 from trtq.engine.denoiser import EngineDenoiser
 from trtq.engine.openvino import OpenVinoEngine
+from trtq.engine.ort import GPU_PROVIDERS, OrtSession
 from trtq.engine.tensorrt.run import TensorRtEngine
 from trtq.engine.torch_gpu import GpuDenoiser
 from trtq.errors import UsageError
@@ -39,10 +40,11 @@ from trtq.serve.models.base import (
 )
 from trtq.serve.models.graph import GraphCall
 from trtq.serve.models.latents import check_noise, draw_noise, latent_decoder
+from trtq.serve.models.samples import Samples
 from trtq.serve.models.solver import Ddim, SchedulerSolver, Solver
 from trtq.serve.models.torch_free import pixels
 
-__all__ = ["PipelineModel"]
+__all__ = ["PipelineModel", "device_of_samples"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class PipelineModel(ImageModel):
             if isinstance(engine, TensorRtEngine):
                 self.max_rows = engine.largest(source.family.sample)[0]
             self._graph = GraphCall(engine)
+        self._device = device_of_samples(self._graph)
         config = dict(source.pipeline.scheduler.config)
         config.setdefault("_class_name", type(source.pipeline.scheduler).__name__)
         self._ddim = Ddim(config) if Ddim.knows(config) else None
@@ -105,9 +108,9 @@ class PipelineModel(ImageModel):
         states = []
         for index in range(request.count):
             generator = seeded_generator(request.seed, "image", index)
-            noise = draw_noise(source, generator).numpy()
+            noise = draw_noise(source, generator)
             solver = self._solver(source, request.steps, generator)
-            x = noise * solver.initial_scale
+            x = self._placed(noise * solver.initial_scale)
             states.append(InitialState(x, inputs, solver, request.guidance))
         return states
 
@@ -134,8 +137,18 @@ class PipelineModel(ImageModel):
         if request.guidance != 1:
             if encoded.unconditional is None:
                 raise UsageError(f"{self.info.name} takes no guidance; it must be 1")
-            unconditional = _arrays(encoded.unconditional)
-        return Inputs(_arrays(encoded.conditional), unconditional, _arrays(encoded.shared))
+            unconditional = self._all_placed(encoded.unconditional)
+        conditional = self._all_placed(encoded.conditional)
+        return Inputs(conditional, unconditional, self._all_placed(encoded.shared))
+
+    def _placed(self, tensor: Tensor) -> Samples:
+        """A tensor where the samples lie: on the graph's device, or an array of the host."""
+        if self._device is None:
+            return tensor.detach().cpu().numpy()
+        return tensor.detach().to(self._device)
+
+    def _all_placed(self, tensors: Mapping[str, Tensor]) -> Arrays:
+        return {name: self._placed(tensor) for name, tensor in tensors.items()}
 
     def _log_cuts(self, request: GenerationRequest) -> None:
         """Log that a prompt is truncated, without its text: prompts are private."""
@@ -148,8 +161,8 @@ class PipelineModel(ImageModel):
 
     @torch.no_grad()
     def denoise(
-        self, x: np.ndarray, timestep: np.ndarray, conditional: Arrays, shared: Arrays
-    ) -> np.ndarray:
+        self, x: Samples, timestep: Samples, conditional: Arrays, shared: Arrays
+    ) -> Samples:
         """x[B, ...], timestep float32[B] -> the prediction `[B, ...]`."""
         conditions = {**conditional, **shared}
         if self._graph is not None:
@@ -163,15 +176,21 @@ class PipelineModel(ImageModel):
         return predicted
 
     @torch.no_grad()
-    def decode(self, x: np.ndarray) -> np.ndarray:
+    def decode(self, x: Samples) -> np.ndarray:
         """A clean sample `[1, ...]` -> uint8[H,W] or uint8[H,W,3]."""
         with self._lock, quiet_diffusers():
-            image = self._decode(torch.from_numpy(x))
-        return pixels(image.float().numpy(), self.info.name)
+            image = self._decode(torch.from_numpy(x) if isinstance(x, np.ndarray) else x)
+        return pixels(image.float().cpu().numpy(), self.info.name)
 
 
-def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+def device_of_samples(graph: GraphCall | None) -> torch.device | None:
+    """Where the samples lie between the steps: with a graph on a GPU provider; None: on the host.
+
+    Engines that trtq opens without onnxruntime take arrays of the host.
+    """
+    if graph is None or graph.engine.provider not in GPU_PROVIDERS:
+        return None
+    return torch.device(graph.engine.device) if isinstance(graph.engine, OrtSession) else None
 
 
 def _sizes(source: LoadedPipeline) -> Sizes | None:

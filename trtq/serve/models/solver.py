@@ -15,6 +15,7 @@ import numpy as np
 
 from trtq.diffusion.prediction import clean_and_noise
 from trtq.errors import UsageError
+from trtq.serve.models.samples import Samples
 
 __all__ = ["Ddim", "DdimSolver", "SchedulerSolver", "Solver"]
 
@@ -30,7 +31,7 @@ class Solver(Protocol):
     timesteps: Sequence[float]
     initial_scale: float
 
-    def scaled(self, x: np.ndarray, position: int) -> np.ndarray:
+    def scaled(self, x: Samples, position: int) -> Samples:
         """Scale a sample `[1, ...]` to the denoiser's input at a position.
 
         Args:
@@ -38,9 +39,7 @@ class Solver(Protocol):
             position: number of completed denoiser calls.
         """
 
-    def step(
-        self, x: np.ndarray, predicted: np.ndarray, position: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, x: Samples, predicted: Samples, position: int) -> tuple[Samples, Samples]:
         """The sample at the next position, and the clean sample that the prediction implies.
 
         Args:
@@ -170,22 +169,26 @@ class DdimSolver:
             strict=True,
         )
         self._levels = [tuple(np.array(value) for value in values) for values in levels]
+        # Torch multiplies by a number of Python in the tensor's own type.
+        self._scalars = [tuple(float(value) for value in values) for values in self._levels]
         self._prediction = prediction
         self._bounds = (
             None if clip is None else (np.array(-clip, np.float32), np.array(clip, np.float32))
         )
 
-    def scaled(self, x: np.ndarray, position: int) -> np.ndarray:
+    def scaled(self, x: Samples, position: int) -> Samples:
         """The sample itself: the denoisers of DDIM do not scale their input."""
         return x
 
-    def step(
-        self, x: np.ndarray, predicted: np.ndarray, position: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, x: Samples, predicted: Samples, position: int) -> tuple[Samples, Samples]:
         """The sample at the next position, and the clean sample that the prediction implies."""
-        signal, sigma, signal_next, sigma_next = self._levels[position]
+        of_host = isinstance(x, np.ndarray)
+        levels: Any = self._levels[position] if of_host else self._scalars[position]
+        signal, sigma, signal_next, sigma_next = levels
         clean, noise = clean_and_noise(self._prediction, x, predicted, signal, sigma)
-        if self._bounds is not None:
+        if self._bounds is not None and not of_host:
+            clean = clean.clamp(*map(float, self._bounds))
+        elif self._bounds is not None:
             clean = np.minimum(np.maximum(clean, self._bounds[0]), self._bounds[1])
         return signal_next * clean + sigma_next * noise, clean
 
@@ -209,27 +212,24 @@ class SchedulerSolver:
         ]
         self.initial_scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
 
-    def scaled(self, x: np.ndarray, position: int) -> np.ndarray:
+    def scaled(self, x: Samples, position: int) -> Samples:
         """Scale a sample `[1, ...]` to the denoiser's input at a position."""
         if not hasattr(self._scheduler, "scale_model_input"):
             return x
-        import torch
+        scaled = self._scheduler.scale_model_input(_tensor(x), self._scheduler_timesteps[position])
+        return scaled.numpy() if isinstance(x, np.ndarray) else scaled
 
-        scaled = self._scheduler.scale_model_input(
-            torch.from_numpy(x), self._scheduler_timesteps[position]
-        )
-        array: np.ndarray = scaled.numpy()
-        return array
-
-    def step(
-        self, x: np.ndarray, predicted: np.ndarray, position: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, x: Samples, predicted: Samples, position: int) -> tuple[Samples, Samples]:
         """The next sample and the clean sample, which may be the same array."""
-        import torch
-
-        sample, prediction = torch.from_numpy(x), torch.from_numpy(predicted)
         timestep = self._scheduler_timesteps[position]
-        output = self._scheduler.step(prediction, timestep, sample, **self._extra)
+        output = self._scheduler.step(_tensor(predicted), timestep, _tensor(x), **self._extra)
         clean = getattr(output, "pred_original_sample", None)
-        following: np.ndarray = output.prev_sample.numpy()
-        return following, following if clean is None else clean.numpy()
+        following = output.prev_sample
+        both = following, following if clean is None else clean
+        return (both[0].numpy(), both[1].numpy()) if isinstance(x, np.ndarray) else both
+
+
+def _tensor(x: Samples) -> Any:
+    import torch
+
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x

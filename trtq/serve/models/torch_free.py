@@ -128,7 +128,8 @@ class TorchFreeModel(ImageModel):
         self, x: np.ndarray, timestep: np.ndarray, conditional: Arrays, shared: Arrays
     ) -> np.ndarray:
         """x[B,C,H,W], timestep float32[B] -> the prediction `[B,C,H,W]`."""
-        return self._graph({"sample": x, "timestep": timestep, **conditional})
+        predicted: np.ndarray = self._graph({"sample": x, "timestep": timestep, **conditional})
+        return predicted
 
     def decode(self, x: np.ndarray) -> np.ndarray:
         """A clean image `[1,C,H,W]` in [-1, 1] -> uint8[H,W] or uint8[H,W,3]."""

@@ -9,21 +9,19 @@ from pathlib import Path
 from trtq.artefact.files import sha256
 from trtq.artefact.folder import check_output, claims_output, new_artefact
 from trtq.artefact.listing import write_listing
-from trtq.artefact.manifest import MANIFEST_NAME, Manifest
+from trtq.artefact.manifest import Manifest
 from trtq.artefact.manifest_file import find_origin
 from trtq.artefact.opened import (
     DEFAULT_STEPS,
     EngineFolder,
     Opened,
-    Run,
     StoredArtefact,
     open_folder,
 )
 from trtq.artefact.options import EngineOptions
-from trtq.artefact.recorded import refuse_recorded
 from trtq.engine.base import graph_specs
 from trtq.engine.trial import TRIAL_SECONDS
-from trtq.errors import ArtefactError, UsageError
+from trtq.errors import ArtefactError
 from trtq.exporter.graph_check import require_graphs
 from trtq.exporter.parts import copy_parts
 from trtq.graph.file import DATA_NAME, ENGINE_FILE, MODEL_FILE, graphs_of
@@ -32,6 +30,7 @@ from trtq.pipelines.open import engine_source
 from trtq.progress import ProgressCallback, silent
 from trtq.serve.triton.config import PLAN_NAME, write_graph_config, write_pipeline_config
 from trtq.serve.triton.engine import ServedGraph, TritonEngine
+from trtq.serve.triton.packaged import open_packaged
 from trtq.serve.triton.pipeline import Settings, request_input
 from trtq.serve.triton.result import PackagedModel, TritonPackageResult
 from trtq.serve.triton.v1 import MODEL_PY
@@ -80,8 +79,7 @@ def package_triton(
         ArtefactError: the artefact is damaged, onnxruntime does not open its graphs, or the ONNX folder
             of the engines is missing.
     """
-    opened = _open(artefact)
-    refuse_recorded(opened, "trtq package triton", "use trtq generate, or trtq.load in Python")
+    opened = open_packaged(artefact)
     folder, manifest = opened.folder, opened.manifest
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind=_KIND)
     exported = _onnx_of(opened, onnx) if isinstance(opened, EngineFolder) else opened
@@ -103,30 +101,6 @@ def package_triton(
     rtx = isinstance(opened, EngineFolder) and opened.backend == "tensorrt-rtx"
     notes = [_RTX_NOTE] if rtx else []
     return TritonPackageResult(output=str(final), models=models, bytes=total, notes=notes)
-
-
-def _open(artefact: str | Path | Opened) -> StoredArtefact:
-    """Open the ONNX or engine folder to package.
-
-    Raises:
-        UsageError: the path is not an artefact, or is an artefact of another kind.
-    """
-    if not isinstance(artefact, Opened) and not (Path(artefact) / MANIFEST_NAME).is_file():
-        raise UsageError(
-            f"{artefact} is no artefact of trtq; make an ONNX folder first: trtq export RUN -o ONNX"
-        )
-    opened = open_folder(artefact)
-    if isinstance(opened, Run):
-        raise UsageError(
-            f"{opened.folder} is a run, which no server loads; export it first: trtq export "
-            f"{opened.folder} -o ONNX"
-        )
-    if opened.manifest.recorded is not None:
-        raise UsageError(
-            f"{opened.folder} runs inside its pipeline's own call, so no server of Triton can load it "
-            f"yet; serve it over HTTP instead: trtq serve {opened.folder}"
-        )
-    return opened
 
 
 def _onnx_of(engines: EngineFolder, given: str | Path | None) -> StoredArtefact:
