@@ -62,6 +62,15 @@ OURS: dict[str, dict[str, Any]] = {
     "fp8": {"method": "search", "format": "fp8"},
 }
 """Recipes of trtq without fine-tuning, by bits."""
+BY_OUTPUT: dict[str, dict[str, Any]] = {
+    f"trtq {bits}, ranges by output": {
+        "method": "search",
+        "bits": bits,
+        "calibration": {"activations": "output"},
+    }
+    for bits in ("w8a8", "w4a8")
+}
+"""Recipes of trtq whose ranges are chosen by the layer's output, without fine-tuning."""
 FURTHER: dict[str, dict[str, Any]] = {
     "trtq w8a8, min-max": {"method": "minmax", "bits": "w8a8"},
     "trtq w4a8, min-max": {"method": "minmax", "bits": "w4a8"},
@@ -408,6 +417,7 @@ def measured(
     plans: list[tuple[str, str, dict[str, Any], bool]] = [
         (f"trtq {bits}, search", bits, recipe, True) for bits, recipe in OURS.items()
     ]
+    plans += [(name, recipe["bits"], recipe, True) for name, recipe in BY_OUTPUT.items()]
     if model == "digits-dit":
         plans += [(name, recipe["bits"], recipe, True) for name, recipe in FURTHER.items()]
     plans += [("trtq w4a4, fine-tuned", "w4a4", TUNED[model], False)] * options.tuned
@@ -438,7 +448,8 @@ def measured(
 
     for name, bits, recipe, post in plans:
         if name in missing:
-            recipe = recipe | {"calibration": {"images": options.calibration}}
+            images = {"images": options.calibration}
+            recipe = recipe | {"calibration": recipe.get("calibration", {}) | images}
             row, layers = our_row(model, recipe, reference, exported=options.export)
             record["layers"].setdefault(model, {}).setdefault(
                 bits,

@@ -95,8 +95,9 @@ def half_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     Args:
         tensors: header entries by name.
     """
-    found = {info.dtype for info in tensors.values()} - {"I64", "I32", "BOOL"}
-    return _HALVES[found.pop()] if len(found) == 1 and found <= _HALVES.keys() else torch.float32
+    dtypes = {info.dtype for info in tensors.values()} - {"I64", "I32", "BOOL"}
+    half = len(dtypes) == 1 and dtypes <= _HALVES.keys()
+    return _HALVES[dtypes.pop()] if half else torch.float32
 
 
 def read_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
