@@ -130,7 +130,7 @@ def measure(variant: Variant, architecture: str, tools: Path, folder: Path) -> R
     body = opcodes[main[0] : main[1] + 1] if main is not None and products(main) else []
     tile = variant.tile
     threads = QUANTIZE_THREADS if tile is None else tile.threads
-    shared = static + (0 if tile is None else tile.shared_bytes)
+    shared = static + variant.shared_bytes
     return Row(
         variant=str(variant),
         architecture=architecture,

@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trtq.errors import UsageError
+from trtq.plugins.arguments import path_arguments, shape_arguments
 from trtq.plugins.spec import LayerSpec, Problem
+from trtq.plugins.tile_choice import choose_tile
 from trtq.plugins.variants import TILES, Tile, Variant, fits
 
 __all__ = [
     "Device",
     "Launch",
     "Pointers",
-    "choose_tile",
     "layer_launches",
     "prepare_any_shape",
     "prepare_layer",
-    "shape_arguments",
     "start_layer",
 ]
 
-_CHANNELS_LAST, _SILU = 1, 2
+_CHANNELS_LAST = 1
 _QUANTIZE_PIXELS, _QUANTIZE_THREADS = 32, 128
 _ALIGNMENT = 16
 _MAX_BLOCKS = 65_535
@@ -86,7 +86,7 @@ class Pointers:
         step: index of each image's step, int64[B].
         out: output values, in the dtype of x.
         codes: scratch memory of `Problem.code_bytes` bytes.
-        sums: scratch memory of `Problem.sum_bytes` bytes, for native 4-bit products.
+        sums: scratch memory of `Problem.sum_bytes` bytes, for 4-bit weights.
         residual: values to add, in the layout of the output; 0: no residual.
     """
 
@@ -176,41 +176,18 @@ def _chosen(
     return layer_launches(
         problem,
         at,
-        choose_tile(problem, device.processors, device.architecture),
+        choose_tile(
+            problem,
+            device.processors,
+            device.architecture,
+            packed=layer.packed(device.architecture),
+            native_4=layer.native_4(device.architecture),
+        ),
         half=half,
         weight_bits=layer.weight_bits,
         native_4=layer.native_4(device.architecture),
         silu=silu,
     )
-
-
-def choose_tile(problem: Problem, processors: int, architecture: str) -> Tile:
-    """The tile whose waves of blocks need the minimum work, including padding.
-
-    Args:
-        problem: sizes of the call.
-        processors: number of streaming multiprocessors of the GPU.
-        architecture: architecture of the GPU.
-    """
-    groups = problem.geometry.groups
-    per_group = problem.out_channels // groups
-
-    def work(tile: Tile) -> tuple[int, int]:
-        blocks = -(-problem.rows // tile.m) * -(-per_group // tile.n) * groups
-        # Blocks on one processor share its tensor cores, so a wave is one block per processor. Among
-        # equal tiles, the larger tile loads less per product.
-        return -(-blocks // processors) * tile.m * tile.n, -tile.m * tile.n
-
-    return min((tile for tile in TILES if fits(tile, architecture)), key=work)
-
-
-def shape_arguments(problem: Problem, *, silu: bool) -> tuple[int, ...]:
-    """The integer arguments of the product kernel, in the order of its parameters."""
-    g = problem.geometry
-    flags = _CHANNELS_LAST * problem.channels_last | _SILU * silu
-    sizes = (problem.batch, problem.height, problem.width, problem.group_channels)
-    out = (*problem.out_size, problem.out_channels, g.groups)
-    return *sizes, *out, *g.kernel, *g.stride, *g.padding, *g.dilation, problem.steps, flags
 
 
 def layer_launches(
@@ -247,25 +224,40 @@ def layer_launches(
     if fused and at.residual:
         raise UsageError("the fused kernel adds no residual; use two launches")
     _check_alignment(at, fused=fused)
-    launches = [] if fused else [_quantize(problem, at, half=half, native_4=native_4)]
-    variant = Variant("low_bit", half, native_4, weight_bits, fused, tile)
+    packed = None if native_4 or weight_bits == 8 else weight_bits
+    quantize = Variant("quantize", half, native_4, packed)
+    launches = [] if fused else [_quantize(problem, at, quantize)]
+    variant = Variant(
+        "low_bit",
+        half,
+        native_4,
+        weight_bits,
+        fused,
+        tile,
+        pointwise=problem.geometry.pointwise and not fused,
+        channels_last=problem.channels_last,
+        residual=at.residual != 0,
+        silu=silu,
+    )
     values = [at.x] if fused else [at.codes, at.sums]
     operands = [*values, at.weight, at.terms, at.tables, at.step]
     operands += [] if fused else [at.residual]
+    integers = shape_arguments(problem)
+    integers += () if fused else path_arguments(problem, native_4=native_4)
     arguments = (
         *map(ctypes.c_void_p, operands),
-        *map(ctypes.c_int, shape_arguments(problem, silu=silu)),
+        *map(ctypes.c_int, integers),
         ctypes.c_void_p(at.out),
     )
     groups = problem.geometry.groups
     columns = -(-(problem.out_channels // groups) // tile.n)
     grid = columns, -(-problem.rows // tile.m), groups
     _check_grid(grid)
-    launches.append(Launch(variant, grid, tile.threads, tile.shared_bytes, arguments))
+    launches.append(Launch(variant, grid, tile.threads, variant.shared_bytes, arguments))
     return launches
 
 
-def _quantize(problem: Problem, at: Pointers, *, half: bool, native_4: bool) -> Launch:
+def _quantize(problem: Problem, at: Pointers, variant: Variant) -> Launch:
     pixels, groups = problem.height * problem.width, problem.geometry.groups
     sizes = (pixels, problem.group_channels, groups, problem.steps)
     arguments = (
@@ -275,7 +267,7 @@ def _quantize(problem: Problem, at: Pointers, *, half: bool, native_4: bool) -> 
     )
     grid = -(-pixels // _QUANTIZE_PIXELS), groups, problem.batch
     _check_grid(grid)
-    return Launch(Variant("quantize", half, native_4), grid, _QUANTIZE_THREADS, 0, arguments)
+    return Launch(variant, grid, _QUANTIZE_THREADS, 0, arguments)
 
 
 def _check_grid(grid: tuple[int, int, int]) -> None:

@@ -2,14 +2,18 @@
 
 Letters: B images; C channels of a group; G groups; N output channels of all groups; T steps.
 
-    activation codes  [B, height, width, G, C32]     signed bytes, or nibbles `k - lo`
+    activation codes  [B, height, width, G, C32]     signed bytes, or nibbles `k - lo`; scratch memory
     weights           [N, kernel_h, kernel_w, C32]   signed bytes, or nibbles
     terms             float32[4, N]                  scale d, bias, zero point z, sum of `q - z`
     tables            float32[4, T]                  scale, its reciprocal, smallest and largest code
 
 C32 is C rounded up to a multiple of 32; `trtq.quant.packing` compares the layout of 4-bit weights with
-those of files and graphs. A linear layer is a 1 x 1 convolution over an image of one column, whose rows
-are the tokens, with channels last.
+those of files and graphs. Where bytes of codes meet 4-bit weights, the codes of 32 channels have another
+order: byte 16 h + 4 t + i is channel 8 t + 4 h + i (t, i: 0 to 3; h: 0, 1). A thread of the product that
+reads a word of weights, eight neighbouring channels, then has the codes of these channels.
+
+A linear layer is a 1 x 1 convolution over an image of one column, whose rows are the tokens, with
+channels last.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ __all__ = ["CHANNEL_BLOCK", "Geometry", "LayerSpec", "Problem"]
 
 CHANNEL_BLOCK = 32
 """Channels are padded to a multiple of this number: 16 bytes of nibbles."""
+CODE_OF_ZERO_BYTES = 16
+"""Bytes of each image's code of zero after nibbles of codes, for pixels beyond the image."""
 
 
 def _whole_blocks(channels: int) -> int:
@@ -50,6 +56,11 @@ class Geometry:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each output pixel depends on the input pixel in the same place only."""
+        return (self.kernel, self.stride, self.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 @dataclass(frozen=True)
@@ -130,13 +141,13 @@ class Problem:
         return self.batch, self.out_channels, height, width
 
     def code_bytes(self, *, native_4: bool) -> int:
-        """Size of the activation codes, in bytes."""
+        """Size of the activation codes, in bytes; nibbles never need more than bytes."""
         count = self.batch * self.height * self.width * self.geometry.groups * self.padded_channels
-        return count // 2 if native_4 else count
+        return count // 2 + CODE_OF_ZERO_BYTES * self.batch if native_4 else count
 
     @property
     def sum_bytes(self) -> int:
-        """Size of the sums per pixel and group for native 4-bit products, in bytes."""
+        """Size of the sums of codes per pixel and group for 4-bit weights, in bytes."""
         return 4 * self.batch * self.height * self.width * self.geometry.groups
 
 
@@ -190,3 +201,7 @@ class LayerSpec:
     def native_4(self, architecture: str) -> bool:
         """Whether an architecture's tensor cores multiply both factors as nibbles."""
         return has_native_4(architecture) and self.weight_bits == 4 and self.activation_bits <= 4
+
+    def packed(self, architecture: str) -> bool:
+        """Whether bytes of activation codes meet packed 4-bit weights on an architecture."""
+        return self.weight_bits == 4 and not self.native_4(architecture)

@@ -146,15 +146,19 @@ def _two_launches(machine: Any, form: str, geometry: str, order: str) -> None:
 
 
 def _tile(machine: Any, form: str, tile: Tile, seed: int, half: bool = True) -> None:
-    """Use more tiles along k than stages, several blocks, and images that end within a block."""
+    """Use more tiles along k than stages, several blocks, and images that end within a block.
+
+    In half precision outputs are stored as vectors, otherwise one by one.
+    """
+    out = 136 if tile.n == 128 else 80
     case = _drawn(
         seed,
         form,
         batch=3,
-        height=7,
+        height=8 if half else 7,
         width=7,
         channels=72,
-        out=264 if tile.n == 256 else 80,
+        out=out if half else out + 1,
         geometry=SAME if seed % 2 else LINEAR,
         half=half,
         channels_last=seed > 1,
@@ -167,25 +171,25 @@ def _fused(machine: Any, form: str, geometry: str, order: str, half: bool) -> No
     _exact(machine, case, form, fused=True)
 
 
-def _two_stages(machine: Any, form: str, half: bool = True) -> None:
+def _two_stages(machine: Any, form: str, seed: int, half: bool = True) -> None:
     """Use the larger tile of TensorRT engines: fewer stages than tiles along k, several blocks."""
-    for seed, geometry in ((2, LINEAR), (3, SAME)):
-        case = _drawn(
-            seed,
-            form,
-            batch=3,
-            height=7,
-            width=7,
-            channels=232,
-            out=136,
-            geometry=geometry,
-            half=half,
-            channels_last=geometry is LINEAR,
-        )
-        _exact(machine, case, form, tile=ONE_LAUNCH_TILES[1], fused=True, seed=seed)
+    geometry = SAME if seed % 2 else LINEAR
+    case = _drawn(
+        seed,
+        form,
+        batch=3,
+        height=7,
+        width=7,
+        channels=232,
+        out=136,
+        geometry=geometry,
+        half=half,
+        channels_last=geometry is LINEAR,
+    )
+    _exact(machine, case, form, tile=ONE_LAUNCH_TILES[1], fused=True, seed=seed)
 
 
-def _residual(machine: Any, form: str, order: str, width: int) -> None:
+def _residual(machine: Any, form: str, order: str, width: int, half: bool = True) -> None:
     native = FORMS[form][2]
     case = _drawn(
         4,
@@ -194,14 +198,16 @@ def _residual(machine: Any, form: str, order: str, width: int) -> None:
         height=4,
         out=24 if width == 4 else 21,
         channels_last=ORDERS[order],
+        half=half,
     )
-    residual = draw(5, width=width, height=4, channels=case.problem.out_channels).x
-    actual = run(machine, case, native_4=native, residual=residual, silu=True)
-    wanted = expected(case, residual=residual, silu=True)
-    # The exponential may differ in the last bit of float32, and the result in the last bit of half
-    # precision.
-    spacing = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float32)
-    assert (np.abs(actual.astype(np.float32) - wanted.astype(np.float32)) <= spacing).all()
+    residual = draw(5, width=width, height=4, channels=case.problem.out_channels, half=half).x
+    for given in (residual, None):
+        actual = run(machine, case, native_4=native, residual=given, silu=True)
+        wanted = expected(case, residual=given, silu=True)
+        # The exponential may differ in the last bit of float32, and the result in the last bit of half
+        # precision.
+        spacing = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float32)
+        assert (np.abs(actual.astype(np.float32) - wanted.astype(np.float32)) <= spacing).all()
     exact = run(machine, case, native_4=native, residual=residual)
     assert np.array_equal(exact, expected(case, residual=residual))
 
@@ -265,27 +271,33 @@ def _tiles() -> Iterator[Check]:
     for form, tile, seed in product(("w8a8", "w4a8", "native"), TILES, range(4)):
         call = partial(_tile, form=form, tile=tile, seed=seed)
         yield Check("tiles", f"{form}-{tile.m}x{tile.n}-{seed}", form, tile, call)
-    for form in ("w8a8", "w4a8"):
-        yield Check("two stages", form, form, ONE_LAUNCH_TILES[1], partial(_two_stages, form=form))
+    for form, seed in product(("w8a8", "w4a8"), (2, 3)):
+        call = partial(_two_stages, form=form, seed=seed)
+        yield Check("two stages", f"{form}-{seed}", form, ONE_LAUNCH_TILES[1], call)
 
 
 def _floats() -> Iterator[Check]:
     """One case for each variant with float values that no other case runs."""
-    for form, tile in product(("w8a8", "w4a8", "native"), TILES):
-        seed = 3 if form == "w8a8" else 2
+    for form, tile, seed in product(("w8a8", "w4a8", "native"), TILES, range(4)):
         call = partial(_tile, form=form, tile=tile, seed=seed, half=False)
-        yield Check("floats", f"{form}-{tile.m}x{tile.n}", form, tile, call)
-    for form in ("w8a8", "w4a8"):
-        call = partial(_two_stages, form=form, half=False)
-        yield Check("floats", f"{form}-two stages", form, ONE_LAUNCH_TILES[1], call)
+        yield Check("floats", f"{form}-{tile.m}x{tile.n}-{seed}", form, tile, call)
+    for form, seed in product(("w8a8", "w4a8"), (2, 3)):
+        call = partial(_two_stages, form=form, seed=seed, half=False)
+        yield Check("floats", f"{form}-two stages-{seed}", form, ONE_LAUNCH_TILES[1], call)
 
 
 def _edges() -> Iterator[Check]:
     small = TILES[0]
-    for width, form, order in product((4, 5), ("w8a8", "native"), ORDERS):
+    for width, form, order in product((4, 5), FORMS, ORDERS):
+        if form == "w4a4":
+            continue
         name = f"{'whole' if width == 4 else 'single'} stores-{form}-{order}"
         call = partial(_residual, form=form, order=order, width=width)
         yield Check("residual", name, form, small, call)
+    for width, order in product((4, 5), ORDERS):
+        name = f"float-{'whole' if width == 4 else 'single'} stores-{order}"
+        call = partial(_residual, form="w8a8", order=order, width=width, half=False)
+        yield Check("residual", name, "w8a8", small, call)
     for form in FORMS:
         yield Check("tokens", form, form, small, partial(_tokens, form=form))
         yield Check("outside", form, form, small, partial(_outside, form=form))

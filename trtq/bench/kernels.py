@@ -30,7 +30,8 @@ from trtq.bench.result import KernelResult, KernelRow, KernelTimings
 from trtq.errors import TrtqError, UsageError
 from trtq.plugins.device import current_device
 from trtq.plugins.driver import driver_cuda, old_driver
-from trtq.plugins.launch import Device, Launch, Pointers, choose_tile, layer_launches
+from trtq.plugins.launch import Device, Launch, Pointers, layer_launches
+from trtq.plugins.tile_choice import choose_tile
 from trtq.progress import ProgressCallback, silent
 
 __all__ = ["FORMS", "bench_kernels", "failed_rows"]
@@ -49,7 +50,13 @@ def _launches(operands: Operands, device: Device) -> tuple[list[Launch], list[Te
     launches = layer_launches(
         problem,
         Pointers(*(tensor.data_ptr() for tensor in tensors)),
-        choose_tile(problem, device.processors, device.architecture),
+        choose_tile(
+            problem,
+            device.processors,
+            device.architecture,
+            packed=spec.packed(device.architecture),
+            native_4=spec.native_4(device.architecture),
+        ),
         half=True,
         weight_bits=spec.weight_bits,
         native_4=spec.native_4(device.architecture),
