@@ -9,7 +9,7 @@ from trtq.plugins.variants import TILE_BYTES
 __all__ = ["path_arguments", "shape_arguments"]
 
 _CHUNK = 16
-"""Kernels count codes in chunks of so many bytes."""
+"""Number of bytes in a chunk; kernels count codes in chunks."""
 _MAX_CHUNKS = (1 << 32) - (1 << 20)
 """Number of chunks of codes that kernels can count; the rest is for the codes of zero."""
 

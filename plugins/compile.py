@@ -32,8 +32,8 @@ _OPTIONS = ("--std=c++17", "--extra-device-vectorization")
 def sources(kernel: str) -> dict[str, str]:
     """Source files of a kernel by name; the main file is `kernel.cu`."""
     shared = [_FOLDER / "cuda" / name for name in _HEADERS]
-    own = [*sorted((_FOLDER / kernel).glob("*.cuh")), _FOLDER / kernel / "kernel.cu"]
-    return {path.name: path.read_text(encoding="utf-8") for path in [*shared, *own]}
+    specific = [*sorted((_FOLDER / kernel).glob("*.cuh")), _FOLDER / kernel / "kernel.cu"]
+    return {path.name: path.read_text(encoding="utf-8") for path in [*shared, *specific]}
 
 
 def _nvrtc() -> Any:

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from trtq.errors import UsageError
 from trtq.plugins.arguments import path_arguments, shape_arguments
-from trtq.plugins.spec import LayerSpec, Problem
-from trtq.plugins.tile_choice import choose_tile
+from trtq.plugins.spec import COUNTER_BYTES, LayerSpec, Problem
+from trtq.plugins.tile_choice import choose_plan
 from trtq.plugins.variants import TILES, Tile, Variant, fits
 
 __all__ = [
@@ -88,6 +88,7 @@ class Pointers:
         codes: scratch memory of `Problem.code_bytes` bytes.
         sums: scratch memory of `Problem.sum_bytes` bytes, for 4-bit weights.
         residual: values to add, in the layout of the output; 0: no residual.
+        partial: scratch memory of `Problem.split_bytes` bytes (counters, then sums); 0: no splits.
     """
 
     x: int
@@ -99,6 +100,7 @@ class Pointers:
     codes: int
     sums: int = 0
     residual: int = 0
+    partial: int = 0
 
 
 def start_layer(
@@ -173,16 +175,19 @@ def prepare_any_shape(device: Device, layer: LayerSpec) -> None:
 def _chosen(
     device: Device, layer: LayerSpec, problem: Problem, at: Pointers, *, half: bool, silu: bool
 ) -> list[Launch]:
+    plan = choose_plan(
+        problem,
+        device.processors,
+        device.architecture,
+        packed=layer.packed(device.architecture),
+        native_4=layer.native_4(device.architecture),
+        scratch_bytes=problem.split_bytes if at.partial else 0,
+    )
     return layer_launches(
         problem,
         at,
-        choose_tile(
-            problem,
-            device.processors,
-            device.architecture,
-            packed=layer.packed(device.architecture),
-            native_4=layer.native_4(device.architecture),
-        ),
+        plan.tile,
+        splits=plan.splits,
         half=half,
         weight_bits=layer.weight_bits,
         native_4=layer.native_4(device.architecture),
@@ -200,18 +205,20 @@ def layer_launches(
     native_4: bool,
     silu: bool = False,
     fused: bool = False,
+    splits: int = 1,
 ) -> list[Launch]:
     """The launches of one layer: a quantise and a product kernel, or the fused kernel.
 
     Args:
         problem: sizes of the call.
         at: addresses of the operands; the fused kernel uses neither codes nor sums.
-        tile: tile of the product, see `choose_tile`.
+        tile: tile of the product, see `choose_plan`.
         half: whether values are float16 instead of float32.
         weight_bits: storage bits of the weights, 4 or 8.
         native_4: whether tensor cores multiply activation codes as nibbles, without unpacking.
         silu: whether to apply SiLU to the result.
         fused: whether to use the fused kernel, which supports no residual.
+        splits: number of blocks that divide the tiles along k of the same outputs.
 
     Raises:
         UsageError: an operand is not aligned, or no kernel computes the combination.
@@ -223,10 +230,13 @@ def layer_launches(
         )
     if fused and at.residual:
         raise UsageError("the fused kernel adds no residual; use two launches")
+    if splits > 1 and (fused or not at.partial):
+        raise UsageError("several splits need two launches, and memory for sums")
     _check_alignment(at, fused=fused)
     packed = None if native_4 or weight_bits == 8 else weight_bits
     quantize = Variant("quantize", half, native_4, packed)
-    launches = [] if fused else [_quantize(problem, at, quantize)]
+    counters = problem.blocks(tile) if splits > 1 else 0
+    launches = [] if fused else [_quantize(problem, at, quantize, counters)]
     variant = Variant(
         "low_bit",
         half,
@@ -242,40 +252,42 @@ def layer_launches(
     values = [at.x] if fused else [at.codes, at.sums]
     operands = [*values, at.weight, at.terms, at.tables, at.step]
     operands += [] if fused else [at.residual]
-    integers = shape_arguments(problem)
-    integers += () if fused else path_arguments(problem, native_4=native_4)
+    integers = list(shape_arguments(problem))
+    outputs = [at.out]
+    if not fused:
+        integers += [*path_arguments(problem, native_4=native_4), splits]
+        outputs = [at.partial + COUNTER_BYTES * counters, at.partial, at.out]
     arguments = (
         *map(ctypes.c_void_p, operands),
         *map(ctypes.c_int, integers),
-        ctypes.c_void_p(at.out),
+        *map(ctypes.c_void_p, outputs),
     )
-    groups = problem.geometry.groups
-    columns = -(-(problem.out_channels // groups) // tile.n)
-    grid = columns, -(-problem.rows // tile.m), groups
-    _check_grid(grid)
+    columns, rows, groups = problem.grid(tile)
+    grid = _check_grid((columns, rows, groups * splits))
     launches.append(Launch(variant, grid, tile.threads, variant.shared_bytes, arguments))
     return launches
 
 
-def _quantize(problem: Problem, at: Pointers, variant: Variant) -> Launch:
+def _quantize(problem: Problem, at: Pointers, variant: Variant, counters: int) -> Launch:
     pixels, groups = problem.height * problem.width, problem.geometry.groups
     sizes = (pixels, problem.group_channels, groups, problem.steps)
     arguments = (
         *map(ctypes.c_void_p, (at.x, at.tables, at.step)),
         *map(ctypes.c_int, (*sizes, _CHANNELS_LAST * problem.channels_last)),
-        *map(ctypes.c_void_p, (at.codes, at.sums)),
+        *map(ctypes.c_void_p, (at.codes, at.sums, at.partial)),
+        ctypes.c_int(counters),
     )
     grid = -(-pixels // _QUANTIZE_PIXELS), groups, problem.batch
-    _check_grid(grid)
-    return Launch(variant, grid, _QUANTIZE_THREADS, 0, arguments)
+    return Launch(variant, _check_grid(grid), _QUANTIZE_THREADS, 0, arguments)
 
 
-def _check_grid(grid: tuple[int, int, int]) -> None:
+def _check_grid(grid: tuple[int, int, int]) -> tuple[int, int, int]:
     if max(grid[1:]) > _MAX_BLOCKS:
         raise UsageError(
             f"a grid of {grid[0]}x{grid[1]}x{grid[2]} blocks exceeds CUDA's limit of {_MAX_BLOCKS}; use "
             "a smaller batch"
         )
+    return grid
 
 
 def _check_alignment(at: Pointers, *, fused: bool) -> None:

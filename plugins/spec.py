@@ -23,14 +23,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trtq.errors import UsageError
-from trtq.plugins.variants import (
-    has_native_4,
-)
+from trtq.plugins.variants import TILE_BYTES, TILES, Tile, has_native_4
 
-__all__ = ["CHANNEL_BLOCK", "Geometry", "LayerSpec", "Problem"]
+__all__ = ["CHANNEL_BLOCK", "COUNTER_BYTES", "MAX_SPLIT_BYTES", "Geometry", "LayerSpec", "Problem"]
 
 CHANNEL_BLOCK = 32
 """Channels are padded to a multiple of this number: 16 bytes of nibbles."""
+MAX_SPLIT_BYTES = 16 << 20
+"""Maximum size of the memory for sums of several splits, in bytes."""
+COUNTER_BYTES = 16
+"""Bytes per counter of splits; sums after the counters are aligned."""
 CODE_OF_ZERO_BYTES = 16
 """Bytes of each image's code of zero after nibbles of codes, for pixels beyond the image."""
 
@@ -144,6 +146,31 @@ class Problem:
         """Size of the activation codes, in bytes; nibbles never need more than bytes."""
         count = self.batch * self.height * self.width * self.geometry.groups * self.padded_channels
         return count // 2 + CODE_OF_ZERO_BYTES * self.batch if native_4 else count
+
+    def k_tiles(self, *, native_4: bool) -> int:
+        """Number of operand tiles along k."""
+        kernel = self.geometry.kernel
+        k_bytes = kernel[0] * kernel[1] * self.padded_channels // (2 if native_4 else 1)
+        return -(-k_bytes // TILE_BYTES)
+
+    def grid(self, tile: Tile) -> tuple[int, int, int]:
+        """Number of tiles along the output channels of a group, along rows, and of groups."""
+        columns = -(-(self.out_channels // self.geometry.groups) // tile.n)
+        return columns, -(-self.rows // tile.m), self.geometry.groups
+
+    def blocks(self, tile: Tile) -> int:
+        """Number of tiles of outputs."""
+        return math.prod(self.grid(tile))
+
+    def plan_bytes(self, tile: Tile, splits: int) -> int:
+        """Size of the counters and sums of several splits, in bytes."""
+        return self.blocks(tile) * (COUNTER_BYTES + 4 * splits * tile.m * tile.n)
+
+    @property
+    def split_bytes(self) -> int:
+        """Size of the memory with which splits can be useful, in bytes; 0 for large layers."""
+        blocks = self.blocks(TILES[0])
+        return min(MAX_SPLIT_BYTES, self.plan_bytes(TILES[0], 8)) if blocks <= 512 else 0
 
     @property
     def sum_bytes(self) -> int:

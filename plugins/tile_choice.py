@@ -1,4 +1,4 @@
-"""The tile of a product, by a model of the processor's time that knows resident blocks.
+"""The tile and the splits of a product, by a model of the processor's time that knows resident blocks.
 
 The model is a prediction that orders tiles; its numbers are not measurements. Everything is in clock
 cycles of one processor (streaming multiprocessor) with four schedulers:
@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from trtq.plugins.spec import Problem
 from trtq.plugins.variants import TILE_BYTES, TILES, Tile, fits
 
-__all__ = ["Processor", "block_cycles", "choose_tile", "layer_cycles", "processor"]
+__all__ = [
+    "Plan",
+    "Processor",
+    "block_cycles",
+    "choose_plan",
+    "layer_cycles",
+    "loop_instructions",
+    "processor",
+    "resident_blocks",
+]
 
 _START, _LATENCY = 1800, 300
 """Cycles before a block's first product, and from a tile's barrier to its first product."""
@@ -29,7 +38,10 @@ _EPILOGUE_FIXED, _EPILOGUE_PER_SUM = 300, 13
 """Instructions of a warp after the last product, per thread and per sum of a thread: see
 `benchmarks/kernels_sass.py`."""
 _LOOP_FIXED, _LOOP_PACKED = 55, 1.5
-"""Instructions of a warp in a tile beside products: fixed, and per column of eight packed weights."""
+"""Instructions of a warp in a tile without products: fixed, and for a word of packed weights."""
+
+_SPLITS, _TILES_PER_SPLIT = (1, 2, 3, 4, 6, 8), 4
+"""Possible numbers of splits, and the fewest tiles of one."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +75,24 @@ def processor(architecture: str) -> Processor:
     return _PROCESSORS.get(architecture, _LATER)
 
 
-def _resident(tile: Tile, architecture: str, *, packed: bool) -> int:
+def resident_blocks(tile: Tile, architecture: str, *, packed: bool) -> int:
+    """Number of blocks that a processor holds at once, by registers, shared memory and threads."""
     of = processor(architecture)
     by_memory = (of.shared_kib << 10) // (tile.shared_bytes(packed=packed) + 1024)
     return max(1, min(tile.blocks, by_memory, of.threads // tile.threads))
+
+
+def loop_instructions(tile: Tile, *, packed: bool) -> float:
+    """Number of instructions of a warp in one turn of the main loop, for all kinds of kernels."""
+    rows, columns = tile.m // tile.warps_m, tile.n // tile.warps_n
+    matrices = 2 * rows / 16 + 2 * columns / 16
+    unpacked = _LOOP_PACKED * columns / 4 * 2 if packed else 0.0
+    return _products(tile) + matrices + _LOOP_FIXED + unpacked
+
+
+def _products(tile: Tile) -> int:
+    """Number of products of a warp in a tile along k."""
+    return tile.m // tile.warps_m // 16 * (tile.n // tile.warps_n // 8) * 2
 
 
 def block_cycles(tile: Tile, tiles: int, blocks: int, of: Processor, *, packed: bool) -> float:
@@ -81,20 +107,17 @@ def block_cycles(tile: Tile, tiles: int, blocks: int, of: Processor, *, packed: 
     """
     warps = tile.warps_m * tile.warps_n
     rows, columns = tile.m // tile.warps_m, tile.n // tile.warps_n
-    products = rows // 16 * (columns // 8) * 2
-    unpacked = _LOOP_PACKED * columns / 4 * 2 if packed else 0.0
-    matrices = 2 * rows // 16 + 2 * columns // 16
-    issue = warps / 4 * (products + matrices + _LOOP_FIXED + unpacked) / _ISSUE
+    issue = warps / 4 * loop_instructions(tile, packed=packed) / _ISSUE
     weights = TILE_BYTES // 2 if packed else TILE_BYTES
     copied = tile.m * TILE_BYTES + tile.n * weights
     read = warps * (rows * TILE_BYTES + columns * weights)
-    own = warps / 4 * products * of.product_cycles
+    alone = warps / 4 * _products(tile) * of.product_cycles
     loop = tiles * max(
-        blocks * own,
+        blocks * alone,
         blocks * issue,
         blocks * (copied + read) / _SHARED_BYTES,
         blocks * copied / _L2_BYTES,
-        own + _LATENCY,
+        alone + _LATENCY,
     )
     sums = tile.m * tile.n / tile.threads
     epilogue = blocks * warps / 4 * (_EPILOGUE_FIXED + _EPILOGUE_PER_SUM * sums) / _ISSUE
@@ -102,32 +125,53 @@ def block_cycles(tile: Tile, tiles: int, blocks: int, of: Processor, *, packed: 
     return _START + loop + epilogue - overlap
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How the product kernel divides a call.
+
+    Attributes:
+        tile: outputs of a block.
+        splits: number of blocks that divide the tiles along k of the same outputs.
+    """
+
+    tile: Tile
+    splits: int = 1
+
+
 def layer_cycles(
     problem: Problem,
-    tile: Tile,
+    plan: Plan,
     processors: int,
     architecture: str,
     *,
     packed: bool,
     native_4: bool,
 ) -> float:
-    """Predicted cycles of the product kernel of a call; arguments are those of `choose_tile`."""
-    groups = problem.geometry.groups
-    blocks = -(-problem.rows // tile.m) * -(-(problem.out_channels // groups) // tile.n) * groups
-    kernel = problem.geometry.kernel
-    k_bytes = kernel[0] * kernel[1] * problem.padded_channels // (2 if native_4 else 1)
-    tiles = -(-k_bytes // TILE_BYTES)
-    resident = _resident(tile, architecture, packed=packed)
+    """Predicted cycles of the product kernel of a call; arguments are those of `choose_plan`."""
+    tile = plan.tile
+    blocks = problem.blocks(tile) * plan.splits
+    tiles = -(-problem.k_tiles(native_4=native_4) // plan.splits)
+    resident = resident_blocks(tile, architecture, packed=packed)
     of = processor(architecture)
     waves, rest = divmod(-(-blocks // processors), resident)
     cycles = waves * block_cycles(tile, tiles, resident, of, packed=packed)
-    return cycles + (block_cycles(tile, tiles, rest, of, packed=packed) if rest else 0.0)
+    cycles += block_cycles(tile, tiles, rest, of, packed=packed) if rest else 0.0
+    if plan.splits > 1:
+        # Each block writes its sums; the last one reads those of the others.
+        cycles += plan.splits * 4 * tile.m * tile.n / _L2_BYTES + _START
+    return cycles
 
 
-def choose_tile(
-    problem: Problem, processors: int, architecture: str, *, packed: bool, native_4: bool = False
-) -> Tile:
-    """The tile with the fewest predicted cycles.
+def choose_plan(
+    problem: Problem,
+    processors: int,
+    architecture: str,
+    *,
+    packed: bool,
+    native_4: bool = False,
+    scratch_bytes: int = 0,
+) -> Plan:
+    """The plan with the fewest predicted cycles.
 
     Args:
         problem: sizes of the call.
@@ -135,11 +179,20 @@ def choose_tile(
         architecture: architecture of the GPU.
         packed: whether bytes of codes meet packed nibbles of weights.
         native_4: whether both factors are nibbles.
+        scratch_bytes: size of the memory for sums, see `Problem.split_bytes`; 0: no splits.
     """
+    tiles = problem.k_tiles(native_4=native_4)
 
-    def cycles(tile: Tile) -> float:
+    def possible(plan: Plan) -> bool:
+        if plan.splits == 1:
+            return fits(plan.tile, architecture)
+        enough = problem.plan_bytes(plan.tile, plan.splits) <= scratch_bytes
+        return enough and fits(plan.tile, architecture) and tiles >= _TILES_PER_SPLIT * plan.splits
+
+    def cycles(plan: Plan) -> float:
         return layer_cycles(
-            problem, tile, processors, architecture, packed=packed, native_4=native_4
+            problem, plan, processors, architecture, packed=packed, native_4=native_4
         )
 
-    return min((tile for tile in TILES if fits(tile, architecture)), key=cycles)
+    plans = [Plan(tile, splits) for tile in TILES for splits in _SPLITS]
+    return min(filter(possible, plans), key=cycles)

@@ -149,6 +149,28 @@ DEVICE u32 choose_bytes(u32 low, u32 high, u32 order) { return __byte_perm(low, 
 // The threads of a warp wait for each other, and see what all have written to memory.
 DEVICE void warp_barrier() { __syncwarp(); }
 
+// blockIdx.z, read again: what is computed from it needs no register in between.
+DEVICE int block_z() {
+  u32 z;
+  asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(z));
+  return (int)z;
+}
+
+// Other blocks see what this thread has written to global memory before; this thread sees what others
+// published before it counted an arrival.
+DEVICE void publish() { __threadfence(); }
+// The number of arrivals before this one.
+DEVICE int arrive(int *counter) { return atomicAdd(counter, 1); }
+// Reads what other blocks have published.
+DEVICE uint4 load_published(const uint4 *source) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(source)
+               : "memory");
+  return v;
+}
+
 // The value of the lane whose number differs in the bits of `mask`.
 DEVICE int from_lane(int value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 

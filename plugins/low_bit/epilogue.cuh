@@ -1,5 +1,5 @@
 // From sums to outputs. A warp converts 16 rows at a time, in the places where the products left them;
-// shared memory of its own turns them into vectors of 16 bytes, neighbours in the output:
+// the warp's part of shared memory turns them into vectors of 16 bytes, neighbours in the output:
 //
 //   sums -> y = sum (d[n] s[step]) + bias[n] (+ residual) -> SiLU -> Value -> shared -> 16-byte stores
 
@@ -8,7 +8,7 @@
 
 static constexpr int VECTOR = 16 / (int)sizeof(Value);  // Values of a store.
 static constexpr int BLOCK_M = 16;
-// A row of a warp's own memory is an output row with channels last, otherwise an output channel. The
+// A line of the warp's memory is an output row with channels last, otherwise an output channel. The
 // padding puts what a warp writes at once into different banks.
 static constexpr int LINES = CHANNELS_LAST ? BLOCK_M : WARP_N;
 static constexpr int LINE = (CHANNELS_LAST ? WARP_N : BLOCK_M) + (CHANNELS_LAST || VALUE_HALF ? 8 : 4);
@@ -34,7 +34,7 @@ DEVICE OutRow out_row(const Shape &s, int m, const float *tables, const i64 *ste
   if (m >= s.rows()) return out;
   const Row row = row_of(s, m);
   const StepRow numbers = step_row(tables, s.steps, step[row.image]);
-  out = {numbers.scale, (int)numbers.low, window, row.image, m % s.pixels()};
+  out = {numbers.scale, (int)numbers.low, window, row.image, m - row.image * s.pixels()};
   if (!ZERO_POINTS || FUSED) return out;
   if (POINTWISE) {
     out.window = sums[(i64)m * s.groups + group];
@@ -176,9 +176,9 @@ struct Outputs {
 #if VALUE_HALF
     // Lanes of even rows take the first column of two rows, the others the second.
     const int odd = row % 2;
-    const u32 own = two_halves(first, second), other = from_lane((int)own, 4);
+    const u32 pair = two_halves(first, second), other = from_lane((int)pair, 4);
     *(u32 *)(lines + (column + odd) * LINE + row - odd) =
-        choose_bytes(own, other, odd ? 0x3276 : 0x5410);
+        choose_bytes(pair, other, odd ? 0x3276 : 0x5410);
 #else
     lines[column * LINE + row] = first, lines[(column + 1) * LINE + row] = second;
 #endif

@@ -62,7 +62,8 @@ struct Products {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Two chunks further is a change of one bit of the address.
-      const Shared a_rows = (stage + a) ^ (2 * CHUNK * half), b_rows = (stage + b) ^ (2 * CHUNK * half);
+      const u32 bit = 2 * CHUNK * half;
+      const Shared a_rows = (stage + a) ^ bit, b_rows = (stage + b) ^ bit;
       u32 rows[WARP_M / 16][4];
 #pragma unroll
       for (int i = 0; i < WARP_M / 16; ++i) load_matrices(rows[i], a_rows + i * 16 * TILE_K);
@@ -89,6 +90,44 @@ struct Products {
   }
 };
 
+#if !FUSED
+// Adds up the sums of all blocks with the same outputs; false in all blocks but the last, which has the
+// result. Integers, so the order does not matter.
+//
+// `parts`: int[splits, sums of a block] of these outputs.
+DEVICE bool add_splits(Products &products, int split, int splits, uint4 *parts, int *arrived,
+                       u8 *shared) {
+  constexpr int PARTS = WARP_M / 16 * WARP_N / 8;
+  auto part = [&](int of, int number) { return parts + (of * PARTS + number) * THREADS + threadIdx.x; };
+#pragma unroll
+  for (int i = 0; i < WARP_M / 16; ++i)
+#pragma unroll
+    for (int j = 0; j < WARP_N / 8; ++j) {
+      const int(&sums)[4] = products.sums[i][j];
+      *part(split, i * (WARP_N / 8) + j) = make_uint4(sums[0], sums[1], sums[2], sums[3]);
+    }
+  publish();
+  __syncthreads();
+  if (threadIdx.x == 0) *(int *)shared = arrive(arrived);
+  __syncthreads();
+  if (*(const int *)shared != splits - 1) return false;
+  publish();
+#pragma unroll 1
+  for (int other = 0; other < splits; ++other)
+    if (other != split)
+#pragma unroll
+      for (int i = 0; i < WARP_M / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < WARP_N / 8; ++j) {
+          int(&sums)[4] = products.sums[i][j];
+          const uint4 more = load_published(part(other, i * (WARP_N / 8) + j));
+          sums[0] += more.x, sums[1] += more.y, sums[2] += more.z, sums[3] += more.w;
+        }
+  __syncthreads();
+  return true;
+}
+#endif
+
 // codes     u8[batch, height, width, groups, ceil(channels / 32) * 32], signed bytes, or nibbles; then,
 //           with NATIVE_4, u8[batch, 16], the code of zero
 // sums      int[batch, height, width, groups], sums of the codes; read only with WEIGHT_BITS 4
@@ -98,6 +137,8 @@ struct Products {
 // tables    float[4, steps]: scale, reciprocal, smallest code, largest code
 // step      i64[batch]
 // residual  Value, in the layout of out; read only with RESIDUAL
+// partial   int[tiles of outputs, splits, TILE_M * TILE_N], arrived int[tiles of outputs]: used only
+//           with several splits
 // out       Value[batch, out_channels, out_height, out_width] or channels last
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     low_bit(A_PARAMETERS, const u8 *weight, const float *terms, const float *tables,
@@ -107,34 +148,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #endif
             SHAPE_PARAMETERS,
 #if !FUSED
-            PATH_PARAMETERS,
+            PATH_PARAMETERS, SPLIT_PARAMETERS,
 #endif
             Value *out) {
   DYNAMIC_SHARED(shared);
   const Shape s = SHAPE_VALUES;
-  const int warp = threadIdx.x / 32, group = blockIdx.z;
+  const int warp = threadIdx.x / 32;
   const int warp_m = warp / WARPS_N * WARP_M, warp_n = warp % WARPS_N * WARP_N;
   const int first_m = blockIdx.y * TILE_M, first_n = blockIdx.x * TILE_N;
-  const int tiles = s.tiles();
-
 #if FUSED
+  const int first_tile = 0, end_tile = s.tiles(), splits = 1;
   const Path path = fused_path(s);
-  Activations a(s, path, x, tables, step, first_m, group);
+  Activations a(s, path, x, tables, step, first_m, blockIdx.z);
   const int *sums = nullptr;
   const Value *residual = nullptr;
   const Shared a_target = 0;
 #else
+  const u32 part = blockIdx.z % splits;
+  const int first_tile = s.tiles() * part / splits, end_tile = s.tiles() * (part + 1) / splits;
   const u32 zeros = (u32)s.batch * s.height * s.width * s.groups * (s.channel_bytes() / CHUNK);
   const Path path = PATH_VALUES;
-  Activations a(s, path, codes, zeros, first_m, group);
+  Activations a(s, path, codes, zeros, first_m, blockIdx.z / splits);
   const Shared a_target = a_place(threadIdx.x / A_CHUNKS, threadIdx.x % A_CHUNKS);
 #endif
-  Weights b(s, weight, first_n, group);
+  Weights b(s, weight, first_n, blockIdx.z / splits);
   const Shared b_target = A_BYTES + b_place(threadIdx.x / B_CHUNKS, threadIdx.x % B_CHUNKS);
+#if !FUSED
+  a.skip(first_tile, end_tile < s.tiles());
+  b.skip(first_tile, end_tile < s.tiles());
+#endif
+  const int tiles = end_tile - first_tile;
   Products products(warp_m, warp_n);
 
   // Starts of the stages that are multiplied and filled next.
-  const Shared first_stage = shared_address(shared), last_stage = first_stage + (STAGES - 1) * STAGE_BYTES;
+  const Shared first_stage = shared_address(shared);
+  const Shared last_stage = first_stage + (STAGES - 1) * STAGE_BYTES;
   Shared stage = first_stage, ahead = first_stage;
 #pragma unroll 1
   for (int tile = 0; tile < STAGES - 1; ++tile) {
@@ -167,6 +215,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   }
   copies_wait<0>();
   __syncthreads();
+  const int z = block_z(), group = (u32)z / splits, split = z - group * splits;
+#if !FUSED
+  if (splits > 1) {
+    const int number = (group * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    uint4 *parts = (uint4 *)partial + (i64)number * splits * (TILE_M * TILE_N / 4);
+    if (!add_splits(products, split, splits, parts, arrived + number, shared)) return;
+  }
+#endif
 
   // The memory of the tiles is reused for the rows' values and for outputs.
   OutRow *rows = (OutRow *)shared;

@@ -43,13 +43,13 @@ struct Shape {
 
   DEVICE int pixels() const { return out_height * out_width; }
   DEVICE int rows() const { return batch * pixels(); }
-  DEVICE int per_group() const { return out_channels / groups; }
-  DEVICE int padded() const { return (channels + 31) / 32 * 32; }
+  DEVICE int per_group() const { return (u32)out_channels / groups; }
+  DEVICE int padded() const { return (channels + 31) & -32; }
   DEVICE int channel_bytes() const { return NATIVE_4 ? padded() / 2 : padded(); }
   DEVICE int taps() const { return POINTWISE ? 1 : kernel_h * kernel_w; }
   DEVICE int k_bytes() const { return taps() * channel_bytes(); }
-  DEVICE int tiles() const { return (k_bytes() + TILE_K - 1) / TILE_K; }
-  DEVICE int weight_row() const { return WEIGHT_BITS == 4 ? taps() * padded() / 2 : taps() * padded(); }
+  DEVICE int tiles() const { return (u32)(k_bytes() + TILE_K - 1) / TILE_K; }
+  DEVICE int weight_row() const { return taps() * padded() * WEIGHT_BITS / 8; }
 };
 
 #define SHAPE_PARAMETERS                                                                        \
@@ -71,16 +71,21 @@ struct Path {
   int tile_x, int tile_y, int tile_channel, int tile_chunks, int tap_chunks, int line_chunks
 #define PATH_VALUES {tile_x, tile_y, tile_channel, tile_chunks, tap_chunks, line_chunks}
 
+// Blocks that divide the tiles along k of the same outputs, and what they need if there are several:
+// memory for the sums of each, and a counter for each tile of outputs, zero before the launch.
+#define SPLIT_PARAMETERS int splits, int *partial, int *arrived
+
 // An output row: its image, and the first row and column of its window.
 struct Row {
   int image, top, left;
 };
 
 DEVICE Row row_of(const Shape &s, int m) {
-  const int image = m / s.pixels(), pixel = m % s.pixels();
-  if (POINTWISE) return {image, pixel, 0};
-  return {image, pixel / s.out_width * s.stride_h - s.pad_h,
-          pixel % s.out_width * s.stride_w - s.pad_w};
+  // Without signs, divisions are shorter.
+  const u32 pixels = s.pixels(), width = s.out_width, image = m / pixels, pixel = m % pixels;
+  if (POINTWISE) return {(int)image, (int)pixel, 0};
+  const int line = pixel / width, column = pixel % width;
+  return {(int)image, line * s.stride_h - s.pad_h, column * s.stride_w - s.pad_w};
 }
 
 // Places of 16-byte chunks in a tile: the eight rows that `load_matrices` reads together, and the chunks

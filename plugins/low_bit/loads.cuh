@@ -136,6 +136,13 @@ struct Activations {
     }
   }
 
+  // Begins `tiles` later; `whole`: the end of the rows is in another block's last tile.
+  DEVICE void skip(int tiles, bool whole) {
+    in_last |= whole;
+#pragma unroll
+    for (int i = 0; i < A_PER_THREAD; ++i) rows[i] += tiles * A_CHUNKS;
+  }
+
   DEVICE void fetch(Shared target, bool last) {
 #pragma unroll
     for (int i = 0; i < A_PER_THREAD; ++i) {
@@ -161,17 +168,24 @@ struct Activations {
   int top[A_PER_THREAD], left[A_PER_THREAD];
   uint4 kept[A_PER_THREAD];
 
-  DEVICE Activations(const Shape &s, const Path &path, const u8 *codes, u32 zeros, int first_m, int group)
+  DEVICE Activations(const Shape &s, const Path &path, const u8 *codes, u32 zeros, int first_m,
+                     int group)
       : s(s), path(path), position(s, path), codes(codes) {
     const u32 tap = s.channel_bytes() / CHUNK;
 #pragma unroll
     for (int i = 0; i < A_PER_THREAD; ++i) {
       const Row row =
           row_of(s, min(first_m + (int)threadIdx.x / A_CHUNKS + i * A_STEP, s.rows() - 1));
-      rows[i] = (((u32)row.image * s.height + row.top) * s.width + row.left) * (s.groups * tap) + group * tap;
+      const u32 pixel = ((u32)row.image * s.height + row.top) * s.width + row.left;
+      rows[i] = (pixel * s.groups + group) * tap;
       if (NATIVE_4) outside[i] = zeros + row.image;
       top[i] = row.top, left[i] = row.left;
     }
+  }
+
+  DEVICE void skip(int tiles, bool) {
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) position.advance(s, path);
   }
 
   DEVICE void fetch(Shared target, bool) {
@@ -208,6 +222,12 @@ struct Weights {
       const int n = min(first_n + (int)threadIdx.x / B_CHUNKS + i * B_STEP, s.per_group() - 1);
       rows[i] = (u32)(group * s.per_group() + n) * k_chunks + chunk;
     }
+  }
+
+  DEVICE void skip(int tiles, bool whole) {
+    in_last |= whole;
+#pragma unroll
+    for (int i = 0; i < B_PER_THREAD; ++i) rows[i] += tiles * B_CHUNKS;
   }
 
   DEVICE void fetch(Shared target, bool last) {

@@ -55,13 +55,18 @@ DEVICE void codes_of_4(int *codes, const Value *x, i64 stride, int valid, const 
 // codes   u8[batch, pixels, groups, ceil(channels / 32) * 32], or half of it with NATIVE_4; then, with
 //         NATIVE_4, u8[batch, 16]: the code of zero in each nibble
 // sums    int[batch, pixels, groups]; written only with WEIGHT_BITS 4
+// counters int[count], set to zero for the product kernel
 // Blocks: (ceil(pixels / 32), groups, batch) of 128 threads.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     quantize(const Value *x, const float *tables, const i64 *step, int pixels, int channels,
-             int groups, int steps, int flags, u8 *codes, int *sums) {
+             int groups, int steps, int flags, u8 *codes, int *sums, int *counters, int count) {
   __shared__ int partial[WARPS][PIXELS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = blockIdx.y, image = blockIdx.z;
+  const int block_number = (image * gridDim.y + group) * gridDim.x + blockIdx.x;
+  for (int i = block_number * 32 * WARPS + threadIdx.x; i < count;
+       i += gridDim.x * gridDim.y * gridDim.z * 32 * WARPS)
+    counters[i] = 0;
   const int padded = (channels + BLOCK - 1) / BLOCK * BLOCK;
   const int row_bytes = NATIVE_4 ? padded / 2 : padded;
   const bool last = flags & CHANNELS_LAST;
@@ -74,7 +79,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     const int slot = last ? 8 * round + lane / 4 : lane;
     const int pixel = blockIdx.x * PIXELS + slot;
     const i64 place = ((i64)image * pixels + pixel) * groups + group;
-    const Value *source = last ? x + place * channels : x + ((i64)image * groups + group) * channels * pixels + pixel;
+    const Value *source = last ? x + place * channels
+                               : x + ((i64)image * groups + group) * channels * pixels + pixel;
     int sum = 0;
     for (int block = warp * BLOCK; pixel < pixels && block < padded; block += WARPS * BLOCK) {
       u8 *out = codes + place * row_bytes + (NATIVE_4 ? block / 2 : block);

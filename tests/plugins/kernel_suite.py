@@ -27,7 +27,7 @@ GEOMETRIES = {
     "1x1": Geometry(),
     "3x3": Geometry((3, 3), padding=(1, 1)),
     "down": Geometry((3, 3), stride=(2, 2), padding=(1, 1)),
-    "odd": Geometry((2, 3), stride=(1, 2), padding=(0, 2), dilation=(2, 1)),
+    "odd": Geometry((2, 3), stride=(1, 2), padding=(1, 2), dilation=(2, 1)),
     "groups": Geometry((3, 1), padding=(1, 0), groups=4),
 }
 LINEAR, SAME = GEOMETRIES["1x1"], GEOMETRIES["3x3"]
@@ -80,6 +80,7 @@ def run(
     fused: bool = False,
     residual: np.ndarray | None = None,
     silu: bool = False,
+    splits: int = 1,
     seed: int = 0,
 ) -> np.ndarray:
     """Run the kernels on a case and return the output, `[B, N, P, Q]`."""
@@ -101,9 +102,13 @@ def run(
         "codes": rubbish,
         "sums": np.full(problem.sum_bytes // 4, -9, np.int32),
         "residual": None if residual is None else laid_out(residual),
+        "partial": None
+        if splits == 1
+        else np.full(problem.plan_bytes(tile, splits), 0x5A, np.uint8),
     }
+    scratch = ("codes", "sums", "partial")
     placed = {
-        name: None if a is None else memory.put(a, name, writable=name in ("codes", "sums"))
+        name: None if a is None else memory.put(a, name, writable=name in scratch)
         for name, a in arrays.items()
     }
     at = Pointers(out=_address(out), **{name: _address(array) for name, array in placed.items()})
@@ -116,6 +121,7 @@ def run(
         native_4=native_4,
         silu=silu,
         fused=fused,
+        splits=splits,
     )
     for launch in launches:
         machine.run(launch, seed, memory)
@@ -164,6 +170,32 @@ def _tile(machine: Any, form: str, tile: Tile, seed: int, half: bool = True) -> 
         channels_last=seed > 1,
     )
     _exact(machine, case, form, tile=tile, seed=seed)
+
+
+def _splits(machine: Any, form: str, geometry: str, splits: int, tile: Tile) -> None:
+    """Divide k unevenly: splits begin within kernel rows, and only the last has the end of k."""
+    case = _drawn(
+        splits,
+        form,
+        geometry=GEOMETRIES[geometry],
+        channels=232,
+        out=72,
+        height=9,
+        channels_last=splits % 2 == 0,
+    )
+    residual = draw(5, height=9, width=4, channels=72).x
+    if case.problem.out_size != (9, 4):
+        residual = None
+    actual = run(
+        machine,
+        case,
+        native_4=FORMS[form][2],
+        tile=tile,
+        splits=splits,
+        residual=residual,
+        seed=splits,
+    )
+    assert np.array_equal(actual, expected(case, residual=residual))
 
 
 def _fused(machine: Any, form: str, geometry: str, order: str, half: bool) -> None:
@@ -276,6 +308,19 @@ def _tiles() -> Iterator[Check]:
         yield Check("two stages", f"{form}-{seed}", form, ONE_LAUNCH_TILES[1], call)
 
 
+def _divided() -> Iterator[Check]:
+    for form, geometry, splits, tile in (
+        ("w8a8", "odd", 3, TILES[0]),
+        ("w8a8", "1x1", 2, TILES[0]),
+        ("w4a8", "1x1", 3, TILES[0]),
+        ("w4a8", "groups", 2, TILES[0]),
+        ("native", "3x3", 4, TILES[0]),
+        ("w4a8", "3x3", 3, TILES[1]),
+    ):
+        call = partial(_splits, form=form, geometry=geometry, splits=splits, tile=tile)
+        yield Check("splits", f"{form}-{geometry}-{tile.m}-{splits}", form, tile, call)
+
+
 def _floats() -> Iterator[Check]:
     """One case for each variant with float values that no other case runs."""
     for form, tile, seed in product(("w8a8", "w4a8", "native"), TILES, range(4)):
@@ -305,7 +350,7 @@ def _edges() -> Iterator[Check]:
     yield Check("extreme", "w8a8", "w8a8", small, _extreme)
 
 
-CHECKS = [*_layouts(), *_tiles(), *_floats(), *_edges()]
+CHECKS = [*_layouts(), *_tiles(), *_divided(), *_floats(), *_edges()]
 """All cases."""
 
 

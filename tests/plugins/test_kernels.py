@@ -35,6 +35,11 @@ def test_the_fused_kernel_with_two_stages_equals_the_reference(emulator, check):
     check.call(emulator)
 
 
+@pytest.mark.parametrize("check", group("splits"), ids=str)
+def test_blocks_that_divide_k_equal_the_reference(emulator, check):
+    check.call(emulator)
+
+
 @pytest.mark.parametrize("check", group("residual"), ids=str)
 def test_residual_is_added_before_silu(emulator, check):
     check.call(emulator)

@@ -188,6 +188,11 @@ static inline u32 choose_bytes(u32 low, u32 high, u32 order) {
   return out;
 }
 
+static inline int block_z() { return (int)blockIdx.z; }
+static inline void publish() {}
+static inline int arrive(int *counter) { return (*counter)++; }
+static inline uint4 load_published(const uint4 *source) { return *source; }
+
 static inline void warp_barrier() { sync_warp(); }
 
 static inline int from_lane(int value, int mask) {

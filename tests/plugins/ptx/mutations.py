@@ -11,6 +11,7 @@ _W4 = ("tiles/w4a8-64x64-2", "two launches/w4a8-groups-nchw")
 _NATIVE = ("two launches/native-odd-nchw", "tiles/native-64x64-3")
 _SUMS = ("two launches/native-odd-nhwc",)
 _TURING = ("tiles/w8a8-64x64-1", "tiles/w8a8-64x64-2")
+_DIVIDED = ("splits/w8a8-odd-64-3", "splits/w4a8-1x1-64-3")
 _LINEAR = ("tiles/w8a8-64x64-2", "tokens/w8a8", "two launches/w8a8-1x1-nchw")
 _FUSED = ("fused/half-w4a8-odd-nchw", "two stages/w4a8-3")
 _RESIDUAL = (
@@ -97,12 +98,6 @@ _INSTRUCTIONS = (
     _ptx("half of each copy", '"r"(inside ? 16 : 0)', '"r"(inside ? 8 : 0)'),
     _ptx("no zeros beyond the image", '"r"(inside ? 16 : 0)', '"r"(16)'),
     _ptx(
-        "weights with sign",
-        'multiply_s8_u8, "m16n8k32", "s8.u8"',
-        'multiply_s8_u8, "m16n8k32", "s8.s8"',
-        _W4,
-    ),
-    _ptx(
         "codes without sign",
         'multiply_s8_u8, "m16n8k32", "s8.u8"',
         'multiply_s8_u8, "m16n8k32", "u8.u8"',
@@ -125,10 +120,10 @@ _INSTRUCTIONS = (
     ),
     _ptx("a byte counts twice", "0x01010101, sum)", "0x01010102, sum)", _FUSED),
     _ptx("no barrier of a warp", "{ __syncwarp(); }", "{}"),
-    _ptx("matrices exchanged", '{%0, %1, %2, %3}, [%4];"', '{%0, %2, %1, %3}, [%4];"'),
+    _ptx("matrices exchanged", 'b16 {%0, %1, %2, %3}, [%4];"', 'b16 {%0, %2, %1, %3}, [%4];"'),
     _ptx("matrices transposed", "m8n8.x4.shared", "m8n8.x4.trans.shared"),
     _ptx("a neighbour that wraps", "__shfl_xor_sync", "__shfl_down_sync", _SUMS),
-    _ptx("halves rounded to zero", "cvt.rn.f16.f32", "cvt.rz.f16.f32"),
+    _ptx("halves rounded to zero", "cvt.rn.f16x2.f32", "cvt.rz.f16x2.f32"),
     _ptx("ties rounded up", "rintf(value)", "floorf(value + 0.5f)"),
     _ptx(
         "products and sums fused",
@@ -144,7 +139,11 @@ _LOOP = (
         "finished with the tile that is overwritten next.\n",
     ),
     _product(
-        "no barrier after the loop", "copies_wait<0>();\n  __syncthreads();", "copies_wait<0>();"
+        "no barrier after the loop",
+        "copies_wait<0>();\n  __syncthreads();",
+        "copies_wait<0>();",
+        # The last tile lies where the rows' values are written.
+        ("two launches/w8a8-1x1-nhwc",),
     ),
     _product(
         "a tile too many",
@@ -178,7 +177,7 @@ _LOOP = (
         _W4,
     ),
     _product("halves of weights exchanged", "(MIXED ? half : 0)]", "(MIXED ? 1 - half : 0)]", _W4),
-    _product("the other half of k", "(2 * CHUNK * half), b_rows", "(CHUNK * half), b_rows"),
+    _product("the other half of k", "bit = 2 * CHUNK * half;", "bit = CHUNK * half;"),
     _product(
         "the last part of k is missing",
         "(k_bytes() + TILE_K - 1) / TILE_K",
@@ -191,7 +190,7 @@ _LOOP = (
         "(u32)y <= (u32)s.height && (u32)x <",
     ),
     _loads(
-        "a column beside the image",
+        "a column right of the image",
         "(u32)x < (u32)s.width;",
         "(u32)x <= (u32)s.width;",
         ("two launches/w8a8-odd-nhwc", "tiles/w8a8-64x64-1"),
@@ -230,8 +229,8 @@ _LOOP = (
     ),
     _loads(
         "the first group's codes",
-        "(s.groups * tap) + group * tap;",
-        "(s.groups * tap);",
+        "(pixel * s.groups + group) * tap;",
+        "(pixel * s.groups) * tap;",
         ("two launches/w8a8-groups-nhwc",),
     ),
     _loads(
@@ -249,6 +248,31 @@ _LOOP = (
     _loads("zeros outside of the image", "NATIVE_4 || inside, kept", "inside, kept", _NATIVE),
     _loads("channels in the order of bytes", "(MIXED ? 4 : 16) * half", "16 * half", _FUSED),
     _loads("the sum of one lane less", "      sums[i] += from_lane(sums[i], 2);\n", "", _FUSED),
+)
+_SPLITS = (
+    _product("a split too early", "!= splits - 1) return", "!= splits - 2) return", _DIVIDED),
+    _product("the first split twice", "if (other != split)", "if (other != 0)", _DIVIDED),
+    _product(
+        "no barrier before the rows' values",
+        "  __syncthreads();\n  return true;",
+        "  return true;",
+        _DIVIDED,
+    ),
+    _product(
+        "a split begins a tile late",
+        "s.tiles() * part / splits, end",
+        "s.tiles() * part / splits + 1, end",
+        _DIVIDED,
+    ),
+    _product("codes of the first split", "  a.skip(first_tile,", "  a.skip(0,", _DIVIDED),
+    _product("weights of the first split", "  b.skip(first_tile,", "  b.skip(0,", _DIVIDED),
+    _product(
+        "no split has the end of k",
+        "b.skip(first_tile, end_tile < s.tiles())",
+        "b.skip(first_tile, true)",
+        ("splits/w4a8-groups-64-2", "splits/w8a8-1x1-64-2"),
+    ),
+    _quantize("counters are not zero", "    counters[i] = 0;", "    ;", _DIVIDED),
 )
 _EPILOGUE = (
     _epilogue(
@@ -395,5 +419,5 @@ _CODES = (
         ("two launches/w4a8-odd-nchw",),
     ),
 )
-MUTATIONS = (*_INSTRUCTIONS, *_LOOP, *_EPILOGUE, *_CODES)
+MUTATIONS = (*_INSTRUCTIONS, *_LOOP, *_SPLITS, *_EPILOGUE, *_CODES)
 """All mutations; the names are unique."""
