@@ -50,8 +50,8 @@ _LAUNCH, _QUANTIZE_START = 1.5, 2.0
 _HALF_SHARE, _HALF_START = 0.8, 1.0
 """Share of the half-precision peak that cuBLAS and cuDNN reach, and microseconds of their launch."""
 _CACHE_SHARE, _MEMORY_SHARE, _CACHE_BYTES = 0.6, 0.85, 16
-"""Usable shares of the L2 cache's size and of the memory's bandwidth, and bytes per cycle that a processor
-moves in the quantise kernel."""
+"""Usable shares of the L2 cache's size and of the memory's bandwidth, and bytes per cycle of a processor
+in the quantise kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
