@@ -32,13 +32,15 @@ static constexpr bool MIXED = WEIGHT_BITS == 4 && !NATIVE_4, SUMS = WEIGHT_BITS 
 
 // Signed codes, or u, of four neighbouring channels, of which the first `valid` exist; 0 for others.
 DEVICE void codes_of_4(int *codes, const Value *x, i64 stride, int valid, const StepRow &row) {
-  __align__(16) Value values[4];
-  constexpr int BYTES = sizeof(values);
-  if (stride == 1 && valid >= 4 && (u64)x % BYTES == 0) {
+  Value values[4];
+  if (stride == 1 && valid >= 4 && (u64)x % (4 * sizeof(Value)) == 0) {
 #if VALUE_HALF
-    *(uint2 *)values = *(const uint2 *)x;
+    const uint2 pairs = *(const uint2 *)x;
+    values[0] = (f16)pairs.x, values[1] = (f16)(pairs.x >> 16);
+    values[2] = (f16)pairs.y, values[3] = (f16)(pairs.y >> 16);
 #else
-    *(uint4 *)values = *(const uint4 *)x;
+    const float4 all = *(const float4 *)x;
+    values[0] = all.x, values[1] = all.y, values[2] = all.z, values[3] = all.w;
 #endif
   } else {
 #pragma unroll
