@@ -191,27 +191,26 @@ struct Outputs {
   // Sixteen rows: `block` of the warp.
   DEVICE void write(const int (&sums)[WARP_N / 8][4], const Columns &columns, int block) const {
     const int lane = threadIdx.x % 32;
-    float added[WARP_N / 8][4];
-    if (RESIDUAL) {
-      load_residual(block);
-#pragma unroll
-      for (int j = 0; j < WARP_N / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          added[j][e] = residual_at(e / 2 * 8 + lane / 4, 8 * j + lane % 4 * 2 + e % 2);
-      warp_barrier();
-    }
+    if (RESIDUAL) load_residual(block);
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
       const int row = 8 * upper + lane / 4;
       const OutRow &numbers = rows[block * BLOCK_M + row];
+      float added[WARP_N / 8][2];
+      if (RESIDUAL) {
+#pragma unroll
+        for (int j = 0; j < WARP_N / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) added[j][e] = residual_at(row, 8 * j + lane % 4 * 2 + e);
+        warp_barrier();
+      }
 #pragma unroll
       for (int j = 0; j < WARP_N / 8; ++j) {
         float y[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           y[e] = columns.value(sums[j][2 * upper + e], numbers, j, e);
-          if (RESIDUAL) y[e] = add(y[e], added[j][2 * upper + e]);
+          if (RESIDUAL) y[e] = add(y[e], added[j][e]);
           y[e] = activated(y[e]);
         }
         put(row, 8 * j + lane % 4 * 2, y[0], y[1]);

@@ -178,7 +178,7 @@ def _splits(machine: Any, form: str, geometry: str, splits: int, tile: Tile) -> 
         splits,
         form,
         geometry=GEOMETRIES[geometry],
-        channels=232,
+        channels=200,
         out=72,
         height=9,
         channels_last=splits % 2 == 0,

@@ -270,7 +270,7 @@ _SPLITS = (
         "no split has the end of k",
         "b.skip(first_tile, end_tile < s.tiles())",
         "b.skip(first_tile, true)",
-        ("splits/w4a8-groups-64-2", "splits/w8a8-1x1-64-2"),
+        ("splits/w4a8-3x3-128-3", "splits/native-3x3-64-4"),
     ),
     _quantize("counters are not zero", "    counters[i] = 0;", "    ;", _DIVIDED),
 )
@@ -287,8 +287,8 @@ _EPILOGUE = (
     ),
     _epilogue(
         "no barrier after the residual is read",
-        "8 * j + lane % 4 * 2 + e % 2);\n      warp_barrier();",
-        "8 * j + lane % 4 * 2 + e % 2);",
+        "8 * j + lane % 4 * 2 + e);\n        warp_barrier();",
+        "8 * j + lane % 4 * 2 + e);",
         _RESIDUAL,
     ),
     _epilogue(
