@@ -245,12 +245,13 @@ def _residual(machine: Any, form: str, order: str, width: int, half: bool = True
 
 
 def _tokens(machine: Any, form: str) -> None:
-    """Use rows with an odd number of channels, a single row, and an aligned end of half a chunk."""
+    """Use rows with an odd number of channels, a single row, and aligned ends of parts of a chunk."""
     for batch, tokens, channels, out in (
         (2, 1, 33, 1),
         (2, 77, 40, 9),
         (2, 3, 1, 64),
         (1, 3, 36, 9),
+        (1, 3, 38, 9),
     ):
         case = _drawn(
             6,

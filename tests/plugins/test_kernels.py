@@ -13,13 +13,19 @@ pytestmark = needs_compiler
 
 
 SLOW = (
-    *("tiles/*-128x128-1", "tiles/*-128x128-2", "fused/float-*", "two stages/*-2"),
-    *("splits/*-3", "residual/single stores-w8a8-*", "residual/whole stores-native-*"),
+    *("tiles/*-128x128-[012]", "fused/float-*", "fused/half-w8a8-*-nchw", "two stages/*-2"),
     *(
-        "residual/* stores-w4a8-*",
-        "residual/float-single stores-*",
-        "residual/float-whole stores-nchw",
+        "splits/*-3",
+        "splits/native-*",
+        "two launches/w4a8-1x1-nchw",
+        "two launches/native-1x1-nchw",
     ),
+    *(
+        "residual/single stores-w8a8-*",
+        "residual/whole stores-native-*",
+        "residual/* stores-w4a8-*",
+    ),
+    *("residual/single stores-native-nchw", "residual/float-*-nchw", "residual/float-single *"),
 )
 """Cases of `make test-slow`: each compiles variants of which `make test` compiles neighbours."""
 

@@ -339,6 +339,7 @@ _EPILOGUE = (
         "a column of outputs too many",
         "? n + column < s.per_group() ?",
         "? n + column <= s.per_group() ?",
+        ("tiles/w8a8-64x64-2",),
     ),
     _epilogue(
         "a channel of outputs too many",
