@@ -11,6 +11,7 @@ maximum number of matrix products, counted from its first to its last address.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -23,7 +24,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from trtq.plugins.compile import cubin, nvrtc_version
+from trtq.plugins.compile import cubin, nvrtc_version, sources
 from trtq.plugins.variants import ARCHITECTURES, Variant, all_variants
 
 OUT = Path(__file__).parent / "results" / "kernels_sass.json"
@@ -42,6 +43,10 @@ SIZES = {
 REGISTERS, REGISTER_UNIT = 65_536, 256
 """Registers of a processor, and the unit in which a warp gets them."""
 QUANTIZE_THREADS = 128
+GUARDED = {"w8 1x1": 120, "w8": 180, "w4 1x1": 130, "w4": 185, "w4-a4 1x1": 120, "w4-a4": 180}
+"""Maximum number of instructions in the main loop with the tile 128x128 on sm89, by form and kernel."""
+MAX_INSTRUCTIONS = 2200
+"""Maximum number of instructions of these kernels."""
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
@@ -76,6 +81,24 @@ class Row:
     blocks: int
 
 
+def digest() -> str:
+    """A hash of the kernels' sources, which says whether the record is of these sources."""
+    files = [sources(kernel) for kernel in ("low_bit", "quantize")]
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def guarded() -> dict[Variant, int]:
+    """The variants whose instructions are limited, with the limits of their main loops."""
+    limits = {}
+    for variant in all_variants("sm89"):
+        tile = variant.tile
+        if tile is None or variant.fused or (tile.m, tile.n) != (128, 128):
+            continue
+        form = f"w{variant.weight_bits}" + "-a4" * variant.native_4 + " 1x1" * variant.pointwise
+        limits[variant] = GUARDED[form]
+    return limits
+
+
 def opcodes_of(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     """Opcodes of a kernel in nvdisasm's text, and first and last index of its loops."""
     opcodes: list[str] = []
@@ -106,6 +129,17 @@ def blocks_per_processor(architecture: str, threads: int, registers: int, shared
     return min(max_threads // threads, by_registers, by_shared)
 
 
+def main_loop(opcodes: list[str], loops: list[tuple[int, int]]) -> list[str]:
+    """The opcodes of the main loop; none without matrix products."""
+
+    def products(loop: tuple[int, int]) -> int:
+        return opcodes[loop[0] : loop[1] + 1].count("IMMA")
+
+    # The maximum number of products; of nested loops, the innermost.
+    main = max(loops, key=lambda loop: (products(loop), loop[0] - loop[1]), default=None)
+    return opcodes[main[0] : main[1] + 1] if main is not None and products(main) else []
+
+
 def measure(variant: Variant, architecture: str, tools: Path, folder: Path) -> Row:
     """Compile and read one variant."""
     path = folder / "kernel.cubin"
@@ -122,15 +156,10 @@ def measure(variant: Variant, architecture: str, tools: Path, folder: Path) -> R
     assert usage is not None
     registers, stack, static, local = map(int, usage.groups())
 
-    def products(loop: tuple[int, int]) -> int:
-        return opcodes[loop[0] : loop[1] + 1].count("IMMA")
-
-    # The maximum number of products; of nested loops, the innermost.
-    main = max(loops, key=lambda loop: (products(loop), loop[0] - loop[1]), default=None)
-    body = opcodes[main[0] : main[1] + 1] if main is not None and products(main) else []
+    body = main_loop(opcodes, loops)
     tile = variant.tile
     threads = QUANTIZE_THREADS if tile is None else tile.threads
-    shared = static + (0 if tile is None else tile.shared_bytes)
+    shared = static + variant.shared_bytes
     return Row(
         variant=str(variant),
         architecture=architecture,
@@ -145,12 +174,10 @@ def measure(variant: Variant, architecture: str, tools: Path, folder: Path) -> R
     )
 
 
-def tools_folder() -> Path:
-    """Where pip has put nvdisasm, unless `--tools` says something else."""
+def tools_folder() -> Path | None:
+    """Where pip has put nvdisasm; None: it is not installed."""
     programs = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvdisasm*"))
-    if not programs:
-        sys.exit("nvdisasm is missing: pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump")
-    return programs[-1].parent
+    return programs[-1].parent if programs else None
 
 
 def versions(tools: Path) -> dict[str, str]:
@@ -177,7 +204,10 @@ def main() -> None:
     parser.add_argument("--tools", type=Path, help="folder with nvdisasm and cuobjdump")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    tools = (options.tools or tools_folder()).resolve()
+    found = options.tools or tools_folder()
+    if found is None:
+        sys.exit("nvdisasm is missing: pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump")
+    tools = found.resolve()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for architecture in options.architecture:
@@ -193,6 +223,7 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "nvrtc": ".".join(map(str, nvrtc_version())),
         "packages": versions(tools),
+        "sources": digest(),
         "rows": [asdict(row) for row in rows],
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

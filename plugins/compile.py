@@ -31,9 +31,9 @@ _OPTIONS = ("--std=c++17", "--extra-device-vectorization")
 
 def sources(kernel: str) -> dict[str, str]:
     """Source files of a kernel by name; the main file is `kernel.cu`."""
-    files = {name: (_FOLDER / "cuda" / name).read_text(encoding="utf-8") for name in _HEADERS}
-    files["kernel.cu"] = (_FOLDER / kernel / "kernel.cu").read_text(encoding="utf-8")
-    return files
+    shared = [_FOLDER / "cuda" / name for name in _HEADERS]
+    specific = [*sorted((_FOLDER / kernel).glob("*.cuh")), _FOLDER / kernel / "kernel.cu"]
+    return {path.name: path.read_text(encoding="utf-8") for path in [*shared, *specific]}
 
 
 def _nvrtc() -> Any:

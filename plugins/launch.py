@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trtq.errors import UsageError
-from trtq.plugins.spec import LayerSpec, Problem
+from trtq.plugins.arguments import path_arguments, shape_arguments
+from trtq.plugins.spec import COUNTER_BYTES, LayerSpec, Problem
+from trtq.plugins.tile_choice import choose_plan
 from trtq.plugins.variants import TILES, Tile, Variant, fits
 
 __all__ = [
     "Device",
     "Launch",
     "Pointers",
-    "choose_tile",
     "layer_launches",
     "prepare_any_shape",
     "prepare_layer",
-    "shape_arguments",
     "start_layer",
 ]
 
-_CHANNELS_LAST, _SILU = 1, 2
+_CHANNELS_LAST = 1
 _QUANTIZE_PIXELS, _QUANTIZE_THREADS = 32, 128
 _ALIGNMENT = 16
 _MAX_BLOCKS = 65_535
@@ -86,8 +86,9 @@ class Pointers:
         step: index of each image's step, int64[B].
         out: output values, in the dtype of x.
         codes: scratch memory of `Problem.code_bytes` bytes.
-        sums: scratch memory of `Problem.sum_bytes` bytes, for native 4-bit products.
+        sums: scratch memory of `Problem.sum_bytes` bytes, for 4-bit weights.
         residual: values to add, in the layout of the output; 0: no residual.
+        partial: scratch memory of `Problem.split_bytes` bytes (counters, then sums); 0: no splits.
     """
 
     x: int
@@ -99,6 +100,7 @@ class Pointers:
     codes: int
     sums: int = 0
     residual: int = 0
+    partial: int = 0
 
 
 def start_layer(
@@ -173,44 +175,24 @@ def prepare_any_shape(device: Device, layer: LayerSpec) -> None:
 def _chosen(
     device: Device, layer: LayerSpec, problem: Problem, at: Pointers, *, half: bool, silu: bool
 ) -> list[Launch]:
+    plan = choose_plan(
+        problem,
+        device.processors,
+        device.architecture,
+        packed=layer.packed(device.architecture),
+        native_4=layer.native_4(device.architecture),
+        scratch_bytes=problem.split_bytes if at.partial else 0,
+    )
     return layer_launches(
         problem,
         at,
-        choose_tile(problem, device.processors, device.architecture),
+        plan.tile,
+        splits=plan.splits,
         half=half,
         weight_bits=layer.weight_bits,
         native_4=layer.native_4(device.architecture),
         silu=silu,
     )
-
-
-def choose_tile(problem: Problem, processors: int, architecture: str) -> Tile:
-    """The tile whose waves of blocks need the minimum work, including padding.
-
-    Args:
-        problem: sizes of the call.
-        processors: number of streaming multiprocessors of the GPU.
-        architecture: architecture of the GPU.
-    """
-    groups = problem.geometry.groups
-    per_group = problem.out_channels // groups
-
-    def work(tile: Tile) -> tuple[int, int]:
-        blocks = -(-problem.rows // tile.m) * -(-per_group // tile.n) * groups
-        # Blocks on one processor share its tensor cores, so a wave is one block per processor. Among
-        # equal tiles, the larger tile loads less per product.
-        return -(-blocks // processors) * tile.m * tile.n, -tile.m * tile.n
-
-    return min((tile for tile in TILES if fits(tile, architecture)), key=work)
-
-
-def shape_arguments(problem: Problem, *, silu: bool) -> tuple[int, ...]:
-    """The integer arguments of the product kernel, in the order of its parameters."""
-    g = problem.geometry
-    flags = _CHANNELS_LAST * problem.channels_last | _SILU * silu
-    sizes = (problem.batch, problem.height, problem.width, problem.group_channels)
-    out = (*problem.out_size, problem.out_channels, g.groups)
-    return *sizes, *out, *g.kernel, *g.stride, *g.padding, *g.dilation, problem.steps, flags
 
 
 def layer_launches(
@@ -223,18 +205,20 @@ def layer_launches(
     native_4: bool,
     silu: bool = False,
     fused: bool = False,
+    splits: int = 1,
 ) -> list[Launch]:
     """The launches of one layer: a quantise and a product kernel, or the fused kernel.
 
     Args:
         problem: sizes of the call.
         at: addresses of the operands; the fused kernel uses neither codes nor sums.
-        tile: tile of the product, see `choose_tile`.
+        tile: tile of the product, see `choose_plan`.
         half: whether values are float16 instead of float32.
         weight_bits: storage bits of the weights, 4 or 8.
         native_4: whether tensor cores multiply activation codes as nibbles, without unpacking.
         silu: whether to apply SiLU to the result.
         fused: whether to use the fused kernel, which supports no residual.
+        splits: number of blocks that divide the tiles along k of the same outputs.
 
     Raises:
         UsageError: an operand is not aligned, or no kernel computes the combination.
@@ -246,44 +230,64 @@ def layer_launches(
         )
     if fused and at.residual:
         raise UsageError("the fused kernel adds no residual; use two launches")
+    if splits > 1 and (fused or not at.partial):
+        raise UsageError("several splits need two launches, and memory for sums")
     _check_alignment(at, fused=fused)
-    launches = [] if fused else [_quantize(problem, at, half=half, native_4=native_4)]
-    variant = Variant("low_bit", half, native_4, weight_bits, fused, tile)
+    packed = None if native_4 or weight_bits == 8 else weight_bits
+    quantize = Variant("quantize", half, native_4, packed)
+    counters = problem.blocks(tile) if splits > 1 else 0
+    launches = [] if fused else [_quantize(problem, at, quantize, counters)]
+    variant = Variant(
+        "low_bit",
+        half,
+        native_4,
+        weight_bits,
+        fused,
+        tile,
+        pointwise=problem.geometry.pointwise and not fused,
+        channels_last=problem.channels_last,
+        residual=at.residual != 0,
+        silu=silu,
+    )
     values = [at.x] if fused else [at.codes, at.sums]
     operands = [*values, at.weight, at.terms, at.tables, at.step]
     operands += [] if fused else [at.residual]
+    integers = list(shape_arguments(problem))
+    outputs = [at.out]
+    if not fused:
+        integers += [*path_arguments(problem, native_4=native_4), splits]
+        outputs = [at.partial + COUNTER_BYTES * counters, at.partial, at.out]
     arguments = (
         *map(ctypes.c_void_p, operands),
-        *map(ctypes.c_int, shape_arguments(problem, silu=silu)),
-        ctypes.c_void_p(at.out),
+        *map(ctypes.c_int, integers),
+        *map(ctypes.c_void_p, outputs),
     )
-    groups = problem.geometry.groups
-    columns = -(-(problem.out_channels // groups) // tile.n)
-    grid = columns, -(-problem.rows // tile.m), groups
-    _check_grid(grid)
-    launches.append(Launch(variant, grid, tile.threads, tile.shared_bytes, arguments))
+    columns, rows, groups = problem.grid(tile)
+    grid = _check_grid((columns, rows, groups * splits))
+    launches.append(Launch(variant, grid, tile.threads, variant.shared_bytes, arguments))
     return launches
 
 
-def _quantize(problem: Problem, at: Pointers, *, half: bool, native_4: bool) -> Launch:
+def _quantize(problem: Problem, at: Pointers, variant: Variant, counters: int) -> Launch:
     pixels, groups = problem.height * problem.width, problem.geometry.groups
     sizes = (pixels, problem.group_channels, groups, problem.steps)
     arguments = (
         *map(ctypes.c_void_p, (at.x, at.tables, at.step)),
         *map(ctypes.c_int, (*sizes, _CHANNELS_LAST * problem.channels_last)),
-        *map(ctypes.c_void_p, (at.codes, at.sums)),
+        *map(ctypes.c_void_p, (at.codes, at.sums, at.partial)),
+        ctypes.c_int(counters),
     )
     grid = -(-pixels // _QUANTIZE_PIXELS), groups, problem.batch
-    _check_grid(grid)
-    return Launch(Variant("quantize", half, native_4), grid, _QUANTIZE_THREADS, 0, arguments)
+    return Launch(variant, _check_grid(grid), _QUANTIZE_THREADS, 0, arguments)
 
 
-def _check_grid(grid: tuple[int, int, int]) -> None:
+def _check_grid(grid: tuple[int, int, int]) -> tuple[int, int, int]:
     if max(grid[1:]) > _MAX_BLOCKS:
         raise UsageError(
             f"a grid of {grid[0]}x{grid[1]}x{grid[2]} blocks exceeds CUDA's limit of {_MAX_BLOCKS}; use "
             "a smaller batch"
         )
+    return grid
 
 
 def _check_alignment(at: Pointers, *, fused: bool) -> None:

@@ -2,14 +2,18 @@
 
 Letters: B images; C channels of a group; G groups; N output channels of all groups; T steps.
 
-    activation codes  [B, height, width, G, C32]     signed bytes, or nibbles `k - lo`
+    activation codes  [B, height, width, G, C32]     signed bytes, or nibbles `k - lo`; scratch memory
     weights           [N, kernel_h, kernel_w, C32]   signed bytes, or nibbles
     terms             float32[4, N]                  scale d, bias, zero point z, sum of `q - z`
     tables            float32[4, T]                  scale, its reciprocal, smallest and largest code
 
 C32 is C rounded up to a multiple of 32; `trtq.quant.packing` compares the layout of 4-bit weights with
-those of files and graphs. A linear layer is a 1 x 1 convolution over an image of one column, whose rows
-are the tokens, with channels last.
+those of files and graphs. Where bytes of codes meet 4-bit weights, the codes of 32 channels have another
+order: byte 16 h + 4 t + i is channel 8 t + 4 h + i (t, i: 0 to 3; h: 0, 1). A thread of the product that
+reads a word of weights, eight neighbouring channels, then has the codes of these channels.
+
+A linear layer is a 1 x 1 convolution over an image of one column, whose rows are the tokens, with
+channels last.
 """
 
 from __future__ import annotations
@@ -19,14 +23,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trtq.errors import UsageError
-from trtq.plugins.variants import (
-    has_native_4,
-)
+from trtq.plugins.variants import TILE_BYTES, TILES, Tile, has_native_4
 
-__all__ = ["CHANNEL_BLOCK", "Geometry", "LayerSpec", "Problem"]
+__all__ = ["CHANNEL_BLOCK", "COUNTER_BYTES", "MAX_SPLIT_BYTES", "Geometry", "LayerSpec", "Problem"]
 
 CHANNEL_BLOCK = 32
 """Channels are padded to a multiple of this number: 16 bytes of nibbles."""
+MAX_SPLIT_BYTES = 16 << 20
+"""Maximum size of the memory for sums of several splits, in bytes."""
+COUNTER_BYTES = 16
+"""Bytes per counter of splits; sums after the counters are aligned."""
+CODE_OF_ZERO_BYTES = 16
+"""Bytes of each image's code of zero after nibbles of codes, for pixels beyond the image."""
 
 
 def _whole_blocks(channels: int) -> int:
@@ -50,6 +58,11 @@ class Geometry:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each output pixel depends on the input pixel in the same place only."""
+        return (self.kernel, self.stride, self.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 @dataclass(frozen=True)
@@ -130,13 +143,38 @@ class Problem:
         return self.batch, self.out_channels, height, width
 
     def code_bytes(self, *, native_4: bool) -> int:
-        """Size of the activation codes, in bytes."""
+        """Size of the activation codes, in bytes; nibbles never need more than bytes."""
         count = self.batch * self.height * self.width * self.geometry.groups * self.padded_channels
-        return count // 2 if native_4 else count
+        return count // 2 + CODE_OF_ZERO_BYTES * self.batch if native_4 else count
+
+    def k_tiles(self, *, native_4: bool) -> int:
+        """Number of operand tiles along k."""
+        kernel = self.geometry.kernel
+        k_bytes = kernel[0] * kernel[1] * self.padded_channels // (2 if native_4 else 1)
+        return -(-k_bytes // TILE_BYTES)
+
+    def grid(self, tile: Tile) -> tuple[int, int, int]:
+        """Number of tiles along the output channels of a group, along rows, and of groups."""
+        columns = -(-(self.out_channels // self.geometry.groups) // tile.n)
+        return columns, -(-self.rows // tile.m), self.geometry.groups
+
+    def blocks(self, tile: Tile) -> int:
+        """Number of tiles of outputs."""
+        return math.prod(self.grid(tile))
+
+    def plan_bytes(self, tile: Tile, splits: int) -> int:
+        """Size of the counters and sums of several splits, in bytes."""
+        return self.blocks(tile) * (COUNTER_BYTES + 4 * splits * tile.m * tile.n)
+
+    @property
+    def split_bytes(self) -> int:
+        """Size of the memory with which splits can be useful, in bytes; 0 for large layers."""
+        blocks = self.blocks(TILES[0])
+        return min(MAX_SPLIT_BYTES, self.plan_bytes(TILES[0], 8)) if blocks <= 512 else 0
 
     @property
     def sum_bytes(self) -> int:
-        """Size of the sums per pixel and group for native 4-bit products, in bytes."""
+        """Size of the sums of codes per pixel and group for 4-bit weights, in bytes."""
         return 4 * self.batch * self.height * self.width * self.geometry.groups
 
 
@@ -190,3 +228,7 @@ class LayerSpec:
     def native_4(self, architecture: str) -> bool:
         """Whether an architecture's tensor cores multiply both factors as nibbles."""
         return has_native_4(architecture) and self.weight_bits == 4 and self.activation_bits <= 4
+
+    def packed(self, architecture: str) -> bool:
+        """Whether bytes of activation codes meet packed 4-bit weights on an architecture."""
+        return self.weight_bits == 4 and not self.native_4(architecture)

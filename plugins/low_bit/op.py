@@ -142,6 +142,7 @@ def low_bit(
     problem = spec.problem(x.shape, channels_last=last)
     codes = torch.empty(problem.code_bytes(native_4=False), dtype=torch.uint8, device=x.device)
     sums = torch.empty(problem.sum_bytes // 4, dtype=torch.int32, device=x.device)
+    partial = torch.empty(problem.split_bytes // 4, dtype=torch.int32, device=x.device)
     at = Pointers(
         x.data_ptr(),
         weight.data_ptr(),
@@ -152,6 +153,7 @@ def low_bit(
         codes.data_ptr(),
         sums.data_ptr(),
         0 if residual is None else residual.data_ptr(),
+        partial.data_ptr() if problem.split_bytes else 0,
     )
     _start(spec, problem, at, x.device, half=x.dtype == torch.float16, silu=silu)
     return out

@@ -36,7 +36,7 @@ from trtq.plugins.low_bit.attributes import (
     fields_of,
     spec_of,
 )
-from trtq.plugins.spec import LayerSpec
+from trtq.plugins.spec import MAX_SPLIT_BYTES, LayerSpec
 
 __all__ = ["register", "take_failures"]
 
@@ -164,7 +164,9 @@ class _PluginMethods:
     @_recording_failures
     def get_workspace_size(self, inputs: Any, _: Any) -> int:
         problem = self.layer.problem(tuple(inputs[0].max))
-        return _aligned(problem.code_bytes(native_4=False)) + problem.sum_bytes
+        # The call may be smaller than the maximum, and divide k.
+        codes = _aligned(problem.code_bytes(native_4=False))
+        return codes + _aligned(problem.sum_bytes) + MAX_SPLIT_BYTES
 
     @_recording_failures
     def on_shape_change(self, inputs: Any, _: Any) -> None:
@@ -184,11 +186,13 @@ class _PluginMethods:
     ) -> None:
         problem = self.layer.problem(tuple(inputs[0].dims))
         codes = int(workspace)
+        sums = codes + _aligned(problem.code_bytes(native_4=False))
         at = Pointers(
             **dict(zip(INPUTS, map(int, sources), strict=True)),
             out=int(outputs[0]),
             codes=codes,
-            sums=codes + _aligned(problem.code_bytes(native_4=False)),
+            sums=sums,
+            partial=sums + _aligned(problem.sum_bytes),
         )
         half = inputs[0].type == self._trt.DataType.HALF
         start_layer(self._device(), self.layer, problem, at, int(stream), half=half)

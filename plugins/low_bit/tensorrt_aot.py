@@ -36,7 +36,7 @@ def _out_size(size: Any, geometry: Geometry, axis: int) -> Any:
 
 
 def _shape_arguments(layer: LayerSpec, shape: Any) -> tuple[list[Any], Any]:
-    """The kernel's integer arguments (see `trtq.plugins.launch.shape_arguments`) and the output rows."""
+    """The integers of `trtq.plugins.arguments.shape_arguments`, and the number of output rows."""
     g = layer.geometry or Geometry()
     if layer.geometry is None:
         height: Any = 1
@@ -49,7 +49,7 @@ def _shape_arguments(layer: LayerSpec, shape: Any) -> tuple[list[Any], Any]:
         out = _out_size(height, g, 0), _out_size(width, g, 1)
     sizes = [shape[0], height, width, layer.channels // g.groups, *out, layer.out_channels]
     fixed = [g.groups, *g.kernel, *g.stride, *g.padding, *g.dilation, layer.steps]
-    return [*sizes, *fixed, int(layer.geometry is None)], shape[0] * out[0] * out[1]
+    return [*sizes, *fixed], shape[0] * out[0] * out[1]
 
 
 def _annotated(function: Any, names: dict[str, Any], returns: Any) -> Any:
@@ -97,12 +97,20 @@ def register_ahead_of_time(
         integers, rows = _shape_arguments(layer, x.shape_expr)
         tile, groups = _tile(layer), 1 if layer.geometry is None else layer.geometry.groups
         half = x.dtype == trt.DataType.HALF
-        variant = Variant("low_bit", half, False, layer.weight_bits, fused=True, tile=tile)
+        variant = Variant(
+            "low_bit",
+            half,
+            False,
+            layer.weight_bits,
+            fused=True,
+            tile=tile,
+            channels_last=layer.geometry is None,
+        )
         launch = trtp.KernelLaunchParams()
         launch.grid_x = -(-(layer.out_channels // groups) // tile.n)
         launch.grid_y = (rows + (tile.m - 1)) // tile.m
         launch.grid_z = groups
-        launch.block_x, launch.shared_mem = tile.threads, tile.shared_bytes
+        launch.block_x, launch.shared_mem = tile.threads, variant.shared_bytes
         extra = trtp.SymIntExprs(len(integers))
         for index, value in enumerate(integers):
             extra[index] = trtp.SymInt32(value)

@@ -27,7 +27,7 @@ GEOMETRIES = {
     "1x1": Geometry(),
     "3x3": Geometry((3, 3), padding=(1, 1)),
     "down": Geometry((3, 3), stride=(2, 2), padding=(1, 1)),
-    "odd": Geometry((2, 3), stride=(1, 2), padding=(0, 2), dilation=(2, 1)),
+    "odd": Geometry((2, 3), stride=(1, 2), padding=(1, 2), dilation=(2, 1)),
     "groups": Geometry((3, 1), padding=(1, 0), groups=4),
 }
 LINEAR, SAME = GEOMETRIES["1x1"], GEOMETRIES["3x3"]
@@ -80,6 +80,7 @@ def run(
     fused: bool = False,
     residual: np.ndarray | None = None,
     silu: bool = False,
+    splits: int = 1,
     seed: int = 0,
 ) -> np.ndarray:
     """Run the kernels on a case and return the output, `[B, N, P, Q]`."""
@@ -101,9 +102,13 @@ def run(
         "codes": rubbish,
         "sums": np.full(problem.sum_bytes // 4, -9, np.int32),
         "residual": None if residual is None else laid_out(residual),
+        "partial": None
+        if splits == 1
+        else np.full(problem.plan_bytes(tile, splits), 0x5A, np.uint8),
     }
+    scratch = ("codes", "sums", "partial")
     placed = {
-        name: None if a is None else memory.put(a, name, writable=name in ("codes", "sums"))
+        name: None if a is None else memory.put(a, name, writable=name in scratch)
         for name, a in arrays.items()
     }
     at = Pointers(out=_address(out), **{name: _address(array) for name, array in placed.items()})
@@ -116,6 +121,7 @@ def run(
         native_4=native_4,
         silu=silu,
         fused=fused,
+        splits=splits,
     )
     for launch in launches:
         machine.run(launch, seed, memory)
@@ -146,15 +152,19 @@ def _two_launches(machine: Any, form: str, geometry: str, order: str) -> None:
 
 
 def _tile(machine: Any, form: str, tile: Tile, seed: int, half: bool = True) -> None:
-    """Use more tiles along k than stages, several blocks, and images that end within a block."""
+    """Use more tiles along k than stages, several blocks, and images that end within a block.
+
+    In half precision outputs are stored as vectors, otherwise one by one.
+    """
+    out = 136 if tile.n == 128 else 80
     case = _drawn(
         seed,
         form,
         batch=3,
-        height=7,
+        height=8 if half else 7,
         width=7,
         channels=72,
-        out=264 if tile.n == 256 else 80,
+        out=out if half else out + 1,
         geometry=SAME if seed % 2 else LINEAR,
         half=half,
         channels_last=seed > 1,
@@ -162,30 +172,56 @@ def _tile(machine: Any, form: str, tile: Tile, seed: int, half: bool = True) -> 
     _exact(machine, case, form, tile=tile, seed=seed)
 
 
+def _splits(machine: Any, form: str, geometry: str, splits: int, tile: Tile) -> None:
+    """Divide k unevenly: splits begin within kernel rows, and only the last has the end of k."""
+    case = _drawn(
+        splits,
+        form,
+        geometry=GEOMETRIES[geometry],
+        channels=200,
+        out=72,
+        height=9,
+        channels_last=splits % 2 == 0,
+    )
+    residual = draw(5, height=9, width=4, channels=72).x
+    if case.problem.out_size != (9, 4):
+        residual = None
+    actual = run(
+        machine,
+        case,
+        native_4=FORMS[form][2],
+        tile=tile,
+        splits=splits,
+        residual=residual,
+        seed=splits,
+    )
+    assert np.array_equal(actual, expected(case, residual=residual))
+
+
 def _fused(machine: Any, form: str, geometry: str, order: str, half: bool) -> None:
     case = _drawn(2, form, geometry=GEOMETRIES[geometry], half=half, channels_last=ORDERS[order])
     _exact(machine, case, form, fused=True)
 
 
-def _two_stages(machine: Any, form: str, half: bool = True) -> None:
+def _two_stages(machine: Any, form: str, seed: int, half: bool = True) -> None:
     """Use the larger tile of TensorRT engines: fewer stages than tiles along k, several blocks."""
-    for seed, geometry in ((2, LINEAR), (3, SAME)):
-        case = _drawn(
-            seed,
-            form,
-            batch=3,
-            height=7,
-            width=7,
-            channels=232,
-            out=136,
-            geometry=geometry,
-            half=half,
-            channels_last=geometry is LINEAR,
-        )
-        _exact(machine, case, form, tile=ONE_LAUNCH_TILES[1], fused=True, seed=seed)
+    geometry = SAME if seed % 2 else LINEAR
+    case = _drawn(
+        seed,
+        form,
+        batch=3,
+        height=7,
+        width=7,
+        channels=232,
+        out=136,
+        geometry=geometry,
+        half=half,
+        channels_last=geometry is LINEAR,
+    )
+    _exact(machine, case, form, tile=ONE_LAUNCH_TILES[1], fused=True, seed=seed)
 
 
-def _residual(machine: Any, form: str, order: str, width: int) -> None:
+def _residual(machine: Any, form: str, order: str, width: int, half: bool = True) -> None:
     native = FORMS[form][2]
     case = _drawn(
         4,
@@ -194,25 +230,28 @@ def _residual(machine: Any, form: str, order: str, width: int) -> None:
         height=4,
         out=24 if width == 4 else 21,
         channels_last=ORDERS[order],
+        half=half,
     )
-    residual = draw(5, width=width, height=4, channels=case.problem.out_channels).x
-    actual = run(machine, case, native_4=native, residual=residual, silu=True)
-    wanted = expected(case, residual=residual, silu=True)
-    # The exponential may differ in the last bit of float32, and the result in the last bit of half
-    # precision.
-    spacing = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float32)
-    assert (np.abs(actual.astype(np.float32) - wanted.astype(np.float32)) <= spacing).all()
+    residual = draw(5, width=width, height=4, channels=case.problem.out_channels, half=half).x
+    for given in (residual, None):
+        actual = run(machine, case, native_4=native, residual=given, silu=True)
+        wanted = expected(case, residual=given, silu=True)
+        # The exponential may differ in the last bit of float32, and the result in the last bit of half
+        # precision.
+        spacing = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float32)
+        assert (np.abs(actual.astype(np.float32) - wanted.astype(np.float32)) <= spacing).all()
     exact = run(machine, case, native_4=native, residual=residual)
     assert np.array_equal(exact, expected(case, residual=residual))
 
 
 def _tokens(machine: Any, form: str) -> None:
-    """Use rows with an odd number of channels, a single row, and an aligned end of half a chunk."""
+    """Use rows with an odd number of channels, a single row, and aligned ends of parts of a chunk."""
     for batch, tokens, channels, out in (
         (2, 1, 33, 1),
         (2, 77, 40, 9),
         (2, 3, 1, 64),
         (1, 3, 36, 9),
+        (1, 3, 38, 9),
     ):
         case = _drawn(
             6,
@@ -265,27 +304,46 @@ def _tiles() -> Iterator[Check]:
     for form, tile, seed in product(("w8a8", "w4a8", "native"), TILES, range(4)):
         call = partial(_tile, form=form, tile=tile, seed=seed)
         yield Check("tiles", f"{form}-{tile.m}x{tile.n}-{seed}", form, tile, call)
-    for form in ("w8a8", "w4a8"):
-        yield Check("two stages", form, form, ONE_LAUNCH_TILES[1], partial(_two_stages, form=form))
+    for form, seed in product(("w8a8", "w4a8"), (2, 3)):
+        call = partial(_two_stages, form=form, seed=seed)
+        yield Check("two stages", f"{form}-{seed}", form, ONE_LAUNCH_TILES[1], call)
+
+
+def _divided() -> Iterator[Check]:
+    for form, geometry, splits, tile in (
+        ("w8a8", "odd", 3, TILES[0]),
+        ("w8a8", "1x1", 2, TILES[0]),
+        ("w4a8", "1x1", 3, TILES[0]),
+        ("w4a8", "groups", 2, TILES[0]),
+        ("native", "3x3", 4, TILES[0]),
+        ("w4a8", "3x3", 3, TILES[1]),
+    ):
+        call = partial(_splits, form=form, geometry=geometry, splits=splits, tile=tile)
+        yield Check("splits", f"{form}-{geometry}-{tile.m}-{splits}", form, tile, call)
 
 
 def _floats() -> Iterator[Check]:
     """One case for each variant with float values that no other case runs."""
-    for form, tile in product(("w8a8", "w4a8", "native"), TILES):
-        seed = 3 if form == "w8a8" else 2
+    for form, tile, seed in product(("w8a8", "w4a8", "native"), TILES, range(4)):
         call = partial(_tile, form=form, tile=tile, seed=seed, half=False)
-        yield Check("floats", f"{form}-{tile.m}x{tile.n}", form, tile, call)
-    for form in ("w8a8", "w4a8"):
-        call = partial(_two_stages, form=form, half=False)
-        yield Check("floats", f"{form}-two stages", form, ONE_LAUNCH_TILES[1], call)
+        yield Check("floats", f"{form}-{tile.m}x{tile.n}-{seed}", form, tile, call)
+    for form, seed in product(("w8a8", "w4a8"), (2, 3)):
+        call = partial(_two_stages, form=form, seed=seed, half=False)
+        yield Check("floats", f"{form}-two stages-{seed}", form, ONE_LAUNCH_TILES[1], call)
 
 
 def _edges() -> Iterator[Check]:
     small = TILES[0]
-    for width, form, order in product((4, 5), ("w8a8", "native"), ORDERS):
+    for width, form, order in product((4, 5), FORMS, ORDERS):
+        if form == "w4a4":
+            continue
         name = f"{'whole' if width == 4 else 'single'} stores-{form}-{order}"
         call = partial(_residual, form=form, order=order, width=width)
         yield Check("residual", name, form, small, call)
+    for width, order in product((4, 5), ORDERS):
+        name = f"float-{'whole' if width == 4 else 'single'} stores-{order}"
+        call = partial(_residual, form="w8a8", order=order, width=width, half=False)
+        yield Check("residual", name, "w8a8", small, call)
     for form in FORMS:
         yield Check("tokens", form, form, small, partial(_tokens, form=form))
         yield Check("outside", form, form, small, partial(_outside, form=form))
@@ -293,7 +351,7 @@ def _edges() -> Iterator[Check]:
     yield Check("extreme", "w8a8", "w8a8", small, _extreme)
 
 
-CHECKS = [*_layouts(), *_tiles(), *_floats(), *_edges()]
+CHECKS = [*_layouts(), *_tiles(), *_divided(), *_floats(), *_edges()]
 """All cases."""
 
 

@@ -17,9 +17,10 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_for_every_architecture(architecture):
-    """Compile with small tiles and half values; `build_all` compiles all variants."""
+    """Compile convolutions with small tiles and half values; `build_all` compiles all variants."""
     for variant in all_variants(architecture):
-        if variant.half and variant.tile in (None, TILES[0]):
+        conv = not (variant.pointwise or variant.channels_last)
+        if variant.half and conv and variant.tile in (None, TILES[0]):
             assert cubin(variant, architecture)[:4] == ELF, variant
 
 
@@ -27,7 +28,7 @@ def test_every_kernel_compiles_for_every_architecture(architecture):
 def test_every_variant_compiles_for_every_architecture():
     built = build_all()
     assert sorted(built) == sorted(ARCHITECTURES)
-    assert "low_bit-f16-w4-a4-128x256" in built["sm86"]
+    assert "low_bit-f16-w4-a4-1x1-nhwc-128x128" in built["sm86"]
     assert not any("a4" in name for name in built["sm90"])
 
 

@@ -66,10 +66,10 @@ def use(monkeypatch):
     return install
 
 
-def launch(tile=TILES[2]):
-    variant = Variant("low_bit", True, False, 4, False, tile)
+def launch(tile=TILES[1]):
+    variant = Variant("low_bit", True, False, 8, False, tile)
     arguments = (ctypes.c_int(3), ctypes.c_void_p(64))
-    return Launch(variant, (1, 2, 3), tile.threads, tile.shared_bytes, arguments)
+    return Launch(variant, (1, 2, 3), tile.threads, variant.shared_bytes, arguments)
 
 
 def test_a_kernel_is_loaded_once_with_its_shared_memory_attribute(use):
@@ -82,18 +82,20 @@ def test_a_kernel_is_loaded_once_with_its_shared_memory_attribute(use):
     assert names.count("cuModuleLoadData") == names.count("cuFuncSetAttribute") == 1
     started = [arguments for name, arguments in driver.calls if name == "cuLaunchKernel"]
     assert len(started) == 2
-    assert started[0][:9] == (7, 1, 2, 3, 256, 1, 1, TILES[2].shared_bytes, 5)
+    assert started[0][:9] == (7, 1, 2, 3, 256, 1, 1, TILES[1].shared_bytes(), 5)
 
 
 def test_the_error_for_an_old_driver_names_the_remedy(use):
     use(cuModuleLoadData=Status.CUDA_ERROR_NO_BINARY_FOR_GPU)
-    with pytest.raises(KernelError, match=r"low_bit-f16-w4-128x256 for sm89.*too old.*update it"):
+    with pytest.raises(
+        KernelError, match=r"low_bit-f16-w8-nchw-128x128 for sm89.*too old.*update it"
+    ):
         CudaDevice(1).start(launch(), stream=0)
 
 
 def test_a_kernel_that_cannot_start_is_named(use):
     use(cuLaunchKernel=Status.CUDA_ERROR_INVALID_VALUE)
-    with pytest.raises(KernelError, match="cannot start low_bit-f16-w4-128x256 on sm89"):
+    with pytest.raises(KernelError, match="cannot start low_bit-f16-w8-nchw-128x128 on sm89"):
         CudaDevice(1).start(launch(), stream=0)
 
 

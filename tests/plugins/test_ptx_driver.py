@@ -229,11 +229,11 @@ def test_wrong_launches_are_found(path):
     text = "the GPU failed: CUDA_ERROR_ILLEGAL_ADDRESS: a kernel accessed memory out of bounds"
     assert freed.startswith(text)
     assert short.startswith(text)
-    assert few == "cannot start low_bit-f16-w8-64x64 on sm80: CUDA_ERROR_INVALID_VALUE"
+    assert few == "cannot start low_bit-f16-w8-nchw-64x64 on sm80: CUDA_ERROR_INVALID_VALUE"
     assert many == "cannot start quantize-f16 on sm80: CUDA_ERROR_INVALID_VALUE"
     of_weight, of_codes = (call["text"] for call in record.named("fault"))
     assert "a global load of 16 bytes outside of memory" in of_weight
-    assert "a global store of 8 bytes outside of memory: " in of_codes
+    assert "a global store of 16 bytes outside of memory: " in of_codes
     assert "into an allocation of 64 bytes, which has 64" in of_codes
 
 

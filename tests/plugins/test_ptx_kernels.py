@@ -26,7 +26,7 @@ FAST = {
     *("tokens/w4a4", "outside/native", "not finite/w8a8", "extreme/w8a8"),
 }
 """Cases of `make test`: few variants, because building one takes longer than all its cases."""
-FUSED = {("sm80", "fused/half-w8a8-odd-nchw"), ("sm120", "fused/float-w4a8-groups-nhwc")}
+FUSED = {("sm80", "fused/half-w4a8-odd-nchw"), ("sm120", "fused/float-w8a8-groups-nhwc")}
 
 
 def _cases():
@@ -60,7 +60,8 @@ def test_every_variant_has_a_case(architecture):
     for check in checks_for(architecture):
         with contextlib.suppress(AssertionError):
             check.call(recorder)
-    assert recorder.variants == set(all_variants(architecture))
+    plain = {v for v in recorder.variants if not (v.residual or v.silu)}
+    assert plain == set(all_variants(architecture))
 
 
 @pytest.mark.parametrize(("architecture", "check"), [*_cases()])

@@ -37,7 +37,7 @@ def test_the_suite_finds_a_mutation(mutation, tmp_path_factory, monkeypatch):
 
     def mutated(kernel):
         files = sources(kernel)
-        if kernel == mutation.kernel or mutation.file != "kernel.cu":
+        if mutation.file in files and (kernel == mutation.kernel or mutation.file != "kernel.cu"):
             files[mutation.file] = files[mutation.file].replace(mutation.old, mutation.new)
         return files
 

@@ -103,9 +103,9 @@ def test_all_kernels_are_loaded_when_a_context_is_created(tmp_path):
     assert {str(variant) for variant in device.prepared} == {
         *(f"quantize-{value}-a4" for value in ("f16", "f32")),
         *(
-            f"low_bit-{value}-w4-a4-{tile}"
+            f"low_bit-{value}-w4-a4-nchw-{tile}"
             for value in ("f16", "f32")
-            for tile in ("64x64", "128x128", "128x256")
+            for tile in ("64x64", "128x128")
         ),
     }
 

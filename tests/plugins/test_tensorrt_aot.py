@@ -10,8 +10,8 @@ import inspect
 import numpy as np
 import pytest
 
+from trtq.plugins.arguments import shape_arguments
 from trtq.plugins.compile import ptx
-from trtq.plugins.launch import shape_arguments
 from trtq.plugins.low_bit.attributes import PLUGINS, fields_of
 from trtq.plugins.low_bit.tensorrt_aot import register_all
 from trtq.plugins.spec import Geometry, LayerSpec
@@ -86,12 +86,20 @@ def test_the_launch_is_that_of_the_fused_kernel(plugins, name, layer, shape):
     )
     groups = layer.geometry.groups if layer.geometry else 1
     tile = ONE_LAUNCH_TILES[layer.out_channels // groups >= 128]
-    variant = Variant("low_bit", True, False, layer.weight_bits, fused=True, tile=tile)
+    variant = Variant(
+        "low_bit",
+        True,
+        False,
+        layer.weight_bits,
+        fused=True,
+        tile=tile,
+        channels_last=layer.geometry is None,
+    )
     assert (kernel, code) == ("low_bit", str(variant).encode())
-    assert tuple(extra) == shape_arguments(problem, silu=False)
+    assert tuple(extra) == shape_arguments(problem)
     blocks = -(-layer.out_channels // groups // tile.n), -(-problem.rows // tile.m), groups
     assert (launch.grid_x, launch.grid_y, launch.grid_z) == blocks
-    assert (launch.block_x, launch.shared_mem) == (tile.threads, tile.shared_bytes)
+    assert (launch.block_x, launch.shared_mem) == (tile.threads, variant.shared_bytes)
     # The system reserves 1 KiB of TensorRT's default shared memory on sm90 and later.
     assert launch.shared_mem <= 47 << 10
 

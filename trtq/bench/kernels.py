@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ from trtq.bench.result import KernelResult, KernelRow, KernelTimings
 from trtq.errors import TrtqError, UsageError
 from trtq.plugins.device import current_device
 from trtq.plugins.driver import driver_cuda, old_driver
-from trtq.plugins.launch import Device, Launch, Pointers, choose_tile, layer_launches
+from trtq.plugins.launch import Device, Launch, Pointers, layer_launches
+from trtq.plugins.tile_choice import choose_plan
 from trtq.progress import ProgressCallback, silent
 
 __all__ = ["FORMS", "bench_kernels", "failed_rows"]
@@ -42,19 +44,30 @@ def _launches(operands: Operands, device: Device) -> tuple[list[Launch], list[Te
     """The two kernel launches of the layer's operator, and the buffers that they use."""
     o, spec = operands, operands.spec
     problem = spec.problem(o.x.shape, channels_last=spec.geometry is not None)
-    sizes = (problem.code_bytes(native_4=False), problem.sum_bytes)
-    codes, sums = (torch.empty(size, dtype=torch.uint8, device=o.x.device) for size in sizes)
+    sizes = (problem.code_bytes(native_4=False), problem.sum_bytes, problem.split_bytes)
+    codes, sums, partial = (
+        torch.empty(size, dtype=torch.uint8, device=o.x.device) for size in sizes
+    )
     out = torch.empty(problem.out_shape, dtype=o.x.dtype, device=o.x.device)
     tensors = (o.x, o.weight, o.terms, o.tables, o.step, out, codes, sums)
+    plan = choose_plan(
+        problem,
+        device.processors,
+        device.architecture,
+        packed=spec.packed(device.architecture),
+        native_4=spec.native_4(device.architecture),
+        scratch_bytes=problem.split_bytes,
+    )
     launches = layer_launches(
         problem,
-        Pointers(*(tensor.data_ptr() for tensor in tensors)),
-        choose_tile(problem, device.processors, device.architecture),
+        replace(Pointers(*(tensor.data_ptr() for tensor in tensors)), partial=partial.data_ptr()),
+        plan.tile,
+        splits=plan.splits,
         half=True,
         weight_bits=spec.weight_bits,
         native_4=spec.native_4(device.architecture),
     )
-    return launches, [out, codes, sums]
+    return launches, [out, codes, sums, partial]
 
 
 def _starts(launches: Sequence[Launch], device: Device) -> list[Callable[[], object]]:

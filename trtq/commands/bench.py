@@ -107,6 +107,16 @@ Forms = Annotated[
         help="Bits of weights and activations: w8a8, w4a8 or w4a4; may be repeated. Default: all.",
     ),
 ]
+Predict = Annotated[
+    str | None,
+    typer.Option(
+        "--predict",
+        metavar="ARCH",
+        autocompletion=one_of("sm80", "sm86", "sm89", "sm90", "sm120"),
+        help="Predict the times for an architecture (sm80, sm86, sm89, sm90 or sm120) by a model, "
+        "without a GPU; measure nothing.",
+    ),
+]
 ResultFile = Annotated[Path | None, output_option("JSON file for the result.")]
 
 
@@ -196,6 +206,7 @@ def _print_bench(record: dict[str, Any]) -> None:
 
 def bench_kernels(
     forms: Forms = None,
+    predict: Predict = None,
     output: ResultFile = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -204,24 +215,30 @@ def bench_kernels(
     """Compare trtq's CUDA kernels with cuBLAS and cuDNN in half precision, layer by layer.
 
     Needs an NVIDIA GPU. Each layer is first compared with its definition, integer by integer; the exit
-    code is 1 if a layer is wrong or fails, after all layers are measured.
+    code is 1 if a layer is wrong or fails, after all layers are measured. With --predict, nothing is
+    measured, and no GPU is needed.
 
     Example: trtq bench kernels -o kernels.json
     """
     from trtq.artefact.outputs import check_file, new_file
+    from trtq.bench.kernel_prediction import predict_kernels
     from trtq.bench.kernels import FORMS, failed_rows
     from trtq.bench.kernels import bench_kernels as measure
 
     with command(verbose):
         if output is not None:
             check_file(output, overwrite=overwrite)
-        record = record_of(measure(forms or list(FORMS), progress=ProgressPrinter()))
+        wanted = forms or list(FORMS)
+        if predict is None:
+            record = record_of(measure(wanted, progress=ProgressPrinter()))
+        else:
+            record = record_of(predict_kernels(predict, wanted))
         # Printed before the file is written: a full disk must not cost a long measurement.
-        show(record, as_json, _print_kernels)
+        show(record, as_json, _print_kernels if predict is None else _print_prediction)
         if output is not None:
             with new_file(output, overwrite=overwrite) as partial:
                 partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        failed = failed_rows(record)
+        failed = failed_rows(record) if predict is None else []
         if failed:
             for text in failed[1:]:
                 print_error(f"error: {text}")
@@ -250,3 +267,22 @@ def _print_kernels(record: dict[str, Any]) -> None:
             "?" if share is None else f"{share:.0%}",
         )
     print_table(table)
+
+
+def _print_prediction(record: dict[str, Any]) -> None:
+    title = f"Predicted for {record['gpu']} ({record['architecture']}), not measured"
+    table = Table(title=title, title_justify="left")
+    for column in ("model", "shape", "form", "quantise us", "product us", "fp16 us", "times"):
+        table.add_column(column)
+    for row in record["rows"]:
+        times = ("quantise_microseconds", "product_microseconds", "fp16_microseconds")
+        table.add_row(
+            *(row[key] for key in ("model", "shape", "form")),
+            *(f"{row[key]:.1f}" for key in times),
+            f"{row['speedup']:.1f}",
+        )
+    print_table(table)
+    means = (f"{form} {value:.1f}" for form, value in record["mean_speedup"].items())
+    print_line(
+        f"Predicted mean speed-up: {', '.join(means)}. Expect 30 % of error in a single layer."
+    )
