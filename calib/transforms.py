@@ -56,9 +56,20 @@ def smoothing_factors(channel_max: Tensor, weights: Sequence[Tensor], alpha: flo
         weights: weights of all layers with this input, `[N, K, ...]` each.
         alpha: share of the range that moves to the weights.
     """
-    # [N, K] or [N, K, taps...] -> [N, K, taps]
-    by_layer = [weight.float().abs()[..., None].flatten(2) for weight in weights]
-    largest = torch.stack([each.amax((0, 2)) for each in by_layer]).amax(0)
+    return _factors(channel_max, _largest_by_input(weights), alpha)
+
+
+def _largest_by_input(weights: Sequence[Tensor]) -> Tensor:
+    """The largest absolute weight of each input channel, `[K]`, of weights `[N, K, ...]`."""
+    rows = []
+    for weight in weights:
+        # [N, K] or [N, K, taps...] -> [N, K, taps]
+        low, high = weight.float()[..., None].flatten(2).aminmax(dim=0)
+        rows.append(torch.maximum(-low, high).amax(1))
+    return torch.stack(rows).amax(0)
+
+
+def _factors(channel_max: Tensor, largest: Tensor, alpha: float) -> Tensor:
     a, w = _positive(channel_max.float()), _positive(largest)
     logarithm = alpha * a.log2() - (1 - alpha) * w.log2()
     return (logarithm - logarithm.mean()).exp2()
@@ -164,7 +175,8 @@ def _candidates(
     channel_max = entry.channel_max.mean(0)
     smoothings: list[Tensor | None] = [None]
     if options.smooth:
-        smoothings += [smoothing_factors(channel_max, weights, alpha) for alpha in _ALPHAS]
+        largest = _largest_by_input(weights)
+        smoothings += [_factors(channel_max, largest, alpha) for alpha in _ALPHAS]
     rotation = rotation_that_fits(len(channel_max), options.rotate) if options.rotate else 0
     for order in {0, rotation}:
         for factors in smoothings:
