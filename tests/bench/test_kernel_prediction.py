@@ -6,11 +6,11 @@ import pytest
 
 from trtq.bench.device import gpu_peak
 from trtq.bench.kernel_operands import SHAPES, operations
-from trtq.bench.kernel_prediction import CARDS, predict_kernels
+from trtq.bench.kernel_prediction import GPUS, predict_kernels
 from trtq.errors import UsageError
 
 
-@pytest.mark.parametrize("architecture", CARDS)
+@pytest.mark.parametrize("architecture", GPUS)
 def test_no_prediction_exceeds_the_peak(architecture):
     result = predict_kernels(architecture)
     assert result.predicted

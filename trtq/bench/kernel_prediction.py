@@ -17,11 +17,11 @@ from trtq.plugins.spec import LayerSpec, Problem
 from trtq.plugins.tile_choice import choose_plan, layer_cycles
 from trtq.results import Result
 
-__all__ = ["CARDS", "Card", "KernelPrediction", "PredictedRow", "predict_kernels"]
+__all__ = ["GPUS", "GpuModel", "KernelPrediction", "PredictedRow", "predict_kernels"]
 
 
 @dataclass(frozen=True)
-class Card:
+class GpuModel:
     """A GPU that stands for its architecture.
 
     Attributes:
@@ -37,12 +37,12 @@ class Card:
     cache_mib: int
 
 
-CARDS = {
-    "sm80": Card("A100-SXM4-80GB", 108, 1.41, 40),
-    "sm86": Card("GeForce RTX 3090", 82, 1.695, 6),
-    "sm89": Card("GeForce RTX 4090", 128, 2.52, 72),
-    "sm90": Card("H100 80GB HBM3", 132, 1.755, 50),
-    "sm120": Card("GeForce RTX 5090", 170, 2.407, 96),
+GPUS = {
+    "sm80": GpuModel("A100-SXM4-80GB", 108, 1.41, 40),
+    "sm86": GpuModel("GeForce RTX 3090", 82, 1.695, 6),
+    "sm89": GpuModel("GeForce RTX 4090", 128, 2.52, 72),
+    "sm90": GpuModel("H100 80GB HBM3", 132, 1.755, 50),
+    "sm120": GpuModel("GeForce RTX 5090", 170, 2.407, 96),
 }
 """One GPU per architecture, from NVIDIA's data sheets."""
 _LAUNCH, _QUANTIZE_START = 1.5, 2.0
@@ -106,15 +106,15 @@ def predict_kernels(
     """Predict every layer in every form.
 
     Args:
-        architecture: a key of `CARDS`.
+        architecture: a key of `GPUS`.
         forms: names of `FORMS`.
         shapes: layer shapes.
 
     Raises:
         UsageError: the architecture or a form is unknown.
     """
-    if architecture not in CARDS:
-        raise UsageError(f"unknown architecture {architecture!r}; choose from {', '.join(CARDS)}")
+    if architecture not in GPUS:
+        raise UsageError(f"unknown architecture {architecture!r}; choose from {', '.join(GPUS)}")
     unknown = [form for form in forms if form not in FORMS]
     if unknown:
         raise UsageError(f"unknown form {unknown[0]!r}; choose from {', '.join(FORMS)}")
@@ -128,22 +128,22 @@ def predict_kernels(
         means[form] = product
     return KernelPrediction(
         predicted=True,
-        gpu=CARDS[architecture].name,
+        gpu=GPUS[architecture].name,
         architecture=architecture,
         mean_speedup=means,
         rows=rows,
     )
 
 
-def _memory_microseconds(total: float, card: Card, bandwidth: float) -> float:
+def _memory_microseconds(total: float, gpu: GpuModel, bandwidth: float) -> float:
     """Microseconds of the bytes that do not stay in the L2 cache."""
-    beyond = max(0.0, total - _CACHE_SHARE * (card.cache_mib << 20))
+    beyond = max(0.0, total - _CACHE_SHARE * (gpu.cache_mib << 20))
     return beyond / (_MEMORY_SHARE * bandwidth) * 1e6
 
 
 def _predicted(shape: Shape, form: str, architecture: str) -> PredictedRow:
-    card = CARDS[architecture]
-    half = gpu_peak(card.name, integers=False)
+    gpu = GPUS[architecture]
+    half = gpu_peak(gpu.name, integers=False)
     assert half is not None
     channels = shape.size[2] if shape.geometry is None else shape.size[1]
     spec = LayerSpec(channels, shape.out, 1, *FORMS[form], shape.geometry)
@@ -151,24 +151,24 @@ def _predicted(shape: Shape, form: str, architecture: str) -> PredictedRow:
     native, packed = spec.native_4(architecture), spec.packed(architecture)
     plan = choose_plan(
         problem,
-        card.processors,
+        gpu.processors,
         architecture,
         packed=packed,
         native_4=native,
         scratch_bytes=problem.split_bytes,
     )
     cycles = layer_cycles(
-        problem, plan, card.processors, architecture, packed=packed, native_4=native
+        problem, plan, gpu.processors, architecture, packed=packed, native_4=native
     )
     codes = problem.code_bytes(native_4=native)
     weights = shape.out * problem.padded_channels * _taps(problem) * spec.weight_bits / 8
     moved = codes + weights + 2 * problem.rows * shape.out
     product = _LAUNCH + max(
-        cycles / card.gigahertz / 1e3, _memory_microseconds(moved, card, half.bytes)
+        cycles / gpu.gigahertz / 1e3, _memory_microseconds(moved, gpu, half.bytes)
     )
     read = 2 * problem.batch * problem.height * problem.width * problem.channels + codes
-    cached = read / (_CACHE_BYTES * card.processors * card.gigahertz * 1e3)
-    quantise = _LAUNCH + max(_QUANTIZE_START, cached, _memory_microseconds(read, card, half.bytes))
+    cached = read / (_CACHE_BYTES * gpu.processors * gpu.gigahertz * 1e3)
+    quantise = _LAUNCH + max(_QUANTIZE_START, cached, _memory_microseconds(read, gpu, half.bytes))
     fp16 = _HALF_START + operations(shape) / (_HALF_SHARE * half.operations) * 1e6
     return PredictedRow(
         model=shape.model,
