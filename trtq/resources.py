@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = [
@@ -11,8 +13,14 @@ __all__ = [
     "cache_folder",
     "forget_peak_rss",
     "peak_rss_bytes",
+    "return_freed_memory",
     "rss_bytes",
 ]
+
+
+_MMAP_THRESHOLD = -3
+"""The parameter `M_MMAP_THRESHOLD` of glibc's mallopt."""
+_LARGE_BLOCK = 1 << 20
 
 
 def rss_bytes() -> int:
@@ -75,6 +83,18 @@ def available_bytes() -> int:
     except (OSError, ValueError):  # No such files, or "max".
         pass
     return min(limits, default=0)
+
+
+def return_freed_memory() -> None:
+    """Let this process return large freed blocks to the operating system at once, where it can.
+
+    glibc keeps freed blocks of up to 32 MiB in its heap, between blocks that are in use. A process that
+    reads one weight after the other would grow to the size of all of them.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with suppress(OSError, AttributeError):  # Another C library.
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def cache_folder(kind: str) -> Path:

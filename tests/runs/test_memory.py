@@ -2,6 +2,8 @@
 
 import logging
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -161,6 +163,29 @@ def test_an_amount_of_memory_is_parsed(text, expected):
 def test_what_is_no_amount_of_memory_is_refused(text):
     with pytest.raises(UsageError, match="24GB"):
         parse_memory(text)
+
+
+def test_weights_that_are_read_one_after_the_other_do_not_add_up(tmp_path):
+    script = """
+import sys, torch
+from torch import nn
+from safetensors.torch import save_file
+from trtq.quant.stored_weight import store_weight
+from trtq.resources import return_freed_memory, rss_bytes
+return_freed_memory()
+save_file({"w": torch.zeros(1024, 2048)}, sys.argv[1])
+before, kept = rss_bytes(), []
+for _ in range(40):
+    layer = nn.Linear(1, 1)
+    store_weight(layer, sys.argv[1], "w", (1024, 2048))
+    # A small result of each weight, which lies behind the weight in the heap.
+    kept.append((layer.weight + 1).amax(1))
+print((rss_bytes() - before) >> 20)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "w.safetensors")]
+    grown = subprocess.run(command, check=True, capture_output=True, text=True)
+    # 40 weights of 8 MiB.
+    assert int(grown.stdout) < 100
 
 
 @pytest.fixture

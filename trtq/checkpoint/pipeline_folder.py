@@ -46,6 +46,7 @@ from trtq.checkpoint.weight_files import find_weights
 from trtq.checkpoint.weights import check_pointers
 from trtq.checkpoint.wording import list_names, one_line
 from trtq.errors import ArtefactError
+from trtq.resources import return_freed_memory
 
 __all__ = ["align_tensors", "assemble", "load_part", "load_pipeline"]
 
@@ -82,6 +83,8 @@ def load_part(folder: Path, part: str, cls: Any, *, stored: bool = False) -> Any
             "pipeline works without it"
         )
     check_pointers(place)
+    if stored:
+        return_freed_memory()
     if issubclass(cls, nn.Module):
         return _load_module(place, cls, stored=stored)
     if (place / SCHEDULER_NAME).is_file():
