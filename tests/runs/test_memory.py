@@ -165,27 +165,26 @@ def test_what_is_no_amount_of_memory_is_refused(text):
         parse_memory(text)
 
 
-def test_weights_that_are_read_one_after_the_other_do_not_add_up(tmp_path):
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
+def test_freed_weights_go_back_to_the_operating_system():
     script = """
-import sys, torch
-from torch import nn
-from safetensors.torch import save_file
-from trtq.quant.stored_weight import store_weight
+import torch
 from trtq.resources import return_freed_memory, rss_bytes
 return_freed_memory()
-save_file({"w": torch.zeros(1024, 2048)}, sys.argv[1])
-before, kept = rss_bytes(), []
+# glibc takes blocks of this size from its heap once one of them has been freed.
+del (first := [torch.ones(1 << 21)])[0]
+before = rss_bytes()
+weights, results = [], []
 for _ in range(40):
-    layer = nn.Linear(1, 1)
-    store_weight(layer, sys.argv[1], "w", (1024, 2048))
+    weights.append(torch.ones(1 << 21))
     # A small result of each weight, which lies behind the weight in the heap.
-    kept.append((layer.weight + 1).amax(1))
+    results.append(torch.ones(64))
+del weights
 print((rss_bytes() - before) >> 20)
 """
-    command = [sys.executable, "-c", script, str(tmp_path / "w.safetensors")]
-    grown = subprocess.run(command, check=True, capture_output=True, text=True)
+    grown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     # 40 weights of 8 MiB.
-    assert int(grown.stdout) < 100
+    assert int(grown.stdout) < 50, grown.stderr
 
 
 @pytest.fixture
