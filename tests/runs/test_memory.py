@@ -178,7 +178,7 @@ weights, results = [], []
 for _ in range(40):
     weights.append(torch.ones(1 << 21))
     # A small result of each weight, which lies behind the weight in the heap.
-    results.append(torch.ones(64))
+    results.append(torch.ones(1 << 15))
 del weights
 print((rss_bytes() - before) >> 20)
 """
