@@ -142,7 +142,7 @@ def test_what_needs_all_weights_in_memory_is_refused(half, changes, message):
 def test_the_available_memory_decides(half, monkeypatch):
     recipe = load_recipe(None, {"method": "search"})
     needed = stored_models.float_bytes(half)
-    for available, expected in ((2 * needed, False), (2 * needed - 2, True), (0, False)):
+    for available, expected in ((1.25 * needed + 1, False), (1.25 * needed - 1, True), (0, False)):
         monkeypatch.setattr(memory, "available_bytes", lambda available=available: available)
         assert stores_weights(half, recipe, None) == expected
 

@@ -181,8 +181,8 @@ Memory = Annotated[
     typer.Option(
         "--memory",
         metavar="SIZE",
-        help="Memory to use, e.g. 24GB. Default: what is available. Layers of a checkpoint whose "
-        "float32 weights take over half of it read them from its files; for --method search or minmax.",
+        help="Memory to use, e.g. 24GB. Layers of a checkpoint whose float32 weights take over half of "
+        "it read them from its files; for --method search or minmax. Default: what is available.",
     ),
 ]
 Resume = Annotated[

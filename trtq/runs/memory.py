@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 _SHARE = 0.5
-"""Share of the memory that float32 weights may take; the rest is for integers and activations."""
+"""Share of the user's limit that float32 weights may take; the rest is for integers and activations."""
+_SHARE_AVAILABLE = 0.8
+"""The same for the available memory, where weights in their files are a last resort: the run is recorded
+inside the pipeline's call, and its server answers by request."""
 
 
 def parse_memory(text: str) -> int:
@@ -59,13 +62,14 @@ def stores_weights(model: Any, recipe: Recipe, memory: int | None) -> bool:
     except ArtefactError:
         # Loading reports it.
         return False
-    if needed <= _SHARE * limit:
+    if needed <= limit * (_SHARE_AVAILABLE if memory is None else _SHARE):
         return False
     obstacle = _obstacle(recipe)
     if obstacle is None:
-        logger.info(
+        logger.log(
+            logging.WARNING if memory is None else logging.INFO,
             "the weights take %.1f GB in float32, and %.1f GB of memory may be used: layers read their "
-            "weights from the files",
+            "weights from the files, and the calibration runs inside the pipeline's call",
             needed / 1e9,
             limit / 1e9,
         )
