@@ -204,10 +204,10 @@ def main() -> None:
     parser.add_argument("--tools", type=Path, help="folder with nvdisasm and cuobjdump")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    found = options.tools or tools_folder()
-    if found is None:
+    folder = options.tools or tools_folder()
+    if folder is None:
         sys.exit("nvdisasm is missing: pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump")
-    tools = found.resolve()
+    tools = folder.resolve()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for architecture in options.architecture:
