@@ -204,10 +204,10 @@ def main() -> None:
     parser.add_argument("--tools", type=Path, help="folder with nvdisasm and cuobjdump")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    folder = options.tools or tools_folder()
-    if folder is None:
+    given = options.tools or tools_folder()
+    if given is None:
         sys.exit("nvdisasm is missing: pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump")
-    tools = folder.resolve()
+    tools = given.resolve()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for architecture in options.architecture:
