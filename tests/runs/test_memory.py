@@ -133,8 +133,9 @@ def test_the_pipeline_computes_the_same_with_weights_in_their_files(half):
 )
 def test_what_needs_all_weights_in_memory_is_refused(half, changes, message):
     recipe = load_recipe(None, {"method": "search"} | changes)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as caught:
         stores_weights(half, recipe, 1 << 20)
+    assert "more than half of the 1.0 MB of --memory" in str(caught.value)
     # Without a limit of the user, memory that is short is no error: it may suffice.
     assert not stores_weights(half, recipe, None)
 

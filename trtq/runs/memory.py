@@ -68,18 +68,23 @@ def stores_weights(model: Any, recipe: Recipe, memory: int | None) -> bool:
     if obstacle is None:
         logger.log(
             logging.WARNING if memory is None else logging.INFO,
-            "the weights take %.1f GB in float32, and %.1f GB of memory may be used: layers read their "
+            "the weights take %s in float32, and %s of memory may be used: layers read their "
             "weights from the files, and the calibration runs inside the pipeline's call",
-            needed / 1e9,
-            limit / 1e9,
+            _text(needed),
+            _text(limit),
         )
         return True
     if memory is not None:
         raise UsageError(
-            f"the weights of {place} take {needed / 1e9:.1f} GB in float32, more than half of the "
-            f"{limit / 1e9:.1f} GB of --memory, and {obstacle}"
+            f"the weights of {place} take {_text(needed)} in float32, more than half of the "
+            f"{_text(limit)} of --memory, and {obstacle}"
         )
     return False
+
+
+def _text(number: int) -> str:
+    """A number of bytes for a person."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
 def _obstacle(recipe: Recipe) -> str | None:
