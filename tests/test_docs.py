@@ -66,7 +66,18 @@ def run_python(code):
     exec(compile(code, "documentation", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+LONG = ("modelopt.md", "trtexec.md", "verify.md")
+"""Pages whose blocks take 40 s or more; their commands are also tested by themselves."""
+
+
+def pages_with_blocks():
+    for page in PAGES:
+        if blocks(page):
+            marks = [pytest.mark.slow] if page.name in LONG else []
+            yield pytest.param(page, marks=marks, id=name_of(page))
+
+
+@pytest.mark.parametrize("page", list(pages_with_blocks()))
 def test_blocks_run(page, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page.name not in MAKES_ITS_ARTEFACTS:
