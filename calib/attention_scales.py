@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from trtq.calib.attention_rows import AttentionRows, outlier_ratio
 from trtq.calib.input_rows import InputRows
-from trtq.calib.transform_error import TransformChoice
+from trtq.calib.transform_error import TransformChoice, some_outputs
 from trtq.calib.transforms import GAIN_OF_ROWS, smoothing_factors
 from trtq.limits import NOT_SCALED
 from trtq.quant.attention_channels import AttentionProduct, attention_products, scale_channels
@@ -39,7 +39,6 @@ from trtq.seeds import seeded_generator
 __all__ = ["scale_attention"]
 
 _ALPHAS = (0.25, 0.5, 0.75, 1.0)
-_OUTPUTS = 64
 _VALUES = 4096
 
 
@@ -152,8 +151,7 @@ class _AttentionError:
         self._plans = {True: mix, False: scores}
         self._options = options
         self._weight = weight.detach().float().cpu()
-        drawn = torch.linspace(0, len(weight) - 1, min(_OUTPUTS, len(weight))).long()
-        self._outputs = self._weight[drawn]
+        self._outputs = some_outputs(self._weight)
         self._exact = self._output(*self._tokens, low_bit=False)
 
     @torch.no_grad()

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from trtq.calib.range_rows import RangeRows
+from trtq.calib.transform_error import some_outputs
 from trtq.quant.fake_quant import fake_quant
 from trtq.quant.ranges import affine_from_range
 
 __all__ = ["ranges_by_output"]
 
 _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-_CHANNELS = 64
 Table = tuple[Tensor, Tensor]
 
 
@@ -55,7 +55,11 @@ def ranges_by_output(
     """
     x, shares = rows.parts()
     measures = [
-        _Output(x, shares, _matrix(weight) if linear else _power_of_inputs(weight, x.shape[-1]))
+        _Output(
+            x,
+            shares,
+            some_outputs(weight).float().cpu() if linear else _power_of_inputs(weight, x.shape[-1]),
+        )
         for weight in weights
     ]
 
@@ -74,15 +78,9 @@ def _candidates(extremes: tuple[Tensor, Tensor], bits: int, *, symmetric: bool) 
         yield affine_from_range(low * share, high * share, bits, symmetric=symmetric)
 
 
-def _matrix(weight: Tensor) -> Tensor:
-    """Some rows of a linear layer's weight, `[N, K]`."""
-    drawn = torch.linspace(0, len(weight) - 1, min(_CHANNELS, len(weight))).long()
-    return weight.detach()[drawn.to(weight.device)].float().cpu()
-
-
 def _power_of_inputs(weight: Tensor, channels: int) -> Tensor:
     """Sum of squared weights by input channel, `[K]`, of a convolution, which may have groups."""
-    squares = weight.detach().float().cpu().flatten(2).square().sum(2)
+    squares = weight.float().cpu().flatten(2).square().sum(2)
     groups = channels // weight.shape[1]
     return squares.reshape(groups, len(weight) // groups, -1).sum(1).flatten()
 

@@ -52,7 +52,7 @@ class RangeRows:
             step: index of the denoising step.
             x: rows `[N, K]`, float32, on the CPU.
         """
-        if not self._count[step] and not self._drawn.numel():
+        if not self._drawn.numel():
             self._drawn = torch.zeros(self._steps, self._each, x.shape[1])
             self._largest = torch.zeros_like(self._drawn)
             # Rows that are not there have the key -1, smaller than every largest absolute value.

@@ -23,7 +23,7 @@ from trtq.quant.ranges import row_qparams
 from trtq.quant.timestep import TimestepTable
 from trtq.seeds import seeded_generator
 
-__all__ = ["OutputError", "TransformChoice"]
+__all__ = ["OutputError", "TransformChoice", "some_outputs"]
 
 _CHANNELS = 64
 _VALUES = 4096
@@ -57,6 +57,12 @@ class TransformChoice:
         )
 
 
+def some_outputs(weight: Tensor) -> Tensor:
+    """Output channels of a weight `[N, ...]`, evenly spaced, that stand for all of them."""
+    drawn = torch.linspace(0, len(weight) - 1, min(_CHANNELS, len(weight))).long()
+    return weight[drawn.to(weight.device)]
+
+
 class OutputError:
     """Relative error of the outputs of a group of layers under a transform.
 
@@ -82,8 +88,7 @@ class OutputError:
         generator = seeded_generator(0, "values for ranges")
         self._drawn = torch.randperm(values, generator=generator)[:_VALUES]
         self.weights = [
-            (weight[torch.linspace(0, len(weight) - 1, min(_CHANNELS, len(weight))).long()], plan)
-            for weight, plan in zip(weights, group, strict=True)
+            (some_outputs(weight), plan) for weight, plan in zip(weights, group, strict=True)
         ]
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import subprocess
 import sys
 
@@ -121,6 +122,18 @@ def test_the_pipeline_computes_the_same_with_weights_in_their_files(half):
     ]
     assert torch.equal(*images)
     assert stored.text_encoder.dtype == torch.float32
+
+
+def test_a_small_tensor_that_is_not_finite_is_refused_when_the_model_is_loaded(half, tmp_path):
+    folder = shutil.copytree(half, tmp_path / "damaged")
+    file = next((folder / "transformer").glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("bias"))
+    tensors[name][0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    for stored in (False, True):
+        with pytest.raises(NonFiniteError, match=f"{name.rpartition('.')[0]}.*its bias"):
+            load_pipeline(folder, stored=stored)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,11 @@ class RecordedCall:
         """Shapes of the tensors by path."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    def copied(self) -> RecordedCall:
+        """The call with copies of its tensors, which the pipeline cannot change."""
+        copies = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        return RecordedCall(self.denoiser, self.form, copies)
+
 
 def read_timestep(call: RecordedCall, argument: str) -> float:
     """The timestep of a call; the largest if the call has several.

@@ -101,8 +101,7 @@ def survey(
     def keep(seen: RecordedCall) -> None:
         known = variants[seen.denoiser].setdefault(seen.form.key, [])
         if all(seen.shapes != call.shapes for call in known):
-            copies = {name: tensor.detach().clone() for name, tensor in seen.tensors.items()}
-            known.append(RecordedCall(seen.denoiser, seen.form, copies))
+            known.append(seen.copied())
         # Only small tensors are kept for every call: the timestep is one of them.
         small = {
             name: tensor.detach().clone()

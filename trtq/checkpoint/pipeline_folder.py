@@ -45,7 +45,7 @@ from trtq.checkpoint.tensor_checks import (
 from trtq.checkpoint.weight_files import find_weights
 from trtq.checkpoint.weights import check_pointers
 from trtq.checkpoint.wording import list_names, one_line
-from trtq.errors import ArtefactError
+from trtq.errors import ArtefactError, TrtqError
 from trtq.resources import return_freed_memory
 
 __all__ = ["align_tensors", "assemble", "load_part", "load_pipeline"]
@@ -125,7 +125,7 @@ def _guarded(place: Path, cls: Any, load: Callable[[], Any]) -> Any:
     try:
         with quiet_diffusers():
             return load()
-    except ArtefactError:
+    except TrtqError:
         raise
     # The libraries' parsers may raise any exception, even a bare Exception.
     except Exception as err:
@@ -161,9 +161,10 @@ def _load_module(place: Path, cls: Any, *, stored: bool) -> nn.Module:
         check_names(place, config, model, weights.tensors)
     if stored and by_diffusers and not adapter:
         named: nn.Module | None = _guarded(
-            place, cls, lambda: stored_model(config, cls, weights.tensors)
+            place, cls, lambda: stored_model(place, config, cls, weights.tensors)
         )
         if named is not None:
+            align_tensors(named)
             return named
     options: dict[str, Any] = {
         "local_files_only": True,

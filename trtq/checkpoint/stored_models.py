@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from trtq.checkpoint.component_classes import is_component
 from trtq.checkpoint.layout import read_index
+from trtq.checkpoint.tensor_checks import check_finite_tensors
 from trtq.checkpoint.weight_files import find_weights, has_weights
 from trtq.checkpoint.weights import TensorInfo
 from trtq.checkpoint.wording import one_line
@@ -51,11 +52,12 @@ def float_bytes(folder: Path) -> int:
 
 
 def stored_model(
-    config: dict[str, Any], cls: Any, tensors: Mapping[str, TensorInfo]
+    place: Path, config: dict[str, Any], cls: Any, tensors: Mapping[str, TensorInfo]
 ) -> nn.Module | None:
     """A diffusers model in evaluation mode whose layers read large weights from the files.
 
     Args:
+        place: folder of the model, used in messages.
         config: configuration of the model.
         cls: class of the model.
         tensors: header entries by name.
@@ -82,10 +84,9 @@ def stored_model(
             store_weight(layer, info.file, name, info.shape)
         else:
             small[name] = info
-    model.load_state_dict(read_tensors(small), strict=False, assign=True)
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ArtefactError(f"{name} got no value")
+    read = read_tensors(small)
+    check_finite_tensors(read.items(), str(place))
+    model.load_state_dict(read, strict=False, assign=True)
     return model.requires_grad_(False).eval()
 
 

@@ -23,6 +23,7 @@ from trtq.errors import ArtefactError, NonFiniteError
 __all__ = [
     "check_dtypes",
     "check_finite",
+    "check_finite_tensors",
     "check_loading_report",
     "check_names",
     "check_sizes",
@@ -49,9 +50,19 @@ def check_finite(module: nn.Module, where: str) -> None:
     Raises:
         NonFiniteError: a parameter holds NaN or infinity; the message names the first one.
     """
-    for name, parameter in module.named_parameters():
-        if parameter.numel() and parameter.is_floating_point():
-            low, high = torch.aminmax(parameter.detach())
+    check_finite_tensors(module.named_parameters(), where)
+
+
+def check_finite_tensors(named: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
+    """Raise unless all floating-point tensors are finite; see `check_finite`.
+
+    Args:
+        named: tensors of a model, by path.
+        where: name of the model, used in messages.
+    """
+    for name, tensor in named:
+        if tensor.numel() and tensor.is_floating_point():
+            low, high = torch.aminmax(tensor.detach())
             if not bool(torch.isfinite(low) & torch.isfinite(high)):
                 layer, _, leaf = name.rpartition(".")
                 raise NonFiniteError(f"{where}: layer {layer!r}: its {leaf} holds NaN or infinity")

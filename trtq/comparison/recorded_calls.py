@@ -100,12 +100,8 @@ def record_parts(sides: tuple[Side, Side]) -> list[Part]:
     pipeline = sides[0].source.pipeline
     seen: list[RecordedCall] = []
 
-    def keep(call: RecordedCall) -> None:
-        copies = {name: tensor.detach().clone() for name, tensor in call.tensors.items()}
-        seen.append(RecordedCall(call.denoiser, call.form, copies))
-
     modules = {name: getattr(pipeline, name) for name in arguments}
-    with observed(modules, keep):
+    with observed(modules, lambda call: seen.append(call.copied())):
         run_call(pipeline, _call(sides), 0, "parity")
     groups: dict[Any, list[RecordedCall]] = {}
     graphs: dict[Any, tuple[CallGraph | None, CallGraph | None]] = {}

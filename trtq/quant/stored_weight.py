@@ -21,7 +21,6 @@ from trtq.errors import ArtefactError, NonFiniteError
 __all__ = [
     "change_weight",
     "has_stored_weight",
-    "has_stored_weights",
     "plain_name",
     "release_weight",
     "share_weight",
@@ -104,11 +103,6 @@ def _register(layer: nn.Module, part: nn.Module) -> None:
 def has_stored_weight(layer: nn.Module) -> bool:
     """Whether a layer reads its weight from a file."""
     return parametrize.is_parametrized(layer, _NAME)
-
-
-def has_stored_weights(model: nn.Module) -> bool:
-    """Whether a layer of a model reads its weight from a file."""
-    return any(has_stored_weight(module) for module in model.modules())
 
 
 def weight_parameter(layer: nn.Module) -> nn.Parameter:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from trtq.calib.budget import Budget
 from trtq.calib.sensitivity import FLOAT_BITOPS, spend, weight_sensitivity, with_bits
+from trtq.calls.form import result_tensors
 from trtq.calls.recorder import RecordedCall, call_until, observed
 from trtq.calls.user_call import UserCall, run_call
 from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
@@ -66,8 +66,7 @@ def predictions_in_call(
 
     def keep(seen: RecordedCall) -> None:
         if next(places) in wanted:
-            copies = {path: tensor.detach().clone() for path, tensor in seen.tensors.items()}
-            kept.append(seen.form.rebuild(copies))
+            kept.append(seen.form.rebuild(seen.copied().tensors))
 
     with torch.no_grad(), observed({name: module}, keep):
         call_until(
@@ -78,13 +77,8 @@ def predictions_in_call(
         )
 
     def predictions() -> Tensor:
-        tensors = [
-            leaf
-            for arguments in kept
-            for leaf in tree_leaves(module(**arguments))
-            if isinstance(leaf, Tensor)
-        ]
-        return torch.cat([tensor.float().flatten() for tensor in tensors])
+        outputs = (tensor for arguments in kept for tensor in result_tensors(module(**arguments)))
+        return torch.cat([output.float().flatten() for output in outputs])
 
     return predictions
 
