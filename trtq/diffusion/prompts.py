@@ -29,6 +29,7 @@ __all__ = [
     "general_prompts",
     "load_prompts",
     "read_lines",
+    "recommended_guidance",
 ]
 
 PROMPTS_NAME = "prompts.json"
@@ -120,3 +121,17 @@ def load_prompts(folder: Path | None) -> PromptSet:
         return PromptSet.model_validate(read_object(path))
     except ValidationError as err:
         raise ArtefactError(f"cannot read {path}: {explain_first(err)}") from err
+
+
+def recommended_guidance(prompts: PromptSet | None, classes: int | None) -> float | None:
+    """Guidance scale of a model's own call if the user gives none; None: the default of its pipeline.
+
+    Args:
+        prompts: prompts of the model; None: the model takes no text.
+        classes: number of the model's classes; None: it has none.
+    """
+    if classes is not None:
+        # `DiTPipeline` takes 1000 for "no class", which is out of range for models of fewer classes.
+        return 1.0
+    own = prompts is not None and prompts != general_prompts()
+    return prompts.guidance if prompts is not None and own else None

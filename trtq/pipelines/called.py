@@ -25,7 +25,7 @@ from trtq.checkpoint.layout import parse_size, read_index
 from trtq.checkpoint.resolve import resolve_model
 from trtq.diffusion.loading import open_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
-from trtq.diffusion.prompts import general_prompts
+from trtq.diffusion.prompts import general_prompts, recommended_guidance
 from trtq.errors import UsageError
 from trtq.pipelines.open import TORCH, open_any
 from trtq.runs.given_calls import knows_pipeline
@@ -149,6 +149,9 @@ def _default(source: LoadedPipeline, changes: Mapping[str, Any]) -> UserCall:
     offered: dict[str, Any] = dict(changes)
     if not any(name in changes for name in _CHOSEN_STEPS):
         offered.setdefault(STEPS_ARGUMENT, DEFAULT_STEPS)
+    offered.setdefault("guidance_scale", recommended_guidance(source.prompts, source.classes))
+    if source.classes is not None:
+        offered.setdefault("class_labels", [0])
     return default_call(source.pipeline, tuple(prompts.calibration), offered)
 
 

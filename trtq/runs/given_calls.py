@@ -25,7 +25,7 @@ from trtq.checkpoint.resolve import resolve_model
 from trtq.diffusion.closed_form import recording_reason
 from trtq.diffusion.folder import denoiser_in
 from trtq.diffusion.pipeline import LoadedPipeline
-from trtq.diffusion.prompts import general_prompts, read_lines
+from trtq.diffusion.prompts import general_prompts, read_lines, recommended_guidance
 from trtq.diffusion.scheduler_rules import KNOWN_SCHEDULERS, scheduler_name
 from trtq.errors import ArtefactError, QuantizationError, UsageError
 
@@ -146,9 +146,12 @@ def calibration_prompts(source: LoadedPipeline, recipe: Recipe) -> tuple[str, ..
 
 def _offered(source: LoadedPipeline, recipe: Recipe) -> dict[str, Any]:
     """Arguments that a default call passes if the pipeline takes them."""
+    guidance = recipe.guidance
+    if guidance is None:
+        guidance = recommended_guidance(source.prompts, source.classes)
     offered: dict[str, Any] = {
         STEPS_ARGUMENT: recipe.steps,
-        "guidance_scale": recipe.guidance,
+        "guidance_scale": guidance,
         "class_labels": [0] if source.classes is not None else None,
     }
     if recipe.size is not None:
