@@ -132,7 +132,7 @@ class Engine(StandIn):
             self.model = model
 
     def forward(self, x):
-        return x if self._model() is None else self.model.proj(x)
+        return x if self.model_inside() is None else self.model.proj(x)
 
 
 class TestStandIn:

@@ -168,11 +168,14 @@ class StructureRow(_Strict):
         attention: paths of attention modules that are decomposed into their products.
         splits: number of input channels of the first part, by path of a split convolution.
         ip_adapter: shapes of the tensors of IP-Adapters in the denoiser, by path.
+        ip_adapter_scales: strengths of the IP-Adapters, by path of the attention processor; without an
+            entry, a strength is 1.
     """
 
     attention: list[ModulePath] = []
     splits: dict[ModulePath, Annotated[int, Field(strict=True, ge=1, lt=1 << 31)]] = {}
     ip_adapter: dict[ModulePath, list[Annotated[int, Field(strict=True, ge=1, lt=1 << 31)]]] = {}
+    ip_adapter_scales: dict[ModulePath, list[Number]] = {}
 
 
 class SourceRow(_Strict):
@@ -216,6 +219,8 @@ class GraphRow(_Strict):
         free: free axes of each tensor, by path.
         fixed: reason why the graph does not support other values, by what it does not support: `batch`,
             `prompt`, `size` or `calls`.
+        processors: class and settings of the attention processors that the pipeline sets during its
+            call, by path, see `trtq.calls.processors`.
     """
 
     folder: Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_]{0,63}(\.[a-z0-9]{1,15})?$")]
@@ -223,6 +228,7 @@ class GraphRow(_Strict):
     output: dict[str, Any]
     free: dict[Text, list[AxisRow]] = {}
     fixed: dict[Text, Given] = {}
+    processors: dict[ModulePath, Given] = {}
 
 
 class RecordedRow(_Strict):

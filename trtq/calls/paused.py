@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.calls.copies import copied_pipeline, copied_tensors
+from trtq.calls.processors import kept_processors
 from trtq.calls.replaced import replaced_forward
 from trtq.calls.user_call import UserCall, run_call
 from trtq.errors import QuantizationError
@@ -86,6 +87,7 @@ class Interception:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
+        self._stack.enter_context(kept_processors(self._modules.values()))
         for name, module in self._modules.items():
             paused = name == self.name
             replacement = functools.partial(self._intercepted, paused)

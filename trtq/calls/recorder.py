@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from trtq.calls.form import CallForm, flatten_call
+from trtq.calls.processors import attention_processors, changed_processors, kept_processors
 from trtq.errors import StepError
 
 __all__ = [
@@ -32,11 +33,13 @@ class RecordedCall:
         denoiser: name of the component.
         form: form of the call.
         tensors: tensors by path.
+        processors: attention processors that the pipeline has set during its call, by path.
     """
 
     denoiser: str
     form: CallForm
     tensors: Mapping[str, Tensor]
+    processors: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -46,7 +49,7 @@ class RecordedCall:
     def copied(self) -> RecordedCall:
         """The call with copies of its tensors, which the pipeline cannot change."""
         copies = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
-        return RecordedCall(self.denoiser, self.form, copies)
+        return RecordedCall(self.denoiser, self.form, copies, self.processors)
 
 
 def read_timestep(call: RecordedCall, argument: str) -> float:
@@ -76,9 +79,11 @@ def observed(
     """
 
     def hook(name: str) -> Callable[..., None]:
+        own = attention_processors(modules[name])
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             form, tensors = flatten_call(module, args, kwargs, frozenset(TIMESTEP_NAMES))
-            seen(RecordedCall(name, form, tensors))
+            seen(RecordedCall(name, form, tensors, changed_processors(module, own)))
 
         return before
 
@@ -114,7 +119,7 @@ def call_until(
         if count >= last:
             raise _EndOfCallError
 
-    with ExitStack() as stack:
+    with kept_processors(modules.values()), ExitStack() as stack:
         for module in modules.values():
             stack.callback(module.register_forward_hook(after).remove)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ def survey(
             else torch.empty(tensor.shape, device="meta")
             for name, tensor in seen.tensors.items()
         }
-        calls[seen.denoiser].append(RecordedCall(seen.denoiser, seen.form, small))
+        calls[seen.denoiser].append(replace(seen, tensors=small))
 
     with repeating(modules), observed(modules, keep):
         run_call(pipeline, call, seed, "survey")

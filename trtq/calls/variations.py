@@ -50,6 +50,7 @@ class VariedForm:
         tensors: tensors of the last accepted variation of the user's call, by path.
         free: free axes by path.
         fixed: reason why something cannot vary, by `batch`, `prompt` or `size`.
+        processors: attention processors that the pipeline has set during its call, by path.
     """
 
     denoiser: str
@@ -57,6 +58,7 @@ class VariedForm:
     tensors: Mapping[str, Tensor]
     free: dict[str, list[FreeAxis]] = field(default_factory=dict)
     fixed: dict[str, str] = field(default_factory=dict)
+    processors: Mapping[str, Any] = field(default_factory=dict)
 
 
 def varied_forms(
@@ -91,7 +93,9 @@ def varied_forms(
     if "size" in fixed:
         raise UsageError(f"one graph cannot support several sizes: {fixed['size']}")
     forms = {
-        (name, key, index): VariedForm(name, recorded.form, recorded.tensors, {}, dict(fixed))
+        (name, key, index): VariedForm(
+            name, recorded.form, recorded.tensors, {}, dict(fixed), recorded.processors
+        )
         for name, calls in base.items()
         for key, variants in calls.variants.items()
         for index, recorded in enumerate(variants)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trtq.checkpoint.quiet import quiet_diffusers
+from trtq.errors import UsageError
 
-__all__ = ["adapter_names", "add_ip_adapter", "copy_scales"]
+__all__ = ["adapter_names", "adapter_scales", "add_ip_adapter", "copy_scales", "set_scales"]
 
 _ATTENTION = re.compile(r"\.processor\.to_[kv]_ip\.\d+\.weight$")
 _PROJECTION = re.compile(
@@ -69,6 +70,36 @@ def add_ip_adapter(model: Any, tensors: Mapping[str, Tensor]) -> None:
         adapters.append({"image_proj": projection, "ip_adapter": attention})
     with quiet_diffusers(), torch.device("meta" if on_meta else "cpu"):
         model._load_ip_adapter_weights(adapters, low_cpu_mem_usage=not on_meta)
+
+
+def adapter_scales(model: Any, place: str) -> dict[str, list[float]]:
+    """The strengths of a UNet's IP-Adapters, by path of the attention processor.
+
+    Args:
+        model: UNet with adapters.
+        place: the UNet, for messages.
+
+    Raises:
+        UsageError: a strength is not a number, e.g. one number per mask.
+    """
+    scales: dict[str, list[float]] = {}
+    for name, processor in model.attn_processors.items():
+        if not hasattr(processor, "to_k_ip"):
+            continue
+        if not all(isinstance(scale, int | float) for scale in processor.scale):
+            raise UsageError(
+                f"{place} has IP-Adapters of the strengths {processor.scale!r} at {name}; trtq takes "
+                "one number per adapter: pipe.set_ip_adapter_scale(0.6)"
+            )
+        scales[name] = [float(scale) for scale in processor.scale]
+    return scales
+
+
+def set_scales(model: Any, scales: Mapping[str, Sequence[float]]) -> None:
+    """Set the strengths of a UNet's IP-Adapters, in place; see `adapter_scales`."""
+    for name, processor in model.attn_processors.items():
+        if name in scales:
+            processor.scale = list(scales[name])
 
 
 def copy_scales(model: nn.Module, given: Mapping[str, nn.Module]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from trtq.artefact.opened import StoredArtefact
 from trtq.calls.form import CallForm, result_tensors
 from trtq.calls.pipeline import RecordedPipeline
+from trtq.calls.processors import with_processors
 from trtq.calls.recorder import RecordedCall, observed, read_timestep
 from trtq.calls.user_call import UserCall, run_call
 from trtq.comparison.call_set import CallSet, Feeds, Outputs
@@ -30,10 +31,12 @@ class RecordedCalls(CallSet):
     Attributes:
         tensors: tensors of each call by path, as the pipeline passes them; a graph may need fewer.
         form: form of the calls.
+        processors: attention processors that the pipeline has set during the calls, by path.
     """
 
     tensors: list[Mapping[str, Tensor]]
     form: CallForm
+    processors: Mapping[str, Any]
     few_images = True
     _places: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
@@ -49,7 +52,12 @@ class RecordedCalls(CallSet):
     def only(self, index: int) -> RecordedCalls:
         """The call with this index alone."""
         return RecordedCalls(
-            [self.feeds[index]], [self.timesteps[index]], [None], [self.tensors[index]], self.form
+            [self.feeds[index]],
+            [self.timesteps[index]],
+            [None],
+            [self.tensors[index]],
+            self.form,
+            self.processors,
         )
 
     def call(self, denoiser: Any, feeds: Feeds) -> Outputs:
@@ -57,7 +65,7 @@ class RecordedCalls(CallSet):
         from trtq.comparison.image_snr import call_key
 
         tensors = self.tensors[self._places[call_key(feeds)]]
-        with torch.no_grad():
+        with torch.no_grad(), with_processors(denoiser, self.processors):
             result = denoiser(**self.form.rebuild(tensors))
         return {
             f"output_{index}": tensor.detach().cpu().float().numpy()
@@ -197,4 +205,6 @@ def _calls(
         feeds.append(feed)
     timesteps = [read_timestep(call, timestep) for call in calls]
     tensors_of = [call.tensors for call in calls]
-    return RecordedCalls(feeds, timesteps, [None for _ in calls], tensors_of, calls[0].form)
+    first = calls[0]
+    labels = [None for _ in calls]
+    return RecordedCalls(feeds, timesteps, labels, tensors_of, first.form, first.processors)

@@ -17,7 +17,7 @@ from torch import nn
 from trtq.checkpoint.component_classes import is_component, part_class, pipeline_class
 from trtq.checkpoint.components import AUTOENCODERS, DENOISERS, TEXT_ENCODERS
 from trtq.checkpoint.configs import check_config
-from trtq.checkpoint.ip_adapter import add_ip_adapter
+from trtq.checkpoint.ip_adapter import add_ip_adapter, set_scales
 from trtq.checkpoint.layout import (
     CLASSES_NAME,
     CONFIG_NAME,
@@ -175,7 +175,10 @@ def import_classes(folder: Path) -> None:
 
 
 def skeleton(
-    folder: Path, denoiser_name: str, ip_adapter: Mapping[str, Sequence[int]] = MappingProxyType({})
+    folder: Path,
+    denoiser_name: str,
+    ip_adapter: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    scales: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> nn.Module:
     """Build the denoiser without weights: its parameters have shapes but no memory.
 
@@ -183,6 +186,7 @@ def skeleton(
         folder: folder of a pipeline.
         denoiser_name: name of the component, e.g. `unet`.
         ip_adapter: shapes of the tensors of IP-Adapters in the denoiser, by path.
+        scales: strengths of the IP-Adapters, by path of the attention processor.
 
     Raises:
         ArtefactError: the class is not a diffusers model, or the configuration does not fit it.
@@ -217,6 +221,7 @@ def skeleton(
         if ip_adapter:
             shapes = {key: torch.empty(*shape, device="meta") for key, shape in ip_adapter.items()}
             add_ip_adapter(model, shapes)
+            set_scales(model, scales)
     # A constructor may raise any exception for a wrong setting.
     except Exception as err:
         raise ArtefactError(

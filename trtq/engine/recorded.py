@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trtq.artefact.manifest_rows import GraphRow
 from trtq.calls.form import CallForm, flatten_call, rebuild_value
+from trtq.calls.processors import attention_processors, described_processors
 from trtq.calls.recorder import TIMESTEP_NAMES
 from trtq.engine.base import Engine
 from trtq.engine.shared import SharesEngines
@@ -91,6 +92,7 @@ class RecordedDenoiser(SharesEngines, StandIn):
         self.graphs: dict[str, list[CallGraph]] = {}
         for graph in graphs:
             self.graphs.setdefault(graph.key, []).append(graph)
+        self._processors = described_processors(attention_processors(model))
         self._has_return_dict = "return_dict" in inspect.signature(model.forward).parameters
         self.config = model.config
         self.dtype = torch.float32
@@ -111,6 +113,7 @@ class RecordedDenoiser(SharesEngines, StandIn):
         """
         form, tensors = flatten_call(self.model, args, kwargs, frozenset(TIMESTEP_NAMES))
         graph = self.graph_for(form, tensors)
+        self._check_processors(graph.row)
         feeds = {name: tensors[name] for name in graph.engine.inputs}
         # The result lies where the pipeline's tensors lie; a timestep may lie on the CPU.
         devices = [value.device for value in feeds.values() if value.ndim > 1]
@@ -136,6 +139,37 @@ class RecordedDenoiser(SharesEngines, StandIn):
         if None not in mismatches:
             raise UsageError(str(mismatches[0]))
         return graphs[mismatches.index(None)]
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """This module, and the modules of the model: pipelines look for attention among them."""
+        yield prefix, self
+        inner = self.model.named_modules(memo, prefix, remove_duplicate)
+        yield from ((name, module) for name, module in inner if name != prefix)
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The only parameter; those of the model have no memory."""
+        yield "place", self.place
+
+    def named_buffers(self, *_: Any, **__: Any) -> Iterator[tuple[str, Tensor]]:
+        """No buffer; those of the model have no memory."""
+        yield from ()
+
+    def _check_processors(self, row: GraphRow) -> None:
+        """Raise unless attention is computed as in the graph.
+
+        Raises:
+            UsageError: the pipeline or its user has set other attention processors, or other settings.
+        """
+        expected = self._processors | row.processors
+        for name, now in described_processors(attention_processors(self.model)).items():
+            if now != expected.get(name, now):
+                raise UsageError(
+                    f"the graph of {self.name} was traced with the attention processor {expected[name]} "
+                    f"at {name}, and the pipeline uses {now}; undo the change, or quantise and export "
+                    "with a pipeline that has it"
+                )
 
     def _unknown(self, form: CallForm) -> str:
         """Message about a call that has no graph."""

@@ -13,6 +13,7 @@ from torch import nn
 from trtq.artefact.graph_metadata import LAYERS_KEY, TIMESTEPS_KEY
 from trtq.artefact.manifest_rows import AxisRow, FurtherRow, GraphRow, layer_kinds
 from trtq.calls.form import flatten_value
+from trtq.calls.processors import described_processors, with_processors
 from trtq.calls.user_call import UserCall
 from trtq.calls.variations import VariedForm, varied_forms
 from trtq.errors import LegalityError
@@ -180,15 +181,16 @@ def _trace(part: ExportedDenoiser, form: VariedForm, *, half: bool) -> TracedCal
     model = part.fresh()
     if part.layers:
         deploy_timesteps(model)
-    return trace_call(
-        model,
-        form.form,
-        form.tensors,
-        set(part.layers),
-        free={path: [axis.axis for axis in axes] for path, axes in form.free.items()},
-        half=half,
-        full_precision=[part.argument],
-    )
+    with with_processors(model, form.processors):
+        return trace_call(
+            model,
+            form.form,
+            form.tensors,
+            set(part.layers),
+            free={path: [axis.axis for axis in axes] for path, axes in form.free.items()},
+            half=half,
+            full_precision=[part.argument],
+        )
 
 
 def _write(
@@ -219,6 +221,7 @@ def _write(
         output=_output_template(traced.outputs),
         free=free,
         fixed=form.fixed,
+        processors=described_processors(form.processors),
     )
 
 

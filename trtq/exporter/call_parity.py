@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtq.calls.form import CallForm, result_tensors
+from trtq.calls.form import result_tensors
+from trtq.calls.processors import attention_processors, with_processors
 from trtq.calls.user_call import UserCall, run_call
+from trtq.calls.variations import VariedForm
 from trtq.errors import GateError, NonFiniteError
 from trtq.exporter.last_bits import LAST_BIT, last_bit_moved
 from trtq.exporter.parity import (
@@ -77,8 +79,7 @@ def form_parity(
     name: str,
     module: nn.Module,
     exported: nn.Module,
-    form: CallForm,
-    tensors: Mapping[str, Tensor],
+    form: VariedForm,
 ) -> StepParity:
     """Compare one recorded call of a denoiser.
 
@@ -86,11 +87,11 @@ def form_parity(
         name: name of the component, for messages.
         module: the low-bit denoiser in torch.
         exported: the denoiser that runs on the graphs.
-        form: form of the call.
-        tensors: tensors of the call by path.
+        form: form of the call, with its tensors.
     """
-    arguments = form.rebuild(tensors)
-    return _compared(name, module, exported, (), arguments, module(**arguments))
+    arguments = form.form.rebuild(form.tensors)
+    with with_processors(module, form.processors):
+        return _compared(name, module, exported, (), arguments, module(**arguments))
 
 
 def _compared(
@@ -102,7 +103,8 @@ def _compared(
     result: Any,
 ) -> StepParity:
     expected = list(result_tensors(result))
-    given = list(result_tensors(exported(*args, **kwargs)))
+    with with_processors(exported, attention_processors(module)):
+        given = list(result_tensors(exported(*args, **kwargs)))
     if len(expected) != len(given):
         raise GateError(f"the graph of {name} returns {len(given)} tensors, torch {len(expected)}")
     for tensor in given:

@@ -211,7 +211,7 @@ def export_calls(
     }
     rows = call_parities(pipeline, exported, call)
     others = [
-        form_parity(name, modules[name], exported[name], form.form, form.tensors)
+        form_parity(name, modules[name], exported[name], form)
         for name in names
         for form in forms
         if form.denoiser == name
@@ -225,7 +225,8 @@ def _opened(folder: Path, part: FurtherRow, rows: Sequence[GraphRow]) -> Recorde
     graphs = [
         CallGraph(OrtEngine(folder / row.folder / MODEL_FILE, low_memory=True), row) for row in rows
     ]
-    model = skeleton(folder, part.denoiser, part.structure.ip_adapter)
+    adapters = part.structure
+    model = skeleton(folder, part.denoiser, adapters.ip_adapter, adapters.ip_adapter_scales)
     return RecordedDenoiser(part.denoiser, model, graphs)
 
 

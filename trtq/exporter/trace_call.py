@@ -223,9 +223,12 @@ def _to_onnx(program: torch.export.ExportedProgram, names: list[str], kind: str)
     count = len(program.graph_signature.user_outputs)
     try:
         model = program_to_onnx(program, names, [f"output_{index}" for index in range(count)])
+        simplify(model)
     except Exception as err:
-        raise LegalityError(f"torch cannot write {kind} as a graph: {_reason(err)}") from err
-    simplify(model)
+        # onnxscript cannot cut a free axis into parts, e.g. a batch in three.
+        parts = "SplitToSequence" in str(err)
+        reason = "the size of a tensor's parts depends on a free size" if parts else _reason(err)
+        raise LegalityError(f"torch cannot write {kind} as a graph: {reason}") from err
     CastIndicesToInt64()(model)
     BooleanWhere()(model)
     model.ir_version = IR_VERSION

@@ -130,7 +130,8 @@ def _open_recorded(opened: GraphFolder, provider: str, threads: int | None) -> R
             check_timesteps(graph.engine.metadata, part.timesteps)
             check_layers(graph.engine.metadata, layer_kinds(part.layers))
             graphs.append(graph)
-        model = skeleton(folder, part.denoiser, part.structure.ip_adapter)
+        adapters = part.structure
+        model = skeleton(folder, part.denoiser, adapters.ip_adapter, adapters.ip_adapter_scales)
         denoisers[part.denoiser] = RecordedDenoiser(part.denoiser, model, graphs)
     pipeline = load_pipeline_parts(folder, denoisers)
     move_to_graphs(pipeline, denoisers.values())

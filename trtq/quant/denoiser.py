@@ -56,7 +56,8 @@ class QuantizedDenoiser(StandIn):
                 f"{', '.join(self._signature.parameters) or 'none'}"
             )
 
-    def _model(self) -> nn.Module | None:
+    def model_inside(self) -> nn.Module | None:
+        """The wrapped model; see `StandIn.model_inside`."""
         modules: dict[str, nn.Module | None] = self.__dict__.get("_modules", {})
         return modules.get("denoiser")
 

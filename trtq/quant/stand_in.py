@@ -28,6 +28,8 @@ _INSTEAD = {
     "set_attention_backend": _FLOAT,
 }
 """Methods of diffusers' models that a low-bit denoiser does not support, with the alternative."""
+_WITH_MODEL = ("set_attn_processor",)
+"""Methods among them that a low-bit denoiser supports if it has a model of diffusers inside."""
 
 
 class _NotOfLowBitError(UsageError, AttributeError):
@@ -53,7 +55,7 @@ class StandIn(nn.Module):
     `isinstance`; `type` returns the class of the stand-in.
     """
 
-    def _model(self) -> nn.Module | None:
+    def model_inside(self) -> nn.Module | None:
         """The model that this module replaces; None: no such model is in memory."""
         # The dictionaries may be missing while the module is created or copied.
         modules: dict[str, Any] = self.__dict__.get("_modules", {})
@@ -63,7 +65,7 @@ class StandIn(nn.Module):
     @property  # type: ignore[misc]  # Nothing assigns the class of a stand-in.
     def __class__(self) -> Any:
         """Class of the replaced model, which pipelines check; without a model, of the stand-in."""
-        model = self._model()
+        model = self.model_inside()
         return type(self) if model is None else model.__class__
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -82,7 +84,7 @@ class StandIn(nn.Module):
                 support; the message names the alternative. The error is an `AttributeError` too.
         """
         advice = _INSTEAD.get(name)
-        if advice is not None:
+        if advice is not None and (name not in _WITH_MODEL or self.model_inside() is None):
             raise _NotOfLowBitError(f"a low-bit denoiser has no {name}: {advice}")
         try:
             return super().__getattr__(name)
@@ -90,7 +92,7 @@ class StandIn(nn.Module):
             # Special methods belong to an object's own class: `copy` asks for `__deepcopy__`.
             if name.startswith("__"):
                 raise
-            model = self._model()
+            model = self.model_inside()
             if model is not None:
                 return getattr(model, name)
             if name == "cache_context":

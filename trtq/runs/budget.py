@@ -13,6 +13,7 @@ from torch import Tensor
 from trtq.calib.budget import Budget
 from trtq.calib.sensitivity import FLOAT_BITOPS, spend, weight_sensitivity, with_bits
 from trtq.calls.form import result_tensors
+from trtq.calls.processors import with_processors
 from trtq.calls.recorder import RecordedCall, call_until, observed
 from trtq.calls.user_call import UserCall, run_call
 from trtq.diffusion.sampling import at_once, predict, seeded_noise, spread
@@ -61,12 +62,12 @@ def predictions_in_call(
     """
     module = getattr(pipeline, name)
     wanted = {round(place) for place in np.linspace(0, number - 1, _SENSITIVITY_CALLS)}
-    kept: list[dict[str, Any]] = []
+    kept: list[RecordedCall] = []
     places = itertools.count()
 
     def keep(seen: RecordedCall) -> None:
         if next(places) in wanted:
-            kept.append(seen.form.rebuild(seen.copied().tensors))
+            kept.append(seen.copied())
 
     with torch.no_grad(), observed({name: module}, keep):
         call_until(
@@ -77,7 +78,11 @@ def predictions_in_call(
         )
 
     def predictions() -> Tensor:
-        outputs = (tensor for arguments in kept for tensor in result_tensors(module(**arguments)))
+        outputs: list[Tensor] = []
+        for recorded in kept:
+            with with_processors(module, recorded.processors):
+                result = module(**recorded.form.rebuild(recorded.tensors))
+            outputs += result_tensors(result)
         return torch.cat([output.float().flatten() for output in outputs])
 
     return predictions

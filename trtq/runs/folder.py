@@ -140,7 +140,7 @@ def check_calibrated(source: LoadedPipeline, manifest: Manifest) -> None:
 
 def _fresh(folder: Path, name: str, row: StructureRow) -> nn.Module:
     """A model of a denoiser's class in the run's structure, without memory for its weights."""
-    model = skeleton(folder, name, row.ip_adapter)
+    model = skeleton(folder, name, row.ip_adapter, row.ip_adapter_scales)
     apply_structure(model, Structure(tuple(row.attention), row.splits))
     return model
 

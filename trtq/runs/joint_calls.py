@@ -53,6 +53,10 @@ def joint_axes(
         with float_scope():
             axes = batch_axes(pipeline, modules, part.name, argument, plan.call, recipe.seed)
         for key, recorded in part.calls.first.items():
+            if recorded.processors:
+                raise ValueError(
+                    "its pipeline sets attention processors, which may split the batch"
+                )
             _try(quantized, recorded, axes[key], part.calls.timesteps, recipe.seed, device)
     except _FROM_MODELS as err:
         logger.info("the calls of %s are fine-tuned one by one: %s", part.name, err)

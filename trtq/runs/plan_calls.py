@@ -15,11 +15,12 @@ from trtq.calib.policy import GENERIC, load_policy, plan_layers
 from trtq.calib.probe import LayerCall, observe_calls, with_shared_inputs
 from trtq.calib.recipe import Recipe
 from trtq.calib.roles import LayerRoles, observe_roles
+from trtq.calls.processors import with_processors
 from trtq.calls.recorder import RecordedCall
 from trtq.calls.survey import DenoiserCalls, survey
 from trtq.calls.user_call import UserCall
 from trtq.checkpoint.components import denoisers_of
-from trtq.checkpoint.ip_adapter import adapter_names
+from trtq.checkpoint.ip_adapter import adapter_names, adapter_scales
 from trtq.diffusion.pipeline import LoadedPipeline
 from trtq.errors import QuantizationError, UsageError
 from trtq.lora import LoraRequest, MergedLora, merge_loras
@@ -50,12 +51,14 @@ class DenoiserPlan:
         calls: the denoiser's calls during one call of the pipeline.
         roles: observed roles of the denoiser's layers.
         ip_adapter: shapes of the tensors of IP-Adapters in the denoiser, by path.
+        ip_adapter_scales: strengths of the IP-Adapters, by path of the attention processor.
     """
 
     plan: QuantizePlan
     calls: DenoiserCalls
     roles: LayerRoles
     ip_adapter: Mapping[str, list[int]] = field(default_factory=dict)
+    ip_adapter_scales: Mapping[str, list[float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -204,7 +207,8 @@ def _denoiser_plan(
     layer_calls: dict[str, LayerCall] = {}
 
     def run() -> object:
-        return denoiser(**sample.form.rebuild(sample.tensors))
+        with with_processors(denoiser, sample.processors):
+            return denoiser(**sample.form.rebuild(sample.tensors))
 
     def observed_run() -> None:
         # Both observations in one call, which takes minutes for a large model.
@@ -243,7 +247,8 @@ def _denoiser_plan(
     plan = QuantizePlan(source, recipe, layers, table, structure, policy, layer_calls)
     tensors = denoiser.state_dict()
     adapters = {key: list(tensors[key].shape) for key in adapter_names(tensors)}
-    return DenoiserPlan(plan, merged, roles, adapters)
+    scales = adapter_scales(denoiser, f"the {source.denoiser_name}") if adapters else {}
+    return DenoiserPlan(plan, merged, roles, adapters, scales)
 
 
 def _images_in(call: RecordedCall, argument: str) -> int:

@@ -195,6 +195,7 @@ def _row(part: DenoiserPlan, plan: CallsPlan, model_class: str) -> FurtherRow:
             attention=list(structure.attention),
             splits=dict(structure.splits),
             ip_adapter=dict(part.ip_adapter),
+            ip_adapter_scales=dict(part.ip_adapter_scales),
         ),
         recorded=RecordedRow(
             timestep=part.calls.argument, calls=len(part.calls.timesteps), model=model_class

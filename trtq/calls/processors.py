@@ -1,0 +1,129 @@
+"""Attention processors: how a denoiser of diffusers computes attention, which pipelines may change.
+
+Some pipelines set processors during their call, e.g. those of perturbed-attention guidance, and users
+set the strength of an IP-Adapter. A graph holds what the processors computed when it was traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from trtq.quant.stand_in import StandIn
+
+__all__ = [
+    "attention_processors",
+    "changed_processors",
+    "described_processors",
+    "kept_processors",
+    "with_processors",
+]
+
+_SUFFIX = ".processor"
+
+
+def attention_processors(model: nn.Module) -> dict[str, Any]:
+    """The attention processors of a model of diffusers by path; empty for a model without them."""
+    return dict(getattr(model, "attn_processors", None) or {})
+
+
+def changed_processors(model: nn.Module, before: Mapping[str, Any]) -> dict[str, Any]:
+    """The attention processors of a model that are other objects than earlier ones, by path."""
+    now = attention_processors(model)
+    return {name: new for name, new in now.items() if new is not before.get(name)}
+
+
+def described_processors(processors: Mapping[str, Any]) -> dict[str, str]:
+    """Class and settings of attention processors, e.g. `IPAdapterAttnProcessor2_0(scale=[0.5])`."""
+    return {name: _description(processor) for name, processor in processors.items()}
+
+
+def _description(processor: Any) -> str:
+    settings = [
+        f"{name}={value!r}"
+        for name, value in sorted(vars(processor).items())
+        if not name.startswith("_") and name != "training" and _is_plain(value)
+    ]
+    return f"{type(processor).__name__}({', '.join(settings)})"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a setting is a number, a text, or a list of these."""
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, bool | int | float | str)
+
+
+@contextmanager
+def kept_processors(models: Iterable[nn.Module]) -> Iterator[None]:
+    """After the block, models have their attention processors back.
+
+    A pipeline that sets processors does not restore them if its call ends early.
+
+    Args:
+        models: models of diffusers, or modules that replace them.
+    """
+    before = [(model, attention_processors(model)) for model in models]
+    try:
+        yield
+    finally:
+        for model, own in before:
+            changed = changed_processors(model, own)
+            for name, module in _modules(model, changed):
+                _set(module, own[name])
+
+
+@contextmanager
+def with_processors(model: nn.Module, processors: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block, modules of a model have other attention processors.
+
+    Processors that are modules hold weights of their model, so only their settings are taken over.
+
+    Args:
+        model: model of diffusers, or a module that replaces one.
+        processors: processors by path, as in `attention_processors`; those of other modules stay.
+    """
+    if not processors:
+        yield
+        return
+    before = attention_processors(model)
+    changed = {name: new for name, new in processors.items() if before.get(name) is not new}
+    settings: list[tuple[Any, dict[str, Any]]] = []
+    replaced: list[tuple[Any, Any]] = []
+    for name, module in _modules(model, changed):
+        old, new = before[name], changed[name]
+        if isinstance(new, nn.Module):
+            settings.append((old, {key: vars(old)[key] for key in vars(new) if key in vars(old)}))
+            vars(old).update({key: value for key, value in vars(new).items() if _is_plain(value)})
+        else:
+            replaced.append((module, old))
+            _set(module, new)
+    try:
+        yield
+    finally:
+        for module, old in replaced:
+            _set(module, old)
+        for old, values in settings:
+            vars(old).update(values)
+
+
+def _modules(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The attention modules of a model that have processors of these paths, with the paths."""
+    inner = model.model_inside() if isinstance(model, StandIn) else model
+    known = attention_processors(model)
+    modules = {} if inner is None else dict(inner.named_modules())
+    for name in names:
+        module = modules.get(name.removesuffix(_SUFFIX))
+        if module is not None and name in known:
+            yield name, module
+
+
+def _set(module: Any, processor: Any) -> None:
+    # A module in `processor` has to be removed before anything else takes its place.
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
