@@ -17,6 +17,7 @@ from trtq.graph.passes import (
     DecomposeGroupNorm,
     DecomposeSilu,
     DecomposeTimestepEmbedding,
+    DropNoopArithmetic,
     DropNoopSqueeze,
 )
 from trtq.graph.runtimes.float64_to_float32 import CastFloat64ToFloat32
@@ -222,6 +223,45 @@ def test_silu_of_an_embedding_is_rounded_from_float64(shape, exact):
         np.testing.assert_array_equal(
             run(model, x=x)[0], (wide / (1 + np.exp(-wide))).astype(np.float32)
         )
+
+
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        ("g (float[2] x) => (float[2] y) <float c = {0}> { y = Add(x, c) }", False),
+        ("g (float[2] x) => (float[2] y) <float c = {0}> { y = Add(c, x) }", False),
+        ("g (float[2] x) => (float[2] y) <float[1] c = {0}> { y = Sub(x, c) }", False),
+        ("g (float[2] x) => (float[2] y) <float c = {1}> { y = Div(x, c) }", False),
+        ("g (float[2] x) => (float[2] y) <float c = {1}> { y = Mul(c, x) }", False),
+        ("g (float[2] x) => (float[2] y) <float c = {1e-15}> { y = Add(x, c) }", True),
+        ("g (float[2] x) => (float[2] y) <float c = {1.000001}> { y = Mul(x, c) }", True),
+        ("g (float[2] x) => (float[2] y) <float c = {0}> { y = Sub(c, x) }", True),
+        ("g (float[2] x) => (float[2] y) <float c = {1}> { y = Div(c, x) }", True),
+        ("g (float[2] x) => (float[1,2] y) <float[1,1] c = {0}> { y = Add(x, c) }", True),
+        ("g (float[2] x) => (float[2] y) <float[2] c = {0, 0}> { y = Add(x, c) }", True),
+    ],
+)
+def test_only_arithmetic_that_changes_nothing_is_dropped(body, kept):
+    model = parse(body)
+    x = np.array([3e-16, -2], np.float32)
+    before = run(model, x=x)[0]
+    assert DropNoopArithmetic()(model).modified is not kept
+    np.testing.assert_array_equal(run(model, x=x)[0], before)
+    assert before.shape == run(model, x=x)[0].shape
+
+
+def test_a_small_term_that_keeps_a_denominator_from_zero_stays_in_the_graph():
+    class Normalised(torch.nn.Module):
+        def forward(self, x):
+            return x / (x.sum(-1, keepdim=True) + 1e-15)
+
+    from trtq.exporter.to_onnx import program_to_onnx
+    from trtq.exporter.trace import simplify
+
+    zeros = torch.zeros(1, 4)
+    model = program_to_onnx(torch.export.export(Normalised(), (zeros,)), ["x"], ["y"])
+    simplify(model)
+    np.testing.assert_array_equal(run(model, x=zeros.numpy())[0], zeros.numpy())
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,9 @@ def _add(
                 smallest, greatest = (
                     (min(low, high), max(low, high)) if what == "size" else (1, None)
                 )
+                # Attention processors may cut the batch into parts.
+                if form.processors and what == "batch":
+                    smallest = min(low, high)
                 rows.append(FreeAxis(axis, what, smallest, greatest, seen=low))
         form.tensors = tensors
     for form in forms.values():

@@ -239,8 +239,11 @@ def simplify(model: ir.Model) -> None:
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules
 
+    from trtq.graph.passes import DropNoopArithmetic
+
     passes.InlinePass()(model)
     optimizer.fold_constants(model, onnx_shape_inference=False)
+    DropNoopArithmetic()(model)
     rewriter.rewrite(
         model,
         [
@@ -252,10 +255,6 @@ def simplify(model: ir.Model) -> None:
             rules.no_op_cast_rule,
             rules.unsqueeze_unsqueeze_rule,
             rules.squeeze_reshape_1d_rule,
-            rules.add_0_rule,
-            rules.sub_0_rule,
-            rules.mul_by_1_rule,
-            rules.div_by_1_rule,
         ],
     )
     ir.passes.Sequential(

@@ -147,6 +147,43 @@ def gemma2() -> tuple[Any, Any]:
     return tokenizer, Gemma2Model(config)
 
 
+def gemma3() -> tuple[Any, Any]:
+    """Gemma 3 with its image encoder, which text-only pipelines load and do not call."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    marks = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>", "</image>", "<patch>")
+    tokenizer = character_tokenizer("GemmaTokenizer", marks, length=32)
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 64,
+        "max_position_embeddings": 1024,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    vision: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        boi_token_index=4,
+        eoi_token_index=5,
+        image_token_index=6,
+    )
+    return tokenizer, Gemma3ForConditionalGeneration(config)
+
+
 def llama() -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaModel
 

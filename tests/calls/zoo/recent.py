@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.calls.zoo.case import Case
-from tests.calls.zoo.encoders import gemma2, qwen3, qwen25_vl_config, qwen_tokenizer
+from tests.calls.zoo.encoders import gemma2, gemma3, qwen3, qwen25_vl_config, qwen_tokenizer
 from tests.calls.zoo.parts import (
     NEGATIVE,
     PROMPT,
@@ -172,6 +172,105 @@ def hunyuan_video_15() -> Any:
     )
 
 
+def ltx_2_connectors() -> Any:
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    options: dict[str, Any] = {
+        f"{stream}_connector_{name}": value
+        for stream in ("video", "audio")
+        for name, value in {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 1,
+            "num_learnable_registers": None,
+        }.items()
+    }
+    return LTX2TextConnectors(
+        caption_channels=16,
+        text_proj_in_factor=3,
+        connector_rope_base_seq_len=32,
+        rope_double_precision=False,
+        rope_type="split",
+        **options,
+    )
+
+
+def ltx_2_vae() -> Any:
+    from diffusers import AutoencoderKLLTX2Video
+
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_type=("spatiotemporal",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        down_block_types=("LTX2VideoDownBlock3D",),
+        patch_size=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    )
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    return vae
+
+
+def ltx_2() -> Any:
+    """LTX-2: picture and sound in one call."""
+    from diffusers import AutoencoderKLLTX2Audio, LTX2Pipeline, LTX2VideoTransformer3DModel
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+
+    tokenizer, encoder = gemma3()
+    audio_vae = AutoencoderKLLTX2Audio(
+        base_channels=8,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        resolution=32,
+        latent_channels=2,
+        mel_bins=16,
+    )
+    transformer = LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=8,
+        audio_out_channels=8,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=1,
+        caption_channels=16,
+        rope_double_precision=False,
+        rope_type="split",
+    )
+    vocoder = LTX2Vocoder(
+        in_channels=2 * 16,
+        hidden_channels=32,
+        upsample_kernel_sizes=[4, 4],
+        upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3],
+        resnet_dilations=[[1, 3, 5]],
+        output_sampling_rate=16000,
+    )
+    return LTX2Pipeline(
+        scheduler=flow(),
+        vae=ltx_2_vae(),
+        audio_vae=audio_vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        connectors=ltx_2_connectors(),
+        transformer=transformer,
+        vocoder=vocoder,
+    )
+
+
 CASES = {
     "krea_2": Case("Krea 2", krea_2, lambda: guided(32, max_sequence_length=256)),
     "ernie_image": Case("ERNIE-Image", ernie_image, lambda: guided(16)),
@@ -187,6 +286,7 @@ CASES = {
         },
         refused="depends on values of another",
     ),
+    "ltx_2": Case("LTX-2", ltx_2, lambda: guided(32, num_frames=1, max_sequence_length=16)),
     "lumina_2": Case(
         "Lumina 2",
         lumina_2,

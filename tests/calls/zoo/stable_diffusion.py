@@ -106,6 +106,14 @@ def ip_adapter() -> Any:
     return pipeline
 
 
+def perturbed_attention() -> Any:
+    """Stable Diffusion whose pipeline sets attention processors during its call."""
+    from diffusers import StableDiffusionPAGPipeline
+
+    parts = stable_diffusion_parts()
+    return StableDiffusionPAGPipeline(**parts, **UNCHECKED, pag_applied_layers=["mid"])
+
+
 def latent_consistency() -> Any:
     from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 
@@ -172,6 +180,11 @@ CASES = {
         "Stable Diffusion, IP-Adapter",
         ip_adapter,
         lambda: at_size(ip_adapter_image=photograph(32)),
+    ),
+    "sd_pag": Case(
+        "Stable Diffusion, perturbed-attention guidance",
+        perturbed_attention,
+        lambda: at_size(guidance_scale=4.0, pag_scale=2.0),
     ),
     "lcm": Case("Latent consistency model", latent_consistency, at_size),
     "playground": Case(

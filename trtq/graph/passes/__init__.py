@@ -5,6 +5,7 @@ from trtq.graph.passes.broadcast_timestep import BroadcastTimestep
 from trtq.graph.passes.decompose_group_norm import DecomposeGroupNorm
 from trtq.graph.passes.decompose_silu import DecomposeSilu
 from trtq.graph.passes.decompose_timestep_embedding import DecomposeTimestepEmbedding
+from trtq.graph.passes.drop_noop_arithmetic import DropNoopArithmetic
 from trtq.graph.passes.drop_noop_squeeze import DropNoopSqueeze
 from trtq.graph.passes.layer_norm_in_float64 import CastLayerNormToFloat64
 from trtq.graph.passes.low_bit_to_qdq import ExpandLowBitToQdq
@@ -20,6 +21,7 @@ __all__ = [
     "DecomposeGroupNorm",
     "DecomposeSilu",
     "DecomposeTimestepEmbedding",
+    "DropNoopArithmetic",
     "DropNoopSqueeze",
     "ExpandLowBitToQdq",
     "ExpandPlugins",
