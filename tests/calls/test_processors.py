@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import trtq
 from tests.calls.zoo import ZOO
 from trtq.artefact.manifest_rows import GraphRow
 from trtq.calls.form import flatten_call
@@ -15,7 +16,8 @@ from trtq.calls.processors import (
     with_processors,
 )
 from trtq.calls.recorder import TIMESTEP_NAMES, call_until, observed
-from trtq.checkpoint.ip_adapter import adapter_scales
+from trtq.checkpoint.ip_adapter import adapter_names, adapter_scales
+from trtq.diffusion.folder import skeleton
 from trtq.engine.recorded import CallGraph, RecordedDenoiser
 from trtq.errors import UsageError
 
@@ -180,3 +182,40 @@ def test_strengths_that_are_no_numbers_are_refused(adapted):
             processor.scale = [[0.5, 0.2]]
     with pytest.raises(UsageError, match=r"strengths \[\[0.5, 0.2\]\] at .*attn2.*one number"):
         adapter_scales(other, "the unet")
+
+
+def set_strength(unet, strength):
+    for processor in unet.attn_processors.values():
+        if hasattr(processor, "to_k_ip"):
+            processor.scale = [strength]
+
+
+def test_a_skeleton_has_the_strengths_of_the_manifest(tmp_path):
+    pipeline = ZOO["sd_ip_adapter"].pipeline()
+    set_strength(pipeline.unet, 0.5)
+    tensors = pipeline.unet.state_dict()
+    shapes = {name: tuple(tensors[name].shape) for name in adapter_names(tensors)}
+    scales = adapter_scales(pipeline.unet, "the unet")
+    pipeline.save_pretrained(tmp_path)
+    assert adapter_scales(skeleton(tmp_path, "unet", shapes), "") != scales
+    assert adapter_scales(skeleton(tmp_path, "unet", shapes, scales), "") == scales
+
+
+@pytest.mark.slow
+def test_a_run_and_its_graph_keep_the_strength_with_which_they_were_calibrated(tmp_path):
+    case = ZOO["sd_ip_adapter"]
+    pipeline = case.pipeline()
+    set_strength(pipeline.unet, 0.25)
+    recipe = {"method": "minmax", "bits": "w8a8", "calibration": {"images": 1}}
+    trtq.quantize(pipeline, recipe, tmp_path / "run", calls=[case.call()])
+    run = trtq.load(tmp_path / "run")
+    scales = adapter_scales(run.unet, "the unet")
+    assert set(map(tuple, scales.values())) == {(0.25,)}
+    trtq.export(tmp_path / "run", tmp_path / "onnx")
+    loaded = trtq.load(tmp_path / "onnx")
+    generator = torch.Generator().manual_seed
+    expected = run(**case.call(), generator=generator(0)).images
+    torch.testing.assert_close(loaded(**case.call(), generator=generator(0)).images, expected)
+    set_strength(loaded.unet, 1.0)
+    with pytest.raises(UsageError, match=r"scale=\[0.25\].*uses .*scale=\[1.0\]"):
+        loaded(**case.call(), generator=generator(0))
