@@ -1,0 +1,85 @@
+"""`trtq selftest`: check and measure an NVIDIA GPU, and read the files of other machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtq.commands.options import AsJson, Overwrite, Verbose, output_option, within
+from trtq.commands.output import command, print_line, show
+from trtq.errors import UsageError
+from trtq.progress import ProgressPrinter
+
+__all__ = ["selftest"]
+
+Output = Annotated[Path | None, output_option("JSON file for the result. Default: selftest.json.")]
+Brief = Annotated[bool, typer.Option("--quick", help="Stages 0 to 2 only: about a minute.")]
+Long = Annotated[bool, typer.Option("--long", help="In addition a UNet of Stable Diffusion's size.")]
+DeviceIndex = Annotated[
+    int, typer.Option("--device", callback=within(0, 63), help="CUDA's index of the GPU.")
+]
+Cases = Annotated[
+    str | None,
+    typer.Option(
+        "--cases",
+        metavar="PATTERN",
+        help="Cases of stage 2 whose names match, e.g. 'tiles/w4a8*', to repeat a failure.",
+    ),
+]
+Read = Annotated[
+    bool, typer.Option("--read", help="Print the tables of files instead of testing this machine.")
+]
+Files = Annotated[list[Path] | None, typer.Argument(metavar="[FILE...]", help="Files to --read.")]
+
+
+def selftest(
+    files: Files = None,
+    output: Output = None,
+    brief: Brief = False,
+    long: Long = False,
+    device: DeviceIndex = 0,
+    cases: Cases = None,
+    read: Read = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check and measure this machine's NVIDIA GPU, and write one file for the project.
+
+    Every stage runs in a process of its own, and its outcome is recorded, so the command always ends.
+    Exit code 1 if a check failed. The file has no names of host or user and no paths. With --read, print
+    measured and predicted times of files.
+
+    Example: trtq selftest -o selftest.json
+    """
+    with command(verbose):
+        if read:
+            _read(files or [], as_json, given=(output, brief, long, cases))
+            return
+        if files:
+            raise UsageError(f"{files[0]} is an argument of --read; name the output with -o")
+        if brief and long:
+            raise UsageError("--quick leaves out what --long adds; choose one of them")
+        from trtq.selftest.integers import check_pattern
+        from trtq.selftest.run import selftest as measure
+        from trtq.selftest.summary import summary_lines
+        from trtq.selftest.trials import Options
+
+        if cases is not None:
+            check_pattern(cases)
+        path = output or Path("selftest.json")
+        record = measure(
+            path,
+            brief=brief,
+            long=long,
+            options=Options(device=device, cases=cases),
+            overwrite=overwrite,
+            progress=ProgressPrinter(),
+        )
+        lines = summary_lines(record, str(path))
+        show(record, as_json, lambda _: [print_line(line) for line in lines])
+        failed = record.failed
+    if failed:
+        raise typer.Exit(1)

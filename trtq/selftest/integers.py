@@ -1,0 +1,49 @@
+"""Stage 2: the kernels' integers against the reference in numpy, on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import cache, partial
+
+from trtq.errors import UsageError
+from trtq.plugins.device import Gpu, current_device
+from trtq.selftest.cases import CHECKS, LARGE
+from trtq.selftest.guarded import GuardedGpu
+from trtq.selftest.suite import Check
+from trtq.selftest.trials import Options, Trial
+
+__all__ = ["check_pattern", "trials"]
+
+
+@cache
+def _machine() -> GuardedGpu:
+    """The GPU of this process, opened by the first case that needs it."""
+    gpu = Gpu()
+    return GuardedGpu(gpu, current_device())
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise unless a pattern names a case.
+
+    Raises:
+        UsageError: no case has such a name.
+    """
+    if not any(fnmatchcase(check.full_name, pattern) for check in (*CHECKS, *LARGE)):
+        raise UsageError(
+            f"no case has a name like {pattern!r}; names are like {CHECKS[0].full_name!r}, and * stands "
+            "for any text"
+        )
+
+
+def trials(options: Options) -> Iterator[Trial]:
+    """One trial per case that the GPU's architecture runs."""
+    architecture = _machine().device.architecture
+    for check in (*CHECKS, *LARGE):
+        wanted = options.cases is None or fnmatchcase(check.full_name, options.cases)
+        if wanted and check.runs_on(architecture):
+            yield Trial(check.full_name, partial(_run, check))
+
+
+def _run(check: Check) -> None:
+    check.call(_machine())
