@@ -8,15 +8,17 @@ from typing import Annotated
 import typer
 
 from trtq.commands.options import AsJson, Overwrite, Verbose, output_option, within
-from trtq.commands.output import command, print_line, show
-from trtq.errors import UsageError
+from trtq.commands.output import command, print_error, print_line, show
+from trtq.errors import ArtefactError, UsageError
 from trtq.progress import ProgressPrinter
 
 __all__ = ["selftest"]
 
 Output = Annotated[Path | None, output_option("JSON file for the result. Default: selftest.json.")]
 Brief = Annotated[bool, typer.Option("--quick", help="Stages 0 to 2 only: about a minute.")]
-Long = Annotated[bool, typer.Option("--long", help="In addition a UNet of Stable Diffusion's size.")]
+Long = Annotated[
+    bool, typer.Option("--long", help="In addition a UNet of Stable Diffusion's size.")
+]
 DeviceIndex = Annotated[
     int, typer.Option("--device", callback=within(0, 63), help="CUDA's index of the GPU.")
 ]
@@ -56,7 +58,9 @@ def selftest(
     """
     with command(verbose):
         if read:
-            _read(files or [], as_json, given=(output, brief, long, cases))
+            if output or brief or long or cases:
+                raise UsageError("--read only prints; leave out the options of a test")
+            _read(files or [], as_json)
             return
         if files:
             raise UsageError(f"{files[0]} is an argument of --read; name the output with -o")
@@ -79,7 +83,33 @@ def selftest(
             progress=ProgressPrinter(),
         )
         lines = summary_lines(record, str(path))
-        show(record, as_json, lambda _: [print_line(line) for line in lines])
+        show(record, as_json, lambda _: print_line("\n".join(lines)))
         failed = record.failed
     if failed:
+        raise typer.Exit(1)
+
+
+def _read(files: list[Path], as_json: bool) -> None:
+    """Print the table of each file; a bad file is one line on stderr, and the exit code is then 1."""
+    from trtq.selftest.record import read_selftest
+    from trtq.selftest.table import table_lines
+
+    if not files:
+        raise UsageError("--read needs files, e.g. trtq selftest --read selftest.json")
+    records, bad = [], False
+    for path in files:
+        try:
+            record = read_selftest(path)
+        except ArtefactError as err:
+            print_error(f"error: {err}")
+            bad = True
+            continue
+        records.append(record.to_json())
+        if not as_json:
+            for line in table_lines(record):
+                print_line(line)
+            print_line()
+    if as_json:
+        show({"files": records}, as_json, lambda _: None)
+    if bad:
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from trtq.plugins.spec import Geometry
 from trtq.plugins.variants import ONE_LAUNCH_TILES, TILES, Tile
-from trtq.selftest.layers import Case, draw
+from trtq.selftest.layers import Array, Case, draw
 from trtq.selftest.suite import FORMS, Check, Machine, WrongValueError, compare, expected, run
 
 __all__ = ["CHECKS", "LARGE", "checks_for", "group"]
@@ -75,7 +75,7 @@ def _splits(machine: Machine, form: str, geometry: str, splits: int, tile: Tile)
         height=9,
         channels_last=splits % 2 == 0,
     )
-    residual = draw(5, height=9, width=4, channels=72).x
+    residual: Array | None = draw(5, height=9, width=4, channels=72).x
     if case.problem.out_size != (9, 4):
         residual = None
     actual = run(

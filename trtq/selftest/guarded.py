@@ -17,7 +17,7 @@ __all__ = ["GUARD_BYTES", "GuardedGpu"]
 GUARD_BYTES = 256
 """Bytes before and after each operand; addresses of operands stay aligned."""
 _GUARD = 0xFF
-"""Value of the guard bytes, NaN as float16 and float32: an operand read beyond its end spoils the result."""
+"""Value of the guard bytes, NaN as float16 and float32: a read beyond an operand spoils the result."""
 
 
 class GuardedGpu:

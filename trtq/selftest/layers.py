@@ -104,7 +104,7 @@ def draw(
     span = (1 << activation_bits) - 1
     low = -rng.integers(0, span + 1, steps) if activation_bits < 8 else np.full(steps, -128)
     tables = np.stack([scale, 1 / scale, low, low + span]).astype(np.float32)
-    x = (rng.standard_normal((batch, channels, height, width)) * 2).astype(np.float16)
+    x: Array = (rng.standard_normal((batch, channels, height, width)) * 2).astype(np.float16)
     x = np.round(x * 8) / 8 if seed % 2 else x
     return Case(
         problem,

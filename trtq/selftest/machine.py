@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import re
@@ -20,7 +21,7 @@ from trtq.plugins.compile import nvrtc_version
 from trtq.selftest.record import GpuRow
 from trtq.selftest.trials import Options, Outcome, Trial
 
-__all__ = ["commit", "require", "trials"]
+__all__ = ["commit", "gpu_row", "require", "trials"]
 
 _PACKAGES = (
     *("torch", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
@@ -91,17 +92,27 @@ def _version(package: str) -> str | None:
 
 
 def _torch_cuda() -> str | None:
-    """The CUDA version that torch was built with; None: torch for the CPU, or a broken torch."""
+    """The CUDA version that torch was built with, without importing torch; None: for the CPU."""
     try:
-        import torch
-
-        version: str | None = torch.version.cuda
-    except Exception:  # A broken library; stage 3 records its error.
+        path = Path(str(metadata.distribution("torch").locate_file("torch/version.py")))
+        text = path.read_text(encoding="utf-8")
+    except (metadata.PackageNotFoundError, OSError):
         return None
-    return version
+    version = re.search(r"^cuda\b[^=\n]*= '([0-9.]+)'", text, re.MULTILINE)
+    return None if version is None else version[1]
 
 
 def _gpu(index: int, *, tested: bool) -> Outcome:
+    return Outcome(sections={"gpus": [gpu_row(index, tested=tested).model_dump()]})
+
+
+def gpu_row(index: int, *, tested: bool = True) -> GpuRow:
+    """A GPU as the driver reports it, after `require`.
+
+    Args:
+        index: CUDA's index of the GPU.
+        tested: whether the stages run on this GPU.
+    """
     what = f"cannot read the properties of GPU {index}"
     device = driver.call("cuDeviceGet", index, what=what)
     attribute = driver.bindings().CUdevice_attribute
@@ -112,7 +123,7 @@ def _gpu(index: int, *, tested: bool) -> Outcome:
 
     name = driver.call("cuDeviceGetName", 256, device, what=what)
     major, minor = ask("COMPUTE_CAPABILITY_MAJOR"), ask("COMPUTE_CAPABILITY_MINOR")
-    row = GpuRow(
+    return GpuRow(
         name=name.partition(b"\0")[0].decode(errors="replace"),
         architecture=f"sm{major}{minor}",
         memory_bytes=int(driver.call("cuDeviceTotalMem", device, what=what)),
@@ -122,14 +133,12 @@ def _gpu(index: int, *, tested: bool) -> Outcome:
         **{key: ask(name) for key, name in _ATTRIBUTES.items()},
         **_counters(index),
     )
-    return Outcome(sections={"gpus": [row.model_dump()]})
 
 
 def _counters(index: int) -> dict[str, Any]:
     """Limit of power, and number of processes on the GPU; nothing without nvidia-ml-py."""
     try:
-        import pynvml
-
+        pynvml: Any = importlib.import_module("pynvml")
         pynvml.nvmlInit()
         if os.environ.get("CUDA_VISIBLE_DEVICES") is not None or pynvml.nvmlDeviceGetCount() > 1:
             return {}  # NVML counts GPUs in another order.

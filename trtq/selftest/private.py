@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import re
 import socket
+from contextlib import suppress
 from functools import cache
 
 __all__ = ["without_names"]
@@ -24,10 +25,8 @@ def _names() -> tuple[tuple[str, str], ...]:
     names = []
     host = socket.gethostname()
     names += [(host, "<host>"), (host.partition(".")[0], "<host>")]
-    try:
+    with suppress(KeyError, OSError):  # The process has no entry among the users.
         names.append((getpass.getuser(), "<user>"))
-    except (KeyError, OSError):  # A process without an entry among the users.
-        pass
     return tuple(pair for pair in names if len(pair[0]) >= _MIN_LENGTH)
 
 

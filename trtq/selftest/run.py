@@ -66,7 +66,11 @@ def selftest(
     options = options or Options()
     final = check_file(output, overwrite=overwrite)
     stages = [s for s in STAGES if (s.brief or not brief) and (long or not s.long)]
-    given = {"--quick": brief, "--long": long, f"--cases {options.cases}": options.cases is not None}
+    given = {
+        "--quick": brief,
+        "--long": long,
+        f"--cases {options.cases}": options.cases is not None,
+    }
     record = SelftestFile(
         trtq=trtq.__version__,
         commit=commit(),
@@ -74,7 +78,9 @@ def selftest(
     )
     with claim(final):
         for stage in stages:
-            record = _added(record, *_run_stage(stage, options, progress))
+            checks, sections = _run_stage(stage, options, progress)
+            progress(f"stage {stage.number}, {stage.name}", len(checks), len(checks))
+            record = _added(record, checks, sections)
             record = record.model_copy(update={"complete": stage is stages[-1]})
             write_selftest(final, record)
     return record
@@ -87,7 +93,7 @@ def _added(
         "checks": [*record.checks, *checks],
         "machine": record.machine | sections.get("machine", {}),
     }
-    kinds = {"gpus": GpuRow, "kernels": KernelRow, "rows": TimeRow}
+    kinds: dict[str, Any] = {"gpus": GpuRow, "kernels": KernelRow, "rows": TimeRow}
     for key, kind in kinds.items():
         rows = [kind.model_validate(row) for row in sections.get(key, [])]
         update[key] = [*getattr(record, key), *rows]

@@ -10,7 +10,7 @@ __all__ = ["STAGES", "Options", "Outcome", "SkippedError", "Stage", "Trial"]
 
 
 class SkippedError(Exception):
-    """A trial cannot run here; the message gives the reason, and the command that installs what is missing."""
+    """A trial cannot run here; the message says why, and which command installs what is missing."""
 
 
 @dataclass
@@ -79,4 +79,5 @@ STAGES = (
     Stage(0, "machine", "machine", 120, brief=True),
     Stage(1, "load", "loading", 1800, brief=True),
     Stage(2, "integers", "integers", 1800, brief=True),
+    Stage(6, "times", "times", 3600),
 )

@@ -28,7 +28,7 @@ _MAX_TEXT = 400
 def main() -> int:
     """Run a stage; the arguments are the job as JSON and the path of the answer."""
     job, path = json.loads(sys.argv[1]), Path(sys.argv[2])
-    stage = STAGES[job["stage"]]
+    stage = next(stage for stage in STAGES if stage.number == job["stage"])
     module = importlib.import_module(f"trtq.selftest.{stage.module}")
     options = Options(**job["options"])
     if job.get("required"):

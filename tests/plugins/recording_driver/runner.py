@@ -19,9 +19,9 @@ __all__ = ["run_ptx"]
 def run_ptx() -> None:
     """The process loads images that name translated PTX in place of cubins.
 
-    The variable `RECORDING_BUILDS` names the folder for builds. Stage 1 of `trtq selftest` only loads, so
-    its images name no PTX. All images have the properties of the table in `trtq.selftest`, changed by the
-    variable `RECORDING_PROPERTIES`, e.g. `1,0,0,0` for a register more.
+    The variable `RECORDING_BUILDS` names the folder for builds. Stage 1 of `trtq selftest` only loads,
+    so its images name no PTX. All images have the properties of the table in `trtq.selftest`, changed by
+    the variable `RECORDING_PROPERTIES`, e.g. `1,0,0,0` for a register more.
     """
     builder = Builder(Path(os.environ["RECORDING_BUILDS"]))
     changes = [int(text) for text in os.environ.get("RECORDING_PROPERTIES", "0,0,0,0").split(",")]
