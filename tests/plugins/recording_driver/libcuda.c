@@ -8,7 +8,8 @@
      RECORDING_REFUSE    calls that always fail, with error codes, e.g. "cuInit=999,cuMemAlloc=2"
      RECORDING_FREE      free memory that cuMemGetInfo reports, in bytes; 8 GiB
      RECORDING_EXACT     1: the number of a launch's arguments is checked, see `pointers_in`; 0
-     RECORDING_PLANT     a fault of every product kernel: "value", "outside", "moving", "hang" or "crash"
+     RECORDING_PLANT     a fault of every product kernel: "value", "outside", "moving", "hang", "crash",
+                         or "address" for an illegal address
      CUDA_VISIBLE_DEVICES  visible GPUs, as indices only
 
    work.h has memory, and work in streams. A module whose image names a library of the PTX runner runs

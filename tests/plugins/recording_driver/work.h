@@ -117,6 +117,7 @@ static void plant(Work *work) {
   if (!strcmp(fault, "moving") && products % 2) out[11] ^= 0x40;
   if (!strcmp(fault, "hang")) for (;;) pause();
   if (!strcmp(fault, "crash")) abort();
+  if (!strcmp(fault, "address")) failed = ILLEGAL_ADDRESS;
 }
 
 static void run_kernel(Work *work) {
