@@ -26,8 +26,8 @@ Cases = Annotated[
     str | None,
     typer.Option(
         "--cases",
-        metavar="PATTERN",
-        help="Cases of stage 2 whose names match, e.g. 'tiles/w4a8*', to repeat a failure.",
+        metavar="PATTERNS",
+        help="Only cases of stage 2 whose names match, e.g. 'tiles/w4a8*,tokens/*'.",
     ),
 ]
 Read = Annotated[
@@ -66,13 +66,13 @@ def selftest(
             raise UsageError(f"{files[0]} is an argument of --read; name the output with -o")
         if brief and long:
             raise UsageError("--quick leaves out what --long adds; choose one of them")
-        from trtq.selftest.integers import check_pattern
+        from trtq.selftest.integers import check_patterns
         from trtq.selftest.run import selftest as measure
         from trtq.selftest.summary import summary_lines
         from trtq.selftest.trials import Options
 
         if cases is not None:
-            check_pattern(cases)
+            check_patterns(cases)
         path = output or Path("selftest.json")
         record = measure(
             path,

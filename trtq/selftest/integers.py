@@ -13,7 +13,7 @@ from trtq.selftest.guarded import GuardedGpu
 from trtq.selftest.suite import Check
 from trtq.selftest.trials import Options, Trial
 
-__all__ = ["check_pattern", "trials"]
+__all__ = ["check_patterns", "trials"]
 
 
 @cache
@@ -23,25 +23,32 @@ def _machine() -> GuardedGpu:
     return GuardedGpu(gpu, current_device())
 
 
-def check_pattern(pattern: str) -> None:
-    """Raise unless a pattern names a case.
+def check_patterns(patterns: str) -> None:
+    """Raise unless each of several patterns, separated by commas, names a case.
 
     Raises:
         UsageError: no case has such a name.
     """
-    if not any(fnmatchcase(check.full_name, pattern) for check in (*CHECKS, *LARGE)):
-        raise UsageError(
-            f"no case has a name like {pattern!r}; names are like {CHECKS[0].full_name!r}, and * stands "
-            "for any text"
-        )
+    for pattern in patterns.split(","):
+        if not any(_matches(check, pattern) for check in (*CHECKS, *LARGE)):
+            raise UsageError(
+                f"no case has a name like {pattern!r}; names are like {CHECKS[0].full_name!r}, and * "
+                "stands for any text"
+            )
+
+
+def _matches(check: Check, patterns: str | None) -> bool:
+    """Whether a case is wanted; None: every case is."""
+    if patterns is None:
+        return True
+    return any(fnmatchcase(check.full_name, pattern) for pattern in patterns.split(","))
 
 
 def trials(options: Options) -> Iterator[Trial]:
     """One trial per case that the GPU's architecture runs."""
     architecture = _machine().device.architecture
     for check in (*CHECKS, *LARGE):
-        wanted = options.cases is None or fnmatchcase(check.full_name, options.cases)
-        if wanted and check.runs_on(architecture):
+        if _matches(check, options.cases) and check.runs_on(architecture):
             yield Trial(check.full_name, partial(_run, check))
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,15 @@ def _run_stage(
     stage: Stage, options: Options, progress: ProgressCallback
 ) -> tuple[list[TrialRow], dict[str, Any]]:
     """Run a stage in as many children as it needs, and return its rows and sections."""
+    with tempfile.TemporaryDirectory(
+        prefix="trtq-selftest-", ignore_cleanup_errors=True
+    ) as scratch:
+        return _run_children(stage, replace(options, scratch=scratch), progress)
+
+
+def _run_children(
+    stage: Stage, options: Options, progress: ProgressCallback
+) -> tuple[list[TrialRow], dict[str, Any]]:
     checks: list[TrialRow] = []
     sections: dict[str, Any] = {}
     after = None

@@ -13,7 +13,7 @@ _MAX_FAILURES, _MAX_TEXT = 3, 160
 
 
 def summary_lines(record: SelftestFile, path: str) -> list[str]:
-    """About ten lines: the GPU, each stage, the first failures, and what to do with the file."""
+    """About ten lines: the GPU, each stage, what was skipped and why, the first failures, and what to do with the file."""
     gpus = [gpu for gpu in record.gpus if gpu.tested]
     lines = [
         f"{gpu.name}, {gpu.architecture}, {gpu.processors} processors, driver "
@@ -24,6 +24,8 @@ def summary_lines(record: SelftestFile, path: str) -> list[str]:
         rows = [row for row in record.checks if row.stage == stage.number]
         if rows:
             lines.append(f"{stage.number} {stage.name}: {_counts(rows)}")
+    reasons = dict.fromkeys(row.skipped for row in record.checks if row.skipped is not None)
+    lines += [f"- skipped: {reason}" for reason in reasons]
     failed = record.failed
     for row in failed[:_MAX_FAILURES]:
         lines.append(f"! {row.name}: {(row.error or '')[:_MAX_TEXT]}")
@@ -40,10 +42,9 @@ def summary_lines(record: SelftestFile, path: str) -> list[str]:
 def _counts(rows: Sequence[TrialRow]) -> str:
     passed = sum(row.ok is True for row in rows)
     failed = sum(row.ok is False for row in rows)
-    skipped = [row for row in rows if row.ok is None]
+    skipped = sum(row.ok is None for row in rows)
     parts = [f"{passed} passed"]
     parts += [f"{failed} failed"] if failed else []
-    if skipped:
-        parts.append(f"{len(skipped)} skipped ({skipped[0].skipped})")
+    parts += [f"{skipped} skipped"] if skipped else []
     seconds = sum(row.seconds for row in rows)
     return f"{', '.join(parts)}, {seconds:.0f} s"

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
+import torch
+
 from trtq.bench.device import Nvml
 from trtq.bench.kernel_operands import FORMS, SHAPES, Shape, draw_operands, expected
 from trtq.bench.kernels import (
@@ -52,7 +54,6 @@ def _median(calls: list[Callable[[], object]]) -> list[float]:
 
 
 def _bandwidth() -> Outcome:
-    torch = require_torch()
     source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     (seconds,) = _median([lambda: target.copy_(source)])
@@ -60,7 +61,6 @@ def _bandwidth() -> Outcome:
 
 
 def _product(*, integers: bool) -> Outcome:
-    torch = require_torch()
     size = (_SIDE, _SIDE)
     if integers:
         left = torch.randint(-128, 128, size, dtype=torch.int8, device="cuda")
@@ -79,7 +79,6 @@ def _nvml() -> Nvml:
 
 def measure_layer(shape: Shape, form: str) -> Outcome:
     """Check a layer value by value, then time its parts, each tile, and the layer in half precision."""
-    torch = require_torch()
     index = torch.cuda.current_device()
     gpu = current_device(index)
     operands = draw_operands(shape, form, torch.device("cuda"))

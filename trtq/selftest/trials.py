@@ -47,11 +47,13 @@ class Options:
 
     Attributes:
         device: CUDA's index of the GPU among the visible ones.
-        cases: pattern for the names of stage 2's cases; None: all.
+        cases: patterns for the names of stage 2's cases, separated by commas; None: all.
+        scratch: folder for a stage's files, which its processes share.
     """
 
     device: int = 0
     cases: str | None = None
+    scratch: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,5 +81,8 @@ STAGES = (
     Stage(0, "machine", "machine", 120, brief=True),
     Stage(1, "load", "loading", 1800, brief=True),
     Stage(2, "integers", "integers", 1800, brief=True),
+    Stage(3, "operator of torch", "operator", 1200),
+    Stage(4, "sanitizer", "sanitizer", 1800),
+    Stage(5, "engines", "engines", 3600),
     Stage(6, "times", "times", 3600),
 )
