@@ -93,8 +93,12 @@ def test_all_stages_pass_and_the_file_says_what_ran(run, tmp_path):
             "moving",
             r"the result moves: 1 bytes differ between two runs, first at \(0, 0, 0, 5\) of \[2, 5",
         ),
-        ("crash", r"the process crashed \(SIGABRT\)"),
-        ("address", r"the GPU failed: CUDA_ERROR_ILLEGAL_ADDRESS: a kernel accessed memory out of"),
+        pytest.param("crash", r"the process crashed \(SIGABRT\)", marks=pytest.mark.slow),
+        pytest.param(
+            "address",
+            r"the GPU failed: CUDA_ERROR_ILLEGAL_ADDRESS: a kernel accessed memory out of",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_fault_is_recorded_with_its_place(plant, message, run):
@@ -107,6 +111,7 @@ def test_a_fault_is_recorded_with_its_place(plant, message, run):
     assert record.complete
 
 
+@pytest.mark.slow
 def test_a_kernel_that_never_ends_is_stopped_at_the_time_limit(run, monkeypatch):
     stages = [
         dataclasses.replace(stage, seconds=15 if stage.number == 2 else stage.seconds)

@@ -112,7 +112,6 @@ def test_bad_files_are_one_line_each_and_the_others_are_printed(run, tmp_path):
         (["--read"], "--read needs files"),
         (["--read", "x.json", "--quick"], "--read only prints"),
         (["x.json"], "is an argument of --read"),
-        (["--quick", "--long"], "choose one of them"),
         (["--cases", "nothing*"], "no case has a name like 'nothing*'"),
         (["-o", "none/selftest.json"], "the folder none does not exist"),
     ],

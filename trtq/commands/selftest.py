@@ -16,9 +16,6 @@ __all__ = ["selftest"]
 
 Output = Annotated[Path | None, output_option("JSON file for the result. Default: selftest.json.")]
 Brief = Annotated[bool, typer.Option("--quick", help="Stages 0 to 2 only: about a minute.")]
-Long = Annotated[
-    bool, typer.Option("--long", help="In addition a UNet of Stable Diffusion's size.")
-]
 DeviceIndex = Annotated[
     int, typer.Option("--device", callback=within(0, 63), help="CUDA's index of the GPU.")
 ]
@@ -40,7 +37,6 @@ def selftest(
     files: Files = None,
     output: Output = None,
     brief: Brief = False,
-    long: Long = False,
     device: DeviceIndex = 0,
     cases: Cases = None,
     read: Read = False,
@@ -58,14 +54,12 @@ def selftest(
     """
     with command(verbose):
         if read:
-            if output or brief or long or cases:
+            if output or brief or cases:
                 raise UsageError("--read only prints; leave out the options of a test")
             _read(files or [], as_json)
             return
         if files:
             raise UsageError(f"{files[0]} is an argument of --read; name the output with -o")
-        if brief and long:
-            raise UsageError("--quick leaves out what --long adds; choose one of them")
         from trtq.selftest.integers import check_patterns
         from trtq.selftest.run import selftest as measure
         from trtq.selftest.summary import summary_lines
@@ -77,7 +71,6 @@ def selftest(
         record = measure(
             path,
             brief=brief,
-            long=long,
             options=Options(device=device, cases=cases),
             overwrite=overwrite,
             progress=ProgressPrinter(),

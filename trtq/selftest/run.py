@@ -41,7 +41,6 @@ def selftest(
     output: str | Path,
     *,
     brief: bool = False,
-    long: bool = False,
     options: Options | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
@@ -51,7 +50,6 @@ def selftest(
     Args:
         output: path of the file.
         brief: run the stages that `--quick` includes.
-        long: run the stages that only `--long` includes, too.
         options: GPU and cases.
         overwrite: whether an existing file may be replaced.
         progress: callback with the stage's name, the completed trials and the total.
@@ -66,10 +64,9 @@ def selftest(
     """
     options = options or Options()
     final = check_file(output, overwrite=overwrite)
-    stages = [s for s in STAGES if (s.brief or not brief) and (long or not s.long)]
+    stages = [s for s in STAGES if s.brief or not brief]
     given = {
         "--quick": brief,
-        "--long": long,
         f"--cases {options.cases}": options.cases is not None,
     }
     record = SelftestFile(

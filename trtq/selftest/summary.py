@@ -13,7 +13,7 @@ _MAX_FAILURES, _MAX_TEXT = 3, 160
 
 
 def summary_lines(record: SelftestFile, path: str) -> list[str]:
-    """About ten lines: the GPU, each stage, what was skipped and why, the first failures, and what to do with the file."""
+    """The GPU, each stage, what was skipped and why, the first failures, and where the file goes."""
     gpus = [gpu for gpu in record.gpus if gpu.tested]
     lines = [
         f"{gpu.name}, {gpu.architecture}, {gpu.processors} processors, driver "

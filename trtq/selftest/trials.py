@@ -66,7 +66,6 @@ class Stage:
         module: module with `trials(options)`, in this package.
         seconds: time limit.
         brief: whether `--quick` includes it.
-        long: whether only `--long` includes it.
     """
 
     number: int
@@ -74,7 +73,6 @@ class Stage:
     module: str
     seconds: float
     brief: bool = False
-    long: bool = False
 
 
 STAGES = (

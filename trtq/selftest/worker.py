@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trtq.child import error_record, write_answer
-from trtq.errors import KernelError, TrtqError
+from trtq.errors import KernelError, MissingDependencyError, TrtqError
 from trtq.selftest.private import without_names
 from trtq.selftest.record import TrialRow
 from trtq.selftest.trials import STAGES, Options, Outcome, SkippedError, Stage, Trial
@@ -69,7 +69,7 @@ def _outcome(stage: Stage, trial: Trial) -> tuple[TrialRow, dict[str, Any], bool
     try:
         outcome = trial.call() or outcome
         error = outcome.fault
-    except SkippedError as err:
+    except (SkippedError, MissingDependencyError) as err:
         skipped = str(err)
     except Exception as err:  # Of any library; a trial never ends the command.
         text = " / ".join(str(err).split("\n")).strip()
