@@ -16,7 +16,8 @@ import json, os, sys
 from pathlib import Path
 job, answer = sys.argv[-2:]
 assert sys.argv[1:3] == ["--tool", "memcheck"]
-assert json.loads(job)["stage"] == 2
+job = json.loads(job)
+assert (job["stage"], job["options"]["guard_bytes"]) == (2, 0)
 rows = json.loads(os.environ["ROWS"])
 if rows is not None:
     Path(answer).write_text(json.dumps({{"checks": rows}}))

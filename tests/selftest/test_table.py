@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from typer.testing import CliRunner
@@ -104,6 +105,32 @@ def test_bad_files_are_one_line_each_and_the_others_are_printed(run, tmp_path):
     assert run("--read", good).exit_code == 0
     records = json.loads(run("--read", good, "--json").stdout)
     assert [record["rows"][0]["both"] for record in records["files"]] == [20.0]
+
+
+def make_folder(path):
+    path.mkdir()
+
+
+BAD_FILES = {
+    "a folder": (make_folder, "it is a folder"),
+    "a pipe": (os.mkfifo, "it is a named pipe"),
+    "another file": (lambda p: p.write_text('{"kind": "run"}'), "is not a file of trtq selftest"),
+    "a list": (lambda p: p.write_text("[]"), "must hold a JSON object"),
+    "not a number": (lambda p: p.write_text('{"a": NaN}'), "NaN is not a valid JSON number"),
+    "deep": (lambda p: p.write_text('{"a": ' + "[" * 99 + "]" * 99 + "}"), "nested more than"),
+    "binary": (lambda p: p.write_bytes(b"\x89PNG\x00"), "is not UTF-8"),
+    "large": (lambda p: p.write_text(" " * 300_000), "at most 200,000 are allowed"),
+    "empty": (lambda p: p.write_text(""), "cannot read"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_a_bad_file_is_one_line(run, tmp_path, make, message):
+    make(tmp_path / "bad.json")
+    done = run("--read", tmp_path / "bad.json")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,10 @@ from trtq.plugins.device import CudaDevice, Gpu
 from trtq.plugins.launch import Launch
 from trtq.selftest.layers import Array
 from trtq.selftest.suite import Operand, WrongValueError
+from trtq.selftest.trials import GUARD_BYTES
 
-__all__ = ["GUARD_BYTES", "GuardedGpu"]
+__all__ = ["GuardedGpu"]
 
-GUARD_BYTES = 256
-"""Bytes before and after each operand; addresses of operands stay aligned."""
 _GUARD = 0xFF
 """Value of the guard bytes, NaN as float16 and float32: a read beyond an operand spoils the result."""
 
@@ -26,11 +25,13 @@ class GuardedGpu:
     Args:
         gpu: memory and stream.
         device: the device of the current context.
+        guard_bytes: bytes before and after each operand, a multiple of 16.
     """
 
-    def __init__(self, gpu: Gpu, device: CudaDevice) -> None:
+    def __init__(self, gpu: Gpu, device: CudaDevice, guard_bytes: int = GUARD_BYTES) -> None:
         self.gpu = gpu
         self.device = device
+        self.guard_bytes = guard_bytes
 
     def compute(
         self,
@@ -63,13 +64,14 @@ class GuardedGpu:
         operands: Mapping[str, Operand],
         launches: Callable[[Mapping[str, int]], Sequence[Launch]],
     ) -> Array:
-        sent = {name: _guarded(operand.values) for name, operand in operands.items()}
+        guard = self.guard_bytes
+        sent = {name: _guarded(operand.values, guard) for name, operand in operands.items()}
         bases: dict[str, int] = {}
         try:
             for name, values in sent.items():
                 bases[name] = self.gpu.allocate(values.nbytes)
                 self.gpu.upload(bases[name], values)
-            for launch in launches({name: base + GUARD_BYTES for name, base in bases.items()}):
+            for launch in launches({name: base + guard for name, base in bases.items()}):
                 self.device.start(launch, self.gpu.stream)
             received = {name: np.empty_like(values) for name, values in sent.items()}
             for name, values in received.items():
@@ -78,9 +80,9 @@ class GuardedGpu:
         finally:
             self._free(bases)
         for name, values in received.items():
-            _check_memory(name, operands[name], sent[name], values)
+            _check_memory(name, operands[name], sent[name], values, guard)
         out = operands["out"].values
-        inside: Array = received["out"][GUARD_BYTES : GUARD_BYTES + out.nbytes]
+        inside: Array = received["out"][guard : guard + out.nbytes]
         return inside.view(out.dtype).reshape(out.shape)
 
     def _free(self, bases: Mapping[str, int]) -> None:
@@ -95,20 +97,20 @@ def _bytes(values: Array) -> Array:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def _guarded(values: Array) -> Array:
+def _guarded(values: Array, count: int) -> Array:
     """The bytes of an array between guard bytes."""
-    guard = np.full(GUARD_BYTES, _GUARD, np.uint8)
+    guard = np.full(count, _GUARD, np.uint8)
     return np.concatenate([guard, _bytes(values), guard])
 
 
-def _check_memory(name: str, operand: Operand, sent: Array, received: Array) -> None:
+def _check_memory(name: str, operand: Operand, sent: Array, received: Array, guard: int) -> None:
     size = operand.values.nbytes
     changed = np.flatnonzero(sent != received)
     if operand.writable:
-        changed = changed[(changed < GUARD_BYTES) | (changed >= GUARD_BYTES + size)]
+        changed = changed[(changed < guard) | (changed >= guard + size)]
     if not changed.size:
         return
-    at = int(changed[0]) - GUARD_BYTES
+    at = int(changed[0]) - guard
     if at < 0:
         where = f"{-at} bytes before the start of"
     elif at >= size:

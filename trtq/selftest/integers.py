@@ -17,10 +17,10 @@ __all__ = ["check_patterns", "trials"]
 
 
 @cache
-def _machine() -> GuardedGpu:
+def _machine(guard_bytes: int) -> GuardedGpu:
     """The GPU of this process, opened by the first case that needs it."""
     gpu = Gpu()
-    return GuardedGpu(gpu, current_device())
+    return GuardedGpu(gpu, current_device(), guard_bytes)
 
 
 def check_patterns(patterns: str) -> None:
@@ -46,11 +46,11 @@ def _matches(check: Check, patterns: str | None) -> bool:
 
 def trials(options: Options) -> Iterator[Trial]:
     """One trial per case that the GPU's architecture runs."""
-    architecture = _machine().device.architecture
+    architecture = _machine(options.guard_bytes).device.architecture
     for check in (*CHECKS, *LARGE):
         if _matches(check, options.cases) and check.runs_on(architecture):
-            yield Trial(check.full_name, partial(_run, check))
+            yield Trial(check.full_name, partial(_run, check, options.guard_bytes))
 
 
-def _run(check: Check) -> None:
-    check.call(_machine())
+def _run(check: Check, guard_bytes: int) -> None:
+    check.call(_machine(guard_bytes))

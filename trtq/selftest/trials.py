@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["STAGES", "Options", "Outcome", "SkippedError", "Stage", "Trial"]
+__all__ = ["GUARD_BYTES", "STAGES", "Options", "Outcome", "SkippedError", "Stage", "Trial"]
+
+GUARD_BYTES = 256
+"""Bytes before and after each operand in stage 2; addresses of operands stay aligned."""
 
 
 class SkippedError(Exception):
@@ -48,11 +51,13 @@ class Options:
     Attributes:
         device: CUDA's index of the GPU among the visible ones.
         cases: patterns for the names of stage 2's cases, separated by commas; None: all.
+        guard_bytes: bytes before and after each operand of stage 2.
         scratch: folder for a stage's files, which its processes share.
     """
 
     device: int = 0
     cases: str | None = None
+    guard_bytes: int = GUARD_BYTES
     scratch: str = ""
 
 
