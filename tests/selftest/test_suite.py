@@ -46,7 +46,7 @@ def test_nan_is_a_wrong_value_and_differences_may_be_allowed():
     for wrong in (np.nan, 1.001):
         actual = wanted.copy()
         actual[0, 0, 0, 1] = wrong
-        with pytest.raises(WrongValueError, match="1 of 2 values are wrong, .* column 1 "):
+        with pytest.raises(WrongValueError, match=r"1 of 2 values are wrong, .* column 1 "):
             compare(actual, wanted, problem, SMALL)
     compare(actual, wanted, problem, SMALL, allowed=np.full(wanted.shape, 0.01))
     actual[0, 0, 0, 1] = np.nan
