@@ -12,6 +12,7 @@ from trtq.commands.machine import demo, doctor
 from trtq.commands.package import package_triton
 from trtq.commands.plugins import build_plugins
 from trtq.commands.quantize import quantize
+from trtq.commands.selftest import selftest
 from trtq.commands.serve import serve
 from trtq.commands.verify import verify
 
@@ -37,6 +38,7 @@ app.command()(inspect)
 app.command()(verify)
 app.command()(serve)
 app.command()(demo)
+app.command()(selftest)
 
 bench_app = group(BenchGroup, add_help_option=False)
 bench_app.command(BenchGroup.default, hidden=True, cls=BATCH_SIZES)(bench)

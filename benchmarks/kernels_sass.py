@@ -23,11 +23,14 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from trtq.plugins.compile import cubin, nvrtc_version, sources
 from trtq.plugins.variants import ARCHITECTURES, Variant, all_variants
 
 OUT = Path(__file__).parent / "results" / "kernels_sass.json"
+TABLE = Path(__file__).parent.parent / "trtq" / "selftest" / "kernels.json"
+"""The part of the record that `trtq selftest` compares with, in the package."""
 PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvdisasm", "nvidia-cuda-cuobjdump", "cuda-bindings")
 SIZES = {
     # Threads and KiB of shared memory per processor, KiB that the system takes per block (from sm90 on,
@@ -195,6 +198,24 @@ def versions(tools: Path) -> dict[str, str]:
     return installed
 
 
+def table_text(record: dict[str, Any]) -> str:
+    """The text of `TABLE`: registers, spilled bytes, shared bytes and blocks of each variant."""
+    lines = []
+    for architecture in dict.fromkeys(row["architecture"] for row in record["rows"]):
+        variants = {
+            row["variant"]: [
+                row[key] for key in ("registers", "spilled_bytes", "shared_bytes", "blocks")
+            ]
+            for row in record["rows"]
+            if row["architecture"] == architecture
+        }
+        rows = ",\n".join(f"   {json.dumps(name)}: {values}" for name, values in variants.items())
+        lines.append(f"  {json.dumps(architecture)}: {{\n{rows}\n  }}")
+    body = ",\n".join(lines)
+    nvrtc = json.dumps(record["nvrtc"])
+    return f'{{\n "nvrtc": {nvrtc},\n "architectures": {{\n{body}\n }}\n}}\n'
+
+
 def main() -> None:
     """Measure all variants, print a line for each, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -227,6 +248,8 @@ def main() -> None:
         "rows": [asdict(row) for row in rows],
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if options.out == OUT:
+        TABLE.write_text(table_text(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from trtq.plugins.compile import cubin
 from trtq.plugins.launch import Launch
 from trtq.plugins.variants import Variant
 
-__all__ = ["CudaDevice", "Gpu", "current_device", "first_gpu"]
+__all__ = ["CudaDevice", "Gpu", "KernelResources", "current_device", "first_gpu"]
 
 _DEFAULT_SHARED_BYTES = 48 << 10
 """Default limit of shared memory per block, in bytes; a kernel needs an attribute to use more."""
@@ -20,6 +21,23 @@ _NON_BLOCKING = 1
 """Flag of a stream that does not synchronise with the legacy default stream."""
 _MIN_CAPABILITY = (7, 5)
 """First compute capability whose tensor cores multiply integers."""
+
+
+@dataclass(frozen=True)
+class KernelResources:
+    """What a loaded kernel takes of a processor, as the driver reports it.
+
+    Attributes:
+        registers: registers of a thread.
+        local_bytes: local memory of a thread: spilled registers and stack.
+        static_bytes: static shared memory of a block.
+        blocks: number of blocks that a processor holds at once.
+    """
+
+    registers: int
+    local_bytes: int
+    static_bytes: int
+    blocks: int
 
 
 class CudaDevice:
@@ -73,6 +91,34 @@ class CudaDevice:
             KernelError: the kernel cannot be compiled or loaded.
         """
         self._function(launch.variant, launch.shared_bytes)
+
+    def resources(self, variant: Variant) -> KernelResources:
+        """Load a kernel and ask the driver what it takes.
+
+        Raises:
+            KernelError: the kernel cannot be compiled or loaded.
+        """
+        function = self._function(variant, variant.shared_bytes)
+        what = f"cannot read the properties of {variant}"
+        attribute = driver.bindings().CUfunction_attribute
+
+        def ask(name: str) -> int:
+            number = getattr(attribute, f"CU_FUNC_ATTRIBUTE_{name}")
+            return int(driver.call("cuFuncGetAttribute", number, function, what=what))
+
+        blocks = driver.call(
+            "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+            function,
+            variant.threads,
+            variant.shared_bytes,
+            what=what,
+        )
+        return KernelResources(
+            registers=ask("NUM_REGS"),
+            local_bytes=ask("LOCAL_SIZE_BYTES"),
+            static_bytes=ask("SHARED_SIZE_BYTES"),
+            blocks=int(blocks),
+        )
 
     def start(self, launch: Launch, stream: int) -> None:
         """Start a kernel on a stream, asynchronously.

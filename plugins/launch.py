@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _CHANNELS_LAST = 1
-_QUANTIZE_PIXELS, _QUANTIZE_THREADS = 32, 128
+_QUANTIZE_PIXELS = 32
 _ALIGNMENT = 16
 _MAX_BLOCKS = 65_535
 """CUDA's maximum number of blocks along y and z of a grid."""
@@ -278,7 +278,7 @@ def _quantize(problem: Problem, at: Pointers, variant: Variant, counters: int) -
         ctypes.c_int(counters),
     )
     grid = -(-pixels // _QUANTIZE_PIXELS), groups, problem.batch
-    return Launch(variant, _check_grid(grid), _QUANTIZE_THREADS, 0, arguments)
+    return Launch(variant, _check_grid(grid), variant.threads, 0, arguments)
 
 
 def _check_grid(grid: tuple[int, int, int]) -> tuple[int, int, int]:

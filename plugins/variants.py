@@ -20,6 +20,7 @@ __all__ = [
 ARCHITECTURES = ("sm75", "sm80", "sm86", "sm89", "sm90", "sm120")
 TILE_BYTES = 64
 """Bytes of codes in a row of an operand tile."""
+_QUANTIZE_THREADS = 128
 
 
 def has_native_4(architecture: str) -> bool:
@@ -108,6 +109,11 @@ class Variant:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block, in bytes."""
         return 0 if self.tile is None else self.tile.shared_bytes(packed=self.packed)
+
+    @property
+    def threads(self) -> int:
+        """Number of threads of a block."""
+        return _QUANTIZE_THREADS if self.tile is None else self.tile.threads
 
     @property
     def defines(self) -> dict[str, int]:

@@ -83,7 +83,7 @@ def gpu(monkeypatch):
             call()
         return [[(index + 1) * 1e-6] * 4 for index, _ in enumerate(calls)]
 
-    monkeypatch.setattr(benching, "_round_seconds", round_seconds)
+    monkeypatch.setattr(benching, "round_seconds", round_seconds)
     return simulated
 
 

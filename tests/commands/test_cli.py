@@ -12,7 +12,7 @@ from trtq.demo.digits import demo
 
 VERBS = (
     *("doctor", "quantize", "export", "build", "generate", "eval", "inspect", "verify", "demo"),
-    *("bench", "serve"),
+    *("bench", "serve", "selftest"),
 )
 
 
@@ -32,7 +32,7 @@ def test_help_lists_the_commands_in_the_order_of_use():
     listed = [line.split()[0] for line in text[text.index("Commands:") :].splitlines()[1:]]
     assert listed == [
         *("doctor", "quantize", "export", "build", "generate", "eval", "bench", "inspect"),
-        *("verify", "serve", "package", "plugins", "demo"),
+        *("verify", "serve", "package", "plugins", "demo", "selftest"),
     ]
 
 

@@ -30,7 +30,7 @@ LINES = {
         "trtq ",
         [
             *("doctor", "quantize", "export", "build", "generate", "eval", "bench", "inspect"),
-            *("verify", "serve", "package", "plugins", "demo"),
+            *("verify", "serve", "package", "plugins", "demo", "selftest"),
         ],
     ),
     "a verb": ("trtq qu", ["quantize"]),

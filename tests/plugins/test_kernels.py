@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 import pytest
 
 from tests.plugins.emulator import Emulator, needs_compiler
-from tests.plugins.kernel_suite import group
+from trtq.selftest.cases import group
 
 pytestmark = needs_compiler
 

@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import sys
+from dataclasses import astuple
 
 import pytest
 
 from tests.vocabulary import ROOT
 from trtq.plugins.variants import ARCHITECTURES, all_variants
+from trtq.selftest.loading import listed
 
 SAMPLE = """
 .text.k:
@@ -71,6 +73,17 @@ def record(script):
 
 def test_the_record_is_of_these_sources(script, record):
     assert record["sources"] == script.digest(), "run benchmarks/kernels_sass.py again"
+
+
+def test_the_table_of_the_package_is_that_of_the_record(script, record):
+    assert script.TABLE.read_text() == script.table_text(record), "run benchmarks/kernels_sass.py"
+    version, table = listed()
+    assert version == record["nvrtc"]
+    rows = {(row["architecture"], row["variant"]): row for row in record["rows"]}
+    assert {(name, variant) for name, of in table.items() for variant in of} == set(rows)
+    for (architecture, variant), row in rows.items():
+        values = [row[key] for key in ("registers", "spilled_bytes", "shared_bytes", "blocks")]
+        assert list(astuple(table[architecture][variant])) == values
 
 
 def test_the_record_has_every_variant_and_no_spill(record):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from tests.plugins.layers import draw
 from trtq.errors import ArtefactError, QuantizationError
 from trtq.plugins.low_bit import pack, reference
 from trtq.plugins.spec import Geometry
+from trtq.selftest.layers import draw
 
 
 def test_eight_channels_share_four_bytes_as_documented():

@@ -9,7 +9,6 @@ import pytest
 
 from tests.conftest import shared
 from tests.plugins.emulator import Memory
-from tests.plugins.layers import draw
 from tests.plugins.ptx import Builder, Program, needs_ptx
 from tests.plugins.test_tensorrt_aot import Plugins, TensorDesc, TensorRt
 from trtq.plugins.compile import ptx
@@ -17,6 +16,7 @@ from trtq.plugins.low_bit import reference
 from trtq.plugins.low_bit.attributes import fields_of
 from trtq.plugins.low_bit.tensorrt_aot import register_all
 from trtq.plugins.spec import Geometry, LayerSpec
+from trtq.selftest.layers import draw
 
 pytestmark = needs_ptx
 

@@ -25,7 +25,7 @@ CAPABILITIES = [
 START = """
 import json
 import numpy as np
-from tests.plugins.layers import draw
+from trtq.selftest.layers import draw
 from tests.plugins.recording_driver.runner import run_ptx
 from trtq.plugins import device as devices
 from trtq.plugins.low_bit import reference

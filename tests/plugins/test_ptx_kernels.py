@@ -7,9 +7,10 @@ import contextlib
 import pytest
 
 from tests.conftest import shared
-from tests.plugins.kernel_suite import checks_for
+from tests.plugins.emulator import HostMachine
 from tests.plugins.ptx import PtxMachine, needs_ptx
 from trtq.plugins.variants import all_variants
+from trtq.selftest.cases import checks_for
 
 pytestmark = needs_ptx
 
@@ -44,7 +45,7 @@ def machines(tmp_path_factory):
     return {name: PtxMachine(folder, name) for name in ARCHITECTURES}
 
 
-class Recorder:
+class Recorder(HostMachine):
     """A machine that notes the variants of launches, and runs nothing."""
 
     def __init__(self):

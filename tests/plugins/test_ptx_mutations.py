@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import shared
-from tests.plugins.kernel_suite import CHECKS
 from tests.plugins.ptx import PtxFault, PtxMachine, needs_ptx
 from tests.plugins.ptx.mutations import MUTATIONS
 from trtq.plugins import compile as compiling
+from trtq.selftest.cases import CHECKS
 
 pytestmark = needs_ptx
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from tests.plugins.emulator import Emulator, needs_compiler
-from tests.plugins.layers import draw
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.errors import KernelError, UsageError
 from trtq.plugins.low_bit import reference
 from trtq.plugins.low_bit import tensorrt as plugins
 from trtq.plugins.low_bit.attributes import fields_of, spec_of
 from trtq.plugins.spec import Geometry, LayerSpec
+from trtq.selftest.layers import draw
 
 RTX = BACKENDS["tensorrt-rtx"]
 needs_rtx = pytest.mark.skipif(not RTX.installed, reason="needs tensorrt-rtx")

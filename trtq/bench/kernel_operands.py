@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from trtq.plugins.low_bit import pack
 from trtq.plugins.low_bit.op import flat_fields, low_bit
-from trtq.plugins.spec import Geometry, LayerSpec
+from trtq.plugins.spec import Geometry, LayerSpec, Problem
 
 __all__ = ["FORMS", "SHAPES", "Operands", "Shape", "draw_operands", "expected", "operations"]
 
@@ -99,6 +99,11 @@ class Operands:
     terms: Tensor
     tables: Tensor
     step: Tensor
+
+    @property
+    def problem(self) -> Problem:
+        """Sizes of the call."""
+        return self.spec.problem(self.x.shape, channels_last=self.spec.geometry is not None)
 
     def call(self) -> Tensor:
         """Output of the layer, computed by the low-bit kernels."""

@@ -10,14 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trtq.bench.device import gpu_peak
+from trtq.bench.device import Peak, gpu_peak
 from trtq.bench.kernel_operands import FORMS, SHAPES, Shape, operations
 from trtq.errors import UsageError
 from trtq.plugins.spec import LayerSpec, Problem
 from trtq.plugins.tile_choice import choose_plan, layer_cycles
 from trtq.results import Result
 
-__all__ = ["GPUS", "GpuModel", "KernelPrediction", "PredictedRow", "predict_kernels"]
+__all__ = [
+    "GPUS",
+    "GpuModel",
+    "KernelPrediction",
+    "PredictedRow",
+    "predict_kernels",
+    "predict_layer",
+]
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,12 @@ def predict_kernels(
     unknown = [form for form in forms if form not in FORMS]
     if unknown:
         raise UsageError(f"unknown form {unknown[0]!r}; choose from {', '.join(FORMS)}")
-    rows = [_predicted(shape, form, architecture) for shape in shapes for form in forms]
+    gpu = GPUS[architecture]
+    peak = gpu_peak(gpu.name, integers=False)
+    assert peak is not None
+    rows = [
+        predict_layer(shape, form, gpu, architecture, peak) for shape in shapes for form in forms
+    ]
     means = {}
     for form in forms:
         speedups = [row.speedup for row in rows if row.form == form]
@@ -128,7 +140,7 @@ def predict_kernels(
         means[form] = product
     return KernelPrediction(
         predicted=True,
-        gpu=GPUS[architecture].name,
+        gpu=gpu.name,
         architecture=architecture,
         mean_speedup=means,
         rows=rows,
@@ -141,10 +153,18 @@ def _memory_microseconds(total: float, gpu: GpuModel, bandwidth: float) -> float
     return beyond / (_MEMORY_SHARE * bandwidth) * 1e6
 
 
-def _predicted(shape: Shape, form: str, architecture: str) -> PredictedRow:
-    gpu = GPUS[architecture]
-    half = gpu_peak(gpu.name, integers=False)
-    assert half is not None
+def predict_layer(
+    shape: Shape, form: str, gpu: GpuModel, architecture: str, half: Peak
+) -> PredictedRow:
+    """Predict one layer in one form.
+
+    Args:
+        shape: shape of the layer.
+        form: name of one of `FORMS`.
+        gpu: processors, clock and cache of the GPU.
+        architecture: architecture of the GPU, which may be absent from `GPUS`.
+        half: half-precision peak and bandwidth of the GPU.
+    """
     channels = shape.size[2] if shape.geometry is None else shape.size[1]
     spec = LayerSpec(channels, shape.out, 1, *FORMS[form], shape.geometry)
     problem = spec.problem(shape.size, channels_last=shape.geometry is not None)

@@ -32,25 +32,27 @@ from trtq.errors import TrtqError, UsageError
 from trtq.plugins.device import current_device
 from trtq.plugins.driver import driver_cuda, old_driver
 from trtq.plugins.launch import Device, Launch, Pointers, layer_launches
-from trtq.plugins.tile_choice import choose_plan
+from trtq.plugins.tile_choice import Plan, choose_plan
 from trtq.progress import ProgressCallback, silent
 
-__all__ = ["FORMS", "bench_kernels", "failed_rows"]
+__all__ = [
+    "FORMS",
+    "bench_kernels",
+    "failed_rows",
+    "half_precision_call",
+    "layer_plan",
+    "planned_launches",
+    "round_seconds",
+    "starts",
+]
 
 _CALLS, _ROUNDS, _WARM_UP = 20, 15, 3
 
 
-def _launches(operands: Operands, device: Device) -> tuple[list[Launch], list[Tensor]]:
-    """The two kernel launches of the layer's operator, and the buffers that they use."""
-    o, spec = operands, operands.spec
-    problem = spec.problem(o.x.shape, channels_last=spec.geometry is not None)
-    sizes = (problem.code_bytes(native_4=False), problem.sum_bytes, problem.split_bytes)
-    codes, sums, partial = (
-        torch.empty(size, dtype=torch.uint8, device=o.x.device) for size in sizes
-    )
-    out = torch.empty(problem.out_shape, dtype=o.x.dtype, device=o.x.device)
-    tensors = (o.x, o.weight, o.terms, o.tables, o.step, out, codes, sums)
-    plan = choose_plan(
+def layer_plan(operands: Operands, device: Device) -> Plan:
+    """The plan that the layer's operator chooses on a device."""
+    spec, problem = operands.spec, operands.problem
+    return choose_plan(
         problem,
         device.processors,
         device.architecture,
@@ -58,6 +60,19 @@ def _launches(operands: Operands, device: Device) -> tuple[list[Launch], list[Te
         native_4=spec.native_4(device.architecture),
         scratch_bytes=problem.split_bytes,
     )
+
+
+def planned_launches(
+    operands: Operands, device: Device, plan: Plan
+) -> tuple[list[Launch], list[Tensor]]:
+    """The two kernel launches of a layer under a plan, and the buffers that they use."""
+    o, spec, problem = operands, operands.spec, operands.problem
+    sizes = (problem.code_bytes(native_4=False), problem.sum_bytes, problem.split_bytes)
+    codes, sums, partial = (
+        torch.empty(size, dtype=torch.uint8, device=o.x.device) for size in sizes
+    )
+    out = torch.empty(problem.out_shape, dtype=o.x.dtype, device=o.x.device)
+    tensors = (o.x, o.weight, o.terms, o.tables, o.step, out, codes, sums)
     launches = layer_launches(
         problem,
         replace(Pointers(*(tensor.data_ptr() for tensor in tensors)), partial=partial.data_ptr()),
@@ -70,7 +85,9 @@ def _launches(operands: Operands, device: Device) -> tuple[list[Launch], list[Te
     return launches, [out, codes, sums, partial]
 
 
-def _starts(launches: Sequence[Launch], device: Device) -> list[Callable[[], object]]:
+def starts(launches: Sequence[Launch], device: Device) -> list[Callable[[], object]]:
+    """Functions that start a launch each, on torch's current stream."""
+
     def start(launch: Launch) -> Callable[[], object]:
         return lambda: device.start(launch, torch.cuda.current_stream().cuda_stream)
 
@@ -92,7 +109,7 @@ def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _round_seconds(calls: Sequence[Callable[[], object]]) -> list[list[float]]:
+def round_seconds(calls: Sequence[Callable[[], object]]) -> list[list[float]]:
     """Seconds per call of each callable, one value per round; the first round is discarded."""
     graphs = [_captured(call) for call in calls]
     seconds: list[list[float]] = [[] for _ in calls]
@@ -109,22 +126,25 @@ def _round_seconds(calls: Sequence[Callable[[], object]]) -> list[list[float]]:
     return seconds
 
 
+def half_precision_call(operands: Operands) -> Callable[[], object]:
+    """A call of the layer in half precision, by cuBLAS or cuDNN."""
+    weight, bias = operands.integers.half(), operands.terms[1].half()
+    g = operands.spec.geometry
+    if g is None:
+        flat = weight.flatten(1)
+        return lambda: functional.linear(operands.x, flat, bias)
+    last = weight.contiguous(memory_format=torch.channels_last)
+    return lambda: functional.conv2d(
+        operands.x, last, bias, g.stride, g.padding, g.dilation, g.groups
+    )
+
+
 def _timings(operands: Operands, constant: Operands, shape: Shape, gpu: Device) -> KernelTimings:
     """Times of a layer, of its two launches and of the half-precision kernel."""
-    weight = operands.integers.half()
-    bias = operands.terms[1].half()
-    if shape.geometry is None:
-        weight = weight.flatten(1)
-        half_call: Callable[[], object] = lambda: functional.linear(operands.x, weight, bias)  # noqa: E731
-    else:
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        g = shape.geometry
-        half_call = lambda: functional.conv2d(  # noqa: E731
-            operands.x, weight, bias, g.stride, g.padding, g.dilation, g.groups
-        )
-    launches, _memory = _launches(operands, gpu)
-    low_bit_seconds, constant_seconds, half_seconds, *parts = _round_seconds(
-        (operands.call, constant.call, half_call, *_starts(launches, gpu))
+    half_call = half_precision_call(operands)
+    launches, _memory = planned_launches(operands, gpu, layer_plan(operands, gpu))
+    low_bit_seconds, constant_seconds, half_seconds, *parts = round_seconds(
+        (operands.call, constant.call, half_call, *starts(launches, gpu))
     )
     quantising, product = (statistics.median(part) for part in parts)
     seconds, fp16_seconds = statistics.median(low_bit_seconds), statistics.median(half_seconds)
@@ -144,7 +164,7 @@ def _timings(operands: Operands, constant: Operands, shape: Shape, gpu: Device) 
         tera_operations=count / seconds / 1e12,
         share_of_peak=None if peak is None else count / seconds / peak.operations,
         weight_bytes=operands.weight.numel(),
-        fp16_weight_bytes=2 * weight.numel(),
+        fp16_weight_bytes=2 * operands.integers.numel(),
     )
 
 

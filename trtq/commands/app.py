@@ -18,7 +18,7 @@ __all__ = ["App", "OrderedGroup", "group", "main", "with_former_names"]
 
 VERBS = (
     *("doctor", "quantize", "export", "build", "generate", "eval", "bench", "inspect", "verify"),
-    *("serve", "package", "plugins", "demo"),
+    *("serve", "package", "plugins", "demo", "selftest"),
 )
 """The commands in the order of `trtq --help`: the workflow from a checkpoint to a server."""
 

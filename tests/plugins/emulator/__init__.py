@@ -6,6 +6,8 @@ import ctypes
 import mmap
 import shutil
 import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from tests.plugins.fibers import FOLDER
 from trtq.plugins.compile import sources
 from trtq.plugins.launch import Launch
 from trtq.plugins.variants import Variant
+from trtq.selftest.suite import Operand
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -22,7 +25,30 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="emulating kernels 
 _FLAGS = ("-std=c++17", "-O2", "-mf16c", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 
 
-class Emulator:
+class HostMachine(ABC):
+    """A machine of `trtq.selftest.suite` whose kernels run on the host's memory."""
+
+    @abstractmethod
+    def run(self, launch: Launch, seed: int, memory: Memory) -> None:
+        """Run a launch with an order of threads; `memory` is what the kernel may use."""
+
+    def compute(
+        self,
+        operands: Mapping[str, Operand],
+        launches: Callable[[Mapping[str, int]], Sequence[Launch]],
+        seed: int,
+    ) -> np.ndarray:
+        memory = Memory()
+        placed = {
+            name: memory.put(operand.values, name, writable=operand.writable)
+            for name, operand in operands.items()
+        }
+        for launch in launches({name: array.ctypes.data for name, array in placed.items()}):
+            self.run(launch, seed, memory)
+        return placed["out"]
+
+
+class Emulator(HostMachine):
     """Compiles each variant once, into a folder, and runs its launches."""
 
     def __init__(self, folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.plugins.emulator import Memory
+from tests.plugins.emulator import HostMachine, Memory
 from tests.plugins.fibers import FOLDER
 from tests.plugins.ptx.emit import translate
 from trtq.plugins.compile import ptx
@@ -137,7 +137,7 @@ class Program:
             raise PtxFault(self._library.ptx_fault().decode())
 
 
-class PtxMachine:
+class PtxMachine(HostMachine):
     """A GPU of one architecture whose kernels run on the CPU.
 
     Args:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,19 +100,23 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> RecordingDriver:
     return RecordingDriver(tmp_path_factory.mktemp("driver"))
 
 
-def image(name: str, architecture: str, library: Path | None = None) -> bytes:
+def image(
+    name: str, architecture: str, library: Path | None = None, properties: Sequence[int] = ()
+) -> bytes:
     """The parts of a cubin that the driver reads: version, architecture and kernel name.
 
     Args:
         name: name of the kernel.
         architecture: architecture, e.g. `sm89`.
         library: library of the PTX runner that the driver starts; None: the kernel does nothing.
+        properties: registers, local bytes, static shared bytes and blocks that the driver reports.
     """
     header = bytearray(64)
     header[:4], header[8] = b"\x7fELF", 8
     header[48:52] = (int(architecture.removeprefix("sm")) << 8).to_bytes(4, "little")
     text = name.encode() + b"\0"
     text += b"" if library is None else b"PTX-RUNNER:%s\0" % str(library).encode()
+    text += b"PROPERTIES:%s\0" % ",".join(map(str, properties)).encode() if properties else b""
     # The file ends at the position of the section table.
     header[40:48] = (len(header) + len(text)).to_bytes(8, "little")
     return bytes(header) + text

@@ -8,6 +8,8 @@
      RECORDING_REFUSE    calls that always fail, with error codes, e.g. "cuInit=999,cuMemAlloc=2"
      RECORDING_FREE      free memory that cuMemGetInfo reports, in bytes; 8 GiB
      RECORDING_EXACT     1: the number of a launch's arguments is checked, see `pointers_in`; 0
+     RECORDING_PLANT     a fault of every product kernel: "value", "outside", "moving", "hang", "crash",
+                         or "address" for an illegal address
      CUDA_VISIBLE_DEVICES  visible GPUs, as indices only
 
    work.h has memory, and work in streams. A module whose image names a library of the PTX runner runs
@@ -351,6 +353,34 @@ int cuFuncSetAttribute(Function *function, int attribute, int value) {
     else function->shared = value;
   }
   return said(status, "cuFuncSetAttribute", "\"attribute\": %d, \"value\": %d", attribute, value);
+}
+
+/* A number after the mark of properties in a module's image; 0 without them. */
+static int property_of(Function *function, int index) {
+  static const char mark[] = "PROPERTIES:";
+  const Module *module = function->module;
+  const char *at = memmem(module->image, module->size, mark, strlen(mark));
+  if (!at) return 0;
+  at += strlen(mark);
+  for (; index && at; --index) at = strchr(at, ','), at = at ? at + 1 : at;
+  return at ? atoi(at) : 0;
+}
+
+int cuFuncGetAttribute(int *value, int attribute, Function *function) {
+  int status = in_context("cuFuncGetAttribute");
+  /* CU_FUNC_ATTRIBUTE_NUM_REGS, _LOCAL_SIZE_BYTES and _SHARED_SIZE_BYTES. */
+  int index = attribute == 4 ? 0 : attribute == 3 ? 1 : attribute == 1 ? 2 : -1;
+  if (!status && index < 0) status = INVALID_VALUE;
+  if (!status) *value = property_of(function, index);
+  return said(status, "cuFuncGetAttribute", "\"attribute\": %d", attribute);
+}
+
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Function *function, int threads,
+                                                size_t shared) {
+  int status = in_context("cuOccupancyMaxActiveBlocksPerMultiprocessor");
+  if (!status) *blocks = property_of(function, 3);
+  return said(status, "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+              "\"threads\": %d, \"shared\": %zu", threads, shared);
 }
 
 /* The arguments, copied as at the call; the kernel runs when something waits for the stream. */

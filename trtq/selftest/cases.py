@@ -1,27 +1,20 @@
-"""What the kernels have to compute, for each machine that can run their launches.
-
-A machine has `run(launch, seed, memory)`: the emulator, which compiles the CUDA C for the CPU, and the
-PTX runner, which runs what NVRTC made of it.
-"""
+"""The cases of the kernels' suite: every variant, odd sizes, mixed steps, edges; integers are exact."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 
-from tests.plugins.emulator import Memory
-from tests.plugins.layers import Case, draw
-from trtq.plugins.launch import Pointers, layer_launches
-from trtq.plugins.low_bit import reference
 from trtq.plugins.spec import Geometry
-from trtq.plugins.variants import ONE_LAUNCH_TILES, TILES, Tile, fits, has_native_4
+from trtq.plugins.variants import ONE_LAUNCH_TILES, TILES, Tile
+from trtq.selftest.layers import Array, Case, draw
+from trtq.selftest.suite import FORMS, Check, Machine, WrongValueError, compare, expected, run
 
-__all__ = ["CHECKS", "Check", "checks_for", "group"]
+__all__ = ["CHECKS", "LARGE", "checks_for", "group"]
 
 GEOMETRIES = {
     "1x1": Geometry(),
@@ -31,108 +24,7 @@ GEOMETRIES = {
     "groups": Geometry((3, 1), padding=(1, 0), groups=4),
 }
 LINEAR, SAME = GEOMETRIES["1x1"], GEOMETRIES["3x3"]
-FORMS = {
-    "w8a8": (8, 8, False),
-    "w4a8": (4, 8, False),
-    "w4a4": (4, 4, False),
-    "native": (4, 4, True),
-}
 ORDERS = {"nchw": False, "nhwc": True}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One case of the suite.
-
-    Attributes:
-        group: what is checked, one name per test function.
-        name: name of the case.
-        form: a key of `FORMS`.
-        tile: tile of the product.
-        call: raises AssertionError on a machine that computes something else.
-    """
-
-    group: str
-    name: str
-    form: str
-    tile: Tile
-    call: Callable[[Any], None]
-
-    def __str__(self) -> str:
-        return self.name
-
-    def runs_on(self, architecture: str) -> bool:
-        """Whether an architecture has the form's products and the tile's memory."""
-        native = FORMS[self.form][2]
-        return fits(self.tile, architecture) and (not native or has_native_4(architecture))
-
-
-def _address(array: np.ndarray | None) -> int:
-    return 0 if array is None else array.ctypes.data
-
-
-def run(
-    machine: Any,
-    case: Case,
-    *,
-    tile: Tile = TILES[0],
-    native_4: bool = False,
-    fused: bool = False,
-    residual: np.ndarray | None = None,
-    silu: bool = False,
-    splits: int = 1,
-    seed: int = 0,
-) -> np.ndarray:
-    """Run the kernels on a case and return the output, `[B, N, P, Q]`."""
-    problem, memory = case.problem, Memory()
-
-    def laid_out(values: np.ndarray) -> np.ndarray:
-        return (
-            np.ascontiguousarray(values.transpose(0, 2, 3, 1)) if problem.channels_last else values
-        )
-
-    out = memory.put(np.full(problem.out_shape, np.nan, case.x.dtype), "out", writable=True)
-    rubbish = np.full(problem.code_bytes(native_4=native_4), 0x5A, np.uint8)
-    arrays = {
-        "x": laid_out(case.x),
-        "weight": case.packed,
-        "terms": case.terms,
-        "tables": case.tables,
-        "step": case.step,
-        "codes": rubbish,
-        "sums": np.full(problem.sum_bytes // 4, -9, np.int32),
-        "residual": None if residual is None else laid_out(residual),
-        "partial": None
-        if splits == 1
-        else np.full(problem.plan_bytes(tile, splits), 0x5A, np.uint8),
-    }
-    scratch = ("codes", "sums", "partial")
-    placed = {
-        name: None if a is None else memory.put(a, name, writable=name in scratch)
-        for name, a in arrays.items()
-    }
-    at = Pointers(out=_address(out), **{name: _address(array) for name, array in placed.items()})
-    launches = layer_launches(
-        problem,
-        at,
-        tile,
-        half=case.x.dtype == np.float16,
-        weight_bits=case.bits,
-        native_4=native_4,
-        silu=silu,
-        fused=fused,
-        splits=splits,
-    )
-    for launch in launches:
-        machine.run(launch, seed, memory)
-    return np.array(out.transpose(0, 3, 1, 2) if problem.channels_last else out)
-
-
-def expected(case: Case, **options: Any) -> np.ndarray:
-    """The reference's output for a case."""
-    return reference.low_bit(
-        case.x, case.integers, case.terms, case.tables, case.step, case.problem.geometry, **options
-    )
 
 
 def _drawn(seed: int, form: str, **options: Any) -> Case:
@@ -141,17 +33,17 @@ def _drawn(seed: int, form: str, **options: Any) -> Case:
     return case
 
 
-def _exact(machine: Any, case: Case, form: str, **options: Any) -> None:
+def _exact(machine: Machine, case: Case, form: str, **options: Any) -> None:
     actual = run(machine, case, native_4=FORMS[form][2], **options)
-    assert np.array_equal(actual, expected(case))
+    compare(actual, expected(case), case.problem, options.get("tile", TILES[0]))
 
 
-def _two_launches(machine: Any, form: str, geometry: str, order: str) -> None:
+def _two_launches(machine: Machine, form: str, geometry: str, order: str) -> None:
     case = _drawn(1, form, geometry=GEOMETRIES[geometry], channels_last=ORDERS[order])
     _exact(machine, case, form)
 
 
-def _tile(machine: Any, form: str, tile: Tile, seed: int, half: bool = True) -> None:
+def _tile(machine: Machine, form: str, tile: Tile, seed: int, half: bool = True) -> None:
     """Use more tiles along k than stages, several blocks, and images that end within a block.
 
     In half precision outputs are stored as vectors, otherwise one by one.
@@ -172,7 +64,7 @@ def _tile(machine: Any, form: str, tile: Tile, seed: int, half: bool = True) -> 
     _exact(machine, case, form, tile=tile, seed=seed)
 
 
-def _splits(machine: Any, form: str, geometry: str, splits: int, tile: Tile) -> None:
+def _splits(machine: Machine, form: str, geometry: str, splits: int, tile: Tile) -> None:
     """Divide k unevenly: splits begin within kernel rows, and only the last has the end of k."""
     case = _drawn(
         splits,
@@ -183,7 +75,7 @@ def _splits(machine: Any, form: str, geometry: str, splits: int, tile: Tile) -> 
         height=9,
         channels_last=splits % 2 == 0,
     )
-    residual = draw(5, height=9, width=4, channels=72).x
+    residual: Array | None = draw(5, height=9, width=4, channels=72).x
     if case.problem.out_size != (9, 4):
         residual = None
     actual = run(
@@ -195,15 +87,15 @@ def _splits(machine: Any, form: str, geometry: str, splits: int, tile: Tile) -> 
         residual=residual,
         seed=splits,
     )
-    assert np.array_equal(actual, expected(case, residual=residual))
+    compare(actual, expected(case, residual=residual), case.problem, tile)
 
 
-def _fused(machine: Any, form: str, geometry: str, order: str, half: bool) -> None:
+def _fused(machine: Machine, form: str, geometry: str, order: str, half: bool) -> None:
     case = _drawn(2, form, geometry=GEOMETRIES[geometry], half=half, channels_last=ORDERS[order])
     _exact(machine, case, form, fused=True)
 
 
-def _two_stages(machine: Any, form: str, seed: int, half: bool = True) -> None:
+def _two_stages(machine: Machine, form: str, seed: int, half: bool = True) -> None:
     """Use the larger tile of TensorRT engines: fewer stages than tiles along k, several blocks."""
     geometry = SAME if seed % 2 else LINEAR
     case = _drawn(
@@ -221,7 +113,7 @@ def _two_stages(machine: Any, form: str, seed: int, half: bool = True) -> None:
     _exact(machine, case, form, tile=ONE_LAUNCH_TILES[1], fused=True, seed=seed)
 
 
-def _residual(machine: Any, form: str, order: str, width: int, half: bool = True) -> None:
+def _residual(machine: Machine, form: str, order: str, width: int, half: bool = True) -> None:
     native = FORMS[form][2]
     case = _drawn(
         4,
@@ -239,12 +131,12 @@ def _residual(machine: Any, form: str, order: str, width: int, half: bool = True
         # The exponential may differ in the last bit of float32, and the result in the last bit of half
         # precision.
         spacing = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float32)
-        assert (np.abs(actual.astype(np.float32) - wanted.astype(np.float32)) <= spacing).all()
+        compare(actual, wanted, case.problem, TILES[0], allowed=spacing)
     exact = run(machine, case, native_4=native, residual=residual)
-    assert np.array_equal(exact, expected(case, residual=residual))
+    compare(exact, expected(case, residual=residual), case.problem, TILES[0])
 
 
-def _tokens(machine: Any, form: str) -> None:
+def _tokens(machine: Machine, form: str) -> None:
     """Use rows with an odd number of channels, a single row, and aligned ends of parts of a chunk."""
     for batch, tokens, channels, out in (
         (2, 1, 33, 1),
@@ -266,22 +158,25 @@ def _tokens(machine: Any, form: str) -> None:
         _exact(machine, case, form)
 
 
-def _outside(machine: Any, form: str) -> None:
+def _outside(machine: Machine, form: str) -> None:
     case = _drawn(7, form)
     case.step = np.array([case.problem.steps, 1])
     actual = run(machine, case, native_4=FORMS[form][2])
-    assert np.isnan(actual[0]).all()
+    if not np.isnan(actual[0]).all():
+        raise WrongValueError("an image whose step is outside the table is not NaN everywhere")
     case.step = np.array([1, 1])
-    assert np.array_equal(actual[1], expected(case)[1])
+    wanted = expected(case)
+    actual[0] = wanted[0]
+    compare(actual, wanted, case.problem, TILES[0])
 
 
-def _not_finite(machine: Any) -> None:
+def _not_finite(machine: Machine) -> None:
     case = draw(8, bits=8, activation_bits=8, channels=8, height=1, width=1, out=3)
     case.x.reshape(-1)[:6] = [np.nan, np.inf, -np.inf, 60000, -60000, 0]
     _exact(machine, case, "w8a8")
 
 
-def _extreme(machine: Any) -> None:
+def _extreme(machine: Machine) -> None:
     case = draw(9, bits=8, activation_bits=8, channels=512, out=4, height=2, width=2)
     case.integers[...] = -128
     case.x[...] = -60000
@@ -351,8 +246,31 @@ def _edges() -> Iterator[Check]:
     yield Check("extreme", "w8a8", "w8a8", small, _extreme)
 
 
+def _large() -> Iterator[Check]:
+    """Sizes for a GPU only: the longest sums of Stable Diffusion, and many blocks along rows."""
+    for form, tile in product(FORMS, TILES):
+        call = partial(_long_sums, form=form, tile=tile)
+        yield Check("large", f"{form}-{tile.m}x{tile.n}-k 23040", form, tile, call)
+        call = partial(_many_rows, form=form, tile=tile)
+        yield Check("large", f"{form}-{tile.m}x{tile.n}-rows 70000", form, tile, call)
+
+
+def _long_sums(machine: Machine, form: str, tile: Tile) -> None:
+    sizes: dict[str, int] = {"channels": 2560, "out": 136, "height": 9, "width": 8}
+    case = _drawn(31, form, geometry=SAME, channels_last=True, **sizes)
+    _exact(machine, case, form, tile=tile)
+
+
+def _many_rows(machine: Machine, form: str, tile: Tile) -> None:
+    sizes: dict[str, int] = {"channels": 72, "out": 40, "height": 35_000, "width": 1}
+    case = _drawn(32, form, channels_last=True, **sizes)
+    _exact(machine, case, form, tile=tile)
+
+
+LARGE = [*_large()]
+"""Cases that take a CPU minutes; a GPU runs them in addition to `CHECKS`."""
 CHECKS = [*_layouts(), *_tiles(), *_divided(), *_floats(), *_edges()]
-"""All cases."""
+"""All cases that every machine runs."""
 
 
 def group(name: str) -> list[Check]:
