@@ -28,6 +28,7 @@ from trtq.checkpoint.layout import (
 )
 from trtq.checkpoint.pipeline_folder import assemble, load_part
 from trtq.checkpoint.quiet import quiet_diffusers
+from trtq.checkpoint.stored_models import plain_state
 from trtq.checkpoint.wording import one_line
 from trtq.diffusion.loading import wrap_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
@@ -74,7 +75,7 @@ def save_pipeline_parts(
             index[part] = [_library(type(component)), _class_name(type(component))]
             if graphs and part in (*TEXT_ENCODERS, *AUTOENCODERS):
                 continue
-            with quiet_diffusers():
+            with quiet_diffusers(), plain_state(component):
                 component.save_pretrained(folder / part)
     settings = inspect.signature(type(pipeline).__init__).parameters
     index |= {
