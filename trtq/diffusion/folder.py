@@ -230,6 +230,8 @@ def load_pipeline_parts(
     folder: Path,
     denoisers: Mapping[str, Any],
     load_graph: Callable[[str, Any], Any] | None = None,
+    *,
+    stored: bool = False,
 ) -> Any:
     """Load the components that `save_pipeline_parts` wrote, around given denoisers.
 
@@ -238,6 +240,7 @@ def load_pipeline_parts(
         denoisers: quantised models or engines by name of the component.
         load_graph: function `(name, class) -> component` that loads a graph and returns None for a
             component without a graph; None: no component is a graph.
+        stored: whether large weights stay in their files, see `trtq.checkpoint.stored_models`.
 
     Raises:
         ArtefactError: a component is missing, or is not of a diffusers class.
@@ -246,7 +249,7 @@ def load_pipeline_parts(
 
     def load(name: str, cls: Any) -> Any:
         graph = None if cls is None or load_graph is None else load_graph(name, cls)
-        parts[name] = load_part(folder, name, cls) if graph is None else graph
+        parts[name] = load_part(folder, name, cls, stored=stored) if graph is None else graph
         return parts[name]
 
     pipeline = assemble(folder, load, denoisers)

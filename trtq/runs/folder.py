@@ -105,7 +105,7 @@ class OpenRun:
 
         Args:
             denoiser: replaces the first denoiser; None: all are those of the run.
-            packed: see `RunDenoiser.build`.
+            packed: see `RunDenoiser.build`; the weights of other components stay in their files, too.
         """
         modules: dict[str, nn.Module] = {
             part.name: denoiser
@@ -113,7 +113,7 @@ class OpenRun:
             else part.build(packed=packed)
             for index, part in enumerate(self.denoisers)
         }
-        pipeline: Any = load_pipeline_parts(self.folder, modules)
+        pipeline: Any = load_pipeline_parts(self.folder, modules, stored=packed)
         if self.manifest.recorded is not None:
             call = load_call(self.folder / CALL_FOLDER)
             return RecordedPipeline(
