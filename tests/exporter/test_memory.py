@@ -100,7 +100,7 @@ def test_a_packed_denoiser_computes_the_same_bits_and_holds_no_integers(bits, tm
 def test_a_session_with_packed_weights_computes_the_same_integers(digits_onnx):
     path = digits_onnx / "unet" / "model.onnx"
     feeds = {
-        "sample": torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)).numpy(),
+        "sample": torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)).numpy(),
         "timestep": torch.tensor([1.0, 251.0, 501.0, 751.0]).numpy(),
         "class_labels": torch.tensor([0, 1, 2, 3]).numpy(),
     }
@@ -171,6 +171,16 @@ def test_a_full_disk_is_reported_before_any_work(run, tmp_path, monkeypatch):
         export(run, tmp_path / "new" / "out")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_plugins_that_onnxruntime_cannot_compare_are_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_MAX_REWRITTEN", 1000)
+    opened = open_artefact(run)
+    assert not keeps_packed(opened, tmp_path / "out", None, target="qdq", precision="fp32")
+    with pytest.raises(
+        UsageError, match=r"compares at most .* export integers or FP8 with --target"
+    ):
+        export(run, tmp_path / "out", target="plugin")
 
 
 @pytest.mark.parametrize(

@@ -167,12 +167,26 @@ def plain_state(component: Any) -> Iterator[None]:
     if not isinstance(component, nn.Module) or not any(map(has_stored_weight, component.modules())):
         yield
         return
-    state = {name: _half_if_exact(tensor) for name, tensor in state_tensors(component)}
-    component.state_dict = lambda *_, **__: state  # type: ignore[method-assign]
+    state = _halves_in(component)
+    others = state_tensors(component, state)
+    state |= {name: _half_if_exact(tensor) for name, tensor in others}
+    model: Any = component
+    model.state_dict = lambda *_, **__: state
     try:
         yield
     finally:
-        del component.state_dict
+        del model.state_dict
+
+
+def _halves_in(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that layers hold in half precision and only convert, without copies, by name."""
+    halves = {}
+    for path, module in model.named_modules():
+        if has_stored_weight(module):
+            parts: Any = module.parametrizations["weight"]
+            if len(parts) == 1 and isinstance(parts[0], _Float32):
+                halves[f"{path}.weight"] = parts.original
+    return halves
 
 
 def _half_if_exact(tensor: Tensor) -> Tensor:

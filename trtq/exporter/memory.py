@@ -40,6 +40,10 @@ _SESSION_BYTES = 3
 """Memory of onnxruntime per weight of a graph whose weights it folds and packs, in bytes."""
 _LAYER_BYTES = 16
 """Memory per weight of the layer that is computed: integers and floats of torch and onnxruntime."""
+_COPIES = 3
+"""Number of times that the weights of a rewritten graph are in memory, packed."""
+_MAX_REWRITTEN = (1 << 31) - 1
+"""Maximum size of a graph in memory, in bytes, a limit of protobuf."""
 _COMFY_BYTES = 2
 """Memory per weight of a file for ComfyUI, which is written as a whole."""
 _SHARE_AVAILABLE = 0.8
@@ -54,11 +58,13 @@ class ExportNeeds:
         in_memory: peak memory with unpacked codes.
         packed: peak memory with packed codes.
         disk: minimum size of the output.
+        rewritten: size of the weights of a graph that onnxruntime computes in another form.
     """
 
     in_memory: int
     packed: int
     disk: int
+    rewritten: int = 0
 
 
 def needs_of(run: Run, *, target: str, precision: str) -> ExportNeeds:
@@ -89,10 +95,17 @@ def needs_of(run: Run, *, target: str, precision: str) -> ExportNeeds:
         needed = base + _COMFY_BYTES * weights
         return ExportNeeds(needed, needed, codes)
     parts = _part_bytes(run.folder)
+    rows: Sequence[Manifest | FurtherRow] = run.manifest.denoisers or [run.manifest]
+    other = target == "plugin" or any(
+        layer.format == "nvfp4" for row in rows for layer in row.layers
+    )
+    rewritten = codes if other else 0
+    base += _COPIES * rewritten
     return ExportNeeds(
         in_memory=base + float_bytes(run.folder) + (1 + _SESSION_BYTES) * weights,
         packed=base + parts + codes + _LAYER_BYTES * largest,
         disk=codes + (2 if precision == "fp16" else 4) * floats + parts,
+        rewritten=rewritten,
     )
 
 
@@ -124,7 +137,8 @@ def keeps_packed(
         precision: see `trtq.exporter.export.export`.
 
     Raises:
-        UsageError: the export needs more memory than is given.
+        UsageError: the export needs more memory than is given, or the graph is too large for the
+            comparison with torch.
         ArtefactError: the output does not fit on the disk, or a header of the run cannot be read.
     """
     if not isinstance(opened, Run):
@@ -135,6 +149,12 @@ def keeps_packed(
             )
         return False
     needs = needs_of(opened, target=target, precision=precision)
+    if needs.rewritten > _MAX_REWRITTEN:
+        raise UsageError(
+            f"the weights of {opened.place} take {bytes_text(needs.rewritten)} as plugins or in NVFP4, "
+            "and onnxruntime compares at most 2.15 GB of them with torch; export integers or FP8 with "
+            "--target qdq"
+        )
     _check_disk(out, needs.disk)
     limit = memory or int(available_bytes() * _SHARE_AVAILABLE)
     if not limit or needs.in_memory <= limit:
