@@ -1,18 +1,20 @@
-"""Memory and time of quantisation for models that do not fit into memory in float32.
+"""Memory and time of quantisation and export for models that do not fit into memory in float32.
 
-    python benchmarks/real_size.py [NAME ...] [--memory 16GB] [--folder DIR]
+    python benchmarks/real_size.py [NAME ...] [--memory 16GB] [--folder DIR] [--export-only]
 
 The denoisers of diffusers' classes in the published sizes, with random weights in the dtype in which
 they are published: the UNet of Stable Diffusion XL (2.6 billion parameters) and the transformer of Flux
 (11.9 billion). Text encoders and autoencoders are small ones, since only the cost of the denoiser is
 measured. One image of 256 x 256 pixels is calibrated at two steps, W4A8 with rotation. The weights are
-random, so the quality is not measured. `quantize` runs in a process of its own, for its own peak of
-memory; other programs may run at the same time, which makes the time longer.
+random, so the quality is not measured. `quantize` and `export` run in processes of their own, for their
+own peaks of memory; other programs may run at the same time, which makes the time longer. Rows of
+another model, command or limit are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -28,12 +30,15 @@ import torch
 from sd_size import stage, write_checkpoint
 from torch import nn
 
+from trtq.artefact.opened import open_folder
 from trtq.bench.device import cpu_name
 from trtq.resources import available_bytes
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "real_size.json"
 SHARD_BYTES = 2_000_000_000
+KEYS = ("model", "command", "memory")
+"""What two rows differ in."""
 
 
 def write_random_weights(folder: Path, model: nn.Module, dtype: torch.dtype) -> None:
@@ -119,10 +124,10 @@ tokens of 256 pixels.
 """
 
 
-def measure(name: str, folder: Path, memory: str) -> dict[str, Any]:
+def quantize(name: str, folder: Path, memory: str) -> dict[str, Any]:
     """Quantise one model; return the row."""
     write, call = MODELS[name]
-    checkpoint, run = folder / name, folder / f"{name}_run"
+    checkpoint = folder / name
     if not checkpoint.is_dir():
         # In a process of its own, whose memory is free afterwards.
         writer = multiprocessing.get_context("spawn").Process(target=write, args=(checkpoint,))
@@ -132,20 +137,38 @@ def measure(name: str, folder: Path, memory: str) -> dict[str, Any]:
     recipe.write_text('method = "minmax"\n[calibration]\nimages = 1\n')
     arguments.write_text(call + 'num_inference_steps = 2\noutput_type = "latent"\n')
     made = stage(
-        *("quantize", str(checkpoint), "-o", str(run), "--overwrite"),
+        *("quantize", str(checkpoint), "-o", str(folder / f"{name}_run"), "--overwrite"),
         *("--recipe", str(recipe), "--call", str(arguments), "--steps", "2"),
         *("--bits", "w4a8", "--rotate", "64", "--memory", memory),
     )
     parameters = made["bytes_before"] // 4
+    details = {"layers": made["layers_quantized"]}
+    return _row(name, "quantize", memory, parameters, made, made["bytes_after"]) | details
+
+
+def export(name: str, folder: Path, memory: str) -> dict[str, Any]:
+    """Export the run of one model; return the row."""
+    run, onnx = folder / f"{name}_run", folder / f"{name}_onnx"
+    made = stage("export", str(run), "-o", str(onnx), "--overwrite", "--memory", memory)
+    metrics = open_folder(run, "run").manifest.metrics
+    assert metrics is not None
+    parameters = (metrics.bytes_before or 0) // 4
+    details = {key: made[key] for key in ("parity_db_min", "parity_floor_db")}
+    return _row(name, "export", memory, parameters, made, made["bytes"]) | details
+
+
+def _row(
+    name: str, command: str, memory: str, parameters: int, made: dict[str, Any], size: int
+) -> dict[str, Any]:
     return {
         "model": name,
+        "command": command,
         "parameters": parameters,
         "memory": memory,
         "seconds": made["seconds"],
         "peak_rss_bytes": made["peak_rss_bytes"],
-        "run_bytes": made["bytes_after"],
-        "run_share": made["bytes_after"] / (2 * parameters),
-        "layers": made["layers_quantized"],
+        "bytes": size,
+        "share": size / (2 * parameters),
         "device": cpu_name(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[2],
@@ -158,8 +181,11 @@ def main() -> None:
     """Measure and write every row of the named models."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--memory", default="16GB", help="Memory that quantize may use.")
+    parser.add_argument("--memory", default="16GB", help="Memory that each command may use.")
     parser.add_argument("--folder", type=Path, help="Folder to keep the checkpoints in.")
+    parser.add_argument(
+        "--export-only", action="store_true", help="Export the existing runs in --folder."
+    )
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     os.environ.setdefault("PYTHONPATH", str(ROOT.parent))
@@ -167,10 +193,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in options.names or MODELS:
-            row = measure(name, folder, options.memory)
-            same = (row["model"], row["memory"])
-            rows = [other for other in rows if (other["model"], other["memory"]) != same] + [row]
+        commands = (export,) if options.export_only else (quantize, export)
+        for name, command in itertools.product(options.names or MODELS, commands):
+            row = command(name, folder, options.memory)
+            rows = [other for other in rows if any(other[key] != row[key] for key in KEYS)] + [row]
             options.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
             print(json.dumps(row), flush=True)
 

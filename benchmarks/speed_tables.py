@@ -152,17 +152,19 @@ def real_size(record: dict[str, Any]) -> str:
         "256 x 256 pixels, two steps. A load above the number of threads means that other programs "
         "ran, too.",
         "",
-        "| denoiser | parameters | `--memory` | peak | time | run, of half precision | measured |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| denoiser | parameters | command | `--memory` | peak | time | size, of half precision | "
+        "measured |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in record["rows"]:
         cells = [
             {"sd_xl": "SDXL UNet", "flux": "Flux transformer"}[row["model"]],
             f"{row['parameters'] / 1e9:.1f} billion",
+            row["command"],
             row["memory"],
             f"{row['peak_rss_bytes'] / 1e9:.1f} GB",
             f"{row['seconds'] / 60:.0f} min, {row['threads']} threads, load {row['load']:.1f}",
-            f"{row['run_share']:.2f} x",
+            f"{row['share']:.2f} x",
             f"{row['device']}, {row['date']}",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -16,7 +16,7 @@ from trtq.artefact.opened import open_folder
 from trtq.calib import transforms
 from trtq.calib.recipe import load_recipe
 from trtq.checkpoint import stored_models
-from trtq.checkpoint.pipeline_folder import load_pipeline
+from trtq.checkpoint.pipeline_folder import load_part, load_pipeline
 from trtq.errors import ArtefactError, NonFiniteError, UsageError
 from trtq.lora import LoraRequest
 from trtq.quant.stored_weight import (
@@ -73,6 +73,12 @@ def test_a_run_with_weights_in_their_files_equals_one_with_weights_in_memory(
     assert manifests[0].layers == manifests[1].layers
     assert any(layer.rotate for layer in manifests[0].layers)
     assert any(layer.smooth for layer in manifests[0].layers)
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        cls = type(getattr(load_pipeline(half), part))
+        parts = [load_part(tmp_path / name, part, cls) for name in ("whole", "stored")]
+        states = [part.state_dict() for part in parts]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def lora_file(folder, half):

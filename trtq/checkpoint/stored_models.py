@@ -9,7 +9,8 @@ in float32 with the same numbers as a model that is loaded in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from trtq.checkpoint.weight_files import find_weights, has_weights
 from trtq.checkpoint.weights import TensorInfo
 from trtq.checkpoint.wording import one_line
 from trtq.errors import ArtefactError
-from trtq.quant.stored_weight import store_weight
+from trtq.quant.stored_weight import has_stored_weight, state_tensors, store_weight
 
-__all__ = ["float_bytes", "half_dtype", "keep_half", "read_tensors", "stored_model"]
+__all__ = ["float_bytes", "half_dtype", "keep_half", "plain_state", "read_tensors", "stored_model"]
 
 _LARGE = 1 << 18
 """Number of elements from which a weight stays in its file."""
@@ -151,3 +152,47 @@ def keep_half(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in kept and tensor.is_floating_point():
             tensor.data = tensor.data.float()
+
+
+@contextmanager
+def plain_state(component: Any) -> Iterator[None]:
+    """Inside the block, a model's state dict holds the weights themselves, for a library that writes it.
+
+    The state dict of a model with stored weights holds their placeholders. Weights that half precision
+    holds exactly are in half precision, so they take the memory of the checkpoint's file.
+
+    Args:
+        component: a component of a pipeline; what has no stored weights does not change.
+    """
+    if not isinstance(component, nn.Module) or not any(map(has_stored_weight, component.modules())):
+        yield
+        return
+    state = _halves_in(component)
+    others = state_tensors(component, state)
+    state |= {name: _half_if_exact(tensor) for name, tensor in others}
+    model: Any = component
+    model.state_dict = lambda *_, **__: state
+    try:
+        yield
+    finally:
+        del model.state_dict
+
+
+def _halves_in(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that layers hold in half precision and only convert, without copies, by name."""
+    halves = {}
+    for path, module in model.named_modules():
+        if has_stored_weight(module):
+            parts: Any = module.parametrizations["weight"]
+            if len(parts) == 1 and isinstance(parts[0], _Float32):
+                halves[f"{path}.weight"] = parts.original
+    return halves
+
+
+def _half_if_exact(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.float32:
+        for dtype in _HALVES.values():
+            half = tensor.to(dtype)
+            if torch.equal(half.float(), tensor):
+                return half
+    return tensor.contiguous()

@@ -59,6 +59,16 @@ SizeRange = Annotated[
     ),
 ]
 
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory to use, e.g. 24GB; only for a run. If the export needs more, codes stay packed in "
+        "their files; the graph is the same. Default: what is available.",
+    ),
+]
+
 
 def export(
     artefact: RunOrModel,
@@ -70,6 +80,7 @@ def export(
     call: CallFile = None,
     inputs: Inputs = None,
     config: Config = None,
+    memory: Memory = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -104,6 +115,7 @@ def export(
             batch=parse_batch(batch_range),
             size=size,
             call=changes or None,
+            memory=memory,
             overwrite=overwrite,
             progress=ProgressPrinter(),
         )

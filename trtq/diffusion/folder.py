@@ -28,6 +28,7 @@ from trtq.checkpoint.layout import (
 )
 from trtq.checkpoint.pipeline_folder import assemble, load_part
 from trtq.checkpoint.quiet import quiet_diffusers
+from trtq.checkpoint.stored_models import plain_state
 from trtq.checkpoint.wording import one_line
 from trtq.diffusion.loading import wrap_pipeline
 from trtq.diffusion.pipeline import LoadedPipeline
@@ -74,7 +75,7 @@ def save_pipeline_parts(
             index[part] = [_library(type(component)), _class_name(type(component))]
             if graphs and part in (*TEXT_ENCODERS, *AUTOENCODERS):
                 continue
-            with quiet_diffusers():
+            with quiet_diffusers(), plain_state(component):
                 component.save_pretrained(folder / part)
     settings = inspect.signature(type(pipeline).__init__).parameters
     index |= {
@@ -234,6 +235,8 @@ def load_pipeline_parts(
     folder: Path,
     denoisers: Mapping[str, Any],
     load_graph: Callable[[str, Any], Any] | None = None,
+    *,
+    stored: bool = False,
 ) -> Any:
     """Load the components that `save_pipeline_parts` wrote, around given denoisers.
 
@@ -242,6 +245,7 @@ def load_pipeline_parts(
         denoisers: quantised models or engines by name of the component.
         load_graph: function `(name, class) -> component` that loads a graph and returns None for a
             component without a graph; None: no component is a graph.
+        stored: whether large weights stay in their files, see `trtq.checkpoint.stored_models`.
 
     Raises:
         ArtefactError: a component is missing, or is not of a diffusers class.
@@ -250,7 +254,7 @@ def load_pipeline_parts(
 
     def load(name: str, cls: Any) -> Any:
         graph = None if cls is None or load_graph is None else load_graph(name, cls)
-        parts[name] = load_part(folder, name, cls) if graph is None else graph
+        parts[name] = load_part(folder, name, cls, stored=stored) if graph is None else graph
         return parts[name]
 
     pipeline = assemble(folder, load, denoisers)

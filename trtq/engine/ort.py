@@ -185,6 +185,15 @@ def run_session(
     return outputs
 
 
+def _keep_packed(options: Any) -> None:
+    """Let a session fold and pack no weights, and unpack each where the graph uses it."""
+    runtime = require("onnxruntime")
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # By default onnxruntime may unpack all weights before the first product.
+    options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
+
+
 class OrtSession(Engine):
     """A session of onnxruntime as an engine.
 
@@ -277,6 +286,8 @@ class OrtEngine(OrtSession):
         provider: `cpu` or `cuda`; other modules implement the other providers.
         threads: number of intra-op threads; None: the number of cores.
         low_memory: release memory after every operator, for one or two runs of a large graph.
+        packed: compute the graph as it is written, so that its weights stay in their file, and each is
+            unpacked and converted when it is used, e.g. for a graph that hardly fits into memory.
 
     Raises:
         UsageError: the provider is unknown or not in the installed onnxruntime.
@@ -290,9 +301,12 @@ class OrtEngine(OrtSession):
         threads: int | None = None,
         *,
         low_memory: bool = False,
+        packed: bool = False,
     ) -> None:
         check_provider(provider)
         options = session_options(threads)
+        if packed:
+            _keep_packed(options)
         # A memory plan per shape is as large as the arena and saves time only when the shape recurs.
         options.enable_mem_pattern = options.enable_cpu_mem_arena = not low_memory
         graphs = provider in GPU_PROVIDERS and cuda_graphs_wanted()

@@ -19,6 +19,7 @@ from trtq.checkpoint.layout import CONFIG_NAME, read_json
 from trtq.checkpoint.wording import list_names
 from trtq.errors import ArtefactError, UsageError
 from trtq.exporter.comfy_weights import ComfyWeights, comfy_weights
+from trtq.exporter.memory import keeps_packed
 from trtq.exporter.result import ComfyFile, ComfyResult
 from trtq.progress import ProgressCallback, silent
 from trtq.resources import peak_rss_bytes
@@ -41,6 +42,7 @@ def export_comfy(
     out: str | Path,
     *,
     precision: str = "fp32",
+    memory: int | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
 ) -> ComfyResult:
@@ -51,6 +53,7 @@ def export_comfy(
         out: the file; or a folder, where the file gets the run's name, and the denoiser's if the run has
             several. An existing folder keeps its other files.
         precision: `fp32` or `fp16`, for everything except integers and scales.
+        memory: maximum memory in bytes, see `trtq.exporter.memory`; None: what is available.
         overwrite: replace an existing file.
         progress: callback that receives the stage's name, the work done and the total.
 
@@ -72,6 +75,7 @@ def export_comfy(
         )
     names = [row.denoiser for row in opened.manifest.denoisers] or [opened.denoiser]
     places = _places(Path(out), opened, names, overwrite=overwrite)
+    keeps_packed(opened, places[0].absolute(), memory, target="comfy", precision=precision)
     run = open_run(opened)
     files = []
     with _made_folder(places[0].parent), ExitStack() as stack:

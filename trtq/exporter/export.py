@@ -33,14 +33,16 @@ from trtq.exporter.component_graphs import export_components
 from trtq.exporter.component_worker import Parts, exporting_parts
 from trtq.exporter.export_calls import export_calls, float_rows
 from trtq.exporter.graph import TARGETS, Target, write_graph
+from trtq.exporter.memory import keeps_packed
 from trtq.exporter.result import ComfyResult, ExportResult
 from trtq.exporter.step_check import PARITY_DB, step_parities
 from trtq.graph.file import MODEL_FILE
 from trtq.limits import MAX_BATCH, parse_whole
 from trtq.pipelines.called import is_called
 from trtq.progress import ProgressCallback, silent
-from trtq.resources import peak_rss_bytes
+from trtq.resources import peak_rss_bytes, return_freed_memory
 from trtq.runs.folder import OpenRun, open_run
+from trtq.runs.memory import parse_memory
 from trtq.torch_settings import with_own_settings
 
 __all__ = ["PARITY_DB", "export", "parse_batch"]
@@ -79,6 +81,7 @@ def export(  # type: ignore[overload-overlap]
     *,
     target: Literal["comfy"],
     precision: str = "fp32",
+    memory: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
 ) -> ComfyResult: ...
@@ -92,6 +95,7 @@ def export(
     batch: tuple[int, int] = (1, 8),
     size: str | None = None,
     call: Mapping[str, Any] | None = None,
+    memory: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
 ) -> ExportResult: ...
@@ -106,6 +110,7 @@ def export(
     batch: tuple[int, int] = (1, 8),
     size: str | None = None,
     call: Mapping[str, Any] | None = None,
+    memory: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback = silent,
 ) -> ExportResult | ComfyResult:
@@ -129,6 +134,9 @@ def export(
             that the run was calibrated at.
         call: other values for arguments of the recorded call, inside which the graphs are traced; only
             for a run that was recorded inside its pipeline's call.
+        memory: memory to use, e.g. `24GB`; only for a run. If the export needs more, the codes of torch
+            and onnxruntime stay packed in their files, see `trtq.exporter.memory`; the graph is the
+            same. None: only if it needs more than 80 % of the available memory.
         overwrite: replace an existing ONNX folder.
         progress: callback that receives the stage's name, the work done and the total.
 
@@ -140,11 +148,17 @@ def export(
         TrtqError: see `trtq.errors`.
     """
     start = time.monotonic()
+    limit = None if memory is None else parse_memory(memory)
     if target == "comfy":
         if size is not None or call is not None:
             raise UsageError("a file for ComfyUI has no image size and no call; leave them out")
         return export_comfy(
-            artefact, out, precision=precision, overwrite=overwrite, progress=progress
+            artefact,
+            out,
+            precision=precision,
+            memory=limit,
+            overwrite=overwrite,
+            progress=progress,
         )
     if target not in TARGETS:
         raise UsageError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}, comfy")
@@ -152,10 +166,13 @@ def export(
         raise UsageError(f"unknown precision {precision!r}; choose one of {', '.join(PARITY_DB)}")
     final = check_output(Path(out), overwrite=overwrite, source=artefact, kind="onnx")
     opened = open_artefact(artefact, verify=False)
+    packed = keeps_packed(opened, final, limit, target=target, precision=precision)
+    if packed:
+        return_freed_memory()
     progress("export", 1, 3)
     if is_called(opened):
         return _export_recorded(
-            opened, final, start, target, precision, batch, size, call, overwrite, progress
+            opened, final, start, target, precision, batch, size, call, packed, overwrite, progress
         )
     if call is not None:
         raise UsageError(
@@ -166,7 +183,9 @@ def export(
         new_artefact(final, kind="onnx", overwrite=overwrite) as folder,
         exporting_parts(Path(opened.place), folder) as parts,
     ):
-        source, manifest, sizes = _write_denoiser(opened, folder, precision, target, size)
+        source, manifest, sizes = _write_denoiser(
+            opened, folder, precision, target, size, packed=packed
+        )
         model = folder / source.denoiser_name / MODEL_FILE
         save_pipeline_parts(source, folder, graphs=True)
         progress("export", 2, 3)
@@ -174,7 +193,9 @@ def export(
         # The second process has ended, so its memory no longer counts in what follows.
         both = peak_rss_bytes() + made.peak_rss_bytes
         result = ExportResult(
-            **_compare_with_torch(source, model, manifest, sizes, PARITY_DB[precision]),
+            **_compare_with_torch(
+                source, model, manifest, sizes, PARITY_DB[precision], packed=packed
+            ),
             parity_parts_db=made.parity,
             bytes=sum(path.stat().st_size for path in model.parent.iterdir()),
             seconds=round(time.monotonic() - start, 2),
@@ -203,13 +224,20 @@ def _export_recorded(
     batch: tuple[int, int],
     size: str | None,
     call: Mapping[str, Any] | None,
+    packed: bool,
     overwrite: bool,
     progress: ProgressCallback,
 ) -> ExportResult:
     """Write the ONNX folder of a run that was recorded inside the pipeline's call; see `export`."""
     with new_artefact(final, kind="onnx", overwrite=overwrite) as folder:
         exported = export_calls(
-            opened, folder, size=size, precision=precision, target=target, changes=call
+            opened,
+            folder,
+            size=size,
+            precision=precision,
+            target=target,
+            packed=packed,
+            changes=call,
         )
         manifest = exported.manifest
         graphs = [row.folder for part in manifest.denoisers for row in part.recorded.graphs]
@@ -230,7 +258,7 @@ def _export_recorded(
 
 
 def _write_denoiser(
-    opened: Opened, folder: Path, precision: str, target: Target, size: str | None
+    opened: Opened, folder: Path, precision: str, target: Target, size: str | None, *, packed: bool
 ) -> tuple[LoadedPipeline, Manifest, tuple[str, str]]:
     """Write the denoiser's graph without checks.
 
@@ -240,12 +268,13 @@ def _write_denoiser(
         precision: see `export`.
         target: see `export`.
         size: see `export`.
+        packed: see `trtq.exporter.memory.keeps_packed`.
 
     Returns:
         The pipeline to compare with, the initial manifest, and the smallest and largest image size of
         the graph. The run's integers and the traced model are released.
     """
-    source, traced, run, manifest = _load(opened, precision)
+    source, traced, run, manifest = _load(opened, precision, packed=packed)
     smallest, largest = _sizes(source, size)
     source = source.sized(smallest)
     # Raise for a number of steps that torch cannot run, before the graph is traced.
@@ -256,7 +285,7 @@ def _write_denoiser(
 
 
 def _load(
-    opened: Opened, precision: str
+    opened: Opened, precision: str, *, packed: bool
 ) -> tuple[LoadedPipeline, nn.Module, OpenRun | None, Manifest]:
     """The pipeline, the denoiser to trace, the run if there is one, and the initial manifest."""
     if isinstance(opened, Checkpoint):
@@ -267,7 +296,7 @@ def _load(
             traced = open_pipeline(opened.place, opened.config).denoiser
         return source, traced, None, _float_manifest(source)
     run = open_run(opened)
-    return run.source(), run.float_skeleton(), run, _run_manifest(run)
+    return run.source(packed=packed), run.float_skeleton(), run, _run_manifest(run)
 
 
 def _sizes(source: LoadedPipeline, size: str | None) -> tuple[str, str]:
@@ -302,7 +331,13 @@ def _run_manifest(run: OpenRun) -> Manifest:
 
 
 def _compare_with_torch(
-    source: LoadedPipeline, model: Path, manifest: Manifest, sizes: tuple[str, str], min_db: float
+    source: LoadedPipeline,
+    model: Path,
+    manifest: Manifest,
+    sizes: tuple[str, str],
+    min_db: float,
+    *,
+    packed: bool,
 ) -> dict[str, Any]:
     """Compare a graph with torch at its smallest and its largest size.
 
@@ -313,10 +348,10 @@ def _compare_with_torch(
         GateError: the SNR of the graph against torch is below `min_db`.
     """
     smallest, largest = sizes
-    parity = step_parities(source, model, manifest)
+    parity = step_parities(source, model, manifest, packed=packed)
     checked = list(parity)
     if smallest != largest:
-        checked += step_parities(source.sized(largest), model, manifest)
+        checked += step_parities(source.sized(largest), model, manifest, packed=packed)
     minimum = min(row.db for row in checked)
     if not all(row.holds(min_db) for row in checked):
         raise GateError(

@@ -84,11 +84,11 @@ def float_rows(denoiser: Any) -> list[LayerRow]:
     ]
 
 
-def _source_of(opened: Opened, changes: Mapping[str, Any]) -> _Source:
+def _source_of(opened: Opened, changes: Mapping[str, Any], *, packed: bool) -> _Source:
     if isinstance(opened, Checkpoint):
         return _float_source(opened, changes)
     run = open_run(opened)
-    source = run.source()
+    source = run.source(packed=packed)
     assert isinstance(source, RecordedPipeline)
     source.call = source.call.updated(changes)
     source.call.check(source.pipeline)
@@ -166,6 +166,7 @@ def export_calls(
     size: str | None,
     precision: str,
     target: str,
+    packed: bool = False,
     changes: Mapping[str, Any] | None = None,
 ) -> ExportedCalls:
     """Write the graphs of a pipeline, and compare them with torch inside the pipeline's call.
@@ -176,6 +177,7 @@ def export_calls(
         size: image size or range of sizes, see `sized_calls`.
         precision: see `trtq.exporter.export.export`.
         target: see `trtq.exporter.export.export`.
+        packed: see `trtq.exporter.memory.keeps_packed`.
         changes: arguments of the call, in addition to the recorded ones.
 
     Returns:
@@ -185,7 +187,7 @@ def export_calls(
         GateError: the SNR of a graph against torch is too low.
         LegalityError: a denoiser cannot be traced; the message says why.
     """
-    origin = _source_of(opened, changes or {})
+    origin = _source_of(opened, changes or {}, packed=packed)
     pipeline = origin.source.pipeline
     call, largest = sized_calls(origin.source.call, size)
     graphs, forms = write_call_graphs(
@@ -206,6 +208,7 @@ def export_calls(
             folder,
             part.row,
             [graph.row for graph in graphs if graph.denoiser == part.name],
+            packed=packed,
         )
         for part in origin.denoisers
     }
@@ -220,10 +223,13 @@ def export_calls(
     return ExportedCalls(_with_graphs(origin.manifest, graphs), rows, others)
 
 
-def _opened(folder: Path, part: FurtherRow, rows: Sequence[GraphRow]) -> RecordedDenoiser:
+def _opened(
+    folder: Path, part: FurtherRow, rows: Sequence[GraphRow], *, packed: bool
+) -> RecordedDenoiser:
     """A denoiser that runs on graphs that were just written."""
     graphs = [
-        CallGraph(OrtEngine(folder / row.folder / MODEL_FILE, low_memory=True), row) for row in rows
+        CallGraph(OrtEngine(folder / row.folder / MODEL_FILE, low_memory=True, packed=packed), row)
+        for row in rows
     ]
     adapters = part.structure
     model = skeleton(folder, part.denoiser, adapters.ip_adapter, adapters.ip_adapter_scales)

@@ -34,7 +34,12 @@ _PARITY_WEIGHTS = 2 << 30
 
 
 def step_parities(
-    source: LoadedPipeline, model: Path, manifest: Manifest, *, thorough: bool = False
+    source: LoadedPipeline,
+    model: Path,
+    manifest: Manifest,
+    *,
+    thorough: bool = False,
+    packed: bool = False,
 ) -> list[StepParity]:
     """Compare a graph on onnxruntime's CPU provider with torch.
 
@@ -48,6 +53,7 @@ def step_parities(
         model: path of the graph's file.
         manifest: manifest with the timesteps and the recipe.
         thorough: compare every step, for a large model too.
+        packed: whether the graph's weights stay in their file, see `trtq.engine.ort.OrtEngine`.
 
     Returns:
         One row per step, cleanest first, then one for a batch of mixed steps; or a single row.
@@ -59,7 +65,7 @@ def step_parities(
     if table is not None and len(table) > 1:
         _check_lookup(source, model, table)
     exported = EngineDenoiser(
-        OrtEngine(model, low_memory=True), source.model.config, type(source.model)
+        OrtEngine(model, low_memory=True, packed=packed), source.model.config, type(source.model)
     )
     weights = sum(tensor.numel() for tensor in source.denoiser.state_dict().values())
     large = weights * _PARITY_IMAGES[0] > _PARITY_WEIGHTS and not thorough

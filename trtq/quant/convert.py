@@ -63,6 +63,7 @@ class DeployOptions(TypedDict, total=False):
     """Optional keyword arguments of `deploy`."""
 
     kernels: bool
+    packed: bool
     timestep: str
     per_item: bool
 
@@ -195,6 +196,7 @@ def deploy(
     table: TimestepTable,
     *,
     kernels: bool = False,
+    packed: bool = False,
     timestep: str = "timestep",
     per_item: bool = True,
 ) -> QuantizedDenoiser:
@@ -209,6 +211,7 @@ def deploy(
         kernels: whether to replace layers with `KernelLayer` and keep torch's norms and SiLUs, for
             speed on a GPU, where the result need not equal an exported graph's bit for bit. Layers that
             the kernels do not support become `DeployedLayer`s.
+        packed: whether other layers unpack their codes in each call, see `trtq.quant.packed_codes`.
         timestep: name of the denoiser's argument with the timestep, see `QuantizedDenoiser`.
         per_item: whether each batch item has its own step, see `QuantizedDenoiser`.
     """
@@ -217,7 +220,8 @@ def deploy(
             replace_module(denoiser, name, DeployedProduct(tensors))
         else:
             source = denoiser.get_submodule(name)
-            replace_module(denoiser, name, _deployed_layer(source, tensors, kernels))
+            layer = _deployed_layer(source, tensors, kernels=kernels, packed=packed)
+            replace_module(denoiser, name, layer)
     deploy_timesteps(denoiser)
     if not kernels:
         _deploy_norms(denoiser)
@@ -225,7 +229,7 @@ def deploy(
 
 
 def _deployed_layer(
-    source: nn.Module, tensors: LayerTensors | FormatTensors, kernels: bool
+    source: nn.Module, tensors: LayerTensors | FormatTensors, *, kernels: bool, packed: bool
 ) -> DeployedLayer | KernelLayer | DeployedFormat:
     """The deployed form of a float or quantised layer."""
     geometry: Any = None
@@ -235,11 +239,11 @@ def _deployed_layer(
         geometry = cast("ConvGeometry | None", source.geometry)
     layer: DeployedLayer | KernelLayer | DeployedFormat
     if not isinstance(tensors, LayerTensors):
-        layer = deployed_form(tensors, geometry)
+        layer = deployed_form(tensors, geometry, packed=packed)
     elif kernels and kernel_runs(geometry) and tensors.activation.policy == "step":
         layer = KernelLayer(tensors, geometry)
     else:
-        layer = DeployedLayer(tensors, geometry)
+        layer = DeployedLayer(tensors, geometry, packed=packed)
     weight: Any = source.weight
     layer.take_dtype(weight.dtype)
     return layer

@@ -25,6 +25,7 @@ from trtq.quant.activation import per_item, select_step
 from trtq.quant.dynamic_scale import RowAxis, row_scale
 from trtq.quant.geometry import ConvGeometry
 from trtq.quant.input_transform import InputTransform
+from trtq.quant.packed_codes import register_codes
 from trtq.quant.tensors import ActivationTensors, LayerTensors, ProductTensors
 from trtq.quant.timestep import Step, current_step
 from trtq.quant.weightless import WeightlessLayer
@@ -100,13 +101,16 @@ class DeployedLayer(ExactBuffers, WeightlessLayer):
     Args:
         tensors: integers and scales of the layer.
         geometry: geometry of a convolution; None for a linear layer.
+        packed: whether the integers are unpacked in each call, see `trtq.quant.packed_codes`.
     """
 
     bias: Tensor | None
     weight_scale: Tensor
     integers: Tensor
 
-    def __init__(self, tensors: LayerTensors, geometry: ConvGeometry | None) -> None:
+    def __init__(
+        self, tensors: LayerTensors, geometry: ConvGeometry | None, *, packed: bool = False
+    ) -> None:
         super().__init__(tensors.weight.shape, geometry)
         self.geometry = geometry
         rows: RowAxis = "last" if geometry is None else "image"
@@ -116,7 +120,8 @@ class DeployedLayer(ExactBuffers, WeightlessLayer):
         self.input_transform = None if transform is None else InputTransform(transform, axis)
         self.register_buffer("bias", tensors.bias)
         self.register_buffer("weight_scale", tensors.weight.scale.reshape(-1))
-        self.register_buffer("integers", tensors.weight.integers())
+        weight = tensors.weight
+        register_codes(self, "integers", weight.integers, weight.shape, torch.int8, packed=packed)
 
     def forward(self, input: Tensor, step: Step | None = None) -> Tensor:
         """input[B, ...] -> the layer's output, with the dtype of the input.
@@ -131,7 +136,7 @@ class DeployedLayer(ExactBuffers, WeightlessLayer):
         """
         x = input if self.input_transform is None else self.input_transform(input)
         codes, scale = self.activation(x, enclosing_step(step))
-        # The layer stores one byte per weight; the float copy exists only during the call.
+        # The layer stores at most one byte per weight; the float copy exists only during the call.
         weight = self.integers.float()
         if self.geometry is None:
             channel: tuple[int, ...] = (-1,)

@@ -50,13 +50,19 @@ class RunDenoiser:
         self.stored.load_floats(model)
         return model
 
-    def build(self, *, kernels: bool = False) -> QuantizedDenoiser:
-        """The low-bit denoiser in torch, on trtq's kernels if `kernels`, see `trtq.quant.deploy`."""
+    def build(self, *, kernels: bool = False, packed: bool = False) -> QuantizedDenoiser:
+        """The low-bit denoiser in torch.
+
+        Args:
+            kernels: whether its layers run on trtq's kernels, see `trtq.quant.deploy`.
+            packed: whether its layers unpack their codes in each call, see `trtq.quant.deploy`.
+        """
         skeleton = _fresh(self.folder, self.name, self.structure)
         return self.stored.build(
             skeleton,
             self.table,
             kernels=kernels,
+            packed=packed,
             timestep=self.argument,
             per_item=self.per_item,
         )
@@ -94,13 +100,20 @@ class OpenRun:
         """See `RunDenoiser.build`, for the first denoiser."""
         return self.denoisers[0].build(kernels=kernels)
 
-    def source(self, denoiser: nn.Module | None = None) -> LoadedPipeline:
-        """A pipeline around the low-bit denoisers in torch, or around `denoiser` as the first one."""
+    def source(self, denoiser: nn.Module | None = None, *, packed: bool = False) -> LoadedPipeline:
+        """A pipeline around the low-bit denoisers in torch, or around `denoiser` as the first one.
+
+        Args:
+            denoiser: replaces the first denoiser; None: all are those of the run.
+            packed: see `RunDenoiser.build`; the weights of other components stay in their files, too.
+        """
         modules: dict[str, nn.Module] = {
-            part.name: denoiser if denoiser is not None and index == 0 else part.build()
+            part.name: denoiser
+            if denoiser is not None and index == 0
+            else part.build(packed=packed)
             for index, part in enumerate(self.denoisers)
         }
-        pipeline: Any = load_pipeline_parts(self.folder, modules)
+        pipeline: Any = load_pipeline_parts(self.folder, modules, stored=packed)
         if self.manifest.recorded is not None:
             call = load_call(self.folder / CALL_FOLDER)
             return RecordedPipeline(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,32 @@ class GraphBuilder:
         data = ir.tensor(tensor, name=name) if isinstance(tensor, np.ndarray) else tensor
         value = ir.Value(
             name=name,
-            shape=ir.Shape([int(size) for size in data.numpy().shape]),
+            shape=ir.Shape([int(size) for size in data.shape]),  # type: ignore[arg-type]
             type=ir.TensorType(data.dtype),
             const_value=data,
         )
         self.graph.register_initializer(value)
         return value
+
+    def weight(
+        self, name: str, compute: Callable[[], np.ndarray], shape: Sequence[int], dtype: ir.DataType
+    ) -> ir.Value:
+        """Add an initialiser that is computed each time it is read, or reuse one with this name.
+
+        The graph of a large model so holds its weights as the run does, and writes one at a time.
+
+        Args:
+            name: name of the initialiser.
+            compute: function that returns the tensor.
+            shape: shape of the tensor.
+            dtype: type of the tensor's elements.
+        """
+
+        def tensor() -> ir.TensorProtocol:
+            return ir.tensor(compute(), dtype=dtype)
+
+        full = f"{self.shared}/{name}"
+        return self.constant(name, ir.LazyTensor(tensor, dtype, ir.Shape(shape), name=full))
 
     def op(
         self,

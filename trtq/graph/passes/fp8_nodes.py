@@ -86,9 +86,13 @@ class Fp8Nodes:
     @staticmethod
     def _weight(builder: GraphBuilder, layer: Fp8Tensors, *, transposed: bool) -> ir.Value:
         """The numbers of a weight as float: `[N, K, *kernel]`, or `[K, N]` if transposed."""
-        codes = layer.weight.codes.numpy().view(ml_dtypes.float8_e4m3fn)
-        if transposed:
-            codes = np.ascontiguousarray(codes.T)
-        stored = builder.constant("weight", codes)
+        packed = layer.weight
+
+        def codes() -> np.ndarray:
+            patterns = packed.codes.numpy().view(ml_dtypes.float8_e4m3fn)
+            return np.ascontiguousarray(patterns.T) if transposed else patterns
+
+        shape = packed.shape[::-1] if transposed else packed.shape
+        stored = builder.weight("weight", codes, shape, ir.DataType.FLOAT8E4M3FN)
         weight: ir.Value = builder.op("Cast", [stored], "weight_float", _FLOAT)
         return weight

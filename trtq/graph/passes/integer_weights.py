@@ -27,17 +27,21 @@ def integer_weight(
         paired: whether the integers are dequantised; otherwise they are cast.
     """
     packed = layer.weight
+    shape = packed.shape[::-1] if transposed else packed.shape
 
     def oriented(array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array.T) if transposed else array
 
+    def codes() -> np.ndarray:
+        signed: np.ndarray = packed.codes.numpy().astype(np.int8) - _INT4_OFFSET
+        return oriented(signed).astype(ml_dtypes.int4)
+
     if packed.bits > 4:
-        integers = builder.constant("weight", oriented(packed.integers().numpy()))
-    else:
-        codes = oriented(packed.codes.numpy().astype(np.int8) - _INT4_OFFSET)
-        stored = builder.constant(
-            "weight", ir.tensor(codes.astype(ml_dtypes.int4), dtype=ir.DataType.INT4)
+        integers = builder.weight(
+            "weight", lambda: oriented(packed.integers().numpy()), shape, ir.DataType.INT8
         )
+    else:
+        stored = builder.weight("weight", codes, shape, ir.DataType.INT4)
         offset = oriented(packed.zero_point.numpy().astype(np.int8) - _INT4_OFFSET)
         widened = builder.op("Cast", [stored], "weight_int8", {"to": ir.DataType.INT8.value})
         integers = builder.op(

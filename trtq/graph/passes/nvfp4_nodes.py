@@ -41,10 +41,13 @@ def expand_nvfp4(
         scaled: the input, divided by its scale and clipped.
     """
     weight = layer.weight
-    # A signed 4-bit number and a bit pattern of E2M1 are both four bits.
-    patterns = np.ascontiguousarray(weight.codes.numpy().T).astype(np.int8)
-    signed = np.where(patterns >= 8, patterns - 16, patterns).astype(ml_dtypes.int4)
-    codes = builder.constant("weight", ir.tensor(signed, dtype=ir.DataType.INT4))
+
+    def signed() -> np.ndarray:
+        # A signed 4-bit number and a bit pattern of E2M1 are both four bits.
+        patterns = np.ascontiguousarray(weight.codes.numpy().T).astype(np.int8)
+        return np.where(patterns >= 8, patterns - 16, patterns).astype(ml_dtypes.int4)
+
+    codes = builder.weight("weight", signed, weight.shape[::-1], ir.DataType.INT4)
     blocks = np.ascontiguousarray(weight.block_scale.numpy().T).view(ml_dtypes.float8_e4m3fn)
     scales = builder.constant("block_scale", blocks)
     product = ir.node(

@@ -112,13 +112,19 @@ class LowBitToPlugins(ir.passes.InPlacePass):
             conv = geometry is not None
             x = self._transforms.transformed(builder, x, layer.transform, channels_first=conv)
         # Not "weight": the rewrite to quantise-dequantise form has a constant of that name.
-        constants = [builder.constant(f"plugin_{key}", operands[key]) for key in _OPERANDS]
+        weight = builder.weight(
+            "plugin_weight",
+            lambda: packed_operands(layer, geometry)[1]["weight"],
+            operands["weight"].shape,
+            ir.DataType.INT8,
+        )
+        others = [builder.constant(f"plugin_{key}", operands[key]) for key in _OPERANDS[1:]]
         attributes: dict[str, Any] = {"name": builder.shared}
         attributes |= {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
         (out,) = node.outputs
         plugin = ir.node(
             node.op_type,
-            [x, *constants, step],
+            [x, weight, *others, step],
             attributes | fields_of(spec),
             domain=DOMAIN,
             name=f"{builder.prefix}/plugin",

@@ -58,19 +58,26 @@ def _weight(
 ) -> ir.Value:
     """The dequantised weight, `[K, N]` if transposed, else `[N, K, *kernel]`."""
     packed = layer.weight
-    codes = packed.integers().numpy()
+
+    def codes() -> np.ndarray:
+        integers = packed.integers().numpy()
+        if transposed:
+            integers = np.ascontiguousarray(integers.T)
+        return integers.astype(ml_dtypes.int4) if packed.bits == 4 else integers
+
     scale: np.ndarray = packed.scale.numpy().astype(dtype)
-    if transposed:
-        codes = np.ascontiguousarray(codes.T)
-    stored: ir.TensorProtocol | np.ndarray = codes
-    if packed.bits == 4:
-        stored = ir.tensor(codes.astype(ml_dtypes.int4), dtype=ir.DataType.INT4)
     if packed.group is None:
         attributes = {"axis": 1 if transposed else 0}
         scale = scale.reshape(-1)
     else:
         attributes = {"axis": 0, "block_size": packed.group}
         scale = np.ascontiguousarray(scale.T)
-    inputs = [builder.constant("weight", stored), builder.constant("weight_scale", scale)]
+    stored = builder.weight(
+        "weight",
+        codes,
+        packed.shape[::-1] if transposed else packed.shape,
+        ir.DataType.INT4 if packed.bits == 4 else ir.DataType.INT8,
+    )
+    inputs = [stored, builder.constant("weight_scale", scale)]
     weight: ir.Value = builder.op("DequantizeLinear", inputs, "weight_float", attributes)
     return weight

@@ -337,7 +337,7 @@ class DeployedFp8(ExactBuffers, WeightlessLayer):
     inv_scale: Tensor
 
     def __init__(self, tensors: Fp8Tensors, geometry: ConvGeometry | None) -> None:
-        super().__init__(tensors.weight.codes.shape, geometry)
+        super().__init__(tensors.weight.shape, geometry)
         self.geometry = geometry
         self.register_buffer("bias", tensors.bias)
         self.register_buffer("weight_scale", tensors.weight.scale.reshape(-1))

@@ -37,6 +37,7 @@ from trtq.quant.formats.fp8 import (
 from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.layers import QuantLinear
 from trtq.quant.modules import QuantLayer
+from trtq.quant.packed_codes import register_codes
 from trtq.quant.packing import PackedWeight
 from trtq.quant.tensors import ActivationTensors, merged_bias, merged_scale
 from trtq.quant.timestep import Step, TimestepTable
@@ -282,6 +283,7 @@ class DeployedNvfp4(ExactBuffers, WeightlessLayer):
 
     Args:
         tensors: tensors of the layer.
+        packed: whether the codes are unpacked in each call, see `trtq.quant.packed_codes`.
     """
 
     bias: Tensor | None
@@ -292,12 +294,15 @@ class DeployedNvfp4(ExactBuffers, WeightlessLayer):
     inv_scale: Tensor
     geometry = None
 
-    def __init__(self, tensors: Nvfp4Tensors) -> None:
-        super().__init__(tensors.weight.codes.shape, None)
+    def __init__(self, tensors: Nvfp4Tensors, *, packed: bool = False) -> None:
+        weight = tensors.weight
+        super().__init__(weight.shape, None)
         self.register_buffer("bias", tensors.bias)
-        self.register_buffer("weight_scale", tensors.weight.scale)
-        self.register_buffer("codes", tensors.weight.codes)
-        self.register_buffer("block_scale", tensors.weight.block_scale)
+        self.register_buffer("weight_scale", weight.scale)
+        register_codes(
+            self, "codes", lambda: weight.codes, weight.shape, torch.uint8, packed=packed
+        )
+        self.register_buffer("block_scale", weight.block_scale)
         self.register_buffer("scale", tensors.activation.scale)
         self.register_buffer("inv_scale", tensors.activation.inv_scale)
 

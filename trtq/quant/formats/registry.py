@@ -156,20 +156,23 @@ def stored_tensors(
     return stored if transform is None else replace(stored, transform=transform)
 
 
-def deployed_form(tensors: FormatTensors, geometry: ConvGeometry | None) -> DeployedFormat:
+def deployed_form(
+    tensors: FormatTensors, geometry: ConvGeometry | None, *, packed: bool = False
+) -> DeployedFormat:
     """The deployed layer of tensors in a format other than integers.
 
     Args:
         tensors: tensors of the layer.
         geometry: geometry of a convolution; None for a linear layer.
+        packed: whether the codes are unpacked in each call, see `trtq.quant.packed_codes`.
     """
     layer: DeployedFormat
     if isinstance(tensors, Fp8Tensors):
         layer = DeployedFp8(tensors, geometry)
     elif isinstance(tensors, Nvfp4Tensors):
-        layer = DeployedNvfp4(tensors)
+        layer = DeployedNvfp4(tensors, packed=packed)
     else:
-        layer = DeployedWeightOnly(tensors, geometry)
+        layer = DeployedWeightOnly(tensors, geometry, packed=packed)
     if tensors.transform is not None:
         apply_transform(layer, tensors.transform, -1 if geometry is None else 1)
     return layer

@@ -26,6 +26,7 @@ from trtq.quant.geometry import ConvGeometry
 from trtq.quant.input_transform import TransformTensors, transform_entries
 from trtq.quant.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from trtq.quant.modules import QuantLayer
+from trtq.quant.packed_codes import register_codes
 from trtq.quant.packing import PackedWeight
 from trtq.quant.ranges import row_qparams
 from trtq.quant.tensors import ActivationTensors, merged_bias
@@ -263,19 +264,23 @@ class DeployedWeightOnly(ExactBuffers, WeightlessLayer):
     Args:
         tensors: codes and scales of the layer.
         geometry: geometry of a convolution; None for a linear layer.
+        packed: whether the codes are unpacked in each call, see `trtq.quant.packed_codes`.
     """
 
     bias: Tensor | None
     weight_scale: Tensor
     integers: Tensor
 
-    def __init__(self, tensors: WeightOnlyTensors, geometry: ConvGeometry | None) -> None:
-        super().__init__(tensors.weight.codes.shape, geometry)
+    def __init__(
+        self, tensors: WeightOnlyTensors, geometry: ConvGeometry | None, *, packed: bool = False
+    ) -> None:
+        weight = tensors.weight
+        super().__init__(weight.shape, geometry)
         self.geometry = geometry
-        self.group = tensors.weight.group
+        self.group = weight.group
         self.register_buffer("bias", tensors.bias)
-        self.register_buffer("weight_scale", tensors.weight.scale)
-        self.register_buffer("integers", tensors.weight.integers())
+        self.register_buffer("weight_scale", weight.scale)
+        register_codes(self, "integers", weight.integers, weight.shape, torch.int8, packed=packed)
 
     def forward(self, input: Tensor, step: Step | None = None) -> Tensor:
         """input[B, ...] -> the layer's output, with the dtype of the input.
@@ -284,7 +289,7 @@ class DeployedWeightOnly(ExactBuffers, WeightlessLayer):
             input: input; named as in `nn.Linear`.
             step: index of the denoising step, on which nothing depends.
         """
-        # The layer stores one byte per weight; the float copy exists only during the call.
+        # The layer stores at most one byte per weight; the float copy exists only during the call.
         weight = self.integers.float() * spread_scale(self.weight_scale.float(), self.group)
         x, bias = input.float(), None if self.bias is None else self.bias.float()
         if self.geometry is None:
