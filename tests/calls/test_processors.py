@@ -1,6 +1,7 @@
 """Attention processors that pipelines or users set are recorded, restored and checked."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from trtq.engine.recorded import CallGraph, RecordedDenoiser
 from trtq.errors import UsageError
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
-OWN = f"{MID}.processor"
+MID_PROCESSOR = f"{MID}.processor"
 
 
 class Halved:
@@ -43,7 +44,7 @@ class Sets:
 
     def __call__(self):
         before = self.unet.attn_processors
-        self.unet.set_attn_processor(before | {OWN: self.processor})
+        self.unet.set_attn_processor(before | {MID_PROCESSOR: self.processor})
         for timestep in (9, 5):
             predict(self.unet, timestep)
         self.unet.set_attn_processor(before)
@@ -70,7 +71,7 @@ def adapted():
 def test_a_block_with_processors_computes_as_the_pipeline_and_leaves_the_model(unet):
     before, plain = attention_processors(unet), predict(unet)
     processor = Halved()
-    with with_processors(unet, {OWN: processor}):
+    with with_processors(unet, {MID_PROCESSOR: processor}):
         assert unet.get_submodule(MID).processor is processor
         assert not torch.equal(predict(unet), plain)
     assert attention_processors(unet) == before
@@ -98,7 +99,11 @@ def test_recorded_calls_hold_the_processors_that_the_pipeline_sets(unet):
     with observed({"unet": unet}, lambda call: seen.append(call.copied())):
         predict(unet)
         Sets(unet, processor)()
-    assert [dict(call.processors) for call in seen] == [{}, {OWN: processor}, {OWN: processor}]
+    assert [dict(call.processors) for call in seen] == [
+        {},
+        {MID_PROCESSOR: processor},
+        {MID_PROCESSOR: processor},
+    ]
 
 
 def test_a_call_that_ends_early_leaves_the_processors_as_before(unet):
@@ -114,7 +119,8 @@ def test_a_call_that_ends_early_leaves_the_processors_as_before(unet):
 class Engine:
     """Returns ones."""
 
-    provider, device, inputs = "cpu", "cpu", {}
+    provider = device = "cpu"
+    inputs: ClassVar[dict] = {}
 
     def run_tensors(self, feeds):
         return {"output_0": torch.ones(1, 4, 8, 8)}
@@ -144,7 +150,7 @@ def test_a_graph_refuses_processors_with_which_it_was_not_traced(unet):
 
 
 def test_a_graph_takes_the_processors_that_its_pipeline_sets_and_no_others(unet):
-    denoiser = recorded(unet, {OWN: Halved()})
+    denoiser = recorded(unet, {MID_PROCESSOR: Halved()})
     pipeline = Sets(denoiser, Halved())
     pipeline()
     with pytest.raises(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from trtq.quant.stand_in import StandIn
 
 __all__ = [
+    "AttentionProcessor",
     "attention_processors",
     "changed_processors",
     "described_processors",
@@ -25,12 +26,20 @@ __all__ = [
 _SUFFIX = ".processor"
 
 
-def attention_processors(model: nn.Module) -> dict[str, Any]:
+class AttentionProcessor(Protocol):
+    """A function of an attention module and its inputs; diffusers calls it in place of the module."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def attention_processors(model: nn.Module) -> dict[str, AttentionProcessor]:
     """The attention processors of a model of diffusers by path; empty for a model without them."""
     return dict(getattr(model, "attn_processors", None) or {})
 
 
-def changed_processors(model: nn.Module, before: Mapping[str, Any]) -> dict[str, Any]:
+def changed_processors(
+    model: nn.Module, before: Mapping[str, AttentionProcessor]
+) -> dict[str, AttentionProcessor]:
     """The attention processors of a model that are other objects than earlier ones, by path."""
     now = attention_processors(model)
     return {name: new for name, new in now.items() if new is not before.get(name)}
@@ -66,14 +75,14 @@ def kept_processors(models: Iterable[nn.Module]) -> Iterator[None]:
     Args:
         models: models of diffusers, or modules that replace them.
     """
-    before = [(model, attention_processors(model)) for model in models]
+    initial = [(model, attention_processors(model)) for model in models]
     try:
         yield
     finally:
-        for model, own in before:
-            changed = changed_processors(model, own)
+        for model, before in initial:
+            changed = changed_processors(model, before)
             for name, module in _modules(model, changed):
-                _set(module, own[name])
+                _set(module, before[name])
 
 
 @contextmanager

@@ -79,11 +79,11 @@ def observed(
     """
 
     def hook(name: str) -> Callable[..., None]:
-        own = attention_processors(modules[name])
+        initial = attention_processors(modules[name])
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             form, tensors = flatten_call(module, args, kwargs, frozenset(TIMESTEP_NAMES))
-            seen(RecordedCall(name, form, tensors, changed_processors(module, own)))
+            seen(RecordedCall(name, form, tensors, changed_processors(module, initial)))
 
         return before
 

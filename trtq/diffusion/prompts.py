@@ -133,5 +133,6 @@ def recommended_guidance(prompts: PromptSet | None, classes: int | None) -> floa
     if classes is not None:
         # `DiTPipeline` takes 1000 for "no class", which is out of range for models of fewer classes.
         return 1.0
-    own = prompts is not None and prompts != general_prompts()
-    return prompts.guidance if prompts is not None and own else None
+    if prompts is None or prompts == general_prompts():
+        return None
+    return prompts.guidance
