@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trtq.artefact.manifest import MANIFEST_NAME
 from trtq.engine.tensorrt.backends import BACKENDS
 from trtq.pipelines.open import open_any
 from trtq.selftest import engines
@@ -119,9 +120,9 @@ def test_the_artefacts_of_the_stage_are_made_once(tmp_path):
     made = engines.make_artefacts(tmp_path)
     assert [made.onnx(target).is_dir() for target in engines.TARGETS] == [True, True]
     assert len(made.timesteps) == engines.RECIPE["steps"]
-    before = (made.onnx("qdq") / "trtq.json").stat().st_mtime_ns
+    before = (made.onnx("qdq") / MANIFEST_NAME).stat().st_mtime_ns
     engines.make_artefacts.cache_clear()
     assert engines.make_artefacts(tmp_path) == made
-    assert (made.onnx("qdq") / "trtq.json").stat().st_mtime_ns == before
+    assert (made.onnx("qdq") / MANIFEST_NAME).stat().st_mtime_ns == before
     outcome = engines._provider(tmp_path, "openvino", graphs=False)
     assert outcome.fault is None
