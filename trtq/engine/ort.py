@@ -190,8 +190,18 @@ def _keep_packed(options: Any) -> None:
     runtime = require("onnxruntime")
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    # By default onnxruntime may unpack all weights before the first product.
+    # Each weight is then unpacked directly before its product, see `trtq.graph.runtimes.delay_weights`.
     options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
+
+
+def _delayed(path: Path) -> ir.Model:
+    """A graph for onnxruntime whose weights are unpacked layer by layer."""
+    from trtq.graph.runtimes.delay_weights import DelayWeights
+    from trtq.graph.runtimes.prepare import load_graph, prepare
+
+    model = prepare(load_graph(path), "onnxruntime")
+    DelayWeights()(model)
+    return model
 
 
 class OrtSession(Engine):
@@ -311,7 +321,9 @@ class OrtEngine(OrtSession):
         options.enable_mem_pattern = options.enable_cpu_mem_arena = not low_memory
         graphs = provider in GPU_PROVIDERS and cuda_graphs_wanted()
         settings = {GRAPH_OPTIONS[provider]: "1"} if graphs else {}
-        if _mentions_plugins(path) or (provider == "cpu" and has_vnni()):
+        if packed:
+            session = open_graph(path, _delayed(path), options, provider, settings)
+        elif _mentions_plugins(path) or (provider == "cpu" and has_vnni()):
             model = prepared_graph(path, "onnxruntime").model
             session = open_serialized(path, model, options, provider, settings)
         else:
