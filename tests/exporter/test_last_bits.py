@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.graph.test_low_bit_layers import TABLE, low_bit
 from trtq.calls.form import CallForm
+from trtq.calls.variations import VariedForm
 from trtq.exporter import call_parity
 from trtq.exporter.call_parity import form_parity
 from trtq.exporter.last_bits import last_bit_moved
@@ -78,6 +79,7 @@ def test_the_floor_is_the_lowest_of_several_patterns(errors, measured, holds, mo
         def forward(self, x):
             return x * 1.02
 
-    row = form_parity("unet", module, Graph(), FORM, {"x": torch.ones(1, 4)})
+    form = VariedForm("unet", FORM, {"x": torch.ones(1, 4)})
+    row = form_parity("unet", module, Graph(), form)
     assert module.measured == measured
     assert row.holds(40.0) == holds

@@ -156,9 +156,18 @@ class TestStandIn:
 
     def test_methods_that_change_weights_are_still_refused(self):
         quantized = low_bit()
-        assert not hasattr(quantized, "set_attn_processor")
+        assert not hasattr(quantized, "fuse_qkv_projections")
         with pytest.raises(UsageError, match="change the float pipeline"):
-            quantized.set_attn_processor(None)
+            quantized.fuse_qkv_projections()
+
+    def test_attention_processors_need_a_model_inside(self):
+        engine = Engine()
+        assert not hasattr(engine, "set_attn_processor")
+        with pytest.raises(UsageError, match="change the float pipeline"):
+            engine.set_attn_processor(None)
+        model = Model()
+        model.set_attn_processor = [].append
+        assert Engine(model).set_attn_processor is model.set_attn_processor
 
     def test_without_a_model_it_is_of_its_own_class(self):
         engine = Engine()
