@@ -29,7 +29,8 @@ _SUFFIX = ".processor"
 class AttentionProcessor(Protocol):
     """A function of an attention module and its inputs; diffusers calls it in place of the module."""
 
-    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The attention of the hidden states, `[B,S,C]`."""
 
 
 def attention_processors(model: nn.Module) -> dict[str, AttentionProcessor]:
