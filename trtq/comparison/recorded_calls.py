@@ -36,7 +36,7 @@ class RecordedCalls(CallSet):
 
     tensors: list[Mapping[str, Tensor]]
     form: CallForm
-    processors: Mapping[str, Any]
+    processors: Mapping[str, Any] = field(default_factory=dict)
     few_images = True
     _places: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 

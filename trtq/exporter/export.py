@@ -258,7 +258,13 @@ def _export_recorded(
 
 
 def _write_denoiser(
-    opened: Opened, folder: Path, precision: str, target: Target, size: str | None, *, packed: bool
+    opened: Opened,
+    folder: Path,
+    precision: str,
+    target: Target,
+    size: str | None,
+    *,
+    packed: bool = False,
 ) -> tuple[LoadedPipeline, Manifest, tuple[str, str]]:
     """Write the denoiser's graph without checks.
 

@@ -139,7 +139,7 @@ def keeps_packed(
     Raises:
         UsageError: the export needs more memory than is given, or the graph is too large for the
             comparison with torch.
-        ArtefactError: the output does not fit on the disk, or a header of the run cannot be read.
+        ArtefactError: the output does not fit on the disk.
     """
     if not isinstance(opened, Run):
         if memory is not None:
@@ -148,7 +148,11 @@ def keeps_packed(
                 "leave it out, or quantise the model first (trtq quantize)"
             )
         return False
-    needs = needs_of(opened, target=target, precision=precision)
+    try:
+        needs = needs_of(opened, target=target, precision=precision)
+    except ArtefactError:
+        # The run is damaged; opening it names the fault.
+        return False
     if needs.rewritten > _MAX_REWRITTEN:
         raise UsageError(
             f"the weights of {opened.place} take {bytes_text(needs.rewritten)} as plugins or in NVFP4, "

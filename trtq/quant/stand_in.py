@@ -29,7 +29,7 @@ _INSTEAD = {
 }
 """Methods of diffusers' models that a low-bit denoiser does not support, with the alternative."""
 _WITH_MODEL = ("set_attn_processor",)
-"""Methods among them that a low-bit denoiser supports if it has a model of diffusers inside."""
+"""Methods among them that a low-bit denoiser supports if it has a model with this method inside."""
 
 
 class _NotOfLowBitError(UsageError, AttributeError):
@@ -84,7 +84,8 @@ class StandIn(nn.Module):
                 support; the message names the alternative. The error is an `AttributeError` too.
         """
         advice = _INSTEAD.get(name)
-        if advice is not None and (name not in _WITH_MODEL or self.model_inside() is None):
+        supported = name in _WITH_MODEL and hasattr(self.model_inside(), name)
+        if advice is not None and not supported:
             raise _NotOfLowBitError(f"a low-bit denoiser has no {name}: {advice}")
         try:
             return super().__getattr__(name)
