@@ -66,8 +66,8 @@ def run_python(code):
     exec(compile(code, "documentation", "exec"), {"__name__": "__main__"})
 
 
-LONG = ("modelopt.md", "trtexec.md", "verify.md")
-"""Pages whose blocks take 40 s or more; their commands are also tested by themselves."""
+LONG = ("modelopt.md", "scales.md", "trtexec.md", "verify.md")
+"""Pages whose blocks take 20 s or more; their commands are also tested by themselves."""
 
 
 def pages_with_blocks():

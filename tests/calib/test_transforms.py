@@ -332,6 +332,7 @@ def test_auto_leaves_scales_to_a_rule_and_steps_to_everything_but_linear_layers(
     assert not any(plan.free_scales for plan in plan_layers(model, policy, "fp8", scales="auto"))
 
 
+@pytest.mark.slow
 def test_the_best_recipe_from_training_to_the_graph(tmp_path):
     changes = {"method": "best", "training": {"iterations": 4, "batch": 4, "rank": 4}}
     run = made(tmp_path / "run", planted=True, **changes)

@@ -10,8 +10,8 @@ from trtq.checkpoint.components import denoisers_of
 from trtq.errors import UsageError
 from trtq.exporter.call_parity import call_parities
 
-FAST = ("flux2_klein", "aura_flow")
-SLOW = ("sd_inpainting", "playground", "sana", "cogview4", "krea_2", "wan_21")
+FAST = ("aura_flow",)
+SLOW = ("flux2_klein", "sd_inpainting", "playground", "sana", "cogview4", "krea_2", "wan_21")
 SIDES = {"sana": (32, 64, 96)}
 """Smallest, middle and largest side in pixels; Sana needs multiples of 32."""
 OTHER_PROMPT = "a cat in a red boat"

@@ -180,7 +180,15 @@ def test_a_prepared_pipeline_gives_the_results_of_a_plain_one_and_is_not_changed
     assert state_of(pipeline) == before
 
 
-@pytest.mark.parametrize("prepare", ["half", "training", "fused projections", "compiled"])
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        pytest.param("half", marks=pytest.mark.slow),
+        "training",
+        "fused projections",
+        "compiled",
+    ],
+)
 def test_a_run_of_a_prepared_pipeline_gives_the_same_images(prepare, plain_run, tmp_path):
     pipeline = build("sd_1")
     PREPARED[prepare](pipeline)

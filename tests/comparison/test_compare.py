@@ -52,7 +52,7 @@ def test_the_figures_are_those_of_the_parity(compared, digits_run, digits_onnx):
     )
 
 
-@pytest.mark.parametrize("other", ["run", "onnx"])
+@pytest.mark.parametrize("other", [pytest.param("run", marks=pytest.mark.slow), "onnx"])
 def test_openvino_agrees_with_torch_and_with_the_cpu_provider(other, digits_run, digits_onnx):
     against = digits_run if other == "run" else digits_onnx
     result = compare(digits_onnx, against, provider="openvino", layers=other == "run")
@@ -77,7 +77,14 @@ def test_a_low_bit_model_is_held_to_the_rounding_noise_of_its_formats(digits_run
     assert all(row.snr_db < 60 for row in result.layers)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=pytest.mark.slow if place else ())
+        for place, fault in enumerate(FAULTS)
+    ],
+    ids=lambda fault: fault.__name__,
+)
 def test_layers_and_bisection_name_a_planted_fault(fault, digits_run, digits_onnx, tmp_path):
     folder = plant(digits_onnx, tmp_path / "faulty", fault)
     result = compare(folder, digits_run, layers=True, bisect=True)
@@ -92,6 +99,7 @@ def test_layers_and_bisection_name_a_planted_fault(fault, digits_run, digits_onn
     ]
 
 
+@pytest.mark.slow
 def test_a_planted_fault_is_caught_on_openvino(digits_run, digits_onnx, tmp_path):
     """Codes flip in a third of the images by themselves there; a fault changes all of them."""
     good = compare(digits_onnx, digits_run, provider="openvino")
@@ -160,6 +168,7 @@ def repeated(folder):
     return done
 
 
+@pytest.mark.slow
 def test_the_script_repeats_the_comparison_without_trtq(digits_run, digits_onnx, tmp_path):
     good = compare(digits_onnx, digits_run, script=tmp_path / "good")
     assert good.command in (tmp_path / "good" / "run.sh").read_text(encoding="utf-8")

@@ -121,6 +121,7 @@ def test_layers_name_a_planted_fault(fault, inpainting_run, inpainting_onnx, tmp
     assert result.first == LAYER
 
 
+@pytest.mark.slow
 def test_bisection_names_a_fault_that_moves_the_output(inpainting_run, inpainting_onnx, tmp_path):
     folder = plant(inpainting_onnx, tmp_path / "faulty", doubled)
     result = compare(folder, inpainting_run, bisect=True)
@@ -142,6 +143,7 @@ def test_the_script_repeats_the_comparison_without_trtq(inpainting_run, inpainti
     assert f"Passed: {passed}/{len(bad.calls)} iterations" in done.stdout
 
 
+@pytest.mark.slow
 def test_several_denoisers_are_compared_one_by_one(two, tmp_path):
     parity = verify(two / "onnx", against=two / "run", runtimes=["onnxruntime"])
     result = compare(two / "onnx", two / "run", layers=True, script=tmp_path / "out")

@@ -40,6 +40,7 @@ def does(monkeypatch, body):
     )
 
 
+@pytest.mark.slow
 def test_a_second_process_writes_the_same_graphs(run, tmp_path, worthwhile):
     second, alone = tmp_path / "second", tmp_path / "alone"
     with exporting_parts(run, second) as waiting:

@@ -38,7 +38,7 @@ CASES = {
     "nvfp4": (wide_pipeline, {"format": "nvfp4", "bits": "w4a4"}, None, QDQ),
     "weight only": (wide_pipeline, {"bits": "w4a16"}, None, QDQ),
 }
-SLOW = set(CASES) - {"unet", "nvfp4"}
+SLOW = set(CASES) - {"unet"}
 
 
 def files_of(folder):

@@ -69,6 +69,7 @@ def test_the_message_names_the_damaged_operand(plugin_onnx):
         ExpandPlugins()(model)
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_plugins_are_in_the_engine(plugin_onnx, tmp_path, monkeypatch):
     monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))

@@ -64,7 +64,7 @@ def recipe(base):
     }
 
 
-@pytest.mark.parametrize("base", ["fp", "int"])
+@pytest.mark.parametrize("base", [pytest.param("fp", marks=pytest.mark.slow), "int"])
 def test_an_exchange_keeps_the_tables_and_recomputes_the_codes(base, model, tmp_path):
     lora = tmp_path / "style.safetensors"
     quantize(model, recipe(base), tmp_path / "run")

@@ -95,6 +95,7 @@ def lora_file(folder, half):
     return LoraRequest(folder / "lora.safetensors", 0.5)
 
 
+@pytest.mark.slow
 def test_a_lora_is_added_when_a_weight_is_read(half, tmp_path):
     loras = [lora_file(tmp_path, half)]
     quantize(half, RECIPE, tmp_path / "plain", calls=CALL, memory="1MB")

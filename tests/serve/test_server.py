@@ -144,7 +144,9 @@ def test_digits_are_served_without_torch_and_diffusers(served_onnx, start, provi
         assert process.process.stdout.read().strip() == ""
 
 
-@pytest.mark.parametrize("provider", ["cpu", "openvino", "torch"])
+@pytest.mark.parametrize(
+    "provider", ["cpu", "openvino", pytest.param("torch", marks=pytest.mark.slow)]
+)
 def test_a_model_draws_the_same_after_its_files_are_truncated(
     served_onnx, tmp_path, start, provider
 ):

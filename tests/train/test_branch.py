@@ -96,7 +96,9 @@ def test_the_last_update_has_no_branch():
     assert branch_of(training.model_copy(update={"branch_rank": 0}), 10) is None
 
 
-@pytest.mark.parametrize("method", ["combined", "efficientdm"])
+@pytest.mark.parametrize(
+    "method", ["combined", pytest.param("efficientdm", marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_with_branches_resumes_to_the_same_bits(method, tmp_path):
     def report(stage, done, total):
         if stage in ("attention", "fine-tune") and done == 5:

@@ -287,6 +287,7 @@ def test_nan_in_training_names_the_layer(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_two_micro_batches(tmp_path):
     """Each micro-batch has a separate random stream, so both runs use the same eight images."""
     from diffusers import DDIMPipeline
