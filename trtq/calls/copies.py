@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-__all__ = ["copied_pipeline", "copied_tensors"]
+__all__ = ["copied_containers", "copied_pipeline", "copied_tensors"]
 
 
 def copied_pipeline(pipeline: Any) -> Any:
@@ -40,6 +40,14 @@ def _copied(pipeline: Any, copies: dict[int, Any]) -> Any:
         # The registered classes of the components stay the same.
         copied.__dict__[name] = copies[id(value)]
     return copied
+
+
+def copied_containers(values: Any) -> Any:
+    """Nested values in other lists and dicts, with the same tensors.
+
+    Some denoisers empty a list among their arguments, e.g. the UNet that of a T2I-Adapter's features.
+    """
+    return _pytree.tree_map(lambda leaf: leaf, values)
 
 
 def copied_tensors(values: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from trtq.calls.copies import copied_containers
 from trtq.calls.form import flatten_call
 from trtq.calls.paused import DenoiserCall
 from trtq.calls.recorder import TIMESTEP_NAMES, RecordedCall
@@ -155,7 +156,8 @@ class Joined:
         Args:
             denoiser: the denoiser, or one that is called like it.
         """
-        result = denoiser(*self.args, **self.kwargs)
+        args, kwargs = copied_containers((self.args, self.kwargs))
+        result = denoiser(*args, **kwargs)
         return [result] if self.count == 1 else _split(result, self.count, self.rows)
 
 

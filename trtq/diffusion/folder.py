@@ -71,12 +71,14 @@ def save_pipeline_parts(
             model = _model_in(component)
             index[part] = [_library(type(model)), type(model).__name__]
             model.save_config(folder / part)
+            _without_place(folder / part / CONFIG_NAME)
         else:
             index[part] = [_library(type(component)), _class_name(type(component))]
             if graphs and part in (*TEXT_ENCODERS, *AUTOENCODERS):
                 continue
             with quiet_diffusers(), plain_state(component):
                 component.save_pretrained(folder / part)
+            _without_place(folder / part / CONFIG_NAME)
     settings = inspect.signature(type(pipeline).__init__).parameters
     index |= {
         key: value for key, value in pipeline.config.items() if key in settings and key not in index
@@ -90,6 +92,13 @@ def save_pipeline_parts(
         kept = loaded.prompts.model_copy(update={"evaluation": ()})
         (folder / PROMPTS_NAME).write_text(kept.model_dump_json() + "\n", encoding="utf-8")
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_place(path: Path) -> None:
+    """Remove from a configuration the path that its model was loaded from, if it has one."""
+    config = read_json(path) if path.is_file() else {}
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _model_in(denoiser: Any) -> Any:

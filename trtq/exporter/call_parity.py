@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trtq.calls.copies import copied_containers
 from trtq.calls.form import result_tensors
 from trtq.calls.processors import attention_processors, with_processors
 from trtq.calls.user_call import UserCall, run_call
@@ -48,17 +49,24 @@ def call_parities(
     """
     rows: list[StepParity] = []
     inside = False
+    passed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def before(name: str) -> Any:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not inside:
+                passed[name] = copied_containers((args, kwargs))
+
+        return keep
 
     def hook(name: str) -> Any:
-        def after(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-        ) -> None:
+        def after(module: nn.Module, _: tuple[Any, ...], __: dict[str, Any], result: Any) -> None:
             nonlocal inside
             # The measurement of the floor calls the module again.
             if inside:
                 return
             inside = True
             try:
+                args, kwargs = passed[name]
                 rows.append(_compared(name, module, exported[name], args, kwargs, result))
             finally:
                 inside = False
@@ -68,8 +76,11 @@ def call_parities(
     with ExitStack() as stack:
         for name in exported:
             module = getattr(pipeline, name)
-            handle = module.register_forward_hook(hook(name), with_kwargs=True)
-            stack.callback(handle.remove)
+            for handle in (
+                module.register_forward_pre_hook(before(name), with_kwargs=True),
+                module.register_forward_hook(hook(name), with_kwargs=True),
+            ):
+                stack.callback(handle.remove)
         run_call(pipeline, call, seed, "parity")
     return rows
 
@@ -91,7 +102,8 @@ def form_parity(
     """
     arguments = form.form.rebuild(form.tensors)
     with with_processors(module, form.processors):
-        return _compared(name, module, exported, (), arguments, module(**arguments))
+        result = module(**copied_containers(arguments))
+        return _compared(name, module, exported, (), arguments, result)
 
 
 def _compared(
@@ -103,8 +115,13 @@ def _compared(
     result: Any,
 ) -> StepParity:
     expected = list(result_tensors(result))
+
+    def called(denoiser: nn.Module) -> list[Tensor]:
+        fresh_args, fresh_kwargs = copied_containers((args, kwargs))
+        return list(result_tensors(denoiser(*fresh_args, **fresh_kwargs)))
+
     with with_processors(exported, attention_processors(module)):
-        given = list(result_tensors(exported(*args, **kwargs)))
+        given = called(exported)
     if len(expected) != len(given):
         raise GateError(f"the graph of {name} returns {len(given)} tensors, torch {len(expected)}")
     for tensor in given:
@@ -114,7 +131,7 @@ def _compared(
     @functools.cache
     def moved(pattern: int) -> list[Tensor]:
         with last_bit_moved(module, CHANGES[pattern], pattern):
-            return list(result_tensors(module(*args, **kwargs)))
+            return called(module)
 
     rows = []
     for index, tensor in enumerate(expected):
