@@ -20,6 +20,7 @@ __all__ = [
     "changed_processors",
     "described_processors",
     "kept_processors",
+    "processed_modules",
     "with_processors",
 ]
 
@@ -82,7 +83,7 @@ def kept_processors(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for model, before in initial:
             changed = changed_processors(model, before)
-            for name, module in _modules(model, changed):
+            for name, module in processed_modules(model, changed):
                 _set(module, before[name])
 
 
@@ -103,11 +104,12 @@ def with_processors(model: nn.Module, processors: Mapping[str, Any]) -> Iterator
     changed = {name: new for name, new in processors.items() if before.get(name) is not new}
     settings: list[tuple[Any, dict[str, Any]]] = []
     replaced: list[tuple[Any, Any]] = []
-    for name, module in _modules(model, changed):
+    for name, module in processed_modules(model, changed):
         old, new = before[name], changed[name]
         if isinstance(new, nn.Module):
-            settings.append((old, {key: vars(old)[key] for key in vars(new) if key in vars(old)}))
-            vars(old).update({key: value for key, value in vars(new).items() if _is_plain(value)})
+            shared = [k for k, value in vars(new).items() if k in vars(old) and _is_plain(value)]
+            settings.append((old, {key: vars(old)[key] for key in shared}))
+            vars(old).update({key: vars(new)[key] for key in shared})
         else:
             replaced.append((module, old))
             _set(module, new)
@@ -120,8 +122,13 @@ def with_processors(model: nn.Module, processors: Mapping[str, Any]) -> Iterator
             vars(old).update(values)
 
 
-def _modules(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """The attention modules of a model that have processors of these paths, with the paths."""
+def processed_modules(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The attention modules of a model that have processors of these paths, with the paths.
+
+    Args:
+        model: model of diffusers, or a module that replaces one.
+        names: paths of processors, as in `attention_processors`; those of no module are left out.
+    """
     inner = model.model_inside() if isinstance(model, StandIn) else model
     known = attention_processors(model)
     modules = {} if inner is None else dict(inner.named_modules())

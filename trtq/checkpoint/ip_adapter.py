@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trtq.checkpoint.quiet import quiet_diffusers
 from trtq.errors import UsageError
 
-__all__ = ["adapter_names", "adapter_scales", "add_ip_adapter", "copy_scales", "set_scales"]
+__all__ = ["adapter_names", "adapter_scales", "add_ip_adapter", "set_scales"]
 
 _ATTENTION = re.compile(r"\.processor\.to_[kv]_ip\.\d+\.weight$")
 _PROJECTION = re.compile(
@@ -96,21 +96,12 @@ def adapter_scales(model: Any, place: str) -> dict[str, list[float]]:
 
 
 def set_scales(model: Any, scales: Mapping[str, Sequence[float]]) -> None:
-    """Set the strengths of a UNet's IP-Adapters, in place; see `adapter_scales`."""
-    for name, processor in model.attn_processors.items():
-        if name in scales:
-            processor.scale = list(scales[name])
-
-
-def copy_scales(model: nn.Module, given: Mapping[str, nn.Module]) -> None:
-    """Set the strengths of a UNet's IP-Adapters to those of another UNet, in place.
+    """Set the strengths of a UNet's IP-Adapters, in place.
 
     Args:
         model: UNet with adapters.
-        given: modules of the other UNet, by name.
+        scales: strengths by path of the attention processor; those of other paths are ignored.
     """
-    for name, module in model.named_modules():
-        processor: Any = module
-        source: Any = given.get(name)
-        if hasattr(processor, "to_k_ip") and source is not None:
-            processor.scale = list(source.scale)
+    for name, processor in model.attn_processors.items():
+        if name in scales and hasattr(processor, "to_k_ip"):
+            processor.scale = list(scales[name])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trtq.checkpoint.components import unwrapped
-from trtq.checkpoint.ip_adapter import adapter_names, add_ip_adapter, copy_scales
+from trtq.checkpoint.ip_adapter import adapter_names, add_ip_adapter, set_scales
 from trtq.checkpoint.modifications import (
     check_freeu,
     check_instance,
@@ -115,7 +115,10 @@ def plain_model(model: nn.Module, name: str) -> nn.Module:
     given = _without_fused(_weights(model, name), name)
     if adapter := adapter_names(given):
         add_ip_adapter(fresh, {key: given[key] for key in adapter})
-        copy_scales(fresh, modules)
+        strengths: dict[str, Any] = {
+            key: module.scale for key, module in modules.items() if hasattr(module, "to_k_ip")
+        }
+        set_scales(fresh, strengths)
     check_modules(fresh, modules, name)
     check_freeu(modules, name)
     expected = fresh.state_dict()

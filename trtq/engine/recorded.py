@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from trtq.artefact.manifest_rows import GraphRow
 from trtq.calls.form import CallForm, flatten_call, rebuild_value
-from trtq.calls.processors import attention_processors, described_processors
+from trtq.calls.processors import (
+    attention_processors,
+    described_processors,
+    processed_modules,
+)
 from trtq.calls.recorder import TIMESTEP_NAMES
 from trtq.engine.base import Engine
 from trtq.engine.shared import SharesEngines
@@ -92,7 +96,10 @@ class RecordedDenoiser(SharesEngines, StandIn):
         self.graphs: dict[str, list[CallGraph]] = {}
         for graph in graphs:
             self.graphs.setdefault(graph.key, []).append(graph)
-        self._processors = described_processors(attention_processors(model))
+        processors = attention_processors(model)
+        # Looked up once: the search through a large model takes 10 ms, and every call needs them.
+        self._attention = dict(processed_modules(model, processors))
+        self._processors = described_processors(processors)
         self._has_return_dict = "return_dict" in inspect.signature(model.forward).parameters
         self.config = model.config
         self.dtype = torch.float32
@@ -163,7 +170,8 @@ class RecordedDenoiser(SharesEngines, StandIn):
             UsageError: the pipeline or its user has set other attention processors, or other settings.
         """
         expected = self._processors | row.processors
-        for name, now in described_processors(attention_processors(self.model)).items():
+        current = {name: module.processor for name, module in self._attention.items()}
+        for name, now in described_processors(current).items():
             if now != expected.get(name, now):
                 raise UsageError(
                     f"the graph of {self.name} was traced with the attention processor {expected[name]} "
