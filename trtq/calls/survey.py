@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from trtq.calls.copies import copied_containers
 from trtq.calls.form import flatten_call
 from trtq.calls.recorder import TIMESTEP_NAMES, RecordedCall, observed, read_timestep
 from trtq.calls.replaced import replaced_forward
 from trtq.calls.user_call import UserCall, run_call
+from trtq.calls.without_products import noise_like, without_products
 from trtq.errors import UsageError
 
 __all__ = ["DenoiserCalls", "repeating", "survey"]
@@ -41,14 +43,14 @@ class DenoiserCalls:
 
 
 class _Repeated:
-    """A forward that computes each form of call once and repeats the result after that.
+    """A forward that computes each form of call once and repeats the result after that."""
 
-    The values of a survey do not matter, and denoiser calls take the largest part of a pipeline's time.
-    """
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+    def __init__(
+        self, module: nn.Module, forward: Callable[..., Any], *, products: bool = True
+    ) -> None:
         self.module = module
         self.forward = forward
+        self.products = products
         self.results: dict[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,8 +58,17 @@ class _Repeated:
         shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
         key = f"{form.key} {shapes} {kwargs.get('return_dict')}"
         if key not in self.results:
-            self.results[key] = self.forward(*args, **kwargs)
+            self.results[key] = self._compute(args, kwargs)
         return _pytree.tree_map(_copy, self.results[key])
+
+    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.products:
+            # A model that needs the values, e.g. as an index, computes them.
+            with suppress(Exception), without_products(self.module):
+                fresh_args, fresh_kwargs = copied_containers((args, kwargs))
+                result = self.forward(*fresh_args, **fresh_kwargs)
+                return _pytree.tree_map(partial(noise_like, index=len(self.results)), result)
+        return self.forward(*args, **kwargs)
 
 
 def _copy(value: Any) -> Any:
@@ -65,11 +76,18 @@ def _copy(value: Any) -> Any:
 
 
 @contextmanager
-def repeating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside the block, each form of a denoiser's call is computed once, see `_Repeated`."""
+def repeating(modules: Mapping[str, nn.Module], *, products: bool = True) -> Iterator[None]:
+    """Inside the block, each form of a denoiser's call is computed once and repeated after that.
+
+    Args:
+        modules: denoisers by name.
+        products: whether the denoisers compute their layers, see `trtq.calls.without_products`; results
+            are noise otherwise.
+    """
     with ExitStack() as stack:
         for module in modules.values():
-            stack.enter_context(replaced_forward(module, functools.partial(_Repeated, module)))
+            repeated = partial(_Repeated, module, products=products)
+            stack.enter_context(replaced_forward(module, repeated))
         yield
 
 
@@ -79,8 +97,8 @@ def survey(
 ) -> dict[str, DenoiserCalls]:
     """Run a pipeline's call once and describe the calls of its denoisers.
 
-    Each denoiser computes only the first call of each form, so a survey takes about as long as one
-    denoising step.
+    The values do not matter, and the denoisers take the largest part of a pipeline's time: they compute
+    the first call of each form only, and this one without the products of their layers.
 
     Args:
         pipeline: diffusers pipeline.
@@ -111,7 +129,7 @@ def survey(
         }
         calls[seen.denoiser].append(replace(seen, tensors=small))
 
-    with repeating(modules), observed(modules, keep):
+    with repeating(modules, products=False), observed(modules, keep):
         run_call(pipeline, call, seed, "survey")
     if not any(calls.values()):
         raise UsageError(
