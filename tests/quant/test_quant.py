@@ -27,6 +27,7 @@ from trtq.quant import (
     weight_qparams,
 )
 from trtq.quant.geometry import ConvGeometry
+from trtq.quant.packing import PackedWeight
 from trtq.quant.ranges import affine_from_range, row_qparams
 
 
@@ -268,3 +269,19 @@ def test_scaling_gradients_has_no_effect_with_adam():
             optimizer.zero_grad()
         results.append(p.detach().clone())
     torch.testing.assert_close(*results, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_integers_are_codes_minus_zero_points_or_an_error(bits):
+    """Zero points around the limits of int8, of which those of fine-tuned weights may lie outside."""
+    codes = torch.arange(2**bits, dtype=torch.uint8).repeat(2, 1)
+    for zero_point in (-130, -127, 2**bits - 129, 2**bits - 128, 0, 2**bits - 1, 127, 128, 129):
+        points = torch.tensor([[float(zero_point)], [2.0 ** (bits - 1)]])
+        weight = PackedWeight.of(codes, torch.ones(2, 1), points, bits)
+        expected = codes.long() - points.long()
+        if expected.min() < -128 or expected.max() > 127:
+            with pytest.raises(QuantizationError, match=r"which int8 cannot hold"):
+                weight.integers()
+        else:
+            assert weight.integers().dtype == torch.int8
+            assert torch.equal(weight.integers().long(), expected)

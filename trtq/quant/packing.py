@@ -165,6 +165,10 @@ class PackedWeight:
         Raises:
             QuantizationError: a value does not fit int8.
         """
+        low, high = 2**self.bits - 128, 127
+        if bool(((self.zero_point >= low) & (self.zero_point <= high)).all()):
+            # All differences fit int8. Layers whose codes stay packed compute this in every call.
+            return self.codes.view(torch.int8) - self.zero_point.to(torch.int8)
         # int16 in between, because int8 would wrap 8-bit codes above 127.
         values = self.codes.to(torch.int16) - self.zero_point.to(torch.int16)
         if values.numel() and (int(values.min()) < -128 or int(values.max()) > 127):
