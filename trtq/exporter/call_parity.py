@@ -25,14 +25,21 @@ from trtq.exporter.parity import (
     StepParity,
     compare,
 )
-from trtq.snr import snr_db
+from trtq.snr import EXACT_DB, snr_db
 
-__all__ = ["CHANGES", "call_parities", "form_parity", "tensor_parity"]
+__all__ = ["CHANGES", "call_parities", "form_parity", "named_parities", "tensor_parity"]
 
 
 def call_parities(
     pipeline: Any, exported: Mapping[str, nn.Module], call: UserCall, seed: int = 0
 ) -> list[StepParity]:
+    """One row per call of a denoiser, see `named_parities`."""
+    return [row for _, row in named_parities(pipeline, exported, call, seed)]
+
+
+def named_parities(
+    pipeline: Any, exported: Mapping[str, nn.Module], call: UserCall, seed: int = 0
+) -> list[tuple[str, StepParity]]:
     """Run a pipeline in torch and compare every call of its denoisers with the exported graphs.
 
     Args:
@@ -42,12 +49,12 @@ def call_parities(
         seed: seed of the random numbers.
 
     Returns:
-        One row per call of a denoiser, in the order of the calls.
+        The denoiser's name and a row per call of a denoiser, in the order of the calls.
 
     Raises:
         NonFiniteError: a graph returns NaN or infinity.
     """
-    rows: list[StepParity] = []
+    rows: list[tuple[str, StepParity]] = []
     inside = False
     passed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -67,7 +74,8 @@ def call_parities(
             inside = True
             try:
                 args, kwargs = passed[name]
-                rows.append(_compared(name, module, exported[name], args, kwargs, result))
+                row = _compared(name, module, exported[name], args, kwargs, result)
+                rows.append((name, row))
             finally:
                 inside = False
 
@@ -91,6 +99,7 @@ def form_parity(
     module: nn.Module,
     exported: nn.Module,
     form: VariedForm,
+    known_floor: float = EXACT_DB,
 ) -> StepParity:
     """Compare one recorded call of a denoiser.
 
@@ -99,11 +108,12 @@ def form_parity(
         module: the low-bit denoiser in torch.
         exported: the denoiser that runs on the graphs.
         form: form of the call, with its tensors.
+        known_floor: see `tensor_parity`.
     """
     arguments = form.form.rebuild(form.tensors)
     with with_processors(module, form.processors):
         result = module(**copied_containers(arguments))
-        return _compared(name, module, exported, (), arguments, result)
+        return _compared(name, module, exported, (), arguments, result, known_floor)
 
 
 def _compared(
@@ -113,6 +123,7 @@ def _compared(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     result: Any,
+    known_floor: float = EXACT_DB,
 ) -> StepParity:
     expected = list(result_tensors(result))
 
@@ -137,7 +148,7 @@ def _compared(
     for index, tensor in enumerate(expected):
         floors = (_batched(moved(pattern)[index], expected) for pattern in range(len(CHANGES)))
         reference, other = _batched(tensor, expected), _batched(given[index], expected)
-        rows.append(tensor_parity(reference, other, floors))
+        rows.append(tensor_parity(reference, other, floors, known_floor=known_floor))
     return min(rows, key=lambda row: (row.db, row.pooled_db))
 
 
@@ -157,6 +168,7 @@ def tensor_parity(
     usual: float = MAX_TIES_PER_STEP,
     *,
     few: bool = True,
+    known_floor: float = EXACT_DB,
 ) -> StepParity:
     """Compare one output of one call, with the lowest floor that the agreement needs.
 
@@ -167,6 +179,8 @@ def tensor_parity(
             measured only if the output does not agree as well as torch does by the earlier ones.
         usual: see `trtq.exporter.parity.compare`.
         few: whether one image of a call of few images may be set aside.
+        known_floor: floor of other calls of the same model, in dB; the floor of this call is measured
+            only if the output agrees worse than that.
     """
 
     def row_of(moved: Tensor | None = None) -> StepParity:
@@ -176,6 +190,8 @@ def tensor_parity(
     row = row_of()
     if row.pooled_db >= TIE_DB:
         return row
+    if row.db >= known_floor - FLOOR_MARGIN_DB:
+        return replace(row, floor_db=known_floor)
     for pattern, moved in enumerate(floors):
         measured = row_of(moved)
         row = measured if pattern == 0 else min(row, measured, key=lambda each: each.floor_db)

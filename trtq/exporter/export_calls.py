@@ -26,13 +26,14 @@ from trtq.engine.ort import OrtEngine
 from trtq.engine.recorded import CallGraph, RecordedDenoiser
 from trtq.errors import GateError
 from trtq.exporter.call_graphs import ExportedDenoiser, RecordedGraph, write_call_graphs
-from trtq.exporter.call_parity import call_parities, form_parity
+from trtq.exporter.call_parity import form_parity, named_parities
 from trtq.exporter.parity import StepParity
 from trtq.exporter.step_check import PARITY_DB
 from trtq.graph.file import MODEL_FILE
 from trtq.quant import layer_kind, quantizable_layers
 from trtq.runs.folder import open_run
 from trtq.runs.given_calls import user_calls
+from trtq.snr import EXACT_DB
 
 __all__ = ["ExportedCalls", "export_calls", "float_rows", "sized_calls"]
 
@@ -212,9 +213,10 @@ def export_calls(
         )
         for part in origin.denoisers
     }
-    rows = call_parities(pipeline, exported, call)
+    named = named_parities(pipeline, exported, call)
+    rows = [row for _, row in named]
     others = [
-        form_parity(name, modules[name], exported[name], form)
+        form_parity(name, modules[name], exported[name], form, _highest_floor(name, named))
         for name in names
         for form in forms
         if form.denoiser == name
@@ -234,6 +236,12 @@ def _opened(
     adapters = part.structure
     model = skeleton(folder, part.denoiser, adapters.ip_adapter, adapters.ip_adapter_scales)
     return RecordedDenoiser(part.denoiser, model, graphs)
+
+
+def _highest_floor(denoiser: str, rows: Sequence[tuple[str, StepParity]]) -> float:
+    """The highest floor of a denoiser's calls, in dB; above all values if no floor was measured."""
+    floors = [row.floor_db for name, row in rows if name == denoiser]
+    return max((db for db in floors if db < EXACT_DB), default=EXACT_DB)
 
 
 def _check_parity(rows: Sequence[StepParity], min_db: float) -> None:
