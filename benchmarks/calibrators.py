@@ -31,10 +31,14 @@ CALIBRATORS = ("minmax", "search", "output", "entropy", "percentile", "mse")
 
 
 def measured(
-    model: str, bits: str, calibrator: str, reference: ReferenceSet, progress: ProgressPrinter
+    model: str,
+    bits: str,
+    calibration: dict[str, Any],
+    reference: ReferenceSet,
+    progress: ProgressPrinter,
 ) -> dict[str, Any]:
-    """One row."""
-    recipe = {"method": "search", "bits": bits, "calibration": {"activations": calibrator}}
+    """One row, for settings of the recipe's calibration."""
+    recipe = {"method": "search", "bits": bits, "calibration": calibration}
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         quantize(model, recipe, run, progress=progress)
@@ -42,7 +46,6 @@ def measured(
     return {
         "model": model,
         "bits": bits,
-        "calibrator": calibrator,
         "fd": result["fd"],
         "psnr_db": result["psnr_db"],
         "snr_db": mean(result["snr_db"]),
@@ -75,7 +78,8 @@ def main() -> None:
             model, images=IMAGES[model], steps=STEPS, seed=1, progress=progress
         )
         for bits, calibrator in wanted:
-            rows.append(measured(model, bits, calibrator, reference, progress))
+            row = measured(model, bits, {"activations": calibrator}, reference, progress)
+            rows.append(row | {"calibrator": calibrator})
             record = {"steps": STEPS, "packages": package_versions(), "rows": rows}
             options.output.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -78,8 +78,9 @@ _Path = Annotated[
 class Calibration(_Strict):
     """Calibration: how ranges are determined before any training."""
 
-    images: _Int = Field(64, ge=1, le=65536)
-    """Number of images whose trajectories are recorded."""
+    images: _Int | None = Field(None, ge=1, le=65536)
+    """Number of images whose trajectories are recorded; None: 64, or fewer for a large model, see
+    `trtq.runs.calibration_images`. The recipe of a plan has a number."""
     samples_per_step: _Int = Field(4096, ge=16, le=1 << 20)
     """Number of sampled values per layer and step."""
     weights: Literal["minmax", "search"] = "search"

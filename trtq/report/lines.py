@@ -87,6 +87,7 @@ def plan_rows(result: Mapping[str, Any]) -> Rows:
     if result["float"]:
         rows.append(("layers in float", list_text(result["float"])))
     rows.append(("calibrated timesteps", str(result["timesteps"])))
+    rows.append(("calibration images", str(result["calibration_images"])))
     if result["iterations"]:
         parameters = f"{result['adapter_parameters']:,} adapter parameters"
         rows.append(("fine-tuning", f"{result['iterations']} iterations, {parameters}"))
@@ -98,6 +99,7 @@ def plan_rows(result: Mapping[str, Any]) -> Rows:
         "precisions",
         "float",
         "timesteps",
+        "calibration_images",
         "iterations",
         "adapter_parameters",
         "estimated_seconds",

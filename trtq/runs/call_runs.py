@@ -88,6 +88,7 @@ def quantize_calls(
             zero_points_rounded_after_training=(
                 True if training is not None and training.zero_points == "float" else None
             ),
+            calibration_images=plan.recipe.calibration.images,
             layers_quantized=low_bit,
             layers_float=sum(len(part.plan.layers) for part in parts) - low_bit,
             bytes_before=bytes_before,

@@ -25,6 +25,7 @@ def describe_plan(plan: QuantizePlan) -> PlanResult:
         precisions=dict(Counter(layer.precision for layer in plan.layers)),
         float_layers=[layer.name for layer in plan.layers if not layer.quantized],
         timesteps=len(plan.table),
+        calibration_images=plan.recipe.calibration.images or 0,
         bytes_before=plan.bytes_before(),
         bytes_after=plan.bytes_after(),
         iterations=training.iterations if training else 0,

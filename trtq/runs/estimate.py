@@ -67,6 +67,7 @@ def estimate(plan: QuantizePlan) -> Estimate:
     recipe, calls = plan.recipe, plan.calls
     guided = 1 if recipe.guidance in (None, 1.0) else 2
     steps, images = recipe.steps, recipe.calibration.images
+    assert images is not None
     each = sum(call.multiplications for call in calls.values())
     rate = _multiplications_per_second() * _UTILISATION
 

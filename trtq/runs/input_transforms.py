@@ -86,6 +86,7 @@ def with_transforms(
     if options is None:
         return plan
     assert recipe.guidance is not None
+    assert recipe.calibration.images is not None
     images = min(_IMAGES, recipe.calibration.images)
     table = TimestepTable(schedule.timesteps.tolist())
     recorder = RowRecorder(plan.layers, table, recipe.seed)

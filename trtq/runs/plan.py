@@ -34,6 +34,7 @@ from trtq.quant import (
 )
 from trtq.quant.stand_in import StandIn
 from trtq.runs.budget import predictions_on_trajectories, spend_budget
+from trtq.runs.calibration_images import with_images
 from trtq.runs.sizes import entry_bytes, format_bytes
 from trtq.runs.weights import described_bytes, stored_bytes
 from trtq.seeds import seeded_generator
@@ -141,6 +142,7 @@ def plan_quantize(
     plan = QuantizePlan(
         source, recipe, layers, TimestepTable(timesteps), structure, policy, calls, merged
     )
+    (plan,) = with_images([plan], [recipe.steps * (1 if recipe.guidance in (None, 1.0) else 2)])
     if recipe.budget is None:
         return plan
     predictions = predictions_on_trajectories(plan)

@@ -35,6 +35,7 @@ from trtq.quant import (
 )
 from trtq.quant.plan import quantizable_layers
 from trtq.runs.budget import predictions_in_call, spend_budget
+from trtq.runs.calibration_images import with_images
 from trtq.runs.given_calls import calibration_prompts, named_files, user_calls
 from trtq.runs.plan import QuantizePlan, load_float
 from trtq.seeds import seeded_generator
@@ -141,8 +142,14 @@ def plan_calls(
         seen = [result[name] for result in surveyed if name in result]
         if seen:
             part = LoadedPipeline(source.name, source.folder, pipeline, name, source.prompts)
-            planned = _denoiser_plan(part, recipe, seen, structures[name])
-            parts.append(_within_budget(planned, given[0], progress))
+            parts.append(_denoiser_plan(part, recipe, seen, structures[name]))
+    probed = [len(part.calls.timesteps) / given[0].images for part in parts]
+    plans = with_images([part.plan for part in parts], probed)
+    recipe = plans[0].recipe
+    parts = [
+        _within_budget(replace(part, plan=plan), given[0], progress)
+        for part, plan in zip(parts, plans, strict=True)
+    ]
     return CallsPlan(
         source,
         recipe,
@@ -271,6 +278,7 @@ def _calibration_calls(
         classes: number of the model's classes; None: it has none.
         recipe: recipe with the total number of images.
     """
+    assert recipe.calibration.images is not None
     number = max(len(given), -(-recipe.calibration.images // given[0].images))
     generator = seeded_generator(recipe.seed, "calibration prompts")
     calls = list(given)

@@ -68,6 +68,8 @@ def _calibrate(
     plan: QuantizePlan, schedule: NoiseSchedule, device: torch.device, progress: ProgressCallback
 ) -> dict[str, tuple[Tensor, Tensor]]:
     recipe, source = plan.recipe, plan.source
+    images = recipe.calibration.images
+    assert images is not None
     assert recipe.guidance is not None
     table = TimestepTable(schedule.timesteps.tolist())
     recordings = record(
@@ -75,11 +77,9 @@ def _calibrate(
         plan.layers,
         schedule,
         table,
-        source.draw_conditions(
-            recipe.calibration.images, seeded_generator(recipe.seed, "calibration conditions")
-        ),
+        source.draw_conditions(images, seeded_generator(recipe.seed, "calibration conditions")),
         source.sample_shape,
-        images=recipe.calibration.images,
+        images=images,
         batch=at_once(source.sample_shape, recipe.calibration.batch),
         samples_per_step=recipe.calibration.samples_per_step,
         seed=recipe.seed,
@@ -120,6 +120,7 @@ def _result(
     return RunResult(
         **({} if tuning is None else dict(tuning)),
         zero_points_rounded_after_training=_rounds_zero_points(plan) or None,
+        calibration_images=plan.recipe.calibration.images,
         layers_quantized=plan.quantized,
         layers_float=len(plan.layers) - plan.quantized,
         bytes_before=bytes_before,

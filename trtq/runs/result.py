@@ -42,6 +42,7 @@ class RunResult(Result):
         stages: stages of the fine-tuning; None without fine-tuning.
         tuned_share: share of the denoiser's parameters whose float values were trained, for QuEST.
         zero_points_rounded_after_training: True if zero points were trained as float numbers.
+        calibration_images: number of images whose trajectories were recorded; None for an exchange.
         layers_quantized: number of low-bit layers.
         layers_float: number of layers in float.
         bytes_before: size of the denoiser's parameters in float32, in bytes.
@@ -58,6 +59,7 @@ class RunResult(Result):
     stages: list[FineTuneStage] | None = field(default=None, metadata=OMITTED_IF_NONE)
     tuned_share: float | None = field(default=None, metadata=OMITTED_IF_NONE)
     zero_points_rounded_after_training: bool | None = field(default=None, metadata=OMITTED_IF_NONE)
+    calibration_images: int | None = field(default=None, metadata=OMITTED_IF_NONE)
     layers_quantized: int
     layers_float: int
     bytes_before: int
@@ -82,6 +84,7 @@ class PlanResult(Result):
         precisions: number of layers by precision, e.g. `w4a4`.
         float_layers: names of the layers that stay in float; `float` in JSON.
         timesteps: number of calibrated timesteps.
+        calibration_images: number of images whose trajectories are recorded.
         bytes_before: size of the denoiser's parameters in float32, in bytes.
         bytes_after: size of the low-bit denoiser's file, in bytes.
         iterations: number of optimiser updates.
@@ -98,6 +101,7 @@ class PlanResult(Result):
     precisions: dict[str, int]
     float_layers: list[str] = field(metadata=json_key("float"))
     timesteps: int
+    calibration_images: int
     bytes_before: int
     bytes_after: int
     iterations: int
