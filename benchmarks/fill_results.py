@@ -18,7 +18,13 @@ from modelopt_tables import modelopt
 from quality_tables import ablation, digits, digits_dit, digits_dit_outliers, digits_summary, shapes
 from serving_tables import serve, serve_hostile, serve_ray, serve_start
 from speed_tables import build, cpu_path, format_engines, real_size, sd_size
-from transform_tables import calibrators, transforms_planted, transforms_policies, transforms_tuned
+from transform_tables import (
+    calibration_images,
+    calibrators,
+    transforms_planted,
+    transforms_policies,
+    transforms_tuned,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,6 +38,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits_dit_plain": ("digits_dit_plain", digits_dit),
     "digits_dit_outliers": ("digits_dit", digits_dit_outliers),
     "shapes": ("shapes", shapes),
+    "calibration_images": ("calibration_images", calibration_images),
     "calibrators": ("calibrators", calibrators),
     "modelopt": ("modelopt", modelopt),
     "sd_size": ("sd_size", sd_size),

@@ -5,7 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-__all__ = ["calibrators", "transforms_planted", "transforms_policies", "transforms_tuned"]
+__all__ = [
+    "calibration_images",
+    "calibrators",
+    "transforms_planted",
+    "transforms_policies",
+    "transforms_tuned",
+]
 
 _MODELS = {
     "digits": "digits (UNet)",
@@ -110,19 +116,29 @@ def transforms_tuned(record: dict[str, Any]) -> str:
 
 def calibrators(record: dict[str, Any]) -> str:
     """`calibrators.json` as Markdown: PSNR of the images and mean SNR of the prediction."""
+    return _by_calibration(record, "calibrators", "calibrator", "")
+
+
+def calibration_images(record: dict[str, Any]) -> str:
+    """`calibration_images.json` as Markdown, like `calibrators`."""
+    return _by_calibration(record, "calibration_images", "calibration_images", " images")
+
+
+def _by_calibration(record: dict[str, Any], script: str, key: str, unit: str) -> str:
+    """One column per value of `key`, which is the header with a unit."""
     rows = record["rows"]
-    values = {(row["model"], row["bits"], row["calibrator"]): row for row in rows}
-    names = list(dict.fromkeys(row["calibrator"] for row in rows))
+    values = {(row["model"], row["bits"], row[key]): row for row in rows}
+    names = list(dict.fromkeys(row[key] for row in rows))
     images = {row["model"]: row["images"] for row in rows}
     dates = sorted({row["date"] for row in rows})
     span = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     counts = ", ".join(f"{model} {count}" for model, count in images.items())
     lines = [
-        f"`python benchmarks/calibrators.py`, {span}, post-training, {record['steps']} steps, one seed, "
+        f"`python benchmarks/{script}.py`, {span}, post-training, {record['steps']} steps, one seed, "
         f"in torch; images: {counts}. Cells: PSNR of the images against float / mean SNR of the "
         "prediction over steps, in dB.",
         "",
-        "| model | bits | " + " | ".join(names) + " |",
+        "| model | bits | " + " | ".join(f"{name}{unit}" for name in names) + " |",
         "| --- | --- | " + " | ".join("---" for _ in names) + " |",
     ]
     for model, bits in dict.fromkeys((row["model"], row["bits"]) for row in rows):

@@ -22,7 +22,7 @@ def no_gpu(monkeypatch):
 
 @pytest.mark.parametrize(
     ("multiplications", "images"),
-    [(0, 64), (CPU_LIMIT / 64, 64), (CPU_LIMIT / 63, 32), (CPU_LIMIT / 8, 8), (CPU_LIMIT, 4)],
+    [(0, 64), (CPU_LIMIT / 64, 64), (CPU_LIMIT / 63, 32), (CPU_LIMIT / 8, 8), (CPU_LIMIT, 8)],
 )
 def test_a_large_model_takes_fewer_images(multiplications, images):
     assert default_images(multiplications) == images

@@ -1,7 +1,6 @@
 """Default number of calibration images: 64, and fewer for models whose calls take long.
 
-A larger model needs no more images: it sees more positions per image. `benchmarks/calibration_images.py`
-measures what fewer images cost.
+`benchmarks/calibration_images.py` measures what fewer images cost.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["default_images", "with_images"]
 
-_MAX, _MIN = 64, 4
+_MAX, _MIN = 64, 8
 _CPU_MULTIPLICATIONS = 4e13
 """Multiplications of a calibration on a CPU: 10 minutes at 65 billion per second. Chosen by hand."""
 _GPU_MULTIPLICATIONS = 2e15
