@@ -37,7 +37,8 @@ from trtq.quant import (
 )
 from trtq.resources import peak_rss_bytes
 from trtq.runs.call_runs import quantize_calls
-from trtq.runs.fine_tune import FineTuneResult, FineTuning, accelerator_for, fine_tune
+from trtq.runs.fine_tune import FineTuneResult, accelerator_for, fine_tune
+from trtq.runs.fine_tune_stage import FineTuning
 from trtq.runs.given_calls import knows_pipeline
 from trtq.runs.input_transforms import scales_attention, with_transforms
 from trtq.runs.memory import parse_memory, stores_weights
@@ -100,8 +101,9 @@ def _calibrate(
 
 def _fingerprint(plan: QuantizePlan, files: dict[str, str]) -> str:
     """Hash of model and recipe, which the checkpoints of a run record."""
-    # Checkpoints of earlier versions were made with the former name.
+    # Checkpoints of earlier versions were made with the former name, and without this section.
     recipe = plan.recipe.model_dump_json().replace('"split_scale":', '"split_step":')
+    recipe = recipe.replace(',"blockwise":null', "")
     parts = [recipe, json.dumps(files, sort_keys=True)]
     parts += [repr(layer) for layer in plan.layers]
     parts += [repr(lora) for lora in plan.loras]
