@@ -89,7 +89,8 @@ def plan_rows(result: Mapping[str, Any]) -> Rows:
     rows.append(("calibrated timesteps", str(result["timesteps"])))
     if result["iterations"]:
         parameters = f"{result['adapter_parameters']:,} adapter parameters"
-        rows.append(("fine-tuning", f"{result['iterations']} iterations, {parameters}"))
+        each = f" of each of {result['blocks']} blocks" if "blocks" in result else ""
+        rows.append(("fine-tuning", f"{result['iterations']} iterations{each}, {parameters}"))
     known = [
         "model",
         "denoiser",
@@ -99,6 +100,7 @@ def plan_rows(result: Mapping[str, Any]) -> Rows:
         "float",
         "timesteps",
         "iterations",
+        "blocks",
         "adapter_parameters",
         "estimated_seconds",
         "estimated_peak_bytes",

@@ -72,6 +72,26 @@ class QuantizePlan:
         """Number of layers that become low-bit."""
         return sum(plan.quantized for plan in self.layers)
 
+    def blocks(self) -> list[str]:
+        """Paths of the blocks that block-wise fine-tuning trains one by one.
+
+        Raises:
+            QuantizationError: the denoiser has no blocks.
+        """
+        from trtq.train.blocks import block_paths
+
+        low_bit = [plan for plan in self.layers if plan.weight_bits is not None]
+        paths = block_paths(self.source.denoiser, [plan.name for plan in low_bit])
+        if self.recipe.quest is not None:
+            return paths
+        # EfficientDM trains nothing in a block without adapters.
+        trained = [plan.name for plan in self.layers if plan.adapters and plan.quantized]
+        return [
+            path
+            for path in paths
+            if any(name == path or name.startswith(f"{path}.") for name in trained)
+        ]
+
     def bytes_before(self) -> int:
         """Size of the denoiser's parameters in float32, in bytes."""
         return 4 * sum(p.numel() for p in self.source.denoiser.parameters())

@@ -22,7 +22,9 @@ from trtq.train.block_call import BlockCall
 
 __all__ = ["Block", "block_paths", "blocks_of"]
 
-_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_UNCALLED = (nn.ModuleList, nn.ModuleDict)
+"""Modules that only hold others; a denoiser calls their elements."""
+_LISTS = (*_UNCALLED, nn.Sequential)
 _SEVERAL = 2
 """Number of layers from which a module is more than a layer with its activation or dropout."""
 
@@ -57,7 +59,8 @@ def _blocks_in(module: nn.Module, path: str, layers: Collection[str]) -> Iterato
         place = f"{path}.{name}" if path else name
         inside = _count(place, layers)
         # A module around everything else is no part of it.
-        if inside == len(layers) > 1 or _repeats(child, place, layers):
+        around = inside == len(layers) > 1
+        if around or isinstance(child, _UNCALLED) or _repeats(child, place, layers):
             yield from _blocks_in(child, place, layers)
         elif inside:
             yield place
