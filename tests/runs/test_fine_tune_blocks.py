@@ -84,8 +84,14 @@ def test_blocks_with_weights_in_their_files_give_the_run_of_weights_in_memory(ha
     ("settings", "message"),
     [
         (recipe(), "choose --method search, add --blockwise, or allow more memory"),
-        (recipe() | {"blockwise": {"whole_iterations": 2}}, "blockwise.whole_iterations"),
-        (recipe("quest") | BLOCKS, "quest"),
+        (
+            recipe() | {"blockwise": {"whole_iterations": 2}},
+            "blockwise.whole_iterations trains all of them in memory; leave it out",
+        ),
+        (
+            recipe("quest") | BLOCKS,
+            "the method 'quest' without adapters on float weights keeps copies",
+        ),
     ],
 )
 def test_what_needs_all_weights_in_memory_is_refused(settings, message, half):

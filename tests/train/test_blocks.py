@@ -24,8 +24,9 @@ from trtq.runs import fine_tune as fine_tuning
 from trtq.runs.fine_tune_blocks import recipe_after_blocks
 from trtq.runs.plan import plan_quantize
 from trtq.runs.quantize import quantize
+from trtq.train import blocks
 from trtq.train.block_call import rows_of, store_call
-from trtq.train.block_points import BlockPoints, KeptPoints
+from trtq.train.block_points import BlockPoints, KeptPoints, _row_weights
 from trtq.train.blocks import block_paths, blocks_of
 from trtq.train.distill import Rates
 from trtq.train.efficientdm import EfficientDM
@@ -331,15 +332,15 @@ def test_an_interrupted_run_resumes_to_the_same_bits(method, stage, tmp_path):
 
 def test_the_run_says_that_it_was_tuned_block_by_block(tmp_path):
     result = quantize(tiny_pipeline(), recipe(blockwise={"whole_iterations": 2}), tmp_path / "run")
-    *blocks, last = result.stages
-    assert blocks[0].name == f"block 1 of {len(blocks)}, down_blocks.0.resnets.0"
-    assert [stage.iterations for stage in result.stages] == [*[3] * len(blocks), 2]
+    *stages, last = result.stages
+    assert stages[0].name == f"block 1 of {len(stages)}, down_blocks.0.resnets.0"
+    assert [stage.iterations for stage in result.stages] == [*[3] * len(stages), 2]
     assert last.name == "fine-tune"
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     expected = {"points": 2, "inputs": "quantized", "whole_iterations": 2}
     assert manifest["recipe"]["blockwise"] == expected
     plan = plan_quantize(tiny_pipeline(), load_recipe(overrides=recipe()))
-    assert len(plan.blocks()) == len(blocks)
+    assert len(plan.blocks()) == len(stages)
 
 
 def test_updates_after_the_blocks_keep_their_rates():
@@ -397,6 +398,32 @@ def test_settings_of_the_training_with_blocks(options, message, tmp_path):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(overrides=settings)
+
+
+def test_a_denoiser_without_blocks_is_refused_before_the_calibration(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "_LISTS", ())
+    monkeypatch.setattr(blocks, "_blocks_in", lambda *_: iter(["conv_in"]))
+    stages = []
+    with pytest.raises(
+        QuantizationError, match="UNet2DModel has no blocks to fine-tune one by one"
+    ):
+        quantize(
+            tiny_pipeline(),
+            recipe(),
+            tmp_path / "run",
+            progress=lambda *given: stages.append(given),
+        )
+    assert stages == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_guided_errors_are_weighted_in_both_halves(tmp_path):
+    settings = recipe(step_weights="influence") | {"guidance": 2.0}
+    result = quantize(tiny_pipeline(), settings, tmp_path / "run")
+    assert {stage.iterations for stage in result.stages} == {3}
+    weights = torch.tensor([1.0, 3.0])
+    assert _row_weights(weights, 4).tolist() == [1.0, 3.0, 1.0, 3.0]
+    assert _row_weights(weights, 1).tolist() == [2.0]
 
 
 def test_several_processes_are_refused(monkeypatch):

@@ -96,7 +96,7 @@ def _obstacle(recipe: Recipe) -> str | None:
         )
     if recipe.blockwise is not None and recipe.blockwise.whole_iterations:
         return (
-            "blockwise.whole_iterations trains all of them in memory; set it to 0, or allow more memory"
+            "blockwise.whole_iterations trains all of them in memory; leave it out, or allow more"
         )
     if recipe.training is not None and (recipe.training.rank == 0 or recipe.training.base == "int"):
         return (

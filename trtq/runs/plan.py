@@ -37,6 +37,7 @@ from trtq.runs.budget import predictions_on_trajectories, spend_budget
 from trtq.runs.sizes import entry_bytes, format_bytes
 from trtq.runs.weights import described_bytes, stored_bytes
 from trtq.seeds import seeded_generator
+from trtq.train.blocks import block_paths
 
 __all__ = ["QuantizePlan", "plan_quantize"]
 
@@ -78,8 +79,6 @@ class QuantizePlan:
         Raises:
             QuantizationError: the denoiser has no blocks.
         """
-        from trtq.train.blocks import block_paths
-
         low_bit = [plan for plan in self.layers if plan.weight_bits is not None]
         paths = block_paths(self.source.denoiser, [plan.name for plan in low_bit])
         if self.recipe.quest is not None:
@@ -161,6 +160,9 @@ def plan_quantize(
     plan = QuantizePlan(
         source, recipe, layers, TimestepTable(timesteps), structure, policy, calls, merged
     )
+    if recipe.blockwise is not None:
+        # A denoiser without blocks is refused before any long work.
+        plan.blocks()
     if recipe.budget is None:
         return plan
     predictions = predictions_on_trajectories(plan)
