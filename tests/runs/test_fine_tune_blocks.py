@@ -70,8 +70,11 @@ def half(tmp_path, monkeypatch):
     return tmp_path / "flux"
 
 
-def test_blocks_with_weights_in_their_files_give_the_run_of_weights_in_memory(half, tmp_path):
-    settings = recipe() | BLOCKS
+@pytest.mark.parametrize("method", ["efficientdm", pytest.param("best", marks=pytest.mark.slow)])
+def test_blocks_with_weights_in_their_files_give_the_run_of_weights_in_memory(
+    method, half, tmp_path
+):
+    settings = recipe(method) | BLOCKS
     for name, limit in (("whole", "100GB"), ("stored", "1MB")):
         quantize(half, settings, tmp_path / name, calls=[FLUX], memory=limit)
     for file in (FILE, "trained.safetensors"):

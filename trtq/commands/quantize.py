@@ -190,7 +190,7 @@ Memory = Annotated[
         "--memory",
         metavar="SIZE",
         help="Memory to use, e.g. 24GB. Layers of a checkpoint whose float32 weights take over half of "
-        "it read them from its files; for --method search or minmax. Default: what is available.",
+        "it read them from its files; fine-tuning needs --blockwise. Default: what is available.",
     ),
 ]
 Resume = Annotated[

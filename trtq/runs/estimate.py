@@ -124,6 +124,7 @@ def _tuning(
         blocks = plan.blocks()
         # Each block is recorded by half a pass on average, in float and in low bits.
         rounds += blockwise.points * training.accumulate * len(blocks) // passes
+        rounds += blockwise.whole_iterations * training.accumulate
         if not blockwise.whole_iterations:
             sizes = [sum(_inside(values, block)) for block in blocks]
             kept_weights *= max(sizes) / kept
