@@ -171,8 +171,8 @@ def quantize(
         config: diffusers folder or hub id with the configuration of a model in a single file.
         memory: memory to use, e.g. `24GB`. If the weights in float32 take more than half of it, layers
             read them from the checkpoint's files when they need them, and the calibration runs inside
-            the pipeline's own call; not with fine-tuning. None: only if the weights take more than 80 %
-            of the available memory.
+            the pipeline's own call; fine-tuning then needs the section `blockwise` of the recipe.
+            None: only if the weights take more than 80 % of the available memory.
         resume: continue from the newest checkpoint of an interrupted run.
         overwrite: replace an existing run.
         progress: callback that receives the stage's name, the work done and the total.
