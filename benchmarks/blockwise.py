@@ -132,9 +132,8 @@ def memory(model: str, name: str, batch: int) -> int | None:
 def measured(
     reference: ReferenceSet, model: str, name: str, seed: int, training: dict[str, Any]
 ) -> dict[str, Any]:
-    """Quality, duration and memory of a row."""
+    """Quality and duration of a row."""
     row: dict[str, Any] = {"model": model, "name": name, "seed": seed}
-    row["added_bytes"] = memory(model, name, training["batch"])
     if name not in MEMORY_ONLY:
         progress = ProgressPrinter()
         with tempfile.TemporaryDirectory() as scratch:
@@ -185,6 +184,13 @@ def main() -> None:
                     continue
                 print(f"== {model}, {name}, seed {seed}", file=sys.stderr)
                 row = measured(reference, model, name, seed, training)
+                # The seed has no effect on the memory.
+                counts = [
+                    other["added_bytes"]
+                    for other in record["rows"]
+                    if (other["model"], other["name"]) == (model, name)
+                ]
+                row["added_bytes"] = counts[0] if counts else memory(model, name, options.batch)
                 record["rows"].append(row)
                 options.output.parent.mkdir(parents=True, exist_ok=True)
                 options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
