@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from blockwise_tables import blockwise
 from modelopt_tables import modelopt
 from quality_tables import ablation, digits, digits_dit, digits_dit_outliers, digits_summary, shapes
 from serving_tables import serve, serve_hostile, serve_ray, serve_start
@@ -37,6 +38,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits_dit": ("digits_dit", digits_dit),
     "digits_dit_plain": ("digits_dit_plain", digits_dit),
     "digits_dit_outliers": ("digits_dit", digits_dit_outliers),
+    "blockwise": ("blockwise", blockwise),
     "shapes": ("shapes", shapes),
     "calibration_images": ("calibration_images", calibration_images),
     "calibrators": ("calibrators", calibrators),

@@ -29,7 +29,16 @@ from trtq.errors import RecipeError
 from trtq.limits import MAX_BATCH, MAX_GUIDANCE, MAX_ITERATIONS, MAX_STEPS
 from trtq.precision import GROUPS, METHODS, ScaleChoice, parse_precision
 
-__all__ = ["Attention", "Calibration", "Quest", "Recipe", "Training", "load_recipe", "methods"]
+__all__ = [
+    "Attention",
+    "Blockwise",
+    "Calibration",
+    "Quest",
+    "Recipe",
+    "Training",
+    "load_recipe",
+    "methods",
+]
 
 POST_TRAINING = ("minmax", "search")
 _FOLDER = Path(__file__).parent / "recipes"
@@ -211,6 +220,25 @@ class Quest(_Strict):
     """Number of iterations of learned rounding per layer before stage 1; 0: rounding to nearest."""
 
 
+class Blockwise(_Strict):
+    """Fine-tuning of one block of the denoiser at a time, against the float block's output.
+
+    Only one block's activations, gradients and optimiser state are in memory. Each block gets
+    `training.iterations` updates.
+    """
+
+    points: _Int = Field(16, ge=1, le=65536)
+    """Number of micro-batches at which a block's inputs and outputs are recorded, for each micro-batch
+    of an update. The records of one block at a time are on disk."""
+    inputs: Literal["quantized", "float"] = "quantized"
+    """Origin of a block's inputs: `quantized`, the denoiser with the blocks that are trained already, so
+    that a block also corrects their errors; `float`, the float denoiser. The target is the float
+    denoiser's in both cases."""
+    whole_iterations: _Int = Field(0, ge=0, le=MAX_ITERATIONS)
+    """Number of updates of the whole denoiser after the last block, which need the memory of fine-tuning
+    the whole denoiser."""
+
+
 class Recipe(_Strict):
     """All options of quantisation, from calibration to fine-tuning."""
 
@@ -255,6 +283,8 @@ class Recipe(_Strict):
     calibration: Calibration = Calibration()
     training: Training | None = None
     quest: Quest | None = None
+    blockwise: Blockwise | None = None
+    """Section of block-wise fine-tuning; None: the whole denoiser is fine-tuned at once."""
 
     @model_validator(mode="before")
     @classmethod
@@ -349,6 +379,11 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
             f"the method {method!r} does not fine-tune, so it allows neither [training] nor a number "
             "of iterations; choose another method"
         )
+    if method in POST_TRAINING and given.get("blockwise") is not None:
+        raise RecipeError(
+            f"the method {method!r} does not fine-tune, so there is nothing to do block by block; leave "
+            "--blockwise (the section [blockwise]) out, or choose another method"
+        )
     values = _merge(read_toml(_FOLDER / f"{method}.toml", "recipe"), given)
     try:
         recipe = Recipe.model_validate(values)
@@ -368,7 +403,28 @@ def load_recipe(path: Path | None = None, overrides: dict[str, Any] | None = Non
             "training.rank=0 leaves nothing to train; raise the rank or add a [quest] section"
         )
     _check_adapters(recipe)
+    _check_blockwise(recipe)
     return recipe
+
+
+def _check_blockwise(recipe: Recipe) -> None:
+    """Raise if a setting of block-wise fine-tuning has no meaning with the others.
+
+    Raises:
+        RecipeError: the message names the setting.
+    """
+    if recipe.blockwise is None or recipe.training is None:
+        return
+    if recipe.quest is not None and recipe.blockwise.whole_iterations == 1:
+        raise RecipeError(
+            "blockwise.whole_iterations=1 is not enough for the two stages of [quest]; choose 0, or 2 "
+            "and above"
+        )
+    if recipe.training.gradient_checkpointing and not recipe.blockwise.whole_iterations:
+        raise RecipeError(
+            "training.gradient_checkpointing computes the blocks of the whole denoiser again, and "
+            "[blockwise] keeps one block's activations anyway; leave one of them out"
+        )
 
 
 def _check_adapters(recipe: Recipe) -> None:

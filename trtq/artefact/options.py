@@ -146,6 +146,7 @@ class RecipeRecord(Record):
     calibration: _Calibration = _Calibration()
     training: _Training | None = None
     quest: dict[str, Any] | None = None
+    blockwise: dict[str, Any] | None = None
 
     @property
     def guided(self) -> bool:

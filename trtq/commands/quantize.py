@@ -146,6 +146,14 @@ Iterations = Annotated[
         help="Number of fine-tuning iterations.",
     ),
 ]
+Blockwise = Annotated[
+    bool,
+    typer.Option(
+        "--blockwise",
+        help="Fine-tune one block of the denoiser at a time, in a fraction of the memory; --iterations "
+        "counts the updates of each block.",
+    ),
+]
 Budget = Annotated[
     str | None,
     typer.Option(
@@ -182,7 +190,7 @@ Memory = Annotated[
         "--memory",
         metavar="SIZE",
         help="Memory to use, e.g. 24GB. Layers of a checkpoint whose float32 weights take over half of "
-        "it read them from its files; for --method search or minmax. Default: what is available.",
+        "it read them from its files; fine-tuning needs --blockwise. Default: what is available.",
     ),
 ]
 Resume = Annotated[
@@ -210,6 +218,7 @@ def quantize(
     recipe: RecipeFile = None,
     seed: RunSeed = None,
     iterations: Iterations = None,
+    blockwise: Blockwise = False,
     size: ImageSize = None,
     call: CallFiles = None,
     inputs: Inputs = None,
@@ -245,6 +254,8 @@ def quantize(
         )
         if calibrator is not None:
             overrides["calibration"] = {"activations": calibrator}
+        if blockwise:
+            overrides["blockwise"] = {}
         loras = [parse_lora(text) for text in lora or []]
         opened = open_artefact(model, verify=False, config=config)
         exchanges = bool(loras) and isinstance(opened, Run)

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from trtq.errors import QuantizationError, StepError
-from trtq.quant.activation import ActivationQuantizer
-from trtq.quant.modules import QuantLayer
-from trtq.quant.product import QuantProduct
+from trtq.quant.part import QuantizedPart
 from trtq.quant.stand_in import StandIn
 from trtq.quant.timestep import TimestepTable, float_scope, step_scope
 
 __all__ = ["QuantizedDenoiser"]
 
 
-class QuantizedDenoiser(StandIn):
+class QuantizedDenoiser(StandIn, QuantizedPart):
     """A denoiser that looks up its timestep and passes the step's index to its layers.
 
     Its arguments, attributes and result are those of the wrapped diffusers model.
@@ -82,7 +80,7 @@ class QuantizedDenoiser(StandIn):
         yield from self.denoiser.parameters()
         yield from (buffer for buffer in buffers if buffer.is_floating_point())
 
-    def _index(self, *args: Any, **kwargs: Any) -> Tensor:
+    def step_of(self, *args: Any, **kwargs: Any) -> Tensor:
         """The step index of a call, `[1]`, or `[B]` with one index per batch item.
 
         Raises:
@@ -103,7 +101,7 @@ class QuantizedDenoiser(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The low-bit prediction; arguments and result are those of the wrapped model."""
-        with step_scope(self._index(*args, **kwargs)):
+        with step_scope(self.step_of(*args, **kwargs)):
             return self.denoiser(*args, **kwargs)
 
     @torch.no_grad()
@@ -111,21 +109,3 @@ class QuantizedDenoiser(StandIn):
         """The float prediction, computed with the same copy of the weights, without gradients."""
         with float_scope():
             return self.denoiser(*args, **kwargs)
-
-    def layers(self) -> Iterator[tuple[str, QuantLayer]]:
-        """The quantised linears and convolutions by their path in the wrapped model."""
-        for name, module in self.denoiser.named_modules():
-            if isinstance(module, QuantLayer):
-                yield name, module
-
-    def products(self) -> Iterator[tuple[str, QuantProduct]]:
-        """The quantised products by their path in the wrapped model."""
-        for name, module in self.denoiser.named_modules():
-            if isinstance(module, QuantProduct):
-                yield name, module
-
-    def activations(self) -> Iterator[tuple[str, ActivationQuantizer]]:
-        """The activation quantisers by path in the wrapped model; if shared, by the first path."""
-        for name, module in self.denoiser.named_modules():
-            if isinstance(module, ActivationQuantizer):
-                yield name, module

@@ -90,7 +90,8 @@ def plan_rows(result: Mapping[str, Any]) -> Rows:
     rows.append(("calibration images", str(result["calibration_images"])))
     if result["iterations"]:
         parameters = f"{result['adapter_parameters']:,} adapter parameters"
-        rows.append(("fine-tuning", f"{result['iterations']} iterations, {parameters}"))
+        each = f" of each of {result['blocks']} blocks" if "blocks" in result else ""
+        rows.append(("fine-tuning", f"{result['iterations']} iterations{each}, {parameters}"))
     known = [
         "model",
         "denoiser",
@@ -101,6 +102,7 @@ def plan_rows(result: Mapping[str, Any]) -> Rows:
         "timesteps",
         "calibration_images",
         "iterations",
+        "blocks",
         "adapter_parameters",
         "estimated_seconds",
         "estimated_peak_bytes",

@@ -142,7 +142,9 @@ def _share(
 
 def _fingerprint(plan: CallsPlan, files: Mapping[str, str]) -> str:
     """Hash of model, calls and recipe, which the checkpoints of a run record."""
-    digest = hashlib.sha256(plan.recipe.model_dump_json().encode())
+    # Checkpoints of earlier versions were made without this section.
+    recipe = plan.recipe.model_dump_json().replace(',"blockwise":null', "")
+    digest = hashlib.sha256(recipe.encode())
     digest.update(json.dumps(dict(files), sort_keys=True).encode())
     for part in plan.denoisers:
         digest.update("\n".join(repr(layer) for layer in part.plan.layers).encode())

@@ -29,6 +29,7 @@ def describe_plan(plan: QuantizePlan) -> PlanResult:
         bytes_before=plan.bytes_before(),
         bytes_after=plan.bytes_after(),
         iterations=training.iterations if training else 0,
+        blocks=None if plan.recipe.blockwise is None else len(plan.blocks()),
         adapter_parameters=_adapter_parameters(plan),
         estimated_seconds=cost.seconds,
         estimated_peak_bytes=cost.peak_bytes,

@@ -8,12 +8,14 @@ within a factor of two.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
+from trtq.calib.recipe import Training
 from trtq.diffusion.sampling import at_once
 
 if TYPE_CHECKING:
@@ -89,19 +91,51 @@ def estimate(plan: QuantizePlan) -> Estimate:
         searched += len(plan.layers) * steps * recipe.calibration.samples_per_step
     seconds += searched * _CANDIDATES * _SEARCH_SECONDS / torch.get_num_threads()
 
-    parameters = plan.bytes_before()
-    values = sum(call.input_values + call.output_values for call in calls.values())
     widest = max(call.input_values + call.output_values for call in calls.values())
     recorded = 4 * len(plan.layers) * steps * recipe.calibration.samples_per_step
-    peak = parameters + recorded + 8 * widest * guided * min(batch, images)
-    training = recipe.training
-    if training is not None:
-        recompute = training.recomputes(parameters // 4)
-        passes = _FORWARDS_PER_ITERATION + (_RECOMPUTE_FORWARDS if recompute else 0)
-        rounds = training.iterations * training.accumulate
-        seconds += rounds * passes * forward(guided * training.batch)
-        kept = 12 * widest if recompute else values
-        peak += 4 * _KEPT_PER_VALUE * kept * guided * training.batch
-        # Kept fake-quantised weights, adapters, their gradients and Adam's two moments.
-        peak += 0 if recompute else 2 * parameters
+    peak: float = plan.bytes_before() + recorded + 8 * widest * guided * min(batch, images)
+    if recipe.training is not None:
+        tuning = _tuning(plan, recipe.training, guided, forward)
+        seconds += tuning.seconds
+        peak += tuning.peak_bytes
     return Estimate(seconds, _BASE_BYTES + peak + plan.bytes_after())
+
+
+def _tuning(
+    plan: QuantizePlan, training: Training, guided: int, forward: Callable[[int], float]
+) -> Estimate:
+    """Time and additional memory of the fine-tuning.
+
+    Args:
+        plan: the plan.
+        training: the recipe's training.
+        guided: number of denoiser inputs per image.
+        forward: seconds of a forward pass by the number of its inputs.
+    """
+    parameters = plan.bytes_before()
+    values = {name: call.input_values + call.output_values for name, call in plan.calls.items()}
+    rounds = training.iterations * training.accumulate
+    blockwise = plan.recipe.blockwise
+    recompute = training.recomputes(parameters // 4) and blockwise is None
+    passes = _FORWARDS_PER_ITERATION + (_RECOMPUTE_FORWARDS if recompute else 0)
+    kept = 12 * max(values.values()) if recompute else sum(values.values())
+    # Kept fake-quantised weights, adapters, their gradients and Adam's two moments.
+    kept_weights: float = 0 if recompute else 2 * parameters
+    if blockwise is not None:
+        blocks = plan.blocks()
+        # Each block is recorded by half a pass on average, in float and in low bits.
+        rounds += blockwise.points * training.accumulate * len(blocks) // passes
+        rounds += blockwise.whole_iterations * training.accumulate
+        if not blockwise.whole_iterations:
+            sizes = [sum(_inside(values, block)) for block in blocks]
+            kept_weights *= max(sizes) / kept
+            kept = max(sizes)
+    seconds = rounds * passes * forward(guided * training.batch)
+    return Estimate(seconds, 4 * _KEPT_PER_VALUE * kept * guided * training.batch + kept_weights)
+
+
+def _inside(values: Mapping[str, int], block: str) -> list[int]:
+    """The values of the layers inside a block."""
+    return [
+        value for name, value in values.items() if name == block or name.startswith(f"{block}.")
+    ]

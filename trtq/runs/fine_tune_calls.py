@@ -18,7 +18,8 @@ from trtq.diffusion.schedule import NoiseSchedule
 from trtq.errors import TrtqError
 from trtq.progress import ProgressCallback
 from trtq.quant import QuantizedDenoiser
-from trtq.runs.fine_tune import FineTuneResult, FineTuning, fine_tune
+from trtq.runs.fine_tune import FineTuneResult, fine_tune
+from trtq.runs.fine_tune_stage import FineTuning
 from trtq.runs.joint_calls import joint_axes, steps_per_item
 from trtq.runs.plan_calls import CallsPlan, DenoiserPlan
 

@@ -89,10 +89,19 @@ def _text(number: int) -> str:
 
 def _obstacle(recipe: Recipe) -> str | None:
     """What needs all weights in memory, as the end of an error message; None: nothing does."""
-    if recipe.training is not None:
+    if recipe.training is not None and recipe.blockwise is None:
         return (
             f"the method {recipe.method!r} fine-tunes all of them in memory; choose --method search, "
-            "or allow more memory"
+            "add --blockwise, or allow more memory"
+        )
+    if recipe.blockwise is not None and recipe.blockwise.whole_iterations:
+        return (
+            "blockwise.whole_iterations trains all of them in memory; leave it out, or allow more"
+        )
+    if recipe.training is not None and (recipe.training.rank == 0 or recipe.training.base == "int"):
+        return (
+            f"the method {recipe.method!r} without adapters on float weights keeps copies of them in "
+            "memory; choose --method efficientdm or combined, or allow more memory"
         )
     if recipe.budget is not None:
         return "--budget changes them in memory; leave it out, or allow more memory"

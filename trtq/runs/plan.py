@@ -38,6 +38,7 @@ from trtq.runs.calibration_images import with_images
 from trtq.runs.sizes import entry_bytes, format_bytes
 from trtq.runs.weights import described_bytes, stored_bytes
 from trtq.seeds import seeded_generator
+from trtq.train.blocks import block_paths
 
 __all__ = ["QuantizePlan", "plan_quantize"]
 
@@ -72,6 +73,24 @@ class QuantizePlan:
     def quantized(self) -> int:
         """Number of layers that become low-bit."""
         return sum(plan.quantized for plan in self.layers)
+
+    def blocks(self) -> list[str]:
+        """Paths of the blocks that block-wise fine-tuning trains one by one.
+
+        Raises:
+            QuantizationError: the denoiser has no blocks.
+        """
+        low_bit = [plan for plan in self.layers if plan.weight_bits is not None]
+        paths = block_paths(self.source.denoiser, [plan.name for plan in low_bit])
+        if self.recipe.quest is not None:
+            return paths
+        # EfficientDM trains nothing in a block without adapters.
+        trained = [plan.name for plan in self.layers if plan.adapters and plan.quantized]
+        return [
+            path
+            for path in paths
+            if any(name == path or name.startswith(f"{path}.") for name in trained)
+        ]
 
     def bytes_before(self) -> int:
         """Size of the denoiser's parameters in float32, in bytes."""
@@ -143,6 +162,9 @@ def plan_quantize(
         source, recipe, layers, TimestepTable(timesteps), structure, policy, calls, merged
     )
     (plan,) = with_images([plan], [recipe.steps * (1 if recipe.guidance in (None, 1.0) else 2)])
+    if recipe.blockwise is not None:
+        # A denoiser without blocks is refused before any long work.
+        plan.blocks()
     if recipe.budget is None:
         return plan
     predictions = predictions_on_trajectories(plan)

@@ -252,6 +252,9 @@ def _denoiser_plan(
         layers = with_shared_inputs(layers, layer_calls)
     table = TimestepTable(timesteps)
     plan = QuantizePlan(source, recipe, layers, table, structure, policy, layer_calls)
+    if recipe.blockwise is not None:
+        # A denoiser without blocks is refused before any long work.
+        plan.blocks()
     tensors = denoiser.state_dict()
     adapters = {key: list(tensors[key].shape) for key in adapter_names(tensors)}
     scales = adapter_scales(denoiser, f"the {source.denoiser_name}") if adapters else {}

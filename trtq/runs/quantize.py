@@ -37,7 +37,8 @@ from trtq.quant import (
 )
 from trtq.resources import peak_rss_bytes
 from trtq.runs.call_runs import quantize_calls
-from trtq.runs.fine_tune import FineTuneResult, FineTuning, accelerator_for, fine_tune
+from trtq.runs.fine_tune import FineTuneResult, accelerator_for, fine_tune
+from trtq.runs.fine_tune_stage import FineTuning
 from trtq.runs.given_calls import knows_pipeline
 from trtq.runs.input_transforms import scales_attention, with_transforms
 from trtq.runs.memory import parse_memory, stores_weights
@@ -100,8 +101,9 @@ def _calibrate(
 
 def _fingerprint(plan: QuantizePlan, files: dict[str, str]) -> str:
     """Hash of model and recipe, which the checkpoints of a run record."""
-    # Checkpoints of earlier versions were made with the former name.
+    # Checkpoints of earlier versions were made with the former name, and without this section.
     recipe = plan.recipe.model_dump_json().replace('"split_scale":', '"split_step":')
+    recipe = recipe.replace(',"blockwise":null', "")
     parts = [recipe, json.dumps(files, sort_keys=True)]
     parts += [repr(layer) for layer in plan.layers]
     parts += [repr(lora) for lora in plan.loras]
@@ -170,8 +172,8 @@ def quantize(
         config: diffusers folder or hub id with the configuration of a model in a single file.
         memory: memory to use, e.g. `24GB`. If the weights in float32 take more than half of it, layers
             read them from the checkpoint's files when they need them, and the calibration runs inside
-            the pipeline's own call; not with fine-tuning. None: only if the weights take more than 80 %
-            of the available memory.
+            the pipeline's own call; fine-tuning then needs the section `blockwise` of the recipe.
+            None: only if the weights take more than 80 % of the available memory.
         resume: continue from the newest checkpoint of an interrupted run.
         overwrite: replace an existing run.
         progress: callback that receives the stage's name, the work done and the total.

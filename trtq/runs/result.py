@@ -87,7 +87,8 @@ class PlanResult(Result):
         calibration_images: number of images whose trajectories are recorded.
         bytes_before: size of the denoiser's parameters in float32, in bytes.
         bytes_after: size of the low-bit denoiser's file, in bytes.
-        iterations: number of optimiser updates.
+        iterations: number of optimiser updates; of each block with block-wise fine-tuning.
+        blocks: number of blocks that are fine-tuned one by one; None: the whole denoiser is at once.
         adapter_parameters: number of adapter parameters.
         estimated_seconds: estimated duration, in seconds.
         estimated_peak_bytes: estimated peak memory, in bytes.
@@ -105,6 +106,7 @@ class PlanResult(Result):
     bytes_before: int
     bytes_after: int
     iterations: int
+    blocks: int | None = field(default=None, metadata=OMITTED_IF_NONE)
     adapter_parameters: int
     estimated_seconds: float
     estimated_peak_bytes: float

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from trtq.quant.branch import DecayingBranch
-from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.modules import QuantLayer
+from trtq.quant.part import QuantizedPart
 from trtq.train.points import Points
 
 __all__ = ["BranchDecay", "Distillation", "Rates"]
@@ -66,7 +66,7 @@ class Distillation:
     """Base class of methods: an `Objective` of `trtq.train.loop` without a loss.
 
     Args:
-        model: quantised denoiser, both teacher and student.
+        model: quantised denoiser or a block of it, both teacher and student.
         trajectories: source of the points at which teacher and student are compared.
         rates: learning rates.
         branch: branches that help the adapters and decay; None: no branches.
@@ -74,7 +74,7 @@ class Distillation:
 
     def __init__(
         self,
-        model: QuantizedDenoiser,
+        model: QuantizedPart,
         trajectories: Points[Any],
         rates: Rates,
         branch: BranchDecay | None = None,

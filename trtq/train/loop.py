@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from trtq.errors import NonFiniteError
-from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.hooks import output_hooks
+from trtq.quant.part import QuantizedPart
 from trtq.train.checkpoints import CheckpointState, Stateful, latest_checkpoint
 from trtq.train.table_adam import TableAdamW, TableState
 
@@ -71,7 +71,7 @@ class FitResult:
 
 
 @contextmanager
-def _first_bad_layer(model: QuantizedDenoiser) -> Iterator[list[str]]:
+def _first_bad_layer(model: QuantizedPart) -> Iterator[list[str]]:
     """Collect the names of layers whose output is not finite, in the order of the calls."""
     bad: list[str] = []
 
@@ -84,7 +84,7 @@ def _first_bad_layer(model: QuantizedDenoiser) -> Iterator[list[str]]:
 
 
 def _stop_on_bad_loss(
-    model: QuantizedDenoiser, objective: Objective, slot: int, iteration: int
+    model: QuantizedPart, objective: Objective, slot: int, iteration: int
 ) -> None:
     with _first_bad_layer(model) as bad, torch.no_grad():
         objective.loss(model, slot, iteration)
@@ -109,7 +109,7 @@ class _Optimisation:
 
     def __init__(
         self,
-        model: QuantizedDenoiser,
+        model: QuantizedPart,
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         iterations: int,
@@ -155,7 +155,7 @@ class _Optimisation:
 
 
 def _trainable_optimizer(
-    model: QuantizedDenoiser,
+    model: QuantizedPart,
     groups: list[dict[str, Any]],
     weight_decay: float,
     table_state: TableState,
@@ -171,7 +171,7 @@ def _trainable_optimizer(
 
 
 def fit(
-    model: QuantizedDenoiser,
+    model: QuantizedPart,
     objective: Objective,
     *,
     iterations: int,
@@ -189,7 +189,7 @@ def fit(
     """Minimise the objective with AdamW and learning rates that decay linearly to zero.
 
     Args:
-        model: quantised denoiser; its trainable parameters are changed in place.
+        model: quantised denoiser or a block of it; its trainable parameters are changed in place.
         objective: the method.
         iterations: total number of updates.
         accumulate: number of micro-batches per update and process.

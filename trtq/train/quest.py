@@ -31,8 +31,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional
 
-from trtq.quant.denoiser import QuantizedDenoiser
 from trtq.quant.hooks import captured_outputs
+from trtq.quant.part import QuantizedPart
 from trtq.train.distill import BranchDecay, Distillation, Rates
 from trtq.train.points import Points
 
@@ -102,7 +102,7 @@ class Quest(Distillation):
 
     def __init__(
         self,
-        model: QuantizedDenoiser,
+        model: QuantizedPart,
         trajectories: Points[Any],
         rates: Rates,
         *,
