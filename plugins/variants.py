@@ -7,6 +7,7 @@ from itertools import product
 
 __all__ = [
     "ARCHITECTURES",
+    "NORM_FORMS",
     "ONE_LAUNCH_TILES",
     "TILES",
     "TILE_BYTES",
@@ -21,6 +22,9 @@ ARCHITECTURES = ("sm75", "sm80", "sm86", "sm89", "sm90", "sm120")
 TILE_BYTES = 64
 """Bytes of codes in a row of an operand tile."""
 _QUANTIZE_THREADS = 128
+_STATISTICS_THREADS = 512
+NORM_FORMS = ("statistics", "pixels", "rows")
+"""Forms of the kernel that quantises together with the operators in front of it."""
 
 
 def has_native_4(architecture: str) -> bool:
@@ -87,6 +91,7 @@ class Variant:
         channels_last: whether values of the product's output have channels last.
         residual: whether the product adds a residual.
         silu: whether the product applies SiLU.
+        form: one of `NORM_FORMS` for the kernel `norm_codes`; empty for other kernels.
     """
 
     kernel: str
@@ -99,6 +104,7 @@ class Variant:
     channels_last: bool = False
     residual: bool = False
     silu: bool = False
+    form: str = ""
 
     @property
     def packed(self) -> bool:
@@ -113,13 +119,17 @@ class Variant:
     @property
     def threads(self) -> int:
         """Number of threads of a block."""
-        return _QUANTIZE_THREADS if self.tile is None else self.tile.threads
+        if self.tile is not None:
+            return self.tile.threads
+        return _STATISTICS_THREADS if self.form == "statistics" else _QUANTIZE_THREADS
 
     @property
     def defines(self) -> dict[str, int]:
         """The macros of the source."""
         bits = 4 if self.native_4 else self.weight_bits or 8
         macros = {"VALUE_HALF": self.half, "NATIVE_4": self.native_4, "WEIGHT_BITS": bits}
+        if self.form:
+            macros |= {"FORM": NORM_FORMS.index(self.form)}
         if self.tile is not None:
             macros |= {"FUSED": self.fused, "POINTWISE": self.pointwise}
             macros |= {"CHANNELS_LAST": self.channels_last}
@@ -131,7 +141,7 @@ class Variant:
 
     def __str__(self) -> str:
         """Short name for messages and file names."""
-        parts = [self.kernel, "f16" if self.half else "f32"]
+        parts = [self.kernel, *([self.form] if self.form else []), "f16" if self.half else "f32"]
         if self.weight_bits is not None:
             parts.append(f"w{self.weight_bits}")
         parts += ["a4"] if self.native_4 else []

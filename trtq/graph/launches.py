@@ -2,7 +2,7 @@
 
 The graph is one that `trtq.graph.runtimes.prepare.prepare` rewrote for TensorRT. The rules:
 
-1. A plugin node has the launches of its kernels, see `PLUGIN_LAUNCHES`.
+1. A plugin node has one for its codes, one for its product, and one for the statistics of a group norm.
 2. Arithmetic on shapes and constants is none.
 3. A view (Reshape, Squeeze, Unsqueeze, Flatten, Expand, Identity) is none. A Split or a Slice is none
    where pointwise nodes read it, and one copy per output that others read.
@@ -19,19 +19,15 @@ This is a model of a builder, not a measurement: builders fuse more and less, by
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from trtq.graph.nodes import DOMAIN
+from trtq.plugins.fused.attributes import NORMS
 
-__all__ = ["PLUGIN_LAUNCHES", "count_launches"]
+__all__ = ["count_launches"]
 
-PLUGIN_LAUNCHES: Mapping[str, Mapping[str, int]] = {
-    "LowBitLinear": {"quantise": 1, "product": 1},
-    "LowBitConv2d": {"quantise": 1, "product": 1},
-}
-"""Launches of each plugin node, by kind."""
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Identity")
 _PARTS = ("Split", "Slice")
 _NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization")
@@ -75,11 +71,19 @@ def count_launches(model: ir.Model, *, fused_attention: bool = False) -> Counter
         if node in skipped:
             continue
         if node.domain == DOMAIN:
-            counts.update(PLUGIN_LAUNCHES[node.op_type])
+            counts.update(_plugin_launches(node))
         else:
             counts[_OTHERS.get(node.op_type, "other")] += 1
     counts["copy"] = sum(1 for value in parts.part_values if parts.is_copied(value))
     return +counts
+
+
+def _plugin_launches(node: ir.Node) -> dict[str, int]:
+    launches = {"quantise": 1, "product": 1}
+    norm = node.attributes.get("norm")
+    if norm is not None and NORMS[norm.as_ints()[0]] == "group":
+        launches["statistics"] = 1
+    return launches
 
 
 class _Parts:
