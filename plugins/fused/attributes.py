@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from trtq.errors import UsageError
 from trtq.plugins.low_bit.attributes import FIELDS, INPUTS, fields_of, spec_of
@@ -121,12 +122,13 @@ def fusion_of(name: str, fields: Mapping[str, Sequence[int]]) -> tuple[LayerSpec
             )
     numbers = {key: lists[key][0] for key in _FLAGS}
     if not 0 <= numbers["norm"] < len(NORMS):
-        raise UsageError(f"the plugin {name} has norms 0 to {len(NORMS) - 1}, got {numbers['norm']}")
+        raise UsageError(
+            f"the plugin {name} has norms 0 to {len(NORMS) - 1}, got {numbers['norm']}"
+        )
     norm = NORMS[numbers.pop("norm")]
     flags = {key: bool(value) for key, value in numbers.items() if key not in _NUMBERS}
-    fusion = Fusion(
-        norm, **{key: numbers[key] for key in _NUMBERS}, **flags
-    )
+    sizes: dict[str, Any] = {key: numbers[key] for key in _NUMBERS}
+    fusion = Fusion(norm, **sizes, **flags)
     _check(layer, fusion)
     return layer, fusion
 

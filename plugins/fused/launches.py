@@ -142,7 +142,9 @@ def prepare_fused(device: Device, layer: LayerSpec, fusion: Fusion) -> None:
         KernelError: a kernel cannot be compiled or loaded.
     """
     g = layer.geometry
-    sides = () if g is None else tuple(g.dilation[axis] * (g.kernel[axis] - 1) + 1 for axis in (0, 1))
+    sides = (
+        () if g is None else tuple(g.dilation[axis] * (g.kernel[axis] - 1) + 1 for axis in (0, 1))
+    )
     source = layer.problem((1, layer.channels, *sides), channels_last=fusion.x_last)
     problem = replace(source, channels_last=g is None or fusion.out_last)
     call = FusedCall(layer, fusion, source, problem)
@@ -214,7 +216,14 @@ def _norm_launches(
     if rows:
         norm = _ROW_NORMS[fusion.norm]
         operands: tuple[int, ...] = (at.affine, layer.tables, layer.step)
-        numbers: tuple[int, ...] = (pixels, channels, norm, fusion.heads, fusion.activated, problem.steps)
+        numbers: tuple[int, ...] = (
+            pixels,
+            channels,
+            norm,
+            fusion.heads,
+            fusion.activated,
+            problem.steps,
+        )
     else:
         grouped = fusion.norm == "group"
         if grouped:
@@ -222,13 +231,13 @@ def _norm_launches(
         statistics = at.statistics if grouped else 0
         shift = _shift(at, fusion, half)
         operands = (statistics, at.affine, layer.tables, layer.step)
-        numbers = (pixels, channels, fusion.norm_groups, fusion.activated, problem.steps)
+        numbers = (pixels, channels, fusion.norm_groups)
     variant = Variant("norm_codes", half, native_4, bits, form="rows" if rows else "pixels")
     arguments = (
         ctypes.c_void_p(layer.x),
         *shift,
         *map(ctypes.c_void_p, operands),
-        *map(ctypes.c_int, numbers),
+        *map(ctypes.c_int, (*numbers, fusion.activated, problem.steps)),
         *outputs,
     )
     blocks = -(-pixels // (_ROWS if rows else _PIXELS))

@@ -10,8 +10,8 @@ Every operation is in float32 and rounds once. The order of additions is part of
     mean = sum / count        inverse = 1 / sqrt(sum (x - mean)^2 / count + epsilon)
     y = ((x - mean) * inverse) * scale + shift, then SiLU, then * factor
 
-The exponential is a polynomial, and 1 - erf is formula 7.1.26 of Abramowitz and Stegun, both with a fixed
-order of operations, so that no library's functions matter.
+The exponential is a polynomial, and 1 - erf is formula 7.1.26 of Abramowitz and Stegun, both with a
+fixed order of operations, so that no library's functions matter.
 
 Letters: B images; C channels; P pixels of an image, or tokens.
 """
@@ -38,24 +38,26 @@ def exponential(x: _Float) -> _Float:
     y = np.full_like(r, _f(1) / _f(5040))
     for factor in (720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0):
         y = y * r + _f(1) / _f(factor)
-    power: _Float = ((n.astype(np.int32) + 127) << 23).view(np.float32)
-    return y * power
+    result: _Float = y * ((n.astype(np.int32) + 127) << 23).view(np.float32)
+    return result
 
 
 def silu(y: _Float) -> _Float:
-    """y / (1 + e^-y) in float32."""
-    return y / (_f(1) + exponential(-y))
+    """Y / (1 + e^-y) in float32."""
+    result: _Float = y / (_f(1) + exponential(-y))
+    return result
 
 
 def gelu(x: _Float) -> _Float:
-    """x (1 + erf(x / sqrt 2)) / 2 in float32."""
+    """X (1 + erf(x / sqrt 2)) / 2 in float32."""
     z = np.abs(x) * _f(0.70710678)
     t = _f(1) / (_f(1) + _f(0.3275911) * z)
     y = np.full_like(t, 1.061405429)
     for term in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         y = y * t + _f(term)
     rest = (y * t) * exponential(-(z * z))
-    return (_f(0.5) * x) * np.where(x < 0, rest, _f(2) + -rest)
+    result: _Float = (_f(0.5) * x) * np.where(x < 0, rest, _f(2) + -rest)
+    return result
 
 
 def prepared(
@@ -106,7 +108,8 @@ def _lane_sum(lanes: _Float) -> _Float:
     """The sum over the last axis of 32 lanes."""
     for width in (16, 8, 4, 2, 1):
         lanes = lanes[..., :width] + lanes[..., width : 2 * width]
-    return lanes[..., 0]
+    total: _Float = lanes[..., 0]
+    return total
 
 
 def _strided_sum(values: _Float, threads: int) -> _Float:
@@ -126,7 +129,8 @@ def _layer_norm(values: _Float, epsilon: np.float32) -> _Float:
     centred = values + -mean
     variance = _lane_sum(_strided_sum(centred * centred, _LANES)) / count
     inverse: _Float = _f(1) / np.sqrt(variance + epsilon)
-    return centred * inverse[..., None]
+    result: _Float = centred * inverse[..., None]
+    return result
 
 
 def _group_norm(values: _Float, groups: int, epsilon: np.float32) -> _Float:
@@ -136,7 +140,8 @@ def _group_norm(values: _Float, groups: int, epsilon: np.float32) -> _Float:
     centred = rows + -mean
     variance = _block_sum(centred * centred) / count
     inverse: _Float = _f(1) / np.sqrt(variance + epsilon)
-    return (centred * inverse[..., None]).reshape(values.shape)
+    result: _Float = (centred * inverse[..., None]).reshape(values.shape)
+    return result
 
 
 def _block_sum(rows: _Float) -> _Float:

@@ -6,7 +6,13 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from trtq.plugins.fused.attributes import FUSED_FIELDS, FUSED_PLUGINS, Fusion, fusion_of, input_names
+from trtq.plugins.fused.attributes import (
+    FUSED_FIELDS,
+    FUSED_PLUGINS,
+    Fusion,
+    fusion_of,
+    input_names,
+)
 from trtq.plugins.fused.reference import prepared, silu
 from trtq.plugins.low_bit import reference
 from trtq.plugins.low_bit.attributes import INPUTS, PLUGINS, spec_of

@@ -28,7 +28,9 @@ _FUSIONS = {
     "heads": Fusion(heads=4, affine=True),
     "rows, SiLU": Fusion(activated=True, affine=True),
     "group norm": Fusion("group", 4, affine=True),
-    "group norm, SiLU, shift": Fusion("group", 4, True, affine=True, image_shift=True, shift_first=3),
+    "group norm, SiLU, shift": Fusion(
+        "group", 4, True, affine=True, image_shift=True, shift_first=3
+    ),
     "factor": Fusion(affine=True),
     "channels last in": Fusion(x_last=True),
     "channels last out": Fusion("group", 2, affine=True, out_last=True),
@@ -74,20 +76,18 @@ def fused_output(
         "step": Operand(case.step),
         "codes": Operand(codes, writable=True),
         "sums": Operand(np.full(problem.sum_bytes // 4, _SUM_POISON, np.int32), writable=True),
-        "statistics": Operand(np.full(call.statistics_bytes // 4, np.nan, np.float32), writable=True),
+        "statistics": Operand(
+            np.full(call.statistics_bytes // 4, np.nan, np.float32), writable=True
+        ),
         **{name: Operand(values) for name, values in operands.items()},
     }
 
     def launches(addresses: Mapping[str, int]) -> Sequence[Launch]:
-        further = {
-            name: addresses.get(name, 0) for name in ("affine", "image_shift", "statistics")
-        }
+        further = {name: addresses.get(name, 0) for name in ("affine", "image_shift", "statistics")}
         its = {name: at for name, at in addresses.items() if name not in further}
         width = operands["image_shift"].shape[1] if "image_shift" in operands else 0
         at = FusedPointers(Pointers(**its), **further, shift_width=width)
-        return fused_launches(
-            call, at, TILES[0], half=x.dtype == np.float16, native_4=native_4
-        )
+        return fused_launches(call, at, TILES[0], half=x.dtype == np.float16, native_4=native_4)
 
     return machine.compute(memory, launches, 3)
 
@@ -117,9 +117,7 @@ def wanted_output(case: Case, fusion: Fusion, operands: Mapping[str, Array]) -> 
     return _laid_out(y.astype(operands["x"].dtype), last)
 
 
-def _draw(
-    name: str, form: str, half: bool, channels: int
-) -> tuple[Case, Fusion, dict[str, Array]]:
+def _draw(name: str, form: str, half: bool, channels: int) -> tuple[Case, Fusion, dict[str, Array]]:
     """A case with its operands; channels do not fill a block, and pixels do not fill a launch."""
     fusion, linear = _FUSIONS[name], name in _ROWS
     bits, activation_bits, _ = FORMS[form]

@@ -1,7 +1,7 @@
 """Fuses the operators before and after low-bit layers into their plugin nodes.
 
-1. `FuseTransposes`: a Transpose between channels first and last, before or after a convolution, goes: the
-   kernels read and write both layouts. A Mul by constants per channel may stand behind the Transpose.
+1. `FuseTransposes`: a Transpose between channels first and last, before or after a convolution, goes:
+   the kernels read and write both layouts. A Mul by constants per channel may follow the Transpose.
 2. `FuseEpilogues`: an Add of a tensor of the output's shape, then SiLU, behind a layer.
 3. `FusePrologues`: group norm, layer norm, GELU times a value, SiLU, a Mul by constants per channel, and
    the Transpose that joins heads, in front of a layer. In front of a group norm, also an Add of one
@@ -27,6 +27,7 @@ from trtq.graph.runtimes.fused_nodes import (
     replace_plugin,
     same_shape,
 )
+from trtq.graph.runtimes.merge_layers import MergeLayers
 from trtq.graph.runtimes.prologues import match_prologue, step_factor, step_silu
 
 __all__ = ["FUSIONS", "FuseEpilogues", "FusePrologues", "FuseTransposes"]
@@ -52,7 +53,8 @@ def _transpose_before(graph: ir.Graph, plugin: PluginNode) -> bool:
     factor = step_factor(part, plugin.layer.channels, axis=1)
     if part.step("Transpose", perm=_TO_FIRST) is None or not part.is_private(plugin.node):
         return False
-    operands, changes = {"x": part.value}, {"x_last": True}
+    operands: dict[str, ir.Value] = {"x": part.value}
+    changes: dict[str, Any] = {"x_last": True}
     if factor is not None:
         if plugin.grouped:
             return False
@@ -181,5 +183,10 @@ def _affine(
     return constant(graph, place, numbers)
 
 
-FUSIONS = (FuseTransposes, FuseEpilogues, FusePrologues)
-"""The passes, in order."""
+FUSIONS: tuple[type[ir.passes.InPlacePass], ...] = (
+    MergeLayers,
+    FuseTransposes,
+    FuseEpilogues,
+    FusePrologues,
+)
+"""The passes that make fewer launches of plugin nodes, in order."""

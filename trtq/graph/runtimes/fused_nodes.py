@@ -167,9 +167,7 @@ def constant(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
     """Add an initialiser."""
     tensor = ir.tensor(data, name=name)
     shape = ir.Shape(list(data.shape))
-    value = ir.Value(
-        name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 

@@ -48,7 +48,19 @@ def _key(plugin: PluginNode) -> object:
     layer = plugin.layer
     numbers = plugin.node if tables is None else tables.numpy().tobytes()
     widths = layer.weight_bits, layer.activation_bits, layer.steps
-    return plugin.x, plugin.operands["step"], numbers, widths
+    return plugin.x, _step_key(plugin.operands["step"]), numbers, widths
+
+
+def _step_key(step: ir.Value) -> object:
+    """What is equal for equal steps; a graph with one step per call expands it for each layer."""
+    expand = step.producer()
+    if expand is None or expand.op_type != "Expand":
+        return step
+    shape = expand.inputs[1].producer() if expand.inputs[1] is not None else None
+    if shape is None or shape.op_type != "Shape":
+        return step
+    ends = [shape.attributes[key].as_int() for key in ("start", "end") if key in shape.attributes]
+    return expand.inputs[0], shape.inputs[0], tuple(ends)
 
 
 def _groups(plugins: Sequence[PluginNode]) -> list[list[PluginNode]]:

@@ -12,8 +12,6 @@ from trtq.graph.runtimes.fused_nodes import Part, PluginNode
 
 __all__ = ["Prologue", "match_prologue", "step_factor", "step_silu"]
 
-_LANES = ("Gelu",)
-
 
 @dataclass
 class Prologue:
@@ -106,10 +104,11 @@ def _sigmoid_form(part: Part) -> bool:
     for index in (0, 1):
         gate = node.inputs[1 - index]
         sigmoid = gate.producer() if gate is not None else None
-        if sigmoid is not None and sigmoid.op_type == "Sigmoid":
-            if sigmoid.inputs[0] is node.inputs[index] and part.step("Mul", index) is not None:
-                part.nodes.add(sigmoid)
-                return True
+        if sigmoid is None or sigmoid.op_type != "Sigmoid":
+            continue
+        if sigmoid.inputs[0] is node.inputs[index] and part.step("Mul", index) is not None:
+            part.nodes.add(sigmoid)
+            return True
     return False
 
 
